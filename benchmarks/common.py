@@ -31,9 +31,11 @@ Run = tuple[float, Any]  # seconds of a call, and its result
 
 
 def parse(doc: str | None, rounds: int = 5, **options: tuple[Any, ...]) -> argparse.Namespace:
-    """The command line of a benchmark; ``doc``: its description. ``options``: name -> default, help, then the choices
-    if it has any; a list as default takes several values."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line of a benchmark; ``doc``: its description. ``options``: name -> default,
+    help, then the choices if it has any; a list as default takes several values."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     timing = {"rounds": (rounds, "timed runs of each way")} if rounds else {}
     for name, (default, text, *choices) in {**timing, **options}.items():
         first, many = (default[0], "+") if isinstance(default, list) else (default, None)
@@ -43,8 +45,8 @@ def parse(doc: str | None, rounds: int = 5, **options: tuple[Any, ...]) -> argpa
 
 
 def seconds() -> float:
-    """Wall time when the GPU has finished. Without a GPU: processor time of this process and of its children that have
-    ended, which other programs hardly disturb."""
+    """Wall time when the GPU has finished. Without a GPU: processor time of this process and of its
+    children that have ended, which other programs hardly disturb."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -52,13 +54,16 @@ def seconds() -> float:
 
 
 def timed(work: Work) -> Run:
-    start, result = seconds(), work()
+    start = seconds()
+    result = work()
     return seconds() - start, result
 
 
 def alternate(ways: Mapping[str, Work], rounds: int) -> dict[str, list[Run]]:
-    """Time every way once a round, each round starting with the next way; an additional first round is not counted."""
-    order, runs = deque(ways), {name: list[Run]() for name in ways}
+    """Time every way once a round, each round starting with the next way; an additional first round
+    is not counted."""
+    order = deque(ways)
+    runs = {name: list[Run]() for name in ways}
     for _ in range(rounds + 1):
         for name in order:
             runs[name].append(timed(ways[name]))
@@ -69,33 +74,53 @@ def alternate(ways: Mapping[str, Work], rounds: int) -> dict[str, list[Run]]:
 def alternate_processes(
     ways: Mapping[str, Callable[[argparse.Namespace], Work]], args: argparse.Namespace, rounds: int
 ) -> tuple[dict[str, list[Run]], dict[str, str]]:
-    """The runs of what each way prepares, each in a new process; MiB of each way's peak above the memory before."""
+    """The runs of what each way prepares, each in a new process; MiB of each way's peak above the
+    memory before."""
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        turns = [{way: pool.apply(_measure, (prepare, args)) for way, prepare in ways.items()} for _ in range(rounds)]
+        turns = [
+            {way: pool.apply(_measure, (prepare, args)) for way, prepare in ways.items()}
+            for _ in range(rounds)
+        ]
     runs = {way: [turn[way][1] for turn in turns] for way in ways}
     return runs, {way: f"{max(turn[way][0] for turn in turns) / 2**20:,.0f}" for way in ways}
 
 
-def _measure(prepare: Callable[[argparse.Namespace], Work], args: argparse.Namespace) -> tuple[int, Run]:
-    """Bytes of peak memory above the memory before, of the GPU or else of this process (Linux); and the run."""
-    work, cuda, status = prepare(args), torch.cuda, Path("/proc/self/status")
+def _measure(
+    prepare: Callable[[argparse.Namespace], Work], args: argparse.Namespace
+) -> tuple[int, Run]:
+    """Bytes of peak memory above the memory before, of the GPU or else of this process (Linux); and
+    the run."""
+    work = prepare(args)
+    cuda = torch.cuda
+    status = Path("/proc/self/status")
     if cuda.is_available():
         cuda.reset_peak_memory_stats()
-        before, run = cuda.memory_allocated(), timed(work)
+        before = cuda.memory_allocated()
+        run = timed(work)
         return cuda.max_memory_allocated() - before, run
     ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that was freed before counts as in use
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before, run, after = status.read_text(), timed(work), status.read_text()
-    growth = int(after.partition("VmHWM:")[2].split()[0]) - int(before.partition("VmRSS:")[2].split()[0])
+    before = status.read_text()
+    run = timed(work)
+    after = status.read_text()
+    growth = int(after.partition("VmHWM:")[2].split()[0]) - int(
+        before.partition("VmRSS:")[2].split()[0]
+    )
     return growth * 1024, run
 
 
 def print_table(
-    about: str, runs: Mapping[str, Sequence[Run]], *, amount: float, unit: str, **columns: Mapping[str, str]
+    about: str,
+    runs: Mapping[str, Sequence[Run]],
+    *,
+    amount: float,
+    unit: str,
+    **columns: Mapping[str, str],
 ) -> None:
-    """Markdown: ``amount`` of ``unit`` per second of each way, and its speed against the first, round by round: median
-    [lowest, highest]. ``columns``: title -> way -> cell, in addition."""
-    gpu, base = torch.cuda.is_available(), next(iter(runs.values()))
+    """Markdown: ``amount`` of ``unit`` per second of each way, and its speed against the first,
+    round by round: median [lowest, highest]. ``columns``: title -> way -> cell, in addition."""
+    gpu = torch.cuda.is_available()
+    base = next(iter(runs.values()))
     device = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
     print(f"\n{about}; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     heads = ["way", f"{unit} / s ({'GPU' if gpu else 'CPU'})", "ratio", *columns]
@@ -104,18 +129,24 @@ def print_table(
         ratios = [first / own for (first, _), (own, _) in zip(base, of_way, strict=True)]
         speed = f"{amount / median(own for own, _ in of_way):,.4g}"
         spread = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        print(f"| {' | '.join([name, speed, spread, *(cells[name] for cells in columns.values())])} |", flush=True)
+        print(
+            f"| {' | '.join([name, speed, spread, *(cells[name] for cells in columns.values())])} |",
+            flush=True,
+        )
 
 
 def write_shard(folder: Path, count: int, *, side: int = 512, quality: int = 95) -> Path:
     """A tar of ``count`` JPEGs with a caption each, as img2dataset writes them."""
     from webdataset.writer import TarWriter
 
-    rng, path = np.random.default_rng(0), folder / "00000.tar"
+    rng = np.random.default_rng(0)
+    path = folder / "00000.tar"
     with TarWriter(str(path)) as tar:
         for number in range(count):
             photo_like(rng, side).save(body := io.BytesIO(), "JPEG", quality=quality)
-            tar.write({"__key__": f"{number:05d}", "jpg": body.getvalue(), "txt": f"caption {number}"})
+            tar.write(
+                {"__key__": f"{number:05d}", "jpg": body.getvalue(), "txt": f"caption {number}"}
+            )
     return path
 
 
@@ -123,14 +154,21 @@ def photo_like(rng: np.random.Generator, side: int) -> Image.Image:
     """Colored noise whose amplitude falls as f^-1.45: its JPEG is about as large as a photograph's."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None])
     frequency[0, 0] = 1
-    fields = [np.fft.ifft2(np.fft.fft2(rng.standard_normal((side, side))) / frequency**1.45).real for _ in range(3)]
+    fields = [
+        np.fft.ifft2(np.fft.fft2(rng.standard_normal((side, side))) / frequency**1.45).real
+        for _ in range(3)
+    ]
     fields = [(field - field.mean()) / field.std() for field in fields]
     pixels = np.stack([0.8 * fields[0] + 0.3 * field for field in fields], axis=-1) * 45 + 120
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def jpeg_batches(path: Path, cache: Any, images: ImageConfig, args: Any, *, workers: int = 0) -> Iterator[Any]:
-    """Endless batches of ``args.batch`` by this project's loader over a tar, with embeddings if there is a cache."""
-    source, augment = open_source(SourceConfig(path=str(path))), AugmentConfig(scale=tuple(args.scale))
+def jpeg_batches(
+    path: Path, cache: Any, images: ImageConfig, args: Any, *, workers: int = 0
+) -> Iterator[Any]:
+    """Endless batches of ``args.batch`` by this project's loader over a tar, with embeddings if
+    there is a cache."""
+    source = open_source(SourceConfig(path=str(path)))
+    augment = AugmentConfig(scale=tuple(args.scale))
     dataset = PairDataset([source], [cache], images, augment, seed=0)
     return iter(PairLoader(dataset, local_batch=args.batch, workers=workers))

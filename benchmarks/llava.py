@@ -1,9 +1,11 @@
-"""The tower inside LLaVA against LLaVA's own CLIPVisionTower on the same directory: images a second.
+"""The tower inside LLaVA against LLaVA's own CLIPVisionTower on the same directory: images a
+second.
 
     .venv-llava/bin/python -m benchmarks.llava                                                # a random ViT-B/16
     .venv-llava/bin/python -m benchmarks.llava --shape l14-336 --dtype float16 --images 64    # on a GPU
 
-Both encode through LLaVA's ``encode_images`` (tower and projector); the outputs must be equal bit for bit.
+Both encode through LLaVA's ``encode_images`` (tower and projector); the outputs must be equal bit
+for bit.
 """
 
 # LLaVA may not be installed where types are checked:
@@ -24,18 +26,32 @@ from benchmarks.common import DTYPES, alternate, parse, print_table
 from llm2clip_plugin.vision.export import export_tower
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-SHAPES = {"tiny": (64, 4, 4, 56, 14), "b16": (768, 12, 12, 224, 16), "l14-336": (1024, 24, 16, 336, 14)}
+SHAPES = {
+    "tiny": (64, 4, 4, 56, 14),
+    "b16": (768, 12, 12, 224, 16),
+    "l14-336": (1024, 24, 16, 336, 14),
+}
 SELECT = {"mm_vision_select_layer": -2}
 
 
 def make_llava(shape: str, folder: Path) -> Any:
     """A small LLaVA whose eye is a random CLIP of that shape, which is written to ``folder``."""
-    width, sizes = SHAPES[shape][0], dict[str, Any](zip(SIZES, SHAPES[shape], strict=True))
+    width = SHAPES[shape][0]
+    sizes = dict[str, Any](zip(SIZES, SHAPES[shape], strict=True))
     torch.manual_seed(0)
     eye: Any = CLIPVisionModel(CLIPVisionConfig(**sizes, intermediate_size=4 * width))
     export_tower(eye.eval(), folder, origin=f"random weights of shape {shape}")
-    llm = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    see: dict[str, Any] = {"mm_vision_tower": f"llm2clip:{folder}", "mm_hidden_size": width, **SELECT}
+    llm = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    see: dict[str, Any] = {
+        "mm_vision_tower": f"llm2clip:{folder}",
+        "mm_hidden_size": width,
+        **SELECT,
+    }
     see["mm_projector_type"] = "mlp2x_gelu"
     model: Any = LlavaLlamaForCausalLM(LlavaConfig(**llm, **see, vocab_size=1000))
     model.get_vision_tower().load_model()
@@ -43,13 +59,19 @@ def make_llava(shape: str, folder: Path) -> Any:
 
 
 if __name__ == "__main__":
-    tower = {"shape": ("b16", "of the random tower", *SHAPES), "dtype": ("float32", "of the tower", *DTYPES)}
+    tower = {
+        "shape": ("b16", "of the random tower", *SHAPES),
+        "dtype": ("float32", "of the tower", *DTYPES),
+    }
     args = parse(__doc__, rounds=9, images=(8, "per call of encode_images"), **tower)
     logging.set_verbosity_error()  # the tower's weights in LLaVA's checkpoint, which it ignores
     with tempfile.TemporaryDirectory() as scratch:
         model = make_llava(args.shape, tower := Path(scratch) / "tower")
         own = CLIPVisionTower(str(tower), SimpleNamespace(**SELECT, vision_tower=str(tower)))
-    place = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": getattr(torch, args.dtype)}
+    place = {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "dtype": getattr(torch, args.dtype),
+    }
     model.to(**place)
     towers = {"LLaVA's own tower": own.to(**place), "llm2clip": model.get_vision_tower()}
     images = torch.randn(args.images, 3, *[SHAPES[args.shape][3]] * 2).to(**place)
@@ -61,4 +83,6 @@ if __name__ == "__main__":
 
     runs = alternate({name: partial(encode, name) for name in towers}, args.rounds)
     assert torch.equal(*(of_tower[-1][1] for of_tower in runs.values())), "the towers differ"
-    print_table(f"encode_images, {args.shape}, {args.dtype}", runs, amount=args.images, unit="images")
+    print_table(
+        f"encode_images, {args.shape}, {args.dtype}", runs, amount=args.images, unit="images"
+    )

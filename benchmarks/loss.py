@@ -20,15 +20,20 @@ from llm2clip_plugin.train.losses.infonce import contrastive_loss
 
 def full_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """The symmetric loss on the full matrix of logits."""
-    logits, labels = (scale * image @ text.T).float(), torch.arange(len(image), device=image.device)
+    logits = (scale * image @ text.T).float()
+    labels = torch.arange(len(image), device=image.device)
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
 
 def prepare(loss_of: Callable[..., Tensor], args: Namespace) -> Callable[[], float]:
     """One forward and backward pass."""
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
-    pairs = [normalize(torch.randn(args.pairs, args.width, device=device), dim=-1).to(dtype) for _ in range(2)]
+    pairs = [
+        normalize(torch.randn(args.pairs, args.width, device=device), dim=-1).to(dtype)
+        for _ in range(2)
+    ]
     scale = torch.tensor([1 / 0.07], device=device, requires_grad=True)
 
     def forward_backward(count: int = args.pairs) -> float:
@@ -43,7 +48,10 @@ def prepare(loss_of: Callable[..., Tensor], args: Namespace) -> Callable[[], flo
 if __name__ == "__main__":
     sizes: dict[str, Any] = {"pairs": (16384, "of the batch"), "width": (512, "of the embeddings")}
     args = parse(__doc__, **sizes, dtype=("float32", "of the embeddings", *DTYPES))
-    ways = {"full logits": partial(prepare, full_loss), "llm2clip, in blocks": partial(prepare, contrastive_loss)}
+    ways = {
+        "full logits": partial(prepare, full_loss),
+        "llm2clip, in blocks": partial(prepare, contrastive_loss),
+    }
     runs, memory = alternate_processes(ways, args, args.rounds)
     loss = {way: f"{of_way[0][1]:.7g}" for way, of_way in runs.items()}
     about = f"loss of {args.pairs} pairs, width {args.width}, {args.dtype}"

@@ -1,10 +1,12 @@
-"""Training on shards against open_clip: its own ``train_one_epoch`` over webdataset, ours on the same tower.
+"""Training on shards against open_clip: its own ``train_one_epoch`` over webdataset, ours on the
+same tower.
 
     OMP_NUM_THREADS=1 python -m benchmarks.open_clip --batch 8 --steps 24 [--open-clip CHECKOUT]
 
-Both train the same tower and text adapter from the same weights with InfoNCE and AdamW on the same tar of 512-pixel
-JPEGs, whose captions' embeddings are known: open_clip's loader looks them up in memory in place of its tokenizer, ours
-reads its cache. One loader process each. A round is ``--steps`` steps of each way, the start of its loader included.
+Both train the same tower and text adapter from the same weights with InfoNCE and AdamW on the same
+tar of 512-pixel JPEGs, whose captions' embeddings are known: open_clip's loader looks them up in
+memory in place of its tokenizer, ours reads its cache. One loader process each. A round is
+``--steps`` steps of each way, the start of its loader included.
 """
 
 import math
@@ -29,14 +31,30 @@ from llm2clip_plugin.train.engine import start_ranks
 from llm2clip_plugin.vision.dual import DualEncoder
 
 
-def their_epoch(dual: DualEncoder, folder: Path, embeddings: dict[str, Tensor], args: Namespace) -> Callable[[], None]:
+def their_epoch(
+    dual: DualEncoder, folder: Path, embeddings: dict[str, Tensor], args: Namespace
+) -> Callable[[], None]:
     """A call trains ``args.steps`` steps with the trainer of open_clip 3 or 4."""
-    open_clip, train = import_module("open_clip"), import_module("open_clip_train.train")
+    open_clip = import_module("open_clip")
+    train = import_module("open_clip_train.train")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings: dict[str, Any] = dict.fromkeys(("distill", "horovod", "wandb", "distributed"), False)
-    settings |= {"world_size": 1, "rank": 0, "accum_freq": 1, "batch_size": args.batch, "log_every_n_steps": 10**9}
-    settings |= {"device": device, "precision": "fp32", "skip_scheduler": True, "grad_clip_norm": OPTIM.max_grad_norm}
-    forward, loss, scale = dual.to(device).forward, open_clip.ClipLoss(), dual.logit_scale
+    settings |= {
+        "world_size": 1,
+        "rank": 0,
+        "accum_freq": 1,
+        "batch_size": args.batch,
+        "log_every_n_steps": 10**9,
+    }
+    settings |= {
+        "device": device,
+        "precision": "fp32",
+        "skip_scheduler": True,
+        "grad_clip_norm": OPTIM.max_grad_norm,
+    }
+    forward = dual.to(device).forward
+    loss = open_clip.ClipLoss()
+    scale = dual.logit_scale
 
     def features(image: Tensor, text: Tensor) -> dict[str, Tensor]:
         image_bD, text_bD, *_ = forward(image, text)
@@ -44,11 +62,17 @@ def their_epoch(dual: DualEncoder, folder: Path, embeddings: dict[str, Tensor], 
 
     dual.forward = features  # type: ignore[assignment] # as open_clip's models answer
     adam = bare_adam(dual)
-    state = train.TrainState(open_clip.CLIPTask(dual, loss=loss), adam) if hasattr(train, "TrainState") else None
+    state = (
+        train.TrainState(open_clip.CLIPTask(dual, loss=loss), adam)
+        if hasattr(train, "TrainState")
+        else None
+    )
 
     def epoch() -> None:
         data = {"train": their_loader(folder / "00000.tar", embeddings, args)}
-        before, after = ((dual,), (loss, 0, adam, None, None, None)) if state is None else ((state,), ())
+        before, after = (
+            ((dual,), (loss, 0, adam, None, None, None)) if state is None else ((state,), ())
+        )
         train.train_one_epoch(*before, data, *after, SimpleNamespace(**settings))
 
     return epoch
@@ -59,15 +83,23 @@ def their_loader(tar: Path, embeddings: dict[str, Tensor], args: Namespace) -> A
     data: Any = import_module("open_clip_train.data")
     transform = import_module("open_clip").image_transform
     data.tarfile_to_samples_nothrow = data.wds.tarfile_to_samples()
-    count: Any = {"train_num_samples": args.steps * args.batch, "batch_size": args.batch, "workers": 1, "world_size": 1}
-    settings = SimpleNamespace(train_data=str(tar), dataset_resampled=True, train_data_upsampling_factors=None, **count)
+    count: Any = {
+        "train_num_samples": args.steps * args.batch,
+        "batch_size": args.batch,
+        "workers": 1,
+        "world_size": 1,
+    }
+    settings = SimpleNamespace(
+        train_data=str(tar), dataset_resampled=True, train_data_upsampling_factors=None, **count
+    )
     look_up = {"tokenizer": lambda text: embeddings[text.strip()][None]}
     return data.get_wds_dataset(settings, transform(224, is_train=True), is_train=True, **look_up)
 
 
 def our_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], None]:
     """A call trains ``args.steps`` steps with the package's step and loader."""
-    step, cache = our_step(dual, args.batch), EmbeddingCache.open(folder / "cache")
+    step = our_step(dual, args.batch)
+    cache = EmbeddingCache.open(folder / "cache")
 
     def epoch() -> None:
         batches = jpeg_batches(folder, cache, ImageConfig(size=224), args, workers=1)
@@ -78,7 +110,11 @@ def our_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], 
 
 if __name__ == "__main__":
     checkout = ("", "checkout of its repository; default: what is installed")
-    sizes = {"tower": ("vit-s", "shape", *TOWERS), "batch": (16, "images a step"), "steps": (8, "a round")}
+    sizes = {
+        "tower": ("vit-s", "shape", *TOWERS),
+        "batch": (16, "images a step"),
+        "steps": (8, "a round"),
+    }
     args = parse(__doc__, open_clip=checkout, **sizes, scale=([0.9, 1.0], "area of our crops"))
     sys.path[:0] = [f"{args.open_clip}/src"] if args.open_clip else []
     start_ranks()

@@ -2,8 +2,9 @@
 
     python -m benchmarks.reading --shards 6000 --steps 1000
 
-Shards of 10,000 samples less those that img2dataset could not fetch (5 to 15 %). A node has 8 ranks. "Reads of a shard"
-is over all nodes: 1 is the least, and as many as nodes is what each node reading everything would cost.
+Shards of 10,000 samples less those that img2dataset could not fetch (5 to 15 %). A node has 8
+ranks. "Reads of a shard" is over all nodes: 1 is the least, and as many as nodes is what each node
+reading everything would cost.
 """
 
 import numpy as np
@@ -16,25 +17,37 @@ HEADS = "window | ranks | shards that a node reads | reads of a shard | shards i
 
 def row(sizes: list[int], window: int, ranks: int, steps: int, batch: int) -> str:
     """The first ``steps`` global batches, read by ``ranks``."""
-    mixture, stops, nodes = Mixture([sizes], [1.0], 0, [window]), np.cumsum(sizes), max(1, ranks // 8)
+    mixture = Mixture([sizes], [1.0], 0, [window])
+    stops = np.cumsum(sizes)
+    nodes = max(1, ranks // 8)
     read = np.zeros((nodes, len(sizes)), bool)
-    step_of, in_batch = np.full(stops[-1], -1), []
+    step_of = np.full(stops[-1], -1)
+    in_batch = []
     for step in range(steps):
         shards = np.zeros(len(sizes), bool)
         for node in range(nodes):
-            samples = [draw.index for draw in mixture.rank_draws(step * batch, node, batch // nodes, nodes)]
+            samples = [
+                draw.index for draw in mixture.rank_draws(step * batch, node, batch // nodes, nodes)
+            ]
             assert (step_of[samples] == -1).all()  # no sample twice
             step_of[samples] = step
             own = np.searchsorted(stops, samples, side="right")
             read[node, own] = shards[own] = True
         in_batch.append(shards.sum())
     distance = np.median(np.abs(np.diff(step_of))[(step_of[1:] >= 0) & (step_of[:-1] >= 0)])
-    means = [f"{read.sum(1).mean():.0f}", f"{read.sum() / read.any(0).sum():.2f}", f"{np.mean(in_batch):.0f}"]
+    means = [
+        f"{read.sum(1).mean():.0f}",
+        f"{read.sum() / read.any(0).sum():.2f}",
+        f"{np.mean(in_batch):.0f}",
+    ]
     return f"| {' | '.join([str(window), str(ranks), *means, f'{distance:.0f}'])} |"
 
 
 if __name__ == "__main__":
-    counts = {"shards": (6000, "in all"), "steps": (1000, "global batches from the start of an epoch")}
+    counts = {
+        "shards": (6000, "in all"),
+        "steps": (1000, "global batches from the start of an epoch"),
+    }
     windows = ([16, 64], "shards that are shuffled together")
     args = parse(__doc__, rounds=0, **counts, global_batch=(4096, "pairs"), windows=windows)
     sizes = np.random.default_rng(0).integers(8500, 9500, args.shards).tolist()

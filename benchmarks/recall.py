@@ -6,7 +6,8 @@
 - one-hot: LLM2CLIP's and CLIP_benchmark's: scores and correct pairs as N x M matrices, then for each k and direction
   top-k in batches of queries (64 by default, 1024 in LLM2CLIP's script), one-hot over all items, times the pairs
 
-Each runs in a new process on synthetic embeddings with noise, so that recall is neither 0 nor 1; all must agree.
+Each runs in a new process on synthetic embeddings with noise, so that recall is neither 0 nor 1;
+all must agree.
 """
 
 from argparse import Namespace
@@ -43,14 +44,24 @@ def prepare(way: str, args: Namespace) -> Callable[[], dict[str, float]]:
     generator = torch.Generator().manual_seed(0)
     owner = torch.arange(args.captions) * args.images // args.captions
     image = torch.randn(args.images, 768, generator=generator)
-    text = normalize(image[owner] + 8.0 * torch.randn(args.captions, 768, generator=generator), dim=1)
+    text = normalize(
+        image[owner] + 8.0 * torch.randn(args.captions, 768, generator=generator), dim=1
+    )
     image = normalize(image, dim=1)
     (image @ text[:64].T).sum()  # the first product starts the threads
-    return lambda: one_hot_recall(image, text, owner, args.batch) if way == "one-hot" else recall(image, text, owner)
+    return lambda: (
+        one_hot_recall(image, text, owner, args.batch)
+        if way == "one-hot"
+        else recall(image, text, owner)
+    )
 
 
 if __name__ == "__main__":
-    sizes = {"images": (5000, "in all"), "captions": (25000, "in all"), "batch": (64, "queries at once of one-hot")}
+    sizes = {
+        "images": (5000, "in all"),
+        "captions": (25000, "in all"),
+        "batch": (64, "queries at once of one-hot"),
+    }
     args = parse(__doc__, rounds=1, **sizes)
     ways = {way: partial(prepare, way) for way in ("one-hot", "llm2clip")}
     runs, memory = alternate_processes(ways, args, args.rounds)

@@ -1,12 +1,14 @@
-"""Stage 1 and embedding captions against sentence-transformers, with the same LLM in the same dtype.
+"""Stage 1 and embedding captions against sentence-transformers, with the same LLM in the same
+dtype.
 
     OMP_NUM_THREADS=1 python -m benchmarks.sentence_transformers [--llm PATH] --batch 32 --micro 8
 
-Stage 1: CachedMultipleNegativesRankingLoss in both directions on a mean-pooled causal LLM with LoRA, and the step of
-``llm2clip finetune-llm``. Both tokenize in the step, cache gradients over micro-batches of one size, and begin with
-equal adapters, so that their second losses must agree; memory is that of a step above the model's, in a new process.
-Embedding: both ``encode`` with their defaults, on the distinct short and long English captions of ``--concepts`` emoji
-drawn at random, by the same tokens, mean-pooled as in stage 1 here.
+Stage 1: CachedMultipleNegativesRankingLoss in both directions on a mean-pooled causal LLM with
+LoRA, and the step of ``llm2clip finetune-llm``. Both tokenize in the step, cache gradients over
+micro-batches of one size, and begin with equal adapters, so that their second losses must agree;
+memory is that of a step above the model's, in a new process. Embedding: both ``encode`` with their
+defaults, on the distinct short and long English captions of ``--concepts`` emoji drawn at random,
+by the same tokens, mean-pooled as in stage 1 here.
 """
 
 import random
@@ -27,15 +29,19 @@ from llm2clip_plugin.text.pairs import CaptionStep, Pair, PairTokenizer, caption
 from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
 
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}  # LoraSettings' defaults
+# LoraSettings' defaults
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in the evening rain".split()
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # of the loss; bfloat16 has three digits, and the scale is 50
-CONTRAST, OPTIM = ContrastConfig(mask_same=False), OptimConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
+# of the loss; bfloat16 has three digits, and the scale is 50
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+CONTRAST = ContrastConfig(mask_same=False)
+OPTIM = OptimConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
 
 
 def make_pairs(count: int) -> list[Pair]:
     """Short queries (4 to 12 words) and positives of mixed length, a third of them long."""
-    rng, pairs = random.Random(0), []
+    rng = random.Random(0)
+    pairs = []
     for i in range(count):
         words = [*rng.choices(WORDS, k=rng.randint(4, 12)), str(i)]
         more = rng.choices(WORDS, k=rng.randint(45, 90) if i % 3 == 0 else rng.randint(4, 15))
@@ -53,7 +59,8 @@ def their_model(args: Namespace, *, lora: bool) -> Any:
     torch.manual_seed(0)
     if lora:
         transformer.model = get_peft_model(transformer.model, LoraConfig(**LORA))
-    mean = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")  # its default: the last token
+    # its default: the last token
+    mean = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
     return SentenceTransformer(modules=[transformer, mean])
 
 
@@ -62,12 +69,20 @@ def compare_embedding(args: Namespace) -> None:
     source = open_source(SourceConfig(path="llm2clip_plugin/data/emoji/train-noto.tar"))
     drawn = random.Random(0).sample(range(len(source)), min(args.concepts, len(source)))
     captions = [caption for number in drawn for caption in source.captions(number)[1]]
-    texts = list(dict.fromkeys(c.text for c in captions if c.language == "en" and c.kind in ("short", "long")))
-    encoder = CaptionEncoder(EncoderConfig(llm=args.llm, compute_dtype=args.dtype, attention="causal"))
+    texts = list(
+        dict.fromkeys(
+            c.text for c in captions if c.language == "en" and c.kind in ("short", "long")
+        )
+    )
+    encoder = CaptionEncoder(
+        EncoderConfig(llm=args.llm, compute_dtype=args.dtype, attention="causal")
+    )
     model = their_model(args, lora=False)
     if (rows := encoder.tokenize(texts)) != model.tokenizer(texts)["input_ids"]:
         raise SystemExit("sentence-transformers has other tokens")
-    ways = {"sentence-transformers": lambda: model.encode(texts, convert_to_tensor=True).cpu().float()}
+    ways = {
+        "sentence-transformers": lambda: model.encode(texts, convert_to_tensor=True).cpu().float()
+    }
     runs = alternate(ways | {"llm2clip": lambda: encoder.encode(texts)}, args.rounds)
     cosine = cosine_similarity(*(of_way[-1][1] for of_way in runs.values())).min()
     tokens = sum(map(len, rows)) / len(rows)
@@ -79,15 +94,19 @@ def their_step(args: Namespace) -> Callable[[], float]:
     """sentence-transformers' loss in a bare loop: forward, backward, AdamW."""
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    model, pairs = their_model(args, lora=True).train(), make_pairs(args.batch)
+    model = their_model(args, lora=True).train()
+    pairs = make_pairs(args.batch)
     how: Any = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
-    loss_of = CachedMultipleNegativesRankingLoss(model, scale=CONTRAST.scale, mini_batch_size=args.micro, **how)
+    loss_of = CachedMultipleNegativesRankingLoss(
+        model, scale=CONTRAST.scale, mini_batch_size=args.micro, **how
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(trained, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
     texts = [pair.query for pair in pairs], [pair.positive for pair in pairs]
 
     def step() -> float:
-        tokens = [model.tokenizer(side, padding=True, return_tensors="pt") for side in texts]  # no chat template
+        # no chat template
+        tokens = [model.tokenizer(side, padding=True, return_tensors="pt") for side in texts]
         loss = loss_of([dict(side.to(model.device)) for side in tokens], None)
         loss.backward()
         adam.step()
@@ -101,17 +120,24 @@ def their_step(args: Namespace) -> Callable[[], float]:
 def our_step(args: Namespace) -> Callable[[], float]:
     """The package's step with DeepSpeed's engine, as stage 1 assembles it."""
     start_ranks()
-    reading = EncoderConfig(llm=args.llm, compute_dtype=args.dtype, attention="causal")  # and mean pooling, as theirs
+    # and mean pooling, as theirs
+    reading = EncoderConfig(llm=args.llm, compute_dtype=args.dtype, attention="causal")
     encoder = CaptionEncoder(reading, trainable_adapter=True)
-    config = FinetuneConfig(encoder=encoder.config, lora=LoraSettings(dropout=0.0), contrast=CONTRAST)
+    config = FinetuneConfig(
+        encoder=encoder.config, lora=LoraSettings(dropout=0.0), contrast=CONTRAST
+    )
     module = trained_module(encoder, config)
     sizes = {"train_batch_size": args.batch, "train_micro_batch_size_per_gpu": args.micro}
     ds_config = {**sizes, "zero_optimization": {"stage": 0}, "steps_per_print": 1 << 31}
     groups = [{"params": [p for p in module.parameters() if p.requires_grad]}]
     engine = Engine(module, groups, OPTIM, ds_config, keep_frozen=False)
     train = CaptionStep(engine, caption_terms(CONTRAST), encoder, CONTRAST, seed=0)
-    pairs, tokenize = make_pairs(args.batch), PairTokenizer(encoder.tokenizer, encoder.config)
-    ids = {"caption_hashes": torch.arange(2 * args.batch).view(2, -1), "image_ids": torch.arange(args.batch)}
+    pairs = make_pairs(args.batch)
+    tokenize = PairTokenizer(encoder.tokenizer, encoder.config)
+    ids = {
+        "caption_hashes": torch.arange(2 * args.batch).view(2, -1),
+        "image_ids": torch.arange(args.batch),
+    }
     batch = {**ids, "keys": [pair.key for pair in pairs], "position": args.batch}
 
     def step() -> float:
@@ -129,14 +155,25 @@ def compare_steps(args: Namespace) -> None:
     second, other = (step() for step in steps.values())
     if abs(second - other) > TOLERANCE[args.dtype]:
         raise SystemExit(f"the losses of the second step differ: {second}, {other}")
-    about = f"stage 1, {args.dtype}, {args.batch} in {args.micro}s, losses {second:.6f}, {other:.6f}"
-    print_table(about, alternate(steps, args.rounds), amount=args.batch, unit="pairs", **{"MiB of a step": memory})
+    about = (
+        f"stage 1, {args.dtype}, {args.batch} in {args.micro}s, losses {second:.6f}, {other:.6f}"
+    )
+    print_table(
+        about,
+        alternate(steps, args.rounds),
+        amount=args.batch,
+        unit="pairs",
+        **{"MiB of a step": memory},
+    )
 
 
 if __name__ == "__main__":
     llm = ("quickstart-output/models/gemma-3-270m", "its folder; default: the quickstart's")
     sizes: dict[str, Any] = {"batch": (64, "pairs a step"), "micro": (16, "pairs a micro-batch")}
-    sizes |= {"concepts": (500, "emoji whose captions are embedded"), "part": ("all", "", "all", "stage1", "embed")}
+    sizes |= {
+        "concepts": (500, "emoji whose captions are embedded"),
+        "part": ("all", "", "all", "stage1", "embed"),
+    }
     args = parse(__doc__, llm=llm, **sizes, dtype=("float32", "of the LLM", *TOLERANCE))
     if args.part != "embed":
         compare_steps(args)

@@ -50,10 +50,16 @@ def make_dual(name: str) -> DualEncoder:
 
 def make_batch(size: int) -> dict[str, Any]:
     """Random pixels and embeddings, made once."""
-    generator, numbers = torch.Generator().manual_seed(0), torch.arange(size)
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.arange(size)
     pixels = torch.randint(0, 256, (size, 224, 224, 3), dtype=torch.uint8, generator=generator)
     embeddings = torch.randn(size, TEACHER.width, generator=generator)
-    ids = {"caption_hashes": numbers, "image_ids": numbers, "keys": [*map(str, range(size))], "position": size}
+    ids = {
+        "caption_hashes": numbers,
+        "image_ids": numbers,
+        "keys": [*map(str, range(size))],
+        "position": size,
+    }
     return {"pixels": pixels, "embeddings": embeddings, **ids}
 
 
@@ -63,8 +69,11 @@ def bare_adam(dual: DualEncoder) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
 
 
-def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device, *, bf16: bool) -> Callable[[], float]:
-    normalize, optimizer = Normalize(ImageConfig(), device), bare_adam(dual)
+def bare_step(
+    dual: DualEncoder, batch: dict[str, Any], device: torch.device, *, bf16: bool
+) -> Callable[[], float]:
+    normalize = Normalize(ImageConfig(), device)
+    optimizer = bare_adam(dual)
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -80,39 +89,65 @@ def bare_step(dual: DualEncoder, batch: dict[str, Any], device: torch.device, *,
 
 
 def our_step(
-    dual: DualEncoder, size: int, precision: Precision = "fp32", *, stage: int = 0, world: int = 1, bucket: float = 1.0
+    dual: DualEncoder,
+    size: int,
+    precision: Precision = "fp32",
+    *,
+    stage: int = 0,
+    world: int = 1,
+    bucket: float = 1.0,
 ) -> TowerStep:
     """The training step of this project; bucket: factor of DeepSpeed's reduce_bucket_size."""
     groups = parameter_groups(trained_parameters(dual, OPTIM), OPTIM.weight_decay)
-    train, hidden_size = TrainConfig(global_batch=size * world, precision=precision), dual.tower.config.hidden_size
-    config = complete({"zero_optimization": {"stage": stage}}, train, OPTIM, world=world, hidden_size=hidden_size)
+    train = TrainConfig(global_batch=size * world, precision=precision)
+    hidden_size = dual.tower.config.hidden_size
+    config = complete(
+        {"zero_optimization": {"stage": stage}}, train, OPTIM, world=world, hidden_size=hidden_size
+    )
     zero = config["zero_optimization"]
     zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
-    engine, more = Engine(dual, groups, OPTIM, config), {"seed": 0, "text_noise": False}
-    return TowerStep(engine, weighted_terms(LossConfig()), normalize=Normalize(ImageConfig(), engine.device), **more)
+    engine = Engine(dual, groups, OPTIM, config)
+    more = {"seed": 0, "text_noise": False}
+    return TowerStep(
+        engine,
+        weighted_terms(LossConfig()),
+        normalize=Normalize(ImageConfig(), engine.device),
+        **more,
+    )
 
 
 def write_training_data(folder: Path, count: int) -> dict[str, Tensor]:
-    """A shard of 512-pixel JPEGs with a cache of random embeddings in ``folder``/cache; caption -> embedding."""
+    """A shard of 512-pixel JPEGs with a cache of random embeddings in ``folder``/cache; caption ->
+    embedding."""
     source = open_source(SourceConfig(path=str(write_shard(folder, count))))
     keys, captions = shard_captions(source, source.shards[0])
-    writer, embeddings = CacheWriter(folder / "cache", TEACHER), torch.randn(count, TEACHER.width)
+    writer = CacheWriter(folder / "cache", TEACHER)
+    embeddings = torch.randn(count, TEACHER.width)
     writer.write_shard(source.shards[0].name, keys, caption_rows(captions), embeddings)
     writer.finish()
     return {caption.text: row for (caption,), row in zip(captions, embeddings, strict=True)}
 
 
 if __name__ == "__main__":
-    towers, precision = (["vit-s", "vit-b"], "shapes", *TOWERS), ("fp32", "bf16: under autocast if bare", *TOLERANCE)
+    towers = (["vit-s", "vit-b"], "shapes", *TOWERS)
+    precision = ("fp32", "bf16: under autocast if bare", *TOLERANCE)
     args = parse(__doc__, towers=towers, batch=(8, "images a step"), precision=precision)
     device = start_ranks()
     for name in args.towers:
-        dual, batch = make_dual(name), make_batch(args.batch)
-        bare = bare_step(copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16")
+        dual = make_dual(name)
+        batch = make_batch(args.batch)
+        bare = bare_step(
+            copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16"
+        )
         ours = our_step(dual, args.batch, args.precision)
         ways = {"bare loop": bare, "llm2clip": lambda ours=ours, batch=batch: ours(batch)[0]}
         first = [step() for step in ways.values()]  # before rounding lets the weights drift apart
         if abs(first[0] - first[1]) > TOLERANCE[args.precision]:
             raise SystemExit(f"the first losses differ: {first}")
         runs = alternate(ways, args.rounds)
-        print_table(f"{name}, 224 px, batch {args.batch}, {args.precision}", runs, amount=args.batch, unit="images")
+        print_table(
+            f"{name}, 224 px, batch {args.batch}, {args.precision}",
+            runs,
+            amount=args.batch,
+            unit="images",
+        )

@@ -4,9 +4,10 @@
 
 Each rank has a GPU, or, on a machine with fewer, all run on the CPU.
 
-A narrow tower with the blocks of an L/14 and the paper's layer decay; DeepSpeed's buckets shrink as the tower does.
-Flushes are collectives that start inside of the backward pass. Host reads make the host wait for a GPU; those of the
-optimizer are not counted, whose step counters are on the CPU where there is no GPU.
+A narrow tower with the blocks of an L/14 and the paper's layer decay; DeepSpeed's buckets shrink as
+the tower does. Flushes are collectives that start inside of the backward pass. Host reads make the
+host wait for a GPU; those of the optimizer are not counted, whose step counters are on the CPU
+where there is no GPU.
 """
 
 import argparse
@@ -26,7 +27,9 @@ from llm2clip_plugin.train.distributed import free_port
 from llm2clip_plugin.train.engine import start_ranks
 
 L_PARAMETERS = 3.04e8  # of a ViT-L/14
-BATCH, STEPS = 2, 3  # pairs of a rank; steps before the one that is counted, whose losses are printed, too
+# pairs of a rank; steps before the one that is counted, whose losses are printed, too
+BATCH = 2
+STEPS = 3
 READS = ("aten::_local_scalar_dense", "tolist", "aten::equal")
 HEADS = "ZeRO | optimizer groups | collectives | flushes in backward | host reads | losses"
 
@@ -34,13 +37,17 @@ HEADS = "ZeRO | optimizer groups | collectives | flushes in backward | host read
 def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
     """Count one step of this rank."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.ranks, "LOCAL_SIZE": args.ranks}
-    os.environ.update({k: str(v) for k, v in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        {k: str(v) for k, v in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     start_ranks()
     TOWERS["deep"] = (TOWERS["tiny"][0], args.blocks, *TOWERS["tiny"][2:])
-    Tensor.tolist = record_function("tolist")(Tensor.tolist)  # torch.profiler does not record it on a CPU
+    # torch.profiler does not record it on a CPU
+    Tensor.tolist = record_function("tolist")(Tensor.tolist)
     dual = make_dual("deep")
     shrunk = sum(p.numel() for p in dual.parameters()) / L_PARAMETERS
-    step, batch = our_step(dual, BATCH, args.precision, stage=stage, world=args.ranks, bucket=shrunk), make_batch(BATCH)
+    step = our_step(dual, BATCH, args.precision, stage=stage, world=args.ranks, bucket=shrunk)
+    batch = make_batch(BATCH)
     step.flags = lambda: (False, False, False)  # as many as the loop's
     losses = [step(batch)[0] for _ in range(STEPS)]
     with profile(activities=[ProfilerActivity.CPU]) as trace:
@@ -48,16 +55,25 @@ def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
         assert step.engine.grad_norm is not None  # the loop reports it
     if rank == 0:
         found = Counter(kinds(trace.events()))
-        counts = [stage, len(step.engine.groups), *(found[kind] for kind in ("collective", "flush", "read"))]
-        print(f"| {' | '.join(map(str, counts))} | {', '.join(f'{loss:.6f}' for loss in losses)} |", flush=True)
+        counts = [
+            stage,
+            len(step.engine.groups),
+            *(found[kind] for kind in ("collective", "flush", "read")),
+        ]
+        print(
+            f"| {' | '.join(map(str, counts))} | {', '.join(f'{loss:.6f}' for loss in losses)} |",
+            flush=True,
+        )
 
 
 def kinds(events: Any) -> Iterator[str]:
     """What each event is: collective, flush, read."""
     for event in events:
-        above, parent = "", event.cpu_parent
+        above = ""
+        parent = event.cpu_parent
         while parent is not None:
-            above, parent = f"{above} {parent.name}", parent.cpu_parent
+            above = f"{above} {parent.name}"
+            parent = parent.cpu_parent
         if event.name.startswith("c10d::"):
             yield "collective"
             if "autograd::engine" in above:
@@ -67,7 +83,8 @@ def kinds(events: Any) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    stages, precision = ([1, 2], "of ZeRO", 0, 1, 2, 3), ("bf16", "of the step", "fp32", "bf16")
+    stages = ([1, 2], "of ZeRO", 0, 1, 2, 3)
+    precision = ("bf16", "of the step", "fp32", "bf16")
     counts = {"blocks": (24, "of the tower"), "ranks": (2, "processes")}
     args = parse(__doc__, rounds=0, stages=stages, precision=precision, **counts)
     if torch.cuda.device_count() < args.ranks:

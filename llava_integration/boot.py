@@ -1,17 +1,20 @@
 """Start-up hook: completes modules of LLaVA as Python executes them.
 
-Right after four of them, so that LLaVA, or a fork under another name with a ``model/multimodal_encoder/builder.py``,
-knows our towers (``hook``). Before or after others, so that LLaVA 1.5 runs on today's libraries (``compat``).
+Right after four of them, so that LLaVA, or a fork under another name with a
+``model/multimodal_encoder/builder.py``, knows our towers (``hook``). Before or after others, so
+that LLaVA 1.5 runs on today's libraries (``compat``).
 
-``llm2clip_llava.pth`` in site-packages puts a six-line watcher on ``sys.meta_path`` of every Python process of the
-environment, which imports this module with the first ``llava.model.*`` or ``*.model.*_arch`` module. Nothing here may
-raise: ``llava.model`` swallows import errors, and the user would see "cannot import name LlavaLlamaForCausalLM"; a
-completion of ``compat`` that fails ends the import with an error that names its file. ``LLM2CLIP_LLAVA_HOOK=0``
-disables the towers, ``LLM2CLIP_LLAVA_COMPAT=0`` the rest.
+``llm2clip_llava.pth`` in site-packages puts a six-line watcher on ``sys.meta_path`` of every Python
+process of the environment, which imports this module with the first ``llava.model.*`` or
+``*.model.*_arch`` module. Nothing here may raise: ``llava.model`` swallows import errors, and the
+user would see "cannot import name LlavaLlamaForCausalLM"; a completion of ``compat`` that fails
+ends the import with an error that names its file. ``LLM2CLIP_LLAVA_HOOK=0`` disables the towers,
+``LLM2CLIP_LLAVA_COMPAT=0`` the rest.
 
-Where ``.pth`` files are not read (``pip install --target``, ``python -S``, zip imports), ``python -m
-llava_integration.boot MODULE_OR_SCRIPT ...`` runs a module or script with the hook, as ``python -m`` or ``python
-SCRIPT`` would; with DeepSpeed's launcher ``deepspeed --module llava_integration.boot llava.train.train ...``.
+Where ``.pth`` files are not read (``pip install --target``, ``python -S``, zip imports), ``python
+-m llava_integration.boot MODULE_OR_SCRIPT ...`` runs a module or script with the hook, as ``python
+-m`` or ``python SCRIPT`` would; with DeepSpeed's launcher ``deepspeed --module
+llava_integration.boot llava.train.train ...``.
 """
 
 import functools
@@ -33,10 +36,13 @@ class LLM2CLIPWatcher:
 
 
 def find_spec(name, path=None, target=None):
-    """For a module that is completed: the spec of the other finders, with a loader that completes it; else None."""
+    """For a module that is completed: the spec of the other finders, with a loader that completes
+    it; else None."""
     if not any(isinstance(finder, LLM2CLIPWatcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, LLM2CLIPWatcher())  # that of the .pth file asks for few modules
-    if not knows_towers(name, path) and (not name.startswith("llava.") or name not in completed_by_compat()):
+    if not knows_towers(name, path) and (
+        not name.startswith("llava.") or name not in completed_by_compat()
+    ):
         return None
     for finder in sys.meta_path:
         find = None if type(finder).__name__ == WATCHER else getattr(finder, "find_spec", None)
@@ -51,7 +57,8 @@ def find_spec(name, path=None, target=None):
 
 
 def knows_towers(name, path=None):
-    """Whether `hook` completes a module: LLaVA's, or one of a fork, whose ``path`` is its package's ``__path__``."""
+    """Whether `hook` completes a module: LLaVA's, or one of a fork, whose ``path`` is its package's
+    ``__path__``."""
     if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
         return False
     package, _, part = name.rpartition(MODELS)
@@ -61,7 +68,8 @@ def knows_towers(name, path=None):
         return True
     folders = path or getattr(sys.modules.get(f"{package}.model"), "__path__", ())
     return (part == "builder" or part.endswith("_arch")) and any(
-        os.path.isfile(os.path.join(folder, "multimodal_encoder", "builder.py")) for folder in folders
+        os.path.isfile(os.path.join(folder, "multimodal_encoder", "builder.py"))
+        for folder in folders
     )
 
 
@@ -73,7 +81,8 @@ def completed_by_compat():
 
 @functools.cache
 def compat():
-    """`llava_integration.compat.runner`; None, with a line on stderr, if it or a file of its folder is broken."""
+    """`llava_integration.compat.runner`; None, with a line on stderr, if it or a file of its folder
+    is broken."""
     try:
         from llava_integration.compat import runner
 
@@ -101,7 +110,8 @@ def watch(spec):
 
 
 def complete(module):
-    """Make a module of LLaVA that has been executed know our towers; an error is printed, not raised."""
+    """Make a module of LLaVA that has been executed know our towers; an error is printed, not
+    raised."""
     if not knows_towers(module.__name__):
         return
     try:
@@ -123,11 +133,14 @@ def watching():
 
 
 def install():
-    """Activate the hook where the ``.pth`` file was not read, and complete LLaVA's modules that are loaded already."""
+    """Activate the hook where the ``.pth`` file was not read, and complete LLaVA's modules that are
+    loaded already."""
     if not watching():
         sys.meta_path.insert(0, LLM2CLIPWatcher())
     runner = compat()
-    for name in sorted(name for name in sys.modules if knows_towers(name) or name in completed_by_compat()):
+    for name in sorted(
+        name for name in sys.modules if knows_towers(name) or name in completed_by_compat()
+    ):
         if runner:
             runner.run(sys.modules[name], "before")
             runner.run(sys.modules[name], "after")
@@ -136,12 +149,14 @@ def install():
 
 def main(argv):
     """Run ``argv[0]``, a module's name or a script's path, with the rest as its arguments."""
-    ranks = [word for word in argv[:1] if word.startswith(("--local_rank=", "--local-rank="))]  # DeepSpeed's launcher
+    # DeepSpeed's launcher
+    ranks = [word for word in argv[:1] if word.startswith(("--local_rank=", "--local-rank="))]
     words = argv[len(ranks) :]
     if not words or words[0].startswith("-"):
         raise SystemExit("usage: python -m llava_integration.boot MODULE_OR_SCRIPT ...")
     install()
-    target, sys.argv[1:] = words[0], [*ranks, *words[1:]]
+    target = words[0]
+    sys.argv[1:] = [*ranks, *words[1:]]
     if target.endswith(".py") or os.path.sep in target:
         sys.argv[0] = target
         sys.path[0] = os.path.dirname(os.path.abspath(target))  # as `python SCRIPT` does

@@ -1,7 +1,9 @@
-"""What LLaVA makes of a checkpoint's folder, its name and its files, and of the options of a training; no torch.
+"""What LLaVA makes of a checkpoint's folder, its name and its files, and of the options of a
+training; no torch.
 
-LLaVA decides by words in the folder's name how to load it: one without "llava" is a language model without images, one
-without "lora" a projector, one with "mpt" or "mistral" a model of that kind. All is checked before anything is loaded.
+LLaVA decides by words in the folder's name how to load it: one without "llava" is a language model
+without images, one without "lora" a projector, one with "mpt" or "mistral" a model of that kind.
+All is checked before anything is loaded.
 """
 
 import hashlib
@@ -16,25 +18,30 @@ from llm2clip_plugin.vision.directory import read_json
 
 HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 CONFIG = "config.json"
-WORD, LORA, OTHERS = "llava", "lora", ("mpt", "mistral")
+WORD = "llava"
+LORA = "lora"
+OTHERS = ("mpt", "mistral")
 FEATURES = ("patch", "cls_patch")
 FIX = "copy the checkpoint again"
 
 
 def checkpoint_config(folder: Path) -> dict[str, Any]:
-    """config.json of a LLaVA checkpoint. Raises FileNotFoundError without one, ContractError for a damaged one."""
+    """config.json of a LLaVA checkpoint. Raises FileNotFoundError without one, ContractError for a
+    damaged one."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} is not a LLaVA checkpoint: no {CONFIG} in it")
     return read_json(folder / CONFIG)
 
 
 def check_checkpoint(path: str, base: str | None = None) -> None:
-    """Compare a checkpoint's name and files with what LLaVA will make of them, given ``base``; Hub ids are left to
-    LLaVA. Raises FileNotFoundError, ValueError or ContractError with the file."""
+    """Compare a checkpoint's name and files with what LLaVA will make of them, given ``base``; Hub
+    ids are left to LLaVA. Raises FileNotFoundError, ValueError or ContractError with the file."""
     refuse_name(path, base=base)
     for option, name in (("--model-path", path), ("--model-base", base)):
         if name and not Path(name).expanduser().is_dir() and not HUB_ID.match(name):
-            raise FileNotFoundError(f"{option} {name} is neither a folder nor a Hub id; expected a LLaVA checkpoint")
+            raise FileNotFoundError(
+                f"{option} {name} is neither a folder nor a Hub id; expected a LLaVA checkpoint"
+            )
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return
@@ -44,7 +51,8 @@ def check_checkpoint(path: str, base: str | None = None) -> None:
 
 
 def model_name(path: str) -> str:
-    """The name that LLaVA's get_model_name_from_path derives from a path: its last part, with that above checkpoint-N.
+    """The name that LLaVA's get_model_name_from_path derives from a path: its last part, with that
+    above checkpoint-N.
 
     >>> model_name("runs/llava-7b/checkpoint-100/")
     'llava-7b_checkpoint-100'
@@ -54,8 +62,8 @@ def model_name(path: str) -> str:
 
 
 def refuse_name(path: str, *, base: str | None = None, name: str | None = None) -> None:
-    """Raise ValueError if LLaVA would load its checkpoint at ``path`` as another kind of model than it is.
-    ``base``: the base model that is given with it; ``name``: in place of the folder's."""
+    """Raise ValueError if LLaVA would load its checkpoint at ``path`` as another kind of model than
+    it is. ``base``: the base model that is given with it; ``name``: in place of the folder's."""
     config = config_of(path)
     if "mm_vision_tower" not in config and not str(config.get("model_type")).startswith(WORD):
         return
@@ -67,14 +75,19 @@ def refuse_name(path: str, *, base: str | None = None, name: str | None = None) 
     elif has_lora and base and LORA not in given:
         what = f'without "{LORA}" in its name, given a base model, as a projector'
     elif config.get("model_type") == "llava_llama":
-        what = next((f'with "{word}" in its name as a {word} model' for word in OTHERS if word in given), "")
+        what = next(
+            (f'with "{word}" in its name as a {word} model' for word in OTHERS if word in given), ""
+        )
     if what:
         better = "llava-lora-1" if has_lora else "llava-1"
-        raise ValueError(f"LLaVA loads a folder {what}; {path} is a LLaVA checkpoint: rename it, such as to {better}")
+        raise ValueError(
+            f"LLaVA loads a folder {what}; {path} is a LLaVA checkpoint: rename it, such as to {better}"
+        )
 
 
 def config_of(path: str | Path, name: str = CONFIG) -> dict[str, Any]:
-    """A model's config.json; {} without one, for a Hub id and for a damaged file, which loading will refuse."""
+    """A model's config.json; {} without one, for a Hub id and for a damaged file, which loading
+    will refuse."""
     try:
         config = json.loads((Path(path).expanduser() / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -83,8 +96,10 @@ def config_of(path: str | Path, name: str = CONFIG) -> dict[str, Any]:
 
 
 def sample_sha256(folder: str | Path) -> str:
-    """SHA-256 over a part of a checkpoint's weights: 64 KiB every 16 MiB, from each file's end. A second for 7B."""
-    digest, files = hashlib.sha256(), Path(folder).expanduser()
+    """SHA-256 over a part of a checkpoint's weights: 64 KiB every 16 MiB, from each file's end. A
+    second for 7B."""
+    digest = hashlib.sha256()
+    files = Path(folder).expanduser()
     for path in sorted([*files.glob("*.safetensors"), *files.glob("*.bin")]):
         with path.open("rb") as file:
             for place in range(file.seek(0, 2), 0, -(1 << 24)):
@@ -94,10 +109,13 @@ def sample_sha256(folder: str | Path) -> str:
 
 
 def is_unfrozen(config: Any) -> bool:
-    """Whether the tower is trained, by ``unfreeze_mm_vision_tower`` or LLaVA-NeXT's ``mm_tunable_parts``.
-    ``config``: a model's configuration or arguments, or a dictionary of config.json."""
+    """Whether the tower is trained, by ``unfreeze_mm_vision_tower`` or LLaVA-NeXT's
+    ``mm_tunable_parts``. ``config``: a model's configuration or arguments, or a dictionary of
+    config.json."""
     read = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
-    return bool(read("unfreeze_mm_vision_tower")) or "mm_vision_tower" in (read("mm_tunable_parts") or "").split(",")
+    return bool(read("unfreeze_mm_vision_tower")) or "mm_vision_tower" in (
+        read("mm_tunable_parts") or ""
+    ).split(",")
 
 
 def check_feature(feature: str) -> None:
@@ -107,7 +125,8 @@ def check_feature(feature: str) -> None:
 
 
 def blocks_below(select_layer: int, num_layers: int) -> int:
-    """Blocks below the selected state, ValueError without it: 24 blocks have 25, so layer -2 is that after block 23."""
+    """Blocks below the selected state, ValueError without it: 24 blocks have 25, so layer -2 is
+    that after block 23."""
     states = num_layers + 1
     if not -states <= select_layer < states:
         told = f"a tower of {num_layers} blocks has hidden states {-states} to {states - 1}"

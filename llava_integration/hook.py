@@ -1,6 +1,8 @@
-"""Wrappers of LLaVA's functions, so that LLaVA builds, records and finds the towers of this package.
+"""Wrappers of LLaVA's functions, so that LLaVA builds, records and finds the towers of this
+package.
 
-``boot`` calls `complete` for each module that `boot.knows_towers` names, right after Python has executed it.
+``boot`` calls `complete` for each module that `boot.knows_towers` names, right after Python has
+executed it.
 """
 
 import functools
@@ -40,8 +42,9 @@ def complete(module: ModuleType) -> None:
 
 
 def wrap_function(owner: Any, name: str, function: Function) -> None:
-    """Set ``name`` of ``owner``, a module or class, to ``function``, whose first argument is the original; also in
-    loaded modules of its package that imported the original. A second call does nothing."""
+    """Set ``name`` of ``owner``, a module or class, to ``function``, whose first argument is the
+    original; also in loaded modules of its package that imported the original. A second call does
+    nothing."""
     original = getattr(owner, name)
     if original.__module__ == __name__:
         return
@@ -57,16 +60,23 @@ def wrap_function(owner: Any, name: str, function: Function) -> None:
             setattr(module, name, wrapper)
 
 
-def build_vision_tower(original: Function, vision_tower_cfg: Any, *arguments: Any, **options: Any) -> Any:
-    """The tower of this package that a configuration, or LLaVA's arguments, name; others are left to ``original``."""
+def build_vision_tower(
+    original: Function, vision_tower_cfg: Any, *arguments: Any, **options: Any
+) -> Any:
+    """The tower of this package that a configuration, or LLaVA's arguments, name; others are left
+    to ``original``."""
     from llava_integration.tower import LLM2CLIPVisionTower, MultiscaleVisionTower
 
-    name: Any = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
+    name: Any = getattr(
+        vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None)
+    )
     if not towers.is_ours(name):
         return original(vision_tower_cfg, *arguments, **options)
     settings_from_environment(vision_tower_cfg)
     location = towers.find_tower(name, vision_tower_cfg)
-    tower_class = MultiscaleVisionTower if getattr(vision_tower_cfg, "s2", False) else LLM2CLIPVisionTower
+    tower_class = (
+        MultiscaleVisionTower if getattr(vision_tower_cfg, "s2", False) else LLM2CLIPVisionTower
+    )
     tower = tower_class(name, location, vision_tower_cfg, delay_load=True)
     check_projector(name, tower.hidden_size, vision_tower_cfg)
     if not options.get("delay_load"):
@@ -75,8 +85,9 @@ def build_vision_tower(original: Function, vision_tower_cfg: Any, *arguments: An
 
 
 def check_projector(name: str, hidden_size: int, config: Any) -> None:
-    """Raise ContractError, with both widths, for a projector trained for another width; LLaVA's own error is bare.
-    The width is ``mm_hidden_size``, and that of the weights in ``pretrain_mm_mlp_adapter``."""
+    """Raise ContractError, with both widths, for a projector trained for another width; LLaVA's own
+    error is bare. The width is ``mm_hidden_size``, and that of the weights in
+    ``pretrain_mm_mlp_adapter``."""
     import torch
 
     expected = {}
@@ -92,28 +103,38 @@ def check_projector(name: str, hidden_size: int, config: Any) -> None:
         if width != hidden_size:
             told = f"the projector of {where} expects features of width {width}"
             fix = "use the tower that it was trained with, or pretrain a projector for this one"
-            raise ContractError(f"{told}, but the tower {name!r} has hidden_size {hidden_size}; {fix}")
+            raise ContractError(
+                f"{told}, but the tower {name!r} has hidden_size {hidden_size}; {fix}"
+            )
 
 
 def settings_from_environment(config: Any) -> None:
     """Set OWN_OPTIONS from the environment for a new model; a checkpoint's config.json has them.
-    ``LLM2CLIP_S2_SCALES=336,672`` and ``LLM2CLIP_UNFREEZE_TOWER=1``; both are saved to the checkpoint's config.json."""
+    ``LLM2CLIP_S2_SCALES=336,672`` and ``LLM2CLIP_UNFREEZE_TOWER=1``; both are saved to the
+    checkpoint's config.json."""
     if hasattr(config, "mm_vision_tower"):
         return
     if scales := os.environ.get("LLM2CLIP_S2_SCALES"):
-        config.s2, config.s2_scales = True, scales
+        config.s2 = True
+        config.s2_scales = scales
     if unfreezes(config):
         config.unfreeze_mm_vision_tower = True
 
 
 def unfreezes(config: Any) -> bool:
-    """Whether ``LLM2CLIP_UNFREEZE_TOWER`` is 1; never in pretraining, which saves the projector alone."""
-    return os.environ.get("LLM2CLIP_UNFREEZE_TOWER") == "1" and not getattr(config, "tune_mm_mlp_adapter", False)
+    """Whether ``LLM2CLIP_UNFREEZE_TOWER`` is 1; never in pretraining, which saves the projector
+    alone."""
+    return os.environ.get("LLM2CLIP_UNFREEZE_TOWER") == "1" and not getattr(
+        config, "tune_mm_mlp_adapter", False
+    )
 
 
-def initialize_vision_modules(original: Function, self: Any, model_args: Any, *arguments: Any, **options: Any) -> None:
+def initialize_vision_modules(
+    original: Function, self: Any, model_args: Any, *arguments: Any, **options: Any
+) -> None:
     """Write the tower's record and OWN_OPTIONS into the model's configuration."""
-    name: Any = getattr(model_args, "vision_tower", None)  # a fork may have towers of other names alone
+    # a fork may have towers of other names alone
+    name: Any = getattr(model_args, "vision_tower", None)
     previous_tower = self.get_vision_tower() if hasattr(self, "get_vision_tower") else None
     refuse_another_tower(previous_tower, name)
     if not towers.is_ours(name):
@@ -121,7 +142,8 @@ def initialize_vision_modules(original: Function, self: Any, model_args: Any, *a
     for option in OWN_OPTIONS:  # from the base model's config.json
         if previous_tower is None and hasattr(self.config, option):
             setattr(model_args, option, getattr(self.config, option))
-    if previous_tower is not None and unfreezes(model_args):  # that of a LLaVA which is trained further
+    # that of a LLaVA which is trained further
+    if previous_tower is not None and unfreezes(model_args):
         previous_tower.unfrozen = model_args.unfreeze_mm_vision_tower = True
         previous_tower.requires_grad_()
     original(self, model_args, *arguments, **options)
@@ -136,7 +158,8 @@ def initialize_vision_modules(original: Function, self: Any, model_args: Any, *a
 
 
 def refuse_another_tower(tower: Any, name: Any) -> None:
-    """Raise ContractError if the model has another tower, with which LLaVA would train, and write the new name."""
+    """Raise ContractError if the model has another tower, with which LLaVA would train, and write
+    the new name."""
     previous = getattr(tower, "vision_tower_name", None)
     if tower is None or previous == name:
         return
@@ -144,14 +167,19 @@ def refuse_another_tower(tower: Any, name: Any) -> None:
     if not any(ours) or (all(ours) and towers.locate(name).sha256 == tower.location.sha256):
         return
     told = f"the model already has the vision tower {previous!r}, which LLaVA would use despite --vision_tower {name}"
-    raise ContractError(f"{told}; pass that tower, or start from a language model without mm_vision_tower")
+    raise ContractError(
+        f"{told}; pass that tower, or start from a language model without mm_vision_tower"
+    )
 
 
-def load_pretrained_model(original: Function, model_path: str, *arguments: Any, **options: Any) -> Any:
-    """Refuse a name by which LLaVA would load another kind of model, and make the checkpoint's path known to
-    ``towers`` during loading, for the tower bundled in the checkpoint."""
+def load_pretrained_model(
+    original: Function, model_path: str, *arguments: Any, **options: Any
+) -> Any:
+    """Refuse a name by which LLaVA would load another kind of model, and make the checkpoint's path
+    known to ``towers`` during loading, for the tower bundled in the checkpoint."""
     given = dict(zip(("base", "name"), arguments, strict=False))
-    base, name = options.get("model_base", given.get("base")), options.get("model_name", given.get("name"))
+    base = options.get("model_base", given.get("base"))
+    name = options.get("model_name", given.get("name"))
     if towers.is_ours(config_of(model_path).get("mm_vision_tower")):
         refuse_name(model_path, base=base, name=name)
     with towers.loading(model_path):

@@ -1,8 +1,10 @@
-"""``python -m llava_integration.preflight``: what would stop one of LLaVA's training stages, before its ranks start.
+"""``python -m llava_integration.preflight``: what would stop one of LLaVA's training stages, before
+its ranks start.
 
-``scripts/llava/*.sh`` run it first. It prints every problem in a line of its own and returns 2; without any, it prints
-what the scripts need to know of the environment, a line each: LLaVA's folder, the training program, the number of
-GPUs, a free port, options by which DeepSpeed's launcher is quiet.
+``scripts/llava/*.sh`` run it first. It prints every problem in a line of its own and returns 2;
+without any, it prints what the scripts need to know of the environment, a line each: LLaVA's
+folder, the training program, the number of GPUs, a free port, options by which DeepSpeed's launcher
+is quiet.
 """
 
 import argparse
@@ -18,7 +20,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava_integration import towers
-from llava_integration.checkpoints import HUB_ID, LORA, OTHERS, WORD, blocks_below, check_feature, config_of, model_name
+from llava_integration.checkpoints import (
+    HUB_ID,
+    LORA,
+    OTHERS,
+    WORD,
+    blocks_below,
+    check_feature,
+    config_of,
+    model_name,
+)
 from llava_integration.hook import check_projector
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
@@ -29,19 +40,27 @@ TRAINED = ("llama", "mistral", "llava", "llava_llama", "llava_mistral")  # types
 
 
 def main(argv: list[str]) -> int:
-    """Print the problems, or the environment; the exit status. After -- come options for LLaVA, which win."""
-    parser = argparse.ArgumentParser(prog="python -m llava_integration.preflight", description=__doc__)
+    """Print the problems, or the environment; the exit status. After -- come options for LLaVA,
+    which win."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_integration.preflight", description=__doc__
+    )
     parser.add_argument("stage", choices=STAGES)
     for name in ("model", "tower", "output", "data", "image-folder"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--projector", default=None)
     end = argv.index("--") if "--" in argv else len(argv)
-    options, llava = parser.parse_args(argv[:end]), llava_options(argv[end + 1 :])
+    options = parser.parse_args(argv[:end])
+    llava = llava_options(argv[end + 1 :])
     problems = [
         *check_model(options.model),
         *check_output(options.stage, options.output),
         *check_data(options.stage, Path(options.data), Path(options.image_folder)),
-        *check_tower(llava.vision_tower or options.tower, llava.pretrain_mm_mlp_adapter or options.projector, llava),
+        *check_tower(
+            llava.vision_tower or options.tower,
+            llava.pretrain_mm_mlp_adapter or options.projector,
+            llava,
+        ),
     ]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -69,7 +88,8 @@ def environment() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("", 0))
         yield str(probe.getsockname()[1])
-    launcher = Path(_folder_of("deepspeed"), "launcher", "runner.py")  # else it prints ten lines of its own
+    # else it prints ten lines of its own
+    launcher = Path(_folder_of("deepspeed"), "launcher", "runner.py")
     quiet = launcher.is_file() and "--log_level" in launcher.read_text(encoding="utf-8")
     yield "--log_level warning" if quiet else ""
 
@@ -81,7 +101,8 @@ def _folder_of(package: str) -> str:
 
 
 def check_model(model: str) -> Iterator[str]:
-    """The language model is a folder that LLaVA's training can read, or a name of the Hub, which is not contacted."""
+    """The language model is a folder that LLaVA's training can read, or a name of the Hub, which is
+    not contacted."""
     path = Path(model)
     if MPT in model:
         yield f"--model {model}: LLaVA takes a path with {MPT!r} for an MPT, which it cannot train; rename the folder"
@@ -96,14 +117,21 @@ def check_language(path: Path) -> Iterator[str]:
     kind = config_of(path).get("model_type")
     if kind not in TRAINED:
         yield f"--model {path}: model_type is {kind!r}, which LLaVA would read as a Llama; expected llama or mistral"
-    tokens = [config_of(path, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    if any(tokens) and not (path / "tokenizer.model").is_file() and not any(one.get("unk_token") for one in tokens):
+    tokens = [
+        config_of(path, name) for name in ("tokenizer_config.json", "special_tokens_map.json")
+    ]
+    if (
+        any(tokens)
+        and not (path / "tokenizer.model").is_file()
+        and not any(one.get("unk_token") for one in tokens)
+    ):
         yield f"--model {path}: no unk_token, with which LLaVA pads batches; set one in its tokenizer_config.json"
 
 
 def check_output(stage: str, output: str) -> Iterator[str]:
     """The folder's name is one by which LLaVA will load what it holds; see ``refuse_name``."""
-    path, name = Path(output), model_name(output)
+    path = Path(output)
+    name = model_name(output)
     if path.exists() and not path.is_dir():
         yield f"--output {output} is a file; expected a folder"
     elif stage == "pretrain":  # its projector is loaded by path
@@ -130,7 +158,8 @@ def check_data(stage: str, data: Path, images: Path) -> Iterator[str]:
     try:
         found = samples = json.loads(data.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        found, samples = error, None
+        found = error
+        samples = None
     if not isinstance(samples, list) or not samples:
         yield f"DATA {data}: expected LLaVA's JSON, a list of samples; found {str(found)[:80]}"
         return
@@ -158,19 +187,25 @@ def sample_problem(stage: str, sample: Any) -> str:
         return "pretraining needs an image and two turns, <image> in the first, the caption in the second"
     speakers = [speaker for speaker, _ in turns]
     speakers = speakers[1:] if speakers[:1] == ["gpt"] else speakers  # as LLaVA skips it
-    if not speakers or any(speaker != ("human", "gpt")[turn % 2] for turn, speaker in enumerate(speakers)):
+    if not speakers or any(
+        speaker != ("human", "gpt")[turn % 2] for turn, speaker in enumerate(speakers)
+    ):
         return f"the turns are from {', '.join(map(str, speakers[:6])) or 'nobody'}; expected human and gpt in turn"
     return ""
 
 
 def check_tower(tower: str, projector: str | None, llava: argparse.Namespace) -> Iterator[str]:
-    """The tower exists, has the state that LLaVA's options select and the weights of its card; the projector fits."""
+    """The tower exists, has the state that LLaVA's options select and the weights of its card; the
+    projector fits."""
     if projector is not None and not os.path.isfile(projector):
         yield f"--projector {projector} does not exist; expected the mm_projector.bin of pretrain.sh"
         projector = None
     if not towers.is_ours(tower):
-        known = tower.startswith(LLAVAS_TOWERS) or "ShareGPT4V" in tower  # as LLaVA's own builder accepts them
-        if not os.path.isfile(os.path.join(tower, "config.json")) and (os.path.isdir(tower) or not known):
+        # as LLaVA's own builder accepts them
+        known = tower.startswith(LLAVAS_TOWERS) or "ShareGPT4V" in tower
+        if not os.path.isfile(os.path.join(tower, "config.json")) and (
+            os.path.isdir(tower) or not known
+        ):
             expected = "llm2clip, llm2clip:PATH_OR_HUB_ID, a folder with config.json, or a name as openai/clip-..."
             yield f"--tower {tower}: LLaVA knows no such vision tower; expected {expected}"
         return

@@ -1,4 +1,5 @@
-"""The vision towers that LLaVA can be given: what a name means, which are registered, which one a checkpoint has.
+"""The vision towers that LLaVA can be given: what a name means, which are registered, which one a
+checkpoint has.
 
 | name                        | tower                                                     |
 |-----------------------------|-----------------------------------------------------------|
@@ -8,8 +9,9 @@
 | ``llm2clip:ORG/NAME[@REV]`` | a tower directory on the Hugging Face Hub                 |
 | ``PATH``                    | a tower directory, given as a plain path                  |
 
-LLaVA records only the name, which can come to mean another tower: a checkpoint's config.json also records the hash, and
-only that tower is loaded. The registry is ``towers.json`` in ``$LLM2CLIP_HOME``, else in ``~/.config/llm2clip``.
+LLaVA records only the name, which can come to mean another tower: a checkpoint's config.json also
+records the hash, and only that tower is loaded. The registry is ``towers.json`` in
+``$LLM2CLIP_HOME``, else in ``~/.config/llm2clip``.
 """
 
 from __future__ import annotations
@@ -55,12 +57,17 @@ class TowerLocation:
 
     @classmethod
     def of(cls, directory: Path, *, how: str, origin: str = "") -> TowerLocation:
-        """Read the card of ``directory``, ContractError without one; ``origin`` defaults to its absolute path."""
+        """Read the card of ``directory``, ContractError without one; ``origin`` defaults to its
+        absolute path."""
         if not (directory / TowerCard.FILE).is_file():
             fix = f"create one with `llm2clip export RUN` or `{command('import', directory, '--output', 'DIR')}`"
-            raise ContractError(f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); {fix}")
+            raise ContractError(
+                f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); {fix}"
+            )
         card = TowerCard.read(directory / TowerCard.FILE)
-        return cls(directory=directory, card=card, origin=origin or str(directory.resolve()), how=how)
+        return cls(
+            directory=directory, card=card, origin=origin or str(directory.resolve()), how=how
+        )
 
     @property
     def sha256(self) -> str:
@@ -68,7 +75,8 @@ class TowerLocation:
         return self.card.weights_sha256
 
     def check_weights(self) -> None:
-        """Compare the tower's files with their hashes; raises ContractError with both if one was changed."""
+        """Compare the tower's files with their hashes; raises ContractError with both if one was
+        changed."""
         check_card(self.directory, adapter=False)
 
     def describe(self) -> str:
@@ -86,22 +94,26 @@ class TowerLocation:
 
 @dataclass(frozen=True, kw_only=True)
 class Registry(VersionedRecord):
-    """The contents of ``towers.json``: the towers that the user registered by name, and the selected one."""
+    """The contents of ``towers.json``: the towers that the user registered by name, and the
+    selected one."""
 
     KIND: ClassVar[str] = "llm2clip-towers"
     FILE: ClassVar[str] = "towers.json"
 
     chosen: str = ""  # key of towers; "" before the first `llm2clip use`
-    towers: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> {"spec", "weights_sha256"}
+    # name -> {"spec", "weights_sha256"}
+    towers: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def check_values(self, *, where: str) -> None:
-        """Raise ContractError for an entry without its fields, names that lead to each other, an unknown selection."""
+        """Raise ContractError for an entry without its fields, names that lead to each other, an
+        unknown selection."""
         fix = "correct the file, or delete it and run `llm2clip use TOWER` again"
         for name, entry in self.towers.items():
             if {*entry} != {"spec", "weights_sha256"} or not entry["spec"].strip():
                 told = f"towers.{name} has {sorted(entry)}, expected a spec (path or Hub id) and weights_sha256"
                 raise ContractError(f"{where}: {told}; {fix}")
-            seen, spec = {name}, entry["spec"]
+            seen = {name}
+            spec = entry["spec"]
             while spec in self.towers and spec != self.towers[spec].get("spec"):
                 if spec in seen:
                     raise ContractError(f"{where}: towers.{name} leads back to itself; {fix}")
@@ -109,18 +121,28 @@ class Registry(VersionedRecord):
                 spec = self.towers[spec].get("spec", "")
         if self.chosen and self.chosen not in self.towers:
             known = ", ".join(sorted(self.towers)) or "none"
-            raise ContractError(f"{where}: chosen is {self.chosen!r}, which is not one of its towers ({known}); {fix}")
+            raise ContractError(
+                f"{where}: chosen is {self.chosen!r}, which is not one of its towers ({known}); {fix}"
+            )
 
     def summary(self) -> str:
         """The registered towers in one line, for error messages."""
-        listed = ", ".join(f"{name} ({entry['spec']})" for name, entry in sorted(self.towers.items()))
-        return f"registered towers: {listed}" if listed else f"no towers are registered in {registry_file()}"
+        listed = ", ".join(
+            f"{name} ({entry['spec']})" for name, entry in sorted(self.towers.items())
+        )
+        return (
+            f"registered towers: {listed}"
+            if listed
+            else f"no towers are registered in {registry_file()}"
+        )
 
 
 def registry_file() -> Path:
     """Path of the registry; the file need not exist."""
     config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(os.environ.get("LLM2CLIP_HOME") or f"{config}/llm2clip").expanduser() / Registry.FILE
+    return (
+        Path(os.environ.get("LLM2CLIP_HOME") or f"{config}/llm2clip").expanduser() / Registry.FILE
+    )
 
 
 def registry() -> Registry:
@@ -130,13 +152,16 @@ def registry() -> Registry:
 
 
 def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
-    """Register a tower (``spec``: absolute path or Hub id), select it and return its name.
-    Without ``name`` it keeps the one that it has, or gets the last part of ``spec``, with a number if that is taken."""
+    """Register a tower (``spec``: absolute path or Hub id), select it and return its name. Without
+    ``name`` it keeps the one that it has, or gets the last part of ``spec``, with a number if that
+    is taken."""
     known = registry()
     stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
     names = [stem, *(f"{stem}-{number}" for number in range(2, len(known.towers) + 2))]
     free = [name for name in names if name not in known.towers]
-    name = name or next((name for name, entry in known.towers.items() if entry["spec"] == spec), free[0])
+    name = name or next(
+        (name for name, entry in known.towers.items() if entry["spec"] == spec), free[0]
+    )
     towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
     replace(known, chosen=name, towers=towers).write(registry_file())
     return name
@@ -146,16 +171,20 @@ def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
 
 
 def is_ours(name: object) -> bool:
-    """Whether ``--vision_tower name`` is a tower of this package: ``llm2clip``, ``llm2clip:...`` or a tower directory.
-    Never matches a substring: ``my-llm2clip`` is left to LLaVA."""
+    """Whether ``--vision_tower name`` is a tower of this package: ``llm2clip``, ``llm2clip:...`` or
+    a tower directory. Never matches a substring: ``my-llm2clip`` is left to LLaVA."""
     if not isinstance(name, str):
         return False
-    return name == NAME or name.startswith(f"{NAME}:") or os.path.isfile(os.path.join(name, TowerCard.FILE))
+    return (
+        name == NAME
+        or name.startswith(f"{NAME}:")
+        or os.path.isfile(os.path.join(name, TowerCard.FILE))
+    )
 
 
 def locate(name: str) -> TowerLocation:
-    """The tower that ``name`` (see the table above) means now.
-    Raises TowerNotFoundError if there is none, ContractError if what it names is not a tower directory."""
+    """The tower that ``name`` (see the table above) means now. Raises TowerNotFoundError if there
+    is none, ContractError if what it names is not a tower directory."""
     if name.startswith(f"{NAME}:"):
         return locate_spec(name[len(NAME) + 1 :], how=f"--vision_tower {name}")
     if name != NAME:
@@ -166,7 +195,9 @@ def locate(name: str) -> TowerLocation:
     if known.chosen:
         return locate_spec(known.towers[known.chosen]["spec"], how=f"`llm2clip use {known.chosen}`")
     ways = f"run `llm2clip use TOWER`, set LLM2CLIP_TOWER=TOWER, or pass --vision_tower {NAME}:TOWER (path or Hub id)"
-    raise TowerNotFoundError(f"--vision_tower {NAME}: no tower is selected; {ways}; {known.summary()}")
+    raise TowerNotFoundError(
+        f"--vision_tower {NAME}: no tower is selected; {ways}; {known.summary()}"
+    )
 
 
 def locate_spec(spec: str, *, how: str) -> TowerLocation:
@@ -179,15 +210,20 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
         return locate_spec(known.towers[spec]["spec"], how=f"{how} (registered as {spec!r})")
     if HUB_ID.match(spec):
         repository, _, revision = spec.partition("@")
-        return TowerLocation.of(download(repository, HUB_FILES, revision or None), how=how, origin=spec)
-    raise TowerNotFoundError(f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {known.summary()}")
+        return TowerLocation.of(
+            download(repository, HUB_FILES, revision or None), how=how, origin=spec
+        )
+    raise TowerNotFoundError(
+        f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {known.summary()}"
+    )
 
 
 def download(repository: str, patterns: list[str], revision: str | None = None) -> Path:
     """Files of a Hub repository; raises TowerNotFoundError."""
     try:
         return hub_snapshot(repository, revision=revision, patterns=patterns)
-    except (OSError, ValueError) as error:  # the client's errors for network, cache, permissions and names
+    except (OSError, ValueError) as error:
+        # the client's errors for network, cache, permissions and names
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         told = f"no directory {repository!r}, and downloading it from the Hub failed ({reason})"
         raise TowerNotFoundError(
@@ -197,8 +233,8 @@ def download(repository: str, patterns: list[str], revision: str | None = None) 
 
 # Which tower a checkpoint was trained with
 
-# The path or Hub id given to load_pretrained_model. A LoRA or projector checkpoint needs it: the configuration that
-# reaches the tower has the base model's path.
+# The path or Hub id given to load_pretrained_model. A LoRA or projector checkpoint needs it: the
+# configuration that reaches the tower has the base model's path.
 checkpoint_being_loaded: ContextVar[str] = ContextVar("checkpoint_being_loaded", default="")
 
 
@@ -230,10 +266,12 @@ def tower_record(location: TowerLocation, name: str, hidden_size: int) -> dict[s
 
 
 def find_tower(name: str, config: Any) -> TowerLocation:
-    """The tower of a model, by the hash in ``config`` (LLaVA's configuration or model arguments), else by ``name``.
+    """The tower of a model, by the hash in ``config`` (LLaVA's configuration or model arguments),
+    else by ``name``.
 
-    Searches the name, the checkpoint's ``vision_tower`` folder, the recorded origin and the registry, in this order.
-    Raises ContractError with both hashes if only other towers are found, TowerNotFoundError if none is.
+    Searches the name, the checkpoint's ``vision_tower`` folder, the recorded origin and the
+    registry, in this order. Raises ContractError with both hashes if only other towers are found,
+    TowerNotFoundError if none is.
     """
     record = getattr(config, KEY, None)
     checkpoint = checkpoint_of(config) or "the checkpoint"
@@ -245,14 +283,24 @@ def find_tower(name: str, config: Any) -> TowerLocation:
                 raise
             return TowerLocation.of(Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}")
     with errors_about(f"{KEY} in config.json of {checkpoint}", fix="copy the checkpoint again"):
-        wanted, origin = str(record["weights_sha256"]), str(record["origin"])
-    places: list[tuple[str, Callable[[], TowerLocation]]] = [(f"by name, {name!r}", lambda: locate(name))]
+        wanted = str(record["weights_sha256"])
+        origin = str(record["origin"])
+    places: list[tuple[str, Callable[[], TowerLocation]]] = [
+        (f"by name, {name!r}", lambda: locate(name))
+    ]
     if folder := checkpoint_of(config):
         places.append((f"in {folder}/{BUNDLE}", lambda: locate_bundled(folder, origin)))
     if origin != name.partition(":")[2]:
         places.append((f"at its origin, {origin}", lambda: locate_spec(origin, how="origin")))
-    same = [(known, e["spec"]) for known, e in sorted(registry().towers.items()) if e["weights_sha256"] == wanted]
-    places += [(f"registered as {known!r}", partial(locate_spec, spec, how="registry")) for known, spec in same]
+    same = [
+        (known, e["spec"])
+        for known, e in sorted(registry().towers.items())
+        if e["weights_sha256"] == wanted
+    ]
+    places += [
+        (f"registered as {known!r}", partial(locate_spec, spec, how="registry"))
+        for known, spec in same
+    ]
     searched: list[str] = []
     problem: type[Exception] = TowerNotFoundError
     for where, find in places:
@@ -263,11 +311,15 @@ def find_tower(name: str, config: Any) -> TowerLocation:
             continue
         if location.sha256 == wanted:
             if searched:
-                print(f"llm2clip: loading the vision tower {name!r} from {location.directory} ({where})")
+                print(
+                    f"llm2clip: loading the vision tower {name!r} from {location.directory} ({where})"
+                )
             return location
         problem = ContractError  # another tower is not loaded in its place
         searched.append(f"\n  - {where}: {location.directory} has sha256 {location.sha256}")
-    about = f"sha256 {wanted} (origin {origin}, {record.get('family')}, {record.get('image_size')} px)"
+    about = (
+        f"sha256 {wanted} (origin {origin}, {record.get('family')}, {record.get('image_size')} px)"
+    )
     told = f"{checkpoint} was trained with the tower {about}; refusing to load a different tower"
     again = f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
     fix = f"Copy that tower to this machine and run `llm2clip use PATH`, or run {again}"
@@ -275,19 +327,23 @@ def find_tower(name: str, config: Any) -> TowerLocation:
 
 
 def record_tower(folder: str | os.PathLike[str], config: Any) -> None:
-    """Write what config.json records of the tower into a checkpoint that has none: PEFT saves the adapter alone."""
+    """Write what config.json records of the tower into a checkpoint that has none: PEFT saves the
+    adapter alone."""
     record = getattr(config, KEY, None)
     if record and not (Path(folder) / CONFIG).is_file():
         write_text(Path(folder) / RECORD, json.dumps({KEY: record}, indent=2) + "\n")
 
 
 def refuse_other_checkpoints(output: str, config: Any) -> None:
-    """Raise ContractError if LLaVA would resume in ``output`` what was trained with another tower, under its name."""
+    """Raise ContractError if LLaVA would resume in ``output`` what was trained with another tower,
+    under its name."""
     now = (getattr(config, KEY, None) or {}).get("weights_sha256")
     for folder in Path(output).glob("checkpoint-*"):
         record = config_of(folder).get(KEY) or config_of(folder, RECORD).get(KEY)
         if now and not record and not (folder / CONFIG).is_file():
-            print(f"note: {folder} does not record its vision tower; it was not compared with --vision_tower")
+            print(
+                f"note: {folder} does not record its vision tower; it was not compared with --vision_tower"
+            )
         if (was := (record or {}).get("weights_sha256", now)) != now:
             problem = f"{folder} was trained with the vision tower sha256 {was}, --vision_tower is now sha256 {now}"
             raise ContractError(f"{problem}; pass that tower, or choose another --output_dir")
@@ -344,8 +400,10 @@ def main_towers(argv: list[str]) -> int:
     TOWERS.parse(argv)
     known = registry()
     for name, entry in sorted(known.towers.items()):
-        spec, told = entry["spec"], f"on the Hub as {entry['spec']}, sha256 {entry['weights_sha256'][:12]}"
-        if Path(spec).is_dir() or not HUB_ID.match(spec):  # those of the Hub are not downloaded for it
+        spec = entry["spec"]
+        told = f"on the Hub as {entry['spec']}, sha256 {entry['weights_sha256'][:12]}"
+        # those of the Hub are not downloaded for it
+        if Path(spec).is_dir() or not HUB_ID.match(spec):
             try:
                 told = locate_spec(spec, how=name).describe()
             except (FileNotFoundError, ContractError) as error:
@@ -357,30 +415,39 @@ def main_towers(argv: list[str]) -> int:
 
 
 def bundle(checkpoint: Path, *, tower: str = "") -> Path:
-    """Copy the checkpoint's tower, or ``tower`` (path, registered name or Hub id), to ``CHECKPOINT/vision_tower``.
+    """Copy the checkpoint's tower, or ``tower`` (path, registered name or Hub id), to
+    ``CHECKPOINT/vision_tower``.
 
-    Raises ContractError if the checkpoint was trained with another, FileExistsError if another is bundled already.
+    Raises ContractError if the checkpoint was trained with another, FileExistsError if another is
+    bundled already.
     """
     config = checkpoint_config(checkpoint)
     name = str(config.get("mm_vision_tower"))
     if not is_ours(name):
-        raise ContractError(f"{checkpoint} has the vision tower {name!r}; only a tower of this package is bundled")
+        raise ContractError(
+            f"{checkpoint} has the vision tower {name!r}; only a tower of this package is bundled"
+        )
     location = locate_tower(checkpoint, name, config, tower)
     target = checkpoint / BUNDLE
-    if (target / TowerCard.FILE).is_file() and TowerLocation.of(target, how="bundled").sha256 == location.sha256:
+    if (target / TowerCard.FILE).is_file() and TowerLocation.of(
+        target, how="bundled"
+    ).sha256 == location.sha256:
         check_card(target, adapter=False)
         return target
     fix = f"it holds no bundled tower of {location.sha256[:12]}: move it, and bundle again"
     with atomic_directory(target, fix=fix) as temporary:
-        for source in [path for name in BUNDLED_FILES for path in sorted(location.directory.glob(name))]:
+        for source in [
+            path for name in BUNDLED_FILES for path in sorted(location.directory.glob(name))
+        ]:
             shutil.copyfile(source, temporary / source.name)
         replace(location, directory=temporary).check_weights()
     return target
 
 
 def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str) -> TowerLocation:
-    """The tower at ``tower``, or else the one that loading the checkpoint finds.
-    Raises ContractError with both hashes if ``tower`` is not the one that the checkpoint was trained with."""
+    """The tower at ``tower``, or else the one that loading the checkpoint finds. Raises
+    ContractError with both hashes if ``tower`` is not the one that the checkpoint was trained with.
+    """
     if not tower:
         return find_tower(name, SimpleNamespace(**{**config, "_name_or_path": str(checkpoint)}))
     location = locate_spec(tower, how=f"--tower {tower}")
@@ -396,7 +463,8 @@ class BundleConfig:
     """Checkpoints that get their tower."""
 
     checkpoints: tuple[Path, ...]  # folders with config.json
-    tower: str = ""  # path, registered name or Hub id of the tower, if the checkpoint cannot find it
+    # path, registered name or Hub id of the tower, if the checkpoint cannot find it
+    tower: str = ""
 
 
 LLAVA_BUNDLE = Command(

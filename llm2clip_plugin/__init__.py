@@ -9,7 +9,8 @@ Nothing heavy is imported until one of the names below is used.
 
 from importlib import import_module
 
-TYPE_CHECKING = False  # type checkers know the name; importing typing would be a quarter of the time of `--help`
+# type checkers know the name; importing typing would be a quarter of the time of `--help`
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from llm2clip_plugin.text.teacher import load_dual_encoder
     from llm2clip_plugin.vision.towers import load_tower
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 __version__ = "0.3.0"
 __all__ = ["__version__", "load_dual_encoder", "load_tower"]
 
-_HOMES = {"load_tower": "llm2clip_plugin.vision.towers", "load_dual_encoder": "llm2clip_plugin.text.teacher"}
+_HOMES = {
+    "load_tower": "llm2clip_plugin.vision.towers",
+    "load_dual_encoder": "llm2clip_plugin.text.teacher",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -1,13 +1,13 @@
 """Bootstrap over clusters: the one interval of ``llm2clip evaluate`` and ``llm2clip compare``.
 
-Several captions of one image, or several questions about it, are right or wrong together; drawing them one by one
-makes the interval too narrow. So clusters are drawn with replacement, and a statistic is a function of the sums
-over the drawn items (a ratio: clusters may differ in size).
+Several captions of one image, or several questions about it, are right or wrong together; drawing
+them one by one makes the interval too narrow. So clusters are drawn with replacement, and a
+statistic is a function of the sums over the drawn items (a ratio: clusters may differ in size).
 
 Shapes: N items, C clusters, K sums, R resamples.
 
-Sources: Davison and Hinkley, Bootstrap Methods and their Application (1997), sections 3.8 and 5.3; the percentiles are
-those of Hesterberg (2015), The American Statistician 69, "expanded percentile".
+Sources: Davison and Hinkley, Bootstrap Methods and their Application (1997), sections 3.8 and 5.3;
+the percentiles are those of Hesterberg (2015), The American Statistician 69, "expanded percentile".
 """
 
 import math
@@ -20,7 +20,8 @@ import numpy as np
 
 BLOCK = 1 << 22  # weights made at once: 32 MiB
 NORMAL = NormalDist()
-T_NODES = 100  # of the quadrature of Student's density; the error is below 1e-12 for whole degrees of freedom
+# of the quadrature of Student's density; the error is below 1e-12 for whole degrees of freedom
+T_NODES = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,28 +46,38 @@ def bootstrap_mean(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Interval of the mean of ``values``; ``clusters`` names each value's cluster (None: every value is its own).
+    """Interval of the mean of ``values``; ``clusters`` names each value's cluster (None: every
+    value is its own).
 
-    Raises ValueError for no values, or another number of ``clusters``. With one cluster low and high are NaN.
+    Raises ValueError for no values, or another number of ``clusters``. With one cluster low and
+    high are NaN.
     """
     value_N = np.asarray(values, dtype=np.float64)
     if value_N.ndim != 1 or not len(value_N):
         raise ValueError(f"a bootstrap needs a list of values, got shape {value_N.shape}")
     if clusters is not None and len(clusters) != len(value_N):
         raise ValueError(f"{len(clusters)} clusters for {len(value_N)} values")
-    code_N, count = cluster_codes(clusters) if clusters is not None else (np.arange(len(value_N)), len(value_N))
+    code_N, count = (
+        cluster_codes(clusters) if clusters is not None else (np.arange(len(value_N)), len(value_N))
+    )
     sums_C2 = cluster_sums(np.stack([value_N, np.ones(len(value_N))], axis=1), code_N, count)
     mean = float(value_N.mean())
     if count < 2:
         return Interval(mean=mean, low=math.nan, high=math.nan, clusters=count, level=level)
     one_stratum_C = np.zeros(count, dtype=int)
-    totals = [weight_RC @ sums_C2 for weight_RC in resample(one_stratum_C, resamples, np.random.default_rng(seed))]
-    low, high = percentile_interval(np.concatenate([t[:, 0] / t[:, 1] for t in totals]), count, count - 1, level)
+    totals = [
+        weight_RC @ sums_C2
+        for weight_RC in resample(one_stratum_C, resamples, np.random.default_rng(seed))
+    ]
+    low, high = percentile_interval(
+        np.concatenate([t[:, 0] / t[:, 1] for t in totals]), count, count - 1, level
+    )
     return Interval(mean=mean, low=low, high=high, clusters=count, level=level)
 
 
 def cluster_codes(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
-    """(N,) cluster numbers and how many there are; numbered by name, so that the items' order does not matter."""
+    """(N,) cluster numbers and how many there are; numbered by name, so that the items' order does
+    not matter."""
     number = {name: place for place, name in enumerate(sorted(set(clusters), key=str))}
     return np.array([number[name] for name in clusters], dtype=np.int64), len(number)
 
@@ -78,8 +89,11 @@ def cluster_sums(sums_NK: np.ndarray, code_N: np.ndarray, count: int) -> np.ndar
     return total_CK
 
 
-def resample(stratum_C: np.ndarray, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Blocks (r, C) of weights: how often each cluster is drawn; clusters are drawn within their stratum."""
+def resample(
+    stratum_C: np.ndarray, resamples: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Blocks (r, C) of weights: how often each cluster is drawn; clusters are drawn within their
+    stratum."""
     members = [np.flatnonzero(stratum_C == stratum) for stratum in np.unique(stratum_C)]
     done = 0
     while done < resamples:
@@ -88,16 +102,20 @@ def resample(stratum_C: np.ndarray, resamples: int, rng: np.random.Generator) ->
         for member in members:
             drawn = rng.integers(0, len(member), size=(rows, len(member)))
             drawn += np.arange(rows)[:, None] * len(member)
-            weight_RC[:, member] = np.bincount(drawn.ravel(), minlength=rows * len(member)).reshape(rows, -1)
+            weight_RC[:, member] = np.bincount(drawn.ravel(), minlength=rows * len(member)).reshape(
+                rows, -1
+            )
         yield weight_RC
         done += rows
 
 
-def percentile_interval(draw_R: np.ndarray, clusters: int, freedom: int, level: float) -> tuple[float, float]:
+def percentile_interval(
+    draw_R: np.ndarray, clusters: int, freedom: int, level: float
+) -> tuple[float, float]:
     """Interval of resampled values: their percentiles, at levels that make up for few clusters.
 
-    Percentiles alone are too narrow by sqrt((n - 1) / n) and by the normal quantile in place of Student's; the expanded
-    level has both. ``freedom``: clusters less strata.
+    Percentiles alone are too narrow by sqrt((n - 1) / n) and by the normal quantile in place of
+    Student's; the expanded level has both. ``freedom``: clusters less strata.
     """
     tail = NORMAL.cdf(-expansion(clusters, freedom) * t_quantile(0.5 + level / 2, freedom))
     low, high = np.quantile(draw_R, [tail, 1 - tail])
@@ -105,12 +123,14 @@ def percentile_interval(draw_R: np.ndarray, clusters: int, freedom: int, level: 
 
 
 def expansion(clusters: int, freedom: int) -> float:
-    """sqrt(n / (n - strata)): what the standard deviation of resampled values lacks; 1 for a single cluster."""
+    """sqrt(n / (n - strata)): what the standard deviation of resampled values lacks; 1 for a single
+    cluster."""
     return math.sqrt(clusters / freedom) if clusters > 1 else 1.0
 
 
-# Student's t with f degrees of freedom. SciPy has it, but would be half of the base install. With t = sqrt(f) tan(a)
-# the density over the angle a is proportional to cos(a) ** (f - 1): smooth, and on a bounded interval.
+# Student's t with f degrees of freedom. SciPy has it, but would be half of the base install. With t
+# = sqrt(f) tan(a) the density over the angle a is proportional to cos(a) ** (f - 1): smooth, and on
+# a bounded interval.
 
 
 @lru_cache(maxsize=4096)
@@ -118,7 +138,8 @@ def t_quantile(level: float, freedom: float) -> float:
     """Student's quantile; the normal one above 2000 degrees of freedom."""
     if freedom > 2000:
         return NORMAL.inv_cdf(level)
-    low, high = -math.pi / 2, math.pi / 2
+    low = -math.pi / 2
+    high = math.pi / 2
     for _ in range(60):  # bisection down to the last bit
         middle = (low + high) / 2
         if probability_below(middle, freedom) < level:

@@ -1,9 +1,11 @@
-"""The numbers that options take: what lies outside is a mistake, and is refused before any work starts."""
+"""The numbers that options take: what lies outside is a mistake, and is refused before any work
+starts."""
 
 import os
 from typing import Any
 
-LARGEST = 10**12  # of a number without bounds of its own: a trillion of anything is a slip of the keyboard
+# of a number without bounds of its own: a trillion of anything is a slip of the keyboard
+LARGEST = 10**12
 INT64 = 2**63 - 1
 COUNT = 2**31 - 1
 GIB = 2**30
@@ -11,7 +13,8 @@ PER_CORE = 4  # worker processes for each core: more only wait for each other
 ALWAYS = 8  # worker processes that any machine may be asked for
 WORKER_BYTES = GIB // 4  # that a worker process needs at least
 
-# Last part of a field -> lowest and highest value. What a command refuses in more detail, its settings say.
+# Last part of a field -> lowest and highest value. What a command refuses in more detail, its
+# settings say.
 BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, INT64),
     "num_train_epochs": (0, 1e6),
@@ -56,10 +59,13 @@ def check_number(option: str, field: str, value: Any) -> None:
     low, high = BOUNDS.get(name, (-LARGEST, LARGEST))
     where = ""
     if name in PROCESSES:
-        low, high = 0, most_processes()
+        low = 0
+        high = most_processes()
         where = f" on this machine, with {cores()} cores and {memory() / GIB:.1f} GiB of memory"
     if not low <= value <= high:
-        raise ValueError(f"{option} {value} is out of range; expected {_shown(low)} to {_shown(high)}{where}")
+        raise ValueError(
+            f"{option} {value} is out of range; expected {_shown(low)} to {_shown(high)}{where}"
+        )
 
 
 def _shown(bound: float) -> str:
@@ -67,7 +73,8 @@ def _shown(bound: float) -> str:
 
 
 def most_processes() -> int:
-    """Worker processes that this machine can run: more would take its memory, and with it the machine."""
+    """Worker processes that this machine can run: more would take its memory, and with it the
+    machine."""
     return max(ALWAYS, min(PER_CORE * cores(), memory() // WORKER_BYTES))
 
 

@@ -1,9 +1,10 @@
 """The ``llm2clip`` command: a table of commands, each imported when it is called.
 
-The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or None`` in a module of its
-own. ValueError (wrong input) and OSError (files, permissions, disk space, connections) end as one ``error:`` line and
-exit status 2; console.py lists all statuses. What is raised on every rank alike (a non-finite loss, ranks that
-disagree) is printed by rank 0 alone, the loss of another rank by each that is left.
+The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or
+None`` in a module of its own. ValueError (wrong input) and OSError (files, permissions, disk space,
+connections) end as one ``error:`` line and exit status 2; console.py lists all statuses. What is
+raised on every rank alike (a non-finite loss, ranks that disagree) is printed by rank 0 alone, the
+loss of another rank by each that is left.
 """
 
 import atexit
@@ -13,7 +14,13 @@ import sys
 import traceback
 
 from llm2clip_plugin import console
-from llm2clip_plugin.console import FINAL_STATUSES, FirstRankError, SameOnAllRanksError, StoppedError, lost_rank
+from llm2clip_plugin.console import (
+    FINAL_STATUSES,
+    FirstRankError,
+    SameOnAllRanksError,
+    StoppedError,
+    lost_rank,
+)
 from llm2clip_plugin.installation import MissingExtraError, extra_of, missing_message, require
 from llm2clip_plugin.processes import protect_children
 
@@ -29,34 +36,87 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     "data make": ("data.make:main", "write WebDataset tars from a folder of pictures or a table"),
     "data check": ("data.check:main", "read a data set once; report its contents and problems"),
     "data split": ("data.make:main_split", "hold out a part of a data set for validation"),
-    "finetune-llm": ("stages.llm:main", "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)"),
-    "export-llm": ("stages.export:main_llm", "export a fine-tuned LLM: its adapter merged into the weights"),
+    "finetune-llm": (
+        "stages.llm:main",
+        "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)",
+    ),
+    "export-llm": (
+        "stages.export:main_llm",
+        "export a fine-tuned LLM: its adapter merged into the weights",
+    ),
     "embed": ("stages.embed:main", "stage 1.5: cache the caption embeddings of the teacher LLM"),
     "train-tower": ("stages.tower:main", "stage 2: train a vision tower against the cache"),
-    "status": ("status:main", "where a run or cache stands: progress, scores, checkpoints, how to resume"),
+    "status": (
+        "status:main",
+        "where a run or cache stands: progress, scores, checkpoints, how to resume",
+    ),
     "evaluate": ("evaluate.commands:main", "measure a tower's image-text retrieval recall"),
-    "evaluate captions": ("evaluate.captions:main", "measure an LLM's caption-to-caption retrieval"),
-    "evaluate zeroshot": ("evaluate.classification:main_zeroshot", "measure a tower's zero-shot classification"),
-    "evaluate probe": ("evaluate.classification:main_probe", "measure a tower's features by kNN and linear probe"),
-    "forecast": ("evaluate.forecast:main", "how well towers are likely to serve an LLM in LLaVA, before training"),
-    "search": ("evaluate.search:main", "find the images that are nearest to a text; a page with pictures"),
-    "export": ("stages.export:main", "export a training run as a tower directory or in another format"),
-    "import": ("vision.convert.importing:main", "convert a vision checkpoint into a tower directory"),
+    "evaluate captions": (
+        "evaluate.captions:main",
+        "measure an LLM's caption-to-caption retrieval",
+    ),
+    "evaluate zeroshot": (
+        "evaluate.classification:main_zeroshot",
+        "measure a tower's zero-shot classification",
+    ),
+    "evaluate probe": (
+        "evaluate.classification:main_probe",
+        "measure a tower's features by kNN and linear probe",
+    ),
+    "forecast": (
+        "evaluate.forecast:main",
+        "how well towers are likely to serve an LLM in LLaVA, before training",
+    ),
+    "search": (
+        "evaluate.search:main",
+        "find the images that are nearest to a text; a page with pictures",
+    ),
+    "export": (
+        "stages.export:main",
+        "export a training run as a tower directory or in another format",
+    ),
+    "import": (
+        "vision.convert.importing:main",
+        "convert a vision checkpoint into a tower directory",
+    ),
     "use": ("llava_integration.towers:main_use", "choose the tower for --vision_tower llm2clip"),
     "towers": ("llava_integration.towers:main_towers", "list known towers: location, hash, sizes"),
     "llava data": ("data.make:main_llava_data", "write a data set as LLaVA's pretraining reads it"),
-    "llava evaluate": ("llava_integration.answer.command:main", "answer a question file with LLaVA, in batches"),
-    "compare": ("llava_integration.compare.command:main", "compare score files: paired statistics and a report"),
-    "bench-mllm": ("llava_integration.benchmarks.bench:main", "evaluate LLaVA on each benchmark that is found"),
-    "score": ("llava_integration.benchmarks.bench:main_score", "score answers with a benchmark's official rule"),
-    "llava bundle": ("llava_integration.towers:main_bundle", "copy the tower into a LLaVA checkpoint"),
-    "llava export": ("llava_integration.serve.export:main", "convert a LLaVA checkpoint to a Hugging Face model"),
-    "vlm build": ("llava_integration.serve.vlm:main", "build a vision-language model to train: any tower, any LLM"),
+    "llava evaluate": (
+        "llava_integration.answer.command:main",
+        "answer a question file with LLaVA, in batches",
+    ),
+    "compare": (
+        "llava_integration.compare.command:main",
+        "compare score files: paired statistics and a report",
+    ),
+    "bench-mllm": (
+        "llava_integration.benchmarks.bench:main",
+        "evaluate LLaVA on each benchmark that is found",
+    ),
+    "score": (
+        "llava_integration.benchmarks.bench:main_score",
+        "score answers with a benchmark's official rule",
+    ),
+    "llava bundle": (
+        "llava_integration.towers:main_bundle",
+        "copy the tower into a LLaVA checkpoint",
+    ),
+    "llava export": (
+        "llava_integration.serve.export:main",
+        "convert a LLaVA checkpoint to a Hugging Face model",
+    ),
+    "vlm build": (
+        "llava_integration.serve.vlm:main",
+        "build a vision-language model to train: any tower, any LLM",
+    ),
 }
 
-# Where a command declares its options, an options.Command: COMMAND next to the function, or elsewhere. These modules
-# import no torch, and neither --help nor a misspelled option needs more.
-OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, (place, _) in COMMANDS.items()} | {
+# Where a command declares its options, an options.Command: COMMAND next to the function, or
+# elsewhere. These modules import no torch, and neither --help nor a misspelled option needs more.
+OPTIONS: dict[str, str] = {
+    name: f"{place.partition(':')[0]}:COMMAND" for name, (place, _) in COMMANDS.items()
+} | {
     "run": "stages.settings:RUN",
     "data split": "data.make:SPLIT",
     "llava data": "data.make:LLAVA_DATA",
@@ -81,8 +141,8 @@ OPTIONS: dict[str, str] = {name: f"{place.partition(':')[0]}:COMMAND" for name, 
     "vlm build": "llava_integration.serve:VLM",
 }
 
-# What a command needs besides the base install: an extra of pyproject.toml. The others run without torch, or need
-# more for some of their options alone (`llava evaluate` without --endpoint).
+# What a command needs besides the base install: an extra of pyproject.toml. The others run without
+# torch, or need more for some of their options alone (`llava evaluate` without --endpoint).
 EXTRAS: dict[str, str] = {
     "run": "train",
     "finetune-llm": "train",
@@ -115,7 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     words = [word for word in words if not word.startswith("--local_rank=")]
     if garbled := next((word for word in words if not is_utf8(word)), ""):
         fix = "rename the file, or set the terminal's encoding, such as LC_ALL=C.UTF-8"
-        print(f"error: {os.fsencode(garbled)!r} on the command line is not UTF-8; {fix}", file=sys.stderr)
+        print(
+            f"error: {os.fsencode(garbled)!r} on the command line is not UTF-8; {fix}",
+            file=sys.stderr,
+        )
         return 2
     if not words or words[0] in (*HELP, "help"):
         print(usage())
@@ -141,7 +204,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def is_utf8(word: str) -> bool:
-    """Whether a word of the command line was text: Python turns other bytes into surrogates, which no record holds."""
+    """Whether a word of the command line was text: Python turns other bytes into surrogates, which
+    no record holds."""
     try:
         word.encode()
     except UnicodeEncodeError:
@@ -156,9 +220,10 @@ def command() -> "NoReturn":
 
 
 def leave(status: int) -> "NoReturn":
-    """``sys.exit``; but one of several ranks runs its exit handlers and ends without the interpreter's shutdown, of
-    which one in ten aborts: DeepSpeed keeps the destroyed group, and so Gloo's threads, alive. After an error no exit
-    handlers run: destroying a group waits for collectives that other ranks may never join."""
+    """``sys.exit``; but one of several ranks runs its exit handlers and ends without the
+    interpreter's shutdown, of which one in ten aborts: DeepSpeed keeps the destroyed group, and so
+    Gloo's threads, alive. After an error no exit handlers run: destroying a group waits for
+    collectives that other ranks may never join."""
     console.end_children()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
@@ -171,8 +236,9 @@ def leave(status: int) -> "NoReturn":
 
 def run(name: str, argv: list[str]) -> int:
     """Import and run one command of the table; returns its exit status."""
-    # Both are read when torch is imported. Threads that spin while they wait take the cores from every other program,
-    # and are several times slower beside one; so are ranks that each use all cores.
+    # Both are read when torch is imported. Threads that spin while they wait take the cores from
+    # every other program, and are several times slower beside one; so are ranks that each use all
+    # cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -197,7 +263,8 @@ def run(name: str, argv: list[str]) -> int:
             return status
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        traceback.print_exception(error)  # one of several ranks must not wait in the interpreter's shutdown
+        # one of several ranks must not wait in the interpreter's shutdown
+        traceback.print_exception(error)
         return 1
 
 
@@ -205,16 +272,20 @@ def reported(error: Exception) -> int | None:
     """Print an error that a user can act upon; its exit status. None for any other error."""
     from llm2clip_plugin.files import FINAL, printable_lines, tell_job
 
-    text, status, is_final = f"error: {error}", 2, False
+    text = f"error: {error}"
+    status = 2
+    is_final = False
     if isinstance(error, FirstRankError):
         return 2
     if isinstance(error, (ValueError, OSError)):
         is_final = isinstance(error, ValueError)  # an OSError may pass
     elif isinstance(error, SameOnAllRanksError):
         text = f"{error.label}{error}" if os.environ.get("RANK", "0") == "0" else ""
-        status, is_final = error.status, error.status in FINAL_STATUSES
+        status = error.status
+        is_final = error.status in FINAL_STATUSES
     elif isinstance(error, RuntimeError) and (message := lost_rank(error)):
-        text, status = f"error: {message}", 1
+        text = f"error: {message}"
+        status = 1
     elif isinstance(error, MissingExtraError):
         is_final = True
     elif isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(OURS):
@@ -238,7 +309,8 @@ def missing_package(module: str) -> str:
 
 
 def read_options(name: str, argv: list[str]) -> None:
-    """Print --help and exit, or refuse an unknown option or a wrong path, before anything large is imported."""
+    """Print --help and exit, or refuse an unknown option or a wrong path, before anything large is
+    imported."""
     from llm2clip_plugin.options import check_paths
 
     check_paths(load(OPTIONS[name]), argv)

@@ -1,7 +1,8 @@
-"""What a process shows and how it is ended: the phase that a rank is in, progress bars, silenced libraries, signals,
-pages.
+"""What a process shows and how it is ended: the phase that a rank is in, progress bars, silenced
+libraries, signals, pages.
 
-Libraries are silenced by name and reason, where it applies, and never their errors: none is imported for its silence.
+Libraries are silenced by name and reason, where it applies, and never their errors: none is
+imported for its silence.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Phase(NamedTuple):
 
     name: str
     step: int  # optimizer step, counted from 1; 0 before training
-    number: int  # of phases begun: ranks that wait for each other are in phases of about the same number
+    # of phases begun: ranks that wait for each other are in phases of about the same number
+    number: int
     since: float  # time.monotonic() of its begin, or of its last progress
 
 
@@ -58,8 +60,8 @@ def current() -> Phase:
 
 @contextmanager
 def phase(name: str, *, step: int | None = None) -> Iterator[None]:
-    """Name what the block, or the decorated function, does; every rank must begin the same phases in the same order.
-    An exception leaves the phase as it is: messages say where it was raised."""
+    """Name what the block, or the decorated function, does; every rank must begin the same phases
+    in the same order. An exception leaves the phase as it is: messages say where it was raised."""
     global _now
     before = _now
     _now = Phase(name, before.step if step is None else step, next(_counter), time.monotonic())
@@ -78,7 +80,8 @@ def each_in_phase(name: str, items: Iterator[Value], *, first_step: int) -> Iter
         yield item
 
 
-# Progress bars: tqdm on stderr with rate and time left; where stderr is not a terminal, a line every ten seconds.
+# Progress bars: tqdm on stderr with rate and time left; where stderr is not a terminal, a line
+# every ten seconds.
 
 LINE_EVERY = 10.0  # seconds between lines where stderr is not a terminal
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
@@ -97,13 +100,21 @@ class _Lines:
 
 
 def progress_bar(
-    *, total: int | None, label: str, unit: str, initial: int = 0, show: bool = True, delay: float = LINE_EVERY
+    *,
+    total: int | None,
+    label: str,
+    unit: str,
+    initial: int = 0,
+    show: bool = True,
+    delay: float = LINE_EVERY,
 ) -> tqdm:
-    """A tqdm bar to be moved by ``update(count)`` and closed; it is a context manager. An update is a sign of progress.
+    """A tqdm bar to be moved by ``update(count)`` and closed; it is a context manager. An update is
+    a sign of progress.
 
-    total: units of the whole job, None if unknown. initial: units done before. show: False for a silent bar, as on
-    every rank but one. delay: seconds before the first line where stderr is not a terminal; a job that ends earlier
-    prints none. With 0 the first and the last state are always printed.
+    total: units of the whole job, None if unknown. initial: units done before. show: False for a
+    silent bar, as on every rank but one. delay: seconds before the first line where stderr is not a
+    terminal; a job that ends earlier prints none. With 0 the first and the last state are always
+    printed.
     """
     from tqdm import tqdm
 
@@ -129,8 +140,11 @@ def progress_bar(
     )
 
 
-def track(iterable: Iterable[Value], *, total: int | None, label: str, unit: str, show: bool = True) -> Iterator[Value]:
-    """Yield from ``iterable`` under a bar that counts each item as one ``unit``; arguments as of ``progress_bar``."""
+def track(
+    iterable: Iterable[Value], *, total: int | None, label: str, unit: str, show: bool = True
+) -> Iterator[Value]:
+    """Yield from ``iterable`` under a bar that counts each item as one ``unit``; arguments as of
+    ``progress_bar``."""
     with progress_bar(total=total, label=label, unit=unit, show=show) as bar:
         for item in iterable:
             yield item
@@ -139,11 +153,13 @@ def track(iterable: Iterable[Value], *, total: int | None, label: str, unit: str
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' bars ("Loading weights", "Writing model shards") and warnings.
-    For loading and saving: we compare what was loaded with the file ourselves, and the bars last milliseconds."""
+    """Silence transformers' bars ("Loading weights", "Writing model shards") and warnings. For
+    loading and saving: we compare what was loaded with the file ourselves, and the bars last
+    milliseconds."""
     from transformers.utils import logging as transformers_logging
 
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -156,11 +172,14 @@ def quiet_transformers() -> Iterator[None]:
 
 def quiet_peft() -> None:
     """Silence peft about an attribute that transformers renamed."""
-    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r".*is_gradient_checkpointing.*", category=FutureWarning
+    )
 
 
 def quiet_deepspeed() -> None:
-    """Silence DeepSpeed's informational log and the renamed functions of torch.distributed that it calls."""
+    """Silence DeepSpeed's informational log and the renamed functions of torch.distributed that it
+    calls."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
@@ -171,16 +190,17 @@ def _mute(logger: str, pattern: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silence what nobody can act on: DeepSpeed about a machine without a GPU, bitsandbytes about a kernel of the Hub,
-    torch's DataLoader about more ``--workers`` than cores."""
+    """Silence what nobody can act on: DeepSpeed about a machine without a GPU, bitsandbytes about a
+    kernel of the Hub, torch's DataLoader about more ``--workers`` than cores."""
     _mute("DeepSpeed", "Setting accelerator to CPU")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
 
 
 def quiet_llava_loading() -> None:
-    """Silence transformers about a LLaVA checkpoint's copy of its tower, which LLaVA reads from the tower's own folder.
-    Other weights that are not used, or not there, are still warned of. Bars are for terminals."""
+    """Silence transformers about a LLaVA checkpoint's copy of its tower, which LLaVA reads from the
+    tower's own folder. Other weights that are not used, or not there, are still warned of. Bars are
+    for terminals."""
     if not sys.stderr.isatty():
         from transformers.utils import logging as transformers_logging
 
@@ -190,8 +210,13 @@ def quiet_llava_loading() -> None:
 
 def _is_not_about_the_tower(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    if "LOAD REPORT" in text:  # of transformers 5: a row per name, or per pattern of names, below a head
-        return bool(re.search(r"^(?!Key |model\.vision_tower\.[^|]*\| UNEXPECTED)[^|\n]+\|", text, re.MULTILINE))
+    # of transformers 5: a row per name, or per pattern of names, below a head
+    if "LOAD REPORT" in text:
+        return bool(
+            re.search(
+                r"^(?!Key |model\.vision_tower\.[^|]*\| UNEXPECTED)[^|\n]+\|", text, re.MULTILINE
+            )
+        )
     if "were not used when initializing Llava" not in text:
         return True
     names = re.findall(r"'([^']+)'", text.partition("\n")[0].partition("[")[2])
@@ -199,14 +224,23 @@ def _is_not_about_the_tower(record: logging.LogRecord) -> bool:
 
 
 def quiet_llava() -> None:
-    """Silence what LLaVA's training makes other libraries warn about: old names, memory that a machine without a GPU
-    cannot pin, the LLM's type, a config without vocabulary for saved LoRA weights, DeepSpeed's own accumulation."""
+    """Silence what LLaVA's training makes other libraries warn about: old names, memory that a
+    machine without a GPU cannot pin, the LLM's type, a config without vocabulary for saved LoRA
+    weights, DeepSpeed's own accumulation."""
     quiet_deepspeed()
-    warnings.filterwarnings("ignore", r".*gradient_checkpointing(_enable)?` is deprecated", FutureWarning)
+    warnings.filterwarnings(
+        "ignore", r".*gradient_checkpointing(_enable)?` is deprecated", FutureWarning
+    )
     _mute("accelerate.accelerator", "Gradient accumulation steps mismatch")
-    warnings.filterwarnings("ignore", r"Passing the following arguments to `Accelerator` is deprecated", FutureWarning)
-    warnings.filterwarnings("ignore", r"'pin_memory' argument is set as true but no accelerator is found", UserWarning)
-    warnings.filterwarnings("ignore", r"Could not find a config file in .* vocabulary was not modified", UserWarning)
+    warnings.filterwarnings(
+        "ignore", r"Passing the following arguments to `Accelerator` is deprecated", FutureWarning
+    )
+    warnings.filterwarnings(
+        "ignore", r"'pin_memory' argument is set as true but no accelerator is found", UserWarning
+    )
+    warnings.filterwarnings(
+        "ignore", r"Could not find a config file in .* vocabulary was not modified", UserWarning
+    )
     _mute("transformers.configuration_utils", "to instantiate a model of type `?llava")
 
 
@@ -226,7 +260,11 @@ class Interrupted(KeyboardInterrupt):
 
     def __str__(self) -> str:
         name = signal.Signals(self.status - 128).name
-        return "interrupted" if name == "SIGINT" else f"{name}: ended before there was anything to save"
+        return (
+            "interrupted"
+            if name == "SIGINT"
+            else f"{name}: ended before there was anything to save"
+        )
 
 
 @contextmanager
@@ -236,7 +274,8 @@ def interrupts_end_loading() -> Iterator[None]:
     _loading = True
     if _waiting is None and os.environ.get("WORLD_SIZE", "1") != "1":
         _waiting = threading.Thread(target=_wait, daemon=True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # threads that start from here on block them, too
+        # threads that start from here on block them, too
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         _waiting.start()
     try:
         yield
@@ -250,10 +289,12 @@ def is_loading() -> bool:
 
 
 def loaded() -> None:
-    """From now on a signal is left to the handlers of Python: there is something to save. Called by the main thread."""
+    """From now on a signal is left to the handlers of Python: there is something to save. Called by
+    the main thread."""
     global _waiting, _loading
     _loading = False
-    thread, _waiting = _waiting, None
+    thread = _waiting
+    _waiting = None
     if thread is not None and thread.ident is not None:
         signal.pthread_kill(thread.ident, signal.SIGINT)
         thread.join()
@@ -261,7 +302,8 @@ def loaded() -> None:
 
 
 def attend(words: list[str]) -> int:
-    """Run a program, with the signals that this process gets; its exit status, 128 + N after signal N."""
+    """Run a program, with the signals that this process gets; its exit status, 128 + N after signal
+    N."""
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -280,12 +322,14 @@ def attend(words: list[str]) -> int:
 
 
 def end_children() -> None:
-    """Kill the processes that this one has started with multiprocessing; those of a loader ignore SIGTERM."""
+    """Kill the processes that this one has started with multiprocessing; those of a loader ignore
+    SIGTERM."""
     if "multiprocessing" in sys.modules:
         import multiprocessing
 
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader that is killed
+            # torch's handler raises an error for a loader that is killed
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()
 
@@ -300,9 +344,9 @@ def _wait() -> None:
         os._exit(ended.status)
 
 
-# What ends a run early. Exit statuses: 0 done; 1 failed, a rerun may succeed; 2 wrong input; 3 a non-finite loss or
-# gradient; 75 saved and stopped before the end, to be started again; 129, 130, 143 a signal before there was anything
-# to save.
+# What ends a run early. Exit statuses: 0 done; 1 failed, a rerun may succeed; 2 wrong input; 3 a
+# non-finite loss or gradient; 75 saved and stopped before the end, to be started again; 129, 130,
+# 143 a signal before there was anything to save.
 
 
 class SameOnAllRanksError(RuntimeError):
@@ -313,7 +357,8 @@ class SameOnAllRanksError(RuntimeError):
 
 
 class DisagreementError(SameOnAllRanksError):
-    """The ranks differ in what they must have in common; the message names the values, hosts and ranks."""
+    """The ranks differ in what they must have in common; the message names the values, hosts and
+    ranks."""
 
     status = 2
 
@@ -323,24 +368,31 @@ class RankFailedError(SameOnAllRanksError):
 
 
 class StoppedError(SameOnAllRanksError):
-    """The run has saved and stopped before its end, as a signal requested; the same command resumes it."""
+    """The run has saved and stopped before its end, as a signal requested; the same command resumes
+    it."""
 
-    status = 75  # EX_TEMPFAIL: no error, try again; not 0, or `train-tower && export` would export a part of a run
+    # EX_TEMPFAIL: no error, try again; not 0, or `train-tower && export` would export a part of a
+    # run
+    status = 75
     label = ""
 
 
 class NonFiniteLossError(SameOnAllRanksError):
-    """The loss or the gradient of a batch is not a number, and the weights were not updated; raised on all ranks."""
+    """The loss or the gradient of a batch is not a number, and the weights were not updated; raised
+    on all ranks."""
 
     status = 3  # a rerun would meet the same batch
 
     def __init__(self, what: str, advice: str) -> None:
         """what: names the batch's samples."""
-        super().__init__(f"{what}. The weights were not updated and the last checkpoint is unchanged; {advice}")
+        super().__init__(
+            f"{what}. The weights were not updated and the last checkpoint is unchanged; {advice}"
+        )
         self.what = what
 
 
-FINAL_STATUSES = (DisagreementError.status, NonFiniteLossError.status)  # of errors that a rerun would meet again
+# of errors that a rerun would meet again
+FINAL_STATUSES = (DisagreementError.status, NonFiniteLossError.status)
 
 
 class FirstRankError(ValueError):
@@ -348,9 +400,12 @@ class FirstRankError(ValueError):
 
 
 def lost_rank(error: RuntimeError) -> str:
-    """The message for a collective that failed because another rank is gone; "" for any other error."""
+    """The message for a collective that failed because another rank is gone; "" for any other
+    error."""
     # torch raises a DistError for NCCL and the store, a plain RuntimeError for gloo
-    if "gloo/" not in str(error) and not any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+    if "gloo/" not in str(error) and not any(
+        kind.__name__ == "DistError" for kind in type(error).__mro__
+    ):
         return ""
     if "EADDRINUSE" in str(error):
         return f"port {os.environ.get('MASTER_PORT')} is in use by another process; choose another with --master_port"
@@ -366,8 +421,9 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """True once this rank has been requested to stop: by a signal, or as the `deepspeed` command that started it has
-    ended. (On one node a SIGTERM ends that command without its ranks, which would train on in the background.)"""
+    """True once this rank has been requested to stop: by a signal, or as the `deepspeed` command
+    that started it has ended. (On one node a SIGTERM ends that command without its ranks, which
+    would train on in the background.)"""
 
     def __init__(self) -> None:
         import psutil  # of accelerate's
@@ -397,9 +453,11 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Record the signals of STOPPING and print a notice of the first instead of exiting; a second SIGINT raises
-    KeyboardInterrupt. While the run is loading there is nothing to save, and a signal raises Interrupted."""
-    request, owner = StopRequest(), os.getpid()
+    """Record the signals of STOPPING and print a notice of the first instead of exiting; a second
+    SIGINT raises KeyboardInterrupt. While the run is loading there is nothing to save, and a signal
+    raises Interrupted."""
+    request = StopRequest()
+    owner = os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
         if is_loading() and os.getpid() == owner and number != signal.SIGUSR1:
@@ -408,11 +466,24 @@ def stop_requests() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signals.append(number)
         # loader processes are forked with this handler, and Slurm signals all processes of a step
-        if os.environ.get("RANK", "0") == "0" and os.getpid() == owner and len(request.signals) == 1:
-            name, line = signal.Signals(number).name, "\n" if os.isatty(2) else ""  # below the bar
-            os.write(2, f"{line}{name}: saving and stopping after this step; press Ctrl-C twice to stop now\n".encode())
+        if (
+            os.environ.get("RANK", "0") == "0"
+            and os.getpid() == owner
+            and len(request.signals) == 1
+        ):
+            # below the bar
+            name = signal.Signals(number).name
+            line = "\n" if os.isatty(2) else ""
+            os.write(
+                2,
+                f"{line}{name}: saving and stopping after this step; press Ctrl-C twice to stop now\n".encode(),
+            )
 
-    handled = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP]
+    handled = [
+        number
+        for number in STOPPING
+        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP
+    ]
     previous = {number: signal.signal(number, note) for number in handled}  # nohup ignores SIGHUP
     try:
         yield request
@@ -425,7 +496,8 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def raise_open_files() -> int:
-    """Raise the soft limit of open files to the hard one; processes started from here inherit it. Returns the limit."""
+    """Raise the soft limit of open files to the hard one; processes started from here inherit it.
+    Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
@@ -440,20 +512,23 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
 
 
-# HTML pages from jinja2 templates. jinja2 comes with torch; it is imported for a page. Pictures are small JPEGs as data
-# URIs, so that the page is one file and fetches nothing.
+# HTML pages from jinja2 templates. jinja2 comes with torch; it is imported for a page. Pictures are
+# small JPEGs as data URIs, so that the page is one file and fetches nothing.
 
-SIDE, QUALITY = 256, 70  # pixels of the longer side; of the JPEG
+# pixels of the longer side; of the JPEG
+SIDE = 256
+QUALITY = 70
 
 
 def page_style() -> str:
-    """The CSS that every page of ours starts with: colors, also for dark screens, widths and headings."""
+    """The CSS that every page of ours starts with: colors, also for dark screens, widths and
+    headings."""
     return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def render(template: Path, **values: object) -> str:
-    """The text of a template file: every value is escaped (``markupsafe.Markup`` is not), an unknown name is an error.
-    The template can include and extend the files in its folder."""
+    """The text of a template file: every value is escaped (``markupsafe.Markup`` is not), an
+    unknown name is an error. The template can include and extend the files in its folder."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

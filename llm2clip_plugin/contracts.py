@@ -45,7 +45,8 @@ class DiskFullError(OSError):
 
 @contextmanager
 def naming_full_disk(target: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise DiskFullError for ``target`` if the block fails because its disk is full: safetensors has its own error."""
+    """Raise DiskFullError for ``target`` if the block fails because its disk is full: safetensors
+    has its own error."""
     try:
         yield
     except DiskFullError:
@@ -64,8 +65,9 @@ def size_text(number: float) -> str:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path``; if the block ends without an error, flush it to disk and rename it.
-    Raises DiskFullError, which names ``path``, whatever a library raises on a full disk."""
+    """Yield a temporary sibling of ``path``; if the block ends without an error, flush it to disk
+    and rename it. Raises DiskFullError, which names ``path``, whatever a library raises on a full
+    disk."""
     target = Path(path)
     temporary = _sibling(target)
     with naming_full_disk(target):
@@ -91,11 +93,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 @contextmanager
 def atomic_directory(
-    path: str | os.PathLike[str], *, replace: bool = False, fix: str = "choose another path or pass --overwrite"
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    fix: str = "choose another path or pass --overwrite",
 ) -> Iterator[Path]:
-    """As ``atomic_file``, of a directory, which replaces an old one when it is complete. Raises FileExistsError before
-    any work if ``path`` is a file, or if it is not empty and ``replace`` is false (with ``fix``). A folder that may be
-    the user's is for ``folders.output_folder``."""
+    """As ``atomic_file``, of a directory, which replaces an old one when it is complete. Raises
+    FileExistsError before any work if ``path`` is a file, or if it is not empty and ``replace`` is
+    false (with ``fix``). A folder that may be the user's is for ``folders.output_folder``."""
     target = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{path} is a file, expected a folder; choose another path")
@@ -122,7 +127,8 @@ def atomic_directory(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             if target.exists():
-                shutil.rmtree(old, ignore_errors=True)  # on NFS, a file that is still open keeps its folder
+                # on NFS, a file that is still open keeps its folder
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _sibling(target: Path) -> Path:
@@ -130,8 +136,8 @@ def _sibling(target: Path) -> Path:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on disk.
-    Raises OSError for what the file system reports only now: NFS and quotas do so when a disk is full."""
+    """Wait until a file's content, or a directory's entries, are on disk. Raises OSError for what
+    the file system reports only now: NFS and quotas do so when a disk is full."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -162,8 +168,9 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def sha256_weights(path: str | os.PathLike[str]) -> str:
-    """SHA-256 over the tensors of a safetensors file: name, dtype, shape, bytes, in order of name, so that another
-    version of a library that saves the same weights keeps it. Raises ContractError for another or a truncated file."""
+    """SHA-256 over the tensors of a safetensors file: name, dtype, shape, bytes, in order of name,
+    so that another version of a library that saves the same weights keeps it. Raises ContractError
+    for another or a truncated file."""
     header = read_header(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -182,7 +189,10 @@ def sha256_weights(path: str | os.PathLike[str]) -> str:
 
 def files_sha256(paths: Iterable[Path]) -> str:
     """SHA-256 over files of weights, in this order."""
-    hashes = [sha256_weights(path) if path.suffix == ".safetensors" else sha256_file(path) for path in paths]
+    hashes = [
+        sha256_weights(path) if path.suffix == ".safetensors" else sha256_file(path)
+        for path in paths
+    ]
     return hashes[0] if len(hashes) == 1 else sha256_text(canonical_json(hashes))
 
 
@@ -215,18 +225,22 @@ class VersionedRecord:
             raise ContractError(f"{path} contains a {kind!r}, expected a {cls.KIND!r}")
         if (version := body.pop("format_version", None)) != cls.VERSION:
             told = f"{path} has format version {version}, but this release reads {cls.VERSION}"
-            raise ContractError(f"{told}; create it again with this release, or install the one that wrote it")
+            raise ContractError(
+                f"{told}; create it again with this release, or install the one that wrote it"
+            )
         record = from_plain(cls, body, where=str(path))
         record.check_values(where=str(path))
         return record
 
     def check_values(self, *, where: str) -> None:
-        """Raise ContractError for a value that no reader can use; the types of all fields are right already."""
+        """Raise ContractError for a value that no reader can use; the types of all fields are right
+        already."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerCard(VersionedRecord):
-    """``llm2clip.json`` of a tower directory: what the tower is, how it was made, the hashes of its weights."""
+    """``llm2clip.json`` of a tower directory: what the tower is, how it was made, the hashes of its
+    weights."""
 
     KIND: ClassVar[str] = "llm2clip-tower"
 
@@ -240,9 +254,12 @@ class TowerCard(VersionedRecord):
     weights_sha256: str  # sha256_weights(model.safetensors)
     projection_dim: int = 0  # 0: no projection, the directory contains a tower alone
     adapter_sha256: str = ""  # sha256_weights(text_adapter.safetensors); "" without one
-    dual: dict[str, Any] = field(default_factory=dict)  # DualConfig: pooling, adapter kind, LLM width ...
-    teacher: dict[str, Any] = field(default_factory=dict)  # TeacherIdentity as a dict; {} if never trained
-    training: dict[str, Any] = field(default_factory=dict)  # steps, samples, data, config hash, resized_from
+    # DualConfig: pooling, adapter kind, LLM width ...
+    dual: dict[str, Any] = field(default_factory=dict)
+    # TeacherIdentity as a dict; {} if never trained
+    teacher: dict[str, Any] = field(default_factory=dict)
+    # steps, samples, data, config hash, resized_from
+    training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
 
@@ -254,12 +271,14 @@ class TowerCard(VersionedRecord):
         return (self.image_size // self.patch_size) ** 2
 
 
-PROJECTED = "projected"  # pooling of a CLIP's own text tower: the features that it compares with its images'
+# pooling of a CLIP's own text tower: the features that it compares with its images'
+PROJECTED = "projected"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherIdentity:
-    """Everything that determines the embedding of a caption; caches and towers record its fingerprint."""
+    """Everything that determines the embedding of a caption; caches and towers record its
+    fingerprint."""
 
     llm: str  # path or Hub id, for display; not part of the fingerprint
     revision: str  # Hub commit, or "" for a local folder; not part of the fingerprint
@@ -276,8 +295,10 @@ class TeacherIdentity:
     tokenizer: str = ""  # hash of the tokens of a fixed text
     quantization: str = ""  # "" | nf4
     post: str = ""  # sha256 of the centering or whitening parameters; "" for none
-    adapter: str = ""  # path or Hub id of the adapter, to find it again; not part of the fingerprint
-    # hashes of the LLM's settings and of its tokenizer; "" in a record from before they were part of the fingerprint
+    # path or Hub id of the adapter, to find it again; not part of the fingerprint
+    adapter: str = ""
+    # hashes of the LLM's settings and of its tokenizer; "" in a record from before they were part
+    # of the fingerprint
     config_sha256: str = ""
     tokenizer_sha256: str = ""
 
@@ -343,12 +364,21 @@ class CacheManifest(VersionedRecord):
     width: int
     shards: dict[str, dict[str, Any]]  # shard name -> {"file", "samples", "captions", "truncated"}
     complete: bool = True
-    # fingerprint in shards from before config.json was part of it, which were proven by embedding some captions again
+    # fingerprint in shards from before config.json was part of it, which were proven by embedding
+    # some captions again
     earlier_fingerprint: str = ""
 
     def check_values(self, *, where: str) -> None:
-        """Raise ContractError for a value of a shard's entry of another type; the reader checks which are missing."""
-        kinds = {"file": str, "samples": int, "captions": int, "truncated": int, "rows_sha256": str, "sha256": str}
+        """Raise ContractError for a value of a shard's entry of another type; the reader checks
+        which are missing."""
+        kinds = {
+            "file": str,
+            "samples": int,
+            "captions": int,
+            "truncated": int,
+            "rows_sha256": str,
+            "sha256": str,
+        }
         for name, entry in self.shards.items():
             for key, kind in kinds.items():
                 if key in entry:
@@ -367,7 +397,8 @@ class CacheManifest(VersionedRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedRecord(VersionedRecord):
-    """``embed.json`` of an embedding cache: what the last ``llm2clip embed`` was to embed, for ``llm2clip status``."""
+    """``embed.json`` of an embedding cache: what the last ``llm2clip embed`` was to embed, for
+    ``llm2clip status``."""
 
     KIND: ClassVar[str] = "llm2clip-embed"
     FILE: ClassVar[str] = "embed.json"
@@ -379,13 +410,15 @@ class EmbedRecord(VersionedRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineRecord(VersionedRecord):
-    """``pipeline.json`` of the folder of ``llm2clip run``: its stages, and what each that was started read and made."""
+    """``pipeline.json`` of the folder of ``llm2clip run``: its stages, and what each that was
+    started read and made."""
 
     KIND: ClassVar[str] = "llm2clip-pipeline"
     FILE: ClassVar[str] = "pipeline.json"
 
     order: list[str] = field(default_factory=list)  # names of all stages
-    # of each stage that was started: its command, digests of what it read and made, and whether it is complete
+    # of each stage that was started: its command, digests of what it read and made, and whether it
+    # is complete
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     command: dict[str, Any] = field(default_factory=dict)  # files.started_by
 
@@ -404,10 +437,12 @@ class RunRecord(VersionedRecord):
     samples: int = 0  # image-caption pairs consumed by all ranks together
     finished: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
-    before: dict[str, float] = field(default_factory=dict)  # scores before step 1; {} if none were measured
+    # scores before step 1; {} if none were measured
+    before: dict[str, float] = field(default_factory=dict)
     total_steps: int = 0  # of the whole run; 0: not recorded, or heads alone
     epoch_samples: int = 0  # image-caption pairs of one pass over the data; 0: not recorded
-    command: dict[str, Any] = field(default_factory=dict)  # how it was started last: files.started_by
+    # how it was started last: files.started_by
+    command: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     wandb: str = ""  # id of the run in Weights & Biases
 
@@ -419,28 +454,40 @@ class Metrics:
     step: int = 0  # the last one with a line
     samples: int = 0
     loss: float | None = None
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RATE_LINES))  # of the last steps
+    # of the last steps
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RATE_LINES))
     # images/s of a loader process, and of steps that wait for no data, of the last lines
     loading: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RATE_LINES))
-    scores: dict[int, dict[str, float]] = field(default_factory=dict)  # step -> headline scores; 0: before training
+    # step -> headline scores; 0: before training
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
     ended: dict[str, Any] | None = None  # the event after which no step followed
     save_failed: dict[str, Any] | None = None  # the event after which no checkpoint was complete
     unreadable: int = 0  # lines
 
     def add(self, line: dict[str, Any]) -> None:
         """Raises ValueError, KeyError or TypeError for a line of another kind."""
-        step, event = int(line["step"]), line.get("event")
+        step = int(line["step"])
+        event = line.get("event")
         if event in (files.STOPPED, files.FAILED):
             self.ended = line
         elif event in (files.SAVE_FAILED, files.SAVED):
             self.save_failed = line if event == files.SAVE_FAILED else None
         elif event is None and "loss" in line:
-            self.step, self.samples, self.loss, self.ended = step, int(line["samples"]), float(line["loss"]), None
+            self.step = step
+            self.samples = int(line["samples"])
+            self.loss = float(line["loss"])
+            self.ended = None
             self.seconds.extend([float(line["step_seconds"])] if "step_seconds" in line else [])
             if one := line.get("loader_images_per_second"):
-                self.loading.append((float(one), line["samples_per_second"] / max(1 - line["wait_share"], 1e-3)))
+                self.loading.append(
+                    (float(one), line["samples_per_second"] / max(1 - line["wait_share"], 1e-3))
+                )
         elif event is None:
-            scores = {name: float(value) for name, value in line.items() if name not in ("step", "samples")}
+            scores = {
+                name: float(value)
+                for name, value in line.items()
+                if name not in ("step", "samples")
+            }
             self.scores[step] = {name: scores[name] for name in files.headline(scores)}
 
     def loader(self) -> str:
@@ -485,7 +532,8 @@ CACHE_DTYPES = tuple(VALUE_BYTES)
 
 
 def shard_file(shard: str) -> str:
-    """File name of a shard, relative to the cache; a hash for a shard name that would lead out of the folder."""
+    """File name of a shard, relative to the cache; a hash for a shard name that would lead out of
+    the folder."""
     parts = Path(shard).parts
     if not parts or Path(shard).is_absolute() or ".." in parts:
         return f"shard-{hashlib.sha256(shard.encode()).hexdigest()[:16]}.safetensors"

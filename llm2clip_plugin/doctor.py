@@ -1,4 +1,5 @@
-"""``llm2clip doctor``: what is installed of this package, what that lacks, and the commands that fix it or add more."""
+"""``llm2clip doctor``: what is installed of this package, what that lacks, and the commands that
+fix it or add more."""
 
 import os
 import shutil
@@ -25,7 +26,8 @@ from llm2clip_plugin.installation import (
 )
 from llm2clip_plugin.options import Command, NoOptions
 
-OPEN_FILES = 1024  # of a rank: 64 tars, some of libraries, a few for each batch that a loader process has sent
+# of a rank: 64 tars, some of libraries, a few for each batch that a loader process has sent
+OPEN_FILES = 1024
 
 
 COMMAND = Command(
@@ -87,11 +89,13 @@ def check_packages(extra: str) -> Iterator[Finding]:
 
 
 def check_programs() -> Iterator[Finding]:
-    """A C++ compiler, with which DeepSpeed builds extensions and torch.compile kernels, and DeepSpeed's launcher."""
+    """A C++ compiler, with which DeepSpeed builds extensions and torch.compile kernels, and
+    DeepSpeed's launcher."""
     compiler = shutil.which((os.environ.get("CXX") or "g++").split()[0]) or shutil.which("c++")
     fix = "" if compiler else "apt-get install g++ (10 or newer, for C++20), or set CXX"
     yield finding("C++ compiler", compiler or "none", fix, state="fail")
-    launcher, own = shutil.which("deepspeed") or "not on PATH", os.path.dirname(sys.executable)
+    launcher = shutil.which("deepspeed") or "not on PATH"
+    own = os.path.dirname(sys.executable)
     is_own = os.path.realpath(os.path.dirname(launcher)) == os.path.realpath(own)
     fix = "" if is_own else f"activate this environment: source {own}/activate"
     yield finding("deepspeed launcher", launcher, fix)
@@ -112,23 +116,32 @@ def check_accelerator() -> Iterator[Finding]:
         yield finding("accelerator", found)
     else:
         found = f"none; everything runs on the CPU ({torch.get_num_threads()} threads)"
-        yield finding("accelerator", found, "for a GPU, install the torch build of your CUDA or ROCm version")
+        yield finding(
+            "accelerator", found, "for a GPU, install the torch build of your CUDA or ROCm version"
+        )
 
 
 # LLaVA: its wheel, its imports, transformers, the start-up hook, the tower.
 
 PINNED = ">=4.36.2,<4.38"  # transformers versions with which LLaVA 1.5 runs as it is
-INSTALL = "pip install --no-deps llava-torch==1.2.2.post1 (or pip install --no-deps -e LLAVA_CHECKOUT)"
+INSTALL = (
+    "pip install --no-deps llava-torch==1.2.2.post1 (or pip install --no-deps -e LLAVA_CHECKOUT)"
+)
 # What LLaVA imports that neither it (installed with --no-deps) nor our requirements bring
 IMPORTED = ("torchvision", "sentencepiece", "shortuuid", "requests", "fastapi", "uvicorn")
 
 
 def check_llava() -> Iterator[Finding]:
-    """Every check of LLaVA, in its own environment or in the training environment; nothing of it is imported."""
+    """Every check of LLaVA, in its own environment or in the training environment; nothing of it is
+    imported."""
     if find_spec("llava") is None:
         yield finding("llava", "missing", INSTALL, state="fail")
     else:
-        found = installed_version("llava-torch") or installed_version("llava") or "on sys.path, not installed"
+        found = (
+            installed_version("llava-torch")
+            or installed_version("llava")
+            or "on sys.path, not installed"
+        )
         yield finding("llava", found)
     for name in IMPORTED:
         if find_spec(name) is None:
@@ -145,30 +158,40 @@ def check_llava() -> Iterator[Finding]:
         location = towers.locate(towers.NAME)
         yield finding("--vision_tower llm2clip", f"{location.how}: {location.describe()}")
     except (FileNotFoundError, ContractError) as error:
-        yield finding("--vision_tower llm2clip", str(error), "llm2clip use PATH_OR_HUB_ID, for the bare name")
+        yield finding(
+            "--vision_tower llm2clip", str(error), "llm2clip use PATH_OR_HUB_ID, for the bare name"
+        )
 
 
 def check_transformers() -> Finding:
     """LLaVA 1.5 runs with its pins as it is, and with versions from 5 on through ``compat``."""
-    found, pinned, state = installed_version("transformers"), "pip install transformers==4.37.2", "fail"
+    found = installed_version("transformers")
+    pinned = "pip install transformers==4.37.2"
+    state = "fail"
     fix = "" if runner.enabled() else "unset LLM2CLIP_LLAVA_COMPAT"
     if not found:
-        found, fix = "missing", pinned
+        found = "missing"
+        fix = pinned
     elif has_version("transformers", PINNED):
-        found, fix = f"{found}, which LLaVA pins", ""
+        found = f"{found}, which LLaVA pins"
+        fix = ""
     elif problem := runner.problem():
         fix = problem
     elif has_version("transformers", "<5"):
-        fix, state = f"{pinned} (LLaVA fails to generate with this one)", "warn"
+        fix = f"{pinned} (LLaVA fails to generate with this one)"
+        state = "warn"
     elif not fix and (untried := runner.untried()):
-        found, fix, state = f"untested: {' and '.join(untried)}", runner.ADVICE, "warn"
+        found = f"untested: {' and '.join(untried)}"
+        fix = runner.ADVICE
+        state = "warn"
     elif not fix:
         found = f"{found}, with {len(runner.needed())} completions of LLaVA's code"
     return finding("transformers for LLaVA", found, fix, state=state)
 
 
 def report() -> Iterator[Finding]:
-    """The lines of the report, in order; of LLaVA's environment where LLaVA is installed with what it pins."""
+    """The lines of the report, in order; of LLaVA's environment where LLaVA is installed with what
+    it pins."""
     extra = checked_extra()
     old = "" if sys.version_info >= (3, 10) else "install Python 3.10 or newer"
     yield finding("python", ".".join(map(str, sys.version_info[:3])), old, state="fail")
@@ -189,8 +212,8 @@ def report() -> Iterator[Finding]:
 
 
 def checked_extra() -> str:
-    """The extra whose packages must all be there: "tower" in LLaVA's own environment, "train" where DeepSpeed is
-    installed, else "tower" if it is complete, or "" for the base install."""
+    """The extra whose packages must all be there: "tower" in LLaVA's own environment, "train" where
+    DeepSpeed is installed, else "tower" if it is complete, or "" for the base install."""
     if is_llavas_own():
         return "tower"
     if is_importable("deepspeed"):
@@ -211,6 +234,10 @@ def main(argv: list[str]) -> int:
     findings = list(report())
     failed = [one.subject for one in findings if one.state == "fail"]
     for one in findings:
-        print(f"[{one.state:>4}] {one.subject}: {one.found}", *[f"       -> {one.fix}"] * bool(one.fix), sep="\n")
+        print(
+            f"[{one.state:>4}] {one.subject}: {one.found}",
+            *[f"       -> {one.fix}"] * bool(one.fix),
+            sep="\n",
+        )
     print(f"{len(failed)} to fix: {', '.join(failed)}" if failed else "no problems found")
     return 1 if failed else 0

@@ -1,5 +1,5 @@
-"""What comes from outside is checked before it is used: JSON files and their fields, headers, names, the Hub's pauses;
-and what a run leaves for its next start. Standard library only.
+"""What comes from outside is checked before it is used: JSON files and their fields, headers,
+names, the Hub's pauses; and what a run leaves for its next start. Standard library only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ Settings = TypeVar("Settings")
 
 
 class ContractError(ValueError):
-    """A file is damaged or does not match what its reader expects; the message names the file and the fix."""
+    """A file is damaged or does not match what its reader expects; the message names the file and
+    the fix."""
 
 
 def printable(text: str) -> str:
@@ -56,8 +57,8 @@ MAX_IMAGE = 1_000_000_000  # bytes of an image file
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a user's JSON text. Raises ValueError in one line, also for a text that is nested too deep, and
-    for an object with a name twice, of which one value would be lost."""
+    """The value of a user's JSON text. Raises ValueError in one line, also for a text that is
+    nested too deep, and for an object with a name twice, of which one value would be lost."""
     try:
         return json.loads(text, object_pairs_hook=_distinct)
     except RecursionError:
@@ -74,9 +75,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
-    """The bytes of a file. Raises ValueError for a pipe or a device, which may never end, and for more than ``most``
-    bytes; OSError."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer would block
+    """The bytes of a file. Raises ValueError for a pipe or a device, which may never end, and for
+    more than ``most`` bytes; OSError."""
+    # a pipe without a writer would block
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -87,7 +89,8 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def refuse_encoding(path: str | os.PathLike[str], start: bytes, *, is_whole: bool = False) -> None:
-    """Raise ValueError unless the beginning of a text file is UTF-8; unless it is whole, a character may be cut."""
+    """Raise ValueError unless the beginning of a text file is UTF-8; unless it is whole, a
+    character may be cut."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start, is_whole)
     except UnicodeDecodeError as error:
@@ -98,8 +101,9 @@ def refuse_encoding(path: str | os.PathLike[str], start: bytes, *, is_whole: boo
 
 @contextmanager
 def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
-    """What a library raises about a file of ours, of any type, as a ContractError that names the file.
-    OSError, ContractError and a lack of memory pass: they name the file already, or a cause outside it."""
+    """What a library raises about a file of ours, of any type, as a ContractError that names the
+    file. OSError, ContractError and a lack of memory pass: they name the file already, or a cause
+    outside it."""
     try:
         yield
     except (OSError, ContractError):
@@ -113,15 +117,22 @@ def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
         raise ContractError(f"{path} cannot be used ({reason}){fix and '; '}{fix}") from error
 
 
-def from_plain(kind: type[Settings], values: Any, *, where: str, default: Settings | None = None) -> Settings:
-    """A dataclass, and those in its fields, from parsed JSON; ``default`` gives the fields that ``values`` lacks.
-    Raises ContractError for an unknown, missing or mistyped field, and what the dataclasses' own checks raise."""
+def from_plain(
+    kind: type[Settings], values: Any, *, where: str, default: Settings | None = None
+) -> Settings:
+    """A dataclass, and those in its fields, from parsed JSON; ``default`` gives the fields that
+    ``values`` lacks. Raises ContractError for an unknown, missing or mistyped field, and what the
+    dataclasses' own checks raise."""
     known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if not isinstance(values, dict):
-        raise ContractError(f"{where} is {_short(values)}, expected an object with the fields {', '.join(known)}")
+        raise ContractError(
+            f"{where} is {_short(values)}, expected an object with the fields {', '.join(known)}"
+        )
     if unknown := sorted(set(values) - set(known)):
         raise ContractError(f"{where} has unknown fields {unknown}; known: {', '.join(known)}")
-    hints, given, missing = typing.get_type_hints(kind), {}, []
+    hints = typing.get_type_hints(kind)
+    given = {}
+    missing = []
     for name, item in known.items():
         usual = getattr(default, name) if default is not None else default_of(item)
         if name in values:
@@ -144,26 +155,38 @@ def default_of(item: dataclasses.Field) -> Any:
 
 def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING) -> Any:
     """A JSON value as the type of an annotation."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_plain(hint, value, where=where, default=None if default is dataclasses.MISSING else default)
+        return from_plain(
+            hint, value, where=where, default=None if default is dataclasses.MISSING else default
+        )
     if origin in (typing.Union, types.UnionType):  # the first type, or None, or a word
         if value is None and type(None) in arguments:
             return None
         words = (one for one in arguments if typing.get_origin(one) is typing.Literal)
-        return typed(next((one for one in words if value in typing.get_args(one)), arguments[0]), value, where)
+        return typed(
+            next((one for one in words if value in typing.get_args(one)), arguments[0]),
+            value,
+            where,
+        )
     if origin is typing.Literal:
         if value not in arguments:
-            raise ContractError(f"{where} is {_short(value)}, expected one of {', '.join(map(repr, arguments))}")
+            raise ContractError(
+                f"{where} is {_short(value)}, expected one of {', '.join(map(repr, arguments))}"
+            )
         return value
     kind: Any = origin or hint
     if kind is tuple and isinstance(value, (list, tuple)):
         hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(hints) != len(value):
             raise ContractError(f"{where} has {len(value)} values, expected {len(hints)}")
-        return tuple(typed(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(hints, value, strict=True)))
+        return tuple(
+            typed(one, item, f"{where}[{i}]")
+            for i, (one, item) in enumerate(zip(hints, value, strict=True))
+        )
     if kind is float and _is_number(value):
         return float(value)
     if kind is Path and isinstance(value, str):
@@ -173,7 +196,9 @@ def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING)
     if kind is dict and arguments:
         return {key: typed(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if kind is list and arguments:
-        return [typed(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value)]
+        return [
+            typed(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value)
+        ]
     return value
 
 
@@ -186,7 +211,8 @@ def _short(value: Any) -> str:
     return printable(text if len(text) <= 80 else text[:77] + "...")
 
 
-# Safetensors files: the header, checked against the file's size before anything is allocated, and the tensors.
+# Safetensors files: the header, checked against the file's size before anything is allocated, and
+# the tensors.
 
 MAX_HEADER = 100_000_000  # bytes, the library's own limit
 DTYPE_BYTES = {
@@ -214,7 +240,9 @@ class Header(NamedTuple):
     data_start: int
 
 
-def load_tensors(path: str | os.PathLike[str], *, fix: str = "copy or export it again") -> dict[str, Tensor]:
+def load_tensors(
+    path: str | os.PathLike[str], *, fix: str = "copy or export it again"
+) -> dict[str, Tensor]:
     """Every tensor of a file, on the CPU. Raises as ``read_header``."""
     from safetensors.torch import load_file
 
@@ -229,12 +257,15 @@ def read_header(path: str | os.PathLike[str], *, fix: str = "copy or export it a
         try:
             return parse_header(size, lambda count, start: os.pread(file.fileno(), count, start))
         except ValueError as error:
-            raise ContractError(f"{path} is not a complete safetensors file: {error}; {fix}") from error
+            raise ContractError(
+                f"{path} is not a complete safetensors file: {error}; {fix}"
+            ) from error
 
 
 def parse_header(size: int, read: Callable[[int, int], bytes]) -> Header:
-    """The header of a file of ``size`` bytes; ``read``: so many bytes, from an offset on. Raises ValueError unless
-    every byte of the data belongs to exactly one tensor, and a tensor's shape is that of its bytes."""
+    """The header of a file of ``size`` bytes; ``read``: so many bytes, from an offset on. Raises
+    ValueError unless every byte of the data belongs to exactly one tensor, and a tensor's shape is
+    that of its bytes."""
     head = read(8, 0)
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
     if length > min(size - 8, MAX_HEADER):
@@ -242,14 +273,22 @@ def parse_header(size: int, read: Callable[[int, int], bytes]) -> Header:
     try:
         header = json.loads(read(length, 8))
         metadata = header.pop("__metadata__", None) or {}
-        entries, end = dict[str, Entry](), 0
+        entries: dict[str, Entry] = {}
+        end = 0
         for name, body in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = body["data_offsets"]
             entry = Entry(str(body["dtype"]), tuple(body["shape"]), start, stop)
-            whole = all(type(number) is int and number >= 0 for number in (*entry.shape, start, stop))
-            if not whole or start != end or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
+            whole = all(
+                type(number) is int and number >= 0 for number in (*entry.shape, start, stop)
+            )
+            if (
+                not whole
+                or start != end
+                or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]
+            ):
                 raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
-            entries[name], end = entry, stop
+            entries[name] = entry
+            end = stop
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"damaged header ({error!r})") from error
     if 8 + length + end != size:
@@ -257,18 +296,23 @@ def parse_header(size: int, read: Callable[[int, int], bytes]) -> Header:
     return Header(entries, metadata, 8 + length)
 
 
-MAX_PIXELS = 89_478_485  # of an image; where PIL begins to warn of decompression bombs, 268 MB as RGB
-MAX_ASPECT = 256  # longer to shorter side; with its shorter side at 448 pixels such an image has 154 MB
+# of an image; where PIL begins to warn of decompression bombs, 268 MB as RGB
+MAX_PIXELS = 89_478_485
+# longer to shorter side; with its shorter side at 448 pixels such an image has 154 MB
+MAX_ASPECT = 256
 
 
 def check_image_size(width: int, height: int) -> None:
     """Raise ValueError for more than MAX_PIXELS or MAX_ASPECT."""
     if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
         limits = f"{MAX_PIXELS:,} pixels and sides in a ratio of {MAX_ASPECT}"
-        raise ValueError(f"the image has {width} x {height} pixels; the limits are {limits}; crop or resize it")
+        raise ValueError(
+            f"the image has {width} x {height} pixels; the limits are {limits}; crop or resize it"
+        )
 
 
-# Names in a run folder and its metrics.jsonl, and how the run was started. Needs the standard library alone.
+# Names in a run folder and its metrics.jsonl, and how the run was started. Needs the standard
+# library alone.
 
 CHECKPOINTS = "checkpoints"  # folder
 LATEST = "latest"  # name of the newest checkpoint, in that folder
@@ -293,16 +337,20 @@ OF_BENCHMARK = (*HEADLINE, "mean", "acc1")  # of a benchmark NAME: NAME/mean ...
 
 
 def tell_job(name: str, text: str = "") -> None:
-    """Leave a file in the folder that the job script has named, if there is one. Nothing depends on whether it can."""
+    """Leave a file in the folder that the job script has named, if there is one. Nothing depends on
+    whether it can."""
     if folder := os.environ.get("LLM2CLIP_JOB_DIR"):
         with suppress(OSError):
             Path(folder, name).write_text(text + "\n", encoding="utf-8")
 
 
 def headline(scores: Iterable[str]) -> list[str]:
-    """The names of the scores to show: of all captions, and of benchmarks; all where there are none (stage 1)."""
+    """The names of the scores to show: of all captions, and of benchmarks; all where there are none
+    (stage 1)."""
     names = list(scores)
-    return [n for n in names if n in HEADLINE or (":" not in n and n.rpartition("/")[2] in OF_BENCHMARK)] or names
+    return [
+        n for n in names if n in HEADLINE or (":" not in n and n.rpartition("/")[2] in OF_BENCHMARK)
+    ] or names
 
 
 def started_by(command: str, words: Sequence[str]) -> dict[str, Any]:
@@ -312,8 +360,11 @@ def started_by(command: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def again(command: dict[str, Any]) -> str:
-    """The shell command that goes on, from ``started_by``, without ``--resume PATH``; "" if nothing was recorded."""
-    words, folder, ranks = command.get("words"), command.get("folder"), command.get("ranks", 1)
+    """The shell command that goes on, from ``started_by``, without ``--resume PATH``; "" if nothing
+    was recorded."""
+    words = command.get("words")
+    folder = command.get("folder")
+    ranks = command.get("ranks", 1)
     if not words:
         return ""
     line = shlex.join(["llm2clip", *words])
@@ -324,19 +375,22 @@ def again(command: dict[str, Any]) -> str:
 
 
 def discover(package: str, attribute: str) -> dict[str, Any]:
-    """``attribute`` of every module in the folder of ``package`` that has it, or each one in a list of them, by its
-    ``name``. Raises ValueError if two members share a name."""
+    """``attribute`` of every module in the folder of ``package`` that has it, or each one in a list
+    of them, by its ``name``. Raises ValueError if two members share a name."""
     members: dict[str, Any] = {}
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         found = getattr(importlib.import_module(f"{package}.{module.name}"), attribute, [])
         for member in found if isinstance(found, list) else [found]:
             if member.name in members:
-                raise ValueError(f"two members of {package} have the {attribute}.name {member.name!r}; rename one")
+                raise ValueError(
+                    f"two members of {package} have the {attribute}.name {member.name!r}; rename one"
+                )
             members[member.name] = member
     return members
 
 
-TIMEOUT = "LLM2CLIP_TIMEOUT"  # environment variable: seconds that a server may take to connect, or to send more
+# environment variable: seconds that a server may take to connect, or to send more
+TIMEOUT = "LLM2CLIP_TIMEOUT"
 
 
 def timeout() -> float:
@@ -352,9 +406,12 @@ def can_only_be_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def hub_snapshot(repository: str, *, revision: str | None = None, patterns: Sequence[str] | None = None) -> Path:
-    """The folder of a Hub repository's files, downloaded if they are not cached. Raises TimeoutError if the Hub does
-    not answer for ``timeout()`` seconds and nothing is cached, else ``huggingface_hub``'s OSError or ValueError."""
+def hub_snapshot(
+    repository: str, *, revision: str | None = None, patterns: Sequence[str] | None = None
+) -> Path:
+    """The folder of a Hub repository's files, downloaded if they are not cached. Raises
+    TimeoutError if the Hub does not answer for ``timeout()`` seconds and nothing is cached, else
+    ``huggingface_hub``'s OSError or ValueError."""
     from huggingface_hub import snapshot_download
 
     allowed = None if patterns is None else list(patterns)
@@ -362,14 +419,19 @@ def hub_snapshot(repository: str, *, revision: str | None = None, patterns: Sequ
         check_hub_answers(repository, revision=revision)
     except TimeoutError as silence:
         try:
-            return Path(snapshot_download(repository, revision=revision, allow_patterns=allowed, local_files_only=True))
+            return Path(
+                snapshot_download(
+                    repository, revision=revision, allow_patterns=allowed, local_files_only=True
+                )
+            )
         except (OSError, ValueError):
             raise silence from None
     return Path(snapshot_download(repository, revision=revision, allow_patterns=allowed))
 
 
 def check_hub_answers(repository: str, *, revision: str | None = None) -> None:
-    """Ask the Hub for a repository: any answer will do. Raises TimeoutError after ``timeout()`` seconds without one."""
+    """Ask the Hub for a repository: any answer will do. Raises TimeoutError after ``timeout()``
+    seconds without one."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
@@ -379,7 +441,9 @@ def check_hub_answers(repository: str, *, revision: str | None = None) -> None:
     except Exception as error:  # of requests or of httpx, by the client's version
         if any("Timeout" in kind.__name__ for kind in type(error).__mro__):
             told = f"the Hugging Face Hub ({constants.ENDPOINT}) has not answered for {timeout():g} s ({TIMEOUT})"
-            fix = "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use downloaded files"
+            fix = (
+                "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use downloaded files"
+            )
             raise TimeoutError(f"{told}; {fix}") from error
 
 
@@ -402,5 +466,6 @@ class Retry(NamedTuple):
 
 
 def seconds_of_retry_after(header: str) -> float:
-    """Seconds that a server wants to be left alone for, by the text of its header Retry-After; 0 for a date."""
+    """Seconds that a server wants to be left alone for, by the text of its header Retry-After; 0
+    for a date."""
     return min(float(header), LONGEST_RETRY_AFTER) if header.strip().isdigit() else 0.0

@@ -1,4 +1,5 @@
-"""The folders that commands write, so that ``--overwrite`` replaces these and nothing else. Standard library only."""
+"""The folders that commands write, so that ``--overwrite`` replaces these and nothing else.
+Standard library only."""
 
 import os
 from collections.abc import Iterator
@@ -12,8 +13,16 @@ from llm2clip_plugin.contracts import VersionedRecord, atomic_directory
 from llm2clip_plugin.files import ContractError, printable, read_json_value
 
 NAMED = 3  # foreign files in an error
-# What file managers leave anywhere, and what our commands keep next to the data that they read: indexes and caches.
-NEXT_TO_DATA = (".llm2clip/*", "*/.llm2clip/*", "embeddings-*/*", "*/embeddings-*/*", "forecast-*/*", "*/forecast-*/*")
+# What file managers leave anywhere, and what our commands keep next to the data that they read:
+# indexes and caches.
+NEXT_TO_DATA = (
+    ".llm2clip/*",
+    "*/.llm2clip/*",
+    "embeddings-*/*",
+    "*/embeddings-*/*",
+    "forecast-*/*",
+    "*/forecast-*/*",
+)
 ANYWHERE = (".DS_Store", "*/.DS_Store", "Thumbs.db", "*/Thumbs.db", "desktop.ini", "*/desktop.ini")
 
 
@@ -35,12 +44,16 @@ class FolderKind:
     commands: tuple[str, ...]  # that write it, as typed after llm2clip
     recorded: bool = False  # a new folder gets a FolderRecord, which then is what counts
     marks: tuple[str, ...] = ()  # without a FolderRecord, one of these files ...
-    config_keys: tuple[str, ...] = ()  # ... or of these fields of its config.json shows that the folder is ours, ...
+    # ... or of these fields of its config.json shows that the folder is ours, ...
+    config_keys: tuple[str, ...] = ()
     files: tuple[str, ...] = ()  # ... and files that match none of these patterns are foreign
 
 
 MAKE_FOLDER = FolderKind(
-    commands=("data make",), recorded=True, marks=("left-out.jsonl",), files=("left-out.jsonl", "[0-9]*.tar")
+    commands=("data make",),
+    recorded=True,
+    marks=("left-out.jsonl",),
+    files=("left-out.jsonl", "[0-9]*.tar"),
 )
 SPLIT_FOLDER = FolderKind(
     commands=("data split",),
@@ -54,21 +67,47 @@ MODEL_FOLDER = FolderKind(
     marks=("llm2clip.json", "llm2clip_encoder.json"),
     config_keys=("llm2clip_export", "llm2clip_vlm"),
     files=(
-        *("README.md", "config.json", "generation_config.json", "llm2clip*.json", "adapter_config.json"),
-        *("*preprocessor_config.json", "processor_config.json", "*.safetensors", "*.safetensors.index.json"),
-        *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
+        *(
+            "README.md",
+            "config.json",
+            "generation_config.json",
+            "llm2clip*.json",
+            "adapter_config.json",
+        ),
+        *(
+            "*preprocessor_config.json",
+            "processor_config.json",
+            "*.safetensors",
+            "*.safetensors.index.json",
+        ),
+        *(
+            "tokenizer*",
+            "vocab.*",
+            "merges.txt",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "chat_template.*",
+        ),
         *("*.onnx", "*.onnx.data", "modeling_llava_tower.py", "eva02.py", "wrapped.py"),
         *("teacher-adapter/*.json", "teacher-adapter/*.safetensors"),
         *(".gitattributes", ".cache/huggingface/*"),  # of the Hub
     ),
 )
-CONVERTED_FOLDER = replace(MODEL_FOLDER, recorded=True)  # for other libraries, without a card of ours
-KINDS = {command: kind for kind in (MAKE_FOLDER, SPLIT_FOLDER, LLAVA_FOLDER, MODEL_FOLDER) for command in kind.commands}
+# for other libraries, without a card of ours
+CONVERTED_FOLDER = replace(MODEL_FOLDER, recorded=True)
+KINDS = {
+    command: kind
+    for kind in (MAKE_FOLDER, SPLIT_FOLDER, LLAVA_FOLDER, MODEL_FOLDER)
+    for command in kind.commands
+}
 
 
 @contextmanager
-def output_folder(path: str | os.PathLike[str], kind: FolderKind, *, replace: bool = False) -> Iterator[Path]:
-    """As ``atomic_directory``; ``replace`` allows a folder of this kind alone. Raises as ``refuse_foreign``."""
+def output_folder(
+    path: str | os.PathLike[str], kind: FolderKind, *, replace: bool = False
+) -> Iterator[Path]:
+    """As ``atomic_directory``; ``replace`` allows a folder of this kind alone. Raises as
+    ``refuse_foreign``."""
     if replace:
         refuse_foreign(Path(path), kind)
     with atomic_directory(path, replace=replace) as temporary:
@@ -89,8 +128,12 @@ def refuse_foreign(folder: Path, kind: FolderKind) -> None:
     fix = "--overwrite would delete that: move it, or choose another --output"
     written = _written(folder, kind)
     if written is None:
-        shown = [name for name in present if not _matches(name, (*ANYWHERE, *NEXT_TO_DATA))] or present
-        raise FileExistsError(f"{folder} was not written by {commands}: it has {_listed(shown)}; {fix}")
+        shown = [
+            name for name in present if not _matches(name, (*ANYWHERE, *NEXT_TO_DATA))
+        ] or present
+        raise FileExistsError(
+            f"{folder} was not written by {commands}: it has {_listed(shown)}; {fix}"
+        )
     names, patterns = written
     patterns = (*patterns, *ANYWHERE, *NEXT_TO_DATA)
     if foreign := [name for name in present if name not in names and not _matches(name, patterns)]:
@@ -98,14 +141,21 @@ def refuse_foreign(folder: Path, kind: FolderKind) -> None:
 
 
 def _written(folder: Path, kind: FolderKind) -> tuple[set[str], tuple[str, ...]] | None:
-    """Names, and patterns of names, that a command of ``kind`` wrote to the folder; None if none wrote it."""
+    """Names, and patterns of names, that a command of ``kind`` wrote to the folder; None if none
+    wrote it."""
     if (folder / FolderRecord.FILE).is_file():
         record = FolderRecord.read(folder / FolderRecord.FILE)
-        is_ours, names, patterns = record.command in kind.commands, {FolderRecord.FILE, *record.files}, ()
+        is_ours = record.command in kind.commands
+        names = {FolderRecord.FILE, *record.files}
+        patterns = ()
     elif any((folder / name).is_file() for name in kind.marks):
-        is_ours, names, patterns = True, set[str](), kind.files
+        is_ours = True
+        names = set[str]()
+        patterns = kind.files
     else:
-        is_ours, names, patterns = _is_in_config(folder / "config.json", kind), set[str](), kind.files
+        is_ours = _is_in_config(folder / "config.json", kind)
+        names = set[str]()
+        patterns = kind.files
     return (names, patterns) if is_ours else None
 
 

@@ -1,7 +1,8 @@
 """What of this package is installed, and the command that installs more of it.
 
-The base install has what ``llm2clip compare`` needs, and no torch. The extra ``tower`` adds what opens a tower, also in
-LLaVA's environment; ``train`` adds the rest. Needs the standard library, and ``packaging`` to read requirements.
+The base install has what ``llm2clip compare`` needs, and no torch. The extra ``tower`` adds what
+opens a tower, also in LLaVA's environment; ``train`` adds the rest. Needs the standard library, and
+``packaging`` to read requirements.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
 NAME = "llm2clip-plugin"
-ADDS = {"tower": "opening and exporting towers, LLaVA", "train": "training"}  # extra -> what it is for
-# What an extra's commands import at once. Others of its packages serve single options, and are missed only there.
+# extra -> what it is for
+ADDS = {"tower": "opening and exporting towers, LLaVA", "train": "training"}
+# What an extra's commands import at once. Others of its packages serve single options, and are
+# missed only there.
 TOWER_MODULES = ("torch", "transformers", "safetensors", "einops", "huggingface_hub")
 TRAIN_MODULES = ("deepspeed", "accelerate", "peft")
 MODULES = {"tower": TOWER_MODULES, "train": TOWER_MODULES + TRAIN_MODULES}
@@ -61,7 +64,8 @@ def missing_message(extra: str, what: str, modules: list[str]) -> str:
 
 
 def is_llavas_own() -> bool:
-    """Whether this environment has LLaVA 1.5 with libraries of its time, which the extra ``train`` would replace."""
+    """Whether this environment has LLaVA 1.5 with libraries of its time, which the extra ``train``
+    would replace."""
     if not installed_version("llava-torch") and not installed_version("llava"):
         return False
     major = installed_version("transformers").partition(".")[0]
@@ -89,7 +93,8 @@ def extra_of(module: str) -> str:
 
 
 def requirements(extra: str) -> dict[str, SpecifierSet]:
-    """Package -> versions that the base install and ``extra`` ask for; empty where this package is not installed."""
+    """Package -> versions that the base install and ``extra`` ask for; empty where this package is
+    not installed."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -102,20 +107,28 @@ def requirements(extra: str) -> dict[str, SpecifierSet]:
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": extra}):
             continue
         # an extra that includes another names this package
-        parts = requirements(next(iter(wanted.extras))) if wanted.name == NAME else {wanted.name: wanted.specifier}
+        parts = (
+            requirements(next(iter(wanted.extras)))
+            if wanted.name == NAME
+            else {wanted.name: wanted.specifier}
+        )
         for name, versions in parts.items():
             needed[name] = needed.get(name, SpecifierSet()) & versions
     return needed
 
 
 def install_command(extra: str = "") -> str:
-    """The command that installs this package with an extra from where it came from: a checkout, a file, a repository
-    (PEP 610's direct_url.json), or an index."""
+    """The command that installs this package with an extra from where it came from: a checkout, a
+    file, a repository (PEP 610's direct_url.json), or an index."""
     try:
         installed = distribution(NAME)
     except PackageNotFoundError:
         return "pip install " + requirement(extra, checkout())
-    tool = "uv pip install" if (installed.read_text("INSTALLER") or "").strip() == "uv" else "pip install"
+    tool = (
+        "uv pip install"
+        if (installed.read_text("INSTALLER") or "").strip() == "uv"
+        else "pip install"
+    )
     return f"{tool} {requirement(extra, origin(installed))}"
 
 
@@ -128,8 +141,8 @@ def requirement(extra: str, where: str) -> str:
 
 
 def origin(installed: Distribution) -> str:
-    """Where a distribution was installed from, as ``requirement`` takes it. "" for an index, or if the folder or file
-    is gone."""
+    """Where a distribution was installed from, as ``requirement`` takes it. "" for an index, or if
+    the folder or file is gone."""
     record = json.loads(installed.read_text("direct_url.json") or "{}")
     url = record.get("url", "")
     if repository := record.get("vcs_info"):

@@ -1,9 +1,11 @@
-"""Commands whose options are the fields of (nested) dataclasses: one declaration gives names, parser, checks, --help.
+"""Commands whose options are the fields of (nested) dataclasses: one declaration gives names,
+parser, checks, --help.
 
-A setting is a field, ``optim.lr``. Its option is the last part, ``--lr``, where only one field of the command ends in
-it, else the dotted name, or the name that NAMES or the command gives it. The dotted name, the last part and the names
-of other programs are understood too, with dashes or underscores. What an option means is the comment next to its field.
-docs/options.md has the table. Below: unknown names, commands as text, and mistyped paths.
+A setting is a field, ``optim.lr``. Its option is the last part, ``--lr``, where only one field of
+the command ends in it, else the dotted name, or the name that NAMES or the command gives it. The
+dotted name, the last part and the names of other programs are understood too, with dashes or
+underscores. What an option means is the comment next to its field. docs/options.md has the table.
+Below: unknown names, commands as text, and mistyped paths.
 """
 
 import dataclasses
@@ -42,7 +44,8 @@ NAMES = {
     "optim.name": "optimizer",
     "optim.args": "optimizer-args",
 }
-# Names of Hugging Face's Trainer and of LLaVA's scripts -> the name here; understood, but not shown in --help.
+# Names of Hugging Face's Trainer and of LLaVA's scripts -> the name here; understood, but not shown
+# in --help.
 ALSO = {
     "data-path": "data",
     "output-dir": "output",
@@ -54,12 +57,18 @@ ALSO = {
     "vision-tower": "tower",
     "model-name-or-path": "llm",
 }
-HALF, PRECISION = ("bf16", "fp16"), "train.precision"  # the Trainer's flags, and the field that has their meaning
-HELP, HELP_ALL = ("-h", "--help"), ("--help-all", "--help_all")
-OPTION, NUMBER = re.compile(r"--[A-Za-z]"), re.compile(r"-?\.?\d")
+# the Trainer's flags, and the field that has their meaning
+HALF = ("bf16", "fp16")
+PRECISION = "train.precision"
+HELP = ("-h", "--help")
+HELP_ALL = ("--help-all", "--help_all")
+OPTION = re.compile(r"--[A-Za-z]")
+NUMBER = re.compile(r"-?\.?\d")
 TRUTH = {"true": True, "false": False}
 AUTO = bool | Literal["auto"]  # a flag that may be left to the program
-WIDTH, COLUMN = 110, 30  # of --help; where its texts begin
+# of --help; where its texts begin
+WIDTH = 110
+COLUMN = 30
 METAVARS = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
@@ -74,31 +83,40 @@ class Leaf(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Command(Generic[Settings]):
-    """A command and the settings that it reads. Lists of names are texts, with spaces between the names."""
+    """A command and the settings that it reads. Lists of names are texts, with spaces between the
+    names."""
 
     name: str  # as typed after llm2clip
     example: str  # a complete command line
     about: str  # what the command does
     settings: type[Settings]
-    arguments: str = ""  # fields that stand without an option, in this order; the last may take several
+    # fields that stand without an option, in this order; the last may take several
+    arguments: str = ""
     everyday: str = ""  # options that --help lists, --help-all has the others; "": all
-    shown: Mapping[str, str] = field(default_factory=dict)  # field, or section -> name, or what precedes its names
-    also: Mapping[str, str] = field(default_factory=dict)  # further names that are understood -> field
-    extras: Mapping[str, str] = field(default_factory=dict)  # options that are no settings: name -> help
+    # field, or section -> name, or what precedes its names
+    shown: Mapping[str, str] = field(default_factory=dict)
+    # further names that are understood -> field
+    also: Mapping[str, str] = field(default_factory=dict)
+    # options that are no settings: name -> help
+    extras: Mapping[str, str] = field(default_factory=dict)
     hidden: str = ""  # fields without an option
     rest: str = ""  # field that takes the words after --
-    alone: Mapping[str, str] = field(default_factory=dict)  # field, a number -> the value of its option without one
-    # makes the settings that options override from the extra options; None: the fields' own defaults
+    # field, a number -> the value of its option without one
+    alone: Mapping[str, str] = field(default_factory=dict)
+    # makes the settings that options override from the extra options; None: the fields' own
+    # defaults
     default: Callable[[Mapping[str, str]], Settings] | None = None
-    # option -> the setting that would take its place, and is set to 0 when the option is given without it
+    # option -> the setting that would take its place, and is set to 0 when the option is given
+    # without it
     replaces: Mapping[str, str] = field(default_factory=dict)
-    # option or section -> the setting without which it has no effect; "not NAME": with which it has none. After ": "
-    # may stand how an error says it.
+    # option or section -> the setting without which it has no effect; "not NAME": with which it has
+    # none. After ": " may stand how an error says it.
     needs: Mapping[str, str] = field(default_factory=dict)
 
     def parse(self, argv: Sequence[str]) -> Settings:
-        """The settings of a command line. Prints --help and exits with status 0 if it is among the words. Raises
-        ValueError for an unknown or missing option, an unusable value, one without effect, and what settings refuse."""
+        """The settings of a command line. Prints --help and exits with status 0 if it is among the
+        words. Raises ValueError for an unknown or missing option, an unusable value, one without
+        effect, and what settings refuse."""
         values, extras = self.read(argv)
         default = self.default(extras) if self.default else None
         replaced = {other: 0 for option, other in self.replaces.items() if option in values}
@@ -118,7 +136,8 @@ class Command(Generic[Settings]):
     def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """The values that a command line gives, by dotted name of the field, and those of the extra options. Prints
         --help and exits with status 0 if it is among the words."""
-        words, rest = list(argv), []
+        words = list(argv)
+        rest = []
         if self.rest and "--" in words:
             words, rest = words[: words.index("--")], words[words.index("--") + 1 :]
         if any(word in (*HELP, *HELP_ALL) for word in words):
@@ -131,7 +150,8 @@ class Command(Generic[Settings]):
             word = waiting.popleft()
             if not OPTION.match(word):
                 bare.append(word)
-            elif not word.startswith(("--local_rank=", "--local-rank=")):  # the launcher's, which sets LOCAL_RANK too
+            elif not word.startswith(("--local_rank=", "--local-rank=")):
+                # the launcher's, which sets LOCAL_RANK too
                 name, hint, texts = self._option(word, waiting)
                 try:
                     values[name] = _value(hint, texts)
@@ -156,7 +176,11 @@ class Command(Generic[Settings]):
 
     def written(self, name: str) -> str:
         """How usage and errors write a field: DATA, or --llm."""
-        return self.options[name].upper() if name in self.arguments.split() else f"--{self.options[name]}"
+        return (
+            self.options[name].upper()
+            if name in self.arguments.split()
+            else f"--{self.options[name]}"
+        )
 
     @property
     def usage(self) -> str:
@@ -165,7 +189,11 @@ class Command(Generic[Settings]):
         words = [self.written(name) for name in names]
         if names and typing.get_origin(self.leaves[names[-1]].type) is tuple:
             words.append(f"[{words[-1]} ...]")
-        required = [name for name, leaf in self.leaves.items() if leaf.default is MISSING and name not in names]
+        required = [
+            name
+            for name, leaf in self.leaves.items()
+            if leaf.default is MISSING and name not in names
+        ]
         words += [self._spelled(name) for name in required]
         return " ".join(["usage: llm2clip", self.name, *words, "[options]"])
 
@@ -174,13 +202,20 @@ class Command(Generic[Settings]):
         """Every field that is an option, or stands for one of ``arguments``, by dotted name."""
         default = self.default({}) if self.default else MISSING
         hidden = (*self.hidden.split(), self.rest)
-        return {name: leaf for name, leaf in leaves_of(self.settings, default) if name not in hidden}
+        return {
+            name: leaf for name, leaf in leaves_of(self.settings, default) if name not in hidden
+        }
 
     @functools.cached_property
     def options(self) -> dict[str, str]:
         """Field -> the name of its option."""
-        usual = {name: NAMES.get(name) or NAMES.get(last_part(name)) or last_part(name) for name in self.leaves}
-        own = [name for name in usual if name in self.shown or name.rpartition(".")[0] in self.shown]
+        usual = {
+            name: NAMES.get(name) or NAMES.get(last_part(name)) or last_part(name)
+            for name in self.leaves
+        }
+        own = [
+            name for name in usual if name in self.shown or name.rpartition(".")[0] in self.shown
+        ]
         count = Counter(usual[name] for name in usual if name not in own)
         names = {}
         for name, option in usual.items():
@@ -205,10 +240,13 @@ class Command(Generic[Settings]):
         return {**{name: fields[now] for name, now in ALSO.items() if now in fields}, **fields}
 
     def _option(self, word: str, waiting: deque[str]) -> tuple[str, Any, list[str]]:
-        """The field, or extra option, of a word, its type, its values in the words after it; ValueError if unknown."""
+        """The field, or extra option, of a word, its type, its values in the words after it;
+        ValueError if unknown."""
         option, equals, value = word.partition("=")
         name = option.removeprefix("--").replace("_", "-")
-        flags = {option for option, of in self.understood.items() if self.leaves[of].type in (bool, AUTO)}
+        flags = {
+            option for option, of in self.understood.items() if self.leaves[of].type in (bool, AUTO)
+        }
         section, dot, last = name.rpartition(".")
         positive = f"{section}{dot}{last.removeprefix('no-')}"
         if name in self.understood:
@@ -220,54 +258,73 @@ class Command(Generic[Settings]):
             hint = bool if name in HALF else str
         else:
             known = [*self.understood, *self.extras, *map(negative, flags)]
-            near = "".join(f" (did you mean --{one}?)" for one in difflib.get_close_matches(name, known, n=1))
-            raise ValueError(f"unknown option {option}{near}; `llm2clip {self.name} --help-all` lists all")
+            near = "".join(
+                f" (did you mean --{one}?)" for one in difflib.get_close_matches(name, known, n=1)
+            )
+            raise ValueError(
+                f"unknown option {option}{near}; `llm2clip {self.name} --help-all` lists all"
+            )
         if equals:
             return name, hint, [value]
-        if hint in (bool, AUTO) and not (waiting and waiting[0].lower() in (*TRUTH, *["auto"][: hint is not bool])):
+        if hint in (bool, AUTO) and not (
+            waiting and waiting[0].lower() in (*TRUTH, *["auto"][: hint is not bool])
+        ):
             return name, hint, ["true"]
         if name in self.alone and not (waiting and NUMBER.match(waiting[0])):
             return name, hint, [self.alone[name]]
         kinds = typing.get_args(hint) if typing.get_origin(hint) is tuple else (hint,)
         texts: list[str] = []
-        while waiting and not OPTION.match(waiting[0]) and (kinds[-1] is Ellipsis or len(texts) < len(kinds)):
+        while (
+            waiting
+            and not OPTION.match(waiting[0])
+            and (kinds[-1] is Ellipsis or len(texts) < len(kinds))
+        ):
             texts.append(waiting.popleft())
         return name, hint, texts
 
     def _refuse_without_effect(self, config: Settings, given: Mapping[str, Any]) -> None:
         """Raise ValueError for a given option that another setting makes void."""
         for option, need in self.needs.items():
-            for name in (name for name in given if given[name] and f"{name}.".startswith(f"{option}.")):
+            for name in (
+                name for name in given if given[name] and f"{name}.".startswith(f"{option}.")
+            ):
                 setting, _, why = need.removeprefix("not ").partition(": ")
                 value = functools.reduce(getattr, setting.split("."), config)
-                is_set = value > 0 if isinstance(value, (int, float)) else bool(value)  # -1 steps are none
+                # -1 steps are none
+                is_set = value > 0 if isinstance(value, (int, float)) else bool(value)
                 if is_set is need.startswith("not "):
                     why = why or f"{'with' if is_set else 'without'} {self.written(setting)}"
                     raise ValueError(f"{self.written(name)} has no effect {why}; remove it")
 
     def help_text(self, *, everything: bool = False) -> str:
-        """What ``--help`` prints, or ``--help-all``: an example, what the command does, and its options."""
+        """What ``--help`` prints, or ``--help-all``: an example, what the command does, and its
+        options."""
         parts = [f"example:\n  {self.example}", self.usage, textwrap.fill(self.about, WIDTH)]
-        arguments, every = self.arguments.split(), [*self.extras, *self.leaves]
+        arguments = self.arguments.split()
+        every = [*self.extras, *self.leaves]
         everyday = [self.understood.get(option, option) for option in self.everyday.split()]
         chosen = every if everything or not everyday else everyday
         listed: dict[str, list[str]] = {}
         for name in dict.fromkeys([*arguments, *chosen]):
             if name in self.extras:
-                row, section = _row(f"--{name} {name.upper()}", self.extras[name]), ""
+                row = _row(f"--{name} {name.upper()}", self.extras[name])
+                section = ""
             else:
                 leaf = self.leaves[name]
                 text = f"{leaf.help}{_shown(leaf.default)}".strip()
                 row = _row(self.written(name) if name in arguments else self._spelled(name), text)
                 section = leaf.section if everything and name not in arguments else ""
             listed.setdefault(section, []).append(row)
-        parts += ["\n".join([f"{section or 'options'}:", *rows]) for section, rows in listed.items()]
+        parts += [
+            "\n".join([f"{section or 'options'}:", *rows]) for section, rows in listed.items()
+        ]
         if more := len({*every} - {*arguments, *chosen}):
             parts.append(f"`llm2clip {self.name} --help-all` lists {more} more options.")
         return "\n\n".join(parts)
 
     def _spelled(self, name: str) -> str:
-        flag, leaf = f"--{self.options[name]}", self.leaves[name]
+        flag = f"--{self.options[name]}"
+        leaf = self.leaves[name]
         if leaf.type == AUTO:
             return f"{flag} true|false|auto"
         if leaf.type is not bool:
@@ -293,9 +350,14 @@ def negative(option: str) -> str:
 
 def _value(hint: Any, texts: Sequence[str]) -> Any:
     """The words of an option as a value of its type. Raises ValueError."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin is tuple and arguments[-1] is Ellipsis:
-        return () if texts in ([""], ["none"]) else tuple(_value(arguments[0], [text]) for text in texts)
+        return (
+            ()
+            if texts in ([""], ["none"])
+            else tuple(_value(arguments[0], [text]) for text in texts)
+        )
     if len(texts) != (count := len(arguments) if origin is tuple else 1):
         raise ValueError(f"expected {count} value{'s' * (count > 1)}")
     if origin is tuple:
@@ -350,26 +412,44 @@ def _shown(default: Any) -> str:
 
 def leaves_of(kind: type, default: Any = MISSING, path: str = "") -> Iterator[tuple[str, Leaf]]:
     """(dotted name, leaf) of nested dataclasses, with the values of ``default`` or the fields' own."""
-    hints, comments = typing.get_type_hints(kind), {}
+    hints = typing.get_type_hints(kind)
+    comments = {}
     for base in reversed(kind.__mro__):
         comments |= _comments(base) if dataclasses.is_dataclass(base) else {}
-    section = (kind.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    section = _first_sentence(kind.__doc__ or "")
     for item in dataclasses.fields(kind):
-        hint, value = hints[item.name], default_of(item) if default is MISSING else getattr(default, item.name)
+        hint = hints[item.name]
+        value = default_of(item) if default is MISSING else getattr(default, item.name)
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from leaves_of(hint, value, f"{path}{item.name}.")
         else:
             yield path + item.name, Leaf(hint, value, comments.get(item.name, ""), section)
 
 
+def _first_sentence(docstring: str) -> str:
+    """Of a docstring, on one line: its first paragraph up to a line that ends in a period or colon."""
+    lines: list[str] = []
+    for line in docstring.strip().splitlines():
+        if not line.strip():
+            break
+        lines.append(line.strip())
+        if line.rstrip().endswith((".", ":")):
+            break
+    return " ".join(lines).rstrip(".:")
+
+
 def _comments(kind: type) -> dict[str, str]:
     """The comment of every field that a dataclass declares: above the field, or next to it."""
     lines = linecache.getlines(sys.modules[kind.__module__].__file__ or "")
     heads = (f"class {kind.__name__}(", f"class {kind.__name__}:")
-    start = next((number for number, line in enumerate(lines, 1) if line.startswith(heads)), len(lines))
+    start = next(
+        (number for number, line in enumerate(lines, 1) if line.startswith(heads)), len(lines)
+    )
     texts: dict[str, str] = {}
-    name, above = "", ""
-    for line in itertools.takewhile(re.compile(r" {4}(?!def |@)|\n").match, lines[start:]):  # the fields come first
+    name = ""
+    above = ""
+    # the fields come first
+    for line in itertools.takewhile(re.compile(r" {4}(?!def |@)|\n").match, lines[start:]):
         comment = line.partition("  # ")[2].strip()
         if field := re.match(r" {4}(\w+): ", line):
             name = field[1]
@@ -391,11 +471,13 @@ def command(*words: object) -> str:
 
 
 def changed_options(config: Any, names: Iterable[str]) -> list[str]:
-    """The options that set the fields ``names`` of a dataclass, for those that differ from their defaults."""
+    """The options that set the fields ``names`` of a dataclass, for those that differ from their
+    defaults."""
     defaults = {item.name: item.default for item in dataclasses.fields(config)}
     words: list[str] = []
     for name in names:
-        value, option = getattr(config, name), NAMES.get(name, name).replace("_", "-")
+        value = getattr(config, name)
+        option = NAMES.get(name, name).replace("_", "-")
         if value == defaults[name]:
             continue
         if isinstance(value, bool):
@@ -405,12 +487,16 @@ def changed_options(config: Any, names: Iterable[str]) -> list[str]:
     return words
 
 
-# Paths that are mistyped every day, found before any library is loaded: an input that is not there, an output that
-# would destroy something. What is at a path is for its reader to say.
+# Paths that are mistyped every day, found before any library is loaded: an input that is not there,
+# an output that would destroy something. What is at a path is for its reader to say.
 
-DATA, LLM, ADAPTER = "data", "LLM", "adapter"
+DATA = "data"
+LLM = "LLM"
+ADAPTER = "adapter"
 INPUTS = {  # field -> what is there
-    **dict.fromkeys(("path", "source.path", "data.path", "data.validation", "data", "train", "test"), DATA),
+    **dict.fromkeys(
+        ("path", "source.path", "data.path", "data.validation", "data", "train", "test"), DATA
+    ),
     **dict.fromkeys(("pairs.data", "measure.captions", "evaluation.captions"), DATA),
     **dict.fromkeys(("encoder.llm", "teacher.llm", "llm", "tokenizer"), LLM),
     **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), ADAPTER),
@@ -420,7 +506,8 @@ TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 
 
 def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
-    """Raise FileNotFoundError, FileExistsError or ValueError that names a path and what to do, or as ``read``."""
+    """Raise FileNotFoundError, FileExistsError or ValueError that names a path and what to do, or
+    as ``read``."""
     values, _ = command.read(argv)
     given: list[tuple[str, str]] = []
     for name in command.leaves:
@@ -428,9 +515,13 @@ def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
         items = value if isinstance(value, tuple | list) else [value]
         given += [(name, str(item)) for item in items if item and isinstance(item, (str, Path))]
     for name, path in given:
-        kind, wanted, written = INPUTS.get(name), f"expected {command.leaves[name].help}", command.written(name)
+        kind = INPUTS.get(name)
+        wanted = f"expected {command.leaves[name].help}"
+        written = command.written(name)
         # a Hub id, a URL, a wildcard or braces is not missing
-        local = not (glob.has_magic(path) or "{" in path) if kind == DATA else can_only_be_a_path(path)
+        local = (
+            not (glob.has_magic(path) or "{" in path) if kind == DATA else can_only_be_a_path(path)
+        )
         if kind and local and "://" not in path and not os.path.exists(os.path.expanduser(path)):
             raise FileNotFoundError(f"no {kind} at {path}; {wanted}")
         if kind == LLM and os.path.isfile(f"{path}/config.json") and not _has_any(path, TOKENIZERS):
@@ -440,19 +531,33 @@ def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
             raise FileExistsError(f"{written} {path} exists and would be lost; choose another path")
     if command.name in KINDS and not values.get("dry_run"):
         _check_folder(
-            command.name, os.path.expanduser(values["output"]), given, overwrite=bool(values.get("overwrite"))
+            command.name,
+            os.path.expanduser(values["output"]),
+            given,
+            overwrite=bool(values.get("overwrite")),
         )
 
 
-def _check_folder(command: str, output: str, given: list[tuple[str, str]], *, overwrite: bool) -> None:
-    """Raise as ``check_paths`` for a folder that a command writes as a whole; ``given``: its fields with a path."""
+def _check_folder(
+    command: str, output: str, given: list[tuple[str, str]], *, overwrite: bool
+) -> None:
+    """Raise as ``check_paths`` for a folder that a command writes as a whole; ``given``: its fields
+    with a path."""
     if not _has_any(output, ("*",)):
         return
     if not overwrite:
-        raise FileExistsError(f"{output} exists and is not empty; choose another path or pass --overwrite")
+        raise FileExistsError(
+            f"{output} exists and is not empty; choose another path or pass --overwrite"
+        )
     for name, path in given:
-        if name != "output" and os.path.exists(path) and Path(path).resolve().is_relative_to(Path(output).resolve()):
-            raise ValueError(f"--output {output} has the input {path}, which --overwrite would delete; choose another")
+        if (
+            name != "output"
+            and os.path.exists(path)
+            and Path(path).resolve().is_relative_to(Path(output).resolve())
+        ):
+            raise ValueError(
+                f"--output {output} has the input {path}, which --overwrite would delete; choose another"
+            )
     refuse_foreign(Path(output), KINDS[command])
 
 

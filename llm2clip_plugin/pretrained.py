@@ -1,6 +1,8 @@
-"""Folders of models, opened with transformers' Auto classes: Python code in them runs only where a user trusts it.
+"""Folders of models, opened with transformers' Auto classes: Python code in them runs only where a
+user trusts it.
 
-By default transformers asks at a terminal whether to run such code. Here ``trust_remote_code`` answers, never a prompt.
+By default transformers asks at a terminal whether to run such code. Here ``trust_remote_code``
+answers, never a prompt.
 """
 
 import json
@@ -12,18 +14,30 @@ from typing import Any
 from llm2clip_plugin.files import ContractError
 
 # files of a folder that may name code of its own, under AUTO_MAP
-CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+CONFIGS = (
+    "config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 AUTO_MAP = "auto_map"
 TRUST = "read it first, then run it with --trust-remote-code; or use a model that transformers has"
 KNOWN = "use a model that transformers has"
 
 
 def open_pretrained(
-    kind: Any, source: str | os.PathLike[str], *, trust_remote_code: bool = False, fix: str = TRUST, **options: Any
+    kind: Any,
+    source: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    fix: str = TRUST,
+    **options: Any,
 ) -> Any:
-    """``kind.from_pretrained(source, **options)``, where ``kind`` is an Auto class such as ``AutoConfig``.
+    """``kind.from_pretrained(source, **options)``, where ``kind`` is an Auto class such as
+    ``AutoConfig``.
 
-    Raises ContractError, which ends with ``fix``, if the model needs code of its own that is not trusted.
+    Raises ContractError, which ends with ``fix``, if the model needs code of its own that is not
+    trusted.
     """
     try:
         return kind.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
@@ -67,10 +81,12 @@ def code_file(reference: str) -> str:
 def check_vocabulary(tokenizer: Any, rows: int, where: object, used: Iterable[int] = ()) -> None:
     """Raise ContractError if a text can have token ids for which an LLM has no embedding.
 
-    ``rows``: of the LLM's embedding; ``used``: ids around every text. Special tokens that no text has may lie beyond,
-    such as the one for images in Gemma 3's tokenizer.
+    ``rows``: of the LLM's embedding; ``used``: ids around every text. Special tokens that no text
+    has may lie beyond, such as the one for images in Gemma 3's tokenizer.
     """
-    special = {int(number) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {
+        int(number) for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
     ids = {*tokenizer.get_vocab().values()} - special
     largest = max([*ids, *used], default=0)
     if largest >= rows:
@@ -79,12 +95,15 @@ def check_vocabulary(tokenizer: Any, rows: int, where: object, used: Iterable[in
 
 
 def run_no_code() -> None:
-    """Let nothing in this process run code of a model's folder, whatever it passes to transformers: LLaVA's loader
-    trusts every folder with "mpt" in its name, and lets transformers ask about the others."""
+    """Let nothing in this process run code of a model's folder, whatever it passes to transformers:
+    LLaVA's loader trusts every folder with "mpt" in its name, and lets transformers ask about the
+    others."""
     from transformers import dynamic_module_utils
 
     def refuse(class_name: str, module: Any, *_: Any, **__: Any) -> Any:
-        told = f"the model needs {class_name} of its own file {Path(module).stem}.py, which is not run"
+        told = (
+            f"the model needs {class_name} of its own file {Path(module).stem}.py, which is not run"
+        )
         raise ContractError(f"{told}; {KNOWN}")
 
     dynamic_module_utils.get_class_in_module = refuse

@@ -1,14 +1,18 @@
-"""Python programs that this package starts: modules by name, without those of the working directory.
+"""Python programs that this package starts: modules by name, without those of the working
+directory.
 
-``python -m`` and ``python -c`` search the working directory first: a ``random.py`` next to the data would run in place
-of the library's. PYTHONPATH is searched as ever. Standard library only; on Python 3.10, too.
+``python -m`` and ``python -c`` search the working directory first: a ``random.py`` next to the data
+would run in place of the library's. PYTHONPATH is searched as ever. Standard library only; on
+Python 3.10, too.
 """
 
 import os
 import sys
 
-SAFE_PATH = "PYTHONSAFEPATH"  # environment variable of Python 3.11 and newer, which children inherit
-# What -P does, for Python 3.10: nothing is imported before the working directory ("") is off the path.
+# environment variable of Python 3.11 and newer, which children inherit
+SAFE_PATH = "PYTHONSAFEPATH"
+# What -P does, for Python 3.10: nothing is imported before the working directory ("") is off the
+# path.
 RUN_MODULE = (
     "import sys; sys.path[0] or sys.path.pop(0); del sys.argv[0]; import runpy; "
     "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
@@ -23,20 +27,25 @@ def python_module(module: str, *words: str) -> list[str]:
 
 
 def on_ranks(ranks: int, module: str, *words: str) -> list[str]:
-    """The command line that runs ``python_module`` in so many processes of this machine, by torchrun if several."""
+    """The command line that runs ``python_module`` in so many processes of this machine, by
+    torchrun if several."""
     command = python_module(module, *words)
     if ranks == 1:
         return command
     # --no-python: torchrun's own `python -m` would search the working directory; -u is what it adds
     program = [command[0], "-u", *command[1:]]
-    return python_module("llm2clip_plugin.launch", f"--nproc_per_node={ranks}", "--no-python", *program)
+    return python_module(
+        "llm2clip_plugin.launch", f"--nproc_per_node={ranks}", "--no-python", *program
+    )
 
 
 def child_environment(**more: str) -> dict[str, str]:
-    """This process's environment with ``more``; Python programs don't import the working directory's modules."""
+    """This process's environment with ``more``; Python programs don't import the working
+    directory's modules."""
     return {SAFE_PATH: "1", **more, **os.environ}
 
 
 def protect_children() -> None:
-    """As ``child_environment``, for all that this process starts: loader processes, compilers, launchers."""
+    """As ``child_environment``, for all that this process starts: loader processes, compilers,
+    launchers."""
     os.environ.setdefault(SAFE_PATH, "1")

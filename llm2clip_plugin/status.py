@@ -1,4 +1,5 @@
-"""``llm2clip status``: where a run, one of its trainings or a cache stands, from the files in its folder alone."""
+"""``llm2clip status``: where a run, one of its trainings or a cache stands, from the files in its
+folder alone."""
 
 import json
 import socket
@@ -21,15 +22,20 @@ from llm2clip_plugin.contracts import (
 )
 from llm2clip_plugin.options import Command, command
 
-RESULTS = {"tower": TowerCard.FILE, "tower-ema": TowerCard.FILE, "adapter": EncoderCard.FILE}  # folder -> its card
-FINISHED, RUNNING, ELSEWHERE = "finished", "running", "running on another host"  # states without a way to go on
+# folder -> its card
+RESULTS = {"tower": TowerCard.FILE, "tower-ema": TowerCard.FILE, "adapter": EncoderCard.FILE}
+# states without a way to go on
+FINISHED = "finished"
+RUNNING = "running"
+ELSEWHERE = "running on another host"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatusConfig:
     """What to show."""
 
-    folder: Path  # output folder of `llm2clip run` or of a training (either stage), or an embedding cache
+    # output folder of `llm2clip run` or of a training (either stage), or an embedding cache
+    folder: Path
 
 
 COMMAND = Command(
@@ -43,7 +49,8 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> int:
-    """Print the status; exit status 0. Raises FileNotFoundError for a folder that is neither a run's nor a cache."""
+    """Print the status; exit status 0. Raises FileNotFoundError for a folder that is neither a
+    run's nor a cache."""
     folder = COMMAND.parse(argv).folder
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
@@ -51,7 +58,10 @@ def main(argv: list[str]) -> int:
         (name, state), *rows = cache_rows(folder)
     elif (folder / PipelineRecord.FILE).exists():
         (name, state), *rows = pipeline_rows(folder)
-    elif any((folder / name).exists() for name in (RunRecord.FILE, files.METRICS, files.LOCK, files.CHECKPOINTS)):
+    elif any(
+        (folder / name).exists()
+        for name in (RunRecord.FILE, files.METRICS, files.LOCK, files.CHECKPOINTS)
+    ):
         (name, state), *rows = run_rows(folder)
     else:
         what = f"the folder of a run (run.json, checkpoints/) nor an embedding cache ({CacheManifest.FILE})"
@@ -64,8 +74,9 @@ def main(argv: list[str]) -> int:
 
 
 def pipeline_rows(folder: Path) -> Iterator[tuple[str, str]]:
-    """As ``run_rows``, of the folder of ``llm2clip run``: a row for each stage, and the progress of the one that is not
-    complete. Whether inputs have changed since, `llm2clip run --dry-run` says: it reads them."""
+    """As ``run_rows``, of the folder of ``llm2clip run``: a row for each stage, and the progress of
+    the one that is not complete. Whether inputs have changed since, `llm2clip run --dry-run` says:
+    it reads them."""
     problems: list[str] = []
     record = _read(PipelineRecord, folder, problems) or PipelineRecord()
     done = [name for name in record.order if record.stages.get(name, {}).get("complete")]
@@ -100,26 +111,35 @@ def inner_rows(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of what the folder of a run of either stage shows, its state first; the rows "problem" tell what is
-    damaged or missing."""
+    """(name, text) of what the folder of a run of either stage shows, its state first; the rows
+    "problem" tell what is damaged or missing."""
     problems: list[str] = []
     record = _read(RunRecord, folder, problems) or RunRecord(config={}, config_hash="")
     metrics = contracts.read_metrics(folder / files.METRICS)
-    step, total, samples = max(metrics.step, record.step), record.total_steps, max(metrics.samples, record.samples)
+    step = max(metrics.step, record.step)
+    total = record.total_steps
+    samples = max(metrics.samples, record.samples)
     state, reason = run_state(folder, record, metrics, step)
     yield str(folder), state + (f": {reason}" if reason else "")
-    parts = [f"step {step}" + (f" of {total} ({100 * step / total:.0f} %)" if total else ""), f"{samples:,} samples"]
+    parts = [
+        f"step {step}" + (f" of {total} ({100 * step / total:.0f} %)" if total else ""),
+        f"{samples:,} samples",
+    ]
     parts += [f"{samples / record.epoch_samples:.2f} epochs"] if record.epoch_samples else []
     parts += [f"loss {metrics.loss:.4g}"] if metrics.loss is not None else []
     if metrics.seconds and total > step:
-        left = timedelta(seconds=round(sum(metrics.seconds) / len(metrics.seconds) * (total - step)))
+        left = timedelta(
+            seconds=round(sum(metrics.seconds) / len(metrics.seconds) * (total - step))
+        )
         parts.append(f"{left} left at the last rate")
     if metrics.step:
         parts.append(f"last line {ago((folder / files.METRICS).stat().st_mtime)}")
     yield "progress", ", ".join(parts)
     yield "loader", metrics.loader()
     scores = dict(sorted(metrics.scores.items()))
-    before = scores.pop(0, {}) or {name: record.before[name] for name in files.headline(record.before)}
+    before = scores.pop(0, {}) or {
+        name: record.before[name] for name in files.headline(record.before)
+    }
     for name in next(reversed(scores.values()), before):
         values = [(at_step[name], -at) for at, at_step in scores.items() if name in at_step]
         parts = [f"before {before[name]:.3f}"] if name in before else []
@@ -129,15 +149,23 @@ def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
         yield name, ", ".join(parts)
     saved = sorted(one.name for one in (folder / files.CHECKPOINTS).glob("step-*"))
     yield "checkpoints", ", ".join(saved) or "none yet"
-    results = ", ".join(str(folder / name) for name, card in RESULTS.items() if (folder / name / card).is_file())
+    results = ", ".join(
+        str(folder / name) for name, card in RESULTS.items() if (folder / name / card).is_file()
+    )
     yield "result", results or "none yet: the tower or adapter is written at the end"
     if metrics.unreadable:
         problems.append(f"{metrics.unreadable} unreadable lines in {files.METRICS}")
     if metrics.save_failed:
-        problems.append(f"the last checkpoint could not be written: {metrics.save_failed.get('reason', '')}")
+        problems.append(
+            f"the last checkpoint could not be written: {metrics.save_failed.get('reason', '')}"
+        )
     yield from (("problem", problem) for problem in problems)
     if state not in (FINISHED, RUNNING, ELSEWHERE):
-        from_python = command("train-tower", "--config", folder / RunRecord.FILE) if "tower" in record.config else ""
+        from_python = (
+            command("train-tower", "--config", folder / RunRecord.FILE)
+            if "tower" in record.config
+            else ""
+        )
         yield "go on", files.again(record.command) or from_python
 
 
@@ -146,14 +174,19 @@ def ago(seconds_since_epoch: float) -> str:
     return f"{timedelta(seconds=round(time.time() - seconds_since_epoch))} ago"
 
 
-def run_state(folder: Path, record: RunRecord, metrics: contracts.Metrics, step: int) -> tuple[str, str]:
+def run_state(
+    folder: Path, record: RunRecord, metrics: contracts.Metrics, step: int
+) -> tuple[str, str]:
     """Finished, running, running on another host, stopped, failed or ended early; and why."""
     if (holder := lock_holder(folder)) is not None:
         return holder
     if record.finished:
         return FINISHED, ""
     if not step and (folder / files.UNFINISHED_HEADS).is_file():
-        return "stopped", f"in the fit of the heads, before step 1; saved in {files.UNFINISHED_HEADS}"
+        return (
+            "stopped",
+            f"in the fit of the heads, before step 1; saved in {files.UNFINISHED_HEADS}",
+        )
     if metrics.ended:
         when = f", {metrics.ended['time']}" if "time" in metrics.ended else ""
         state = "stopped" if metrics.ended["event"] == files.STOPPED else "failed"
@@ -191,14 +224,21 @@ def cache_rows(folder: Path) -> Iterator[tuple[str, str]]:
     record = _read(EmbedRecord, folder, problems) if (folder / EmbedRecord.FILE).exists() else None
     listed = list(manifest.shards) if manifest else []
     names = record.shards if record else listed
-    there = [file for file in (folder / shard_file(name) for name in {*names, *listed}) if file.is_file()]
+    there = [
+        file for file in (folder / shard_file(name) for name in {*names, *listed}) if file.is_file()
+    ]
     if lost := [name for name in listed if not (folder / shard_file(name)).is_file()]:
         problems.append(f"{len(lost)} shards of the manifest have no file, such as {lost[0]}")
-    complete = manifest is not None and manifest.complete and set(names) <= set(listed) and not problems
+    complete = (
+        manifest is not None and manifest.complete and set(names) <= set(listed) and not problems
+    )
     done = f"{len(there)} of {len(names)} shards of {record.data if record else 'its data'}"
     yield str(folder), f"{'complete' if complete else 'not complete'}: {done}"
     if manifest:
-        yield "teacher", f"{manifest.teacher.get('llm', '')}, {manifest.width} wide, {manifest.dtype}"
+        yield (
+            "teacher",
+            f"{manifest.teacher.get('llm', '')}, {manifest.width} wide, {manifest.dtype}",
+        )
         yield "captions", f"{manifest.captions:,}"
     yield "last shard", ago(max(file.stat().st_mtime for file in there)) if there else ""
     yield from (("problem", problem) for problem in problems)

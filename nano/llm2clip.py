@@ -1,16 +1,17 @@
 """LLM2CLIP in one file of plain PyTorch and transformers: read this, then the package.
 
-An LLM learns to tell captions apart (stage 1), is frozen, and its embeddings of all captions are cached. A vision tower
-is then trained against them as CLIP's is against a text tower (stage 2; arXiv 2411.04997). On the built-in emoji, five
-minutes on two cores:
+An LLM learns to tell captions apart (stage 1), is frozen, and its embeddings of all captions are
+cached. A vision tower is then trained against them as CLIP's is against a text tower (stage 2;
+arXiv 2411.04997). On the built-in emoji, five minutes on two cores:
 
     scripts/quickstart.sh --smoke    # makes the two models, once
     MODELS=quickstart-output/models
     python nano/llm2clip.py --llm $MODELS/gemma-3-270m --tower $MODELS/dinov2-vits14-56px
 
-The package adds towers, LLMs, data of any size, GPUs, resuming, exports, LLaVA; its losses are the same to 1e-5
-(tests/test_nano.py). Shape letters: B pairs of a batch, N captions or images, T tokens, H width of the LLM, W width of
-an embedding (= H), P width of an image's pooled feature, D width of the space that images and captions share.
+The package adds towers, LLMs, data of any size, GPUs, resuming, exports, LLaVA; its losses are the
+same to 1e-5 (tests/test_nano.py). Shape letters: B pairs of a batch, N captions or images, T
+tokens, H width of the LLM, W width of an embedding (= H), P width of an image's pooled feature, D
+width of the space that images and captions share.
 """
 
 import argparse
@@ -32,8 +33,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 EMOJI = Path(__file__).parents[1] / "llm2clip_plugin" / "data" / "emoji"
-# PromptEOL (arXiv 2307.16645): the hidden state of the last token is the LLM's one word for the caption
-BEFORE, AFTER = 'This sentence: "', '" means in one word: "'
+# PromptEOL (arXiv 2307.16645): the hidden state of the last token is the LLM's one word for the
+# caption
+BEFORE = 'This sentence: "'
+AFTER = '" means in one word: "'
 MAX_LOG_SCALE = math.log(100)  # as CLIP clamps it
 
 
@@ -59,7 +62,9 @@ def read_tars(pattern: str) -> list[Sample]:
         for name in (name for name in files if name.endswith(".json")):
             about = json.loads(files[name])
             captions = {c["kind"]: c["text"] for c in about["captions"] if c["language"] == "en"}
-            samples.append(Sample(files[name[:-4] + "png"], captions, about["concept"], about["family"]))
+            samples.append(
+                Sample(files[name[:-4] + "png"], captions, about["concept"], about["family"])
+            )
     return samples
 
 
@@ -80,17 +85,27 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def pixels(images: Sequence[Image.Image], side: int) -> Tensor:
-    """(B, 3, side, side) float32, normalized with ImageNet's mean and deviation, as DINOv2's processor does."""
-    stack = np.stack([np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for image in images])
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    """(B, 3, side, side) float32, normalized with ImageNet's mean and deviation, as DINOv2's
+    processor does."""
+    stack = np.stack(
+        [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for image in images]
+    )
+    mean = torch.tensor([0.485, 0.456, 0.406])
+    std = torch.tensor([0.229, 0.224, 0.225])
     return ((torch.from_numpy(stack) / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def augment(image: Image.Image, rng: random.Random) -> Image.Image:
     """A crop of 60 to 100 % of the area, mirrored half of the time, rotated by up to 10 degrees."""
     side = math.sqrt(rng.uniform(0.6, 1.0))
-    left, top = rng.uniform(0, 1 - side), rng.uniform(0, 1 - side)
-    box = (left * image.width, top * image.height, (left + side) * image.width, (top + side) * image.height)
+    left = rng.uniform(0, 1 - side)
+    top = rng.uniform(0, 1 - side)
+    box = (
+        left * image.width,
+        top * image.height,
+        (left + side) * image.width,
+        (top + side) * image.height,
+    )
     image = image.resize(image.size, Image.Resampling.BICUBIC, box=box)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -100,31 +115,39 @@ def augment(image: Image.Image, rng: random.Random) -> Image.Image:
 # -------------------------------------------------------------------------------------------------- loss, optimizer
 
 
-def contrastive_loss(anchor_BD: Tensor, positive_BD: Tensor, scale: Tensor | float, *ids_B: Sequence[object]) -> Tensor:
+def contrastive_loss(
+    anchor_BD: Tensor, positive_BD: Tensor, scale: Tensor | float, *ids_B: Sequence[object]
+) -> Tensor:
     """CLIP's symmetric InfoNCE (arXiv 2103.00020, figure 3) of L2-normalized features.
 
     Pairs that share an id of any sequence (a text, a picture) are not negatives of each other.
     """
     logits_BB = scale * anchor_BD @ positive_BD.T
     for ids in ids_B:
-        same_BB = torch.tensor([[a == b and i != j for j, b in enumerate(ids)] for i, a in enumerate(ids)])
+        same_BB = torch.tensor(
+            [[a == b and i != j for j, b in enumerate(ids)] for i, a in enumerate(ids)]
+        )
         logits_BB = logits_BB.masked_fill(same_BB, -math.inf)
     target_B = torch.arange(len(logits_BB))
     return 0.5 * (F.cross_entropy(logits_BB, target_B) + F.cross_entropy(logits_BB.T, target_B))
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
-    """Fraction of the peak learning rate at ``step`` (the first is 0): linear warm-up, then a cosine to 0."""
+    """Fraction of the peak learning rate at ``step`` (the first is 0): linear warm-up, then a
+    cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def update(loss: Tensor, optimizer: torch.optim.Optimizer, factor: float, max_norm: float) -> None:
-    """One step at ``factor`` times each group's peak rate, the global norm of gradients clipped to ``max_norm``."""
+    """One step at ``factor`` times each group's peak rate, the global norm of gradients clipped to
+    ``max_norm``."""
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], max_norm
+    )
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak"]
     optimizer.step()
@@ -134,13 +157,16 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, factor: float, max_no
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer and a trained update of low rank: W x + (alpha / r) B A x (arXiv 2106.09685)."""
+    """A frozen linear layer and a trained update of low rank: W x + (alpha / r) B A x (arXiv
+    2106.09685)."""
 
     def __init__(self, frozen: nn.Linear, r: int = 16, alpha: int = 32) -> None:
         super().__init__()
-        self.frozen, self.factor = frozen, alpha / r
+        self.frozen = frozen
+        self.factor = alpha / r
         self.a = nn.Parameter(torch.empty(r, frozen.in_features))
-        self.b = nn.Parameter(torch.zeros(frozen.out_features, r))  # 0: training starts at the LLM as it is
+        # 0: training starts at the LLM as it is
+        self.b = nn.Parameter(torch.zeros(frozen.out_features, r))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,7 +190,8 @@ class Teacher(nn.Module):
         return [parameter for parameter in self.llm.parameters() if parameter.requires_grad]
 
     def forward(self, captions: Sequence[str]) -> Tensor:
-        """(B, W) embeddings, not normalized: the last token's last hidden state. Padding on the right."""
+        """(B, W) embeddings, not normalized: the last token's last hidden state. Padding on the
+        right."""
         head = self.tokenizer(BEFORE)["input_ids"]  # with the token that begins a text
         tail = self.tokenizer(AFTER, add_special_tokens=False)["input_ids"]
         of_captions = self.tokenizer(list(captions), add_special_tokens=False)["input_ids"]
@@ -172,7 +199,9 @@ class Teacher(nn.Module):
         ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths_B = torch.tensor([len(row) for row in rows])
         mask_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
-        hidden_BTH = self.llm(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).last_hidden_state
+        hidden_BTH = self.llm(
+            input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False
+        ).last_hidden_state
         return hidden_BTH[torch.arange(len(rows)), lengths_B - 1]
 
     @torch.no_grad()
@@ -190,7 +219,8 @@ def caption_step(
     families: Sequence,
     factor: float,
 ) -> float:
-    """Stage 1's step: of all captions in the batch, each is nearest to the other caption of its own picture."""
+    """Stage 1's step: of all captions in the batch, each is nearest to the other caption of its own
+    picture."""
     query_BW = F.normalize(teacher([query for query, _ in pairs]), dim=1)
     positive_BW = F.normalize(teacher([positive for _, positive in pairs]), dim=1)
     loss = contrastive_loss(query_BW, positive_BW, 20.0, families, *zip(*pairs, strict=True))
@@ -200,18 +230,29 @@ def caption_step(
 
 def caption_optimizer(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
     """AdamW of stage 1."""
-    return torch.optim.AdamW([{"params": parameters, "peak": 1e-3}], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    return torch.optim.AdamW(
+        [{"params": parameters, "peak": 1e-3}], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0
+    )
 
 
-def fine_tune(teacher: Teacher, samples: Sequence[Sample], *, steps: int, batch: int, rng: random.Random) -> None:
-    """Stage 1: a batch pairs names with long captions, or (four times as often) with a few of the keywords."""
+def fine_tune(
+    teacher: Teacher, samples: Sequence[Sample], *, steps: int, batch: int, rng: random.Random
+) -> None:
+    """Stage 1: a batch pairs names with long captions, or (four times as often) with a few of the
+    keywords."""
     optimizer = caption_optimizer(teacher.add_lora())
-    kinds = {kind: [s for s in samples if {"short", kind} <= s.captions.keys()] for kind in ("long", "keywords")}
+    kinds = {
+        kind: [s for s in samples if {"short", kind} <= s.captions.keys()]
+        for kind in ("long", "keywords")
+    }
     orders = {kind: batches(len(of_kind), batch, rng) for kind, of_kind in kinds.items()}
     for step in range(steps):
         kind = rng.choices(("long", "keywords"), (1, 4))[0]
         chosen = [kinds[kind][number] for number in next(orders[kind])]
-        pairs = [(sample.captions["short"], some_of(sample.captions[kind], kind, rng)) for sample in chosen]
+        pairs = [
+            (sample.captions["short"], some_of(sample.captions[kind], kind, rng))
+            for sample in chosen
+        ]
         factor = rate(step, steps, warmup=round(0.1 * steps))
         loss = caption_step(teacher, optimizer, pairs, [sample.family for sample in chosen], factor)
         print(f"stage 1, step {step + 1} of {steps}: loss {loss:.3f}", flush=True)
@@ -234,24 +275,30 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 class DualEncoder(nn.Module):
-    """A DINOv2 tower with a projection, and a text adapter over the LLM's embeddings; both give unit vectors."""
+    """A DINOv2 tower with a projection, and a text adapter over the LLM's embeddings; both give
+    unit vectors."""
 
     def __init__(self, folder: str, llm_width: int, dim: int = 384, noise: float = 0.5) -> None:
         super().__init__()
         self.tower = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-        self.noise = noise  # deviation of what is added to an embedding in training: with few captions, it regularizes
+        # deviation of what is added to an embedding in training: with few captions, it regularizes
+        self.noise = noise
         width = 2 * self.tower.config.hidden_size  # class token and mean of the patches
-        self.visual_norm, self.visual_projection = nn.LayerNorm(width), nn.Linear(width, dim, bias=False)
+        self.visual_norm = nn.LayerNorm(width)
+        self.visual_projection = nn.Linear(width, dim, bias=False)
         nn.init.normal_(self.visual_projection.weight, std=width**-0.5)
         self.blocks = nn.ModuleList(Block(llm_width) for _ in range(4))
-        self.norm, self.projection = nn.LayerNorm(llm_width), nn.Linear(llm_width, dim)
+        self.norm = nn.LayerNorm(llm_width)
+        self.projection = nn.Linear(llm_width, dim)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def pool(self, pixels_B3SS: Tensor) -> Tensor:
@@ -277,17 +324,24 @@ class DualEncoder(nn.Module):
         return [(name, p) for name, p in self.named_parameters() if not name.startswith("tower.")]
 
 
-def tower_optimizer(model: DualEncoder, *, lr: float = 4e-4, head_lr: float = 3e-4) -> torch.optim.AdamW:
-    """AdamW of stage 2. A block of the tower learns at .85 of the rate of the one above it: low ones change least.
+def tower_optimizer(
+    model: DualEncoder, *, lr: float = 4e-4, head_lr: float = 3e-4
+) -> torch.optim.AdamW:
+    """AdamW of stage 2. A block of the tower learns at .85 of the rate of the one above it: low
+    ones change least.
 
-    No weight decay for vectors (norms, biases, the logit scale) and for the tower's table of positions.
+    No weight decay for vectors (norms, biases, the logit scale) and for the tower's table of
+    positions.
     """
-    depth, groups = model.tower.config.num_hidden_layers, []
+    depth = model.tower.config.num_hidden_layers
+    groups = []
     for name, parameter in model.named_parameters():
         peak = head_lr
         if name.startswith("tower."):
             block = next((int(part) for part in name.split(".") if part.isdigit()), None)
-            below_top = depth + 1 if ".embeddings." in name else 0 if block is None else depth - block
+            below_top = (
+                depth + 1 if ".embeddings." in name else 0 if block is None else depth - block
+            )
             peak = lr * 0.85**below_top
         table = ".embeddings." in name and parameter.ndim != 4
         decay = 0.0 if table or parameter.numel() == max(parameter.shape, default=1) else 0.05
@@ -305,8 +359,10 @@ def tower_step(
     images: Sequence[object],
     factor: float,
 ) -> float:
-    """A step on pooled features of images (with a gradient into the tower, or of a frozen one) and their captions."""
-    image_BD, text_BD = model.project(image_BP), model.encode_text(embedding_BW, noise_BW)
+    """A step on pooled features of images (with a gradient into the tower, or of a frozen one) and
+    their captions."""
+    image_BD = model.project(image_BP)
+    text_BD = model.encode_text(embedding_BW, noise_BW)
     loss = contrastive_loss(image_BD, text_BD, model.logit_scale.exp(), texts, images)
     update(loss, optimizer, factor, max_norm=5.0)
     model.logit_scale.data.clamp_(0, MAX_LOG_SCALE)
@@ -323,10 +379,13 @@ def train_tower(
     batch: int,
     rng: random.Random,
 ) -> None:
-    """Stage 2: first the heads on the frozen tower's features, since new heads would spoil the tower; then all."""
+    """Stage 2: first the heads on the frozen tower's features, since new heads would spoil the
+    tower; then all."""
     opened = [open_image(sample.image) for sample in samples]
     pooled = pooled_features(model, opened, side)
-    heads = [{"params": [p], "peak": 1e-3, "weight_decay": 0.05 * (p.ndim > 1)} for _, p in model.heads()]
+    heads = [
+        {"params": [p], "peak": 1e-3, "weight_decay": 0.05 * (p.ndim > 1)} for _, p in model.heads()
+    ]
     optimizer = torch.optim.AdamW(heads, lr=1e-3, betas=(0.9, 0.98))
     for name, count, size in (("heads", 100, 256), ("tower", steps, batch)):
         if name == "tower":
@@ -340,7 +399,9 @@ def train_tower(
             image_BP = model.pool(pixels(seen, side)) if seen else pooled[chosen]
             factor = rate(step, count, warmup=round(0.15 * count)) if name == "tower" else 1.0
             noise_BW = torch.randn(embedding_BW.shape)
-            loss = tower_step(model, optimizer, image_BP, embedding_BW, noise_BW, texts, chosen, factor)
+            loss = tower_step(
+                model, optimizer, image_BP, embedding_BW, noise_BW, texts, chosen, factor
+            )
             if name == "tower" or (step + 1) % 20 == 0:
                 print(f"stage 2, {name}, step {step + 1} of {count}: loss {loss:.3f}", flush=True)
 
@@ -348,22 +409,38 @@ def train_tower(
 @torch.no_grad()
 def pooled_features(model: DualEncoder, opened: Sequence[Image.Image], side: int) -> Tensor:
     """(N, P) of images as they are."""
-    return torch.cat([model.pool(pixels(opened[start : start + 64], side)) for start in range(0, len(opened), 64)])
+    return torch.cat(
+        [
+            model.pool(pixels(opened[start : start + 64], side))
+            for start in range(0, len(opened), 64)
+        ]
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
-def recall(model: DualEncoder, samples: Sequence[Sample], cache: dict[str, Tensor], *, side: int) -> dict[str, float]:
+def recall(
+    model: DualEncoder, samples: Sequence[Sample], cache: dict[str, Tensor], *, side: int
+) -> dict[str, float]:
     """R@1 and R@10 from caption to image and back; every drawing of a concept counts as a hit."""
-    texts = list(dict.fromkeys((s.captions[kind], s.concept) for s in samples for kind in ("short", "long")))
-    image_ND = model.project(pooled_features(model, [open_image(sample.image) for sample in samples], side))
+    texts = list(
+        dict.fromkeys((s.captions[kind], s.concept) for s in samples for kind in ("short", "long"))
+    )
+    image_ND = model.project(
+        pooled_features(model, [open_image(sample.image) for sample in samples], side)
+    )
     text_MD = model.encode_text(torch.stack([cache[text] for text, _ in texts]))
-    hit_MN = torch.tensor([[concept == sample.concept for sample in samples] for _, concept in texts])
+    hit_MN = torch.tensor(
+        [[concept == sample.concept for sample in samples] for _, concept in texts]
+    )
     similar_MN = text_MD @ image_ND.T
     recalls = {}
-    for name, similar, hit in (("caption -> image", similar_MN, hit_MN), ("image -> caption", similar_MN.T, hit_MN.T)):
+    for name, similar, hit in (
+        ("caption -> image", similar_MN, hit_MN),
+        ("image -> caption", similar_MN.T, hit_MN.T),
+    ):
         best_hit = similar.masked_fill(~hit, -2).amax(1, keepdim=True)
         rank = ((similar > best_hit) & ~hit).sum(1)  # wrong ones in front of the best hit
         recalls |= {f"{name} R@{k}": float((rank < k).float().mean()) for k in (1, 10)}
@@ -373,21 +450,39 @@ def recall(model: DualEncoder, samples: Sequence[Sample], cache: dict[str, Tenso
 def main() -> None:
     """All stages on the built-in emoji."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--llm", required=True, help="folder of a decoder LLM, such as the quickstart's Gemma 3 270M")
-    parser.add_argument("--tower", required=True, help="folder of a DINOv2, such as the quickstart's ViT-S/14")
-    parser.add_argument("--side", type=int, default=56, help="pixels along a side of the tower's images")
-    parser.add_argument("--llm-steps", type=int, default=12, help="steps of stage 1, with 64 pairs each")
-    parser.add_argument("--steps", type=int, default=50, help="steps of stage 2, with 128 pairs each")
-    parser.add_argument("--raw", action="store_true", help="leave out stage 1: the LLM teaches as it is")
+    parser.add_argument(
+        "--llm",
+        required=True,
+        help="folder of a decoder LLM, such as the quickstart's Gemma 3 270M",
+    )
+    parser.add_argument(
+        "--tower", required=True, help="folder of a DINOv2, such as the quickstart's ViT-S/14"
+    )
+    parser.add_argument(
+        "--side", type=int, default=56, help="pixels along a side of the tower's images"
+    )
+    parser.add_argument(
+        "--llm-steps", type=int, default=12, help="steps of stage 1, with 64 pairs each"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=50, help="steps of stage 2, with 128 pairs each"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="leave out stage 1: the LLM teaches as it is"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    rng, started = random.Random(options.seed), time.time()
+    rng = random.Random(options.seed)
+    started = time.time()
     teacher = Teacher(options.llm)
     if not options.raw:
         fine_tune(teacher, read_tars("train-noto.tar"), steps=options.llm_steps, batch=64, rng=rng)
-    train, test = read_tars("train-*.tar"), read_tars("test-*.tar")
-    cache = teacher.embed([sample.captions[kind] for sample in train + test for kind in ("short", "long")])
+    train = read_tars("train-*.tar")
+    test = read_tars("test-*.tar")
+    cache = teacher.embed(
+        [sample.captions[kind] for sample in train + test for kind in ("short", "long")]
+    )
     print(f"{len(cache)} captions embedded, {time.time() - started:.0f} s", flush=True)
 
     width = teacher.llm.config.get_text_config().hidden_size

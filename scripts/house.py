@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""The house in numbers: files, lines, functions, imports and arrows of a checkout, or of two side by side.
+"""The house in numbers: files, lines, functions, imports and arrows of a checkout, or of two side
+by side.
 
     scripts/house.py [CHECKOUT [OTHER]]
 
-Counts the Python files of the two packages, where nothing else is said. An arrow up is an import from a room on the
-same floor or a higher one. llava_integration may import only the five lowest floors and vision; only stages and doctor
-may import it.
+Counts the Python files of the two packages, where nothing else is said. An arrow up is an import
+from a room on the same floor or a higher one. llava_integration may import only the five lowest
+floors and vision; only stages and doctor may import it.
 """
 
 import ast
@@ -16,42 +17,63 @@ from statistics import median
 
 import networkx
 
-PACKAGE, LLAVA = "llm2clip_plugin", "llava_integration"
+PACKAGE = "llm2clip_plugin"
+LLAVA = "llava_integration"
 ROOMS = (
     "processes|bootstrap bounds console files installation launch|contracts|folders pretrained|options|status|"
     "data vision|train|text|evaluate|stages|cli doctor"
 )
-FLOORS = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS.split("|")) for room in rooms.split()}
+FLOORS = {
+    f"{PACKAGE}.{room}": floor
+    for floor, rooms in enumerate(ROOMS.split("|"))
+    for room in rooms.split()
+}
 # Floors that LLaVA's side may import, besides vision; who may import that
-FOR_LLAVA, OF_LLAVA = (0, 1, 2, 3, 4, 5), (f"{PACKAGE}.stages", f"{PACKAGE}.doctor")
+FOR_LLAVA = (0, 1, 2, 3, 4, 5)
+OF_LLAVA = (f"{PACKAGE}.stages", f"{PACKAGE}.doctor")
 
 
 def numbers(root: Path) -> dict[str, str]:
     """What is counted -> how much."""
 
     def texts(*patterns: str) -> dict[Path, str]:
-        return {path: path.read_text(encoding="utf-8") for one in patterns for path in sorted(root.glob(one))}
+        return {
+            path: path.read_text(encoding="utf-8")
+            for one in patterns
+            for path in sorted(root.glob(one))
+        }
 
     def count(*patterns: str) -> int:
         return sum(text.count("\n") for text in texts(*patterns).values())
 
-    trees, lines = dict[str, ast.Module](), dict[str, int]()
+    trees: dict[str, ast.Module] = {}
+    lines: dict[str, int] = {}
     for path, text in texts(f"{PACKAGE}/**/*.py", f"{LLAVA}/**/*.py").items():
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        trees[name], lines[name] = ast.parse(text), text.count("\n")
+        trees[name] = ast.parse(text)
+        lines[name] = text.count("\n")
     if not trees:
         sys.exit(f"error: {root} is no checkout: it has no {PACKAGE}")
-    graph = networkx.DiGraph({name: {*imported(tree, trees)} - {name} for name, tree in trees.items()})
-    functions, imports = list[tuple[int, str]](), 0
+    graph = networkx.DiGraph(
+        {name: {*imported(tree, trees)} - {name} for name, tree in trees.items()}
+    )
+    functions: list[tuple[int, str]] = []
+    imports = 0
     for name, tree in trees.items():
         for node in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):
             size = (node.end_lineno or node.lineno) - node.lineno + 1
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 functions.append((size, f"{name.rpartition('.')[2]}.{node.name}"))
             imports += size * isinstance(node, (ast.Import, ast.ImportFrom))
-    cycles = [name for one in networkx.strongly_connected_components(graph) if len(one) > 1 for name in sorted(one)]
+    cycles = [
+        name
+        for one in networkx.strongly_connected_components(graph)
+        if len(one) > 1
+        for name in sorted(one)
+    ]
     up = [f"{name} -> {other}" for name, other in graph.edges if goes_up(name, other)]
-    total, longest = sum(lines.values()), max(lines, key=lines.__getitem__)
+    total = sum(lines.values())
+    longest = max(lines, key=lines.__getitem__)
     found = {
         "files": len(lines),
         "lines": total,
@@ -64,8 +86,13 @@ def numbers(root: Path) -> dict[str, str]:
         "files with one importer": sum(times == 1 for _, times in graph.in_degree),
         "files in import cycles": ", ".join([str(len(cycles)), *cycles]),
         "arrows up": ", ".join([str(len(up)), *up]),
-        "files that train-tower imports": len(networkx.descendants(graph, f"{PACKAGE}.stages.tower")) + 1,
-        "lines of scripts/ and benchmarks/": count("scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py"),
+        "files that train-tower imports": len(
+            networkx.descendants(graph, f"{PACKAGE}.stages.tower")
+        )
+        + 1,
+        "lines of scripts/ and benchmarks/": count(
+            "scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py"
+        ),
         "lines of tests": count("tests/**/*.py"),
         "words of docs": sum(len(text.split()) for text in texts("*.md", "docs/**/*.md").values()),
     }
@@ -79,14 +106,20 @@ def imported(tree: ast.Module, known: Collection[str]) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
-                yield from [one for one in (f"{node.module}.{alias.name}", node.module) if one in known][:1]
+                yield from [
+                    one for one in (f"{node.module}.{alias.name}", node.module) if one in known
+                ][:1]
 
 
 def goes_up(name: str, other: str) -> bool:
-    """Whether an import goes against the order of the rooms. The package's own __init__ is free: it imports late."""
+    """Whether an import goes against the order of the rooms. The package's own __init__ is free: it
+    imports late."""
     room, others = (".".join(one.split(".")[:2]) for one in (name, other))
     if name.startswith(LLAVA):
-        return not others.startswith((LLAVA, f"{PACKAGE}.vision")) and FLOORS.get(others, 0) not in FOR_LLAVA
+        return (
+            not others.startswith((LLAVA, f"{PACKAGE}.vision"))
+            and FLOORS.get(others, 0) not in FOR_LLAVA
+        )
     if other.startswith(LLAVA):
         return room not in OF_LLAVA
     return name != PACKAGE and room != others and FLOORS.get(others, 0) >= FLOORS.get(room, 0)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Stage 2 under a launcher: deepspeed --num_gpus 8 scripts/train_tower.py /data/cc3m --recipe openai_l14_336 --output
-runs/l14. ``--help`` lists every field, the same command resumes."""
+"""Stage 2 under a launcher: deepspeed --num_gpus 8 scripts/train_tower.py /data/cc3m --recipe
+openai_l14_336 --output runs/l14. ``--help`` lists every field, the same command resumes."""
 
 import sys
 

@@ -1,4 +1,5 @@
-"""An OpenAI-compatible server in this process, which answers by what it sees and fails as often as it is told to."""
+"""An OpenAI-compatible server in this process, which answers by what it sees and fails as often as
+it is told to."""
 
 import base64
 import io
@@ -27,7 +28,8 @@ class ChatServer:
     """State of the server: what it was asked, and what it does next."""
 
     def __init__(self, models: list[str], *, key: str = "") -> None:
-        self.models, self.key = models, key
+        self.models = models
+        self.key = key
         self.failures: list[Failure] = []  # of the next chat requests, in order
         self.bodies: list[dict] = []  # of all chat requests
         self.answered = 0
@@ -41,14 +43,19 @@ class ChatServer:
         (message,) = body["messages"]
         parts = message["content"]
         if isinstance(parts, str):
-            text, image = parts, None
+            text = parts
+            image = None
         else:
             assert [part["type"] for part in parts] == ["image_url", "text"]  # in LLaVA's order
             head, _, data = parts[0]["image_url"]["url"].partition(",")
             assert head in ("data:image/png;base64", "data:image/jpeg;base64"), head
-            text, image = parts[1]["text"], Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+            text = parts[1]["text"]
+            image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
             assert image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
-        choice = {"index": 0, "message": {"role": "assistant", "content": f" {sees(text, image)}\n"}}
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": f" {sees(text, image)}\n"},
+        }
         return {"choices": [{**choice, "finish_reason": "stop"}], "model": body["model"]}
 
 
@@ -103,7 +110,9 @@ def serving(state: ChatServer) -> Iterator[str]:
                 return status(401, "wrong key")(self)
             if self.path != "/v1/models":
                 return status(404)(self)
-            data = [{"id": name, "object": "model", "root": f"/models/{name}"} for name in state.models]
+            data = [
+                {"id": name, "object": "model", "root": f"/models/{name}"} for name in state.models
+            ]
             return send(self, 200, json.dumps({"object": "list", "data": data}).encode())
 
         def do_POST(self) -> None:
@@ -119,7 +128,9 @@ def serving(state: ChatServer) -> Iterator[str]:
                 dead = state.answered == state.dies_after
                 refused = state.refuses and state.refuses in json.dumps(body["messages"])
                 state.answered += not (failure or dead or refused)
-                answer = b"" if failure or dead or refused else json.dumps(state.reply(body)).encode()
+                answer = (
+                    b"" if failure or dead or refused else json.dumps(state.reply(body)).encode()
+                )
                 state.in_flight -= 1  # before the client has its answer and sends the next request
             if failure or dead:
                 return (failure or close)(self)
@@ -128,10 +139,13 @@ def serving(state: ChatServer) -> Iterator[str]:
             return send(self, 200, answer)
 
     class Server(ThreadingHTTPServer):
-        request_queue_size = 64  # with the default, 5, a client waits a second for the sixth connection
+        # with the default, 5, a client waits a second for the sixth connection
+        request_queue_size = 64
 
     server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    )
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/v1"

@@ -1,4 +1,5 @@
-"""A headless Chromium over its DevTools pipe: load a page, run expressions in it, hear its errors and requests."""
+"""A headless Chromium over its DevTools pipe: load a page, run expressions in it, hear its errors
+and requests."""
 
 import json
 import os
@@ -31,7 +32,8 @@ class Chromium:
         theirs_read, ours_write = os.pipe()
 
         def connect() -> None:  # the browser reads commands from 3 and writes answers to 4
-            read, write = os.dup(theirs_read), os.dup(theirs_write)
+            read = os.dup(theirs_read)
+            write = os.dup(theirs_write)
             os.dup2(read, 3)
             os.dup2(write, 4)
             os.closerange(5, 64)
@@ -43,7 +45,8 @@ class Chromium:
         )  # fmt: skip
         os.close(theirs_read)
         os.close(theirs_write)
-        self._read, self._write = ours_read, ours_write
+        self._read = ours_read
+        self._write = ours_write
         os.set_blocking(self._read, False)
         targets = self.call("Target.getTargets")["targetInfos"]
         tab = next(target["targetId"] for target in targets if target["type"] == "page")
@@ -90,7 +93,10 @@ class Chromium:
         parameters = message.get("params", {})
         if message.get("method") == "Runtime.exceptionThrown":
             self.errors.append(str(parameters["exceptionDetails"]))
-        elif message.get("method") == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "assert"):
+        elif message.get("method") == "Runtime.consoleAPICalled" and parameters["type"] in (
+            "error",
+            "assert",
+        ):
             self.errors.append(str(parameters["args"]))
         elif message.get("method") == "Log.entryAdded" and parameters["entry"]["level"] == "error":
             self.errors.append(str(parameters["entry"]))
@@ -102,7 +108,10 @@ class Chromium:
         answer = self.call("Page.navigate", url=url)
         assert "errorText" not in answer, f"{url}: {answer['errorText']}"
         deadline = time.monotonic() + 60
-        while self.run("document.readyState") != "complete" or self.run("location.href") == "about:blank":
+        while (
+            self.run("document.readyState") != "complete"
+            or self.run("location.href") == "about:blank"
+        ):
             assert time.monotonic() < deadline, f"{url} does not load"
             time.sleep(0.05)
 

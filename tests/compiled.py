@@ -15,7 +15,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Compiled graphs after each training step so far: a list that grows."""
     torch._dynamo.reset()
     counters.clear()
-    found, step = list[int](), ContrastiveStep.__call__
+    found: list[int] = []
+    step = ContrastiveStep.__call__
 
     def counted(self, batch):
         values = step(self, batch)

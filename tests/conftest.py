@@ -24,7 +24,8 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Workers of xdist take the files with slow tests first, then those with many: one that starts last runs alone."""
+    """Workers of xdist take the files with slow tests first, then those with many: one that starts
+    last runs alone."""
     if hasattr(config, "workerinput"):
         slow = Counter(item.path for item in items if "slow" in item.keywords)
         size = Counter(item.path for item in items)
@@ -44,7 +45,8 @@ def pytest_collection() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_rank_variables() -> Iterator[None]:
-    """A run in this process sets what a launcher would; processes that later tests start must not inherit it."""
+    """A run in this process sets what a launcher would; processes that later tests start must not
+    inherit it."""
     yield
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)

@@ -1,4 +1,5 @@
-"""Processes forked from one that has imported torch, DeepSpeed and this package: a start costs no imports."""
+"""Processes forked from one that has imported torch, DeepSpeed and this package: a start costs no
+imports."""
 
 import atexit
 import functools
@@ -23,7 +24,8 @@ def context() -> ForkServerContext:
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(["forked_libraries"])
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
-    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # the server gets no other path
+    # the server gets no other path
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path)):
         forkserver.ensure_running()
     return made
@@ -32,12 +34,16 @@ def context() -> ForkServerContext:
 class Process:
     """A process with the surface of ``subprocess.Popen``; what it prints is in ``output``."""
 
-    def __init__(self, target: Callable[..., None], argument: object, words: list[str], *place: object) -> None:
+    def __init__(
+        self, target: Callable[..., None], argument: object, words: list[str], *place: object
+    ) -> None:
         descriptor, name = tempfile.mkstemp()
         os.close(descriptor)
         self._log = Path(name)
         weakref.finalize(self, self._log.unlink)
-        self._process = context().Process(target=_enter, args=(target, argument, words, *place, name))
+        self._process = context().Process(
+            target=_enter, args=(target, argument, words, *place, name)
+        )
         self._process.start()
 
     @property
@@ -65,15 +71,23 @@ class Process:
 class Script(Process):
     """``python SCRIPT WORDS``."""
 
-    def __init__(self, script: Path, words: list[str], environment: dict[str, str], folder: Path) -> None:
+    def __init__(
+        self, script: Path, words: list[str], environment: dict[str, str], folder: Path
+    ) -> None:
         super().__init__(_run, script, words, environment, folder)
 
 
 class Module(Process):
-    """``python -m MODULE WORDS``, whose exit handlers run; ``first`` is a function that is called before it."""
+    """``python -m MODULE WORDS``, whose exit handlers run; ``first`` is a function that is called
+    before it."""
 
     def __init__(
-        self, module: str, words: list[str], environment: dict[str, str], folder: Path, first: Callable[[], None]
+        self,
+        module: str,
+        words: list[str],
+        environment: dict[str, str],
+        folder: Path,
+        first: Callable[[], None],
     ) -> None:
         super().__init__(_module, (module, first), words, environment, folder)
 
@@ -85,7 +99,9 @@ class Command(Process):
         super().__init__(_command, None, words, environment, folder)
 
 
-def run_command(words: list[str], environment: dict[str, str], folder: Path) -> tuple[int | None, str]:
+def run_command(
+    words: list[str], environment: dict[str, str], folder: Path
+) -> tuple[int | None, str]:
     """``llm2clip WORDS``: exit status and output."""
     command = Command(words, environment, folder)
     try:
@@ -96,7 +112,12 @@ def run_command(words: list[str], environment: dict[str, str], folder: Path) -> 
 
 
 def _enter(
-    target: Callable[..., None], argument: object, words: list[str], environment: dict[str, str], folder: Path, log: str
+    target: Callable[..., None],
+    argument: object,
+    words: list[str],
+    environment: dict[str, str],
+    folder: Path,
+    log: str,
 ) -> None:
     """In the new process."""
     import torch
@@ -122,7 +143,8 @@ def _module(given: tuple[str, Callable[[], None]], words: list[str]) -> None:
 
 
 def run_as_main(words: list[str], first: Callable[[], None]) -> int:
-    """``python WORDS`` (``-m MODULE``, ``-c CODE`` or a script), to the end of its exit handlers; its exit status."""
+    """``python WORDS`` (``-m MODULE``, ``-c CODE`` or a script), to the end of its exit handlers;
+    its exit status."""
     atexit._clear()  # those of the process that this one is forked from
     first()
     kind, name = (words[0], words[1]) if words[0] in ("-c", "-m") else ("", words[0])

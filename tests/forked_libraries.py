@@ -1,7 +1,8 @@
 """What the server of ``forked`` imports before it forks.
 
-Without the garbage collector, which would search these libraries' half a million objects again and again for nothing to
-free; later rounds leave them out (``gc.freeze``), as each would copy their pages in a forked process.
+Without the garbage collector, which would search these libraries' half a million objects again and
+again for nothing to free; later rounds leave them out (``gc.freeze``), as each would copy their
+pages in a forked process.
 """
 
 import contextlib

@@ -1,7 +1,9 @@
-"""``python``, ``deepspeed`` and ``llm2clip`` for shell scripts, forked from one process that has their libraries.
+"""``python``, ``deepspeed`` and ``llm2clip`` for shell scripts, forked from one process that has
+their libraries.
 
-A start takes a tenth of a second, not five. For tests of what a script does with its programs, where others see how
-they start. What they start in turn, such as the ranks of DeepSpeed's launcher, is forked as well.
+A start takes a tenth of a second, not five. For tests of what a script does with its programs,
+where others see how they start. What they start in turn, such as the ranks of DeepSpeed's launcher,
+is forked as well.
 """
 
 import atexit
@@ -52,16 +54,20 @@ def nothing() -> None:
 
 @functools.cache
 def programs(first: Callable[[], None] = nothing) -> Path:
-    """The folder of the programs; the process that forks for them is started, and ends with this one.
+    """The folder of the programs; the process that forks for them is started, and ends with this
+    one.
 
-    ``first`` is called in each new process, with its environment: what a ``sitecustomize`` would have done there.
+    ``first`` is called in each new process, with its environment: what a ``sitecustomize`` would
+    have done there.
     """
     folder = Path(tempfile.mkdtemp(prefix="programs-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     address = str(folder / "socket")
     for name in ("python", "deepspeed", "llm2clip"):
         words = [] if name == "python" else [str(Path(sys.executable).with_name(name))]
-        text = CLIENT.format(python=sys.executable, words=words, address=address, shim=str(folder / "python"))
+        text = CLIENT.format(
+            python=sys.executable, words=words, address=address, shim=str(folder / "python")
+        )
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -112,7 +118,8 @@ def _become(request: dict[str, Any], streams: list[int], first: Callable[[], Non
         os.dup2(stream, place)
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children,
     multiprocessing.set_start_method(None, force=True)  # started in the system's way
-    environment, words = request["environment"], request["words"]
+    environment = request["environment"]
+    words = request["words"]
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(request["folder"])
@@ -120,8 +127,13 @@ def _become(request: dict[str, Any], streams: list[int], first: Callable[[], Non
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     if level := environment.get("TRANSFORMERS_VERBOSITY"):
         transformers.logging.set_verbosity(getattr(transformers.logging, level.upper()))
-    here = str(Path(words[0]).resolve().parent) if words[0] not in ("-c", "-m") else request["folder"]
-    sys.path[:0] = [*[here] * (not request["safe"]), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    here = (
+        str(Path(words[0]).resolve().parent) if words[0] not in ("-c", "-m") else request["folder"]
+    )
+    sys.path[:0] = [
+        *[here] * (not request["safe"]),
+        *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)),
+    ]
     status = run_as_main(words, first)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
     sys.stdout.flush()

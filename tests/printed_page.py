@@ -1,6 +1,8 @@
-"""Runs a page of docs/ as printed: its ``bash`` blocks in order, and looks for the lines of its ``text`` blocks.
+"""Runs a page of docs/ as printed: its ``bash`` blocks in order, and looks for the lines of its
+``text`` blocks.
 
-Only standard libraries: also imported in LLaVA's environment. Blocks of other languages (``sh``, ``json``) don't run.
+Only standard libraries: also imported in LLaVA's environment. Blocks of other languages (``sh``,
+``json``) don't run.
 """
 
 import re
@@ -22,9 +24,13 @@ class Block:
 
 def blocks(path: Path) -> Iterator[Block]:
     """The ``bash`` blocks in the page's order, each with the ``text`` blocks that follow it."""
-    heading, commands, printed = "", (), ""
+    heading = ""
+    commands = ()
+    printed = ""
     text = path.read_text(encoding="utf-8")
-    for match in re.finditer(r"^## (?P<heading>[^\n]+)$|^```(?P<kind>\w+)\n(?P<body>.*?)^```$", text, re.M | re.S):
+    for match in re.finditer(
+        r"^## (?P<heading>[^\n]+)$|^```(?P<kind>\w+)\n(?P<body>.*?)^```$", text, re.M | re.S
+    ):
         if match["kind"] == "text":
             printed += match["body"]
         elif match["kind"] == "bash" or match["heading"]:
@@ -33,7 +39,8 @@ def blocks(path: Path) -> Iterator[Block]:
             heading = match["heading"] or heading
             joined = re.sub(r"\s*\\\n\s*", " ", match["body"] or "")
             lines = (line.strip() for line in joined.splitlines())
-            commands, printed = tuple(line for line in lines if line and not line.startswith("#")), ""
+            commands = tuple(line for line in lines if line and not line.startswith("#"))
+            printed = ""
     if commands:
         yield Block(heading, commands, printed)
 
@@ -46,7 +53,8 @@ def masked(line: str) -> str:
 
 
 def missing(printed: str, output: str) -> list[str]:
-    """Lines that the page prints and the command did not; ``...`` stands for any lines or the rest of one."""
+    """Lines that the page prints and the command did not; ``...`` stands for any lines or the rest
+    of one."""
     there = [masked(line) for line in re.split(r"[\n\r]", output)]
     lost = []
     for line in printed.splitlines():
@@ -58,11 +66,14 @@ def missing(printed: str, output: str) -> list[str]:
 
 
 def run_block(block: Block, run: Callable[[str], tuple[int | None, str]]) -> str:
-    """Run its commands; fails with a command's output, or with the lines that the page promises and nobody printed."""
+    """Run its commands; fails with a command's output, or with the lines that the page promises and
+    nobody printed."""
     output = ""
     for command in block.commands:
         status, told = run(command)
         assert status == 0, f"{command}\n{told}"
         output += told
-    assert (lost := missing(block.printed, output)) == [], f"{block.commands} did not print {lost}, but:\n{output}"
+    assert (lost := missing(block.printed, output)) == [], (
+        f"{block.commands} did not print {lost}, but:\n{output}"
+    )
     return output

@@ -1,4 +1,5 @@
-"""nano/llm2clip.py has the package's losses in both stages, step by step, from the same weights and batches."""
+"""nano/llm2clip.py has the package's losses in both stages, step by step, from the same weights and
+batches."""
 
 import importlib.util
 from pathlib import Path
@@ -25,21 +26,28 @@ def nano() -> Any:
 
 
 def record(words: list[str], file: Path) -> None:
-    """Run a command of the package, and save the weights before its first step, its batches, noise and losses."""
+    """Run a command of the package, and save the weights before its first step, its batches, noise
+    and losses."""
     from llm2clip_plugin import cli
     from llm2clip_plugin.train.step import ContrastiveStep, TowerStep
 
     steps: list[dict[str, Any]] = []
     weights: dict[str, torch.Tensor] = {}
-    plain_step, plain_noise = ContrastiveStep.__call__, TowerStep._noise
+    plain_step = ContrastiveStep.__call__
+    plain_noise = TowerStep._noise
 
     def step(self: Any, batch: Any) -> Any:
         if not weights:
-            weights.update({n: value.detach().clone() for n, value in self.engine.module.state_dict().items()})
+            weights.update(
+                {n: value.detach().clone() for n, value in self.engine.module.state_dict().items()}
+            )
         steps.append({"pairs": [(p.query, p.positive) for p in batch.get("pairs", ())]})
         steps[-1] |= {"hashes": batch["caption_hashes"], "images": batch["image_ids"].tolist()}
         if "pixels" in batch:
-            steps[-1] |= {"pixels": self.normalize(batch["pixels"]), "embeddings": batch["embeddings"]}
+            steps[-1] |= {
+                "pixels": self.normalize(batch["pixels"]),
+                "embeddings": batch["embeddings"],
+            }
         loss, values = plain_step(self, batch)
         steps[-1]["loss"] = loss
         return loss, values
@@ -48,7 +56,9 @@ def record(words: list[str], file: Path) -> None:
         steps[-1]["noise"] = plain_noise(self, micro)
         return steps[-1]["noise"]
 
-    ContrastiveStep.__call__, TowerStep._noise = step, noise  # type: ignore[method-assign]
+    # type: ignore[method-assign]
+    ContrastiveStep.__call__ = step
+    TowerStep._noise = noise
     assert cli.main(words) == 0
     torch.save((weights, steps), file)
 
@@ -66,11 +76,52 @@ def recorded(words: list[str], file: Path) -> tuple[dict[str, torch.Tensor], lis
 
 def test_stage_1_has_the_losses_of_finetune_llm(tmp_path: Path) -> None:
     llm = save_tiny_llm(tmp_path / "llm", "gemma3")
-    words = ["finetune-llm", str(EMOJI / "validation-noto.tar"), "--llm", str(llm), "--output", str(tmp_path / "run")]
-    words += ["--languages", "en", "--group", "family", "--pair-kinds", "short:keywords", "--lists", "keywords=2:6"]
-    words += ["--attention", "causal", "--pooling", "last", "--dropout", "0", "--scale", "20", "--lr", "1e-3"]
-    words += ["--chat-template", 'This sentence: "{caption}" means in one word: "', "--warmup-steps", "0"]
-    words += ["--compute-dtype", "float32", "--warmup-ratio", "0.1", "--global-batch", "16", "--max-steps", str(STEPS)]
+    words = [
+        "finetune-llm",
+        str(EMOJI / "validation-noto.tar"),
+        "--llm",
+        str(llm),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    words += [
+        "--languages",
+        "en",
+        "--group",
+        "family",
+        "--pair-kinds",
+        "short:keywords",
+        "--lists",
+        "keywords=2:6",
+    ]
+    words += [
+        "--attention",
+        "causal",
+        "--pooling",
+        "last",
+        "--dropout",
+        "0",
+        "--scale",
+        "20",
+        "--lr",
+        "1e-3",
+    ]
+    words += [
+        "--chat-template",
+        'This sentence: "{caption}" means in one word: "',
+        "--warmup-steps",
+        "0",
+    ]
+    words += [
+        "--compute-dtype",
+        "float32",
+        "--warmup-ratio",
+        "0.1",
+        "--global-batch",
+        "16",
+        "--max-steps",
+        str(STEPS),
+    ]
     weights, steps = recorded(words, tmp_path / "recorded.pt")
 
     module = nano()
@@ -91,21 +142,42 @@ def test_stage_1_has_the_losses_of_finetune_llm(tmp_path: Path) -> None:
 
 def test_stage_2_has_the_losses_of_train_tower(tmp_path: Path) -> None:
     tiny = make_all(tmp_path / "tiny", "dinov2")
-    words = ["train-tower", "--recipe", "quickstart", "--tower", str(tiny / "tower"), "--image-size", "16"]
-    words += ["--data", str(tiny / "data"), "--output", str(tmp_path / "run"), "--max-steps", str(STEPS)]
+    words = [
+        "train-tower",
+        "--recipe",
+        "quickstart",
+        "--tower",
+        str(tiny / "tower"),
+        "--image-size",
+        "16",
+    ]
+    words += [
+        "--data",
+        str(tiny / "data"),
+        "--output",
+        str(tmp_path / "run"),
+        "--max-steps",
+        str(STEPS),
+    ]
     words += ["--global-batch", "16", "--heads.steps", "5", "--evaluation.group="]
     weights, steps = recorded(words, tmp_path / "recorded.pt")
 
     module = nano()
     model = module.DualEncoder(str(tiny / "tower"), steps[0]["embeddings"].shape[1])
-    model.load_state_dict({name.removeprefix("text_adapter."): value for name, value in weights.items()})
+    model.load_state_dict(
+        {name.removeprefix("text_adapter."): value for name, value in weights.items()}
+    )
     model.train()
     optimizer = module.tower_optimizer(model)
     for number, step in enumerate(steps):
         image_BP = model.pool(step["pixels"])
         factor = module.rate(number, STEPS, warmup=3)
-        embedding_BW, noise_BW = step["embeddings"].float(), step["noise"]
-        texts, images = step["hashes"].flatten().tolist(), step["images"]
-        loss = module.tower_step(model, optimizer, image_BP, embedding_BW, noise_BW, texts, images, factor)
+        embedding_BW = step["embeddings"].float()
+        noise_BW = step["noise"]
+        texts = step["hashes"].flatten().tolist()
+        images = step["images"]
+        loss = module.tower_step(
+            model, optimizer, image_BP, embedding_BW, noise_BW, texts, images, factor
+        )
         assert loss == pytest.approx(step["loss"], abs=1e-5)
     assert abs(steps[-1]["loss"] - steps[0]["loss"]) > 0.1

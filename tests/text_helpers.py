@@ -23,14 +23,24 @@ def moved(encoder: CaptionEncoder, config: FinetuneConfig, seed: int = 0):
 
 
 def write_moved(
-    llm: Path, folder: Path, *, dtype: str = "float32", lora: LoraSettings | None = None, seed: int = 0, **settings
+    llm: Path,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    lora: LoraSettings | None = None,
+    seed: int = 0,
+    **settings,
 ) -> tuple[CaptionEncoder, Path]:
     """An encoder with a moved adapter, and that adapter's folder."""
     encoding = EncoderConfig(llm=str(llm), compute_dtype=dtype, **settings)
     config = FinetuneConfig(encoder=encoding, lora=lora or LoraSettings(dropout=0.0))
     encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)
     moved(encoder, config, seed)
-    trained = {name: p.detach().clone() for name, p in encoder.model.llm.named_parameters() if p.requires_grad}
+    trained = {
+        name: p.detach().clone()
+        for name, p in encoder.model.llm.named_parameters()
+        if p.requires_grad
+    }
     state = TrainState(step=1, samples=1, config={}, config_hash="", seed=0)
     save_adapter(encoder.model.llm, trained, card_of(encoder, config, state), folder)
     return encoder, folder

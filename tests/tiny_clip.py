@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from tiny_llm import tiny_tokenizer
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 VISION = {**TINY, "image_size": 16, "patch_size": 8}
 
 
@@ -15,7 +20,13 @@ def save_tiny_clip(folder: Path, kind: str) -> Any:
     from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
     torch.manual_seed(0)
-    text = {**TINY, "vocab_size": 400, "max_position_embeddings": 20, "eos_token_id": 2, "bos_token_id": 1}
+    text = {
+        **TINY,
+        "vocab_size": 400,
+        "max_position_embeddings": 20,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+    }
     if kind == "clip":
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24))
     else:

@@ -1,4 +1,5 @@
-"""A tiny tower, captioned images in shards, and the cache of a made-up teacher: what a real run reads, in small."""
+"""A tiny tower, captioned images in shards, and the cache of a made-up teacher: what a real run
+reads, in small."""
 
 import hashlib
 import io
@@ -17,13 +18,25 @@ from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.vision.export import save_tower
 
 WIDTH = 24  # of the teacher's embeddings
-SHARDS, SAMPLES = 2, 24
-COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "yellow": (240, 220, 40)}
+SHARDS = 2
+SAMPLES = 24
+COLOURS = {
+    "red": (230, 30, 30),
+    "green": (30, 200, 40),
+    "blue": (40, 60, 220),
+    "yellow": (240, 220, 40),
+}
 
 
 def make_tower(folder: Path, kind: str = "clip") -> Path:
     """Two layers, 32 wide, 16 pixels, random weights."""
-    common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    common = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
     torch.manual_seed(0)
     if kind == "dinov2":
         from transformers import Dinov2Config, Dinov2Model
@@ -38,7 +51,9 @@ def make_tower(folder: Path, kind: str = "clip") -> Path:
     return folder
 
 
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]], tar_format: int = tarfile.GNU_FORMAT) -> Path:
+def write_tar(
+    path: Path, members: Iterable[tuple[str, bytes]], tar_format: int = tarfile.GNU_FORMAT
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tar_format) as tar:
         for name, data in members:
@@ -60,11 +75,15 @@ def make_shards(folder: Path) -> Path:
     for shard in range(SHARDS):
         members = []
         for number in range(SAMPLES):
-            colour, rows = names[number % 4], number // 4 + 6 * shard
+            colour = names[number % 4]
+            rows = number // 4 + 6 * shard
             pixels = np.full((24, 24, 3), 255, np.uint8)
             pixels[:, 12:] = COLOURS[colour]
             pixels[: 2 * rows] //= 2
-            caption = {"caption": f"{colour} {rows}", "long_caption": f"a {colour} half, {rows} dark rows"}
+            caption = {
+                "caption": f"{colour} {rows}",
+                "long_caption": f"a {colour} half, {rows} dark rows",
+            }
             key = f"{shard}-{number:03d}"
             members += [
                 (f"{key}.png", encoded(Image.fromarray(pixels), "PNG")),
@@ -85,9 +104,15 @@ def embed(text: str) -> torch.Tensor:
 
 def made_up(llm: str = "made-up", *, pooling: str = "mean") -> TeacherIdentity:
     """The identity of a teacher that does not exist."""
-    own = {"llm": llm, "weights_sha256": hashlib.sha256(llm.encode()).hexdigest(), "pooling": pooling}
+    own = {
+        "llm": llm,
+        "weights_sha256": hashlib.sha256(llm.encode()).hexdigest(),
+        "pooling": pooling,
+    }
     none = dict.fromkeys(("revision", "adapter_sha256", "prompt", "chat_template"), "")
-    return TeacherIdentity(attention="bidirectional", layer=-1, max_tokens=512, width=WIDTH, **own, **none)
+    return TeacherIdentity(
+        attention="bidirectional", layer=-1, max_tokens=512, width=WIDTH, **own, **none
+    )
 
 
 def make_cache(
@@ -99,7 +124,8 @@ def make_cache(
     directory: Path | None = None,
 ) -> Path:
     """The cache of ``data``, by default in its default place."""
-    source, identity = open_source(SourceConfig(path=str(data))), identity or made_up(llm)
+    source = open_source(SourceConfig(path=str(data)))
+    identity = identity or made_up(llm)
     directory = directory or data / f"embeddings-{identity.fingerprint[:12]}"
     writer = CacheWriter(directory, identity, "float16")
     for shard in source.shards:
@@ -107,7 +133,12 @@ def make_cache(
         captions = [captions for _, captions in pairs]
         rows = caption_rows(captions)
         texts = [caption.text for group in captions for caption in group]
-        writer.write_shard(shard.name, [key for key, _ in pairs], rows, torch.stack([embed(text) for text in texts]))
+        writer.write_shard(
+            shard.name,
+            [key for key, _ in pairs],
+            rows,
+            torch.stack([embed(text) for text in texts]),
+        )
     writer.finish([shard.name for shard in source.shards])
     return directory
 

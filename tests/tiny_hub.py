@@ -13,14 +13,16 @@ TOKEN = "hf_test"
 
 
 class TinyHub(http.server.BaseHTTPRequestHandler):
-    """Accepts TOKEN; takes ``.safetensors`` as the Hub takes large files (LFS), other files within the commit."""
+    """Accepts TOKEN; takes ``.safetensors`` as the Hub takes large files (LFS), other files within
+    the commit."""
 
     address: str
     files: dict[str, bytes]  # of the last commit
     blobs: dict[str, bytes]
     calls: list[tuple[str, str | None]]  # path, authorization
     created: list[dict]  # what repositories were asked for
-    broken: str  # "": all works; "lfs": refuses the weights; "blobs": breaks off when they are sent; "commit"
+    # "": all works; "lfs": refuses the weights; "blobs": breaks off when they are sent; "commit"
+    broken: str
 
     def do_POST(self) -> None:
         self.calls.append((self.path, self.headers.get("authorization")))
@@ -30,15 +32,23 @@ class TinyHub(http.server.BaseHTTPRequestHandler):
         elif self.path.endswith("/preupload/main"):
             names = [file["path"] for file in json.loads(body)["files"]]
             mode = {True: "lfs", False: "regular"}
-            files = [{"path": n, "uploadMode": mode[n.endswith(".safetensors")], "shouldIgnore": False} for n in names]
+            files = [
+                {"path": n, "uploadMode": mode[n.endswith(".safetensors")], "shouldIgnore": False}
+                for n in names
+            ]
             self._answer({"files": files})
         elif self.path.endswith("/info/lfs/objects/batch"):
             asked = json.loads(body)["objects"]
             if self.broken == "lfs":
                 full = {"code": 507, "message": "storage is full"}
-                self._answer({"transfer": "basic", "objects": [{**o, "error": full} for o in asked]})
+                self._answer(
+                    {"transfer": "basic", "objects": [{**o, "error": full} for o in asked]}
+                )
                 return
-            objects = [{**o, "actions": {"upload": {"href": f"{self.address}/blobs/{o['oid']}"}}} for o in asked]
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.address}/blobs/{o['oid']}"}}}
+                for o in asked
+            ]
             self._answer({"transfer": "basic", "objects": objects})
         elif "/commit/" in self.path and self.broken == "commit":
             self._answer({"error": "storage is full"}, status=403)
@@ -51,7 +61,9 @@ class TinyHub(http.server.BaseHTTPRequestHandler):
                 elif entry["key"] == "lfsFile":
                     self.files[value["path"]] = self.blobs[value["oid"]]
             url = f"{self.address}/o/n/commit/1"
-            self._answer({"commitUrl": url, "commitOid": "1", "pullRequestUrl": None, "success": True})
+            self._answer(
+                {"commitUrl": url, "commitOid": "1", "pullRequestUrl": None, "success": True}
+            )
         else:
             if self.path == "/api/repos/create":
                 self.created.append(json.loads(body))
@@ -91,13 +103,17 @@ class TinyHub(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def tiny_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[TinyHub]]:
-    """A hub that huggingface_hub talks to with TOKEN; what it received is in the class's attributes."""
+    """A hub that huggingface_hub talks to with TOKEN; what it received is in the class's
+    attributes."""
     import huggingface_hub.constants
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # LFS, the other way of large files
-    handler = type("Handler", (TinyHub,), {"files": {}, "blobs": {}, "calls": [], "created": [], "broken": ""})
+    # LFS, the other way of large files
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    handler = type(
+        "Handler", (TinyHub,), {"files": {}, "blobs": {}, "calls": [], "created": [], "broken": ""}
+    )
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     handler.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()

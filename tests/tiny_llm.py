@@ -1,4 +1,5 @@
-"""Tiny decoder LLMs of every family, random, with a byte-level tokenizer; fixtures for whoever imports them."""
+"""Tiny decoder LLMs of every family, random, with a byte-level tokenizer; fixtures for whoever
+imports them."""
 
 from pathlib import Path
 
@@ -36,14 +37,17 @@ def tiny_tokenizer(*, template: bool = True, eos: bool = False) -> PreTrainedTok
         special_tokens=[(token, bpe.token_to_id(token)) for token in ("<bos>", "<eos>")],
     )
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=["<user>", "<end>"], **special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, extra_special_tokens=["<user>", "<end>"], **special
+    )
     if template:
         tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
 def chatml_tokenizer() -> PreTrainedTokenizerFast:
-    """As SmolLM2's: no token is added to a text, whose beginning would be that of a turn, and the end of one pads."""
+    """As SmolLM2's: no token is added to a text, whose beginning would be that of a turn, and the
+    end of one pads."""
     tokenizer = tiny_tokenizer(template=False)
     tokenizer.backend_tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     end = "<|im_end|>"
@@ -52,9 +56,17 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_tiny_llm(folder: Path, family: str, *, seed: int = 0, width: int = 32, **tokenizer_options: bool) -> Path:
-    """Write a random two-block LLM with its tokenizer, weights large enough that every token matters."""
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "head_dim": width // 4}
+def save_tiny_llm(
+    folder: Path, family: str, *, seed: int = 0, width: int = 32, **tokenizer_options: bool
+) -> Path:
+    """Write a random two-block LLM with its tokenizer, weights large enough that every token
+    matters."""
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "head_dim": width // 4,
+    }
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
     sizes |= {"vocab_size": 400, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if family in ("mistral", "gemma2", "gemma3"):

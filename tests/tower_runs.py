@@ -17,7 +17,8 @@ from llm2clip_plugin.train.distributed import free_port
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
-# train-tower, but it stops before the batch that ends at a sample, for ever: a test may kill it in peace
+# train-tower, but it stops before the batch that ends at a sample, for ever: a test may kill it in
+# peace
 HELD = """
 import sys, time
 from llm2clip_plugin.cli import leave, run
@@ -37,9 +38,17 @@ leave(run("train-tower", sys.argv[1:]))
 
 
 def options(tiny: Path, run: Path, *more: str) -> list[str]:
-    """A short run with everything that must come back: heads, noise, layer decay, schedule, moving average."""
+    """A short run with everything that must come back: heads, noise, layer decay, schedule, moving
+    average."""
     return [
-        *("--recipe", "quickstart", "--tower.path", str(tiny / "tower"), "--tower.image-size", "16"),
+        *(
+            "--recipe",
+            "quickstart",
+            "--tower.path",
+            str(tiny / "tower"),
+            "--tower.image-size",
+            "16",
+        ),
         *("--data_path", str(tiny / "data"), "--output_dir", str(run), "--max_steps", str(STEPS)),
         *("--tower.freeze-first-blocks", "0"),
         *("--train.global-batch", "16", "--heads.steps", "3", "--train.ema-decay", "0.9"),
@@ -48,7 +57,8 @@ def options(tiny: Path, run: Path, *more: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread a rank, the package of this checkout, and no place among the ranks of another test."""
+    """One thread a rank, the package of this checkout, and no place among the ranks of another
+    test."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     ours = {name: value for name, value in os.environ.items() if name not in ranks}
@@ -73,13 +83,22 @@ def start(
 
 def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
     """``deepspeed --num_gpus 2 WORDS``, to its end; its processes are forked."""
-    command = [str(programs() / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), *words]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    command = [
+        str(programs() / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        *words,
+    ]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
 
 
 def killed_at(argv: list[str], run: Path, step: int, *, saved: bool = True) -> None:
-    """Start train-tower on two ranks, and kill them before the batch of ``step``, when the line of the step before it
-    is there, and (``saved``) a checkpoint."""
+    """Start train-tower on two ranks, and kill them before the batch of ``step``, when the line of
+    the step before it is there, and (``saved``) a checkpoint."""
     script = run.with_name(f"{run.name}-held.py")
     script.write_text(HELD.format(position=16 * step))
     ranks = start(argv, 2, script)
@@ -100,13 +119,20 @@ def wait_for(ready: Callable[[], object], processes: Sequence[Process] = ()) -> 
 
 
 def processes_of(run: Path) -> list[psutil.Process]:
-    """Whose command line names the run's folder: those of a launcher, of its ranks, of their loaders."""
-    return [one for one in psutil.process_iter(["cmdline"]) if str(run) in (one.info["cmdline"] or ())]
+    """Whose command line names the run's folder: those of a launcher, of its ranks, of their
+    loaders."""
+    return [
+        one for one in psutil.process_iter(["cmdline"]) if str(run) in (one.info["cmdline"] or ())
+    ]
 
 
 def ranks_of(run: Path) -> list[int]:
     """The training processes of a launcher, without the loader processes below these."""
-    found = (one for one in processes_of(run) if any(word.startswith("--local_rank=") for word in one.info["cmdline"]))
+    found = (
+        one
+        for one in processes_of(run)
+        if any(word.startswith("--local_rank=") for word in one.info["cmdline"])
+    )
     ranks = {process.pid: process.ppid() for process in found}
     return [rank for rank, parent in ranks.items() if parent not in ranks]
 

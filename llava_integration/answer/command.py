@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from llava_integration.answer.questions import COMMAND, AnswerConfig, AnswersFile, Question, entry, read_questions
+from llava_integration.answer.questions import (
+    COMMAND,
+    AnswerConfig,
+    AnswersFile,
+    Question,
+    entry,
+    read_questions,
+)
 from llava_integration.answer.served import Endpoint, ServedModel, answer_served
 from llava_integration.checkpoints import check_checkpoint, sample_sha256
 from llm2clip_plugin.console import quiet_llava_loading
@@ -31,7 +38,8 @@ if TYPE_CHECKING:
 # LLaVA may be in an environment of its own, not where types are checked.
 # pyright: reportMissingImports=false
 
-# index in the question file, token ids (T,), pixels or None without image, (width, height) of the image
+# index in the question file, token ids (T,), pixels or None without image, (width, height) of the
+# image
 Prepared = tuple[int, "torch.Tensor", "torch.Tensor | None", "tuple[int, int]"]
 
 
@@ -48,7 +56,8 @@ class Answerer:
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: no GPU is available to torch; pass --device cpu")
         path = os.path.expanduser(options.model_path)
-        self.options, self.name = options, get_model_name_from_path(path)
+        self.options = options
+        self.name = get_model_name_from_path(path)
         mode = options.conv_mode
         if "plain" in self.name and "finetune" not in self.name.lower() and "mmtag" not in mode:
             mode = f"{mode}_mmtag"  # of models pretrained on plain captions, as in LLaVA
@@ -66,17 +75,26 @@ class Answerer:
         self.model.config.tokenizer_padding_side = "left"
 
     def batches(self, questions: list[Question], indices: list[int]) -> Iterator[list[Prepared]]:
-        """Batches of prepared questions, with images first; a batch never mixes questions with and without an image."""
+        """Batches of prepared questions, with images first; a batch never mixes questions with and
+        without an image."""
         from torch.utils.data import DataLoader
 
-        parts = (self.options.image_folder, self.conversation, self.tokenizer, self.image_processor, self.model.config)
+        parts = (
+            self.options.image_folder,
+            self.conversation,
+            self.tokenizer,
+            self.image_processor,
+            self.model.config,
+        )
         collate = partial(prepare, *parts)  # no weights, so that worker processes stay small
         chosen = [(index, questions[index]) for index in indices]
         for pictured in (True, False):
             group: Any = [pair for pair in chosen if bool(pair[1].image) == pictured]
             workers = min(self.options.workers, len(group))
             if group:
-                yield from DataLoader(group, self.options.batch_size, num_workers=workers, collate_fn=collate)
+                yield from DataLoader(
+                    group, self.options.batch_size, num_workers=workers, collate_fn=collate
+                )
 
     def generate(self, batch: list[Prepared]) -> list[str]:
         """The answers to a batch, without special tokens."""
@@ -86,34 +104,61 @@ class Answerer:
         ids, mask = padded([tokens for _, tokens, _, _ in batch])
         arguments: dict[str, Any] = {"attention_mask": mask.to(device)}
         if batch[0][2] is not None:
-            images = [p.to(device=device, dtype=self.model.dtype) for _, _, p, _ in batch if p is not None]
+            images = [
+                p.to(device=device, dtype=self.model.dtype) for _, _, p, _ in batch if p is not None
+            ]
             same_shape = all(image.shape == images[0].shape for image in images)
             arguments["images"] = torch.stack(images) if same_shape else images
             arguments["image_sizes"] = [size for *_, size in batch]
-        options, pad, eos = self.options, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        arguments |= {"do_sample": options.temperature > 0, "num_beams": options.num_beams, "use_cache": True}
-        arguments |= {"max_new_tokens": options.max_new_tokens, "pad_token_id": eos if pad is None else pad}
+        options = self.options
+        pad = self.tokenizer.pad_token_id
+        eos = self.tokenizer.eos_token_id
+        arguments |= {
+            "do_sample": options.temperature > 0,
+            "num_beams": options.num_beams,
+            "use_cache": True,
+        }
+        arguments |= {
+            "max_new_tokens": options.max_new_tokens,
+            "pad_token_id": eos if pad is None else pad,
+        }
         if options.temperature > 0:
             arguments |= {"temperature": options.temperature, "top_p": options.top_p}
         with torch.inference_mode():
             output = self.model.generate(ids.to(device), **arguments)
-        return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
+        return [
+            text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        ]
 
 
 def prepare(
-    folder: str, conversation: Any, tokenizer: Any, processor: Any, config: Any, questions: list[tuple[int, Question]]
+    folder: str,
+    conversation: Any,
+    tokenizer: Any,
+    processor: Any,
+    config: Any,
+    questions: list[tuple[int, Question]],
 ) -> list[Prepared]:
-    """Questions, each with its index, as the model reads them: the template ``conversation``, image token, question.
-    ``folder``: of the images, whose pixels are (3, S, S), or (tiles, 3, S, S) for anyres."""
-    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+    """Questions, each with its index, as the model reads them: the template ``conversation``, image
+    token, question. ``folder``: of the images, whose pixels are (3, S, S), or (tiles, 3, S, S) for
+    anyres."""
+    from llava.constants import (
+        DEFAULT_IM_END_TOKEN,
+        DEFAULT_IM_START_TOKEN,
+        DEFAULT_IMAGE_TOKEN,
+        IMAGE_TOKEN_INDEX,
+    )
     from llava.mm_utils import process_images, tokenizer_image_token
 
     prepared = []
     for index, question in questions:
-        text, pixels, size = question.text, None, (0, 0)
+        text = question.text
+        pixels = None
+        size = (0, 0)
         if question.image:
             image = question.open_image(folder)
-            pixels, size = process_images([image], processor, config)[0], image.size
+            pixels = process_images([image], processor, config)[0]
+            size = image.size
             token = DEFAULT_IMAGE_TOKEN
             if getattr(config, "mm_use_im_start_end", False):
                 token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
@@ -121,7 +166,9 @@ def prepare(
         turns = conversation.copy()
         turns.append_message(turns.roles[0], text)
         turns.append_message(turns.roles[1], None)
-        tokens: Any = tokenizer_image_token(turns.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+        tokens: Any = tokenizer_image_token(
+            turns.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt"
+        )
         prepared.append((index, tokens, pixels, size))
     return prepared
 
@@ -136,67 +183,104 @@ def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(argv: list[str]) -> int:
-    """Answer the questions that have no answer yet; returns 0, or 1 if a server refused some of the questions."""
+    """Answer the questions that have no answer yet; returns 0, or 1 if a server refused some of the
+    questions."""
     options = COMMAND.parse(argv)
     if options.model_path:
         check_checkpoint(options.model_path, options.model_base)
     rank, world = choose_device(options.device)
-    asked = {"directly": options.single_pred_prompt, "all_rounds": options.all_rounds, "lang": options.lang}
-    questions = chunk(read_questions(options.question_file, **asked), options.num_chunks, options.chunk_idx)
+    asked = {
+        "directly": options.single_pred_prompt,
+        "all_rounds": options.all_rounds,
+        "lang": options.lang,
+    }
+    questions = chunk(
+        read_questions(options.question_file, **asked), options.num_chunks, options.chunk_idx
+    )
     folder = options.image_folder
-    if folder and not Path(folder).is_dir() and any(item.image and not item.embedded for item in questions):
-        raise FileNotFoundError(f"--image-folder {folder} is not a folder; expected that of the questions' images")
-    endpoint, served = None, None
+    if (
+        folder
+        and not Path(folder).is_dir()
+        and any(item.image and not item.embedded for item in questions)
+    ):
+        raise FileNotFoundError(
+            f"--image-folder {folder} is not a folder; expected that of the questions' images"
+        )
+    endpoint = None
+    served = None
     if options.endpoint:
         endpoint = Endpoint(options.endpoint, timeout=options.timeout, retries=options.retries)
         served = endpoint.choose(options.served_model_name)
     settings = answer_settings(options, served)
-    answers = AnswersFile(options.answers_file, settings, len(questions), overwrite=options.overwrite)
+    answers = AnswersFile(
+        options.answers_file, settings, len(questions), overwrite=options.overwrite
+    )
     if answers.path.is_file():
         print(f"{answers.path} is complete: {len(questions)} answers")
         return 0
     done = answers.done()
-    indices = [index for index in range(len(questions)) if index % world == rank and index not in done]
+    indices = [
+        index for index in range(len(questions)) if index % world == rank and index not in done
+    ]
     refused: list[str] = []
     if indices and endpoint and served:
         refused = answer_served(endpoint, served.id, options, questions, indices, answers)
     elif indices:
         answerer = Answerer(options)
-        with tqdm(total=len(indices), unit="question", mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
+        with tqdm(
+            total=len(indices), unit="question", mininterval=0.5 if sys.stderr.isatty() else 10.0
+        ) as bar:
             for batch in answerer.batches(questions, indices):
                 texts = zip([index for index, *_ in batch], answerer.generate(batch), strict=True)
-                answers.write({index: entry(questions[index], text, answerer.name) for index, text in texts})
+                answers.write(
+                    {index: entry(questions[index], text, answerer.name) for index, text in texts}
+                )
                 bar.update(len(batch))
     missing = answers.finish()
     pending = ", other ranks are still running" if missing > len(refused) else ""
     print(f"{answers.path}: {len(questions) - missing} of {len(questions)} answers{pending}")
     if refused:
-        print(f"error: {len(refused)} questions without an answer; rerun to ask them again", file=sys.stderr)
+        print(
+            f"error: {len(refused)} questions without an answer; rerun to ask them again",
+            file=sys.stderr,
+        )
         print("\n".join(f"  {line}" for line in refused[:10]), file=sys.stderr)
     return int(bool(refused))
 
 
 def choose_device(device: str) -> tuple[int, int]:
-    """Set CUDA_VISIBLE_DEVICES before torch is imported; returns (rank, world size) of torchrun or Slurm.
-    LLaVA spreads a model over all visible GPUs, so each of several ranks is given one GPU."""
+    """Set CUDA_VISIBLE_DEVICES before torch is imported; returns (rank, world size) of torchrun or
+    Slurm. LLaVA spreads a model over all visible GPUs, so each of several ranks is given one GPU.
+    """
     environment = os.environ
     slurm = "RANK" not in environment and "SLURM_PROCID" in environment
-    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID") if slurm else ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    rank, world, local = (int(environment.get(name, default)) for name, default in zip(names, "010", strict=True))
+    names = (
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        if slurm
+        else ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    )
+    rank, world, local = (
+        int(environment.get(name, default)) for name, default in zip(names, "010", strict=True)
+    )
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif world > 1:
         visible = environment.get("CUDA_VISIBLE_DEVICES", "")
         visible_gpus = visible.split(",") if visible else []
         if len(visible_gpus) != 1:  # Slurm may have assigned one to each task already
-            environment["CUDA_VISIBLE_DEVICES"] = visible_gpus[local] if visible_gpus else str(local)
+            environment["CUDA_VISIBLE_DEVICES"] = (
+                visible_gpus[local] if visible_gpus else str(local)
+            )
     return rank, world
 
 
 def chunk(questions: list[Question], chunks: int, index: int) -> list[Question]:
-    """The ``index``-th of ``chunks`` pieces, as LLaVA's ``get_chunk``: the last may be empty. ValueError for none."""
+    """The ``index``-th of ``chunks`` pieces, as LLaVA's ``get_chunk``: the last may be empty.
+    ValueError for none."""
     if not 0 <= index < chunks:
-        raise ValueError(f"--chunk-idx {index} is out of range for --num-chunks {chunks}: 0 to {chunks - 1}")
+        raise ValueError(
+            f"--chunk-idx {index} is out of range for --num-chunks {chunks}: 0 to {chunks - 1}"
+        )
     size = -(-len(questions) // chunks)
     return questions[index * size : (index + 1) * size]
 
@@ -206,7 +290,11 @@ def answer_settings(options: AnswerConfig, served: ServedModel | None) -> dict[s
     ``served``: the model behind ``--endpoint``, whose configuration the server knows."""
     names = "num_chunks chunk_idx temperature top_p max_new_tokens single_pred_prompt all_rounds lang".split()
     if served:
-        model = {"endpoint": options.endpoint, "served_model": served.id, "served_root": served.root}
+        model = {
+            "endpoint": options.endpoint,
+            "served_model": served.id,
+            "served_root": served.root,
+        }
     else:
         names += "model_path model_base conv_mode num_beams dtype load_8bit load_4bit".split()
         config = Path(options.model_path) / "config.json"

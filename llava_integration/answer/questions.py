@@ -32,9 +32,20 @@ from llm2clip_plugin.contracts import naming_full_disk, write_text
 from llm2clip_plugin.files import ContractError, check_image_size, errors_about, read_json_value
 from llm2clip_plugin.options import Command
 
-BAD_IMAGE = (OSError, ValueError, SyntaxError, IndexError, struct.error, Image.DecompressionBombError)  # Pillow's
+# Pillow's
+BAD_IMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 LETTERS = ("A", "B", "C", "D")
-DIRECTLY = {"en": "Answer with the option's letter from the given choices directly.", "cn": "请直接回答选项字母。"}
+DIRECTLY = {
+    "en": "Answer with the option's letter from the given choices directly.",
+    "cn": "请直接回答选项字母。",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +60,15 @@ class Question:
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the answer
 
     def open_image(self, folder: str) -> Image.Image:
-        """The image in RGB; raises ValueError with the question's id if it cannot be read, or is outside the folder."""
+        """The image in RGB; raises ValueError with the question's id if it cannot be read, or is
+        outside the folder."""
         path = Path(folder) / self.image
-        if not self.embedded and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-            raise ValueError(f"question {self.id!r}: image {self.image!r} is outside --image-folder {folder or '.'}")
+        if not self.embedded and not Path(os.path.abspath(path)).is_relative_to(
+            os.path.abspath(folder)
+        ):
+            raise ValueError(
+                f"question {self.id!r}: image {self.image!r} is outside --image-folder {folder or '.'}"
+            )
         try:
             source = io.BytesIO(base64.b64decode(self.image)) if self.embedded else path
             image = Image.open(source)
@@ -63,11 +79,14 @@ class Question:
             raise ValueError(f"question {self.id!r}: cannot read {where}: {error}") from error
 
 
-def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = False, lang: str = "en") -> list[Question]:
-    """The questions of a file, whose suffix selects the format. Raises FileNotFoundError, or ValueError with the line.
+def read_questions(
+    path: Path, *, directly: bool = False, all_rounds: bool = False, lang: str = "en"
+) -> list[Question]:
+    """The questions of a file, whose suffix selects the format. Raises FileNotFoundError, or
+    ValueError with the line.
 
-    ``directly`` requests the option's letter only (LLaVA's --single-pred-prompt), ``all_rounds`` repeats MMBench's
-    questions for every rotation of the options, ``lang`` is MMBench's."""
+    ``directly`` requests the option's letter only (LLaVA's --single-pred-prompt), ``all_rounds``
+    repeats MMBench's questions for every rotation of the options, ``lang`` is MMBench's."""
     if not path.is_file():
         raise FileNotFoundError(f"no question file at {path}")
     questions = []
@@ -75,11 +94,18 @@ def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = Fal
         if path.suffix == ".jsonl":
             for where, row in json_lines(path):
                 with errors_about(where, fix="expected an object with question_id, text and image"):
-                    text, image = row["text"] + "", row.get("image", "") + ""  # TypeError for numbers
-                    questions.append(Question(id=row["question_id"], text=text, shown=text, image=image))
-        elif path.suffix == ".json":  # LLaVA's conversations, of which the first turn is the question
+                    # TypeError for numbers
+                    text = row["text"] + ""
+                    image = row.get("image", "") + ""
+                    questions.append(
+                        Question(id=row["question_id"], text=text, shown=text, image=image)
+                    )
+        elif path.suffix == ".json":
+            # LLaVA's conversations, of which the first turn is the question
             for number, row in enumerate(read_json_value(path)):
-                with errors_about(f"{path}, entry {number}", fix="expected an object with id and conversations"):
+                with errors_about(
+                    f"{path}, entry {number}", fix="expected an object with id and conversations"
+                ):
                     image = row.get("image", "") + ""
                     text = row["conversations"][0]["value"].replace("<image>", "").strip()
                     text += f"\n{DIRECTLY['en']}" if directly else ""
@@ -88,7 +114,9 @@ def read_questions(path: Path, *, directly: bool = False, all_rounds: bool = Fal
         elif path.suffix == ".tsv":
             questions = read_table(path, directly, all_rounds, lang)
         else:
-            raise ContractError(f"{path}: expected a file .jsonl, .json (ScienceQA) or .tsv (MMBench)")
+            raise ContractError(
+                f"{path}: expected a file .jsonl, .json (ScienceQA) or .tsv (MMBench)"
+            )
     if not questions:
         raise ContractError(f"{path} has no questions; download it again")
     return questions
@@ -101,17 +129,22 @@ def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[
     questions = []
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
-            options = list(itertools.takewhile(lambda cell: not is_none(cell), map(row.get, LETTERS)))
+            options = list(
+                itertools.takewhile(lambda cell: not is_none(cell), map(row.get, LETTERS))
+            )
             letters = list(LETTERS[: len(options)])  # of the options as they are in the row
             hint = [] if is_none(row.get("hint")) else [row["hint"]]
             for number in range(len(options) if all_rounds else 1):
-                listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+                listed = [
+                    f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)
+                ]
                 shown = "\n".join([*hint, row["question"], *listed])
                 index = int(row["index"]) if row["index"].isdigit() else row["index"]
                 extra = {"round_id": number, "options": options, "option_char": letters}
                 about = {"image": row["image"], "embedded": True, "extra": extra}
                 questions.append(Question(id=index, text=shown + suffix, shown=shown, **about))
-                options, letters = options[1:] + options[:1], letters[1:] + letters[:1]
+                options = options[1:] + options[:1]
+                letters = letters[1:] + letters[:1]
     return questions
 
 
@@ -120,14 +153,18 @@ def is_none(cell: str | None) -> bool:
     return cell is None or cell in PANDAS_MISSING or cell.lower() in ("nan", "none")
 
 
-# The answers file. Several ranks write it and a killed run resumes it: until all answers exist, ANSWERS.partial/ has a
-# file per process; the rank that finds them complete merges them. No rank waits for another.
+# The answers file. Several ranks write it and a killed run resumes it: until all answers exist,
+# ANSWERS.partial/ has a file per process; the rank that finds them complete merges them. No rank
+# waits for another.
 
 OTHER_FILE = "choose another --answers-file or pass --overwrite"
-IGNORED_ON_RESUME = ("endpoint",)  # a server that is started again has another port; each answer names its own
+# a server that is started again has another port; each answer names its own
+IGNORED_ON_RESUME = ("endpoint",)
 
 
-def entry(question: Question, text: str, model: str, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+def entry(
+    question: Question, text: str, model: str, metadata: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """A line of LLaVA's answers file."""
     return {
         "question_id": question.id,
@@ -148,10 +185,14 @@ def settings_file(answers: Path) -> Path:
 class AnswersFile:
     """The answers of one run, by index in the question file."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], total: int, *, overwrite: bool = False):
-        """``settings``: every setting that an answer depends on, saved as ``ANSWERS.settings.json``.
-        Raises ContractError if answers with other settings exist, unless ``overwrite``; ValueError for a folder."""
-        self.path, self.total = path, total
+    def __init__(
+        self, path: Path, settings: dict[str, Any], total: int, *, overwrite: bool = False
+    ):
+        """``settings``: every setting that an answer depends on, saved as
+        ``ANSWERS.settings.json``. Raises ContractError if answers with other settings exist, unless
+        ``overwrite``; ValueError for a folder."""
+        self.path = path
+        self.total = total
         self.partial = path.with_name(path.name + ".partial")
         self.partial_file = self.partial / f"{uuid.uuid4().hex[:12]}.jsonl"
         saved = settings_file(path)
@@ -165,9 +206,17 @@ class AnswersFile:
         if saved.is_file():
             before = read_json_value(saved)
             # an earlier release may have recorded less
-            changes = [(name, old, settings.get(name)) for name, old in before.items() if name not in IGNORED_ON_RESUME]
-            if differ := ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changes if old != new):
-                raise ContractError(f"{path} was started with other settings ({differ}); {OTHER_FILE}")
+            changes = [
+                (name, old, settings.get(name))
+                for name, old in before.items()
+                if name not in IGNORED_ON_RESUME
+            ]
+            if differ := ", ".join(
+                f"{name} {old!r} -> {new!r}" for name, old, new in changes if old != new
+            ):
+                raise ContractError(
+                    f"{path} was started with other settings ({differ}); {OTHER_FILE}"
+                )
         elif path.exists() or self.partial.exists():
             raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
         else:
@@ -186,14 +235,18 @@ class AnswersFile:
         return answers
 
     def write(self, answers: dict[int, dict[str, Any]]) -> None:
-        """Append answers to this process's file; raises DiskFullError, and what was written before is resumed."""
+        """Append answers to this process's file; raises DiskFullError, and what was written before
+        is resumed."""
         self.partial.mkdir(exist_ok=True)
         with naming_full_disk(self.path), self.partial_file.open("a", encoding="utf-8") as file:
             for index, answer in answers.items():
-                file.write(json.dumps({"index": index, "answer": answer}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"index": index, "answer": answer}, ensure_ascii=False) + "\n"
+                )
 
     def finish(self) -> int:
-        """Write the answers file, in the order of the questions, if none is missing; returns how many are."""
+        """Write the answers file, in the order of the questions, if none is missing; returns how
+        many are."""
         answers = {}
         with suppress(FileNotFoundError):  # another rank has merged and deleted them
             answers = self.done()
@@ -217,17 +270,21 @@ class ModelConfig:
 
     model_path: str = ""  # LLaVA checkpoint: full, LoRA or projector
     model_base: str | None = None  # base model of a LoRA or projector checkpoint
-    endpoint: str = ""  # URL of an OpenAI-compatible server to ask instead, e.g. http://localhost:8000/v1
+    # URL of an OpenAI-compatible server to ask instead, e.g. http://localhost:8000/v1
+    endpoint: str = ""
     served_model_name: str = ""  # with --endpoint: the model; "": the only one
     conv_mode: str = "vicuna_v1"  # conversation template
     batch_size: int = 1  # questions per batch
     device: Literal["auto", "cuda", "cpu"] = "auto"  # of the model
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of the weights; LLaVA uses float16
+    # of the weights; LLaVA uses float16
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     overwrite: bool = False  # discard existing answers
 
     def __post_init__(self) -> None:
         if bool(self.model_path) == bool(self.endpoint):
-            raise ValueError("--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model")
+            raise ValueError(
+                "--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,10 +313,14 @@ class AnswerConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.answers_file.resolve() == self.question_file.resolve():
-            raise ValueError(f"--answers-file {self.answers_file} is the question file; choose another")
+            raise ValueError(
+                f"--answers-file {self.answers_file} is the question file; choose another"
+            )
         for name in ("batch_size", "concurrency", "timeout"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0"
+                )
 
 
 COMMAND = Command(

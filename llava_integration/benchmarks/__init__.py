@@ -1,1 +1,2 @@
-"""Scoring MLLM answers: benchmarks in ``rules/``, the commands ``score`` and ``bench-mllm`` in ``bench``."""
+"""Scoring MLLM answers: benchmarks in ``rules/``, the commands ``score`` and ``bench-mllm`` in
+``bench``."""

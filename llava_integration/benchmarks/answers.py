@@ -1,4 +1,5 @@
-"""Reading answers: LLaVA's JSONL or a folder of its chunks (``0_8.jsonl`` ...), submission files; detected by content.
+"""Reading answers: LLaVA's JSONL or a folder of its chunks (``0_8.jsonl`` ...), submission files;
+detected by content.
 
 | layout       | a row                                                                                    |
 |--------------|------------------------------------------------------------------------------------------|
@@ -48,7 +49,8 @@ class Answers:
 
 
 def read_text(path: Path) -> str:
-    """Text of a UTF-8 file. Raises ValueError for an empty file or another encoding, naming the first invalid byte."""
+    """Text of a UTF-8 file. Raises ValueError for an empty file or another encoding, naming the
+    first invalid byte."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     raw = path.read_bytes()
@@ -61,7 +63,8 @@ def read_text(path: Path) -> str:
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of each line of a JSONL file. Raises ContractError that names the line."""
-    name, where = str(path), str(path)
+    name = str(path)
+    where = str(path)
     with path.open(encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, 1):
@@ -69,23 +72,29 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if line.strip():
                     value = json.loads(line)
                     if not isinstance(value, dict):
-                        raise ContractError(f"{where}: expected a JSON object, got {line.strip()[:60]!r}")
+                        raise ContractError(
+                            f"{where}: expected a JSON object, got {line.strip()[:60]!r}"
+                        )
                     yield where, value
         except json.JSONDecodeError as error:
-            raise ContractError(f"{where}: not valid JSON ({error}); was the run cut off?") from error
+            raise ContractError(
+                f"{where}: not valid JSON ({error}); was the run cut off?"
+            ) from error
         except UnicodeDecodeError as error:
             raise ContractError(f"{path} is not UTF-8 text ({error})") from error
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Rows of a benchmark's JSONL file. Raises ContractError for the first line that is not a JSON object."""
+    """Rows of a benchmark's JSONL file. Raises ContractError for the first line that is not a JSON
+    object."""
     if not (rows := [row for _, row in json_lines(path)]):
         raise ContractError(f"{path} is empty; download it again")
     return rows
 
 
 def read_answers(path: str | Path) -> Answers:
-    """Read a file, or a folder of chunks; ValueError for an empty one, a wrong encoding or an unknown layout."""
+    """Read a file, or a folder of chunks; ValueError for an empty one, a wrong encoding or an
+    unknown layout."""
     path = Path(path)
     if (path / "merge.jsonl").is_file():
         path = path / "merge.jsonl"
@@ -98,7 +107,8 @@ def read_answers(path: str | Path) -> Answers:
         value = [_mapped_row(path, key, entry) for key, entry in value.items()]
     in_list = isinstance(value, list)
     lines: list[Any] = value if in_list else text.split("\n")
-    rows, broken = [], []
+    rows = []
+    broken = []
     # not splitlines(): an answer may contain U+2028 and the like, which JSON leaves unescaped
     for number, line in enumerate(lines, start=1):
         if in_list or line.strip():
@@ -107,7 +117,9 @@ def read_answers(path: str | Path) -> Answers:
             except (ValueError, TypeError, RecursionError) as error:
                 broken.append(f"line {number} ({error})")
     if not rows:
-        raise ValueError(f"{path} has no answers" + f": no line is a JSON object; {broken[:1]}" * bool(broken))
+        raise ValueError(
+            f"{path} has no answers" + f": no line is a JSON object; {broken[:1]}" * bool(broken)
+        )
     layout = _layout(path, rows[0][1])
     answers = tuple(_answer(layout, number, row) for number, row in rows)
     return Answers(path=path, layout=layout, rows=answers, broken=tuple(broken))
@@ -119,34 +131,52 @@ def _mapped_row(path: Path, key: str, entry: Any) -> Row:
         return {"question_id": key, "answer": entry}
     if isinstance(entry, dict) and "score" in entry:
         return {**entry, "question_id": key, "content": "", "tuple": ()}
-    raise ValueError(f"{path} is a JSON object with {key!r}: {str(entry)[:80]}; expected answers, one per line")
+    raise ValueError(
+        f"{path} is a JSON object with {key!r}: {str(entry)[:80]}; expected answers, one per line"
+    )
 
 
 def _layout(path: Path, head: Row) -> str:
     """The layout of rows whose keys are those of ``head``; ValueError for an unknown one."""
     keys = set(head)
     if keys & {"filtered_resps", "resps"}:
-        raise ValueError(f"{path} is a log of another evaluator, which has scored it: pass it to `llm2clip compare`")
+        raise ValueError(
+            f"{path} is a log of another evaluator, which has scored it: pass it to `llm2clip compare`"
+        )
     if "tuple" in keys:
         return "judge"
-    if "text" in keys and (keys & {"prompt", "answer_id", "model_id"} or keys <= {"question_id", "text"}):
+    if "text" in keys and (
+        keys & {"prompt", "answer_id", "model_id"} or keys <= {"question_id", "text"}
+    ):
         return "llava"
     if keys & {"answer", "prediction"} and keys & {"question_id", "questionId", "image", "index"}:
         return "submission"
     if {"question_id", "image", "text"} <= keys:
-        raise ValueError(f"{path} is a question file; --answers is the --answers-file of llava.eval.model_vqa*")
+        raise ValueError(
+            f"{path} is a question file; --answers is the --answers-file of llava.eval.model_vqa*"
+        )
     expected = "LLaVA's answers (question_id, prompt, text) or a submission (question_id, answer)"
     raise ValueError(f"{path}: rows have {sorted(keys)[:12]}; expected {expected}")
 
 
 def _answer(layout: str, line: int, row: Row) -> Answer:
-    identifier = next((row[key] for key in ("question_id", "questionId", "index", "image") if key in row), None)
-    if isinstance(identifier, float) and identifier.is_integer():  # as a table writes it where one is missing
+    identifier = next(
+        (row[key] for key in ("question_id", "questionId", "index", "image") if key in row), None
+    )
+    # as a table writes it where one is missing
+    if isinstance(identifier, float) and identifier.is_integer():
         identifier = int(identifier)
-    key = {"judge": "content", "llava": "text"}.get(layout, "prediction" if "prediction" in row else "answer")
-    text, prompt = row.get(key), row.get("prompt") if layout == "llava" else ""
+    key = {"judge": "content", "llava": "text"}.get(
+        layout, "prediction" if "prediction" in row else "answer"
+    )
+    text = row.get(key)
+    prompt = row.get("prompt") if layout == "llava" else ""
     # without lone surrogates, which UTF-8 can't encode
-    plain = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(text, str) else None
+    plain = (
+        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if isinstance(text, str)
+        else None
+    )
     prompt = prompt if isinstance(prompt, str) else ""
     return Answer(id=identifier, text=plain, prompt=prompt, line=line, row=row, layout=layout)
 
@@ -156,12 +186,18 @@ CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")
 
 def _text_of_chunks(folder: Path) -> str:
     """What LLaVA's multi-GPU scripts write into a folder."""
-    chunks = {match[0]: match for path in folder.glob("*.jsonl") if (match := CHUNK.fullmatch(path.name))}
+    chunks = {
+        match[0]: match for path in folder.glob("*.jsonl") if (match := CHUNK.fullmatch(path.name))
+    }
     if not chunks:
         files = sorted(path.name for path in folder.iterdir())[:12]
-        raise FileNotFoundError(f"{folder} has no answers: expected merge.jsonl or chunks; it has {files}")
+        raise FileNotFoundError(
+            f"{folder} has no answers: expected merge.jsonl or chunks; it has {files}"
+        )
     total = max(int(match[2]) for match in chunks.values())
     names = [f"{number}_{total}.jsonl" for number in range(total)]
     if missing := [name for name in names if name not in chunks]:
-        raise FileNotFoundError(f"{folder} is missing the chunks {missing} of {total}; run them again")
+        raise FileNotFoundError(
+            f"{folder} is missing the chunks {missing} of {total}; run them again"
+        )
     return "\n".join(read_text(folder / name) for name in names)

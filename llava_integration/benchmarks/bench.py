@@ -1,4 +1,5 @@
-"""``llm2clip score``: one answers file; ``llm2clip bench-mllm``: one model on every benchmark whose files are found."""
+"""``llm2clip score``: one answers file; ``llm2clip bench-mllm``: one model on every benchmark whose
+files are found."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.allow_missing <= 1:
-            raise ValueError(f"--allow-missing {self.allow_missing} must be a fraction between 0 and 1")
+            raise ValueError(
+                f"--allow-missing {self.allow_missing} must be a fraction between 0 and 1"
+            )
 
 
 SCORE = Command(
@@ -67,20 +70,33 @@ SCORE = Command(
 
 
 def score_answers(
-    name: str, data: Path, answers: Answers, *, allow: float = ALLOWED, reviews: Path | None = None, model: str = ""
+    name: str,
+    data: Path,
+    answers: Answers,
+    *,
+    allow: float = ALLOWED,
+    reviews: Path | None = None,
+    model: str = "",
 ) -> ScoreFile:
-    """Score answers, or a judge's ``reviews`` of them, with what they were made from. ValueError for another's."""
+    """Score answers, or a judge's ``reviews`` of them, with what they were made from. ValueError
+    for another's."""
     member = benchmark(name)
-    record = member.score(data, reviewed(member, answers, reviews) if member.judge else answers, allow=allow)
+    record = member.score(
+        data, reviewed(member, answers, reviews) if member.judge else answers, allow=allow
+    )
     settings = settings_file(answers.path)
     provenance = {
         **({"answer_settings": read_json_value(settings)} if settings.is_file() else {}),
         "data": str(data.resolve()),
         "data_sha256": member.data_digest(data),
         "answers": str(answers.path),
-        "answers_sha256": {str(answers.path): sha256_file(answers.path)} if answers.path.is_file() else {},
+        "answers_sha256": {str(answers.path): sha256_file(answers.path)}
+        if answers.path.is_file()
+        else {},
         "layout": answers.layout,
-        "versions": {name: installed for name in LIBRARIES if (installed := installed_version(name))},
+        "versions": {
+            name: installed for name in LIBRARIES if (installed := installed_version(name))
+        },
     }
     return replace(record, model=model or record.model, provenance=provenance)
 
@@ -88,8 +104,12 @@ def score_answers(
 def describe(member: Benchmark, record: ScoreFile) -> str:
     """Headline, counts above zero, notes, the other metrics."""
     value = record.metrics[member.headline]
-    lines = [f"{member.title} of {record.model}: {value * member.scale:.2f} {member.unit}   ({member.headline})"]
-    lines.append("  " + ", ".join(f"{name} {count}" for name, count in record.counts.items() if count))
+    lines = [
+        f"{member.title} of {record.model}: {value * member.scale:.2f} {member.unit}   ({member.headline})"
+    ]
+    lines.append(
+        "  " + ", ".join(f"{name} {count}" for name, count in record.counts.items() if count)
+    )
     lines += [f"  note: {note}" for note in record.notes]
     width = max((len(name) for name in record.metrics), default=0)
     lines += [f"  {name:<{width}}  {number:.10g}" for name, number in record.metrics.items()]
@@ -121,29 +141,41 @@ def main_score(argv: list[str]) -> int:
 class BenchConfig(ModelConfig):
     """A model and the benchmarks to evaluate it on."""
 
-    # LLaVA's playground/data/eval, or a .jsonl with own questions; for lmms-eval a folder with copies of the Hub's data
-    # sets, OWNER/NAME (without it, lmms-eval downloads them)
+    # LLaVA's playground/data/eval, or a .jsonl with own questions; for lmms-eval a folder with
+    # copies of the Hub's data sets, OWNER/NAME (without it, lmms-eval downloads them)
     data: Path | None = None
     output: Path  # folder for answers, scores and logs
     benchmarks: tuple[str, ...] = ()  # names; empty: all whose files are found
-    engine: Literal["llava", "lmms-eval"] = "llava"  # program that answers; lmms-eval also scores, by its own rules
+    # program that answers; lmms-eval also scores, by its own rules
+    engine: Literal["llava", "lmms-eval"] = "llava"
     tasks: tuple[str, ...] = ()  # lmms-eval task names; default: nine standard tasks
     gpus: int = 1  # number of processes, one GPU each
-    name: str = ""  # model name in score files; "": the checkpoint's folder, or its name on the server
+    # model name in score files; "": the checkpoint's folder, or its name on the server
+    name: str = ""
     plan: bool = False  # only list the benchmarks whose files are found
     engine_options: tuple[str, ...] = ()  # after --, for the engine
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.engine == "llava" and (self.tasks or self.data is None):
-            what = "--tasks are lmms-eval's" if self.tasks else "bench-mllm needs DATA, LLaVA's playground/data/eval"
-            raise ValueError(f"{what}; or add --engine lmms-eval, which has tasks and downloads data of its own")
+            what = (
+                "--tasks are lmms-eval's"
+                if self.tasks
+                else "bench-mllm needs DATA, LLaVA's playground/data/eval"
+            )
+            raise ValueError(
+                f"{what}; or add --engine lmms-eval, which has tasks and downloads data of its own"
+            )
         refused = [name for name in ("benchmarks", "endpoint", "model_base") if getattr(self, name)]
         if self.engine == "lmms-eval" and refused:
             option = f"--{refused[0].replace('_', '-')}"
-            raise ValueError(f"--engine lmms-eval takes no {option}; use --tasks and --model-path, or options after --")
+            raise ValueError(
+                f"--engine lmms-eval takes no {option}; use --tasks and --model-path, or options after --"
+            )
         if self.engine == "lmms-eval" and self.data and not self.data.is_dir():
-            raise FileNotFoundError(f"no folder {self.data}; expected copies of data sets, such as Lin-Chen/MMStar")
+            raise FileNotFoundError(
+                f"no folder {self.data}; expected copies of data sets, such as Lin-Chen/MMStar"
+            )
 
 
 COMMAND = Command(
@@ -178,7 +210,9 @@ def main(argv: list[str]) -> int:
         check_checkpoint(args.model_path, args.model_base)
     if args.engine == "lmms-eval":
         if find_spec("lmms_eval") is None:
-            raise ValueError("lmms-eval is not installed here (docs/llava.md says how); or use --engine llava")
+            raise ValueError(
+                "lmms-eval is not installed here (docs/llava.md says how); or use --engine llava"
+            )
         jobs = {name: partial(run_lmms_eval, name, args) for name in args.tasks or TODAY}
         print(*(shlex.join(lmms_eval_command(name, args)) for name in jobs), sep="\n")
     else:
@@ -186,16 +220,26 @@ def main(argv: list[str]) -> int:
         tasks = plans(list(args.benchmarks), args.data, args.output / "questions")
         print(*describe_plan(tasks), sep="\n")
         if all(task.missing for task in tasks):
-            raise FileNotFoundError(f"no benchmark can run with the files in {args.data}; the reasons are listed above")
+            raise FileNotFoundError(
+                f"no benchmark can run with the files in {args.data}; the reasons are listed above"
+            )
         if not args.plan and not args.endpoint and find_spec("llava") is None:
-            raise ValueError("LLaVA is not installed here: pip install --no-deps llava-torch==1.2.2.post1")
+            raise ValueError(
+                "LLaVA is not installed here: pip install --no-deps llava-torch==1.2.2.post1"
+            )
         jobs = {task.benchmark.name: partial(score_task, task, args) for task in tasks}
     if args.plan:
         return 0
     outcomes = [run_one(name, job, args.output) for name, job in jobs.items()]
-    rows = [(one.name, one.status, f"{one.seconds:.0f} s" * bool(one.seconds), one.detail) for one in outcomes]
+    rows = [
+        (one.name, one.status, f"{one.seconds:.0f} s" * bool(one.seconds), one.detail)
+        for one in outcomes
+    ]
     print("", *report.table(("benchmark", "status", "time", "result"), rows), sep="\n")
-    write_text(args.output / "bench.json", json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n")
+    write_text(
+        args.output / "bench.json",
+        json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n",
+    )
     scores = "scores" if args.engine == "llava" else LOGS
     compare = command("compare", f"BASE/{scores}", args.output / scores, "--output", "report")
     print(f"\ncompare two towers: {compare}", file=sys.stderr)
@@ -206,14 +250,23 @@ def describe_plan(tasks: list[Task]) -> list[str]:
     """The benchmarks that will run, and why the others will not."""
     rows = []
     for task in tasks:
-        remark = f"; answers only: {task.unscored}" if task.unscored else "; needs a judge" * bool(task.benchmark.judge)
-        state, about = ("no files", task.missing) if task.missing else ("will run", f"{task.question_file}{remark}")
+        remark = (
+            f"; answers only: {task.unscored}"
+            if task.unscored
+            else "; needs a judge" * bool(task.benchmark.judge)
+        )
+        state, about = (
+            ("no files", task.missing)
+            if task.missing
+            else ("will run", f"{task.question_file}{remark}")
+        )
         rows.append((task.benchmark.name, state, about))
     return report.table(("benchmark", "plan", "files"), rows)
 
 
 def run_one(name: str, job: Callable[[], Outcome], output: Path) -> Outcome:
-    """Evaluate and score one benchmark; an error of any kind is its outcome and does not stop the run."""
+    """Evaluate and score one benchmark; an error of any kind is its outcome and does not stop the
+    run."""
     started = time.monotonic()
     print(f"\n== {name}", flush=True)
     try:
@@ -226,8 +279,10 @@ def run_one(name: str, job: Callable[[], Outcome], output: Path) -> Outcome:
 
 
 def score_task(task: Task, args: BenchConfig) -> Outcome:
-    """Answer, score and write the score file; if only the server has the truth, write the server's file."""
-    member, name = task.benchmark, task.benchmark.name
+    """Answer, score and write the score file; if only the server has the truth, write the server's
+    file."""
+    member = task.benchmark
+    name = task.benchmark.name
     if task.missing:
         return Outcome(name=name, status="no files", detail=task.missing)
     path = args.output / "answers" / f"{name}.jsonl"
@@ -243,15 +298,21 @@ def score_task(task: Task, args: BenchConfig) -> Outcome:
         return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
     model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
     record = score_answers(name, task.folder, answers, model=model)
-    record.provenance.update(question_file_sha256=sha256_file(task.question_file), command=answered_by)
+    record.provenance.update(
+        question_file_sha256=sha256_file(task.question_file), command=answered_by
+    )
     if args.model_path:
-        config, own = config_of(args.model_path), record.provenance
+        config = config_of(args.model_path)
+        own = record.provenance
         own |= {"checkpoint": args.model_path, "llm": config.get("_name_or_path", "")}
         own["tower"] = config.get("mm_vision_tower", "")
         own["tower_sha256"] = (config.get("llm2clip_tower") or {}).get("weights_sha256", "")
     record.write(args.output / "scores" / f"{name}.scores.json")
     value = record.metrics[member.headline] * member.scale
-    detail = f"{report.number(value, member.unit)} {member.unit}" + f" ({'; '.join(record.notes)})" * bool(record.notes)
+    detail = (
+        f"{report.number(value, member.unit)} {member.unit}"
+        + f" ({'; '.join(record.notes)})" * bool(record.notes)
+    )
     return Outcome(name=name, status="scored", value=value, detail=detail)
 
 
@@ -271,8 +332,9 @@ class Task:
 
 
 def plans(names: list[str], root: Path, generated: Path) -> list[Task]:
-    """The plan of every named benchmark, or of all, in ``root``, a file of own questions or LLaVA's evaluation folder.
-    ``generated``: folder for generated question files. Raises ValueError for an unknown name."""
+    """The plan of every named benchmark, or of all, in ``root``, a file of own questions or LLaVA's
+    evaluation folder. ``generated``: folder for generated question files. Raises ValueError for an
+    unknown name."""
     if root.is_file():
         return [plan_folder(benchmark("questions"), root, generated)]
     for name in names:
@@ -282,7 +344,9 @@ def plans(names: list[str], root: Path, generated: Path) -> list[Task]:
         if not names or name in names:
             folders = [root / folder for folder in member.folders if (root / folder).is_dir()]
             found = [plan_folder(member, folder, generated) for folder in folders]
-            reasons = [task.missing for task in found] or [f"no folder {' or '.join(member.folders)} in {root}"]
+            reasons = [task.missing for task in found] or [
+                f"no folder {' or '.join(member.folders)} in {root}"
+            ]
             nothing = Task(benchmark=member, missing="; ".join(reasons))
             tasks.append(next((task for task in found if not task.missing), nothing))
     return tasks
@@ -300,42 +364,67 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
     if unscored and (questions is None or not member.submission_format):
         return Task(benchmark=member, missing=unscored)
     if questions is None:
-        return Task(benchmark=member, missing=f"{folder} has no question file {' or '.join(member.question_files)}")
+        return Task(
+            benchmark=member,
+            missing=f"{folder} has no question file {' or '.join(member.question_files)}",
+        )
     images = None
     if questions.suffix != ".tsv":  # tables hold their pictures
         with errors_about(questions, fix="download it again"):
-            rows = read_json_value(questions) if questions.suffix == ".json" else read_jsonl(questions)
+            rows = (
+                read_json_value(questions) if questions.suffix == ".json" else read_jsonl(questions)
+            )
             names = [row["image"] for row in rows if row.get("image")][:3]  # the first will do
         above = folder.parent if folder.is_file() else folder
         places = [above / below for below in member.image_folders]
-        images = next((one for one in places if names and all((one / name).is_file() for name in names)), None)
+        images = next(
+            (one for one in places if names and all((one / name).is_file() for name in names)), None
+        )
         if images is None:
-            return Task(benchmark=member, missing=f"no pictures of {questions.name} in {' or '.join(map(str, places))}")
-    return Task(benchmark=member, folder=folder, question_file=questions, image_folder=images, unscored=unscored)
+            return Task(
+                benchmark=member,
+                missing=f"no pictures of {questions.name} in {' or '.join(map(str, places))}",
+            )
+    return Task(
+        benchmark=member,
+        folder=folder,
+        question_file=questions,
+        image_folder=images,
+        unscored=unscored,
+    )
 
 
 def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: bool) -> Path | None:
-    """LLaVA's question file; for a split with annotations but without one, a file generated from the annotations."""
+    """LLaVA's question file; for a split with annotations but without one, a file generated from
+    the annotations."""
     if not scored or not member.scored_question_files:
         return first_file(folder, *member.question_files)
     path = first_file(folder, *member.scored_question_files)
     if path is None and (rows := member.question_rows(folder)):
-        return write_text(generated / f"{member.name}_val.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        return write_text(
+            generated / f"{member.name}_val.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+        )
     return path
 
 
 # The programs that answer, each in a process of its own: `llm2clip llava evaluate` and lmms-eval
 
 
-def run_logged(words: list[str], log: Path, is_done: Callable[[], Any], folder: Path | None = None) -> None:
-    """Run a command in a folder, copy its output to stderr and a file. RuntimeError if it fails, or wrote no results.
-    lmms-eval ends with status 0 after an error."""
+def run_logged(
+    words: list[str], log: Path, is_done: Callable[[], Any], folder: Path | None = None
+) -> None:
+    """Run a command in a folder, copy its output to stderr and a file. RuntimeError if it fails, or
+    wrote no results. lmms-eval ends with status 0 after an error."""
     print(shlex.join(words), flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    # transformers otherwise lists the names of all the tower's weights, which the tower loads itself
+    # transformers otherwise lists the names of all the tower's weights, which the tower loads
+    # itself
     environment = child_environment(TRANSFORMERS_VERBOSITY="error")
     options: dict[str, Any] = {"stderr": subprocess.STDOUT, "env": environment, "cwd": folder}
-    with log.open("ab") as file, subprocess.Popen(words, stdout=subprocess.PIPE, **options) as process:
+    with (
+        log.open("ab") as file,
+        subprocess.Popen(words, stdout=subprocess.PIPE, **options) as process,
+    ):
         assert process.stdout is not None
         while chunk := os.read(process.stdout.fileno(), 1 << 16):
             os.write(2, chunk)
@@ -343,7 +432,9 @@ def run_logged(words: list[str], log: Path, is_done: Callable[[], Any], folder: 
     if process.returncode or not is_done():
         lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
         last = next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
-        raise RuntimeError(f"exit status {process.returncode} without results; last line: {last!r}; log: {log}")
+        raise RuntimeError(
+            f"exit status {process.returncode} without results; last line: {last!r}; log: {log}"
+        )
 
 
 def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
@@ -361,51 +452,82 @@ def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
 
 
 LOGS = "lmms_eval"  # folder of lmms-eval's logs, which `compare` reads
-TODAY = ("cv_bench", "mmvp", "blink", "realworldqa", "mmstar", "chartqa", "docvqa_val", "ai2d", "mmmu_val")
+TODAY = (
+    "cv_bench",
+    "mmvp",
+    "blink",
+    "realworldqa",
+    "mmstar",
+    "chartqa",
+    "docvqa_val",
+    "ai2d",
+    "mmmu_val",
+)
 
 
 def run_lmms_eval(task: str, args: BenchConfig) -> Outcome:
-    """One task of lmms-eval, unless its logs are there: they are written at its very end. Read as `compare` reads them.
-    It runs in ``args.data``, since Hugging Face's ``load_dataset("OWNER/NAME")`` takes a folder of that name first."""
-    folder, words, log = args.output / LOGS / task, lmms_eval_command(task, args), args.output / "logs" / f"{task}.log"
+    """One task of lmms-eval, unless its logs are there: they are written at its very end. Read as
+    `compare` reads them. It runs in ``args.data``, since Hugging Face's
+    ``load_dataset("OWNER/NAME")`` takes a folder of that name first."""
+    folder = args.output / LOGS / task
+    words = lmms_eval_command(task, args)
+    log = args.output / "logs" / f"{task}.log"
     record = log.with_name(f"{task}.model")
     if args.overwrite and folder.is_dir():
         if not record.is_file():
             what = f"{folder} has files that `llm2clip bench-mllm` did not write (no {record})"
-            raise FileExistsError(f"{what}, and --overwrite would delete them; choose another --output")
+            raise FileExistsError(
+                f"{what}, and --overwrite would delete them; choose another --output"
+            )
         shutil.rmtree(folder)
     model = f"{args.model_path} {sample_sha256(args.model_path)}"
     if not read_logs(folder):
         write_text(record, model)
         run_logged(words, log, lambda: read_logs(folder), args.data)
     elif record.is_file() and (before := record.read_text()) != model:
-        raise ContractError(f"{folder} has logs of {before}, not of {model}; pass --overwrite or another --output")
+        raise ContractError(
+            f"{folder} has logs of {before}, not of {model}; pass --overwrite or another --output"
+        )
     runs = [(run, run.statistic.full()) for run in (run_of(*log) for log in read_logs(folder))]
     told = [f"{run.title}: {report.number(value, run.unit)} {run.unit}" for run, value in runs]
     return Outcome(name=task, status="scored", value=runs[0][1], detail="; ".join(told))
 
 
 def is_llavas(model: str) -> bool:
-    """Whether LLaVA's own code opens the model, not transformers'; so, too, one of the Hub that is not llava-hf's."""
+    """Whether LLaVA's own code opens the model, not transformers'; so, too, one of the Hub that is
+    not llava-hf's."""
     config = config_of(model)
     return "mm_vision_tower" in config or not (config or model.startswith("llava-hf/"))
 
 
 def lmms_eval_command(task: str, args: BenchConfig) -> list[str]:
-    """The command line of lmms-eval: its ``llava`` for a checkpoint of LLaVA's code, ``llava_hf`` for transformers'."""
+    """The command line of lmms-eval: its ``llava`` for a checkpoint of LLaVA's code, ``llava_hf``
+    for transformers'."""
     path = Path(args.model_path).expanduser()
     given = str(path.resolve()) if path.is_dir() else args.model_path
     device = "cuda" if args.device == "auto" else args.device
     if is_llavas(args.model_path):
-        model, about = "llava", f"conv_template={args.conv_mode}" + ",device_map=auto" * (device == "cpu")
+        model = "llava"
+        about = f"conv_template={args.conv_mode}" + ",device_map=auto" * (device == "cpu")
     else:
-        model, about = "llava_hf", f"device_map={device}" * (args.gpus == 1)
+        model = "llava_hf"
+        about = f"device_map={device}" * (args.gpus == 1)
     start = python_module("lmms_eval")
     if args.gpus > 1:
         launcher = ("--num_processes", str(args.gpus), "--no_python")
         start = python_module("accelerate.commands.launch", *launcher, *start)
     return [
-        *start, "--model", model, "--model_args", f"pretrained={given},device={device},{about}".strip(","),
-        "--tasks", task, "--batch_size", str(args.batch_size), "--log_samples",
-        "--output_path", str((args.output / LOGS / task).resolve()), *args.engine_options,
-    ]  # fmt: skip
+        *start,
+        "--model",
+        model,
+        "--model_args",
+        f"pretrained={given},device={device},{about}".strip(","),
+        "--tasks",
+        task,
+        "--batch_size",
+        str(args.batch_size),
+        "--log_samples",
+        "--output_path",
+        str((args.output / LOGS / task).resolve()),
+        *args.engine_options,
+    ]

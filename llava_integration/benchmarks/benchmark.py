@@ -1,7 +1,8 @@
-"""A benchmark is one file in ``rules/`` with a ``BENCHMARK``, an instance of a subclass of ``Benchmark``.
+"""A benchmark is one file in ``rules/`` with a ``BENCHMARK``, an instance of a subclass of
+``Benchmark``.
 
-Each must define ``load`` and ``score_item``; everything else has a default. A question is one line of a benchmark's
-annotations; an item is what a score file says about one question.
+Each must define ``load`` and ``score_item``; everything else has a default. A question is one line
+of a benchmark's annotations; an item is what a score file says about one question.
 """
 
 import json
@@ -29,7 +30,8 @@ class Question:
     text: str  # without the suffix that LLaVA appends
     truth: Any  # label, letter, or list of human answers
     image: str = ""  # path below one of the benchmark's image folders
-    cluster: str = ""  # questions about one image are resampled together; "": those with the same ``image``
+    # questions about one image are resampled together; "": those with the same ``image``
+    cluster: str = ""
     category: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)  # more fields of the item
     rule: Any = None  # what only the scoring rule reads
@@ -39,14 +41,16 @@ class Question:
 class Statistic:
     """A headline number as a function of sums over questions. Shapes: N questions, K sums.
 
-    A resample is a weight for each question, its totals are ``weight_N @ sums_NK``, and ``value`` maps totals (..., K)
-    to numbers (...) in the published unit.
+    A resample is a weight for each question, its totals are ``weight_N @ sums_NK``, and ``value``
+    maps totals (..., K) to numbers (...) in the published unit.
     """
 
     sums: np.ndarray  # (N, K)
     value: Callable[[np.ndarray], np.ndarray]
-    strata: np.ndarray | None = None  # (N,) integers: images are drawn within their part, whose size is fixed
-    counted: np.ndarray | None = None  # (N,) booleans: the questions that the number is about; None: all
+    # (N,) integers: images are drawn within their part, whose size is fixed
+    strata: np.ndarray | None = None
+    # (N,) booleans: the questions that the number is about; None: all
+    counted: np.ndarray | None = None
 
     def full(self) -> float:
         """The number on all questions, each once."""
@@ -59,7 +63,8 @@ def text_of(answer: Answer | None) -> str:
 
 
 def item_of(question: Question, answer: Answer | None, /, **fields: Any) -> Item:
-    """An item: what every benchmark records about a question, ``fields`` (``score`` at least) and its ``extra``."""
+    """An item: what every benchmark records about a question, ``fields`` (``score`` at least) and
+    its ``extra``."""
     return {
         "id": question.id,
         "cluster": question.cluster or question.image,
@@ -100,7 +105,9 @@ def percents(items: Sequence[Item], group: str) -> dict[str, float]:
 def yes_no_numbers(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Counts of (answer, truth), and precision, recall and F1 of "yes"; 0 where the divisor is 0."""
     counts = Counter(pairs)
-    true_yes, false_yes, false_no = counts["yes", "yes"], counts["yes", "no"], counts["no", "yes"]
+    true_yes = counts["yes", "yes"]
+    false_yes = counts["yes", "no"]
+    false_no = counts["no", "yes"]
     precision = true_yes / (true_yes + false_yes) if true_yes + false_yes else 0.0
     recall = true_yes / (true_yes + false_no) if true_yes + false_no else 0.0
     return {
@@ -115,23 +122,30 @@ def yes_no_numbers(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of nested dictionaries under dotted names: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1.0}``."""
+    """Numbers of nested dictionaries under dotted names: ``{"a": {"b": 1}}`` becomes ``{"a.b":
+    1.0}``."""
     flat: dict[str, float] = {}
     for name, value in ((f"{prefix}{key}", value) for key, value in tree.items()):
         flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: float(value)}
     return flat
 
 
-def mean_statistic(values: Sequence[float], counted: Sequence[bool] | None = None, scale: float = 100.0) -> Statistic:
+def mean_statistic(
+    values: Sequence[float], counted: Sequence[bool] | None = None, scale: float = 100.0
+) -> Statistic:
     """The statistic ``scale x mean`` over the questions that count."""
     weight = np.ones(len(values)) if counted is None else np.asarray(counted, dtype=float)
     sums = np.stack([np.asarray(values, dtype=float) * weight, weight], axis=1)
-    return Statistic(sums, lambda totals: scale * ratio(totals[..., 0], totals[..., 1]), counted=weight > 0)
+    return Statistic(
+        sums, lambda totals: scale * ratio(totals[..., 0], totals[..., 1]), counted=weight > 0
+    )
 
 
-def in_columns(parts: Sequence[str], values: Sequence[Sequence[float]], names: Sequence[str] = ()) -> np.ndarray:
-    """Sums of a composite of parts: K values for each question, in the K columns of its part, 0 in the others'.
-    ``names``: the parts in order, others have no columns; by default all, sorted."""
+def in_columns(
+    parts: Sequence[str], values: Sequence[Sequence[float]], names: Sequence[str] = ()
+) -> np.ndarray:
+    """Sums of a composite of parts: K values for each question, in the K columns of its part, 0 in
+    the others'. ``names``: the parts in order, others have no columns; by default all, sorted."""
     place = {name: number for number, name in enumerate(names or sorted(set(parts)))}
     sums = np.zeros((len(parts), len(place), len(values[0])))
     for row, (part, of_row) in enumerate(zip(parts, values, strict=True)):
@@ -143,17 +157,20 @@ def in_columns(parts: Sequence[str], values: Sequence[Sequence[float]], names: S
 def mean_of_parts(parts: Sequence[str], scores: Sequence[float], scale: float) -> Statistic:
     """The statistic ``scale x mean over parts of the part's mean score``."""
     sums = in_columns(parts, [(score, 1) for score in scores])
-    return Statistic(sums, lambda totals: scale * ratio(totals[..., 0::2], totals[..., 1::2]).mean(axis=-1))
+    return Statistic(
+        sums, lambda totals: scale * ratio(totals[..., 0::2], totals[..., 1::2]).mean(axis=-1)
+    )
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Elementwise quotient, 0 where the divisor is 0."""
-    above, below = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
+    above = np.asarray(above, dtype=float)
+    below = np.asarray(below, dtype=float)
     return np.divide(above, below, out=np.zeros(np.broadcast(above, below).shape), where=below != 0)
 
 
-# Answers are joined to questions by key, never by order. Of two answers to a question the last counts, as in LLaVA's
-# own conversion scripts.
+# Answers are joined to questions by key, never by order. Of two answers to a question the last
+# counts, as in LLaVA's own conversion scripts.
 
 
 def squeeze(text: str) -> str:
@@ -161,9 +178,12 @@ def squeeze(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def places(keys: Sequence[Sequence[Hashable]], wanted: Iterable[Hashable | None]) -> list[int | None]:
-    """The place of the question that each wanted key belongs to, None for an unknown one; ``keys``: of each question.
-    Of several questions with one key, the k-th answer is the k-th's, later ones the last's."""
+def places(
+    keys: Sequence[Sequence[Hashable]], wanted: Iterable[Hashable | None]
+) -> list[int | None]:
+    """The place of the question that each wanted key belongs to, None for an unknown one; ``keys``:
+    of each question. Of several questions with one key, the k-th answer is the k-th's, later ones
+    the last's."""
     known: dict[Hashable, list[int]] = {}
     for place, of_question in enumerate(keys):
         for key in of_question:
@@ -178,12 +198,20 @@ def places(keys: Sequence[Sequence[Hashable]], wanted: Iterable[Hashable | None]
 
 
 def match(
-    questions: Sequence[Question], answers: Answers, targets: Sequence[int | None], *, allow: float, name: str
+    questions: Sequence[Question],
+    answers: Answers,
+    targets: Sequence[int | None],
+    *,
+    allow: float,
+    name: str,
 ) -> tuple[list[Answer | None], dict[str, int], list[str]]:
-    """The answer to each question or None, counts, notes on faults; ``targets``: the place of each row's question.
-    ValueError for another benchmark's, or if more than the fraction ``allow`` is missing, duplicate or unreadable."""
+    """The answer to each question or None, counts, notes on faults; ``targets``: the place of each
+    row's question. ValueError for another benchmark's, or if more than the fraction ``allow`` is
+    missing, duplicate or unreadable."""
     joined: list[Answer | None] = [None] * len(questions)
-    doubled, textless, unknown = 0, 0, []
+    doubled = 0
+    textless = 0
+    unknown = []
     for answer, place in zip(answers.rows, targets, strict=True):
         if place is None:
             unknown.append(answer)
@@ -192,14 +220,21 @@ def match(
         else:
             doubled += joined[place] is not None
             joined[place] = answer
-    given = [(question, answer) for question, answer in zip(questions, joined, strict=True) if answer is not None]
+    given = [
+        (question, answer)
+        for question, answer in zip(questions, joined, strict=True)
+        if answer is not None
+    ]
     if not given or len(unknown) > max(allow * len(answers.rows), 1):
         one = unknown[0] if unknown else answers.rows[0]
         told = f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of {name}"
         row = f"line {one.line}: id {one.id!r}, prompt {one.prompt[:80]!r}; first question: id {questions[0].id!r}"
-        raise ValueError(f"{told} ({row}). Check BENCHMARK, --data and --answers; for a subset pass --allow-missing")
+        raise ValueError(
+            f"{told} ({row}). Check BENCHMARK, --data and --answers; for a subset pass --allow-missing"
+        )
     _refuse_other_prompts(given, answers.path, name)
-    total, lines = len(questions), len(answers.rows) + len(answers.broken)
+    total = len(questions)
+    lines = len(answers.rows) + len(answers.broken)
     first = f", first at {answers.broken[0]}" if answers.broken else ""
     empty = sum(not (answer.text or "").strip() for _, answer in given)
     faults = {  # number, what it says, the number of which at most ``allow`` may be
@@ -212,8 +247,14 @@ def match(
     for count, said, most in faults.values():
         if most is not None and count > allow * most:
             told = f"{count} {said}, more than the allowed {allow:.0%}"
-            raise ValueError(f"{answers.path}: {told}. Finish the evaluation, or pass --allow-missing")
-    counts = {"questions": total, "answered": len(given), **{fault: count for fault, (count, *_) in faults.items()}}
+            raise ValueError(
+                f"{answers.path}: {told}. Finish the evaluation, or pass --allow-missing"
+            )
+    counts = {
+        "questions": total,
+        "answered": len(given),
+        **{fault: count for fault, (count, *_) in faults.items()},
+    }
     return joined, counts, [f"{count} {said}" for count, said, _ in faults.values() if count]
 
 
@@ -224,16 +265,21 @@ def _refuse_other_prompts(given: Sequence[tuple[Question, Answer]], path: Path, 
     if len(wrong) > 0.5 * len(prompted):
         question, answer = wrong[0]
         both = f"line {answer.line} asks {answer.prompt[:80]!r}, question {question.id!r} is {question.text[:80]!r}"
-        raise ValueError(f"{path} has ids of {name}, but other questions: {both}. Check BENCHMARK and --data")
+        raise ValueError(
+            f"{path} has ids of {name}, but other questions: {both}. Check BENCHMARK and --data"
+        )
 
 
-ALLOWED = 0.10  # of the answers may be missing, duplicate, unreadable or unknown: less than one chunk of 8
+# of the answers may be missing, duplicate, unreadable or unknown: less than one chunk of 8
+ALLOWED = 0.10
 SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's suffix
-LONG_ANSWERS = ("--max-new-tokens", "1024")  # default of LLaVA's model_vqa*; evaluate's is model_vqa_loader's 128
+# default of LLaVA's model_vqa*; evaluate's is model_vqa_loader's 128
+LONG_ANSWERS = ("--max-new-tokens", "1024")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-# Models of the published numbers: LLaVA's model zoo (https://github.com/haotian-liu/LLaVA/blob/main/docs/MODEL_ZOO.md)
-# and the LLM2CLIP project page (https://aka.ms/llm2clip). One run each; they enter no test.
+# Models of the published numbers: LLaVA's model zoo
+# (https://github.com/haotian-liu/LLaVA/blob/main/docs/MODEL_ZOO.md) and the LLM2CLIP project page
+# (https://aka.ms/llm2clip). One run each; they enter no test.
 LLAVA_7B = "LLaVA-1.5 7B (official)"
 MODELS = {
     "llava_7b": LLAVA_7B,
@@ -254,20 +300,25 @@ class Benchmark(ABC):
     scale: float = 1.0  # headline number in the published unit = metrics[headline] * scale
     unit: str = "%"  # of the headline number
     folders: tuple[str, ...]  # names of its folder in LLaVA's playground/data/eval
-    annotations: tuple[str, ...]  # glob patterns, below the folder, of the files that it is scored with
+    # glob patterns, below the folder, of the files that it is scored with
+    annotations: tuple[str, ...]
     question_files: tuple[str, ...]  # glob patterns of LLaVA's question file
-    scored_question_files: tuple[str, ...] = ()  # of the split with public annotations, where LLaVA's file is another's
+    # of the split with public annotations, where LLaVA's file is another's
+    scored_question_files: tuple[str, ...] = ()
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
     evaluate_options: tuple[str, ...] = ()  # of ``llava evaluate``, as in LLaVA's scripts/v1_5/eval
-    judge: str = ""  # the program that writes the file for --reviews; "": scored from the answers alone
+    # the program that writes the file for --reviews; "": scored from the answers alone
+    judge: str = ""
     submission_format: str = ""  # json | jsonl: what its server accepts; "": no server
     published: Mapping[str, float] = field(default_factory=dict)  # headline number by model
     answered_only: bool = False  # the headline is the mean over answered questions
-    item_fields: tuple[str, ...] = ()  # what the statistic reads besides score; without them scores are averaged
+    # what the statistic reads besides score; without them scores are averaged
+    item_fields: tuple[str, ...] = ()
 
     @abstractmethod
     def load(self, folder: Path) -> list[Question]:
-        """Questions with their truth. Raises FileNotFoundError or ValueError for missing or unusable annotations."""
+        """Questions with their truth. Raises FileNotFoundError or ValueError for missing or
+        unusable annotations."""
 
     @abstractmethod
     def score_item(self, question: Question, answer: Answer | None) -> Item:
@@ -286,25 +337,29 @@ class Benchmark(ABC):
         return {}
 
     def statistic(self, items: Sequence[Item]) -> Statistic:
-        """The headline number as a function of sums over items: mean score (of the answered ones), percent."""
+        """The headline number as a function of sums over items: mean score (of the answered ones),
+        percent."""
         answered = [not item.get("missing") for item in items] if self.answered_only else None
         return mean_statistic([item["score"] for item in items], answered)
 
     # Which answer belongs to which question
 
     def question_keys(self, question: Question) -> tuple[Hashable, ...]:
-        """Keys that its answers are looked up by. Of several questions with one key, the k-th gets the k-th answer."""
+        """Keys that its answers are looked up by. Of several questions with one key, the k-th gets
+        the k-th answer."""
         return (str(question.id),)
 
     def answer_key(self, answer: Answer) -> Hashable | None:
-        """The key of the question that a row of LLaVA's answers or of a submission answers; None: unknown."""
+        """The key of the question that a row of LLaVA's answers or of a submission answers; None:
+        unknown."""
         return str(answer.id)  # numbers in one file are often strings in the other
 
     # Scoring
 
     def score(self, folder: Path, answers: Answers, *, allow: float = ALLOWED) -> ScoreFile:
-        """Score answers, or a judge's reviews of them, with the annotations in ``folder``. Raises ValueError if more
-        than the fraction ``allow`` is missing, duplicate, unreadable or unknown, and for another benchmark's."""
+        """Score answers, or a judge's reviews of them, with the annotations in ``folder``. Raises
+        ValueError if more than the fraction ``allow`` is missing, duplicate, unreadable or unknown,
+        and for another benchmark's."""
         with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
             questions = self.load(folder)
         keys = [self.question_keys(question) for question in questions]
@@ -324,27 +379,47 @@ class Benchmark(ABC):
     # Files
 
     def require(self, folder: Path, *patterns: str, where: str) -> Path:
-        """The first file below ``folder`` that matches a pattern; FileNotFoundError says where to get it."""
+        """The first file below ``folder`` that matches a pattern; FileNotFoundError says where to
+        get it."""
         if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}; --data must be LLaVA's evaluation folder of {self.name}")
+            raise FileNotFoundError(
+                f"no folder {folder}; --data must be LLaVA's evaluation folder of {self.name}"
+            )
         if (path := first_file(folder, *patterns)) is None:
-            raise FileNotFoundError(f"{folder} has no {' or '.join(patterns)}, needed to score {self.name}; {where}")
+            raise FileNotFoundError(
+                f"{folder} has no {' or '.join(patterns)}, needed to score {self.name}; {where}"
+            )
         return path
 
     def data_digest(self, folder: Path) -> str:
-        """One SHA-256 over the names and contents of the annotation files, or of ``folder`` if it is a file."""
+        """One SHA-256 over the names and contents of the annotation files, or of ``folder`` if it
+        is a file."""
         if folder.is_file():
             return sha256_file(folder)
-        paths = sorted({path for pattern in self.annotations for path in folder.glob(pattern) if path.is_file()})
-        return sha256_text("".join(f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n" for path in paths))
+        paths = sorted(
+            {
+                path
+                for pattern in self.annotations
+                for path in folder.glob(pattern)
+                if path.is_file()
+            }
+        )
+        return sha256_text(
+            "".join(
+                f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n" for path in paths
+            )
+        )
 
     def question_rows(self, folder: Path) -> list[Row]:
-        """Rows of a question file for ``scored_question_files`` that LLaVA does not ship, made from the annotations."""
+        """Rows of a question file for ``scored_question_files`` that LLaVA does not ship, made from
+        the annotations."""
         return []
 
     def image_bytes(self, folder: Path, item: Item) -> bytes | None:
         """The encoded picture of an item, or None; next to ``folder`` if it is a file."""
-        return find_image(self.image_folders, folder.parent if folder.is_file() else folder, str(item["image"]))
+        return find_image(
+            self.image_folders, folder.parent if folder.is_file() else folder, str(item["image"])
+        )
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         """Rows of the file that its server scores."""
@@ -368,21 +443,27 @@ def question_row(identifier: int | str, image: str, prompt: str) -> Row:
 
 
 def texts_by_id(answers: Answers, asked: Sequence[int | str]) -> dict[str, str]:
-    """Texts by id; ValueError if one that was ``asked`` has none, since the server rejects an incomplete file."""
+    """Texts by id; ValueError if one that was ``asked`` has none, since the server rejects an
+    incomplete file."""
     texts = {str(answer.id): answer.text for answer in answers.rows if answer.text is not None}
     if missing := [one for one in asked if str(one) not in texts]:
-        raise ValueError(f"{answers.path} lacks {len(missing)} answers, as to {missing[0]}; the server needs all")
+        raise ValueError(
+            f"{answers.path} lacks {len(missing)} answers, as to {missing[0]}; the server needs all"
+        )
     return texts
 
 
 def first_file(folder: Path, *patterns: str) -> Path | None:
     """The first file below ``folder`` that matches a pattern, or None."""
-    found = (path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
+    found = (
+        path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()
+    )
     return next(found, None)
 
 
 def find_image(image_folders: Sequence[str], folder: Path, name: str) -> bytes | None:
-    """An image file below ``folder``, with any suffix; None if there is none or ``name`` leads outside."""
+    """An image file below ``folder``, with any suffix; None if there is none or ``name`` leads
+    outside."""
     inside = folder.resolve()
     for below in image_folders:
         base = folder / below / name

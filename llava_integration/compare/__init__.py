@@ -1,4 +1,5 @@
-"""Compare models on the same questions, from score files or other evaluators' logs. Needs NumPy alone, no torch.
+"""Compare models on the same questions, from score files or other evaluators' logs. Needs NumPy
+alone, no torch.
 
 >>> from llava_integration.compare import build, load_side, page, text          # doctest: +SKIP
 >>> sides = [load_side(Path("logs/base")), load_side(Path("logs/new"), "ours")]  # folders of logs, or files

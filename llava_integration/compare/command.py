@@ -1,4 +1,5 @@
-"""``llm2clip compare``: is the new model better? With ``--plan``: how many images, or trainings, a difference needs."""
+"""``llm2clip compare``: is the new model better? With ``--plan``: how many images, or trainings, a
+difference needs."""
 
 import json
 import math
@@ -32,16 +33,17 @@ class CompareConfig:
     level: float = 0.95  # confidence level of the intervals
     seed: int = 0  # of the resampling
     references: bool = True  # show the published numbers
-    # folder of the page's pictures: LLaVA's playground/data/eval, or one benchmark's folder; none: the data that the
-    # answers were scored with
+    # folder of the page's pictures: LLaVA's playground/data/eval, or one benchmark's folder; none:
+    # the data that the answers were scored with
     image_folder: Path | None = None
     questions: int = 80  # questions per benchmark in the page's browser, wins and losses evenly
-    # before running anything: print how many images and runs (seeds) --effect needs, from the noise of pilot scores:
-    # BASE alone, or BASE and NEW
+    # before running anything: print how many images and runs (seeds) --effect needs, from the noise
+    # of pilot scores: BASE alone, or BASE and NEW
     plan: bool = False
     effect: float = 1.0  # with --plan: the difference to detect, in the benchmark's unit
     runs: tuple[int, ...] = (1, 3, 5)  # with --plan: numbers of runs a side
-    spread: float | None = None  # with --plan: standard deviation over trainings; none: that of BASE's runs
+    # with --plan: standard deviation over trainings; none: that of BASE's runs
+    spread: float | None = None
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
@@ -57,7 +59,9 @@ class CompareConfig:
                 written = " ".join(map(str, given)) if isinstance(given, tuple) else given
                 raise ValueError(f"--{name} {written} is invalid; expected {expected}")
         if not self.new and not self.plan:
-            raise ValueError("compare needs a second side: BASE NEW; with BASE alone, --plan says what one needs")
+            raise ValueError(
+                "compare needs a second side: BASE NEW; with BASE alone, --plan says what one needs"
+            )
 
 
 COMMAND = Command(
@@ -78,14 +82,23 @@ def main(argv: list[str] | None = None) -> int:
     args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
     sides = load_sides([args.base, *args.new], args.names)
     if args.plan:
-        noises = plan(sides, spread=args.spread, resamples=min(args.resamples, 1000), seed=args.seed)
+        noises = plan(
+            sides, spread=args.spread, resamples=min(args.resamples, 1000), seed=args.seed
+        )
         lines = table(PLAN, plan_rows(noises, effect=args.effect, runs=args.runs, level=args.level))
-        print(f"A difference of {args.effect:g} with {POWER:.0%} power, two-sided at {1 - args.level:.0%}:\n")
+        print(
+            f"A difference of {args.effect:g} with {POWER:.0%} power, two-sided at {1 - args.level:.0%}:\n"
+        )
         print(printable_lines("\n".join(lines)))
         if any(noise.spread is None for noise in noises):
-            print("\nVariation over trainings is unknown: score several runs a side, or set --spread")
+            print(
+                "\nVariation over trainings is unknown: score several runs a side, or set --spread"
+            )
         return 0
-    chosen = {name: getattr(args, name) for name in ("resamples", "level", "seed", "references", "all_pairs")}
+    chosen = {
+        name: getattr(args, name)
+        for name in ("resamples", "level", "seed", "references", "all_pairs")
+    }
     comparison = build(sides, **chosen)
     if args.output:  # before printing, which `| head` may end
         reports = {
@@ -104,7 +117,15 @@ def main(argv: list[str] | None = None) -> int:
 POWER = 0.8  # probability of detecting the difference
 CORRELATION = 0.5  # of the two sides' scores over images, where one is known
 MOST_TIMES = 1e6  # as many times the images at most
-PLAN = ("benchmark", "images", "runs a side", "detectable", "images needed", "of these", "varies by")
+PLAN = (
+    "benchmark",
+    "images",
+    "runs a side",
+    "detectable",
+    "images needed",
+    "of these",
+    "varies by",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +137,19 @@ class Noise:
     images: int
     strata: int  # groups that images are drawn within
     image_error: float  # standard error of the difference over this many images, however many runs
-    answer_error: float  # more of it with one run a side: what trainings make of an image; 0 if runs can't tell
-    spread: float | None  # standard deviation of one side's score over trainings, apart from that; None: unknown
+    # more of it with one run a side: what trainings make of an image; 0 if runs can't tell
+    answer_error: float
+    # standard deviation of one side's score over trainings, apart from that; None: unknown
+    spread: float | None
     spread_freedom: int = 1_000_000  # degrees of freedom that ``spread`` was estimated with
 
     def error(self, images: float, runs: int) -> tuple[float, int]:
-        """Standard error of the difference, and its degrees of freedom, with that many images and runs a side."""
-        times, answers = self.images / images, self.answer_error**2 * self.images / images
-        alone = runs == 1  # one run estimates nothing: the spread is given, and slips vary over images
+        """Standard error of the difference, and its degrees of freedom, with that many images and
+        runs a side."""
+        times = self.images / images
+        answers = self.answer_error**2 * self.images / images
+        # one run estimates nothing: the spread is given, and slips vary over images
+        alone = runs == 1
         shared = self.image_error**2 * times + (answers if alone else 0.0)
         of_one = ((self.spread or 0.0) ** 2 + (0.0 if alone else answers / 2)) / runs
         parts = [(shared, max(1, round(images) - self.strata))]
@@ -137,36 +163,53 @@ class Noise:
         return (t_quantile(0.5 + level / 2, freedom) + t_quantile(POWER, freedom)) * error
 
     def images_needed(self, effect: float, runs: int, *, level: float = 0.95) -> int | None:
-        """How many images detect ``effect`` with ``runs`` a side; None if no number does, for the runs' spread."""
+        """How many images detect ``effect`` with ``runs`` a side; None if no number does, for the
+        runs' spread."""
         if self.detectable(self.images * MOST_TIMES, runs, level=level) > effect:
             return None
         counts = range(self.strata + 1, math.ceil(self.images * MOST_TIMES))
-        enough = bisect_left(counts, True, key=lambda images: self.detectable(images, runs, level=level) <= effect)
+        enough = bisect_left(
+            counts, True, key=lambda images: self.detectable(images, runs, level=level) <= effect
+        )
         return counts[0] + enough
 
 
-def plan(sides: Sequence[Side], *, spread: float | None = None, resamples: int = 1000, seed: int = 0) -> list[Noise]:
-    """The noise of every benchmark of the base, or of both sides. With one side, the other is taken to vary as much
-    over images, correlated by CORRELATION: the difference has 2 (1 - CORRELATION) times the variance. ``spread``
-    replaces what the runs show. Raises ValueError for more than two sides, ContractError for other questions."""
+def plan(
+    sides: Sequence[Side], *, spread: float | None = None, resamples: int = 1000, seed: int = 0
+) -> list[Noise]:
+    """The noise of every benchmark of the base, or of both sides. With one side, the other is taken
+    to vary as much over images, correlated by CORRELATION: the difference has 2 (1 - CORRELATION)
+    times the variance. ``spread`` replaces what the runs show. Raises ValueError for more than two
+    sides, ContractError for other questions."""
     if len(sides) > 2:
-        raise ValueError(f"--plan takes one side or two, got {len(sides)}: " + ", ".join(side.name for side in sides))
-    base, new = sides[0], sides[-1]
+        raise ValueError(
+            f"--plan takes one side or two, got {len(sides)}: "
+            + ", ".join(side.name for side in sides)
+        )
+    base = sides[0]
+    new = sides[-1]
     if not (names := ordered(set(base.runs) & set(new.runs))):
         raise ValueError(f"{base.name} and {new.name} have no benchmark in common")
     return [measure(base, new, name, spread, resamples, seed) for name in names]
 
 
-def measure(base: Side, new: Side, name: str, spread: float | None, resamples: int, seed: int) -> Noise:
+def measure(
+    base: Side, new: Side, name: str, spread: float | None, resamples: int, seed: int
+) -> Noise:
     """The noise of one benchmark."""
     *runs, _ = paired_runs(name, base, new)
     first = runs[0][0]
     statistics = [[run.statistic for run in side] for side in runs]
     paired = pair(statistics[0], statistics[1], first.clusters)
     count = min(len(paired.base), len(paired.new))
-    base_MR, new_MR = (side[:count] for side in resampled_runs(paired, resamples, np.random.default_rng(seed)))
-    difference_MR = new_MR - base_MR if new is not base else base_MR * math.sqrt(2 * (1 - CORRELATION))
-    slips = slips_of(difference_MR)  # what one run a side adds to the variance over images that all runs share
+    base_MR, new_MR = (
+        side[:count] for side in resampled_runs(paired, resamples, np.random.default_rng(seed))
+    )
+    difference_MR = (
+        new_MR - base_MR if new is not base else base_MR * math.sqrt(2 * (1 - CORRELATION))
+    )
+    # what one run a side adds to the variance over images that all runs share
+    slips = slips_of(difference_MR)
     shared = max(0.0, float(np.var(difference_MR, axis=1).mean()) - slips)
     strata = len(np.unique(paired.strata))
     wider = expansion(paired.clusters, max(1, paired.clusters - strata))
@@ -179,7 +222,11 @@ def measure(base: Side, new: Side, name: str, spread: float | None, resamples: i
         answer_error=math.sqrt(slips) * wider,
         spread=spread,
     )
-    values = [[run.full() for run in side] for side in statistics[: 1 + (new is not base)] if len(side) > 1]
+    values = [
+        [run.full() for run in side]
+        for side in statistics[: 1 + (new is not base)]
+        if len(side) > 1
+    ]
     freedom = sum(len(side) - 1 for side in values)
     if spread is not None or not freedom:
         return noise
@@ -192,7 +239,8 @@ def measure(base: Side, new: Side, name: str, spread: float | None, resamples: i
 def plan_rows(
     noises: Sequence[Noise], *, effect: float, runs: Sequence[int], level: float
 ) -> Iterator[tuple[str, ...]]:
-    """The rows under PLAN: per benchmark and number of runs what is detectable, and what ``effect`` needs."""
+    """The rows under PLAN: per benchmark and number of runs what is detectable, and what ``effect``
+    needs."""
     for noise in noises:
         over_images = f"{math.hypot(noise.image_error, noise.answer_error):.2f} over images"
         for count in runs if noise.spread is not None else (1,):
@@ -204,7 +252,8 @@ def plan_rows(
                 f"{noise.detectable(noise.images, count, level=level):.2f}",
                 str(needed or "no number"),
                 f"x {needed / noise.images:.2g}" if needed else "",
-                over_images + ("" if noise.spread is None else f", {noise.spread:.2f} over trainings"),
+                over_images
+                + ("" if noise.spread is None else f", {noise.spread:.2f} over trainings"),
             )
 
 

@@ -1,9 +1,10 @@
 """A comparison as Markdown, for the terminal, too, and as one HTML file.
 
-The page fetches nothing: style, script, drawings and pictures are in it, and its content security policy allows no
-request and no script but its own (by hash). The template escapes every text; the script inserts answers as text.
-Pictures are below ``--image-folder``, or in the folder that was scored, if its annotations are still those that were
-scored: a score file from elsewhere must not bring another picture of this machine into a page that is passed on.
+The page fetches nothing: style, script, drawings and pictures are in it, and its content security
+policy allows no request and no script but its own (by hash). The template escapes every text; the
+script inserts answers as text. Pictures are below ``--image-folder``, or in the folder that was
+scored, if its annotations are still those that were scored: a score file from elsewhere must not
+bring another picture of this machine into a page that is passed on.
 """
 
 import base64
@@ -24,7 +25,18 @@ HERE = Path(__file__).parent
 FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
 LONGEST = 600  # characters of a question or an answer that are shown
 NOTE = "reported by others, one run, no interval; VQAv2, VizWiz and MMBench on splits that a server scores"
-HEADER = ("benchmark", "base", "new", "difference", "interval", "p", "p (Holm)", "wins", "losses", "verdict")
+HEADER = (
+    "benchmark",
+    "base",
+    "new",
+    "difference",
+    "interval",
+    "p",
+    "p (Holm)",
+    "wins",
+    "losses",
+    "verdict",
+)
 
 
 def number(value: float, unit: str = "%", *, signed: bool = False) -> str:
@@ -41,7 +53,10 @@ def cells(row: Row) -> tuple[str, ...]:
     ends = (number(value, row.unit, signed=True) for value in (result.low, result.high))
     return (
         row.title if row.unit == "%" else f"{row.title} ({row.unit})",
-        *(number(value, row.unit) + (f" ±{number(spread, row.unit)}" if spread else "") for value, spread in sides),
+        *(
+            number(value, row.unit) + (f" ±{number(spread, row.unit)}" if spread else "")
+            for value, spread in sides
+        ),
         number(result.difference, row.unit, signed=True),
         f"[{', '.join(ends)}]",
         p_value(result.p),
@@ -54,16 +69,25 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def method_lines(comparison: Comparison) -> list[str]:
     """The statistical methods, in sentences."""
-    settings, runs = comparison.settings, [row.runs for row in comparison.rows]
+    settings = comparison.settings
+    runs = [row.runs for row in comparison.rows]
     lines = [
         "Intervals: {level:.0%}, paired bootstrap over images ({resamples} resamples, seed {seed}), composite scores "
-        "resampled as composites. p: permutation over images, two-sided; Holm over all rows.".format(**settings)
+        "resampled as composites. p: permutation over images, two-sided; Holm over all rows.".format(
+            **settings
+        )
     ]
     if any(max(counts) > 1 for counts in runs):
-        lines.append("With several runs a side, the interval includes their variance, and p is Student's (±: s.d.).")
+        lines.append(
+            "With several runs a side, the interval includes their variance, and p is Student's (±: s.d.)."
+        )
     if (1, 1) in runs:
-        mme = "; MME varies by about 20 points between identical runs" * ("mme" in comparison.titles)
-        lines.append(f"With one run a side, the interval covers the choice of questions, not the training seed{mme}.")
+        mme = "; MME varies by about 20 points between identical runs" * (
+            "mme" in comparison.titles
+        )
+        lines.append(
+            f"With one run a side, the interval covers the choice of questions, not the training seed{mme}."
+        )
     return lines
 
 
@@ -73,11 +97,18 @@ def row_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, its columns aligned: the first and the last left, others right."""
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (header, *rows)]
+    """The lines of a Markdown table, its columns aligned: the first and the last left, others
+    right."""
+    lines = [
+        [cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (header, *rows)
+    ]
     *widths, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
     shown = [
-        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(inner, widths[1:], strict=True)), last]
+        [
+            first.ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(inner, widths[1:], strict=True)),
+            last,
+        ]
         for first, *inner, last in lines
     ]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]), "---"]
@@ -88,21 +119,38 @@ def text(comparison: Comparison) -> str:
     """The tables and notes, in Markdown."""
     lines = [f"- **Warning**: {warning}." for warning in comparison.warnings]
     for new, base, rows in comparison.pairs():
-        lines += ["", f"## {new} (new) against {base} (base)", "", *table(HEADER, map(cells, rows)), ""]
+        lines += [
+            "",
+            f"## {new} (new) against {base} (base)",
+            "",
+            *table(HEADER, map(cells, rows)),
+            "",
+        ]
         lines += [f"- {line}" for line in row_lines(rows)]
     if published := comparison.references:
         shown = [
             [model, *(f"{values[name]:g}" if name in values else "" for name in comparison.titles)]
             for model, values in published.items()
         ]
-        lines += ["", f"Published, not measured here ({NOTE}):", "", *table(["", *comparison.titles.values()], shown)]
+        lines += [
+            "",
+            f"Published, not measured here ({NOTE}):",
+            "",
+            *table(["", *comparison.titles.values()], shown),
+        ]
     lines += ["", *(f"- {note}" for note in (*comparison.notes, *method_lines(comparison)))]
     return "\n".join(lines).strip() + "\n"
 
 
-def page(comparison: Comparison, sides: Sequence[Side], *, images: Path | None = None, questions: int = 80) -> str:
-    """The page's HTML. ``images``: folder of evaluation folders, or of one benchmark; ``questions``: disagreements per
-    benchmark and pair of sides, wins and losses evenly."""
+def page(
+    comparison: Comparison,
+    sides: Sequence[Side],
+    *,
+    images: Path | None = None,
+    questions: int = 80,
+) -> str:
+    """The page's HTML. ``images``: folder of evaluation folders, or of one benchmark;
+    ``questions``: disagreements per benchmark and pair of sides, wins and losses evenly."""
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     encoded: dict[str, str | None] = {}
@@ -113,19 +161,27 @@ def page(comparison: Comparison, sides: Sequence[Side], *, images: Path | None =
         folders = picture_folders(row.benchmark, [base_run, new_run], images)
         for base, new in disagreements(base_run.items, new_run.items, questions):
             picture = picture_key(row.benchmark, base, folders, encoded)
-            shown.append({"benchmark": row.title, "pair": place, "image": picture, **_question(base, new)})
+            shown.append(
+                {"benchmark": row.title, "pair": place, "image": picture, **_question(base, new)}
+            )
     notes = [*method_lines(comparison), *comparison.notes]
     for new, base, rows in comparison.pairs():
-        notes += [f"{new} against {base}: {line}" if len(sides) > 2 else line for line in row_lines(rows)]
+        notes += [
+            f"{new} against {base}: {line}" if len(sides) > 2 else line for line in row_lines(rows)
+        ]
     if any(max(row.runs) > 1 for row in comparison.rows):
         notes.append("With several runs, the browser shows the answers of the first.")
     missing = sum(uri is None for uri in encoded.values())
-    # zero and each row's low end, estimate and high end, as fractions of a drawing's width, all on one scale
+    # zero and each row's low end, estimate and high end, as fractions of a drawing's width, all on
+    # one scale
     ends = []
     for row in comparison.rows:
         size = FULL_MME if row.unit == "points" else 1.0
-        ends.append([0.0, *(end / size for end in (row.result.low, row.result.difference, row.result.high))])
-    low, high = min(map(min, ends)), max(map(max, ends))
+        ends.append(
+            [0.0, *(end / size for end in (row.result.low, row.result.difference, row.result.high))]
+        )
+    low = min(map(min, ends))
+    high = max(map(max, ends))
     drawn = [[(end - low) / ((high - low) or 1) for end in row] for row in ends]
     return render(
         HERE / "page.html",
@@ -147,7 +203,8 @@ def page(comparison: Comparison, sides: Sequence[Side], *, images: Path | None =
 
 
 def picture_folders(name: str, runs: Sequence[Run], root: Path | None) -> list[Path]:
-    """Where a benchmark's pictures are searched: below ``root`` (--image-folder), else in the data that were scored."""
+    """Where a benchmark's pictures are searched: below ``root`` (--image-folder), else in the data
+    that were scored."""
     rule = benchmarks().get(name)
     if root is not None:
         return [root / below for below in (*(rule.folders if rule else ()), "")]
@@ -156,27 +213,37 @@ def picture_folders(name: str, runs: Sequence[Run], root: Path | None) -> list[P
         Path(data)
         for data, digest in sorted(scored, key=str)
         # the digest of a folder without annotations is that of nothing, and says nothing
-        if rule and digest != sha256_text("") and Path(data).exists() and rule.data_digest(Path(data)) == digest
+        if rule
+        and digest != sha256_text("")
+        and Path(data).exists()
+        and rule.data_digest(Path(data)) == digest
     ]
 
 
-def picture_key(name: str, item: Item, folders: Sequence[Path], encoded: dict[str, str | None]) -> str:
-    """The key of an item's picture, "" if there is none; ``encoded`` gets its data URI, None if it is not found."""
-    rule, image = benchmarks().get(name), str(item.get("image") or "")
+def picture_key(
+    name: str, item: Item, folders: Sequence[Path], encoded: dict[str, str | None]
+) -> str:
+    """The key of an item's picture, "" if there is none; ``encoded`` gets its data URI, None if it
+    is not found."""
+    rule = benchmarks().get(name)
+    image = str(item.get("image") or "")
     key = f"{name}/{image}"
     if image and key not in encoded:
         found = (
-            rule.image_bytes(folder, item) if rule else find_image(("", "images"), folder, image) for folder in folders
+            rule.image_bytes(folder, item) if rule else find_image(("", "images"), folder, image)
+            for folder in folders
         )
         encoded[key] = thumbnail(next(filter(None, found), None))
     return key if encoded.get(key) else ""
 
 
 def disagreements(base: Sequence[Item], new: Sequence[Item], most: int) -> list[tuple[Item, Item]]:
-    """At most so many questions whose scores differ: wins and losses evenly, spread over the benchmark, in its order.
-    Items without an answer, such as the queries of retrieval, are left out."""
+    """At most so many questions whose scores differ: wins and losses evenly, spread over the
+    benchmark, in its order. Items without an answer, such as the queries of retrieval, are left
+    out."""
     pairs = [pair for pair in zip(base, new, strict=True) if all("answer" in item for item in pair)]
-    pairs = [pair for pair in pairs if any(item.get("is_multimodal", True) for item in pair)]  # ScienceQA-IMG
+    # ScienceQA-IMG
+    pairs = [pair for pair in pairs if any(item.get("is_multimodal", True) for item in pair)]
     won = [place for place, (old, now) in enumerate(pairs) if now["score"] > old["score"]]
     lost = [place for place, (old, now) in enumerate(pairs) if now["score"] < old["score"]]
     losses = min(len(lost), max(most // 2, most - len(won)))
@@ -206,13 +273,18 @@ def _question(base: Item, new: Item) -> dict[str, Any]:
 def _rotations(item: Item) -> str:
     """MMBench's answers to every rotation of the options."""
     rows = item.get("rows") or []
-    texts = [f"{_short(entry.get('text'))} ({'right' if entry.get('correct') else 'wrong'})" for entry in rows]
+    texts = [
+        f"{_short(entry.get('text'))} ({'right' if entry.get('correct') else 'wrong'})"
+        for entry in rows
+    ]
     return "; ".join(texts) if len(rows) > 1 else ""
 
 
 def _short(value: Any) -> str:
     """A text in one line of the page; of human answers each with its count."""
     if isinstance(value, list):
-        value = ", ".join(f"{answer} ×{count}" for answer, count in Counter(map(str, value)).most_common())
+        value = ", ".join(
+            f"{answer} ×{count}" for answer, count in Counter(map(str, value)).most_common()
+        )
     text = "" if value is None else str(value)
     return text if len(text) <= LONGEST else text[:LONGEST] + " …"

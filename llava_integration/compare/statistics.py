@@ -1,9 +1,10 @@
-"""Paired statistics of two models on the same questions: several questions per image, one or several runs per side.
+"""Paired statistics of two models on the same questions: several questions per image, one or
+several runs per side.
 
 Shapes: N questions, C clusters (images), K sums of a statistic, M runs, R resamples.
 
-Images are drawn, not questions. A resample gives every image a weight, and the weighted sums give the headline number
-of both sides, composites included: what is resampled is what is published.
+Images are drawn, not questions. A resample gives every image a weight, and the weighted sums give
+the headline number of both sides, composites included: what is resampled is what is published.
 """
 
 import math
@@ -63,33 +64,44 @@ def pair(base: list[Statistic], new: list[Statistic], clusters: list[str]) -> Pa
     """Sums by cluster of both sides' runs, which have the same questions in the same order.
     Questions that count in no run are left out, so that their images are not drawn."""
     counted_N = counted([*base, *new])
-    code_N, count = cluster_codes([name for name, counts in zip(clusters, counted_N, strict=True) if counts])
+    code_N, count = cluster_codes(
+        [name for name, counts in zip(clusters, counted_N, strict=True) if counts]
+    )
     stratum_C = np.zeros(count, dtype=int)
     if base[0].strata is not None:
         stratum_C[code_N] = base[0].strata[counted_N]
-    sums = [[cluster_sums(run.sums[counted_N], code_N, count) for run in side] for side in (base, new)]
+    sums = [
+        [cluster_sums(run.sums[counted_N], code_N, count) for run in side] for side in (base, new)
+    ]
     base_MCK, new_MCK = map(np.stack, sums)
     return Paired(base_MCK, new_MCK, base[0], stratum_C)
 
 
 def counted(runs: list[Statistic]) -> np.ndarray:
     """(N,) booleans: the questions that count in at least one run."""
-    return np.any([np.ones(len(run.sums), bool) if run.counted is None else run.counted for run in runs], axis=0)
+    return np.any(
+        [np.ones(len(run.sums), bool) if run.counted is None else run.counted for run in runs],
+        axis=0,
+    )
 
 
 def resampled_runs(paired: Paired, resamples: int, rng: np.random.Generator) -> list[np.ndarray]:
     """(M, R) values of every run of base and of new, all on the same resampled images."""
     value = paired.statistic.value
     blocks = [
-        [np.stack([value(weight_RC @ run_CK) for run_CK in side]) for side in (paired.base, paired.new)]
+        [
+            np.stack([value(weight_RC @ run_CK) for run_CK in side])
+            for side in (paired.base, paired.new)
+        ]
         for weight_RC in resample(paired.strata, resamples, rng)
     ]
     return [np.concatenate([block[side] for block in blocks], axis=1) for side in (0, 1)]
 
 
 def in_blocks(paired: Paired, most: int, rng: np.random.Generator) -> Paired:
-    """The same sums over about ``most`` blocks of images, drawn at random within strata: a mean over many images varies
-    as one over many blocks of them, and resampling costs time in proportion to what is drawn."""
+    """The same sums over about ``most`` blocks of images, drawn at random within strata: a mean
+    over many images varies as one over many blocks of them, and resampling costs time in proportion
+    to what is drawn."""
     if paired.clusters <= most:
         return paired
     block_C = np.empty(paired.clusters, dtype=int)
@@ -101,13 +113,20 @@ def in_blocks(paired: Paired, most: int, rng: np.random.Generator) -> Paired:
         start += blocks
     strata = np.empty(start, dtype=int)
     strata[block_C] = paired.strata
-    base, new = (np.stack([cluster_sums(run, block_C, start) for run in side]) for side in (paired.base, paired.new))
+    base, new = (
+        np.stack([cluster_sums(run, block_C, start) for run in side])
+        for side in (paired.base, paired.new)
+    )
     return Paired(base, new, paired.statistic, strata)
 
 
-def permutation_p(paired: Paired, observed: float, resamples: int, rng: np.random.Generator) -> float:
-    """Two-sided p: how often the difference is as large when base and new are swapped at random, image by image."""
-    base_CK, new_CK = paired.base[0], paired.new[0]
+def permutation_p(
+    paired: Paired, observed: float, resamples: int, rng: np.random.Generator
+) -> float:
+    """Two-sided p: how often the difference is as large when base and new are swapped at random,
+    image by image."""
+    base_CK = paired.base[0]
+    new_CK = paired.new[0]
     step_CK = new_CK - base_CK
     if not step_CK.any():
         return 1.0
@@ -122,17 +141,23 @@ def permutation_p(paired: Paired, observed: float, resamples: int, rng: np.rando
     return (1 + extreme) / (1 + resamples)
 
 
-def compare(paired: Paired, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0) -> Difference:
+def compare(
+    paired: Paired, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Difference:
     """Estimate, interval and p-value of new minus base.
 
-    One run per side: the interval is ``percentile_interval`` of the resampled differences, p is from a permutation over
-    images. Several runs: the variance between runs is added to that over images which all runs share, and interval and
-    p are Student's with Welch and Satterthwaite's degrees of freedom.
+    One run per side: the interval is ``percentile_interval`` of the resampled differences, p is
+    from a permutation over images. Several runs: the variance between runs is added to that over
+    images which all runs share, and interval and p are Student's with Welch and Satterthwaite's
+    degrees of freedom.
     """
     rng = np.random.default_rng(seed)
     paired = in_blocks(paired, MOST_CLUSTERS, rng)
     value = paired.statistic.value
-    values = [np.array([float(value(run.sum(axis=0))) for run in side]) for side in (paired.base, paired.new)]
+    values = [
+        np.array([float(value(run.sum(axis=0))) for run in side])
+        for side in (paired.base, paired.new)
+    ]
     base, new = (float(side.mean()) for side in values)
     runs_MR = resampled_runs(paired, resamples, rng)
     difference_R = runs_MR[1].mean(axis=0) - runs_MR[0].mean(axis=0)
@@ -142,13 +167,16 @@ def compare(paired: Paired, *, resamples: int = 10_000, level: float = 0.95, see
     spreads = [float(np.std(side, ddof=1)) if len(side) > 1 else 0.0 for side in values]
     if max(map(len, values)) == 1:
         low, high = percentile_interval(difference_R, paired.clusters, freedom, level)
-        p, test = permutation_p(paired, new - base, resamples, rng), "permutation over images"
+        p = permutation_p(paired, new - base, resamples, rng)
+        test = "permutation over images"
     else:
         slips = [wider**2 * slips_of(side_MR) for side_MR in runs_MR]
         error, freedom = _add_runs(error, freedom, values, slips)
         reach = t_quantile(0.5 + level / 2, freedom) * error
-        low, high = new - base - reach, new - base + reach
-        p, test = float(new == base), "t over images and runs"
+        low = new - base - reach
+        high = new - base + reach
+        p = float(new == base)
+        test = "t over images and runs"
         if error > 0:
             p = 2 * (1 - t_cdf(abs(new - base) / error, freedom))
     return Difference(
@@ -167,8 +195,9 @@ def compare(paired: Paired, *, resamples: int = 10_000, level: float = 0.95, see
 
 
 def slips_of(values_MR: np.ndarray) -> float:
-    """The variance over images of one run that other runs of the side don't share: what it gets wrong by chance.
-    One run has the variance s + i over images, the mean of M runs s + i / M; this is i, 0 where one run can't tell."""
+    """The variance over images of one run that other runs of the side don't share: what it gets
+    wrong by chance. One run has the variance s + i over images, the mean of M runs s + i / M; this
+    is i, 0 where one run can't tell."""
     runs = len(values_MR)
     if runs == 1:
         return 0.0
@@ -176,20 +205,29 @@ def slips_of(values_MR: np.ndarray) -> float:
     return max(0.0, more) * runs / (runs - 1)
 
 
-def _add_runs(error: float, freedom: int, values: Sequence[np.ndarray], slips: Sequence[float]) -> tuple[float, int]:
-    """Standard error and degrees of freedom with the variance between runs; a single run gets the other side's.
-    Runs differ by their slips, too, which the variance over images has already, so they leave that."""
+def _add_runs(
+    error: float, freedom: int, values: Sequence[np.ndarray], slips: Sequence[float]
+) -> tuple[float, int]:
+    """Standard error and degrees of freedom with the variance between runs; a single run gets the
+    other side's. Runs differ by their slips, too, which the variance over images has already, so
+    they leave that."""
     known = [place for place, side in enumerate(values) if len(side) > 1]
     of = [place if place in known else known[0] for place in (0, 1)]
     between = [float(np.var(values[place], ddof=1)) for place in of]
-    images = error**2 - sum(slips[place] / len(side) for place, side in zip(of, values, strict=True))
+    images = error**2 - sum(
+        slips[place] / len(side) for place, side in zip(of, values, strict=True)
+    )
     parts = [(max(0.0, images), freedom)]
-    parts += [(variance / len(side), max(1, len(side) - 1)) for variance, side in zip(between, values, strict=True)]
+    parts += [
+        (variance / len(side), max(1, len(side) - 1))
+        for variance, side in zip(between, values, strict=True)
+    ]
     return combine(parts)
 
 
 def combine(parts: Sequence[tuple[float, int]]) -> tuple[float, int]:
-    """Standard error and Satterthwaite's degrees of freedom of a sum of variances, each with its own."""
+    """Standard error and Satterthwaite's degrees of freedom of a sum of variances, each with its
+    own."""
     total = sum(variance for variance, _ in parts)
     below = sum(variance**2 / degrees for variance, degrees in parts)
     return math.sqrt(total), max(1, int(total**2 / below)) if below else parts[0][1]
@@ -199,5 +237,7 @@ def holm(values: list[float]) -> list[float]:
     """Holm's step-down adjusted p-values, in the order given (Holm 1979)."""
     order = np.argsort(values, kind="stable")
     adjusted = np.empty(len(values))
-    adjusted[order] = np.maximum.accumulate(np.minimum(1, (len(values) - np.arange(len(values))) * np.sort(values)))
+    adjusted[order] = np.maximum.accumulate(
+        np.minimum(1, (len(values) - np.arange(len(values))) * np.sort(values))
+    )
     return adjusted.tolist()

@@ -1,4 +1,5 @@
-"""Runs the functions of ``patches``: each completes one module of LLaVA for the versions of libraries that need it.
+"""Runs the functions of ``patches``: each completes one module of LLaVA for the versions of
+libraries that need it.
 
 With LLaVA's own pins nothing is touched. ``LLM2CLIP_LLAVA_COMPAT=0`` disables all.
 """
@@ -18,10 +19,12 @@ from llm2clip_plugin.console import quiet_peft
 from llm2clip_plugin.installation import installed_version
 
 When = Literal["before", "after"]
-TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}  # beginnings of versions, beside LLaVA's own pins
+# beginnings of versions, beside LLaVA's own pins
+TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}
 ADVICE = "pip install transformers==5.24.0 deepspeed==0.19.8 runs LLaVA 1.5"
 TRAINER = "llava.train.llava_trainer"
-REFUSED = ">4.46.3,<5"  # versions of transformers whose trainer has neither the names of 4.37 nor those of 5
+# versions of transformers whose trainer has neither the names of 4.37 nor those of 5
+REFUSED = ">4.46.3,<5"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +33,10 @@ class Completion:
 
     module: str  # dotted name of LLaVA's module
     when: When  # of the execution of the module
-    libraries: Mapping[str, str]  # distribution -> versions that need it, such as {"transformers": ">=5"}; any suffices
-    complete: Callable[[ModuleType], None]  # takes the module, which is still empty if ``when`` is "before"
+    # distribution -> versions that need it, such as {"transformers": ">=5"}; any suffices
+    libraries: Mapping[str, str]
+    # takes the module, which is still empty if ``when`` is "before"
+    complete: Callable[[ModuleType], None]
 
 
 completions: list[Completion] = []  # in the order of the functions
@@ -42,7 +47,9 @@ def completes(module: str, when: When, **libraries: str) -> Callable[[Any], Any]
     """Decorator of a function that completes a module of LLaVA; its docstring says why."""
 
     def mark(function: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-        completions.append(Completion(module=module, when=when, libraries=libraries, complete=function))
+        completions.append(
+            Completion(module=module, when=when, libraries=libraries, complete=function)
+        )
         return function
 
     return mark
@@ -71,8 +78,13 @@ def enabled() -> bool:
 @functools.cache
 def needed() -> list[Completion]:
     """The completions that the installed versions need."""
-    importlib.import_module("llava_integration.compat.patches")  # adds its functions, which need this module
-    return [one for one in completions if any(has_version(*library) for library in one.libraries.items())]
+    # adds its functions, which need this module
+    importlib.import_module("llava_integration.compat.patches")
+    return [
+        one
+        for one in completions
+        if any(has_version(*library) for library in one.libraries.items())
+    ]
 
 
 def watched() -> set[str]:
@@ -91,13 +103,19 @@ def run(module: ModuleType, when: When) -> None:
         if module.__name__ == TRAINER and problem():
             raise ImportError(problem())
         for completion in needed():
-            if (completion.module, completion.when) == (module.__name__, when) and completion not in done:
+            if (completion.module, completion.when) == (
+                module.__name__,
+                when,
+            ) and completion not in done:
                 warn_if_untried()
                 try:
                     completion.complete(module)
                 except Exception as error:
                     name = completion.complete.__name__
-                    found = ", ".join(f"{library} {installed_version(library)}" for library in completion.libraries)
+                    found = ", ".join(
+                        f"{library} {installed_version(library)}"
+                        for library in completion.libraries
+                    )
                     told = f"compat/patches.py, {name} could not complete {module.__name__} for {found}: {error!r}"
                     fix = f"{ADVICE}, or set LLM2CLIP_LLAVA_COMPAT=0 to run without completions"
                     raise ImportError(f"llava_integration/{told}; {fix}") from error
@@ -109,7 +127,8 @@ def run(module: ModuleType, when: When) -> None:
 
 
 def tell_importers(package: ModuleType | None, error: ImportError) -> None:
-    """Raise ``error`` where a name of ``llava.model`` is imported: the package swallows the errors of its modules."""
+    """Raise ``error`` where a name of ``llava.model`` is imported: the package swallows the errors
+    of its modules."""
 
     def missing(name: str) -> Any:
         if name.startswith("__"):
@@ -141,7 +160,8 @@ def problem() -> str:
 
 
 def untried() -> list[str]:
-    """The installed libraries whose version was never tried with LLaVA, with the versions that were."""
+    """The installed libraries whose version was never tried with LLaVA, with the versions that
+    were."""
     found = []
     for library, known in TRIED.items():
         installed = installed_version(library)
@@ -154,13 +174,17 @@ def untried() -> list[str]:
 def warn_if_untried() -> None:
     """One line on stderr, once and on the first rank alone, about versions never tried."""
     if untried() and os.environ.get("RANK", "0") == "0":
-        print(f"llm2clip: LLaVA 1.5 is untested with {' and '.join(untried())}; {ADVICE}", file=sys.stderr)
+        print(
+            f"llm2clip: LLaVA 1.5 is untested with {' and '.join(untried())}; {ADVICE}",
+            file=sys.stderr,
+        )
 
 
 @functools.cache
 def adapters_stay_fp32() -> bool:
-    """Whether this environment's peft keeps the adapter of an fp16 model in fp32, and so rounds the sum alone.
-    peft 0.10, which LLaVA's environment has, rounds the halves and their product too. True without peft."""
+    """Whether this environment's peft keeps the adapter of an fp16 model in fp32, and so rounds the
+    sum alone. peft 0.10, which LLaVA's environment has, rounds the halves and their product too.
+    True without peft."""
     if find_spec("peft") is None:
         return True
     quiet_peft()

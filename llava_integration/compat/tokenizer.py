@@ -13,7 +13,8 @@ from transformers.tokenization_utils_sentencepiece import SPIECE_UNDERLINE, Sent
 
 
 class LlamaTokenizer(SentencePieceBackend):
-    """Text <-> ids; named as in tokenizer_config.json, where transformers saves the name of the class."""
+    """Text <-> ids; named as in tokenizer_config.json, where transformers saves the name of the
+    class."""
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 - declared as a list by transformers
 
@@ -32,10 +33,18 @@ class LlamaTokenizer(SentencePieceBackend):
         **options: Any,
     ):
         """See ``LlamaTokenizer`` of transformers 4.37; ``legacy`` None means True, as there."""
-        self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
-        named = {"unk_token": unk_token, "bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
+        self.add_bos_token = add_bos_token
+        self.add_eos_token = add_eos_token
+        named = {
+            "unk_token": unk_token,
+            "bos_token": bos_token,
+            "eos_token": eos_token,
+            "pad_token": pad_token,
+        }
         special = {
-            name: AddedToken(token, normalized=False, special=True) if isinstance(token, str) else token
+            name: AddedToken(token, normalized=False, special=True)
+            if isinstance(token, str)
+            else token
             for name, token in named.items()
         }
         options.pop("from_slow", None)
@@ -55,10 +64,16 @@ class LlamaTokenizer(SentencePieceBackend):
         if self.legacy or not text:
             return super().tokenize(text, **options)
         tokens = super().tokenize(SPIECE_UNDERLINE + text.replace(SPIECE_UNDERLINE, " "), **options)
-        begins_special = len(tokens) > 1 and tokens[0] == SPIECE_UNDERLINE and tokens[1] in self.all_special_tokens
+        begins_special = (
+            len(tokens) > 1
+            and tokens[0] == SPIECE_UNDERLINE
+            and tokens[1] in self.all_special_tokens
+        )
         return tokens[1:] if begins_special else tokens
 
-    def build_inputs_with_special_tokens(self, first: list[int], second: list[int] | None = None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, first: list[int], second: list[int] | None = None
+    ) -> list[int]:
         """Ids with <s> before and </s> after each sequence, as set."""
         bos: list[Any] = [self.bos_token_id] if self.add_bos_token else []
         eos: list[Any] = [self.eos_token_id] if self.add_eos_token else []
@@ -68,7 +83,9 @@ class LlamaTokenizer(SentencePieceBackend):
         """Text of pieces; special tokens are not decoded by sentencepiece."""
         if tokens and tokens[0].startswith(SPIECE_UNDERLINE):
             tokens = [tokens[0][1:], *tokens[1:]]
-        text, pieces, after_special = "", [], False
+        text = ""
+        pieces = []
+        after_special = False
         for position, token in enumerate(tokens):
             special = token in self.all_special_tokens
             if special:
@@ -92,8 +109,11 @@ class LlamaTokenizer(SentencePieceBackend):
         """Text of ids; tokens that were added to the vocabulary stand by themselves."""
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         extra = {str(token) for token in cast(list[Any], self.extra_special_tokens)}
-        parts, pieces = [], []
-        tokens = cast(list[str], self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens))
+        parts = []
+        pieces = []
+        tokens = cast(
+            list[str], self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+        )
         for token in [*tokens, None]:
             if token is not None and not self._is_added(token, extra):
                 pieces.append(token)
@@ -105,7 +125,8 @@ class LlamaTokenizer(SentencePieceBackend):
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     def _is_added(self, token: str, extra: set[str]) -> bool:
-        """Whether the token is one of those beyond sentencepiece's vocabulary that have no role, such as padding."""
+        """Whether the token is one of those beyond sentencepiece's vocabulary that have no role,
+        such as padding."""
         if token in extra:
             return self._added_tokens_encoder[token] >= self.vocab_size
         return token in self._added_tokens_encoder and token not in self.all_special_tokens

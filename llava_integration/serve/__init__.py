@@ -1,4 +1,5 @@
-"""LLaVA models for servers and trainers: ``llm2clip llava export`` and ``vlm build``. Here their options; no torch."""
+"""LLaVA models for servers and trainers: ``llm2clip llava export`` and ``vlm build``. Here their
+options; no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ class LlavaExportConfig:
     format: Literal["hf"] = "hf"  # hf: LlavaForConditionalGeneration, safetensors
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"  # of the weights; LLaVA loads fp16
     model_base: Path | None = None  # base model of a LoRA checkpoint; none: the one recorded
-    tower: str = ""  # path, registered name or Hub id of the tower, if the checkpoint cannot find it
+    # path, registered name or Hub id of the tower, if the checkpoint cannot find it
+    tower: str = ""
     conv_mode: str = ""  # conversation template, for checkpoints that do not record it (vicuna_v1)
     compare: bool = True  # compare the result with LLaVA's code (two models in fp32, one by one)
     overwrite: bool = False  # replace an existing folder
@@ -36,14 +38,19 @@ EXPORT = Command(
 class VlmConfig:
     """A vision-language model to build."""
 
-    tower: str  # vision tower: tower directory, registered name, or Hugging Face folder or Hub id of a vision model
+    # vision tower: tower directory, registered name, or Hugging Face folder or Hub id of a vision
+    # model
+    tower: str
     llm: str  # language model with a chat template: folder or Hub id
     output: Path  # folder to write
-    arch: Literal["llava", "llava_next", "llava_onevision"] = "llava"  # llava: one square; the others: tiles
+    # llava: one square; the others: tiles
+    arch: Literal["llava", "llava_next", "llava_onevision"] = "llava"
     chat_template: Path | None = None  # Jinja file in place of the LLM's own template
-    select_layer: int = -2  # hidden state of the tower that the projector reads; -2: before the last block
+    # hidden state of the tower that the projector reads; -2: before the last block
+    select_layer: int = -2
     seed: int = 0  # of the fresh projector
-    compare: bool = True  # compare logits with those of tower and LLM (both models in memory, one by one)
+    # compare logits with those of tower and LLM (both models in memory, one by one)
+    compare: bool = True
     dry_run: bool = False  # print parameters and bytes of the parts, then exit
     overwrite: bool = False  # replace an existing folder
 

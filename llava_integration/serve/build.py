@@ -1,7 +1,8 @@
-"""The parts of a Hugging Face LLaVA: language model and projector, vision tower, code of our own towers; its files.
+"""The parts of a Hugging Face LLaVA: language model and projector, vision tower, code of our own
+towers; its files.
 
-The files are written by hand: transformers 5 drops ``vision_model.`` from a tower's names when it saves, which servers
-then do not find.
+The files are written by hand: transformers 5 drops ``vision_model.`` from a tower's names when it
+saves, which servers then do not find.
 """
 
 import importlib
@@ -17,7 +18,14 @@ import torch
 from torch import Tensor
 
 import llm2clip_plugin
-from llava_integration.serve.checkpoint import FIX, LazyTensor, LazyTensors, open_tensors, refuse_rest, write_shards
+from llava_integration.serve.checkpoint import (
+    FIX,
+    LazyTensor,
+    LazyTensors,
+    open_tensors,
+    refuse_rest,
+    write_shards,
+)
 from llava_integration.serve.prompt import IMAGE
 from llava_integration.towers import KEY as TOWER_KEY
 from llava_integration.towers import TowerLocation, tower_record
@@ -34,10 +42,14 @@ from llm2clip_plugin.vision.wrapped import siglip_tensor
 FIELDS = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
     max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id
     tie_word_embeddings rope_theta rope_scaling rope_parameters attention_bias attention_dropout mlp_bias""".split()
-PROJECTOR = {"mm_projector.0": "multi_modal_projector.linear_1", "mm_projector.2": "multi_modal_projector.linear_2"}
+PROJECTOR = {
+    "mm_projector.0": "multi_modal_projector.linear_1",
+    "mm_projector.2": "multi_modal_projector.linear_2",
+}
 TOWER = "model.vision_tower."
 BUFFERS = ".rotary_emb.inv_freq"  # computed; old versions saved it
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 BLOCK = """self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj
     input_layernorm post_attention_layernorm""".split()
 
@@ -47,7 +59,12 @@ def text_config(config: dict[str, Any], tokens: int) -> dict[str, Any]:
     text = {name: config[name] for name in FIELDS if config.get(name) is not None}
     rope = text.get("rope_parameters") or {}
     text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))  # transformers 4's name
-    return {**text, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokens}
+    return {
+        **text,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": tokens,
+    }
 
 
 def hf_name(name: str) -> str:
@@ -60,15 +77,22 @@ def hf_name(name: str) -> str:
     return f"{PROJECTOR[layer]}.{kind}" if layer in PROJECTOR else f"language_model.{name}"
 
 
-def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, where: Path) -> LazyTensors:
-    """The language model's and the projector's tensors under Hugging Face's names, with a row for ``<image>``.
+def language_tensors(
+    tensors: LazyTensors, config: dict[str, Any], tokens: int, where: Path
+) -> LazyTensors:
+    """The language model's and the projector's tensors under Hugging Face's names, with a row for
+    ``<image>``.
 
-    ``tokens``: rows of the embedding that LLaVA uses. Raises ContractError for tensors that are missing or unknown, or
-    an embedding with fewer rows.
+    ``tokens``: rows of the embedding that LLaVA uses. Raises ContractError for tensors that are
+    missing or unknown, or an embedding with fewer rows.
     """
     own = {n: t for n, t in tensors.items() if not n.startswith(TOWER) and not n.endswith(BUFFERS)}
     is_tied = bool(config.get("tie_word_embeddings"))
-    blocks = [f"model.layers.{n}.{part}.weight" for n in range(config["num_hidden_layers"]) for part in BLOCK]
+    blocks = [
+        f"model.layers.{n}.{part}.weight"
+        for n in range(config["num_hidden_layers"])
+        for part in BLOCK
+    ]
     projector = [f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")]
     wanted = [EMBEDDING, *blocks, "model.norm.weight", *([] if is_tied else [HEAD]), *projector]
     if missing := [name for name in wanted if name not in own]:
@@ -78,7 +102,9 @@ def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, 
     refuse_rest(set(own) - set(wanted) - {HEAD} - biases, where)
     for name in {EMBEDDING, HEAD} & {*own}:
         if (rows := own[name].shape[0]) < tokens:
-            raise ContractError(f"{where}: {name} has {rows} rows, the tokenizer {tokens} tokens; {FIX}")
+            raise ContractError(
+                f"{where}: {name} has {rows} rows, the tokenizer {tokens} tokens; {FIX}"
+            )
         own[name] = with_image_row(own[name], tokens)
     return {hf_name(name): tensor for name, tensor in own.items() if name != HEAD or not is_tied}
 
@@ -86,19 +112,22 @@ def language_tensors(tensors: LazyTensors, config: dict[str, Any], tokens: int, 
 def with_image_row(rows: LazyTensor, tokens: int, *, added: int = 1) -> LazyTensor:
     """The first ``tokens`` rows and their mean, ``added`` times, the last for ``<image>``.
 
-    In the embedding it is replaced by the image. In the head it makes the token's logit the mean of all logits, which
-    is never the largest: the model answers as without it.
+    In the embedding it is replaced by the image. In the head it makes the token's logit the mean of
+    all logits, which is never the largest: the model answers as without it.
     """
 
     def read() -> Tensor:
         kept = rows.read()[:tokens]
-        return torch.cat((kept, kept.float().mean(0, keepdim=True).to(kept.dtype).expand(added, -1)))
+        return torch.cat(
+            (kept, kept.float().mean(0, keepdim=True).to(kept.dtype).expand(added, -1))
+        )
 
     return LazyTensor(shape=(tokens + added, rows.shape[1]), read=read, where=rows.where)
 
 
-# The code of towers that transformers does not have, saved with a model: ``trust_remote_code`` runs it anywhere. Where
-# this package is installed, ``register`` is enough, and no code of the model's is run.
+# The code of towers that transformers does not have, saved with a model: ``trust_remote_code`` runs
+# it anywhere. Where this package is installed, ``register`` is enough, and no code of the model's
+# is run.
 
 VISION = "llm2clip_plugin.vision"
 MODELING = "modeling_llava_tower"
@@ -131,7 +160,9 @@ class {arch}TowerForConditionalGeneration({arch}ForConditionalGeneration):
             kwargs.setdefault("key_mapping", RENAMED)
         return super().from_pretrained(*args, **kwargs)
 '''
-CODE = {  # family -> a file of llm2clip_plugin/vision that stands alone, and its classes: configuration, model
+# family -> a file of llm2clip_plugin/vision that stands alone, and its classes: configuration,
+# model
+CODE = {
     "eva02": ("eva02", "Eva02Config", "Eva02VisionModel"),
     "openvision": ("wrapped", "OpenVisionConfig", "OpenVisionModel"),
     "timm": ("wrapped", "TimmVitConfig", "TimmTower"),
@@ -139,21 +170,25 @@ CODE = {  # family -> a file of llm2clip_plugin/vision that stands alone, and it
     "dinov3": ("wrapped", "Dinov3TowerConfig", "Dinov3Tower"),
     "radio": ("wrapped", "RadioTowerConfig", "RadioTower"),
 }
-# towers that AutoModel does not open, but which are another's architecture: family -> its model_type
-SAME_AS = {"metaclip2": "clip_vision_model", "naflex": "siglip_vision_model"}  # the latter of squares
+# towers that AutoModel does not open, but which are another's architecture: family -> its
+# model_type the latter of squares
+SAME_AS = {"metaclip2": "clip_vision_model", "naflex": "siglip_vision_model"}
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForPreTraining")
 
 
 def register() -> None:
-    """Let transformers' LlavaForConditionalGeneration open the towers of this package, as far as libraries allow."""
+    """Let transformers' LlavaForConditionalGeneration open the towers of this package, as far as
+    libraries allow."""
     for file, *_ in CODE.values():  # which register their classes with AutoModel
         importlib.import_module(f"{VISION}.{file}")
 
 
 def register_with_vllm() -> None:
-    """The entry point ``vllm.general_plugins``: where this package is installed, ``vllm serve DIR`` knows its towers.
+    """The entry point ``vllm.general_plugins``: where this package is installed, ``vllm serve DIR``
+    knows its towers.
 
-    vLLM calls it in every process, whatever it serves, so ``vllm_model`` is named here, not imported.
+    vLLM calls it in every process, whatever it serves, so ``vllm_model`` is named here, not
+    imported.
     """
     from vllm import ModelRegistry  # pyright: ignore[reportMissingImports] - in an environment of its own
 
@@ -163,7 +198,8 @@ def register_with_vllm() -> None:
 
 
 def write_code(family: str, directory: Path, arch: str) -> dict[str, Any]:
-    """Write a family's code into a model's folder; the ``auto_map`` of its config.json, {} if transformers has it.
+    """Write a family's code into a model's folder; the ``auto_map`` of its config.json, {} if
+    transformers has it.
 
     ``arch``: how the names of transformers' classes begin.
     """
@@ -175,15 +211,29 @@ def write_code(family: str, directory: Path, arch: str) -> dict[str, Any]:
     modeling = LLAVA.format(file=file, config=config, model=model, arch=arch)
     (directory / f"{MODELING}.py").write_text(modeling, encoding="utf-8")
     model = f"{MODELING}.{arch}TowerForConditionalGeneration"
-    return {"auto_map": {"AutoConfig": f"{MODELING}.{arch}TowerConfig", **dict.fromkeys(AUTO_CLASSES, model)}}
+    return {
+        "auto_map": {
+            "AutoConfig": f"{MODELING}.{arch}TowerConfig",
+            **dict.fromkeys(AUTO_CLASSES, model),
+        }
+    }
 
 
 # The vision tower
 
-CARD = "llm2clip_tower.json"  # the tower's card; as llm2clip.json it would make the folder a tower directory
-SIZES = ("hidden_size", "image_size", "patch_size", "num_hidden_layers")  # kept where they equal a class's defaults
+# the tower's card; as llm2clip.json it would make the folder a tower directory
+CARD = "llm2clip_tower.json"
+# kept where they equal a class's defaults
+SIZES = ("hidden_size", "image_size", "patch_size", "num_hidden_layers")
 MORE_SIZES = ("num_attention_heads", "intermediate_size")  # which timm's don't have
-OF_THE_FILE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures", "auto_map"}
+OF_THE_FILE = {
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +247,9 @@ class ExportedTower:
 
     @classmethod
     def of(cls, directory: Path, location: TowerLocation | None = None) -> "ExportedTower":
-        """The tower in a directory, which ``location`` has found. Raises ContractError if LLaVA cannot have it:
-        transformers' LLaVA does not open it, and no code is known to save with the model."""
+        """The tower in a directory, which ``location`` has found. Raises ContractError if LLaVA
+        cannot have it: transformers' LLaVA does not open it, and no code is known to save with the
+        model."""
         from transformers import AutoModel
 
         family, config = read_config(directory)
@@ -217,27 +268,44 @@ class ExportedTower:
         return cls(directory=directory, family=family, config=fields, location=location)
 
     def tensors(self, files: ExitStack, trained: LazyTensors | None = None) -> LazyTensors:
-        """The tower's tensors under Hugging Face's names: those of its directory, as LLaVA reads them.
+        """The tower's tensors under Hugging Face's names: those of its directory, as LLaVA reads
+        them.
 
-        ``trained``: tensors of a LLaVA checkpoint whose tower was unfrozen, which take their place. Blocks that LLaVA
-        never runs are in the directory alone.
+        ``trained``: tensors of a LLaVA checkpoint whose tower was unfrozen, which take their place.
+        Blocks that LLaVA never runs are in the directory alone.
         """
-        prefix, inside = self.family.file_prefix, f"{TOWER}vision_tower."
-        own = open_tensors([self.directory / WEIGHTS_FILE] if self.location else weight_files(self.directory), files)
+        prefix = self.family.file_prefix
+        inside = f"{TOWER}vision_tower."
+        own = open_tensors(
+            [self.directory / WEIGHTS_FILE] if self.location else weight_files(self.directory),
+            files,
+        )
         left_out = self.family.not_tower or ("\0",)
-        own = {n: t for n, t in own.items() if not n.startswith(left_out) and not n.endswith("position_ids")}
-        own = {prefix + n.removeprefix(prefix): t for n, t in own.items()}  # transformers 5 saves towers without it
+        own = {
+            n: t
+            for n, t in own.items()
+            if not n.startswith(left_out) and not n.endswith("position_ids")
+        }
+        # transformers 5 saves towers without it
+        own = {prefix + n.removeprefix(prefix): t for n, t in own.items()}
         if trained is not None:
             new = {n.removeprefix(inside): t for n, t in trained.items() if n.startswith(inside)}
             if not new:
-                raise ContractError(f"its tower was trained, but the checkpoint has no {inside}*; {FIX}")
+                raise ContractError(
+                    f"its tower was trained, but the checkpoint has no {inside}*; {FIX}"
+                )
             new = {prefix + n.removeprefix(prefix): t for n, t in new.items()}
             refuse_rest(set(new) - set(own), self.directory)
             own |= new
         if self.family.name == "naflex":
-            size, side, width = (self.config[name] for name in ("image_size", "patch_size", "hidden_size"))
+            size, side, width = (
+                self.config[name] for name in ("image_size", "patch_size", "hidden_size")
+            )
             grid = size // side
-            shapes = {"patch_embedding": (width, 3, side, side), "position_embedding": (grid**2, width)}
+            shapes = {
+                "patch_embedding": (width, 3, side, side),
+                "position_embedding": (grid**2, width),
+            }
             for part, shape in shapes.items():
                 tensor = own[name := f"{prefix}embeddings.{part}.weight"]
                 read = partial(lambda n, t: siglip_tensor(n, t.read(), side, grid), name, tensor)
@@ -248,13 +316,16 @@ class ExportedTower:
 # The folder
 
 TEMPLATE = "chat_template.jinja"
-ONEVISION, VIDEO = "llava_onevision", "<video>"
-CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", ONEVISION: "LlavaOnevision"}  # how their names begin
+ONEVISION = "llava_onevision"
+VIDEO = "<video>"
+# how their names begin
+CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", ONEVISION: "LlavaOnevision"}
 TILES = {  # grids (rows, columns) that an image may be cut into
     "llava_next": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
     ONEVISION: tuple((rows, columns) for rows in range(1, 7) for columns in range(1, 7)),
 }
-MOST_TILES = {"vision_aspect_ratio": "anyres_max_9"}  # of OneVision; features of more are interpolated
+# of OneVision; features of more are interpolated
+MOST_TILES = {"vision_aspect_ratio": "anyres_max_9"}
 
 
 def write_folder(
@@ -264,7 +335,8 @@ def write_folder(
     *,
     title: str,
     what: str,  # the model is, for README.md
-    made_from: tuple[str, dict[str, Any]],  # where config.json records it, without paths of this machine
+    # where config.json records it, without paths of this machine
+    made_from: tuple[str, dict[str, Any]],
     arch: str = "llava",
     layer: int,  # of the tower
     feature: str = "patch",  # LLaVA's mm_vision_select_feature
@@ -279,13 +351,21 @@ def write_folder(
     """Write every file but the tokenizer's; the bytes of the weights."""
     size = write_shards(tensors, directory, dtype)
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
-    classes, stored = CLASSES[arch], str(dtype).removeprefix("torch.")
-    key, recorded = made_from[0], {"version": llm2clip_plugin.__version__, **made_from[1]}
+    classes = CLASSES[arch]
+    stored = str(dtype).removeprefix("torch.")
+    key = made_from[0]
+    recorded = {"version": llm2clip_plugin.__version__, **made_from[1]}
     body = {
         "architectures": [f"{classes}ForConditionalGeneration"],
         "model_type": arch,
         **slots,
-        **write_processor(directory, tower, arch, drops_class=tower.family.has_cls and feature == "patch", pads=pads),
+        **write_processor(
+            directory,
+            tower,
+            arch,
+            drops_class=tower.family.has_cls and feature == "patch",
+            pads=pads,
+        ),
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": layer,
@@ -300,16 +380,28 @@ def write_folder(
     table = {name.replace("_", " "): f"`{value}`" for name, value in recorded.items() if value}
     if tower.location:  # whose terms the model inherits
         card = published(tower.location.card)
-        named_place = replace(tower.location, origin=card.origin)  # as in LLaVA's, without paths of this machine
+        # as in LLaVA's, without paths of this machine
+        named_place = replace(tower.location, origin=card.origin)
         body[TOWER_KEY] = tower_record(named_place, "llm2clip", tower.config["hidden_size"])
         card.write(directory / CARD)
-        table |= {"tower started from": f"`{card.origin}`", "tower's teacher": card.teacher.get("llm", "")}
+        table |= {
+            "tower started from": f"`{card.origin}`",
+            "tower's teacher": card.teacher.get("llm", ""),
+        }
     write_json(directory / "config.json", body)
     write_json(directory / "generation_config.json", {**ids, **generation})
     rows = markdown_table(("", ""), [(name, value) for name, value in table.items() if value])
-    served = "" if arch != "llava" else SERVED if tower.config["model_type"] in STOCK else SERVED + PLUGIN
+    served = (
+        ""
+        if arch != "llava"
+        else SERVED
+        if tower.config["model_type"] in STOCK
+        else SERVED + PLUGIN
+    )
     option = ", trust_remote_code=True" if code else ""  # runs the tower's code
-    readme = PAGE.substitute(title=title, what=what, rows=rows, license=LICENSE, served=served, option=option)
+    readme = PAGE.substitute(
+        title=title, what=what, rows=rows, license=LICENSE, served=served, option=option
+    )
     (directory / "README.md").write_text(readme, encoding="utf-8")
     return size
 
@@ -318,12 +410,16 @@ def write_processor(
     directory: Path, tower: ExportedTower, arch: str, *, drops_class: bool, pads: bool
 ) -> dict[str, Any]:
     """Write how images become pixels and tokens; what config.json says of it."""
-    kind, side, patch = CLASSES[arch], tower.config["image_size"], tower.config["patch_size"]
+    kind = CLASSES[arch]
+    side = tower.config["image_size"]
+    patch = tower.config["patch_size"]
     extra = int(tower.family.has_cls)
     tokens = (side // patch) ** 2 + extra  # of the tower
     said: dict[str, Any] = {"vision_feature_select_strategy": "default" if drops_class else "full"}
     counts = {"image_token": IMAGE, **said}
-    images = preprocessor_config(tower.directory, square=True) | {"processor_class": f"{kind}Processor"}
+    images = preprocessor_config(tower.directory, square=True) | {
+        "processor_class": f"{kind}Processor"
+    }
     if pads:
         images |= {"image_processor_type": f"{kind}ImageProcessor", "do_pad": True}
     if arch == ONEVISION:  # resizes tiles, and frames of videos, to the tower's square
@@ -337,16 +433,22 @@ def write_processor(
     else:
         counts |= {"patch_size": patch, "num_additional_image_tokens": extra}
     if arch in TILES:
-        said["image_grid_pinpoints"] = [[rows * side, columns * side] for rows, columns in TILES[arch]]
+        said["image_grid_pinpoints"] = [
+            [rows * side, columns * side] for rows, columns in TILES[arch]
+        ]
         images["image_grid_pinpoints"] = said["image_grid_pinpoints"]
     write_json(directory / "preprocessor_config.json", images)
-    write_json(directory / "processor_config.json", {**counts, "processor_class": f"{kind}Processor"})
+    write_json(
+        directory / "processor_config.json", {**counts, "processor_class": f"{kind}Processor"}
+    )
     return {**said, "image_seq_length": tokens - drops_class}
 
 
 SERVED = "`vllm serve PATH_OR_HUB_ID` serves it with an OpenAI-compatible API"
 STOCK = ("clip_vision_model", "siglip_vision_model")  # towers that vLLM has
-PLUGIN = " where llm2clip-plugin with its extra `tower` is installed beside vLLM, for the vision tower"
+PLUGIN = (
+    " where llm2clip-plugin with its extra `tower` is installed beside vLLM, for the vision tower"
+)
 PAGE = Template("""\
 ---
 library_name: transformers

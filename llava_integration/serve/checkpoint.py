@@ -1,7 +1,7 @@
 """A LLaVA 1.5 checkpoint on disk, full or LoRA: what it is, and its tensors under LLaVA's names.
 
-Tensors are read one by one when they are needed, and written in shards: a model of any size passes through the memory
-of one shard.
+Tensors are read one by one when they are needed, and written in shards: a model of any size passes
+through the memory of one shard.
 """
 
 import math
@@ -42,7 +42,10 @@ LazyTensors = dict[str, LazyTensor]
 
 def in_memory(tensors: dict[str, Tensor], where: object) -> LazyTensors:
     """Tensors that are in memory already."""
-    return {n: LazyTensor(shape=tuple(t.shape), read=lambda t=t: t, where=str(where)) for n, t in tensors.items()}
+    return {
+        n: LazyTensor(shape=tuple(t.shape), read=lambda t=t: t, where=str(where))
+        for n, t in tensors.items()
+    }
 
 
 def open_tensors(paths: Iterable[Path], files: ExitStack) -> LazyTensors:
@@ -64,9 +67,11 @@ def open_tensors(paths: Iterable[Path], files: ExitStack) -> LazyTensors:
 
 
 def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype) -> int:
-    """Write ``tensors`` as safetensors shards with their index, and compare each with what was written; their bytes.
+    """Write ``tensors`` as safetensors shards with their index, and compare each with what was
+    written; their bytes.
 
-    Raises ContractError for a value that ``dtype`` cannot hold, or a shard that reads back differently.
+    Raises ContractError for a value that ``dtype`` cannot hold, or a shard that reads back
+    differently.
     """
     shards: list[list[str]] = [[]]
     size = total = 0
@@ -86,7 +91,9 @@ def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype) -> i
         with safe_open(path, framework="pt") as written:
             for name, tensor in state.items():
                 if not torch.equal(written.get_tensor(name), tensor):  # pyright: ignore[reportAttributeAccessIssue]
-                    raise ContractError(f"{path}: {name} differs after reloading; check the disk and rerun")
+                    raise ContractError(
+                        f"{path}: {name} differs after reloading; check the disk and rerun"
+                    )
         weight_map |= dict.fromkeys(state, path.name)
         total += sum(tensor.nbytes for tensor in state.values())
     if len(shards) > 1:
@@ -99,12 +106,16 @@ def converted(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
     with errors_about(tensor.where, fix=FIX):
         value = tensor.read()
     if value.itemsize == 1:
-        raise ContractError(f"{tensor.where}: {name} has dtype {value.dtype}; quantized checkpoints are not read")
+        raise ContractError(
+            f"{tensor.where}: {name} has dtype {value.dtype}; quantized checkpoints are not read"
+        )
     # contiguous and of its own memory: safetensors refuses tensors that share it
     out = value.to(dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
     if not torch.isfinite(out).all():
         is_large = bool(torch.isfinite(value).all())
-        reason = "has values that fp16 cannot hold; pass --dtype bf16" if is_large else f"is nan; {FIX}"
+        reason = (
+            "has values that fp16 cannot hold; pass --dtype bf16" if is_large else f"is nan; {FIX}"
+        )
         raise ContractError(f"{tensor.where}: {name} {reason}")
     return out
 
@@ -116,7 +127,8 @@ def refuse_rest(names: Iterable[str], where: object) -> None:
         raise ContractError(f"{where}: {told}; this is not a LLaVA 1.5 checkpoint")
 
 
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 NON_LORA = "non_lora_trainables.bin"
 LLAVA_TYPES = ("llava_llama", "llava")  # of LLaVA 1.5; "llava" before its releases of November 2023
 EXPRESSIBLE: dict[str, tuple[Any, ...]] = {  # what LLaVA and Hugging Face's LLaVA both compute
@@ -143,7 +155,8 @@ class LlavaCheckpoint:
 
 
 def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoint:
-    """What a folder has; FileNotFoundError or ContractError if it is no LLaVA 1.5 that Hugging Face's can express."""
+    """What a folder has; FileNotFoundError or ContractError if it is no LLaVA 1.5 that Hugging
+    Face's can express."""
     config = checkpoint_config(directory)
     refuse_unsupported(config, directory / CONFIG)
     is_lora = (directory / ADAPTER).is_file()
@@ -159,21 +172,35 @@ def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoin
 
 
 def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
-    """Raise ContractError, naming the setting, unless Hugging Face's LLaVA computes what LLaVA computes with it."""
+    """Raise ContractError, naming the setting, unless Hugging Face's LLaVA computes what LLaVA
+    computes with it."""
     if "vision_config" in config:
-        raise ContractError(f"{where}: this is a Hugging Face model already, which servers open as it is")
-    kind, tower = config.get("model_type"), config.get("mm_vision_tower")
+        raise ContractError(
+            f"{where}: this is a Hugging Face model already, which servers open as it is"
+        )
+    kind = config.get("model_type")
+    tower = config.get("mm_vision_tower")
     if kind not in LLAVA_TYPES or not tower:
-        raise ContractError(f"{where}: model_type is {kind!r}, mm_vision_tower {tower!r}; expected LLaVA 1.5 models")
-    loaded = {"mm_projector_type": "linear", "mm_use_im_patch_token": True, "mm_patch_merge_type": "flat", **config}
+        raise ContractError(
+            f"{where}: model_type is {kind!r}, mm_vision_tower {tower!r}; expected LLaVA 1.5 models"
+        )
+    loaded = {
+        "mm_projector_type": "linear",
+        "mm_use_im_patch_token": True,
+        "mm_patch_merge_type": "flat",
+        **config,
+    }
     for name, values in EXPRESSIBLE.items():
         if loaded.get(name) not in values:
             allowed = " or ".join(map(repr, values))
-            raise ContractError(f"{where}: {name} is {loaded[name]!r}; Hugging Face's LLaVA 1.5 has {allowed}")
+            raise ContractError(
+                f"{where}: {name} is {loaded[name]!r}; Hugging Face's LLaVA 1.5 has {allowed}"
+            )
 
 
 def checkpoint_tensors(checkpoint: LlavaCheckpoint, files: ExitStack) -> LazyTensors:
-    """Every tensor under the names of a full checkpoint; LoRA weights are merged when a tensor is read."""
+    """Every tensor under the names of a full checkpoint; LoRA weights are merged when a tensor is
+    read."""
     tensors = open_tensors(weight_files(checkpoint.language_model), files)
     if checkpoint.base is None:
         return tensors
@@ -183,34 +210,51 @@ def checkpoint_tensors(checkpoint: LlavaCheckpoint, files: ExitStack) -> LazyTen
         raise FileNotFoundError(f"no {NON_LORA} in {checkpoint.directory}; {FIX}")
     for name, tensor in open_tensors([projector], files).items():
         short = name.removeprefix("base_model.")  # of peft's wrapper
-        tensors[short.removeprefix("model.") if short.startswith("model.model.") else short] = tensor
+        tensors[short.removeprefix("model.") if short.startswith("model.model.") else short] = (
+            tensor
+        )
     return merged(tensors, checkpoint.directory, files)
 
 
-LORA_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight$")
-# settings of peft under which a merge is another sum, or more than one scale; LLaVA's training does not set them
+LORA_NAME = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight$"
+)
+# settings of peft under which a merge is another sum, or more than one scale; LLaVA's training does
+# not set them
 OTHER_SUMS = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 
 def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTensors:
-    """``tensors`` with the adapter of ``directory`` merged into them, in fp16, as by LLaVA's loader with this
-    environment's peft. Raises ContractError for an adapter of another kind, or of another model."""
+    """``tensors`` with the adapter of ``directory`` merged into them, in fp16, as by LLaVA's loader
+    with this environment's peft. Raises ContractError for an adapter of another kind, or of another
+    model."""
     config = read_json(directory / ADAPTER)
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or any(map(config.get, OTHER_SUMS)):
-        raise ContractError(f"{directory / ADAPTER} has settings of another LoRA than LLaVA's training makes")
+    if (
+        config.get("peft_type") != "LORA"
+        or config.get("bias", "none") != "none"
+        or any(map(config.get, OTHER_SUMS))
+    ):
+        raise ContractError(
+            f"{directory / ADAPTER} has settings of another LoRA than LLaVA's training makes"
+        )
     names = ("adapter_model.safetensors", "adapter_model.bin")
-    path = next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
+    path = next(
+        (directory / name for name in names if (directory / name).is_file()), directory / names[0]
+    )
     halves: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in open_tensors([path], files).items():
         match = LORA_NAME.match(name)
         target = f"{match['module']}.weight" if match else name
         if match is None or target not in tensors:
-            raise ContractError(f"{path}: {name} belongs to no weight of the base model; check --model-base")
+            raise ContractError(
+                f"{path}: {name} belongs to no weight of the base model; check --model-base"
+            )
         halves.setdefault(target, {})[match["half"]] = tensor
     kinds = {str(target).split(".")[-1] for target in config.get("target_modules") or ()}
     blocks = {name: name.split(".")[-2] for name in tensors if name.startswith("model.layers.")}
     if lost := sorted(
-        {name for name, kind in blocks.items() if kind in kinds and name.endswith(".weight")} - {*halves}
+        {name for name, kind in blocks.items() if kind in kinds and name.endswith(".weight")}
+        - {*halves}
     ):
         raise ContractError(f"{path}: {len(lost)} target_modules have no LoRA, as {lost[0]}; {FIX}")
     out = dict(tensors)

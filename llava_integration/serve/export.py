@@ -1,4 +1,5 @@
-"""A LLaVA 1.5 checkpoint as a Hugging Face model: LlavaForConditionalGeneration with its LlavaProcessor."""
+"""A LLaVA 1.5 checkpoint as a Hugging Face model: LlavaForConditionalGeneration with its
+LlavaProcessor."""
 
 import shutil
 from contextlib import ExitStack
@@ -14,9 +15,22 @@ from torch import Tensor
 from llava_integration.checkpoints import blocks_below, check_feature, is_unfrozen
 from llava_integration.hook import CONVERSATION
 from llava_integration.serve import EXPORT
-from llava_integration.serve.build import TEMPLATE, ExportedTower, language_tensors, register, text_config, write_folder
+from llava_integration.serve.build import (
+    TEMPLATE,
+    ExportedTower,
+    language_tensors,
+    register,
+    text_config,
+    write_folder,
+)
 from llava_integration.serve.checkpoint import LlavaCheckpoint, checkpoint_tensors, open_checkpoint
-from llava_integration.serve.prompt import CONVERSATIONS, IMAGE, MODEL, chat_template, read_tokenizer
+from llava_integration.serve.prompt import (
+    CONVERSATIONS,
+    IMAGE,
+    MODEL,
+    chat_template,
+    read_tokenizer,
+)
 from llava_integration.towers import is_ours, loading, locate_tower
 from llm2clip_plugin.console import quiet_llava_loading, quiet_transformers
 from llm2clip_plugin.contracts import size_text
@@ -40,7 +54,13 @@ class Export:
 
     @classmethod
     def of(
-        cls, directory: Path, *, base: Path | None = None, tower: str = "", conv_mode: str = "", dtype: str = "fp16"
+        cls,
+        directory: Path,
+        *,
+        base: Path | None = None,
+        tower: str = "",
+        conv_mode: str = "",
+        dtype: str = "fp16",
     ) -> "Export":
         """``base``: of a LoRA. Raises ValueError or FileNotFoundError for what is wrong."""
         checkpoint = open_checkpoint(directory, base)
@@ -49,9 +69,16 @@ class Export:
         if name not in CONVERSATIONS:
             raise ValueError(unknown("conversation", name, CONVERSATIONS))
         if recorded in CONVERSATIONS and CONVERSATIONS[name] != CONVERSATIONS[recorded]:
-            told = f"was trained with the conversation {recorded!r}; leave out --conv-mode {conv_mode}"
+            told = (
+                f"was trained with the conversation {recorded!r}; leave out --conv-mode {conv_mode}"
+            )
             raise ValueError(f"{directory} {told}")
-        return cls(checkpoint=checkpoint, tower=find_tower(checkpoint, tower), conversation=name, dtype=dtype)
+        return cls(
+            checkpoint=checkpoint,
+            tower=find_tower(checkpoint, tower),
+            conversation=name,
+            dtype=dtype,
+        )
 
     @property
     def pads(self) -> bool:
@@ -62,10 +89,11 @@ class Export:
 def find_tower(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
     """The tower that loading the checkpoint finds, or ``tower`` (path, registered name or Hub id).
 
-    Raises FileNotFoundError or ContractError without that tower, if its files are damaged, or if it has no such state
-    as LLaVA's config selects or another width than the projector.
+    Raises FileNotFoundError or ContractError without that tower, if its files are damaged, or if it
+    has no such state as LLaVA's config selects or another width than the projector.
     """
-    config, where = checkpoint.config, checkpoint.directory
+    config = checkpoint.config
+    where = checkpoint.directory
     name = str(config["mm_vision_tower"])
     location = None
     if is_ours(name) or tower:
@@ -90,8 +118,13 @@ def main(argv: list[str]) -> int:
     made = Export.of(options.checkpoint, dtype=options.dtype, **choices)
     compares = options.compare and find_spec("llava") is not None
     size = export(made, options.output, overwrite=options.overwrite, compares=compares)
-    reason = "" if compares or not options.compare else ": LLaVA is not installed in this environment"
-    print(f"{options.output}: {size_text(size)} of {options.dtype} weights, every tensor verified by reloading", end="")
+    reason = (
+        "" if compares or not options.compare else ": LLaVA is not installed in this environment"
+    )
+    print(
+        f"{options.output}: {size_text(size)} of {options.dtype} weights, every tensor verified by reloading",
+        end="",
+    )
     print("" if compares else f"; not compared with LLaVA's own code{reason}")
     return 0
 
@@ -99,7 +132,8 @@ def main(argv: list[str]) -> int:
 def export(made: Export, output: Path, *, overwrite: bool = False, compares: bool = False) -> int:
     """Write ``made`` to ``output``, completely or not at all; the bytes of its weights.
 
-    ``compares``: with LLaVA's own code, before the folder gets its name. Raises FileExistsError if it is not empty.
+    ``compares``: with LLaVA's own code, before the folder gets its name. Raises FileExistsError if
+    it is not empty.
     """
     with output_folder(output, MODEL_FOLDER, replace=overwrite) as temporary:
         size = write_model(made, temporary)
@@ -110,7 +144,9 @@ def export(made: Export, output: Path, *, overwrite: bool = False, compares: boo
 
 def write_model(made: Export, directory: Path) -> int:
     """Write every file into an empty folder; the bytes of the weights."""
-    checkpoint, config, tower = made.checkpoint, made.checkpoint.config, made.tower
+    checkpoint = made.checkpoint
+    config = made.checkpoint.config
+    tower = made.tower
     tokenizer = read_tokenizer(checkpoint.language_model)
     tokenizer.write(directory, max_length=config.get("tokenizer_model_max_length"))
     shutil.copyfile(checkpoint.language_model / MODEL, directory / MODEL)
@@ -140,13 +176,18 @@ def write_model(made: Export, directory: Path) -> int:
             dtype=DTYPES[made.dtype],
             text=text_config(config, image_id + 1),
             slots={"image_token_index": image_id},
-            ids={name: number for name, number in tokenizer.ids().items() if name != "unk_token_id"},
+            ids={
+                name: number for name, number in tokenizer.ids().items() if name != "unk_token_id"
+            },
             generation={"do_sample": False},
-            template=chat_template(made.conversation, bos=tokenizer.adds_bos, space=not tokenizer.legacy),
+            template=chat_template(
+                made.conversation, bos=tokenizer.adds_bos, space=not tokenizer.legacy
+            ),
         )
 
 
-# Compare an exported model with LLaVA's own code on the same checkpoint: one question about one image.
+# Compare an exported model with LLaVA's own code on the same checkpoint: one question about one
+# image.
 
 # LLaVA may be in an environment of its own, not where types are checked.
 # pyright: reportMissingImports=false
@@ -157,8 +198,9 @@ IMAGE_SIDES = (427, 640)  # of COCO's pictures: rows, columns
 PIXEL_TOLERANCE = 1e-5  # of normalized pixels; one level of 255 is about 0.015
 LOGIT_TOLERANCE = 1e-3  # of the largest logit
 
-# What one side computes: token ids of the prompt, one ``<image>`` for the image; pixels (3, S, S); logits (T, V); the
-# greedy answer, of LLaVA its most likely token at each place of the other's answer
+# What one side computes: token ids of the prompt, one ``<image>`` for the image; pixels (3, S, S);
+# logits (T, V); the greedy answer, of LLaVA its most likely token at each place of the other's
+# answer
 Outcome = tuple[list[int], Tensor, Tensor, list[int]]
 
 
@@ -168,17 +210,22 @@ def test_image() -> Any:
     from PIL import Image
 
     rows, columns = np.mgrid[0 : IMAGE_SIDES[0], 0 : IMAGE_SIDES[1]]
-    waves = np.stack((rows / 2, 127 + 127 * np.sin(columns / 40), (rows // 40 + columns // 40) % 2 * 200), axis=-1)
+    waves = np.stack(
+        (rows / 2, 127 + 127 * np.sin(columns / 40), (rows // 40 + columns // 40) % 2 * 200),
+        axis=-1,
+    )
     return Image.fromarray(waves.clip(0, 255).astype("uint8"))
 
 
 def compare(made: Export, directory: Path) -> str:
-    """Compare the exported ``directory`` with LLaVA's own code; what was compared. ContractError for a difference."""
+    """Compare the exported ``directory`` with LLaVA's own code; what was compared. ContractError
+    for a difference."""
     with torch.inference_mode():
         ids, pixels, logits, answer = hf_outcome(made, directory)
         their_ids, their_pixels, their_logits, likely = llava_outcome(made, answer)
     where = f"the exported model differs from LLaVA's own code on {made.checkpoint.directory.name}"
-    top, vocabulary = their_logits.abs().max().item(), their_logits.shape[1]
+    top = their_logits.abs().max().item()
+    vocabulary = their_logits.shape[1]
     expected = [vocabulary if token < 0 else token for token in their_ids]
     for what, mine, other in (("prompt", ids, expected), ("answer", answer, likely)):
         if mine != other:
@@ -188,7 +235,9 @@ def compare(made: Export, directory: Path) -> str:
         ("pixels", pixels, their_pixels, PIXEL_TOLERANCE),
         ("logits", logits[:, :vocabulary], their_logits, top * LOGIT_TOLERANCE),
     ):
-        largest[what] = (mine - other).abs().max().item() if mine.shape == other.shape else float("inf")
+        largest[what] = (
+            (mine - other).abs().max().item() if mine.shape == other.shape else float("inf")
+        )
         if not largest[what] <= limit:
             raise ContractError(f"{where}: {what} by {largest[what]:.2g} (at most {limit:.2g})")
     return (
@@ -198,34 +247,44 @@ def compare(made: Export, directory: Path) -> str:
 
 
 def rounded(model: Any, dtype: torch.dtype) -> Any:
-    """The model in fp32, its weights rounded to ``dtype``, and to fp16 outside the tower, as LLaVA loads them."""
+    """The model in fp32, its weights rounded to ``dtype``, and to fp16 outside the tower, as LLaVA
+    loads them."""
     for name, parameter in model.named_parameters():
         value = parameter.data.to(dtype)
         parameter.data = value.float() if "vision_tower" in name else value.half().float()
-    for module in model.modules():  # transformers 4.37 makes rotary tables in the dtype that a model is loaded in
+    # transformers 4.37 makes rotary tables in the dtype that a model is loaded in
+    for module in model.modules():
         if hasattr(module, "_set_cos_sin_cache"):
-            module._set_cos_sin_cache(module.max_seq_len_cached, module.inv_freq.device, torch.float32)
+            module._set_cos_sin_cache(
+                module.max_seq_len_cached, module.inv_freq.device, torch.float32
+            )
     return model.float()
 
 
 def llava_outcome(made: Export, answer: list[int]) -> Outcome:
-    """LLaVA's own loader, conversation, image processing and model, on the prompt and an answer to it."""
+    """LLaVA's own loader, conversation, image processing and model, on the prompt and an answer to
+    it."""
     from llava.constants import IMAGE_TOKEN_INDEX
     from llava.conversation import conv_templates
     from llava.mm_utils import process_images, tokenizer_image_token
     from llava.model.builder import load_pretrained_model
 
     run_no_code()
-    where, base = str(made.checkpoint.directory), str(made.checkpoint.base or "") or None
+    where = str(made.checkpoint.directory)
+    base = str(made.checkpoint.base or "") or None
     name = "llava-lora" if base else "llava"  # decides how LLaVA loads it
     quiet_llava_loading()
     with quiet_transformers(), loading(where):
-        tokenizer, model, image_processor, _ = load_pretrained_model(where, base, name, device="cpu")
+        tokenizer, model, image_processor, _ = load_pretrained_model(
+            where, base, name, device="cpu"
+        )
     model = rounded(model.to("cpu"), DTYPES[made.dtype])
     conversation = conv_templates[made.conversation].copy()
     conversation.append_message(conversation.roles[0], f"{IMAGE}\n{QUESTION}")
     conversation.append_message(conversation.roles[1], None)
-    ids = cast(list[int], tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX))
+    ids = cast(
+        list[int], tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX)
+    )
     pixels = process_images([test_image()], image_processor, model.config)
     logits_TV = model(torch.tensor([ids + answer]), images=pixels).logits[0]
     end = len(logits_TV) - len(answer)
@@ -239,13 +298,18 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
 
     register()
     with quiet_transformers():
-        model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(directory, torch_dtype=torch.float32)
+        model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(
+            directory, torch_dtype=torch.float32
+        )
     model = rounded(model.eval(), DTYPES[made.dtype])
     tokenizer = open_pretrained(transformers.AutoTokenizer, directory)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     template = (directory / TEMPLATE).read_text(encoding="utf-8")
-    text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
-    if transformers.__version__.startswith("4.37."):  # its processor neither pads images nor counts their tokens
+    text = tokenizer.apply_chat_template(
+        chat, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    # its processor neither pads images nor counts their tokens
+    if transformers.__version__.startswith("4.37."):
         from llava.mm_utils import process_images
 
         image_processor = transformers.CLIPImageProcessor.from_pretrained(directory)
@@ -257,7 +321,13 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
         inputs = processor(images=test_image(), text=text, return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
     logits = model(**inputs).logits[0]
-    answer = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, len(ids) :].tolist()
+    answer = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[
+        0, len(ids) :
+    ].tolist()
     image_id = model.config.image_token_index
-    one = [token for token, before in zip(ids, [None, *ids], strict=False) if token != image_id or before != image_id]
+    one = [
+        token
+        for token, before in zip(ids, [None, *ids], strict=False)
+        if token != image_id or before != image_id
+    ]
     return one, inputs["pixel_values"][0], logits, answer

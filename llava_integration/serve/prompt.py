@@ -1,8 +1,10 @@
-"""What an exported model reads: LLaVA's conversation as a Jinja chat template, and its tokenizer as a tokenizer.json.
+"""What an exported model reads: LLaVA's conversation as a Jinja chat template, and its tokenizer as
+a tokenizer.json.
 
-LLaVA splits a prompt at ``<image>`` and tokenizes each piece by itself with Llama's sentencepiece model, so that each
-piece begins with the space that sentencepiece puts before a text. Here ``<image>`` is a token, and the same spaces come
-from a normalizer, which sees the pieces between special tokens one by one.
+LLaVA splits a prompt at ``<image>`` and tokenizes each piece by itself with Llama's sentencepiece
+model, so that each piece begins with the space that sentencepiece puts before a text. Here
+``<image>`` is a token, and the same spaces come from a normalizer, which sees the pieces between
+special tokens one by one.
 """
 
 import json
@@ -22,9 +24,15 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 VICUNA = (SYSTEM, "", " ", "USER: ", " ", "ASSISTANT: ", "</s>", "ASSISTANT:")
-SAYS, END = ("<|im_start|>user\n", "<|im_start|>assistant\n"), "<|im_end|>"
+SAYS = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+END = "<|im_end|>"
 CHATML = ("Answer the questions.", "<|im_start|>system\n", END, SAYS[0], END, SAYS[1], END, SAYS[1])
-CONVERSATIONS = {"vicuna_v1": VICUNA, "v1": VICUNA, "chatml_direct": CHATML, "mistral_direct": CHATML}
+CONVERSATIONS = {
+    "vicuna_v1": VICUNA,
+    "v1": VICUNA,
+    "chatml_direct": CHATML,
+    "mistral_direct": CHATML,
+}
 # for ``content`` as a string or as a list of parts (images first, as in LLaVA)
 CHAT_TEMPLATE = Template("""\
 {%- if messages[0]['role'] == 'system' -%}
@@ -46,10 +54,11 @@ CHAT_TEMPLATE = Template("""\
 
 
 def chat_template(conversation: str, *, bos: bool = False, space: bool = False) -> str:
-    """``chat_template`` of a conversation of LLaVA's, with ``<s>`` first where LLaVA's tokenizer adds it (``bos``).
+    """``chat_template`` of a conversation of LLaVA's, with ``<s>`` first where LLaVA's tokenizer
+    adds it (``bos``).
 
-    ``space``: the tokenizer puts a space before the first word of a text, but not after ``<s>``; it is written as the
-    tokenizer's own character, since some strip spaces.
+    ``space``: the tokenizer puts a space before the first word of a text, but not after ``<s>``; it
+    is written as the tokenizer's own character, since some strip spaces.
     """
     texts = (json.dumps(text, ensure_ascii=False) for text in CONVERSATIONS[conversation])
     start = "{{- bos_token -}}\n" + ("{{- '▁' -}}\n" if space else "") if bos else ""
@@ -58,7 +67,9 @@ def chat_template(conversation: str, *, bos: bool = False, space: bool = False) 
 
 # The tokenizer
 
-MODEL, FAST, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+MODEL = "tokenizer.model"
+FAST = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
 USER_DEFINED = 4  # sentencepiece's ModelProto.SentencePiece.Type
 BPE_TYPE = 2  # sentencepiece's TrainerSpec.ModelType
 SPACE = "▁"
@@ -75,7 +86,8 @@ class LlavaTokenizer:
 
     made: Any  # tokenizers.Tokenizer
     special: dict[str, str]  # bos_token and the like
-    legacy: bool  # whether a space also precedes the text after special tokens; transformers 4's default
+    # whether a space also precedes the text after special tokens; transformers 4's default
+    legacy: bool
     adds_bos: bool  # whether a text begins with bos_token
 
     def ids(self) -> dict[str, int]:
@@ -91,9 +103,13 @@ class LlavaTokenizer:
         write_tokenizer(directory, body, {**self.special, **limits}, "LlavaProcessor")
 
 
-def write_tokenizer(directory: Path, body: dict[str, Any], settings: dict[str, Any], processor: str) -> None:
+def write_tokenizer(
+    directory: Path, body: dict[str, Any], settings: dict[str, Any], processor: str
+) -> None:
     """tokenizer.json (``body``) and tokenizer_config.json."""
-    (directory / FAST).write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (directory / FAST).write_text(
+        json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
         "processor_class": processor,
@@ -107,9 +123,9 @@ def write_tokenizer(directory: Path, body: dict[str, Any], settings: dict[str, A
 def read_tokenizer(directory: Path) -> LlavaTokenizer:
     """Llama's BPE with LLaVA's spaces.
 
-    Not legacy: the text after special tokens has no space before it, other than at the start of a piece of LLaVA's,
-    which after an image begins with a line break. Raises FileNotFoundError without tokenizer.model, ContractError for
-    one that is damaged or not Llama's kind.
+    Not legacy: the text after special tokens has no space before it, other than at the start of a
+    piece of LLaVA's, which after an image begins with a line break. Raises FileNotFoundError
+    without tokenizer.model, ContractError for one that is damaged or not Llama's kind.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
@@ -126,43 +142,78 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
     if proto.trainer_spec.model_type != BPE_TYPE:
         raise ContractError(f"{path} is not a BPE tokenizer such as Llama's; {FIX}")
     names = (CONFIG, "special_tokens_map.json", "added_tokens.json")
-    config, mapped, numbers = (read_json(directory / n) if (directory / n).is_file() else {} for n in names)
-    config = {**DEFAULTS, **config, **{name: token for name, token in mapped.items() if token is not None}}
+    config, mapped, numbers = (
+        read_json(directory / n) if (directory / n).is_file() else {} for n in names
+    )
+    config = {
+        **DEFAULTS,
+        **config,
+        **{name: token for name, token in mapped.items() if token is not None},
+    }
     values = {name: config.get(name) for name in (*DEFAULTS, "pad_token")}
-    tokens = {name: value["content"] if isinstance(value, dict) else value for name, value in values.items()}
+    tokens = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
     tokens["pad_token"] = tokens["pad_token"] or tokens["unk_token"]
     special = {name: token for name, token in tokens.items() if token}
     vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    added = {int(number): entry["content"] for number, entry in config.get("added_tokens_decoder", {}).items()}
+    added = {
+        int(number): entry["content"]
+        for number, entry in config.get("added_tokens_decoder", {}).items()
+    }
     added |= {number: token for token, number in numbers.items()}
     merges = merges_of(proto.pieces, vocabulary)
-    symbols = {piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and len(piece.piece) > 1}
+    symbols = {
+        piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and len(piece.piece) > 1
+    }
     if split := symbols - {left + right for left, right in merges}:
         told = f"user-defined pieces that are no merges of others, such as {min(split)[:60]!r}"
         raise ContractError(f"{path} has {told}, which the exported tokenizer would split")
-    spec, legacy = proto.normalizer_spec, bool(config.get("legacy", True))
-    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    spec = proto.normalizer_spec
+    legacy = bool(config.get("legacy", True))
+    steps: list[Any] = (
+        [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    )
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [
+            normalizers.Replace(Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
     if legacy:
         steps += [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     else:
         steps.append(normalizers.Replace(Regex(r"\A\n"), " \n"))
     made: Any = Tokenizer(
-        BPE(vocabulary, merges, unk_token=special.get("unk_token"), fuse_unk=True, byte_fallback=True)
+        BPE(
+            vocabulary,
+            merges,
+            unk_token=special.get("unk_token"),
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
     made.normalizer = normalizers.Sequence(steps)
     made.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     beyond = {number: token for number, token in sorted(added.items()) if number >= len(vocabulary)}
     known = [special[name] for name in DEFAULTS if name in special]
     all_special = [*known, *beyond.values(), IMAGE]
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in all_special])
+    made.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in all_special]
+    )
     # no post_processor: a prompt's <s> is written by the chat template, in transformers as in vLLM
     own = [made.token_to_id(token) for token in (*beyond.values(), IMAGE)]
     if own != [*beyond, len(vocabulary) + len(beyond)]:  # the rows of LLaVA's embedding
-        raise ContractError(f"{directory}: ids of its added tokens have gaps, or {IMAGE} is one of them; {FIX}")
+        raise ContractError(
+            f"{directory}: ids of its added tokens have gaps, or {IMAGE} is one of them; {FIX}"
+        )
     adds_bos = bool(config.get("add_bos_token", True)) and "bos_token" in special
     return LlavaTokenizer(made=made, special=special, legacy=legacy, adds_bos=adds_bos)
 
@@ -171,7 +222,9 @@ def merges_of(pieces: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, best score first."""
     ranked: list[tuple[float, int, int, str, str]] = []
     for piece in pieces:
-        for left, right in ((piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece))):
+        for left, right in (
+            (piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece))
+        ):
             if left in vocabulary and right in vocabulary:
                 ranked.append((-piece.score, vocabulary[left], vocabulary[right], left, right))
     return [(left, right) for *_, left, right in sorted(ranked)]

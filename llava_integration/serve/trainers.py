@@ -1,10 +1,12 @@
-"""ms-swift and LLaMA-Factory on a model of ``vlm build``, with the prompts of its own chat template.
+"""ms-swift and LLaMA-Factory on a model of ``vlm build``, with the prompts of its own chat
+template.
 
     python -m llava_integration.serve.trainers swift sft --model vlm/qwen3 ...
     python -m llava_integration.serve.trainers llamafactory train qwen3.yaml
 
-Both have prompts of their own, chosen by name, and none for a new model: trained with another's, it would be asked in
-one format and answer in another. Here the parts of the model's template become theirs; see docs/vlm.md.
+Both have prompts of their own, chosen by name, and none for a new model: trained with another's, it
+would be asked in one format and answer in another. Here the parts of the model's template become
+theirs; see docs/vlm.md.
 """
 
 # Both are in environments of their own, not where types are checked.
@@ -31,15 +33,21 @@ class Prompt:
     def of(cls, tokenizer: Any) -> "Prompt":
         """Raises ValueError for a template whose turns differ in more than their text."""
         texts = ("Question 1", "Answer 1", "Question 2", "Answer 2")
-        turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+        turns = [
+            {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)
+        ]
 
         def render(count: int) -> str:
-            return tokenizer.apply_chat_template(turns[:count], tokenize=False, add_generation_prompt=count % 2 == 1)
+            return tokenizer.apply_chat_template(
+                turns[:count], tokenize=False, add_generation_prompt=count % 2 == 1
+            )
 
         start, _, after = render(1).partition(texts[0])
-        tail, between = render(4).rpartition(texts[3])[2], render(3).partition(texts[1])[2].partition(texts[2])[0]
+        tail = render(4).rpartition(texts[3])[2]
+        between = render(3).partition(texts[1])[2].partition(texts[2])[0]
         before = between.removeprefix(tail)
-        if before == between:  # Phi 3 ends a conversation otherwise than a turn: what both questions have before them
+        # Phi 3 ends a conversation otherwise than a turn: what both questions have before them
+        if before == between:
             before = next(start[n:] for n in range(len(start) + 1) if between.endswith(start[n:]))
         end = between.removesuffix(before)
         made = cls(prefix=start.removesuffix(before), before=before, after=after, end=end)
@@ -52,12 +60,16 @@ class Prompt:
 
     def join(self, *texts: str) -> str:
         """A conversation, up to where the model answers."""
-        turns = [text + self.end if n % 2 else self.before + text + self.after for n, text in enumerate(texts)]
+        turns = [
+            text + self.end if n % 2 else self.before + text + self.after
+            for n, text in enumerate(texts)
+        ]
         return self.prefix + "".join(turns)
 
 
 def image_first(text: str) -> str:
-    """A question with one image as the chat template writes it: LLaVA's data has the image at either end."""
+    """A question with one image as the chat template writes it: LLaVA's data has the image at
+    either end."""
     return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}" if text.count(IMAGE) == 1 else text
 
 
@@ -69,8 +81,10 @@ def register_with_swift() -> None:
     class VlmTemplate(LlavaHfTemplate):
         def init_processor(self, processor: Any) -> None:
             if processor is not None and not self._processor_inited:
-                prompt, meta = Prompt.of(processor.tokenizer), self.template_meta
-                meta.prefix, meta.prompt = [prompt.prefix], [f"{prompt.before}{{{{QUERY}}}}{prompt.after}"]
+                prompt = Prompt.of(processor.tokenizer)
+                meta = self.template_meta
+                meta.prefix = [prompt.prefix]
+                meta.prompt = [f"{prompt.before}{{{{QUERY}}}}{prompt.after}"]
                 meta.chat_sep = meta.suffix = [prompt.end]
             super().init_processor(processor)
 
@@ -83,25 +97,33 @@ def register_with_swift() -> None:
                 if message["role"] == "user":
                     message["content"] = image_first(message["content"])
 
-    register_template(TemplateMeta(NAME, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], template_cls=VlmTemplate))
+    register_template(
+        TemplateMeta(NAME, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], template_cls=VlmTemplate)
+    )
 
 
 def register_with_llamafactory() -> None:
-    """Let LLaMA-Factory, without ``template:`` in its YAML, read the model's own template, with images."""
+    """Let LLaMA-Factory, without ``template:`` in its YAML, read the model's own template, with
+    images."""
     from llamafactory.data import template
     from llamafactory.data.formatter import EmptyFormatter, StringFormatter
     from llamafactory.data.mm_plugin import LlavaPlugin
     from llamafactory.model import loader
 
     class VlmPlugin(LlavaPlugin):
-        def process_messages(self, messages: list[dict[str, str]], *media: Any) -> list[dict[str, str]]:
-            first = [{**message, "content": image_first(message["content"])} for message in messages]
+        def process_messages(
+            self, messages: list[dict[str, str]], *media: Any
+        ) -> list[dict[str, str]]:
+            first = [
+                {**message, "content": image_first(message["content"])} for message in messages
+            ]
             return super().process_messages(first, *media)
 
     read = template.parse_template
 
     def parse(tokenizer: Any) -> Any:
-        made, prompt = read(tokenizer), Prompt.of(tokenizer)
+        made = read(tokenizer)
+        prompt = Prompt.of(tokenizer)
         made.format_prefix = EmptyFormatter(slots=[prompt.prefix] if prompt.prefix else [])
         made.format_user = StringFormatter(slots=[f"{prompt.before}{{{{content}}}}{prompt.after}"])
         made.format_assistant = StringFormatter(slots=["{{content}}" + prompt.end])
@@ -110,7 +132,8 @@ def register_with_llamafactory() -> None:
         return made
 
     template.parse_template = parse
-    loader.register_autoclass = lambda *_: None  # saves files of transformers as the code of a model with own code
+    # saves files of transformers as the code of a model with own code
+    loader.register_autoclass = lambda *_: None
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """vLLM's LLaVA with every tower family of this package.
 
-vLLM builds CLIP, SigLIP and Pixtral towers from layers of its own and refuses others in two functions, which are
-completed here; the class is vLLM's. Another tower runs as the Hugging Face model that it is, whole on every GPU (with
-tensor parallelism too) and unquantized.
+vLLM builds CLIP, SigLIP and Pixtral towers from layers of its own and refuses others in two
+functions, which are completed here; the class is vLLM's. Another tower runs as the Hugging Face
+model that it is, whole on every GPU (with tensor parallelism too) and unquantized.
 
 Shape letters: B images, T tokens of a tower, N image tokens, H width, S image size in pixels.
 """
@@ -25,15 +25,18 @@ from llm2clip_plugin.vision.towers import tower_blocks
 
 __all__ = ["LlavaForConditionalGeneration"]
 
-STOCK = (CLIPVisionConfig, SiglipVisionConfig, PixtralVisionConfig)  # not what derives from them, as OpenVision
-stock_tower, stock_info = llava.init_vision_tower_for_llava, llava.get_vision_encoder_info
+# not what derives from them, as OpenVision
+STOCK = (CLIPVisionConfig, SiglipVisionConfig, PixtralVisionConfig)
+stock_tower = llava.init_vision_tower_for_llava
+stock_info = llava.get_vision_encoder_info
 
 
 class EncoderInfo(VisionEncoderInfo):
     """How many tokens a tower makes of an image; all images have its size."""
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        """Tokens before ``vision_feature_select_strategy`` drops the class token; the size does not matter."""
+        """Tokens before ``vision_feature_select_strategy`` drops the class token; the size does not
+        matter."""
         dropped = self.hf_config.vision_feature_select_strategy == "default"
         return self.hf_config.image_seq_length + dropped
 
@@ -48,36 +51,46 @@ class EncoderInfo(VisionEncoderInfo):
 
 
 class Tower(nn.Module):
-    """A tower of one of our families up to the hidden state that LLaVA selects; blocks above it are deleted."""
+    """A tower of one of our families up to the hidden state that LLaVA selects; blocks above it are
+    deleted."""
 
     def __init__(self, config: Any) -> None:
-        """``config``: of the whole LLaVA. The dtype is torch's default, which vLLM sets to the model's."""
+        """``config``: of the whole LLaVA. The dtype is torch's default, which vLLM sets to the
+        model's."""
         super().__init__()
         fields = config.vision_config.to_dict()
         self.family = family_of_type(fields["model_type"], where="vision_config")
         own = self.family.vision_class()
-        self.vision = own.config_class.from_dict({**fields, "model_type": self.family.model_types[0]})
+        self.vision = own.config_class.from_dict(
+            {**fields, "model_type": self.family.model_types[0]}
+        )
         self.model = own(self.vision).eval()
         self.state = blocks_below(config.vision_feature_layer, len(tower_blocks(self.model)))
         del tower_blocks(self.model)[max(self.state, 1) :]
 
     def forward(self, pixel_values: Tensor, feature_select_strategy: str | None = None) -> Tensor:
-        """(B, 3, S, S) -> (B, N, H): all tokens, or with "default" all but the first, the class token."""
+        """(B, 3, S, S) -> (B, N, H): all tokens, or with "default" all but the first, the class
+        token."""
         own = next(self.model.parameters())
-        output = self.model(pixel_values.to(device=own.device, dtype=own.dtype), output_hidden_states=True)
+        output = self.model(
+            pixel_values.to(device=own.device, dtype=own.dtype), output_hidden_states=True
+        )
         states_BTH = output.hidden_states[self.state]
         kept_BNH = states_BTH[:, 1:] if feature_select_strategy == "default" else states_BTH
-        return kept_BNH.contiguous()  # AIMv2's states are transposed, which vLLM's products on a CPU refuse
+        # AIMv2's states are transposed, which vLLM's products on a CPU refuse
+        return kept_BNH.contiguous()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Set the file's tensors; returns the names of those that are set. Raises ValueError for other tensors.
+        """Set the file's tensors; returns the names of those that are set. Raises ValueError for
+        other tensors.
 
         transformers reads them, which knows the names of files where its modules have others.
         """
         read, found = self.family.vision_class().from_pretrained(
             None, config=self.vision, state_dict=dict(weights), output_loading_info=True
         )
-        own, blocks = self.model.state_dict(), f"{self.family.blocks}."
+        own = self.model.state_dict()
+        blocks = f"{self.family.blocks}."
 
         def is_above(name: str) -> bool:  # the state that LLaVA selects
             return name.startswith(blocks) and int(name[len(blocks) :].split(".")[0]) >= self.state
@@ -97,7 +110,11 @@ class Tower(nn.Module):
 
 def init_vision_tower(config: Any, *args: Any, **kwargs: Any) -> nn.Module:
     """vLLM's tower where it has one; arguments as of ``init_vision_tower_for_llava``."""
-    return stock_tower(config, *args, **kwargs) if type(config.vision_config) in STOCK else Tower(config)
+    return (
+        stock_tower(config, *args, **kwargs)
+        if type(config.vision_config) in STOCK
+        else Tower(config)
+    )
 
 
 def vision_encoder_info(config: Any) -> VisionEncoderInfo:
@@ -105,4 +122,5 @@ def vision_encoder_info(config: Any) -> VisionEncoderInfo:
     return stock_info(config) if type(config.vision_config) in STOCK else EncoderInfo(config)
 
 
-llava.init_vision_tower_for_llava, llava.get_vision_encoder_info = init_vision_tower, vision_encoder_info
+llava.init_vision_tower_for_llava = init_vision_tower
+llava.get_vision_encoder_info = vision_encoder_info

@@ -1,9 +1,12 @@
-"""A new vision-language model of any tower and any language model, as a Hugging Face folder: ``llm2clip vlm build``.
+"""A new vision-language model of any tower and any language model, as a Hugging Face folder:
+``llm2clip vlm build``.
 
-The projector is fresh, so the model has yet to be trained (stage 0). As in ``llava export``, the weights pass through
-the memory of one shard under the names that servers know, and code of the tower's is saved with them.
+The projector is fresh, so the model has yet to be trained (stage 0). As in ``llava export``, the
+weights pass through the memory of one shard under the names that servers know, and code of the
+tower's is saved with them.
 
-Shape letters: N tokens of a tile of the image, H the tower's width, T tokens, D the LLM's width, V its vocabulary.
+Shape letters: N tokens of a tile of the image, H the tower's width, T tokens, D the LLM's width, V
+its vocabulary.
 """
 
 import json
@@ -19,7 +22,13 @@ from torch import nn
 
 from llava_integration.checkpoints import blocks_below
 from llava_integration.serve import VLM, VlmConfig, build
-from llava_integration.serve.build import ExportedTower, hf_name, register, with_image_row, write_folder
+from llava_integration.serve.build import (
+    ExportedTower,
+    hf_name,
+    register,
+    with_image_row,
+    write_folder,
+)
 from llava_integration.serve.checkpoint import LazyTensors, in_memory, open_tensors
 from llava_integration.serve.export import QUESTION, test_image
 from llava_integration.serve.prompt import IMAGE, write_tokenizer
@@ -29,13 +38,24 @@ from llm2clip_plugin.contracts import files_sha256, size_text
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.pretrained import KNOWN, check_vocabulary, open_pretrained
-from llm2clip_plugin.vision.directory import fetch_directory, has_card, is_local, read_json, weight_files
+from llm2clip_plugin.vision.directory import (
+    fetch_directory,
+    has_card,
+    is_local,
+    read_json,
+    weight_files,
+)
 from llm2clip_plugin.vision.export import RELATIVE_TOLERANCE
 from llm2clip_plugin.vision.towers import load_tower
 
 # settings of a head that transformers' LLaVA doesn't have -> values that change nothing
-HEAD_SETTINGS = {"final_logit_softcapping": (None,), "logit_scale": (None, 1.0), "logits_scaling": (None, 1.0)}
-PADDING = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "<unk>")  # for tokenizers that name none
+HEAD_SETTINGS = {
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+}
+# for tokenizers that name none
+PADDING = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "<unk>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,40 +68,61 @@ class LanguageModel:
 
     @classmethod
     def of(cls, name: str) -> "LanguageModel":
-        """A folder or Hub id. Raises FileNotFoundError or ValueError for one that LLaVA cannot have."""
+        """A folder or Hub id. Raises FileNotFoundError or ValueError for one that LLaVA cannot
+        have."""
         directory = fetch_directory(name, also=("*.jinja", "*.model", "*.txt"))
         if not (directory / "config.json").is_file():
-            raise FileNotFoundError(f"--llm {name} has no config.json; expected the folder of a Hugging Face model")
+            raise FileNotFoundError(
+                f"--llm {name} has no config.json; expected the folder of a Hugging Face model"
+            )
         fields = read_json(directory / "config.json")
         what = f"--llm {name} (model_type {fields.get('model_type')!r})"
         if "vision_config" in fields or "text_config" in fields:
             raise ContractError(f"{what} has a vision tower already; pass a language model")
         if fields.get("quantization_config"):
             raise ContractError(f"{what} is quantized; pass the model that it was made from")
-        with errors_about(what, fix="pass a model of transformers with its tokenizer"), quiet_transformers():
+        with (
+            errors_about(what, fix="pass a model of transformers with its tokenizer"),
+            quiet_transformers(),
+        ):
             config = open_pretrained(transformers.AutoConfig, directory, fix=KNOWN)
             tokenizer = open_pretrained(transformers.AutoTokenizer, directory, fix=KNOWN)
         check_vocabulary(tokenizer, config.vocab_size, what)
         for setting, values in HEAD_SETTINGS.items():
             if (value := getattr(config, setting, None)) not in values:
-                raise ContractError(f"{what} has {setting} {value}, which transformers' LLaVA does not apply")
+                raise ContractError(
+                    f"{what} has {setting} {value}, which transformers' LLaVA does not apply"
+                )
         return cls(directory=directory, config=config, tokenizer=tokenizer)
 
     def tensors(self, files: ExitStack) -> LazyTensors:
-        """Its tensors, without a tied head. Raises ContractError for names that LLaVA's classes do not have."""
-        own, is_tied = open_tensors(weight_files(self.directory), files), self.config.tie_word_embeddings
+        """Its tensors, without a tied head. Raises ContractError for names that LLaVA's classes do
+        not have."""
+        own = open_tensors(weight_files(self.directory), files)
+        is_tied = self.config.tie_word_embeddings
         own = {name: tensor for name, tensor in own.items() if not (name == build.HEAD and is_tied)}
-        wrong = [f"has a tensor {name}" for name in own if name != build.HEAD and not name.startswith("model.")]
-        wrong += [f"lacks {name}" for name in (build.EMBEDDING, *([] if is_tied else [build.HEAD])) if name not in own]
+        wrong = [
+            f"has a tensor {name}"
+            for name in own
+            if name != build.HEAD and not name.startswith("model.")
+        ]
+        wrong += [
+            f"lacks {name}"
+            for name in (build.EMBEDDING, *([] if is_tied else [build.HEAD]))
+            if name not in own
+        ]
         if wrong:
-            raise ContractError(f"{self.directory} {wrong[0]}; transformers' LLaVA loads model.* and {build.HEAD}")
+            raise ContractError(
+                f"{self.directory} {wrong[0]}; transformers' LLaVA loads model.* and {build.HEAD}"
+            )
         return own
 
 
-# The chat template and the tokenizer. A template begins with the LLM's <s>, if it has one, and the tokenizer adds none:
-# a prompt has exactly one in transformers, in vLLM and in trainers.
+# The chat template and the tokenizer. A template begins with the LLM's <s>, if it has one, and the
+# tokenizer adds none: a prompt has exactly one in transformers, in vLLM and in trainers.
 
-# Messages whose content is a list of parts become messages of text, which every LLM's template reads.
+# Messages whose content is a list of parts become messages of text, which every LLM's template
+# reads.
 FLATTEN = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}{%- set content = message['content'] -%}
@@ -96,40 +137,66 @@ FLATTEN = """\
 
 
 def chat_template(llm: LanguageModel, file: Path | None) -> str:
-    """The LLM's template, or that in ``file``, with a slot for images. Raises ValueError without a usable one."""
-    tokenizer, bos = llm.tokenizer, llm.tokenizer.bos_token
+    """The LLM's template, or that in ``file``, with a slot for images. Raises ValueError without a
+    usable one."""
+    tokenizer = llm.tokenizer
+    bos = llm.tokenizer.bos_token
     own = tokenizer.chat_template if file is None else file.read_text(encoding="utf-8")
     if not (own := own.get("default") if isinstance(own, dict) else own):
         raise ValueError(
             f"{llm.directory} has no chat template; pass the instruction-tuned model as --llm, or --chat-template FILE"
         )
-    with errors_about(file or f"the chat template of {llm.directory}", fix="pass another with --chat-template FILE"):
+    with errors_about(
+        file or f"the chat template of {llm.directory}",
+        fix="pass another with --chat-template FILE",
+    ):
         chat = [{"role": "user", "content": QUESTION}]
-        rendered = tokenizer.apply_chat_template(chat, chat_template=own, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(
+            chat, chat_template=own, tokenize=False, add_generation_prompt=True
+        )
     adds = bos is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
     start = "" if not adds or rendered.startswith(bos) else "{{- bos_token -}}\n"
     return FLATTEN + start + own.lstrip("\n")
 
 
 def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> dict[str, int]:
-    """Write the LLM's tokenizer with ``<image>``, and without a template of its own; image_token_index and the like."""
+    """Write the LLM's tokenizer with ``<image>``, and without a template of its own;
+    image_token_index and the like."""
     from tokenizers import AddedToken, Tokenizer
 
-    own, body = llm.tokenizer, json.loads(llm.tokenizer.backend_tokenizer.to_str())
+    own = llm.tokenizer
+    body = json.loads(llm.tokenizer.backend_tokenizer.to_str())
     steps = body["post_processor"] or {}
-    steps = [one for one in steps.get("processors", [steps]) if one and one["type"] != "TemplateProcessing"]
+    steps = [
+        one
+        for one in steps.get("processors", [steps])
+        if one and one["type"] != "TemplateProcessing"
+    ]
     body["post_processor"] = {"type": "Sequence", "processors": steps} if steps else None
     made = Tokenizer.from_str(json.dumps(body))
-    slots = {"image_token_index": IMAGE, **({"video_token_index": build.VIDEO} if arch == build.ONEVISION else {})}
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in slots.values()])
+    slots = {
+        "image_token_index": IMAGE,
+        **({"video_token_index": build.VIDEO} if arch == build.ONEVISION else {}),
+    }
+    made.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in slots.values()]
+    )
     if len(made.encode("x").ids) != len(made.encode("x", add_special_tokens=False).ids):
-        raise ContractError(f"{llm.directory}: the tokenizer adds tokens by {steps}, which cannot be changed here")
+        raise ContractError(
+            f"{llm.directory}: the tokenizer adds tokens by {steps}, which cannot be changed here"
+        )
     known = made.get_vocab(with_added_tokens=True)
-    special = {name: getattr(own, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    special["pad_token"] = special["pad_token"] or next((t for t in PADDING if t in known), special["eos_token"])
+    special = {
+        name: getattr(own, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+    }
+    special["pad_token"] = special["pad_token"] or next(
+        (t for t in PADDING if t in known), special["eos_token"]
+    )
     settings = {name: token for name, token in special.items() if token is not None}
     settings["model_max_length"] = own.model_max_length
-    write_tokenizer(directory, json.loads(made.to_str()), settings, f"{build.CLASSES[arch]}Processor")
+    write_tokenizer(
+        directory, json.loads(made.to_str()), settings, f"{build.CLASSES[arch]}Processor"
+    )
     return {name: known[token] for name, token in slots.items()}
 
 
@@ -137,7 +204,8 @@ def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> dict
 
 
 def open_tower(name: str) -> ExportedTower:
-    """A tower directory, registered name or Hub id, ``llm2clip[:...]``, or a stock Hugging Face checkpoint."""
+    """A tower directory, registered name or Hub id, ``llm2clip[:...]``, or a stock Hugging Face
+    checkpoint."""
     how = f"--tower {name}"
     known = locate_spec(name, how=how) if name in registry().towers else None
     location = locate(name) if is_ours(name) else known
@@ -152,16 +220,25 @@ def parts(
     config: VlmConfig, tower: ExportedTower, llm: LanguageModel, files: ExitStack
 ) -> tuple[dict[str, LazyTensors], torch.dtype]:
     """Every tensor by part, before ``<image>`` is added; the LLM's dtype."""
-    width, out = tower.config["hidden_size"], llm.config.hidden_size
+    width = tower.config["hidden_size"]
+    out = llm.config.hidden_size
     with torch.random.fork_rng(devices=[]):  # the same for the same seed
         torch.manual_seed(config.seed)
-        projector = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))  # as LLaVA draws it
+        # as LLaVA draws it
+        projector = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
         newline = torch.randn(out) / math.sqrt(out)  # between rows of tiles
-    new = {hf_name(f"model.mm_projector.{name}"): value for name, value in projector.state_dict().items()}
+    new = {
+        hf_name(f"model.mm_projector.{name}"): value
+        for name, value in projector.state_dict().items()
+    }
     new |= {"image_newline": newline} if config.arch in build.TILES else {}
     own = llm.tensors(files)
     language = {hf_name(name): tensor for name, tensor in own.items()}
-    made = {"tower": tower.tensors(files), "projector": in_memory(new, "the projector"), "language model": language}
+    made = {
+        "tower": tower.tensors(files),
+        "projector": in_memory(new, "the projector"),
+        "language model": language,
+    }
     return made, llm.config.dtype or next(iter(own.values())).read().dtype
 
 
@@ -169,25 +246,45 @@ def plan(config: VlmConfig, tower: ExportedTower, llm: LanguageModel) -> str:
     """Parameters and bytes of the parts, from the headers of their files."""
     with ExitStack() as files:
         tensors, dtype = parts(config, tower, llm, files)
-        counts = {part: sum(math.prod(one.shape) for one in own.values()) for part, own in tensors.items()}
+        counts = {
+            part: sum(math.prod(one.shape) for one in own.values()) for part, own in tensors.items()
+        }
     rows = [*counts.items(), ("all", sum(counts.values()))]
-    lines = [f"{part:<16}{count:>16,} parameters{size_text(count * dtype.itemsize):>12}" for part, count in rows]
-    return "\n".join([*lines, f"{config.arch}, {str(dtype).removeprefix('torch.')}; nothing was written"])
+    lines = [
+        f"{part:<16}{count:>16,} parameters{size_text(count * dtype.itemsize):>12}"
+        for part, count in rows
+    ]
+    return "\n".join(
+        [*lines, f"{config.arch}, {str(dtype).removeprefix('torch.')}; nothing was written"]
+    )
 
 
-def write_model(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, template: str, directory: Path) -> int:
+def write_model(
+    config: VlmConfig, tower: ExportedTower, llm: LanguageModel, template: str, directory: Path
+) -> int:
     """Write every file into an empty folder; the bytes of the weights."""
     slots = write_llms_tokenizer(llm, directory, config.arch)
-    rows, needed, is_tied = llm.config.vocab_size, max(slots.values()) + 1, bool(llm.config.tie_word_embeddings)
+    rows = llm.config.vocab_size
+    needed = max(slots.values()) + 1
+    is_tied = bool(llm.config.tie_word_embeddings)
     places = {"tower": config.tower, "llm": config.llm}  # no path of this machine is recorded
     recorded = {
         "seed": config.seed,
-        **{part: Path(name).resolve().name if is_local(name) else name for part, name in places.items()},
-        "tower_sha256": tower.location.sha256 if tower.location else files_sha256(weight_files(tower.directory)),
+        **{
+            part: Path(name).resolve().name if is_local(name) else name
+            for part, name in places.items()
+        },
+        "tower_sha256": tower.location.sha256
+        if tower.location
+        else files_sha256(weight_files(tower.directory)),
         "llm_sha256": files_sha256(weight_files(llm.directory)),
     }
     text = read_json(llm.directory / "config.json")
-    text = {name: value for name, value in text.items() if name not in build.OF_THE_FILE - {"architectures"}}
+    text = {
+        name: value
+        for name, value in text.items()
+        if name not in build.OF_THE_FILE - {"architectures"}
+    }
     file = llm.directory / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
     ids = {name: getattr(llm.config, name, None) for name in ("bos_token_id", "eos_token_id")}
@@ -195,7 +292,9 @@ def write_model(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, tem
     with ExitStack() as files:
         by_part, dtype = parts(config, tower, llm, files)
         tensors = {name: tensor for own in by_part.values() for name, tensor in own.items()}
-        for name in {hf_name(build.EMBEDDING), hf_name(build.HEAD)} & {*tensors} if needed > rows else ():
+        for name in (
+            {hf_name(build.EMBEDDING), hf_name(build.HEAD)} & {*tensors} if needed > rows else ()
+        ):
             tensors[name] = with_image_row(tensors[name], rows, added=needed - rows)
         return write_folder(
             directory,
@@ -229,41 +328,67 @@ def main(argv: list[str]) -> int:
         size = write_model(config, tower, llm, template, temporary)
         difference = compare(config, tower, llm, temporary) if config.compare else None
     said = "not compared" if difference is None else f"logits within {difference:.1e} of the parts'"
-    print(f"{config.output}: {size_text(size)} of weights, every tensor verified by reloading; {said}")
+    print(
+        f"{config.output}: {size_text(size)} of weights, every tensor verified by reloading; {said}"
+    )
     return 0
 
 
 def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directory: Path) -> float:
-    """The largest difference from what tower and LLM compute as their own libraries load them, one by one.
+    """The largest difference from what tower and LLM compute as their own libraries load them, one
+    by one.
 
-    Of the features that the projector reads, and of the logits, in parts of the largest. Raises ContractError for too
-    large a one.
+    Of the features that the projector reads, and of the logits, in parts of the largest. Raises
+    ContractError for too large a one.
     """
     register()
     with torch.inference_mode(), quiet_transformers():
         processor = open_pretrained(transformers.AutoProcessor, directory)
-        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+        chat = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+        ]
         prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
         inputs = processor(images=test_image(), text=prompt, return_tensors="pt")
         kind = getattr(transformers, f"{build.CLASSES[config.arch]}ForConditionalGeneration")
         model, info = kind.from_pretrained(directory, output_loading_info=True)
-        if wrong := {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info[name]}:
-            raise ContractError(f"transformers' {kind.__name__} does not load what was written: {wrong}")
+        if wrong := {
+            name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info[name]
+        }:
+            raise ContractError(
+                f"transformers' {kind.__name__} does not load what was written: {wrong}"
+            )
         seen: dict[str, Any] = {}
         inside = model.eval().model
-        inside.multi_modal_projector.register_forward_pre_hook(lambda _, given: seen.update(features=given[0]))
-        inside.language_model.register_forward_pre_hook(lambda *call: seen.update(call[-1]), with_kwargs=True)
-        logits_1TV, settings, dtype = model(**inputs).logits, model.config, model.dtype
+        inside.multi_modal_projector.register_forward_pre_hook(
+            lambda _, given: seen.update(features=given[0])
+        )
+        inside.language_model.register_forward_pre_hook(
+            lambda *call: seen.update(call[-1]), with_kwargs=True
+        )
+        logits_1TV = model(**inputs).logits
+        settings = model.config
+        dtype = model.dtype
         del model, inside
         pixels = inputs["pixel_values"].to(dtype).flatten(0, -4)
-        states = load_tower(tower.directory, dtype=dtype)(pixel_values=pixels, output_hidden_states=True).hidden_states
-        features = states[config.select_layer][:, int(settings.vision_feature_select_strategy == "default") :]
-        alone = open_pretrained(transformers.AutoModelForCausalLM, llm.directory, torch_dtype=dtype).eval()
+        states = load_tower(tower.directory, dtype=dtype)(
+            pixel_values=pixels, output_hidden_states=True
+        ).hidden_states
+        features = states[config.select_layer][
+            :, int(settings.vision_feature_select_strategy == "default") :
+        ]
+        alone = open_pretrained(
+            transformers.AutoModelForCausalLM, llm.directory, torch_dtype=dtype
+        ).eval()
         is_image_1T = inputs["input_ids"] == settings.image_token_index
         embedded_1TD = alone.get_input_embeddings()(inputs["input_ids"].masked_fill(is_image_1T, 0))
         embedded_1TD[is_image_1T] = seen["inputs_embeds"][is_image_1T]
-        expected_1TV = alone(inputs_embeds=embedded_1TD, attention_mask=inputs["attention_mask"]).logits
-    pairs = ((seen["features"], features), (logits_1TV[..., : expected_1TV.shape[-1]], expected_1TV))
+        expected_1TV = alone(
+            inputs_embeds=embedded_1TD, attention_mask=inputs["attention_mask"]
+        ).logits
+    pairs = (
+        (seen["features"], features),
+        (logits_1TV[..., : expected_1TV.shape[-1]], expected_1TV),
+    )
     differences = [((mine - own).abs().max() / own.abs().max()).item() for mine, own in pairs]
     if not max(differences) <= (limit := RELATIVE_TOLERANCE[dtype]):
         raise ContractError(

@@ -5,7 +5,8 @@
 <directory>/<shard name>.safetensors  the rows of one shard
 ```
 
-Tensors of a shard with N samples and R captions (blank captions have no row, equal captions of one sample share one):
+Tensors of a shard with N samples and R captions (blank captions have no row, equal captions of one
+sample share one):
 
 | name           | shape  | dtype        | meaning                                                      |
 |----------------|--------|--------------|--------------------------------------------------------------|
@@ -17,10 +18,11 @@ Tensors of a shard with N samples and R captions (blank captions have no row, eq
 | key_starts     | (N+1,) | int64        | where each key starts                                        |
 | row_checks     | (R,)   | int64        | CRC-32 of number, scale and row; compared at every read   |
 
-That a cache holds the captions of a source is proven once, by a digest of a shard's keys and caption hashes that both
-have: the cache since it was embedded, the source in a file next to the data, with the size and time of the shard's
-file, for each choice of caption fields. A start compares the two. Where they differ, or the file has changed, the
-captions themselves are read: by one of the processes that start together, while the others wait.
+That a cache holds the captions of a source is proven once, by a digest of a shard's keys and
+caption hashes that both have: the cache since it was embedded, the source in a file next to the
+data, with the size and time of the shard's file, for each choice of caption fields. A start
+compares the two. Where they differ, or the file has changed, the captions themselves are read: by
+one of the processes that start together, while the others wait.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ log = logging.getLogger(__name__)
 
 OPEN_SHARDS = 256  # files that one process keeps open
 FEW_SAMPLES = 16384  # samples whose captions this process compares alone, without a pool
-ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256", "bytes")  # of a shard in the manifest
+# of a shard in the manifest
+ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256", "bytes")
 INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
 REDO = "rerun `llm2clip embed` with the options that made it: it embeds what is missing or damaged"
@@ -96,22 +99,28 @@ def has_text(caption: Caption) -> bool:
 
 
 def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]:
-    """The rows of a shard: (index of the sample, caption hash) for each distinct caption with text, in order."""
+    """The rows of a shard: (index of the sample, caption hash) for each distinct caption with text,
+    in order."""
     rows: list[tuple[int, int]] = []
     for index, of_sample in enumerate(captions):
-        distinct = dict.fromkeys(caption_hash(caption.text) for caption in of_sample if has_text(caption))
+        distinct = dict.fromkeys(
+            caption_hash(caption.text) for caption in of_sample if has_text(caption)
+        )
         rows.extend((index, value) for value in distinct)
     return rows
 
 
 def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
     """SHA-256 of the keys and caption hashes that a shard's rows belong to, in order."""
-    return sha256_text(canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]]))
+    return sha256_text(
+        canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]])
+    )
 
 
 class ShardFile:
-    """One shard's file, read by position: one open file, and transient errors are retried.
-    Raises ContractError if the file is truncated or not a shard of a cache, FileNotFoundError if there is none."""
+    """One shard's file, read by position: one open file, and transient errors are retried. Raises
+    ContractError if the file is truncated or not a shard of a cache, FileNotFoundError if there is
+    none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -119,7 +128,8 @@ class ShardFile:
         try:
             self.size = self._file.size()  # bytes
             header = parse_header(self.size, self._file.read)
-            self._data_start, self._entries = header.data_start, header.entries
+            self._data_start = header.data_start
+            self._entries = header.entries
             if wrong := {*TENSORS, *CHECKS} ^ {*header.entries}:
                 raise ValueError(f"unknown or missing tensors: {', '.join(sorted(wrong))}")
             self.meta: dict[str, str] = json.loads(header.metadata[META])
@@ -128,7 +138,9 @@ class ShardFile:
             self.captions, self.width = self._entries["embeddings"].shape
             self.samples = self._entries["row_starts"].shape[0] - 1
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ContractError(f"{path} is truncated or no shard of an embedding cache ({error}); {REDO}") from error
+            raise ContractError(
+                f"{path} is truncated or no shard of an embedding cache ({error}); {REDO}"
+            ) from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         """An entire tensor of the file."""
@@ -137,7 +149,8 @@ class ShardFile:
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         """A tensor from one index of its first axis to another."""
         entry = self._entries[name]
-        dtype, shape = np.dtype(DTYPES[entry.dtype]), (stop - start, *entry.shape[1:])
+        dtype = np.dtype(DTYPES[entry.dtype])
+        shape = (stop - start, *entry.shape[1:])
         one = math.prod(shape[1:]) * dtype.itemsize
         data = self._file.read(shape[0] * one, self._data_start + entry.start + start * one)
         if len(data) != shape[0] * one:
@@ -150,14 +163,18 @@ class ShardFile:
         return self._read("keys", start, stop).tobytes().decode()
 
     def row_numbers(self, index: int, captions: Sequence[Caption], key: str) -> list[int]:
-        """Row of each caption of a sample; ContractError if the sample, its ``key`` or a caption was not embedded."""
+        """Row of each caption of a sample; ContractError if the sample, its ``key`` or a caption
+        was not embedded."""
         if not 0 <= index < self.samples:
             raise ContractError(f"{self.path} has no sample {index} of {self.samples}; {REDO}")
         if key and self.key(index) != key:
             keys = f"key {key!r} in the data, {self.key(index)!r} in the cache"
             raise ContractError(f"{self.path}: sample {index} has {keys}; {REDO}")
         start, stop = self._read("row_starts", index, index + 2).tolist()
-        row_of = {value: row for row, value in enumerate(self._read("caption_hashes", start, stop).tolist(), start)}
+        row_of = {
+            value: row
+            for row, value in enumerate(self._read("caption_hashes", start, stop).tolist(), start)
+        }
         hashes = [caption_hash(caption.text) for caption in captions]
         for value, caption in zip(hashes, captions, strict=True):
             if value not in row_of:
@@ -169,22 +186,31 @@ class ShardFile:
         return [row_of[value] for value in hashes]
 
     def embeddings(self, rows: Sequence[int]) -> torch.Tensor:
-        """(n, W) float32 of these rows, which should be near each other; ContractError for another checksum."""
+        """(n, W) float32 of these rows, which should be near each other; ContractError for another
+        checksum."""
         first, stop = (min(rows), max(rows) + 1) if rows else (0, 0)
         chosen = np.array(rows, dtype=np.int64) - first
-        stored_nW, scale_n = self._read("embeddings", first, stop)[chosen], self._read("scales", first, stop)[chosen]
+        stored_nW = self._read("embeddings", first, stop)[chosen]
+        scale_n = self._read("scales", first, stop)[chosen]
         checks = self._read("row_checks", first, stop)[chosen].tolist()
-        for number, row_W, scale, check in zip(rows, stored_nW, scale_n.tolist(), checks, strict=True):
+        for number, row_W, scale, check in zip(
+            rows, stored_nW, scale_n.tolist(), checks, strict=True
+        ):
             if row_check(row_W, scale, number) != check:
-                raise ContractError(f"{self.path} is damaged: row {number} has another checksum; {REDO}")
+                raise ContractError(
+                    f"{self.path} is damaged: row {number} has another checksum; {REDO}"
+                )
         return torch.from_numpy(stored_nW.astype(np.float32) * scale_n[:, None])
 
     def verify(self) -> None:
-        """Read every byte; raises ContractError if the contents have another SHA-256 than the file says."""
+        """Read every byte; raises ContractError if the contents have another SHA-256 than the file
+        says."""
         for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
             digest = tensors_digest({tensor: self[tensor] for tensor in names})
             if digest != self.meta[name]:
-                raise ContractError(f"{self.path} is damaged: SHA-256 {digest}, expected {self.meta[name]}; {REDO}")
+                raise ContractError(
+                    f"{self.path} is damaged: SHA-256 {digest}, expected {self.meta[name]}; {REDO}"
+                )
 
 
 class EmbeddingCache:
@@ -206,8 +232,9 @@ class EmbeddingCache:
         expect_fingerprint: str | None = None,
         expect_width: int | None = None,
     ) -> EmbeddingCache:
-        """Open a cache. Raises FileNotFoundError if there is none, ContractError with both values if its teacher or
-        width differs, it is incomplete, or a shard is missing or has another size."""
+        """Open a cache. Raises FileNotFoundError if there is none, ContractError with both values
+        if its teacher or width differs, it is incomplete, or a shard is missing or has another
+        size."""
         directory = Path(directory)
         manifest = _complete_manifest(directory / CacheManifest.FILE)
         teacher = TeacherIdentity(**manifest.teacher)
@@ -218,14 +245,22 @@ class EmbeddingCache:
                 fix += f"; it is from before config.json was part of the fingerprint: {RENEW}"
             raise ContractError(f"{told}, expected {expect_fingerprint}; {fix}")
         if expect_width is not None and manifest.width != expect_width:
-            told = f"{directory} has embeddings of width {manifest.width} ({manifest.teacher['llm']})"
-            raise ContractError(f"{told}, expected {expect_width}; use the cache of the text adapter's LLM")
+            told = (
+                f"{directory} has embeddings of width {manifest.width} ({manifest.teacher['llm']})"
+            )
+            raise ContractError(
+                f"{told}, expected {expect_width}; use the cache of the text adapter's LLM"
+            )
         paths = [str(directory / entry["file"]) for entry in manifest.shards.values()]
-        for path, entry, stamp in zip(paths, manifest.shards.values(), stamps_of(paths), strict=True):
+        for path, entry, stamp in zip(
+            paths, manifest.shards.values(), stamps_of(paths), strict=True
+        ):
             if stamp is None:
                 raise ContractError(f"{path} is missing, but the manifest lists it; {REDO}")
             if stamp[0] != entry["bytes"]:
-                raise ContractError(f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {REDO}")
+                raise ContractError(
+                    f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {REDO}"
+                )
         return cls(directory, manifest)
 
     def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[Path, CacheManifest]]:
@@ -235,45 +270,74 @@ class EmbeddingCache:
         """A shard's file; raises ContractError if it is missing or differs from the manifest."""
         entry = self.manifest.shards.get(name)
         if entry is None:
-            known = ", ".join([*self.manifest.shards][:5]) + ", ..." * (len(self.manifest.shards) > 5)
+            known = ", ".join([*self.manifest.shards][:5]) + ", ..." * (
+                len(self.manifest.shards) > 5
+            )
             raise ContractError(f"{self.directory} has no shard {name!r}; known: {known}; {REDO}")
         path = self.directory / entry["file"]
         try:
             file = ShardFile(path)
         except FileNotFoundError as error:
             raise ContractError(f"{path} is missing, but the manifest lists it; {REDO}") from error
-        actual = {"width": file.width, "samples": file.samples, "captions": file.captions, **file.meta}
-        expected = {"fingerprint": self.fingerprint, "width": self.width, "dtype": self.manifest.dtype, **entry}
+        actual = {
+            "width": file.width,
+            "samples": file.samples,
+            "captions": file.captions,
+            **file.meta,
+        }
+        expected = {
+            "fingerprint": self.fingerprint,
+            "width": self.width,
+            "dtype": self.manifest.dtype,
+            **entry,
+        }
         expected |= {"truncated": str(entry["truncated"])}
         if actual["fingerprint"] == self.manifest.earlier_fingerprint:
-            expected["fingerprint"] = self.manifest.earlier_fingerprint  # of a shard that was proven later
-        if wrong := [name for name, value in expected.items() if name in actual and actual[name] != value]:
-            both = "; ".join(f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in wrong)
+            # of a shard that was proven later
+            expected["fingerprint"] = self.manifest.earlier_fingerprint
+        if wrong := [
+            name for name, value in expected.items() if name in actual and actual[name] != value
+        ]:
+            both = "; ".join(
+                f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in wrong
+            )
             raise ContractError(f"{path} differs from the manifest: {both}; {REDO}")
         return file
 
-    def rows(self, shard_name: str, index_in_shard: int, captions: Sequence[Caption], *, key: str = "") -> torch.Tensor:
-        """(len(captions), W) float32: the embeddings of a sample's captions, in the captions' order. Raises
-        ContractError if a caption, or ``key`` unless "", is not the one that was embedded."""
+    def rows(
+        self, shard_name: str, index_in_shard: int, captions: Sequence[Caption], *, key: str = ""
+    ) -> torch.Tensor:
+        """(len(captions), W) float32: the embeddings of a sample's captions, in the captions'
+        order. Raises ContractError if a caption, or ``key`` unless "", is not the one that was
+        embedded."""
         file = self.shard(shard_name)
         return file.embeddings(file.row_numbers(index_in_shard, captions, key))
 
     def check(self, source: Source, *, full: bool = False) -> None:
-        """Compare the cache with a source: shard names, counts, keys and the hash of every caption, which are read
-        where digests don't show that they are the cache's, or with ``full``. ContractError at the first difference."""
+        """Compare the cache with a source: shard names, counts, keys and the hash of every caption,
+        which are read where digests don't show that they are the cache's, or with ``full``.
+        ContractError at the first difference."""
         for shard in source.shards:
             entry = self.manifest.shards.get(shard.name)
             if entry is None or entry["samples"] != shard.size:
                 file = self.shard(shard.name)  # raises for an unknown shard
-                sizes = f"{shard.size} samples in {source.path}, {file.samples} when it was embedded"
+                sizes = (
+                    f"{shard.size} samples in {source.path}, {file.samples} when it was embedded"
+                )
                 raise ContractError(f"{file.path}: shard {shard.name!r} has {sizes}; {REDO}")
         if not full and not self._unproven(source):
             return
         results: dict[str, tuple[str, str]] = {}
         with source.lock(f"compare {source.path} with its embeddings"):
             shards = source.shards if full else self._unproven(source)
-            processes = min(cores(), len(shards)) if sum(shard.size for shard in shards) > FEW_SAMPLES else 1
-            compared = parallel(partial(self._compare_shard, source, full), shards, processes=processes)
+            processes = (
+                min(cores(), len(shards))
+                if sum(shard.size for shard in shards) > FEW_SAMPLES
+                else 1
+            )
+            compared = parallel(
+                partial(self._compare_shard, source, full), shards, processes=processes
+            )
             shown = track(compared, total=len(shards), label="compare captions", unit="shards")
             try:
                 for shard, result in zip(shards, shown, strict=True):
@@ -283,21 +347,29 @@ class EmbeddingCache:
 
     def _unproven(self, source: Source) -> list[Shard]:
         """The shards without a recorded digest that says that the cache has their captions."""
-        known, entries = source.known_digests(), self.manifest.shards
-        return [shard for shard in source.shards if entries[shard.name]["rows_sha256"] not in known.get(shard.name, ())]
+        known = source.known_digests()
+        entries = self.manifest.shards
+        return [
+            shard
+            for shard in source.shards
+            if entries[shard.name]["rows_sha256"] not in known.get(shard.name, ())
+        ]
 
     def _compare_shard(self, source: Source, full: bool, shard: Shard) -> tuple[str, str]:
-        """Digests of a shard's captions and of the cache's; ContractError at the first caption that the cache lacks."""
+        """Digests of a shard's captions and of the cache's; ContractError at the first caption that
+        the cache lacks."""
         keys, captions = shard_captions(source, shard)
         file = self.shard(shard.name)
-        digest, in_cache = rows_digest(keys, caption_rows(captions)), file.meta["rows_sha256"]
+        digest = rows_digest(keys, caption_rows(captions))
+        in_cache = file.meta["rows_sha256"]
         if full or digest != in_cache:
             for index, (key, texts) in enumerate(zip(keys, captions, strict=True)):
                 file.row_numbers(index, list(filter(has_text, texts)), key)
         return digest, in_cache
 
     def verify(self) -> None:
-        """Read every byte and compare each shard's SHA-256 with the manifest's. Raises ContractError."""
+        """Read every byte and compare each shard's SHA-256 with the manifest's. Raises
+        ContractError."""
         for name in self.manifest.shards:
             self.shard(name).verify()
 
@@ -309,12 +381,17 @@ def _complete_manifest(path: Path) -> CacheManifest:
         raise ContractError(f"{path} is incomplete: embedding has not finished; {REDO}")
     for name, entry in manifest.shards.items():
         if missing := [value for value in ENTRY if value not in entry]:
-            raise ContractError(f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {REDO}")
+            raise ContractError(
+                f"{path}: the entry of shard {name!r} is missing {', '.join(missing)}; {REDO}"
+            )
     with errors_about(path, fix=REDO):
         teacher = TeacherIdentity(**manifest.teacher)
-    stated, own = (manifest.fingerprint, manifest.width), (teacher.fingerprint, teacher.width)
+    stated = (manifest.fingerprint, manifest.width)
+    own = (teacher.fingerprint, teacher.width)
     if stated != own:
-        raise ContractError(f"{path} was edited: fingerprint and width are {stated}, its teacher's {own}; {REDO}")
+        raise ContractError(
+            f"{path} was edited: fingerprint and width are {stated}, its teacher's {own}; {REDO}"
+        )
     return manifest
 
 
@@ -331,10 +408,13 @@ def shard_captions(source: Source, shard: Shard) -> tuple[list[str], list[tuple[
 
 
 class CacheWriter:
-    """Writes the shards of one cache; any number of ranks may write different shards of one directory.
-    Raises ContractError if the directory holds another teacher's, or another dtype's, embeddings."""
+    """Writes the shards of one cache; any number of ranks may write different shards of one
+    directory. Raises ContractError if the directory holds another teacher's, or another dtype's,
+    embeddings."""
 
-    def __init__(self, directory: str | os.PathLike[str], identity: TeacherIdentity, dtype: str = "float16") -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], identity: TeacherIdentity, dtype: str = "float16"
+    ) -> None:
         if dtype not in CACHE_DTYPES:
             raise ValueError(unknown("cache dtype", dtype, CACHE_DTYPES))
         self.directory = Path(directory)
@@ -358,9 +438,13 @@ class CacheWriter:
         if existing.fingerprint != identity.fingerprint:
             told = f"fingerprint {existing.fingerprint[:12]}, not {identity.fingerprint[:12]}"
             other = differences(existing.teacher, identity)
-            raise ContractError(f"{path} belongs to another teacher ({other}; {told}); choose another --cache")
+            raise ContractError(
+                f"{path} belongs to another teacher ({other}; {told}); choose another --cache"
+            )
         if existing.dtype != dtype:
-            raise ContractError(f"{path} has dtype {existing.dtype}, not {dtype}; choose another --cache or --dtype")
+            raise ContractError(
+                f"{path} has dtype {existing.dtype}, not {dtype}; choose another --cache or --dtype"
+            )
 
     def manifest(self) -> CacheManifest:
         """The directory's, as it is now."""
@@ -371,8 +455,8 @@ class CacheWriter:
         return self.directory / shard_file(shard)
 
     def is_complete(self, shard: str, digest: str) -> bool:
-        """Whether the shard's file exists, is intact, and has this teacher and the rows of this digest.
-        Reads every byte, and logs a warning if the file is damaged."""
+        """Whether the shard's file exists, is intact, and has this teacher and the rows of this
+        digest. Reads every byte, and logs a warning if the file is damaged."""
         try:
             file = ShardFile(self.path(shard))
             found = (file.meta["fingerprint"], file.meta["dtype"], file.meta["rows_sha256"])
@@ -387,7 +471,8 @@ class CacheWriter:
         return False
 
     def refuse_loss(self, shard: str, rows: Sequence[tuple[int, int]], read: str) -> None:
-        """ContractError if the shard's file has more captions than ``rows``, or none of them; not if it is damaged."""
+        """ContractError if the shard's file has more captions than ``rows``, or none of them; not
+        if it is damaged."""
         try:
             file = ShardFile(self.path(shard))
             cached = set(file["caption_hashes"].tolist())
@@ -410,22 +495,33 @@ class CacheWriter:
     ) -> None:
         """Write one shard; its file appears only when complete.
 
-        shard: name, as the source gives it; keys: of its N samples; rows: R pairs (sample index, caption hash) in order
-        of sample; embeddings: (R, W) float; truncated: captions that were longer than the teacher's maximum.
-        Raises ValueError for a wrong shape or a non-finite row, ContractError if int8 loses too much.
+        shard: name, as the source gives it; keys: of its N samples; rows: R pairs (sample index,
+        caption hash) in order of sample; embeddings: (R, W) float; truncated: captions that were
+        longer than the teacher's maximum. Raises ValueError for a wrong shape or a non-finite row,
+        ContractError if int8 loses too much.
         """
         embeddings = embeddings.float()
-        shape, indices = (len(rows), self.identity.width), [index for index, _ in rows]
+        shape = (len(rows), self.identity.width)
+        indices = [index for index, _ in rows]
         if embeddings.shape != shape:
-            raise ValueError(f"shard {shard}: embeddings of shape {tuple(embeddings.shape)}, expected {shape}")
-        if indices != sorted(indices) or (indices and not 0 <= indices[0] <= indices[-1] < len(keys)):
-            raise ValueError(f"shard {shard}: rows must be in order of sample, with indices under {len(keys)}")
+            raise ValueError(
+                f"shard {shard}: embeddings of shape {tuple(embeddings.shape)}, expected {shape}"
+            )
+        if indices != sorted(indices) or (
+            indices and not 0 <= indices[0] <= indices[-1] < len(keys)
+        ):
+            raise ValueError(
+                f"shard {shard}: rows must be in order of sample, with indices under {len(keys)}"
+            )
         finite = torch.isfinite(embeddings).all(dim=1)
         if not bool(finite.all()):
             worst = int((~finite).nonzero()[0])
-            raise ValueError(f"shard {shard}: the embedding of a caption of {keys[indices[worst]]!r} is not finite")
+            raise ValueError(
+                f"shard {shard}: the embedding of a caption of {keys[indices[worst]]!r} is not finite"
+            )
         stored, scales = _quantize(embeddings, self.dtype, shard)
-        encoded, values = [key.encode() for key in keys], stored.numpy()
+        encoded = [key.encode() for key in keys]
+        values = stored.numpy()
         tensors = {
             "embeddings": values,
             "scales": scales.numpy(),
@@ -452,11 +548,14 @@ class CacheWriter:
         tell_job(PROGRESS)
 
     def finish(self, shards: Sequence[str] | None = None) -> CacheManifest | None:
-        """Write and return the complete manifest if every one of ``shards``, by default those written, exists, else
-        None. Shards that it listed before stay in it, so the splits of a data set can share a directory."""
+        """Write and return the complete manifest if every one of ``shards``, by default those
+        written, exists, else None. Shards that it listed before stay in it, so the splits of a data
+        set can share a directory."""
         path = self.directory / CacheManifest.FILE
         entries: dict[str, dict[str, object]] = {
-            name: entry for name, entry in self.manifest().shards.items() if self.path(name).is_file()
+            name: entry
+            for name, entry in self.manifest().shards.items()
+            if self.path(name).is_file()
         }
         for shard in self._written if shards is None else shards:
             if not self.path(shard).is_file():
@@ -476,25 +575,32 @@ class CacheWriter:
         return manifest
 
 
-def _quantize(embeddings: torch.Tensor, dtype: str, shard: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, W) float32 -> stored rows (R, W) in ``dtype`` and scales (R,) float32, row x scale being the embedding.
-    Raises ContractError for int8 where a few huge dimensions would round the others away."""
+def _quantize(
+    embeddings: torch.Tensor, dtype: str, shard: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, W) float32 -> stored rows (R, W) in ``dtype`` and scales (R,) float32, row x scale being
+    the embedding. Raises ContractError for int8 where a few huge dimensions would round the others
+    away."""
     largest = embeddings.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     if dtype == "float16":
         scales = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0))
         return (embeddings / scales[:, None]).to(torch.float16), scales
     scales = largest / 127.0
     stored = (embeddings / scales[:, None]).round_().to(torch.int8)
-    cosine = torch.nn.functional.cosine_similarity(embeddings, stored.float(), dim=1)[embeddings.any(dim=1)]
+    cosine = torch.nn.functional.cosine_similarity(embeddings, stored.float(), dim=1)[
+        embeddings.any(dim=1)
+    ]
     if len(cosine) and float(cosine.min()) < INT8_COSINE:
-        told = f"the cosine similarity of an embedding and its int8 form is {float(cosine.min()):.5f}"
+        told = (
+            f"the cosine similarity of an embedding and its int8 form is {float(cosine.min()):.5f}"
+        )
         raise ContractError(f"shard {shard}: {told}, lower than {INT8_COSINE}; use --dtype float16")
     return stored, scales
 
 
 def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:
-    """Bytes of a cache's tensors: a caption has a row, its scale (4), its hash and its checksum (8 each), a sample a
-    key of ``key_bytes``, and the starts of its key and of its rows (8 each)."""
+    """Bytes of a cache's tensors: a caption has a row, its scale (4), its hash and its checksum (8
+    each), a sample a key of ``key_bytes``, and the starts of its key and of its rows (8 each)."""
     return captions * (width * VALUE_BYTES[dtype] + 20) + samples * (key_bytes + 16)
 
 
@@ -521,7 +627,8 @@ def cache_digest(cache: EmbeddingCache) -> str:
     """``6636666 captions (1f0c...)``: over the manifest, which has a hash of each shard's rows."""
     manifest = cache.manifest
     shards = {  # without the sizes, which checkpoints did not know at first
-        name: {key: value for key, value in entry.items() if key != "bytes"} for name, entry in manifest.shards.items()
+        name: {key: value for key, value in entry.items() if key != "bytes"}
+        for name, entry in manifest.shards.items()
     }
     return f"{manifest.captions} captions ({short_digest([manifest.lasting_fingerprint, manifest.dtype, shards])})"
 

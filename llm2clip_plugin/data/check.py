@@ -1,4 +1,5 @@
-"""``llm2clip data check DATA``: read a data set once, decode every image, and report statistics and broken samples."""
+"""``llm2clip data check DATA``: read a data set once, decode every image, and report statistics and
+broken samples."""
 
 from __future__ import annotations
 
@@ -37,19 +38,23 @@ from llm2clip_plugin.options import Command
 from llm2clip_plugin.pretrained import open_pretrained
 
 CHUNK = 64  # samples that a worker reads in one task
-NO_IMAGE = ("no image '", 'no image "')  # how the reason begins if a file that a row names is missing
+# how the reason begins if a file that a row names is missing
+NO_IMAGE = ("no image '", 'no image "')
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(SourceConfig):
     """What to look for in a data set."""
 
-    validation: str = ""  # another data set: how many of its pictures and captions are in this one, too
+    # another data set: how many of its pictures and captions are in this one, too
+    validation: str = ""
     tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "": count words
     trust_remote_code: bool = False  # run the Python code in the tokenizer's folder: read it first
-    max_tokens: int = 512  # count captions longer than this, in tokens (or words); the teacher truncates them
+    # count captions longer than this, in tokens (or words); the teacher truncates them
+    max_tokens: int = 512
     max_broken: float = 0.01  # fraction of broken samples above which training stops
-    show: int = 10  # how many broken samples, duplicate captions ... to list; --json lists all broken samples
+    # how many broken samples, duplicate captions ... to list; --json lists all broken samples
+    show: int = 10
     workers: int = 0  # processes; 0: one per core
     json: bool = False  # print one JSON object
 
@@ -71,10 +76,14 @@ class Reading:
     """Counts and findings of some samples; readings add up."""
 
     broken: list[dict[str, str]] = field(default_factory=list)  # {"shard", "key", "reason"}
-    without_captions: list[dict[str, str]] = field(default_factory=list)  # the same; intact, but no selected caption
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # ("kind", "short"): captions of this kind
-    caption_rows: list[np.ndarray] = field(default_factory=list)  # (n, 4) int64: hash, sample, tokens, hash of words
-    sample_rows: list[np.ndarray] = field(default_factory=list)  # (n, 4) int64: hashes of key and image, width, height
+    # the same; intact, but no selected caption
+    without_captions: list[dict[str, str]] = field(default_factory=list)
+    # ("kind", "short"): captions of this kind
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    # (n, 4) int64: hash, sample, tokens, hash of words
+    caption_rows: list[np.ndarray] = field(default_factory=list)
+    # (n, 4) int64: hashes of key and image, width, height
+    sample_rows: list[np.ndarray] = field(default_factory=list)
 
     def add(self, other: Reading) -> None:
         """Add another reading to this one."""
@@ -84,7 +93,9 @@ class Reading:
 
     def of(self, subject: str) -> dict[str, int]:
         """The counts of a subject by name, the largest first."""
-        return {name: number for (about, name), number in self.counts.most_common() if about == subject}
+        return {
+            name: number for (about, name), number in self.counts.most_common() if about == subject
+        }
 
 
 def _joined(rows: list[np.ndarray]) -> np.ndarray:
@@ -102,7 +113,8 @@ def main(argv: list[str]) -> int:
 
 
 def check_data(config: CheckConfig) -> dict[str, Any]:
-    """The report that ``--json`` prints. FileNotFoundError if there is no data, ValueError for an unknown format."""
+    """The report that ``--json`` prints. FileNotFoundError if there is no data, ValueError for an
+    unknown format."""
     load_counter(config.tokenizer, config.trust_remote_code)  # fail here, not in a worker
     broken_shards: dict[str, str] = {}
     source = open_source(config, broken_shards)
@@ -116,7 +128,9 @@ def check_data(config: CheckConfig) -> dict[str, Any]:
 
 def _read(source: Source, config: CheckConfig) -> Reading:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
-    chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
+    chunks = [
+        range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)
+    ]
     processes = min(config.workers or cores(), len(chunks))
     parts = parallel(partial(read_samples, source, config), chunks, processes=processes)
     reading = Reading()
@@ -142,25 +156,36 @@ def load_counter(tokenizer: str, trust_remote_code: bool) -> Callable[[str], int
 
 def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading:
     """Read some samples of a source and decode their images at full size."""
-    reading, count = Reading(), load_counter(config.tokenizer, config.trust_remote_code)
-    caption_rows, sample_rows = [], []
+    reading = Reading()
+    count = load_counter(config.tokenizer, config.trust_remote_code)
+    caption_rows = []
+    sample_rows = []
     used = {item.name for item in source.fields}
     for number in numbers:
-        key, captions, reason, image = "", (), "", (0, 0, 0)
+        key = ""
+        captions = ()
+        reason = ""
+        image = (0, 0, 0)
         try:
             sample = source[number]
-            key, captions = sample.key, sample.captions
+            key = sample.key
+            captions = sample.captions
             reading.counts["captions", "empty"] += sample.blank_captions
-            present = [f"{one.name}={one.kind}" for one in source.fields if sample.values.get(one.name)]
+            present = [
+                f"{one.name}={one.kind}" for one in source.fields if sample.values.get(one.name)
+            ]
             reading.counts.update(("field", field) for field in present)
             for name, value in sample.meta.items():
                 if name not in used and holds_words(value):
                     reading.counts["unused field", name] += 1
                     languages = value.keys() if isinstance(value, dict) else ()
-                    reading.counts.update(("unused language", f"{name}.{language}") for language in languages)
+                    reading.counts.update(
+                        ("unused language", f"{name}.{language}") for language in languages
+                    )
             image = _read_image(sample, reading)
         except BrokenSample as error:
-            key, reason = error.key, error.reason
+            key = error.key
+            reason = error.reason
         except BrokenImage as error:
             reason = str(error)
         sample_rows.append((caption_hash(key), *image))
@@ -180,7 +205,8 @@ def _read_image(sample: Sample, reading: Reading) -> tuple[int, int, int]:
     """Decode the image and count it; a hash, width and height. Raises BrokenSample or BrokenImage."""
     data = sample.read_image()
     image = open_header(data)
-    image_format, size = image.format or "?", image.size
+    image_format = image.format or "?"
+    size = image.size
     transparent = has_transparency(image)
     load(image)
     reading.counts["images", "transparent"] += transparent
@@ -201,15 +227,21 @@ def _read_captions(
         yield caption_hash(caption.text), number, count(caption.text), caption_hash(text)
 
 
-def build_report(config: CheckConfig, source: Source, broken: dict[str, str], reading: Reading) -> dict[str, Any]:
+def build_report(
+    config: CheckConfig, source: Source, broken: dict[str, str], reading: Reading
+) -> dict[str, Any]:
     """The report in plain JSON types; ``broken``: shards and why."""
-    captions, samples = _joined(reading.caption_rows), _joined(reading.sample_rows)
+    captions = _joined(reading.caption_rows)
+    samples = _joined(reading.sample_rows)
     keys = np.column_stack([samples[:, 0], np.arange(len(samples))])
-    bad = len(reading.broken) + len(reading.without_captions)  # a sample is in at most one of the two lists
+    # a sample is in at most one of the two lists
+    bad = len(reading.broken) + len(reading.without_captions)
     fraction = bad / len(samples) if len(samples) else 1.0
 
     def text(number: int, hashed: int) -> str:
-        return next(one.text for one in source.captions(number)[1] if caption_hash(one.text) == hashed)
+        return next(
+            one.text for one in source.captions(number)[1] if caption_hash(one.text) == hashed
+        )
 
     return {
         "path": config.path,
@@ -228,7 +260,8 @@ def build_report(config: CheckConfig, source: Source, broken: dict[str, str], re
         "duplicate_keys": _duplicates(keys, config.show, lambda number, _: source.key(number)),
         "images": _images(reading, samples[samples[:, 2] > 0]),
         "broken_shards": [{"shard": name, "reason": reason} for name, reason in broken.items()],
-        "broken": sorted(reading.broken, key=lambda one: one["reason"].startswith(NO_IMAGE)),  # missing images last
+        # missing images last
+        "broken": sorted(reading.broken, key=lambda one: one["reason"].startswith(NO_IMAGE)),
         "without_captions": reading.without_captions,
         "broken_share": fraction,
         "max_broken": config.max_broken,
@@ -237,9 +270,13 @@ def build_report(config: CheckConfig, source: Source, broken: dict[str, str], re
 
 
 def overlap(source: Source, train: Reading, validation: Reading) -> dict[str, Any]:
-    """How much of ``source``, the validation data, is in the training data: files, and captions by their words."""
-    samples, captions = _joined(validation.sample_rows), _joined(validation.caption_rows)
-    same = np.flatnonzero(np.isin(samples[:, 1], _joined(train.sample_rows)[:, 1]) & (samples[:, 2] > 0)).tolist()
+    """How much of ``source``, the validation data, is in the training data: files, and captions by
+    their words."""
+    samples = _joined(validation.sample_rows)
+    captions = _joined(validation.caption_rows)
+    same = np.flatnonzero(
+        np.isin(samples[:, 1], _joined(train.sample_rows)[:, 1]) & (samples[:, 2] > 0)
+    ).tolist()
     return {
         "path": source.path,
         "samples": len(samples),
@@ -251,7 +288,8 @@ def overlap(source: Source, train: Reading, validation: Reading) -> dict[str, An
 
 
 def _duplicates(rows_N2: np.ndarray, show: int, shown: Callable[[int, int], str]) -> dict[str, Any]:
-    """Values that several samples have; ``rows_N2``: hash and sample, ``shown``: the value of a sample and hash."""
+    """Values that several samples have; ``rows_N2``: hash and sample, ``shown``: the value of a
+    sample and hash."""
     pairs = np.unique(rows_N2, axis=0)  # a text of two kinds in one sample is no duplicate
     hashes, first, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
@@ -265,7 +303,11 @@ def _duplicates(rows_N2: np.ndarray, show: int, shown: Callable[[int, int], str]
 
 def _spread(values: np.ndarray) -> dict[str, float]:
     quantiles = {"min": 0, "median": 50, "p99": 99, "max": 100}
-    return {name: int(np.percentile(values, q)) for name, q in quantiles.items()} if len(values) else {}
+    return (
+        {name: int(np.percentile(values, q)) for name, q in quantiles.items()}
+        if len(values)
+        else {}
+    )
 
 
 def _lengths(config: CheckConfig, source: Source, captions: np.ndarray) -> dict[str, Any]:
@@ -297,18 +339,27 @@ def _unused(report: dict[str, Any]) -> str:
     languages = report["unused_languages"]
     shown = []
     for name in report["unused_fields"]:
-        own = sorted(key.removeprefix(f"{name}.") for key in languages if key.startswith(f"{name}."))
+        own = sorted(
+            key.removeprefix(f"{name}.") for key in languages if key.startswith(f"{name}.")
+        )
         shown.append(f"{name} ({' '.join(own)})" if own else name)
     options = " ".join([*report["fields"], *(f"{name}=short" for name in report["unused_fields"])])
     return f"fields with text are no captions: {', '.join(shown)}; to use them, too: --fields {options}"
 
 
 def as_text(report: dict[str, Any], show: int) -> Iterator[str]:
-    """The report for a person: contents, each problem that there is with at most ``show`` examples, the verdict."""
-    images, lengths, other = report["images"], report["caption_lengths"], report.get("validation")
+    """The report for a person: contents, each problem that there is with at most ``show`` examples,
+    the verdict."""
+    images = report["images"]
+    lengths = report["caption_lengths"]
+    other = report.get("validation")
     counts = f"{report['samples']:,} samples in {report['shards']:,} shards, {report['captions']:,} captions"
     yield f"{report['path']}: {counts}"
-    of = {"kinds": report["captions_by_kind"], "languages": report["captions_by_language"], "images": images["formats"]}
+    of = {
+        "kinds": report["captions_by_kind"],
+        "languages": report["captions_by_language"],
+        "images": images["formats"],
+    }
     for name, parts in of.items():
         yield f"  {name:<11} {', '.join(f'{part} {number:,}' for part, number in parts.items()) or 'none'}"
     if images["whole"]:
@@ -316,31 +367,58 @@ def as_text(report: dict[str, Any], show: int) -> Iterator[str]:
         sizes = "{} x {} to {} x {} pixels, median {} x {}".format(*low, *high, *middle)
         yield f"  sizes       {sizes}, {images['mean_bytes'] / 1000:.1f} kB"
     if report["captions"]:
-        words = "{min} to {max} ({longest}), median {median}, 99 % to {p99}; {over_limit} over {limit}"
+        words = (
+            "{min} to {max} ({longest}), median {median}, 99 % to {p99}; {over_limit} over {limit}"
+        )
         yield f"  {lengths['unit']:<11} {words.format(**lengths)}"
-    texts, keys, unused = report["duplicate_captions"], report["duplicate_keys"], report["unused_fields"]
+    texts = report["duplicate_captions"]
+    keys = report["duplicate_keys"]
+    unused = report["unused_fields"]
     missing = sum(one["reason"].startswith(NO_IMAGE) for one in report["broken"])
-    white = "training reads what is below; `llm2clip data make --background white` puts them on white"
+    white = (
+        "training reads what is below; `llm2clip data make --background white` puts them on white"
+    )
     problems: list[tuple[int, str, list[dict[str, Any]]]] = [
-        (missing, "images not found; set --image-folder to the folder that their paths start from", []),
+        (
+            missing,
+            "images not found; set --image-folder to the folder that their paths start from",
+            [],
+        ),
         (len(report["broken_shards"]), "broken shards", report["broken_shards"]),
         (len(report["broken"]), "broken samples", report["broken"]),
         (len(report["without_captions"]), "samples without a caption", report["without_captions"]),
         (report["empty_captions"], "empty captions", []),
-        (texts["values"], f"texts are those of several samples, {texts['samples']:,} in all", texts["most_frequent"]),
-        (keys["values"], f"keys are those of several samples, {keys['samples']:,} in all", keys["most_frequent"]),
+        (
+            texts["values"],
+            f"texts are those of several samples, {texts['samples']:,} in all",
+            texts["most_frequent"],
+        ),
+        (
+            keys["values"],
+            f"keys are those of several samples, {keys['samples']:,} in all",
+            keys["most_frequent"],
+        ),
         (images["exact_copies"], "images are exact copies of others", []),
         (images["transparent"], f"images are transparent: {white}", []),
-        (report["nested_captions"], "samples have a caption that contains another one: trivial pairs for stage 1", []),
+        (
+            report["nested_captions"],
+            "samples have a caption that contains another one: trivial pairs for stage 1",
+            [],
+        ),
         (len(unused), _unused(report), []),
     ]
     if other:
         of = f"of {other['path']} are in the training data, too"
-        problems.append((other["images_in_both"], f"of {other['samples']:,} images {of}", other["examples"]))
+        problems.append(
+            (other["images_in_both"], f"of {other['samples']:,} images {of}", other["examples"])
+        )
         problems.append((other["captions_in_both"], f"of {other['captions']:,} captions {of}", []))
     for number, title, examples in problems:
         if number:
             yield f"  {number:,} {title}"
-            yield from (f"    {': '.join(str(part)[:200] for part in one.values())}" for one in examples[:show])
+            yield from (
+                f"    {': '.join(str(part)[:200] for part in one.values())}"
+                for one in examples[:show]
+            )
     verdict = "fit for training" if report["fit_for_training"] else "NOT fit for training"
     yield f"{verdict}: {report['broken_share']:.2%} broken, {report['max_broken']:.2%} allowed"

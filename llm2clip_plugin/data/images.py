@@ -20,8 +20,10 @@ from PIL import Image
 from llm2clip_plugin.data.samples import AugmentConfig, load, open_header
 from llm2clip_plugin.options import unknown
 
-LARGE = 1 << 16  # pixels of a crop (256 x 256) above which rounding its box to whole pixels is negligible
-RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's own numbers
+# pixels of a crop (256 x 256) above which rounding its box to whole pixels is negligible
+LARGE = 1 << 16
+# PIL's own numbers
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 FITS = ("shortest", "squash", "native")
 
 
@@ -31,17 +33,21 @@ class ImageConfig:
 
     size: int = 224  # pixels, side of the tower's square image
     resize: int = 0  # pixels, shortest edge before the center crop; 0: size
-    # shortest: keep the aspect ratio and crop the center; squash: stretch to the square; native: keep the aspect ratio,
-    # in at most as many patches as the square has
+    # shortest: keep the aspect ratio and crop the center; squash: stretch to the square; native:
+    # keep the aspect ratio, in at most as many patches as the square has
     fit: str = "shortest"
     patch: int = 0  # pixels, side of a patch; if native
     resample: str = "bicubic"  # nearest | lanczos | bilinear | bicubic | box | hamming
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # RGB, for values in 0 .. 1; CLIP's
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # RGB, for values in 0 .. 1; CLIP's
+    # RGB, for values in 0 .. 1; CLIP's
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    # RGB, for values in 0 .. 1; CLIP's
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
         if self.size < 1 or (self.resize and self.resize < self.size):
-            raise ValueError(f"image size {self.size}, resize {self.resize}: expected 1 <= size <= resize (or 0)")
+            raise ValueError(
+                f"image size {self.size}, resize {self.resize}: expected 1 <= size <= resize (or 0)"
+            )
         if self.fit not in FITS:
             raise ValueError(unknown("fit", self.fit, FITS))
         if self.resample not in RESAMPLE:
@@ -59,18 +65,24 @@ class ImageConfig:
 
     @classmethod
     def from_preprocessor(cls, values: dict[str, Any]) -> ImageConfig:
-        """From a Hugging Face image processor's dictionary (CLIP, SigLIP, DINOv2's BitImageProcessor, NaFlex's ...).
+        """From a Hugging Face image processor's dictionary (CLIP, SigLIP, DINOv2's
+        BitImageProcessor, NaFlex's ...).
 
         Raises ValueError for settings that this class does not support.
         """
-        most, patch = int(values.get("max_num_patches") or 0), int(values.get("patch_size", 16))
+        most = int(values.get("max_num_patches") or 0)
+        patch = int(values.get("patch_size", 16))
         if native := most > 0:
             side = math.isqrt(most) * patch
             values = {**values, "size": {"height": side, "width": side}, "do_center_crop": False}
         crop = bool(values.get("do_center_crop", values.get("crop_size") is not None))
         edge, height, width = _sides(values.get("size"), "size")
-        _, crop_height, crop_width = _sides(values.get("crop_size"), "crop_size") if crop else (0, height, height)
-        resample = {number: name for name, number in RESAMPLE.items()}.get(int(values.get("resample", 3)), "")
+        _, crop_height, crop_width = (
+            _sides(values.get("crop_size"), "crop_size") if crop else (0, height, height)
+        )
+        resample = {number: name for name, number in RESAMPLE.items()}.get(
+            int(values.get("resample", 3)), ""
+        )
         problem = ""
         if values.get("do_resize", True) is False or values.get("do_pad"):
             problem = "do_resize false or do_pad true, so its images have no fixed size"
@@ -108,7 +120,9 @@ def _sides(value: Any, name: str) -> tuple[int, int, int]:
         return (value["shortest_edge"],) * 3
     if isinstance(value, dict) and {"height", "width"} <= value.keys():
         return (0, value["height"], value["width"])
-    raise ValueError(f"preprocessor has {name} {value!r}; expected a number, shortest_edge, or height and width")
+    raise ValueError(
+        f"preprocessor has {name} {value!r}; expected a number, shortest_edge, or height and width"
+    )
 
 
 def _triple(values: Any) -> tuple[float, float, float]:
@@ -126,71 +140,106 @@ class Normalize:
 
     def shapes(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
         """A batch's spatial_shapes (B, 2) on the device, if its images keep their aspect."""
-        return [batch[name].to(self.device, non_blocking=True) for name in ("spatial_shapes",) if name in batch]
+        return [
+            batch[name].to(self.device, non_blocking=True)
+            for name in ("spatial_shapes",)
+            if name in batch
+        ]
 
     def __call__(self, pixels_BSS3: torch.Tensor) -> torch.Tensor:
         """(B, S, S, 3) uint8, wherever it lies -> (B, 3, S, S) float32 on the device."""
         values = pixels_BSS3.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        return values.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.shift).mul_(self.scale)
+        return (
+            values.to(torch.float32, memory_format=torch.contiguous_format)
+            .sub_(self.shift)
+            .mul_(self.scale)
+        )
 
 
 def native_size(width: float, height: float, patch: int, patches: int) -> tuple[int, int]:
-    """Width and height in pixels, multiples of ``patch``, of an image in at most ``patches`` patches.
+    """Width and height in pixels, multiples of ``patch``, of an image in at most ``patches``
+    patches.
 
-    Both sides are rounded up, at the largest scale that fits: transformers' search for it, step by step.
+    Both sides are rounded up, at the largest scale that fits: transformers' search for it, step by
+    step.
     """
 
     def scaled(scale: float) -> tuple[int, int]:
         across, down = (max(1, math.ceil(side * scale / patch)) for side in (width, height))
         return across * patch, down * patch
 
-    low, high = 1e-6, 100.0
+    low = 1e-6
+    high = 100.0
     while high - low >= 1e-5:
         middle = (low + high) / 2
-        low, high = (middle, high) if math.prod(scaled(middle)) <= patches * patch**2 else (low, middle)
+        low, high = (
+            (middle, high) if math.prod(scaled(middle)) <= patches * patch**2 else (low, middle)
+        )
     return scaled(low)
 
 
-def as_square(pixels_HW3: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """(S, S, 3) with the patches of a native image row by row, then zeros; the image's rows and columns of patches.
-    Other images as they are, and None."""
+def as_square(
+    pixels_HW3: np.ndarray, config: ImageConfig
+) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """(S, S, 3) with the patches of a native image row by row, then zeros; the image's rows and
+    columns of patches. Other images as they are, and None."""
     if config.fit != "native":
         return pixels_HW3, None
-    side, patch = config.size, config.patch
-    grid, rows, columns = side // patch, len(pixels_HW3) // patch, pixels_HW3.shape[1] // patch
+    side = config.size
+    patch = config.patch
+    grid = side // patch
+    rows = len(pixels_HW3) // patch
+    columns = pixels_HW3.shape[1] // patch
     square = np.zeros((grid * grid, patch, patch, 3), pixels_HW3.dtype)
     patches = pixels_HW3.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
     square[: rows * columns] = patches.reshape(-1, patch, patch, 3)
-    return square.reshape(grid, grid, patch, patch, 3).swapaxes(1, 2).reshape(side, side, 3), (rows, columns)
+    return square.reshape(grid, grid, patch, patch, 3).swapaxes(1, 2).reshape(side, side, 3), (
+        rows,
+        columns,
+    )
 
 
 def evaluation_pixels(data: bytes, config: ImageConfig) -> np.ndarray:
-    """(S, S, 3) uint8, (H, W, 3) if native: resized and cropped as by the tower's Hugging Face processor. Raises
-    BrokenImage."""
-    image = load(open_header(data))  # EXIF orientation is ignored, as in the towers' own preprocessors
-    side, resample = config.size, RESAMPLE[config.resample]
+    """(S, S, 3) uint8, (H, W, 3) if native: resized and cropped as by the tower's Hugging Face
+    processor. Raises BrokenImage."""
+    # EXIF orientation is ignored, as in the towers' own preprocessors
+    image = load(open_header(data))
+    side = config.size
+    resample = RESAMPLE[config.resample]
     if config.fit == "native":
-        return np.array(image.resize(native_size(*image.size, config.patch, config.patches), resample))
+        return np.array(
+            image.resize(native_size(*image.size, config.patch, config.patches), resample)
+        )
     if config.fit == "squash":
         return np.array(image.resize((side, side), resample))
-    edge, short, long = config.shortest_edge, min(image.size), max(image.size)
+    edge = config.shortest_edge
+    short = min(image.size)
+    long = max(image.size)
     stretched = int(edge * long / short)  # Hugging Face rounds down
     size = (edge, stretched) if image.width <= image.height else (stretched, edge)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    left = (size[0] - side) // 2
+    top = (size[1] - side) // 2
     return np.array(image.resize(size, resample).crop((left, top, left + side, top + side)))
 
 
-def training_pixels(data: bytes, config: ImageConfig, augment: AugmentConfig, rng: random.Random) -> np.ndarray:
-    """(S, S, 3) uint8: a random crop, resized, mirrored and rotated as configured. Equal rngs give equal pixels.
+def training_pixels(
+    data: bytes, config: ImageConfig, augment: AugmentConfig, rng: random.Random
+) -> np.ndarray:
+    """(S, S, 3) uint8: a random crop, resized, mirrored and rotated as configured. Equal rngs give
+    equal pixels.
 
     If native, (H, W, 3), and the crop's ratio is relative to the image's. Raises BrokenImage.
     """
-    side, native = config.size, config.fit == "native"
+    side = config.size
+    native = config.fit == "native"
     image = open_header(data)
     full = image.size
     left, top, width, height = random_crop((1, 1) if native else full, augment, rng)
     if native:
-        left, top, width, height = left * full[0], top * full[1], width * full[0], height * full[1]
+        left = left * full[0]
+        top = top * full[1]
+        width = width * full[0]
+        height = height * full[1]
     size = native_size(width, height, config.patch, config.patches) if native else (side, side)
     mirrored = augment.flip and rng.random() < 0.5
     angle = rng.uniform(-augment.rotate, augment.rotate) if augment.rotate else 0.0
@@ -208,19 +257,26 @@ def training_pixels(data: bytes, config: ImageConfig, augment: AugmentConfig, rn
         # what a rotated image leaves empty is filled with the mean of the four corners
         corners = pixels_HW3[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0).round()
         color = tuple(int(value) for value in corners)
-        pixels_HW3 = np.array(Image.fromarray(pixels_HW3).rotate(angle, Image.Resampling.BILINEAR, fillcolor=color))
+        pixels_HW3 = np.array(
+            Image.fromarray(pixels_HW3).rotate(angle, Image.Resampling.BILINEAR, fillcolor=color)
+        )
     return pixels_HW3
 
 
 def resize_box(
     image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], resample: str
 ) -> np.ndarray:
-    """(H, W, 3) uint8: the part of an RGB image within ``box`` (left, top, right, bottom), resized to ``size`` (W, H).
+    """(H, W, 3) uint8: the part of an RGB image within ``box`` (left, top, right, bottom), resized
+    to ``size`` (W, H).
 
-    A large box is rounded to whole pixels and resized by torch, which is more than twice as fast as PIL and differs
-    from it by at most 2 of 255 levels.
+    A large box is rounded to whole pixels and resized by torch, which is more than twice as fast as
+    PIL and differs from it by at most 2 of 255 levels.
     """
-    if resample not in ("bilinear", "bicubic") or (box[2] - box[0]) * (box[3] - box[1]) < LARGE or not _fast_resize():
+    if (
+        resample not in ("bilinear", "bicubic")
+        or (box[2] - box[0]) * (box[3] - box[1]) < LARGE
+        or not _fast_resize()
+    ):
         return np.array(image.resize(size, RESAMPLE[resample], box=box, reducing_gap=3.0))
     left, top, right, bottom = map(round, box)
     crop_13hw = torch.from_numpy(np.array(image))[top:bottom, left:right].permute(2, 0, 1)[None]
@@ -230,25 +286,33 @@ def resize_box(
 
 @lru_cache
 def _fast_resize() -> bool:
-    """Whether this torch resizes uint8 images with vector instructions: 2.1 or newer, on a CPU with AVX2."""
+    """Whether this torch resizes uint8 images with vector instructions: 2.1 or newer, on a CPU with
+    AVX2."""
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     return version >= (2, 1) and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-def random_crop(size: tuple[int, int], augment: AugmentConfig, rng: random.Random) -> tuple[float, float, float, float]:
-    """(left, top, width, height) of a crop of an image of ``size`` (width, height), in pixels, not rounded.
+def random_crop(
+    size: tuple[int, int], augment: AugmentConfig, rng: random.Random
+) -> tuple[float, float, float, float]:
+    """(left, top, width, height) of a crop of an image of ``size`` (width, height), in pixels, not
+    rounded.
 
-    The area is uniform within ``scale``, the ratio log-uniform within ``ratio`` (Szegedy et al. 2014, section 6). After
-    ten crops that don't fit it is the largest center crop of an allowed ratio.
+    The area is uniform within ``scale``, the ratio log-uniform within ``ratio`` (Szegedy et al.
+    2014, section 6). After ten crops that don't fit it is the largest center crop of an allowed
+    ratio.
     """
     full_width, full_height = size
     for _ in range(10):
         area = rng.uniform(*augment.scale) * full_width * full_height
         ratio = math.exp(rng.uniform(math.log(augment.ratio[0]), math.log(augment.ratio[1])))
-        width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        width = math.sqrt(area * ratio)
+        height = math.sqrt(area / ratio)
         if width <= full_width and height <= full_height:
-            left, top = rng.uniform(0, full_width - width), rng.uniform(0, full_height - height)
+            left = rng.uniform(0, full_width - width)
+            top = rng.uniform(0, full_height - height)
             return left, top, width, height
     ratio = min(max(full_width / full_height, augment.ratio[0]), augment.ratio[1])
-    width, height = min(full_width, full_height * ratio), min(full_height, full_width / ratio)
+    width = min(full_width, full_height * ratio)
+    height = min(full_height, full_width / ratio)
     return (full_width - width) / 2, (full_height - height) / 2, width, height

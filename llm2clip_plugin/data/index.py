@@ -1,4 +1,5 @@
-"""The index of a source: a table with an entry for each shard, and a row for each sample, read on demand.
+"""The index of a source: a table with an entry for each shard, and a row for each sample, read on
+demand.
 
 ```
 head      256 bytes: JSON with the kind, the columns, where the table is, and the SHA-256 of the table
@@ -6,8 +7,9 @@ chunks    of each shard: (samples, columns) int64 rows, then its text: keys, or 
 table     JSON: names, stamps, samples, starts of the chunks, sizes of the texts
 ```
 
-The last two columns are start and size of the sample's text. One descriptor and no map serve any number of shards.
-Chunks of new shards and another table are appended, and then the head names that table: what was there stays in place.
+The last two columns are start and size of the sample's text. One descriptor and no map serve any
+number of shards. Chunks of new shards and another table are appended, and then the head names that
+table: what was there stays in place.
 """
 
 from __future__ import annotations
@@ -57,13 +59,18 @@ class ShardRows:
     text: bytes
 
 
-Shards: TypeAlias = Iterator[ShardRows | int]  # rows, or the number of an unchanged shard in the index before
+# rows, or the number of an unchanged shard in the index before
+Shards: TypeAlias = Iterator[ShardRows | int]
 
 
-def write_index(path: Path, shards: Shards, columns: int, old: IndexFile | None) -> BaseException | None:
-    """Write an index, reading ``shards`` once; returns the error that ended them after the first one.
-    ``old``: what numbers among them are of; extended if ``path`` is its own."""
-    table, failure, own = Table(), None, old if old and old.path == path else None
+def write_index(
+    path: Path, shards: Shards, columns: int, old: IndexFile | None
+) -> BaseException | None:
+    """Write an index, reading ``shards`` once; returns the error that ended them after the first
+    one. ``old``: what numbers among them are of; extended if ``path`` is its own."""
+    table = Table()
+    failure = None
+    own = old if old and old.path == path else None
     with open(path, "r+b" if own else "wb") as file:
         file.seek(own.end if own else HEAD_BYTES)
         while True:
@@ -72,7 +79,8 @@ def write_index(path: Path, shards: Shards, columns: int, old: IndexFile | None)
             except BaseException as error:
                 if not table.names:
                     raise
-                shard, failure = None, error
+                shard = None
+                failure = error
             if shard is None:
                 break
             if own and isinstance(shard, int):
@@ -82,11 +90,17 @@ def write_index(path: Path, shards: Shards, columns: int, old: IndexFile | None)
             assert isinstance(rows, ShardRows)
             table.add(rows.name, rows.stamp, len(rows.rows), file.tell(), len(rows.text))
             file.write(rows.rows.astype("<i8").tobytes() + rows.text)
-        start, text = file.tell(), canonical_json(asdict(table)).encode()
+        start = file.tell()
+        text = canonical_json(asdict(table)).encode()
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-        head = {**FORMAT, "columns": columns, "table": [start, len(text)], "sha256": sha256_text(text.decode())}
+        head = {
+            **FORMAT,
+            "columns": columns,
+            "table": [start, len(text)],
+            "sha256": sha256_text(text.decode()),
+        }
         file.seek(0)
         file.write(canonical_json(head).encode().ljust(HEAD_BYTES - 1) + b"\n")
     return failure
@@ -101,7 +115,9 @@ class IndexFile:
         try:
             head: dict[str, Any] = json.loads(self._file.read(HEAD_BYTES, 0))
             if any(head.get(name) != value for name, value in FORMAT.items()):
-                raise ValueError(f"kind {head.get('kind')!r}, version {head.get('format_version')!r}")
+                raise ValueError(
+                    f"kind {head.get('kind')!r}, version {head.get('format_version')!r}"
+                )
             start, size = head["table"]
             text = self._file.read(size, start).decode()
             if sha256_text(text) != head["sha256"]:
@@ -119,23 +135,37 @@ class IndexFile:
     @property
     def is_sparse(self) -> bool:
         """Whether less than half of the file is what its table names."""
-        return 2 * (8 * self.columns * sum(self.table.samples) + sum(self.table.text_bytes)) < self.end
+        return (
+            2 * (8 * self.columns * sum(self.table.samples) + sum(self.table.text_bytes)) < self.end
+        )
 
     def row(self, shard: int, number: int) -> tuple[list[int], bytes]:
-        """The columns of a sample of a shard, and its text. Raises ValueError for values that no file can have."""
-        start, row_bytes, text_bytes = self.table.starts[shard], 8 * self.columns, self.table.text_bytes[shard]
+        """The columns of a sample of a shard, and its text. Raises ValueError for values that no
+        file can have."""
+        start = self.table.starts[shard]
+        row_bytes = 8 * self.columns
+        text_bytes = self.table.text_bytes[shard]
         row = self._file.read(row_bytes, start + number * row_bytes)
         values = np.frombuffer(row, dtype="<i8").tolist() if len(row) == row_bytes else [-2]
-        if min(values) < -1 or max(values) > max(self.table.stamps[shard][0], text_bytes) or values[-1] > text_bytes:
-            raise ValueError(f"{self.path} is damaged (row {number} of shard {shard}); delete it and restart")
+        if (
+            min(values) < -1
+            or max(values) > max(self.table.stamps[shard][0], text_bytes)
+            or values[-1] > text_bytes
+        ):
+            raise ValueError(
+                f"{self.path} is damaged (row {number} of shard {shard}); delete it and restart"
+            )
         text_start, text_size = values[-2:]
         if not text_size:
             return values, b""
-        return values, self._file.read(text_size, start + self.table.samples[shard] * row_bytes + text_start)
+        return values, self._file.read(
+            text_size, start + self.table.samples[shard] * row_bytes + text_start
+        )
 
     def shard(self, number: int) -> ShardRows:
         """All rows of a shard."""
-        table, row_bytes = self.table, 8 * self.columns
+        table = self.table
+        row_bytes = 8 * self.columns
         size = table.samples[number] * row_bytes
         data = self._file.read(size + table.text_bytes[number], table.starts[number])
         rows = np.frombuffer(data[:size], dtype="<i8").reshape(-1, self.columns)
@@ -151,9 +181,9 @@ def open_index(
     build: Callable[[IndexFile | None], Shards],
     doing: str,
 ) -> IndexFile:
-    """The index ``name`` of a folder, built by one of the processes that open it if it is not current.
-    build: the shards of a new index, given the one that is there, which is extended unless no lock protects it or most
-    of it is of shards that are gone."""
+    """The index ``name`` of a folder, built by one of the processes that open it if it is not
+    current. build: the shards of a new index, given the one that is there, which is extended unless
+    no lock protects it or most of it is of shards that are gone."""
     for index in _readable(folder, name, columns):
         if is_current(index.table):
             return index
@@ -162,17 +192,28 @@ def open_index(
         for index in found:
             if is_current(index.table):
                 return index  # another process has built it
-        old, failures = found[0] if found else None, []
-        if old and old.path.parent == locked_folder and not old.is_sparse and os.access(old.path, os.W_OK):
-            failures, written = [write_index(old.path, build(old), columns, old)], old.path
+        old = found[0] if found else None
+        failures = []
+        if (
+            old
+            and old.path.parent == locked_folder
+            and not old.is_sparse
+            and os.access(old.path, os.W_OK)
+        ):
+            failures = [write_index(old.path, build(old), columns, old)]
+            written = old.path
         else:
-            written = folder.write(name, lambda path: failures.append(write_index(path, build(old), columns, old)))
+            written = folder.write(
+                name, lambda path: failures.append(write_index(path, build(old), columns, old))
+            )
         if failures[-1]:  # what was read before stays for the next start
             raise failures[-1]
         return IndexFile(written)
 
 
-def _readable(folder: SideFolder, name: str, columns: int, *, warn: bool = False) -> list[IndexFile]:
+def _readable(
+    folder: SideFolder, name: str, columns: int, *, warn: bool = False
+) -> list[IndexFile]:
     found: list[IndexFile] = []
     for path in folder.paths(name):
         try:

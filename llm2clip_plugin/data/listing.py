@@ -1,4 +1,5 @@
-"""Pictures and their captions as people have them: a folder, or a table. What ``llm2clip data make`` makes tars of."""
+"""Pictures and their captions as people have them: a folder, or a table. What ``llm2clip data
+make`` makes tars of."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from typing import Any
 
 from llm2clip_plugin.data.samples import parallel
 from llm2clip_plugin.data.tables import PICTURES, Table
-from llm2clip_plugin.files import MAX_IMAGE, ContractError, parse_json, read_regular, refuse_encoding
+from llm2clip_plugin.files import (
+    MAX_IMAGE,
+    ContractError,
+    parse_json,
+    read_regular,
+    refuse_encoding,
+)
 
 COLUMNS = ("image", "file_name", "filename", "file", "path", "filepath", "image_path", "image_file")
 MAX_TEXT = 16_000_000  # bytes of a picture's .txt or .json
@@ -34,7 +41,11 @@ class Item:
     @property
     def key(self) -> str:
         """Name in a tar: WebDataset splits it at the first dot."""
-        parts = [part for part in PurePosixPath(self.name).with_suffix("").parts if part not in ("/", "..")]
+        parts = [
+            part
+            for part in PurePosixPath(self.name).with_suffix("").parts
+            if part not in ("/", "..")
+        ]
         return "/".join(parts).replace(".", "_")
 
     def add_captions(self, captions: Iterable[dict[str, str]]) -> int:
@@ -45,7 +56,8 @@ class Item:
 
 
 def in_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Name of each picture, and the fields in the .json and .txt of the same name, or why it is left out."""
+    """Name of each picture, and the fields in the .json and .txt of the same name, or why it is
+    left out."""
     inside = folder.resolve()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -99,14 +111,18 @@ def is_inside(path: Path, folder: Path) -> bool:
 def in_table(
     path: Path, folder: Path, captions: set[str], image_field: str, *, needs_captions: bool
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Name of the picture, and the other columns, of each row, or why it is left out. ``captions``: columns that may
-    hold some, ``needs_captions``: one of them must be there. Raises ContractError for a damaged table."""
-    table, inside = Table(path), folder.resolve()
+    """Name of the picture, and the other columns, of each row, or why it is left out. ``captions``:
+    columns that may hold some, ``needs_captions``: one of them must be there. Raises ContractError
+    for a damaged table."""
+    table = Table(path)
+    inside = folder.resolve()
     columns = f"columns: {', '.join(table.columns)}"
     column = image_field or next((name for name in COLUMNS if name in table.columns), "")
     if not column:
         known = ", ".join(COLUMNS)
-        raise ContractError(f"{path} has no image column ({known}); choose one with --image-field; {columns}")
+        raise ContractError(
+            f"{path} has no image column ({known}); choose one with --image-field; {columns}"
+        )
     if column not in table.columns:
         raise ContractError(f"{path} has no column {column!r} (--image-field); {columns}")
     if needs_captions and not captions.intersection(table.columns):
@@ -116,7 +132,10 @@ def in_table(
         if is_inside(folder / name, inside):
             yield name, row.cells
         else:
-            yield name, f"outside of the image folder: set --image-folder to a folder that holds it, not {folder}"
+            yield (
+                name,
+                f"outside of the image folder: set --image-folder to a folder that holds it, not {folder}",
+            )
 
 
 def words_of_name(name: str) -> str:
@@ -133,8 +152,8 @@ def words_of_name(name: str) -> str:
 
 
 def join_copies(items: list[Item], processes: int) -> int:
-    """Give the captions of exact copies to the first of the same pictures, and leave the copies out; returns how many
-    captions were added. Only files of equal size are read."""
+    """Give the captions of exact copies to the first of the same pictures, and leave the copies
+    out; returns how many captions were added. Only files of equal size are read."""
     of_size: dict[int, list[Item]] = {}
     for item in items:
         if not item.problem and (size := regular_size(item.path)) is not None:
@@ -142,7 +161,9 @@ def join_copies(items: list[Item], processes: int) -> int:
     alike = [item for group in of_size.values() if len(group) > 1 for item in group]
     first_of: dict[str, Item] = {}
     joined = 0
-    for item, sha256 in zip(alike, parallel(_sha256, alike, processes=min(processes, len(alike) // 64)), strict=True):
+    for item, sha256 in zip(
+        alike, parallel(_sha256, alike, processes=min(processes, len(alike) // 64)), strict=True
+    ):
         if sha256 is None:
             continue
         first = first_of.setdefault(sha256, item)

@@ -1,4 +1,5 @@
-"""Data sets that are written, whole or not at all: tars of pictures and captions, splits, and LLaVA's captions.json.
+"""Data sets that are written, whole or not at all: tars of pictures and captions, splits, and
+LLaVA's captions.json.
 
 ``llm2clip data make FOLDER|TABLE``, ``llm2clip data split DATA``, ``llm2clip llava data DATA``
 """
@@ -38,7 +39,14 @@ from llm2clip_plugin.data.samples import (
     read_captions,
     select_captions,
 )
-from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, check_fields, open_source, split_name
+from llm2clip_plugin.data.sources import (
+    Shard,
+    Source,
+    SourceConfig,
+    check_fields,
+    open_source,
+    split_name,
+)
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.data.tables import PICTURES
@@ -47,7 +55,8 @@ from llm2clip_plugin.folders import LLAVA_FOLDER, MAKE_FOLDER, SPLIT_FOLDER, out
 from llm2clip_plugin.options import Command, command
 
 TABLES = (".csv", ".tsv")
-STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # copied as they are; others become PNG
+# copied as they are; others become PNG
+STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 SHARD_BYTES = 256_000_000  # of a tar
 LANGUAGE = "en"  # of captions without one
 LEFT_OUT = "left-out.jsonl"  # in the output: {"image", "reason"} of each picture that is in no tar
@@ -61,10 +70,13 @@ class MakeConfig:
     output: str  # folder to write; it appears when it is complete
     images: str = ""  # folder that a table's image paths start from; "": the table's own
     image_field: str = ""  # column of the image's path; "": image, file_name, path and the like
-    # columns, or fields of a picture's .json, that are captions: NAME=KIND or NAME=KIND:LANGUAGE; txt is the .txt
+    # columns, or fields of a picture's .json, that are captions: NAME=KIND or NAME=KIND:LANGUAGE;
+    # txt is the .txt
     fields: tuple[str, ...] = (*DEFAULT_FIELDS, "text=short", "title=short")
-    file_names: bool = False  # a picture without a caption gets its file name as one: red-fox_2.jpg, "red fox"
-    background: str = ""  # white | gray | black: put transparent pictures on it; "": left as they are
+    # a picture without a caption gets its file name as one: red-fox_2.jpg, "red fox"
+    file_names: bool = False
+    # white | gray | black: put transparent pictures on it; "": left as they are
+    background: str = ""
     workers: int = 0  # processes; 0: one per core
     overwrite: bool = False  # replace what this command wrote there
 
@@ -99,17 +111,28 @@ def main(argv: list[str]) -> int:
         size = _write(config, items, folder)
         left_out = [(item.name, item.problem) for item in items if item.problem]
         if len(left_out) == len(items):
-            raise ValueError(f"none of the {len(items)} files in {config.path} can be used: {_why(items[0])}")
-        lines = [json.dumps({"image": image, "reason": reason}, ensure_ascii=False) for image, reason in left_out]
-        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
+            raise ValueError(
+                f"none of the {len(items)} files in {config.path} can be used: {_why(items[0])}"
+            )
+        lines = [
+            json.dumps({"image": image, "reason": reason}, ensure_ascii=False)
+            for image, reason in left_out
+        ]
+        (folder / LEFT_OUT).write_text(
+            "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace"
+        )
     captions = sum(len(item.captions) for item in items if not item.problem)
-    print(f"{config.output}: {len(items) - len(left_out):,} samples, {captions:,} captions, {size_text(size)}")
+    print(
+        f"{config.output}: {len(items) - len(left_out):,} samples, {captions:,} captions, {size_text(size)}"
+    )
     if joined:
         print(f"joined from exact copies: {joined:,} {'caption' if joined == 1 else 'captions'}")
     if left_out:
         reasons = Counter(reason.partition(":")[0] for _, reason in left_out)
         counts = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
-        print(f"left out: {len(left_out):,} ({counts}), all in {os.path.join(config.output, LEFT_OUT)}")
+        print(
+            f"left out: {len(left_out):,} ({counts}), all in {os.path.join(config.output, LEFT_OUT)}"
+        )
     print(command("data", "check", config.output), flush=True)
     return 0
 
@@ -127,19 +150,25 @@ def _why(item: Item) -> str:
 def list_items(config: MakeConfig) -> list[Item]:
     """Every picture of ``config.path``, in order of name or row; rows of the same picture are one.
     Raises ValueError if it is neither a folder nor a table, or has no pictures or captions."""
-    path, fields = Path(config.path), parse_fields(config.fields, LANGUAGE)
+    path = Path(config.path)
+    fields = parse_fields(config.fields, LANGUAGE)
     names = {one.name for one in fields}
     if path.is_dir():
-        folder, rows = path, in_folder(path)
+        folder = path
+        rows = in_folder(path)
     elif path.suffix.lower() in TABLES and path.is_file():
         folder = Path(config.images or path.parent)
-        rows = in_table(path, folder, names, config.image_field, needs_captions=not config.file_names)
+        rows = in_table(
+            path, folder, names, config.image_field, needs_captions=not config.file_names
+        )
     else:
         raise ValueError(f"{path} is neither a folder of pictures nor a table ({' '.join(TABLES)})")
     items: dict[str, Item] = {}
     used = {"captions", *names}
     for name, row in rows:
-        item = items.setdefault(name, Item(name, folder / name, problem="" if name else "no image path"))
+        item = items.setdefault(
+            name, Item(name, folder / name, problem="" if name else "no image path")
+        )
         if isinstance(row, str):
             item.problem = row
             continue
@@ -153,7 +182,9 @@ def list_items(config: MakeConfig) -> list[Item]:
     if not items and path.is_file():
         raise ValueError(f"{path} has a header and no rows; expected a row a picture")
     if all(item.problem == "not a picture" for item in items.values()):
-        raise ValueError(f"no pictures in {path} ({' '.join(PICTURES)}); tars are read by all commands as they are")
+        raise ValueError(
+            f"no pictures in {path} ({' '.join(PICTURES)}); tars are read by all commands as they are"
+        )
     for item in items.values():
         if not item.problem and not item.captions:
             if config.file_names and (text := words_of_name(item.name)):
@@ -164,33 +195,43 @@ def list_items(config: MakeConfig) -> list[Item]:
 
 
 def read_picture(background: str, item: Item) -> tuple[bytes, str] | str:
-    """A picture as it goes into a tar and its extension, or why there is none. It is decoded once, and put on
-    ``background`` if it is transparent."""
+    """A picture as it goes into a tar and its extension, or why there is none. It is decoded once,
+    and put on ``background`` if it is transparent."""
     if item.problem:
         return item.problem
     try:
         data = read_regular(item.path, MAX_IMAGE)
         image = open_header(data)
-        transparent, extension = has_transparency(image), STORED.get(image.format or "", "")
+        transparent = has_transparency(image)
+        extension = STORED.get(image.format or "", "")
         flat = load(image)
     except ValueError as error:  # BrokenImage, too
         return f"unreadable: {error}"
     except OSError as error:
-        return f"no file: {item.path}" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
+        return (
+            f"no file: {item.path}"
+            if isinstance(error, FileNotFoundError)
+            else f"unreadable: {error.strerror}"
+        )
     if transparent and (background or not extension):
         flat = image.convert("RGBA")
     if transparent and background:
-        flat, extension = Image.alpha_composite(Image.new("RGBA", image.size, background), flat).convert("RGB"), ""
+        flat = Image.alpha_composite(Image.new("RGBA", image.size, background), flat).convert("RGB")
+        extension = ""
     if not extension:
         buffer = io.BytesIO()
         flat.save(buffer, "PNG")
-        data, extension = buffer.getvalue(), "png"
+        data = buffer.getvalue()
+        extension = "png"
     return data, extension
 
 
 def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
-    """Write tars of the items that can be used, and note the problems of the others; bytes of pictures."""
-    tar, shard, total = None, 0, 0
+    """Write tars of the items that can be used, and note the problems of the others; bytes of
+    pictures."""
+    tar = None
+    shard = 0
+    total = 0
     keys: set[str] = set()
     processes = min(config.workers or cores(), len(items) // 64)
     pictures = parallel(partial(read_picture, config.background), items, processes=processes)
@@ -206,7 +247,9 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
                 shard += 1
             data, extension = picture
             total += len(data)
-            meta = json.dumps({**item.meta, "captions": item.captions}, ensure_ascii=False, default=str)
+            meta = json.dumps(
+                {**item.meta, "captions": item.captions}, ensure_ascii=False, default=str
+            )
             key = item.key
             while key in keys:  # a.jpg and a.png are two samples
                 key += "-2"
@@ -218,7 +261,8 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
     return total
 
 
-# ``llm2clip llava data DATA --output DIR``: a data set as LLaVA's pretraining reads it, captions.json and images.
+# ``llm2clip llava data DATA --output DIR``: a data set as LLaVA's pretraining reads it,
+# captions.json and images.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,11 +288,15 @@ LLAVA_DATA = Command(
 def main_llava_data(argv: list[str]) -> int:
     """Write the folder. Raises FileExistsError if it exists, ValueError if no sample can be used."""
     config = LLAVA_DATA.parse(argv)
-    source, rows, output = open_source(config), [], Path(config.output)
+    source = open_source(config)
+    rows = []
+    output = Path(config.output)
     check_fields(source, needed=True)
     with output_folder(output, LLAVA_FOLDER, replace=config.overwrite) as folder:
         (folder / "images").mkdir()
-        for number in track(range(len(source)), total=len(source), label="llava data", unit="samples"):
+        for number in track(
+            range(len(source)), total=len(source), label="llava data", unit="samples"
+        ):
             try:
                 sample = source[number]
                 captions = select_captions(sample.captions, config.kinds, config.languages)
@@ -258,29 +306,40 @@ def main_llava_data(argv: list[str]) -> int:
                 continue
             if captions:
                 (folder / "images" / name).write_bytes(data)
-                turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": captions[0].text}]
+                turns = [
+                    {"from": "human", "value": "<image>"},
+                    {"from": "gpt", "value": captions[0].text},
+                ]
                 rows.append({"id": sample.key, "image": name, "conversations": turns})
         if not rows:
-            raise ValueError(f"no sample of {config.path} can be used; llm2clip data check {config.path} shows why")
-        (folder / "captions.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+            raise ValueError(
+                f"no sample of {config.path} can be used; llm2clip data check {config.path} shows why"
+            )
+        (folder / "captions.json").write_text(
+            json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8"
+        )
     left_out = f", {len(source) - len(rows):,} left out" * (len(rows) < len(source))
     print(f"{config.output}: {len(rows):,} images with a caption{left_out}")
     return 0
 
 
-# ``llm2clip data split DATA --output DIR``: hold out a part of a data set, the same one wherever it is run.
+# ``llm2clip data split DATA --output DIR``: hold out a part of a data set, the same one wherever it
+# is run.
 
 SIDES = ("train", "validation")
-SALT = "llm2clip data split\0"  # of the hash, so that it is independent of other uses of the same keys
+# of the hash, so that it is independent of other uses of the same keys
+SALT = "llm2clip data split\0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig(SourceConfig):
     """A split of one data set."""
 
-    output: str  # folder to write: train and validation, tars copied or lists that refer to the same images
+    # folder to write: train and validation, tars copied or lists that refer to the same images
+    output: str
     validation: float = 0.02  # fraction of the keys, or of the field's values, that is held out
-    by: str = ""  # field of the samples' JSON: samples with one value are on one side; "": each sample by its key
+    # field of the samples' JSON: samples with one value are on one side; "": each sample by its key
+    by: str = ""
     workers: int = 0  # processes; 0: one per core
     dry_run: bool = False  # print the counts and write nothing
     overwrite: bool = False  # replace what this command wrote there
@@ -288,7 +347,9 @@ class SplitConfig(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.validation < 1:
-            raise ValueError(f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.02")
+            raise ValueError(
+                f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.02"
+            )
         if not self.output:
             raise ValueError("no output folder is set; add --output DIR")
 
@@ -309,33 +370,58 @@ def main_split(argv: list[str]) -> int:
     """Print the counts, write the split, and print the next commands; exit status 0.
     Raises FileExistsError if the output exists, ValueError if the data can't be split."""
     config = SPLIT.parse(argv)
-    output, source = Path(config.output), open_source(config)
+    output = Path(config.output)
+    source = open_source(config)
     if os.path.isdir(source.path) and output.resolve().is_relative_to(Path(source.path).resolve()):
-        raise ValueError(f"--output {output} is inside the data, whose subfolders are read too; choose one elsewhere")
+        raise ValueError(
+            f"--output {output} is inside the data, whose subfolders are read too; choose one elsewhere"
+        )
     hash_N = decide(source, config.validation, config.by, config.workers)
-    held_out_N, counts = is_held_out(hash_N, config.validation), {}
+    held_out_N = is_held_out(hash_N, config.validation)
+    counts = {}
     for held_out, side in enumerate(SIDES):
         mine_N = held_out_N == held_out
         counts[side] = int(mine_N.sum())
-        values = f", {len(np.unique(hash_N[mine_N])):,} values of {config.by!r}" if config.by else ""
+        values = (
+            f", {len(np.unique(hash_N[mine_N])):,} values of {config.by!r}" if config.by else ""
+        )
         print(f"{side}: {counts[side]:,} samples ({counts[side] / len(hash_N):.2%}){values}")
     if config.dry_run:
         return 0
     with output_folder(output, SPLIT_FOLDER, replace=config.overwrite) as folder:
         write_sides(source, held_out_N, folder, config.workers)
-        about = {"data": source.path, "validation": config.validation, "by": config.by, "samples": counts}
-        (folder / "split.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        about = {
+            "data": source.path,
+            "validation": config.validation,
+            "by": config.by,
+            "samples": counts,
+        }
+        (folder / "split.json").write_text(
+            json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     paths = outputs(source, output)
     images = ("--image-folder", source.images_folder) if isinstance(source, RowSource) else ()
     for path in paths.values():
         print(command("embed", path, *images, "--llm", "LLM"))
-    print(command("train-tower", paths["train"], "--validation", paths["validation"], *images, "--tower", "TOWER"))
+    print(
+        command(
+            "train-tower",
+            paths["train"],
+            "--validation",
+            paths["validation"],
+            *images,
+            "--tower",
+            "TOWER",
+        )
+    )
     return 0
 
 
 def hash_of(value: str) -> int:
     """The number below 2^64 that decides a value's side."""
-    return int.from_bytes(hashlib.sha256((SALT + value).encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return int.from_bytes(
+        hashlib.sha256((SALT + value).encode("utf-8", "surrogatepass")).digest()[:8], "big"
+    )
 
 
 def is_held_out(hash_N: np.ndarray, validation: float) -> np.ndarray:
@@ -344,11 +430,14 @@ def is_held_out(hash_N: np.ndarray, validation: float) -> np.ndarray:
 
 
 def decide(source: Source, validation: float, by: str, workers: int = 0) -> np.ndarray:
-    """(N) uint64 hashes of the samples' keys, or of the field ``by``, which alone decide their sides, whatever the
-    order of shards. Raises ValueError for a sample without that field, and if one side would be empty."""
+    """(N) uint64 hashes of the samples' keys, or of the field ``by``, which alone decide their
+    sides, whatever the order of shards. Raises ValueError for a sample without that field, and if
+    one side would be empty."""
     processes = min(workers or cores(), len(source.shards))
     read = parallel(partial(_read_shard, source, by), source.shards, processes=processes)
-    hash_N = np.concatenate([*track(read, total=len(source.shards), label="data split: reading", unit="shards")])
+    hash_N = np.concatenate(
+        [*track(read, total=len(source.shards), label="data split: reading", unit="shards")]
+    )
     held_out = int(is_held_out(hash_N, validation).sum())
     if held_out in (0, len(hash_N)):
         of = f"{validation:g} of {len(np.unique(hash_N))} distinct {f'values of {by!r}' if by else 'keys'}"
@@ -375,22 +464,34 @@ def _field(source: Source, sample: int, by: str) -> str:
 def outputs(source: Source, folder: Path) -> dict[str, Path]:
     """Side -> the folder of tars, or the list, that it is written to."""
     suffix = ".json" if has_suffix(source.path, ".json") else ".jsonl"
-    return {side: folder / (side if isinstance(source, TarSource) else f"{side}{suffix}") for side in SIDES}
+    return {
+        side: folder / (side if isinstance(source, TarSource) else f"{side}{suffix}")
+        for side in SIDES
+    }
 
 
 def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: int = 0) -> None:
     """Write both sides below ``folder``."""
     if isinstance(source, TarSource):
-        jobs = [(n, held_out_N[one.start : one.start + one.size]) for n, one in enumerate(source.shards)]
-        done = parallel(partial(_copy_shard, source, folder), jobs, processes=min(workers or cores(), len(jobs)))
+        jobs = [
+            (n, held_out_N[one.start : one.start + one.size]) for n, one in enumerate(source.shards)
+        ]
+        done = parallel(
+            partial(_copy_shard, source, folder), jobs, processes=min(workers or cores(), len(jobs))
+        )
         for _ in track(done, total=len(jobs), label="data split: writing", unit="shards"):
             pass
         return
     if not isinstance(source, RowSource):
-        raise ValueError(f"{source.path} is a {type(source).__name__}, which cannot be split; use tars or a .jsonl")
-    for held_out, (side, target) in enumerate(outputs(source, folder).items()):  # each row as it is stored, in order
+        raise ValueError(
+            f"{source.path} is a {type(source).__name__}, which cannot be split; use tars or a .jsonl"
+        )
+    # each row as it is stored, in order
+    for held_out, (side, target) in enumerate(outputs(source, folder).items()):
         numbers = np.flatnonzero(held_out_N == held_out).tolist()
-        before, between, after = (b"[\n", b",\n", b"\n]\n") if target.suffix == ".json" else (b"", b"\n", b"\n")
+        before, between, after = (
+            (b"[\n", b",\n", b"\n]\n") if target.suffix == ".json" else (b"", b"\n", b"\n")
+        )
         shown = track(numbers, total=len(numbers), label=f"data split: {side}", unit="rows")
         with target.open("wb") as file:
             for place, number in enumerate(shown):
@@ -401,11 +502,14 @@ def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: i
 def _copy_shard(source: TarSource, folder: Path, job: tuple[int, np.ndarray]) -> None:
     """Copy the members of a tar's samples, whatever they hold, to tars of their sides."""
     number, held_out_N = job
-    shard, side_of = source.shards[number], dict[str, str]()
+    shard = source.shards[number]
+    side_of: dict[str, str] = {}
     for sample, held_out in enumerate(held_out_N.tolist(), shard.start):
         key = source.key(sample)
         if side_of.setdefault(key, SIDES[held_out]) != SIDES[held_out]:
-            raise ValueError(f"shard {shard.name!r} has two samples with the key {key!r}, one on each side; rename one")
+            raise ValueError(
+                f"shard {shard.name!r} has two samples with the key {key!r}, one on each side; rename one"
+            )
 
     def copy(path: Path) -> None:
         new: dict[str, tarfile.TarFile] = {}

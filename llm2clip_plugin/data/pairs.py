@@ -1,10 +1,11 @@
-"""The rows of a batch: an image with the teacher's embeddings of its captions, or captions alone; and training batches.
+"""The rows of a batch: an image with the teacher's embeddings of its captions, or captions alone;
+and training batches.
 
-Shapes: b images of a batch on one rank, S pixels a side, k captions of an image, W width of a teacher embedding, V of a
-second one.
+Shapes: b images of a batch on one rank, S pixels a side, k captions of an image, W width of a
+teacher embedding, V of a second one.
 
-A row is a function of (seed, pass, sample). A sample that can't be used is replaced by another, which is a function of
-them too.
+A row is a function of (seed, pass, sample). A sample that can't be used is replaced by another,
+which is a function of them too.
 """
 
 import logging
@@ -62,12 +63,14 @@ class Row:
     key: str
     broken: tuple[BrokenSample, ...]  # the samples that this row replaces
     meta: Mapping[str, Any] = field(default_factory=dict)  # of an evaluated sample
-    shape: tuple[int, int] | None = None  # of an image that keeps its aspect: rows and columns of patches
+    # of an image that keeps its aspect: rows and columns of patches
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(eq=False)
 class PairDataset(Dataset):
-    """The row of a draw: augmented image and one of its selected captions, a function of (seed, pass, sample)."""
+    """The row of a draw: augmented image and one of its selected captions, a function of (seed,
+    pass, sample)."""
 
     sources: Sequence[Source]
     caches: Sequence[EmbeddingCache | None]  # one a source
@@ -75,10 +78,13 @@ class PairDataset(Dataset):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     _: KW_ONLY
     seed: int
-    caption_weights: Mapping[str, float] = field(default_factory=dict)  # how often each kind is drawn; {}: evenly
+    # how often each kind is drawn; {}: evenly
+    caption_weights: Mapping[str, float] = field(default_factory=dict)
     captions_per_image: int = 1  # captions k of a row; an image that has fewer repeats them
-    targets: Sequence[EmbeddingCache] = ()  # a second cache a source, of the same captions by another teacher
-    one_source_batch: int = 0  # size of the global batches, each of one source; 0: a batch mixes the sources
+    # a second cache a source, of the same captions by another teacher
+    targets: Sequence[EmbeddingCache] = ()
+    # size of the global batches, each of one source; 0: a batch mixes the sources
+    one_source_batch: int = 0
 
     def __len__(self) -> int:
         return sum(len(source) for source in self.sources)
@@ -86,7 +92,10 @@ class PairDataset(Dataset):
     @property
     def row_bytes(self) -> int:
         """Bytes of a row's image and embeddings."""
-        widths = [next((c.width for c in caches if c is not None), 0) for caches in (self.caches, self.targets)]
+        widths = [
+            next((c.width for c in caches if c is not None), 0)
+            for caches in (self.caches, self.targets)
+        ]
         side = 0 if self.images is None else self.images.size
         return row_bytes(side, sum(widths) * self.captions_per_image)
 
@@ -108,23 +117,38 @@ class PairDataset(Dataset):
         for attempt in range(SUBSTITUTES + 1):
             index = draw.index
             if attempt:
-                index = hash_words("substitute", self.seed, draw.epoch, draw.source, draw.index, attempt) % length
+                index = (
+                    hash_words(
+                        "substitute", self.seed, draw.epoch, draw.source, draw.index, attempt
+                    )
+                    % length
+                )
             try:
                 return self._row(Draw(draw.source, index, draw.epoch), tuple(broken))
             except BrokenSample as error:
                 broken.append(error)
         listed = "\n".join(f"  {error}" for error in broken)
-        raise ValueError(f"{len(broken)} consecutive samples of {self.sources[draw.source].path} are broken:\n{listed}")
+        raise ValueError(
+            f"{len(broken)} consecutive samples of {self.sources[draw.source].path} are broken:\n{listed}"
+        )
 
     def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
-        source, cache = self.sources[draw.source], self.caches[draw.source]
+        source = self.sources[draw.source]
+        cache = self.caches[draw.source]
         shard, within = source.locate(draw.index)
         sample = None if self.images is None else source[draw.index]
-        key, all_captions = source.captions(draw.index) if sample is None else (sample.key, sample.captions)
+        key, all_captions = (
+            source.captions(draw.index) if sample is None else (sample.key, sample.captions)
+        )
         kinds = source.config.kinds or tuple(self.caption_weights)
         captions = select_captions(all_captions, kinds, source.config.languages)
         if not captions:
-            known = ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in all_captions})) or "none"
+            known = (
+                ", ".join(
+                    sorted({f"{caption.kind}:{caption.language}" for caption in all_captions})
+                )
+                or "none"
+            )
             wanted = f"kinds {tuple(kinds)} and languages {source.config.languages}"
             raise BrokenSample(shard, key, f"no caption of {wanted}; available: {known}")
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
@@ -145,8 +169,11 @@ class PairDataset(Dataset):
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:
-    """Rows to tensors and lists; with one caption an image, its hash and embedding have no axis for it."""
-    hashes_bk = torch.tensor([[caption_hash(caption.text) for caption in row.captions] for row in rows])
+    """Rows to tensors and lists; with one caption an image, its hash and embedding have no axis for
+    it."""
+    hashes_bk = torch.tensor(
+        [[caption_hash(caption.text) for caption in row.captions] for row in rows]
+    )
     one = hashes_bk.shape[1] == 1
     batch: dict[str, Any] = {
         "caption_hashes": hashes_bk[:, 0] if one else hashes_bk,
@@ -157,7 +184,9 @@ def collate(rows: list[Row]) -> dict[str, Any]:
         "retries": [take_retries()],  # of the process that loaded these rows
     }
     if rows[0].pixels is not None:
-        batch["pixels"] = torch.from_numpy(np.stack([row.pixels for row in rows if row.pixels is not None]))
+        batch["pixels"] = torch.from_numpy(
+            np.stack([row.pixels for row in rows if row.pixels is not None])
+        )
         if shapes := [row.shape for row in rows if row.shape is not None]:
             batch["spatial_shapes"] = torch.tensor(shapes)  # (b, 2)
     for name in ("embeddings", "targets"):
@@ -167,16 +196,21 @@ def collate(rows: list[Row]) -> dict[str, Any]:
     return batch
 
 
-# Errors of loader processes as they were raised: torch would put the process's traceback in front of the message.
+# Errors of loader processes as they were raised: torch would put the process's traceback in front
+# of the message.
 
 
 class CollatedDataset(Dataset):
-    """Batches of what ``read`` gives, with the ``seconds`` that took; a ValueError or OSError in place of one, with
-    LLM2CLIP_TRACEBACK=1 to torch. For a DataLoader whose ``collate_fn`` is ``as_it_is``; ``raised`` raises the errors.
+    """Batches of what ``read`` gives, with the ``seconds`` that took; a ValueError or OSError in
+    place of one, with LLM2CLIP_TRACEBACK=1 to torch. For a DataLoader whose ``collate_fn`` is
+    ``as_it_is``; ``raised`` raises the errors.
     """
 
-    def __init__(self, read: Callable[[Any], Any], collate: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self.read, self.collate = read, collate
+    def __init__(
+        self, read: Callable[[Any], Any], collate: Callable[[list[Any]], dict[str, Any]]
+    ) -> None:
+        self.read = read
+        self.collate = collate
 
     def __getitems__(self, indices: Sequence[Any]) -> Any:
         started = time.perf_counter()
@@ -205,8 +239,9 @@ def raised(batches: Iterable[Any]) -> Iterator[Any]:
 def leave_signals_to_the_run(worker: int) -> None:
     """In a loader process: keep loading for GRACE seconds after SIGTERM, and ignore Ctrl-C.
 
-    Launchers send SIGTERM, and terminals SIGINT, to loader processes too. torch's handler would end them at once, and
-    the run could not finish its step, save and stop. SIGTERM is not ignored: at exit, torch waits for these processes.
+    Launchers send SIGTERM, and terminals SIGINT, to loader processes too. torch's handler would end
+    them at once, and the run could not finish its step, save and stop. SIGTERM is not ignored: at
+    exit, torch waits for these processes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
@@ -215,12 +250,14 @@ def leave_signals_to_the_run(worker: int) -> None:
 
 @dataclass(eq=False)
 class EvalPairs:
-    """Batches of a source's images, each once, in order, prepared as by the tower's own preprocessor.
+    """Batches of a source's images, each once, in order, prepared as by the tower's own
+    preprocessor.
 
-    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; spatial_shapes (b, 2) int64 if native (images.as_square);
-    image_ids (b,) int64 (number in the source), embeddings (m, W) float32 (absent without a cache), owners (m,) int64:
-    the image_ids of the captions' images, captions (m Caption), keys and meta (b). A sample that is broken or has no
-    selected caption is left out and listed in ``broken``.
+    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; spatial_shapes (b, 2) int64 if native
+    (images.as_square); image_ids (b,) int64 (number in the source), embeddings (m, W) float32
+    (absent without a cache), owners (m,) int64: the image_ids of the captions' images, captions (m
+    Caption), keys and meta (b). A sample that is broken or has no selected caption is left out and
+    listed in ``broken``.
     """
 
     source: Source
@@ -228,7 +265,8 @@ class EvalPairs:
     images: ImageConfig
     _: KW_ONLY
     batch: int  # images
-    kinds: Sequence[str] | None = ()  # only captions of these kinds; empty: all; None: also images without captions
+    # only captions of these kinds; empty: all; None: also images without captions
+    kinds: Sequence[str] | None = ()
     languages: Sequence[str] = ()  # only captions in these languages; empty: all
     indices: Sequence[int] | None = None  # samples of the source; None: all
     rank: int = 0
@@ -237,9 +275,15 @@ class EvalPairs:
     broken: list[BrokenSample] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        chosen = np.arange(len(self.source)) if self.indices is None else np.asarray(self.indices, dtype=np.int64)
+        chosen = (
+            np.arange(len(self.source))
+            if self.indices is None
+            else np.asarray(self.indices, dtype=np.int64)
+        )
         mine = np.array_split(chosen, self.world)[self.rank].tolist()
-        self._batches = [mine[start : start + self.batch] for start in range(0, len(mine), self.batch)]
+        self._batches = [
+            mine[start : start + self.batch] for start in range(0, len(mine), self.batch)
+        ]
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -247,10 +291,16 @@ class EvalPairs:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.broken = []
         workers = min(self.workers, -(-sum(map(len, self._batches)) // SMALL_PART))
-        plan = plan_evaluation(self.batch, workers, self.images.size, 0 if self.cache is None else self.cache.width)
+        plan = plan_evaluation(
+            self.batch, workers, self.images.size, 0 if self.cache is None else self.cache.width
+        )
         loader = DataLoader(
             CollatedDataset(self._read, self._collate),
-            batch_sampler=[rows[i : i + plan.part] for rows in self._batches for i in range(0, len(rows), plan.part)],
+            batch_sampler=[
+                rows[i : i + plan.part]
+                for rows in self._batches
+                for i in range(0, len(rows), plan.part)
+            ],
             num_workers=workers,
             collate_fn=as_it_is,
             prefetch_factor=plan.prefetch if workers else None,
@@ -270,31 +320,44 @@ class EvalPairs:
             sample = self.source[index]
             captions = select_captions(sample.captions, self.kinds or (), self.languages)
             if not captions and self.kinds is not None:
-                selected = f" of kinds {self.kinds} and languages {self.languages}" if sample.captions else ""
+                selected = (
+                    f" of kinds {self.kinds} and languages {self.languages}"
+                    if sample.captions
+                    else ""
+                )
                 return BrokenSample(shard, sample.key, f"no caption{selected}")
-            pixels, shape = as_square(evaluation_pixels(sample.read_image(), self.images), self.images)
+            pixels, shape = as_square(
+                evaluation_pixels(sample.read_image(), self.images), self.images
+            )
         except BrokenSample as error:
             return error
         except BrokenImage as error:
             return BrokenSample(shard, sample.key, str(error))
-        embeddings = None if self.cache is None else self.cache.rows(shard, within, captions, key=sample.key)
+        embeddings = (
+            None if self.cache is None else self.cache.rows(shard, within, captions, key=sample.key)
+        )
         return Row(pixels, captions, embeddings, None, index, sample.key, (), sample.meta, shape)
 
     def _collate(self, items: list[Row | BrokenSample]) -> dict[str, Any]:
         good = [item for item in items if isinstance(item, Row)]
-        side, all_pixels = self.images.size, [item.pixels for item in good if item.pixels is not None]
+        side = self.images.size
+        all_pixels = [item.pixels for item in good if item.pixels is not None]
         pixels = np.stack(all_pixels) if all_pixels else np.zeros((0, side, side, 3), np.uint8)
         batch: dict[str, Any] = {
             "pixels": torch.from_numpy(pixels),
             "image_ids": torch.tensor([item.image_id for item in good], dtype=torch.int64),
-            "owners": torch.tensor([item.image_id for item in good for _ in item.captions], dtype=torch.int64),
+            "owners": torch.tensor(
+                [item.image_id for item in good for _ in item.captions], dtype=torch.int64
+            ),
             "captions": [caption for item in good for caption in item.captions],
             "keys": [item.key for item in good],
             "meta": [item.meta for item in good],
             "broken": [item for item in items if isinstance(item, BrokenSample)],
         }
         if self.images.fit == "native":
-            batch["spatial_shapes"] = torch.tensor([item.shape for item in good], dtype=torch.int64).reshape(-1, 2)
+            batch["spatial_shapes"] = torch.tensor(
+                [item.shape for item in good], dtype=torch.int64
+            ).reshape(-1, 2)
         embeddings = [item.embeddings for item in good if item.embeddings is not None]
         if self.cache is not None:
             batch["embeddings"] = torch.cat([torch.empty(0, self.cache.width), *embeddings])
@@ -307,13 +370,16 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
         return parts[0]
     columns = {name: [part[name] for part in parts] for name in parts[0]}
     return {
-        name: torch.cat(values) if isinstance(values[0], torch.Tensor) else [item for value in values for item in value]
+        name: torch.cat(values)
+        if isinstance(values[0], torch.Tensor)
+        else [item for value in values for item in value]
         for name, values in columns.items()
     }
 
 
-# Training batches. Loader processes hand over parts of a batch, images as bytes; images.Normalize converts them where
-# they are used. Rows of a global batch are a function of (seed, position), whatever the number of workers and ranks.
+# Training batches. Loader processes hand over parts of a batch, images as bytes; images.Normalize
+# converts them where they are used. Rows of a global batch are a function of (seed, position),
+# whatever the number of workers and ranks.
 
 log = logging.getLogger(__name__)
 
@@ -329,12 +395,14 @@ _too_large: set[str] = set()  # sources whose windows don't fit into their ``cac
 class PairLoader:
     """Endless batches of one rank from ``position`` on. Counts broken samples.
 
-    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; spatial_shapes (b, 2) int64 if native (images.as_square);
-    embeddings (b, W) float32 (absent without caches), caption_hashes and image_ids (b,) int64, captions and keys lists
-    of b texts (with k captions an image, embeddings (b, k, W), caption_hashes (b, k), captions the first), position:
-    pairs consumed after this batch, retries: reads that this rank has repeated so far, images_per_second: that one
-    process reads. With ``workers`` the next batch is put together in a thread while the caller uses this one.
-    Iterating raises ValueError when more than ``max_broken`` of this rank's samples are broken.
+    A batch: pixels (b, S, S, 3) uint8, for images.Normalize; spatial_shapes (b, 2) int64 if native
+    (images.as_square); embeddings (b, W) float32 (absent without caches), caption_hashes and
+    image_ids (b,) int64, captions and keys lists of b texts (with k captions an image, embeddings
+    (b, k, W), caption_hashes (b, k), captions the first), position: pairs consumed after this
+    batch, retries: reads that this rank has repeated so far, images_per_second: that one process
+    reads. With ``workers`` the next batch is put together in a thread while the caller uses this
+    one. Iterating raises ValueError when more than ``max_broken`` of this rank's samples are
+    broken.
     """
 
     dataset: PairDataset
@@ -344,16 +412,21 @@ class PairLoader:
     position: int = 0  # pairs that all ranks have consumed so far
     rank: int = 0
     world: int = 1
-    nodes: int = 1  # that the ranks are on, as many on each; the first of a node downloads its shards ahead
+    # that the ranks are on, as many on each; the first of a node downloads its shards ahead
+    nodes: int = 1
     workers: int = 0  # loader processes; the batches don't depend on it
-    prefetch_mb: float = PREFETCH_MB  # 10^6 bytes of shared memory that the loader processes fill ahead
+    # 10^6 bytes of shared memory that the loader processes fill ahead
+    prefetch_mb: float = PREFETCH_MB
     max_broken: float = 0.01  # fraction of broken samples above which the run stops
     pin_memory: bool = False  # batches in page-locked memory, for copies to a GPU that don't wait
     rows: int = field(default=0, init=False)  # loaded
     substituted: int = field(default=0, init=False)  # of these, rows that replace a broken sample
-    retries: int = field(default=0, init=False)  # reads of data that were repeated after a transient error
-    reading: float = field(default=0.0, init=False)  # seconds that all processes together took for the rows
-    broken: dict[tuple[str, str], str] = field(default_factory=dict, init=False)  # (shard, key) -> reason
+    # reads of data that were repeated after a transient error
+    retries: int = field(default=0, init=False)
+    # seconds that all processes together took for the rows
+    reading: float = field(default=0.0, init=False)
+    # (shard, key) -> reason
+    broken: dict[tuple[str, str], str] = field(default_factory=dict, init=False)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         plan = plan_loading(
@@ -372,10 +445,13 @@ class PairLoader:
             worker_init_fn=leave_signals_to_the_run,
         )
         closed = threading.Event()
-        parts = raised(takewhile(lambda part: not closed.is_set(), iter(loader)))  # the loader processes start here
+        # the loader processes start here
+        parts = raised(takewhile(lambda part: not closed.is_set(), iter(loader)))
         batches = join_parts(parts, self.local_batch, pin_memory=self.pin_memory)
         if self.workers:
-            batches = made_ahead(batches, closed, device=torch.cuda.current_device() if self.pin_memory else None)
+            batches = made_ahead(
+                batches, closed, device=torch.cuda.current_device() if self.pin_memory else None
+            )
         del parts  # the thread alone holds the loader processes, and ends them
         with closing(batches):
             for number, batch in enumerate(batches, start=1):
@@ -384,11 +460,18 @@ class PairLoader:
                 self.reading += sum(batch.pop("seconds"))
                 position = self.position + number * self.local_batch * self.world
                 rate = self.rows / self.reading
-                yield {**batch, "position": position, "retries": self.retries, "images_per_second": rate}
+                yield {
+                    **batch,
+                    "position": position,
+                    "retries": self.retries,
+                    "images_per_second": rate,
+                }
 
     def _draws(self, part: int) -> Iterator[list[Draw]]:
         """Endless draws of this rank, in parts of a batch: each belongs to one batch."""
-        mixture, position, batch = self.dataset.mixture(), self.position, self.local_batch * self.world
+        mixture = self.dataset.mixture()
+        position = self.position
+        batch = self.local_batch * self.world
         node, rank_of_node = divmod(self.rank, self.world // self.nodes)
         sources = enumerate(self.dataset.sources) if rank_of_node == 0 else ()
         remote = {n: one for n, one in sources if mixture.windows[n] and one.downloads_shards}
@@ -413,7 +496,10 @@ class PairLoader:
                 log.warning("broken: %s; replaced by another sample", error)
         total = max(self.rows, min(len(self.dataset), LEAST_ROWS))
         if self.substituted > self.max_broken * total:
-            listed = [f"  shard {shard!r}, sample {key!r}: {why}" for (shard, key), why in self.broken.items()]
+            listed = [
+                f"  shard {shard!r}, sample {key!r}: {why}"
+                for (shard, key), why in self.broken.items()
+            ]
             raise ValueError(
                 f"{self.substituted} of {total} samples are broken, more than max_broken {self.max_broken:g} allows:\n"
                 + "\n".join(listed[:LISTED])
@@ -421,8 +507,11 @@ class PairLoader:
             )
 
 
-def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Generator[Batch, None, None]:
-    """Batches of ``rows`` rows in memory of this process, so that the parts' shared memory is free at once.
+def join_parts(
+    parts: Iterable[Batch], rows: int, *, pin_memory: bool
+) -> Generator[Batch, None, None]:
+    """Batches of ``rows`` rows in memory of this process, so that the parts' shared memory is free
+    at once.
 
     A batch has one part or more, in order.
     """
@@ -434,21 +523,26 @@ def join_parts(parts: Iterable[Batch], rows: int, *, pin_memory: bool) -> Genera
         for name, value in part.items():
             if isinstance(value, Tensor):
                 if not filled:
-                    batch[name] = torch.empty((rows, *value.shape[1:]), dtype=value.dtype, pin_memory=pin_memory)
+                    batch[name] = torch.empty(
+                        (rows, *value.shape[1:]), dtype=value.dtype, pin_memory=pin_memory
+                    )
                 batch[name][filled : filled + size] = value
             else:
                 batch[name] = [*batch.get(name, ()), *value]
         filled += size
         if filled == rows:
             yield batch
-            batch, filled = {}, 0
+            batch = {}
+            filled = 0
 
 
-def made_ahead(items: Iterator[Batch], closed: threading.Event, *, device: int | None) -> Generator[Batch, None, None]:
+def made_ahead(
+    items: Iterator[Batch], closed: threading.Event, *, device: int | None
+) -> Generator[Batch, None, None]:
     """Items of an iterator, the next one made in a thread while the caller uses the last one.
 
-    An exception in ``items`` is raised where its item would have come. closed: set when the caller is done; ``items``
-    must then end. device: the GPU that memory is pinned for.
+    An exception in ``items`` is raised where its item would have come. closed: set when the caller
+    is done; ``items`` must then end. device: the GPU that memory is pinned for.
     """
     ready: queue.SimpleQueue[tuple[Batch, BaseException | None]] = queue.SimpleQueue()
     wanted = threading.Semaphore(1)
@@ -456,9 +550,11 @@ def made_ahead(items: Iterator[Batch], closed: threading.Event, *, device: int |
     def run() -> None:
         nonlocal items
         try:
-            torch.set_num_threads(1)  # of this thread: copies must not take the training step's cores
+            # of this thread: copies must not take the training step's cores
+            torch.set_num_threads(1)
             if device is not None:
-                torch.cuda.set_device(device)  # of this thread: pinning would open a context on GPU 0 otherwise
+                # of this thread: pinning would open a context on GPU 0 otherwise
+                torch.cuda.set_device(device)
             while wanted.acquire() and not closed.is_set():
                 ready.put((next(items), None))
         except BaseException as error:  # StopIteration, too: the caller waits for one or the other
@@ -486,9 +582,11 @@ def made_ahead(items: Iterator[Batch], closed: threading.Event, *, device: int |
 def download_ahead(source: Source, window: list[int], following: list[int]) -> None:
     """Download the next window of shards in a thread, while one is read.
 
-    If both don't fit into ``cache_gb`` that would evict what is being read: a warning is logged instead.
+    If both don't fit into ``cache_gb`` that would evict what is being read: a warning is logged
+    instead.
     """
-    need, limit = sum(source.stamps[shard][0] for shard in {*window, *following}), source.config.cache_gb * 1e9
+    need = sum(source.stamps[shard][0] for shard in {*window, *following})
+    limit = source.config.cache_gb * 1e9
     if 0 < limit < need:
         if source.path not in _too_large:
             what = f"two windows of shards have {need / 1e9:.1f} GB, so training waits at the end of each"
@@ -500,7 +598,8 @@ def download_ahead(source: Source, window: list[int], following: list[int]) -> N
         try:
             for shard in following:
                 source.use_shard(shard, Path.stat)
-        except (OSError, ValueError) as error:  # whoever reads the shard meets it again, and stops the run
+        except (OSError, ValueError) as error:
+            # whoever reads the shard meets it again, and stops the run
             log.warning("shards could not be downloaded ahead: %s", error)
 
     threading.Thread(target=download, name="shards-ahead", daemon=True).start()

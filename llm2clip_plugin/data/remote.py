@@ -1,7 +1,9 @@
-"""Files at URLs (by fsspec) and on disks that fail for a while: listed, copied, read, retried. Where derived files are.
+"""Files at URLs (by fsspec) and on disks that fail for a while: listed, copied, read, retried.
+Where derived files are.
 
-An error is transient if the same read may succeed later: an input/output error, a stale handle of NFS, a timeout, a
-broken connection, HTTP 5xx, 408, 425 and 429. A missing file, a denied access and a full disk are not.
+An error is transient if the same read may succeed later: an input/output error, a stale handle of
+NFS, a timeout, a broken connection, HTTP 5xx, 408, 425 and 429. A missing file, a denied access and
+a full disk are not.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ Stamp = tuple[int, int]  # size in bytes and modification time in ns of a file
 
 RETRY = Retry()
 FOLDER = ".llm2clip"
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # of the file system of a folder
+# of the file system of a folder
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 WARN_EVERY = 30.0  # seconds between a process's warnings
 RANGE = 16 << 20  # bytes of a request
 COPY_TIME = 0  # modification time of every copy, so that a shard's index fits the next copy too
@@ -51,7 +54,8 @@ NETWORK = (  # types of file systems over a network; fuse.* in addition
 ).split()
 LOCAL_FUSE = ("fuse.mergerfs", "fuse.fuse-overlayfs", "fuse.ntfs-3g")
 NETWORK_WINDOW = 16  # shards at least
-NETWORK_BATCHES = 128  # global batches at least: half a minute on 64 H100, in which the next window is downloaded
+# global batches at least: half a minute on 64 H100, in which the next window is downloaded
+NETWORK_BATCHES = 128
 _retries = [0]  # of this process since take_retries
 _warned = [-WARN_EVERY]  # time of the last warning
 
@@ -67,14 +71,20 @@ def has_suffix(path: str, suffix: str) -> bool:
 
 
 def shuffle_window(configured: int, paths: Sequence[str], batch_shards: float = 0.0) -> int:
-    """Shards that are shuffled together, 0 for whole sources: as configured, or, for -1, by where the data is.
+    """Shards that are shuffled together, 0 for whole sources: as configured, or, for -1, by where
+    the data is.
 
-    A sample read at random opens its shard. Local disks sustain that; servers of network file systems and URLs rarely
-    do, so there windows of shards stay open. ``batch_shards``: shards with as many samples as a global batch.
+    A sample read at random opens its shard. Local disks sustain that; servers of network file
+    systems and URLs rarely do, so there windows of shards stay open. ``batch_shards``: shards with
+    as many samples as a global batch.
     """
     if configured >= 0:
         return configured
-    return max(NETWORK_WINDOW, math.ceil(NETWORK_BATCHES * batch_shards)) if any(map(is_network, paths)) else 0
+    return (
+        max(NETWORK_WINDOW, math.ceil(NETWORK_BATCHES * batch_shards))
+        if any(map(is_network, paths))
+        else 0
+    )
 
 
 def is_network(path: str) -> bool:
@@ -101,14 +111,20 @@ def expand_braces(pattern: str) -> list[str]:
     elif "," in inner:
         options = inner.split(",")
     else:
-        raise ValueError(f"braces in {pattern!r} contain {inner!r}; expected a range {{00000..00012}} or list {{a,b}}")
+        raise ValueError(
+            f"braces in {pattern!r} contain {inner!r}; expected a range {{00000..00012}} or list {{a,b}}"
+        )
     tails = expand_braces(pattern[match.end() :])
-    return [pattern[: match.start()] + option + tail for option, tail in itertools.product(options, tails)]
+    return [
+        pattern[: match.start()] + option + tail
+        for option, tail in itertools.product(options, tails)
+    ]
 
 
 def list_urls(url: str, suffix: str) -> list[str]:
-    """URLs of files: braces expanded, then a wildcard or a folder (ending in /) listed by its filesystem.
-    Raises FileNotFoundError if nothing matches; plain HTTP servers don't list folders, so their files need braces."""
+    """URLs of files: braces expanded, then a wildcard or a folder (ending in /) listed by its
+    filesystem. Raises FileNotFoundError if nothing matches; plain HTTP servers don't list folders,
+    so their files need braces."""
     urls: list[str] = []
     for one in expand_braces(url):
         if "*" not in one and one.endswith(suffix):
@@ -119,18 +135,22 @@ def list_urls(url: str, suffix: str) -> list[str]:
         names = sorted(retried(lambda: filesystem.glob(pattern), one))  # noqa: B023
         if not names:
             example = f"{one.rstrip('/')}/{{00000..00099}}{suffix}"
-            raise FileNotFoundError(f"no {suffix} files at {one}; if its server lists no folders, name them: {example}")
+            raise FileNotFoundError(
+                f"no {suffix} files at {one}; if its server lists no folders, name them: {example}"
+            )
         urls += [filesystem.unstrip_protocol(name) for name in names]
     return urls
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem for ``url`` and the path on it; ValueError if its protocol is unknown or not installed. An
-    HTTP server that is silent for ``timeout()`` seconds is a TimeoutError; other protocols have their own."""
+    """fsspec's filesystem for ``url`` and the path on it; ValueError if its protocol is unknown or
+    not installed. An HTTP server that is silent for ``timeout()`` seconds is a TimeoutError; other
+    protocols have their own."""
     import fsspec
 
     options: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):  # aiohttp's own timeout is 300 s for a request of any size
+    # aiohttp's own timeout is 300 s for a request of any size
+    if url.startswith(("http://", "https://")):
         from aiohttp import ClientTimeout
         from fsspec.config import conf
 
@@ -138,7 +158,8 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         configured = conf.get(url.partition(":")[0], {}).get("client_kwargs", {})
         options = {"client_kwargs": {"timeout": limits, **configured}}
     try:
-        return fsspec.core.url_to_fs(url, **options)  # cached by fsspec; a forked process gets a fresh one
+        # cached by fsspec; a forked process gets a fresh one
+        return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(f"cannot open {url}: {error}") from error
 
@@ -153,16 +174,20 @@ def default_download_folder() -> Path:
 
 @dataclass(frozen=True)
 class Downloads:
-    """A local folder of copies of files at URLs, downloaded in byte ranges, each retried; a copy gets its final name
-    when it is complete, and a lock keeps the processes of a machine from downloading a shard twice. (fsspec's file
-    caches have no lock and no limit.)"""
+    """A local folder of copies of files at URLs, downloaded in byte ranges, each retried; a copy
+    gets its final name when it is complete, and a lock keeps the processes of a machine from
+    downloading a shard twice. (fsspec's file caches have no lock and no limit.)"""
 
     folder: Path
-    limit_bytes: int = 0  # least recently used shards are deleted above this size of the folder; 0: no limit
+    # least recently used shards are deleted above this size of the folder; 0: no limit
+    limit_bytes: int = 0
 
     def local_path(self, url: str) -> Path:
-        """The path of a copy: a hash of the URL, and its file name reduced to letters, digits and ._-"""
-        base = re.sub(r"[^A-Za-z0-9._-]", "_", unquote(urlsplit(url).path).rpartition("/")[2])[-80:].lstrip(".")
+        """The path of a copy: a hash of the URL, and its file name reduced to letters, digits and
+        ._-"""
+        base = re.sub(r"[^A-Za-z0-9._-]", "_", unquote(urlsplit(url).path).rpartition("/")[2])[
+            -80:
+        ].lstrip(".")
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
 
     def fetch(self, url: str) -> Path:
@@ -185,7 +210,8 @@ class Downloads:
         return target
 
     def use(self, path: str, action: Callable[[Path], Result]) -> Result:
-        """``action`` on a local file, or on the local copy of a URL, downloaded again if another process evicts it."""
+        """``action`` on a local file, or on the local copy of a URL, downloaded again if another
+        process evicts it."""
         if not is_url(path):
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"no file at {path}")
@@ -199,13 +225,17 @@ class Downloads:
                     raise
 
     def read(self, url: str) -> bytes:
-        """The bytes at ``url``, without a local copy: for single images. Raises as ``retried`` does."""
+        """The bytes at ``url``, without a local copy: for single images. Raises as ``retried``
+        does."""
         filesystem, path = open_filesystem(url)
         return retried(lambda: filesystem.cat_file(path), url)
 
     def _evict(self, keep: Path) -> None:
-        """Delete the least recently used shards until the folder fits ``limit_bytes``; open files stay readable."""
-        shards = [(path.stat(), path) for path in self.folder.iterdir() if SHARD.fullmatch(path.name)]
+        """Delete the least recently used shards until the folder fits ``limit_bytes``; open files
+        stay readable."""
+        shards = [
+            (path.stat(), path) for path in self.folder.iterdir() if SHARD.fullmatch(path.name)
+        ]
         size = sum(status.st_size for status, _ in shards)
         for status, path in sorted(shards, key=lambda entry: entry[0].st_atime_ns):
             if size <= self.limit_bytes:
@@ -245,8 +275,9 @@ class ReadFailedError(ConnectionError):
 
 
 def retried(action: Callable[[], Result], what: str) -> Result:
-    """``action()``, repeated with growing pauses after transient errors. ``what``: the path or URL that it reads.
-    Raises ReadFailedError after too many, and for what is permanent FileNotFoundError, PermissionError or the like."""
+    """``action()``, repeated with growing pauses after transient errors. ``what``: the path or URL
+    that it reads. Raises ReadFailedError after too many, and for what is permanent
+    FileNotFoundError, PermissionError or the like."""
     failures = 0
     while True:
         try:
@@ -256,7 +287,10 @@ def retried(action: Callable[[], Result], what: str) -> Result:
             # fsspec's HTTP turns any error, a refused connection too, into FileNotFoundError
             cause = (error.__cause__ if isinstance(error, FileNotFoundError) else None) or error
             fields = vars(cause)  # aiohttp has status, gcsfs code
-            status = next((fields[name] for name in ("status", "code") if isinstance(fields.get(name), int)), 0)
+            status = next(
+                (fields[name] for name in ("status", "code") if isinstance(fields.get(name), int)),
+                0,
+            )
             permanent = _permanent(error, cause, status, what)
             if permanent is error:
                 raise
@@ -273,7 +307,9 @@ def retried(action: Callable[[], Result], what: str) -> Result:
             _retries[0] += 1
             if time.monotonic() - _warned[0] >= WARN_EVERY:
                 _warned[0] = time.monotonic()
-                log.warning("%s; retrying in %.1f s (%d of %d)", reason, pause, failures, RETRY.tries)
+                log.warning(
+                    "%s; retrying in %.1f s (%d of %d)", reason, pause, failures, RETRY.tries
+                )
             time.sleep(pause)
 
 
@@ -281,13 +317,18 @@ def _permanent(error: Exception, cause: BaseException, status: int, what: str) -
     """What to raise for an error that no retry mends; None for a transient one."""
     shown = f" (HTTP {status})" if status else ""
     if status in (401, 403, 407) or isinstance(cause, PermissionError):
-        return PermissionError(f"access denied to {what}{shown}; check its permissions, token or expiry date")
+        return PermissionError(
+            f"access denied to {what}{shown}; check its permissions, token or expiry date"
+        )
     if status in (404, 410) or (not status and isinstance(cause, FileNotFoundError)):
         return FileNotFoundError(f"no file at {what}{shown}")
     if status:
         transient = status >= 500 or status in (408, 425, 429)
         return None if transient else ConnectionError(f"the server refuses {what}: {cause}")
-    if isinstance(cause, (ValueError, TypeError, AttributeError, NotImplementedError, ImportError, ReadFailedError)):
+    if isinstance(
+        cause,
+        (ValueError, TypeError, AttributeError, NotImplementedError, ImportError, ReadFailedError),
+    ):
         return error  # an invalid URL or certificate, an option that a protocol doesn't have
     import ssl  # here, because --help of every command imports this module
 
@@ -299,7 +340,8 @@ def _permanent(error: Exception, cause: BaseException, status: int, what: str) -
 
 def take_retries() -> int:
     """Retries of this process since the last call."""
-    count, _retries[0] = _retries[0], 0
+    count = _retries[0]
+    _retries[0] = 0
     return count
 
 
@@ -307,7 +349,8 @@ os.register_at_fork(after_in_child=take_retries)  # the parent's are not the chi
 
 
 class RetryingFile:
-    """A file read by position, so that forked processes can share it, and opened again after a transient error."""
+    """A file read by position, so that forked processes can share it, and opened again after a
+    transient error."""
 
     def __init__(self, path: str | Path, open_file: Callable[[], int] | None = None) -> None:
         """open_file: returns a descriptor, of ``path`` unless given; path is for messages."""
@@ -322,7 +365,8 @@ class RetryingFile:
     def close(self) -> None:
         """Free the descriptor; the next read opens the file again."""
         if self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
+            descriptor = self._descriptor
+            self._descriptor = -1
             os.close(descriptor)
 
     def read(self, size: int, offset: int) -> bytes:
@@ -371,7 +415,8 @@ class SideFolder:
         return self.main / name, self.spare / name
 
     def write(self, name: str, write: Callable[[Path], object]) -> Path:
-        """Call ``write`` with a temporary path and rename it to ``name``; returns where. Raises OSError."""
+        """Call ``write`` with a temporary path and rename it to ``name``; returns where. Raises
+        OSError."""
         main, spare = self.paths(name)
         try:
             with atomic_file(main) as temporary:
@@ -387,7 +432,8 @@ class SideFolder:
     @contextmanager
     def lock(self, doing: str) -> Iterator[Path | None]:
         """Hold the folder's lock, so that one process does ``doing`` and the others find it done.
-        Without a folder that can be written, or a file system with locks, nobody waits. Yields the lock's folder."""
+        Without a folder that can be written, or a file system with locks, nobody waits. Yields the
+        lock's folder."""
         from filelock import FileLock, Timeout
 
         for path in self.paths("lock"):
@@ -426,11 +472,14 @@ class SideFolder:
         try:
             self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
         except OSError as error:
-            log.warning("cannot write %s (%s); the next start computes it again", self.main / name, error)
+            log.warning(
+                "cannot write %s (%s); the next start computes it again", self.main / name, error
+            )
 
 
 def stamps_of(paths: Sequence[str]) -> list[Stamp | None]:
-    """Size and time of each file, None for a missing one; folders are listed, which network disks answer at once."""
+    """Size and time of each file, None for a missing one; folders are listed, which network disks
+    answer at once."""
     stamps: dict[str, Stamp | None] = dict.fromkeys(paths)
     for folder in {os.path.dirname(path) for path in paths}:
         try:

@@ -1,4 +1,5 @@
-"""What a sample is: a key, an image, and captions with a kind and a language. And processes that share the reading."""
+"""What a sample is: a key, an image, and captions with a kind and a language. And processes that
+share the reading."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from PIL import Image
 
 from llm2clip_plugin.files import check_image_size
 
-# "txt" is a tar's .txt member, "gpt" the answer in LLaVA's JSON, every other name a field of the sample's JSON.
+# "txt" is a tar's .txt member, "gpt" the answer in LLaVA's JSON, every other name a field of the
+# sample's JSON.
 DEFAULT_FIELDS = (
     "txt=short",
     "caption=short",
@@ -34,11 +36,21 @@ DEFAULT_FIELDS = (
     "gpt=short",
 )
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}([-_]\w+)?")  # en, pt-BR, zh_Hant
-INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of characters: controls, formats, separators
+# categories of characters: controls, formats, separators
+INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")
 WORDS = re.compile(r"\w+")
 # What PIL raises for damaged files: its own errors, and those that its decoders let through.
-DAMAGE = (Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
-# Palette images with partial transparency are read as they should be; PIL advises RGBA once a process.
+DAMAGE = (
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+)
+# Palette images with partial transparency are read as they should be; PIL advises RGBA once a
+# process.
 warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
 
 
@@ -53,12 +65,15 @@ class Caption:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its captions. The image is read when ``read_image`` is called, the rest is in memory."""
+    """One image with its captions. The image is read when ``read_image`` is called, the rest is in
+    memory."""
 
     key: str  # name within its shard; a label, never a path
-    values: dict[str, Any] = field(compare=False)  # what captions are read from, by the names in ReadConfig.fields
+    # what captions are read from, by the names in ReadConfig.fields
+    values: dict[str, Any] = field(compare=False)
     meta: dict[str, Any]  # the sample's own JSON
-    read_image: Callable[[], bytes] = field(compare=False)  # JPEG, PNG or WebP; raises BrokenSample if it is missing
+    # JPEG, PNG or WebP; raises BrokenSample if it is missing
+    read_image: Callable[[], bytes] = field(compare=False)
     captions: tuple[Caption, ...] = ()
     blank_captions: int = 0  # captions without text, which ``captions`` leaves out
 
@@ -73,7 +88,8 @@ class BrokenSample(ValueError):  # noqa: N818 - an event of the data, as StopIte
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[BrokenSample], tuple[str, str, str]]:
-        return BrokenSample, (self.shard, self.key, self.reason)  # an exception pickles its message alone
+        # an exception pickles its message alone
+        return BrokenSample, (self.shard, self.key, self.reason)
 
 
 @dataclass(frozen=True)
@@ -86,26 +102,35 @@ class CaptionField:
 
 
 def parse_fields(specifications: Sequence[str], language: str) -> tuple[CaptionField, ...]:
-    """Parse ``NAME=KIND`` or ``NAME=KIND:LANGUAGE``; ValueError for another form, no fields, or a duplicate name."""
+    """Parse ``NAME=KIND`` or ``NAME=KIND:LANGUAGE``; ValueError for another form, no fields, or a
+    duplicate name."""
     fields: dict[str, CaptionField] = {}
     for text in specifications:
         name, equals, rest = text.partition("=")
         kind, _, own_language = rest.partition(":")
         if not (name and equals and kind):
-            raise ValueError(f"caption field {text!r} is not NAME=KIND or NAME=KIND:LANGUAGE, as in txt=long")
+            raise ValueError(
+                f"caption field {text!r} is not NAME=KIND or NAME=KIND:LANGUAGE, as in txt=long"
+            )
         if name in fields:
             raise ValueError(f"duplicate caption field {name!r} in {', '.join(specifications)}")
         fields[name] = CaptionField(name, kind, own_language or language)
     if not fields:
-        raise ValueError("no caption fields configured; set at least one with --fields, such as caption=short")
+        raise ValueError(
+            "no caption fields configured; set at least one with --fields, such as caption=short"
+        )
     return tuple(fields.values())
 
 
-def read_captions(values: dict[str, Any], fields: Sequence[CaptionField]) -> tuple[tuple[Caption, ...], int]:
-    """The distinct captions, stripped, among a sample's ``values`` in the order of ``fields``, and how many are blank.
+def read_captions(
+    values: dict[str, Any], fields: Sequence[CaptionField]
+) -> tuple[tuple[Caption, ...], int]:
+    """The distinct captions, stripped, among a sample's ``values`` in the order of ``fields``, and
+    how many are blank.
 
-    A value is a text, an object {language: text}, an object ``{"text": ..., "kind": ..., "language": ...}``, whose kind
-    and language take precedence over the field's, or a list of these. Raises ValueError for another shape.
+    A value is a text, an object {language: text}, an object ``{"text": ..., "kind": ...,
+    "language": ...}``, whose kind and language take precedence over the field's, or a list of
+    these. Raises ValueError for another shape.
     """
     captions = [caption for field in fields for caption in _captions(values.get(field.name), field)]
     distinct = dict.fromkeys(caption for caption in captions if caption.text)
@@ -120,37 +145,44 @@ def _captions(value: Any, field: CaptionField) -> Iterator[Caption]:
         for item in value:
             yield from _captions(item, field)
     elif isinstance(value, dict) and isinstance(value.get("text"), str):
-        kind, language = value.get("kind") or field.kind, value.get("language") or field.language
+        kind = value.get("kind") or field.kind
+        language = value.get("language") or field.language
         yield Caption(visible(value["text"]), well_formed(str(kind)), well_formed(str(language)))
     elif isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
         for language, text in value.items():
             yield Caption(visible(text), field.kind, well_formed(language))
     elif value is not None:
         expected = "a text, a list of texts, {language: text}, or objects with a text"
-        raise ValueError(f"caption field {field.name!r} has type {type(value).__name__}; expected {expected}")
+        raise ValueError(
+            f"caption field {field.name!r} has type {type(value).__name__}; expected {expected}"
+        )
 
 
 def visible(text: str) -> str:
-    """The text, stripped and well formed; "" if all of it is spaces, or characters that nothing shows."""
+    """The text, stripped and well formed; "" if all of it is spaces, or characters that nothing
+    shows."""
     text = well_formed(text.strip())
     shows = text.isascii() or any(unicodedata.category(letter) not in INVISIBLE for letter in text)
     return text if shows else ""
 
 
 def well_formed(text: str) -> str:
-    """The text with surrogates, which JSON allows and UTF-8 does not: pairs joined, lone ones replaced by U+FFFD."""
+    """The text with surrogates, which JSON allows and UTF-8 does not: pairs joined, lone ones
+    replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def holds_words(value: Any) -> bool:
-    """Whether a field that is not used may be a caption: a text of words, not a name, a hash or JSON, or a list of
-    texts or {language: text} with one."""
+    """Whether a field that is not used may be a caption: a text of words, not a name, a hash or
+    JSON, or a list of texts or {language: text} with one."""
     if isinstance(value, str):
         return " " in value.strip() and value[0] not in "{["
     texts = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return False
-    is_by_language = isinstance(value, dict) and len(value) > 1 and all(map(LANGUAGE_CODE.fullmatch, value))
+    is_by_language = (
+        isinstance(value, dict) and len(value) > 1 and all(map(LANGUAGE_CODE.fullmatch, value))
+    )
     return is_by_language or any(map(holds_words, texts))
 
 
@@ -178,7 +210,8 @@ def words_of(text: str) -> str:
 
 
 def parse_weights(specifications: Sequence[str]) -> dict[str, float]:
-    """``KIND=WEIGHT`` as in ``short=1``. Raises ValueError for another form, a duplicate, or a weight not above 0."""
+    """``KIND=WEIGHT`` as in ``short=1``. Raises ValueError for another form, a duplicate, or a
+    weight not above 0."""
     weights: dict[str, float] = {}
     for text in specifications:
         kind, equals, number = text.partition("=")
@@ -187,7 +220,9 @@ def parse_weights(specifications: Sequence[str]) -> dict[str, float]:
         except ValueError:
             weight = 0.0
         if not (kind and equals and 0 < weight < float("inf")):
-            raise ValueError(f"caption weight {text!r} is not KIND=WEIGHT with a number above 0, as in short=1 long=1")
+            raise ValueError(
+                f"caption weight {text!r} is not KIND=WEIGHT with a number above 0, as in short=1 long=1"
+            )
         if kind in weights:
             raise ValueError(f"caption weights {' '.join(specifications)} name {kind!r} twice")
         weights[kind] = weight
@@ -195,8 +230,9 @@ def parse_weights(specifications: Sequence[str]) -> dict[str, float]:
 
 
 def caption_shares(captions: Sequence[Caption], weights: Mapping[str, float]) -> list[float]:
-    """(m) probabilities: a kind's is its weight among the kinds that the sample has, shared by its captions.
-    Without ``weights`` all are equal. Raises KeyError for a caption of a kind without a weight."""
+    """(m) probabilities: a kind's is its weight among the kinds that the sample has, shared by its
+    captions. Without ``weights`` all are equal. Raises KeyError for a caption of a kind without a
+    weight."""
     if not weights:
         return [1 / len(captions)] * len(captions)
     counts = Counter(caption.kind for caption in captions)
@@ -204,7 +240,9 @@ def caption_shares(captions: Sequence[Caption], weights: Mapping[str, float]) ->
     return [weights[caption.kind] / counts[caption.kind] / total for caption in captions]
 
 
-def choose_caption(captions: Sequence[Caption], weights: Mapping[str, float], rng: random.Random) -> Caption:
+def choose_caption(
+    captions: Sequence[Caption], weights: Mapping[str, float], rng: random.Random
+) -> Caption:
     """One caption, drawn with one number of ``rng``."""
     if not weights:
         return captions[rng.randrange(len(captions))]
@@ -233,17 +271,24 @@ def choose_captions(
 class AugmentConfig:
     """Augmentation of training images."""
 
-    scale: tuple[float, float] = (0.9, 1.0)  # smallest and largest area of the crop, a fraction of the image's
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest width / height of the crop; NaFlex: x its own
+    # smallest and largest area of the crop, a fraction of the image's
+    scale: tuple[float, float] = (0.9, 1.0)
+    # smallest and largest width / height of the crop; NaFlex: x its own
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False  # mirror half of the images; text in them is mirrored too
     rotate: float = 0.0  # degrees; the angle is uniform in -rotate .. rotate
-    decode_margin: float = 1.0  # a JPEG is decoded to at least this many times the pixels a side that the crop needs
+    # a JPEG is decoded to at least this many times the pixels a side that the crop needs
+    decode_margin: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"crop scale is {self.scale}, expected two numbers within 0 .. 1, the smaller first")
+            raise ValueError(
+                f"crop scale is {self.scale}, expected two numbers within 0 .. 1, the smaller first"
+            )
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"crop ratio is {self.ratio}, expected two numbers above 0, the smaller first")
+            raise ValueError(
+                f"crop ratio is {self.ratio}, expected two numbers above 0, the smaller first"
+            )
         if not 0 <= self.rotate <= 180:
             raise ValueError(f"rotate is {self.rotate}, expected degrees within 0 .. 180")
 
@@ -253,11 +298,14 @@ class BrokenImage(ValueError):  # noqa: N818
 
 
 def open_header(data: bytes) -> Image.Image:
-    """The image, its pixels not yet decoded. Raises BrokenImage, also for more than MAX_PIXELS or MAX_ASPECT."""
+    """The image, its pixels not yet decoded. Raises BrokenImage, also for more than MAX_PIXELS or
+    MAX_ASPECT."""
     try:
         image = Image.open(io.BytesIO(data))
     except DAMAGE as error:
-        raise BrokenImage(f"no image, or damaged ({len(data)} bytes, starting with {data[:8]!r})") from error
+        raise BrokenImage(
+            f"no image, or damaged ({len(data)} bytes, starting with {data[:8]!r})"
+        ) from error
     try:
         check_image_size(*image.size)
     except ValueError as error:
@@ -277,7 +325,8 @@ def load(image: Image.Image, factor: int = 1) -> Image.Image:
 
 
 def has_transparency(image: Image.Image) -> bool:
-    """Whether a pixel is not opaque; RGB then shows what is stored below it, mostly black. Raises BrokenImage."""
+    """Whether a pixel is not opaque; RGB then shows what is stored below it, mostly black. Raises
+    BrokenImage."""
     if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
         return False
     try:
@@ -297,9 +346,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def parallel(function: Callable[[Item], Result], items: Iterable[Item], *, processes: int) -> Iterator[Result]:
-    """``function`` of each item in order, in processes that get it once; in this process if ``processes`` is below 2.
-    What is left is dropped after an error or Ctrl-C, and the processes end when this one is killed."""
+def parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], *, processes: int
+) -> Iterator[Result]:
+    """``function`` of each item in order, in processes that get it once; in this process if
+    ``processes`` is below 2. What is left is dropped after an error or Ctrl-C, and the processes
+    end when this one is killed."""
     if processes <= 1:
         yield from map(function, items)
         return
@@ -313,7 +365,8 @@ def parallel(function: Callable[[Item], Result], items: Iterable[Item], *, proce
 def map_in_order(
     pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int
 ) -> Iterator[Result]:
-    """Results in order of the items, of which at most ``ahead`` are in work or waiting; ``pool.map`` takes them all."""
+    """Results in order of the items, of which at most ``ahead`` are in work or waiting;
+    ``pool.map`` takes them all."""
     waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -364,18 +417,25 @@ class LoadPlan:
 
     @property
     def shared_bytes(self) -> int:
-        """Most bytes in shared memory: the parts prepared ahead, and the one that the rank copies out."""
-        return (self.workers * self.prefetch + 1) * self.part * self.row_bytes if self.workers else 0
+        """Most bytes in shared memory: the parts prepared ahead, and the one that the rank copies
+        out."""
+        return (
+            (self.workers * self.prefetch + 1) * self.part * self.row_bytes if self.workers else 0
+        )
 
 
 def row_bytes(side: int, width: int) -> int:
-    """Bytes of a row: an RGB image of ``side`` pixels a side, and an embedding of ``width`` float32 values."""
+    """Bytes of a row: an RGB image of ``side`` pixels a side, and an embedding of ``width`` float32
+    values."""
     return 3 * side**2 + 4 * width
 
 
-def plan_loading(*, rows: int, micro_batch: int, workers: int, row_bytes: int, prefetch_mb: float) -> LoadPlan:
-    """Parts of at most a micro-batch, two or more ahead for each process, within ``prefetch_mb`` (10^6 bytes), but no
-    more than two batches. Under a very small ``prefetch_mb`` each process prepares one row ahead."""
+def plan_loading(
+    *, rows: int, micro_batch: int, workers: int, row_bytes: int, prefetch_mb: float
+) -> LoadPlan:
+    """Parts of at most a micro-batch, two or more ahead for each process, within ``prefetch_mb``
+    (10^6 bytes), but no more than two batches. Under a very small ``prefetch_mb`` each process
+    prepares one row ahead."""
     if not workers:
         return LoadPlan(part=micro_batch, prefetch=0, workers=0, row_bytes=row_bytes)
     affordable = int(prefetch_mb * 1e6) // row_bytes  # rows
@@ -387,15 +447,18 @@ def plan_loading(*, rows: int, micro_batch: int, workers: int, row_bytes: int, p
 
 
 def plan_evaluation(batch: int, workers: int, side: int, width: int) -> LoadPlan:
-    """Of an evaluation, or of the heads' fit: batches of images of ``side`` pixels and embeddings of ``width``."""
+    """Of an evaluation, or of the heads' fit: batches of images of ``side`` pixels and embeddings
+    of ``width``."""
     sizes = {"rows": batch, "micro_batch": batch, "row_bytes": row_bytes(side, width)}
     return plan_loading(**sizes, workers=workers, prefetch_mb=EVALUATION_MB)
 
 
 def lacks_shared_memory(plans: Sequence[LoadPlan], ranks: int, folder: str = SHARED_MEMORY) -> str:
-    """Why ``ranks`` ranks on this machine can't load as planned, each with all of ``plans``; "" if they can."""
+    """Why ``ranks`` ranks on this machine can't load as planned, each with all of ``plans``; "" if
+    they can."""
     need = ranks * sum(plan.shared_bytes for plan in plans)
-    if not os.path.isdir(folder) or need <= (free := shutil.disk_usage(folder).free):  # not Linux: nothing to compare
+    # not Linux: nothing to compare
+    if not os.path.isdir(folder) or need <= (free := shutil.disk_usage(folder).free):
         return ""
     return (
         f"{folder} has {free:,} bytes free, the loader processes of {ranks} ranks on this machine need {need:,}; start "

@@ -1,4 +1,5 @@
-"""Tables of pictures and captions, .csv and .tsv, read strictly: damage is an error that names the line."""
+"""Tables of pictures and captions, .csv and .tsv, read strictly: damage is an error that names the
+line."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from llm2clip_plugin.files import ContractError, printable
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DELIMITERS = ",;\t"
-LONGEST = 131_072  # characters of a field; a longer one is another file's text, or quotes that were never closed
+# characters of a field; a longer one is another file's text, or quotes that were never closed
+LONGEST = 131_072
 SHOWN = 60  # characters of a line in an error
 NAMES = {",": "comma", ";": "semicolon", "\t": "tab"}
 
@@ -26,24 +28,32 @@ class Row:
 
 
 class Table:
-    """A table with a header. Iterating reads it. ContractError names the file and the line of what is wrong."""
+    """A table with a header. Iterating reads it. ContractError names the file and the line of what
+    is wrong."""
 
     def __init__(self, path: Path) -> None:
-        """Read the header. Raises ContractError for an empty table, or a name that two columns have."""
+        """Read the header. Raises ContractError for an empty table, or a name that two columns
+        have."""
         self.path = path
         with self._opened() as lines:
             head = next(lines, "")
         if not head.strip():
-            raise ContractError(f"{path} is empty; expected a header, such as image,caption, and a row a picture")
+            raise ContractError(
+                f"{path} is empty; expected a header, such as image,caption, and a row a picture"
+            )
         self._delimiter = max(DELIMITERS, key=head.count)
         _, names = next(self._read())
         self._names = [name.strip() for name in names]
         self.columns = [name for name in self._names if name]
         for name in self.columns:
             if self.columns.count(name) > 1:
-                numbers = [str(number) for number, other in enumerate(self._names, 1) if other == name]
+                numbers = [
+                    str(number) for number, other in enumerate(self._names, 1) if other == name
+                ]
                 fix = f"rename one, and choose captions with --fields {name}=short NAME=short"
-                raise ContractError(f"{path} has {name!r} as columns {' and '.join(numbers)}; {fix}")
+                raise ContractError(
+                    f"{path} has {name!r} as columns {' and '.join(numbers)}; {fix}"
+                )
 
     def __iter__(self) -> Iterator[Row]:
         rows = self._read()
@@ -56,14 +66,22 @@ class Table:
         if len(cells) < expected or any(cell.strip() for cell in cells[expected:]):
             problem = f"{len(cells)} fields, expected {expected} ({', '.join(self._names)})"
             separator = NAMES[self._delimiter]
-            raise self._error(line, problem, f'put a text with a {separator} into quotes: "a red, round thing"')
+            raise self._error(
+                line, problem, f'put a text with a {separator} into quotes: "a red, round thing"'
+            )
         named = dict(zip(self._names, cells, strict=False))
         if named.pop("", "").strip():
-            raise self._error(line, "a value in a column without a name", "name the column in the header")
+            raise self._error(
+                line, "a value in a column without a name", "name the column in the header"
+            )
         for name, cell in named.items():
             if len(cell) > LONGEST:
-                problem = f"field {name!r} has {len(cell):,} characters, at most {LONGEST:,} are read"
-                raise self._error(line, problem, "shorten it, or close its quote where it should end")
+                problem = (
+                    f"field {name!r} has {len(cell):,} characters, at most {LONGEST:,} are read"
+                )
+                raise self._error(
+                    line, problem, "shorten it, or close its quote where it should end"
+                )
         return named
 
     def _read(self) -> Iterator[tuple[int, list[str]]]:
@@ -93,19 +111,32 @@ class Table:
 
     def _damage(self, start: int, line: int, error: csv.Error) -> ContractError:
         if "unexpected end of data" in str(error):
-            return self._error(start, "a quote is opened and never closed", "close it, or write a literal one as two")
+            return self._error(
+                start,
+                "a quote is opened and never closed",
+                "close it, or write a literal one as two",
+            )
         if "expected after" in str(error):
-            begun = f", in a quoted field of the row that begins in line {start}" if line > start else ""
-            return self._error(line, f"text after a closing quote{begun}", 'write a quote inside of quotes as ""')
+            begun = (
+                f", in a quoted field of the row that begins in line {start}"
+                if line > start
+                else ""
+            )
+            return self._error(
+                line, f"text after a closing quote{begun}", 'write a quote inside of quotes as ""'
+            )
         return self._error(line, str(error), "correct the line")
 
     def _refuse_swallowed_rows(self, start: int, lines: Sequence[str], expected: int) -> None:
-        """Raise ContractError for a quoted field over a line that looks like a row: as many fields, a picture."""
+        """Raise ContractError for a quoted field over a line that looks like a row: as many fields,
+        a picture."""
         for number, line in enumerate(lines[1:], start + 1):
             cells = [cell.strip(' "\r\n').lower() for cell in line.split(self._delimiter)]
             if len(cells) == expected and any(cell.endswith(PICTURES) for cell in cells):
                 shown = printable(line.strip()[:SHOWN])
-                problem = f"a quoted field goes on over line {number}, which looks like a row: {shown}"
+                problem = (
+                    f"a quoted field goes on over line {number}, which looks like a row: {shown}"
+                )
                 raise self._error(start, problem, "close the quote where the text ends")
 
     def _error(self, line: int, problem: str, fix: str) -> ContractError:
@@ -132,10 +163,14 @@ class Table:
         with open(self.path, "rb") as file:
             is_utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
             file.seek(0)
-            number, line = next((number, line) for number, line in enumerate(file, 1) if not is_utf8(line))
-        name, guess = "latin1", f"Latin-1: {printable(line.decode('latin-1').strip()[:SHOWN])}"
+            number, line = next(
+                (number, line) for number, line in enumerate(file, 1) if not is_utf8(line)
+            )
+        name = "latin1"
+        guess = f"Latin-1: {printable(line.decode('latin-1').strip()[:SHOWN])}"
         if is_utf16:
-            name, guess = "utf16", "UTF-16"
+            name = "utf16"
+            guess = "UTF-16"
         fix = f"convert it: iconv -f {name} -t utf8 {self.path} > NEW{self.path.suffix}"
         return self._error(number, f"not UTF-8, perhaps {guess}", fix)
 

@@ -1,5 +1,5 @@
-"""Benchmarks, and what a training run measures: its held-out split, suites, zero-shot classification; and the pictures
-that W&B and TensorBoard show.
+"""Benchmarks, and what a training run measures: its held-out split, suites, zero-shot
+classification; and the pictures that W&B and TensorBoard show.
 
 Shapes: N images, M captions, Q queries, C classes, P prompts of a class, D width of a feature.
 """
@@ -38,22 +38,38 @@ from llm2clip_plugin.evaluate.retrieval import (
     json_field,
     rank_both,
 )
-from llm2clip_plugin.evaluate.suites import IMAGE_ENDINGS, InMemorySource, Row, Suite, image_files, select_suites
+from llm2clip_plugin.evaluate.suites import (
+    IMAGE_ENDINGS,
+    InMemorySource,
+    Row,
+    Suite,
+    image_files,
+    select_suites,
+)
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.teacher import benchmark_cache_folder, embed_source, encoder_config, open_encoder
+from llm2clip_plugin.text.teacher import (
+    benchmark_cache_folder,
+    embed_source,
+    encoder_config,
+    open_encoder,
+)
 from llm2clip_plugin.train.distributed import on_first_rank
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import eval_mode
 
 SHOWN = 4  # images of a grid
-SIDE, LINE, LINES = 224, 36, 6  # pixels of an image in a grid; letters of a line below it, lines of a caption
+# pixels of an image in a grid; letters of a line below it, lines of a caption
+SIDE = 224
+LINE = 36
+LINES = 6
 
 Picture = tuple[Image.Image, str]  # and its text
 
 
 class Benchmark(NamedTuple):
-    """``measure(dual, cache of the texts, images=, batch=, workers=)``: by every rank, which all get the scores."""
+    """``measure(dual, cache of the texts, images=, batch=, workers=)``: by every rank, which all
+    get the scores."""
 
     name: str
     texts: Source  # whose captions the teacher embeds
@@ -62,11 +78,17 @@ class Benchmark(NamedTuple):
 
 
 def open_benchmarks(config: BenchmarksConfig) -> list[Benchmark]:
-    """The benchmarks by name. Raises FileNotFoundError with a line for each missing file, ValueError for others."""
-    root, suites = Path(config.root), select_suites(",".join(config.suites))
+    """The benchmarks by name. Raises FileNotFoundError with a line for each missing file,
+    ValueError for others."""
+    root = Path(config.root)
+    suites = select_suites(",".join(config.suites))
     if missing := [line for suite in suites for line in suite.missing(root)]:
         raise FileNotFoundError("\n".join(missing))
-    found = [Benchmark(s.name, source, partial(_suite, s, source)) for s in suites for source in [s.open(root)]]
+    found = [
+        Benchmark(s.name, source, partial(_suite, s, source))
+        for s in suites
+        for source in [s.open(root)]
+    ]
     if data := config.zeroshot:
         labeled = open_labeled_images(data)
         names = read_class_names("", data, labeled.classes)
@@ -75,16 +97,28 @@ def open_benchmarks(config: BenchmarksConfig) -> list[Benchmark]:
     return found
 
 
-def _suite(suite: Suite, source: Source, dual: DualEncoder, cache: EmbeddingCache, **how: Any) -> ScoreFile:
+def _suite(
+    suite: Suite, source: Source, dual: DualEncoder, cache: EmbeddingCache, **how: Any
+) -> ScoreFile:
     config = RetrievalConfig(batch=how["batch"], workers=how["workers"])
     pairs = embed_pairs(dual, source, cache, how["images"], config, all_ranks=True, quiet=True)
     return suite.measure(pairs, config, all_ranks=True, device=next(dual.parameters()).device)
 
 
 def _zeroshot(
-    labeled: LabeledImages, names: list[str], prompts: Any, dual: DualEncoder, cache: EmbeddingCache, **how: Any
+    labeled: LabeledImages,
+    names: list[str],
+    prompts: Any,
+    dual: DualEncoder,
+    cache: EmbeddingCache,
+    **how: Any,
 ) -> ScoreFile:
-    how |= {"config": how.pop("images"), "device": next(dual.parameters()).device, "all_ranks": True, "quiet": True}
+    how |= {
+        "config": how.pop("images"),
+        "device": next(dual.parameters()).device,
+        "all_ranks": True,
+        "quiet": True,
+    }
     with eval_mode(dual) as encoders, torch.no_grad():
         class_CD = class_vectors(encoders, prompts, cache, all_ranks=True)
         features = image_features(encoders.encode_image, labeled, **how)
@@ -92,8 +126,9 @@ def _zeroshot(
 
 
 def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) -> list[Benchmark]:
-    """The benchmarks with the caches of their texts; every rank must call this, rank 0 embeds what no cache has. Raises
-    FileNotFoundError, ValueError or ContractError if the teacher is not where the training's cache says."""
+    """The benchmarks with the caches of their texts; every rank must call this, rank 0 embeds what
+    no cache has. Raises FileNotFoundError, ValueError or ContractError if the teacher is not where
+    the training's cache says."""
 
     def opened(benchmark: Benchmark) -> Benchmark:
         folder = benchmark_cache_folder(benchmark.texts.path, teacher)
@@ -107,12 +142,18 @@ def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) 
             try:
                 opened(benchmark)
             except (FileNotFoundError, ContractError):  # not there, or not complete
-                print(f"embedding the texts of {benchmark.name} once, with {teacher.llm}", flush=True)
+                print(
+                    f"embedding the texts of {benchmark.name} once, with {teacher.llm}", flush=True
+                )
                 encoder = encoder or open_encoder(encoder_config(teacher, EncoderConfig()))
                 if not teacher.agrees_with(now := encoder.identity()):
                     changed = f"{differences(vars(teacher), now)}; restore it there"
-                    raise ContractError(f"{teacher.llm} is not the LLM of the training's cache: {changed}") from None
-                embed_source(benchmark.texts, encoder, benchmark_cache_folder(benchmark.texts.path, teacher))
+                    raise ContractError(
+                        f"{teacher.llm} is not the LLM of the training's cache: {changed}"
+                    ) from None
+                embed_source(
+                    benchmark.texts, encoder, benchmark_cache_folder(benchmark.texts.path, teacher)
+                )
 
     on_first_rank(embed)
     return list(map(opened, benchmarks))
@@ -120,7 +161,8 @@ def embed_benchmarks(benchmarks: Sequence[Benchmark], teacher: TeacherIdentity) 
 
 @dataclass
 class Evaluation:
-    """Recall on the held-out split, and each benchmark's scores as NAME/SCORE, at each call by all ranks together."""
+    """Recall on the held-out split, and each benchmark's scores as NAME/SCORE, at each call by all
+    ranks together."""
 
     config: RetrievalConfig
     held_out: tuple[Source, EmbeddingCache] | None
@@ -128,7 +170,8 @@ class Evaluation:
     show: Callable[[dict[str, Picture]], None] | None = None  # of a rank that shows pictures
 
     def check(self, trained: Iterable[tuple[Source, EmbeddingCache]]) -> None:
-        """ValueError for a held-out split that cannot be measured so; warn if it has shards that are ``trained``."""
+        """ValueError for a held-out split that cannot be measured so; warn if it has shards that
+        are ``trained``."""
         if self.held_out is None:
             return
         check_measurable(self.held_out[0], self.config, option="--evaluation.")
@@ -138,7 +181,9 @@ class Evaluation:
         )
         if own & set().union(*others):
             seen = f"--validation {self.held_out[0].path} has shards of the training data"
-            fix = "its scores say nothing about new images; hold some out with `llm2clip data split`"
+            fix = (
+                "its scores say nothing about new images; hold some out with `llm2clip data split`"
+            )
             print(f"warning: {seen}, so {fix}", file=sys.stderr)
 
     def embed(self, teacher: TeacherIdentity) -> None:
@@ -147,16 +192,22 @@ class Evaluation:
     @property
     def digests(self) -> dict[str, str]:
         """What is compared between ranks."""
-        own = {f"of {benchmark.name}": source_digest(benchmark.texts) for benchmark in self.benchmarks}
+        own = {
+            f"of {benchmark.name}": source_digest(benchmark.texts) for benchmark in self.benchmarks
+        }
         if self.held_out is not None:
             source, cache = self.held_out
-            own |= {"validation": source_digest(source), "validation, its cache": cache_digest(cache)}
+            own |= {
+                "validation": source_digest(source),
+                "validation, its cache": cache_digest(cache),
+            }
         return own
 
     def __call__(self, dual: DualEncoder, images: ImageConfig) -> dict[str, float]:
         scores: dict[str, float] = {}
         how = {"images": images, "batch": self.config.batch, "workers": self.config.workers or 0}
-        # a graph for each suite's last batch would exhaust what torch.compile makes, and training would get none
+        # a graph for each suite's last batch would exhaust what torch.compile makes, and training
+        # would get none
         with torch.compiler.set_stance("eager_on_recompile"):
             if self.held_out is not None:
                 options = {"all_ranks": True, "quiet": True}
@@ -166,13 +217,18 @@ class Evaluation:
                 scores |= report.metrics()
             for benchmark in self.benchmarks:
                 metrics = benchmark.measure(dual, benchmark.cache, **how).metrics
-                scores |= {f"{benchmark.name}/{name}": value for name, value in metrics.items() if "/" not in name}
+                scores |= {
+                    f"{benchmark.name}/{name}": value
+                    for name, value in metrics.items()
+                    if "/" not in name
+                }
         return scores
 
 
 def draw_retrievals(report: RetrievalReport, source: Source) -> dict[str, Picture]:
-    """``eval/best`` and ``eval/worst``: grids of the images whose caption is ranked first, or last, each with its first
-    caption and the nearest of all; images of equal rank by the cosine of the two."""
+    """``eval/best`` and ``eval/worst``: grids of the images whose caption is ranked first, or last,
+    each with its first caption and the nearest of all; images of equal rank by the cosine of the
+    two."""
     pairs, (ranks, index_Q) = report.pairs, report.parts[ALL].sides["i2t"]
     own_Q = torch.searchsorted(pairs.owner_M, index_Q)
     cosine_Q = (pairs.image_ND[index_Q] * pairs.text_MD[own_Q]).sum(1)
@@ -180,14 +236,17 @@ def draw_retrievals(report: RetrievalReport, source: Source) -> dict[str, Pictur
     order = sorted(zip(*(column.tolist() for column in columns), strict=True))
     grids = {}
     for name, some in (("best", order[:SHOWN]), ("worst", order[: SHOWN - 1 : -1][:SHOWN])):
-        grid, texts = Image.new("RGB", (SIDE * len(some), 2 * SIDE), "white"), []
+        grid = Image.new("RGB", (SIDE * len(some), 2 * SIDE), "white")
+        texts = []
         for left, (higher, _, image, own) in zip(range(0, grid.width, SIDE), some, strict=True):
             first = pairs.captions[int((pairs.text_MD @ pairs.image_ND[image]).argmax())].text
             texts.append(f"place {higher + 1}: {pairs.captions[own].text}\nfirst: {first}")
             with suppress(BrokenSample, BrokenImage):
                 picture = load(open_header(source[pairs.numbers[image]].read_image()))
                 grid.paste(ImageOps.contain(picture, (SIDE, SIDE)), (left, 0))
-            lines = [line for part in texts[-1].split("\n") for line in textwrap.wrap(part, LINE)[:LINES]]
+            lines = [
+                line for part in texts[-1].split("\n") for line in textwrap.wrap(part, LINE)[:LINES]
+            ]
             ImageDraw.Draw(grid).multiline_text((left + 4, SIDE + 4), "\n".join(lines), "black")
         if some:
             grids[f"eval/{name}"] = grid, "\n".join(texts)
@@ -197,7 +256,8 @@ def draw_retrievals(report: RetrievalReport, source: Source) -> dict[str, Pictur
 # Zero-shot classification: labeled images, and prompts by the names of their classes.
 
 CLASS = "class"  # field of an image's JSON where the data has none
-NAME_FILE, TEMPLATE_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
+NAME_FILE = "classnames.txt"
+TEMPLATE_FILE = "zeroshot_classification_templates.txt"
 CLASSES = 100  # embedded at once: with 80 prompts 4096 wide 131 MB
 NOT_A_CLASS = (".", "embeddings-", "forecast-")  # prefixes of other folders: hidden ones, caches
 
@@ -207,21 +267,28 @@ class LabeledImages:
     """Images whose JSON names their class."""
 
     source: Source
-    classes: list[str]  # the data's own names: folders, values of the field, or the numbers in .cls members
+    # the data's own names: folders, values of the field, or the numbers in .cls members
+    classes: list[str]
     field: str = CLASS  # of the JSON: the class
-    cluster: str = ""  # of the JSON: images with the same value are resampled and held out together; "": each by itself
+    # of the JSON: images with the same value are resampled and held out together; "": each by
+    # itself
+    cluster: str = ""
 
 
 def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:
-    """The labeled images at ``path``: with ``field`` a captioned data source, else tars with .cls or class folders.
+    """The labeled images at ``path``: with ``field`` a captioned data source, else tars with .cls
+    or class folders.
 
-    ``field`` and ``cluster`` are fields of each sample's JSON. FileNotFoundError, or ValueError for another layout.
+    ``field`` and ``cluster`` are fields of each sample's JSON. FileNotFoundError, or ValueError for
+    another layout.
     """
     if not field:
         root = Path(path)
         return (_of_tars if root.is_file() or any(root.rglob("*.tar")) else _of_folders)(root)
-    source, found = open_source(SourceConfig(path=path)), set()
-    for record in map(source.record, range(len(source))):  # before the work: every sample has the fields
+    source = open_source(SourceConfig(path=path))
+    found = set()
+    # before the work: every sample has the fields
+    for record in map(source.record, range(len(source))):
         of_fields = [json_field(record.meta, name, record.key) for name in (field, cluster) if name]
         found.add(str(of_fields[0]))
     return LabeledImages(source, sorted(found), field, cluster)
@@ -229,9 +296,15 @@ def open_labeled_images(path: str, field: str = "", cluster: str = "") -> Labele
 
 def _of_folders(path: Path) -> LabeledImages:
     """``CLASS/**/IMAGE.jpg``: classes in alphabetical order."""
-    folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(NOT_A_CLASS)]
+    folders = [
+        entry
+        for entry in sorted(path.iterdir())
+        if entry.is_dir() and not entry.name.startswith(NOT_A_CLASS)
+    ]
     if not folders:
-        raise ValueError(f"{path} has no class folders and no tars with .cls; captioned data need --label FIELD")
+        raise ValueError(
+            f"{path} has no class folders and no tars with .cls; captioned data need --label FIELD"
+        )
     rows = [
         Row(str(file.relative_to(path)), file, meta={CLASS: folder.name})
         for folder in folders
@@ -252,7 +325,11 @@ def _of_tars(path: Path) -> LabeledImages:
         for key, of_key in parts.items():
             if "image" in of_key:
                 with errors_about(f"{tar}: {key}.cls", fix="expected a class index (0, 1, ...)"):
-                    rows.append(Row(f"{tar.stem}/{key}", of_key["image"], meta={CLASS: int(of_key["cls"]())}))
+                    rows.append(
+                        Row(
+                            f"{tar.stem}/{key}", of_key["image"], meta={CLASS: int(of_key["cls"]())}
+                        )
+                    )
     count = 1 + max((row.meta[CLASS] for row in rows), default=0)
     return LabeledImages(InMemorySource(str(path), path, rows), list(map(str, range(count))))
 
@@ -273,17 +350,25 @@ class ImageFeatures:
     clusters: list[str]
     broken: list[BrokenSample]
 
-    def scores(self, hits: dict[str, Tensor], names: Sequence[str], means: dict[str, str], **counts: int) -> ScoreFile:
-        """The mean of each of ``hits``, and the mean over classes of those in ``means`` (hits -> name of the metric).
+    def scores(
+        self, hits: dict[str, Tensor], names: Sequence[str], means: dict[str, str], **counts: int
+    ) -> ScoreFile:
+        """The mean of each of ``hits``, and the mean over classes of those in ``means`` (hits ->
+        name of the metric).
 
         An item's score is its first hit, and its ``part`` the name of its class.
         """
         hits = {name: hit_N.double() for name, hit_N in hits.items()}
-        metrics, labels = {name: float(hit_N.mean()) for name, hit_N in hits.items()}, torch.unique(self.label_N)
+        metrics = {name: float(hit_N.mean()) for name, hit_N in hits.items()}
+        labels = torch.unique(self.label_N)
         for name, metric in means.items():
-            metrics[metric] = float(torch.stack([hits[name][self.label_N == label].mean() for label in labels]).mean())
+            metrics[metric] = float(
+                torch.stack([hits[name][self.label_N == label].mean() for label in labels]).mean()
+            )
         labeled = zip(self.keys, self.clusters, self.label_N.tolist(), strict=True)
-        items: list[dict[str, Any]] = [{"id": key, "cluster": cluster, "part": names[n]} for key, cluster, n in labeled]
+        items: list[dict[str, Any]] = [
+            {"id": key, "cluster": cluster, "part": names[n]} for key, cluster, n in labeled
+        ]
         for item, *of_item in zip(items, *(hit_N.tolist() for hit_N in hits.values()), strict=True):
             item |= {"score": of_item[0], **dict(zip(hits, of_item, strict=True))}
         return ScoreFile(
@@ -296,22 +381,33 @@ class ImageFeatures:
 
 
 def image_features(
-    encode: Callable[..., Tensor], images: LabeledImages, config: ImageConfig, device: torch.device, **options: Any
+    encode: Callable[..., Tensor],
+    images: LabeledImages,
+    config: ImageConfig,
+    device: torch.device,
+    **options: Any,
 ) -> ImageFeatures:
-    """Labeled images through ``encode``, with ``options`` of `encode_images`. ValueError if no image is readable."""
+    """Labeled images through ``encode``, with ``options`` of `encode_images`. ValueError if no
+    image is readable."""
     found = encode_images(encode, images.source, config, device, **options)
     number_of = {name: number for number, name in enumerate(images.classes)}
     return ImageFeatures(
         feature_ND=found.joined(),
         label_N=torch.tensor([number_of[str(meta[images.field])] for meta in found.meta]),
         keys=found.keys,
-        clusters=[str(meta.get(images.cluster, key)) for key, meta in zip(found.keys, found.meta, strict=True)],
+        clusters=[
+            str(meta.get(images.cluster, key))
+            for key, meta in zip(found.keys, found.meta, strict=True)
+        ],
         broken=found.broken,
     )
 
 
-def classification_scores(features: ImageFeatures, class_CD: Tensor, names: Sequence[str]) -> ScoreFile:
-    """acc1, acc5 (with five classes or more) and mean_per_class_recall; classes of equal score split the credit."""
+def classification_scores(
+    features: ImageFeatures, class_CD: Tensor, names: Sequence[str]
+) -> ScoreFile:
+    """acc1, acc5 (with five classes or more) and mean_per_class_recall; classes of equal score
+    split the credit."""
     image_ND = F.normalize(features.feature_ND, dim=1)
     ranks, _ = rank_both(image_ND, class_CD, features.label_N, torch.arange(len(class_CD)))
     hits = {f"acc{k}": ranks.hits(k) for k in (1, 5) if k <= len(class_CD)}
@@ -319,10 +415,12 @@ def classification_scores(features: ImageFeatures, class_CD: Tensor, names: Sequ
 
 
 def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
-    """A name for each class: from ``path``, else ``classnames.txt`` next to or above the data, else ``classes``.
+    """A name for each class: from ``path``, else ``classnames.txt`` next to or above the data, else
+    ``classes``.
 
-    The file has one name per line in the order of the classes, or ``CLASS<TAB>NAME``. Raises FileNotFoundError without
-    the file ``path``, ValueError if a class has no name or the numbers differ.
+    The file has one name per line in the order of the classes, or ``CLASS<TAB>NAME``. Raises
+    FileNotFoundError without the file ``path``, ValueError if a class has no name or the numbers
+    differ.
     """
     file, names = _read_lines(path, data, NAME_FILE)
     if names is None:
@@ -330,29 +428,42 @@ def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
     if all("\t" in name for name in names):
         name_of = dict(name.split("\t", 1) for name in names)
         if missing := [name for name in classes if name not in name_of]:
-            raise ValueError(f"{file} has no name for class {missing[0]!r} ({len(missing)} of {len(classes)} missing)")
+            raise ValueError(
+                f"{file} has no name for class {missing[0]!r} ({len(missing)} of {len(classes)} missing)"
+            )
         return [name_of[name] for name in classes]
     numbered = classes == [str(number) for number in range(len(classes))]
-    if len(names) != len(classes) and not (numbered and len(names) > len(classes)):  # a split may be missing classes
-        raise ValueError(f"{file} has {len(names)} class names, but the data has {len(classes)} classes")
+    # a split may be missing classes
+    if len(names) != len(classes) and not (numbered and len(names) > len(classes)):
+        raise ValueError(
+            f"{file} has {len(names)} class names, but the data has {len(classes)} classes"
+        )
     return names
 
 
 def read_templates(path: str, data: str) -> list[str]:
-    """Prompt templates: from ``path``, else TEMPLATE_FILE next to or above the data, else one plain template.
+    """Prompt templates: from ``path``, else TEMPLATE_FILE next to or above the data, else one plain
+    template.
 
     ``{c}`` or ``{}`` in a template stands for the class. Raises FileNotFoundError or ValueError.
     """
     file, lines = _read_lines(path, data, TEMPLATE_FILE)
     if invalid := [line for line in lines or () if "{c}" not in line and "{}" not in line]:
-        raise ValueError(f"{file}: template {invalid[0]!r} does not contain {{c}}, the placeholder for the class name")
+        raise ValueError(
+            f"{file}: template {invalid[0]!r} does not contain {{c}}, the placeholder for the class name"
+        )
     return lines or ["a photo of a {c}."]
 
 
 def _read_lines(path: str, data: str, name: str) -> tuple[Path, list[str] | None]:
-    """The file ``path``, else ``name`` in the data's folder or its parent, and its lines that are not blank."""
+    """The file ``path``, else ``name`` in the data's folder or its parent, and its lines that are
+    not blank."""
     folder = _data_folder(data)
-    file = Path(path) if path else next(filter(Path.is_file, (folder / name, folder.parent / name)), None)
+    file = (
+        Path(path)
+        if path
+        else next(filter(Path.is_file, (folder / name, folder.parent / name)), None)
+    )
     if file is None:
         return folder, None
     return file, [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
@@ -363,18 +474,27 @@ def _data_folder(data: str) -> Path:
 
 
 def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> InMemorySource:
-    """A data source without images: a class is a sample, its prompts are the captions; named by the prompts' hash."""
-    prompts = [[template.replace("{c}", name).replace("{}", name) for template in templates] for name in names]
+    """A data source without images: a class is a sample, its prompts are the captions; named by the
+    prompts' hash."""
+    prompts = [
+        [template.replace("{c}", name).replace("{}", name) for template in templates]
+        for name in names
+    ]
     rows = [
         Row(f"{number:05d}", None, tuple(Caption(text, "prompt") for text in texts))
         for number, texts in enumerate(prompts)
     ]
-    return InMemorySource(f"prompts-{sha256_text(canonical_json(prompts))[:12]}", _data_folder(data), rows)
+    return InMemorySource(
+        f"prompts-{sha256_text(canonical_json(prompts))[:12]}", _data_folder(data), rows
+    )
 
 
 @torch.no_grad()
-def class_vectors(dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, all_ranks: bool = False) -> Tensor:
-    """(C, D): the mean of each class's normalized prompts, normalized again (Radford et al. 2021, section 3.1.4)."""
+def class_vectors(
+    dual: Dual, prompts: InMemorySource, cache: EmbeddingCache, all_ranks: bool = False
+) -> Tensor:
+    """(C, D): the mean of each class's normalized prompts, normalized again (Radford et al. 2021,
+    section 3.1.4)."""
     means = []
     for start in range(0, len(prompts.rows), CLASSES):
         some = list(enumerate(prompts.rows))[start : start + CLASSES]

@@ -1,8 +1,10 @@
-"""``llm2clip evaluate captions``: caption retrieval accuracy of an LLM's embeddings, within and across languages.
+"""``llm2clip evaluate captions``: caption retrieval accuracy of an LLM's embeddings, within and
+across languages.
 
-Caption retrieval accuracy (CRA, the paper's measure): N images with two captions each; every first caption ranks the N
-second ones by cosine similarity, and the top one must be of the same image. Images are not read. Ties count half.
-``--search`` tries how an LLM's captions are best read, without training it.
+Caption retrieval accuracy (CRA, the paper's measure): N images with two captions each; every first
+caption ranks the N second ones by cosine similarity, and the top one must be of the same image.
+Images are not read. Ties count half. ``--search`` tries how an LLM's captions are best read,
+without training it.
 
 Shapes: N pairs of captions, W width of an embedding.
 """
@@ -22,11 +24,28 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.samples import Caption, select_captions
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
 from llm2clip_plugin.evaluate.commands import print_table, write_scores
-from llm2clip_plugin.evaluate.config import EVALUATE_CAPTIONS, CaptionSetConfig, EvaluateCaptionsConfig
+from llm2clip_plugin.evaluate.config import (
+    EVALUATE_CAPTIONS,
+    CaptionSetConfig,
+    EvaluateCaptionsConfig,
+)
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
 from llm2clip_plugin.options import changed_options, command
-from llm2clip_plugin.text.config import ATTENTIONS, IDENTITY_SETTINGS, POOLINGS, EncoderConfig, find_card
-from llm2clip_plugin.text.encoder import CPU_TOKENS, POST_FILE, CaptionEncoder, Post, first_captions, remove_components
+from llm2clip_plugin.text.config import (
+    ATTENTIONS,
+    IDENTITY_SETTINGS,
+    POOLINGS,
+    EncoderConfig,
+    find_card,
+)
+from llm2clip_plugin.text.encoder import (
+    CPU_TOKENS,
+    POST_FILE,
+    CaptionEncoder,
+    Post,
+    first_captions,
+    remove_components,
+)
 from llm2clip_plugin.text.llm import length_batches, pool
 
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
@@ -40,10 +59,13 @@ Rows = dict[str, Tensor]  # caption -> (W,)
 
 
 def main(argv: list[str]) -> int:
-    """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve short:long] [--search]``."""
+    """``llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID [--adapter DIR] [--retrieve
+    short:long] [--search]``."""
     config = EVALUATE_CAPTIONS.parse(argv)
     if not config.measure.captions:
-        raise ValueError("no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID")
+        raise ValueError(
+            "no captions given; usage: llm2clip evaluate captions DATA --llm PATH_OR_HUB_ID"
+        )
     if config.search:
         search_and_report(config)
         return 0
@@ -56,7 +78,9 @@ def main(argv: list[str]) -> int:
     }
     print_table("top-1 accuracy, the first caption finds the second", rows, TERMS)
     if encoder.count_truncated:
-        print(f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated")
+        print(
+            f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated"
+        )
     record = ScoreFile(
         benchmark=f"caption retrieval, {Path(config.measure.captions).name}",
         metrics={f"{row.name}/{name}": vars(row)[name] for row in scores for name in ACCURACIES},
@@ -86,60 +110,101 @@ class CaptionScore:
     keys: tuple[str, ...] = ()  # their sample keys
 
 
-def measure_captions(encoder: CaptionEncoder, config: CaptionSetConfig, read: ReadConfig) -> list[CaptionScore]:
-    """One row per ``retrieve``, per further language, and their mean. Raises ValueError as ``caption_sets``."""
+def measure_captions(
+    encoder: CaptionEncoder, config: CaptionSetConfig, read: ReadConfig
+) -> list[CaptionScore]:
+    """One row per ``retrieve``, per further language, and their mean. Raises ValueError as
+    ``caption_sets``."""
     sets = caption_sets(config, read)
-    sides = [list(dict.fromkeys(pair[side] for pairs in sets.values() for pair in pairs)) for side in (1, 2)]
-    first, second = (dict(zip(texts, encoder.encode(texts, query=texts is sides[0]), strict=True)) for texts in sides)
+    sides = [
+        list(dict.fromkeys(pair[side] for pairs in sets.values() for pair in pairs))
+        for side in (1, 2)
+    ]
+    first, second = (
+        dict(zip(texts, encoder.encode(texts, query=texts is sides[0]), strict=True))
+        for texts in sides
+    )
     return measure_sets(sets, first, second, config.retrieve)
 
 
-def measure_sets(sets: dict[str, Pairs], first: Rows, second: Rows, retrieve: Sequence[str]) -> list[CaptionScore]:
+def measure_sets(
+    sets: dict[str, Pairs], first: Rows, second: Rows, retrieve: Sequence[str]
+) -> list[CaptionScore]:
     """`measure_captions` of embedded captions, as first and as second ones."""
     rows = []
     for name, pairs in sets.items():
         keys, lefts, rights = zip(*pairs, strict=True)
-        both = torch.stack([first[left] for left in lefts]), torch.stack([second[right] for right in rights])
+        both = (
+            torch.stack([first[left] for left in lefts]),
+            torch.stack([second[right] for right in rights]),
+        )
         place_of = {right: place for place, right in enumerate(dict.fromkeys(rights))}
-        group_N = torch.tensor([place_of[right] for right in rights])  # equal texts are equally correct
-        ranks = *caption_ranks(*both, group_N=group_N), caption_ranks(*both, group_N=group_N, center=True)[0]
+        # equal texts are equally correct
+        group_N = torch.tensor([place_of[right] for right in rights])
+        ranks = (
+            *caption_ranks(*both, group_N=group_N),
+            caption_ranks(*both, group_N=group_N, center=True)[0],
+        )
         hits = [of_side.hits(1) for of_side in ranks]
         accuracies = [float(hit_N.mean()) for hit_N in hits]
-        rows.append(CaptionScore(name, *accuracies, pairs=len(pairs), hits=tuple(hits[0].tolist()), keys=keys))
+        rows.append(
+            CaptionScore(
+                name, *accuracies, pairs=len(pairs), hits=tuple(hits[0].tolist()), keys=keys
+            )
+        )
     if foreign := [row for row in rows if row.name.replace("->", ":") not in retrieve]:
-        means = [sum(vars(row)[name] for row in foreign) / len(foreign) for name in (*ACCURACIES, "pairs")]
+        means = [
+            sum(vars(row)[name] for row in foreign) / len(foreign)
+            for name in (*ACCURACIES, "pairs")
+        ]
         rows.append(CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3])))
     return rows
 
 
 def caption_sets(config: CaptionSetConfig, read: ReadConfig) -> dict[str, Pairs]:
-    """What is retrieved: pairs of captions by row name, without an encoder. ValueError if no image has both kinds."""
-    source = open_source(SourceConfig(path=config.captions, **{**vars(read), "kinds": (), "languages": ()}))
+    """What is retrieved: pairs of captions by row name, without an encoder. ValueError if no image
+    has both kinds."""
+    source = open_source(
+        SourceConfig(path=config.captions, **{**vars(read), "kinds": (), "languages": ()})
+    )
     captions = [source.captions(number) for number in range(min(len(source), config.limit))]
     sets = {
         f"{first}->{second}": find_pairs(captions, (first, config.home), (second, config.home))
         for first, second in (text.split(":") for text in config.retrieve)
     }
     if empty := [name for name, pairs in sets.items() if not pairs]:
-        kinds = ", ".join(sorted({caption.kind for _, of_sample in captions for caption in of_sample})) or "none"
+        kinds = (
+            ", ".join(sorted({caption.kind for _, of_sample in captions for caption in of_sample}))
+            or "none"
+        )
         problem = f"no image has captions of both kinds for {', '.join(empty)}"
         raise ValueError(f"{config.captions}: {problem}; available kinds: {kinds}")
     if config.across:
         kind = config.across_kind
-        languages = {c.language for _, of_sample in captions for c in of_sample if c.kind == kind} - {config.home}
+        languages = {
+            c.language for _, of_sample in captions for c in of_sample if c.kind == kind
+        } - {config.home}
         for language in sorted(languages):
-            sets[f"{language}->{config.home}"] = find_pairs(captions, (kind, language), (kind, config.home))
+            sets[f"{language}->{config.home}"] = find_pairs(
+                captions, (kind, language), (kind, config.home)
+            )
     return {name: pairs for name, pairs in sets.items() if pairs}
 
 
 def find_pairs(
-    captions: Sequence[tuple[str, Sequence[Caption]]], first: tuple[str, str], second: tuple[str, str]
+    captions: Sequence[tuple[str, Sequence[Caption]]],
+    first: tuple[str, str],
+    second: tuple[str, str],
 ) -> Pairs:
-    """Distinct pairs of different captions; ``first`` and ``second`` are (kind, language), the first of each counts."""
+    """Distinct pairs of different captions; ``first`` and ``second`` are (kind, language), the
+    first of each counts."""
     pairs: dict[tuple[str, str], str] = {}
     for key, of_sample in captions:
         left = next((c.text for c in select_captions(of_sample, first[:1], first[1:])), None)
-        right = next((c.text for c in select_captions(of_sample, second[:1], second[1:]) if c.text != left), None)
+        right = next(
+            (c.text for c in select_captions(of_sample, second[:1], second[1:]) if c.text != left),
+            None,
+        )
         if left and right:
             pairs.setdefault((left, right), key)
     return [(key, left, right) for (left, right), key in pairs.items()]
@@ -150,14 +215,17 @@ def caption_ranks(
 ) -> tuple[QueryRanks, QueryRanks]:
     """Ranks of first -> second and second -> first, for hits item by item.
 
-    ``center``: subtract each set's mean before normalizing. A raw LLM's embeddings share one large common direction;
-    subtracting it closes much of the gap to a fine-tuned LLM, so report both.
-    ``group_N``: int, pairs with the same label are also correct for each other (several items of one concept).
+    ``center``: subtract each set's mean before normalizing. A raw LLM's embeddings share one large
+    common direction; subtracting it closes much of the gap to a fine-tuned LLM, so report both.
+    ``group_N``: int, pairs with the same label are also correct for each other (several items of
+    one concept).
     """
     label_N = torch.arange(len(first_NW), device=first_NW.device) if group_N is None else group_N
-    first_NW, second_NW = first_NW.float(), second_NW.float()
+    first_NW = first_NW.float()
+    second_NW = second_NW.float()
     if center:
-        first_NW, second_NW = first_NW - first_NW.mean(0, keepdim=True), second_NW - second_NW.mean(0, keepdim=True)
+        first_NW = first_NW - first_NW.mean(0, keepdim=True)
+        second_NW = second_NW - second_NW.mean(0, keepdim=True)
     return rank_both(F.normalize(first_NW, dim=1), F.normalize(second_NW, dim=1), label_N, label_N)
 
 
@@ -177,31 +245,55 @@ class Reading:
 
 
 def search(config: EvaluateCaptionsConfig) -> list[Reading]:
-    """Every reading, best first. Raises ValueError without training captions, or for prompts that only queries have."""
+    """Every reading, best first. Raises ValueError without training captions, or for prompts that
+    only queries have."""
     if not config.reading.fit_on:
-        raise ValueError("--search needs training captions for its post-processing; set --fit-on DATA")
+        raise ValueError(
+            "--search needs training captions for its post-processing; set --fit-on DATA"
+        )
     sets = caption_sets(config.measure, config.read)
     fitted = first_captions(config.reading.fit_on, FIT_CAPTIONS, config.read)
-    texts = list(dict.fromkeys(text for pairs in sets.values() for _, *both in pairs for text in both))
-    shown, found = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES], list[Reading]()
-    encodings, card = [config.encoder], find_card(config.encoder.adapter or config.encoder.llm)
-    if card is None:  # it was not fine-tuned to be read in one way; for each of these settings it is loaded anew
+    texts = list(
+        dict.fromkeys(text for pairs in sets.values() for _, *both in pairs for text in both)
+    )
+    shown = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES]
+    found: list[Reading] = []
+    encodings = [config.encoder]
+    card = find_card(config.encoder.adapter or config.encoder.llm)
+    # it was not fine-tuned to be read in one way; for each of these settings it is loaded anew
+    if card is None:
         encodings = [
-            # both poolings are tried, but the default alone is refused for a sentence-transformers model
-            dataclasses.replace(config.encoder, chat_template=template, attention=attention, layer=-1, pooling="last")
-            for template, attention in itertools.product(config.reading.templates or ("",), ATTENTIONS)
+            # both poolings are tried, but the default alone is refused for a sentence-transformers
+            # model
+            dataclasses.replace(
+                config.encoder,
+                chat_template=template,
+                attention=attention,
+                layer=-1,
+                pooling="last",
+            )
+            for template, attention in itertools.product(
+                config.reading.templates or ("",), ATTENTIONS
+            )
         ]
     for encoding in encodings:
         encoder = CaptionEncoder(encoding)
         if encoder.config.query_prompt not in ("", encoder.config.prompt):
-            raise ValueError("--search reads queries as all captions, but the LLM has a query_prompt")
+            raise ValueError(
+                "--search reads queries as all captions, but the LLM has a query_prompt"
+            )
         if encoder.post is not None:
-            raise ValueError(f"{encoding.adapter or encoding.llm} is read in one way; nothing to search")
+            raise ValueError(
+                f"{encoding.adapter or encoding.llm} is read in one way; nothing to search"
+            )
         own = (encoder.config.pooling,) if card else POOLINGS
         states = pooled_states(encoder, [*texts, *fitted], own)
         for (pooling, layer), state_NW in states.items():
             posts = remove_components(state_NW[len(texts) :], config.reading.components)
-            for components, post in [(-1, None), *zip(config.reading.components, posts, strict=True)]:
+            for components, post in [
+                (-1, None),
+                *zip(config.reading.components, posts, strict=True),
+            ]:
                 read_NW = state_NW[: len(texts)] if post is None else post(state_NW[: len(texts)])
                 row_of = dict(zip(texts, read_NW, strict=True))
                 scores = measure_sets(sets, row_of, row_of, config.measure.retrieve)
@@ -216,39 +308,60 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
 def pooled_states(
     encoder: CaptionEncoder, captions: list[str], poolings: tuple[str, ...]
 ) -> dict[tuple[str, int], Tensor]:
-    """(pooling, layer) -> (N, W): every hidden state, numbered as ``layer``, -1 the last; with one pooling the last."""
-    rows, frame = encoder.tokenize(captions), encoder.frame
+    """(pooling, layer) -> (N, W): every hidden state, numbered as ``layer``, -1 the last; with one
+    pooling the last."""
+    rows = encoder.tokenize(captions)
+    frame = encoder.frame
     found: dict[tuple[str, int], Tensor] = {}
     batches = list(length_batches([len(ids) for ids in rows], CPU_TOKENS))
     for indices in track(batches, total=len(batches), label="reading", unit="batches"):
         some = [rows[index] for index in indices]
         batch = encoder.collate(some, [frame] * len(some))
-        options = {"position_ids": batch.position_ids, "use_cache": False, "output_hidden_states": True}
-        states = encoder.model.llm(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
+        options = {
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+            "output_hidden_states": True,
+        }
+        states = encoder.model.llm(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options
+        )
         depth = len(states.hidden_states) - 1
         layers = range(depth) if len(poolings) == len(POOLINGS) else ()
-        for layer, hidden_BTH in [*zip(layers, states.hidden_states, strict=False), (-1, states.last_hidden_state)]:
+        for layer, hidden_BTH in [
+            *zip(layers, states.hidden_states, strict=False),
+            (-1, states.last_hidden_state),
+        ]:
             for pooling in poolings:
                 own = (pooling, layer if layers else encoder.config.layer)
                 pooled_BW = pool(hidden_BTH, batch.pool_mask, pooling).cpu()
-                found.setdefault(own, torch.empty(len(captions), pooled_BW.shape[1]))[indices] = pooled_BW
+                found.setdefault(own, torch.empty(len(captions), pooled_BW.shape[1]))[indices] = (
+                    pooled_BW
+                )
     return found
 
 
 def search_and_report(config: EvaluateCaptionsConfig) -> None:
-    """Search, write ``folder`` if one is given, and print the best with the command that embeds captions so."""
+    """Search, write ``folder`` if one is given, and print the best with the command that embeds
+    captions so."""
     readings = search(config)
-    best, folder = readings[0], config.reading.folder
+    best = readings[0]
+    folder = config.reading.folder
     if folder and best.post is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         best.post.save(Path(folder))
     rows = {}
     for one in readings[:SHOWN]:
-        removed = {-1: "none, not centered", 0: "none, centered"}.get(one.components, str(one.components))
+        removed = {-1: "none, not centered", 0: "none, centered"}.get(
+            one.components, str(one.components)
+        )
         way = f"{one.way.attention}, {one.way.pooling}, {one.way.layer}, {removed}, {one.way.chat_template!r}"
-        rows[way] = {name: f"{value:.3f}" for name, value in {"score": one.score, **one.rows}.items()}
+        rows[way] = {
+            name: f"{value:.3f}" for name, value in {"score": one.score, **one.rows}.items()
+        }
     title = "attention, pooling, layer, components removed, template"
-    print_table(title, rows, f"best of {len(readings)}, chosen on these captions; measure it on others:")
+    print_table(
+        title, rows, f"best of {len(readings)}, chosen on these captions; measure it on others:"
+    )
     words = changed_options(config.encoder, ("llm", "revision", "adapter", "load_in_4bit"))
     if find_card(config.encoder.adapter or config.encoder.llm) is None:
         words += changed_options(best.way, IDENTITY_SETTINGS)

@@ -1,4 +1,5 @@
-"""``llm2clip evaluate zeroshot``, and kNN and a linear probe on a tower's features without any text (``probe``).
+"""``llm2clip evaluate zeroshot``, and kNN and a linear probe on a tower's features without any text
+(``probe``).
 
 Shapes: N training images, M test images, D width of a feature.
 """
@@ -16,7 +17,12 @@ from llm2clip_plugin.bootstrap import bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile, TowerCard, sha256_text, sha256_weights
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.evaluate import benchmarks, commands
-from llm2clip_plugin.evaluate.config import EVALUATE_PROBE, EVALUATE_ZEROSHOT, ProbeConfig, ZeroShotConfig
+from llm2clip_plugin.evaluate.config import (
+    EVALUATE_PROBE,
+    EVALUATE_ZEROSHOT,
+    ProbeConfig,
+    ZeroShotConfig,
+)
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, DualConfig, fetch_directory, has_card
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -30,10 +36,17 @@ TEMPERATURE = 0.07  # of a neighbor's vote
 
 
 def report(title: str, path: str, scores: ScoreFile) -> None:
-    """Print the scores, with the intervals of those that the items have, and write them to ``path``."""
+    """Print the scores, with the intervals of those that the items have, and write them to
+    ``path``."""
     clusters = [item["cluster"] for item in scores.items]
-    hits = {name: [item[name] for item in scores.items] for name in scores.metrics if name in scores.items[0]}
-    commands.print_scores(title, scores, {name: bootstrap_mean(of_items, clusters) for name, of_items in hits.items()})
+    hits = {
+        name: [item[name] for item in scores.items]
+        for name in scores.metrics
+        if name in scores.items[0]
+    }
+    commands.print_scores(
+        title, scores, {name: bootstrap_mean(of_items, clusters) for name, of_items in hits.items()}
+    )
     commands.write_scores(scores, path)
 
 
@@ -41,19 +54,29 @@ def main_zeroshot(argv: list[str]) -> int:
     """``llm2clip evaluate zeroshot TOWER DATA``."""
     config = EVALUATE_ZEROSHOT.parse(argv)
     title = f"{config.tower} on {config.data}"
-    return commands.on_all_ranks(partial(measure_zeroshot, config), partial(report, title, config.json))
+    return commands.on_all_ranks(
+        partial(measure_zeroshot, config), partial(report, title, config.json)
+    )
 
 
 def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
     """Embed the prompts and the images, and classify each image as the nearest class."""
     labeled = benchmarks.open_labeled_images(config.data, config.label)
     names = benchmarks.read_class_names(config.classes, config.data, labeled.classes)
-    prompts = benchmarks.prompt_source(names, benchmarks.read_templates(config.templates, config.data), config.data)
+    prompts = benchmarks.prompt_source(
+        names, benchmarks.read_templates(config.templates, config.data), config.data
+    )
     tower = commands.open_tower(config.tower, config.device, config.teacher)
     cache = tower.cache(prompts, config.cache, all_ranks=all_ranks)
     class_CD = benchmarks.class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
-    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
-    features = benchmarks.image_features(tower.dual.encode_image, labeled, tower.images, tower.device, **options)
+    options: dict[str, Any] = {
+        "batch": config.batch,
+        "workers": config.workers,
+        "all_ranks": all_ranks,
+    }
+    features = benchmarks.image_features(
+        tower.dual.encode_image, labeled, tower.images, tower.device, **options
+    )
     return dataclasses.replace(
         benchmarks.classification_scores(features, class_CD, names),
         benchmark=f"zeroshot:{commands.dataset_name(config.data)}",
@@ -66,21 +89,34 @@ def main_probe(argv: list[str]) -> int:
     """``llm2clip evaluate probe TOWER TRAIN TEST``."""
     config = EVALUATE_PROBE.parse(argv)
     title = f"{config.tower} on {config.test}, probes fitted on {config.train}"
-    return commands.on_all_ranks(partial(measure_probe, config), partial(report, title, config.json))
+    return commands.on_all_ranks(
+        partial(measure_probe, config), partial(report, title, config.json)
+    )
 
 
 def measure_probe(config: ProbeConfig, all_ranks: bool) -> ScoreFile:
     """Encode the training and the test images, run the probes."""
-    directory, device = fetch_directory(config.tower), choose_device(config.device)
+    directory = fetch_directory(config.tower)
+    device = choose_device(config.device)
     tower: Any = load_tower(directory)
     width = tower.config.hidden_size * (2 if config.pool == "cls_mean" else 1)
     pooling = DualConfig(projection="none", projection_dim=width, pool=config.pool)
     encoder = DualEncoder(tower, pooling).to(device).eval()
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
-    sides = [benchmarks.open_labeled_images(path, config.label, config.cluster) for path in (config.train, config.test)]
-    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
-    train, test = (benchmarks.image_features(encoder.pool, side, images, device, **options) for side in sides)
-    class_number, test_classes = {name: number for number, name in enumerate(sides[0].classes)}, sides[1].classes
+    sides = [
+        benchmarks.open_labeled_images(path, config.label, config.cluster)
+        for path in (config.train, config.test)
+    ]
+    options: dict[str, Any] = {
+        "batch": config.batch,
+        "workers": config.workers,
+        "all_ranks": all_ranks,
+    }
+    train, test = (
+        benchmarks.image_features(encoder.pool, side, images, device, **options) for side in sides
+    )
+    class_number = {name: number for number, name in enumerate(sides[0].classes)}
+    test_classes = sides[1].classes
     unseen = [name for name in test_classes if name not in class_number]
     test_label_N = torch.tensor([class_number.get(name, -1) for name in test_classes])[test.label_N]
     hits = {"knn": knn(train, test.feature_ND, config.k) == test_label_N}
@@ -98,13 +134,19 @@ def measure_probe(config: ProbeConfig, all_ranks: bool) -> ScoreFile:
             weights_sha256=weights_hash(directory),
             family=family_of(tower).name,
             train=sha256_text("\n".join(train.keys)),
-            settings={"pool": config.pool, "k": config.k, "temperature": TEMPERATURE, "label": config.label},
+            settings={
+                "pool": config.pool,
+                "k": config.k,
+                "temperature": TEMPERATURE,
+                "label": config.label,
+            },
         ),
     )
 
 
 def weights_hash(directory: Path) -> str:
-    """SHA-256 of a loaded tower's weights: the card's, which loading has compared; "" for another format's weights."""
+    """SHA-256 of a loaded tower's weights: the card's, which loading has compared; "" for another
+    format's weights."""
     if has_card(directory):
         return TowerCard.read(directory / TowerCard.FILE).weights_sha256
     weights = directory / WEIGHTS_FILE
@@ -112,16 +154,25 @@ def weights_hash(directory: Path) -> str:
 
 
 def knn(train: benchmarks.ImageFeatures, test_MD: Tensor, k: int) -> Tensor:
-    """(M,) predicted classes: the k nearest training images vote with exp(cosine similarity / TEMPERATURE).
+    """(M,) predicted classes: the k nearest training images vote with exp(cosine similarity /
+    TEMPERATURE).
 
-    Source: Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination (2018), section 3.4.
+    Source: Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination
+    (2018), section 3.4.
     """
-    train_ND, label_N = F.normalize(train.feature_ND, dim=1), train.label_N
-    classes, predicted = int(label_N.max()) + 1, []
+    train_ND = F.normalize(train.feature_ND, dim=1)
+    label_N = train.label_N
+    classes = int(label_N.max()) + 1
+    predicted = []
     for block_bD in F.normalize(test_MD, dim=1).split(QUERY_BLOCK):
         near_bk, index_bk = (block_bD @ train_ND.T).topk(min(k, len(train_ND)), dim=1)
-        vote_bk = ((near_bk - near_bk[:, :1]) / TEMPERATURE).exp()  # relative to the nearest: no overflow
-        predicted.append(torch.zeros(len(block_bD), classes).scatter_add_(1, label_N[index_bk], vote_bk).argmax(1))
+        # relative to the nearest: no overflow
+        vote_bk = ((near_bk - near_bk[:, :1]) / TEMPERATURE).exp()
+        predicted.append(
+            torch.zeros(len(block_bD), classes)
+            .scatter_add_(1, label_N[index_bk], vote_bk)
+            .argmax(1)
+        )
     return torch.cat(predicted)
 
 
@@ -130,23 +181,36 @@ def linear_probe(train: benchmarks.ImageFeatures, test_MD: Tensor) -> Tensor:
 
     The L2 penalty is the best one on a fifth of the training clusters; then all of them are fitted.
     """
-    mean_D, std_D = train.feature_ND.mean(0), train.feature_ND.std(0, correction=0).clamp(min=1e-6)
-    feature_ND, test_MD = (train.feature_ND - mean_D) / std_D, (test_MD - mean_D) / std_D
-    held_N = torch.tensor([int(sha256_text(cluster)[:8], 16) % HELD_OUT == 0 for cluster in train.clusters])
-    classes, best = int(train.label_N.max()) + 1, PENALTIES[0]
+    mean_D = train.feature_ND.mean(0)
+    std_D = train.feature_ND.std(0, correction=0).clamp(min=1e-6)
+    feature_ND = (train.feature_ND - mean_D) / std_D
+    test_MD = (test_MD - mean_D) / std_D
+    held_N = torch.tensor(
+        [int(sha256_text(cluster)[:8], 16) % HELD_OUT == 0 for cluster in train.clusters]
+    )
+    classes = int(train.label_N.max()) + 1
+    best = PENALTIES[0]
     if 0 < int(held_N.sum()) < len(held_N):
-        fits = [fit_logistic(feature_ND[~held_N], train.label_N[~held_N], classes, penalty) for penalty in PENALTIES]
-        right = [int((predict(fit, feature_ND[held_N]) == train.label_N[held_N]).sum()) for fit in fits]
+        fits = [
+            fit_logistic(feature_ND[~held_N], train.label_N[~held_N], classes, penalty)
+            for penalty in PENALTIES
+        ]
+        right = [
+            int((predict(fit, feature_ND[held_N]) == train.label_N[held_N]).sum()) for fit in fits
+        ]
         ties = [index for index, count in enumerate(right) if count == max(right)]
         best = PENALTIES[ties[len(ties) // 2]]
     return predict(fit_logistic(feature_ND, train.label_N, classes, best), test_MD)
 
 
 def fit_logistic(feature_ND: Tensor, label_N: Tensor, classes: int, penalty: float) -> Tensor:
-    """(D + 1, C) weights and, last, the bias: cross-entropy + penalty / 2 * |weights|^2, by L-BFGS from zero."""
+    """(D + 1, C) weights and, last, the bias: cross-entropy + penalty / 2 * |weights|^2, by L-BFGS
+    from zero."""
     padded = F.pad(feature_ND, (0, 1), value=1.0)
     weight = torch.zeros(padded.shape[1], classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()

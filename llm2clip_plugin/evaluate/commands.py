@@ -1,4 +1,5 @@
-"""``llm2clip evaluate``: retrieval recall of a tower on data whose captions are cached, or on benchmarks by name.
+"""``llm2clip evaluate``: retrieval recall of a tower on data whose captions are cached, or on
+benchmarks by name.
 
 And what the commands that measure share: the tower and its teacher, ranks, output.
 """
@@ -26,7 +27,13 @@ from llm2clip_plugin.data.cache import EmbeddingCache, differences, stored_teach
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig
-from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport, check_measurable, embed_pairs, evaluate_retrieval
+from llm2clip_plugin.evaluate.retrieval import (
+    ALL,
+    RetrievalReport,
+    check_measurable,
+    embed_pairs,
+    evaluate_retrieval,
+)
 from llm2clip_plugin.evaluate.suites import Suite, select_suites, suites
 from llm2clip_plugin.files import ContractError, printable
 from llm2clip_plugin.text.config import EncoderConfig
@@ -37,7 +44,14 @@ from llm2clip_plugin.text.teacher import (
     load_dual_encoder,
     renew_cache,
 )
-from llm2clip_plugin.train.distributed import choose_device, gather_objects, group_of, on_first_rank, rank, world_size
+from llm2clip_plugin.train.distributed import (
+    choose_device,
+    gather_objects,
+    group_of,
+    on_first_rank,
+    rank,
+    world_size,
+)
 from llm2clip_plugin.train.guard import watched_group
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.dual import LoadedDualEncoder
@@ -54,7 +68,11 @@ def main(argv: list[str]) -> int:
 
     def measure(all_ranks: bool) -> ScoreFile:
         tower, report = measure_pairs(config, all_ranks=all_ranks)
-        facts = {"teacher": tower.dual.card.teacher, "data": config.data.path, "group": config.retrieval.group}
+        facts = {
+            "teacher": tower.dual.card.teacher,
+            "data": config.data.path,
+            "group": config.retrieval.group,
+        }
         return dataclasses.replace(
             report.scores(),
             benchmark=f"retrieval:{dataset_name(config.data.path)}",
@@ -71,14 +89,18 @@ def main(argv: list[str]) -> int:
     return on_all_ranks(measure, report)
 
 
-def measure_pairs(config: EvaluateConfig, *, all_ranks: bool = False) -> tuple[OpenedTower, RetrievalReport]:
+def measure_pairs(
+    config: EvaluateConfig, *, all_ranks: bool = False
+) -> tuple[OpenedTower, RetrievalReport]:
     """Open the tower, the data and the cache, embed captions that it lacks, and measure."""
     source = open_source(config.data)
     check_fields(source)
     on_first_rank(lambda: check_measurable(source, config.retrieval))
     tower = open_tower(config.tower, config.device, config.teacher)
     cache = tower.cache(source, config.cache, all_ranks=all_ranks)
-    return tower, evaluate_retrieval(tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks)
+    return tower, evaluate_retrieval(
+        tower.dual, source, cache, tower.images, config.retrieval, all_ranks=all_ranks
+    )
 
 
 def intervals(scores: ScoreFile) -> dict[str, Interval]:
@@ -96,7 +118,8 @@ def intervals(scores: ScoreFile) -> dict[str, Interval]:
 
 def main_suites(config: EvaluateConfig) -> int:
     """Measure the suites whose files exist; 0 unless there is none."""
-    selected, root = select_suites(config.suite), Path(config.data.path)
+    selected = select_suites(config.suite)
+    root = Path(config.data.path)
     missing = [line for suite in selected for line in suite.missing(root)]
     ready = [suite for suite in selected if not suite.missing(root)]
     if not ready:
@@ -116,9 +139,13 @@ def main_suites(config: EvaluateConfig) -> int:
     return on_all_ranks(partial(measure_suites, config, ready), report)
 
 
-def measure_suites(config: EvaluateConfig, ready: list[Suite], all_ranks: bool) -> dict[str, ScoreFile]:
-    """The score file of each suite: read if its provenance is the same, else measured and written by rank 0."""
-    tower, root = open_tower(config.tower, config.device, config.teacher), Path(config.data.path)
+def measure_suites(
+    config: EvaluateConfig, ready: list[Suite], all_ranks: bool
+) -> dict[str, ScoreFile]:
+    """The score file of each suite: read if its provenance is the same, else measured and written
+    by rank 0."""
+    tower = open_tower(config.tower, config.device, config.teacher)
+    root = Path(config.data.path)
     output = Path(config.json or root / f"scores-{tower.dual.card.weights_sha256[:12]}")
     settings = dataclasses.asdict(config.retrieval) | {"batch": 0, "workers": 0}
     settings = json.loads(json.dumps(settings))  # tuples are lists in the file
@@ -128,32 +155,51 @@ def measure_suites(config: EvaluateConfig, ready: list[Suite], all_ranks: bool) 
         cache = tower.cache(source, all_ranks=all_ranks)
         captions = cache.manifest.shards[suite.name]["rows_sha256"]
         facts = {"teacher": cache.fingerprint, "captions_sha256": captions, "settings": settings}
-        origin = provenance(tower.dual, **facts)  # everything that decides the scores but the image files
+        # everything that decides the scores but the image files
+        origin = provenance(tower.dual, **facts)
         path = output / f"{suite.name}.scores.json"
-        if not config.overwrite and path.is_file() and (before := ScoreFile.read(path)).provenance == origin:
+        if (
+            not config.overwrite
+            and path.is_file()
+            and (before := ScoreFile.read(path)).provenance == origin
+        ):
             results[suite.name] = before
             continue
-        chosen = config.retrieval if suite.choose else dataclasses.replace(config.retrieval, kinds=(), languages=())
+        chosen = (
+            config.retrieval
+            if suite.choose
+            else dataclasses.replace(config.retrieval, kinds=(), languages=())
+        )
         pairs = embed_pairs(tower.dual, source, cache, tower.images, chosen, all_ranks=all_ranks)
         scores = suite.measure(pairs, chosen, all_ranks=all_ranks, device=tower.device)
         notes = list(scores.notes)
         if suite.images and scores.counts["images"] != suite.images:
-            notes.append(f"{scores.counts['images']} images, the published test set has {suite.images}")
+            notes.append(
+                f"{scores.counts['images']} images, the published test set has {suite.images}"
+            )
         results[suite.name] = dataclasses.replace(
-            scores, benchmark=f"retrieval:{suite.name}", model=config.tower, provenance=origin, notes=notes
+            scores,
+            benchmark=f"retrieval:{suite.name}",
+            model=config.tower,
+            provenance=origin,
+            notes=notes,
         )
         if rank(group_of(all_ranks)) == 0:
             results[suite.name].write(path)
     return results
 
 
-def print_paper_table(title: str, columns: Sequence[Suite], model: str, results: Mapping[str, ScoreFile]) -> None:
-    """R@1 image->text / text->image in percent: the paper's rows, then ours with the half-widths of its intervals."""
+def print_paper_table(
+    title: str, columns: Sequence[Suite], model: str, results: Mapping[str, ScoreFile]
+) -> None:
+    """R@1 image->text / text->image in percent: the paper's rows, then ours with the half-widths of
+    its intervals."""
     rows: dict[str, dict[str, str]] = defaultdict(dict)
     for suite in columns:
         for tower, scores in suite.paper.items():
             rows[f"{tower} (paper, {suite.paper_source})"][suite.name] = _pair(*scores)
-    ours, half = rows[f"{dataset_name(model)} (measured)"], rows["95 % interval, ±"]
+    ours = rows[f"{dataset_name(model)} (measured)"]
+    half = rows["95 % interval, ±"]
     for suite in columns:
         if (scores := results.get(suite.name)) is None:
             ours[suite.name] = "not measured"
@@ -162,7 +208,9 @@ def print_paper_table(title: str, columns: Sequence[Suite], model: str, results:
         if f"{ALL}/{FIRST[0]}" not in scores.metrics:  # a mean over languages has none
             found = intervals(scores)
             half[suite.name] = _pair(*(50 * (found[name].high - found[name].low) for name in FIRST))
-    print_table(title, rows, "R@1 image->text / text->image, percent; the paper's rows are single runs")
+    print_table(
+        title, rows, "R@1 image->text / text->image, percent; the paper's rows are single runs"
+    )
 
 
 def _pair(i2t: float, t2i: float) -> str:
@@ -178,29 +226,38 @@ NOTES_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedTower:
-    """A dual encoder on its device, how its images are preprocessed, and the LLM that its card names."""
+    """A dual encoder on its device, how its images are preprocessed, and the LLM that its card
+    names."""
 
     dual: LoadedDualEncoder
     images: ImageConfig
     device: torch.device
     teacher: TeacherLLM
 
-    def cache(self, source: Source, directory: str | Path = "", *, all_ranks: bool = False) -> EmbeddingCache:
-        """The cache of ``source``: opened if it is complete, otherwise embedded now, by all ranks together.
+    def cache(
+        self, source: Source, directory: str | Path = "", *, all_ranks: bool = False
+    ) -> EmbeddingCache:
+        """The cache of ``source``: opened if it is complete, otherwise embedded now, by all ranks
+        together.
 
-        ``directory``: by default ``embeddings-<fingerprint>`` in the source's folder. A complete one is taken as it is
-        if the card names no teacher. Raises ContractError if the LLM is not the tower's teacher or the directory
-        belongs to another one; FileNotFoundError without the LLM.
+        ``directory``: by default ``embeddings-<fingerprint>`` in the source's folder. A complete
+        one is taken as it is if the card names no teacher. Raises ContractError if the LLM is not
+        the tower's teacher or the directory belongs to another one; FileNotFoundError without the
+        LLM.
         """
         teacher = self.teacher
         on_first_rank(teacher.check_given)
-        known = teacher.identity or (None if directory and not teacher.config.llm else teacher.encoder.identity())
+        known = teacher.identity or (
+            None if directory and not teacher.config.llm else teacher.encoder.identity()
+        )
         folder = Path(directory or benchmark_cache_folder(source.path, teacher.known_identity))
         if known is not None and (folder / CacheManifest.FILE).is_file():
             theirs = stored_teacher(folder / CacheManifest.FILE)
             if not theirs.agrees_with(known):
                 problem = f"the cache {folder} was not created with the tower's teacher"
-                raise ContractError(f"{problem}: {differences(vars(theirs), known)}; choose another --cache")
+                raise ContractError(
+                    f"{problem}: {differences(vars(theirs), known)}; choose another --cache"
+                )
             if theirs.is_earlier and not known.is_earlier:
                 on_first_rank(lambda: renew_cache(source, teacher.encoder, folder))
 
@@ -215,24 +272,36 @@ class OpenedTower:
             return False
 
         if not on_first_rank(is_complete):
-            number, ranks = rank(group_of(all_ranks)), world_size(group_of(all_ranks))
-            embed_source(source, teacher.encoder, folder, rank=number, world=ranks, quiet=number != 0)
+            number = rank(group_of(all_ranks))
+            ranks = world_size(group_of(all_ranks))
+            embed_source(
+                source, teacher.encoder, folder, rank=number, world=ranks, quiet=number != 0
+            )
             gather_objects(None, group_of(all_ranks))  # all have embedded
         return opened()
 
 
 def open_tower(tower: str, device: str, llm: EncoderConfig) -> OpenedTower:
-    """Load a tower directory or Hub id that has a text adapter; ``device`` "" is the accelerator, if there is one.
+    """Load a tower directory or Hub id that has a text adapter; ``device`` "" is the accelerator,
+    if there is one.
 
     ``llm``: the teacher, if it is not where the card says. Raises ValueError for a tower alone.
     """
-    directory, chosen = fetch_directory(tower), choose_device(device)
-    images, dual = ImageConfig.from_preprocessor(preprocessor_config(directory)), load_dual_encoder(directory)
-    return OpenedTower(dual=dual.to(chosen), images=images, device=chosen, teacher=TeacherLLM(dual.card, llm, chosen))
+    directory = fetch_directory(tower)
+    chosen = choose_device(device)
+    images = ImageConfig.from_preprocessor(preprocessor_config(directory))
+    dual = load_dual_encoder(directory)
+    return OpenedTower(
+        dual=dual.to(chosen),
+        images=images,
+        device=chosen,
+        teacher=TeacherLLM(dual.card, llm, chosen),
+    )
 
 
 def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], None]) -> int:
-    """``measure(all_ranks)`` on every rank of the launcher, then ``report`` on rank 0; the exit status."""
+    """``measure(all_ranks)`` on every rank of the launcher, then ``report`` on rank 0; the exit
+    status."""
     with watched_group() as (rank, world), phase("evaluation"):
         result = measure(world > 1)
         if rank == 0:
@@ -243,9 +312,14 @@ def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], N
 def provenance(dual: LoadedDualEncoder | None = None, **values: Any) -> dict[str, Any]:
     """``values``, the hashes of a dual encoder's weights, and the versions of what measured."""
     if dual is not None:
-        card, training = dual.card, dual.card.training
+        card = dual.card
+        training = dual.card.training
         precision = {"precision": training["precision"]} if "precision" in training else {}
-        values = {"weights_sha256": card.weights_sha256, "adapter_sha256": card.adapter_sha256} | precision | values
+        values = (
+            {"weights_sha256": card.weights_sha256, "adapter_sha256": card.adapter_sha256}
+            | precision
+            | values
+        )
     return values | {"versions": {"llm2clip-plugin": __version__, "torch": torch.__version__}}
 
 
@@ -263,7 +337,10 @@ def write_scores(scores: ScoreFile, path: str) -> None:
 def print_table(title: str, rows: Mapping[str, Mapping[str, str]], caption: str) -> None:
     """Named rows, and one column for each key of theirs."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [["", *columns], *([name, *(row.get(column, "") for column in columns)] for name, row in rows.items())]
+    lines = [
+        ["", *columns],
+        *([name, *(row.get(column, "") for column in columns)] for name, row in rows.items()),
+    ]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     print(f"\n{title}")
     for name, *cells in lines:
@@ -272,12 +349,17 @@ def print_table(title: str, rows: Mapping[str, Mapping[str, str]], caption: str)
     print(caption)
 
 
-def print_scores(title: str, scores: ScoreFile, found: Mapping[str, Interval], caption: str = "") -> None:
-    """Every metric in percent, with its interval in ``found``: one row per part, one column per metric; and notes."""
+def print_scores(
+    title: str, scores: ScoreFile, found: Mapping[str, Interval], caption: str = ""
+) -> None:
+    """Every metric in percent, with its interval in ``found``: one row per part, one column per
+    metric; and notes."""
     rows: dict[str, dict[str, str]] = {}
     for name, value in scores.metrics.items():
         part, _, metric = name.rpartition("/")
-        shown = f" [{100 * found[name].low:.1f}, {100 * found[name].high:.1f}]" if name in found else ""
+        shown = (
+            f" [{100 * found[name].low:.1f}, {100 * found[name].high:.1f}]" if name in found else ""
+        )
         rows.setdefault(part, {})[metric] = f"{100 * value:.1f}{shown}"
     first = "headline" if ALL in rows else ALL
     counts = ", ".join(f"{number} {name}" for name, number in scores.counts.items())

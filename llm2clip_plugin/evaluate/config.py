@@ -1,4 +1,5 @@
-"""The settings and options of all that measures: retrieval, captions, classification, forecast; read without torch."""
+"""The settings and options of all that measures: retrieval, captions, classification, forecast;
+read without torch."""
 
 import os
 from dataclasses import dataclass, field
@@ -19,29 +20,38 @@ class RetrievalConfig:
 
     kinds: tuple[str, ...] = ()  # only captions of these kinds; empty: all
     languages: tuple[str, ...] = ()  # only captions of these languages; empty: all
-    group: str = ""  # JSON field of the samples: images with the same value share their captions; "": no groups
-    cluster: str = ""  # JSON field of the samples: resampled together in the bootstrap; "": the group, or the image
+    # JSON field of the samples: images with the same value share their captions; "": no groups
+    group: str = ""
+    # JSON field of the samples: resampled together in the bootstrap; "": the group, or the image
+    cluster: str = ""
     ks: tuple[int, ...] = KS  # k of recall@k: a hit is a correct item in the top k
     limit: int = 0  # use the first images, at most this many; 0: all
     batch: int = 64  # images in one call of the tower
-    workers: int | None = None  # processes that decode images; unset: none, during training as many as it has
+    # processes that decode images; unset: none, during training as many as it has
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
-            raise ValueError(f"ks {' '.join(map(str, self.ks)) or 'is empty'}: recall@k needs numbers above 0")
+            raise ValueError(
+                f"ks {' '.join(map(str, self.ks)) or 'is empty'}: recall@k needs numbers above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarksConfig:
     """Benchmarks that are measured at every evaluation of a training run."""
 
-    suites: tuple[str, ...] = ()  # retrieval suites by name (flickr30k, coco, sugarcrepe ...), paper, or all
+    # retrieval suites by name (flickr30k, coco, sugarcrepe ...), paper, or all
+    suites: tuple[str, ...] = ()
     root: str = ""  # folder of the suites' folders
-    zeroshot: str = ""  # labeled images to classify by class names: a folder per class, or tars with .cls members
+    # labeled images to classify by class names: a folder per class, or tars with .cls members
+    zeroshot: str = ""
 
     def __post_init__(self) -> None:
         if self.suites and not self.root:
-            raise ValueError("--evaluate-suites needs the folder that has the suites' folders: set --suites-root DIR")
+            raise ValueError(
+                "--evaluate-suites needs the folder that has the suites' folders: set --suites-root DIR"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,8 @@ class CaptionSetConfig:
     """Which captions retrieve which."""
 
     captions: str = ""  # captioned images; only the captions are read
-    retrieve: tuple[str, ...] = ("short:long",)  # FIRST:SECOND, kinds of captions: the first retrieves the second
+    # FIRST:SECOND, kinds of captions: the first retrieves the second
+    retrieve: tuple[str, ...] = ("short:long",)
     home: str = "en"  # language of these captions, and the target of cross-lingual retrieval
     across: bool = True  # also retrieve from every other language into the home language
     across_kind: str = "short"  # kind of caption for cross-lingual retrieval
@@ -58,20 +69,26 @@ class CaptionSetConfig:
     def __post_init__(self) -> None:
         for text in self.retrieve:
             if text.count(":") != 1 or not all(text.split(":")):
-                raise ValueError(f"--retrieve expects FIRST:SECOND, such as short:long; got {text!r}")
+                raise ValueError(
+                    f"--retrieve expects FIRST:SECOND, such as short:long; got {text!r}"
+                )
 
 
-PROMPT_EOL = 'This sentence: "{caption}" means in one word: "'  # Jiang et al. 2024, arXiv 2307.16645
+# Jiang et al. 2024, arXiv 2307.16645
+PROMPT_EOL = 'This sentence: "{caption}" means in one word: "'
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingConfig:
-    """What `evaluate captions --search` tries, besides both attentions, both poolings and every hidden state."""
+    """What `evaluate captions --search` tries, besides both attentions, both poolings and every
+    hidden state."""
 
-    fit_on: str = ""  # training captions, 2,000 at most, which centering and components are fitted on
+    # training captions, 2,000 at most, which centering and components are fitted on
+    fit_on: str = ""
     folder: str = ""  # folder to write the post-processing of the best to
     templates: tuple[str, ...] = ("", PROMPT_EOL)  # chat templates; empty: none
-    components: tuple[int, ...] = (0, 1, 2, 3, 5, 10)  # largest principal components that are removed; 0: centering
+    # largest principal components that are removed; 0: centering
+    components: tuple[int, ...] = (0, 1, 2, 3, 5, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +98,8 @@ class EvaluateCaptionsConfig:
     measure: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     read: ReadConfig = field(default_factory=ReadConfig)  # how the captions are read
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    search: bool = False  # try ways of reading the LLM on DATA, validation captions, and print the best
+    # try ways of reading the LLM on DATA, validation captions, and print the best
+    search: bool = False
     reading: ReadingConfig = field(default_factory=ReadingConfig)
     json: str = ""  # file to write: the metrics and every caption's hit, for llm2clip compare
 
@@ -115,20 +133,27 @@ DRAWINGS = Path(llm2clip_plugin.__file__).parent / "data" / "emoji" / "validatio
 class ForecastConfig(MeasureConfig):
     """How well towers are likely to serve an LLM in LLaVA."""
 
-    towers: tuple[str, ...]  # tower directories, Hugging Face directories or Hub ids; differences are to the first
+    # tower directories, Hugging Face directories or Hub ids; differences are to the first
+    towers: tuple[str, ...]
     data: SourceConfig = field(default_factory=lambda: SourceConfig(path=str(DRAWINGS)))
     encoder: EncoderConfig = field(  # as LLaVA runs it; the state of <s> would drown the captions
         default_factory=lambda: EncoderConfig(attention="causal", layer=-2, include_bos=False)
     )
-    cache: str = ""  # folder of the captions' embeddings; "": forecast-<fingerprint> in the data's folder
-    cluster: str = ""  # field of the samples' JSON; images with the same value are resampled and held out together
-    select_layer: int = -2  # hidden state of the tower whose patches are read, LLaVA's mm_vision_select_layer
+    # folder of the captions' embeddings; "": forecast-<fingerprint> in the data's folder
+    cache: str = ""
+    # field of the samples' JSON; images with the same value are resampled and held out together
+    cluster: str = ""
+    # hidden state of the tower whose patches are read, LLaVA's mm_vision_select_layer
+    select_layer: int = -2
     limit: int = 1000  # images, evenly spaced, at most
-    json: str = ""  # write each tower's measures and every image's values here (score files, for llm2clip compare)
+    # write each tower's measures and every image's values here (score files, for llm2clip compare)
+    json: str = ""
 
     def __post_init__(self) -> None:
         if not (self.towers and self.encoder.llm):
-            raise ValueError(f"no {'LLM' if self.towers else 'tower'} given; for example: {EXAMPLE}")
+            raise ValueError(
+                f"no {'LLM' if self.towers else 'tower'} given; for example: {EXAMPLE}"
+            )
 
 
 EXAMPLE = "llm2clip forecast towers/clip-l14 runs/l14/tower --llm lmsys/vicuna-7b-v1.5 --data /data/lcs-558k.json"
@@ -155,8 +180,10 @@ class ProbeConfig(MeasureConfig):
     train: str  # labeled images that the probes are fitted on
     test: str  # labeled images to classify
     label: str = ""  # field of the samples' JSON that is the class, for captioned data
-    cluster: str = ""  # field of the samples' JSON; images with the same value are resampled and held out together
-    # feature: the tower's own pooling, the CLS token, the mean of the patches, or the last two concatenated
+    # field of the samples' JSON; images with the same value are resampled and held out together
+    cluster: str = ""
+    # feature: the tower's own pooling, the CLS token, the mean of the patches, or the last two
+    # concatenated
     pool: Literal["pooled", "cls", "mean", "cls_mean"] = "pooled"
     k: int = 20  # neighbors that vote
     linear: bool = True  # also fit the linear probe
@@ -184,15 +211,18 @@ class EvaluateConfig:
 
     tower: str  # tower directory or Hub id, with a text adapter
     data: SourceConfig
-    cache: str = ""  # the teacher's embeddings of the captions; "": embeddings-<fingerprint> in the data's folder
+    # the teacher's embeddings of the captions; "": embeddings-<fingerprint> in the data's folder
+    cache: str = ""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
-    # file to write: the metrics and every query's hits, for llm2clip compare; with --suite a folder with one file a
-    # suite, "": scores-<hash of the tower> in DATA
+    # file to write: the metrics and every query's hits, for llm2clip compare; with --suite a folder
+    # with one file a suite, "": scores-<hash of the tower> in DATA
     json: str = ""
-    # benchmarks by name, separated by commas, each in a folder of DATA; paper: those that the paper reports; all
+    # benchmarks by name, separated by commas, each in a folder of DATA; paper: those that the paper
+    # reports; all
     suite: str = ""
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for captions not cached yet
+    # the tower's LLM, for captions not cached yet
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)
     overwrite: bool = False  # with --suite: measure again even where a score file exists
 
 
@@ -221,14 +251,23 @@ class SearchConfig(MeasureConfig):
     top_k: int = 10  # images of each text
     output: str = "search.html"  # the page to write; "": none
     cache: str = ""  # folder of the embedded images; "": search, next to the downloads' folder
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the LLM, if not where the card says
+    # the LLM, if not where the card says
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self) -> None:
         if self.top_k < 1 or not all(map(str.strip, self.text or ("",))):
-            problem = f"top-k is {self.top_k}" if self.top_k < 1 else "no text to search for, or a blank one"
-            raise ValueError(f'{problem}; usage: llm2clip search TOWER DATA "a bird on a wire" --top-k 10')
+            problem = (
+                f"top-k is {self.top_k}"
+                if self.top_k < 1
+                else "no text to search for, or a blank one"
+            )
+            raise ValueError(
+                f'{problem}; usage: llm2clip search TOWER DATA "a bird on a wire" --top-k 10'
+            )
         if os.path.isdir(self.output):
-            raise ValueError(f"--output {self.output} is a folder; choose a file to write, such as search.html")
+            raise ValueError(
+                f"--output {self.output} is a folder; choose a file to write, such as search.html"
+            )
 
 
 SEARCH = Command(
@@ -248,12 +287,17 @@ class ZeroShotConfig(MeasureConfig):
     """Zero-shot classification."""
 
     tower: str  # tower directory or Hub id, with a text adapter
-    data: str  # labeled images: a folder per class, tars with .cls members, or captioned data with --label
+    # labeled images: a folder per class, tars with .cls members, or captioned data with --label
+    data: str
     label: str = ""  # field of the samples' JSON that is the class, for captioned data
-    classes: str = ""  # file of class names, one per line, or CLASS<TAB>NAME; "": classnames.txt, or the folders
-    templates: str = ""  # file of prompts, one per line, {c} for the class; "": the data's, or "a photo of a {c}."
-    cache: str = ""  # folder of the prompts' embeddings; "": embeddings-<fingerprint> in the data's folder
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)  # the tower's LLM, for prompts not cached yet
+    # file of class names, one per line, or CLASS<TAB>NAME; "": classnames.txt, or the folders
+    classes: str = ""
+    # file of prompts, one per line, {c} for the class; "": the data's, or "a photo of a {c}."
+    templates: str = ""
+    # folder of the prompts' embeddings; "": embeddings-<fingerprint> in the data's folder
+    cache: str = ""
+    # the tower's LLM, for prompts not cached yet
+    teacher: EncoderConfig = field(default_factory=EncoderConfig)
     json: str = ""  # write the metrics and every image's hit here (a score file)
 
 

@@ -1,7 +1,8 @@
-"""``llm2clip forecast``: how well a tower is likely to serve an LLM in LLaVA, measured before any LLaVA is trained.
+"""``llm2clip forecast``: how well a tower is likely to serve an LLM in LLaVA, measured before any
+LLaVA is trained.
 
-The patches that LLaVA would read are compared with the LLM's embeddings of the images' captions. Measures are values
-of single images, whose mean is the measure, so that they can be paired.
+The patches that LLaVA would read are compared with the LLM's embeddings of the images' captions.
+Measures are values of single images, whose mean is the measure, so that they can be paired.
 
 Shapes: B and N images, P patches, H width of the tower, W width of the LLM; M rows of width F.
 """
@@ -37,10 +38,13 @@ from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
-GRID = 8  # patches a side that are compared, at most: the cost of neighbors grows with the square of the patches
+# patches a side that are compared, at most: the cost of neighbors grows with the square of the
+# patches
+GRID = 8
 NEIGHBORS = 0.1  # of the images; RAVEL: 100 of 1,000
 FOLDS = 5
-PENALTIES = tuple(10.0**power for power in range(-3, 4))  # of the probe, relative to the mean squared singular value
+# of the probe, relative to the mean squared singular value
+PENALTIES = tuple(10.0**power for power in range(-3, 4))
 
 Captions = tuple[dict[int, Row], Tensor, dict[str, Any]]  # of `read_captions`
 
@@ -50,26 +54,35 @@ def main(argv: list[str]) -> int:
     config = FORECAST.parse(argv)
     source = open_source(config.data)
     check_fields(source)
-    selected = RetrievalConfig(kinds=config.data.kinds, languages=config.data.languages, cluster=config.cluster)
+    selected = RetrievalConfig(
+        kinds=config.data.kinds, languages=config.data.languages, cluster=config.cluster
+    )
     check_measurable(source, selected)
     captions = read_captions(config, source)
     records = [forecast(tower, config, source, captions) for tower in config.towers]
     print_measures(config, records)
     for number, record in enumerate(records if config.json else [], 1):
         path = Path(config.json)
-        commands.write_scores(record, str(path.with_stem(f"{path.stem}-{number}") if len(records) > 1 else path))
+        commands.write_scores(
+            record, str(path.with_stem(f"{path.stem}-{number}") if len(records) > 1 else path)
+        )
     return 0
 
 
 def read_captions(config: ForecastConfig, source: Source) -> Captions:
-    """Up to ``limit`` images with captions, evenly spaced, by their numbers; the mean of each one's embedded captions,
-    cached, float32 on the CPU; the LLM's TeacherIdentity."""
-    count, rows = min(config.limit, len(source)), dict[int, Row]()
+    """Up to ``limit`` images with captions, evenly spaced, by their numbers; the mean of each one's
+    embedded captions, cached, float32 on the CPU; the LLM's TeacherIdentity."""
+    count = min(config.limit, len(source))
+    rows: dict[int, Row] = {}
     for number in (place * len(source) // count for place in range(count)):
         with suppress(BrokenSample):
             sample = source[number]
             if used := select_captions(sample.captions, config.data.kinds, config.data.languages):
-                cluster = json_field(sample.meta, config.cluster, sample.key) if config.cluster else sample.key
+                cluster = (
+                    json_field(sample.meta, config.cluster, sample.key)
+                    if config.cluster
+                    else sample.key
+                )
                 rows[number] = Row(sample.key, None, used, {"cluster": str(cluster)})
     folds([row.meta["cluster"] for row in rows.values()])  # enough of them, before the work
     encoding = config.encoder
@@ -82,28 +95,43 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
     if not config.cache and Path(source.path) == DRAWINGS:  # the package's folder may be read-only
         folder = default_download_folder().parent / folder.name
     texts = [[row.key, *(caption.text for caption in row.captions)] for row in rows.values()]
-    captions = InMemorySource(f"forecast-{sha256_text(canonical_json(texts))[:12]}", folder, [*rows.values()])
+    captions = InMemorySource(
+        f"forecast-{sha256_text(canonical_json(texts))[:12]}", folder, [*rows.values()]
+    )
     embed_source(captions, encoder, folder)
     cache = EmbeddingCache.open(folder, expect_fingerprint=identity.fingerprint)
-    embedded = (cache.rows(captions.name, place, row.captions, key=row.key) for place, row in enumerate(captions.rows))
-    return rows, torch.stack([text_mW.mean(0) for text_mW in embedded]), dataclasses.asdict(identity)
+    embedded = (
+        cache.rows(captions.name, place, row.captions, key=row.key)
+        for place, row in enumerate(captions.rows)
+    )
+    return (
+        rows,
+        torch.stack([text_mW.mean(0) for text_mW in embedded]),
+        dataclasses.asdict(identity),
+    )
 
 
 def forecast_folder(path: str, identity: TeacherIdentity) -> Path:
-    """The folder next to the data for the LLM's embeddings of a forecast, not where a training looks for its cache.
-    Raises ValueError for data at a URL."""
-    return default_cache_folder(path, identity.fingerprint).with_name(f"forecast-{identity.fingerprint[:12]}")
+    """The folder next to the data for the LLM's embeddings of a forecast, not where a training
+    looks for its cache. Raises ValueError for data at a URL."""
+    return default_cache_folder(path, identity.fingerprint).with_name(
+        f"forecast-{identity.fingerprint[:12]}"
+    )
 
 
 @torch.no_grad()
 def forecast(tower: str, config: ForecastConfig, source: Source, captions: Captions) -> ScoreFile:
-    """The measures of one tower, and every readable image's values. ValueError for a layer that the tower lacks."""
+    """The measures of one tower, and every readable image's values. ValueError for a layer that the
+    tower lacks."""
     (rows, text_NW, llm), layer = captions, config.select_layer
-    directory, device = fetch_directory(tower), choose_device(config.device)
+    directory = fetch_directory(tower)
+    device = choose_device(config.device)
     model: Any = load_tower(directory).to(device).eval()
     states = model.config.num_hidden_layers + 1
     if not -states <= layer < states:
-        raise ValueError(f"--select-layer {layer}: {tower} has hidden states {-states} to {states - 1}")
+        raise ValueError(
+            f"--select-layer {layer}: {tower} has hidden states {-states} to {states - 1}"
+        )
     images = ImageConfig.from_preprocessor(preprocessor_config(directory, square=True))
     first = int(family_of(model).has_cls)
 
@@ -112,10 +140,13 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captions: Capti
         return on_grid(states[layer][:, first:].float())
 
     options = {"batch": config.batch, "workers": config.workers, "indices": list(rows)}
-    encoded = encode_images(encode, source, images, device, label=commands.dataset_name(tower), **options)
+    encoded = encode_images(
+        encode, source, images, device, label=commands.dataset_name(tower), **options
+    )
     patch_NPH = encoded.joined().to(device)
     readable = torch.isin(torch.tensor([*rows]), torch.tensor(encoded.numbers))
-    text_NW, clusters = text_NW[readable], [rows[number].meta["cluster"] for number in encoded.numbers]
+    text_NW = text_NW[readable]
+    clusters = [rows[number].meta["cluster"] for number in encoded.numbers]
     values = {  # of the images, whose mean is the measure
         "neighbors": neighbors(patch_NPH, text_NW.to(device)).cpu(),
         "CKA": cka_by_image(patch_NPH.mean(1).cpu(), text_NW),
@@ -132,7 +163,9 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captions: Capti
         items=items,
         counts={"images": len(items), "left_out": len(encoded.broken)},
         model=tower,
-        provenance=commands.provenance(weights_sha256=weights_hash(directory), llm=llm, select_layer=layer),
+        provenance=commands.provenance(
+            weights_sha256=weights_hash(directory), llm=llm, select_layer=layer
+        ),
         notes=[f"left out: {error}" for error in encoded.broken],
     )
 
@@ -157,9 +190,14 @@ def print_measures(config: ForecastConfig, records: Sequence[ScoreFile]) -> None
                 one = interval(record, name, records[0])
                 word = "higher" if one.low > 0 else "lower" if one.high < 0 else "cannot tell"
                 less[name] = f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}] {word}"
-    count, llm = records[0].counts["images"], commands.dataset_name(config.encoder.llm)
+    count = records[0].counts["images"]
+    llm = commands.dataset_name(config.encoder.llm)
     title = f"forecast for {llm} on {count} images of {commands.dataset_name(config.data.path)}"
-    commands.print_table(title, rows, "95 % intervals over images or --cluster; chance: neighbors .1, CKA and probe 0")
+    commands.print_table(
+        title,
+        rows,
+        "95 % intervals over images or --cluster; chance: neighbors .1, CKA and probe 0",
+    )
 
 
 def interval(record: ScoreFile, name: str, base: ScoreFile | None = None) -> Interval:
@@ -171,10 +209,12 @@ def interval(record: ScoreFile, name: str, base: ScoreFile | None = None) -> Int
 
 
 def neighbors(patch_NPH: Tensor, text_NW: Tensor) -> Tensor:
-    """(N,) share of an image's nearest images that are also nearest by caption, among the nearest tenth; chance is .1.
+    """(N,) share of an image's nearest images that are also nearest by caption, among the nearest
+    tenth; chance is .1.
 
-    Images are compared patch by patch (the mean cosine of each patch with its best match, both ways), after whitening.
-    Source: RAVEL, Yang et al. 2026, arXiv 2610.05413; whitening is `whitened`.
+    Images are compared patch by patch (the mean cosine of each patch with its best match, both
+    ways), after whitening. Source: RAVEL, Yang et al. 2026, arXiv 2610.05413; whitening is
+    `whitened`.
     """
     patch_NPH = F.normalize(whitened(patch_NPH.flatten(0, 1)), dim=1).view_as(patch_NPH)
     text_NW = F.normalize(whitened(text_NW), dim=1)
@@ -185,34 +225,42 @@ def neighbors(patch_NPH: Tensor, text_NW: Tensor) -> Tensor:
 def whitened(feature_MF: Tensor) -> Tensor:
     """(M, F) float32: centered, of unit covariance but for the shrinkage; defined up to a rotation.
 
-    The covariance is Ledoit and Wolf's (2004, J. Multivariate Analysis 88): without shrinkage, fewer rows than columns
-    end up equally far apart. Raises ValueError for rows that are all equal, or not finite.
+    The covariance is Ledoit and Wolf's (2004, J. Multivariate Analysis 88): without shrinkage,
+    fewer rows than columns end up equally far apart. Raises ValueError for rows that are all equal,
+    or not finite.
     """
     centered_MF = feature_MF.double() - feature_MF.double().mean(0)
     rows, width = centered_MF.shape
     covariance_FF = centered_MF.T @ centered_MF / rows
-    power, mean = covariance_FF.square().sum(), covariance_FF.trace() / width
+    power = covariance_FF.square().sum()
+    mean = covariance_FF.trace() / width
     if not 0 < mean < float("inf"):
         raise ValueError("features are equal for all images, or not finite")
     noise = (centered_MF.square().sum(1).square().mean() - power) / rows
     shrinkage = (noise / (power - width * mean**2)).clamp(0, 1)
-    covariance_FF = (1 - shrinkage) * covariance_FF + shrinkage * mean * torch.eye(width, device=feature_MF.device)
+    covariance_FF = (1 - shrinkage) * covariance_FF + shrinkage * mean * torch.eye(
+        width, device=feature_MF.device
+    )
     root_FF = torch.linalg.cholesky(covariance_FF)
     return torch.linalg.solve_triangular(root_FF, centered_MF.T, upper=False).T.float()
 
 
 def best_match_similarity(patch_NPH: Tensor) -> Tensor:
-    """(N, N): mean over the patches of one image of the largest product with a patch of the other, both ways."""
+    """(N, N): mean over the patches of one image of the largest product with a patch of the other,
+    both ways."""
     count, patches, width = patch_NPH.shape
     best_NN = torch.empty(count, count, device=patch_NPH.device)
     for image in range(count):
-        product_PNP = (patch_NPH[image] @ patch_NPH.reshape(-1, width).T).view(patches, count, patches)
+        product_PNP = (patch_NPH[image] @ patch_NPH.reshape(-1, width).T).view(
+            patches, count, patches
+        )
         best_NN[image] = product_PNP.amax(2).mean(0)
     return (best_NN + best_NN.T) / 2
 
 
 def neighbor_overlap(one_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
-    """(N,) share of the k most similar others in ``one_NN`` that are among the k most similar in ``other_NN``."""
+    """(N,) share of the k most similar others in ``one_NN`` that are among the k most similar in
+    ``other_NN``."""
     near = []
     for similarity_NN in (one_NN, other_NN):
         index_Nk = similarity_NN.clone().fill_diagonal_(-torch.inf).topk(k).indices
@@ -224,43 +272,59 @@ def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
     """(N,) float64: linear CKA (Kornblith et al. 2019, arXiv 1905.00414), debiased (Nguyen et al. 2021, arXiv
     2010.15327), plus each image's jackknife influence on it (Arvesen 1969), whose mean is 0.
 
-    1 for features that differ by rotation and scale, about 0 for unrelated ones. Not CKA itself is bootstrapped, as
-    images drawn twice are similar on both sides and raise it.
+    1 for features that differ by rotation and scale, about 0 for unrelated ones. Not CKA itself is
+    bootstrapped, as images drawn twice are similar on both sides and raise it.
     """
     grams = []
     for feature_NF in (one_NH.double(), other_NW.double()):
         centered_NF = feature_NF - feature_NF.mean(0)
         grams.append((centered_NF @ centered_NF.T).fill_diagonal_(0))
-    both, ones, others = (hsic(*pair) for pair in ((grams[0], grams[1]), (grams[0], grams[0]), (grams[1], grams[1])))
+    both, ones, others = (
+        hsic(*pair) for pair in ((grams[0], grams[1]), (grams[0], grams[0]), (grams[1], grams[1]))
+    )
     cka = both / (ones * others).sqrt()
     return cka[0] + (len(one_NH) - 1) * (cka[1:].mean() - cka[1:])
 
 
 def hsic(one_NN: Tensor, other_NN: Tensor) -> Tensor:
-    """(1 + N,) the unbiased estimator of HSIC (Song et al. 2012, equation 5) of all images, then without each."""
-    product_N, one_N, other_N = (one_NN * other_NN).sum(1), one_NN.sum(1), other_NN.sum(1)
-    products, ones, others = (some_N.sum() - 2 * F.pad(some_N, (1, 0)) for some_N in (product_N, one_N, other_N))
+    """(1 + N,) the unbiased estimator of HSIC (Song et al. 2012, equation 5) of all images, then
+    without each."""
+    product_N = (one_NN * other_NN).sum(1)
+    one_N = one_NN.sum(1)
+    other_N = other_NN.sum(1)
+    products, ones, others = (
+        some_N.sum() - 2 * F.pad(some_N, (1, 0)) for some_N in (product_N, one_N, other_N)
+    )
     lost_N = one_N * other_N + one_NN @ other_N + other_NN @ one_N - product_N
-    rows, count = one_N @ other_N - F.pad(lost_N, (1, 0)), F.pad(torch.full_like(one_N, -1.0), (1, 0)) + len(one_NN)
+    rows = one_N @ other_N - F.pad(lost_N, (1, 0))
+    count = F.pad(torch.full_like(one_N, -1.0), (1, 0)) + len(one_NN)
     sums = ones * others / ((count - 1) * (count - 2))
     return (products + sums - 2 * rows / (count - 2)) / (count * (count - 3))
 
 
 def explained(feature_NH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> Tensor:
-    """(N,) whose mean is the share of the captions' variance that a ridge regression explains in held-out images.
+    """(N,) whose mean is the share of the captions' variance that a ridge regression explains in
+    held-out images.
 
-    Five folds of whole clusters; the penalty is the best on a fold that is neither fitted nor tested. The share is
-    1 - sum of squared errors / sum of squared distances from the fitted images' mean, so it can be below 0; a value is
-    the share plus the image's influence on it.
+    Five folds of whole clusters; the penalty is the best on a fold that is neither fitted nor
+    tested. The share is 1 - sum of squared errors / sum of squared distances from the fitted
+    images' mean, so it can be below 0; a value is the share plus the image's influence on it.
     """
     fold_N = folds(clusters)
     error_N, total_N = torch.zeros(2, len(fold_N), dtype=torch.float64)
     for fold in range(FOLDS):
-        test_N, choose_N = fold_N == fold, fold_N == (fold + 1) % FOLDS
-        fit_N, rest_N = ~test_N & ~choose_N, ~test_N
+        test_N = fold_N == fold
+        choose_N = fold_N == (fold + 1) % FOLDS
+        fit_N = ~test_N & ~choose_N
+        rest_N = ~test_N
         tried = ridge(feature_NH[fit_N], text_NW[fit_N], feature_NH[choose_N], PENALTIES)
-        best = min(range(len(PENALTIES)), key=lambda one: float((tried[one] - text_NW[choose_N]).square().sum()))
-        predicted = ridge(feature_NH[rest_N], text_NW[rest_N], feature_NH[test_N], PENALTIES[best : best + 1])[0]
+        best = min(
+            range(len(PENALTIES)),
+            key=lambda one: float((tried[one] - text_NW[choose_N]).square().sum()),
+        )
+        predicted = ridge(
+            feature_NH[rest_N], text_NW[rest_N], feature_NH[test_N], PENALTIES[best : best + 1]
+        )[0]
         error_N[test_N] = (predicted - text_NW[test_N]).double().square().sum(1)
         total_N[test_N] = (text_NW[test_N] - text_NW[rest_N].mean(0)).double().square().sum(1)
     unexplained = error_N.sum() / total_N.sum()
@@ -268,18 +332,28 @@ def explained(feature_NH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> T
 
 
 def folds(clusters: Sequence[str]) -> Tensor:
-    """(N,) number of each image's fold: whole clusters in the order of their names' hashes. ValueError for too few."""
+    """(N,) number of each image's fold: whole clusters in the order of their names' hashes.
+    ValueError for too few."""
     names = sorted(set(clusters), key=sha256_text)
     if len(names) < 4 * FOLDS:
-        raise ValueError(f"a forecast needs at least {4 * FOLDS} images or clusters of images, got {len(names)}")
+        raise ValueError(
+            f"a forecast needs at least {4 * FOLDS} images or clusters of images, got {len(names)}"
+        )
     number = {name: place % FOLDS for place, name in enumerate(names)}
     return torch.tensor([number[name] for name in clusters])
 
 
-def ridge(feature_MF: Tensor, target_MW: Tensor, other_NF: Tensor, penalties: Sequence[float]) -> list[Tensor]:
+def ridge(
+    feature_MF: Tensor, target_MW: Tensor, other_NF: Tensor, penalties: Sequence[float]
+) -> list[Tensor]:
     """(N, W) predictions for ``other_NF`` with each penalty; the intercept is not penalized."""
-    mean_F, mean_W = feature_MF.mean(0), target_MW.mean(0)
+    mean_F = feature_MF.mean(0)
+    mean_W = target_MW.mean(0)
     u_MR, s_R, v_RF = torch.linalg.svd(feature_MF - mean_F, full_matrices=False)
-    target_RW, other_NR = u_MR.T @ (target_MW - mean_W), (other_NF - mean_F) @ v_RF.T
+    target_RW = u_MR.T @ (target_MW - mean_W)
+    other_NR = (other_NF - mean_F) @ v_RF.T
     scale = s_R.square().mean()
-    return [mean_W + other_NR @ (s_R / (s_R.square() + p * scale))[:, None].mul(target_RW) for p in penalties]
+    return [
+        mean_W + other_NR @ (s_R / (s_R.square() + p * scale))[:, None].mul(target_RW)
+        for p in penalties
+    ]

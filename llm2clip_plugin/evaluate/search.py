@@ -1,8 +1,8 @@
 """``llm2clip search``: the images of a data set that are nearest to a text, listed and as a page.
 
-One safetensors file holds the embeddings of a part of the images: ``image_ND`` (float16, normalized) and ``number_N``
-(in the source). A rerun skips the parts that exist; the folder's name has a hash of the tower, the data and the
-preprocessing.
+One safetensors file holds the embeddings of a part of the images: ``image_ND`` (float16,
+normalized) and ``number_N`` (in the source). A rerun skips the parts that exist; the folder's name
+has a hash of the tower, the data and the preprocessing.
 
 Shapes: N images of a part, Q texts, D projection dimension.
 """
@@ -45,17 +45,22 @@ def main(argv: list[str]) -> int:
 def search(config: SearchConfig, all_ranks: bool) -> tuple[Source, list[BrokenSample], Hits]:
     """The source, its images that were left out, and for each text the nearest of the others.
 
-    The texts are embedded first, so that a teacher that is not at hand is an error before the work on the images.
+    The texts are embedded first, so that a teacher that is not at hand is an error before the work
+    on the images.
     """
     source = folder_of_images(config.data.path) or open_source(config.data)
     tower = commands.open_tower(config.tower, config.device, config.teacher)
     with torch.no_grad():
-        text_QD = on_first_rank(lambda: tower.dual.encode_text(tower.teacher.encoder.encode(config.text)).cpu())
+        text_QD = on_first_rank(
+            lambda: tower.dual.encode_text(tower.teacher.encoder.encode(config.text)).cpu()
+        )
     parts, broken = embed_images(config, tower, source, all_ranks)
     return source, broken, on_first_rank(lambda: nearest(parts, text_QD, config.top_k))
 
 
-def report(config: SearchConfig, source: Source, broken: Sequence[BrokenSample], hits: Hits) -> None:
+def report(
+    config: SearchConfig, source: Source, broken: Sequence[BrokenSample], hits: Hits
+) -> None:
     """Print the hits, and write the page."""
     results = {}
     for text, of_text in zip(config.text, hits, strict=True):
@@ -84,22 +89,38 @@ def report(config: SearchConfig, source: Source, broken: Sequence[BrokenSample],
 def embed_images(
     config: SearchConfig, tower: commands.OpenedTower, source: Source, all_ranks: bool
 ) -> tuple[list[Path], list[BrokenSample]]:
-    """Embed the parts of ``source`` that are not there yet, written by rank 0; all parts, and the images left out."""
-    card, stamps = tower.dual.card, [str(stamp) for stamp in source.stamps]
+    """Embed the parts of ``source`` that are not there yet, written by rank 0; all parts, and the
+    images left out."""
+    card = tower.dual.card
+    stamps = [str(stamp) for stamp in source.stamps]
     data = [source_digest(source), source.config.images, source.config.image_field, stamps]
     images = dataclasses.asdict(tower.images)
-    digest = sha256_text(canonical_json([card.weights_sha256, card.adapter_sha256, data, images, PART]))
+    digest = sha256_text(
+        canonical_json([card.weights_sha256, card.adapter_sha256, data, images, PART])
+    )
     parent = Path(config.cache) if config.cache else default_download_folder().parent / "search"
     names = [f"{part:05d}.safetensors" for part in range(-(-len(source) // PART))]
-    parts, broken = [parent / f"{source.name}-{digest[:12]}" / name for name in names], list[BrokenSample]()
-    options: dict[str, Any] = {"batch": config.batch, "workers": config.workers, "all_ranks": all_ranks}
-    for part in on_first_rank(lambda: [number for number, path in enumerate(parts) if not path.is_file()]):
+    parts = [parent / f"{source.name}-{digest[:12]}" / name for name in names]
+    broken: list[BrokenSample] = []
+    options: dict[str, Any] = {
+        "batch": config.batch,
+        "workers": config.workers,
+        "all_ranks": all_ranks,
+    }
+    for part in on_first_rank(
+        lambda: [number for number, path in enumerate(parts) if not path.is_file()]
+    ):
         options["indices"] = range(part * PART, min((part + 1) * PART, len(source)))
-        found = encode_images(tower.dual.encode_image, source, tower.images, tower.device, **options)
+        found = encode_images(
+            tower.dual.encode_image, source, tower.images, tower.device, **options
+        )
         broken += found.broken
         if rank(group_of(all_ranks)) == 0:
             vectors = [torch.empty(0, card.projection_dim), *found.vectors]
-            tensors = {"image_ND": torch.cat(vectors).half(), "number_N": torch.tensor(found.numbers).long()}
+            tensors = {
+                "image_ND": torch.cat(vectors).half(),
+                "number_N": torch.tensor(found.numbers).long(),
+            }
             with atomic_file(parts[part]) as temporary:
                 save_file(tensors, str(temporary))
     return parts, broken
@@ -110,7 +131,8 @@ def nearest(parts: Sequence[Path], text_QD: Tensor, count: int) -> Hits:
 
     Raises ContractError for a damaged part, ValueError if no image is readable.
     """
-    score_Qk, number_Qk = torch.empty(len(text_QD), 0), torch.empty(len(text_QD), 0, dtype=torch.int64)
+    score_Qk = torch.empty(len(text_QD), 0)
+    number_Qk = torch.empty(len(text_QD), 0, dtype=torch.int64)
     for path in parts:
         with errors_about(path, fix="delete it and rerun the same command"):
             tensors = load_file(path)
@@ -120,15 +142,22 @@ def nearest(parts: Sequence[Path], text_QD: Tensor, count: int) -> Hits:
         number_Qk = numbers.gather(1, chosen)
     if not score_Qk.shape[1]:
         raise ValueError("the data has no readable images")
-    return [list(zip(*of_text, strict=True)) for of_text in zip(number_Qk.tolist(), score_Qk.tolist(), strict=True)]
+    return [
+        list(zip(*of_text, strict=True))
+        for of_text in zip(number_Qk.tolist(), score_Qk.tolist(), strict=True)
+    ]
 
 
 def folder_of_images(path: str) -> InMemorySource | None:
-    """A folder of image files, at any depth, as a source without captions; None if ``path`` is not one."""
+    """A folder of image files, at any depth, as a source without captions; None if ``path`` is not
+    one."""
     root = Path(path)
     if not root.is_dir() or any(root.glob("*.tar")) or not (files := image_files(root)):
         return None
-    stamps = [(str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamps = [
+        (str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+    ]
     name = f"{root.resolve().name}-{sha256_text(canonical_json(stamps))[:12]}"
     rows = [Row(stamp[0], file) for stamp, file in zip(stamps, files, strict=True)]
     return InMemorySource(name, root, rows)

@@ -1,8 +1,9 @@
-"""Digests of files and folders, by which ``llm2clip run`` sees what has changed since a stage read it.
+"""Digests of files and folders, by which ``llm2clip run`` sees what has changed since a stage read
+it.
 
-A file is hashed once, and again only if its size or one of its times is another one: what a file holds cannot change
-without its change time (ctime). A time within SETTLED seconds of the hashing proves nothing, since clocks of file
-systems are coarse.
+A file is hashed once, and again only if its size or one of its times is another one: what a file
+holds cannot change without its change time (ctime). A time within SETTLED seconds of the hashing
+proves nothing, since clocks of file systems are coarse.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from llm2clip_plugin.data.samples import cores, map_in_order
 SETTLED = 2.0  # seconds
 THREADS = 8  # that hash, at most; hashing needs no GIL
 NAMED = (
-    1000  # files of an artifact whose digests are recorded one by one, so that a message can name the one that changed
+    # files of an artifact whose digests are recorded one by one, so that a message can name the one
+    # that changed
+    1000
 )
 ABSENT = "absent"  # digest of a file that is not there
 
@@ -35,11 +38,13 @@ class Artifact:
     """Files that stages read or make."""
 
     name: str  # as messages call it
-    files: Callable[[], Mapping[str, str]]  # name for messages -> path, URL, or NAME@COMMIT of the Hub; as of now
+    # name for messages -> path, URL, or NAME@COMMIT of the Hub; as of now
+    files: Callable[[], Mapping[str, str]]
 
 
 def folder_files(folder: Path, root: Path, patterns: tuple[str, ...] = ("**/*",)) -> dict[str, str]:
-    """The files of a folder, or a single one, named relative to ``root``; none that are hidden or in hidden folders."""
+    """The files of a folder, or a single one, named relative to ``root``; none that are hidden or
+    in hidden folders."""
     if folder.is_file():
         return {os.path.relpath(folder, root): str(folder)}
     files: dict[str, str] = {}
@@ -68,14 +73,23 @@ class Digests:
         unknown = [path for path in files.values() if self._recall(path) is None]
         with ThreadPoolExecutor(min(THREADS, cores())) as threads:
             hashed = map_in_order(threads, _hash, unknown, ahead=2 * THREADS)
-            shown = track(hashed, total=len(unknown), label=f"digests of {artifact.name}", unit="files")
+            shown = track(
+                hashed, total=len(unknown), label=f"digests of {artifact.name}", unit="files"
+            )
             fresh = dict(zip(unknown, shown, strict=True))
         for path, (stamp, digest) in fresh.items():
             if stamp:
                 self._known[self._place(path)] = [*stamp, digest]
                 self._changed = True
-        table = {name: fresh[path][1] if path in fresh else self._recall(path) for name, path in files.items()}
-        names = {name: str(digest)[:16] for name, digest in table.items()} if len(table) <= NAMED else None
+        table = {
+            name: fresh[path][1] if path in fresh else self._recall(path)
+            for name, path in files.items()
+        }
+        names = (
+            {name: str(digest)[:16] for name, digest in table.items()}
+            if len(table) <= NAMED
+            else None
+        )
         return {"sha256": sha256_text(canonical_json(table)), "files": names}
 
     def save(self) -> None:
@@ -106,7 +120,8 @@ def _hash(path: str) -> tuple[list[int], str]:
     """The stamp, [] if it proves nothing later on, and the digest."""
     if is_url(path):
         return [], path
-    before, now = _stamp(path), time.time_ns()
+    before = _stamp(path)
+    now = time.time_ns()
     try:
         digest = sha256_file(path)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):

@@ -59,9 +59,13 @@ def main(argv: list[str]) -> int:
             overwrite=config.overwrite,
         )
         if rank == 0:
-            record.write(directory / EmbedRecord.FILE)  # a complete cache's, only now that nothing was refused
+            # a complete cache's, only now that nothing was refused
+            record.write(directory / EmbedRecord.FILE)
         if world > 1 and manifest is None:
-            print(f"rank {rank}: its shards are complete; other ranks are still embedding", file=sys.stderr)
+            print(
+                f"rank {rank}: its shards are complete; other ranks are still embedding",
+                file=sys.stderr,
+            )
     prefix = f"rank {rank}: " if world > 1 else ""
     for line in summary.lines(encoder.config.max_tokens):
         print(prefix + line)
@@ -73,7 +77,8 @@ def main(argv: list[str]) -> int:
 
 @contextmanager
 def _ranks() -> Iterator[tuple[int, int]]:
-    """This rank and their number. Under a launcher (MASTER_ADDR) they watch each other; else each may run by itself."""
+    """This rank and their number. Under a launcher (MASTER_ADDR) they watch each other; else each
+    may run by itself."""
     if "MASTER_ADDR" not in os.environ:
         yield rank_and_world()
         return
@@ -82,7 +87,8 @@ def _ranks() -> Iterator[tuple[int, int]]:
 
 
 def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
-    """The captions, the LLM and the cache's folder. Raises ValueError for data at a URL without ``cache``."""
+    """The captions, the LLM and the cache's folder. Raises ValueError for data at a URL without
+    ``cache``."""
     if not config.cache:  # before anything is downloaded or loaded
         default_cache_folder(config.source.path, "")
     if torch.cuda.is_available():
@@ -98,7 +104,8 @@ def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
 
 
 def cache_plan(config: EmbedConfig) -> str:
-    """The number of captions and the cache's size in both formats; reads every caption, but no weights."""
+    """The number of captions and the cache's size in both formats; reads every caption, but no
+    weights."""
     source = open_source(config.source)
     check_fields(source, needed=True)
     numbers = track(range(len(source)), total=len(source), label="captions", unit="samples")
@@ -109,8 +116,13 @@ def cache_plan(config: EmbedConfig) -> str:
         adapter = Path(config.encoder.adapter) if config.encoder.adapter else None
         effective(config.encoder, Path(config.encoder.llm), adapter)
     width = int(settings.projection_dim if clip else settings.get_text_config().hidden_size)
-    samples, key_bytes = len(source), 9  # as img2dataset's keys
-    sizes = {dtype: shard_bytes(samples, rows, width, dtype, key_bytes=key_bytes) for dtype in CACHE_DTYPES}
+    # as img2dataset's keys
+    samples = len(source)
+    key_bytes = 9
+    sizes = {
+        dtype: shard_bytes(samples, rows, width, dtype, key_bytes=key_bytes)
+        for dtype in CACHE_DTYPES
+    }
     listed = ", ".join(f"{dtype} {tqdm.format_sizeof(size, 'B')}" for dtype, size in sizes.items())
     found = f"{samples:,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}"
     return f"{found}\ncache on disk: {rows:,} captions x {width}: {listed}"

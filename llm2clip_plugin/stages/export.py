@@ -1,4 +1,5 @@
-"""``llm2clip export``: a training run as a tower directory, or one in another format. ``export-llm``."""
+"""``llm2clip export``: a training run as a tower directory, or one in another format.
+``export-llm``."""
 
 import dataclasses
 from pathlib import Path
@@ -23,24 +24,35 @@ def main(argv: list[str]) -> int:
     """``llm2clip export SOURCE --output DIR [--format clip|onnx] [--push OWNER/NAME]``."""
     options = EXPORT.parse(argv)
     check_repository(options.push)
-    source, output, replace, adapter = Path(options.source), Path(options.output), options.overwrite, None
+    source = Path(options.source)
+    output = Path(options.output)
+    replace = options.overwrite
+    adapter = None
     is_run = (source / RunRecord.FILE).is_file()
     if options.format != "tower":
         if is_run or options.push:
             told = f"--format {options.format} converts a tower directory, a run's is RUN/tower"
             raise ValueError(f"{told}; leave out --push")
-        print(f"{convert(options.source, output, options.format, replace=replace)}: verified by reloading")
+        print(
+            f"{convert(options.source, output, options.format, replace=replace)}: verified by reloading"
+        )
         return 0
     if is_run:
         teacher = RunRecord.read(source / RunRecord.FILE).teacher
         adapter = teacher_adapter(teacher) if options.with_adapter else None
-        export_run(source, output, options.checkpoint, options.ema, adapter=adapter, replace=replace)
+        export_run(
+            source, output, options.checkpoint, options.ema, adapter=adapter, replace=replace
+        )
     elif options.ema or options.checkpoint:
-        raise ValueError(f"--ema and --checkpoint require a training run, but {source} has no {RunRecord.FILE}")
+        raise ValueError(
+            f"--ema and --checkpoint require a training run, but {source} has no {RunRecord.FILE}"
+        )
     else:
         if options.with_adapter:
             directory = fetch_directory(options.source)
-            adapter = teacher_adapter(located(TowerCard.read(directory / TowerCard.FILE), directory).teacher)
+            adapter = teacher_adapter(
+                located(TowerCard.read(directory / TowerCard.FILE), directory).teacher
+            )
         reexport(options.source, output, adapter=adapter, replace=replace)
     print(summary(output, TowerCard.read(output / TowerCard.FILE)))
     if options.push:
@@ -51,10 +63,13 @@ def main(argv: list[str]) -> int:
 def teacher_adapter(teacher: dict[str, Any]) -> Path:
     """The folder of a teacher's adapter, downloaded if it is on the Hub.
 
-    Raises ValueError if the teacher has none, FileNotFoundError if it is gone, ContractError if it was changed.
+    Raises ValueError if the teacher has none, FileNotFoundError if it is gone, ContractError if it
+    was changed.
     """
     if not teacher.get("adapter_sha256"):
-        raise ValueError(f"--with-adapter: the teacher {teacher.get('llm', '')!r} has no adapter; leave the option out")
+        raise ValueError(
+            f"--with-adapter: the teacher {teacher.get('llm', '')!r} has no adapter; leave the option out"
+        )
     folder = fetch_directory(str(teacher.get("adapter", "")))
     if (actual := adapter_sha256(folder)) != teacher["adapter_sha256"]:
         both = f"SHA-256 {actual[:12]}, but the tower was trained with {teacher['adapter_sha256'][:12]}"
@@ -64,7 +79,8 @@ def teacher_adapter(teacher: dict[str, Any]) -> Path:
 
 # ``llm2clip export-llm``: a fine-tuned LLM as a folder of its own.
 
-SAMPLE_CAPTIONS = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]  # compared before and after
+# compared before and after
+SAMPLE_CAPTIONS = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている"]
 TOLERANCE = 1e-4  # of an embedding's norm: the same float32 weights, summed in another order once
 
 
@@ -74,7 +90,8 @@ def main_llm(argv: list[str]) -> int:
 
 
 def export_llm(config: ExportConfig) -> Path:
-    """Write merged weights, tokenizer and card, reload and compare embeddings before the folder is moved to its place.
+    """Write merged weights, tokenizer and card, reload and compare embeddings before the folder is
+    moved to its place.
 
     Raises ValueError for 4-bit weights, ContractError if the reloaded embeddings differ.
     """
@@ -84,21 +101,30 @@ def export_llm(config: ExportConfig) -> Path:
     with output_folder(config.output, MODEL_FOLDER, replace=config.overwrite) as temporary:
         write_merged(encoder, temporary)
         trusted = config.encoder.trust_remote_code
-        exported = EncoderConfig(llm=str(temporary), compute_dtype="float32", trust_remote_code=trusted)
+        exported = EncoderConfig(
+            llm=str(temporary), compute_dtype="float32", trust_remote_code=trusted
+        )
         reloaded = CaptionEncoder(exported, "cpu")
         before_NW, after_NW = (each.encode(SAMPLE_CAPTIONS) for each in (encoder, reloaded))
         worst = float(((before_NW - after_NW).norm(dim=1) / before_NW.norm(dim=1)).max())
         if not worst < TOLERANCE:
-            raise ContractError(f"{config.output}: reloaded embeddings differ by {worst:.2g} of their norm")
+            raise ContractError(
+                f"{config.output}: reloaded embeddings differ by {worst:.2g} of their norm"
+            )
     return Path(config.output)
 
 
 def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
-    """Write merged weights of all blocks, those above the pooled layer included, with tokenizer and card."""
+    """Write merged weights of all blocks, those above the pooled layer included, with tokenizer and
+    card."""
     config = encoder.config
-    model = load_backbone(encoder.folder, dataclasses.replace(config, layer=-1), torch.float32, encoder.device)
+    model = load_backbone(
+        encoder.folder, dataclasses.replace(config, layer=-1), torch.float32, encoder.device
+    )
     if config.adapter:  # it may cover only the blocks up to the pooled layer
-        blocks, norm, depth = model.get_submodule("layers"), model.get_submodule("norm"), model.config.num_hidden_layers
+        blocks = model.get_submodule("layers")
+        norm = model.get_submodule("norm")
+        depth = model.config.num_hidden_layers
         keep_layers(model, config.layer)
         model = merge(attach_adapter(model, fetch_directory(config.adapter)))
         lower = list(model.get_submodule("layers"))  # type: ignore[call-overload]

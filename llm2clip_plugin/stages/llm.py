@@ -22,7 +22,12 @@ from llm2clip_plugin.evaluate.captions import caption_sets, measure_captions
 from llm2clip_plugin.files import started_by
 from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
-from llm2clip_plugin.stages.settings import FINETUNE_LLM, FinetuneConfig, plan_or_train, rank_and_world
+from llm2clip_plugin.stages.settings import (
+    FINETUNE_LLM,
+    FinetuneConfig,
+    plan_or_train,
+    rank_and_world,
+)
 from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, LoraSettings, effective
 from llm2clip_plugin.text.encoder import (
     CaptionEncoder,
@@ -55,7 +60,12 @@ from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.loop import Evaluate
-from llm2clip_plugin.train.model import DTYPES, StepMemory, activation_bytes, enable_gradient_checkpointing
+from llm2clip_plugin.train.model import (
+    DTYPES,
+    StepMemory,
+    activation_bytes,
+    enable_gradient_checkpointing,
+)
 from llm2clip_plugin.train.optim import Trained, chosen_optimizer, is_vector, zero_stage
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.export import library_versions
@@ -67,9 +77,9 @@ TEXTS = 64  # of the passes that measure activations
 def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) -> Path:
     """Train an adapter contrastively on captions; returns its folder.
 
-    The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
-    ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite. ``command``:
-    files.started_by, for run.json.
+    The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError,
+    FileNotFoundError or ContractError for what the user can correct, NonFiniteLossError for a loss
+    that is NaN or infinite. ``command``: files.started_by, for run.json.
     """
     with training_ranks(config.train) as device, locked(Path(config.output_dir)):
         return _train(config, device, command or {})
@@ -80,7 +90,10 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
         data = Data(config, rank(), world_size())
     total_steps, deepspeed = plan_stage(config, data.samples, world_size())
     folders = map(fetch_directory, config.start_adapters)
-    starts = {f"start adapter {number}": adapter_sha256(folder) for number, folder in enumerate(folders, 1)}
+    starts = {
+        f"start adapter {number}": adapter_sha256(folder)
+        for number, folder in enumerate(folders, 1)
+    }
     run = TrainingRun(
         config=config,
         run_settings={**dataclasses.asdict(config), "samples": data.samples},
@@ -93,29 +106,36 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
     if rank() == 0:
         print("\n".join(data.lines), flush=True)
     if config.evaluation.captions:
-        on_first_rank(lambda: len(caption_sets(config.evaluation, config.pairs.read)))  # fails here, not at a step
+        # fails here, not at a step
+        on_first_rank(lambda: len(caption_sets(config.evaluation, config.pairs.read)))
     resumed = run.find_checkpoint()
     encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
     for result in data.surveys:
         count_truncated(result, encoder, cut_queries=config.pairs.cut_queries)
-    terms, module = caption_terms(config.contrast), trained_module(encoder, config)
+    terms = caption_terms(config.contrast)
+    module = trained_module(encoder, config)
     if resumed is not None:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 parameter.data.copy_(resumed.weights[name])
     if config.train.torch_compile:
         encoder.compile()
-    on_first_rank(lambda: check_finite(module, config.encoder.llm if resumed is None else resumed.path))
+    on_first_rank(
+        lambda: check_finite(module, config.encoder.llm if resumed is None else resumed.path)
+    )
     engine = run.make_engine(module, trained_parameters(module, config), resumed, keep_frozen=False)
     start = run.start_state(resumed)
     evaluate = evaluation(encoder, config)
-    tokenizer, workers = PairTokenizer(encoder.tokenizer, encoder.config), config.train.dataloader_num_workers
+    tokenizer = PairTokenizer(encoder.tokenizer, encoder.config)
+    workers = config.train.dataloader_num_workers
     with stop_requests() as stop:
         state = run.train_to_end(
             engine,
             start,
             step=CaptionStep(engine, terms, encoder, config.contrast, seed=config.train.seed),
-            batches=tokenized_batches(data.batches, tokenizer, position=start.samples, workers=workers),
+            batches=tokenized_batches(
+                data.batches, tokenizer, position=start.samples, workers=workers
+            ),
             evaluate=evaluate,
             before=evaluate if config.train.eval_on_start else None,
             stop=stop,
@@ -129,16 +149,30 @@ def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[int, d
     """Steps, and DeepSpeed's configuration. Raises ValueError for settings that exclude each other."""
     total_steps, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=1024)
     if config.encoder.load_in_4bit and zero_stage(deepspeed) == 3:
-        raise ValueError("ZeRO-3 cannot partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit")
-    if config.train.torch_compile and config.encoder.load_in_4bit and config.train.gradient_checkpointing:
-        raise ValueError("--torch-compile cannot trace --load-in-4bit with --gradient-checkpointing; omit one of them")
+        raise ValueError(
+            "ZeRO-3 cannot partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit"
+        )
+    if (
+        config.train.torch_compile
+        and config.encoder.load_in_4bit
+        and config.train.gradient_checkpointing
+    ):
+        raise ValueError(
+            "--torch-compile cannot trace --load-in-4bit with --gradient-checkpointing; omit one of them"
+        )
     if not config.train.has_steps:
         raise ValueError("num_train_epochs and max_steps are both 0: nothing to train")
-    if config.start_adapters and (config.encoder.adapter or config.encoder.load_in_4bit or config.lora.dora):
+    if config.start_adapters and (
+        config.encoder.adapter or config.encoder.load_in_4bit or config.lora.dora
+    ):
         raise ValueError("start_adapters exclude --adapter, --load-in-4bit and --lora-dora")
     if config.train.precision != "fp32" and config.encoder.compute_dtype == "float32":
-        problem = f"train.precision {config.train.precision} would convert the LLM's float32 weights"
-        raise ValueError(f"{problem}; leave precision (the adapter's) at fp32, and set --compute-dtype")
+        problem = (
+            f"train.precision {config.train.precision} would convert the LLM's float32 weights"
+        )
+        raise ValueError(
+            f"{problem}; leave precision (the adapter's) at fp32, and set --compute-dtype"
+        )
     return total_steps, deepspeed
 
 
@@ -146,15 +180,22 @@ class Data:
     """The pairs of a run, and what the first samples of each source have."""
 
     def __init__(self, config: FinetuneConfig, rank: int, world: int) -> None:
-        """Raises FileNotFoundError or ValueError for a data set that is missing, too small or without pairs."""
-        pairs, train = config.pairs, config.train
-        self.batches = PairBatches(pairs, seed=train.seed, global_batch=train.global_batch, rank=rank, world=world)
+        """Raises FileNotFoundError or ValueError for a data set that is missing, too small or
+        without pairs."""
+        pairs = config.pairs
+        train = config.train
+        self.batches = PairBatches(
+            pairs, seed=train.seed, global_batch=train.global_batch, rank=rank, world=world
+        )
         sources = self.batches.sources
-        self.samples = sum(epoch_draws([*map(len, sources)], pairs.weights or [1.0] * len(sources)))  # of an epoch
+        # of an epoch
+        self.samples = sum(epoch_draws([*map(len, sources)], pairs.weights or [1.0] * len(sources)))
         self.surveys = [survey(source) for source in sources]
         # what is compared between ranks: the number of samples, and the texts of the first ones
         self.digests = {
-            str(number): f"{len(source)} samples ({short_digest([[p.query, p.positive] for p in result.pairs])})"
+            str(
+                number
+            ): f"{len(source)} samples ({short_digest([[p.query, p.positive] for p in result.pairs])})"
             for number, (source, result) in enumerate(zip(sources, self.surveys, strict=True), 1)
         }
         self.lines = [
@@ -165,18 +206,25 @@ class Data:
 
 
 def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> None:
-    """Print how many of a survey's queries and positives will be truncated to max_tokens, on rank 0.
+    """Print how many of a survey's queries and positives will be truncated to max_tokens, on rank
+    0.
 
-    Raises ValueError for queries, unless ``cut_queries``: a query's end is its caption, which would be lost.
+    Raises ValueError for queries, unless ``cut_queries``: a query's end is its caption, which would
+    be lost.
     """
     limit = encoder.config.max_tokens
-    tokenizer = PairTokenizer(encoder.tokenizer, dataclasses.replace(encoder.config, max_tokens=sys.maxsize))
+    tokenizer = PairTokenizer(
+        encoder.tokenizer, dataclasses.replace(encoder.config, max_tokens=sys.maxsize)
+    )
     tokens = tokenizer(result.pairs)
     for side, plural in (("query", "queries"), ("positive", "positives")):
-        long = [(len(ids), pair.key) for ids, pair in zip(tokens[side], result.pairs, strict=True) if len(ids) > limit]
-        counted = (
-            f"{result.path}: {len(long)} of the first {len(result.pairs)} {plural} are longer than max_tokens {limit}"
-        )
+        long = [
+            (len(ids), pair.key)
+            for ids, pair in zip(tokens[side], result.pairs, strict=True)
+            if len(ids) > limit
+        ]
+        first = f"the first {len(result.pairs)} {plural}"
+        counted = f"{result.path}: {len(long)} of {first} are longer than max_tokens {limit}"
         if long and side == "query" and not cut_queries:
             length, key = max(long)
             raise ValueError(
@@ -202,8 +250,15 @@ def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModul
 
 def trained_parameters(module: torch.nn.Module, config: FinetuneConfig) -> list[Trained]:
     """Every parameter that trains, all at the same learning rate; vectors don't decay."""
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return [Trained(name=name, parameter=p, lr=config.optim.lr, decay=not is_vector(p)) for name, p in trained]
+    trained = [
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+    return [
+        Trained(name=name, parameter=p, lr=config.optim.lr, decay=not is_vector(p))
+        for name, p in trained
+    ]
 
 
 def evaluation(encoder: CaptionEncoder, config: FinetuneConfig) -> Evaluate | None:
@@ -220,14 +275,23 @@ def evaluation(encoder: CaptionEncoder, config: FinetuneConfig) -> Evaluate | No
     return evaluate
 
 
-def write_adapter(run: TrainingRun, encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) -> None:
+def write_adapter(
+    run: TrainingRun, encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState
+) -> None:
     """Write the last checkpoint's adapter with its card."""
     last = run.checkpoints.path(state.step)  # the loop ends with a checkpoint
     verify(last, moments=False)
     prefix = "model.llm."
-    trained = {n.removeprefix(prefix): t for n, t in load(last, moments=False).weights.items() if n.startswith(prefix)}
-    card, starts = card_of(encoder, config, state), [*map(fetch_directory, config.start_adapters)]
-    save_adapter(encoder.model.llm, trained, card, run.folder / "adapter", starts=starts, replace=True)
+    trained = {
+        n.removeprefix(prefix): t
+        for n, t in load(last, moments=False).weights.items()
+        if n.startswith(prefix)
+    }
+    card = card_of(encoder, config, state)
+    starts = [*map(fetch_directory, config.start_adapters)]
+    save_adapter(
+        encoder.model.llm, trained, card, run.folder / "adapter", starts=starts, replace=True
+    )
 
 
 def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) -> EncoderCard:
@@ -261,16 +325,21 @@ def main(argv: list[str]) -> int:
 def llm_plan(config: FinetuneConfig) -> str:
     """The plan as text. Raises what would stop the run itself."""
     _, world = rank_and_world()
-    settings, encoder = llm_config(config.encoder), config.encoder
-    encoder, _ = effective(encoder, Path(encoder.llm), Path(encoder.adapter) if encoder.adapter else None)
+    settings = llm_config(config.encoder)
+    encoder = config.encoder
+    encoder, _ = effective(
+        encoder, Path(encoder.llm), Path(encoder.adapter) if encoder.adapter else None
+    )
     config, lora = dataclasses.replace(config, encoder=encoder), config.lora
     if config.evaluation.captions:
         caption_sets(config.evaluation, config.pairs.read)
-    notes, pairs = [f"assumed: {config.plan.images:,} pairs (--assumed-samples, or DATA)"], config.plan.images
+    notes = [f"assumed: {config.plan.images:,} pairs (--assumed-samples, or DATA)"]
+    pairs = config.plan.images
     texts = 3 if config.pairs.random_negatives else 2  # query and positive, perhaps a hard negative
     if config.pairs.data:
         data = Data(config, rank=0, world=1)
-        notes, pairs = data.lines, data.samples
+        notes = data.lines
+        pairs = data.samples
         texts = 3 if any(result.pairs[0].negative for result in data.surveys) else texts
     _, deepspeed = plan_stage(config, pairs, world)
     shape = shape_llm(settings, encoder, lora, config.train.precision)
@@ -284,23 +353,32 @@ def llm_plan(config: FinetuneConfig) -> str:
         f"LoRA{' (assumed of --adapter)' if encoder.adapter else ''}: r {lora.r}, alpha {lora.alpha} on "
         f"{', '.join(shape.adapted)}",
     ]
-    stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)  # ZeRO-3 can't partition 4-bit weights
+    # ZeRO-3 can't partition 4-bit weights
+    stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)
     for tokens in sorted({min(ASSUMED_TOKENS, encoder.max_tokens), encoder.max_tokens}):
         about = f", for pairs of {texts} texts of {tokens} tokens"
         memory = step_memory(config, settings, shape, texts, tokens)
-        parts.append(plans.describe_memory(memory, config.train, config.plan.gpu_gib, about=about, stages=stages))
+        parts.append(
+            plans.describe_memory(
+                memory, config.train, config.plan.gpu_gib, about=about, stages=stages
+            )
+        )
     return "\n".join(parts)
 
 
 def step_memory(
     config: FinetuneConfig, settings: PretrainedConfig, shape: LlmShape, texts: int, tokens: int
 ) -> StepMemory:
-    """Of pairs of ``texts`` texts, measured on a few blocks of fake tensors: memory grows linearly with blocks."""
+    """Of pairs of ``texts`` texts, measured on a few blocks of fake tensors: memory grows linearly
+    with blocks."""
     bytes_of: dict[int, float] = {}
     for blocks in {min(1, shape.blocks), min(2, shape.blocks)}:
-        part = shape_llm(settings, config.encoder, config.lora, config.train.precision, last_blocks=blocks)
+        part = shape_llm(
+            settings, config.encoder, config.lora, config.train.precision, last_blocks=blocks
+        )
         bytes_of[blocks] = texts_bytes(config, part, tokens)
-    few, more = min(bytes_of), max(bytes_of)
+    few = min(bytes_of)
+    more = max(bytes_of)
     slope = (bytes_of[more] - bytes_of[few]) / max(1, more - few)
     text_bytes = bytes_of[more] + slope * (shape.blocks - more)
     return StepMemory(
@@ -325,15 +403,16 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, tokens: int) -> float:
     def make_inputs() -> list[Tensor]:
         parts = equal_parts(range(TEXTS), config.contrast.length_groups)
         ids = (torch.zeros(len(part), tokens, dtype=torch.int64) for part in parts)
-        return [x for one in ids for x in (one, one, one, one.bool())]  # ids, attention mask, positions, pooling mask
+        # ids, attention mask, positions, pooling mask
+        return [x for one in ids for x in (one, one, one, one.bool())]
 
     return activation_bytes(module, make_inputs, lambda *inputs: module(*inputs)[0].sum())
 
 
 # The LLM's shape, for plans.
 
-# bytes of a value in bitsandbytes' NF4 with double quantization: half a byte, a byte of scale for 64 values, 4 bytes of
-# a scale's scale for 256 x 64 (Dettmers et al. 2023, arXiv 2305.14314)
+# bytes of a value in bitsandbytes' NF4 with double quantization: half a byte, a byte of scale for
+# 64 values, 4 bytes of a scale's scale for 256 x 64 (Dettmers et al. 2023, arXiv 2305.14314)
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (256 * 64)
 
 
@@ -352,11 +431,18 @@ class LlmShape:
 
 
 def shape_llm(
-    settings: PretrainedConfig, config: EncoderConfig, lora: LoraSettings, precision: str, *, last_blocks: int = 0
+    settings: PretrainedConfig,
+    config: EncoderConfig,
+    lora: LoraSettings,
+    precision: str,
+    *,
+    last_blocks: int = 0,
 ) -> LlmShape:
-    """The LLM up to the pooled layer with its adapter, reduced to its last ``last_blocks`` blocks if that is not 0.
+    """The LLM up to the pooled layer with its adapter, reduced to its last ``last_blocks`` blocks
+    if that is not 0.
 
-    Raises ValueError for a model that isn't a decoder, and for a layer or LoRA target that it doesn't have.
+    Raises ValueError for a model that isn't a decoder, and for a layer or LoRA target that it
+    doesn't have.
     """
     settings = copy.deepcopy(settings)
     text = settings.get_text_config()
@@ -366,7 +452,9 @@ def shape_llm(
     compute = "bfloat16" if config.compute_dtype == "auto" else config.compute_dtype
     dtype = getattr(torch, compute) if precision == "fp32" else DTYPES[precision]
     with torch.device("meta"):
-        llm = AutoModel.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        llm = AutoModel.from_config(
+            settings, dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
         llm = llm if text is settings else llm.language_model
         keep_layers(llm, config.layer)
         set_kernels(llm, config.attention)
@@ -381,7 +469,11 @@ def shape_llm(
         quantized = linear if config.load_in_4bit else 0
         wrapped = add_lora(llm, lora, base=config.llm)
     wrapped = wrapped if precision == "fp32" else wrapped.to(dtype)
-    adapted = {n.partition(".lora_")[0].rpartition(".")[2] for n, p in wrapped.named_parameters() if p.requires_grad}
+    adapted = {
+        n.partition(".lora_")[0].rpartition(".")[2]
+        for n, p in wrapped.named_parameters()
+        if p.requires_grad
+    }
     return LlmShape(
         llm=wrapped,
         kind=text.model_type,

@@ -1,4 +1,5 @@
-"""``llm2clip run``: all stages of one training in order, resumed by the same command, and a page about it."""
+"""``llm2clip run``: all stages of one training in order, resumed by the same command, and a page
+about it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from llm2clip_plugin.train.guard import locked
 
 
 def main(argv: list[str]) -> int:
-    """Run what is not complete yet; the exit status of the stage that failed, 128 + N after signal N, else 0."""
+    """Run what is not complete yet; the exit status of the stage that failed, 128 + N after signal
+    N, else 0."""
     config = RUN.parse(argv)
     check_given(config)
     source = open_source(config)
@@ -45,7 +47,9 @@ def main(argv: list[str]) -> int:
         seconds = {name: saved["seconds"] for name, saved in folder.record.stages.items()}
         page = write_page(config, source, stages, seconds)
         for stage, why in folder.stale(stages).items():  # it changed while later stages ran
-            print(f"warning: {stage!r} is out of date: {why}; rerun the same command", file=sys.stderr)
+            print(
+                f"warning: {stage!r} is out of date: {why}; rerun the same command", file=sys.stderr
+            )
     print(f"\n{page}: scores, queries won and lost, with pictures")
     tower = Path(config.output) / "tower"
     print(f"tower: {tower}; in LLaVA: {command('use', tower, '--name', Path(config.output).name)}")
@@ -53,13 +57,15 @@ def main(argv: list[str]) -> int:
 
 
 def pairs_of_stage_1(config: PipelineConfig, source: Source) -> str:
-    """How stage 1 pairs captions; "" if it is left out, which is said unless it was asked for. ValueError for --stage1
-    on images without several captions."""
+    """How stage 1 pairs captions; "" if it is left out, which is said unless it was asked for.
+    ValueError for --stage1 on images without several captions."""
     pairs, why_not = survey(source)
     if config.adapter or config.stage1 is False:
         return ""
     if config.stage1 is True and not pairs:
-        raise ValueError(f"--stage1: {SEVERAL}; name more caption fields with --fields, or omit --stage1")
+        raise ValueError(
+            f"--stage1: {SEVERAL}; name more caption fields with --fields, or omit --stage1"
+        )
     if config.stage1 is True or not why_not:
         return pairs
     fix = "--stage1 runs it all the same" if pairs else "name more caption fields with --fields"
@@ -80,7 +86,9 @@ def show(stages: Sequence[Stage], stale: Mapping[str, str]) -> None:
     print(f"{len(stale)} of {len(stages)} stages to run")
 
 
-def run_stage(folder: RunFolder, stage: Stage, place: str, stages: Sequence[Stage], argv: list[str]) -> int:
+def run_stage(
+    folder: RunFolder, stage: Stage, place: str, stages: Sequence[Stage], argv: list[str]
+) -> int:
     """Run a stage unless it is complete; its exit status, 1 if it made nothing."""
     if folder.why(stage) is None:
         return 0

@@ -1,7 +1,8 @@
 """Which stages of ``llm2clip run`` are complete, which run again, and why.
 
-A stage is complete if its command, the digests of all that it reads and of all that it made are those that were
-recorded. One whose input changed starts anew: its old output is removed first. One that was killed goes on.
+A stage is complete if its command, the digests of all that it reads and of all that it made are
+those that were recorded. One whose input changed starts anew: its old output is removed first. One
+that was killed goes on.
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ class Stage:
     words: tuple[str, ...]  # llm2clip ..., or a shell script and its arguments
     reads: tuple[Artifact, ...] = ()
     makes: tuple[Artifact, ...] = ()
-    output: Path | None = None  # file or folder that the stage writes, all of it; None: it writes nothing
+    # file or folder that the stage writes, all of it; None: it writes nothing
+    output: Path | None = None
     ranks: int = 1  # processes
     resumes: bool = False  # whether the same command goes on from an output that is not complete
-    # name of what it reads whose change needs no new start: the output is brought up to date, after ``update``, with
-    # ``update_words`` added to the command
+    # name of what it reads whose change needs no new start: the output is brought up to date, after
+    # ``update``, with ``update_words`` added to the command
     updates: str = ""
     update: Callable[[], object] = lambda: None
     update_words: tuple[str, ...] = ()
-    moved_fields: tuple[str, ...] = ()  # settings with paths, which may differ from a checkpoint's in a moved folder
+    # settings with paths, which may differ from a checkpoint's in a moved folder
+    moved_fields: tuple[str, ...] = ()
 
     def argv(self, more: Sequence[str] = ()) -> list[str]:
         """The program and its words, by this Python."""
@@ -52,7 +55,8 @@ class RunFolder:
     """The folder of a run: the record of its stages, and the digests of files."""
 
     def __init__(self, out: Path, places: Mapping[str, str]) -> None:
-        """places: path -> what it is, of the folders and files that may be moved: contents are compared instead."""
+        """places: path -> what it is, of the folders and files that may be moved: contents are
+        compared instead."""
         self.out = out
         self.digests = Digests(out)
         self._places = sorted(places.items(), key=lambda item: -len(item[0]))
@@ -66,7 +70,8 @@ class RunFolder:
                 raise FileExistsError(f"{told}; choose another --output, or delete it")
 
     def stale(self, stages: Sequence[Stage]) -> dict[str, str]:
-        """Name of each stage that is to run -> why it runs again, "" if a stage before it says so, or it is new."""
+        """Name of each stage that is to run -> why it runs again, "" if a stage before it says so,
+        or it is new."""
         todo: dict[str, str] = {}
         made_again: set[str] = set()
         for stage in stages:
@@ -77,13 +82,16 @@ class RunFolder:
         return todo
 
     def why(self, stage: Stage, made_again: set[str] = frozenset()) -> str | None:  # type: ignore[assignment]
-        """Why a stage runs; None if it is complete. ``made_again``: names of artifacts that are not final yet."""
+        """Why a stage runs; None if it is complete. ``made_again``: names of artifacts that are not
+        final yet."""
         saved = self.record.stages.get(stage.name)
         if saved is None:
             return ""
         waits = any(artifact.name in made_again for artifact in stage.reads)
         for artifact in stage.reads:
-            if artifact.name not in made_again and (change := self._change(saved["reads"], artifact)):
+            if artifact.name not in made_again and (
+                change := self._change(saved["reads"], artifact)
+            ):
                 return f"{change} since it was made"
         if change := self._changed_words(saved["key"], stage):
             return change
@@ -95,7 +103,8 @@ class RunFolder:
         return None
 
     def begin(self, stage: Stage, order: Sequence[str], command: dict[str, Any]) -> list[str]:
-        """Make room for a stage's output and record that it has started; returns words to add to its command."""
+        """Make room for a stage's output and record that it has started; returns words to add to
+        its command."""
         reads = {artifact.name: self.digests.of(artifact) for artifact in stage.reads}
         saved = self.record.stages.get(stage.name)
         more: list[str] = []
@@ -125,16 +134,24 @@ class RunFolder:
     def end(self, stage: Stage, seconds: float) -> None:
         """Record that a stage is complete."""
         makes = {artifact.name: self.digests.of(artifact) for artifact in stage.makes}
-        entry = {**self.record.stages[stage.name], "makes": makes, "complete": True, "seconds": round(seconds, 1)}
+        entry = {
+            **self.record.stages[stage.name],
+            "makes": makes,
+            "complete": True,
+            "seconds": round(seconds, 1),
+        }
         self._write(stage, entry, self.record.order, self.record.command)
 
     def clean(self) -> None:
-        """Remove what a killed run left of old outputs, and read the record again, now that no other run writes it."""
+        """Remove what a killed run left of old outputs, and read the record again, now that no
+        other run writes it."""
         self.is_ours, self.record = _read_record(self.out / PipelineRecord.FILE)
         for path in self.out.glob(f"{OLD}*"):
             _remove(path)
 
-    def _write(self, stage: Stage, entry: dict[str, Any], order: Sequence[str], command: dict[str, Any]) -> None:
+    def _write(
+        self, stage: Stage, entry: dict[str, Any], order: Sequence[str], command: dict[str, Any]
+    ) -> None:
         stages = {**self.record.stages, stage.name: entry}
         self.record = replace(self.record, stages=stages, order=list(order), command=command)
         self.record.write(self.out / PipelineRecord.FILE)
@@ -148,16 +165,23 @@ class RunFolder:
 
     def _change(self, saved: dict[str, Any], artifact: Artifact) -> str:
         """How an artifact differs from the one recorded; "" if it does not."""
-        was, now = saved.get(artifact.name), self.digests.of(artifact)
+        was = saved.get(artifact.name)
+        now = self.digests.of(artifact)
         if was is not None and was["sha256"] == now["sha256"]:
             return ""
         paths = artifact.files()
         if was is None or was["files"] is None or now["files"] is None:
             return f"{artifact.name} changed"
         changes = [f"{paths[name]} is new" for name in now["files"] if name not in was["files"]]
-        changes += [f"{name} of {artifact.name} is gone" for name in was["files"] if name not in now["files"]]
+        changes += [
+            f"{name} of {artifact.name} is gone"
+            for name in was["files"]
+            if name not in now["files"]
+        ]
         common = [name for name in now["files"] if name in was["files"]]
-        changes += [f"{paths[name]} changed" for name in common if now["files"][name] != was["files"][name]]
+        changes += [
+            f"{paths[name]} changed" for name in common if now["files"][name] != was["files"][name]
+        ]
         others = len(changes) - 1
         return changes[-1] + (f" (and {others} more)" if others else "")
 
@@ -201,7 +225,8 @@ def _remove(path: Path) -> None:
 
 
 def _read_record(path: Path) -> tuple[bool, PipelineRecord]:
-    """Whether a run has written the record, and the record; that of an earlier release says nothing about digests."""
+    """Whether a run has written the record, and the record; that of an earlier release says nothing
+    about digests."""
     if not path.is_file():
         return False, PipelineRecord()
     body = read_json_value(path)

@@ -1,4 +1,5 @@
-"""A run of either training stage: DeepSpeed's configuration, the checkpoint to resume from, run.json, the end."""
+"""A run of either training stage: DeepSpeed's configuration, the checkpoint to resume from,
+run.json, the end."""
 
 import dataclasses
 import hashlib
@@ -17,7 +18,13 @@ from torch import nn
 
 import llm2clip_plugin
 from llm2clip_plugin.console import StoppedError, StopRequest, each_in_phase, loaded, phase
-from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity, read_metrics
+from llm2clip_plugin.contracts import (
+    PROJECTED,
+    CacheManifest,
+    RunRecord,
+    TeacherIdentity,
+    read_metrics,
+)
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import LoadPlan, plan_evaluation, plan_loading, row_bytes
 from llm2clip_plugin.data.sources import Source, SourceConfig, data_folder
@@ -29,16 +36,28 @@ from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, T
 from llm2clip_plugin.train.config import TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_tf32
 from llm2clip_plugin.train.engine import Engine, Reference, check_deepspeed, start_ranks
-from llm2clip_plugin.train.guard import Watch, readable_checkpoint, refuse_disagreement, shared_folder
+from llm2clip_plugin.train.guard import (
+    Watch,
+    readable_checkpoint,
+    refuse_disagreement,
+    shared_folder,
+)
 from llm2clip_plugin.train.heads import BLOCK_IMAGES
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, run_loop
 from llm2clip_plugin.train.model import StepMemory, rank_bytes
-from llm2clip_plugin.train.optim import REDUCTION, Trained, complete, parameter_groups, read_deepspeed_json, zero_stage
+from llm2clip_plugin.train.optim import (
+    REDUCTION,
+    Trained,
+    complete,
+    parameter_groups,
+    read_deepspeed_json,
+    zero_stage,
+)
 from llm2clip_plugin.train.step import Batch, ContrastiveStep
 from llm2clip_plugin.vision.export import library_versions
 
-# Settings that may differ between hosts: where things are (what is there is compared instead), and how many processes
-# load, which follows a host's cores.
+# Settings that may differ between hosts: where things are (what is there is compared instead), and
+# how many processes load, which follows a host's cores.
 PLACES = """
 output_dir resume deepspeed plan tower.path encoder.llm encoder.adapter start_adapters train.dataloader_num_workers
 data.path data.cache data.validation data.validation_cache data.clip_cache benchmarks.root benchmarks.zeroshot
@@ -60,12 +79,14 @@ class TrainingRun:
     """A run's folder and settings, and the checkpoint that it resumes from."""
 
     config: RunConfig | FinetuneConfig
-    run_settings: dict[str, Any]  # what a checkpoint is compared with: the configuration, and what it was applied to
+    # what a checkpoint is compared with: the configuration, and what it was applied to
+    run_settings: dict[str, Any]
     teacher: dict[str, Any]  # TeacherIdentity as a dict; {} in stage 1
     total_steps: int
     deepspeed: dict[str, Any]  # DeepSpeed's configuration
     data: dict[str, str]  # digests of data and caches, which all ranks must have in common
-    command: dict[str, Any] = field(default_factory=dict)  # files.started_by; {}: called from Python
+    # files.started_by; {}: called from Python
+    command: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -81,16 +102,25 @@ class TrainingRun:
         return "" if path is None else str(path)
 
     def find_checkpoint(self) -> Loaded | None:
-        """The checkpoint to resume from, chosen by rank 0; None for a new run. Every rank must call this.
+        """The checkpoint to resume from, chosen by rank 0; None for a new run. Every rank must call
+        this.
 
-        Raises ValueError if it was saved with other settings, DisagreementError if the ranks don't see the same.
+        Raises ValueError if it was saved with other settings, DisagreementError if the ranks don't
+        see the same.
         """
         chosen = on_first_rank(self._chosen_checkpoint)
         path = Path(chosen) if chosen else None
-        facts = {"output_dir": shared_folder(self.folder), "setting total steps": str(self.total_steps)}
-        facts |= {"checkpoint": "none" if path is None else readable_checkpoint(path, TrainState.FILE)}
+        facts = {
+            "output_dir": shared_folder(self.folder),
+            "setting total steps": str(self.total_steps),
+        }
+        facts |= {
+            "checkpoint": "none" if path is None else readable_checkpoint(path, TrainState.FILE)
+        }
         facts |= {f"data {name}": digest for name, digest in self.data.items()}
-        settings = {name: value for name, value in flat(self.run_settings) if not within(name, PLACES)}
+        settings = {
+            name: value for name, value in flat(self.run_settings) if not within(name, PLACES)
+        }
         facts |= {f"setting {name}": json.dumps(value) for name, value in settings.items()}
         facts |= {f"DeepSpeed {name}": json.dumps(value) for name, value in flat(self.deepspeed)}
         facts |= {f"version of {name}": version for name, version in versions().items()}
@@ -98,18 +128,30 @@ class TrainingRun:
         if path is None:
             return None
         loaded = load(path)
-        refuse_changes(loaded.state.config, self.run_settings, self.config.allow_changed, where=str(path))
-        state = dataclasses.replace(loaded.state, config=self.run_settings, config_hash=self.config.hash)
+        refuse_changes(
+            loaded.state.config, self.run_settings, self.config.allow_changed, where=str(path)
+        )
+        state = dataclasses.replace(
+            loaded.state, config=self.run_settings, config_hash=self.config.hash
+        )
         return dataclasses.replace(loaded, state=state)
 
     def make_engine(
-        self, module: nn.Module, trained: Iterable[Trained], resumed: Loaded | None, *, keep_frozen: bool = True
+        self,
+        module: nn.Module,
+        trained: Iterable[Trained],
+        resumed: Loaded | None,
+        *,
+        keep_frozen: bool = True,
     ) -> Engine:
-        """DeepSpeed's engine over the module; its optimizer resumes from the checkpoint, as the weights already do."""
+        """DeepSpeed's engine over the module; its optimizer resumes from the checkpoint, as the
+        weights already do."""
         groups = parameter_groups(trained, self.config.optim.weight_decay)
         own: dict[str, str] = {}  # for W&B to go on with the run
         with suppress(OSError, ValueError):  # run.json is missing or damaged
-            saved = RunRecord.read(self.folder / RunRecord.FILE).wandb if resumed is not None else ""
+            saved = (
+                RunRecord.read(self.folder / RunRecord.FILE).wandb if resumed is not None else ""
+            )
             if saved and "WANDB_RUN_ID" not in os.environ:
                 own = {"WANDB_RUN_ID": saved, "WANDB_RESUME": "allow"}
         os.environ.update(own)
@@ -124,17 +166,26 @@ class TrainingRun:
 
     def start_state(self, resumed: Loaded | None) -> TrainState:
         """Where training starts; checkpoints that it does not continue from are moved aside."""
-        moved = on_first_rank(lambda: self.checkpoints.move_aside(resumed.path if resumed else None))
+        moved = on_first_rank(
+            lambda: self.checkpoints.move_aside(resumed.path if resumed else None)
+        )
         if moved and rank() == 0:
             start = f"resuming from {resumed.path}" if resumed else "starting over"
-            again = "" if self.config.resume == RESUME_AUTO else "; rerun without --resume, or this happens again"
+            again = (
+                ""
+                if self.config.resume == RESUME_AUTO
+                else "; rerun without --resume, or this happens again"
+            )
             print(f"warning: {start}: {moved}{again}", file=sys.stderr)
         return self.new_state() if resumed is None else resumed.state
 
     def new_state(self) -> TrainState:
         """Before the first step."""
-        config_hash, seed = self.config.hash, self.config.train.seed
-        return TrainState(step=0, samples=0, config=self.run_settings, config_hash=config_hash, seed=seed)
+        config_hash = self.config.hash
+        seed = self.config.train.seed
+        return TrainState(
+            step=0, samples=0, config=self.run_settings, config_hash=config_hash, seed=seed
+        )
 
     def train_to_end(
         self,
@@ -149,16 +200,21 @@ class TrainingRun:
         stop: StopRequest,
         references: Mapping[str, Reference] | None = None,
     ) -> TrainState:
-        """Run the training loop and record its start and end in run.json; returns the state at its end.
+        """Run the training loop and record its start and end in run.json; returns the state at its
+        end.
 
-        ``before``: scores of a new run before its first step, if they are wanted. ``heads``: the curve of a fit of the
-        heads before it, to be reported. Raises StoppedError on every rank if it was stopped before its end.
+        ``before``: scores of a new run before its first step, if they are wanted. ``heads``: the
+        curve of a fit of the heads before it, to be reported. Raises StoppedError on every rank if
+        it was stopped before its end.
         """
         loaded()
         self.record(state)
         warmup = self.config.optim.warmup(self.total_steps)
         if rank() == 0 and 0 < self.total_steps <= warmup:
-            print(f"note: all {self.total_steps} steps are warm-up ({warmup}); set --warmup-ratio 0.1", file=sys.stderr)
+            print(
+                f"note: all {self.total_steps} steps are warm-up ({warmup}); set --warmup-ratio 0.1",
+                file=sys.stderr,
+            )
         state = run_loop(
             LoopParts(
                 step=step,
@@ -179,7 +235,9 @@ class TrainingRun:
         )
         self.record(state)
         if state.step < self.total_steps:
-            raise StoppedError(f"stopped at step {state.step} of {self.total_steps}; exit status {StoppedError.status}")
+            raise StoppedError(
+                f"stopped at step {state.step} of {self.total_steps}; exit status {StoppedError.status}"
+            )
         if rank() == 0:
             if needed := read_metrics(self.folder / METRICS).loader():
                 print(f"loader: {needed}")
@@ -213,8 +271,8 @@ class TrainingRun:
 
 @contextmanager
 def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
-    """This rank's device, inside a block in which the ranks form a group and watch each other; TF32 as the run
-    sets it."""
+    """This rank's device, inside a block in which the ranks form a group and watch each other; TF32
+    as the run sets it."""
     device = start_ranks(train.ddp_timeout)
     if train.precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
@@ -228,10 +286,12 @@ def plan_engine(
 ) -> tuple[int, dict[str, Any]]:
     """Steps of the run, and the configuration that DeepSpeed gets.
 
-    ``hidden_size`` sets the sizes of ZeRO-3's "auto" buckets. Raises ValueError for a batch that the ranks can't share
-    equally, or a DeepSpeed JSON that contradicts the run, and for torch_compile with ZeRO-3.
+    ``hidden_size`` sets the sizes of ZeRO-3's "auto" buckets. Raises ValueError for a batch that
+    the ranks can't share equally, or a DeepSpeed JSON that contradicts the run, and for
+    torch_compile with ZeRO-3.
     """
-    where, steps = config.deepspeed or "the run", config.train.steps(samples)
+    where = config.deepspeed or "the run"
+    steps = config.train.steps(samples)
     deepspeed = complete(
         read_deepspeed_json(config.deepspeed),
         config.train,
@@ -244,45 +304,64 @@ def plan_engine(
     if unresolved := sorted(name for name, value in flat(deepspeed) if value == "auto"):
         raise ValueError(f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value')
     if config.train.torch_compile and zero_stage(deepspeed) == 3:  # whose hooks split every block
-        raise ValueError(f"{where}: --torch-compile does not work with ZeRO-3; use scripts/zero2.json")
+        raise ValueError(
+            f"{where}: --torch-compile does not work with ZeRO-3; use scripts/zero2.json"
+        )
     check_deepspeed(deepspeed, where)
     return steps, deepspeed
 
 
-def find_cache(source: SourceConfig, teacher: TeacherIdentity | None = None, *, of_clip: bool = False) -> str:
+def find_cache(
+    source: SourceConfig, teacher: TeacherIdentity | None = None, *, of_clip: bool = False
+) -> str:
     """The only ``embeddings-*`` folder of an LLM, or of a CLIP's text tower, next to the data.
 
-    ``teacher``: for the message, if it is known. Raises FileNotFoundError if there is none, ValueError if there are
-    several.
+    ``teacher``: for the message, if it is known. Raises FileNotFoundError if there is none,
+    ValueError if there are several.
     """
-    folder, caches = data_folder(source.path), []
+    folder = data_folder(source.path)
+    caches = []
     for path in sorted(folder.glob(f"embeddings-*/{CacheManifest.FILE}")):
         if (CacheManifest.read(path).teacher.get("pooling") == PROJECTED) is of_clip:
             caches.append(str(path.parent))
-    option, kind = ("--clip-cache", "of a CLIP's text features") if of_clip else ("--cache", "of an LLM")
+    option, kind = (
+        ("--clip-cache", "of a CLIP's text features") if of_clip else ("--cache", "of an LLM")
+    )
     if not caches:
         create = embed_command(source.path, None if of_clip else teacher)
-        raise FileNotFoundError(f"no embedding cache {kind} (embeddings-*) in {folder}; create it: {create}")
+        raise FileNotFoundError(
+            f"no embedding cache {kind} (embeddings-*) in {folder}; create it: {create}"
+        )
     if len(caches) > 1:
-        raise ValueError(f"{folder} contains the caches {', '.join(caches)} {kind}; choose one with {option}")
+        raise ValueError(
+            f"{folder} contains the caches {', '.join(caches)} {kind}; choose one with {option}"
+        )
     return caches[0]
 
 
 def open_caches(
-    sources: list[Source], paths: tuple[str, ...], teacher: TeacherIdentity | None = None, *, of_clip: bool = False
+    sources: list[Source],
+    paths: tuple[str, ...],
+    teacher: TeacherIdentity | None = None,
+    *,
+    of_clip: bool = False,
 ) -> list[EmbeddingCache]:
-    """The cache of each source, all of one teacher (that of the first, unless it is given), checked against them."""
+    """The cache of each source, all of one teacher (that of the first, unless it is given), checked
+    against them."""
     caches: list[EmbeddingCache] = []
     for source, path in zip(sources, paths or ("",) * len(sources), strict=True):
         folder = path or find_cache(source.config, teacher, of_clip=of_clip)
-        caches.append(EmbeddingCache.open(folder, expect_fingerprint=teacher.fingerprint if teacher else None))
+        caches.append(
+            EmbeddingCache.open(folder, expect_fingerprint=teacher.fingerprint if teacher else None)
+        )
         caches[-1].check(source)
         teacher = caches[0].teacher
     return caches
 
 
 def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[LoadPlan]:
-    """What loader processes take: for training, and for evaluation or the heads' fit if the run has them.
+    """What loader processes take: for training, and for evaluation or the heads' fit if the run has
+    them.
 
     side: pixels of an image; width: of an embedding; world: ranks.
     """
@@ -300,9 +379,11 @@ def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[Loa
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that train, and a digest of this package's files: its version may lag behind them."""
+    """Versions of the libraries that train, and a digest of this package's files: its version may
+    lag behind them."""
     own = {"deepspeed": importlib.metadata.version("deepspeed"), **library_versions()}
-    digest, folder = hashlib.sha256(), Path(llm2clip_plugin.__file__).parent
+    digest = hashlib.sha256()
+    folder = Path(llm2clip_plugin.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     own["llm2clip-plugin"] += f" ({digest.hexdigest()[:12]})"
@@ -310,31 +391,59 @@ def versions() -> dict[str, str]:
 
 
 def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """One line with the scores before training and now: of all captions, or of every part if there is no total."""
-    names, same = headline(name for name in after if name in before), before == after  # a run without steps
-    values = [f"{name} {'' if same else f'{before[name]:.3f} -> '}{after[name]:.3f}" for name in names]
-    return f"held-out scores{'' if same else ', before -> after'}: {', '.join(values)}" if values else ""
+    """One line with the scores before training and now: of all captions, or of every part if there
+    is no total."""
+    # a run without steps
+    names = headline(name for name in after if name in before)
+    same = before == after
+    values = [
+        f"{name} {'' if same else f'{before[name]:.3f} -> '}{after[name]:.3f}" for name in names
+    ]
+    return (
+        f"held-out scores{'' if same else ', before -> after'}: {', '.join(values)}"
+        if values
+        else ""
+    )
 
 
 # How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage.
 
 GIB = 1 << 30
 WORLDS = (1, 8, 64)  # numbers of GPUs that a run is planned for
-FILLED = 0.9  # fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
+# fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
+FILLED = 0.9
 
 
 def describe_run(
-    config: RunConfig | FinetuneConfig, deepspeed: dict[str, Any], trained: list[Trained], samples: int, world: int
+    config: RunConfig | FinetuneConfig,
+    deepspeed: dict[str, Any],
+    trained: list[Trained],
+    samples: int,
+    world: int,
 ) -> str:
-    """Steps, ranks, schedule, precision, and how many parameters train at which peak learning rates."""
-    train, optim = config.train, config.optim
+    """Steps, ranks, schedule, precision, and how many parameters train at which peak learning
+    rates."""
+    train = config.train
+    optim = config.optim
     steps, (_, micro_batch, accumulation) = train.steps(samples), train.rows(world)
-    sizes = {flag: sum(item.parameter.numel() for item in trained if item.decay is flag) for flag in (True, False)}
+    sizes = {
+        flag: sum(item.parameter.numel() for item in trained if item.decay is flag)
+        for flag in (True, False)
+    }
     rates = sorted({item.lr for item in trained})
-    course = f"{rates[0]:.3g} to {rates[-1]:.3g} ({len(rates)} rates)" if len(rates) > 1 else f"{rates[0]:.3g}"
-    zero, sent = deepspeed["zero_optimization"], ""
-    if zero["stage"] == 2 or (zero["stage"] == 1 and zero.get("overlap_comm") and accumulation == 1):
-        buckets = filled_buckets([item.parameter.numel() for item in trained], zero["reduce_bucket_size"])
+    course = (
+        f"{rates[0]:.3g} to {rates[-1]:.3g} ({len(rates)} rates)"
+        if len(rates) > 1
+        else f"{rates[0]:.3g}"
+    )
+    zero = deepspeed["zero_optimization"]
+    sent = ""
+    if zero["stage"] == 2 or (
+        zero["stage"] == 1 and zero.get("overlap_comm") and accumulation == 1
+    ):
+        buckets = filled_buckets(
+            [item.parameter.numel() for item in trained], zero["reduce_bucket_size"]
+        )
         sent = f", sent about {buckets} times during the backward pass"
     return (
         f"steps: {steps} of {train.global_batch} pairs, {steps * train.global_batch / samples:.2f} epochs of "
@@ -348,26 +457,36 @@ def describe_run(
 
 
 def filled_buckets(sizes: Sequence[int], elements: float) -> int:
-    """How often a bucket of so many elements is sent because the next parameter's gradient does not fit; ``sizes`` in
-    the order of the forward pass. The last bucket is sent after the backward pass."""
+    """How often a bucket of so many elements is sent because the next parameter's gradient does not
+    fit; ``sizes`` in the order of the forward pass. The last bucket is sent after the backward
+    pass."""
     count = filled = 0
     for size in reversed(sizes):
         if filled + size > elements:
-            count, filled = count + 1, 0
+            count = count + 1
+            filled = 0
         filled += size
     return count
 
 
-def rank_gib(memory: StepMemory, zero: dict[str, Any], train: TrainConfig, world: int, micro_batch: int) -> float:
+def rank_gib(
+    memory: StepMemory, zero: dict[str, Any], train: TrainConfig, world: int, micro_batch: int
+) -> float:
     """Expected memory of a rank, in GiB."""
-    parts = rank_bytes(memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch)
+    parts = rank_bytes(
+        memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch
+    )
     return sum(parts.values()) / GIB
 
 
-def fits(memory: StepMemory, deepspeed: dict[str, Any], train: TrainConfig, *, world: int, gib: float) -> bool:
+def fits(
+    memory: StepMemory, deepspeed: dict[str, Any], train: TrainConfig, *, world: int, gib: float
+) -> bool:
     """Whether a rank's memory holds what a step needs."""
     micro_batch = train.rows(world)[1]
-    return rank_gib(memory, deepspeed["zero_optimization"], train, world, micro_batch) <= FILLED * gib
+    return (
+        rank_gib(memory, deepspeed["zero_optimization"], train, world, micro_batch) <= FILLED * gib
+    )
 
 
 def describe_memory(
@@ -379,21 +498,31 @@ def describe_memory(
     stages: Sequence[int] = (0, 1, 2, 3),
     kept: StepMemory | None = None,
 ) -> str:
-    """A table of GPUs by ZeRO stage, with scripts/zeroN.json: the run's micro-batch (0: the largest that fits under
-    ZeRO-1) and a GPU's memory. ``kept``: what a step needs without gradient checkpointing, which is on where this does
-    not fit."""
+    """A table of GPUs by ZeRO stage, with scripts/zeroN.json: the run's micro-batch (0: the largest
+    that fits under ZeRO-1) and a GPU's memory. ``kept``: what a step needs without gradient
+    checkpointing, which is on where this does not fit."""
 
     def total(memory: StepMemory, stage: int, world: int, micro_batch: int) -> float:
-        stage = 1 if stage == 0 and memory.precision != "fp32" else stage  # as it runs, see train.optim
+        # as it runs, see train.optim
+        stage = 1 if stage == 0 and memory.precision != "fp32" else stage
         return rank_gib(memory, {"stage": stage, **REDUCTION}, train, world, micro_batch)
 
     columns = [*(f"   ZeRO-{stage}" for stage in stages), "  checkpointing" * bool(kept)]
-    lines = [f"expected memory per GPU in GiB{about}:", "  GPUs   local  micro-batch" + "".join(columns)]
+    lines = [
+        f"expected memory per GPU in GiB{about}:",
+        "  GPUs   local  micro-batch" + "".join(columns),
+    ]
     for world in WORLDS:
         local, rest = divmod(train.global_batch, world)
         given = min(train.micro_batch, local)
-        sizes = [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and given in (0, n)]
-        fitting = (size for size in sizes if train.micro_batch or total(memory, 1, world, size) <= FILLED * gpu_gib)
+        sizes = (
+            [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and given in (0, n)]
+        )
+        fitting = (
+            size
+            for size in sizes
+            if train.micro_batch or total(memory, 1, world, size) <= FILLED * gpu_gib
+        )
         if size := next(fitting, 0):
             off = kept if kept and total(kept, 1, world, size) <= FILLED * gpu_gib else None
             needed = (total(off or memory, stage, world, size) for stage in stages)

@@ -10,23 +10,35 @@ from pathlib import Path
 from llm2clip_plugin.data.make import decide
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sources import Source
-from llm2clip_plugin.files import ContractError, can_only_be_a_path, hub_snapshot, read_header, read_json_value
+from llm2clip_plugin.files import (
+    ContractError,
+    can_only_be_a_path,
+    hub_snapshot,
+    read_header,
+    read_json_value,
+)
 from llm2clip_plugin.stages.rerun import Stage
 from llm2clip_plugin.stages.run_plan import PRETRAIN
 from llm2clip_plugin.stages.settings import PipelineConfig
 from llm2clip_plugin.text.config import EncoderConfig, effective, find_card
-from llm2clip_plugin.text.encoder import ADAPTER_WEIGHTS, adapter_sha256, local_folder, weights_sha256
+from llm2clip_plugin.text.encoder import (
+    ADAPTER_WEIGHTS,
+    adapter_sha256,
+    local_folder,
+    weights_sha256,
+)
 from llm2clip_plugin.text.llm import llm_config
 from llm2clip_plugin.vision.directory import CONFIG_FILE, fetch_directory, section
 from llm2clip_plugin.vision.families import families, family_of_type
 from llm2clip_plugin.vision.towers import TIMM_PREFIX
 
-IMPORTED = ("qwen3_",)  # beginnings of model types that are no family's, but that `llm2clip import` reads
+# beginnings of model types that are no family's, but that `llm2clip import` reads
+IMPORTED = ("qwen3_",)
 
 
 def check_given(config: PipelineConfig) -> None:
-    """Raise FileNotFoundError or ValueError for models and questions that would stop a stage, and for an output that
-    holds the data or is in it."""
+    """Raise FileNotFoundError or ValueError for models and questions that would stop a stage, and
+    for an output that holds the data or is in it."""
     check_output(config)
     llm_config(EncoderConfig(llm=config.llm))
     check_tower(config.tower)
@@ -46,22 +58,35 @@ def check_given(config: PipelineConfig) -> None:
 
 
 def check_output(config: PipelineConfig) -> None:
-    """ValueError for an --output that is the data, or below a folder of tars, all of whose subfolders are read."""
+    """ValueError for an --output that is the data, or below a folder of tars, all of whose
+    subfolders are read."""
     if is_url(config.path):
         return
-    data, output = Path(config.path).resolve(), Path(config.output).resolve()
+    data = Path(config.path).resolve()
+    output = Path(config.output).resolve()
     if data == output:
         raise ValueError(f"--output {config.output} is the data; choose another folder")
     if data.is_dir() and output.is_relative_to(data):
-        raise ValueError(f"--output {config.output} is inside the data, whose subfolders are read; choose another")
+        raise ValueError(
+            f"--output {config.output} is inside the data, whose subfolders are read; choose another"
+        )
     if output.is_file():
         raise ValueError(f"--output {config.output} is a file; choose a folder")
 
 
 def check_places(config: PipelineConfig, stages: Sequence[Stage]) -> None:
     """ValueError for an input inside a folder that a stage writes, and so removes."""
-    given = {"DATA": config.path, "--image-folder": config.images, "--llm": config.llm, "--tower": config.tower}
-    given |= {"--adapter": config.adapter, "--questions": config.questions, "--llava-llm": config.llava_llm}
+    given = {
+        "DATA": config.path,
+        "--image-folder": config.images,
+        "--llm": config.llm,
+        "--tower": config.tower,
+    }
+    given |= {
+        "--adapter": config.adapter,
+        "--questions": config.questions,
+        "--llava-llm": config.llava_llm,
+    }
     for stage in stages:
         if stage.output is None:
             continue
@@ -84,18 +109,26 @@ def check_tower(given: str) -> None:
         return
     if not path.is_dir():
         if can_only_be_a_path(given) or "/" not in given:
-            raise FileNotFoundError(f"--tower {given} is not a directory, a checkpoint file or a Hub id (owner/name)")
+            raise FileNotFoundError(
+                f"--tower {given} is not a directory, a checkpoint file or a Hub id (owner/name)"
+            )
         try:
             path = hub_snapshot(given, patterns=["*.json"])
         except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"--tower {given} is no directory and not on the Hub: {error}") from error
+            raise FileNotFoundError(
+                f"--tower {given} is no directory and not on the Hub: {error}"
+            ) from error
     config = path / CONFIG_FILE
     if not config.is_file():
         return  # `llm2clip import` tells by the names of the tensors
     body = read_json_value(config)
     if not isinstance(body, dict):
         raise ContractError(f"{config} contains a {type(body).__name__}, expected a JSON object")
-    kinds = [str(part["model_type"]) for part in (body, section(body, "vision_config")) if part.get("model_type")]
+    kinds = [
+        str(part["model_type"])
+        for part in (body, section(body, "vision_config"))
+        if part.get("model_type")
+    ]
     if not kinds or any(kind.startswith(IMPORTED) for kind in kinds):
         return
     known = {kind for family in families().values() for kind in family.model_types}
@@ -105,15 +138,22 @@ def check_tower(given: str) -> None:
 
 def check_adapter(llm: str, given: str) -> None:
     """FileNotFoundError or ContractError for what is no adapter, or another LLM's."""
-    adapter, folder = fetch_directory(given), local_folder(llm)
+    adapter = fetch_directory(given)
+    folder = local_folder(llm)
     adapter_sha256(adapter)
     effective(EncoderConfig(llm=llm, adapter=given), folder, adapter)
     card = find_card(str(adapter))
     if card is not None and card.base_sha256 not in ("", own := weights_sha256(folder)):
-        told = f"--adapter {given} was trained on {card.base} with weights {card.base_sha256[:12]}..."
-        raise ContractError(f"{told}, but --llm {llm} has {own[:12]}...; pass the LLM that it was trained on")
+        told = (
+            f"--adapter {given} was trained on {card.base} with weights {card.base_sha256[:12]}..."
+        )
+        raise ContractError(
+            f"{told}, but --llm {llm} has {own[:12]}...; pass the LLM that it was trained on"
+        )
     width = llm_config(EncoderConfig(llm=llm)).get_text_config().hidden_size
     for name, entry in read_header(adapter / ADAPTER_WEIGHTS).entries.items():
         if name.endswith("q_proj.lora_A.weight") and entry.shape[-1] != width:
             told = f"--adapter {given} is for an LLM of width {entry.shape[-1]}"
-            raise ContractError(f"{told}, but --llm {llm} has {width}; pass the LLM that it was trained on")
+            raise ContractError(
+                f"{told}, but --llm {llm} has {width}; pass the LLM that it was trained on"
+            )

@@ -1,4 +1,5 @@
-"""The page of ``llm2clip run``: scores before and after, queries won and lost with pictures, the commands."""
+"""The page of ``llm2clip run``: scores before and after, queries won and lost with pictures, the
+commands."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ SHOWN = 5  # pictures that each tower finds first
 QUERIES = 24  # validation captions that the page shows
 
 
-def held_out_config(config: PipelineConfig, source: Source, side: str = "validation") -> SourceConfig:
+def held_out_config(
+    config: PipelineConfig, source: Source, side: str = "validation"
+) -> SourceConfig:
     """How a side of the run's split is read."""
     values = {item.name: getattr(config, item.name) for item in fields(SourceConfig)}
     images = source.images_folder if isinstance(source, RowSource) else ""
@@ -38,12 +41,17 @@ def held_out_config(config: PipelineConfig, source: Source, side: str = "validat
     return SourceConfig(**{**values, "path": str(path), "images": images})
 
 
-def write_page(config: PipelineConfig, source: Source, stages: Sequence[Stage], seconds: Mapping[str, float]) -> Path:
+def write_page(
+    config: PipelineConfig, source: Source, stages: Sequence[Stage], seconds: Mapping[str, float]
+) -> Path:
     """Write OUTPUT/index.html; returns its path."""
     out = Path(config.output)
     held_out = held_out_config(config, source)
     cache = str(out / "embeddings" / "validation")
-    towers = {side: EvaluateConfig(tower=str(out / side / "tower"), data=held_out, cache=cache) for side in SIDES}
+    towers = {
+        side: EvaluateConfig(tower=str(out / side / "tower"), data=held_out, cache=cache)
+        for side in SIDES
+    }
     pairs = {side: measure_pairs(tower)[1].pairs for side, tower in towers.items()}
     folders = [stage.output for stage in stages if stage.words[1] == "compare"]
     compared = [folder / "compare.json" for folder in folders if folder is not None]
@@ -54,7 +62,11 @@ def write_page(config: PipelineConfig, source: Source, stages: Sequence[Stage], 
             Path(__file__).with_name("page.html"),
             title=" · ".join(Path(place).name for place in (config.path, config.tower, config.llm)),
             style=page_style(),
-            rows=[row for path in compared for row in json.loads(path.read_text(encoding="utf-8"))["rows"]],
+            rows=[
+                row
+                for path in compared
+                for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+            ],
             comparisons=[path.relative_to(out).with_suffix(".html") for path in compared],
             images=len(pairs[BEFORE].keys),
             queries=queries,
@@ -67,13 +79,19 @@ def write_page(config: PipelineConfig, source: Source, stages: Sequence[Stage], 
 
 
 def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]]:
-    """Queries drawn from all validation captions, the same ones at every call: text and picture (a data URI), and by
-    side the place of the right picture, and the first ones that are found, each with whether it is right."""
+    """Queries drawn from all validation captions, the same ones at every call: text and picture (a
+    data URI), and by side the place of the right picture, and the first ones that are found, each
+    with whether it is right."""
     first = pairs[BEFORE]
-    chosen = sorted(random.Random(0).sample(range(len(first.captions)), min(QUERIES, len(first.captions))))
-    orders: dict[str, Any] = {}  # side -> (Q, N): the images for each of these captions, the most similar first
+    chosen = sorted(
+        random.Random(0).sample(range(len(first.captions)), min(QUERIES, len(first.captions)))
+    )
+    # side -> (Q, N): the images for each of these captions, the most similar first
+    orders: dict[str, Any] = {}
     for side, each in pairs.items():
-        image_ND, text_QD = (torch.nn.functional.normalize(x, dim=1) for x in (each.image_ND, each.text_MD[chosen]))
+        image_ND, text_QD = (
+            torch.nn.functional.normalize(x, dim=1) for x in (each.image_ND, each.text_MD[chosen])
+        )
         orders[side] = (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)
 
     def picture(image: int) -> str | None:
@@ -86,6 +104,9 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]
         tops = {side: order_QN[row].tolist() for side, order_QN in orders.items()}
         query = {"text": first.captions[caption].text, "picture": picture(right)}
         query["place"] = {side: top.index(right) + 1 for side, top in tops.items()}
-        query["found"] = {side: [(picture(one), one == right) for one in top[:SHOWN]] for side, top in tops.items()}
+        query["found"] = {
+            side: [(picture(one), one == right) for one in top[:SHOWN]]
+            for side, top in tops.items()
+        }
         queries.append(query)
     return queries

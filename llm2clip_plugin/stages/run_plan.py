@@ -32,14 +32,25 @@ from llm2clip_plugin.train.distributed import gpu_precision
 from llm2clip_plugin.vision.towers import TIMM_PREFIX
 
 SURVEYED = 1000  # samples that are read
-READ = ("format", "fields", "language", "image_field", "key_field", "cache_folder", "cache_gb", "index_folder")
+READ = (
+    "format",
+    "fields",
+    "language",
+    "image_field",
+    "key_field",
+    "cache_folder",
+    "cache_gb",
+    "index_folder",
+)
 LLAVA_STEPS = 300  # of the projector, at least; LLaVA 1.5's own are 2,180
 PRETRAIN = Path(__file__).parents[2] / "scripts" / "llava" / "pretrain.sh"
-RESUMED = ("finetune-llm", "embed", "train-tower", "bench-mllm")  # commands that go on from what they have written
+# commands that go on from what they have written
+RESUMED = ("finetune-llm", "embed", "train-tower", "bench-mllm")
 ON_ALL_GPUS = ("finetune-llm", "embed", "train-tower")
 SPLIT = ("train", "validation")
 SPLIT_STAGE = "hold out validation"
-# settings that name folders, which a checkpoint records and which may be moved; the run compares contents
+# settings that name folders, which a checkpoint records and which may be moved; the run compares
+# contents
 MOVED = {
     "finetune-llm": ("pairs.data", "pairs.read.images", "encoder.llm"),
     "train-tower": ("data.path", "data.read.images", "tower.path"),
@@ -102,8 +113,10 @@ class Plan:
 
 
 def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
-    """Every stage of the run, in order; ``pairs``: how stage 1 pairs captions, QUERY:POSITIVE; "": without stage 1."""
-    run, out = Plan(config, source), Path(config.output)
+    """Every stage of the run, in order; ``pairs``: how stage 1 pairs captions, QUERY:POSITIVE; "":
+    without stage 1."""
+    run = Plan(config, source)
+    out = Path(config.output)
     train = round(len(source) * (1 - config.validation))
     batch = config.global_batch or min(256, max(8, 1 << (train // 16).bit_length()))
     data = {side: str(path) for side, path in outputs(source, out / "data").items()}
@@ -118,33 +131,85 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
     if not (Path(config.tower).expanduser() / "config.json").is_file():
         start = str(out / "start")
         imported = run.made("the imported tower", "start")
-        run.add("import the tower", "import", config.tower, "--output", start, reads=[tower], makes=[imported],
-                output="start")  # fmt: skip
+        run.add(
+            "import the tower",
+            "import",
+            config.tower,
+            "--output",
+            start,
+            reads=[tower],
+            makes=[imported],
+            output="start",
+        )
         tower = imported
     run.add("check the data", "data", "check", *given, reads=[run.data])
-    side_of = {side: run.made(f"the {side} data", f"data/{Path(data[side]).name}") for side in SPLIT}
-    words = ["--output", out / "data", "--validation", f"{config.validation:g}", *changed_options(config, ("by",))]
+    side_of = {
+        side: run.made(f"the {side} data", f"data/{Path(data[side]).name}") for side in SPLIT
+    }
+    words = [
+        "--output",
+        out / "data",
+        "--validation",
+        f"{config.validation:g}",
+        *changed_options(config, ("by",)),
+    ]
     sides = [*side_of.values(), run.made("the record of the split", "data/split.json")]
-    run.add(SPLIT_STAGE, "data", "split", *given, *words, reads=[run.data], makes=sides, output="data")
+    run.add(
+        SPLIT_STAGE, "data", "split", *given, *words, reads=[run.data], makes=sides, output="data"
+    )
 
-    adapter, of_llm = config.adapter, [llm]
+    adapter = config.adapter
+    of_llm = [llm]
     if config.adapter:
         of_llm.append(model("the adapter", config.adapter))
     if pairs:
         adapter = str(out / "llm" / "adapter")
         of_llm.append(run.made("the trained adapter", "llm/adapter"))
         steps = max(1, train * (1 if train > 100 * batch else 4) // batch)
-        words = ["--pair-kinds", pairs, *batches, "--max-steps", steps, "--warmup-steps", min(300, steps // 10)]
+        words = [
+            "--pair-kinds",
+            pairs,
+            *batches,
+            "--max-steps",
+            steps,
+            "--warmup-steps",
+            min(300, steps // 10),
+        ]
         words = [data["train"], *read, "--llm", config.llm, *words, "--output", out / "llm"]
-        run.add("stage 1", "finetune-llm", *words, reads=[side_of["train"], llm], makes=of_llm[1:], output="llm")
+        run.add(
+            "stage 1",
+            "finetune-llm",
+            *words,
+            reads=[side_of["train"], llm],
+            makes=of_llm[1:],
+            output="llm",
+        )
     embedded: dict[str, Artifact] = {}
     for side in SPLIT:
         cache = f"embeddings/{side}"
-        embedded[side] = run.made(f"the embeddings of {side}", cache, patterns=("**/*.safetensors", "manifest.json"))
-        words = [data[side], *read, "--llm", config.llm, *(["--adapter", adapter] if adapter else [])]
+        embedded[side] = run.made(
+            f"the embeddings of {side}", cache, patterns=("**/*.safetensors", "manifest.json")
+        )
+        words = [
+            data[side],
+            *read,
+            "--llm",
+            config.llm,
+            *(["--adapter", adapter] if adapter else []),
+        ]
         update = partial(prune_cache, out / cache, held_out_config(config, source, side))
-        run.add(f"embed {side}", "embed", *words, "--cache", out / cache, reads=[side_of[side], *of_llm],
-                makes=[embedded[side]], output=cache, updates=side_of[side], update=update)  # fmt: skip
+        run.add(
+            f"embed {side}",
+            "embed",
+            *words,
+            "--cache",
+            out / cache,
+            reads=[side_of[side], *of_llm],
+            makes=[embedded[side]],
+            output=cache,
+            updates=side_of[side],
+            update=update,
+        )
 
     precision = config.precision or (gpu_precision() if torch.cuda.is_available() else "fp32")
     towers = {side: run.made(f"the tower {side} stage 2", f"{side}/tower") for side in SIDES}
@@ -154,59 +219,186 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
         ("stage 2", AFTER, config.num_train_epochs),
     ):
         words = [data["train"], "--cache", out / "embeddings" / "train"]
-        words += ["--validation", data["validation"], "--validation-cache", out / "embeddings" / "validation"]
+        words += [
+            "--validation",
+            data["validation"],
+            "--validation-cache",
+            out / "embeddings" / "validation",
+        ]
         words += [*read, "--tower", start, *batches]
-        words += ["--precision", precision, *shlex.split(config.tower_options), "--num-train-epochs", f"{epochs:g}"]
-        run.add(name, "train-tower", *words, "--output", out / side, reads=[tower, *trained_on], makes=[towers[side]],
-                output=side)  # fmt: skip
-    scores = {side: run.made(f"the scores {side}", f"{side}/validation.scores.json") for side in SIDES}
+        words += [
+            "--precision",
+            precision,
+            *shlex.split(config.tower_options),
+            "--num-train-epochs",
+            f"{epochs:g}",
+        ]
+        run.add(
+            name,
+            "train-tower",
+            *words,
+            "--output",
+            out / side,
+            reads=[tower, *trained_on],
+            makes=[towers[side]],
+            output=side,
+        )
+    scores = {
+        side: run.made(f"the scores {side}", f"{side}/validation.scores.json") for side in SIDES
+    }
     for side in SIDES:
         path = f"{side}/validation.scores.json"
-        words = [out / side / "tower", data["validation"], "--cache", out / "embeddings" / "validation", *read]
-        run.add(f"measure {side}", "evaluate", *words, "--output", out / path, makes=[scores[side]], output=path,
-                reads=[towers[side], side_of["validation"], embedded["validation"], *run.pictures])  # fmt: skip
+        words = [
+            out / side / "tower",
+            data["validation"],
+            "--cache",
+            out / "embeddings" / "validation",
+            *read,
+        ]
+        run.add(
+            f"measure {side}",
+            "evaluate",
+            *words,
+            "--output",
+            out / path,
+            makes=[scores[side]],
+            output=path,
+            reads=[towers[side], side_of["validation"], embedded["validation"], *run.pictures],
+        )
     files = [out / side / "validation.scores.json" for side in SIDES]
-    run.add("compare", "compare", *files, "--names", *SIDES, "--output", out / "compare", reads=[*scores.values()],
-            makes=[run.made("the comparison", "compare")], output="compare")  # fmt: skip
-    words = [out / AFTER, "--output", out / "tower", "--overwrite", *(["--with-adapter"] if adapter else [])]
-    run.add("export", "export", *words, reads=[towers[AFTER], *of_llm[1:]], makes=[run.made("the export", "tower")],
-            output="tower")  # fmt: skip
+    run.add(
+        "compare",
+        "compare",
+        *files,
+        "--names",
+        *SIDES,
+        "--output",
+        out / "compare",
+        reads=[*scores.values()],
+        makes=[run.made("the comparison", "compare")],
+        output="compare",
+    )
+    words = [
+        out / AFTER,
+        "--output",
+        out / "tower",
+        "--overwrite",
+        *(["--with-adapter"] if adapter else []),
+    ]
+    run.add(
+        "export",
+        "export",
+        *words,
+        reads=[towers[AFTER], *of_llm[1:]],
+        makes=[run.made("the export", "tower")],
+        output="tower",
+    )
     if config.questions:
         ask(run, [data["train"], *read], batch, train, side_of["train"], towers)
     return run.stages
 
 
 def ask(
-    run: Plan, data: list[str], batch: int, train: int, train_side: Artifact, towers: Mapping[str, Artifact]
+    run: Plan,
+    data: list[str],
+    batch: int,
+    train: int,
+    train_side: Artifact,
+    towers: Mapping[str, Artifact],
 ) -> None:
-    """Add a LLaVA of each tower, its projector trained on the ``train`` captions, and its answers to the questions."""
-    config, out = run.config, run.out
-    captions, compared = out / "llava-data" / "captions.json", out / "questions" / "compare"
-    llava_data, llm = run.made("LLaVA's captions", "llava-data"), model("LLaVA's LLM", config.llava_llm)
-    questions = Artifact(name="the questions", files=partial(question_files, Path(config.questions)))
-    run.add("LLaVA's captions", "llava", "data", *data, "--output", captions.parent, "--overwrite",
-            reads=[train_side, *run.pictures], makes=[llava_data], output="llava-data")  # fmt: skip
+    """Add a LLaVA of each tower, its projector trained on the ``train`` captions, and its answers
+    to the questions."""
+    config = run.config
+    out = run.out
+    captions = out / "llava-data" / "captions.json"
+    compared = out / "questions" / "compare"
+    llava_data = run.made("LLaVA's captions", "llava-data")
+    llm = model("LLaVA's LLM", config.llava_llm)
+    questions = Artifact(
+        name="the questions", files=partial(question_files, Path(config.questions))
+    )
+    run.add(
+        "LLaVA's captions",
+        "llava",
+        "data",
+        *data,
+        "--output",
+        captions.parent,
+        "--overwrite",
+        reads=[train_side, *run.pictures],
+        makes=[llava_data],
+        output="llava-data",
+    )
     epochs = math.ceil(max(1, LLAVA_STEPS * batch / train))
     common = [captions, "--image-folder", captions.parent / "images", "--model", config.llava_llm]
-    common += ["--global-batch", batch, "--micro-batch", math.gcd(batch // config.num_gpus, config.micro_batch or 32)]
+    common += [
+        "--global-batch",
+        batch,
+        "--micro-batch",
+        math.gcd(batch // config.num_gpus, config.micro_batch or 32),
+    ]
     common += ["--gpus", config.num_gpus, "--python", sys.executable]
     extra = ["--num_train_epochs", epochs, *shlex.split(config.llava_options)]
     half = [] if torch.cuda.is_available() else ["--dtype", "float32"]
     answered: list[Artifact] = []
     for side in SIDES:
-        llava, answers = out / f"llava-{side}", out / "questions" / side
-        projector = run.made(f"the projector {side}", f"llava-{side}/mm_projector.bin", f"llava-{side}/config.json")
-        words = [*common, "--tower", f"llm2clip:{out / side / 'tower'}", "--output", llava, "--", *extra]
-        run.add(f"LLaVA {side}", *words, program=PRETRAIN, reads=[llava_data, llm, towers[side]], makes=[projector],
-                output=f"llava-{side}")  # fmt: skip
-        words = [config.questions, "--model-path", llava, "--model-base", config.llava_llm, *half, "--output", answers]
+        llava = out / f"llava-{side}"
+        answers = out / "questions" / side
+        projector = run.made(
+            f"the projector {side}", f"llava-{side}/mm_projector.bin", f"llava-{side}/config.json"
+        )
+        words = [
+            *common,
+            "--tower",
+            f"llm2clip:{out / side / 'tower'}",
+            "--output",
+            llava,
+            "--",
+            *extra,
+        ]
+        run.add(
+            f"LLaVA {side}",
+            *words,
+            program=PRETRAIN,
+            reads=[llava_data, llm, towers[side]],
+            makes=[projector],
+            output=f"llava-{side}",
+        )
+        words = [
+            config.questions,
+            "--model-path",
+            llava,
+            "--model-base",
+            config.llava_llm,
+            *half,
+            "--output",
+            answers,
+        ]
         answered.append(run.made(f"the answers {side}", f"questions/{side}/scores"))
-        run.add(f"questions {side}", "bench-mllm", *words, reads=[questions, projector, llm, towers[side]],
-                makes=answered[-1:], output=f"questions/{side}")  # fmt: skip
+        run.add(
+            f"questions {side}",
+            "bench-mllm",
+            *words,
+            reads=[questions, projector, llm, towers[side]],
+            makes=answered[-1:],
+            output=f"questions/{side}",
+        )
     words = [*(out / "questions" / side / "scores" for side in SIDES), "--names", *SIDES]
-    words += ["--image-folder", Path(config.questions).parent, "--no-references", "--output", compared]
-    run.add("compare answers", "compare", *words, reads=answered, output="questions/compare",
-            makes=[run.made("the comparison of answers", "questions/compare")])  # fmt: skip
+    words += [
+        "--image-folder",
+        Path(config.questions).parent,
+        "--no-references",
+        "--output",
+        compared,
+    ]
+    run.add(
+        "compare answers",
+        "compare",
+        *words,
+        reads=answered,
+        output="questions/compare",
+        makes=[run.made("the comparison of answers", "questions/compare")],
+    )
 
 
 def model(name: str, given: str) -> Artifact:
@@ -249,9 +441,15 @@ def prune_cache(folder: Path, side: SourceConfig) -> None:
 
 
 def movable(config: PipelineConfig, source: Source) -> dict[str, str]:
-    """Path -> what is there, of all that may be at another place when the run goes on: its contents are compared."""
+    """Path -> what is there, of all that may be at another place when the run goes on: its contents
+    are compared."""
     places = {config.output: "OUTPUT", sys.executable: "PYTHON", str(PRETRAIN): "PRETRAIN"}
-    inputs = {"DATA": config.path, "LLM": config.llm, "TOWER": config.tower, "ADAPTER": config.adapter}
+    inputs = {
+        "DATA": config.path,
+        "LLM": config.llm,
+        "TOWER": config.tower,
+        "ADAPTER": config.adapter,
+    }
     inputs |= {"QUESTIONS": config.questions, "LLAVA-LLM": config.llava_llm}
     if config.questions:
         inputs["QUESTIONS-FOLDER"] = str(Path(config.questions).parent)
@@ -264,8 +462,8 @@ def movable(config: PipelineConfig, source: Source) -> dict[str, str]:
 
 
 def survey(source: Source) -> tuple[str, str]:
-    """How stage 1 pairs captions, QUERY:POSITIVE ("": it cannot), and why it is better left out ("": it is not); from
-    SURVEYED samples, evenly spaced."""
+    """How stage 1 pairs captions, QUERY:POSITIVE ("": it cannot), and why it is better left out
+    ("": it is not); from SURVEYED samples, evenly spaced."""
     step = max(1, len(source) // SURVEYED)
     texts = [source.captions(number)[1] for number in range(0, len(source), step)]
     if not any(texts):
@@ -273,12 +471,20 @@ def survey(source: Source) -> tuple[str, str]:
     several = [captions for captions in texts if len(captions) > 1]
     if len(several) <= len(texts) / 2:
         return "", SEVERAL
-    both = [captions for captions in texts if {"short", "long"} <= {caption.kind for caption in captions}]
+    both = [
+        captions
+        for captions in texts
+        if {"short", "long"} <= {caption.kind for caption in captions}
+    ]
     kinds = ("short", "long") if len(both) > len(texts) / 2 else ("short", "short")
     shares: list[float] = []  # of an image's pairs, those that teach nothing
     for captions in several:
         queries, positives = ([c.text for c in captions if c.kind == kind] for kind in kinds)
-        pairs = [(query, positive) for query, positive in itertools.product(queries, positives) if query != positive]
+        pairs = [
+            (query, positive)
+            for query, positive in itertools.product(queries, positives)
+            if query != positive
+        ]
         if pairs:
             shares.append(sum(contains(*pair) for pair in pairs) / len(pairs))
     most = bool(shares) and sum(shares) / len(shares) > 0.5
@@ -287,5 +493,6 @@ def survey(source: Source) -> tuple[str, str]:
 
 def contains(one: str, other: str) -> bool:
     """Whether the words of one text are within the other's, in order."""
-    first, second = f" {words_of(one)} ", f" {words_of(other)} "
+    first = f" {words_of(one)} "
+    second = f" {words_of(other)} "
     return first != second and (first in second or second in first)

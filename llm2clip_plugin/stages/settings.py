@@ -1,5 +1,5 @@
-"""Settings and options of `run`, `finetune-llm` and `embed`, and of training: what both stages share, and how a resumed
-run's are compared with its checkpoint's. Read without torch.
+"""Settings and options of `run`, `finetune-llm` and `embed`, and of training: what both stages
+share, and how a resumed run's are compared with its checkpoint's. Read without torch.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from llm2clip_plugin.options import Command, unknown
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 
-# Fields that may differ when a run resumes: they change where, how often and on what hardware it runs, not what it
-# learns.
+# Fields that may differ when a run resumes: they change where, how often and on what hardware it
+# runs, not what it learns.
 IGNORED_ON_RESUME = """
 output_dir resume allow_changed dry_run deepspeed evaluation benchmarks plan tower.architecture
 data.cache data.validation data.validation_cache data.clip_cache
@@ -33,10 +33,12 @@ train.gradient_checkpointing train.torch_compile
 encoder.trust_remote_code
 """.split()
 
-# Initial values, which a resumed run takes from its checkpoint; they decide what is learned nevertheless.
+# Initial values, which a resumed run takes from its checkpoint; they decide what is learned
+# nevertheless.
 INITIAL = ("dual.logit_scale_init", "dual.projection_init_std")
 
-# Of the stages' commands, as options.Command takes them. An explicit length or warm-up wins over a recipe's.
+# Of the stages' commands, as options.Command takes them. An explicit length or warm-up wins over a
+# recipe's.
 REPLACES = {
     "train.num_train_epochs": "train.max_steps",
     "optim.warmup_ratio": "optim.warmup_steps",
@@ -49,10 +51,13 @@ NEEDS = {"train.num_train_epochs": "not train.max_steps", "plan": "dry_run"}
 class TrainingConfig:
     """What the configurations of both training stages share."""
 
-    output_dir: str = "runs/run"  # checkpoints, metrics.jsonl, run.json and, at the end, what was trained
+    # checkpoints, metrics.jsonl, run.json and, at the end, what was trained
+    output_dir: str = "runs/run"
     deepspeed: str = ""  # DeepSpeed JSON; default ZeRO-1, or ZeRO-0 with fp32
-    resume: str = "auto"  # auto: this run's newest checkpoint, if any | never | a checkpoint or run folder
-    allow_changed: tuple[str, ...] = ()  # fields that may differ from the checkpoint's, e.g. optim.lr or all of optim
+    # auto: this run's newest checkpoint, if any | never | a checkpoint or run folder
+    resume: str = "auto"
+    # fields that may differ from the checkpoint's, e.g. optim.lr or all of optim
+    allow_changed: tuple[str, ...] = ()
     dry_run: bool = False  # print steps, memory and commands, then exit; needs no weights
 
     @property
@@ -62,7 +67,8 @@ class TrainingConfig:
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every leaf of nested dicts; a list is a leaf, as JSON returns it, numbers are floats."""
+    """(dotted name, value) of every leaf of nested dicts; a list is a leaf, as JSON returns it,
+    numbers are floats."""
     if isinstance(value, dict) and value:
         for name, item in value.items():
             yield from flat(item, f"{path}.{name}" if path else name)
@@ -84,19 +90,28 @@ def within(name: str, fields: Iterable[str]) -> bool:
 
 def flat_essentials(config: dict[str, Any], allowed: tuple[str, ...] = ()) -> dict[str, Any]:
     """The leaves that decide what is learned, without the ``allowed`` ones."""
-    return {name: value for name, value in flat(config) if not within(name, (*IGNORED_ON_RESUME, *allowed))}
+    return {
+        name: value
+        for name, value in flat(config)
+        if not within(name, (*IGNORED_ON_RESUME, *allowed))
+    }
 
 
-def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...], *, where: str) -> None:
-    """Raise ValueError naming every field that decides what is learned and differs from the checkpoint's."""
+def refuse_changes(
+    saved: dict[str, Any], now: dict[str, Any], allowed: tuple[str, ...], *, where: str
+) -> None:
+    """Raise ValueError naming every field that decides what is learned and differs from the
+    checkpoint's."""
     known = {name for settings in (now, saved) for name, _ in flat(settings)}
     for name in allowed:
         if not any(within(path, [name]) for path in known):
             raise ValueError(f"--allow-changed {name}: a run has no such field; run.json has all")
     old, new = (flat_essentials(settings, (*allowed, *INITIAL)) for settings in (saved, now))
-    listed, changed = "", [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    listed = ""
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     for name in changed:
-        was, is_ = old.get(name, "absent"), new.get(name, "absent")
+        was = old.get(name, "absent")
+        is_ = new.get(name, "absent")
         listed += f"\n  {name}: {was!r} in the checkpoint, {is_!r} in this run"
     if changed:
         raise ValueError(
@@ -106,12 +121,16 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], allowed: tuple[st
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks, from the launcher's environment; (0, 1) without a launcher."""
+    """This process's rank and the number of ranks, from the launcher's environment; (0, 1) without
+    a launcher."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Path], result: str) -> int:
-    """Print the plan, or train and print where the ``result`` is, in both cases on rank 0; returns exit status 0."""
+def plan_or_train(
+    dry_run: bool, plan: Callable[[], str], train: Callable[[], Path], result: str
+) -> int:
+    """Print the plan, or train and print where the ``result`` is, in both cases on rank 0; returns
+    exit status 0."""
     first_rank = rank_and_world()[0] == 0
     if dry_run:
         if first_rank:
@@ -127,7 +146,8 @@ def plan_or_train(dry_run: bool, plan: Callable[[], str], train: Callable[[], Pa
 class PlanConfig:
     """What --dry-run assumes while there is no data."""
 
-    images: int = 15_000_000  # captioned images, or pairs of texts; the size of the paper's smaller set
+    # captioned images, or pairs of texts; the size of the paper's smaller set
+    images: int = 15_000_000
     gpu_gib: float = 80.0  # a GPU's memory in GiB: the plan has the largest micro-batches that fit
 
 
@@ -141,10 +161,14 @@ class Teacher(NamedTuple):
 
 TEACHERS = {
     "llama-1b": Teacher(
-        "meta-llama/Llama-3.2-1B-Instruct", "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned", 2048
+        "meta-llama/Llama-3.2-1B-Instruct",
+        "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned",
+        2048,
     ),
     "llama-8b": Teacher(
-        "meta-llama/Meta-Llama-3-8B-Instruct", "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned", 4096
+        "meta-llama/Meta-Llama-3-8B-Instruct",
+        "microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned",
+        4096,
     ),
 }
 
@@ -154,7 +178,8 @@ class PipelineConfig(SourceConfig):
     """One training, from checked data to an exported tower."""
 
     llm: str  # folder or Hub id of the teacher LLM
-    tower: str  # vision tower to start from: a folder, a Hub id, or whatever `llm2clip import` reads
+    # vision tower to start from: a folder, a Hub id, or whatever `llm2clip import` reads
+    tower: str
     output: str  # folder for everything that the run makes
     validation: float = 0.1  # fraction of the data that is held out and measured with
     by: str = ""  # field of the samples' JSON: samples with one value are on one side of the split
@@ -163,30 +188,49 @@ class PipelineConfig(SourceConfig):
     stage1: bool | Literal["auto"] = "auto"
     num_train_epochs: float = 4.0  # passes over the data in stage 2
     global_batch: int = 0  # pairs per step of both stages; 0: 256, fewer for less than 4096 images
-    micro_batch: int = 0  # pairs per forward pass and GPU; 0: all at once. Smaller values use gradient caching
-    precision: Literal["", "fp32", "bf16", "fp16"] = ""  # of stage 2; "": bf16 on GPUs, fp16 before Ampere, else fp32
-    tower_options: str = ""  # more options of train-tower, as one text: --tower-options="--freeze-first-blocks 8"
+    # pairs per forward pass and GPU; 0: all at once. Smaller values use gradient caching
+    micro_batch: int = 0
+    # of stage 2; "": bf16 on GPUs, fp16 before Ampere, else fp32
+    precision: Literal["", "fp32", "bf16", "fp16"] = ""
+    # more options of train-tower, as one text: --tower-options="--freeze-first-blocks 8"
+    tower_options: str = ""
     num_gpus: int = 1  # processes of the training stages
-    questions: str = ""  # .jsonl of image, question and answer: what a LLaVA of each tower, before and after, is asked
-    llava_llm: str = ""  # language model of these two LLaVAs, whose projectors are trained on the captions
-    llava_options: str = ""  # more options of LLaVA's pretraining, as one text: --llava-options="--learning_rate 2e-3"
+    # .jsonl of image, question and answer: what a LLaVA of each tower, before and after, is asked
+    questions: str = ""
+    # language model of these two LLaVAs, whose projectors are trained on the captions
+    llava_llm: str = ""
+    # more options of LLaVA's pretraining, as one text: --llava-options="--learning_rate 2e-3"
+    llava_options: str = ""
     dry_run: bool = False  # print the stages with their commands, and run none
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.validation < 1:
-            raise ValueError(f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.1")
+            raise ValueError(
+                f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.1"
+            )
         if not 0 < self.num_train_epochs < math.inf:
-            raise ValueError(f"--num-train-epochs is {self.num_train_epochs:g}, expected a number above 0")
+            raise ValueError(
+                f"--num-train-epochs is {self.num_train_epochs:g}, expected a number above 0"
+            )
         if self.num_gpus < 1:
             raise ValueError(f"--num-gpus is {self.num_gpus}, expected at least 1")
-        for option, value in (("--global-batch", self.global_batch), ("--micro-batch", self.micro_batch)):
+        for option, value in (
+            ("--global-batch", self.global_batch),
+            ("--micro-batch", self.micro_batch),
+        ):
             if value < 0:
-                raise ValueError(f"{option} is {value}, expected at least 0 (0: chosen by the number of images)")
+                raise ValueError(
+                    f"{option} is {value}, expected at least 0 (0: chosen by the number of images)"
+                )
         if self.stage1 is True and self.adapter:
-            raise ValueError("--stage1 trains an adapter, and --adapter gives one that is trained; omit one of them")
+            raise ValueError(
+                "--stage1 trains an adapter, and --adapter gives one that is trained; omit one of them"
+            )
         if bool(self.questions) != bool(self.llava_llm):
-            raise ValueError("--questions and --llava-llm need each other: the questions, and LLaVA's language model")
+            raise ValueError(
+                "--questions and --llava-llm need each other: the questions, and LLaVA's language model"
+            )
 
 
 RUN = Command(
@@ -211,12 +255,16 @@ class EmbedConfig:
     source: SourceConfig  # the captioned images
     encoder: EncoderConfig  # the LLM
     cache: str = ""  # folder of the cache; "": embeddings-<fingerprint> in the data's folder
-    dtype: Literal["float16", "int8"] = "float16"  # storage; int8: with a scale for each row, half the size
+    # storage; int8: with a scale for each row, half the size
+    dtype: Literal["float16", "int8"] = "float16"
     tokens_per_batch: int = 0  # tokens of a batch, padding included; 0: chosen by device
-    torch_compile: bool = False  # torch.compile the LLM's blocks; the first batches wait for it, up to a minute
+    # torch.compile the LLM's blocks; the first batches wait for it, up to a minute
+    torch_compile: bool = False
     dry_run: bool = False  # print the number of captions and the size of the cache, then exit
-    overwrite: bool = False  # replace cached captions that the data, as it is read now, does not have
-    verify: bool = False  # write nothing: read the full cache, compare it with the data, embed a sample again
+    # replace cached captions that the data, as it is read now, does not have
+    overwrite: bool = False
+    # write nothing: read the full cache, compare it with the data, embed a sample again
+    verify: bool = False
 
 
 EMBED = Command(
@@ -239,31 +287,44 @@ class FinetuneConfig(TrainingConfig):
     pairs: PairsConfig = field(default_factory=PairsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
-    # LoRA adapters (folders or Hub ids) that are merged into the LLM, in this order, before the new one is added
+    # LoRA adapters (folders or Hub ids) that are merged into the LLM, in this order, before the new
+    # one is added
     start_adapters: tuple[str, ...] = ()
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     # betas, clipping and no weight decay are defaults of Hugging Face's Trainer
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            lr=2e-4, weight_decay=0.0, layer_decay=1.0, betas=(0.9, 0.999), max_grad_norm=1.0, warmup_steps=300
+            lr=2e-4,
+            weight_decay=0.0,
+            layer_decay=1.0,
+            betas=(0.9, 0.999),
+            max_grad_norm=1.0,
+            warmup_steps=300,
         )
     )
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(global_batch=512, num_train_epochs=1.0))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(global_batch=512, num_train_epochs=1.0)
+    )
     evaluation: CaptionSetConfig = field(default_factory=CaptionSetConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         if self.encoder.post_file:
-            raise ValueError(f"post_file {self.encoder.post_file} has no effect in stage 1; set it in `llm2clip embed`")
+            raise ValueError(
+                f"post_file {self.encoder.post_file} has no effect in stage 1; set it in `llm2clip embed`"
+            )
         if self.train.gradient_checkpointing == "auto":
-            raise ValueError("--gradient-checkpointing auto is for train-tower; set true or false for finetune-llm")
+            raise ValueError(
+                "--gradient-checkpointing auto is for train-tower; set true or false for finetune-llm"
+            )
 
 
 INSTRUCTION = "Given a caption of an image, find another caption of the same image: "
 # E5_cc3m.py:31-34, joined to the query with "; " as in its line 131
 OF_SHORT = "Given a sentence, retrieve a detailed relevant sentence; "
 OF_LONG = "Given a detailed sentence, retrieve a short relevant sentence; "
-# The authors merge a third one, of their own masked next-token prediction on captions, which they did not publish.
+# The authors merge a third one, of their own masked next-token prediction on captions, which they
+# did not publish.
 LLM2VEC_8B = (
     "McGill-NLP/LLM2Vec-Meta-Llama-3-8B-Instruct-mntp",
     "McGill-NLP/LLM2Vec-Meta-Llama-3-8B-Instruct-mntp-supervised",
@@ -271,10 +332,14 @@ LLM2VEC_8B = (
 
 
 def _llama(teacher: str, query_prompt: str) -> EncoderConfig:
-    return EncoderConfig(llm=TEACHERS[teacher].base, preset="llm2clip-llama3", query_prompt=query_prompt)
+    return EncoderConfig(
+        llm=TEACHERS[teacher].base, preset="llm2clip-llama3", query_prompt=query_prompt
+    )
 
 
-def _paper(name: str, encoder: EncoderConfig, start_adapters: tuple[str, ...] = ()) -> FinetuneConfig:
+def _paper(
+    name: str, encoder: EncoderConfig, start_adapters: tuple[str, ...] = ()
+) -> FinetuneConfig:
     """The authors' settings; captions are the user's."""
     common = _common(name, encoder, gradient_checkpointing=True)
     return dataclasses.replace(
@@ -301,18 +366,30 @@ def _common(name: str, encoder: EncoderConfig, *, gradient_checkpointing: bool) 
         output_dir=f"runs/{name}",
         encoder=dataclasses.replace(encoder, max_tokens=512, compute_dtype="bfloat16"),
         train=dataclasses.replace(
-            default.train, gradient_checkpointing=gradient_checkpointing, save_steps=500, dataloader_num_workers=2
+            default.train,
+            gradient_checkpointing=gradient_checkpointing,
+            save_steps=500,
+            dataloader_num_workers=2,
         ),
     )
 
 
 LLM_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     # any instruct LLM (set --llm); a text is one user turn of its chat template
-    "paper": partial(_paper, "paper", EncoderConfig(chat_template="user", include_bos=False, query_prompt=OF_SHORT)),
+    "paper": partial(
+        _paper,
+        "paper",
+        EncoderConfig(chat_template="user", include_bos=False, query_prompt=OF_SHORT),
+    ),
     "paper-llama-8b": partial(_paper, "paper-llama-8b", _llama("llama-8b", OF_SHORT), LLM2VEC_8B),
-    "paper-llama-1b": partial(_paper, "paper-llama-1b", _llama("llama-1b", OF_SHORT)),  # LLM2Vec has no adapters for it
-    "llama-8b": partial(_common, "llama-8b", _llama("llama-8b", INSTRUCTION), gradient_checkpointing=True),
-    "llama-1b": partial(_common, "llama-1b", _llama("llama-1b", INSTRUCTION), gradient_checkpointing=False),
+    # LLM2Vec has no adapters for it
+    "paper-llama-1b": partial(_paper, "paper-llama-1b", _llama("llama-1b", OF_SHORT)),
+    "llama-8b": partial(
+        _common, "llama-8b", _llama("llama-8b", INSTRUCTION), gradient_checkpointing=True
+    ),
+    "llama-1b": partial(
+        _common, "llama-1b", _llama("llama-1b", INSTRUCTION), gradient_checkpointing=False
+    ),
 }
 
 
@@ -345,7 +422,8 @@ FINETUNE_LLM = Command(
         "recipe": "the authors' settings: paper, paper-llama-8b, paper-llama-1b; ours on the paper's LLMs: llama-8b, "
         "llama-1b"
     },
-    # the first is read by the tower's training alone, as are the others; an adapter has one learning rate
+    # the first is read by the tower's training alone, as are the others; an adapter has one
+    # learning rate
     hidden="pairs.read.shuffle_window train.max_broken train.dataloader_prefetch_mb "
     "train.ema_decay optim.layer_decay optim.full_lr optim.head_lr",
     replaces=REPLACES,

@@ -1,4 +1,5 @@
-"""Stage 2, ``llm2clip train-tower``: captioned images and a cache in, a trained and exported tower out."""
+"""Stage 2, ``llm2clip train-tower``: captioned images and a cache in, a trained and exported tower
+out."""
 
 from __future__ import annotations
 
@@ -26,7 +27,13 @@ from llm2clip_plugin.data.samples import lacks_shared_memory
 from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
 from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
 from llm2clip_plugin.stages import run as plans
-from llm2clip_plugin.stages.run import TrainingRun, load_plans, open_caches, plan_engine, training_ranks
+from llm2clip_plugin.stages.run import (
+    TrainingRun,
+    load_plans,
+    open_caches,
+    plan_engine,
+    training_ranks,
+)
 from llm2clip_plugin.stages.settings import TEACHERS, plan_or_train, rank_and_world
 from llm2clip_plugin.stages.tower_config import DEFAULT, TRAIN_TOWER, RunConfig
 from llm2clip_plugin.stages.tower_export import TOWER, export_towers
@@ -36,7 +43,12 @@ from llm2clip_plugin.train.distributed import choose_device, on_first_rank, rank
 from llm2clip_plugin.train.engine import Engine, Reference, frozen_copy
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, load_clip_heads
-from llm2clip_plugin.train.losses.base import check_patch_layers, needs_reference, patch_layers, weighted_terms
+from llm2clip_plugin.train.losses.base import (
+    check_patch_layers,
+    needs_reference,
+    patch_layers,
+    weighted_terms,
+)
 from llm2clip_plugin.train.model import (
     DTYPES,
     StepMemory,
@@ -61,8 +73,12 @@ def main(argv: list[str]) -> int:
     """Print the plan or train; exit status 0."""
     config = TRAIN_TOWER.parse(argv)
     config.validate(needs_data=not config.dry_run)
-    if rank_and_world()[0] == 0 and not any(word.startswith(("--recipe", "--config")) for word in argv):
-        print(f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)")
+    if rank_and_world()[0] == 0 and not any(
+        word.startswith(("--recipe", "--config")) for word in argv
+    ):
+        print(
+            f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)"
+        )
     train = partial(train_tower, config, command=started_by("train-tower", argv))
     return plan_or_train(config.dry_run, partial(tower_plan, config), train, "tower")
 
@@ -70,11 +86,12 @@ def main(argv: list[str]) -> int:
 def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> Path:
     """Train a tower; returns the directory of the exported tower.
 
-    The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError, FileNotFoundError or
-    ContractError for what the user can correct, NonFiniteLossError for a loss that is NaN or infinite. ``command``:
-    files.started_by, for run.json.
+    The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError,
+    FileNotFoundError or ContractError for what the user can correct, NonFiniteLossError for a loss
+    that is NaN or infinite. ``command``: files.started_by, for run.json.
     """
-    # the handlers outlive the watch: a launcher's SIGTERM must not end this rank before it says which one failed
+    # the handlers outlive the watch: a launcher's SIGTERM must not end this rank before it says
+    # which one failed
     with stop_requests() as stop, training_ranks(config.train) as device:
         with phase("opening the data"):
             data = open_data(config.validate())
@@ -84,27 +101,39 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
             if data.measured is not None:
                 with phase("embedding the benchmarks' texts"):
                     data.measured.embed(data.caches[0].teacher)
-            # what its data decides: the order of reading, which a checkpoint records, and embeddings' width
-            samples_of_shard = mean(shard.size for source in data.sources for shard in source.shards)
+            # what its data decides: the order of reading, which a checkpoint records, and
+            # embeddings' width
+            samples_of_shard = mean(
+                shard.size for source in data.sources for shard in source.shards
+            )
             batch_shards = config.train.global_batch / samples_of_shard
             window = shuffle_window(config.data.read.shuffle_window, config.data.path, batch_shards)
-            read = dataclasses.replace(config.data, read=dataclasses.replace(config.data.read, shuffle_window=window))
-            config = dataclasses.replace(config, data=read, dual=with_llm_width(config.dual, data.caches[0].width))
+            read = dataclasses.replace(
+                config.data, read=dataclasses.replace(config.data.read, shuffle_window=window)
+            )
+            config = dataclasses.replace(
+                config, data=read, dual=with_llm_width(config.dual, data.caches[0].width)
+            )
             for source, decided in zip(data.sources, config.data.sources, strict=True):
                 source.config = decided
             return _train(config, data, device, stop, command or {})
 
 
-def _train(config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]) -> Path:
+def _train(
+    config: RunConfig, data: Data, device: torch.device, stop: StopRequest, command: dict[str, Any]
+) -> Path:
     dual, images = start_model(config, data)
     trained = trained_parameters(dual, config.optim)
     run = open_run(config, data, command, hidden_size=dual.tower.config.hidden_size)
     resumed = run.find_checkpoint()
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
-    on_first_rank(lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path))
+    on_first_rank(
+        lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path)
+    )
     evaluate = partial(data.measured, dual, images) if data.measured is not None else None
-    has_heads = bool(config.heads.steps or config.tower.keep_heads)  # random ones have no scores to compare with
+    # random ones have no scores to compare with
+    has_heads = bool(config.heads.steps or config.tower.keep_heads)
     curve = fit(run, dual, data, images, stop) if resumed is None and config.heads.steps else []
     # before the engine, which partitions the weights under ZeRO-3
     frozen = frozen_copy(dual) if needs_reference(config.loss) else None
@@ -148,7 +177,8 @@ def _train(config: RunConfig, data: Data, device: torch.device, stop: StopReques
 
 
 def start_model(config: RunConfig, data: Data) -> tuple[DualEncoder, ImageConfig]:
-    """The tower with its heads, and how images are made for it. Raises ValueError for what would stop the run later."""
+    """The tower with its heads, and how images are made for it. Raises ValueError for what would
+    stop the run later."""
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     if config.heads.target == "clip_text":
         load_clip_heads(dual, config.tower.path)
@@ -156,11 +186,14 @@ def start_model(config: RunConfig, data: Data) -> tuple[DualEncoder, ImageConfig
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     plans = load_plans(config, images.size, data.caches[0].width, world_size())
     if reason := lacks_shared_memory(plans, local_world_size()):
-        raise ValueError(reason)  # else a process that writes beyond the end dies of SIGBUS in the middle of the run
+        # else a process that writes beyond the end dies of SIGBUS in the middle of the run
+        raise ValueError(reason)
     return dual, images
 
 
-def fit(run: TrainingRun, dual: DualEncoder, data: Data, images: ImageConfig, stop: StopRequest) -> list[FitLine]:
+def fit(
+    run: TrainingRun, dual: DualEncoder, data: Data, images: ImageConfig, stop: StopRequest
+) -> list[FitLine]:
     """Fit the heads on the frozen tower, in place; returns the curve."""
     config: RunConfig = run.config  # type: ignore[assignment]
     run.record(run.new_state())
@@ -188,10 +221,13 @@ def fit(run: TrainingRun, dual: DualEncoder, data: Data, images: ImageConfig, st
 def make_references(
     config: RunConfig, engine: Engine, frozen: DualEncoder | None, resumed: Loaded | None
 ) -> dict[str, Reference]:
-    """The moving average that is exported, and the tower that the loss compares with, where the run has them."""
+    """The moving average that is exported, and the tower that the loss compares with, where the run
+    has them."""
     references: dict[str, Reference] = {}
     if decay := config.train.ema_decay:
-        updates, values = (resumed.state.step, resumed.averages) if resumed is not None else (0, None)
+        updates, values = (
+            (resumed.state.step, resumed.averages) if resumed is not None else (0, None)
+        )
         references[AVERAGES] = Reference(engine, decay, warmup=True, updates=updates, values=values)
     if frozen is not None:
         values = resumed.twin if resumed is not None else None
@@ -200,8 +236,12 @@ def make_references(
     return references
 
 
-def open_run(config: RunConfig, data: Data, command: dict[str, Any], *, hidden_size: int) -> TrainingRun:
-    steps, deepspeed = plan_engine(config, samples=data.samples, world=world_size(), hidden_size=hidden_size)
+def open_run(
+    config: RunConfig, data: Data, command: dict[str, Any], *, hidden_size: int
+) -> TrainingRun:
+    steps, deepspeed = plan_engine(
+        config, samples=data.samples, world=world_size(), hidden_size=hidden_size
+    )
     learned_from = {"teacher": data.caches[0].manifest.lasting_fingerprint, "samples": data.samples}
     if data.clip_caches:
         learned_from["clip"] = data.clip_caches[0].manifest.lasting_fingerprint
@@ -250,39 +290,56 @@ class Data:
 
     sources: list[Source]
     caches: list[EmbeddingCache]
-    clip_caches: list[EmbeddingCache]  # with heads.target clip_text: a CLIP's text features of each source's captions
+    # with heads.target clip_text: a CLIP's text features of each source's captions
+    clip_caches: list[EmbeddingCache]
     measured: Evaluation | None
 
     @property
     def samples(self) -> int:
         """Training samples of one epoch over all sources: the sum of weight x size."""
-        return sum(epoch_draws(list(map(len, self.sources)), [source.config.weight for source in self.sources]))
+        return sum(
+            epoch_draws(
+                list(map(len, self.sources)), [source.config.weight for source in self.sources]
+            )
+        )
 
     @property
     def digests(self) -> dict[str, str]:
         """What is compared between ranks."""
         own = {str(number): source_digest(source) for number, source in enumerate(self.sources, 1)}
-        own |= {f"{number}, its cache": cache_digest(cache) for number, cache in enumerate(self.caches, 1)}
-        own |= {f"{number}, its CLIP cache": cache_digest(cache) for number, cache in enumerate(self.clip_caches, 1)}
+        own |= {
+            f"{number}, its cache": cache_digest(cache)
+            for number, cache in enumerate(self.caches, 1)
+        }
+        own |= {
+            f"{number}, its CLIP cache": cache_digest(cache)
+            for number, cache in enumerate(self.clip_caches, 1)
+        }
         return own | (self.measured.digests if self.measured is not None else {})
 
 
 def open_data(config: RunConfig) -> Data:
-    """Open every source and cache; ContractError if caches have different teachers, or one doesn't fit its data."""
+    """Open every source and cache; ContractError if caches have different teachers, or one doesn't
+    fit its data."""
     data = config.data
     caches_of = (*(data.cache or ("",) * len(data.path)), data.validation_cache)
     for path, cache in zip((*data.path, data.validation), caches_of, strict=True):
         if is_url(path) and not cache:  # before anything is downloaded
-            raise ValueError(f"{path} is not a local folder; set --cache DIR (--validation-cache DIR for --validation)")
+            raise ValueError(
+                f"{path} is not a local folder; set --cache DIR (--validation-cache DIR for --validation)"
+            )
     sources = [open_source(source) for source in data.sources]
     check_fields(*sources)
     caches = open_caches(sources, data.cache)
     measured = None
-    if config.evaluates:  # evaluation, with the LLM that embeds its texts, is imported by such runs alone
+    # evaluation, with the LLM that embeds its texts, is imported by such runs alone
+    if config.evaluates:
         from llm2clip_plugin.evaluate.benchmarks import Evaluation, open_benchmarks
 
         held_out = [open_source(data.held_out)] if data.held_out is not None else []
-        of_split = open_caches(held_out, (data.validation_cache,) * len(held_out), caches[0].teacher)
+        of_split = open_caches(
+            held_out, (data.validation_cache,) * len(held_out), caches[0].teacher
+        )
         split = (held_out[0], of_split[0]) if held_out else None
         measured = Evaluation(config.evaluated, split, open_benchmarks(config.benchmarks))
     of_clip = config.heads.target == "clip_text"
@@ -296,17 +353,25 @@ def open_data(config: RunConfig) -> Data:
 
 
 def check_data(config: RunConfig, data: Data) -> None:
-    """Raise ValueError for data on which training or the run's evaluation would fail; warn about what is unusual."""
-    batch, samples = config.train.global_batch, sum(map(len, data.sources))
+    """Raise ValueError for data on which training or the run's evaluation would fail; warn about
+    what is unusual."""
+    batch = config.train.global_batch
+    samples = sum(map(len, data.sources))
     if batch > samples:
         problem = f"global_batch {batch} is more than the {samples} samples of {', '.join(config.data.path)}"
         if not config.loss.mask_same_image:
-            raise ValueError(f"{problem}: samples would be their own negatives, as loss.mask_same_image is off")
+            raise ValueError(
+                f"{problem}: samples would be their own negatives, as loss.mask_same_image is off"
+            )
         print(f"warning: {problem}: a sample comes several times in a batch", file=sys.stderr)
-    small = [f"{source.path} ({len(source)} samples)" for source in data.sources if len(source) < batch]
+    small = [
+        f"{source.path} ({len(source)} samples)" for source in data.sources if len(source) < batch
+    ]
     if config.data.one_source_per_batch and len(data.sources) > 1 and small:
         problem = f"global_batch {batch} is larger than {', '.join(small)}"
-        raise ValueError(f"{problem}; lower --global-batch, or mix the sources with --no-one-source-per-batch")
+        raise ValueError(
+            f"{problem}; lower --global-batch, or mix the sources with --no-one-source-per-batch"
+        )
     check_kinds(data.sources, config.data.kind_weights)
     if data.measured is not None:
         data.measured.check(zip(data.sources, data.caches, strict=True))
@@ -323,19 +388,30 @@ def tower_plan(config: RunConfig) -> str:
     config = dataclasses.replace(config, dual=with_llm_width(config.dual, width))
     dual = shape_dual(config.tower, config.dual)
     check_patch_layers(config.loss, dual.tower.config.num_hidden_layers)
-    heads, tower = config.heads, dual.tower.config
+    heads = config.heads
+    tower = dual.tower.config
     _, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
     trained = trained_parameters(dual, config.optim)
     described = plans.describe_run(config, deepspeed, trained, samples, world)
     memory = step_memory(config, checkpointing=bool(config.train.gradient_checkpointing))
-    kept = step_memory(config, checkpointing=False) if config.train.gradient_checkpointing == "auto" else None
-    lacking = lacks_shared_memory(load_plans(config, tower.image_size, width, world), local_world_size())
+    kept = (
+        step_memory(config, checkpointing=False)
+        if config.train.gradient_checkpointing == "auto"
+        else None
+    )
+    lacking = lacks_shared_memory(
+        load_plans(config, tower.image_size, width, world), local_world_size()
+    )
     parts = [
         *(f"assumed: {line}" for line in assumed),
         f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
         f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters; projection_dim "
         f"{config.dual.projection_dim}, LLM embeddings {width} wide",
-        *([f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"] if heads.steps else []),
+        *(
+            [f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"]
+            if heads.steps
+            else []
+        ),
         described,
         plans.describe_memory(memory, config.train, config.plan.gpu_gib, kept=kept),
         *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
@@ -345,7 +421,8 @@ def tower_plan(config: RunConfig) -> str:
 
 def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
     """Samples, width of the embeddings, and a line for each thing that is missing and assumed."""
-    samples, assumed = config.plan.images, f"{config.plan.images:,} images (--assumed-samples, or DATA)"
+    samples = config.plan.images
+    assumed = f"{config.plan.images:,} images (--assumed-samples, or DATA)"
     if config.evaluates:
         from llm2clip_plugin.evaluate.benchmarks import open_benchmarks
 
@@ -356,38 +433,52 @@ def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
         except FileNotFoundError as error:  # no cache yet
             if config.data.cache:
                 raise
-            samples, assumed = sum(len(open_source(source)) for source in config.data.sources), str(error)
+            samples = sum(len(open_source(source)) for source in config.data.sources)
+            assumed = str(error)
         else:
             check_data(config, data)
             return data.samples, data.caches[0].width, []
     if config.dual.llm_width:
         return samples, config.dual.llm_width, [assumed]
     known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
-    return samples, ASSUMED_WIDTH, [assumed, f"LLM embeddings of width {ASSUMED_WIDTH} (--dual.llm-width: {known})"]
+    return (
+        samples,
+        ASSUMED_WIDTH,
+        [assumed, f"LLM embeddings of width {ASSUMED_WIDTH} (--dual.llm-width: {known})"],
+    )
 
 
 def recomputes(config: RunConfig, deepspeed: dict[str, Any], device: torch.device) -> bool:
-    """Whether this rank recomputes the tower's blocks: as set, or where its memory would not hold their activations."""
+    """Whether this rank recomputes the tower's blocks: as set, or where its memory would not hold
+    their activations."""
     if config.train.gradient_checkpointing != "auto":
         return config.train.gradient_checkpointing
     if device.type == "cuda":
         holds = torch.cuda.get_device_properties(device).total_memory
     else:
-        holds = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size()  # this rank's share
+        # this rank's share
+        holds = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size()
     memory = step_memory(config, checkpointing=False)
     on = not plans.fits(memory, deepspeed, config.train, world=world_size(), gib=holds / plans.GIB)
     if rank() == 0:
-        print(f"gradient checkpointing (auto): {'on' if on else 'off'}, with {holds / plans.GIB:.0f} GiB")
+        print(
+            f"gradient checkpointing (auto): {'on' if on else 'off'}, with {holds / plans.GIB:.0f} GiB"
+        )
     return on
 
 
 def step_memory(config: RunConfig, *, checkpointing: bool) -> StepMemory:
     """Measured on fake tensors."""
     dual = shape_dual(config.tower, config.dual)
-    precision, tower = config.train.precision, dual.tower.config
-    counts = {flag: sum(p.numel() for p in dual.parameters() if p.requires_grad is flag) for flag in (True, False)}
+    precision = config.train.precision
+    tower = dual.tower.config
+    counts = {
+        flag: sum(p.numel() for p in dual.parameters() if p.requires_grad is flag)
+        for flag in (True, False)
+    }
     tower_parameters = sum(p.numel() for p in dual.tower.parameters())
-    dtype, pixels = DTYPES[precision], (3, tower.image_size, tower.image_size)
+    dtype = DTYPES[precision]
+    pixels = (3, tower.image_size, tower.image_size)
     if checkpointing:
         enable_gradient_checkpointing(dual.tower)
 
@@ -398,7 +489,10 @@ def step_memory(config: RunConfig, *, checkpointing: bool) -> StepMemory:
     layers = patch_layers(config.loss)
 
     def forward(*inputs: Tensor) -> Tensor:
-        return sum((feature.sum() for feature in dual(*inputs, **layers) if feature is not None), torch.zeros(()))
+        return sum(
+            (feature.sum() for feature in dual(*inputs, **layers) if feature is not None),
+            torch.zeros(()),
+        )
 
     of_patch = {"patches": 3 * tower.hidden_size, "patch_features": 2 * config.dual.projection_dim}
     return StepMemory(
@@ -412,5 +506,6 @@ def step_memory(config: RunConfig, *, checkpointing: bool) -> StepMemory:
         pixels=math.prod(pixels),
         averages=bool(config.train.ema_decay) + needs_reference(config.loss),
         frozen_tower_bytes=needs_reference(config.loss) * tower_parameters * dtype.itemsize,
-        patches=(tower.image_size // tower.patch_size) ** 2 * sum(of_patch[reads] for reads in layers),
+        patches=(tower.image_size // tower.patch_size) ** 2
+        * sum(of_patch[reads] for reads in layers),
     )

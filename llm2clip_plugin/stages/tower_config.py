@@ -1,4 +1,5 @@
-"""RunConfig: everything that decides a tower's training. The sections are declared where they are read."""
+"""RunConfig: everything that decides a tower's training. The sections are declared where they are
+read."""
 
 from __future__ import annotations
 
@@ -28,36 +29,56 @@ from llm2clip_plugin.vision.directory import LOG_SCALE, DualConfig
 
 MAX_CAPTIONS = 64  # of an image in a step
 EVALUATED = ("train.eval_steps", "evaluation.batch", "evaluation.workers")
-HELD_OUT = tuple(f"evaluation.{name}" for name in ("kinds", "languages", "group", "cluster", "ks", "limit"))
+HELD_OUT = tuple(
+    f"evaluation.{name}" for name in ("kinds", "languages", "group", "cluster", "ks", "limit")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Captioned images, the teacher's embeddings of their captions, and a held-out split."""
 
-    path: tuple[str, ...] = ()  # training data: folders of tars, .tar, .jsonl, LLaVA's .json, or URLs of these
-    cache: tuple[str, ...] = ()  # embedding cache of each path; empty: the one embeddings-* folder next to the data
-    # with heads.target clip_text: cache of the CLIP's text features of each path; empty: the one next to the data
+    # training data: folders of tars, .tar, .jsonl, LLaVA's .json, or URLs of these
+    path: tuple[str, ...] = ()
+    # embedding cache of each path; empty: the one embeddings-* folder next to the data
+    cache: tuple[str, ...] = ()
+    # with heads.target clip_text: cache of the CLIP's text features of each path; empty: the one
+    # next to the data
     clip_cache: tuple[str, ...] = ()
-    weight: tuple[float, ...] = ()  # how often a sample of each path is drawn, relative to weight 1; empty: 1 each
-    # how often each kind of caption is drawn, KIND=WEIGHT; other kinds are not drawn; empty: evenly over all captions
+    # how often a sample of each path is drawn, relative to weight 1; empty: 1 each
+    weight: tuple[float, ...] = ()
+    # how often each kind of caption is drawn, KIND=WEIGHT; other kinds are not drawn; empty: evenly
+    # over all captions
     caption_weights: tuple[str, ...] = ()
-    one_source_per_batch: bool = False  # draw each global batch from one path, so that negatives are of the same source
-    captions_per_image: int = 1  # captions of an image in a step; above 1 for loss.terms multi_positive or cosine
+    # draw each global batch from one path, so that negatives are of the same source
+    one_source_per_batch: bool = False
+    # captions of an image in a step; above 1 for loss.terms multi_positive or cosine
+    captions_per_image: int = 1
     validation: str = ""  # held-out split for recall during training; "": none
     validation_cache: str = ""  # its embedding cache; "": the one embeddings-* folder next to it
     read: ReadConfig = field(default_factory=ReadConfig)  # how all of them are read
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        for name, values in (("cache", self.cache), ("clip_cache", self.clip_cache), ("weight", self.weight)):
+        for name, values in (
+            ("cache", self.cache),
+            ("clip_cache", self.clip_cache),
+            ("weight", self.weight),
+        ):
             if values and len(values) != len(self.path):
-                raise ValueError(f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one each")
+                raise ValueError(
+                    f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one each"
+                )
         if not 1 <= self.captions_per_image <= MAX_CAPTIONS:
-            raise ValueError(f"data.captions_per_image {self.captions_per_image} must be between 1 and {MAX_CAPTIONS}")
-        weights, kinds = self.kind_weights, self.read.kinds
+            raise ValueError(
+                f"data.captions_per_image {self.captions_per_image} must be between 1 and {MAX_CAPTIONS}"
+            )
+        weights = self.kind_weights
+        kinds = self.read.kinds
         if weights and kinds and set(weights) != set(kinds):
-            raise ValueError(f"data.caption_weights {weights} and data.read.kinds {kinds} name different kinds")
+            raise ValueError(
+                f"data.caption_weights {weights} and data.read.kinds {kinds} name different kinds"
+            )
 
     @property
     def kind_weights(self) -> dict[str, float]:
@@ -69,14 +90,20 @@ class DataConfig:
         """One source for each path."""
         weights = self.weight or (1.0,) * len(self.path)
         read = {**vars(self.read), "kinds": self.read.kinds or tuple(self.kind_weights)}
-        return [SourceConfig(path=path, weight=one, **read) for path, one in zip(self.path, weights, strict=True)]
+        return [
+            SourceConfig(path=path, weight=one, **read)
+            for path, one in zip(self.path, weights, strict=True)
+        ]
 
     @property
     def held_out(self) -> SourceConfig | None:
-        """The validation split with all its captions; ``evaluation`` selects the ones that are scored."""
+        """The validation split with all its captions; ``evaluation`` selects the ones that are
+        scored."""
         if not self.validation:
             return None
-        return SourceConfig(path=self.validation, **{**vars(self.read), "kinds": (), "languages": ()})
+        return SourceConfig(
+            path=self.validation, **{**vars(self.read), "kinds": (), "languages": ()}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +130,19 @@ class RunConfig(TrainingConfig):
 
     @property
     def trains_at_lr(self) -> bool:
-        """Whether anything is trained with ``optim.lr``; heads alone are with ``optim.head_lr``, where it is set."""
+        """Whether anything is trained with ``optim.lr``; heads alone are with ``optim.head_lr``,
+        where it is set."""
         return not (self.tower.freeze and self.optim.head_lr)
 
     @property
     def evaluated(self) -> RetrievalConfig:
-        """``evaluation`` as it runs: by as many processes as training has, unless it names a number."""
+        """``evaluation`` as it runs: by as many processes as training has, unless it names a
+        number."""
         workers = self.evaluation.workers
-        return replace(self.evaluation, workers=self.train.dataloader_num_workers if workers is None else workers)
+        return replace(
+            self.evaluation,
+            workers=self.train.dataloader_num_workers if workers is None else workers,
+        )
 
     def validate(self, *, needs_data: bool = True) -> RunConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""
@@ -120,7 +152,9 @@ class RunConfig(TrainingConfig):
         if needs_data and missing:
             raise ValueError(f"no {' and no '.join(missing)}. For example: {TRAIN_TOWER.example}")
         if not self.train.has_steps and not self.heads.steps:
-            raise ValueError("train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train")
+            raise ValueError(
+                "train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train"
+            )
         from llm2clip_plugin.train.losses.base import check_terms  # torch
 
         check_terms(self.loss, self.dual)
@@ -131,7 +165,9 @@ class RunConfig(TrainingConfig):
                 "leave tower.keep_heads and dual.adapter none out"
             )
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
-            raise ValueError("nothing to train: tower.freeze with dual.projection none and dual.adapter none")
+            raise ValueError(
+                "nothing to train: tower.freeze with dual.projection none and dual.adapter none"
+            )
         return self
 
 
@@ -149,42 +185,50 @@ PAPER_TRAIN = TrainConfig(  # the paper's
 
 
 def base() -> RunConfig:
-    """Own data with any tower: the paper's settings, with a batch that one GPU holds and heads fitted first.
+    """Own data with any tower: the paper's settings, with a batch that one GPU holds and heads
+    fitted first.
 
     Set --tower and --data. Thousands of images to millions: the length is counted in epochs.
     """
     return RunConfig(
-        # ours: heads with random weights are fitted much better at a low scale, whatever the tower's old head had
-        # (docs/benchmarks.md, "Initial logit scale"); --tower.keep-heads has the scale of the heads that are kept
+        # ours: heads with random weights are fitted much better at a low scale, whatever the
+        # tower's old head had (docs/benchmarks.md, "Initial logit scale"); --tower.keep-heads has
+        # the scale of the heads that are kept
         dual=DualConfig(logit_scale_init=LOG_SCALE),
         optim=OptimConfig(
             lr=1e-5,
-            head_lr=1e-4,  # ours: 1/16 of the paper's batch makes 16 times as many, noisier steps of fitted heads
+            # ours: 1/16 of the paper's batch makes 16 times as many, noisier steps of fitted heads
+            head_lr=1e-4,
             weight_decay=0.05,
             layer_decay=0.85,
             max_grad_norm=5.0,
             eps=1e-6,  # ours, as the betas: CLIP's own (arXiv 2103.00020)
             warmup_ratio=0.05,  # ours: the first steps of a small batch are the noisiest
         ),
-        # Ours: heads with random weights distort a pretrained tower, and a tower that never saw captions (DINOv2) has
-        # none. 300 x 256 pairs see 15,000 images five times; the frozen tower encodes each once.
+        # Ours: heads with random weights distort a pretrained tower, and a tower that never saw
+        # captions (DINOv2) has none. 300 x 256 pairs see 15,000 images five times; the frozen tower
+        # encodes each once.
         heads=HeadsConfig(steps=300, batch=256, lr=1e-3),
         train=TrainConfig(
-            global_batch=256,  # ours: by --dry-run, a ViT-L/14 at 336 px fits a GPU of 24 GiB; the paper's is 4096 on 8
+            # ours: by --dry-run, a ViT-L/14 at 336 px fits a GPU of 24 GiB; the paper's is 4096 on
+            # 8
+            global_batch=256,
             num_train_epochs=4.0,
             precision="bf16",
             gradient_checkpointing="auto",
-            dataloader_num_workers=min(8, max(0, cores() // local_world_size() - 1)),  # 8 as in the paper's runs
+            # 8 as in the paper's runs
+            dataloader_num_workers=min(8, max(0, cores() // local_world_size() - 1)),
             eval_steps=500,  # ours; the paper's runs have 1000 for 16 times as many pairs a step
         ),
     )
 
 
 def quickstart() -> RunConfig:
-    """The paper in miniature: DINOv2 ViT-S/14 at 56 px on the built-in emoji set, minutes on two CPU cores.
+    """The paper in miniature: DINOv2 ViT-S/14 at 56 px on the built-in emoji set, minutes on two
+    CPU cores.
 
-    For the emoji alone: it mirrors and rotates images, and evaluates by the field ``concept``. Set --tower (the
-    quickstart makes a tower) and --cache.
+    For the emoji alone: it mirrors and rotates images, and evaluates by the field ``concept``. Set
+    --tower (the quickstart makes a tower) and --cache.
     """
     return RunConfig(
         output_dir="runs/quickstart",
@@ -203,7 +247,12 @@ def quickstart() -> RunConfig:
             logit_scale_init=LOG_SCALE,
         ),
         optim=OptimConfig(
-            lr=4e-4, head_lr=3e-4, layer_decay=0.85, weight_decay=0.05, max_grad_norm=5.0, warmup_ratio=0.15
+            lr=4e-4,
+            head_lr=3e-4,
+            layer_decay=0.85,
+            weight_decay=0.05,
+            max_grad_norm=5.0,
+            warmup_ratio=0.15,
         ),
         heads=HeadsConfig(steps=100, batch=256, lr=1e-3),
         train=TrainConfig(global_batch=128, max_steps=100, save_minutes=2.0),
@@ -213,7 +262,8 @@ def quickstart() -> RunConfig:
 
 
 def _openai(name: str, hub_id: str) -> RunConfig:
-    """The authors' layer-wise decay misses two of an OpenAI tower's names, class_embedding and ln_pre (optim.py:15-46).
+    """The authors' layer-wise decay misses two of an OpenAI tower's names, class_embedding and
+    ln_pre (optim.py:15-46).
 
     Its projection is new, 1280 wide, as in their code (model.py:459, 480; transformer.py:565).
     """
@@ -223,49 +273,66 @@ def _openai(name: str, hub_id: str) -> RunConfig:
 
 
 def _eva02(name: str) -> RunConfig:
-    """The authors' head of an EVA02: with bias, its weights 0.02 x 0.001 (eva_vit_model.py:446-449).
+    """The authors' head of an EVA02: with bias, its weights 0.02 x 0.001
+    (eva_vit_model.py:446-449).
 
-    `llm2clip import` its .pt, then --tower the result. The paper did not train bigE/14 (4.3 G parameters).
+    `llm2clip import` its .pt, then --tower the result. The paper did not train bigE/14 (4.3 G
+    parameters).
     """
     heads = DualConfig(projection_dim=1280, projection_bias=True, projection_init_std=2e-5)
     return dataclasses.replace(_paper(name, TowerConfig(architecture=name)), dual=heads)
 
 
 def siglip2_so400m_224() -> RunConfig:
-    """SigLIP 2 so400m/14 at 224 px; its own pooled output is the image's embedding, without a projection.
+    """SigLIP 2 so400m/14 at 224 px; its own pooled output is the image's embedding, without a
+    projection.
 
-    The authors' code cannot decay the learning rate of this tower by depth (timm_model.py has no ``get_num_layers``),
-    starts at CLIP's scale (timm's weights have none), and does not normalize the LLM's embedding (llm_model.py:31).
+    The authors' code cannot decay the learning rate of this tower by depth (timm_model.py has no
+    ``get_num_layers``), starts at CLIP's scale (timm's weights have none), and does not normalize
+    the LLM's embedding (llm_model.py:31).
     """
     paper = _paper("siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224"))
-    heads = DualConfig(projection_dim=1152, projection="none", normalise_input=False, logit_scale_init=LOG_SCALE)
-    return dataclasses.replace(paper, dual=heads, optim=dataclasses.replace(paper.optim, layer_decay=1.0))
+    heads = DualConfig(
+        projection_dim=1152, projection="none", normalise_input=False, logit_scale_init=LOG_SCALE
+    )
+    return dataclasses.replace(
+        paper, dual=heads, optim=dataclasses.replace(paper.optim, layer_decay=1.0)
+    )
 
 
 def lift_b16() -> RunConfig:
-    """LIFT (arXiv 2506.04209): a ViT-B/16 from random weights, its MLP head trained to meet the LLM's own embeddings.
+    """LIFT (arXiv 2506.04209): a ViT-B/16 from random weights, its MLP head trained to meet the
+    LLM's own embeddings.
 
-    Settings of its 512 M samples: 2 epochs of 256 M images of Recap-DataComp-1B (Jingfeng0705/LIFT, commit b76da7b,
-    configs/lift_vit_b16_512m.yaml; clipping: training/train.py:145). Not run here.
+    Settings of its 512 M samples: 2 epochs of 256 M images of Recap-DataComp-1B (Jingfeng0705/LIFT,
+    commit b76da7b, configs/lift_vit_b16_512m.yaml; clipping: training/train.py:145). Not run here.
     """
     return RunConfig(
         output_dir="runs/lift-b16",
         tower=TowerConfig(architecture="openai/clip-vit-base-patch16", from_scratch=True),
         dual=DualConfig(pool="mean", projection="mlp", adapter="none"),
         optim=OptimConfig(
-            lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, layer_decay=1.0, max_grad_norm=1.0, warmup_steps=500
+            lr=1e-3,
+            betas=(0.9, 0.98),
+            eps=1e-6,
+            weight_decay=0.2,
+            layer_decay=1.0,
+            max_grad_norm=1.0,
+            warmup_steps=500,
         ),
-        train=dataclasses.replace(PAPER_TRAIN, global_batch=16384, num_train_epochs=2.0, eval_on_start=False),
+        train=dataclasses.replace(
+            PAPER_TRAIN, global_batch=16384, num_train_epochs=2.0, eval_on_start=False
+        ),
     )
 
 
 def _proclip(name: str, hub_id: str, projection_dim: int) -> RunConfig:
-    """ProCLIP's published settings (arXiv 2510.18795): the text adapter learns CLIP's text space from captions, then
-    InfoNCE and the distance to an EMA of the tower train both sides.
+    """ProCLIP's published settings (arXiv 2510.18795): the text adapter learns CLIP's text space
+    from captions, then InfoNCE and the distance to an EMA of the tower train both sides.
 
-    The fit's length is its four epochs of CC3M, CC12M and YFCC15M: 4 x 30 M / 1024. Its lambda 4e-4 over the sums of
-    512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay is .2 in the text and .05 in the
-    table, which is taken.
+    The fit's length is its four epochs of CC3M, CC12M and YFCC15M: 4 x 30 M / 1024. Its lambda 4e-4
+    over the sums of 512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay
+    is .2 in the text and .05 in the table, which is taken.
     """
     paper = _paper(name, TowerConfig(architecture=hub_id), projection_dim=projection_dim)
     return dataclasses.replace(
@@ -280,18 +347,24 @@ def _proclip(name: str, hub_id: str, projection_dim: int) -> RunConfig:
 def _paper(name: str, tower: TowerConfig, *, projection_dim: int = 1280) -> RunConfig:
     """The published stage-2 settings over a tower; data and caches are the user's.
 
-    The paper's data are 15 M images (CC3M, CC12M) or 60 M (also YFCC15M and 30 M of Recap-DataComp-1B), with an MLLM's
-    short caption or its long one, drawn evenly (DreamLIP's shortSV and longSV: data/extract_embedding.py:12,
-    training/data.py:611-617).
+    The paper's data are 15 M images (CC3M, CC12M) or 60 M (also YFCC15M and 30 M of
+    Recap-DataComp-1B), with an MLLM's short caption or its long one, drawn evenly (DreamLIP's
+    shortSV and longSV: data/extract_embedding.py:12, training/data.py:611-617).
     """
     return RunConfig(
         output_dir=f"runs/{name}",
         tower=tower,
         data=DataConfig(one_source_per_batch=True),
         dual=DualConfig(projection_dim=projection_dim),
-        # params.py:4-10 has CLIP's moments for names with "vit", which none of the authors' models has
+        # params.py:4-10 has CLIP's moments for names with "vit", which none of the authors' models
+        # has
         optim=OptimConfig(
-            lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, layer_decay=0.85, max_grad_norm=5.0
+            lr=1e-5,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=0.05,
+            layer_decay=0.85,
+            max_grad_norm=5.0,
         ),
         train=PAPER_TRAIN,
     )
@@ -301,7 +374,8 @@ CLIP = "openai/clip-vit-"
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "base": base,
     "quickstart": quickstart,
-    "openai_l14_336": partial(_openai, "openai-l14-336", f"{CLIP}large-patch14-336"),  # LLaVA 1.5's own tower
+    # LLaVA 1.5's own tower
+    "openai_l14_336": partial(_openai, "openai-l14-336", f"{CLIP}large-patch14-336"),
     "openai_l14_224": partial(_openai, "openai-l14-224", f"{CLIP}large-patch14"),
     "openai_b16": partial(_openai, "openai-b16", f"{CLIP}base-patch16"),
     "eva02_l14_336": partial(_eva02, "eva02-l14-336"),
@@ -317,14 +391,19 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def recipe(name: str) -> RunConfig:
-    """The recipe of that name; ``TOWER/TEACHER`` accepts only caches as wide as that LLM's embeddings.
+    """The recipe of that name; ``TOWER/TEACHER`` accepts only caches as wide as that LLM's
+    embeddings.
 
     Raises ValueError listing the known names.
     """
     tower, slash, llm = name.replace("-", "_").partition("/")
     llm = llm.replace("_", "-")
     if tower not in RECIPES or (slash and llm not in TEACHERS):
-        raise ValueError(unknown("recipe", name, RECIPES, also=f", each also as NAME/TEACHER: {', '.join(TEACHERS)}"))
+        raise ValueError(
+            unknown(
+                "recipe", name, RECIPES, also=f", each also as NAME/TEACHER: {', '.join(TEACHERS)}"
+            )
+        )
     config = RECIPES[tower]()
     if not slash:
         return config
@@ -334,13 +413,16 @@ def recipe(name: str) -> RunConfig:
 
 def starting_point(extras: Mapping[str, str]) -> RunConfig:
     """The configuration of --config or --recipe, which the other options override."""
-    name, file = extras.get("recipe", ""), extras.get("config", "")
+    name = extras.get("recipe", "")
+    file = extras.get("config", "")
     if name and file:
         raise ValueError(f"--recipe {name} and --config {file} are mutually exclusive; pass one")
     if not file:
         return recipe(name or DEFAULT)
     body = read_json_value(file)
-    return from_plain(RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=file)
+    return from_plain(
+        RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=file
+    )
 
 
 TRAIN_TOWER = Command(

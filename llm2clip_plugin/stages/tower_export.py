@@ -10,13 +10,22 @@ from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual
 from llm2clip_plugin.vision.export import BEFORE, export_tower
 
-TOWER, TOWER_EMA = "tower", "tower-ema"  # folders in a run's
+# folders in a run's
+TOWER = "tower"
+TOWER_EMA = "tower-ema"
 
 
 def export_run(
-    run: Path, output: Path, checkpoint: str, averaged: bool, *, adapter: Path | None = None, replace: bool
+    run: Path,
+    output: Path,
+    checkpoint: str,
+    averaged: bool,
+    *,
+    adapter: Path | None = None,
+    replace: bool,
 ) -> None:
-    """Write a run's checkpoint ("": the newest, or the name or path of one), or its average, as a tower directory."""
+    """Write a run's checkpoint ("": the newest, or the name or path of one), or its average, as a
+    tower directory."""
     record = RunRecord.read(run / RunRecord.FILE)
     config = from_plain(RunConfig, record.config, where=str(run / RunRecord.FILE))
     inside = run / CHECKPOINTS / checkpoint

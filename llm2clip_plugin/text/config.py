@@ -1,4 +1,5 @@
-"""The settings of stage 1 (pairs, adapter, loss) and of an LLM as caption encoder; read without torch."""
+"""The settings of stage 1 (pairs, adapter, loss) and of an LLM as caption encoder; read without
+torch."""
 
 import dataclasses
 import re
@@ -28,23 +29,29 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(f"r {self.r} and alpha {self.alpha} must be at least 1, dropout {self.dropout} in [0, 1)")
+            raise ValueError(
+                f"r {self.r} and alpha {self.alpha} must be at least 1, dropout {self.dropout} in [0, 1)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastConfig:
     """The loss of caption-contrastive training."""
 
-    scale: float = 50.0  # logit scale (1 / temperature), as in the paper; the initial value if it is learned
+    # logit scale (1 / temperature), as in the paper; the initial value if it is learned
+    scale: float = 50.0
     learn_scale: bool = False  # learn the logit scale, up to 100
     # groups of similar length in which a micro-batch's texts are padded: less padding, same result
     length_groups: int = 4
     mask_same: bool = True  # pairs with a common text or image are not negatives of each other
-    symmetric: bool = True  # half of the loss retrieves queries from positives; without, all retrieves positives
+    # half of the loss retrieves queries from positives; without, all retrieves positives
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 100 or self.length_groups < 1:
-            raise ValueError(f"scale {self.scale} must be in (0, 100], length_groups {self.length_groups} at least 1")
+            raise ValueError(
+                f"scale {self.scale} must be in (0, 100], length_groups {self.length_groups} at least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,26 +75,34 @@ class PairKind:
 class PairsConfig:
     """Training data, and which two texts form a pair."""
 
-    # caption sets (as for the tower), or .jsonl of text pairs: query, positive, in all rows or none a hard negative,
-    # and instruction, text before the query (not pooled) in place of query_prompt
+    # caption sets (as for the tower), or .jsonl of text pairs: query, positive, in all rows or none
+    # a hard negative, and instruction, text before the query (not pooled) in place of query_prompt
     data: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()  # how often a sample of each is drawn; empty: all equal
     # of caption sets: QUERY:POSITIVE[=WEIGHT], KIND:same for two of a kind
     pair_kinds: tuple[str, ...] = ("short:long",)
-    mix_kinds: bool = False  # draw a kind for each pair; without, all pairs of a batch are of one kind
-    # of caption sets: text before the queries of a kind of caption, KIND=TEXT, not pooled; others have query_prompt
+    # draw a kind for each pair; without, all pairs of a batch are of one kind
+    mix_kinds: bool = False
+    # of caption sets: text before the queries of a kind of caption, KIND=TEXT, not pooled; others
+    # have query_prompt
     instructions: tuple[str, ...] = ()
-    # of caption sets: a hard negative for each pair, the caption of the positive's kind of a random other image
+    # of caption sets: a hard negative for each pair, the caption of the positive's kind of a random
+    # other image
     random_negatives: bool = False
-    lists: tuple[str, ...] = ()  # KIND=LOW:HIGH: captions of this kind are comma-separated; draw LOW to HIGH items
-    group: str = ""  # field of a sample's JSON: samples with equal values are not used as negatives of each other
-    cut_queries: bool = False  # truncate queries above max_tokens; otherwise they are an error before training
+    # KIND=LOW:HIGH: captions of this kind are comma-separated; draw LOW to HIGH items
+    lists: tuple[str, ...] = ()
+    # field of a sample's JSON: samples with equal values are not used as negatives of each other
+    group: str = ""
+    # truncate queries above max_tokens; otherwise they are an error before training
+    cut_queries: bool = False
     # how caption sets are read; stage 1 has an order of its own, without windows
     read: ReadConfig = field(default_factory=lambda: ReadConfig(shuffle_window=0))
 
     def __post_init__(self) -> None:
         if self.weights and len(self.weights) != len(self.data):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.data)} data sets; pass one for each, or none")
+            raise ValueError(
+                f"{len(self.weights)} weights for {len(self.data)} data sets; pass one for each, or none"
+            )
         if any(not weight > 0 for weight in self.weights):
             raise ValueError(f"weights are {self.weights}, expected numbers above 0")
         _ = self.kinds, self.drawn_items, self.instruction_of
@@ -96,12 +111,16 @@ class PairsConfig:
     def kinds(self) -> tuple[PairKind, ...]:
         """``pair_kinds`` as they are read; raises ValueError for another form."""
         if not self.pair_kinds:
-            raise ValueError("no pair kinds configured; set at least one with --pair-kinds, such as short:long")
+            raise ValueError(
+                "no pair kinds configured; set at least one with --pair-kinds, such as short:long"
+            )
         found = []
         for text in self.pair_kinds:
             match = re.fullmatch(r"([^:=]+):([^:=]+)(?:=(\d+\.?\d*|\.\d+))?", text)
             if match is None or not float(match[3] or 1):
-                raise ValueError(f"invalid pair kind {text!r}; expected QUERY:POSITIVE[=WEIGHT]: short:long=0.5")
+                raise ValueError(
+                    f"invalid pair kind {text!r}; expected QUERY:POSITIVE[=WEIGHT]: short:long=0.5"
+                )
             found.append(PairKind(match[1], match[2], float(match[3] or 1)))
         return tuple(found)
 
@@ -112,7 +131,9 @@ class PairsConfig:
         for text in self.lists:
             match = re.fullmatch(r"([^=]+)=(\d+):(\d+)", text)
             if match is None or not 0 < int(match[2]) <= int(match[3]):
-                raise ValueError(f"invalid list {text!r}; expected KIND=LOW:HIGH, such as keywords=2:6")
+                raise ValueError(
+                    f"invalid list {text!r}; expected KIND=LOW:HIGH, such as keywords=2:6"
+                )
             bounds[match[1]] = (int(match[2]), int(match[3]))
         return bounds
 
@@ -122,11 +143,14 @@ class PairsConfig:
         parts = [one.partition("=") for one in self.instructions]
         parsed = {kind: text for kind, equal, text in parts if kind and equal}
         if len(parsed) != len(self.instructions):
-            raise ValueError(f"instructions {list(self.instructions)} must be KIND=TEXT, one for each kind of query")
+            raise ValueError(
+                f"instructions {list(self.instructions)} must be KIND=TEXT, one for each kind of query"
+            )
         return parsed
 
 
-# The settings that determine a caption's embedding, and where they come from: options, presets, the encoder card.
+# The settings that determine a caption's embedding, and where they come from: options, presets, the
+# encoder card.
 
 ATTENTIONS = ("bidirectional", "causal")
 POOLINGS = ("mean", "last")
@@ -135,8 +159,9 @@ CAPTION = "{caption}"  # placeholder in a chat template
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned and ...-Llama-3.2-1B-..., which embed as LLM2Vec does with a
-    # Llama 3 Instruct: one user turn, mean over the caption's tokens and the end of the turn, without an instruction
+    # microsoft/LLM2CLIP-Llama-3-8B-Instruct-CC-Finetuned and ...-Llama-3.2-1B-..., which embed as
+    # LLM2Vec does with a Llama 3 Instruct: one user turn, mean over the caption's tokens and the
+    # end of the turn, without an instruction
     "llm2clip-llama3": {
         "attention": "bidirectional",
         "pooling": "mean",
@@ -145,7 +170,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # LLM2Vec's adapters and checkpoints of base models
     "llm2vec": {"attention": "bidirectional", "pooling": "mean", "include_bos": False},
-    # most LLMs that were trained to embed text, such as Qwen3-Embedding and E5-Mistral; --query-prompt is their own
+    # most LLMs that were trained to embed text, such as Qwen3-Embedding and E5-Mistral;
+    # --query-prompt is their own
     "last-token": {"attention": "causal", "pooling": "last"},
     "mean": {"attention": "bidirectional", "pooling": "mean"},  # the default
 }
@@ -153,22 +179,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """An LLM as caption encoder. The card of the adapter or of the LLM's folder, if there is one, takes precedence."""
+    """An LLM as caption encoder. The card of the adapter or of the LLM's folder, if there is one,
+    takes precedence."""
 
     llm: str = ""  # path or Hub id of a decoder LLM
-    preset: str = ""  # settings of checkpoints without a card: llm2clip-llama3, llm2vec, last-token, mean; "" for none
+    # settings of checkpoints without a card: llm2clip-llama3, llm2vec, last-token, mean; "" for
+    # none
+    preset: str = ""
     revision: str = ""  # commit, tag or branch on the Hub; "" for the default
     adapter: str = ""  # folder of a PEFT adapter; "" for none
     attention: str = "bidirectional"  # bidirectional | causal
     pooling: str = "mean"  # mean over the tokens | last: the last token
-    layer: int = -1  # hidden state to pool: 0 token embeddings, 1 after the first block, ..., -1 after the final norm
+    # hidden state to pool: 0 token embeddings, 1 after the first block, ..., -1 after the final
+    # norm
+    layer: int = -1
     prompt: str = ""  # text before every caption; not pooled
     query_prompt: str = ""  # text before a query, in training and caption retrieval; not pooled
-    chat_template: str = ""  # "" for none; "user": one user turn of the tokenizer's template; or a text with {caption}
+    # "" for none; "user": one user turn of the tokenizer's template; or a text with {caption}
+    chat_template: str = ""
     include_bos: bool = True  # include the BOS token, if the tokenizer adds one, in mean pooling
-    post_file: str = ""  # post-processing that `evaluate captions --search` wrote: centering, removed components
-    max_tokens: int = 512  # tokens of an input, template and prompt included; longer captions are truncated
-    compute_dtype: str = "auto"  # float32 | bfloat16 | float16 | auto: bfloat16 on GPUs, the faster one on CPUs
+    # post-processing that `evaluate captions --search` wrote: centering, removed components
+    post_file: str = ""
+    # tokens of an input, template and prompt included; longer captions are truncated
+    max_tokens: int = 512
+    # float32 | bfloat16 | float16 | auto: bfloat16 on GPUs, the faster one on CPUs
+    compute_dtype: str = "auto"
     load_in_4bit: bool = False  # NF4 with double quantization (bitsandbytes)
     # run the Python code in the folder of an LLM that transformers does not have: read it first
     trust_remote_code: bool = False
@@ -176,17 +211,31 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.preset and self.preset not in PRESETS:
             raise ValueError(unknown("preset", self.preset, PRESETS))
-        for name, known in (("attention", ATTENTIONS), ("pooling", POOLINGS), ("compute_dtype", COMPUTE_DTYPES)):
+        for name, known in (
+            ("attention", ATTENTIONS),
+            ("pooling", POOLINGS),
+            ("compute_dtype", COMPUTE_DTYPES),
+        ):
             if (value := vars(self)[name]) not in known:
                 raise ValueError(unknown(name, value, known))
         if self.max_tokens < 4:
             raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 4")
         if self.chat_template not in ("", "user") and self.chat_template.count(CAPTION) != 1:
-            raise ValueError(f"chat_template {self.chat_template!r} must be empty, user, or a text with one {CAPTION}")
+            raise ValueError(
+                f"chat_template {self.chat_template!r} must be empty, user, or a text with one {CAPTION}"
+            )
 
 
 # of EncoderConfig, in the identity of a teacher and, with query_prompt, in the encoder card
-IDENTITY_SETTINGS = ("attention", "pooling", "layer", "prompt", "chat_template", "include_bos", "max_tokens")
+IDENTITY_SETTINGS = (
+    "attention",
+    "pooling",
+    "layer",
+    "prompt",
+    "chat_template",
+    "include_bos",
+    "max_tokens",
+)
 CARD_SETTINGS = (*IDENTITY_SETTINGS, "query_prompt")
 
 
@@ -199,24 +248,30 @@ def find_card(folder: str) -> EncoderCard | None:
 def effective(
     config: EncoderConfig, folder: Path, adapter: Path | None = None
 ) -> tuple[EncoderConfig, EncoderCard | None]:
-    """The configuration with what its preset and the card of the adapter or LLM say, and the card. Raises ContractError
-    for a setting that contradicts them, ValueError for a sentence-transformers model by default."""
-    card, unset = find_card(str(adapter or folder)), (config.pooling, config.attention) == ("mean", "bidirectional")
+    """The configuration with what its preset and the card of the adapter or LLM say, and the card.
+    Raises ContractError for a setting that contradicts them, ValueError for a sentence-transformers
+    model by default."""
+    card = find_card(str(adapter or folder))
+    unset = (config.pooling, config.attention) == ("mean", "bidirectional")
     if card is None and not config.preset and unset and (folder / "modules.json").is_file():
         fix = "set --preset last-token or --preset mean, or --pooling and --attention, and its prompts"
-        raise ValueError(f"{folder}: the pooling and prompts of a sentence-transformers model are not read; {fix}")
+        raise ValueError(
+            f"{folder}: the pooling and prompts of a sentence-transformers model are not read; {fix}"
+        )
     if config.preset:
         settled = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
         config = dataclasses.replace(settled, preset="")
     if card is not None:
         settings = {name: vars(card)[name] for name in CARD_SETTINGS}
-        config = apply_settings(config, settings, f"{config.adapter or config.llm} was trained with")
+        config = apply_settings(
+            config, settings, f"{config.adapter or config.llm} was trained with"
+        )
     return config, card
 
 
 def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str) -> EncoderConfig:
-    """The configuration with ``settings``, which an LLM was trained with.
-    Raises ContractError, with both values and ``reason``, for an option that differs from its default and from them."""
+    """The configuration with ``settings``, which an LLM was trained with. Raises ContractError,
+    with both values and ``reason``, for an option that differs from its default and from them."""
     for name, value in settings.items():
         if (given := vars(config)[name]) not in (getattr(EncoderConfig, name), value):
             raise ContractError(f"{name} is {given!r}, but {reason} {value!r}; omit {name}")

@@ -1,4 +1,5 @@
-"""CaptionEncoder: captions in, embeddings out; a caption's embedding does not depend on its batch. And its adapters.
+"""CaptionEncoder: captions in, embeddings out; a caption's embedding does not depend on its batch.
+And its adapters.
 
 Shape letters: N captions, B captions of a batch, T tokens, W embedding width.
 """
@@ -32,7 +33,13 @@ from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError, errors_about
 from llm2clip_plugin.pretrained import check_vocabulary, code_of, open_pretrained
 from llm2clip_plugin.text import llm as llms
-from llm2clip_plugin.text.config import ALL_LINEAR, IDENTITY_SETTINGS, EncoderConfig, LoraSettings, effective
+from llm2clip_plugin.text.config import (
+    ALL_LINEAR,
+    IDENTITY_SETTINGS,
+    EncoderConfig,
+    LoraSettings,
+    effective,
+)
 from llm2clip_plugin.text.identity import config_sha256, tokenizer_sha256
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.train.model import compile_blocks
@@ -44,7 +51,8 @@ GPU_TOKENS = 65536
 
 
 class TextEncoder(ABC):
-    """A frozen model that embeds captions: an LLM (CaptionEncoder), or a CLIP's text tower (ClipTextEncoder)."""
+    """A frozen model that embeds captions: an LLM (CaptionEncoder), or a CLIP's text tower
+    (ClipTextEncoder)."""
 
     config: EncoderConfig  # the effective settings
     width: int  # W
@@ -55,7 +63,9 @@ class TextEncoder(ABC):
     def __init__(self, config: EncoderConfig, device: torch.device | str | None) -> None:
         self.device = choose_device(str(device or ""))
         auto = config.compute_dtype == "auto"
-        self.dtype = llms.fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
+        self.dtype = (
+            llms.fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
+        )
 
     @abstractmethod
     def identity(self) -> TeacherIdentity:
@@ -70,18 +80,26 @@ class TextEncoder(ABC):
         """(B, W) float32 on the CPU: embeddings of rows of token ids, as one batch."""
 
     def compile(self) -> None:
-        """``torch.compile`` the model's blocks, for batches of any size; ValueError if it has none of transformers'."""
-        from transformers.modeling_layers import GradientCheckpointingLayer  # not in LLaVA's transformers
+        """``torch.compile`` the model's blocks, for batches of any size; ValueError if it has none
+        of transformers'."""
+        # not in LLaVA's transformers
+        from transformers.modeling_layers import GradientCheckpointingLayer
 
-        blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        blocks = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, GradientCheckpointingLayer)
+        ]
         if not blocks:
-            raise ValueError(f"{self.config.llm} has no blocks of transformers' to compile; omit --torch-compile")
+            raise ValueError(
+                f"{self.config.llm} has no blocks of transformers' to compile; omit --torch-compile"
+            )
         compile_blocks(blocks, dynamic=True)
         self.is_compiled = True
 
     def padded_length(self, ids: Sequence[int]) -> int:
-        """Tokens that a row takes at least. Compiled, a multiple of 8, the last one padding: without any, transformers
-        leaves the attention mask out, which would be another graph."""
+        """Tokens that a row takes at least. Compiled, a multiple of 8, the last one padding:
+        without any, transformers leaves the attention mask out, which would be another graph."""
         return (len(ids) // 8 + 1) * 8 if self.is_compiled else len(ids)
 
     def encode(
@@ -95,34 +113,46 @@ class TextEncoder(ABC):
     ) -> Tensor:
         """(N, W) float32 on the CPU: the embeddings of ``captions``, in their order.
 
-        tokens_per_batch: padding included; 0 for the device's default. query: the query prompt for the prompt.
-        tokens: ``tokenize``'s of every caption, if they are there already.
-        on_batch: called after each batch with the captions done so far and in all, equal ones counted once.
+        tokens_per_batch: padding included; 0 for the device's default. query: the query prompt for
+        the prompt. tokens: ``tokenize``'s of every caption, if they are there already. on_batch:
+        called after each batch with the captions done so far and in all, equal ones counted once.
         Equal captions are embedded once. Raises ValueError for a blank caption.
         """
         distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
         embeddings_UW = torch.empty(len(distinct), self.width)
         budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
-        rows = self.tokenize(list(distinct), query=query) if tokens is None else [tokens[text] for text in distinct]
+        rows = (
+            self.tokenize(list(distinct), query=query)
+            if tokens is None
+            else [tokens[text] for text in distinct]
+        )
         done = 0
         for indices in llms.length_batches([self.padded_length(ids) for ids in rows], budget):
-            embeddings_UW[indices] = self.embed_tokens([rows[index] for index in indices], query=query)
+            embeddings_UW[indices] = self.embed_tokens(
+                [rows[index] for index in indices], query=query
+            )
             done += len(indices)
             if on_batch is not None:
                 on_batch(done, len(distinct))
-        return embeddings_UW[torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)]
+        return embeddings_UW[
+            torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)
+        ]
 
 
 class CaptionEncoder(TextEncoder):
     """A frozen decoder LLM that embeds captions.
 
-    ``config`` has the card's settings and a literal chat template. An embedding differs from that of the caption alone
-    by at most 1e-5 of its norm in float32, 2e-2 in bfloat16.
-    Raises ContractError if the adapter was trained on another LLM, or a setting contradicts the card.
+    ``config`` has the card's settings and a literal chat template. An embedding differs from that
+    of the caption alone by at most 1e-5 of its norm in float32, 2e-2 in bfloat16. Raises
+    ContractError if the adapter was trained on another LLM, or a setting contradicts the card.
     """
 
     def __init__(
-        self, config: EncoderConfig, device: torch.device | str | None = None, *, trainable_adapter: bool = False
+        self,
+        config: EncoderConfig,
+        device: torch.device | str | None = None,
+        *,
+        trainable_adapter: bool = False,
     ) -> None:
         super().__init__(config, device)
         code = (CODE,) if config.trust_remote_code else ()
@@ -145,14 +175,17 @@ class CaptionEncoder(TextEncoder):
         self.config = dataclasses.replace(config, chat_template=template)
         self.frame = llms.build_frame(self.tokenizer, template, config.prompt)
         self.query_frame = llms.build_frame(self.tokenizer, template, config.query_prompt)
-        framing = {id_ for frame in (self.frame, self.query_frame) for id_ in (*frame.head, *frame.tail)}
+        framing = {
+            id_ for frame in (self.frame, self.query_frame) for id_ in (*frame.head, *frame.tail)
+        }
         check_vocabulary(self.tokenizer, settings.vocab_size, self.folder, framing)
         llm = llms.load_backbone(self.folder, config, self.dtype, self.device)
         llm.requires_grad_(False)
         self.width: int = llm.config.get_text_config().hidden_size
         wrapped = self._with_adapter(llm, adapter, trainable_adapter)
         self.post: Post | None = None
-        self._post_sha256, own = "", "" if card is None else card.post_sha256
+        self._post_sha256 = ""
+        own = "" if card is None else card.post_sha256
         if own or config.post_file:
             path = Path(config.post_file or (adapter or self.folder) / POST_FILE)
             self.post, self._post_sha256 = open_post(path, self.width, own)
@@ -163,14 +196,18 @@ class CaptionEncoder(TextEncoder):
         return open_pretrained(AutoTokenizer, self.folder, trust_remote_code=self.trust_remote_code)
 
     def _hash_config(self, settings: PretrainedConfig, config: EncoderConfig) -> str:
-        """Hash of the settings in config.json that decide an embedding, and of the folder's code if it is run."""
+        """Hash of the settings in config.json that decide an embedding, and of the folder's code if
+        it is run."""
         has_code = config.trust_remote_code and bool(code_of(self.folder))
         return config_sha256(settings, self.folder if has_code else None)
 
-    def _with_adapter(self, llm: PreTrainedModel, adapter: Path | None, trainable: bool) -> torch.nn.Module:
+    def _with_adapter(
+        self, llm: PreTrainedModel, adapter: Path | None, trainable: bool
+    ) -> torch.nn.Module:
         """The LLM with its adapter: merged in float32, if frozen.
 
-        In half precision it stays separate: a small change added to a bfloat16 weight may round to nothing.
+        In half precision it stays separate: a small change added to a bfloat16 weight may round to
+        nothing.
         """
         if adapter is None:
             return llm
@@ -178,19 +215,27 @@ class CaptionEncoder(TextEncoder):
         if not trainable and self.dtype == torch.float32 and not self.config.load_in_4bit:
             return merge(wrapped)
         for name, parameter in wrapped.named_parameters():
-            if ".lora_" in name and not trainable:  # otherwise activations would be converted at every layer
+            # otherwise activations would be converted at every layer
+            if ".lora_" in name and not trainable:
                 parameter.data = parameter.data.to(self.dtype)
         return wrapped
 
-    def collate(self, rows: Sequence[Sequence[int]], frames: Sequence[llms.Frame]) -> llms.TokenBatch:
-        """Rows of token ids, each with its frame, as one (B, T) batch on the encoder's device, padded on the right.
+    def collate(
+        self, rows: Sequence[Sequence[int]], frames: Sequence[llms.Frame]
+    ) -> llms.TokenBatch:
+        """Rows of token ids, each with its frame, as one (B, T) batch on the encoder's device,
+        padded on the right.
 
         The tokens of the frame's head are not pooled, except BOS with ``include_bos``.
         """
-        longest, pad = max(map(self.padded_length, rows)), self.tokenizer.pad_token_id or 0  # padding is masked
+        # padding is masked
+        longest = max(map(self.padded_length, rows))
+        pad = self.tokenizer.pad_token_id or 0
         # of all rows at once: a GPU waits meanwhile, and row by row takes ten times as long
         input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in rows])
-        start_B1, stop_B1 = (torch.tensor([[len(x)] for x in some]) for some in ([f.head for f in frames], rows))
+        start_B1, stop_B1 = (
+            torch.tensor([[len(x)] for x in some]) for some in ([f.head for f in frames], rows)
+        )
         place_T = torch.arange(longest)
         has_token = place_T < stop_B1
         pool_mask = has_token & (place_T >= start_B1)
@@ -223,7 +268,8 @@ class CaptionEncoder(TextEncoder):
         self.count_truncated += truncated
         return rows
 
-    @torch.no_grad()  # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
+    # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
+    @torch.no_grad()
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
         frames = [self.query_frame if query else self.frame] * len(rows)
         embeddings_BW = self.model(self.collate(rows, frames)).cpu()
@@ -235,7 +281,8 @@ def absolute(name: str) -> str:
     return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
-# Centering and removed components of embeddings after pooling, fitted on captions and saved as a file.
+# Centering and removed components of embeddings after pooling, fitted on captions and saved as a
+# file.
 
 POST_FILE = "llm2clip_post.safetensors"
 
@@ -250,11 +297,17 @@ class Post:
     def __call__(self, embeddings_NW: Tensor) -> Tensor:
         """(N, W) float32 -> (N, W)."""
         centered_NW = embeddings_NW - self.mean
-        return centered_NW if self.removed is None else centered_NW - centered_NW @ self.removed @ self.removed.T
+        return (
+            centered_NW
+            if self.removed is None
+            else centered_NW - centered_NW @ self.removed @ self.removed.T
+        )
 
     def save(self, folder: Path) -> str:
         """Write POST_FILE into ``folder``; returns its hash, which the card records."""
-        present = {name: tensor.contiguous() for name, tensor in vars(self).items() if tensor is not None}
+        present = {
+            name: tensor.contiguous() for name, tensor in vars(self).items() if tensor is not None
+        }
         save_file(present, str(folder / POST_FILE))
         return sha256_weights(folder / POST_FILE)
 
@@ -267,31 +320,40 @@ def open_post(path: Path, width: int, sha256: str = "") -> tuple[Post, str]:
     with errors_about(path, fix="write it again"):  # `llm2clip evaluate captions --search` does
         post = Post(**load_file(path))
     if len(post.mean) != width:
-        raise ContractError(f"{path} is for embeddings of width {len(post.mean)}, but the LLM's have {width}")
+        raise ContractError(
+            f"{path} is for embeddings of width {len(post.mean)}, but the LLM's have {width}"
+        )
     actual = sha256_weights(path)
     if sha256 not in ("", actual):
-        raise ContractError(f"{path} has SHA-256 {actual}, {EncoderCard.FILE} has {sha256}; copy the folder again")
+        raise ContractError(
+            f"{path} has SHA-256 {actual}, {EncoderCard.FILE} has {sha256}; copy the folder again"
+        )
     return post, actual
 
 
 def remove_components(embeddings_NW: Tensor, counts: Sequence[int]) -> list[Post]:
-    """Centering, then without the ``count`` largest principal components of (N, W), for each of ``counts``.
+    """Centering, then without the ``count`` largest principal components of (N, W), for each of
+    ``counts``.
 
-    All-but-the-top (Mu & Viswanath 2018, arXiv 1702.01417). Raises ValueError if there are too few captions or
-    directions for a count.
+    All-but-the-top (Mu & Viswanath 2018, arXiv 1702.01417). Raises ValueError if there are too few
+    captions or directions for a count.
     """
     captions, width = embeddings_NW.shape
     if not 0 <= max(counts) < min(captions, width):
-        raise ValueError(f"cannot remove {max(counts)} components of {width}, fitted on {captions} captions")
+        raise ValueError(
+            f"cannot remove {max(counts)} components of {width}, fitted on {captions} captions"
+        )
     mean_W = embeddings_NW.double().mean(dim=0)
-    _, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))  # ascending
+    # ascending
+    _, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))
     removed = [directions_WW[:, width - count :].float() if count else None for count in counts]
     return [Post(mean_W.float(), removed_WK) for removed_WK in removed]
 
 
 def first_captions(data: str, limit: int, read: ReadConfig | None = None) -> list[str]:
     """The first ``limit`` distinct captions of a data set, of any kind and language."""
-    source, texts = open_source(SourceConfig(path=data, **vars(read or ReadConfig()))), dict[str, None]()
+    source = open_source(SourceConfig(path=data, **vars(read or ReadConfig())))
+    texts: dict[str, None] = {}
     for number in range(len(source)):
         texts |= dict.fromkeys(caption.text for caption in source.captions(number)[1])
         if len(texts) >= limit:
@@ -299,14 +361,16 @@ def first_captions(data: str, limit: int, read: ReadConfig | None = None) -> lis
     return list(texts)[:limit]
 
 
-# PEFT adapters on an LLM: a new LoRA to train, a saved one attached or merged, and the folder that holds one.
+# PEFT adapters on an LLM: a new LoRA to train, a saved one attached or merged, and the folder that
+# holds one.
 
 TOKENIZER_FILES = ("*.model", "*.txt", "*.jinja")
 CODE = "*.py"
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Settings of an adapter that change its output; the rest of its configuration is left out of the hash.
+# Settings of an adapter that change its output; the rest of its configuration is left out of the
+# hash.
 ADAPTER_SETTINGS = (
     *("r", "lora_alpha", "use_rslora", "use_dora"),
     *("target_modules", "rank_pattern", "alpha_pattern", "layers_to_transform"),
@@ -322,9 +386,10 @@ BLOCK = re.compile(r"\blayers\.(\d+)\.")
 
 
 def local_folder(llm: str, revision: str = "", *, also: tuple[str, ...] = ()) -> Path:
-    """The folder of an LLM: ``llm`` itself, or its snapshot from the Hub, downloaded unless it is cached.
-    ``also``: patterns of files to download besides configurations, weights and tokenizer.
-    Raises ValueError for an empty ``llm``, FileNotFoundError if neither a folder nor the Hub has it."""
+    """The folder of an LLM: ``llm`` itself, or its snapshot from the Hub, downloaded unless it is
+    cached. ``also``: patterns of files to download besides configurations, weights and tokenizer.
+    Raises ValueError for an empty ``llm``, FileNotFoundError if neither a folder nor the Hub has
+    it."""
     if not llm:
         raise ValueError("no LLM given; set --llm PATH_OR_HUB_ID")
     folder = fetch_directory(llm, revision=revision or None, also=(*TOKENIZER_FILES, *also))
@@ -342,27 +407,40 @@ def weights_sha256(folder: Path) -> str:
 
 
 def adapter_sha256(folder: Path) -> str:
-    """SHA-256 over a PEFT adapter: tensors and ``ADAPTER_SETTINGS``. FileNotFoundError for a folder without one."""
+    """SHA-256 over a PEFT adapter: tensors and ``ADAPTER_SETTINGS``. FileNotFoundError for a folder
+    without one."""
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a PEFT adapter: {name} is missing; pass its folder or Hub id")
+            raise FileNotFoundError(
+                f"{folder} is not a PEFT adapter: {name} is missing; pass its folder or Hub id"
+            )
     settings = read_json(folder / ADAPTER_CONFIG)
     relevant = {name: settings.get(name) for name in ADAPTER_SETTINGS}
     relevant |= {name: settings[name] for name in RARE_ADAPTER_SETTINGS if settings.get(name)}
     if isinstance(relevant["target_modules"], list):
-        relevant["target_modules"] = sorted(map(str, relevant["target_modules"]))  # PEFT writes a set in random order
+        # PEFT writes a set in random order
+        relevant["target_modules"] = sorted(map(str, relevant["target_modules"]))
     weights = sha256_weights(folder / ADAPTER_WEIGHTS)
     return sha256_text(canonical_json([weights, relevant]))
 
 
 def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
-    """The LLM wrapped in a new LoRA adapter, which alone is trainable. Raises ValueError for unknown target names."""
+    """The LLM wrapped in a new LoRA adapter, which alone is trainable. Raises ValueError for
+    unknown target names."""
     quiet_peft()
     from peft import LoraConfig, PeftModel
 
-    linear = sorted({name.rpartition(".")[2] for name, module in llm.named_modules() if isinstance(module, nn.Linear)})
+    linear = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in llm.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+    )
     if unknown := [name for name in settings.targets if name not in (ALL_LINEAR, *linear)]:
-        raise ValueError(f"unknown LoRA targets {unknown}; linear layers of this LLM: {', '.join(linear)}, all-linear")
+        raise ValueError(
+            f"unknown LoRA targets {unknown}; linear layers of this LLM: {', '.join(linear)}, all-linear"
+        )
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
@@ -385,8 +463,9 @@ def save_adapter(
     starts: Sequence[Path] = (),
     replace: bool = False,
 ) -> None:
-    """Write a PEFT adapter's folder and card, atomically; ``trained``: parameters by their names in ``wrapped``.
-    ``starts``: adapters that were merged into the LLM; the folder's one adapter adds what they and ``trained`` add."""
+    """Write a PEFT adapter's folder and card, atomically; ``trained``: parameters by their names in
+    ``wrapped``. ``starts``: adapters that were merged into the LLM; the folder's one adapter adds
+    what they and ``trained`` add."""
     config = wrapped.peft_config["default"]  # type: ignore[index]
     named = adapter_state(wrapped, trained)
     if starts:
@@ -399,8 +478,9 @@ def save_adapter(
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False):
-    """The LLM wrapped in the adapter saved in ``folder`` (a ``PeftModel``). Raises ContractError if a tensor is
-    missing, unexpected or of another shape, but for blocks above the pooled layer, which the model has dropped."""
+    """The LLM wrapped in the adapter saved in ``folder`` (a ``PeftModel``). Raises ContractError if
+    a tensor is missing, unexpected or of another shape, but for blocks above the pooled layer,
+    which the model has dropped."""
     quiet_peft()
     from peft import PeftModel, set_peft_model_state_dict
 
@@ -412,9 +492,13 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     with errors_about(f"{folder}, which does not fit {model.name_or_path},"):
         wrapped = PeftModel(model, config)
         expected = adapter_state(wrapped)
-        ours, theirs = ({(name, tuple(x.shape)) for name, x in each.items()} for each in (expected, saved))
+        ours, theirs = (
+            {(name, tuple(x.shape)) for name, x in each.items()} for each in (expected, saved)
+        )
         if ours != theirs:
-            raise ValueError(f"expected {sorted(ours - theirs)[:3]}, it has {sorted(theirs - ours)[:3]}")
+            raise ValueError(
+                f"expected {sorted(ours - theirs)[:3]}, it has {sorted(theirs - ours)[:3]}"
+            )
     set_peft_model_state_dict(wrapped, saved)
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(trainable and ".lora_" in name)
@@ -422,34 +506,46 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
 
 
 def adapter_state(wrapped: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors by PEFT's names; ``state``: parameters by their names in ``wrapped``, by default its own.
+    """The adapter's tensors by PEFT's names; ``state``: parameters by their names in ``wrapped``,
+    by default its own.
 
-    Without a word PEFT would look for the LLM's config.json, on the Hub too, to see whether its vocabulary has grown.
+    Without a word PEFT would look for the LLM's config.json, on the Hub too, to see whether its
+    vocabulary has grown.
     """
     from peft import get_peft_model_state_dict
 
     targets = wrapped.peft_config["default"].target_modules or ()  # type: ignore[index]
     adapts_embeddings = any(name in targets for name in ("embed_tokens", "lm_head"))
-    saved = get_peft_model_state_dict(wrapped, state_dict=state, save_embedding_layers=adapts_embeddings)
+    saved = get_peft_model_state_dict(
+        wrapped, state_dict=state, save_embedding_layers=adapts_embeddings
+    )
     return saved  # type: ignore[return-value]
 
 
 def read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The ``LoraConfig`` and tensors of a saved adapter, named as in an LLM without its language head."""
+    """The ``LoraConfig`` and tensors of a saved adapter, named as in an LLM without its language
+    head."""
     from peft import LoraConfig
 
     with errors_about(folder / ADAPTER_CONFIG, fix="copy the adapter again"):
         config = LoraConfig.from_pretrained(str(folder))
     with errors_about(folder / ADAPTER_WEIGHTS, fix="copy the adapter again"):
         tensors = load_file(folder / ADAPTER_WEIGHTS)
-    return config, {HEAD_PREFIX.sub("base_model.model.", name): tensor for name, tensor in tensors.items()}
+    return config, {
+        HEAD_PREFIX.sub("base_model.model.", name): tensor for name, tensor in tensors.items()
+    }
 
 
 def read_lora(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """As ``read_adapter``; raises ValueError for an adapter that is more than one rank and scale, such as DoRA."""
+    """As ``read_adapter``; raises ValueError for an adapter that is more than one rank and scale,
+    such as DoRA."""
     config, tensors = read_adapter(folder)
-    if special := [name for name in ("use_dora", "rank_pattern", "alpha_pattern") if getattr(config, name)]:
-        raise ValueError(f"start adapter {folder} sets {', '.join(special)}; merge it into --llm with export-llm first")
+    if special := [
+        name for name in ("use_dora", "rank_pattern", "alpha_pattern") if getattr(config, name)
+    ]:
+        raise ValueError(
+            f"start adapter {folder} sets {', '.join(special)}; merge it into --llm with export-llm first"
+        )
     return config, tensors
 
 
@@ -462,12 +558,15 @@ def merge_adapters(llm: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedM
 
 
 def stack(adapters: Sequence[tuple[Any, dict[str, Tensor]]]) -> tuple[Any, dict[str, Tensor]]:
-    """One LoRA that adds what all (config, tensors) add together, with the rest of the last one's configuration.
+    """One LoRA that adds what all (config, tensors) add together, with the rest of the last one's
+    configuration.
 
-    sum_i s_i B_i A_i = [B_1 B_2 ...] [s_1 A_1; s_2 A_2; ...], s_i the scale of adapter i; its own scale is 1. A layer
-    that an adapter leaves out has zeros.
+    sum_i s_i B_i A_i = [B_1 B_2 ...] [s_1 A_1; s_2 A_2; ...], s_i the scale of adapter i; its own
+    scale is 1. A layer that an adapter leaves out has zeros.
     """
-    layers = {name.rpartition(".lora_")[0]: (name, tensors) for _, tensors in adapters for name in tensors}
+    layers = {
+        name.rpartition(".lora_")[0]: (name, tensors) for _, tensors in adapters for name in tensors
+    }
     stacked: dict[str, Tensor] = {}
     for layer, (_, known) in layers.items():
         for side in "AB":
@@ -475,22 +574,31 @@ def stack(adapters: Sequence[tuple[Any, dict[str, Tensor]]]) -> tuple[Any, dict[
             parts = []
             for config, tensors in adapters:
                 scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-                shape = (config.r, known[name].shape[1]) if side == "A" else (known[name].shape[0], config.r)
+                shape = (
+                    (config.r, known[name].shape[1])
+                    if side == "A"
+                    else (known[name].shape[0], config.r)
+                )
                 part = tensors[name].float() if name in tensors else torch.zeros(shape)
                 parts.append(scale * part if side == "A" else part)
             stacked[name] = torch.cat(parts, 0 if side == "A" else 1)
     rank = sum(config.r for config, _ in adapters)
     targets = sorted({layer.rpartition(".")[2] for layer in layers})
     last = adapters[-1][0]
-    return dataclasses.replace(last, r=rank, lora_alpha=rank, use_rslora=False, target_modules=targets), stacked
+    return dataclasses.replace(
+        last, r=rank, lora_alpha=rank, use_rslora=False, target_modules=targets
+    ), stacked
 
 
 def autocast_adapter(wrapped: nn.Module, dtype: torch.dtype) -> torch.dtype | None:
-    """Have an fp32 adapter on an LLM in half precision computed in the LLM's ``dtype``: PEFT would convert every
-    layer's input to fp32 and keep it. Returns the dtype for ``CaptionModel.autocast``; None where products stay as they
-    are: all of one dtype, or DoRA, whose norms of weights need fp32."""
+    """Have an fp32 adapter on an LLM in half precision computed in the LLM's ``dtype``: PEFT would
+    convert every layer's input to fp32 and keep it. Returns the dtype for
+    ``CaptionModel.autocast``; None where products stay as they are: all of one dtype, or DoRA,
+    whose norms of weights need fp32."""
     names = dict(wrapped.named_parameters())
-    fp32 = any(".lora_" in name and parameter.dtype == torch.float32 for name, parameter in names.items())
+    fp32 = any(
+        ".lora_" in name and parameter.dtype == torch.float32 for name, parameter in names.items()
+    )
     if dtype == torch.float32 or not fp32 or any("lora_magnitude_vector" in name for name in names):
         return None
     for module in wrapped.modules():

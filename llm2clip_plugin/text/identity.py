@@ -1,4 +1,5 @@
-"""What decides an LLM's embeddings besides its weights: its config.json, its tokenizer, and its own code if it is run.
+"""What decides an LLM's embeddings besides its weights: its config.json, its tokenizer, and its own
+code if it is run.
 
 The hashes are the same for a folder that was copied, saved again or given another dtype.
 """
@@ -14,7 +15,8 @@ from transformers import PretrainedConfig
 from llm2clip_plugin.contracts import canonical_json, sha256_file, sha256_text
 
 DIGITS = 16  # of a hash
-# settings of config.json that change no embedding: of saving, training, generation and a language head
+# settings of config.json that change no embedding: of saving, training, generation and a language
+# head
 UNUSED = """
 architectures auto_map transformers_version torch_dtype dtype _name_or_path _commit_hash _attn_implementation
 attn_implementation use_cache tie_word_embeddings vocab_size is_decoder is_encoder_decoder is_causal pretraining_tp
@@ -28,7 +30,8 @@ UNUSED_SUFFIXES = ("_token_id", "dropout", "_pdrop")
 
 
 def config_sha256(config: PretrainedConfig, code: Path | None = None) -> str:
-    """Hash of the settings that decide what a model computes. ``code``: a folder whose Python files are run, too."""
+    """Hash of the settings that decide what a model computes. ``code``: a folder whose Python files
+    are run, too."""
     body: dict[str, Any] = {"settings": embedding_settings(config)}
     if code is not None:
         body["code"] = {path.name: sha256_file(path) for path in sorted(code.glob("*.py"))}
@@ -36,12 +39,14 @@ def config_sha256(config: PretrainedConfig, code: Path | None = None) -> str:
 
 
 def embedding_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """The settings of a text model that decide its embeddings and differ from their defaults: a file that has the
-    default written out means the same as one without it."""
+    """The settings of a text model that decide its embeddings and differ from their defaults: a
+    file that has the default written out means the same as one without it."""
     defaults = plain(type(config)().to_dict())
     found: dict[str, Any] = {"model_type": config.model_type}
     for name, value in plain(config.to_dict()).items():
-        unused = name in UNUSED or name.startswith(UNUSED_PREFIXES) or name.endswith(UNUSED_SUFFIXES)
+        unused = (
+            name in UNUSED or name.startswith(UNUSED_PREFIXES) or name.endswith(UNUSED_SUFFIXES)
+        )
         if not unused and (name not in defaults or value != defaults[name]):
             found[name] = value
     return found
@@ -59,12 +64,16 @@ def plain(value: Any) -> Any:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hash of what makes token ids of a text: vocabulary, merges, added tokens, normalization, splitting of words."""
+    """Hash of what makes token ids of a text: vocabulary, merges, added tokens, normalization,
+    splitting of words."""
     added = {}
     for number, token in tokenizer.added_tokens_decoder.items():
         flags = (token.single_word, token.lstrip, token.rstrip, token.normalized, token.special)
         added[str(number)] = [str(token), *flags]
-    body: dict[str, Any] = {"added": added, "vocabulary": dict(sorted(tokenizer.get_vocab().items()))}
+    body: dict[str, Any] = {
+        "added": added,
+        "vocabulary": dict(sorted(tokenizer.get_vocab().items())),
+    }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         saved = json.loads(backend.to_str())

@@ -1,6 +1,8 @@
-"""Captions to tokens, and tokens to embeddings: template and prompt, batches, the LLM and its pooling, its shape.
+"""Captions to tokens, and tokens to embeddings: template and prompt, batches, the LLM and its
+pooling, its shape.
 
-Shape letters: B captions of a batch, T tokens of its longest, H hidden width, W embedding width (= H).
+Shape letters: B captions of a batch, T tokens of its longest, H hidden width, W embedding width (=
+H).
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ from llm2clip_plugin.text.config import CAPTION, EncoderConfig
 from llm2clip_plugin.train.distributed import gpu_precision
 from llm2clip_plugin.vision.directory import refused_pickle, weight_files
 
-PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"  # its token ids identify a tokenizer
-DAY = "26 Jul 2024"  # of templates that contain the date, as Llama 3's; an embedding must not depend on the day
-TODAY = f"{{% macro strftime_now(form) %}}{DAY}{{% endmacro %}}"  # in place of transformers' function
+# its token ids identify a tokenizer
+PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"
+# of templates that contain the date, as Llama 3's; an embedding must not depend on the day
+DAY = "26 Jul 2024"
+# in place of transformers' function
+TODAY = f"{{% macro strftime_now(form) %}}{DAY}{{% endmacro %}}"
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,9 @@ class Frame:
 
     head: tuple[int, ...]  # before the caption, BOS included
     tail: tuple[int, ...]  # after it
-    lead: str  # the prompt's trailing spaces, tokenized with the caption's first word, as in "Query: " + caption
+    # the prompt's trailing spaces, tokenized with the caption's first word, as in "Query: " +
+    # caption
+    lead: str
     has_bos: bool  # whether head starts with the beginning-of-text token
 
 
@@ -56,31 +63,39 @@ def literal_template(tokenizer, chat_template: str) -> str:
     if chat_template != "user":
         return chat_template
     if not tokenizer.chat_template:
-        raise ValueError(f"{tokenizer.name_or_path} has no chat template; set one: '<|user|>{CAPTION}<|end|>'")
+        raise ValueError(
+            f"{tokenizer.name_or_path} has no chat template; set one: '<|user|>{CAPTION}<|end|>'"
+        )
     turn = [{"role": "user", "content": CAPTION}]
     own = TODAY + tokenizer.get_chat_template()
     text = tokenizer.apply_chat_template(turn, chat_template=own, tokenize=False, date_string=DAY)
     if text.count(CAPTION) != 1:
-        raise ValueError(f"the chat template of {tokenizer.name_or_path} changes or repeats the user's text: {text!r}")
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} changes or repeats the user's text: {text!r}"
+        )
     return text
 
 
 def build_frame(tokenizer, template: str, prompt: str) -> Frame:
     """The tokens around a caption, from a literal template ("" for none) and a prompt.
 
-    Without a template these are the tokenizer's special tokens. A template replaces the special tokens at the end, and
-    keeps those at the beginning unless it starts with them itself. Spaces at the end of the prompt are tokenized with
-    the caption, as in running text: without the one that a SentencePiece tokenizer puts before every text itself.
+    Without a template these are the tokenizer's special tokens. A template replaces the special
+    tokens at the end, and keeps those at the beginning unless it starts with them itself. Spaces at
+    the end of the prompt are tokenized with the caption, as in running text: without the one that a
+    SentencePiece tokenizer puts before every text itself.
     """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     framed = tokenizer("a", add_special_tokens=True)["input_ids"]
     start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
-    begin, end = framed[:start], framed[start + len(plain) :]
+    begin = framed[:start]
+    end = framed[start + len(plain) :]
     before, _, after = template.partition(CAPTION)
     if template and begin and before.startswith(tokenizer.decode(begin)):
         begin = []  # the template contains them
     text = before + prompt
-    adds_space = tokenizer(text + "a", add_special_tokens=False)["input_ids"][-len(plain) :] == plain
+    adds_space = (
+        tokenizer(text + "a", add_special_tokens=False)["input_ids"][-len(plain) :] == plain
+    )
     lead = text[len(text.rstrip(" ")) + adds_space :]
     head = begin + tokenizer(text.rstrip(" "), add_special_tokens=False)["input_ids"]
     tail = tokenizer(after, add_special_tokens=False)["input_ids"] if template else end
@@ -91,28 +106,37 @@ def build_frame(tokenizer, template: str, prompt: str) -> Frame:
 def tokenize(
     tokenizer, frames: Sequence[Frame], captions: Sequence[str], max_tokens: int
 ) -> tuple[list[list[int]], int]:
-    """Token ids of each caption in its frame, and how many captions were truncated to ``max_tokens``.
+    """Token ids of each caption in its frame, and how many captions were truncated to
+    ``max_tokens``.
 
-    The spelling of a special token ("</s>") in a caption is plain text. Raises ValueError for a blank caption, and if
-    a frame alone fills ``max_tokens``.
+    The spelling of a special token ("</s>") in a caption is plain text. Raises ValueError for a
+    blank caption, and if a frame alone fills ``max_tokens``.
     """
     room = [max_tokens - len(frame.head) - len(frame.tail) for frame in frames]
     if min(room, default=1) < 1:
         used = max_tokens - min(room)
-        raise ValueError(f"max_tokens is {max_tokens}, but prompt and template use {used}; raise it or shorten them")
+        raise ValueError(
+            f"max_tokens is {max_tokens}, but prompt and template use {used}; raise it or shorten them"
+        )
     for index, caption in enumerate(captions):
         if not caption.strip():
             raise ValueError(f"caption {index} of {len(captions)} is blank")
     if not captions:
         return [], 0
     texts = [frame.lead + caption for frame, caption in zip(frames, captions, strict=True)]
-    whole = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    rows = [[*frame.head, *ids[:most], *frame.tail] for frame, ids, most in zip(frames, whole, room, strict=True)]
+    whole = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]
+    rows = [
+        [*frame.head, *ids[:most], *frame.tail]
+        for frame, ids, most in zip(frames, whole, room, strict=True)
+    ]
     return rows, sum(len(ids) > most for ids, most in zip(whole, room, strict=True))
 
 
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Batches of indices, longest rows first, each of at most ``tokens_per_batch`` tokens, padding included.
+    """Batches of indices, longest rows first, each of at most ``tokens_per_batch`` tokens, padding
+    included.
 
     Then a lack of memory shows at once, and the estimate of the time left is not too low.
     """
@@ -125,29 +149,38 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[li
 
 # The LLM, and its pooling.
 
-TOKENS, PADDING = 6, 3  # of the probe of attention; below every sliding window
+# of the probe of attention; below every sliding window
+TOKENS = 6
+PADDING = 3
 WORKING = "Llama, Qwen 2 and 3, Mistral, Gemma 1 to 3, Phi-3, OLMo, StableLM, Nemotron"
 
 
 class CaptionModel(nn.Module):
-    """An LLM without its language head, and pooling; differentiable, shared by training and embedding."""
+    """An LLM without its language head, and pooling; differentiable, shared by training and
+    embedding."""
 
     def __init__(self, llm: nn.Module, pooling: str) -> None:
         super().__init__()
         self.llm = llm
         self.pooling = pooling
-        self.autocast: torch.dtype | None = None  # of products in the LLM, see text.encoder.autocast_adapter
+        # of products in the LLM, see text.encoder.autocast_adapter
+        self.autocast: torch.dtype | None = None
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """(B, W) float32 embeddings, not normalized."""
-        inputs = {name: getattr(batch, name) for name in ("input_ids", "attention_mask", "position_ids")}
-        with torch.autocast(batch.input_ids.device.type, self.autocast, enabled=self.autocast is not None):
+        inputs = {
+            name: getattr(batch, name) for name in ("input_ids", "attention_mask", "position_ids")
+        }
+        with torch.autocast(
+            batch.input_ids.device.type, self.autocast, enabled=self.autocast is not None
+        ):
             outputs = self.llm(**inputs, use_cache=False)
         return pool(outputs.last_hidden_state, batch.pool_mask, self.pooling)
 
 
 def pool(hidden_BTH: Tensor, pool_mask_BT: Tensor, kind: str) -> Tensor:
-    """(B, T, H), (B, T) bool -> (B, H) float32: the mean over the marked tokens (kind "mean") or the last of them."""
+    """(B, T, H), (B, T) bool -> (B, H) float32: the mean over the marked tokens (kind "mean") or
+    the last of them."""
     if kind == "mean":
         weights_BT = pool_mask_BT / pool_mask_BT.sum(dim=1, keepdim=True)
         # where, not a mere product: 0 x inf of a padded position would be NaN
@@ -158,32 +191,41 @@ def pool(hidden_BTH: Tensor, pool_mask_BT: Tensor, kind: str) -> Tensor:
     return hidden_BTH[torch.arange(len(last_B), device=last_B.device), last_B].float()
 
 
-def load_backbone(folder: Path, config: EncoderConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_backbone(
+    folder: Path, config: EncoderConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """The LLM's blocks up to the pooled layer, in evaluation mode.
 
-    Raises ValueError for missing weights, a model that is no decoder or cannot attend as configured, an unknown layer.
+    Raises ValueError for missing weights, a model that is no decoder or cannot attend as
+    configured, an unknown layer.
     """
     settings = read_config(folder, config)
     if getattr(settings, "quantization_config", None):
-        raise ValueError(f"{folder} is saved quantized, take the original model, perhaps with --load-in-4bit")
+        raise ValueError(
+            f"{folder} is saved quantized, take the original model, perhaps with --load-in-4bit"
+        )
     text = settings.get_text_config()
     refuse_length_dependent_rope(text, config.max_tokens)
     set_attention(settings, config.attention)
     options: dict[str, Any] = {"config": settings, "dtype": dtype}
     if device.type != "cpu" or config.load_in_4bit:
-        # tensor by tensor to the device: ranks of a machine share the file's pages, and none holds a copy of the LLM
+        # tensor by tensor to the device: ranks of a machine share the file's pages, and none holds
+        # a copy of the LLM
         options["device_map"] = {"": device}
     if config.load_in_4bit:
         from transformers import BitsAndBytesConfig
 
         nf4: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4
+        )
     model = load_whole(AutoModel, folder, trust_remote_code=config.trust_remote_code, **options)
     if text is not settings:  # a multimodal model: its language part
         model = model.language_model
     model.eval()
     for module in model.modules() if config.load_in_4bit else ():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' kernel for widths that are multiples of 32
+        # bitsandbytes' kernel for widths that are multiples of 32
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     keep_layers(model, config.layer)
     set_kernels(model, config.attention)
@@ -198,7 +240,8 @@ def read_config(folder: Path, config: EncoderConfig) -> PretrainedConfig:
 
 
 def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
-    """``kind.from_pretrained``; raises ValueError for missing weights, which transformers would draw at random."""
+    """``kind.from_pretrained``; raises ValueError for missing weights, which transformers would
+    draw at random."""
     try:
         with quiet_transformers():  # it warns about a language head, which is left out on purpose
             model, report = open_pretrained(kind, folder, output_loading_info=True, **options)
@@ -206,23 +249,30 @@ def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
         raise refused_pickle(weight_files(folder)[0], error) from error
     if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         listed = ", ".join(names[:5])
-        raise ValueError(f"{folder} is not a complete {type(model).__name__}: {len(names)} weights missing: {listed}")
+        raise ValueError(
+            f"{folder} is not a complete {type(model).__name__}: {len(names)} weights missing: {listed}"
+        )
     return model
 
 
 def keep_layers(model: PreTrainedModel, layer: int) -> None:
     """Drop the blocks above hidden state ``layer``, and the final norm below the last.
 
-    Raises ValueError for another state, and for a model without the parts of a Hugging Face decoder.
+    Raises ValueError for another state, and for a model without the parts of a Hugging Face
+    decoder.
     """
     if not {"layers", "embed_tokens", "norm"} <= {name for name, _ in model.named_children()}:
-        raise ValueError(f"{model.name_or_path} is a {type(model).__name__}; expected a decoder LLM ({WORKING})")
+        raise ValueError(
+            f"{model.name_or_path} is a {type(model).__name__}; expected a decoder LLM ({WORKING})"
+        )
     blocks = model.get_submodule("layers")
     assert isinstance(blocks, nn.ModuleList)
     depth = len(blocks)
     count = layer if layer >= 0 else depth + 1 + layer
     if not 0 <= count <= depth:
-        raise ValueError(f"layer {layer} is out of range: states are 0 (embeddings) to {depth}, or -{depth + 1} to -1")
+        raise ValueError(
+            f"layer {layer} is out of range: states are 0 (embeddings) to {depth}, or -{depth + 1} to -1"
+        )
     if layer != -1 and count < depth:
         model.set_submodule("layers", blocks[:count])
         model.set_submodule("norm", nn.Identity())
@@ -230,21 +280,28 @@ def keep_layers(model: PreTrainedModel, layer: int) -> None:
 
 
 def refuse_length_dependent_rope(text_config, max_tokens: int) -> None:
-    """Raise ValueError if rotary embeddings change with the batch's longest sequence within ``max_tokens``."""
+    """Raise ValueError if rotary embeddings change with the batch's longest sequence within
+    ``max_tokens``."""
     scaling = vars(text_config).get("rope_parameters") or {}
     for rope in (scaling, *(value for value in scaling.values() if isinstance(value, dict))):
-        limit = rope.get("original_max_position_embeddings") or getattr(text_config, "max_position_embeddings", 0)
+        limit = rope.get("original_max_position_embeddings") or getattr(
+            text_config, "max_position_embeddings", 0
+        )
         if (kind := rope.get("rope_type")) in ("longrope", "dynamic") and max_tokens > limit:
-            raise ValueError(f"max_tokens is {max_tokens}, but beyond {limit} tokens {kind} RoPE depends on the batch")
+            raise ValueError(
+                f"max_tokens is {max_tokens}, but beyond {limit} tokens {kind} RoPE depends on the batch"
+            )
 
 
 def set_attention(settings: PretrainedConfig, attention: str) -> None:
-    """Make a model that is built from ``settings`` bidirectional or causal; ``set_kernels`` completes it."""
+    """Make a model that is built from ``settings`` bidirectional or causal; ``set_kernels``
+    completes it."""
     settings.is_causal = settings.get_text_config().is_causal = attention == "causal"
 
 
 def set_kernels(model: nn.Module, attention: str) -> None:
-    """Make the attention layers bidirectional, too: StableLM's and Nemotron's own flag decides if nothing is padded."""
+    """Make the attention layers bidirectional, too: StableLM's and Nemotron's own flag decides if
+    nothing is padded."""
     if attention == "bidirectional":
         for module in model.modules():
             if isinstance(getattr(module, "is_causal", None), bool):
@@ -252,19 +309,27 @@ def set_kernels(model: nn.Module, attention: str) -> None:
 
 
 def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> None:
-    """Raise ValueError if a block of a bidirectional LLM is causal, or if padding changes other tokens' states."""
-    ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 11) % model.config.vocab_size
-    # of rounding they differ far less than the tolerances below, of another kind of attention far more
-    plain_BTH, padded_BTH = _states(model, ids_BT, 0), _states(model, ids_BT, PADDING)[:, :TOKENS]
+    """Raise ValueError if a block of a bidirectional LLM is causal, or if padding changes other
+    tokens' states."""
+    ids_BT = (
+        torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 11
+    ) % model.config.vocab_size
+    # of rounding they differ far less than the tolerances below, of another kind of attention far
+    # more
+    plain_BTH = _states(model, ids_BT, 0)
+    padded_BTH = _states(model, ids_BT, PADDING)[:, :TOKENS]
     difference_BT = (plain_BTH - padded_BTH).norm(dim=-1) / plain_BTH.norm(dim=-1)
-    typical, allowed = float(difference_BT.median()), 1e-3 if model.dtype == torch.float32 else 0.1
+    typical = float(difference_BT.median())
+    allowed = 1e-3 if model.dtype == torch.float32 else 0.1
     if not bool(padded_BTH.isfinite().all()):
         problem = f"states are not finite in {model.dtype}; copy the LLM again, or set --compute-dtype bfloat16"
     elif attention == "bidirectional" and (causal := causal_blocks(model, ids_BT)):
         numbers = ", ".join(map(str, causal))
         problem = f"blocks {numbers} cannot attend to later tokens; set --attention causal, or use {WORKING}"
     elif typical > allowed:
-        problem = f"states change by {typical:.2g} of their norm if the batch has padding; use {WORKING}"
+        problem = (
+            f"states change by {typical:.2g} of their norm if the batch has padding; use {WORKING}"
+        )
     else:
         return
     raise ValueError(f"{where} is a {type(model).__name__}, whose {problem}")
@@ -276,16 +341,19 @@ def _states(model: PreTrainedModel, ids_BT: Tensor, padding: int) -> Tensor:
     padded_BT = nn.functional.pad(ids_BT, (0, padding))
     mask_BT = nn.functional.pad(torch.ones_like(ids_BT), (0, padding))
     positions_BT = torch.arange(padded_BT.shape[1], device=ids_BT.device).expand_as(padded_BT)
-    out = model(input_ids=padded_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False)
+    out = model(
+        input_ids=padded_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
+    )
     return out.last_hidden_state.float()
 
 
 @torch.enable_grad()  # the caller may have turned gradients off
 def causal_blocks(model: PreTrainedModel, ids_BT: Tensor) -> list[int]:
-    """Numbers of the blocks in which the first token's state has no gradient with respect to those of later tokens.
+    """Numbers of the blocks in which the first token's state has no gradient with respect to those
+    of later tokens.
 
-    Block by block: these gradients are exact zeros in a causal block, while differences of states would drown in the
-    rounding of half precision.
+    Block by block: these gradients are exact zeros in a causal block, while differences of states
+    would drown in the rounding of half precision.
     """
     calls = []
 
@@ -302,7 +370,8 @@ def causal_blocks(model: PreTrainedModel, ids_BT: Tensor) -> list[int]:
         hidden_BTH = (args[0] if args else kwargs.pop("hidden_states")).detach().requires_grad_()
         output = block(hidden_BTH, *args[1:], **kwargs)
         first_BH = (output[0] if isinstance(output, tuple) else output)[:, 0]
-        weights_H = torch.arange(first_BH.shape[-1], device=first_BH.device)  # so that nothing cancels
+        # so that nothing cancels
+        weights_H = torch.arange(first_BH.shape[-1], device=first_BH.device)
         (grad_BTH,) = torch.autograd.grad((first_BH * weights_H).sum(), hidden_BTH)
         if not grad_BTH[:, 1:].any():
             causal.append(number)
@@ -310,17 +379,21 @@ def causal_blocks(model: PreTrainedModel, ids_BT: Tensor) -> list[int]:
 
 
 def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
-    """bfloat16 on a GPU that supports it, else float16; on a CPU the faster of float32 and bfloat16, measured in 0.2 s.
+    """bfloat16 on a GPU that supports it, else float16; on a CPU the faster of float32 and
+    bfloat16, measured in 0.2 s.
 
-    CPUs differ by a factor of ten in bfloat16, in either direction, and their CPU flags do not show which.
+    CPUs differ by a factor of ten in bfloat16, in either direction, and their CPU flags do not show
+    which.
     """
     if device.type != "cpu":
         return torch.bfloat16 if gpu_precision() == "bf16" else torch.float16
     rates: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.randn(256, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
+        left = torch.randn(256, width, dtype=dtype)
+        right = torch.randn(width, width, dtype=dtype)
         product = torch.mm(left, right)  # the first call picks a kernel
-        started, count = time.perf_counter(), 0
+        started = time.perf_counter()
+        count = 0
         while (passed := time.perf_counter() - started) < 0.1:
             torch.mm(left, right, out=product)
             count += 1
@@ -330,15 +403,28 @@ def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
 
 # The LLM's config.json alone, for plans.
 
-LLAMA_3: dict[str, Any] = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA_3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 SHAPES: dict[str, dict[str, Any]] = {  # gated on the Hub: their config.json needs a login
-    "meta-llama/Llama-3.2-1B-Instruct": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192},
-    "meta-llama/Meta-Llama-3-8B-Instruct": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336},
+    "meta-llama/Llama-3.2-1B-Instruct": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "intermediate_size": 8192,
+    },
+    "meta-llama/Meta-Llama-3-8B-Instruct": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 14336,
+    },
 }
 
 
 def llm_config(config: EncoderConfig) -> PretrainedConfig:
-    """The LLM's configuration: of its folder, SHAPES, or from the Hub. FileNotFoundError if there is none."""
+    """The LLM's configuration: of its folder, SHAPES, or from the Hub. FileNotFoundError if there
+    is none."""
     if not config.llm:
         raise FileNotFoundError("no LLM given; set --llm PATH_OR_HUB_ID")
     local = Path(config.llm).is_dir()
@@ -347,10 +433,15 @@ def llm_config(config: EncoderConfig) -> PretrainedConfig:
     try:
         if not local:
             check_hub_answers(config.llm, revision=config.revision or None)
-        options = {"revision": config.revision or None, "trust_remote_code": config.trust_remote_code}
+        options = {
+            "revision": config.revision or None,
+            "trust_remote_code": config.trust_remote_code,
+        }
         return open_pretrained(AutoConfig, config.llm, **options)
     except ContractError:
         raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no config.json for LLM {config.llm!r}, local or on the Hub: {reason}") from error
+        raise FileNotFoundError(
+            f"no config.json for LLM {config.llm!r}, local or on the Hub: {reason}"
+        ) from error

@@ -1,11 +1,12 @@
-"""Caption-contrastive training of an LLM: pairs (two captions of an image, or rows of a text-pair file), step and loss.
+"""Caption-contrastive training of an LLM: pairs (two captions of an image, or rows of a text-pair
+file), step and loss.
 
-A batch is drawn from one source and, from a caption set, with one kind of pair (short and long, say), so that its
-negatives are alike. The order is a function of (seed, samples consumed), as in data.sampler. The step is the tower's;
-both sides of a pair are texts.
+A batch is drawn from one source and, from a caption set, with one kind of pair (short and long,
+say), so that its negatives are alike. The order is a function of (seed, samples consumed), as in
+data.sampler. The step is the tower's; both sides of a pair are texts.
 
-Shape letters: b this rank's pairs, m pairs of a micro-batch, N pairs over all ranks, R texts of a micro-batch,
-G texts of one length group, T tokens, W embedding width.
+Shape letters: b this rank's pairs, m pairs of a micro-batch, N pairs over all ranks, R texts of a
+micro-batch, G texts of one length group, T tokens, W embedding width.
 """
 
 import dataclasses
@@ -31,7 +32,13 @@ from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, ope
 from llm2clip_plugin.files import refuse_encoding
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, PairKind, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import CaptionModel, TokenBatch, build_frame, literal_template, tokenize
+from llm2clip_plugin.text.llm import (
+    CaptionModel,
+    TokenBatch,
+    build_frame,
+    literal_template,
+    tokenize,
+)
 from llm2clip_plugin.train.distributed import gather_rows, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.losses.base import EXCLUDED, Features, Terms, stack_ids
@@ -60,9 +67,13 @@ class CaptionPairs:
     """Two captions of one image."""
 
     def __init__(self, source: Source, config: PairsConfig) -> None:
-        self.source, self.config, self.path = source, config, source.path
+        self.source = source
+        self.config = config
+        self.path = source.path
         self.sizes = [shard.size for shard in source.shards]  # samples of each shard
-        self.kinds, self.drawn_items, self.instruction_of = config.kinds, config.drawn_items, config.instruction_of
+        self.kinds = config.kinds
+        self.drawn_items = config.drawn_items
+        self.instruction_of = config.instruction_of
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -73,16 +84,25 @@ class CaptionPairs:
             sample = self.source[number]
         except BrokenSample:
             return None
-        captions = select_captions(sample.captions, self.source.config.kinds, self.source.config.languages)
+        captions = select_captions(
+            sample.captions, self.source.config.kinds, self.source.config.languages
+        )
         query = self._text(captions, kind.query, rng, "")
         positive = self._text(captions, kind.of_positive, rng, query)
         if not query or not positive:
             return None
         group = str(sample.meta.get(self.config.group, "")) if self.config.group else ""
-        return Pair(sample.key, query, positive, group=group, instruction=self.instruction_of.get(kind.query))
+        return Pair(
+            sample.key,
+            query,
+            positive,
+            group=group,
+            instruction=self.instruction_of.get(kind.query),
+        )
 
     def with_negative(self, pair: Pair, kind: PairKind, rng: random.Random) -> Pair:
-        """Adds a caption of the positive's kind, of a random image of another key and group; ValueError without one."""
+        """Adds a caption of the positive's kind, of a random image of another key and group;
+        ValueError without one."""
         for _ in range(NEGATIVES_TRIED):
             other = self.pair(rng.randrange(len(self)), kind, rng)
             if other is None or other.key == pair.key or (pair.group and other.group == pair.group):
@@ -94,7 +114,9 @@ class CaptionPairs:
 
     def _text(self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str) -> str:
         """A caption of a kind other than the text ``other``; "" if there is none."""
-        texts = [caption.text for caption in select_captions(captions, (kind,)) if caption.text != other]
+        texts = [
+            caption.text for caption in select_captions(captions, (kind,)) if caption.text != other
+        ]
         if not texts:
             return ""
         text = rng.choice(texts)
@@ -107,19 +129,27 @@ class CaptionPairs:
 
 
 class TextPairs:
-    """Rows of a JSON Lines file: query, positive, and optionally a hard negative and an instruction."""
+    """Rows of a JSON Lines file: query, positive, and optionally a hard negative and an
+    instruction."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError naming the line for a row without a text, and for a negative that not all rows have."""
+        """Raises ValueError naming the line for a row without a text, and for a negative that not
+        all rows have."""
         data = path.read_bytes()
         refuse_encoding(path, data)
         lines = data.decode("utf-8-sig", "replace").split("\n")
         self.rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        self.path, self.kinds, self.sizes = str(path), (PairKind("query", "positive"),), [len(self.rows)]
+        self.path, self.kinds, self.sizes = (
+            str(path),
+            (PairKind("query", "positive"),),
+            [len(self.rows)],
+        )
         with_negative = [bool(self.read(index).negative) for index in range(len(self.rows))]
         if any(with_negative) and not all(with_negative):
             line = self.rows[with_negative.index(False)][0]
-            raise ValueError(f"{path}, line {line}: no 'negative', which other lines have; set it in all or in none")
+            raise ValueError(
+                f"{path}, line {line}: no 'negative', which other lines have; set it in all or in none"
+            )
 
     def read(self, index: int) -> Pair:
         """A row. Raises ValueError naming the file, the line and the field."""
@@ -128,11 +158,19 @@ class TextPairs:
             row = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}, line {line}: not valid JSON ({error})") from error
-        texts = {name: text for name, text in row.items() if isinstance(text, str)} if isinstance(row, dict) else {}
-        query, positive, negative = (texts.get(name, "").strip() for name in ("query", "positive", "negative"))
+        texts = (
+            {name: text for name, text in row.items() if isinstance(text, str)}
+            if isinstance(row, dict)
+            else {}
+        )
+        query, positive, negative = (
+            texts.get(name, "").strip() for name in ("query", "positive", "negative")
+        )
         if not query or not positive:
             missing = "positive" if query else "query"
-            raise ValueError(f"{self.path}, line {line}: no text in field {missing!r}; texts: {', '.join(texts)}")
+            raise ValueError(
+                f"{self.path}, line {line}: no text in field {missing!r}; texts: {', '.join(texts)}"
+            )
         return Pair(str(line), query, positive, negative, instruction=texts.get("instruction"))
 
     def __len__(self) -> int:
@@ -146,21 +184,27 @@ PairSource = CaptionPairs | TextPairs
 
 
 def open_pairs(config: PairsConfig) -> list[PairSource]:
-    """Every data set of the configuration. Raises FileNotFoundError or ValueError, naming the data set."""
+    """Every data set of the configuration. Raises FileNotFoundError or ValueError, naming the data
+    set."""
     if not config.data:
-        raise ValueError("no training data; pass captions or text pairs: llm2clip finetune-llm DATA ...")
+        raise ValueError(
+            "no training data; pass captions or text pairs: llm2clip finetune-llm DATA ..."
+        )
     opened: list[PairSource] = []
     for path in config.data:
         if path.endswith(".jsonl") and Path(path).is_file() and _has_queries(path):
             opened.append(TextPairs(Path(path)))
         else:
-            opened.append(CaptionPairs(open_source(SourceConfig(path=path, **vars(config.read))), config))
+            opened.append(
+                CaptionPairs(open_source(SourceConfig(path=path, **vars(config.read))), config)
+            )
     check_fields(*(pairs.source for pairs in opened if isinstance(pairs, CaptionPairs)))
     return opened
 
 
 def _has_queries(path: str) -> bool:
-    """Whether the first row of a JSON Lines file is a text pair; what is wrong with a file, JsonlSource says."""
+    """Whether the first row of a JSON Lines file is a text pair; what is wrong with a file,
+    JsonlSource says."""
     with open(path, encoding="utf-8", errors="replace") as file:
         first = next((line for line in file if line.strip()), "")
     return re.search(r'"query"\s*:', first) is not None
@@ -177,18 +221,29 @@ class Survey:
 
 
 def survey(source: PairSource) -> Survey:
-    """Read the first samples of a source. Raises ValueError if none of them has a pair of some kind."""
+    """Read the first samples of a source. Raises ValueError if none of them has a pair of some
+    kind."""
     samples = min(len(source), SURVEYED)
     usable: dict[str, int] = {}
     pairs: list[Pair] = []
     for kind in source.kinds:
-        drawn = [source.pair(number, kind, sample_rng(0, 0, 0, number)) for number in range(samples)]
+        drawn = [
+            source.pair(number, kind, sample_rng(0, 0, 0, number)) for number in range(samples)
+        ]
         of_kind = [pair for pair in drawn if pair is not None]
         if not of_kind:
             assert isinstance(source, CaptionPairs)  # every row of a text-pair file has a pair
-            known = sorted({caption.kind for number in range(samples) for caption in source.source.captions(number)[1]})
+            known = sorted(
+                {
+                    caption.kind
+                    for number in range(samples)
+                    for caption in source.source.captions(number)[1]
+                }
+            )
             told = f"{source.path}: none of the first {samples} samples has two different captions {kind}"
-            raise ValueError(f"{told}; known kinds: {', '.join(known) or 'none'}. Set --fields and --pair-kinds")
+            raise ValueError(
+                f"{told}; known kinds: {', '.join(known) or 'none'}. Set --fields and --pair-kinds"
+            )
         usable[str(kind)] = len(of_kind)
         pairs += of_kind
     return Survey(source.path, samples, usable, tuple(pairs))
@@ -197,30 +252,51 @@ def survey(source: PairSource) -> Survey:
 class PairBatches:
     """``batch(position)`` gives this rank's rows of the global batch that starts there."""
 
-    def __init__(self, config: PairsConfig, *, seed: int, global_batch: int, rank: int, world: int) -> None:
+    def __init__(
+        self, config: PairsConfig, *, seed: int, global_batch: int, rank: int, world: int
+    ) -> None:
         """Raises as ``open_pairs``; ValueError for a source that is smaller than a batch."""
-        self.sources, self.mix_kinds = open_pairs(config), config.mix_kinds
-        self.seed, self.global_batch, self.rank, self.world = seed, global_batch, rank, world
-        sizes, weights = [source.sizes for source in self.sources], config.weights or [1.0] * len(self.sources)
+        self.sources = open_pairs(config)
+        self.mix_kinds = config.mix_kinds
+        self.seed = seed
+        self.global_batch = global_batch
+        self.rank = rank
+        self.world = world
+        sizes = [source.sizes for source in self.sources]
+        weights = config.weights or [1.0] * len(self.sources)
         self.mixture = Mixture(sizes, weights, hash_words("pairs", seed, 0), batch=global_batch)
-        small = [f"{source.path} ({len(source)})" for source in self.sources if len(source) < global_batch]
+        small = [
+            f"{source.path} ({len(source)})"
+            for source in self.sources
+            if len(source) < global_batch
+        ]
         if small:
-            raise ValueError(f"global_batch {global_batch} is larger than {', '.join(small)}; a batch has one source")
+            raise ValueError(
+                f"global_batch {global_batch} is larger than {', '.join(small)}; a batch has one source"
+            )
 
     def batch(self, position: int) -> dict[str, Any]:
-        """``pairs``, ``keys``, ``caption_hashes`` (2, b) of positives and queries, ``image_ids`` (b,), ``position``."""
+        """``pairs``, ``keys``, ``caption_hashes`` (2, b) of positives and queries, ``image_ids``
+        (b,), ``position``."""
         step, rest = divmod(position, self.global_batch)
         assert rest == 0, f"position {position} is not at a batch's start"
-        draws = self.mixture.batch_indices(*rank_rows(position, self.rank, self.global_batch // self.world))
+        draws = self.mixture.batch_indices(
+            *rank_rows(position, self.rank, self.global_batch // self.world)
+        )
         number = draws[0].source
         kinds = self.sources[number].kinds
         kind_of_batch = choose_kind(kinds, self.seed, step)
         pairs = [
-            self._pair(draw, choose_kind(kinds, self.seed, *draw) if self.mix_kinds else kind_of_batch)
+            self._pair(
+                draw, choose_kind(kinds, self.seed, *draw) if self.mix_kinds else kind_of_batch
+            )
             for draw in draws
         ]
         images = [hash_words(number, pair.group or pair.key) >> 1 for pair in pairs]
-        texts = [[caption_hash(pair.positive) for pair in pairs], [caption_hash(pair.query) for pair in pairs]]
+        texts = [
+            [caption_hash(pair.positive) for pair in pairs],
+            [caption_hash(pair.query) for pair in pairs],
+        ]
         return {
             "pairs": pairs,
             "keys": [pair.key for pair in pairs],
@@ -236,11 +312,17 @@ class PairBatches:
             chosen = (draw.index + offset) % len(source)
             rng = sample_rng(self.seed, draw.epoch, draw.source, chosen)
             pair = source.pair(chosen, kind, rng)
-            if pair is not None and isinstance(source, CaptionPairs) and source.config.random_negatives:
+            if (
+                pair is not None
+                and isinstance(source, CaptionPairs)
+                and source.config.random_negatives
+            ):
                 return source.with_negative(pair, kind, rng)
             if pair is not None:
                 return pair
-        raise ValueError(f"{source.path}: no pair {kind} in {SUBSTITUTES} samples from number {draw.index} on")
+        raise ValueError(
+            f"{source.path}: no pair {kind} in {SUBSTITUTES} samples from number {draw.index} on"
+        )
 
 
 def choose_kind(kinds: Sequence[PairKind], *words: int) -> PairKind:
@@ -258,25 +340,34 @@ class PairTokenizer:
         self.template = literal_template(tokenizer, config.chat_template)
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, list[Any]]:
-        """Token ids of the queries, the positives and, if the pairs have them, the hard negatives; queries' frames."""
-        query_prompt, prompt = self.config.query_prompt, self.config.prompt
+        """Token ids of the queries, the positives and, if the pairs have them, the hard negatives;
+        queries' frames."""
+        query_prompt = self.config.query_prompt
+        prompt = self.config.prompt
         prompts = [query_prompt if pair.instruction is None else pair.instruction for pair in pairs]
-        frames = {text: build_frame(self.tokenizer, self.template, text) for text in {*prompts, prompt}}
+        frames = {
+            text: build_frame(self.tokenizer, self.template, text) for text in {*prompts, prompt}
+        }
         frames_of = {"query": [frames[text] for text in prompts]}
         for side in ("positive", "negative") if pairs[0].negative else ("positive",):
             frames_of[side] = [frames[prompt]] * len(pairs)
         rows = {
-            side: tokenize(self.tokenizer, own, [vars(pair)[side] for pair in pairs], self.config.max_tokens)[0]
+            side: tokenize(
+                self.tokenizer, own, [vars(pair)[side] for pair in pairs], self.config.max_tokens
+            )[0]
             for side, own in frames_of.items()
         }
         return {**rows, "query_frame": frames_of["query"]}
 
 
 class TokenizedPairs(IterableDataset):
-    """Endless batches of one rank from ``position`` on, with their ``tokens``; processes take turns."""
+    """Endless batches of one rank from ``position`` on, with their ``tokens``; processes take
+    turns."""
 
     def __init__(self, batches: PairBatches, tokenizer: PairTokenizer, position: int) -> None:
-        self.batches, self.tokenizer, self.position = batches, tokenizer, position
+        self.batches = batches
+        self.tokenizer = tokenizer
+        self.position = position
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -291,7 +382,8 @@ class TokenizedPairs(IterableDataset):
 def tokenized_batches(
     batches: PairBatches, tokenizer: PairTokenizer, *, position: int, workers: int
 ) -> Iterator[dict[str, Any]]:
-    """This rank's batches from ``position`` (samples consumed) on; the same for any number of ``workers``."""
+    """This rank's batches from ``position`` (samples consumed) on; the same for any number of
+    ``workers``."""
     loader = DataLoader(
         TokenizedPairs(batches, tokenizer, position),
         batch_size=None,
@@ -303,7 +395,8 @@ def tokenized_batches(
 
 
 def _start_worker(number: int) -> None:
-    """The tokenizer's own threads would deadlock in a forked process, and each process is one of several already."""
+    """The tokenizer's own threads would deadlock in a forked process, and each process is one of
+    several already."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     leave_signals_to_the_run(number)
 
@@ -318,10 +411,13 @@ class PairModule(nn.Module):
         super().__init__()
         self.model = model
         # shape (1,): DeepSpeed does not support 0-d parameters
-        self.logit_scale = nn.Parameter(torch.tensor([math.log(config.scale)]), requires_grad=config.learn_scale)
+        self.logit_scale = nn.Parameter(
+            torch.tensor([math.log(config.scale)]), requires_grad=config.learn_scale
+        )
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """Token batches of G texts each, four tensors a batch -> (R, W) embeddings of length 1, log scale (1,)."""
+        """Token batches of G texts each, four tensors a batch -> (R, W) embeddings of length 1, log
+        scale (1,)."""
         groups = [TokenBatch(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
         embeddings_RW = torch.cat([self.model(group) for group in groups])
         return F.normalize(embeddings_RW, dim=1), self.logit_scale.float() * 1
@@ -332,21 +428,37 @@ class CaptionStep(ContrastiveStep):
     The positives' features are (m, 1, W), or (m, 2, W) with the hard negatives second."""
 
     def __init__(
-        self, engine: Engine, terms: Terms, encoder: CaptionEncoder, config: ContrastConfig, *, seed: int
+        self,
+        engine: Engine,
+        terms: Terms,
+        encoder: CaptionEncoder,
+        config: ContrastConfig,
+        *,
+        seed: int,
     ) -> None:
         super().__init__(engine, terms, seed=seed)
         self.encoder = encoder
         self.config = config
 
     def _on_device(self, batch: Batch) -> Batch:
-        """The batch on the module's device, longest pairs first: a micro-batch of like lengths has less padding."""
-        sides = {side: rows for side, rows in batch["tokens"].items() if side != "query_frame"}.values()
-        order = sorted(range(len(batch["keys"])), key=lambda row: -sum(len(side[row]) for side in sides))
+        """The batch on the module's device, longest pairs first: a micro-batch of like lengths has
+        less padding."""
+        sides = {
+            side: rows for side, rows in batch["tokens"].items() if side != "query_frame"
+        }.values()
+        order = sorted(
+            range(len(batch["keys"])), key=lambda row: -sum(len(side[row]) for side in sides)
+        )
         return {
             **batch,
             "keys": [batch["keys"][row] for row in order],
-            "tokens": {side: [rows[row] for row in order] for side, rows in batch["tokens"].items()},
-            **{name: batch[name][..., order].to(self.engine.device) for name in ("caption_hashes", "image_ids")},
+            "tokens": {
+                side: [rows[row] for row in order] for side, rows in batch["tokens"].items()
+            },
+            **{
+                name: batch[name][..., order].to(self.engine.device)
+                for name in ("caption_hashes", "image_ids")
+            },
         }
 
     def _rows(self, batch: Batch, rows: slice) -> Batch:
@@ -354,15 +466,21 @@ class CaptionStep(ContrastiveStep):
 
     def _forward(self, micro: Batch) -> Encoded:
         queries: list[list[int]] = micro["tokens"]["query"]
-        targets: list[list[int]] = [*micro["tokens"]["positive"], *micro["tokens"].get("negative", ())]
+        targets: list[list[int]] = [
+            *micro["tokens"]["positive"],
+            *micro["tokens"].get("negative", ()),
+        ]
         frames = [*micro["tokens"]["query_frame"], *[self.encoder.frame] * len(targets)]
         rows = [*queries, *targets]
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         tensors: list[Tensor] = []
         for part in equal_parts(order, self.config.length_groups):
-            group = self.encoder.collate([rows[index] for index in part], [frames[index] for index in part])
+            group = self.encoder.collate(
+                [rows[index] for index in part], [frames[index] for index in part]
+            )
             tensors += vars(group).values()
-        place_R = torch.tensor(order).argsort().to(self.encoder.device)  # a copy waits for what the GPU has begun
+        # a copy waits for what the GPU has begun
+        place_R = torch.tensor(order).argsort().to(self.encoder.device)
         sorted_RW, log_scale = self.engine(*tensors)
         features_RW = sorted_RW[place_R]
         size = len(queries)
@@ -372,8 +490,8 @@ class CaptionStep(ContrastiveStep):
 
 
 def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """Split ``items`` into at most ``parts`` contiguous parts of like length.
-    Their number follows from that of the items alone: all ranks call the module equally often, as ZeRO-3 requires."""
+    """Split ``items`` into at most ``parts`` contiguous parts of like length. Their number follows
+    from that of the items alone: all ranks call the module equally often, as ZeRO-3 requires."""
     size = -(-len(items) // parts)
     return [items[start : start + size] for start in range(0, len(items), size)]
 
@@ -382,12 +500,19 @@ def caption_terms(config: ContrastConfig) -> Terms:
     """The loss: InfoNCE, with hard negatives if the batch has them."""
 
     def infonce(x: Features) -> Tensor:
-        ids: dict[str, Any] = {"caption_hashes": x.caption_hashes, "image_ids": x.image_ids} if config.mask_same else {}
-        positive_bW, scale = x.positive_bkD[:, 0], x.log_scale.exp()
+        ids: dict[str, Any] = (
+            {"caption_hashes": x.caption_hashes, "image_ids": x.image_ids}
+            if config.mask_same
+            else {}
+        )
+        positive_bW = x.positive_bkD[:, 0]
+        scale = x.log_scale.exp()
         if config.symmetric and x.positive_bkD.shape[1] == 1:
             return contrastive_loss(x.anchor_bD, positive_bW, scale, **ids)
         negative_nW = x.positive_bkD[:, 1:].flatten(0, 1)
-        return pair_loss(x.anchor_bD, positive_bW, negative_nW, scale, symmetric=config.symmetric, **ids)
+        return pair_loss(
+            x.anchor_bD, positive_bW, negative_nW, scale, symmetric=config.symmetric, **ids
+        )
 
     return {"infonce": infonce}
 
@@ -402,7 +527,8 @@ def pair_loss(
     caption_hashes: Tensor | None = None,
     image_ids: Tensor | None = None,
 ) -> Tensor:
-    """InfoNCE of pairs of texts, in which the hard negatives of all N pairs are negatives of each query.
+    """InfoNCE of pairs of texts, in which the hard negatives of all N pairs are negatives of each
+    query.
 
     there_i = log(sum_j e^(s q_i.p_j) + sum_j e^(s q_i.n_j)) - s q_i.p_i
     back_i  = log sum_j e^(s p_i.q_j) - s p_i.q_i
@@ -410,22 +536,27 @@ def pair_loss(
     i over this rank's pairs, j over all ranks'. One-directional: supervised SimCSE (Gao et al. 2021, arXiv 2104.08821)
     as LLM2Vec and LLM2CLIP train with; both: E5 (Wang et al. 2022).
 
-    query, positive: (b, W) of length 1; negative: (n, W), n a multiple of b or 0; scale: (1,); ids as in
-    ``contrastive_loss``: pairs that share one are excluded from the sums over positives. The mean over ranks is the
-    loss of the whole batch, in its gradient, too. Not for batches whose (b, 3 N) logits are too large to hold.
+    query, positive: (b, W) of length 1; negative: (n, W), n a multiple of b or 0; scale: (1,); ids
+    as in ``contrastive_loss``: pairs that share one are excluded from the sums over positives. The
+    mean over ranks is the loss of the whole batch, in its gradient, too. Not for batches whose (b,
+    3 N) logits are too large to hold.
     """
-    b, first = len(query_bW), rank() * len(query_bW)
+    b = len(query_bW)
+    first = rank() * len(query_bW)
     s = scale.float()
     there_bM = s * query_bW.float() @ gather_with_gradient(positive_bW).float().T
     target_b = torch.arange(first, first + b, device=query_bW.device)
-    ids_kb, excluded_bN = stack_ids(caption_hashes, image_ids), None
+    ids_kb = stack_ids(caption_hashes, image_ids)
+    excluded_bN = None
     if ids_kb is not None:
         ids_kN = gather_rows(ids_kb.T.contiguous()).T
         excluded_bN = (ids_kb[:, None, :, None] == ids_kN[:, None]).flatten(0, 1).any(0)
         excluded_bN.diagonal(first)[:b].fill_(False)
         there_bM = there_bM.masked_fill(excluded_bN, EXCLUDED)
     if len(negative_nW):
-        there_bM = torch.cat([there_bM, s * query_bW.float() @ gather_with_gradient(negative_nW).float().T], 1)
+        there_bM = torch.cat(
+            [there_bM, s * query_bW.float() @ gather_with_gradient(negative_nW).float().T], 1
+        )
     there = F.cross_entropy(there_bM, target_b)
     if not symmetric:
         return there

@@ -1,7 +1,9 @@
-"""Who embeds captions: an LLM or a CLIP's own text tower, and the teacher that a tower's card names; embeds data sets.
+"""Who embeds captions: an LLM or a CLIP's own text tower, and the teacher that a tower's card
+names; embeds data sets.
 
-``llm2clip embed DATA --llm CLIP`` caches a CLIP's features as it caches an LLM's embeddings, for ``--heads.target
-clip_text``. Importable in LLaVA's environment, where texts cannot be embedded, but cached embeddings can be encoded.
+``llm2clip embed DATA --llm CLIP`` caches a CLIP's features as it caches an LLM's embeddings, for
+``--heads.target clip_text``. Importable in LLaVA's environment, where texts cannot be embedded, but
+cached embeddings can be encoded.
 
 Shape letters: B captions of a batch, T tokens, D width of the features.
 """
@@ -56,7 +58,8 @@ from llm2clip_plugin.vision.directory import fetch_directory, is_local, read_jso
 from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dual
 from llm2clip_plugin.vision.families import families, family_of_type
 
-MAY_DIFFER = ("llm", "revision", "max_tokens", "compute_dtype")  # settings of EncoderConfig that apply to a CLIP
+# settings of EncoderConfig that apply to a CLIP
+MAY_DIFFER = ("llm", "revision", "max_tokens", "compute_dtype")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
 GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
@@ -65,38 +68,67 @@ GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
 def open_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> TextEncoder:
     """The encoder of captions at ``config.llm``: a CLIP's own text tower, else an LLM."""
     folder = clip_folder(config.llm, config.revision)
-    return CaptionEncoder(config, device) if folder is None else ClipTextEncoder(folder, config, device)
+    return (
+        CaptionEncoder(config, device)
+        if folder is None
+        else ClipTextEncoder(folder, config, device)
+    )
 
 
 def clip_folder(llm: str, revision: str = "") -> Path | None:
-    """The folder of an image-text model that has its own text tower, None for another; raises as ``local_folder``."""
+    """The folder of an image-text model that has its own text tower, None for another; raises as
+    ``local_folder``."""
     folder = local_folder(llm, revision)
     config = read_json(folder / "config.json")
-    known = {name for family in families().values() if family.image_text_class for name in family.model_types}
-    return folder if config.get("model_type") in known and isinstance(config.get("text_config"), dict) else None
+    known = {
+        name
+        for family in families().values()
+        if family.image_text_class
+        for name in family.model_types
+    }
+    return (
+        folder
+        if config.get("model_type") in known and isinstance(config.get("text_config"), dict)
+        else None
+    )
 
 
 class ClipTextEncoder(TextEncoder):
-    """The features of captions by the own text tower of a CLIP, SigLIP or another family with an image-text model, not
-    normalized, as its images are compared with them. Raises ValueError for a setting of LLMs."""
+    """The features of captions by the own text tower of a CLIP, SigLIP or another family with an
+    image-text model, not normalized, as its images are compared with them. Raises ValueError for a
+    setting of LLMs."""
 
-    def __init__(self, folder: Path, config: EncoderConfig, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: EncoderConfig, device: torch.device | str | None = None
+    ) -> None:
         default = vars(EncoderConfig())
-        if other := [name for name, value in vars(config).items() if name not in MAY_DIFFER and value != default[name]]:
-            raise ValueError(f"{config.llm} is a CLIP, which is read as it was trained; omit {', '.join(other)}")
+        if other := [
+            name
+            for name, value in vars(config).items()
+            if name not in MAY_DIFFER and value != default[name]
+        ]:
+            raise ValueError(
+                f"{config.llm} is a CLIP, which is read as it was trained; omit {', '.join(other)}"
+            )
         super().__init__(config, device)
         settings = open_pretrained(AutoConfig, folder, fix=KNOWN)
         self._config_sha256 = config_sha256(settings.text_config)
-        image_text_class: Any = family_of_type(settings.model_type, where=str(folder)).image_text_class
+        image_text_class: Any = family_of_type(
+            settings.model_type, where=str(folder)
+        ).image_text_class
         model = load_whole(image_text_class(), folder, dtype=torch.float32)
         self.model: Any = model.requires_grad_(False).eval().to(self.device, self.dtype)
         text = settings.text_config
         self.context = text.max_position_embeddings
-        self.pads_to_context = settings.model_type.startswith("siglip")  # it was trained to see its padding
+        # it was trained to see its padding
+        self.pads_to_context = settings.model_type.startswith("siglip")
         siglip_width = getattr(text, "projection_size", text.hidden_size)
         self.width = siglip_width if self.pads_to_context else settings.projection_dim
-        if not any((folder / name).is_file() for name in TOKENIZERS):  # transformers makes one without words
-            raise ValueError(f"{folder} has no tokenizer; copy tokenizer.json of the same model into it")
+        # transformers makes one without words
+        if not any((folder / name).is_file() for name in TOKENIZERS):
+            raise ValueError(
+                f"{folder} has no tokenizer; copy tokenizer.json of the same model into it"
+            )
         self.tokenizer: Any = open_pretrained(AutoTokenizer, folder, fix=KNOWN)
         check_vocabulary(self.tokenizer, text.vocab_size, folder, self._tokens(["a"])[0])
         self._tokenizer_sha256 = tokenizer_sha256(self.tokenizer)
@@ -122,23 +154,32 @@ class ClipTextEncoder(TextEncoder):
         )
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
-        rows, limit = self._tokens(captions), self.config.max_tokens
+        rows = self._tokens(captions)
+        limit = self.config.max_tokens
         self.count_truncated += sum(len(ids) > limit for ids in rows)
         # the last token marks the end, and is where a CLIP reads its feature
         return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
 
     def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids with those of begin and end, not truncated."""
-        return [list(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]] if captions else []
+        return (
+            [list(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
+            if captions
+            else []
+        )
 
     def padded_length(self, ids: Sequence[int]) -> int:
-        return self.context if self.pads_to_context else min(super().padded_length(ids), self.context)
+        return (
+            self.context if self.pads_to_context else min(super().padded_length(ids), self.context)
+        )
 
     @torch.no_grad()
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
         length = max(map(self.padded_length, rows))
         pad = self.tokenizer.pad_token_id
-        ids_BT = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in rows], device=self.device)
+        ids_BT = torch.tensor(
+            [[*ids, *[pad] * (length - len(ids))] for ids in rows], device=self.device
+        )
         options = {}
         if not self.pads_to_context:
             own_B1 = torch.tensor([[len(ids)] for ids in rows], device=self.device)
@@ -156,20 +197,25 @@ def load_dual_encoder(
 ) -> LoadedDualEncoder:
     """A trained dual encoder for retrieval, from a tower directory or Hub id; in eval mode.
 
-    ``encode_image(pixel_values)`` and ``encode_text(texts)`` give (B, D), L2-normalized, float32; ``logit_scale`` is
-    the factor of the logits. Texts are strings, in any language, or (N, W) embeddings of the teacher. An imported CLIP
-    has no text adapter: its teacher is its own text tower (``teacher=CLIP``), whose features are compared as they are.
+    ``encode_image(pixel_values)`` and ``encode_text(texts)`` give (B, D), L2-normalized, float32;
+    ``logit_scale`` is the factor of the logits. Texts are strings, in any language, or (N, W)
+    embeddings of the teacher. An imported CLIP has no text adapter: its teacher is its own text
+    tower (``teacher=CLIP``), whose features are compared as they are.
 
-    teacher: path or Hub id of the LLM that embeds strings, by default the one that the tower's card names; it is loaded
-    by the first call with strings. If the card names none, an EncoderConfig says how the LLM embeds. adapter: folder or
-    Hub id of its adapter, by default where the card says that it is.
+    teacher: path or Hub id of the LLM that embeds strings, by default the one that the tower's card
+    names; it is loaded by the first call with strings. If the card names none, an EncoderConfig
+    says how the LLM embeds. adapter: folder or Hub id of its adapter, by default where the card
+    says that it is.
 
-    Raises FileNotFoundError without a card, ValueError if the directory contains only a tower. ``encode_text`` raises
-    ValueError or FileNotFoundError if the teacher is not at hand, ContractError for another LLM than the tower's.
+    Raises FileNotFoundError without a card, ValueError if the directory contains only a tower.
+    ``encode_text`` raises ValueError or FileNotFoundError if the teacher is not at hand,
+    ContractError for another LLM than the tower's.
     """
     dual, card = load_dual(source, dtype=dtype)
     if dual.text_adapter is None:
-        dual.config = dataclasses.replace(dual.config, llm_width=dual.config.projection_dim, adapter="none")
+        dual.config = dataclasses.replace(
+            dual.config, llm_width=dual.config.projection_dim, adapter="none"
+        )
         dual.text_adapter = TextAdapter(dual.config).eval()
         card = dataclasses.replace(card, dual=dataclasses.asdict(dual.config))
     config = teacher if isinstance(teacher, EncoderConfig) else EncoderConfig(llm=teacher)
@@ -185,11 +231,15 @@ def load_dual_encoder(
 class TeacherLLM:
     """The LLM that a tower's card names: loaded on first use, and compared with the card.
 
-    ``config``: where the LLM and its adapter are, if not where the card says; the card decides every other setting.
+    ``config``: where the LLM and its adapter are, if not where the card says; the card decides
+    every other setting.
     """
 
     def __init__(
-        self, card: TowerCard, config: EncoderConfig | None = None, device: torch.device | None = None
+        self,
+        card: TowerCard,
+        config: EncoderConfig | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.llm_width = int(card.dual.get("llm_width", 0))
         self.config = config or EncoderConfig()
@@ -202,68 +252,98 @@ class TeacherLLM:
         return self.identity or self.encoder.identity()
 
     def check_given(self) -> None:
-        """Compare the LLM and the adapter that ``config`` names with the card, by the hashes of their files: where all
-        texts are cached, they are not loaded. Raises ContractError for others."""
-        given, identity = self.config, self.identity
+        """Compare the LLM and the adapter that ``config`` names with the card, by the hashes of
+        their files: where all texts are cached, they are not loaded. Raises ContractError for
+        others."""
+        given = self.config
+        identity = self.identity
         if identity is None or not (given.llm or given.adapter):
             return
         wrong = []
-        if given.adapter and (actual := adapter_sha256(fetch_directory(given.adapter))) != identity.adapter_sha256:
+        if (
+            given.adapter
+            and (actual := adapter_sha256(fetch_directory(given.adapter)))
+            != identity.adapter_sha256
+        ):
             wrong.append(f"adapter_sha256 {identity.adapter_sha256!r} != {actual!r}")
         if given.llm and (is_local(given.llm) or given.llm != identity.llm):
             folder = local_folder(given.llm, given.revision)
-            weights = files_sha256(weight_files(folder)) if identity.pooling == PROJECTED else weights_sha256(folder)
+            weights = (
+                files_sha256(weight_files(folder))
+                if identity.pooling == PROJECTED
+                else weights_sha256(folder)
+            )
             if weights != identity.weights_sha256:
                 wrong.append(f"weights_sha256 {identity.weights_sha256!r} != {weights!r}")
         if wrong:
             places = " with ".join(filter(None, (given.llm, given.adapter)))
-            raise ContractError(f"{places} is not the tower's teacher: {'; '.join(wrong)}; omit --llm and --adapter")
+            raise ContractError(
+                f"{places} is not the tower's teacher: {'; '.join(wrong)}; omit --llm and --adapter"
+            )
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """The LLM. Raises FileNotFoundError or ValueError if it is not at hand, ContractError if it is another one."""
+        """The LLM. Raises FileNotFoundError or ValueError if it is not at hand, ContractError if it
+        is another one."""
         if self.identity is None and not self.config.llm:
             raise ValueError(f"the tower's card names no teacher, which embeds texts; {GIVE_LLM}")
-        config = self.config if self.identity is None else encoder_config(self.identity, self.config)
+        config = (
+            self.config if self.identity is None else encoder_config(self.identity, self.config)
+        )
         try:
-            with torch.inference_mode(False):  # of the caller; its loading takes gradients to see what attends to what
+            # of the caller; its loading takes gradients to see what attends to what
+            with torch.inference_mode(False):
                 encoder = open_encoder(config, self.device)
         except FileNotFoundError as error:
             if self.config.llm or str(config.llm) not in str(error):
                 raise
-            raise FileNotFoundError(f"the tower's teacher cannot be loaded: {error}; {GIVE_LLM}") from error
+            raise FileNotFoundError(
+                f"the tower's teacher cannot be loaded: {error}; {GIVE_LLM}"
+            ) from error
         loaded = encoder.identity()
         if self.identity is not None and not self.identity.agrees_with(loaded):
             told = f"{config.llm} is not the tower's teacher: {caches.differences(vars(self.identity), loaded)}"
-            raise ContractError(f"{told}; pass it with --llm and --adapter (in Python: teacher= and adapter=)")
+            raise ContractError(
+                f"{told}; pass it with --llm and --adapter (in Python: teacher= and adapter=)"
+            )
         return encoder
 
 
 def teacher_of(card: TowerCard) -> TeacherIdentity | None:
-    """The teacher that a tower's card names; None if it names none. Raises ContractError for a damaged entry."""
+    """The teacher that a tower's card names; None if it names none. Raises ContractError for a
+    damaged entry."""
     try:
         return TeacherIdentity(**card.teacher) if card.teacher else None
     except TypeError as error:
-        raise ContractError(f"{card.FILE}: its teacher has unknown or missing settings ({error})") from error
+        raise ContractError(
+            f"{card.FILE}: its teacher has unknown or missing settings ({error})"
+        ) from error
 
 
 def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderConfig:
-    """The settings of the card's teacher; the LLM and the adapter are where ``config`` says, else where the card does.
-    Raises ValueError if the adapter's place is unknown, or empty."""
+    """The settings of the card's teacher; the LLM and the adapter are where ``config`` says, else
+    where the card does. Raises ValueError if the adapter's place is unknown, or empty."""
     llm = config.llm or identity.llm
     revision = config.revision or ("" if config.llm else identity.revision)
     if identity.pooling == PROJECTED:  # a CLIP's text tower has no other settings
-        max_tokens, dtype = identity.max_tokens, config.compute_dtype
+        max_tokens = identity.max_tokens
+        dtype = config.compute_dtype
         return EncoderConfig(llm=llm, revision=revision, max_tokens=max_tokens, compute_dtype=dtype)
     adapter = config.adapter or identity.adapter
-    lost = is_local(adapter) and not Path(adapter).is_dir() if adapter else bool(identity.adapter_sha256)
+    lost = (
+        is_local(adapter) and not Path(adapter).is_dir()
+        if adapter
+        else bool(identity.adapter_sha256)
+    )
     if lost and not config.adapter:
         where = (adapter and f"no longer at {adapter}") or "at a place that the card does not name"
         raise ValueError(f"the adapter of the tower's teacher {llm} is {where}; {GIVE_ADAPTER}")
     return dataclasses.replace(
         config,
         llm=llm,
-        preset="mean" if (identity.pooling, identity.attention) == ("mean", "bidirectional") else "",
+        preset="mean"
+        if (identity.pooling, identity.attention) == ("mean", "bidirectional")
+        else "",
         revision=revision,
         adapter=adapter,
         load_in_4bit=identity.quantization == "nf4",
@@ -271,13 +351,16 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
     )
 
 
-# Embedding a data set. Ranks share its shards and communicate only by the file system: each writes its own, and the one
-# that finds all written writes the manifest. A killed run resumes: complete shards are skipped.
+# Embedding a data set. Ranks share its shards and communicate only by the file system: each writes
+# its own, and the one that finds all written writes the manifest. A killed run resumes: complete
+# shards are skipped.
 
 Result = TypeVar("Result")
-MEMORY_BYTES = 256 << 20  # of embeddings kept in memory for captions that occur again in another shard
+# of embeddings kept in memory for captions that occur again in another shard
+MEMORY_BYTES = 256 << 20
 VERIFY_SAMPLES = 64  # captions that --verify embeds again
-VERIFY_COSINE = 0.999  # of a cached embedding with a new one: int8 and another compute dtype stay above
+# of a cached embedding with a new one: int8 and another compute dtype stay above
+VERIFY_COSINE = 0.999
 
 
 @dataclass
@@ -290,12 +373,14 @@ class EmbedSummary:
     truncated: int = 0  # captions longer than max_tokens
     empty: list[str] = field(default_factory=list)  # keys of samples without a readable caption
     seconds: float = 0.0
-    waited: float = 0.0  # of these, seconds in which the LLM waited for captions to be read or rows to be written
+    # of these, seconds in which the LLM waited for captions to be read or rows to be written
+    waited: float = 0.0
 
     def lines(self, max_tokens: int) -> list[str]:
         """The report."""
         rate = self.captions / max(self.seconds, 1e-9)
-        empty, keys = len(self.empty), ", ".join(self.empty[:3])
+        empty = len(self.empty)
+        keys = ", ".join(self.empty[:3])
         done = f"embedded {self.captions} captions of {self.shards} shards"
         lines = {
             f"{done} in {self.seconds:.1f} s ({rate:.1f} captions/s), waiting {self.waited:.1f} s": True,
@@ -307,8 +392,8 @@ class EmbedSummary:
 
 
 def cache_folder(source_path: str, identity: TeacherIdentity) -> Path:
-    """``default_cache_folder``; the one of a cache from before config.json was part of the fingerprint, if there is
-    no newer one. Raises ValueError for data at a URL."""
+    """``default_cache_folder``; the one of a cache from before config.json was part of the
+    fingerprint, if there is no newer one. Raises ValueError for data at a URL."""
     folder = default_cache_folder(source_path, identity.fingerprint)
     earlier = default_cache_folder(source_path, identity.earlier().fingerprint)
     return earlier if earlier.is_dir() and not folder.is_dir() else folder
@@ -322,7 +407,8 @@ def default_cache_folder(source_path: str, fingerprint: str) -> Path:
 
 
 def benchmark_cache_folder(source_path: str, identity: TeacherIdentity) -> Path:
-    """``cache_folder``, or a folder next to the downloads if that one can neither be found nor made."""
+    """``cache_folder``, or a folder next to the downloads if that one can neither be found nor
+    made."""
     folder = cache_folder(source_path, identity)
     if folder.exists() or os.access(folder.parent, os.W_OK):
         return folder
@@ -330,10 +416,15 @@ def benchmark_cache_folder(source_path: str, identity: TeacherIdentity) -> Path:
 
 
 def shards_of_rank(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:
-    """The shards of one rank, dealt out by size in alternating order, so that all ranks get about as many samples."""
+    """The shards of one rank, dealt out by size in alternating order, so that all ranks get about
+    as many samples."""
     by_size = sorted(shards, key=lambda shard: (-shard.size, shard.name))
     rounds = [by_size[start : start + world] for start in range(0, len(by_size), world)]
-    return [group[rank] for group in (r[:: 1 if i % 2 == 0 else -1] for i, r in enumerate(rounds)) if rank < len(group)]
+    return [
+        group[rank]
+        for group in (r[:: 1 if i % 2 == 0 else -1] for i, r in enumerate(rounds))
+        if rank < len(group)
+    ]
 
 
 def embed_source(
@@ -348,13 +439,16 @@ def embed_source(
     quiet: bool = False,
     overwrite: bool = False,
 ) -> tuple[CacheManifest | None, EmbedSummary]:
-    """Embed this rank's shards of ``source`` into ``directory``; shards that are complete are skipped. Returns the
-    manifest, or None while other ranks are still embedding, and a summary. Raises ContractError for another teacher's
-    directory or another dtype, and, without ``overwrite``, as ``CacheWriter.refuse_loss``."""
+    """Embed this rank's shards of ``source`` into ``directory``; shards that are complete are
+    skipped. Returns the manifest, or None while other ranks are still embedding, and a summary.
+    Raises ContractError for another teacher's directory or another dtype, and, without
+    ``overwrite``, as ``CacheWriter.refuse_loss``."""
     renew_cache(source, encoder, directory)
     writer = caches.CacheWriter(directory, encoder.identity(), dtype)
-    summary, memory = EmbedSummary(), dict[str, torch.Tensor]()
-    shards, digests = shards_of_rank(source.shards, rank, world), dict[str, str]()
+    summary = EmbedSummary()
+    memory: dict[str, torch.Tensor] = {}
+    shards = shards_of_rank(source.shards, rank, world)
+    digests: dict[str, str] = {}
     started = time.monotonic()
     total = sum(shard.size for shard in shards)
     with (
@@ -364,7 +458,8 @@ def embed_source(
     ):
         known = {name: fits[0] for name, fits in source.known_digests().items()}
         read = partial(_read_shard, source, encoder, writer, known, digests, overwrite)
-        # while a shard is embedded, the next one is read and tokenized, and the one before is quantized and written
+        # while a shard is embedded, the next one is read and tokenized, and the one before is
+        # quantized and written
         contents = map_in_order(reader, read, shards, ahead=2)
         written = saver.submit(lambda: None)  # nothing to wait for yet
         for shard in shards:
@@ -380,7 +475,9 @@ def embed_source(
                 options = {"tokens_per_batch": tokens_per_batch, "tokens": tokens, "on_batch": move}
                 embeddings = _embed(encoder, texts, memory, **options)
                 waited += timed(written.result)[1]
-                written = saver.submit(writer.write_shard, shard.name, keys, rows, embeddings, truncated=truncated)
+                written = saver.submit(
+                    writer.write_shard, shard.name, keys, rows, embeddings, truncated=truncated
+                )
                 summary.shards += 1
                 summary.captions += len(rows)
                 summary.truncated += truncated
@@ -422,8 +519,8 @@ def _read_shard(
     overwrite: bool,
     shard: Shard,
 ) -> _ShardContent | None:
-    """Compare a shard with its file in the cache: None if that is complete. ``known``: recorded digests; ``found`` gets
-    that of the shard if its captions had to be read."""
+    """Compare a shard with its file in the cache: None if that is complete. ``known``: recorded
+    digests; ``found`` gets that of the shard if its captions had to be read."""
     if shard.name in known and writer.is_complete(shard.name, known[shard.name]):
         return None
     keys, captions = caches.shard_captions(source, shard)
@@ -432,17 +529,31 @@ def _read_shard(
     if digest != known.get(shard.name) and writer.is_complete(shard.name, digest):
         return None
     if not overwrite:
-        writer.refuse_loss(shard.name, rows, f"{source.path} with the fields {', '.join(source.config.fields)}")
-    text_of = {caption_hash(caption.text): caption.text for sample in captions for caption in sample}
-    empty = [key for key, texts in zip(keys, captions, strict=True) if not any(map(caches.has_text, texts))]
-    before, distinct = encoder.count_truncated, [*dict.fromkeys(text_of[value] for _, value in rows)]
+        writer.refuse_loss(
+            shard.name, rows, f"{source.path} with the fields {', '.join(source.config.fields)}"
+        )
+    text_of = {
+        caption_hash(caption.text): caption.text for sample in captions for caption in sample
+    }
+    empty = [
+        key
+        for key, texts in zip(keys, captions, strict=True)
+        if not any(map(caches.has_text, texts))
+    ]
+    before = encoder.count_truncated
+    distinct = [*dict.fromkeys(text_of[value] for _, value in rows)]
     tokens = dict(zip(distinct, encoder.tokenize(distinct), strict=True))
     truncated = encoder.count_truncated - before
-    return _ShardContent(keys, rows, [text_of[value] for _, value in rows], tokens, truncated, empty)
+    return _ShardContent(
+        keys, rows, [text_of[value] for _, value in rows], tokens, truncated, empty
+    )
 
 
-def _embed(encoder: TextEncoder, texts: Sequence[str], memory: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-    """(N, W) float32 of ``texts``; ``memory``: text -> row of those that may occur again; ``options`` of ``encode``."""
+def _embed(
+    encoder: TextEncoder, texts: Sequence[str], memory: dict[str, torch.Tensor], **options: Any
+) -> torch.Tensor:
+    """(N, W) float32 of ``texts``; ``memory``: text -> row of those that may occur again;
+    ``options`` of ``encode``."""
     new = [text for text in dict.fromkeys(texts) if text not in memory]
     row_of = dict(zip(new, encoder.encode(new, **options), strict=True))
     rows = [row_of[text] if text in row_of else memory[text] for text in texts]
@@ -452,7 +563,8 @@ def _embed(encoder: TextEncoder, texts: Sequence[str], memory: dict[str, torch.T
 
 
 def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:
-    """Read all of the cache, compare it with the data, embed a few captions again: a report, or ContractError."""
+    """Read all of the cache, compare it with the data, embed a few captions again: a report, or
+    ContractError."""
     cache = caches.EmbeddingCache.open(directory, expect_fingerprint=encoder.identity().fingerprint)
     cache.verify()
     cache.check(source, full=True)
@@ -470,7 +582,8 @@ class _CachedCaption(NamedTuple):
 
 
 def embed_again(source: Source, encoder: TextEncoder, directory: Path) -> int:
-    """Embed up to VERIFY_SAMPLES cached captions again; how many. Raises ContractError if one differs from its row."""
+    """Embed up to VERIFY_SAMPLES cached captions again; how many. Raises ContractError if one
+    differs from its row."""
     cached = list(_cached_sample(source, directory))
     again_NW = encoder.encode([caption.text for caption in cached])
     for caption, new_W in zip(cached, again_NW, strict=True):
@@ -478,18 +591,25 @@ def embed_again(source: Source, encoder: TextEncoder, directory: Path) -> int:
         if cosine < VERIFY_COSINE:
             told = f"the cached embedding of {caption.key!r} has cosine similarity {cosine:.4f} with a new one"
             fix = "another --cache, or delete this one, and embed again"
-            raise ContractError(f"{directory}: {told}, expected at least {VERIFY_COSINE}; choose {fix}")
+            raise ContractError(
+                f"{directory}: {told}, expected at least {VERIFY_COSINE}; choose {fix}"
+            )
     return len(cached)
 
 
 def _cached_sample(source: Source, directory: Path) -> Iterator[_CachedCaption]:
-    """The first captions of some random samples of ``source`` whose embeddings are in the cache, complete or not."""
+    """The first captions of some random samples of ``source`` whose embeddings are in the cache,
+    complete or not."""
     files: dict[str, caches.ShardFile] = {}
     for shard in source.shards:
-        with suppress(FileNotFoundError, ContractError):  # not embedded yet, or damaged, which embedding finds
+        # not embedded yet, or damaged, which embedding finds
+        with suppress(FileNotFoundError, ContractError):
             files[shard.name] = caches.ShardFile(directory / shard_file(shard.name))
     numbers = [
-        n for shard in source.shards if shard.name in files for n in range(shard.start, shard.start + shard.size)
+        n
+        for shard in source.shards
+        if shard.name in files
+        for n in range(shard.start, shard.start + shard.size)
     ]
     for number in random.Random(0).sample(numbers, min(len(numbers), VERIFY_SAMPLES)):
         name, index = source.locate(number)
@@ -501,27 +621,38 @@ def _cached_sample(source: Source, directory: Path) -> Iterator[_CachedCaption]:
 
 
 def renew_cache(source: Source, encoder: TextEncoder, directory: Path) -> None:
-    """Prove a cache whose record is from before config.json and tokenizer were part of the fingerprint, by embedding
-    some of its captions again, and renew the record; any other is left as it is.
+    """Prove a cache whose record is from before config.json and tokenizer were part of the
+    fingerprint, by embedding some of its captions again, and renew the record; any other is left as
+    it is.
 
-    Raises ContractError if a caption's embedding differs, or if none of the source's captions is in the cache.
+    Raises ContractError if a caption's embedding differs, or if none of the source's captions is in
+    the cache.
     """
     path = directory / CacheManifest.FILE
     if not path.is_file():
         return
-    teacher, identity = caches.stored_teacher(path), encoder.identity()
+    teacher = caches.stored_teacher(path)
+    identity = encoder.identity()
     if not teacher.is_earlier or identity.is_earlier or not teacher.agrees_with(identity):
         return
     compared = embed_again(source, encoder, directory)
     if not compared and any(directory.glob("**/*.safetensors")):
         told = "config.json was not yet part of its fingerprint, and none of its captions is in"
         fix = "embed the data that it was made from first, or choose another --cache"
-        raise ContractError(f"{directory} cannot be proven to be of {identity.llm}: {told} {source.path}; {fix}")
+        raise ContractError(
+            f"{directory} cannot be proven to be of {identity.llm}: {told} {source.path}; {fix}"
+        )
     manifest = CacheManifest.read(path)
     if manifest.fingerprint != teacher.fingerprint:  # another rank was faster
         return
     earlier = teacher.fingerprint if compared else ""
-    renewed = {"teacher": dict(vars(identity)), "fingerprint": identity.fingerprint, "earlier_fingerprint": earlier}
+    renewed = {
+        "teacher": dict(vars(identity)),
+        "fingerprint": identity.fingerprint,
+        "earlier_fingerprint": earlier,
+    }
     dataclasses.replace(manifest, **renewed).write(path)
     if compared and os.environ.get("RANK", "0") == "0":
-        print(f"{directory}: {compared} captions embedded again agree; its fingerprint now includes config.json")
+        print(
+            f"{directory}: {compared} captions embedded again agree; its fingerprint now includes config.json"
+        )

@@ -7,8 +7,9 @@
       twin.safetensors       weights of the frozen tower, if a loss term compares with one
       state.json             TrainState: step, samples, updates, loss scale, configuration, SHA-256 of the other files
 
-The format is independent of the number of ranks, the ZeRO stage and the precision, except for the moments of an
-optimizer ``by_rank``. No generator state is saved: every draw is a function of the run's seed and a position (step.py).
+The format is independent of the number of ranks, the ZeRO stage and the precision, except for the
+moments of an optimizer ``by_rank``. No generator state is saved: every draw is a function of the
+run's seed and a position (step.py).
 """
 
 import dataclasses
@@ -51,9 +52,12 @@ from llm2clip_plugin.files import (
 )
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 
-MODEL, OPTIMIZER, AVERAGES = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+AVERAGES = "ema.safetensors"
 TWIN = "twin.safetensors"
-RESUME_AUTO, RESUME_NEVER = "auto", "never"
+RESUME_AUTO = "auto"
+RESUME_NEVER = "never"
 BLOCK = 1 << 24  # bytes that are hashed and written at a time
 
 
@@ -73,9 +77,11 @@ class TrainState(VersionedRecord):
     scaler: dict[str, Any] = field(default_factory=dict)  # fp16 loss scale
     world_size: int = 1  # ranks that wrote it
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
-    before: dict[str, float] = field(default_factory=dict)  # scores before step 1; {} if none were measured
+    # scores before step 1; {} if none were measured
+    before: dict[str, float] = field(default_factory=dict)
     evaluated: int = 0  # step of that evaluation
-    bad_batches: list[dict[str, Any]] = field(default_factory=list)  # left out: step, samples (position), reason
+    # left out: step, samples (position), reason
+    bad_batches: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0  # training time so far
     files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256
     checksum: str = ""  # of earlier releases; not used
@@ -93,26 +99,37 @@ class Loaded:
     twin: Mapping[str, Tensor]
 
 
-def write_checkpoint(target: Path, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write tensors of the CPU by file, and ``state`` with their hashes, to a folder. Raises OSError."""
+def write_checkpoint(
+    target: Path, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Write tensors of the CPU by file, and ``state`` with their hashes, to a folder. Raises
+    OSError."""
     with atomic_directory(target, replace=True) as temporary:
-        files = {name: write_tensors(temporary / name, content) for name, content in tensors.items()}
+        files = {
+            name: write_tensors(temporary / name, content) for name, content in tensors.items()
+        }
         dataclasses.replace(state, files=files).write(temporary / TrainState.FILE)
 
 
 def verify(path: Path, *, moments: bool = True) -> None:
-    """Compare a checkpoint's hashes. Raises FileNotFoundError or ContractError for a missing or damaged file."""
+    """Compare a checkpoint's hashes. Raises FileNotFoundError or ContractError for a missing or
+    damaged file."""
     files = TrainState.read(path / TrainState.FILE).files
     names = [name for name in files if moments or name != OPTIMIZER]
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(names, pool.map(lambda name: sha256_file(path / name), names), strict=True):
+        for name, digest in zip(
+            names, pool.map(lambda name: sha256_file(path / name), names), strict=True
+        ):
             if digest != files[name]:
                 expected = f"{TrainState.FILE} says {files[name][:12]}..."
-                raise ContractError(f"{path / name} is damaged: SHA-256 {digest[:12]}..., {expected}")
+                raise ContractError(
+                    f"{path / name} is damaged: SHA-256 {digest[:12]}..., {expected}"
+                )
 
 
 def load(path: Path, *, moments: bool = True) -> Loaded:
-    """Open a checkpoint, with or without the optimizer's ``moments``. Raises as ``verify``, which compares hashes."""
+    """Open a checkpoint, with or without the optimizer's ``moments``. Raises as ``verify``, which
+    compares hashes."""
     state = TrainState.read(path / TrainState.FILE)
     return Loaded(
         path=path,
@@ -126,14 +143,19 @@ def load(path: Path, *, moments: bool = True) -> Loaded:
 
 @torch.no_grad()
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, where: Path) -> None:
-    """Copy a checkpoint's weights into a module, one tensor in memory at a time; ContractError if those are others."""
+    """Copy a checkpoint's weights into a module, one tensor in memory at a time; ContractError if
+    those are others."""
     own = module.state_dict()
     if differing := sorted(own.keys() ^ weights.keys()):
-        raise ContractError(f"{where} does not fit the model: only one of them has {', '.join(differing[:5])}")
+        raise ContractError(
+            f"{where} does not fit the model: only one of them has {', '.join(differing[:5])}"
+        )
     for name, value in own.items():
         saved = weights[name]
         if saved.shape != value.shape:
-            raise ContractError(f"{where}: {name} has shape {tuple(saved.shape)}, expected {tuple(value.shape)}")
+            raise ContractError(
+                f"{where}: {name} has shape {tuple(saved.shape)}, expected {tuple(value.shape)}"
+            )
         value.copy_(saved)
 
 
@@ -145,11 +167,14 @@ class Checkpoints:
           latest                            name of the newest one, for people and scripts
           abandoned-20261126-101500/        checkpoints and metrics.jsonl of steps that a run went back before
 
-    All of ``step-*`` belong to one sequence of steps: what a run does not continue from is moved to ``abandoned-*``.
+    All of ``step-*`` belong to one sequence of steps: what a run does not continue from is moved to
+    ``abandoned-*``.
     """
 
     def __init__(self, run_folder: Path, *, keep: int) -> None:  # keep: how many; 0: all
-        self.run_folder, self.folder, self.keep = run_folder, run_folder / CHECKPOINTS, keep
+        self.run_folder = run_folder
+        self.folder = run_folder / CHECKPOINTS
+        self.keep = keep
 
     def path(self, step: int) -> Path:
         """The folder of the checkpoint of a step."""
@@ -163,9 +188,13 @@ class Checkpoints:
         """The newest complete checkpoint, not verified; None if there is none."""
         return next((self.folder / name for name in reversed(self.names())), None)
 
-    def write(self, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]) -> tuple[float, list[str]]:
-        """Write a checkpoint of tensors by file, then remove old ones; returns seconds and warnings. Raises OSError."""
-        started, target = time.perf_counter(), self.path(state.step)
+    def write(
+        self, state: TrainState, tensors: Mapping[str, Mapping[str, Tensor]]
+    ) -> tuple[float, list[str]]:
+        """Write a checkpoint of tensors by file, then remove old ones; returns seconds and
+        warnings. Raises OSError."""
+        started = time.perf_counter()
+        target = self.path(state.step)
         write_checkpoint(target, state, tensors)
         self._point_to(target.name)
         tell_job(PROGRESS)
@@ -184,13 +213,15 @@ class Checkpoints:
             temporary.write_text(name + "\n", encoding="utf-8")
 
     def _prune(self, newest: Path) -> list[str]:
-        """Remove all but the newest ``keep`` checkpoints, and what a killed run left; returns what failed."""
+        """Remove all but the newest ``keep`` checkpoints, and what a killed run left; returns what
+        failed."""
         older = [path for path in sorted(self.folder.glob("step-*")) if path.name < newest.name]
         old = older[: max(0, len(older) + 1 - self.keep)] if self.keep else []
         warnings = []
         for path in [*old, *self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
             try:
-                if not path.name.startswith("."):  # half removed, it could be taken for a complete one
+                # half removed, it could be taken for a complete one
+                if not path.name.startswith("."):
                     path = path.rename(path.with_name(f".{path.name}.{time.time_ns():x}.old"))
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as error:
@@ -198,14 +229,17 @@ class Checkpoints:
         return warnings
 
     def find(self, resume: str, *, moments: bool = True, option: str = "--resume") -> Path | None:
-        """The verified checkpoint for a value of ``--resume``: auto (newest of this run, if any), never (None), a path.
+        """The verified checkpoint for a value of ``--resume``: auto (newest of this run, if any),
+        never (None), a path.
 
-        ``auto``, and the path of a run, fall back to an older one with a warning. Raises FileNotFoundError for a path
-        without a checkpoint, the value of ``option``, or a run that has lost its checkpoints, ContractError if all are
-        damaged or the named one is, FileExistsError for ``never`` if any exist.
+        ``auto``, and the path of a run, fall back to an older one with a warning. Raises
+        FileNotFoundError for a path without a checkpoint, the value of ``option``, or a run that
+        has lost its checkpoints, ContractError if all are damaged or the named one is,
+        FileExistsError for ``never`` if any exist.
         """
         if resume == RESUME_AUTO:
-            found, record = self._newest_intact(moments), self.run_folder / RunRecord.FILE
+            found = self._newest_intact(moments)
+            record = self.run_folder / RunRecord.FILE
             if found is None and record.is_file() and (step := RunRecord.read(record).step):
                 raise FileNotFoundError(
                     f"{self.folder} has no checkpoint, but the run had reached step {step}: restore the checkpoints, "
@@ -214,7 +248,9 @@ class Checkpoints:
             return found
         if resume == RESUME_NEVER:
             if self.names():
-                raise FileExistsError(f"{self.folder} has {self.names()}, but --resume never: choose another --output")
+                raise FileExistsError(
+                    f"{self.folder} has {self.names()}, but --resume never: choose another --output"
+                )
             return None
         path = Path(resume)
         if (path / TrainState.FILE).is_file():
@@ -222,10 +258,13 @@ class Checkpoints:
             return path
         if found := Checkpoints(path, keep=0)._newest_intact(moments):
             return found
-        raise FileNotFoundError(f"{option} {resume}: no checkpoint found (no {TrainState.FILE}) among {self.names()}")
+        raise FileNotFoundError(
+            f"{option} {resume}: no checkpoint found (no {TrainState.FILE}) among {self.names()}"
+        )
 
     def _newest_intact(self, moments: bool) -> Path | None:
-        """The newest checkpoint that is verified, with a warning if a newer one is damaged; None if there is none."""
+        """The newest checkpoint that is verified, with a warning if a newer one is damaged; None if
+        there is none."""
         damaged = []
         for path in sorted(self.folder.glob("step-*"), reverse=True):
             try:
@@ -234,15 +273,20 @@ class Checkpoints:
                 damaged.append(str(error))
                 continue
             if damaged:
-                print(f"warning: {'; '.join(damaged)}\nwarning: falling back to {path}", file=sys.stderr)
+                print(
+                    f"warning: {'; '.join(damaged)}\nwarning: falling back to {path}",
+                    file=sys.stderr,
+                )
             return path
         if damaged:
-            raise ContractError(f"no intact checkpoint in {self.folder}: {'; '.join(damaged)}; choose another --output")
+            raise ContractError(
+                f"no intact checkpoint in {self.folder}: {'; '.join(damaged)}; choose another --output"
+            )
         return None
 
     def move_aside(self, resumed: Path | None) -> str:
-        """Move checkpoints newer than ``resumed``, or all if that is in another folder, to ``abandoned-*``; returns a
-        line about it, "" if there are none."""
+        """Move checkpoints newer than ``resumed``, or all if that is in another folder, to
+        ``abandoned-*``; returns a line about it, "" if there are none."""
         own = resumed.name if resumed and resumed.resolve().parent == self.folder.resolve() else ""
         names = sorted(path.name for path in self.folder.glob("step-*") if path.name > own)
         if not names:
@@ -259,11 +303,12 @@ class Checkpoints:
 
 
 class Saver:
-    """Saves a run's checkpoints in the background; leaving the context waits for the write in progress.
+    """Saves a run's checkpoints in the background; leaving the context waits for the write in
+    progress.
 
-    Every rank needs one. ``save`` gathers the state in rank 0's memory, which a thread hashes and writes. A periodic
-    save that fails leaves the last checkpoint in place, and the next tries again; the last must succeed. No rank waits
-    for the disk in a collective.
+    Every rank needs one. ``save`` gathers the state in rank 0's memory, which a thread hashes and
+    writes. A periodic save that fails leaves the last checkpoint in place, and the next tries
+    again; the last must succeed. No rank waits for the disk in a collective.
     """
 
     def __init__(
@@ -275,12 +320,19 @@ class Saver:
         note: Callable[[str], None] = print,
         event: Callable[[dict[str, Any]], None] = lambda values: None,
     ) -> None:
-        """references: Reference by the name of its file. note: shows a line. event: a line of metrics.jsonl."""
-        self.checkpoints, self.engine, self.references = checkpoints, engine, references or {}
-        self._note, self._event = note, event
+        """references: Reference by the name of its file. note: shows a line. event: a line of
+        metrics.jsonl."""
+        self.checkpoints = checkpoints
+        self.engine = engine
+        self.references = references or {}
+        self._note = note
+        self._event = event
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._write: Future[tuple[float, list[str]]] | None = None  # the last one: seconds, and warnings
-        self._step, self._waited = 0, 0.0  # of the last save: step, and seconds that training waited for it
+        # the last one: seconds, and warnings
+        self._write: Future[tuple[float, list[str]]] | None = None
+        # of the last save: step, and seconds that training waited for it
+        self._step = 0
+        self._waited = 0.0
         self._reported = True
         self._recording: Future[None] | None = None
 
@@ -300,8 +352,8 @@ class Saver:
 
     @phase("gathering the checkpoint")
     def save(self, state: TrainState, *, last: bool = False) -> None:
-        """Copy the state and start to write it; every rank must call this, and none while one is busy unless this is
-        the ``last`` save, which waits for the write in progress."""
+        """Copy the state and start to write it; every rank must call this, and none while one is
+        busy unless this is the ``last`` save, which waits for the write in progress."""
         started = time.perf_counter()
         if last:
             with phase(CHECKPOINT):
@@ -312,7 +364,9 @@ class Saver:
         tensors |= {name: reference.values(copy) for name, reference in self.references.items()}
         state = dataclasses.replace(state, **self.engine.scaler_state(), world_size=world_size())
         if rank() == 0:
-            self._step, self._waited, self._reported = state.step, time.perf_counter() - started, False
+            self._step = state.step
+            self._waited = time.perf_counter() - started
+            self._reported = False
             self._write = self._thread.submit(self.checkpoints.write, state, tensors)
 
     def record_metrics(self, state: TrainState) -> None:
@@ -337,17 +391,20 @@ class Saver:
         self._event({"step": self._step, "event": SAVED, **times})
 
     def finish(self) -> None:
-        """Wait until the last save is complete; every rank must call this. Raises OSError (FirstRankError on other
-        ranks) if it failed."""
+        """Wait until the last save is complete; every rank must call this. Raises OSError
+        (FirstRankError on other ranks) if it failed."""
         with phase(CHECKPOINT):
             on_first_rank(lambda: self._wait(last=True))
 
     def _wait(self, *, last: bool = False) -> None:
-        """Wait for the write in progress and report it; the ``last`` one of a run must not have failed."""
+        """Wait for the write in progress and report it; the ``last`` one of a run must not have
+        failed."""
         error = self._write.exception() if self._write is not None else None  # waits
         if last and isinstance(error, OSError):
             self._reported = True
-            raise OSError(f"{self._failure(error)}: free space and rerun the same command") from error
+            raise OSError(
+                f"{self._failure(error)}: free space and rerun the same command"
+            ) from error
         self.poll()
         if last and self._recording is not None:
             self._recording.result()
@@ -364,19 +421,37 @@ def _reason(error: OSError) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors of the CPU, hashed on the way; returns the file's SHA-256. Raises OSError if the disk is full."""
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
-    header, end = {}, 0
+    """Write tensors of the CPU, hashed on the way; returns the file's SHA-256. Raises OSError if
+    the disk is full."""
+    # keeps every tensor aligned
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header = {}
+    end = 0
     for name in ordered:
-        tensor, start = tensors[name], end
+        tensor = tensors[name]
+        start = end
         end += tensor.numel() * tensor.element_size()
-        dtype = str(tensor.dtype).removeprefix("torch.").replace("float", "F").replace("int", "I").upper()
-        header[name] = {"dtype": dtype.replace("UI", "U"), "shape": list(tensor.shape), "data_offsets": [start, end]}
+        dtype = (
+            str(tensor.dtype)
+            .removeprefix("torch.")
+            .replace("float", "F")
+            .replace("int", "I")
+            .upper()
+        )
+        header[name] = {
+            "dtype": dtype.replace("UI", "U"),
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for content in (struct.pack("<Q", len(head)), head, *(_bytes_of(tensors[name]) for name in ordered)):
+        for content in (
+            struct.pack("<Q", len(head)),
+            head,
+            *(_bytes_of(tensors[name]) for name in ordered),
+        ):
             for start in range(0, len(content), BLOCK):
                 digest.update(content[start : start + BLOCK])
                 file.write(content[start : start + BLOCK])
@@ -393,12 +468,15 @@ def on_host(name: str, value: Tensor, dtype: torch.dtype | None = None) -> Tenso
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a file by name, each read when it is looked up; the file is not mapped in between."""
+    """The tensors of a file by name, each read when it is looked up; the file is not mapped in
+    between."""
 
     def __init__(self, path: Path) -> None:
         """Raises FileNotFoundError, or ContractError if the file is not complete."""
         if not path.is_file():
-            raise FileNotFoundError(f"{path.name} is missing from {path.parent}; resume from another checkpoint")
+            raise FileNotFoundError(
+                f"{path.name} is missing from {path.parent}; resume from another checkpoint"
+            )
         self.path = path
         self._names = read_header(path, fix="resume from another checkpoint").entries.keys()
 

@@ -14,7 +14,8 @@ from llm2clip_plugin.options import unknown
 Precision = Literal["fp32", "bf16", "fp16"]
 ReductionType = Literal["", "fp32", "bf16", "fp16"]
 Tf32 = Literal["auto", "on", "off"]
-DDP_TIMEOUT = 1800.0  # seconds, as in Hugging Face's Trainer; torch's is 600 on NCCL, DeepSpeed's 600 since 0.19.6
+# seconds, as in Hugging Face's Trainer; torch's is 600 on NCCL, DeepSpeed's 600 since 0.19.6
+DDP_TIMEOUT = 1800.0
 STRAGGLER_SECONDS = 300.0  # without progress, after which a rank is named
 Member = TypeVar("Member")
 Monitor = Literal["tensorboard", "wandb", "csv"]
@@ -24,7 +25,8 @@ BELOW_1 = math.nextafter(1, 0)
 def check_choices(section: str, config: Any) -> None:
     """Raise ValueError for a field whose value its Literal type does not list."""
     for field in fields(config):
-        value, known = getattr(config, field.name), get_args(field.type)
+        value = getattr(config, field.name)
+        known = get_args(field.type)
         if get_origin(field.type) is Literal and value not in known:
             raise ValueError(unknown(f"{section}.{field.name}", value, filter(None, known)))
 
@@ -33,7 +35,9 @@ def check_bounds(section: str, config: Any, **bounds: tuple[float, float]) -> No
     """Raise ValueError for a field outside its lowest and highest value."""
     for name, (low, high) in bounds.items():
         if not low <= getattr(config, name) <= high:
-            raise ValueError(f"{section}.{name} {getattr(config, name)} must be between {low} and {high}")
+            raise ValueError(
+                f"{section}.{name} {getattr(config, name)} must be between {low} and {high}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,39 +45,56 @@ class TowerConfig:
     """The initial vision tower, and which parts of it train."""
 
     path: str = ""  # tower directory, Hugging Face directory or Hub id
-    architecture: str = ""  # known architecture (eva02-l14-336 ...) that --dry-run uses if path is empty
+    # known architecture (eva02-l14-336 ...) that --dry-run uses if path is empty
+    architecture: str = ""
     image_size: int = 0  # pixels per side; position embeddings are interpolated. 0: the tower's own
     freeze: bool = False  # train only the heads
     freeze_first_blocks: int = 0  # freeze the embeddings and this many first blocks
     from_scratch: bool = False  # start from random weights of the architecture; path stays empty
-    keep_heads: bool = False  # start from the tower directory's projection, text adapter and logit scale
-    lora_rank: int = 0  # rank of LoRA on the blocks' Linear layers (PEFT), which freezes the tower; 0: no LoRA
+    # start from the tower directory's projection, text adapter and logit scale
+    keep_heads: bool = False
+    # rank of LoRA on the blocks' Linear layers (PEFT), which freezes the tower; 0: no LoRA
+    lora_rank: int = 0
     lora_alpha: int = 32  # LoRA updates are scaled by alpha / rank
 
     def __post_init__(self) -> None:
-        pretrained = self.path or self.freeze or self.freeze_first_blocks or self.lora_rank or self.keep_heads
+        pretrained = (
+            self.path
+            or self.freeze
+            or self.freeze_first_blocks
+            or self.lora_rank
+            or self.keep_heads
+        )
         if self.from_scratch and (pretrained or not self.architecture):
-            raise ValueError("tower.from_scratch takes tower.architecture, not path, freeze*, lora_rank, keep_heads")
+            raise ValueError(
+                "tower.from_scratch takes tower.architecture, not path, freeze*, lora_rank, keep_heads"
+            )
         if sum(map(bool, (self.lora_rank, self.freeze, self.freeze_first_blocks))) > 1:
-            raise ValueError("tower.lora_rank, tower.freeze, tower.freeze_first_blocks: set only one")
+            raise ValueError(
+                "tower.lora_rank, tower.freeze, tower.freeze_first_blocks: set only one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
     """The phase that fits the heads on a frozen tower."""
 
-    # images: fit projection and text adapter to each other | clip_text: fit the text adapter alone to the text features
-    # of the tower's own CLIP (ProCLIP), whose projection and logit scale are kept
+    # images: fit projection and text adapter to each other | clip_text: fit the text adapter alone
+    # to the text features of the tower's own CLIP (ProCLIP), whose projection and logit scale are
+    # kept
     target: Literal["images", "clip_text"] = "images"
     steps: int = 0  # updates that train only the heads; 0: skip this phase
     batch: int = 256  # image-caption pairs per update
     lr: float = 1e-3  # of AdamW; constant, with clip_text its peak before cosine decay
     weight_decay: float = 0.05  # not applied to norms, biases, logit scale
-    max_images: int = 100_000  # images used, evenly spaced in each source; features are held in memory
+    # images used, evenly spaced in each source; features are held in memory
+    max_images: int = 100_000
 
     def __post_init__(self) -> None:
         check_choices("heads", self)
-        check_bounds("heads", self, steps=(0, math.inf), batch=(2, math.inf), max_images=(2, math.inf))
+        check_bounds(
+            "heads", self, steps=(0, math.inf), batch=(2, math.inf), max_images=(2, math.inf)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +114,17 @@ class DistillConfig:
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    name: str = "adamw"  # adamw | adamw_8bit (bitsandbytes: a quarter of the memory for optimizer states)
-    args: tuple[str, ...] = ()  # settings of this optimizer alone, as NAME=VALUE (adamw_8bit: min_8bit_size=4096)
+    # adamw | adamw_8bit (bitsandbytes: a quarter of the memory for optimizer states)
+    name: str = "adamw"
+    # settings of this optimizer alone, as NAME=VALUE (adamw_8bit: min_8bit_size=4096)
+    args: tuple[str, ...] = ()
     lr: float = 1e-5  # peak learning rate, of the tower's last block or of the LLM's adapter
-    head_lr: float = 0.0  # peak learning rate of projection, text adapter and logit scale; 0: same as lr
+    # peak learning rate of projection, text adapter and logit scale; 0: same as lr
+    head_lr: float = 0.0
     weight_decay: float = 0.05  # not applied to norms, biases, class token, positions, logit scale
     layer_decay: float = 0.85  # lr factor from a block to the one below it; 1: none
-    full_lr: tuple[str, ...] = ()  # parts of the tower, if it has them, that layer_decay does not slow down
+    # parts of the tower, if it has them, that layer_decay does not slow down
+    full_lr: tuple[str, ...] = ()
     betas: tuple[float, float] = (0.9, 0.98)  # decay rates of Adam's moments
     eps: float = 1e-8  # Adam's epsilon
     max_grad_norm: float = 5.0  # gradient clipping by global norm; 0: none
@@ -111,11 +136,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_choices("optim", self)
-        check_bounds("optim", self, layer_decay=(1e-3, 1), eps=(1e-20, 1), max_grad_norm=(0, math.inf))
+        check_bounds(
+            "optim", self, layer_decay=(1e-3, 1), eps=(1e-20, 1), max_grad_norm=(0, math.inf)
+        )
         check_bounds("optim", self, **dict.fromkeys(("lr", "head_lr", "weight_decay"), (0, 10)))
         check_bounds("optim", self, **dict.fromkeys(("warmup_ratio", "min_lr_ratio"), (0, 1)))
         if self.warmup_steps and self.warmup_ratio:
-            raise ValueError(f"optim: set only one of warmup_steps and warmup_ratio {self.warmup_ratio}")
+            raise ValueError(
+                f"optim: set only one of warmup_steps and warmup_ratio {self.warmup_ratio}"
+            )
 
     def warmup(self, total_steps: int) -> int:
         """Steps of warm-up in a run of ``total_steps``."""
@@ -126,15 +155,20 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch size, precision, checkpoints and logging of a run."""
 
-    global_batch: int = 4096  # image-caption pairs per optimizer step, over all ranks; also the negatives
-    micro_batch: int = 0  # pairs per forward pass and GPU; 0: all at once. Smaller values use gradient caching
+    # image-caption pairs per optimizer step, over all ranks; also the negatives
+    global_batch: int = 4096
+    # pairs per forward pass and GPU; 0: all at once. Smaller values use gradient caching
+    micro_batch: int = 0
     num_train_epochs: float = 4.0  # passes over the data; used if max_steps is 0
     max_steps: int = 0  # optimizer steps; 0 or -1: as many as num_train_epochs makes
     precision: Precision = "fp32"  # precision of weights; optimizer state stays fp32
-    tf32: Tf32 = "auto"  # TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)
-    communication_data_type: ReductionType = ""  # of gradients' reduction; "": precision's, from 16 ranks on fp32
+    # TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)
+    tf32: Tf32 = "auto"
+    # of gradients' reduction; "": precision's, from 16 ranks on fp32
+    communication_data_type: ReductionType = ""
     seed: int = 0  # of the data's order, augmentation, noise, initial heads
-    # recompute the tower's blocks in the backward pass: less memory, slower; auto: where a GPU would not hold them
+    # recompute the tower's blocks in the backward pass: less memory, slower; auto: where a GPU
+    # would not hold them
     gradient_checkpointing: bool | Literal["auto"] = False
     # torch.compile the blocks of the tower or LLM; the first step waits for it, up to a minute
     torch_compile: bool = False
@@ -143,32 +177,60 @@ class TrainConfig:
     save_minutes: float = 15.0  # minutes between checkpoints; 0: only by steps
     save_total_limit: int = 2  # checkpoints kept; 0: all
     eval_steps: int = 0  # steps between evaluations on the held-out split; 0: only at the end
-    eval_on_start: bool = True  # evaluate before step 1 too: the scores that the run's are compared with
+    # evaluate before step 1 too: the scores that the run's are compared with
+    eval_on_start: bool = True
     logging_steps: int = 1  # steps between lines of metrics.jsonl
     report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
-    profile_steps: int = 0  # steps traced by torch.profiler into output_dir/profile, after 5 if there are more; 0: none
+    # steps traced by torch.profiler into output_dir/profile, after 5 if there are more; 0: none
+    profile_steps: int = 0
     profile_all_ranks: bool = False  # trace every rank, not rank 0 alone
     dataloader_num_workers: int = 0  # processes per rank that decode images or tokenize pairs
-    dataloader_prefetch_mb: int = PREFETCH_MB  # 10^6 bytes of /dev/shm that these fill ahead, for each rank
-    skip_bad_batches: int = 0  # batches with a non-finite loss or gradient to leave out; one more ends the run
+    # 10^6 bytes of /dev/shm that these fill ahead, for each rank
+    dataloader_prefetch_mb: int = PREFETCH_MB
+    # batches with a non-finite loss or gradient to leave out; one more ends the run
+    skip_bad_batches: int = 0
     max_broken: float = 0.01  # fraction of unreadable samples above which the run stops
-    ddp_timeout: float = DDP_TIMEOUT  # seconds that a rank waits for the others in a collective before the run fails
-    straggler_seconds: float = STRAGGLER_SECONDS  # a rank without progress for so long is named; 0: never
+    # seconds that a rank waits for the others in a collective before the run fails
+    ddp_timeout: float = DDP_TIMEOUT
+    # a rank without progress for so long is named; 0: never
+    straggler_seconds: float = STRAGGLER_SECONDS
 
     def __post_init__(self) -> None:
         check_choices("train", self)
         if others := sorted(set(self.report_to) - set(get_args(Monitor))):
             raise ValueError(unknown("train.report_to", others[0], get_args(Monitor)))
-        counts = ("micro_batch", "save_steps", "save_minutes", "save_total_limit", "eval_steps", "profile_steps")
+        counts = (
+            "micro_batch",
+            "save_steps",
+            "save_minutes",
+            "save_total_limit",
+            "eval_steps",
+            "profile_steps",
+        )
         counts = (*counts, "dataloader_num_workers", "skip_bad_batches", "straggler_seconds")
         check_bounds("train", self, **dict.fromkeys(counts, (0, math.inf)))
-        check_bounds("train", self, global_batch=(2, math.inf), logging_steps=(1, math.inf), ddp_timeout=(1, math.inf))
-        check_bounds("train", self, ema_decay=(0, BELOW_1), max_broken=(0, 1), dataloader_prefetch_mb=(1, math.inf))
+        check_bounds(
+            "train",
+            self,
+            global_batch=(2, math.inf),
+            logging_steps=(1, math.inf),
+            ddp_timeout=(1, math.inf),
+        )
+        check_bounds(
+            "train",
+            self,
+            ema_decay=(0, BELOW_1),
+            max_broken=(0, 1),
+            dataloader_prefetch_mb=(1, math.inf),
+        )
         if self.max_steps <= 0 and not 0 <= self.num_train_epochs < math.inf:
-            raise ValueError(f"train.num_train_epochs {self.num_train_epochs} must be 0 or more, and finite")
+            raise ValueError(
+                f"train.num_train_epochs {self.num_train_epochs} must be 0 or more, and finite"
+            )
 
     def rows(self, world: int) -> tuple[int, int, int]:
-        """(local batch, micro-batch, micro-batches a step) on ``world`` ranks; ValueError suggests a batch."""
+        """(local batch, micro-batch, micro-batches a step) on ``world`` ranks; ValueError suggests
+        a batch."""
         local = self.global_batch // world
         micro = max(1, min(self.micro_batch or local, local))
         unit = world * micro
@@ -176,7 +238,9 @@ class TrainConfig:
             return local, micro, local // micro
         shares = f"{world} ranks" + (f" x train.micro_batch {micro}" if self.micro_batch else "")
         fits = max(unit, self.global_batch // unit * unit)
-        raise ValueError(f"global_batch {self.global_batch} is not a multiple of {shares}; try --global-batch {fits}")
+        raise ValueError(
+            f"global_batch {self.global_batch} is not a multiple of {shares}; try --global-batch {fits}"
+        )
 
     @property
     def has_steps(self) -> bool:
@@ -192,7 +256,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TermWeight:
-    """A term's weight over the run: linear from ``start`` to ``end``, which it reaches after ``until`` of the run."""
+    """A term's weight over the run: linear from ``start`` to ``end``, which it reaches after
+    ``until`` of the run."""
 
     name: str
     start: float
@@ -201,13 +266,19 @@ class TermWeight:
 
     def at(self, progress: float) -> float:
         """The weight when a fraction ``progress`` of the run is done."""
-        return self.end if progress >= self.until else self.start + (self.end - self.start) * progress / self.until
+        return (
+            self.end
+            if progress >= self.until
+            else self.start + (self.end - self.start) * progress / self.until
+        )
 
 
 def parse_terms(words: Sequence[str]) -> list[TermWeight]:
-    """``NAME`` (weight 1), ``NAME=WEIGHT``, ``NAME=START:END`` or ``NAME=START:END@FRACTION`` -> weights.
+    """``NAME`` (weight 1), ``NAME=WEIGHT``, ``NAME=START:END`` or ``NAME=START:END@FRACTION`` ->
+    weights.
 
-    Raises ValueError for another form, a term that is named twice or never counts, or a moment without any weight.
+    Raises ValueError for another form, a term that is named twice or never counts, or a moment
+    without any weight.
     """
     terms: list[TermWeight] = []
     for word in words:
@@ -216,18 +287,25 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
         start, colon, end = schedule.partition(":")
         try:
             first = float(start) if equals else 1.0
-            term = TermWeight(name, first, float(end) if colon else first, float(until) if at else 1.0)
+            term = TermWeight(
+                name, first, float(end) if colon else first, float(until) if at else 1.0
+            )
         except ValueError:
             term = TermWeight(name, math.nan, math.nan)
         numbers = 0 <= term.start < math.inf and 0 <= term.end < math.inf and 0 < term.until <= 1
         if not (name and numbers and (colon or not at)):
-            raise ValueError(f"loss.terms: {word!r} is not NAME, NAME=WEIGHT or NAME=START:END@FRACTION, weights >= 0")
+            raise ValueError(
+                f"loss.terms: {word!r} is not NAME, NAME=WEIGHT or NAME=START:END@FRACTION, weights >= 0"
+            )
         if name in [other.name for other in terms]:
             raise ValueError(f"loss.terms {' '.join(words)} names {name} twice")
         terms.append(term)
-    for progress in (0.0, *(term.until for term in terms)):  # where the sum of the weights can be lowest
+    # where the sum of the weights can be lowest
+    for progress in (0.0, *(term.until for term in terms)):
         if not any(term.at(progress) for term in terms):
-            raise ValueError(f"loss.terms {' '.join(words)}: all weights are 0 after {progress:.0%} of the run")
+            raise ValueError(
+                f"loss.terms {' '.join(words)}: all weights are 0 after {progress:.0%} of the run"
+            )
     return terms
 
 
@@ -235,27 +313,33 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
 class LossConfig:
     """The training loss, a weighted sum of terms."""
 
-    # terms of the sum as NAME=WEIGHT, or NAME=START:END@FRACTION for a weight that changes linearly over this fraction
-    # of the run: infonce (CLIP, LLM2CLIP), sigmoid (SigLIP; needs dual.logit_bias_init), cosine (LIFT), multi_positive,
-    # distill (ProCLIP) and patch_reference (both compare with distill.reference), patch_captions (FLAIR)
+    # terms of the sum as NAME=WEIGHT, or NAME=START:END@FRACTION for a weight that changes linearly
+    # over this fraction of the run: infonce (CLIP, LLM2CLIP), sigmoid (SigLIP; needs
+    # dual.logit_bias_init), cosine (LIFT), multi_positive, distill (ProCLIP) and patch_reference
+    # (both compare with distill.reference), patch_captions (FLAIR)
     terms: tuple[str, ...] = ("infonce",)
     weight: float = 1.0  # factor of the sum
-    block: int = 0  # rows of the logits held at once; 0: as many as fit 16 MiB on a CPU, 512 MiB on a GPU
+    # rows of the logits held at once; 0: as many as fit 16 MiB on a CPU, 512 MiB on a GPU
+    block: int = 0
     mask_same_caption: bool = True  # pairs with equal captions are not negatives of each other
     mask_same_image: bool = True  # pairs with the same image are not negatives of each other
-    args: tuple[str, ...] = ()  # settings of a term alone, as NAME=VALUE, or TERM.NAME=VALUE if there are several terms
+    # settings of a term alone, as NAME=VALUE, or TERM.NAME=VALUE if there are several terms
+    args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parse_terms(self.terms)
         if self.block < 0 or not math.isfinite(self.weight):
-            raise ValueError(f"loss.block {self.block} must be >= 0 and loss.weight {self.weight} finite")
+            raise ValueError(
+                f"loss.block {self.block} must be >= 0 and loss.weight {self.weight} finite"
+            )
 
 
 def from_named_args(member: type[Member], words: Sequence[str], *, where: str) -> Member:
-    """An instance of the dataclass ``member``: fields from ``words``, the others with their defaults.
+    """An instance of the dataclass ``member``: fields from ``words``, the others with their
+    defaults.
 
-    Raises ValueError for a word that is not NAME=VALUE, an unknown field, or a value of another type; ``where`` is the
-    option, for the message.
+    Raises ValueError for a word that is not NAME=VALUE, an unknown field, or a value of another
+    type; ``where`` is the option, for the message.
     """
     values: dict[str, Any] = {}
     for word in words:
@@ -270,5 +354,6 @@ def from_named_args(member: type[Member], words: Sequence[str], *, where: str) -
 
 
 def local_world_size() -> int:
-    """Number of ranks on this machine as set by DeepSpeed's or torch's launcher; 1 without a launcher."""
+    """Number of ranks on this machine as set by DeepSpeed's or torch's launcher; 1 without a
+    launcher."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)

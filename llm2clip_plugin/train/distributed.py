@@ -1,6 +1,8 @@
-"""The launcher's processes: join them, choose their device, exchange what they hold, measure where a step's time goes.
+"""The launcher's processes: join them, choose their device, exchange what they hold, measure where
+a step's time goes.
 
-Everything here also works in one process without a process group, so callers need no special case for it.
+Everything here also works in one process without a process group, so callers need no special case
+for it.
 """
 
 import functools
@@ -31,8 +33,9 @@ from llm2clip_plugin.train.wire import pack, unpack
 TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 LOOPBACK = "127.0.0.1"
 MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a line
-# of a step. data: waiting for the loader. communication: features and losses of all ranks, and the reduction of
-# gradients that DeepSpeed begins after the backward pass; what it overlaps with another phase is part of that phase
+# of a step. data: waiting for the loader. communication: features and losses of all ranks, and the
+# reduction of gradients that DeepSpeed begins after the backward pass; what it overlaps with
+# another phase is part of that phase
 PHASES = ("data", "forward", "backward", "optimizer", "communication")
 
 Value = TypeVar("Value")
@@ -56,25 +59,35 @@ def rank(group: Group = None) -> int:
 
 
 def choose_device(name: str = "") -> torch.device:
-    """The named device; by default this rank's GPU, or the CPU if there is none. Raises ValueError for one that this
-    machine does not have."""
+    """The named device; by default this rank's GPU, or the CPU if there is none. Raises ValueError
+    for one that this machine does not have."""
     if not name:
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+        return torch.device(
+            f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        )
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        known = ", ".join(
+            ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        )
         raise ValueError(f"--device {name} is not there; this machine has {known}") from error
 
 
 def gpu_precision() -> Literal["bf16", "fp16"]:
-    """bf16 if every GPU computes in it; fp16 before NVIDIA's Ampere (T4, V100), where torch emulates it slowly."""
+    """bf16 if every GPU computes in it; fp16 before NVIDIA's Ampere (T4, V100), where torch
+    emulates it slowly."""
     devices = range(torch.cuda.device_count())
-    return "bf16" if all(torch.cuda.get_device_capability(device) >= (8, 0) for device in devices) else "fp16"
+    return (
+        "bf16"
+        if all(torch.cuda.get_device_capability(device) >= (8, 0) for device in devices)
+        else "fp16"
+    )
 
 
 def join_ranks(device: torch.device, timeout: float) -> None:
-    """Start the process group, as the launcher's variables say; on one host it listens on the loopback interface.
+    """Start the process group, as the launcher's variables say; on one host it listens on the
+    loopback interface.
 
     timeout: seconds after which a collective that a rank does not join fails.
     """
@@ -88,13 +101,16 @@ def join_ranks(device: torch.device, timeout: float) -> None:
     try:
         if on_one_host():
             use_loopback()
-        number, world = launch_variable("RANK"), launch_variable("WORLD_SIZE")
+        number = launch_variable("RANK")
+        world = launch_variable("WORLD_SIZE")
         limit = timedelta(seconds=timeout)
         store = own_store(number, world, limit)
         if store is None:
             dist.init_process_group(backend, timeout=limit)
         else:
-            dist.init_process_group(backend, timeout=limit, store=store, rank=number, world_size=world)
+            dist.init_process_group(
+                backend, timeout=limit, store=store, rank=number, world_size=world
+            )
     finally:
         timer.cancel()
 
@@ -104,7 +120,9 @@ def launch_variable(name: str) -> int:
     value = os.environ.get(name, "")
     if not value.isdecimal():
         given = f"{name} is {value!r}" if value else f"{name} is not set"
-        raise ValueError(f"{given}; expected a number from a launcher such as torchrun or deepspeed")
+        raise ValueError(
+            f"{given}; expected a number from a launcher such as torchrun or deepspeed"
+        )
     return int(value)
 
 
@@ -136,8 +154,9 @@ def use_loopback() -> None:
 
 
 def own_store(number: int, world: int, timeout: timedelta) -> dist.Store | None:
-    """A store for the process group that other hosts can't reach; None if there are several hosts, or if torchrun has
-    started one. Torch's own listens on all interfaces, whatever MASTER_ADDR says.
+    """A store for the process group that other hosts can't reach; None if there are several hosts,
+    or if torchrun has started one. Torch's own listens on all interfaces, whatever MASTER_ADDR
+    says.
 
     Raises OSError if the port of MASTER_PORT is in use.
     """
@@ -151,9 +170,13 @@ def own_store(number: int, world: int, timeout: timedelta) -> dist.Store | None:
     try:
         listener = socket.create_server((LOOPBACK, port))
     except OSError as error:
-        raise OSError(f"cannot listen on port {port}: {error.strerror}; choose another with --master_port") from error
+        raise OSError(
+            f"cannot listen on port {port}: {error.strerror}; choose another with --master_port"
+        ) from error
     descriptor = listener.detach()  # the store closes it
-    return dist.TCPStore(LOOPBACK, port, world, is_master=True, timeout=timeout, master_listen_fd=descriptor)
+    return dist.TCPStore(
+        LOOPBACK, port, world, is_master=True, timeout=timeout, master_listen_fd=descriptor
+    )
 
 
 def free_port() -> int:
@@ -164,8 +187,8 @@ def free_port() -> int:
 
 
 def set_single_process_environment() -> None:
-    """Without a launcher, set what one would set for a single process; ValueError for one of several tasks of srun or
-    mpirun, each of which would train alone."""
+    """Without a launcher, set what one would set for a single process; ValueError for one of
+    several tasks of srun or mpirun, each of which would train alone."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         for name, launcher in TASKS.items():
             if (tasks := int(os.environ.get(name) or 1)) > 1:
@@ -174,12 +197,14 @@ def set_single_process_environment() -> None:
                     "start torchrun once per node (docs/scaling.md)"
                 )
         port = str(free_port())  # nobody listens on it: own_store needs none
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR=LOOPBACK, MASTER_PORT=port)
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR=LOOPBACK, MASTER_PORT=port
+        )
 
 
 class StepTimer:
-    """Seconds of a step by phase, measured without making the device wait: where one phase ends and the next begins, a
-    clock is read, or an event of the GPU recorded."""
+    """Seconds of a step by phase, measured without making the device wait: where one phase ends and
+    the next begins, a clock is read, or an event of the GPU recorded."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -198,22 +223,27 @@ class StepTimer:
         self._mark("data")
 
     def switch(self, phase: str) -> str:
-        """Another phase begins, "" as the step ends; returns the one before, "" (nothing is measured) between steps."""
+        """Another phase begins, "" as the step ends; returns the one before, "" (nothing is
+        measured) between steps."""
         before = self._marks[-1][0] if self._marks else ""
         if before and before != phase:
             self._mark(phase)
         return before
 
     def lap(self) -> dict[str, float]:
-        """Seconds by phase of the mean step since the last call; waits for the device to finish the last one."""
-        marks, self._marks = self._marks, []
+        """Seconds by phase of the mean step since the last call; waits for the device to finish the
+        last one."""
+        marks = self._marks
+        self._marks = []
         if self._on_gpu and marks:
             marks[-1][1].synchronize()
         sums: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         steps = sum(not phase for phase, _ in marks)
         for (phase, first), (_, last) in itertools.pairwise(marks):
             if phase:
-                sums[phase] += (first.elapsed_time(last) / 1000 if self._on_gpu else last - first) / steps
+                sums[phase] += (
+                    first.elapsed_time(last) / 1000 if self._on_gpu else last - first
+                ) / steps
         return sums
 
 
@@ -221,8 +251,8 @@ _active: StepTimer | None = None
 
 
 class timed(ContextDecorator):  # noqa: N801 - used like a function; a generator would cost twice as much
-    """``with timed("backward"):`` the block is this phase of the step; the phase around it is interrupted. Also a
-    decorator of a function."""
+    """``with timed("backward"):`` the block is this phase of the step; the phase around it is
+    interrupted. Also a decorator of a function."""
 
     def __init__(self, phase: str) -> None:
         self.phase = phase
@@ -239,7 +269,8 @@ class timed(ContextDecorator):  # noqa: N801 - used like a function; a generator
 
 
 def gather_rows(local: Tensor, group: Group = None) -> Tensor:
-    """(b, ...) on each rank -> (world * b, ...) in order of rank, without gradient. Every rank must hold b rows."""
+    """(b, ...) on each rank -> (world * b, ...) in order of rank, without gradient. Every rank must
+    hold b rows."""
     local = local.detach().contiguous()
     if world_size(group) == 1:
         return local
@@ -255,11 +286,14 @@ def gather_together(*tensors: Tensor, group: Group = None) -> list[Tensor]:
         return [gather_rows(local, group) for local in tensors]
     rows = [local.detach().contiguous().view(torch.uint8) for local in tensors]
     gathered = gather_rows(torch.cat(rows, 1), group).split([row.shape[1] for row in rows], 1)
-    return [part.contiguous().view(local.dtype) for part, local in zip(gathered, tensors, strict=True)]
+    return [
+        part.contiguous().view(local.dtype) for part, local in zip(gathered, tensors, strict=True)
+    ]
 
 
 def sum_over_ranks(value: Tensor, group: Group = None) -> Tensor:
-    """Sum in place over ranks; returns ``value``. Its device may be one that the backend cannot send from."""
+    """Sum in place over ranks; returns ``value``. Its device may be one that the backend cannot
+    send from."""
     if world_size(group) == 1:
         return value
     with timed("communication"):
@@ -272,7 +306,8 @@ def sum_over_ranks(value: Tensor, group: Group = None) -> Tensor:
 
 
 def sum_own_rows(values: Tensor, group: Group = None) -> Tensor:
-    """(world * b, ...) on each rank -> (b, ...), this rank's rows of the sum over ranks: half of a sum's traffic."""
+    """(world * b, ...) on each rank -> (b, ...), this rank's rows of the sum over ranks: half of a
+    sum's traffic."""
     if world_size(group) == 1:
         return values
     own = values.new_empty((len(values) // world_size(group), *values.shape[1:]))
@@ -307,7 +342,11 @@ def broadcast_object(value: Value) -> Value:
     """Rank 0's value on every rank; see ``wire.pack``."""
     if world_size() == 1:
         return value
-    data = _bytes_of(value) if rank() == 0 else torch.empty(0, dtype=torch.uint8, device=_sending_device())
+    data = (
+        _bytes_of(value)
+        if rank() == 0
+        else torch.empty(0, dtype=torch.uint8, device=_sending_device())
+    )
     size = torch.tensor([len(data)], device=data.device)
     dist.broadcast(size, src=0)
     if rank() > 0:
@@ -330,7 +369,8 @@ def _bytes_of(value: object, group: Group = None) -> Tensor:
 
 
 def _padded(value: object, group: Group) -> tuple[Tensor, list[int]]:
-    """The packed value, as long as the longest of all ranks, and the sizes of all ranks' values in bytes."""
+    """The packed value, as long as the longest of all ranks, and the sizes of all ranks' values in
+    bytes."""
     data = _bytes_of(value, group)
     size = torch.tensor([len(data)], device=data.device)
     all_sizes = [torch.empty_like(size) for _ in range(world_size(group))]
@@ -343,30 +383,40 @@ def _padded(value: object, group: Group) -> tuple[Tensor, list[int]]:
 
 def _unpadded(parts: list[Tensor], sizes: list[int]) -> list[Any]:
     """The values of padded parts; none if there are none."""
-    return [unpack(part[:size].cpu().numpy().tobytes()) for part, size in zip(parts, sizes, strict=False)]
+    return [
+        unpack(part[:size].cpu().numpy().tobytes())
+        for part, size in zip(parts, sizes, strict=False)
+    ]
 
 
 _turns = itertools.count()  # of on_first_rank and leaving_together: the same on every rank
 
 
 def on_first_rank(work: Callable[[], Value]) -> Value:
-    """Call ``work`` on rank 0 alone; returns its (small) result on every rank, which all must call this.
+    """Call ``work`` on rank 0 alone; returns its (small) result on every rank, which all must call
+    this.
 
-    The others wait in no collective, so ``work`` may take hours, whatever the group's timeout. If it raises ValueError
-    or OSError, they raise FirstRankError. For the results that can be sent, see ``wire.pack``.
+    The others wait in no collective, so ``work`` may take hours, whatever the group's timeout. If
+    it raises ValueError or OSError, they raise FirstRankError. For the results that can be sent,
+    see ``wire.pack``.
     """
     if world_size() == 1:
         return work()
     store, key = _turn()
     if rank() == 0:
         try:
-            result, error = work(), None
+            result = work()
+            error = None
         except (ValueError, OSError) as raised:
-            result, error = None, raised
+            result = None
+            error = raised
         answer = pack([result, None if error is None else str(error)])
         store.set(key, answer)  # pyright: ignore[reportArgumentType]
         # rank 0 may host the store: if it ended now, the others would not get the answer
-        _poll(lambda: store.add(f"{key}/read", 0) == world_size() - 1, limit=math.inf if error is None else 30.0)
+        _poll(
+            lambda: store.add(f"{key}/read", 0) == world_size() - 1,
+            limit=math.inf if error is None else 30.0,
+        )
         if error is not None:
             raise error
         return result  # pyright: ignore[reportReturnType]
@@ -380,7 +430,8 @@ def on_first_rank(work: Callable[[], Value]) -> Value:
 
 @contextmanager
 def leaving_together() -> Iterator[None]:
-    """Every rank enters the block, and none leaves it before all are at its end; no collective limits their time."""
+    """Every rank enters the block, and none leaves it before all are at its end; no collective
+    limits their time."""
     if world_size() == 1:
         yield
         return
@@ -398,21 +449,24 @@ def _turn() -> tuple[dist.Store, str]:
 
 @functools.cache
 def _session(store: dist.Store) -> str:
-    """A name of this process group. torchrun's store outlives a restart, with the answers of the ranks before it."""
+    """A name of this process group. torchrun's store outlives a restart, with the answers of the
+    ranks before it."""
     return broadcast_object(uuid.uuid4().hex)
 
 
 def _poll(ready: Callable[[], bool], *, limit: float = math.inf) -> None:
     """Wait until ``ready``, at most ``limit`` seconds, so that signals are still handled."""
-    pause, deadline = 0.005, time.monotonic() + limit
+    pause = 0.005
+    deadline = time.monotonic() + limit
     while not ready() and time.monotonic() < deadline:
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
 
 
 def set_tf32(tf32: Tf32, precision: str, device: torch.device) -> None:
-    """Allow or forbid TF32, with 10 bits of mantissa, in products and convolutions of fp32 tensors on a GPU; auto:
-    where the features come from half precision anyway, whose 7 or 10 bits round as much."""
+    """Allow or forbid TF32, with 10 bits of mantissa, in products and convolutions of fp32 tensors
+    on a GPU; auto: where the features come from half precision anyway, whose 7 or 10 bits round as
+    much."""
     if device.type == "cuda":
         allowed = tf32 == "on" or (tf32 == "auto" and precision != "fp32")
         torch.set_float32_matmul_precision("high" if allowed else "highest")

@@ -1,5 +1,6 @@
-"""The only import of DeepSpeed: an engine that trains a module, reads and writes its state, and the copies of the
-weights that follow the training: the moving average that is exported, and the frozen tower of loss terms.
+"""The only import of DeepSpeed: an engine that trains a module, reads and writes its state, and the
+copies of the weights that follow the training: the moving average that is exported, and the frozen
+tower of loss terms.
 """
 
 import atexit
@@ -19,7 +20,11 @@ import numpy
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -43,21 +48,25 @@ from llm2clip_plugin.train.optim import (
     zero_stage,
 )
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # read by the import below
+# read by the import below
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # else a warning: it is "untested"
-OLDEST_DEEPSPEED = Version("0.19.8")  # leaves out all non-finite updates; waits for gathers that gloo ends in any order
+# leaves out all non-finite updates; waits for gathers that gloo ends in any order
+OLDEST_DEEPSPEED = Version("0.19.8")
 EXCHANGED = 1 << 24  # values, or rows, of a master that are exchanged at once: 64 MiB of a flat one
-Copy = Callable[..., Tensor]  # of (name, value, dtype or that of the value): checkpoint.on_host on rank 0
+# of (name, value, dtype or that of the value): checkpoint.on_host on rank 0
+Copy = Callable[..., Tensor]
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
-    """Join the process group (of one process, without a launcher); returns this rank's device. timeout: of collectives,
-    in this group and DeepSpeed's own. Raises as ``join_ranks``."""
+    """Join the process group (of one process, without a launcher); returns this rank's device.
+    timeout: of collectives, in this group and DeepSpeed's own. Raises as ``join_ranks``."""
     set_single_process_environment()
     prepare_deepspeed()
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of groups made without one, as by DeepSpeed
+    # of groups made without one, as by DeepSpeed
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(dist.distributed_c10d, name, timedelta(seconds=timeout))
     device = choose_device()
     if not dist.is_initialized():
@@ -69,8 +78,8 @@ def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
 
 
 def prepare_deepspeed() -> None:
-    """Keep DeepSpeed's informational log lines off the terminal, and its shared-memory extension, which only serves
-    tensor-parallel inference on CPUs, from being compiled for a minute."""
+    """Keep DeepSpeed's informational log lines off the terminal, and its shared-memory extension,
+    which only serves tensor-parallel inference on CPUs, from being compiled for a minute."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     quiet_deepspeed()
 
@@ -83,18 +92,21 @@ def check_deepspeed(config: dict[str, Any], where: str) -> None:
     try:
         deepspeed.DeepSpeedConfig({**config, "train_batch_size": batch})
     except Exception as error:  # DeepSpeed's own, pydantic's, or what its reader stumbles over
-        raise ValueError(f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}"
+        ) from error
 
 
 class Engine:
     """A module, its optimizer and DeepSpeed's engine over both.
 
-    One optimizer step is ``accumulation`` times forward, ``backward`` and ``step``. Gradients are summed over the
-    micro-batches and averaged over the ranks.
+    One optimizer step is ``accumulation`` times forward, ``backward`` and ``step``. Gradients are
+    summed over the micro-batches and averaged over the ranks.
 
-    Weights and moments are read and written one parameter at a time, complete, in fp32 and under the module's own
-    names, whatever the ZeRO stage, the precision and the number of ranks: a checkpoint of 8 ranks under ZeRO-3 resumes
-    on 2 under ZeRO-1. The moments of an optimizer ``by_rank`` are the exception. Every rank calls each of these.
+    Weights and moments are read and written one parameter at a time, complete, in fp32 and under
+    the module's own names, whatever the ZeRO stage, the precision and the number of ranks: a
+    checkpoint of 8 ranks under ZeRO-3 resumes on 2 under ZeRO-1. The moments of an optimizer
+    ``by_rank`` are the exception. Every rank calls each of these.
     """
 
     def __init__(
@@ -106,14 +118,23 @@ class Engine:
         *,
         keep_frozen: bool = True,
     ) -> None:
-        """groups: see optim.parameter_groups. config: of optim.complete. keep_frozen: checkpoints include what is
-        frozen; not so for an LLM, whose weights are in its own files."""
-        self.stage, self.module, self.keep_frozen = zero_stage(config), module, keep_frozen
-        on_gpu, offloads = torch.cuda.is_available(), offloads_optimizer(config)
+        """groups: see optim.parameter_groups. config: of optim.complete. keep_frozen: checkpoints
+        include what is frozen; not so for an LLM, whose weights are in its own files."""
+        self.stage = zero_stage(config)
+        self.module = module
+        self.keep_frozen = keep_frozen
+        on_gpu = torch.cuda.is_available()
+        offloads = offloads_optimizer(config)
         if self.stage and Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
-            raise ValueError(f"deepspeed {deepspeed.__version__} may update with NaN; use {OLDEST_DEEPSPEED} or newer")
+            raise ValueError(
+                f"deepspeed {deepspeed.__version__} may update with NaN; use {OLDEST_DEEPSPEED} or newer"
+            )
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
-        whole = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad or p.numel() == 1}
+        whole = {
+            name: p.detach()
+            for name, p in module.named_parameters()
+            if p.requires_grad or p.numel() == 1
+        }
         self.optimizer = chosen_optimizer(optim)
         hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
         rates: dict[Tensor, Rates] = {}
@@ -127,33 +148,49 @@ class Engine:
         else:
             optimizer = self.optimizer.make(groups, **hyper)
         prepare_deepspeed()
-        # step() computes the gradient norm of ZeRO-0 anyway; DeepSpeed's own clipping would compute it again
+        # step() computes the gradient norm of ZeRO-0 anyway; DeepSpeed's own clipping would compute
+        # it again
         self._clip = float(config.get("gradient_clipping", 0.0)) if self.stage == 0 else 0.0
         config = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
-        with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory, group by group
-            device_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        # BF16_Optimizer prints its memory, group by group
+        with contextlib.redirect_stdout(io.StringIO()):
+            device_engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config
+            )
         self.device_engine: Any = device_engine  # its optimizer is one of a dozen classes
         # DeepSpeed would also write the learning rate, by samples since the last start
-        self._monitor, self.device_engine.monitor = self.device_engine.monitor, SimpleNamespace(enabled=False)
+        self._monitor = self.device_engine.monitor
+        self.device_engine.monitor = SimpleNamespace(enabled=False)
         # DeepSpeed would call W&B for each value
-        self._wandb, self._monitor.wandb_monitor = self._monitor.wandb_monitor, None
-        self.pictures: dict[str, tuple[Any, str]] = {}  # with their texts, for the monitors' next values
-        self.device_engine.allreduce_gradients = timed("communication")(self.device_engine.allreduce_gradients)
+        self._wandb = self._monitor.wandb_monitor
+        self._monitor.wandb_monitor = None
+        # with their texts, for the monitors' next values
+        self.pictures: dict[str, tuple[Any, str]] = {}
+        self.device_engine.allreduce_gradients = timed("communication")(
+            self.device_engine.allreduce_gradients
+        )
         if isinstance(optimizer, FlatAdamW):
             optimizer.parts = self._parts(rates)
-            if getattr(device_engine.optimizer, "compute_grad_norm", False):  # which is not finite if a gradient is not
-                self.device_engine.optimizer.check_overflow = lambda **_: None  # the same, by another collective
+            # which is not finite if a gradient is not
+            if getattr(device_engine.optimizer, "compute_grad_norm", False):
+                # the same, by another collective
+                self.device_engine.optimizer.check_overflow = lambda **_: None
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
         self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.grad_norm: float | None = None  # global, of the last step, before clipping; None if DeepSpeed reports none
+        # global, of the last step, before clipping; None if DeepSpeed reports none
+        self.grad_norm: float | None = None
         if self._scaler is not None:
-            self._scaler.raise_error_at_min_scale = False  # the loop ends the run, and names the samples
+            # the loop ends the run, and names the samples
+            self._scaler.raise_error_at_min_scale = False
         if any(p.dtype != torch.float32 for _, p in self.trained):
             self.write_trained(whole)
-        self._constants = {p: whole[n] for n, p in module.named_parameters() if n in whole and not p.requires_grad}
+        self._constants = {
+            p: whole[n] for n, p in module.named_parameters() if n in whole and not p.requires_grad
+        }
         if self.stage == 0 and world_size() == 1:
-            self.device_engine.enable_backward_allreduce = False  # it would copy every gradient there and back
+            # it would copy every gradient there and back
+            self.device_engine.enable_backward_allreduce = False
 
     def __call__(self, *inputs: Tensor | None, **options: int) -> Any:
         """The forward pass of the module."""
@@ -161,7 +198,8 @@ class Engine:
 
     @timed("backward")
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``; it is summed, not averaged, over the micro-batches of a step."""
+        """Add the gradient of ``loss``; it is summed, not averaged, over the micro-batches of a
+        step."""
         self.device_engine.backward(loss * self.accumulation)  # DeepSpeed divides by it
 
     @timed("optimizer")
@@ -170,7 +208,8 @@ class Engine:
         if self.stage == 0 and self.device_engine.is_gradient_accumulation_boundary():
             grads = [p.grad for _, p in self.trained if p.grad is not None]
             self.grad_norm = float(nn.utils.get_total_norm(grads))
-            if not math.isfinite(self.grad_norm):  # DeepSpeed leaves such an update out from ZeRO-1 on
+            # DeepSpeed leaves such an update out from ZeRO-1 on
+            if not math.isfinite(self.grad_norm):
                 self.device_engine.skipped_steps += 1
                 for _, parameter in self.trained:
                     parameter.grad = None
@@ -179,11 +218,14 @@ class Engine:
         self.device_engine.step()
 
     def read(self, numbers: Tensor) -> list[float]:
-        """(n,) numbers of the last step on the host, which waits for the device, and ``grad_norm`` with them."""
+        """(n,) numbers of the last step on the host, which waits for the device, and ``grad_norm``
+        with them."""
         norm = self.device_engine.get_global_grad_norm() if self.stage else self.grad_norm
         if norm is None:
             return numbers.tolist()
-        *values, self.grad_norm = torch.cat([numbers, torch.as_tensor(norm).to(numbers).reshape(1)]).tolist()
+        *values, self.grad_norm = torch.cat(
+            [numbers, torch.as_tensor(norm).to(numbers).reshape(1)]
+        ).tolist()
         return values
 
     @property
@@ -193,7 +235,8 @@ class Engine:
 
     @property
     def can_lower_loss_scale(self) -> bool:
-        """Whether the next overflow in fp16 makes the loss scale smaller: a dynamic one, not at its minimum yet."""
+        """Whether the next overflow in fp16 makes the loss scale smaller: a dynamic one, not at its
+        minimum yet."""
         scaler = self._scaler
         return scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
 
@@ -203,8 +246,8 @@ class Engine:
         return self.device_engine.optimizer.param_groups
 
     def fp32(self, parameter: nn.Parameter) -> Tensor:
-        """The full value of a trained parameter, or of a frozen one of one element, as it was before DeepSpeed rounded
-        it; a collective if the weights are partitioned or rounded."""
+        """The full value of a trained parameter, or of a frozen one of one element, as it was
+        before DeepSpeed rounded it; a collective if the weights are partitioned or rounded."""
         if not parameter.requires_grad:
             return self._constants[parameter].to(self.device, torch.float32)
         exact = self.stage < 3 and parameter.dtype == torch.float32
@@ -216,26 +259,35 @@ class Engine:
         """Clamp a trained parameter and its fp32 master; returns a copy of the latter, complete."""
         master = self.fp32(parameter)
         clamped = master.clamp(low, high)
-        if self.stage < 3 or not torch.equal(master, clamped):  # the comparison makes the host wait, writing does not
+        # the comparison makes the host wait, writing does not
+        if self.stage < 3 or not torch.equal(master, clamped):
             self._write(parameter, clamped)
             with self.gathered([parameter], modify=True):
                 parameter.data.clamp_(low, high)
         return clamped
 
-    def gathered(self, parameters: list[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[None]:
-        """Full values of parameters that ZeRO-3 has partitioned; ``modify``: rank 0's changes are kept."""
+    def gathered(
+        self, parameters: list[nn.Parameter], *, modify: bool = False
+    ) -> AbstractContextManager[None]:
+        """Full values of parameters that ZeRO-3 has partitioned; ``modify``: rank 0's changes are
+        kept."""
         modifier = 0 if modify else None
-        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier, enabled=self.stage == 3)
+        return deepspeed.zero.GatheredParameters(
+            parameters, modifier_rank=modifier, enabled=self.stage == 3
+        )
 
     def report(self, values: dict[str, float], samples: int) -> None:
-        """Send labeled values and ``pictures`` to DeepSpeed's monitors (TensorBoard, W&B, CSV), from rank 0; to W&B in
-        one call."""
+        """Send labeled values and ``pictures`` to DeepSpeed's monitors (TensorBoard, W&B, CSV),
+        from rank 0; to W&B in one call."""
         if not self._monitor.enabled:
             return
         if self._wandb is not None:
             import wandb
 
-            shown = {name: wandb.Image(picture, caption=text) for name, (picture, text) in self.pictures.items()}
+            shown = {
+                name: wandb.Image(picture, caption=text)
+                for name, (picture, text) in self.pictures.items()
+            }
             self._wandb.log({**values, **shown}, step=samples)
         if self._monitor.tb_monitor is not None:
             for name, (picture, text) in self.pictures.items():
@@ -246,7 +298,8 @@ class Engine:
         self.pictures.clear()
 
     def weights(self, copy: Copy | None) -> dict[str, Tensor]:
-        """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on ranks without one."""
+        """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on
+        ranks without one."""
         values = self.read_trained(copy)
         for name, parameter in self.module.named_parameters():
             if self.keep_frozen and not parameter.requires_grad:
@@ -255,14 +308,16 @@ class Engine:
                         values[name] = copy(name, parameter, torch.float32)
         if copy and self.keep_frozen:
             persistent = self.module.state_dict(keep_vars=True).keys()
-            values |= {n: copy(n, buffer) for n, buffer in self.module.named_buffers() if n in persistent}
+            values |= {
+                n: copy(n, buffer) for n, buffer in self.module.named_buffers() if n in persistent
+            }
         return values
 
     def read_trained(
         self, copy: Copy | None, names: Collection[str] | None = None, suffix: str = ""
     ) -> dict[str, Tensor]:
-        """The masters of trained parameters (names: all by default), as made by ``copy`` under NAME + suffix; {} on
-        ranks without one."""
+        """The masters of trained parameters (names: all by default), as made by ``copy`` under NAME
+        + suffix; {} on ranks without one."""
         values: dict[str, Tensor] = {}
         for name, parameter in self.trained:
             if names is None or name in names:
@@ -279,8 +334,8 @@ class Engine:
 
     @contextmanager
     def exchanged(self, others: list[Tensor]) -> Iterator[None]:
-        """Inside the block, ``masters()`` hold the values of ``others``, and ``others`` theirs, to be read and written
-        by name."""
+        """Inside the block, ``masters()`` hold the values of ``others``, and ``others`` theirs, to
+        be read and written by name."""
         self._exchange(others)
         yield
         self._exchange(others)
@@ -288,13 +343,16 @@ class Engine:
     @torch.no_grad()
     def _exchange(self, others: list[Tensor]) -> None:
         for pair in zip(self.masters(), others, strict=True):
-            for master, other in zip(*(torch.atleast_1d(each.data).split(EXCHANGED) for each in pair), strict=True):
+            for master, other in zip(
+                *(torch.atleast_1d(each.data).split(EXCHANGED) for each in pair), strict=True
+            ):
                 value = master.clone()
                 master.copy_(other)
                 other.copy_(value)
 
     def moments(self, copy: Copy | None) -> dict[str, Tensor]:
-        """The optimizer's moments, as made by ``copy``; {} before the first update and on ranks without one."""
+        """The optimizer's moments, as made by ``copy``; {} before the first update and on ranks
+        without one."""
         if self.updates == 0:
             return {}
         if self.optimizer.by_rank:
@@ -308,7 +366,10 @@ class Engine:
     def _moment(self, name: str) -> list[Tensor]:
         """That of each master; zeros of one that has had no gradient."""
         states = self._base.state
-        return [states[one][name] if one in states else torch.zeros_like(one.data) for one in self.masters()]
+        return [
+            states[one][name] if one in states else torch.zeros_like(one.data)
+            for one in self.masters()
+        ]
 
     def _moments_by_rank(self) -> Iterator[tuple[str, Tensor]]:
         """Those of all ranks, whose masters have the same shapes."""
@@ -320,23 +381,31 @@ class Engine:
                 yield name, value
 
     def _held(self, source: int) -> Iterator[tuple[str, Tensor]]:
-        """The moments of this rank's masters, named as if it were rank ``source``: ``zero2-of-4.0.1.state1`` is of rank
-        0's second master. One that is too small for 8 bits has fewer."""
+        """The moments of this rank's masters, named as if it were rank ``source``:
+        ``zero2-of-4.0.1.state1`` is of rank 0's second master. One that is too small for 8 bits has
+        fewer."""
         for number, master in enumerate(self.masters()):
             state = self._base.state.get(master, {})
             for moment in filter(state.__contains__, self.optimizer.moments):
-                yield f"zero{self.stage}-of-{self._parted}.{source}.{number}.{moment}", state[moment]
+                yield (
+                    f"zero{self.stage}-of-{self._parted}.{source}.{number}.{moment}",
+                    state[moment],
+                )
 
     @property
     def _parted(self) -> int:
         """Among how many ranks the masters are parted."""
         return world_size() if self.stage else 1
 
-    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held ``weights`` when the
-        engine was made; here the fp32 masters get the digits that a half-precision module lost.
+    def restore(
+        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held
+        ``weights`` when the engine was made; here the fp32 masters get the digits that a
+        half-precision module lost.
 
-        Raises ValueError if another kind of optimizer wrote the moments, or one ``by_rank`` on other ranks.
+        Raises ValueError if another kind of optimizer wrote the moments, or one ``by_rank`` on
+        other ranks.
         """
         self.write_trained(weights)
         if moments:
@@ -350,8 +419,14 @@ class Engine:
                 setattr(scaler, field, value)
 
     def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
-        if not any(f"{name}.{moment}" in moments for name, _ in self.trained for moment in self.optimizer.moments):
-            raise ValueError(f"the checkpoint has no moments of {self.optimizer.name}: resume with its own --optimizer")
+        if not any(
+            f"{name}.{moment}" in moments
+            for name, _ in self.trained
+            for moment in self.optimizer.moments
+        ):
+            raise ValueError(
+                f"the checkpoint has no moments of {self.optimizer.name}: resume with its own --optimizer"
+            )
         for moment in self.optimizer.moments:
             with self.exchanged(self._moment(moment)):
                 self.write_trained(moments, f".{moment}")
@@ -369,12 +444,17 @@ class Engine:
     @property
     def updates(self) -> int:
         """Updates that the optimizer has made; fp16 steps that overflowed don't count."""
-        return next((int(state["step"]) for state in self._base.state.values() if "step" in state), 0)
+        return next(
+            (int(state["step"]) for state in self._base.state.values() if "step" in state), 0
+        )
 
     def scaler_state(self) -> dict[str, Any]:
         """Updates, and the fields of the fp16 loss scale."""
         fields = vars(self._scaler) if self._scaler is not None else {}
-        return {"updates": self.updates, "scaler": {key: fields[key] for key in SCALER_FIELDS if key in fields}}
+        return {
+            "updates": self.updates,
+            "scaler": {key: fields[key] for key in SCALER_FIELDS if key in fields},
+        }
 
     def _read(self, parameter: nn.Parameter) -> Any:
         """The full fp32 master; a collective under ZeRO."""
@@ -383,7 +463,8 @@ class Engine:
     def _write(self, parameter: Any, value: Tensor) -> None:
         """The inverse of ``_read``: each rank writes its part of ``value``."""
         if self.stage == 3:
-            # safe_set_full_fp32_param runs past the end of a parameter whose size is not a multiple of the ranks
+            # safe_set_full_fp32_param runs past the end of a parameter whose size is not a multiple
+            # of the ranks
             size = parameter.ds_tensor.numel()
             padded = value.new_zeros(size * world_size())
             padded[: value.numel()] = value.flatten()
@@ -402,10 +483,13 @@ class Engine:
     @property
     def _scaler(self) -> Any:
         """The object that holds the dynamic loss scale; None if nothing is scaled."""
-        return self.device_engine.optimizer.loss_scaler if self.device_engine.fp16_enabled() else None
+        return (
+            self.device_engine.optimizer.loss_scaler if self.device_engine.fp16_enabled() else None
+        )
 
     def masters(self) -> list[Tensor]:
-        """The fp32 tensors that the optimizer updates on this rank: the parameters, or flat partitions of them."""
+        """The fp32 tensors that the optimizer updates on this rank: the parameters, or flat
+        partitions of them."""
         optimizer = self.device_engine.optimizer
         if self.stage == 3:
             return optimizer.fp32_partitioned_groups_flat
@@ -417,15 +501,19 @@ class Engine:
 
     def _parts(self, rates: Mapping[Tensor, Rates]) -> dict[Tensor, dict[Rates, list[slice]]]:
         """Where this rank's masters hold parameters of the same rates, under ZeRO-1 and 2."""
-        optimizer, parts = self.device_engine.optimizer, {}
-        layers = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
+        optimizer = self.device_engine.optimizer
+        parts = {}
+        layers = (
+            optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
+        )
         for master, parameters in zip(self.masters(), layers, strict=True):
             by_rate: dict[Rates, list[slice]] = parts.setdefault(master, {})
             for parameter in parameters:
                 if parameter._hp_mapping is None:  # another rank's
                     continue
                 address = parameter._hp_mapping.get_hp_fragment_address()
-                slices, start = by_rate.setdefault(rates[parameter], []), address.start
+                slices = by_rate.setdefault(rates[parameter], [])
+                start = address.start
                 if slices and slices[-1].stop == start:  # together with the one before it
                     start = slices.pop().start
                 slices.append(slice(start, address.start + address.numel))
@@ -433,11 +521,12 @@ class Engine:
 
 
 class Reference:
-    """A moving average of the trained weights, and the frozen module that computes with it, if there is one.
+    """A moving average of the trained weights, and the frozen module that computes with it, if
+    there is one.
 
-    average <- d average + (1 - d) weight after each step, of the fp32 masters: an average of bf16 weights would not
-    move with updates below a bf16 ulp. Under ZeRO each rank averages its partition of the masters, without ZeRO all
-    weights; nothing is sent until the values are read.
+    average <- d average + (1 - d) weight after each step, of the fp32 masters: an average of bf16
+    weights would not move with updates below a bf16 ulp. Under ZeRO each rank averages its
+    partition of the masters, without ZeRO all weights; nothing is sent until the values are read.
     """
 
     def __init__(
@@ -450,17 +539,24 @@ class Reference:
         updates: int = 0,
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """decay: d; 1 stays at the weights of the start. warmup: d = min(decay, (1 + n) / (10 + n)) after n updates, so
-        that early weights are forgotten quickly. module: of ``frozen_copy``. values: of a checkpoint, by name; without
-        them the average starts at the weights."""
-        self.engine, self.decay, self.warmup, self.updates, self.module = engine, decay, warmup, updates, module
+        """decay: d; 1 stays at the weights of the start. warmup: d = min(decay, (1 + n) / (10 + n))
+        after n updates, so that early weights are forgotten quickly. module: of ``frozen_copy``.
+        values: of a checkpoint, by name; without them the average starts at the weights."""
+        self.engine = engine
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = updates
+        self.module = module
         self.averages = [master.detach().clone() for master in engine.masters()]
         if values:
             with engine.exchanged(self.averages):
                 engine.write_trained(values)
         self.names = [name for name, _ in engine.trained]
         if module is not None:
-            module.to(engine.device, next(p.dtype for p in engine.module.parameters() if p.is_floating_point()))
+            module.to(
+                engine.device,
+                next(p.dtype for p in engine.module.parameters() if p.is_floating_point()),
+            )
             own = dict(module.named_parameters())
             self.names = [name for name in self.names if name in own]
             self._show()
@@ -471,20 +567,26 @@ class Reference:
         self.updates += 1
         if self.decay == 1:
             return
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        decay = (
+            min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        )
         torch._foreach_lerp_(self.averages, self.engine.masters(), 1 - decay)
         if self.module is not None:
             self._show()
 
     def values(self, copy: Copy | None) -> dict[str, Tensor]:
-        """The averages by name, as made by ``copy``, {} on ranks without one; every rank must call this."""
+        """The averages by name, as made by ``copy``, {} on ranks without one; every rank must call
+        this."""
         with self.engine.exchanged(self.averages):
             return self.engine.read_trained(copy, self.names)
 
     @torch.no_grad()
-    def encode(self, pixel_values: Tensor, layer: int | None = None, **shapes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, 3, S, S) preprocessed pixels -> the module's features (B, D), L2-normalized, and the patches (B, T, H) of
-        its hidden state ``layer``, None without one; float32, without gradient. ``shapes``: spatial_shapes."""
+    def encode(
+        self, pixel_values: Tensor, layer: int | None = None, **shapes: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, 3, S, S) preprocessed pixels -> the module's features (B, D), L2-normalized, and the
+        patches (B, T, H) of its hidden state ``layer``, None without one; float32, without
+        gradient. ``shapes``: spatial_shapes."""
         if layer is None:
             return self.module.encode_image(pixel_values, **shapes), None
         return self.module.encode_with_patches(pixel_values, patches=layer, **shapes)[:2]
@@ -498,7 +600,8 @@ class Reference:
 
 
 def frozen_copy(dual: Any) -> Any:
-    """The image side of a dual encoder in evaluation mode, to be made before DeepSpeed may partition ``dual``."""
+    """The image side of a dual encoder in evaluation mode, to be made before DeepSpeed may
+    partition ``dual``."""
     module = copy.deepcopy(dual)
     module.text_adapter = None
     return module.eval().requires_grad_(False)

@@ -1,5 +1,5 @@
-"""What keeps ranks from hanging and from training on different things: a watch over all of them, facts that are
-compared before the first step, one run in a folder, weights that are finite.
+"""What keeps ranks from hanging and from training on different things: a watch over all of them,
+facts that are compared before the first step, one run in a folder, weights that are finite.
 """
 
 import errno
@@ -54,7 +54,8 @@ WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # files whose frames w
 WAITING_FUNCTIONS = ("_poll",)  # of this package, which do so, too
 SEEN_WITHIN = 5.0  # seconds after which a file written on one host must be visible on the others
 LISTED = 12  # differing facts that a message lists
-LEASE = 100.0  # seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
+# seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
+LEASE = 100.0
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 Facts = Mapping[str, str]  # what is compared -> this rank's value
@@ -62,7 +63,8 @@ Facts = Mapping[str, str]  # what is compared -> this rank's value
 
 @contextmanager
 def watched_group() -> Iterator[tuple[int, int]]:
-    """(rank, world size) of the launcher's processes, which watch each other in the block; (0, 1) of one process."""
+    """(rank, world size) of the launcher's processes, which watch each other in the block; (0, 1)
+    of one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
         return
@@ -75,11 +77,13 @@ def watched_group() -> Iterator[tuple[int, int]]:
 
 
 class Watch(AbstractContextManager[None]):
-    """A thread of a rank, which ends with it, while its main thread is inside of the block; each rank must enter it.
+    """A thread of a rank, which ends with it, while its main thread is inside of the block; each
+    rank must enter it.
 
-    It names this rank if it makes no progress, and reads the errors of the others from the process group's store. An
-    exception that leaves the block ends all ranks, on NCCL, too, where they wait in a kernel that no exception and no
-    signal handler reaches; where it was only the consequence of another rank's, it becomes a RankFailedError.
+    It names this rank if it makes no progress, and reads the errors of the others from the process
+    group's store. An exception that leaves the block ends all ranks, on NCCL, too, where they wait
+    in a kernel that no exception and no signal handler reaches; where it was only the consequence
+    of another rank's, it becomes a RankFailedError.
     """
 
     def __init__(self, straggler_seconds: float) -> None:
@@ -98,26 +102,34 @@ class Watch(AbstractContextManager[None]):
             return
         # a store of its own: a blocked request of one client blocks the client's other requests
         store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
-        self.store = dist.PrefixStore(f"llm2clip/watch/{broadcast_object(os.urandom(6).hex())}", store)
+        self.store = dist.PrefixStore(
+            f"llm2clip/watch/{broadcast_object(os.urandom(6).hex())}", store
+        )
         self.store.set_timeout(timedelta(seconds=30))
         self.store.set(f"name/{rank()}", f"{socket.gethostname()}, pid {os.getpid()}")
         self._thread.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: object
+    ) -> None:
         self._stopped.set()
-        if self._thread.is_alive():  # a process that ends while it writes leaves half a record in a FileStore
+        # a process that ends while it writes leaves half a record in a FileStore
+        if self._thread.is_alive():
             self._thread.join(GRACE)
         if error is None or isinstance(error, StoppedError) or world_size() == 1:
             return
         _end_within_grace()
         if isinstance(error, (SameOnAllRanksError, FirstRankError)):
             return
-        lost, until = isinstance(error, RuntimeError) and lost_rank(error), time.monotonic() + 3.0
+        lost = isinstance(error, RuntimeError) and lost_rank(error)
+        until = time.monotonic() + 3.0
         with suppress(Exception):  # the store's host may be gone
-            while lost and not self.failure and time.monotonic() < until:  # the rank that is the cause publishes it
+            # the rank that is the cause publishes it
+            while lost and not self.failure and time.monotonic() < until:
                 time.sleep(0.1)
                 self._read_failure()
-            if not (lost and self.failure):  # a rank that hangs outside of collectives learns from it, too
+            # a rank that hangs outside of collectives learns from it, too
+            if not (lost and self.failure):
                 name = f"rank {rank()} on {socket.gethostname()} failed in phase {_doing()}"
                 self.store.set("failed", f"{name}: {type(error).__name__}: {error}")
         if lost and self.failure:  # instead of an error that follows from it
@@ -150,36 +162,57 @@ class Watch(AbstractContextManager[None]):
             _end_within_grace()
 
     def _name_silent(self) -> None:
-        """Name ranks whose watch has stopped, so that they cannot name themselves: rank 0 all others, rank 1 rank 0."""
-        for other in {0: range(1, world_size()), 1: range(1)}.get(rank(), ()) if self.straggler_seconds else ():
-            beat, now = self.store.add(f"beat/{other}", 0), time.monotonic()
+        """Name ranks whose watch has stopped, so that they cannot name themselves: rank 0 all
+        others, rank 1 rank 0."""
+        for other in (
+            {0: range(1, world_size()), 1: range(1)}.get(rank(), ())
+            if self.straggler_seconds
+            else ()
+        ):
+            beat = self.store.add(f"beat/{other}", 0)
+            now = time.monotonic()
             last, since = self._beats.get(other, (-1, now))
             if beat != last:
                 self._beats[other] = beat, now
             elif beat >= 0 and now - since > self.straggler_seconds:
                 self._beats[other] = beat, math.inf  # said once, until it is back
                 who = f"rank {other} ({self.store.get(f'name/{other}').decode()}) for {now - since:.0f} s"
-                print(f"\nsilent: {who}: it is stopped or starved, or its host is gone", file=sys.stderr, flush=True)
+                print(
+                    f"\nsilent: {who}: it is stopped or starved, or its host is gone",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _name_if_late(self) -> None:
-        """Say where this rank is if it runs, but makes no progress and waits for nobody; again whenever its lateness
-        has doubled. On GPUs the others may wait in kernels, which looks the same: of a phase a few say so."""
-        now, frame = phases.current(), sys._current_frames().get(self._main)  # no frame while the interpreter ends
+        """Say where this rank is if it runs, but makes no progress and waits for nobody; again
+        whenever its lateness has doubled. On GPUs the others may wait in kernels, which looks the
+        same: of a phase a few say so."""
+        # no frame while the interpreter ends
+        now = phases.current()
+        frame = sys._current_frames().get(self._main)
         seconds = time.monotonic() - now.since
         if frame is None or not 0 < self.straggler_seconds < seconds:
             return
-        code, late = frame.f_code, f"late/{now.number}/{int(math.log2(seconds / self.straggler_seconds))}"
-        waits = code.co_name in WAITING_FUNCTIONS or any(part in code.co_filename for part in WAITING_IN)
+        code = frame.f_code
+        late = f"late/{now.number}/{int(math.log2(seconds / self.straggler_seconds))}"
+        waits = code.co_name in WAITING_FUNCTIONS or any(
+            part in code.co_filename for part in WAITING_IN
+        )
         if not waits and late != self._told:
             self._told = late
             if self.store.add(late, 1) <= NAMED:
                 who = f"rank {rank()} ({socket.gethostname()}, pid {os.getpid()})"
                 what = f"late: {who} has been in phase {_doing()} for {seconds:.0f} s; its main thread:"
-                print(f"\n{what}\n{''.join(traceback.format_stack(frame))}", file=sys.stderr, flush=True)
+                print(
+                    f"\n{what}\n{''.join(traceback.format_stack(frame))}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def _end_within_grace() -> None:
-    """End this process in a while, whatever its main thread does; a checkpoint may be completed before."""
+    """End this process in a while, whatever its main thread does; a checkpoint may be completed
+    before."""
 
     def end() -> None:
         time.sleep(GRACE)
@@ -198,27 +231,31 @@ def _doing() -> str:
 
 
 def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
-    """Compare what all ranks must have in common before the first step; every rank must call this. Raises
-    DisagreementError on every rank. ``advice``: the first word of a fact -> what to do if it differs."""
+    """Compare what all ranks must have in common before the first step; every rank must call this.
+    Raises DisagreementError on every rank. ``advice``: the first word of a fact -> what to do if it
+    differs."""
     ranks = gather_objects((socket.gethostname(), dict(facts)))
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
     differing = [name for name in names if len({facts.get(name) for _, facts in ranks}) > 1]
     if not differing:
         return
-    lines, advised = ["the ranks disagree before the first step:"], set()
+    lines = ["the ranks disagree before the first step:"]
+    advised = set()
     for name in differing[:LISTED]:
         holders: dict[tuple[str, str], list[str]] = {}  # value and host -> ranks
         for number, (host, facts) in enumerate(ranks):
             holders.setdefault((facts.get(name, "absent"), host), []).append(str(number))
-        groups = [f"{value} on {host} (ranks {', '.join(own)})" for (value, host), own in holders.items()]
+        groups = [
+            f"{value} on {host} (ranks {', '.join(own)})" for (value, host), own in holders.items()
+        ]
         lines.append(f"  {name}: {'; '.join(groups)}")
         advised.add(advice.get(name.split()[0], ""))
     raise DisagreementError("\n".join([*lines, *sorted(advised - {""})]))
 
 
 def shared_folder(folder: Path) -> str:
-    """Whether this rank sees what rank 0 writes into ``folder``, which is ``locked``, as a fact; every rank must call
-    this."""
+    """Whether this rank sees what rank 0 writes into ``folder``, which is ``locked``, as a fact;
+    every rank must call this."""
     if world_size() == 1:
         return "shared"
     file = folder / broadcast_object(f".shared-{uuid.uuid4().hex[:12]}")
@@ -227,7 +264,11 @@ def shared_folder(folder: Path) -> str:
     gather_objects(seen)  # all have looked
     if rank() == 0:
         file.unlink(missing_ok=True)
-    return "shared with rank 0" if seen else f"{folder.absolute()} lacks a file that rank 0 has just written"
+    return (
+        "shared with rank 0"
+        if seen
+        else f"{folder.absolute()} lacks a file that rank 0 has just written"
+    )
 
 
 def _appears(path: Path) -> bool:
@@ -244,17 +285,19 @@ def readable_checkpoint(path: Path, state_file: str) -> str:
     """A checkpoint as this rank reads it: the digest of its state, and the sizes of its files."""
     if not _appears(path / state_file):
         return f"{path.name} is missing"
-    sizes = [f"{file.name} {file.stat().st_size} bytes" for file in sorted(path.glob("*.safetensors"))]
+    sizes = [
+        f"{file.name} {file.stat().st_size} bytes" for file in sorted(path.glob("*.safetensors"))
+    ]
     return f"{path.name} {sha256_file(path / state_file)[:12]}, {', '.join(sizes)}"
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, which is created, inside the block; every rank must enter it. Raises OSError on
-    every rank if another process trains in the folder, or it cannot be written.
+    """Hold the lock of a run folder, which is created, inside the block; every rank must enter it.
+    Raises OSError on every rank if another process trains in the folder, or it cannot be written.
 
-    The lock is the kernel's (fcntl): it ends with rank 0, loader workers do not inherit it, NFS and Lustre pass it on
-    to other hosts. ``run.lock`` says who holds it.
+    The lock is the kernel's (fcntl): it ends with rank 0, loader workers do not inherit it, NFS and
+    Lustre pass it on to other hosts. ``run.lock`` says who holds it.
     """
     held: list[int] = []
     on_first_rank(lambda: held.append(acquire(folder)))
@@ -262,27 +305,39 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if rank() == 0:
-            (folder / LOCK).unlink(missing_ok=True)  # before the lock ends, so never the next holder's
+            # before the lock ends, so never the next holder's
+            (folder / LOCK).unlink(missing_ok=True)
             os.close(held.pop())
 
 
 def acquire(folder: Path) -> int:
-    """Take and sign the lock, after waiting for another host's; returns its open descriptor. Raises OSError."""
-    path, deadline, told = folder / LOCK, time.monotonic() + LEASE, False
+    """Take and sign the lock, after waiting for another host's; returns its open descriptor. Raises
+    OSError."""
+    path = folder / LOCK
+    deadline = time.monotonic() + LEASE
+    told = False
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino  # not removed meanwhile
+            # not removed meanwhile
+            taken = path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino
         except OSError as error:
             if error.errno in NO_LOCKS:
-                print(f"warning: {folder} is on a disk without locks: start only one run in it", file=sys.stderr)
+                print(
+                    f"warning: {folder} is on a disk without locks: start only one run in it",
+                    file=sys.stderr,
+                )
             elif error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             taken = error.errno in NO_LOCKS
         if taken:
-            me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+            me = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": psutil.Process().create_time(),
+            }
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(me).encode(), 0)
             os.fsync(descriptor)
@@ -299,15 +354,24 @@ def acquire(folder: Path) -> int:
             )
         if holder and not told:
             told = True
-            print(f"{folder} is locked from {holder['host']}; waiting up to {LEASE:.0f} s", file=sys.stderr)
+            print(
+                f"{folder} is locked from {holder['host']}; waiting up to {LEASE:.0f} s",
+                file=sys.stderr,
+            )
         time.sleep(0.2)
 
 
 def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
-    """Raise ValueError naming the first tensor of a module with a NaN or an infinity; ``where``: what it was read
-    from."""
+    """Raise ValueError naming the first tensor of a module with a NaN or an infinity; ``where``:
+    what it was read from."""
     for name, value in module.state_dict().items():
         # NaN in both ends if there is one; isfinite of all takes 17 times as long
-        if value.is_floating_point() and value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
+        if (
+            value.is_floating_point()
+            and value.numel()
+            and not torch.stack(torch.aminmax(value)).isfinite().all()
+        ):
             bad = int((~torch.isfinite(value)).sum())
-            raise ValueError(f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite; restore it")
+            raise ValueError(
+                f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite; restore it"
+            )

@@ -1,16 +1,18 @@
 """An optional first phase: fit the heads while the tower is frozen.
 
-``heads.target images``: projection and text adapter meet at the frozen tower's features, because gradients of untrained
-heads distort a pretrained tower. Every training image is encoded once, without augmentation.
+``heads.target images``: projection and text adapter meet at the frozen tower's features, because
+gradients of untrained heads distort a pretrained tower. Every training image is encoded once,
+without augmentation.
 
-``heads.target clip_text``: the text adapter alone learns the text space of the tower's own CLIP, from captions, as in
-ProCLIP's first stage (arXiv 2510.18795); projection and logit scale are the CLIP's.
+``heads.target clip_text``: the text adapter alone learns the text space of the tower's own CLIP,
+from captions, as in ProCLIP's first stage (arXiv 2510.18795); projection and logit scale are the
+CLIP's.
 
-Images are encoded in the same blocks, and only rank 0 fits, so the result is independent of the number of ranks. If the
-run is in bf16, so are the matrix products here; weights and loss stay fp32.
+Images are encoded in the same blocks, and only rank 0 fits, so the result is independent of the
+number of ranks. If the run is in bf16, so are the matrix products here; weights and loss stay fp32.
 
-Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM embedding, B batch,
-D width of the joint space.
+Shape letters: I images, P width of the tower's pooled feature, M captions, W width of an LLM
+embedding, B batch, D width of the joint space.
 """
 
 import dataclasses
@@ -36,21 +38,37 @@ from llm2clip_plugin.data.pairs import EvalPairs, PairDataset, PairLoader
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, caption_shares
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig
-from llm2clip_plugin.train.distributed import ALONE, gather_objects, gather_to_first, on_first_rank, rank, world_size
+from llm2clip_plugin.train.distributed import (
+    ALONE,
+    gather_objects,
+    gather_to_first,
+    on_first_rank,
+    rank,
+    world_size,
+)
 from llm2clip_plugin.train.losses.base import Features, heads_terms
 from llm2clip_plugin.train.losses.distill import Distill
-from llm2clip_plugin.train.optim import AdamW, Trained, is_vector, lr_factor, parameter_groups, set_lr
+from llm2clip_plugin.train.optim import (
+    AdamW,
+    Trained,
+    is_vector,
+    lr_factor,
+    parameter_groups,
+    set_lr,
+)
 from llm2clip_plugin.train.step import MAX_LOG_SCALE, position_seed
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_heads
 
 log = logging.getLogger(__name__)
 
-# a line for metrics.jsonl: step and samples of the fit so far, loss, loss_NAME, lr, logit_scale, samples_per_second
+# a line for metrics.jsonl: step and samples of the fit so far, loss, loss_NAME, lr, logit_scale,
+# samples_per_second
 FitLine: TypeAlias = dict[str, float]
 
 BLOCK_IMAGES = 64  # images per forward pass of the frozen tower
-# ProCLIP's first stage: the loss that its code sums over the 128 captions of a rank, 127 / 2, and its optimizer
+# ProCLIP's first stage: the loss that its code sums over the 128 captions of a rank, 127 / 2, and
+# its optimizer
 CLIP_TEXT_LOSS = Distill(structure=63.5)
 CLIP_TEXT_OPTIM = OptimConfig(eps=1e-6, max_grad_norm=5.0, schedule="cosine")
 TEXT_SIDE = ("llm_width", "adapter", "adapter_blocks", "adapter_expansion", "normalise_input")
@@ -59,7 +77,8 @@ TEXT_SIDE += ("input_scale", "input_noise")  # fields of DualConfig
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenFeatures:
-    """The frozen tower's features of the training images, and the teacher's embeddings of all their captions."""
+    """The frozen tower's features of the training images, and the teacher's embeddings of all their
+    captions."""
 
     pooled_IP: Tensor
     embedding_MW: Tensor
@@ -86,29 +105,40 @@ def fit_heads(
     stop: StopRequest | None = None,
     unfinished: Path | None = None,
 ) -> list[FitLine]:
-    """Fit the heads in place, equal on every rank; returns the curve, a line every ``logging_steps`` and of the last.
+    """Fit the heads in place, equal on every rank; returns the curve, a line every
+    ``logging_steps`` and of the last.
 
-    bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn. clip_caches: of
-    target clip_text, CLIP's features of the captions, a cache per source. Raises StoppedError on every rank when
-    ``stop`` asks for it; the fit's state is then in the file ``unfinished``, from which the next call continues.
+    bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn.
+    clip_caches: of target clip_text, CLIP's features of the captions, a cache per source. Raises
+    StoppedError on every rank when ``stop`` asks for it; the fit's state is then in the file
+    ``unfinished``, from which the next call continues.
     """
     model.to(device)
-    products, shares = torch.autocast(device.type, torch.bfloat16, enabled=bf16), caption_weights or {}
+    products = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    shares = caption_weights or {}
     features: FrozenFeatures | None = None
     if config.target == "images":
         with products:
-            features = frozen_features(model, sources, caches, images, config.max_images, device, shares, stop, workers)
+            features = frozen_features(
+                model, sources, caches, images, config.max_images, device, shares, stop, workers
+            )
 
     def fit() -> tuple[list[FitLine], int]:
         if features is not None:
             samples = len(features.count_I)
             batches = partial(image_batches, model, features, min(config.batch, samples), seed)
         else:
-            dataset = PairDataset(sources, caches, None, seed=seed, caption_weights=shares, targets=clip_caches)
-            samples, batches = len(dataset), partial(caption_batches, model, dataset, config.batch, workers)
-        return _fit(model, samples, batches, products, config, loss, seed, logging_steps, stop, unfinished)
+            dataset = PairDataset(
+                sources, caches, None, seed=seed, caption_weights=shares, targets=clip_caches
+            )
+            samples = len(dataset)
+            batches = partial(caption_batches, model, dataset, config.batch, workers)
+        return _fit(
+            model, samples, batches, products, config, loss, seed, logging_steps, stop, unfinished
+        )
 
-    curve, done = on_first_rank(fit)  # the others wait in no collective, whose timeout a long fit would exceed
+    # the others wait in no collective, whose timeout a long fit would exceed
+    curve, done = on_first_rank(fit)
     if done < config.steps:
         saved = f"saved in {unfinished}" if unfinished else "not saved"
         stopped = f"stopped at step {done} of {config.steps} of the heads' fit, {saved}"
@@ -120,10 +150,12 @@ def fit_heads(
 
 
 def load_clip_heads(model: DualEncoder, source: str) -> None:
-    """Load the projection and logit scale of an imported CLIP into ``model``; ValueError for a directory that has other
-    settings than ``model``, or a text adapter."""
+    """Load the projection and logit scale of an imported CLIP into ``model``; ValueError for a
+    directory that has other settings than ``model``, or a text adapter."""
     default = DualConfig()
-    config = dataclasses.replace(model.config, **{name: getattr(default, name) for name in TEXT_SIDE})
+    config = dataclasses.replace(
+        model.config, **{name: getattr(default, name) for name in TEXT_SIDE}
+    )
     own = DualEncoder(model.tower, config)
     load_heads(own, source)
     model.load_state_dict(heads_state(own), strict=False)  # all but the text adapter
@@ -131,7 +163,11 @@ def load_clip_heads(model: DualEncoder, source: str) -> None:
 
 def head_parameters(model: DualEncoder) -> list[tuple[str, torch.nn.Parameter]]:
     """Trained parameters outside the tower, by name."""
-    return [(n, p) for n, p in model.named_parameters() if not n.startswith("tower.") and p.requires_grad]
+    return [
+        (n, p)
+        for n, p in model.named_parameters()
+        if not n.startswith("tower.") and p.requires_grad
+    ]
 
 
 @torch.no_grad()
@@ -146,14 +182,17 @@ def frozen_features(
     stop: StopRequest | None = None,
     workers: int = 0,
 ) -> FrozenFeatures | None:
-    """Encode blocks of images, distributed over the ranks, and gather them in order on rank 0; None on the others."""
+    """Encode blocks of images, distributed over the ranks, and gather them in order on rank 0; None
+    on the others."""
     model.eval()
     normalize = Normalize(images, device)
     blocks: list[tuple[int, list[int]]] = []  # number of a source, samples evenly spaced in it
     for number, source in enumerate(sources):
         used = min(len(source), max(2, max_images // len(sources)))
         chosen = [index * len(source) // used for index in range(used)]
-        blocks += [(number, chosen[start : start + BLOCK_IMAGES]) for start in range(0, used, BLOCK_IMAGES)]
+        blocks += [
+            (number, chosen[start : start + BLOCK_IMAGES]) for start in range(0, used, BLOCK_IMAGES)
+        ]
     encoded: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by source and first sample
     broken: list[BrokenSample] = []
     own = blocks[rank() :: world_size()]
@@ -163,42 +202,71 @@ def frozen_features(
         for number, source in enumerate(sources):
             # only its last block is shorter, so that the batches are the blocks
             indices = [index for block_of, block in own if block_of == number for index in block]
-            only: Any = {"kinds": source.config.kinds, "languages": source.config.languages, "indices": indices}
-            pairs = EvalPairs(source, caches[number], images, batch=BLOCK_IMAGES, workers=workers, **only)
+            only: Any = {
+                "kinds": source.config.kinds,
+                "languages": source.config.languages,
+                "indices": indices,
+            }
+            pairs = EvalPairs(
+                source, caches[number], images, batch=BLOCK_IMAGES, workers=workers, **only
+            )
             yield from ((number, batch) for batch in pairs)
             broken.extend(pairs.broken)
 
-    for number, batch in track(batches(), total=len(own), label=label, unit="blocks", show=rank() == 0):
+    for number, batch in track(
+        batches(), total=len(own), label=label, unit="blocks", show=rank() == 0
+    ):
         if stop:
             break
-        encoded[number, int(batch["image_ids"][0])] = _encode(model, batch, normalize, caption_weights)
+        encoded[number, int(batch["image_ids"][0])] = _encode(
+            model, batch, normalize, caption_weights
+        )
     model.train()
     if any(gather_objects(bool(stop))):
-        raise StoppedError("stopped before the heads' fit: nothing to save; rerun the same command to resume")
+        raise StoppedError(
+            "stopped before the heads' fit: nothing to save; rerun the same command to resume"
+        )
     rows = [[*place, *columns] for place, columns in encoded.items()]
-    parts = gather_to_first([rows, [[sample.shard, sample.key, sample.reason] for sample in broken]])
+    parts = gather_to_first(
+        [rows, [[sample.shard, sample.key, sample.reason] for sample in broken]]
+    )
     if rank() > 0:
         return None
     left_out = [BrokenSample(*fields) for _, samples in parts for fields in samples]
     if len(left_out) == sum(len(indices) for _, indices in blocks):
-        raise ValueError(f"all samples are broken, the first: {left_out[0]}; run `llm2clip data check DATA`")
+        raise ValueError(
+            f"all samples are broken, the first: {left_out[0]}; run `llm2clip data check DATA`"
+        )
     if left_out:
-        log.warning("fitting the heads without %d broken samples, the first: %s", len(left_out), left_out[0])
+        log.warning(
+            "fitting the heads without %d broken samples, the first: %s", len(left_out), left_out[0]
+        )
     merged = {(number, first): columns for part, _ in parts for number, first, *columns in part}
     columns = zip(*(merged[place] for place in sorted(merged)), strict=True)
     pooled, embedding, ids, counts, share = (torch.cat(column) for column in columns)
-    return FrozenFeatures(pooled_IP=pooled, embedding_MW=embedding, caption_hashes_M=ids, count_I=counts, share_M=share)
+    return FrozenFeatures(
+        pooled_IP=pooled,
+        embedding_MW=embedding,
+        caption_hashes_M=ids,
+        count_I=counts,
+        share_M=share,
+    )
 
 
 def _encode(
     model: DualEncoder, batch: dict, normalize: Normalize, caption_weights: Mapping[str, float]
 ) -> tuple[Tensor, ...]:
-    """Pooled features, embeddings, caption hashes, the number of captions of each image, and their probabilities."""
+    """Pooled features, embeddings, caption hashes, the number of captions of each image, and their
+    probabilities."""
     pooled = model.pool(normalize(batch["pixels"]), *normalize.shapes(batch)).float().cpu()
     ids = torch.tensor([caption_hash(caption.text) for caption in batch["captions"]])
     counts = torch.tensor([int((batch["owners"] == image).sum()) for image in batch["image_ids"]])
     captions = iter(batch["captions"])
-    shares = [share for n in counts.tolist() for share in caption_shares(list(islice(captions, n)), caption_weights)]
+    shares = [
+        share
+        for n in counts.tolist()
+        for share in caption_shares(list(islice(captions, n)), caption_weights)
+    ]
     return pooled, batch["embeddings"], ids, counts, torch.tensor(shares, dtype=torch.float64)
 
 
@@ -214,14 +282,17 @@ def _fit(
     stop: StopRequest | None,
     unfinished: Path | None,
 ) -> tuple[list[FitLine], int]:
-    """Train the heads, or the text adapter alone; returns the curve and the number of steps that are done.
-    ``batches_from``: the batches from a step on."""
-    of_clip, optimizer = config.target == "clip_text", _optimizer(model, config)
+    """Train the heads, or the text adapter alone; returns the curve and the number of steps that
+    are done. ``batches_from``: the batches from a step on."""
+    of_clip = config.target == "clip_text"
+    optimizer = _optimizer(model, config)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     terms = {CLIP_TEXT_LOSS.name: CLIP_TEXT_LOSS} if of_clip else heads_terms(loss_config)
     fit_of = canonical_json(["3", *map(dataclasses.asdict, (config, loss_config)), seed, samples])
     done, curve = _continued(model, optimizer, unfinished, fit_of)
-    batches, started, before = batches_from(done), time.perf_counter(), done
+    batches = batches_from(done)
+    started = time.perf_counter()
+    before = done
     with progress_bar(total=config.steps, label="heads", unit="steps", initial=done) as bar:
         while done < config.steps and not stop:
             factor = lr_factor(done, config.steps, CLIP_TEXT_OPTIM) if of_clip else 1.0
@@ -253,7 +324,10 @@ def _fit(
     if done < config.steps and unfinished is not None:
         state: dict[str, Any] = {"fit_of": fit_of, "done": done, "curve": curve}
         with atomic_file(unfinished) as temporary:
-            torch.save(state | {"optimizer": optimizer.state_dict(), "heads": heads_state(model)}, temporary)
+            torch.save(
+                state | {"optimizer": optimizer.state_dict(), "heads": heads_state(model)},
+                temporary,
+            )
     return curve, done
 
 
@@ -264,15 +338,21 @@ def _optimizer(model: DualEncoder, config: HeadsConfig) -> torch.optim.Optimizer
         for name, p in head_parameters(model)
         if name.startswith("text_adapter.") or not of_clip
     ]
-    groups, eps = parameter_groups(trained, config.weight_decay), CLIP_TEXT_OPTIM.eps if of_clip else 1e-8
+    groups = parameter_groups(trained, config.weight_decay)
+    eps = CLIP_TEXT_OPTIM.eps if of_clip else 1e-8
     return AdamW().make(groups, lr=config.lr, betas=(0.9, 0.98), eps=eps)
 
 
 def _continued(
     model: DualEncoder, optimizer: torch.optim.Optimizer, unfinished: Path | None, fit_of: str
 ) -> tuple[int, list[FitLine]]:
-    """Steps done and curve of the same fit that was stopped, whose state is read; of a new one otherwise."""
-    saved = torch.load(unfinished, "cpu", weights_only=True) if unfinished is not None and unfinished.is_file() else {}
+    """Steps done and curve of the same fit that was stopped, whose state is read; of a new one
+    otherwise."""
+    saved = (
+        torch.load(unfinished, "cpu", weights_only=True)
+        if unfinished is not None and unfinished.is_file()
+        else {}
+    )
     if saved.get("fit_of") != fit_of:
         return 0, []
     optimizer.load_state_dict(saved["optimizer"])
@@ -281,16 +361,20 @@ def _continued(
     return saved["done"], saved["curve"]
 
 
-def image_batches(model: DualEncoder, features: FrozenFeatures, size: int, seed: int, start: int) -> Iterator[Features]:
-    """Outputs of the heads, from batch ``start`` on: images drawn without replacement in each pass, with one random
-    caption each."""
-    device, width = model.logit_scale.device, features.embedding_MW.shape[1]
+def image_batches(
+    model: DualEncoder, features: FrozenFeatures, size: int, seed: int, start: int
+) -> Iterator[Features]:
+    """Outputs of the heads, from batch ``start`` on: images drawn without replacement in each pass,
+    with one random caption each."""
+    device = model.logit_scale.device
+    width = features.embedding_MW.shape[1]
     generator = torch.Generator().manual_seed(position_seed(seed, -1))
     queue = torch.empty(0, dtype=torch.int64)
     for number in count():
         if len(queue) < size:
             queue = torch.cat([queue, torch.randperm(len(features.count_I), generator=generator)])
-        chosen_B, queue = queue[:size], queue[size:]
+        chosen_B = queue[:size]
+        queue = queue[size:]
         caption_B = _draw_captions(features, chosen_B, torch.rand(size, generator=generator))
         noise_BW = torch.randn(size, width, generator=generator).to(device)
         if number < start:
@@ -298,7 +382,9 @@ def image_batches(model: DualEncoder, features: FrozenFeatures, size: int, seed:
         pooled_BP = features.pooled_IP[chosen_B].to(device)
         embedding_BW = features.embedding_MW[caption_B].float().to(device)
         yield Features(
-            anchor_bD=F.normalize(model.visual_projection(model.visual_norm(pooled_BP)).float(), dim=-1),
+            anchor_bD=F.normalize(
+                model.visual_projection(model.visual_norm(pooled_BP)).float(), dim=-1
+            ),
             positive_bkD=model.encode_text(embedding_BW, noise_BW)[:, None],
             log_scale=model.logit_scale,
             bias=torch.zeros(1, device=device) if model.logit_bias is None else model.logit_bias,
@@ -307,9 +393,11 @@ def image_batches(model: DualEncoder, features: FrozenFeatures, size: int, seed:
         )
 
 
-def caption_batches(model: DualEncoder, pairs: PairDataset, size: int, workers: int, start: int) -> Iterator[Features]:
-    """Outputs of the text adapter, from batch ``start`` on: captions with CLIP's text features of them as the
-    reference, in the order of a training's samples."""
+def caption_batches(
+    model: DualEncoder, pairs: PairDataset, size: int, workers: int, start: int
+) -> Iterator[Features]:
+    """Outputs of the text adapter, from batch ``start`` on: captions with CLIP's text features of
+    them as the reference, in the order of a training's samples."""
     device = model.logit_scale.device
     for batch in PairLoader(pairs, local_batch=size, workers=workers, position=start * size):
         target_BD = F.normalize(batch["targets"].to(device).float(), dim=-1)
@@ -329,5 +417,7 @@ def _draw_captions(features: FrozenFeatures, chosen_B: Tensor, draw_B: Tensor) -
     """(B,) a caption of each chosen image by a number in [0, 1), by the captions' shares."""
     end_B = features.count_I.cumsum(0)[chosen_B]
     # the shares of an image add up to 1, so those of image i lie in i .. i + 1 of the running sum
-    caption_B = torch.searchsorted(features.share_M.cumsum(0), chosen_B + draw_B.double(), right=True)
+    caption_B = torch.searchsorted(
+        features.share_M.cumsum(0), chosen_B + draw_B.double(), right=True
+    )
     return caption_B.clamp(end_B - features.count_I[chosen_B], end_B - 1)

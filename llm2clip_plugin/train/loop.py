@@ -1,4 +1,5 @@
-"""The training loop: steps, learning rate, checkpoints, evaluation, signals; independent of model and data.
+"""The training loop: steps, learning rate, checkpoints, evaluation, signals; independent of model
+and data.
 
 And what it reports: the bar, metrics.jsonl, DeepSpeed's monitors; time by phase and over ranks.
 """
@@ -36,29 +37,42 @@ from llm2clip_plugin.train.step import Batch, ContrastiveStep
 
 PROFILE = "profile"  # folder of a run for traces
 TIMED_EVERY = 10  # steps at least between comparisons of the ranks' times, each a collective
-WARM_UP = 5  # steps before the traced ones, if the run has them; in the last of them the profiler warms up
+# steps before the traced ones, if the run has them; in the last of them the profiler warms up
+WARM_UP = 5
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
 
 
 class Reports:
     """The progress bar, metrics.jsonl and DeepSpeed's monitors: rank 0's, silent on the others.
 
-    None of them ends a run: what cannot be written is said once. Every rank calls ``step`` for the same steps.
+    None of them ends a run: what cannot be written is said once. Every rank calls ``step`` for the
+    same steps.
     """
 
-    def __init__(self, engine: Engine, folder: Path, state: TrainState, train: TrainConfig, total_steps: int) -> None:
+    def __init__(
+        self, engine: Engine, folder: Path, state: TrainState, train: TrainConfig, total_steps: int
+    ) -> None:
         """state: where training starts."""
-        self.engine, self.run_folder = engine, folder
-        self.total_steps, self.global_batch, self.logging_steps = total_steps, train.global_batch, train.logging_steps
+        self.engine = engine
+        self.run_folder = folder
+        self.total_steps = total_steps
+        self.global_batch = train.global_batch
+        self.logging_steps = train.logging_steps
         self.values: dict[str, Any] = {}  # the latest ones, for the bar
         self.timer = StepTimer(engine.device)
-        self._step = self._timed_at = state.step  # the last one that was reported, and with its time by phase
+        # the last one that was reported, and with its time by phase
+        self._step = self._timed_at = state.step
         self._samples_per_second = 0.0  # smoothed
         self._file: Any = None  # of rank 0
         on_first_rank(lambda: self._open(state))
         self._show = rank() == 0 and total_steps > 0  # heads alone have no steps
         self._bar = progress_bar(
-            total=total_steps, label="train", unit="steps", initial=state.step, show=self._show, delay=0.0
+            total=total_steps,
+            label="train",
+            unit="steps",
+            initial=state.step,
+            show=self._show,
+            delay=0.0,
         )
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
@@ -68,21 +82,33 @@ class Reports:
             name = f"{socket.gethostname()}-rank{rank()}"  # NAME.TIME.pt.trace.json
             write = torch.profiler.tensorboard_trace_handler(str(folder / PROFILE), name)
             before = min(WARM_UP, total_steps - state.step - steps)
-            first, warm_up = max(0, before - 1), min(1, before)
+            first = max(0, before - 1)
+            warm_up = min(1, before)
             self._profile = torch.profiler.profile(
-                schedule=torch.profiler.schedule(skip_first=first, wait=0, warmup=warm_up, active=steps, repeat=1),
+                schedule=torch.profiler.schedule(
+                    skip_first=first, wait=0, warmup=warm_up, active=steps, repeat=1
+                ),
                 on_trace_ready=lambda profile: self._attempt(write, profile),
             )
             self._profile.start()
 
     def _open(self, state: TrainState) -> None:
-        """Open metrics.jsonl, without the lines of steps that a killed run made after its last checkpoint."""
-        new = state.step == 0 and not state.before and Checkpoints(self.run_folder, keep=0).latest() is None
+        """Open metrics.jsonl, without the lines of steps that a killed run made after its last
+        checkpoint."""
+        new = (
+            state.step == 0
+            and not state.before
+            and Checkpoints(self.run_folder, keep=0).latest() is None
+        )
         path = self.run_folder / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             last = -1 if new else state.step
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last]
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if _step_of(line) <= last
+            ]
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
@@ -97,7 +123,9 @@ class Reports:
             self._attempt(self._file.close)
         self._bar.close()
 
-    def step(self, state: TrainState, seconds: float, values: dict[str, float], *, always: bool) -> None:
+    def step(
+        self, state: TrainState, seconds: float, values: dict[str, float], *, always: bool
+    ) -> None:
         """A finished step of ``seconds``; ``always``: write a line of it."""
         self._step = state.step
         if always or state.step % self.logging_steps == 0:
@@ -118,7 +146,9 @@ class Reports:
         """The last batch had no update; ``allowed``: as many as the run may leave out."""
         bad = state.bad_batches[-1]
         self.event({**bad, "event": LEFT_OUT})
-        self.note(f"warning: {len(state.bad_batches)} of at most {allowed} bad batches left out: {bad['reason']}")
+        self.note(
+            f"warning: {len(state.bad_batches)} of at most {allowed} bad batches left out: {bad['reason']}"
+        )
 
     def scores(self, state: TrainState, scores: dict[str, float]) -> None:
         """An evaluation, in ``state``."""
@@ -128,10 +158,13 @@ class Reports:
 
     def ended(self, reason: str, *, failed: bool) -> None:
         """The run ends before its last step, by an error or on request."""
-        event, now = FAILED if failed else STOPPED, time.strftime("%Y-%m-%d %H:%M:%S")
+        event = FAILED if failed else STOPPED
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
         self.event({"step": self._step, "event": event, "reason": reason, "time": now})
         if not failed:
-            self.note(f"{reason}: saved step {self._step} of {self.total_steps}; rerun the same command to resume")
+            self.note(
+                f"{reason}: saved step {self._step} of {self.total_steps}; rerun the same command to resume"
+            )
 
     def event(self, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
@@ -145,7 +178,8 @@ class Reports:
             self._bar.write(text, file=sys.stderr)
 
     def _phases(self) -> dict[str, Any]:
-        """Seconds by phase of the mean step since the last call; of several ranks, the smallest and largest."""
+        """Seconds by phase of the mean step since the last call; of several ranks, the smallest and
+        largest."""
         mean = self.timer.lap()
         values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
         if world_size() > 1:
@@ -154,20 +188,26 @@ class Reports:
             busy = [step - waited for step, waited in zip(steps, communication, strict=True)]
             for name, column in (("step", steps), ("data", data), ("busy", busy)):
                 values |= {f"{name}_seconds_min": min(column), f"{name}_seconds_max": max(column)}
-            slowest = busy.index(max(busy))  # all finish a step together: the slowest waits least for the others
+            # all finish a step together: the slowest waits least for the others
+            slowest = busy.index(max(busy))
             values |= {"slowest_rank": slowest, "slowest_host": self._hosts[slowest]}
         return values
 
     def _line(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
         self.event({"step": state.step, "samples": state.samples, **values})
         if self._file is not None:
-            numbers = {f"{phase}/{name}": value for name, value in values.items() if not isinstance(value, str)}
+            numbers = {
+                f"{phase}/{name}": value
+                for name, value in values.items()
+                if not isinstance(value, str)
+            }
             self._attempt(self.engine.report, numbers, state.samples)
 
     def _attempt(self, write: Callable[..., object], *values: Any) -> None:
         try:
             write(*values)
-        except (OSError, RuntimeError) as error:  # a trace's may be a RuntimeError; metrics.jsonl keeps its lines
+        except (OSError, RuntimeError) as error:
+            # a trace's may be a RuntimeError; metrics.jsonl keeps its lines
             if not self._failed:
                 self.note(f"warning: cannot log to {self.run_folder}: {error}; training continues")
             self._failed = True
@@ -180,7 +220,9 @@ class Reports:
         if values.get("wait_share", 0) >= 0.05:
             parts.append(f"waiting for data {100 * values['wait_share']:.0f} %")
         if "i2t_r1" in values:
-            parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
+            parts.append(
+                f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}"
+            )
         if "peak_gib" in values:
             parts.append(f"{values['peak_gib']:.2f} GiB memory")
         if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
@@ -215,11 +257,13 @@ class LoopParts:
     step: ContrastiveStep
     batches: Iterator[Batch]
     engine: Engine
-    references: Mapping[str, Reference] = field(default_factory=dict)  # by the name of their file in a checkpoint
+    # by the name of their file in a checkpoint
+    references: Mapping[str, Reference] = field(default_factory=dict)
     checkpoints: Checkpoints
     evaluate: Evaluate | None  # called on every rank
     before: Evaluate | None = None  # the same before step 1, in a new run
-    heads: Sequence[dict[str, float]] = ()  # the curve of a fit of the heads before step 1, in a new run
+    # the curve of a fit of the heads before step 1, in a new run
+    heads: Sequence[dict[str, float]] = ()
     train: TrainConfig
     optim: OptimConfig
     total_steps: int
@@ -231,10 +275,12 @@ class LoopParts:
 def run_loop(parts: LoopParts) -> TrainState:
     """Train to the end, or until a stop is requested; returns the final state, which is saved.
 
-    Raises NonFiniteLossError on every rank, and OSError if the final state cannot be saved; the last complete
-    checkpoint is unchanged.
+    Raises NonFiniteLossError on every rank, and OSError if the final state cannot be saved; the
+    last complete checkpoint is unchanged.
     """
-    with Reports(parts.engine, parts.run_folder, parts.state, parts.train, total_steps=parts.total_steps) as reports:
+    with Reports(
+        parts.engine, parts.run_folder, parts.state, parts.train, total_steps=parts.total_steps
+    ) as reports:
         noted = {"note": reports.note, "event": reports.event}
         with Saver(parts.checkpoints, parts.engine, parts.references, **noted) as saver:
             for line in parts.heads:
@@ -252,18 +298,27 @@ def run_loop(parts: LoopParts) -> TrainState:
 
 
 def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState, bool]:
-    """The state in which training ended, whose checkpoint is being written, and whether a stop was requested."""
-    state, saved_at, save_due = parts.state, time.monotonic(), False
+    """The state in which training ended, whose checkpoint is being written, and whether a stop was
+    requested."""
+    state = parts.state
+    saved_at = time.monotonic()
+    save_due = False
     stop = any(gather_objects(bool(parts.stop)))
     save_seconds = 60 * parts.train.save_minutes or math.inf
-    parts.step.flags = lambda: (bool(parts.stop), time.monotonic() - saved_at >= save_seconds, saver.busy)
+    parts.step.flags = lambda: (
+        bool(parts.stop),
+        time.monotonic() - saved_at >= save_seconds,
+        saver.busy,
+    )
     if parts.before is not None and state.step == 0 and not state.before and not stop:
         state = replace(state, before=parts.before())
         reports.scores(state, state.before)
         if not parts.total_steps:  # these are the run's scores
             state = replace(state, metrics=state.before, evaluated=0)
-    if stop or state.step >= parts.total_steps:  # no step to make: requested before the first, or resumed at the end
-        if not on_first_rank(lambda: parts.checkpoints.path(state.step).is_dir()):  # resumed from another folder
+    # no step to make: requested before the first, or resumed at the end
+    if stop or state.step >= parts.total_steps:
+        # resumed from another folder
+        if not on_first_rank(lambda: parts.checkpoints.path(state.step).is_dir()):
             saver.save(state, last=True)
         if stop:
             return state, True
@@ -277,7 +332,8 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
         save_due = save_due or due or _due(parts.train.save_steps, state.step)
         if last or (save_due and not busy):  # a save that comes while one is written waits for it
             saver.save(state, last=last)
-            saved_at, save_due = time.monotonic(), False
+            saved_at = time.monotonic()
+            save_due = False
         if stop:
             return state, True
         state = _evaluate_if_due(parts, state, reports, saver)
@@ -288,9 +344,14 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _evaluate_if_due(parts: LoopParts, state: TrainState, reports: Reports, saver: Saver) -> TrainState:
-    """Evaluate every so many steps and at the end, after the checkpoint of the same step, which gets the scores."""
-    if parts.evaluate is None or not (state.step == parts.total_steps or _due(parts.train.eval_steps, state.step)):
+def _evaluate_if_due(
+    parts: LoopParts, state: TrainState, reports: Reports, saver: Saver
+) -> TrainState:
+    """Evaluate every so many steps and at the end, after the checkpoint of the same step, which
+    gets the scores."""
+    if parts.evaluate is None or not (
+        state.step == parts.total_steps or _due(parts.train.eval_steps, state.step)
+    ):
         return state
     state = replace(state, metrics=parts.evaluate(), evaluated=state.step)
     reports.scores(state, state.metrics)
@@ -298,13 +359,17 @@ def _evaluate_if_due(parts: LoopParts, state: TrainState, reports: Reports, save
     return state
 
 
-def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[TrainState, float, dict[str, float]]:
-    """A step with its learning rate, from waiting for its batch to the moving averages; its seconds, values to report.
+def _timed_step(
+    parts: LoopParts, state: TrainState, reports: Reports
+) -> tuple[TrainState, float, dict[str, float]]:
+    """A step with its learning rate, from waiting for its batch to the moving averages; its
+    seconds, values to report.
 
-    A batch with a non-finite loss or gradient is left out and listed in the state: a step like any other, whose update
-    is missing. One more than train.skip_bad_batches raises NonFiniteLossError.
+    A batch with a non-finite loss or gradient is left out and listed in the state: a step like any
+    other, whose update is missing. One more than train.skip_bad_batches raises NonFiniteLossError.
     """
-    started, engine = time.perf_counter(), parts.engine
+    started = time.perf_counter()
+    engine = parts.engine
     reports.timer.start()
     batch = next(parts.batches)
     waited = time.perf_counter() - started
@@ -316,11 +381,16 @@ def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[
         with phase("forward and backward"):
             loss, values = parts.step(batch)
         values = {"loss": loss, **values, "grad_norm": engine.grad_norm}
-        values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        values = {
+            name: value
+            for name, value in values.items()
+            if value is not None and math.isfinite(value)
+        }
     except NonFiniteLossError as error:
         if len(state.bad_batches) >= parts.train.skip_bad_batches:
             raise
-        values, bad = {}, [{"step": state.step + 1, "samples": batch["position"], "reason": error.what}]
+        values = {}
+        bad = [{"step": state.step + 1, "samples": batch["position"], "reason": error.what}]
     with timed("optimizer"):
         for reference in parts.references.values():
             reference.update()
@@ -336,7 +406,10 @@ def _timed_step(parts: LoopParts, state: TrainState, reports: Reports) -> tuple[
     if bad:
         reports.left_out(state, parts.train.skip_bad_batches)
     values |= {"lr": parts.optim.lr * factor, "peak_gib": peak_memory(engine.device)}
-    values |= {"samples_per_second": parts.train.global_batch / seconds, "wait_share": waited / seconds}
+    values |= {
+        "samples_per_second": parts.train.global_batch / seconds,
+        "wait_share": waited / seconds,
+    }
     if parts.train.precision == "fp16":
         values["skipped"] = engine.skipped
     if "images_per_second" in batch:

@@ -1,11 +1,12 @@
 """The optimizers, their parameter groups, the learning-rate schedule, and DeepSpeed's JSON.
 
-Groups: layer-wise lr decay (Bao et al. 2021, arXiv 2106.08254, section 3.2): a parameter at depth d of ``top`` gets
-``layer_decay ** (top - d)`` of the learning rate. Weight decay is not applied to vectors (norms, biases, class tokens,
-the logit scale) and position tables.
+Groups: layer-wise lr decay (Bao et al. 2021, arXiv 2106.08254, section 3.2): a parameter at depth d
+of ``top`` gets ``layer_decay ** (top - d)`` of the learning rate. Weight decay is not applied to
+vectors (norms, biases, class tokens, the logit scale) and position tables.
 
-A *master* is a tensor that the optimizer updates: a parameter under ZeRO-0; under ZeRO-1 to 3 this rank's part of a
-flat fp32 buffer that holds many parameters, whose boundaries have nothing to do with those of the part.
+A *master* is a tensor that the optimizer updates: a parameter under ZeRO-0; under ZeRO-1 to 3 this
+rank's part of a flat fp32 buffer that holds many parameters, whose boundaries have nothing to do
+with those of the part.
 """
 
 import copy
@@ -25,10 +26,14 @@ from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig, from_named_args
 
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
-REDUCTION = {"reduce_bucket_size": 50_000_000, "overlap_comm": True}  # ZeRO's: gradients are sent during backward
-FP32_REDUCTION_RANKS = 16  # from so many on, half-precision gradients are reduced in fp32 unless set otherwise
-SECTIONS = ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "scheduler")  # of DeepSpeed's
-MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # train.report_to -> its section
+# ZeRO's: gradients are sent during backward
+REDUCTION = {"reduce_bucket_size": 50_000_000, "overlap_comm": True}
+# from so many on, half-precision gradients are reduced in fp32 unless set otherwise
+FP32_REDUCTION_RANKS = 16
+# of DeepSpeed's
+SECTIONS = ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "scheduler")
+# train.report_to -> its section
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
 State = dict[str, Any]  # optimizer.state[master]
 Rates = tuple[float, float]  # peak learning rate and weight decay
 Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weight_decay``
@@ -36,19 +41,27 @@ Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weigh
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """``--optimizer adamw``: Loshchilov & Hutter 2019, arXiv 1711.05101; torch's own, fused on GPUs. A checkpoint holds
-    one tensor for each parameter and moment, ``NAME.exp_avg``, independent of ranks and stage."""
+    """``--optimizer adamw``: Loshchilov & Hutter 2019, arXiv 1711.05101; torch's own, fused on
+    GPUs. A checkpoint holds one tensor for each parameter and moment, ``NAME.exp_avg``, independent
+    of ranks and stage."""
 
     name: ClassVar[str] = "adamw"
-    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")  # keys of a state that checkpoints hold
-    # checkpoints hold the moments of each rank's masters as they are: resumed on as many ranks, at the same ZeRO stage
+    # keys of a state that checkpoints hold
+    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    # checkpoints hold the moments of each rank's masters as they are: resumed on as many ranks, at
+    # the same ZeRO stage
     by_rank: ClassVar[bool] = False
     state_bytes: ClassVar[float] = 8.0  # of the moments of one parameter
 
-    def make(self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+    def make(
+        self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float
+    ) -> torch.optim.Optimizer:
         """The optimizer over parameter groups."""
-        # torch's own needs no C++ build, which takes minutes at first use; on CPUs the fused kernel rounds differently
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available())
+        # torch's own needs no C++ build, which takes minutes at first use; on CPUs the fused kernel
+        # rounds differently
+        return torch.optim.AdamW(
+            groups, lr=lr, betas=betas, eps=eps, fused=torch.cuda.is_available()
+        )
 
     def empty_state(self, optimizer: Any, master: Tensor, updates: int) -> State:
         """The state of a master after ``updates`` updates, with all moments zero."""
@@ -61,8 +74,8 @@ class AdamW:
 
 
 class FlatAdamW(torch.optim.AdamW):
-    """AdamW over a master that holds parameters of different settings: one group, and so one norm and gather of ZeRO.
-    The group's ``lr`` is the schedule's factor."""
+    """AdamW over a master that holds parameters of different settings: one group, and so one norm
+    and gather of ZeRO. The group's ``lr`` is the schedule's factor."""
 
     parts: dict[Tensor, dict[Rates, list[slice]]]  # of each master; set once they are laid out
 
@@ -82,7 +95,8 @@ class FlatAdamW(torch.optim.AdamW):
                     adamw(
                         *([column[part] for part in parts] for column in columns),
                         max_exp_avg_sqs=[],
-                        state_steps=list(state["step"].repeat(len(parts)).unbind()),  # counted up inside
+                        # counted up inside
+                        state_steps=list(state["step"].repeat(len(parts)).unbind()),
                         foreach=False,
                         fused=group["fused"],
                         amsgrad=False,
@@ -100,16 +114,20 @@ class FlatAdamW(torch.optim.AdamW):
 class AdamW8bit(AdamW):
     """``--optimizer adamw_8bit``: bitsandbytes', a quarter of the states' memory (Dettmers et al. 2022, arXiv
     2110.02861). Moments are in 8 bits, as an index into a table of values times the largest magnitude of their block of
-    256, which may end inside of a parameter; so a checkpoint holds each rank's states as they are."""
+    256, which may end inside of a parameter; so a checkpoint holds each rank's states as they are.
+    """
 
     min_8bit_size: int = 4096  # values of a master from which its moments are in 8 bits
 
     name: ClassVar[str] = "adamw_8bit"
-    moments: ClassVar[tuple[str, ...]] = ("state1", "absmax1", "state2", "absmax2")  # bitsandbytes' names
+    # bitsandbytes' names
+    moments: ClassVar[tuple[str, ...]] = ("state1", "absmax1", "state2", "absmax2")
     by_rank: ClassVar[bool] = True
     state_bytes: ClassVar[float] = 2 * (1 + 4 / BLOCK)
 
-    def make(self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+    def make(
+        self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float
+    ) -> torch.optim.Optimizer:
         from bitsandbytes.optim import AdamW8bit as Optimizer
 
         return Optimizer(groups, lr=lr, betas=betas, eps=eps, min_8bit_size=self.min_8bit_size)
@@ -118,10 +136,14 @@ class AdamW8bit(AdamW):
         in_8bit = master.numel() >= self.min_8bit_size
         state: State = {"step": updates}
         for number in (1, 2):
-            state[f"state{number}"] = torch.zeros_like(master.data, dtype=torch.uint8 if in_8bit else torch.float32)
+            state[f"state{number}"] = torch.zeros_like(
+                master.data, dtype=torch.uint8 if in_8bit else torch.float32
+            )
             if in_8bit:
                 blocks = -(-master.numel() // BLOCK)
-                state[f"absmax{number}"] = torch.zeros(blocks, dtype=torch.float32, device=master.device)
+                state[f"absmax{number}"] = torch.zeros(
+                    blocks, dtype=torch.float32, device=master.device
+                )
                 table = optimizer.name2qmap["dynamic" if number == 1 else "udynamic"]
                 state[f"qmap{number}"] = table.to(master.device)
         return state
@@ -153,11 +175,16 @@ def is_vector(parameter: Tensor) -> bool:
 
 
 def parameter_groups(trained: Iterable[Trained], weight_decay: float) -> Groups:
-    """The optimizer's groups, one per (learning rate, weight decay), in order of first use; the schedule multiplies
-    the ``peak_lr`` of a group."""
+    """The optimizer's groups, one per (learning rate, weight decay), in order of first use; the
+    schedule multiplies the ``peak_lr`` of a group."""
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for item in trained:
-        new = {"params": [], "lr": item.lr, "peak_lr": item.lr, "weight_decay": weight_decay if item.decay else 0.0}
+        new = {
+            "params": [],
+            "lr": item.lr,
+            "peak_lr": item.lr,
+            "weight_decay": weight_decay if item.decay else 0.0,
+        }
         groups.setdefault((item.lr, item.decay), new)["params"].append(item.parameter)
     return list(groups.values())
 
@@ -165,7 +192,9 @@ def parameter_groups(trained: Iterable[Trained], weight_decay: float) -> Groups:
 def as_one_group(groups: Groups) -> tuple[Groups, dict[Tensor, Rates]]:
     """One group of all parameters, for FlatAdamW, and the settings of each."""
     parameters = [parameter for group in groups for parameter in group["params"]]
-    rates = {p: (group["peak_lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    rates = {
+        p: (group["peak_lr"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
     return [{"params": parameters, "lr": 1.0, "peak_lr": 1.0}], rates
 
 
@@ -187,12 +216,13 @@ def set_lr(groups: Groups, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-# DeepSpeed's JSON: "auto" values are filled in, and what the run sets (batch, precision, clipping, optimizer, schedule)
-# may be absent, "auto", or equal; all else is passed on unchanged.
+# DeepSpeed's JSON: "auto" values are filled in, and what the run sets (batch, precision, clipping,
+# optimizer, schedule) may be absent, "auto", or equal; all else is passed on unchanged.
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
-    """The user's file, or a ZeRO-0 configuration for "". Raises OSError, or ValueError for invalid JSON."""
+    """The user's file, or a ZeRO-0 configuration for "". Raises OSError, or ValueError for invalid
+    JSON."""
     if not path:
         return {"zero_optimization": {"stage": 0}}
     if isinstance(body := read_json_value(path), dict):
@@ -210,12 +240,14 @@ def complete(
     output_dir: str = "",
     where: str = "the DeepSpeed configuration",
 ) -> dict[str, Any]:
-    """The configuration for ``deepspeed.initialize``; ValueError lists every conflict with the run, or says that
-    ``world`` ranks cannot share its batch. hidden_size: of the tower, sets the sizes of ZeRO-3's "auto" buckets.
+    """The configuration for ``deepspeed.initialize``; ValueError lists every conflict with the run,
+    or says that ``world`` ranks cannot share its batch. hidden_size: of the tower, sets the sizes
+    of ZeRO-3's "auto" buckets.
 
-    ``optimizer`` and ``scheduler`` sections are removed, and conflict if they set a value: the engine builds the
-    optimizer (for layer-wise groups), and the loop sets the learning rate. Half-precision gradients of 16 ranks or more
-    are reduced in fp32 if neither the file nor the run sets a type.
+    ``optimizer`` and ``scheduler`` sections are removed, and conflict if they set a value: the
+    engine builds the optimizer (for layer-wise groups), and the loop sets the learning rate.
+    Half-precision gradients of 16 ranks or more are reduced in fp32 if neither the file nor the run
+    sets a type.
     """
     config = copy.deepcopy(user)
     for name in config:  # DeepSpeed ignores what it does not know, and would train without it
@@ -233,7 +265,9 @@ def complete(
         if given != "auto"
     ]
     if (kind := user.get("optimizer", {}).get("type", "AdamW")) not in ("Adam", "AdamW"):
-        conflicts.append(f"optimizer.type is {kind!r}, but the run uses {optim.name!r} (--optimizer)")
+        conflicts.append(
+            f"optimizer.type is {kind!r}, but the run uses {optim.name!r} (--optimizer)"
+        )
     conflicts += _set_run_values(config, train, optim, world)
     if conflicts:
         raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
@@ -243,15 +277,19 @@ def complete(
     _fill_zero(config, train.precision, hidden_size)
     if type(chosen_optimizer(optim)) is not AdamW:
         if offloads_optimizer(config):
-            raise ValueError(f"{where} offloads optimizer states: set --optimizer adamw, or remove offload_optimizer")
+            raise ValueError(
+                f"{where} offloads optimizer states: set --optimizer adamw, or remove offload_optimizer"
+            )
         config.setdefault("zero_allow_untested_optimizer", True)
     run = Path(output_dir)
     for monitor in train.report_to:
         of_files = {"output_path": str(run / "monitor"), "job_name": run.name}
         own = {"project": "llm2clip", "group": run.name} if monitor == "wandb" else of_files
         config.setdefault(MONITORS[monitor], {"enabled": True, **own})
-    config.setdefault("steps_per_print", 1 << 31)  # the run has its own progress bar, and its own clock:
-    config.setdefault("timers", {"throughput": {"enabled": False}})  # this one waits for the GPU at every micro-batch
+    # the run has its own progress bar, and its own clock:
+    config.setdefault("steps_per_print", 1 << 31)
+    # this one waits for the GPU at every micro-batch
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     return config
 
 
@@ -266,7 +304,9 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
     return device not in ("none", None)
 
 
-def _set_run_values(config: dict[str, Any], train: TrainConfig, optim: OptimConfig, world: int) -> list[str]:
+def _set_run_values(
+    config: dict[str, Any], train: TrainConfig, optim: OptimConfig, world: int
+) -> list[str]:
     """Set what the run decides; returns the conflicts."""
     _, micro_batch, accumulation = train.rows(world)
     rows: list[tuple[str, Any, str]] = [
@@ -276,13 +316,16 @@ def _set_run_values(config: dict[str, Any], train: TrainConfig, optim: OptimConf
         ("gradient_clipping", optim.max_grad_norm, "--max-grad-norm"),
     ]
     if train.communication_data_type:
-        rows.append(("communication_data_type", train.communication_data_type, "--communication-data-type"))
+        rows.append(
+            ("communication_data_type", train.communication_data_type, "--communication-data-type")
+        )
     for kind in ("bf16", "fp16"):
         if kind in config or train.precision == kind:
             rows.append((f"{kind}.enabled", train.precision == kind, "--precision"))
     if train.precision == "bf16":  # DeepSpeed leaves out an update whose gradient is not finite
         rows.append(("bf16.check_grad_overflow", True, "--skip-bad-batches"))
-    elif train.precision == "fp32" and "compute_grad_norm" in config.get("zero_optimization", {}):  # its only check
+    elif train.precision == "fp32" and "compute_grad_norm" in config.get("zero_optimization", {}):
+        # its only check
         rows.append(("zero_optimization.compute_grad_norm", True, "--skip-bad-batches"))
     conflicts = []
     for path, value, option in rows:
@@ -296,7 +339,8 @@ def _set_run_values(config: dict[str, Any], train: TrainConfig, optim: OptimConf
 
 
 def _fill_zero(config: dict[str, Any], precision: Precision, hidden_size: int) -> None:
-    """Fill ZeRO's "auto" sizes as Hugging Face's integration does, and set what an external optimizer needs."""
+    """Fill ZeRO's "auto" sizes as Hugging Face's integration does, and set what an external
+    optimizer needs."""
     zero = config.setdefault("zero_optimization", {"stage": 0})
     square = hidden_size**2
     for name, value in (
@@ -309,13 +353,17 @@ def _fill_zero(config: dict[str, Any], precision: Precision, hidden_size: int) -
         if zero.get(name) == "auto":
             zero[name] = value
     if precision != "fp32" and zero.get("stage", 0) == 0:
-        # same results in less memory; DeepSpeed's fp16 optimizer of stage 0 divides gradients by a loss scale that
-        # was never applied, and starts AdamW with a step of zero gradients
+        # same results in less memory; DeepSpeed's fp16 optimizer of stage 0 divides gradients by a
+        # loss scale that was never applied, and starts AdamW with a step of zero gradients
         zero["stage"] = 1
     if zero.get("stage", 0):
         config["zero_optimization"] = {**REDUCTION, **zero}
     if offloads_optimizer(config):
         config.setdefault("zero_force_ds_cpu_optimizer", False)
-    if precision == "bf16" and config["gradient_accumulation_steps"] > 1 and zero.get("stage", 0) >= 1:
+    if (
+        precision == "bf16"
+        and config["gradient_accumulation_steps"] > 1
+        and zero.get("stage", 0) >= 1
+    ):
         # in bf16, a micro-batch's gradient below 1/256 of the sum so far is rounded away
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")

@@ -1,17 +1,19 @@
 """The seam between loop and model: ``loss, values = step(batch)``.
 
-A step is one update from this rank's rows of the global batch. With one micro-batch it is forward, loss, backward.
-With more it is gradient caching (Gao et al. 2021, arXiv 2101.06983): every micro-batch is encoded without a graph,
-the loss of the whole batch gives the gradient of each feature, and every micro-batch is encoded again to carry the
-gradients of its features into the parameters. Ranks x micro-batches x accumulation then equal one big batch, because
-the negatives are always those of the global batch.
+A step is one update from this rank's rows of the global batch. With one micro-batch it is forward,
+loss, backward. With more it is gradient caching (Gao et al. 2021, arXiv 2101.06983): every
+micro-batch is encoded without a graph, the loss of the whole batch gives the gradient of each
+feature, and every micro-batch is encoded again to carry the gradients of its features into the
+parameters. Ranks x micro-batches x accumulation then equal one big batch, because the negatives are
+always those of the global batch.
 
-Randomness in a forward pass depends only on the position of the sample in the run, so that the second pass repeats
-the first and any number of ranks draws the same: text noise is drawn per sample, and torch's generator (dropout,
-stochastic depth) is seeded for each micro-batch with the position of its first sample.
+Randomness in a forward pass depends only on the position of the sample in the run, so that the
+second pass repeats the first and any number of ranks draws the same: text noise is drawn per
+sample, and torch's generator (dropout, stochastic depth) is seeded for each micro-batch with the
+position of its first sample.
 
-Shape letters: b this rank's pairs, m pairs of a micro-batch, k texts that belong to an anchor, D width of the
-features, W width of an LLM embedding, T patches of an image, H width of the tower.
+Shape letters: b this rank's pairs, m pairs of a micro-batch, k texts that belong to an anchor, D
+width of the features, W width of an LLM embedding, T patches of an image, H width of the tower.
 """
 
 import hashlib
@@ -24,7 +26,13 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.console import NonFiniteLossError
-from llm2clip_plugin.train.distributed import gather_objects, rank, sum_over_ranks, timed, world_size
+from llm2clip_plugin.train.distributed import (
+    gather_objects,
+    rank,
+    sum_over_ranks,
+    timed,
+    world_size,
+)
 from llm2clip_plugin.train.engine import Engine, Reference
 from llm2clip_plugin.train.losses.base import Features, Terms
 
@@ -49,15 +57,19 @@ SCALARS = ("log_scale", "bias")  # fields of Encoded that belong to no row
 
 
 class ContrastiveStep(ABC):
-    """One optimizer step over this rank's rows of a global batch, whatever the two sides of its pairs are. ``batch``:
-    caption_hashes and image_ids (b,), keys (b), ``position`` (samples that the run has consumed after it), and what the
-    subclass encodes."""
+    """One optimizer step over this rank's rows of a global batch, whatever the two sides of its
+    pairs are. ``batch``: caption_hashes and image_ids (b,), keys (b), ``position`` (samples that
+    the run has consumed after it), and what the subclass encodes."""
 
     def __init__(self, engine: Engine, terms: Terms, *, seed: int, total_samples: int = 0) -> None:
         """total_samples: pairs of the whole run, over which the terms' weights may change."""
-        self.engine, self.terms, self.seed, self.total_samples = engine, terms, seed, total_samples
+        self.engine = engine
+        self.terms = terms
+        self.seed = seed
+        self.total_samples = total_samples
         self.flags: Callable[[], Sequence[bool]] = tuple  # of this rank; each rank has as many
-        self.raised: list[bool] = []  # which of them any rank had in the last step: they travel with its losses
+        # which of them any rank had in the last step: they travel with its losses
+        self.raised: list[bool] = []
         self._fp32: dict[str, Tensor] = {}  # logit_scale and logit_bias since the last update
 
     @abstractmethod
@@ -73,8 +85,8 @@ class ContrastiveStep(ABC):
         """Encode a micro-batch; ``micro["first"]`` is the position of its first sample in the run."""
 
     def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Of a frozen tower, for the same anchors: features (m, D), L2-normalized, and patches (m, T, H); None for what
-        no term reads."""
+        """Of a frozen tower, for the same anchors: features (m, D), L2-normalized, and patches (m,
+        T, H); None for what no term reads."""
         return None, None
 
     def _after_update(self) -> None:
@@ -87,13 +99,19 @@ class ContrastiveStep(ABC):
     def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
         """Update the parameters; returns the loss of the global batch and values to report.
 
-        Raises NonFiniteLossError on every rank, none of which has updated, where fp16 can't lower its loss scale.
+        Raises NonFiniteLossError on every rank, none of which has updated, where fp16 can't lower
+        its loss scale.
         """
         batch = self._on_device(batch)
         rows = len(batch["keys"])  # of this rank
-        size, first = rows // self.engine.accumulation, batch["position"] - (world_size() - rank()) * rows
-        micro_batches = [{**self._rows(batch, slice(i, i + size)), "first": first + i} for i in range(0, rows, size)]
-        skipped, lowers = self.engine.skipped, self.engine.can_lower_loss_scale
+        size = rows // self.engine.accumulation
+        first = batch["position"] - (world_size() - rank()) * rows
+        micro_batches = [
+            {**self._rows(batch, slice(i, i + size)), "first": first + i}
+            for i in range(0, rows, size)
+        ]
+        skipped = self.engine.skipped
+        lowers = self.engine.can_lower_loss_scale
         if len(micro_batches) == 1:
             reference = self._reference(micro_batches[0])
             loss, numbers, finite_b = self._loss(self._encode(micro_batches[0]), batch, *reference)
@@ -104,29 +122,41 @@ class ContrastiveStep(ABC):
         loss, *means, scale = self.engine.read(numbers)
         self.raised = [mean > 0 for mean in means[len(self.terms) :]]
         values = {f"loss_{name}": mean for name, mean in zip(self.terms, means, strict=False)}
-        if not lowers and (self.engine.skipped > skipped or not math.isfinite(loss + (self.engine.grad_norm or 0))):
+        if not lowers and (
+            self.engine.skipped > skipped or not math.isfinite(loss + (self.engine.grad_norm or 0))
+        ):
             raise _non_finite({"loss": loss, **values}, finite_b, batch)
         self._after_update()
         return loss, values | {"logit_scale": scale}
 
     def _cached_step(self, batch: Batch, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """Features without a graph, the gradient of the loss for each, and a second pass that propagates it."""
-        references = map(_joined, zip(*(self._reference(micro) for micro in micro_batches), strict=True))
+        """Features without a graph, the gradient of the loss for each, and a second pass that
+        propagates it."""
+        references = map(
+            _joined, zip(*(self._reference(micro) for micro in micro_batches), strict=True)
+        )
         with torch.no_grad():
             parts = [self._encode(micro) for micro in micro_batches]
         columns = zip(Encoded._fields, zip(*parts, strict=True), strict=True)
-        joined = {name: column[0].clone() if name in SCALARS else _joined(column) for name, column in columns}
+        joined = {
+            name: column[0].clone() if name in SCALARS else _joined(column)
+            for name, column in columns
+        }
         leaves = {name: leaf.requires_grad_() for name, leaf in joined.items() if leaf is not None}
         loss, numbers, finite_b = self._loss(Encoded(**leaves), batch, *references)
         with timed("backward"):
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(
+                loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
         grads = dict(zip(leaves, found, strict=True))
         size = len(parts[0].anchor_mD)
         for i, micro in enumerate(micro_batches):
             rows = slice(i * size, (i + 1) * size)
             encoded = self._encode(micro)
             products = [
-                (getattr(encoded, name) * (grad / len(parts) if name in SCALARS else grad[rows])).sum()
+                (
+                    getattr(encoded, name) * (grad / len(parts) if name in SCALARS else grad[rows])
+                ).sum()
                 for name, grad in grads.items()
             ]
             self.engine.backward(torch.stack(products).sum())
@@ -137,12 +167,14 @@ class ContrastiveStep(ABC):
         """Forward pass of one micro-batch, with the same random draws each time."""
         torch.manual_seed(position_seed(self.seed, micro["first"]))
         encoded = self._forward(micro)
-        scale, bias = self._exact("logit_scale", encoded.log_scale), self._exact("logit_bias", encoded.bias)
+        scale = self._exact("logit_scale", encoded.log_scale)
+        bias = self._exact("logit_bias", encoded.bias)
         return encoded._replace(log_scale=scale, bias=bias)
 
     def _exact(self, name: str, rounded: Tensor) -> Tensor:
-        """The fp32 value of a scalar parameter with the gradient of the module's ``rounded`` copy: in bf16, the logit
-        scale would move in steps of 1.6 to 3 % and end at 98.86 instead of 100."""
+        """The fp32 value of a scalar parameter with the gradient of the module's ``rounded`` copy:
+        in bf16, the logit scale would move in steps of 1.6 to 3 % and end at 98.86 instead of 100.
+        """
         parameter = getattr(self.engine.module, name, None)
         if parameter is None or parameter.dtype == torch.float32:
             return rounded
@@ -151,10 +183,14 @@ class ContrastiveStep(ABC):
         return self._fp32[name] + (rounded - rounded.detach())
 
     def _loss(
-        self, encoded: Encoded, batch: Batch, reference_bD: Tensor | None, reference_patches_bTH: Tensor | None
+        self,
+        encoded: Encoded,
+        batch: Batch,
+        reference_bD: Tensor | None,
+        reference_patches_bTH: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's sum of weighted terms; its mean over ranks, those of all terms and flags, and the logit scale;
-        which pairs (b,) have finite features."""
+        """This rank's sum of weighted terms; its mean over ranks, those of all terms and flags, and
+        the logit scale; which pairs (b,) have finite features."""
         before = batch["position"] - len(batch["keys"]) * world_size()
         features = Features(
             anchor_bD=encoded.anchor_mD,
@@ -175,9 +211,12 @@ class ContrastiveStep(ABC):
         flags = torch.tensor([*map(float, self.flags())]).to(loss, non_blocking=True)
         sums = sum_over_ranks(torch.cat([torch.stack([loss, *losses.values()]).detach(), flags]))
         numbers = torch.cat([sums / world_size(), encoded.log_scale.detach().exp().to(sums)])
-        finite_b = encoded.anchor_mD.isfinite().all(1) & encoded.positive_mkD.isfinite().flatten(1).all(1)
-        # a non-finite value on one rank makes the gradients of all NaN, for which the engine makes no update: reading
-        # it here would make the host wait for the device before the backward pass
+        finite_b = encoded.anchor_mD.isfinite().all(1) & encoded.positive_mkD.isfinite().flatten(
+            1
+        ).all(1)
+        # a non-finite value on one rank makes the gradients of all NaN, for which the engine makes
+        # no update: reading it here would make the host wait for the device before the backward
+        # pass
         return loss * torch.where(sums[0].isfinite(), 1.0, math.nan), numbers, finite_b
 
 
@@ -194,8 +233,10 @@ def _by_rank(keys: list[str]) -> str:
 
 
 def _non_finite(values: dict[str, float], finite_b: Tensor, batch: Batch) -> NonFiniteLossError:
-    """Names the samples with non-finite features on every rank, or the first samples of the batch if there are none."""
-    where, first = f"in the batch that ends at sample {batch['position']}", _by_rank(batch["keys"])
+    """Names the samples with non-finite features on every rank, or the first samples of the batch
+    if there are none."""
+    where = f"in the batch that ends at sample {batch['position']}"
+    first = _by_rank(batch["keys"])
     if math.isfinite(values["loss"]):
         return NonFiniteLossError(
             f"the gradient is not finite (loss {values['loss']:.4g}) {where}; it starts with {first}",
@@ -215,9 +256,11 @@ def _non_finite(values: dict[str, float], finite_b: Tensor, batch: Batch) -> Non
 
 
 class TowerStep(ContrastiveStep):
-    """A step of stage 2, whose module is a DualEncoder: images against embeddings (b, W), or (b, k, W) of k captions.
+    """A step of stage 2, whose module is a DualEncoder: images against embeddings (b, W), or (b, k,
+    W) of k captions.
 
-    ``normalize`` maps the pixels of a micro-batch, (m, S, S, 3) uint8 on the device, to (m, 3, S, S) float32.
+    ``normalize`` maps the pixels of a micro-batch, (m, S, S, 3) uint8 on the device, to (m, 3, S,
+    S) float32.
     """
 
     def __init__(
@@ -232,17 +275,24 @@ class TowerStep(ContrastiveStep):
         reference: Reference | None = None,
         patch_layers: Mapping[str, int] | None = None,
     ) -> None:
-        """text_noise: whether the text adapter adds noise to its input. patch_layers: losses.base.patch_layers."""
+        """text_noise: whether the text adapter adds noise to its input. patch_layers:
+        losses.base.patch_layers."""
         super().__init__(engine, terms, seed=seed, total_samples=total_samples)
-        self.normalize, self.reference, self.text_noise = normalize, reference, text_noise
+        self.normalize = normalize
+        self.reference = reference
+        self.text_noise = text_noise
         self.patch_layers = patch_layers or {}
         self.dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
 
     def _on_device(self, batch: Batch) -> Batch:
         """Pixels stay bytes; embeddings stay fp32 because the adapter normalizes them first."""
         device = self.engine.device
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        if (hashes := moved["caption_hashes"]).dim() > 1:  # (b, k) of k captions an image; losses take (k, b)
+        moved = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in batch.items()
+        }
+        # (b, k) of k captions an image; losses take (k, b)
+        if (hashes := moved["caption_hashes"]).dim() > 1:
             moved["caption_hashes"] = hashes.T.contiguous()
         return moved
 
@@ -251,29 +301,45 @@ class TowerStep(ContrastiveStep):
         return {"pixels": batch["pixels"][rows], "embeddings": batch["embeddings"][rows], **shapes}
 
     def _forward(self, micro: Batch) -> Encoded:
-        noise_mW, options = self._noise(micro) if self.text_noise else None, {**micro["shapes"], **self.patch_layers}
+        noise_mW = self._noise(micro) if self.text_noise else None
+        options = {**micro["shapes"], **self.patch_layers}
         pixel_values = self.normalize(micro["pixels"]).to(self.dtype)
-        image_mD, text_mD, *others = self.engine(pixel_values, micro["embeddings"], noise_mW, **options)
+        image_mD, text_mD, *others = self.engine(
+            pixel_values, micro["embeddings"], noise_mW, **options
+        )
         return Encoded(image_mD, text_mD if text_mD.dim() > 2 else text_mD[:, None], *others)
 
     def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
         if self.reference is None:
             return None, None
         pixel_values = self.normalize(micro["pixels"]).to(self.dtype)
-        return self.reference.encode(pixel_values, self.patch_layers.get("patches"), **micro["shapes"])
+        return self.reference.encode(
+            pixel_values, self.patch_layers.get("patches"), **micro["shapes"]
+        )
 
     def _noise(self, micro: Batch) -> Tensor:
-        """Standard normal values like the embeddings, drawn once for both passes; each row is a function of the seed
-        and its sample's position. Pinned, so that the next rows are drawn while the device computes."""
+        """Standard normal values like the embeddings, drawn once for both passes; each row is a
+        function of the seed and its sample's position. Pinned, so that the next rows are drawn
+        while the device computes."""
         if "noise" not in micro:
-            like, generator = micro["embeddings"], torch.Generator()
+            like = micro["embeddings"]
+            generator = torch.Generator()
             noise_mW = torch.empty(like.shape, pin_memory=like.is_cuda)
             for i, noise_W in enumerate(noise_mW):
-                noise_W.normal_(generator=generator.manual_seed(position_seed(self.seed + 1, micro["first"] + i)))
+                noise_W.normal_(
+                    generator=generator.manual_seed(
+                        position_seed(self.seed + 1, micro["first"] + i)
+                    )
+                )
             micro["noise"] = noise_mW.to(like.device, non_blocking=True)
         return micro["noise"]
 
 
 def position_seed(seed: int, position: int) -> int:
     """A 63-bit seed from a run's seed and a position in its order of samples."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest(), "big") >> 1
+    return (
+        int.from_bytes(
+            hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest(), "big"
+        )
+        >> 1
+    )

@@ -1,6 +1,8 @@
-"""What ranks send each other besides tensors: values as JSON and the tensors in them as safetensors.
+"""What ranks send each other besides tensors: values as JSON and the tensors in them as
+safetensors.
 
-Never pickle: reading a pickle runs the code in it, and whoever reaches the port of a process group can write to it.
+Never pickle: reading a pickle runs the code in it, and whoever reaches the port of a process group
+can write to it.
 """
 
 import json
@@ -14,7 +16,8 @@ TEXT = "json"  # the name of the JSON text among the tensors
 
 
 def pack(value: Any) -> bytes:
-    """None, numbers, strings, tensors, and lists and dictionaries of these as bytes. Raises TypeError for others.
+    """None, numbers, strings, tensors, and lists and dictionaries of these as bytes. Raises
+    TypeError for others.
 
     A tuple becomes a list.
     """
@@ -32,7 +35,8 @@ def unpack(data: bytes) -> Any:
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON in which every object is {"dict": ...} or {"tensor": its name}, so that no dictionary looks like a tensor.
+    """JSON in which every object is {"dict": ...} or {"tensor": its name}, so that no dictionary
+    looks like a tensor.
 
     The tensors are added to ``tensors``.
     """

@@ -1,4 +1,5 @@
-"""A tower directory: the settings of its dual encoder, its files, where to get one, its hashes, the places in its card.
+"""A tower directory: the settings of its dual encoder, its files, where to get one, its hashes, the
+places in its card.
 
 And the tensors of any checkpoint, read without running code; torch is imported when they are.
 """
@@ -43,43 +44,63 @@ class DualConfig:
 
     projection_dim: int = 1280  # width of the space that images and captions share
     llm_width: int = 0  # width of an LLM embedding; 0: no text adapter, only a projection
-    pool: str = "pooled"  # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (concatenated)
-    # linear | mlp (LIFT's: two linear layers, GELU between) | none (the pooled feature; projection_dim is its width)
+    # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (concatenated)
+    pool: str = "pooled"
+    # linear | mlp (LIFT's: two linear layers, GELU between) | none (the pooled feature;
+    # projection_dim is its width)
     projection: str = "linear"
     projection_norm: bool = False  # a LayerNorm before the projection
     projection_bias: bool = False  # a bias in the linear projection, initially 0
-    projection_init_std: float | None = None  # std of the projection's initial weights; None: width ** -0.5
-    adapter: str = "mlp"  # text adapter: mlp (the paper's) | linear | none (projection_dim is then llm_width)
+    # std of the projection's initial weights; None: width ** -0.5
+    projection_init_std: float | None = None
+    # text adapter: mlp (the paper's) | linear | none (projection_dim is then llm_width)
+    adapter: str = "mlp"
     adapter_blocks: int = 4  # residual MLP blocks
     adapter_expansion: int = 2  # hidden width of a block, in multiples of llm_width
     normalise_input: bool = True  # L2-normalize LLM embeddings first
     input_scale: str = "unit"  # unit | sqrt_width: factor on the normalized embedding
-    input_noise: float = 0.0  # standard deviation of Gaussian noise on the scaled embedding, in training only
-    logit_scale_init: float | None = None  # natural log of the initial scale; None: the tower's own, else log(1 / 0.07)
-    logit_bias_init: float | None = None  # initial value of a learned bias, for SigLIP's sigmoid loss (paper: -10)
+    # standard deviation of Gaussian noise on the scaled embedding, in training only
+    input_noise: float = 0.0
+    # natural log of the initial scale; None: the tower's own, else log(1 / 0.07)
+    logit_scale_init: float | None = None
+    # initial value of a learned bias, for SigLIP's sigmoid loss (paper: -10)
+    logit_bias_init: float | None = None
 
 
-def fetch_directory(source: str | os.PathLike[str], *, revision: str | None = None, also: tuple[str, ...] = ()) -> Path:
-    """A local directory for a path or a Hub id (``owner/name``), downloaded if necessary. Raises FileNotFoundError.
-    ``also``: patterns of further files to download, with the configurations and weights."""
-    path, name = Path(source).expanduser(), str(source)
+def fetch_directory(
+    source: str | os.PathLike[str], *, revision: str | None = None, also: tuple[str, ...] = ()
+) -> Path:
+    """A local directory for a path or a Hub id (``owner/name``), downloaded if necessary. Raises
+    FileNotFoundError. ``also``: patterns of further files to download, with the configurations and
+    weights."""
+    path = Path(source).expanduser()
+    name = str(source)
     if path.is_dir():
         return path
     if path.exists() or can_only_be_a_path(name) or "/" not in name:
         raise FileNotFoundError(f"{name} is not a directory or a Hub id (owner/name)")
     try:
-        directory = hub_snapshot(name, revision=revision, patterns=["*.json", "*.safetensors", *also])
+        directory = hub_snapshot(
+            name, revision=revision, patterns=["*.json", "*.safetensors", *also]
+        )
         if not any(directory.glob("*.safetensors")):
-            directory = hub_snapshot(name, revision=revision, patterns=["*.json", "*.bin", "*.pt", *also])
-    except (OSError, ValueError) as error:  # huggingface_hub's errors are OSError (network, missing) or ValueError
-        raise FileNotFoundError(f"{name} is not a directory and cannot be downloaded from the Hub: {error}") from error
+            directory = hub_snapshot(
+                name, revision=revision, patterns=["*.json", "*.bin", "*.pt", *also]
+            )
+    except (OSError, ValueError) as error:
+        # huggingface_hub's errors are OSError (network, missing) or ValueError
+        raise FileNotFoundError(
+            f"{name} is not a directory and cannot be downloaded from the Hub: {error}"
+        ) from error
     return directory
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; FileNotFoundError or ContractError names the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}; `llm2clip import` makes a tower directory")
+        raise FileNotFoundError(
+            f"no {path.name} in {path.parent}; `llm2clip import` makes a tower directory"
+        )
     body = read_json_value(path)
     if not isinstance(body, dict):
         raise ContractError(f"{path} contains a {type(body).__name__}, expected a JSON object")
@@ -99,12 +120,14 @@ def section(config: dict[str, Any], name: str, *, where: str = "config.json") ->
     return value or {}
 
 
-INHERITED = ("image_mean", "image_std", "resample", "max_num_patches")  # from the source's own preprocessor_config.json
+# from the source's own preprocessor_config.json
+INHERITED = ("image_mean", "image_std", "resample", "max_num_patches")
 
 
 def own_preprocessor(directory: Path) -> dict[str, Any]:
-    """Mean, standard deviation and resampling in a directory's preprocessor_config.json; {} without one.
-    Pixels that are not normalized (``do_normalize`` false: RADIO does that itself) have mean 0 and deviation 1."""
+    """Mean, standard deviation and resampling in a directory's preprocessor_config.json; {} without
+    one. Pixels that are not normalized (``do_normalize`` false: RADIO does that itself) have mean 0
+    and deviation 1."""
     if not (directory / PREPROCESSOR_FILE).is_file():
         return {}
     body = read_json(directory / PREPROCESSOR_FILE)
@@ -118,15 +141,17 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
 
 
 def check_channels(name: str, values: Any, where: Path) -> None:
-    """Raise ContractError for a mean or a standard deviation of pixels that is not three numbers, one for each color,
-    or for a deviation that is not above 0."""
+    """Raise ContractError for a mean or a standard deviation of pixels that is not three numbers,
+    one for each color, or for a deviation that is not above 0."""
     lowest = 0.0 if name == "image_std" else -math.inf
     numbers = values if isinstance(values, list) else []
     usable = [isinstance(value, (int, float)) and lowest < value < math.inf for value in numbers]
     if usable != [True, True, True]:
         above = " above 0" if name == "image_std" else ""
         fix = "take the values of the model that the tower comes from"
-        raise ContractError(f"{where}: {name} is {values!r}, expected three numbers{above} (red, green, blue); {fix}")
+        raise ContractError(
+            f"{where}: {name} is {values!r}, expected three numbers{above} (red, green, blue); {fix}"
+        )
 
 
 # Whether a tower directory is what was written: the hashes of its weights.
@@ -140,7 +165,8 @@ def has_card(directory: Path) -> bool:
 
 
 def check_hash(directory: Path, file: str) -> None:
-    """Compare the weights or the adapter of a directory that has a card with the hash in it; ContractError has both."""
+    """Compare the weights or the adapter of a directory that has a card with the hash in it;
+    ContractError has both."""
     if not has_card(directory):
         return
     card = TowerCard.read(directory / TowerCard.FILE)
@@ -148,7 +174,9 @@ def check_hash(directory: Path, file: str) -> None:
     if not (directory / file).is_file():
         raise FileNotFoundError(f"no {file} in {directory}; {REMEDY}")
     if (actual := sha256_weights(directory / file)) != expected:
-        raise ContractError(f"{directory / file} has SHA-256 {actual}, but {card.FILE} records {expected!r}: {REMEDY}")
+        raise ContractError(
+            f"{directory / file} has SHA-256 {actual}, but {card.FILE} records {expected!r}: {REMEDY}"
+        )
 
 
 def check_card(directory: Path, *, adapter: bool = True) -> TowerCard:
@@ -161,20 +189,26 @@ def check_card(directory: Path, *, adapter: bool = True) -> TowerCard:
     return card
 
 
-# The places that a card names: origin, teacher and its adapter. A relative path in a card starts with ./ or ../, so it
-# is never mistaken for a Hub id, and stays right when a folder with the tower and its teacher is moved.
+# The places that a card names: origin, teacher and its adapter. A relative path in a card starts
+# with ./ or ../, so it is never mistaken for a Hub id, and stays right when a folder with the tower
+# and its teacher is moved.
 
-TEACHER_ADAPTER = "teacher-adapter"  # folder in a tower directory: the adapter of its teacher, if it is portable
+# folder in a tower directory: the adapter of its teacher, if it is portable
+TEACHER_ADAPTER = "teacher-adapter"
 TEACHER_PLACES = ("llm", "adapter")  # fields of a TeacherIdentity
 
 
 def is_local(place: str) -> bool:
-    """Whether a place is a path of this machine, rather than a Hub id or the name of a model in a library."""
-    return place.startswith(("/", "~", "./", "../")) or place in (".", "..") or os.path.exists(place)
+    """Whether a place is a path of this machine, rather than a Hub id or the name of a model in a
+    library."""
+    return (
+        place.startswith(("/", "~", "./", "../")) or place in (".", "..") or os.path.exists(place)
+    )
 
 
 def recorded(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
-    """The card as it is written into ``folder``: local paths made relative to it, absolute where only / is shared."""
+    """The card as it is written into ``folder``: local paths made relative to it, absolute where
+    only / is shared."""
     inside = Path(folder).expanduser().absolute()
 
     def relative(place: str) -> str:
@@ -190,12 +224,14 @@ def recorded(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
 def located(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
     """The card that was read from ``folder``, its relative paths made absolute."""
     inside = Path(folder).expanduser().absolute()
-    return _with_places(card, lambda p: os.path.normpath(inside / p) if p.startswith(("./", "../")) else p)
+    return _with_places(
+        card, lambda p: os.path.normpath(inside / p) if p.startswith(("./", "../")) else p
+    )
 
 
 def published(card: TowerCard) -> TowerCard:
-    """The card without local paths: only the name of a folder is left of the weights' and of those in ``training``,
-    nothing of an adapter's that is not in the directory."""
+    """The card without local paths: only the name of a folder is left of the weights' and of those
+    in ``training``, nothing of an adapter's that is not in the directory."""
 
     def is_private(place: str) -> bool:
         return is_local(place) and place != f"./{TEACHER_ADAPTER}"
@@ -220,9 +256,15 @@ def published(card: TowerCard) -> TowerCard:
 
 def _with_places(card: TowerCard, change: Callable[[str], str]) -> TowerCard:
     """The card with ``change`` applied to each place in it; "" stays."""
-    places = {name: value for name in TEACHER_PLACES if isinstance(value := card.teacher.get(name), str) and value}
+    places = {
+        name: value
+        for name in TEACHER_PLACES
+        if isinstance(value := card.teacher.get(name), str) and value
+    }
     teacher = card.teacher | {name: change(place) for name, place in places.items()}
-    return dataclasses.replace(card, origin=change(card.origin) if card.origin else "", teacher=teacher)
+    return dataclasses.replace(
+        card, origin=change(card.origin) if card.origin else "", teacher=teacher
+    )
 
 
 # Checkpoints of other libraries.
@@ -230,24 +272,39 @@ def _with_places(card: TowerCard, change: Callable[[str], str]) -> TowerCard:
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 SAFE_TORCH = (2, 6)  # older versions run code in spite of `weights_only=True` (CVE-2025-32434)
 WRAPPERS = ("model", "module", "state_dict")  # of a training checkpoint, in the reference's order
-WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors, .pt, .pth or .bin file by name, without wrappers and ``module.`` prefixes.
-    Raises ContractError if the file is incomplete, contains code or anything but tensors, or has an unknown suffix."""
+    """Every tensor of a .safetensors, .pt, .pth or .bin file by name, without wrappers and
+    ``module.`` prefixes. Raises ContractError if the file is incomplete, contains code or anything
+    but tensors, or has an unknown suffix."""
     from torch import Tensor
 
     if path.suffix == ".safetensors":
         state = load_tensors(path, fix="download it again")
     elif path.suffix in PICKLE_SUFFIXES:
         state = _read_pickle(path)
-        if isinstance(state, dict):  # it may be inside a training checkpoint such as {epoch, name, state_dict}
-            state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), dict)), state)
-        if not isinstance(state, dict) or not state or not all(isinstance(item, Tensor) for item in state.values()):
+        # it may be inside a training checkpoint such as {epoch, name, state_dict}
+        if isinstance(state, dict):
+            state = next(
+                (state[name] for name in WRAPPERS if isinstance(state.get(name), dict)), state
+            )
+        if (
+            not isinstance(state, dict)
+            or not state
+            or not all(isinstance(item, Tensor) for item in state.values())
+        ):
             raise ContractError(f"{path} does not contain a dict of tensors")
     else:
-        raise ContractError(f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}")
+        raise ContractError(
+            f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}"
+        )
     for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -255,7 +312,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor | None:
-    """One tensor of a checkpoint file, None if it has no such tensor; of a .safetensors file nothing else is read."""
+    """One tensor of a checkpoint file, None if it has no such tensor; of a .safetensors file
+    nothing else is read."""
     if path.suffix != ".safetensors":
         return read_tensors(path).get(name)
     if name not in read_header(path).entries:
@@ -267,34 +325,46 @@ def read_tensor(path: Path, name: str) -> Tensor | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The weight files of a folder: one with a standard name, the shards of an index, or its only checkpoint."""
+    """The weight files of a folder: one with a standard name, the shards of an index, or its only
+    checkpoint."""
     for name in WEIGHT_FILES:
         if (directory / name).is_file():
             return [directory / name]
         if (index := directory / f"{name}.index.json").is_file():
             shards = section(read_json(index), "weight_map", where=str(index)).values()
             return sorted({directory / Path(shard).name for shard in shards})
-    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", *PICKLE_SUFFIXES))
+    files = sorted(
+        path for path in directory.iterdir() if path.suffix in (".safetensors", *PICKLE_SUFFIXES)
+    )
     if not files:
-        raise FileNotFoundError(f"no checkpoint in {directory}: no .safetensors, {', '.join(PICKLE_SUFFIXES)} file")
+        raise FileNotFoundError(
+            f"no checkpoint in {directory}: no .safetensors, {', '.join(PICKLE_SUFFIXES)} file"
+        )
     if len(files) > 1:
-        raise ContractError(f"{directory} has several checkpoints; choose one of {', '.join(p.name for p in files)}")
+        raise ContractError(
+            f"{directory} has several checkpoints; choose one of {', '.join(p.name for p in files)}"
+        )
     return files
 
 
 def refused_pickle(path: Path, error: pickle.UnpicklingError) -> ContractError:
-    """The error for a pickle that torch does not read, whose own reason explains how to run the file nevertheless."""
+    """The error for a pickle that torch does not read, whose own reason explains how to run the
+    file nevertheless."""
     name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
     reason = f"would run or construct {name[1]}" if name else "contains other objects than tensors"
     fix = "load it where you trust it, with the library that wrote it, and save it with save_pretrained(FOLDER)"
-    return ContractError(f"{path} {reason}; nothing in it was run. Use the weights as .safetensors: {fix}")
+    return ContractError(
+        f"{path} {reason}; nothing in it was run. Use the weights as .safetensors: {fix}"
+    )
 
 
 def _read_pickle(path: Path) -> Any:
     import torch
 
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
-        why = f"torch {torch.__version__} cannot read a pickle safely (CVE-2025-32434, fixed in 2.6)"
+        why = (
+            f"torch {torch.__version__} cannot read a pickle safely (CVE-2025-32434, fixed in 2.6)"
+        )
         raise ContractError(f"{path}: {why}; import it in the training environment")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -302,4 +372,6 @@ def _read_pickle(path: Path) -> Any:
         raise refused_pickle(path, error) from error
     except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ContractError(f"{path} is not a complete torch checkpoint ({reason}); download it again") from error
+        raise ContractError(
+            f"{path} is not a complete torch checkpoint ({reason}); download it again"
+        ) from error

@@ -1,6 +1,8 @@
-"""The dual encoder of stage 2: a vision tower with a projection, and a text adapter on LLM embeddings.
+"""The dual encoder of stage 2: a vision tower with a projection, and a text adapter on LLM
+embeddings.
 
-Shapes: B images, N captions, T tokens or patches, H width of the tower, W width of an LLM embedding, D projection_dim.
+Shapes: B images, N captions, T tokens or patches, H width of the tower, W width of an LLM
+embedding, D projection_dim.
 """
 
 import dataclasses
@@ -16,7 +18,14 @@ from torch import Tensor, nn
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.files import ContractError, from_plain, load_tensors
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.vision.directory import ADAPTER_FILE, LOG_SCALE, DualConfig, check_hash, fetch_directory, located
+from llm2clip_plugin.vision.directory import (
+    ADAPTER_FILE,
+    LOG_SCALE,
+    DualConfig,
+    check_hash,
+    fetch_directory,
+    located,
+)
 from llm2clip_plugin.vision.families import Tower, family_of
 from llm2clip_plugin.vision.towers import final_norm, load_tower, parameters_in
 
@@ -37,40 +46,54 @@ class AdapterBlock(nn.Module):
 
 
 class TextAdapter(nn.Module):
-    """LLM2CLIP's adapter: L2 normalization, residual MLP blocks, LayerNorm, Linear (arXiv 2411.04997, section 3).
+    """LLM2CLIP's adapter: L2 normalization, residual MLP blocks, LayerNorm, Linear (arXiv
+    2411.04997, section 3).
 
-    ``adapter``: "mlp" as above; "linear" has no blocks; "none" returns the scaled input (then W must equal D).
-    The output is not normalized. ``input_scale`` "sqrt_width" multiplies the L2-normalized input by sqrt(W), so that
-    its entries have unit variance and the eps of the first norm is negligible. ``input_noise`` is drawn from torch's
-    global generator of the input's device; a second forward pass repeats it only from the same generator state.
+    ``adapter``: "mlp" as above; "linear" has no blocks; "none" returns the scaled input (then W
+    must equal D). The output is not normalized. ``input_scale`` "sqrt_width" multiplies the
+    L2-normalized input by sqrt(W), so that its entries have unit variance and the eps of the first
+    norm is negligible. ``input_noise`` is drawn from torch's global generator of the input's
+    device; a second forward pass repeats it only from the same generator state.
     """
 
     def __init__(self, config: DualConfig) -> None:
         super().__init__()
-        width, is_none = config.llm_width, config.adapter == "none"
+        width = config.llm_width
+        is_none = config.adapter == "none"
         if is_none and width != config.projection_dim:
-            raise ValueError(f"adapter 'none' needs llm_width == projection_dim, got {width}, {config.projection_dim}")
+            raise ValueError(
+                f"adapter 'none' needs llm_width == projection_dim, got {width}, {config.projection_dim}"
+            )
         self.llm_width = width
         self.normalise_input = config.normalise_input
         self.input_factor = width**0.5 if config.input_scale == "sqrt_width" else 1.0
         self.input_noise = config.input_noise
         depth = config.adapter_blocks if config.adapter == "mlp" else 0
-        self.blocks = nn.ModuleList(AdapterBlock(width, config.adapter_expansion) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            AdapterBlock(width, config.adapter_expansion) for _ in range(depth)
+        )
         self.norm = nn.Identity() if is_none else nn.LayerNorm(width, eps=1e-5)
         self.projection = nn.Identity() if is_none else nn.Linear(width, config.projection_dim)
 
     def forward(self, embeddings_NW: Tensor, noise_NW: Tensor | None = None) -> Tensor:
-        """(N, W) raw embeddings of any dtype -> (N, D) in the parameters' dtype; ValueError for another W.
-        ``noise_NW``: standard normal values to use in training instead of the generator's."""
+        """(N, W) raw embeddings of any dtype -> (N, D) in the parameters' dtype; ValueError for
+        another W. ``noise_NW``: standard normal values to use in training instead of the
+        generator's."""
         if embeddings_NW.shape[-1] != self.llm_width:
-            widths = f"width {embeddings_NW.shape[-1]}, but the text adapter expects {self.llm_width}"
-            raise ValueError(f"LLM embeddings have {widths}; use those of the LLM that it was trained with")
+            widths = (
+                f"width {embeddings_NW.shape[-1]}, but the text adapter expects {self.llm_width}"
+            )
+            raise ValueError(
+                f"LLM embeddings have {widths}; use those of the LLM that it was trained with"
+            )
         x_NW = embeddings_NW.float()
         if self.normalise_input:
             x_NW = F.normalize(x_NW, dim=-1)  # x / max(|x|, 1e-12): a zero row stays zero
         x_NW = x_NW * self.input_factor
         if self.training and self.input_noise > 0:
-            x_NW = x_NW + self.input_noise * (torch.randn_like(x_NW) if noise_NW is None else noise_NW)
+            x_NW = x_NW + self.input_noise * (
+                torch.randn_like(x_NW) if noise_NW is None else noise_NW
+            )
         if isinstance(self.projection, nn.Linear):
             x_NW = x_NW.to(self.projection.weight.dtype)
         for block in self.blocks:
@@ -95,17 +118,21 @@ class DualFeatures(NamedTuple):
     log_scale: Tensor  # (1,) natural logarithm of the logits' factor
     bias: Tensor  # (1,) of the logits, for the sigmoid loss; 0 if the encoder learns none
     patches_BTH: Tensor | None = None  # of the hidden state ``patches``, as an MLLM reads them
-    patch_features_BTD: Tensor | None = None  # of the hidden state ``patch_features``, L2-normalized
+    # of the hidden state ``patch_features``, L2-normalized
+    patch_features_BTD: Tensor | None = None
 
 
 def patch_mask(spatial_shapes: Tensor, patches: int) -> Tensor:
     """(B, 2) rows and columns -> (B, T) bool: the patches, of ``patches`` T, that an image has."""
-    return torch.arange(patches, device=spatial_shapes.device) < spatial_shapes.prod(1, keepdim=True)
+    return torch.arange(patches, device=spatial_shapes.device) < spatial_shapes.prod(
+        1, keepdim=True
+    )
 
 
 class DualEncoder(nn.Module):
-    """Tower and text adapter; both encoders return L2-normalized float32 features. Parameters that this pooling gives
-    no gradient are frozen. ``logit_scale``, the log of ``scale``, is of shape (1,): DeepSpeed rejects 0-dim ones."""
+    """Tower and text adapter; both encoders return L2-normalized float32 features. Parameters that
+    this pooling gives no gradient are frozen. ``logit_scale``, the log of ``scale``, is of shape
+    (1,): DeepSpeed rejects 0-dim ones."""
 
     tower: Tower
     visual_projection: Any  # nn.Linear, nn.Sequential or nn.Identity
@@ -118,23 +145,35 @@ class DualEncoder(nn.Module):
             if (chosen := getattr(config, name)) not in known:
                 raise ValueError(unknown(name, chosen, known))
         if config.pool in ("cls", "cls_mean") and not self.family.has_cls:
-            raise ValueError(f"pool {config.pool!r} requires a class token; this tower has none; use pooled or mean")
+            raise ValueError(
+                f"pool {config.pool!r} requires a class token; this tower has none; use pooled or mean"
+            )
         self.tower = tower
         # as the card records it: the scale as a number, and no initial deviation
-        self.config = dataclasses.replace(config, logit_scale_init=log_scale, projection_init_std=None)
+        self.config = dataclasses.replace(
+            config, logit_scale_init=log_scale, projection_init_std=None
+        )
         width = tower.config.hidden_size * (2 if config.pool == "cls_mean" else 1)
         if config.projection == "none" and width != config.projection_dim:
-            raise ValueError(f"projection 'none' requires projection_dim {width}, got {config.projection_dim}")
+            raise ValueError(
+                f"projection 'none' requires projection_dim {width}, got {config.projection_dim}"
+            )
         self.visual_norm = nn.LayerNorm(width) if config.projection_norm else nn.Identity()
         self.visual_projection = nn.Identity()
         if config.projection == "linear":
-            self.visual_projection = nn.Linear(width, config.projection_dim, bias=config.projection_bias)
-            std = width**-0.5 if config.projection_init_std is None else config.projection_init_std  # CLIP's
+            self.visual_projection = nn.Linear(
+                width, config.projection_dim, bias=config.projection_bias
+            )
+            # CLIP's
+            std = width**-0.5 if config.projection_init_std is None else config.projection_init_std
             nn.init.normal_(self.visual_projection.weight, std=std)
             if config.projection_bias:
                 nn.init.zeros_(self.visual_projection.bias)
         elif config.projection == "mlp":  # LIFT: open_clip/lift_model.py:24-39
-            layers = nn.Linear(width, config.projection_dim), nn.Linear(config.projection_dim, config.projection_dim)
+            layers = (
+                nn.Linear(width, config.projection_dim),
+                nn.Linear(config.projection_dim, config.projection_dim),
+            )
             self.visual_projection = nn.Sequential(layers[0], nn.GELU(), layers[1])
         self.text_adapter = TextAdapter(config) if config.llm_width else None
         self.logit_scale = nn.Parameter(torch.full((1,), log_scale))
@@ -152,7 +191,8 @@ class DualEncoder(nn.Module):
     def pool(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
         """(B, 3, S, S) -> the image feature before the projection: (B, H), or (B, 2H) for cls_mean.
 
-        ``spatial_shapes`` (B, 2): of images that keep their aspect (data.images.as_square), for towers that take them.
+        ``spatial_shapes`` (B, 2): of images that keep their aspect (data.images.as_square), for
+        towers that take them.
         """
         return self._pooled(self._outputs(pixel_values, spatial_shapes), spatial_shapes)
 
@@ -169,15 +209,22 @@ class DualEncoder(nn.Module):
             tokens_BTH = final_norm(self.tower)(tokens_BTH)
         patches_BTH = tokens_BTH[:, 1:] if self.family.has_cls else tokens_BTH
         if self.config.pool == "mean" and spatial_shapes is not None:
-            weight_BT1 = patch_mask(spatial_shapes, patches_BTH.shape[1]).unsqueeze(-1).to(patches_BTH)
+            weight_BT1 = (
+                patch_mask(spatial_shapes, patches_BTH.shape[1]).unsqueeze(-1).to(patches_BTH)
+            )
             return (patches_BTH * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
         if self.config.pool == "mean":
             return patches_BTH.mean(dim=1)
         cls_BH = tokens_BTH[:, 0]
-        return cls_BH if self.config.pool == "cls" else torch.cat((cls_BH, patches_BTH.mean(dim=1)), dim=-1)
+        return (
+            cls_BH
+            if self.config.pool == "cls"
+            else torch.cat((cls_BH, patches_BTH.mean(dim=1)), dim=-1)
+        )
 
     def encode_image(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
-        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32; ``spatial_shapes``: see ``pool``."""
+        """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32; ``spatial_shapes``:
+        see ``pool``."""
         return self.project(self.pool(pixel_values, spatial_shapes))
 
     def encode_with_patches(
@@ -188,11 +235,11 @@ class DualEncoder(nn.Module):
         patches: int | None = None,
         patch_features: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``encode_image``; patches (B, T, H) of hidden state number ``patches``; features (B, T, D) of the patches of
-        number ``patch_features``. All float32; None for a number that is None.
+        """``encode_image``; patches (B, T, H) of hidden state number ``patches``; features (B, T,
+        D) of the patches of number ``patch_features``. All float32; None for a number that is None.
 
-        A patch's feature is what ``pool`` and ``project`` give for an image whose tokens, after the final norm, all are
-        this patch, without the family's pooling head.
+        A patch's feature is what ``pool`` and ``project`` give for an image whose tokens, after the
+        final norm, all are this patch, without the family's pooling head.
         """
         if patches is None and patch_features is None:
             return self.encode_image(pixel_values, spatial_shapes), None, None
@@ -211,9 +258,12 @@ class DualEncoder(nn.Module):
         return F.normalize(self.visual_projection(self.visual_norm(feature_BH)).float(), dim=-1)
 
     def encode_text(self, llm_embeddings: Tensor, noise: Tensor | None = None) -> Tensor:
-        """(N, W) LLM embeddings, ``noise`` as for TextAdapter -> (N, D) float32, L2-normalized. Raises ValueError."""
+        """(N, W) LLM embeddings, ``noise`` as for TextAdapter -> (N, D) float32, L2-normalized.
+        Raises ValueError."""
         if self.text_adapter is None:
-            raise ValueError("cannot encode captions: the dual encoder has no text adapter (llm_width is 0)")
+            raise ValueError(
+                "cannot encode captions: the dual encoder has no text adapter (llm_width is 0)"
+            )
         return F.normalize(self.text_adapter(llm_embeddings, noise).float(), dim=-1)
 
     def forward(
@@ -224,18 +274,24 @@ class DualEncoder(nn.Module):
         spatial_shapes: Tensor | None = None,
         **patch_layers: int,
     ) -> DualFeatures:
-        """Pixels (B, 3, S, S), LLM embeddings (N, W) -> what a loss needs; further arguments as of the two encoders."""
+        """Pixels (B, 3, S, S), LLM embeddings (N, W) -> what a loss needs; further arguments as of
+        the two encoders."""
         image_BD, *patches = self.encode_with_patches(pixel_values, spatial_shapes, **patch_layers)
         text_ND = self.encode_text(embeddings, noise)
         bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
         # products, not the parameters themselves: ZeRO-3 frees those when this call ends
-        return DualFeatures(image_BD, text_ND, self.logit_scale.float() * 1, bias.float() * 1, *patches)
+        return DualFeatures(
+            image_BD, text_ND, self.logit_scale.float() * 1, bias.float() * 1, *patches
+        )
 
 
 class LoadedDualEncoder(nn.Module):
-    """A trained dual encoder for retrieval; ``embed``: strings -> (N, W), their embeddings by the tower's teacher."""
+    """A trained dual encoder for retrieval; ``embed``: strings -> (N, W), their embeddings by the
+    tower's teacher."""
 
-    def __init__(self, dual: DualEncoder, card: TowerCard, embed: Callable[[Sequence[str]], Tensor]) -> None:
+    def __init__(
+        self, dual: DualEncoder, card: TowerCard, embed: Callable[[Sequence[str]], Tensor]
+    ) -> None:
         super().__init__()
         self.dual = dual
         self.card = card
@@ -258,12 +314,16 @@ class LoadedDualEncoder(nn.Module):
 
 
 def heads_state(dual: DualEncoder) -> dict[str, Tensor]:
-    """Every tensor of the dual encoder except the tower's: the contents of text_adapter.safetensors."""
-    return {name: value for name, value in dual.state_dict().items() if not name.startswith("tower.")}
+    """Every tensor of the dual encoder except the tower's: the contents of
+    text_adapter.safetensors."""
+    return {
+        name: value for name, value in dual.state_dict().items() if not name.startswith("tower.")
+    }
 
 
 def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
-    """The card of a dual encoder's directory, its paths made absolute, and the DualConfig in it; ValueError without."""
+    """The card of a dual encoder's directory, its paths made absolute, and the DualConfig in it;
+    ValueError without."""
     card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     if not card.projection_dim:
         fit = f"fit heads on it (train-tower --tower {directory} --num-train-epochs 0) or open it with load_tower"
@@ -272,28 +332,45 @@ def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
 
 
 def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
-    """Load the projection, text adapter and logit scale of a tower directory into ``dual``, in place. Raises ValueError
-    for a tower alone, or other settings than ``dual``'s; ContractError if its tensors don't match its card."""
+    """Load the projection, text adapter and logit scale of a tower directory into ``dual``, in
+    place. Raises ValueError for a tower alone, or other settings than ``dual``'s; ContractError if
+    its tensors don't match its card."""
     directory = fetch_directory(source)
     _, theirs = read_dual_card(directory)
-    initial = {"input_noise": dual.config.input_noise, "logit_scale_init": dual.config.logit_scale_init}
+    initial = {
+        "input_noise": dual.config.input_noise,
+        "logit_scale_init": dual.config.logit_scale_init,
+    }
     if theirs.logit_bias_init is not None and dual.config.logit_bias_init is not None:
         initial["logit_bias_init"] = dual.config.logit_bias_init
-    ours, theirs = dataclasses.asdict(dual.config), dataclasses.asdict(theirs) | initial
-    if different := [f"{name} {theirs[name]!r} (not {ours[name]!r})" for name in ours if ours[name] != theirs[name]]:
-        raise ValueError(f"the heads in {directory} were saved with {', '.join(different)}; set dual.* to these values")
+    ours = dataclasses.asdict(dual.config)
+    theirs = dataclasses.asdict(theirs) | initial
+    if different := [
+        f"{name} {theirs[name]!r} (not {ours[name]!r})"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]:
+        raise ValueError(
+            f"the heads in {directory} were saved with {', '.join(different)}; set dual.* to these values"
+        )
     check_hash(directory, ADAPTER_FILE)
-    state, expected = load_tensors(directory / ADAPTER_FILE), heads_state(dual)
-    shapes, own = ({name: tuple(value.shape) for name, value in one.items()} for one in (state, expected))
+    state = load_tensors(directory / ADAPTER_FILE)
+    expected = heads_state(dual)
+    shapes, own = (
+        {name: tuple(value.shape) for name, value in one.items()} for one in (state, expected)
+    )
     if shapes != own:
         wrong = sorted(shapes.items() ^ own.items())
         raise ContractError(f"{directory / ADAPTER_FILE} does not match {TowerCard.FILE}: {wrong}")
     dual.load_state_dict(state, strict=False)  # complete but for the tower, as just checked
 
 
-def load_dual(source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> tuple[DualEncoder, TowerCard]:
-    """The dual encoder of a tower directory, to train further or to export, and its card. Raises FileNotFoundError
-    without a card, ValueError for a tower alone, ContractError if the adapter's tensors don't match the card."""
+def load_dual(
+    source: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
+) -> tuple[DualEncoder, TowerCard]:
+    """The dual encoder of a tower directory, to train further or to export, and its card. Raises
+    FileNotFoundError without a card, ValueError for a tower alone, ContractError if the adapter's
+    tensors don't match the card."""
     directory = fetch_directory(source)
     card, config = read_dual_card(directory)
     dual = DualEncoder(load_tower(directory, dtype=dtype), config)

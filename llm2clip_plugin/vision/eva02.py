@@ -1,7 +1,9 @@
-"""EVA-CLIP's vision transformers as a Hugging Face model: EVA02 B/16, L/14, L/14-336, bigE/14, EVA01 g/14 and B/16.
+"""EVA-CLIP's vision transformers as a Hugging Face model: EVA02 B/16, L/14, L/14-336, bigE/14,
+EVA01 g/14 and B/16.
 
-Written from the papers (EVA-02, arXiv 2303.11331; EVA-CLIP, arXiv 2303.15389; RoPE, arXiv 2104.09864) and checked
-against the reference with golden tensors. The configuration selects the variant:
+Written from the papers (EVA-02, arXiv 2303.11331; EVA-CLIP, arXiv 2303.15389; RoPE, arXiv
+2104.09864) and checked against the reference with golden tensors. The configuration selects the
+variant:
 
 |                     | norm | MLP    | sub-norms | rotary | layer scale |
 |---------------------|------|--------|-----------|--------|-------------|
@@ -10,7 +12,8 @@ against the reference with golden tensors. The configuration selects the variant
 | EVA01 g             | pre  | GELU   | no        | no     | no          |
 | EVA01 B             | pre  | GELU   | no        | no     | yes         |
 
-Shapes: B images, T tokens (class token, then patches in row-major order), H width, N heads, E width of a head.
+Shapes: B images, T tokens (class token, then patches in row-major order), H width, N heads, E width
+of a head.
 """
 
 from typing import Any, TypeAlias
@@ -23,9 +26,11 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 ROPE_THETA = 10000.0
-Rope: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # cosines and sines (T, E), complex turns (T, E/2)
+# cosines and sines (T, E), complex turns (T, E/2)
+Rope: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 
-_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)  # torch 2.0 has none: False
+# torch 2.0 has none: False
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
 
 
 class Eva02Config(PretrainedConfig):
@@ -57,7 +62,9 @@ class Eva02Config(PretrainedConfig):
             raise ValueError(f"unknown hidden_act {hidden_act!r}; known: swiglu, gelu")
         if hidden_size % num_attention_heads or (rope and hidden_size // num_attention_heads % 4):
             sizes = f"hidden_size {hidden_size} / num_attention_heads {num_attention_heads}"
-            raise ValueError(f"{sizes}, the head width, must be an integer, with rotary positions a multiple of 4")
+            raise ValueError(
+                f"{sizes}, the head width, must be an integer, with rotary positions a multiple of 4"
+            )
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -80,15 +87,18 @@ class Eva02Config(PretrainedConfig):
 def rope_tables(
     *, grid: int, pretrained_grid: int, head_width: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles of grid x grid patches, both (grid * grid, E), float32.
+    """Cosines and sines of the rotary angles of grid x grid patches, both (grid * grid, E),
+    float32.
 
-    A patch at row r, column c has angle ``t * 10000 ** (-2j / (E/2))`` for j = 0 .. E/4 - 1 with t = r / grid *
-    pretrained_grid in the first half of a head, and likewise for c in the second; each angle occurs twice, for a pair
-    of adjacent channels.
+    A patch at row r, column c has angle ``t * 10000 ** (-2j / (E/2))`` for j = 0 .. E/4 - 1 with t
+    = r / grid * pretrained_grid in the first half of a head, and likewise for c in the second; each
+    angle occurs twice, for a pair of adjacent channels.
     """
     positions_G = torch.arange(grid, dtype=torch.float32, device=device) / grid * pretrained_grid
     axis = head_width // 2
-    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, axis, 2, dtype=torch.float32, device=device) / axis)
+    frequencies = 1.0 / ROPE_THETA ** (
+        torch.arange(0, axis, 2, dtype=torch.float32, device=device) / axis
+    )
     angles_GA = repeat(torch.outer(positions_G, frequencies), "g f -> g (f two)", two=2)
     rows = repeat(angles_GA, "h a -> (h w) a", w=grid)
     columns = repeat(angles_GA, "w a -> (h w) a", h=grid)
@@ -96,26 +106,36 @@ def rope_tables(
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor, turns_TC: Tensor | None = None) -> Tensor:
+def rotate(
+    x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor, turns_TC: Tensor | None = None
+) -> Tensor:
     """Rotate pairs of adjacent channels (a, b) by their angle: (a cos - b sin, b cos + a sin).
 
-    ``sin_TE`` is negated in the even channels. Before the heads are transposed the memory is contiguous, which halves
-    the cost. With ``turns_TC`` (see ``complex_turns``) a pair is a complex number, rotated by one product. Compilers
-    and ONNX, which don't support complex numbers, see the plain formula.
+    ``sin_TE`` is negated in the even channels. Before the heads are transposed the memory is
+    contiguous, which halves the cost. With ``turns_TC`` (see ``complex_turns``) a pair is a complex
+    number, rotated by one product. Compilers and ONNX, which don't support complex numbers, see the
+    plain formula.
     """
     if _is_traced():
         pairs = rearrange(x_BTNE, "... (e two) -> ... e two", two=2)
-        swapped = rearrange(torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1), "... e two -> ... (e two)")
+        swapped = rearrange(
+            torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1), "... e two -> ... (e two)"
+        )
         return torch.addcmul(x_BTNE * cos_TE[:, None], swapped, sin_TE[:, None])
     if turns_TC is None:
         return _Rotation.apply(x_BTNE, cos_TE, sin_TE)
     pairs = rearrange(x_BTNE.float(), "... (e two) -> ... e two", two=2)
-    return torch.view_as_real(torch.view_as_complex(pairs) * turns_TC[:, None]).flatten(-2).to(x_BTNE.dtype)
+    return (
+        torch.view_as_real(torch.view_as_complex(pairs) * turns_TC[:, None])
+        .flatten(-2)
+        .to(x_BTNE.dtype)
+    )
 
 
 class _Rotation(torch.autograd.Function):
-    """``rotate`` in place on the even and the odd channels of one product, without a swapped copy; the gradient is
-    rotated back. On a CPU, which reads every other value slowly, complex numbers are faster in half precision, too."""
+    """``rotate`` in place on the even and the odd channels of one product, without a swapped copy;
+    the gradient is rotated back. On a CPU, which reads every other value slowly, complex numbers
+    are faster in half precision, too."""
 
     @staticmethod
     def forward(ctx: Any, x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
@@ -137,10 +157,14 @@ def _is_traced() -> bool:
 
 
 def complex_turns(cos_TE: Tensor, sin_TE: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """``cos + i sin`` for each pair of float32 tables, (T, E/2), complex64; None where something else is faster for
-    states of ``dtype``, or complex numbers are not supported."""
+    """``cos + i sin`` for each pair of float32 tables, (T, E/2), complex64; None where something
+    else is faster for states of ``dtype``, or complex numbers are not supported."""
     on = cos_TE.device.type
-    if _is_traced() or dtype == torch.float64 or not (on == "cpu" or (on == "cuda" and dtype == torch.float32)):
+    if (
+        _is_traced()
+        or dtype == torch.float64
+        or not (on == "cpu" or (on == "cuda" and dtype == torch.float32))
+    ):
         return None
     return torch.complex(cos_TE[:, 0::2], sin_TE[:, 1::2])
 
@@ -150,15 +174,20 @@ class Eva02Embeddings(nn.Module):
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
-        width, tokens = config.hidden_size, 1 + (config.image_size // config.patch_size) ** 2
+        width = config.hidden_size
+        tokens = 1 + (config.image_size // config.patch_size) ** 2
         self.image_size = config.image_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embedding = nn.Parameter(torch.zeros(1, tokens, width))
-        self.patch_embedding = nn.Conv2d(config.num_channels, width, config.patch_size, config.patch_size)
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, width, config.patch_size, config.patch_size
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images are {tuple(pixel_values.shape[-2:])} pixels, expected {self.image_size} squared")
+            raise ValueError(
+                f"images are {tuple(pixel_values.shape[-2:])} pixels, expected {self.image_size} squared"
+            )
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         patches_BTH = rearrange(self.patch_embedding(pixel_values), "b c h w -> b (h w) c")
         cls_B1H = self.cls_token.expand(patches_BTH.shape[0], -1, -1)
@@ -171,7 +200,8 @@ def plain_attention(q_BNTE: Tensor, k_BNTE: Tensor, v_BNTE: Tensor) -> Tensor:
 
 
 class Eva02Attention(nn.Module):
-    """Self-attention with optional biases on queries and values; fused, or ``plain_attention`` if "eager"."""
+    """Self-attention with optional biases on queries and values; fused, or ``plain_attention`` if
+    "eager"."""
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
@@ -181,22 +211,29 @@ class Eva02Attention(nn.Module):
         self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.inner_norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
+        self.inner_norm = (
+            nn.LayerNorm(width, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
+        )
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_BTH: Tensor, rope: Rope | None) -> Tensor:
         projections = (self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH))
         q, k, v = (rearrange(p, "b t (n e) -> b t n e", n=self.heads) for p in projections)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
         q, k, v = (rearrange(x, "b t n e -> b n t e") for x in (q, k, v))
-        attend = plain_attention if self.config._attn_implementation == "eager" else F.scaled_dot_product_attention
+        attend = (
+            plain_attention
+            if self.config._attn_implementation == "eager"
+            else F.scaled_dot_product_attention
+        )
         return self.out_proj(self.inner_norm(rearrange(attend(q, k, v), "b n t e -> b t (n e)")))
 
 
 class _GatedSiLU(torch.autograd.Function):
-    """``silu(gate) * up`` of the first ``width`` channels, the others being 0; saves only its two inputs: the backward
-    pass recomputes the SiLU."""
+    """``silu(gate) * up`` of the first ``width`` channels, the others being 0; saves only its two
+    inputs: the backward pass recomputes the SiLU."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, width: int) -> Tensor:
@@ -212,37 +249,47 @@ class _GatedSiLU(torch.autograd.Function):
 
 
 class PaddedLinear(nn.Linear):
-    """``nn.Linear`` that computes, if ``padded``, with widths that are multiples of 8: outputs beyond its own are 0.
+    """``nn.Linear`` that computes, if ``padded``, with widths that are multiples of 8: outputs
+    beyond its own are 0.
 
-    It pads its weight at each call: what trains, is partitioned, averaged and saved has the width of the model.
+    It pads its weight at each call: what trains, is partitioned, averaged and saved has the width
+    of the model.
     """
 
     def forward(self, x: Tensor, padded: bool = False) -> Tensor:
-        rows, columns = -self.out_features % 8, -self.in_features % 8
+        rows = -self.out_features % 8
+        columns = -self.in_features % 8
         if not padded or not rows + columns:
             return super().forward(x)
-        weight, bias = F.pad(self.weight, (0, columns, 0, rows)), F.pad(self.bias, (0, rows))
+        weight = F.pad(self.weight, (0, columns, 0, rows))
+        bias = F.pad(self.bias, (0, rows))
         return F.linear(F.pad(x, (0, columns)) if columns else x, weight, bias)
 
 
 class Eva02SwiGLU(nn.Module):
     """``down(norm(silu(gate(x)) * up(x)))``.
 
-    On a GPU its products have a hidden width that is a multiple of 8, which the fast kernels of half precision need:
-    EVA02 L/14's is 2730.
+    On a GPU its products have a hidden width that is a multiple of 8, which the fast kernels of
+    half precision need: EVA02 L/14's is 2730.
     """
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
-        width, self.hidden = config.hidden_size, config.intermediate_size
+        width = config.hidden_size
+        self.hidden = config.intermediate_size
         self.gate_proj = PaddedLinear(width, self.hidden)
         self.up_proj = PaddedLinear(width, self.hidden)
-        self.norm = nn.LayerNorm(self.hidden, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
+        self.norm = (
+            nn.LayerNorm(self.hidden, eps=config.layer_norm_eps)
+            if config.sub_norm
+            else nn.Identity()
+        )
         self.down_proj = PaddedLinear(self.hidden, width)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
         padded = {"padded": True} if self._pads(x_BTH) else {}
-        gate, up = self.gate_proj(x_BTH, **padded), self.up_proj(x_BTH, **padded)
+        gate = self.gate_proj(x_BTH, **padded)
+        up = self.up_proj(x_BTH, **padded)
         if torch.is_grad_enabled():
             gated = _GatedSiLU.apply(gate, up, self.hidden)
         else:
@@ -250,8 +297,11 @@ class Eva02SwiGLU(nn.Module):
         return self.down_proj(self.norm(gated), **padded)
 
     def _pads(self, like: Tensor) -> bool:
-        """Not if PEFT or bitsandbytes has replaced a layer, and not under a compiler, which pads by itself."""
-        own = all(type(layer) is PaddedLinear for layer in (self.gate_proj, self.up_proj, self.down_proj))
+        """Not if PEFT or bitsandbytes has replaced a layer, and not under a compiler, which pads by
+        itself."""
+        own = all(
+            type(layer) is PaddedLinear for layer in (self.gate_proj, self.up_proj, self.down_proj)
+        )
         return like.is_cuda and own and not _is_traced()
 
 
@@ -262,7 +312,9 @@ class Eva02Mlp(nn.Module):
         super().__init__()
         hidden = config.intermediate_size
         self.fc1 = nn.Linear(config.hidden_size, hidden)
-        self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
+        self.norm = (
+            nn.LayerNorm(hidden, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
+        )
         self.fc2 = nn.Linear(hidden, config.hidden_size)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
@@ -270,29 +322,38 @@ class Eva02Mlp(nn.Module):
 
 
 class Eva02Block(nn.Module):
-    """Pre-norm ``x + scale * branch(norm(x))`` or post-norm ``x + scale * norm(branch(x))``, for attention and MLP."""
+    """Pre-norm ``x + scale * branch(norm(x))`` or post-norm ``x + scale * norm(branch(x))``, for
+    attention and MLP."""
 
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
-        width, eps = config.hidden_size, config.layer_norm_eps
+        width = config.hidden_size
+        eps = config.layer_norm_eps
         self.post_norm = config.post_norm
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.attention = Eva02Attention(config)
         self.mlp = Eva02SwiGLU(config) if config.hidden_act == "swiglu" else Eva02Mlp(config)
         self.scale1 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
         self.scale2 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
 
     def forward(self, x_BTH: Tensor, rope: Rope | None) -> Tensor:
-        scale1, scale2 = self.scale1, self.scale2
+        scale1 = self.scale1
+        scale2 = self.scale2
         post = self.post_norm
-        attended = self.norm1(self.attention(x_BTH, rope)) if post else self.attention(self.norm1(x_BTH), rope)
+        attended = (
+            self.norm1(self.attention(x_BTH, rope))
+            if post
+            else self.attention(self.norm1(x_BTH), rope)
+        )
         x_BTH = x_BTH + (attended if scale1 is None else scale1 * attended)
         mixed = self.norm2(self.mlp(x_BTH)) if post else self.mlp(self.norm2(x_BTH))
         return x_BTH + (mixed if scale2 is None else scale2 * mixed)
 
 
 class Eva02VisionModel(PreTrainedModel):
-    """EVA-CLIP's image tower without its head: states after every block, all tokens normed, class token pooled."""
+    """EVA-CLIP's image tower without its head: states after every block, all tokens normed, class
+    token pooled."""
 
     config_class = Eva02Config
     main_input_name = "pixel_values"
@@ -312,7 +373,8 @@ class Eva02VisionModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """``set_attn_implementation`` takes effect; transformers 5 would guess it from the source text."""
+        """``set_attn_implementation`` takes effect; transformers 5 would guess it from the source
+        text."""
         return True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -327,7 +389,11 @@ class Eva02VisionModel(PreTrainedModel):
         elif isinstance(module, Eva02Embeddings):
             nn.init.trunc_normal_(module.cls_token, std=deviation)
             nn.init.trunc_normal_(module.position_embedding, std=deviation)
-        elif isinstance(module, Eva02Block) and module.scale1 is not None and module.scale2 is not None:
+        elif (
+            isinstance(module, Eva02Block)
+            and module.scale1 is not None
+            and module.scale2 is not None
+        ):
             nn.init.constant_(module.scale1, 0.1)
             nn.init.constant_(module.scale2, 0.1)
 
@@ -336,8 +402,9 @@ class Eva02VisionModel(PreTrainedModel):
         return self.embeddings.patch_embedding
 
     def _rope(self, like: Tensor) -> Rope | None:
-        """The tables that ``rotate`` needs, in ``like``'s dtype and on its device; the class token is not rotated. Made
-        in each forward pass, as from_pretrained builds without memory, and would leave unsaved buffers empty."""
+        """The tables that ``rotate`` needs, in ``like``'s dtype and on its device; the class token
+        is not rotated. Made in each forward pass, as from_pretrained builds without memory, and
+        would leave unsaved buffers empty."""
         config = self.config
         if not config.rope:
             return None
@@ -348,7 +415,8 @@ class Eva02VisionModel(PreTrainedModel):
             device=like.device,
         )
         sin[:, 0::2] *= -1
-        cos, sin = F.pad(cos, (0, 0, 1, 0), value=1.0), F.pad(sin, (0, 0, 1, 0), value=0.0)
+        cos = F.pad(cos, (0, 0, 1, 0), value=1.0)
+        sin = F.pad(sin, (0, 0, 1, 0), value=0.0)
         # shared by all blocks, each of which would otherwise save another copy for backward
         return cos.to(like.dtype), sin.to(like.dtype), complex_turns(cos, sin, like.dtype)
 
@@ -359,8 +427,9 @@ class Eva02VisionModel(PreTrainedModel):
         return_dict: bool | None = None,
         **_: Any,  # of the language model's, which transformers 5 passes to the tower too
     ) -> BaseModelOutputWithPooling | tuple:
-        """(B, 3, S, S) -> last_hidden_state (B, T, H) after the final norm, pooler_output (B, H) its class token,
-        and, on request, hidden_states: blocks + 1 tensors (B, T, H) before any final norm."""
+        """(B, 3, S, S) -> last_hidden_state (B, T, H) after the final norm, pooler_output (B, H)
+        its class token, and, on request, hidden_states: blocks + 1 tensors (B, T, H) before any
+        final norm."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x_BTH = self.embeddings(pixel_values)

@@ -1,4 +1,5 @@
-"""Write a tower directory, and verify it: reload what was written and compare weights and features; upload it.
+"""Write a tower directory, and verify it: reload what was written and compare weights and features;
+upload it.
 
 | file                           | contents                                                                   |
 |--------------------------------|----------------------------------------------------------------------------|
@@ -66,22 +67,28 @@ def export_tower(
     adapter: Path | None = None,
     replace: bool = False,
 ) -> TowerCard:
-    """Write ``model`` (a DualEncoder or a tower) to ``directory``, completely or not at all; returns its card.
+    """Write ``model`` (a DualEncoder or a tower) to ``directory``, completely or not at all;
+    returns its card.
 
-    ``origin``: path or Hub id that the tower started from. ``teacher``: TeacherIdentity as a dict. Local paths in them
-    are recorded relative to ``directory``. ``training``: steps, samples, data ... ``adapter``: folder of the teacher's
-    adapter, which is copied into the directory. LoRA layers are merged into a copy; the model itself does not change.
-    Raises FileExistsError (directory not empty), ContractError (the reloaded directory differs from the model).
+    ``origin``: path or Hub id that the tower started from. ``teacher``: TeacherIdentity as a dict.
+    Local paths in them are recorded relative to ``directory``. ``training``: steps, samples, data
+    ... ``adapter``: folder of the teacher's adapter, which is copied into the directory. LoRA
+    layers are merged into a copy; the model itself does not change. Raises FileExistsError
+    (directory not empty), ContractError (the reloaded directory differs from the model).
     """
     model = merged(model)
     tower = tower_in(model)
-    family, config = family_of(tower), tower.config
+    family = family_of(tower)
+    config = tower.config
     with output_folder(directory, MODEL_FOLDER, replace=replace) as temporary:
         save_tower(tower, temporary)
         write_json(temporary / PREPROCESSOR_FILE, preprocessor_config(tower))
         if adapter is not None:
             copy_adapter(adapter, temporary / TEACHER_ADAPTER)
-            teacher = {**(teacher or {}), "adapter": str(Path(directory).expanduser().absolute() / TEACHER_ADAPTER)}
+            teacher = {
+                **(teacher or {}),
+                "adapter": str(Path(directory).expanduser().absolute() / TEACHER_ADAPTER),
+            }
         card = TowerCard(
             family=family.name,
             has_cls=family.has_cls,
@@ -91,7 +98,10 @@ def export_tower(
             origin=origin,
             weights_sha256=sha256_weights(temporary / WEIGHTS_FILE),
             teacher=teacher or {},
-            training={**(training or {}), **({"resized_from": resized_from(tower)} if resized_from(tower) else {})},
+            training={
+                **(training or {}),
+                **({"resized_from": resized_from(tower)} if resized_from(tower) else {}),
+            },
             metrics=metrics or {},
             versions=library_versions(),
         )
@@ -104,14 +114,16 @@ def export_tower(
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copy a PEFT adapter with its encoder card; the LLM's local path in them is reduced to its name."""
+    """Copy a PEFT adapter with its encoder card; the LLM's local path in them is reduced to its
+    name."""
     target.mkdir()
     for name in ("adapter_model.safetensors", "llm2clip_post.safetensors"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     config = read_json(source / "adapter_config.json")
     base = str(config.get("base_model_name_or_path") or "")
-    config["base_model_name_or_path"] = None if is_local(base) else base  # peft would look for a name on the Hub
+    # peft would look for a name on the Hub
+    config["base_model_name_or_path"] = None if is_local(base) else base
     write_json(target / "adapter_config.json", config)
     if (source / EncoderCard.FILE).is_file():
         card = EncoderCard.read(source / EncoderCard.FILE)
@@ -128,17 +140,24 @@ def library_versions() -> dict[str, str]:
 
 
 def save_tower(tower: Tower, directory: Path) -> None:
-    """config.json and one model.safetensors, with the Hub's tensor names in every version of transformers."""
+    """config.json and one model.safetensors, with the Hub's tensor names in every version of
+    transformers."""
     from safetensors.torch import load_file, save_file
 
     tower.config._name_or_path = ""  # transformers 4 would write a path of this machine
     with quiet_transformers():
-        tower.save_pretrained(directory, safe_serialization=True, max_shard_size="1000GB")  # one file, one hash
-    # transformers 5 restores `vision_model.` only in a model made by from_pretrained, not in a resized one
+        # one file, one hash
+        tower.save_pretrained(directory, safe_serialization=True, max_shard_size="1000GB")
+    # transformers 5 restores `vision_model.` only in a model made by from_pretrained, not in a
+    # resized one
     prefix = family_of(tower).file_prefix
     state = load_file(directory / WEIGHTS_FILE)
     if any(not name.startswith(prefix) for name in state):
-        save_file({prefix + name: value for name, value in state.items()}, directory / WEIGHTS_FILE, {"format": "pt"})
+        save_file(
+            {prefix + name: value for name, value in state.items()},
+            directory / WEIGHTS_FILE,
+            {"format": "pt"},
+        )
 
 
 def save_tensors(state: dict[str, Tensor], path: Path) -> None:
@@ -155,7 +174,11 @@ def save_heads(dual: DualEncoder, directory: Path) -> dict[str, Any]:
     return {
         "projection_dim": dual.config.projection_dim,
         "adapter_sha256": sha256_weights(directory / ADAPTER_FILE),
-        "dual": {name: value for name, value in dataclasses.asdict(dual.config).items() if value is not None},
+        "dual": {
+            name: value
+            for name, value in dataclasses.asdict(dual.config).items()
+            if value is not None
+        },
     }
 
 
@@ -173,8 +196,9 @@ def reexport(
     adapter: Path | None = None,
     replace: bool = False,
 ) -> TowerCard:
-    """Write a tower directory again with this release: same weights, same card except for the versions. ``adapter``:
-    None copies the one in the directory. ``image_size``, in pixels, interpolates positions, and the metrics go."""
+    """Write a tower directory again with this release: same weights, same card except for the
+    versions. ``adapter``: None copies the one in the directory. ``image_size``, in pixels,
+    interpolates positions, and the metrics go."""
     directory = fetch_directory(source)
     card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     model = load_model(directory)
@@ -182,12 +206,17 @@ def reexport(
         adapter = inside
     metrics = card.metrics
     if image_size is not None and image_size != card.image_size:
-        metrics, resized = {}, resize_tower(tower_in(model), image_size)
+        metrics = {}
+        resized = resize_tower(tower_in(model), image_size)
         if isinstance(model, DualEncoder):
             model.tower = resized
         else:
             model = resized
-    about: dict[str, Any] = {"origin": card.origin, "teacher": card.teacher, "training": card.training}
+    about: dict[str, Any] = {
+        "origin": card.origin,
+        "teacher": card.teacher,
+        "training": card.training,
+    }
     return export_tower(model, output, **about, metrics=metrics, adapter=adapter, replace=replace)
 
 
@@ -199,7 +228,8 @@ def probe_images(tower: Tower, *, count: int = 2) -> Tensor:
 
 
 def probe_features(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that a tower or dual encoder computes for two random images and three random LLM embeddings."""
+    """Everything that a tower or dual encoder computes for two random images and three random LLM
+    embeddings."""
     tower = tower_in(model)
     pixels = probe_images(tower)
     with torch.no_grad():
@@ -211,13 +241,16 @@ def probe_features(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(model, DualEncoder):
             features["encode_image"] = model.encode_image(pixels)
             if model.text_adapter is not None:
-                embeddings = torch.randn(3, model.config.llm_width, generator=torch.Generator().manual_seed(0))
+                embeddings = torch.randn(
+                    3, model.config.llm_width, generator=torch.Generator().manual_seed(0)
+                )
                 features["encode_text"] = model.encode_text(embeddings.to(tower.device))
     return features
 
 
 def compare_features(expected: dict[str, Tensor], actual: dict[str, Tensor], *, where: str) -> None:
-    """Raise ContractError for a difference, relative to the tensor's largest value, that exceeds the tolerance."""
+    """Raise ContractError for a difference, relative to the tensor's largest value, that exceeds
+    the tolerance."""
     if set(expected) != set(actual):
         raise ContractError(f"{where} computes {sorted(actual)}, expected {sorted(expected)}")
     for name, value in expected.items():
@@ -225,15 +258,21 @@ def compare_features(expected: dict[str, Tensor], actual: dict[str, Tensor], *, 
         scale = max(value.float().abs().max().item(), 1e-6)
         difference = (value.float() - actual[name].float()).abs().max().item() / scale
         if not difference <= tolerance:  # NaN fails too
-            raise ContractError(f"{where}: {name} differs by {difference:.2e} of its largest value, above {tolerance}")
+            raise ContractError(
+                f"{where}: {name} differs by {difference:.2e} of its largest value, above {tolerance}"
+            )
 
 
 def verify_directory(model: nn.Module, directory: Path) -> None:
-    """Reload a tower directory; raise ContractError unless every weight (bit by bit) and feature is ``model``'s."""
+    """Reload a tower directory; raise ContractError unless every weight (bit by bit) and feature is
+    ``model``'s."""
     tower = tower_in(model)
     reloaded = load_model(directory, dtype=tower.dtype).to(tower.device).eval()
-    before, after = model.state_dict(), reloaded.state_dict()
-    unequal = {name for name in before if name not in after or not torch.equal(before[name], after[name])}
+    before = model.state_dict()
+    after = reloaded.state_dict()
+    unequal = {
+        name for name in before if name not in after or not torch.equal(before[name], after[name])
+    }
     if unequal := sorted(unequal | (after.keys() - before.keys())):
         raise ContractError(f"{directory}: tensors differ after reloading: {unequal}")
     compare_features(probe_features(model), probe_features(reloaded), where=str(directory))
@@ -286,8 +325,11 @@ image_features, text_features = dual.encode_image(pixel_values), dual.encode_tex
 
 
 def model_card(card: TowerCard) -> str:
-    """Markdown with the Hub's front matter: what the tower is, how it was made, its metrics, how to use it."""
-    tokens = f"{card.num_patches} patches" + (" + 1 class token" if card.has_cls else ", no class token")
+    """Markdown with the Hub's front matter: what the tower is, how it was made, its metrics, how to
+    use it."""
+    tokens = f"{card.num_patches} patches" + (
+        " + 1 class token" if card.has_cls else ", no class token"
+    )
     facts = {
         "started from": f"`{card.origin}`",
         "image size": f"{card.image_size} px, patches of {card.patch_size} px: {tokens}",
@@ -298,16 +340,28 @@ def model_card(card: TowerCard) -> str:
     }
     if not card.teacher:
         del facts["teacher LLM"]
-    before, metrics = card.training.get(BEFORE, {}), sorted(card.metrics.items())
-    scores = [(name, f"{before[name]:.4f}" if name in before else "", f"{value:.4f}") for name, value in metrics]
-    frozen = "Before: the start tower, frozen, with fitted projection and text adapter.\n\n" if before else ""
-    training = [(name, str(value)) for name, value in sorted(card.training.items()) if name != BEFORE]
+    before = card.training.get(BEFORE, {})
+    metrics = sorted(card.metrics.items())
+    scores = [
+        (name, f"{before[name]:.4f}" if name in before else "", f"{value:.4f}")
+        for name, value in metrics
+    ]
+    frozen = (
+        "Before: the start tower, frozen, with fitted projection and text adapter.\n\n"
+        if before
+        else ""
+    )
+    training = [
+        (name, str(value)) for name, value in sorted(card.training.items()) if name != BEFORE
+    ]
     texts = f"# {texts}\n" if (texts := needs_for_texts(card)) else ""
     return PAGE.format(
         family=card.family,
         facts=markdown_table(("", ""), [(name, text) for name, text in facts.items() if text]),
         training=f"## Training\n\n{markdown_table(('', ''), training)}\n" if training else "",
-        metrics=f"## Metrics\n\n{frozen}{markdown_table(('metric', 'before', 'after'), scores)}\n" if scores else "",
+        metrics=f"## Metrics\n\n{frozen}{markdown_table(('metric', 'before', 'after'), scores)}\n"
+        if scores
+        else "",
         license=LICENSE,
         limits=f"This tower {reason}.\n\n" if (reason := beyond_llava(card)) else "",
         dual=texts + DUAL if card.projection_dim else "",
@@ -320,9 +374,14 @@ def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
-    """A written tower directory in one line; others if LLaVA's pinned environment cannot run it, and about texts."""
-    lines = [f"{card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"]
-    return "\n".join(f"{place}: {line}" for line in [*lines, beyond_llava(card), needs_for_texts(card)] if line)
+    """A written tower directory in one line; others if LLaVA's pinned environment cannot run it,
+    and about texts."""
+    lines = [
+        f"{card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"
+    ]
+    return "\n".join(
+        f"{place}: {line}" for line in [*lines, beyond_llava(card), needs_for_texts(card)] if line
+    )
 
 
 def beyond_llava(card: TowerCard) -> str:
@@ -333,10 +392,12 @@ def beyond_llava(card: TowerCard) -> str:
 
 
 def needs_for_texts(card: TowerCard) -> str:
-    """What encode_text needs in addition to the directory; "" for a tower without a teacher that has an adapter."""
+    """What encode_text needs in addition to the directory; "" for a tower without a teacher that
+    has an adapter."""
     if not card.teacher.get("adapter_sha256"):
         return ""
-    llm, adapter = card.teacher.get("llm", ""), card.teacher.get("adapter", "")
+    llm = card.teacher.get("llm", "")
+    adapter = card.teacher.get("adapter", "")
     if adapter == f"./{TEACHER_ADAPTER}":
         return f"texts need the LLM {llm}; the adapter is in {TEACHER_ADAPTER}/"
     where = f"the adapter {adapter}" if adapter else "its adapter"
@@ -344,43 +405,66 @@ def needs_for_texts(card: TowerCard) -> str:
 
 
 def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: bool = True) -> str:
-    """Upload a tower directory to the Hub as ``owner/name``, its card and README without local paths; the commit's URL.
+    """Upload a tower directory to the Hub as ``owner/name``, its card and README without local
+    paths; the commit's URL.
 
     Raises ContractError if the weights don't match the card, OSError if the Hub rejects the upload.
     """
     directory = Path(directory)
     card = check_card(directory)
-    message = f"LLM2CLIP {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256[:12]}"
+    message = (
+        f"LLM2CLIP {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256[:12]}"
+    )
     public = published(card)
     replaced = {TowerCard.FILE: public.to_json().encode(), "README.md": model_card(public).encode()}
-    return upload(directory, repository, message, private=private, replaced=replaced if public != card else None)
+    return upload(
+        directory,
+        repository,
+        message,
+        private=private,
+        replaced=replaced if public != card else None,
+    )
 
 
 def upload(
-    directory: Path, repository: str, message: str, *, private: bool = True, replaced: dict[str, bytes] | None = None
+    directory: Path,
+    repository: str,
+    message: str,
+    *,
+    private: bool = True,
+    replaced: dict[str, bytes] | None = None,
 ) -> str:
-    """Upload a folder to the Hub as ``owner/name`` in one commit; returns its URL. ``replaced``: contents in place of
-    files. Raises OSError, whatever the upload fails with: the folder is complete and can be uploaded later."""
+    """Upload a folder to the Hub as ``owner/name`` in one commit; returns its URL. ``replaced``:
+    contents in place of files. Raises OSError, whatever the upload fails with: the folder is
+    complete and can be uploaded later."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
     paths = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    names = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+    names = [
+        path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)
+    ]
     try:
         check_hub_answers(repository)
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        files = [CommitOperationAdd(name, (replaced or {}).get(name, directory / name)) for name in names]
+        files = [
+            CommitOperationAdd(name, (replaced or {}).get(name, directory / name)) for name in names
+        ]
         return str(api.create_commit(repository, files, commit_message=message).commit_url)
-    except Exception as error:  # an LFS error is a ValueError or RuntimeError, others by the client's version
-        said = ": ".join(str(each) for each in (error, error.__cause__) if each is not None)  # the cause has the status
+    except Exception as error:
+        # an LFS error is a ValueError or RuntimeError, others by the client's version
+        # the cause has the status
+        said = ": ".join(str(each) for each in (error, error.__cause__) if each is not None)
         reason = " ".join(said.split()) or type(error).__name__
         told = f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the directory is complete"
-        again = f"llm2clip export {directory} --output NEW --push {repository}"  # `hf upload` would send local paths
+        # `hf upload` would send local paths
+        again = f"llm2clip export {directory} --output NEW --push {repository}"
         fix = f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `{again}`"
         raise OSError(f"{told}: {fix}") from error
 
 
 def check_repository(repository: str | None) -> None:
-    """Raise ValueError for what cannot be a repository's name; for commands that upload at their end."""
+    """Raise ValueError for what cannot be a repository's name; for commands that upload at their
+    end."""
     if repository is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
         raise ValueError(f"--push {repository!r} is no name of a repository, expected OWNER/NAME")

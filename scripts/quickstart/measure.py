@@ -1,9 +1,11 @@
 """Measure the quickstart's towers and teachers on data that training never saw.
 
-A tower is measured with the cache of its name, and refused if its records name other shards, caches or adapters.
+A tower is measured with the cache of its name, and refused if its records name other shards, caches
+or adapters.
 
-Each style is a gallery of its own with one drawing, and one caption of each kind, per concept, so that chance is
-1 / concepts both ways. The measure is the mean reciprocal rank: every query counts by the rank of its right answer.
+Each style is a gallery of its own with one drawing, and one caption of each kind, per concept, so
+that chance is 1 / concepts both ways. The measure is the mean reciprocal rank: every query counts
+by the rank of its right answer.
 
 Shapes: N images, M captions, Q queries, W width of an embedding.
 """
@@ -30,7 +32,8 @@ from llm2clip_plugin.text.encoder import adapter_sha256
 from llm2clip_plugin.vision.towers import preprocessor_config
 
 SETS = {"test": ("noto", "twemoji", "fluent"), "unseen style": ("openmoji",)}  # name -> styles
-TESTS = {  # row of the table -> (set, kind of caption); "other": names in every language except English
+# row of the table -> (set, kind of caption); "other": names in every language except English
+TESTS = {
     "test families, long captions": ("test", "long"),
     "test families, names": ("test", "short"),
     "unseen style (openmoji), long captions": ("unseen style", "long"),
@@ -38,7 +41,8 @@ TESTS = {  # row of the table -> (set, kind of caption); "other": names in every
 }
 SIDES = {"i2t": "image → caption", "t2i": "caption → image"}
 RETRIEVAL = RetrievalConfig(kinds=("short", "long"), group="concept", cluster="family", ks=(1, 10))
-TEACHER_TESTS = {  # (kind of query, kind of answer); "other": names in every language except English
+# (kind of query, kind of answer); "other": names in every language except English
+TEACHER_TESTS = {
     "name → keywords without its words": ("short", "keywords"),
     "name → long caption": ("short", "long"),
     "names in languages never trained on → English": ("other", "short"),
@@ -61,21 +65,25 @@ class Measured(NamedTuple):
     chance: float  # mean of a random order
 
 
-Gallery = tuple[QueryRanks, list[str], int]  # of queries: their ranks, their families, and the number of items
+# of queries: their ranks, their families, and the number of items
+Gallery = tuple[QueryRanks, list[str], int]
 Rows = dict[str, Measured]  # row of the tables -> its queries
-Embeddings = dict[tuple[str, str], dict[str, torch.Tensor]]  # (kind, language) -> concept, each once -> (W,)
+# (kind, language) -> concept, each once -> (W,)
+Embeddings = dict[tuple[str, str], dict[str, torch.Tensor]]
 
 
 # Ranks
 
 
 def reciprocal_ranks(ranks: QueryRanks) -> np.ndarray:
-    """(Q,) 1 / rank of the best correct item: the expected value, as items of equal score are in random order."""
+    """(Q,) 1 / rank of the best correct item: the expected value, as items of equal score are in
+    random order."""
     wrong_Q = ranks.wrong_equal_Q.numpy()
     correct_Q = ranks.correct_equal_Q.numpy()
     higher_Q = ranks.higher_Q.numpy()
     score_Q = np.zeros(len(higher_Q))
-    none_yet_Q = np.ones(len(higher_Q))  # probability that the first ``ahead`` items of this score are all wrong
+    # probability that the first ``ahead`` items of this score are all wrong
+    none_yet_Q = np.ones(len(higher_Q))
     for ahead in range(wrong_Q.max() + 1):
         left_Q = np.maximum(wrong_Q + correct_Q - ahead, 1)
         score_Q += none_yet_Q * correct_Q / left_Q / (higher_Q + 1 + ahead)
@@ -104,21 +112,27 @@ def open_sets(data: Path) -> dict[str, list[Source]]:
     return sets
 
 
-def measure_tower(path: Path, sets: Mapping[str, list[Source]], caches: Mapping[str, EmbeddingCache]) -> Rows:
-    """Load a tower directory, ``tuned-seed0`` or the like, and measure it on every set, with the cache of its name.
-    Raises ContractError if no cache belongs to its teacher."""
+def measure_tower(
+    path: Path, sets: Mapping[str, list[Source]], caches: Mapping[str, EmbeddingCache]
+) -> Rows:
+    """Load a tower directory, ``tuned-seed0`` or the like, and measure it on every set, with the
+    cache of its name. Raises ContractError if no cache belongs to its teacher."""
     return rows_of(evaluate_tower(path, sets, caches))
 
 
 def evaluate_tower(
     path: Path, sets: Mapping[str, list[Source]], caches: Mapping[str, EmbeddingCache]
 ) -> dict[str, list[RetrievalReport]]:
-    """Set -> the tower's retrieval in each style. Raises ContractError if no cache belongs to its teacher."""
+    """Set -> the tower's retrieval in each style. Raises ContractError if no cache belongs to its
+    teacher."""
     dual = load_dual_encoder(path)
     images = ImageConfig.from_preprocessor(preprocessor_config(path))
     cache = cache_of(path, dual.card.teacher, caches)
     return {
-        name: [evaluate_retrieval(dual, source, cache, images, RETRIEVAL, quiet=True) for source in sources]
+        name: [
+            evaluate_retrieval(dual, source, cache, images, RETRIEVAL, quiet=True)
+            for source in sources
+        ]
         for name, sources in sets.items()
     }
 
@@ -142,7 +156,9 @@ def tower_galleries(reports: Sequence[RetrievalReport], kind: str, side: str) ->
     """The queries of one direction, by style and language."""
     parts = [f"{kind}:en"]
     if kind == "other":
-        parts = sorted(name for name in reports[0].parts if name.startswith("short:") and name != "short:en")
+        parts = sorted(
+            name for name in reports[0].parts if name.startswith("short:") and name != "short:en"
+        )
     galleries = []
     for report, name in itertools.product(reports, parts):
         part = report.parts[name]
@@ -178,7 +194,8 @@ def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> di
 
 
 def teacher_queries(embeddings: Embeddings, family: Mapping[str, str]) -> Rows:
-    """Test -> every query of the teacher's caption retrieval, in each language; ``family`` of each concept."""
+    """Test -> every query of the teacher's caption retrieval, in each language; ``family`` of each
+    concept."""
     other_languages = sorted(part for part in embeddings if part[0] == "short" and part[1] != "en")
     rows = {}
     for test, (query_kind, answer_kind) in TEACHER_TESTS.items():
@@ -189,21 +206,30 @@ def teacher_queries(embeddings: Embeddings, family: Mapping[str, str]) -> Rows:
             shared = [concept for concept in embeddings[part] if concept in answers]
             query = torch.stack([embeddings[part][concept] for concept in shared])
             item = torch.stack([answers[concept] for concept in shared])
-            galleries.append((caption_ranks(query, item)[0], [family[concept] for concept in shared], len(shared)))
+            galleries.append(
+                (
+                    caption_ranks(query, item)[0],
+                    [family[concept] for concept in shared],
+                    len(shared),
+                )
+            )
         rows[test] = measured(galleries)
     return rows
 
 
-# What may be measured: caches of the adapter of their name, towers of the shards and the cache of theirs
+# What may be measured: caches of the adapter of their name, towers of the shards and the cache of
+# theirs
 
 
 def open_caches(data: Path) -> dict[str, EmbeddingCache]:
-    """Teacher -> cache below ``data``/cache, checked; incomplete caches are left out. Raises FileNotFoundError if no
-    cache is complete, ContractError if one is not what its name says."""
+    """Teacher -> cache below ``data``/cache, checked; incomplete caches are left out. Raises
+    FileNotFoundError if no cache is complete, ContractError if one is not what its name says."""
     manifests = sorted((data / "cache").glob(f"*/{CacheManifest.FILE}"))
     folders = [manifest.parent for manifest in manifests if CacheManifest.read(manifest).complete]
     if not folders:
-        raise FileNotFoundError(f"no complete embedding cache in {data / 'cache'}; run scripts/quickstart.sh")
+        raise FileNotFoundError(
+            f"no complete embedding cache in {data / 'cache'}; run scripts/quickstart.sh"
+        )
     caches = {folder.name: EmbeddingCache.open(folder) for folder in folders}
     for name, cache in caches.items():
         check_cache(data, name, cache)
@@ -211,7 +237,8 @@ def open_caches(data: Path) -> dict[str, EmbeddingCache]:
 
 
 def check_cache(data: Path, name: str, cache: EmbeddingCache) -> None:
-    """Raise ContractError for a cache embedded without the adapter of its name, or one of other captions."""
+    """Raise ContractError for a cache embedded without the adapter of its name, or one of other
+    captions."""
     teacher = cache.manifest.teacher
     used = {
         "random": teacher["llm"] == RANDOM,
@@ -234,11 +261,16 @@ def check_cache(data: Path, name: str, cache: EmbeddingCache) -> None:
         expected["adapter"] = adapter_sha256(run / "adapter")
         expected["fine-tuned on"] = ["train-noto.tar"]
     if used != expected:
-        raise ContractError(f"{cache.directory} was embedded with {used}, expected {expected}; {RERUN}")
+        raise ContractError(
+            f"{cache.directory} was embedded with {used}, expected {expected}; {RERUN}"
+        )
 
 
-def cache_of(tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, EmbeddingCache]) -> EmbeddingCache:
-    """The cache that a tower of this name is trained against; raises ContractError if its teacher is another."""
+def cache_of(
+    tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, EmbeddingCache]
+) -> EmbeddingCache:
+    """The cache that a tower of this name is trained against; raises ContractError if its teacher
+    is another."""
     side, _, seed = tower.name.partition("-seed")
     names = {
         "shuffled": ("tuned-seed0", "raw"),
@@ -250,12 +282,14 @@ def cache_of(tower: Path, teacher: Mapping[str, Any], caches: Mapping[str, Embed
     for name in names:
         if known.get(name) == fingerprint:
             return caches[name]
-    raise ContractError(f"{tower}: teacher {fingerprint}, expected that of {' or '.join(names)}; caches: {known}")
+    raise ContractError(
+        f"{tower}: teacher {fingerprint}, expected that of {' or '.join(names)}; caches: {known}"
+    )
 
 
 def check_run(tower: Path) -> dict[str, Any]:
-    """The shards, caches and seed of a tower's training, from ``runs/NAME/run.json``. Raises ContractError if it read
-    other shards than those of its name, or validated on the test's."""
+    """The shards, caches and seed of a tower's training, from ``runs/NAME/run.json``. Raises
+    ContractError if it read other shards than those of its name, or validated on the test's."""
     side, _, seed = tower.name.partition("-seed")
     config = RunRecord.read(tower.parents[1] / "runs" / tower.name / RunRecord.FILE).config
     data = config["data"]
@@ -270,5 +304,7 @@ def check_run(tower: Path) -> dict[str, Any]:
     validated_elsewhere = validation and not Path(validation).name.startswith("validation-")
     if used != expected or validated_elsewhere:
         used["validation"] = validation
-        raise ContractError(f"{tower} was trained with {used}, expected {expected} and validation shards; {RERUN}")
+        raise ContractError(
+            f"{tower} was trained with {used}, expected {expected} and validation shards; {RERUN}"
+        )
     return {name: data[name] for name in ("path", "cache", "validation")}

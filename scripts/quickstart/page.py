@@ -3,8 +3,8 @@
 
     page.py --data quickstart-output/data --output quickstart-output/default --page quickstart-output/index.html
 
-It shows what is there so far, so it can be written after any stage; until all is there, the page loads itself again
-from time to time. It fetches nothing. Prints what the last stage brought.
+It shows what is there so far, so it can be written after any stage; until all is there, the page
+loads itself again from time to time. It fetches nothing. Prints what the last stage brought.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def picture(path: Path) -> str | None:
 
 
 def stage1_scores(data: Path) -> tuple[float, float] | None:
-    """How often the LLM puts the keywords of a validation emoji first, given its name: before and after stage 1, in
-    percent. None if that was not measured."""
+    """How often the LLM puts the keywords of a validation emoji first, given its name: before and
+    after stage 1, in percent. None if that was not measured."""
     path = data / "llm" / "seed0" / "metrics.jsonl"
     if not path.is_file():
         return None
@@ -52,7 +52,8 @@ def stage1_scores(data: Path) -> tuple[float, float] | None:
 
 
 def recall_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each row of recall: its title, and of both sides how often the right picture is first, or among ten."""
+    """For each row of recall: its title, and of both sides how often the right picture is first, or
+    among ten."""
     pairs = zip(*(found["recall"][side] for side in SIDES), strict=True)
     return [{"title": before["title"], "before": before, "after": after} for before, after in pairs]
 
@@ -63,9 +64,8 @@ def tally(found: Mapping[str, Any]) -> str:
     earlier = sum(after < before for before, after in ranks)
     later = sum(after > before for before, after in ranks)
     same = len(ranks) - earlier - later
-    return (
-        f"After stage 2 the right picture comes earlier for {earlier} of them, later for {later}, as before for {same}"
-    )
+    moved = f"earlier for {earlier} of them, later for {later}, as before for {same}"
+    return f"After stage 2 the right picture comes {moved}"
 
 
 def scores_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -79,7 +79,9 @@ def concept_of(item: Mapping[str, Any]) -> str:
     return "" if item["image"].startswith("test-") else item["cluster"]
 
 
-def show_question(old: Mapping[str, Any], new: Mapping[str, Any], images: Path, names: Mapping[str, str]) -> dict:
+def show_question(
+    old: Mapping[str, Any], new: Mapping[str, Any], images: Path, names: Mapping[str, str]
+) -> dict:
     """What the page shows of a question: its picture and both answers."""
     return {
         "picture": picture(images / new["image"]),
@@ -98,7 +100,8 @@ def spread_over(questions: Sequence[Any], count: int) -> list[Any]:
 
 
 def llava_kinds(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """For each kind of question: what both LLaVAs reach, and questions that are won and lost; [] without scores."""
+    """For each kind of question: what both LLaVAs reach, and questions that are won and lost; []
+    without scores."""
     sides = [scores_of(folder / "scores" / side) for side in SIDES]
     kinds = []
     for benchmark, title in QUESTIONS.items():
@@ -114,7 +117,9 @@ def llava_kinds(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
         }
         images = folder / "data" / "images"
         shown = {
-            outcome: [show_question(old, new, images, names) for old, new in spread_over(questions, SHOWN)]
+            outcome: [
+                show_question(old, new, images, names) for old, new in spread_over(questions, SHOWN)
+            ]
             for outcome, questions in changed.items()
         }
         metric = "above" if "above" in after["metrics"] else "accuracy"
@@ -145,7 +150,9 @@ def stage_seconds(logs: Path) -> dict[str, int]:
 def files(page: Path, data: Path, output: Path, llava: Path | None) -> list[tuple[str, str]]:
     """Those that exist: path from the page, and what it is."""
     known = {
-        output / "towers" / "tuned-seed0": "the trained tower: a Hugging Face folder, with its text side",
+        output
+        / "towers"
+        / "tuned-seed0": "the trained tower: a Hugging Face folder, with its text side",
         data / "llm" / "seed0" / "adapter": "the LLM's adapter of stage 1",
         data / "cache" / "tuned-seed0": "the LLM's embeddings of all captions",
         data / "all": "the pictures and captions",
@@ -154,15 +161,25 @@ def files(page: Path, data: Path, output: Path, llava: Path | None) -> list[tupl
         output / "logs": "everything that the stages printed",
     }
     if llava:
-        known[llava / "compare" / "compare.html"] = "every question that the two LLaVAs answer differently"
+        known[llava / "compare" / "compare.html"] = (
+            "every question that the two LLaVAs answer differently"
+        )
     folder = page.parent.resolve()
-    return [(str(path.resolve().relative_to(folder)), what) for path, what in known.items() if path.exists()]
+    return [
+        (str(path.resolve().relative_to(folder)), what)
+        for path, what in known.items()
+        if path.exists()
+    ]
 
 
-def tell(stage1: tuple[float, float] | None, found: Any, kinds: Sequence[Mapping[str, Any]], page: Path) -> list[str]:
+def tell(
+    stage1: tuple[float, float] | None, found: Any, kinds: Sequence[Mapping[str, Any]], page: Path
+) -> list[str]:
     """What a terminal shows of what the last stage brought."""
     if kinds:
-        lines = ["LLaVA with the tower before and after stage 2, right answers to questions about unseen pictures:"]
+        lines = [
+            "LLaVA with the tower before and after stage 2, right answers to questions about unseen pictures:"
+        ]
         for kind in kinds:
             change = f"{kind['before']:5.1f} % -> {kind['after']:5.1f} %"
             counts = f"{kind['counts']['won']} won, {kind['counts']['lost']} lost"
@@ -184,11 +201,15 @@ def tell(stage1: tuple[float, float] | None, found: Any, kinds: Sequence[Mapping
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
     parser.add_argument("--output", type=Path, required=True, help="folder of the towers")
     parser.add_argument("--page", type=Path, required=True, help="file to write")
-    parser.add_argument("--llava", default="", help="folder of LLaVA's results below --output; none if left out")
+    parser.add_argument(
+        "--llava", default="", help="folder of LLaVA's results below --output; none if left out"
+    )
     options = parser.parse_args()
     found = read(options.output / "found.json")
     llava = options.output / options.llava if options.llava else None

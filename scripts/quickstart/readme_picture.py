@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""README.md's picture: five names in five languages, and the pictures that the quickstart's tower finds for them.
+"""README.md's picture: five names in five languages, and the pictures that the quickstart's tower
+finds for them.
 
     readme_picture.py quickstart-output/default/found.json --output docs/images
 
-Writes found-light.png and found-dark.png. Which names are shown, found.py decides: of the names that it draws, the
-first in each of five languages whose right picture is among the first five; the picture says how many were drawn.
-Needs resvg-py, which the quickstart installs, and fonts of the languages.
+Writes found-light.png and found-dark.png. Which names are shown, found.py decides: of the names
+that it draws, the first in each of five languages whose right picture is among the first five; the
+picture says how many were drawn. Needs resvg-py, which the quickstart installs, and fonts of the
+languages.
 """
 
 import argparse
@@ -26,8 +28,20 @@ STEP = 128  # from picture to picture
 SIZE = 76  # of a picture
 SCALE = 2  # pixels of the file for each of the drawing
 COLORS = {
-    "light": {"paper": "#ffffff", "ink": "#1c2330", "dim": "#5b6472", "line": "#e3e6ea", "good": "#2e7d32"},
-    "dark": {"paper": "#0d1117", "ink": "#e6e8ec", "dim": "#98a2b0", "line": "#2c333d", "good": "#7cc47f"},
+    "light": {
+        "paper": "#ffffff",
+        "ink": "#1c2330",
+        "dim": "#5b6472",
+        "line": "#e3e6ea",
+        "good": "#2e7d32",
+    },
+    "dark": {
+        "paper": "#0d1117",
+        "ink": "#e6e8ec",
+        "dim": "#98a2b0",
+        "line": "#2c333d",
+        "good": "#7cc47f",
+    },
 }
 FONT = "Noto Sans, DejaVu Sans, sans-serif"
 FONTS = {  # of languages that it has no letters of
@@ -49,32 +63,56 @@ def picture(x: float, y: float, uri: str, *, frame: str) -> str:
     """A drawing on white; ``frame``: its color, "" for none."""
     box = f'x="{x}" y="{y}" width="{SIZE}" height="{SIZE}" rx="8"'
     parts = [f'<rect {box} fill="#ffffff"/>']
-    parts.append(f'<image x="{x + 4}" y="{y + 4}" width="{SIZE - 8}" height="{SIZE - 8}" href="{uri}"/>')
+    parts.append(
+        f'<image x="{x + 4}" y="{y + 4}" width="{SIZE - 8}" height="{SIZE - 8}" href="{uri}"/>'
+    )
     if frame:
         parts.append(f'<rect {box} fill="none" stroke="{frame}" stroke-width="4"/>')
     return "".join(parts)
 
 
-def row(query: Mapping[str, Any], found: Mapping[str, Any], y: float, color: Mapping[str, str]) -> list[str]:
+def row(
+    query: Mapping[str, Any], found: Mapping[str, Any], y: float, color: Mapping[str, str]
+) -> list[str]:
     """A name, and the pictures found for it with their names."""
     names = found["names"]
     about = query["language"]
     if query["code"] != "en":
         about += f": {names[query['concept']]}"
-    after, before = query["after"], query["before"]
+    after = query["after"]
+    before = query["before"]
     font = FONTS.get(query["code"], FONT)
     parts = [
-        text(20, y + 34, query["text"], color["ink"], 21, f'font-weight="700" font-family="{font}"'),
+        text(
+            20, y + 34, query["text"], color["ink"], 21, f'font-weight="700" font-family="{font}"'
+        ),
         text(20, y + 57, about, color["dim"], 13),
-        text(20, y + 77, f"number {after['rank']}; before training {before['rank']}", color["dim"], 13),
+        text(
+            20,
+            y + 77,
+            f"number {after['rank']}; before training {before['rank']}",
+            color["dim"],
+            13,
+        ),
     ]
     for place, concept in enumerate(after["first"]):
         x = LEFT + place * STEP
         is_right = concept == query["concept"]
-        parts.append(picture(x, y, found["pictures"][query["style"]][concept], frame=color["good"] if is_right else ""))
+        parts.append(
+            picture(
+                x,
+                y,
+                found["pictures"][query["style"]][concept],
+                frame=color["good"] if is_right else "",
+            )
+        )
         ink = color["good"] if is_right else color["dim"]
         for number, line in enumerate(textwrap.wrap(names[concept], 19)[:2]):
-            parts.append(text(x + SIZE / 2, y + SIZE + 17 + 14 * number, line, ink, 12, 'text-anchor="middle"'))
+            parts.append(
+                text(
+                    x + SIZE / 2, y + SIZE + 17 + 14 * number, line, ink, 12, 'text-anchor="middle"'
+                )
+            )
     return parts
 
 
@@ -102,7 +140,9 @@ def draw(found: Mapping[str, Any], color: Mapping[str, str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("found", type=Path, help="found.json of a quickstart")
     parser.add_argument("--output", type=Path, default=Path("docs/images"), help="folder to write")
     options = parser.parse_args()

@@ -5,14 +5,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "golden" / "mllm"
 MODELS = ("model-a", "model-b")
-BENCHMARKS = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "seedbench")
+BENCHMARKS = (
+    "vqav2",
+    "gqa",
+    "vizwiz",
+    "scienceqa",
+    "textvqa",
+    "pope",
+    "mme",
+    "mmbench",
+    "seedbench",
+)
 
 
 def answers(name: str, model: str) -> Path:
     """LLaVA's answers file of a benchmark and model."""
     found = [
         path
-        for pattern in (f"answers/{model}.jsonl", f"answers/*/{model}.jsonl", f"answers/**/{model}/merge.jsonl")
+        for pattern in (
+            f"answers/{model}.jsonl",
+            f"answers/*/{model}.jsonl",
+            f"answers/**/{model}/merge.jsonl",
+        )
         for path in (ROOT / name).glob(pattern)
     ]
     assert len(found) == 1, found

@@ -16,7 +16,9 @@ from llm2clip_plugin.files import ContractError
 def command(name, path, tmp_path, *more):
     output = tmp_path / "scores.json"
     output.unlink(missing_ok=True)
-    main_score([name, "--data", str(ROOT / name), "--answers", str(path), "--json", str(output), *more])
+    main_score(
+        [name, "--data", str(ROOT / name), "--answers", str(path), "--json", str(output), *more]
+    )
     return json.loads(output.read_text(encoding="utf-8"))
 
 
@@ -54,7 +56,9 @@ def test_half_a_file_and_the_order_of_lines(name, tmp_path):
     assert record["counts"]["missing"] >= 0.4 * record["counts"]["questions"]
     straight = command(name, answers(name, "model-b"), tmp_path)
     if not straight["counts"]["doubled"]:  # of two answers to a question the last counts
-        turned = command(name, written(tmp_path, "".join(reversed(lines_of(name, "model-b")))), tmp_path)
+        turned = command(
+            name, written(tmp_path, "".join(reversed(lines_of(name, "model-b")))), tmp_path
+        )
         assert turned["metrics"] == pytest.approx(straight["metrics"], abs=1e-9)
 
 
@@ -68,7 +72,10 @@ def test_faults_that_are_counted(tmp_path):
     assert record["counts"]["unparsable"] == 1 and record["counts"]["missing"] == 1
     record = command("gqa", written(tmp_path, [*rows, {**rows[0], "text": "zebra"}]), tmp_path)
     assert record["counts"]["doubled"] == 1
-    assert next(item for item in record["items"] if item["id"] == rows[0]["question_id"])["answer"] == "zebra"
+    assert (
+        next(item for item in record["items"] if item["id"] == rows[0]["question_id"])["answer"]
+        == "zebra"
+    )
     with pytest.raises(ValueError, match="duplicate"):
         command("gqa", written(tmp_path, rows * 2), tmp_path)
 
@@ -76,7 +83,11 @@ def test_faults_that_are_counted(tmp_path):
 def test_encodings_and_what_editors_and_tables_change(tmp_path):
     text = "".join(lines_of("vqav2"))
     with pytest.raises(ValueError, match="UTF-8"):
-        command("vqav2", written(tmp_path, text.replace('"text": "', '"text": "á', 1), "latin-1"), tmp_path)
+        command(
+            "vqav2",
+            written(tmp_path, text.replace('"text": "', '"text": "á', 1), "latin-1"),
+            tmp_path,
+        )
     plain = command("vqav2", answers("vqav2", "model-a"), tmp_path)["metrics"]
     windows = written(tmp_path, text.replace("\n", "\r\n"), "utf-8-sig")
     assert command("vqav2", windows, tmp_path)["metrics"] == plain
@@ -84,7 +95,9 @@ def test_encodings_and_what_editors_and_tables_change(tmp_path):
         rows = [{**row, "question_id": kind(row["question_id"])} for row in rows_of("vqav2")]
         assert command("vqav2", written(tmp_path, rows), tmp_path)["metrics"] == plain
     for number in range(4):  # chunks of a multi-GPU run
-        (tmp_path / f"{number}_4.jsonl").write_text("".join(lines_of("vqav2")[number::4]), encoding="utf-8")
+        (tmp_path / f"{number}_4.jsonl").write_text(
+            "".join(lines_of("vqav2")[number::4]), encoding="utf-8"
+        )
     assert command("vqav2", tmp_path, tmp_path)["metrics"] == plain
     (tmp_path / "2_4.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"2_4.jsonl"):
@@ -99,12 +112,20 @@ def test_files_that_hold_no_answers(tmp_path):
         with pytest.raises(ValueError, match=f"no question of {name}"):
             command(name, written(tmp_path, rows), tmp_path)
     with pytest.raises(ValueError, match="<image>"):
-        command("scienceqa", written(tmp_path, "".join(lines_of("scienceqa")).replace("<image>", "")), tmp_path)
+        command(
+            "scienceqa",
+            written(tmp_path, "".join(lines_of("scienceqa")).replace("<image>", "")),
+            tmp_path,
+        )
 
 
-@pytest.mark.parametrize("item", [{"id": 7, "score": float("nan")}, {"id": 7, "score": 1, "r1": float("inf")}])
+@pytest.mark.parametrize(
+    "item", [{"id": 7, "score": float("nan")}, {"id": 7, "score": 1, "r1": float("inf")}]
+)
 def test_a_score_that_is_no_number_names_file_and_item(tmp_path, item):
-    record = ScoreFile(benchmark="own", metrics={}, items=[{"id": 1, "score": True}, item], model="m")
+    record = ScoreFile(
+        benchmark="own", metrics={}, items=[{"id": 1, "score": True}, item], model="m"
+    )
     path = record.write(tmp_path / "own.scores.json")
     with pytest.raises(ContractError, match=f"^{path}: .* of item 7"):
         load_side(path)
@@ -116,4 +137,6 @@ def test_an_image_that_cannot_be_read_names_the_question(tmp_path):
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
     for image, embedded in (("bomb.png", False), ("x.png", False), ("not base64!", True)):
         with pytest.raises(ValueError, match="question 'q': cannot read"):
-            Question(id="q", text="", shown="", image=image, embedded=embedded).open_image(str(tmp_path))
+            Question(id="q", text="", shown="", image=image, embedded=embedded).open_image(
+                str(tmp_path)
+            )

@@ -1,4 +1,5 @@
-"""`llm2clip compare`: pairing by id, runs as seeds, Holm, wins, notes, every output; bad input refused."""
+"""`llm2clip compare`: pairing by id, runs as seeds, Holm, wins, notes, every output; bad input
+refused."""
 
 import json
 import shutil
@@ -30,17 +31,31 @@ def scored(tmp_path_factory):
 
 
 def written(folder, name, items, benchmark="gqa"):
-    return ScoreFile(benchmark=benchmark, metrics={}, items=items, model=name).write(folder / f"{name}.scores.json")
+    return ScoreFile(benchmark=benchmark, metrics={}, items=items, model=name).write(
+        folder / f"{name}.scores.json"
+    )
 
 
 def simulated(folder, name, scores, benchmark="gqa", **more):
-    items = [{"id": number, "score": value, "cluster": number, **more} for number, value in enumerate(scores)]
+    items = [
+        {"id": number, "score": value, "cluster": number, **more}
+        for number, value in enumerate(scores)
+    ]
     return written(folder, name, items, benchmark)
 
 
 def test_golden_models(scored, tmp_path, capsys):
     """B is better on nearly every number; every output is written and says the same."""
-    main([str(scored / "model-a"), str(scored / "model-b"), "--output", str(tmp_path), "--resamples", "1000"])
+    main(
+        [
+            str(scored / "model-a"),
+            str(scored / "model-b"),
+            "--output",
+            str(tmp_path),
+            "--resamples",
+            "1000",
+        ]
+    )
     shown = capsys.readouterr().out
     data = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
     rows = {row["benchmark"]: row for row in data["rows"]}
@@ -48,23 +63,37 @@ def test_golden_models(scored, tmp_path, capsys):
     for name, row in rows.items():
         record = ScoreFile.read(scored / "model-b" / f"{name}.scores.json")
         assert row["difference"] == pytest.approx(row["new_score"] - row["base_score"])
-        assert row["low"] <= row["difference"] <= row["high"] and row["interval"] == [row["low"], row["high"]]
-        assert row["p_holm"] >= row["p"] and row["wins"] + row["losses"] + row["ties"] == row["questions"]
+        assert row["low"] <= row["difference"] <= row["high"] and row["interval"] == [
+            row["low"],
+            row["high"],
+        ]
+        assert (
+            row["p_holm"] >= row["p"]
+            and row["wins"] + row["losses"] + row["ties"] == row["questions"]
+        )
         assert data["scores"][name]["model-b"] == pytest.approx(row["new_score"]), record.metrics
-    assert rows["gqa"]["difference"] == pytest.approx(75.0 - 51.875) and rows["gqa"]["verdict"] == "better"
+    assert (
+        rows["gqa"]["difference"] == pytest.approx(75.0 - 51.875)
+        and rows["gqa"]["verdict"] == "better"
+    )
     assert rows["mme"]["base_score"] == pytest.approx(1181.4285714) and rows["mme"]["images"] == 54
     assert rows["pope"]["images"] == 17 and rows["scienceqa"]["questions"] < 165  # IMG alone
     assert rows["scienceqa"]["verdict"] == "no difference shown"
     for text in (shown, (tmp_path / "compare.md").read_text()):
         assert "+23.1" in text and "LLaVA-1.5 7B (official)" in text
-    assert "detectable with 80 % power" in shown and "2 of 145 questions of vqav2 have no answer" in shown
+    assert (
+        "detectable with 80 % power" in shown
+        and "2 of 145 questions of vqav2 have no answer" in shown
+    )
     markdown = (tmp_path / "compare.md").read_text().splitlines()
     table = [line for line in markdown if line.startswith("|")]
-    assert len({line.count("|") - line.count("\\|") for line in table[:11]}) == 1  # as many cells in each row
+    # as many cells in each row
+    assert len({line.count("|") - line.count("\\|") for line in table[:11]}) == 1
 
 
 def test_composites_are_resampled_as_composites(scored):
-    """The bootstrap of MME and POPE recomputes the published number, here by scoring resampled images naively."""
+    """The bootstrap of MME and POPE recomputes the published number, here by scoring resampled
+    images naively."""
     rng = np.random.default_rng(0)
     numbers = {
         "mme": lambda items: benchmark("mme").metrics(items)["perception"],
@@ -75,7 +104,8 @@ def test_composites_are_resampled_as_composites(scored):
         statistic = benchmark(name).statistic(items)
         images = sorted({item["cluster"] for item in items})
         for _ in range(10):
-            counts = dict(zip(images, rng.integers(1, 3, len(images)), strict=True))  # 1 or 2 of each image
+            # 1 or 2 of each image
+            counts = dict(zip(images, rng.integers(1, 3, len(images)), strict=True))
             weights = np.array([counts[item["cluster"]] for item in items], dtype=float)
             numbered = [(item, copy) for item in items for copy in range(counts[item["cluster"]])]
             copies = [{**item, "cluster": f"{item['cluster']}#{copy}"} for item, copy in numbered]
@@ -84,9 +114,13 @@ def test_composites_are_resampled_as_composites(scored):
 
 def test_order_of_items_does_not_matter(scored, tmp_path):
     record = ScoreFile.read(scored / "model-b" / "gqa.scores.json")
-    turned = ScoreFile(**{**vars(record), "items": record.items[::-1]}).write(tmp_path / "turned.scores.json")
+    turned = ScoreFile(**{**vars(record), "items": record.items[::-1]}).write(
+        tmp_path / "turned.scores.json"
+    )
     straight, other = (
-        build(load_sides([scored / "model-a" / "gqa.scores.json", path], ["a", "b"]), resamples=200).rows[0]
+        build(
+            load_sides([scored / "model-a" / "gqa.scores.json", path], ["a", "b"]), resamples=200
+        ).rows[0]
         for path in (scored / "model-b" / "gqa.scores.json", turned)
     )
     assert straight == other
@@ -97,7 +131,11 @@ def test_runs_below_a_folder_are_seeds(tmp_path):
     chance = rng.uniform(0.3, 0.7, 200)
     for side, gain in (("base", 0.0), ("new", 0.2)):
         for seed in range(3):
-            simulated(tmp_path / side, f"seed{seed}", (rng.random(200) < chance + gain).astype(float).tolist())
+            simulated(
+                tmp_path / side,
+                f"seed{seed}",
+                (rng.random(200) < chance + gain).astype(float).tolist(),
+            )
     row = build(load_sides([tmp_path / "base", tmp_path / "new"], []), resamples=500).rows[0]
     assert row.runs == (3, 3) and row.result.spread_base > 0
     assert row.result.test == "t over images and runs" and row.result.low > 0
@@ -113,7 +151,8 @@ def test_a_copied_score_file_is_not_a_second_run(tmp_path):
 
 
 def test_unknown_benchmark_and_bare_items_are_averaged(tmp_path):
-    """A score file of one's own needs id, score and cluster alone; a composite without its fields says so."""
+    """A score file of one's own needs id, score and cluster alone; a composite without its fields
+    says so."""
     for name in ("mine", "pope"):
         base = simulated(tmp_path, f"base-{name}", [0, 1, 0, 1] * 10, benchmark=name)
         new = simulated(tmp_path, f"new-{name}", [0, 1, 1, 1] * 10, benchmark=name)
@@ -134,7 +173,8 @@ def test_retrieval_files_become_rows_by_direction(tmp_path):
     paths = [tmp_path / "base.scores.json", tmp_path / "new.scores.json"]
     rows = build(load_sides(paths, []), resamples=200).rows
     main([*map(str, paths), "--resamples", "100", "--output", str(tmp_path / "out")])
-    assert "No question with an answer to show" in (tmp_path / "out" / "compare.html").read_text()  # no empty cards
+    # no empty cards
+    assert "No question with an answer to show" in (tmp_path / "out" / "compare.html").read_text()
     expected = {f"emoji {kind}R@1": 50.0 for way in WAYS for kind in (way, f"long:en {way}")}
     expected |= {f"emoji {way}R@10": 0.0 for way in WAYS}
     assert {row.title: row.result.difference for row in rows} == expected
@@ -144,16 +184,25 @@ def test_retrieval_files_become_rows_by_direction(tmp_path):
 def test_sugarcrepe_is_the_mean_over_its_groups(tmp_path):
     """As `llm2clip evaluate` reports it: a group of 3 items counts as much as one of 9."""
     for name, right in (("base", 0.0), ("new", 1.0)):
-        items = [{"id": f"add_att/{n}", "score": right, "cluster": str(n), "part": "add_att"} for n in range(3)]
-        items += [{"id": f"add_obj/{n}", "score": 1.0, "cluster": str(n), "part": "add_obj"} for n in range(9)]
+        items = [
+            {"id": f"add_att/{n}", "score": right, "cluster": str(n), "part": "add_att"}
+            for n in range(3)
+        ]
+        items += [
+            {"id": f"add_obj/{n}", "score": 1.0, "cluster": str(n), "part": "add_obj"}
+            for n in range(9)
+        ]
         written(tmp_path, name, items, "retrieval:sugarcrepe")
-    (row,) = build(load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200).rows
+    (row,) = build(
+        load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200
+    ).rows
     assert (row.title, row.result.base, row.result.new) == ("sugarcrepe", 50.0, 100.0)
     assert row.categories["add_att"] == (0.0, 1.0, 3)
 
 
 def test_xm3600_is_the_mean_over_its_languages(tmp_path):
-    """As `llm2clip evaluate` reports it; two captions an image in one language weigh no more than one in another."""
+    """As `llm2clip evaluate` reports it; two captions an image in one language weigh no more than
+    one in another."""
     for name, hit in (("base", 0.0), ("new", 1.0)):
         items = [
             {"id": f"{part}/{side}/{n}", "part": part, "side": side, "cluster": str(n % 5), "score": right,
@@ -162,8 +211,12 @@ def test_xm3600_is_the_mean_over_its_languages(tmp_path):
             for side in ("i2t", "t2i") for n in range(count)
         ]  # fmt: skip
         written(tmp_path, name, items, "retrieval:xm3600")
-    rows = build(load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200).rows
-    expected = {f"xm3600 {way}R@1": (0.0, 50.0) for way in WAYS} | {f"xm3600 {way}R@10": (100.0, 100.0) for way in WAYS}
+    rows = build(
+        load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200
+    ).rows
+    expected = {f"xm3600 {way}R@1": (0.0, 50.0) for way in WAYS} | {
+        f"xm3600 {way}R@10": (100.0, 100.0) for way in WAYS
+    }
     assert {row.title: (row.result.base, row.result.new) for row in rows} == expected
 
 
@@ -184,8 +237,12 @@ def test_three_sides(scored, tmp_path):
 
 def test_other_questions_are_refused(tmp_path):
     base = simulated(tmp_path, "base", [0, 1] * 20)
-    shifted = written(tmp_path, "new", [{"id": n + 20, "score": 1, "cluster": n} for n in range(40)])
-    with pytest.raises(ContractError, match=r"share 20 questions of 40, 40.*evaluate both on the same questions"):
+    shifted = written(
+        tmp_path, "new", [{"id": n + 20, "score": 1, "cluster": n} for n in range(40)]
+    )
+    with pytest.raises(
+        ContractError, match=r"share 20 questions of 40, 40.*evaluate both on the same questions"
+    ):
         main([str(base), str(shifted)])
     other = simulated(tmp_path, "truth-b", [0, 1], truth="yes")
     with pytest.raises(ContractError, match="the truth of question 0 is"):
@@ -195,9 +252,16 @@ def test_other_questions_are_refused(tmp_path):
 def test_other_annotations_are_said(tmp_path):
     for name, digest in (("base", "a"), ("new", "b")):
         about = {"model": name, "provenance": {"data_sha256": digest}}
-        record = ScoreFile(benchmark="gqa", metrics={}, items=[{"id": n, "score": n % 2} for n in range(9)], **about)
+        record = ScoreFile(
+            benchmark="gqa",
+            metrics={},
+            items=[{"id": n, "score": n % 2} for n in range(9)],
+            **about,
+        )
         record.write(tmp_path / f"{name}.scores.json")
-    (row,) = build(load_sides([tmp_path / f"{name}.scores.json" for name in ("base", "new")], []), resamples=50).rows
+    (row,) = build(
+        load_sides([tmp_path / f"{name}.scores.json" for name in ("base", "new")], []), resamples=50
+    ).rows
     assert any("different annotation files" in note for note in row.notes)
 
 
@@ -218,7 +282,9 @@ def test_scores_above_one_are_percentages_on_no_side(tmp_path):
     for name, scores in {"weak": [0, 1, 1, 0], "strong": [3, 1, 4, 2]}.items():
         lines = [f"{n},{score},judged" for n, score in enumerate(scores)]
         (tmp_path / f"{name}.csv").write_text("\n".join(["item,score,task", *lines]))
-    result = build([load_side(tmp_path / "weak.csv"), load_side(tmp_path / "strong.csv")], resamples=100)
+    result = build(
+        [load_side(tmp_path / "weak.csv"), load_side(tmp_path / "strong.csv")], resamples=100
+    )
     (row,) = result.rows
     assert row.unit == "score" and (row.result.base, row.result.new) == (0.5, 2.5)
     assert result.scores["judged"] == {"weak": 0.5, "strong": 2.5}

@@ -15,12 +15,16 @@ SPREAD = 1.5  # points, over trainings
 
 
 def experiment(rng, images, runs, effect):
-    """(base, new) runs of right and wrong answers: each side has its images, a training its luck and its slips."""
+    """(base, new) runs of right and wrong answers: each side has its images, a training its luck
+    and its slips."""
     knows = rng.random((2, images)) < 0.5
     luck = rng.normal(0, SPREAD / 100, size=(2, runs))
     luck[1] += effect / 100
     return [
-        [(rng.random(images) < np.where(knows[side], 0.8, 0.2) + shift).astype(float) for shift in luck[side]]
+        [
+            (rng.random(images) < np.where(knows[side], 0.8, 0.2) + shift).astype(float)
+            for shift in luck[side]
+        ]
         for side in (0, 1)
     ]
 
@@ -38,46 +42,65 @@ def pilot(tmp_path_factory):
     """Eight trainings a side on 800 images, without a difference."""
     folder = tmp_path_factory.mktemp("pilot")
     sides = experiment(np.random.default_rng(1), 800, 8, 0)
-    return [write_side(folder / name, runs) for name, runs in zip(("base", "new"), sides, strict=True)]
+    return [
+        write_side(folder / name, runs) for name, runs in zip(("base", "new"), sides, strict=True)
+    ]
 
 
 def test_as_many_images_as_planned_detect_the_effect(pilot):
-    """The comparison itself, with the planned number of images, has the planned error, and finds the effect."""
+    """The comparison itself, with the planned number of images, has the planned error, and finds
+    the effect."""
     runs = 3
     (noise,) = plan(pilot)
     assert noise.spread == pytest.approx(SPREAD, rel=0.5) and noise.spread_freedom == 14
     effect = 7.0
     images = noise.images_needed(effect, runs)
-    assert images is not None and noise.detectable(images, runs) <= effect < noise.detectable(images * 0.9, runs)
-    rng, results = np.random.default_rng(runs), []
+    assert images is not None and noise.detectable(images, runs) <= effect < noise.detectable(
+        images * 0.9, runs
+    )
+    rng = np.random.default_rng(runs)
+    results = []
     for number in range(SIMULATIONS):
         base, new = experiment(rng, images, runs, effect)
         names = [str(place) for place in range(images)]
-        paired = pair([mean_statistic(run) for run in base], [mean_statistic(run) for run in new], names)
+        paired = pair(
+            [mean_statistic(run) for run in base], [mean_statistic(run) for run in new], names
+        )
         results.append(compare(paired, resamples=200, seed=number))
     error = np.mean([one.standard_error**2 for one in results]) ** 0.5
     assert error == pytest.approx(noise.error(images, runs)[0], rel=0.15)
-    assert np.mean([one.detectable for one in results]) == pytest.approx(effect, rel=0.1)  # Student's: runs are few
+    # Student's: runs are few
+    assert np.mean([one.detectable for one in results]) == pytest.approx(effect, rel=0.1)
     assert 0.7 <= np.mean([one.p < 0.05 for one in results]) <= 0.95
 
 
 def test_what_no_number_reaches_and_what_one_side_knows(pilot):
     (noise,) = plan(pilot, spread=2.0)
-    assert noise.images_needed(1.0, 3) is None  # three runs that vary by 2 points can't show 1 point on any images
+    # three runs that vary by 2 points can't show 1 point on any images
+    assert noise.images_needed(1.0, 3) is None
     (alone,) = plan([load_side(pilot[0].path / "0.scores.json")])
     assert alone.spread is None and alone.images_needed(1.0, 1) is not None
-    assert alone.image_error == pytest.approx(100 * (0.25 / 800) ** 0.5, rel=0.05)  # half right, correlation .5
+    # half right, correlation .5
+    assert alone.image_error == pytest.approx(100 * (0.25 / 800) ** 0.5, rel=0.05)
 
 
 def test_the_command(pilot, capsys, tmp_path):
     base, new = (str(side.path) for side in pilot)
     assert main([base, new, "--plan", "--effect", "3", "--runs", "2", "4"]) == 0
     told = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in told.splitlines() if "| GQA" in line]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:4]]
+        for line in told.splitlines()
+        if "| GQA" in line
+    ]
     assert rows == [["GQA", "800", "2"], ["GQA", "800", "4"]]
     assert main([f"{base}/0.scores.json", "--plan"]) == 0
     assert "set --spread" in capsys.readouterr().out
-    for words, said in (([], "--plan"), (["--plan", "--effect", "0"], "--effect 0"), ([base, new, "--plan"], "two")):
+    for words, said in (
+        ([], "--plan"),
+        (["--plan", "--effect", "0"], "--effect 0"),
+        ([base, new, "--plan"], "two"),
+    ):
         with pytest.raises(ValueError, match=said):
             main([base, *words])
     with pytest.raises(ContractError, match="10 questions"):

@@ -1,4 +1,5 @@
-"""``llm2clip llava evaluate --endpoint``: a served model answers a question file, whatever the server does."""
+"""``llm2clip llava evaluate --endpoint``: a served model answers a question file, whatever the
+server does."""
 
 import base64
 import json
@@ -28,12 +29,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = np.random.default_rng(0)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be rotated by a quarter
-    modes = {"gray.png": "L", "other.bmp": "RGB", "plain.jpg": "RGB", "plain.png": "RGB", "transparent.png": "RGBA"}
+    modes = {
+        "gray.png": "L",
+        "other.bmp": "RGB",
+        "plain.jpg": "RGB",
+        "plain.png": "RGB",
+        "transparent.png": "RGBA",
+    }
     for name, mode in {**modes, "rotated.jpg": "RGB"}.items():
-        image = Image.fromarray(noise.integers(0, 255, (9, 14, len(mode)), dtype=np.uint8).squeeze(), mode)
+        image = Image.fromarray(
+            noise.integers(0, 255, (9, 14, len(mode)), dtype=np.uint8).squeeze(), mode
+        )
         image.save(folder / "images" / name, **({"exif": exif} if name == "rotated.jpg" else {}))
     names = sorted([*modes, "rotated.jpg"])
-    rows = [{"question_id": f"q{n}", "image": names[n % 6], "text": f"What is in {n}?\nShort."} for n in range(11)]
+    rows = [
+        {"question_id": f"q{n}", "image": names[n % 6], "text": f"What is in {n}?\nShort."}
+        for n in range(11)
+    ]
     rows.append({"question_id": "q11", "text": "Say something."})
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -42,7 +54,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses between retries; no key, no proxy."""
-    monkeypatch.setattr(served, "Retry", lambda tries, first_pause: Retry(tries=tries, first_pause=first_pause / 1000))
+    monkeypatch.setattr(
+        served,
+        "Retry",
+        lambda tries, first_pause: Retry(tries=tries, first_pause=first_pause / 1000),
+    )
     for name in ("OPENAI_API_KEY", "http_proxy", "HTTP_PROXY", "WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -72,22 +88,44 @@ def test_answers_name_the_model_and_the_server(folder: Path, tmp_path: Path) -> 
     output = tmp_path / "answers.jsonl"
     with serving(state) as url:
         host = url.removesuffix("/v1")  # /v1 is added
-        assert evaluate.main(words(folder, host, output, "--concurrency", "4", "--max_new_tokens", "7")) == 0
+        assert (
+            evaluate.main(
+                words(folder, host, output, "--concurrency", "4", "--max_new_tokens", "7")
+            )
+            == 0
+        )
     check(folder, output)
     assert state.most_in_flight == 4
     settings = {key: value for key, value in state.bodies[0].items() if key != "messages"}
     assert settings == {"model": "tiny", "temperature": 0.0, "max_tokens": 7}
     row = read(output)[0]
-    assert row["model_id"] == "tiny" and row["metadata"] == {"endpoint": url, "finish_reason": "stop"}
+    assert row["model_id"] == "tiny" and row["metadata"] == {
+        "endpoint": url,
+        "finish_reason": "stop",
+    }
     kept = json.loads((tmp_path / "answers.jsonl.settings.json").read_text())
-    assert (kept["endpoint"], kept["served_model"], kept["served_root"]) == (host, "tiny", "/models/tiny")
+    assert (kept["endpoint"], kept["served_model"], kept["served_root"]) == (
+        host,
+        "tiny",
+        "/models/tiny",
+    )
 
 
 def test_tables_and_sampling(folder: Path, tmp_path: Path) -> None:
     """MMBench's embedded images; top_p is sent only if set."""
     image = base64.b64encode((folder / "images" / "plain.png").read_bytes()).decode()
-    (tmp_path / "bench.tsv").write_text(f"index\tquestion\thint\tA\tB\timage\n3\tWhich?\tnan\tred\tblue\t{image}\n")
-    more = ("--question-file", f"{tmp_path}/bench.tsv", "--all-rounds", "--temperature", "0.5", "--top-p", "0.9")
+    (tmp_path / "bench.tsv").write_text(
+        f"index\tquestion\thint\tA\tB\timage\n3\tWhich?\tnan\tred\tblue\t{image}\n"
+    )
+    more = (
+        "--question-file",
+        f"{tmp_path}/bench.tsv",
+        "--all-rounds",
+        "--temperature",
+        "0.5",
+        "--top-p",
+        "0.9",
+    )
     state = ChatServer(["tiny"])
     with serving(state) as url:
         assert evaluate.main(words(folder, url, tmp_path / "a.jsonl", *more)) == 0
@@ -119,14 +157,28 @@ def test_what_may_pass_is_retried(folder, tmp_path, capsys, failure, message) ->
     assert len(state.bodies) == 12 + 2 or (limit and len(state.bodies) > 12 + 2)  # a slow machine
 
 
-def test_a_server_that_dies_loses_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_server_that_dies_loses_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     output = tmp_path / "answers.jsonl"
     state = ChatServer(["tiny"])
     state.dies_after = 5
     with serving(state) as url:
-        assert main(["llava", "evaluate", *words(folder, url, output, "--retries", "1", "--concurrency", "2")]) == 1
+        assert (
+            main(
+                [
+                    "llava",
+                    "evaluate",
+                    *words(folder, url, output, "--retries", "1", "--concurrency", "2"),
+                ]
+            )
+            == 1
+        )
     said = capsys.readouterr()
-    assert "5 of 12 answers" in said.out and "7 questions without an answer; rerun to ask them again" in said.err
+    assert (
+        "5 of 12 answers" in said.out
+        and "7 questions without an answer; rerun to ask them again" in said.err
+    )
     assert not output.exists()
     with pytest.raises(ConnectionError, match=r"refused; start the server, or correct --endpoint"):
         evaluate.main(words(folder, url, output))  # it is still gone
@@ -135,12 +187,17 @@ def test_a_server_that_dies_loses_nothing(folder: Path, tmp_path: Path, capsys: 
         assert other != url
         assert evaluate.main(words(folder, other, output)) == 0
         assert len(again.bodies) == 7
-        assert f"asking 'tiny' at {other}: 7 questions, 5 answered before" in capsys.readouterr().err
+        assert (
+            f"asking 'tiny' at {other}: 7 questions, 5 answered before" in capsys.readouterr().err
+        )
         check(folder, output)
         assert {row["metadata"]["endpoint"] for row in read(output)} == {url, other}
         assert evaluate.main(words(folder, other, output)) == 0  # complete
     assert len(again.bodies) == 7
-    with serving(ChatServer(["other"])) as url, pytest.raises(ContractError, match=r"served_model 'tiny' -> 'other'"):
+    with (
+        serving(ChatServer(["other"])) as url,
+        pytest.raises(ContractError, match=r"served_model 'tiny' -> 'other'"),
+    ):
         evaluate.main(words(folder, url, output))
 
 
@@ -160,13 +217,19 @@ def test_questions_that_a_server_refuses(folder, tmp_path, capsys, monkeypatch) 
         check(folder, output)
         state.refuses = "?"
         monkeypatch.setattr(served, "MOST_REFUSED", 3)
-        with pytest.raises(ConnectionError, match=r"no answer to 3 requests in a row, last question 'q\d': HTTP 400"):
+        with pytest.raises(
+            ConnectionError,
+            match=r"no answer to 3 requests in a row, last question 'q\d': HTTP 400",
+        ):
             evaluate.main(words(folder, url, tmp_path / "b.jsonl", "--concurrency", "1"))
 
 
 def test_one_model_of_several_is_named(folder, tmp_path) -> None:
     message = r"serves 2 models; choose one with --served-model-name: llava-7b, llava-13b"
-    with serving(ChatServer(["llava-7b", "llava-13b"])) as url, pytest.raises(ConnectionError, match=message):
+    with (
+        serving(ChatServer(["llava-7b", "llava-13b"])) as url,
+        pytest.raises(ConnectionError, match=message),
+    ):
         evaluate.main(words(folder, url, tmp_path / "a.jsonl"))
     assert list(tmp_path.iterdir()) == []
 
@@ -183,7 +246,9 @@ def test_an_error_that_does_not_pass_stops_the_run(folder, tmp_path) -> None:
 def test_the_key_comes_from_the_environment(folder, tmp_path, monkeypatch) -> None:
     output = tmp_path / "answers.jsonl"
     with serving(ChatServer(["tiny"], key="sk-secret")) as url:
-        with pytest.raises(ConnectionError, match=r"denies access \(HTTP 401: wrong key\); set OPENAI_API_KEY"):
+        with pytest.raises(
+            ConnectionError, match=r"denies access \(HTTP 401: wrong key\); set OPENAI_API_KEY"
+        ):
             evaluate.main(words(folder, url, output))
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\nsk-other")
         with pytest.raises(ValueError, match="OPENAI_API_KEY has characters that no API key has"):
@@ -197,14 +262,32 @@ def test_the_key_comes_from_the_environment(folder, tmp_path, monkeypatch) -> No
 def test_a_served_model_is_scored(tmp_path: Path) -> None:
     """bench-mllm asks the server and writes a score file that names it."""
     root = tmp_path / "eval"
-    rows = [json.loads(line) for line in (GOLDEN / "pope" / "llava_pope_test.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (GOLDEN / "pope" / "llava_pope_test.jsonl").read_text().splitlines()
+    ]
     (root / "pope" / "val2014").mkdir(parents=True)
     shutil.copytree(GOLDEN / "pope" / "coco", root / "pope" / "coco")
-    (root / "pope" / "llava_pope_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "pope" / "llava_pope_test.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     for row in rows:
         Image.new("RGB", (4, 3)).save(root / "pope" / "val2014" / row["image"])
     with serving(ChatServer(["tiny"])) as url:
-        assert bench.main([str(root), "--endpoint", url, "--output", f"{tmp_path}/out", "--benchmarks", "pope"]) == 0
+        assert (
+            bench.main(
+                [
+                    str(root),
+                    "--endpoint",
+                    url,
+                    "--output",
+                    f"{tmp_path}/out",
+                    "--benchmarks",
+                    "pope",
+                ]
+            )
+            == 0
+        )
     record = ScoreFile.read(tmp_path / "out" / "scores" / "pope.scores.json")
     assert record.model == "tiny" and len(record.items) == len(rows)
     settings = record.provenance["answer_settings"]

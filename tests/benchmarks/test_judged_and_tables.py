@@ -11,7 +11,9 @@ from llava_integration.benchmarks.rules import benchmark
 
 def write_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -21,10 +23,19 @@ def llava_bench(tmp_path):
     folder = tmp_path / "llava-bench-in-the-wild"
     kinds = ["conv", "conv", "detail", "complex"]
     asked = [
-        {"question_id": n, "image": f"00{n // 2}.jpg", "text": f"What is {n}?", "category": kinds[n]} for n in range(4)
+        {
+            "question_id": n,
+            "image": f"00{n // 2}.jpg",
+            "text": f"What is {n}?",
+            "category": kinds[n],
+        }
+        for n in range(4)
     ]
     write_lines(folder / "questions.jsonl", asked)
-    spoken = [{"question_id": n, "prompt": f"What is {n}?", "text": f"It is {n}.", "model_id": "m"} for n in range(4)]
+    spoken = [
+        {"question_id": n, "prompt": f"What is {n}?", "text": f"It is {n}.", "model_id": "m"}
+        for n in range(4)
+    ]
     said = write_lines(tmp_path / "answers.jsonl", spoken)
     marks = [[8.0, 4.0], [9.0, 7.0], [10.0, 10.0], [-1, -1]]
     reviews = write_lines(tmp_path / "reviews.jsonl", [
@@ -35,7 +46,8 @@ def llava_bench(tmp_path):
 
 
 def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
-    """Means over reviews, the failed one averaged in: reference 26/4 = 6.5, model 20/4 = 5, relative 76.9."""
+    """Means over reviews, the failed one averaged in: reference 26/4 = 6.5, model 20/4 = 5,
+    relative 76.9."""
     folder, said, reviews = llava_bench
     record = score_answers("llava_bench", folder, read_answers(said), reviews=reviews)
     assert record.metrics["all"] == 76.9
@@ -60,10 +72,16 @@ def test_mmvet_over_runs_and_capabilities(tmp_path):
         "v1_1": {"model": ["g"], "content": ["1"], "score": [0.5, 0.5]},
         "v1_2": {"model": ["g"], "content": ["1"], "score": [0.0, 0.2]},
     }))  # fmt: skip
-    said = write_lines(tmp_path / "a.jsonl", [{"question_id": n, "prompt": f"q{n}", "text": f"t{n}"} for n in range(3)])
+    said = write_lines(
+        tmp_path / "a.jsonl",
+        [{"question_id": n, "prompt": f"q{n}", "text": f"t{n}"} for n in range(3)],
+    )
     record = score_answers("mmvet", folder, read_answers(said), reviews=grades)
     assert record.metrics["total"] == pytest.approx(50.0)
     assert record.metrics["capability.rec"] == pytest.approx(100 * (0.9 + 0.5) / 2)
     assert record.metrics["capability.math"] == pytest.approx(10.0)
-    assert (record.metrics["runs"], record.metrics["std_over_runs"]) == (2.0, pytest.approx(0.0, abs=1e-9))
+    assert (record.metrics["runs"], record.metrics["std_over_runs"]) == (
+        2.0,
+        pytest.approx(0.0, abs=1e-9),
+    )
     assert [item["answer"] for item in record.items] == ["t0", "t1", "t2"]

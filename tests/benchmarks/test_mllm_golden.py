@@ -64,7 +64,10 @@ ITEM_KEYS = {  # how an expected item finds ours
     "mme": lambda item: (item["category"], item["file"], item["nth"]),
     "textvqa": lambda item: item["line"],
 }
-PERCENT = ("score_converted_percent", "score_vqa_api_percent")  # an item's score x 100, rounded to 2 places
+PERCENT = (
+    "score_converted_percent",
+    "score_vqa_api_percent",
+)  # an item's score x 100, rounded to 2 places
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -86,7 +89,10 @@ def test_every_item(name, model):
             elif isinstance(value, float):
                 assert mine[field] == pytest.approx(value, abs=TOLERANCE), (field, item)
             else:
-                assert mine[{"text": "answer", "answer": "truth"}.get(field, field)] == value, (field, item)
+                assert mine[{"text": "answer", "answer": "truth"}.get(field, field)] == value, (
+                    field,
+                    item,
+                )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -95,7 +101,9 @@ def test_mmbench_groups_and_rows(model):
     theirs = expected("mmbench")["per_item"][model]
     groups = {item["id"]: item for item in record.items}
     assert len(groups) == len(theirs["groups"])
-    assert all(groups[group["g_index"]]["score"] == group["hit_vlmevalkit"] for group in theirs["groups"])
+    assert all(
+        groups[group["g_index"]]["score"] == group["hit_vlmevalkit"] for group in theirs["groups"]
+    )
     rows = {row["index"]: row for item in record.items for row in item["rows"]}
     assert len(rows) == len(theirs["rows"])
     for row in theirs["rows"]:
@@ -112,10 +120,15 @@ def test_pope_is_joined_never_zipped(run):
     assert all(by_id[item["id"]] == item["score"] for item in record.items if not item["missing"])
     if run == "model-a_shuffled":
         for category, accuracy in quirk["accuracy_if_joined_by_image_and_question"].items():
-            assert record.metrics[f"categories.{category}.accuracy"] == pytest.approx(accuracy, abs=TOLERANCE)
+            assert record.metrics[f"categories.{category}.accuracy"] == pytest.approx(
+                accuracy, abs=TOLERANCE
+            )
     else:
         assert record.counts["missing"] == 3
-        assert sum(record.metrics[f"categories.{c}.n"] for c in ("adversarial", "random", "popular")) == 301
+        assert (
+            sum(record.metrics[f"categories.{c}.n"] for c in ("adversarial", "random", "popular"))
+            == 301
+        )
 
 
 def test_popes_f1_is_of_answered_questions():
@@ -146,11 +159,21 @@ def test_submission_is_the_official_converters(name, model, tmp_path):
         "seedbench": f"answers_upload/{model}.jsonl",
         "mmbench": f"answers_upload/mmbench_dev_20230712/{model}.jsonl",
     }[name]
-    ours, theirs = output.read_text(encoding="utf-8"), (ROOT / name / official).read_text(encoding="utf-8")
+    ours, theirs = (
+        output.read_text(encoding="utf-8"),
+        (ROOT / name / official).read_text(encoding="utf-8"),
+    )
     if official.endswith(".jsonl"):
-        assert [json.loads(line) for line in ours.splitlines()] == [json.loads(line) for line in theirs.splitlines()]
+        assert [json.loads(line) for line in ours.splitlines()] == [
+            json.loads(line) for line in theirs.splitlines()
+        ]
     else:
         assert json.loads(ours) == json.loads(theirs)
     if name != "mmbench":
-        record, headline = score_answers(name, ROOT / name, read_answers(output)), benchmark(name).headline
-        assert record.metrics[headline] == pytest.approx(score(name, model).metrics[headline], abs=TOLERANCE)
+        record, headline = (
+            score_answers(name, ROOT / name, read_answers(output)),
+            benchmark(name).headline,
+        )
+        assert record.metrics[headline] == pytest.approx(
+            score(name, model).metrics[headline], abs=TOLERANCE
+        )

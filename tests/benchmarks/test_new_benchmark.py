@@ -1,4 +1,5 @@
-"""A benchmark is one file: from another folder it is planned, scored, compared and shown like the others."""
+"""A benchmark is one file: from another folder it is planned, scored, compared and shown like the
+others."""
 
 import json
 import sys
@@ -18,11 +19,18 @@ SHAPES = ("circle", "square", "star", "cross") * 5
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """LLaVA's evaluation folder with the benchmark's files; its rule is in a folder of this test."""
-    monkeypatch.setattr(rules, "__path__", [*rules.__path__, str(Path(__file__).parent / "new_benchmark")])
+    monkeypatch.setattr(
+        rules, "__path__", [*rules.__path__, str(Path(__file__).parent / "new_benchmark")]
+    )
     folder = tmp_path / "eval" / "shapes"
     (folder / "images").mkdir(parents=True)
     rows = [
-        {"question_id": n, "image": f"{n // 2}.png", "text": f"Which shape has number {n}?", "shape": shape}
+        {
+            "question_id": n,
+            "image": f"{n // 2}.png",
+            "text": f"Which shape has number {n}?",
+            "shape": shape,
+        }
         for n, shape in enumerate(SHAPES)
     ]
     (folder / "shapes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -35,7 +43,11 @@ def data(tmp_path, monkeypatch):
 def answer_file(path, right):
     """LLaVA's answers, of which the first ``right`` are right."""
     rows = [
-        {"question_id": n, "prompt": f"Which shape has number {n}?", "text": f" {shape.title()}." if n < right else "?"}
+        {
+            "question_id": n,
+            "prompt": f"Which shape has number {n}?",
+            "text": f" {shape.title()}." if n < right else "?",
+        }
         for n, shape in enumerate(SHAPES)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -48,7 +60,9 @@ def test_planned_by_bench_mllm(data, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "shapes" in shown and "will run" in shown and "no folder pope" in shown
     (task,) = plans(["shapes"], data, tmp_path)
-    assert not task.missing and task.image_folder == data / "shapes" / "images" and not task.unscored
+    assert (
+        not task.missing and task.image_folder == data / "shapes" / "images" and not task.unscored
+    )
     words = bench.evaluate_command(task, bench.COMMAND.parse(start), tmp_path / "answers.jsonl")
     assert words[words.index("--max-new-tokens") + 1] == "8"
     assert words[words.index("--question-file") + 1] == str(data / "shapes" / "shapes.jsonl")
@@ -62,12 +76,21 @@ def test_scored_compared_and_shown(data, tmp_path, capsys):
     assert "Shapes of new: 85.00 %" in capsys.readouterr().out
     record = ScoreFile.read(tmp_path / "new" / "shapes.scores.json")
     assert record.metrics == {"accuracy_percent": 85.0} and record.counts["missing"] == 0
-    compare.main([str(tmp_path / "base"), str(tmp_path / "new"), "--output", str(tmp_path / "report")])
+    compare.main(
+        [str(tmp_path / "base"), str(tmp_path / "new"), "--output", str(tmp_path / "report")]
+    )
     comparison = json.loads((tmp_path / "report" / "compare.json").read_text())
     (row,) = comparison["rows"]
-    assert (row["title"], row["base_score"], row["new_score"], row["images"]) == ("Shapes", 40.0, 85.0, 10)
+    assert (row["title"], row["base_score"], row["new_score"], row["images"]) == (
+        "Shapes",
+        40.0,
+        85.0,
+        10,
+    )
     assert comparison["references"] == {"LLaVA-1.5 7B (official)": {"shapes": 61.5}}
     page = (tmp_path / "report" / "compare.html").read_text()
     shown = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert len(shown["questions"]) == 9 and all(question["image"] for question in shown["questions"])
+    assert len(shown["questions"]) == 9 and all(
+        question["image"] for question in shown["questions"]
+    )
     assert "61.5" in page

@@ -12,7 +12,12 @@ from llm2clip_plugin.cli import main
 ROWS = [
     {"image": "photos/a.png", "question": "Which shape?", "answer": "circle", "category": "shape"},
     {"image": "photos/a.png", "question": "Is it red?", "answer": "yes", "category": "color"},
-    {"image": "photos/b.png", "question": "Which color?", "answer": ["dark red", "maroon"], "category": "color"},
+    {
+        "image": "photos/b.png",
+        "question": "Which color?",
+        "answer": ["dark red", "maroon"],
+        "category": "color",
+    },
 ]
 
 
@@ -30,8 +35,13 @@ def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
     (task,) = plans([], own, tmp_path / "generated")
     assert not task.missing and task.image_folder == tmp_path
     asked = [json.loads(line) for line in task.question_file.read_text().splitlines()]
-    assert asked[0]["text"].startswith("Which shape?\nAnswer") and asked[0]["image"] == "photos/a.png"
-    answers = {"old": ("circles", "No", "blue"), "new": ("A Circle.", "no, yes", "it is a dark red one")}
+    assert (
+        asked[0]["text"].startswith("Which shape?\nAnswer") and asked[0]["image"] == "photos/a.png"
+    )
+    answers = {
+        "old": ("circles", "No", "blue"),
+        "new": ("A Circle.", "no, yes", "it is a dark red one"),
+    }
     for side, texts in answers.items():
         rows = [
             {"question_id": row["question_id"], "prompt": row["text"], "text": text}
@@ -41,16 +51,25 @@ def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
         words = ["score", "questions", str(own), "--answers", str(tmp_path / f"{side}.jsonl")]
         assert main([*words, "--output", str(tmp_path / f"{side}.scores.json")]) == 0
     old, new = (json.loads((tmp_path / f"{side}.scores.json").read_text()) for side in answers)
-    assert [[item["score"] for item in side["items"]] for side in (old, new)] == [[0, 0, 0], [1, 0, 1]]
+    assert [[item["score"] for item in side["items"]] for side in (old, new)] == [
+        [0, 0, 0],
+        [1, 0, 1],
+    ]
     assert new["metrics"]["categories.color"] == 50.0
     sides = [str(tmp_path / f"{side}.scores.json") for side in ("old", "new")]
-    assert main(["compare", *sides, "--output", str(tmp_path / "report"), "--resamples", "100"]) == 0
+    assert (
+        main(["compare", *sides, "--output", str(tmp_path / "report"), "--resamples", "100"]) == 0
+    )
     page = (tmp_path / "report" / "compare.html").read_text()
     assert "own questions" in page and page.count("data:image/jpeg") == 2  # found next to the file
 
 
-@pytest.mark.parametrize("change", [{"answer": []}, {"answer": 3}, {"question": " "}, {"image": None}])
-def test_a_row_that_cannot_be_asked_is_named(own: Path, capsys: pytest.CaptureFixture[str], change: dict):
+@pytest.mark.parametrize(
+    "change", [{"answer": []}, {"answer": 3}, {"question": " "}, {"image": None}]
+)
+def test_a_row_that_cannot_be_asked_is_named(
+    own: Path, capsys: pytest.CaptureFixture[str], change: dict
+):
     own.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | change) + "\n")
     assert main(["score", "questions", str(own), "--answers", str(own)]) == 2
     assert f"{own}, question 2" in capsys.readouterr().err

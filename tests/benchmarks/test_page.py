@@ -1,4 +1,5 @@
-"""The report in a real browser: plots drawn, sorting and filters work, nothing fetched, markup in answers is text."""
+"""The report in a real browser: plots drawn, sorting and filters work, nothing fetched, markup in
+answers is text."""
 
 import html
 import json
@@ -24,25 +25,35 @@ def write_sides(folder, items_of, benchmark="our own", **about):
     """Score files of two sides; returns the words of their comparison."""
     for place, name in enumerate(("old", "new")):
         more = {field: values[place] for field, values in about.items()}
-        record = ScoreFile(benchmark=benchmark, metrics={}, items=items_of(place), model=name, **more)
+        record = ScoreFile(
+            benchmark=benchmark, metrics={}, items=items_of(place), model=name, **more
+        )
         record.write(folder / name / "own.scores.json")
     return [str(folder / "old"), str(folder / "new"), "--resamples", "100", "--output", str(folder)]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Three benchmarks of both models, with pictures for GQA's and a hostile answer; returns the page's path."""
+    """Three benchmarks of both models, with pictures for GQA's and a hostile answer; returns the
+    page's path."""
     folder = tmp_path_factory.mktemp("report")
     data = folder / "eval" / "gqa"
     (data / "data" / "images").mkdir(parents=True)
-    questions = json.loads((ROOT / "gqa" / "data" / "testdev_balanced_questions.json").read_text(encoding="utf-8"))
+    questions = json.loads(
+        (ROOT / "gqa" / "data" / "testdev_balanced_questions.json").read_text(encoding="utf-8")
+    )
     (data / "data" / "testdev_balanced_questions.json").write_text(json.dumps(questions))
     for number, entry in enumerate(questions.values()):
         if number % 2:  # half of the pictures are there
             size = (random.Random(number).randint(40, 900), 300)
-            Image.new("RGB", size, (number % 255, 80, 120)).save(data / "data" / "images" / f"{entry['imageId']}.jpg")
+            Image.new("RGB", size, (number % 255, 80, 120)).save(
+                data / "data" / "images" / f"{entry['imageId']}.jpg"
+            )
     for model in MODELS:
-        rows = [json.loads(line) for line in answers("gqa", model).read_text(encoding="utf-8").splitlines()]
+        rows = [
+            json.loads(line)
+            for line in answers("gqa", model).read_text(encoding="utf-8").splitlines()
+        ]
         if model == "model-a":
             rows[0]["text"] = HOSTILE  # was right, so the question is one where they disagree
         path = folder / f"{model}.jsonl"
@@ -52,7 +63,16 @@ def report(tmp_path_factory):
         for name in ("pope", "mme"):
             score([name, "--data", str(ROOT / name), "--answers", str(answers(name, model)),
                    "--json", str(folder / model / f"{name}.scores.json")])  # fmt: skip
-    compare([str(folder / "model-a"), str(folder / "model-b"), "--output", str(folder / "out"), "--resamples", "300"])
+    compare(
+        [
+            str(folder / "model-a"),
+            str(folder / "model-b"),
+            "--output",
+            str(folder / "out"),
+            "--resamples",
+            "300",
+        ]
+    )
     return folder / "out" / "compare.html"
 
 
@@ -62,9 +82,12 @@ def test_page_needs_nothing_from_elsewhere(report):
     assert not any(word in linked for word in ("http://", "https://", "//cdn"))
     assert "src=" not in text.replace("picture.src =", "").split('id="data"')[0]
     policy = html.unescape(text.split('Content-Security-Policy" content="')[1].split('"')[0])
-    assert policy.startswith("default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:;")
+    assert policy.startswith(
+        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:;"
+    )
     assert "script-src 'sha256-" in policy
-    assert HOSTILE not in text and "\\u003cimg src=x" in text  # escaped inside the data, never markup
+    # escaped inside the data, never markup
+    assert HOSTILE not in text and "\\u003cimg src=x" in text
 
 
 def embedded(report):
@@ -80,12 +103,21 @@ CUT_OFF = """[...document.querySelectorAll('main *')].filter(one => !one.closest
 INPUT = "document.getElementById('controls').dispatchEvent(new Event('input'))"
 
 
-@pytest.mark.skipif(chromium.find() is None, reason="no Chromium here: apt-get install chromium, then this test runs")
+@pytest.mark.skipif(
+    chromium.find() is None,
+    reason="no Chromium here: apt-get install chromium, then this test runs",
+)
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_in_chromium(report, width):
     data = embedded(report)
     with chromium.Chromium() as browser:
-        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        browser.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         browser.open(report.as_uri())
         run = browser.run
         # drawings: every difference has a mark; nothing is cut off
@@ -97,17 +129,28 @@ def test_page_in_chromium(report, width):
         run("document.getElementById('filter-text').value = 'onerror'; " + INPUT)
         assert run("document.querySelectorAll('.card').length") == 1
         assert HOSTILE in run("document.querySelector('.card').textContent")
-        assert run("document.querySelectorAll('.card .answer img, .card script, .card b b').length") == 0
+        assert (
+            run("document.querySelectorAll('.card .answer img, .card script, .card b b').length")
+            == 0
+        )
         # filters: by benchmark, by outcome; the counts are the data's
         run("document.getElementById('filter-text').value = ''")
         run("document.getElementById('filter-benchmark').value = 'GQA'; " + INPUT)
         count = sum(question["benchmark"] == "GQA" for question in data["questions"])
-        assert run("document.getElementById('shown').textContent").startswith(f"{count} of {len(data['questions'])}")
+        assert run("document.getElementById('shown').textContent").startswith(
+            f"{count} of {len(data['questions'])}"
+        )
         run("document.getElementById('filter-outcome').value = 'base'; " + INPUT)
-        lost = [q for q in data["questions"] if q["benchmark"] == "GQA" and q["scores"][0] > q["scores"][1]]
+        lost = [
+            q
+            for q in data["questions"]
+            if q["benchmark"] == "GQA" and q["scores"][0] > q["scores"][1]
+        ]
         assert run("document.getElementById('shown').textContent").startswith(f"{len(lost)} of")
         assert run("document.querySelectorAll('.card img').length") > 0
-        assert run("[...document.querySelectorAll('.card img')].every(i => i.complete && i.naturalWidth > 0)")
+        assert run(
+            "[...document.querySelectorAll('.card img')].every(i => i.complete && i.naturalWidth > 0)"
+        )
         # pages
         run("document.getElementById('controls').reset(); " + INPUT)
         first = run("document.querySelector('.card').textContent")
@@ -120,17 +163,25 @@ def test_page_in_chromium(report, width):
             "const s = document.createElement('script'); s.textContent = 'document.title = \"owned\"';"
             "document.body.append(s)"
         )
-        assert run("document.title") != "owned" and any("Content Security Policy" in error for error in browser.errors)
+        assert run("document.title") != "owned" and any(
+            "Content Security Policy" in error for error in browser.errors
+        )
 
 
 def test_what_makes_numbers_meaningless_comes_first(tmp_path, capsys):
     counts = [{"answered": 12, "empty": empty} for empty in (0, 7)]
     told = enumerate(("fp32", "bf16"))
-    provenance = [{"precision": precision, "answer_settings": {"temperature": n}} for n, precision in told]
+    provenance = [
+        {"precision": precision, "answer_settings": {"temperature": n}} for n, precision in told
+    ]
     items = [{"id": n, "score": n % 2, "cluster": str(n)} for n in range(12)]
     compare(write_sides(tmp_path, lambda place: items, counts=counts, provenance=provenance))
     first, *rest = capsys.readouterr().out.splitlines()
-    assert "7 of the 12 answers of new" in first and "old: fp32, new: bf16" in rest[0] and "temperature" in rest[1]
+    assert (
+        "7 of the 12 answers of new" in first
+        and "old: fp32, new: bf16" in rest[0]
+        and "temperature" in rest[1]
+    )
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert text.index("7 of the 12 answers") < text.index('class="verdict"')
 
@@ -144,18 +195,23 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
 
     def items(place):  # every second question is won, the others lost
         about = {"question": "which?", "answer": "x", "truth": "x"}
-        return [{"id": n, "score": (n + place) % 2, "image": f"{n}.png", **about} for n in range(12)]
+        return [
+            {"id": n, "score": (n + place) % 2, "image": f"{n}.png", **about} for n in range(12)
+        ]
 
     arguments = write_sides(tmp_path, items, provenance=[{"data": pictures}] * 2)
 
     def pictured(*more):
         compare([*arguments, *more])
-        return [bool(question["image"]) for question in embedded(tmp_path / "compare.html")["questions"]]
+        return [
+            bool(question["image"]) for question in embedded(tmp_path / "compare.html")["questions"]
+        ]
 
     assert pictured() == [False] * 12
     note = "12 of 12 pictures were not found; pass their folder with --image-folder"
     text = (tmp_path / "compare.html").read_text()
-    assert text.index("Where they disagree") < text.index(note) < text.index("<h2>Notes")  # where they are missing
+    # where they are missing
+    assert text.index("Where they disagree") < text.index(note) < text.index("<h2>Notes")
     assert pictured("--image-folder", pictures) == [True] * 12
     assert "were not found" not in (tmp_path / "compare.html").read_text()
     assert find_image(("",), tmp_path / "pictures", "../old/own.scores.json") is None
@@ -175,18 +231,26 @@ def test_data_that_were_not_scored_bring_no_picture(tmp_path):
         (tmp_path / "private", nothing, []),
     ):
         about = {"data": str(folder), "data_sha256": digest}
-        record = ScoreFile(benchmark="gqa", metrics={}, items=[{"id": 1, "score": 1}], provenance=about)
+        record = ScoreFile(
+            benchmark="gqa", metrics={}, items=[{"id": 1, "score": 1}], provenance=about
+        )
         side = load_side(record.write(tmp_path / "gqa.scores.json"))
         assert picture_folders("gqa", side.runs["gqa"], None) == expected
 
 
 def test_hostile_names_and_ids_stay_text(tmp_path):
-    """Markup in a model's name, a category, an id or a question reaches neither HTML nor the script element's end."""
+    """Markup in a model's name, a category, an id or a question reaches neither HTML nor the script
+    element's end."""
 
     def items(place):
         about = {"question": HOSTILE, "answer": HOSTILE, "truth": HOSTILE, "cluster": "x"}
         return [
-            {"id": f"{HOSTILE}{n}", "score": (n + place) % 2, "category": f"{HOSTILE}{n % 2}", **about}
+            {
+                "id": f"{HOSTILE}{n}",
+                "score": (n + place) % 2,
+                "category": f"{HOSTILE}{n % 2}",
+                **about,
+            }
             for n in range(6)
         ]
 

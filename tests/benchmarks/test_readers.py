@@ -1,4 +1,5 @@
-"""Logs of other evaluators, written by the real packages (``logs/``), become the numbers that these packages print."""
+"""Logs of other evaluators, written by the real packages (``logs/``), become the numbers that these
+packages print."""
 
 import csv
 import json
@@ -19,7 +20,8 @@ from llava_integration.compare.readers.lm_eval import ALONE, cider, tokens
 from llm2clip_plugin.contracts import write_text
 from llm2clip_plugin.files import ContractError
 
-LOGS = Path(__file__).parent / "logs"  # of lm-eval 0.4.13, lmms-eval 0.7.3 and inspect_ai 0.3.285 on toy tasks
+# of lm-eval 0.4.13, lmms-eval 0.7.3 and inspect_ai 0.3.285 on toy tasks
+LOGS = Path(__file__).parent / "logs"
 
 
 def value(side, benchmark):
@@ -38,7 +40,11 @@ def test_lm_evaluation_harness():
 def test_a_group_with_one_number_is_one_row():
     """17 of 40: the harness weights a group's tasks, here of 10 and 30 questions, by their size."""
     (run,) = load_side(LOGS / "lm_eval_group").runs["toys exact_match"]
-    assert run.statistic.full() == pytest.approx(42.5) and set(run.groups) == {"toy_a", "toy_b"} and len(run.ids) == 40
+    assert (
+        run.statistic.full() == pytest.approx(42.5)
+        and set(run.groups) == {"toy_a", "toy_b"}
+        and len(run.ids) == 40
+    )
     assert len(set(run.clusters)) == 40  # question 0 of one task is not question 0 of the other
 
 
@@ -48,7 +54,9 @@ def test_of_several_filters_the_first_is_compared(tmp_path):
         about = {"doc_id": number, "doc_hash": "a", "metrics": ["exact_match"]}
         lines.append({**about, "filter": "strict", "exact_match": number % 2})
         lines.append({**about, "filter": "flexible", "exact_match": 1})
-    (tmp_path / "samples_toy_2026-11-28T21-57-04.1.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "samples_toy_2026-11-28T21-57-04.1.jsonl").write_text(
+        "\n".join(map(json.dumps, lines))
+    )
     (run,) = load_side(tmp_path).runs["toy exact_match"]
     assert run.scores == [0, 1, 0, 1]
     assert "filter strict of strict, flexible" in run.notes
@@ -56,7 +64,9 @@ def test_of_several_filters_the_first_is_compared(tmp_path):
 
 def test_both_images_of_an_mmvp_pair_must_be_right_and_there(tmp_path):
     lines = []
-    for number, (pair, right) in enumerate([(0, True), (0, True), (1, True), (1, False), (2, True)]):
+    for number, (pair, right) in enumerate(
+        [(0, True), (0, True), (1, True), (1, False), (2, True)]
+    ):
         value = {"pair_index": pair, "is_correct": right}
         lines.append({"doc_id": number, "doc_hash": "a", "mmvp_pair_accuracy": value})
     (tmp_path / "20250101_000000_samples_mmvp.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -65,27 +75,40 @@ def test_both_images_of_an_mmvp_pair_must_be_right_and_there(tmp_path):
 
 
 def test_lmms_evals_composites():
-    """MME: half of each subtask's questions right and no pair, twice; POPE: "yes" to 15 of which 5 are."""
-    yes, no = load_side(LOGS / "lmms_eval" / "yes"), load_side(LOGS / "lmms_eval" / "no")
+    """MME: half of each subtask's questions right and no pair, twice; POPE: "yes" to 15 of which 5
+    are."""
+    yes = load_side(LOGS / "lmms_eval" / "yes")
+    no = load_side(LOGS / "lmms_eval" / "no")
     assert value(yes, "mme") == value(no, "mme") == pytest.approx(100.0)
     assert value(yes, "pope") == pytest.approx(50.0) and value(no, "pope") == 0
 
 
 def test_parts_of_pope_and_splits_of_mmbench_are_not_runs_of_one_benchmark(tmp_path):
-    """lmms-eval's pope_adv and pope_pop have the same document ids; nobody has the answers of mmbench_cn_test."""
+    """lmms-eval's pope_adv and pope_pop have the same document ids; nobody has the answers of
+    mmbench_cn_test."""
     said = {"prediction": "yes", "ground_truth": "yes", "score": 1.0}
     asked = {"index": 0, "prediction": "A", "answer": "A", "category": "", "A": "x", "B": "y"}
-    tasks = {"pope_adv": said, "pope_pop": said, "mmbench_cn_dev": asked, "mmbench_cn_test": asked | {"answer": "nan"}}
+    tasks = {
+        "pope_adv": said,
+        "pope_pop": said,
+        "mmbench_cn_dev": asked,
+        "mmbench_cn_test": asked | {"answer": "nan"},
+    }
     for task, logged in tasks.items():
         line = {"doc_id": 0, "pope_f1_score" if logged is said else "submission": logged}
         (tmp_path / f"20250101_000000_samples_{task}.jsonl").write_text(json.dumps(line))
     side = load_side(tmp_path)
-    assert {one: value(side, one) for one in side.runs} == {"mmbench_cn": 100, "pope_adv F1": 100, "pope_pop F1": 100}
+    assert {one: value(side, one) for one in side.runs} == {
+        "mmbench_cn": 100,
+        "pope_adv F1": 100,
+        "pope_pop F1": 100,
+    }
     assert "mmbench_cn_test" in side.notes[0]
 
 
 EXACT = ("gqa", "textvqa_val", "scienceqa_img", "vqav2_val")
-LMMS_EVAL = {  # a golden log's task: (benchmark in a comparison, lmms-eval's metric, its unit in ours)
+# a golden log's task: (benchmark in a comparison, lmms-eval's metric, its unit in ours)
+LMMS_EVAL = {
     **{task: (f"{task} exact_match", "exact_match", 100) for task in EXACT},
     "seedbench": ("seedbench seed_all", "seed_all", 100),
     "pope": ("pope", "pope_f1_score", 100),
@@ -95,20 +118,29 @@ LMMS_EVAL = {  # a golden log's task: (benchmark in a comparison, lmms-eval's me
 
 @pytest.mark.parametrize("model", MODELS)
 def test_lmms_evals_numbers(model):
-    """Every log gives what lmms-eval's own aggregation gave; MMBench's, which needs a judge, what `score` gives."""
+    """Every log gives what lmms-eval's own aggregation gave; MMBench's, which needs a judge, what
+    `score` gives."""
     side = load_side(ROOT / "lmms_eval" / f"synthetic__{model}")
     aggregates = expected("lmms_eval")["aggregates"]
     for task, (benchmark, metric, unit) in LMMS_EVAL.items():
         assert value(side, benchmark) == pytest.approx(unit * aggregates[task][model][metric]), task
         rest = side.runs["MME cognition"][0].ids if task == "mme" else []
         assert len(side.runs[benchmark][0].ids + rest) == aggregates[task][model]["n"]
-    assert value(side, "MME cognition") == pytest.approx(aggregates["mme"][model]["mme_cognition_score"])
-    told = {name for name, (run,) in side.runs.items() if any("names no images" in note for note in run.notes)}
+    assert value(side, "MME cognition") == pytest.approx(
+        aggregates["mme"][model]["mme_cognition_score"]
+    )
+    told = {
+        name
+        for name, (run,) in side.runs.items()
+        if any("names no images" in note for note in run.notes)
+    }
     exact = {f"{task} exact_match" for task in ("gqa", "scienceqa_img", "vqav2_val")}
     assert told == {*exact, "seedbench seed_all", "pope"}
     (run,) = side.runs["mmbench"]
     record = score_answers("mmbench", ROOT / "mmbench", read_answers(answers("mmbench", model)))
-    assert dict(zip(run.ids, run.scores, strict=True)) == {str(item["id"]): item["score"] for item in record.items}
+    assert dict(zip(run.ids, run.scores, strict=True)) == {
+        str(item["id"]): item["score"] for item in record.items
+    }
 
 
 @pytest.mark.parametrize("version", ["v0.3.0", "v0.5"])
@@ -122,8 +154,19 @@ def test_older_lmms_evals(version):
 
 def test_bench_mllm_does_not_run_a_task_again(tmp_path):
     """A log that is there is read as `compare` reads it."""
-    model, folder, record = tmp_path / "llava", tmp_path / "lmms_eval" / "gqa", tmp_path / "logs" / "gqa.model"
-    options = ["--model-path", str(model), "--output", str(tmp_path), "--engine", "lmms-eval", "--tasks", "gqa"]
+    model = tmp_path / "llava"
+    folder = tmp_path / "lmms_eval" / "gqa"
+    record = tmp_path / "logs" / "gqa.model"
+    options = [
+        "--model-path",
+        str(model),
+        "--output",
+        str(tmp_path),
+        "--engine",
+        "lmms-eval",
+        "--tasks",
+        "gqa",
+    ]
     (log,) = (ROOT / "lmms_eval" / "synthetic__model-b").glob("*_gqa.jsonl")
     folder.mkdir(parents=True)
     (folder / log.name).write_bytes(log.read_bytes())
@@ -140,7 +183,12 @@ def test_bench_mllm_does_not_run_a_task_again(tmp_path):
 
 def test_bench_mllms_engines_have_options_of_their_own(tmp_path):
     refused = {"--tasks mmvp": "lmms-eval's", "": "needs DATA"}
-    for option in ("--benchmarks gqa", "--data nosuch", "--model-base org/base", "--model-path ./llava-nosuch"):
+    for option in (
+        "--benchmarks gqa",
+        "--data nosuch",
+        "--model-base org/base",
+        "--model-path ./llava-nosuch",
+    ):
         refused[f"--engine lmms-eval {option}"] = option.split()[option.endswith("nosuch")]
     for options, named in refused.items():
         with pytest.raises((ValueError, FileNotFoundError), match=named):
@@ -149,18 +197,38 @@ def test_bench_mllms_engines_have_options_of_their_own(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "model"),
-    [({"model_type": "llava"}, "llava_hf"), ({"model_type": "llava", "mm_vision_tower": "x"}, "llava"), ({}, "llava")],
+    [
+        ({"model_type": "llava"}, "llava_hf"),
+        ({"model_type": "llava", "mm_vision_tower": "x"}, "llava"),
+        ({}, "llava"),
+    ],
 )
 def test_the_model_of_lmms_eval_is_that_of_the_checkpoint(tmp_path, config, model):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options = ["--engine", "lmms-eval", "--model-path", str(tmp_path), "--output", "out", "--device", "cpu"]
+    options = [
+        "--engine",
+        "lmms-eval",
+        "--model-path",
+        str(tmp_path),
+        "--output",
+        "out",
+        "--device",
+        "cpu",
+    ]
     words = bench.lmms_eval_command("mmvp", bench.COMMAND.parse(options))
-    assert words[words.index("--model") + 1] == model and f"pretrained={tmp_path}" in words[words.index("mmvp") - 2]
+    assert (
+        words[words.index("--model") + 1] == model
+        and f"pretrained={tmp_path}" in words[words.index("mmvp") - 2]
+    )
 
 
 def test_lmms_evals_own_metric(tmp_path):
-    about, wer = {"doc_hash": "a", "target": "x"}, {"wer": 0.5}
-    lines = [{"doc_id": n, **about, "input_media": [f"{n // 2}.jpg"], "exact_match": n % 2, **wer} for n in range(4)]
+    about = {"doc_hash": "a", "target": "x"}
+    wer = {"wer": 0.5}
+    lines = [
+        {"doc_id": n, **about, "input_media": [f"{n // 2}.jpg"], "exact_match": n % 2, **wer}
+        for n in range(4)
+    ]
     (tmp_path / "20261129_061426_samples_gqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (run,) = load_side(tmp_path).runs["gqa exact_match"]
     assert run.scores == [0, 1, 0, 1] and run.clusters == ["0.jpg", "0.jpg", "1.jpg", "1.jpg"]
@@ -186,14 +254,21 @@ def test_a_sample_of_inspect_ai_is_the_mean_over_its_epochs(tmp_path):
             scores = {"match": {"value": grade}}
             samples.append({"id": number, "epoch": epoch, "target": "x", "scores": scores})
     results = {"scores": [{"name": "match", "scorer": "match"}]}
-    log = {"version": 2, "status": "success", "eval": {"run_id": "x", "task": "toy"}, "results": results}
+    log = {
+        "version": 2,
+        "status": "success",
+        "eval": {"run_id": "x", "task": "toy"},
+        "results": results,
+    }
     (tmp_path / "log.json").write_text(json.dumps({**log, "samples": samples}))
     (run,) = load_side(tmp_path).runs["toy match"]
     assert dict(zip(run.ids, run.scores, strict=True)) == {"0": 0.5, "1": 1.0, "2": 0.25}
 
 
 MEANS = """cv_bench cv_bench_acc, mmvp mmvp_pair_accuracy, blink blink_acc, realworldqa exact_match, mmstar average,
-    chartqa relaxed_overall, docvqa_val anls, mmmu_val mmmu_acc, coco2017_cap_val coco_CIDEr""".split(",")
+    chartqa relaxed_overall, docvqa_val anls, mmmu_val mmmu_acc, coco2017_cap_val coco_CIDEr""".split(
+    ","
+)
 TODAY = {  # benchmark: (lmms-eval's task, its metric, filter; its unit in ours)
     **{name.strip(): (name.split()[0], f"{name.split()[1]},none", 100) for name in MEANS},
     "ai2d exact_match": ("ai2d", "exact_match,flexible-extract", 100),
@@ -212,15 +287,21 @@ def test_lmms_evals_tasks_of_today():
     assert set(side.runs) == set(TODAY)
     for benchmark, (task, metric, unit) in TODAY.items():
         # MMMU's is .66667
-        assert 0 < value(side, benchmark) == pytest.approx(unit * printed[task][metric], abs=2e-3), benchmark
-    assert not [note for (run,) in side.runs.values() for note in run.notes if "another way" in note]
+        assert (
+            0 < value(side, benchmark) == pytest.approx(unit * printed[task][metric], abs=2e-3)
+        ), benchmark
+    assert not [
+        note for (run,) in side.runs.values() for note in run.notes if "another way" in note
+    ]
     assert len(set(side.runs["blink blink_acc"][0].groups)) == 14
 
 
 def test_another_aggregate_than_the_evaluators_is_said(tmp_path):
     """A task that weighs its parts otherwise: the number that was printed is in a note."""
     for log in (LOGS / "lmms_eval" / "today").glob("*mmvp*"):
-        (tmp_path / log.name.replace("mmvp", "other")).write_text(log.read_text().replace("mmvp_pair_acc", "mmvp_acc"))
+        (tmp_path / log.name.replace("mmvp", "other")).write_text(
+            log.read_text().replace("mmvp_pair_acc", "mmvp_acc")
+        )
     name = next(tmp_path.iterdir()).name[:15]
     results = {"results": {"other": {"mmvp_accuracy,none": 0.25}}}
     (tmp_path / f"{name}_results.json").write_text(json.dumps(results))
@@ -245,7 +326,9 @@ def test_vlmevalkits_own_tables():
     for benchmark, (table, column) in VLMEVALKIT.items():
         with (LOGS / "vlmevalkit" / "toy" / table).open() as file:
             printed = float(next(csv.DictReader(file))[column])
-        assert value(side, benchmark) == pytest.approx(printed * 100 if benchmark in SHARES else printed), benchmark
+        assert value(side, benchmark) == pytest.approx(
+            printed * 100 if benchmark in SHARES else printed
+        ), benchmark
         assert side.runs[benchmark][0].notes == ([] if table.endswith("_score.csv") else [ALONE])
 
 
@@ -266,7 +349,8 @@ def test_captions_are_tokenized_as_the_treebank(caption):
 
 
 def test_cider_by_hand():
-    """Two captions, one word in each: idf is log 2; equal ones score 10 of four n-gram lengths a quarter, others 0."""
+    """Two captions, one word in each: idf is log 2; equal ones score 10 of four n-gram lengths a
+    quarter, others 0."""
     assert cider(["cat", "dog"], [["cat"], ["bird"]]) == [pytest.approx(2.5), 0]
 
 
@@ -287,11 +371,20 @@ def test_vlmevalkit(tmp_path, ending):
 
 
 def test_vlmevalkits_pope_counts_a_question_in_each_of_its_parts(tmp_path):
-    """By hand, over six counted questions: two right "yes", one wrong "yes", one missed: F1 is 4 / 6."""
+    """By hand, over six counted questions: two right "yes", one wrong "yes", one missed: F1 is 4 /
+    6."""
     folder = tmp_path / "model"
     folder.mkdir()
-    rows = [("Yes", "Yes", "random,popular"), ("Yes", "No", "random"), ("No", "Yes", "popular"), ("No", "No", "a,b")]
-    lines = [f"{n}\tp\t{true}\t{said}\t{true == said}\t{parts}" for n, (true, said, parts) in enumerate(rows)]
+    rows = [
+        ("Yes", "Yes", "random,popular"),
+        ("Yes", "No", "random"),
+        ("No", "Yes", "popular"),
+        ("No", "No", "a,b"),
+    ]
+    lines = [
+        f"{n}\tp\t{true}\t{said}\t{true == said}\t{parts}"
+        for n, (true, said, parts) in enumerate(rows)
+    ]
     head = "index\tprediction\tanswer\textracted\tscore\tcategory"
     (folder / "model_POPE_auxmatch.tsv").write_text("\n".join([head, *lines]))
     assert value(load_side(folder), "pope") == pytest.approx(100 * 4 / 6)
@@ -299,7 +392,12 @@ def test_vlmevalkits_pope_counts_a_question_in_each_of_its_parts(tmp_path):
 
 def test_a_table_has_tasks_and_runs(tmp_path):
     table = tmp_path / "scores.csv"
-    lines = [f"{task},{run},{n},{n // 2},{(n + run) % 2}" for task in "xy" for run in (0, 1) for n in range(6)]
+    lines = [
+        f"{task},{run},{n},{n // 2},{(n + run) % 2}"
+        for task in "xy"
+        for run in (0, 1)
+        for n in range(6)
+    ]
     table.write_text("\n".join(["task,seed,item,group,score", *lines]))
     side = load_side(table)
     assert {name: len(runs) for name, runs in side.runs.items()} == {"x": 2, "y": 2}
@@ -308,13 +406,18 @@ def test_a_table_has_tasks_and_runs(tmp_path):
 
 def test_two_forms_are_compared_by_item(tmp_path, capsys):
     """A planted difference of a quarter is found between a table and a log of the harness."""
-    table, log = tmp_path / "a.csv", tmp_path / "samples_a_2026-11-28T21-57-04.1.jsonl"
+    table = tmp_path / "a.csv"
+    log = tmp_path / "samples_a_2026-11-28T21-57-04.1.jsonl"
     about = {"doc_hash": "h", "metrics": ["acc"]}
-    log.write_text("\n".join(json.dumps({"doc_id": n, **about, "acc": float(n % 4 != 3)}) for n in range(400)))
+    log.write_text(
+        "\n".join(json.dumps({"doc_id": n, **about, "acc": float(n % 4 != 3)}) for n in range(400))
+    )
     table.write_text("item,score\n" + "".join(f"{n},{int(n % 2 == 0)}\n" for n in range(400)))
     with pytest.raises(ValueError, match="no benchmark in common"):
         main([str(table), str(log)])
-    table.write_text("item,score,task\n" + "".join(f"{n},{int(n % 2 == 0)},a acc\n" for n in range(400)))
+    table.write_text(
+        "item,score,task\n" + "".join(f"{n},{int(n % 2 == 0)},a acc\n" for n in range(400))
+    )
     main([str(table), str(log), "--resamples", "500"])
     assert "+25.0" in capsys.readouterr().out
 
@@ -332,10 +435,16 @@ MALFORMED = {  # name of the file: (content, what the error names)
     "j.jsonl": ('{"item": 1, "score": 1}\n[1]\n', "line 2"),
     "k.jsonl": ('{"item": 1, "score": [1]}\n', "line 1"),
     "l.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": "x"}\n', "metrics a"),
-    "m.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": 1}\n{"doc_id": 1}\n', "line 2"),
+    "m.jsonl": (
+        '{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": 1}\n{"doc_id": 1}\n',
+        "line 2",
+    ),
     "n.jsonl": ('{"doc_id": 0, "doc_hash": "", "acc": 1}\n{"doc_id": 1, "acc": null}\n', "line 2"),
     "o.jsonl": ('{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n', "submission of o"),
-    "p.jsonl": ('{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n', "line 1.*category"),
+    "p.jsonl": (
+        '{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n',
+        "line 1.*category",
+    ),
     "v.jsonl": ('{"doc_id": 0, "doc_hash": "", "coco_CIDEr": {"pred": "a"}}\n', "line 1"),
     "w.jsonl": ('{"doc_id": 0, "doc_hash": "", "mmvp_pair_accuracy": 1}\n', "line 1"),
     "x.tsv": ("index\tprediction\teval_match\teval_score\n0\tA\t[1, \t1\n", "line 2"),
@@ -358,9 +467,13 @@ def test_malformed_logs_are_refused_in_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["samples_b_2026-11-28T21-57-04.1.jsonl", "20261129_061426_samples_b.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["samples_b_2026-11-28T21-57-04.1.jsonl", "20261129_061426_samples_b.jsonl"]
+)
 def test_a_log_that_was_cut_in_its_first_line_is_not_left_out(tmp_path, name):
-    line = {"doc_id": 0, "doc_hash": "", "acc": 1} | ({"metrics": ["acc"]} if name.startswith("samples") else {})
+    line = {"doc_id": 0, "doc_hash": "", "acc": 1} | (
+        {"metrics": ["acc"]} if name.startswith("samples") else {}
+    )
     (tmp_path / name.replace("_b", "_a")).write_text(json.dumps(line) + "\n")
     (tmp_path / name).write_text(json.dumps(line)[:10])
     with pytest.raises(ContractError, match=f"{name}, line 1"):
@@ -370,7 +483,9 @@ def test_a_log_that_was_cut_in_its_first_line_is_not_left_out(tmp_path, name):
 def test_a_log_that_nobody_understands_is_left_out_with_a_note(tmp_path):
     about = {"doc_id": 0, "doc_hash": ""}
     (tmp_path / "20261129_061426_samples_a.jsonl").write_text(json.dumps(about | {"acc": 1}))
-    (tmp_path / "20261129_061426_samples_b.jsonl").write_text(json.dumps(about | {"corpus": {"pred": "x"}}))
+    (tmp_path / "20261129_061426_samples_b.jsonl").write_text(
+        json.dumps(about | {"corpus": {"pred": "x"}})
+    )
     side = load_side(tmp_path)
     assert set(side.runs) == {"a acc"} and "metrics doc_hash, corpus of b" in side.notes[0]
 

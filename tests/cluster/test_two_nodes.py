@@ -1,6 +1,8 @@
-"""Two hosts: both launchers train over both; one is killed in mid-step, one rank resumes alone, then both to the end.
+"""Two hosts: both launchers train over both; one is killed in mid-step, one rank resumes alone,
+then both to the end.
 
-Skipped without root, network namespaces, sshd or pdsh; scripts/test.sh installs the programs where it may.
+Skipped without root, network namespaces, sshd or pdsh; scripts/test.sh installs the programs where
+it may.
 """
 
 import json
@@ -48,16 +50,31 @@ def launch(node: Node, log: Path, *words: str) -> subprocess.Popen[str]:
 def llm_options(captions: Path, llm: Path, run: Path, *more: str) -> list[str]:
     """A short stage 1 at a rate that moves the loss."""
     return [
-        *(str(captions), "--llm", str(llm), "--compute-dtype", "float32", "--output-dir", str(run), "--lr", "3e-3"),
+        *(
+            str(captions),
+            "--llm",
+            str(llm),
+            "--compute-dtype",
+            "float32",
+            "--output-dir",
+            str(run),
+            "--lr",
+            "3e-3",
+        ),
         *("--global-batch", "16", "--warmup-steps", "0", "--dropout", "0", "--scale", "20", *more),
     ]
 
 
 def write_captions(path: Path) -> Path:
     """48 samples with two captions each."""
-    words = "red bicycle leans against the brick wall of an old house near two sleeping dogs".split()
+    words = (
+        "red bicycle leans against the brick wall of an old house near two sleeping dogs".split()
+    )
     names = [f"{words[i % 14]} {words[i * 5 % 14]} {i}" for i in range(48)]
-    rows = [{"id": name, "image": "x.png", "caption": name, "long_caption": f"here is a {name}"} for name in names]
+    rows = [
+        {"id": name, "image": "x.png", "caption": name, "long_caption": f"here is a {name}"}
+        for name in names
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -71,7 +88,10 @@ def reaches(run: Path, step: int, process: subprocess.Popen[str], log: Path) -> 
 def test_a_tower_over_pdsh(cluster: Cluster, tmp_path: Path):
     """ZeRO-2. A fp32 sum over other numbers of ranks: 1e-5."""
     one, two = cluster.nodes
-    tiny, straight, run, log = make_all(tmp_path / "tiny"), tmp_path / "straight", tmp_path / "run", tmp_path / "log"
+    tiny = make_all(tmp_path / "tiny")
+    straight = tmp_path / "straight"
+    run = tmp_path / "run"
+    log = tmp_path / "log"
     (tmp_path / "hosts").write_text("node-1 slots=1\nnode-2 slots=1\n")
     more = ("--max_steps", str(STEPS), "--deepspeed", "scripts/zero2.json")
     assert finish(start(options(tiny, straight, *more), 2)) == [0, 0]
@@ -95,23 +115,46 @@ def test_a_tower_over_pdsh(cluster: Cluster, tmp_path: Path):
     two.start()
     both = launch(two, log, *launcher, *command)  # whichever host the command is on
     assert both.wait(PATIENCE) == 0, log.read_text()[-3000:]
-    assert losses(run) == pytest.approx(losses(straight), abs=1e-5) and sorted(losses(run)) == list(range(1, STEPS + 1))
-    worlds = {state.step: state.world_size for state in map(TrainState.read, run.glob("checkpoints/*/state.json"))}
+    assert losses(run) == pytest.approx(losses(straight), abs=1e-5) and sorted(losses(run)) == list(
+        range(1, STEPS + 1)
+    )
+    worlds = {
+        state.step: state.world_size
+        for state in map(TrainState.read, run.glob("checkpoints/*/state.json"))
+    }
     assert worlds[STEPS] == 2 and RunRecord.read(run / RunRecord.FILE).finished
 
 
 def test_torchrun_goes_on_by_itself(cluster: Cluster, tmp_path: Path):
-    """Stage 1 with ZeRO-1: node-1 is left alone, restarts with one rank, and takes node-2 in when it is back."""
+    """Stage 1 with ZeRO-1: node-1 is left alone, restarts with one rank, and takes node-2 in when
+    it is back."""
     one, two = cluster.nodes
-    captions, straight, run = write_captions(tmp_path / "captions.jsonl"), tmp_path / "straight", tmp_path / "run"
+    captions = write_captions(tmp_path / "captions.jsonl")
+    straight = tmp_path / "straight"
+    run = tmp_path / "run"
     more = ("--max-steps", str(STEPS), "--save-steps", "2", "--deepspeed", "scripts/zero1.json")
     llm = save_tiny_llm(tmp_path / "llm", "llama")
     script = "scripts/finetune_llm.py"
     assert finish(start(llm_options(captions, llm, straight, *more), 2, script)) == [0, 0]
-    agents = ("torchrun", "--nnodes", "1:2", "--nproc_per_node", "1", "--max-restarts", "3", "--rdzv_backend", "c10d")
+    agents = (
+        "torchrun",
+        "--nnodes",
+        "1:2",
+        "--nproc_per_node",
+        "1",
+        "--max-restarts",
+        "3",
+        "--rdzv_backend",
+        "c10d",
+    )
     agents += ("--rdzv_endpoint", "node-1:29400", "--rdzv_id", "1", "--rdzv_conf")
-    agents += ("last_call_timeout=1,keep_alive_interval=1", script, *llm_options(captions, llm, run, *more))
-    first, second = tmp_path / "first.log", tmp_path / "second.log"
+    agents += (
+        "last_call_timeout=1,keep_alive_interval=1",
+        script,
+        *llm_options(captions, llm, run, *more),
+    )
+    first = tmp_path / "first.log"
+    second = tmp_path / "second.log"
 
     survivor = launch(one, first, *agents)
     launch(two, second, *agents)
@@ -120,14 +163,18 @@ def test_torchrun_goes_on_by_itself(cluster: Cluster, tmp_path: Path):
     reached = max(losses(run))
     reaches(run, reached + 5, survivor, first)
     assert "lost the connection to another rank: " in first.read_text()
-    one.check("pkill", "-STOP", "-f", f"python -u {script}")  # it would be at its end before node-2 is back
-    closed = first.read_text().count("closing signal SIGTERM")  # one already if node-2 was late at the start
+    # it would be at its end before node-2 is back
+    one.check("pkill", "-STOP", "-f", f"python -u {script}")
+    # one already if node-2 was late at the start
+    closed = first.read_text().count("closing signal SIGTERM")
     two.start()
     returned = launch(two, second, *agents)
     wait_for(lambda: first.read_text().count("closing signal SIGTERM") > closed, PATIENCE)
     one.check("pkill", "-CONT", "-f", f"python -u {script}")
     assert [survivor.wait(PATIENCE), returned.wait(PATIENCE)] == [0, 0], first.read_text()[-3000:]
-    assert losses(run) == pytest.approx(losses(straight), abs=1e-5) and sorted(losses(run)) == list(range(1, STEPS + 1))
+    assert losses(run) == pytest.approx(losses(straight), abs=1e-5) and sorted(losses(run)) == list(
+        range(1, STEPS + 1)
+    )
     assert re.search(rf"SIGTERM: saved step \d+ of {STEPS}", first.read_text())
     (last,) = run.glob(f"checkpoints/step-{STEPS:08d}")
     assert TrainState.read(last / TrainState.FILE).world_size == 2 and (run / "adapter").is_dir()

@@ -1,8 +1,9 @@
-"""Hosts on one machine: each has its own network, host name, process table and sshd, and a login that works both ways.
+"""Hosts on one machine: each has its own network, host name, process table and sshd, and a login
+that works both ways.
 
-A host is a set of Linux namespaces. Its first process dies with the one that started it (prctl's parent-death signal),
-and takes all others with it: nothing is left, even after a SIGKILL to pytest. They share the file system, but for what
-a test mounts on one of them alone.
+A host is a set of Linux namespaces. Its first process dies with the one that started it (prctl's
+parent-death signal), and takes all others with it: nothing is left, even after a SIGKILL to pytest.
+They share the file system, but for what a test mounts on one of them alone.
 """
 
 import os
@@ -65,8 +66,10 @@ class Node:
     """One host. ``start`` boots it, also after ``kill``."""
 
     def __init__(self, cluster: "Cluster", number: int) -> None:
-        self.cluster, self.number = cluster, number
-        self.name, self.address = f"node-{number}", f"10.77.0.{number}"
+        self.cluster = cluster
+        self.number = number
+        self.name = f"node-{number}"
+        self.address = f"10.77.0.{number}"
         self._process: subprocess.Popen[bytes] | None = None
         self._first = 0  # process id, as the machine counts, of the host's first process
 
@@ -78,8 +81,11 @@ class Node:
         wait_for(lambda: bool(children.read_text()), 30)
         self._first = int(children.read_text())
         own = str(self._first)
-        end = ("name", "eth0", "address", f"02:00:00:00:00:{self.number:02x}", "netns", own)  # the same after a reboot
-        self.cluster.on_switch("ip", "link", "add", f"port{self.number}", "type", "veth", "peer", *end)
+        # the same after a reboot
+        end = ("name", "eth0", "address", f"02:00:00:00:00:{self.number:02x}", "netns", own)
+        self.cluster.on_switch(
+            "ip", "link", "add", f"port{self.number}", "type", "veth", "peer", *end
+        )
         self.cluster.on_switch("ip", "link", "set", f"port{self.number}", "master", "switch", "up")
         self.check("ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
         self.check("ip", "link", "set", "eth0", "up")
@@ -99,7 +105,8 @@ class Node:
         return subprocess.run(self.enter(words), check=True, capture_output=True, text=True).stdout
 
     def kill(self) -> None:
-        """As if its power failed, but that the kernel closes its connections: SIGKILL to every process at once."""
+        """As if its power failed, but that the kernel closes its connections: SIGKILL to every
+        process at once."""
         if self._process is not None:
             os.kill(self._first, 9)
             self._process.wait()
@@ -133,7 +140,9 @@ class Cluster:
 
     def on_switch(self, *words: str) -> None:
         """Run a program where the switch is."""
-        subprocess.run(["nsenter", "-t", self._first, "--net", *words], check=True, capture_output=True)
+        subprocess.run(
+            ["nsenter", "-t", self._first, "--net", *words], check=True, capture_output=True
+        )
 
     def __exit__(self, *error: object) -> None:
         for node in self.nodes:

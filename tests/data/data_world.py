@@ -1,4 +1,5 @@
-"""Small data sets for the tests of this folder: photo-like images, tars with any members, a server that drops."""
+"""Small data sets for the tests of this folder: photo-like images, tars with any members, a server
+that drops."""
 
 import json
 import threading
@@ -23,7 +24,9 @@ TEACHER = replace(made_up("tiny"), max_tokens=32, width=4)
 class LengthEncoder:
     """Embeds a text as its length."""
 
-    width, count_truncated, config = TEACHER.width, 0, SimpleNamespace(max_tokens=TEACHER.max_tokens)
+    width = TEACHER.width
+    count_truncated = 0
+    config = SimpleNamespace(max_tokens=TEACHER.max_tokens)
 
     def identity(self) -> TeacherIdentity:
         return TEACHER
@@ -32,14 +35,19 @@ class LengthEncoder:
         return [[] for _ in texts]
 
     def encode(self, texts: list[str], **options: object) -> torch.Tensor:
-        return torch.tensor([[float(len(text))] * self.width for text in texts]).reshape(-1, self.width)
+        return torch.tensor([[float(len(text))] * self.width for text in texts]).reshape(
+            -1, self.width
+        )
 
 
 def picture(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
     """Colour gradients with a disc: smooth as photographs are, unlike for each seed."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0 : size[1], 0 : size[0]]
-    waves = [np.sin(x * rng.uniform(0.02, 0.2) + y * rng.uniform(0.02, 0.2) + rng.uniform(0, 6)) for _ in range(3)]
+    waves = [
+        np.sin(x * rng.uniform(0.02, 0.2) + y * rng.uniform(0.02, 0.2) + rng.uniform(0, 6))
+        for _ in range(3)
+    ]
     pixels = np.stack(waves, axis=-1) * 100 + 128
     radius = min(size) / 4
     pixels[(x - size[0] / 2) ** 2 + (y - size[1] / 2) ** 2 < radius**2] = rng.integers(0, 255, 3)
@@ -53,8 +61,14 @@ def jpeg(seed: int, size: tuple[int, int] = (64, 48)) -> bytes:
 def img2dataset_members(first: int, count: int) -> Iterator[tuple[str, bytes]]:
     """Samples as img2dataset writes them: .jpg, .txt and .json, the caption in both."""
     for number in range(first, first + count):
-        key, caption = f"{number:09d}", f"picture number {number}"
-        meta = {"caption": caption, "url": f"https://host/{number}.jpg", "key": key, "status": "success"}
+        key = f"{number:09d}"
+        caption = f"picture number {number}"
+        meta = {
+            "caption": caption,
+            "url": f"https://host/{number}.jpg",
+            "key": key,
+            "status": "success",
+        }
         meta["long_caption"] = f"a longer text about the picture with number {number}"
         yield f"{key}.jpg", jpeg(number)
         yield f"{key}.json", json.dumps(meta).encode()
@@ -72,9 +86,15 @@ def write_shards(folder: Path, counts: Iterable[int]) -> Path:
 class DroppingServer:
     """Serves files; closes the connection after ``drop_after`` bytes of an answer, ``drops`` times."""
 
-    def __init__(self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0, ranges: bool = False) -> None:
-        self.files, self.drop_after, self.drops, self.ranges = files, drop_after, drops, ranges
-        self.failures: list[Failure] = []  # the first requests are answered by these, one after another
+    def __init__(
+        self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0, ranges: bool = False
+    ) -> None:
+        self.files = files
+        self.drop_after = drop_after
+        self.drops = drops
+        self.ranges = ranges
+        # the first requests are answered by these, one after another
+        self.failures: list[Failure] = []
         self.asked = self.sent = 0  # requests, and bytes of contents
         self.lock = threading.Lock()
 

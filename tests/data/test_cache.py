@@ -1,4 +1,5 @@
-"""The embedding cache keeps what was put in, and refuses everything that is not what the reader expects."""
+"""The embedding cache keeps what was put in, and refuses everything that is not what the reader
+expects."""
 
 import dataclasses
 import json
@@ -12,27 +13,43 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, EmbeddingCache, caption_rows, rows_digest, shard_captions
+from llm2clip_plugin.data.cache import (
+    CacheWriter,
+    EmbeddingCache,
+    caption_rows,
+    rows_digest,
+    shard_captions,
+)
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 
 WIDTH = 640
 TEACHER = dataclasses.replace(data_world.TEACHER, width=WIDTH)
-CAPTIONS = [["a red bike", "a red bike leans on a wall"], ["猫"], ["two dogs"], ["a boat", "un bateau", "ein Boot"]]
+CAPTIONS = [
+    ["a red bike", "a red bike leans on a wall"],
+    ["猫"],
+    ["two dogs"],
+    ["a boat", "un bateau", "ein Boot"],
+]
 
 
-def write_jsonl(folder: Path, captions: list[list[str]], name: str = "pairs", prefix: str = "k") -> SourceConfig:
+def write_jsonl(
+    folder: Path, captions: list[list[str]], name: str = "pairs", prefix: str = "k"
+) -> SourceConfig:
     """A JSON Lines source with ``captions`` (the images are never read here)."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
-        json.dumps({"id": f"{prefix}{i}", "image": f"{i}.png", "captions": texts}) for i, texts in enumerate(captions)
+        json.dumps({"id": f"{prefix}{i}", "image": f"{i}.png", "captions": texts})
+        for i, texts in enumerate(captions)
     ]
     (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return SourceConfig(path=str(folder / f"{name}.jsonl"))
 
 
-def fill(directory: Path, source, dtype: str = "float16", teacher: TeacherIdentity = TEACHER) -> torch.Tensor:
+def fill(
+    directory: Path, source, dtype: str = "float16", teacher: TeacherIdentity = TEACHER
+) -> torch.Tensor:
     """Write random embeddings of ``source`` whole; returns them in the order of its captions."""
     writer = CacheWriter(directory, teacher, dtype)
     keys, captions = shard_captions(source, source.shards[0])
@@ -49,9 +66,13 @@ def source(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("dtype", "cosine"), [("float16", 0.999999), ("int8", 0.999)])
-def test_round_trip_by_caption_in_any_order(source, tmp_path: Path, dtype: str, cosine: float) -> None:
+def test_round_trip_by_caption_in_any_order(
+    source, tmp_path: Path, dtype: str, cosine: float
+) -> None:
     written = fill(tmp_path / "cache", source, dtype)
-    cache = EmbeddingCache.open(tmp_path / "cache", expect_fingerprint=TEACHER.fingerprint, expect_width=WIDTH)
+    cache = EmbeddingCache.open(
+        tmp_path / "cache", expect_fingerprint=TEACHER.fingerprint, expect_width=WIDTH
+    )
     cache.check(source)
     cache.verify()
     assert cache.width == WIDTH and cache.teacher == TEACHER and cache.manifest.captions == 7
@@ -66,7 +87,8 @@ def test_round_trip_by_caption_in_any_order(source, tmp_path: Path, dtype: str, 
 
 
 def test_int8_refuses_rows_that_one_dimension_fills(tmp_path: Path) -> None:
-    """Fifty dimensions of 12 beside one of 1,000: rounded in steps of 8, most of them are off by a third."""
+    """Fifty dimensions of 12 beside one of 1,000: rounded in steps of 8, most of them are off by a
+    third."""
     writer = CacheWriter(tmp_path, dataclasses.replace(TEACHER, width=4096), "int8")
     row = torch.full((1, 4096), 3.9)
     row[0, 0] = 1000.0
@@ -84,7 +106,9 @@ def test_float16_holds_rows_beyond_its_range(tmp_path: Path) -> None:
 
 
 def test_equal_captions_share_a_row_and_blank_ones_have_none() -> None:
-    rows = caption_rows([[Caption("a"), Caption("a", kind="long"), Caption(" ")], [], [Caption("a")]])
+    rows = caption_rows(
+        [[Caption("a"), Caption("a", kind="long"), Caption(" ")], [], [Caption("a")]]
+    )
     assert [index for index, _ in rows] == [0, 2]
 
 
@@ -105,15 +129,27 @@ def test_another_teacher_dtype_or_width_is_refused(source, tmp_path: Path) -> No
     CacheWriter(tmp_path / "cache", moved)
 
 
-def test_changed_captions_keys_and_counts_are_refused_with_both_values(source, tmp_path: Path) -> None:
+def test_changed_captions_keys_and_counts_are_refused_with_both_values(
+    source, tmp_path: Path
+) -> None:
     fill(tmp_path / "cache", source)
     cache = EmbeddingCache.open(tmp_path / "cache")
-    changed = open_source(write_jsonl(tmp_path / "changed", [*CAPTIONS[:2], ["three dogs"], CAPTIONS[3]]))
-    for read in (lambda: cache.check(changed), lambda: cache.rows("pairs", 2, changed.captions(2)[1])):
-        with pytest.raises(ContractError, match=r"'k2': caption 'three dogs' \(hash \w{16}\) .* hashes: \w{16}"):
+    changed = open_source(
+        write_jsonl(tmp_path / "changed", [*CAPTIONS[:2], ["three dogs"], CAPTIONS[3]])
+    )
+    for read in (
+        lambda: cache.check(changed),
+        lambda: cache.rows("pairs", 2, changed.captions(2)[1]),
+    ):
+        with pytest.raises(
+            ContractError, match=r"'k2': caption 'three dogs' \(hash \w{16}\) .* hashes: \w{16}"
+        ):
             read()
     renamed = open_source(write_jsonl(tmp_path / "renamed", CAPTIONS, prefix="image"))
-    for read in (lambda: cache.check(renamed), lambda: cache.rows("pairs", 0, renamed.captions(0)[1], key="image0")):
+    for read in (
+        lambda: cache.check(renamed),
+        lambda: cache.rows("pairs", 0, renamed.captions(0)[1], key="image0"),
+    ):
         with pytest.raises(ContractError, match="key 'image0' in the data, 'k0' in the cache"):
             read()
     longer = open_source(write_jsonl(tmp_path / "longer", [*CAPTIONS, ["one more"]]))
@@ -127,7 +163,8 @@ def test_changed_captions_keys_and_counts_are_refused_with_both_values(source, t
 def test_files_are_compared_by_size_and_when_they_are_read(source, tmp_path: Path) -> None:
     fill(tmp_path / "cache", source)
     fill(tmp_path / "other", source, teacher=dataclasses.replace(TEACHER, pooling="last"))
-    file, whole = tmp_path / "cache" / "pairs.safetensors", (tmp_path / "other" / "pairs.safetensors").read_bytes()
+    file = tmp_path / "cache" / "pairs.safetensors"
+    whole = (tmp_path / "other" / "pairs.safetensors").read_bytes()
     file.write_bytes(whole)
     with pytest.raises(ContractError, match="differs from the manifest: fingerprint"):
         EmbeddingCache.open(tmp_path / "cache").rows("pairs", 0, source.captions(0)[1])
@@ -189,8 +226,12 @@ def test_exchanged_rows_are_found_when_they_are_read(source, tmp_path: Path) -> 
     cache.shard("pairs").embeddings([2])
 
 
-@pytest.mark.parametrize("tensor", ["embeddings", "scales", "row_checks", "caption_hashes", "keys", "row_starts"])
-def test_a_damaged_shard_is_not_complete(source, tmp_path: Path, caplog: pytest.LogCaptureFixture, tensor: str) -> None:
+@pytest.mark.parametrize(
+    "tensor", ["embeddings", "scales", "row_checks", "caption_hashes", "keys", "row_starts"]
+)
+def test_a_damaged_shard_is_not_complete(
+    source, tmp_path: Path, caplog: pytest.LogCaptureFixture, tensor: str
+) -> None:
     fill(tmp_path / "cache", source)
     keys, captions = shard_captions(source, source.shards[0])
     digest = rows_digest(keys, caption_rows(captions))

@@ -26,7 +26,12 @@ from llm2clip_plugin.data.sources import Source, SourceConfig, check_kinds, open
 
 def test_fields_give_kind_and_language() -> None:
     fields = parse_fields(("txt=short", "detailed=long", "legende=short:fr"), "en")
-    values = {"txt": " a dog \n", "detailed": "a brown dog on grass", "legende": "un chien", "url": "ignored"}
+    values = {
+        "txt": " a dog \n",
+        "detailed": "a brown dog on grass",
+        "legende": "un chien",
+        "url": "ignored",
+    }
     assert read_captions(values, fields)[0] == (
         Caption("a dog", "short", "en"),
         Caption("a brown dog on grass", "long", "en"),
@@ -37,11 +42,22 @@ def test_fields_give_kind_and_language() -> None:
 def test_lists_objects_and_languages_are_read() -> None:
     fields = parse_fields(("captions=short", "names=short"), "en")
     values = {
-        "captions": ["one", "two", {"text": "a long one", "kind": "long"}, {"text": "Hund", "language": "de"}],
+        "captions": [
+            "one",
+            "two",
+            {"text": "a long one", "kind": "long"},
+            {"text": "Hund", "language": "de"},
+        ],
         "names": {"fr": "chien", "en": "dog"},
     }
     foreign = (Caption("Hund", "short", "de"), Caption("chien", "short", "fr"))
-    expected = (Caption("one"), Caption("two"), Caption("a long one", "long"), *foreign, Caption("dog"))
+    expected = (
+        Caption("one"),
+        Caption("two"),
+        Caption("a long one", "long"),
+        *foreign,
+        Caption("dog"),
+    )
     assert read_captions(values, fields)[0] == expected
 
 
@@ -52,12 +68,20 @@ def test_repeated_and_empty_captions_are_left_out() -> None:
 
 
 def test_lone_surrogates_become_text_that_utf8_can_hold() -> None:
-    values = {"txt": {"d\ud83d": "a \ud83d\ude00 and \ud83d"}, "caption": {"text": "b", "kind": "k\ud83d"}}
+    values = {
+        "txt": {"d\ud83d": "a \ud83d\ude00 and \ud83d"},
+        "caption": {"text": "b", "kind": "k\ud83d"},
+    }
     captions, _ = read_captions(values, parse_fields(("txt=short", "caption=short"), "en"))
-    assert captions == (Caption("a \U0001f600 and \ufffd", "short", "d\ufffd"), Caption("b", "k\ufffd", "en"))
+    assert captions == (
+        Caption("a \U0001f600 and \ufffd", "short", "d\ufffd"),
+        Caption("b", "k\ufffd", "en"),
+    )
 
 
-@pytest.mark.parametrize("fields", [("caption",), ("=short",), ("caption=",), (), ("a=short", "a=long")])
+@pytest.mark.parametrize(
+    "fields", [("caption",), ("=short",), ("caption=",), (), ("a=short", "a=long")]
+)
 def test_misspelled_fields_are_refused(fields: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="caption field"):
         parse_fields(fields, "en")
@@ -76,7 +100,8 @@ EVENLY = parse_weights(("short=1", "long=1"))
 def test_a_kind_has_its_weight_whatever_the_number_of_its_captions() -> None:
     assert caption_shares(MANY, EVENLY) == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
     assert caption_shares(MANY, parse_weights(("short=3", "long=1"))) == pytest.approx([1 / 4] * 4)
-    assert caption_shares(MANY[:2], EVENLY) == pytest.approx([1 / 2, 1 / 2])  # this sample has no long one
+    # this sample has no long one
+    assert caption_shares(MANY[:2], EVENLY) == pytest.approx([1 / 2, 1 / 2])
     assert caption_shares(MANY, {}) == [1 / 4] * 4
     rng = random.Random(0)
     drawn = Counter(choose_caption(MANY, EVENLY, rng).text for _ in range(6000))
@@ -92,23 +117,37 @@ def source(tmp_path: Path) -> Source:
         captions = [f"short {number} {letter}" for letter in "abc"]
         own = [{"text": f"tags {number}", "kind": "tags"}]
         meta = {"captions": captions, "long_caption": f"long {number}", "caption": own}
-        members += [(f"{number:03}.jpg", jpeg(number)), (f"{number:03}.json", json.dumps(meta).encode())]
+        members += [
+            (f"{number:03}.jpg", jpeg(number)),
+            (f"{number:03}.json", json.dumps(meta).encode()),
+        ]
     write_tar(tmp_path / "0.tar", members)
     return open_source(SourceConfig(path=str(tmp_path)))
 
 
 def test_training_draws_by_kind_the_same_on_any_ranks_and_workers(source: Source) -> None:
     dataset = PairDataset([source], [None], ImageConfig(size=8), seed=1, caption_weights=EVENLY)
-    texts = [text for batch in islice(PairLoader(dataset, local_batch=20), 20) for text in batch["captions"]]
+    texts = [
+        text
+        for batch in islice(PairLoader(dataset, local_batch=20), 20)
+        for text in batch["captions"]
+    ]
     kinds = Counter(text.split()[0] for text in texts)
-    assert kinds.keys() == {"short", "long"} and abs(kinds["long"] - 200) < 50  # of 400; standard deviation 10
-    ranks = [PairLoader(dataset, local_batch=10, rank=rank, world=2, workers=rank) for rank in range(2)]
+    # of 400; standard deviation 10
+    assert kinds.keys() == {"short", "long"} and abs(kinds["long"] - 200) < 50
+    ranks = [
+        PairLoader(dataset, local_batch=10, rank=rank, world=2, workers=rank) for rank in range(2)
+    ]
     steps = zip(*(islice(loader, 3) for loader in ranks), strict=True)
     assert [text for step in steps for batch in step for text in batch["captions"]] == texts[:60]
 
 
 def test_unknown_kinds_are_refused(source: Source) -> None:
     check_kinds([source], {})
-    check_kinds([source], parse_weights(("short=1", "long=1", "tags=2")))  # no field declares tags, a caption has it
-    with pytest.raises(ValueError, match="name the kinds lnog, which the data does not have; known: long, short, tags"):
+    # no field declares tags, a caption has it
+    check_kinds([source], parse_weights(("short=1", "long=1", "tags=2")))
+    with pytest.raises(
+        ValueError,
+        match="name the kinds lnog, which the data does not have; known: long, short, tags",
+    ):
         check_kinds([source], parse_weights(("short=1", "lnog=1")))

@@ -14,8 +14,16 @@ def messy(tmp_path: Path) -> Path:
     folder = tmp_path / "messy"
     write_tar(folder / "00000.tar", img2dataset_members(0, 20))
     # a key that shard 00000 has, a caption that another sample has
-    troubles = {"000000000.png": encoded(picture(0, (20, 30)), "PNG"), "000000000.txt": b"picture number 7"}
-    troubles |= {"cut.jpg": jpeg(0)[:-300], "cut.txt": ("word " * 600).encode(), "mute.jpg": jpeg(0), "mute.txt": b"  "}
+    troubles = {
+        "000000000.png": encoded(picture(0, (20, 30)), "PNG"),
+        "000000000.txt": b"picture number 7",
+    }
+    troubles |= {
+        "cut.jpg": jpeg(0)[:-300],
+        "cut.txt": ("word " * 600).encode(),
+        "mute.jpg": jpeg(0),
+        "mute.txt": b"  ",
+    }
     troubles |= {"lost.txt": b"caf\xe9", "bad.jpg": jpeg(1), "bad.json": b"{", "de.jpg": jpeg(2)}
     troubles["de.json"] = b'{"captions": [{"text": "ein Bild", "language": "de"}, ""]}'
     write_tar(folder / "00001.tar", troubles.items())
@@ -36,13 +44,19 @@ def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], wo
     assert (report["samples"], report["shards"]) == (26, 2)
     assert [one["shard"] for one in report["broken_shards"]] == ["00002"]
     assert "no end-of-archive marker" in report["broken_shards"][0]["reason"]
-    assert [f"{one['shard']} {one['key']}" for one in report["broken"]] == ["00001 cut", "00001 lost", "00001 bad"]
+    assert [f"{one['shard']} {one['key']}" for one in report["broken"]] == [
+        "00001 cut",
+        "00001 lost",
+        "00001 bad",
+    ]
     assert [one["key"] for one in report["without_captions"]] == ["mute"]
     assert report["broken_share"] == pytest.approx(4 / 26)
     assert report["captions_by_kind"] == {"short": 24, "long": 20}
     assert report["captions_by_language"] == {"en": 43, "de": 1}
     assert report["empty_captions"] == 2
-    assert report["duplicate_captions"]["most_frequent"] == [{"samples": 2, "value": "picture number 7"}]
+    assert report["duplicate_captions"]["most_frequent"] == [
+        {"samples": 2, "value": "picture number 7"}
+    ]
     assert report["duplicate_keys"]["most_frequent"] == [{"samples": 2, "value": "000000000"}]
     lengths = report["caption_lengths"]
     assert lengths["unit"] == "words" and lengths["max"] == 600 and lengths["over_limit"] == 1
@@ -52,7 +66,9 @@ def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], wo
     assert report["images"]["width"] == {"min": 20, "median": 64, "p99": 64, "max": 64}
 
 
-def test_what_makes_training_worse_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_makes_training_worse_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def sample(name: str, image: bytes, **fields: object) -> list[tuple[str, bytes]]:
         return [(f"{name}.png", image), (f"{name}.json", json.dumps(fields).encode())]
 
@@ -66,33 +82,58 @@ def test_what_makes_training_worse_is_noted(tmp_path: Path, capsys: pytest.Captu
             title="the red fox",
             names={"en": "fox", "de": "Fuchs"},
         ),
-        *sample("b", encoded(picture(1), "PNG"), caption="a foxglove", long_caption="the flower fox", sha256="0f3a"),
-        *sample("c", encoded(picture(1), "PNG"), caption="c", names={"fr": "un renard", "en": "fox"}),
+        *sample(
+            "b",
+            encoded(picture(1), "PNG"),
+            caption="a foxglove",
+            long_caption="the flower fox",
+            sha256="0f3a",
+        ),
+        *sample(
+            "c", encoded(picture(1), "PNG"), caption="c", names={"fr": "un renard", "en": "fox"}
+        ),
     ]
-    validation = [*sample("d", encoded(picture(1), "PNG"), caption="a fox!"), *sample("e", jpeg(2), caption="new")]
+    validation = [
+        *sample("d", encoded(picture(1), "PNG"), caption="a fox!"),
+        *sample("e", jpeg(2), caption="new"),
+    ]
     write_tar(tmp_path / "train.tar", train)
     write_tar(tmp_path / "validation.tar", validation)
     words = (str(tmp_path / "train.tar"), "--validation", str(tmp_path / "validation.tar"))
     status, report = checked(capsys, *words)
     assert status == 0
-    assert report["images"]["transparent"] == report["nested_captions"] == report["images"]["exact_copies"] == 1
+    assert (
+        report["images"]["transparent"]
+        == report["nested_captions"]
+        == report["images"]["exact_copies"]
+        == 1
+    )
     assert report["unused_fields"] == {"names": 2, "title": 1}
     assert report["validation"]["images_in_both"] == report["validation"]["captions_in_both"] == 1
     assert report["validation"]["examples"] == [{"key": "d"}]
     assert main(["data", "check", *words]) == 0
     text = capsys.readouterr().out
-    assert f"\n  1 of 2 images of {tmp_path}/validation.tar are in the training data, too\n    d\n" in text
-    assert text.count("\n  1 ") == 5  # a line for each problem, and none for what is not there
-    shown = (
-        "names (de en fr), title; to use them, too: --fields caption=short long_caption=long names=short title=short"
+    assert (
+        f"\n  1 of 2 images of {tmp_path}/validation.tar are in the training data, too\n    d\n"
+        in text
     )
+    assert text.count("\n  1 ") == 5  # a line for each problem, and none for what is not there
+    fields = "--fields caption=short long_caption=long names=short title=short"
+    shown = f"names (de en fr), title; to use them, too: {fields}"
     assert f"\n  2 fields with text are no captions: {shown}\n" in text
-    assert "broken samples" not in text and text.endswith("\nfit for training: 0.00% broken, 1.00% allowed\n")
+    assert "broken samples" not in text and text.endswith(
+        "\nfit for training: 0.00% broken, 1.00% allowed\n"
+    )
 
 
-def test_missing_images_do_not_hide_broken_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_images_do_not_hide_broken_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "19.jpg").write_bytes(b"no picture")
-    rows = (json.dumps({"image": f"{number}.jpg", "caption": f"picture {number}"}) for number in range(20))
+    rows = (
+        json.dumps({"image": f"{number}.jpg", "caption": f"picture {number}"})
+        for number in range(20)
+    )
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     assert main(["data", "check", str(tmp_path / "data.jsonl")]) == 1
     assert "\n  19 images not found; set --image-folder" in (text := capsys.readouterr().out)

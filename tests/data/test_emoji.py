@@ -30,11 +30,17 @@ def read_shard(path: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def shards() -> dict[tuple[str, str], dict[str, dict]]:
-    return {(split, style): read_shard(EMOJI / f"{split}-{style}.tar") for split in COUNTS for style in STYLES}
+    return {
+        (split, style): read_shard(EMOJI / f"{split}-{style}.tar")
+        for split in COUNTS
+        for style in STYLES
+    }
 
 
 def test_every_shard_has_its_concepts_once(shards) -> None:
-    assert sorted(p.stem for p in EMOJI.glob("*.tar")) == sorted(f"{split}-{style}" for split, style in shards)
+    assert sorted(p.stem for p in EMOJI.glob("*.tar")) == sorted(
+        f"{split}-{style}" for split, style in shards
+    )
     for (split, style), samples in shards.items():
         assert len({s["concept"] for s in samples.values()}) == len(samples) == COUNTS[split]
         assert {(s["split"], s["style"]) for s in samples.values()} == {(split, style)}
@@ -56,7 +62,11 @@ def test_no_family_and_no_name_is_in_two_splits(shards) -> None:
                 splits[sample[field]].add(sample["split"])
         assert all(len(found) == 1 for found in splits.values()), field
     names = {
-        split: {s["captions"][number]["text"] for s in shards[split, "noto"].values() for number in (0, 1)}
+        split: {
+            s["captions"][number]["text"]
+            for s in shards[split, "noto"].values()
+            for number in (0, 1)
+        }
         for split in COUNTS
     }
     assert not names["train"] & names["test"] and not names["train"] & names["validation"]
@@ -70,10 +80,13 @@ def thumbnail(png: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_no_picture_is_in_two_splits_also_mirrored(shards, style: str) -> None:
-    """Stage 2 mirrors its pictures. Levels of 255, mean over 12 x 12 pixels: a mirrored drawing differs by under 1."""
+    """Stage 2 mirrors its pictures. Levels of 255, mean over 12 x 12 pixels: a mirrored drawing
+    differs by under 1."""
     samples = [sample for split in COUNTS for sample in shards[split, style].values()]
     picture_NHWC = np.stack([thumbnail(sample["png"]) for sample in samples])
-    flat_ND, mirrored_ND = (p.reshape(len(samples), -1) for p in (picture_NHWC, picture_NHWC[:, :, ::-1]))
+    flat_ND, mirrored_ND = (
+        p.reshape(len(samples), -1) for p in (picture_NHWC, picture_NHWC[:, :, ::-1])
+    )
     split_N = np.array([sample["split"] for sample in samples])
     alike = [
         (samples[number]["concept"], samples[other]["concept"])
@@ -94,8 +107,11 @@ def test_captions(shards) -> None:
             assert {"short", "long"} <= set(english) <= {"short", "long", "keywords"}, key
             parts = (english["short"], *sample["keywords"])
             assert all(part in english["long"] for part in parts), key
-            # names in other languages are for evaluation alone, so training shards must not have them
-            assert {c["language"] for c in others} == (set() if split == "train" else LANGUAGES), key
+            # names in other languages are for evaluation alone, so training shards must not have
+            # them
+            assert {c["language"] for c in others} == (set() if split == "train" else LANGUAGES), (
+                key
+            )
             assert {c["kind"] for c in others} <= {"short"}, key
 
 

@@ -27,18 +27,31 @@ def hf_processors() -> dict[str, type]:
         from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-        from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+        from transformers.models.siglip2.image_processing_pil_siglip2 import (
+            Siglip2ImageProcessorPil,
+        )
     except ImportError:
         from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
 
-        return {"clip": CLIPImageProcessor, "siglip": SiglipImageProcessor, "bit": BitImageProcessor}
-    own = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil, "bit": BitImageProcessorPil}
+        return {
+            "clip": CLIPImageProcessor,
+            "siglip": SiglipImageProcessor,
+            "bit": BitImageProcessor,
+        }
+    own = {
+        "clip": CLIPImageProcessorPil,
+        "siglip": SiglipImageProcessorPil,
+        "bit": BitImageProcessorPil,
+    }
     return {**own, "siglip2": Siglip2ImageProcessorPil}
 
 
 DINO = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
 DINO |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-PROCESSORS = {"clip 224": ("clip", {}), "siglip 384": ("siglip", {"size": {"height": 384, "width": 384}})}
+PROCESSORS = {
+    "clip 224": ("clip", {}),
+    "siglip 384": ("siglip", {"size": {"height": 384, "width": 384}}),
+}
 PROCESSORS |= {"dinov2 256 -> 224": ("bit", DINO), "bilinear": ("clip", {"resample": 2})}
 
 
@@ -48,10 +61,13 @@ def normalized(data: bytes, config: ImageConfig) -> np.ndarray:
 
 @pytest.mark.parametrize("name, settings", PROCESSORS.values(), ids=PROCESSORS)
 def test_evaluation_equals_the_towers_own_preprocessor(name: str, settings: dict) -> None:
-    """Tolerance 1e-6: the pixels are the same bytes, only the order of the float32 arithmetic differs."""
+    """Tolerance 1e-6: the pixels are the same bytes, only the order of the float32 arithmetic
+    differs."""
     processor = hf_processors()[name](**settings)
     config = ImageConfig.from_preprocessor(processor.to_dict())
-    for seed, size in enumerate([(300, 200), (200, 301), (640, 481), (37, 1000), (224, 224), (20, 20)]):
+    for seed, size in enumerate(
+        [(300, 200), (200, 301), (640, 481), (37, 1000), (224, 224), (20, 20)]
+    ):
         for data in (jpeg(seed, size), encoded(picture(seed, size).convert("L"), "PNG")):
             image = Image.open(io.BytesIO(data)).convert("RGB")
             expected = processor(images=image, return_tensors="np")["pixel_values"][0]
@@ -62,24 +78,35 @@ def test_evaluation_equals_the_towers_own_preprocessor(name: str, settings: dict
 def test_native_images_equal_naflexs_own_preprocessor(patch: int, patches: int) -> None:
     """The patches in the square, row by row, those of transformers; what is left of it is empty."""
     processor = hf_processors().get("siglip2") or pytest.skip("transformers 4 has none")
-    config = ImageConfig.from_preprocessor(processor(patch_size=patch, max_num_patches=patches).to_dict())
+    config = ImageConfig.from_preprocessor(
+        processor(patch_size=patch, max_num_patches=patches).to_dict()
+    )
     assert (config.fit, config.size) == ("native", math.isqrt(patches) * patch)
-    for seed, size in enumerate([(300, 200), (200, 301), (640, 481), (37, 1000), (600, 4), (224, 224), (20, 20)]):
+    for seed, size in enumerate(
+        [(300, 200), (200, 301), (640, 481), (37, 1000), (600, 4), (224, 224), (20, 20)]
+    ):
         data = jpeg(seed, size)
         image = Image.open(io.BytesIO(data))
         expected = processor(patch_size=patch, max_num_patches=patches)(image, return_tensors="np")
         pixels, shape = as_square(evaluation_pixels(data, config), config)
         assert shape == tuple(expected["spatial_shapes"][0])
-        count, grid = math.prod(shape), config.size // patch
-        values = Normalize(config)(torch.from_numpy(pixels)[None])[0].numpy().reshape(3, grid, patch, grid, patch)
+        count = math.prod(shape)
+        grid = config.size // patch
+        values = (
+            Normalize(config)(torch.from_numpy(pixels)[None])[0]
+            .numpy()
+            .reshape(3, grid, patch, grid, patch)
+        )
         own = values.transpose(1, 3, 2, 4, 0).reshape(grid * grid, -1)
         assert np.abs(own[:count] - expected["pixel_values"][0][:count]).max() < 1e-6
         assert np.abs(own[count:] + 1).max(initial=0) < 1e-6
 
 
 def test_native_crops_keep_the_aspect() -> None:
-    """The crop's ratio is relative to the image's own; the part of the image that it says is cut out."""
-    config, image = ImageConfig(size=64, patch=8, fit="native", resample="bilinear"), picture(0, (900, 310))
+    """The crop's ratio is relative to the image's own; the part of the image that it says is cut
+    out."""
+    config = ImageConfig(size=64, patch=8, fit="native", resample="bilinear")
+    image = picture(0, (900, 310))
     for seed in range(5):
         augment = AugmentConfig(scale=(0.3, 1.0), ratio=(1.0, 1.0))
         left, top, width, height = random_crop((1, 1), augment, random.Random(seed))
@@ -92,7 +119,8 @@ def test_native_crops_keep_the_aspect() -> None:
 
 
 def test_palettes_and_transparency_are_read_as_llava_does() -> None:
-    """LLaVA hands its processor ``image.convert("RGB")``; transformers 5 by itself would put white behind."""
+    """LLaVA hands its processor ``image.convert("RGB")``; transformers 5 by itself would put white
+    behind."""
     processor = hf_processors()["clip"]()
     config = ImageConfig.from_preprocessor(processor.to_dict())
     rgba = picture(0).convert("RGBA")
@@ -100,7 +128,9 @@ def test_palettes_and_transparency_are_read_as_llava_does() -> None:
     others = [(picture(1).quantize(16), "PNG"), (picture(2).convert("CMYK"), "JPEG")]
     for image, kind in [(rgba, "PNG"), (rgba, "WEBP"), *others]:
         data = encoded(image, kind)
-        expected = processor(images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="np")
+        expected = processor(
+            images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="np"
+        )
         assert np.abs(normalized(data, config) - expected["pixel_values"][0]).max() < 1e-6
 
 
@@ -122,13 +152,17 @@ def test_the_crop_is_cut_where_it_says() -> None:
     pixels = np.zeros((600, 800, 3), np.uint8)
     pixels[:300, :400, 0] = pixels[300:, 400:, 1] = pixels[300:, :400, 2] = 255
     image = Image.fromarray(pixels)
-    config, augment = ImageConfig(size=100), AugmentConfig(scale=(0.3, 0.9))
+    config = ImageConfig(size=100)
+    augment = AugmentConfig(scale=(0.3, 0.9))
     for seed in range(20):
-        small = training_pixels(encoded(image, quality=95, subsampling=0), config, augment, random.Random(seed))
+        small = training_pixels(
+            encoded(image, quality=95, subsampling=0), config, augment, random.Random(seed)
+        )
         full = training_pixels(encoded(image, "PNG"), config, augment, random.Random(seed))
         assert np.abs(small.astype(int) - full).mean() < 2.5
         left, top, width, height = random_crop((800, 600), augment, random.Random(seed))
-        column, row = round((400 - left) / width * 100), round((300 - top) / height * 100)
+        column = round((400 - left) / width * 100)
+        row = round((300 - top) / height * 100)
         if 10 < column < 90 and 10 < row < 90:
             assert full[row - 5, column - 5, 0] > 200 and full[row - 5, column + 5].max() < 50
             assert full[row + 5, column - 5, 2] > 200 and full[row + 5, column + 5, 1] > 200
@@ -137,7 +171,8 @@ def test_the_crop_is_cut_where_it_says() -> None:
 @pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize("side", [98, 224, 448])
 def test_large_crops_are_resized_as_pil_does(side: int, resample: str) -> None:
-    """At most two levels from PIL on the same whole pixels; rounding the box moves noisy pixels by a few."""
+    """At most two levels from PIL on the same whole pixels; rounding the box moves noisy pixels by
+    a few."""
     image = picture(3, (640, 480))
     box = (10.3, 20.6, 600.2, 455.9)
     kernel = getattr(Image.Resampling, resample.upper())
@@ -149,7 +184,8 @@ def test_large_crops_are_resized_as_pil_does(side: int, resample: str) -> None:
     assert np.abs(found - exact).mean() < 2
     small = (10.3, 20.6, 200.2, 155.9)  # not rounded
     assert np.array_equal(
-        resize_box(image, small, (side, side), resample), np.asarray(image.resize((side, side), kernel, box=small))
+        resize_box(image, small, (side, side), resample),
+        np.asarray(image.resize((side, side), kernel, box=small)),
     )
 
 
@@ -201,7 +237,9 @@ def broken_images() -> dict[str, bytes]:
         "jpeg cut": whole[: len(whole) // 2],
         "png damaged": png[:60] + bytes(40) + png[100:],
         "webp cut": encoded(picture(0), "WEBP")[:200],
-        "bomb": b"\x89PNG\r\n\x1a\n" + bytes.fromhex("0000000d49484452000fffff000fffff0802000000") + bytes(64),
+        "bomb": b"\x89PNG\r\n\x1a\n"
+        + bytes.fromhex("0000000d49484452000fffff000fffff0802000000")
+        + bytes(64),
     }
 
 

@@ -10,10 +10,15 @@ from tiny_data import write_tar
 from llm2clip_plugin.cli import main
 
 
-def test_each_image_has_its_first_caption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_image_has_its_first_caption(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     members = []
     for number in range(3):
-        captions = [{"text": f"{place} of {number}", "kind": "short"} for place in ("first", "second", "third")]
+        captions = [
+            {"text": f"{place} of {number}", "kind": "short"}
+            for place in ("first", "second", "third")
+        ]
         members.append((f"k{number}.jpg", jpeg(number)))
         members.append((f"k{number}.json", json.dumps({"captions": captions}).encode()))
     members.append(("k3.jpg", b"<html>not found</html>"))

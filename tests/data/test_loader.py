@@ -13,14 +13,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_world import TEACHER, DroppingServer, img2dataset_members, jpeg, serving, write_shards, write_tar
+from data_world import (
+    TEACHER,
+    DroppingServer,
+    img2dataset_members,
+    jpeg,
+    serving,
+    write_shards,
+    write_tar,
+)
 from tiny_data import make_cache
 
 from llm2clip_plugin.data import samples
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.pairs import SOURCE_BITS, EvalPairs, PairDataset, PairLoader
-from llm2clip_plugin.data.samples import PREFETCH_MB, AugmentConfig, caption_hash, plan_loading, row_bytes
+from llm2clip_plugin.data.samples import (
+    PREFETCH_MB,
+    AugmentConfig,
+    caption_hash,
+    plan_loading,
+    row_bytes,
+)
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 
@@ -31,12 +45,16 @@ EXACT = ("pixels", "embeddings", "caption_hashes", "image_ids")
 
 def embedding_of(text: str) -> torch.Tensor:
     """A vector that only this text has, exact in float16."""
-    return torch.tensor([(caption_hash(text) >> shift) % 1024 / 512 - 1 for shift in (0, 10, 20, 30)])
+    return torch.tensor(
+        [(caption_hash(text) >> shift) % 1024 / 512 - 1 for shift in (0, 10, 20, 30)]
+    )
 
 
 def embed(source: Source, folder: Path) -> EmbeddingCache:
     """A cache of ``source`` whose rows ``embedding_of`` knows."""
-    return EmbeddingCache.open(make_cache(Path(source.path), embed=embedding_of, identity=TEACHER, directory=folder))
+    return EmbeddingCache.open(
+        make_cache(Path(source.path), embed=embedding_of, identity=TEACHER, directory=folder)
+    )
 
 
 @pytest.fixture
@@ -56,13 +74,18 @@ def rows(found: list[dict[str, Any]]) -> Iterator[tuple]:
     """Each row of some batches, comparable."""
     for batch in found:
         for number, key in enumerate(batch["keys"]):
-            yield key, batch["captions"][number], *(batch[name][number].numpy().tobytes() for name in EXACT)
+            yield (
+                key,
+                batch["captions"][number],
+                *(batch[name][number].numpy().tobytes() for name in EXACT),
+            )
 
 
 def test_a_batch_joins_image_caption_and_embedding(dataset: PairDataset) -> None:
     (batch,) = batches(dataset, 1, local_batch=22)
     assert batch["pixels"].shape == (22, 16, 16, 3) and batch["pixels"].dtype == torch.uint8
-    assert batch["position"] == 22 and len(set(batch["image_ids"].tolist())) == 22  # an epoch: every image once
+    # an epoch: every image once
+    assert batch["position"] == 22 and len(set(batch["image_ids"].tolist())) == 22
     for number, (key, text) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
         assert str(int(key)) in text  # the caption is the image's own
         assert torch.equal(batch["embeddings"][number], embedding_of(text))
@@ -72,10 +95,16 @@ def test_a_batch_joins_image_caption_and_embedding(dataset: PairDataset) -> None
 
 
 def drawn(dataset: PairDataset, first: int, stop: int) -> list[tuple]:
-    """Rows ``first`` .. ``stop``-1 of a run, one after the other: what every way of loading must give."""
+    """Rows ``first`` .. ``stop``-1 of a run, one after the other: what every way of loading must
+    give."""
     samples = [dataset[draw] for draw in dataset.mixture().batch_indices(first, stop - first)]
     tensors = [
-        (row.pixels, row.embeddings[0].numpy(), np.int64(caption_hash(row.captions[0].text)), np.int64(row.image_id))
+        (
+            row.pixels,
+            row.embeddings[0].numpy(),
+            np.int64(caption_hash(row.captions[0].text)),
+            np.int64(row.image_id),
+        )
         for row in samples
         if row.embeddings is not None
     ]
@@ -86,30 +115,43 @@ def drawn(dataset: PairDataset, first: int, stop: int) -> list[tuple]:
 
 
 @pytest.mark.parametrize("micro_batch", [0, 3, 5])
-def test_batches_depend_on_no_workers_parts_or_prefetch(dataset: PairDataset, micro_batch: int) -> None:
+def test_batches_depend_on_no_workers_parts_or_prefetch(
+    dataset: PairDataset, micro_batch: int
+) -> None:
     expected = drawn(dataset, 0, 48)
     for workers, prefetch_mb in ((0, 1), (1, 1), (2, 0.01)):
-        settings = {"local_batch": 8, "micro_batch": micro_batch, "workers": workers, "prefetch_mb": prefetch_mb}
+        settings = {
+            "local_batch": 8,
+            "micro_batch": micro_batch,
+            "workers": workers,
+            "prefetch_mb": prefetch_mb,
+        }
         found = batches(dataset, 6, **settings)
         assert [batch["position"] for batch in found] == [8, 16, 24, 32, 40, 48]
         assert all(len(batch["keys"]) == len(batch["pixels"]) == 8 for batch in found)
         assert list(rows(found)) == expected
 
 
-def test_every_global_batch_has_one_source_on_any_ranks_and_after_a_resume(dataset: PairDataset) -> None:
+def test_every_global_batch_has_one_source_on_any_ranks_and_after_a_resume(
+    dataset: PairDataset,
+) -> None:
     dataset = copy.copy(dataset)
     dataset.one_source_batch = 8
     one = batches(dataset, 8, local_batch=8)
     assert list(rows(one)) == drawn(dataset, 0, 64)
     sources = [{int(number) >> SOURCE_BITS for number in batch["image_ids"]} for batch in one]
     assert all(len(of_batch) == 1 for of_batch in sources) and len(set.union(*sources)) == 2
-    two = [batches(dataset, 6, local_batch=4, position=16, rank=rank, world=2, workers=1) for rank in (0, 1)]
+    two = [
+        batches(dataset, 6, local_batch=4, position=16, rank=rank, world=2, workers=1)
+        for rank in (0, 1)
+    ]
     joined = [row for parts in zip(*two, strict=True) for row in rows(list(parts))]
     assert joined == list(rows(one[2:]))
 
 
 def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) -> None:
-    """A launcher or Slurm signals loader processes too; the run has to end its step, save, and stop them itself."""
+    """A launcher or Slurm signals loader processes too; the run has to end its step, save, and stop
+    them itself."""
     expected = [batch["keys"] for batch in batches(dataset, 20, local_batch=8)]
     others = set(multiprocessing.active_children())
     stream = iter(PairLoader(dataset, local_batch=8, workers=2))
@@ -141,13 +183,19 @@ def test_resume_at_any_position_and_any_number_of_ranks(dataset: PairDataset) ->
 
 def broken_source(tmp_path: Path, good: int) -> Source:
     """``good`` samples, and one each: cut JPEG, no image, empty caption."""
-    broken = [("cut.jpg", jpeg(0)[:-300]), ("cut.txt", b"its image is cut"), ("noimage.txt", b"text")]
+    broken = [
+        ("cut.jpg", jpeg(0)[:-300]),
+        ("cut.txt", b"its image is cut"),
+        ("noimage.txt", b"text"),
+    ]
     broken += [("mute.jpg", jpeg(0)), ("mute.txt", b"   ")]
     write_tar(tmp_path / "s" / "00000.tar", [*img2dataset_members(0, good), *broken])
     return open_source(SourceConfig(path=str(tmp_path / "s")))
 
 
-def test_broken_samples_are_named_counted_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_samples_are_named_counted_and_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = broken_source(tmp_path, 17)
     dataset = PairDataset([source], [embed(source, tmp_path / "cache")], IMAGES, AUGMENT, seed=1)
     loader = PairLoader(dataset, local_batch=20, max_broken=0.5)
@@ -158,17 +206,24 @@ def test_broken_samples_are_named_counted_and_replaced(tmp_path: Path, caplog: p
     assert (loader.rows, loader.substituted) == (40, 6)
     reasons = {key: reason for (shard, key), reason in loader.broken.items() if shard == "00000"}
     assert reasons.keys() == {"cut", "noimage", "mute"}
-    for key, says in {"cut": "cannot decode the image", "noimage": "no .jpg", "mute": "no caption"}.items():
+    for key, says in {
+        "cut": "cannot decode the image",
+        "noimage": "no .jpg",
+        "mute": "no caption",
+    }.items():
         assert says in reasons[key]
     assert len(caplog.records) == 3 and "sample 'cut' of shard '00000'" in caplog.text  # once each
     again = batches(dataset, 2, local_batch=10, max_broken=0.5, rank=1, world=2, workers=2)
     expected = list(rows(found))
-    assert list(rows(again)) == expected[10:20] + expected[30:]  # the same substitutes on other ranks and workers
+    # the same substitutes on other ranks and workers
+    assert list(rows(again)) == expected[10:20] + expected[30:]
 
 
 def test_a_caption_changed_after_embedding_stops(dataset: PairDataset, tmp_path: Path) -> None:
     members = list(img2dataset_members(100, 9))
-    write_tar(tmp_path / "b" / "x.tar", [(name, data.replace(b"104", b"777")) for name, data in members])
+    write_tar(
+        tmp_path / "b" / "x.tar", [(name, data.replace(b"104", b"777")) for name, data in members]
+    )
     changed = open_source(SourceConfig(path=str(tmp_path / "b")))
     altered = PairDataset([dataset.sources[0], changed], dataset.caches, IMAGES, seed=3)
     with pytest.raises(ContractError, match="777"):
@@ -176,7 +231,8 @@ def test_a_caption_changed_after_embedding_stops(dataset: PairDataset, tmp_path:
 
 
 def test_evaluation_has_every_image_once_with_all_captions(dataset: PairDataset) -> None:
-    source, cache = dataset.sources[0], dataset.caches[0]
+    source = dataset.sources[0]
+    cache = dataset.caches[0]
     found = list(EvalPairs(source, cache, IMAGES, batch=5))
     assert [len(batch["keys"]) for batch in found] == [5, 5, 3]
     assert torch.cat([batch["image_ids"] for batch in found]).tolist() == list(range(13))
@@ -186,23 +242,36 @@ def test_evaluation_has_every_image_once_with_all_captions(dataset: PairDataset)
     expected = torch.stack([embedding_of(text) for text in texts])
     assert torch.equal(torch.cat([batch["embeddings"] for batch in found]), expected)
     assert found[0]["meta"][2]["url"] == "https://host/2.jpg"
-    ranks = [list(EvalPairs(source, cache, IMAGES, batch=5, rank=rank, world=3, workers=1)) for rank in range(3)]
+    ranks = [
+        list(EvalPairs(source, cache, IMAGES, batch=5, rank=rank, world=3, workers=1))
+        for rank in range(3)
+    ]
     assert torch.equal(
         torch.cat([batch["pixels"] for rank in ranks for batch in rank]),
         torch.cat([batch["pixels"] for batch in found]),
     )
 
 
-def test_evaluation_in_processes_has_the_same_bits_and_errors_and_leaves_none(tmp_path: Path) -> None:
+def test_evaluation_in_processes_has_the_same_bits_and_errors_and_leaves_none(
+    tmp_path: Path,
+) -> None:
     others = set(multiprocessing.active_children())
     source = broken_source(tmp_path, 40)
     cache = embed(source, tmp_path / "cache")
-    alone, shared = (EvalPairs(source, cache, IMAGES, batch=41, workers=workers) for workers in (0, 2))
+    alone, shared = (
+        EvalPairs(source, cache, IMAGES, batch=41, workers=workers) for workers in (0, 2)
+    )
     for one, other in zip(alone, shared, strict=True):
         for name, value in one.items():
-            same = torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+            same = (
+                torch.equal(value, other[name])
+                if isinstance(value, torch.Tensor)
+                else value == other[name]
+            )
             assert same, name
-    assert [str(error) for error in shared.broken] == [str(error) for error in alone.broken] and alone.broken
+    assert [str(error) for error in shared.broken] == [
+        str(error) for error in alone.broken
+    ] and alone.broken
     shutil.rmtree(tmp_path / "s")
     write_tar(tmp_path / "s/00000.tar", img2dataset_members(700, 40))  # other captions
     for workers in (0, 2):
@@ -213,7 +282,8 @@ def test_evaluation_in_processes_has_the_same_bits_and_errors_and_leaves_none(tm
 
 
 def test_a_part_without_a_readable_image_leaves_the_others_their_shapes(tmp_path: Path) -> None:
-    source, images = broken_source(tmp_path, 16), ImageConfig(size=16, fit="native", patch=4)
+    source = broken_source(tmp_path, 16)
+    images = ImageConfig(size=16, fit="native", patch=4)
     for indices in ([16] * 16 + [*range(16)], [*range(16)] + [16] * 16):
         (batch,) = EvalPairs(source, None, images, batch=32, indices=indices, workers=2)
         assert batch["spatial_shapes"].shape == (16, 2)
@@ -231,17 +301,26 @@ def wait_for(done: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers: int) -> None:
-    files = {f"/{path.name}": path.read_bytes() for path in write_shards(tmp_path / "data", [8] * 4).glob("*.tar")}
+    files = {
+        f"/{path.name}": path.read_bytes()
+        for path in write_shards(tmp_path / "data", [8] * 4).glob("*.tar")
+    }
     with serving(DroppingServer(files)) as address:
         config = SourceConfig(
-            path=f"{address}/{{00000..00003}}.tar", cache_folder=str(tmp_path / "cache"), shuffle_window=1
+            path=f"{address}/{{00000..00003}}.tar",
+            cache_folder=str(tmp_path / "cache"),
+            shuffle_window=1,
         )
         source = open_source(config)
-        copies = [config.downloads.local_path(f"{address}/{shard.name}.tar") for shard in source.shards]
+        copies = [
+            config.downloads.local_path(f"{address}/{shard.name}.tar") for shard in source.shards
+        ]
         for copy in copies:
             copy.unlink()  # the indexes stay
         dataset = PairDataset([source], [None], ImageConfig(size=8), seed=0)
-        order = [dataset.mixture().window_shards(0, 8 * window, 0, 1, 8)[0][0] for window in range(4)]
+        order = [
+            dataset.mixture().window_shards(0, 8 * window, 0, 1, 8)[0][0] for window in range(4)
+        ]
         stream = iter(PairLoader(dataset, local_batch=1, workers=workers, prefetch_mb=0.001))
         keys = [next(stream)["keys"][0]]
         wait_for(lambda: copies[order[0]].exists() and copies[order[1]].exists())
@@ -258,7 +337,13 @@ L14_336 = row_bytes(336, 4096)  # a row of openai_l14_336 against Llama 3's embe
 @pytest.mark.parametrize("workers", [1, 8, 32])
 def test_what_is_prepared_ahead_is_bounded(rows: int, micro_batch: int, workers: int) -> None:
     micro_batch = min(rows, micro_batch)
-    plan = plan_loading(rows=rows, micro_batch=micro_batch, workers=workers, row_bytes=L14_336, prefetch_mb=PREFETCH_MB)
+    plan = plan_loading(
+        rows=rows,
+        micro_batch=micro_batch,
+        workers=workers,
+        row_bytes=L14_336,
+        prefetch_mb=PREFETCH_MB,
+    )
     assert 1 <= plan.part <= micro_batch and plan.prefetch >= 1
     assert plan.shared_bytes <= PREFETCH_MB * 1e6
     more_than_enough = plan.part * plan.workers * max(2, 1 + 2 * rows // (plan.part * workers))
@@ -266,11 +351,16 @@ def test_what_is_prepared_ahead_is_bounded(rows: int, micro_batch: int, workers:
 
 
 def test_too_little_shared_memory_is_told(tmp_path: Path) -> None:
-    plan = plan_loading(rows=512, micro_batch=512, workers=8, row_bytes=L14_336, prefetch_mb=PREFETCH_MB)
+    plan = plan_loading(
+        rows=512, micro_batch=512, workers=8, row_bytes=L14_336, prefetch_mb=PREFETCH_MB
+    )
     free = shutil.disk_usage(tmp_path).free
-    fits, too_many = 1, free // plan.shared_bytes + 2
+    fits = 1
+    too_many = free // plan.shared_bytes + 2
     assert not samples.lacks_shared_memory([plan], fits, str(tmp_path))
-    assert f"need {too_many * plan.shared_bytes:,}" in samples.lacks_shared_memory([plan], too_many, str(tmp_path))
+    assert f"need {too_many * plan.shared_bytes:,}" in samples.lacks_shared_memory(
+        [plan], too_many, str(tmp_path)
+    )
     none = dataclasses.replace(plan, workers=0)
     assert not samples.lacks_shared_memory([none], too_many, str(tmp_path))
     assert not samples.lacks_shared_memory([plan], too_many, str(tmp_path / "absent"))  # not Linux

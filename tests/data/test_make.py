@@ -1,4 +1,5 @@
-"""llm2clip data make: tars that all commands read, from folders and tables; what is left out is named."""
+"""llm2clip data make: tars that all commands read, from folders and tables; what is left out is
+named."""
 
 import csv
 import json
@@ -23,7 +24,9 @@ def photos(tmp_path: Path) -> Path:
         (folder / name).write_bytes(jpeg(number))
     for name in ("a", "b.v2", "copy", "cut"):
         (folder / f"{name}.txt").write_text(f"the picture {name}\n")
-    (folder / "sub" / "c.json").write_text('{"caption": "c", "long_caption": "the long c", "place": "here"}')
+    (folder / "sub" / "c.json").write_text(
+        '{"caption": "c", "long_caption": "the long c", "place": "here"}'
+    )
     (folder / "copy.jpg").write_bytes(jpeg(0))
     (folder / "cut.jpg").write_bytes(jpeg(9)[:-400])
     (folder / "a.gif").write_bytes(b"")
@@ -37,7 +40,9 @@ def samples(path: Path, **more: str) -> dict[str, list[tuple[str, str]]]:
     source = open_source(SourceConfig(path=str(path), **more))
     read = [source[number] for number in range(len(source))]
     assert all(sample.read_image() for sample in read)
-    return {sample.key: [(caption.text, caption.kind) for caption in sample.captions] for sample in read}
+    return {
+        sample.key: [(caption.text, caption.kind) for caption in sample.captions] for sample in read
+    }
 
 
 def test_a_folder_becomes_tars(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -58,9 +63,16 @@ def test_a_folder_becomes_tars(photos: Path, tmp_path: Path, capsys: pytest.Capt
     not_pictures = {"cut.jpg": "unreadable", "drawing.svg": "not a picture"}
     assert reasons == {"copy.jpg": "copy", "no-text_2.jpg": "no caption", **not_pictures}
     said = capsys.readouterr().out
-    assert "4 samples, 6 captions" in said and "joined from exact copies: 1 caption" in said and "left out: 4" in said
+    assert (
+        "4 samples, 6 captions" in said
+        and "joined from exact copies: 1 caption" in said
+        and "left out: 4" in said
+    )
     assert main(["data", "make", str(photos), "--output", str(output)]) == 2  # nothing is replaced
-    assert main(["data", "make", str(photos), "--output", str(output), "--overwrite", "--file-names"]) == 0
+    assert (
+        main(["data", "make", str(photos), "--output", str(output), "--overwrite", "--file-names"])
+        == 0
+    )
     assert samples(output)["no-text_2"] == [("no text", "short")]
     assert main(["data", "check", str(output)]) == 0
 
@@ -80,7 +92,10 @@ def test_a_table_becomes_tars(photos: Path, tmp_path: Path, delimiter: str):
         writer.writerows(rows)
     output = tmp_path / "made"
     assert main(["data", "make", str(table), "--output", str(output)]) == 0
-    assert samples(output) == {"a": [("one, more", "short"), ("two", "short")], "sub/c": [("three", "short")]}
+    assert samples(output) == {
+        "a": [("one, more", "short"), ("two", "short")],
+        "sub/c": [("three", "short")],
+    }
     assert "no file: " in (output / "left-out.jsonl").read_text()
 
 
@@ -90,7 +105,9 @@ def left_out(output: Path) -> dict[str, str]:
 
 
 def test_links_out_of_the_folder_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    folder, outside, output = tmp_path / "photos", tmp_path / "outside", tmp_path / "made"
+    folder = tmp_path / "photos"
+    outside = tmp_path / "outside"
+    output = tmp_path / "made"
     (folder / "sub").mkdir(parents=True)
     (outside / "more").mkdir(parents=True)
     pictures = [
@@ -112,7 +129,10 @@ def test_links_out_of_the_folder_are_left_out(tmp_path: Path, capsys: pytest.Cap
     (folder / "again").symlink_to("sub")
     (folder / "circle.jpg").symlink_to("circle.jpg")
     assert main(["data", "make", str(folder), "--output", str(output)]) == 0
-    assert samples(output) == {"b": [("the picture b", "short")], "sub/c": [("the picture b", "short")]}
+    assert samples(output) == {
+        "b": [("the picture b", "short")],
+        "sub/c": [("the picture b", "short")],
+    }
     reasons = left_out(output)
     assert {*reasons} == {"a.jpg", "d.jpg", "more", "circle.jpg"}
     assert all("link out of the folder" in reason for reason in reasons.values())
@@ -120,18 +140,27 @@ def test_links_out_of_the_folder_are_left_out(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_paths_out_of_the_image_folder_are_left_out(tmp_path: Path):
-    folder, output = tmp_path / "photos", tmp_path / "made"
+    folder = tmp_path / "photos"
+    output = tmp_path / "made"
     (folder / "in").mkdir(parents=True)
     for name in ("photos/in/a.jpg", "photos/in/b.jpg", "c.jpg"):
         (tmp_path / name).write_bytes(jpeg(ord(name[-5])))
     (folder / "link.jpg").symlink_to(tmp_path / "c.jpg")
-    names = ["in/a.jpg", str(folder / "in" / "b.jpg"), "../c.jpg", str(tmp_path / "c.jpg"), "link.jpg"]
+    names = [
+        "in/a.jpg",
+        str(folder / "in" / "b.jpg"),
+        "../c.jpg",
+        str(tmp_path / "c.jpg"),
+        "link.jpg",
+    ]
     table = folder / "table.csv"
     table.write_text("image,caption\n" + "".join(f"{name},x{i}\n" for i, name in enumerate(names)))
     assert main(["data", "make", str(table), "--output", str(output)]) == 0
     assert [*samples(output).values()] == [[("x0", "short")], [("x1", "short")]]
     reasons = left_out(output)
-    assert {*reasons} == {*names[2:]} and all("outside of the image folder" in why for why in reasons.values())
+    assert {*reasons} == {*names[2:]} and all(
+        "outside of the image folder" in why for why in reasons.values()
+    )
 
 
 def test_pipes_and_devices_are_no_pictures(tmp_path: Path):
@@ -143,10 +172,14 @@ def test_pipes_and_devices_are_no_pictures(tmp_path: Path):
     (folder / "b.jpg").write_bytes(jpeg(2))
     (folder / "zero.jpg").symlink_to("/dev/zero")
     (folder / "a.txt").write_text("the picture a")
-    assert main(["data", "make", str(folder), "--output", str(tmp_path / "made"), "--file-names"]) == 0
+    assert (
+        main(["data", "make", str(folder), "--output", str(tmp_path / "made"), "--file-names"]) == 0
+    )
     reasons = left_out(tmp_path / "made")
     assert reasons["pipe.jpg"] == "unreadable: not a regular file, but a pipe or a device"
-    assert reasons["b.jpg"] == "unreadable caption: b.txt: not a regular file, but a pipe or a device"
+    assert (
+        reasons["b.jpg"] == "unreadable caption: b.txt: not a regular file, but a pipe or a device"
+    )
     assert {*reasons} == {"pipe.jpg", "b.jpg", "zero.jpg"}
     (folder / "rows.csv").write_text("image,caption\na.jpg,x\npipe.jpg,y\n")
     assert main(["data", "make", str(folder / "rows.csv"), "--output", str(tmp_path / "rows")]) == 0
@@ -158,7 +191,11 @@ def test_pipes_and_devices_are_no_pictures(tmp_path: Path):
     [
         ("a.json", b"[" * 100_000, "unreadable caption: a.json: it is nested too deep"),
         ("a.json", b'{"a":' * 100_000, "unreadable caption: a.json: it is nested too deep"),
-        ("a.json", b'{"caption": "x", "caption": "y"}', "a.json: an object has the name 'caption' twice; rename one"),
+        (
+            "a.json",
+            b'{"caption": "x", "caption": "y"}',
+            "a.json: an object has the name 'caption' twice; rename one",
+        ),
         ("a.json", b'["x"]', "unreadable caption: a.json: contains a list, expected an object"),
         (
             "a.txt",
@@ -166,7 +203,11 @@ def test_pipes_and_devices_are_no_pictures(tmp_path: Path):
             "unreadable caption: a.txt is not UTF-8: byte 0xe9 at offset 3; convert",
         ),
         ("a.txt", "\u00a0\u200b\ufeff\n".encode(), "no caption"),
-        ("a.txt", b" " * 16_000_001, "unreadable caption: a.txt: 16,000,001 bytes, expected at most 16,000,000"),
+        (
+            "a.txt",
+            b" " * 16_000_001,
+            "unreadable caption: a.txt: 16,000,001 bytes, expected at most 16,000,000",
+        ),
     ],
 )
 def test_damaged_captions_are_left_out(name: str, body: bytes, says: str, tmp_path: Path):
@@ -183,7 +224,11 @@ def test_damaged_captions_are_left_out(name: str, body: bytes, says: str, tmp_pa
 def test_captions_of_equal_pictures_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "flags"
     folder.mkdir()
-    flags = {"fr": ("flag of France", 1), "bl": ("flag of Saint Barth\u00e9lemy", 1), "mf": ("flag of France", 1)}
+    flags = {
+        "fr": ("flag of France", 1),
+        "bl": ("flag of Saint Barth\u00e9lemy", 1),
+        "mf": ("flag of France", 1),
+    }
     flags |= {"de": ("flag of Germany", 2)}
     for name, (caption, seed) in flags.items():
         (folder / f"{name}.jpg").write_bytes(jpeg(seed))
@@ -194,18 +239,28 @@ def test_captions_of_equal_pictures_are_joined(tmp_path: Path, capsys: pytest.Ca
         output = tmp_path / f"made-{source.name}"
         assert main(["data", "make", str(source), "--output", str(output)]) == 0
         (joined,) = [captions for captions in samples(output).values() if len(captions) > 1]
-        assert sorted(text for text, _ in joined) == ["flag of France", "flag of Saint Barth\u00e9lemy"]
+        assert sorted(text for text, _ in joined) == [
+            "flag of France",
+            "flag of Saint Barth\u00e9lemy",
+        ]
         assert "joined from exact copies: 1 caption" in capsys.readouterr().out
         copies = [reason for reason in left_out(output).values() if reason.startswith("copy: of ")]
         assert len(samples(output)) == 2 and len(copies) == 2
 
 
-def test_a_field_with_text_is_named_where_no_caption_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_field_with_text_is_named_where_no_caption_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(jpeg(1))
-    (tmp_path / "photos" / "a.json").write_text('{"names": {"en": "dog", "de": "Hund"}, "code": "x"}')
+    (tmp_path / "photos" / "a.json").write_text(
+        '{"names": {"en": "dog", "de": "Hund"}, "code": "x"}'
+    )
     words = ["data", "make", str(tmp_path / "photos"), "--output", str(tmp_path / "made")]
     assert main(words) == 2
-    assert "a.jpg: no caption; use a field with text, --fields names=short, or write" in capsys.readouterr().err
+    assert (
+        "a.jpg: no caption; use a field with text, --fields names=short, or write"
+        in capsys.readouterr().err
+    )
     assert main([*words, "--fields", "names=short"]) == 0
     assert samples(tmp_path / "made") == {"a": [("dog", "short"), ("Hund", "short")]}

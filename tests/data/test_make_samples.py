@@ -41,16 +41,24 @@ def test_rows_of_one_picture_are_joined(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("background", "level"), [("white", 255), ("gray", 128), ("black", 0)])
-def test_transparent_pictures_are_put_on_the_background(tmp_path: Path, background: str, level: int):
+def test_transparent_pictures_are_put_on_the_background(
+    tmp_path: Path, background: str, level: int
+):
     image = Image.new("RGBA", (4, 2), (200, 0, 0, 0))
     image.paste((0, 0, 200, 255), (2, 0, 4, 2))
     (tmp_path / "a.png").write_bytes(encoded(image, "PNG"))
     (tmp_path / "b.jpg").write_bytes(jpeg(0))
-    table = write_table(tmp_path, {"image": "a.png", "caption": "one"}, {"image": "b.jpg", "caption": "two"})
+    table = write_table(
+        tmp_path, {"image": "a.png", "caption": "one"}, {"image": "b.jpg", "caption": "two"}
+    )
     members = made(table, tmp_path / "made", "--background", background)
     picture = Image.open(io.BytesIO(members["a.png"]))
     assert picture.mode == "RGB"
-    assert picture.getpixel((0, 0)) == (level, level, level) and picture.getpixel((3, 1)) == (0, 0, 200)
+    assert picture.getpixel((0, 0)) == (level, level, level) and picture.getpixel((3, 1)) == (
+        0,
+        0,
+        200,
+    )
     assert members["b.jpg"] == jpeg(0)
     stays = made(table, tmp_path / "stays")
     assert stays["a.png"] == (tmp_path / "a.png").read_bytes()

@@ -38,14 +38,17 @@ def write_tiny_tars(folder: Path, count: int, *, samples: int = 1, word: str = "
         members = []
         for sample in range(samples):
             key = f"{shard:05d}{sample:04d}"
-            text = json.dumps({"caption": f"{word} {key}", "long_caption": f"a long text about {word} {key}"})
+            text = json.dumps(
+                {"caption": f"{word} {key}", "long_caption": f"a long text about {word} {key}"}
+            )
             members += [(f"{key}.jpg", PIXELS), (f"{key}.json", text.encode())]
         write_tar(folder / f"{shard:05d}.tar", members)
     return folder
 
 
 def embed(path: Path | str, cache: Path, **options: Any) -> Source:
-    source, encoder = open_source(SourceConfig(path=str(path), **options)), cast(Any, LengthEncoder())
+    source = open_source(SourceConfig(path=str(path), **options))
+    encoder = cast(Any, LengthEncoder())
     embed_source(source, encoder, cache, quiet=True)
     return source
 
@@ -67,7 +70,8 @@ def open_files_limit(more: int) -> Iterator[None]:
 
 
 def use_everything(folder: Path) -> tuple[int, int]:
-    """Embed, check, load with two workers and form pairs; the most descriptors and maps after a shard was used."""
+    """Embed, check, load with two workers and form pairs; the most descriptors and maps after a
+    shard was used."""
     source = embed(folder, folder / "cache")
     assert check_data(CheckConfig(path=str(folder), workers=2))["fit_for_training"]
     cache = EmbeddingCache.open(folder / "cache")
@@ -78,7 +82,8 @@ def use_everything(folder: Path) -> tuple[int, int]:
     assert len({key for batch in batches for key in batch["keys"]}) == len(source)
     del batches
     until = time.monotonic() + 60
-    while open_now()[0] > before + 8 and time.monotonic() < until:  # tensors of the loader's processes are descriptors
+    # tensors of the loader's processes are descriptors
+    while open_now()[0] > before + 8 and time.monotonic() < until:
         time.sleep(0.05)
     config = PairsConfig(data=(str(folder),))
     (pairs,) = open_pairs(config)
@@ -88,11 +93,15 @@ def use_everything(folder: Path) -> tuple[int, int]:
         key, captions = source.captions(number)
         assert source[number].read_image() == PIXELS
         assert cache.rows(*source.locate(number), captions, key=key)[0, 0] == len(captions[0].text)
-        descriptors, maps = (max(pair) for pair in zip((descriptors, maps), open_now(), strict=True))
+        descriptors, maps = (
+            max(pair) for pair in zip((descriptors, maps), open_now(), strict=True)
+        )
     return descriptors, maps
 
 
-def test_open_files_and_maps_do_not_grow_with_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_files_and_maps_do_not_grow_with_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tars, "OPEN_FILES", 8)
     monkeypatch.setattr(cache_module, "OPEN_SHARDS", 8)
     use_everything(write_tiny_tars(tmp_path / "warm", 10))
@@ -112,8 +121,13 @@ def test_a_later_start_reads_no_captions(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Source, "record", refuse)
     monkeypatch.setattr(TarSource, "record", refuse)
     monkeypatch.setattr(tars, "index_tar", refuse)
-    opened, open_shard = set(), EmbeddingCache._open_shard
-    monkeypatch.setattr(EmbeddingCache, "_open_shard", lambda cache, name: opened.add(name) or open_shard(cache, name))
+    opened = set()
+    open_shard = EmbeddingCache._open_shard
+    monkeypatch.setattr(
+        EmbeddingCache,
+        "_open_shard",
+        lambda cache, name: opened.add(name) or open_shard(cache, name),
+    )
     again = open_source(SourceConfig(path=str(tmp_path)))
     assert again.shards == source.shards
     EmbeddingCache.open(tmp_path / "cache").check(again)
@@ -121,11 +135,16 @@ def test_a_later_start_reads_no_captions(tmp_path: Path, monkeypatch: pytest.Mon
     assert not opened
 
 
-def test_digests_of_other_fields_are_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of all captions also fits a run that reads one field: compared in full once, then index_module."""
+def test_digests_of_other_fields_are_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of all captions also fits a run that reads one field: compared in full once, then
+    index_module."""
     read: list[int] = []
     get = Source.__getitem__
-    monkeypatch.setattr(Source, "__getitem__", lambda source, number: read.append(number) or get(source, number))
+    monkeypatch.setattr(
+        Source, "__getitem__", lambda source, number: read.append(number) or get(source, number)
+    )
     embed(write_tiny_tars(tmp_path / "data", 3), tmp_path / "cache")
     cache = EmbeddingCache.open(tmp_path / "cache")
     one_field = SourceConfig(path=str(tmp_path / "data"), fields=("caption=short",))
@@ -133,7 +152,9 @@ def test_digests_of_other_fields_are_their_own(tmp_path: Path, monkeypatch: pyte
         read.clear()
         cache.check(open_source(one_field))
         assert read == expected
-    with pytest.raises(ContractError, match=r"caption 'pic\w+ 0+' \(hash \w{16}\) was not embedded"):
+    with pytest.raises(
+        ContractError, match=r"caption 'pic\w+ 0+' \(hash \w{16}\) was not embedded"
+    ):
         embed(tmp_path / "data", tmp_path / "other", fields=("long_caption=long",))
         EmbeddingCache.open(tmp_path / "other").check(open_source(one_field))
 
@@ -143,15 +164,19 @@ def test_a_changed_tar_is_compared_again(tmp_path: Path, caplog: pytest.LogCaptu
     write_tiny_tars(tmp_path / "other", 2, word="paintin")
     (tmp_path / "other" / "00001.tar").replace(tmp_path / "data" / "00001.tar")
     changed = open_source(SourceConfig(path=str(tmp_path / "data")))
-    with pytest.raises(ContractError, match=r"00001\.safetensors: sample '000010000': caption 'paintin 000010000'"):
+    with pytest.raises(
+        ContractError, match=r"00001\.safetensors: sample '000010000': caption 'paintin 000010000'"
+    ):
         EmbeddingCache.open(tmp_path / "cache").check(changed)
     assert not caplog.records
 
 
 def start(folder: str) -> tuple[int, int, str]:
-    """A start, in its own process: how many tars it indexed, how many captions it read, and what it said."""
+    """A start, in its own process: how many tars it indexed, how many captions it read, and what it
+    said."""
     counts = {"scans": 0, "captions": 0}
-    index, get = tars.index_tar, Source.__getitem__
+    index = tars.index_tar
+    get = Source.__getitem__
 
     def counted_index(path: Any) -> Any:
         counts["scans"] += 1
@@ -162,8 +187,11 @@ def start(folder: str) -> tuple[int, int, str]:
         counts["captions"] += 1
         return get(source, number)
 
-    tars.index_tar, tars.FEW, Source.__getitem__ = counted_index, 1000, counted_get
-    said, ready = io.StringIO(), Path(folder) / "ready"
+    tars.index_tar = counted_index
+    tars.FEW = 1000
+    Source.__getitem__ = counted_get
+    said = io.StringIO()
+    ready = Path(folder) / "ready"
     (ready / str(os.getpid())).touch()
     deadline = time.monotonic() + 120
     while len(list(ready.iterdir())) < 3 and time.monotonic() < deadline:
@@ -206,14 +234,17 @@ list(parallel(work, range(2), processes=2))
     workers = [Path("/proc", path.name, "cmdline") for path in tmp_path.iterdir()]
 
     def running() -> bool:
-        return any(path.exists() and path.read_bytes() for path in workers)  # a zombie has an empty one
+        # a zombie has an empty one
+        return any(path.exists() and path.read_bytes() for path in workers)
 
     while running() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(workers) == 2 and not running()
 
 
-def test_a_table_keeps_its_index_and_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_keeps_its_index_and_digests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [{"id": f"k{n}", "image": f"{n}.jpg", "caption": f"picture {n}"} for n in range(5)]
     chats = [{**row, "conversations": [{"from": "gpt", "value": row["caption"]}]} for row in rows]
     (tmp_path / "t.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
@@ -227,6 +258,9 @@ def test_a_table_keeps_its_index_and_digests(tmp_path: Path, monkeypatch: pytest
             patch.setattr(Source, "__getitem__", lambda *arguments: pytest.fail("read again"))
             EmbeddingCache.open(tmp_path / f"cache-{name}").check(again)
         assert [s[4].key for s in (source, again, pickled)] == ["k4"] * 3
-        assert [s[n].captions for s in (source, again) for n in (0, 4)] == [source[0].captions, source[4].captions] * 2
+        assert [s[n].captions for s in (source, again) for n in (0, 4)] == [
+            source[0].captions,
+            source[4].captions,
+        ] * 2
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows[::-1])))
     assert open_source(SourceConfig(path=str(tmp_path / "t.jsonl")))[4].key == "k0"

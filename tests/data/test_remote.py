@@ -33,7 +33,12 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 def test_a_url_never_leaves_the_folder(tmp_path: Path) -> None:
-    for url in ("http://h/..%2f..%2fetc%2fpasswd", "http://h/a/../..", "http://h/", "http://h/x?token=/../secret"):
+    for url in (
+        "http://h/..%2f..%2fetc%2fpasswd",
+        "http://h/a/../..",
+        "http://h/",
+        "http://h/x?token=/../secret",
+    ):
         path = Downloads(tmp_path / "cache").local_path(url)
         assert path.parent == tmp_path / "cache" and "secret" not in path.name
 
@@ -45,14 +50,20 @@ def fetch_once(arguments: tuple[Path, str]) -> int:
 def test_processes_share_one_download(tmp_path: Path) -> None:
     server = DroppingServer({"/a.tar": BODY})
     with serving(server) as address, context().Pool(3) as pool:
-        Path(f"{Downloads(tmp_path).local_path(f'{address}/a.tar')}.partial").write_bytes(BODY[::-1])  # of a killed one
+        # of a killed one
+        Path(f"{Downloads(tmp_path).local_path(f'{address}/a.tar')}.partial").write_bytes(
+            BODY[::-1]
+        )
         sizes = pool.map(fetch_once, [(tmp_path, f"{address}/a.tar")] * 3)
     assert sizes == [len(BODY)] * 3 and server.sent == len(BODY)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_goes_on_where_it_broke(ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a line that always breaks before the end of the file; a server without ranges sends it once."""
+def test_a_download_goes_on_where_it_broke(
+    ranges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a line that always breaks before the end of the file; a server without ranges sends it
+    once."""
     monkeypatch.setattr(remote, "RANGE", 70_000)
     server = DroppingServer({"/a.tar": BODY}, drop_after=80_000, drops=99 * ranges, ranges=ranges)
     with serving(server) as address:
@@ -68,11 +79,14 @@ def test_shards_on_another_filesystem(tmp_path: Path) -> None:
         memory.pipe_file(f"/set/{path.name}", path.read_bytes())
     for url in ("memory://set/*.tar", "memory://set/"):
         source = open_source(SourceConfig(path=url, cache_folder=str(tmp_path / "cache")))
-        assert [shard.name for shard in source.shards] == ["00000", "00001"] and source[2].read_image() == jpeg(2)
+        assert [shard.name for shard in source.shards] == ["00000", "00001"] and source[
+            2
+        ].read_image() == jpeg(2)
 
 
 def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
-    """Shards are downloaded, evicted and downloaded again in the loader's processes; a later start downloads none."""
+    """Shards are downloaded, evicted and downloaded again in the loader's processes; a later start
+    downloads none."""
     folder = write_shards(tmp_path / "data", [4] * 4)
     files = {f"/{path.name}": path.read_bytes() for path in folder.glob("*.tar")}
     server = DroppingServer(files, drop_after=2_000, drops=3)
@@ -87,22 +101,33 @@ def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
         before = server.sent
         assert open_source(config).shards == source.shards and server.sent == before
-        loader = PairLoader(PairDataset([source], [None], ImageConfig(size=8), seed=0), local_batch=8, workers=2)
+        loader = PairLoader(
+            PairDataset([source], [None], ImageConfig(size=8), seed=0), local_batch=8, workers=2
+        )
         batches = list(islice(loader, 4))
-        assert sorted(key for batch in batches[:2] for key in batch["keys"]) == [f"{i:09d}" for i in range(16)]
+        assert sorted(key for batch in batches[:2] for key in batch["keys"]) == [
+            f"{i:09d}" for i in range(16)
+        ]
         assert server.sent > before
 
 
 def test_nodes_share_an_index_and_captions_need_no_download(tmp_path: Path) -> None:
-    files = {f"/{path.name}": path.read_bytes() for path in write_shards(tmp_path / "data", [4] * 2).glob("*.tar")}
+    files = {
+        f"/{path.name}": path.read_bytes()
+        for path in write_shards(tmp_path / "data", [4] * 2).glob("*.tar")
+    }
     server = DroppingServer(files)
     with serving(server) as address:
         both = {"path": f"{address}/{{00000..00001}}.tar", "index_folder": str(tmp_path / "shared")}
-        nodes = [SourceConfig(**both, cache_folder=str(tmp_path / f"node{node}")) for node in range(2)]
+        nodes = [
+            SourceConfig(**both, cache_folder=str(tmp_path / f"node{node}")) for node in range(2)
+        ]
         first = open_source(nodes[0])
         sent = server.sent
         second = open_source(nodes[1])
-        assert [second.captions(number) for number in range(8)] == [first.captions(number) for number in range(8)]
+        assert [second.captions(number) for number in range(8)] == [
+            first.captions(number) for number in range(8)
+        ]
         assert server.sent == sent
         assert second[0].read_image() == first[0].read_image()
         assert server.sent > sent  # its own copy, later than the index
@@ -117,19 +142,31 @@ def failing(files: dict[str, bytes], failures: list[Failure]) -> DroppingServer:
 
 
 def status(code: int, **headers: str) -> Failure:
-    return lambda handler: send(handler, code, b"", **headers)  # no body, which an answer to HEAD must not have
+    # no body, which an answer to HEAD must not have
+    return lambda handler: send(handler, code, b"", **headers)
 
 
-def test_overload_is_retried_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture, pauses: list[float]) -> None:
-    errors = [status(503), status(503), status(429, Retry_After="70"), status(429, Retry_After="70"), status(500)]
+def test_overload_is_retried_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pauses: list[float]
+) -> None:
+    errors = [
+        status(503),
+        status(503),
+        status(429, Retry_After="70"),
+        status(429, Retry_After="70"),
+        status(500),
+    ]
     server = failing({"/a.tar": BODY}, errors)  # HEAD tells the size; after a failure, GET does
     with serving(server) as address, caplog.at_level(logging.WARNING):
         assert Downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
     assert take_retries() == len(pauses) >= 2 and take_retries() == 0 and 70.0 in pauses
-    assert len(caplog.messages) == 1 and "ClientResponseError: 503" in caplog.text  # at most one every 30 s
+    # at most one every 30 s
+    assert len(caplog.messages) == 1 and "ClientResponseError: 503" in caplog.text
 
 
-@pytest.mark.parametrize("code, error", [(403, PermissionError), (404, FileNotFoundError), (400, ConnectionError)])
+@pytest.mark.parametrize(
+    "code, error", [(403, PermissionError), (404, FileNotFoundError), (400, ConnectionError)]
+)
 def test_a_refusal_is_said_at_once(code: int, error: type[Exception], tmp_path: Path) -> None:
     server = failing({}, [status(code)] * 9)
     with serving(server) as address, pytest.raises(error, match=rf"http.*a\.tar.*{code}"):
@@ -137,11 +174,15 @@ def test_a_refusal_is_said_at_once(code: int, error: type[Exception], tmp_path: 
     assert server.asked <= 2 and take_retries() == 0
 
 
-def test_a_server_that_is_gone_or_stalls_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_gone_or_stalls_ends_in_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """fsspec raises FileNotFoundError for a refused connection, which says nothing about the file."""
     with serving(DroppingServer({})) as address:
         pass
-    with pytest.raises(ConnectionError, match=r"failed 8 times in a row: http.*a\.tar: ClientConnector.*rerun"):
+    with pytest.raises(
+        ConnectionError, match=r"failed 8 times in a row: http.*a\.tar: ClientConnector.*rerun"
+    ):
         Downloads(tmp_path).fetch(f"{address}/a.tar")
     monkeypatch.setenv("LLM2CLIP_TIMEOUT", "0.2")
     server = failing({}, [stall] * 20)
@@ -149,7 +190,9 @@ def test_a_server_that_is_gone_or_stalls_ends_in_an_error(tmp_path: Path, monkey
         Downloads(tmp_path).fetch(f"{address}/a.tar")
 
 
-@pytest.mark.parametrize("body", [b"<html>log in</html>".ljust(20_000), bytes(20_480), b""], ids=["page", "zeros", ""])
+@pytest.mark.parametrize(
+    "body", [b"<html>log in</html>".ljust(20_000), bytes(20_480), b""], ids=["page", "zeros", ""]
+)
 def test_a_wrong_body_is_not_kept(body: bytes, tmp_path: Path) -> None:
     """The same command succeeds when the server has recovered."""
     files = {"/00000.tar": body}
@@ -162,7 +205,8 @@ def test_a_wrong_body_is_not_kept(body: bytes, tmp_path: Path) -> None:
 
 
 class Disk:
-    """The real disk, which counts reads of tars and cache shards and fails as often as ``failures`` says."""
+    """The real disk, which counts reads of tars and cache shards and fails as often as ``failures``
+    says."""
 
     def __init__(self) -> None:
         self.reads: list[tuple[str, int, int]] = []  # file name, size, offset
@@ -206,13 +250,19 @@ def test_a_read_that_fails_for_a_while_is_repeated_with_the_file_opened_again(
 
     os.pread = stale  # the fixture of ``disk`` restores it
     assert source[1].read_image() == expected and take_retries() == 3
-    assert os.strerror(number) in caplog.text and "00000.tar" in caplog.text and "retrying" in caplog.text
+    assert (
+        os.strerror(number) in caplog.text
+        and "00000.tar" in caplog.text
+        and "retrying" in caplog.text
+    )
 
 
 def test_it_ends_in_an_error_that_names_the_file(tmp_path: Path, disk: Disk) -> None:
     source = source_of(write_shards(tmp_path, [2]))
     disk.failures = [errno.EIO] * 100
-    with pytest.raises(ConnectionError, match=r"failed 8 times in a row: .*00000\.tar: OSError.*rerun the same"):
+    with pytest.raises(
+        ConnectionError, match=r"failed 8 times in a row: .*00000\.tar: OSError.*rerun the same"
+    ):
         source[0].read_image()
     disk.failures = [errno.EACCES]
     with pytest.raises(PermissionError):

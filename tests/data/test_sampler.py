@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from llm2clip_plugin.data import sampler
-from llm2clip_plugin.data.sampler import Mixture, PassOrder, Permutation, hash_words, rank_rows, sample_rng
+from llm2clip_plugin.data.sampler import (
+    Mixture,
+    PassOrder,
+    Permutation,
+    hash_words,
+    rank_rows,
+    sample_rng,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 100, 4095, 4096, 4097, 70_000])
@@ -17,7 +24,8 @@ def test_a_permutation_has_every_number_once(n: int) -> None:
 def test_permutations_look_random() -> None:
     n = 10_000
     places = np.arange(n)
-    first, second = Permutation(n, 1)(places), Permutation(n, 2)(places)
+    first = Permutation(n, 1)(places)
+    second = Permutation(n, 2)(places)
     # correlations of independent permutations have a standard deviation of 1/sqrt(n) = 0.01
     assert abs(np.corrcoef(first, places)[0, 1]) < 0.05
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
@@ -28,7 +36,8 @@ def test_permutations_look_random() -> None:
 
 
 def test_the_order_is_the_same_everywhere() -> None:
-    """Numbers noted once: another platform, Python or numpy must not change the order of a run under way."""
+    """Numbers noted once: another platform, Python or numpy must not change the order of a run
+    under way."""
     assert hash_words("sample", 1, 2) == 9827714916256478247
     assert Permutation(10, 3)(np.arange(10)).tolist() == [0, 9, 8, 5, 4, 2, 7, 3, 6, 1]
     draws = Mixture([(5,), (3,)], [1, 1], 0).batch_indices(6, 4)
@@ -36,8 +45,12 @@ def test_the_order_is_the_same_everywhere() -> None:
     assert sample_rng(0, 1, 2, 3).random() == 0.9603652096926553
 
 
-@pytest.mark.parametrize(("windows", "expected"), [((), "3343ccb28f0c4e20"), ((2, 0, 0), "eb4967cb254317c3")])
-def test_the_order_of_several_epochs_is_the_same_everywhere(windows: tuple[int, ...], expected: str) -> None:
+@pytest.mark.parametrize(
+    ("windows", "expected"), [((), "3343ccb28f0c4e20"), ((2, 0, 0), "eb4967cb254317c3")]
+)
+def test_the_order_of_several_epochs_is_the_same_everywhere(
+    windows: tuple[int, ...], expected: str
+) -> None:
     """Three epochs of three sources, noted once."""
     draws = Mixture([(5000,) * 3, (7000,), (11,)], (1, 0.5, 2), 3, windows).batch_indices(0, 60_000)
     assert hashlib.sha256(np.array(draws, dtype=np.int64).tobytes()).hexdigest()[:16] == expected
@@ -45,13 +58,22 @@ def test_the_order_of_several_epochs_is_the_same_everywhere(windows: tuple[int, 
 
 @pytest.mark.parametrize("windows", [(), (1, 2)])
 @pytest.mark.parametrize("weights", [(1, 1), (2, 0.5), (0.3, 1.7)])
-def test_any_cut_gives_the_same_order(weights: tuple[float, float], windows: tuple[int, ...]) -> None:
+def test_any_cut_gives_the_same_order(
+    weights: tuple[float, float], windows: tuple[int, ...]
+) -> None:
     mixture = Mixture([(50, 70, 30), (40, 3)], weights, 5, windows)
     total = 3 * mixture.epoch_length + 11
     whole = mixture.batch_indices(0, total)
-    pieces = [draw for start in range(0, total, 13) for draw in mixture.batch_indices(start, min(13, total - start))]
+    pieces = [
+        draw
+        for start in range(0, total, 13)
+        for draw in mixture.batch_indices(start, min(13, total - start))
+    ]
     assert pieces == whole
-    assert Mixture([(50, 70, 30), (40, 3)], weights, 5, windows).batch_indices(17, 100) == whole[17:117]
+    assert (
+        Mixture([(50, 70, 30), (40, 3)], weights, 5, windows).batch_indices(17, 100)
+        == whole[17:117]
+    )
 
 
 @pytest.mark.parametrize("windows", [(), (1, 2)])
@@ -60,7 +82,9 @@ def test_an_epoch_is_every_sample_once(windows: tuple[int, ...]) -> None:
     assert mixture.epoch_length == 193
     epochs = [mixture.batch_indices(start, 193) for start in (0, 193, 386)]
     for number, epoch in enumerate(epochs):
-        assert len({draw[:2] for draw in epoch}) == 193 and {draw.epoch for draw in epoch} == {number}
+        assert len({draw[:2] for draw in epoch}) == 193 and {draw.epoch for draw in epoch} == {
+            number
+        }
     assert [draw[:2] for draw in epochs[0]] != [draw[:2] for draw in epochs[1]]
     other = Mixture([(50, 70, 30), (40, 3)], (1, 1), 6, windows).batch_indices(0, 193)
     assert [draw[:2] for draw in epochs[0]] != [draw[:2] for draw in other]
@@ -78,7 +102,8 @@ def test_weights_and_passes_without_replacement() -> None:
             one_pass = seen[number * length : (number + 1) * length]
             assert sorted(draw.index for draw in one_pass) == list(range(length))
             assert {draw.epoch for draw in one_pass} == {number}
-    first = Counter(draw.source for draw in draws[:85])  # half an epoch: mixed, not one after the other
+    # half an epoch: mixed, not one after the other
+    first = Counter(draw.source for draw in draws[:85])
     assert 10 < first[0] < 40
 
 
@@ -105,12 +130,18 @@ def test_ranks_cut_one_global_batch(world: int, windows: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize(("nodes", "reads"), [(1, 1), (2, 1), (8, 1), (3, 1.2)])
 def test_each_node_reads_its_share_of_remote_shards(nodes: int, reads: float) -> None:
-    """Shards of equal size that the nodes divide are read once over all nodes, in every pass, every sample once."""
-    shards, size, batch = 64, 1000, 384
+    """Shards of equal size that the nodes divide are read once over all nodes, in every pass, every
+    sample once."""
+    shards = 64
+    size = 1000
+    batch = 384
     mixture = Mixture([(size,) * shards], (1,), 0, (16,))
     for number in range(2):
-        read, samples = [set[int]() for _ in range(nodes)], set[int]()
-        for position in range(number * 64_000 // batch * batch, (number + 1) * 64_000 // batch * batch, batch):
+        read = [set[int]() for _ in range(nodes)]
+        samples = set[int]()
+        for position in range(
+            number * 64_000 // batch * batch, (number + 1) * 64_000 // batch * batch, batch
+        ):
             for node in range(nodes):
                 draws = mixture.rank_draws(position, node, batch // nodes, nodes)
                 read[node] |= {draw.index // size for draw in draws if draw.epoch == number}
@@ -129,27 +160,43 @@ def test_nodes_download_ahead_what_they_read_of_mixed_sources(nodes: int, batch:
     for position in range(0, 17 * batch, batch):  # of 6144 also past the end of an epoch
         for node in range(nodes):
             draws = mixture.rank_draws(position, node, batch // nodes, nodes)
-            ahead = [set().union(*mixture.window_shards(n, position, node, nodes, batch)) for n in (0, 1)]
-            assert all(draw.index // (1000, 900)[draw.source] in ahead[draw.source] for draw in draws)
+            ahead = [
+                set().union(*mixture.window_shards(n, position, node, nodes, batch)) for n in (0, 1)
+            ]
+            assert all(
+                draw.index // (1000, 900)[draw.source] in ahead[draw.source] for draw in draws
+            )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_global_batch_of_one_source(world: int) -> None:
-    """Over four epochs: any number of ranks, any start, every sample once a pass, and each source its share."""
-    sizes, weights, batch = [(50, 20), (40,), (12, 13)], (1, 0.5, 2), 12  # 70, 20 and 50 draws an epoch
+    """Over four epochs: any number of ranks, any start, every sample once a pass, and each source
+    its share."""
+    # 70, 20 and 50 draws an epoch
+    sizes = [(50, 20), (40,), (12, 13)]
+    weights = (1, 0.5, 2)
+    batch = 12
     mixture = Mixture(sizes, weights, 3, batch=batch)
     steps = 4 * mixture.epoch_length // batch
     found = []
     for step in range(steps):
         fresh = Mixture(sizes, weights, 3, batch=batch)  # as after a resume
-        found.append([fresh.batch_indices(*rank_rows(step * batch, rank, batch // world)) for rank in range(world)])
+        found.append(
+            [
+                fresh.batch_indices(*rank_rows(step * batch, rank, batch // world))
+                for rank in range(world)
+            ]
+        )
     whole = [draw for step in found for part in step for draw in part]
     assert whole == mixture.batch_indices(0, steps * batch)
     assert all(len({draw.source for part in step for draw in part}) == 1 for step in found)
     for source, (length, draws) in enumerate(zip((70, 40, 25), (70, 20, 50), strict=True)):
         seen = [draw for draw in whole if draw.source == source]
         for epoch in range(1, 5):  # what is left of less than a batch is carried over
-            before = sum(draw.source == source for draw in whole[: epoch * mixture.epoch_length // batch * batch])
+            before = sum(
+                draw.source == source
+                for draw in whole[: epoch * mixture.epoch_length // batch * batch]
+            )
             assert abs(before - epoch * draws) <= 3 * batch
         assert abs(len(seen) - 4 * draws) <= batch
         for number in range(len(seen) // length):
@@ -163,19 +210,27 @@ def test_sources_are_those_of_the_whole_epoch(monkeypatch: pytest.MonkeyPatch) -
     """Counted from any side what a stored order would say."""
     monkeypatch.setattr(sampler, "BLOCK", 64)
     draws = [700, 3, 400]
-    expected = np.searchsorted(np.cumsum(draws), Permutation(1103, 5)(np.arange(1103)), side="right")
+    expected = np.searchsorted(
+        np.cumsum(draws), Permutation(1103, 5)(np.arange(1103)), side="right"
+    )
     before = {source: np.cumsum(expected == source) - 1 for source in range(3)}
     order = sampler.SourceOrder(draws, 5)
     for offset in (0, 100, 1000, 999, 30, 1102, 552, 551, 400):
         count = min(103, 1103 - offset)
         labels, ranks = order(offset, count)
         assert labels.tolist() == expected[offset : offset + count].tolist()
-        assert ranks.tolist() == [before[label][offset + i] for i, label in enumerate(labels.tolist())]
+        assert ranks.tolist() == [
+            before[label][offset + i] for i, label in enumerate(labels.tolist())
+        ]
 
 
-def test_an_epoch_of_two_large_sources_begins_without_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight ranks of 60 M samples twice: a batch costs the draws of a batch, also where an epoch begins."""
-    computed, call = [0], Permutation.__call__
+def test_an_epoch_of_two_large_sources_begins_without_a_stall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight ranks of 60 M samples twice: a batch costs the draws of a batch, also where an epoch
+    begins."""
+    computed = [0]
+    call = Permutation.__call__
 
     def counting(self: Permutation, positions: np.ndarray) -> np.ndarray:
         computed[0] += len(positions)

@@ -1,4 +1,5 @@
-"""llm2clip data split: the same sides in any order of shards, groups on one side, nothing lost, whole or not at all."""
+"""llm2clip data split: the same sides in any order of shards, groups on one side, nothing lost,
+whole or not at all."""
 
 import json
 import shutil
@@ -42,7 +43,9 @@ def read(path: Path, **more: str) -> Source:
     return open_source(SourceConfig(path=str(path), **more))
 
 
-def test_tars_are_copied_whole_to_two_sides(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_tars_are_copied_whole_to_two_sides(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     output = tmp_path / "split"
     words = [str(shards), "--output", str(output), "--validation", "0.25"]
     assert run("data split", [*words, "--dry-run"]) == 0
@@ -52,9 +55,14 @@ def test_tars_are_copied_whole_to_two_sides(shards: Path, tmp_path: Path, capsys
     said = capsys.readouterr().out
     assert said.splitlines()[:2] == counts
     assert f"llm2clip train-tower {output}/train --validation {output}/valid" in said
-    before, train, held_out = (content(read(path)) for path in (shards, output / "train", output / "validation"))
+    before, train, held_out = (
+        content(read(path)) for path in (shards, output / "train", output / "validation")
+    )
     assert train | held_out == before and not train.keys() & held_out.keys()
-    assert held_out.keys() == {key for key in before if hash_of(key) < 0.25 * 2**64} and 4 < len(held_out) < 24
+    assert (
+        held_out.keys() == {key for key in before if hash_of(key) < 0.25 * 2**64}
+        and 4 < len(held_out) < 24
+    )
     assert f"validation: {len(held_out)} samples ({len(held_out) / 48:.2%})" in said
     summary = json.loads((output / "split.json").read_text())
     assert summary["samples"] == {"train": len(train), "validation": len(held_out)}
@@ -74,26 +82,49 @@ def test_a_side_depends_on_the_key_alone(shards: Path, tmp_path: Path):
     assert held_out(read(shards)) == {key for key in first if key.startswith("1-")}
 
 
-def test_groups_stay_together_and_rows_stay_as_they_are(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    output, images = tmp_path / "split", ["--image-folder", str(tmp_path / "images")]
-    assert run("data split", [str(rows), "--output", str(output), "--validation", "0.4", "--by", "place", *images]) == 0
+def test_groups_stay_together_and_rows_stay_as_they_are(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "split"
+    images = ["--image-folder", str(tmp_path / "images")]
+    assert (
+        run(
+            "data split",
+            [str(rows), "--output", str(output), "--validation", "0.4", "--by", "place", *images],
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     lines = {side: (output / f"{side}.jsonl").read_text().splitlines() for side in SIDES}
     places = {side: {json.loads(line)["place"] for line in text} for side, text in lines.items()}
     assert places["train"] | places["validation"] == {"p0", "p1", "p2", "p3"}
     assert not places["train"] & places["validation"]
-    assert sorted(lines["train"] + lines["validation"]) == sorted(rows.read_text().splitlines())  # byte by byte
+    # byte by byte
+    assert sorted(lines["train"] + lines["validation"]) == sorted(rows.read_text().splitlines())
     assert f"--validation {output}/validation.jsonl --image-folder {tmp_path}/images" in said
     assert f"{len(places['validation'])} values of 'place'" in said
 
 
 def test_llava_s_list_stays_a_list(tmp_path: Path):
-    said = [[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"a {i}"}] for i in range(30)]
-    items = [{"id": str(i), "image": f"{i}.jpg", "conversations": talk} for i, talk in enumerate(said)]
+    said = [
+        [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"a {i}"}]
+        for i in range(30)
+    ]
+    items = [
+        {"id": str(i), "image": f"{i}.jpg", "conversations": talk} for i, talk in enumerate(said)
+    ]
     (tmp_path / "blip.json").write_text(json.dumps(items))
-    assert run("data split", [str(tmp_path / "blip.json"), "--output", str(tmp_path / "s"), "--validation", "0.2"]) == 0
+    assert (
+        run(
+            "data split",
+            [str(tmp_path / "blip.json"), "--output", str(tmp_path / "s"), "--validation", "0.2"],
+        )
+        == 0
+    )
     both = [json.loads((tmp_path / "s" / f"{side}.json").read_text()) for side in SIDES]
-    assert sorted((item for side in both for item in side), key=lambda item: int(item["id"])) == items and all(both)
+    assert sorted(
+        (item for side in both for item in side), key=lambda item: int(item["id"])
+    ) == items and all(both)
 
 
 def test_what_belongs_to_a_sample_goes_with_it(shards: Path, tmp_path: Path):
@@ -101,6 +132,9 @@ def test_what_belongs_to_a_sample_goes_with_it(shards: Path, tmp_path: Path):
     long = "x" * 150
     names = [f"{long}.txt", f"{long}.cls", "0-x.txt", "0-x.cls"]
     write_tar(shards / "more.tar", [(name, b"text") for name in names])
-    assert run("data split", [str(shards), "--output", str(tmp_path / "s"), "--validation", "0.5"]) == 0
+    assert (
+        run("data split", [str(shards), "--output", str(tmp_path / "s"), "--validation", "0.5"])
+        == 0
+    )
     split = [tarfile.open(path).getnames() for path in (tmp_path / "s").rglob("more.tar")]
     assert sorted(name for one in split for name in one) == sorted(names)

@@ -23,11 +23,17 @@ def rows_of(path: Path, body: str | bytes, name: str = "table.csv") -> list[tupl
     [
         ("image,caption\na.png,one\nb.png,two\n", [(2, ["a.png", "one"]), (3, ["b.png", "two"])]),
         ('image,caption\na.png,"a red, round thing"\n', [(2, ["a.png", "a red, round thing"])]),
-        ('image,caption\na.png,"two\nlines"\n\nb.png,x\n', [(2, ["a.png", "two\nlines"]), (5, ["b.png", "x"])]),
+        (
+            'image,caption\na.png,"two\nlines"\n\nb.png,x\n',
+            [(2, ["a.png", "two\nlines"]), (5, ["b.png", "x"])],
+        ),
         ('image,caption\na.png,"a ""quoted"" word"\n', [(2, ["a.png", 'a "quoted" word'])]),
         ('image\tcaption\na.png\ta 5" disc, red\n', [(2, ["a.png", 'a 5" disc, red'])]),
         ("\ufeffimage; caption\r\na.png;one, two\r\n", [(2, ["a.png", "one, two"])]),
-        ("image,caption,,\na.png,one,,\nb.png,two,,,\n", [(2, ["a.png", "one"]), (3, ["b.png", "two"])]),
+        (
+            "image,caption,,\na.png,one,,\nb.png,two,,,\n",
+            [(2, ["a.png", "one"]), (3, ["b.png", "two"])],
+        ),
         ("image,caption\n\u5b57.png,\u732b\n", [(2, ["\u5b57.png", "\u732b"])]),
         (f"image,caption\na.png,{LONG[1:]}\n", [(2, ["a.png", LONG[1:]])]),
     ],
@@ -39,15 +45,33 @@ def test_whole_tables(tmp_path: Path, body: str, rows: list) -> None:
 @pytest.mark.parametrize(
     "body, says",
     [
-        ("image,caption\n1.png,a\n0.png,a red, round thing\n", r"line 3: 3 fields, expected 2 \(image, caption\); put"),
+        (
+            "image,caption\n1.png,a\n0.png,a red, round thing\n",
+            r"line 3: 3 fields, expected 2 \(image, caption\); put",
+        ),
         ("image,caption\n0.png\n", r"line 2: 1 fields, expected 2"),
-        ('image,caption\n0.png,a\n1.png,"b\n2.png,c\n3.png,d\n', "line 3: a quote is opened and never closed"),
-        ('image,caption\n0.png,"a\n1.png,b\n2.png,c"\n', "line 2: a quoted field goes on over line 3, .*: 1.png,b"),
-        ('image,caption\n0.png,"a\n1.png,"b"\n', "line 3: text after a closing quote, in .* that begins in line 2"),
-        ('image,caption\n0.png,"a" b\n', 'line 2: text after a closing quote; write a quote inside of quotes as ""'),
+        (
+            'image,caption\n0.png,a\n1.png,"b\n2.png,c\n3.png,d\n',
+            "line 3: a quote is opened and never closed",
+        ),
+        (
+            'image,caption\n0.png,"a\n1.png,b\n2.png,c"\n',
+            "line 2: a quoted field goes on over line 3, .*: 1.png,b",
+        ),
+        (
+            'image,caption\n0.png,"a\n1.png,"b"\n',
+            "line 3: text after a closing quote, in .* that begins in line 2",
+        ),
+        (
+            'image,caption\n0.png,"a" b\n',
+            'line 2: text after a closing quote; write a quote inside of quotes as ""',
+        ),
         ("image,caption,caption\n0.png,a,b\n", "has 'caption' as columns 2 and 3; rename one"),
         ("image,caption,\n0.png,a,b\n", "line 2: a value in a column without a name"),
-        (f"image,caption\n0.png,a\n1.png,{LONG}\n", r"line 3: field 'caption' has 131,073 characters, at most 131,072"),
+        (
+            f"image,caption\n0.png,a\n1.png,{LONG}\n",
+            r"line 3: field 'caption' has 131,073 characters, at most 131,072",
+        ),
         (f'image,caption\n0.png,"{LONG}\n', "line 2: a quote is opened and never closed"),
         ("", "is empty; expected a header"),
         (
@@ -73,9 +97,21 @@ def test_damage_names_the_line(tmp_path: Path, body: str | bytes, says: str) -> 
         ("a,caption\n1.png,x\n", [], "no image column (image, file_name, "),
         ("image,caption\n", [], "table.csv has a header and no rows; expected a row a picture"),
         ("a,caption\n1.png,x\n", [], "--image-field; columns: a, caption"),
-        ("a,caption\n1.png,x\n", ["--image-field", "b"], "has no column 'b' (--image-field); columns: a, caption"),
-        ("image,words\n1.png,x\n", [], "no caption column; set --fields NAME=short; columns: image, words"),
-        ("image,caption\n1.png,a red, round thing\n", [], "table.csv, line 2: 3 fields, expected 2"),
+        (
+            "a,caption\n1.png,x\n",
+            ["--image-field", "b"],
+            "has no column 'b' (--image-field); columns: a, caption",
+        ),
+        (
+            "image,words\n1.png,x\n",
+            [],
+            "no caption column; set --fields NAME=short; columns: image, words",
+        ),
+        (
+            "image,caption\n1.png,a red, round thing\n",
+            [],
+            "table.csv, line 2: 3 fields, expected 2",
+        ),
     ],
 )
 def test_data_make_refuses_before_it_writes(
@@ -83,6 +119,11 @@ def test_data_make_refuses_before_it_writes(
 ) -> None:
     (tmp_path / "1.png").write_bytes(jpeg(1))
     (tmp_path / "table.csv").write_text(body)
-    assert main(["data", "make", str(tmp_path / "table.csv"), "--output", str(tmp_path / "out"), *more]) == 2
+    assert (
+        main(
+            ["data", "make", str(tmp_path / "table.csv"), "--output", str(tmp_path / "out"), *more]
+        )
+        == 2
+    )
     told = capsys.readouterr().err
     assert says in told and told.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -14,28 +14,45 @@ from llm2clip_plugin.data.sources import tars as tars_module
 from llm2clip_plugin.data.sources.tars import index_tar
 
 LONG = "folder/" * 20 + "a" * 120  # past ustar's 100 and 155 characters
-NAMES = ["a.txt", "folder/b.jpg", "ünïcode.json", "folder/" * 14 + "in-the-prefix.txt", LONG + ".txt"]
+NAMES = [
+    "a.txt",
+    "folder/b.jpg",
+    "ünïcode.json",
+    "folder/" * 14 + "in-the-prefix.txt",
+    LONG + ".txt",
+]
 
 
 def keys(path: Path) -> list[str]:
     shard = index_tar(path)
-    return [shard.text[start : start + size].decode() for size, start in shard.rows[:, [2, 5]].tolist()]
+    return [
+        shard.text[start : start + size].decode() for size, start in shard.rows[:, [2, 5]].tolist()
+    ]
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+)
 def test_samples_of_any_format_are_read(tmp_path: Path, tar_format: int) -> None:
     names = NAMES[:-1] if tar_format == tarfile.USTAR_FORMAT else NAMES
     path = write_tar(tmp_path / "x.tar", [(name, b"{}" + b" " * 600) for name in names], tar_format)
     source = open_source(SourceConfig(path=str(path)))
-    assert [source.key(number) for number in range(len(source))] == [name.partition(".")[0] for name in names]
+    assert [source.key(number) for number in range(len(source))] == [
+        name.partition(".")[0] for name in names
+    ]
     assert [source.record(number).key for number in range(len(source))] == keys(path)
 
 
 def test_folders_and_links_are_not_members(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name, kind in (("folder", tarfile.DIRTYPE), ("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE)):
+        for name, kind in (
+            ("folder", tarfile.DIRTYPE),
+            ("link.jpg", tarfile.SYMTYPE),
+            ("hard.jpg", tarfile.LNKTYPE),
+        ):
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
+            info.type = kind
+            info.linkname = "/etc/passwd"
             tar.addfile(info)
     assert list(scan_tar(tmp_path / "x.tar")) == []
 
@@ -43,7 +60,8 @@ def test_folders_and_links_are_not_members(tmp_path: Path) -> None:
 def retyped(data: bytes, offset: int, kind: bytes) -> bytes:
     """Another type of the member whose header is at ``offset``, with the checksum of that."""
     header = bytearray(data[offset : offset + 512])
-    header[156:157], header[148:156] = kind, b" " * 8
+    header[156:157] = kind
+    header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return data[:offset] + bytes(header) + data[offset + 512 :]
 
@@ -75,10 +93,14 @@ def test_damaged_tars_are_named(tmp_path: Path, name: str) -> None:
 def test_members_are_joined_by_key_in_any_order(tmp_path: Path) -> None:
     names = "1.jpg 2.PNG 2.txt x/1.webp 1.json ._1.jpg x/.hidden noextension 1.seg.png 3.txt 1.jpg 1.txt".split()
     path = write_tar(tmp_path / "x.tar", [(name, name.encode()) for name in names])
-    found = index_tar(path).rows[:, [0, 3, 4]].tolist()  # offset of the image, sizes of .txt and .json
-    parts = [[part for part, number in zip("itj", row, strict=True) if number >= 0] for row in found]
+    # offset of the image, sizes of .txt and .json
+    found = index_tar(path).rows[:, [0, 3, 4]].tolist()
+    parts = [
+        [part for part, number in zip("itj", row, strict=True) if number >= 0] for row in found
+    ]
     assert list(zip(keys(path), map("".join, parts), strict=True)) == [
-        ("1", "ij"), ("2", "it"), ("x/1", "i"), ("3", "t"), ("1", "it"),  # a part that repeats begins a sample
+        # a part that repeats begins a sample
+        ("1", "ij"), ("2", "it"), ("x/1", "i"), ("3", "t"), ("1", "it"),
     ]  # fmt: skip
 
 
@@ -86,7 +108,9 @@ def test_members_are_joined_by_key_in_any_order(tmp_path: Path) -> None:
 def indexed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tars that are read, from now on."""
     names: list[str] = []
-    monkeypatch.setattr(tars_module, "index_tar", lambda path: names.append(path.name) or index_tar(path))
+    monkeypatch.setattr(
+        tars_module, "index_tar", lambda path: names.append(path.name) or index_tar(path)
+    )
     return names
 
 
@@ -94,13 +118,17 @@ def test_only_new_and_changed_tars_are_read_again(tmp_path: Path, indexed: list[
     write_shards(tmp_path, [2, 3])
     first = open_source(SourceConfig(path=str(tmp_path)))
     assert indexed == ["00000.tar", "00001.tar"]
-    assert open_source(SourceConfig(path=str(tmp_path))).shards == first.shards and len(indexed) == 2
+    assert (
+        open_source(SourceConfig(path=str(tmp_path))).shards == first.shards and len(indexed) == 2
+    )
     write_tar(tmp_path / "00002.tar", [("new.jpg", jpeg(9))])
     os.utime(tmp_path / "00001.tar", ns=(1, 1))  # the same size, another time
     del indexed[:]
     third = open_source(SourceConfig(path=str(tmp_path)))
     assert indexed == ["00001.tar", "00002.tar"]
-    assert [third.key(number) for number in range(6)] == [f"{number:09d}" for number in range(5)] + ["new"]
+    assert [third.key(number) for number in range(6)] == [
+        f"{number:09d}" for number in range(5)
+    ] + ["new"]
 
 
 def test_a_new_tar_is_appended_to_the_index(tmp_path: Path) -> None:
@@ -108,7 +136,8 @@ def test_a_new_tar_is_appended_to_the_index(tmp_path: Path) -> None:
     first: Any = open_source(SourceConfig(path=str(write_shards(tmp_path, [40, 40]))))
     write_tar(tmp_path / "00000-a.tar", [("new.jpg", jpeg(9))])
     (index,), end = (tmp_path / ".llm2clip").glob("shards-*.index"), first._index.end
-    sizes, before = [], index.read_bytes()[256:end]
+    sizes = []
+    before = index.read_bytes()[256:end]
     for time in range(1, 9):
         assert open_source(SourceConfig(path=str(tmp_path))).record(80) == first.record(79)
         sizes.append(index.stat().st_size)
@@ -125,18 +154,32 @@ def test_many_tars_are_indexed_by_processes_and_errors_come_in_order(tmp_path: P
     with pytest.raises(BrokenShard, match=r"00003\.tar"):
         open_source(SourceConfig(path=str(tmp_path)))
     broken: dict[str, str] = {}
-    assert len(open_source(SourceConfig(path=str(tmp_path)), broken)) == 18 and list(broken) == ["00003", "00007"]
+    assert len(open_source(SourceConfig(path=str(tmp_path)), broken)) == 18 and list(broken) == [
+        "00003",
+        "00007",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["head", "table", "cut", "empty", "other"])
-def test_a_damaged_index_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_a_damaged_index_is_built_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     source = open_source(SourceConfig(path=str(write_shards(tmp_path, [1, 2]))))
     (index,) = (tmp_path / ".llm2clip").glob("shards-*.index")
     whole = index.read_bytes()
     table = whole.replace(b'"samples":[1', b'"samples":[7')
-    bad = {"head": b"x" + whole[1:], "table": table, "cut": whole[:-9], "empty": b"", "other": b"{}\n"}
+    bad = {
+        "head": b"x" + whole[1:],
+        "table": table,
+        "cut": whole[:-9],
+        "empty": b"",
+        "other": b"{}\n",
+    }
     index.write_bytes(bad[damage])
-    assert open_source(SourceConfig(path=str(tmp_path))).shards == source.shards and index.read_bytes() == whole
+    assert (
+        open_source(SourceConfig(path=str(tmp_path))).shards == source.shards
+        and index.read_bytes() == whole
+    )
     assert "built again" in caplog.text
 
 
@@ -144,9 +187,11 @@ def test_in_a_read_only_folder_the_index_goes_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indexed: list[str]
 ) -> None:
     monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "spare"))
-    data, write = write_shards(tmp_path / "data", [2]), remote.atomic_file
+    data = write_shards(tmp_path / "data", [2])
+    write = remote.atomic_file
 
-    def refuse(target: Path):  # as a read-only folder does; modes don't stop a test that runs as root
+    # as a read-only folder does; modes don't stop a test that runs as root
+    def refuse(target: Path):
         if target.is_relative_to(data):
             raise OSError(30, "Read-only file system", str(target))
         return write(target)
@@ -154,7 +199,9 @@ def test_in_a_read_only_folder_the_index_goes_elsewhere(
     monkeypatch.setattr(remote, "atomic_file", refuse)
     for _ in range(2):
         assert len(open_source(SourceConfig(path=str(data)))) == 2
-    assert indexed == ["00000.tar"] and len(list((tmp_path / "spare").glob("*/shards-*.index"))) == 1
+    assert (
+        indexed == ["00000.tar"] and len(list((tmp_path / "spare").glob("*/shards-*.index"))) == 1
+    )
 
 
 def test_a_tar_replaced_under_a_run_is_noticed(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""README and benchmarks.md state what docs/claims.json holds; scripts/check_claims.py tells which numbers moved."""
+"""README and benchmarks.md state what docs/claims.json holds; scripts/check_claims.py tells which
+numbers moved."""
 
 import importlib.util
 import itertools
@@ -19,24 +20,38 @@ check_claims = importlib.util.module_from_spec(SPEC)
 sys.modules[SPEC.name] = check_claims
 SPEC.loader.exec_module(check_claims)
 
-SIDES, TINY = (check_claims.RAW_TUNED, check_claims.BEFORE_AFTER), check_claims.LANGUAGE_MODELS["llava"]
+SIDES = (check_claims.RAW_TUNED, check_claims.BEFORE_AFTER)
+TINY = check_claims.LANGUAGE_MODELS["llava"]
 LLAVAS = check_claims.read_json(check_claims.CLAIMS_LLAVA)
-TINYS = {name: claim for name, claim in LLAVAS.items() if name.startswith(TINY)}  # that claims.sh reruns
+# that claims.sh reruns
+TINYS = {name: claim for name, claim in LLAVAS.items() if name.startswith(TINY)}
 
 
 @pytest.fixture
 def ten_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stated before the raw LLM was read well: ten trainings a side, real gains, where the checker is tested."""
+    """Stated before the raw LLM was read well: ten trainings a side, real gains, where the checker
+    is tested."""
     monkeypatch.setattr(check_claims, "CLAIMS", Path(__file__).with_name("ten_trainings.json"))
 
 
 def headline(shift: float = 0.0, both: float = 0.0) -> dict[str, list[dict]]:
-    """A quickstart's headline.json with the values of the first two seeds; fine-tuned ones, or both sides, shifted."""
+    """A quickstart's headline.json with the values of the first two seeds; fine-tuned ones, or both
+    sides, shifted."""
     claims = []
     for name, claim in check_claims.read_json(check_claims.CLAIMS).items():
         sides = {"raw": both, "tuned": shift + both}
-        by_seed = {str(seed): {side: claim[side][seed] + more for side, more in sides.items()} for seed in range(2)}
-        claims.append(claim | {"name": name, "by_seed": by_seed, "random": [v + both for v in claim.get("random", ())]})
+        by_seed = {
+            str(seed): {side: claim[side][seed] + more for side, more in sides.items()}
+            for seed in range(2)
+        }
+        claims.append(
+            claim
+            | {
+                "name": name,
+                "by_seed": by_seed,
+                "random": [v + both for v in claim.get("random", ())],
+            }
+        )
     return {"headline": claims[:3], "others": claims[3:]}
 
 
@@ -55,16 +70,23 @@ def stated_table(page: Path, begin: str = check_claims.BEGIN) -> str:
 
 def test_pages_state_what_was_recorded() -> None:
     claims = check_claims.read_json(check_claims.CLAIMS)
-    assert stated_table(check_claims.README) == check_claims.readme_table(check_claims.headline(claims))
+    assert stated_table(check_claims.README) == check_claims.readme_table(
+        check_claims.headline(claims)
+    )
     assert stated_table(check_claims.BENCHMARKS) == check_claims.table(claims)
-    assert stated_table(check_claims.BENCHMARKS, check_claims.BEGIN_LLAVA) == check_claims.llava_table(LLAVAS)
+    assert stated_table(
+        check_claims.BENCHMARKS, check_claims.BEGIN_LLAVA
+    ) == check_claims.llava_table(LLAVAS)
     recorded = [(claims, check_claims.RAW_TUNED), (LLAVAS, check_claims.BEFORE_AFTER)]
-    values = [claim[side] for known, sides in recorded for claim in known.values() for side in sides]
+    values = [
+        claim[side] for known, sides in recorded for claim in known.values() for side in sides
+    ]
     assert all(len(one) >= 6 and all(map(math.isfinite, one)) for one in values)
 
 
 def llava_folder(folder: Path, shift: float = 0.0) -> None:
-    """LLaVA's part of a quickstart's results with the recorded values of seeds 0 and 1, those after shifted."""
+    """LLaVA's part of a quickstart's results with the recorded values of seeds 0 and 1, those after
+    shifted."""
     shutil.rmtree(folder / "llava", ignore_errors=True)
     rows = []
     for claim, values in TINYS.items():
@@ -72,14 +94,27 @@ def llava_folder(folder: Path, shift: float = 0.0) -> None:
         rows.append({**values, "benchmark": benchmark, "p_holm": values["p_adjusted"]})
         for side, seed in itertools.product(check_claims.BEFORE_AFTER, range(2)):
             reached = {"accuracy": values[side][seed] + shift * (side == "after")}
-            made = ScoreFile(benchmark=benchmark, metrics=reached, items=[{"id": "a", "score": 1.0}])
-            made.write(folder / "llava" / "scores" / side / ("seed1" if seed else "") / f"{len(rows)}.scores.json")
-    check_claims.write_text(folder / "llava" / "compare" / "compare.json", json.dumps({"rows": rows}))
+            made = ScoreFile(
+                benchmark=benchmark, metrics=reached, items=[{"id": "a", "score": 1.0}]
+            )
+            made.write(
+                folder
+                / "llava"
+                / "scores"
+                / side
+                / ("seed1" if seed else "")
+                / f"{len(rows)}.scores.json"
+            )
+    check_claims.write_text(
+        folder / "llava" / "compare" / "compare.json", json.dumps({"rows": rows})
+    )
 
 
 def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
     for name in ("CLAIMS_LLAVA", "README", "BENCHMARKS"):
-        monkeypatch.setattr(check_claims, name, Path(shutil.copy(getattr(check_claims, name), tmp_path)))
+        monkeypatch.setattr(
+            check_claims, name, Path(shutil.copy(getattr(check_claims, name), tmp_path))
+        )
     llava_folder(run := tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["check_claims.py", str(run), "--record", "llava"])
     with pytest.raises(FileNotFoundError, match="--controls"):
@@ -87,35 +122,51 @@ def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
     shutil.copytree(run / "llava" / "scores", run / "llava-controls" / "scores")
     for control, difference in (("random", 1.25), ("raw", -2.0)):
         rows = check_claims.read_json(run / "llava" / "compare" / "compare.json")["rows"]
-        new = {"difference": difference, "interval": [difference - 3, difference + 3], "p_holm": 0.5}
+        new = {
+            "difference": difference,
+            "interval": [difference - 3, difference + 3],
+            "p_holm": 0.5,
+        }
         path = run / f"llava-{control}" / "compare" / "compare.json"
         check_claims.write_text(path, json.dumps({"rows": [row | new for row in rows]}))
     assert check_claims.main() == 0
     made = check_claims.read_json(check_claims.CLAIMS_LLAVA)
     assert made.keys() == LLAVAS.keys()
-    for (name, stated), (control, side) in itertools.product(TINYS.items(), check_claims.CONTROLS.items()):
+    for (name, stated), (control, side) in itertools.product(
+        TINYS.items(), check_claims.CONTROLS.items()
+    ):
         recorded = made[name]["controls"][control]
         assert recorded["values"] == stated[side][:2] == made[name][side]
         assert recorded["difference"] == {"random": 1.25, "raw": -2.0}[control]
-    assert stated_table(check_claims.BENCHMARKS, check_claims.BEGIN_LLAVA) == check_claims.llava_table(made)
+    assert stated_table(
+        check_claims.BENCHMARKS, check_claims.BEGIN_LLAVA
+    ) == check_claims.llava_table(made)
     assert "; +1.2 [-1.8, +4.2], p .500 | " in check_claims.llava_table(made).splitlines()[2]
     monkeypatch.undo()
     assert checked(run, headline()) == ([], [])
     llava_folder(run, shift=-60.0)  # and the controls as they were
-    expected = {f"{TINY}: emoji group against raw; difference", "tower: test families, names, caption → image; random"}
+    expected = {
+        f"{TINY}: emoji group against raw; difference",
+        "tower: test families, names, caption → image; random",
+    }
     assert expected <= set(checked(run, headline(both=0.2))[0])
 
 
 def test_numbers_that_moved_are_named(tmp_path, ten_trainings, monkeypatch, capsys) -> None:
     assert checked(tmp_path, headline()) == ([], [])
-    monkeypatch.setattr(check_claims, "record", lambda *_: None)  # leaves the pages alone if it is reached
+    # leaves the pages alone if it is reached
+    monkeypatch.setattr(check_claims, "record", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["check_claims.py", str(tmp_path), "--record", "towers"])
     with pytest.raises(FileNotFoundError, match="--controls"):
         check_claims.main()
     assert capsys.readouterr().out.count("Not rerun: LLaVA") == 2
     moved, _ = checked(tmp_path, headline(shift=-0.1))
     assert "tower: fraction of the gains" in moved and len(moved) > 11
-    assert "tower: test families, names, caption → image; raw" in checked(tmp_path, headline(both=0.2))[0]  # levels
+    # levels
+    assert (
+        "tower: test families, names, caption → image; raw"
+        in checked(tmp_path, headline(both=0.2))[0]
+    )
     gone = (fewer := headline())["others"].pop()["name"]
     assert checked(tmp_path, fewer) == ([], [gone])
     llava_folder(tmp_path, shift=-60.0)
@@ -123,8 +174,11 @@ def test_numbers_that_moved_are_named(tmp_path, ten_trainings, monkeypatch, caps
 
 
 def test_intervals_are_students_and_widen_with_fewer_seeds() -> None:
-    """By hand: variances 2.9167e-4 of 4 and 2.3333e-4 of 3, pooled 2.6833e-4 with 5 degrees of freedom, t 2.5706."""
-    stated, new, deviation = [0.50, 0.52, 0.48, 0.51], [0.5, 0.49, 0.52], math.sqrt(2.6833e-4 * 7 / 12)
+    """By hand: variances 2.9167e-4 of 4 and 2.3333e-4 of 3, pooled 2.6833e-4 with 5 degrees of
+    freedom, t 2.5706."""
+    stated = [0.50, 0.52, 0.48, 0.51]
+    new = [0.5, 0.49, 0.52]
+    deviation = math.sqrt(2.6833e-4 * 7 / 12)
     assert check_claims.reach(stated, new) == pytest.approx(2.5706 * deviation, rel=1e-3)
     assert check_claims.reach(stated, new, sides=1) == pytest.approx(2.0150 * deviation, rel=1e-3)
     assert check_claims.reach(stated, [0.5]) > check_claims.reach(stated, new)
@@ -137,7 +191,8 @@ Runs = dict[str, dict[str, list[float]]]
 
 
 class Reruns:
-    """Values of new trainings with the means and the covariance of the recorded ones, for towers and LLaVA."""
+    """Values of new trainings with the means and the covariance of the recorded ones, for towers
+    and LLaVA."""
 
     def __init__(self, *, llava: bool) -> None:
         self.claims = (check_claims.read_json(check_claims.CLAIMS), TINYS if llava else {})
@@ -147,10 +202,12 @@ class Reruns:
         """Towers and LLaVA of ``count`` new trainings; None: of as many as are recorded."""
         drawn: list[Runs] = [{}, {}]
         for runs, claims, sides in zip(drawn, self.claims, SIDES, strict=True):
-            for _, names in itertools.groupby(sorted(claims), check_claims.part_of):  # a part's seeds vary together
+            # a part's seeds vary together
+            for _, names in itertools.groupby(sorted(claims), check_claims.part_of):
                 part = list(names)
                 value_KS = np.array([claims[name][side] for name in part for side in sides])
-                mean_K1, seeds = value_KS.mean(1, keepdims=True), value_KS.shape[1]
+                mean_K1 = value_KS.mean(1, keepdims=True)
+                seeds = value_KS.shape[1]
                 mix_SN = self.rng.standard_normal((seeds, count or seeds)) / math.sqrt(seeds - 1)
                 new = iter((mean_K1 + (value_KS - mean_K1) @ mix_SN).tolist())
                 runs |= {name: {side: next(new) for side in sides} for name in part}
@@ -175,7 +232,9 @@ class Reruns:
         changed = {}
         for name, values in runs.items():
             base, side = SIDES[which]
-            gain = check_claims.fmean(check_claims.differences(self.claims[which][name], SIDES[which]))
+            gain = check_claims.fmean(
+                check_claims.differences(self.claims[which][name], SIDES[which])
+            )
             lost = gain / 2 * name.startswith(prefix)
             changed[name] = {base: values[base], side: [value - lost for value in values[side]]}
         return changed
@@ -195,8 +254,10 @@ BROKEN = ("both towers on the raw LLM", "after = before", "half of the towers' g
 @pytest.mark.usefixtures("ten_trainings")
 @pytest.mark.parametrize("broken", [*BROKEN, "half of LLaVA's gain", "half of all gains"])
 def test_a_broken_method_is_flagged(broken: str) -> None:
-    reruns, flagged = Reruns(llava="tower" not in broken), 0
-    count = 3 if "LLaVA" in broken else 1  # as claims.sh has; the noise of one hides it in every other rerun
+    reruns = Reruns(llava="tower" not in broken)
+    flagged = 0
+    # as claims.sh has; the noise of one hides it in every other rerun
+    count = 3 if "LLaVA" in broken else 1
     for _ in range(200):
         (towers, of_llava), (other_towers, other_llava) = reruns.draw(count), reruns.draw(count)
         match broken:
@@ -204,12 +265,16 @@ def test_a_broken_method_is_flagged(broken: str) -> None:
                 for name in (name for name in towers if name.startswith("tower")):
                     towers[name]["tuned"] = other_towers[name]["raw"]
             case "after = before":
-                of_llava = {name: {**one, "after": other_llava[name]["before"]} for name, one in of_llava.items()}
+                of_llava = {
+                    name: {**one, "after": other_llava[name]["before"]}
+                    for name, one in of_llava.items()
+                }
             case "half of the towers' gain":
                 towers = reruns.halved(towers, 0, "tower")
             case "half of LLaVA's gain":
                 of_llava = reruns.halved(of_llava, 1)
             case _:
-                towers, of_llava = reruns.halved(towers, 0), reruns.halved(of_llava, 1)
+                towers = reruns.halved(towers, 0)
+                of_llava = reruns.halved(of_llava, 1)
         flagged += reruns.flagged([towers, of_llava])
     assert flagged / 200 >= 0.95

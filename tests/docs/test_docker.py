@@ -1,4 +1,5 @@
-"""The Dockerfile makes the environments of scripts/environments.sh, those that scripts/test.sh really installs."""
+"""The Dockerfile makes the environments of scripts/environments.sh, those that scripts/test.sh
+really installs."""
 
 import re
 import subprocess
@@ -13,7 +14,9 @@ MADE = {  # target -> the environments that it makes, as scripts/environments.sh
 
 
 def test_targets_make_their_environments_and_the_tests_image_runs_what_ci_runs() -> None:
-    stages = re.findall(r"^FROM (\S+) AS (\S+)$(.*?)(?=^FROM|\Z)", (ROOT / "Dockerfile").read_text(), re.M | re.S)
+    stages = re.findall(
+        r"^FROM (\S+) AS (\S+)$(.*?)(?=^FROM|\Z)", (ROOT / "Dockerfile").read_text(), re.M | re.S
+    )
     steps = {name: text for _, name, text in stages}
     assert "apt-get install" in steps["base"] and "g++" in steps["base"]
     assert [(image, name) for image, name, _ in stages[1:]] == [("base", target) for target in MADE]
@@ -27,6 +30,8 @@ def test_an_environment_whose_installation_failed_is_made_again(tmp_path: Path) 
     made = "need_compiler() { :; }; find_python() { echo venv; }; venv() { mkdir $3; }; "
     made += "install() { [[ $* != *speed* ]]; }"
     script = f"ROOT=$PWD; . scripts/environments.sh; {made}; pinned_environment $0 || echo failed"
-    done = subprocess.run(["bash", "-c", script, tmp_path / "env"], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        ["bash", "-c", script, tmp_path / "env"], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
     assert done.stdout == b"failed\n" and [*tmp_path.iterdir()] == [tmp_path / "env"]
     assert not (tmp_path / "env" / "made-for").exists()

@@ -2,8 +2,9 @@
 
     python tests/docs/test_fidelity.py      writes the page's column "ours"
 
-A line ``<!-- recipes: NAME ... -->`` names the recipes of the next table. In a row whose first cell has options
-in backticks, the third cell is their values, by family of recipes where these differ. Other rows stay.
+A line ``<!-- recipes: NAME ... -->`` names the recipes of the next table. In a row whose first cell
+has options in backticks, the third cell is their values, by family of recipes where these differ.
+Other rows stay.
 """
 
 import re
@@ -29,11 +30,14 @@ def shown(value: Any) -> str:
 
 
 def ours(options: list[str], names: list[str]) -> str:
-    """Values of ``options`` in the recipes; one value, or one for each family, which is a name's first word."""
+    """Values of ``options`` in the recipes; one value, or one for each family, which is a name's
+    first word."""
     by_value: dict[str, list[str]] = {}
     for name in names:
         settings = {**RECIPES, **LLM_RECIPES}[name]()
-        families = by_value.setdefault("; ".join(shown(attrgetter(option)(settings)) for option in options), [])
+        families = by_value.setdefault(
+            "; ".join(shown(attrgetter(option)(settings)) for option in options), []
+        )
         families += {re.split("[-_]", name)[0]} - set(families)
     if len(by_value) == 1:
         return next(iter(by_value))
@@ -42,7 +46,8 @@ def ours(options: list[str], names: list[str]) -> str:
 
 def filled(page: str) -> str:
     """The page with its generated cells."""
-    names, lines = [], []
+    names = []
+    lines = []
     for line in page.splitlines():
         if match := NAMES.fullmatch(line):
             names = match[1].split()
@@ -60,7 +65,9 @@ def test_the_page_is_what_the_recipes_say():
     assert filled(page.replace("| 0.9 0.999; 1e-08 |", "| 0.9 0.98; 1e-06 |")) == page
     named = {name for names in NAMES.findall(page) for name in names.split()}
     assert "paper-llama-8b" in named
-    of_papers = {name for name in RECIPES if name.startswith(("openai", "eva02", "siglip2", "lift"))}
+    of_papers = {
+        name for name in RECIPES if name.startswith(("openai", "eva02", "siglip2", "lift"))
+    }
     assert of_papers - named <= {"eva02_bige14"}
 
 

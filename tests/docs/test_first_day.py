@@ -1,6 +1,8 @@
-"""docs/first-day.md as printed, in little: its blocks up to LLaVA, on drawn pictures and models of two layers.
+"""docs/first-day.md as printed, in little: its blocks up to LLaVA, on drawn pictures and models of
+two layers.
 
-The blocks under "In LLaVA" run in LLaVA's environment: tests/llava/end_to_end/test_first_day_llava.py.
+The blocks under "In LLaVA" run in LLaVA's environment:
+tests/llava/end_to_end/test_first_day_llava.py.
 """
 
 import json
@@ -26,12 +28,18 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("first-day")
     make_photos(folder)
     make_models(folder)
-    home = {"LLM2CLIP_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "LLM2CLIP_CACHE": str(folder / "cache")}
+    home = {
+        "LLM2CLIP_HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "LLM2CLIP_CACHE": str(folder / "cache"),
+    }
     variables = environment(PATH=f"{programs()}:{os.environ['PATH']}", **home)
 
     def run(command: str) -> tuple[int | None, str]:
         words = ["bash", "-c", command + LITTLE * command.startswith("llm2clip run")]
-        done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            words, cwd=folder, env=variables, capture_output=True, text=True, check=False
+        )
         return done.returncode, done.stdout + done.stderr
 
     run.folder = folder
@@ -65,9 +73,15 @@ def test_the_page_runs_as_printed_and_again(run):
 
 def test_messages_of_the_page_are_those_of_the_code():
     section = PAGE.read_text(encoding="utf-8").partition("## What does this message mean?")[2]
-    rows = [line for line in section.splitlines() if line.startswith("| `") and "(by torch)" not in line]
+    rows = [
+        line for line in section.splitlines() if line.startswith("| `") and "(by torch)" not in line
+    ]
     quoted = [row.split("`")[1] for row in rows]
     assert len(quoted) >= 15
-    paths = [path for package in ("llm2clip_plugin", "llava_integration") for path in (ROOT / package).rglob("*.py")]
+    paths = [
+        path
+        for package in ("llm2clip_plugin", "llava_integration")
+        for path in (ROOT / package).rglob("*.py")
+    ]
     code = "".join(path.read_text(encoding="utf-8") for path in paths)
     assert [message for message in quoted if message not in code] == []

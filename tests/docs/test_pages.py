@@ -1,4 +1,5 @@
-"""Pages are shown as meant, their links lead somewhere, and what they say about open lists is complete."""
+"""Pages are shown as meant, their links lead somewhere, and what they say about open lists is
+complete."""
 
 import re
 from itertools import pairwise
@@ -35,7 +36,9 @@ def anchors(text: str) -> set[str]:
         if opening.type != "heading_open":
             continue
         name = re.sub(r"[^\w\- ]", "", shown_text(inline).lower()).replace(" ", "-")
-        repeated = sum(re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None for other in found)
+        repeated = sum(
+            re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None for other in found
+        )
         found.add(f"{name}-{repeated}" if repeated else name)
     return found
 
@@ -68,7 +71,8 @@ def table_problems(text: str) -> list[str]:
 
 
 def cells(row: str) -> int:
-    """How many cells a line of a table has, 0 if it is no row. Bars in code count, too, as on GitHub."""
+    """How many cells a line of a table has, 0 if it is no row. Bars in code count, too, as on
+    GitHub."""
     row = row.strip()
     if not (row.startswith("|") and row.endswith("|")):
         return 0
@@ -79,7 +83,9 @@ def unclosed(text: str) -> list[str]:
     """First lines of code blocks that do not end."""
     lines = text.splitlines()
     fences = [block for block in parse(text) if block.type == "fence"]
-    return [lines[block.map[0]] for block in fences if lines[block.map[1] - 1].strip() != block.markup]
+    return [
+        lines[block.map[0]] for block in fences if lines[block.map[1] - 1].strip() != block.markup
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -92,7 +98,9 @@ def test_a_page_is_shown_as_meant(page: Path) -> None:
             name, _, anchor = link.partition("#")
             target = (page.parent / unquote(name)).resolve() if name else page
             assert target.exists(), link
-            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"no heading for {link}"
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), (
+                f"no heading for {link}"
+            )
 
 
 def test_what_a_broken_page_is_told() -> None:
@@ -105,7 +113,10 @@ def test_what_a_broken_page_is_told() -> None:
     assert unclosed("```bash\nls\n") == ["```bash"]
     assert anchors("# A `b`: c?\n\n## A b c\n") == {"a-b-c", "a-b-c-1"}
     assert links("[a](b.md) ![c](d.png)\n\n```\n[e](f.md)\n```\n") == ["b.md", "d.png"]
-    assert links('<picture>\n<source srcset="a.png">\n</picture>\n\nb <img src="c.png">\n') == ["a.png", "c.png"]
+    assert links('<picture>\n<source srcset="a.png">\n</picture>\n\nb <img src="c.png">\n') == [
+        "a.png",
+        "c.png",
+    ]
 
 
 def test_every_page_is_in_the_readme():

@@ -16,7 +16,12 @@ from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 30),
+    "blue": (30, 30, 220),
+    "white": (240, 240, 240),
+}
 GERMAN = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß"}
 
 
@@ -33,8 +38,13 @@ def write_data(folder: Path, shades=(0, 20, 40)) -> Path:
         for shade in shades:
             name = f"{colour}-{shade}.png"
             (folder / "images" / name).write_bytes(square(colour, shade))
-            texts = {"long_caption": [f"a square that is {colour} all over", f"nothing but {colour}"]}
-            texts |= {"caption": f"a {colour} square", "captions": [{"text": GERMAN[colour], "language": "de"}]}
+            texts = {
+                "long_caption": [f"a square that is {colour} all over", f"nothing but {colour}"]
+            }
+            texts |= {
+                "caption": f"a {colour} square",
+                "captions": [{"text": GERMAN[colour], "language": "de"}],
+            }
             rows.append({"id": name, "image": f"images/{name}", "colour": colour, **texts})
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -44,7 +54,9 @@ def write_data(folder: Path, shades=(0, 20, 40)) -> Path:
 def tiny_dual():
     torch.manual_seed(0)
     tower = CLIPVisionModel(CLIPVisionConfig(**VISION | {"image_size": 32})).eval()
-    return DualEncoder(tower, DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1)).eval()
+    return DualEncoder(
+        tower, DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1)
+    ).eval()
 
 
 def write_tower(directory: Path, identity=None) -> Path:
@@ -60,5 +72,7 @@ def write_llm(folder: Path, seed: int = 0) -> Path:
 def write_llm_and_tower(folder: Path) -> tuple[Path, Path]:
     """A tower whose card names the LLM next to it as its teacher."""
     llm = write_llm(folder / "llm")
-    identity = CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32"), "cpu").identity()
+    identity = CaptionEncoder(
+        EncoderConfig(llm=str(llm), compute_dtype="float32"), "cpu"
+    ).identity()
     return llm, write_tower(folder / "tower", identity)

@@ -1,4 +1,5 @@
-"""Caption retrieval accuracy, against a loop by hand, and the search for how an LLM is best read, from end to end."""
+"""Caption retrieval accuracy, against a loop by hand, and the search for how an LLM is best read,
+from end to end."""
 
 import dataclasses
 import json
@@ -17,7 +18,12 @@ from llm2clip_plugin.data.sources import ReadConfig
 from llm2clip_plugin.evaluate.captions import FIT_CAPTIONS, find_pairs, measure_captions, search
 from llm2clip_plugin.evaluate.config import CaptionSetConfig, EvaluateCaptionsConfig, ReadingConfig
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, first_captions, remove_components
+from llm2clip_plugin.text.encoder import (
+    POST_FILE,
+    CaptionEncoder,
+    first_captions,
+    remove_components,
+)
 
 NAMES = "cat dog boat tree house lake bird fish moon star road hill".split()
 READ = ReadConfig(fields=("texts=short",))
@@ -27,7 +33,10 @@ GERMAN = ["Katze", "Hund", "Boot", "Baum", "Haus", "See"]
 def write_set(path: Path, names: list[str], foreign: list[str], language: str) -> Path:
     rows = []
     for number, (name, other) in enumerate(zip(names, foreign, strict=True)):
-        texts = [{"text": name, "kind": "short"}, {"text": f"a picture of a {name}", "kind": "long"}]
+        texts = [
+            {"text": name, "kind": "short"},
+            {"text": f"a picture of a {name}", "kind": "long"},
+        ]
         texts.append({"text": other, "kind": "short", "language": language})
         rows.append({"id": f"k{number}", "image": "x.png", "texts": texts})
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -43,32 +52,43 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> CaptionEncoder:
     llm = write_llm(tmp_path_factory.mktemp("llm"))
-    return CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32", query_prompt="Query: "), "cpu")
+    return CaptionEncoder(
+        EncoderConfig(llm=str(llm), compute_dtype="float32", query_prompt="Query: "), "cpu"
+    )
 
 
-def top1(encoder: CaptionEncoder, first: list[str], second: list[str], *, center: bool = False) -> float:
+def top1(
+    encoder: CaptionEncoder, first: list[str], second: list[str], *, center: bool = False
+) -> float:
     """By a plain loop; the first as queries."""
     left = torch.cat([encoder.encode([text], query=True) for text in first])
     right = torch.cat([encoder.encode([text]) for text in second])
     if center:
-        left, right = left - left.mean(0), right - right.mean(0)
+        left = left - left.mean(0)
+        right = right - right.mean(0)
     scores = F.normalize(left, dim=1) @ F.normalize(right, dim=1).T
     return sum(int(scores[i].argmax()) == i for i in range(len(first))) / len(first)
 
 
 def test_accuracy_is_that_of_a_plain_loop(teacher: CaptionEncoder, captions: Path) -> None:
-    rows = {row.name: row for row in measure_captions(teacher, CaptionSetConfig(captions=str(captions)), READ)}
+    rows = {
+        row.name: row
+        for row in measure_captions(teacher, CaptionSetConfig(captions=str(captions)), READ)
+    }
     assert list(rows) == ["short->long", "de->en", "languages"]
     names = NAMES[:6]
     long = [f"a picture of a {name}" for name in names]
     assert rows["short->long"].pairs == 6  # the same pair of another style counts once
     assert rows["short->long"].cra == pytest.approx(top1(teacher, names, long))
     assert rows["short->long"].centred == pytest.approx(top1(teacher, names, long, center=True))
-    assert rows["de->en"].cra == rows["languages"].cra == pytest.approx(top1(teacher, GERMAN, names))
+    assert (
+        rows["de->en"].cra == rows["languages"].cra == pytest.approx(top1(teacher, GERMAN, names))
+    )
 
 
 def test_pairs_are_of_two_different_texts() -> None:
-    same, two = (Caption("x"), Caption("x", "long")), (Caption("y"), Caption("y", "long"), Caption("z", "long"))
+    same = (Caption("x"), Caption("x", "long"))
+    two = (Caption("y"), Caption("y", "long"), Caption("z", "long"))
     found = find_pairs([("a", same), ("b", two)], ("short", "en"), ("long", "en"))
     assert found == [("b", "y", "z")]
 
@@ -96,22 +116,33 @@ def config(folder: Path) -> EvaluateCaptionsConfig:
 
 def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -> None:
     found = search(config(folder))
-    assert len(found) == 2 * 2 * 3 * 2 * 3  # templates, attentions, hidden states, poolings, post-processing
+    # templates, attentions, hidden states, poolings, post-processing
+    assert len(found) == 2 * 2 * 3 * 2 * 3
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
     assert len({one.score for one in found}) > 3
     training = first_captions(str(folder / "train.jsonl"), FIT_CAPTIONS, READ)
     inner = [one for one in found if (one.way.layer, one.components) == (1, 2)]
     for number, one in enumerate([*found[:2], *inner[:2]]):
-        settings = {name: vars(one.way)[name] for name in ("attention", "pooling", "layer", "chat_template")}
+        settings = {
+            name: vars(one.way)[name] for name in ("attention", "pooling", "layer", "chat_template")
+        }
         if one.post is not None:
-            plain = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu")
+            plain = CaptionEncoder(
+                EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu"
+            )
             assert torch.allclose(one.post.mean, plain.encode(training).mean(0), atol=1e-5)
             (tmp_path / str(number)).mkdir()
             one.post.save(tmp_path / str(number))
             settings["post_file"] = str(tmp_path / str(number) / POST_FILE)
-        encoder = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu")
-        rows = {row.name: row.cra for row in measure_captions(encoder, config(folder).measure, READ)}
-        assert one.rows == pytest.approx({name: rows[name] for name in ("short->long", "languages")})
+        encoder = CaptionEncoder(
+            EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu"
+        )
+        rows = {
+            row.name: row.cra for row in measure_captions(encoder, config(folder).measure, READ)
+        }
+        assert one.rows == pytest.approx(
+            {name: rows[name] for name in ("short->long", "languages")}
+        )
         assert one.score == pytest.approx((rows["short->long"] + rows["languages"]) / 2)
 
 
@@ -123,7 +154,8 @@ def test_removed_components_are_the_largest_of_the_fit() -> None:
     centered, without = remove_components(fitted_NW, (0, 2))
     assert torch.allclose(centered(fitted_NW), fitted_NW - fitted_NW.mean(0), atol=1e-4)
     left_NW = without(fitted_NW)
-    assert (left_NW @ rotation_WW[:, :2]).std(0).max() < 0.7  # of 9 and 5; the fit's directions are a little off
+    # of 9 and 5; the fit's directions are a little off
+    assert (left_NW @ rotation_WW[:, :2]).std(0).max() < 0.7
     assert (left_NW @ rotation_WW[:, 2:]).std(0).min() > 0.8
     values = torch.linalg.eigvalsh(torch.cov(left_NW.T))
     assert values[:2].abs().max() < 1e-4 < values[2]
@@ -131,21 +163,63 @@ def test_removed_components_are_the_largest_of_the_fit() -> None:
         remove_components(fitted_NW, (6,))
 
 
-def test_the_printed_command_embeds_so_and_the_fingerprint_knows(folder: Path, tmp_path: Path, capsys) -> None:
-    words = ["evaluate", "captions", str(folder / "validation.jsonl"), "--llm", str(folder / "llm"), "--search"]
-    words += ["--fit-on", str(folder / "train.jsonl"), "--folder", str(tmp_path / "found"), "--fields", *READ.fields]
-    assert main([*words, "--no-include-bos", "--compute-dtype", "float32", "--components", "2", "--templates", ""]) == 0
+def test_the_printed_command_embeds_so_and_the_fingerprint_knows(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
+    words = [
+        "evaluate",
+        "captions",
+        str(folder / "validation.jsonl"),
+        "--llm",
+        str(folder / "llm"),
+        "--search",
+    ]
+    words += [
+        "--fit-on",
+        str(folder / "train.jsonl"),
+        "--folder",
+        str(tmp_path / "found"),
+        "--fields",
+        *READ.fields,
+    ]
+    assert (
+        main(
+            [
+                *words,
+                "--no-include-bos",
+                "--compute-dtype",
+                "float32",
+                "--components",
+                "2",
+                "--templates",
+                "",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out.splitlines()
-    title = next(place for place, line in enumerate(said) if line.startswith("attention, pooling, layer"))
+    title = next(
+        place for place, line in enumerate(said) if line.startswith("attention, pooling, layer")
+    )
     attention, pooling, layer = said[title + 2].split(", ")[:3]
     embed = shlex.split(said[-1])[1:]
-    embed[(place := embed.index("DATA")) : place + 1] = [str(folder / "validation.jsonl"), "--fields", *READ.fields]
+    embed[(place := embed.index("DATA")) : place + 1] = [
+        str(folder / "validation.jsonl"),
+        "--fields",
+        *READ.fields,
+    ]
     if "--post-file" not in embed:  # then nothing is removed, but the way is the same
         remove_components(torch.randn(40, 24), (1,))[0].save(tmp_path)
         embed += ["--post-file", str(tmp_path / POST_FILE)]
     assert main([*embed, "--cache", str(tmp_path / "cache"), "--compute-dtype", "float32"]) == 0
     teacher = CacheManifest.read(tmp_path / "cache" / CacheManifest.FILE).teacher
-    assert (teacher["layer"], teacher["attention"], teacher["pooling"]) == (int(layer), attention, pooling)
+    assert (teacher["layer"], teacher["attention"], teacher["pooling"]) == (
+        int(layer),
+        attention,
+        pooling,
+    )
     assert len(teacher["post"]) == 64 and not teacher["include_bos"]
-    plain = CaptionEncoder(EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"), "cpu").identity()
+    plain = CaptionEncoder(
+        EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"), "cpu"
+    ).identity()
     assert dataclasses.replace(plain, post=teacher["post"]).fingerprint != plain.fingerprint

@@ -36,10 +36,15 @@ def write_tars(folder):
     for number, colour in enumerate(COLOURS):
         for shade in (0, 30):
             name = f"s{number}{shade}"
-            members += [(f"{name}.png", square(colour, shade)), (f"{name}.cls", str(number).encode())]
+            members += [
+                (f"{name}.png", square(colour, shade)),
+                (f"{name}.cls", str(number).encode()),
+            ]
     write_tar(folder / "test" / "0.tar", members)
     (folder / "classnames.txt").write_text("\n".join(COLOURS) + "\n")
-    (folder / "zeroshot_classification_templates.txt").write_text("a {c} thing.\nall of it is {c}\n")
+    (folder / "zeroshot_classification_templates.txt").write_text(
+        "a {c} thing.\nall of it is {c}\n"
+    )
     return folder / "test"
 
 
@@ -50,24 +55,37 @@ def colour_of(pixels):
 
 def features(feature, label):
     keys = [str(number) for number in range(len(label))]
-    return zeroshot.ImageFeatures(feature_ND=feature, label_N=label, keys=keys, clusters=keys, broken=[])
+    return zeroshot.ImageFeatures(
+        feature_ND=feature, label_N=label, keys=keys, clusters=keys, broken=[]
+    )
 
 
 def test_each_layout_gives_the_same_images_and_labels(tmp_path):
     folders = zeroshot.open_labeled_images(str(write_folders(tmp_path / "folders")))
-    assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"] and len(folders.source) == 12
+    assert (
+        folders.classes == ["the_blue", "the_green", "the_red", "the_white"]
+        and len(folders.source) == 12
+    )
     assert zeroshot.read_class_names("", str(tmp_path / "folders"), folders.classes)[2] == "the red"
     tars = write_tars(tmp_path / "wds")
     from_tars = zeroshot.open_labeled_images(str(tars))
     assert [row.meta["class"] for row in from_tars.source.rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert zeroshot.read_class_names("", str(tars), from_tars.classes) == list(COLOURS)
     assert zeroshot.read_templates("", str(tars)) == ["a {c} thing.", "all of it is {c}"]
-    from_field = zeroshot.open_labeled_images(str(write_data(tmp_path / "data")), "colour", "colour")
+    from_field = zeroshot.open_labeled_images(
+        str(write_data(tmp_path / "data")), "colour", "colour"
+    )
     assert from_field.classes == sorted(COLOURS)
     for images in (folders, from_tars, from_field):
-        found = zeroshot.image_features(lambda pixels: F.one_hot(colour_of(pixels), 4), images, IMAGES, CPU, batch=5)
+        found = zeroshot.image_features(
+            lambda pixels: F.one_hot(colour_of(pixels), 4), images, IMAGES, CPU, batch=5
+        )
         told = [list(COLOURS)[int(place)] for place in found.feature_ND.argmax(1)]
-        names = list(COLOURS) if images is from_tars else [name.removeprefix("the_") for name in images.classes]
+        names = (
+            list(COLOURS)
+            if images is from_tars
+            else [name.removeprefix("the_") for name in images.classes]
+        )
         assert told == [names[int(label)] for label in found.label_N]
     assert set(found.clusters) == set(COLOURS)
 
@@ -75,7 +93,10 @@ def test_each_layout_gives_the_same_images_and_labels(tmp_path):
 def test_names_by_class_or_in_order(tmp_path):
     classes = ["n01", "n02"]
     (tmp_path / "mapped.txt").write_text("n02\tcar\nn01\tten pence\nn03\tnothing\n")
-    assert zeroshot.read_class_names(str(tmp_path / "mapped.txt"), str(tmp_path), classes) == ["ten pence", "car"]
+    assert zeroshot.read_class_names(str(tmp_path / "mapped.txt"), str(tmp_path), classes) == [
+        "ten pence",
+        "car",
+    ]
     (tmp_path / "lacking.txt").write_text("n02\tcar\n")
     with pytest.raises(ValueError, match=r"lacking.txt .*'n01'"):
         zeroshot.read_class_names(str(tmp_path / "lacking.txt"), str(tmp_path), classes)
@@ -83,7 +104,9 @@ def test_names_by_class_or_in_order(tmp_path):
 
 def test_a_class_is_the_mean_of_its_normalized_prompts(tmp_path):
     dual = tiny_dual()
-    table = {text: torch.randn(WIDTH) * size for size, text in enumerate(("a x", "b x", "a y", "b y"), 1)}
+    table = {
+        text: torch.randn(WIDTH) * size for size, text in enumerate(("a x", "b x", "a y", "b y"), 1)
+    }
     prompts = zeroshot.prompt_source(["x", "y"], ["a {c}", "b {}"], str(tmp_path))
     cache = SimpleNamespace(
         rows=lambda _, __, captions, key: torch.stack([table[caption.text] for caption in captions])
@@ -104,20 +127,30 @@ def test_accuracy_counts_each_class_the_same_in_the_mean_over_classes():
     assert scores.metrics["acc1"] == pytest.approx(4 / 5)
     assert scores.metrics["acc5"] == 1.0
     assert scores.metrics["mean_per_class_recall"] == pytest.approx(2 / 3)
-    assert [item["score"] for item in scores.items] == [1, 1, 1, 0, 1] and scores.items[3]["part"] == "b"
+    assert [item["score"] for item in scores.items] == [1, 1, 1, 0, 1] and scores.items[3][
+        "part"
+    ] == "b"
     blind = zeroshot.classification_scores(features(torch.ones(5, 6), label), classes, "abcdef")
     assert blind.metrics["acc1"] == pytest.approx(1 / 6)
-    assert "acc5" not in zeroshot.classification_scores(features(image[:, :3], label), classes[:3, :3], "abc").metrics
+    assert (
+        "acc5"
+        not in zeroshot.classification_scores(
+            features(image[:, :3], label), classes[:3, :3], "abc"
+        ).metrics
+    )
 
 
 def test_zero_shot_from_the_command_line(tmp_path, capsys):
     llm, tower = write_llm_and_tower(tmp_path)
-    data, out = write_tars(tmp_path / "wds"), tmp_path / "scores.json"
+    data = write_tars(tmp_path / "wds")
+    out = tmp_path / "scores.json"
     words = ["evaluate", "zeroshot", str(tower), str(data), "--json", str(out)]
     assert cli(words) == 0, capsys.readouterr().err
     assert "8 images" in capsys.readouterr().out
     scores = ScoreFile.read(out)
-    assert scores.counts == {"images": 8, "left_out": 0, "classes": 4} and "acc5" not in scores.metrics
+    assert (
+        scores.counts == {"images": 8, "left_out": 0, "classes": 4} and "acc5" not in scores.metrics
+    )
     assert scores.metrics["acc1"] == sum(item["score"] for item in scores.items) / 8
     llm.rename(tmp_path / "gone")  # the prompts are cached
     assert cli(words) == 0
@@ -125,11 +158,23 @@ def test_zero_shot_from_the_command_line(tmp_path, capsys):
 
 def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
     """It has no adapter: the CLIP's own features of prompts and images decide, as in transformers."""
-    model, clip, imported = save_tiny_clip(tmp_path / "clip", "clip"), tmp_path / "clip", str(tmp_path / "imported")
-    data, before = write_folders(tmp_path / "folders"), tmp_path / "before.json"
+    model = save_tiny_clip(tmp_path / "clip", "clip")
+    clip = tmp_path / "clip"
+    imported = str(tmp_path / "imported")
+    data = write_folders(tmp_path / "folders")
+    before = tmp_path / "before.json"
     assert cli(["import", str(clip), "--output", imported]) == 0
     (tmp_path / "templates.txt").write_text("{c}\n")
-    words = ["evaluate", "zeroshot", imported, str(data), "--cache", str(tmp_path / "prompts"), "--output", str(before)]
+    words = [
+        "evaluate",
+        "zeroshot",
+        imported,
+        str(data),
+        "--cache",
+        str(tmp_path / "prompts"),
+        "--output",
+        str(before),
+    ]
     words += ["--templates", str(tmp_path / "templates.txt")]
     assert cli(words) == 2 and "--llm" in capsys.readouterr().err  # its card names no teacher
     assert cli([*words, "--llm", str(clip)]) == 0
@@ -149,14 +194,20 @@ def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
         for number, name in enumerate(sorted(COLOURS)):
             for file in sorted((data / f"the_{name}").iterdir()):
                 pixels = torch.from_numpy(evaluation_pixels(file.read_bytes(), images))[None]
-                image_D = normalized(model.get_image_features(pixel_values=Normalize(images)(pixels)))
-                hits[f"the_{name}/{file.name}"] = float((torch.stack(text_CD) @ image_D).argmax() == number)
+                image_D = normalized(
+                    model.get_image_features(pixel_values=Normalize(images)(pixels))
+                )
+                hits[f"the_{name}/{file.name}"] = float(
+                    (torch.stack(text_CD) @ image_D).argmax() == number
+                )
     assert {item["id"]: item["score"] for item in ScoreFile.read(before).items} == hits
 
 
 def test_knn_equals_a_plain_loop():
     generator = torch.Generator().manual_seed(0)
-    train = features(torch.randn(60, 8, generator=generator), torch.randint(0, 5, (60,), generator=generator))
+    train = features(
+        torch.randn(60, 8, generator=generator), torch.randint(0, 5, (60,), generator=generator)
+    )
     test = torch.randn(33, 8, generator=generator)
     expected = []
     for row in test:
@@ -179,9 +230,14 @@ def test_the_linear_probe_is_at_the_optimum_and_generalizes():
     padded = F.pad(feature, (0, 1), value=1.0)
     (F.cross_entropy(padded @ weight, label) + 0.005 * weight[:-1].square().sum()).backward()
     assert float(weight.grad.abs().max()) < 1e-4
-    told = probes.linear_probe(features(100 + 1000 * feature[:200], label[:200]), 100 + 1000 * feature[200:])
+    told = probes.linear_probe(
+        features(100 + 1000 * feature[:200], label[:200]), 100 + 1000 * feature[200:]
+    )
     bayes = probes.predict(weight.detach(), feature[200:])
-    assert float((told == label[200:]).float().mean()) >= float((bayes == label[200:]).float().mean()) - 0.05
+    assert (
+        float((told == label[200:]).float().mean())
+        >= float((bayes == label[200:]).float().mean()) - 0.05
+    )
     shuffled = label[torch.randperm(300, generator=generator)]
     blind = probes.linear_probe(features(feature[:200], shuffled[:200]), feature[200:])
     assert float((blind == shuffled[200:]).float().mean()) < 0.5
@@ -191,7 +247,8 @@ def test_a_prediction_of_the_linear_probe_depends_on_no_other_test_image():
     generator = torch.Generator().manual_seed(0)
     label = torch.randint(0, 3, (100,), generator=generator)
     feature = F.one_hot(label, 6) + torch.randn(100, 6, generator=generator)
-    train, test = features(feature[:80], label[:80]), feature[80:]
+    train = features(feature[:80], label[:80])
+    test = feature[80:]
     together = probes.linear_probe(train, test).tolist()
     for predicted in (0, 1, 2):
         image = together.index(predicted)
@@ -199,7 +256,8 @@ def test_a_prediction_of_the_linear_probe_depends_on_no_other_test_image():
 
 
 def test_penalties_are_compared_on_images_that_are_not_fitted(monkeypatch):
-    fitted, original = [], probes.fit_logistic
+    fitted = []
+    original = probes.fit_logistic
 
     def fit(feature_ND, label_N, classes, penalty):
         fitted.append(len(label_N))
@@ -207,7 +265,8 @@ def test_penalties_are_compared_on_images_that_are_not_fitted(monkeypatch):
 
     monkeypatch.setattr(probes, "fit_logistic", fit)
     generator = torch.Generator().manual_seed(0)
-    feature, label = torch.randn(100, 4, generator=generator), torch.randint(0, 2, (100,), generator=generator)
+    feature = torch.randn(100, 4, generator=generator)
+    label = torch.randint(0, 2, (100,), generator=generator)
     probes.linear_probe(features(feature, label), feature)
     *tried, last = fitted
     assert len(tried) == len(probes.PENALTIES) and len(set(tried)) == 1
@@ -216,7 +275,8 @@ def test_penalties_are_compared_on_images_that_are_not_fitted(monkeypatch):
 
 def test_probe_from_the_command_line(tmp_path, capsys):
     tower = write_tower(tmp_path / "tower")
-    train, test = write_folders(tmp_path / "train", (0, 5, 10)), write_folders(tmp_path / "test", (15,))
+    train = write_folders(tmp_path / "train", (0, 5, 10))
+    test = write_folders(tmp_path / "test", (15,))
     (test / "the_purple").mkdir()
     (test / "the_purple" / "1.png").write_bytes(square("blue", 15))  # taken for the first class
     out = tmp_path / "scores.json"

@@ -1,4 +1,5 @@
-"""Forecast: its measures against scikit-learn, loops and closed forms; the command on tiny towers and a tiny LLM."""
+"""Forecast: its measures against scikit-learn, loops and closed forms; the command on tiny towers
+and a tiny LLM."""
 
 import json
 from pathlib import Path
@@ -40,7 +41,8 @@ def unbiased_cka(one_ND: Tensor, other_NE: Tensor) -> float:
     """Song et al. 2012, equation 5, as it is written."""
 
     def hsic(one_NN: Tensor, other_NN: Tensor) -> float:
-        count, ones_N = len(one_NN), torch.ones(len(one_NN), dtype=torch.float64)
+        count = len(one_NN)
+        ones_N = torch.ones(len(one_NN), dtype=torch.float64)
         sums = ones_N @ one_NN @ ones_N * (ones_N @ other_NN @ ones_N) / (count - 1) / (count - 2)
         rows = 2 / (count - 2) * (ones_N @ one_NN @ other_NN @ ones_N)
         return float((one_NN @ other_NN).trace() + sums - rows) / count / (count - 3)
@@ -50,14 +52,20 @@ def unbiased_cka(one_ND: Tensor, other_NE: Tensor) -> float:
 
 
 def test_cka_by_image_is_the_jackknife():
-    one_ND, other_NE = normal(40, 8), normal(40, 8) + normal(40, 8, seed=1)
+    one_ND = normal(40, 8)
+    other_NE = normal(40, 8) + normal(40, 8, seed=1)
     rest = [torch.cat([torch.arange(image), torch.arange(image + 1, 40)]) for image in range(40)]
     without = [unbiased_cka(one_ND[kept], other_NE[kept]) for kept in rest]
     expected = unbiased_cka(one_ND, other_NE) + 39 * (np.mean(without) - np.array(without))
-    np.testing.assert_allclose(measures.cka_by_image(one_ND, other_NE), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        measures.cka_by_image(one_ND, other_NE), expected, rtol=1e-9, atol=1e-9
+    )
     turned_ND = 2 * one_ND @ torch.linalg.qr(normal(8, 8, seed=9))[0]
     np.testing.assert_allclose(measures.cka_by_image(one_ND, turned_ND), 1, atol=1e-4)
-    assert abs(float(measures.cka_by_image(normal(300, 8, seed=2), normal(300, 8, seed=3)).mean())) < 0.03
+    assert (
+        abs(float(measures.cka_by_image(normal(300, 8, seed=2), normal(300, 8, seed=3)).mean()))
+        < 0.03
+    )
 
 
 def test_best_match_similarity_by_loops():
@@ -68,14 +76,20 @@ def test_best_match_similarity_by_loops():
             cosine = [[float(a @ b) for b in patch_NPH[other]] for a in patch_NPH[one]]
             forward = sum(map(max, cosine)) / 3
             backward = sum(map(max, zip(*cosine, strict=True))) / 3
-            assert float(similarity_NN[one, other]) == pytest.approx((forward + backward) / 2, abs=1e-6)
+            assert float(similarity_NN[one, other]) == pytest.approx(
+                (forward + backward) / 2, abs=1e-6
+            )
 
 
 def test_neighbor_overlap_by_sets():
-    one_NN, other_NN = normal(20, 20), normal(20, 20, seed=1)
+    one_NN = normal(20, 20)
+    other_NN = normal(20, 20, seed=1)
     for image, value in enumerate(measures.neighbor_overlap(one_NN, other_NN, 4).tolist()):
         others = [number for number in range(20) if number != image]
-        near = [set(sorted(others, key=lambda n, row=s[image]: -float(row[n]))[:4]) for s in (one_NN, other_NN)]
+        near = [
+            set(sorted(others, key=lambda n, row=s[image]: -float(row[n]))[:4])
+            for s in (one_NN, other_NN)
+        ]
         assert value == pytest.approx(len(near[0] & near[1]) / 4)
 
 
@@ -88,19 +102,28 @@ def test_neighbors_of_the_same_and_of_unrelated_features():
 
 
 def test_the_probe_is_a_ridge_regression_on_held_out_clusters():
-    feature_NH, clusters = normal(100, 10), [f"family {number // 2}" for number in range(100)]
+    feature_NH = normal(100, 10)
+    clusters = [f"family {number // 2}" for number in range(100)]
     text_NW = feature_NH @ normal(10, 6, seed=1) + 3 * normal(100, 6, seed=2)
     fold_N = measures.folds(clusters).numpy()
     assert sorted(np.bincount(fold_N)) == [20] * 5 and all(fold_N[::2] == fold_N[1::2])
-    x, y, error, total = feature_NH.double().numpy(), text_NW.double().numpy(), 0.0, 0.0
+    x = feature_NH.double().numpy()
+    y = text_NW.double().numpy()
+    error = 0.0
+    total = 0.0
     for fold in range(5):
-        test, choose = fold_N == fold, fold_N == (fold + 1) % 5
+        test = fold_N == fold
+        choose = fold_N == (fold + 1) % 5
 
         def predict(fit: np.ndarray, at: np.ndarray, penalty: float) -> np.ndarray:
-            scale = np.square(x[fit] - x[fit].mean(0)).sum() / 10  # mean of the squared singular values
+            # mean of the squared singular values
+            scale = np.square(x[fit] - x[fit].mean(0)).sum() / 10
             return Ridge(alpha=penalty * scale).fit(x[fit], y[fit]).predict(x[at])
 
-        errors = [np.square(predict(~test & ~choose, choose, p) - y[choose]).sum() for p in measures.PENALTIES]
+        errors = [
+            np.square(predict(~test & ~choose, choose, p) - y[choose]).sum()
+            for p in measures.PENALTIES
+        ]
         best = measures.PENALTIES[int(np.argmin(errors))]
         error += np.square(predict(~test, test, best) - y[test]).sum()
         total += np.square(y[test] - y[~test].mean(0)).sum()
@@ -113,7 +136,9 @@ def test_the_probe_is_a_ridge_regression_on_held_out_clusters():
 def test_large_grids_are_averaged():
     row_S = torch.arange(16.0)
     patch_BPH = torch.stack([row_S.repeat_interleave(16), row_S.repeat(16)], dim=1)[None]
-    assert on_grid(patch_BPH)[0, :9].tolist() == [[0.5, 0.5 + 2 * x] for x in range(8)] + [[2.5, 0.5]]
+    assert on_grid(patch_BPH)[0, :9].tolist() == [[0.5, 0.5 + 2 * x] for x in range(8)] + [
+        [2.5, 0.5]
+    ]
     assert on_grid(patch_BPH[:, :49]).shape == (1, 49, 2)
 
 
@@ -132,8 +157,13 @@ def test_the_state_is_the_one_that_the_layer_selects(tmp_path: Path):
     towers = [str(tmp_path / name) for name in ("neither", "last", "first")]
     for layer in ("-2", "-1"):
         words = ["forecast", *towers, "--llm", str(llm), "--data", str(data), "--device", "cpu"]
-        assert cli.main([*words, "--select-layer", layer, "--output", str(tmp_path / "scores.json")]) == 0
-        scores[layer] = [ScoreFile.read(tmp_path / f"scores-{number}.json").metrics for number in (1, 2, 3)]
+        assert (
+            cli.main([*words, "--select-layer", layer, "--output", str(tmp_path / "scores.json")])
+            == 0
+        )
+        scores[layer] = [
+            ScoreFile.read(tmp_path / f"scores-{number}.json").metrics for number in (1, 2, 3)
+        ]
     assert scores["-2"][0] == scores["-2"][1] != scores["-2"][2]
     assert scores["-1"][0] != scores["-1"][1]
 
@@ -147,7 +177,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
             for parameter in dual.tower.parameters():
                 parameter += noise * torch.randn_like(parameter)
         export_tower(dual, tmp_path / name, origin="tiny")
-    towers, output = [str(tmp_path / name) for name in ("one", "other")], tmp_path / "scores.json"
+    towers = [str(tmp_path / name) for name in ("one", "other")]
+    output = tmp_path / "scores.json"
     words = ["forecast", *towers, "--llm", str(llm), "--data", str(data), "--device", "cpu"]
     assert cli.main([*words, "--output", str(output)]) == 0
     assert "less the first" in capsys.readouterr().out
@@ -156,14 +187,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert scores[0].metrics != scores[1].metrics
     for name, value in scores[0].metrics.items():
         assert value == pytest.approx(np.mean([item[name] for item in scores[0].items]))
-    with pytest.raises(FileNotFoundError, match="no embedding cache of an LLM"):  # a training finds none of it
+    # a training finds none of it
+    with pytest.raises(FileNotFoundError, match="no embedding cache of an LLM"):
         find_cache(SourceConfig(path=str(data)))
     (manifest,) = (tmp_path / "data").glob("forecast-*/manifest.json")
     teacher = json.loads(manifest.read_text())["teacher"]
-    assert [teacher[name] for name in ("attention", "layer", "include_bos")] == ["causal", -2, False]
+    assert [teacher[name] for name in ("attention", "layer", "include_bos")] == [
+        "causal",
+        -2,
+        False,
+    ]
     (shard,) = manifest.parent.glob("forecast-*.safetensors")
     written = shard.stat().st_mtime_ns
     assert cli.main([*words, "--cluster", "image"]) == 0 and shard.stat().st_mtime_ns == written
     assert cli.main([*words, "--cluster", "family"]) == 2 and "'family'" in capsys.readouterr().err
     assert cli.main([*words, "--kinds", "lng"]) == 2
-    assert "--kinds lng and --languages (any); known: long:en, short:de, short:en" in capsys.readouterr().err
+    assert (
+        "--kinds lng and --languages (any); known: long:en, short:de, short:en"
+        in capsys.readouterr().err
+    )

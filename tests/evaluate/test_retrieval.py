@@ -30,15 +30,22 @@ def reference_names(metrics):
 @pytest.mark.parametrize("block", [1, 5000, 1 << 24])  # one query at a time, a few, all
 def test_recall_equals_the_reference_where_no_score_ties(name, block, monkeypatch):
     monkeypatch.setattr(rank_counting, "BLOCK", block)
-    assert reference_names(recall(*golden(name))) == pytest.approx(EXPECTED[name]["torch_topk"], abs=1e-6)
+    assert reference_names(recall(*golden(name))) == pytest.approx(
+        EXPECTED[name]["torch_topk"], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["ties_40", "ties_96"])
 def test_half_credit_is_strictly_between_the_bounds(name):
     half = reference_names(recall(*golden(name)))
-    low, high = EXPECTED[name]["pessimistic"], EXPECTED[name]["optimistic"]
+    low = EXPECTED[name]["pessimistic"]
+    high = EXPECTED[name]["optimistic"]
     assert all(low[key] - 1e-9 <= half[key] <= high[key] + 1e-9 for key in half)
-    assert low["text_retrieval_recall@1"] < half["text_retrieval_recall@1"] < high["text_retrieval_recall@1"]
+    assert (
+        low["text_retrieval_recall@1"]
+        < half["text_retrieval_recall@1"]
+        < high["text_retrieval_recall@1"]
+    )
 
 
 def test_one_caption_an_image_equals_the_references_global_metrics():
@@ -48,7 +55,8 @@ def test_one_caption_an_image_equals_the_references_global_metrics():
 
 
 def test_caption_retrieval_accuracy_equals_golden():
-    pairs, expected = load_file(GOLDEN / "cra_90.safetensors"), EXPECTED["cra_90"]
+    pairs = load_file(GOLDEN / "cra_90.safetensors")
+    expected = EXPECTED["cra_90"]
     ranks = caption_ranks(pairs["caption_a"], pairs["caption_b"], center=False)
     forward, backward = (float(side.hits(1).mean()) for side in ranks)
     assert forward == pytest.approx(expected["first_retrieves_second_top1"], abs=1e-6)
@@ -59,7 +67,9 @@ def hits_over_orders(query, item, query_label, item_label, k):
     """One query at a time, in float64: the mean over random orders of equal scores."""
     found = []
     for q in range(len(query)):
-        score, right, draws = item.double() @ query[q].double(), item_label == query_label[q], []
+        score = item.double() @ query[q].double()
+        right = item_label == query_label[q]
+        draws = []
         for seed in range(400):
             order = torch.randperm(len(item), generator=torch.Generator().manual_seed(seed))
             ranked = order[torch.argsort(-score[order], stable=True)]
@@ -72,19 +82,25 @@ def hits_over_orders(query, item, query_label, item_label, k):
 def test_hits_item_by_item_equal_a_plain_loop_with_groups_and_ties(k, monkeypatch):
     monkeypatch.setattr(rank_counting, "BLOCK", 100)
     generator = torch.Generator().manual_seed(3)
-    query, item = (torch.randint(-1, 2, (n, 4), generator=generator).float() for n in (20, 30))  # few values: many ties
+    # few values: many ties
+    query, item = (torch.randint(-1, 2, (n, 4), generator=generator).float() for n in (20, 30))
     query_label, item_label = (torch.randint(0, 6, (n,), generator=generator) for n in (20, 30))
     sides = rank_both(query, item, query_label, item_label)
     inputs = (query, item, query_label, item_label), (item, query, item_label, query_label)
     for ours, (queries, items, labels, item_labels) in zip(sides, inputs, strict=True):
         queried = ours.correct_equal_Q > 0
         assert torch.equal(queried, torch.isin(labels, item_labels))
-        gap = ours.select(queried).hits(k) - hits_over_orders(queries[queried], items, labels[queried], item_labels, k)
-        assert gap.abs().max() <= 0.11 and abs(float(gap.mean())) <= 0.02  # 4 standard errors of 400 draws
+        gap = ours.select(queried).hits(k) - hits_over_orders(
+            queries[queried], items, labels[queried], item_labels, k
+        )
+        # 4 standard errors of 400 draws
+        assert gap.abs().max() <= 0.11 and abs(float(gap.mean())) <= 0.02
 
 
 def test_a_tower_that_gives_everything_one_embedding_gets_chance():
-    image, text, owner = torch.ones(50, 8), torch.ones(100, 8), torch.arange(100) // 2
+    image = torch.ones(50, 8)
+    text = torch.ones(100, 8)
+    owner = torch.arange(100) // 2
     found = retrieve(image, text, torch.arange(50), owner).metrics()
     for k in (1, 5, 10):
         assert found[f"t2i_r{k}"] == pytest.approx(k / 50)
@@ -93,9 +109,12 @@ def test_a_tower_that_gives_everything_one_embedding_gets_chance():
 
 def test_identical_items_tie_wherever_they_stand():
     generator = torch.Generator().manual_seed(1)
-    item = torch.randn(1, 333, generator=generator).repeat(1003, 1)  # odd sizes: the matrix product has edges
+    # odd sizes: the matrix product has edges
+    item = torch.randn(1, 333, generator=generator).repeat(1003, 1)
     item[::2] += 0.0 * item[::2].sign()  # -0.0 is 0.0
-    ranks, _ = rank_both(torch.randn(7, 333, generator=generator), item, torch.arange(7), torch.arange(1003))
+    ranks, _ = rank_both(
+        torch.randn(7, 333, generator=generator), item, torch.arange(7), torch.arange(1003)
+    )
     assert ranks.wrong_equal_Q.tolist() == [1002] * 7
 
 
@@ -106,8 +125,11 @@ def test_the_pool_is_the_selected_captions():
     assert found.metrics() == recall(image, text[first], torch.arange(60))
     half = retrieve(image, text, torch.arange(60), owner, captions=owner < 30)
     assert half.sides["i2t"][1].tolist() == list(range(30))
-    whole = retrieve(image, text, torch.arange(60), owner)  # the pool of images is the same, so a caption's rank is too
-    assert torch.equal(half.sides["t2i"][0].hits(1), whole.sides["t2i"][0].select(owner < 30).hits(1))
+    # the pool of images is the same, so a caption's rank is too
+    whole = retrieve(image, text, torch.arange(60), owner)
+    assert torch.equal(
+        half.sides["t2i"][0].hits(1), whole.sides["t2i"][0].select(owner < 30).hits(1)
+    )
 
 
 def test_bfloat16_autocast_and_settings_do_not_reach_the_scores():

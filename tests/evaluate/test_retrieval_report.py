@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate_world import COLOURS, tiny_dual, write_data, write_llm, write_llm_and_tower, write_tower
+from evaluate_world import (
+    COLOURS,
+    tiny_dual,
+    write_data,
+    write_llm,
+    write_llm_and_tower,
+    write_tower,
+)
 from forked import Command
 from tiny_data import made_up, make_cache
 from tower_runs import ROOT, finish, places
@@ -20,7 +27,12 @@ from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate import retrieval
 from llm2clip_plugin.evaluate.commands import intervals
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, evaluate_retrieval, recall, report_retrieval
+from llm2clip_plugin.evaluate.retrieval import (
+    EmbeddedPairs,
+    evaluate_retrieval,
+    recall,
+    report_retrieval,
+)
 from llm2clip_plugin.evaluate.suites import InMemorySource, Row
 
 IMAGES = ImageConfig(size=32)
@@ -52,11 +64,20 @@ def test_all_and_parts_equal_recall_on_the_same_embeddings(opened):
     assert {key: metrics[key] for key in metrics if "/" not in key} == whole
     part = torch.tensor([caption.kind == "long" for caption in pairs.captions])
     alone = recall(pairs.image_ND, pairs.text_MD[part], pairs.owner_M[part])
-    assert {key.removeprefix("long:en/"): value for key, value in metrics.items() if key.startswith("long:en")} == alone
-    selected = evaluate_retrieval(dual, source, cache, IMAGES, RetrievalConfig(kinds=("long",), languages=("en",)))
+    assert {
+        key.removeprefix("long:en/"): value
+        for key, value in metrics.items()
+        if key.startswith("long:en")
+    } == alone
+    selected = evaluate_retrieval(
+        dual, source, cache, IMAGES, RetrievalConfig(kinds=("long",), languages=("en",))
+    )
     assert selected.metrics() == pytest.approx(alone) and selected.counts["captions"] == 24
     with torch.no_grad():
-        pixels = [torch.from_numpy(evaluation_pixels(source[index].read_image(), IMAGES)) for index in range(12)]
+        pixels = [
+            torch.from_numpy(evaluation_pixels(source[index].read_image(), IMAGES))
+            for index in range(12)
+        ]
         expected = dual.encode_image(Normalize(IMAGES)(torch.stack(pixels)))
     assert torch.allclose(pairs.image_ND, expected, atol=1e-6)
 
@@ -64,11 +85,18 @@ def test_all_and_parts_equal_recall_on_the_same_embeddings(opened):
 def test_concepts_are_right_as_a_group_and_count_once_in_the_pool():
     names = [name for name in COLOURS for _ in range(3)]
     seen_ND = torch.eye(len(COLOURS)).repeat_interleave(3, dim=0)
-    captions, meta = [Caption(f"a {name} square") for name in names], [{"colour": name} for name in names]
-    about = {"captions": captions, "meta": meta, "keys": [f"image {number}" for number in range(12)], "broken": []}
+    captions = [Caption(f"a {name} square") for name in names]
+    meta = [{"colour": name} for name in names]
+    about = {
+        "captions": captions,
+        "meta": meta,
+        "keys": [f"image {number}" for number in range(12)],
+        "broken": [],
+    }
     pairs = EmbeddedPairs(image_ND=seen_ND, text_MD=seen_ND, owner_M=torch.arange(12), **about)
     alone = report_retrieval(pairs, RetrievalConfig())
-    assert alone.metrics()["i2t_r1"] == pytest.approx(1 / 3)  # three images share the one right answer's embedding
+    # three images share the one right answer's embedding
+    assert alone.metrics()["i2t_r1"] == pytest.approx(1 / 3)
     grouped = report_retrieval(pairs, RetrievalConfig(group="colour"))
     assert grouped.counts["captions"] == len(COLOURS)
     assert grouped.metrics()["i2t_r1"] == grouped.metrics()["t2i_r1"] == 1.0
@@ -78,7 +106,9 @@ def test_items_average_to_the_metrics_and_clusters_are_named(opened):
     source, cache = opened
     config = RetrievalConfig(group="colour")
     report = evaluate_retrieval(tiny_dual(), source, cache, IMAGES, config)
-    metrics, found, items = report.metrics(), intervals(report.scores()), report.items()
+    metrics = report.metrics()
+    found = intervals(report.scores())
+    items = report.items()
     assert len({item["id"] for item in items}) == len(items)
     assert {item["cluster"] for item in items} == set(COLOURS)
     for name in ("all", "long:en"):
@@ -89,7 +119,9 @@ def test_items_average_to_the_metrics_and_clusters_are_named(opened):
                 mean = sum(item[f"r{k}"] for item in chosen) / len(chosen)
                 assert mean == pytest.approx(metrics[f"{prefix}{side}_r{k}"])
             interval = found[f"{prefix}{side}_r1"]
-            assert interval.mean == pytest.approx(metrics[f"{prefix}{side}_r1"]) and interval.clusters == len(COLOURS)
+            assert interval.mean == pytest.approx(
+                metrics[f"{prefix}{side}_r1"]
+            ) and interval.clusters == len(COLOURS)
 
 
 def test_broken_images_are_left_out_and_named(tmp_path):
@@ -109,13 +141,20 @@ def test_during_training_the_model_comes_back_as_it_was(opened):
     dual.tower.eval()
     before = {name: module.training for name, module in dual.named_modules()}
     metrics = evaluate_retrieval(dual, *opened, IMAGES, RetrievalConfig(group="colour")).metrics()
-    assert metrics == evaluate_retrieval(tiny_dual(), *opened, IMAGES, RetrievalConfig(group="colour")).metrics()
+    assert (
+        metrics
+        == evaluate_retrieval(
+            tiny_dual(), *opened, IMAGES, RetrievalConfig(group="colour")
+        ).metrics()
+    )
     assert {name: module.training for name, module in dual.named_modules()} == before
     assert all(parameter.grad is None for parameter in dual.parameters())
 
 
 def test_kinds_and_fields_are_checked_before_the_work():
-    rows = [Row(key, None, (Caption("x", "short"),), meta) for key, meta in (("a", {"g": 1}), ("b", {}))]
+    rows = [
+        Row(key, None, (Caption("x", "short"),), meta) for key, meta in (("a", {"g": 1}), ("b", {}))
+    ]
     source = InMemorySource("two", Path(), rows)
     retrieval.check_measurable(source, RetrievalConfig(kinds=("short",), group="g", limit=1))
     with pytest.raises(ValueError, match=r"--group g: .*sample 'b' has no field 'g'"):
@@ -134,7 +173,8 @@ def test_the_command_prints_a_table_and_writes_a_score_file(world, tmp_path, cap
     scores = ScoreFile.read(out)
     assert scores.benchmark == "retrieval:pairs.jsonl"
     assert scores.counts["images"] == 12 and scores.provenance["group"] == "colour"
-    source, opened_cache = open_source(SourceConfig(path=str(data))), EmbeddingCache.open(cache)
+    source = open_source(SourceConfig(path=str(data)))
+    opened_cache = EmbeddingCache.open(cache)
     config = RetrievalConfig(group="colour")
     expected = evaluate_retrieval(load_dual_encoder(tower), source, opened_cache, IMAGES, config)
     assert scores.metrics == expected.metrics() and scores.items == expected.items()
@@ -159,7 +199,9 @@ def test_a_given_llm_is_compared_though_everything_is_cached(tmp_path, capsys):
     capsys.readouterr()
     assert cli([*words, "--llm", str(other)]) == 2
     error = capsys.readouterr().err
-    assert f"{other} is not the tower's teacher: weights_sha256 " in error and error.count("\n") == 1
+    assert (
+        f"{other} is not the tower's teacher: weights_sha256 " in error and error.count("\n") == 1
+    )
     assert cli([*words, "--adapter", str(tmp_path / "data")]) == 2
     assert "is not a PEFT adapter" in capsys.readouterr().err
 
@@ -168,8 +210,12 @@ def test_two_processes_give_the_same_as_one(world, tmp_path):
     data, cache, tower = world
     words = [str(tower), "--data", str(data), "--cache", str(cache), "--batch-size", "5", "--json"]
     assert cli(["evaluate", *words, str(tmp_path / "1.json")]) == 0
-    ranks = [Command(["evaluate", *words, str(tmp_path / "2.json")], place, ROOT) for place in places(2)]
+    ranks = [
+        Command(["evaluate", *words, str(tmp_path / "2.json")], place, ROOT) for place in places(2)
+    ]
     assert finish(ranks) == [0, 0], ranks[0].output
-    alone, together = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
+    alone, together = (
+        json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2)
+    )
     assert together["metrics"] == pytest.approx(alone["metrics"])
     assert [item["id"] for item in together["items"]] == [item["id"] for item in alone["items"]]

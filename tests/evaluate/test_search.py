@@ -30,7 +30,16 @@ def place(tmp_path_factory):
 
 def run(place, *words):
     options = ["--output", str(place / "page.html"), "--cache", str(place / "cache"), *words]
-    return cli(["search", str(place / "tower"), "--data", str(place / "data" / "pairs.jsonl"), *TEXTS, *options])
+    return cli(
+        [
+            "search",
+            str(place / "tower"),
+            "--data",
+            str(place / "data" / "pairs.jsonl"),
+            *TEXTS,
+            *options,
+        ]
+    )
 
 
 def listed(printed):
@@ -46,12 +55,16 @@ def listed(printed):
 
 def naive(place):
     """Key -> cosine for each text, one image at a time."""
-    dual, images, found = load_dual_encoder(place / "tower"), ImageConfig(size=32), [{} for _ in TEXTS]
+    dual = load_dual_encoder(place / "tower")
+    images = ImageConfig(size=32)
+    found = [{} for _ in TEXTS]
     with torch.no_grad():
         text_QD = dual.encode_text(TEXTS)
         for file in (place / "data" / "images").iterdir():
             pixels = torch.from_numpy(evaluation_pixels(file.read_bytes(), images))[None]
-            for number, score in enumerate((text_QD @ dual.encode_image(Normalize(images)(pixels))[0]).tolist()):
+            for number, score in enumerate(
+                (text_QD @ dual.encode_image(Normalize(images)(pixels))[0]).tolist()
+            ):
                 found[number][file.name] = score
     return found
 
@@ -65,7 +78,9 @@ def test_a_pipe_among_pictures_is_broken_and_does_not_hang(tmp_path):
         source[1].read_image()
 
 
-def test_the_nearest_images_are_those_of_a_plain_loop_and_the_page_escapes_texts(place, capsys, monkeypatch):
+def test_the_nearest_images_are_those_of_a_plain_loop_and_the_page_escapes_texts(
+    place, capsys, monkeypatch
+):
     monkeypatch.setattr(image_index, "PART", 5)
     status = run(place, "--top-k", "4", "--batch-size", "3")
     printed = capsys.readouterr()
@@ -80,7 +95,11 @@ def test_the_nearest_images_are_those_of_a_plain_loop_and_the_page_escapes_texts
     page = (place / "page.html").read_text(encoding="utf-8")
     assert page.count("<img") == 8 and page.count("data:image/jpeg;base64,") == 8
     assert "ein &lt;b&gt;Vogel&lt;/b&gt; &amp;" in page and "<b>Vogel" not in page
-    assert "<script" not in page and not re.search(r"(src|href)=\"(?!data:)", page) and "://" not in page
+    assert (
+        "<script" not in page
+        and not re.search(r"(src|href)=\"(?!data:)", page)
+        and "://" not in page
+    )
     assert "default-src 'none'" in page and "width=device-width" in page
 
 
@@ -104,4 +123,6 @@ def test_images_are_embedded_once_and_the_teacher_is_needed(place, tmp_path, cap
         assert run(copy) == 2
     finally:
         (place / "gone").rename(place / "llm")
-    assert re.search(r"teacher cannot be loaded: .*llm.*--llm PATH_OR_HUB_ID", capsys.readouterr().err)
+    assert re.search(
+        r"teacher cannot be loaded: .*llm.*--llm PATH_OR_HUB_ID", capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
-"""A fault: how it is planted into a small world, the command that meets it, and the first line of what it says."""
+"""A fault: how it is planted into a small world, the command that meets it, and the first line of
+what it says."""
 
 import os
 import re
@@ -15,7 +16,8 @@ from llm2clip_plugin.cli import main
 
 @dataclass(frozen=True)
 class World:
-    """A folder with tower/, data/ (tars and their cache) and, in some tests, run/: a finished run of four steps."""
+    """A folder with tower/, data/ (tars and their cache) and, in some tests, run/: a finished run
+    of four steps."""
 
     folder: Path
 
@@ -31,9 +33,31 @@ class World:
         """A short run, into a folder of its own; ``words`` override it, {w} is the world's folder."""
         return [
             *("train-tower", "--recipe", "quickstart", "--tower.path", f"{self.folder}/tower"),
-            *("--tower.image-size", "16", "--tower.freeze-first-blocks", "0", "--data.path", f"{self.folder}/data"),
-            *("--output_dir", f"{self.folder}/new", "--max_steps", "4", "--train.global-batch", "8"),
-            *("--heads.steps", "2", "--train.save-minutes", "0", "--save_steps", "2", "--evaluation.group="),
+            *(
+                "--tower.image-size",
+                "16",
+                "--tower.freeze-first-blocks",
+                "0",
+                "--data.path",
+                f"{self.folder}/data",
+            ),
+            *(
+                "--output_dir",
+                f"{self.folder}/new",
+                "--max_steps",
+                "4",
+                "--train.global-batch",
+                "8",
+            ),
+            *(
+                "--heads.steps",
+                "2",
+                "--train.save-minutes",
+                "0",
+                "--save_steps",
+                "2",
+                "--evaluation.group=",
+            ),
             *(word.replace("{w}", str(self.folder)) for word in words.split()),
         ]
 
@@ -51,7 +75,8 @@ class Fault:
 
     name: str
     words: str  # options or, in some tables, a whole command; {w} is the world's folder
-    says: str  # the first line of the error, without "error: "; {w} as above, ... stands for anything
+    # the first line of the error, without "error: "; {w} as above, ... stands for anything
+    says: str
     plant: Plant = nothing
     status: int = 2
 
@@ -67,7 +92,8 @@ def matches(pattern: str, line: str, world: World) -> bool:
 
 
 def meet(fault: Fault, world: World, command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Plant the fault, run the command and compare its status and the first line of its error; returns stderr."""
+    """Plant the fault, run the command and compare its status and the first line of its error;
+    returns stderr."""
     fault.plant(world)
     capsys.readouterr()
     try:
@@ -77,7 +103,9 @@ def meet(fault: Fault, world: World, command: list[str], capsys: pytest.CaptureF
     told = capsys.readouterr().err
     assert "Traceback" not in told, told
     errors = [line for line in told.splitlines() if line.startswith(("error: ", "warning: "))]
-    first = next((line for line in errors if line.startswith("error: ")), errors[0] if errors else "")
+    first = next(
+        (line for line in errors if line.startswith("error: ")), errors[0] if errors else ""
+    )
     label, _, line = first.partition(": ")
     assert status == fault.status and label == ("error" if status else "warning"), told
     assert matches(fault.says, line, world), f"expected: {fault.says}\nsaid:     {line}"
@@ -87,7 +115,11 @@ def meet(fault: Fault, world: World, command: list[str], capsys: pytest.CaptureF
 def contents(folder: Path) -> dict[str, bytes]:
     """The files below a folder, without indexes and kept digests."""
     files = (path for path in folder.rglob("*") if path.is_file() and ".llm2clip" not in path.parts)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if path.suffix != ".index"}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in files
+        if path.suffix != ".index"
+    }
 
 
 def copied(world: Path, to: Path) -> World:
@@ -98,7 +130,8 @@ def copied(world: Path, to: Path) -> World:
 
 def flip(path: Path, at: int = -1) -> None:
     """Flip the bits of one byte; size and time stay."""
-    status, data = path.stat(), bytearray(path.read_bytes())
+    status = path.stat()
+    data = bytearray(path.read_bytes())
     data[at] ^= 255
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -1,8 +1,9 @@
-"""Damage to files, drawn from a fixed seed: flipped bytes, cuts, changed and missing fields; and what may come of it.
+"""Damage to files, drawn from a fixed seed: flipped bytes, cuts, changed and missing fields; and
+what may come of it.
 
-A case damages one file of a format and loads it as a command does. Allowed are the result of the intact files, or a
-ValueError or OSError, which the command line prints as one ``error:`` line. Anything else is a silent difference, a
-traceback, or a hang.
+A case damages one file of a format and loads it as a command does. Allowed are the result of the
+intact files, or a ValueError or OSError, which the command line prints as one ``error:`` line.
+Anything else is a silent difference, a traceback, or a hang.
 """
 
 import copy
@@ -36,15 +37,19 @@ class Format:
 
 
 def run_cases(form: Format, folder: Path, *, cases: int) -> None:
-    """Damage the files of a format ``cases`` times; raises AssertionError that describes every case that failed.
+    """Damage the files of a format ``cases`` times; raises AssertionError that describes every case
+    that failed.
 
     Another seed than 0: ``FUZZ_SEED=1 pytest tests/faults -k fuzz``.
     """
     seed = os.environ.get("FUZZ_SEED", "0")
-    intact, damaged = folder / "intact" / "x", folder / "damaged" / "x"
+    intact = folder / "intact" / "x"
+    damaged = folder / "damaged" / "x"
     intact.mkdir(parents=True)
     form.make(intact)
-    found = sorted({path for pattern in form.files for path in intact.glob(pattern) if path.is_file()})
+    found = sorted(
+        {path for pattern in form.files for path in intact.glob(pattern) if path.is_file()}
+    )
     files = [path.relative_to(intact) for path in found if path.name not in form.without]
     assert files, f"{form.name} has no files"
     shutil.copytree(intact, damaged)
@@ -73,7 +78,11 @@ def judge(form: Format, folder: Path, expected: Any) -> str:
         return f"no end after {SECONDS} s"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return "" if form.free_text or result == expected else f"a silent difference: {result} not {expected}"
+    return (
+        ""
+        if form.free_text or result == expected
+        else f"a silent difference: {result} not {expected}"
+    )
 
 
 class HangError(BaseException):
@@ -149,7 +158,9 @@ def change_field(content: bytes, draw: random.Random) -> bytes:
     if (whole := _container(content)) is not None:
         return json.dumps(change_value(whole, draw), indent=2).encode() + b"\n"
     lines = content.split(b"\n")
-    bodies = {number: body for number, line in enumerate(lines) if (body := _container(line)) is not None}
+    bodies = {
+        number: body for number, line in enumerate(lines) if (body := _container(line)) is not None
+    }
     if not bodies:
         return flip(content, draw)
     number = draw.choice(sorted(bodies))
@@ -173,7 +184,8 @@ def change_value(body: Any, draw: random.Random) -> Any:
     if not places:
         return draw.choice(VALUES)
     holder, key = draw.choice(places)
-    before, kind = holder[key], draw.randrange(4)
+    before = holder[key]
+    kind = draw.randrange(4)
     if kind == 0:
         del holder[key]
     elif kind == 1 and isinstance(holder, dict):
@@ -197,7 +209,13 @@ def _near(value: Any, draw: random.Random) -> Any:
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every (container, key) inside a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, part in items:
         yield value, key
         yield from _places(part)

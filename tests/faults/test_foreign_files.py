@@ -1,4 +1,5 @@
-"""Files from elsewhere (scores, towers, question files, language models) reach nothing but what they are about."""
+"""Files from elsewhere (scores, towers, question files, language models) reach nothing but what
+they are about."""
 
 import json
 from pathlib import Path
@@ -19,16 +20,27 @@ def test_a_question_reaches_no_picture_outside_the_image_folder(name: str, tmp_p
     folder = str(tmp_path / "images")
     for inside in ("inside.png", f"{folder}/inside.png"):
         assert Question(id=1, text="", shown="", image=inside).open_image(folder).size == (8, 8)
-    with pytest.raises(ValueError, match=r"question 7: image '.*secret\.png' is outside --image-folder"):
+    with pytest.raises(
+        ValueError, match=r"question 7: image '.*secret\.png' is outside --image-folder"
+    ):
         Question(id=7, text="", shown="", image=name.format(folder=tmp_path)).open_image(folder)
-    assert Question(id=1, text="", shown="", image=f"{tmp_path}/secret.png").open_image("/").size == (8, 8)
+    assert Question(id=1, text="", shown="", image=f"{tmp_path}/secret.png").open_image(
+        "/"
+    ).size == (8, 8)
 
 
 @pytest.mark.parametrize(
     ("kind", "unk", "says"),
-    [("llama", "<pad>", ""), ("mistral", "<pad>", ""), ("qwen2", "<pad>", "'qwen2'"), ("llama", None, "unk_token")],
+    [
+        ("llama", "<pad>", ""),
+        ("mistral", "<pad>", ""),
+        ("qwen2", "<pad>", "'qwen2'"),
+        ("llama", None, "unk_token"),
+    ],
 )
-def test_language_models_that_llava_cannot_train(kind: str, unk: str | None, says: str, tmp_path: Path) -> None:
+def test_language_models_that_llava_cannot_train(
+    kind: str, unk: str | None, says: str, tmp_path: Path
+) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.unk_token = unk
     tokenizer.save_pretrained(tmp_path)

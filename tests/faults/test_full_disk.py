@@ -1,5 +1,5 @@
-"""A full disk: one error that names the file, the disk and what to do; nothing is half written, earlier outputs are
-intact, and the same command completes once there is space."""
+"""A full disk: one error that names the file, the disk and what to do; nothing is half written,
+earlier outputs are intact, and the same command completes once there is space."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,9 @@ from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile
 
 POPE = Path(__file__).parents[1] / "golden" / "mllm" / "pope"
-NO_SPACE = "cannot write {w}/disk/%s: No space left on device (0.0... MB free); ...rerun the same command"
+NO_SPACE = (
+    "cannot write {w}/disk/%s: No space left on device (0.0... MB free); ...rerun the same command"
+)
 RERUN = "cache/"  # what a rerun of the same command completes
 
 
@@ -44,7 +46,9 @@ def outputs(disk: Path) -> dict[str, bytes]:
     """What no rerun completes."""
     files = contents(disk)
     assert not [name for name in files if name.endswith(".tmp")]
-    return {name: body for name, body in files.items() if name != FILLER and not name.startswith(RERUN)}
+    return {
+        name: body for name, body in files.items() if name != FILLER and not name.startswith(RERUN)
+    }
 
 
 def full(name: str, command: str, file: str, leave: int = 12288) -> Fault:
@@ -52,7 +56,9 @@ def full(name: str, command: str, file: str, leave: int = 12288) -> Fault:
     return Fault(name, command, NO_SPACE % file, lambda w: fill(w.path("disk"), leave=leave))
 
 
-SCORE = f"score pope {POPE} --answers {POPE}/answers/model-a.jsonl --output {{w}}/disk/pope.scores.json"
+SCORE = (
+    f"score pope {POPE} --answers {POPE}/answers/model-a.jsonl --output {{w}}/disk/pope.scores.json"
+)
 EMBED = "embed {w}/data --llm {w}/llm --cache {w}/disk/cache"
 
 
@@ -63,10 +69,18 @@ EMBED = "embed {w}/data --llm {w}/llm --cache {w}/disk/cache"
     full("import, to a new folder", "import {w}/tower --output {w}/disk/new/tower", "new/tower", 0),
     full("export", "export {w}/new --output {w}/disk/tower --overwrite", "tower"),
     full("score", SCORE, "pope...", 0),
-    full("data split, on a full disk", "data split {w}/data --output {w}/disk/split --validation 0.2", "split", 0),
+    full(
+        "data split, on a full disk",
+        "data split {w}/data --output {w}/disk/split --validation 0.2",
+        "split",
+        0,
+    ),
 )
-def test_written_whole_or_not_at_all(fault: Fault, small: World, capsys: pytest.CaptureFixture[str]) -> None:
-    disk, command = small.path("disk"), fault.words.replace("{w}", str(small.folder)).split()
+def test_written_whole_or_not_at_all(
+    fault: Fault, small: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = small.path("disk")
+    command = fault.words.replace("{w}", str(small.folder)).split()
     before = outputs(disk)
     assert meet(fault, small, command, capsys).count("error: ") == 1
     assert outputs(disk) == before
@@ -79,8 +93,12 @@ def test_written_whole_or_not_at_all(fault: Fault, small: World, capsys: pytest.
     assert outputs(disk) != before or "cache" in fault.words
 
 
-def test_answers_until_the_disk_was_full_are_kept(small: World, capsys: pytest.CaptureFixture[str]) -> None:
-    disk, questions, output = small.path("disk"), small.path("questions.jsonl"), small.path("disk/answers.jsonl")
+def test_answers_until_the_disk_was_full_are_kept(
+    small: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = small.path("disk")
+    questions = small.path("questions.jsonl")
+    output = small.path("disk/answers.jsonl")
     rows = [{"question_id": number, "text": f"What is {number}?"} for number in range(60)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     server = ChatServer(["tiny"])
@@ -90,9 +108,13 @@ def test_answers_until_the_disk_was_full_are_kept(small: World, capsys: pytest.C
         before = outputs(disk)
         fault = full("", "", "answers.jsonl", 3 * 4096)
         assert meet(fault, small, command, capsys).count("error: ") == 1
-        assert {name for name in outputs(disk) if not name.startswith("answers.jsonl.")} == {*before}
+        assert {name for name in outputs(disk) if not name.startswith("answers.jsonl.")} == {
+            *before
+        }
         (disk / FILLER).unlink()
         server.bodies.clear()
         assert main(command) == 0
     assert 0 < len(server.bodies) < len(rows)
-    assert [json.loads(line)["question_id"] for line in output.read_text().splitlines()] == [*range(60)]
+    assert [json.loads(line)["question_id"] for line in output.read_text().splitlines()] == [
+        *range(60)
+    ]

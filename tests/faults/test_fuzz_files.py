@@ -36,20 +36,31 @@ def digest(*parts: Any) -> str:
 
 def make_run(folder: Path) -> None:
     """Two checkpoints; truth.json has what each holds."""
-    checkpoints, truth = Checkpoints(folder, keep=0), {}
+    checkpoints = Checkpoints(folder, keep=0)
+    truth = {}
     torch.manual_seed(0)
     for step in (1, 2):
         state = TrainState(
-            step=step, samples=8 * step, config={"train": {"lr": 1e-3}}, config_hash="h", seed=0, metrics={"r": 0.5}
+            step=step,
+            samples=8 * step,
+            config={"train": {"lr": 1e-3}},
+            config_hash="h",
+            seed=0,
+            metrics={"r": 0.5},
         )
-        weights, moments = {"w": torch.randn(4, 6), "b": torch.randn(6)}, {"w.exp_avg": torch.randn(4, 6)}
+        weights = {"w": torch.randn(4, 6), "b": torch.randn(6)}
+        moments = {"w.exp_avg": torch.randn(4, 6)}
         checkpoints.write(state, {"model.safetensors": weights, "optimizer.safetensors": moments})
         truth[f"step-{step:08d}"] = content_of(load(checkpoints.path(step)))
     (folder / "truth.json").write_text(json.dumps(truth))
 
 
 def content_of(loaded: Loaded) -> str:
-    tensors = [(name, part[name].tolist()) for part in (loaded.weights, loaded.moments) for name in sorted(part)]
+    tensors = [
+        (name, part[name].tolist())
+        for part in (loaded.weights, loaded.moments)
+        for name in sorted(part)
+    ]
     return digest(tensors, sorted(dataclasses.asdict(loaded.state).items()))
 
 
@@ -105,8 +116,15 @@ def load_cache(folder: Path) -> str:
 
 def make_scores(folder: Path) -> None:
     for model, shift in (("old", 0), ("new", 1)):
-        items = [{"id": n, "score": float((n + shift) % 3 > 0), "cluster": n // 2} for n in range(24)]
-        about = {"counts": {"missing": 0}, "model": model, "provenance": {"data": "d"}, "notes": ["n"]}
+        items = [
+            {"id": n, "score": float((n + shift) % 3 > 0), "cluster": n // 2} for n in range(24)
+        ]
+        about = {
+            "counts": {"missing": 0},
+            "model": model,
+            "provenance": {"data": "d"},
+            "notes": ["n"],
+        }
         made = ScoreFile(benchmark="own", metrics={"accuracy": 0.5}, items=items, **about)
         made.write(folder / model / "own.scores.json")
 
@@ -118,7 +136,15 @@ def load_scores(folder: Path) -> str:
 
 FORMATS = [
     (Format("checkpoints", make_run, load_run, files=("checkpoints/**/*.safetensors",)), 60),
-    (Format("tar index", make_data, lambda folder: read_source(folder / "data"), files=("data/.*/*",)), 40),
+    (
+        Format(
+            "tar index",
+            make_data,
+            lambda folder: read_source(folder / "data"),
+            files=("data/.*/*",),
+        ),
+        40,
+    ),
     (Format("cache", make_cached, load_cache, files=("data/embeddings-*/**/*",)), 50),
     (Format("proof", make_cached, load_cache, files=("data/.llm2clip/*",)), 25),
     (Format("scores", make_scores, load_scores, free_text=True), 40),

@@ -1,4 +1,5 @@
-"""Damaged files of models: towers with their heads, as Python and LLaVA open them, and the LLM's adapter."""
+"""Damaged files of models: towers with their heads, as Python and LLaVA open them, and the LLM's
+adapter."""
 
 import contextlib
 import io
@@ -22,7 +23,13 @@ from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import preprocessor_config
 
-SHAPE = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+SHAPE = {
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
 
 
 def make_tower(folder: Path) -> None:
@@ -35,7 +42,8 @@ def make_tower(folder: Path) -> None:
 def load_tower_directory(folder: Path) -> dict[str, Any]:
     """As evaluate and export do."""
     dual, card = load_dual(folder / "tower")
-    pixels, texts = torch.linspace(-1, 1, 192).view(1, 3, 8, 8), torch.linspace(-1, 1, 6).view(1, 6)
+    pixels = torch.linspace(-1, 1, 192).view(1, 3, 8, 8)
+    texts = torch.linspace(-1, 1, 6).view(1, 6)
     with torch.no_grad():
         features = dual(pixels, texts)
     return {
@@ -72,12 +80,15 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_damaged_adapter(llm: Path, tmp_path: Path):
-    """A cache and a tower refuse another fingerprint than their own: with the same one, embeddings must be the same."""
+    """A cache and a tower refuse another fingerprint than their own: with the same one, embeddings
+    must be the same."""
 
     def make(folder: Path) -> None:
         torch.manual_seed(0)
         wrapped = add_lora(AutoModel.from_pretrained(llm), LoraSettings(r=2), base=str(llm))
-        trained = {name: torch.randn_like(p) for name, p in wrapped.named_parameters() if ".lora_" in name}
+        trained = {
+            name: torch.randn_like(p) for name, p in wrapped.named_parameters() if ".lora_" in name
+        }
         card = EncoderCard(
             base=str(llm), base_sha256=weights_sha256(llm), attention="bidirectional", pooling="mean", layer=-1,
             prompt="p ", query_prompt="q ", chat_template="", include_bos=True, max_tokens=32,
@@ -87,7 +98,9 @@ def test_a_damaged_adapter(llm: Path, tmp_path: Path):
     expected: list[str] = []
 
     def load(folder: Path) -> Any:
-        encoder = CaptionEncoder(EncoderConfig(llm=str(llm), adapter=str(folder / "adapter"), compute_dtype="float32"))
+        encoder = CaptionEncoder(
+            EncoderConfig(llm=str(llm), adapter=str(folder / "adapter"), compute_dtype="float32")
+        )
         fingerprint = encoder.identity().fingerprint
         expected.append(fingerprint)
         if fingerprint != expected[0]:

@@ -39,30 +39,58 @@ def fewer_samples(world: World) -> None:
 
 
 @rows(
-    Fault("field with a typo", "data --fields captoin=short", "... 'captoin' ...; known: caption, ..."),
-    Fault("one of two fields", "data --fields caption=short", "{w}/data/embeddings-.../00000...48 ...24 ..."),
-    Fault("rows removed", "rows/pairs.jsonl", "...-... 16 captions; ... gives 10 ...--overwrite", fewer_samples),
-    Fault("shards of another data set", "other --cache {cache}", "...48 captions; ...", lambda w: other_captions(w)),
+    Fault(
+        "field with a typo", "data --fields captoin=short", "... 'captoin' ...; known: caption, ..."
+    ),
+    Fault(
+        "one of two fields",
+        "data --fields caption=short",
+        "{w}/data/embeddings-.../00000...48 ...24 ...",
+    ),
+    Fault(
+        "rows removed",
+        "rows/pairs.jsonl",
+        "...-... 16 captions; ... gives 10 ...--overwrite",
+        fewer_samples,
+    ),
+    Fault(
+        "shards of another data set",
+        "other --cache {cache}",
+        "...48 captions; ...",
+        lambda w: other_captions(w),
+    ),
 )
 def test_embed(fault: Fault, complete: World, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(complete.folder / "data"), contents(complete.folder / "rows")
-    data, *options = fault.words.replace("{cache}", str(next(complete.path("data").glob("embeddings-*")))).split()
+    data, *options = fault.words.replace(
+        "{cache}", str(next(complete.path("data").glob("embeddings-*")))
+    ).split()
     command = ["embed", str(complete.path(data)), "--llm", str(complete.path("llm")), *options]
     meet(fault, complete, command, capsys)
     after = contents(complete.folder / "data"), contents(complete.folder / "rows")
-    caches = [{name: body for name, body in of.items() if "embeddings-" in name} for of in (*before, *after)]
+    caches = [
+        {name: body for name, body in of.items() if "embeddings-" in name}
+        for of in (*before, *after)
+    ]
     assert caches[:2] == caches[2:]
 
 
 def other_captions(world: World) -> None:
     """Tars of the same names with other captions of the same number."""
     for shard in ("00000", "00001"):
-        captions = [json.dumps({"caption": f"something else {shard} {number}"}).encode() for number in range(48)]
-        write_tar(world.path(f"other/{shard}.tar"), [(f"x{number}.json", body) for number, body in enumerate(captions)])
+        captions = [
+            json.dumps({"caption": f"something else {shard} {number}"}).encode()
+            for number in range(48)
+        ]
+        write_tar(
+            world.path(f"other/{shard}.tar"),
+            [(f"x{number}.json", body) for number, body in enumerate(captions)],
+        )
 
 
 def test_embed_replaces_with_overwrite_and_grows_without(complete: World) -> None:
-    data, llm = str(complete.path("data")), str(complete.path("llm"))
+    data = str(complete.path("data"))
+    llm = str(complete.path("llm"))
     manifest = complete.cache / CacheManifest.FILE
     assert CacheManifest.read(manifest).captions == 96
     assert main(["embed", data, "--llm", llm, "--fields", "caption=short", "--overwrite"]) == 0
@@ -74,5 +102,10 @@ def test_embed_replaces_with_overwrite_and_grows_without(complete: World) -> Non
 def test_a_split_inside_its_data(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     output = f"{world.folder}/data/held-out"
     fault = Fault("", "", f"--output {output} is inside the data, ...")
-    meet(fault, world, ["data", "split", str(world.path("data")), "--output", output, "--validation", "0.3"], capsys)
+    meet(
+        fault,
+        world,
+        ["data", "split", str(world.path("data")), "--output", output, "--validation", "0.3"],
+        capsys,
+    )
     assert not list(world.path("data").rglob("split.json"))

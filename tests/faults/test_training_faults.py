@@ -1,4 +1,5 @@
-"""Faults of settings, weights, checkpoints and folders: refused before step 1, or resumed from what is whole."""
+"""Faults of settings, weights, checkpoints and folders: refused before step 1, or resumed from what
+is whole."""
 
 import dataclasses
 import json
@@ -13,7 +14,8 @@ from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, load, write_checkpoint
 
-LAST, BEFORE = "run/checkpoints/step-00000004", "run/checkpoints/step-00000002"
+LAST = "run/checkpoints/step-00000004"
+BEFORE = "run/checkpoints/step-00000002"
 AT = "{w}/" + LAST
 HELD_OUT = "--data.validation {w}/data"
 AGAIN = "--output_dir {w}/run --train.ema-decay 0.9 --save_total_limit 2"  # the run's command
@@ -37,7 +39,9 @@ def trained(finished: tuple[Path, Path]) -> World:
 
 
 def without_cache(world: World) -> None:
-    shutil.copytree(world.path("data"), world.path("other"), ignore=shutil.ignore_patterns("embeddings-*"))
+    shutil.copytree(
+        world.path("data"), world.path("other"), ignore=shutil.ignore_patterns("embeddings-*")
+    )
 
 
 def another_teacher(world: World) -> None:
@@ -59,18 +63,55 @@ NO_KIND = "--data.caption-weights lng=1 --data.read.kinds lng"
 
 
 @rows(
-    Fault("field that the data lacks", f"{HELD_OUT} --evaluation.group concept", "...--evaluation.group concept..."),
-    Fault("validation without a cache", "--data.validation {w}/other", "...llm2clip embed {w}/other...", without_cache),
-    Fault("another teacher", "--data.validation {w}/other", "{w}/other/...fingerprint...", another_teacher),
+    Fault(
+        "field that the data lacks",
+        f"{HELD_OUT} --evaluation.group concept",
+        "...--evaluation.group concept...",
+    ),
+    Fault(
+        "validation without a cache",
+        "--data.validation {w}/other",
+        "...llm2clip embed {w}/other...",
+        without_cache,
+    ),
+    Fault(
+        "another teacher",
+        "--data.validation {w}/other",
+        "{w}/other/...fingerprint...",
+        another_teacher,
+    ),
     Fault("kind without captions to train on", NO_KIND, "...lng...known: long, short"),
-    Fault("samples as their own negatives", OWN_NEGATIVES, "global_batch 999 ...48 samples...mask_same_image..."),
-    Fault("source smaller than its batches", ONE_SOURCE, "global_batch 64 ...--no-one-source-per-batch"),
-    Fault("auto that nothing fills", "--deepspeed {w}/zero.json", "{w}/zero.json: ...steps_per_print...", auto_steps),
-    Fault("NaN in a start weight", "", "{w}/tower: 1 of the 2048 values of tower...fc1.weight ...", nan_in_tower),
+    Fault(
+        "samples as their own negatives",
+        OWN_NEGATIVES,
+        "global_batch 999 ...48 samples...mask_same_image...",
+    ),
+    Fault(
+        "source smaller than its batches",
+        ONE_SOURCE,
+        "global_batch 64 ...--no-one-source-per-batch",
+    ),
+    Fault(
+        "auto that nothing fills",
+        "--deepspeed {w}/zero.json",
+        "{w}/zero.json: ...steps_per_print...",
+        auto_steps,
+    ),
+    Fault(
+        "NaN in a start weight",
+        "",
+        "{w}/tower: 1 of the 2048 values of tower...fc1.weight ...",
+        nan_in_tower,
+    ),
 )
-def test_refused_before_step_1(fault: Fault, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_before_step_1(
+    fault: Fault, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     meet(fault, world, world.train(fault.words), capsys)
-    assert not list(world.folder.glob("new/checkpoints/step-*")) and not world.path("new/metrics.jsonl").exists()
+    assert (
+        not list(world.folder.glob("new/checkpoints/step-*"))
+        and not world.path("new/metrics.jsonl").exists()
+    )
 
 
 def nan_in_checkpoint(world: World) -> None:
@@ -87,17 +128,29 @@ FELL_BACK = "falling back to {w}/" + BEFORE
 
 
 @rows(
-    Fault("flipped weight", MORE, AT + "/model.safetensors is damaged...", lambda w: flip(w.path(LAST) / MODEL)),
-    Fault("missing weights", MORE, "..." + AT + "/model...", lambda w: (w.path(LAST) / MODEL).unlink()),
+    Fault(
+        "flipped weight",
+        MORE,
+        AT + "/model.safetensors is damaged...",
+        lambda w: flip(w.path(LAST) / MODEL),
+    ),
+    Fault(
+        "missing weights", MORE, "..." + AT + "/model...", lambda w: (w.path(LAST) / MODEL).unlink()
+    ),
 )
-def test_resumed_from_the_checkpoint_before(fault: Fault, trained: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resumed_from_the_checkpoint_before(
+    fault: Fault, trained: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     world = trained
     fault = dataclasses.replace(fault, status=0)
     told = meet(fault, world, world.train(fault.words), capsys)
     assert FELL_BACK.replace("{w}", str(world.folder)) in told
     record = RunRecord.read(world.path("run") / RunRecord.FILE)
     assert record.finished and record.step == 6
-    steps = [json.loads(line).get("step") for line in world.path("run/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line).get("step")
+        for line in world.path("run/metrics.jsonl").read_text().splitlines()
+    ]
     assert max(steps) == 6
 
 
@@ -107,12 +160,33 @@ def cut_all(world: World) -> None:
 
 
 @rows(
-    Fault("every state.json cut", MORE, "...{w}/run/checkpoints...4/state.json...2/state.json...--output", cut_all),
-    Fault("NaN in a checkpoint", MORE, AT + ": 1 of the ...visual_projection.weight...", nan_in_checkpoint),
+    Fault(
+        "every state.json cut",
+        MORE,
+        "...{w}/run/checkpoints...4/state.json...2/state.json...--output",
+        cut_all,
+    ),
+    Fault(
+        "NaN in a checkpoint",
+        MORE,
+        AT + ": 1 of the ...visual_projection.weight...",
+        nan_in_checkpoint,
+    ),
     Fault("resume from nowhere", f"{MORE} --resume {{w}}/nowhere", "--resume {w}/nowhere: ..."),
-    Fault("a damaged one", f"{MORE} --resume {{w}}/{LAST}", AT + "/model...", lambda w: flip(w.path(LAST) / MODEL)),
-    Fault("another learning rate", f"{AGAIN} --optim.lr 1e-3", AT + " was saved with other settings:"),
-    Fault("never, over checkpoints", f"{AGAIN} --resume never", "{w}/run/checkpoints ...--resume never..."),
+    Fault(
+        "a damaged one",
+        f"{MORE} --resume {{w}}/{LAST}",
+        AT + "/model...",
+        lambda w: flip(w.path(LAST) / MODEL),
+    ),
+    Fault(
+        "another learning rate", f"{AGAIN} --optim.lr 1e-3", AT + " was saved with other settings:"
+    ),
+    Fault(
+        "never, over checkpoints",
+        f"{AGAIN} --resume never",
+        "{w}/run/checkpoints ...--resume never...",
+    ),
 )
 def test_not_resumed(fault: Fault, trained: World, capsys: pytest.CaptureFixture[str]) -> None:
     world = trained

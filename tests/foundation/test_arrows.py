@@ -14,7 +14,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "llm2clip_plugin"
 HOMES = {  # heavy package -> the only places that may import it
     "deepspeed": {"llm2clip_plugin/train/engine.py", "llava_integration/training.py"},
-    "peft": {"llm2clip_plugin/text/", "llm2clip_plugin/vision/towers.py", "llava_integration/compat/"},
+    "peft": {
+        "llm2clip_plugin/text/",
+        "llm2clip_plugin/vision/towers.py",
+        "llava_integration/compat/",
+    },
     "bitsandbytes": {"llm2clip_plugin/text/", "llm2clip_plugin/train/optim.py"},
     "llava": {"llava_integration/"},
     "vllm": {"llava_integration/serve/"},
@@ -43,7 +47,9 @@ def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
 
 def test_imports_follow_the_arrows_without_circles() -> None:
     rooms = {
-        path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py") for path in sources() if PACKAGE in path.parts
+        path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
+        for path in sources()
+        if PACKAGE in path.parts
     }
     assert {f"{PACKAGE}.{room}" for room in rooms - {"__init__"}} <= FLOORS.keys()
     assert [house(ROOT)[name] for name in ("arrows up", "files in import cycles")] == ["0", "0"]

@@ -9,7 +9,9 @@ from llm2clip_plugin.bootstrap import bootstrap_mean, t_cdf, t_quantile
 
 def simulated(rng, clusters, size, shared):
     """Hits whose chance varies by cluster: mean 0.3; ``shared`` 0 makes the items independent."""
-    chance = rng.beta(0.3 / shared, 0.7 / shared, size=clusters) if shared else np.full(clusters, 0.3)
+    chance = (
+        rng.beta(0.3 / shared, 0.7 / shared, size=clusters) if shared else np.full(clusters, 0.3)
+    )
     hits = rng.random((clusters, size)) < chance[:, None]
     return hits.ravel().astype(float), np.repeat(np.arange(clusters), size).tolist()
 
@@ -27,13 +29,15 @@ def test_the_interval_covers_the_true_mean(shared):
 
 def test_ignoring_the_clusters_would_be_too_narrow():
     values, clusters = simulated(np.random.default_rng(2), 120, 10, 0.5)
-    clustered, single = bootstrap_mean(values, clusters), bootstrap_mean(values)
+    clustered = bootstrap_mean(values, clusters)
+    single = bootstrap_mean(values)
     assert clustered.clusters == 120
     assert clustered.high - clustered.low > 1.5 * (single.high - single.low)
 
 
 def test_clusters_of_other_sizes_and_chunks_of_draws_change_nothing_but_the_noise(monkeypatch):
-    values, clusters = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0], ["a", "b", "b", "b", "c", "c"]
+    values = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    clusters = ["a", "b", "b", "b", "c", "c"]
     whole = bootstrap_mean(values, clusters, seed=3)
     monkeypatch.setattr("llm2clip_plugin.bootstrap.BLOCK", 7)
     assert bootstrap_mean(values, clusters, seed=3) == whole
@@ -42,10 +46,13 @@ def test_clusters_of_other_sizes_and_chunks_of_draws_change_nothing_but_the_nois
 
 @pytest.mark.parametrize("freedom", [1, 1.5, 2, 3, 4, 7, 29, 100, 999, 2000, 5000, 1_000_000])
 def test_students_t_is_scipys(freedom):
-    """Within 1e-9: the quadrature's error is 1e-12, lgamma's at a million degrees of freedom 3e-10. Between 1 and 2
-    degrees of freedom the density has no derivative at the ends, which the farthest quantiles feel."""
+    """Within 1e-9: the quadrature's error is 1e-12, lgamma's at a million degrees of freedom 3e-10.
+    Between 1 and 2 degrees of freedom the density has no derivative at the ends, which the farthest
+    quantiles feel."""
     for value in (-40, -5, -1.96, -0.1, 0, 0.3, 1, 3, 8, 30):
         assert t_cdf(value, freedom) == pytest.approx(stdtr(freedom, value), abs=1e-9)
     if freedom <= 2000:
         for level in (0.00001, 0.025, 0.5, 0.8, 0.975, 0.9995):
-            assert t_quantile(level, freedom) == pytest.approx(stdtrit(freedom, level), rel=1e-5, abs=1e-9)
+            assert t_quantile(level, freedom) == pytest.approx(
+                stdtrit(freedom, level), rel=1e-5, abs=1e-9
+            )

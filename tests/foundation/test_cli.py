@@ -16,22 +16,38 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith("example:\n  llm2clip ") and f"\nusage: llm2clip {name} " in out
-    assert sum(line.startswith("  -") for line in out.splitlines()) <= 14, "the others belong to --help-all"
+    assert sum(line.startswith("  -") for line in out.splitlines()) <= 14, (
+        "the others belong to --help-all"
+    )
 
 
-@pytest.mark.parametrize("words", [["search", "t", "d", "\udcff"], ["data", "make", "p", "--output=caf\udce9"]])
-def test_words_that_are_not_utf8_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words", [["search", "t", "d", "\udcff"], ["data", "make", "p", "--output=caf\udce9"]]
+)
+def test_words_that_are_not_utf8_are_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(words) == 2
     told = capsys.readouterr().err
     shown = repr(os.fsencode(words[-1]))
-    assert told.startswith(f"error: {shown} on the command line is not UTF-8; ") and told.count("\n") == 1
+    assert (
+        told.startswith(f"error: {shown} on the command line is not UTF-8; ")
+        and told.count("\n") == 1
+    )
 
 
 def test_doctor_reports_problems_and_fixes(capsys: pytest.CaptureFixture[str]) -> None:
     status = cli.main(["doctor"])
     out = capsys.readouterr().out
     assert status in (0, 1)
-    for subject in ("python", "torch", "deepspeed launcher", "C++ compiler", "accelerator", "open files"):
+    for subject in (
+        "python",
+        "torch",
+        "deepspeed launcher",
+        "C++ compiler",
+        "accelerator",
+        "open files",
+    ):
         assert subject in out
 
 
@@ -41,20 +57,33 @@ def test_ranks_of_one_machine_share_its_cores(tmp_path) -> None:
     for given, threads in (({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")):
         env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         env |= {"WORLD_SIZE": "2", "RANK": "0", **given}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        )
         assert done.stdout.split()[-1] == threads
 
 
 def test_threads_wait_passively_in_one_process_too() -> None:
-    """OpenMP reads the policy when torch is imported: until then it is set, unless the user has set another."""
+    """OpenMP reads the policy when torch is imported: until then it is set, unless the user has set
+    another."""
     code = """import os, sys
 import llm2clip_plugin.cli as c
 c.read_options = lambda *_: print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
 c.load = lambda _: lambda _: 0
 c.run("train-tower", [])"""
     for given, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "WORLD_SIZE")}
-        done = subprocess.run([sys.executable, "-c", code], env=env | given, capture_output=True, text=True, check=True)
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("OMP_WAIT_POLICY", "WORLD_SIZE")
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=env | given,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert done.stdout.split() == [policy, "False"]
 
 

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 from tiny_data import made_up
 
-from llm2clip_plugin.contracts import TeacherIdentity, TowerCard, atomic_directory, atomic_file, sha256_weights
+from llm2clip_plugin.contracts import (
+    TeacherIdentity,
+    TowerCard,
+    atomic_directory,
+    atomic_file,
+    sha256_weights,
+)
 from llm2clip_plugin.files import ContractError
 
 
@@ -71,7 +77,8 @@ def test_weights_hash_ignores_order_and_metadata(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    first, second = torch.arange(6.0), torch.ones(2, 3)
+    first = torch.arange(6.0)
+    second = torch.ones(2, 3)
     save_file({"a": first, "b": second}, tmp_path / "1.safetensors")
     save_file({"b": second, "a": first}, tmp_path / "2.safetensors", metadata={"format": "pt"})
     save_file({"a": first, "b": second + 1}, tmp_path / "3.safetensors")

@@ -49,11 +49,23 @@ def test_a_foreign_folder_stays(kind: FolderKind, tmp_path: Path) -> None:
         (MAKE_FOLDER, ["00000.tar", "left-out.jsonl"]),
         (SPLIT_FOLDER, ["split.json", "train/a.tar", "validation/a.tar"]),
         (LLAVA_FOLDER, ["captions.json", "images/00000000.png"]),
-        (MODEL_FOLDER, ["llm2clip.json", "model.safetensors", "teacher-adapter/adapter_config.json", "README.md"]),
+        (
+            MODEL_FOLDER,
+            [
+                "llm2clip.json",
+                "model.safetensors",
+                "teacher-adapter/adapter_config.json",
+                "README.md",
+            ],
+        ),
     ],
 )
-@pytest.mark.parametrize("stranger", ["thesis.tex", "train/mine.tar", "notes/a.txt", "00007.tar", "scores.json"])
-def test_a_stranger_in_our_folder_stays(kind: FolderKind, ours: list[str], stranger: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stranger", ["thesis.tex", "train/mine.tar", "notes/a.txt", "00007.tar", "scores.json"]
+)
+def test_a_stranger_in_our_folder_stays(
+    kind: FolderKind, ours: list[str], stranger: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "out"
     write(folder, kind, *ours)
     write(folder, kind, *ours)  # the folder is ours
@@ -70,7 +82,12 @@ def test_a_stranger_in_our_folder_stays(kind: FolderKind, ours: list[str], stran
 def test_folders_of_earlier_releases_are_known(tmp_path: Path) -> None:
     put(tmp_path / "made", "left-out.jsonl", "00000.tar")
     put(tmp_path / "split", "split.json", "train/x/a.tar", "validation.jsonl")
-    put(tmp_path / "vlm", "model-00001-of-00002.safetensors", "tokenizer.json", "modeling_llava_tower.py")
+    put(
+        tmp_path / "vlm",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.json",
+        "modeling_llava_tower.py",
+    )
     (tmp_path / "vlm" / "config.json").write_text(json.dumps({"llm2clip_vlm": {}}))
     for name, kind in {"made": MAKE_FOLDER, "split": SPLIT_FOLDER, "vlm": MODEL_FOLDER}.items():
         write(tmp_path / name, kind, "new")
@@ -113,7 +130,8 @@ def llava(data: Path, output: Path) -> list[str]:
 def test_commands_write_the_record(
     words: Callable[[Path, Path], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, output = make_shards(tmp_path / "data"), tmp_path / "out"
+    data = make_shards(tmp_path / "data")
+    output = tmp_path / "out"
     write_tar(tmp_path / "more.tar", [])
     (tmp_path / "table.csv").write_text("image,caption\nmissing.png,a\npicture.png,b\n")
     from PIL import Image
@@ -126,7 +144,9 @@ def test_commands_write_the_record(
     assert main(again) == main(again) == 0
     record = json.loads((output / "llm2clip-folder.json").read_text())
     assert {*record["files"], "llm2clip-folder.json"} == names_in(output)
-    assert main(["data", "check", str(output / "train" if words is split else output)]) == (2 if words is llava else 0)
+    assert main(["data", "check", str(output / "train" if words is split else output)]) == (
+        2 if words is llava else 0
+    )
     put(output, "thesis.tex")
     capsys.readouterr()
     assert main(again) == 2

@@ -27,9 +27,14 @@ def test_arrows_cycles_and_words(tmp_path: Path) -> None:
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, check=True
+    )
     found = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:])
     assert [found[name] for name in ("files", "lines", "words of docs")] == list("893")
     assert found["files in import cycles"].startswith("4, ")
     assert found["arrows up"].split(", ") == ["3", *UP]
-    assert found["files that train-tower imports"] == "4" and found["longest function"] == "2 (cli.main)"
+    assert (
+        found["files that train-tower imports"] == "4"
+        and found["longest function"] == "2 (cli.main)"
+    )

@@ -1,4 +1,5 @@
-"""Without torch: what runs, and what names the extra that it needs and the command that installs it."""
+"""Without torch: what runs, and what names the extra that it needs and the command that installs
+it."""
 
 import json
 import re
@@ -48,7 +49,10 @@ class Installed(Distribution):
         ({}, INDEX),
         ({"url": "file:///no/such/folder", "dir_info": {}}, INDEX),
         (
-            {"url": "https://example.org/plugin.git", "vcs_info": {**GIT, "requested_revision": "v0.3.0"}},
+            {
+                "url": "https://example.org/plugin.git",
+                "vcs_info": {**GIT, "requested_revision": "v0.3.0"},
+            },
             "pip install 'llm2clip-plugin[train] @ git+https://example.org/plugin.git@v0.3.0'",
         ),
         (
@@ -62,9 +66,13 @@ class Installed(Distribution):
     ],
     ids=["index", "checkout that is gone", "git, at a tag", "git", "wheel"],
 )
-def test_the_command_installs_from_where_this_package_came_from(record, command, monkeypatch) -> None:
+def test_the_command_installs_from_where_this_package_came_from(
+    record, command, monkeypatch
+) -> None:
     texts = {"direct_url": json.dumps(record)} if record else {}
-    monkeypatch.setattr(installation, "distribution", lambda name: Installed(INSTALLER="pip", **texts))
+    monkeypatch.setattr(
+        installation, "distribution", lambda name: Installed(INSTALLER="pip", **texts)
+    )
     assert installation.install_command("train") == command
 
 
@@ -115,7 +123,8 @@ def test_an_extra_includes_another(monkeypatch) -> None:
     ]
 
 
-# Run in a new process, in which the modules of argv[1] cannot be imported: every command of the table without options.
+# Run in a new process, in which the modules of argv[1] cannot be imported: every command of the
+# table without options.
 WITHOUT = """
 import contextlib, io, json, sys
 sys.modules.update(dict.fromkeys(json.loads(sys.argv[1])))
@@ -150,8 +159,14 @@ def test_without_torch_each_command_names_its_extra_in_one_line(without_torch) -
     assert cli.EXTRAS.keys() < cli.COMMANDS.keys()
     for name, extra in cli.EXTRAS.items():
         status, text = without_torch[name]
-        assert status == 2 and text.startswith(f"error: `llm2clip {name}` needs the extra [{extra}] (torch, ")
-        assert text.count("\n") == 1 and "pip install " in text and f"[{extra}]" in text.partition("pip install")[2]
+        assert status == 2 and text.startswith(
+            f"error: `llm2clip {name}` needs the extra [{extra}] (torch, "
+        )
+        assert (
+            text.count("\n") == 1
+            and "pip install " in text
+            and f"[{extra}]" in text.partition("pip install")[2]
+        )
 
 
 def test_without_torch_the_other_commands_run(without_torch) -> None:
@@ -170,7 +185,9 @@ def test_with_the_extra_tower_training_names_the_other() -> None:
     for name, extra in cli.EXTRAS.items():
         text = said[name][1]
         if extra == "train":
-            assert text.startswith(f"error: `llm2clip {name}` needs the extra [train] (deepspeed, accelerate, peft not")
+            assert text.startswith(
+                f"error: `llm2clip {name}` needs the extra [train] (deepspeed, accelerate, peft not"
+            )
         else:
             assert text.startswith("error: missing "), name
 
@@ -189,9 +206,13 @@ PLUGIN = {"llm2clip-plugin": "0.3.0"}
     ],
     ids=["base", "tower", "LLaVA's own", "train"],
 )
-def test_doctor_says_what_is_installed_and_how_to_add_the_rest(versions, extra, is_own, monkeypatch) -> None:
-    """In LLaVA's own environment the training's libraries would replace what LLaVA pins: never without a warning."""
-    monkeypatch.setattr(installation, "requires", lambda name: LINES.split("\n")[2:-1])  # without Pillow
+def test_doctor_says_what_is_installed_and_how_to_add_the_rest(
+    versions, extra, is_own, monkeypatch
+) -> None:
+    """In LLaVA's own environment the training's libraries would replace what LLaVA pins: never
+    without a warning."""
+    # without Pillow
+    monkeypatch.setattr(installation, "requires", lambda name: LINES.split("\n")[2:-1])
     for module in (installation, doctor):
         monkeypatch.setattr(module, "installed_version", lambda package: versions.get(package, ""))
     monkeypatch.setattr(doctor, "is_importable", versions.__contains__)
@@ -199,7 +220,9 @@ def test_doctor_says_what_is_installed_and_how_to_add_the_rest(versions, extra, 
     lines = {one.subject: one for one in doctor.check_installation(extra)}
     parts = {"": "base", "tower": "base, tower", "train": "base, tower, train"}
     assert lines.pop("llm2clip-plugin").found == f"0.3.0, installed: {parts[extra]}"
-    assert [*lines] == [f"extra [{name}]" for name in ("tower", "train") if name not in parts[extra]]
+    assert [*lines] == [
+        f"extra [{name}]" for name in ("tower", "train") if name not in parts[extra]
+    ]
     for name, line in lines.items():
         assert line.state == "ok" and "pip install " in line.fix and name[6:] in line.fix
         assert ("in a new environment" in line.found) == is_own

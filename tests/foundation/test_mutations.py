@@ -1,4 +1,5 @@
-"""The planted bugs of tests/mutations still apply, and their tests exist; `make mutations` runs them."""
+"""The planted bugs of tests/mutations still apply, and their tests exist; `make mutations` runs
+them."""
 
 import sys
 from pathlib import Path

@@ -57,7 +57,9 @@ COMMAND = Command(
     example="llm2clip do /data --steps 5",
     about="Does it.",
     settings=Outer,
-    default=lambda extras: Outer(steps=9, inner=Inner(kind="bf16")) if extras.get("recipe") else Outer(),
+    default=lambda extras: (
+        Outer(steps=9, inner=Inner(kind="bf16")) if extras.get("recipe") else Outer()
+    ),
     arguments="path",
     everyday="recipe steps lr",
     also={"old_lr": "inner.lr"},
@@ -67,7 +69,12 @@ COMMAND = Command(
     needs={"save": "path", "inner.betas": "not inner.flip"},
 )
 REQUIRED = Command(
-    name="need", example="llm2clip need x", about="Needs.", settings=Required, arguments="path", rest="more"
+    name="need",
+    example="llm2clip need x",
+    about="Needs.",
+    settings=Required,
+    arguments="path",
+    rest="more",
 )
 
 
@@ -77,15 +84,27 @@ REQUIRED = Command(
         ("a b --steps 5", Outer(path=("a", "b"), steps=5)),
         ("--steps=5 a --lr 1e-2 b", Outer(path=("a", "b"), steps=5, inner=Inner(lr=0.01))),
         ("--data a b --inner.lr 2", Outer(path=("a", "b"), steps=0, inner=Inner(lr=2))),
-        ("--data_path a --output-dir x --old-lr 3", Outer(path=("a",), steps=0, output_dir="x", inner=Inner(lr=3))),
+        (
+            "--data_path a --output-dir x --old-lr 3",
+            Outer(path=("a",), steps=0, output_dir="x", inner=Inner(lr=3)),
+        ),
         ("--steps -1 --name x --inner.name y", Outer(steps=-1, name="x", inner=Inner(name="y"))),
-        ("a --steps --no-flip --save", Outer(path=("a",), steps=8, save=True, inner=Inner(flip=False))),
+        (
+            "a --steps --no-flip --save",
+            Outer(path=("a",), steps=8, save=True, inner=Inner(flip=False)),
+        ),
         ("--inner.no-flip --save False", Outer(inner=Inner(flip=False))),
         ("--flip False --save true a", Outer(path=("a",), save=True, inner=Inner(flip=False))),
         ("--bias none --kind bf16", Outer(inner=Inner(kind="bf16"))),
-        ("--betas 0 1 --no-flip --bias -1e-3", Outer(inner=Inner(betas=(0, 1), flip=False, bias=-0.001))),
+        (
+            "--betas 0 1 --no-flip --bias -1e-3",
+            Outer(inner=Inner(betas=(0, 1), flip=False, bias=-0.001)),
+        ),
         ("--local_rank=1 --data= --name=", Outer(name="")),
-        ("--recipe small a --name -x", Outer(path=("a",), steps=9, name="-x", inner=Inner(kind="bf16"))),
+        (
+            "--recipe small a --name -x",
+            Outer(path=("a",), steps=9, name="-x", inner=Inner(kind="bf16")),
+        ),
     ],
 )
 def test_words_become_settings(line: str, expected: Outer) -> None:
@@ -115,7 +134,9 @@ def test_extras_and_the_words_after_two_dashes_are_kept_apart() -> None:
 def test_a_refusal_is_one_line_that_names_the_option(line: str, named: str) -> None:
     with pytest.raises(ValueError) as refused:
         COMMAND.parse(line.split())
-    assert all(part in str(refused.value) for part in named.split(" ... ")) and "\n" not in str(refused.value)
+    assert all(part in str(refused.value) for part in named.split(" ... ")) and "\n" not in str(
+        refused.value
+    )
 
 
 @pytest.mark.parametrize("name", cli.OPTIONS)

@@ -23,7 +23,9 @@ def test_the_kinds_of_annotations():
     expected = Sample("b", None, [1.0, 2.5], (3, "c"), Path("p"))
     values = {"choice": "b", "maybe": None, "numbers": [1, 2.5], "pair": [3, "c"], "path": "p"}
     assert from_plain(Sample, values, where="x") == expected
-    assert from_plain(Sample, {"choice": "a"}, where="x", default=expected) == dataclasses.replace(expected, choice="a")
+    assert from_plain(Sample, {"choice": "a"}, where="x", default=expected) == dataclasses.replace(
+        expected, choice="a"
+    )
     for values, message in (
         ({"choice": "c"}, "choice is 'c', expected one of 'a', 'b'"),
         ({"maybe": 1.5}, "maybe is 1.5, expected int"),
@@ -42,7 +44,9 @@ def test_a_file_that_is_not_json_is_named(tmp_path: Path, content: bytes):
         read_json_value(tmp_path / "x.json")
 
 
-def test_a_command_prints_names_in_its_error_as_escapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_command_prints_names_in_its_error_as_escapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert cli.main(["use", f"{tmp_path}/\x1b[2Jtower"]) == 2
     error = capsys.readouterr().err
     assert "\\x1b[2Jtower" in error and "\x1b" not in error

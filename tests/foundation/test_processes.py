@@ -35,7 +35,9 @@ def commands(gpus: int) -> list[list[str]]:
     """Those of run and bench-mllm, which print their help and end."""
     stage = Stage(name="check the data", words=("llm2clip", "data", "check", "--help"), ranks=gpus)
     task = Task(benchmark=benchmark("pope"), question_file=Path("questions.jsonl"))
-    answer = evaluate_command(task, bench("--gpus", str(gpus), "--", "--help"), Path("answers.jsonl"))
+    answer = evaluate_command(
+        task, bench("--gpus", str(gpus), "--", "--help"), Path("answers.jsonl")
+    )
     return [stage.argv(), answer]
 
 
@@ -45,7 +47,9 @@ def test_the_modules_are_a_trap(planted: Path):
 
 
 @pytest.mark.parametrize("version", [(3, 11), (3, 10)])
-def test_stages_and_benchmarks_run_no_module_of_the_working_directory(planted: Path, monkeypatch, version):
+def test_stages_and_benchmarks_run_no_module_of_the_working_directory(
+    planted: Path, monkeypatch, version
+):
     """The form for Python 3.10 without the variable, which that version doesn't know."""
     monkeypatch.setattr(processes.sys, "version_info", version)
     for words in commands(1):
@@ -54,7 +58,9 @@ def test_stages_and_benchmarks_run_no_module_of_the_working_directory(planted: P
     assert not list(planted.glob("ran-*"))
 
 
-def test_ranks_run_no_module_of_the_working_directory(planted: Path, capfd: pytest.CaptureFixture[str]):
+def test_ranks_run_no_module_of_the_working_directory(
+    planted: Path, capfd: pytest.CaptureFixture[str]
+):
     assert attend(commands(2)[0]) == 0
     assert capfd.readouterr().out.count("usage: llm2clip data check") == 2
     assert not list(planted.glob("ran-*"))
@@ -66,9 +72,16 @@ def test_pythonpath_is_searched(planted: Path):
     path = os.pathsep.join(filter(None, ["own", os.environ.get("PYTHONPATH")]))
     words = processes.python_module("mine")
     environment = processes.child_environment() | {"PYTHONPATH": path}
-    assert subprocess.run(words, env=environment, capture_output=True, text=True).stdout == "of PYTHONPATH\n"
+    assert (
+        subprocess.run(words, env=environment, capture_output=True, text=True).stdout
+        == "of PYTHONPATH\n"
+    )
 
 
 def test_lmms_eval_is_started_without_them_too():
     several = lmms_eval_command("mmvp", bench("--engine", "lmms-eval", "--gpus", "2"))
-    assert several[:2] == [sys.executable, "-P"] and several.count("-P") == 2 and "--no_python" in several
+    assert (
+        several[:2] == [sys.executable, "-P"]
+        and several.count("-P") == 2
+        and "--no_python" in several
+    )

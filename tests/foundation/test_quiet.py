@@ -7,7 +7,8 @@ import pytest
 from llm2clip_plugin.console import quiet_libraries, quiet_llava, quiet_llava_loading
 
 UNUSED = (
-    "Some weights of the model checkpoint at x were not used when initializing LlavaLlamaForCausalLM: [{}]\n- This IS"
+    "Some weights of the model checkpoint at x were not used when initializing "
+    "LlavaLlamaForCausalLM: [{}]\n- This IS"
 )
 REPORT = """LlavaLlamaForCausalLM LOAD REPORT from: x
 Key                                        | Status     |  |
@@ -24,20 +25,42 @@ TOWER = "'model.vision_tower.vision_tower.a', 'model.vision_tower.vision_tower.b
     "silence, name, message, heard",
     [
         (quiet_llava_loading, "transformers.modeling_utils", UNUSED.format(TOWER), False),
-        (quiet_llava_loading, "transformers.modeling_utils", UNUSED.format(f"{TOWER}, 'lm_head.weight'"), True),
+        (
+            quiet_llava_loading,
+            "transformers.modeling_utils",
+            UNUSED.format(f"{TOWER}, 'lm_head.weight'"),
+            True,
+        ),
         (quiet_llava_loading, "transformers.modeling_utils", REPORT.format(""), False),
-        (quiet_llava_loading, "transformers.modeling_utils", REPORT.format("lm_head.weight | UNEXPECTED | |"), True),
-        (quiet_llava, "transformers.configuration_utils", "to instantiate a model of type `llava_llama`.", False),
-        (quiet_llava, "transformers.configuration_utils", "to instantiate a model of type `clip`.", True),
+        (
+            quiet_llava_loading,
+            "transformers.modeling_utils",
+            REPORT.format("lm_head.weight | UNEXPECTED | |"),
+            True,
+        ),
+        (
+            quiet_llava,
+            "transformers.configuration_utils",
+            "to instantiate a model of type `llava_llama`.",
+            False,
+        ),
+        (
+            quiet_llava,
+            "transformers.configuration_utils",
+            "to instantiate a model of type `clip`.",
+            True,
+        ),
         (quiet_libraries, "DeepSpeed", "Setting accelerator to CPU. If you have GPU", False),
         (quiet_libraries, "DeepSpeed", "Setting accelerator to a toaster", True),
     ],
 )
 def test_only_the_record_that_is_meant(silence, name, message, heard):
-    logger, records = logging.getLogger(name), []
+    logger = logging.getLogger(name)
+    records = []
     handler = logging.Handler()
     handler.emit = records.append
-    before, filters = logger.level, list(logger.filters)
+    before = logger.level
+    filters = list(logger.filters)
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
     try:

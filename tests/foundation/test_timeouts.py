@@ -1,4 +1,5 @@
-"""A Hub that accepts and never answers ends every command that asks it within the timeout, with one message."""
+"""A Hub that accepts and never answers ends every command that asks it within the timeout, with one
+message."""
 
 import json
 import os
@@ -33,9 +34,16 @@ print(json.dumps(said))
 def test_a_silent_hub_is_told_within_the_timeout(tmp_path: Path):
     taken = []
     with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=lambda: [taken.append(server.accept()) for _ in range(100)], daemon=True).start()
+        threading.Thread(
+            target=lambda: [taken.append(server.accept()) for _ in range(100)], daemon=True
+        ).start()
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "LLM2CLIP_TIMEOUT": "0.2"}
+        hub = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+            "LLM2CLIP_TIMEOUT": "0.2",
+        }
         started = time.monotonic()
         place = {"env": {**os.environ, **hub}, "timeout": 240}
         done = subprocess.run([sys.executable, "-c", ASK], **place, capture_output=True, text=True)

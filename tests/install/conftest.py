@@ -1,4 +1,5 @@
-"""A copy of the checkout to install from, and empty environments to install into. Skipped without uv or an index."""
+"""A copy of the checkout to install from, and empty environments to install into. Skipped without
+uv or an index."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +7,16 @@ from pathlib import Path
 import pytest
 from empty_environment import ROOT, Environment, uv
 
-NOT_OF_A_CHECKOUT = (".git", ".venv*", ".*_cache", "__pycache__", "quickstart-output", "runs", "build", "dist")
+NOT_OF_A_CHECKOUT = (
+    ".git",
+    ".venv*",
+    ".*_cache",
+    "__pycache__",
+    "quickstart-output",
+    "runs",
+    "build",
+    "dist",
+)
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,16 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-AS_PIP = '. scripts/environments.sh; export_uv_variables "$0"; exec "$0" -m uv "$@"'  # pip's index, constraints ...
+# pip's index, constraints ...
+AS_PIP = '. scripts/environments.sh; export_uv_variables "$0"; exec "$0" -m uv "$@"'
 
 
 def uv(*words: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run uv in a folder that has ``scripts/environments.sh``, with pip's settings."""
     command = ["bash", "-euc", AS_PIP, sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
 
 
 def environment() -> dict[str, str]:
@@ -43,7 +46,9 @@ class Environment:
     def run(self, *words: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
         """Run one of its programs elsewhere than in the checkout."""
         command = [str(self.folder / "bin" / words[0]), *map(str, words[1:])]
-        return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+        )
 
     def megabytes(self) -> float:
         """The size of its files."""

@@ -1,7 +1,8 @@
-"""Every install command of README and docs works as printed, in an empty environment, from a copy of the checkout.
+"""Every install command of README and docs works as printed, in an empty environment, from a copy
+of the checkout.
 
-Those of this package are run, and what they promise is tried. Those of other packages are resolved against the index
-(``--dry-run``): vLLM alone is gigabytes.
+Those of this package are run, and what they promise is tried. Those of other packages are resolved
+against the index (``--dry-run``): vLLM alone is gigabytes.
 """
 
 import re
@@ -13,7 +14,9 @@ from empty_environment import ROOT, Environment, checks_data, compares, uv
 from tiny_data import make_tower
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BASE, TOWER, TRAIN = ".", ".[tower]", ".[train]"
+BASE = "."
+TOWER = ".[tower]"
+TRAIN = ".[train]"
 LLAVA = "--no-deps llava-torch==1.2.2.post1"
 MOST_MEGABYTES = 250  # of the base install, bytecode included
 LOADS = "import sys; from llm2clip_plugin import load_tower; print(load_tower(sys.argv[1]).config.hidden_size)"
@@ -46,11 +49,15 @@ def test_the_pages_install_this_package_in_three_ways() -> None:
 
 
 @pytest.mark.parametrize("command", OTHERS)
-def test_what_is_told_of_other_packages_can_be_installed(command: str, new_environment: Environment) -> None:
+def test_what_is_told_of_other_packages_can_be_installed(
+    command: str, new_environment: Environment
+) -> None:
     new_environment.install("--dry-run", *command.split())
 
 
-def test_the_base_install_is_small_compares_and_checks_data(new_environment: Environment, tmp_path: Path) -> None:
+def test_the_base_install_is_small_compares_and_checks_data(
+    new_environment: Environment, tmp_path: Path
+) -> None:
     """Then the command that another command prints, run as printed, adds what a tower needs."""
     new_environment.install("--compile-bytecode", BASE)
     size = new_environment.megabytes()
@@ -70,7 +77,9 @@ def test_the_base_install_is_small_compares_and_checks_data(new_environment: Env
     assert new_environment.has("torch") and not new_environment.has("deepspeed")
 
 
-def test_the_extra_tower_opens_a_tower_and_names_the_other(new_environment: Environment, tmp_path: Path) -> None:
+def test_the_extra_tower_opens_a_tower_and_names_the_other(
+    new_environment: Environment, tmp_path: Path
+) -> None:
     new_environment.install(TOWER)
     tower = make_tower(tmp_path / "tower")
     loaded = new_environment.run("python", "-c", LOADS, tower, folder=tmp_path)
@@ -81,7 +90,9 @@ def test_the_extra_tower_opens_a_tower_and_names_the_other(new_environment: Envi
     assert done.returncode == 2 and "needs the extra [train]" in done.stderr
 
 
-def test_the_extra_train_is_complete_with_llava(new_environment: Environment, tmp_path: Path) -> None:
+def test_the_extra_train_is_complete_with_llava(
+    new_environment: Environment, tmp_path: Path
+) -> None:
     new_environment.install(TRAIN)
     new_environment.install(*LLAVA.split())
     doctor = new_environment.run("llm2clip", "doctor", folder=tmp_path)
@@ -93,7 +104,8 @@ def test_the_extra_train_is_complete_with_llava(new_environment: Environment, tm
 
 @pytest.mark.parametrize("name", ["pinned", "llava"])
 def test_in_llavas_environments_nothing_moves(name: str, checkout: Path) -> None:
-    """Every version that the environment's list names is installed, and the extra asks for no other."""
+    """Every version that the environment's list names is installed, and the extra asks for no
+    other."""
     folder = ROOT / f".venv-{name}"
     if not (folder / "made-for").exists():
         pytest.skip(f"{folder.name} is not made here (scripts/test.sh)")
@@ -103,7 +115,9 @@ def test_in_llavas_environments_nothing_moves(name: str, checkout: Path) -> None
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.M))
     assert "transformers" in pins
     assert {pin: versions[pin].partition("+")[0] for pin in pins} == pins
-    plan = uv("pip", "install", "--dry-run", "--python", folder / "bin" / "python", TOWER, folder=checkout)
+    plan = uv(
+        "pip", "install", "--dry-run", "--python", folder / "bin" / "python", TOWER, folder=checkout
+    )
     assert plan.returncode == 0, plan.stderr
     moved = re.findall(r"^ [-+~] ([\w-]+)", plan.stderr, re.M)
     assert set(moved) <= {"llm2clip-plugin"}, plan.stderr

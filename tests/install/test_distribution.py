@@ -19,7 +19,9 @@ def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_wheel_runs_in_a_base_install(built: Path, new_environment: Environment, tmp_path: Path) -> None:
+def test_the_wheel_runs_in_a_base_install(
+    built: Path, new_environment: Environment, tmp_path: Path
+) -> None:
     (wheel,) = built.glob("*.whl")
     assert wheel.stat().st_size < 2e6  # without the emoji
     new_environment.install(str(wheel))
@@ -29,7 +31,9 @@ def test_the_wheel_runs_in_a_base_install(built: Path, new_environment: Environm
 
 
 def test_the_source_distribution_is_the_checkout(built: Path) -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if listed.returncode:
         pytest.skip("no git checkout")
     (archive,) = built.glob("*.tar.gz")

@@ -1,6 +1,7 @@
 """Fixtures of the tests against the unmodified llava-torch wheel, in LLaVA's environment.
 
-Those marked ``both_stacks`` run in the training environment, too, where LLaVA runs on today's libraries.
+Those marked ``both_stacks`` run in the training environment, too, where LLaVA runs on today's
+libraries.
 """
 
 from importlib.metadata import version
@@ -20,14 +21,17 @@ def pytest_collection_modifyitems(config, items):
     """With today's libraries, leave out what is not marked ``both_stacks``."""
     if version("transformers").startswith("4."):
         return
-    left_out = {item for item in items if HERE in item.path.parents and "both_stacks" not in item.keywords}
+    left_out = {
+        item for item in items if HERE in item.path.parents and "both_stacks" not in item.keywords
+    }
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)
 def default_dtype():
-    """float32 again: transformers 4.37 leaves the default at the dtype of a model whose loading failed."""
+    """float32 again: transformers 4.37 leaves the default at the dtype of a model whose loading
+    failed."""
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -53,10 +57,18 @@ def home(tmp_path, monkeypatch):
 def checkpoint(world):
     """A finetuned tiny LLaVA that has learned its pictures; what it answers depends on them.
 
-    LLaVA draws the projector before it sets the seed, so its weights are given here. With these, asked for the color
-    of each picture, the best token of every answer leads the next one by 2.4 or more in logits.
+    LLaVA draws the projector before it sets the seed, so its weights are given here. With these,
+    asked for the color of each picture, the best token of every answer leads the next one by 2.4 or
+    more in logits.
     """
     folder = world.root / "llava-answers"
-    options = ("--max_steps", "80", "--learning_rate", "1e-2", "--pretrain_mm_mlp_adapter", world.projector())
+    options = (
+        "--max_steps",
+        "80",
+        "--learning_rate",
+        "1e-2",
+        "--pretrain_mm_mlp_adapter",
+        world.projector(),
+    )
     world.stage("finetune", f"llm2clip:{world.towers['clip']}", folder, *map(str, options))
     return folder

@@ -1,7 +1,8 @@
 """Program: several of LLaVA's trainings in one process, which costs one start instead of one each.
 
-``python train_rows.py ROWS.json`` trains each row (``options`` of LLaVA, ``environment``, ``call``: arguments of
-``train``), and writes what went wrong, a traceback or "", by the row's name to ROWS.told.json.
+``python train_rows.py ROWS.json`` trains each row (``options`` of LLaVA, ``environment``, ``call``:
+arguments of ``train``), and writes what went wrong, a traceback or "", by the row's name to
+ROWS.told.json.
 """
 
 import importlib

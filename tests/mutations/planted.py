@@ -1,6 +1,7 @@
 """Bugs that tests must catch, of planted.txt; many were once planted and passed every test.
 
-An entry is the bug's name, its file, what becomes what (``-`` and ``+``, parts of lines), and the test that must fail.
+An entry is the bug's name, its file, what becomes what (``-`` and ``+``, parts of lines), and the
+test that must fail.
 """
 
 import re
@@ -22,7 +23,10 @@ class Bug:
     def read(cls, entry: str) -> "Bug":
         """Of its lines; raises ValueError for others."""
         name, file, *changed, test = entry.split("\n")
-        old, new = ("\n".join(line[1:].removeprefix(" ") for line in changed if line.startswith(sign)) for sign in "-+")
+        old, new = (
+            "\n".join(line[1:].removeprefix(" ") for line in changed if line.startswith(sign))
+            for sign in "-+"
+        )
         if not old or [line[:1] for line in changed] != sorted(line[:1] for line in changed)[::-1]:
             raise ValueError(f"planted.txt: {name!r} has no lines of - followed by lines of +")
         return cls(name, file, old, new, test)

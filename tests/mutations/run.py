@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Plant each bug of planted.txt in a copy of the tree, one at a time, and run the test that must fail.
+"""Plant each bug of planted.txt in a copy of the tree, one at a time, and run the test that must
+fail.
 
     tests/mutations/run.py              all of them: `make mutations`
     tests/mutations/run.py holm ema     those whose name contains one of the words
 
-A bug is caught if its test fails; pytest's other statuses (no such test, an error while collecting) are not, nor is a
-test that has not ended after SECONDS, or that stops at a name that the planted text misspells. The tests must pass
-without a bug, which is checked first. Exits with 1 if a bug survives.
+A bug is caught if its test fails; pytest's other statuses (no such test, an error while collecting)
+are not, nor is a test that has not ended after SECONDS, or that stops at a name that the planted
+text misspells. The tests must pass without a bug, which is checked first. Exits with 1 if a bug
+survives.
 
-Each test runs in a process that is forked from one that has imported the libraries, and nothing of the project. There
-is one copy for each core.
+Each test runs in a process that is forked from one that has imported the libraries, and nothing of
+the project. There is one copy for each core.
 """
 
 import multiprocessing
@@ -31,7 +33,15 @@ from planted import PLANTED, Bug
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = (
-    *("deepspeed", "deepspeed.runtime.engine", "numpy", "peft", "safetensors.torch", "torch", "transformers"),
+    *(
+        "deepspeed",
+        "deepspeed.runtime.engine",
+        "numpy",
+        "peft",
+        "safetensors.torch",
+        "torch",
+        "transformers",
+    ),
     *("transformers.models.clip.modeling_clip", "transformers.models.llama.modeling_llama"),
 )
 FORKED = multiprocessing.get_context("forkserver")
@@ -44,7 +54,11 @@ MISSPELLED = re.compile(r"^E +((?:Name|Syntax|UnboundLocal)Error: .*)", re.MULTI
 def copy_tree(folder: Path) -> None:
     """Every file that git does not ignore, and links to the environments."""
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).is_file():
@@ -56,13 +70,16 @@ def copy_tree(folder: Path) -> None:
 
 
 def start_server() -> str:
-    """The address of a process that imports the libraries; all others are forked from it, those of tests as well."""
+    """The address of a process that imports the libraries; all others are forked from it, those of
+    tests as well."""
     FORKED.set_forkserver_preload(list(LIBRARIES))
     forkserver.ensure_running()
     return forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
 
 
-def run_pytest(folder: Path, tests: Sequence[str], log: Path, server: str, write_bytecode: bool) -> None:
+def run_pytest(
+    folder: Path, tests: Sequence[str], log: Path, server: str, write_bytecode: bool
+) -> None:
     """In a new process: pytest in the copy, whose exit status is written next to ``log``."""
     forkserver._forkserver._forkserver_address = server  # type: ignore[attr-defined]
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined, method-assign]
@@ -72,15 +89,20 @@ def run_pytest(folder: Path, tests: Sequence[str], log: Path, server: str, write
     os.chdir(folder)
     sys.path[:0] = [str(folder)]
     os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    sys.dont_write_bytecode = not write_bytecode  # a bug's would look valid for a file restored in the same second
+    # a bug's would look valid for a file restored in the same second
+    sys.dont_write_bytecode = not write_bytecode
     code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
     log.with_suffix(".code").write_text(str(code))
 
 
-def status(folder: Path, tests: Sequence[str], server: str, *, write_bytecode: bool = False) -> tuple[int | None, str]:
-    """pytest's exit status on these tests of the copy, None if they did not end, and what it printed."""
+def status(
+    folder: Path, tests: Sequence[str], server: str, *, write_bytecode: bool = False
+) -> tuple[int | None, str]:
+    """pytest's exit status on these tests of the copy, None if they did not end, and what it
+    printed."""
     log = folder.with_suffix(".log")
-    ended = log.with_suffix(".code")  # not the process's: another thread that starts one may take it
+    # not the process's: another thread that starts one may take it
+    ended = log.with_suffix(".code")
     ended.unlink(missing_ok=True)
     process = FORKED.Process(target=run_pytest, args=(folder, tests, log, server, write_bytecode))
     process.start()
@@ -103,21 +125,24 @@ def survives(folder: Path, bug: Bug, server: str) -> bool:
     finally:
         path.write_text(whole, encoding="utf-8")
     misspelled = MISSPELLED.search(said)
-    caught = code == FAILED and f" {bug.test}" in said and not misspelled  # pytest's summary names what failed
+    # pytest's summary names what failed
+    caught = code == FAILED and f" {bug.test}" in said and not misspelled
     verdict = "caught"
     if not caught:
         verdict = f"SURVIVED (pytest {'did not end' if code is None else code})"
     if misspelled:
         verdict = f"NOT A BUG BUT {misspelled[1]}"
     seconds = time.monotonic() - started
-    print(f"{seconds:6.1f} s  {verdict:9}  {bug.name}\n", end="", flush=True)  # one write: other threads print, too
+    # one write: other threads print, too
+    print(f"{seconds:6.1f} s  {verdict:9}  {bug.name}\n", end="", flush=True)
     if code != 0 and not caught:
         print(said[-2000:], file=sys.stderr)
     return not caught
 
 
 def passing(folders: Sequence[Path], bugs: Sequence[Bug], server: str) -> None:
-    """Exit with an error if a test of these bugs fails without one; each copy runs the tests of some files."""
+    """Exit with an error if a test of these bugs fails without one; each copy runs the tests of
+    some files."""
     files = sorted({bug.test.split("::")[0] for bug in bugs})
 
     def run(number: int) -> tuple[int | None, str]:
@@ -135,7 +160,9 @@ def main(words: Sequence[str]) -> int:
     """Run those whose name contains one of ``words``; all without any."""
     chosen = [bug for bug in PLANTED if not words or any(word in bug.name for word in words)]
     if not chosen:
-        sys.exit(f"error: no planted bug's name contains {' or '.join(words)}; see tests/mutations/planted.txt")
+        sys.exit(
+            f"error: no planted bug's name contains {' or '.join(words)}; see tests/mutations/planted.txt"
+        )
     server = start_server()
     copies = min(COPIES, len(chosen), os.cpu_count() or 1)
     with tempfile.TemporaryDirectory(prefix="mutations-") as scratch:

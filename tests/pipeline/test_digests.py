@@ -27,7 +27,9 @@ def test_a_file_of_the_same_size_is_hashed_again(tmp_path: Path, monkeypatch: py
     assert digest(tmp_path) != first
 
 
-def test_a_file_that_was_just_written_is_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_was_just_written_is_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """It may change once more before the clock of the file system moves on."""
     (tmp_path / "data").write_text("one")
     stamp = digests._stamp(str(tmp_path / "data"))

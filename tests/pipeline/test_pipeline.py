@@ -1,4 +1,5 @@
-"""llm2clip run: which stages there are, what is run again, and what stops it; all of it runs in test_first_day."""
+"""llm2clip run: which stages there are, what is run again, and what stops it; all of it runs in
+test_first_day."""
 
 import dataclasses
 import json
@@ -42,13 +43,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, **more: object) -> tuple[PipelineConfig, Source]:
-    values = {"path": folder / "data", "llm": folder / "llm", "tower": folder / "tower", "output": folder / "out"}
+    values = {
+        "path": folder / "data",
+        "llm": folder / "llm",
+        "tower": folder / "tower",
+        "output": folder / "out",
+    }
     config = PipelineConfig(**{name: str(value) for name, value in values.items()} | more)
     return config, open_source(config)
 
 
 def names(stages: list[Stage]) -> list[str]:
-    return [" ".join(stage.words[1 : 3 if stage.words[1] in ("data", "llava") else 2]) for stage in stages]
+    return [
+        " ".join(stage.words[1 : 3 if stage.words[1] in ("data", "llava") else 2])
+        for stage in stages
+    ]
 
 
 ALL = [
@@ -77,7 +86,8 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
     two = plan(dataclasses.replace(config, num_gpus=2), source, found)
     assert [stage.ranks for stage in two] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 1]
     assert "--nproc_per_node=2" in two[2].argv() and "llm2clip_plugin.launch" not in two[1].argv()
-    with pytest.raises(ValueError, match="--nonsense"):  # before the stages that come first, as all that follows
+    # before the stages that come first, as all that follows
+    with pytest.raises(ValueError, match="--nonsense"):
         plan(dataclasses.replace(config, tower_options="--nonsense 3"), source, found)
     for wrong in ({"llm": str(tiny / "none")}, {"adapter": str(tiny / "llm")}):
         with pytest.raises(FileNotFoundError):
@@ -85,9 +95,15 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
 
 
 @pytest.mark.parametrize("second, dtype", [((7, 5), torch.float16), ((9, 0), torch.bfloat16)])
-def test_a_gpu_that_emulates_bfloat16_computes_in_float16(tiny: Path, monkeypatch, second: tuple[int, int], dtype):
+def test_a_gpu_that_emulates_bfloat16_computes_in_float16(
+    tiny: Path, monkeypatch, second: tuple[int, int], dtype
+):
     """In stages 1.5 and 2, and in doctor's report, of an H100 with a T4 or with another one."""
-    both = {"device_count": lambda: 2, "get_device_capability": [(9, 0), second].__getitem__, "get_device_name": str}
+    both = {
+        "device_count": lambda: 2,
+        "get_device_capability": [(9, 0), second].__getitem__,
+        "get_device_name": str,
+    }
     for name, value in (both | {"is_available": lambda: True}).items():
         monkeypatch.setattr(torch.cuda, name, value)
     assert fastest_dtype(torch.device("cuda")) is dtype
@@ -97,14 +113,18 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float16(tiny: Path, monkeypatc
 
 
 def file_of(name: str, *paths: Path) -> Artifact:
-    return Artifact(name=name, files=lambda: {path.name: str(path) for path in paths if path.exists()})
+    return Artifact(
+        name=name, files=lambda: {path.name: str(path) for path in paths if path.exists()}
+    )
 
 
 class Run:
-    """Three stages in a row, of which the first reads a file and the last a second one; each makes a file."""
+    """Three stages in a row, of which the first reads a file and the last a second one; each makes
+    a file."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.out = folder, folder / "out"
+        self.folder = folder
+        self.out = folder / "out"
         self.out.mkdir()
         for name in ("data", "late"):
             (folder / name).write_text(name)
@@ -113,7 +133,13 @@ class Run:
         a, b, c = (file_of(path.name, path) for path in made)
         reads = ([data], [a], [b, late])
         self.stages = [
-            Stage(name=name, words=("x", name, str(self.out)), reads=tuple(read), makes=(make,), output=path)
+            Stage(
+                name=name,
+                words=("x", name, str(self.out)),
+                reads=tuple(read),
+                makes=(make,),
+                output=path,
+            )
             for name, read, make, path in zip("abc", reads, (a, b, c), made, strict=True)
         ]
 
@@ -122,11 +148,13 @@ class Run:
 
     def run(self, *, made: str = "made") -> list[str]:
         """Run what is stale; the names."""
-        folder, ran = self.opened(), []
+        folder = self.opened()
+        ran = []
         for stage in self.stages:
             if folder.why(stage) is not None:
                 folder.begin(stage, [], {})
-                assert stage.output is not None and not stage.output.exists()  # what was there is gone
+                # what was there is gone
+                assert stage.output is not None and not stage.output.exists()
                 stage.output.write_text(f"{stage.name} {made}")
                 folder.end(stage, 1.0)
                 ran.append(stage.name)
@@ -182,7 +210,8 @@ def test_another_command_runs_again_and_a_moved_folder_does_not(three: Run):
     new = three.folder / "moved"
     three.out.rename(new)
     moved = Run.__new__(Run)
-    moved.folder, moved.out = three.folder, new
+    moved.folder = three.folder
+    moved.out = new
     words = {stage.name: ("x", stage.name, str(new)) for stage in three.stages}
     at = {name: file_of(name, new / name) for name in "abc"}
     moved.stages = [
@@ -243,7 +272,8 @@ def test_a_signal_reaches_the_stage_and_ends_the_run(tmp_path: Path):
     def kill() -> None:
         while not (tmp_path / "up").exists():
             time.sleep(0.05)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # it waits for the stage
+        # it waits for the stage
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     threading.Thread(target=kill, daemon=True).start()
     assert attend([sys.executable, "-c", code, str(tmp_path / "up")]) == 128 + signal.SIGTERM
@@ -252,7 +282,12 @@ def test_a_signal_reaches_the_stage_and_ends_the_run(tmp_path: Path):
 def refused(tiny: Path, *words: str) -> str:
     """The error of a dry run with the data, LLM and tower of these tests, unless others are given."""
     usual = {"--llm": tiny / "llm", "--tower": tiny / "tower", "--output": tiny / "out"}
-    given = [str(word) for option, value in usual.items() if option not in words for word in (option, value)]
+    given = [
+        str(word)
+        for option, value in usual.items()
+        if option not in words
+        for word in (option, value)
+    ]
     with pytest.raises((ValueError, OSError)) as error:
         main([str(tiny / "data"), *given, *words, "--dry-run"])
     assert "\n" not in str(error.value)
@@ -260,7 +295,8 @@ def refused(tiny: Path, *words: str) -> str:
 
 
 def test_what_fails_hours_later_is_refused_before_the_first_stage(tiny: Path):
-    llm, data = str(tiny / "llm"), str(tiny / "data")
+    llm = str(tiny / "llm")
+    data = str(tiny / "data")
     assert "no tower family has model_type 'llama'" in refused(tiny, "--tower", llm)
     assert "not a directory, a checkpoint file or a Hub id" in refused(tiny, "--tower", "nonsense")
     assert "leaves nothing for validation" in refused(tiny, "--validation", "0.0001")
@@ -297,7 +333,9 @@ def survey_of(monkeypatch: pytest.MonkeyPatch):
         path = "data"
 
         def __init__(self, images: Sequence[dict[str, list[str]]]) -> None:
-            self.images = [tuple(Caption(text, kind) for kind in one for text in one[kind]) for one in images]
+            self.images = [
+                tuple(Caption(text, kind) for kind in one for text in one[kind]) for one in images
+            ]
 
         def __len__(self) -> int:
             return len(self.images)
@@ -310,7 +348,9 @@ def survey_of(monkeypatch: pytest.MonkeyPatch):
 
 def test_names_in_other_languages_do_not_switch_stage_1_off(survey_of):
     """Some pairs contain one another, most do not."""
-    guinea = {"short": ["Guinea", "Guinée", "Guinea Ecuatorial", "Gvineja", "Γουινέα", "ギニア", "Guiné"]}
+    guinea = {
+        "short": ["Guinea", "Guinée", "Guinea Ecuatorial", "Gvineja", "Γουινέα", "ギニア", "Guiné"]
+    }
     assert survey_of(guinea, guinea) == ("short:same", "")
     copies = {"short": ["a red bird"], "long": ["A red bird, drawn."]}
     pairs, why_not = survey_of(copies, copies)
@@ -318,19 +358,34 @@ def test_names_in_other_languages_do_not_switch_stage_1_off(survey_of):
     assert survey_of({"short": ["a bird"]}, copies)[0] == ""
 
 
-def test_stage_1_can_be_demanded(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_stage_1_can_be_demanded(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     """The option overrides the survey, whose note says so."""
     base = ["data", "--llm", "llm", "--tower", "tower", "--output", "out"]
-    auto, demanded, without = (RUN.parse([*base, *more]) for more in ([], ["--stage1"], ["--no-stage1"]))
+    auto, demanded, without = (
+        RUN.parse([*base, *more]) for more in ([], ["--stage1"], ["--no-stage1"])
+    )
     assert (auto.stage1, demanded.stage1, without.stage1) == ("auto", True, False)
     _, source = opened(tiny)
-    monkeypatch.setattr("llm2clip_plugin.stages.pipeline.survey", lambda source: ("short:same", "they are alike"))
+    monkeypatch.setattr(
+        "llm2clip_plugin.stages.pipeline.survey", lambda source: ("short:same", "they are alike")
+    )
     assert pairs_of_stage_1(auto, source) == ""
-    assert "stage 1 is left out: they are alike; --stage1 runs it all the same" in capsys.readouterr().out
-    assert pairs_of_stage_1(demanded, source) == "short:same" and pairs_of_stage_1(without, source) == ""
+    assert (
+        "stage 1 is left out: they are alike; --stage1 runs it all the same"
+        in capsys.readouterr().out
+    )
+    assert (
+        pairs_of_stage_1(demanded, source) == "short:same"
+        and pairs_of_stage_1(without, source) == ""
+    )
     assert capsys.readouterr().out == ""
     monkeypatch.setattr("llm2clip_plugin.stages.pipeline.survey", lambda source: ("", "too few"))
-    with pytest.raises(ValueError, match="--stage1: it needs images with several captions; name more caption fields"):
+    with pytest.raises(
+        ValueError,
+        match="--stage1: it needs images with several captions; name more caption fields",
+    ):
         pairs_of_stage_1(demanded, source)
 
 
@@ -361,4 +416,7 @@ def test_a_stage_that_is_complete_is_listed_so(three: Run, capsys: pytest.Captur
     show(three.stages, dict.fromkeys(("b", "c"), "late changed since it was made"))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == f"1 complete a: x a {three.out}" and lines[2] == f"3 c: x c {three.out}"
-    assert lines[3:] == ["stage 'b' runs again: late changed since it was made", "2 of 3 stages to run"]
+    assert lines[3:] == [
+        "stage 'b' runs again: late changed since it was made",
+        "2 of 3 stages to run",
+    ]

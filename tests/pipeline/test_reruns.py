@@ -1,7 +1,8 @@
-"""llm2clip run after changes of data, options and places, and after kills: what it makes is what a fresh run makes.
+"""llm2clip run after changes of data, options and places, and after kills: what it makes is what a
+fresh run makes.
 
-Bytes are compared, but for what says where and how long: paths, times and versions in cards and records.
-More sequences: RERUN_SEQUENCES=20 pytest tests/pipeline/test_reruns.py
+Bytes are compared, but for what says where and how long: paths, times and versions in cards and
+records. More sequences: RERUN_SEQUENCES=20 pytest tests/pipeline/test_reruns.py
 """
 
 import hashlib
@@ -29,12 +30,14 @@ from tower_runs import environment
 pytestmark = pytest.mark.slow
 SEQUENCES = int(os.environ.get("RERUN_SEQUENCES", "2"))
 OPERATIONS = 5
-DATA, STAGES = "photos-tars", 11
+DATA = "photos-tars"
+STAGES = 11
 SECONDS = 300  # of one run
 
 
 def hold() -> None:
-    """In a stage's process: a training waits before its fourth step while the working directory has a file "hold"."""
+    """In a stage's process: a training waits before its fourth step while the working directory has
+    a file "hold"."""
     if not Path("hold").exists():
         return
     from llm2clip_plugin.stages.run import TrainingRun
@@ -47,7 +50,9 @@ def hold() -> None:
                 time.sleep(0.05)
             yield batch
 
-    TrainingRun.train_to_end = lambda self, *a, batches, **o: train_to_end(self, *a, batches=held(batches), **o)
+    TrainingRun.train_to_end = lambda self, *a, batches, **o: train_to_end(
+        self, *a, batches=held(batches), **o
+    )
 
 
 def use_forked_python(path: str) -> None:
@@ -58,7 +63,9 @@ def use_forked_python(path: str) -> None:
 class World:
     """A folder with data, models and a run, as a user changes them."""
 
-    def __init__(self, folder: Path, samples: dict[str, tuple[str, bytes, dict[str, str]]], output: str) -> None:
+    def __init__(
+        self, folder: Path, samples: dict[str, tuple[str, bytes, dict[str, str]]], output: str
+    ) -> None:
         self.folder = folder
         self.samples = samples  # key -> (tar, picture, captions)
         self.output = output
@@ -70,7 +77,10 @@ class World:
             members: list[tuple[str, bytes]] = []
             for key, (place, picture, captions) in self.samples.items():
                 if place == tar:
-                    members += [(f"{key}.jpg", picture), (f"{key}.json", json.dumps(captions).encode())]
+                    members += [
+                        (f"{key}.jpg", picture),
+                        (f"{key}.json", json.dumps(captions).encode()),
+                    ]
             new = write_tar(self.folder / "new.tar", members)
             old = self.folder / DATA / f"{tar}.tar"
             old.parent.mkdir(exist_ok=True)
@@ -79,11 +89,17 @@ class World:
 
     def start(self, output: str = "", *more: str) -> Module:
         words = ["run", DATA, "--llm", "llm", "--tower", "tower", "--output", output or self.output]
-        words += ["--validation", "0.25", "--tower-options=--heads.steps 2 --save_steps 2 --heads.batch 8"]
+        words += [
+            "--validation",
+            "0.25",
+            "--tower-options=--heads.steps 2 --save_steps 2 --heads.batch 8",
+        ]
         words += [word for pair in self.options.items() for word in pair]
         place = {"LLM2CLIP_HOME": str(self.folder / "home"), "HF_HUB_OFFLINE": "1"}
         first = partial(use_forked_python, str(programs(hold) / "python"))
-        return Module("llm2clip_plugin.cli", [*words, *more], environment(**place), self.folder, first)
+        return Module(
+            "llm2clip_plugin.cli", [*words, *more], environment(**place), self.folder, first
+        )
 
     def run(self, output: str = "", *more: str) -> str:
         """Run to the end; what was printed."""
@@ -131,11 +147,17 @@ class World:
 
 def sample(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
     """A picture with a short and a long caption."""
-    size, color = rng.choice(["small", "large"]), rng.choice(list(COLORS))
-    place, number = rng.choice(list(PLACES)), rng.randrange(10**6)
+    size = rng.choice(["small", "large"])
+    color = rng.choice(list(COLORS))
+    place = rng.choice(list(PLACES))
+    number = rng.randrange(10**6)
     picture = encoded(draw(size, color, "circle", place, rng).convert("RGB"), quality=90)
     long = f"A {size} circle of {color} ink, number {number}, drawn {place} of paper."
-    return rng.choice(["00000", "00001"]), picture, {"caption": f"{size} {color} {number}", "long_caption": long}
+    return (
+        rng.choice(["00000", "00001"]),
+        picture,
+        {"caption": f"{size} {color} {number}", "long_caption": long},
+    )
 
 
 def change(world: World, operation: str, rng: random.Random) -> None:
@@ -149,7 +171,9 @@ def change(world: World, operation: str, rng: random.Random) -> None:
     elif operation == "remove":
         del world.samples[key]
     elif operation == "rename":
-        world.samples = {(f"{name}x" if name == key else name): value for name, value in world.samples.items()}
+        world.samples = {
+            (f"{name}x" if name == key else name): value for name, value in world.samples.items()
+        }
     elif operation == "kill":
         world.kill(rng.randint(1, STAGES))
     elif operation == "move":
@@ -177,12 +201,25 @@ def plain(value: Any) -> Any:
 
 def results(out: Path) -> dict[str, str]:
     """Digest of every result of a run."""
-    kinds = ("data/*/*.tar", "embeddings/**/*.safetensors", "llm/adapter/*.safetensors", "tower/**/*.safetensors")
+    kinds = (
+        "data/*/*.tar",
+        "embeddings/**/*.safetensors",
+        "llm/adapter/*.safetensors",
+        "tower/**/*.safetensors",
+    )
     paths = [
-        path for kind in (*kinds, "before/tower/*.safetensors", "after/tower/*.safetensors") for path in out.glob(kind)
+        path
+        for kind in (*kinds, "before/tower/*.safetensors", "after/tower/*.safetensors")
+        for path in out.glob(kind)
     ]
-    found = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-    for name in ("before/validation.scores.json", "after/validation.scores.json", "after/tower/llm2clip.json"):
+    found = {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+    }
+    for name in (
+        "before/validation.scores.json",
+        "after/validation.scores.json",
+        "after/tower/llm2clip.json",
+    ):
         found[name] = json.dumps(plain(json.loads((out / name).read_text())), sort_keys=True)
     manifest = json.loads((out / "embeddings" / "train" / "manifest.json").read_text())
     found["manifest"] = json.dumps(plain(manifest), sort_keys=True)
@@ -209,8 +246,11 @@ def copy_of(base: World, folder: Path) -> World:
     return World(folder, dict(base.samples), "run-0")
 
 
-def test_a_killed_training_goes_on_in_a_moved_folder_but_not_with_other_data(base: World, tmp_path: Path):
-    world, other = copy_of(base, tmp_path / "world"), copy_of(base, tmp_path / "other")
+def test_a_killed_training_goes_on_in_a_moved_folder_but_not_with_other_data(
+    base: World, tmp_path: Path
+):
+    world = copy_of(base, tmp_path / "world")
+    other = copy_of(base, tmp_path / "other")
     world.options = other.options = {"--num-train-epochs": "3"}
     world.kill_in_training()
     change(world, "move", random.Random(0))
@@ -230,11 +270,16 @@ def test_a_killed_training_goes_on_in_a_moved_folder_but_not_with_other_data(bas
 
 
 @pytest.mark.parametrize("seed", range(SEQUENCES))
-def test_after_any_changes_a_run_makes_what_a_fresh_one_makes(base: World, tmp_path: Path, seed: int):
-    rng, world = random.Random(seed), copy_of(base, tmp_path / "world")
+def test_after_any_changes_a_run_makes_what_a_fresh_one_makes(
+    base: World, tmp_path: Path, seed: int
+):
+    rng = random.Random(seed)
+    world = copy_of(base, tmp_path / "world")
     done: list[str] = []
     for _ in range(OPERATIONS):
-        done.append(rng.choice(["edit", "add", "remove", "rename", "kill", "move", "option", "run"]))
+        done.append(
+            rng.choice(["edit", "add", "remove", "rename", "kill", "move", "option", "run"])
+        )
         print(done[-1], flush=True)
         change(world, done[-1], rng)
     said = world.run()

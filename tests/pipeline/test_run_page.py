@@ -22,12 +22,19 @@ def pairs(places: list[int]) -> EmbeddedPairs:
         others = [image for image in range(IMAGES) if image != caption]
         for image in others[: place - 1]:
             image_ND[image, caption] = 2.0
-    image_ND = torch.cat([image_ND, (10 - image_ND.square().sum(1, keepdim=True)).sqrt()], dim=1)  # of one length
+    # of one length
+    image_ND = torch.cat([image_ND, (10 - image_ND.square().sum(1, keepdim=True)).sqrt()], dim=1)
     text_MD = torch.cat([text_MD, torch.zeros(IMAGES, 1)], dim=1)
     captions = [Caption(f"caption {number}") for number in range(IMAGES)]
-    about: dict[str, Any] = {"keys": [str(number) for number in range(IMAGES)], "meta": [{}] * IMAGES, "broken": []}
+    about: dict[str, Any] = {
+        "keys": [str(number) for number in range(IMAGES)],
+        "meta": [{}] * IMAGES,
+        "broken": [],
+    }
     owners = torch.arange(IMAGES)
-    return EmbeddedPairs(image_ND=image_ND, text_MD=text_MD, owner_M=owners, captions=captions, **about)
+    return EmbeddedPairs(
+        image_ND=image_ND, text_MD=text_MD, owner_M=owners, captions=captions, **about
+    )
 
 
 class NoPictures:
@@ -53,7 +60,9 @@ def test_the_first_pictures_are_the_most_similar():
             assert [right for _, right in query["found"][side]].index(True) + 1 == place
 
 
-def test_won_are_those_that_are_found_earlier_after_stage_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_won_are_those_that_are_found_earlier_after_stage_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     shown: dict[str, Any] = {}
     queries = [{"place": {"before": b, "after": a}} for b, a in zip(BEFORE, AFTER, strict=True)]
     measured = (None, SimpleNamespace(pairs=pairs(BEFORE)))

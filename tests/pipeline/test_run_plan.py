@@ -24,7 +24,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stages(folder: Path) -> dict[str, Stage]:
     """Name -> stage of a run with stage 1 and questions."""
-    paths = {"path": "data", "llm": "llm", "tower": "tower", "output": "out", "questions": "questions.jsonl"}
+    paths = {
+        "path": "data",
+        "llm": "llm",
+        "tower": "tower",
+        "output": "out",
+        "questions": "questions.jsonl",
+    }
     given = {name: str(folder / place) for name, place in paths.items()}
     config = PipelineConfig(**given, llava_llm="llava-llm", num_train_epochs=3.0)
     return {stage.name: stage for stage in plan(config, open_source(config), "short:long")}
@@ -43,7 +49,9 @@ def test_the_start_tower_is_not_trained(stages: dict[str, Stage]):
 
 
 @pytest.mark.parametrize("side", ["before", "after"])
-def test_each_side_is_measured_on_validation_and_has_a_llava(stages: dict[str, Stage], folder: Path, side: str):
+def test_each_side_is_measured_on_validation_and_has_a_llava(
+    stages: dict[str, Stage], folder: Path, side: str
+):
     out = folder / "out"
     measure = stages[f"measure {side}"]
     assert measure.words[2:4] == (str(out / side / "tower"), str(out / "data" / "validation"))
@@ -56,7 +64,11 @@ def test_each_side_is_measured_on_validation_and_has_a_llava(stages: dict[str, S
 def test_embeddings_are_of_the_trained_adapter(stages: dict[str, Stage], folder: Path, side: str):
     embed = stages[f"embed {side}"]
     assert option(embed, "--adapter") == str(folder / "out" / "llm" / "adapter")
-    assert {artifact.name for artifact in embed.reads} == {f"the {side} data", "the LLM", "the trained adapter"}
+    assert {artifact.name for artifact in embed.reads} == {
+        f"the {side} data",
+        "the LLM",
+        "the trained adapter",
+    }
     for name in ("heads on the start tower", "stage 2"):
         assert f"the embeddings of {side}" in {artifact.name for artifact in stages[name].reads}
 

@@ -26,25 +26,36 @@ def write_cache(data: Path, directory: Path, identity: TeacherIdentity = IDENTIT
         keys, captions = shard_captions(source, shard)
         rows = caption_rows(captions)
         seeds = [abs(caption_hash) for _, caption_hash in rows]
-        vectors = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        vectors = [
+            torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
         writer.write_shard(shard.name, keys, rows, torch.stack(vectors))
     writer.finish()
 
 
 def write_adapter(data: Path, seed: int = 0, *, shard: str = "train-noto.tar") -> TeacherIdentity:
-    """An adapter below ``data/llm`` with the record of its training on ``shard``; the teacher that it makes."""
+    """An adapter below ``data/llm`` with the record of its training on ``shard``; the teacher that
+    it makes."""
     run = data / "llm" / f"seed{seed}"
     (run / "adapter").mkdir(parents=True)
     save_file({"lora": torch.full((1,), float(seed))}, run / "adapter" / ADAPTER_WEIGHTS)
     (run / "adapter" / ADAPTER_CONFIG).write_text("{}")
-    RunRecord(config={"pairs": {"data": [f"emoji/{shard}"]}}, config_hash="").write(run / RunRecord.FILE)
+    RunRecord(config={"pairs": {"data": [f"emoji/{shard}"]}}, config_hash="").write(
+        run / RunRecord.FILE
+    )
     return dataclasses.replace(IDENTITY, post="", adapter_sha256=adapter_sha256(run / "adapter"))
 
 
 def write_run(output: Path, name: str, **data: object) -> None:
-    """The record of a tower's training below ``output``; ``data``: what differs from the quickstart's."""
+    """The record of a tower's training below ``output``; ``data``: what differs from the
+    quickstart's."""
     side, _, seed = name.partition("-seed")
     folder = "shuffled" if side == "shuffled" else "all"
-    read = {"path": [f"data/{folder}/train-*.tar"], "cache": [f"data/cache/{side}"], "validation": "", **data}
+    read = {
+        "path": [f"data/{folder}/train-*.tar"],
+        "cache": [f"data/cache/{side}"],
+        "validation": "",
+        **data,
+    }
     config = {"data": read, "train": {"seed": int(seed)}}
     RunRecord(config=config, config_hash="").write(output / "runs" / name / RunRecord.FILE)

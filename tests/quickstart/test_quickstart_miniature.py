@@ -1,4 +1,5 @@
-"""The LLaVA miniature: both sides are started alike but for the tower; its data; the scores of open answers."""
+"""The LLaVA miniature: both sides are started alike but for the tower; its data; the scores of open
+answers."""
 
 import json
 import os
@@ -25,7 +26,8 @@ done
 
 @pytest.fixture(params=["tiny", "chatml"])
 def output(request, tmp_path: Path) -> Path:
-    """A miniature of two seeds with towers before, after-0 and after-1, its stages started but not run."""
+    """A miniature of two seeds with towers before, after-0 and after-1, its stages started but not
+    run."""
     for name in ("before", "after-0", "after-1", "chatml"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
@@ -33,15 +35,41 @@ def output(request, tmp_path: Path) -> Path:
     (tmp_path / "python").write_text(PYTHON)
     (tmp_path / "python").chmod(0o755)
     llm = "tiny" if request.param == "tiny" else str(tmp_path / "chatml")
-    words = ["--before", "before", "--after", "after-{seed}", "--output", "out", "--llm", llm, "--seeds", "2"]
-    variables = {**os.environ, "LLAVA_PYTHON": str(tmp_path / "python"), "WORDS": str(tmp_path / "words")}
-    subprocess.run(["bash", SCRIPT, *words], cwd=tmp_path, env=variables, check=True, capture_output=True)
+    words = [
+        "--before",
+        "before",
+        "--after",
+        "after-{seed}",
+        "--output",
+        "out",
+        "--llm",
+        llm,
+        "--seeds",
+        "2",
+    ]
+    variables = {
+        **os.environ,
+        "LLAVA_PYTHON": str(tmp_path / "python"),
+        "WORDS": str(tmp_path / "words"),
+    }
+    subprocess.run(
+        ["bash", SCRIPT, *words], cwd=tmp_path, env=variables, check=True, capture_output=True
+    )
     return tmp_path / "out"
 
 
 def test_both_sides_are_started_alike_but_for_the_tower(output: Path) -> None:
-    trained = [line for line in (output.parent / "words").read_text().splitlines() if "llava.train.train" in line]
-    for option in ("--learning_rate", "--max_steps", "--per_device_train_batch_size", "--data_path"):
+    trained = [
+        line
+        for line in (output.parent / "words").read_text().splitlines()
+        if "llava.train.train" in line
+    ]
+    for option in (
+        "--learning_rate",
+        "--max_steps",
+        "--per_device_train_batch_size",
+        "--data_path",
+    ):
         by_side = [
             [last(line, option) for line in trained if f"unfinished-llava{kind}{side}" in line]
             for side in ("before", "after")
@@ -55,14 +83,19 @@ def test_each_training_has_its_own_seed(output: Path) -> None:
     seeds = {}
     for line in lines:
         if "llava.train.train" in line:
-            seeds[Path(last(line, "--output_dir")).name.removeprefix("unfinished-")] = last(line, "--seed")
-    trained = {name: seed for name, seed in seeds.items() if name != "words"}  # the language model of both, once
+            seeds[Path(last(line, "--output_dir")).name.removeprefix("unfinished-")] = last(
+                line, "--seed"
+            )
+    # the language model of both, once
+    trained = {name: seed for name, seed in seeds.items() if name != "words"}
     assert len(trained) == 8
     assert trained == {name: "1" if "-seed1" in name else "0" for name in trained}
 
 
 def test_both_sides_are_compared_with_their_pictures(output: Path) -> None:
-    (compared,) = [line for line in (output.parent / "words").read_text().splitlines() if " compare " in line]
+    (compared,) = [
+        line for line in (output.parent / "words").read_text().splitlines() if " compare " in line
+    ]
     assert last(compared, "--image-folder") == str(output / "data" / "images")
 
 
@@ -83,15 +116,30 @@ def test_sides_that_were_trained_otherwise_are_refused(output: Path) -> None:
 
 
 def test_each_turn_of_a_conversation_counts_as_a_guess(tmp_path: Path) -> None:
-    asked = [miniature.talk(f"q{n}", "Which?", answer, f"{n // 2}.png") for n, answer in enumerate("abbabb")]
+    asked = [
+        miniature.talk(f"q{n}", "Which?", answer, f"{n // 2}.png")
+        for n, answer in enumerate("abbabb")
+    ]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "finetune.json").write_text(json.dumps(miniature.conversations(asked)))
     assert miniature.guesses(tmp_path) == {"Which?": "b"}
 
 
 def row(concept: str, answer: str, truth: str, *keywords: str) -> dict:
-    about = {"question_id": f"noto-{concept}", "cluster": concept, "category": "Animals", "image": f"{concept}.png"}
-    return {**about, "text": "?", "answer": answer, "truth": truth, "keywords": [*keywords], "kind": miniature.OPEN}
+    about = {
+        "question_id": f"noto-{concept}",
+        "cluster": concept,
+        "category": "Animals",
+        "image": f"{concept}.png",
+    }
+    return {
+        **about,
+        "text": "?",
+        "answer": answer,
+        "truth": truth,
+        "keywords": [*keywords],
+        "kind": miniature.OPEN,
+    }
 
 
 def points(made: ScoreFile) -> list[float]:
@@ -99,7 +147,10 @@ def points(made: ScoreFile) -> list[float]:
 
 
 def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None:
-    seen = [row("1", "A cat with a hat", "black cat", "feline"), row("2", "the Feline.", "lion", "feline", "king")]
+    seen = [
+        row("1", "A cat with a hat", "black cat", "feline"),
+        row("2", "the Feline.", "lion", "feline", "king"),
+    ]
     seen += [row("3", "with the", "man with the hat"), row("4", "", "T-Rex", "dinosaur")]
     made = miniature.by_keyword(seen)
     # of the pictures of the three others, "cat hat" has the hat of 3, "feline" that of 1
@@ -107,5 +158,10 @@ def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None
     assert made.metrics["pictures_exchanged"] == pytest.approx(100 / 6)
     same = miniature.by_keyword([row(str(number), "a face", "happy face") for number in range(4)])
     assert points(same) == [0, 0, 0, 0] and same.metrics["pictures_exchanged"] == 100
-    twice = [row("1", "cat", "cat"), {**row("1", "cat", "cat"), "question_id": "fluent-1"}, row("2", "dog", "cow")]
-    assert points(miniature.by_keyword(twice)) == [100, 100, 0]  # pictures of the same emoji are not exchanged
+    twice = [
+        row("1", "cat", "cat"),
+        {**row("1", "cat", "cat"), "question_id": "fluent-1"},
+        row("2", "dog", "cow"),
+    ]
+    # pictures of the same emoji are not exchanged
+    assert points(miniature.by_keyword(twice)) == [100, 100, 0]

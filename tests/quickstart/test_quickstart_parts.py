@@ -1,4 +1,5 @@
-"""What each part of the quickstart reads: shards, caches, adapters; and the refusal of anything else."""
+"""What each part of the quickstart reads: shards, caches, adapters; and the refusal of anything
+else."""
 
 import re
 import shutil
@@ -61,7 +62,11 @@ def test_a_cache_is_embedded_with_the_adapter_of_its_seed(tmp_path) -> None:
     assert raw[1:3] == tuned[1:3] == ["embed", "data/all/*.tar"] and "--adapter" not in raw
     assert value(tuned, "--adapter") == "data/llm/seed3/adapter"
     for command, cache in ((raw, "data/cache/raw"), (tuned, "data/cache/tuned-seed3")):
-        assert (value(command, "--cache"), value(command, "--llm"), value(command, "--compute-dtype")) == (
+        assert (
+            value(command, "--cache"),
+            value(command, "--llm"),
+            value(command, "--compute-dtype"),
+        ) == (
             cache,
             "llm",
             "bfloat16",
@@ -70,7 +75,9 @@ def test_a_cache_is_embedded_with_the_adapter_of_its_seed(tmp_path) -> None:
 
 def test_the_halves_of_a_cache_are_all_shards_once(tmp_path) -> None:
     (tmp_path / "data" / "cache" / "tuned-seed0").mkdir(parents=True)
-    (tmp_path / "data" / "cache" / "tuned-seed0" / "manifest.json").write_text('{"test-noto": 1, "train-noto": 1}')
+    (tmp_path / "data" / "cache" / "tuned-seed0" / "manifest.json").write_text(
+        '{"test-noto": 1, "train-noto": 1}'
+    )
     halves = started(tmp_path, "embed_in_halves tuned-seed0")
     patterns = [Path(command[2]).name for command in halves]
     for split in inputs.SPLITS:
@@ -84,12 +91,21 @@ def test_the_halves_of_a_cache_are_all_shards_once(tmp_path) -> None:
 
 
 def test_the_tower_before_stage_2_has_the_same_heads_and_no_steps(tmp_path) -> None:
-    (tmp_path / "out" / "runs" / "start-seed0" / "tower").mkdir(parents=True)  # as the training would
+    # as the training would
+    (tmp_path / "out" / "runs" / "start-seed0" / "tower").mkdir(parents=True)
     (start,) = started(tmp_path, "start_tower")
     (tuned,) = started(tmp_path, "train tuned 0 tuned-seed0")
     assert (value(start, "--max-steps"), value(start, "--num-train-epochs")) == ("0", "0")
     assert "--validation" not in start
-    for option in ("--data", "--cache", "--tower", "--image-size", "--heads.steps", "--seed", "--precision"):
+    for option in (
+        "--data",
+        "--cache",
+        "--tower",
+        "--image-size",
+        "--heads.steps",
+        "--seed",
+        "--precision",
+    ):
         assert value(start, option) == value(tuned, option)
 
 
@@ -100,15 +116,23 @@ def test_towers_differ_in_their_cache_alone(tmp_path) -> None:
             "data/all/train-*.tar",
             "data/all/validation-noto.tar",
         )
-        assert value(command, "--cache") == value(command, "--validation-cache") == f"data/cache/{cache}"
-        assert (value(command, "--output"), value(command, "--seed")) == (f"{tmp_path}/out/runs/{name}", "3")
+        assert (
+            value(command, "--cache")
+            == value(command, "--validation-cache")
+            == f"data/cache/{cache}"
+        )
+        assert (value(command, "--output"), value(command, "--seed")) == (
+            f"{tmp_path}/out/runs/{name}",
+            "3",
+        )
         assert (tmp_path / "out" / "towers" / name).is_dir()
     alike = [" ".join(raw).replace("raw-seed3", "NAME").replace("cache/raw", "cache/NAME")]
     assert alike == [" ".join(tuned).replace("tuned-seed3", "NAME")]
 
 
 def test_the_control_sees_exchanged_pictures(tmp_path) -> None:
-    (tmp_path / "out" / "runs" / "shuffled-seed0" / "tower").mkdir(parents=True)  # as the training would
+    # as the training would
+    (tmp_path / "out" / "runs" / "shuffled-seed0" / "tower").mkdir(parents=True)
     (tower,) = started(tmp_path, "control")
     assert value(tower, "--data") == "data/shuffled/train-*.tar"
     assert value(tower, "--cache") == "data/cache/tuned-seed0"
@@ -130,11 +154,17 @@ def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tm
     assert value(read, "--post-file") == f"{value(fit, '--output')}/llm2clip_post.safetensors"
     raw = " ".join(started(tmp_path, "train raw 3 raw")[0])
     for command, name in ((plain, "plain"), (random, "random")):
-        own = " ".join(command).replace(f"{name}-seed3", "raw-seed3").replace(f"cache/{name}", "cache/raw")
+        own = (
+            " ".join(command)
+            .replace(f"{name}-seed3", "raw-seed3")
+            .replace(f"cache/{name}", "cache/raw")
+        )
         assert own == raw and f"cache/{name}" in " ".join(command)
     # a smoke run has a tower of the raw LLM for LLaVA alone, which compares with it
     last = started(tmp_path, "PRESET=smoke LLAVA=yes; controls 4")[-1]
-    assert value(last, "--cache") == "data/cache/raw" and value(last, "--output").endswith("runs/raw-seed4")
+    assert value(last, "--cache") == "data/cache/raw" and value(last, "--output").endswith(
+        "runs/raw-seed4"
+    )
 
 
 def test_the_control_is_read_at_the_block_that_the_page_of_results_states() -> None:
@@ -146,21 +176,29 @@ def test_the_control_is_read_at_the_block_that_the_page_of_results_states() -> N
 
 def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path) -> None:
     for seed in (0, 0, 1):
-        inputs.write_random(data / "all", data / "cache" / "tuned-seed0", tmp_path / f"random{seed}", seed)
+        inputs.write_random(
+            data / "all", data / "cache" / "tuned-seed0", tmp_path / f"random{seed}", seed
+        )
     caches = {name: EmbeddingCache.open(tmp_path / f"random{name}") for name in (0, 1)}
     source = open_source(SourceConfig(path=str(data / "all")))
     row_of: dict[str, torch.Tensor] = {}
     for number in range(len(source)):
         sample = source[number]
-        rows, other = (c.rows(*source.locate(number), sample.captions, key=sample.key) for c in caches.values())
+        rows, other = (
+            c.rows(*source.locate(number), sample.captions, key=sample.key) for c in caches.values()
+        )
         assert not torch.allclose(rows.float(), other.float())
         for caption, row in zip(sample.captions, rows, strict=True):
-            assert torch.equal(row_of.setdefault(caption.text, row), row)  # in every style, split and language
+            # in every style, split and language
+            assert torch.equal(row_of.setdefault(caption.text, row), row)
     value_NW = torch.stack(list(row_of.values())).float()
     assert value_NW.mean().abs() < 0.1 and 0.9 < value_NW.std() < 1.1
     cosine_NN = torch.corrcoef(value_NW)
     assert (cosine_NN - torch.eye(len(cosine_NN))).abs().max() < 1
-    assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (inputs.RANDOM, "")
+    assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (
+        inputs.RANDOM,
+        "",
+    )
     assert caches[0].fingerprint != caches[1].fingerprint
     with pytest.raises(ContractError, match=r"with \{'random': True"):
         measure.check_cache(data, "raw", caches[0])
@@ -181,7 +219,10 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "of", "words"),
-    [("raw", "tuned-seed0", "expected .*'adapter': ''"), ("tuned-seed0", "raw", "with .*'adapter': '',.*expected")],
+    [
+        ("raw", "tuned-seed0", "expected .*'adapter': ''"),
+        ("tuned-seed0", "raw", "with .*'adapter': '',.*expected"),
+    ],
 )
 def test_a_cache_of_another_adapter_is_refused(data, tmp_path, name, of, words) -> None:
     assert {*measure.open_caches(data)} == {"raw", "tuned-seed0"}
@@ -192,7 +233,11 @@ def test_a_cache_of_another_adapter_is_refused(data, tmp_path, name, of, words) 
 
 
 def test_an_adapter_of_test_captions_is_refused(data, tmp_path) -> None:
-    write_cache(data / "all", tmp_path / "cache" / "tuned-seed0", write_adapter(tmp_path, shard="test-noto.tar"))
+    write_cache(
+        data / "all",
+        tmp_path / "cache" / "tuned-seed0",
+        write_adapter(tmp_path, shard="test-noto.tar"),
+    )
     with pytest.raises(ContractError, match=r"tuned-seed0 .*test-noto\.tar"):
         measure.open_caches(tmp_path)
 
@@ -217,7 +262,8 @@ def test_a_tower_of_other_shards_is_refused(tmp_path, name, read, words) -> None
 
 
 def test_a_tower_against_the_other_teachers_cache_is_refused(data) -> None:
-    caches, teacher = measure.open_caches(data), vars(IDENTITY)
+    caches = measure.open_caches(data)
+    teacher = vars(IDENTITY)
     assert measure.cache_of(Path("towers/raw-seed0"), teacher, caches) is caches["raw"]
     with pytest.raises(ContractError, match="expected that of tuned-seed0"):
         measure.cache_of(Path("towers/tuned-seed0"), teacher, caches)

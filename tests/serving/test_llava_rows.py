@@ -11,13 +11,17 @@ from llava_integration.serve.rows import LlavaRows
 from llava_integration.serve.trainers import image_first
 
 SAID = ("human", "What color?"), ("gpt", "red"), ("human", "Which shape?"), ("gpt", "a square")
-THOUGHT = "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"  # Qwen 3
+# Qwen 3
+THOUGHT = "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
 TEMPLATES = {
     "alike": CHATML,
     "thought": CHATML.replace("'\\n' + m", "'\\n' }}" + THOUGHT + "{{ m"),
     "end": CHATML + "{% if not add_generation_prompt %}<eos>{% endif %}",  # Phi 3
 }
-ENDS = {"thought": "<think>\n\n</think>\n\na square<|im_end|>\n", "end": "a square<|im_end|>\n<eos>"}
+ENDS = {
+    "thought": "<think>\n\n</think>\n\na square<|im_end|>\n",
+    "end": "a square<|im_end|>\n<eos>",
+}
 
 
 class TextProcessor:
@@ -28,37 +32,60 @@ class TextProcessor:
         self.tokenizer.chat_template = template
         self.decode = self.tokenizer.decode
 
-    def apply_chat_template(self, chats: list[Any], *, processor_kwargs: Any = (), **options: Any) -> Any:
-        flat = [[{**message, "content": message["content"][-1]["text"]} for message in chat] for chat in chats]
+    def apply_chat_template(
+        self, chats: list[Any], *, processor_kwargs: Any = (), **options: Any
+    ) -> Any:
+        flat = [
+            [{**message, "content": message["content"][-1]["text"]} for message in chat]
+            for chat in chats
+        ]
         return self.tokenizer.apply_chat_template(flat, **dict(processor_kwargs), **options)
 
 
 def learned(template: str, *said: tuple[str, str]) -> list[str]:
     """The stretches of a row, padded next to a longer one, that have labels."""
-    rows = [{"conversations": [{"from": who, "value": text} for who, text in turns]} for turns in (said, 3 * SAID)]
+    rows = [
+        {"conversations": [{"from": who, "value": text} for who, text in turns]}
+        for turns in (said, 3 * SAID)
+    ]
     batch = LlavaRows(TextProcessor(template), "")(rows)
     assert torch.equal(batch["labels"].clamp_min(0), batch["input_ids"] * (batch["labels"] >= 0))
-    tokenizer, labels = chatml_tokenizer(), batch["labels"][0].tolist()
-    stretches = [[*ids] for is_learned, ids in groupby(labels, lambda label: label >= 0) if is_learned]
+    tokenizer = chatml_tokenizer()
+    labels = batch["labels"][0].tolist()
+    stretches = [
+        [*ids] for is_learned, ids in groupby(labels, lambda label: label >= 0) if is_learned
+    ]
     return [str(tokenizer.decode(ids)) for ids in stretches]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_answers_alone_are_learned(name: str) -> None:
     expected = ["red<|im_end|>\n", ENDS.get(name, "a square<|im_end|>\n")]
-    assert learned(TEMPLATES[name], *SAID) == learned(TEMPLATES[name], ("gpt", "Hello"), *SAID) == expected
+    assert (
+        learned(TEMPLATES[name], *SAID)
+        == learned(TEMPLATES[name], ("gpt", "Hello"), *SAID)
+        == expected
+    )
 
 
 @pytest.mark.parametrize("question", ["<image>\nWhat color?", "What color?\n<image>"])
 def test_the_image_is_before_the_first_question(question: str) -> None:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}, {"from": "human", "value": "Sure?"}]
-    first, _, last = LlavaRows(TextProcessor(CHATML), "photos").chat({"image": "a.png", "conversations": turns})
+    turns = [
+        {"from": "human", "value": question},
+        {"from": "gpt", "value": "red"},
+        {"from": "human", "value": "Sure?"},
+    ]
+    first, _, last = LlavaRows(TextProcessor(CHATML), "photos").chat(
+        {"image": "a.png", "conversations": turns}
+    )
     text = {"type": "text", "text": "What color?"}
     assert first == {"role": "user", "content": [{"type": "image", "path": "photos/a.png"}, text]}
     assert last == {"role": "user", "content": [{"type": "text", "text": "Sure?"}]}
 
 
-@pytest.mark.parametrize("text", ["<image>\nWhat color?", "What color?\n<image>", "<image>What color?"])
+@pytest.mark.parametrize(
+    "text", ["<image>\nWhat color?", "What color?\n<image>", "<image>What color?"]
+)
 def test_trainers_have_the_image_before_the_question(text: str) -> None:
     assert image_first(text) == "<image>\nWhat color?"
     assert image_first("What color?") == "What color?"
@@ -67,4 +94,6 @@ def test_trainers_have_the_image_before_the_question(text: str) -> None:
 
 def test_a_template_that_begins_an_answer_otherwise_is_refused() -> None:
     with pytest.raises(ValueError, match="--chat-template"):
-        learned(CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"), *SAID)
+        learned(
+            CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"), *SAID
+        )

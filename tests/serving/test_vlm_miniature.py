@@ -1,4 +1,5 @@
-"""The miniature through ``vlm build`` and transformers' Trainer: ``miniature.py train`` with tiny models."""
+"""The miniature through ``vlm build`` and transformers' Trainer: ``miniature.py train`` with tiny
+models."""
 
 import json
 from itertools import pairwise
@@ -15,7 +16,8 @@ TURNS = (("human", "<image>\nWhich color?"), ("gpt", "red"), ("human", "Sure?"),
 
 
 def test_two_sides(tmp_path: Path) -> None:
-    """Stage 1 trains the projector, stage 2 the LLM, too; finished parts stay; sides trained otherwise are refused."""
+    """Stage 1 trains the projector, stage 2 the LLM, too; finished parts stay; sides trained
+    otherwise are refused."""
 
     def side(name: str, steps: int = 2) -> None:
         miniature.train_side(tmp_path, name, str(tower_directory("clip")), (steps, steps))
@@ -23,7 +25,10 @@ def test_two_sides(tmp_path: Path) -> None:
     save_tiny_llm(tmp_path / "llm", "smollm2")
     (tmp_path / "data" / "images").mkdir(parents=True)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "data" / "images" / "red.png")
-    row = {"image": "red.png", "conversations": [{"from": speaker, "value": text} for speaker, text in TURNS]}
+    row = {
+        "image": "red.png",
+        "conversations": [{"from": speaker, "value": text} for speaker, text in TURNS],
+    }
     for name in ("captions", "finetune"):
         (tmp_path / "data" / f"{name}.json").write_text(json.dumps([row] * 2))
     asked = {
@@ -33,11 +38,17 @@ def test_two_sides(tmp_path: Path) -> None:
         "truth": "red",
         "kind": miniature.CLOSED[0],
     }
-    (tmp_path / "data" / "questions.jsonl").write_text(json.dumps({**asked, "cluster": "", "category": ""}))
+    (tmp_path / "data" / "questions.jsonl").write_text(
+        json.dumps({**asked, "cluster": "", "category": ""})
+    )
     side("before")
-    made, answers = tmp_path / "vlm-before", tmp_path / "before.answers.jsonl"
+    made = tmp_path / "vlm-before"
+    answers = tmp_path / "before.answers.jsonl"
     weights = [load_file(made / f"stage{stage}" / "model.safetensors") for stage in range(3)]
-    changed = [{name.split(".")[0] for name in new if not new[name].equal(old[name])} for old, new in pairwise(weights)]
+    changed = [
+        {name.split(".")[0] for name in new if not new[name].equal(old[name])}
+        for old, new in pairwise(weights)
+    ]
     assert changed == [{"multi_modal_projector"}, {"multi_modal_projector", "language_model"}]
     assert json.loads(answers.read_text())["question_id"] == "1"
 

@@ -1,4 +1,5 @@
-"""Tests with packages that people train and evaluate with, each in its environment: ``scripts/test.sh --stacks``."""
+"""Tests with packages that people train and evaluate with, each in its environment:
+``scripts/test.sh --stacks``."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,5 @@
-"""Forks of LLaVA with our towers (``scripts/test.sh --stacks``): llavaction, a fork of LLaVA-NeXT that is on the index.
+"""Forks of LLaVA with our towers (``scripts/test.sh --stacks``): llavaction, a fork of LLaVA-NeXT
+that is on the index.
 
 ``LLAVA_NEXT=CHECKOUT`` tests LLaVA-NeXT's own code, too, which is not on it (seen: b42941c).
 """
@@ -17,7 +18,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 RANKS = 2
 ANNOTATIONS = "EPIC_100_train.csv EPIC_100_validation.csv EPIC_100_verb_classes.csv EPIC_100_noun_classes_v2.csv"
-ON_CPU = "import torch\ntorch.cuda.synchronize = lambda device=None: None\n"  # called when a model is saved
+# called when a model is saved
+ON_CPU = "import torch\ntorch.cuda.synchronize = lambda device=None: None\n"
 WHOLE = "mm_vision_tower,mm_mlp_adapter,mm_language_model"
 ANYRES = """--image_aspect_ratio anyres --image_grid_pinpoints [(28,56),(56,28),(56,56)] --mm_patch_merge_type spatial
     --mm_vision_tower_lr 1e-4"""  # "unpad" draws a parameter after the tower is built
@@ -25,7 +27,8 @@ ANYRES = """--image_aspect_ratio anyres --image_grid_pinpoints [(28,56),(56,28),
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    """The tiny world, with pictures as videos of two frames, and a Qwen 2: llavaction's code trains nothing else."""
+    """The tiny world, with pictures as videos of two frames, and a Qwen 2: llavaction's code trains
+    nothing else."""
     world = make_world(tmp_path_factory.mktemp("forks"))
     for data in (world.pretrain_data, world.finetune_data):
         rows = [row for row in json.loads(data.read_text()) if "image" in row]
@@ -37,21 +40,33 @@ def world(tmp_path_factory) -> World:
             row |= {"video": frames.name, "dataset_name": "sharegpt4video"}
         data.with_suffix(".video.json").write_text(json.dumps(rows))
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Qwen2Config(vocab_size=600, num_key_value_heads=4, pad_token_id=0, initializer_range=0.1, **shape)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = Qwen2Config(
+        vocab_size=600, num_key_value_heads=4, pad_token_id=0, initializer_range=0.1, **shape
+    )
     Qwen2ForCausalLM(config).save_pretrained(world.root / "tiny-qwen")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(world.llm / name, world.root / "tiny-qwen" / name)
     world.llm.rename(world.root / "tiny-llama")  # LLaVA-NeXT chooses the class by the name
     (world.root / "sitecustomize.py").write_text(ON_CPU)
     for name in ANNOTATIONS.split():  # read by llavaction whatever it trains on
-        (world.root / name).write_text("id,key\n0,take\n" if "classes" in name else "narration_id\n")
+        (world.root / name).write_text(
+            "id,key\n0,take\n" if "classes" in name else "narration_id\n"
+        )
     return world
 
 
-def train(world: World, package: str, paths: list[str], tower: str, kind: str, options: str) -> list[float]:
+def train(
+    world: World, package: str, paths: list[str], tower: str, kind: str, options: str
+) -> list[float]:
     """The loss of each step of a stage on two ranks under ZeRO-2, from a fixed projector."""
-    video, output = package != "llava", world.root / f"{package}-{kind}-{tower[:8].replace('/', '-')}"
+    video = package != "llava"
+    output = world.root / f"{package}-{kind}-{tower[:8].replace('/', '-')}"
     data = world.pretrain_data if kind == "pretrain" else world.finetune_data
     words = f"""-m {package}.train.train --model_name_or_path {world.root / ("tiny-qwen" if video else "tiny-llama")}
         --version {"plain" if kind == "pretrain" else "v1"} --vision_tower {tower} --mm_projector_type mlp2x_gelu
@@ -64,9 +79,14 @@ def train(world: World, package: str, paths: list[str], tower: str, kind: str, o
         --attn_implementation eager --deepspeed {world.zero_config(2)} {options}""".split()
     common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common["PYTHONPATH"] = os.pathsep.join([str(world.root), *paths, *sys.path])
-    places = [world.environment(RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(RANKS)]
+    places = [
+        world.environment(RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(RANKS)
+    ]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [subprocess.Popen([sys.executable, *words], env=place, cwd=world.root, **streams) for place in places]
+    ranks = [
+        subprocess.Popen([sys.executable, *words], env=place, cwd=world.root, **streams)
+        for place in places
+    ]
     told = [rank.communicate(timeout=1800)[0] for rank in ranks]
     assert not any(rank.returncode for rank in ranks), told[0][-3000:] + told[1][-3000:]
     return losses(output)
@@ -86,5 +106,8 @@ def test_losses_are_those_of_its_own_clip_tower(world, package, kind, options):
     if paths == [""]:
         pytest.skip("LLaVA-NeXT is not on the package index; LLAVA_NEXT=CHECKOUT names its code")
     tower = world.towers["clip"]
-    own, ours = (train(world, package, paths, one, kind, options) for one in (str(tower), f"llm2clip:{tower}"))
+    own, ours = (
+        train(world, package, paths, one, kind, options)
+        for one in (str(tower), f"llm2clip:{tower}")
+    )
     assert own == ours and own[-1] < own[0]

@@ -1,4 +1,5 @@
-"""Logs that today's evaluators write (``scripts/test.sh --stacks``): planted differences come back from them."""
+"""Logs that today's evaluators write (``scripts/test.sh --stacks``): planted differences come back
+from them."""
 
 # The evaluators are in an environment of their own, not where types are checked.
 # pyright: reportMissingImports=false
@@ -49,8 +50,12 @@ def check(folder: Path, questions: Path, benchmark: str) -> None:
     """Both numbers are exact, the difference is found; a side against itself shows none."""
     sides = [load_side(folder / model) for model in RIGHT]
     (row,) = build(sides, resamples=2000).rows
-    assert row.benchmark == benchmark and row.questions == QUESTIONS and row.images == QUESTIONS // 2
-    assert (row.result.base, row.result.new) == pytest.approx([accuracy(model, questions) for model in RIGHT])
+    assert (
+        row.benchmark == benchmark and row.questions == QUESTIONS and row.images == QUESTIONS // 2
+    )
+    assert (row.result.base, row.result.new) == pytest.approx(
+        [accuracy(model, questions) for model in RIGHT]
+    )
     assert row.verdict == "better" and row.result.low <= row.result.difference <= row.result.high
     (same,) = build([sides[0], load_side(folder / "weak", "again")], resamples=2000).rows
     assert same.result.difference == 0 and same.verdict == "no difference shown"
@@ -75,12 +80,24 @@ def test_lm_evaluation_harness(questions, tmp_path):
 
         loglikelihood_rolling = loglikelihood
 
-    task = {"task": "toy", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(questions)}}}
-    task |= {"test_split": "test", "output_type": "generate_until", "generation_kwargs": {"until": ["\n"]}}
+    task = {
+        "task": "toy",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(questions)}},
+    }
+    task |= {
+        "test_split": "test",
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": ["\n"]},
+    }
     task |= {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
-    task["metric_list"] = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    task["metric_list"] = [
+        {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    ]
     for name in RIGHT:
-        results = simple_evaluate(Model(name), tasks=[task], task_manager=TaskManager(), log_samples=True)
+        results = simple_evaluate(
+            Model(name), tasks=[task], task_manager=TaskManager(), log_samples=True
+        )
         samples = results.pop("samples")
         tracker = EvaluationTracker(output_path=str(tmp_path / name))
         tracker.general_config_tracker.model_name_sanitized = name
@@ -104,7 +121,9 @@ def test_inspect_ai(questions, tmp_path):
             return len(text)  # the package's own fetches a tokenizer
 
         async def generate(self, input, tools, tool_choice, config):
-            return ModelOutput.from_content(self.model_name, answer(self.model_name, rows[input[-1].text]))
+            return ModelOutput.from_content(
+                self.model_name, answer(self.model_name, rows[input[-1].text])
+            )
 
     samples = []
     for row in rows.values():
@@ -112,12 +131,15 @@ def test_inspect_ai(questions, tmp_path):
         samples.append(Sample(input=row["question"], target=row["answer"], **about))
     for name, form in zip(RIGHT, ("eval", "json"), strict=True):
         task = Task(name="toy", dataset=samples, solver=generate(), scorer=match())
-        eval(task, model=f"toy/{name}", log_dir=str(tmp_path / name), log_format=form, display="none")
+        eval(
+            task, model=f"toy/{name}", log_dir=str(tmp_path / name), log_format=form, display="none"
+        )
     check(tmp_path, questions, "toy match")
 
 
 def test_lmms_eval(questions, tmp_path):
-    """Its own model that says one thing, and its own POPE: F1 of always "yes" is 50, of always "no" 0."""
+    """Its own model that says one thing, and its own POPE: F1 of always "yes" is 50, of always "no"
+    0."""
     import lmms_eval.tasks.pope as pope
 
     folder = tmp_path / "tasks"
@@ -128,12 +150,25 @@ def test_lmms_eval(questions, tmp_path):
     )
     (written,) = [path / "pope.yaml" for path in map(Path, pope.__path__)]
     yaml = written.read_text().replace("utils.pope_doc_to_visual", "utils.none")
-    yaml = yaml.replace("utils.pope_doc_to_text", "utils.text").replace('task: "pope"', 'task: "toy"')
-    lines = ["dataset_path: json" if line.startswith("dataset_path") else line for line in yaml.splitlines()]
+    yaml = yaml.replace("utils.pope_doc_to_text", "utils.text").replace(
+        'task: "pope"', 'task: "toy"'
+    )
+    lines = [
+        "dataset_path: json" if line.startswith("dataset_path") else line
+        for line in yaml.splitlines()
+    ]
     lines = [line.replace("token: True", f"data_files: {{test: {questions}}}") for line in lines]
     (folder / "toy.yaml").write_text("\n".join(lines))
     for said in ("no", "yes"):
-        run = [sys.executable, "-m", "lmms_eval", "--model", "dummy", "--model_args", f"response={said}"]
+        run = [
+            sys.executable,
+            "-m",
+            "lmms_eval",
+            "--model",
+            "dummy",
+            "--model_args",
+            f"response={said}",
+        ]
         run += ["--tasks", "toy", "--include_path", str(folder), "--batch_size", "1"]
         subprocess.run([*run, "--log_samples", "--output_path", str(tmp_path / said)], check=True)
     (row,) = build([load_side(tmp_path / said) for said in ("no", "yes")], resamples=2000).rows
@@ -150,8 +185,14 @@ def tiny_llava(folder: Path, seed: int) -> Path:
 
     from llm2clip_plugin.cli import main as llm2clip
 
-    CLIPVisionModel(CLIPVisionConfig(**TINY, image_size=28, patch_size=14)).save_pretrained(folder / "tower")
-    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_processor_type": "CLIPImageProcessor"}
+    CLIPVisionModel(CLIPVisionConfig(**TINY, image_size=28, patch_size=14)).save_pretrained(
+        folder / "tower"
+    )
+    statistics = {
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "image_processor_type": "CLIPImageProcessor",
+    }
     sizes = {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}}
     (folder / "tower" / "preprocessor_config.json").write_text(json.dumps({**statistics, **sizes}))
     llm = save_tiny_llm(folder / "llm", "llama", seed=seed)
@@ -161,7 +202,8 @@ def tiny_llava(folder: Path, seed: int) -> Path:
 
 
 def test_bench_mllm_runs_tasks_of_today(tmp_path, monkeypatch):
-    """Two models on copies of two data sets, in their columns, without network; the logs are compared."""
+    """Two models on copies of two data sets, in their columns, without network; the logs are
+    compared."""
     from datasets import Dataset, Image
     from PIL import Image as Picture
 
@@ -174,8 +216,16 @@ def test_bench_mllm_runs_tasks_of_today(tmp_path, monkeypatch):
     same = {"image": [str(path) for path in pictures]}
     letters = [f"({'ab'[n % 2]})" for n in range(8)]
     mmvp = {"Index": range(1, 9), "Question": ["Is it?"] * 8, "Options": ["(a) yes (b) no"] * 8}
-    cv_bench = {"idx": range(8), "type": ["2D"] * 8, "task": ["Count"] * 8, "choices": [["1", "2"]] * 8}
-    cv_bench |= {"answer": [letter.upper() for letter in letters], "prompt": ["Which? (A) 1 (B) 2"] * 8}
+    cv_bench = {
+        "idx": range(8),
+        "type": ["2D"] * 8,
+        "task": ["Count"] * 8,
+        "choices": [["1", "2"]] * 8,
+    }
+    cv_bench |= {
+        "answer": [letter.upper() for letter in letters],
+        "prompt": ["Which? (A) 1 (B) 2"] * 8,
+    }
     sets = {
         "lmms-lab-eval/MMVP/train.parquet": {**same, **mmvp, "Correct Answer": letters},
         "nyu-visionx/CV-Bench/test.parquet": {**same, **cv_bench, "source": ["COCO"] * 8},
@@ -191,10 +241,20 @@ def test_bench_mllm_runs_tasks_of_today(tmp_path, monkeypatch):
     options = ["--engine", "lmms-eval", "--device", "cpu", "--tasks", "mmvp", "cv_bench"]
     for seed in (0, 1):
         model = tiny_llava(tmp_path / f"{seed}", seed)
-        words = [str(tmp_path / "hub"), *options, "--model-path", str(model), "--output", str(tmp_path / f"run{seed}")]
+        words = [
+            str(tmp_path / "hub"),
+            *options,
+            "--model-path",
+            str(model),
+            "--output",
+            str(tmp_path / f"run{seed}"),
+        ]
         assert bench.main([*words, "--", "--gen_kwargs", "max_new_tokens=4"]) == 0
     folders = [tmp_path / f"run{seed}" / "lmms_eval" for seed in (0, 1)]
-    assert compare([*map(str, folders), "--resamples", "200", "--output", str(tmp_path / "report")]) == 0
+    assert (
+        compare([*map(str, folders), "--resamples", "200", "--output", str(tmp_path / "report")])
+        == 0
+    )
     rows = json.loads((tmp_path / "report" / "compare.json").read_text())["rows"]
     questions = {row["benchmark"]: row["questions"] for row in rows}
     assert questions == {"mmvp mmvp_pair_accuracy": 4, "cv_bench cv_bench_acc": 8}

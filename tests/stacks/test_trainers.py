@@ -1,4 +1,5 @@
-"""docs/vlm.md, run as printed: a model of ``vlm build`` trained in two stages by the package of this environment."""
+"""docs/vlm.md, run as printed: a model of ``vlm build`` trained in two stages by the package of
+this environment."""
 
 import importlib
 import json
@@ -23,7 +24,8 @@ from llava_integration.serve.build import register
 from llava_integration.serve.trainers import Prompt
 from llm2clip_plugin.cli import main as llm2clip
 
-TRAINER = next(name for name in ("swift", "llamafactory", "trl") if find_spec(name))  # the first two bring TRL
+# the first two bring TRL
+TRAINER = next(name for name in ("swift", "llamafactory", "trl") if find_spec(name))
 PAGE = (Path(__file__).parents[2] / "docs" / "vlm.md").read_text(encoding="utf-8")
 HEADINGS = {"trl": "TRL", "swift": "ms-swift", "llamafactory": "LLaMA-Factory"}
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<user>{{ m['role'] }}
@@ -73,7 +75,9 @@ def train_with_llamafactory() -> None:
     Path("stage1.yaml").write_text(settings)
     settings = settings.replace("vlm/stage1", "vlm/stage2").replace("vlm/stage0", "vlm/stage1")
     Path("stage2.yaml").write_text(
-        settings.replace("dataset: pretrain", "dataset: finetune").replace(": true\n", ": false\n", 2)
+        settings.replace("dataset: pretrain", "dataset: finetune").replace(
+            ": true\n", ": false\n", 2
+        )
     )
     for stage in ("stage1", "stage2"):
         run("bash", "-ec", code[code.index("python") :].replace("stage1", stage))
@@ -87,11 +91,14 @@ def folder(stage: int) -> Path:
 
 def losses(stage: int) -> list[float]:
     states = sorted(Path(f"vlm/stage{stage}").rglob("trainer_state.json"))
-    return [row["loss"] for row in json.loads(states[0].read_text())["log_history"] if "loss" in row]
+    return [
+        row["loss"] for row in json.loads(states[0].read_text())["log_history"] if "loss" in row
+    ]
 
 
 def conversation(name: str) -> list[dict[str, Any]]:
-    image, text = {"type": "image", "path": f"images/{name}.png"}, {"type": "text", "text": QUESTION}
+    image = {"type": "image", "path": f"images/{name}.png"}
+    text = {"type": "text", "text": QUESTION}
     return [
         {"role": "user", "content": [image, text]},
         {"role": "assistant", "content": [{"type": "text", "text": name}]},
@@ -105,17 +112,26 @@ def encoded(processor: Any, turns: list[dict[str, Any]]) -> Any:
 
 @pytest.mark.parametrize("tower", ["clip", "eva02"])
 def test_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str) -> None:
-    """The first loss is transformers' own, losses fall, stage 1 trains the projector alone, and answers are learned."""
+    """The first loss is transformers' own, losses fall, stage 1 trains the projector alone, and
+    answers are learned."""
     monkeypatch.chdir(tmp_path)
     llm = save_tiny_llm(tmp_path / "qwen3", "qwen3", width=128)
     Path("template.jinja").write_text(TEMPLATE)
-    words = ["--tower", str(tower_directory(tower)), "--llm", str(llm), "--chat-template", "template.jinja"]
+    words = [
+        "--tower",
+        str(tower_directory(tower)),
+        "--llm",
+        str(llm),
+        "--chat-template",
+        "template.jinja",
+    ]
     assert llm2clip(["vlm", "build", *words, "--output", "vlm/stage0"]) == 0
     Path("images").mkdir()
     rows = []
     for number, (name, color) in enumerate(COLORS.items()):
         Image.new("RGB", (80, 50 + number), color).save(f"images/{name}.png")
-        question = f"<image>\n{QUESTION}" if number else f"{QUESTION}\n<image>"  # LLaVA's data has both
+        # LLaVA's data has both
+        question = f"<image>\n{QUESTION}" if number else f"{QUESTION}\n<image>"
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": name}]
         rows.append({"id": name, "image": f"{name}.png", "conversations": turns})
     for name in ("pretrain.json", "finetune.json"):
@@ -125,46 +141,72 @@ def test_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str)
     register()
     processor: Any = AutoProcessor.from_pretrained("vlm/stage0")
     model: Any = LlavaForConditionalGeneration.from_pretrained("vlm/stage0").eval()
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for name in COLORS:
         batch = encoded(processor, conversation(name))
-        length = batch["input_ids"].shape[1] - encoded(processor, conversation(name)[:1])["input_ids"].shape[1]
+        length = (
+            batch["input_ids"].shape[1]
+            - encoded(processor, conversation(name)[:1])["input_ids"].shape[1]
+        )
         labels = batch["input_ids"].clone()
         labels[:, :-length] = -100
-        total, count = total + length * model(**batch, labels=labels).loss.item(), count + length
-    first, second = losses(1), losses(2)
+        total = total + length * model(**batch, labels=labels).loss.item()
+        count = count + length
+    first = losses(1)
+    second = losses(2)
     assert len(first) == len(second) == 12
     assert first[0] == pytest.approx(total / count, rel=1e-3)
     assert first[-1] < first[0] and second[-1] < second[0] < first[0]
 
     weights = [load_file(folder(stage) / "model.safetensors") for stage in range(3)]
     assert weights[0].keys() == weights[1].keys() == weights[2].keys()
-    changed = [{name for name in one if not one[name].equal(other[name])} for one, other in pairwise(weights)]
+    changed = [
+        {name for name in one if not one[name].equal(other[name])}
+        for one, other in pairwise(weights)
+    ]
     assert {name.split(".")[0] for name in changed[0]} == {"multi_modal_projector"}
-    assert {name.split(".")[0] for name in changed[1]} == {"multi_modal_projector", "language_model", "vision_tower"}
+    assert {name.split(".")[0] for name in changed[1]} == {
+        "multi_modal_projector",
+        "language_model",
+        "vision_tower",
+    }
 
-    trained: Any = LlavaForConditionalGeneration.from_pretrained(folder(2), dtype=torch.float32).eval()
+    trained: Any = LlavaForConditionalGeneration.from_pretrained(
+        folder(2), dtype=torch.float32
+    ).eval()
     processor: Any = AutoProcessor.from_pretrained(folder(2))
     for name in COLORS:
         inputs = encoded(processor, conversation(name)[:1])
-        answer = trained.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answer = trained.generate(**inputs, max_new_tokens=8, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
         assert processor.decode(answer).startswith(f"{name}<end>")
 
 
 @pytest.mark.skipif(TRAINER != "trl", reason="TRL 1 has the chat templates")
 @pytest.mark.parametrize("name", ["llama3_2", "qwen2_5", "qwen3", "gemma3", "phi3", "lfm2"])
 def test_prompts_are_those_of_real_templates(name: str) -> None:
-    trl, tokenizer = importlib.import_module("trl"), tiny_tokenizer()
-    tokenizer.chat_template = (Path(str(trl.__file__)).parent / "chat_templates" / f"{name}.jinja").read_text()
+    trl = importlib.import_module("trl")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        Path(str(trl.__file__)).parent / "chat_templates" / f"{name}.jinja"
+    ).read_text()
     texts = ("What is it?", "A cat.", "Sure?")
-    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    turns = [
+        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)
+    ]
     prompt = Prompt.of(tokenizer)
-    assert prompt.join(*texts) == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert prompt.join(*texts) == tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
     assert prompt.end and prompt.before and prompt.end not in prompt.before
 
 
 def test_a_template_of_unlike_turns_is_one_line() -> None:
     tokenizer: Any = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ loop.index }}{{ m['content'] }}<end>{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ loop.index }}{{ m['content'] }}<end>{% endfor %}"
+    )
     with pytest.raises(ValueError, match=r"turns are not alike.*--chat-template FILE"):
         Prompt.of(tokenizer)

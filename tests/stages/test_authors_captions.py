@@ -1,4 +1,5 @@
-"""Stage 1's paper recipe against the authors' own code (golden/authors_captions): steps and batches."""
+"""Stage 1's paper recipe against the authors' own code (golden/authors_captions): steps and
+batches."""
 
 import dataclasses
 import json
@@ -25,7 +26,9 @@ def write_pairs(path: Path, rows: list[list[str]]) -> Path:
     for draw, (query, *passages) in zip(order, rows, strict=True):
         instruction, text = query.split(SEPARATOR)
         positive, negative = (passage.removeprefix(SEPARATOR) for passage in passages)
-        placed[draw.index] = dict(instruction=instruction, query=text, positive=positive, negative=negative)
+        placed[draw.index] = dict(
+            instruction=instruction, query=text, positive=positive, negative=negative
+        )
     path.write_text("".join(json.dumps(placed[index]) + "\n" for index in range(len(rows))))
     return path
 
@@ -35,8 +38,23 @@ def test_sixteen_steps_are_the_authors(tmp_path: Path):
     curve = json.loads((AUTHORS / "curve.json").read_text())
     pairs = write_pairs(tmp_path / "pairs.jsonl", [row for step in curve["texts"] for row in step])
     words = [
-        *(str(pairs), "--recipe", "paper-llama-1b", "--llm", str(AUTHORS / "llm"), "--compute-dtype", "float32"),
-        *("--adapter", str(AUTHORS / "adapter_start"), "--output-dir", str(tmp_path / "run"), "--dropout", "0"),
+        *(
+            str(pairs),
+            "--recipe",
+            "paper-llama-1b",
+            "--llm",
+            str(AUTHORS / "llm"),
+            "--compute-dtype",
+            "float32",
+        ),
+        *(
+            "--adapter",
+            str(AUTHORS / "adapter_start"),
+            "--output-dir",
+            str(tmp_path / "run"),
+            "--dropout",
+            "0",
+        ),
         *("--global-batch", "8", "--lr", str(curve["learning_rate"]), "--warmup-steps", "0"),
         *("--dataloader-num-workers", "0", "--deepspeed", "scripts/zero2.json"),
     ]
@@ -49,26 +67,39 @@ def test_sixteen_steps_are_the_authors(tmp_path: Path):
     ours = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            ours[name], value, atol=1e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_batches_are_made_as_the_authors(tmp_path: Path):
-    """The first epoch of their sizes: batches of one source, roles by a coin for each pair, a negative for each."""
+    """The first epoch of their sizes: batches of one source, roles by a coin for each pair, a
+    negative for each."""
     facts = json.loads((AUTHORS / "sampler.json").read_text())
-    sizes, batch = facts["samples"], facts["batch"]
+    sizes = facts["samples"]
+    batch = facts["batch"]
     for name, size in sizes.items():
-        fields = ("query", "positive", "negative") if name != "cc3m" else ("id", "image", "caption", "long_caption")
+        fields = (
+            ("query", "positive", "negative")
+            if name != "cc3m"
+            else ("id", "image", "caption", "long_caption")
+        )
         rows = [{field: f"{name} {field} {i}" for field in fields} for i in range(size)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = dataclasses.replace(llm_recipe("paper").pairs, data=tuple(str(tmp_path / f"{n}.jsonl") for n in sizes))
+    config = dataclasses.replace(
+        llm_recipe("paper").pairs, data=tuple(str(tmp_path / f"{n}.jsonl") for n in sizes)
+    )
     batches = PairBatches(config, seed=0, global_batch=batch, rank=0, world=1)
     drawn = [batches.batch(step * batch)["pairs"] for step in range(sum(sizes.values()) // batch)]
     sources = [{pair.query.split()[0] for pair in pairs} for pairs in drawn]
-    assert Counter(name for names in sources for name in names) == {n: facts["batches_of_source"][n] for n in sizes}
+    assert Counter(name for names in sources for name in names) == {
+        n: facts["batches_of_source"][n] for n in sizes
+    }
     captions = [pair for pairs in drawn for pair in pairs if pair.query.startswith("cc3m")]
     assert len(captions) == facts["caption_pairs"]
     short = [pair for pair in captions if " caption " in pair.query]
-    assert len(short) == pytest.approx(facts["short_to_long"], abs=120)  # four standard deviations of 4,000 coins
+    # four standard deviations of 4,000 coins
+    assert len(short) == pytest.approx(facts["short_to_long"], abs=120)
     assert len({pair.instruction for pair in captions}) == facts["separate_instructions"]
     assert len({pair.instruction for pair in short}) == 1
     for pair in captions:

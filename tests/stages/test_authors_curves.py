@@ -24,7 +24,8 @@ ZERO = {"fast": "scripts/zero1.json", "slow": ""}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The authors' pairs, stored so that a run reads them in the authors' order, and the cache of their embeddings."""
+    """The authors' pairs, stored so that a run reads them in the authors' order, and the cache of
+    their embeddings."""
     inputs = load_file(AUTHORS / "inputs.safetensors")
     rows = len(inputs["pixels"])
     order = [draw.index for draw in Mixture([[rows]], [1.0], 0).batch_indices(0, rows)]
@@ -45,7 +46,11 @@ def imported(tower: str, when: str, folder: Path) -> Path:
     folder.mkdir()
     stored = load_file(AUTHORS / f"{tower}.safetensors")
     prefix = f"{when}."
-    state = {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in stored.items()
+        if name.startswith(prefix)
+    }
     save_file(state, folder / "state.safetensors")
     config = json.loads((AUTHORS / f"{tower}.json").read_text())["model_config"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -56,40 +61,77 @@ def imported(tower: str, when: str, folder: Path) -> Path:
 @pytest.mark.parametrize("pace", ZERO)
 @pytest.mark.parametrize("tower", RECIPES)
 def test_twenty_steps_are_the_authors(tower: str, pace: str, data: Path, tmp_path: Path):
-    """Sizes, rate and precision are the tiny run's; the authors crop at random, which cannot be repeated."""
+    """Sizes, rate and precision are the tiny run's; the authors crop at random, which cannot be
+    repeated."""
     golden = json.loads((AUTHORS / f"{tower}.json").read_text())[pace]
     words = [
-        *("--recipe", RECIPES[tower], "--data.path", str(data), "--output_dir", str(tmp_path / "run")),
-        *("--tower.path", str(imported(tower, "start", tmp_path / "start")), "--tower.keep-heads", "true"),
+        *(
+            "--recipe",
+            RECIPES[tower],
+            "--data.path",
+            str(data),
+            "--output_dir",
+            str(tmp_path / "run"),
+        ),
+        *(
+            "--tower.path",
+            str(imported(tower, "start", tmp_path / "start")),
+            "--tower.keep-heads",
+            "true",
+        ),
         *("--dual.projection-dim", "16", "--train.global-batch", "16", "--num_train_epochs", "1"),
         *("--optim.lr", str(golden["lr"]), "--train.precision", "fp32", "--deepspeed", ZERO[pace]),
-        *("--data.augment.scale", "1", "1", "--data.augment.ratio", "1", "1", "--train.dataloader-num-workers", "0"),
+        *(
+            "--data.augment.scale",
+            "1",
+            "1",
+            "--data.augment.ratio",
+            "1",
+            "1",
+            "--train.dataloader-num-workers",
+            "0",
+        ),
     ]
     ranks = start(words, 2)
     assert finish(ranks) == [0, 0], "".join(rank.output for rank in ranks)
     steps = [line for line in lines(tmp_path / "run") if "loss" in line]
     assert [line["loss"] for line in steps] == pytest.approx(golden["loss"], rel=1e-5)
     assert [line["logit_scale"] for line in steps] == pytest.approx(golden["scale"], rel=1e-6)
-    assert [line["lr"] / golden["lr"] for line in steps] == pytest.approx(golden["lr_factor"], rel=1e-6)
+    assert [line["lr"] / golden["lr"] for line in steps] == pytest.approx(
+        golden["lr_factor"], rel=1e-6
+    )
     if pace == "fast":
         trained = load_dual(tmp_path / "run/tower")[0].state_dict()
-        for name, value in load_dual(imported(tower, "end", tmp_path / "end"))[0].state_dict().items():
-            if not name.endswith("k_proj.bias"):  # the softmax cancels it: its gradient and steps are rounding
+        for name, value in (
+            load_dual(imported(tower, "end", tmp_path / "end"))[0].state_dict().items()
+        ):
+            # the softmax cancels it: its gradient and steps are rounding
+            if not name.endswith("k_proj.bias"):
                 named = {"msg": lambda text, n=name: f"{n}: {text}"}
                 torch.testing.assert_close(trained[name], value, atol=1e-5, rtol=0, **named)
 
 
 @pytest.mark.parametrize("tower", RECIPES)
 def test_heads_start_with_the_authors_spread(tower: str):
-    """Standard deviations of weights at the large towers' widths, where 1 % is 10 of their standard errors."""
+    """Standard deviations of weights at the large towers' widths, where 1 % is 10 of their standard
+    errors."""
     spreads = json.loads((AUTHORS / "heads.json").read_text())
-    size = {"hidden_size": 1024, "num_hidden_layers": 1, "intermediate_size": 8, "image_size": 14, "patch_size": 14}
+    size = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 1,
+        "intermediate_size": 8,
+        "image_size": 14,
+        "patch_size": 14,
+    }
     vision = CLIPVisionModel(CLIPVisionConfig(num_attention_heads=16, **size))
     torch.manual_seed(0)
     dual = DualEncoder(vision, dataclasses.replace(recipe(RECIPES[tower]).dual, llm_width=1024))
-    head, text = dual.visual_projection, dual.text_adapter
+    head = dual.visual_projection
+    text = dual.text_adapter
     assert text is not None
     assert float(head.weight.std()) == pytest.approx(spreads[f"{tower}.weight"], rel=0.01)
     assert head.bias is None if tower == "openai" else not head.bias.any()
     ours = sorted(float(value.detach().std()) for value in text.parameters() if value.ndim == 2)
-    assert ours == pytest.approx(sorted(std for name, std in spreads.items() if "text" in name), rel=0.01)
+    assert ours == pytest.approx(
+        sorted(std for name, std in spreads.items() if "text" in name), rel=0.01
+    )

@@ -1,4 +1,5 @@
-"""The scores before training: in metrics.jsonl, in the last line, on the card; and the run is the same without them."""
+"""The scores before training: in metrics.jsonl, in the last line, on the card; and the run is the
+same without them."""
 
 from pathlib import Path
 
@@ -36,31 +37,54 @@ def heads_lines(output: Path) -> list[dict]:
 def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "run"
     output.mkdir()
-    left = '{"step": 0, "i2t_r1": 0.5}\n{"step": 1, "loss": 1.0}\n'  # by a run killed before its first checkpoint
+    # by a run killed before its first checkpoint
+    left = '{"step": 0, "i2t_r1": 0.5}\n{"step": 1, "loss": 1.0}\n'
     (output / "metrics.jsonl").write_text(left)
-    before, after = train(tiny, output, "--heads.steps", "5", "--heads.batch-size", "16", "--max-steps", "2")
-    assert (before["step"], before["samples"], after["step"]) == (0, 0, 2) and before["i2t_r1"] != 0.5
+    before, after = train(
+        tiny, output, "--heads.steps", "5", "--heads.batch-size", "16", "--max-steps", "2"
+    )
+    assert (before["step"], before["samples"], after["step"]) == (0, 0, 2) and before[
+        "i2t_r1"
+    ] != 0.5
     said = capsys.readouterr().out
-    assert f"before -> after: i2t_r1 {before['i2t_r1']:.3f} -> {after['i2t_r1']:.3f}, t2i_r1 " in said
+    assert (
+        f"before -> after: i2t_r1 {before['i2t_r1']:.3f} -> {after['i2t_r1']:.3f}, t2i_r1 " in said
+    )
     fit = heads_lines(output)
-    assert [line["heads_step"] for line in fit] == [1, 2, 3, 4, 5] and fit[-1]["heads_samples"] == 80
-    assert all(line["heads_loss"] == line["heads_loss_infonce"] and line["heads_lr"] == 1e-3 for line in fit)
-    record, card = RunRecord.read(output / "run.json"), TowerCard.read(output / "tower" / TowerCard.FILE)
+    assert [line["heads_step"] for line in fit] == [1, 2, 3, 4, 5] and fit[-1][
+        "heads_samples"
+    ] == 80
+    assert all(
+        line["heads_loss"] == line["heads_loss_infonce"] and line["heads_lr"] == 1e-3
+        for line in fit
+    )
+    record = RunRecord.read(output / "run.json")
+    card = TowerCard.read(output / "tower" / TowerCard.FILE)
     assert record.before["t2i_r5"] == card.training["before"]["t2i_r5"] == before["t2i_r5"]
-    assert card.training["recipe"] == "base" and card.training["data_samples"] == record.epoch_samples > 0
+    assert (
+        card.training["recipe"] == "base"
+        and card.training["data_samples"] == record.epoch_samples > 0
+    )
     row = f"| t2i_r5 | {before['t2i_r5']:.4f} | {after['t2i_r5']:.4f} |"
     assert row in (output / "tower" / "README.md").read_text()
     resumed = ("--max-steps", "3", "--allow-changed", "train.max_steps")
-    again, _, longer = train(tiny, output, "--heads.steps", "5", "--heads.batch-size", "16", *resumed)
+    again, _, longer = train(
+        tiny, output, "--heads.steps", "5", "--heads.batch-size", "16", *resumed
+    )
     assert again == before and longer["step"] == 3 and heads_lines(output) == fit
     assert RunRecord.read(output / "run.json").before == record.before
 
 
-def test_remote_data_is_read_in_the_windows_that_are_recorded(tiny: Path, monkeypatch: pytest.MonkeyPatch):
-    windows, make = [], tower.make_batches
+def test_remote_data_is_read_in_the_windows_that_are_recorded(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+):
+    windows = []
+    make = tower.make_batches
 
     def noting(config, data, *more):
-        windows.extend([config.data.read.shuffle_window, *make(config, data, *more).dataset.mixture().windows])
+        windows.extend(
+            [config.data.read.shuffle_window, *make(config, data, *more).dataset.mixture().windows]
+        )
         return make(config, data, *more)
 
     monkeypatch.setattr(remote, "is_network", lambda path: True)
@@ -70,7 +94,15 @@ def test_remote_data_is_read_in_the_windows_that_are_recorded(tiny: Path, monkey
 
 
 def test_random_heads_have_no_before_and_scoring_changes_nothing(tiny: Path, tmp_path: Path):
-    words = ("--tower.keep-heads", "--tower", str(tiny / "run" / "tower"), "--heads.steps", "0", "--max-steps", "2")
+    words = (
+        "--tower.keep-heads",
+        "--tower",
+        str(tiny / "run" / "tower"),
+        "--heads.steps",
+        "0",
+        "--max-steps",
+        "2",
+    )
     (after,) = train(tiny, tiny / "run", "--heads.steps", "0", "--max-steps", "2")
     assert after["step"] == 2 and heads_lines(tiny / "run") == []
     before, _ = train(tiny, tmp_path / "with", *words)
@@ -81,10 +113,37 @@ def test_random_heads_have_no_before_and_scoring_changes_nothing(tiny: Path, tmp
 def test_lift_trains_a_tower_from_random_weights(tmp_path: Path):
     """Its recipe: the tower learns from the cache, in a few steps."""
     steps = 12
-    tiny, output = make_all(tmp_path), tmp_path / "run"
-    words = [str(tiny / "data"), "--recipe", "lift_b16", "--tower.architecture", str(tiny / "tower"), "--seed", "3"]
-    words += ["--validation", str(tiny / "data"), "--output", str(output), "--precision", "fp32", "--workers", "0"]
-    words += ["--global-batch", "16", "--max-steps", str(steps), "--lr", "1e-2", "--warmup-steps", "2"]
+    tiny = make_all(tmp_path)
+    output = tmp_path / "run"
+    words = [
+        str(tiny / "data"),
+        "--recipe",
+        "lift_b16",
+        "--tower.architecture",
+        str(tiny / "tower"),
+        "--seed",
+        "3",
+    ]
+    words += [
+        "--validation",
+        str(tiny / "data"),
+        "--output",
+        str(output),
+        "--precision",
+        "fp32",
+        "--workers",
+        "0",
+    ]
+    words += [
+        "--global-batch",
+        "16",
+        "--max-steps",
+        str(steps),
+        "--lr",
+        "1e-2",
+        "--warmup-steps",
+        "2",
+    ]
     assert run("train-tower", words) == 0
     values = losses(output)
     assert sorted(values) == list(range(1, steps + 1)) and values[steps] < 0.9 * values[1]

@@ -1,4 +1,5 @@
-"""Before the first step: signals while a rank waits for another, and ranks that are given different things."""
+"""Before the first step: signals while a rank waits for another, and ranks that are given different
+things."""
 
 import os
 import signal
@@ -13,9 +14,14 @@ from tower_runs import ROOT, environment, finish, options, start, wait_for
 from llm2clip_plugin.train.distributed import free_port
 
 
-@pytest.mark.parametrize(("rank", "number", "says"), [(0, signal.SIGINT, "interrupted\n"), (1, signal.SIGHUP, "")])
-def test_a_rank_that_waits_ends_in_a_line(tiny: Path, tmp_path: Path, rank: int, number: int, says: str) -> None:
-    """In torch's C++, which prints its stack at a signal and goes on: rank 0 waits for rank 1, rank 1 for an answer."""
+@pytest.mark.parametrize(
+    ("rank", "number", "says"), [(0, signal.SIGINT, "interrupted\n"), (1, signal.SIGHUP, "")]
+)
+def test_a_rank_that_waits_ends_in_a_line(
+    tiny: Path, tmp_path: Path, rank: int, number: int, says: str
+) -> None:
+    """In torch's C++, which prints its stack at a signal and goes on: rank 0 waits for rank 1, rank
+    1 for an answer."""
     port = free_port()
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -24,7 +30,9 @@ def test_a_rank_that_waits_ends_in_a_line(tiny: Path, tmp_path: Path, rank: int,
             other.bind(("127.0.0.1", port))
             other.listen()
         argv = options(tiny, tmp_path / "run")
-        script = Script(ROOT / "scripts/train_tower.py", argv, environment(**ranks, **address), ROOT)
+        script = Script(
+            ROOT / "scripts/train_tower.py", argv, environment(**ranks, **address), ROOT
+        )
         try:
             if rank == 1:
                 other.settimeout(300)
@@ -39,7 +47,8 @@ def test_a_rank_that_waits_ends_in_a_line(tiny: Path, tmp_path: Path, rank: int,
     assert not (tmp_path / "run").exists()
 
 
-# every rank in a folder of its own, as with an output_dir on a node's own disk; rank 1 also has other settings
+# every rank in a folder of its own, as with an output_dir on a node's own disk; rank 1 also has
+# other settings
 APART = """
 import os, sys
 from pathlib import Path
@@ -58,7 +67,9 @@ def test_ranks_that_differ_are_refused_in_one_message(tmp_path: Path) -> None:
     ranks = start(argv, 2, tmp_path / "apart.py", tmp_path)
     statuses = finish(ranks)
     said = "".join(rank.output for rank in ranks)
-    assert statuses == [2, 2] and said.count("error: the ranks disagree before the first step:") == 1, said
+    assert (
+        statuses == [2, 2] and said.count("error: the ranks disagree before the first step:") == 1
+    ), said
     own = f"{tmp_path / '1' / 'run'} lacks a file"
     assert f"output_dir: shared with rank 0 on {socket.gethostname()} (ranks 0); {own}" in said
     assert "setting optim.lr: 0.0004 on " in said and "0.001 on " in said

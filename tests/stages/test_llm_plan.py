@@ -20,11 +20,13 @@ from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import llm_config
 from llm2clip_plugin.text.pairs import equal_parts
 
-PARAMETERS = {  # published, less the 8B's head of 128,256 x 4096 (the 1B's is its table of embeddings)
+# published, less the 8B's head of 128,256 x 4096 (the 1B's is its table of embeddings)
+PARAMETERS = {
     "llama-1b": 1_235_814_400,
     "llama-8b": 8_030_261_248 - 128_256 * 4096,
 }
-TRAINED = {"llama-1b": 11_272_192, "llama-8b": 41_943_040}  # what PEFT prints for r 16 on all linear layers
+# what PEFT prints for r 16 on all linear layers
+TRAINED = {"llama-1b": 11_272_192, "llama-8b": 41_943_040}
 
 
 @functools.cache
@@ -37,12 +39,16 @@ def planned(*argv: str) -> str:
 
 def rows_of(told: str) -> list[list[float]]:
     """Both tables' rows: GPUs, share, micro-batch, GiB by stage."""
-    return [[float(word) for word in row.split()] for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)]
+    return [
+        [float(word) for word in row.split()]
+        for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in LLM_RECIPES if name != "paper"])
 def test_the_papers_llms_are_planned_without_anything(name: str, no_network):
-    told, llm = planned("--recipe", name), name.removeprefix("paper-")
+    told = planned("--recipe", name)
+    llm = name.removeprefix("paper-")
     assert f"pairs of {2 if name == llm else 3} texts" in told
     assert (told.count("McGill-NLP/LLM2Vec-") == 2) is (name == "paper-llama-8b")
     assert f"{PARAMETERS[llm]:,} parameters without a head" in told
@@ -62,7 +68,12 @@ def test_the_papers_llms_are_planned_without_anything(name: str, no_network):
 def four_blocks(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of four blocks, whose activations are most of what a step takes."""
     folder = tmp_path_factory.mktemp("llm") / "llama"
-    sizes = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 448,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=400)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
     return folder
@@ -72,7 +83,8 @@ TEXTS = TOKENS = 64
 
 
 def inputs() -> list[torch.Tensor]:
-    """Random texts of one length, one of them a token shorter for a mask: four tensors for each of a step's groups."""
+    """Random texts of one length, one of them a token shorter for a mask: four tensors for each of
+    a step's groups."""
     found: list[torch.Tensor] = []
     for part in equal_parts(range(TEXTS), ContrastConfig().length_groups):
         attended = torch.ones(len(part), TOKENS, dtype=torch.int64)
@@ -84,9 +96,13 @@ def inputs() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_expected_activations_are_near_a_real_steps_peak(four_blocks: Path, dtype: str, checkpointing: bool):
+def test_expected_activations_are_near_a_real_steps_peak(
+    four_blocks: Path, dtype: str, checkpointing: bool
+):
     config = FinetuneConfig(encoder=EncoderConfig(llm=str(four_blocks), compute_dtype=dtype))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_checkpointing=checkpointing))
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, gradient_checkpointing=checkpointing)
+    )
     module = trained_module(CaptionEncoder(config.encoder, "cpu", trainable_adapter=True), config)
     texts = inputs()
 

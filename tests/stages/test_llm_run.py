@@ -1,4 +1,5 @@
-"""Caption-contrastive training on the tower's loop: ranks, micro-batches, kills and reloads change nothing."""
+"""Caption-contrastive training on the tower's loop: ranks, micro-batches, kills and reloads change
+nothing."""
 
 import json
 import math
@@ -24,7 +25,8 @@ from llm2clip_plugin.train.checkpoint import TrainState
 
 WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in rain".split()
 STEPS = 4
-# fp32 sums in another order, through AdamW, over a few steps of a rate that changes the loss by tenths
+# fp32 sums in another order, through AdamW, over a few steps of a rate that changes the loss by
+# tenths
 SAME = 2e-5
 
 
@@ -33,7 +35,10 @@ def write_captions(path: Path, count: int = 48) -> Path:
     names = [f"{WORDS[i % 16]} {WORDS[i * 7 % 16]} {i % 12 % 8}" for i in range(count)]
     long = [" ".join([*WORDS[: i % 16], name]) for i, name in enumerate(names)]
     pairs = enumerate(zip(names, long, strict=True))
-    rows = [{"id": f"k{i}", "image": "x.png", "caption": one, "long_caption": other} for i, (one, other) in pairs]
+    rows = [
+        {"id": f"k{i}", "image": "x.png", "caption": one, "long_caption": other}
+        for i, (one, other) in pairs
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -46,9 +51,25 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(captions: Path, llm: Path, output: Path, *more: str) -> list[str]:
     """A short run at a rate that moves the loss; dropout 0, so that micro-batches can be compared."""
     return [
-        *(str(captions), "--llm", str(llm), "--compute-dtype", "float32", "--output-dir", str(output)),
+        *(
+            str(captions),
+            "--llm",
+            str(llm),
+            "--compute-dtype",
+            "float32",
+            "--output-dir",
+            str(output),
+        ),
         *("--global-batch", "16", "--max-steps", str(STEPS), "--lr", "3e-3", "--warmup-steps", "0"),
-        *("--dropout", "0", "--scale", "20", "--query-prompt", "Instruct: find the picture. Query: ", *more),
+        *(
+            "--dropout",
+            "0",
+            "--scale",
+            "20",
+            "--query-prompt",
+            "Instruct: find the picture. Query: ",
+            *more,
+        ),
     ]
 
 
@@ -88,23 +109,44 @@ def test_loss_falls(plain: Path) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [("--micro-batch", "4"), ("--micro-batch", "8", "--length-groups", "3"), ("--gradient-checkpointing",)],
+    [
+        ("--micro-batch", "4"),
+        ("--micro-batch", "8", "--length-groups", "3"),
+        ("--gradient-checkpointing",),
+    ],
     ids=["micro-batches", "length groups", "gradient checkpointing"],
 )
-def test_how_a_batch_is_cut_changes_nothing(plain: Path, captions: Path, llama: Path, tmp_path: Path, more) -> None:
+def test_how_a_batch_is_cut_changes_nothing(
+    plain: Path, captions: Path, llama: Path, tmp_path: Path, more
+) -> None:
     tuned(captions, llama, tmp_path, *more)
     assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
 
 
-def test_compiled_it_has_the_same_losses(plain: Path, captions: Path, llama: Path, tmp_path: Path, graphs) -> None:
-    """With gradient caching and checkpointing; no graph is added after the first step, whatever the texts' lengths."""
-    tuned(captions, llama, tmp_path, "--torch-compile", "True", "--micro-batch", "4", "--gradient-checkpointing")
+def test_compiled_it_has_the_same_losses(
+    plain: Path, captions: Path, llama: Path, tmp_path: Path, graphs
+) -> None:
+    """With gradient caching and checkpointing; no graph is added after the first step, whatever the
+    texts' lengths."""
+    tuned(
+        captions,
+        llama,
+        tmp_path,
+        "--torch-compile",
+        "True",
+        "--micro-batch",
+        "4",
+        "--gradient-checkpointing",
+    )
     assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
     assert len(graphs) == STEPS and 0 < graphs[0] == graphs[-1] <= 3
 
 
-def test_two_ranks_killed_and_resumed_with_one(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
-    """ZeRO-2 on two ranks, SIGKILL after the first checkpoint, the rest on one rank with ZeRO-0: the same losses."""
+def test_two_ranks_killed_and_resumed_with_one(
+    plain: Path, captions: Path, llama: Path, tmp_path: Path
+) -> None:
+    """ZeRO-2 on two ranks, SIGKILL after the first checkpoint, the rest on one rank with ZeRO-0:
+    the same losses."""
     arguments = options(captions, llama, tmp_path, "--save-steps", "1")
     ranks = start([*arguments, "--deepspeed", zero_file(2)], 2, "scripts/finetune_llm.py")
     wait_for(lambda: (tmp_path / "checkpoints/latest").is_file())
@@ -145,26 +187,47 @@ def test_checkpoint_holds_the_adapter_alone_and_other_settings_are_refused(
 ) -> None:
     (checkpoint,) = (plain / "checkpoints").glob("step-*")
     assert (checkpoint / "model.safetensors").stat().st_size < 100_000
-    with pytest.raises(ValueError, match=r"optim\.lr: 0\.003 in the checkpoint, 0\.001 in this run"):
+    with pytest.raises(
+        ValueError, match=r"optim\.lr: 0\.003 in the checkpoint, 0\.001 in this run"
+    ):
         tuned(captions, llama, plain, "--lr", "1e-3")
 
 
-TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain " * 2, "x", "猫"]
+TEXTS = [
+    "a red bicycle",
+    "two sleeping dogs near the brick wall of an old house in rain " * 2,
+    "x",
+    "猫",
+]
 
 
 @pytest.mark.parametrize("layer", [-1, 1])
-def test_a_reloaded_adapter_has_the_trained_weights_and_settings(any_llm: Path, tmp_path: Path, layer: int) -> None:
-    """Reloaded in float32 it is merged, so this also says that merged weights give the adapter's embeddings."""
-    settings = {"pooling": "last", "attention": "causal", "layer": layer, "chat_template": "user", "max_tokens": 48}
+def test_a_reloaded_adapter_has_the_trained_weights_and_settings(
+    any_llm: Path, tmp_path: Path, layer: int
+) -> None:
+    """Reloaded in float32 it is merged, so this also says that merged weights give the adapter's
+    embeddings."""
+    settings = {
+        "pooling": "last",
+        "attention": "causal",
+        "layer": layer,
+        "chat_template": "user",
+        "max_tokens": 48,
+    }
     trained, folder = write_moved(any_llm, tmp_path / "adapter", **settings)
-    reloaded = CaptionEncoder(EncoderConfig(llm=str(any_llm), adapter=str(folder), compute_dtype="float32"), "cpu")
+    reloaded = CaptionEncoder(
+        EncoderConfig(llm=str(any_llm), adapter=str(folder), compute_dtype="float32"), "cpu"
+    )
     assert reloaded.config.chat_template == "<bos><user>\n{caption}<end>"
     assert {name: vars(reloaded.config)[name] for name in settings if name != "chat_template"} == {
         name: value for name, value in settings.items() if name != "chat_template"
     }
-    left, right = reloaded.encode(TEXTS), trained.encode(TEXTS)
+    left = reloaded.encode(TEXTS)
+    right = trained.encode(TEXTS)
     assert torch.allclose(left, right, atol=2e-5 * float(right.norm(dim=1).max()))
-    raw = CaptionEncoder(EncoderConfig(llm=str(any_llm), compute_dtype="float32", **settings), "cpu")
+    raw = CaptionEncoder(
+        EncoderConfig(llm=str(any_llm), compute_dtype="float32", **settings), "cpu"
+    )
     assert not torch.allclose(raw.encode(TEXTS), right, atol=1e-2)
     assert raw.identity().fingerprint != reloaded.identity().fingerprint
     with pytest.raises(ContractError, match=r"max_tokens is 32, but .* was trained with 48"):
@@ -197,35 +260,82 @@ def test_gradients_reach_the_adapter_alone(llama40: Path, load_in_4bit: bool) ->
     encoder, module = with_adapter(llama40, load_in_4bit)
     module.train()
     names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    layers = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    places = [f"{block}.{layer}.lora_{side}" for block in (0, 1) for layer in layers for side in "AB"]
-    assert names == {f"model.llm.base_model.model.layers.{place}.default.weight" for place in places}
+    layers = [f"self_attn.{name}_proj" for name in "qkvo"] + [
+        f"mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    places = [
+        f"{block}.{layer}.lora_{side}" for block in (0, 1) for layer in layers for side in "AB"
+    ]
+    assert names == {
+        f"model.llm.base_model.model.layers.{place}.default.weight" for place in places
+    }
     tokens = torch.tensor(encoder.tokenize(["two dogs"]))
     ones = torch.ones_like(tokens)
     embeddings, _ = module(tokens, ones, torch.arange(tokens.shape[1])[None], ones.bool())
     embeddings.pow(3).sum().backward()
-    assert {name for name, parameter in module.named_parameters() if parameter.grad is not None} == names
-    assert all(float(parameter.grad.abs().sum()) > 0 for name, parameter in module.named_parameters() if name in names)
+    assert {
+        name for name, parameter in module.named_parameters() if parameter.grad is not None
+    } == names
+    assert all(
+        float(parameter.grad.abs().sum()) > 0
+        for name, parameter in module.named_parameters()
+        if name in names
+    )
 
 
 def test_qlora_on_a_cpu_end_to_end(captions: Path, llama40: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    more = ("--load-in-4bit", "--gradient-checkpointing", "--captions", str(captions), "--lr", "1e-2")
+    more = (
+        "--load-in-4bit",
+        "--gradient-checkpointing",
+        "--captions",
+        str(captions),
+        "--lr",
+        "1e-2",
+    )
     adapter = tuned(captions, llama40, output, *more)
     assert losses(output)[-1] < losses(output)[0] - 0.2
     assert EncoderCard.read(adapter / EncoderCard.FILE).training["quantization"] == "nf4"
     scores = RunRecord.read(output / "run.json").metrics
-    command = ["evaluate", "captions", str(captions), "--llm", str(llama40), "--adapter", str(adapter)]
-    assert main([*command, "--load-in-4bit", "--compute-dtype", "float32", "--json", str(tmp_path / "s.json")]) == 0
+    command = [
+        "evaluate",
+        "captions",
+        str(captions),
+        "--llm",
+        str(llama40),
+        "--adapter",
+        str(adapter),
+    ]
+    assert (
+        main(
+            [
+                *command,
+                "--load-in-4bit",
+                "--compute-dtype",
+                "float32",
+                "--json",
+                str(tmp_path / "s.json"),
+            ]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["metrics"]["short->long/cra"] == pytest.approx(scores["short->long"], abs=1e-6)
-    assert len(found["items"]) == found["counts"]["short->long"] == 30  # of 45, those with equal texts once
+    # of 45, those with equal texts once
+    assert len(found["items"]) == found["counts"]["short->long"] == 30
 
 
-@pytest.mark.parametrize("more", [(), ("--no-symmetric",)], ids=["both directions", "one direction"])
-def test_how_a_batch_with_hard_negatives_is_cut_changes_nothing(llama: Path, tmp_path: Path, more) -> None:
+@pytest.mark.parametrize(
+    "more", [(), ("--no-symmetric",)], ids=["both directions", "one direction"]
+)
+def test_how_a_batch_with_hard_negatives_is_cut_changes_nothing(
+    llama: Path, tmp_path: Path, more
+) -> None:
     words = [f"{WORDS[i % 16]} {i}" for i in range(33)]
-    rows = [{"query": words[i], "positive": f"the {words[i]}", "negative": words[i + 1]} for i in range(32)]
+    rows = [
+        {"query": words[i], "positive": f"the {words[i]}", "negative": words[i + 1]}
+        for i in range(32)
+    ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, cut in (("whole", ()), ("cut", ("--micro-batch", "4"))):
         tuned(tmp_path / "pairs.jsonl", llama, tmp_path / name, *more, *cut)
@@ -238,16 +348,27 @@ def test_learned_scale(captions: Path, llama: Path, tmp_path: Path) -> None:
     assert lines[-1]["logit_scale"] != lines[0]["logit_scale"] == pytest.approx(20.0)
 
 
-def test_training_continues_from_an_adapter(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
+def test_training_continues_from_an_adapter(
+    plain: Path, captions: Path, llama: Path, tmp_path: Path
+) -> None:
     arguments = options(captions, llama, tmp_path)
     words = arguments.index("--query-prompt")
-    finetune_llm(FINETUNE_LLM.parse([*arguments[:words], *arguments[words + 2 :], "--adapter", str(plain / "adapter")]))
+    finetune_llm(
+        FINETUNE_LLM.parse(
+            [*arguments[:words], *arguments[words + 2 :], "--adapter", str(plain / "adapter")]
+        )
+    )
     assert losses(tmp_path)[0] < losses(plain)[0] - 0.1
-    assert EncoderCard.read(tmp_path / "adapter" / EncoderCard.FILE).query_prompt.startswith("Instruct")
+    assert EncoderCard.read(tmp_path / "adapter" / EncoderCard.FILE).query_prompt.startswith(
+        "Instruct"
+    )
 
 
-def test_start_adapters_are_merged_and_written_with_the_new_one(captions: Path, llama: Path, tmp_path: Path) -> None:
-    """As export-llm twice, then training on the merged LLM; the adapter that is written fits the LLM itself."""
+def test_start_adapters_are_merged_and_written_with_the_new_one(
+    captions: Path, llama: Path, tmp_path: Path
+) -> None:
+    """As export-llm twice, then training on the merged LLM; the adapter that is written fits the
+    LLM itself."""
     few = LoraSettings(r=2, alpha=3, targets=("q_proj", "v_proj"), rslora=True)
     _, first = write_moved(llama, tmp_path / "first")
     _, second = write_moved(llama, tmp_path / "second", lora=few, seed=1)
@@ -256,7 +377,20 @@ def test_start_adapters_are_merged_and_written_with_the_new_one(captions: Path, 
     llm = llama
     for number, adapter in enumerate((first, second)):
         merged = tmp_path / f"merged-{number}"
-        assert main(["export-llm", "--llm", str(llm), "--adapter", str(adapter), "--output", str(merged)]) == 0
+        assert (
+            main(
+                [
+                    "export-llm",
+                    "--llm",
+                    str(llm),
+                    "--adapter",
+                    str(adapter),
+                    "--output",
+                    str(merged),
+                ]
+            )
+            == 0
+        )
         (merged / EncoderCard.FILE).unlink()
         llm = merged
     by_hand = tuned(captions, llm, tmp_path / "by hand")
@@ -265,13 +399,19 @@ def test_start_adapters_are_merged_and_written_with_the_new_one(captions: Path, 
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "by hand"), abs=SAME)
     pairs = ((llama, adapter), (llm, by_hand), (llama, first))
     found, expected, other = (
-        CaptionEncoder(EncoderConfig(llm=str(path), adapter=str(own), compute_dtype="float32"), "cpu").encode(TEXTS)
+        CaptionEncoder(
+            EncoderConfig(llm=str(path), adapter=str(own), compute_dtype="float32"), "cpu"
+        ).encode(TEXTS)
         for path, own in pairs
     )
     assert torch.allclose(found, expected, atol=2e-5 * float(expected.norm(dim=1).max()))
     assert not torch.allclose(found, other, atol=1e-2)
-    assert EncoderCard.read(adapter / EncoderCard.FILE).training["start_adapters"] == ["first", "second"]
-    assert tuned(captions, llama, tmp_path / "run", *started) == adapter  # a finished run, loaded again
+    assert EncoderCard.read(adapter / EncoderCard.FILE).training["start_adapters"] == [
+        "first",
+        "second",
+    ]
+    # a finished run, loaded again
+    assert tuned(captions, llama, tmp_path / "run", *started) == adapter
 
 
 def test_adapter_of_another_model(llama: Path, make_llm, tmp_path: Path) -> None:
@@ -283,21 +423,29 @@ def test_adapter_of_another_model(llama: Path, make_llm, tmp_path: Path) -> None
     with pytest.raises(ContractError, match="was trained on"):
         opened(make_llm(tmp_path / "other", "llama", seed=1), adapter)
     (adapter / EncoderCard.FILE).unlink()
-    for llm in (make_llm(tmp_path / "wide", "llama", width=64), make_llm(tmp_path / "phi3", "phi3")):
+    for llm in (
+        make_llm(tmp_path / "wide", "llama", width=64),
+        make_llm(tmp_path / "phi3", "phi3"),
+    ):
         with pytest.raises(ContractError, match="does not fit"):
             opened(llm, adapter)
     with pytest.raises(FileNotFoundError, match="adapter_config"):
         opened(llama, tmp_path)
 
 
-def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
+def test_wrong_settings_stop_before_training(
+    captions: Path, llama: Path, tmp_path: Path, capsys
+) -> None:
     base = ["finetune-llm", *options(captions, llama, tmp_path / "run")]
     zero3 = ("--load-in-4bit", "--deepspeed", zero_file(3))
     for more, said in (
         (("--targets", "query"), "['query']"),
         (zero3, "ZeRO-3"),
         (("--torch-compile", "True", *zero3[1:]), "--torch-compile"),
-        (("--torch-compile", "True", "--load-in-4bit", "--gradient-checkpointing"), "--torch-compile"),
+        (
+            ("--torch-compile", "True", "--load-in-4bit", "--gradient-checkpointing"),
+            "--torch-compile",
+        ),
         (("--precision", "bf16"), "train.precision bf16"),
         (("--max-tokens", "36", "--pair-kinds", "long:short"), "max_tokens 36"),
         (("--fields", "label=short"), "'label'"),
@@ -310,18 +458,34 @@ def test_wrong_settings_stop_before_training(captions: Path, llama: Path, tmp_pa
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_long_texts_are_counted_and_queries_cut_on_request(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
-    more = ("--max-tokens", "36", "--pair-kinds", "long:short", "short:long", "--cut-queries", "--max-steps", "1")
+def test_long_texts_are_counted_and_queries_cut_on_request(
+    captions: Path, llama: Path, tmp_path: Path, capsys
+) -> None:
+    more = (
+        "--max-tokens",
+        "36",
+        "--pair-kinds",
+        "long:short",
+        "short:long",
+        "--cut-queries",
+        "--max-steps",
+        "1",
+    )
     assert main(["finetune-llm", *options(captions, llama, tmp_path / "run", *more)]) == 0
-    found = re.findall(r"(\d+) of the first (\d+) (?:queries|positives) are longer", capsys.readouterr().out)
+    found = re.findall(
+        r"(\d+) of the first (\d+) (?:queries|positives) are longer", capsys.readouterr().out
+    )
     assert len(found) == 2 and all(0 < int(long) < int(all_) for long, all_ in found)
 
 
-def test_a_weight_that_is_not_finite_is_one_line(captions: Path, llama: Path, tmp_path: Path, capsys) -> None:
+def test_a_weight_that_is_not_finite_is_one_line(
+    captions: Path, llama: Path, tmp_path: Path, capsys
+) -> None:
     broken = tmp_path / "llm"
     shutil.copytree(llama, broken)
     weights = load_file(broken / "model.safetensors")
-    weights["model.embed_tokens.weight"][100:] = math.nan  # words that the probe at loading does not use
+    # words that the probe at loading does not use
+    weights["model.embed_tokens.weight"][100:] = math.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     assert main(["finetune-llm", *options(captions, broken, tmp_path / "run")]) == 2
     told = capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Settings: recipes through JSON and the command line, hashes, what may change on resume, options without effect."""
+"""Settings: recipes through JSON and the command line, hashes, what may change on resume, options
+without effect."""
 
 import dataclasses
 import json
@@ -22,7 +23,9 @@ def test_recipes_survive_json(name: str):
 
 def test_the_hash_sees_what_is_learned_alone():
     config = recipes.quickstart()
-    moved = dataclasses.replace(config, output_dir="elsewhere", deepspeed="zero3.json", resume="never")
+    moved = dataclasses.replace(
+        config, output_dir="elsewhere", deepspeed="zero3.json", resume="never"
+    )
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-3))
     assert moved.hash == config.hash != other.hash
 
@@ -33,7 +36,8 @@ def test_changed_settings_are_named_and_can_be_allowed():
     refuse_changes(saved, {**now, "output_dir": "x"}, (), where="run")
     now["optim"]["lr"] = 1e-3
     with pytest.raises(
-        ValueError, match=r"optim.lr: 0.0004 in the checkpoint, 0.001 in this run(.|\n)*--allow-changed optim.lr"
+        ValueError,
+        match=r"optim.lr: 0.0004 in the checkpoint, 0.001 in this run(.|\n)*--allow-changed optim.lr",
     ):
         refuse_changes(saved, now, (), where="run")
     refuse_changes(saved, now, ("optim.lr",), where="run")
@@ -43,18 +47,29 @@ def test_changed_settings_are_named_and_can_be_allowed():
 
 
 def test_an_explicit_length_or_warmup_wins_over_the_recipes(tmp_path: Path) -> None:
-    by_epochs = TRAIN_TOWER.parse(["--recipe", "quickstart", "--num_train_epochs", "50"]).train  # it sets max_steps
+    # it sets max_steps
+    by_epochs = TRAIN_TOWER.parse(["--recipe", "quickstart", "--num_train_epochs", "50"]).train
     assert (by_epochs.num_train_epochs, by_epochs.steps(1280)) == (50, 500)
-    by_steps = TRAIN_TOWER.parse(["--recipe", "openai_b16", "--max_steps", "7"]).train  # it sets epochs
+    # it sets epochs
+    by_steps = TRAIN_TOWER.parse(["--recipe", "openai_b16", "--max_steps", "7"]).train
     assert by_steps.steps(1_000_000) == 7
     for off in ("0", "-1"):  # -1 is the Trainer's
-        assert TRAIN_TOWER.parse(["--max_steps", off, "--num_train_epochs", "2"]).train.steps(2560) == 20
+        assert (
+            TRAIN_TOWER.parse(["--max_steps", off, "--num_train_epochs", "2"]).train.steps(2560)
+            == 20
+        )
     (tmp_path / "run.json").write_text(json.dumps({"config": {"train": {"max_steps": 9}}}))
-    assert TRAIN_TOWER.parse(["--config", str(tmp_path / "run.json"), "--num_train_epochs=3"]).train.steps(40960) == 30
+    assert (
+        TRAIN_TOWER.parse(
+            ["--config", str(tmp_path / "run.json"), "--num_train_epochs=3"]
+        ).train.steps(40960)
+        == 30
+    )
     assert FINETUNE_LLM.parse(["x", "--llm", "y", "--max-steps", "7"]).train.steps(10_000) == 7
     assert TRAIN_TOWER.parse(["--warmup_steps", "5"]).optim.warmup(100) == 5  # base sets a ratio
     assert TRAIN_TOWER.parse(["--warmup_steps", "0"]).optim.warmup(100) == 0
-    assert FINETUNE_LLM.parse(["x", "--llm", "y", "--warmup-ratio", "0.1"]).optim.warmup(100) == 10  # default: 300
+    # default: 300
+    assert FINETUNE_LLM.parse(["x", "--llm", "y", "--warmup-ratio", "0.1"]).optim.warmup(100) == 10
 
 
 @pytest.mark.parametrize(
@@ -67,7 +82,9 @@ def test_an_explicit_length_or_warmup_wins_over_the_recipes(tmp_path: Path) -> N
         (FINETUNE_LLM, "data --llm x --adapter a --r 8", "--lora-rank", "--adapter"),
     ],
 )
-def test_an_option_without_effect_is_an_error(command: Command, line: str, option: str, other: str) -> None:
+def test_an_option_without_effect_is_an_error(
+    command: Command, line: str, option: str, other: str
+) -> None:
     with pytest.raises(ValueError, match=rf"{option} .*{other}"):
         command.parse(line.split())
 
@@ -78,15 +95,31 @@ def test_the_command_line_overrides_a_recipe():
     words += " --data_path a b --learning_rate 3e-4 --gradient_checkpointing True --bf16 True --vision_tower t"
     words += " --per_device_train_batch_size 4 --report_to tensorboard --dual.projection-norm False"
     config = TRAIN_TOWER.parse(words.split())
-    assert config.optim.lr == 3e-4 and config.deepspeed == "scripts/zero1.json" and config.output_dir == "runs/x"
-    assert config.data.path == ("a", "b") and config.tower.path == "t" and config.train.micro_batch == 4
+    assert (
+        config.optim.lr == 3e-4
+        and config.deepspeed == "scripts/zero1.json"
+        and config.output_dir == "runs/x"
+    )
+    assert (
+        config.data.path == ("a", "b")
+        and config.tower.path == "t"
+        and config.train.micro_batch == 4
+    )
     assert config.train.gradient_checkpointing and config.train.precision == "bf16"
     assert config.train.report_to == ("tensorboard",) and not config.dual.projection_norm
     assert config.heads == recipes.quickstart().heads
     for words, expected in (("", "auto"), ("=auto", "auto"), (" false", False), ("", True)):
-        given = f"--gradient-checkpointing{words}".split() if (words, expected) != ("", "auto") else []
-        assert TRAIN_TOWER.parse(["--recipe", "openai_b16", *given]).train.gradient_checkpointing == expected
+        given = (
+            f"--gradient-checkpointing{words}".split() if (words, expected) != ("", "auto") else []
+        )
+        assert (
+            TRAIN_TOWER.parse(["--recipe", "openai_b16", *given]).train.gradient_checkpointing
+            == expected
+        )
     assert TRAIN_TOWER.parse(["--no-gradient-checkpointing"]).train.gradient_checkpointing is False
     assert TRAIN_TOWER.parse(["--bf16", "False", "--fp16=True"]).train.precision == "fp16"
-    assert TRAIN_TOWER.parse(["--recipe", "openai_b16", "--bf16", "False"]).train.precision == "bf16"  # the recipe's
+    # the recipe's
+    assert (
+        TRAIN_TOWER.parse(["--recipe", "openai_b16", "--bf16", "False"]).train.precision == "bf16"
+    )
     assert TRAIN_TOWER.parse(["--report_to", "none"]).train.report_to == ()

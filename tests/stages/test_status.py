@@ -20,8 +20,29 @@ from llm2clip_plugin.status import cache_rows, run_rows
 def words(tiny: Path, output: Path) -> list[str]:
     data = str(tiny / "data")
     return [
-        *(data, "--tower", str(tiny / "tower"), "--validation", data, "--precision", "fp32", "--global-batch", "16"),
-        *("--workers", "0", "--heads.steps", "2", "--max-steps", "4", "--save-steps", "2", "--output", str(output)),
+        *(
+            data,
+            "--tower",
+            str(tiny / "tower"),
+            "--validation",
+            data,
+            "--precision",
+            "fp32",
+            "--global-batch",
+            "16",
+        ),
+        *(
+            "--workers",
+            "0",
+            "--heads.steps",
+            "2",
+            "--max-steps",
+            "4",
+            "--save-steps",
+            "2",
+            "--output",
+            str(output),
+        ),
     ]
 
 
@@ -39,9 +60,15 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished, copy)
     shutil.rmtree(copy / "tower")
     shutil.rmtree(copy / "checkpoints/step-00000004")
-    record = dataclasses.replace(RunRecord.read(copy / "run.json"), finished=False, step=0, metrics={})
+    record = dataclasses.replace(
+        RunRecord.read(copy / "run.json"), finished=False, step=0, metrics={}
+    )
     record.write(copy / "run.json")
-    kept = [line for line in (copy / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 2]
+    kept = [
+        line
+        for line in (copy / "metrics.jsonl").read_text().splitlines()
+        if json.loads(line)["step"] <= 2
+    ]
     (copy / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
     return copy
 
@@ -58,13 +85,19 @@ def rows(folder: Path) -> dict[str, str]:
 
 
 def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]):
-    shown, record = rows(finished), RunRecord.read(finished / "run.json")
+    shown = rows(finished)
+    record = RunRecord.read(finished / "run.json")
     assert shown["state"] == "finished" and not {"problem", "go on"} & set(shown)
     assert shown["progress"].startswith("step 4 of 4 (100 %), 64 samples, 1.33 epochs, loss ")
-    assert shown["checkpoints"] == "step-00000002, step-00000004" and shown["result"] == str(finished / "tower")
+    assert shown["checkpoints"] == "step-00000002, step-00000004" and shown["result"] == str(
+        finished / "tower"
+    )
     for name in ("i2t_r1", "t2i_r1"):
         before, best, last = shown[name].split(", ")
-        assert before == f"before {record.before[name]:.3f}" and last == f"last {record.metrics[name]:.3f} (step 4)"
+        assert (
+            before == f"before {record.before[name]:.3f}"
+            and last == f"last {record.metrics[name]:.3f} (step 4)"
+        )
         assert float(best.split()[1]) >= float(last.split()[1])
     assert run("status", [str(finished)]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -73,9 +106,15 @@ def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_one_that_was_killed_says_how_to_go_on_and_that_works(tiny: Path, folder: Path):
     shown = rows(folder)
-    assert shown["state"].startswith("ended early: no message") and "left at the last rate" in shown["progress"]
+    assert (
+        shown["state"].startswith("ended early: no message")
+        and "left at the last rate" in shown["progress"]
+    )
     assert shown["checkpoints"] == "step-00000002" and shown["result"].startswith("none yet")
-    assert shown["go on"].startswith(f"llm2clip train-tower {tiny}/data --tower ") and "--max-steps 4" in shown["go on"]
+    assert (
+        shown["go on"].startswith(f"llm2clip train-tower {tiny}/data --tower ")
+        and "--max-steps 4" in shown["go on"]
+    )
     go_on = shown["go on"].split()[2:]
     go_on[go_on.index("--output") + 1] = str(folder)  # the fixture's copy
     assert run("train-tower", go_on) == 0
@@ -86,7 +125,9 @@ def test_why_it_ended(folder: Path):
     add(folder, step=2, event="stopped", reason="SIGTERM", time="2026-11-26 10:00:00")
     assert rows(folder)["state"] == "stopped: SIGTERM, 2026-11-26 10:00:00"
     add(folder, step=3, samples=48, loss=1.0, step_seconds=2.0)  # it went on, and was killed
-    assert rows(folder)["state"].startswith("ended early") and rows(folder)["progress"].startswith("step 3 ")
+    assert rows(folder)["state"].startswith("ended early") and rows(folder)["progress"].startswith(
+        "step 3 "
+    )
     add(folder, step=3, event="checkpoint failed", reason="No space left on device")
     add(folder, step=3, event="failed", reason="the loss is nan", time="2026-11-26 11:00:00")
     shown = rows(folder)
@@ -97,14 +138,21 @@ def test_why_it_ended(folder: Path):
 def test_the_best_score_and_the_time_left(folder: Path):
     record = RunRecord.read(folder / "run.json")
     dataclasses.replace(record, total_steps=100).write(folder / "run.json")
-    kept = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] == 0]
+    kept = [
+        line
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if json.loads(line)["step"] == 0
+    ]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
     for step in range(1, 91):
         add(folder, step=step, samples=16 * step, loss=1.0, step_seconds=2.0)
     for step, recall in ((30, 0.25), (60, 0.75), (90, 0.5)):
         add(folder, step=step, samples=16 * step, i2t_r1=recall, t2i_r1=recall)
     shown = rows(folder)
-    assert "step 90 of 100 (90 %)" in shown["progress"] and "0:00:20 left at the last rate" in shown["progress"]
+    assert (
+        "step 90 of 100 (90 %)" in shown["progress"]
+        and "0:00:20 left at the last rate" in shown["progress"]
+    )
     assert shown["i2t_r1"].endswith("best 0.750 (step 60), last 0.500 (step 90)")
 
 
@@ -124,7 +172,8 @@ def test_running_here_and_elsewhere(folder: Path):
     (folder / "run.lock").write_text(json.dumps(lock))
     shown = rows(folder)
     assert shown["state"].startswith(f"running: process {os.getpid()}") and "go on" not in shown
-    (folder / "run.lock").write_text(json.dumps(lock | {"started": 1.0}))  # its number was given to another process
+    # its number was given to another process
+    (folder / "run.lock").write_text(json.dumps(lock | {"started": 1.0}))
     assert rows(folder)["state"].startswith("ended early")
     (folder / "run.lock").write_text(json.dumps(lock | {"host": "node-7"}))
     assert rows(folder)["state"].startswith("running on another host: ")
@@ -136,16 +185,27 @@ def test_the_loader_processes_that_the_steps_need(tiny: Path, folder: Path):
     for step in range(3, 43):  # 150 images/s, half of the time waiting for data: 300 without
         values = {"samples_per_second": 150, "wait_share": 0.5, "loader_images_per_second": 110}
         add(folder, step=step, samples=16 * step, loss=1.0, **values)
-    assert "110.0 images/s" in (loader := rows(folder)["loader"]) and "300.0: --workers, over all ranks, 3" in loader
+    assert (
+        "110.0 images/s" in (loader := rows(folder)["loader"])
+        and "300.0: --workers, over all ranks, 3" in loader
+    )
 
 
 def test_restarts_are_one_run_of_wandb(tiny: Path, tmp_path: Path):
-    base, more = words(tiny, tmp_path / "run"), ("--report_to", "wandb", "--no-eval-on-start", "--max-steps")
-    with mock.patch.dict(os.environ, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true"):
+    base = words(tiny, tmp_path / "run")
+    more = ("--report_to", "wandb", "--no-eval-on-start", "--max-steps")
+    with mock.patch.dict(
+        os.environ, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), WANDB_SILENT="true"
+    ):
         wandb = pytest.importorskip("wandb")
         for steps in ("2", "4"):
-            assert run("train-tower", [*base, *more, steps, "--allow-changed", "train.max_steps"]) == 0
+            assert (
+                run("train-tower", [*base, *more, steps, "--allow-changed", "train.max_steps"]) == 0
+            )
             assert wandb.run.config["train"]["max_steps"] == int(steps)
             wandb.teardown()  # as the end of the process; it has read the environment
     saved = RunRecord.read(tmp_path / "run/run.json").wandb
-    assert [path.name.endswith(saved) for path in (tmp_path / "wandb").glob("offline-run-*")] == [True, True]
+    assert [path.name.endswith(saved) for path in (tmp_path / "wandb").glob("offline-run-*")] == [
+        True,
+        True,
+    ]

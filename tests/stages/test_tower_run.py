@@ -1,4 +1,5 @@
-"""Whole runs of the command: under the launcher, killed and started again, stopped, non-finite, on a full disk."""
+"""Whole runs of the command: under the launcher, killed and started again, stopped, non-finite, on
+a full disk."""
 
 import json
 import os
@@ -16,7 +17,19 @@ import torch
 from forked import Script
 from forked_python import programs
 from small_disk import mounted
-from tower_runs import ROOT, STEPS, environment, finish, killed_at, lines, losses, options, ranks_of, start, wait_for
+from tower_runs import (
+    ROOT,
+    STEPS,
+    environment,
+    finish,
+    killed_at,
+    lines,
+    losses,
+    options,
+    ranks_of,
+    start,
+    wait_for,
+)
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.console import StoppedError
@@ -29,8 +42,10 @@ from llm2clip_plugin.train.distributed import free_port
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_has_the_same_losses(tiny: Path, tmp_path: Path):
-    """SIGKILL on both ranks: before a checkpoint, when one was just written, in another epoch; one rank ends it."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    """SIGKILL on both ranks: before a checkpoint, when one was just written, in another epoch; one
+    rank ends it."""
+    straight = tmp_path / "straight"
+    killed = tmp_path / "killed"
     zero = ["--deepspeed", "scripts/zero1.json"]
     assert finish(start(options(tiny, straight, *zero), 2)) == [0, 0]
     expected = losses(straight)
@@ -40,7 +55,9 @@ def test_killed_again_and_again_it_has_the_same_losses(tiny: Path, tmp_path: Pat
     assert finish(start(options(tiny, killed, *zero), 1)) == [0]
     assert losses(killed) == pytest.approx(expected, abs=1e-5)
     first, second = (load_dual_encoder(run / "tower") for run in (straight, killed))
-    for (name, one), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+    for (name, one), other in zip(
+        first.state_dict().items(), second.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(other, one, atol=2e-4, rtol=1e-3, msg=name)
     assert (killed / "tower-ema" / TowerCard.FILE).is_file()
 
@@ -48,7 +65,10 @@ def test_killed_again_and_again_it_has_the_same_losses(tiny: Path, tmp_path: Pat
 def launched(folder: Path, tiny: Path, run: Path, *more: str) -> subprocess.Popen[str]:
     """`deepspeed --num_gpus 2` of ``folder``, in the middle of 2,000 steps without a checkpoint."""
     command = [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
-    command += ["scripts/train_tower.py", *options(tiny, run, *more, "--max_steps", "2000", "--save_steps", "0")]
+    command += [
+        "scripts/train_tower.py",
+        *options(tiny, run, *more, "--max_steps", "2000", "--save_steps", "0"),
+    ]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **streams)
     wait_for(lambda: losses(run) or process.poll() is not None)
@@ -60,8 +80,22 @@ def launched(folder: Path, tiny: Path, run: Path, *more: str) -> subprocess.Pope
 def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
     """ZeRO-3 and loader processes: SIGTERM saves; two ranks resume and export."""
     run = tmp_path / "run"
-    more = ["--report_to", "csv", "--data.validation", str(tiny / "data"), "--deepspeed", "scripts/zero3.json"]
-    more += ["--dataloader_num_workers", "1", "--evaluation.workers", "1", "--train.micro-batch", "4"]
+    more = [
+        "--report_to",
+        "csv",
+        "--data.validation",
+        str(tiny / "data"),
+        "--deepspeed",
+        "scripts/zero3.json",
+    ]
+    more += [
+        "--dataloader_num_workers",
+        "1",
+        "--evaluation.workers",
+        "1",
+        "--train.micro-batch",
+        "4",
+    ]
     process = launched(programs(), tiny, run, *more)
     ranks = ranks_of(run)
     assert len(ranks) == 2
@@ -110,13 +144,17 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     commands = {
         "good": options(tiny, folder / "run", "--max_steps", "2"),
         "before": options(tiny, folder / "nan", "--max_steps", "2"),
-        "non-finite": options(tiny, folder / "nan", "--max_steps", "4", "--allow-changed", "train.max_steps"),
+        "non-finite": options(
+            tiny, folder / "nan", "--max_steps", "4", "--allow-changed", "train.max_steps"
+        ),
         "forward": forward,
         "lost checkpoints": forward,
     }
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    process = Script(script, [json.dumps(commands), str(folder / "results.json")], environment(), ROOT)
+    process = Script(
+        script, [json.dumps(commands), str(folder / "results.json")], environment(), ROOT
+    )
     assert process.wait(timeout=900) == 0, process.output
     return {"folder": folder, **json.loads((folder / "results.json").read_text())}
 
@@ -150,11 +188,14 @@ def test_the_runs_average_follows_its_weights(runs: dict[str, Any], tiny: Path):
     """After two updates the start has a share of 2/11 x 3/12, the last weights one of 9/12."""
     (path,) = (runs["folder"] / "run" / "checkpoints").glob("step-*")
     loaded = load(path)
-    start = {f"tower.{name}": value for name, value in load_tower(tiny / "tower").state_dict().items()}
+    start = {
+        f"tower.{name}": value for name, value in load_tower(tiny / "tower").state_dict().items()
+    }
     matrices = [name for name in loaded.averages if name in start and start[name].ndim > 1]
     assert len(matrices) > 5
     for name in matrices:
-        weight, average = loaded.weights[name].float(), loaded.averages[name]
+        weight = loaded.weights[name].float()
+        average = loaded.averages[name]
         moved = (weight - start[name]).norm()
         assert moved > 0 and (average - weight).norm() < 0.6 * moved, name
 
@@ -163,12 +204,18 @@ CACHED = ("--train.micro-batch", "4", "--gradient-checkpointing", "True")
 REFERENCE = ("--loss.terms", "infonce=1", "patch_reference=0.5")
 
 
-@pytest.mark.parametrize("more, most", [(CACHED, 3), (REFERENCE, 6)], ids=["cached", "with a frozen reference"])
-def test_compiled_it_has_the_same_losses(tiny: Path, tmp_path: Path, graphs: list[int], more: Any, most: int):
-    """All blocks share a graph for each kind of pass; none comes after the first step. transformers' hooks, which read
-    hidden states for the reference, cut a block in three."""
+@pytest.mark.parametrize(
+    "more, most", [(CACHED, 3), (REFERENCE, 6)], ids=["cached", "with a frozen reference"]
+)
+def test_compiled_it_has_the_same_losses(
+    tiny: Path, tmp_path: Path, graphs: list[int], more: Any, most: int
+):
+    """All blocks share a graph for each kind of pass; none comes after the first step.
+    transformers' hooks, which read hidden states for the reference, cut a block in three."""
     for compiled in ("False", "True"):
-        argv = options(tiny, tmp_path / compiled, "--torch_compile", compiled, "--heads.steps", "0", *more)
+        argv = options(
+            tiny, tmp_path / compiled, "--torch_compile", compiled, "--heads.steps", "0", *more
+        )
         train_tower(TRAIN_TOWER.parse([*argv, "--max_steps", "3"]))
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-5)
     assert graphs[:3] == [0, 0, 0] and 0 < graphs[3] == graphs[5] <= most
@@ -188,7 +235,9 @@ def test_inductor_gives_the_same_losses(tiny: Path, runs: dict[str, Any], tmp_pa
     argv = options(tiny, tmp_path / "run", "--max_steps", "2", "--torch_compile", "True")
     (tmp_path / "compiled.py").write_text(COMPILED)
     process = Script(tmp_path / "compiled.py", argv, environment(), ROOT)
-    assert process.wait(timeout=900) == 0 and "TRACED GRAPH" in process.output, process.output[-3000:]
+    assert process.wait(timeout=900) == 0 and "TRACED GRAPH" in process.output, process.output[
+        -3000:
+    ]
     assert losses(tmp_path / "run") == pytest.approx(losses(runs["folder"] / "run"), abs=1e-5)
 
 
@@ -199,25 +248,33 @@ def test_lost_checkpoints_are_an_error(runs: dict[str, Any]):
 
 
 def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(runs: dict[str, Any]):
-    result, run = runs["non-finite"], runs["folder"] / "nan"
+    result = runs["non-finite"]
+    run = runs["folder"] / "nan"
     assert runs["before"]["status"] == 0 and result["status"] == 3
     assert (
-        "error: the loss is not finite" in result["error"] and "16 samples have non-finite features" in result["error"]
+        "error: the loss is not finite" in result["error"]
+        and "16 samples have non-finite features" in result["error"]
     )
     assert re.search(r"rank 0: [01]-0\d\d, [01]-0\d\d", result["error"])  # the samples' keys
     assert "Traceback" not in result["error"]
     stopped = lines(run)[-1]
-    assert (stopped["step"], stopped["event"]) == (2, "failed") and stopped["reason"] in result["error"]
+    assert (stopped["step"], stopped["event"]) == (2, "failed") and stopped["reason"] in result[
+        "error"
+    ]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000002\n"
     assert not RunRecord.read(run / RunRecord.FILE).finished
 
 
 def test_a_full_disk_is_one_error(tiny: Path, tmp_path: Path):
     """Two ranks into 96 kB: no checkpoint fits."""
-    disk, more = tmp_path / "disk", ("--heads.steps", "0", "--deepspeed", "scripts/zero1.json")
+    disk = tmp_path / "disk"
+    more = ("--heads.steps", "0", "--deepspeed", "scripts/zero1.json")
     with mounted(disk, "96k"):
         ranks = start(options(tiny, disk / "run", *more), 2)
         statuses = finish(ranks)
     told = "".join(rank.output for rank in ranks)
     assert statuses == [2, 2] and told.count("error: ") == 1 and "Traceback" not in told, told
-    assert "trying again" in told and f"cannot write {disk / 'run/checkpoints'}/step-{STEPS:08d}" in told, told
+    assert (
+        "trying again" in told
+        and f"cannot write {disk / 'run/checkpoints'}/step-{STEPS:08d}" in told
+    ), told

@@ -13,7 +13,8 @@ from tower_runs import ROOT, environment, lines, losses, options, processes_of, 
 
 from llm2clip_plugin.train.distributed import free_port
 
-OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else restarted ranks read addresses of those before them
+# else restarted ranks read addresses of those before them
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # rank 1 raises in the middle of step 5 once; seconds in which ranks may end by themselves are few
 FAULTS = """
 import os, sys
@@ -36,13 +37,31 @@ leave(run("train-tower", sys.argv[1:]))
 
 @pytest.mark.slow
 def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Path) -> None:
-    """torchrun --max-restarts: rank 1 raises, all end, the run resumes. Rank 1 is suspended until rank 0 reports it,
-    then rank 0 until rank 1 ends after the timeout: all end for good."""
-    output, log, script = tmp_path / "run", tmp_path / "log", tmp_path / "faults.py"
+    """torchrun --max-restarts: rank 1 raises, all end, the run resumes. Rank 1 is suspended until
+    rank 0 reports it, then rank 0 until rank 1 ends after the timeout: all end for good."""
+    output = tmp_path / "run"
+    log = tmp_path / "log"
+    script = tmp_path / "faults.py"
     script.write_text(FAULTS)
     launcher = [str(programs() / "python"), "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}", "--max_restarts", "1"]
-    more = ("--train.straggler-seconds", "2", "--train.ddp-timeout", "15", "--heads.steps", "1", "--max_steps", "4000")
+    launcher += [
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"localhost:{free_port()}",
+        "--max_restarts",
+        "1",
+    ]
+    more = (
+        "--train.straggler-seconds",
+        "2",
+        "--train.ddp-timeout",
+        "15",
+        "--heads.steps",
+        "1",
+        "--max_steps",
+        "4000",
+    )
     command = [*launcher, str(script), *options(tiny, output, *more)]
     streams = {"stdout": log.open("w"), "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, cwd=ROOT, env=environment(**OWN_STORE), **streams)
@@ -52,7 +71,10 @@ def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Pat
 
     try:
         wait_for(lambda: len(losses(output)) > 8 or process.poll() is not None)
-        assert f"rank 1 on {os.uname().nodename} failed in phase forward and backward of step 5: Runtime" in said()
+        assert (
+            f"rank 1 on {os.uname().nodename} failed in phase forward and backward of step 5: Runtime"
+            in said()
+        )
         rank = psutil.Process(json.loads((output / "run.lock").read_text())["pid"])
         other = psutil.Process(int(re.findall(r"process of rank 1: (\d+)", said())[-1]))
         other.suspend()

@@ -33,7 +33,10 @@ def write_tars(folder: Path, shards: int, samples: int) -> SourceConfig:
         for number in range(shard * samples, (shard + 1) * samples):
             words = [*WORDS[number % 7 : number % 7 + 1 + number % 5], str(number)]
             captions = {"caption": " ".join(words), "long_caption": " ".join(WORDS + words)}
-            members += [(f"{number:06}.png", b"no picture"), (f"{number:06}.json", json.dumps(captions).encode())]
+            members += [
+                (f"{number:06}.png", b"no picture"),
+                (f"{number:06}.json", json.dumps(captions).encode()),
+            ]
         write_tar(folder / f"{shard:05}.tar", members)
     return SourceConfig(path=str(folder))
 
@@ -46,14 +49,19 @@ def teacher(llama: Path) -> CaptionEncoder:
 def test_cache_holds_what_the_encoder_gives(teacher: CaptionEncoder, tmp_path: Path) -> None:
     source = open_source(write_tars(tmp_path / "data", 3, 8))
     manifest, summary = embed_source(source, teacher, tmp_path / "cache", quiet=True)
-    assert manifest is not None and manifest.complete and manifest.captions == summary.captions == 48
-    cache = EmbeddingCache.open(tmp_path / "cache", expect_fingerprint=teacher.identity().fingerprint)
+    assert (
+        manifest is not None and manifest.complete and manifest.captions == summary.captions == 48
+    )
+    cache = EmbeddingCache.open(
+        tmp_path / "cache", expect_fingerprint=teacher.identity().fingerprint
+    )
     cache.check(source)
     for number in (0, 9, 23):
         _, captions = source.captions(number)
         alone = torch.cat([teacher.encode([caption.text]) for caption in captions])
         stored = cache.rows(*source.locate(number), captions)
-        assert torch.nn.functional.cosine_similarity(stored, alone).min() > 0.99999  # float16's 11 bits
+        # float16's 11 bits
+        assert torch.nn.functional.cosine_similarity(stored, alone).min() > 0.99999
 
 
 def test_compiled_it_embeds_the_same(llama: Path, tmp_path: Path, graphs: list[int]) -> None:
@@ -61,7 +69,9 @@ def test_compiled_it_embeds_the_same(llama: Path, tmp_path: Path, graphs: list[i
     source = open_source(write_tars(tmp_path / "data", 2, 12))
     found = []
     for more in ((), ("--torch-compile",)):
-        config = EMBED.parse([source.path, "--llm", str(llama), "--compute-dtype", "float32", *more])
+        config = EMBED.parse(
+            [source.path, "--llm", str(llama), "--compute-dtype", "float32", *more]
+        )
         encoder = open_all(config)[1]
         texts = [caption.text for number in range(24) for caption in source.captions(number)[1]]
         found.append(encoder.encode(texts, tokens_per_batch=200))
@@ -72,7 +82,9 @@ def test_compiled_it_embeds_the_same(llama: Path, tmp_path: Path, graphs: list[i
     assert counters["stats"]["unique_graphs"] == graphs_of_all
 
 
-def test_ranks_share_the_shards_and_the_last_writes_the_manifest(teacher: CaptionEncoder, tmp_path: Path) -> None:
+def test_ranks_share_the_shards_and_the_last_writes_the_manifest(
+    teacher: CaptionEncoder, tmp_path: Path
+) -> None:
     source = open_source(write_tars(tmp_path / "data", 5, 4))
     whole, _ = embed_source(source, teacher, tmp_path / "one", quiet=True)
     first, summary0 = embed_source(source, teacher, tmp_path / "two", rank=1, world=2, quiet=True)
@@ -87,7 +99,9 @@ def test_ranks_share_the_shards_and_the_last_writes_the_manifest(teacher: Captio
 def test_share_gives_each_shard_to_one_rank_evenly(world: int) -> None:
     shards = [Shard(f"{i}", size, 0) for i, size in enumerate([900, 100, 500, 500, 20, 300, 300])]
     shares = [shards_of_rank(shards, rank, world) for rank in range(world)]
-    assert sorted(shard.name for part in shares for shard in part) == sorted(shard.name for shard in shards)
+    assert sorted(shard.name for part in shares for shard in part) == sorted(
+        shard.name for shard in shards
+    )
     loads = [sum(shard.size for shard in part) for part in shares]
     assert max(loads) <= sum(loads) / world + 900
 
@@ -107,7 +121,9 @@ def test_second_run_embeds_only_incomplete_shards(teacher: CaptionEncoder, tmp_p
 def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     write_tars(folder, 2, 4)
-    embed_source(open_source(SourceConfig(path=str(folder))), teacher, tmp_path / "cache", quiet=True)
+    embed_source(
+        open_source(SourceConfig(path=str(folder))), teacher, tmp_path / "cache", quiet=True
+    )
     write_tars(tmp_path / "other", 1, 5)
     (tmp_path / "other" / "00000.tar").replace(folder / "00001.tar")
     changed = open_source(SourceConfig(path=str(folder)))
@@ -118,13 +134,24 @@ def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: 
     EmbeddingCache.open(tmp_path / "cache").check(changed)
 
 
-def test_command_embeds_reports_and_verifies(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_embeds_reports_and_verifies(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "data"
     data.mkdir()
     texts = {"long": "boat " * 10_000, "empty": "  ", "plain": "a boat"}
     rows = [{"id": name, "image": f"{name}.png", "caption": text} for name, text in texts.items()]
     (data / "pairs.jsonl").write_text("\n".join([*map(json.dumps, rows), "{no JSON"]))
-    command = ["embed", str(data / "pairs.jsonl"), "--llm", str(llama), "--max-tokens", "32", "--dtype", "int8"]
+    command = [
+        "embed",
+        str(data / "pairs.jsonl"),
+        "--llm",
+        str(llama),
+        "--max-tokens",
+        "32",
+        "--dtype",
+        "int8",
+    ]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "1 captions truncated to 32 tokens" in said
@@ -141,7 +168,8 @@ def words(data: Path, llm: Path, cache: Path) -> list[str]:
 
 
 def test_two_processes_killed_and_started_again(llama: Path, tmp_path: Path) -> None:
-    """Ranks killed once some shards are there; the second start ends with the cache of an undisturbed run."""
+    """Ranks killed once some shards are there; the second start ends with the cache of an
+    undisturbed run."""
     source = open_source(write_tars(tmp_path / "data", 24, 12))
     command = ["embed", *words(tmp_path / "data", llama, tmp_path / "cache")]
     places = [environment(RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
@@ -160,7 +188,8 @@ def test_two_processes_killed_and_started_again(llama: Path, tmp_path: Path) -> 
     ranks = [Command(command, place, ROOT) for place in places]
     assert finish(ranks) == [0, 0], ranks[0].output
     alone = ["embed", *words(tmp_path / "data", llama, tmp_path / "undisturbed")]
-    assert run_command(alone, environment(), ROOT)[0] == 0  # with as many threads, which decide the last bit
+    # with as many threads, which decide the last bit
+    assert run_command(alone, environment(), ROOT)[0] == 0
     cache = EmbeddingCache.open(tmp_path / "cache")
     cache.check(source)
     cache.verify()
@@ -189,8 +218,13 @@ def test_a_late_rank_is_named_and_none_leaves_before_it(llama: Path, tmp_path: P
     source = open_source(write_tars(tmp_path / "data", 4, 3))
     (tmp_path / "late.py").write_text(LATE)
     ranks = start(words(tmp_path / "data", llama, tmp_path / "cache"), 2, tmp_path / "late.py")
-    statuses, said = finish(ranks), "".join(rank.output for rank in ranks)
+    statuses = finish(ranks)
+    said = "".join(rank.output for rank in ranks)
     assert statuses == [0, 0], said
-    assert "late: rank 1 (" in said and "has been in phase embedding for" in said and "time.sleep(5)" in said, said
+    assert (
+        "late: rank 1 (" in said
+        and "has been in phase embedding for" in said
+        and "time.sleep(5)" in said
+    ), said
     assert "rank 0: its shards are complete; other ranks are still embedding" in said
     EmbeddingCache.open(tmp_path / "cache").check(source)

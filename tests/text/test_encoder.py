@@ -1,4 +1,5 @@
-"""A caption's embedding is its own: not its batch's, not its padding's; an LLM that is called bidirectional is."""
+"""A caption's embedding is its own: not its batch's, not its padding's; an LLM that is called
+bidirectional is."""
 
 import dataclasses
 from pathlib import Path
@@ -18,12 +19,15 @@ from llm2clip_plugin.text.llm import check_attention, set_attention, set_kernels
 
 LONG = "two dogs run over the wet grass while a cat sleeps in a box, and a man reads a newspaper at the window of a hut"
 CAPTIONS = ["a red bicycle", LONG, "ein Hund", "x", "the lake", "猫が箱の中で眠る"]
-# float32, other order of the same sums: a few units in the last place of 32 numbers, through two blocks
+# float32, other order of the same sums: a few units in the last place of 32 numbers, through two
+# blocks
 TOLERANCE = 1e-5
 
 
 def encoder(llm: Path, **settings) -> CaptionEncoder:
-    return CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32", **settings), device="cpu")
+    return CaptionEncoder(
+        EncoderConfig(llm=str(llm), compute_dtype="float32", **settings), device="cpu"
+    )
 
 
 def close(left: torch.Tensor, right: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
@@ -33,7 +37,9 @@ def close(left: torch.Tensor, right: torch.Tensor, tolerance: float = TOLERANCE)
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_embedding_is_independent_of_batch_and_padding(any_llm: Path, attention: str, pooling: str) -> None:
+def test_embedding_is_independent_of_batch_and_padding(
+    any_llm: Path, attention: str, pooling: str
+) -> None:
     teacher = encoder(any_llm, attention=attention, pooling=pooling)
     rows = teacher.tokenize(CAPTIONS)
     alone = torch.cat([teacher.embed_tokens([row]) for row in rows])
@@ -54,7 +60,9 @@ def test_bidirectional_sees_what_comes_later_and_causal_does_not(any_llm: Path) 
         states = []
         for caption in ("a red bicycle", "a red boat"):
             ids = torch.tensor(teacher.tokenize([caption]))
-            out = teacher.model.llm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            out = teacher.model.llm(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+            )
             states.append(out.last_hidden_state[0, :3])
         assert close(states[0], states[1]) is not sees, attention
 
@@ -70,12 +78,16 @@ def test_layer_is_the_hidden_state_of_that_number(any_llm: Path) -> None:
 
 
 def test_prompt_is_attended_but_not_pooled(llama: Path) -> None:
-    plain, prompted = encoder(llama), encoder(llama, prompt="Instruct: find the picture. Query: ")
+    plain = encoder(llama)
+    prompted = encoder(llama, prompt="Instruct: find the picture. Query: ")
     joint = prompted.tokenizer("Instruct: find the picture. Query: a boat")["input_ids"]
-    assert prompted.tokenize(["a boat"]) == [joint]  # white space goes with the caption, as in running text
+    # white space goes with the caption, as in running text
+    assert prompted.tokenize(["a boat"]) == [joint]
     length = len(plain.tokenizer(" a boat", add_special_tokens=False)["input_ids"])
     ids = torch.tensor([joint])
-    hidden = prompted.model.llm(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+    hidden = prompted.model.llm(
+        input_ids=ids, attention_mask=torch.ones_like(ids)
+    ).last_hidden_state[0]
     pooled = torch.cat([hidden[:1], hidden[-length:]]).mean(dim=0)
     assert close(prompted.encode(["a boat"])[0], pooled)
     without_bos = encoder(llama, prompt="Instruct: find the picture. Query: ", include_bos=False)
@@ -83,19 +95,28 @@ def test_prompt_is_attended_but_not_pooled(llama: Path) -> None:
     assert not close(prompted.encode(["a boat"]), plain.encode(["a boat"]), tolerance=1e-2)
     both = encoder(llama, query_prompt="Query: ")  # for queries alone
     assert torch.equal(both.encode(["a boat"]), plain.encode(["a boat"]))
-    assert close(both.encode(["a boat"], query=True), encoder(llama, prompt="Query: ").encode(["a boat"]))
+    assert close(
+        both.encode(["a boat"], query=True), encoder(llama, prompt="Query: ").encode(["a boat"])
+    )
 
 
 def test_chat_template_is_written_out(llama: Path) -> None:
-    own, literal = encoder(llama, chat_template="user"), encoder(llama, chat_template="<user>\n{caption}<end>")
+    own = encoder(llama, chat_template="user")
+    literal = encoder(llama, chat_template="<user>\n{caption}<end>")
     expected = own.tokenizer("<bos><user>\na boat<end>", add_special_tokens=False)["input_ids"]
     assert own.tokenize(["a boat"]) == literal.tokenize(["a boat"]) == [expected]
     assert own.identity().chat_template == "<bos><user>\n{caption}<end>"
-    own.tokenizer.chat_template = "{{ strftime_now('%d %B') }}<user>{{ messages[0]['content'] }}<end>"  # as SmolLM3's
+    # as SmolLM3's
+    own.tokenizer.chat_template = (
+        "{{ strftime_now('%d %B') }}<user>{{ messages[0]['content'] }}<end>"
+    )
     assert llms.literal_template(own.tokenizer, "user") == "26 Jul 2024<user>{caption}<end>"
-    own.tokenizer.backend_tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])  # as Mistral's
+    # as Mistral's
+    own.tokenizer.backend_tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
     frame = llms.build_frame(own.tokenizer, "", "Query: ")
-    assert llms.tokenize(own.tokenizer, [frame], ["a boat"], 64)[0] == [own.tokenizer("Query: a boat")["input_ids"]]
+    assert llms.tokenize(own.tokenizer, [frame], ["a boat"], 64)[0] == [
+        own.tokenizer("Query: a boat")["input_ids"]
+    ]
 
 
 def test_tokenizer_that_ends_with_eos_pools_it_last(make_llm, tmp_path: Path) -> None:
@@ -129,34 +150,53 @@ def test_a_long_caption_keeps_its_beginning(llama: Path) -> None:
     assert cut[:-1] == whole[:15] and cut[-1] == whole[-1]  # the template's end stays
 
 
-def test_identity_follows_everything_that_changes_an_embedding(make_llm, llama: Path, tmp_path: Path) -> None:
+def test_identity_follows_everything_that_changes_an_embedding(
+    make_llm, llama: Path, tmp_path: Path
+) -> None:
     base = encoder(llama).identity()
-    changes = {"attention": "causal", "pooling": "last", "layer": 1, "prompt": "Query: ", "chat_template": "user"}
+    changes = {
+        "attention": "causal",
+        "pooling": "last",
+        "layer": 1,
+        "prompt": "Query: ",
+        "chat_template": "user",
+    }
     changes |= {"max_tokens": 64, "include_bos": False}
-    prints = {encoder(llama, **{name: value}).identity().fingerprint for name, value in changes.items()}
-    prints |= {base.fingerprint, encoder(make_llm(tmp_path / "other", "llama", seed=1)).identity().fingerprint}
+    prints = {
+        encoder(llama, **{name: value}).identity().fingerprint for name, value in changes.items()
+    }
+    prints |= {
+        base.fingerprint,
+        encoder(make_llm(tmp_path / "other", "llama", seed=1)).identity().fingerprint,
+    }
     prints.add(encoder(make_llm(tmp_path / "eos", "llama", eos=True)).identity().fingerprint)
     assert len(prints) == len(changes) + 3
     for name in ("adapter_sha256", "quantization", "post"):
         assert dataclasses.replace(base, **{name: "another"}).fingerprint != base.fingerprint, name
     moved = make_llm(tmp_path / "moved", "llama")
-    assert encoder(moved).identity().fingerprint == base.fingerprint  # the same LLM in another folder
+    # the same LLM in another folder
+    assert encoder(moved).identity().fingerprint == base.fingerprint
 
 
 def test_bfloat16_is_close_to_float32_and_to_itself_in_a_batch(llama: Path) -> None:
     rough = CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="bfloat16"), device="cpu")
     rows = rough.tokenize(CAPTIONS)
     alone = torch.cat([rough.embed_tokens([row]) for row in rows])
-    assert torch.nn.functional.cosine_similarity(alone, encoder(llama).encode(CAPTIONS)).min() > 0.999
-    assert close(rough.embed_tokens(rows), alone, tolerance=2e-2)  # 8 bits of mantissa: 4e-3 a rounding
+    assert (
+        torch.nn.functional.cosine_similarity(alone, encoder(llama).encode(CAPTIONS)).min() > 0.999
+    )
+    # 8 bits of mantissa: 4e-3 a rounding
+    assert close(rough.embed_tokens(rows), alone, tolerance=2e-2)
 
 
 def test_an_adapter_counts_in_half_precision_as_in_float32(llama: Path, tmp_path: Path) -> None:
     _, adapter = write_moved(llama, tmp_path / "adapter")
-    exact, plain = encoder(llama, adapter=str(adapter)).encode(CAPTIONS), encoder(llama).encode(CAPTIONS)
+    exact = encoder(llama, adapter=str(adapter)).encode(CAPTIONS)
+    plain = encoder(llama).encode(CAPTIONS)
     config = EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="bfloat16")
     rough = CaptionEncoder(config, device="cpu").encode(CAPTIONS)
-    assert torch.nn.functional.cosine_similarity(plain, exact).min() < 0.9  # the adapter changes something
+    # the adapter changes something
+    assert torch.nn.functional.cosine_similarity(plain, exact).min() < 0.9
     assert torch.nn.functional.cosine_similarity(rough, exact).min() > 0.999
 
 
@@ -169,7 +209,9 @@ def load(folder: Path, *, attention: str, dtype: torch.dtype = torch.float32) ->
 
 @pytest.mark.parametrize("family", ["stablelm", "nemotron"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_configuration_alone_leaves_some_families_causal(make_llm, tmp_path: Path, family: str, dtype) -> None:
+def test_configuration_alone_leaves_some_families_causal(
+    make_llm, tmp_path: Path, family: str, dtype
+) -> None:
     model = load(make_llm(tmp_path / family, family), attention="bidirectional", dtype=dtype)
     with pytest.raises(ValueError, match="blocks 0, 1 cannot attend"):
         check_attention(model, "bidirectional", where=family)
@@ -189,13 +231,21 @@ def test_what_else_is_refused(make_llm, llama: Path, tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="blocks 0 cannot attend"):
                 CaptionEncoder(EncoderConfig(llm=llm, compute_dtype=dtype), "cpu")
             CaptionEncoder(EncoderConfig(llm=llm, compute_dtype=dtype, attention="causal"), "cpu")
-    CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32", layer=0), "cpu")  # no blocks to check
+    # no blocks to check
+    CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32", layer=0), "cpu")
 
 
-FOUR = ["two dogs run over the wet grass", "a red bicycle leans against a brick wall", "a boat", "the lake"]
+FOUR = [
+    "two dogs run over the wet grass",
+    "a red bicycle leans against a brick wall",
+    "a boat",
+    "the lake",
+]
 
 
-def pass_through(llm: Path, dtype: str, *, autocast: bool, dora: bool = False) -> tuple[torch.Tensor, ...]:
+def pass_through(
+    llm: Path, dtype: str, *, autocast: bool, dora: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Embeddings, all gradients of the adapter, and the bytes that the forward pass kept for them."""
     encoding = EncoderConfig(llm=str(llm), compute_dtype=dtype)
     config = FinetuneConfig(encoder=encoding, lora=LoraSettings(r=4, dropout=0.0, dora=dora))

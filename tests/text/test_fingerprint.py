@@ -1,4 +1,5 @@
-"""The teacher's fingerprint covers config.json and tokenizer; caches and towers from before are proven, not lost."""
+"""The teacher's fingerprint covers config.json and tokenizer; caches and towers from before are
+proven, not lost."""
 
 import json
 import shutil
@@ -24,7 +25,11 @@ from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower
 
-CAPTIONS = ["a red bicycle leans against a brick wall", "two dogs run over the wet grass", "a man reads a newspaper"]
+CAPTIONS = [
+    "a red bicycle leans against a brick wall",
+    "two dogs run over the wet grass",
+    "a man reads a newspaper",
+]
 NEW = ("config_sha256", "tokenizer_sha256")  # fields of a teacher
 FLOAT32 = ("--compute-dtype", "float32")
 
@@ -56,7 +61,9 @@ def add_token(llm: Path) -> None:
 
 
 @pytest.mark.parametrize("edit", [set_rope, set_epsilon, set_normalizer, add_token])
-def test_another_embedding_has_another_fingerprint(llama: Path, tmp_path: Path, edit: Callable[[Path], None]) -> None:
+def test_another_embedding_has_another_fingerprint(
+    llama: Path, tmp_path: Path, edit: Callable[[Path], None]
+) -> None:
     other = shutil.copytree(llama, tmp_path / "other")
     edit(other)
     assert identity(other).fingerprint != identity(llama).fingerprint
@@ -65,7 +72,12 @@ def test_another_embedding_has_another_fingerprint(llama: Path, tmp_path: Path, 
 def test_what_changes_no_embedding_keeps_the_fingerprint(llama: Path, tmp_path: Path) -> None:
     same = shutil.copytree(llama, tmp_path / "same")
     change(
-        same / "config.json", dtype="float16", use_cache=False, attention_dropout=0.1, mlp_bias=False, eos_token_id=7
+        same / "config.json",
+        dtype="float16",
+        use_cache=False,
+        attention_dropout=0.1,
+        mlp_bias=False,
+        eos_token_id=7,
     )
     change(same / "generation_config.json", temperature=0.5, do_sample=True)
     assert identity(same).fingerprint == identity(llama).fingerprint
@@ -79,14 +91,18 @@ def test_what_changes_no_embedding_keeps_the_fingerprint(llama: Path, tmp_path: 
 def data(tmp_path: Path) -> Path:
     members = []
     for number, caption in enumerate(CAPTIONS):
-        members += [(f"{number}.png", b"no picture"), (f"{number}.json", json.dumps({"caption": caption}).encode())]
+        members += [
+            (f"{number}.png", b"no picture"),
+            (f"{number}.json", json.dumps({"caption": caption}).encode()),
+        ]
     write_tar(tmp_path / "data" / "0.tar", members)
     return tmp_path / "data"
 
 
 @pytest.fixture
 def earlier(llama: Path, data: Path, tmp_path: Path) -> Path:
-    """A copy of the LLM, and its cache as it was written before config.json was part of the fingerprint."""
+    """A copy of the LLM, and its cache as it was written before config.json was part of the
+    fingerprint."""
     llm = shutil.copytree(llama, tmp_path / "llm")
     whole = CaptionEncoder.identity
     with pytest.MonkeyPatch.context() as patch:
@@ -110,26 +126,41 @@ def test_a_cache_from_before_is_proven_and_renewed(
     earlier: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder,) = data.glob("embeddings-*")
-    before, digest = manifest_in(data), cache_digest(EmbeddingCache.open(folder))
-    with pytest.raises(ContractError, match=r"before config\.json was part of the fingerprint: rerun `llm2clip embed`"):
+    before = manifest_in(data)
+    digest = cache_digest(EmbeddingCache.open(folder))
+    with pytest.raises(
+        ContractError,
+        match=r"before config\.json was part of the fingerprint: rerun `llm2clip embed`",
+    ):
         EmbeddingCache.open(folder, expect_fingerprint=identity(earlier).fingerprint)
     assert main(["embed", str(data), "--llm", str(earlier), *FLOAT32]) == 0
     said = capsys.readouterr().out
     assert "3 captions embedded again agree; its fingerprint now includes config.json" in said
     assert "1 shards already complete, skipped" in said
     after = manifest_in(data)  # still the only cache
-    assert after.fingerprint == identity(earlier).fingerprint != before.fingerprint == after.earlier_fingerprint
+    assert (
+        after.fingerprint
+        == identity(earlier).fingerprint
+        != before.fingerprint
+        == after.earlier_fingerprint
+    )
     assert main(["embed", str(data), "--llm", str(earlier), *FLOAT32, "--verify"]) == 0
-    renewed = EmbeddingCache.open(folder, expect_fingerprint=before.fingerprint)  # as an unfinished training asks
+    # as an unfinished training asks
+    renewed = EmbeddingCache.open(folder, expect_fingerprint=before.fingerprint)
     assert cache_digest(renewed) == digest
-    write_tar(data / "1.tar", [("9.png", b""), ("9.json", json.dumps({"caption": "a boat"}).encode())])
+    write_tar(
+        data / "1.tar", [("9.png", b""), ("9.json", json.dumps({"caption": "a boat"}).encode())]
+    )
     assert main(["embed", str(data), "--llm", str(earlier), *FLOAT32]) == 0
     assert "embedded again" not in capsys.readouterr().out.partition("\n")[2]
     renewed = EmbeddingCache.open(folder)
-    assert [renewed.shard(name).captions for name in renewed.manifest.shards] == [3, 1]  # of both fingerprints
+    # of both fingerprints
+    assert [renewed.shard(name).captions for name in renewed.manifest.shards] == [3, 1]
 
 
-def test_a_cache_of_another_config_is_refused(earlier: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_of_another_config_is_refused(
+    earlier: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     set_rope(earlier)
     before = manifest_in(data)
     assert main(["embed", str(data), "--llm", str(earlier), *FLOAT32]) == 2
@@ -140,7 +171,8 @@ def test_a_cache_of_another_config_is_refused(earlier: Path, data: Path, capsys:
 def test_a_new_cache_of_another_config_is_refused(
     llama: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    llm, place = shutil.copytree(llama, tmp_path / "llm"), ("--cache", str(tmp_path / "cache"))
+    llm = shutil.copytree(llama, tmp_path / "llm")
+    place = ("--cache", str(tmp_path / "cache"))
     words = ["embed", str(data), "--llm", str(llm), *FLOAT32]
     assert main([*words, *place]) == 0
     set_epsilon(llm)
@@ -153,7 +185,15 @@ def test_a_cache_without_a_caption_of_the_data_cannot_be_proven(
 ) -> None:
     (folder,) = data.glob("embeddings-*")
     write_tar(tmp_path / "other" / "7.tar", [("9.png", b""), ("9.json", b'{"caption": "a boat"}')])
-    words = ["embed", str(tmp_path / "other"), "--llm", str(earlier), "--cache", str(folder), *FLOAT32]
+    words = [
+        "embed",
+        str(tmp_path / "other"),
+        "--llm",
+        str(earlier),
+        "--cache",
+        str(folder),
+        *FLOAT32,
+    ]
     assert main(words) == 2
     assert "none of its captions is in" in capsys.readouterr().err
 

@@ -20,17 +20,28 @@ from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import refuse_length_dependent_rope
 from llm2clip_plugin.text.teacher import encoder_config
 
-TEXTS = ["a red bicycle", "two sleeping dogs near the brick wall of an old house in rain", "x", "猫"]
+TEXTS = [
+    "a red bicycle",
+    "two sleeping dogs near the brick wall of an old house in rain",
+    "x",
+    "猫",
+]
 
 
 def test_released_llm_is_read_as_llm2vec_reads_it(llama: Path, make_llm, tmp_path: Path) -> None:
-    """Their reading, step by step: user turn, bidirectional, mean over the caption's tokens and the end of the turn.
+    """Their reading, step by step: user turn, bidirectional, mean over the caption's tokens and the
+    end of the turn.
 
-    Their files name a class of their own with remote code, and the tensors lack the ``model.`` prefix.
+    Their files name a class of their own with remote code, and the tensors lack the ``model.``
+    prefix.
     """
     folder = make_llm(tmp_path / "released", "llama")
     tensors = load_file(folder / "model.safetensors")
-    bare = {name.removeprefix("model."): t.clone() for name, t in tensors.items() if name != "lm_head.weight"}
+    bare = {
+        name.removeprefix("model."): t.clone()
+        for name, t in tensors.items()
+        if name != "lm_head.weight"
+    }
     save_file(bare, str(folder / "model.safetensors"), metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config |= {
@@ -41,14 +52,22 @@ def test_released_llm_is_read_as_llm2vec_reads_it(llama: Path, make_llm, tmp_pat
     (folder / "modeling_llama_encoder.py").write_text("raise SystemExit('remote code was run')")
     template = "<user>\n{caption}<end>"  # the tiny tokenizer's words for Llama 3's
     found = CaptionEncoder(
-        EncoderConfig(llm=str(folder), compute_dtype="float32", chat_template=template, include_bos=False), "cpu"
+        EncoderConfig(
+            llm=str(folder), compute_dtype="float32", chat_template=template, include_bos=False
+        ),
+        "cpu",
     )
-    tokenizer, model = found.tokenizer, AutoModel.from_pretrained(llama, dtype=torch.float32)
+    tokenizer = found.tokenizer
+    model = AutoModel.from_pretrained(llama, dtype=torch.float32)
     ids = tokenizer("<user>\na red bicycle<end>", return_tensors="pt")["input_ids"]
     kept = len(tokenizer("a red bicycle<end>", add_special_tokens=False)["input_ids"])
     with torch.no_grad():
-        hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids), is_causal=False).last_hidden_state
-    assert torch.allclose(found.encode(["a red bicycle"])[0], hidden[0, -kept:].mean(dim=0), atol=1e-5)
+        hidden = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), is_causal=False
+        ).last_hidden_state
+    assert torch.allclose(
+        found.encode(["a red bicycle"])[0], hidden[0, -kept:].mean(dim=0), atol=1e-5
+    )
 
 
 def test_preset_of_released_llms(llama: Path) -> None:
@@ -65,15 +84,21 @@ def test_adapter_trained_with_the_language_head(llama: Path, tmp_path: Path) -> 
     """LLM2Vec's adapters and most of the Hub's name the blocks one level deeper; there is no card."""
     trained, folder = write_moved(llama, tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
-    deeper = {name.replace("base_model.model.", "base_model.model.model."): t for name, t in tensors.items()}
+    deeper = {
+        name.replace("base_model.model.", "base_model.model.model."): t
+        for name, t in tensors.items()
+    }
     save_file(deeper, str(folder / "adapter_model.safetensors"))
     (folder / EncoderCard.FILE).unlink()
-    found = CaptionEncoder(EncoderConfig(llm=str(llama), adapter=str(folder), compute_dtype="float32"), "cpu")
+    found = CaptionEncoder(
+        EncoderConfig(llm=str(llama), adapter=str(folder), compute_dtype="float32"), "cpu"
+    )
     assert torch.allclose(found.encode(TEXTS), trained.encode(TEXTS), atol=1e-4)
 
 
 def test_sentence_transformers_is_not_read_by_default(llama: Path, tmp_path: Path) -> None:
-    """Its files have the pooling and prompts that it was trained with; stages and plans refuse it alike."""
+    """Its files have the pooling and prompts that it was trained with; stages and plans refuse it
+    alike."""
     folder = shutil.copytree(llama, tmp_path / "embedding")
     (folder / "modules.json").write_text("[]")
     (folder / "model.safetensors").unlink()
@@ -85,7 +110,8 @@ def test_sentence_transformers_is_not_read_by_default(llama: Path, tmp_path: Pat
             plan([*data, "--llm", str(folder), "--dry-run"])
     for name, value in {"preset": "mean", "pooling": "last", "attention": "causal"}.items():
         effective(dataclasses.replace(EncoderConfig(), **{name: value}), folder)
-    named = CaptionEncoder(EncoderConfig(llm=str(llama)), "cpu").identity()  # as a tower's card names it
+    # as a tower's card names it
+    named = CaptionEncoder(EncoderConfig(llm=str(llama)), "cpu").identity()
     effective(encoder_config(named, EncoderConfig(llm=str(folder))), folder)
 
 

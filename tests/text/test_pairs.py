@@ -1,4 +1,5 @@
-"""What is drawn as a pair, in what order, what is refused before training; the same in any number of processes."""
+"""What is drawn as a pair, in what order, what is refused before training; the same in any number
+of processes."""
 
 import json
 from itertools import islice
@@ -10,7 +11,14 @@ import torch
 from llm2clip_plugin.data.sampler import sample_rng
 from llm2clip_plugin.text.config import EncoderConfig, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pairs import Pair, PairBatches, PairTokenizer, open_pairs, survey, tokenized_batches
+from llm2clip_plugin.text.pairs import (
+    Pair,
+    PairBatches,
+    PairTokenizer,
+    open_pairs,
+    survey,
+    tokenized_batches,
+)
 
 NAMES = ["cat", "dog", "boat", "tree", "house", "lake", "wall", "bike"]
 
@@ -19,10 +27,15 @@ def write_captions(folder: Path, count: int = 32) -> Path:
     """Images with a name, a long caption, a list of keywords, and a family of four."""
     rows = []
     for i in range(count):
-        texts = {"short": f"{NAMES[i % 8]} {i}", "long": f"a picture of a {NAMES[i % 8]} number {i}"}
+        texts = {
+            "short": f"{NAMES[i % 8]} {i}",
+            "long": f"a picture of a {NAMES[i % 8]} number {i}",
+        }
         texts["keywords"] = f"one{i}, two{i}, three{i}, four{i}, five{i}"
         captions = [{"text": text, "kind": kind} for kind, text in texts.items()]
-        rows.append({"id": f"k{i}", "image": f"{i}.png", "family": f"f{i // 4}", "captions": captions})
+        rows.append(
+            {"id": f"k{i}", "image": f"{i}.png", "family": f"f{i // 4}", "captions": captions}
+        )
     path = folder / "caps.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
@@ -38,12 +51,15 @@ def test_every_sample_comes_once_per_epoch_with_the_selected_kinds(tmp_path: Pat
     pairs = [pair for position in range(0, 32, 8) for pair in loader.batch(position)["pairs"]]
     assert sorted(pair.key for pair in pairs) == sorted(f"k{i}" for i in range(32))
     assert all(
-        pair.positive.startswith("a picture of a") and pair.query in pair.positive.replace("number ", "")
+        pair.positive.startswith("a picture of a")
+        and pair.query in pair.positive.replace("number ", "")
         for pair in pairs
     )
     assert [pair.key for pair in pairs] != [f"k{i}" for i in range(32)]
     later = [pair.key for position in range(32, 64, 8) for pair in loader.batch(position)["pairs"]]
-    assert sorted(later) == sorted(pair.key for pair in pairs) and later != [pair.key for pair in pairs]
+    assert sorted(later) == sorted(pair.key for pair in pairs) and later != [
+        pair.key for pair in pairs
+    ]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -51,7 +67,9 @@ def test_ranks_hold_the_rows_of_one_global_batch(tmp_path: Path, world: int) -> 
     other = tmp_path / "other"
     other.mkdir()
     data = (str(write_captions(tmp_path)), str(write_captions(other, 16)))
-    config = PairsConfig(data=data, pair_kinds=("short:long", "short:keywords=3"), lists=("keywords=2:4",))
+    config = PairsConfig(
+        data=data, pair_kinds=("short:long", "short:keywords=3"), lists=("keywords=2:4",)
+    )
     one = batches(config)
     many = [batches(config, rank=rank, world=world) for rank in range(world)]
     for position in range(0, 80, 8):
@@ -66,9 +84,12 @@ def test_a_batch_has_one_source_and_one_kind(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     data = (str(write_captions(tmp_path)), str(write_captions(other, 16)))
-    config = PairsConfig(data=data, weights=(1.0, 3.0), pair_kinds=("short:long", "short:keywords=3"))
+    config = PairsConfig(
+        data=data, weights=(1.0, 3.0), pair_kinds=("short:long", "short:keywords=3")
+    )
     loader = batches(config)
-    kinds, sources = [], []
+    kinds = []
+    sources = []
     for step in range(200):
         pairs = loader.batch(step * 8)["pairs"]
         long = {pair.positive.startswith("a picture") for pair in pairs}
@@ -100,7 +121,9 @@ def test_either_caption_is_the_query_with_the_instruction_of_its_kind(tmp_path: 
 
 
 def test_a_random_negative_is_of_another_image_and_of_the_positives_kind(tmp_path: Path) -> None:
-    config = PairsConfig(data=(str(write_captions(tmp_path, 8)),), group="family", random_negatives=True, **ROLES)
+    config = PairsConfig(
+        data=(str(write_captions(tmp_path, 8)),), group="family", random_negatives=True, **ROLES
+    )
     negatives = set()
     for step in range(100):
         for pair in batches(config).batch(step * 8)["pairs"]:
@@ -112,14 +135,21 @@ def test_a_random_negative_is_of_another_image_and_of_the_positives_kind(tmp_pat
     assert batches(config).batch(8)["pairs"] == batches(config).batch(8)["pairs"]
     captions = [[{"text": f"{i} {n}", "kind": "long"} for n in range(4)] for i in range(3)]
     rows = [{"id": f"k{i}", "image": "x.png", "captions": four} for i, four in enumerate(captions)]
-    (tmp_path / "four.jsonl").write_text("\n".join(map(json.dumps, rows)))  # of which two are no pair's own texts
-    four = PairsConfig(data=(str(tmp_path / "four.jsonl"),), pair_kinds=("long:same",), random_negatives=True)
+    # of which two are no pair's own texts
+    (tmp_path / "four.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    four = PairsConfig(
+        data=(str(tmp_path / "four.jsonl"),), pair_kinds=("long:same",), random_negatives=True
+    )
     pairs = [pair for step in range(20) for pair in batches(four, size=3).batch(3 * step)["pairs"]]
     assert all(pair.negative.split()[0] != pair.key[1:] for pair in pairs)
 
 
 def test_lists_give_some_of_their_items(tmp_path: Path) -> None:
-    config = PairsConfig(data=(str(write_captions(tmp_path)),), pair_kinds=("short:keywords",), lists=("keywords=2:4",))
+    config = PairsConfig(
+        data=(str(write_captions(tmp_path)),),
+        pair_kinds=("short:keywords",),
+        lists=("keywords=2:4",),
+    )
     pairs = batches(config, size=32).batch(0)["pairs"]
     assert {len(pair.positive.split(", ")) for pair in pairs} == {2, 3, 4}
     first = [pair.positive.split(", ")[0] for pair in pairs]
@@ -133,8 +163,15 @@ def test_group_and_equal_texts_have_equal_ids(tmp_path: Path) -> None:
     path = write_captions(tmp_path)
     batch = batches(PairsConfig(data=(str(path),), group="family"), size=32).batch(0)
     assert len(set(batch["image_ids"].tolist())) == 8
-    assert len(set(batches(PairsConfig(data=(str(path),)), size=32).batch(0)["image_ids"].tolist())) == 32
-    rows = [{"query": "a", "positive": "b"}, {"query": "c", "positive": "b"}, {"query": "a", "positive": "d"}]
+    assert (
+        len(set(batches(PairsConfig(data=(str(path),)), size=32).batch(0)["image_ids"].tolist()))
+        == 32
+    )
+    rows = [
+        {"query": "a", "positive": "b"},
+        {"query": "c", "positive": "b"},
+        {"query": "a", "positive": "d"},
+    ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     batch = batches(PairsConfig(data=(str(tmp_path / "pairs.jsonl"),)), size=3).batch(0)
     positives, queries = batch["caption_hashes"].tolist()
@@ -149,12 +186,17 @@ def test_sample_without_the_kind_is_replaced_alike_on_all_ranks(tmp_path: Path) 
     path.write_text("\n".join(map(json.dumps, rows)))
     config = PairsConfig(data=(str(path),))
     whole = batches(config).batch(8)["pairs"]
-    halves = [pair for rank in (0, 1) for pair in batches(config, rank=rank, world=2).batch(8)["pairs"]]
+    halves = [
+        pair for rank in (0, 1) for pair in batches(config, rank=rank, world=2).batch(8)["pairs"]
+    ]
     assert halves == whole and all(int(pair.key[1:]) % 2 for pair in whole)
 
 
 def test_text_pairs_with_hard_negatives(tmp_path: Path) -> None:
-    rows = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}", "instruction": "Find it: "} for i in range(8)]
+    rows = [
+        {"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}", "instruction": "Find it: "}
+        for i in range(8)
+    ]
     (tmp_path / "e5.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = PairsConfig(data=(str(tmp_path / "e5.jsonl"),))
     for pair in batches(config).batch(0)["pairs"]:
@@ -171,11 +213,17 @@ def test_a_line_without_a_positive_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("negatives", [False, True])
-def test_any_number_of_processes_gives_the_same_batches(llama: Path, tmp_path: Path, negatives: bool) -> None:
+def test_any_number_of_processes_gives_the_same_batches(
+    llama: Path, tmp_path: Path, negatives: bool
+) -> None:
     rows = [{"query": f"a boat {i}", "positive": f"the boat {i}"} for i in range(40)]
-    rows = [{**row, "negative": f"no boat {i}"} for i, row in enumerate(rows)] if negatives else rows
+    rows = (
+        [{**row, "negative": f"no boat {i}"} for i, row in enumerate(rows)] if negatives else rows
+    )
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    encoding = EncoderConfig(llm=str(llama), compute_dtype="float32", query_prompt="Query: ", max_tokens=12)
+    encoding = EncoderConfig(
+        llm=str(llama), compute_dtype="float32", query_prompt="Query: ", max_tokens=12
+    )
     encoder = CaptionEncoder(encoding, "cpu")
     config = PairsConfig(data=(str(tmp_path / "pairs.jsonl"),))
     made = []
@@ -192,15 +240,24 @@ def test_any_number_of_processes_gives_the_same_batches(llama: Path, tmp_path: P
         assert without["pairs"] == with_workers["pairs"] == pairs["pairs"]
         assert without["position"] == with_workers["position"] == pairs["position"]
         assert torch.equal(without["caption_hashes"], with_workers["caption_hashes"])
-        assert without["tokens"]["query"] == encoder.tokenize([pair.query for pair in pairs["pairs"]], query=True)
-        assert without["tokens"]["positive"] == encoder.tokenize([pair.positive for pair in pairs["pairs"]])
+        assert without["tokens"]["query"] == encoder.tokenize(
+            [pair.query for pair in pairs["pairs"]], query=True
+        )
+        assert without["tokens"]["positive"] == encoder.tokenize(
+            [pair.positive for pair in pairs["pairs"]]
+        )
         assert ("negative" in without["tokens"]) is negatives
     assert len(made[1]) == 5
 
 
 def test_each_query_has_its_own_instruction_which_is_not_pooled(llama: Path) -> None:
-    encoder = CaptionEncoder(EncoderConfig(llm=str(llama), query_prompt="Query: ", include_bos=False), "cpu")
-    pairs = [Pair("a", "a boat", "the boat"), Pair("b", "a boat", "the boat", instruction="Find a long caption; ")]
+    encoder = CaptionEncoder(
+        EncoderConfig(llm=str(llama), query_prompt="Query: ", include_bos=False), "cpu"
+    )
+    pairs = [
+        Pair("a", "a boat", "the boat"),
+        Pair("b", "a boat", "the boat", instruction="Find a long caption; "),
+    ]
     pairs.append(Pair("c", "a boat", "the boat", instruction=""))
     tokens = PairTokenizer(encoder.tokenizer, encoder.config)(pairs)
     batch = encoder.collate(tokens["query"], tokens["query_frame"])

@@ -1,4 +1,5 @@
-"""Code in a model's folder: never run unasked, and never by an answer at a terminal; only with --trust-remote-code."""
+"""Code in a model's folder: never run unasked, and never by an answer at a terminal; only with
+--trust-remote-code."""
 
 import ast
 import json
@@ -28,9 +29,12 @@ from .configuration_evil import EvilConfig
 class EvilModel(LlamaModel):
     config_class = EvilConfig
 """
-TOKENIZER = (
-    "from transformers import PreTrainedTokenizerFast\n\n\nclass EvilTokenizer(PreTrainedTokenizerFast):\n    pass\n"
-)
+TOKENIZER = """from transformers import PreTrainedTokenizerFast
+
+
+class EvilTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
 
 
 def change(file: Path, **values: object) -> None:
@@ -39,12 +43,20 @@ def change(file: Path, **values: object) -> None:
 
 @pytest.fixture
 def evil(make_llm, tmp_path: Path) -> Path:
-    """An LLM and a tokenizer whose classes are in its folder; a file ``ran`` appears once one of them is imported."""
+    """An LLM and a tokenizer whose classes are in its folder; a file ``ran`` appears once one of
+    them is imported."""
     folder = make_llm(tmp_path / "evil", "llama")
     mark = MARK.format(ran=str(tmp_path / "ran"))
-    for name, text in (("configuration", CONFIGURATION), ("modeling", MODELING), ("tokenization", TOKENIZER)):
+    for name, text in (
+        ("configuration", CONFIGURATION),
+        ("modeling", MODELING),
+        ("tokenization", TOKENIZER),
+    ):
         (folder / f"{name}_evil.py").write_text(mark + text)
-    classes = {"AutoConfig": "configuration_evil.EvilConfig", "AutoModel": "modeling_evil.EvilModel"}
+    classes = {
+        "AutoConfig": "configuration_evil.EvilConfig",
+        "AutoModel": "modeling_evil.EvilModel",
+    }
     change(folder / "config.json", model_type="evil", auto_map=classes)
     tokenizer = {"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]}
     change(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=tokenizer)
@@ -69,7 +81,10 @@ def yes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    captions = {"caption": "a red bicycle", "long_caption": "a red bicycle leans against the wall of an old house"}
+    captions = {
+        "caption": "a red bicycle",
+        "long_caption": "a red bicycle leans against the wall of an old house",
+    }
     members = []
     for key in "01":
         members += [(f"{key}.png", b"no picture"), (f"{key}.json", json.dumps(captions).encode())]
@@ -101,7 +116,8 @@ def test_yes_at_a_terminal_runs_nothing_of_the_folder(
     assert printed.err.count("\n") == 1 and f"error: {evil} needs " in printed.err
     file = "tokenization_evil.py" if line.startswith("data") else "configuration_evil.py"
     assert f"{file} (auto_map in " in printed.err
-    assert ("--trust-remote-code" in printed.err) is not line.startswith("vlm")  # which has no such option
+    # which has no such option
+    assert ("--trust-remote-code" in printed.err) is not line.startswith("vlm")
     assert not (tmp_path / "ran").exists()
 
 
@@ -114,7 +130,9 @@ def test_a_tokenizer_alone_runs_nothing_either(
     assert not (tmp_path / "ran").exists()
 
 
-def test_code_of_a_model_that_transformers_has_is_ignored(evil: Path, data: Path, yes: None, tmp_path: Path) -> None:
+def test_code_of_a_model_that_transformers_has_is_ignored(
+    evil: Path, data: Path, yes: None, tmp_path: Path
+) -> None:
     """As Phi-3's folder, whose code is older than transformers' own."""
     change(evil / "config.json", model_type="llama")
     change(evil / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
@@ -122,11 +140,14 @@ def test_code_of_a_model_that_transformers_has_is_ignored(evil: Path, data: Path
     assert not (tmp_path / "ran").exists()
 
 
-def test_trusted_code_runs(evil: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trusted_code_runs(
+    evil: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--llm", str(evil), "--compute-dtype", "float32", "--trust-remote-code"]
     assert main(["embed", str(data), *words]) == 0
     assert (tmp_path / "ran").exists()
-    assert main(["data", "check", str(data), "--tokenizer", str(evil), "--trust-remote-code"]) == 1  # no pictures
+    # no pictures
+    assert main(["data", "check", str(data), "--tokenizer", str(evil), "--trust-remote-code"]) == 1
     assert main(["export-llm", *words[:2], words[-1], "--output", str(tmp_path / "out")]) == 0
     assert not capsys.readouterr().err.count("error")
 
@@ -134,11 +155,15 @@ def test_trusted_code_runs(evil: Path, data: Path, tmp_path: Path, capsys: pytes
 def test_what_trusts_every_folder_runs_nothing_either(
     evil: Path, yes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As LLaVA's loader does with a folder that has "mpt" in its name; others it leaves to the prompt."""
+    """As LLaVA's loader does with a folder that has "mpt" in its name; others it leaves to the
+    prompt."""
     for name in ("get_class_in_module", "TIME_OUT_REMOTE_CODE"):
-        monkeypatch.setattr(dynamic_module_utils, name, getattr(dynamic_module_utils, name))  # restored afterwards
+        # restored afterwards
+        monkeypatch.setattr(dynamic_module_utils, name, getattr(dynamic_module_utils, name))
     run_no_code()
-    with pytest.raises(ContractError, match=r"EvilConfig of its own file configuration_evil\.py, which is not run"):
+    with pytest.raises(
+        ContractError, match=r"EvilConfig of its own file configuration_evil\.py, which is not run"
+    ):
         AutoConfig.from_pretrained(evil, trust_remote_code=True)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         AutoConfig.from_pretrained(evil)
@@ -158,15 +183,20 @@ def test_the_file_of_another_repository_is_named(tmp_path: Path) -> None:
 
 
 def calls_that_may_ask(path: Path) -> Iterator[str]:
-    """Calls of transformers' Auto classes, or of its pipelines, that do not say whether they trust a folder's code."""
+    """Calls of transformers' Auto classes, or of its pipelines, that do not say whether they trust
+    a folder's code."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
         owner, _, name = called.rpartition(".")
-        is_auto = name in ("from_pretrained", "from_config") and owner.rpartition(".")[2].startswith("Auto")
+        is_auto = name in ("from_pretrained", "from_config") and owner.rpartition(".")[
+            2
+        ].startswith("Auto")
         says = [keyword.arg for keyword in node.keywords]
-        if (is_auto or called == "transformers.pipeline") and not {"trust_remote_code", None} & {*says}:
+        if (is_auto or called == "transformers.pipeline") and not {"trust_remote_code", None} & {
+            *says
+        }:
             yield f"{path.relative_to(ROOT)}:{node.lineno}: {called}"
 
 

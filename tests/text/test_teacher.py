@@ -1,4 +1,5 @@
-"""Texts in Python: load_dual_encoder(...).encode_text(["a bird"]) with the teacher that the tower's card names."""
+"""Texts in Python: load_dual_encoder(...).encode_text(["a bird"]) with the teacher that the tower's
+card names."""
 
 import dataclasses
 import json
@@ -26,11 +27,15 @@ CAPTIONS = ["a red bicycle", "two dogs run over the wet grass", "zwei Hunde renn
 
 @pytest.fixture(scope="module")
 def world(llama, tmp_path_factory):
-    """A folder with an LLM, its adapter, captioned images with their cache, and a tower that names this teacher."""
+    """A folder with an LLM, its adapter, captioned images with their cache, and a tower that names
+    this teacher."""
     folder = tmp_path_factory.mktemp("teacher of a tower")
     shutil.copytree(llama, folder / "llm")
     write_moved(folder / "llm", folder / "adapter", prompt="Describe: ", chat_template="user")
-    rows = [{"id": str(number), "image": f"{number}.png", "caption": text} for number, text in enumerate(CAPTIONS)]
+    rows = [
+        {"id": str(number), "image": f"{number}.png", "caption": text}
+        for number, text in enumerate(CAPTIONS)
+    ]
     data = folder / "data" / "pairs.jsonl"
     data.parent.mkdir()
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -39,9 +44,15 @@ def world(llama, tmp_path_factory):
     cache = EmbeddingCache.open(folder / "cache")
     torch.manual_seed(0)
     dual = DualEncoder(
-        load_tower(make_tower(folder / "start")), DualConfig(projection_dim=16, llm_width=cache.width, adapter_blocks=1)
+        load_tower(make_tower(folder / "start")),
+        DualConfig(projection_dim=16, llm_width=cache.width, adapter_blocks=1),
     )
-    export_tower(dual, folder / "tower", origin=str(folder / "start"), teacher=dataclasses.asdict(cache.teacher))
+    export_tower(
+        dual,
+        folder / "tower",
+        origin=str(folder / "start"),
+        teacher=dataclasses.asdict(cache.teacher),
+    )
     return folder
 
 
@@ -71,13 +82,19 @@ def test_strings_are_embedded_as_the_cached_captions_are(world):
 def test_the_card_finds_its_teacher_after_everything_was_moved_together(world, tmp_path):
     """Paths in the card are relative to the tower."""
     card = TowerCard.read(world / "tower" / TowerCard.FILE)
-    assert (card.teacher["llm"], card.teacher["adapter"], card.origin) == ("../llm", "../adapter", "../start")
+    assert (card.teacher["llm"], card.teacher["adapter"], card.origin) == (
+        "../llm",
+        "../adapter",
+        "../start",
+    )
     shutil.copytree(world, tmp_path / "elsewhere")
     with torch.no_grad():
         moved = load_dual_encoder(tmp_path / "elsewhere" / "tower")
         assert moved.card.teacher["llm"] == str(tmp_path / "elsewhere" / "llm")
         assert torch.allclose(
-            moved.encode_text("a bird"), load_dual_encoder(world / "tower").encode_text("a bird"), atol=1e-6
+            moved.encode_text("a bird"),
+            load_dual_encoder(world / "tower").encode_text("a bird"),
+            atol=1e-6,
         )
     reexport(world / "tower", tmp_path / "deep" / "er" / "tower")
     again = load_dual_encoder(tmp_path / "deep" / "er" / "tower")
@@ -85,7 +102,8 @@ def test_the_card_finds_its_teacher_after_everything_was_moved_together(world, t
 
 
 def test_a_teacher_that_is_not_at_hand(world, tmp_path):
-    """The error says what is missing and how to give it; given, the tower works; another LLM is refused."""
+    """The error says what is missing and how to give it; given, the tower works; another LLM is
+    refused."""
     shutil.copytree(world / "tower", tmp_path / "tower")
     with pytest.raises(ValueError, match="--adapter"):
         load_dual_encoder(tmp_path / "tower").encode_text("a bird")
@@ -100,7 +118,8 @@ def test_a_teacher_that_is_not_at_hand(world, tmp_path):
 
 
 def test_a_tower_with_its_adapter_needs_the_base_llm_alone(world, tmp_path, capsys):
-    """Exported --with-adapter, moved without anything else, exported again: texts as before, and no path of here."""
+    """Exported --with-adapter, moved without anything else, exported again: texts as before, and no
+    path of here."""
     words = ["export", str(world / "tower"), "--output"]
     assert cli([*words, str(tmp_path / "tower"), "--with-adapter"]) == 0
     assert "the adapter is in teacher-adapter/" in capsys.readouterr().out
@@ -110,7 +129,9 @@ def test_a_tower_with_its_adapter_needs_the_base_llm_alone(world, tmp_path, caps
         shutil.rmtree(tmp_path / gone)
     with torch.no_grad():
         expected = load_dual_encoder(world / "tower").encode_text(CAPTIONS)
-        found = load_dual_encoder(tmp_path / "far" / "tower", teacher=str(world / "llm")).encode_text(CAPTIONS)
+        found = load_dual_encoder(
+            tmp_path / "far" / "tower", teacher=str(world / "llm")
+        ).encode_text(CAPTIONS)
     assert torch.equal(found, expected)
     card = TowerCard.read(tmp_path / "far" / "tower" / TowerCard.FILE)
     assert published(card).teacher["adapter"] == card.teacher["adapter"] == "./teacher-adapter"
@@ -118,5 +139,11 @@ def test_a_tower_with_its_adapter_needs_the_base_llm_alone(world, tmp_path, caps
     assert not [path.name for path in inside if str(world).encode() in path.read_bytes()]
     settings = tmp_path / "far" / "tower" / "teacher-adapter" / "adapter_config.json"
     settings.write_text(settings.read_text().replace('"lora_alpha": 32', '"lora_alpha": 16'))
-    words = ["export", str(tmp_path / "far" / "tower"), "--output", str(tmp_path / "changed"), "--with-adapter"]
+    words = [
+        "export",
+        str(tmp_path / "far" / "tower"),
+        "--output",
+        str(tmp_path / "changed"),
+        "--with-adapter",
+    ]
     assert cli(words) == 2 and "--with-adapter" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""LLMs that cannot embed what their tokenizer gives, or whose weights are a pickle: one line before the work."""
+"""LLMs that cannot embed what their tokenizer gives, or whose weights are a pickle: one line before
+the work."""
 
 import json
 import os
@@ -21,7 +22,9 @@ from llm2clip_plugin.text.encoder import CaptionEncoder
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    write_tar(tmp_path / "data" / "0.tar", [("0.png", b""), ("0.json", b'{"caption": "a red bicycle"}')])
+    write_tar(
+        tmp_path / "data" / "0.tar", [("0.png", b""), ("0.json", b'{"caption": "a red bicycle"}')]
+    )
     return tmp_path / "data"
 
 
@@ -40,7 +43,8 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def commands(llm: Path, data: Path, tmp_path: Path) -> list[list[str]]:
-    tower, output = make_tower(tmp_path / "tower"), tmp_path / "out"
+    tower = make_tower(tmp_path / "tower")
+    output = tmp_path / "out"
     return [
         ["embed", str(data), "--llm", str(llm)],
         ["export-llm", "--llm", str(llm), "--output", str(output)],
@@ -55,7 +59,10 @@ def test_a_vocabulary_smaller_than_the_tokenizers(
     largest = max(AutoTokenizer.from_pretrained(llm).get_vocab().values())
     for words in commands(llm, data, tmp_path):
         error = refused(words, capsys)
-        assert f"{llm}" in error and f"ids up to {largest}, its config.json vocab_size 100; copy the tokenizer" in error
+        assert (
+            f"{llm}" in error
+            and f"ids up to {largest}, its config.json vocab_size 100; copy the tokenizer" in error
+        )
 
 
 def test_a_special_token_beyond_the_vocabulary_is_no_problem_unless_it_frames_texts(
@@ -72,7 +79,9 @@ def test_a_special_token_beyond_the_vocabulary_is_no_problem_unless_it_frames_te
     change(llm / "config.json", vocab_size=beyond)
     words = ["embed", str(data), "--llm", str(llm), "--compute-dtype", "float32"]
     assert main(words) == 0
-    framed = refused([*words, "--chat-template", "<image>{caption}", "--cache", str(data / "framed")], capsys)
+    framed = refused(
+        [*words, "--chat-template", "<image>{caption}", "--cache", str(data / "framed")], capsys
+    )
     assert f"ids up to {beyond}" in framed
 
 
@@ -86,7 +95,9 @@ class Code:
         return os.system, (f"touch {self.mark}",)
 
 
-def test_a_pickled_llm(llm: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pickled_llm(
+    llm: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of tensors it is read; with code in it nothing is run, and the line says how to convert it."""
     state = load_file(llm / "model.safetensors")
     (llm / "model.safetensors").unlink()
@@ -96,16 +107,24 @@ def test_a_pickled_llm(llm: Path, data: Path, tmp_path: Path, capsys: pytest.Cap
     shutil.rmtree(next(data.glob("embeddings-*")))
     for words in commands(llm, data, tmp_path):
         error = refused(words, capsys)
-        assert f"{llm / 'pytorch_model.bin'} would run or construct posix.system; nothing in it was run" in error
+        assert (
+            f"{llm / 'pytorch_model.bin'} would run or construct posix.system; nothing in it was run"
+            in error
+        )
         assert "save_pretrained(FOLDER)" in error and "weights_only" not in error
     assert not (tmp_path / "ran").exists()
 
 
 def test_an_adapter_is_used_without_a_warning(llm: Path, tmp_path: Path) -> None:
-    """PEFT looks for the config.json of the LLM that an adapter names, which may be gone or on the Hub."""
+    """PEFT looks for the config.json of the LLM that an adapter names, which may be gone or on the
+    Hub."""
     adapter = write_moved(llm, tmp_path / "adapter")[1]
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/gone"}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": "/gone"})
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        CaptionEncoder(EncoderConfig(llm=str(llm), adapter=str(adapter), compute_dtype="float32"), "cpu")
+        CaptionEncoder(
+            EncoderConfig(llm=str(llm), adapter=str(adapter), compute_dtype="float32"), "cpu"
+        )

@@ -1,4 +1,5 @@
-"""The same numbers on a GPU (scripts/check_gpu.sh) as on a CPU in float64; without a GPU, on a CPU in float32."""
+"""The same numbers on a GPU (scripts/check_gpu.sh) as on a CPU in float64; without a GPU, on a CPU
+in float32."""
 
 import copy
 from pathlib import Path
@@ -22,7 +23,9 @@ pytestmark = pytest.mark.gpu
 
 def test_pixels_loss_and_gradients_are_those_of_float64() -> None:
     torch.manual_seed(0)
-    tower = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=16, attn_implementation="sdpa", **TINY))
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(image_size=32, patch_size=16, attn_implementation="sdpa", **TINY)
+    )
     dual = DualEncoder(tower, DualConfig(projection_dim=16, llm_width=24))
     pixels = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
     embeddings = torch.randn(6, 24)
@@ -48,7 +51,9 @@ def test_pixels_loss_and_gradients_are_those_of_float64() -> None:
 def test_caption_embeddings_are_those_of_the_cpu(tmp_path: Path) -> None:
     llm = save_tiny_llm(tmp_path / "llm", "llama")
     captions = ["a red bicycle", "two dogs run over the wet grass, and a cat sleeps in a box"]
-    encoder = CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32", attention="causal"))
+    encoder = CaptionEncoder(
+        EncoderConfig(llm=str(llm), compute_dtype="float32", attention="causal")
+    )
     assert encoder.device.type == choose_device().type
     model = encoder.model.llm
     reference = copy.deepcopy(model).to("cpu", torch.float64)

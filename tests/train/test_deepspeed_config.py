@@ -30,8 +30,15 @@ def completed(user: dict[str, Any], *, world: int = 2, **train: Any) -> dict[str
 
 BATCH = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
 LLAVA_ZERO3_OFFLOAD: dict[str, Any] = {  # the layout of LLaVA's scripts/zero3_offload.json
-    **{"fp16": {"enabled": "auto", "loss_scale": 0}, "bf16": {"enabled": "auto"}, **dict.fromkeys(BATCH, "auto")},
-    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    **{
+        "fp16": {"enabled": "auto", "loss_scale": 0},
+        "bf16": {"enabled": "auto"},
+        **dict.fromkeys(BATCH, "auto"),
+    },
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
     "zero_optimization": {
         "stage": 3,
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
@@ -46,9 +53,15 @@ def test_auto_values_are_filled():
     config = completed(LLAVA_ZERO3_OFFLOAD)
     assert config["train_batch_size"] == 512 and config["train_micro_batch_size_per_gpu"] == 64
     assert config["gradient_accumulation_steps"] == 4 and config["gradient_clipping"] == 5.0
-    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True} and config["fp16"]["enabled"] is False
+    assert (
+        config["bf16"] == {"enabled": True, "check_grad_overflow": True}
+        and config["fp16"]["enabled"] is False
+    )
     zero = config["zero_optimization"]
-    assert zero["reduce_bucket_size"] == 1024**2 and zero["stage3_param_persistence_threshold"] == 10240
+    assert (
+        zero["reduce_bucket_size"] == 1024**2
+        and zero["stage3_param_persistence_threshold"] == 10240
+    )
     assert "optimizer" not in config and config["zero_force_ds_cpu_optimizer"] is False
     assert (
         "auto" not in json.dumps(config) and not config["timers"]["throughput"]["enabled"]
@@ -60,12 +73,21 @@ def test_auto_values_are_filled():
     ("user", "named"),
     [
         ({"train_batch_size": 256}, r"256.* 512 \(--global-batch\)"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr is 0.001.*--lr"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}, "warmup_num_steps.*--warmup-steps"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+            "optimizer.params.lr is 0.001.*--lr",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}},
+            "warmup_num_steps.*--warmup-steps",
+        ),
         ({"optimizer": {"type": "Lamb"}}, "Lamb.*--optimizer"),
         ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow"),
         ({"zero_optimisation": {"stage": 2}}, "zero_optimization"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "use the device cpu"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "use the device cpu",
+        ),
     ],
 )
 def test_contradictions_are_refused(user: dict[str, Any], named: str):
@@ -89,7 +111,10 @@ def test_what_deepspeed_refuses_is_refused_before_a_model_is_loaded(user: dict[s
 def test_gradients_are_reduced_in_the_type_of_the_option():
     key = "communication_data_type"
     assert key not in completed({}) and completed({}, communication_data_type="fp32")[key] == "fp32"
-    assert completed({key: "auto"}, world=16)[key] == "fp32" and completed({key: "bf16"}, world=16)[key] == "bf16"
+    assert (
+        completed({key: "auto"}, world=16)[key] == "fp32"
+        and completed({key: "bf16"}, world=16)[key] == "bf16"
+    )
     assert completed({}, world=16, communication_data_type="bf16")[key] == "bf16"
     assert key not in completed({}, world=16, precision="fp32")
     with pytest.raises(ValueError, match=key):
@@ -100,19 +125,28 @@ def test_gradients_are_reduced_in_the_type_of_the_option():
     ("tf32", "precision", "expected"),
     [("auto", "fp32", False), ("auto", "bf16", True), ("on", "fp32", True), ("off", "bf16", False)],
 )
-def test_tf32_is_for_half_precision_unless_asked_for(monkeypatch, tf32: Any, precision: str, expected: bool):
+def test_tf32_is_for_half_precision_unless_asked_for(
+    monkeypatch, tf32: Any, precision: str, expected: bool
+):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not expected)
     chosen: list[str] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     set_tf32(tf32, precision, torch.device("cpu"))
     set_tf32(tf32, precision, torch.device("cuda"))
-    assert chosen == ["high" if expected else "highest"] and torch.backends.cudnn.allow_tf32 is expected
+    assert (
+        chosen == ["high" if expected else "highest"]
+        and torch.backends.cudnn.allow_tf32 is expected
+    )
 
 
 def test_equal_values_and_a_scheduler_without_values_are_accepted():
-    user = {"train_batch_size": 512, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}
+    user = {
+        "train_batch_size": 512,
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+    }
     assert "scheduler" not in completed(user)
-    assert completed({})["zero_optimization"]["stage"] == 1  # half precision without ZeRO: see train.optim
+    # half precision without ZeRO: see train.optim
+    assert completed({})["zero_optimization"]["stage"] == 1
     assert completed({}, precision="fp32")["zero_optimization"] == {"stage": 0}
 
 
@@ -141,7 +175,10 @@ def test_our_own_files_are_complete(path: Path):
         (lambda: chosen_terms(LossConfig(args=("margin=1",))), "margin"),
         (lambda: LossConfig(terms=("infonce=1", "infonce")), "infonce twice"),
         (lambda: LossConfig(terms=("infonce=1:0",)), "100%"),
-        (lambda: check_terms(LossConfig(terms=("sigmoid",)), DualConfig()), "--dual.logit-bias-init"),
+        (
+            lambda: check_terms(LossConfig(terms=("sigmoid",)), DualConfig()),
+            "--dual.logit-bias-init",
+        ),
         (lambda: check_terms(LossConfig(), DualConfig(logit_bias_init=-10.0)), "logit-bias-init"),
     ],
 )
@@ -153,7 +190,11 @@ def test_settings_that_cannot_be_are_named(make: Any, named: str):
 def test_schedules():
     cosine = OptimConfig(warmup_steps=2, min_lr_ratio=0.1)
     factors = [lr_factor(step, 12, cosine) for step in range(13)]
-    assert factors[:3] == [0.5, 1.0, 1.0] and factors[7] == pytest.approx(0.55) and factors[12] == pytest.approx(0.1)
+    assert (
+        factors[:3] == [0.5, 1.0, 1.0]
+        and factors[7] == pytest.approx(0.55)
+        and factors[12] == pytest.approx(0.1)
+    )
     assert all(a >= b for a, b in pairwise(factors[1:]))
     assert lr_factor(9, 10, OptimConfig(schedule="constant")) == 1.0
     assert lr_factor(5, 10, OptimConfig(schedule="linear")) == 0.5

@@ -1,4 +1,5 @@
-"""ProCLIP on a tiny CLIP: the text adapter learns the CLIP's text space, then contrast with self-distillation."""
+"""ProCLIP on a tiny CLIP: the text adapter learns the CLIP's text space, then contrast with
+self-distillation."""
 
 import os
 import signal
@@ -24,7 +25,8 @@ from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.vision.dual import load_dual
 
-FIT, STEPS = 120, 6
+FIT = 120
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,14 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_cache(make_shards(folder / "data"))
     for words in (
         ["import", str(folder / "clip"), "--output", str(folder / "tower")],
-        ["embed", str(folder / "data"), "--llm", str(folder / "clip"), "--compute-dtype", "float32"],
+        [
+            "embed",
+            str(folder / "data"),
+            "--llm",
+            str(folder / "clip"),
+            "--compute-dtype",
+            "float32",
+        ],
     ):
         assert cli.main(words) == 0
     return folder
@@ -44,10 +53,44 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(folder: Path, run: Path, *more: str) -> list[str]:
     """The fit of the text adapter, then stage 2 with distillation."""
     return [
-        *(str(folder / "data"), "--tower", str(folder / "tower"), "--output", str(run), "--heads.target", "clip_text"),
-        *("--heads.steps", str(FIT), "--heads.batch-size", "16", "--heads.lr", "1e-2", "--dual.projection-dim", "24"),
-        *("--dual.adapter-blocks", "1", "--dual.input-scale", "sqrt_width", "--global-batch", "16", "--workers", "0"),
-        *("--loss.terms", "infonce=1", "distill=0.2048", "--distill.decay", "0.8", "--max-steps", str(STEPS)),
+        *(
+            str(folder / "data"),
+            "--tower",
+            str(folder / "tower"),
+            "--output",
+            str(run),
+            "--heads.target",
+            "clip_text",
+        ),
+        *(
+            "--heads.steps",
+            str(FIT),
+            "--heads.batch-size",
+            "16",
+            "--heads.lr",
+            "1e-2",
+            "--dual.projection-dim",
+            "24",
+        ),
+        *(
+            "--dual.adapter-blocks",
+            "1",
+            "--dual.input-scale",
+            "sqrt_width",
+            "--global-batch",
+            "16",
+            "--workers",
+            "0",
+        ),
+        *(
+            "--loss.terms",
+            "infonce=1",
+            "distill=0.2048",
+            "--distill.decay",
+            "0.8",
+            "--max-steps",
+            str(STEPS),
+        ),
         *("--precision", "fp32", "--lr", "1e-3", *more),
     ]
 
@@ -75,7 +118,9 @@ def test_the_adapter_learns_the_clips_text_space_on_any_ranks(clip: Path, tmp_pa
     opened = map(EmbeddingCache.open, (clip / "data").glob("embeddings-*"))
     caches = sorted(opened, key=lambda cache: cache.teacher.llm != "made-up")
     source = open_source(SourceConfig(path=str(clip / "data")))
-    places = [(*source.locate(number), source.captions(number)[1][:1]) for number in range(len(source))]
+    places = [
+        (*source.locate(number), source.captions(number)[1][:1]) for number in range(len(source))
+    ]
     ours, target = (torch.cat([cache.rows(*place) for place in places]) for cache in caches)
     with torch.no_grad():
         assert torch.cosine_similarity(dual.encode_text(ours), target).mean() > 0.8
@@ -87,10 +132,14 @@ def test_the_adapter_learns_the_clips_text_space_on_any_ranks(clip: Path, tmp_pa
     assert TowerCard.read(clip / "ranks/tower" / TowerCard.FILE).training["steps"] == STEPS
 
 
-def test_stopped_and_started_again_it_ends_the_same(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+def test_stopped_and_started_again_it_ends_the_same(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = tmp_path / "whole"
+    cut = tmp_path / "cut"
     train_tower(TRAIN_TOWER.parse(options(clip, whole)))
-    batches, calls = heads.caption_batches, []
+    batches = heads.caption_batches
+    calls = []
 
     def stopped_at_40(*given: Any) -> Any:
         for batch in batches(*given):
@@ -111,7 +160,10 @@ def test_stopped_and_started_again_it_ends_the_same(clip: Path, tmp_path: Path, 
 
 
 def test_the_cache_of_another_teacher_is_refused(clip: Path, tmp_path: Path):
-    caches = {EmbeddingCache.open(path).teacher.llm: str(path) for path in (clip / "data").glob("embeddings-*")}
+    caches = {
+        EmbeddingCache.open(path).teacher.llm: str(path)
+        for path in (clip / "data").glob("embeddings-*")
+    }
     more = ("--data.clip-cache", caches["made-up"])
     with pytest.raises(ValueError, match=r"--clip-cache .*made-up"):
         open_data(TRAIN_TOWER.parse(options(clip, tmp_path / "run", *more)).validate())

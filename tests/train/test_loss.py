@@ -27,7 +27,8 @@ MODE = "local_loss__gather_with_grad"
 
 
 def golden_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
-    """Both losses on groups of 1, 2 and 4 of the four ranks; this rank's values and gradients by golden name."""
+    """Both losses on groups of 1, 2 and 4 of the four ranks; this rank's values and gradients by
+    golden name."""
     results: dict[str, Tensor] = {}
     for size in (1, 2, 4):
         group = dist.new_group(list(range(size)))
@@ -39,14 +40,20 @@ def golden_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
     return results
 
 
-def golden(kind: str, given: dict[str, Tensor], i: int, rank: int, size: int, group: Any) -> dict[str, Any]:
+def golden(
+    kind: str, given: dict[str, Tensor], i: int, rank: int, size: int, group: Any
+) -> dict[str, Any]:
     """At logit scale i, of this rank's part of the batch."""
     what = "raw" if kind == "clip" else "features"
-    raw = [given[f"{side}_{what}"].chunk(size)[rank].clone().requires_grad_() for side in ("image", "text")]
+    raw = [
+        given[f"{side}_{what}"].chunk(size)[rank].clone().requires_grad_()
+        for side in ("image", "text")
+    ]
     image, text = (F.normalize(value, dim=-1) if kind == "clip" else value for value in raw)
     image.retain_grad()
     text.retain_grad()
-    log, values = given["logit_scale"][i].clone().requires_grad_(), {}
+    log = given["logit_scale"][i].clone().requires_grad_()
+    values = {}
     if kind == "clip":
         loss = contrastive_loss(image, text, log.exp(), block=3, group=group)
         loss.backward()
@@ -72,13 +79,19 @@ def test_golden_on_one_two_and_four_ranks():
         log_scale = float(reference["logit_scale"][int(scale[-1])])
         tolerance = 2e-5 if math.exp(log_scale) >= 60 else 1e-5  # the golden set's own suggestion
         mine = [ranks[r][name] for r in range(int(size))]
-        if what in ("grad_logit_scale", "grad_logit_bias"):  # shares of ranks differ, their mean is the gradient
-            actual, expected = torch.stack(mine).mean(), expected.mean()
+        # shares of ranks differ, their mean is the gradient
+        if what in ("grad_logit_scale", "grad_logit_bias"):
+            actual = torch.stack(mine).mean()
+            expected = expected.mean()
         else:
             actual = torch.stack(mine) if what == "loss" else torch.cat(mine)
-        torch.testing.assert_close(actual.reshape(expected.shape), expected, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(
+            actual.reshape(expected.shape), expected, atol=tolerance, rtol=tolerance
+        )
         compared += 1
-    assert compared == 3 * (len(references["clip"]["logit_scale"]) * 6 + len(references["siglip"]["logit_scale"]) * 5)
+    assert compared == 3 * (
+        len(references["clip"]["logit_scale"]) * 6 + len(references["siglip"]["logit_scale"]) * 5
+    )
 
 
 def naive(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
@@ -90,7 +103,9 @@ def naive(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def features(n: int = 24, width: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def features(
+    n: int = 24, width: int = 8, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     pair = F.normalize(torch.randn(2, n, width, generator=generator, dtype=torch.float64), dim=-1)
     return pair[0].to(dtype).requires_grad_(), pair[1].to(dtype).requires_grad_()
@@ -107,7 +122,9 @@ def test_blocks_and_masks_equal_the_full_matrix(block: int):
         image, text = features()
         scale = torch.tensor([20.0], requires_grad=True)
         if masked:
-            loss = contrastive_loss(image, text, scale, caption_hashes=captions, image_ids=images, block=block)
+            loss = contrastive_loss(
+                image, text, scale, caption_hashes=captions, image_ids=images, block=block
+            )
         else:
             loss = naive(image, text, scale, torch.stack([captions, images]))
         (2.5 * loss).backward()
@@ -118,7 +135,8 @@ def test_blocks_and_masks_equal_the_full_matrix(block: int):
 
 def test_sigmoid_with_excluded_pairs_equals_the_formula():
     image, text = features()
-    scale, bias = torch.tensor([10.0], requires_grad=True), torch.tensor([-3.0], requires_grad=True)
+    scale = torch.tensor([10.0], requires_grad=True)
+    bias = torch.tensor([-3.0], requires_grad=True)
     ids = torch.arange(24) // 3
     sign = 2 * torch.eye(24) - 1
     kept = (ids[:, None] != ids[None]) | torch.eye(24, dtype=torch.bool)
@@ -126,20 +144,32 @@ def test_sigmoid_with_excluded_pairs_equals_the_formula():
     expected_grads = torch.autograd.grad(expected, (image, text, scale, bias))
     actual = sigmoid_loss(image, text, scale, bias, caption_hashes=ids, block=7)
     torch.testing.assert_close(actual, expected)
-    for one, other in zip(torch.autograd.grad(actual, (image, text, scale, bias)), expected_grads, strict=True):
+    for one, other in zip(
+        torch.autograd.grad(actual, (image, text, scale, bias)), expected_grads, strict=True
+    ):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 def test_a_file_in_the_folder_is_a_loss_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The command trains with that of docs/extending.md, under its settings."""
-    members, run = tmp_path / "members", tmp_path / "run"
+    members = tmp_path / "members"
+    run = tmp_path / "run"
     members.mkdir()
     before, code = (ROOT / "docs/extending.md").read_text().split("class HardestNegative", 1)
     code = before.rpartition("```python\n")[2] + "class HardestNegative" + code.partition("```")[0]
     (members / "hardest_negative.py").write_text(code)
     monkeypatch.setattr(train_losses, "__path__", [*train_losses.__path__, str(members)])
-    loss = ("--loss.terms", "hardest_negative", "--loss.args", "margin=0.5", "--train.ema-decay", "0")
-    argv = options(make_all(tmp_path), run, *loss, "--train.micro-batch", "8", "--optim.lr", "0.003")
+    loss = (
+        "--loss.terms",
+        "hardest_negative",
+        "--loss.args",
+        "margin=0.5",
+        "--train.ema-decay",
+        "0",
+    )
+    argv = options(
+        make_all(tmp_path), run, *loss, "--train.micro-batch", "8", "--optim.lr", "0.003"
+    )
     assert str(chosen_terms(TRAIN_TOWER.parse(argv).loss)[0][1]) == "HardestNegative(margin=0.5)"
     train_tower(TRAIN_TOWER.parse(argv))
     values = losses(run)

@@ -1,4 +1,5 @@
-"""The model that trains: parameter groups, freezing, options of the tower, the fit of the heads, memory."""
+"""The model that trains: parameter groups, freezing, options of the tower, the fit of the heads,
+memory."""
 
 import dataclasses
 import math
@@ -35,7 +36,9 @@ from llm2clip_plugin.vision.dual import heads_state
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, use_quick_gelu
 
-DUAL = DualConfig(projection_dim=16, llm_width=WIDTH, adapter_blocks=1, pool="cls_mean", projection_norm=True)
+DUAL = DualConfig(
+    projection_dim=16, llm_width=WIDTH, adapter_blocks=1, pool="cls_mean", projection_norm=True
+)
 
 
 @pytest.fixture(scope="module", params=["clip", "dinov2"])
@@ -45,7 +48,10 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_layer_wise_rates_and_no_decay_where_it_does_harm(tiny: Path):
     dual = build_dual(TowerConfig(path=str(tiny / "tower")), DUAL, seed=0)
-    trained = {item.name: item for item in trained_parameters(dual, OptimConfig(lr=1.0, head_lr=3.0, layer_decay=0.5))}
+    trained = {
+        item.name: item
+        for item in trained_parameters(dual, OptimConfig(lr=1.0, head_lr=3.0, layer_decay=0.5))
+    }
     assert set(trained) == set(trainable_names(dual))
     for name, item in trained.items():
         block = next((int(part) for part in name.split(".") if part.isdigit()), None)
@@ -56,7 +62,9 @@ def test_layer_wise_rates_and_no_decay_where_it_does_harm(tiny: Path):
         else:
             expected = 1.0 if block is None else 0.5 ** (2 - block)
         assert item.lr == expected, name
-        table = any(part in name for part in ("position", "cls_token", "class_embedding", "mask_token"))
+        table = any(
+            part in name for part in ("position", "cls_token", "class_embedding", "mask_token")
+        )
         assert item.decay == (item.parameter.ndim > 1 and not table), name
     groups = parameter_groups(trained.values(), 0.05)
     assert sum(len(group["params"]) for group in groups) == len(trained)
@@ -70,7 +78,11 @@ def test_freezing_is_visible(tiny: Path):
     frozen = trainable_names(build_dual(TowerConfig(path=path, freeze=True), DUAL, seed=0))
     assert frozen and not [name for name in frozen if name.startswith("tower.")]
     first = trainable_names(build_dual(TowerConfig(path=path, freeze_first_blocks=1), DUAL, seed=0))
-    assert not [name for name in first if (".0." in name and name.startswith("tower.")) or "embeddings" in name]
+    assert not [
+        name
+        for name in first
+        if (".0." in name and name.startswith("tower.")) or "embeddings" in name
+    ]
     assert [name for name in first if ".1." in name and name.startswith("tower.")]
     with pytest.raises(ValueError, match="--tower"):
         build_dual(TowerConfig(), DUAL, seed=0)
@@ -79,7 +91,14 @@ def test_freezing_is_visible(tiny: Path):
 
 
 def fit(
-    rank: int, world: int, folder: str, steps: int, *, decay: float = 0.05, scale: float | None = None, **more: Any
+    rank: int,
+    world: int,
+    folder: str,
+    steps: int,
+    *,
+    decay: float = 0.05,
+    scale: float | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """The first phase on a tiny set."""
     tiny = Path(folder)
@@ -89,24 +108,32 @@ def fit(
     cache = EmbeddingCache.open(next((tiny / "data").glob("embeddings-*")))
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     tower = {name: value.clone() for name, value in dual.tower.state_dict().items()}
-    config, cpu = HeadsConfig(steps=steps, batch=16, lr=0.01, weight_decay=decay), torch.device("cpu")
-    curve = fit_heads(dual, [source], [cache], images, config, LossConfig(), device=cpu, seed=1, **more)
+    config = HeadsConfig(steps=steps, batch=16, lr=0.01, weight_decay=decay)
+    cpu = torch.device("cpu")
+    curve = fit_heads(
+        dual, [source], [cache], images, config, LossConfig(), device=cpu, seed=1, **more
+    )
     return {
         "loss": curve[-1]["loss"],
         "steps": [line["step"] for line in curve],
         "heads": {name: value.detach().clone() for name, value in head_parameters(dual)},
-        "tower untouched": all(torch.equal(tower[name], value) for name, value in dual.tower.state_dict().items()),
+        "tower untouched": all(
+            torch.equal(tower[name], value) for name, value in dual.tower.state_dict().items()
+        ),
         "gradients": [name for name, p in dual.named_parameters() if p.grad is not None],
         "training": dual.training,
     }
 
 
 def test_heads_learn_on_frozen_features_and_leave_nothing_behind(tiny: Path):
-    short, long = fit(0, 1, str(tiny), 1), fit(0, 1, str(tiny), 40)
+    short = fit(0, 1, str(tiny), 1)
+    long = fit(0, 1, str(tiny), 40)
     assert long["loss"] < 0.7 * short["loss"] and math.isfinite(long["loss"])
     assert short["steps"] == [1] and fit(0, 1, str(tiny), 5, logging_steps=2)["steps"] == [2, 4, 5]
     assert long["tower untouched"] and long["gradients"] == [] and long["training"]
-    assert float(fit(0, 1, str(tiny), 1, scale=9.0)["heads"]["logit_scale"]) == pytest.approx(math.log(100))
+    assert float(fit(0, 1, str(tiny), 1, scale=9.0)["heads"]["logit_scale"]) == pytest.approx(
+        math.log(100)
+    )
 
 
 def test_heads_decay_matrices_and_no_vectors(tiny: Path):
@@ -117,11 +144,14 @@ def test_heads_decay_matrices_and_no_vectors(tiny: Path):
             assert decayed[name].norm() < 0.6 * value.norm(), name
         else:
             assert (decayed[name] - value).abs().max() < 0.15, name
-    assert any(value.numel() == max(value.shape) and value.abs().max() > 0.8 for value in plain.values())
+    assert any(
+        value.numel() == max(value.shape) and value.abs().max() > 0.8 for value in plain.values()
+    )
 
 
 def test_heads_do_not_depend_on_the_ranks(tiny: Path):
-    alone, ranks = fit(0, 1, str(tiny), 3), run_ranks(fit, 2, str(tiny), 3)
+    alone = fit(0, 1, str(tiny), 3)
+    ranks = run_ranks(fit, 2, str(tiny), 3)
     processes = fit(0, 1, str(tiny), 3, workers=2)["heads"]
     for name, value in alone["heads"].items():
         assert torch.equal(processes[name], value), name
@@ -130,15 +160,21 @@ def test_heads_do_not_depend_on_the_ranks(tiny: Path):
 
 
 def test_heads_in_bf16_keep_fp32_weights_and_learn_the_same(tiny: Path):
-    exact, half = fit(0, 1, str(tiny), 40), fit(0, 1, str(tiny), 40, bf16=True)
+    exact = fit(0, 1, str(tiny), 40)
+    half = fit(0, 1, str(tiny), 40, bf16=True)
     assert half["loss"] != exact["loss"] and half["loss"] == pytest.approx(exact["loss"], rel=0.1)
     assert {value.dtype for value in half["heads"].values()} == {torch.float32}
     assert half["tower untouched"]
 
 
-def test_a_stopped_fit_goes_on_to_the_same_heads(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    whole, unfinished = fit(0, 1, str(tiny), 5), tmp_path / "unfinished"
-    stop, batches, calls = StopRequest(), heads.image_batches, []
+def test_a_stopped_fit_goes_on_to_the_same_heads(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = fit(0, 1, str(tiny), 5)
+    unfinished = tmp_path / "unfinished"
+    stop = StopRequest()
+    batches = heads.image_batches
+    calls = []
 
     def stopped_at_2(*given: Any) -> Any:
         for batch in batches(*given):
@@ -148,7 +184,8 @@ def test_a_stopped_fit_goes_on_to_the_same_heads(tiny: Path, tmp_path: Path, mon
             yield batch
 
     monkeypatch.setattr(heads, "image_batches", stopped_at_2)
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # as written on a GPU
+    # as written on a GPU
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
     with pytest.raises(StoppedError, match="step 2 of 5"):
         fit(0, 1, str(tiny), 5, stop=stop, unfinished=unfinished)
     resumed = fit(0, 1, str(tiny), 5, unfinished=unfinished)
@@ -160,7 +197,11 @@ def test_a_stopped_fit_goes_on_to_the_same_heads(tiny: Path, tmp_path: Path, mon
 def test_heads_draw_captions_by_their_shares():
     """Three images with one, three and two captions; the second one's last has half of its chance."""
     shares = torch.tensor([1.0, 0.25, 0.25, 0.5, 0.5, 0.5], dtype=torch.float64)
-    nothing = {"pooled_IP": torch.empty(3, 1), "embedding_MW": torch.empty(6, 1), "caption_hashes_M": torch.arange(6)}
+    nothing = {
+        "pooled_IP": torch.empty(3, 1),
+        "embedding_MW": torch.empty(6, 1),
+        "caption_hashes_M": torch.arange(6),
+    }
     features = FrozenFeatures(count_I=torch.tensor([1, 3, 2]), share_M=shares, **nothing)
     chosen = torch.tensor([0, 1, 1, 1, 1, 2, 2, 0, 2])
     draws = torch.tensor([0.99, 0.0, 0.3, 0.5, 0.99, 0.49, 0.51, 0.0, 1.0])
@@ -193,10 +234,20 @@ def test_lora_trains_low_rank_updates_and_the_heads(tower):
     names = trainable_names(model)
     assert any(".lora_B." in name for name in names)
     assert all(".lora_" in name for name in names if name.startswith("tower."))
-    assert {name.split(".")[0] for name in names} == {"tower", "visual_projection", "text_adapter", "logit_scale"}
-    rates = {trained.name: trained.lr for trained in trained_parameters(model, OptimConfig(lr=1.0, layer_decay=0.5))}
+    assert {name.split(".")[0] for name in names} == {
+        "tower",
+        "visual_projection",
+        "text_adapter",
+        "logit_scale",
+    }
+    rates = {
+        trained.name: trained.lr
+        for trained in trained_parameters(model, OptimConfig(lr=1.0, layer_decay=0.5))
+    }
     blocks = len(tower_blocks(model.tower))
-    assert {rate for name, rate in rates.items() if ".lora_" in name} == {0.5**depth for depth in range(1, blocks + 1)}
+    assert {rate for name, rate in rates.items() if ".lora_" in name} == {
+        0.5**depth for depth in range(1, blocks + 1)
+    }
     with pytest.raises(ValueError, match="lora_rank"):
         TowerConfig(path=tower, lora_rank=4, freeze=True)
 
@@ -208,7 +259,8 @@ def first_scale(tower: TowerConfig, dual: DualConfig = PLAIN) -> float:
 @pytest.mark.parametrize("source", ["whole", "sharded", "siglip", "imported", "trained"])
 def test_the_pretrained_logit_scale_stays(source, tmp_path):
     """As in the authors' code, whichever file it is in; a set value takes precedence."""
-    model, path = save_tiny_clip(tmp_path / "clip", "siglip" if source == "siglip" else "clip"), tmp_path / "clip"
+    model = save_tiny_clip(tmp_path / "clip", "siglip" if source == "siglip" else "clip")
+    path = tmp_path / "clip"
     model.logit_scale.data.fill_(4.25)
     model.save_pretrained(path, max_shard_size="20KB" if source == "sharded" else "1GB")
     if source == "sharded":
@@ -228,7 +280,13 @@ def test_the_pretrained_logit_scale_stays(source, tmp_path):
     assert first_scale(scratch) == pytest.approx(math.log(1 / 0.07))
 
 
-SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 140, "patch_size": 14}
+SIZES = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 140,
+    "patch_size": 14,
+}
 
 
 def small_tower(device: str):
@@ -251,7 +309,9 @@ def activations(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_expected_activations_are_near_measured_peaks(checkpointing: bool):
     """Memory of a forward and backward pass of 12 images, without the gradients themselves."""
-    model, expected, pixels = small_tower("cpu"), small_tower("meta"), torch.randn(12, 3, 140, 140)
+    model = small_tower("cpu")
+    expected = small_tower("meta")
+    pixels = torch.randn(12, 3, 140, 140)
     if checkpointing:
         enable_gradient_checkpointing(model)
         enable_gradient_checkpointing(expected)

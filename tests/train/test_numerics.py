@@ -1,4 +1,5 @@
-"""What stays fp32 under bf16 and fp16: the logit scale in the loss, and the moving averages of the weights."""
+"""What stays fp32 under bf16 and fp16: the logit scale in the loss, and the moving averages of the
+weights."""
 
 import math
 from typing import Any
@@ -19,17 +20,30 @@ HALF = {
 }
 
 
-def scales(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """For each step: scale and bias in the loss, their fp32 masters before the step, and the scale's rounded copy."""
+def scales(
+    rank: int, world: int, ways: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, list[float]]]:
+    """For each step: scale and bias in the loss, their fp32 masters before the step, and the
+    scale's rounded copy."""
     allow_fp16()
     results = {}
     for name, way in ways.items():
         dual = TinyDual(bias=True)
         engine = tiny_engine(world=world, dual=dual, lr=1e-4, **way)
         step = tiny_step(engine, terms=("sigmoid",))
-        seen, make_loss = [], step._loss
-        step._loss = lambda encoded, *rest, seen=seen, loss=make_loss: (seen.append(encoded), loss(encoded, *rest))[1]
-        rows: dict[str, list[float]] = {"scale": [], "bias": [], "master": [], "bias master": [], "rounded": []}
+        seen = []
+        make_loss = step._loss
+        step._loss = lambda encoded, *rest, seen=seen, loss=make_loss: (
+            seen.append(encoded),
+            loss(encoded, *rest),
+        )[1]
+        rows: dict[str, list[float]] = {
+            "scale": [],
+            "bias": [],
+            "master": [],
+            "bias master": [],
+            "rounded": [],
+        }
         for i in range(5):
             masters = engine.weights(on_host)
             rows["master"].append(masters["logit_scale"].item())
@@ -49,7 +63,9 @@ def test_the_logit_scale_and_bias_in_the_loss_are_the_fp32_masters():
         assert rows["scale"] == pytest.approx(rows["master"], abs=1e-6)
         assert rows["bias"] == pytest.approx(rows["bias master"], abs=1e-6)
         assert len(set(rows["scale"])) == len(rows["scale"])  # it moves at every step
-        assert all(abs(a - b) > 1e-5 for a, b in zip(rows["scale"][1:], rows["rounded"][1:], strict=True))
+        assert all(
+            abs(a - b) > 1e-5 for a, b in zip(rows["scale"][1:], rows["rounded"][1:], strict=True)
+        )
 
 
 def frozen_scales(rank: int, world: int) -> list[float]:
@@ -71,7 +87,8 @@ DECAY = 0.9
 
 
 def average(rank: int, world: int) -> dict[str, dict[str, Any]]:
-    """Both averages over three steps at a learning rate that bf16 weights hardly notice; then a checkpoint."""
+    """Both averages over three steps at a learning rate that bf16 weights hardly notice; then a
+    checkpoint."""
     allow_fp16()
     results = {}
     for name, way in {"fp32 zero0": {"stage": 0, "micro": 16}, **HALF}.items():
@@ -81,7 +98,8 @@ def average(rank: int, world: int) -> dict[str, dict[str, Any]]:
         frozen = frozen_copy(dual)
         engine = tiny_engine(world=world, dual=dual, lr=1e-6, **way)
         step = tiny_step(engine)
-        mean, reference = Reference(engine, DECAY, warmup=True), Reference(engine, DECAY, module=frozen)
+        mean = Reference(engine, DECAY, warmup=True)
+        reference = Reference(engine, DECAY, module=frozen)
         masters = [engine.weights(on_host)]
         with engine.gathered(list(dual.parameters())):
             before = {n: p.detach().clone() for n, p in dual.named_parameters()}
@@ -93,7 +111,12 @@ def average(rank: int, world: int) -> dict[str, dict[str, Any]]:
         with engine.gathered(list(dual.parameters())):
             still = sum(int((p == before[n]).sum()) for n, p in dual.named_parameters())
         size = sum(value.numel() for value in before.values())
-        found = {"initial": initial, "masters": masters, "after": engine.weights(on_host), "still": still / size}
+        found = {
+            "initial": initial,
+            "masters": masters,
+            "after": engine.weights(on_host),
+            "still": still / size,
+        }
         found |= {"mean": mean.values(on_host), "reference": reference.values(on_host)}
         found["shown"] = {n: p.float() for n, p in frozen.named_parameters()}
         results[name] = {**found, "held": sum(shard.numel() for shard in mean.averages) / size}
@@ -110,22 +133,32 @@ def followed(masters: list[dict[str, torch.Tensor]], name: str, *, warmup: bool)
 
 
 def test_averages_are_of_fp32_masters_on_two_ranks():
-    """An lr of 1e-6 is below half an ulp of most bf16 weights: an average of those would stay where it began.
+    """An lr of 1e-6 is below half an ulp of most bf16 weights: an average of those would stay where
+    it began.
 
     Three updates of the average round by an fp32 ulp each: 3e-7."""
     ranks = run_ranks(average, 2)
     for name, run in ranks[0].items():
         for key, value in run["mean"].items():
-            torch.testing.assert_close(value, followed(run["masters"], key, warmup=True), atol=1e-7, rtol=3e-7)
-            assert torch.equal(run["masters"][0][key], run["initial"][key])  # not what bf16 has left of it
+            torch.testing.assert_close(
+                value, followed(run["masters"], key, warmup=True), atol=1e-7, rtol=3e-7
+            )
+            # not what bf16 has left of it
+            assert torch.equal(run["masters"][0][key], run["initial"][key])
             assert not torch.equal(value, run["initial"][key]), (name, key)
-            assert torch.equal(run["after"][key], run["masters"][-1][key])  # the masters have their values back
+            # the masters have their values back
+            assert torch.equal(run["after"][key], run["masters"][-1][key])
         for key, value in run["reference"].items():
-            torch.testing.assert_close(value, followed(run["masters"], key, warmup=False), atol=1e-7, rtol=3e-7)
-            torch.testing.assert_close(run["shown"][key], value, atol=1e-7, rtol=2**-8 if "16" in name else 0)
+            torch.testing.assert_close(
+                value, followed(run["masters"], key, warmup=False), atol=1e-7, rtol=3e-7
+            )
+            torch.testing.assert_close(
+                run["shown"][key], value, atol=1e-7, rtol=2**-8 if "16" in name else 0
+            )
         if "16" in name:
             assert run["still"] > 0.8  # of the module's own weights
-            assert sum(of_rank[name]["held"] for of_rank in ranks) < 1.1  # each rank has its part alone
+            # each rank has its part alone
+            assert sum(of_rank[name]["held"] for of_rank in ranks) < 1.1
 
 
 def first_moments(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
@@ -140,9 +173,14 @@ def first_moments(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
 def test_the_betas_are_the_settings():
     """After one step the moments are (1 - b1) g and (1 - b2) g^2, so m^2 / v is .1^2 / .02."""
     for moments in run_ranks(first_moments, 1)[0]:
-        first, second = (moments[f"tower.3.weight.{name}"].double() for name in ("exp_avg", "exp_avg_sq"))
+        first, second = (
+            moments[f"tower.3.weight.{name}"].double() for name in ("exp_avg", "exp_avg_sq")
+        )
         seen = first.abs() > 1e-6
         assert seen.any()
         torch.testing.assert_close(
-            first[seen].square() / second[seen], torch.full((int(seen.sum()),), 0.5).double(), rtol=1e-4, atol=0
+            first[seen].square() / second[seen],
+            torch.full((int(seen.sum()),), 0.5).double(),
+            rtol=1e-4,
+            atol=0,
         )

@@ -21,9 +21,11 @@ class GroupedAdamW(AdamW):
 
 
 def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
-    """Loshchilov & Hutter 2019, algorithm 2, for a matrix with decay and a vector without, at different rates."""
+    """Loshchilov & Hutter 2019, algorithm 2, for a matrix with decay and a vector without, at
+    different rates."""
     torch.manual_seed(0)
-    matrix, vector = torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(3))
+    matrix = torch.nn.Parameter(torch.randn(3, 2))
+    vector = torch.nn.Parameter(torch.randn(3))
     trained = [
         Trained(name="matrix", parameter=matrix, lr=0.1, decay=True),
         Trained(name="vector", parameter=vector, lr=0.3, decay=False),
@@ -32,7 +34,9 @@ def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
     expected = [(matrix.detach().clone(), 0.1, 0.2), (vector.detach().clone(), 0.3, 0.0)]
     moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value, _, _ in expected]
     for step in (1, 2, 3):
-        for place, (parameter, (value, lr, decay)) in enumerate(zip((matrix, vector), expected, strict=True)):
+        for place, (parameter, (value, lr, decay)) in enumerate(
+            zip((matrix, vector), expected, strict=True)
+        ):
             parameter.grad = torch.randn_like(parameter)
             first, second = moments[place]
             first.mul_(0.8).add_(0.2 * parameter.grad)
@@ -41,18 +45,27 @@ def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
             value.sub_(lr * (first / (1 - 0.8**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-6))
         adamw.step()
     for parameter, (value, _, _) in zip((matrix, vector), expected, strict=True):
-        torch.testing.assert_close(parameter.detach(), value, rtol=1e-5, atol=1e-6)  # fp32, other order of products
+        # fp32, other order of products
+        torch.testing.assert_close(parameter.detach(), value, rtol=1e-5, atol=1e-6)
 
 
-def trained_by(rank: int, world: int) -> list[tuple[str, dict[str, int], dict[str, list[dict[str, torch.Tensor]]]]]:
-    """For each ZeRO stage and precision: the groups of both optimizers, and the fp32 weights and moments of both."""
+def trained_by(
+    rank: int, world: int
+) -> list[tuple[str, dict[str, int], dict[str, list[dict[str, torch.Tensor]]]]]:
+    """For each ZeRO stage and precision: the groups of both optimizers, and the fp32 weights and
+    moments of both."""
     OPTIMIZERS[GroupedAdamW.name] = GroupedAdamW
     results = []
-    for stage, precision, micro in itertools.product((1, 2), ("fp32", "bf16")[: 1 + (world < 3)], (4, 8)):
-        groups, tensors = {}, {}
+    for stage, precision, micro in itertools.product(
+        (1, 2), ("fp32", "bf16")[: 1 + (world < 3)], (4, 8)
+    ):
+        groups = {}
+        tensors = {}
         for name in ("grouped", "adamw"):
             torch.manual_seed(0)
-            engine = tiny_engine(stage=stage, precision=precision, micro=micro, world=world, name=name)
+            engine = tiny_engine(
+                stage=stage, precision=precision, micro=micro, world=world, name=name
+            )
             step = tiny_step(engine)
             for i in range(5 if precision == "fp32" else 1):
                 set_lr(engine.groups, 1 - i / 10)
@@ -65,8 +78,9 @@ def trained_by(rank: int, world: int) -> list[tuple[str, dict[str, int], dict[st
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_one_group_trains_as_a_group_for_each_rate_and_decay_does(world: int):
-    """The norm sums in another order: an fp32 ulp or two, in steps of at most .02. A bf16 weight whose master is an ulp
-    away may round apart, so that the second gradient differs in its third digit; so may a sum of 4 ranks in bf16."""
+    """The norm sums in another order: an fp32 ulp or two, in steps of at most .02. A bf16 weight
+    whose master is an ulp away may round apart, so that the second gradient differs in its third
+    digit; so may a sum of 4 ranks in bf16."""
     for way, groups, tensors in run_ranks(trained_by, world)[0]:
         assert groups == {"grouped": 7, "adamw": 1}, way
         for expected, values in zip(tensors["grouped"], tensors["adamw"], strict=True):
@@ -78,10 +92,16 @@ def test_one_group_trains_as_a_group_for_each_rate_and_decay_does(world: int):
 def sent_during_backward(rank: int, world: int) -> list[int]:
     """For each way: collectives that start inside of autograd's backward pass."""
     results = []
-    for stage, precision, micro in ((1, "fp32", 16), (2, "bf16", 16), (1, "bf16", 8), (2, "fp32", 8)):
+    for stage, precision, micro in (
+        (1, "fp32", 16),
+        (2, "bf16", 16),
+        (1, "bf16", 8),
+        (2, "fp32", 8),
+    ):
         zero = {"stage": stage, "reduce_bucket_size": 700}
         engine = tiny_engine(stage=stage, precision=precision, micro=micro, world=world, zero=zero)
-        step, count = tiny_step(engine), 0
+        step = tiny_step(engine)
+        count = 0
         with profile(activities=[ProfilerActivity.CPU]) as trace:
             step(tiny_batch(0, rank=rank, world=world))
         for event in trace.events() or []:
@@ -94,7 +114,8 @@ def sent_during_backward(rank: int, world: int) -> list[int]:
 
 
 def test_gradients_are_sent_during_the_backward_pass():
-    """Where micro-batches are summed in fp32 for bf16, after it; under ZeRO-2 those of each micro-batch."""
+    """Where micro-batches are summed in fp32 for bf16, after it; under ZeRO-2 those of each
+    micro-batch."""
     one, two, summed, cached = run_ranks(sent_during_backward, 2)[0]
     assert min(one, two) > 5 and summed == 0 and cached > one
 
@@ -103,9 +124,12 @@ def test_gradients_are_sent_during_the_backward_pass():
 def test_8_bit_adamw_killed_on_two_ranks_resumes_bit_by_bit(tmp_path: Path):
     """The command under ZeRO-3; the engine under every stage: test_checkpoint.py."""
     make_all(tmp_path)
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight = tmp_path / "straight"
+    killed = tmp_path / "killed"
     more = ("--optim.name", "adamw_8bit", "--deepspeed", "scripts/zero3.json")
     assert finish(start(options(tmp_path, straight, *more), 2)) == [0, 0]
     killed_at(options(tmp_path, killed, *more), killed, 6)
     assert finish(start(options(tmp_path, killed, *more), 2)) == [0, 0]
-    assert losses(killed) == losses(straight) and sorted(losses(killed)) == list(range(1, STEPS + 1))
+    assert losses(killed) == losses(straight) and sorted(losses(killed)) == list(
+        range(1, STEPS + 1)
+    )

@@ -1,4 +1,5 @@
-"""The terms that read patches, over real towers: any ranks, micro-batches, ZeRO stage and family are one run."""
+"""The terms that read patches, over real towers: any ranks, micro-batches, ZeRO stage and family
+are one run."""
 
 from typing import Any
 
@@ -21,8 +22,18 @@ from llm2clip_plugin.vision.towers import resize_tower, timm_tower
 
 STEPS = 4
 TERMS = ("infonce", "patch_reference=2", "patch_captions=0.5")
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-POOLS = {"siglip": "pooled", "dinov2": "cls_mean", **dict.fromkeys(("eva02", "naflex", "qwen3_vit"), "mean")}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+POOLS = {
+    "siglip": "pooled",
+    "dinov2": "cls_mean",
+    **dict.fromkeys(("eva02", "naflex", "qwen3_vit"), "mean"),
+}
 QWEN = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 4, "pos_embed_grid_size": 3}
 
 
@@ -31,22 +42,32 @@ def tiny_dual(family: str, pool: str = "pooled") -> DualEncoder:
     torch.manual_seed(0)
     towers = {
         "clip": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(intermediate_size=64, **SIZES)),
-        "siglip": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(intermediate_size=64, **SIZES)),
+        "siglip": lambda: hf.SiglipVisionModel(
+            hf.SiglipVisionConfig(intermediate_size=64, **SIZES)
+        ),
         "dinov2": lambda: hf.Dinov2Model(hf.Dinov2Config(mlp_ratio=2, **SIZES)),
         "naflex": lambda: families()["naflex"].vision_class()(
-            families()["naflex"].vision_class().config_class(intermediate_size=64, num_patches=4, **SIZES)
+            families()["naflex"]
+            .vision_class()
+            .config_class(intermediate_size=64, num_patches=4, **SIZES)
         ),
-        "qwen3_vit": lambda: resize_tower(timm_tower("qwen3_vit_88m_enc", pretrained=False, arguments=QWEN), 8),
+        "qwen3_vit": lambda: resize_tower(
+            timm_tower("qwen3_vit_88m_enc", pretrained=False, arguments=QWEN), 8
+        ),
         "eva02": lambda: Eva02VisionModel(Eva02Config(intermediate_size=48, **SIZES)),
     }
-    return DualEncoder(towers[family](), DualConfig(projection_dim=8, llm_width=12, pool=pool)).train()
+    return DualEncoder(
+        towers[family](), DualConfig(projection_dim=8, llm_width=12, pool=pool)
+    ).train()
 
 
 def batch_of(dual: DualEncoder, step: int, rank: int, world: int) -> dict[str, Any]:
     """NaFlex, Qwen3-VL: images of several aspects, with 1 to 4 of the 4 patches."""
     batch = tiny_batch(step, rank=rank, world=world)
     shapes = torch.tensor([(2, 2), (1, 3), (2, 1), (1, 1), (1, 4)])[batch["image_ids"] % 5]
-    return batch | ({"spatial_shapes": shapes} if getattr(dual.tower.config, "keeps_aspect", False) else {})
+    return batch | (
+        {"spatial_shapes": shapes} if getattr(dual.tower.config, "keeps_aspect", False) else {}
+    )
 
 
 def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -77,8 +98,20 @@ TWO = {
     "clip zero0": {"stage": 0, "micro": 16},
     "clip zero2": {"stage": 2, "micro": 4, "checkpointing": True},
     "clip zero3": {"stage": 3, "micro": 8},
-    "naflex zero3": {"stage": 3, "micro": 4, "checkpointing": True, "family": "naflex", "pool": "mean"},
-    "qwen3_vit zero3": {"stage": 3, "micro": 4, "checkpointing": True, "family": "qwen3_vit", "pool": "mean"},
+    "naflex zero3": {
+        "stage": 3,
+        "micro": 4,
+        "checkpointing": True,
+        "family": "naflex",
+        "pool": "mean",
+    },
+    "qwen3_vit zero3": {
+        "stage": 3,
+        "micro": 4,
+        "checkpointing": True,
+        "family": "qwen3_vit",
+        "pool": "mean",
+    },
     "eva02 zero1": {"stage": 1, "micro": 16, "family": "eva02", "pool": "mean"},
 }
 
@@ -102,7 +135,9 @@ def same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(actual["moments"][key], moment, atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["clip zero3", *(f"{family} cached" for family in ("clip", *POOLS))])
+@pytest.mark.parametrize(
+    "name", ["clip zero3", *(f"{family} cached" for family in ("clip", *POOLS))]
+)
 def test_micro_batches_and_checkpointing_are_one_run(one: dict[str, Any], name: str):
     same(one[name], one[name.split()[0]])
 
@@ -121,7 +156,8 @@ def test_patches_leave_the_reference_and_learn_captions(one: dict[str, Any], fam
 
 @pytest.mark.parametrize("term", [PatchReference(), PatchCaptions()])
 def test_only_the_patches_that_an_image_has_count(term: Any):
-    """With 4 of 6 patches the loss and its gradients are those without the other 2, whatever their values."""
+    """With 4 of 6 patches the loss and its gradients are those without the other 2, whatever their
+    values."""
     torch.manual_seed(0)
     sides = F.normalize(torch.randn(2, 5, 8), dim=-1)
     names = ("patches_bTH", "reference_patches_bTH", "patch_features_bTD")

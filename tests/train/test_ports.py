@@ -76,7 +76,9 @@ VALUES = [
 def test_a_training_on_one_host_listens_on_the_loopback_interface_alone(tmp_path: Path, world: int):
     script = tmp_path / "listening.py"
     script.write_text(LISTENING)
-    argv = options(make_all(tmp_path / "tiny"), tmp_path / "run", "--max_steps", "1", "--heads.steps", "1")
+    argv = options(
+        make_all(tmp_path / "tiny"), tmp_path / "run", "--max_steps", "1", "--heads.steps", "1"
+    )
     variables = [environment()] if world == 1 else places(world)
     ranks = [Script(script, argv, of_rank, ROOT) for of_rank in variables]
     assert finish(ranks) == [0] * world, ranks[0].output
@@ -85,7 +87,9 @@ def test_a_training_on_one_host_listens_on_the_loopback_interface_alone(tmp_path
     assert bool(listening[0]) or world == 1  # of several ranks, the first holds the store
 
 
-def test_the_store_of_one_process_has_no_port_and_that_of_several_is_on_loopback(monkeypatch: pytest.MonkeyPatch):
+def test_the_store_of_one_process_has_no_port_and_that_of_several_is_on_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+):
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
     limit = timedelta(seconds=60)
@@ -102,9 +106,13 @@ def test_the_store_of_one_process_has_no_port_and_that_of_several_is_on_loopback
     stores[0].set("key", "value")
     assert other.get("key") == b"value"
     port = int(os.environ["MASTER_PORT"])
-    sockets = [one for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN]
+    sockets = [
+        one for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN
+    ]
     assert [one.laddr.ip for one in sockets if one.laddr.port == port] == ["127.0.0.1"]
-    with pytest.raises(OSError, match=f"cannot listen on port {port}: .*; choose another with --master_port"):
+    with pytest.raises(
+        OSError, match=f"cannot listen on port {port}: .*; choose another with --master_port"
+    ):
         own_store(0, 2, limit)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # torchrun holds the store
     assert own_store(0, 2, limit) is None
@@ -137,7 +145,9 @@ def test_launches_on_one_host_are_told_by_their_variables(
     assert on_one_host() is one_host
 
 
-def test_gloo_and_nccl_use_the_loopback_interface_unless_the_user_says_another(monkeypatch: pytest.MonkeyPatch):
+def test_gloo_and_nccl_use_the_loopback_interface_unless_the_user_says_another(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     use_loopback()
@@ -151,10 +161,16 @@ def test_our_launcher_has_no_port_and_leaves_no_file(tmp_path: Path):
     script.write_text(LAUNCHED)
     variables = environment(TMPDIR=str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    launcher = Script(ROOT / "llm2clip_plugin/launch.py", ["--nproc_per_node", "2", str(script)], variables, ROOT)
+    launcher = Script(
+        ROOT / "llm2clip_plugin/launch.py", ["--nproc_per_node", "2", str(script)], variables, ROOT
+    )
     assert finish([launcher]) == [0], launcher.output
     facts = [json.loads(Path(f"{script}{rank}").read_text()) for rank in (0, 1)]
-    assert facts == [{"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "False", "listening": []}] * 2
+    assert (
+        facts
+        == [{"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "False", "listening": []}]
+        * 2
+    )
     assert not list((tmp_path / "temporary").glob("llm2clip-*"))
 
 
@@ -170,9 +186,20 @@ def test_values_survive_packing(value: Any):
 
 def test_tensors_survive_packing_and_other_objects_are_refused():
     base = torch.arange(6.0).view(2, 3)
-    for tensor in (base, base.T, base[1], base.half(), torch.tensor(True), torch.empty(0, 4, dtype=torch.int64)):
+    for tensor in (
+        base,
+        base.T,
+        base[1],
+        base.half(),
+        torch.tensor(True),
+        torch.empty(0, 4, dtype=torch.int64),
+    ):
         back = unpack(pack({"both": [tensor, (tensor, 1)]}))["both"]
-        assert torch.equal(back[0], tensor) and torch.equal(back[1][0], tensor) and back[0].dtype == tensor.dtype
+        assert (
+            torch.equal(back[0], tensor)
+            and torch.equal(back[1][0], tensor)
+            and back[0].dtype == tensor.dtype
+        )
     for refused in (Path("x"), {1: 2}, {"set"}, ValueError("x"), b"bytes"):
         with pytest.raises(TypeError, match="ranks exchange JSON and tensors, not"):
             pack([refused])
@@ -208,7 +235,12 @@ def test_two_ranks_exchange_objects_as_json():
 def test_no_code_of_ours_exchanges_pickles():
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     names = ("all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list")
-    names += ("send_object_list", "recv_object_list", "gather_object_list", "scatter_object_output_list")
+    names += (
+        "send_object_list",
+        "recv_object_list",
+        "gather_object_list",
+        "scatter_object_output_list",
+    )
     used = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {node.attr}"
         for path in files

@@ -1,16 +1,27 @@
-"""The frozen tower that loss terms compare with: under every ZeRO stage, over ranks and micro-batches, resumed."""
+"""The frozen tower that loss terms compare with: under every ZeRO stage, over ranks and
+micro-batches, resumed."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from train_helpers import TinyDual, new_state, run_ranks, save_now, tiny_batch, tiny_engine, tiny_step
+from train_helpers import (
+    TinyDual,
+    new_state,
+    run_ranks,
+    save_now,
+    tiny_batch,
+    tiny_engine,
+    tiny_step,
+)
 
 from llm2clip_plugin.train.checkpoint import TWIN, load, on_host
 from llm2clip_plugin.train.engine import Reference, frozen_copy
 
-STEPS, SAVED_AT, DECAY = 4, 2, 0.8
+STEPS = 4
+SAVED_AT = 2
+DECAY = 0.8
 TERMS = ("infonce", "distill=0.5")
 FP32 = ("zero0", "zero1", "zero2", "zero3")
 WAYS: dict[str, dict[str, Any]] = {
@@ -35,11 +46,15 @@ def build(world: int, way: dict[str, Any], loaded: Any = None) -> tuple[Any, Ref
     engine = tiny_engine(world=world, dual=dual, **way)
     if loaded is not None:
         engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
-    reference = Reference(engine, decay, module=frozen, values=loaded.twin if loaded is not None else None)
+    reference = Reference(
+        engine, decay, module=frozen, values=loaded.twin if loaded is not None else None
+    )
     return engine, reference, tiny_step(engine, terms=TERMS, reference=reference)
 
 
-def steps(built: tuple[Any, Reference, Any], numbers: range, rank: int, world: int) -> dict[str, list[float]]:
+def steps(
+    built: tuple[Any, Reference, Any], numbers: range, rank: int, world: int
+) -> dict[str, list[float]]:
     _, reference, step = built
     values = []
     for i in numbers:
@@ -49,7 +64,8 @@ def steps(built: tuple[Any, Reference, Any], numbers: range, rank: int, world: i
 
 
 def train(rank: int, world: int, folder: str, ways: list[str]) -> dict[str, Any]:
-    """Half of the steps, a checkpoint, the other half: losses of both, weights before and the reference at the end."""
+    """Half of the steps, a checkpoint, the other half: losses of both, weights before and the
+    reference at the end."""
     results = {}
     for name in ways:
         built = build(world, WAYS[name])
@@ -67,7 +83,9 @@ def resume(rank: int, world: int, folder: str, ways: list[tuple[str, str]]) -> d
     """The second half from a checkpoint ``WORLD WAY``, under another way."""
     results = {}
     for written, under in ways:
-        built = build(world, WAYS[under], load(Path(folder) / written / f"checkpoints/step-{SAVED_AT:08d}"))
+        built = build(
+            world, WAYS[under], load(Path(folder) / written / f"checkpoints/step-{SAVED_AT:08d}")
+        )
         after = steps(built, range(SAVED_AT, STEPS), rank, world)
         results[written, under] = {"after": after, "values": built[1].values(on_host)}
     return results
@@ -84,20 +102,26 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_any_stage_ranks_and_micro_batches_are_one_run(saved: Runs):
-    """fp32 sums in another order: 1e-5, times the structure's 255 for its share; bf16 rounds features to 8 bits."""
+    """fp32 sums in another order: 1e-5, times the structure's 255 for its share; bf16 rounds
+    features to 8 bits."""
     _, runs = saved
     expected = runs[1]["zero0"]
     assert expected["before"]["loss_distill"][0] < 1e-6  # equal before the first update
     assert expected["after"]["loss_distill"][-1] > 1e-3
     for name in FP32:
         for part in ("before", "after"):
-            actual, whole = runs[2][name][part], expected[part]
+            actual = runs[2][name][part]
+            whole = expected[part]
             assert actual["loss_infonce"] == pytest.approx(whole["loss_infonce"], abs=1e-4), name
-            assert actual["loss_distill"] == pytest.approx(whole["loss_distill"], abs=1e-2, rel=1e-3), name
+            assert actual["loss_distill"] == pytest.approx(
+                whole["loss_distill"], abs=1e-2, rel=1e-3
+            ), name
         for key, value in expected["values"].items():
             torch.testing.assert_close(runs[2][name]["values"][key], value, atol=1e-4, rtol=1e-3)
     half = runs[2]["bf16 zero1"]
-    assert half["after"]["loss_infonce"] == pytest.approx(expected["after"]["loss_infonce"], abs=0.1)
+    assert half["after"]["loss_infonce"] == pytest.approx(
+        expected["after"]["loss_infonce"], abs=0.1
+    )
     assert all(value.dtype == torch.float32 for value in half["values"].values())
 
 
@@ -107,7 +131,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit_and_under_another_stage(saved: Ru
     resumed = run_ranks(resume, 2, str(folder), pairs)[0]
     for written, under in pairs:
         world, name = written.split(" ", 1)
-        expected, actual = runs[int(world)][name], resumed[written, under]
+        expected = runs[int(world)][name]
+        actual = resumed[written, under]
         exact = (world, name) == ("2", under)
         for term, tolerance in (("loss_infonce", 1e-4), ("loss_distill", 1e-2)):
             near = pytest.approx(expected["after"][term], abs=0.0 if exact else tolerance)

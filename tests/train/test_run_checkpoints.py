@@ -15,7 +15,13 @@ from safetensors.torch import load_file
 from train_helpers import Averages, Engineless, new_state, save_now
 
 from llm2clip_plugin.files import LOCK, ContractError
-from llm2clip_plugin.train.checkpoint import AVERAGES, Checkpoints, TensorFile, verify, write_tensors
+from llm2clip_plugin.train.checkpoint import (
+    AVERAGES,
+    Checkpoints,
+    TensorFile,
+    verify,
+    write_tensors,
+)
 from llm2clip_plugin.train.guard import acquire, locked
 
 
@@ -27,7 +33,11 @@ def saved(run: Path, *steps: int, keep: int = 0) -> Checkpoints:
 
 
 def test_tensors_are_safetensors_and_return_without_a_map(tmp_path: Path):
-    tensors = {"half": torch.randn(3, 5).bfloat16(), "flag": torch.tensor(True), "none": torch.empty(0, 4)}
+    tensors = {
+        "half": torch.randn(3, 5).bfloat16(),
+        "flag": torch.tensor(True),
+        "none": torch.empty(0, 4),
+    }
     tensors |= {"bytes": torch.arange(7, dtype=torch.uint8), "strided": torch.randn(4, 6).T}
     tensors["count"] = torch.tensor([1 << 40])
     path = tmp_path / "x.safetensors"
@@ -53,7 +63,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "averages": lambda path: flip(path / "ema.safetensors"),
     "a cut state.json": lambda path: (path / "state.json").write_text('{"kind": "llm2clip-tr'),
     "no state.json": lambda path: (path / "state.json").unlink(),
-    "a cut model": lambda path: (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:9]),
+    "a cut model": lambda path: (path / "model.safetensors").write_bytes(
+        (path / "model.safetensors").read_bytes()[:9]
+    ),
     "no averages": lambda path: (path / "ema.safetensors").unlink(),
     "a header without end": lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 64),
     "gone": shutil.rmtree,
@@ -68,8 +80,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(
     DAMAGE[name](checkpoints.path(2))
     assert checkpoints.find("auto") == checkpoints.find(str(tmp_path)) == checkpoints.path(1)
     told = capsys.readouterr().err
-    assert name == "gone" or ("step-00000002" in told and f"falling back to {checkpoints.path(1)}" in told)
-    assert checkpoints.find("auto", moments=False) == checkpoints.path(2 if "moments" in name else 1)
+    assert name == "gone" or (
+        "step-00000002" in told and f"falling back to {checkpoints.path(1)}" in told
+    )
+    assert checkpoints.find("auto", moments=False) == checkpoints.path(
+        2 if "moments" in name else 1
+    )
     if name == "gone":
         return
     with pytest.raises((ContractError, FileNotFoundError), match="step-00000002"):
@@ -84,14 +100,23 @@ def test_going_back_moves_newer_checkpoints_aside_and_removes_none(tmp_path: Pat
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 3}\n')
     assert "step-00000002, step-00000003" in checkpoints.move_aside(checkpoints.path(1))
     (aside,) = checkpoints.folder.glob("abandoned-*")
-    assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-00000002", "step-00000003"]
-    assert checkpoints.find("auto") == checkpoints.path(1) and checkpoints.move_aside(checkpoints.path(1)) == ""
+    assert sorted(path.name for path in aside.iterdir()) == [
+        "metrics.jsonl",
+        "step-00000002",
+        "step-00000003",
+    ]
+    assert (
+        checkpoints.find("auto") == checkpoints.path(1)
+        and checkpoints.move_aside(checkpoints.path(1)) == ""
+    )
     saved(tmp_path / "run", 2, 3, 4, keep=1)
     assert checkpoints.names() == ["step-00000004"]
     verify(aside / "step-00000003")
     other = saved(tmp_path / "other", 9)  # another run's steps are not mixed with these
     assert "step-00000004" in checkpoints.move_aside(other.path(9))
-    assert checkpoints.names() == [] and len(list(checkpoints.folder.glob("abandoned-*/step-*"))) == 3
+    assert (
+        checkpoints.names() == [] and len(list(checkpoints.folder.glob("abandoned-*/step-*"))) == 3
+    )
 
 
 HOLD = """
@@ -108,7 +133,9 @@ with locked(Path(sys.argv[1])):
 def test_two_runs_in_one_folder_are_refused_and_a_killed_one_is_not(tmp_path: Path):
     run = tmp_path / "run"
     pipe = subprocess.PIPE
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdin=pipe, stdout=pipe, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)], stdin=pipe, stdout=pipe, text=True
+    )
     try:
         assert holder.stdout and holder.stdout.readline() == "held\n"
         with pytest.raises(FileExistsError, match=f"process {holder.pid} "):

@@ -1,4 +1,5 @@
-"""Checkpoints in the background: killed while they are written, on a full disk, before the evaluation."""
+"""Checkpoints in the background: killed while they are written, on a full disk, before the
+evaluation."""
 
 import tempfile
 import time
@@ -13,7 +14,16 @@ import pytest
 import torch.distributed as dist
 from small_disk import fill, mounted
 from tower_runs import lines, losses, wait_for
-from train_helpers import join_group, new_state, newest, parts_of, run_ranks, start_ranks, tiny_batch, tiny_engine
+from train_helpers import (
+    join_group,
+    new_state,
+    newest,
+    parts_of,
+    run_ranks,
+    start_ranks,
+    tiny_batch,
+    tiny_engine,
+)
 
 from llm2clip_plugin.train import checkpoint
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, Checkpoints, load
@@ -45,9 +55,12 @@ def train(rank: int, world: int, folder: str, stage: int, stuck_in: str = "") ->
 
 
 @pytest.mark.parametrize(("stage", "file"), [(1, OPTIMIZER), (3, MODEL)])
-def test_killed_while_a_checkpoint_is_written_it_ends_bit_by_bit_the_same(tmp_path: Path, stage: int, file: str):
+def test_killed_while_a_checkpoint_is_written_it_ends_bit_by_bit_the_same(
+    tmp_path: Path, stage: int, file: str
+):
     """On two ranks; SIGKILL while a file of a background write is there in part."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    straight = tmp_path / "straight"
+    killed = tmp_path / "killed"
     run_ranks(train, 2, str(straight), stage)
     with tempfile.TemporaryDirectory() as store:
         processes = start_ranks(train, 2, store, str(killed), stage, file)
@@ -56,17 +69,23 @@ def test_killed_while_a_checkpoint_is_written_it_ends_bit_by_bit_the_same(tmp_pa
             process.kill()
         for process in processes:
             process.join()
-    assert list((killed / "checkpoints").glob(".step-*.tmp")) and len(list(killed.glob("checkpoints/step-*"))) == 1
+    assert (
+        list((killed / "checkpoints").glob(".step-*.tmp"))
+        and len(list(killed.glob("checkpoints/step-*"))) == 1
+    )
     run_ranks(train, 2, str(killed), stage)
     assert losses(killed) == losses(straight) and len(losses(killed)) == STEPS
-    first, second = (load(run / f"checkpoints/step-{STEPS:08d}").state for run in (straight, killed))
+    first, second = (
+        load(run / f"checkpoints/step-{STEPS:08d}").state for run in (straight, killed)
+    )
     assert first.files == second.files and len(first.files) == 3  # the same SHA-256 of every file
     assert not list((killed / "checkpoints").glob(".*"))
 
 
 def evaluated(rank: int, world: int, folder: str) -> None:
     """Every evaluation waits for the checkpoint of its step, which is written meanwhile."""
-    run, calls = Path(folder), []
+    run = Path(folder)
+    calls = []
 
     def evaluate() -> dict[str, float]:
         calls.append(0)
@@ -86,7 +105,8 @@ def evaluated(rank: int, world: int, folder: str) -> None:
 
 
 def test_a_checkpoint_is_written_while_its_step_is_evaluated(tmp_path: Path):
-    """A kill in an evaluation loses neither; the scores enter the checkpoint that was written before."""
+    """A kill in an evaluation loses neither; the scores enter the checkpoint that was written
+    before."""
     run_ranks(evaluated, 1, str(tmp_path))
     saved = load(tmp_path / f"checkpoints/step-{STEPS:08d}").state
     assert saved.evaluated == STEPS and saved.metrics == {"i2t_r1": 3.0, "t2i_r1": 0.0}
@@ -123,7 +143,8 @@ def train_on_a_full_disk(rank: int, world: int, disk: str) -> dict[str, Any]:
     def batches() -> Iterator[Any]:
         for i in range(12):
             if rank == 0:
-                wait_for(lambda steps=i: checkpoints.ended == steps)  # else a step that ends meanwhile is not saved
+                # else a step that ends meanwhile is not saved
+                wait_for(lambda steps=i: checkpoints.ended == steps)
                 if i in (3, 11):
                     fill(Path(disk))
                 elif i == 7:
@@ -131,7 +152,8 @@ def train_on_a_full_disk(rank: int, world: int, disk: str) -> dict[str, Any]:
                     (Path(disk) / "filler").unlink()
             yield tiny_batch(i, rank=rank, world=world)
 
-    engine, more = tiny_engine(stage=1, micro=16, world=world), {"checkpoints": checkpoints, "total_steps": 12}
+    engine = tiny_engine(stage=1, micro=16, world=world)
+    more = {"checkpoints": checkpoints, "total_steps": 12}
     parts = parts_of(run, engine, new_state(), batches(), **more)
     try:
         run_loop(parts)
@@ -144,13 +166,17 @@ def test_a_full_disk_ends_no_training_before_the_last_save(small_disk: Path):
     first, second = run_ranks(train_on_a_full_disk, 2, str(small_disk))
     (small_disk / "filler").unlink()
     assert str(small_disk / "run/checkpoints/step-00000012") in first["error"]
-    assert second["error"] == first["error"] and (first["kind"], second["kind"]) == ("OSError", "FirstRankError")
+    assert second["error"] == first["error"] and (first["kind"], second["kind"]) == (
+        "OSError",
+        "FirstRankError",
+    )
     (kept,) = first["names"]  # on the full disk
     assert kept and max(kept) <= "step-00000003"
     checkpoints = Checkpoints(small_disk / "run", keep=2)
     newest = checkpoints.find("auto")
     assert newest is not None and "step-00000007" < newest.name < "step-00000012"
-    assert set(losses(small_disk / "run")) >= set(range(1, 11))  # lines that a full disk delayed are not lost
+    # lines that a full disk delayed are not lost
+    assert set(losses(small_disk / "run")) >= set(range(1, 11))
     events = [line["event"] for line in lines(small_disk / "run") if "event" in line]
     assert "checkpoint failed" in events and events.count("checkpoint") >= 2
 
@@ -180,7 +206,8 @@ def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group():
 def hang(rank: int, world: int, port: int) -> str:
     """A collective of rank 1 fails; rank 0 is in none, and would wait for ever."""
     join_group(rank, world, f"tcp://127.0.0.1:{port}")
-    watch, deadline = Watch(1.0), time.monotonic() + 60
+    watch = Watch(1.0)
+    deadline = time.monotonic() + 60
     with suppress(RuntimeError), watch:
         if rank == 1:
             raise RuntimeError("gloo/transport: Timed out")

@@ -1,4 +1,5 @@
-"""The step under DeepSpeed: any ZeRO stage, precision, number of ranks and of micro-batches gives the same run."""
+"""The step under DeepSpeed: any ZeRO stage, precision, number of ranks and of micro-batches gives
+the same run."""
 
 import math
 from typing import Any
@@ -17,17 +18,25 @@ def train(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
     """Losses of a few steps and the weights afterwards."""
     options = dict(options)
     torch.manual_seed(0)
-    terms, captions = options.pop("terms", ("infonce",)), options.pop("captions", 1)
-    noise, dropout = options.pop("noise", 0.0), options.pop("dropout", 0.0)
+    terms = options.pop("terms", ("infonce",))
+    captions = options.pop("captions", 1)
+    noise = options.pop("noise", 0.0)
+    dropout = options.pop("dropout", 0.0)
     dual = TinyDual(noise=noise, dropout=dropout, bias="sigmoid" in terms)
     engine = tiny_engine(world=world, dual=dual, **options)
     step = tiny_step(engine, terms=terms, noisy=dual.noise > 0)
-    losses, norms = [], []
+    losses = []
+    norms = []
     for i in range(STEPS):
         loss, _ = step(tiny_batch(i, rank=rank, world=world, captions=captions))
         losses.append(loss)
         norms.append(engine.grad_norm)
-    return {"losses": losses, "norms": norms, "weights": engine.weights(on_host), "moments": engine.moments(on_host)}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": engine.weights(on_host),
+        "moments": engine.moments(on_host),
+    }
 
 
 def train_all(rank: int, world: int, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -92,12 +101,16 @@ def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> 
 def test_the_loss_falls(one: dict[str, Any]):
     losses = one["plain"]["losses"]
     assert losses[-1] < losses[0] - 0.3
-    assert min(one["plain"]["norms"]) > 0 and max(one["plain"]["norms"]) > 1  # so clipping is at work
+    # so clipping is at work
+    assert min(one["plain"]["norms"]) > 0 and max(one["plain"]["norms"]) > 1
 
 
-@pytest.mark.parametrize("name", ["cached", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"])
+@pytest.mark.parametrize(
+    "name", ["cached", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"]
+)
 def test_one_rank_fp32_is_one_run(one: dict[str, Any], name: str):
-    """Sums in another order: 1e-6 a step in the loss. AdamW makes whole steps of tiny gradients: 1e-4 in weights."""
+    """Sums in another order: 1e-6 a step in the loss. AdamW makes whole steps of tiny gradients:
+    1e-4 in weights."""
     same(one[name], one["plain"], 1e-5)
     for key, weight in one["plain"]["weights"].items():
         torch.testing.assert_close(one[name]["weights"][key], weight, atol=1e-4, rtol=1e-3)
@@ -105,7 +118,9 @@ def test_one_rank_fp32_is_one_run(one: dict[str, Any], name: str):
         torch.testing.assert_close(one[name]["moments"][key], moment, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"])
+@pytest.mark.parametrize(
+    "name", ["zero0", "zero1", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"]
+)
 def test_two_ranks_fp32_equal_one(one: dict[str, Any], two: list[dict[str, Any]], name: str):
     same(two[0][name], one["plain"], 1e-5)
     assert two[0][name]["losses"] == two[1][name]["losses"]
@@ -115,14 +130,17 @@ def test_two_ranks_fp32_equal_one(one: dict[str, Any], two: list[dict[str, Any]]
 
 @pytest.mark.parametrize("name", [name for name in ONE_RANK if name.startswith(("bf16", "fp16"))])
 def test_half_precision_follows_fp32(one: dict[str, Any], name: str):
-    """bf16 has 8 bits: losses near 4 move by a few hundredths; fp16 has 11, and Adam's first steps turn a rounded
-    gradient near 0 into a whole step: .021 after four."""
+    """bf16 has 8 bits: losses near 4 move by a few hundredths; fp16 has 11, and Adam's first steps
+    turn a rounded gradient near 0 into a whole step: .021 after four."""
     same(one[name], one["plain"], 0.1 if name.startswith("bf16") else 0.04)
     assert one[name]["losses"] != one["plain"]["losses"]
 
 
-def test_any_terms_are_one_run_over_ranks_and_micro_batches(one: dict[str, Any], two: list[dict[str, Any]]):
-    """Weights that change, several captions an image with noise, a term that leaves the logit scale untouched."""
+def test_any_terms_are_one_run_over_ranks_and_micro_batches(
+    one: dict[str, Any], two: list[dict[str, Any]]
+):
+    """Weights that change, several captions an image with noise, a term that leaves the logit scale
+    untouched."""
     same(one["sigmoid cached"], one["sigmoid"], 1e-5)
     for name in ("sum", "cosine"):
         same(one[f"{name} cached"], one[name], 1e-5)
@@ -140,14 +158,16 @@ def test_random_draws_belong_to_samples(one: dict[str, Any], two: list[dict[str,
 
 
 def test_noise_is_drawn_once_for_both_passes():
-    step, micro = object.__new__(TowerStep), {"embeddings": torch.zeros(2, 2, 8), "first": 7}
+    step = object.__new__(TowerStep)
+    micro = {"embeddings": torch.zeros(2, 2, 8), "first": 7}
     step.seed = 5
     second = step._noise({"embeddings": torch.zeros(1, 2, 8), "first": 8})
     assert step._noise(micro) is step._noise(micro) and torch.equal(step._noise(micro)[1:], second)
 
 
 def clamp(rank: int, world: int) -> tuple[float, float]:
-    """A logit scale pushed over its bound comes back to ln 100: master, working copy, and scale of the next loss."""
+    """A logit scale pushed over its bound comes back to ln 100: master, working copy, and scale of
+    the next loss."""
     dual = TinyDual()
     torch.nn.init.constant_(dual.logit_scale, 4.7)
     engine = tiny_engine(stage=3, dual=dual, world=world, micro=16, lr=1e-4, precision="bf16")
@@ -156,7 +176,9 @@ def clamp(rank: int, world: int) -> tuple[float, float]:
     masters = engine.weights(on_host)
     with engine.gathered([dual.logit_scale]):
         assert float(dual.logit_scale) == pytest.approx(float(masters["logit_scale"]), abs=0.02)
-    return float(masters["logit_scale"][0]), step(tiny_batch(1, rank=rank, world=world))[1]["logit_scale"]
+    return float(masters["logit_scale"][0]), step(tiny_batch(1, rank=rank, world=world))[1][
+        "logit_scale"
+    ]
 
 
 def test_the_scale_stays_bounded_on_all_ranks():

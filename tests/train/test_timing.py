@@ -29,7 +29,11 @@ def train(rank: int, world: int, folder: str) -> None:
         if name == "zero2":  # a trace that cannot be written ends no run
             (Path(folder) / name).mkdir(exist_ok=True)
             (Path(folder) / name / "profile").touch()
-        run_loop(replace(parts, train=TrainConfig(global_batch=32, save_minutes=0, profile_steps=profile)))
+        run_loop(
+            replace(
+                parts, train=TrainConfig(global_batch=32, save_minutes=0, profile_steps=profile)
+            )
+        )
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +52,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
 def test_a_run_says_where_its_time_went(runs: dict[str, list[dict[str, Any]]], name: str):
     """Two ranks under each ZeRO stage."""
     assert [line["step"] for line in runs[name]] == list(range(1, STEPS + 1))
-    assert all({"step_seconds", "samples_per_second", "wait_share"} <= line.keys() for line in runs[name])
+    assert all(
+        {"step_seconds", "samples_per_second", "wait_share"} <= line.keys() for line in runs[name]
+    )
     compared = [line for line in runs[name] if "slowest_rank" in line]
-    assert [line["step"] for line in compared] == [10, STEPS]  # a collective every ten steps, and at the end
+    # a collective every ten steps, and at the end
+    assert [line["step"] for line in compared] == [10, STEPS]
     for line in compared:
         phases = [line[f"{phase}_seconds"] for phase in PHASES]
         assert min(phases) > 0
-        assert line["step_seconds_min"] <= sum(phases) + 1e-6 and sum(phases) <= line["step_seconds_max"] + 1e-6
+        assert (
+            line["step_seconds_min"] <= sum(phases) + 1e-6
+            and sum(phases) <= line["step_seconds_max"] + 1e-6
+        )
     assert compared[-1]["slowest_host"] == socket.gethostname()
     assert compared[-1]["data_seconds_max"] > compared[-1]["data_seconds_min"]

@@ -28,7 +28,8 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "reference"
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-    """Call ``function(rank, world, *args)`` in ``world`` gloo processes; returns their results in order of rank."""
+    """Call ``function(rank, world, *args)`` in ``world`` gloo processes; returns their results in
+    order of rank."""
     with tempfile.TemporaryDirectory() as folder:
         _start(world, folder, function, args, join=True)
         return [pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()) for rank in range(world)]
@@ -39,13 +40,25 @@ def start_ranks(function: Callable[..., Any], world: int, store: str, *args: Any
     return _start(world, store, function, args, join=False).processes
 
 
-def _start(world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], *, join: bool) -> Any:
+def _start(
+    world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], *, join: bool
+) -> Any:
     start = torch.multiprocessing.start_processes  # type: ignore[attr-defined]
-    return start(_rank, (world, folder, function, args), world, join=join, start_method=context().get_start_method())
+    return start(
+        _rank,
+        (world, folder, function, args),
+        world,
+        join=join,
+        start_method=context().get_start_method(),
+    )
 
 
-def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world))
+def _rank(
+    rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world)
+    )
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     join_group(rank, world, f"file://{folder}/store")
@@ -56,7 +69,8 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], args
 
 
 def join_group(rank: int, world: int, store: str) -> None:
-    """Start or replace the process group; returns when all are in it, because one that leaves before looks crashed."""
+    """Start or replace the process group; returns when all are in it, because one that leaves
+    before looks crashed."""
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
@@ -64,23 +78,36 @@ def join_group(rank: int, world: int, store: str) -> None:
 
 
 class TinyDual(nn.Module):
-    """The surface of a dual encoder over 3 x 8 x 8 pixels and embeddings 12 wide, with dropout and text noise."""
+    """The surface of a dual encoder over 3 x 8 x 8 pixels and embeddings 12 wide, with dropout and
+    text noise."""
 
     def __init__(self, *, dropout: float = 0.0, noise: float = 0.0, bias: bool = False) -> None:
         super().__init__()
-        layers = [nn.Conv2d(3, 16, 4, stride=4), nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 32), nn.GELU()]
+        layers = [
+            nn.Conv2d(3, 16, 4, stride=4),
+            nn.Flatten(),
+            nn.LayerNorm(64),
+            nn.Linear(64, 32),
+            nn.GELU(),
+        ]
         self.tower = nn.Sequential(*layers, nn.Linear(32, 32))
         self.dropout = nn.Dropout(dropout)
         self.visual_projection = nn.Linear(32, 8, bias=False)
-        self.text_adapter = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.LayerNorm(24), nn.Linear(24, 8))
+        self.text_adapter = nn.Sequential(
+            nn.Linear(12, 24), nn.GELU(), nn.LayerNorm(24), nn.Linear(24, 8)
+        )
         self.noise = noise
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.full((1,), -3.0)) if bias else None
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        return F.normalize(self.visual_projection(self.dropout(self.tower(pixel_values))).float(), dim=-1)
+        return F.normalize(
+            self.visual_projection(self.dropout(self.tower(pixel_values))).float(), dim=-1
+        )
 
-    def forward(self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None) -> DualFeatures:
+    def forward(
+        self, pixel_values: Tensor, embeddings: Tensor, noise: Tensor | None = None
+    ) -> DualFeatures:
         image = self.encode_image(pixel_values)
         text = F.normalize(embeddings, dim=-1)
         if noise is not None:
@@ -91,7 +118,9 @@ class TinyDual(nn.Module):
         return DualFeatures(image, text, self.logit_scale.float() * 1, bias.float() * 1)
 
 
-def tiny_batch(step: int, *, rows: int = 32, rank: int = 0, world: int = 1, captions: int = 1) -> dict[str, Any]:
+def tiny_batch(
+    step: int, *, rows: int = 32, rank: int = 0, world: int = 1, captions: int = 1
+) -> dict[str, Any]:
     """This rank's rows of the global batch of a step: learnable pairs, some captions twice."""
     generator = torch.Generator().manual_seed(100 + step)
     pixels = torch.randn(rows, 3, 8, 8, generator=generator)
@@ -106,7 +135,9 @@ def tiny_batch(step: int, *, rows: int = 32, rank: int = 0, world: int = 1, capt
     if captions > 1:
         noise = torch.randn(rows, captions, 12, generator=generator)
         batch["embeddings"] = batch["embeddings"][:, None] + 0.3 * noise
-        batch["caption_hashes"] = torch.stack([batch["caption_hashes"] + 1000 * k for k in range(captions)], 1)
+        batch["caption_hashes"] = torch.stack(
+            [batch["caption_hashes"] + 1000 * k for k in range(captions)], 1
+        )
     local = rows // world
     mine = slice(rank * local, (rank + 1) * local)
     keys = [f"sample-{int(i)}" for i in ids[mine]]
@@ -129,7 +160,8 @@ def tiny_engine(
     args: tuple[str, ...] = (),
     zero: Mapping[str, Any] | None = None,
 ) -> Any:
-    """An engine over a TinyDual with a learning rate for each of the tower's layers, and the heads'."""
+    """An engine over a TinyDual with a learning rate for each of the tower's layers, and the
+    heads'."""
     torch.manual_seed(0)
     module = dual or TinyDual()
     if weights:
@@ -145,7 +177,13 @@ def tiny_engine(
         if p.requires_grad
     ]
     optim = OptimConfig(
-        name=name, args=args, lr=lr, betas=(0.9, 0.98), weight_decay=0.1, max_grad_norm=clip, schedule="constant"
+        name=name,
+        args=args,
+        lr=lr,
+        betas=(0.9, 0.98),
+        weight_decay=0.1,
+        max_grad_norm=clip,
+        schedule="constant",
     )
     train = TrainConfig(global_batch=rows, micro_batch=micro, precision=precision)  # type: ignore[arg-type]
     user: dict[str, Any] = {"zero_optimization": {"stage": stage, **(zero or {})}}
@@ -157,20 +195,39 @@ def tiny_engine(
     return Engine(module, parameter_groups(trained, 0.1), optim, config)
 
 
-def tiny_step(engine: Any, *, terms: tuple[str, ...] = ("infonce",), noisy: bool = False, reference: Any = None) -> Any:
+def tiny_step(
+    engine: Any,
+    *,
+    terms: tuple[str, ...] = ("infonce",),
+    noisy: bool = False,
+    reference: Any = None,
+) -> Any:
     """The step over a tiny engine."""
     config = LossConfig(terms=terms)
     options = {"total_samples": 128, "reference": reference, "patch_layers": patch_layers(config)}
     # pixels are floats already
-    return TowerStep(engine, weighted_terms(config), seed=5, text_noise=noisy, normalize=lambda x: x, **options)
+    return TowerStep(
+        engine, weighted_terms(config), seed=5, text_noise=noisy, normalize=lambda x: x, **options
+    )
 
 
 def parts_of(run: Path, engine: Any, state: Any, batches: Any, **more: Any) -> Any:
     """What run_loop needs for 8 steps, with a save after each of them."""
     train = TrainConfig(global_batch=32, save_steps=1, **more.pop("train", {}))
-    defaults = {"step": tiny_step(engine), "train": train, "optim": OptimConfig(lr=0.01, schedule="cosine")}
-    defaults |= {"checkpoints": Checkpoints(run, keep=2), "evaluate": None, "total_steps": 8, "stop": StopRequest()}
-    return LoopParts(engine=engine, state=state, batches=batches, run_folder=run, **(defaults | more))
+    defaults = {
+        "step": tiny_step(engine),
+        "train": train,
+        "optim": OptimConfig(lr=0.01, schedule="cosine"),
+    }
+    defaults |= {
+        "checkpoints": Checkpoints(run, keep=2),
+        "evaluate": None,
+        "total_steps": 8,
+        "stop": StopRequest(),
+    }
+    return LoopParts(
+        engine=engine, state=state, batches=batches, run_folder=run, **(defaults | more)
+    )
 
 
 def newest(run: Path, world: int = 1, **way: Any) -> tuple[Any, Any, Reference]:
@@ -201,7 +258,9 @@ def trainable_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def save_now(run: Path, state: Any, engine: Any, references: Mapping[str, Any] | None = None, keep: int = 1) -> Path:
+def save_now(
+    run: Path, state: Any, engine: Any, references: Mapping[str, Any] | None = None, keep: int = 1
+) -> Path:
     """Write a checkpoint to its end."""
     with Saver(Checkpoints(run, keep=keep), engine, references) as saver:
         saver.save(state)

@@ -33,8 +33,10 @@ def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def train_twenty_steps(dual: torch.nn.Module, *, lr: float = 2e-3) -> list[float]:
     """Fit eight made-up pairs; the loss of each step."""
-    size, width = dual.tower.config.image_size, dual.config.llm_width
-    pixels, embeddings = torch.randn(8, 3, size, size), torch.randn(8, width)
+    size = dual.tower.config.image_size
+    width = dual.config.llm_width
+    pixels = torch.randn(8, 3, size, size)
+    embeddings = torch.randn(8, width)
     optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=lr)
     losses = []
     for _ in range(20):

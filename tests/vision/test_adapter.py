@@ -8,7 +8,8 @@ from llm2clip_plugin.vision.dual import TextAdapter
 
 from .conftest import REFERENCE, golden_config, largest_difference, read
 
-# Rows of tiny variance after L2 normalisation amplify rounding; the goldens' float64 run differs by 2.8e-5.
+# Rows of tiny variance after L2 normalisation amplify rounding; the goldens' float64 run differs by
+# 2.8e-5.
 TOLERANCE = 1e-4
 NAMES = {"ln.": "norm.", "fn.0.": "up.", "fn.3.": "down."}
 
@@ -43,12 +44,18 @@ def test_equals_the_reference(name, path, normalise):
     adapter = golden_adapter(folder, normalise_input=normalise)
     states = {}
     for i, block in enumerate(adapter.blocks):
-        block.register_forward_hook(lambda _, __, output, i=i: states.update({f"block_{i}": output}))
+        block.register_forward_hook(
+            lambda _, __, output, i=i: states.update({f"block_{i}": output})
+        )
     adapter.norm.register_forward_hook(lambda _, __, output: states.update(after_norm=output))
     with torch.no_grad():
         states["after_projection"] = adapter(golden["input"])
-    states["embedding_normalized"] = torch.nn.functional.normalize(states["after_projection"], dim=-1)
-    assert {f"{path}.{key}" for key in states} | {f"{path}.adapter_input"} == {k for k in golden if k.startswith(path)}
+    states["embedding_normalized"] = torch.nn.functional.normalize(
+        states["after_projection"], dim=-1
+    )
+    assert {f"{path}.{key}" for key in states} | {f"{path}.adapter_input"} == {
+        k for k in golden if k.startswith(path)
+    }
     for key, state in states.items():
         assert largest_difference(state, golden[f"{path}.{key}"]) < TOLERANCE, key
 

@@ -40,19 +40,30 @@ def check_states(tower, golden) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_state_equals_the_reference(name, tmp_path):
-    folder, golden = TOWERS / name, read(TOWERS / name)
-    card, _ = import_tower(folder / "weights.safetensors", tmp_path / "tower", config=folder / "config.json")
-    assert (card.family, card.has_cls, card.projection_dim) == ("eva02", True, golden_config(folder)["embed_dim"])
+    folder = TOWERS / name
+    golden = read(TOWERS / name)
+    card, _ = import_tower(
+        folder / "weights.safetensors", tmp_path / "tower", config=folder / "config.json"
+    )
+    assert (card.family, card.has_cls, card.projection_dim) == (
+        "eva02",
+        True,
+        golden_config(folder)["embed_dim"],
+    )
     check_states(load_tower(tmp_path / "tower"), golden)
     dual = load_dual_encoder(tmp_path / "tower")
     with torch.no_grad():
         embedding = dual.dual.visual_projection(dual.dual.pool(golden["pixels"]))
         assert largest_difference(embedding, golden["embedding"]) < TOLERANCE
-        assert largest_difference(dual.encode_image(golden["pixels"]), golden["embedding_normalized"]) < TOLERANCE
+        assert (
+            largest_difference(dual.encode_image(golden["pixels"]), golden["embedding_normalized"])
+            < TOLERANCE
+        )
 
 
 def test_224_to_336(tmp_path):
-    folder, golden = TOWERS / "eva02_l14_224_to_336", read(TOWERS / "eva02_l14_224_to_336")
+    folder = TOWERS / "eva02_l14_224_to_336"
+    golden = read(TOWERS / "eva02_l14_224_to_336")
     card, _ = import_tower(folder / "weights.safetensors", tmp_path / "tower", image_size=42)
     assert card.image_size == 42 and card.training["resized_from"] == 28
     tower = load_tower(tmp_path / "tower")
@@ -64,8 +75,15 @@ def test_224_to_336(tmp_path):
 
 
 def tiny_config(**changes) -> Eva02Config:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 85}
-    return Eva02Config(**{**sizes, "image_size": 28, "patch_size": 7, "rope_pretrained_grid": 4, **changes})
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 85,
+    }
+    return Eva02Config(
+        **{**sizes, "image_size": 28, "patch_size": 7, "rope_pretrained_grid": 4, **changes}
+    )
 
 
 VARIANTS = {
@@ -76,19 +94,31 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_plain_and_fused_attention_are_the_same_and_are_really_chosen(variant, tmp_path, monkeypatch):
+def test_plain_and_fused_attention_are_the_same_and_are_really_chosen(
+    variant, tmp_path, monkeypatch
+):
     Eva02VisionModel(tiny_config(**VARIANTS[variant])).save_pretrained(tmp_path)
-    fused, plain = (Eva02VisionModel.from_pretrained(tmp_path, attn_implementation=way) for way in ("sdpa", "eager"))
-    pixels, calls, kernel = torch.randn(2, 3, 28, 28, dtype=torch.float64), [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or kernel(*qkv))
+    fused, plain = (
+        Eva02VisionModel.from_pretrained(tmp_path, attn_implementation=way)
+        for way in ("sdpa", "eager")
+    )
+    pixels = torch.randn(2, 3, 28, 28, dtype=torch.float64)
+    calls = []
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *qkv: calls.append(1) or kernel(*qkv)
+    )
     outputs = [tower.double().train()(pixels) for tower in (fused, plain)]
     assert len(calls) == len(fused.blocks)  # the fused one's alone
     assert largest_difference(outputs[0].last_hidden_state, outputs[1].last_hidden_state) < 1e-9
     for output in outputs:
         output.pooler_output[:, 0].sum().backward()
-    for (name, one), (_, other) in zip(fused.named_parameters(), plain.named_parameters(), strict=True):
+    for (name, one), (_, other) in zip(
+        fused.named_parameters(), plain.named_parameters(), strict=True
+    ):
         assert one.grad.any() and largest_difference(one.grad, other.grad) < 1e-7, name
-    assert Eva02VisionModel(tiny_config()).config._attn_implementation == "sdpa"  # where nothing is said
+    # where nothing is said
+    assert Eva02VisionModel(tiny_config()).config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -96,12 +126,16 @@ def test_trains_twenty_steps_and_comes_back(variant, tmp_path):
     tower = Eva02VisionModel(tiny_config(**VARIANTS[variant]))
     dual = DualEncoder(tower, DualConfig(projection_dim=16, llm_width=12)).train()
     dual.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    losses, pixels = train_twenty_steps(dual, lr=3e-3), torch.randn(2, 3, 28, 28)
+    losses = train_twenty_steps(dual, lr=3e-3)
+    pixels = torch.randn(2, 3, 28, 28)
     assert losses[-1] < 0.5 * losses[0]
     assert all(p.grad is not None for p in dual.parameters())
     export_tower(dual, tmp_path / "tower", origin="tiny")
     with torch.no_grad():
-        assert torch.equal(load_dual_encoder(tmp_path / "tower").encode_image(pixels), dual.eval().encode_image(pixels))
+        assert torch.equal(
+            load_dual_encoder(tmp_path / "tower").encode_image(pixels),
+            dual.eval().encode_image(pixels),
+        )
 
 
 def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
@@ -110,8 +144,11 @@ def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
     x = torch.randn(2, 16, 3, 8, requires_grad=True)
     y = x.detach().double().requires_grad_()  # float64 takes the way of half precisions on a GPU
     turns = complex_turns(cos, sin, torch.bfloat16)
-    assert turns is not None and turns.is_complex() and complex_turns(cos, sin, torch.float64) is None
-    turned, expected = rotate(x, cos, sin, turns), rotate(y, cos.double(), sin.double())
+    assert (
+        turns is not None and turns.is_complex() and complex_turns(cos, sin, torch.float64) is None
+    )
+    turned = rotate(x, cos, sin, turns)
+    expected = rotate(y, cos.double(), sin.double())
     half = rotate(x.detach().bfloat16(), cos, sin, turns)
     assert half.dtype == torch.bfloat16 and largest_difference(half, expected) < 2e-2
     assert largest_difference(turned, expected) < 1e-6
@@ -119,7 +156,8 @@ def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
     (turned * weight).sum().backward()
     (expected * weight).sum().backward()
     assert largest_difference(x.grad, y.grad) < 1e-6
-    plain = torch.jit.trace(lambda z: rotate(z, cos.double(), sin.double()), y.detach())(y.detach())  # as ONNX has it
+    # as ONNX has it
+    plain = torch.jit.trace(lambda z: rotate(z, cos.double(), sin.double()), y.detach())(y.detach())
     assert largest_difference(plain, expected) < 1e-12
     assert torch.autograd.gradcheck(rotate, (y[:1, :, :1], cos.double(), sin.double()))
 
@@ -128,12 +166,16 @@ def test_the_gated_silu_has_the_gradients_of_its_formula():
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     for width in (5, 4):
         assert torch.autograd.gradcheck(_GatedSiLU.apply, (gate, up, width))
-        assert torch.equal(_GatedSiLU.apply(gate, up, width), F.silu(gate[:, :width]) * up[:, :width])
+        assert torch.equal(
+            _GatedSiLU.apply(gate, up, width), F.silu(gate[:, :width]) * up[:, :width]
+        )
 
 
 def test_a_padded_hidden_width_changes_neither_outputs_nor_gradients_nor_files(monkeypatch):
     """As on a GPU; a LoRA on the layers turns it off."""
-    tower, pixels, found = Eva02VisionModel(tiny_config()).double(), torch.randn(2, 3, 28, 28).double(), []
+    tower = Eva02VisionModel(tiny_config()).double()
+    pixels = torch.randn(2, 3, 28, 28).double()
+    found = []
     for padded in (False, True):
         monkeypatch.setattr(Eva02SwiGLU, "_pads", lambda *_, padded=padded: padded)
         with torch.no_grad():
@@ -141,7 +183,13 @@ def test_a_padded_hidden_width_changes_neither_outputs_nor_gradients_nor_files(m
         output = tower(pixels).last_hidden_state
         tower.zero_grad()
         output[..., 0].sum().backward()
-        found.append({"frozen": frozen, "trained": output, **{n: p.grad.clone() for n, p in tower.named_parameters()}})
+        found.append(
+            {
+                "frozen": frozen,
+                "trained": output,
+                **{n: p.grad.clone() for n, p in tower.named_parameters()},
+            }
+        )
     for name, value in found[0].items():
         assert largest_difference(value, found[1][name]) < 1e-9, name
     assert tower.state_dict()["blocks.0.mlp.gate_proj.weight"].shape == (85, 32)

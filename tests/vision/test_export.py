@@ -1,4 +1,5 @@
-"""Tower directories: written atomically, verified by reloading, the Hub's names in both versions of transformers."""
+"""Tower directories: written atomically, verified by reloading, the Hub's names in both versions of
+transformers."""
 
 import dataclasses
 import json
@@ -23,13 +24,20 @@ from .conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, read
 
 def tiny_dual(name: str = "clip_vision", image_size: int | None = None) -> DualEncoder:
     tower = load_tower(TRANSFORMERS_TOWERS / name, image_size=image_size)
-    return DualEncoder(tower, DualConfig(projection_dim=8, llm_width=12, projection_norm=True, logit_bias_init=-10.0))
+    return DualEncoder(
+        tower,
+        DualConfig(projection_dim=8, llm_width=12, projection_norm=True, logit_bias_init=-10.0),
+    )
 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE)
 def test_resized_towers_carry_the_same_names(name, tmp_path):
     patch = json.loads((TRANSFORMERS_TOWERS / name / "config.json").read_text())["patch_size"]
-    card = export_tower(load_tower(TRANSFORMERS_TOWERS / name, image_size=patch * 6), tmp_path / "tower", origin=name)
+    card = export_tower(
+        load_tower(TRANSFORMERS_TOWERS / name, image_size=patch * 6),
+        tmp_path / "tower",
+        origin=name,
+    )
     written = load_file(tmp_path / "tower" / "model.safetensors")
     assert written.keys() == read(TRANSFORMERS_TOWERS / name, "model.safetensors").keys()
     config = json.loads((tmp_path / "tower" / "config.json").read_text())
@@ -45,23 +53,32 @@ def test_a_clip_tower_opens_with_plain_transformers(tmp_path):
     plain = CLIPVisionModel.from_pretrained(tmp_path / "tower", torch_dtype=torch.float32)
     pixels = torch.randn(1, 3, 42, 42)
     with torch.no_grad():
-        assert torch.equal(plain(pixel_values=pixels).pooler_output, dual.tower(pixel_values=pixels).pooler_output)
+        assert torch.equal(
+            plain(pixel_values=pixels).pooler_output, dual.tower(pixel_values=pixels).pooler_output
+        )
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "tower")
-    assert processor.crop_size == {"height": 42, "width": 42} and processor.size == {"shortest_edge": 42}
+    assert processor.crop_size == {"height": 42, "width": 42} and processor.size == {
+        "shortest_edge": 42
+    }
 
 
 @pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2"])
 def test_dual_encoder_comes_back(name, tmp_path):
     dual = tiny_dual(name).eval()
     dual.logit_scale.data.fill_(math.log(20))
-    told = {"teacher": dataclasses.asdict(made_up("some/llm")), "training": {"steps": 3}, "metrics": {"i2t_r1": 0.5}}
+    told = {
+        "teacher": dataclasses.asdict(made_up("some/llm")),
+        "training": {"steps": 3},
+        "metrics": {"i2t_r1": 0.5},
+    }
     card = export_tower(dual, tmp_path / "tower", origin="a/b", **told)
     assert card == TowerCard.read(tmp_path / "tower" / "llm2clip.json")
     layers = len(probe_features(dual.tower)) - 3
     assert (card.num_layers, card.projection_dim, card.teacher["llm"]) == (layers, 8, "some/llm")
     loaded = load_dual_encoder(tmp_path / "tower")
     assert math.isclose(loaded.logit_scale.item(), 20, rel_tol=1e-6)
-    pixels, embeddings = torch.randn(2, 3, card.image_size, card.image_size), torch.randn(3, 12)
+    pixels = torch.randn(2, 3, card.image_size, card.image_size)
+    embeddings = torch.randn(3, 12)
     with torch.no_grad():
         assert torch.equal(loaded.encode_image(pixels), dual.encode_image(pixels))
         assert torch.equal(loaded.encode_text(embeddings), dual.encode_text(embeddings))
@@ -77,7 +94,8 @@ def test_export_leaves_training_mode_and_gradients_alone(tmp_path):
 
 
 def test_nothing_is_written_when_the_reload_differs(tmp_path, monkeypatch):
-    dual, kept = tiny_dual(), export.save_heads
+    dual = tiny_dual()
+    kept = export.save_heads
 
     def spoiled(model, directory):
         fields = kept(model, directory)
@@ -87,7 +105,9 @@ def test_nothing_is_written_when_the_reload_differs(tmp_path, monkeypatch):
         return {**fields, "adapter_sha256": sha256_weights(directory / "text_adapter.safetensors")}
 
     monkeypatch.setattr(export, "save_heads", spoiled)
-    with pytest.raises(ContractError, match=r"tensors differ after reloading: .*visual_projection.weight"):
+    with pytest.raises(
+        ContractError, match=r"tensors differ after reloading: .*visual_projection.weight"
+    ):
         export_tower(dual, tmp_path / "tower", origin="x")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,5 @@
-"""What a tower trains with: attention, and QuickGELU with transformers' values bit for bit, its gradient, less kept."""
+"""What a tower trains with: attention, and QuickGELU with transformers' values bit for bit, its
+gradient, less kept."""
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from llm2clip_plugin.vision.towers import QuickGELU, use_fastest_attention, use_
 from .conftest import TRANSFORMERS_TOWERS, read
 
 CPU = torch.device("cpu")
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def towers() -> list:
@@ -23,7 +30,10 @@ def towers() -> list:
     ]
 
 
-@pytest.mark.skipif(not hasattr(Dinov2Model, "set_attn_implementation"), reason="transformers of the LLaVA environment")
+@pytest.mark.skipif(
+    not hasattr(Dinov2Model, "set_attn_implementation"),
+    reason="transformers of the LLaVA environment",
+)
 @pytest.mark.parametrize("tower", towers(), ids=["dinov2", "clip", "eva02"])
 def test_bf16_on_the_cpu_trains_with_plain_products(tower):
     pixels = torch.randn(2, 3, 28, 28)
@@ -36,7 +46,8 @@ def test_bf16_on_the_cpu_trains_with_plain_products(tower):
         assert tower.config._attn_implementation == "eager"
         plain = tower(pixel_values=pixels).last_hidden_state
     assert torch.allclose(fused, plain, atol=1e-5)
-    use_fastest_attention(torch.nn.Linear(1, 1), CPU, bf16=True)  # what is not of transformers stays
+    # what is not of transformers stays
+    use_fastest_attention(torch.nn.Linear(1, 1), CPU, bf16=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -49,7 +60,9 @@ def test_same_values_bit_for_bit_and_the_same_gradient(dtype):
     (QuickGELUActivation()(theirs) * weights).sum().backward()
     exact = x.double().requires_grad_()
     (QuickGELUActivation()(exact) * weights.double()).sum().backward()
-    error, other = ((found.grad.double() - exact.grad).abs().max().item() for found in (ours, theirs))
+    error, other = (
+        (found.grad.double() - exact.grad).abs().max().item() for found in (ours, theirs)
+    )
     assert error <= max(1.5 * other, 1e-6)  # no worse than transformers' own
 
 
@@ -59,8 +72,14 @@ def test_a_tower_computes_the_same_with_it():
     assert use_quick_gelu(ours) == plain.config.num_hidden_layers
     assert use_quick_gelu(ours) == 0  # none is left
     outputs = [tower(pixel_values=pixels, output_hidden_states=True) for tower in (plain, ours)]
-    assert all(torch.equal(a, b) for a, b in zip(*(output.hidden_states for output in outputs), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(*(output.hidden_states for output in outputs), strict=True)
+    )
     for output in outputs:
         output.pooler_output.square().sum().backward()
-    named = ({n: p.grad for n, p in tower.named_parameters() if p.grad is not None} for tower in (plain, ours))
+    named = (
+        {n: p.grad for n, p in tower.named_parameters() if p.grad is not None}
+        for tower in (plain, ours)
+    )
     torch.testing.assert_close(*named, rtol=1e-4, atol=1e-6)

@@ -18,7 +18,11 @@ pytest.importorskip("peft", reason="PEFT is of the training environment")
 
 @pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2", "eva02"])
 def test_trains_alone_and_is_merged_on_export(name, tmp_path):
-    tower = Eva02VisionModel(tiny_config()) if name == "eva02" else load_tower(TRANSFORMERS_TOWERS / name)
+    tower = (
+        Eva02VisionModel(tiny_config())
+        if name == "eva02"
+        else load_tower(TRANSFORMERS_TOWERS / name)
+    )
     dual = DualEncoder(tower, DualConfig(projection_dim=8, llm_width=12)).eval()
     before = {key: value.clone() for key, value in tower.state_dict().items()}
     features = probe_features(dual)
@@ -38,11 +42,14 @@ def test_trains_alone_and_is_merged_on_export(name, tmp_path):
     trained = probe_features(dual)
     assert not torch.allclose(trained["pooler_output"], features["pooler_output"], atol=1e-4)
     export_tower(dual, tmp_path / "tower", origin="x")
-    assert any(".lora_A." in name for name, _ in dual.named_parameters())  # the model itself may go on training
+    # the model itself may go on training
+    assert any(".lora_A." in name for name, _ in dual.named_parameters())
     found = probe_features(load_dual_encoder(tmp_path / "tower").dual)
     assert all(torch.allclose(found[key], trained[key], atol=2e-5) for key in trained)
     after = load_tower(tmp_path / "tower").state_dict()
     assert after.keys() == before.keys()
     changed = {key for key in after if not torch.equal(after[key], before[key])}
-    assert changed and all(key.endswith(".weight") and "norm" not in key and "embeddings" not in key for key in changed)
+    assert changed and all(
+        key.endswith(".weight") and "norm" not in key and "embeddings" not in key for key in changed
+    )
     assert len(tower_blocks(merged(tower))) == len(tower_blocks(tower))

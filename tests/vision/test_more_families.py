@@ -7,7 +7,12 @@ from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.towers import preprocessor_config, resize_tower, tower_blocks, tower_embeddings_parameters
+from llm2clip_plugin.vision.towers import (
+    preprocessor_config,
+    resize_tower,
+    tower_blocks,
+    tower_embeddings_parameters,
+)
 
 from .conftest import largest_difference, train_twenty_steps
 
@@ -16,7 +21,8 @@ TIMM_MODELS = [
     "vit_wee_patch16_reg1_gap_256",  # a register, and a table without its row
     "vit_base_patch16_siglip_224",  # no prefix, attention pooling
     "eva02_tiny_patch14_224",  # rotary positions, which no file holds
-    "qwen3_vit_88m_enc",  # Qwen3-VL's: a grid of states, positions that it interpolates itself, no final norm
+    # Qwen3-VL's: a grid of states, positions that it interpolates itself, no final norm
+    "qwen3_vit_88m_enc",
 ]
 
 
@@ -30,7 +36,9 @@ def tower(timm, request):
     """The model of that name cut to two blocks, so that the tests stay short."""
     from llm2clip_plugin.vision.towers import timm_tower
 
-    return timm_tower(request.param, pretrained=False, arguments={"depth": 2, "embed_dim": 64, "num_heads": 4})
+    return timm_tower(
+        request.param, pretrained=False, arguments={"depth": 2, "embed_dim": 64, "num_heads": 4}
+    )
 
 
 def test_states_and_outputs_of_a_timm_tower(tower):
@@ -45,7 +53,9 @@ def test_states_and_outputs_of_a_timm_tower(tower):
         assert torch.equal(output.pooler_output, tower.model(pixels))
     patches = (size // tower.config.patch_size) ** 2
     assert len(output.hidden_states) == 3 == len(tower_blocks(tower)) + 1
-    assert {state.shape for state in (*output.hidden_states, output.last_hidden_state)} == {(2, patches, 64)}
+    assert {state.shape for state in (*output.hidden_states, output.last_hidden_state)} == {
+        (2, patches, 64)
+    }
     seen = []
     tower_blocks(tower)[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
@@ -64,9 +74,15 @@ def test_timm_tower_trains_is_exported_and_comes_back(tower, tmp_path):
     assert all(p.grad is not None for p in tower_blocks(tower).parameters())
     assert all(p.grad is not None for p in tower_embeddings_parameters(tower))
     card = export_tower(dual, tmp_path / "tower", origin="timm:x")
-    assert (card.family, card.has_cls, card.num_patches) == ("timm", False, (size // tower.config.patch_size) ** 2)
+    assert (card.family, card.has_cls, card.num_patches) == (
+        "timm",
+        False,
+        (size // tower.config.patch_size) ** 2,
+    )
     text = (tmp_path / "tower" / "README.md").read_text()
-    assert "This tower needs timm>=1.0: cannot run in LLaVA 1.5" in text and "--vision_tower" in text
+    assert (
+        "This tower needs timm>=1.0: cannot run in LLaVA 1.5" in text and "--vision_tower" in text
+    )
     pixels = torch.randn(1, 3, size, size)
     with torch.no_grad():
         found = load_dual_encoder(tmp_path / "tower").encode_image(pixels)
@@ -75,5 +91,7 @@ def test_timm_tower_trains_is_exported_and_comes_back(tower, tmp_path):
             t(pixel_values=pixels, output_hidden_states=True).hidden_states
             for t in (load_tower(tmp_path / "tower"), tower)
         )
-    assert all(largest_difference(mine, theirs) < 1e-5 for mine, theirs in zip(again, trained, strict=True))
+    assert all(
+        largest_difference(mine, theirs) < 1e-5 for mine, theirs in zip(again, trained, strict=True)
+    )
     assert preprocessor_config(tmp_path / "tower")["image_mean"] == tower.config.image_mean

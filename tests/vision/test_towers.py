@@ -30,7 +30,8 @@ TOLERANCE = 2e-5  # the goldens' own: 4.37.2 eager against 5.24 SDPA differs by 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE + WHOLE_MODELS)
 def test_states_equal_the_reference(name):
-    tower, golden = load_tower(TRANSFORMERS_TOWERS / name), read(TRANSFORMERS_TOWERS / name)
+    tower = load_tower(TRANSFORMERS_TOWERS / name)
+    golden = read(TRANSFORMERS_TOWERS / name)
     with torch.no_grad():
         output = tower(pixel_values=golden["pixels"], output_hidden_states=True)
     expected = sorted(key for key in golden if key.startswith("hidden_states_"))
@@ -66,11 +67,13 @@ def test_without_a_preprocessor_pixels_are_normalized_as_in_pretraining(name):
 @pytest.mark.parametrize("name", TOWERS_ALONE)
 def test_resizing_moves_positions_and_nothing_else(name):
     tower = load_tower(TRANSFORMERS_TOWERS / name)
-    patch, before = tower.config.patch_size, tower.config.image_size
+    patch = tower.config.patch_size
+    before = tower.config.image_size
     larger = load_tower(TRANSFORMERS_TOWERS / name, image_size=patch * 7)
     assert (larger.config.image_size, resized_from(larger)) == (patch * 7, before)
     assert (tower.config.image_size, resized_from(tower)) == (before, 0)
-    old, new = tower.state_dict(), larger.state_dict()
+    old = tower.state_dict()
+    new = larger.state_dict()
     changed = [key for key in old if old[key].shape != new[key].shape]
     assert len(changed) == 1 and "position" in changed[0]
     assert all(torch.equal(old[key], new[key]) for key in old if key not in changed)
@@ -102,7 +105,10 @@ def test_resized_dinov2_is_what_transformers_5_computes_away_from_its_grid():
         with torch.no_grad():
             output = tower(pixel_values=golden[f"size{size}.pixels"], output_hidden_states=True)
         for i, state in enumerate(output.hidden_states):
-            assert largest_difference(state, golden[f"v5.size{size}.hidden_states_{i:02d}"]) < TOLERANCE
+            assert (
+                largest_difference(state, golden[f"v5.size{size}.hidden_states_{i:02d}"])
+                < TOLERANCE
+            )
 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE)
@@ -116,7 +122,9 @@ def test_blocks_embeddings_and_freezing(name):
     assert parts <= {"post_layernorm", "layernorm", "head"}
     freeze_tower(tower, first_blocks=1)
     trainable = {id(p) for p in tower.parameters() if p.requires_grad}
-    assert not trainable & below and not trainable & {id(p) for p in tower_blocks(tower)[0].parameters()}
+    assert not trainable & below and not trainable & {
+        id(p) for p in tower_blocks(tower)[0].parameters()
+    }
     assert {id(p) for p in tower_blocks(tower)[1].parameters()} <= trainable
     freeze_tower(tower)
     assert not any(p.requires_grad for p in tower.parameters())
@@ -131,9 +139,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     for checkpointing in (False, True):
         tower = load_tower(TRANSFORMERS_TOWERS / name).train()
         if checkpointing:
-            tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            tower.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         runs = [0]
-        tower_blocks(tower)[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.__setitem__(0, runs[0] + 1))
+        tower_blocks(tower)[0].mlp.register_forward_pre_hook(
+            lambda *_, runs=runs: runs.__setitem__(0, runs[0] + 1)
+        )
         tower(pixel_values=pixels).pooler_output.square().sum().backward()
         assert runs[0] == 1 + checkpointing  # the block really ran again in the backward pass
         gradients.append({n: p.grad for n, p in tower.named_parameters() if p.grad is not None})
@@ -151,23 +163,37 @@ def test_old_files_hold_position_ids(tmp_path, name):
     load_tower(tmp_path / "tower")
     card, report = import_tower(tmp_path / "tower", tmp_path / "imported")
     assert any("(a counter, not a weight): 1 tensors" in line for line in report)
-    assert card.weights_sha256 == import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "plain")[0].weights_sha256
+    assert (
+        card.weights_sha256
+        == import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "plain")[0].weights_sha256
+    )
 
 
 UNUSABLE = {
-    "image_std": ([0.5, 0.0, 0.5], [0.5], 0.5, [0.5, "a", 0.5], [0.5, -0.1, 0.5], [0.5, float("nan"), 0.5]),
+    "image_std": (
+        [0.5, 0.0, 0.5],
+        [0.5],
+        0.5,
+        [0.5, "a", 0.5],
+        [0.5, -0.1, 0.5],
+        [0.5, float("nan"), 0.5],
+    ),
     "image_mean": ([0.5], [0.5, 0.5, float("inf")], "mean"),
 }
 
 
-@pytest.mark.parametrize("name, values", [(name, one) for name, each in UNUSABLE.items() for one in each])
+@pytest.mark.parametrize(
+    "name, values", [(name, one) for name, each in UNUSABLE.items() for one in each]
+)
 def test_normalization_that_no_picture_can_have(tmp_path, name, values):
     file = make_tower(tmp_path / "tower") / "preprocessor_config.json"
     file.write_text(json.dumps(preprocessor_config(tmp_path / "tower") | {name: values}))
     with pytest.raises(ContractError) as caught:
         load_tower(tmp_path / "tower")
     expected = "three numbers above 0" if name == "image_std" else "three numbers "
-    assert str(caught.value).startswith(f"{file}: {name} is {json.loads(json.dumps(values))!r}, expected {expected}")
+    assert str(caught.value).startswith(
+        f"{file}: {name} is {json.loads(json.dumps(values))!r}, expected {expected}"
+    )
 
 
 def test_a_tower_without_preprocessor_says_which_normalization_it_takes(tmp_path, capsys):
@@ -180,5 +206,8 @@ def test_a_tower_without_preprocessor_says_which_normalization_it_takes(tmp_path
     load_tower(tmp_path / "tower")
     error = capsys.readouterr().err
     assert error.count("note:") == 1  # once in a process
-    assert f"{tmp_path / 'tower'} has no preprocessor_config.json; pixels get the mean [0.48145466, " in error
+    assert (
+        f"{tmp_path / 'tower'} has no preprocessor_config.json; pixels get the mean [0.48145466, "
+        in error
+    )
     assert error.endswith("of the family 'clip'\n")

@@ -1,6 +1,8 @@
-"""AIMv2, MetaCLIP 2, RADIO, Perception Encoder and OpenVision, against states of transformers, timm and OpenCLIP.
+"""AIMv2, MetaCLIP 2, RADIO, Perception Encoder and OpenVision, against states of transformers, timm
+and OpenCLIP.
 
-tests/golden/make_towers_of_today.py wrote them. Families that the installed libraries are too old for are left out.
+tests/golden/make_towers_of_today.py wrote them. Families that the installed libraries are too old
+for are left out.
 """
 
 import shutil
@@ -18,18 +20,34 @@ from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.families import families
-from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, tower_embeddings_parameters
+from llm2clip_plugin.vision.towers import (
+    preprocessor_config,
+    tower_blocks,
+    tower_embeddings_parameters,
+)
 from llm2clip_plugin.vision.wrapped import make_timm
 
 from .conftest import largest_difference, read, train_twenty_steps
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "towers_of_today"
 TOLERANCE = 2e-5  # another version of torch or transformers, eager or fused attention
-FAMILIES = {"aimv2_native": "aimv2", "aimv2_lit": "aimv2", "pe_core": "timm"}  # of a checkpoint; others are named so
+# of a checkpoint; others are named so
+FAMILIES = {"aimv2_native": "aimv2", "aimv2_lit": "aimv2", "pe_core": "timm"}
 FAMILIES |= {name: name for name in ("aimv2", "dinov3", "metaclip2", "radio", "openvision")}
-POOLS = {"aimv2": "mean", "dinov3": "cls_mean", "metaclip2": "mean", "radio": "cls_mean", "pe_core": "mean"}
+POOLS = {
+    "aimv2": "mean",
+    "dinov3": "cls_mean",
+    "metaclip2": "mean",
+    "radio": "cls_mean",
+    "pe_core": "mean",
+}
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-MEANS = {"aimv2": CLIP_MEAN, "dinov3": [0.485, 0.456, 0.406], "metaclip2": CLIP_MEAN, "radio": [0.0, 0.0, 0.0]}
+MEANS = {
+    "aimv2": CLIP_MEAN,
+    "dinov3": [0.485, 0.456, 0.406],
+    "metaclip2": CLIP_MEAN,
+    "radio": [0.0, 0.0, 0.0],
+}
 MEANS |= {"timm": [0.5, 0.5, 0.5], "openvision": [0.485, 0.456, 0.406]}
 
 
@@ -44,7 +62,9 @@ def why_not(family: str) -> str:
     return ""
 
 
-@pytest.fixture(scope="module", params=[name for name, family in FAMILIES.items() if not why_not(family)])
+@pytest.fixture(
+    scope="module", params=[name for name, family in FAMILIES.items() if not why_not(family)]
+)
 def name(request) -> str:
     """A checkpoint whose family runs with the installed libraries."""
     return request.param
@@ -64,43 +84,68 @@ def states_of(tower, pixels):
 
 
 def test_states_equal_the_reference(name, directory):
-    golden, tower, family = read(GOLDEN / name), load_tower(directory), families()[FAMILIES[name]]
-    card, preprocessor = TowerCard.read(directory / TowerCard.FILE), preprocessor_config(directory)
-    assert (card.family, card.has_cls, card.num_patches, card.num_layers) == (family.name, family.has_cls, 16, 2)
+    golden = read(GOLDEN / name)
+    tower = load_tower(directory)
+    family = families()[FAMILIES[name]]
+    card = TowerCard.read(directory / TowerCard.FILE)
+    preprocessor = preprocessor_config(directory)
+    assert (card.family, card.has_cls, card.num_patches, card.num_layers) == (
+        family.name,
+        family.has_cls,
+        16,
+        2,
+    )
     assert len(golden["kept"]) == card.num_patches + card.has_cls
     assert preprocessor["image_mean"] == MEANS[family.name]
     assert preprocessor["crop_size"] == {"height": 28, "width": 28}
-    output, kept = states_of(tower, golden["pixels"]), golden["kept"]
+    output = states_of(tower, golden["pixels"])
+    kept = golden["kept"]
     expected = [golden[key][:, kept] for key in sorted(golden) if key.startswith("hidden_states_")]
     assert len(output.hidden_states) == len(expected) == len(tower_blocks(tower)) + 1
     for mine, theirs in zip(output.hidden_states, expected, strict=True):
         assert largest_difference(mine, theirs) < TOLERANCE
     if "last_hidden_state" in golden:
-        assert largest_difference(output.last_hidden_state, golden["last_hidden_state"][:, kept]) < TOLERANCE
-    assert "Index" not in tower(pixel_values=golden["pixels"]).last_hidden_state.grad_fn.name()  # a GPU would wait
+        assert (
+            largest_difference(output.last_hidden_state, golden["last_hidden_state"][:, kept])
+            < TOLERANCE
+        )
+    # a GPU would wait
+    assert "Index" not in tower(pixel_values=golden["pixels"]).last_hidden_state.grad_fn.name()
     if "pooled" in golden:
         assert largest_difference(output.pooler_output, golden["pooled"]) < TOLERANCE
     with torch.no_grad():
         assert tower(pixel_values=golden["pixels"]).hidden_states is None
         if "embedding" in golden:
             found = load_dual_encoder(directory).encode_image(golden["pixels"])
-            assert largest_difference(found, torch.nn.functional.normalize(golden["embedding"], dim=-1)) < TOLERANCE
+            assert (
+                largest_difference(
+                    found, torch.nn.functional.normalize(golden["embedding"], dim=-1)
+                )
+                < TOLERANCE
+            )
 
 
 def test_trains_is_exported_and_comes_back(name, directory, tmp_path):
     tower = load_tower(directory)
     tower.gradient_checkpointing_enable()
-    dual = DualEncoder(tower, DualConfig(projection_dim=8, llm_width=12, pool=POOLS.get(name, "pooled"))).train()
+    dual = DualEncoder(
+        tower, DualConfig(projection_dim=8, llm_width=12, pool=POOLS.get(name, "pooled"))
+    ).train()
     losses = train_twenty_steps(dual)
     assert losses[-1] < 0.5 * losses[0]
     assert not [n for n, p in dual.named_parameters() if p.requires_grad != (p.grad is not None)]
     assert any(p.grad is not None for p in tower_embeddings_parameters(tower))
     export_tower(dual, tmp_path / "trained", origin="tiny")
-    pixels, reloaded = read(GOLDEN / name)["pixels"], load_dual_encoder(tmp_path / "trained")
+    pixels = read(GOLDEN / name)["pixels"]
+    reloaded = load_dual_encoder(tmp_path / "trained")
     with torch.no_grad():
-        assert largest_difference(reloaded.encode_image(pixels), dual.eval().encode_image(pixels)) < 1e-5
+        assert (
+            largest_difference(reloaded.encode_image(pixels), dual.eval().encode_image(pixels))
+            < 1e-5
+        )
         assert dual.encode_with_patches(pixels, patch_features=-2)[2].shape == (len(pixels), 16, 8)
-    before, after = states_of(load_tower(directory), pixels), states_of(load_tower(tmp_path / "trained"), pixels)
+    before = states_of(load_tower(directory), pixels)
+    after = states_of(load_tower(tmp_path / "trained"), pixels)
     assert not torch.equal(before.hidden_states[1], after.hidden_states[1])
 
 
@@ -108,7 +153,9 @@ def test_another_size_gives_its_patches(name, directory):
     tower = load_tower(directory, image_size=42)
     states = states_of(tower, torch.rand(1, 3, 42, 42)).hidden_states
     assert {state.shape[1] for state in states} == {36 + families()[FAMILIES[name]].has_cls}
-    with pytest.raises(ValueError, match=r"images have \(28, 28\) pixels, but the tower expects 42 x 42"):
+    with pytest.raises(
+        ValueError, match=r"images have \(28, 28\) pixels, but the tower expects 42 x 42"
+    ):
         tower(pixel_values=torch.rand(1, 3, 28, 28))
 
 
@@ -118,11 +165,19 @@ def test_it_is_llavas_eye(name, directory):
 
     args = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
     eye = LLM2CLIPVisionTower("llm2clip", locate(f"llm2clip:{directory}"), args, delay_load=True)
-    assert (eye.hidden_size, eye.num_patches, eye.num_patches_per_side, eye.is_loaded) == (16, 16, 4, False)
+    assert (eye.hidden_size, eye.num_patches, eye.num_patches_per_side, eye.is_loaded) == (
+        16,
+        16,
+        4,
+        False,
+    )
     eye.load_model()
     golden = read(GOLDEN / name)
     patches = golden["kept"][families()[FAMILIES[name]].has_cls :]
-    assert largest_difference(eye(golden["pixels"]), golden["hidden_states_01"][:, patches]) < TOLERANCE
+    assert (
+        largest_difference(eye(golden["pixels"]), golden["hidden_states_01"][:, patches])
+        < TOLERANCE
+    )
     assert eye(golden["pixels"].bfloat16()).dtype == torch.bfloat16
     assert eye.image_processor.crop_size == {"height": 28, "width": 28}
 
@@ -130,5 +185,7 @@ def test_it_is_llavas_eye(name, directory):
 def test_openvision_needs_its_configuration(tmp_path):
     shutil.copy(GOLDEN / "openvision" / "open_clip_model.safetensors", tmp_path)
     (tmp_path / "open_clip_config.json").write_text('{"quick_gelu": false}')
-    with pytest.raises(ContractError, match=r"no visual.ln_pre, like OpenVision.s, but .*no_ln_pre None.*--config"):
+    with pytest.raises(
+        ContractError, match=r"no visual.ln_pre, like OpenVision.s, but .*no_ln_pre None.*--config"
+    ):
         import_tower(tmp_path, tmp_path / "again")

@@ -1,4 +1,5 @@
-"""One file per benchmark, or per family; each defines ``BENCHMARK``, and a new file is a new benchmark."""
+"""One file per benchmark, or per family; each defines ``BENCHMARK``, and a new file is a new
+benchmark."""
 
 from llava_integration.benchmarks.benchmark import Benchmark
 from llm2clip_plugin.files import discover

@@ -17,21 +17,25 @@ ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 class ScienceQA(base.Benchmark):
     """The headline is over the questions with an image (IMG).
 
-    Rule of LLaVA's ``eval_science_qa.py``: the answer is exactly a letter A-E, or begins with 'X. ', or has exactly one
-    'The answer is X' followed by any character. Its IMG part is the questions whose *prompt* has ``<image>``, so a
-    missing answer is not in the IMG denominator.
+    Rule of LLaVA's ``eval_science_qa.py``: the answer is exactly a letter A-E, or begins with 'X.
+    ', or has exactly one 'The answer is X' followed by any character. Its IMG part is the questions
+    whose *prompt* has ``<image>``, so a missing answer is not in the IMG denominator.
     """
 
     def load(self, folder: Path) -> list[base.Question]:
         where = "from https://github.com/lupantech/ScienceQA (data/scienceqa)"
-        problems, splits = (read_json_value(self.require(folder, name, where=where)) for name in self.annotations)
+        problems, splits = (
+            read_json_value(self.require(folder, name, where=where)) for name in self.annotations
+        )
         return [
             base.Question(
                 id=identifier,
                 text=problems[identifier]["question"],
                 cluster=identifier,  # no two questions share a picture
                 truth=LETTERS[problems[identifier]["answer"]],
-                image=f"{identifier}/{problems[identifier]['image']}" if problems[identifier]["image"] else "",
+                image=f"{identifier}/{problems[identifier]['image']}"
+                if problems[identifier]["image"]
+                else "",
                 category=problems[identifier]["subject"],
                 extra={"choices": problems[identifier]["choices"]},
             )
@@ -43,11 +47,14 @@ class ScienceQA(base.Benchmark):
         record = super().score(folder, answers, **options)
         if not any(item["is_multimodal"] for item in record.items):
             fix = "evaluate with LLaVA's question file and --image-folder"
-            raise ValueError(f"no prompt in {answers.path} has <image>: it answered without the images; {fix}")
+            raise ValueError(
+                f"no prompt in {answers.path} has <image>: it answered without the images; {fix}"
+            )
         return record
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
-        """``is_multimodal``: in the official IMG part; ``pred_idx``: -1 where no choice is recognized."""
+        """``is_multimodal``: in the official IMG part; ``pred_idx``: -1 where no choice is
+        recognized."""
         text = answer.text or "" if answer else "FAILED"
         letter = parse(text)
         choices = question.extra["choices"]
@@ -65,7 +72,9 @@ class ScienceQA(base.Benchmark):
 
     def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
         """Answers without a letter."""
-        return {"no_letter": sum(item["parsed"] == "FAILED" and not item["missing"] for item in items)}
+        return {
+            "no_letter": sum(item["parsed"] == "FAILED" and not item["missing"] for item in items)
+        }
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         img = [item for item in items if item["is_multimodal"]]
@@ -106,15 +115,19 @@ SCIENCEQA = ScienceQA(
     question_files=("llava_test_CQM-A.json", "llava_test_*.json"),
     image_folders=("images/test", "images", "test", ""),
     evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
-    published=base.published_scores(llava_7b=66.8, llava_13b=71.6, reproduced_7b=67.97, llm2clip_7b=69.92),
+    published=base.published_scores(
+        llava_7b=66.8, llava_13b=71.6, reproduced_7b=67.97, llm2clip_7b=69.92
+    ),
 )
 
 
-PRINTED = {"all": "Total accuracy", "image": "image accuracy", "video": "video accuracy"}  # the official script's
+# the official script's
+PRINTED = {"all": "Total accuracy", "image": "image accuracy", "video": "video accuracy"}
 
 
 class SEEDBench(base.Benchmark):
-    """Rule of LLaVA's ``convert_seed_for_submission.py``: ``text == answer`` exactly ('A.', 'a', 'A. cat' are wrong).
+    """Rule of LLaVA's ``convert_seed_for_submission.py``: ``text == answer`` exactly ('A.', 'a',
+    'A. cat' are wrong).
 
     The headline is over all questions, as in LLaVA's table; image and video are reported too.
     """
@@ -129,12 +142,18 @@ class SEEDBench(base.Benchmark):
                 text=entry["question"],
                 cluster=_media(entry),
                 truth=entry["answer"],
-                image=f"SEED-Bench-{entry['data_type']}/{_media(entry)}" if entry["data_type"] == "image" else "",
+                image=f"SEED-Bench-{entry['data_type']}/{_media(entry)}"
+                if entry["data_type"] == "image"
+                else "",
                 category=names[entry["question_type_id"]],
                 extra={
                     "question_type_id": entry["question_type_id"],
                     "data_type": entry["data_type"],
-                    "choices": [entry[f"choice_{letter}"] for letter in "abcd" if f"choice_{letter}" in entry],
+                    "choices": [
+                        entry[f"choice_{letter}"]
+                        for letter in "abcd"
+                        if f"choice_{letter}" in entry
+                    ],
                 },
             )
             for entry in data["questions"]
@@ -152,8 +171,12 @@ class SEEDBench(base.Benchmark):
             if chosen := [item for item in items if part in ("all", item["data_type"])]:
                 metrics[f"{part}_accuracy_percent"] = 100 * base.mean_of(chosen)
                 printed[name] = round(metrics[f"{part}_accuracy_percent"], 2)
-        counts = {name: {"correct": sum(values), "count": len(values)} for name, values in types.items()}
-        return base.flatten({**metrics, "printed_percent": printed, "correct_and_count_per_type": counts})
+        counts = {
+            name: {"correct": sum(values), "count": len(values)} for name, values in types.items()
+        }
+        return base.flatten(
+            {**metrics, "printed_percent": printed, "correct_and_count_per_type": counts}
+        )
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         """The leaderboard's file, in the annotations' order."""

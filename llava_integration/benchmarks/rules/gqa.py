@@ -1,8 +1,9 @@
 """GQA, testdev_balanced: exact match, and the breakdowns of its ``eval.py``.
 
-Rule: https://cs.stanford.edu/people/dorarad/gqa/evaluate.html on LLaVA's ``convert_gqa_for_eval.py`` of the answers:
-final full stops are removed, lower case, nothing else ('red .' becomes 'red '). Validity and plausibility are 0, as the
-official script gives them without the choices file.
+Rule: https://cs.stanford.edu/people/dorarad/gqa/evaluate.html on LLaVA's
+``convert_gqa_for_eval.py`` of the answers: final full stops are removed, lower case, nothing else
+('red .' becomes 'red '). Validity and plausibility are 0, as the official script gives them without
+the choices file.
 """
 
 from collections import Counter, defaultdict
@@ -37,14 +38,18 @@ class GQA(base.Benchmark):
                 extra={
                     "semantic": entry["types"]["semantic"],
                     "steps": sum(
-                        not any(word in f"{one['operation']}: {one['argument']}" for word in NOT_A_STEP)
+                        not any(
+                            word in f"{one['operation']}: {one['argument']}" for word in NOT_A_STEP
+                        )
                         for one in entry["semantic"]
                     ),
                     "words": len(entry["question"].split()),
                     "group": entry["groups"]["global"],
                 },
             )
-            for identifier, entry in read_json_value(self.require(folder, *self.annotations, where=where)).items()
+            for identifier, entry in read_json_value(
+                self.require(folder, *self.annotations, where=where)
+            ).items()
             if entry.get("isBalanced", True)
         ]
 
@@ -53,7 +58,10 @@ class GQA(base.Benchmark):
         text = base.text_of(answer)
         prediction = text if answer and answer.layout == "submission" else convert(text)
         return base.item_of(
-            question, answer, score=int(answer is not None and prediction == question.truth), prediction=prediction
+            question,
+            answer,
+            score=int(answer is not None and prediction == question.truth),
+            prediction=prediction,
         )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
@@ -74,7 +82,10 @@ class GQA(base.Benchmark):
         return base.flatten(tree)
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
-        return [{"questionId": answer.id, "prediction": convert(answer.text or "")} for answer in answers.rows]
+        return [
+            {"questionId": answer.id, "prediction": convert(answer.text or "")}
+            for answer in answers.rows
+        ]
 
 
 def convert(text: str) -> str:
@@ -83,9 +94,11 @@ def convert(text: str) -> str:
 
 
 def chi_square(items: Sequence[base.Item]) -> float:
-    """Distance of predicted from true answers within each global group, averaged by the group's size.
+    """Distance of predicted from true answers within each global group, averaged by the group's
+    size.
 
-    sum over groups of n_g x sum over true answers a of (predicted_a - true_a)^2 / true_a, over sum of n_g.
+    sum over groups of n_g x sum over true answers a of (predicted_a - true_a)^2 / true_a, over sum
+    of n_g.
     """
     true: dict[str, Counter[str]] = defaultdict(Counter)
     predicted: dict[str, Counter[str]] = defaultdict(Counter)
@@ -96,7 +109,10 @@ def chi_square(items: Sequence[base.Item]) -> float:
     total = weighted = 0.0
     for group, counts in true.items():
         size = sum(counts.values())
-        distance = sum((predicted[group][answer] - expected) ** 2 / expected for answer, expected in counts.items())
+        distance = sum(
+            (predicted[group][answer] - expected) ** 2 / expected
+            for answer, expected in counts.items()
+        )
         weighted += distance * size
         total += size
     return weighted / total if total else 0.0
@@ -115,5 +131,7 @@ BENCHMARK = GQA(
     question_files=("llava_gqa*.jsonl",),
     image_folders=("data/images", "images", ""),
     submission_format="json",
-    published=base.published_scores(llava_7b=62.0, llava_13b=63.3, reproduced_7b=62.86, llm2clip_7b=63.15),
+    published=base.published_scores(
+        llava_7b=62.0, llava_13b=63.3, reproduced_7b=62.86, llm2clip_7b=63.15
+    ),
 )

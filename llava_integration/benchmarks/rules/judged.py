@@ -1,6 +1,7 @@
 """LLaVA-Bench (in the wild) and MM-Vet: open answers that a judge scores.
 
-The judge is a GPT model that this package never calls: ``--reviews`` is the file of the official program.
+The judge is a GPT model that this package never calls: ``--reviews`` is the file of the official
+program.
 """
 
 from collections.abc import Sequence
@@ -15,30 +16,40 @@ from llm2clip_plugin.files import read_json_value
 
 
 def reviewed(member: base.Benchmark, answers: Answers, reviews: Path | None) -> Answers:
-    """The judge's reviews of the answers, whose texts go into each row as ``model_answer``; or the answers, if these
-    are reviews already. Raises ValueError for another file."""
+    """The judge's reviews of the answers, whose texts go into each row as ``model_answer``; or the
+    answers, if these are reviews already. Raises ValueError for another file."""
     if answers.layout == "judge":
         return answers
     if reviews is None or (judged := read_answers(reviews)).layout != "judge":
-        raise ValueError(f"{member.title} needs a judge: --reviews FILE, which {member.judge} makes of {answers.path}")
+        raise ValueError(
+            f"{member.title} needs a judge: --reviews FILE, which {member.judge} makes of {answers.path}"
+        )
     texts = {member.answer_key(answer): answer.text or "" for answer in answers.rows}
-    rows = [replace(one, row={**one.row, "model_answer": texts.get(member.answer_key(one), "")}) for one in judged.rows]
+    rows = [
+        replace(one, row={**one.row, "model_answer": texts.get(member.answer_key(one), "")})
+        for one in judged.rows
+    ]
     return replace(judged, rows=tuple(rows))
 
 
 class LLaVABench(base.Benchmark):
     """A judge gives scores of 1-10 to the reference's and to the model's answer.
 
-    The judge's file is that of LLaVA's ``eval_gpt_review_bench.py``, one JSON line per question with ``tuple:
-    [reference, model]``. Score of ``summarize_gpt_review.py``: 100 x mean(model) / mean(reference), means rounded to 3
-    places, the score to 1. A review that cannot be parsed is [-1, -1], which the official script averages in.
+    The judge's file is that of LLaVA's ``eval_gpt_review_bench.py``, one JSON line per question
+    with ``tuple: [reference, model]``. Score of ``summarize_gpt_review.py``: 100 x mean(model) /
+    mean(reference), means rounded to 3 places, the score to 1. A review that cannot be parsed is
+    [-1, -1], which the official script averages in.
     """
 
     def load(self, folder: Path) -> list[base.Question]:
         where = "from https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
         return [
             base.Question(
-                id=row["question_id"], text=row["text"], truth="", image=row["image"], category=row.get("category", "")
+                id=row["question_id"],
+                text=row["text"],
+                truth="",
+                image=row["image"],
+                category=row.get("category", ""),
             )
             for row in read_jsonl(self.require(folder, *self.annotations, where=where))
         ]
@@ -48,7 +59,9 @@ class LLaVABench(base.Benchmark):
         row = answer.row if answer else {}
         marks = row.get("tuple", [0.0, 0.0])
         if not isinstance(marks, list) or len(marks) != 2:
-            raise ValueError(f"the review of {question.id} has tuple {marks!r}, expected [reference, model]")
+            raise ValueError(
+                f"the review of {question.id} has tuple {marks!r}, expected [reference, model]"
+            )
         reference, model = map(float, marks)
         return base.item_of(
             question,
@@ -67,7 +80,8 @@ class LLaVABench(base.Benchmark):
         return {"failed_reviews": sum(item["failed"] for item in items)}
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        """``<category>``: relative score; ``.reference`` and ``.model``: mean scores x 10, all rounded as printed."""
+        """``<category>``: relative score; ``.reference`` and ``.model``: mean scores x 10, all
+        rounded as printed."""
         given = [item for item in items if not item["missing"]]
         metrics = {}
         for name in ("all", *sorted({item["category"] for item in given})):
@@ -83,7 +97,9 @@ class LLaVABench(base.Benchmark):
 
     def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """100 x sum of the model's scores / sum of the reference's."""
-        sums = np.array([[item["mark_model"], item["mark_reference"]] for item in items], dtype=float)
+        sums = np.array(
+            [[item["mark_model"], item["mark_reference"]] for item in items], dtype=float
+        )
         return base.Statistic(sums, lambda totals: 100 * base.ratio(totals[..., 0], totals[..., 1]))
 
 
@@ -100,20 +116,26 @@ LLAVA_BENCH = LLaVABench(
     evaluate_options=base.LONG_ANSWERS,
     judge="LLaVA's eval_gpt_review_bench.py",
     item_fields=("mark_model", "mark_reference"),
-    published=base.published_scores(llava_7b=65.4, llava_13b=72.5, reproduced_7b=58.0, llm2clip_7b=62.7),
+    published=base.published_scores(
+        llava_7b=65.4, llava_13b=72.5, reproduced_7b=58.0, llm2clip_7b=62.7
+    ),
 )
 
 
 class MMVet(base.Benchmark):
-    """Open questions that need some of six capabilities, scored 0 to 1 by a judge, usually five times.
+    """Open questions that need some of six capabilities, scored 0 to 1 by a judge, usually five
+    times.
 
-    The judge's file is the grade file of MM-Vet's evaluator (``{"v1_0": {"score": [0.5, ...], ...}}``, one score per
-    run), whose input LLaVA's ``convert_mmvet_for_eval.py`` makes. Score: 100 x mean over runs of the mean score,
-    overall and for the questions of each capability, with the standard deviation over runs.
+    The judge's file is the grade file of MM-Vet's evaluator (``{"v1_0": {"score": [0.5, ...],
+    ...}}``, one score per run), whose input LLaVA's ``convert_mmvet_for_eval.py`` makes. Score: 100
+    x mean over runs of the mean score, overall and for the questions of each capability, with the
+    standard deviation over runs.
     """
 
     def load(self, folder: Path) -> list[base.Question]:
-        path = self.require(folder, *self.annotations, where="from https://github.com/yuweihao/MM-Vet (mm-vet.zip)")
+        path = self.require(
+            folder, *self.annotations, where="from https://github.com/yuweihao/MM-Vet (mm-vet.zip)"
+        )
         return [
             base.Question(
                 id=identifier,
@@ -134,7 +156,9 @@ class MMVet(base.Benchmark):
         """``answer`` is the judge's grade; the item's score is its mean over runs."""
         runs = [float(mark) for mark in answer.row["score"]] if answer else []
         if answer and not runs:
-            raise ValueError(f"{question.id} has no scores in the judge's file; finish the evaluator's run")
+            raise ValueError(
+                f"{question.id} has no scores in the judge's file; finish the evaluator's run"
+            )
         return base.item_of(
             question,
             answer,
@@ -170,6 +194,8 @@ MMVET = MMVet(
     evaluate_options=base.LONG_ANSWERS,
     judge="MM-Vet's evaluator",
     answered_only=True,
-    published=base.published_scores(llava_7b=31.1, llava_13b=36.1, reproduced_7b=34.3, llm2clip_7b=34.8),
+    published=base.published_scores(
+        llava_7b=31.1, llava_13b=36.1, reproduced_7b=34.3, llm2clip_7b=34.8
+    ),
 )
 BENCHMARK = [LLAVA_BENCH, MMVET]

@@ -1,9 +1,12 @@
-"""MMBench dev, circular: a question is right only if every rotation of its options is answered right.
+"""MMBench dev, circular: a question is right only if every rotation of its options is answered
+right.
 
-Rule: that of VLMEvalKit, MMBench's own evaluator, by exact matching on LLaVA's ``convert_mmbench_for_submission.py`` of
-the answers. It uses no judge: what it cannot read is wrong, whereas the MMBench server has a GPT model read it, so its
-numbers are a little higher. Quirks kept: the article 'A' alone is option A; an option text contained in another is
-ambiguous; texts that pandas reads as missing values ('None', 'NA') are no options, and as answers they are 'nan'.
+Rule: that of VLMEvalKit, MMBench's own evaluator, by exact matching on LLaVA's
+``convert_mmbench_for_submission.py`` of the answers. It uses no judge: what it cannot read is
+wrong, whereas the MMBench server has a GPT model read it, so its numbers are a little higher.
+Quirks kept: the article 'A' alone is option A; an option text contained in another is ambiguous;
+texts that pandas reads as missing values ('None', 'NA') are no options, and as answers they are
+'nan'.
 """
 
 import base64
@@ -74,7 +77,9 @@ class MMBench(base.Benchmark):
                 base.Question(
                     id=int(row["index"]),
                     text=row["question"],
-                    cluster=hashlib.sha256(image.encode()).hexdigest()[:16] if pictured else f"group {group}",
+                    cluster=hashlib.sha256(image.encode()).hexdigest()[:16]
+                    if pictured
+                    else f"group {group}",
                     truth=row["answer"],
                     image=str(group),
                     category=row.get("category") or "",
@@ -83,8 +88,11 @@ class MMBench(base.Benchmark):
             )
         return questions
 
-    def items(self, questions: Sequence[base.Question], answers: Sequence[Answer | None]) -> list[base.Item]:
-        """One item for each group whose first rotation is in the table; the official rule ignores others."""
+    def items(
+        self, questions: Sequence[base.Question], answers: Sequence[Answer | None]
+    ) -> list[base.Item]:
+        """One item for each group whose first rotation is in the table; the official rule ignores
+        others."""
         groups: dict[int, list[tuple[base.Question, base.Item]]] = {}
         for question, row in zip(questions, super().items(questions, answers), strict=True):
             groups.setdefault(int(question.id) % ROTATION, []).append((question, row))
@@ -128,7 +136,9 @@ class MMBench(base.Benchmark):
         numbers = {
             "overall": base.mean_of(items),
             "by_l2_and_category": {
-                SHORT_NAMES.get(key, key): base.mean(values) for key, values in groups.items() if key
+                SHORT_NAMES.get(key, key): base.mean(values)
+                for key, values in groups.items()
+                if key
             },
             "n_groups": len(items),
             "hits": sum(item["score"] for item in items),
@@ -149,7 +159,11 @@ class MMBench(base.Benchmark):
         texts = {str(answer.id): answer.text for answer in answers.rows}
         rows = []
         for row in read_table(self.require(folder, *self.question_files, where=WHERE)):
-            cells = [(key, value if value != "" else None) for key, value in row.items() if key not in NOT_SUBMITTED]
+            cells = [
+                (key, value if value != "" else None)
+                for key, value in row.items()
+                if key not in NOT_SUBMITTED
+            ]
             cells.insert(PREDICTION_COLUMN, ("prediction", texts.get(row["index"]) or None))
             rows.append({**dict(cells), "index": int(row["index"])})
         return rows
@@ -161,18 +175,25 @@ def read_table(path: Path) -> list[dict[str, str]]:
     rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
     needed = {"index", "question", "A", "B", "answer"}
     if not needed <= set(columns := [key for row in rows[:1] for key in row if key]):
-        raise ValueError(f"{path} has the columns {columns}, expected at least {sorted(needed)} (tab-separated)")
+        raise ValueError(
+            f"{path} has the columns {columns}, expected at least {sorted(needed)} (tab-separated)"
+        )
     return rows
 
 
 def choices_of(row: dict[str, str]) -> dict[str, str]:
     """The options of a row by letter."""
     cells = {letter: row.get(letter) for letter in "ABCD"}
-    return {letter: text for letter, text in cells.items() if text is not None and text not in PANDAS_MISSING}
+    return {
+        letter: text
+        for letter, text in cells.items()
+        if text is not None and text not in PANDAS_MISSING
+    }
 
 
 def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
-    """The option by its letter, else by its text; None if neither. 'Z' stands for a refusal: no option, so wrong."""
+    """The option by its letter, else by its text; None if neither. 'Z' stands for a refusal: no
+    option, so wrong."""
     answer = "nan" if answer in PANDAS_MISSING else answer  # through a spreadsheet and back
     if API_FAILED in answer:
         return _by_text(answer, options)
@@ -191,7 +212,8 @@ def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def _by_text(answer: str, options: Mapping[str, str]) -> str | None:
-    """The only option whose text the answer, if not much longer than all options, contains in any case."""
+    """The only option whose text the answer, if not much longer than all options, contains in any
+    case."""
     if len(answer) > 2 * sum(map(len, options.values())):
         return None
     contained = [letter for letter, text in options.items() if text.lower() in answer.lower()]
@@ -204,7 +226,12 @@ def _encoded_images(table: Path) -> dict[str, str]:
     return {row["index"]: row.get("image") or "" for row in read_table(table)}
 
 
-ENGLISH = ("mmbench_dev_2*.tsv", "mmbench_dev_en*.tsv", "mmbench_test_2*.tsv", "mmbench_test_en*.tsv")
+ENGLISH = (
+    "mmbench_dev_2*.tsv",
+    "mmbench_dev_en*.tsv",
+    "mmbench_test_2*.tsv",
+    "mmbench_test_en*.tsv",
+)
 CHINESE = ("mmbench_dev_cn*.tsv", "mmbench_test_cn*.tsv", "mmbench_cn*.tsv")
 MMBENCH = MMBench(
     name="mmbench",
@@ -217,7 +244,9 @@ MMBENCH = MMBench(
     question_files=ENGLISH,
     evaluate_options=("--single-pred-prompt", *base.LONG_ANSWERS),
     submission_format="jsonl",  # its server takes the same rows as .xlsx: docs/mllm.md
-    published=base.published_scores(llava_7b=64.3, llava_13b=67.7, reproduced_7b=66.66, llm2clip_7b=68.29),
+    published=base.published_scores(
+        llava_7b=64.3, llava_13b=67.7, reproduced_7b=66.66, llm2clip_7b=68.29
+    ),
 )
 MMBENCH_CN = replace(  # the same questions in Chinese
     MMBENCH,
@@ -228,6 +257,8 @@ MMBENCH_CN = replace(  # the same questions in Chinese
     annotations=CHINESE,
     question_files=CHINESE,
     evaluate_options=(*MMBENCH.evaluate_options, "--lang", "cn"),
-    published=base.published_scores(llava_7b=58.3, llava_13b=63.6, reproduced_7b=60.39, llm2clip_7b=60.40),
+    published=base.published_scores(
+        llava_7b=58.3, llava_13b=63.6, reproduced_7b=60.39, llm2clip_7b=60.40
+    ),
 )
 BENCHMARK = [MMBENCH, MMBENCH_CN]

@@ -1,9 +1,11 @@
-"""MME: two yes/no questions per image, 14 subtasks; a subtask scores 100 x accuracy + 100 x accuracy of complete pairs.
+"""MME: two yes/no questions per image, 14 subtasks; a subtask scores 100 x accuracy + 100 x
+accuracy of complete pairs.
 
-Rule of its ``eval_tool/calculation.py`` after LLaVA's ``convert_answer_to_mme.py``: the first four characters of the
-lower-cased answer decide: 'yes' in them, else 'no' in them, else other, which is wrong ('Not sure' and 'Snow' are no,
-'Y' is other). The official tool takes two consecutive lines for an image; here a pair is the two questions of an image
-file, in any order. Perception sums ten subtasks (2000), cognition four (800).
+Rule of its ``eval_tool/calculation.py`` after LLaVA's ``convert_answer_to_mme.py``: the first four
+characters of the lower-cased answer decide: 'yes' in them, else 'no' in them, else other, which is
+wrong ('Not sure' and 'Snow' are no, 'Y' is other). The official tool takes two consecutive lines
+for an image; here a pair is the two questions of an image file, in any order. Perception sums ten
+subtasks (2000), cognition four (800).
 """
 
 from collections.abc import Hashable, Sequence
@@ -28,7 +30,9 @@ class MME(base.Benchmark):
         root = folder / RELEASE
         if not root.is_dir():
             where = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
-            raise FileNotFoundError(f"{folder} has no {RELEASE}; request it as described at {where}")
+            raise FileNotFoundError(
+                f"{folder} has no {RELEASE}; request it as described at {where}"
+            )
         llavas = base.first_file(folder, *self.question_files)  # it names the pictures
         rows = read_jsonl(llavas) if llavas else []
         images = {(row["category"], Path(row["image"]).stem): row["image"] for row in rows}
@@ -38,7 +42,9 @@ class MME(base.Benchmark):
             for path in sorted((inner if inner.is_dir() else root / category).glob("*.txt")):
                 questions += _pair(path, category, images)
         if not questions:
-            raise FileNotFoundError(f"{root} has none of MME's subtasks ({', '.join(PERCEPTION)} ...)")
+            raise FileNotFoundError(
+                f"{root} has none of MME's subtasks ({', '.join(PERCEPTION)} ...)"
+            )
         return questions
 
     def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
@@ -64,10 +70,14 @@ class MME(base.Benchmark):
         return {"other": sum(item["parsed"] == "other" and not item["missing"] for item in items)}
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        of = {name: [item for item in items if item["category"] == name] for name in (*PERCEPTION, *COGNITION)}
+        of = {
+            name: [item for item in items if item["category"] == name]
+            for name in (*PERCEPTION, *COGNITION)
+        }
         categories = {name: subtask(chosen) for name, chosen in of.items() if chosen}
         perception, cognition = (
-            sum(categories[name]["score"] for name in names if name in categories) for names in (PERCEPTION, COGNITION)
+            sum(categories[name]["score"] for name in names if name in categories)
+            for names in (PERCEPTION, COGNITION)
         )
         sums = {"perception": perception, "cognition": cognition, "total": perception + cognition}
         return base.flatten({"categories": categories, **sums})
@@ -78,9 +88,12 @@ class MME(base.Benchmark):
 
 
 def paired_accuracy(items: Sequence[base.Item], categories: Sequence[str]) -> base.Statistic:
-    """Sum over subtasks of 100 x right / questions + 100 x complete pairs / images, resampled within a subtask."""
-    parts, complete = [item["category"] for item in items], complete_pairs(items)
-    first = {item["cluster"]: place for place, item in reversed(list(enumerate(items)))}  # there its pair counts
+    """Sum over subtasks of 100 x right / questions + 100 x complete pairs / images, resampled
+    within a subtask."""
+    parts = [item["category"] for item in items]
+    complete = complete_pairs(items)
+    # there its pair counts
+    first = {item["cluster"]: place for place, item in reversed(list(enumerate(items)))}
     firsts = [first[item["cluster"]] == place for place, item in enumerate(items)]
     values = [
         (item["score"], 1, complete[item["cluster"]] and counts, counts)
@@ -111,7 +124,9 @@ def _pair(path: Path, category: str, images: dict[tuple[str, str], str]) -> list
     for nth, line in enumerate(line for line in read_text(path).split("\n") if line.strip()):
         fields = line.strip().split("\t")
         if len(fields) != 2 or fields[1].lower() not in ("yes", "no"):
-            raise ValueError(f"{path}, line {nth + 1}: expected 'question<TAB>Yes' or No, got {line!r}")
+            raise ValueError(
+                f"{path}, line {nth + 1}: expected 'question<TAB>Yes' or No, got {line!r}"
+            )
         questions.append(
             base.Question(
                 id=f"{category}/{path.stem}/{nth}",
@@ -150,9 +165,11 @@ def complete_pairs(items: Sequence[base.Item]) -> dict[str, bool]:
 
 
 def subtask(items: Sequence[base.Item]) -> dict[str, float]:
-    """One subtask: confusion counts, accuracy, accuracy of complete pairs, score; 'other' is in no confusion count."""
+    """One subtask: confusion counts, accuracy, accuracy of complete pairs, score; 'other' is in no
+    confusion count."""
     counts = base.yes_no_numbers([(item["parsed"], item["gt"]) for item in items])
-    accuracy, accuracy_plus = base.mean_of(items), base.mean(list(complete_pairs(items).values()))
+    accuracy = base.mean_of(items)
+    accuracy_plus = base.mean(list(complete_pairs(items).values()))
     return {
         **{name: value for name, value in counts.items() if name != "f1"},
         "other_num": sum(item["parsed"] == "other" for item in items),
@@ -173,5 +190,7 @@ BENCHMARK = MME(
     question_files=("llava_mme.jsonl", "llava_mme*.jsonl"),
     image_folders=(RELEASE, ""),
     item_fields=("category", "cluster"),
-    published=base.published_scores(llava_7b=1510.7, llava_13b=1531.3, reproduced_7b=1476.69, llm2clip_7b=1505.82),
+    published=base.published_scores(
+        llava_7b=1510.7, llava_13b=1531.3, reproduced_7b=1476.69, llm2clip_7b=1505.82
+    ),
 )

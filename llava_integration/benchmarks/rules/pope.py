@@ -1,8 +1,10 @@
-"""POPE on COCO: is an object in the image? Three ways to choose the absent objects; the headline is their mean F1.
+"""POPE on COCO: is an object in the image? Three ways to choose the absent objects; the headline is
+their mean F1.
 
-Rule of LLaVA's ``eval_pope.py``: the text up to the first full stop, commas deleted, split at spaces; 'no' if a word is
-exactly 'No', 'no' or 'not', else 'yes' (so 'Nope' and '' are yes, and 'Yes, no doubt' is no). The official script pairs
-answers with labels by order; here they are joined by question. An unanswered question is not counted, as in the script.
+Rule of LLaVA's ``eval_pope.py``: the text up to the first full stop, commas deleted, split at
+spaces; 'no' if a word is exactly 'No', 'no' or 'not', else 'yes' (so 'Nope' and '' are yes, and
+'Yes, no doubt' is no). The official script pairs answers with labels by order; here they are joined
+by question. An unanswered question is not counted, as in the script.
 """
 
 from collections.abc import Sequence
@@ -18,12 +20,15 @@ AVERAGED = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 class POPE(base.Benchmark):
     def load(self, folder: Path) -> list[base.Question]:
-        """LLaVA's questions with the label of (category, image, question), in the question file's order."""
+        """LLaVA's questions with the label of (category, image, question), in the question file's
+        order."""
         path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
         where = "from https://github.com/AoiDragon/POPE (output/coco)"
         label_file = self.require(folder, "coco/coco_pope_*.json", where=where)
         labels = {
-            (file.stem.removeprefix("coco_pope_"), row["image"], base.squeeze(row["text"])): row["label"]
+            (file.stem.removeprefix("coco_pope_"), row["image"], base.squeeze(row["text"])): row[
+                "label"
+            ]
             for file in label_file.parent.glob("coco_pope_*.json")
             for row in read_jsonl(file)
         }
@@ -43,7 +48,13 @@ class POPE(base.Benchmark):
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         parsed = parse(base.text_of(answer)) if answer else "missing"
-        return base.item_of(question, answer, score=int(parsed == question.truth), parsed=parsed, label=question.truth)
+        return base.item_of(
+            question,
+            answer,
+            score=int(parsed == question.truth),
+            parsed=parsed,
+            label=question.truth,
+        )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         pairs: dict[str, list[tuple[str, str]]] = {item["category"]: [] for item in items}
@@ -51,20 +62,25 @@ class POPE(base.Benchmark):
             if not item["missing"]:
                 pairs[item["category"]].append((item["parsed"], item["label"]))
         categories = {category: numbers(part) for category, part in pairs.items()}
-        means = {name: base.mean([values[name] for values in categories.values()]) for name in AVERAGED}
+        means = {
+            name: base.mean([values[name] for values in categories.values()]) for name in AVERAGED
+        }
         return base.flatten({"categories": categories, "average_over_categories": means})
 
     def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """Mean over the categories of F1, percent."""
         values = []
         for item in items:
-            said, true = item["parsed"] == "yes", item["label"] == "yes" and not item.get("missing")
+            said = item["parsed"] == "yes"
+            true = item["label"] == "yes" and not item.get("missing")
             values.append((said and true, said, true))
         sums = base.in_columns([item["category"] for item in items], values)
 
         def value(totals: np.ndarray) -> np.ndarray:
             # F1 = 2 TP / (predicted + actual)
-            return 100 * base.ratio(2 * totals[..., 0::3], totals[..., 1::3] + totals[..., 2::3]).mean(axis=-1)
+            return 100 * base.ratio(
+                2 * totals[..., 0::3], totals[..., 1::3] + totals[..., 2::3]
+            ).mean(axis=-1)
 
         return base.Statistic(sums, value)
 

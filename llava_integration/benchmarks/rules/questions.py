@@ -1,10 +1,11 @@
-"""Own questions: a JSONL with ``image`` (relative to the file), ``question`` and ``answer``, a text or a list of texts.
+"""Own questions: a JSONL with ``image`` (relative to the file), ``question`` and ``answer``, a text
+or a list of texts.
 
 DATA is the file itself, or a folder with a questions.jsonl.
 
-An answer is right if one of the true ones occurs in it as whole words, in the VQA evaluation's normal form (case,
-punctuation, articles and number words don't matter), so "a red circle" is right for "circle"; yes and no must be its
-first word. ``id`` and ``category`` are optional.
+An answer is right if one of the true ones occurs in it as whole words, in the VQA evaluation's
+normal form (case, punctuation, articles and number words don't matter), so "a red circle" is right
+for "circle"; yes and no must be its first word. ``id`` and ``category`` are optional.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from llm2clip_plugin.files import ContractError
 
 class Questions(base.Benchmark):
     def load(self, folder: Path) -> list[base.Question]:
-        """The questions, in the file's order. Raises ContractError for a row without one of the three fields."""
+        """The questions, in the file's order. Raises ContractError for a row without one of the
+        three fields."""
         where = "each line needs image, question and answer"
         path = folder if folder.is_file() else self.require(folder, *self.annotations, where=where)
         questions: list[base.Question] = []
@@ -43,11 +45,16 @@ class Questions(base.Benchmark):
         return questions
 
     def question_rows(self, folder: Path) -> list[Row]:
-        return [base.question_row(one.id, one.image, f"{one.text}\n{base.SHORT_ANSWER}") for one in self.load(folder)]
+        return [
+            base.question_row(one.id, one.image, f"{one.text}\n{base.SHORT_ANSWER}")
+            for one in self.load(folder)
+        ]
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         text = base.text_of(answer)
-        return base.item_of(question, answer, score=int(any(is_right(text, truth) for truth in question.truth)))
+        return base.item_of(
+            question, answer, score=int(any(is_right(text, truth) for truth in question.truth))
+        )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         parts = base.percents([item for item in items if item["category"]], "category")
@@ -60,7 +67,8 @@ def is_right(answer: str, truth: str) -> bool:
     >>> is_right("A red circle.", "circle"), is_right("circles", "circle"), is_right("I see no cat", "no")
     (True, False, False)
     """
-    said, true = m4c(answer), m4c(truth)
+    said = m4c(answer)
+    true = m4c(truth)
     if true in ("yes", "no"):
         return said.split()[:1] == [true]
     return f" {true} " in f" {said} "

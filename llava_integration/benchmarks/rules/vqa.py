@@ -1,8 +1,9 @@
 """VQAv2, VizWiz and TextVQA: short answers, compared with those of ten people.
 
-Two processors of answers exist in the field. The *VQA API* one (``processPunctuation`` and ``processDigitArticle`` of
-the VQA evaluation, https://visualqa.org/evaluation.html) and the *M4C* one, which first splits words; LLaVA uses the
-latter for TextVQA and for the files it sends to the VQAv2 and VizWiz servers. Comments mark their quirks.
+Two processors of answers exist in the field. The *VQA API* one (``processPunctuation`` and
+``processDigitArticle`` of the VQA evaluation, https://visualqa.org/evaluation.html) and the *M4C*
+one, which first splits words; LLaVA uses the latter for TextVQA and for the files it sends to the
+VQAv2 and VizWiz servers. Comments mark their quirks.
 """
 
 import re
@@ -19,8 +20,9 @@ NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(
 )}}  # fmt: skip
 ARTICLES = frozenset({"a", "an", "the"})
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# The authors meant a look-behind and wrote a look-ahead for the characters '<=' and a digit, which always holds
-# before a full stop: so a full stop goes unless a digit follows ('3.' -> '3', '.5' stays).
+# The authors meant a look-behind and wrote a look-ahead for the characters '<=' and a digit, which
+# always holds before a full stop: so a full stop goes unless a digit follows ('3.' -> '3', '.5'
+# stays).
 FULL_STOP = re.compile(r"\.(?!\d)")
 FULL_STOPS_AT_MOST = 32  # re.UNICODE, passed where the count belongs
 DIGIT_COMMA = re.compile(r"\d,\d")
@@ -51,12 +53,14 @@ CONTRACTIONS = {
 
 
 def strip_punctuation(text: str) -> str:
-    """Delete a punctuation mark that touches a space anywhere, else make it a space; then full stops.
-    A comma between digits anywhere makes every mark go without a space."""
+    """Delete a punctuation mark that touches a space anywhere, else make it a space; then full
+    stops. A comma between digits anywhere makes every mark go without a space."""
     out = text
     delete_all = DIGIT_COMMA.search(text) is not None
     for mark in PUNCTUATION:
-        out = out.replace(mark, "" if delete_all or mark + " " in text or " " + mark in text else " ")
+        out = out.replace(
+            mark, "" if delete_all or mark + " " in text or " " + mark in text else " "
+        )
     return FULL_STOP.sub("", out, count=FULL_STOPS_AT_MOST)
 
 
@@ -85,7 +89,8 @@ def m4c(text: str) -> str:
 
 
 def leave_one_out(prediction: str, humans: Sequence[str]) -> float:
-    """Mean over the humans of min(1, matches among the others / 3): 0, .3, .6, .9 or 1 with ten humans."""
+    """Mean over the humans of min(1, matches among the others / 3): 0, .3, .6, .9 or 1 with ten
+    humans."""
     if not humans:
         return 0.0
     matches = sum(answer == prediction for answer in humans)
@@ -94,15 +99,19 @@ def leave_one_out(prediction: str, humans: Sequence[str]) -> float:
 
 
 def vqa_api_accuracy(prediction: str, humans: Sequence[str]) -> float:
-    """Accuracy of the VQA API: texts are normalized only where the humans disagree, so 'Yes' against 'yes' may be 0."""
-    prediction, humans = one_line(prediction), [one_line(answer) for answer in humans]
+    """Accuracy of the VQA API: texts are normalized only where the humans disagree, so 'Yes'
+    against 'yes' may be 0."""
+    prediction = one_line(prediction)
+    humans = [one_line(answer) for answer in humans]
     if len(set(humans)) > 1:
-        prediction, humans = vqa_api(prediction), [vqa_api(answer) for answer in humans]
+        prediction = vqa_api(prediction)
+        humans = [vqa_api(answer) for answer in humans]
     return leave_one_out(prediction, humans)
 
 
 def vqa_api_numbers(items: Sequence[base.Item], *parts: str) -> dict:
-    """The VQA API's numbers, also by each field of ``parts``: percent, rounded as it does, and once unrounded."""
+    """The VQA API's numbers, also by each field of ``parts``: percent, rounded as it does, and once
+    unrounded."""
     return {
         "overall": round(100 * base.mean_of(items), 2),
         "overall_unrounded": 100 * base.mean_of(items),
@@ -116,18 +125,27 @@ VAL_QUESTIONS = ("*OpenEnded*val2014_questions*.json", "*OpenEnded*questions*.js
 class VQAv2(base.Benchmark):
     """Ten human answers per question; those of test-dev are known to the server only.
 
-    Rule: the VQA API's, on LLaVA's ``convert_vqav2_for_submission.py`` of the answers (``converted_submission``),
-    through which LLaVA's published numbers went. The converter splits ``'s`` off as a word, which no human answer has,
-    so possessives score 0 through it; unanimous answers are compared without normalization.
+    Rule: the VQA API's, on LLaVA's ``convert_vqav2_for_submission.py`` of the answers
+    (``converted_submission``), through which LLaVA's published numbers went. The converter splits
+    ``'s`` off as a word, which no human answer has, so possessives score 0 through it; unanimous
+    answers are compared without normalization.
     """
 
     def load(self, folder: Path) -> list[base.Question]:
         where = "val2014's are at https://visualqa.org/download.html; the server scores test-dev: --submission FILE"
-        annotations = self.require(folder, "*val2014_annotations*.json", "*annotations*.json", where=where)
+        annotations = self.require(
+            folder, "*val2014_annotations*.json", "*annotations*.json", where=where
+        )
         path = self.require(folder, *VAL_QUESTIONS, where=where)
-        truths = {entry["question_id"]: entry for entry in read_json_value(annotations)["annotations"]}
+        truths = {
+            entry["question_id"]: entry for entry in read_json_value(annotations)["annotations"]
+        }
         llavas = base.first_file(folder, *self.question_files)  # it names the pictures
-        images = {str(row["question_id"]): str(row.get("image", "")) for row in read_jsonl(llavas)} if llavas else {}
+        images = (
+            {str(row["question_id"]): str(row.get("image", "")) for row in read_jsonl(llavas)}
+            if llavas
+            else {}
+        )
         questions = []
         for entry in read_json_value(path)["questions"]:
             truth = truths[entry["question_id"]]
@@ -139,7 +157,10 @@ class VQAv2(base.Benchmark):
                     truth=[answer["answer"] for answer in truth["answers"]],
                     image=images.get(str(entry["question_id"]), _val_image(entry)),
                     category=truth["answer_type"],
-                    extra={"answer_type": truth["answer_type"], "question_type": truth["question_type"]},
+                    extra={
+                        "answer_type": truth["answer_type"],
+                        "question_type": truth["question_type"],
+                    },
                 )
             )
         return questions
@@ -152,12 +173,16 @@ class VQAv2(base.Benchmark):
         return base.item_of(question, answer, score=score, submission=submission)
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        return base.flatten({"converted_submission": vqa_api_numbers(items, "answer_type", "question_type")})
+        return base.flatten(
+            {"converted_submission": vqa_api_numbers(items, "answer_type", "question_type")}
+        )
 
     def question_rows(self, folder: Path) -> list[Row]:
         path = base.first_file(folder, *VAL_QUESTIONS)
         return [
-            base.question_row(entry["question_id"], _val_image(entry), f"{entry['question']}\n{base.SHORT_ANSWER}")
+            base.question_row(
+                entry["question_id"], _val_image(entry), f"{entry['question']}\n{base.SHORT_ANSWER}"
+            )
             for entry in (read_json_value(path)["questions"] if path else [])
         ]
 
@@ -166,7 +191,10 @@ class VQAv2(base.Benchmark):
         path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
         texts = {str(answer.id): answer.text for answer in answers.rows}
         return [
-            {"question_id": row["question_id"], "answer": m4c(texts.get(str(row["question_id"])) or "")}
+            {
+                "question_id": row["question_id"],
+                "answer": m4c(texts.get(str(row["question_id"])) or ""),
+            }
             for row in read_jsonl(path)
         ]
 
@@ -186,7 +214,9 @@ VQAV2 = VQAv2(
     scored_question_files=("llava_vqav2*val*.jsonl",),
     image_folders=("val2014", "test2015", "images", ""),
     submission_format="json",
-    published=base.published_scores(llava_7b=78.5, llava_13b=80.0, reproduced_7b=79.04, llm2clip_7b=79.80),
+    published=base.published_scores(
+        llava_7b=78.5, llava_13b=80.0, reproduced_7b=79.04, llm2clip_7b=79.80
+    ),
 )
 
 
@@ -196,18 +226,22 @@ UNANSWERABLE = "When the provided information is insufficient, respond with 'Una
 class VizWiz(base.Benchmark):
     """Ten crowd answers per picture, often 'unanswerable'; val is scored here, test by the server.
 
-    Rule: the VQA API's, of which the challenge's code is a fork, on LLaVA's ``convert_vizwiz_for_submission.py``.
+    Rule: the VQA API's, of which the challenge's code is a fork, on LLaVA's
+    ``convert_vizwiz_for_submission.py``.
     """
 
     def load(self, folder: Path) -> list[base.Question]:
-        """Questions of val.json, with the ids of LLaVA's question file of val, or else their positions in val.json."""
+        """Questions of val.json, with the ids of LLaVA's question file of val, or else their
+        positions in val.json."""
         where = "in Annotations.zip at https://vizwiz.org/tasks-and-datasets/vqa; the server scores test: --submission"
         annotations = self.require(folder, "val.json", "*val*.json", where=where)
         entries = read_json_value(annotations)
         path = base.first_file(folder, *self.scored_question_files)
         ids = {row["image"]: row["question_id"] for row in read_jsonl(path)} if path else {}
         if path and (unknown := [entry["image"] for entry in entries if entry["image"] not in ids]):
-            raise ValueError(f"{len(unknown)} images of {annotations}, first {unknown[0]}, are not in {path}")
+            raise ValueError(
+                f"{len(unknown)} images of {annotations}, first {unknown[0]}, are not in {path}"
+            )
         return [
             base.Question(
                 id=ids.get(entry["image"], place),
@@ -225,7 +259,11 @@ class VizWiz(base.Benchmark):
         return ("id", str(question.id)), ("image", Path(question.image).stem)
 
     def answer_key(self, answer: Answer) -> Hashable:
-        return ("id", str(answer.id)) if answer.layout == "llava" else ("image", Path(str(answer.id)).stem)
+        return (
+            ("id", str(answer.id))
+            if answer.layout == "llava"
+            else ("image", Path(str(answer.id)).stem)
+        )
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """A missing answer scores 0."""
@@ -238,7 +276,9 @@ class VizWiz(base.Benchmark):
 
     def question_rows(self, folder: Path) -> list[Row]:
         return [
-            base.question_row(place, entry["image"], f"{entry['question']}\n{UNANSWERABLE}\n{base.SHORT_ANSWER}")
+            base.question_row(
+                place, entry["image"], f"{entry['question']}\n{UNANSWERABLE}\n{base.SHORT_ANSWER}"
+            )
             for place, entry in enumerate(read_json_value(folder / "val.json"))
         ]
 
@@ -247,7 +287,9 @@ class VizWiz(base.Benchmark):
         where = "LLaVA's questions, in its eval.zip: question_id, image, text"
         rows = read_jsonl(self.require(folder, *self.question_files, where=where))
         texts = base.texts_by_id(answers, [row["question_id"] for row in rows])
-        return [{"image": row["image"], "answer": m4c(texts[str(row["question_id"])])} for row in rows]
+        return [
+            {"image": row["image"], "answer": m4c(texts[str(row["question_id"])])} for row in rows
+        ]
 
 
 VIZWIZ = VizWiz(
@@ -261,7 +303,9 @@ VIZWIZ = VizWiz(
     scored_question_files=("llava_val*.jsonl",),
     image_folders=("val", "test", "images", ""),
     submission_format="json",
-    published=base.published_scores(llava_7b=50.0, llava_13b=53.6, reproduced_7b=50.57, llm2clip_7b=52.37),
+    published=base.published_scores(
+        llava_7b=50.0, llava_13b=53.6, reproduced_7b=50.57, llm2clip_7b=52.37
+    ),
 )
 
 
@@ -269,11 +313,12 @@ TOKENS_FIRST = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 
 class TextVQA(base.Benchmark):
-    """Val 0.5.1: ten human answers, compared with the M4C evaluator as in LLaVA's ``eval_textvqa.py``.
+    """Val 0.5.1: ten human answers, compared with the M4C evaluator as in LLaVA's
+    ``eval_textvqa.py``.
 
-    LLaVA's answers have the image's id, so they are joined by it and by the question in their *prompt*. Annotations
-    with the same image and question are one for the official script, the last; unanswered questions cost nothing,
-    since it divides by the number of answers.
+    LLaVA's answers have the image's id, so they are joined by it and by the question in their
+    *prompt*. Annotations with the same image and question are one for the official script, the
+    last; unanswered questions cost nothing, since it divides by the number of answers.
     """
 
     def load(self, folder: Path) -> list[base.Question]:
@@ -305,9 +350,15 @@ class TextVQA(base.Benchmark):
         return None if text is None else (str(answer.id), text)
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
-        """``line``: the answer's line in the file, from 0; -1 for none. The M4C normal form on both sides, always."""
-        normalized, official = m4c(base.text_of(answer)), question.rule
-        score = leave_one_out(normalized, [m4c(human) for human in official["answers"]]) if answer else 0.0
+        """``line``: the answer's line in the file, from 0; -1 for none. The M4C normal form on both
+        sides, always."""
+        normalized = m4c(base.text_of(answer))
+        official = question.rule
+        score = (
+            leave_one_out(normalized, [m4c(human) for human in official["answers"]])
+            if answer
+            else 0.0
+        )
         return base.item_of(
             question,
             answer,
@@ -348,6 +399,8 @@ TEXTVQA = TextVQA(
     question_files=("llava_textvqa*.jsonl",),
     image_folders=("train_images", "train_val_images/train_images", "images", ""),
     answered_only=True,
-    published=base.published_scores(llava_7b=58.2, llava_13b=61.3, reproduced_7b=57.48, llm2clip_7b=58.35),
+    published=base.published_scores(
+        llava_7b=58.2, llava_13b=61.3, reproduced_7b=57.48, llm2clip_7b=58.35
+    ),
 )
 BENCHMARK = [VQAV2, VIZWIZ, TEXTVQA]

@@ -1,8 +1,10 @@
-"""Logs of other evaluators, one file a format; each defines ``READER``, and a new file is a new format.
+"""Logs of other evaluators, one file a format; each defines ``READER``, and a new file is a new
+format.
 
-A reader makes score files of logs, with an item for each question: ``id``, ``score`` (higher is better), ``cluster``
-(what is resampled together: the questions of one image), ``category`` and ``truth`` where the log has them, and what a
-composite's rule reads (``benchmarks/rules/``). Standard library only; what a format needs more is imported in its file.
+A reader makes score files of logs, with an item for each question: ``id``, ``score`` (higher is
+better), ``cluster`` (what is resampled together: the questions of one image), ``category`` and
+``truth`` where the log has them, and what a composite's rule reads (``benchmarks/rules/``).
+Standard library only; what a format needs more is imported in its file.
 """
 
 import csv
@@ -19,7 +21,8 @@ from llava_integration.benchmarks.rules.mme import COGNITION, PERCEPTION
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.files import ContractError, discover, errors_about, read_json_value
 
-IMAGES = ("image_id", "imageId", "img_id", "image_name", "image_path", "img_path", "image")  # a question's image
+# a question's image
+IMAGES = ("image_id", "imageId", "img_id", "image_name", "image_path", "img_path", "image")
 BY_PART = "mean of categories"  # an aggregate: categories have equal weight
 OWN = "score files"  # name of the reader of ours, which take precedence
 csv.field_size_limit(2**24)
@@ -29,11 +32,14 @@ csv.field_size_limit(2**24)
 class Log(ScoreFile):
     """The scores of one task, scorer or run, and how its number is made of them."""
 
-    aggregate: str = ""  # MME | CIDEr | BY_PART | name of a rule | "": the headline of the benchmark's, else the mean
-    printed: float | None = None  # the number that the evaluator printed; a comparison says where its own differs
+    # MME | CIDEr | BY_PART | name of a rule | "": the headline of the benchmark's, else the mean
+    aggregate: str = ""
+    # the number that the evaluator printed; a comparison says where its own differs
+    printed: float | None = None
     # of the group whose tasks have one number: name, metric, printed number, aggregate, run
     group: tuple[Any, ...] = ()
-    unknown: str = ""  # why a log has no items: nobody knows how its number is made; other logs are compared
+    # why a log has no items: nobody knows how its number is made; other logs are compared
+    unknown: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,10 @@ class Reader:
 
     name: str  # as in messages: "lmms-eval"
     endings: tuple[str, ...]  # of its files
-    fits: Callable[[Path], bool]  # whether a file with such an ending is a log of this form; reads only its start
-    read: Callable[[Path], Iterable[Log]]  # one for each task, scorer or run in the file; any error names the file
+    # whether a file with such an ending is a log of this form; reads only its start
+    fits: Callable[[Path], bool]
+    # one for each task, scorer or run in the file; any error names the file
+    read: Callable[[Path], Iterable[Log]]
 
 
 def readers() -> dict[str, Reader]:
@@ -52,19 +60,26 @@ def readers() -> dict[str, Reader]:
 
 
 def read_logs(path: Path) -> list[tuple[Path, Log]]:
-    """The scores in a log, or in all logs below a folder; none if there is no log. The tasks of a group (BLINK's 14,
-    MMLU's 57) become one. Raises ContractError for a log that cannot be read, or logs of several forms."""
+    """The scores in a log, or in all logs below a folder; none if there is no log. The tasks of a
+    group (BLINK's 14, MMLU's 57) become one. Raises ContractError for a log that cannot be read, or
+    logs of several forms."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found: dict[Reader, list[Path]] = {}
     for reader in sorted(readers().values(), key=lambda one: one.name != OWN):
-        logs = [file for file in files if file.name.endswith(reader.endings) and file.is_file() and reader.fits(file)]
+        logs = [
+            file
+            for file in files
+            if file.name.endswith(reader.endings) and file.is_file() and reader.fits(file)
+        ]
         if logs:
             found[reader] = logs
             if reader.name == OWN:
                 break
     if len(found) > 1:
         listed = "; ".join(f"{reader.name}: {logs[0]}" for reader, logs in found.items())
-        raise ContractError(f"{path} has logs of {len(found)} forms ({listed}); name the folder or file of one")
+        raise ContractError(
+            f"{path} has logs of {len(found)} forms ({listed}); name the folder or file of one"
+        )
     groups: dict[Any, list[tuple[Path, Log]]] = {}
     gc.disable()  # it would look at a million lines again and again, half of the time
     try:
@@ -74,17 +89,26 @@ def read_logs(path: Path) -> list[tuple[Path, Log]]:
                     groups.setdefault(log.group or (file, place), []).append((file, log))
     finally:
         gc.enable()
-    return [members[0] if len(members) == 1 else (members[0][0], _merged(members)) for members in groups.values()]
+    return [
+        members[0] if len(members) == 1 else (members[0][0], _merged(members))
+        for members in groups.values()
+    ]
 
 
 def _merged(members: list[tuple[Path, Log]]) -> Log:
     """The log of a group."""
-    first, items = members[0][1], []
+    first = members[0][1]
+    items = []
     name, metric, printed, aggregate, _ = first.group
     for _, log in members:
         task = log.benchmark.removesuffix(f" {metric}")
         items += [
-            {**item, "id": f"{task}/{item['id']}", "cluster": f"{task}/{item['cluster']}", "category": task}
+            {
+                **item,
+                "id": f"{task}/{item['id']}",
+                "cluster": f"{task}/{item['cluster']}",
+                "category": task,
+            }
             for item in log.items
         ]
     notes = list(dict.fromkeys(note for _, log in members for note in log.notes))
@@ -92,16 +116,22 @@ def _merged(members: list[tuple[Path, Log]]) -> Log:
     return Log(benchmark=f"{name} {metric}", metrics={}, items=items, **about)
 
 
-def mme_logs(items: list[dict[str, Any]], printed: Sequence[float | None], **about: Any) -> Iterator[Log]:
-    """MME's two composites, of items with the image in ``cluster``; ``printed``: of perception and cognition."""
+def mme_logs(
+    items: list[dict[str, Any]], printed: Sequence[float | None], **about: Any
+) -> Iterator[Log]:
+    """MME's two composites, of items with the image in ``cluster``; ``printed``: of perception and
+    cognition."""
     parts = {"mme": PERCEPTION, "MME cognition": COGNITION}
     for (name, categories), number in zip(parts.items(), printed, strict=True):
         if chosen := [item for item in items if item["category"] in categories]:
-            yield Log(benchmark=name, metrics={}, items=chosen, aggregate="MME", printed=number, **about)
+            yield Log(
+                benchmark=name, metrics={}, items=chosen, aggregate="MME", printed=number, **about
+            )
 
 
 def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any]]]:
-    """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or Excel."""
+    """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or
+    Excel."""
     if path.suffix == ".xlsx":
         from openpyxl import load_workbook
 
@@ -110,7 +140,10 @@ def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any
     elif path.suffix in (".json", ".jsonl"):
         rows = json_lines(path)
         if path.suffix == ".json":
-            rows = ((f"{path}, row {number}", row) for number, row in enumerate(read_json_value(path), 1))
+            rows = (
+                (f"{path}, row {number}", row)
+                for number, row in enumerate(read_json_value(path), 1)
+            )
         names: list[str] = []
         for where, row in rows:
             if not names:
@@ -127,7 +160,11 @@ def columns(path: Path) -> list[str]:
     """The names of a table's columns; none if it can't be read."""
     try:
         with errors_about(path):
-            return [name for _, names in islice(table(path, errors="replace"), 1) for name in map(str, names)]
+            return [
+                name
+                for _, names in islice(table(path, errors="replace"), 1)
+                for name in map(str, names)
+            ]
     except ContractError:
         return []
 
@@ -152,4 +189,6 @@ def number(value: Any, where: str) -> float:
 
 def first_of(values: Mapping[str, Any], names: Iterable[str]) -> str:
     """The first of these fields that is a text or a number, as text; "" if there is none."""
-    return next((str(values[name]) for name in names if isinstance(values.get(name), (str, int))), "")
+    return next(
+        (str(values[name]) for name in names if isinstance(values.get(name), (str, int))), ""
+    )

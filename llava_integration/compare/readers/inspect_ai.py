@@ -1,4 +1,5 @@
-"""inspect_ai's logs, ``.eval`` (a zip file) or ``.json``; the value of the log's headline scorer, mean over epochs."""
+"""inspect_ai's logs, ``.eval`` (a zip file) or ``.json``; the value of the log's headline scorer,
+mean over epochs."""
 
 import json
 import sys
@@ -11,14 +12,18 @@ from llava_integration.compare.readers import IMAGES, Log, Reader, first_of, num
 from llava_integration.compare.readers.lm_eval import CATEGORIES
 from llm2clip_plugin.files import ContractError, errors_about, read_json_value
 
-GRADES = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}  # correct, partially correct, incorrect, no answer
+# correct, partially correct, incorrect, no answer
+GRADES = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
 
 
 def fits(path: Path) -> bool:
-    """Recognized by its ending, even if it was cut, or by JSON that begins with the log's version and status."""
+    """Recognized by its ending, even if it was cut, or by JSON that begins with the log's version
+    and status."""
     with path.open("rb") as file:
         head = file.read(4096)
-    return path.suffix == ".eval" or all(name in head for name in (b'"status"', b'"eval"', b'"run_id"'))
+    return path.suffix == ".eval" or all(
+        name in head for name in (b'"status"', b'"eval"', b'"run_id"')
+    )
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -35,23 +40,30 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def read(path: Path) -> Iterator[Log]:
     """Raises ContractError for a log without scores, or with samples that its scorer did not judge."""
     header, samples = load(path)
-    results, about = header.get("results") or {}, header.get("eval", {})
+    results = header.get("results") or {}
+    about = header.get("eval", {})
     scorer = (results.get("headline") or next(iter(results.get("scores") or []), {})).get("scorer")
     if header.get("status") != "success":
-        raise ContractError(f"{path}: the run's status is {header.get('status')!r}; only a finished run counts")
+        raise ContractError(
+            f"{path}: the run's status is {header.get('status')!r}; only a finished run counts"
+        )
     if not scorer:
-        raise ContractError(f"{path} has no scores; run `inspect score` on it, or give the task a scorer")
+        raise ContractError(
+            f"{path} has no scores; run `inspect score` on it, or give the task a scorer"
+        )
     values: dict[str, list[float]] = {}
     items: dict[str, dict[str, Any]] = {}
     for sample in samples:
-        name, of = str(sample.get("id")), sample.get("metadata") or {}
+        name = str(sample.get("id"))
+        of = sample.get("metadata") or {}
         value = (sample.get("scores") or {}).get(scorer, {}).get("value")
         value = GRADES.get(value, value) if isinstance(value, str) else value
         values.setdefault(name, []).append(number(value, f"{path}, sample {name}: {scorer}"))
         said = {"cluster": first_of(of, IMAGES) or name, "category": first_of(of, CATEGORIES)}
         items.setdefault(name, {"id": name, "truth": sample.get("target"), **said})
         items[name]["score"] = sum(values[name]) / len(values[name])
-    task, model = about.get("task", path.stem), str(about.get("model", ""))
+    task = about.get("task", path.stem)
+    model = str(about.get("model", ""))
     yield Log(benchmark=f"{task} {scorer}", metrics={}, items=list(items.values()), model=model)
 
 

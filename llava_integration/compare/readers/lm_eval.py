@@ -1,9 +1,9 @@
 """lm-evaluation-harness and lmms-eval, its fork, both with ``--log_samples``.
 
-The harness writes ``samples_TASK_DATE.jsonl`` next to ``results_DATE.json``, lmms-eval ``DATE_samples_TASK.jsonl`` next
-to ``DATE_results.json``. There a metric's value is a number, or an object with what the task's aggregation reads: MME,
-POPE, MMBench, MMVP, MMStar and captions become their composites; of other objects the field ``score`` counts, or
-whether the answer is right.
+The harness writes ``samples_TASK_DATE.jsonl`` next to ``results_DATE.json``, lmms-eval
+``DATE_samples_TASK.jsonl`` next to ``DATE_results.json``. There a metric's value is a number, or an
+object with what the task's aggregation reads: MME, POPE, MMBench, MMVP, MMStar and captions become
+their composites; of other objects the field ``score`` counts, or whether the answer is right.
 """
 
 import math
@@ -18,12 +18,29 @@ from typing import Any
 
 from llava_integration.benchmarks.answers import json_lines
 from llava_integration.benchmarks.rules.mmbench import ROTATION, choices_of, letter_of
-from llava_integration.compare.readers import BY_PART, IMAGES, Log, Reader, first_object, first_of, mme_logs, number
+from llava_integration.compare.readers import (
+    BY_PART,
+    IMAGES,
+    Log,
+    Reader,
+    first_object,
+    first_of,
+    mme_logs,
+    number,
+)
 from llm2clip_plugin.files import ContractError, errors_about, read_json_value
 
 HARNESS = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl$")
 LMMS_EVAL = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl$")
-TEXTS = ("arguments", "resps", "filtered_resps", "metrics", "doc_hash", "prompt_hash", "target_hash")
+TEXTS = (
+    "arguments",
+    "resps",
+    "filtered_resps",
+    "metrics",
+    "doc_hash",
+    "prompt_hash",
+    "target_hash",
+)
 CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task")
 NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
 PROMPTS = "answers to lmms-eval's prompts, which may differ from LLaVA's"
@@ -32,7 +49,8 @@ Lines = Sequence[tuple[str, dict[str, Any]]]  # where it is, and a line of the l
 
 
 def is_log(path: Path, pattern: re.Pattern[str]) -> bool:
-    """Recognized by its name, or by a line with a document's hash and, of the harness alone, the names of metrics."""
+    """Recognized by its name, or by a line with a document's hash and, of the harness alone, the
+    names of metrics."""
     line = first_object(path)
     hashed = {"doc_id", "doc_hash"} <= set(line) and ("metrics" in line) == (pattern is HARNESS)
     return bool(pattern.search(path.name)) or hashed
@@ -45,12 +63,15 @@ class Summary:
         """``path``: the task's log; ``groups``: the aggregate of a group's number."""
         name = pattern.search(path.name)
         self.task = name["task"] if name else path.stem.removeprefix("samples_")
-        self.path, self.groups = path.with_name(results.format(name["date"])) if name else path, groups
+        self.path = path.with_name(results.format(name["date"])) if name else path
+        self.groups = groups
         body = read_json_value(self.path) if name and self.path.is_file() else {}
         with errors_about(self.path):
             self.model = str(body.get("model_name", ""))
-            self.better = (body.get("higher_is_better") or {}).get(self.task) or {}  # whether more is, by metric
-            self.numbers, self.children = body.get("results") or {}, body.get("group_subtasks") or {}
+            # whether more is, by metric
+            self.better = (body.get("higher_is_better") or {}).get(self.task) or {}
+            self.numbers = body.get("results") or {}
+            self.children = body.get("group_subtasks") or {}
 
     def printed(self, metric: str, of: str = "") -> float | None:
         """The number that was printed of the task, or of a group."""
@@ -59,20 +80,41 @@ class Summary:
         return next((float(value) for value in values if isinstance(value, (int, float))), None)
 
     def group(self, metric: str) -> tuple[Any, ...]:
-        """What tells the largest group with one number for all its tasks; () if the task is in none."""
+        """What tells the largest group with one number for all its tasks; () if the task is in
+        none."""
         tasks = {name: self._leaves(name) for name in self.children}
-        groups = [name for name in tasks if self.task in tasks[name] and self.printed(metric, name) is not None]
+        groups = [
+            name
+            for name in tasks
+            if self.task in tasks[name] and self.printed(metric, name) is not None
+        ]
         largest = max(groups, key=lambda name: len(tasks[name]), default="")
-        return (largest, metric, self.printed(metric, largest), self.groups, self.path) if largest else ()
+        return (
+            (largest, metric, self.printed(metric, largest), self.groups, self.path)
+            if largest
+            else ()
+        )
 
     def _leaves(self, name: str) -> list[str]:
         below = [one for one in self.children.get(name, ()) if one != name]
         return [leaf for one in below for leaf in self._leaves(one) or [one]]
 
-    def log(self, metric: str, items: list[dict[str, Any]], benchmark: str = "", **about: Any) -> Log:
+    def log(
+        self, metric: str, items: list[dict[str, Any]], benchmark: str = "", **about: Any
+    ) -> Log:
         """The log of a metric."""
-        about = {"printed": self.printed(metric), "group": () if benchmark else self.group(metric), **about}
-        return Log(benchmark=benchmark or f"{self.task} {metric}", metrics={}, items=items, model=self.model, **about)
+        about = {
+            "printed": self.printed(metric),
+            "group": () if benchmark else self.group(metric),
+            **about,
+        }
+        return Log(
+            benchmark=benchmark or f"{self.task} {metric}",
+            metrics={},
+            items=items,
+            model=self.model,
+            **about,
+        )
 
 
 def lines_of(path: Path) -> Lines:
@@ -91,7 +133,8 @@ def lines_of(path: Path) -> Lines:
 
 def read_harness(path: Path) -> Iterator[Log]:
     """The task's first metric with a number for each document, under its first filter."""
-    summary, lines = Summary(path, HARNESS, "results_{}.json"), lines_of(path)
+    summary = Summary(path, HARNESS, "results_{}.json")
+    lines = lines_of(path)
     filters = list(dict.fromkeys(str(line.get("filter", "none")) for _, line in lines))
     chosen = [one for one in lines if str(one[1].get("filter", "none")) == filters[0]]
     log = scored(chosen, summary, first_object(path).get("metrics", ()))
@@ -101,7 +144,8 @@ def read_harness(path: Path) -> Iterator[Log]:
 
 def read_lmms_eval(path: Path) -> Iterator[Log]:
     """The task's composite, or its first metric that has a number for each document."""
-    summary, lines = Summary(path, LMMS_EVAL, "{}_results.json", groups=BY_PART), lines_of(path)
+    summary = Summary(path, LMMS_EVAL, "{}_results.json", groups=BY_PART)
+    lines = lines_of(path)
     start = first_object(path)
     if summary.task.startswith("mmbench_"):
         logs = [_mmbench(lines, summary, "submission")]
@@ -109,7 +153,10 @@ def read_lmms_eval(path: Path) -> Iterator[Log]:
         logs = [_mmstar(lines, summary, "average")]
     elif {"mme_perception_score", "mme_cognition_score"} & set(start):
         logs = list(_mme(lines, summary))
-    elif found := next(((one, make) for one in start for end, make in COMPOSITES.items() if one.endswith(end)), None):
+    elif found := next(
+        ((one, make) for one in start for end, make in COMPOSITES.items() if one.endswith(end)),
+        None,
+    ):
         logs = [found[1](lines, summary, found[0])]
     else:
         metrics = [one for one in dict.fromkeys((*summary.better, *start)) if one not in NO_METRICS]
@@ -128,10 +175,13 @@ def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
         if any(score_of(line.get(one)) is not None for _, line in lines for one in metrics):
             raise ContractError(why)
         return summary.log("", [], unknown=why)
-    metric = min(known, key=lambda one: sum(one not in line for _, line in lines))  # others are of a part
+    # others are of a part
+    metric = min(known, key=lambda one: sum(one not in line for _, line in lines))
     sign = 1 if summary.better.get(metric, True) else -1
     items = [
-        item_of(line, line.get(metric), sign * number(score_of(line.get(metric)), f"{where}: {metric}"))
+        item_of(
+            line, line.get(metric), sign * number(score_of(line.get(metric)), f"{where}: {metric}")
+        )
         for where, line in lines
     ]
     log = summary.log(metric, items)
@@ -143,8 +193,12 @@ def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
 
 def item_of(line: dict[str, Any], value: Any, score: float) -> dict[str, Any]:
     """The item of a line, whose metric has this value."""
-    media, doc = line.get("input_media"), line.get("doc")
-    about = {**(doc if isinstance(doc, dict) else {}), **(value if isinstance(value, dict) and value else line)}
+    media = line.get("input_media")
+    doc = line.get("doc")
+    about = {
+        **(doc if isinstance(doc, dict) else {}),
+        **(value if isinstance(value, dict) and value else line),
+    }
     return {
         "id": line["doc_id"],
         "score": score,
@@ -157,7 +211,8 @@ def item_of(line: dict[str, Any], value: Any, score: float) -> dict[str, Any]:
 def score_of(value: Any) -> float | bool | None:
     """A metric's number for one document: the value, its ``score``, or whether it is right."""
     if isinstance(value, dict):
-        if {"pred", "answer"} <= set(value) and not isinstance(value["answer"], list):  # a list: captions
+        # a list: captions
+        if {"pred", "answer"} <= set(value) and not isinstance(value["answer"], list):
             return str(value["pred"]).lower() == str(value["answer"]).lower()
         if {"parsed_pred", "answer"} <= set(value):  # MMMU's
             return any(_mmmu(one, value["answer"]) for one in value["parsed_pred"])
@@ -166,7 +221,8 @@ def score_of(value: Any) -> float | bool | None:
 
 
 def _mmmu(answer: Any, truth: Any) -> bool:
-    """A letter, or an open question's candidates, texts that contain the truth and numbers that are it."""
+    """A letter, or an open question's candidates, texts that contain the truth and numbers that are
+    it."""
     if not isinstance(answer, list):
         return answer in truth if isinstance(truth, list) else answer == truth
     for text in (one.strip() for one in (truth if isinstance(truth, list) else [truth])):
@@ -192,8 +248,13 @@ def _mme(lines: Lines, summary: Summary) -> Iterator[Log]:
         value = fields(value, "question_id category score", where)
         image = f"{value['category']}/{value['question_id']}"
         seen[image] += 1
-        items.append({"id": f"{image}#{seen[image]}", "category": value["category"], "cluster": image})
-        items[-1] |= {"score": number(value["score"], f"{where}: score"), "truth": line.get("target")}
+        items.append(
+            {"id": f"{image}#{seen[image]}", "category": value["category"], "cluster": image}
+        )
+        items[-1] |= {
+            "score": number(value["score"], f"{where}: score"),
+            "truth": line.get("target"),
+        }
     printed = [summary.printed(f"mme_{part}_score") for part in ("perception", "cognition")]
     yield from mme_logs(items, printed, model=summary.model, notes=[PROMPTS])
 
@@ -204,15 +265,23 @@ def _pope(lines: Lines, summary: Summary, metric: str) -> Log:
     items = []
     for where, line in lines:
         value = fields(line.get(metric), "score prediction ground_truth", where)
-        said, true = value["prediction"], value["ground_truth"]
-        item = {**item_of(line, line, value["score"]), "category": "", "truth": true, "parsed": said}
+        said = value["prediction"]
+        true = value["ground_truth"]
+        item = {
+            **item_of(line, line, value["score"]),
+            "category": "",
+            "truth": true,
+            "parsed": said,
+        }
         items.append({**item, "label": true, "missing": said not in ("yes", "no")})
-    name = f"{summary.task} F1" if summary.task.endswith(("_adv", "_pop", "_random")) else "pope"  # parts, not runs
+    # parts, not runs
+    name = f"{summary.task} F1" if summary.task.endswith(("_adv", "_pop", "_random")) else "pope"
     return summary.log(metric, items, name, aggregate="pope", notes=[PROMPTS])
 
 
 def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
-    """A group of rotations each, as ``llm2clip score`` reads the answers: lmms-eval logs no judgement of them."""
+    """A group of rotations each, as ``llm2clip score`` reads the answers: lmms-eval logs no
+    judgement of them."""
     groups: dict[int, dict[str, Any]] = {}
     for where, line in lines:
         value = fields(line.get(metric), "index prediction answer category", where)
@@ -223,9 +292,15 @@ def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
         if value["index"] == group and choices and value["answer"] in tuple("ABCDE"):
             item |= {"truth": value["answer"], "category": value["category"]}
     if not (items := [item for item in groups.values() if "truth" in item]):
-        return summary.log("", [], unknown=f"{lines[0][0]}: {summary.task} has no options, or answers of its server's")
+        return summary.log(
+            "",
+            [],
+            unknown=f"{lines[0][0]}: {summary.task} has no options, or answers of its server's",
+        )
     task = summary.task.removesuffix("_static")  # others, as mmbench_en_dev_lite, are not its runs
-    name = {"mmbench_en_dev": "mmbench", "mmbench_cn_dev": "mmbench_cn"}.get(task, f"{task} circular")
+    name = {"mmbench_en_dev": "mmbench", "mmbench_cn_dev": "mmbench_cn"}.get(
+        task, f"{task} circular"
+    )
     printed = summary.printed("gpt_eval_score")
     return summary.log(metric, items, name, printed=printed and printed / 100, notes=[PROMPTS])
 
@@ -237,7 +312,9 @@ def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
         value = fields(line.get(metric), "pair_index is_correct", where)
         pairs.setdefault(str(value["pair_index"]), []).append(value["is_correct"])
     complete = {pair: int(all(both)) for pair, both in pairs.items() if len(both) == 2}
-    items = [{"id": pair, "cluster": f"pair {pair}", "score": score} for pair, score in complete.items()]
+    items = [
+        {"id": pair, "cluster": f"pair {pair}", "score": score} for pair, score in complete.items()
+    ]
     return summary.log(metric, items)
 
 
@@ -253,10 +330,20 @@ def _mmstar(lines: Lines, summary: Summary, metric: str) -> Log:
 
 def _cider(lines: Lines, summary: Summary, metric: str) -> Log:
     values = [fields(line.get(metric), "answer pred", where) for where, line in lines]
-    truths = [value["answer"] if isinstance(value["answer"], list) else [value["answer"]] for value in values]
-    scores = cider([str(value["pred"]) for value in values], [list(map(str, truth)) for truth in truths])
-    items = [item_of(line, value, score) for (_, line), value, score in zip(lines, values, scores, strict=True)]
-    notes = ["CIDEr: document frequencies are those of all references of the log, also in resamples"]
+    truths = [
+        value["answer"] if isinstance(value["answer"], list) else [value["answer"]]
+        for value in values
+    ]
+    scores = cider(
+        [str(value["pred"]) for value in values], [list(map(str, truth)) for truth in truths]
+    )
+    items = [
+        item_of(line, value, score)
+        for (_, line), value, score in zip(lines, values, scores, strict=True)
+    ]
+    notes = [
+        "CIDEr: document frequencies are those of all references of the log, also in resamples"
+    ]
     return summary.log(metric, items, aggregate="CIDEr", notes=notes)
 
 
@@ -267,12 +354,14 @@ COMPOSITES = {"pope_f1_score": _pope, "mmvp_pair_accuracy": _pairs, "CIDEr": _ci
 def fields(value: Any, names: str, where: str) -> dict[str, Any]:
     """The object that a metric's value is; ContractError if it lacks one of these fields."""
     if not isinstance(value, dict) or not set(names.split()) <= set(value):
-        raise ContractError(f"{where}: the metric is {str(value)[:80]}; expected an object with {names}")
+        raise ContractError(
+            f"{where}: the metric is {str(value)[:80]}; expected an object with {names}"
+        )
     return value
 
 
-# CIDEr (Vedantam et al. 2015), as pycocoevalcap's CIDEr-D computes it, without its Java: captions are tokenized as the
-# Penn Treebank is, in lower case and without punctuation marks.
+# CIDEr (Vedantam et al. 2015), as pycocoevalcap's CIDEr-D computes it, without its Java: captions
+# are tokenized as the Penn Treebank is, in lower case and without punctuation marks.
 
 NGRAMS = 4
 SIGMA = 6.0  # of the penalty on a difference in length
@@ -284,7 +373,12 @@ TOKEN = re.compile(
 )
 DROPPED = frozenset("'`.?!,:;-\"…–—") | {"''", "``", "--", "..."}
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-SPLIT = {"cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na")}
+SPLIT = {
+    "cannot": ("can", "not"),
+    "gonna": ("gon", "na"),
+    "gotta": ("got", "ta"),
+    "wanna": ("wan", "na"),
+}
 
 
 def tokens(caption: str) -> Iterator[str]:
@@ -297,19 +391,27 @@ def tokens(caption: str) -> Iterator[str]:
 def ngrams(caption: str) -> Counter[tuple[str, ...]]:
     """How often each sequence of one to four words occurs."""
     words = list(tokens(caption))
-    return Counter(tuple(words[start : start + n]) for n in range(1, NGRAMS + 1) for start in range(len(words) - n + 1))
+    return Counter(
+        tuple(words[start : start + n])
+        for n in range(1, NGRAMS + 1)
+        for start in range(len(words) - n + 1)
+    )
 
 
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """The score of each caption against its references; their mean is the corpus' CIDEr (1.1, where papers say 110).
+    """The score of each caption against its references; their mean is the corpus' CIDEr (1.1, where
+    papers say 110).
 
-    An n-gram's weight is log(captions / captions with it in a reference): scores depend on the benchmark's references.
+    An n-gram's weight is log(captions / captions with it in a reference): scores depend on the
+    benchmark's references.
     """
     all_refs = [[ngrams(one) for one in of_one] for of_one in references]
     frequency = Counter(chain.from_iterable(set(chain.from_iterable(refs)) for refs in all_refs))
     size = math.log(max(1, len(captions)))
 
-    def vector(counts: Counter[tuple[str, ...]]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
+    def vector(
+        counts: Counter[tuple[str, ...]],
+    ) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
         weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(NGRAMS)]
         for gram, count in counts.items():
             weights[len(gram) - 1][gram] = count * (size - math.log(max(1, frequency[gram])))
@@ -322,7 +424,11 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
         for weights, ref_norms, ref_length in map(vector, refs):
             penalty = math.exp(-((length - ref_length) ** 2) / (2 * SIGMA**2))
             for mine, theirs, norm, ref_norm in zip(own, weights, norms, ref_norms, strict=True):
-                dot = sum(min(value, theirs[gram]) * theirs[gram] for gram, value in mine.items() if gram in theirs)
+                dot = sum(
+                    min(value, theirs[gram]) * theirs[gram]
+                    for gram, value in mine.items()
+                    if gram in theirs
+                )
                 total += dot / (norm * ref_norm or 1) * penalty
         return 10 * total / NGRAMS / max(1, len(refs))
 
@@ -330,6 +436,16 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
 
 
 READER = [
-    Reader(name="lm-evaluation-harness", endings=(".jsonl",), fits=partial(is_log, pattern=HARNESS), read=read_harness),
-    Reader(name="lmms-eval", endings=(".jsonl",), fits=partial(is_log, pattern=LMMS_EVAL), read=read_lmms_eval),
+    Reader(
+        name="lm-evaluation-harness",
+        endings=(".jsonl",),
+        fits=partial(is_log, pattern=HARNESS),
+        read=read_harness,
+    ),
+    Reader(
+        name="lmms-eval",
+        endings=(".jsonl",),
+        fits=partial(is_log, pattern=LMMS_EVAL),
+        read=read_lmms_eval,
+    ),
 ]

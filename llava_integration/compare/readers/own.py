@@ -1,12 +1,14 @@
-"""Our own forms: score files, and tables (CSV, TSV, JSONL) of item, score and, where there are such, group and more.
+"""Our own forms: score files, and tables (CSV, TSV, JSONL) of item, score and, where there are
+such, group and more.
 
-Those of ``evaluate`` become one for each recall: in each direction, overall and by part. Their items are queries with
-``side`` (i2t, t2i), ``part`` ("all", "long:en" ...) and a hit for each k (``r1`` ...); SugarCrepe's are pairs of
-captions without a side, whose ``part`` is one of seven groups. XM3600's languages have each their own candidates.
+Those of ``evaluate`` become one for each recall: in each direction, overall and by part. Their
+items are queries with ``side`` (i2t, t2i), ``part`` ("all", "long:en" ...) and a hit for each k
+(``r1`` ...); SugarCrepe's are pairs of captions without a side, whose ``part`` is one of seven
+groups. XM3600's languages have each their own candidates.
 
-Of a table, ``item`` (or ``id``, ``question_id``) and ``score`` (or ``correct``) must be there. ``group`` (or
-``cluster``, ``image``): what is resampled together. ``task`` and ``run`` (or ``seed``) split a table into benchmarks
-and runs.
+Of a table, ``item`` (or ``id``, ``question_id``) and ``score`` (or ``correct``) must be there.
+``group`` (or ``cluster``, ``image``): what is resampled together. ``task`` and ``run`` (or
+``seed``) split a table into benchmarks and runs.
 """
 
 from collections.abc import Iterator
@@ -32,7 +34,8 @@ def scores_fits(path: Path) -> bool:
 def scores_read(path: Path) -> Iterator[Log]:
     """One for each part, direction and k if the items are queries; else the file itself."""
     record = Log(**vars(ScoreFile.read(path)))
-    name, items = record.benchmark.removeprefix("retrieval:"), record.items
+    name = record.benchmark.removeprefix("retrieval:")
+    items = record.items
     grouped = [{**item, "category": item.get("part")} for item in items]
     if record.benchmark == "retrieval:sugarcrepe":
         yield replace(record, benchmark=name, items=grouped, aggregate=BY_PART)
@@ -45,10 +48,19 @@ def scores_read(path: Path) -> Iterator[Log]:
         parts.setdefault(str(item.get("part", OVERALL)), []).append(item)
     if record.benchmark == "retrieval:xm3600":
         record = replace(record, aggregate=BY_PART)
-        parts = {OVERALL: [item for item in grouped if item["category"] not in (None, OVERALL)] or grouped}
+        parts = {
+            OVERALL: [item for item in grouped if item["category"] not in (None, OVERALL)]
+            or grouped
+        }
     elif len(parts) > MOST_PARTS + 1:
-        record = replace(record, notes=[*record.notes, f"{len(parts)} parts: only the overall number is compared"])
-        parts = {part: parts[part] for part in ([OVERALL] if OVERALL in parts else list(parts)[:MOST_PARTS])}
+        record = replace(
+            record,
+            notes=[*record.notes, f"{len(parts)} parts: only the overall number is compared"],
+        )
+        parts = {
+            part: parts[part]
+            for part in ([OVERALL] if OVERALL in parts else list(parts)[:MOST_PARTS])
+        }
     for part, queries in parts.items():
         title = name if part == OVERALL else f"{name} {part}"
         for side, arrow in DIRECTIONS.items():
@@ -71,7 +83,9 @@ COLUMNS = {  # ours: theirs
 
 def _places(names: list[str]) -> dict[str, int]:
     """Where each of our columns is in a table."""
-    found = {ours: next((one for one in theirs if one in names), "") for ours, theirs in COLUMNS.items()}
+    found = {
+        ours: next((one for one in theirs if one in names), "") for ours, theirs in COLUMNS.items()
+    }
     return {ours: names.index(one) for ours, one in found.items() if one}
 
 
@@ -87,10 +101,15 @@ def table_read(path: Path) -> Iterator[Log]:
         got = {ours: cells[place] for ours, place in places.items()}
         if got["id"] in (None, ""):
             raise ContractError(f"{where}: no {names[places['id']]}")
-        item = {"id": str(got["id"]), "score": number(got["score"], f"{where}: {names[places['score']]}")}
+        item = {
+            "id": str(got["id"]),
+            "score": number(got["score"], f"{where}: {names[places['score']]}"),
+        }
         item["cluster"] = str(got.get("cluster") or item["id"])
         item["category"] = str(got.get("category") or "")
-        tables.setdefault((str(got.get("task") or path.stem), str(got.get("run") or "")), []).append(item)
+        tables.setdefault(
+            (str(got.get("task") or path.stem), str(got.get("run") or "")), []
+        ).append(item)
     if not tables:
         raise ContractError(f"{path} has no items below its first line")
     for (task, _), items in tables.items():

@@ -1,7 +1,8 @@
-"""VLMEvalKit's tables of judged answers, ``MODEL_DATASET[_JUDGE]_result.xlsx`` and the like (or .tsv, .json).
+"""VLMEvalKit's tables of judged answers, ``MODEL_DATASET[_JUDGE]_result.xlsx`` and the like (or
+.tsv, .json).
 
-The score is the column ``hit``, ``score`` or ``eval_score``; circular benchmarks have one row for all turns of a
-question there. MME, POPE and MMVP become their composites.
+The score is the column ``hit``, ``score`` or ``eval_score``; circular benchmarks have one row for
+all turns of a question there. MME, POPE and MMVP become their composites.
 """
 
 import ast
@@ -11,7 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_integration.compare.readers import IMAGES, Log, Reader, columns, first_of, mme_logs, number, table
+from llava_integration.compare.readers import (
+    IMAGES,
+    Log,
+    Reader,
+    columns,
+    first_of,
+    mme_logs,
+    number,
+    table,
+)
 from llava_integration.compare.readers.lm_eval import ALONE
 from llm2clip_plugin.files import ContractError, errors_about
 
@@ -36,20 +46,26 @@ def fits(path: Path) -> bool:
 
 
 def read(path: Path) -> Iterator[Log]:
-    """One table; of MME perception and cognition. The model is the folder that the file's name begins with."""
+    """One table; of MME perception and cognition. The model is the folder that the file's name
+    begins with."""
     lines = table(path)
     _, names = next(lines)
     column = next((name for name in SCORES if name in names), "")
     if "index" not in names or not column:
-        raise ContractError(f"{path} has the columns {names}; expected index and one of {', '.join(SCORES)}")
+        raise ContractError(
+            f"{path} has the columns {names}; expected index and one of {', '.join(SCORES)}"
+        )
     stem = ENDING.sub("", path.stem)
     model = next((p.name for p in path.parents if p.name and stem.startswith(f"{p.name}_")), "")
     data = stem.removeprefix(f"{model}_") if model else stem
-    kind = next((kind for kind in ("mme", "pope") if data.lower() == kind and "extracted" in names), "")
+    kind = next(
+        (kind for kind in ("mme", "pope") if data.lower() == kind and "extracted" in names), ""
+    )
     items = []
     for where, cells in lines:
         row = dict(zip(names, cells, strict=False))
-        name, parts = str(row["index"]), str(row.get("category") or "")
+        name = str(row["index"])
+        parts = str(row.get("category") or "")
         with errors_about(where):
             score = _score(data, row, column, f"{where}: {column}")
         item = {"id": name, "score": score, "category": parts}
@@ -57,25 +73,37 @@ def read(path: Path) -> Iterator[Log]:
         if kind != "pope":
             items.append(item)
             continue
-        said = {"parsed": str(row.get("extracted")).lower(), "label": str(row.get("answer")).lower(), "category": ""}
+        said = {
+            "parsed": str(row.get("extracted")).lower(),
+            "label": str(row.get("answer")).lower(),
+            "category": "",
+        }
         # VLMEvalKit counts a question in each of its parts ("random,popular")
         items += [{**item, **said, "id": f"{name}/{part}"} for part in parts.split(",")]
     printed = _printed(path.parent / stem)
     if kind == "mme":
         items = [{**item, "cluster": f"{item['category']}/{item['cluster']}"} for item in items]
-        yield from mme_logs(items, [printed.get(part) for part in ("perception", "reasoning")], model=model)
+        yield from mme_logs(
+            items, [printed.get(part) for part in ("perception", "reasoning")], model=model
+        )
         return
     if data == "MMVP":  # two images of a pair, in two rows
         both = zip(items[0::2], items[1::2], strict=False)
-        items = [{**one, "score": int(one["score"] and other["score"]), "truth": None} for one, other in both]
+        items = [
+            {**one, "score": int(one["score"] and other["score"]), "truth": None}
+            for one, other in both
+        ]
     overall = printed.get("Overall")
     overall = overall / 100 if overall is not None and column != "hit" else overall
     notes = [] if {*IMAGES[:-1]} & {*names} else [ALONE]
-    yield Log(benchmark=kind or data, metrics={}, items=items, model=model, printed=overall, notes=notes)
+    yield Log(
+        benchmark=kind or data, metrics={}, items=items, model=model, printed=overall, notes=notes
+    )
 
 
 def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
-    """A row's score: the column's value, or what VLMEvalKit makes of a row's matches with several answers."""
+    """A row's score: the column's value, or what VLMEvalKit makes of a row's matches with several
+    answers."""
     matches = [float(one) for one in ast.literal_eval(str(row.get("eval_match") or "[]"))]
     if matches and data.startswith(("DocVQA", "InfoVQA")):  # distances
         return 1 - min(matches) if min(matches) <= 1 - ANLS_THRESHOLD else 0.0
@@ -85,13 +113,21 @@ def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
 
 
 def _printed(stem: Path) -> dict[str, float]:
-    """The numbers that VLMEvalKit wrote next to a table, by name: of all splits, or of the only one."""
+    """The numbers that VLMEvalKit wrote next to a table, by name: of all splits, or of the only
+    one."""
     for path in (stem.with_name(f"{stem.name}_{ending}.csv") for ending in ("acc", "score")):
         if path.is_file():
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
-            row = next((row for row in rows if row.get("split") == "Overall"), rows[0] if len(rows) == 1 else {})
-            return {name: float(row[name]) for name in ("Overall", "perception", "reasoning") if row.get(name)}
+            row = next(
+                (row for row in rows if row.get("split") == "Overall"),
+                rows[0] if len(rows) == 1 else {},
+            )
+            return {
+                name: float(row[name])
+                for name in ("Overall", "perception", "reasoning")
+                if row.get(name)
+            }
     return {}
 
 

@@ -1,4 +1,5 @@
-"""What a source offers: samples by number; how one is opened; its paths. Each format is one file of this folder."""
+"""What a source offers: samples by number; how one is opened; its paths. Each format is one file of
+this folder."""
 
 from __future__ import annotations
 
@@ -25,7 +26,14 @@ from llm2clip_plugin.data.remote import (
     expand_braces,
     is_url,
 )
-from llm2clip_plugin.data.samples import DEFAULT_FIELDS, BrokenSample, Caption, Sample, parse_fields, read_captions
+from llm2clip_plugin.data.samples import (
+    DEFAULT_FIELDS,
+    BrokenSample,
+    Caption,
+    Sample,
+    parse_fields,
+    read_captions,
+)
 from llm2clip_plugin.files import discover, parse_json
 from llm2clip_plugin.options import command, unknown
 
@@ -54,20 +62,26 @@ def formats() -> dict[str, SourceFormat]:
 class ReadConfig:
     """How captioned images are read."""
 
-    format: str = "auto"  # of the data: webdataset, jsonl, llava or another of data/sources; auto: by the path's name
-    images: str = ""  # folder or URL of the images that a .jsonl or .json file names; "": the file's own folder
-    fields: tuple[str, ...] = DEFAULT_FIELDS  # which fields are captions: NAME=KIND or NAME=KIND:LANGUAGE
+    # of the data: webdataset, jsonl, llava or another of data/sources; auto: by the path's name
+    format: str = "auto"
+    # folder or URL of the images that a .jsonl or .json file names; "": the file's own folder
+    images: str = ""
+    # which fields are captions: NAME=KIND or NAME=KIND:LANGUAGE
+    fields: tuple[str, ...] = DEFAULT_FIELDS
     language: str = "en"  # of captions without a language
     image_field: str = "image"  # field of a .jsonl with the image's path
-    key_field: str = "id"  # field of a .jsonl with the sample's key; without it, the image's path is the key
+    # field of a .jsonl with the sample's key; without it, the image's path is the key
+    key_field: str = "id"
     kinds: tuple[str, ...] = ()  # use only these kinds of captions; empty: all
     languages: tuple[str, ...] = ()  # use only captions in these languages; empty: all
-    # shards shuffled together, so that few are in use at a time; 0: the entire source; -1: 16 if the data is at a URL
-    # or on a network file system, else 0
+    # shards shuffled together, so that few are in use at a time; 0: the entire source; -1: 16 if
+    # the data is at a URL or on a network file system, else 0
     shuffle_window: int = -1
-    cache_folder: str = ""  # for downloaded shards and indexes; "" is LLM2CLIP_CACHE or ~/.cache/llm2clip/shards
+    # for downloaded shards and indexes; "" is LLM2CLIP_CACHE or ~/.cache/llm2clip/shards
+    cache_folder: str = ""
     cache_gb: float = 0.0  # limit for downloaded shards, 10^9 bytes; 0: no limit
-    # for indexes of tars at a URL: one that all nodes share lets one of them make it for all; "" is cache_folder
+    # for indexes of tars at a URL: one that all nodes share lets one of them make it for all; "" is
+    # cache_folder
     index_folder: str = ""
 
     def __post_init__(self) -> None:
@@ -83,7 +97,9 @@ class ReadConfig:
 class SourceConfig(ReadConfig):
     """Where captioned images are and how they are read."""
 
-    path: str  # folder of tars, a .tar, train-*.tar, {00000..00099}.tar, a .jsonl, LLaVA's .json, or a URL of these
+    # folder of tars, a .tar, train-*.tar, {00000..00099}.tar, a .jsonl, LLaVA's .json, or a URL of
+    # these
+    path: str
     weight: float = 1.0  # how often a sample is drawn, relative to a sample of a source of weight 1
 
     def __post_init__(self) -> None:
@@ -112,9 +128,11 @@ class Shard:
 
 
 class Source(ABC):
-    """Samples 0 .. len-1, in shards. Loader workers get a pickled copy, which must open its own files."""
+    """Samples 0 .. len-1, in shards. Loader workers get a pickled copy, which must open its own
+    files."""
 
-    side_folder: SideFolder | None = None  # of digests of the captions; None: they are computed at every start
+    # of digests of the captions; None: they are computed at every start
+    side_folder: SideFolder | None = None
     stamps: Sequence[Stamp] = ()  # of each shard's file, if ``side_folder`` is set
     downloads_shards = False  # whether ``use_shard`` downloads
 
@@ -128,7 +146,8 @@ class Source(ABC):
 
     @abstractmethod
     def record(self, number: int) -> Sample:
-        """A sample, its captions not yet read. BrokenSample if it can't be read, IndexError outside 0 .. len-1."""
+        """A sample, its captions not yet read. BrokenSample if it can't be read, IndexError outside
+        0 .. len-1."""
 
     def key(self, number: int) -> str:
         """The key of a sample, also of one that can't be read."""
@@ -138,24 +157,30 @@ class Source(ABC):
             return error.key
 
     def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
-        """``action`` on the local file of a shard, downloaded if it is at a URL; of sources whose shards are files."""
+        """``action`` on the local file of a shard, downloaded if it is at a URL; of sources whose
+        shards are files."""
         raise NotImplementedError
 
     def files(self) -> dict[str, str]:
-        """Name -> path or URL of every file that the samples are read from, pictures too. The name stays when the
-        folder of the data is moved."""
+        """Name -> path or URL of every file that the samples are read from, pictures too. The name
+        stays when the folder of the data is moved."""
         if not os.path.isdir(self.path):
             return {self.name: self.path}
         folder = Path(self.path)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         names = {str(path.relative_to(folder)): str(path) for path in files}
-        return {name: path for name, path in names.items() if not any(part[0] == "." for part in Path(name).parts)}
+        return {
+            name: path
+            for name, path in names.items()
+            if not any(part[0] == "." for part in Path(name).parts)
+        }
 
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].size if self.shards else 0
 
     def __getitem__(self, number: int) -> Sample:
-        """A sample with its captions. Raises BrokenSample if its JSON or its captions can't be read."""
+        """A sample with its captions. Raises BrokenSample if its JSON or its captions can't be
+        read."""
         record = self.record(number)
         try:
             captions, blank = read_captions(record.values, self.fields)
@@ -171,10 +196,12 @@ class Source(ABC):
             return error.key, ()
         return sample.key, sample.captions
 
-    # Digests of each shard's keys and captions for this choice of fields, so that a later start need not read them.
+    # Digests of each shard's keys and captions for this choice of fields, so that a later start
+    # need not read them.
 
     def known_digests(self) -> dict[str, list[str]]:
-        """Of each shard whose file is the one that was read: its digest, and those of caches that hold its captions."""
+        """Of each shard whose file is the one that was read: its digest, and those of caches that
+        hold its captions."""
         recorded = self.side_folder.read_json(self._digests()) if self.side_folder else {}
         known: dict[str, list[str]] = {}
         for shard, stamp in zip(self.shards, self.stamps, strict=bool(recorded)):
@@ -184,15 +211,20 @@ class Source(ABC):
         return known
 
     def record_digests(self, results: Mapping[str, tuple[str, str]]) -> None:
-        """Add (digest, digest of a cache that has these captions) of some shards; the caller holds the ``lock``."""
+        """Add (digest, digest of a cache that has these captions) of some shards; the caller holds
+        the ``lock``."""
         if self.side_folder is None or not results:
             return
-        known, stamps = self.known_digests(), dict(zip((one.name for one in self.shards), self.stamps, strict=True))
+        known = self.known_digests()
+        stamps = dict(zip((one.name for one in self.shards), self.stamps, strict=True))
         entries = {}
         for name, (digest, in_cache) in results.items():
             others = known.get(name, [digest])
             others = {*others, in_cache} if others[0] == digest else {in_cache}
-            entries[name] = {"stamp": list(stamps[name]), "fits": [digest, *sorted(others - {digest})]}
+            entries[name] = {
+                "stamp": list(stamps[name]),
+                "fits": [digest, *sorted(others - {digest})],
+            }
         self.side_folder.add_json(self._digests(), entries)
 
     def lock(self, doing: str) -> AbstractContextManager[Path | None]:
@@ -201,7 +233,13 @@ class Source(ABC):
 
     def _digests(self) -> str:
         names = [field.name for field in self.fields]
-        reading = [READING, type(self).__name__, names, self.config.key_field, self.config.image_field]
+        reading = [
+            READING,
+            type(self).__name__,
+            names,
+            self.config.key_field,
+            self.config.image_field,
+        ]
         return f"captions-{sha256_text(canonical_json(reading))[:16]}.json"
 
     def place(self, number: int) -> tuple[int, int]:
@@ -224,7 +262,9 @@ def parse_object(data: bytes, shard: str, key: str, what: str = "") -> dict[str,
     except ValueError as error:
         raise BrokenSample(shard, key, f"{what}is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise BrokenSample(shard, key, f"{what}contains a {type(value).__name__}, expected an object")
+        raise BrokenSample(
+            shard, key, f"{what}contains a {type(value).__name__}, expected an object"
+        )
     return value
 
 
@@ -235,8 +275,9 @@ def shards_of(names: Sequence[str], sizes: Sequence[int]) -> tuple[Shard, ...]:
 
 
 def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = None) -> Source:
-    """The source of ``config``, indexed. A broken shard is noted in ``broken_shards`` (name -> reason), or a
-    ValueError. Raises FileNotFoundError if there is no data, ValueError if the format cannot be determined."""
+    """The source of ``config``, indexed. A broken shard is noted in ``broken_shards`` (name ->
+    reason), or a ValueError. Raises FileNotFoundError if there is no data, ValueError if the format
+    cannot be determined."""
     if config.format != "auto":
         return formats()[config.format].open(config, broken_shards)
     for known in sorted(formats().values(), key=lambda known: known.fallback):
@@ -250,12 +291,16 @@ def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = Non
 
 
 def check_fields(*sources: Source, needed: bool = False) -> None:
-    """Raise ValueError for a field of ``--fields`` that no sample of the sources has; the default's may be missing.
-    ``needed``: also if no sample has a caption. Stops at the sample that shows what is looked for, mostly the first."""
+    """Raise ValueError for a field of ``--fields`` that no sample of the sources has; the default's
+    may be missing. ``needed``: also if no sample has a caption. Stops at the sample that shows what
+    is looked for, mostly the first."""
     fields = sources[0].config.fields if sources else ()
-    missing = {} if fields == DEFAULT_FIELDS else {field.partition("=")[0]: field for field in fields}
+    missing = (
+        {} if fields == DEFAULT_FIELDS else {field.partition("=")[0]: field for field in fields}
+    )
     broken: list[BrokenSample] = []
-    known, captions = set[str](), not needed
+    known = set[str]()
+    captions = not needed
     if captions and not missing:
         return
     for sample in (sample for source in sources for sample in _probe(source, PROBES, broken)):
@@ -272,20 +317,29 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
         problem = f"no sample of {where} has a field {name!r} (--fields {field})"
     else:
         problem = f"no sample of {where} has a caption in {', '.join(field.name for field in sources[0].fields)}"
-    raise ValueError(f"{problem}; known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND")
+    raise ValueError(
+        f"{problem}; known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND"
+    )
 
 
 def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None:
-    """Raise ValueError if ``weights`` names a kind that no source declares and none of its first captions has."""
+    """Raise ValueError if ``weights`` names a kind that no source declares and none of its first
+    captions has."""
     declared = {field.kind for source in sources for field in source.fields}
-    samples = [sample for source in sources for sample in _probe(source, KIND_PROBES)] if weights else []
+    samples = (
+        [sample for source in sources for sample in _probe(source, KIND_PROBES)] if weights else []
+    )
     known = declared | {caption.kind for sample in samples for caption in sample.captions}
     if unknown := sorted(set(weights) - known):
-        kinds = f"{', '.join(unknown)}, which the data does not have; known: {', '.join(sorted(known))}"
+        kinds = (
+            f"{', '.join(unknown)}, which the data does not have; known: {', '.join(sorted(known))}"
+        )
         raise ValueError(f"caption weights name the kinds {kinds}")
 
 
-def _probe(source: Source, count: int, broken: list[BrokenSample] | None = None) -> Iterator[Sample]:
+def _probe(
+    source: Source, count: int, broken: list[BrokenSample] | None = None
+) -> Iterator[Sample]:
     """About ``count`` evenly spaced samples; those that can't be read go to ``broken``."""
     for number in range(0, len(source), len(source) // count + 1):
         try:
@@ -306,11 +360,14 @@ BLOCK = tarfile.BLOCKSIZE  # 512 bytes; headers and contents start on multiples 
 
 
 def data_folder(path: str) -> Path:
-    """The local folder of the data at ``path``, which shard names are relative to and caches are kept in.
-    For braces and wildcards that match several folders it is their longest common one. Raises ValueError for a URL."""
+    """The local folder of the data at ``path``, which shard names are relative to and caches are
+    kept in. For braces and wildcards that match several folders it is their longest common one.
+    Raises ValueError for a URL."""
     if is_url(path):
         raise ValueError(f"{path} is not a local folder")
-    return Path(path if os.path.isdir(path) else common_folder(expand(path)) or path[: path.startswith("/")])
+    return Path(
+        path if os.path.isdir(path) else common_folder(expand(path)) or path[: path.startswith("/")]
+    )
 
 
 def expand(pattern: str) -> list[str]:
@@ -334,10 +391,14 @@ class BrokenShard(ValueError):  # noqa: N818
 
 
 def scan_tar(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of an uncompressed tar. Raises BrokenShard for another file, a damaged header, a
-    truncated member, or no end-of-archive marker (of a writer that was killed), which tarfile does not miss."""
+    """Yield the regular files of an uncompressed tar. Raises BrokenShard for another file, a
+    damaged header, a truncated member, or no end-of-archive marker (of a writer that was killed),
+    which tarfile does not miss."""
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
+        with (
+            open(path, "rb") as file,
+            tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar,
+        ):
             for member in tar:
                 if member.size < 0:
                     raise tarfile.ReadError(f"{member.name!r} has a size of {member.size}")
@@ -347,14 +408,18 @@ def scan_tar(path: Path) -> Iterator[tarfile.TarInfo]:
             end = file.read(BLOCK)
             if len(end) < BLOCK or any(end):
                 raise tarfile.ReadError(f"no end-of-archive marker or member at byte {tar.offset}")
-            if tar.offset == 0 and file.seek(0, os.SEEK_END) > tarfile.RECORDSIZE:  # of a tar without members
+            # of a tar without members
+            if tar.offset == 0 and file.seek(0, os.SEEK_END) > tarfile.RECORDSIZE:
                 raise tarfile.ReadError("it begins with zeros")
     except (tarfile.TarError, ValueError) as error:
-        raise BrokenShard(f"{path}: no tar, compressed, truncated or damaged: {error}; write it again") from error
+        raise BrokenShard(
+            f"{path}: no tar, compressed, truncated or damaged: {error}; write it again"
+        ) from error
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and lower-case extension, split as WebDataset does: at the first dot after the last slash."""
+    """Key and lower-case extension, split as WebDataset does: at the first dot after the last
+    slash."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()

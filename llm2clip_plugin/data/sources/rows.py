@@ -1,4 +1,5 @@
-"""Sources that are one file of rows, with the images in a folder or at a URL: JSON Lines, and LLaVA's JSON."""
+"""Sources that are one file of rows, with the images in a folder or at a URL: JSON Lines, and
+LLaVA's JSON."""
 
 from __future__ import annotations
 
@@ -16,15 +17,24 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.data.index import IndexFile, ShardRows, open_index
-from llm2clip_plugin.data.remote import RetryingFile, SideFolder, has_suffix, is_url, retried, stamp_of
+from llm2clip_plugin.data.remote import (
+    RetryingFile,
+    SideFolder,
+    has_suffix,
+    is_url,
+    retried,
+    stamp_of,
+)
 from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
 from llm2clip_plugin.data.sources import Source, SourceConfig, SourceFormat, parse_object, shards_of
 from llm2clip_plugin.files import MAX_IMAGE, parse_json, read_regular, refuse_encoding
 
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 ROWS_PER_SHARD = 16384  # ranks embed shards in parallel, and a killed run loses one at most
-COLUMNS = 5  # start and size in the file, number for messages, start and size in the index's own text
-Row = tuple[int, int, int, bytes]  # number for messages, start and size in the file, or 0 and the row as JSON
+# start and size in the file, number for messages, start and size in the index's own text
+COLUMNS = 5
+# number for messages, start and size in the file, or 0 and the row as JSON
+Row = tuple[int, int, int, bytes]
 Rows = Iterable[Row]
 
 
@@ -32,9 +42,12 @@ class RowSource(Source):
     """A row is a sample: an object whose fields name the image, the key and the captions.
     Where each row is in the file is kept in an index, and nothing of the file stays in memory."""
 
-    rows_version = 0  # of ``read_rows``, to be raised when it changes; 0: the file is read at every start
+    # of ``read_rows``, to be raised when it changes; 0: the file is read at every start
+    rows_version = 0
 
-    def __init__(self, config: SourceConfig, opened: tuple[Path, SideFolder, IndexFile] | None = None) -> None:
+    def __init__(
+        self, config: SourceConfig, opened: tuple[Path, SideFolder, IndexFile] | None = None
+    ) -> None:
         self._downloads = config.downloads
         self.images_folder = config.images or config.path.rpartition("/")[0] or "."  # or URL
         self._opened = opened or self._open_rows(config)
@@ -54,7 +67,8 @@ class RowSource(Source):
         path = self._downloads.fetch(config.path) if is_url(config.path) else Path(config.path)
         if not path.is_file():
             raise FileNotFoundError(f"no file at {path}")
-        stamp, stem = stamp_of(path), config.path.rpartition("/")[2].rpartition(".")[0]
+        stamp = stamp_of(path)
+        stem = config.path.rpartition("/")[2].rpartition(".")[0]
         folder = SideFolder.of(str(path.parent), self._downloads.folder)
         try:
             index = open_index(
@@ -69,7 +83,8 @@ class RowSource(Source):
                 raise ValueError(f"{config.path} contains no samples")
         except ValueError:
             if is_url(config.path):
-                self._downloads.local_path(config.path).unlink(missing_ok=True)  # the next start downloads it again
+                # the next start downloads it again
+                self._downloads.local_path(config.path).unlink(missing_ok=True)
             raise
         return path, folder, index
 
@@ -99,7 +114,8 @@ class RowSource(Source):
     def record(self, number: int) -> Sample:
         shard, (line, data) = self.locate(number)[0], self.row(number)
         row = parse_object(data, shard, f"line {line}")
-        key, picture = row.get(self.config.key_field), row.get(self.config.image_field)
+        key = row.get(self.config.key_field)
+        picture = row.get(self.config.image_field)
         key = well_formed(str(key) if key not in (None, "") else str(picture or f"line {line}"))
         try:
             values = self.values(row)
@@ -111,8 +127,15 @@ class RowSource(Source):
         if not isinstance(name, str) or not name:
             raise BrokenSample(shard, key, f"no image path in field {self.config.image_field!r}")
         shown = name if len(name) <= 100 else name[:97] + "..."  # a data: URI, say
-        if os.path.isabs(name) or ".." in name.split("/") or "\0" in name or name != well_formed(name):
-            raise BrokenSample(shard, key, f"image {shown!r} is not a path inside {self.images_folder}")
+        if (
+            os.path.isabs(name)
+            or ".." in name.split("/")
+            or "\0" in name
+            or name != well_formed(name)
+        ):
+            raise BrokenSample(
+                shard, key, f"image {shown!r} is not a path inside {self.images_folder}"
+            )
         try:
             if is_url(self.images_folder):
                 return self._downloads.read(self.images_folder.rstrip("/") + "/" + name)
@@ -124,12 +147,17 @@ class RowSource(Source):
             if not isinstance(error, MISSING) and error.errno != errno.ENAMETOOLONG:
                 raise  # a disk or a connection fails
             what = f"{'access denied to' if isinstance(error, PermissionError) else 'no'} image {shown!r}"
-            raise BrokenSample(shard, key, f"{what} in {self.images_folder} (--image-folder)") from error
+            raise BrokenSample(
+                shard, key, f"{what} in {self.images_folder} (--image-folder)"
+            ) from error
 
 
 def pack_rows(items: Iterable[tuple[int, Any]]) -> Rows:
     """Rows from (number for messages, object that JSON can hold)."""
-    return [(n, 0, 0, json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")) for n, row in items]
+    return [
+        (n, 0, 0, json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        for n, row in items
+    ]
 
 
 def _shards(rows: Rows, stem: str, stamp: tuple[int, int]) -> Iterator[ShardRows]:
@@ -138,7 +166,8 @@ def _shards(rows: Rows, stem: str, stamp: tuple[int, int]) -> Iterator[ShardRows
     parts = iter(lambda: list(islice(rows, ROWS_PER_SHARD)), [])
     first = list(islice(parts, 2))
     for number, part in enumerate(chain(first, parts)):
-        table, text = [], bytearray()
+        table = []
+        text = bytearray()
         for line, start, size, data in part:
             table.append((start, size, line, len(text), len(data)))
             text += data
@@ -159,7 +188,9 @@ class JsonlSource(RowSource):
             first = head.strip().partition(b"\n")[0].rstrip()
             if first.startswith(b"[") or (first.startswith(b"{") and first.endswith(b"},")):
                 fix = "jq -c '.[]'" if first.startswith(b"[") else "sed 's/},$/}/'"
-                raise ValueError(f"{path} is a list, expected an object a line: `{fix} {path} > NEW.jsonl`")
+                raise ValueError(
+                    f"{path} is a list, expected an object a line: `{fix} {path} > NEW.jsonl`"
+                )
             file.seek(0)
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -168,7 +199,8 @@ class JsonlSource(RowSource):
 
 
 class LlavaSource(RowSource):
-    """LLaVA's pretraining JSON: the items with an image; text-only items are not image-caption pairs."""
+    """LLaVA's pretraining JSON: the items with an image; text-only items are not image-caption
+    pairs."""
 
     rows_version = 1
 
@@ -176,10 +208,18 @@ class LlavaSource(RowSource):
         try:
             items = parse_json(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); with an object a line, rename it .jsonl") from error
+            raise ValueError(
+                f"{path} is not valid JSON ({error}); with an object a line, rename it .jsonl"
+            ) from error
         if not isinstance(items, list):
-            raise ValueError(f"{path} contains a {type(items).__name__}, expected LLaVA's list of conversations")
-        return pack_rows((n, item) for n, item in enumerate(items) if not isinstance(item, dict) or item.get("image"))
+            raise ValueError(
+                f"{path} contains a {type(items).__name__}, expected LLaVA's list of conversations"
+            )
+        return pack_rows(
+            (n, item)
+            for n, item in enumerate(items)
+            if not isinstance(item, dict) or item.get("image")
+        )
 
     def values(self, row: dict[str, Any]) -> dict[str, Any]:
         """With the first answer, without ``<image>`` placeholders, as "gpt"."""

@@ -1,7 +1,8 @@
-"""WebDataset tars as img2dataset writes them: KEY.jpg with KEY.txt and/or KEY.json, read in any order.
+"""WebDataset tars as img2dataset writes them: KEY.jpg with KEY.txt and/or KEY.json, read in any
+order.
 
-The index holds keys, texts and JSON, so that a tar is read for its images alone. Member names are labels: none is used
-as a path.
+The index holds keys, texts and JSON, so that a tar is read for its images alone. Member names are
+labels: none is used as a path.
 """
 
 from __future__ import annotations
@@ -50,25 +51,35 @@ from llm2clip_plugin.data.sources import (
 )
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-COLUMNS = 7  # byte and size of the image; sizes of key, .txt and .json; start and size of these in the index's text
+# byte and size of the image; sizes of key, .txt and .json; start and size of these in the index's
+# text
+COLUMNS = 7
 CRC = 4  # bytes, after the text of each sample
 ABSENT = -1  # offset or size of a part that the sample does not have
 OPEN_FILES = 256  # tars held open by one process
 DOWNLOADS_AT_ONCE = 4
 FEW = 16  # tars that are indexed in this process, without a pool
 
-OpenedTars = tuple[list[str], SideFolder, IndexFile]  # paths or URLs, and the index of all, in the same order
+# paths or URLs, and the index of all, in the same order
+OpenedTars = tuple[list[str], SideFolder, IndexFile]
 
 
 class TarSource(Source):
-    """Samples of tars in a folder, or of the local copies of tars at a URL; ``broken_shards`` as in ``open_source``."""
+    """Samples of tars in a folder, or of the local copies of tars at a URL; ``broken_shards`` as in
+    ``open_source``."""
 
     def __init__(
-        self, config: SourceConfig, broken_shards: dict[str, str] | None = None, opened: OpenedTars | None = None
+        self,
+        config: SourceConfig,
+        broken_shards: dict[str, str] | None = None,
+        opened: OpenedTars | None = None,
     ) -> None:
         # of a shard's number; the last used stay open
-        self._file = lru_cache(OPEN_FILES)(lambda shard: RetryingFile(self._tars[shard], partial(self._open, shard)))
-        self._downloads, self.downloads_shards = config.downloads, is_url(config.path)
+        self._file = lru_cache(OPEN_FILES)(
+            lambda shard: RetryingFile(self._tars[shard], partial(self._open, shard))
+        )
+        self._downloads = config.downloads
+        self.downloads_shards = is_url(config.path)
         self._opened = opened or open_tars(config, self._downloads, broken_shards)
         self._tars, self.side_folder, self._index = self._opened
         table = self._index.table
@@ -85,7 +96,9 @@ class TarSource(Source):
         return self._row(number)[1]
 
     def files(self) -> dict[str, str]:
-        return {f"{shard.name}.tar": tar for shard, tar in zip(self.shards, self._tars, strict=True)}
+        return {
+            f"{shard.name}.tar": tar for shard, tar in zip(self.shards, self._tars, strict=True)
+        }
 
     def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
         """``action`` on the tar of a shard as a local file, downloaded if it is at a URL."""
@@ -94,7 +107,11 @@ class TarSource(Source):
     def record(self, number: int) -> Sample:
         columns, key, text, fields = self._row(number)
         shard = self.place(number)[0]
-        meta = {} if fields is None else parse_object(fields, self.shards[shard].name, key, "its .json ")
+        meta = (
+            {}
+            if fields is None
+            else parse_object(fields, self.shards[shard].name, key, "its .json ")
+        )
         values = meta if text is None else meta | {"txt": text.decode("utf-8", "replace")}
         return Sample(key, values, meta, partial(self._image, shard, key, *columns[:2]))
 
@@ -105,8 +122,15 @@ class TarSource(Source):
         data, crc = data[:-CRC], data[-CRC:]
         stop = key + max(text, 0)
         if zlib.crc32(data).to_bytes(CRC, "little") != crc or stop + max(fields, 0) != len(data):
-            raise ValueError(f"{self._index.path} is damaged (sample {number}); delete it and restart")
-        return columns, data[:key].decode(), data[key:stop] if text >= 0 else None, data[stop:] if fields >= 0 else None
+            raise ValueError(
+                f"{self._index.path} is damaged (sample {number}); delete it and restart"
+            )
+        return (
+            columns,
+            data[:key].decode(),
+            data[key:stop] if text >= 0 else None,
+            data[stop:] if fields >= 0 else None,
+        )
 
     def _image(self, shard: int, key: str, offset: int, size: int) -> bytes:
         """An image, whose header in the tar must be the sample's."""
@@ -117,33 +141,44 @@ class TarSource(Source):
         if len(data) != BLOCK + size:
             raise ValueError(f"{self._tars[shard]} was truncated while being read")
         if not is_header_of(data[:BLOCK], key, size):
-            changed = f"the tar has another member at byte {offset}: it was changed after it was indexed"
+            changed = (
+                f"the tar has another member at byte {offset}: it was changed after it was indexed"
+            )
             raise BrokenSample(name, key, f"{changed}; delete {self._index.path} and restart")
         return data[BLOCK:]
 
     def _open(self, shard: int) -> int:
         """A descriptor of the tar, whose size must be the indexed one."""
-        tar, expected = self._tars[shard], self.stamps[shard][0]
+        tar = self._tars[shard]
+        expected = self.stamps[shard][0]
         descriptor = self._downloads.use(tar, lambda path: os.open(path, os.O_RDONLY))
         size = os.fstat(descriptor).st_size
         if size != expected:
             os.close(descriptor)
             copy = f"delete {self._downloads.local_path(tar)} and " if is_url(tar) else ""
-            raise ValueError(f"{tar} was replaced: {size} bytes, {expected} when it was indexed; {copy}restart")
+            raise ValueError(
+                f"{tar} was replaced: {size} bytes, {expected} when it was indexed; {copy}restart"
+            )
         return descriptor
 
 
-def open_tars(config: SourceConfig, downloads: Downloads, broken: dict[str, str] | None) -> OpenedTars:
+def open_tars(
+    config: SourceConfig, downloads: Downloads, broken: dict[str, str] | None
+) -> OpenedTars:
     """The tars, downloaded from a URL, and indexed by one process of those that open them."""
     path = config.path
     base, tars = list_tars(path)
     pattern = path[len(base) :] if is_url(path) else os.path.relpath(path, base or ".")
-    folder = SideFolder.of(base or ".", Path(config.index_folder) if config.index_folder else downloads.folder)
+    folder = SideFolder.of(
+        base or ".", Path(config.index_folder) if config.index_folder else downloads.folder
+    )
     index = open_index(
         folder,
         f"shards-{hashlib.sha256(pattern.encode()).hexdigest()[:16]}.index",
         COLUMNS,
-        is_current=lambda table: table.names == list(tars) and len(_unchanged(table, tars, downloads)) == len(tars),
+        is_current=lambda table: (
+            table.names == list(tars) and len(_unchanged(table, tars, downloads)) == len(tars)
+        ),
         build=partial(_build, tars, downloads, broken),
         doing=f"index {path}",
     )
@@ -151,7 +186,8 @@ def open_tars(config: SourceConfig, downloads: Downloads, broken: dict[str, str]
 
 
 def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> dict[str, int]:
-    """Number of each shard whose tar is the one indexed; copies from a URL may be evicted, or have another time."""
+    """Number of each shard whose tar is the one indexed; copies from a URL may be evicted, or have
+    another time."""
     files = {
         number: str(downloads.local_path(tars[name])) if is_url(tars[name]) else tars[name]
         for number, name in enumerate(table.names)
@@ -161,11 +197,16 @@ def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> dict
         table.names[number]: number
         for number, stamp in zip(files, stamps_of([*files.values()]), strict=True)
         if stamp == table.stamps[number]
-        or (is_url(tars[table.names[number]]) and (stamp is None or stamp[0] == table.stamps[number][0]))
+        or (
+            is_url(tars[table.names[number]])
+            and (stamp is None or stamp[0] == table.stamps[number][0])
+        )
     }
 
 
-def _build(tars: dict[str, str], downloads: Downloads, broken: dict[str, str] | None, old: IndexFile | None) -> Shards:
+def _build(
+    tars: dict[str, str], downloads: Downloads, broken: dict[str, str] | None, old: IndexFile | None
+) -> Shards:
     """The rows of each tar, or its number in ``old`` if it is unchanged."""
     known = _unchanged(old.table, tars, downloads) if old else {}
     todo = [tar for name, tar in tars.items() if name not in known]
@@ -195,33 +236,43 @@ def _index(downloads: Downloads, tar: str) -> ShardRows | Exception:
         if not is_url(tar):
             return error
         downloads.local_path(tar).unlink(missing_ok=True)
-        return BrokenShard(f"{tar}: {error}; the copy is deleted, so the next start downloads it again")
+        return BrokenShard(
+            f"{tar}: {error}; the copy is deleted, so the next start downloads it again"
+        )
 
 
 def list_tars(path: str) -> tuple[str, dict[str, str]]:
-    """``path``, or the longest folder or URL that all its tars share, and name -> path or URL of each, in order.
-    A shard's name is its path relative to that folder, without ``.tar``."""
+    """``path``, or the longest folder or URL that all its tars share, and name -> path or URL of
+    each, in order. A shard's name is its path relative to that folder, without ``.tar``."""
     if is_url(path):
         tars = list_urls(path, ".tar")
     elif os.path.isdir(path):
-        tars = sorted(str(file) for file in Path(path).rglob("*.tar") if not file.name.startswith("."))
+        tars = sorted(
+            str(file) for file in Path(path).rglob("*.tar") if not file.name.startswith(".")
+        )
     else:
         tars = expand(path)
     if not tars:
         raise FileNotFoundError(f"no .tar files in {path}; {how_to_make_tars(path)}")
     base = path if os.path.isdir(path) else common_folder(tars)
-    names = [tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".") for tar in tars]
+    names = [
+        tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".")
+        for tar in tars
+    ]
     return base, {name.removesuffix(".tar"): tar for name, tar in zip(names, tars, strict=True)}
 
 
 def index_tar(path: Path) -> ShardRows:
-    """The samples of a tar: rows of COLUMNS; of each sample the key, .txt and .json. Raises BrokenShard.
+    """The samples of a tar: rows of COLUMNS; of each sample the key, .txt and .json. Raises
+    BrokenShard.
 
-    Members with the same key are a sample, in order of first appearance; one whose part repeats starts another sample.
-    Hidden files (macOS's ``._x.jpg``) and members other than an image, .txt and .json are ignored.
+    Members with the same key are a sample, in order of first appearance; one whose part repeats
+    starts another sample. Hidden files (macOS's ``._x.jpg``) and members other than an image, .txt
+    and .json are ignored.
     """
     stamp, samples = retried(lambda: (stamp_of(path), _samples(path)), str(path))
-    rows, text = [], bytearray()
+    rows = []
+    text = bytearray()
     for key, parts in samples:
         texts = [key.encode(), parts.get("txt"), parts.get("json")]
         found = b"".join(filter(None, texts))
@@ -229,7 +280,9 @@ def index_tar(path: Path) -> ShardRows:
         sizes = [ABSENT if part is None else len(part) for part in texts]
         rows.append([*parts.get("image", (ABSENT, 0)), *sizes, len(text), len(found)])
         text += found
-    return ShardRows(path.name, stamp, np.array(rows, dtype=np.int64).reshape(-1, COLUMNS), bytes(text))
+    return ShardRows(
+        path.name, stamp, np.array(rows, dtype=np.int64).reshape(-1, COLUMNS), bytes(text)
+    )
 
 
 def _samples(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -254,8 +307,8 @@ def _samples(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def is_header_of(header: bytes, key: str, size: int) -> bool:
-    """Whether the block before a member's content is the header of one of ``size`` bytes of the sample ``key``.
-    Only short ASCII names are compared: others are in a block of their own."""
+    """Whether the block before a member's content is the header of one of ``size`` bytes of the
+    sample ``key``. Only short ASCII names are compared: others are in a block of their own."""
     try:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.TarError:
@@ -268,7 +321,9 @@ SOURCE = SourceFormat(
     name="webdataset",
     help="a .tar, or a folder of .tar shards",
     # a wildcard or braces, or a folder or URL, which may hold anything
-    recognizes=lambda path: has_suffix(path, ".tar") or os.path.isdir(path) or is_url(path) or bool({*path} & {*"*{"}),
+    recognizes=lambda path: (
+        has_suffix(path, ".tar") or os.path.isdir(path) or is_url(path) or bool({*path} & {*"*{"})
+    ),
     open=TarSource,
     fallback=True,
 )

@@ -1,6 +1,7 @@
 """The retrieval benchmarks by name, read from files that users download themselves.
 
-A file defines ``SUITE``, a suite or a list of them; a new file in this folder adds its own (`llm2clip_plugin.files`).
+A file defines ``SUITE``, a suite or a list of them; a new file in this folder adds its own
+(`llm2clip_plugin.files`).
 """
 
 import dataclasses
@@ -35,7 +36,8 @@ class Row:
 
 
 class InMemorySource(Source):
-    """One shard of rows, called ``name``. Captions are kept as they are: a benchmark counts a duplicate twice."""
+    """One shard of rows, called ``name``. Captions are kept as they are: a benchmark counts a
+    duplicate twice."""
 
     def __init__(self, name: str, folder: Path, rows: Sequence[Row]) -> None:
         if not rows:
@@ -56,14 +58,18 @@ class InMemorySource(Source):
         try:
             return row.image() if callable(row.image) else read_regular(row.image or "", MAX_IMAGE)
         except OSError as error:
-            raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error.strerror}") from error
+            raise BrokenSample(
+                self.name, row.key, f"no image at {row.image}: {error.strerror}"
+            ) from error
         except ValueError as error:
             raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error}") from error
 
 
 def image_files(folder: Path) -> list[Path]:
     """The image files in a folder, at any depth, in the order of their paths."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS)
+    return sorted(
+        file for file in folder.rglob("*") if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS
+    )
 
 
 def recall(pairs: EmbeddedPairs, config: RetrievalConfig, **options: Any) -> ScoreFile:
@@ -72,7 +78,8 @@ def recall(pairs: EmbeddedPairs, config: RetrievalConfig, **options: Any) -> Sco
 
 
 def recall_by_language(pairs: EmbeddedPairs, config: RetrievalConfig, **options: Any) -> ScoreFile:
-    """The mean of the languages' recalls, each over its own captions; recall over all captions is ``all/...``."""
+    """The mean of the languages' recalls, each over its own captions; recall over all captions is
+    ``all/...``."""
     scores = recall(pairs, config, **options)
     parts = sorted({key.split("/")[0] for key in scores.metrics if "/" in key})
     if not parts:
@@ -85,8 +92,11 @@ def recall_by_language(pairs: EmbeddedPairs, config: RetrievalConfig, **options:
     return dataclasses.replace(scores, metrics=metrics, notes=notes)
 
 
-def hard_negatives(pairs: EmbeddedPairs, config: RetrievalConfig | None = None, **options: Any) -> ScoreFile:
-    """Captions of kind ``GROUP/ID/right``, each against the next, ``GROUP/ID/wrong``; a tie counts one half.
+def hard_negatives(
+    pairs: EmbeddedPairs, config: RetrievalConfig | None = None, **options: Any
+) -> ScoreFile:
+    """Captions of kind ``GROUP/ID/right``, each against the next, ``GROUP/ID/wrong``; a tie counts
+    one half.
 
     Metrics: one for each group, and ``mean``, the unweighted mean of the groups; chance is 0.5.
     Source: Hsieh et al., SugarCrepe (2023), section 4.
@@ -94,9 +104,13 @@ def hard_negatives(pairs: EmbeddedPairs, config: RetrievalConfig | None = None, 
     score_M = (pairs.image_ND[pairs.owner_M].double() * pairs.text_MD.double()).sum(1)
     gap_I = score_M[::2] - score_M[1::2]
     hits = ((gap_I > 0).double() + 0.5 * (gap_I == 0)).tolist()
-    items, groups = [], defaultdict(list)
-    for caption, hit, owner in zip(pairs.captions[::2], hits, pairs.owner_M[::2].tolist(), strict=True):
-        name, group = caption.kind.removesuffix("/right"), caption.kind.split("/")[0]
+    items = []
+    groups = defaultdict(list)
+    for caption, hit, owner in zip(
+        pairs.captions[::2], hits, pairs.owner_M[::2].tolist(), strict=True
+    ):
+        name = caption.kind.removesuffix("/right")
+        group = caption.kind.split("/")[0]
         groups[group].append(hit)
         items.append({"id": name, "score": hit, "cluster": pairs.keys[owner], "part": group})
     metrics = {group: sum(of_group) / len(of_group) for group, of_group in groups.items()}
@@ -111,17 +125,21 @@ def hard_negatives(pairs: EmbeddedPairs, config: RetrievalConfig | None = None, 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """One benchmark. ``paper``: R@1 image->text and text->image in percent, single runs without intervals."""
+    """One benchmark. ``paper``: R@1 image->text and text->image in percent, single runs without
+    intervals."""
 
     name: str  # of the suite and of its folder below the root
-    requires: Mapping[str, str]  # path in the suite's folder, or alternatives separated by "|" -> where to get it
+    # path in the suite's folder, or alternatives separated by "|" -> where to get it
+    requires: Mapping[str, str]
     read: Callable[[Path], list[Row]]  # the suite's folder -> its images and captions
     measure: Callable[..., ScoreFile] = recall  # recall | recall_by_language | hard_negatives
     choose: bool = True  # --kinds and --languages choose among its captions
     images: int = 0  # of the published test set, any other number is reported; 0: don't check
     table: str = ""  # title of the table that the suite is a column of, recall only; "": none
-    paper: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # row of that table -> (i2t, t2i)
-    paper_source: Literal["review", "site"] = "review"  # public review of versions 1 and 2 | authors' project page
+    # row of that table -> (i2t, t2i)
+    paper: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    # public review of versions 1 and 2 | authors' project page
+    paper_source: Literal["review", "site"] = "review"
 
     def missing(self, root: Path) -> list[str]:
         """One line for each file or folder that does not exist: its path and where to get it."""
@@ -129,7 +147,9 @@ class Suite:
         for names, origin in self.requires.items():
             paths = [root / self.name / name for name in names.split("|")]
             if not any(path.exists() for path in paths):
-                lines.append(f"{self.name}: {' or '.join(map(str, paths))} not found; get it from {origin}")
+                lines.append(
+                    f"{self.name}: {' or '.join(map(str, paths))} not found; get it from {origin}"
+                )
         return lines
 
     def open(self, root: Path) -> InMemorySource:
@@ -145,7 +165,8 @@ def suites() -> dict[str, Suite]:
 
 
 def select_suites(names: str) -> list[Suite]:
-    """The suites of names separated by commas, ``paper`` and ``all`` among them. ValueError for an unknown one."""
+    """The suites of names separated by commas, ``paper`` and ``all`` among them. ValueError for an
+    unknown one."""
     known = suites()
     groups = {"paper": [name for name, suite in known.items() if suite.paper], "all": list(known)}
     selected: dict[str, Suite] = {}
@@ -156,7 +177,9 @@ def select_suites(names: str) -> list[Suite]:
     return list(selected.values())
 
 
-def to_captions(texts: Iterable[str], kind: str = "short", language: str = "en") -> tuple[Caption, ...]:
+def to_captions(
+    texts: Iterable[str], kind: str = "short", language: str = "en"
+) -> tuple[Caption, ...]:
     """Captions with line breaks and repeated spaces collapsed; blank texts are dropped."""
     return tuple(Caption(" ".join(text.split()), kind, language) for text in texts if text.strip())
 

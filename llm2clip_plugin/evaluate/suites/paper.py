@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.evaluate.suites import Row, Suite, first_existing, read_json_lines, recall_by_language, to_captions
+from llm2clip_plugin.evaluate.suites import (
+    Row,
+    Suite,
+    first_existing,
+    read_json_lines,
+    recall_by_language,
+    to_captions,
+)
 from llm2clip_plugin.files import errors_about, read_json_value
 
 # Flickr30k and COCO, with English captions (the Karpathy test splits) and with Chinese ones.
@@ -18,7 +25,8 @@ FLICKR30K_IMAGES = "https://shannon.cs.illinois.edu/DenotationGraph/ (on request
 FLICKR30K_CN = "flickr30k_cn_test.txt|flickr30k_cna_test.txt"
 COCO_IMAGES = "http://images.cocodataset.org/zips"
 COCO_CN = "https://github.com/li-xirong/coco-cn (on request)"
-COCO_CN_NAMES, COCO_CN_CAPTIONS = "coco-cn_test.txt", "imageid.human-written-caption.txt"
+COCO_CN_NAMES = "coco-cn_test.txt"
+COCO_CN_CAPTIONS = "imageid.human-written-caption.txt"
 CHINESE_LINE = re.compile(r"((?:COCO_\w+_)?\d+)(?:\.jpg)?(?:#\S*)?[\s,]+(.*\S)")
 # Images with one long caption each: ShareGPT4V-1k (of Long-CLIP), Urban-1k and DOCCI.
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
@@ -33,21 +41,30 @@ def karpathy_test(path: Path, image: Callable[[dict[str, Any]], Path]) -> list[R
     """The test split of Karpathy's JSON; ``image`` maps an item to its image file."""
     items = [item for item in read_json_value(path)["images"] if item["split"] == "test"]
     texts = [[part["raw"] for part in item["sentences"][:KARPATHY_CAPTIONS]] for item in items]
-    return [Row(item["filename"], image(item), to_captions(raw)) for item, raw in zip(items, texts, strict=True)]
+    return [
+        Row(item["filename"], image(item), to_captions(raw))
+        for item, raw in zip(items, texts, strict=True)
+    ]
 
 
 def read_flickr30k(folder: Path) -> list[Row]:
     """``dataset_flickr30k.json`` and ``flickr30k-images/``."""
-    return karpathy_test(folder / "dataset_flickr30k.json", lambda item: folder / "flickr30k-images" / item["filename"])
+    return karpathy_test(
+        folder / "dataset_flickr30k.json",
+        lambda item: folder / "flickr30k-images" / item["filename"],
+    )
 
 
 def read_coco(folder: Path) -> list[Row]:
     """``dataset_coco.json`` and ``val2014/``."""
-    return karpathy_test(folder / "dataset_coco.json", lambda item: folder / item["filepath"] / item["filename"])
+    return karpathy_test(
+        folder / "dataset_coco.json", lambda item: folder / item["filepath"] / item["filename"]
+    )
 
 
 def chinese_captions(path: Path) -> dict[str, tuple[Caption, ...]]:
-    """Image -> captions. Lines: ``IMAGE.jpg,CAPTION``, ``IMAGE#0<TAB>CAPTION``, ``IMAGE CAPTION``; else headings."""
+    """Image -> captions. Lines: ``IMAGE.jpg,CAPTION``, ``IMAGE#0<TAB>CAPTION``, ``IMAGE CAPTION``;
+    else headings."""
     texts: defaultdict[str, list[str]] = defaultdict(list)
     for line in path.read_text("utf-8-sig").splitlines():
         if match := CHINESE_LINE.match(line):
@@ -60,13 +77,19 @@ def chinese_captions(path: Path) -> dict[str, tuple[Caption, ...]]:
 def read_flickr30k_cn(folder: Path) -> list[Row]:
     """Flickr30k-CN's or Flickr30k-CNA's file of the test split."""
     path = next(folder / name for name in FLICKR30K_CN.split("|") if (folder / name).is_file())
-    images = first_existing(folder / "flickr30k-images", folder.parent / "flickr30k" / "flickr30k-images")
-    return [Row(stem, images / f"{stem}.jpg", captions) for stem, captions in chinese_captions(path).items()]
+    images = first_existing(
+        folder / "flickr30k-images", folder.parent / "flickr30k" / "flickr30k-images"
+    )
+    return [
+        Row(stem, images / f"{stem}.jpg", captions)
+        for stem, captions in chinese_captions(path).items()
+    ]
 
 
 def read_coco_cn(folder: Path) -> list[Row]:
     """``coco-cn_test.txt`` has the names of the images."""
-    captions, rows = chinese_captions(folder / COCO_CN_CAPTIONS), []
+    captions = chinese_captions(folder / COCO_CN_CAPTIONS)
+    rows = []
     for name in (folder / COCO_CN_NAMES).read_text("utf-8").split():
         split = "val2014" if "val2014" in name else "train2014"
         images = first_existing(folder / split, folder.parent / "coco" / split)
@@ -76,8 +99,10 @@ def read_coco_cn(folder: Path) -> list[Row]:
 
 def read_sharegpt4v(folder: Path) -> list[Row]:
     """The JSON's first items; images below ``data/``, or next to the JSON."""
-    path, images = folder / SHAREGPT4V, first_existing(folder / "data", folder)
-    rows, place = list[Row](), 0
+    path = folder / SHAREGPT4V
+    images = first_existing(folder / "data", folder)
+    rows: list[Row] = []
+    place = 0
     with errors_about(path, fix="download it again"), path.open(encoding="utf-8") as file:
         text = file.read(BEGINNING)
         while len(rows) < SHAREGPT4V_ITEMS and (start := BETWEEN.match(text, place)):
@@ -91,7 +116,11 @@ def read_urban(folder: Path) -> list[Row]:
     """``image/N.jpg`` with ``caption/N.txt``, in the order of N."""
     texts = sorted((folder / "caption").glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
     return [
-        Row(file.stem, folder / "image" / f"{file.stem}.jpg", to_captions([file.read_text("utf-8")], "long"))
+        Row(
+            file.stem,
+            folder / "image" / f"{file.stem}.jpg",
+            to_captions([file.read_text("utf-8")], "long"),
+        )
         for file in texts
     ]
 
@@ -99,14 +128,19 @@ def read_urban(folder: Path) -> list[Row]:
 def read_docci(folder: Path) -> list[Row]:
     """The test items of ``docci_descriptions.jsonlines``, with ``images/``."""
     return [
-        Row(item["example_id"], folder / "images" / item["image_file"], to_captions([item["description"]], "long"))
+        Row(
+            item["example_id"],
+            folder / "images" / item["image_file"],
+            to_captions([item["description"]], "long"),
+        )
         for item in read_json_lines(folder / "docci_descriptions.jsonlines")
         if item["split"] == "test"
     ]
 
 
 def read_xm3600(folder: Path) -> list[Row]:
-    """``captions.jsonl`` (one field per language) with ``images/KEY.jpg``; every caption of every language."""
+    """``captions.jsonl`` (one field per language) with ``images/KEY.jpg``; every caption of every
+    language."""
     rows = []
     for item in read_json_lines(folder / "captions.jsonl"):
         captions = [
@@ -122,7 +156,8 @@ def read_xm3600(folder: Path) -> list[Row]:
 
 def english(*scores: tuple[float, float]) -> dict[str, Any]:
     """The table of suites with English captions, and the paper's scores of its five towers."""
-    clip, eva = "CLIP-L-336", "EVA02-L-336"
+    clip = "CLIP-L-336"
+    eva = "EVA02-L-336"
     trained = "LLM2CLIP (15 M)"
     rows = (clip, f"{clip} + {trained}", eva, f"{eva} + {trained}", "EVA02-L-224, LLM without CC")
     return {"table": "Retrieval, English", "paper": dict(zip(rows, scores, strict=True))}
@@ -131,7 +166,11 @@ def english(*scores: tuple[float, float]) -> dict[str, Any]:
 def cross_lingual(*scores: tuple[float, float]) -> dict[str, Any]:
     """The table of suites with other languages, and the page's scores of its two towers."""
     paper = dict(zip(("EVA02-L-224", "EVA02-L-224 + LLM2CLIP"), scores, strict=True))
-    return {"table": "Retrieval, cross-lingual (trained on English only)", "paper": paper, "paper_source": "site"}
+    return {
+        "table": "Retrieval, cross-lingual (trained on English only)",
+        "paper": paper,
+        "paper_source": "site",
+    }
 
 
 SUITE = [
@@ -189,7 +228,10 @@ SUITE = [
     Suite(
         name="coco-cn",
         requires={COCO_CN_NAMES: COCO_CN, COCO_CN_CAPTIONS: COCO_CN}
-        | {f"{split}|../coco/{split}": f"{COCO_IMAGES}/{split}.zip" for split in ("val2014", "train2014")},
+        | {
+            f"{split}|../coco/{split}": f"{COCO_IMAGES}/{split}.zip"
+            for split in ("val2014", "train2014")
+        },
         read=read_coco_cn,
         images=1000,
         **cross_lingual((2.6, 1.0), (72.0, 70.1)),

@@ -1,4 +1,5 @@
-"""SugarCrepe: each caption against a hard negative that differs from it in an object, an attribute or a relation."""
+"""SugarCrepe: each caption against a hard negative that differs from it in an object, an attribute
+or a relation."""
 
 from pathlib import Path
 
@@ -11,7 +12,8 @@ GROUPS = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "
 
 
 def read(folder: Path) -> list[Row]:
-    """The seven JSON files with COCO's ``val2017/``: each image once, its captions of kind ``GROUP/ID/right|wrong``."""
+    """The seven JSON files with COCO's ``val2017/``: each image once, its captions of kind
+    ``GROUP/ID/right|wrong``."""
     images = first_existing(folder / "val2017", folder.parent / "coco" / "val2017")
     captions: dict[str, list[Caption]] = {}
     for group in GROUPS:
@@ -24,7 +26,8 @@ def read(folder: Path) -> list[Row]:
 
 SUITE = Suite(
     name="sugarcrepe",
-    requires={f"{group}.json": HOME for group in GROUPS} | {"val2017|../coco/val2017": COCO_VAL2017},
+    requires={f"{group}.json": HOME for group in GROUPS}
+    | {"val2017|../coco/val2017": COCO_VAL2017},
     read=read,
     measure=hard_negatives,
     choose=False,

@@ -1,1 +1,2 @@
-"""Loss terms: ``TERM`` of a file in this folder is one of ``--loss.terms NAME=WEIGHT``, or a list of them."""
+"""Loss terms: ``TERM`` of a file in this folder is one of ``--loss.terms NAME=WEIGHT``, or a list
+of them."""

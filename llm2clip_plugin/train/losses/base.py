@@ -1,7 +1,8 @@
-"""What a loss term gets and what it is; the terms of a configuration; logits over all pairs of a batch.
+"""What a loss term gets and what it is; the terms of a configuration; logits over all pairs of a
+batch.
 
-Shape letters: b this rank's pairs, N pairs over all ranks, R rows of a block, k texts that belong to an anchor, D width
-of the features, T patches of an image, H width of the tower, j kinds of ids.
+Shape letters: b this rank's pairs, N pairs over all ranks, R rows of a block, k texts that belong
+to an anchor, D width of the features, T patches of an image, H width of the tower, j kinds of ids.
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import patch_mask
 
 EXCLUDED = -1e9  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
-ID_SPACE = 0x3C6EF372FE94F82B  # between ids of two kinds, which are hashes or small numbers; sums wrap around
+# between ids of two kinds, which are hashes or small numbers; sums wrap around
+ID_SPACE = 0x3C6EF372FE94F82B
 BLOCK_LOGITS_CPU = 1 << 22  # 16 MiB of fp32: about what stays in cache
 BLOCK_LOGITS_GPU = 1 << 27  # 512 MiB
 
@@ -33,16 +35,22 @@ class Features:
     """This rank's rows of a batch, as the terms of a loss see them."""
 
     anchor_bD: Tensor  # L2-normalized: images (stage 2) or queries (stage 1)
-    positive_bkD: Tensor  # L2-normalized: the k captions of an image; in stage 1 the positive, then a hard negative
+    # L2-normalized: the k captions of an image; in stage 1 the positive, then a hard negative
+    positive_bkD: Tensor
     log_scale: Tensor  # (1,) natural logarithm of the logits' factor
     bias: Tensor  # (1,) of the logits; 0 where the model learns none
-    caption_hashes: Tensor | None  # (b,) or (j, b) int64: pairs that share one are not negatives of each other
+    # (b,) or (j, b) int64: pairs that share one are not negatives of each other
+    caption_hashes: Tensor | None
     image_ids: Tensor | None  # (b,) int64, likewise
-    reference_bD: Tensor | None = None  # L2-normalized, no gradient: of the frozen tower; None if the run has none
-    patches_bTH: Tensor | None = None  # of the tower's hidden state ``layer``, float32; None if no term reads them
+    # L2-normalized, no gradient: of the frozen tower; None if the run has none
+    reference_bD: Tensor | None = None
+    # of the tower's hidden state ``layer``, float32; None if no term reads them
+    patches_bTH: Tensor | None = None
     reference_patches_bTH: Tensor | None = None  # the frozen tower's, no gradient
-    patch_features_bTD: Tensor | None = None  # patches in the space of the anchors, L2-normalized; None likewise
-    spatial_shapes: Tensor | None = None  # (b, 2) rows and columns of patches of images that keep their aspect
+    # patches in the space of the anchors, L2-normalized; None likewise
+    patch_features_bTD: Tensor | None = None
+    # (b, 2) rows and columns of patches of images that keep their aspect
+    spatial_shapes: Tensor | None = None
     progress: float = 1.0  # fraction of the run's steps that are done
     block: int = 0  # rows of the logits held at once; 0 chooses by device
     group: Group = None  # the ranks that hold the batch, b rows on each
@@ -54,51 +62,70 @@ class Features:
     @property
     def of_batch(self) -> dict[str, Any]:
         """The keyword arguments that contrastive_loss and sigmoid_loss have in common."""
-        return {name: getattr(self, name) for name in ("caption_hashes", "image_ids", "block", "group")}
+        return {
+            name: getattr(self, name) for name in ("caption_hashes", "image_ids", "block", "group")
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerm(ABC):
-    """One loss. Subclasses are frozen dataclasses; their fields are the term's own settings, with defaults, which
-    ``--loss.args NAME=VALUE`` sets."""
+    """One loss. Subclasses are frozen dataclasses; their fields are the term's own settings, with
+    defaults, which ``--loss.args NAME=VALUE`` sets."""
 
     name: ClassVar[str]  # of ``--loss.terms``
     uses_bias: ClassVar[bool] = False  # the learned bias of the logits
     needs_reference: ClassVar[bool] = False  # Features.reference_bD
     uses_all_captions: ClassVar[bool] = False  # of Features.positive_bkD, not the first alone
-    # "patches" or "patch_features" of Features, of the hidden state that the term's own field ``layer`` names
+    # "patches" or "patch_features" of Features, of the hidden state that the term's own field
+    # ``layer`` names
     reads: ClassVar[Literal["", "patches", "patch_features"]] = ""
 
     @abstractmethod
     def __call__(self, features: Features) -> Tensor:
         """This rank's loss, a scalar whose mean over ranks is the loss of the whole batch.
 
-        Its gradient with respect to the features is that of the sum over ranks; the engine averages over ranks.
+        Its gradient with respect to the features is that of the sum over ranks; the engine averages
+        over ranks.
         """
 
 
 def stack_ids(*ids: Tensor | None) -> Tensor | None:
-    """(b,) or (j, b) int64 each -> (j, b) of those that are not None, or None; ids of two arguments do not meet."""
-    given = [x.reshape(-1, x.shape[-1]) + kind * ID_SPACE for kind, x in enumerate(ids) if x is not None]
+    """(b,) or (j, b) int64 each -> (j, b) of those that are not None, or None; ids of two arguments
+    do not meet."""
+    given = [
+        x.reshape(-1, x.shape[-1]) + kind * ID_SPACE for kind, x in enumerate(ids) if x is not None
+    ]
     return torch.cat(given) if given else None
 
 
 class PairBlocks:
     """The rows of this rank against the columns of all ranks, and which pairs are excluded.
 
-    A loss over all pairs takes their logits in blocks of rows, so that no N x N matrix is ever held. It computes its
-    gradient in the forward pass (``with_gradients``) and communicates nothing in the backward pass: under an engine
-    that averages the gradients of parameters over ranks, the result is the gradient of the loss of one big batch.
+    A loss over all pairs takes their logits in blocks of rows, so that no N x N matrix is ever
+    held. It computes its gradient in the forward pass (``with_gradients``) and communicates nothing
+    in the backward pass: under an engine that averages the gradients of parameters over ranks, the
+    result is the gradient of the loss of one big batch.
 
-    Row i of the anchors and of the positives are a pair; rank r holds the rows [r b, (r + 1) b) of the N.
+    Row i of the anchors and of the positives are a pair; rank r holds the rows [r b, (r + 1) b) of
+    the N.
     """
 
-    def __init__(self, anchor_bD: Tensor, positive_bD: Tensor, ids_jb: Tensor | None, block: int, group: Group) -> None:
+    def __init__(
+        self,
+        anchor_bD: Tensor,
+        positive_bD: Tensor,
+        ids_jb: Tensor | None,
+        block: int,
+        group: Group,
+    ) -> None:
         if anchor_bD.shape != positive_bD.shape or anchor_bD.ndim != 2:
-            raise ValueError(f"anchors {anchor_bD.shape} and positives {positive_bD.shape} must have one shape (b, D)")
+            raise ValueError(
+                f"anchors {anchor_bD.shape} and positives {positive_bD.shape} must have one shape (b, D)"
+            )
         sent = [positive_bD] if ids_jb is None else [positive_bD, ids_jb.T]
         self.positive_ND, *ids_Nj = gather_together(*sent, group=group)
-        self.anchor_bD, self.ids_jb = anchor_bD.detach(), ids_jb
+        self.anchor_bD = anchor_bD.detach()
+        self.ids_jb = ids_jb
         self.ids_jN = ids_Nj[0].T.contiguous() if ids_Nj else None
         self.group: Group = group
         self.rows, self.columns = len(anchor_bD), len(self.positive_ND)
@@ -108,7 +135,10 @@ class PairBlocks:
 
     def __iter__(self) -> Iterator[slice]:
         """The rows, a block at a time."""
-        return (slice(start, min(start + self.block, self.rows)) for start in range(0, self.rows, self.block))
+        return (
+            slice(start, min(start + self.block, self.rows))
+            for start in range(0, self.rows, self.block)
+        )
 
     @property
     def own_columns(self) -> slice:
@@ -127,15 +157,21 @@ class PairBlocks:
         """(R, N) bool: off-diagonal pairs that share an id of any kind; None without ids."""
         if self.ids_jb is None or self.ids_jN is None:
             return None
-        same_RN = torch.zeros(rows.stop - rows.start, self.columns, dtype=torch.bool, device=self.ids_jN.device)
-        for ids_b, ids_N in product(self.ids_jb, self.ids_jN):  # one's first caption may be another's second
+        same_RN = torch.zeros(
+            rows.stop - rows.start, self.columns, dtype=torch.bool, device=self.ids_jN.device
+        )
+        # one's first caption may be another's second
+        for ids_b, ids_N in product(self.ids_jb, self.ids_jN):
             same_RN |= ids_b[rows, None] == ids_N
         self.diagonal(rows, same_RN).fill_(False)
         return same_RN
 
-    def gradients(self, s: Tensor, slope: Callable[[slice], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients for anchors (b, D), own positives (b, D) and this rank's part for the scale () of a loss over
-        logits s x_i.y_j + constants; ``slope``: its derivatives (R, N) by the logits of a block of rows."""
+    def gradients(
+        self, s: Tensor, slope: Callable[[slice], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients for anchors (b, D), own positives (b, D) and this rank's part for the scale ()
+        of a loss over logits s x_i.y_j + constants; ``slope``: its derivatives (R, N) by the logits
+        of a block of rows."""
         anchor_grad_bD = torch.empty(self.anchor_bD.shape, device=s.device)
         positive_grad_ND = torch.zeros(self.positive_ND.shape, device=s.device)
         for rows in self:
@@ -151,8 +187,11 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, *tensors):
-        inputs, grads = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        ctx.save_for_backward(*(g.to(x.dtype).reshape(x.shape) for x, g in zip(inputs, grads, strict=True)))
+        inputs = tensors[: len(tensors) // 2]
+        grads = tensors[len(tensors) // 2 :]
+        ctx.save_for_backward(
+            *(g.to(x.dtype).reshape(x.shape) for x, g in zip(inputs, grads, strict=True))
+        )
         return loss.clone()
 
     @staticmethod
@@ -171,7 +210,8 @@ Terms = dict[str, Callable[[Features], Tensor]]  # name -> weighted loss; a step
 
 def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
     """The chosen terms with their settings; ValueError names a term or a setting that there is not."""
-    known, weights = discover("llm2clip_plugin.train.losses", "TERM"), parse_terms(config.terms)
+    known = discover("llm2clip_plugin.train.losses", "TERM")
+    weights = parse_terms(config.terms)
     words: dict[str, list[str]] = {weight.name: [] for weight in weights}
     for name in words:
         if name not in known:
@@ -183,7 +223,9 @@ def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
         elif len(words) == 1:
             words[weights[0].name].append(word)
         else:
-            raise ValueError(f"loss.args: {word!r} names none of the terms {', '.join(words)}; write TERM.{word}")
+            raise ValueError(
+                f"loss.args: {word!r} names none of the terms {', '.join(words)}; write TERM.{word}"
+            )
     return [(w, from_named_args(known[w.name], words[w.name], where="loss.args")) for w in weights]
 
 
@@ -208,32 +250,51 @@ def patch_layers(config: LossConfig) -> dict[str, int]:
 
 
 def check_patch_layers(config: LossConfig, blocks: int) -> None:
-    """Raise ValueError for a term that reads patches of a hidden state that a tower of so many blocks does not have."""
+    """Raise ValueError for a term that reads patches of a hidden state that a tower of so many
+    blocks does not have."""
     for reads, layer in patch_layers(config).items():
         if not -blocks - 1 <= layer <= blocks:
-            raise ValueError(f"layer {layer} of {reads} is outside the tower's {blocks} blocks; set it in --loss.args")
+            raise ValueError(
+                f"layer {layer} of {reads} is outside the tower's {blocks} blocks; set it in --loss.args"
+            )
 
 
 def weighted_terms(config: LossConfig, *, group: Group = None) -> Terms:
     """The terms of a configuration, over the batch of a group of ranks."""
-    return {weight.name: partial(_weighted, config, weight, term, group) for weight, term in chosen_terms(config)}
+    return {
+        weight.name: partial(_weighted, config, weight, term, group)
+        for weight, term in chosen_terms(config)
+    }
 
 
 def heads_terms(config: LossConfig) -> Terms:
-    """The terms that fit heads on a frozen tower, on this rank alone, at the peak of their weights: those between
-    images and captions. Raises ValueError if there are none."""
-    known = {weight.name: term for weight, term in chosen_terms(config) if not term.needs_reference and not term.reads}
+    """The terms that fit heads on a frozen tower, on this rank alone, at the peak of their weights:
+    those between images and captions. Raises ValueError if there are none."""
+    known = {
+        weight.name: term
+        for weight, term in chosen_terms(config)
+        if not term.needs_reference and not term.reads
+    }
     if not known:
-        raise ValueError(f"loss.terms {' '.join(config.terms)} has no term between images and captions; add infonce=1")
+        raise ValueError(
+            f"loss.terms {' '.join(config.terms)} has no term between images and captions; add infonce=1"
+        )
     peaks = {weight.name: max(weight.start, weight.end) for weight, _ in chosen_terms(config)}
-    return {n: partial(_weighted, config, TermWeight(n, peaks[n], peaks[n]), t, ALONE) for n, t in known.items()}
+    return {
+        n: partial(_weighted, config, TermWeight(n, peaks[n], peaks[n]), t, ALONE)
+        for n, t in known.items()
+    }
 
 
-def _weighted(config: LossConfig, weight: TermWeight, term: LossTerm, group: Group, features: Features) -> Tensor:
+def _weighted(
+    config: LossConfig, weight: TermWeight, term: LossTerm, group: Group, features: Features
+) -> Tensor:
     factor = config.weight * weight.at(features.progress)
     if not factor:
         return features.anchor_bD.new_zeros(())
     hashes = features.caption_hashes if config.mask_same_caption else None
     images = features.image_ids if config.mask_same_image else None
-    features = dataclasses.replace(features, caption_hashes=hashes, image_ids=images, block=config.block, group=group)
+    features = dataclasses.replace(
+        features, caption_hashes=hashes, image_ids=images, block=config.block, group=group
+    )
     return factor * term(features)

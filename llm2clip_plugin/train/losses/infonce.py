@@ -1,5 +1,5 @@
-"""Images against captions: CLIP's loss, symmetric InfoNCE, with one caption an image or several; LIFT's, which has no
-negatives."""
+"""Images against captions: CLIP's loss, symmetric InfoNCE, with one caption an image or several;
+LIFT's, which has no negatives."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import Group, gather_rows, world_size
-from llm2clip_plugin.train.losses.base import EXCLUDED, Features, LossTerm, PairBlocks, stack_ids, with_gradients
+from llm2clip_plugin.train.losses.base import (
+    EXCLUDED,
+    Features,
+    LossTerm,
+    PairBlocks,
+    stack_ids,
+    with_gradients,
+)
 
 
 def contrastive_loss(
@@ -23,11 +30,12 @@ def contrastive_loss(
     block: int = 0,
     group: Group = None,
 ) -> Tensor:
-    """Symmetric InfoNCE of this rank's b pairs against all N (Radford et al. 2021, arXiv 2103.00020, figure 3).
+    """Symmetric InfoNCE of this rank's b pairs against all N (Radford et al. 2021, arXiv
+    2103.00020, figure 3).
 
-    loss_r = 1/(2b) sum_i [ lse_j(s x_i.y_j) - s x_i.y_i ] + 1/(2b) sum_j [ lse_i(s x_i.y_j) - s x_j.y_j ],
-    i and j over this rank's pairs, the inner index over all N. The mean of loss_r over ranks is the loss of
-    the whole batch.
+    loss_r = 1/(2b) sum_i [ lse_j(s x_i.y_j) - s x_i.y_i ] + 1/(2b) sum_j [ lse_i(s x_i.y_j) - s
+    x_j.y_j ], i and j over this rank's pairs, the inner index over all N. The mean of loss_r over
+    ranks is the loss of the whole batch.
 
     Args:
         anchor_bD, positive_bD: x and y, L2-normalized, any float dtype; products are taken in it, the rest in fp32.
@@ -36,20 +44,25 @@ def contrastive_loss(
         block: rows of the logits held at once; 0 chooses by device.
         group: ranks that hold the batch, b rows on each; None is the default group.
 
-    The gradient with respect to the features is that of sum_r loss_r (golden D: local loss, gathered with
-    gradient); with respect to ``scale`` it is this rank's part, so that the mean over ranks is right. Weights put on
-    the result must be the same on every rank. Not for a batch of one pair, which has no negatives.
+    The gradient with respect to the features is that of sum_r loss_r (golden D: local loss,
+    gathered with gradient); with respect to ``scale`` it is this rank's part, so that the mean over
+    ranks is right. Weights put on the result must be the same on every rank. Not for a batch of one
+    pair, which has no negatives.
 
-    Two passes over the blocks: sums of exponentials of rows and columns, then gradients from them. A block's logits
-    serve its rows (anchor to positive) and its columns (positive to anchor) at once; the columns' sums are joined over
-    blocks and ranks. Four matrix products in all, against three of the full matrix.
+    Two passes over the blocks: sums of exponentials of rows and columns, then gradients from them.
+    A block's logits serve its rows (anchor to positive) and its columns (positive to anchor) at
+    once; the columns' sums are joined over blocks and ranks. Four matrix products in all, against
+    three of the full matrix.
     """
     with torch.no_grad():
-        blocks = PairBlocks(anchor_bD, positive_bD, stack_ids(caption_hashes, image_ids), block, group)
+        blocks = PairBlocks(
+            anchor_bD, positive_bD, stack_ids(caption_hashes, image_ids), block, group
+        )
         s = scale.float().reshape(())
         row, column, pair_b, logits_RN = _exponential_sums(blocks, s)
         own_top_b, own_total_b = (x_N[blocks.own_columns] for x_N in column)
-        there_b, back_b = row[0] - pair_b + row[1].log(), own_top_b - pair_b + own_total_b.log()
+        there_b = row[0] - pair_b + row[1].log()
+        back_b = own_top_b - pair_b + own_total_b.log()
         loss = 0.5 * (there_b + back_b).mean()
     inputs = (anchor_bD, positive_bD, scale)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
@@ -66,17 +79,20 @@ class InfoNCE(LossTerm):
     name: ClassVar[str] = "infonce"
 
     def __call__(self, features: Features) -> Tensor:
-        scale, positive_bD = features.log_scale.exp(), features.positive_bkD[:, 0]
+        scale = features.log_scale.exp()
+        positive_bD = features.positive_bkD[:, 0]
         return contrastive_loss(features.anchor_bD, positive_bD, scale, **features.of_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiPositive(LossTerm):
-    """``--loss.terms multi_positive`` with ``--captions-per-image k``: loss = 1/k sum_p InfoNCE(x, y_p), y_p the p-th
-    of each image's captions (as in DreamLIP, arXiv 2403.17007, whose images have several captions at once).
+    """``--loss.terms multi_positive`` with ``--captions-per-image k``: loss = 1/k sum_p InfoNCE(x,
+    y_p), y_p the p-th of each image's captions (as in DreamLIP, arXiv 2403.17007, whose images have
+    several captions at once).
 
-    An image's own captions are never negatives of each other. The cost is k times that of infonce, of which it is the
-    mean over what one caption a step would draw. With one caption an image it is infonce.
+    An image's own captions are never negatives of each other. The cost is k times that of infonce,
+    of which it is the mean over what one caption a step would draw. With one caption an image it is
+    infonce.
     """
 
     name: ClassVar[str] = "multi_positive"
@@ -93,12 +109,13 @@ class MultiPositive(LossTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(LossTerm):
-    """``--loss.terms cosine``: loss = 1/N sum_i (1 - x_i.y_i), the captions' mean if an image has several (LIFT,
-    arXiv 2506.04209).
+    """``--loss.terms cosine``: loss = 1/N sum_i (1 - x_i.y_i), the captions' mean if an image has
+    several (LIFT, arXiv 2506.04209).
 
-    No pair is compared with another: no logits, no communication, and any batch size gives the same loss in
-    expectation. Not alone with a text adapter that trains: both sides may meet in one point, which costs nothing here.
-    The side of the captions must be fixed (dual.adapter none), or another term must hold them apart.
+    No pair is compared with another: no logits, no communication, and any batch size gives the same
+    loss in expectation. Not alone with a text adapter that trains: both sides may meet in one
+    point, which costs nothing here. The side of the captions must be fixed (dual.adapter none), or
+    another term must hold them apart.
     """
 
     name: ClassVar[str] = "cosine"
@@ -112,7 +129,8 @@ class Cosine(LossTerm):
 TERM = [InfoNCE, MultiPositive, Cosine]
 
 
-# sum_j exp(x_j) of many rows as ``total * exp(top)``, top the largest x: a rounded logarithm near 100 would cost 1e-5
+# sum_j exp(x_j) of many rows as ``total * exp(top)``, top the largest x: a rounded logarithm near
+# 100 would cost 1e-5
 ExpSums = tuple[Tensor, Tensor]
 
 
@@ -123,12 +141,17 @@ def _joined(parts: Iterable[ExpSums]) -> ExpSums:
     return top, (totals * (tops - top).exp()).sum(0)
 
 
-def _exponential_sums(blocks: PairBlocks, s: Tensor) -> tuple[ExpSums, ExpSums, Tensor, Tensor | None]:
-    """Sums of each local row (b,), of each column over all ranks (N,), and the pairs' own logits (b,).
+def _exponential_sums(
+    blocks: PairBlocks, s: Tensor
+) -> tuple[ExpSums, ExpSums, Tensor, Tensor | None]:
+    """Sums of each local row (b,), of each column over all ranks (N,), and the pairs' own logits
+    (b,).
 
     The logits (b, N) themselves are returned too if they are a single block, else None.
     """
-    row_top_b, row_total_b, pair_b = (torch.empty(blocks.rows, device=blocks.anchor_bD.device) for _ in range(3))
+    row_top_b, row_total_b, pair_b = (
+        torch.empty(blocks.rows, device=blocks.anchor_bD.device) for _ in range(3)
+    )
     column: ExpSums | None = None
     logits_RN = None
     for rows in blocks:
@@ -143,7 +166,12 @@ def _exponential_sums(blocks: PairBlocks, s: Tensor) -> tuple[ExpSums, ExpSums, 
     if world_size(blocks.group) > 1:
         tops_WN, totals_WN = gather_rows(torch.stack(column)[None], blocks.group).unbind(1)
         column = _joined(zip(tops_WN, totals_WN, strict=True))
-    return (row_top_b, row_total_b), column, pair_b, logits_RN if blocks.block >= blocks.rows else None
+    return (
+        (row_top_b, row_total_b),
+        column,
+        pair_b,
+        logits_RN if blocks.block >= blocks.rows else None,
+    )
 
 
 def _logits(blocks: PairBlocks, rows: slice, s: Tensor) -> Tensor:
@@ -154,7 +182,12 @@ def _logits(blocks: PairBlocks, rows: slice, s: Tensor) -> Tensor:
 
 
 def _slope(
-    blocks: PairBlocks, s: Tensor, row: ExpSums, column: ExpSums, all_logits_RN: Tensor | None, rows: slice
+    blocks: PairBlocks,
+    s: Tensor,
+    row: ExpSums,
+    column: ExpSums,
+    all_logits_RN: Tensor | None,
+    rows: slice,
 ) -> Tensor:
     """(R, N) derivatives of sum_r loss_r by the logits."""
     logits_RN = _logits(blocks, rows, s) if all_logits_RN is None else all_logits_RN

@@ -1,4 +1,5 @@
-"""Vision checkpoints become tower directories, and towers other formats. Here: the options of both commands."""
+"""Vision checkpoints become tower directories, and towers other formats. Here: the options of both
+commands."""
 
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ class ImportConfig:
 
     source: str  # directory, Hub id, timm:NAME, or file (.safetensors, .pt, .pth, .bin)
     output: str  # tower directory to write
-    config: str | None = None  # config.json for a source without one; its fields override an existing one's
+    # config.json for a source without one; its fields override an existing one's
+    config: str | None = None
     image_size: int | None = None  # interpolate the positions to this size in pixels
     overwrite: bool = False  # replace an existing directory
 
@@ -37,7 +39,8 @@ class TowerExportConfig:
     source: str  # folder of a training run, tower directory, or Hub id
     output: str  # directory to write
     format: str = "tower"  # tower: a tower directory; or another format
-    with_adapter: bool = False  # copy the teacher LLM's adapter, so that the directory embeds texts with the base LLM
+    # copy the teacher LLM's adapter, so that the directory embeds texts with the base LLM
+    with_adapter: bool = False
     checkpoint: str = ""  # a run's checkpoint to export; "": the newest
     ema: bool = False  # export a run's moving average instead of its weights
     push: str | None = None  # OWNER/NAME: also upload the tower directory to the Hub

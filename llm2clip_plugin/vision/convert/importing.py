@@ -30,7 +30,12 @@ from llm2clip_plugin.files import ContractError, load_tensors
 from llm2clip_plugin.folders import CONVERTED_FOLDER, output_folder
 from llm2clip_plugin.vision import export
 from llm2clip_plugin.vision.convert import IMPORT
-from llm2clip_plugin.vision.convert.layouts import ParsedCheckpoint, layouts, lift_model_cfg, normalization
+from llm2clip_plugin.vision.convert.layouts import (
+    ParsedCheckpoint,
+    layouts,
+    lift_model_cfg,
+    normalization,
+)
 from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
 from llm2clip_plugin.vision.directory import (
     PREPROCESSOR_FILE,
@@ -53,7 +58,11 @@ def main(argv: list[str]) -> int:
     """Import a checkpoint, print what was matched and what was ignored."""
     options = IMPORT.parse(argv)
     card, report = import_tower(
-        options.source, options.output, config=options.config, image_size=options.image_size, replace=options.overwrite
+        options.source,
+        options.output,
+        config=options.config,
+        image_size=options.image_size,
+        replace=options.overwrite,
     )
     if old_size := card.training.get("resized_from"):
         report.append(f"positions interpolated from {old_size} to {card.image_size} px")
@@ -69,40 +78,56 @@ def import_tower(
     image_size: int | None = None,
     replace: bool = False,
 ) -> tuple[TowerCard, list[str]]:
-    """Write ``source`` (file, directory, Hub id or timm:NAME) as a tower directory; returns its card and a report.
+    """Write ``source`` (file, directory, Hub id or timm:NAME) as a tower directory; returns its
+    card and a report.
 
-    ``config``: a config.json (Hugging Face's, EVA-CLIP's or OpenCLIP's), or fields that override the source's own.
-    ``image_size``, in pixels, interpolates the positions if it is not the source's own. Raises FileNotFoundError,
-    ValueError (architecture unknown), ContractError (an unknown, missing or misshapen tensor; code in a file).
+    ``config``: a config.json (Hugging Face's, EVA-CLIP's or OpenCLIP's), or fields that override
+    the source's own. ``image_size``, in pixels, interpolates the positions if it is not the
+    source's own. Raises FileNotFoundError, ValueError (architecture unknown), ContractError (an
+    unknown, missing or misshapen tensor; code in a file).
     """
     path = Path(source).expanduser()
     if str(source).startswith(TIMM_PREFIX):
         if config is not None:
             raise ValueError(f"{source}: timm describes the architecture; remove --config")
-        model, imported_as = load_tower(source, image_size=image_size), "timm"
+        model = load_tower(source, image_size=image_size)
+        imported_as = "timm"
         report = [f"layout timm: {len(model.state_dict())} tensors of the tower"]
     else:
         place = path if path.is_file() else fetch_directory(source)
         if place.is_dir() and (place / TowerCard.FILE).is_file():
-            return export.reexport(place, output, image_size=image_size, replace=replace), ["a tower directory"]
-        parsed = parse_checkpoint(place, None if config is None else read_json(Path(config)), image_size)
+            return export.reexport(place, output, image_size=image_size, replace=replace), [
+                "a tower directory"
+            ]
+        parsed = parse_checkpoint(
+            place, None if config is None else read_json(Path(config)), image_size
+        )
         with naming_full_disk(output):
-            model = build_model(parsed, str(source), temporary=Path(output).resolve().parent, image_size=image_size)
-        imported_as, report = parsed.layout, parsed.report()
+            model = build_model(
+                parsed, str(source), temporary=Path(output).resolve().parent, image_size=image_size
+            )
+        imported_as = parsed.layout
+        report = parsed.report()
     origin = path.name if path.exists() else str(source)
-    card = export.export_tower(model, output, origin=origin, training={"imported_as": imported_as}, replace=replace)
+    card = export.export_tower(
+        model, output, origin=origin, training={"imported_as": imported_as}, replace=replace
+    )
     return card, report
 
 
-def parse_checkpoint(path: Path, given: dict[str, Any] | None, image_size: int | None = None) -> ParsedCheckpoint:
-    """Parse a checkpoint file or folder. ``given``, the object of --config, overrides the folder's configuration file,
-    or replaces it if it has a ``model_type``. Raises ValueError (unknown layout or architecture; NaFlex's most patches
-    are no square, and no ``image_size``), ContractError (a missing, misshapen or unknown tensor)."""
+def parse_checkpoint(
+    path: Path, given: dict[str, Any] | None, image_size: int | None = None
+) -> ParsedCheckpoint:
+    """Parse a checkpoint file or folder. ``given``, the object of --config, overrides the folder's
+    configuration file, or replaces it if it has a ``model_type``. Raises ValueError (unknown layout
+    or architecture; NaFlex's most patches are no square, and no ``image_size``), ContractError (a
+    missing, misshapen or unknown tensor)."""
     state: dict[str, Tensor] = {}
     for file in [path] if path.is_file() else weight_files(path):
         state |= read_tensors(file)
     given = lift_model_cfg(given or {})
-    visual = any(key.startswith("visual.") for key in state)  # its folder may hold Hugging Face's configuration, too
+    # its folder may hold Hugging Face's configuration, too
+    visual = any(key.startswith("visual.") for key in state)
     names = [*["open_clip_config.json"] * visual, "config.json"]
     own = next((read_json(path / name) for name in names if (path / name).is_file()), {})
     config = given if "model_type" in given else merge(lift_model_cfg(own), given)
@@ -116,44 +141,71 @@ def parse_checkpoint(path: Path, given: dict[str, Any] | None, image_size: int |
         parsed = parse_timm_hub(state, config)
     else:
         told = f"the tensor names ({', '.join(sorted(state)[:3])}, ...) match no known layout ({', '.join(layouts())})"
-        raise ValueError(f"{path}: {told}; a Hugging Face model needs its config.json, next to it or as --config")
-    stated = normalization(section(config, "preprocess_cfg")) if "model_cfg" in config else own_preprocessor(path)
+        raise ValueError(
+            f"{path}: {told}; a Hugging Face model needs its config.json, next to it or as --config"
+        )
+    stated = (
+        normalization(section(config, "preprocess_cfg"))
+        if "model_cfg" in config
+        else own_preprocessor(path)
+    )
     parsed.preprocessor = stated
-    if "num_patches" in parsed.config and (most := int(stated.get("max_num_patches") or 0)):  # of a NaFlex image
+    # of a NaFlex image
+    if "num_patches" in parsed.config and (most := int(stated.get("max_num_patches") or 0)):
         parsed.config["image_size"] = (side := math.isqrt(most)) * parsed.config["patch_size"]
         if side**2 != most and image_size is None:
-            fix = f"set --image-size, such as {parsed.config['image_size']} px for {side**2} patches"
-            raise ValueError(f"{path / PREPROCESSOR_FILE}: max_num_patches {most} is not a square; {fix}")
+            fix = (
+                f"set --image-size, such as {parsed.config['image_size']} px for {side**2} patches"
+            )
+            raise ValueError(
+                f"{path / PREPROCESSOR_FILE}: max_num_patches {most} is not a square; {fix}"
+            )
     _check_text_side(parsed, given)
     if unused := sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys()):
         told = f"{len(unused)} of {len(parsed.state)} tensors do not belong to a {parsed.layout} model: {unused[:10]}"
-        raise ContractError(f"{path}: {told}; a tensor was renamed, or --config must describe the architecture")
+        raise ContractError(
+            f"{path}: {told}; a tensor was renamed, or --config must describe the architecture"
+        )
     return parsed
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """``below`` overridden by ``above``, key by key in nested objects too."""
-    nested = {key for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
+    nested = {
+        key
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
     return {**below, **above, **{key: merge(below[key], above[key]) for key in nested}}
 
 
 def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
-    """ContractError for an incomplete text side, unless --config (``given``) states that the release has no logit scale
-    (``logit_scale_init_value``) or no bias after the adapter (``text_cfg.proj_bias``)."""
+    """ContractError for an incomplete text side, unless --config (``given``) states that the
+    release has no logit scale (``logit_scale_init_value``) or no bias after the adapter
+    (``text_cfg.proj_bias``)."""
     adapter = parsed.adapter
     if parsed.logit_scale is None and parsed.is_image_text:
         if not isinstance(start := given.get("logit_scale_init_value"), int | float):
             fix = 'pass --config with its initial logarithm, such as {"logit_scale_init_value": 2.6592}, CLIP\'s'
-            raise ContractError(f"the checkpoint is missing logit_scale; if it never had one, {fix}")
+            raise ContractError(
+                f"the checkpoint is missing logit_scale; if it never had one, {fix}"
+            )
         parsed.logit_scale = torch.tensor(float(start))
-    if adapter and "projection.bias" not in adapter.names and section(given, "text_cfg").get("proj_bias", True):
+    if (
+        adapter
+        and "projection.bias" not in adapter.names
+        and section(given, "text_cfg").get("proj_bias", True)
+    ):
         bias = adapter.names["projection.weight"].replace("weight", "bias")
         fix = 'if it never had one, pass --config with {"text_cfg": {"proj_bias": false}}'
         raise ContractError(f"the checkpoint is missing {bias}; {fix}")
 
 
-def build_model(parsed: ParsedCheckpoint, source: str, *, temporary: Path, image_size: int | None = None) -> nn.Module:
-    """A parsed checkpoint as a dual encoder, or as a tower alone; ``temporary``: folder for large files."""
+def build_model(
+    parsed: ParsedCheckpoint, source: str, *, temporary: Path, image_size: int | None = None
+) -> nn.Module:
+    """A parsed checkpoint as a dual encoder, or as a tower alone; ``temporary``: folder for large
+    files."""
     temporary.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=temporary, prefix=".import-") as name:
         folder = Path(name)
@@ -183,29 +235,43 @@ def build_model(parsed: ParsedCheckpoint, source: str, *, temporary: Path, image
     }
     if parsed.adapter is not None:
         state |= {f"text_adapter.{name}": value for name, value in parsed.adapter.state.items()}
-    state, expected = {name: value for name, value in state.items() if value is not None}, heads_state(dual)
-    missing = sorted(expected.keys() - state.keys() - {"logit_scale"})  # which then keeps CLIP's initial value
-    wrong = sorted(name for name in state if name not in expected or state[name].shape != expected[name].shape)
+    state = {name: value for name, value in state.items() if value is not None}
+    expected = heads_state(dual)
+    # which then keeps CLIP's initial value
+    missing = sorted(expected.keys() - state.keys() - {"logit_scale"})
+    wrong = sorted(
+        name for name in state if name not in expected or state[name].shape != expected[name].shape
+    )
     if missing or wrong:
-        raise ContractError(f"{source}: missing tensors {missing}, unexpected or misshapen tensors {wrong}")
+        raise ContractError(
+            f"{source}: missing tensors {missing}, unexpected or misshapen tensors {wrong}"
+        )
     dual.load_state_dict(state, strict=False)  # the tower is loaded; the rest was just checked
     return dual
 
 
-# Convert a tower directory to another library's format; each reloads what it wrote and compares the features.
+# Convert a tower directory to another library's format; each reloads what it wrote and compares the
+# features.
 
 ONNX_FILE = "image_encoder.onnx"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-LARGEST_ONNX = 1 << 30  # bytes of weights; protobuf is limited to 2 GiB, larger weights are written to a separate file
+# bytes of weights; protobuf is limited to 2 GiB, larger weights are written to a separate file
+LARGEST_ONNX = 1 << 30
 
 
 def convert(
-    source: str | os.PathLike[str], output: str | os.PathLike[str], format_name: str, *, replace: bool = False
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    format_name: str,
+    *,
+    replace: bool = False,
 ) -> Path:
     """Write the tower directory ``source`` to ``output`` in another format; returns the directory.
-    Raises ValueError if the format cannot represent the tower, ContractError if the files give other features."""
+    Raises ValueError if the format cannot represent the tower, ContractError if the files give
+    other features."""
     directory = fetch_directory(source)
-    model, write = export.load_model(directory), {"clip": write_clip, "onnx": write_onnx}[format_name]
+    model = export.load_model(directory)
+    write = {"clip": write_clip, "onnx": write_onnx}[format_name]
     with output_folder(output, CONVERTED_FOLDER, replace=replace) as temporary:
         write(model.eval(), temporary, preprocessor_config(directory, square=True))
     return Path(output)
@@ -216,23 +282,35 @@ def write_clip(dual: nn.Module, directory: Path, preprocessor: dict[str, Any]) -
     from transformers import CLIPVisionModelWithProjection
 
     if not isinstance(dual, DualEncoder) or family_of(dual.tower).name != "clip":
-        raise ValueError("format 'clip' is for a CLIP tower with a projection; --format onnx converts every tower")
-    chosen = {name: getattr(dual.config, name) for name in ("pool", "projection", "projection_norm", "projection_bias")}
+        raise ValueError(
+            "format 'clip' is for a CLIP tower with a projection; --format onnx converts every tower"
+        )
+    chosen = {
+        name: getattr(dual.config, name)
+        for name in ("pool", "projection", "projection_norm", "projection_bias")
+    }
     pool, *projection = chosen.values()
     if pool not in ("pooled", "cls") or projection != ["linear", False, False]:
         raise ValueError(f"format 'clip' cannot represent a tower with {chosen}; --format onnx can")
     export.save_tower(dual.tower, directory)
     heads = {"visual_projection.weight": dual.visual_projection.weight}
     export.save_tensors(load_tensors(directory / WEIGHTS_FILE) | heads, directory / WEIGHTS_FILE)
-    fields = {"projection_dim": dual.config.projection_dim, "architectures": ["CLIPVisionModelWithProjection"]}
+    fields = {
+        "projection_dim": dual.config.projection_dim,
+        "architectures": ["CLIPVisionModelWithProjection"],
+    }
     write_json(directory / "config.json", read_json(directory / "config.json") | fields)
     write_json(directory / PREPROCESSOR_FILE, preprocessor)
     with quiet_transformers():
-        reloaded: Any = CLIPVisionModelWithProjection.from_pretrained(directory, torch_dtype=dual.tower.dtype).eval()
+        reloaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+            directory, torch_dtype=dual.tower.dtype
+        ).eval()
     pixels = export.probe_images(dual.tower)
     with torch.no_grad():
         features = F.normalize(reloaded(pixel_values=pixels).image_embeds.float(), dim=-1)
-        export.compare_features({"image": dual.encode_image(pixels)}, {"image": features}, where="format 'clip'")
+        export.compare_features(
+            {"image": dual.encode_image(pixels)}, {"image": features}, where="format 'clip'"
+        )
 
 
 class _ImageEncoder(nn.Module):
@@ -242,20 +320,29 @@ class _ImageEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         is_dual = isinstance(self.model, DualEncoder)
-        return self.model.encode_image(pixel_values) if is_dual else self.model(pixel_values).pooler_output
+        return (
+            self.model.encode_image(pixel_values)
+            if is_dual
+            else self.model(pixel_values).pooler_output
+        )
 
 
 def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
-    """The image encoder for ONNX Runtime, for any batch size: image features, or the pooled output of a tower alone."""
+    """The image encoder for ONNX Runtime, for any batch size: image features, or the pooled output
+    of a tower alone."""
     if missing := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"format 'onnx' requires {', '.join(missing)}: pip install {' '.join(missing)}")
+        raise ValueError(
+            f"format 'onnx' requires {', '.join(missing)}: pip install {' '.join(missing)}"
+        )
     import onnxruntime
 
     encoder = _ImageEncoder(model).float().eval()
     pixels = export.probe_images(tower_in(model), count=3)
     size = sum(parameter.numel() * 4 for parameter in encoder.parameters())
     with warnings.catch_warnings():  # of a renamed class of torch's own
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        warnings.filterwarnings(
+            "ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning
+        )
         torch.onnx.export(
             encoder,
             (pixels[:2],),
@@ -267,9 +354,13 @@ def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
             dynamo=True,
             verbose=False,
         )
-    session = onnxruntime.InferenceSession(str(directory / ONNX_FILE), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(directory / ONNX_FILE), providers=["CPUExecutionProvider"]
+    )
     with torch.no_grad():
         for batch in (pixels, pixels[:1]):
             features = torch.from_numpy(session.run(None, {"pixel_values": batch.numpy()})[0])
-            export.compare_features({"image": encoder(batch)}, {"image": features}, where="ONNX Runtime")
+            export.compare_features(
+                {"image": encoder(batch)}, {"image": features}, where="ONNX Runtime"
+            )
     write_json(directory / PREPROCESSOR_FILE, preprocessor)

@@ -1,4 +1,5 @@
-"""Families of vision towers, as plain data: a file defines ``FAMILY``, or a list of twins; a new file is a family."""
+"""Families of vision towers, as plain data: a file defines ``FAMILY``, or a list of twins; a new
+file is a family."""
 
 import functools
 import importlib
@@ -10,14 +11,19 @@ from typing import Any, TypeAlias
 from llm2clip_plugin.files import discover, errors_about
 from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json, section
 
-Tower: TypeAlias = Any  # a Hugging Face vision model (nn.Module); the fields of its `config` differ by family
+# a Hugging Face vision model (nn.Module); the fields of its `config` differ by family
+Tower: TypeAlias = Any
 
 # channel means and standard deviations of pixels in [0, 1], as in pretraining
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+HALF_MEAN = (0.5, 0.5, 0.5)
+HALF_STD = (0.5, 0.5, 0.5)
 
-RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # timm's and OpenCLIP's names of PIL's filters
+# timm's and OpenCLIP's names of PIL's filters
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 # sizes that several families share, as fields of config.json
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -28,30 +34,38 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
 class Family:
     """One family of towers.
 
-    Dotted names are relative to the module that contains the blocks: ``vision_model``, in which transformers 4 wraps
-    CLIP and SigLIP, or the tower itself.
+    Dotted names are relative to the module that contains the blocks: ``vision_model``, in which
+    transformers 4 wraps CLIP and SigLIP, or the tower itself.
     """
 
     name: str  # in the TowerCard
-    model_types: tuple[str, ...]  # `model_type` in config.json, of the vision model and of models that contain it
+    # `model_type` in config.json, of the vision model and of models that contain it
+    model_types: tuple[str, ...]
     vision_class: Callable[[], Any]  # returns the Hugging Face class, which is imported only then
     has_cls: bool  # a class token precedes the patches
-    positions: str = "embeddings.position_embedding.weight"  # the position table; "" if the family has none
+    # the position table; "" if the family has none
+    positions: str = "embeddings.position_embedding.weight"
     blocks: str = "encoder.layers"  # the ModuleList of transformer blocks
     embeddings: tuple[str, ...] = ("embeddings",)  # modules and parameters below the first block
     final_norm: str  # the norm after the last block
     last_state_is_normed: bool = True  # last_hidden_state is the output of final_norm
-    pooling_head: tuple[str, ...] = ()  # modules that only pooler_output uses (SigLIP's attention pooling)
+    # modules that only pooler_output uses (SigLIP's attention pooling)
+    pooling_head: tuple[str, ...] = ()
     never_trained: tuple[str, ...] = ()  # parameters that the tower's forward pass never reads
     file_prefix: str = ""  # of the tower's tensors in files on the Hub
-    not_tower: tuple[str, ...] = ()  # prefixes of the other tensors in a file, such as a text tower's
-    image_text_class: Callable[[], Any] | None = None  # the class of the image-text model that contains the tower
-    image_text_tensors: tuple[str, ...] = ()  # tensors that every image-text model of the family has
-    mean: tuple[float, float, float] = OPENAI_MEAN  # for preprocessing, if the source doesn't specify it
+    # prefixes of the other tensors in a file, such as a text tower's
+    not_tower: tuple[str, ...] = ()
+    # the class of the image-text model that contains the tower
+    image_text_class: Callable[[], Any] | None = None
+    # tensors that every image-text model of the family has
+    image_text_tensors: tuple[str, ...] = ()
+    # for preprocessing, if the source doesn't specify it
+    mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
     resample: int = 3  # PIL's filter, likewise; bicubic
     needs: str = ""  # requirement beyond the package's own, for the model card
-    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)  # name or Hub id -> config.json, for --dry-run
+    # name or Hub id -> config.json, for --dry-run
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def in_transformers(name: str) -> Callable[[], Any]:
@@ -65,19 +79,25 @@ def in_module(module: str, name: str) -> Callable[[], Any]:
 
 
 def wrapped(name: str, *, of: str, title: str, since: str, config: str = "") -> Callable[[], Any]:
-    """A function that returns class ``name`` of ``vision/wrapped.py`` as ``transformers.OF``, its base.
+    """A function that returns class ``name`` of ``vision/wrapped.py`` as ``transformers.OF``, its
+    base.
 
-    It has the base's name and configuration (or the class ``config``, of the base's type), as transformers translates
-    the Hub's tensor names for its own classes alone. Raises ValueError in versions of transformers before ``since``.
+    It has the base's name and configuration (or the class ``config``, of the base's type), as
+    transformers translates the Hub's tensor names for its own classes alone. Raises ValueError in
+    versions of transformers before ``since``.
     """
 
     @functools.lru_cache(maxsize=1)
     def made() -> type:
         transformers = importlib.import_module("transformers")
         if (base := getattr(transformers, of, None)) is None:
-            raise ValueError(f"{title} requires transformers {since} or newer; {transformers.__version__} is installed")
+            raise ValueError(
+                f"{title} requires transformers {since} or newer; {transformers.__version__} is installed"
+            )
         model = in_module("llm2clip_plugin.vision.wrapped", name)()
-        settings = in_module("llm2clip_plugin.vision.wrapped", config)() if config else base.config_class
+        settings = (
+            in_module("llm2clip_plugin.vision.wrapped", config)() if config else base.config_class
+        )
         own = {"config_class": settings, "is_custom_code": classmethod(lambda cls: False)}
         return type(of, (model,), own)
 
@@ -93,7 +113,9 @@ def family_of_type(model_type: str, *, where: str) -> Family:
     """The family whose config.json has this ``model_type``; ``where``: for the error message."""
     known = {kind: family for family in families().values() for kind in family.model_types}
     if model_type not in known:
-        raise ValueError(f"{where}: no tower family has model_type {model_type!r}; known: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{where}: no tower family has model_type {model_type!r}; known: {', '.join(sorted(known))}"
+        )
     return known[model_type]
 
 
@@ -103,14 +125,18 @@ def family_of(tower: Tower) -> Family:
 
 
 def read_config(directory: Path) -> tuple[Family, Any]:
-    """Family and vision configuration of a directory, an image-text model's too; ContractError if it is damaged."""
+    """Family and vision configuration of a directory, an image-text model's too; ContractError if
+    it is damaged."""
     file = directory / CONFIG_FILE
     body = read_json(file)
     kind = str(body.get("model_type", "timm" if "architecture" in body else None))
     fields = section(body, "vision_config") or body
-    is_fixed = kind.startswith("siglip2") and "image_size" in fields and "num_patches" not in fields  # not NaFlex
+    # not NaFlex
+    is_fixed = kind.startswith("siglip2") and "image_size" in fields and "num_patches" not in fields
     if kind.startswith(("timm", "qwen3_")) or is_fixed:
-        raise ValueError(f"{file} describes a {kind} model; run `llm2clip import {directory} --output DIR` first")
+        raise ValueError(
+            f"{file} describes a {kind} model; run `llm2clip import {directory} --output DIR` first"
+        )
     family = family_of_type(kind, where=str(file))
     with errors_about(file, fix="copy or export the tower again"):
         return family, family.vision_class().config_class.from_pretrained(directory)

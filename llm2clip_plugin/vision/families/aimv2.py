@@ -1,8 +1,10 @@
-"""AIMv2 (transformers 5): no class token; learned positions, or sinusoidal ones for any grid (``native``)."""
+"""AIMv2 (transformers 5): no class token; learned positions, or sinusoidal ones for any grid
+(``native``)."""
 
 from llm2clip_plugin.vision.families import Family, in_transformers, wrapped
 
-L = {"intermediate_size": 2816, "use_head": False}  # the other sizes are the configuration's defaults
+# the other sizes are the configuration's defaults
+L = {"intermediate_size": 2816, "use_head": False}
 
 FAMILY = Family(
     name="aimv2",

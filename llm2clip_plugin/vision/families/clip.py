@@ -1,19 +1,38 @@
-"""OpenAI CLIP, with OpenCLIP's models that are published as CLIP on the Hub, and two others of its architecture.
+"""OpenAI CLIP, with OpenCLIP's models that are published as CLIP on the Hub, and two others of its
+architecture.
 
-MetaCLIP 2 has another text tower, so its image tower runs wherever CLIP's does. OpenVision lacks the norm before the
-blocks, and pools the norm of the patches' mean.
+MetaCLIP 2 has another text tower, so its image tower runs wherever CLIP's does. OpenVision lacks
+the norm before the blocks, and pools the norm of the patches' mean.
 """
 
 import functools
 from dataclasses import replace
 from typing import Any
 
-from llm2clip_plugin.vision.families import BASE, IMAGENET_MEAN, IMAGENET_STD, LARGE, Family, in_module, in_transformers
+from llm2clip_plugin.vision.families import (
+    BASE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LARGE,
+    Family,
+    in_module,
+    in_transformers,
+)
 
 B = {**BASE, "intermediate_size": 3072, "hidden_act": "quick_gelu", "image_size": 224}
 L = {**LARGE, "intermediate_size": 4096, "hidden_act": "quick_gelu", "patch_size": 14}
-H = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120}
-G = {"hidden_size": 1664, "num_hidden_layers": 48, "num_attention_heads": 16, "intermediate_size": 8192}
+H = {
+    "hidden_size": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "intermediate_size": 5120,
+}
+G = {
+    "hidden_size": 1664,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "intermediate_size": 8192,
+}
 OPENVISION = {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
 
 
@@ -58,7 +77,13 @@ CLIP = Family(
     final_norm="post_layernorm",
     last_state_is_normed=False,  # only the pooled class token is
     file_prefix="vision_model.",
-    not_tower=("text_model.", "text_projection.", "visual_projection.", "text_adapter.", "logit_scale"),
+    not_tower=(
+        "text_model.",
+        "text_projection.",
+        "visual_projection.",
+        "text_adapter.",
+        "logit_scale",
+    ),
     image_text_class=in_transformers("CLIPModel"),
     image_text_tensors=("visual_projection.weight",),
     shapes={
@@ -77,9 +102,23 @@ FAMILY = [
         vision_class=_metaclip2,
         image_text_class=_metaclip2_image_text,
         shapes={
-            "facebook/metaclip-2-worldwide-huge-quickgelu": {**H, "image_size": 224, "patch_size": 14},
-            "facebook/metaclip-2-worldwide-huge-378": {**H, "image_size": 378, "patch_size": 14, "hidden_act": "gelu"},
-            "facebook/metaclip-2-worldwide-giant-378": {**G, "image_size": 378, "patch_size": 14, "hidden_act": "gelu"},
+            "facebook/metaclip-2-worldwide-huge-quickgelu": {
+                **H,
+                "image_size": 224,
+                "patch_size": 14,
+            },
+            "facebook/metaclip-2-worldwide-huge-378": {
+                **H,
+                "image_size": 378,
+                "patch_size": 14,
+                "hidden_act": "gelu",
+            },
+            "facebook/metaclip-2-worldwide-giant-378": {
+                **G,
+                "image_size": 378,
+                "patch_size": 14,
+                "hidden_act": "gelu",
+            },
         },
     ),
     replace(

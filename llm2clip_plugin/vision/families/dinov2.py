@@ -1,9 +1,22 @@
-"""DINOv2: class token, layer scale, positions for the grid of pretraining (37 x 37 in the released models)."""
+"""DINOv2: class token, layer scale, positions for the grid of pretraining (37 x 37 in the released
+models)."""
 
-from llm2clip_plugin.vision.families import BASE, IMAGENET_MEAN, IMAGENET_STD, LARGE, Family, in_transformers
+from llm2clip_plugin.vision.families import (
+    BASE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LARGE,
+    Family,
+    in_transformers,
+)
 
 SIZE = {"image_size": 518, "patch_size": 14}
-GIANT = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "use_swiglu_ffn": True}
+GIANT = {
+    "hidden_size": 1536,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 24,
+    "use_swiglu_ffn": True,
+}
 
 FAMILY = Family(
     name="dinov2",

@@ -1,8 +1,17 @@
-"""SigLIP 2 NaFlex: images of any aspect in at most so many patches (transformers 4: squares); no class token."""
+"""SigLIP 2 NaFlex: images of any aspect in at most so many patches (transformers 4: squares); no
+class token."""
 
 from typing import Any
 
-from llm2clip_plugin.vision.families import BASE, HALF_MEAN, HALF_STD, Family, in_module, in_transformers, wrapped
+from llm2clip_plugin.vision.families import (
+    BASE,
+    HALF_MEAN,
+    HALF_STD,
+    Family,
+    in_module,
+    in_transformers,
+    wrapped,
+)
 from llm2clip_plugin.vision.families.siglip import SO400M
 
 
@@ -14,7 +23,9 @@ def _vision_class() -> Any:
     return _native()
 
 
-_native = wrapped("NaflexTower", of="Siglip2VisionModel", title="NaFlex", since="5", config="NaflexTowerConfig")
+_native = wrapped(
+    "NaflexTower", of="Siglip2VisionModel", title="NaFlex", since="5", config="NaflexTowerConfig"
+)
 FAMILY = Family(
     name="naflex",
     model_types=("siglip2_vision_model", "siglip2"),

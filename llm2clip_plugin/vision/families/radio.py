@@ -1,4 +1,5 @@
-"""RADIO (C-RADIO, transformers 5): one class token a teacher, registers, positions for any grid, pixels in [0, 1]."""
+"""RADIO (C-RADIO, transformers 5): one class token a teacher, registers, positions for any grid,
+pixels in [0, 1]."""
 
 from llm2clip_plugin.vision.families import Family, wrapped
 
@@ -15,5 +16,6 @@ FAMILY = Family(
     mean=(0.0, 0.0, 0.0),  # the model normalizes
     std=(1.0, 1.0, 1.0),
     needs="transformers>=5.24",
-    shapes={"nvidia/C-RADIOv4-H": {"image_size": 512}},  # its size in timm; the others are the configuration's defaults
+    # its size in timm; the others are the configuration's defaults
+    shapes={"nvidia/C-RADIOv4-H": {"image_size": 512}},
 )

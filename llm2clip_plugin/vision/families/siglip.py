@@ -1,9 +1,15 @@
-"""SigLIP and SigLIP2 at a fixed resolution (both ``siglip`` on the Hub): no class token, attention pooling."""
+"""SigLIP and SigLIP2 at a fixed resolution (both ``siglip`` on the Hub): no class token, attention
+pooling."""
 
 from llm2clip_plugin.vision.families import BASE, HALF_MEAN, HALF_STD, Family, in_transformers
 
 B = {**BASE, "intermediate_size": 3072, "patch_size": 16}
-SO400M = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304}
+SO400M = {
+    "hidden_size": 1152,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "intermediate_size": 4304,
+}
 
 FAMILY = Family(
     name="siglip",

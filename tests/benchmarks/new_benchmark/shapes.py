@@ -6,16 +6,24 @@ from llava_integration.benchmarks.benchmark import LLAVA_7B, Benchmark, Question
 
 class Shapes(Benchmark):
     def load(self, folder):
-        rows = read_jsonl(self.require(folder, *self.annotations, where="from https://example.org/shapes"))
+        rows = read_jsonl(
+            self.require(folder, *self.annotations, where="from https://example.org/shapes")
+        )
         return [
             Question(
-                id=row["question_id"], text=row["text"], cluster=row["image"], image=row["image"], truth=row["shape"]
+                id=row["question_id"],
+                text=row["text"],
+                cluster=row["image"],
+                image=row["image"],
+                truth=row["shape"],
             )
             for row in rows
         ]
 
     def score_item(self, question, answer):
-        return item_of(question, answer, score=float(text_of(answer).lower().strip(" .") == question.truth))
+        return item_of(
+            question, answer, score=float(text_of(answer).lower().strip(" .") == question.truth)
+        )
 
 
 BENCHMARK = Shapes(

@@ -24,7 +24,14 @@ def texts(path):
 def words(world, checkpoint, output, *more):
     """The command's words."""
     return [
-        *("--model-path", checkpoint, "--question-file", world.questions, "--image-folder", world.images),
+        *(
+            "--model-path",
+            checkpoint,
+            "--question-file",
+            world.questions,
+            "--image-folder",
+            world.images,
+        ),
         *("--answers-file", output, "--max_new_tokens", "12", "--workers", "0", *more),
     ]
 
@@ -43,7 +50,9 @@ def run(world, checkpoint, monkeypatch, capsys):
 def llavas_answers(world, checkpoint, output):
     """The answers of LLaVA's own model_vqa_loader."""
     arguments = words(world, checkpoint, output, "--conv-mode", "vicuna_v1", "--temperature", "0")
-    arguments = arguments[: arguments.index("--workers")] + arguments[arguments.index("--workers") + 2 :]
+    arguments = (
+        arguments[: arguments.index("--workers")] + arguments[arguments.index("--workers") + 2 :]
+    )
     world.forked("-m", "llava.eval.model_vqa_loader", *arguments)
     return output
 
@@ -64,7 +73,8 @@ def test_same_answers_as_llavas_own_program(theirs, run, tmp_path):
 
 @pytest.mark.both_stacks
 def test_batches_answer_as_one_by_one(theirs, run, tmp_path):
-    """Prompts of two lengths and answers that end at different tokens share a batch; float32, so ties don't flip."""
+    """Prompts of two lengths and answers that end at different tokens share a batch; float32, so
+    ties don't flip."""
     for size in (1, 5):
         run(tmp_path / f"by-{size}.jsonl", "--batch-size", size, "--dtype", "float32")
     one = texts(tmp_path / "by-1.jsonl")
@@ -73,18 +83,35 @@ def test_batches_answer_as_one_by_one(theirs, run, tmp_path):
 
 
 def test_anyres_answers_as_llavas_own_program(world, run, tmp_path):
-    """Finetuned with ``spatial_unpad`` (LLaVA 1.5 trains on whole pictures), then asked about tiles as in LLaVA 1.6."""
+    """Finetuned with ``spatial_unpad`` (LLaVA 1.5 trains on whole pictures), then asked about tiles
+    as in LLaVA 1.6."""
     folder = tmp_path / "llava-anyres"
     merge = ("--mm_patch_merge_type", "spatial_unpad", "--image_aspect_ratio", "anyres")
-    world.stage("finetune", f"llm2clip:{world.towers['clip']}", folder, *merge, "--learning_rate", "5e-3")
+    world.stage(
+        "finetune", f"llm2clip:{world.towers['clip']}", folder, *merge, "--learning_rate", "5e-3"
+    )
     config = json.loads((folder / "config.json").read_text())
-    assert (config["mm_patch_merge_type"], config["image_aspect_ratio"]) == ("spatial_unpad", "anyres")
+    assert (config["mm_patch_merge_type"], config["image_aspect_ratio"]) == (
+        "spatial_unpad",
+        "anyres",
+    )
     config["image_grid_pinpoints"] = [[28, 56], [56, 28], [56, 56]]
     (folder / "config.json").write_text(json.dumps(config))
     run(tmp_path / "ours.jsonl", "--model-path", folder)
-    assert texts(tmp_path / "ours.jsonl") == texts(llavas_answers(world, folder, tmp_path / "theirs.jsonl"))
-    for size in (1, 5):  # pictures of several shapes in a batch: lists of different numbers of tiles
-        run(tmp_path / f"by-{size}.jsonl", "--model-path", folder, "--batch-size", size, "--dtype", "float32")
+    assert texts(tmp_path / "ours.jsonl") == texts(
+        llavas_answers(world, folder, tmp_path / "theirs.jsonl")
+    )
+    # pictures of several shapes in a batch: lists of different numbers of tiles
+    for size in (1, 5):
+        run(
+            tmp_path / f"by-{size}.jsonl",
+            "--model-path",
+            folder,
+            "--batch-size",
+            size,
+            "--dtype",
+            "float32",
+        )
     assert texts(tmp_path / "by-5.jsonl") == texts(tmp_path / "by-1.jsonl")
 
 
@@ -106,7 +133,9 @@ def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch, world, che
     (torn,) = (output.with_name("answers.jsonl.partial")).glob("*.jsonl")
     torn.write_text(torn.read_text()[:-30])  # the last line was on its way to the disk
     monkeypatch.setattr(
-        questions.AnswersFile, "write", lambda self, found: (calls.append(len(found)), book(self, found))
+        questions.AnswersFile,
+        "write",
+        lambda self, found: (calls.append(len(found)), book(self, found)),
     )
     calls.clear()
     run(output, "--batch-size", "2")
@@ -131,7 +160,9 @@ def test_other_settings_are_not_mixed_in(run, tmp_path, checkpoint):
     with pytest.raises(ContractError, match=r"max_new_tokens 12 -> 3"):
         run(output, "--max_new_tokens", "3")
     run(output, "--max_new_tokens", "3", "--overwrite")
-    assert json.loads(questions.settings_file(output).read_text())["model_sample_sha256"] == sample_sha256(checkpoint)
+    assert json.loads(questions.settings_file(output).read_text())[
+        "model_sample_sha256"
+    ] == sample_sha256(checkpoint)
     (tmp_path / "foreign.jsonl").write_text("{}\n")
     with pytest.raises(ContractError, match="another program"):
         run(tmp_path / "foreign.jsonl")
@@ -151,10 +182,18 @@ def test_chunks_are_llavas(world):
 
 
 def test_science_questions_with_and_without_image(world, run, tmp_path, checkpoint):
-    """ScienceQA's file: text-only questions share a run with pictured ones, as in LLaVA's model_vqa_science."""
+    """ScienceQA's file: text-only questions share a run with pictured ones, as in LLaVA's
+    model_vqa_science."""
     name = next(world.images.iterdir()).name
-    said = ("<image>\nWhich colour?\nA. red\nB. no", "Say a colour.", "Say a longer colour, if you please.")
-    rows = [{"id": str(7 + n), "conversations": [{"from": "human", "value": text}]} for n, text in enumerate(said)]
+    said = (
+        "<image>\nWhich colour?\nA. red\nB. no",
+        "Say a colour.",
+        "Say a longer colour, if you please.",
+    )
+    rows = [
+        {"id": str(7 + n), "conversations": [{"from": "human", "value": text}]}
+        for n, text in enumerate(said)
+    ]
     rows[0]["image"] = name
     file = tmp_path / "science.json"
     file.write_text(json.dumps(rows))
@@ -164,7 +203,10 @@ def test_science_questions_with_and_without_image(world, run, tmp_path, checkpoi
     assert texts(tmp_path / "one.jsonl") == texts(tmp_path / "three.jsonl")
     suffix = "\nAnswer with the option's letter from the given choices directly."
     prompts = [prompt for _, prompt, _ in texts(tmp_path / "one.jsonl")]
-    assert prompts[:2] == [f"<image>\nWhich colour?\nA. red\nB. no{suffix}", f"Say a colour.{suffix}"]
+    assert prompts[:2] == [
+        f"<image>\nWhich colour?\nA. red\nB. no{suffix}",
+        f"Say a colour.{suffix}",
+    ]
 
 
 def test_table_questions_rotate(world, run, tmp_path):
@@ -172,13 +214,28 @@ def test_table_questions_rotate(world, run, tmp_path):
     image = base64.b64encode(next(world.images.iterdir()).read_bytes()).decode()
     file = tmp_path / "bench.tsv"
     head = "index\tquestion\thint\tA\tB\tC\tD\timage"
-    file.write_text(f"{head}\n3\tWhich?\tNA\tred\tblue\tgreen\tN/A\t{image}\n4\tIs it?\tLook.\tyes\tno\t\t\t{image}\n")
-    options = ("--question-file", file, "--all-rounds", "--single-pred-prompt", "--lang", "cn", "--batch-size", "4")
+    file.write_text(
+        f"{head}\n3\tWhich?\tNA\tred\tblue\tgreen\tN/A\t{image}\n4\tIs it?\tLook.\tyes\tno\t\t\t{image}\n"
+    )
+    options = (
+        "--question-file",
+        file,
+        "--all-rounds",
+        "--single-pred-prompt",
+        "--lang",
+        "cn",
+        "--batch-size",
+        "4",
+    )
     run(tmp_path / "answers.jsonl", *options)
     rows = read(tmp_path / "answers.jsonl")
     rounds = [(row["question_id"], row["round_id"], "".join(row["option_char"])) for row in rows]
     assert rounds == [(3, 0, "ABC"), (3, 1, "BCA"), (3, 2, "CAB"), (4, 0, "AB"), (4, 1, "BA")]
-    assert rows[1]["prompt"] == "Which?\nA. blue\nB. green\nC. red" and rows[1]["options"] == ["blue", "green", "red"]
+    assert rows[1]["prompt"] == "Which?\nA. blue\nB. green\nC. red" and rows[1]["options"] == [
+        "blue",
+        "green",
+        "red",
+    ]
     assert rows[4]["prompt"] == "Look.\nIs it?\nA. no\nB. yes"
     asked = questions.read_questions(file, directly=True, all_rounds=True, lang="cn")
     assert asked[0].text.endswith("C. green\n请直接回答选项字母。")
@@ -188,7 +245,12 @@ def test_table_questions_rotate(world, run, tmp_path):
     "environment, device, visible, expected",
     [
         ({}, "auto", None, (0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,6"}, "auto", "6", (3, 4)),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,6"},
+            "auto",
+            "6",
+            (3, 4),
+        ),
         ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}, "cuda", "2", (5, 8)),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "cpu", "", (1, 2)),
     ],
@@ -196,7 +258,8 @@ def test_table_questions_rotate(world, run, tmp_path):
 def test_each_rank_sees_its_own_gpu(monkeypatch, environment, device, visible, expected):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     for name in (*names, "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.setenv(name, "")  # so that it is put back afterwards, whatever is written into it here
+        # so that it is put back afterwards, whatever is written into it here
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

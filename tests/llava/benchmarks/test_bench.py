@@ -1,4 +1,5 @@
-"""``llm2clip bench-mllm`` with a real (tiny) LLaVA: plans, evaluates, scores, continues after failures."""
+"""``llm2clip bench-mllm`` with a real (tiny) LLaVA: plans, evaluates, scores, continues after
+failures."""
 
 import json
 from pathlib import Path
@@ -11,7 +12,19 @@ from llava_integration.benchmarks.answers import read_jsonl
 from llm2clip_plugin.contracts import ScoreFile, TowerCard
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "mllm"
-QUICK = ("--device", "cpu", "--batch-size", "8", "--dtype", "float32", "--", "--max-new-tokens", "4", "--workers", "0")
+QUICK = (
+    "--device",
+    "cpu",
+    "--batch-size",
+    "8",
+    "--dtype",
+    "float32",
+    "--",
+    "--max-new-tokens",
+    "4",
+    "--workers",
+    "0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +58,53 @@ def root(tmp_path):
     (root / "gqa" / "data" / "testdev_balanced_questions.json").write_text(json.dumps(some))
     for row in gqa[:9]:
         picture(root / "gqa" / "data" / "images" / row["image"])
-    images = [picture(root / "vizwiz" / "test" / f"VizWiz_test_{number}.jpg").name for number in range(3)]
+    images = [
+        picture(root / "vizwiz" / "test" / f"VizWiz_test_{number}.jpg").name for number in range(3)
+    ]
     asked = {"text": "What is it?", "category": "default"}
-    write_lines(root / "vizwiz/llava_test.jsonl", [{"question_id": n, "image": images[n], **asked} for n in range(3)])
+    write_lines(
+        root / "vizwiz/llava_test.jsonl",
+        [{"question_id": n, "image": images[n], **asked} for n in range(3)],
+    )
     (root / "scienceqa").mkdir()
     return root
 
 
 @pytest.mark.slow
-def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(world, checkpoint, root, tmp_path):
+def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(
+    world, checkpoint, root, tmp_path
+):
     output = tmp_path / "out"
-    command = ("-m", "llm2clip_plugin.cli", "bench-mllm", "--model-path", checkpoint, "--data", root)
+    command = (
+        "-m",
+        "llm2clip_plugin.cli",
+        "bench-mllm",
+        "--model-path",
+        checkpoint,
+        "--data",
+        root,
+    )
     command += ("--output", output)
     printed = world.forked(*command, *QUICK, fails=True)
     outcomes = {row["name"]: row for row in json.loads((output / "bench.json").read_text())}
-    assert [name for name, row in outcomes.items() if row["status"] == "scored"] == ["pope"], printed
+    assert [name for name, row in outcomes.items() if row["status"] == "scored"] == ["pope"], (
+        printed
+    )
     assert outcomes["gqa"]["status"] == "failed" and "cannot read" in outcomes["gqa"]["detail"]
-    assert outcomes["vizwiz"]["status"] == "answered" and "to be scored by its server" in outcomes["vizwiz"]["detail"]
-    for name in ("scienceqa", "vqav2", "mme", "seedbench", "mmvet", "llava_bench", "textvqa", "mmbench"):
+    assert (
+        outcomes["vizwiz"]["status"] == "answered"
+        and "to be scored by its server" in outcomes["vizwiz"]["detail"]
+    )
+    for name in (
+        "scienceqa",
+        "vqav2",
+        "mme",
+        "seedbench",
+        "mmvet",
+        "llava_bench",
+        "textvqa",
+        "mmbench",
+    ):
         assert outcomes[name]["status"] == "no files" and outcomes[name]["detail"], name
     assert len(json.loads((output / "submissions" / "vizwiz.json").read_text())) == 3
 
@@ -70,7 +112,14 @@ def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(world, ch
     assert record.counts["questions"] == len(record.items) > 15 and record.counts["missing"] == 0
     card = TowerCard.read(world.towers["clip"] / TowerCard.FILE)
     assert record.provenance["tower_sha256"] == card.weights_sha256
-    assert {"checkpoint", "data_sha256", "question_file_sha256", "command", "versions", "llm"} <= set(record.provenance)
+    assert {
+        "checkpoint",
+        "data_sha256",
+        "question_file_sha256",
+        "command",
+        "versions",
+        "llm",
+    } <= set(record.provenance)
     assert "torch" in record.provenance["versions"]
 
     written = (output / "answers" / "pope.jsonl").stat().st_mtime_ns
@@ -82,6 +131,16 @@ def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(world, ch
     assert written == (output / "answers" / "pope.jsonl").stat().st_mtime_ns
     assert ScoreFile.read(output / "scores" / "gqa.scores.json").model == "llava-bench"
 
-    scores, report = output / "scores", tmp_path / "report"
-    world.forked("-m", "llava_integration.compare.command", scores, scores, "--output", report, "--resamples", "100")
+    scores = output / "scores"
+    report = tmp_path / "report"
+    world.forked(
+        "-m",
+        "llava_integration.compare.command",
+        scores,
+        scores,
+        "--output",
+        report,
+        "--resamples",
+        "100",
+    )
     assert (report / "compare.html").stat().st_size > 10_000

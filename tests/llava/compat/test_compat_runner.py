@@ -1,4 +1,5 @@
-"""The completions of LLaVA's code: which run where, what is said of versions, how one that fails is named."""
+"""The completions of LLaVA's code: which run where, what is said of versions, how one that fails is
+named."""
 
 from types import ModuleType
 
@@ -14,14 +15,18 @@ TODAY = numbers(installed_version("transformers")) >= (5,)
 
 def test_nothing_is_touched_with_the_libraries_that_llava_pins():
     assert (runner.needed() == []) == (not TODAY)
-    assert runner.watched() == {member.module for member in runner.needed()} and not runner.problem()
+    assert (
+        runner.watched() == {member.module for member in runner.needed()} and not runner.problem()
+    )
     assert TODAY or runner.watched() == set()
     for member in runner.completions:
         assert member.module.startswith("llava.") and member.complete.__doc__, member
 
 
 def member(module, complete, when="after"):
-    return Completion(module=module, when=when, libraries={"transformers": ">=4"}, complete=complete)
+    return Completion(
+        module=module, when=when, libraries={"transformers": ">=4"}, complete=complete
+    )
 
 
 def test_switched_off(monkeypatch):
@@ -33,7 +38,9 @@ def test_switched_off(monkeypatch):
 
 def test_each_completion_runs_once_and_at_its_moment(monkeypatch):
     ran = []
-    late, early = (lambda module, name=name: ran.append((name, module.__name__)) for name in ("late", "early"))
+    late, early = (
+        lambda module, name=name: ran.append((name, module.__name__)) for name in ("late", "early")
+    )
     members = [member("llava.train.train", late), member("llava.train.train", early, when="before")]
     monkeypatch.setattr(runner, "needed", lambda: members)
     monkeypatch.setattr(runner, "done", [])
@@ -57,7 +64,8 @@ TRAINER = "llava.train.llava_trainer"
 
 
 @pytest.mark.parametrize(
-    "module, when, imported", [("llava.model.llava_arch", "after", "llava"), (TRAINER, "before", TRAINER)]
+    "module, when, imported",
+    [("llava.model.llava_arch", "after", "llava"), (TRAINER, "before", TRAINER)],
 )
 def test_a_completion_that_fails_names_itself(world, module, when, imported):
     """Also in ``llava.model``, which swallows the error that names it."""
@@ -82,7 +90,10 @@ def installed(monkeypatch):
 
 def test_a_version_that_cannot_work_is_an_error_with_one_that_does(installed):
     installed(transformers="4.50.0")
-    with pytest.raises(ImportError, match=r"cannot train with transformers 4\.50\.0; install transformers==4\.37\.2"):
+    with pytest.raises(
+        ImportError,
+        match=r"cannot train with transformers 4\.50\.0; install transformers==4\.37\.2",
+    ):
         runner.run(ModuleType("llava.train.llava_trainer"), "before")
     for version in ("4.36.2", "4.37.2", "4.46.3", "5.24.0"):
         installed(transformers=version)

@@ -22,7 +22,12 @@ TOWER = "model.vision_tower.vision_tower."
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
 
 
@@ -41,17 +46,32 @@ def written_config(**settings: object) -> dict:
 
 
 def test_a_config_is_saved_with_the_names_of_transformers_4():
-    plain = written_config(dtype="bfloat16", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    assert (plain["torch_dtype"], plain["rope_theta"], plain["rope_scaling"]) == ("bfloat16", 5e5, None)
-    scaled = written_config(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
-    assert (scaled["rope_theta"], scaled["rope_scaling"]) == (1e4, {"type": "linear", "factor": 2.0})
+    plain = written_config(
+        dtype="bfloat16", rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    )
+    assert (plain["torch_dtype"], plain["rope_theta"], plain["rope_scaling"]) == (
+        "bfloat16",
+        5e5,
+        None,
+    )
+    scaled = written_config(
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    )
+    assert (scaled["rope_theta"], scaled["rope_scaling"]) == (
+        1e4,
+        {"type": "linear", "factor": 2.0},
+    )
 
 
 def test_only_towers_of_clip_and_siglip_get_vision_model_in_their_names():
-    clip = dict.fromkeys((f"{TOWER}embeddings.class_embedding", f"{TOWER}encoder.layers.0.mlp.fc1.weight"))
+    clip = dict.fromkeys(
+        (f"{TOWER}embeddings.class_embedding", f"{TOWER}encoder.layers.0.mlp.fc1.weight")
+    )
     renamed = {name.replace(TOWER, f"{TOWER}vision_model.") for name in clip}
     assert set(patches.names_of_4({**clip, "lm_head.weight": None})) == {*renamed, "lm_head.weight"}
-    dinov2 = dict.fromkeys((f"{TOWER}embeddings.cls_token", f"{TOWER}encoder.layer.0.mlp.fc1.weight"))
+    dinov2 = dict.fromkeys(
+        (f"{TOWER}embeddings.cls_token", f"{TOWER}encoder.layer.0.mlp.fc1.weight")
+    )
     assert patches.names_of_4(dinov2) == dinov2
 
 
@@ -91,7 +111,8 @@ def test_an_adapters_settings_are_dropped_only_at_their_defaults(tmp_path):
 
 @of_today
 def test_norms_have_no_weight_decay(monkeypatch):
-    monkeypatch.setattr(transformers.trainer, "ALL_LAYERNORM_LAYERS", [], raising=False)  # as it was, at the end
+    # as it was, at the end
+    monkeypatch.setattr(transformers.trainer, "ALL_LAYERNORM_LAYERS", [], raising=False)
     del transformers.trainer.ALL_LAYERNORM_LAYERS
     patches.trainer_imports(None)
     layers = transformers.trainer.ALL_LAYERNORM_LAYERS

@@ -11,17 +11,25 @@ pytestmark = pytest.mark.both_stacks
 
 
 def translated(monkeypatch, local_rank=None, **options):
-    """The options after translation; ``local_rank``: what the launcher sets, as it does for the program too."""
+    """The options after translation; ``local_rank``: what the launcher sets, as it does for the
+    program too."""
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     if local_rank is None:
         monkeypatch.delenv("LOCAL_RANK")
-    given = {"warmup_ratio": None, "warmup_steps": 0, "evaluation_strategy": None, "eval_strategy": "no"}
+    given = {
+        "warmup_ratio": None,
+        "warmup_steps": 0,
+        "evaluation_strategy": None,
+        "eval_strategy": "no",
+    }
     made = SimpleNamespace(**{**given, "local_rank": -1, **options})
     translate(made)
     return made
 
 
-@pytest.mark.parametrize("ratio, steps", [(0.0, 1000), (0.03, 1000), (0.03, 7), (0.5, 3), (1.0, 1000)])
+@pytest.mark.parametrize(
+    "ratio, steps", [(0.0, 1000), (0.03, 1000), (0.03, 7), (0.5, 3), (1.0, 1000)]
+)
 def test_the_warm_up_is_as_long_as_in_4_37(monkeypatch, ratio, steps):
     found = translated(monkeypatch, warmup_ratio=ratio).warmup_steps
     as_5_reads_it = int(found) if found >= 1 else math.ceil(steps * found)

@@ -1,7 +1,8 @@
 """From the training environment to LLaVA's: a tower trained and exported by transformers 5 gives the same features in
 4.37, and LLaVA's stages run on it.
 
-The training environment's Python is ``.venv/bin/python``, as scripts/test.sh makes it, or LLM2CLIP_TRAIN_PYTHON.
+The training environment's Python is ``.venv/bin/python``, as scripts/test.sh makes it, or
+LLM2CLIP_TRAIN_PYTHON.
 """
 
 import json
@@ -71,7 +72,9 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize("layer", [0, -2, -1])
 def test_same_hidden_states(exported, home, backbone, layer):
     args = SimpleNamespace(
-        vision_tower=str(exported / backbone), mm_vision_select_layer=layer, mm_vision_select_feature="cls_patch"
+        vision_tower=str(exported / backbone),
+        mm_vision_select_layer=layer,
+        mm_vision_select_feature="cls_patch",
     )
     pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
     there = load_file(exported / f"{backbone}.safetensors")
@@ -82,8 +85,15 @@ def test_same_hidden_states(exported, home, backbone, layer):
 
 @pytest.mark.parametrize("backbone", ["siglip", "dinov2", "eva02"])  # test_stages has CLIP
 def test_pretrain_and_finetune_run_on_it(exported, world, tmp_path, backbone):
-    tower, pretrained, finetuned = f"llm2clip:{exported / backbone}", tmp_path / "llava-pre", tmp_path / "llava-fine"
+    tower = f"llm2clip:{exported / backbone}"
+    pretrained = tmp_path / "llava-pre"
+    finetuned = tmp_path / "llava-fine"
     more = ("--pretrain_mm_mlp_adapter", str(pretrained / "mm_projector.bin"))
-    losses = [world.stage("pretrain", tower, pretrained), world.stage("finetune", tower, finetuned, *more)]
+    losses = [
+        world.stage("pretrain", tower, pretrained),
+        world.stage("finetune", tower, finetuned, *more),
+    ]
     assert all(len(values) == 3 and all(0 < value < 20 for value in values) for values in losses)
-    assert json.loads((finetuned / "config.json").read_text())["llm2clip_tower"]["family"] == backbone
+    assert (
+        json.loads((finetuned / "config.json").read_text())["llm2clip_tower"]["family"] == backbone
+    )

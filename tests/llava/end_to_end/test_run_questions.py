@@ -1,4 +1,5 @@
-"""llm2clip run --questions: a LLaVA of the tower before and after is trained, asked and compared, on tiny models."""
+"""llm2clip run --questions: a LLaVA of the tower before and after is trained, asked and compared,
+on tiny models."""
 
 import json
 
@@ -6,7 +7,10 @@ import pytest
 from llava_world import TODAY
 from own_photos import COLORS, make_photos
 
-pytestmark = [pytest.mark.both_stacks, pytest.mark.skipif(not TODAY, reason="towers train with today's libraries")]
+pytestmark = [
+    pytest.mark.both_stacks,
+    pytest.mark.skipif(not TODAY, reason="towers train with today's libraries"),
+]
 SIDES = ("before", "after")
 
 
@@ -16,23 +20,28 @@ def test_a_llava_of_each_tower_is_asked(world, tmp_path):
     for path in sorted((tmp_path / "photos").glob("*.txt")):
         color = next(color for color in COLORS if color in path.read_text())
         image = f"photos/{path.stem}.jpg"
-        rows.append({"image": image, "question": "Which color is it?", "answer": color, "category": "color"})
+        rows.append(
+            {"image": image, "question": "Which color is it?", "answer": color, "category": "color"}
+        )
         path.with_suffix(".json").unlink()
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::6]))
     words = f"tars --llm {world.llm} --tower {world.towers['clip']} --output out --validation 0.2"
     words += " --num-train-epochs 1 --tower-options='--heads.steps 5 --lr 1e-2'"
-    words += (
-        f" --questions own.jsonl --llava-llm {world.llm} --llava-options='--max_steps 2 --dataloader_num_workers 0'"
-    )
+    words += f" --questions own.jsonl --llava-llm {world.llm}"
+    words += " --llava-options='--max_steps 2 --dataloader_num_workers 0'"
 
     def run(command: str) -> str:
-        return world.run("bash", "-c", f"cd {tmp_path} && {command}", PATH=f"{world.programs}:/usr/bin:/bin")
+        return world.run(
+            "bash", "-c", f"cd {tmp_path} && {command}", PATH=f"{world.programs}:/usr/bin:/bin"
+        )
 
     run("llm2clip data make photos --output tars")
     said = run(f"llm2clip run {words}")
     out = tmp_path / "out"
     assert "16 of 16 stages to run" in said and "out/questions/compare/compare.html" in said
-    checkpoints = [json.loads((out / f"llava-{side}" / "config.json").read_text()) for side in SIDES]
+    checkpoints = [
+        json.loads((out / f"llava-{side}" / "config.json").read_text()) for side in SIDES
+    ]
     cards = [json.loads((out / side / "tower" / "llm2clip.json").read_text()) for side in SIDES]
     towers = [card["weights_sha256"] for card in cards]
     assert [one["llm2clip_tower"]["weights_sha256"] for one in checkpoints] == towers

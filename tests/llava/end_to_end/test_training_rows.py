@@ -1,6 +1,7 @@
 """LLaVA's training in each of its forms, one row each, with LLaVA's own libraries and with today's.
 
-The rows of one environment run in one process. What is left out there, and why, stands in docs/llava.md.
+The rows of one environment run in one process. What is left out there, and why, stands in
+docs/llava.md.
 """
 
 import json
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.both_stacks
 TRAIN_ROWS = Path(__file__).parents[1] / "train_rows.py"
-SAVE = "--save_strategy steps --save_steps 2 --save_total_limit 1 --lr_scheduler_type constant".split()
+SAVE = (
+    "--save_strategy steps --save_steps 2 --save_total_limit 1 --lr_scheduler_type constant".split()
+)
 
 
 def rows(world) -> dict[str, dict]:
@@ -23,9 +26,15 @@ def rows(world) -> dict[str, dict]:
     found: dict[str, dict] = {}
 
     def row(name, stage, *options, call=None, **environment):
-        words = world.stage_options(stage, f"llm2clip:{world.towers['clip']}", world.root / f"llava-row-{name}")
+        words = world.stage_options(
+            stage, f"llm2clip:{world.towers['clip']}", world.root / f"llava-row-{name}"
+        )
         words += ["--pretrain_mm_mlp_adapter", world.projector()] if stage != "pretrain" else []
-        found[name] = {"options": [*map(str, [*words, *options])], "environment": environment, "call": call or {}}
+        found[name] = {
+            "options": [*map(str, [*words, *options])],
+            "environment": environment,
+            "call": call or {},
+        }
 
     for stage in ("pretrain", "finetune", "lora"):
         row(stage, stage)
@@ -39,7 +48,12 @@ def rows(world) -> dict[str, dict]:
     for stage in ("finetune", "lora"):
         row(f"whole-{stage}", stage, "--max_steps", "4", *SAVE)
         row(f"stopped-{stage}", stage, "--max_steps", "2", *SAVE)
-        started_again = ("--max_steps", "4", "--output_dir", world.root / f"llava-row-stopped-{stage}")
+        started_again = (
+            "--max_steps",
+            "4",
+            "--output_dir",
+            world.root / f"llava-row-stopped-{stage}",
+        )
         row(f"resumed-{stage}", stage, *SAVE, *started_again)
     if TODAY:
         row("float32", "finetune", "--bf16", "False")
@@ -58,7 +72,12 @@ def rows(world) -> dict[str, dict]:
 def mistral(world) -> Path:
     """A Mistral of two layers with the tokenizer of the world's Llama: grouped queries, no bias."""
     folder = world.root / "tiny-mistral"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 512,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
     torch.manual_seed(0)
     config = transformers.MistralConfig(vocab_size=600, **sizes, **heads)
@@ -93,18 +112,22 @@ def test_every_row_trains(world, trained):
 
 def test_what_each_stage_saves(world, trained):
     folder = world.root / "llava-row-pretrain"
-    assert {name.partition("mm_projector.")[2] for name in torch.load(folder / "mm_projector.bin")} == {
-        f"{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
-    }
+    assert {
+        name.partition("mm_projector.")[2] for name in torch.load(folder / "mm_projector.bin")
+    } == {f"{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
     for name in ("finetune", "zero2", "zero3"):
         saved = load_file(world.root / f"llava-row-{name}" / "model.safetensors")
         assert all(tensor.numel() for tensor in saved.values()), name  # ZeRO-3's parts are gathered
-        assert any(".mm_projector." in key for key in saved) and any(".vision_tower." in key for key in saved)
+        assert any(".mm_projector." in key for key in saved) and any(
+            ".vision_tower." in key for key in saved
+        )
     for name in ("lora", "zero3-lora"):
         folder = world.root / f"llava-row-{name}"
         assert (folder / "adapter_config.json").is_file()
         state = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
-        assert all(tensor.numel() for tensor in state.values()) and any("mm_projector" in key for key in state)
+        assert all(tensor.numel() for tensor in state.values()) and any(
+            "mm_projector" in key for key in state
+        )
 
 
 def test_forms_of_the_same_training_agree(world, trained):
@@ -114,10 +137,13 @@ def test_forms_of_the_same_training_agree(world, trained):
     for name in [*same, "train_mem"] if TODAY else same:
         assert losses(world, name) == pytest.approx(expected, abs=0.05), name
     assert losses(world, "zero3-lora") == pytest.approx(losses(world, "lora"), abs=0.05)
-    assert losses(world, "unfrozen")[0] == expected[0] and losses(world, "unfrozen")[2] != expected[2]
+    assert (
+        losses(world, "unfrozen")[0] == expected[0] and losses(world, "unfrozen")[2] != expected[2]
+    )
 
 
 @pytest.mark.parametrize("stage", ["finetune", "lora"])
 def test_a_stopped_training_resumes_with_the_same_losses(world, trained, stage):
-    whole, resumed = losses(world, f"whole-{stage}"), losses(world, f"stopped-{stage}")
+    whole = losses(world, f"whole-{stage}")
+    resumed = losses(world, f"stopped-{stage}")
     assert len(whole) == 4 and resumed == pytest.approx(whole, abs=0.02)

@@ -1,4 +1,5 @@
-"""Faults of a LLaVA checkpoint, its tower, a question file and its answers: one error, and no answers."""
+"""Faults of a LLaVA checkpoint, its tower, a question file and its answers: one error, and no
+answers."""
 
 import re
 import shutil
@@ -8,12 +9,14 @@ from faults import Fault, World, copied, flip, halve, meet, rows
 from llava_world import untrained
 
 pytestmark = [pytest.mark.usefixtures("home"), pytest.mark.both_stacks]
-LLAVA, TOWER = "llava-1", "towers/mine"
+LLAVA = "llava-1"
+TOWER = "towers/mine"
 
 
 @pytest.fixture(scope="module")
 def made(world, tmp_path_factory):
-    """Towers, a checkpoint that LLaVA's code has built and saved with one of them, questions; and a copy of it all."""
+    """Towers, a checkpoint that LLaVA's code has built and saved with one of them, questions; and a
+    copy of it all."""
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("faults") / "w"
@@ -38,7 +41,10 @@ def planted(made):
 def answering(world: World, words: str = "") -> list[str]:
     """``llava evaluate``; ``words`` come last and take precedence."""
     command = "llava evaluate --model-path {w}/llava-1 --question-file {w}/questions.jsonl --image-folder {w}/images "
-    command += "--answers-file {w}/answers.jsonl --max-new-tokens 2 --workers 0 --device cpu --dtype float32 " + words
+    command += (
+        "--answers-file {w}/answers.jsonl --max-new-tokens 2 --workers 0 --device cpu --dtype float32 "
+        + words
+    )
     return command.replace("{w}", str(world.folder)).split()
 
 
@@ -46,9 +52,23 @@ TENSORS = "model.safetensors"
 
 
 @rows(
-    Fault("flipped byte of a tower", "", "{w}/towers/...SHA-256 ...", lambda w: flip(w.path(TOWER) / TENSORS)),
-    Fault("no checkpoint", "--model-path {w}/llava-2", "--model-path {w}/llava-2 is neither a folder nor a Hub id..."),
-    Fault("half-copied weights", "", "{w}/llava-1/model.safetensors...", lambda w: halve(w.path(LLAVA) / TENSORS)),
+    Fault(
+        "flipped byte of a tower",
+        "",
+        "{w}/towers/...SHA-256 ...",
+        lambda w: flip(w.path(TOWER) / TENSORS),
+    ),
+    Fault(
+        "no checkpoint",
+        "--model-path {w}/llava-2",
+        "--model-path {w}/llava-2 is neither a folder nor a Hub id...",
+    ),
+    Fault(
+        "half-copied weights",
+        "",
+        "{w}/llava-1/model.safetensors...",
+        lambda w: halve(w.path(LLAVA) / TENSORS),
+    ),
     Fault("unknown conversation", "--conv-mode vicuna", "unknown --conv-mode 'vicuna'..."),
 )
 def test_checkpoint_and_tower(fault, planted, capsys):
@@ -67,8 +87,14 @@ ROW = '{"question_id": 1, "text": "What?", "image": "%s"}\n'
 
 @rows(
     questions("no such image", ROW % "nowhere.png", "question 1: ...{w}/images/nowhere.png: ..."),
-    questions("a text that is none", '{"question_id": 1, "text": 5}\n', "{w}/questions.jsonl, line 1 ..."),
-    questions("an image elsewhere", ROW % "../questions.jsonl", "question 1: image '../questions.jsonl' ..."),
+    questions(
+        "a text that is none", '{"question_id": 1, "text": 5}\n', "{w}/questions.jsonl, line 1 ..."
+    ),
+    questions(
+        "an image elsewhere",
+        ROW % "../questions.jsonl",
+        "question 1: image '../questions.jsonl' ...",
+    ),
 )
 def test_questions(fault, planted, capsys):
     meet(fault, planted, answering(planted, fault.words), capsys)

@@ -1,4 +1,5 @@
-"""Training in ChatML: LLaVA's own code ignores every label; with the hook each answer is learned to its end."""
+"""Training in ChatML: LLaVA's own code ignores every label; with the hook each answer is learned to
+its end."""
 
 # LLaVA is not installed where types are checked.
 # pyright: reportMissingImports=false
@@ -14,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from llava_integration import training as chatml
 
 pytestmark = pytest.mark.both_stacks
-IMAGE, IGNORED = -200, -100
+IMAGE = -200
+IGNORED = -100
 
 
 @pytest.fixture
@@ -27,29 +29,42 @@ def tokenizer():
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|endoftext|>", eos_token="<|im_end|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
 
 
 @pytest.fixture(params=["chatml_direct", "mpt"])
 def template(request, monkeypatch):
     from llava import conversation
 
-    monkeypatch.setattr(conversation, "default_conversation", conversation.conv_templates[request.param])
+    monkeypatch.setattr(
+        conversation, "default_conversation", conversation.conv_templates[request.param]
+    )
 
 
 def talk(*texts):
-    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+    return [
+        {"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)
+    ]
 
 
 def learned(made, tokenizer):
     """The texts of the runs of labels that are learned."""
-    ids, labels = made["input_ids"][0].tolist(), made["labels"][0].tolist()
-    assert len(ids) == len(labels) and all(label in (IGNORED, one) for label, one in zip(labels, ids, strict=True))
+    ids = made["input_ids"][0].tolist()
+    labels = made["labels"][0].tolist()
+    assert len(ids) == len(labels) and all(
+        label in (IGNORED, one) for label, one in zip(labels, ids, strict=True)
+    )
     runs = groupby(labels, lambda label: label != IGNORED)
     return [tokenizer.decode(list(run)) for is_learned, run in runs if is_learned]
 
 
-TALKS = [("<image>\nWhat?", "a red hat"), ("<image>\nWhat?", "a hat", "And now?", "two"), ("Say it.", "blue")]
+TALKS = [
+    ("<image>\nWhat?", "a red hat"),
+    ("<image>\nWhat?", "a hat", "And now?", "two"),
+    ("Say it.", "blue"),
+]
 
 
 @pytest.mark.parametrize("texts", [*TALKS, ("<image>\nWhat?", "\nnext line")])
@@ -63,7 +78,8 @@ def test_answers_are_learned_to_their_end(template, tokenizer, texts):
 
 
 def llavas_own_program():
-    """LLaVA's training program under another name: earlier tests may have given the real one this package's labels."""
+    """LLaVA's training program under another name: earlier tests may have given the real one this
+    package's labels."""
     found = importlib.util.find_spec("llava.train.train")
     spec = importlib.util.spec_from_file_location("llavas_own_train", found.origin)
     program = importlib.util.module_from_spec(spec)

@@ -52,7 +52,8 @@ def test_a_failing_hook_leaves_llava_working_and_prints_why(world):
 
 def test_start_up_imports_nothing(world):
     code = "import sys; print([m for m in sys.modules if 'llm2clip' in m or 'llava' in m or m == 'torch'])"
-    assert world.python("-c", code, PYTHONPATH="").strip() == "[]"  # the tests' own sitecustomize imports torch
+    # the tests' own sitecustomize imports torch
+    assert world.python("-c", code, PYTHONPATH="").strip() == "[]"
 
 
 @pytest.mark.parametrize("target", ["module", "script"])
@@ -61,8 +62,14 @@ def test_launch_where_pth_files_are_not_read(world, target, tmp_path):
     finders = "import sys; print([type(finder).__name__ for finder in sys.meta_path])"
     knows = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
     script = tmp_path / "only_llava.py"
-    script.write_text(f"import sys\n{knows if target == 'script' else finders}\nprint(__name__, sys.argv[1:])\n")
-    paths = [str(tmp_path), str(Path(llava_integration.__file__).parents[1]), sysconfig.get_paths()["purelib"]]
+    script.write_text(
+        f"import sys\n{knows if target == 'script' else finders}\nprint(__name__, sys.argv[1:])\n"
+    )
+    paths = [
+        str(tmp_path),
+        str(Path(llava_integration.__file__).parents[1]),
+        sysconfig.get_paths()["purelib"],
+    ]
     words = ["-S", "-m", "llava_integration.boot", "--local_rank=1"]
     words += ["only_llava" if target == "module" else str(script), "--bf16", "True"]
     *_, seen, told = world.python(*words, PYTHONPATH=":".join(paths)).strip().splitlines()
@@ -73,7 +80,8 @@ def test_launch_where_pth_files_are_not_read(world, target, tmp_path):
 
 
 def test_a_fork_of_llava_under_another_name(world, tmp_path):
-    """LLaVA's own code, copied to another package: known by its ``model/multimodal_encoder/builder.py``."""
+    """LLaVA's own code, copied to another package: known by its
+    ``model/multimodal_encoder/builder.py``."""
     source = Path(find_spec("llava").origin).parent
     for path in source.rglob("*.py"):
         copied = tmp_path / "otherllava" / path.relative_to(source)
@@ -97,7 +105,8 @@ print([name for name in sys.modules if name.partition(".")[0] == "llava"])
 
 
 def test_a_fork_with_towers_of_its_own_is_left_alone(world, tmp_path):
-    """As Video-LLaVA, which has no get_vision_tower, and VILA, whose build_vision_tower takes two arguments."""
+    """As Video-LLaVA, which has no get_vision_tower, and VILA, whose build_vision_tower takes two
+    arguments."""
     builder = tmp_path / "otherllava" / "model" / "multimodal_encoder" / "builder.py"
     builder.parent.mkdir(parents=True)
     builder.write_text("def build_vision_tower(name, config): return name, config\n")
@@ -115,6 +124,13 @@ def test_a_fork_with_towers_of_its_own_is_left_alone(world, tmp_path):
 
 def test_which_settings_train_the_tower():
     frozen = ({}, {"mm_tunable_parts": "mm_mlp_adapter,mm_language_model"})
-    trained = ({"unfreeze_mm_vision_tower": True}, {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"})
+    trained = (
+        {"unfreeze_mm_vision_tower": True},
+        {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"},
+    )
     for settings in (*frozen, *trained):
-        assert is_unfrozen(settings) == is_unfrozen(SimpleNamespace(**settings)) == (settings in trained)
+        assert (
+            is_unfrozen(settings)
+            == is_unfrozen(SimpleNamespace(**settings))
+            == (settings in trained)
+        )

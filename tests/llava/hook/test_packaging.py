@@ -1,4 +1,5 @@
-"""Installed beside LLaVA: nothing moves, every process knows the tower; uninstalled, nothing is left.
+"""Installed beside LLaVA: nothing moves, every process knows the tower; uninstalled, nothing is
+left.
 
 The scratch environment holds links to everything of this one except our own package.
 """
@@ -18,7 +19,9 @@ from llm2clip_plugin.installation import requirements
 
 ROOT = Path(__file__).parents[3]
 OURS = ("llm2clip", "_editable_impl_llm2clip", "__editable__", "__pycache__")
-KNOWS = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
+KNOWS = (
+    "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
+)
 
 
 class Scratch:
@@ -27,16 +30,24 @@ class Scratch:
     def __init__(self, folder: Path):
         venv.create(folder, with_pip=True)
         self.python = folder / "bin" / "python"
-        self.site = Path(self.run("-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+        self.site = Path(
+            self.run("-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
+        )
         present = {entry.name for entry in self.site.iterdir()}
         for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-            if not entry.name.startswith(OURS) and entry.name not in present and not entry.name.startswith("pip"):
+            if (
+                not entry.name.startswith(OURS)
+                and entry.name not in present
+                and not entry.name.startswith("pip")
+            ):
                 (self.site / entry.name).symlink_to(entry)
 
     def run(self, *words: str | Path) -> str:
         """Run its Python and return what it prints."""
         command = [str(self.python), *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=self.python.parent, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=self.python.parent, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -70,7 +81,9 @@ def test_wheel_is_pure_python_and_holds_the_hook(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "llm2clip_llava.pth" in names and "llava_integration/boot.py" in names
-    assert {f"llava_integration/compare/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
+    assert {f"llava_integration/compare/page.{kind}" for kind in ("html", "css", "js")} <= set(
+        names
+    )
     ours = {"llava_integration", "llm2clip_plugin", "llm2clip_llava.pth"}
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == ours
 
@@ -81,7 +94,8 @@ def test_installing_it_moves_nothing(scratch, wheel, tmp_path):
     scratch.pip("install", "--dry-run", "--no-index", "--report", report, f"{wheel}[tower]")
     planned = [item["metadata"]["name"] for item in json.loads(report.read_text())["install"]]
     assert planned == ["llm2clip-plugin"]
-    before, files = scratch.pip("freeze").splitlines(), scratch.files()
+    before = scratch.pip("freeze").splitlines()
+    files = scratch.files()
     assert not scratch.knows()
     scratch.pip("install", "--no-deps", wheel)
     after = scratch.pip("freeze").splitlines()
@@ -103,4 +117,6 @@ def test_llavas_own_pins_satisfy_us():
     asked = requirements("tower")
     assert {"torch", "transformers"} <= set(asked) & set(pins)
     for name in set(asked) & set(pins):
-        assert asked[name].contains(pins[name]), f"{name} {pins[name]} does not satisfy {asked[name]}"
+        assert asked[name].contains(pins[name]), (
+            f"{name} {pins[name]} does not satisfy {asked[name]}"
+        )

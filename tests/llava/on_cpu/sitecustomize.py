@@ -1,7 +1,9 @@
-"""On a machine without a GPU, what LLaVA's evaluation does with CUDA unconditionally does nothing. For tests alone.
+"""On a machine without a GPU, what LLaVA's evaluation does with CUDA unconditionally does nothing.
+For tests alone.
 
-Its training is completed by the package itself (llava_integration.training); with our hook off, for a comparison, here.
-Otherwise it waits for the import of torch, which most processes of a shell script never do.
+Its training is completed by the package itself (llava_integration.training); with our hook off, for
+a comparison, here. Otherwise it waits for the import of torch, which most processes of a shell
+script never do.
 """
 
 import os
@@ -44,7 +46,8 @@ class Watcher:
 
 
 sys.meta_path.insert(0, Watcher())
-if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":  # at once: DeepSpeed imports torch while it is not yet whole itself
+# at once: DeepSpeed imports torch while it is not yet whole itself
+if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
     import torch
 
     if not torch.cuda.is_available():

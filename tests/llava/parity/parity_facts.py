@@ -1,4 +1,5 @@
-"""What LLaVA does on the libraries of this environment: token ids and label masks, answers, training.
+"""What LLaVA does on the libraries of this environment: token ids and label masks, answers,
+training.
 
     PYTHONPATH=tests:tests/llava:tests/llava/serve .venv-llava/bin/python tests/llava/parity/parity_facts.py
 
@@ -30,13 +31,21 @@ GOLDEN = Path(__file__).with_name("golden.json")
 TODAY = int(transformers.__version__.partition(".")[0]) >= 5
 TALKS = {
     "image": ["<image>\nWhich colour is it?", "A warm red."],
-    "rounds": ["<image>\nWhat?", "A  photo,\nof 2 red squares.", " And now? ", "Nothing", "Why?", "Über 日本 😀"],
+    "rounds": [
+        "<image>\nWhat?",
+        "A  photo,\nof 2 red squares.",
+        " And now? ",
+        "Nothing",
+        "Why?",
+        "Über 日本 😀",
+    ],
     "awkward": ["<image>\n</s> What?", "A </s> b", " ", "\tc"],
     "text": ["Say a colour.", "blue"],
 }
 TEXTS = ["", " ", "hello", " hello", "a </s> b", "x</s>USER: y</s>", "a  b   c", "\n\nx\n"]
 TEXTS += ["[INST] hi [/INST] é😀", "▁u", "<s>x"]
-KINDS = {"pretrain": [], "finetune": ["--max_steps", "6"], "lora": []}  # options on top of llava_world's
+# options on top of llava_world's
+KINDS = {"pretrain": [], "finetune": ["--max_steps", "6"], "lora": []}
 
 
 def tokens(root: Path) -> dict[str, Any]:
@@ -49,7 +58,8 @@ def tokens(root: Path) -> dict[str, Any]:
     before = conversation.default_conversation
     for legacy in (True, False):
         tokenizer = load_tokenizer(root / f"tokenizer-{legacy}", legacy=legacy)
-        fast = builder.AutoTokenizer.from_pretrained(root / f"tokenizer-{legacy}")  # as a Mistral's is read
+        # as a Mistral's is read
+        fast = builder.AutoTokenizer.from_pretrained(root / f"tokenizer-{legacy}")
         for text in TEXTS:
             facts[f"{legacy} {text!r}"] = ids_and_back(tokenizer, text)
             facts[f"{legacy} fast {text!r}"] = ids_and_back(fast, text)
@@ -78,13 +88,15 @@ def load_tokenizer(folder: Path, *, legacy: bool) -> Any:
 
 
 def mask_of(train: Any, tokenizer: Any, talk: list[str]) -> list[Any]:
-    """Number and hash of the ids, and where labels are learned: [first, last + 1] of each run; or the error."""
+    """Number and hash of the ids, and where labels are learned: [first, last + 1] of each run; or
+    the error."""
     source = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(talk)]
     try:
         made = train.preprocess([copy.deepcopy(source)], tokenizer, has_image="<image>" in talk[0])
     except (AssertionError, KeyError) as error:  # plain takes one round with a picture
         return [type(error).__name__]
-    ids, labels = made["input_ids"][0], made["labels"][0]
+    ids = made["input_ids"][0]
+    labels = made["labels"][0]
     learned = [-1, *(labels != -100).nonzero().flatten().tolist()]
     runs = [[b, b + 1] for a, b in pairwise(learned) if b != a + 1 or a == -1]
     for run in runs:
@@ -112,12 +124,18 @@ def prompts(tokenizer: Any) -> list[torch.Tensor]:
     """Questions about a picture, of different lengths."""
     from llava.mm_utils import tokenizer_image_token
 
-    questions = ("<image>\nWhich colour is the picture? ASSISTANT:", "USER: <image>\nWhat is it, in a word? ASSISTANT:")
-    return [tokenizer_image_token(question, tokenizer, return_tensors="pt") for question in questions]
+    questions = (
+        "<image>\nWhich colour is the picture? ASSISTANT:",
+        "USER: <image>\nWhat is it, in a word? ASSISTANT:",
+    )
+    return [
+        tokenizer_image_token(question, tokenizer, return_tensors="pt") for question in questions
+    ]
 
 
 def answers(root: Path, name: str) -> dict[str, Any]:
-    """Generated ids: greedy, in a batch, with beams, without a picture, streamed; logits after the prompt."""
+    """Generated ids: greedy, in a batch, with beams, without a picture, streamed; logits after the
+    prompt."""
     from llava.mm_utils import KeywordsStoppingCriteria, process_images
 
     from llava_integration.answer.command import padded
@@ -133,8 +151,12 @@ def answers(root: Path, name: str) -> dict[str, Any]:
         one = {"images": pixels[number : number + 1], "image_sizes": sizes[number : number + 1]}
         facts[f"greedy {number}"] = model.generate(ids[None], **one, **options).tolist()
         facts[f"beams {number}"] = model.generate(ids[None], **one, **options, num_beams=3).tolist()
-        stop = KeywordsStoppingCriteria([tokenizer.decode(facts[f"greedy {number}"][0][4:5])], tokenizer, ids[None])
-        facts[f"stopped {number}"] = model.generate(ids[None], **one, **options, stopping_criteria=[stop]).tolist()
+        stop = KeywordsStoppingCriteria(
+            [tokenizer.decode(facts[f"greedy {number}"][0][4:5])], tokenizer, ids[None]
+        )
+        facts[f"stopped {number}"] = model.generate(
+            ids[None], **one, **options, stopping_criteria=[stop]
+        ).tolist()
         with torch.no_grad():
             facts[f"logits {number}"] = model(ids[None], **one).logits[0, -1, :8].tolist()
     rows, mask = padded(asked)
@@ -145,7 +167,8 @@ def answers(root: Path, name: str) -> dict[str, Any]:
 
 
 class Tokens:
-    """A streamer that keeps the tokens after the prompt, as ``llava.serve.model_worker`` sends them."""
+    """A streamer that keeps the tokens after the prompt, as ``llava.serve.model_worker`` sends
+    them."""
 
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
@@ -157,15 +180,19 @@ class Tokens:
 
 
 def with_and_without_cache(root: Path, name: str) -> tuple[list[int], list[int], list[int]]:
-    """Eight ids: generated with a cache; by reading the whole sequence for each; as they were streamed."""
+    """Eight ids: generated with a cache; by reading the whole sequence for each; as they were
+    streamed."""
     from llava.mm_utils import process_images
 
     tokenizer, model, processor = load(root / name)
     image = Image.open(min((root / "images").iterdir())).convert("RGB")
-    pixels, ids = process_images([image], processor, model.config), prompts(tokenizer)[0][None]
+    pixels = process_images([image], processor, model.config)
+    ids = prompts(tokenizer)[0][None]
     options: dict[str, Any] = {"images": pixels, "image_sizes": [image.size]}
     streamer = Tokens()
-    output = model.generate(ids, **options, do_sample=False, min_new_tokens=8, max_new_tokens=8, streamer=streamer)
+    output = model.generate(
+        ids, **options, do_sample=False, min_new_tokens=8, max_new_tokens=8, streamer=streamer
+    )
     again: list[int] = []
     with torch.no_grad():
         for _ in range(8):
@@ -177,14 +204,16 @@ def with_and_without_cache(root: Path, name: str) -> tuple[list[int], list[int],
 
 
 def train(world: Any, kind: str, output: Path, *options: str) -> dict[str, Any]:
-    """One of LLaVA's stages in float32, in this process; the samples in the order of their use, and the losses."""
+    """One of LLaVA's stages in float32, in this process; the samples in the order of their use, and
+    the losses."""
     from llava.train import train
 
     tower = f"llm2clip:{world.towers['clip']}"
     words = [*world.stage_options(kind, tower, output), "--bf16", "False", *KINDS[kind], *options]
     words += ["--pretrain_mm_mlp_adapter", str(world.root / "mm_projector.bin")]
     order: list[int] = []
-    read, arguments = train.LazySupervisedDataset.__getitem__, sys.argv
+    read = train.LazySupervisedDataset.__getitem__
+    arguments = sys.argv
 
     def read_and_note(self: Any, index: int) -> Any:
         order.append(index)
@@ -196,13 +225,15 @@ def train(world: Any, kind: str, output: Path, *options: str) -> dict[str, Any]:
         torch.manual_seed(0)
         train.train()
     finally:
-        train.LazySupervisedDataset.__getitem__, sys.argv = read, arguments
+        train.LazySupervisedDataset.__getitem__ = read
+        sys.argv = arguments
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return {"order": order, "losses": [entry["loss"] for entry in history if "loss" in entry]}
 
 
 def opened(world: Any, folder: Path) -> dict[str, Any]:
-    """A checkpoint that training wrote, as ``load_pretrained_model`` opens it: sums of its weights, and an answer."""
+    """A checkpoint that training wrote, as ``load_pretrained_model`` opens it: sums of its weights,
+    and an answer."""
     from llava.mm_utils import process_images
     from llava.model.builder import load_pretrained_model
 
@@ -214,10 +245,17 @@ def opened(world: Any, folder: Path) -> dict[str, Any]:
     pixels = process_images([image], processor, model.config)
     model.float()
     output = model.generate(
-        prompts(tokenizer)[0][None], images=pixels.float(), image_sizes=[image.size], do_sample=False, max_new_tokens=8
+        prompts(tokenizer)[0][None],
+        images=pixels.float(),
+        image_sizes=[image.size],
+        do_sample=False,
+        max_new_tokens=8,
     )
     sums = {
-        name.replace("vision_tower.vision_model.", "vision_tower."): tensor.double().abs().sum().item()
+        name.replace("vision_tower.vision_model.", "vision_tower."): tensor.double()
+        .abs()
+        .sum()
+        .item()
         for name, tensor in model.state_dict().items()
     }
     ids = tokenizer(TEXTS[5]).input_ids
@@ -226,7 +264,8 @@ def opened(world: Any, folder: Path) -> dict[str, Any]:
 
 
 def write_checkpoints(world: Any, folder: Path) -> None:
-    """A full finetune and a LoRA whose towers are trained, too, and a projector alone; one step after the warm-up's."""
+    """A full finetune and a LoRA whose towers are trained, too, and a projector alone; one step
+    after the warm-up's."""
     # Not in float32, where LLaVA has its tower in float16, in which Adam's epsilon is 0
     options = ["--max_steps", "2", "--bf16", "True", *(["--use_cpu", "True"] if TODAY else [])]
     os.environ["LLM2CLIP_UNFREEZE_TOWER"] = "1"  # pretraining ignores it
@@ -254,7 +293,9 @@ def main(arguments: list[str]) -> None:
         root, mine, theirs = map(Path, arguments)
         world = llava_world.places(root, ("clip",))
         write_checkpoints(world, mine)
-        facts: dict[str, Any] = {str(made): opened(world, made) for made in (*mine.iterdir(), *theirs.iterdir())}
+        facts: dict[str, Any] = {
+            str(made): opened(world, made) for made in (*mine.iterdir(), *theirs.iterdir())
+        }
         print(json.dumps({**facts, "today": TODAY}))
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,8 @@
-"""A tiny LLaVA whose every weight is drawn by numpy, so that it is the same whatever version of transformers opens it.
+"""A tiny LLaVA whose every weight is drawn by numpy, so that it is the same whatever version of
+transformers opens it.
 
-``tokenizer.model`` was trained once by sentencepiece as Llama's is (identity normalization, spaces kept).
+``tokenizer.model`` was trained once by sentencepiece as Llama's is (identity normalization, spaces
+kept).
 """
 
 import json
@@ -20,22 +22,36 @@ PIECES = 400
 COMMON = {**LLM, "vocab_size": PIECES, "max_position_embeddings": 1024, "torch_dtype": "float32"}
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llava-llama": {"model_type": "llava_llama", "image_aspect_ratio": "pad"},
-    "llava-mistral-anyres": {"model_type": "llava_mistral", "image_aspect_ratio": "anyres", "sliding_window": None}
-    | {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]], "mm_patch_merge_type": "spatial_unpad"},
-    "llava-s2": {"model_type": "llava_llama", "image_aspect_ratio": "pad", "s2": True, "s2_scales": "28,56"},
+    "llava-mistral-anyres": {
+        "model_type": "llava_mistral",
+        "image_aspect_ratio": "anyres",
+        "sliding_window": None,
+    }
+    | {
+        "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+        "mm_patch_merge_type": "spatial_unpad",
+    },
+    "llava-s2": {
+        "model_type": "llava_llama",
+        "image_aspect_ratio": "pad",
+        "s2": True,
+        "s2_scales": "28,56",
+    },
 }
 CLASSES = {"llava_llama": "LlavaLlamaForCausalLM", "llava_mistral": "LlavaMistralForCausalLM"}
 
 
 def make_parity_world(root: Path) -> llava_world.World:
-    """Pictures, conversations, a tower, a language model, a projector, and a LLaVA of each of CHECKPOINTS."""
+    """Pictures, conversations, a tower, a language model, a projector, and a LLaVA of each of
+    CHECKPOINTS."""
     world = llava_world.places(root, ("clip",))
     towers = world.towers
     root.mkdir(parents=True, exist_ok=True)
     llava_world.make_data(world, llava_world.make_images(world.images))
     tower = llava_world.make_tower("clip")
     with torch.no_grad():
-        for name, parameter in tower.named_parameters():  # transformers 5 has no vision_model. in the names
+        # transformers 5 has no vision_model. in the names
+        for name, parameter in tower.named_parameters():
             parameter.copy_(draw(name.removeprefix("vision_model."), *parameter.shape, scale=0.2))
     export_tower(tower, towers["clip"], origin="made for tests")
     language_model = language_weights(PIECES, 0.0, torch.float32)
@@ -43,12 +59,21 @@ def make_parity_world(root: Path) -> llava_world.World:
     torch.save(projector_weights(WIDTH, torch.float32), root / "mm_projector.bin")
     for name, settings in CHECKPOINTS.items():
         scales = 2 if settings.get("s2") else 1
-        config = {**COMMON, **SEES, "mm_hidden_size": WIDTH * scales, "mm_vision_tower": f"llm2clip:{towers['clip']}"}
+        config = {
+            **COMMON,
+            **SEES,
+            "mm_hidden_size": WIDTH * scales,
+            "mm_vision_tower": f"llm2clip:{towers['clip']}",
+        }
         config["tokenizer_padding_side"] = "left"
         tensors = {**language_model, **projector_weights(WIDTH * scales, torch.float32)}
         if settings.get("mm_patch_merge_type") == "spatial_unpad":
             tensors["model.image_newline"] = draw("newline", WIDTH)
-        save(root / name, {**config, **settings, "architectures": [CLASSES[settings["model_type"]]]}, tensors)
+        save(
+            root / name,
+            {**config, **settings, "architectures": [CLASSES[settings["model_type"]]]},
+            tensors,
+        )
     return world
 
 
@@ -57,7 +82,9 @@ def save(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor])
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
     )
     save_tokenizer(folder, legacy=True)
 
@@ -66,4 +93,6 @@ def save_tokenizer(folder: Path, *, legacy: bool) -> None:
     """Llama's tokenizer, as Vicuna's repository has it."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(VOCABULARY, folder / "tokenizer.model")
-    (folder / "tokenizer_config.json").write_text(json.dumps({**llava_world.TOKENIZER, "legacy": legacy}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**llava_world.TOKENIZER, "legacy": legacy})
+    )

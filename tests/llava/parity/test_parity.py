@@ -1,5 +1,6 @@
-"""LLaVA on the libraries of this environment gives what it gives on its own pins (transformers 4.37.2): the same ids
-and labels, answers, samples and losses, and checkpoints that open in either. ``golden.json`` comes from those pins.
+"""LLaVA on the libraries of this environment gives what it gives on its own pins (transformers
+4.37.2): the same ids and labels, answers, samples and losses, and checkpoints that open in either.
+``golden.json`` comes from those pins.
 """
 
 import json
@@ -39,18 +40,22 @@ def test_token_ids_and_label_masks(tmp_path):
 
 @pytest.mark.parametrize("name", parity_world.CHECKPOINTS)
 def test_answers(world, name):
-    here, there = parity_facts.answers(world.root, name), GOLDEN["answers"][name]
+    here = parity_facts.answers(world.root, name)
+    there = GOLDEN["answers"][name]
     assert set(here) == set(there)
     for fact, value in there.items():
         if fact.startswith("logits"):  # float32, other kernels: 2e-6 was measured
-            torch.testing.assert_close(torch.tensor(here[fact]), torch.tensor(value), rtol=0, atol=2e-5)
+            torch.testing.assert_close(
+                torch.tensor(here[fact]), torch.tensor(value), rtol=0, atol=2e-5
+            )
         else:
             assert here[fact] == value, fact
 
 
 @pytest.mark.parametrize("name", parity_world.CHECKPOINTS)
 def test_the_cache_changes_nothing(world, name):
-    """Ids generated with a cache, and those of the whole sequence read again for each; streamed as they come."""
+    """Ids generated with a cache, and those of the whole sequence read again for each; streamed as
+    they come."""
     cached, read_again, streamed = parity_facts.with_and_without_cache(world.root, name)
     assert cached == read_again and len(cached) == 8
     assert streamed == cached
@@ -60,31 +65,51 @@ def test_the_cache_changes_nothing(world, name):
 def test_training(world, tmp_path, kind):
     """The same samples in the same order, and from one projector the same losses in float32.
 
-    LoRA's A is drawn before any seed: the losses agree until its B has moved, after the step of the warm-up.
+    LoRA's A is drawn before any seed: the losses agree until its B has moved, after the step of the
+    warm-up.
     """
-    here, there = parity_facts.train(world, kind, tmp_path / f"llava-{kind}"), GOLDEN["training"][kind]
+    here = parity_facts.train(world, kind, tmp_path / f"llava-{kind}")
+    there = GOLDEN["training"][kind]
     assert here["order"] == there["order"]
     losses, expected = (facts["losses"][: 2 if kind == "lora" else None] for facts in (here, there))
-    # 5e-5: transformers 4.37 writes four decimals; the rest is float32 in another order of operations
+    # 5e-5: transformers 4.37 writes four decimals; the rest is float32 in another order of
+    # operations
     assert losses == pytest.approx(expected, abs=1e-4) and len(expected) >= 2
 
 
-@pytest.mark.skipif(not OTHER.exists(), reason=f"no other environment at {OTHER}; scripts/test.sh makes both")
+@pytest.mark.skipif(
+    not OTHER.exists(), reason=f"no other environment at {OTHER}; scripts/test.sh makes both"
+)
 def test_checkpoints_open_in_the_other_environment(world, tmp_path):
     """With a trained tower, whose weights are in the checkpoint; full, LoRA and projector alone."""
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours = tmp_path / "ours"
+    theirs = tmp_path / "theirs"
     parity_facts.write_checkpoints(world, ours)
     command = [str(OTHER), parity_facts.__file__, str(world.root), str(theirs), str(ours)]
     path = ":".join(str(ROOT / "tests" / name) for name in (".", "llava", "llava/serve"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=900
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     there = json.loads(done.stdout.splitlines()[-1])
     assert there.pop("today") is not parity_facts.TODAY
     for folder in (*ours.iterdir(), *theirs.iterdir()):
         here = parity_facts.opened(world, folder)
         same = there[str(folder)]
-        assert (here["answer"], here["ids"], here["theta"]) == (same["answer"], same["ids"], same["theta"]), folder
+        assert (here["answer"], here["ids"], here["theta"]) == (
+            same["answer"],
+            same["ids"],
+            same["theta"],
+        ), folder
         assert set(here["weights"]) == set(same["weights"])
-        for name, total in same["weights"].items():  # merging LoRA rounds to float16 in one way or the other
-            assert here["weights"][name] == pytest.approx(total, rel=1e-3 if "lora" in folder.name else 1e-6), name
+        # merging LoRA rounds to float16 in one way or the other
+        for name, total in same["weights"].items():
+            assert here["weights"][name] == pytest.approx(
+                total, rel=1e-3 if "lora" in folder.name else 1e-6
+            ), name

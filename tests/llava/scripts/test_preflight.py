@@ -8,15 +8,25 @@ import torch
 
 from llava_integration.preflight import main
 
-HUMAN, GPT = {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a red picture"}
+HUMAN = {"from": "human", "value": "<image>\nWhat is it?"}
+GPT = {"from": "gpt", "value": "a red picture"}
 
 
 def refused(capsys, world, stage="finetune", llava="", **changed):
     """The lines of stderr for the world's options, of which some are changed; [] if nothing is wrong. ``llava``: after
     --, LLaVA's own options."""
     data = world.pretrain_data if stage == "pretrain" else world.finetune_data
-    options = {"model": world.llm, "data": data, "image-folder": world.images, "output": "checkpoints/llava-lora-1"}
-    options |= {"tower": f"llm2clip:{world.towers['clip']}", "projector": world.projector(), **changed}
+    options = {
+        "model": world.llm,
+        "data": data,
+        "image-folder": world.images,
+        "output": "checkpoints/llava-lora-1",
+    }
+    options |= {
+        "tower": f"llm2clip:{world.towers['clip']}",
+        "projector": world.projector(),
+        **changed,
+    }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     status = main([stage, *words, "--", *llava.split()])
     printed = capsys.readouterr()
@@ -28,7 +38,16 @@ def refused(capsys, world, stage="finetune", llava="", **changed):
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "finetune_lora"])
 def test_good_options_are_accepted(capsys, world, home, stage):
     assert refused(capsys, world, stage) == []
-    assert refused(capsys, world, stage, tower="openai/clip-vit-large-patch14-336", model="lmsys/vicuna-7b-v1.5") == []
+    assert (
+        refused(
+            capsys,
+            world,
+            stage,
+            tower="openai/clip-vit-large-patch14-336",
+            model="lmsys/vicuna-7b-v1.5",
+        )
+        == []
+    )
 
 
 NAMES = [("finetune", "run-1", "llava-run-1"), ("finetune_lora", "llava-1", "lora")]
@@ -48,9 +67,17 @@ def test_names_by_which_llava_loads(capsys, world, home, stage, name, told):
     [
         ("finetune", "{", "expected LLaVA's JSON"),
         ("finetune", "[]", "a list of samples; found []"),
-        ("finetune", [{"id": 7, "conversations": [GPT, HUMAN, HUMAN]}], "the turns are from human, human"),
+        (
+            "finetune",
+            [{"id": 7, "conversations": [GPT, HUMAN, HUMAN]}],
+            "the turns are from human, human",
+        ),
         ("pretrain", [{"conversations": [HUMAN, GPT]}], "pretraining needs an image and two turns"),
-        ("finetune", [{"image": "x.png", "conversations": [HUMAN, GPT]}], "1 of 1 images checked are missing"),
+        (
+            "finetune",
+            [{"image": "x.png", "conversations": [HUMAN, GPT]}],
+            "1 of 1 images checked are missing",
+        ),
     ],
 )
 def test_data_that_llava_would_stop_at(capsys, world, home, tmp_path, stage, content, told):
@@ -63,7 +90,13 @@ def test_data_that_llava_would_stop_at(capsys, world, home, tmp_path, stage, con
 def test_every_problem_has_its_line(capsys, world, home, tmp_path):
     wrong = {name: tmp_path / name for name in ("model", "data", "image-folder", "projector")}
     lines = refused(capsys, world, tower="openia/clip", **wrong)
-    assert [line.split()[1] for line in lines] == ["--model", "--image-folder", "DATA", "--projector", "--tower"]
+    assert [line.split()[1] for line in lines] == [
+        "--model",
+        "--image-folder",
+        "DATA",
+        "--projector",
+        "--tower",
+    ]
 
 
 def test_outputs_that_llava_cannot_write_or_resume(capsys, world, home, tmp_path):
@@ -89,6 +122,17 @@ def test_options_of_llava_take_precedence(capsys, world, home, tmp_path):
     wide = f"llm2clip:{world.towers['wide']}"
     (line,) = refused(capsys, world, llava=f"--vision_tower {wide}")
     assert "but the tower 'llm2clip:" in line and "hidden_size 48" in line
-    assert refused(capsys, world, llava=f"--vision_tower llm2clip:{world.towers['siglip']} --max_steps 3") == []
-    (line,) = refused(capsys, world, "pretrain", llava=f"--pretrain_mm_mlp_adapter {tmp_path}/no.bin", projector="x")
+    assert (
+        refused(
+            capsys, world, llava=f"--vision_tower llm2clip:{world.towers['siglip']} --max_steps 3"
+        )
+        == []
+    )
+    (line,) = refused(
+        capsys,
+        world,
+        "pretrain",
+        llava=f"--pretrain_mm_mlp_adapter {tmp_path}/no.bin",
+        projector="x",
+    )
     assert line.startswith(f"error: --projector {tmp_path}/no.bin does not exist")

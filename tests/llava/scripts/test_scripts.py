@@ -1,4 +1,5 @@
-"""The scripts a user starts: LLaVA's own command with our tower's name, on one node, several nodes, Slurm."""
+"""The scripts a user starts: LLaVA's own command with our tower's name, on one node, several nodes,
+Slurm."""
 
 import itertools
 import json
@@ -19,26 +20,48 @@ RECIPE = {
     "--learning_rate 2e-4",
 }
 COMMON = (
-    "--mm_vision_select_layer -2 --bf16 True --warmup_ratio 0.03 --lr_scheduler_type cosine --model_max_length 2048"
+    "--mm_vision_select_layer -2 --bf16 True --warmup_ratio 0.03 "
+    "--lr_scheduler_type cosine --model_max_length 2048"
 )
 
 
 def script(world, name, *words, fails=False, **environment):
     """Run a script in LLaVA's environment, its processes forked; returns what it printed."""
-    environment = {"LLM2CLIP_TOWER": str(world.towers["clip"]), "PYTHON": str(world.programs / "python"), **environment}
+    environment = {
+        "LLM2CLIP_TOWER": str(world.towers["clip"]),
+        "PYTHON": str(world.programs / "python"),
+        **environment,
+    }
     return world.run("bash", SCRIPTS / name, *words, fails=fails, **environment)
 
 
 def given(world, tmp_path, stage):
     """The options that every stage needs."""
     data = world.pretrain_data if stage == "pretrain" else world.finetune_data
-    words = ["--model", world.llm, "--data", data, "--image-folder", world.images, "--output", tmp_path / "llava-lora"]
+    words = [
+        "--model",
+        world.llm,
+        "--data",
+        data,
+        "--image-folder",
+        world.images,
+        "--output",
+        tmp_path / "llava-lora",
+    ]
     return words if stage == "pretrain" else [*words, "--projector", world.projector()]
 
 
 @pytest.mark.parametrize("stage", list(RECIPE))
 def test_the_command_is_llavas(world, tmp_path, stage):
-    told = script(world, f"llava/{stage}.sh", *given(world, tmp_path, stage), "--dry-run", "--", "--max_steps", "3")
+    told = script(
+        world,
+        f"llava/{stage}.sh",
+        *given(world, tmp_path, stage),
+        "--dry-run",
+        "--",
+        "--max_steps",
+        "3",
+    )
     options = told.split()
     pairs = set(itertools.pairwise(options))
     for recipe in (RECIPE[stage], COMMON):
@@ -55,11 +78,16 @@ def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=8\n# b slots=8\nc slots=8\n")
     named = [*words, "--tower", f"llm2clip:{world.towers['clip']}"]
-    several = script(world, "llava/pretrain.sh", *named, "--hostfile", hosts, MICRO_BATCH="8", LLM2CLIP_TOWER="")
-    assert f"--hostfile {hosts}" in several and "--gradient_accumulation_steps 2 " in several  # 16 x 8 x 2
+    several = script(
+        world, "llava/pretrain.sh", *named, "--hostfile", hosts, MICRO_BATCH="8", LLM2CLIP_TOWER=""
+    )
+    # 16 x 8 x 2
+    assert f"--hostfile {hosts}" in several and "--gradient_accumulation_steps 2 " in several
     told = script(world, "llava/pretrain.sh", *words, "--gpus", "3", fails=True)
     assert "256 is not a multiple of 3 ranks x --micro-batch 32 = 96" in told
-    told = script(world, "llava/pretrain.sh", *words, "--hostfile", hosts, fails=True, HOME=str(tmp_path))
+    told = script(
+        world, "llava/pretrain.sh", *words, "--hostfile", hosts, fails=True, HOME=str(tmp_path)
+    )
     assert f"add LLM2CLIP_TOWER={world.towers['clip']} to ~/.deepspeed_env" in told
 
 
@@ -74,7 +102,11 @@ def test_slurm(world, tmp_path):
         program.chmod(0o755)
     job = {"ID": "123", "NUM_NODES": "2", "NODELIST": "node-[7-8]"}
     job = {f"SLURM_JOB_{name}": value for name, value in job.items()} | {"SLURM_GPUS_ON_NODE": "4"}
-    job |= {"PATH": f"{programs}:/usr/bin:/bin", "PYTHON": sys.executable, "LLM2CLIP_TOWER": str(world.towers["clip"])}
+    job |= {
+        "PATH": f"{programs}:/usr/bin:/bin",
+        "PYTHON": sys.executable,
+        "LLM2CLIP_TOWER": str(world.towers["clip"]),
+    }
 
     def submitted(*words):
         place = {"cwd": SCRIPTS.parent, "env": world.environment(**job)}
@@ -90,27 +122,68 @@ def test_slurm(world, tmp_path):
 
 
 def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tmp_path):
-    words = [*given(world, tmp_path, "finetune"), "--output", tmp_path / "run-1", "--tower", "llm2clip:/nowhere"]
+    words = [
+        *given(world, tmp_path, "finetune"),
+        "--output",
+        tmp_path / "run-1",
+        "--tower",
+        "llm2clip:/nowhere",
+    ]
     told = script(world, "llava/finetune.sh", *words, fails=True).splitlines()
     assert len(told) == 2 and all(line.startswith("error: --") for line in told), told
-    assert "choose another name, such as llava-run-1" in told[0] and "'/nowhere' is not a directory" in told[1]
+    assert (
+        "choose another name, such as llava-run-1" in told[0]
+        and "'/nowhere' is not a directory" in told[1]
+    )
 
 
-FOREIGN = ("Warning", "deprecated", "[INFO]", "You are using a model of type")  # lines of libraries, not of LLaVA
+# lines of libraries, not of LLaVA
+FOREIGN = ("Warning", "deprecated", "[INFO]", "You are using a model of type")
 
 
 def options(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava-lora"):
     """Of a script on this machine under DeepSpeed's launcher, as a user without a GPU runs it."""
-    words = [*given(world, tmp_path, stage), "--output", tmp_path / name, "--gpus", str(gpus), *words]
-    words += ["--micro-batch", str(per_device), "--global-batch", "16", "--", "--max_steps", "3", "--seed", "7"]
-    words += "--model_max_length 128 --dataloader_num_workers 0 --gradient_checkpointing False".split()
+    words = [
+        *given(world, tmp_path, stage),
+        "--output",
+        tmp_path / name,
+        "--gpus",
+        str(gpus),
+        *words,
+    ]
+    words += [
+        "--micro-batch",
+        str(per_device),
+        "--global-batch",
+        "16",
+        "--",
+        "--max_steps",
+        "3",
+        "--seed",
+        "7",
+    ]
+    words += (
+        "--model_max_length 128 --dataloader_num_workers 0 --gradient_checkpointing False".split()
+    )
     return [*words, *more]
 
 
-def train(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava-lora", python=sys.executable):
+def train(
+    world,
+    tmp_path,
+    stage,
+    gpus,
+    per_device,
+    *words,
+    more=(),
+    name="llava-lora",
+    python=sys.executable,
+):
     """A script, run; the loss of each step."""
     words = options(world, tmp_path, stage, gpus, per_device, *words, more=more, name=name)
-    told = script(world, f"llava/{stage}.sh", *words, REPORT_TO="none", PYTHONPATH="", PYTHON=str(python))
+    told = script(
+        world, f"llava/{stage}.sh", *words, REPORT_TO="none", PYTHONPATH="", PYTHON=str(python)
+    )
     _, result, following, *lines = told.splitlines()  # the command is first
     assert str(tmp_path / name) in result
     assert following.startswith(("next: scripts/llava/f", "next: llm2clip bench-mllm"))
@@ -119,35 +192,55 @@ def train(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava
 
 
 def one_batch(world, tmp_path):
-    """16 samples, so that each step takes all of them in whatever order, with equally many tokens in each answer, so
-    that the mean over micro-batches of their means is that of the batch."""
-    samples = [one for one in json.loads(world.pretrain_data.read_text()) if not one["image"].startswith("blue")]
+    """16 samples, so that each step takes all of them in whatever order, with equally many tokens
+    in each answer, so that the mean over micro-batches of their means is that of the batch."""
+    samples = [
+        one
+        for one in json.loads(world.pretrain_data.read_text())
+        if not one["image"].startswith("blue")
+    ]
     path = tmp_path / "one-batch.json"
     path.write_text(json.dumps((samples + samples)[:16]))
     return path
 
 
 def test_pretraining_accumulates_over_ranks_as_one_rank_takes_the_batch(world, tmp_path):
-    """2 ranks x 4 samples x 2 micro-batches under ZeRO-2 give the losses of 1 rank x 16, up to bf16."""
+    """2 ranks x 4 samples x 2 micro-batches under ZeRO-2 give the losses of 1 rank x 16, up to
+    bf16."""
     words = ["--data", one_batch(world, tmp_path)]
     more = ["--pretrain_mm_mlp_adapter", world.projector()]
     more += "--learning_rate 2e-2 --lr_scheduler_type constant".split()
     dry = options(world, tmp_path, "pretrain", 1, 16, *words, "--dry-run", more=more, name="one")
     command = shlex.split(script(world, "llava/pretrain.sh", *dry, REPORT_TO="none"))
     start = next(place for place, word in enumerate(command) if "/llava/train/train" in word)
-    world.train(command[start + 1 :], {"LLM2CLIP_TOWER": str(world.towers["clip"])}, ranks=1)  # needs no launcher
+    # needs no launcher
+    world.train(command[start + 1 :], {"LLM2CLIP_TOWER": str(world.towers["clip"])}, ranks=1)
     one = losses(tmp_path / "one")
-    two = train(world, tmp_path, "pretrain", 2, 4, *words, more=more, name="two", python=world.programs / "python")
+    two = train(
+        world,
+        tmp_path,
+        "pretrain",
+        2,
+        4,
+        *words,
+        more=more,
+        name="two",
+        python=world.programs / "python",
+    )
     assert len(one) == 3 and one[0] - one[2] > 0.5 and two == pytest.approx(one, abs=0.02)
     assert (tmp_path / "two" / "mm_projector.bin").is_file()
 
 
 @pytest.mark.parametrize(
     "stage, saved",
-    [pytest.param("finetune", "model", marks=pytest.mark.both_stacks), ("finetune_lora", "adapter_model")],
+    [
+        pytest.param("finetune", "model", marks=pytest.mark.both_stacks),
+        ("finetune_lora", "adapter_model"),
+    ],
 )
 def test_finetuning_without_a_gpu_keeps_its_model(world, tmp_path, stage, saved):
     """ZeRO-3 with accumulation over two ranks; nothing of the tests' own makes it run on a CPU."""
-    python = sys.executable if TODAY else world.programs / "python"  # one start of everything is enough
+    # one start of everything is enough
+    python = sys.executable if TODAY else world.programs / "python"
     assert len(train(world, tmp_path, stage, 2, 4, python=python)) == 3
     assert (tmp_path / "llava-lora" / f"{saved}.safetensors").is_file()

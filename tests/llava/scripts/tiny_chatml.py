@@ -1,4 +1,5 @@
-"""A SmolLM2 in miniature: a Llama of two layers whose byte-level tokenizer speaks ChatML; as GGUF and as a directory.
+"""A SmolLM2 in miniature: a Llama of two layers whose byte-level tokenizer speaks ChatML; as GGUF
+and as a directory.
 
 And some questions about a square, as the easy-vqa package has them.
 """
@@ -13,7 +14,12 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 MERGES = [("Ġ", "a"), ("a", "n")]  # Ġ: a space
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, MERGES)]
 
@@ -39,7 +45,9 @@ def make_package(folder: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(TOKENS)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 3))
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 3)
+    )
     writer.add_token_merges([" ".join(pair) for pair in MERGES])
     writer.add_bos_token_id(1)  # as SmolLM2's: <|im_start|>
     writer.add_eos_token_id(2)
@@ -58,12 +66,25 @@ def make_package(folder: Path) -> Path:
 def tensors() -> dict[str, np.ndarray]:
     """Random weights under GGUF's names; the output layer is the embedding."""
     draw = np.random.default_rng(0)
-    width, inner, key = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["hidden_size"] // 2
-    shapes = {"attn_q": (width, width), "attn_k": (key, width), "attn_v": (key, width), "attn_output": (width, width)}
+    width = SHAPE["hidden_size"]
+    inner = SHAPE["intermediate_size"]
+    key = SHAPE["hidden_size"] // 2
+    shapes = {
+        "attn_q": (width, width),
+        "attn_k": (key, width),
+        "attn_v": (key, width),
+        "attn_output": (width, width),
+    }
     shapes |= {"ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner)}
-    made = {"token_embd.weight": draw.normal(0, 0.1, (len(TOKENS), width)), "output_norm.weight": np.ones(width)}
+    made = {
+        "token_embd.weight": draw.normal(0, 0.1, (len(TOKENS), width)),
+        "output_norm.weight": np.ones(width),
+    }
     for layer in range(SHAPE["num_hidden_layers"]):
-        made |= {f"blk.{layer}.{name}.weight": draw.normal(0, 0.1, shape) for name, shape in shapes.items()}
+        made |= {
+            f"blk.{layer}.{name}.weight": draw.normal(0, 0.1, shape)
+            for name, shape in shapes.items()
+        }
         made |= {f"blk.{layer}.{name}.weight": np.ones(width) for name in ("attn_norm", "ffn_norm")}
     return {name: values.astype(np.float32) for name, values in made.items()}
 
@@ -75,7 +96,9 @@ def make_directory(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(TOKENS), num_key_value_heads=1, max_position_embeddings=512, **SHAPE)
+    config = LlamaConfig(
+        vocab_size=len(TOKENS), num_key_value_heads=1, max_position_embeddings=512, **SHAPE
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     letters = {token: number for number, token in enumerate(TOKENS)}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=MERGES))
@@ -97,5 +120,7 @@ def make_easy_vqa(folder: Path) -> None:
         (data / "images").mkdir(parents=True)
         Image.new("RGB", (64, 64), "red").save(data / "images" / "0.png")
         pairs = [("Is it red?", "yes"), ("What color is it?", "red")] * (count // 2)
-        (data / "questions.json").write_text(json.dumps([[question, answer, 0] for question, answer in pairs]))
+        (data / "questions.json").write_text(
+            json.dumps([[question, answer, 0] for question, answer in pairs])
+        )
     (folder / "easy_vqa" / "__init__.py").touch()

@@ -11,7 +11,15 @@ import serve_checkpoints
 import torch
 from llava.conversation import conv_templates
 from safetensors.torch import load_file, save_file
-from serve_checkpoints import TODAY, base_model, full, language_weights, lora, projector_weights, tower_directory
+from serve_checkpoints import (
+    TODAY,
+    base_model,
+    full,
+    language_weights,
+    lora,
+    projector_weights,
+    tower_directory,
+)
 from transformers import LlavaForConditionalGeneration
 
 from llava_integration.serve.build import register
@@ -20,7 +28,8 @@ from llava_integration.serve.prompt import CONVERSATIONS, chat_template
 from llm2clip_plugin.cli import main as llm2clip
 
 CLIP = tower_directory("clip")
-CODED = ("openvision", "dinov3", "radio", "pe_core")  # towers of today whose code is saved with the model
+# towers of today whose code is saved with the model
+CODED = ("openvision", "dinov3", "radio", "pe_core")
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +37,19 @@ def exported(tmp_path_factory):
     """A full checkpoint with a CLIP tower, and its export."""
     root = tmp_path_factory.mktemp("exported")
     checkpoint = full(root / "llava-tiny", CLIP, llm2clip_conversation="v1")
-    assert llm2clip(["llava", "export", str(checkpoint), "--output", str(root / "hf"), "--dtype", "bf16"]) == 0
+    assert (
+        llm2clip(
+            ["llava", "export", str(checkpoint), "--output", str(root / "hf"), "--dtype", "bf16"]
+        )
+        == 0
+    )
     return checkpoint, root / "hf"
 
 
 def made(kind, tower, root, **changes):
     """A checkpoint of a kind."""
-    folder, tower = root / f"llava-{kind}", tower_directory(tower)
+    folder = root / f"llava-{kind}"
+    tower = tower_directory(tower)
     if kind == "full":
         return full(folder, tower, **changes)
     return lora(folder, tower, base_model(root / "vicuna"), **changes)
@@ -45,7 +60,9 @@ def check(checkpoint, output):
     export_made = Export.of(checkpoint, dtype="fp32")
     export(export_made, output)
     said = compare(export_made, output)
-    found = re.fullmatch(r"token ids equal, pixels within (\S+), logits within (\S+) .* of (\d+) tokens equal", said)
+    found = re.fullmatch(
+        r"token ids equal, pixels within (\S+), logits within (\S+) .* of (\d+) tokens equal", said
+    )
     assert found is not None, said
     assert float(found[1]) <= 1e-6 and float(found[2]) <= 1e-4 and int(found[3]) > 3
 
@@ -72,9 +89,12 @@ def test_a_tokenizer_that_is_not_legacy_equals_llavas(tmp_path, home):
 @pytest.mark.both_stacks
 def test_an_unfrozen_towers_weights_are_the_checkpoints(tmp_path, home):
     checkpoint = full(tmp_path / "llava-tiny", CLIP, unfreeze_mm_vision_tower=True)
-    weights, name = load_file(checkpoint / "model.safetensors"), "vision_model.embeddings.class_embedding"
+    weights = load_file(checkpoint / "model.safetensors")
+    name = "vision_model.embeddings.class_embedding"
     inside = "model.vision_tower.vision_tower."
-    trained = {f"{inside}{key}": value for key, value in load_file(CLIP / "model.safetensors").items()}
+    trained = {
+        f"{inside}{key}": value for key, value in load_file(CLIP / "model.safetensors").items()
+    }
     trained[f"{inside}{name}"] += 1
     save_file(weights | trained, checkpoint / "model.safetensors", {"format": "pt"})
     export(Export.of(checkpoint, dtype="fp32"), tmp_path / "hf")
@@ -84,7 +104,8 @@ def test_an_unfrozen_towers_weights_are_the_checkpoints(tmp_path, home):
 
 @pytest.mark.both_stacks
 def test_code_of_the_tower_travels_with_the_model(tmp_path, home, monkeypatch):
-    """trust_remote_code opens towers where this package is not installed; in fp16, with pixels in fp32."""
+    """trust_remote_code opens towers where this package is not installed; in fp16, with pixels in
+    fp32."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     program = """
 import sys
@@ -97,7 +118,8 @@ for folder in sys.argv[1:]:
     with torch.inference_mode():
         torch.save(model(**torch.load(f"{folder}/inputs.pt")).logits, f"{folder}/logits.pt")
 """
-    folders, expected = [], []
+    folders = []
+    expected = []
     for tower in ("eva02", *(name for name in CODED if name in TODAY)):
         folder = tmp_path / f"hf_{tower}"
         export(Export.of(made("full", tower, tmp_path / tower)), folder)
@@ -105,14 +127,21 @@ for folder in sys.argv[1:]:
         size = config["vision_config"]["image_size"]
         count = config["image_seq_length"] if serve_checkpoints.IS_NEW else 1
         inputs = {"input_ids": torch.tensor([[1, 300, *[600] * count, 301]])}
-        inputs |= {"pixel_values": torch.rand(1, 3, size, size), "attention_mask": torch.ones(1, count + 3).long()}
+        inputs |= {
+            "pixel_values": torch.rand(1, 3, size, size),
+            "attention_mask": torch.ones(1, count + 3).long(),
+        }
         torch.save(inputs, folder / "inputs.pt")
         register()
-        model = LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float16).eval()
+        model = LlavaForConditionalGeneration.from_pretrained(
+            folder, torch_dtype=torch.float16
+        ).eval()
         with torch.inference_mode():
             expected.append(model(**inputs).logits)
         folders.append(folder)
-    done = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *folders], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     for folder, logits in zip(folders, expected, strict=True):
         assert torch.allclose(torch.load(folder / "logits.pt"), logits, atol=1e-2), folder
@@ -122,14 +151,18 @@ def test_names_and_rows(exported):
     """The names that servers know; every weight of LLaVA's bit for bit, and one more row."""
     tensors = load_file(exported[1] / "model.safetensors")
     own = language_weights() | projector_weights()
-    assert torch.equal(tensors["multi_modal_projector.linear_2.bias"], own["model.mm_projector.2.bias"])
+    assert torch.equal(
+        tensors["multi_modal_projector.linear_2.bias"], own["model.mm_projector.2.bias"]
+    )
     for name in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
         assert torch.equal(tensors[f"language_model.{name}"], own[name])
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         rows = tensors[f"language_model.{name}"]
         assert len(rows) == 601 and torch.equal(rows[:600], own[name])
     tower = load_file(CLIP / "model.safetensors")
-    assert {name.removeprefix("vision_tower.") for name in tensors if name.startswith("vision")} == set(tower)
+    assert {
+        name.removeprefix("vision_tower.") for name in tensors if name.startswith("vision")
+    } == set(tower)
     assert len(tensors) == len(own) + len(tower)
 
 
@@ -143,11 +176,18 @@ def test_conversations_are_llavas(name):
     conversation.messages = []
     for number, text in enumerate([*said, None]):
         image = "<image>\n" if number == 0 else ""
-        conversation.append_message(conversation.roles[number % 2], None if text is None else image + text)
-    messages = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(said)]
+        conversation.append_message(
+            conversation.roles[number % 2], None if text is None else image + text
+        )
+    messages = [
+        {"role": ("user", "assistant")[number % 2], "content": text}
+        for number, text in enumerate(said)
+    ]
     messages[0]["content"] = [{"type": "text", "text": said[0]}, {"type": "image"}]
     template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(name))
-    assert template.render(messages=messages, add_generation_prompt=True) == conversation.get_prompt()
+    assert (
+        template.render(messages=messages, add_generation_prompt=True) == conversation.get_prompt()
+    )
 
 
 def refused(capsys, *words):
@@ -163,13 +203,20 @@ def refused(capsys, *words):
 def test_another_conversation_is_refused(exported, tmp_path, capsys):
     out = tmp_path / "hf"
     assert "'v1'" in refused(capsys, exported[0], "--conv-mode", "chatml_direct", "--output", out)
-    assert "'vicuna'; known: " in refused(capsys, exported[0], "--conv-mode", "vicuna", "--output", out)
+    assert "'vicuna'; known: " in refused(
+        capsys, exported[0], "--conv-mode", "vicuna", "--output", out
+    )
     assert str(exported[1]) in refused(capsys, exported[1], "--output", out)
 
 
 def test_a_difference_is_refused(exported, tmp_path, home, monkeypatch, capsys):
     """A model that computes something else never gets its name."""
     checkpoint = shutil.copytree(exported[0], tmp_path / "llava-tiny")
-    swapped = {f"mm_projector.{place}": f"multi_modal_projector.linear_{2 - place // 2}" for place in (0, 2)}
+    swapped = {
+        f"mm_projector.{place}": f"multi_modal_projector.linear_{2 - place // 2}"
+        for place in (0, 2)
+    }
     monkeypatch.setattr("llava_integration.serve.build.PROJECTOR", swapped)
-    assert "differs from LLaVA's own code" in refused(capsys, checkpoint, "--output", tmp_path / "hf")
+    assert "differs from LLaVA's own code" in refused(
+        capsys, checkpoint, "--output", tmp_path / "hf"
+    )

@@ -20,7 +20,12 @@ def checkpoint(folder: Path, *files: str, **config: str) -> Path:
     return folder
 
 
-REFUSED = {"mine": '"llava"', "mine/checkpoint-10": '"llava"', "llava-x": '"lora"', "llava-mpt": '"mpt"'}
+REFUSED = {
+    "mine": '"llava"',
+    "mine/checkpoint-10": '"llava"',
+    "llava-x": '"lora"',
+    "llava-mpt": '"mpt"',
+}
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "llava-y", "my-llava/checkpoint-10", "llava-lora"])
@@ -36,13 +41,20 @@ def test_the_command_tells_it_first(tmp_path: Path, monkeypatch, capsys):
     path = checkpoint(tmp_path / "mine")
     words = ("llava", "evaluate", "--question-file", "q.jsonl", "--answers-file", "a.jsonl")
     assert cli.main([*words, "--model-path", str(path)]) == 2
-    assert capsys.readouterr().err.startswith('error: LLaVA loads a folder without "llava" in its name')
+    assert capsys.readouterr().err.startswith(
+        'error: LLaVA loads a folder without "llava" in its name'
+    )
     assert [one.name for one in tmp_path.iterdir()] == ["mine"]
 
 
 def test_llavas_own_loader_tells_it_for_our_towers(tmp_path: Path):
     load = partial(hook.load_pretrained_model, lambda *arguments, **options: "loaded")
-    ours, other = checkpoint(tmp_path / "mine"), checkpoint(tmp_path / "other", mm_vision_tower="openai/clip")
+    ours = checkpoint(tmp_path / "mine")
+    other = checkpoint(tmp_path / "other", mm_vision_tower="openai/clip")
     with pytest.raises(ValueError, match="rename it"):
         load(str(ours), None, "mine")
-    assert load(str(ours), None, model_name="llava-mine") == load(str(other), None, "other") == "loaded"
+    assert (
+        load(str(ours), None, model_name="llava-mine")
+        == load(str(other), None, "other")
+        == "loaded"
+    )

@@ -10,10 +10,22 @@ from llm2clip_plugin.cli import main
 
 
 def test_exact_match(world, tmp_path, monkeypatch):
-    assert towers.is_ours("llm2clip") and towers.is_ours("llm2clip:x") and towers.is_ours(str(world.towers["clip"]))
+    assert (
+        towers.is_ours("llm2clip")
+        and towers.is_ours("llm2clip:x")
+        and towers.is_ours(str(world.towers["clip"]))
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain").mkdir()
-    for name in ("llm2clipx", "my/llm2clip", "LLM2CLIP", "openai/clip-vit-large-patch14-336", "plain", "", None):
+    for name in (
+        "llm2clipx",
+        "my/llm2clip",
+        "LLM2CLIP",
+        "openai/clip-vit-large-patch14-336",
+        "plain",
+        "",
+        None,
+    ):
         assert not towers.is_ours(name)
 
 
@@ -46,7 +58,9 @@ DAMAGE = {
     "is not one of its towers (a)": {"chosen": "b", "towers": {"a": ENTRY}},
     "towers.a has ['weights_sha256'], expected a spec": {"towers": {"a": {"weights_sha256": "0"}}},
     "towers.a has ['spec'], expected a spec": {"towers": {"a": {"spec": "/towers/a"}}},
-    "towers.a leads back to itself": {"towers": {"a": ENTRY | {"spec": "b"}, "b": ENTRY | {"spec": "a"}}},
+    "towers.a leads back to itself": {
+        "towers": {"a": ENTRY | {"spec": "b"}, "b": ENTRY | {"spec": "a"}}
+    },
     "towers.a.spec is 5, expected str": {"towers": {"a": ENTRY | {"spec": 5}}},
     "towers is [], expected dict": {"towers": []},
     "is not valid JSON": None,
@@ -56,7 +70,11 @@ DAMAGE = {
 @pytest.mark.parametrize("message", DAMAGE)
 def test_a_damaged_registry_is_one_line(home, message, capsys):
     body = DAMAGE[message]
-    text = "{" if body is None else json.dumps({"kind": "llm2clip-towers", "format_version": 1, **body})
+    text = (
+        "{"
+        if body is None
+        else json.dumps({"kind": "llm2clip-towers", "format_version": 1, **body})
+    )
     towers.registry_file().parent.mkdir(parents=True, exist_ok=True)
     towers.registry_file().write_text(text)
     for words in (["towers"], ["use", "a"]):
@@ -66,7 +84,8 @@ def test_a_damaged_registry_is_one_line(home, message, capsys):
 
 
 def test_hub_tower_with_revision(world, home, tmp_path, monkeypatch):
-    """The Hub's local cache, laid out as the client writes it, serves a tower by branch and by commit."""
+    """The Hub's local cache, laid out as the client writes it, serves a tower by branch and by
+    commit."""
     import huggingface_hub.constants
 
     commit = "0123456789abcdef0123456789abcdef01234567"

@@ -46,8 +46,16 @@ def test_moved_without_its_tower(mine, tmp_path):
     with pytest.raises(TowerNotFoundError) as error:
         load(moved)
     message = str(error.value)
-    assert json.loads((moved / "config.json").read_text())["llm2clip_tower"]["weights_sha256"] in message
-    for part in (str(tower), f"{moved}/vision_tower", "llm2clip use PATH", f"llm2clip llava bundle {moved}"):
+    assert (
+        json.loads((moved / "config.json").read_text())["llm2clip_tower"]["weights_sha256"]
+        in message
+    )
+    for part in (
+        str(tower),
+        f"{moved}/vision_tower",
+        "llm2clip use PATH",
+        f"llm2clip llava bundle {moved}",
+    ):
         assert part in message
 
 
@@ -60,7 +68,9 @@ def test_bundled_it_travels(mine, tmp_path, capsys):
     features = load(moved)(torch.ones(1, 3, 28, 28))
     shutil.rmtree(tower)
     bundled = load(moved)
-    assert bundled.location.directory == moved / "vision_tower" and bundled.location.origin == str(tower)
+    assert bundled.location.directory == moved / "vision_tower" and bundled.location.origin == str(
+        tower
+    )
     assert torch.equal(bundled(torch.ones(1, 3, 28, 28)), features)
     assert f"from {moved / 'vision_tower'} (in {moved}/vision_tower)" in capsys.readouterr().out
 
@@ -82,7 +92,11 @@ def test_another_tower_under_the_name_is_refused(mine, world):
     with pytest.raises(ContractError) as error:
         load(checkpoint)
     message = str(error.value)
-    assert wanted in message and hash_of(world.towers["other"]) in message and "llm2clip llava bundle" in message
+    assert (
+        wanted in message
+        and hash_of(world.towers["other"]) in message
+        and "llm2clip llava bundle" in message
+    )
 
 
 def test_another_choice_for_the_bare_name_is_refused(world, tmp_path, monkeypatch):
@@ -111,7 +125,8 @@ def test_bundle_refuses_what_is_not_the_checkpoints(mine, world):
 
 
 def test_lora_and_projector_checkpoints_find_their_own_bundle(mine):
-    """Their configuration reaches the tower with the base model's path, so load_pretrained_model says theirs."""
+    """Their configuration reaches the tower with the base model's path, so load_pretrained_model
+    says theirs."""
     tower, checkpoint = mine
     towers.bundle(checkpoint)
     shutil.rmtree(tower)
@@ -130,12 +145,15 @@ def test_another_width_is_reported_before_the_projector_fails(mine, world):
     del config["llm2clip_tower"]  # as trained by LLaVA's own tower under a name that now means ours
     config["mm_vision_tower"] = str(world.towers["wide"])
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ContractError, match=r"expects features of width 32, but the tower .* has hidden_size 48"):
+    with pytest.raises(
+        ContractError, match=r"expects features of width 32, but the tower .* has hidden_size 48"
+    ):
         load(checkpoint)
 
 
 def test_a_model_keeps_its_tower_or_says_so(mine, world):
-    """LLaVA would go on with the tower that the base model has and write the new name into the checkpoint."""
+    """LLaVA would go on with the tower that the base model has and write the new name into the
+    checkpoint."""
     tower, checkpoint = mine
     model = LlavaLlamaForCausalLM.from_pretrained(checkpoint)
     arguments = model_arguments(f"llm2clip:{world.towers['other']}")

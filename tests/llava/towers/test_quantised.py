@@ -1,7 +1,8 @@
-"""The language model in 4 or 8 bits, as ``load_pretrained_model(load_4bit=True)`` loads it: the tower stays as it is.
+"""The language model in 4 or 8 bits, as ``load_pretrained_model(load_4bit=True)`` loads it: the
+tower stays as it is.
 
-transformers 4.37 asks for a GPU before it quantises; bitsandbytes itself computes on a CPU too, so there the question
-is answered with yes while LLaVA loads.
+transformers 4.37 asks for a GPU before it quantises; bitsandbytes itself computes on a CPU too, so
+there the question is answered with yes while LLaVA loads.
 """
 
 from importlib.util import find_spec
@@ -14,7 +15,9 @@ from llava_integration.tower import LLM2CLIPVisionTower
 
 pytestmark = [
     pytest.mark.both_stacks,
-    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes, as LLaVA asks for it"),
+    pytest.mark.skipif(
+        find_spec("bitsandbytes") is None, reason="needs bitsandbytes, as LLaVA asks for it"
+    ),
     HALF_ON_CPU,  # bitsandbytes of torch 2.1's time needs a GPU, too
 ]
 KINDS = {"load_4bit": "Linear4bit", "load_8bit": "Linear8bitLt"}
@@ -50,8 +53,11 @@ def test_the_tower_is_left_as_it_is(load, option, kind):
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)).half()
     assert torch.equal(tower(pixels), whole.get_vision_tower()(pixels))
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit":  # its CPU kernel wants a width of 64, and the tiny model has 32
+        # its CPU kernel wants a width of 64, and the tiny model has 32
+        if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
     ids = torch.tensor([[tokenizer.bos_token_id, -200, *tokenizer("Which colour?").input_ids[1:]]])
-    output = model.generate(ids, images=pixels[:1], image_sizes=[(28, 28)], do_sample=False, max_new_tokens=4)
+    output = model.generate(
+        ids, images=pixels[:1], image_sizes=[(28, 28)], do_sample=False, max_new_tokens=4
+    )
     assert 1 <= output.shape[1] <= 5

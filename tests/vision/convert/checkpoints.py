@@ -11,7 +11,9 @@ from ..conftest import REFERENCE, TRANSFORMERS_TOWERS, read
 CHECKPOINT = REFERENCE / "C_checkpoint"
 RELEASE = REFERENCE / "F_release_directory"
 EVA_FILES = ["checkpoint.pt", "checkpoint_training_layout.pt", "checkpoint.safetensors"]
-TOLERANCE, LOGITS = 2e-5, 1e-4  # the goldens' own
+# the goldens' own
+TOLERANCE = 2e-5
+LOGITS = 1e-4
 
 
 SOURCES = {
@@ -25,9 +27,16 @@ SOURCES = {
 
 def to_theirs(names: TensorNames, tower: dict) -> dict:
     """A tower of up to two blocks under a layout's names."""
-    inside = [f"{names.blocks[0]}{n}.{part}" for n in range(2) for part in (*names.inside, names.fused[0])]
-    rest, state = dict(tower), {}
-    for theirs in [f"visual.{name}{kind}" for name in (*names.outside, *inside) for kind in ("", "weight", "bias")]:
+    inside = [
+        f"{names.blocks[0]}{n}.{part}" for n in range(2) for part in (*names.inside, names.fused[0])
+    ]
+    rest = dict(tower)
+    state = {}
+    for theirs in [
+        f"visual.{name}{kind}"
+        for name in (*names.outside, *inside)
+        for kind in ("", "weight", "bias")
+    ]:
         if (ours := names.ours(theirs)) and rest.keys() >= set(ours):
             state[theirs] = torch.cat([rest.pop(name) for name in ours])
     return state
@@ -37,8 +46,14 @@ def open_clip_state_of_the_release() -> dict:
     """The CLIP-style release under OpenCLIP's names, without a folder."""
     state = read(RELEASE, "model.safetensors")
     tower = {name: value for name, value in state.items() if name.startswith("vision_model.")}
-    other = {n.replace("text_adapter.adaptor.", "text.text_adaptor."): v for n, v in state.items() if "adaptor" in n}
-    visual = to_theirs(CLIP_NAMES, tower) | {"visual.proj": state["visual_projection.weight"].T.contiguous()}
+    other = {
+        n.replace("text_adapter.adaptor.", "text.text_adaptor."): v
+        for n, v in state.items()
+        if "adaptor" in n
+    }
+    visual = to_theirs(CLIP_NAMES, tower) | {
+        "visual.proj": state["visual_projection.weight"].T.contiguous()
+    }
     return {**visual, **other, "logit_scale": state["logit_scale"]}
 
 

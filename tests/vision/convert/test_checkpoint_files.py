@@ -45,7 +45,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(protocol, tmp_path):
     with pytest.raises(ContractError, match="nothing in it was run") as said:
         import_tower(tmp_path / "checkpoint.pt", tmp_path / "tower")
     assert not trap.exists()
-    assert ("would run or construct getattr" if protocol == "zip" else "contains other objects") in str(said.value)
+    assert (
+        "would run or construct getattr" if protocol == "zip" else "contains other objects"
+    ) in str(said.value)
     assert "weights_only" not in str(said.value) and "\x1b" not in str(said.value)
     pickle.loads(pickle.dumps(Trap(trap)))
     assert trap.exists()  # the trap does work
@@ -57,7 +59,9 @@ def test_pickles_are_refused_where_torch_cannot_read_them_safely(monkeypatch):
         read_tensors(CHECKPOINT / "checkpoint.pt")
 
 
-@pytest.mark.parametrize("wrapper", ["plain", "state_dict", "model", "module prefix", "state_dict, module prefix"])
+@pytest.mark.parametrize(
+    "wrapper", ["plain", "state_dict", "model", "module prefix", "state_dict, module prefix"]
+)
 def test_wrappers_of_a_training_checkpoint(wrapper, tmp_path):
     state = read(REFERENCE / "C_checkpoint", "checkpoint.safetensors")
     if "module prefix" in wrapper:

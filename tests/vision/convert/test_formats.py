@@ -20,7 +20,8 @@ from llm2clip_plugin.vision.towers import load_tower
 
 from ..conftest import REFERENCE, TRANSFORMERS_TOWERS, largest_difference, read
 
-CHECKPOINT, RELEASE = REFERENCE / "C_checkpoint", REFERENCE / "F_release_directory"
+CHECKPOINT = REFERENCE / "C_checkpoint"
+RELEASE = REFERENCE / "F_release_directory"
 
 
 @pytest.fixture
@@ -38,8 +39,12 @@ def clip(tmp_path):
 def test_clip_with_projection(clip, tmp_path):
     from transformers import CLIPVisionModelWithProjection
 
-    assert export_command.main([str(clip), "--output", str(tmp_path / "out"), "--format", "clip"]) == 0
-    model, info = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert (
+        export_command.main([str(clip), "--output", str(tmp_path / "out"), "--format", "clip"]) == 0
+    )
+    model, info = CLIPVisionModelWithProjection.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     golden = read(RELEASE)
     with torch.no_grad():
@@ -54,7 +59,9 @@ def test_onnx_at_another_batch_size(name, tmp_path):
         pytest.importorskip(library)
     import onnxruntime
 
-    source = CHECKPOINT / "checkpoint.pt" if name == "eva" else TRANSFORMERS_TOWERS / "siglip_vision"
+    source = (
+        CHECKPOINT / "checkpoint.pt" if name == "eva" else TRANSFORMERS_TOWERS / "siglip_vision"
+    )
     import_tower(source, tmp_path / "tower")
     convert(tmp_path / "tower", tmp_path / "out", "onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / formats.ONNX_FILE))
@@ -70,7 +77,13 @@ def test_onnx_at_another_batch_size(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"pool": "mean"}, {"projection_norm": True}, {"projection_bias": True}, {"projection": "none"}]
+    "options",
+    [
+        {"pool": "mean"},
+        {"projection_norm": True},
+        {"projection_bias": True},
+        {"projection": "none"},
+    ],
 )
 def test_what_a_format_cannot_hold_is_refused(options, tmp_path):
     tower = load_tower(TRANSFORMERS_TOWERS / "clip_vision")
@@ -88,14 +101,25 @@ def hub(monkeypatch):
 
 
 def test_push_sends_no_local_path(clip, hub, tmp_path):
-    """The card and the README that are uploaded; the weights are the same, the directory does not change."""
+    """The card and the README that are uploaded; the weights are the same, the directory does not
+    change."""
     handler, _ = hub
-    teacher = {"llm": str(tmp_path / "models" / "gemma"), "adapter": str(tmp_path / "secret" / "adapter"), "width": 8}
+    teacher = {
+        "llm": str(tmp_path / "models" / "gemma"),
+        "adapter": str(tmp_path / "secret" / "adapter"),
+        "width": 8,
+    }
     tower = tmp_path / "towers" / "mine"
     shutil.copytree(clip, tower)
     card = TowerCard.read(tower / TowerCard.FILE)
-    training = {"data": [str(tmp_path / "photos")], "recipe": "base", "more": {"config": str(tmp_path / "a.json")}}
-    card = dataclasses.replace(card, origin="../../models/start", teacher=teacher, training=training)
+    training = {
+        "data": [str(tmp_path / "photos")],
+        "recipe": "base",
+        "more": {"config": str(tmp_path / "a.json")},
+    }
+    card = dataclasses.replace(
+        card, origin="../../models/start", teacher=teacher, training=training
+    )
     card.write(tower / TowerCard.FILE)
     push_to_hub(tower, "o/n")
     for name, body in handler.files.items():
@@ -106,7 +130,9 @@ def test_push_sends_no_local_path(clip, hub, tmp_path):
     assert (sent["origin"], sent["teacher"]) == ("start", {"llm": "gemma", "width": 8})
     assert sent["training"] == {"data": ["photos"], "recipe": "base", "more": {"config": "a.json"}}
     for name in (TowerCard.FILE, "README.md"):
-        assert str(tmp_path).encode() not in handler.files[name] and b"../" not in handler.files[name]
+        assert (
+            str(tmp_path).encode() not in handler.files[name] and b"../" not in handler.files[name]
+        )
     assert b"`gemma`" in handler.files["README.md"]
     assert handler.files["model.safetensors"] == (tower / "model.safetensors").read_bytes()
     assert TowerCard.read(tower / TowerCard.FILE) == card

@@ -18,20 +18,27 @@ from .checkpoints import LOGITS, RELEASE, TOLERANCE
 def test_clip_release(tmp_path):
     card, _ = import_tower(RELEASE, tmp_path / "tower")
     assert (card.family, card.projection_dim, card.dual["llm_width"]) == ("clip", 20, 30)
-    golden, dual = read(RELEASE), load_dual_encoder(tmp_path / "tower")
+    golden = read(RELEASE)
+    dual = load_dual_encoder(tmp_path / "tower")
     with torch.no_grad():
-        image, text = dual.encode_image(golden["pixels"]), dual.encode_text(golden["text_input"])
-        output = load_tower(tmp_path / "tower")(pixel_values=golden["pixels"], output_hidden_states=True)
+        image = dual.encode_image(golden["pixels"])
+        text = dual.encode_text(golden["text_input"])
+        output = load_tower(tmp_path / "tower")(
+            pixel_values=golden["pixels"], output_hidden_states=True
+        )
     assert largest_difference(image, golden["image_embeds_normalized"]) < TOLERANCE
     assert largest_difference(text, golden["text_embeds_normalized"]) < TOLERANCE
-    assert largest_difference(dual.logit_scale * image @ text.T, golden["logits_per_image"]) < LOGITS
+    assert (
+        largest_difference(dual.logit_scale * image @ text.T, golden["logits_per_image"]) < LOGITS
+    )
     for i, state in enumerate(output.hidden_states):
         assert largest_difference(state, golden[f"vision_hidden_states_{i:02d}"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE + WHOLE_MODELS)
 def test_files_carry_the_names_that_4_37_2_wrote(name, tmp_path):
-    """The golden file was written by 4.37.2; whatever version runs this writes the same names and values."""
+    """The golden file was written by 4.37.2; whatever version runs this writes the same names and
+    values."""
     import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "tower")
     original = read(TRANSFORMERS_TOWERS / name, "model.safetensors")
     written = read(tmp_path / "tower", "model.safetensors")
@@ -47,7 +54,10 @@ def test_a_tower_in_shards(tmp_path):
     files = {f"model-0000{i + 1}-of-00003.safetensors": dict(state[i::3]) for i in range(3)}
     for file, part in files.items():
         save_file(part, tmp_path / "model" / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {key: file for file, part in files.items() for key in part}}
+    index = {
+        "metadata": {},
+        "weight_map": {key: file for file, part in files.items() for key in part},
+    }
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     one, _ = import_tower(tmp_path / "model", tmp_path / "one")
     assert one.weights_sha256 == import_tower(source, tmp_path / "two")[0].weights_sha256
@@ -58,13 +68,16 @@ def test_a_tower_in_shards(tmp_path):
 
 
 def test_models_saved_without_the_hubs_prefix_are_imported(tmp_path):
-    """transformers 5 writes a CLIP that it made itself without ``vision_model.``, which 4.37 then can't read."""
+    """transformers 5 writes a CLIP that it made itself without ``vision_model.``, which 4.37 then
+    can't read."""
     for name in ("clip_vision", "siglip_vision"):
         (tmp_path / name).mkdir()
         state = read(TRANSFORMERS_TOWERS / name, "model.safetensors")
         bare = {key.removeprefix("vision_model."): value for key, value in state.items()}
         save_file(bare, tmp_path / name / "model.safetensors", {"format": "pt"})
-        (tmp_path / name / "config.json").write_bytes((TRANSFORMERS_TOWERS / name / "config.json").read_bytes())
+        (tmp_path / name / "config.json").write_bytes(
+            (TRANSFORMERS_TOWERS / name / "config.json").read_bytes()
+        )
         import_tower(tmp_path / name, tmp_path / f"{name}-tower")
         assert load_file(tmp_path / f"{name}-tower" / "model.safetensors").keys() == state.keys()
 
@@ -78,5 +91,7 @@ def test_a_clip_is_not_imported_without_its_projection(text, tmp_path):
     save_file(alone, tmp_path / "model" / "model.safetensors")
     assert import_tower(tmp_path / "model", tmp_path / "tower")[0].projection_dim == 0
     save_file(alone | {text: state[text]}, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(ContractError, match=r"\['visual_projection.weight'\]|\['logit_scale'\]|missing logit_scale"):
+    with pytest.raises(
+        ContractError, match=r"\['visual_projection.weight'\]|\['logit_scale'\]|missing logit_scale"
+    ):
         import_tower(tmp_path / "model", tmp_path / "other")

@@ -29,7 +29,12 @@ def test_import_export_import_is_identical(name, tmp_path):
 
 def test_preprocessor_of_the_source_survives(tmp_path):
     shutil.copytree(RELEASE, tmp_path / "release")
-    own = {"image_mean": [0.4, 0.5, 0.6], "resample": 2, "size": {"shortest_edge": 30}, "crop_size": 30}
+    own = {
+        "image_mean": [0.4, 0.5, 0.6],
+        "resample": 2,
+        "size": {"shortest_edge": 30},
+        "crop_size": 30,
+    }
     (tmp_path / "release" / "preprocessor_config.json").write_text(json.dumps(own))
     import_tower(tmp_path / "release", tmp_path / "tower")
     written = json.loads((tmp_path / "tower" / "preprocessor_config.json").read_text())

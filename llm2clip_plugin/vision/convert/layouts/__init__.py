@@ -1,10 +1,10 @@
-"""Layouts of checkpoints, each a ``LAYOUT`` of a file of this folder, and what they share: tensors by name, a parsed
-checkpoint, the text adapter in it. ``hub.py`` reads what none of them recognizes.
+"""Layouts of checkpoints, each a ``LAYOUT`` of a file of this folder, and what they share: tensors
+by name, a parsed checkpoint, the text adapter in it. ``hub.py`` reads what none of them recognizes.
 
-Releases nest the adapter differently (``text.text_adaptor.0.fn.0``, ``text_adapter.adaptor.0.fn.0`` ...); its parts are
-numbered: residual blocks (a norm, two Linears each), then a norm, then a Linear. An adapter at
-``text.text_proj.text_adaptor`` was trained with the LLM in the loop, whose embeddings the reference does not normalize.
-Shapes: W width of an LLM embedding, D projection_dim.
+Releases nest the adapter differently (``text.text_adaptor.0.fn.0``, ``text_adapter.adaptor.0.fn.0``
+...); its parts are numbered: residual blocks (a norm, two Linears each), then a norm, then a
+Linear. An adapter at ``text.text_proj.text_adaptor`` was trained with the LLM in the loop, whose
+embeddings the reference does not normalize. Shapes: W width of an LLM embedding, D projection_dim.
 """
 
 import re
@@ -19,13 +19,15 @@ from llm2clip_plugin.files import ContractError, discover
 from llm2clip_plugin.vision.directory import DualConfig, section
 from llm2clip_plugin.vision.families import RESAMPLE
 
-IN_THE_LOOP = "text.text_proj.text_adaptor."  # the reference's names if its text tower contains the LLM too
+# the reference's names if its text tower contains the LLM too
+IN_THE_LOOP = "text.text_proj.text_adaptor."
 PARTS = {"ln": "norm", "fn.0": "up", "fn.3": "down"}  # of a block: the reference's names -> ours
 ADAPTER = r"(?P<prefix>.*\b(text_)?adaptor\.)(?P<number>\d+)\.((?P<part>ln|fn\.0|fn\.3)\.)?(?P<kind>weight|bias)"
 
 
 class AdapterMatch(NamedTuple):
-    """An adapter in a checkpoint: its sizes, its tensors under our names, and our name -> the checkpoint's name."""
+    """An adapter in a checkpoint: its sizes, its tensors under our names, and our name -> the
+    checkpoint's name."""
 
     config: DualConfig
     state: dict[str, Tensor]
@@ -33,22 +35,31 @@ class AdapterMatch(NamedTuple):
 
 
 def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
-    """The text adapter in a checkpoint; ContractError for several ones, or one without its last Linear."""
+    """The text adapter in a checkpoint; ContractError for several ones, or one without its last
+    Linear."""
     found = [match for name in state if (match := re.fullmatch(ADAPTER, name))]
     if not found:
         return None
     if len(prefixes := sorted({match["prefix"] for match in found})) > 1:
         raise ContractError(f"the checkpoint contains several text adapters: {prefixes}")
-    prefix, last = prefixes[0], max(int(match["number"]) for match in found)
+    prefix = prefixes[0]
+    last = max(int(match["number"]) for match in found)
     names = {}
     for match in found:
         ends = {last - 1: "norm", last: "projection"}
-        part = f"blocks.{match['number']}.{PARTS[match['part']]}" if match["part"] else ends.get(int(match["number"]))
+        part = (
+            f"blocks.{match['number']}.{PARTS[match['part']]}"
+            if match["part"]
+            else ends.get(int(match["number"]))
+        )
         names[f"{part}.{match['kind']}"] = match[0]
     own = {ours: state[theirs] for ours, theirs in names.items()}
-    weight, up = own.get("projection.weight"), own.get("blocks.0.up.weight")
+    weight = own.get("projection.weight")
+    up = own.get("blocks.0.up.weight")
     if weight is None or weight.dim() != 2:
-        raise ContractError(f"the checkpoint is missing {prefix}{last}.weight, the last Linear of its text adapter")
+        raise ContractError(
+            f"the checkpoint is missing {prefix}{last}.weight, the last Linear of its text adapter"
+        )
     own.setdefault("projection.bias", torch.zeros(len(weight), dtype=weight.dtype))
     config = DualConfig(
         projection_dim=len(weight),
@@ -60,11 +71,19 @@ def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
     return AdapterMatch(config, own, names)
 
 
-# A parsed checkpoint: every tensor belongs to the tower or its heads, or has a reason to be left out.
+# A parsed checkpoint: every tensor belongs to the tower or its heads, or has a reason to be left
+# out.
 
 OWN_TEXT = "text tower, replaced by the LLM"
 # prefixes of OpenCLIP's and EVA-CLIP's text towers
-TEXT = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "attn_mask")
+TEXT = (
+    "transformer.",
+    "token_embedding.",
+    "positional_embedding",
+    "ln_final.",
+    "text_projection",
+    "attn_mask",
+)
 TEXT = (*TEXT, *(f"text.{name}" for name in (*TEXT, "cls_emb", "proj.")))
 
 
@@ -99,9 +118,13 @@ class ParsedCheckpoint:
 
     def find_text_side(self, own_text: tuple[str, ...] = TEXT) -> None:
         """Find logit scale and bias, and the adapter; leave out names that start with ``own_text``."""
-        for name in [key for key in self.state if key.split(".")[-1] in ("logit_scale", "logit_bias")]:
+        for name in [
+            key for key in self.state if key.split(".")[-1] in ("logit_scale", "logit_bias")
+        ]:
             if self.state[name].numel() != 1:
-                raise ContractError(f"{name} is {tuple(self.state[name].shape)}, expected one number")
+                raise ContractError(
+                    f"{name} is {tuple(self.state[name].shape)}, expected one number"
+                )
             setattr(self, name.split(".")[-1], self.take(name))
         if (adapter := match_adapter(self.state)) is not None:
             self.adapter = adapter
@@ -116,36 +139,52 @@ class ParsedCheckpoint:
             bias = "" if self.projection_bias is None else " with bias"
             lines.append(f"projection {tuple(self.projection.shape)}{bias}")
         if self.adapter is not None:
-            sizes, place = self.adapter.config, self.adapter.names["projection.weight"]
-            loop = "" if sizes.normalise_input else ", trained with the LLM in the loop: its input is not normalized"
+            sizes = self.adapter.config
+            place = self.adapter.names["projection.weight"]
+            loop = (
+                ""
+                if sizes.normalise_input
+                else ", trained with the LLM in the loop: its input is not normalized"
+            )
             widths = f"{sizes.llm_width}, then {sizes.projection_dim}"
-            lines.append(f"text adapter: {sizes.adapter_blocks} blocks of width {widths} ({place}){loop}")
+            lines.append(
+                f"text adapter: {sizes.adapter_blocks} blocks of width {widths} ({place}){loop}"
+            )
         for reason in sorted(set(self.left_out.values())):
             names = sorted(name for name, why in self.left_out.items() if why == reason)
-            lines.append(f"left out ({reason}): {len(names)} tensors ({', '.join([*names[:3], '...'][: len(names)])})")
+            lines.append(
+                f"left out ({reason}): {len(names)} tensors ({', '.join([*names[:3], '...'][: len(names)])})"
+            )
         return lines
 
 
-# Tensors of a checkpoint: translate their names (theirs) to the Hugging Face model's (ours), read sizes.
+# Tensors of a checkpoint: translate their names (theirs) to the Hugging Face model's (ours), read
+# sizes.
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorNames:
-    """The names below ``visual.``; one that ends in "." stands for a module's weight and bias, another for a tensor."""
+    """The names below ``visual.``; one that ends in "." stands for a module's weight and bias,
+    another for a tensor."""
 
     prefix: str  # before all of ours
     outside: dict[str, str]  # theirs -> ours, outside the blocks
     blocks: tuple[str, str]  # before the number of a block: theirs, ours
     inside: dict[str, str]  # theirs -> ours, within a block
-    fused: tuple[str, str]  # before "weight" or "bias": theirs, q, k and v in one tensor; ours, "{}" for q, k or v
+    # before "weight" or "bias": theirs, q, k and v in one tensor; ours, "{}" for q, k or v
+    fused: tuple[str, str]
 
     def ours(self, theirs: str) -> list[str]:
         """What a tensor of theirs is: one name, three of q, k and v, or none if it is no tower's."""
         if not theirs.startswith("visual."):
             return []
-        before, table, name = self.prefix, self.outside, theirs.removeprefix("visual.")
+        before = self.prefix
+        table = self.outside
+        name = theirs.removeprefix("visual.")
         if match := re.fullmatch(rf"{re.escape(self.blocks[0])}(\d+)\.(.+)", name):
-            before, table, name = f"{before}{self.blocks[1]}{match[1]}.", self.inside, match[2]
+            before = f"{before}{self.blocks[1]}{match[1]}."
+            table = self.inside
+            name = match[2]
             if name.startswith(self.fused[0]):
                 kind = name.removeprefix(self.fused[0])
                 return [before + self.fused[1].format(part) + kind for part in "qkv"]
@@ -154,13 +193,16 @@ class TensorNames:
         return [before + own] if own else []
 
     def parse(self, state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
-        """A checkpoint's tower; ``config``: its config.json. ContractError for two tensors of one name."""
+        """A checkpoint's tower; ``config``: its config.json. ContractError for two tensors of one
+        name."""
         parsed = ParsedCheckpoint(state=state, config=config, tower={}, used=set())
         for theirs, value in state.items():
             if not (names := self.ours(theirs)):
                 continue
             if len(names) > 1 and (value.dim() == 0 or len(value) % 3):
-                raise ContractError(f"{theirs} is {tuple(value.shape)}, expected a multiple of 3 rows (q, k, v)")
+                raise ContractError(
+                    f"{theirs} is {tuple(value.shape)}, expected a multiple of 3 rows (q, k, v)"
+                )
             if again := parsed.tower.keys() & names:
                 raise ContractError(f"{theirs} and another tensor both map to {again.pop()}")
             parsed.tower |= zip(names, value.chunk(3) if len(names) > 1 else [value], strict=True)
@@ -175,7 +217,8 @@ def require(state: dict[str, Tensor], *names: str) -> None:
 
 
 def patch_shape(state: dict[str, Tensor], name: str) -> tuple[int, int]:
-    """Width and patch size of a tower from its patch convolution (H, 3, P, P); ContractError for other shapes."""
+    """Width and patch size of a tower from its patch convolution (H, 3, P, P); ContractError for
+    other shapes."""
     shape = tuple(state[name].shape)
     if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
         raise ContractError(f"{name} is {shape}, expected (width, 3, patch, patch)")
@@ -186,8 +229,12 @@ def check_sizes(vision: dict[str, Any], **sizes: int) -> None:
     """ContractError if ``vision_cfg`` contradicts the ``sizes`` of the tensors."""
     for name, size in sizes.items():
         if (configured := vision.get(name)) not in (None, size, [size, size]):
-            hint = f"; pass --image-size {configured} to interpolate" if name == "image_size" else ""
-            raise ContractError(f"vision_cfg.{name} is {configured}, but the tensors have {size}{hint}")
+            hint = (
+                f"; pass --image-size {configured} to interpolate" if name == "image_size" else ""
+            )
+            raise ContractError(
+                f"vision_cfg.{name} is {configured}, but the tensors have {size}{hint}"
+            )
 
 
 def depth(state: dict[str, Tensor], prefix: str) -> int:
@@ -203,7 +250,8 @@ def normalization(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def lift_model_cfg(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the fields of ``model_cfg``, where OpenCLIP's files on the Hub nest them, at the top."""
+    """A configuration with the fields of ``model_cfg``, where OpenCLIP's files on the Hub nest
+    them, at the top."""
     return {**config, **section(config, "model_cfg")}
 
 
@@ -212,7 +260,8 @@ class Layout(NamedTuple):
 
     name: str
     matches: Callable[[dict[str, Tensor]], bool]
-    parse: Callable[[dict[str, Tensor], dict[str, Any]], ParsedCheckpoint]  # of tensors and configuration
+    # of tensors and configuration
+    parse: Callable[[dict[str, Tensor], dict[str, Any]], ParsedCheckpoint]
 
 
 def layouts() -> dict[str, Layout]:

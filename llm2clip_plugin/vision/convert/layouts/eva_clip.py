@@ -24,7 +24,8 @@ IN_BLOCK = {name: name for name in ("norm1.", "norm2.", "mlp.fc1.", "mlp.fc2.")}
     "mlp.ffn_ln.": "mlp.norm.",
     "mlp.w3.": "mlp.down_proj.",
 }
-NAMES = TensorNames(  # the reference splits q, k and v in towers with sub-norms, and fuses them in those without
+# the reference splits q, k and v in towers with sub-norms, and fuses them in those without
+NAMES = TensorNames(
     prefix="",
     outside={
         "cls_token": "embeddings.cls_token",
@@ -42,13 +43,19 @@ HEAD_WIDTHS = {768: 64, 1024: 64, 1408: 88, 1792: 112}  # of the released EVA-CL
 
 
 def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Config:
-    """The configuration of a checkpoint: sizes from its tensors, the rest from ``vision``, EVA-CLIP's ``vision_cfg``.
+    """The configuration of a checkpoint: sizes from its tensors, the rest from ``vision``,
+    EVA-CLIP's ``vision_cfg``.
 
-    Without a width there, head width and grid of pretraining are the rotary tables', else the released tower's of its
-    width; post-norm, which leaves no trace, is bigE's alone. Raises ValueError for an unknown width or unsupported
-    settings, ContractError if ``vision`` contradicts the tensors.
+    Without a width there, head width and grid of pretraining are the rotary tables', else the
+    released tower's of its width; post-norm, which leaves no trace, is bigE's alone. Raises
+    ValueError for an unknown width or unsupported settings, ContractError if ``vision`` contradicts
+    the tensors.
     """
-    first = {key.removeprefix(f"{BLOCKS}0."): value for key, value in state.items() if key.startswith(f"{BLOCKS}0.")}
+    first = {
+        key.removeprefix(f"{BLOCKS}0."): value
+        for key, value in state.items()
+        if key.startswith(f"{BLOCKS}0.")
+    }
     swiglu = any(name.startswith(("mlp.w1.", "mlp.w2.", "mlp.w3.")) for name in first)
     hidden = f"{BLOCKS}0.mlp.{'w1' if swiglu else 'fc1'}.weight"
     common.require(state, "visual.patch_embed.proj.weight", "visual.pos_embed", hidden)
@@ -57,19 +64,40 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
     if "width" not in vision:
         table = first.get("attn.rope.freqs_cos", state.get("visual.rope.freqs_cos"))
         if table is None and width not in HEAD_WIDTHS and "head_width" not in vision:
-            raise ValueError(f"no released EVA-CLIP tower has width {width}; pass --config with vision_cfg.head_width")
-        # the released towers have SwiGLU and rotary positions, or neither; some files omit the tables
-        known = {"rope": swiglu, "intp_freq": True, "head_width": HEAD_WIDTHS.get(width), "postnorm": width == 1792}
-        if table is not None:  # its second row: the angle of a step of one column is pt_hw_seq_len / grid
+            raise ValueError(
+                f"no released EVA-CLIP tower has width {width}; pass --config with vision_cfg.head_width"
+            )
+        # the released towers have SwiGLU and rotary positions, or neither; some files omit the
+        # tables
+        known = {
+            "rope": swiglu,
+            "intp_freq": True,
+            "head_width": HEAD_WIDTHS.get(width),
+            "postnorm": width == 1792,
+        }
+        # its second row: the angle of a step of one column is pt_hw_seq_len / grid
+        if table is not None:
             step = float(table[1, table.shape[1] // 2].float().acos())
-            known |= {"head_width": table.shape[1], "pt_hw_seq_len": round(step * len(table) ** 0.5)}
+            known |= {
+                "head_width": table.shape[1],
+                "pt_hw_seq_len": round(step * len(table) ** 0.5),
+            }
         vision = known | vision
-    layers, pretrained_grid = common.depth(state, BLOCKS), vision.get("pt_hw_seq_len", 16)
+    layers = common.depth(state, BLOCKS)
+    pretrained_grid = vision.get("pt_hw_seq_len", 16)
     common.check_sizes(vision, width=width, layers=layers, patch_size=patch, image_size=image_size)
     if vision.get("global_average_pool"):
-        raise ValueError("global_average_pool is true; EVA-CLIP towers with average pooling are not supported")
-    if vision.get("rope") and not vision.get("intp_freq") and image_size // patch != pretrained_grid:
-        raise ValueError(f"intp_freq is false, but grid {image_size // patch} is not pt_hw_seq_len {pretrained_grid}")
+        raise ValueError(
+            "global_average_pool is true; EVA-CLIP towers with average pooling are not supported"
+        )
+    if (
+        vision.get("rope")
+        and not vision.get("intp_freq")
+        and image_size // patch != pretrained_grid
+    ):
+        raise ValueError(
+            f"intp_freq is false, but grid {image_size // patch} is not pt_hw_seq_len {pretrained_grid}"
+        )
     return Eva02Config(
         hidden_size=width,
         num_hidden_layers=layers,
@@ -88,20 +116,35 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
 
 
 def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str]:
-    """Names of a checkpoint's rotary tables, which are recomputed; ContractError if they are not ``config``'s."""
-    names = sorted(key for key in state if re.fullmatch(r"visual\.(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", key))
+    """Names of a checkpoint's rotary tables, which are recomputed; ContractError if they are not
+    ``config``'s."""
+    names = sorted(
+        key
+        for key in state
+        if re.fullmatch(r"visual\.(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", key)
+    )
     if names and not config.rope:
-        raise ContractError(f"the checkpoint contains {names[0]}, but its configuration has no rotary positions")
+        raise ContractError(
+            f"the checkpoint contains {names[0]}, but its configuration has no rotary positions"
+        )
     for name in names:
-        table, grid = state[name], round(state[name].shape[0] ** 0.5)
+        table = state[name]
+        grid = round(state[name].shape[0] ** 0.5)
         head_width = config.hidden_size // config.num_attention_heads
-        tables = rope_tables(grid=grid, pretrained_grid=config.rope_pretrained_grid, head_width=head_width)
+        tables = rope_tables(
+            grid=grid, pretrained_grid=config.rope_pretrained_grid, head_width=head_width
+        )
         expected = tables[name.endswith("sin")]
-        tolerance = 1e-4 if table.dtype == torch.float32 else 1e-2  # half precision rounds values near 1 by 4e-3
-        if table.shape != expected.shape or not torch.allclose(table.float(), expected, atol=tolerance):
+        # half precision rounds values near 1 by 4e-3
+        tolerance = 1e-4 if table.dtype == torch.float32 else 1e-2
+        if table.shape != expected.shape or not torch.allclose(
+            table.float(), expected, atol=tolerance
+        ):
             of = f"pt_hw_seq_len {config.rope_pretrained_grid} and {config.num_attention_heads} heads"
             want = f"{tuple(expected.shape)} for grid {grid}, {of}"
-            raise ContractError(f"{name} {tuple(table.shape)} differs from the table {want}; is config.json its own?")
+            raise ContractError(
+                f"{name} {tuple(table.shape)} differs from the table {want}; is config.json its own?"
+            )
     return names
 
 
@@ -110,7 +153,9 @@ def parse(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     eva = tower_config(state, section(config, "vision_cfg"))
     eva.architectures = ["Eva02VisionModel"]
     parsed = NAMES.parse(state, json.loads(eva.to_json_string(use_diff=False)))
-    computed = dict.fromkeys(check_rope_tables(state, eva), "recomputed from the configuration and compared")
+    computed = dict.fromkeys(
+        check_rope_tables(state, eva), "recomputed from the configuration and compared"
+    )
     parsed.left_out.update(computed)
     parsed.projection = parsed.take("visual.head.weight")
     parsed.projection_bias = parsed.take("visual.head.bias")

@@ -1,7 +1,9 @@
-"""Layouts that config.json tells, as their tensors have no names in common: Hugging Face's models, and timm's.
+"""Layouts that config.json tells, as their tensors have no names in common: Hugging Face's models,
+and timm's.
 
-Hugging Face's: a vision model, an image-text model, or a release with a text adapter. timm's: a config.json with
-``architecture`` and ``pretrained_cfg`` next to the weights. Qwen3-VL's tower becomes timm's model of it.
+Hugging Face's: a vision model, an image-text model, or a release with a text adapter. timm's: a
+config.json with ``architecture`` and ``pretrained_cfg`` next to the weights. Qwen3-VL's tower
+becomes timm's model of it.
 """
 
 import json
@@ -12,26 +14,46 @@ from typing import Any
 from torch import Tensor
 
 from llm2clip_plugin.files import ContractError
-from llm2clip_plugin.vision.convert.layouts import OWN_TEXT, Layout, ParsedCheckpoint, depth, normalization, require
+from llm2clip_plugin.vision.convert.layouts import (
+    OWN_TEXT,
+    Layout,
+    ParsedCheckpoint,
+    depth,
+    normalization,
+    require,
+)
 from llm2clip_plugin.vision.directory import section
 from llm2clip_plugin.vision.families import Family, families, family_of_type
 from llm2clip_plugin.vision.wrapped import make_timm, timm_config
 
 CLASSIFIER = ("head.", "fc.", "merger.")  # of timm's models; the last is Qwen3-VL's projector
 QWEN = "model.visual."  # where the tower of Qwen3-VL or Qwen3.5 is
-NOT_ARGUMENTS = ("num_classes", "in_chans", "img_size")  # of model_args, read elsewhere or without effect on a tower
+# of model_args, read elsewhere or without effect on a tower
+NOT_ARGUMENTS = ("num_classes", "in_chans", "img_size")
 
 
 def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     """A checkpoint whose config.json has the ``model_type`` of a family."""
     family = family_in(state, config)
     anchor = f"{family.file_prefix}embeddings."
-    outer = min((key[: key.index(anchor)] for key in state if anchor in key and "text_model." not in key), default="")
-    if family.file_prefix and "embeddings.patch_embedding.weight" in state and not any(anchor in key for key in state):
-        # transformers 5 omits the Hub's prefix when it saves a model that it did not load from a file
+    outer = min(
+        (key[: key.index(anchor)] for key in state if anchor in key and "text_model." not in key),
+        default="",
+    )
+    if (
+        family.file_prefix
+        and "embeddings.patch_embedding.weight" in state
+        and not any(anchor in key for key in state)
+    ):
+        # transformers 5 omits the Hub's prefix when it saves a model that it did not load from a
+        # file
         state = {family.file_prefix + key: value for key, value in state.items()}
     start = outer + family.file_prefix
-    inside = [key for key in state if (key.startswith(start) if start else not key.startswith(family.not_tower))]
+    inside = [
+        key
+        for key in state
+        if (key.startswith(start) if start else not key.startswith(family.not_tower))
+    ]
     counters = [key for key in inside if key.endswith("embeddings.position_ids")]
     parsed = ParsedCheckpoint(
         layout=f"hub-{family.name}",
@@ -49,17 +71,24 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpo
     if OWN_TEXT in parsed.left_out.values() and parsed.adapter is None:
         require(state, *family.image_text_tensors)
     is_projected = "CLIPVisionModelWithProjection" in (config.get("architectures") or [])
-    if "visual_projection.weight" in family.image_text_tensors and (is_projected or parsed.is_image_text):
+    if "visual_projection.weight" in family.image_text_tensors and (
+        is_projected or parsed.is_image_text
+    ):
         require(state, projection)
-        rows, stated = state[projection].shape[0], config.get("projection_dim")
+        rows = state[projection].shape[0]
+        stated = config.get("projection_dim")
         if parsed.adapter is None and stated not in (None, rows):
-            raise ContractError(f"{projection} has {rows} rows, but config.json specifies projection_dim {stated}")
+            raise ContractError(
+                f"{projection} has {rows} rows, but config.json specifies projection_dim {stated}"
+            )
     return parsed
 
 
 def vision_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     """The complete config.json of the vision model, from its own or from an image-text model's."""
-    fields = section(config, "vision_config") or {key: v for key, v in config.items() if key != "vision_config"}
+    fields = section(config, "vision_config") or {
+        key: v for key, v in config.items() if key != "vision_config"
+    }
     vision = family.vision_class().config_class.from_dict(fields)
     vision.architectures = [family.vision_class().__name__]
     return json.loads(vision.to_json_string(use_diff=False))
@@ -68,7 +97,8 @@ def vision_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
 def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
     """The family of a Hugging Face model, by its own model_type, else by that of its vision part.
 
-    ``siglip2`` is the type of SigLIP 2 NaFlex, and of some files with a fixed resolution. ValueError if unknown.
+    ``siglip2`` is the type of SigLIP 2 NaFlex, and of some files with a fixed resolution.
+    ValueError if unknown.
     """
     parts = [config, section(config, "vision_config")]
     types = [str(part["model_type"]) for part in parts if "model_type" in part]
@@ -76,12 +106,16 @@ def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
         weights = (state[key] for key in state if key.endswith("embeddings.patch_embedding.weight"))
         return families()["naflex" if any(weight.dim() == 2 for weight in weights) else "siglip"]
     known = {kind for family in families().values() for kind in family.model_types}
-    return family_of_type(next((name for name in types if name in known), types[0]), where="config.json")
+    return family_of_type(
+        next((name for name in types if name in known), types[0]), where="config.json"
+    )
 
 
 def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
-    """The model that ``architecture`` names, at the size of ``model_args`` or ``pretrained_cfg``, with its mean."""
-    given, published = section(config, "model_args"), section(config, "pretrained_cfg")
+    """The model that ``architecture`` names, at the size of ``model_args`` or ``pretrained_cfg``,
+    with its mean."""
+    given = section(config, "model_args")
+    published = section(config, "pretrained_cfg")
     size = given.get("img_size") or (published.get("input_size") or [None])[-1]
     arguments = {name: value for name, value in given.items() if name not in NOT_ARGUMENTS}
     fields = timm_fields(str(config["architecture"]), side_of(size), arguments)
@@ -97,18 +131,37 @@ def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCh
 
 
 def parse_qwen(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
-    """timm's model of the tower, at the size of its position table. Both frames of a patch (H, 3, 2, P, P) are one
-    image: their weights add up. ValueError without ``num_heads``, ContractError without tensors that tell sizes."""
+    """timm's model of the tower, at the size of its position table. Both frames of a patch (H, 3,
+    2, P, P) are one image: their weights add up. ValueError without ``num_heads``, ContractError
+    without tensors that tell sizes."""
     require(state, f"{QWEN}patch_embed.proj.weight", f"{QWEN}blocks.0.mlp.linear_fc1.bias")
     if not (heads := section(config, "vision_config").get("num_heads")):
-        raise ValueError("Qwen3-VL's tower needs vision_config.num_heads; pass the model's config.json as --config")
+        raise ValueError(
+            "Qwen3-VL's tower needs vision_config.num_heads; pass the model's config.json as --config"
+        )
     used = {name for name in state if name.startswith(QWEN) and "merger" not in name}
-    tower = {name.replace(QWEN, "model.").replace(".linear_fc", ".fc"): state[name] for name in used}
-    patches, positions = tower["model.patch_embed.proj.weight"], tower.pop("model.pos_embed.weight")
-    width, side, grid = positions.shape[1], patches.shape[-1], math.isqrt(len(positions))
-    tower |= {"model.patch_embed.proj.weight": patches.double().sum(2), "model.pos_embed": positions[None]}
-    sizes = {"embed_dim": width, "depth": depth(state, f"{QWEN}blocks."), "num_heads": heads, "patch_size": side}
-    sizes |= {"mlp_ratio": len(tower["model.blocks.0.mlp.fc1.bias"]) / width, "pos_embed_grid_size": grid}
+    tower = {
+        name.replace(QWEN, "model.").replace(".linear_fc", ".fc"): state[name] for name in used
+    }
+    patches = tower["model.patch_embed.proj.weight"]
+    positions = tower.pop("model.pos_embed.weight")
+    width = positions.shape[1]
+    side = patches.shape[-1]
+    grid = math.isqrt(len(positions))
+    tower |= {
+        "model.patch_embed.proj.weight": patches.double().sum(2),
+        "model.pos_embed": positions[None],
+    }
+    sizes = {
+        "embed_dim": width,
+        "depth": depth(state, f"{QWEN}blocks."),
+        "num_heads": heads,
+        "patch_size": side,
+    }
+    sizes |= {
+        "mlp_ratio": len(tower["model.blocks.0.mlp.fc1.bias"]) / width,
+        "pos_embed_grid_size": grid,
+    }
     fields = timm_fields("qwen3_vit_416m_enc", grid * side, sizes)
     left_out = dict.fromkeys(state.keys() - used, "language model or projector")
     return ParsedCheckpoint(state=state, config=fields, tower=tower, used=used, left_out=left_out)
@@ -126,7 +179,10 @@ def side_of(size: Any) -> int | None:
 
 
 def timm_fields(name: str, image_size: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the tower that a timm model makes; ValueError for an unknown model or argument."""
-    config = timm_config(make_timm(name, image_size, pretrained=False, arguments=arguments), name, arguments)
+    """config.json of the tower that a timm model makes; ValueError for an unknown model or
+    argument."""
+    config = timm_config(
+        make_timm(name, image_size, pretrained=False, arguments=arguments), name, arguments
+    )
     config.architectures = ["TimmTower"]
     return json.loads(config.to_json_string(use_diff=False))

@@ -1,7 +1,7 @@
 """OpenCLIP's layouts, with its own text tower or with LLM2CLIP's adapter.
 
-CLIP: ``visual.transformer.resblocks.*``. OpenVision: the same without ``visual.ln_pre``. Towers of timm, such as
-Perception Encoder: ``visual.trunk.*``.
+CLIP: ``visual.transformer.resblocks.*``. OpenVision: the same without ``visual.ln_pre``. Towers of
+timm, such as Perception Encoder: ``visual.trunk.*``.
 """
 
 from typing import Any
@@ -34,8 +34,10 @@ CLIP_NAMES = TensorNames(
     },
     fused=("attn.in_proj_", "self_attn.{}_proj."),
 )
-HEAD_WIDTHS = dict.fromkeys((384, 512, 640, 768, 896, 1024), 64) | {1280: 80, 1408: 88, 1664: 104}  # by tower width
-# settings of vision_cfg that leave no trace in the tensors: a tower with them would be imported as another one
+# by tower width
+HEAD_WIDTHS = dict.fromkeys((384, 512, 640, 768, 896, 1024), 64) | {1280: 80, 1408: 88, 1664: 104}
+# settings of vision_cfg that leave no trace in the tensors: a tower with them would be imported as
+# another one
 UNSUPPORTED = ("act_kwargs", "attentional_pool", "final_ln_after_pool", "norm_kwargs")
 
 
@@ -44,11 +46,15 @@ def has(state: dict[str, Tensor], prefix: str) -> bool:
 
 
 def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, Any]:
-    """A CLIP vision config.json from the tensors; ``fields``: OpenCLIP's model config. Errors as of ``parse``."""
+    """A CLIP vision config.json from the tensors; ``fields``: OpenCLIP's model config. Errors as of
+    ``parse``."""
     vision = section(fields, "vision_cfg")
-    if "quick_gelu" not in fields and "width" not in vision:  # a complete model config omits it when it is false
+    # a complete model config omits it when it is false
+    if "quick_gelu" not in fields and "width" not in vision:
         fix = 'its open_clip_config.json, {"quick_gelu": true} (OpenAI\'s weights) or {"quick_gelu": false} (LAION\'s)'
-        raise ValueError(f"an OpenCLIP checkpoint does not record its activation; pass as --config {fix}")
+        raise ValueError(
+            f"an OpenCLIP checkpoint does not record its activation; pass as --config {fix}"
+        )
     hidden = f"{BLOCKS}0.mlp.c_fc.weight"
     common.require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
     width, patch = common.patch_shape(state, "visual.conv1.weight")
@@ -56,12 +62,16 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     layers = common.depth(state, BLOCKS)
     common.check_sizes(vision, layers=layers, width=width, patch_size=patch, image_size=image_size)
     if vision.get("pool_type") not in (None, "tok"):
-        raise ValueError(f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is supported")
+        raise ValueError(
+            f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is supported"
+        )
     if settings := [f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)]:
         raise ValueError(f"unsupported settings in vision_cfg: {', '.join(settings)}")
     head_width = vision.get("head_width") or HEAD_WIDTHS.get(width)
     if head_width is None:
-        raise ValueError(f"no known CLIP tower has width {width}; set vision_cfg.head_width with --config")
+        raise ValueError(
+            f"no known CLIP tower has width {width}; set vision_cfg.head_width with --config"
+        )
     return {
         "model_type": "clip_vision_model",
         "architectures": ["CLIPVisionModel"],
@@ -78,8 +88,9 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
 
 
 def parse_clip(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
-    """A CLIP needs its projection if the checkpoint has a text side. Raises ValueError if ``config`` doesn't name the
-    activation, or describes an unsupported model; ContractError if it contradicts the tensors."""
+    """A CLIP needs its projection if the checkpoint has a text side. Raises ValueError if
+    ``config`` doesn't name the activation, or describes an unsupported model; ContractError if it
+    contradicts the tensors."""
     parsed = CLIP_NAMES.parse(state, clip_config(state, config))
     projection = parsed.take("visual.proj")  # (H, D): OpenCLIP multiplies from the right
     parsed.projection = None if projection is None else projection.T.contiguous()
@@ -89,17 +100,27 @@ def parse_clip(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
     return parsed
 
 
-OPENVISION = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}  # of vision_cfg, in every release
+# of vision_cfg, in every release
+OPENVISION = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
 
 
 def parse_openvision(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
-    """As a CLIP; ContractError if the configuration is not OpenVision's: the tensors don't show how it pools."""
+    """As a CLIP; ContractError if the configuration is not OpenVision's: the tensors don't show how
+    it pools."""
     vision = section(config, "vision_cfg")
-    if different := [f"{name} {vision.get(name)!r}" for name, value in OPENVISION.items() if vision.get(name) != value]:
+    if different := [
+        f"{name} {vision.get(name)!r}"
+        for name, value in OPENVISION.items()
+        if vision.get(name) != value
+    ]:
         told = f"no visual.ln_pre, like OpenVision's, but vision_cfg.{', '.join(different)}, expected {OPENVISION}"
-        raise ContractError(f"the checkpoint has {told}; pass the model's open_clip_config.json as --config")
+        raise ContractError(
+            f"the checkpoint has {told}; pass the model's open_clip_config.json as --config"
+        )
     eps = section(vision, "norm_kwargs").get("eps", 1e-5)
-    plain = {name: value for name, value in vision.items() if name not in (*OPENVISION, "norm_kwargs")}
+    plain = {
+        name: value for name, value in vision.items() if name not in (*OPENVISION, "norm_kwargs")
+    }
     parsed = parse_clip(state, {**config, "vision_cfg": plain})
     types = {"model_type": "llm2clip_openvision", "architectures": ["OpenVisionModel"]}
     parsed.config = {**parsed.config, **types, "layer_norm_eps": eps}
@@ -111,10 +132,13 @@ TRUNK = "visual.trunk."
 
 def parse_timm(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     """The timm model that vision_cfg names; its head, or OpenCLIP's, is the projection.
-    ``vision_cfg.timm_args``, not OpenCLIP's, override arguments of the model. Raises ValueError without a name."""
+    ``vision_cfg.timm_args``, not OpenCLIP's, override arguments of the model. Raises ValueError
+    without a name."""
     vision = section(config, "vision_cfg")
     if "timm_model_name" not in vision:
-        raise ValueError("a timm tower needs vision_cfg.timm_model_name; pass open_clip_config.json as --config")
+        raise ValueError(
+            "a timm tower needs vision_cfg.timm_model_name; pass open_clip_config.json as --config"
+        )
     pool = {"global_pool": vision["timm_pool"]} if vision.get("timm_pool") else {}
     arguments = {**pool, **section(vision, "timm_args")}
     fields = timm_fields(vision["timm_model_name"], side_of(vision.get("image_size")), arguments)
@@ -129,7 +153,13 @@ def parse_timm(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
 
 
 LAYOUT = [
-    Layout("open_clip", lambda state: has(state, BLOCKS) and has(state, "visual.ln_pre."), parse_clip),
-    Layout("openvision", lambda state: has(state, BLOCKS) and not has(state, "visual.ln_pre."), parse_openvision),
+    Layout(
+        "open_clip", lambda state: has(state, BLOCKS) and has(state, "visual.ln_pre."), parse_clip
+    ),
+    Layout(
+        "openvision",
+        lambda state: has(state, BLOCKS) and not has(state, "visual.ln_pre."),
+        parse_openvision,
+    ),
     Layout("open_clip-timm", lambda state: has(state, TRUNK), parse_timm),
 ]

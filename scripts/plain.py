@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Find the few forms of code that a reader stumbles over; exits with 1 if there are any.
+
+    scripts/plain.py [PATH ...]
+
+What it finds, and what to write: a comprehension within a comprehension (a loop, or a function with a name), `a, b = x, y`
+(one assignment a line), `for x in [value]` (an assignment), arithmetic or an index with a truth value (an `if`), and a
+keyword with an underscore as a name (what the thing is).
+"""
+
+import ast
+import keyword
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("llm2clip_plugin", "llava_integration", "scripts", "tests")
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def is_truth(node: ast.expr) -> bool:
+    """Whether an expression is True or False by its form."""
+    if isinstance(node, ast.Compare):
+        return True
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.Not)
+    if isinstance(node, ast.BoolOp):
+        return all(is_truth(value) for value in node.values)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id in ("bool", "isinstance", "any", "all")
+    return isinstance(node, ast.Constant) and isinstance(node.value, bool)
+
+
+def contains_comprehension(node: ast.AST) -> bool:
+    inner = (child for child in ast.walk(node) if child is not node)
+    return any(isinstance(child, COMPREHENSIONS) for child in inner)
+
+
+def index_parts(node: ast.Subscript) -> list[ast.expr]:
+    if isinstance(node.slice, ast.Slice):
+        return [part for part in (node.slice.lower, node.slice.upper, node.slice.step) if part]
+    return [node.slice]
+
+
+def is_let(source: ast.expr) -> bool:
+    """Whether a loop's source is a list or tuple of one value, which is not itself unpacked."""
+    if not isinstance(source, (ast.List, ast.Tuple)):
+        return False
+    return len(source.elts) == 1 and not isinstance(source.elts[0], ast.Starred)
+
+
+def problem(node: ast.AST) -> str:
+    """What is wrong with a node; "" if nothing is."""
+    if isinstance(node, COMPREHENSIONS) and contains_comprehension(node):
+        return "comprehension within a comprehension"
+    if isinstance(node, (ast.comprehension, ast.For)) and is_let(node.iter):
+        return "a loop over one value"
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+        if isinstance(node.targets[0], ast.Tuple):
+            return "several assignments in one"
+    if isinstance(node, ast.BinOp) and (is_truth(node.left) or is_truth(node.right)):
+        if not isinstance(node.op, (ast.BitAnd, ast.BitOr, ast.BitXor)):  # masks of tensors
+            return "arithmetic with a truth value"
+    if isinstance(node, ast.Subscript) and isinstance(node.value, (ast.Name, ast.List, ast.Tuple, ast.Constant)):
+        if any(is_truth(part) and not isinstance(part, ast.Compare) for part in index_parts(node)):
+            return "an index that is a truth value"
+        if isinstance(node.slice, ast.Slice) and any(is_truth(part) for part in index_parts(node)):
+            return "a slice by a truth value"
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        if node.id.endswith("_") and keyword.iskeyword(node.id[:-1]):
+            return f"a keyword as a name ({node.id})"
+    if isinstance(node, ast.arg) and node.arg.endswith("_") and keyword.iskeyword(node.arg[:-1]):
+        return f"a keyword as a name ({node.arg})"
+    return ""
+
+
+def problems(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, what is wrong) of a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if text := problem(node):
+            line = getattr(node, "lineno", 0) or node.iter.lineno  # a comprehension's loop has no line of its own
+            yield line, text
+
+
+def files(paths: list[str]) -> list[Path]:
+    if not paths:
+        paths = [str(ROOT / folder) for folder in FOLDERS]
+    found: list[Path] = []
+    for path in map(Path, paths):
+        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return [path for path in found if "golden" not in path.parts]
+
+
+def main() -> int:
+    count = 0
+    for path in files(sys.argv[1:]):
+        for line, text in sorted(problems(path)):
+            print(f"{path}:{line}: {text}")
+            count += 1
+    return 1 if count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
