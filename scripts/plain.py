@@ -3,9 +3,9 @@
 
     scripts/plain.py [PATH ...]
 
-What it finds, and what to write: a comprehension within a comprehension (a loop, or a function with a name), `a, b = x, y`
-(one assignment a line), `for x in [value]` (an assignment), arithmetic or an index with a truth value (an `if`), and a
-keyword with an underscore as a name (what the thing is).
+What it finds, and what to write: a comprehension within a comprehension (a loop, or a function with
+a name), `a, b = x, y` (one assignment a line), `for x in [value]` (an assignment), arithmetic or an
+index with a truth value (an `if`), and a keyword with an underscore as a name (what the thing is).
 """
 
 import ast
@@ -62,7 +62,9 @@ def problem(node: ast.AST) -> str:
     if isinstance(node, ast.BinOp) and (is_truth(node.left) or is_truth(node.right)):
         if not isinstance(node.op, (ast.BitAnd, ast.BitOr, ast.BitXor)):  # masks of tensors
             return "arithmetic with a truth value"
-    if isinstance(node, ast.Subscript) and isinstance(node.value, (ast.Name, ast.List, ast.Tuple, ast.Constant)):
+    if isinstance(node, ast.Subscript) and isinstance(
+        node.value, (ast.Name, ast.List, ast.Tuple, ast.Constant)
+    ):
         if any(is_truth(part) and not isinstance(part, ast.Compare) for part in index_parts(node)):
             return "an index that is a truth value"
         if isinstance(node.slice, ast.Slice) and any(is_truth(part) for part in index_parts(node)):
@@ -79,7 +81,8 @@ def problems(path: Path) -> Iterator[tuple[int, str]]:
     """(line, what is wrong) of a file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if text := problem(node):
-            line = getattr(node, "lineno", 0) or node.iter.lineno  # a comprehension's loop has no line of its own
+            # a comprehension's loop has no line of its own
+            line = getattr(node, "lineno", 0) or node.iter.lineno
             yield line, text
 
 
