@@ -82,8 +82,8 @@ def problems(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if text := problem(node):
             # a comprehension's loop has no line of its own
-            line = getattr(node, "lineno", 0) or node.iter.lineno
-            yield line, text
+            holder = node.iter if isinstance(node, ast.comprehension) else node
+            yield getattr(holder, "lineno", 0), text
 
 
 def files(paths: list[str]) -> list[Path]:

@@ -44,7 +44,10 @@ SHAPES_TRAIN = 4800
 SHAPES_TEST = 600
 YES_NO = ("yes", "no")
 SHAPES = ("circle", "rectangle", "triangle")
-CATEGORIES = dict.fromkeys(YES_NO, "yes or no") | dict.fromkeys(SHAPES, "shape")  # others: colour
+CATEGORIES: dict[str, str] = {  # of answers; all others are colors
+    **dict.fromkeys(YES_NO, "yes or no"),
+    **dict.fromkeys(SHAPES, "shape"),
+}
 TURNS = 4  # of a conversation, at most
 CLOSED = ("emoji group", "easy-vqa")
 OPEN = "emoji name"
