@@ -21,13 +21,13 @@ run() { printf '\n## %s\n' "$*" && timeout 900 "$@" || { echo "FAILED: $*"; fail
 run .venv/bin/python -m pytest -q -m gpu tests --ignore=tests/llava
 # shellcheck disable=SC2086 # options on purpose
 {
-    run .venv/bin/python -m benchmarks.step $STEP --precision bf16
-    run .venv/bin/python -m benchmarks.step $STEP
-    run .venv/bin/python -m benchmarks.loss $LOSS
-    { [ -f "$GEMMA/config.json" ] && run .venv/bin/python -m benchmarks.sentence_transformers $PAIRS --llm "$GEMMA"; } ||
-        echo "skipped: benchmarks.sentence_transformers, which needs $GEMMA; scripts/quickstart.sh --smoke makes it"
-    run .venv/bin/python -m benchmarks.open_clip $OPEN
-    run env OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.step_traffic $TRAFFIC
-    [ ! -x .venv-llava/bin/python ] || run .venv-llava/bin/python -m benchmarks.llava $LLAVA
+    run .venv/bin/python -m scripts.benchmarks.step $STEP --precision bf16
+    run .venv/bin/python -m scripts.benchmarks.step $STEP
+    run .venv/bin/python -m scripts.benchmarks.loss $LOSS
+    { [ -f "$GEMMA/config.json" ] && run .venv/bin/python -m scripts.benchmarks.sentence_transformers $PAIRS --llm "$GEMMA"; } ||
+        echo "skipped: scripts.benchmarks.sentence_transformers, which needs $GEMMA; scripts/quickstart.sh --smoke makes it"
+    run .venv/bin/python -m scripts.benchmarks.open_clip $OPEN
+    run env OMP_NUM_THREADS=1 .venv/bin/python -m scripts.benchmarks.step_traffic $TRAFFIC
+    [ ! -x .venv-llava/bin/python ] || run .venv-llava/bin/python -m scripts.benchmarks.llava $LLAVA
 }
 exit $failed

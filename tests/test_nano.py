@@ -1,5 +1,5 @@
-"""nano/llm2clip.py has the package's losses in both stages, step by step, from the same weights and
-batches."""
+"""scripts/nano/llm2clip.py has the package's losses in both stages, from the same
+weights and batches."""
 
 import importlib.util
 from pathlib import Path
@@ -18,7 +18,7 @@ STEPS = 20
 
 def nano() -> Any:
     """The file as a module."""
-    spec = importlib.util.spec_from_file_location("nano", ROOT / "nano" / "llm2clip.py")
+    spec = importlib.util.spec_from_file_location("nano", ROOT / "scripts" / "nano" / "llm2clip.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -33,7 +33,7 @@ from llm2clip_plugin.train.distributed import (
 from llm2clip_plugin.train.wire import pack, unpack
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("llm2clip_plugin", "llava_integration", "scripts", "nano", "benchmarks")
+PACKAGES = ("llm2clip_plugin", "llava_integration", "scripts")
 # train-tower, which writes the addresses that its process listens on before the first step
 LISTENING = """
 import json, os, sys

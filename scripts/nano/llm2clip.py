@@ -6,7 +6,7 @@ arXiv 2411.04997). On the built-in emoji, five minutes on two cores:
 
     scripts/quickstart.sh --smoke    # makes the two models, once
     MODELS=quickstart-output/models
-    python nano/llm2clip.py --llm $MODELS/gemma-3-270m --tower $MODELS/dinov2-vits14-56px
+    python scripts/nano/llm2clip.py --llm $MODELS/gemma-3-270m --tower $MODELS/dinov2-vits14-56px
 
 The package adds towers, LLMs, data of any size, GPUs, resuming, exports, LLaVA; its losses are the
 same to 1e-5 (tests/test_nano.py). Shape letters: B pairs of a batch, N captions or images, T
@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-EMOJI = Path(__file__).parents[1] / "llm2clip_plugin" / "data" / "emoji"
+EMOJI = Path(__file__).parents[2] / "llm2clip_plugin" / "data" / "emoji"
 # PromptEOL (arXiv 2307.16645): the hidden state of the last token is the LLM's one word for the
 # caption
 BEFORE = 'This sentence: "'
@@ -58,7 +58,11 @@ def read_tars(pattern: str) -> list[Sample]:
     samples = []
     for path in sorted(EMOJI.glob(pattern)):
         with tarfile.open(path) as tar:
-            files = {member.name: tar.extractfile(member).read() for member in tar}
+            files: dict[str, bytes] = {}
+            for member in tar:
+                opened = tar.extractfile(member)
+                assert opened, f"{path}: {member.name} is no file"
+                files[member.name] = opened.read()
         for name in (name for name in files if name.endswith(".json")):
             about = json.loads(files[name])
             captions = {c["kind"]: c["text"] for c in about["captions"] if c["language"] == "en"}
@@ -449,7 +453,7 @@ def recall(
 
 def main() -> None:
     """All stages on the built-in emoji."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--llm",
         required=True,

@@ -1,6 +1,6 @@
 """What the benchmarks share: ways that take turns, peak memory, made-up photographs, and one table.
 
-Run a benchmark from the repository's folder: ``python -m benchmarks.data --help``.
+Run a benchmark from the repository's folder: ``python -m scripts.benchmarks.data --help``.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Training on shards against open_clip: its own ``train_one_epoch`` over webdataset, ours on the
 same tower.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.open_clip --batch 8 --steps 24 [--open-clip CHECKOUT]
+    OMP_NUM_THREADS=1 python -m scripts.benchmarks.open_clip --batch 8 --steps 24 [--open-clip CHECKOUT]
 
 Both train the same tower and text adapter from the same weights with InfoNCE and AdamW on the same
 tar of 512-pixel JPEGs, whose captions' embeddings are known: open_clip's loader looks them up in
@@ -23,12 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import alternate, jpeg_batches, parse, print_table
-from benchmarks.step import OPTIM, TOWERS, bare_adam, make_dual, our_step, write_training_data
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.train.engine import start_ranks
 from llm2clip_plugin.vision.dual import DualEncoder
+from scripts.benchmarks.common import alternate, jpeg_batches, parse, print_table
+from scripts.benchmarks.step import (
+    OPTIM,
+    TOWERS,
+    bare_adam,
+    make_dual,
+    our_step,
+    write_training_data,
+)
 
 
 def their_epoch(

@@ -1,6 +1,6 @@
 """A training step against a bare forward/backward/AdamW loop on the same tensors.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.step --towers vit-s vit-b --batch 8
+    OMP_NUM_THREADS=1 python -m scripts.benchmarks.step --towers vit-s vit-b --batch 8
 
 Both ways train the same dual encoder from the same weights, and their first losses must agree.
 """
@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import alternate, parse, print_table, write_shard
-from benchmarks.loss import full_loss
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_captions
 from llm2clip_plugin.data.images import ImageConfig, Normalize
@@ -27,6 +25,8 @@ from llm2clip_plugin.train.optim import complete, parameter_groups
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
+from scripts.benchmarks.common import alternate, parse, print_table, write_shard
+from scripts.benchmarks.loss import full_loss
 
 TOWERS = {"tiny": (32, 2, 2, 64), "vit-s": (384, 12, 6, 1536), "vit-b": (768, 12, 12, 3072)}
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")

@@ -1,7 +1,7 @@
 """Stage 1 and embedding captions against sentence-transformers, with the same LLM in the same
 dtype.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.sentence_transformers [--llm PATH] --batch 32 --micro 8
+    OMP_NUM_THREADS=1 python -m scripts.benchmarks.sentence_transformers [--llm PATH] --batch 32 --micro 8
 
 Stage 1: CachedMultipleNegativesRankingLoss in both directions on a mean-pooled causal LLM with
 LoRA, and the step of ``llm2clip finetune-llm``. Both tokenize in the step, cache gradients over
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from benchmarks.common import alternate, alternate_processes, parse, print_table
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.stages.llm import trained_module
 from llm2clip_plugin.stages.settings import FinetuneConfig
@@ -28,6 +27,7 @@ from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.pairs import CaptionStep, Pair, PairTokenizer, caption_terms
 from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
+from scripts.benchmarks.common import alternate, alternate_processes, parse, print_table
 
 # LoraSettings' defaults
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}

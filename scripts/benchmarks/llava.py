@@ -1,8 +1,8 @@
 """The tower inside LLaVA against LLaVA's own CLIPVisionTower on the same directory: images a
 second.
 
-    .venv-llava/bin/python -m benchmarks.llava                                                # a random ViT-B/16
-    .venv-llava/bin/python -m benchmarks.llava --shape l14-336 --dtype float16 --images 64    # on a GPU
+    .venv-llava/bin/python -m scripts.benchmarks.llava    # a random ViT-B/16
+    .venv-llava/bin/python -m scripts.benchmarks.llava --shape l14-336 --dtype float16 --images 64  # on a GPU
 
 Both encode through LLaVA's ``encode_images`` (tower and projector); the outputs must be equal bit
 for bit.
@@ -22,8 +22,8 @@ from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCau
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from transformers import CLIPVisionConfig, CLIPVisionModel, logging
 
-from benchmarks.common import DTYPES, alternate, parse, print_table
 from llm2clip_plugin.vision.export import export_tower
+from scripts.benchmarks.common import DTYPES, alternate, parse, print_table
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 SHAPES = {

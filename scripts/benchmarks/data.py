@@ -1,6 +1,6 @@
 """The data path against webdataset + PIL + torchvision transforms, on one core.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.data --images 512 --scale 0.4 1
+    OMP_NUM_THREADS=1 python -m scripts.benchmarks.data --images 512 --scale 0.4 1
 
 Both read the same tar of 512-pixel JPEGs, crop and resize at random, normalize, and stack batches.
 """
@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from benchmarks.common import alternate, jpeg_batches, parse, print_table, write_shard
 from llm2clip_plugin.data.images import ImageConfig, Normalize
+from scripts.benchmarks.common import alternate, jpeg_batches, parse, print_table, write_shard
 
 
 def webdataset_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Tensor]:

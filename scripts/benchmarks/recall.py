@@ -1,6 +1,6 @@
 """Recall@1/5/10 in both directions on 5,000 images x 25,000 captions: time and peak memory.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.recall --batch 1024
+    OMP_NUM_THREADS=1 python -m scripts.benchmarks.recall --batch 1024
 
 - llm2clip: ``llm2clip_plugin.evaluate.retrieval.recall``, tiles and counted ranks
 - one-hot: LLM2CLIP's and CLIP_benchmark's: scores and correct pairs as N x M matrices, then for each k and direction
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from benchmarks.common import alternate_processes, parse, print_table
 from llm2clip_plugin.evaluate.retrieval import recall
+from scripts.benchmarks.common import alternate_processes, parse, print_table
 
 
 def one_hot_recall(image: Tensor, text: Tensor, owner: Tensor, batch: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The blocked contrastive loss against the full matrix of logits, forward and backward.
 
-    python -m benchmarks.loss --pairs 16384 --width 512
+    python -m scripts.benchmarks.loss --pairs 16384 --width 512
 
 Each way runs in a new process, in which its peak memory is measured; the losses must be equal.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from benchmarks.common import DTYPES, alternate_processes, parse, print_table
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
+from scripts.benchmarks.common import DTYPES, alternate_processes, parse, print_table
 
 
 def full_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a step of the training loop sends and waits for, counted by torch.profiler.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.step_traffic --stages 1 2
+    OMP_NUM_THREADS=1 python -m scripts.benchmarks.step_traffic --stages 1 2
 
 Each rank has a GPU, or, on a machine with fewer, all run on the CPU.
 
@@ -21,10 +21,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.common import parse
-from benchmarks.step import TOWERS, make_batch, make_dual, our_step
 from llm2clip_plugin.train.distributed import free_port
 from llm2clip_plugin.train.engine import start_ranks
+from scripts.benchmarks.common import parse
+from scripts.benchmarks.step import TOWERS, make_batch, make_dual, our_step
 
 L_PARAMETERS = 3.04e8  # of a ViT-L/14
 # pairs of a rank; steps before the one that is counted, whose losses are printed, too

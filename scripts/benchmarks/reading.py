@@ -1,6 +1,6 @@
 """Which shards each node reads, simulated for remote data: no file is read.
 
-    python -m benchmarks.reading --shards 6000 --steps 1000
+    python -m scripts.benchmarks.reading --shards 6000 --steps 1000
 
 Shards of 10,000 samples less those that img2dataset could not fetch (5 to 15 %). A node has 8
 ranks. "Reads of a shard" is over all nodes: 1 is the least, and as many as nodes is what each node
@@ -9,8 +9,8 @@ reading everything would cost.
 
 import numpy as np
 
-from benchmarks.common import parse
 from llm2clip_plugin.data.sampler import Mixture
+from scripts.benchmarks.common import parse
 
 HEADS = "window | ranks | shards that a node reads | reads of a shard | shards in a batch | batches between neighbors"
 
