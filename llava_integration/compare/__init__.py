@@ -2,7 +2,8 @@
 alone, no torch.
 
 >>> from llava_integration.compare import build, load_side, page, text          # doctest: +SKIP
->>> sides = [load_side(Path("logs/base")), load_side(Path("logs/new"), "ours")]  # folders of logs, or files
+>>> # folders of logs, or files
+>>> sides = [load_side(Path("logs/base")), load_side(Path("logs/new"), "ours")]
 >>> comparison = build(sides)               # paired bootstrap over images, Holm over all rows
 >>> print(text(comparison))                 # Markdown
 >>> Path("compare.html").write_text(page(comparison, sides))

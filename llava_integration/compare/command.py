@@ -55,8 +55,8 @@ class CompareConfig:
             ("image-folder", self.image_folder is None or self.image_folder.is_dir(), "a folder"),
         ):
             if not fits:
-                given = getattr(self, name.replace("-", "_"))
-                written = " ".join(map(str, given)) if isinstance(given, tuple) else given
+                value = getattr(self, name.replace("-", "_"))
+                written = " ".join(map(str, value)) if isinstance(value, tuple) else value
                 raise ValueError(f"--{name} {written} is invalid; expected {expected}")
         if not self.new and not self.plan:
             raise ValueError(
@@ -67,9 +67,10 @@ class CompareConfig:
 COMMAND = Command(
     name="compare",
     example="llm2clip compare runs/openai/scores runs/llm2clip/scores --output report",
-    about="Is the new model better? Paired statistics over score files, or over the logs of lmms-eval, "
-    "lm-evaluation-harness (--log_samples), VLMEvalKit and inspect_ai, or tables (CSV, JSONL) of item, score and "
-    "group. Several files of one benchmark in a folder are its runs (seeds).",
+    about="Is the new model better? Paired statistics over score files, or over the logs of "
+    "lmms-eval, lm-evaluation-harness (--log_samples), VLMEvalKit and inspect_ai, or tables (CSV, "
+    "JSONL) of item, score and group. Several files of one benchmark in a folder are its runs "
+    "(seeds).",
     settings=CompareConfig,
     arguments="base new",
     everyday="names all-pairs output resamples references image-folder plan effect",
@@ -82,24 +83,16 @@ def main(argv: list[str] | None = None) -> int:
     args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
     sides = load_sides([args.base, *args.new], args.names)
     if args.plan:
-        noises = plan(
-            sides, spread=args.spread, resamples=min(args.resamples, 1000), seed=args.seed
-        )
-        lines = table(PLAN, plan_rows(noises, effect=args.effect, runs=args.runs, level=args.level))
-        print(
-            f"A difference of {args.effect:g} with {POWER:.0%} power, two-sided at {1 - args.level:.0%}:\n"
-        )
-        print(printable_lines("\n".join(lines)))
-        if any(noise.spread is None for noise in noises):
-            print(
-                "\nVariation over trainings is unknown: score several runs a side, or set --spread"
-            )
+        print_plan(sides, args)
         return 0
-    chosen = {
-        name: getattr(args, name)
-        for name in ("resamples", "level", "seed", "references", "all_pairs")
-    }
-    comparison = build(sides, **chosen)
+    comparison = build(
+        sides,
+        resamples=args.resamples,
+        level=args.level,
+        seed=args.seed,
+        references=args.references,
+        all_pairs=args.all_pairs,
+    )
     if args.output:  # before printing, which `| head` may end
         reports = {
             "json": json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n",
@@ -110,6 +103,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"wrote {write_text(args.output / f'compare.{ending}', report)}", file=sys.stderr)
     print(printable_lines(text(comparison)))  # names in it come from score files
     return 0
+
+
+def print_plan(sides: Sequence[Side], args: CompareConfig) -> None:
+    """Print how many images and runs a difference needs."""
+    noises = plan(sides, spread=args.spread, resamples=min(args.resamples, 1000), seed=args.seed)
+    lines = table(PLAN, plan_rows(noises, effect=args.effect, runs=args.runs, level=args.level))
+    test = f"with {POWER:.0%} power, two-sided at {1 - args.level:.0%}"
+    print(f"A difference of {args.effect:g} {test}:\n")
+    print(printable_lines("\n".join(lines)))
+    if any(noise.spread is None for noise in noises):
+        print("\nVariation over trainings is unknown: score several runs a side, or set --spread")
 
 
 # The power of a comparison that has not been run yet
@@ -197,17 +201,17 @@ def measure(
     base: Side, new: Side, name: str, spread: float | None, resamples: int, seed: int
 ) -> Noise:
     """The noise of one benchmark."""
-    *runs, _ = paired_runs(name, base, new)
-    first = runs[0][0]
-    statistics = [[run.statistic for run in side] for side in runs]
-    paired = pair(statistics[0], statistics[1], first.clusters)
-    count = min(len(paired.base), len(paired.new))
-    base_MR, new_MR = (
-        side[:count] for side in resampled_runs(paired, resamples, np.random.default_rng(seed))
-    )
-    difference_MR = (
-        new_MR - base_MR if new is not base else base_MR * math.sqrt(2 * (1 - CORRELATION))
-    )
+    base_runs, new_runs, _ = paired_runs(name, base, new)
+    first = base_runs[0]
+    base_statistics = [run.statistic for run in base_runs]
+    new_statistics = [run.statistic for run in new_runs]
+    paired = pair(base_statistics, new_statistics, first.clusters)
+    base_MR, new_MR = resampled_runs(paired, resamples, np.random.default_rng(seed))
+    if new is base:
+        difference_MR = base_MR * math.sqrt(2 * (1 - CORRELATION))
+    else:
+        count = min(len(base_MR), len(new_MR))
+        difference_MR = new_MR[:count] - base_MR[:count]
     # what one run a side adds to the variance over images that all runs share
     slips = slips_of(difference_MR)
     shared = max(0.0, float(np.var(difference_MR, axis=1).mean()) - slips)
@@ -222,11 +226,11 @@ def measure(
         answer_error=math.sqrt(slips) * wider,
         spread=spread,
     )
-    values = [
-        [run.full() for run in side]
-        for side in statistics[: 1 + (new is not base)]
-        if len(side) > 1
-    ]
+    measured = [base_statistics] if new is base else [base_statistics, new_statistics]
+    values: list[list[float]] = []
+    for side in measured:
+        if len(side) > 1:
+            values.append([run.full() for run in side])
     freedom = sum(len(side) - 1 for side in values)
     if spread is not None or not freedom:
         return noise
@@ -242,7 +246,9 @@ def plan_rows(
     """The rows under PLAN: per benchmark and number of runs what is detectable, and what ``effect``
     needs."""
     for noise in noises:
-        over_images = f"{math.hypot(noise.image_error, noise.answer_error):.2f} over images"
+        varies = f"{math.hypot(noise.image_error, noise.answer_error):.2f} over images"
+        if noise.spread is not None:
+            varies += f", {noise.spread:.2f} over trainings"
         for count in runs if noise.spread is not None else (1,):
             needed = noise.images_needed(effect, count, level=level)
             yield (
@@ -252,8 +258,7 @@ def plan_rows(
                 f"{noise.detectable(noise.images, count, level=level):.2f}",
                 str(needed or "no number"),
                 f"x {needed / noise.images:.2g}" if needed else "",
-                over_images
-                + ("" if noise.spread is None else f", {noise.spread:.2f} over trainings"),
+                varies,
             )
 
 

@@ -3,9 +3,9 @@ each benchmark."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from itertools import combinations, compress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from llava_integration.benchmarks.benchmark import (
     Benchmark,
+    Item,
     Statistic,
     mean_of_parts,
     mean_statistic,
@@ -60,11 +61,15 @@ class Run(Log):
         """The run on these questions, in their order."""
         if ids == self.ids:
             return self
-        place = {name: number for number, name in enumerate(self.ids)}
-        chosen = [place[one] for one in ids]
-        names = ("ids", "scores", "clusters", "groups", "items")
+        position = {name: number for number, name in enumerate(self.ids)}
+        chosen = [position[name] for name in ids]
         return replace(
-            self, **{name: [getattr(self, name)[one] for one in chosen] for name in names}
+            self,
+            ids=[self.ids[i] for i in chosen],
+            scores=[self.scores[i] for i in chosen],
+            clusters=[self.clusters[i] for i in chosen],
+            groups=[self.groups[i] for i in chosen],
+            items=[self.items[i] for i in chosen],
         )
 
 
@@ -109,14 +114,17 @@ def load_side(path: Path, name: str = "") -> Side:
     return Side(name=name or default, path=path, runs=runs, notes=tuple(notes))
 
 
-def run_of(path: Path, record: Log) -> Run:
-    """A score file's run, with the headline number of the benchmark's rule unless the items lack
-    what that needs. Raises ContractError if the items can't be compared."""
-    items = record.items
-    ids = [str(item.get("id")) for item in record.items]
-    if not items or any(
-        not isinstance(item.get("id"), (str, int)) or "score" not in item for item in items
-    ):
+# headline number of a log whose benchmark has no rule -> its unit
+UNIT_OF_AGGREGATE = {"MME": "points", "CIDEr": "CIDEr", "pope": "F1"}
+
+
+def is_scored(item: Item) -> bool:
+    return isinstance(item.get("id"), (str, int)) and "score" in item
+
+
+def check_items(path: Path, items: Sequence[Item]) -> None:
+    """Raises ContractError if items can't be compared."""
+    if not items or not all(is_scored(item) for item in items):
         raise ContractError(
             f"{path}: a comparison needs one item per question, each with an id and a score"
         )
@@ -127,43 +135,55 @@ def run_of(path: Path, record: Log) -> Run:
                 raise ContractError(
                     f"{path}: {key} of item {item['id']!r} is {value!r}, expected a finite number"
                 )
-    if len(set(ids)) < len(ids):
-        raise ContractError(
-            f"{path} has item {Counter(ids).most_common(1)[0][0]} twice; score the answers again"
-        )
-    rule = benchmarks().get(record.benchmark)
+    (most_common, times), *_ = Counter(str(item["id"]) for item in items).most_common(1)
+    if times > 1:
+        raise ContractError(f"{path} has item {most_common} twice; score the answers again")
+
+
+def missing_fields(rule: Benchmark, items: Sequence[Item]) -> list[str]:
+    """The fields that a rule's headline number needs and that some item lacks."""
+    missing = []
+    for name in rule.item_fields:
+        if any(name not in item for item in items):
+            missing.append(name)
+    return missing
+
+
+def run_of(path: Path, record: Log) -> Run:
+    """A score file's run, with the headline number of the benchmark's rule unless the items lack
+    what that needs. Raises ContractError if the items can't be compared."""
+    items = record.items
+    check_items(path, items)
+    benchmark = benchmarks().get(record.benchmark)
+    rule = benchmark
     notes = record.notes
-    own = rule
-    if rule and (
-        lacking := [name for name in rule.item_fields if any(name not in item for item in items)]
-    ):
-        own = None
-        notes = [
-            f"items have no {', '.join(lacking)}; mean score instead of {rule.headline}",
-            *notes,
-        ]
+    if benchmark and (missing := missing_fields(benchmark, items)):
+        rule = None
+        lacking = f"items have no {', '.join(missing)}"
+        notes = [f"{lacking}; mean score instead of {benchmark.headline}", *notes]
     scores = [float(item["score"]) for item in items]
-    unit = (
-        own.unit
-        if own
-        else {"MME": "points", "CIDEr": "CIDEr", "pope": "F1"}.get(record.aggregate, "")
-    )
+    unit = rule.unit if rule else UNIT_OF_AGGREGATE.get(record.aggregate, "")
+    if not unit:
+        unit = "%" if all(0 <= score <= 1 for score in scores) else "score"
     run = Run(
         **{**vars(record), "notes": notes},
-        ids=ids,
+        ids=[str(item["id"]) for item in items],
         scores=scores,
         clusters=[str(item.get("cluster", item["id"])) for item in items],
         groups=[str(item.get("category") or "") for item in items],
-        rule=own,
-        title=rule.title if rule else record.benchmark,
-        unit=unit or ("%" if all(0 <= score <= 1 for score in scores) else "score"),
+        rule=rule,
+        title=benchmark.title if benchmark else record.benchmark,
+        unit=unit,
     )
     number = run.statistic.full()
     printed = record.printed
     if printed is None or math.isclose(number, printed * run.scale, rel_tol=1e-3, abs_tol=0.01):
         return run
-    said = f"its evaluator printed {printed:.4g}, made of the scores in another way; here {number / run.scale:.4g}"
-    return replace(run, notes=[*notes, said])
+    differs = (
+        f"its evaluator printed {printed:.4g}, made of the scores in another way; "
+        f"here {number / run.scale:.4g}"
+    )
+    return replace(run, notes=[*notes, differs])
 
 
 def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
@@ -172,17 +192,22 @@ def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
         raise ValueError(
             f"{len(names)} --names for {len(paths)} sides; pass one name per side, base first"
         )
-    sides = [load_side(path, names[place] if names else "") for place, path in enumerate(paths)]
-    for rename in (
-        lambda place, side: f"{side.path.resolve().parent.name}/{side.path.stem}",
-        lambda place, side: f"{side.name} #{place}",
-    ):
-        shown = Counter(side.name for side in sides)
-        names = [
-            rename(*item) if shown[item[1].name] > 1 else item[1].name for item in enumerate(sides)
-        ]
-        sides = [replace(side, name=name) for side, name in zip(sides, names, strict=True)]
-    return sides
+    if not names:
+        names = [""] * len(paths)
+    sides = [load_side(path, name) for path, name in zip(paths, names, strict=True)]
+    sides = rename_equal(
+        sides, [f"{side.path.resolve().parent.name}/{side.path.stem}" for side in sides]
+    )
+    return rename_equal(sides, [f"{side.name} #{number}" for number, side in enumerate(sides)])
+
+
+def rename_equal(sides: Sequence[Side], names: Sequence[str]) -> list[Side]:
+    """The sides, those that share their name with another under a new one."""
+    count = Counter(side.name for side in sides)
+    return [
+        replace(side, name=name) if count[side.name] > 1 else side
+        for side, name in zip(sides, names, strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,16 +246,15 @@ class Row:
             start += f" in {self.images} clusters (of one image or text each)"
         if not self.result.detectable:
             return f"{start}; both sides have the same score on each"
-        line = f"{start}: a difference of {self.result.detectable:.2f} {unit} is detectable with 80 % power"
+        detectable = f"a difference of {self.result.detectable:.2f} {unit}"
+        line = f"{start}: {detectable} is detectable with 80 % power"
         size = abs(self.result.difference)
         times = (self.result.detectable / size) ** 2 if size else 0.0
+        if not 1 < times < 100:
+            return line
         # neither alone: runs vary, too
         more = "the questions and runs" if max(self.runs) > 1 else "the questions"
-        return (
-            f"{line}; detecting {size:.2f} needs {times:.1f} times {more}"
-            if 1 < times < 100
-            else line
-        )
+        return f"{line}; detecting {size:.2f} needs {times:.1f} times {more}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,11 +275,10 @@ class Comparison:
 
     def pairs(self) -> list[tuple[str, str, list[Row]]]:
         """(new, base, rows) of every two sides that are compared."""
-        pairs = dict.fromkeys((row.new, row.base) for row in self.rows)
-        return [
-            (new, base, [row for row in self.rows if (row.new, row.base) == (new, base)])
-            for new, base in pairs
-        ]
+        pairs: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            pairs.setdefault((row.new, row.base), []).append(row)
+        return [(new, base, rows) for (new, base), rows in pairs.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with the verdicts and power lines."""
@@ -283,72 +306,100 @@ def build(
     """Compare every side with the first, or every two; Holm's p-values are over all rows."""
     sides = in_one_unit(sides)
     notes = [note for side in sides for note in side.notes]
+    pairs = combinations(sides, 2) if all_pairs else [(sides[0], new) for new in sides[1:]]
     tasks = []
-    for base, new in (
-        combinations(sides, 2) if all_pairs else [(sides[0], new) for new in sides[1:]]
-    ):
-        shared = ordered(set(base.runs) & set(new.runs))
-        if not shared:
-            known = (f"{side.name} ({', '.join(ordered(side.runs))})" for side in (base, new))
-            raise ValueError(f"{' and '.join(known)} have no benchmark in common")
-        tasks += [(base, new, name) for name in shared]
+    for base, new in pairs:
+        tasks += [(base, new, name) for name in benchmarks_in_common(base, new)]
         for name in ordered(set(base.runs) ^ set(new.runs)):
-            notes.append(
-                f"{name} is not compared: only {base.name if name in base.runs else new.name} has its scores"
-            )
+            only = base.name if name in base.runs else new.name
+            notes.append(f"{name} is not compared: only {only} has its scores")
     bar = tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
     rows = [compare_benchmark(*task, resamples=resamples, level=level, seed=seed) for task in bar]
-    rows = [
-        replace(row, p_holm=p)
-        for row, p in zip(rows, holm([row.result.p for row in rows]), strict=True)
-    ]
+    adjusted = holm([row.result.p for row in rows])
+    rows = [replace(row, p_holm=p) for row, p in zip(rows, adjusted, strict=True)]
     titles = {}
     units = {}
     scores = {}
     for name in ordered(name for side in sides for name in side.runs):
         runs = {side.name: side.runs[name] for side in sides if name in side.runs}
-        scores[name] = {
-            side: sum(run.statistic.full() for run in of) / len(of) for side, of in runs.items()
-        }
+        scores[name] = {side: mean_headline(runs_of_side) for side, runs_of_side in runs.items()}
         first, *_ = next(iter(runs.values()))
         titles[name] = first.title
         units[name] = first.unit
-    published: dict[str, dict[str, float]] = {}
-    for name, rule in benchmarks().items():
-        if references and any(row.benchmark == name for row in rows):
-            for model, value in rule.published.items():
-                published.setdefault(model, {})[name] = value
     return Comparison(
         names=tuple(side.name for side in sides),
         rows=tuple(rows),
         scores=scores,
         titles=titles,
         units=units,
-        references=published,
+        references=published_numbers({row.benchmark for row in rows}) if references else {},
         settings={"resamples": resamples, "level": level, "seed": seed},
         notes=tuple(dict.fromkeys(notes)),
         warnings=tuple(warnings(sides)),
     )
 
 
+def benchmarks_in_common(base: Side, new: Side) -> list[str]:
+    """The benchmarks that both sides have, in the order of tables; ValueError if there is none."""
+    shared = ordered(set(base.runs) & set(new.runs))
+    if not shared:
+        known = (f"{side.name} ({', '.join(ordered(side.runs))})" for side in (base, new))
+        raise ValueError(f"{' and '.join(known)} have no benchmark in common")
+    return shared
+
+
+def mean_headline(runs: Sequence[Run]) -> float:
+    """The headline number, mean over runs."""
+    return sum(run.statistic.full() for run in runs) / len(runs)
+
+
+def published_numbers(compared: Collection[str]) -> dict[str, dict[str, float]]:
+    """model -> benchmark -> published number, of the benchmarks that are compared."""
+    published: dict[str, dict[str, float]] = {}
+    for name, rule in benchmarks().items():
+        if name in compared:
+            for model, value in rule.published.items():
+                published.setdefault(model, {})[name] = value
+    return published
+
+
 def in_one_unit(sides: Sequence[Side]) -> list[Side]:
     """Sides whose scores of a benchmark are all percentages, or none, if scores of one run are
     above 1."""
-    plain = {
-        run.benchmark
-        for side in sides
-        for runs in side.runs.values()
-        for run in runs
-        if run.unit == "score"
-    }
+    all_runs = [run for side in sides for runs in side.runs.values() for run in runs]
+    plain = {run.benchmark for run in all_runs if run.unit == "score"}
+    converted = []
+    for side in sides:
+        runs_of = dict(side.runs)
+        for name, runs in side.runs.items():
+            if name in plain:
+                runs_of[name] = tuple(replace(run, unit="score") for run in runs)
+        converted.append(replace(side, runs=runs_of))
+    return converted
 
-    def shown(runs: tuple[Run, ...]) -> tuple[Run, ...]:
-        return tuple(replace(run, unit="score") if run.benchmark in plain else run for run in runs)
 
-    return [
-        replace(side, runs={name: shown(runs) for name, runs in side.runs.items()})
-        for side in sides
-    ]
+# how a side answered; another value may move the scores by itself
+ANSWER_SETTINGS = (
+    "precision",
+    "dtype",
+    "load_8bit",
+    "load_4bit",
+    "conv_mode",
+    "temperature",
+    "num_beams",
+)
+
+
+def recorded_settings(side: Side) -> list[dict[str, Any]]:
+    """The provenance of each of a side's runs, and the settings of its answers."""
+    recorded = []
+    for runs in side.runs.values():
+        for run in runs:
+            recorded.append(run.provenance)
+            answer_settings = run.provenance.get("answer_settings")
+            if isinstance(answer_settings, dict):
+                recorded.append(answer_settings)
+    return recorded
 
 
 def warnings(sides: Sequence[Side]) -> Iterator[str]:
@@ -356,29 +407,16 @@ def warnings(sides: Sequence[Side]) -> Iterator[str]:
     precisions or ways."""
     for side in sides:
         for runs in side.runs.values():
-            empty, total = (
-                sum(run.counts.get(kind, 0) for run in runs) for kind in ("empty", "answered")
-            )
+            empty = sum(run.counts.get("empty", 0) for run in runs)
+            total = sum(run.counts.get("answered", 0) for run in runs)
             if empty > EMPTY * total:
                 yield f"{empty} of the {total} answers of {side.name} to {runs[0].title} are empty"
-    about = {
-        side.name: [run.provenance for of in side.runs.values() for run in of] for side in sides
-    }
-    for setting in (
-        "precision",
-        "dtype",
-        "load_8bit",
-        "load_4bit",
-        "conv_mode",
-        "temperature",
-        "num_beams",
-    ):
+    recorded = {side.name: recorded_settings(side) for side in sides}
+    for setting in ANSWER_SETTINGS:
         used: dict[str, str] = {}
-        for name, of in about.items():
-            parts = [
-                one for p in of for one in (p, p.get("answer_settings")) if isinstance(one, dict)
-            ]
-            used[name] = "/".join(sorted({str(one[setting]) for one in parts if setting in one}))
+        for name, records in recorded.items():
+            values = {str(record[setting]) for record in records if setting in record}
+            used[name] = "/".join(sorted(values))
         if len({*used.values()} - {""}) > 1:
             listed = ", ".join(f"{name}: {value}" for name, value in used.items() if value)
             yield f"the sides differ in their {setting}, which alone may move scores: {listed}"
@@ -390,28 +428,17 @@ def compare_benchmark(
     """One benchmark: pair the questions, resample, count wins."""
     base_runs, new_runs, notes = paired_runs(name, base, new)
     first = base_runs[0]
-    of_base, of_new = ([run.statistic for run in runs] for runs in (base_runs, new_runs))
-    result = compare(
-        pair(of_base, of_new, first.clusters), resamples=resamples, level=level, seed=seed
-    )
-    counted_N = counted([*of_base, *of_new])
-    # each question's score, mean over runs
-    old_N, now_N = (
-        np.mean([run.scores for run in runs], axis=0)[counted_N] for runs in (base_runs, new_runs)
-    )
-    images = len(
-        {cluster for cluster, counts in zip(first.clusters, counted_N, strict=True) if counts}
-    )
-    said = [[note for run in side.runs[name] for note in run.notes] for side in (base, new)]
-    # what both say, without a name
-    for side, own, others in ((base, said[0], said[1]), (new, said[1], said[0])):
-        notes += [note if note in others else f"{side.name}: {note}" for note in own]
-    if images == 1 and len(old_N) > 1:
+    base_statistics = [run.statistic for run in base_runs]
+    new_statistics = [run.statistic for run in new_runs]
+    paired = pair(base_statistics, new_statistics, first.clusters)
+    result = compare(paired, resamples=resamples, level=level, seed=seed)
+    counted_N = counted([*base_statistics, *new_statistics])
+    base_N = mean_scores(base_runs)[counted_N]
+    new_N = mean_scores(new_runs)[counted_N]
+    images = len(set(compress(first.clusters, counted_N)))
+    notes += notes_of_runs(name, base, new)
+    if images == 1 and len(base_N) > 1:
         notes.append("all questions are about one image, so the interval is meaningless")
-    groups, place_N, count_G = np.unique(
-        np.array(first.groups)[counted_N], return_inverse=True, return_counts=True
-    )
-    old_G, now_G = (np.bincount(place_N, score_N) / count_G for score_N in (old_N, now_N))
     return Row(
         benchmark=name,
         title=first.title,
@@ -420,19 +447,44 @@ def compare_benchmark(
         new=new.name,
         result=result,
         p_holm=result.p,
-        wins=int((now_N > old_N).sum()),
-        losses=int((now_N < old_N).sum()),
-        ties=int((now_N == old_N).sum()),
-        questions=len(old_N),
+        wins=int((new_N > base_N).sum()),
+        losses=int((new_N < base_N).sum()),
+        ties=int((new_N == base_N).sum()),
+        questions=len(base_N),
         images=images,
         runs=(len(base_runs), len(new_runs)),
-        categories={
-            str(groups[one]): (float(old_G[one]), float(now_G[one]), int(count_G[one]))
-            for one in np.argsort(-count_G, kind="stable")
-            if len(groups) > 1
-        },
+        categories=scores_by_category(list(compress(first.groups, counted_N)), base_N, new_N),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def mean_scores(runs: Sequence[Run]) -> np.ndarray:
+    """(N,) each question's score, mean over runs."""
+    return np.mean([run.scores for run in runs], axis=0)
+
+
+def notes_of_runs(name: str, base: Side, new: Side) -> list[str]:
+    """The notes of both sides' runs on a benchmark; those of one side after its name."""
+    base_notes = [note for run in base.runs[name] for note in run.notes]
+    new_notes = [note for run in new.runs[name] for note in run.notes]
+    notes = [note if note in new_notes else f"{base.name}: {note}" for note in base_notes]
+    return notes + [note if note in base_notes else f"{new.name}: {note}" for note in new_notes]
+
+
+def scores_by_category(
+    category_N: Sequence[str], base_N: np.ndarray, new_N: np.ndarray
+) -> dict[str, tuple[float, float, int]]:
+    """Mean score of base and of new, and number of questions, of each of G categories, the largest
+    first; empty if there is only one."""
+    names_G, index_N, count_G = np.unique(category_N, return_inverse=True, return_counts=True)
+    if len(names_G) < 2:
+        return {}
+    base_G = np.bincount(index_N, base_N) / count_G
+    new_G = np.bincount(index_N, new_N) / count_G
+    return {
+        str(names_G[i]): (float(base_G[i]), float(new_G[i]), int(count_G[i]))
+        for i in np.argsort(-count_G, kind="stable")
+    }
 
 
 def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run], list[str]]:
@@ -442,34 +494,34 @@ def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run],
     shared = set.intersection(*(set(run.ids) for run in runs))
     largest = max(len(run.ids) for run in runs)
     if len(shared) < FEWEST_IN_COMMON * largest:
-        of = f"{len(shared)} questions of {', '.join(str(len(run.ids)) for run in runs)}"
+        counts = f"{len(shared)} questions of {', '.join(str(len(run.ids)) for run in runs)}"
         raise ContractError(
-            f"{name}: {base.name} and {new.name} share {of}; evaluate both on the same questions"
+            f"{name}: {base.name} and {new.name} share {counts}; "
+            "evaluate both on the same questions"
         )
-    first, *others = (run.pick([one for one in runs[0].ids if one in shared]) for run in runs)
-    for run in others:
-        for identifier, one, other in zip(run.ids, first.items, run.items, strict=True):
-            if one.get("truth") != other.get("truth"):
-                both = f"{one.get('truth')!r} in {base.name}, {other.get('truth')!r} in {run.model}"
+    shared_ids = [identifier for identifier in runs[0].ids if identifier in shared]
+    runs = [run.pick(shared_ids) for run in runs]
+    for run in runs[1:]:
+        for identifier, item, other in zip(run.ids, runs[0].items, run.items, strict=True):
+            truth = item.get("truth")
+            if truth != other.get("truth"):
+                both = f"{truth!r} in {base.name}, {other.get('truth')!r} in {run.model}"
                 raise ContractError(
-                    f"{name}: the truth of question {identifier} is {both}; score both by the same annotations"
+                    f"{name}: the truth of question {identifier} is {both}; "
+                    "score both by the same annotations"
                 )
-    notes = (
-        []
-        if len(shared) == largest
-        else [f"{largest - len(shared)} questions are not in every file; ignored"]
-    )
+    notes = []
+    if len(shared) < largest:
+        notes.append(f"{largest - len(shared)} questions are not in every file; ignored")
     if len({run.provenance.get("data_sha256", "") for run in runs} - {""}) > 1:
         notes.append(
             "the sides were scored with different annotation files; truths in common are equal"
         )
     count = len(base.runs[name])
-    return [first, *others][:count], [first, *others][count:], notes
+    return runs[:count], runs[count:], notes
 
 
 def ordered(names: Iterable[str]) -> list[str]:
     """Benchmarks in the order of tables, unknown ones last, by name."""
-    known = list(benchmarks())
-    return sorted(
-        set(names), key=lambda name: (known.index(name) if name in known else len(known), name)
-    )
+    position = {name: number for number, name in enumerate(benchmarks())}
+    return sorted(set(names), key=lambda name: (position.get(name, len(position)), name))

@@ -24,7 +24,14 @@ from llm2clip_plugin.contracts import sha256_text
 HERE = Path(__file__).parent
 FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
 LONGEST = 600  # characters of a question or an answer that are shown
-NOTE = "reported by others, one run, no interval; VQAv2, VizWiz and MMBench on splits that a server scores"
+NOTE = (
+    "reported by others, one run, no interval; "
+    "VQAv2, VizWiz and MMBench on splits that a server scores"
+)
+POLICY = (  # a page's content security policy, but for its own script
+    "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+    "style-src 'unsafe-inline'; "
+)
 HEADER = (
     "benchmark",
     "base",
@@ -46,19 +53,23 @@ def number(value: float, unit: str = "%", *, signed: bool = False) -> str:
     return f"{value:{'+' if signed and value else ''}.{places}f}"
 
 
+def with_spread(value: float, spread: float, unit: str) -> str:
+    """A score and its standard deviation over runs, if there are several."""
+    text = number(value, unit)
+    return f"{text} ±{number(spread, unit)}" if spread else text
+
+
 def cells(row: Row) -> tuple[str, ...]:
     """A row's columns under HEADER."""
     result = row.result
-    sides = ((result.base, result.spread_base), (result.new, result.spread_new))
-    ends = (number(value, row.unit, signed=True) for value in (result.low, result.high))
+    low = number(result.low, row.unit, signed=True)
+    high = number(result.high, row.unit, signed=True)
     return (
         row.title if row.unit == "%" else f"{row.title} ({row.unit})",
-        *(
-            number(value, row.unit) + (f" ±{number(spread, row.unit)}" if spread else "")
-            for value, spread in sides
-        ),
+        with_spread(result.base, result.spread_base, row.unit),
+        with_spread(result.new, result.spread_new, row.unit),
         number(result.difference, row.unit, signed=True),
-        f"[{', '.join(ends)}]",
+        f"[{low}, {high}]",
         p_value(result.p),
         p_value(row.p_holm),
         str(row.wins),
@@ -69,25 +80,26 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def method_lines(comparison: Comparison) -> list[str]:
     """The statistical methods, in sentences."""
-    settings = comparison.settings
+    method = (
+        "Intervals: {level:.0%}, paired bootstrap over images ({resamples} resamples, "
+        "seed {seed}), composite scores resampled as composites. "
+        "p: permutation over images, two-sided; Holm over all rows."
+    )
+    lines = [method.format(**comparison.settings)]
     runs = [row.runs for row in comparison.rows]
-    lines = [
-        "Intervals: {level:.0%}, paired bootstrap over images ({resamples} resamples, seed {seed}), composite scores "
-        "resampled as composites. p: permutation over images, two-sided; Holm over all rows.".format(
-            **settings
-        )
-    ]
     if any(max(counts) > 1 for counts in runs):
         lines.append(
-            "With several runs a side, the interval includes their variance, and p is Student's (±: s.d.)."
+            "With several runs a side, the interval includes their variance, "
+            "and p is Student's (±: s.d.)."
         )
     if (1, 1) in runs:
-        mme = "; MME varies by about 20 points between identical runs" * (
-            "mme" in comparison.titles
+        line = (
+            "With one run a side, the interval covers the choice of questions, "
+            "not the training seed"
         )
-        lines.append(
-            f"With one run a side, the interval covers the choice of questions, not the training seed{mme}."
-        )
+        if "mme" in comparison.titles:
+            line += "; MME varies by about 20 points between identical runs"
+        lines.append(f"{line}.")
     return lines
 
 
@@ -99,20 +111,18 @@ def row_lines(rows: Sequence[Row]) -> list[str]:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table, its columns aligned: the first and the last left, others
     right."""
-    lines = [
-        [cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (header, *rows)
-    ]
-    *widths, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
-    shown = [
-        [
-            first.ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(inner, widths[1:], strict=True)),
-            last,
-        ]
-        for first, *inner, last in lines
-    ]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]), "---"]
-    return ["| " + " | ".join(line) + " |" for line in (shown[0], rule, *shown[1:])]
+    lines = [list(map(escaped_cell, line)) for line in (header, *rows)]
+    first_width, *inner_widths, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+    aligned = []
+    for first, *inner, last in lines:
+        padded = [cell.rjust(width) for cell, width in zip(inner, inner_widths, strict=True)]
+        aligned.append([first.ljust(first_width), *padded, last])
+    rule = ["-" * first_width, *("-" * (width - 1) + ":" for width in inner_widths), "---"]
+    return ["| " + " | ".join(line) + " |" for line in (aligned[0], rule, *aligned[1:])]
+
+
+def escaped_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def text(comparison: Comparison) -> str:
@@ -127,16 +137,16 @@ def text(comparison: Comparison) -> str:
             "",
         ]
         lines += [f"- {line}" for line in row_lines(rows)]
-    if published := comparison.references:
-        shown = [
-            [model, *(f"{values[name]:g}" if name in values else "" for name in comparison.titles)]
-            for model, values in published.items()
-        ]
+    if comparison.references:
+        published = []
+        for model, values in comparison.references.items():
+            numbers = [f"{values[name]:g}" if name in values else "" for name in comparison.titles]
+            published.append([model, *numbers])
         lines += [
             "",
             f"Published, not measured here ({NOTE}):",
             "",
-            *table(["", *comparison.titles.values()], shown),
+            *table(["", *comparison.titles.values()], published),
         ]
     lines += ["", *(f"- {note}" for note in (*comparison.notes, *method_lines(comparison)))]
     return "\n".join(lines).strip() + "\n"
@@ -154,52 +164,70 @@ def page(
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     encoded: dict[str, str | None] = {}
-    shown = []
-    for row in (row for row in comparison.rows if row.base == comparison.names[0]):
-        place = comparison.names.index(row.new)
-        (base_run, *_), (new_run, *_), _ = paired_runs(row.benchmark, sides[0], sides[place])
-        folders = picture_folders(row.benchmark, [base_run, new_run], images)
-        for base, new in disagreements(base_run.items, new_run.items, questions):
-            picture = picture_key(row.benchmark, base, folders, encoded)
-            shown.append(
-                {"benchmark": row.title, "pair": place, "image": picture, **_question(base, new)}
-            )
+    shown = browser_questions(comparison, sides, images, questions, encoded)
     notes = [*method_lines(comparison), *comparison.notes]
     for new, base, rows in comparison.pairs():
-        notes += [
-            f"{new} against {base}: {line}" if len(sides) > 2 else line for line in row_lines(rows)
-        ]
+        pair = f"{new} against {base}: " if len(sides) > 2 else ""
+        notes += [f"{pair}{line}" for line in row_lines(rows)]
     if any(max(row.runs) > 1 for row in comparison.rows):
         notes.append("With several runs, the browser shows the answers of the first.")
-    missing = sum(uri is None for uri in encoded.values())
-    # zero and each row's low end, estimate and high end, as fractions of a drawing's width, all on
-    # one scale
-    ends = []
-    for row in comparison.rows:
-        size = FULL_MME if row.unit == "points" else 1.0
-        ends.append(
-            [0.0, *(end / size for end in (row.result.low, row.result.difference, row.result.high))]
-        )
-    low = min(map(min, ends))
-    high = max(map(max, ends))
-    drawn = [[(end - low) / ((high - low) or 1) for end in row] for row in ends]
     return render(
         HERE / "page.html",
         comparison=comparison,
         title=f"{' · '.join(comparison.names[1:])} against {comparison.names[0]}",
-        policy="default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src 'unsafe-inline'; "
-        f"script-src 'sha256-{digest}'",
+        policy=f"{POLICY}script-src 'sha256-{digest}'",
         style=page_style() + (HERE / "page.css").read_text(encoding="utf-8"),
         script=script,
         notes=notes,
-        missing=missing,
+        missing=sum(uri is None for uri in encoded.values()),
         data={"names": comparison.names, "questions": shown, "images": encoded},
-        drawn=drawn,
+        drawn=drawn_intervals(comparison.rows),
         header=HEADER,
         cells=cells,
         number=number,
         published=NOTE,
     )
+
+
+def browser_questions(
+    comparison: Comparison,
+    sides: Sequence[Side],
+    images: Path | None,
+    questions: int,
+    encoded: dict[str, str | None],
+) -> list[dict[str, Any]]:
+    """The disagreements with the base that the page's browser shows, in their first runs;
+    ``encoded`` gets their pictures."""
+    shown = []
+    for row in comparison.rows:
+        if row.base != comparison.names[0]:
+            continue
+        side = comparison.names.index(row.new)
+        base_runs, new_runs, _ = paired_runs(row.benchmark, sides[0], sides[side])
+        folders = picture_folders(row.benchmark, [base_runs[0], new_runs[0]], images)
+        for base, new in disagreements(base_runs[0].items, new_runs[0].items, questions):
+            picture = picture_key(row.benchmark, base, folders, encoded)
+            shown.append(
+                {"benchmark": row.title, "pair": side, "image": picture, **_question(base, new)}
+            )
+    return shown
+
+
+def drawn_intervals(rows: Sequence[Row]) -> list[list[float]]:
+    """Zero and each row's low end, estimate and high end, as fractions of a drawing's width, all on
+    one scale."""
+    marks = []
+    for row in rows:
+        size = FULL_MME if row.unit == "points" else 1.0
+        result = row.result
+        marks.append([0.0, result.low / size, result.difference / size, result.high / size])
+    low = min(map(min, marks))
+    high = max(map(max, marks))
+    width = (high - low) or 1
+    drawn = []
+    for row_marks in marks:
+        drawn.append([(mark - low) / width for mark in row_marks])
+    return drawn
 
 
 def picture_folders(name: str, runs: Sequence[Run], root: Path | None) -> list[Path]:
@@ -241,18 +269,24 @@ def disagreements(base: Sequence[Item], new: Sequence[Item], most: int) -> list[
     """At most so many questions whose scores differ: wins and losses evenly, spread over the
     benchmark, in its order. Items without an answer, such as the queries of retrieval, are left
     out."""
-    pairs = [pair for pair in zip(base, new, strict=True) if all("answer" in item for item in pair)]
-    # ScienceQA-IMG
-    pairs = [pair for pair in pairs if any(item.get("is_multimodal", True) for item in pair)]
-    won = [place for place, (old, now) in enumerate(pairs) if now["score"] > old["score"]]
-    lost = [place for place, (old, now) in enumerate(pairs) if now["score"] < old["score"]]
+    pairs = []
+    for old, now in zip(base, new, strict=True):
+        answered = "answer" in old and "answer" in now
+        # ScienceQA-IMG
+        multimodal = old.get("is_multimodal", True) or now.get("is_multimodal", True)
+        if answered and multimodal:
+            pairs.append((old, now))
+    won = [number for number, (old, now) in enumerate(pairs) if now["score"] > old["score"]]
+    lost = [number for number, (old, now) in enumerate(pairs) if now["score"] < old["score"]]
     losses = min(len(lost), max(most // 2, most - len(won)))
-    chosen = (
-        places[number * len(places) // count]
-        for places, count in ((lost, losses), (won, min(len(won), most - losses)))
-        for number in range(count)
-    )
-    return [pairs[place] for place in sorted(chosen)]
+    wins = min(len(won), most - losses)
+    chosen = [*spread_evenly(lost, losses), *spread_evenly(won, wins)]
+    return [pairs[number] for number in sorted(chosen)]
+
+
+def spread_evenly(numbers: Sequence[int], count: int) -> list[int]:
+    """``count`` of them at equal steps."""
+    return [numbers[step * len(numbers) // count] for step in range(count)]
 
 
 def _question(base: Item, new: Item) -> dict[str, Any]:

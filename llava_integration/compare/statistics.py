@@ -10,6 +10,7 @@ the headline number of both sides, composites included: what is resampled is wha
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 
@@ -64,38 +65,34 @@ def pair(base: list[Statistic], new: list[Statistic], clusters: list[str]) -> Pa
     """Sums by cluster of both sides' runs, which have the same questions in the same order.
     Questions that count in no run are left out, so that their images are not drawn."""
     counted_N = counted([*base, *new])
-    code_N, count = cluster_codes(
-        [name for name, counts in zip(clusters, counted_N, strict=True) if counts]
-    )
+    code_N, count = cluster_codes(list(compress(clusters, counted_N)))
     stratum_C = np.zeros(count, dtype=int)
     if base[0].strata is not None:
         stratum_C[code_N] = base[0].strata[counted_N]
-    sums = [
-        [cluster_sums(run.sums[counted_N], code_N, count) for run in side] for side in (base, new)
-    ]
-    base_MCK, new_MCK = map(np.stack, sums)
+    base_MCK = np.stack([cluster_sums(run.sums[counted_N], code_N, count) for run in base])
+    new_MCK = np.stack([cluster_sums(run.sums[counted_N], code_N, count) for run in new])
     return Paired(base_MCK, new_MCK, base[0], stratum_C)
 
 
 def counted(runs: list[Statistic]) -> np.ndarray:
     """(N,) booleans: the questions that count in at least one run."""
-    return np.any(
-        [np.ones(len(run.sums), bool) if run.counted is None else run.counted for run in runs],
-        axis=0,
-    )
+    counted_MN = [
+        np.ones(len(run.sums), bool) if run.counted is None else run.counted for run in runs
+    ]
+    return np.any(counted_MN, axis=0)
 
 
-def resampled_runs(paired: Paired, resamples: int, rng: np.random.Generator) -> list[np.ndarray]:
+def resampled_runs(
+    paired: Paired, resamples: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """(M, R) values of every run of base and of new, all on the same resampled images."""
     value = paired.statistic.value
-    blocks = [
-        [
-            np.stack([value(weight_RC @ run_CK) for run_CK in side])
-            for side in (paired.base, paired.new)
-        ]
-        for weight_RC in resample(paired.strata, resamples, rng)
-    ]
-    return [np.concatenate([block[side] for block in blocks], axis=1) for side in (0, 1)]
+    base_blocks = []
+    new_blocks = []
+    for weight_RC in resample(paired.strata, resamples, rng):
+        base_blocks.append(np.stack([value(weight_RC @ run_CK) for run_CK in paired.base]))
+        new_blocks.append(np.stack([value(weight_RC @ run_CK) for run_CK in paired.new]))
+    return np.concatenate(base_blocks, axis=1), np.concatenate(new_blocks, axis=1)
 
 
 def in_blocks(paired: Paired, most: int, rng: np.random.Generator) -> Paired:
@@ -113,10 +110,8 @@ def in_blocks(paired: Paired, most: int, rng: np.random.Generator) -> Paired:
         start += blocks
     strata = np.empty(start, dtype=int)
     strata[block_C] = paired.strata
-    base, new = (
-        np.stack([cluster_sums(run, block_C, start) for run in side])
-        for side in (paired.base, paired.new)
-    )
+    base = np.stack([cluster_sums(run_CK, block_C, start) for run_CK in paired.base])
+    new = np.stack([cluster_sums(run_CK, block_C, start) for run_CK in paired.new])
     return Paired(base, new, paired.statistic, strata)
 
 
@@ -154,13 +149,13 @@ def compare(
     rng = np.random.default_rng(seed)
     paired = in_blocks(paired, MOST_CLUSTERS, rng)
     value = paired.statistic.value
-    values = [
-        np.array([float(value(run.sum(axis=0))) for run in side])
-        for side in (paired.base, paired.new)
-    ]
-    base, new = (float(side.mean()) for side in values)
-    runs_MR = resampled_runs(paired, resamples, rng)
-    difference_R = runs_MR[1].mean(axis=0) - runs_MR[0].mean(axis=0)
+    base_M = np.array([float(value(run_CK.sum(axis=0))) for run_CK in paired.base])
+    new_M = np.array([float(value(run_CK.sum(axis=0))) for run_CK in paired.new])
+    values = [base_M, new_M]
+    base = float(base_M.mean())
+    new = float(new_M.mean())
+    base_MR, new_MR = resampled_runs(paired, resamples, rng)
+    difference_R = new_MR.mean(axis=0) - base_MR.mean(axis=0)
     freedom = max(1, paired.clusters - len(np.unique(paired.strata)))
     wider = expansion(paired.clusters, freedom)
     error = wider * float(np.std(difference_R))
@@ -170,7 +165,7 @@ def compare(
         p = permutation_p(paired, new - base, resamples, rng)
         test = "permutation over images"
     else:
-        slips = [wider**2 * slips_of(side_MR) for side_MR in runs_MR]
+        slips = [wider**2 * slips_of(side_MR) for side_MR in (base_MR, new_MR)]
         error, freedom = _add_runs(error, freedom, values, slips)
         reach = t_quantile(0.5 + level / 2, freedom) * error
         low = new - base - reach
@@ -211,17 +206,16 @@ def _add_runs(
     """Standard error and degrees of freedom with the variance between runs; a single run gets the
     other side's. Runs differ by their slips, too, which the variance over images has already, so
     they leave that."""
-    known = [place for place, side in enumerate(values) if len(side) > 1]
-    of = [place if place in known else known[0] for place in (0, 1)]
-    between = [float(np.var(values[place], ddof=1)) for place in of]
-    images = error**2 - sum(
-        slips[place] / len(side) for place, side in zip(of, values, strict=True)
+    # which side's runs tell the variance of each
+    with_runs = [side for side in (0, 1) if len(values[side]) > 1]
+    sources = [side if side in with_runs else with_runs[0] for side in (0, 1)]
+    over_images = error**2 - sum(
+        slips[source] / len(side) for source, side in zip(sources, values, strict=True)
     )
-    parts = [(max(0.0, images), freedom)]
-    parts += [
-        (variance / len(side), max(1, len(side) - 1))
-        for variance, side in zip(between, values, strict=True)
-    ]
+    parts = [(max(0.0, over_images), freedom)]
+    for source, side in zip(sources, values, strict=True):
+        between_runs = float(np.var(values[source], ddof=1))
+        parts.append((between_runs / len(side), max(1, len(side) - 1)))
     return combine(parts)
 
 
@@ -236,8 +230,7 @@ def combine(parts: Sequence[tuple[float, int]]) -> tuple[float, int]:
 def holm(values: list[float]) -> list[float]:
     """Holm's step-down adjusted p-values, in the order given (Holm 1979)."""
     order = np.argsort(values, kind="stable")
+    tests_left = len(values) - np.arange(len(values))
     adjusted = np.empty(len(values))
-    adjusted[order] = np.maximum.accumulate(
-        np.minimum(1, (len(values) - np.arange(len(values))) * np.sort(values))
-    )
+    adjusted[order] = np.maximum.accumulate(np.minimum(1, tests_left * np.sort(values)))
     return adjusted.tolist()

@@ -160,11 +160,8 @@ def columns(path: Path) -> list[str]:
     """The names of a table's columns; none if it can't be read."""
     try:
         with errors_about(path):
-            return [
-                name
-                for _, names in islice(table(path, errors="replace"), 1)
-                for name in map(str, names)
-            ]
+            _, names = next(table(path, errors="replace"), ("", []))
+            return [str(name) for name in names]
     except ContractError:
         return []
 
@@ -178,7 +175,8 @@ def first_object(path: Path) -> dict[str, Any]:
 
 
 def number(value: Any, where: str) -> float:
-    """A score, which a table has as text, as a number; ContractError for anything else. True is 1."""
+    """A score, which a table has as text, as a number. True is 1. ContractError for anything
+    else."""
     if isinstance(value, str):
         with suppress(ValueError):
             value = float({"true": "1", "false": "0"}.get(value.lower(), value))

@@ -38,7 +38,8 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def read(path: Path) -> Iterator[Log]:
-    """Raises ContractError for a log without scores, or with samples that its scorer did not judge."""
+    """Raises ContractError for a log without scores, or with samples that its scorer did not
+    judge."""
     header, samples = load(path)
     results = header.get("results") or {}
     about = header.get("eval", {})

@@ -169,14 +169,16 @@ def read_lmms_eval(path: Path) -> Iterator[Log]:
 
 def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
     """The log of the first of ``metrics`` with a number, in each line if there is one."""
-    known = [one for one in metrics if score_of(lines[0][1].get(one)) is not None]
-    if not known:
-        why = f"{lines[0][0]}: none of the metrics {', '.join(metrics)} of {summary.task} has a number"
-        if any(score_of(line.get(one)) is not None for _, line in lines for one in metrics):
-            raise ContractError(why)
-        return summary.log("", [], unknown=why)
+    where, first_line = lines[0]
+    numeric = [metric for metric in metrics if score_of(first_line.get(metric)) is not None]
+    if not numeric:
+        listed = ", ".join(metrics)
+        problem = f"{where}: none of the metrics {listed} of {summary.task} has a number"
+        if any(score_of(line.get(metric)) is not None for _, line in lines for metric in metrics):
+            raise ContractError(problem)
+        return summary.log("", [], unknown=problem)
     # others are of a part
-    metric = min(known, key=lambda one: sum(one not in line for _, line in lines))
+    metric = min(numeric, key=lambda name: sum(name not in line for _, line in lines))
     sign = 1 if summary.better.get(metric, True) else -1
     items = [
         item_of(
@@ -405,8 +407,10 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
     An n-gram's weight is log(captions / captions with it in a reference): scores depend on the
     benchmark's references.
     """
-    all_refs = [[ngrams(one) for one in of_one] for of_one in references]
-    frequency = Counter(chain.from_iterable(set(chain.from_iterable(refs)) for refs in all_refs))
+    all_refs = [list(map(ngrams, texts)) for texts in references]
+    frequency: Counter[tuple[str, ...]] = Counter()
+    for refs in all_refs:
+        frequency.update(set(chain.from_iterable(refs)))
     size = math.log(max(1, len(captions)))
 
     def vector(

@@ -36,9 +36,9 @@ def scores_read(path: Path) -> Iterator[Log]:
     record = Log(**vars(ScoreFile.read(path)))
     name = record.benchmark.removeprefix("retrieval:")
     items = record.items
-    grouped = [{**item, "category": item.get("part")} for item in items]
+    by_part = [{**item, "category": item.get("part")} for item in items]
     if record.benchmark == "retrieval:sugarcrepe":
-        yield replace(record, benchmark=name, items=grouped, aggregate=BY_PART)
+        yield replace(record, benchmark=name, items=by_part, aggregate=BY_PART)
         return
     if not items or any("side" not in item or "r1" not in item for item in items):
         yield record
@@ -48,27 +48,22 @@ def scores_read(path: Path) -> Iterator[Log]:
         parts.setdefault(str(item.get("part", OVERALL)), []).append(item)
     if record.benchmark == "retrieval:xm3600":
         record = replace(record, aggregate=BY_PART)
-        parts = {
-            OVERALL: [item for item in grouped if item["category"] not in (None, OVERALL)]
-            or grouped
-        }
+        of_languages = [item for item in by_part if item["category"] not in (None, OVERALL)]
+        parts = {OVERALL: of_languages or by_part}
     elif len(parts) > MOST_PARTS + 1:
-        record = replace(
-            record,
-            notes=[*record.notes, f"{len(parts)} parts: only the overall number is compared"],
-        )
-        parts = {
-            part: parts[part]
-            for part in ([OVERALL] if OVERALL in parts else list(parts)[:MOST_PARTS])
-        }
+        note = f"{len(parts)} parts: only the overall number is compared"
+        record = replace(record, notes=[*record.notes, note])
+        compared = [OVERALL] if OVERALL in parts else list(parts)[:MOST_PARTS]
+        parts = {part: parts[part] for part in compared}
     for part, queries in parts.items():
         title = name if part == OVERALL else f"{name} {part}"
+        recalls = ("r1", "r10") if part == OVERALL else ("r1",)
         for side, arrow in DIRECTIONS.items():
-            chosen = [item for item in queries if item["side"] == side]
-            for k in ("r1", "r10") if part == OVERALL else ("r1",):
-                if chosen and all(k in item for item in chosen):
-                    hits = [{**item, "score": item[k]} for item in chosen]
-                    yield replace(record, benchmark=f"{title} {arrow} R@{k[1:]}", items=hits)
+            of_side = [item for item in queries if item["side"] == side]
+            for recall in recalls:
+                if of_side and all(recall in item for item in of_side):
+                    hits = [{**item, "score": item[recall]} for item in of_side]
+                    yield replace(record, benchmark=f"{title} {arrow} R@{recall[1:]}", items=hits)
 
 
 COLUMNS = {  # ours: theirs
@@ -81,35 +76,43 @@ COLUMNS = {  # ours: theirs
 }
 
 
-def _places(names: list[str]) -> dict[str, int]:
+def _column_numbers(names: list[str]) -> dict[str, int]:
     """Where each of our columns is in a table."""
-    found = {
-        ours: next((one for one in theirs if one in names), "") for ours, theirs in COLUMNS.items()
-    }
-    return {ours: names.index(one) for ours, one in found.items() if one}
+    numbers = {}
+    for ours, theirs in COLUMNS.items():
+        for name in theirs:
+            if name in names:
+                numbers[ours] = names.index(name)
+                break
+    return numbers
+
+
+def is_table(path: Path) -> bool:
+    """It has the columns of an item and a score."""
+    return {"id", "score"} <= set(_column_numbers(columns(path)))
 
 
 def table_read(path: Path) -> Iterator[Log]:
     """One for each task and run."""
     lines = table(path)
     _, names = next(lines)
-    places = _places(names)
+    column_numbers = _column_numbers(names)
     tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for where, cells in lines:
         if len(cells) != len(names):
             raise ContractError(f"{where}: {len(cells)} cells, not {len(names)}")
-        got = {ours: cells[place] for ours, place in places.items()}
-        if got["id"] in (None, ""):
-            raise ContractError(f"{where}: no {names[places['id']]}")
+        row = {ours: cells[column] for ours, column in column_numbers.items()}
+        if row["id"] in (None, ""):
+            raise ContractError(f"{where}: no {names[column_numbers['id']]}")
         item = {
-            "id": str(got["id"]),
-            "score": number(got["score"], f"{where}: {names[places['score']]}"),
+            "id": str(row["id"]),
+            "score": number(row["score"], f"{where}: {names[column_numbers['score']]}"),
         }
-        item["cluster"] = str(got.get("cluster") or item["id"])
-        item["category"] = str(got.get("category") or "")
-        tables.setdefault(
-            (str(got.get("task") or path.stem), str(got.get("run") or "")), []
-        ).append(item)
+        item["cluster"] = str(row.get("cluster") or item["id"])
+        item["category"] = str(row.get("category") or "")
+        task = str(row.get("task") or path.stem)
+        run = str(row.get("run") or "")
+        tables.setdefault((task, run), []).append(item)
     if not tables:
         raise ContractError(f"{path} has no items below its first line")
     for (task, _), items in tables.items():
@@ -121,7 +124,7 @@ READER = [
     Reader(
         name="table",
         endings=(".csv", ".tsv", ".jsonl"),
-        fits=lambda path: {"id", "score"} <= set(_places(columns(path))),
+        fits=is_table,
         read=table_read,
     ),
 ]
