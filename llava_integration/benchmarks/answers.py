@@ -1,11 +1,12 @@
 """Reading answers: LLaVA's JSONL or a folder of its chunks (``0_8.jsonl`` ...), submission files;
 detected by content.
 
-| layout       | a row                                                                                    |
-|--------------|------------------------------------------------------------------------------------------|
-| llava        | ``question_id, prompt, text, answer_id, model_id`` per line, as ``llava.eval.model_*`` write |
-| submission   | JSON array of ``{question_id or questionId or image, answer or prediction}``, or id: text   |
-| judge        | rows with ``tuple`` (LLaVA-Bench), or id: ``{"score": [...]}`` (MM-Vet)                     |
+| layout     | a row                                                                             |
+|------------|-----------------------------------------------------------------------------------|
+| llava      | ``question_id, prompt, text, answer_id, model_id``, as ``llava.eval.model_*`` do  |
+| submission | of an array: ``{question_id or questionId or image, answer or prediction}``;      |
+|            | or id: text                                                                       |
+| judge      | rows with ``tuple`` (LLaVA-Bench), or id: ``{"score": [...]}`` (MM-Vet)           |
 """
 
 import json
@@ -117,16 +118,16 @@ def read_answers(path: str | Path) -> Answers:
             except (ValueError, TypeError, RecursionError) as error:
                 broken.append(f"line {number} ({error})")
     if not rows:
-        raise ValueError(
-            f"{path} has no answers" + f": no line is a JSON object; {broken[:1]}" * bool(broken)
-        )
+        reason = f": no line is a JSON object; {broken[:1]}" if broken else ""
+        raise ValueError(f"{path} has no answers{reason}")
     layout = _layout(path, rows[0][1])
     answers = tuple(_answer(layout, number, row) for number, row in rows)
     return Answers(path=path, layout=layout, rows=answers, broken=tuple(broken))
 
 
 def _mapped_row(path: Path, key: str, entry: Any) -> Row:
-    """A row of ``{id: text}`` (MM-Vet's results) or ``{id: {"score": [...]}}`` (its judge's file)."""
+    """A row of ``{id: text}`` (MM-Vet's results) or of ``{id: {"score": [...]}}`` (its judge's
+    file)."""
     if isinstance(entry, str):
         return {"question_id": key, "answer": entry}
     if isinstance(entry, dict) and "score" in entry:
@@ -141,13 +142,13 @@ def _layout(path: Path, head: Row) -> str:
     keys = set(head)
     if keys & {"filtered_resps", "resps"}:
         raise ValueError(
-            f"{path} is a log of another evaluator, which has scored it: pass it to `llm2clip compare`"
+            f"{path} is a log of another evaluator, which has scored it: "
+            "pass it to `llm2clip compare`"
         )
     if "tuple" in keys:
         return "judge"
-    if "text" in keys and (
-        keys & {"prompt", "answer_id", "model_id"} or keys <= {"question_id", "text"}
-    ):
+    of_llava = keys & {"prompt", "answer_id", "model_id"} or keys <= {"question_id", "text"}
+    if "text" in keys and of_llava:
         return "llava"
     if keys & {"answer", "prediction"} and keys & {"question_id", "questionId", "image", "index"}:
         return "submission"
@@ -166,19 +167,17 @@ def _answer(layout: str, line: int, row: Row) -> Answer:
     # as a table writes it where one is missing
     if isinstance(identifier, float) and identifier.is_integer():
         identifier = int(identifier)
-    key = {"judge": "content", "llava": "text"}.get(
-        layout, "prediction" if "prediction" in row else "answer"
-    )
-    text = row.get(key)
+    key = "prediction" if "prediction" in row else "answer"
+    text = row.get({"judge": "content", "llava": "text"}.get(layout, key))
+    if isinstance(text, str):
+        # without lone surrogates, which UTF-8 can't encode
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    else:
+        text = None
     prompt = row.get("prompt") if layout == "llava" else ""
-    # without lone surrogates, which UTF-8 can't encode
-    plain = (
-        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if isinstance(text, str)
-        else None
-    )
-    prompt = prompt if isinstance(prompt, str) else ""
-    return Answer(id=identifier, text=plain, prompt=prompt, line=line, row=row, layout=layout)
+    if not isinstance(prompt, str):
+        prompt = ""
+    return Answer(id=identifier, text=text, prompt=prompt, line=line, row=row, layout=layout)
 
 
 CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")

@@ -59,9 +59,10 @@ class ScoreConfig:
 
 SCORE = Command(
     name="score",
-    example="llm2clip score textvqa playground/data/eval/textvqa --answers answers.jsonl --output textvqa.scores.json",
-    about="Score one answers file against a benchmark's annotations, by the official rule. BENCHMARK is one of "
-    f"{', '.join(benchmarks())}.",
+    example="llm2clip score textvqa playground/data/eval/textvqa --answers answers.jsonl "
+    "--output textvqa.scores.json",
+    about="Score one answers file against a benchmark's annotations, by the official rule. "
+    f"BENCHMARK is one of {', '.join(benchmarks())}.",
     settings=ScoreConfig,
     arguments="benchmark data",
     also={"json": "output"},
@@ -81,35 +82,33 @@ def score_answers(
     """Score answers, or a judge's ``reviews`` of them, with what they were made from. ValueError
     for another's."""
     member = benchmark(name)
-    record = member.score(
-        data, reviewed(member, answers, reviews) if member.judge else answers, allow=allow
-    )
+    to_score = reviewed(member, answers, reviews) if member.judge else answers
+    record = member.score(data, to_score, allow=allow)
+    provenance: dict[str, Any] = {}
     settings = settings_file(answers.path)
-    provenance = {
-        **({"answer_settings": read_json_value(settings)} if settings.is_file() else {}),
-        "data": str(data.resolve()),
-        "data_sha256": member.data_digest(data),
-        "answers": str(answers.path),
-        "answers_sha256": {str(answers.path): sha256_file(answers.path)}
-        if answers.path.is_file()
-        else {},
-        "layout": answers.layout,
-        "versions": {
-            name: installed for name in LIBRARIES if (installed := installed_version(name))
-        },
-    }
+    if settings.is_file():
+        provenance["answer_settings"] = read_json_value(settings)
+    digests = {}
+    if answers.path.is_file():
+        digests[str(answers.path)] = sha256_file(answers.path)
+    versions = {library: installed_version(library) for library in LIBRARIES}
+    provenance.update(
+        data=str(data.resolve()),
+        data_sha256=member.data_digest(data),
+        answers=str(answers.path),
+        answers_sha256=digests,
+        layout=answers.layout,
+        versions={library: version for library, version in versions.items() if version},
+    )
     return replace(record, model=model or record.model, provenance=provenance)
 
 
 def describe(member: Benchmark, record: ScoreFile) -> str:
     """Headline, counts above zero, notes, the other metrics."""
-    value = record.metrics[member.headline]
-    lines = [
-        f"{member.title} of {record.model}: {value * member.scale:.2f} {member.unit}   ({member.headline})"
-    ]
-    lines.append(
-        "  " + ", ".join(f"{name} {count}" for name, count in record.counts.items() if count)
-    )
+    value = record.metrics[member.headline] * member.scale
+    score = f"{member.title} of {record.model}: {value:.2f} {member.unit}"
+    counts = ", ".join(f"{name} {count}" for name, count in record.counts.items() if count)
+    lines = [f"{score}   ({member.headline})", f"  {counts}"]
     lines += [f"  note: {note}" for note in record.notes]
     width = max((len(name) for name in record.metrics), default=0)
     lines += [f"  {name:<{width}}  {number:.10g}" for name, number in record.metrics.items()]
@@ -128,8 +127,14 @@ def main_score(argv: list[str]) -> int:
         print(f"wrote {args.submission} for the server of {member.title}", file=sys.stderr)
         if not args.output:
             return 0
-    options = {"allow": args.allow_missing, "reviews": args.reviews, "model": args.model}
-    record = score_answers(args.benchmark, args.data, answers, **options)
+    record = score_answers(
+        args.benchmark,
+        args.data,
+        answers,
+        allow=args.allow_missing,
+        reviews=args.reviews,
+        model=args.model,
+    )
     if args.output:  # before printing, which `| head` may end
         record.write(args.output)
         print(f"wrote {args.output}", file=sys.stderr)
@@ -158,19 +163,19 @@ class BenchConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.engine == "llava" and (self.tasks or self.data is None):
-            what = (
-                "--tasks are lmms-eval's"
-                if self.tasks
-                else "bench-mllm needs DATA, LLaVA's playground/data/eval"
-            )
+            problem = "bench-mllm needs DATA, LLaVA's playground/data/eval"
+            if self.tasks:
+                problem = "--tasks are lmms-eval's"
             raise ValueError(
-                f"{what}; or add --engine lmms-eval, which has tasks and downloads data of its own"
+                f"{problem}; or add --engine lmms-eval, "
+                "which has tasks and downloads data of its own"
             )
         refused = [name for name in ("benchmarks", "endpoint", "model_base") if getattr(self, name)]
         if self.engine == "lmms-eval" and refused:
             option = f"--{refused[0].replace('_', '-')}"
             raise ValueError(
-                f"--engine lmms-eval takes no {option}; use --tasks and --model-path, or options after --"
+                f"--engine lmms-eval takes no {option}; "
+                "use --tasks and --model-path, or options after --"
             )
         if self.engine == "lmms-eval" and self.data and not self.data.is_dir():
             raise FileNotFoundError(
@@ -180,11 +185,13 @@ class BenchConfig(ModelConfig):
 
 COMMAND = Command(
     name="bench-mllm",
-    example="llm2clip bench-mllm playground/data/eval --model-path checkpoints/llava-7b --output runs/llava-7b",
-    about="Evaluate one LLaVA checkpoint, or a served model, on every benchmark whose files are found: "
-    f"{', '.join(benchmarks())}. Or on tasks of lmms-eval (--engine lmms-eval --tasks cv_bench mmvp). Answers, scores "
-    "and logs are written to --output; completed ones are skipped on a rerun, and a benchmark that fails does not stop "
-    "the others. Options after -- are passed to the engine (llava evaluate, or lmms_eval).",
+    example="llm2clip bench-mllm playground/data/eval --model-path checkpoints/llava-7b "
+    "--output runs/llava-7b",
+    about="Evaluate one LLaVA checkpoint, or a served model, on every benchmark whose files are "
+    f"found: {', '.join(benchmarks())}. Or on tasks of lmms-eval (--engine lmms-eval --tasks "
+    "cv_bench mmvp). Answers, scores and logs are written to --output; completed ones are skipped "
+    "on a rerun, and a benchmark that fails does not stop the others. Options after -- are passed "
+    "to the engine (llava evaluate, or lmms_eval).",
     settings=BenchConfig,
     arguments="data",
     everyday="model-path endpoint output benchmarks engine tasks gpus batch-size overwrite plan",
@@ -231,15 +238,13 @@ def main(argv: list[str]) -> int:
     if args.plan:
         return 0
     outcomes = [run_one(name, job, args.output) for name, job in jobs.items()]
-    rows = [
-        (one.name, one.status, f"{one.seconds:.0f} s" * bool(one.seconds), one.detail)
-        for one in outcomes
-    ]
+    rows = []
+    for outcome in outcomes:
+        seconds = f"{outcome.seconds:.0f} s" if outcome.seconds else ""
+        rows.append((outcome.name, outcome.status, seconds, outcome.detail))
     print("", *report.table(("benchmark", "status", "time", "result"), rows), sep="\n")
-    write_text(
-        args.output / "bench.json",
-        json.dumps([vars(outcome) for outcome in outcomes], indent=2) + "\n",
-    )
+    record = json.dumps([vars(outcome) for outcome in outcomes], indent=2)
+    write_text(args.output / "bench.json", f"{record}\n")
     scores = "scores" if args.engine == "llava" else LOGS
     compare = command("compare", f"BASE/{scores}", args.output / scores, "--output", "report")
     print(f"\ncompare two towers: {compare}", file=sys.stderr)
@@ -250,17 +255,16 @@ def describe_plan(tasks: list[Task]) -> list[str]:
     """The benchmarks that will run, and why the others will not."""
     rows = []
     for task in tasks:
-        remark = (
-            f"; answers only: {task.unscored}"
-            if task.unscored
-            else "; needs a judge" * bool(task.benchmark.judge)
-        )
-        state, about = (
-            ("no files", task.missing)
-            if task.missing
-            else ("will run", f"{task.question_file}{remark}")
-        )
-        rows.append((task.benchmark.name, state, about))
+        name = task.benchmark.name
+        files = str(task.question_file)
+        if task.missing:
+            rows.append((name, "no files", task.missing))
+        elif task.unscored:
+            rows.append((name, "will run", f"{files}; answers only: {task.unscored}"))
+        elif task.benchmark.judge:
+            rows.append((name, "will run", f"{files}; needs a judge"))
+        else:
+            rows.append((name, "will run", files))
     return report.table(("benchmark", "plan", "files"), rows)
 
 
@@ -303,16 +307,17 @@ def score_task(task: Task, args: BenchConfig) -> Outcome:
     )
     if args.model_path:
         config = config_of(args.model_path)
-        own = record.provenance
-        own |= {"checkpoint": args.model_path, "llm": config.get("_name_or_path", "")}
-        own["tower"] = config.get("mm_vision_tower", "")
-        own["tower_sha256"] = (config.get("llm2clip_tower") or {}).get("weights_sha256", "")
+        record.provenance.update(
+            checkpoint=args.model_path,
+            llm=config.get("_name_or_path", ""),
+            tower=config.get("mm_vision_tower", ""),
+            tower_sha256=(config.get("llm2clip_tower") or {}).get("weights_sha256", ""),
+        )
     record.write(args.output / "scores" / f"{name}.scores.json")
     value = record.metrics[member.headline] * member.scale
-    detail = (
-        f"{report.number(value, member.unit)} {member.unit}"
-        + f" ({'; '.join(record.notes)})" * bool(record.notes)
-    )
+    detail = f"{report.number(value, member.unit)} {member.unit}"
+    if record.notes:
+        detail += f" ({'; '.join(record.notes)})"
     return Outcome(name=name, status="scored", value=value, detail=detail)
 
 
@@ -339,17 +344,24 @@ def plans(names: list[str], root: Path, generated: Path) -> list[Task]:
         return [plan_folder(benchmark("questions"), root, generated)]
     for name in names:
         benchmark(name)
-    tasks = []
-    for name, member in benchmarks().items():
-        if not names or name in names:
-            folders = [root / folder for folder in member.folders if (root / folder).is_dir()]
-            found = [plan_folder(member, folder, generated) for folder in folders]
-            reasons = [task.missing for task in found] or [
-                f"no folder {' or '.join(member.folders)} in {root}"
-            ]
-            nothing = Task(benchmark=member, missing="; ".join(reasons))
-            tasks.append(next((task for task in found if not task.missing), nothing))
-    return tasks
+    return [
+        plan_below(member, root, generated)
+        for name, member in benchmarks().items()
+        if not names or name in names
+    ]
+
+
+def plan_below(member: Benchmark, root: Path, generated: Path) -> Task:
+    """The first of a benchmark's folders below ``root`` that has its files."""
+    folders = [root / folder for folder in member.folders if (root / folder).is_dir()]
+    if not folders:
+        missing = f"no folder {' or '.join(member.folders)} in {root}"
+        return Task(benchmark=member, missing=missing)
+    tasks = [plan_folder(member, folder, generated) for folder in folders]
+    for task in tasks:
+        if not task.missing:
+            return task
+    return Task(benchmark=member, missing="; ".join(task.missing for task in tasks))
 
 
 def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
@@ -371,19 +383,16 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
     images = None
     if questions.suffix != ".tsv":  # tables hold their pictures
         with errors_about(questions, fix="download it again"):
-            rows = (
-                read_json_value(questions) if questions.suffix == ".json" else read_jsonl(questions)
-            )
+            is_json = questions.suffix == ".json"
+            rows = read_json_value(questions) if is_json else read_jsonl(questions)
             names = [row["image"] for row in rows if row.get("image")][:3]  # the first will do
         above = folder.parent if folder.is_file() else folder
-        places = [above / below for below in member.image_folders]
-        images = next(
-            (one for one in places if names and all((one / name).is_file() for name in names)), None
-        )
+        folders = [above / below for below in member.image_folders]
+        images = next((images for images in folders if has_files(images, names)), None)
         if images is None:
             return Task(
                 benchmark=member,
-                missing=f"no pictures of {questions.name} in {' or '.join(map(str, places))}",
+                missing=f"no pictures of {questions.name} in {' or '.join(map(str, folders))}",
             )
     return Task(
         benchmark=member,
@@ -394,6 +403,11 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
     )
 
 
+def has_files(folder: Path, names: list[str]) -> bool:
+    """Whether a folder has all of at least one file."""
+    return bool(names) and all((folder / name).is_file() for name in names)
+
+
 def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: bool) -> Path | None:
     """LLaVA's question file; for a split with annotations but without one, a file generated from
     the annotations."""
@@ -401,9 +415,8 @@ def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: b
         return first_file(folder, *member.question_files)
     path = first_file(folder, *member.scored_question_files)
     if path is None and (rows := member.question_rows(folder)):
-        return write_text(
-            generated / f"{member.name}_val.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
-        )
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        return write_text(generated / f"{member.name}_val.jsonl", text)
     return path
 
 
@@ -442,13 +455,17 @@ def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
     words = on_ranks(args.gpus, "llm2clip_plugin.cli", "llava", "evaluate")
     words += ["--answers-file", str(output), "--question-file", str(task.question_file)]
     words += task.benchmark.evaluate_options
-    names = "model_path model_base conv_mode device batch_size dtype".split()
-    for name in ("endpoint", "served_model_name") if args.endpoint else names:
+    names = ["model_path", "model_base", "conv_mode", "device", "batch_size", "dtype"]
+    if args.endpoint:
+        names = ["endpoint", "served_model_name"]
+    for name in names:
         if value := getattr(args, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     if task.image_folder is not None:
         words += ["--image-folder", str(task.image_folder)]
-    return [*words, *(["--overwrite"] if args.overwrite else []), *args.engine_options]
+    if args.overwrite:
+        words.append("--overwrite")
+    return [*words, *args.engine_options]
 
 
 LOGS = "lmms_eval"  # folder of lmms-eval's logs, which `compare` reads
@@ -475,9 +492,9 @@ def run_lmms_eval(task: str, args: BenchConfig) -> Outcome:
     record = log.with_name(f"{task}.model")
     if args.overwrite and folder.is_dir():
         if not record.is_file():
-            what = f"{folder} has files that `llm2clip bench-mllm` did not write (no {record})"
+            problem = f"{folder} has files that `llm2clip bench-mllm` did not write (no {record})"
             raise FileExistsError(
-                f"{what}, and --overwrite would delete them; choose another --output"
+                f"{problem}, and --overwrite would delete them; choose another --output"
             )
         shutil.rmtree(folder)
     model = f"{args.model_path} {sample_sha256(args.model_path)}"
@@ -488,9 +505,13 @@ def run_lmms_eval(task: str, args: BenchConfig) -> Outcome:
         raise ContractError(
             f"{folder} has logs of {before}, not of {model}; pass --overwrite or another --output"
         )
-    runs = [(run, run.statistic.full()) for run in (run_of(*log) for log in read_logs(folder))]
-    told = [f"{run.title}: {report.number(value, run.unit)} {run.unit}" for run, value in runs]
-    return Outcome(name=task, status="scored", value=runs[0][1], detail="; ".join(told))
+    runs = [run_of(path, record) for path, record in read_logs(folder)]
+    values = [run.statistic.full() for run in runs]
+    results = [
+        f"{run.title}: {report.number(value, run.unit)} {run.unit}"
+        for run, value in zip(runs, values, strict=True)
+    ]
+    return Outcome(name=task, status="scored", value=values[0], detail="; ".join(results))
 
 
 def is_llavas(model: str) -> bool:
@@ -504,14 +525,18 @@ def lmms_eval_command(task: str, args: BenchConfig) -> list[str]:
     """The command line of lmms-eval: its ``llava`` for a checkpoint of LLaVA's code, ``llava_hf``
     for transformers'."""
     path = Path(args.model_path).expanduser()
-    given = str(path.resolve()) if path.is_dir() else args.model_path
+    checkpoint = str(path.resolve()) if path.is_dir() else args.model_path
     device = "cuda" if args.device == "auto" else args.device
+    model_args = [f"pretrained={checkpoint}", f"device={device}"]
     if is_llavas(args.model_path):
         model = "llava"
-        about = f"conv_template={args.conv_mode}" + ",device_map=auto" * (device == "cpu")
+        model_args.append(f"conv_template={args.conv_mode}")
+        if device == "cpu":
+            model_args.append("device_map=auto")
     else:
         model = "llava_hf"
-        about = f"device_map={device}" * (args.gpus == 1)
+        if args.gpus == 1:
+            model_args.append(f"device_map={device}")
     start = python_module("lmms_eval")
     if args.gpus > 1:
         launcher = ("--num_processes", str(args.gpus), "--no_python")
@@ -521,7 +546,7 @@ def lmms_eval_command(task: str, args: BenchConfig) -> list[str]:
         "--model",
         model,
         "--model_args",
-        f"pretrained={given},device={device},{about}".strip(","),
+        ",".join(model_args),
         "--tasks",
         task,
         "--batch_size",

@@ -103,7 +103,8 @@ def percents(items: Sequence[Item], group: str) -> dict[str, float]:
 
 
 def yes_no_numbers(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Counts of (answer, truth), and precision, recall and F1 of "yes"; 0 where the divisor is 0."""
+    """Counts of (answer, truth), and precision, recall and F1 of "yes"; 0 where the divisor is
+    0."""
     counts = Counter(pairs)
     true_yes = counts["yes", "yes"]
     false_yes = counts["yes", "no"]
@@ -125,8 +126,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Numbers of nested dictionaries under dotted names: ``{"a": {"b": 1}}`` becomes ``{"a.b":
     1.0}``."""
     flat: dict[str, float] = {}
-    for name, value in ((f"{prefix}{key}", value) for key, value in tree.items()):
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: float(value)}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = float(value)
     return flat
 
 
@@ -146,11 +151,11 @@ def in_columns(
 ) -> np.ndarray:
     """Sums of a composite of parts: K values for each question, in the K columns of its part, 0 in
     the others'. ``names``: the parts in order, others have no columns; by default all, sorted."""
-    place = {name: number for number, name in enumerate(names or sorted(set(parts)))}
-    sums = np.zeros((len(parts), len(place), len(values[0])))
-    for row, (part, of_row) in enumerate(zip(parts, values, strict=True)):
-        if part in place:
-            sums[row, place[part]] = of_row
+    column = {name: number for number, name in enumerate(names or sorted(set(parts)))}
+    sums = np.zeros((len(parts), len(column), len(values[0])))
+    for row, (part, row_values) in enumerate(zip(parts, values, strict=True)):
+        if part in column:
+            sums[row, column[part]] = row_values
     return sums.reshape(len(parts), -1)
 
 
@@ -184,17 +189,17 @@ def places(
     """The place of the question that each wanted key belongs to, None for an unknown one; ``keys``:
     of each question. Of several questions with one key, the k-th answer is the k-th's, later ones
     the last's."""
-    known: dict[Hashable, list[int]] = {}
-    for place, of_question in enumerate(keys):
-        for key in of_question:
-            known.setdefault(key, []).append(place)
+    questions_of: dict[Hashable, list[int]] = {}
+    for question, question_keys in enumerate(keys):
+        for key in question_keys:
+            questions_of.setdefault(key, []).append(question)
     seen: Counter[Hashable] = Counter()
-    found: list[int | None] = []
+    targets: list[int | None] = []
     for key in wanted:
         seen[key] += 1
-        here = known.get(key)
-        found.append(here[min(seen[key], len(here)) - 1] if here else None)
-    return found
+        questions = questions_of.get(key)
+        targets.append(questions[min(seen[key], len(questions)) - 1] if questions else None)
+    return targets
 
 
 def match(
@@ -212,59 +217,70 @@ def match(
     doubled = 0
     textless = 0
     unknown = []
-    for answer, place in zip(answers.rows, targets, strict=True):
-        if place is None:
+    for answer, target in zip(answers.rows, targets, strict=True):
+        if target is None:
             unknown.append(answer)
         elif answer.text is None:
             textless += 1
         else:
-            doubled += joined[place] is not None
-            joined[place] = answer
-    given = [
+            if joined[target] is not None:
+                doubled += 1
+            joined[target] = answer
+    answered = [
         (question, answer)
         for question, answer in zip(questions, joined, strict=True)
         if answer is not None
     ]
-    if not given or len(unknown) > max(allow * len(answers.rows), 1):
-        one = unknown[0] if unknown else answers.rows[0]
-        told = f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of {name}"
-        row = f"line {one.line}: id {one.id!r}, prompt {one.prompt[:80]!r}; first question: id {questions[0].id!r}"
+    if not answered or len(unknown) > max(allow * len(answers.rows), 1):
+        example = unknown[0] if unknown else answers.rows[0]
         raise ValueError(
-            f"{told} ({row}). Check BENCHMARK, --data and --answers; for a subset pass --allow-missing"
+            f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of "
+            f"{name} (line {example.line}: id {example.id!r}, prompt {example.prompt[:80]!r}; "
+            f"first question: id {questions[0].id!r}). "
+            "Check BENCHMARK, --data and --answers; for a subset pass --allow-missing"
         )
-    _refuse_other_prompts(given, answers.path, name)
+    _refuse_other_prompts(answered, answers.path, name)
     total = len(questions)
     lines = len(answers.rows) + len(answers.broken)
     first = f", first at {answers.broken[0]}" if answers.broken else ""
-    empty = sum(not (answer.text or "").strip() for _, answer in given)
+    empty = sum(not (answer.text or "").strip() for _, answer in answered)
+    missing = total - len(answered)
     faults = {  # number, what it says, the number of which at most ``allow`` may be
-        "missing": (total - len(given), f"of {total} questions of {name} have no answer", total),
+        "missing": (missing, f"of {total} questions of {name} have no answer", total),
         "doubled": (doubled, "duplicate answers; the last one to a question counts", total),
         "foreign": (len(unknown), "answers match no question; ignored", None),
         "unparsable": (len(answers.broken) + textless, f"lines have no answer{first}", lines),
         "empty": (empty, "answers are empty", None),
     }
-    for count, said, most in faults.values():
+    for count, problem, most in faults.values():
         if most is not None and count > allow * most:
-            told = f"{count} {said}, more than the allowed {allow:.0%}"
             raise ValueError(
-                f"{answers.path}: {told}. Finish the evaluation, or pass --allow-missing"
+                f"{answers.path}: {count} {problem}, more than the allowed {allow:.0%}. "
+                "Finish the evaluation, or pass --allow-missing"
             )
-    counts = {
-        "questions": total,
-        "answered": len(given),
-        **{fault: count for fault, (count, *_) in faults.items()},
-    }
-    return joined, counts, [f"{count} {said}" for count, said, _ in faults.values() if count]
+    counts = {"questions": total, "answered": len(answered)}
+    for fault, (count, *_) in faults.items():
+        counts[fault] = count
+    notes = [f"{count} {problem}" for count, problem, _ in faults.values() if count]
+    return joined, counts, notes
 
 
-def _refuse_other_prompts(given: Sequence[tuple[Question, Answer]], path: Path, name: str) -> None:
+def _refuse_other_prompts(
+    answered: Sequence[tuple[Question, Answer]], path: Path, name: str
+) -> None:
     """ValueError if the ids are this benchmark's, but the prompts ask other questions."""
-    prompted = [(question, answer) for question, answer in given if answer.prompt]
-    wrong = [pair for pair in prompted if squeeze(pair[0].text) not in squeeze(pair[1].prompt)]
+    prompted = [(question, answer) for question, answer in answered if answer.prompt]
+    wrong = [
+        (question, answer)
+        for question, answer in prompted
+        if squeeze(question.text) not in squeeze(answer.prompt)
+    ]
     if len(wrong) > 0.5 * len(prompted):
         question, answer = wrong[0]
-        both = f"line {answer.line} asks {answer.prompt[:80]!r}, question {question.id!r} is {question.text[:80]!r}"
+        both = (
+            f"line {answer.line} asks {answer.prompt[:80]!r}, "
+            f"question {question.id!r} is {question.text[:80]!r}"
+        )
         raise ValueError(
             f"{path} has ids of {name}, but other questions: {both}. Check BENCHMARK and --data"
         )

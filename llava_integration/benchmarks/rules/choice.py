@@ -27,20 +27,21 @@ class ScienceQA(base.Benchmark):
         problems, splits = (
             read_json_value(self.require(folder, name, where=where)) for name in self.annotations
         )
-        return [
-            base.Question(
-                id=identifier,
-                text=problems[identifier]["question"],
-                cluster=identifier,  # no two questions share a picture
-                truth=LETTERS[problems[identifier]["answer"]],
-                image=f"{identifier}/{problems[identifier]['image']}"
-                if problems[identifier]["image"]
-                else "",
-                category=problems[identifier]["subject"],
-                extra={"choices": problems[identifier]["choices"]},
+        questions = []
+        for identifier in splits["test"]:
+            entry = problems[identifier]
+            questions.append(
+                base.Question(
+                    id=identifier,
+                    text=entry["question"],
+                    cluster=identifier,  # no two questions share a picture
+                    truth=LETTERS[entry["answer"]],
+                    image=f"{identifier}/{entry['image']}" if entry["image"] else "",
+                    category=entry["subject"],
+                    extra={"choices": entry["choices"]},
+                )
             )
-            for identifier in splits["test"]
-        ]
+        return questions
 
     def score(self, folder: Path, answers: Answers, **options: Any) -> ScoreFile:
         """Raises ValueError if the model answered without the images."""
@@ -72,9 +73,8 @@ class ScienceQA(base.Benchmark):
 
     def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
         """Answers without a letter."""
-        return {
-            "no_letter": sum(item["parsed"] == "FAILED" and not item["missing"] for item in items)
-        }
+        failed = [item for item in items if item["parsed"] == "FAILED" and not item["missing"]]
+        return {"no_letter": len(failed)}
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         img = [item for item in items if item["is_multimodal"]]
@@ -137,26 +137,7 @@ class SEEDBench(base.Benchmark):
         data = read_json_value(self.require(folder, *self.annotations, where=where))
         names = {number: name for name, number in data["question_type"].items()}
         return [
-            base.Question(
-                id=entry["question_id"],
-                text=entry["question"],
-                cluster=_media(entry),
-                truth=entry["answer"],
-                image=f"SEED-Bench-{entry['data_type']}/{_media(entry)}"
-                if entry["data_type"] == "image"
-                else "",
-                category=names[entry["question_type_id"]],
-                extra={
-                    "question_type_id": entry["question_type_id"],
-                    "data_type": entry["data_type"],
-                    "choices": [
-                        entry[f"choice_{letter}"]
-                        for letter in "abcd"
-                        if f"choice_{letter}" in entry
-                    ],
-                },
-            )
-            for entry in data["questions"]
+            _seed_question(entry, names[entry["question_type_id"]]) for entry in data["questions"]
         ]
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
@@ -168,9 +149,11 @@ class SEEDBench(base.Benchmark):
         printed = base.percents(items, "category")
         metrics = {}
         for part, name in PRINTED.items():
-            if chosen := [item for item in items if part in ("all", item["data_type"])]:
-                metrics[f"{part}_accuracy_percent"] = 100 * base.mean_of(chosen)
-                printed[name] = round(metrics[f"{part}_accuracy_percent"], 2)
+            of_part = [item for item in items if part in ("all", item["data_type"])]
+            if of_part:
+                accuracy = 100 * base.mean_of(of_part)
+                metrics[f"{part}_accuracy_percent"] = accuracy
+                printed[name] = round(accuracy, 2)
         counts = {
             name: {"correct": sum(values), "count": len(values)} for name, values in types.items()
         }
@@ -180,9 +163,28 @@ class SEEDBench(base.Benchmark):
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         """The leaderboard's file, in the annotations' order."""
-        asked = [question.id for question in self.load(folder)]
-        texts = base.texts_by_id(answers, asked)
-        return [{"question_id": name, "prediction": texts[str(name)]} for name in asked]
+        ids = [question.id for question in self.load(folder)]
+        texts = base.texts_by_id(answers, ids)
+        return [{"question_id": name, "prediction": texts[str(name)]} for name in ids]
+
+
+def _seed_question(entry: Row, category: str) -> base.Question:
+    media = _media(entry)
+    kind = entry["data_type"]
+    letters = [letter for letter in "abcd" if f"choice_{letter}" in entry]
+    return base.Question(
+        id=entry["question_id"],
+        text=entry["question"],
+        cluster=media,
+        truth=entry["answer"],
+        image=f"SEED-Bench-image/{media}" if kind == "image" else "",
+        category=category,
+        extra={
+            "question_type_id": entry["question_type_id"],
+            "data_type": kind,
+            "choices": [entry[f"choice_{letter}"] for letter in letters],
+        },
+    )
 
 
 def _media(entry: Row) -> str:

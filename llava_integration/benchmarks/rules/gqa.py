@@ -26,32 +26,30 @@ BREAKDOWNS = {  # metric -> field of the items
 
 class GQA(base.Benchmark):
     def load(self, folder: Path) -> list[base.Question]:
-        where = "questions1.2.zip at https://cs.stanford.edu/people/dorarad/gqa/download.html, into data/"
-        return [
-            base.Question(
-                id=identifier,
-                text=entry["question"],
-                truth=entry["answer"],
-                image=f"{entry['imageId']}.jpg",
-                cluster=str(entry["imageId"]),
-                category=entry["types"]["structural"],
-                extra={
-                    "semantic": entry["types"]["semantic"],
-                    "steps": sum(
-                        not any(
-                            word in f"{one['operation']}: {one['argument']}" for word in NOT_A_STEP
-                        )
-                        for one in entry["semantic"]
-                    ),
-                    "words": len(entry["question"].split()),
-                    "group": entry["groups"]["global"],
-                },
+        page = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
+        where = f"questions1.2.zip at {page}, into data/"
+        entries = read_json_value(self.require(folder, *self.annotations, where=where))
+        questions = []
+        for identifier, entry in entries.items():
+            if not entry.get("isBalanced", True):
+                continue
+            questions.append(
+                base.Question(
+                    id=identifier,
+                    text=entry["question"],
+                    truth=entry["answer"],
+                    image=f"{entry['imageId']}.jpg",
+                    cluster=str(entry["imageId"]),
+                    category=entry["types"]["structural"],
+                    extra={
+                        "semantic": entry["types"]["semantic"],
+                        "steps": sum(map(is_step, entry["semantic"])),
+                        "words": len(entry["question"].split()),
+                        "group": entry["groups"]["global"],
+                    },
+                )
             )
-            for identifier, entry in read_json_value(
-                self.require(folder, *self.annotations, where=where)
-            ).items()
-            if entry.get("isBalanced", True)
-        ]
+        return questions
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """A missing answer is wrong (the official script rejects the file)."""
@@ -86,6 +84,12 @@ class GQA(base.Benchmark):
             {"questionId": answer.id, "prediction": convert(answer.text or "")}
             for answer in answers.rows
         ]
+
+
+def is_step(operation: Row) -> bool:
+    """Whether an operation of a question's program reasons."""
+    text = f"{operation['operation']}: {operation['argument']}"
+    return not any(word in text for word in NOT_A_STEP)
 
 
 def convert(text: str) -> str:

@@ -22,13 +22,14 @@ def reviewed(member: base.Benchmark, answers: Answers, reviews: Path | None) -> 
         return answers
     if reviews is None or (judged := read_answers(reviews)).layout != "judge":
         raise ValueError(
-            f"{member.title} needs a judge: --reviews FILE, which {member.judge} makes of {answers.path}"
+            f"{member.title} needs a judge: --reviews FILE, "
+            f"which {member.judge} makes of {answers.path}"
         )
     texts = {member.answer_key(answer): answer.text or "" for answer in answers.rows}
-    rows = [
-        replace(one, row={**one.row, "model_answer": texts.get(member.answer_key(one), "")})
-        for one in judged.rows
-    ]
+    rows = []
+    for review in judged.rows:
+        text = texts.get(member.answer_key(review), "")
+        rows.append(replace(review, row={**review.row, "model_answer": text}))
     return replace(judged, rows=tuple(rows))
 
 
@@ -82,14 +83,12 @@ class LLaVABench(base.Benchmark):
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """``<category>``: relative score; ``.reference`` and ``.model``: mean scores x 10, all
         rounded as printed."""
-        given = [item for item in items if not item["missing"]]
+        judged = [item for item in items if not item["missing"]]
         metrics = {}
-        for name in ("all", *sorted({item["category"] for item in given})):
-            chosen = [item for item in given if name in ("all", item["category"])]
-            reference, model = (
-                round(float(np.mean([item[field] for item in chosen])), 3) if chosen else 0.0
-                for field in ("mark_reference", "mark_model")
-            )
+        for name in ("all", *sorted({item["category"] for item in judged})):
+            of_category = [item for item in judged if name in ("all", item["category"])]
+            reference = mean_mark(of_category, "mark_reference")
+            model = mean_mark(of_category, "mark_model")
             metrics[name] = round(model / reference * 100, 1) if reference else 0.0
             metrics[f"{name}.reference"] = round(reference * 10, 1)
             metrics[f"{name}.model"] = round(model * 10, 1)
@@ -101,6 +100,11 @@ class LLaVABench(base.Benchmark):
             [[item["mark_model"], item["mark_reference"]] for item in items], dtype=float
         )
         return base.Statistic(sums, lambda totals: 100 * base.ratio(totals[..., 0], totals[..., 1]))
+
+
+def mean_mark(items: Sequence[base.Item], field: str) -> float:
+    """The mean of a field, rounded as the official script does; 0 without items."""
+    return round(float(np.mean([item[field] for item in items])), 3) if items else 0.0
 
 
 LLAVA_BENCH = LLaVABench(
@@ -168,14 +172,17 @@ class MMVet(base.Benchmark):
         )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        """Total, capabilities, and the total's standard deviation over the judge's runs, percent."""
+        """Total, capabilities, and the total's standard deviation over the judge's runs,
+        percent."""
         graded = [item for item in items if not item["missing"]]
         metrics = {"total": 100 * base.mean_of(graded)}
         for name in sorted({name for item in graded for name in item["capabilities"]}):
             able = [item for item in graded if name in item["capabilities"]]
             metrics[f"capability.{name}"] = 100 * base.mean_of(able)
         runs = min((len(item["runs"]) for item in graded), default=0)
-        totals = [100 * base.mean([item["runs"][run] for item in graded]) for run in range(runs)]
+        totals = []
+        for run in range(runs):
+            totals.append(100 * base.mean([item["runs"][run] for item in graded]))
         metrics["runs"] = float(runs)
         if runs > 1:
             metrics["std_over_runs"] = float(np.std(totals, ddof=1))

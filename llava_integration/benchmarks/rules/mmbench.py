@@ -27,8 +27,8 @@ WHERE = "https://github.com/open-compass/MMBench"
 ROTATION = 1_000_000  # index = group + rotation x this
 # What pandas reads as a missing value: official scripts load tables and spreadsheets with it.
 PANDAS_MISSING = frozenset(
-    {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
-     "NULL", "NaN", "None", "n/a", "nan", "null"}
+    {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
+     "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 )  # fmt: skip
 SHORT_NAMES = {
     "coarse_perception": "CP",
@@ -72,14 +72,14 @@ class MMBench(base.Benchmark):
             if row["answer"] not in tuple("ABCD"):
                 why = f"no answer to index {row['index']}: the test split is scored by the server"
                 raise ValueError(f"{table} has {why}; write --submission FILE")
-            pictured = image and with_images
+            cluster = f"group {group}"
+            if image and with_images:
+                cluster = hashlib.sha256(image.encode()).hexdigest()[:16]
             questions.append(
                 base.Question(
                     id=int(row["index"]),
                     text=row["question"],
-                    cluster=hashlib.sha256(image.encode()).hexdigest()[:16]
-                    if pictured
-                    else f"group {group}",
+                    cluster=cluster,
                     truth=row["answer"],
                     image=str(group),
                     category=row.get("category") or "",
@@ -96,33 +96,24 @@ class MMBench(base.Benchmark):
         groups: dict[int, list[tuple[base.Question, base.Item]]] = {}
         for question, row in zip(questions, super().items(questions, answers), strict=True):
             groups.setdefault(int(question.id) % ROTATION, []).append((question, row))
-        return [
-            base.item_of(
-                first,
-                None,
-                score=int(all(rotation["correct"] for _, rotation in members)),
-                answer=row["text"],
-                missing=any(rotation["missing"] for _, rotation in members),
-                choices=list(choices_of(first.rule).values()),
-                l2_category=first.rule.get("l2-category") or "",
-                split=first.rule.get("split") or "",
-                rows=[rotation for _, rotation in members],
-            )
-            for group, members in groups.items()
-            for first, row in members
-            if first.id == group
-        ]
+        items = []
+        for group, members in groups.items():
+            rotations = [row for _, row in members]
+            items += [
+                _group_item(first, row, rotations) for first, row in members if first.id == group
+            ]
+        return items
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """One rotation: the letter that the rule reads."""
-        said = base.text_of(answer)
-        letter = letter_of(said, choices_of(question.rule))
+        text = base.text_of(answer)
+        letter = letter_of(text, choices_of(question.rule))
         return {
             "index": question.id,
             "inferred": letter,
             "answer": question.truth,
             "correct": int(letter == question.truth),
-            "text": said,
+            "text": text,
             "missing": answer is None,
         }
 
@@ -159,14 +150,28 @@ class MMBench(base.Benchmark):
         texts = {str(answer.id): answer.text for answer in answers.rows}
         rows = []
         for row in read_table(self.require(folder, *self.question_files, where=WHERE)):
-            cells = [
-                (key, value if value != "" else None)
-                for key, value in row.items()
-                if key not in NOT_SUBMITTED
-            ]
+            submitted = [(key, value) for key, value in row.items() if key not in NOT_SUBMITTED]
+            cells = [(key, None if value == "" else value) for key, value in submitted]
             cells.insert(PREDICTION_COLUMN, ("prediction", texts.get(row["index"]) or None))
             rows.append({**dict(cells), "index": int(row["index"])})
         return rows
+
+
+def _group_item(
+    first: base.Question, first_row: base.Item, rotations: Sequence[base.Item]
+) -> base.Item:
+    """The item of a group, of its first rotation and all of them."""
+    return base.item_of(
+        first,
+        None,
+        score=int(all(rotation["correct"] for rotation in rotations)),
+        answer=first_row["text"],
+        missing=any(rotation["missing"] for rotation in rotations),
+        choices=list(choices_of(first.rule).values()),
+        l2_category=first.rule.get("l2-category") or "",
+        split=first.rule.get("split") or "",
+        rows=list(rotations),
+    )
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -174,7 +179,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
     csv.field_size_limit(1 << 28)
     rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
     needed = {"index", "question", "A", "B", "answer"}
-    if not needed <= set(columns := [key for row in rows[:1] for key in row if key]):
+    columns = [key for key in rows[0] if key] if rows else []
+    if not needed <= set(columns):
         raise ValueError(
             f"{path} has the columns {columns}, expected at least {sorted(needed)} (tab-separated)"
         )

@@ -18,7 +18,8 @@ from llava_integration.benchmarks.answers import Answer, read_jsonl, read_text
 
 RELEASE = "MME_Benchmark_release_version"
 PERCEPTION = (
-    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
+    "artwork", "OCR",
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 SUFFIXES = ("answer the question using a single word or phrase.", "please answer yes or no.")
@@ -70,15 +71,14 @@ class MME(base.Benchmark):
         return {"other": sum(item["parsed"] == "other" and not item["missing"] for item in items)}
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        of = {
-            name: [item for item in items if item["category"] == name]
-            for name in (*PERCEPTION, *COGNITION)
-        }
-        categories = {name: subtask(chosen) for name, chosen in of.items() if chosen}
-        perception, cognition = (
-            sum(categories[name]["score"] for name in names if name in categories)
-            for names in (PERCEPTION, COGNITION)
-        )
+        categories = {}
+        for name in (*PERCEPTION, *COGNITION):
+            of_subtask = [item for item in items if item["category"] == name]
+            if of_subtask:
+                categories[name] = subtask(of_subtask)
+        scores = {name: numbers["score"] for name, numbers in categories.items()}
+        perception = sum(scores[name] for name in PERCEPTION if name in scores)
+        cognition = sum(scores[name] for name in COGNITION if name in scores)
         sums = {"perception": perception, "cognition": cognition, "total": perception + cognition}
         return base.flatten({"categories": categories, **sums})
 
@@ -92,13 +92,13 @@ def paired_accuracy(items: Sequence[base.Item], categories: Sequence[str]) -> ba
     within a subtask."""
     parts = [item["category"] for item in items]
     complete = complete_pairs(items)
-    # there its pair counts
-    first = {item["cluster"]: place for place, item in reversed(list(enumerate(items)))}
-    firsts = [first[item["cluster"]] == place for place, item in enumerate(items)]
-    values = [
-        (item["score"], 1, complete[item["cluster"]] and counts, counts)
-        for item, counts in zip(items, firsts, strict=True)
-    ]
+    values = []
+    counted_images = set()
+    for item in items:
+        image = item["cluster"]
+        counts = image not in counted_images  # a pair counts at its first question
+        counted_images.add(image)
+        values.append((item["score"], 1, complete[image] and counts, counts))
     sums = base.in_columns(parts, values, categories)
 
     def value(totals: np.ndarray) -> np.ndarray:

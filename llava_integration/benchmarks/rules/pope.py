@@ -25,13 +25,11 @@ class POPE(base.Benchmark):
         path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
         where = "from https://github.com/AoiDragon/POPE (output/coco)"
         label_file = self.require(folder, "coco/coco_pope_*.json", where=where)
-        labels = {
-            (file.stem.removeprefix("coco_pope_"), row["image"], base.squeeze(row["text"])): row[
-                "label"
-            ]
-            for file in label_file.parent.glob("coco_pope_*.json")
-            for row in read_jsonl(file)
-        }
+        labels: dict[tuple[str, str, str], str] = {}
+        for file in label_file.parent.glob("coco_pope_*.json"):
+            category = file.stem.removeprefix("coco_pope_")
+            for row in read_jsonl(file):
+                labels[category, row["image"], base.squeeze(row["text"])] = row["label"]
         questions = []
         for row in read_jsonl(path):
             text = row["text"].split("\n")[0]
@@ -62,25 +60,24 @@ class POPE(base.Benchmark):
             if not item["missing"]:
                 pairs[item["category"]].append((item["parsed"], item["label"]))
         categories = {category: numbers(part) for category, part in pairs.items()}
-        means = {
-            name: base.mean([values[name] for values in categories.values()]) for name in AVERAGED
-        }
+        means = {}
+        for name in AVERAGED:
+            means[name] = base.mean([values[name] for values in categories.values()])
         return base.flatten({"categories": categories, "average_over_categories": means})
 
     def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """Mean over the categories of F1, percent."""
         values = []
         for item in items:
-            said = item["parsed"] == "yes"
-            true = item["label"] == "yes" and not item.get("missing")
-            values.append((said and true, said, true))
+            predicted = item["parsed"] == "yes"
+            actual = item["label"] == "yes" and not item.get("missing")
+            values.append((predicted and actual, predicted, actual))
         sums = base.in_columns([item["category"] for item in items], values)
 
         def value(totals: np.ndarray) -> np.ndarray:
             # F1 = 2 TP / (predicted + actual)
-            return 100 * base.ratio(
-                2 * totals[..., 0::3], totals[..., 1::3] + totals[..., 2::3]
-            ).mean(axis=-1)
+            f1 = base.ratio(2 * totals[..., 0::3], totals[..., 1::3] + totals[..., 2::3])
+            return 100 * f1.mean(axis=-1)
 
         return base.Statistic(sums, value)
 

@@ -40,14 +40,14 @@ class Questions(base.Benchmark):
                     category=str(row.get("category", "")),
                 )
             )
-        if len({str(one.id) for one in questions}) < len(questions):
+        if len({str(question.id) for question in questions}) < len(questions):
             raise ContractError(f"{path} has an id twice; give each question its own, or none")
         return questions
 
     def question_rows(self, folder: Path) -> list[Row]:
         return [
-            base.question_row(one.id, one.image, f"{one.text}\n{base.SHORT_ANSWER}")
-            for one in self.load(folder)
+            base.question_row(question.id, question.image, f"{question.text}\n{base.SHORT_ANSWER}")
+            for question in self.load(folder)
         ]
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
@@ -64,14 +64,16 @@ class Questions(base.Benchmark):
 def is_right(answer: str, truth: str) -> bool:
     """Whether the answer contains the truth.
 
-    >>> is_right("A red circle.", "circle"), is_right("circles", "circle"), is_right("I see no cat", "no")
-    (True, False, False)
+    >>> is_right("A red circle.", "circle"), is_right("circles", "circle")
+    (True, False)
+    >>> is_right("I see no cat", "no")
+    False
     """
-    said = m4c(answer)
-    true = m4c(truth)
-    if true in ("yes", "no"):
-        return said.split()[:1] == [true]
-    return f" {true} " in f" {said} "
+    answer = m4c(answer)
+    truth = m4c(truth)
+    if truth in ("yes", "no"):
+        return answer.split()[:1] == [truth]
+    return f" {truth} " in f" {answer} "
 
 
 BENCHMARK = Questions(

@@ -30,26 +30,30 @@ DIGIT_COMMA = re.compile(r"\d,\d")
 CACHED = 1 << 16  # texts: human answers are few words, ten times over
 # The contraction table maps each word below without one of its apostrophes to the word.
 _CONTRACTED = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've
-mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've
-somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
-something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't
-we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
-who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've
-you'll you're you've
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't
+mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've
+should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+you've
 """.split()
 
 
-CONTRACTIONS = {
-    **{
-        word[:place] + word[place + 1 :]: word
-        for word in _CONTRACTED
-        for place, letter in enumerate(word)
-        if letter == "'"
-    },
-    "somebody'd": "somebodyd",  # the wrong way round in the original
-}
+def _contractions() -> dict[str, str]:
+    """A contraction without one of its apostrophes -> the contraction."""
+    table = {}
+    for word in _CONTRACTED:
+        for index, letter in enumerate(word):
+            if letter == "'":
+                table[word[:index] + word[index + 1 :]] = word
+    table["somebody'd"] = "somebodyd"  # the wrong way round in the original
+    return table
+
+
+CONTRACTIONS = _contractions()
 
 
 def strip_punctuation(text: str) -> str:
@@ -58,14 +62,14 @@ def strip_punctuation(text: str) -> str:
     out = text
     delete_all = DIGIT_COMMA.search(text) is not None
     for mark in PUNCTUATION:
-        out = out.replace(
-            mark, "" if delete_all or mark + " " in text or " " + mark in text else " "
-        )
+        delete = delete_all or f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if delete else " ")
     return FULL_STOP.sub("", out, count=FULL_STOPS_AT_MOST)
 
 
 def digits_and_articles(text: str) -> str:
-    """Lower case, number words as digits, articles dropped, apostrophes of contractions put back."""
+    """Lower case, number words as digits, articles dropped, apostrophes of contractions put
+    back."""
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
@@ -94,8 +98,11 @@ def leave_one_out(prediction: str, humans: Sequence[str]) -> float:
     if not humans:
         return 0.0
     matches = sum(answer == prediction for answer in humans)
-    scores = [min(1, (matches - (answer == prediction)) / 3) for answer in humans]
-    return float(sum(scores)) / len(scores)
+    total = 0.0
+    for answer in humans:
+        others = matches - 1 if answer == prediction else matches
+        total += min(1, others / 3)
+    return total / len(humans)
 
 
 def vqa_api_accuracy(prediction: str, humans: Sequence[str]) -> float:
@@ -132,7 +139,10 @@ class VQAv2(base.Benchmark):
     """
 
     def load(self, folder: Path) -> list[base.Question]:
-        where = "val2014's are at https://visualqa.org/download.html; the server scores test-dev: --submission FILE"
+        where = (
+            "val2014's are at https://visualqa.org/download.html; "
+            "the server scores test-dev: --submission FILE"
+        )
         annotations = self.require(
             folder, "*val2014_annotations*.json", "*annotations*.json", where=where
         )
@@ -141,11 +151,8 @@ class VQAv2(base.Benchmark):
             entry["question_id"]: entry for entry in read_json_value(annotations)["annotations"]
         }
         llavas = base.first_file(folder, *self.question_files)  # it names the pictures
-        images = (
-            {str(row["question_id"]): str(row.get("image", "")) for row in read_jsonl(llavas)}
-            if llavas
-            else {}
-        )
+        rows = read_jsonl(llavas) if llavas else []
+        images = {str(row["question_id"]): str(row.get("image", "")) for row in rows}
         questions = []
         for entry in read_json_value(path)["questions"]:
             truth = truths[entry["question_id"]]
@@ -179,24 +186,25 @@ class VQAv2(base.Benchmark):
 
     def question_rows(self, folder: Path) -> list[Row]:
         path = base.first_file(folder, *VAL_QUESTIONS)
+        if path is None:
+            return []
         return [
             base.question_row(
                 entry["question_id"], _val_image(entry), f"{entry['question']}\n{base.SHORT_ANSWER}"
             )
-            for entry in (read_json_value(path)["questions"] if path else [])
+            for entry in read_json_value(path)["questions"]
         ]
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         """One normalized answer for every question of LLaVA's question file, '' where missing."""
         path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
         texts = {str(answer.id): answer.text for answer in answers.rows}
-        return [
-            {
-                "question_id": row["question_id"],
-                "answer": m4c(texts.get(str(row["question_id"])) or ""),
-            }
-            for row in read_jsonl(path)
-        ]
+        rows = []
+        for row in read_jsonl(path):
+            identifier = row["question_id"]
+            answer = texts.get(str(identifier)) or ""
+            rows.append({"question_id": identifier, "answer": m4c(answer)})
+        return rows
 
 
 def _val_image(entry: Row) -> str:
@@ -233,37 +241,42 @@ class VizWiz(base.Benchmark):
     def load(self, folder: Path) -> list[base.Question]:
         """Questions of val.json, with the ids of LLaVA's question file of val, or else their
         positions in val.json."""
-        where = "in Annotations.zip at https://vizwiz.org/tasks-and-datasets/vqa; the server scores test: --submission"
+        where = (
+            "in Annotations.zip at https://vizwiz.org/tasks-and-datasets/vqa; "
+            "the server scores test: --submission"
+        )
         annotations = self.require(folder, "val.json", "*val*.json", where=where)
         entries = read_json_value(annotations)
         path = base.first_file(folder, *self.scored_question_files)
         ids = {row["image"]: row["question_id"] for row in read_jsonl(path)} if path else {}
-        if path and (unknown := [entry["image"] for entry in entries if entry["image"] not in ids]):
+        unknown = [entry["image"] for entry in entries if entry["image"] not in ids]
+        if path and unknown:
             raise ValueError(
                 f"{len(unknown)} images of {annotations}, first {unknown[0]}, are not in {path}"
             )
-        return [
-            base.Question(
-                id=ids.get(entry["image"], place),
-                text=entry["question"],
-                truth=[answer["answer"] for answer in entry["answers"]],
-                image=entry["image"],
-                category=entry.get("answer_type", ""),
-                extra={"answer_type": entry.get("answer_type", "")},
+        questions = []
+        for position, entry in enumerate(entries):
+            kind = entry.get("answer_type", "")
+            questions.append(
+                base.Question(
+                    id=ids.get(entry["image"], position),
+                    text=entry["question"],
+                    truth=[answer["answer"] for answer in entry["answers"]],
+                    image=entry["image"],
+                    category=kind,
+                    extra={"answer_type": kind},
+                )
             )
-            for place, entry in enumerate(entries)
-        ]
+        return questions
 
     def question_keys(self, question: base.Question) -> tuple[Hashable, ...]:
         """LLaVA's id, and the image's name, which submissions have."""
         return ("id", str(question.id)), ("image", Path(question.image).stem)
 
     def answer_key(self, answer: Answer) -> Hashable:
-        return (
-            ("id", str(answer.id))
-            if answer.layout == "llava"
-            else ("image", Path(str(answer.id)).stem)
-        )
+        if answer.layout == "llava":
+            return "id", str(answer.id)
+        return "image", Path(str(answer.id)).stem
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         """A missing answer scores 0."""
@@ -277,9 +290,11 @@ class VizWiz(base.Benchmark):
     def question_rows(self, folder: Path) -> list[Row]:
         return [
             base.question_row(
-                place, entry["image"], f"{entry['question']}\n{UNANSWERABLE}\n{base.SHORT_ANSWER}"
+                position,
+                entry["image"],
+                f"{entry['question']}\n{UNANSWERABLE}\n{base.SHORT_ANSWER}",
             )
-            for place, entry in enumerate(read_json_value(folder / "val.json"))
+            for position, entry in enumerate(read_json_value(folder / "val.json"))
         ]
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
@@ -354,11 +369,9 @@ class TextVQA(base.Benchmark):
         sides, always."""
         normalized = m4c(base.text_of(answer))
         official = question.rule
-        score = (
-            leave_one_out(normalized, [m4c(human) for human in official["answers"]])
-            if answer
-            else 0.0
-        )
+        score = 0.0
+        if answer:
+            score = leave_one_out(normalized, [m4c(human) for human in official["answers"]])
         return base.item_of(
             question,
             answer,
@@ -371,11 +384,12 @@ class TextVQA(base.Benchmark):
         )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        given = [item for item in items if not item["missing"]]
+        answered = [item for item in items if not item["missing"]]
+        accuracy = 100 * base.mean_of(answered)
         return {
-            "samples": float(len(given)),
-            "accuracy_percent": 100 * base.mean_of(given),
-            "accuracy_printed": round(100 * base.mean_of(given), 2),
+            "samples": float(len(answered)),
+            "accuracy_percent": accuracy,
+            "accuracy_printed": round(accuracy, 2),
         }
 
 
