@@ -49,7 +49,7 @@ PROCESSES = ("workers", "dataloader_num_workers", "gpus", "num_gpus")  # fields 
 
 
 def check_number(option: str, field: str, value: Any) -> None:
-    """Raise ValueError for a value of a field, or one in its tuple, that is a number out of bounds."""
+    """Raise ValueError for a field's number, or one in its tuple, that is out of bounds."""
     if isinstance(value, tuple):
         for item in value:
             check_number(option, field, item)

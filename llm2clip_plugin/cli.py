@@ -165,7 +165,10 @@ EXTRAS: dict[str, str] = {
 
 HELP = ("-h", "--help", "--help-all")
 OURS = ("llm2clip_plugin", "llava_integration")
-EPILOG = "Run `llm2clip COMMAND --help` for its options. LLM2CLIP_TRACEBACK=1 shows the full traceback of an error."
+EPILOG = (
+    "Run `llm2clip COMMAND --help` for its options. LLM2CLIP_TRACEBACK=1 shows the full traceback "
+    "of an error."
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -312,7 +312,7 @@ def attend(words: list[str]) -> int:
             process.send_signal(number)
 
     process = subprocess.Popen(words, env=child_environment())
-    before = {one: signal.signal(one, forward) for one in ENDING}
+    before = {number: signal.signal(number, forward) for number in ENDING}
     try:
         status = process.wait()
     finally:
@@ -339,7 +339,8 @@ def _wait() -> None:
     if _waiting is threading.current_thread():
         ended = Interrupted(number)
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, f"{chr(10) * os.isatty(2)}{ended}\n".encode())
+            line = "\n" if os.isatty(2) else ""
+            os.write(2, f"{line}{ended}\n".encode())
         end_children()
         os._exit(ended.status)
 
@@ -350,7 +351,7 @@ def _wait() -> None:
 
 
 class SameOnAllRanksError(RuntimeError):
-    """Raised on every rank with the same message, which the command line prints once, from rank 0."""
+    """Raised on every rank with the same message, which rank 0 prints."""
 
     status = 1  # exit status
     label = "error: "  # before the message
@@ -396,7 +397,7 @@ FINAL_STATUSES = (DisagreementError.status, NonFiniteLossError.status)
 
 
 class FirstRankError(ValueError):
-    """Rank 0 has raised an error that a user can correct, and prints it; raised on the other ranks."""
+    """Raised on the other ranks when rank 0 has an error that a user can correct, and prints it."""
 
 
 def lost_rank(error: RuntimeError) -> str:
@@ -408,11 +409,15 @@ def lost_rank(error: RuntimeError) -> str:
     ):
         return ""
     if "EADDRINUSE" in str(error):
-        return f"port {os.environ.get('MASTER_PORT')} is in use by another process; choose another with --master_port"
+        return (
+            f"port {os.environ.get('MASTER_PORT')} is in use by another process; choose another "
+            "with --master_port"
+        )
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return (
-        f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} lost the connection to another rank: {reason}. "
-        "Look for the first error of the others, and rerun the same command: it resumes, on any number of ranks"
+        f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} lost the connection to "
+        f"another rank: {reason}. Look for the first error of the others, and rerun the same "
+        "command: it resumes, on any number of ranks"
     )
 
 
@@ -474,10 +479,8 @@ def stop_requests() -> Iterator[StopRequest]:
             # below the bar
             name = signal.Signals(number).name
             line = "\n" if os.isatty(2) else ""
-            os.write(
-                2,
-                f"{line}{name}: saving and stopping after this step; press Ctrl-C twice to stop now\n".encode(),
-            )
+            advice = "press Ctrl-C twice to stop now"
+            os.write(2, f"{line}{name}: saving and stopping after this step; {advice}\n".encode())
 
     handled = [
         number
@@ -543,7 +546,7 @@ def render(template: Path, **values: object) -> str:
 
 
 def thumbnail(raw: bytes | None) -> str | None:
-    """An image file's bytes as the data URI of a small JPEG; None for bytes that are not a picture."""
+    """An image file's bytes as the data URI of a small JPEG; None if they are no picture."""
     if not raw:
         return None
     from PIL import Image, UnidentifiedImageError

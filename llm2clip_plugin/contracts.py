@@ -37,7 +37,10 @@ class DiskFullError(OSError):
         self.reason = f"{self.strerror} ({size_text(shutil.disk_usage(folder).free)} free)"
 
     def __str__(self) -> str:
-        return f"cannot write {self.filename}: {self.reason}; free space there, and rerun the same command"
+        return (
+            f"cannot write {self.filename}: {self.reason}; free space there, and rerun the same "
+            "command"
+        )
 
     def __reduce__(self) -> tuple[type, tuple[str, int | None]]:  # processes send it to each other
         return type(self), (self.filename, self.errno)
@@ -216,7 +219,7 @@ class VersionedRecord:
 
     @classmethod
     def read(cls: type[Record], path: str | os.PathLike[str]) -> Record:
-        """Read a record; raises FileNotFoundError, or ContractError naming the file and the field."""
+        """Read a record. Raises FileNotFoundError, or ContractError naming file and field."""
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no {cls.KIND} at {path}")
         body = read_json_value(path)
@@ -514,7 +517,7 @@ def read_metrics(path: Path) -> Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFile(VersionedRecord):
-    """Scores of one model on one benchmark: headline metrics, and every item for paired statistics."""
+    """Scores of a model on a benchmark: metrics, and every item for paired statistics."""
 
     KIND: ClassVar[str] = "llm2clip-scores"
 

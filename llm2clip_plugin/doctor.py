@@ -33,7 +33,10 @@ OPEN_FILES = 1024
 COMMAND = Command(
     name="doctor",
     example="llm2clip doctor",
-    about="Say what is installed of this package, and print how to fix what is missing or too old and how to add more.",
+    about=(
+        "Say what is installed of this package, and print how to fix what is missing or too old "
+        "and how to add more."
+    ),
     settings=NoOptions,
 )
 
@@ -64,10 +67,13 @@ def check_installation(extra: str) -> Iterator[Finding]:
         if name in parts:
             continue
         if name == "train" and is_llavas_own():
-            found = f"not installed (for {purpose}); it would move what LLaVA pins, so install it in a new environment"
+            found = (
+                f"not installed (for {purpose}); it would move what LLaVA pins, so install it in a "
+                "new environment"
+            )
         else:
             lacks = [f"{package}{versions}" for package, versions in requirements(name).items()]
-            missing = [one for one in lacks if not is_satisfied(one)]
+            missing = [requirement for requirement in lacks if not is_satisfied(requirement)]
             found = f"not installed (for {purpose}); missing: {', '.join(missing) or 'nothing'}"
         yield finding(f"extra [{name}]", found, install_command(name), state="ok")
 
@@ -95,9 +101,9 @@ def check_programs() -> Iterator[Finding]:
     fix = "" if compiler else "apt-get install g++ (10 or newer, for C++20), or set CXX"
     yield finding("C++ compiler", compiler or "none", fix, state="fail")
     launcher = shutil.which("deepspeed") or "not on PATH"
-    own = os.path.dirname(sys.executable)
-    is_own = os.path.realpath(os.path.dirname(launcher)) == os.path.realpath(own)
-    fix = "" if is_own else f"activate this environment: source {own}/activate"
+    programs = os.path.dirname(sys.executable)  # of this environment
+    is_ours = os.path.realpath(os.path.dirname(launcher)) == os.path.realpath(programs)
+    fix = "" if is_ours else f"activate this environment: source {programs}/activate"
     yield finding("deepspeed launcher", launcher, fix)
 
 
@@ -111,8 +117,10 @@ def check_accelerator() -> Iterator[Finding]:
     if torch.cuda.is_available():
         from llm2clip_plugin.train.distributed import gpu_precision
 
-        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, bf16 {gpu_precision() == 'bf16'}"
+        count = torch.cuda.device_count()
+        names = {torch.cuda.get_device_name(number) for number in range(count)}
+        has_bf16 = gpu_precision() == "bf16"
+        found = f"{count} x {', '.join(sorted(names))}, bf16 {has_bf16}"
         yield finding("accelerator", found)
     else:
         found = f"none; everything runs on the CPU ({torch.get_num_threads()} threads)"
@@ -152,7 +160,8 @@ def check_llava() -> Iterator[Finding]:
     elif boot.watching():
         yield finding("start-up hook", "active")
     else:
-        fix = f"{install_command('tower')} (without --target), or `python -m llava_integration.boot ...`"
+        start = "`python -m llava_integration.boot ...`"
+        fix = f"{install_command('tower')} (without --target), or {start}"
         yield finding("start-up hook", "not active", fix, state="fail")
     try:
         location = towers.locate(towers.NAME)
@@ -202,8 +211,11 @@ def report() -> Iterator[Finding]:
     if extra:
         yield from check_accelerator()
     limit = raise_open_files()
-    how = f"raise the hard limit to {OPEN_FILES} (ulimit -Hn, limits.conf, docker run --ulimit nofile)"
-    yield finding("open files", f"at most {limit} per process", "" if limit >= OPEN_FILES else how)
+    fix = ""
+    if limit < OPEN_FILES:
+        where = "ulimit -Hn, limits.conf, docker run --ulimit nofile"
+        fix = f"raise the hard limit to {OPEN_FILES} ({where})"
+    yield finding("open files", f"at most {limit} per process", fix)
     if llava_installed():
         yield from check_llava()
     elif extra == "train":
@@ -232,12 +244,10 @@ def main(argv: list[str]) -> int:
     """``llm2clip doctor``: 0 if nothing fails, 1 otherwise."""
     COMMAND.parse(argv)
     findings = list(report())
-    failed = [one.subject for one in findings if one.state == "fail"]
-    for one in findings:
-        print(
-            f"[{one.state:>4}] {one.subject}: {one.found}",
-            *[f"       -> {one.fix}"] * bool(one.fix),
-            sep="\n",
-        )
+    failed = [line.subject for line in findings if line.state == "fail"]
+    for line in findings:
+        print(f"[{line.state:>4}] {line.subject}: {line.found}")
+        if line.fix:
+            print(f"       -> {line.fix}")
     print(f"{len(failed)} to fix: {', '.join(failed)}" if failed else "no problems found")
     return 1 if failed else 0

@@ -46,7 +46,7 @@ def printable_lines(text: str) -> str:
 
 
 def read_json_value(path: str | os.PathLike[str]) -> Any:
-    """The value in a JSON file. Raises ContractError naming the file, OSError if it cannot be read."""
+    """The value in a JSON file. Raises ContractError naming the file, or OSError."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -383,7 +383,8 @@ def discover(package: str, attribute: str) -> dict[str, Any]:
         for member in found if isinstance(found, list) else [found]:
             if member.name in members:
                 raise ValueError(
-                    f"two members of {package} have the {attribute}.name {member.name!r}; rename one"
+                    f"two members of {package} have the {attribute}.name {member.name!r}; rename "
+                    "one"
                 )
             members[member.name] = member
     return members
@@ -394,7 +395,7 @@ TIMEOUT = "LLM2CLIP_TIMEOUT"
 
 
 def timeout() -> float:
-    """Seconds that a server may take to accept a connection, and between two pieces of an answer."""
+    """Seconds that a server may take to connect, and between two pieces of an answer."""
     text = os.environ.get(TIMEOUT) or "30"
     if not re.fullmatch(r"\d*\.?\d+", text) or not float(text):
         raise ValueError(f"{TIMEOUT} is {text!r}, expected seconds above 0")
@@ -402,7 +403,7 @@ def timeout() -> float:
 
 
 def can_only_be_a_path(name: str) -> bool:
-    """Whether a name cannot be a Hub id, which is ``owner/name`` or, of some old models, ``name``."""
+    """Whether a name cannot be a Hub id: ``owner/name`` or, of some old models, ``name``."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
@@ -440,7 +441,10 @@ def check_hub_answers(repository: str, *, revision: str | None = None) -> None:
         HfApi().repo_info(repository, revision=revision, timeout=timeout())
     except Exception as error:  # of requests or of httpx, by the client's version
         if any("Timeout" in kind.__name__ for kind in type(error).__mro__):
-            told = f"the Hugging Face Hub ({constants.ENDPOINT}) has not answered for {timeout():g} s ({TIMEOUT})"
+            told = (
+                f"the Hugging Face Hub ({constants.ENDPOINT}) has not answered for {timeout():g} s "
+                f"({TIMEOUT})"
+            )
             fix = (
                 "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use downloaded files"
             )

@@ -28,7 +28,7 @@ ANYWHERE = (".DS_Store", "*/.DS_Store", "Thumbs.db", "*/Thumbs.db", "desktop.ini
 
 @dataclass(frozen=True, kw_only=True)
 class FolderRecord(VersionedRecord):
-    """``llm2clip-folder.json`` of a folder: the command that wrote it, and all files that it wrote."""
+    """``llm2clip-folder.json`` of a folder: the command that wrote it, and the files it wrote."""
 
     KIND: ClassVar[str] = "llm2clip-folder"
     FILE: ClassVar[str] = "llm2clip-folder.json"
@@ -171,7 +171,7 @@ def _is_in_config(path: Path, kind: FolderKind) -> bool:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Paths of everything in the folder that is no folder, relative to it. Links are not followed."""
+    """Relative paths of everything in the folder that is no folder. Links are not followed."""
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(place, name))]
         for name in (*files, *links):

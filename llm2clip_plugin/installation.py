@@ -60,7 +60,10 @@ def missing_message(extra: str, what: str, modules: list[str]) -> str:
     where = ""
     if extra == "train" and is_llavas_own():
         where = " in a new environment, since it would move what LLaVA pins here"
-    return f"{what} needs the extra [{extra}] ({named} not installed); install it{where}: {install_command(extra)}"
+    return (
+        f"{what} needs the extra [{extra}] ({named} not installed); install it{where}: "
+        f"{install_command(extra)}"
+    )
 
 
 def is_llavas_own() -> bool:

@@ -134,12 +134,14 @@ class Command(Generic[Settings]):
         return config
 
     def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-        """The values that a command line gives, by dotted name of the field, and those of the extra options. Prints
-        --help and exits with status 0 if it is among the words."""
+        """The values that a command line gives, by dotted name of the field, and those of the extra
+        options. Prints --help and exits with status 0 if it is among the words."""
         words = list(argv)
-        rest = []
+        rest: list[str] = []
         if self.rest and "--" in words:
-            words, rest = words[: words.index("--")], words[words.index("--") + 1 :]
+            end = words.index("--")
+            rest = words[end + 1 :]
+            words = words[:end]
         if any(word in (*HELP, *HELP_ALL) for word in words):
             print(self.help_text(everything=any(word in HELP_ALL for word in words)))
             raise SystemExit(0)
@@ -161,12 +163,18 @@ class Command(Generic[Settings]):
         half = [name for name in HALF if values.pop(name, False)]
         if len(half) > 1:
             raise ValueError("--bf16 and --fp16 exclude each other; give one")
-        values |= {PRECISION: half[0]} if half else {}
-        values |= {self.rest: tuple(rest)} if rest else {}
+        if half:
+            values[PRECISION] = half[0]
+        if rest:
+            values[self.rest] = tuple(rest)
         for name in self.arguments.split():
-            if bare and name not in values:
-                several = typing.get_origin(self.leaves[name].type) is tuple
-                values[name], bare = (tuple(bare), []) if several else (bare[0], bare[1:])
+            if not bare or name in values:
+                continue
+            if typing.get_origin(self.leaves[name].type) is tuple:
+                values[name] = tuple(bare)
+                bare = []
+            else:
+                values[name] = bare.pop(0)
         if bare:
             raise ValueError(f"unexpected argument {bare[0]!r}; {self.usage}")
         required = (name for name, leaf in self.leaves.items() if leaf.default is MISSING)
@@ -176,11 +184,8 @@ class Command(Generic[Settings]):
 
     def written(self, name: str) -> str:
         """How usage and errors write a field: DATA, or --llm."""
-        return (
-            self.options[name].upper()
-            if name in self.arguments.split()
-            else f"--{self.options[name]}"
-        )
+        option = self.options[name]
+        return option.upper() if name in self.arguments.split() else f"--{option}"
 
     @property
     def usage(self) -> str:
@@ -213,14 +218,14 @@ class Command(Generic[Settings]):
             name: NAMES.get(name) or NAMES.get(last_part(name)) or last_part(name)
             for name in self.leaves
         }
-        own = [
-            name for name in usual if name in self.shown or name.rpartition(".")[0] in self.shown
+        named = [  # by the command itself
+            name for name in usual if name in self.shown or section_of(name) in self.shown
         ]
-        count = Counter(usual[name] for name in usual if name not in own)
+        count = Counter(option for name, option in usual.items() if name not in named)
         names = {}
         for name, option in usual.items():
-            section = name.rpartition(".")[0]
-            if name in own:
+            section = section_of(name)
+            if name in named:
                 option = self.shown.get(name) or self.shown[section] + option
             elif count[option] > 1:
                 option = f"{section}.{option}" if section else option
@@ -235,18 +240,21 @@ class Command(Generic[Settings]):
         assert len(fields) == len(self.options), f"options with one name: {self.options}"
         unique = {last_part(name): name for name in self.leaves if count[last_part(name)] == 1}
         for names in (self.also, {name: name for name in self.leaves}, unique):
-            for name, of in names.items():
-                fields.setdefault(name.replace("_", "-"), of)
-        return {**{name: fields[now] for name, now in ALSO.items() if now in fields}, **fields}
+            for name, dotted_name in names.items():
+                fields.setdefault(name.replace("_", "-"), dotted_name)
+        elsewhere = {name: fields[option] for name, option in ALSO.items() if option in fields}
+        return {**elsewhere, **fields}
 
     def _option(self, word: str, waiting: deque[str]) -> tuple[str, Any, list[str]]:
         """The field, or extra option, of a word, its type, its values in the words after it;
         ValueError if unknown."""
         option, equals, value = word.partition("=")
         name = option.removeprefix("--").replace("_", "-")
-        flags = {
-            option for option, of in self.understood.items() if self.leaves[of].type in (bool, AUTO)
-        }
+        flags = [
+            option
+            for option, dotted_name in self.understood.items()
+            if self.leaves[dotted_name].type in (bool, AUTO)
+        ]
         section, dot, last = name.rpartition(".")
         positive = f"{section}{dot}{last.removeprefix('no-')}"
         if name in self.understood:
@@ -258,36 +266,35 @@ class Command(Generic[Settings]):
             hint = bool if name in HALF else str
         else:
             known = [*self.understood, *self.extras, *map(negative, flags)]
-            near = "".join(
-                f" (did you mean --{one}?)" for one in difflib.get_close_matches(name, known, n=1)
-            )
+            nearest = difflib.get_close_matches(name, known, n=1)
+            advice = f" (did you mean --{nearest[0]}?)" if nearest else ""
             raise ValueError(
-                f"unknown option {option}{near}; `llm2clip {self.name} --help-all` lists all"
+                f"unknown option {option}{advice}; `llm2clip {self.name} --help-all` lists all"
             )
         if equals:
             return name, hint, [value]
-        if hint in (bool, AUTO) and not (
-            waiting and waiting[0].lower() in (*TRUTH, *["auto"][: hint is not bool])
-        ):
-            return name, hint, ["true"]
-        if name in self.alone and not (waiting and NUMBER.match(waiting[0])):
+        next_word = waiting[0] if waiting else ""
+        if hint in (bool, AUTO):
+            choices = TRUTH if hint is bool else (*TRUTH, "auto")
+            if next_word.lower() not in choices:
+                return name, hint, ["true"]
+        if name in self.alone and not NUMBER.match(next_word):
             return name, hint, [self.alone[name]]
-        kinds = typing.get_args(hint) if typing.get_origin(hint) is tuple else (hint,)
+        most = 1
+        if typing.get_origin(hint) is tuple:
+            kinds = typing.get_args(hint)
+            most = len(waiting) if kinds[-1] is Ellipsis else len(kinds)
         texts: list[str] = []
-        while (
-            waiting
-            and not OPTION.match(waiting[0])
-            and (kinds[-1] is Ellipsis or len(texts) < len(kinds))
-        ):
+        while waiting and not OPTION.match(waiting[0]) and len(texts) < most:
             texts.append(waiting.popleft())
         return name, hint, texts
 
     def _refuse_without_effect(self, config: Settings, given: Mapping[str, Any]) -> None:
         """Raise ValueError for a given option that another setting makes void."""
         for option, need in self.needs.items():
-            for name in (
-                name for name in given if given[name] and f"{name}.".startswith(f"{option}.")
-            ):
+            for name, given_value in given.items():
+                if not given_value or not f"{name}.".startswith(f"{option}."):
+                    continue
                 setting, _, why = need.removeprefix("not ").partition(": ")
                 value = functools.reduce(getattr, setting.split("."), config)
                 # -1 steps are none
@@ -342,6 +349,11 @@ def last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def section_of(name: str) -> str:
+    """``optim`` of ``optim.lr``; "" of ``seed``."""
+    return name.rpartition(".")[0]
+
+
 def negative(option: str) -> str:
     """``loss.no-mask`` of ``loss.mask``."""
     section, dot, last = option.rpartition(".")
@@ -353,13 +365,12 @@ def _value(hint: Any, texts: Sequence[str]) -> Any:
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if origin is tuple and arguments[-1] is Ellipsis:
-        return (
-            ()
-            if texts in ([""], ["none"])
-            else tuple(_value(arguments[0], [text]) for text in texts)
-        )
-    if len(texts) != (count := len(arguments) if origin is tuple else 1):
-        raise ValueError(f"expected {count} value{'s' * (count > 1)}")
+        if texts in ([""], ["none"]):
+            return ()
+        return tuple(_value(arguments[0], [text]) for text in texts)
+    count = len(arguments) if origin is tuple else 1
+    if len(texts) != count:
+        raise ValueError(f"expected {count} {'values' if count > 1 else 'value'}")
     if origin is tuple:
         return tuple(_value(arguments[0], [text]) for text in texts)
     text = texts[0]
@@ -387,8 +398,10 @@ def _value(hint: Any, texts: Sequence[str]) -> Any:
 def _metavar(hint: Any) -> str:
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        each = _metavar(arguments[0])
-        return f"{each} ..." if arguments[-1] is Ellipsis else " ".join(each for _ in arguments)
+        metavar = _metavar(arguments[0])
+        if arguments[-1] is Ellipsis:
+            return f"{metavar} ..."
+        return " ".join([metavar] * len(arguments))
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(filter(None, arguments))
     return METAVARS.get(arguments[0] if arguments else hint, "VALUE")
@@ -404,18 +417,20 @@ def _row(spelled: str, text: str) -> str:
 
 def _shown(default: Any) -> str:
     """A default as --help shows it; "" for one that says nothing."""
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    if shown in ("", None, MISSING) or isinstance(shown, bool):
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    if default in ("", None, MISSING) or isinstance(default, bool):
         return ""
-    return f" (default: {shown:g})" if isinstance(shown, float) else f" (default: {shown})"
+    return f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
 
 
 def leaves_of(kind: type, default: Any = MISSING, path: str = "") -> Iterator[tuple[str, Leaf]]:
-    """(dotted name, leaf) of nested dataclasses, with the values of ``default`` or the fields' own."""
+    """(dotted name, leaf) of nested dataclasses; the values of ``default``, or the fields' own."""
     hints = typing.get_type_hints(kind)
-    comments = {}
+    comments: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        comments |= _comments(base) if dataclasses.is_dataclass(base) else {}
+        if dataclasses.is_dataclass(base):
+            comments |= _comments(base)
     section = _first_sentence(kind.__doc__ or "")
     for item in dataclasses.fields(kind):
         hint = hints[item.name]
@@ -427,7 +442,7 @@ def leaves_of(kind: type, default: Any = MISSING, path: str = "") -> Iterator[tu
 
 
 def _first_sentence(docstring: str) -> str:
-    """Of a docstring, on one line: its first paragraph up to a line that ends in a period or colon."""
+    """A docstring up to its first line that ends in a period or colon, on one line."""
     lines: list[str] = []
     for line in docstring.strip().splitlines():
         if not line.strip():
@@ -483,7 +498,8 @@ def changed_options(config: Any, names: Iterable[str]) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{option if value else negative(option)}")
         else:
-            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{option}", *map(str, values)]
     return words
 
 
@@ -519,10 +535,12 @@ def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
         wanted = f"expected {command.leaves[name].help}"
         written = command.written(name)
         # a Hub id, a URL, a wildcard or braces is not missing
-        local = (
-            not (glob.has_magic(path) or "{" in path) if kind == DATA else can_only_be_a_path(path)
-        )
-        if kind and local and "://" not in path and not os.path.exists(os.path.expanduser(path)):
+        if kind == DATA:
+            is_local = not (glob.has_magic(path) or "{" in path)
+        else:
+            is_local = can_only_be_a_path(path)
+        is_local = is_local and "://" not in path
+        if kind and is_local and not os.path.exists(os.path.expanduser(path)):
             raise FileNotFoundError(f"no {kind} at {path}; {wanted}")
         if kind == LLM and os.path.isfile(f"{path}/config.json") and not _has_any(path, TOKENIZERS):
             raise FileNotFoundError(f"{written} {path} has no tokenizer; {wanted}")
@@ -550,14 +568,11 @@ def _check_folder(
             f"{output} exists and is not empty; choose another path or pass --overwrite"
         )
     for name, path in given:
-        if (
-            name != "output"
-            and os.path.exists(path)
-            and Path(path).resolve().is_relative_to(Path(output).resolve())
-        ):
-            raise ValueError(
-                f"--output {output} has the input {path}, which --overwrite would delete; choose another"
-            )
+        if name == "output" or not os.path.exists(path):
+            continue
+        if Path(path).resolve().is_relative_to(Path(output).resolve()):
+            problem = f"--output {output} has the input {path}, which --overwrite would delete"
+            raise ValueError(f"{problem}; choose another")
     refuse_foreign(Path(output), KINDS[command])
 
 

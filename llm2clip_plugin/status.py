@@ -41,8 +41,11 @@ class StatusConfig:
 COMMAND = Command(
     name="status",
     example="llm2clip status runs/photos",
-    about="Where a run with all its stages, a training or an embedding cache stands: progress, scores, checkpoints, "
-    "the command to resume. It only reads files, so it is safe while the run is in progress.",
+    about=(
+        "Where a run with all its stages, a training or an embedding cache stands: progress, "
+        "scores, checkpoints, the command to resume. It only reads files, so it is safe while the "
+        "run is in progress."
+    ),
     settings=StatusConfig,
     arguments="folder",
 )
@@ -64,7 +67,10 @@ def main(argv: list[str]) -> int:
     ):
         (name, state), *rows = run_rows(folder)
     else:
-        what = f"the folder of a run (run.json, checkpoints/) nor an embedding cache ({CacheManifest.FILE})"
+        what = (
+            "the folder of a run (run.json, checkpoints/) nor an embedding cache "
+            f"({CacheManifest.FILE})"
+        )
         fix = "pass the --output of `llm2clip run` or of a training, or an embeddings-* folder"
         raise FileNotFoundError(f"{folder} is neither {what}; {fix}")
     width = max(len(name) for name, _ in rows)
@@ -196,7 +202,7 @@ def run_state(
 
 
 def lock_holder(folder: Path) -> tuple[str, str] | None:
-    """Running, or running on another host, and the process; None if nobody holds the folder's lock."""
+    """Running, here or on another host, and the process; None if nobody holds the lock."""
     with suppress(OSError, ValueError, KeyError, TypeError):  # no lock, or a damaged one
         holder = json.loads((folder / files.LOCK).read_text(encoding="utf-8"))
         who = f"process {int(holder['pid'])} on {holder['host']}"

@@ -429,7 +429,8 @@ def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
         name_of = dict(name.split("\t", 1) for name in names)
         if missing := [name for name in classes if name not in name_of]:
             raise ValueError(
-                f"{file} has no name for class {missing[0]!r} ({len(missing)} of {len(classes)} missing)"
+                f"{file} has no name for class {missing[0]!r} ({len(missing)} of {len(classes)} "
+                "missing)"
             )
         return [name_of[name] for name in classes]
     numbered = classes == [str(number) for number in range(len(classes))]
@@ -450,7 +451,8 @@ def read_templates(path: str, data: str) -> list[str]:
     file, lines = _read_lines(path, data, TEMPLATE_FILE)
     if invalid := [line for line in lines or () if "{c}" not in line and "{}" not in line]:
         raise ValueError(
-            f"{file}: template {invalid[0]!r} does not contain {{c}}, the placeholder for the class name"
+            f"{file}: template {invalid[0]!r} does not contain {{c}}, "
+            "the placeholder for the class name"
         )
     return lines or ["a photo of a {c}."]
 

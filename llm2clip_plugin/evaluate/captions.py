@@ -79,7 +79,8 @@ def main(argv: list[str]) -> int:
     print_table("top-1 accuracy, the first caption finds the second", rows, TERMS)
     if encoder.count_truncated:
         print(
-            f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and were truncated"
+            f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and "
+            "were truncated"
         )
     record = ScoreFile(
         benchmark=f"caption retrieval, {Path(config.measure.captions).name}",
@@ -354,7 +355,10 @@ def search_and_report(config: EvaluateCaptionsConfig) -> None:
         removed = {-1: "none, not centered", 0: "none, centered"}.get(
             one.components, str(one.components)
         )
-        way = f"{one.way.attention}, {one.way.pooling}, {one.way.layer}, {removed}, {one.way.chat_template!r}"
+        way = (
+            f"{one.way.attention}, {one.way.pooling}, {one.way.layer}, {removed}, "
+            f"{one.way.chat_template!r}"
+        )
         rows[way] = {
             name: f"{value:.3f}" for name, value in {"score": one.score, **one.rows}.items()
         }

@@ -124,7 +124,10 @@ def measure_probe(config: ProbeConfig, all_ranks: bool) -> ScoreFile:
         hits["linear"] = linear_probe(train, test.feature_ND) == test_label_N
     means = {name: f"{name}_mean_per_class" for name in hits}
     scores = test.scores(hits, test_classes, means, unseen_classes=len(unseen))
-    lost = f"classes without training images (their test images count as wrong): {', '.join(unseen[:10])}"
+    lost = (
+        "classes without training images (their test images count as wrong): "
+        f"{', '.join(unseen[:10])}"
+    )
     return dataclasses.replace(
         scores,
         notes=[*([lost] if unseen else []), *scores.notes],

@@ -50,7 +50,8 @@ class BenchmarksConfig:
     def __post_init__(self) -> None:
         if self.suites and not self.root:
             raise ValueError(
-                "--evaluate-suites needs the folder that has the suites' folders: set --suites-root DIR"
+                "--evaluate-suites needs the folder that has the suites' folders: set "
+                "--suites-root DIR"
             )
 
 
@@ -106,12 +107,19 @@ class EvaluateCaptionsConfig:
 
 EVALUATE_CAPTIONS = Command(
     name="evaluate captions",
-    example="llm2clip evaluate captions /data/coco --llm meta-llama/Llama-3.2-1B --retrieve short:short",
-    about="Measure the caption retrieval accuracy of an LLM, fine-tuned or not: one caption of an image retrieves "
-    "another, within and across languages. Images are not read.",
+    example=(
+        "llm2clip evaluate captions /data/coco --llm meta-llama/Llama-3.2-1B --retrieve short:short"
+    ),
+    about=(
+        "Measure the caption retrieval accuracy of an LLM, fine-tuned or not: one caption of an "
+        "image retrieves another, within and across languages. Images are not read."
+    ),
     settings=EvaluateCaptionsConfig,
     arguments="measure.captions",
-    everyday="llm adapter preset fields retrieve home across across-kind limit search fit-on folder output",
+    everyday=(
+        "llm adapter preset fields retrieve home across across-kind limit search fit-on folder "
+        "output"
+    ),
     shown={"measure.captions": "data", "json": "output"},
     hidden="read.kinds read.languages read.shuffle_window",
 )
@@ -156,14 +164,20 @@ class ForecastConfig(MeasureConfig):
             )
 
 
-EXAMPLE = "llm2clip forecast towers/clip-l14 runs/l14/tower --llm lmsys/vicuna-7b-v1.5 --data /data/lcs-558k.json"
+EXAMPLE = (
+    "llm2clip forecast towers/clip-l14 runs/l14/tower --llm lmsys/vicuna-7b-v1.5 --data "
+    "/data/lcs-558k.json"
+)
 
 FORECAST = Command(
     name="forecast",
     example=EXAMPLE,
-    about="Before any LLaVA is trained: how well do a tower's patches agree with what an LLM makes of the images' "
-    "captions? Mutual neighbors (RAVEL), CKA and a linear probe, with intervals; of two or more towers the paired "
-    "differences to the first. Without --data: the package's 200 validation drawings.",
+    about=(
+        "Before any LLaVA is trained: how well do a tower's patches agree with what an LLM makes "
+        "of the images' captions? Mutual neighbors (RAVEL), CKA and a linear probe, with "
+        "intervals; of two or more towers the paired differences to the first. Without --data: the "
+        "package's 200 validation drawings."
+    ),
     settings=ForecastConfig,
     arguments="towers",
     everyday="llm data image-folder kinds languages cache cluster select-layer limit output device",
@@ -197,8 +211,11 @@ class ProbeConfig(MeasureConfig):
 EVALUATE_PROBE = Command(
     name="evaluate probe",
     example="llm2clip evaluate probe towers/l14-336 /data/imagenet/train /data/imagenet/val",
-    about="Measure the features of a tower, or of the one it was trained from, by kNN and a linear probe. TRAIN and "
-    "TEST have one folder per class, or tars with .cls members; with --label they are captioned data.",
+    about=(
+        "Measure the features of a tower, or of the one it was trained from, by kNN and a linear "
+        "probe. TRAIN and TEST have one folder per class, or tars with .cls members; with --label "
+        "they are captioned data."
+    ),
     settings=ProbeConfig,
     arguments="tower train test",
     shown={"json": "output"},
@@ -228,10 +245,16 @@ class EvaluateConfig:
 
 EVALUATE = Command(
     name="evaluate",
-    example="llm2clip evaluate runs/l14-336/tower /data/flickr30k.jsonl --image-folder /data/flickr30k-images",
-    about="Measure a tower's image-text retrieval recall on captioned data; captions that are not cached are embedded "
-    "once. Under torchrun or the deepspeed launcher the ranks split the work. With --suite paper, or names (flickr30k, "
-    "coco, sugarcrepe ...): benchmarks. Of those without files a line says where to get them.",
+    example=(
+        "llm2clip evaluate runs/l14-336/tower /data/flickr30k.jsonl --image-folder "
+        "/data/flickr30k-images"
+    ),
+    about=(
+        "Measure a tower's image-text retrieval recall on captioned data; captions that are not "
+        "cached are embedded once. Under torchrun or the deepspeed launcher the ranks split the "
+        "work. With --suite paper, or names (flickr30k, coco, sugarcrepe ...): benchmarks. Of "
+        "those without files a line says where to get them."
+    ),
     settings=EvaluateConfig,
     arguments="tower data.path",
     everyday="suite cache image-folder fields kinds languages group limit batch-size output device",
@@ -272,9 +295,15 @@ class SearchConfig(MeasureConfig):
 
 SEARCH = Command(
     name="search",
-    example='llm2clip search towers/l14-336 /data/photos "a bird on a wire" "ein Vogel" --output birds.html',
-    about="Find the images that are nearest to each text, with the tower's teacher. DATA is captioned data of any "
-    "format, or a folder of image files. Images are embedded once; rerun the same command to resume.",
+    example=(
+        'llm2clip search towers/l14-336 /data/photos "a bird on a wire" "ein Vogel" '
+        "--output birds.html"
+    ),
+    about=(
+        "Find the images that are nearest to each text, with the tower's teacher. DATA is "
+        "captioned data of any format, or a folder of image files. Images are embedded once; rerun "
+        "the same command to resume."
+    ),
     settings=SearchConfig,
     arguments="tower data.path text",
     everyday="top-k output cache image-folder llm adapter batch-size workers device",
@@ -304,8 +333,11 @@ class ZeroShotConfig(MeasureConfig):
 EVALUATE_ZEROSHOT = Command(
     name="evaluate zeroshot",
     example="llm2clip evaluate zeroshot towers/l14-336 /data/imagenet/val --classes classnames.txt",
-    about="Measure a tower's zero-shot classification. DATA has one folder per class, or tars with .cls members "
-    "(CLIP_benchmark's, with its classnames.txt and templates), or it is captioned data, with --label.",
+    about=(
+        "Measure a tower's zero-shot classification. DATA has one folder per class, or tars with "
+        ".cls members (CLIP_benchmark's, with its classnames.txt and templates), or it is "
+        "captioned data, with --label."
+    ),
     settings=ZeroShotConfig,
     arguments="tower data",
     everyday="label classes templates cache llm adapter batch-size workers output device",

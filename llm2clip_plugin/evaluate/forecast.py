@@ -180,7 +180,7 @@ def on_grid(patch_BPH: Tensor) -> Tensor:
 
 
 def print_measures(config: ForecastConfig, records: Sequence[ScoreFile]) -> None:
-    """Each tower's measures with intervals, and of all but the first the paired differences to it."""
+    """Each tower's measures with intervals, and the paired differences to the first tower."""
     rows = {}
     for record in records:
         rows[record.model] = {name: str(interval(record, name)) for name in record.metrics}
@@ -269,8 +269,9 @@ def neighbor_overlap(one_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
 
 
 def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
-    """(N,) float64: linear CKA (Kornblith et al. 2019, arXiv 1905.00414), debiased (Nguyen et al. 2021, arXiv
-    2010.15327), plus each image's jackknife influence on it (Arvesen 1969), whose mean is 0.
+    """(N,) float64: linear CKA (Kornblith et al. 2019, arXiv 1905.00414), debiased (Nguyen et al.
+    2021, arXiv 2010.15327), plus each image's jackknife influence on it (Arvesen 1969), whose mean
+    is 0.
 
     1 for features that differ by rotation and scale, about 0 for unrelated ones. Not CKA itself is
     bootstrapped, as images drawn twice are similar on both sides and raise it.

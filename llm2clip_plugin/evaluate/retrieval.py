@@ -110,7 +110,8 @@ def rank_both(
     for vectors, labels in sides:
         if vectors.ndim != 2 or not len(vectors) or labels.shape != vectors.shape[:1]:
             raise ValueError(
-                f"expected (N, D) embeddings and (N,) labels, got {vectors.shape} and {labels.shape}"
+                f"expected (N, D) embeddings and (N,) labels, got {vectors.shape} and "
+                f"{labels.shape}"
             )
         # no comparison with a NaN is true: it would be a hit
         if broken := int((~torch.isfinite(vectors.sum(1))).sum()):
@@ -395,7 +396,7 @@ def embed_pairs(
 
 
 def encode_texts(encoders: Dual, teacher_UW: Tensor, all_ranks: bool = False) -> Tensor:
-    """(U, D) float32 on the CPU; the batches, and so the bits, are the same on any number of ranks."""
+    """(U, D) float32 on the CPU; batches, and so bits, are the same on any number of ranks."""
     device = next(encoders.parameters()).device
     group = group_of(all_ranks)
     batches = teacher_UW.split(TEXT_BATCH)

@@ -113,7 +113,7 @@ def write_json(path: Path, body: dict[str, Any]) -> None:
 
 
 def section(config: dict[str, Any], name: str, *, where: str = "config.json") -> dict[str, Any]:
-    """An object inside a JSON object, {} if it is absent or null; ContractError for anything else."""
+    """An object inside a JSON object, {} if absent or null; ContractError for anything else."""
     value = config.get(name)
     if value is not None and not isinstance(value, dict):
         raise ContractError(f'{where}: "{name}" is {value!r}, expected an object')
@@ -150,7 +150,8 @@ def check_channels(name: str, values: Any, where: Path) -> None:
         above = " above 0" if name == "image_std" else ""
         fix = "take the values of the model that the tower comes from"
         raise ContractError(
-            f"{where}: {name} is {values!r}, expected three numbers{above} (red, green, blue); {fix}"
+            f"{where}: {name} is {values!r}, expected three numbers{above} (red, green, blue); "
+            f"{fix}"
         )
 
 
@@ -175,7 +176,8 @@ def check_hash(directory: Path, file: str) -> None:
         raise FileNotFoundError(f"no {file} in {directory}; {REMEDY}")
     if (actual := sha256_weights(directory / file)) != expected:
         raise ContractError(
-            f"{directory / file} has SHA-256 {actual}, but {card.FILE} records {expected!r}: {REMEDY}"
+            f"{directory / file} has SHA-256 {actual}, but {card.FILE} records {expected!r}: "
+            f"{REMEDY}"
         )
 
 
@@ -352,7 +354,10 @@ def refused_pickle(path: Path, error: pickle.UnpicklingError) -> ContractError:
     file nevertheless."""
     name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
     reason = f"would run or construct {name[1]}" if name else "contains other objects than tensors"
-    fix = "load it where you trust it, with the library that wrote it, and save it with save_pretrained(FOLDER)"
+    fix = (
+        "load it where you trust it, with the library that wrote it, and save it with "
+        "save_pretrained(FOLDER)"
+    )
     return ContractError(
         f"{path} {reason}; nothing in it was run. Use the weights as .safetensors: {fix}"
     )

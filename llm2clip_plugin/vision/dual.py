@@ -62,7 +62,8 @@ class TextAdapter(nn.Module):
         is_none = config.adapter == "none"
         if is_none and width != config.projection_dim:
             raise ValueError(
-                f"adapter 'none' needs llm_width == projection_dim, got {width}, {config.projection_dim}"
+                f"adapter 'none' needs llm_width == projection_dim, got {width}, "
+                f"{config.projection_dim}"
             )
         self.llm_width = width
         self.normalise_input = config.normalise_input
@@ -111,7 +112,7 @@ MAX_LOGIT_SCALE = 100.0  # as CLIP clamps it
 
 
 class DualFeatures(NamedTuple):
-    """One forward pass of a dual encoder, in float32; None for patches that it was not asked for."""
+    """One forward pass of a dual encoder, in float32; None for patches not requested."""
 
     image_BD: Tensor  # L2-normalized
     text_ND: Tensor  # L2-normalized
@@ -146,7 +147,8 @@ class DualEncoder(nn.Module):
                 raise ValueError(unknown(name, chosen, known))
         if config.pool in ("cls", "cls_mean") and not self.family.has_cls:
             raise ValueError(
-                f"pool {config.pool!r} requires a class token; this tower has none; use pooled or mean"
+                f"pool {config.pool!r} requires a class token; this tower has none; use pooled or "
+                "mean"
             )
         self.tower = tower
         # as the card records it: the scale as a number, and no initial deviation
@@ -254,7 +256,7 @@ class DualEncoder(nn.Module):
         return self.project(self._pooled(output, spatial_shapes)), raw_BTH, feature_BTD
 
     def project(self, feature_BH: Tensor) -> Tensor:
-        """What `pool` returns -> (B, D), L2-normalized, float32; any number of leading dimensions."""
+        """Of `pool` -> (B, D), L2-normalized, float32; any number of leading dimensions."""
         return F.normalize(self.visual_projection(self.visual_norm(feature_BH)).float(), dim=-1)
 
     def encode_text(self, llm_embeddings: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -326,7 +328,10 @@ def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
     ValueError without."""
     card = located(TowerCard.read(directory / TowerCard.FILE), directory)
     if not card.projection_dim:
-        fit = f"fit heads on it (train-tower --tower {directory} --num-train-epochs 0) or open it with load_tower"
+        fit = (
+            f"fit heads on it (train-tower --tower {directory} --num-train-epochs 0) or open it "
+            "with load_tower"
+        )
         raise ValueError(f"{directory} contains only a tower, without a projection; {fit}")
     return card, from_plain(DualConfig, card.dual, where=f"{directory / card.FILE}: dual")
 
@@ -351,7 +356,8 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
         if ours[name] != theirs[name]
     ]:
         raise ValueError(
-            f"the heads in {directory} were saved with {', '.join(different)}; set dual.* to these values"
+            f"the heads in {directory} were saved with {', '.join(different)}; set dual.* to these "
+            "values"
         )
     check_hash(directory, ADAPTER_FILE)
     state = load_tensors(directory / ADAPTER_FILE)

@@ -63,7 +63,8 @@ class Eva02Config(PretrainedConfig):
         if hidden_size % num_attention_heads or (rope and hidden_size // num_attention_heads % 4):
             sizes = f"hidden_size {hidden_size} / num_attention_heads {num_attention_heads}"
             raise ValueError(
-                f"{sizes}, the head width, must be an integer, with rotary positions a multiple of 4"
+                f"{sizes}, the head width, must be an integer, with rotary positions a multiple of "
+                "4"
             )
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -186,7 +187,8 @@ class Eva02Embeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
-                f"images are {tuple(pixel_values.shape[-2:])} pixels, expected {self.image_size} squared"
+                f"images are {tuple(pixel_values.shape[-2:])} pixels, expected {self.image_size} "
+                "squared"
             )
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         patches_BTH = rearrange(self.patch_embedding(pixel_values), "b c h w -> b (h w) c")

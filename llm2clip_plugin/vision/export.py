@@ -1,14 +1,14 @@
 """Write a tower directory, and verify it: reload what was written and compare weights and features;
 upload it.
 
-| file                           | contents                                                                   |
-|--------------------------------|----------------------------------------------------------------------------|
-| config.json, model.safetensors | the tower, a plain Hugging Face vision model with the Hub's tensor names   |
-| preprocessor_config.json       | CLIPImageProcessor's, crop and shortest edge = the tower's image size      |
-| text_adapter.safetensors       | text adapter, visual projection, logit scale (absent for a tower alone)    |
-| llm2clip.json                  | the TowerCard                                                              |
-| teacher-adapter/               | the adapter of the teacher LLM and its text settings (--with-adapter)      |
-| README.md                      | model card                                                                 |
+| file                           | contents                                                      |
+|--------------------------------|---------------------------------------------------------------|
+| config.json, model.safetensors | a Hugging Face vision model, the Hub's tensor names           |
+| preprocessor_config.json       | CLIPImageProcessor's, crop and shortest edge = the image size |
+| text_adapter.safetensors       | text adapter, projection, logit scale (if it has heads)       |
+| llm2clip.json                  | the TowerCard                                                 |
+| teacher-adapter/               | adapter and text settings of the teacher (--with-adapter)     |
+| README.md                      | model card                                                    |
 """
 
 import dataclasses
@@ -259,7 +259,8 @@ def compare_features(expected: dict[str, Tensor], actual: dict[str, Tensor], *, 
         difference = (value.float() - actual[name].float()).abs().max().item() / scale
         if not difference <= tolerance:  # NaN fails too
             raise ContractError(
-                f"{where}: {name} differs by {difference:.2e} of its largest value, above {tolerance}"
+                f"{where}: {name} differs by {difference:.2e} of its largest value, above "
+                f"{tolerance}"
             )
 
 
@@ -284,8 +285,8 @@ BEFORE = "before"  # of a card's training: scores before step 1
 LICENSE = """\
 ## License
 
-Not stated. The tower inherits terms from the weights that it started from, from its teacher LLM and from its training \
-data. Complete this section and `license` above before you publish it.
+Not stated. The tower inherits terms from the weights that it started from, from its teacher LLM \
+and from its training data. Complete this section and `license` above before you publish it.
 """
 PAGE = """\
 ---
@@ -318,10 +319,12 @@ from llm2clip_plugin import load_dual_encoder, load_tower
 tower = load_tower("PATH_OR_HUB_ID")
 {dual}```
 """
-DUAL = """\
-dual = load_dual_encoder("PATH_OR_HUB_ID")  # teacher=PATH: where the LLM is, if not there
-image_features, text_features = dual.encode_image(pixel_values), dual.encode_text(["a bird on a wire"])
-"""
+DUAL = (
+    'dual = load_dual_encoder("PATH_OR_HUB_ID")  '
+    "# teacher=PATH: where the LLM is, if not there\n"
+    "image_features, text_features = dual.encode_image(pixel_values), "
+    'dual.encode_text(["a bird on a wire"])\n'
+)
 
 
 def model_card(card: TowerCard) -> str:
@@ -330,15 +333,17 @@ def model_card(card: TowerCard) -> str:
     tokens = f"{card.num_patches} patches" + (
         " + 1 class token" if card.has_cls else ", no class token"
     )
+    teacher = card.teacher
+    width = teacher.get("width", "?")
     facts = {
         "started from": f"`{card.origin}`",
         "image size": f"{card.image_size} px, patches of {card.patch_size} px: {tokens}",
         "blocks x width": f"{card.num_layers} x {card.hidden_size}",
         "projection_dim": str(card.projection_dim or ""),
-        "teacher LLM": f"`{card.teacher.get('llm', '')}`, embeddings of width {card.teacher.get('width', '?')}",
+        "teacher LLM": f"`{teacher.get('llm', '')}`, embeddings of width {width}",
         "SHA-256 of the weights": f"`{card.weights_sha256}`",
     }
-    if not card.teacher:
+    if not teacher:
         del facts["teacher LLM"]
     before = card.training.get(BEFORE, {})
     metrics = sorted(card.metrics.items())
@@ -377,7 +382,8 @@ def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
     """A written tower directory in one line; others if LLaVA's pinned environment cannot run it,
     and about texts."""
     lines = [
-        f"{card.family} tower, {card.image_size} px, verified by reloading (sha256 {card.weights_sha256})"
+        f"{card.family} tower, {card.image_size} px, verified by reloading (sha256 "
+        f"{card.weights_sha256})"
     ]
     return "\n".join(
         f"{place}: {line}" for line in [*lines, beyond_llava(card), needs_for_texts(card)] if line
@@ -401,7 +407,10 @@ def needs_for_texts(card: TowerCard) -> str:
     if adapter == f"./{TEACHER_ADAPTER}":
         return f"texts need the LLM {llm}; the adapter is in {TEACHER_ADAPTER}/"
     where = f"the adapter {adapter}" if adapter else "its adapter"
-    return f"texts need the LLM {llm} and {where}; `llm2clip export --with-adapter` puts the adapter into the directory"
+    return (
+        f"texts need the LLM {llm} and {where}; `llm2clip export --with-adapter` puts the adapter "
+        "into the directory"
+    )
 
 
 def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: bool = True) -> str:
@@ -456,7 +465,10 @@ def upload(
         # the cause has the status
         said = ": ".join(str(each) for each in (error, error.__cause__) if each is not None)
         reason = " ".join(said.split()) or type(error).__name__
-        told = f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the directory is complete"
+        told = (
+            f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the "
+            "directory is complete"
+        )
         # `hf upload` would send local paths
         again = f"llm2clip export {directory} --output NEW --push {repository}"
         fix = f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `{again}`"

@@ -68,7 +68,7 @@ def load_tower(
 
 
 def pretrained_log_scale(source: str | os.PathLike[str]) -> float | None:
-    """The natural logarithm of the logit scale of a source of ``load_tower``; None if it has none."""
+    """The natural logarithm of a ``load_tower`` source's logit scale; None if it has none."""
     if str(source).startswith(TIMM_PREFIX):
         return None
     directory = fetch_directory(source)
@@ -113,8 +113,8 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
             for name, (actual, wanted) in sorted(misshapen.items())
         ]
         raise ContractError(
-            f"the weights in {directory} do not match its config.json: missing {missing}, unexpected {unexpected}, "
-            f"misshapen {shapes}"
+            f"the weights in {directory} do not match its config.json: missing {missing}, "
+            f"unexpected {unexpected}, misshapen {shapes}"
         )
     tower.own_preprocessor = own_preprocessor(directory)
     note_default_normalization(directory, tower, family)
@@ -139,7 +139,8 @@ def note_default_normalization(directory: Path, tower: Tower, family: Family) ->
         )
         taken = f"mean {list(family.mean)} and standard deviation {list(family.std)}"
         _print_once(
-            f"note: {directory} has no {missing}; pixels get the {taken} of the family {family.name!r}"
+            f"note: {directory} has no {missing}; pixels get the {taken} of the family "
+            f"{family.name!r}"
         )
 
 
@@ -169,7 +170,10 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
     try:
         resized.load_state_dict(state)
     except RuntimeError as error:
-        message = f"{config.model_type} cannot be resized by interpolating its position table alone: {error}"
+        message = (
+            f"{config.model_type} cannot be resized by interpolating its position table alone: "
+            f"{error}"
+        )
         raise ValueError(message) from error
     resized.register_forward_pre_hook(_check_images, with_kwargs=True)
     resized.own_preprocessor = getattr(tower, "own_preprocessor", {})
@@ -205,7 +209,8 @@ def _check_images(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if pixels.dim() == 3 and getattr(tower.config, "keeps_aspect", False):  # patches
         if "spatial_shapes" not in kwargs:
             raise ValueError(
-                f"patches {tuple(pixels.shape)} require spatial_shapes=..., as of the same processor"
+                f"patches {tuple(pixels.shape)} require spatial_shapes=..., as of the same "
+                "processor"
             )
     elif pixels.shape[-2:] != (side, side):
         sizes = f"{tuple(pixels.shape[-2:])} pixels, but the tower expects {side} x {side}"
@@ -219,12 +224,14 @@ def check_size(config: Any, image_size: int) -> None:
     if image_size % config.patch_size:
         size = image_size // config.patch_size * config.patch_size
         raise ValueError(
-            f"image_size {image_size} is not a multiple of the patch size {config.patch_size}; try {size}"
+            f"image_size {image_size} is not a multiple of the patch size {config.patch_size}; try "
+            f"{size}"
         )
 
 
 def resized_from(tower: Tower) -> int:
-    """The image size that the tower's positions were learned at if they were interpolated, else 0."""
+    """The image size that the tower's positions were learned at if they were interpolated, else
+    0."""
     return tower.config.to_dict().get("resized_from", 0)
 
 
@@ -274,7 +281,8 @@ def tower_in(model: Any) -> Tower:
 
 
 def core_prefix(tower: Tower) -> str:
-    """``"vision_model."`` where transformers wraps the tower (CLIP and SigLIP in 4.x), else ``""``."""
+    """``"vision_model."`` where transformers wraps the tower (CLIP and SigLIP in 4.x), else
+    ``""``."""
     return "vision_model." if "vision_model" in dict(tower.named_children()) else ""
 
 
@@ -284,7 +292,8 @@ def tower_blocks(tower: Tower) -> nn.ModuleList:
 
 
 def parameters_in(tower: Tower, names: Iterable[str]) -> list[nn.Parameter]:
-    """The parameters that ``names`` (of modules or parameters, without ``core_prefix``) stand for."""
+    """The parameters that ``names`` (of modules or parameters, without ``core_prefix``) stand
+    for."""
     full_names = tuple(core_prefix(tower) + name for name in names)
     prefixes = tuple(f"{name}." for name in full_names)
     return [
@@ -403,7 +412,8 @@ def new_tower(source: str, *, image_size: int | None = None, device: str = "cpu"
         config = family.vision_class().config_class(**shape)
     else:
         raise ValueError(
-            f"{source!r} is no tower directory or architecture; known: {', '.join(shapes)}, timm:NAME"
+            f"{source!r} is no tower directory or architecture; known: {', '.join(shapes)}, "
+            "timm:NAME"
         )
     if image_size:
         check_size(config, image_size)

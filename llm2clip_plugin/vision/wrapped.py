@@ -95,7 +95,8 @@ class OpenVisionConfig(CLIPVisionConfig):
 
 
 class OpenVisionModel(Changed, CLIPVisionModel):
-    """CLIP's tower without the norm before the blocks; the mean of the patches, normed, is pooled."""
+    """CLIP's tower without the norm before the blocks; the mean of the patches, normed, is
+    pooled."""
 
     config_class = OpenVisionConfig
 
@@ -227,7 +228,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
         def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
             """Raises ValueError: its tensors are SigLIP's."""
             raise ValueError(
-                f"SigLIP 2 NaFlex is not written by transformers {transformers.__version__}; upgrade to 5"
+                f"SigLIP 2 NaFlex is not written by transformers {transformers.__version__}; "
+                "upgrade to 5"
             )
 
         def forward(
@@ -236,7 +238,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
             """See SiglipVisionModel. Raises ValueError for images that keep their aspect."""
             if spatial_shapes is not None:
                 raise ValueError(
-                    f"NaFlex takes squares alone in transformers {transformers.__version__}; upgrade to 5"
+                    f"NaFlex takes squares alone in transformers {transformers.__version__}; "
+                    "upgrade to 5"
                 )
             return super().forward(pixel_values, *args, **kwargs)
 
@@ -455,12 +458,14 @@ def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitC
     parts = dict(model.named_children())
     if not {"patch_embed", "blocks"} <= set(parts) or not hasattr(model, "num_prefix_tokens"):
         raise ValueError(
-            f"timm:{name} is not a plain vision transformer with patch_embed, blocks, num_prefix_tokens"
+            f"timm:{name} is not a plain vision transformer with patch_embed, blocks, "
+            "num_prefix_tokens"
         )
     (height, width), (rows, columns) = model.patch_embed.patch_size, model.patch_embed.grid_size
     if height != width or rows != columns:
         raise ValueError(
-            f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be square"
+            f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be "
+            "square"
         )
     table = (
         model.pos_embed.shape[1] - rows * columns
@@ -524,13 +529,15 @@ class TimmTower(PreTrainedModel):
             module.init_non_persistent_buffers()  # pyright: ignore[reportCallIssue]
         elif self.is_built_without_memory:
             raise ValueError(
-                f"this timm cannot compute the tables of its {type(module).__name__}; pip install -U timm"
+                f"this timm cannot compute the tables of its {type(module).__name__}; pip install "
+                "-U timm"
             )
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict | None = None
     ) -> None:
-        """Recompute each block in the backward pass, with timm's own (non-reentrant) checkpointing."""
+        """Recompute each block in the backward pass, with timm's own (non-reentrant)
+        checkpointing."""
         self.model.set_grad_checkpointing(True)
 
     def gradient_checkpointing_disable(self) -> None:

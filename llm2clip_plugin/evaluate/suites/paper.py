@@ -1,4 +1,4 @@
-"""The retrieval benchmarks of the paper and of its authors' page, with the numbers reported there."""
+"""The retrieval benchmarks of the paper and its authors' page, with the reported numbers."""
 
 import json
 import re
@@ -192,7 +192,9 @@ SUITE = [
         name="sharegpt4v-1k",
         requires={
             SHAREGPT4V: "https://huggingface.co/datasets/Lin-Chen/ShareGPT4V",
-            "sam|data/sam": "SA-1B: the images that the ShareGPT4V page lists, as sam/images/sa_*.jpg",
+            "sam|data/sam": (
+                "SA-1B: the images that the ShareGPT4V page lists, as sam/images/sa_*.jpg"
+            ),
         },
         read=read_sharegpt4v,
         images=SHAREGPT4V_ITEMS,

@@ -1,14 +1,14 @@
 """Turn vision checkpoints into tower directories.
 
-| checkpoint                                         | recognized by                    | layouts/     |
-|----------------------------------------------------|----------------------------------|--------------|
-| LLM2CLIP-EVA02-*.pt, EVA-CLIP                      | visual.blocks.*                  | eva_clip.py  |
-| OpenCLIP CLIP                                      | visual.transformer.resblocks.*   | open_clip.py |
-| OpenVision                                         | no visual.ln_pre                 | open_clip.py |
-| OpenCLIP, towers of timm (PE, SigLIP, EVA02)       | visual.trunk.*                   | open_clip.py |
-| timm's own, on the Hub                             | config.json with an architecture | hub.py       |
-| Qwen3-VL, Qwen3.5                                  | model.visual.pos_embed           | hub.py       |
-| HF model, LLM2CLIP-Openai-*, LLM2CLIP-*-siglip2-*  | config.json with a model_type    | hub.py       |
+| checkpoint                                   | recognized by                    | layouts/     |
+|----------------------------------------------|----------------------------------|--------------|
+| LLM2CLIP-EVA02-*.pt, EVA-CLIP                | visual.blocks.*                  | eva_clip.py  |
+| OpenCLIP CLIP                                | visual.transformer.resblocks.*   | open_clip.py |
+| OpenVision                                   | no visual.ln_pre                 | open_clip.py |
+| OpenCLIP, towers of timm (PE, SigLIP, EVA02) | visual.trunk.*                   | open_clip.py |
+| timm's own, on the Hub                       | config.json with an architecture | hub.py       |
+| Qwen3-VL, Qwen3.5                            | model.visual.pos_embed           | hub.py       |
+| Hugging Face, LLM2CLIP-Openai-*, *-siglip2-* | config.json with a model_type    | hub.py       |
 """
 
 import dataclasses
@@ -140,7 +140,10 @@ def parse_checkpoint(
     elif "architecture" in config:
         parsed = parse_timm_hub(state, config)
     else:
-        told = f"the tensor names ({', '.join(sorted(state)[:3])}, ...) match no known layout ({', '.join(layouts())})"
+        told = (
+            f"the tensor names ({', '.join(sorted(state)[:3])}, ...) match no known layout "
+            f"({', '.join(layouts())})"
+        )
         raise ValueError(
             f"{path}: {told}; a Hugging Face model needs its config.json, next to it or as --config"
         )
@@ -162,7 +165,10 @@ def parse_checkpoint(
             )
     _check_text_side(parsed, given)
     if unused := sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys()):
-        told = f"{len(unused)} of {len(parsed.state)} tensors do not belong to a {parsed.layout} model: {unused[:10]}"
+        told = (
+            f"{len(unused)} of {len(parsed.state)} tensors do not belong to a {parsed.layout} "
+            f"model: {unused[:10]}"
+        )
         raise ContractError(
             f"{path}: {told}; a tensor was renamed, or --config must describe the architecture"
         )
@@ -186,7 +192,8 @@ def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
     adapter = parsed.adapter
     if parsed.logit_scale is None and parsed.is_image_text:
         if not isinstance(start := given.get("logit_scale_init_value"), int | float):
-            fix = 'pass --config with its initial logarithm, such as {"logit_scale_init_value": 2.6592}, CLIP\'s'
+            example = '{"logit_scale_init_value": 2.6592}'
+            fix = f"pass --config with its initial logarithm, such as {example}, CLIP's"
             raise ContractError(
                 f"the checkpoint is missing logit_scale; if it never had one, {fix}"
             )
@@ -278,12 +285,13 @@ def convert(
 
 
 def write_clip(dual: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
-    """A CLIP tower whose projection is one matrix, as transformers' CLIPVisionModelWithProjection."""
+    """A CLIP tower with a single projection matrix, as a CLIPVisionModelWithProjection."""
     from transformers import CLIPVisionModelWithProjection
 
     if not isinstance(dual, DualEncoder) or family_of(dual.tower).name != "clip":
         raise ValueError(
-            "format 'clip' is for a CLIP tower with a projection; --format onnx converts every tower"
+            "format 'clip' is for a CLIP tower with a projection; --format onnx converts every "
+            "tower"
         )
     chosen = {
         name: getattr(dual.config, name)

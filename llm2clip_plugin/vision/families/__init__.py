@@ -92,7 +92,8 @@ def wrapped(name: str, *, of: str, title: str, since: str, config: str = "") -> 
         transformers = importlib.import_module("transformers")
         if (base := getattr(transformers, of, None)) is None:
             raise ValueError(
-                f"{title} requires transformers {since} or newer; {transformers.__version__} is installed"
+                f"{title} requires transformers {since} or newer; {transformers.__version__} is "
+                "installed"
             )
         model = in_module("llm2clip_plugin.vision.wrapped", name)()
         settings = (
@@ -114,7 +115,8 @@ def family_of_type(model_type: str, *, where: str) -> Family:
     known = {kind: family for family in families().values() for kind in family.model_types}
     if model_type not in known:
         raise ValueError(
-            f"{where}: no tower family has model_type {model_type!r}; known: {', '.join(sorted(known))}"
+            f"{where}: no tower family has model_type {model_type!r}; known: "
+            f"{', '.join(sorted(known))}"
         )
     return known[model_type]
 

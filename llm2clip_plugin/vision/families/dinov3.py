@@ -1,4 +1,4 @@
-"""DINOv3 (transformers 5): rotary positions for any grid; the states leave out its register tokens."""
+"""DINOv3 (transformers 5): rotary positions for any grid; states leave out register tokens."""
 
 from llm2clip_plugin.vision.families import IMAGENET_MEAN, IMAGENET_STD, Family, wrapped
 

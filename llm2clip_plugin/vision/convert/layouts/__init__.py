@@ -22,7 +22,10 @@ from llm2clip_plugin.vision.families import RESAMPLE
 # the reference's names if its text tower contains the LLM too
 IN_THE_LOOP = "text.text_proj.text_adaptor."
 PARTS = {"ln": "norm", "fn.0": "up", "fn.3": "down"}  # of a block: the reference's names -> ours
-ADAPTER = r"(?P<prefix>.*\b(text_)?adaptor\.)(?P<number>\d+)\.((?P<part>ln|fn\.0|fn\.3)\.)?(?P<kind>weight|bias)"
+ADAPTER = (
+    r"(?P<prefix>.*\b(text_)?adaptor\.)(?P<number>\d+)\."
+    r"((?P<part>ln|fn\.0|fn\.3)\.)?(?P<kind>weight|bias)"
+)
 
 
 class AdapterMatch(NamedTuple):
@@ -117,7 +120,7 @@ class ParsedCheckpoint:
         return self.state.get(name)
 
     def find_text_side(self, own_text: tuple[str, ...] = TEXT) -> None:
-        """Find logit scale and bias, and the adapter; leave out names that start with ``own_text``."""
+        """Find logit scale, bias and adapter; leave out names that start with ``own_text``."""
         for name in [
             key for key in self.state if key.split(".")[-1] in ("logit_scale", "logit_bias")
         ]:
@@ -153,7 +156,8 @@ class ParsedCheckpoint:
         for reason in sorted(set(self.left_out.values())):
             names = sorted(name for name, why in self.left_out.items() if why == reason)
             lines.append(
-                f"left out ({reason}): {len(names)} tensors ({', '.join([*names[:3], '...'][: len(names)])})"
+                f"left out ({reason}): {len(names)} tensors "
+                f"({', '.join([*names[:3], '...'][: len(names)])})"
             )
         return lines
 
@@ -175,7 +179,7 @@ class TensorNames:
     fused: tuple[str, str]
 
     def ours(self, theirs: str) -> list[str]:
-        """What a tensor of theirs is: one name, three of q, k and v, or none if it is no tower's."""
+        """Our names of a tensor of theirs: one; three for q, k and v; none if not the tower's."""
         if not theirs.startswith("visual."):
             return []
         before = self.prefix
@@ -243,7 +247,7 @@ def depth(state: dict[str, Tensor], prefix: str) -> int:
 
 
 def normalization(values: dict[str, Any]) -> dict[str, Any]:
-    """Mean, deviation and filter, under Hugging Face's names, of OpenCLIP's or timm's ``values``."""
+    """Mean, deviation and filter of OpenCLIP's or timm's ``values``, in Hugging Face's names."""
     own = {f"image_{key}": values[key] for key in ("mean", "std") if key in values}
     resample = RESAMPLE.get(str(values.get("interpolation")))
     return own if resample is None else {**own, "resample": resample}

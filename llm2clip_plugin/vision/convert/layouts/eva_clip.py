@@ -65,7 +65,8 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
         table = first.get("attn.rope.freqs_cos", state.get("visual.rope.freqs_cos"))
         if table is None and width not in HEAD_WIDTHS and "head_width" not in vision:
             raise ValueError(
-                f"no released EVA-CLIP tower has width {width}; pass --config with vision_cfg.head_width"
+                f"no released EVA-CLIP tower has width {width}; pass --config with "
+                "vision_cfg.head_width"
             )
         # the released towers have SwiGLU and rotary positions, or neither; some files omit the
         # tables
@@ -96,7 +97,8 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
         and image_size // patch != pretrained_grid
     ):
         raise ValueError(
-            f"intp_freq is false, but grid {image_size // patch} is not pt_hw_seq_len {pretrained_grid}"
+            f"intp_freq is false, but grid {image_size // patch} is not pt_hw_seq_len "
+            f"{pretrained_grid}"
         )
     return Eva02Config(
         hidden_size=width,
@@ -140,10 +142,14 @@ def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str
         if table.shape != expected.shape or not torch.allclose(
             table.float(), expected, atol=tolerance
         ):
-            of = f"pt_hw_seq_len {config.rope_pretrained_grid} and {config.num_attention_heads} heads"
+            of = (
+                f"pt_hw_seq_len {config.rope_pretrained_grid} and {config.num_attention_heads} "
+                "heads"
+            )
             want = f"{tuple(expected.shape)} for grid {grid}, {of}"
             raise ContractError(
-                f"{name} {tuple(table.shape)} differs from the table {want}; is config.json its own?"
+                f"{name} {tuple(table.shape)} differs from the table {want}; is config.json its "
+                "own?"
             )
     return names
 

@@ -137,7 +137,8 @@ def parse_qwen(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
     require(state, f"{QWEN}patch_embed.proj.weight", f"{QWEN}blocks.0.mlp.linear_fc1.bias")
     if not (heads := section(config, "vision_config").get("num_heads")):
         raise ValueError(
-            "Qwen3-VL's tower needs vision_config.num_heads; pass the model's config.json as --config"
+            "Qwen3-VL's tower needs vision_config.num_heads; pass the model's config.json as "
+            "--config"
         )
     used = {name for name in state if name.startswith(QWEN) and "merger" not in name}
     tower = {

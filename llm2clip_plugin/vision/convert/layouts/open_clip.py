@@ -51,7 +51,9 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     vision = section(fields, "vision_cfg")
     # a complete model config omits it when it is false
     if "quick_gelu" not in fields and "width" not in vision:
-        fix = 'its open_clip_config.json, {"quick_gelu": true} (OpenAI\'s weights) or {"quick_gelu": false} (LAION\'s)'
+        openai = '{"quick_gelu": true} (OpenAI\'s weights)'
+        laion = '{"quick_gelu": false} (LAION\'s)'
+        fix = f"its open_clip_config.json, {openai} or {laion}"
         raise ValueError(
             f"an OpenCLIP checkpoint does not record its activation; pass as --config {fix}"
         )
@@ -63,7 +65,8 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     common.check_sizes(vision, layers=layers, width=width, patch_size=patch, image_size=image_size)
     if vision.get("pool_type") not in (None, "tok"):
         raise ValueError(
-            f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is supported"
+            f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is "
+            "supported"
         )
     if settings := [f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)]:
         raise ValueError(f"unsupported settings in vision_cfg: {', '.join(settings)}")
@@ -113,7 +116,10 @@ def parse_openvision(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed
         for name, value in OPENVISION.items()
         if vision.get(name) != value
     ]:
-        told = f"no visual.ln_pre, like OpenVision's, but vision_cfg.{', '.join(different)}, expected {OPENVISION}"
+        told = (
+            f"no visual.ln_pre, like OpenVision's, but vision_cfg.{', '.join(different)}, expected "
+            f"{OPENVISION}"
+        )
         raise ContractError(
             f"the checkpoint has {told}; pass the model's open_clip_config.json as --config"
         )
@@ -146,7 +152,8 @@ def parse_timm(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
     tower = {f"model.{key.removeprefix(TRUNK)}": state[key] for key in state if key in inside}
     parsed = ParsedCheckpoint(state=state, config=fields, tower=tower, used=inside)
     head = f"{TRUNK}head." if f"{TRUNK}head.weight" in state else "visual.head.proj."
-    parsed.projection, bias = parsed.take(f"{head}weight"), parsed.take(f"{head}bias")
+    parsed.projection = parsed.take(f"{head}weight")
+    bias = parsed.take(f"{head}bias")
     parsed.projection_bias = bias if bias is not None and bias.any() else None
     parsed.find_text_side()
     return parsed
