@@ -2,9 +2,9 @@
 """Compare a quickstart's numbers with those that README.md and docs/benchmarks.md state, or record
 them there.
 
-    scripts/check_claims.py quickstart-output/default                   exits with 1 if numbers moved or are missing
-    scripts/check_claims.py quickstart-output/default --record          writes docs/claims*.json and the pages' tables
-    scripts/check_claims.py quickstart-output/default --record llava    those of LLaVA alone; or towers
+    scripts/check_claims.py quickstart-output/default   exits with 1 if numbers moved or are missing
+    scripts/check_claims.py quickstart-output/default --record   writes docs/claims*.json, tables
+    scripts/check_claims.py quickstart-output/default --record llava   LLaVA's alone; or towers
 
 The files hold, for each claim, the value of every seed on either side. A broken method changes
 differences, so these are compared, in two ways, which fail for one correct rerun in a hundred and
@@ -24,7 +24,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any, NamedTuple
@@ -58,10 +58,26 @@ LEVEL = 0.05  # of the tests, after Holm's adjustment
 PERCENT = "{:.1f}".format
 POINTS = "{:+.1f}".format
 README_ROWS = {  # headline claim -> what README's table calls it
-    "tower: names in languages never trained on, caption → image": "tower: name in another language → image",
-    "teacher: names in languages never trained on → English": "LLM alone: name in another language → English name",
-    "teacher: name → keywords without its words": "LLM alone: English name → keywords that share no word with it",
+    "tower: names in languages never trained on, caption → image": (
+        "tower: name in another language → image"
+    ),
+    "teacher: names in languages never trained on → English": (
+        "LLM alone: name in another language → English name"
+    ),
+    "teacher: name → keywords without its words": (
+        "LLM alone: English name → keywords that share no word with it"
+    ),
 }
+# of a claim in headline.json, kept beside the values of its seeds
+RECORDED_FIELDS = (
+    "chance",
+    "difference",
+    "interval",
+    "p_adjusted",
+    "significant",
+    "seeds_significant",
+    "random",
+)
 # how often a correct rerun may fail for any of its numbers, and of its gains
 NUMBERS_LEVEL = 0.01
 GAINS_LEVEL = 0.07
@@ -72,84 +88,86 @@ Values = Mapping[str, Sequence[float]]  # side -> a value per seed
 
 def measured(folder: Path) -> dict[str, Any]:
     """The claims of a quickstart's ``headline.json``. Raises FileNotFoundError without one."""
-    made = read_json(folder / "headline.json")
-    kept = (
-        "chance",
-        "difference",
-        "interval",
-        "p_adjusted",
-        "significant",
-        "seeds_significant",
-        "random",
-    )
-    return {
-        claim["name"]: {
-            "headline": claim in made["headline"],
-            **{name: claim[name] for name in kept if name in claim},
-        }
-        | {side: [round(seed[side], 5) for seed in claim["by_seed"].values()] for side in RAW_TUNED}
-        for claim in made["headline"] + made["others"]
-    }
+    results = read_json(folder / "headline.json")
+    claims = {}
+    for result in results["headline"] + results["others"]:
+        claim: dict[str, Any] = {"headline": result in results["headline"]}
+        for field in RECORDED_FIELDS:
+            if field in result:
+                claim[field] = result[field]
+        for side in RAW_TUNED:
+            claim[side] = [round(seed[side], 5) for seed in result["by_seed"].values()]
+        claims[result["name"]] = claim
+    return claims
 
 
 def measured_llava(folder: Path) -> dict[str, Any]:
     """The claims of the LLaVA miniature in a quickstart's results, in percent or points; {} without
     one."""
-    found = {}
-    for own, model in LANGUAGE_MODELS.items():
-        for benchmark, row in _compared(folder / own).items():
-            sides = {
-                side: _by_seed(folder / own / "scores" / side, benchmark) for side in BEFORE_AFTER
-            }
-            controls = {
-                one: {
-                    "values": _by_seed(folder / f"{own}-controls" / "scores" / side, benchmark),
-                    **compared,
-                }
-                for one, side in CONTROLS.items()
-                if (compared := _compared(folder / f"{own}-{one}").get(benchmark))
-            }
-            found[f"{model}: {benchmark.removeprefix('miniature: ')}"] = {
-                **row,
-                **sides,
-                "controls": controls,
-            }
-    return found
+    claims = {}
+    for model_folder, model in LANGUAGE_MODELS.items():
+        scores = folder / model_folder / "scores"
+        for benchmark, row in _compared(folder / model_folder).items():
+            claim = dict(row)
+            for side in BEFORE_AFTER:
+                claim[side] = _by_seed(scores / side, benchmark)
+            claim["controls"] = _controls(folder, model_folder, benchmark)
+            claims[f"{model}: {benchmark.removeprefix('miniature: ')}"] = claim
+    return claims
+
+
+def _controls(folder: Path, model_folder: str, benchmark: str) -> dict[str, dict[str, Any]]:
+    """Control -> its values, and ``after`` compared with it; without those that were not run."""
+    controls = {}
+    for control, side in CONTROLS.items():
+        row = _compared(folder / f"{model_folder}-{control}").get(benchmark)
+        if row:
+            scores = folder / f"{model_folder}-controls" / "scores" / side
+            controls[control] = {"values": _by_seed(scores, benchmark), **row}
+    return controls
 
 
 def with_controls(claims: Mapping[str, Any]) -> dict[str, Any]:
     """The claims, and each with a control in place of ``before``: the differences that tell about
     the teacher."""
-    return {**claims} | {
-        f"{name} against {one}": {**claim, **control, "before": control["values"]}
-        for name, claim in claims.items()
-        for one, control in claim["controls"].items()
-    }
+    all_claims = dict(claims)
+    for name, claim in claims.items():
+        for control, row in claim["controls"].items():
+            all_claims[f"{name} against {control}"] = {**claim, **row, "before": row["values"]}
+    return all_claims
 
 
 def _compared(folder: Path) -> dict[str, dict[str, Any]]:
     """Benchmark -> what `llm2clip compare` found; {} where it was not run."""
     path = folder / "compare" / "compare.json"
+    if not path.is_file():
+        return {}
     return {
-        row["benchmark"]: {kept: row[kept] for kept in ("difference", "interval", "questions")}
-        | {"p_adjusted": row["p_holm"], "significant": row["p_holm"] < LEVEL}
-        for row in (read_json(path)["rows"] if path.is_file() else [])
+        row["benchmark"]: {
+            "difference": row["difference"],
+            "interval": row["interval"],
+            "questions": row["questions"],
+            "p_adjusted": row["p_holm"],
+            "significant": row["p_holm"] < LEVEL,
+        }
+        for row in read_json(path)["rows"]
     }
 
 
 def _by_seed(folder: Path, benchmark: str) -> list[float]:
     """What each training reached, seed 0 first: accuracy, or points above exchanged pictures."""
-    paths = sorted(
-        folder.rglob("*.scores.json"),
-        key=lambda path: (path.parent != folder, len(path.parts[-2]), path),
-    )
-    scores = [ScoreFile.read(path) for path in paths]
-    reached = [
-        s.metrics.get("above", s.metrics.get("accuracy", math.nan))
-        for s in scores
-        if s.benchmark == benchmark
-    ]
-    return [round(value, 2) for value in reached]
+
+    def seed_order(path: Path) -> tuple[bool, int, Path]:
+        """Seed 0 lies in the folder itself, the others in seed1, ..., seed10 below it."""
+        return path.parent != folder, len(path.parent.name), path
+
+    values = []
+    for path in sorted(folder.rglob("*.scores.json"), key=seed_order):
+        scores = ScoreFile.read(path)
+        if scores.benchmark == benchmark:
+            accuracy = scores.metrics.get("accuracy", math.nan)
+            values.append(round(scores.metrics.get("above", accuracy), 2))
+    return values
 
 
 def reach(
@@ -166,9 +184,8 @@ def reach(
     pooled = sum(variance(side) * (len(side) - 1) for side in samples) / freedom
     if pooled == 0:
         return ROUNDING
-    return t_quantile(1 - level / sides, freedom) * math.sqrt(
-        pooled * (1 / len(stated) + 1 / len(new))
-    )
+    deviation = math.sqrt(pooled * (1 / len(stated) + 1 / len(new)))
+    return t_quantile(1 - level / sides, freedom) * deviation
 
 
 def differences(claim: Values, sides: Sides) -> list[float]:
@@ -184,9 +201,8 @@ def part_of(name: str) -> str:
 def gains(stated: Mapping[str, Any], values: Mapping[str, Values], sides: Sides) -> list[float]:
     """For each seed, which fraction of the differences in ``stated`` its values have."""
     weight_K = [claim["difference"] / np.ptp(claim["interval"]) ** 2 for claim in stated.values()]
-    stated_KS, new_KS = (
-        np.array([differences(of[name], sides) for name in stated]) for of in (stated, values)
-    )
+    stated_KS = np.array([differences(stated[name], sides) for name in stated])
+    new_KS = np.array([differences(values[name], sides) for name in stated])
     return (weight_K @ new_KS / (weight_K @ stated_KS).mean()).tolist()
 
 
@@ -198,7 +214,7 @@ class Checked(NamedTuple):
     now: float
     most: float  # that it may differ by
     same: bool  # within its interval
-    shown: Callable[[float], str] = fraction
+    format_number: Callable[[float], str] = fraction
 
 
 def check(
@@ -206,75 +222,112 @@ def check(
 ) -> list[Checked]:
     """Every difference, level and gain of the claims that both have; ``numbers`` and ``parts``
     share their levels."""
-    found: list[Checked] = []
-    shown = fraction if sides == RAW_TUNED else PERCENT
-    for name in filter(new.__contains__, stated):
-        claims = stated[name], new[name]
-        levels = {
-            one: [of[one] for of in claims]
-            for one in (sides[0], "random")
-            if all(of.get(one) for of in claims)
-        }
-        for what, (before, after) in {
-            "difference": [differences(of, sides) for of in claims],
-            **levels,
-        }.items():
-            old = fmean(before)
-            now = fmean(after)
-            most = reach(before, after, NUMBERS_LEVEL / numbers)
-            found.append(Checked(f"{name}; {what}", old, now, most, abs(now - old) <= most, shown))
+    checked: list[Checked] = []
+    for name in stated:
+        if name in new:
+            checked += check_numbers(name, stated[name], new[name], sides, NUMBERS_LEVEL / numbers)
     for part in dict.fromkeys(map(part_of, stated)):
-        own = {
+        significant = {
             name: claim
             for name, claim in stated.items()
             if part_of(name) == part and claim["significant"]
         }
-        if own and own.keys() <= new.keys():
-            before = gains(own, own, sides)
-            after = gains(own, new, sides)
-            now = fmean(after)
-            most = reach(before, after, GAINS_LEVEL / parts, sides=1)
-            found.append(
-                Checked(f"{part}: fraction of the gains", 1.0, now, most, 1.0 - now <= most)
-            )
-    return found
+        if significant and significant.keys() <= new.keys():
+            checked.append(check_gains(part, significant, new, sides, GAINS_LEVEL / parts))
+    return checked
+
+
+def check_numbers(
+    name: str, stated: Mapping[str, Any], new: Values, sides: Sides, level: float
+) -> list[Checked]:
+    """The difference of a claim's sides, the level of its base and that of random embeddings."""
+    pairs: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+        "difference": (differences(stated, sides), differences(new, sides))
+    }
+    for side in (sides[0], "random"):
+        if stated.get(side) and new.get(side):
+            pairs[side] = (stated[side], new[side])
+    format_number = fraction if sides == RAW_TUNED else PERCENT
+    checked = []
+    for number, (before, after) in pairs.items():
+        old = fmean(before)
+        now = fmean(after)
+        most = reach(before, after, level)
+        same = abs(now - old) <= most
+        checked.append(Checked(f"{name}; {number}", old, now, most, same, format_number))
+    return checked
+
+
+def check_gains(
+    part: str,
+    significant: Mapping[str, Any],
+    new: Mapping[str, Values],
+    sides: Sides,
+    level: float,
+) -> Checked:
+    """Which fraction of a part's significant differences came back."""
+    before = gains(significant, significant, sides)
+    after = gains(significant, new, sides)
+    now = fmean(after)
+    most = reach(before, after, level, sides=1)
+    return Checked(f"{part}: fraction of the gains", 1.0, now, most, 1.0 - now <= most)
 
 
 def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
     """Print a table of towers and one of what was run of LLaVA; every number, and the names of
     missing claims."""
-    rerun = {model for own, model in LANGUAGE_MODELS.items() if (folder / own).is_dir()}
-    of_llava = {
-        name: claim for name, claim in read_json(CLAIMS_LLAVA).items() if part_of(name) in rerun
-    }
+    stated_llava = read_json(CLAIMS_LLAVA)
+    rerun = {model for name, model in LANGUAGE_MODELS.items() if (folder / name).is_dir()}
+    stated_rerun = {name: claim for name, claim in stated_llava.items() if part_of(name) in rerun}
     llava = with_controls(measured_llava(folder))
-    ran = {
+    compared_llava = {
         name: claim
-        for name, claim in with_controls(of_llava).items()
-        if name in llava or name in of_llava
+        for name, claim in with_controls(stated_rerun).items()
+        if name in llava or name in stated_rerun  # a control that was not run is not missing
     }
-    runs = [(read_json(CLAIMS), measured(folder), RAW_TUNED), (ran, llava, BEFORE_AFTER)]
-    for own, model in LANGUAGE_MODELS.items():
+    stated_towers = read_json(CLAIMS)
+    towers = measured(folder)
+    print_unchecked(folder, rerun, set(map(part_of, stated_llava)))
+    claims = {**stated_towers, **compared_llava}
+    numbers = sum(map(count_numbers, claims.values()))
+    parts = len(set(map(part_of, claims)))
+    checked: list[Checked] = []
+    missing: list[str] = []
+    for stated, new, sides in (
+        (stated_towers, towers, RAW_TUNED),
+        (compared_llava, llava, BEFORE_AFTER),
+    ):
+        rows = check(stated, new, sides, numbers=numbers, parts=parts)
+        if rows:
+            print(checked_table(rows))
+        checked += rows
+        missing += [name for name in stated if name not in new]
+    return checked, missing
+
+
+def print_unchecked(folder: Path, rerun: Collection[str], stated: Collection[str]) -> None:
+    """A line for each language model of LLaVA that is not rerun, or of which nothing is stated."""
+    for name, model in LANGUAGE_MODELS.items():
         if model not in rerun:
-            print(f"Not rerun: LLaVA with {model} ({folder / own} does not exist).\n")
-        elif model not in map(part_of, of_llava):
+            print(f"Not rerun: LLaVA with {model} ({folder / name} does not exist).\n")
+        elif model not in stated:
             print(
                 f"Not checked: LLaVA with {model}, of which {CLAIMS_LLAVA.name} states nothing.\n"
             )
-    claims = {name: claim for stated, *_ in runs for name, claim in stated.items()}
-    numbers = sum(2 + bool(one.get("random")) for one in claims.values())
-    parts = len(set(map(part_of, claims)))
-    found = list[Checked]()
-    for run in runs:
-        checked = check(*run, numbers=numbers, parts=parts)
-        rows = [
-            (one.name, *map(one.shown, one[1:4]), "as stated" if one.same else "**moved**")
-            for one in checked
-        ]
-        if rows:
-            print(markdown_table(("number", "stated", "now", "may differ by", "result"), rows))
-        found += checked
-    return found, [name for stated, new, _ in runs for name in stated if name not in new]
+
+
+def count_numbers(claim: Mapping[str, Any]) -> int:
+    """How many numbers of a claim may be compared: ``check_numbers``."""
+    return 3 if claim.get("random") else 2
+
+
+def checked_table(checked: Sequence[Checked]) -> str:
+    """A row per number that was compared."""
+    rows = []
+    for number in checked:
+        values = map(number.format_number, (number.stated, number.now, number.most))
+        rows.append((number.name, *values, "as stated" if number.same else "**moved**"))
+    return markdown_table(("number", "stated", "now", "may differ by", "result"), rows)
 
 
 def table(claims: Mapping[str, Any]) -> str:
@@ -296,15 +349,8 @@ def readme_table(claims: Mapping[str, Any]) -> str:
         strong = "**" if claim["significant"] else ""
         tuned = f"{strong}{spread(claim['tuned'])}{strong}"
         difference = estimate(claim["difference"], claim["interval"])
-        rows.append(
-            (
-                README_ROWS[name],
-                spread(claim["raw"]),
-                tuned,
-                difference,
-                p_value(claim["p_adjusted"]),
-            )
-        )
+        p = p_value(claim["p_adjusted"])
+        rows.append((README_ROWS[name], spread(claim["raw"]), tuned, difference, p))
     head = (
         "mean reciprocal rank (chance: .02)",
         "original LLM",
@@ -324,35 +370,42 @@ def llava_table(claims: Mapping[str, Any]) -> str:
         "after",
         "difference",
         "p (Holm)",
+        "random embeddings; after minus it",
+        "raw LLM; after minus it",
     )
-    rows = []
-    for name, claim in claims.items():
-        before, after = (spread(claim[side], PERCENT) for side in BEFORE_AFTER)
-        strong = "**" * claim["significant"]
-        cells = [
-            f"{name} ({claim['questions']})",
-            str(len(claim["after"])),
-            before,
-            f"{strong}{after}{strong}",
-        ]
-        p = p_value(claim["p_adjusted"]) + ", not shown" * (not claim["significant"])
-        cells += [estimate(claim["difference"], claim["interval"], POINTS), p]
-        for control in map(claim["controls"].__getitem__, CONTROLS):
-            difference = estimate(control["difference"], control["interval"], POINTS)
-            cells.append(
-                f"{spread(control['values'], PERCENT)}; {difference}, p {p_value(control['p_adjusted'])}"
-            )
-        rows.append(tuple(cells))
-    return markdown_table(
-        (*head, "random embeddings; after minus it", "raw LLM; after minus it"), rows
-    )
+    return markdown_table(head, [llava_row(name, claim) for name, claim in claims.items()])
+
+
+def llava_row(name: str, claim: Mapping[str, Any]) -> tuple[str, ...]:
+    """A claim's cells in ``llava_table``."""
+    after = spread(claim["after"], PERCENT)
+    p = p_value(claim["p_adjusted"])
+    if claim["significant"]:
+        after = f"**{after}**"
+    else:
+        p += ", not shown"
+    cells = [
+        f"{name} ({claim['questions']})",
+        str(len(claim["after"])),
+        spread(claim["before"], PERCENT),
+        after,
+        estimate(claim["difference"], claim["interval"], POINTS),
+        p,
+    ]
+    for name_of_control in CONTROLS:
+        control = claim["controls"][name_of_control]
+        values = spread(control["values"], PERCENT)
+        difference = estimate(control["difference"], control["interval"], POINTS)
+        cells.append(f"{values}; {difference}, p {p_value(control['p_adjusted'])}")
+    return tuple(cells)
 
 
 def record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Path, str]) -> None:
     """Write the claims, and between the markers of each page its table."""
-    for page, made in tables.items():
+    for page, page_table in tables.items():
         before, rest = page.read_text(encoding="utf-8").split(begin + "\n")
-        write_text(page, f"{before}{begin}\n{made}{rest[rest.index(END) :]}")
+        after = rest[rest.index(END) :]
+        write_text(page, f"{before}{begin}\n{page_table}{after}")
     write_text(path, json.dumps(claims, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {len(claims)} claims to {path.name} and the pages")
 
@@ -360,6 +413,26 @@ def record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Pa
 def headline(claims: Mapping[str, Any]) -> dict[str, Any]:
     """The claims that were chosen before they were measured."""
     return {name: claim for name, claim in claims.items() if claim["headline"]}
+
+
+def record_all(folder: Path, parts: str) -> None:
+    """Write the claims of ``parts`` (all, towers or llava). Raises FileNotFoundError if a control
+    is missing."""
+    towers = {} if parts == "llava" else measured(folder)
+    llava = {} if parts == "towers" else measured_llava(folder)
+    has_controls = all(claim["controls"].keys() == CONTROLS.keys() for claim in llava.values())
+    for name, claim in towers.items():
+        if part_of(name) == "tower" and not claim.get("random"):
+            has_controls = False
+    if not has_controls or not (llava or parts == "towers"):
+        fix = "run scripts/quickstart.sh --controls, for LLaVA without --no-llava"
+        raise FileNotFoundError(f"{folder} has not all controls of what is recorded; {fix}")
+    if towers:
+        tables = {README: readme_table(headline(towers)), BENCHMARKS: table(towers)}
+        record(CLAIMS, towers, BEGIN, tables)
+    if llava:
+        claims = read_json(CLAIMS_LLAVA) | llava  # the other model's stay
+        record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, {BENCHMARKS: llava_table(claims)})
 
 
 def main() -> int:
@@ -373,29 +446,15 @@ def main() -> int:
     )
     args = parser.parse_args()
     if args.record:
-        towers = {} if args.record == "llava" else measured(args.folder)
-        llava = {} if args.record == "towers" else measured_llava(args.folder)
-        whole = [
-            bool(claim.get("random")) for name, claim in towers.items() if part_of(name) == "tower"
-        ]
-        whole += [claim["controls"].keys() == CONTROLS.keys() for claim in llava.values()]
-        if not all(whole) or not (llava or args.record == "towers"):
-            fix = "run scripts/quickstart.sh --controls, for LLaVA without --no-llava"
-            raise FileNotFoundError(
-                f"{args.folder} has not all controls of what is recorded; {fix}"
-            )
-        if towers:
-            tables = {README: readme_table(headline(towers)), BENCHMARKS: table(towers)}
-            record(CLAIMS, towers, BEGIN, tables)
-        if llava:
-            claims = read_json(CLAIMS_LLAVA) | llava  # the other model's stay
-            record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, {BENCHMARKS: llava_table(claims)})
+        record_all(args.folder, args.record)
         return 0
-    found, missing = check_all(args.folder)
-    moved = [one.name for one in found if not one.same]
-    told = f"{len(moved)} of {len(found)} numbers moved{': ' if moved else ''}{', '.join(moved)}"
-    print(*(f"missing: {name}" for name in missing), told, sep="\n", file=sys.stderr)
-    return int(bool(moved or missing))
+    checked, missing = check_all(args.folder)
+    moved = [number.name for number in checked if not number.same]
+    summary = f"{len(moved)} of {len(checked)} numbers moved"
+    if moved:
+        summary += f": {', '.join(moved)}"
+    print(*(f"missing: {name}" for name in missing), summary, sep="\n", file=sys.stderr)
+    return 1 if moved or missing else 0
 
 
 if __name__ == "__main__":
