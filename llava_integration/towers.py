@@ -387,6 +387,8 @@ TOWERS = Command(
 
 def main_use(argv: list[str]) -> int:
     options = USE.parse(argv)
+    if HUB_ID.match(options.name) and "/" in options.name:
+        raise ValueError(f"--name {options.name} reads as a Hub id; choose a name without /")
     location = locate_spec(options.tower, how=f"llm2clip use {options.tower}")
     location.check_weights()
     name = select(location.origin, location.sha256, name=options.name)

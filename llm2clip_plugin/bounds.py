@@ -30,6 +30,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("batch", "batch_size"), (1, 2**20)),
     **dict.fromkeys(("global_batch", "micro_batch"), (0, 2**24)),
     **dict.fromkeys(("limit", "show", "images"), (0, LARGEST)),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
     **dict.fromkeys(("max_tokens", "max_new_tokens", "num_beams", "concurrency"), (1, 2**20)),
     "tokens_per_batch": (0, COUNT),
     **dict.fromkeys(("layer", "select_layer"), (-1024, 1024)),

@@ -126,7 +126,9 @@ def in_table(
     if column not in table.columns:
         raise ContractError(f"{path} has no column {column!r} (--image-field); {columns}")
     if needs_captions and not captions.intersection(table.columns):
-        raise ContractError(f"{path} has no caption column; set --fields NAME=short; {columns}")
+        wanted = ", ".join(sorted(captions))
+        problem = f"{path} has no caption column ({wanted})"
+        raise ContractError(f"{problem}; set --fields NAME=short; {columns}")
     for row in table:
         name = row.cells.pop(column).strip().replace("\\", "/")
         if is_inside(folder / name, inside):

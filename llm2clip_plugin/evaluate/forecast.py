@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
         kinds=config.data.kinds, languages=config.data.languages, cluster=config.cluster
     )
     check_measurable(source, selected)
+    for tower in config.towers:  # that they are there, before captions are embedded
+        fetch_directory(tower)
     captions = read_captions(config, source)
     records = [forecast(tower, config, source, captions) for tower in config.towers]
     print_measures(config, records)

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from llm2clip_plugin.console import phase, track
-from llm2clip_plugin.contracts import CACHE_DTYPES, EmbedRecord
+from llm2clip_plugin.contracts import CACHE_DTYPES, CacheManifest, EmbedRecord
 from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_bytes
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.files import started_by
@@ -28,6 +28,11 @@ from llm2clip_plugin.text.teacher import (
 )
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.guard import watched_group
+
+CACHE_RECORDS = (
+    CacheManifest.FILE,
+    EmbedRecord.FILE,
+)  # in the folder of a cache, also an unfinished one
 
 
 def main(argv: list[str]) -> int:
@@ -95,12 +100,26 @@ def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     source = open_source(config.source)
     check_fields(source, needed=True)
+    if config.cache:
+        refuse_foreign_folder(Path(config.cache))
     encoder = open_encoder(config.encoder)
     if config.torch_compile:
         encoder.compile()
     folder = Path(config.cache) if config.cache else cache_folder(source.path, encoder.identity())
     renew_cache(source, encoder, folder)
     return source, encoder, folder
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Raise ValueError for a folder with files of which none is a cache's."""
+    if not folder.is_dir() or any((folder / name).is_file() for name in CACHE_RECORDS):
+        return
+    foreign = [path.name for path in folder.iterdir() if path.suffix != ".safetensors"]
+    foreign = sorted(name for name in foreign if not name.startswith("."))
+    if foreign:
+        raise ValueError(
+            f"--cache {folder} is no cache: it has {foreign[0]}; choose another folder"
+        )
 
 
 def cache_plan(config: EmbedConfig) -> str:

@@ -98,8 +98,14 @@ def check_places(config: PipelineConfig, stages: Sequence[Stage]) -> None:
 
 
 def check_split(config: PipelineConfig, source: Source) -> None:
-    """ValueError for a split that leaves a side empty, or a --by that a sample lacks."""
+    """ValueError for a split that leaves a side empty, or less than a batch to train on, or a --by
+    that a sample lacks."""
     decide(source, config.validation, config.by)
+    if config.global_batch > len(source):
+        raise ValueError(
+            f"--global-batch {config.global_batch} is larger than the data ({len(source)} images); "
+            "choose a smaller one, or leave it out"
+        )
 
 
 def check_tower(given: str) -> None:

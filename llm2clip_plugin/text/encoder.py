@@ -193,7 +193,9 @@ class CaptionEncoder(TextEncoder):
 
     def open_tokenizer(self) -> Any:
         """The tokenizer in the LLM's folder."""
-        return open_pretrained(AutoTokenizer, self.folder, trust_remote_code=self.trust_remote_code)
+        trusts = self.trust_remote_code
+        with errors_about(f"the tokenizer in {self.folder}", fix="copy the LLM again"):
+            return open_pretrained(AutoTokenizer, self.folder, trust_remote_code=trusts)
 
     def _hash_config(self, settings: PretrainedConfig, config: EncoderConfig) -> str:
         """Hash of the settings in config.json that decide an embedding, and of the folder's code if
@@ -403,6 +405,9 @@ def weights_sha256(folder: Path) -> str:
     paths = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), None)
     if paths is None:
         raise FileNotFoundError(f"{folder} has no weights (no {' or '.join(WEIGHT_PATTERNS)})")
+    for path in paths:
+        if not path.is_file():  # reading a named pipe would wait forever
+            raise ContractError(f"{path} is not a regular file; copy the LLM again")
     return files_sha256(paths)
 
 

@@ -68,7 +68,11 @@ def literal_template(tokenizer, chat_template: str) -> str:
         )
     turn = [{"role": "user", "content": CAPTION}]
     own = TODAY + tokenizer.get_chat_template()
-    text = tokenizer.apply_chat_template(turn, chat_template=own, tokenize=False, date_string=DAY)
+    where = f"the chat template of {tokenizer.name_or_path}"
+    with errors_about(where, fix="copy the LLM's tokenizer again"):
+        text = tokenizer.apply_chat_template(
+            turn, chat_template=own, tokenize=False, date_string=DAY
+        )
     if text.count(CAPTION) != 1:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path} changes or repeats the user's text: {text!r}"
@@ -242,11 +246,15 @@ def read_config(folder: Path, config: EncoderConfig) -> PretrainedConfig:
 def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
     """``kind.from_pretrained``; raises ValueError for missing weights, which transformers would
     draw at random."""
+    fix = "its weights must be those of its config.json; copy the model again"
     try:
-        with quiet_transformers():  # it warns about a language head, which is left out on purpose
+        # it warns about a language head, which is left out on purpose
+        with quiet_transformers(), errors_about(folder, fix=fix):
             model, report = open_pretrained(kind, folder, output_loading_info=True, **options)
-    except pickle.UnpicklingError as error:
-        raise refused_pickle(weight_files(folder)[0], error) from error
+    except ContractError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            raise refused_pickle(weight_files(folder)[0], error.__cause__) from error
+        raise
     if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         listed = ", ".join(names[:5])
         raise ValueError(
