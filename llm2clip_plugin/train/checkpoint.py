@@ -1,11 +1,12 @@
 """A checkpoint: one folder, complete or absent, whose files are hashed while they are written.
 
     step-00000120/
-      model.safetensors      every parameter (trained ones in fp32) and buffer, by the module's own names
+      model.safetensors      every parameter (trained ones in fp32) and buffer, by its own name
       optimizer.safetensors  NAME.exp_avg and NAME.exp_avg_sq
       ema.safetensors        moving averages, if train.ema_decay is set
       twin.safetensors       weights of the frozen tower, if a loss term compares with one
-      state.json             TrainState: step, samples, updates, loss scale, configuration, SHA-256 of the other files
+      state.json             TrainState: step, samples, updates, loss scale, configuration,
+                             SHA-256 of the other files
 
 The format is independent of the number of ranks, the ZeRO stage and the precision, except for the
 moments of an optimizer ``by_rank``. No generator state is saved: every draw is a function of the
@@ -14,6 +15,7 @@ run's seed and a position (step.py).
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -117,9 +119,8 @@ def verify(path: Path, *, moments: bool = True) -> None:
     files = TrainState.read(path / TrainState.FILE).files
     names = [name for name in files if moments or name != OPTIMIZER]
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(
-            names, pool.map(lambda name: sha256_file(path / name), names), strict=True
-        ):
+        digests = pool.map(sha256_file, [path / name for name in names])
+        for name, digest in zip(names, digests, strict=True):
             if digest != files[name]:
                 expected = f"{TrainState.FILE} says {files[name][:12]}..."
                 raise ContractError(
@@ -145,12 +146,12 @@ def load(path: Path, *, moments: bool = True) -> Loaded:
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, where: Path) -> None:
     """Copy a checkpoint's weights into a module, one tensor in memory at a time; ContractError if
     those are others."""
-    own = module.state_dict()
-    if differing := sorted(own.keys() ^ weights.keys()):
+    tensors = module.state_dict()
+    if differing := sorted(tensors.keys() ^ weights.keys()):
         raise ContractError(
             f"{where} does not fit the model: only one of them has {', '.join(differing[:5])}"
         )
-    for name, value in own.items():
+    for name, value in tensors.items():
         saved = weights[name]
         if saved.shape != value.shape:
             raise ContractError(
@@ -165,7 +166,8 @@ class Checkpoints:
         checkpoints/
           step-00000110/, step-00000120/
           latest                            name of the newest one, for people and scripts
-          abandoned-20261126-101500/        checkpoints and metrics.jsonl of steps that a run went back before
+          abandoned-20261126-101500/        checkpoints and metrics.jsonl of steps that a run
+                                            went back before
 
     All of ``step-*`` belong to one sequence of steps: what a run does not continue from is moved to
     ``abandoned-*``.
@@ -238,14 +240,15 @@ class Checkpoints:
         FileExistsError for ``never`` if any exist.
         """
         if resume == RESUME_AUTO:
-            found = self._newest_intact(moments)
+            newest = self._newest_intact(moments)
             record = self.run_folder / RunRecord.FILE
-            if found is None and record.is_file() and (step := RunRecord.read(record).step):
+            if newest is None and record.is_file() and (step := RunRecord.read(record).step):
                 raise FileNotFoundError(
-                    f"{self.folder} has no checkpoint, but the run had reached step {step}: restore the checkpoints, "
-                    "choose another --output, or start over with --resume never"
+                    f"{self.folder} has no checkpoint, but the run had reached step {step}: "
+                    "restore the checkpoints, choose another --output, "
+                    "or start over with --resume never"
                 )
-            return found
+            return newest
         if resume == RESUME_NEVER:
             if self.names():
                 raise FileExistsError(
@@ -256,8 +259,8 @@ class Checkpoints:
         if (path / TrainState.FILE).is_file():
             verify(path, moments=moments)
             return path
-        if found := Checkpoints(path, keep=0)._newest_intact(moments):
-            return found
+        if newest := Checkpoints(path, keep=0)._newest_intact(moments):
+            return newest
         raise FileNotFoundError(
             f"{option} {resume}: no checkpoint found (no {TrainState.FILE}) among {self.names()}"
         )
@@ -280,26 +283,32 @@ class Checkpoints:
             return path
         if damaged:
             raise ContractError(
-                f"no intact checkpoint in {self.folder}: {'; '.join(damaged)}; choose another --output"
+                f"no intact checkpoint in {self.folder}: {'; '.join(damaged)}; "
+                "choose another --output"
             )
         return None
 
     def move_aside(self, resumed: Path | None) -> str:
         """Move checkpoints newer than ``resumed``, or all if that is in another folder, to
         ``abandoned-*``; returns a line about it, "" if there are none."""
-        own = resumed.name if resumed and resumed.resolve().parent == self.folder.resolve() else ""
-        names = sorted(path.name for path in self.folder.glob("step-*") if path.name > own)
+        newest = ""  # name of the checkpoint that stays the newest one here
+        if resumed and resumed.resolve().parent == self.folder.resolve():
+            newest = resumed.name
+        names = sorted(path.name for path in self.folder.glob("step-*") if path.name > newest)
         if not names:
             return ""
-        aside = self.folder / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
-        aside.mkdir(exist_ok=True)
+        abandoned = self.folder / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
+        abandoned.mkdir(exist_ok=True)
         for name in names:
-            os.replace(self.folder / name, aside / name)
+            os.replace(self.folder / name, abandoned / name)
         if (self.run_folder / METRICS).is_file():
-            shutil.copy2(self.run_folder / METRICS, aside)
-        if own:
-            self._point_to(own)
-        return f"moved {', '.join(names)} to {aside}; delete that folder when you no longer need it"
+            shutil.copy2(self.run_folder / METRICS, abandoned)
+        if newest:
+            self._point_to(newest)
+        return (
+            f"moved {', '.join(names)} to {abandoned}; "
+            "delete that folder when you no longer need it"
+        )
 
 
 class Saver:
@@ -431,31 +440,28 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         start = end
         end += tensor.numel() * tensor.element_size()
-        dtype = (
-            str(tensor.dtype)
-            .removeprefix("torch.")
-            .replace("float", "F")
-            .replace("int", "I")
-            .upper()
-        )
         header[name] = {
-            "dtype": dtype.replace("UI", "U"),
+            "dtype": _safetensors_dtype(tensor.dtype),
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
+    length = struct.pack("<Q", len(head))
+    contents = (_bytes_of(tensors[name]) for name in ordered)
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for content in (
-            struct.pack("<Q", len(head)),
-            head,
-            *(_bytes_of(tensors[name]) for name in ordered),
-        ):
+        for content in itertools.chain((length, head), contents):
             for start in range(0, len(content), BLOCK):
                 digest.update(content[start : start + BLOCK])
                 file.write(content[start : start + BLOCK])
     return digest.hexdigest()
+
+
+def _safetensors_dtype(dtype: torch.dtype) -> str:
+    """As its header spells it: torch.bfloat16 is BF16, torch.uint8 is U8."""
+    name = str(dtype).removeprefix("torch.").replace("float", "F").replace("int", "I").upper()
+    return name.replace("UI", "U")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

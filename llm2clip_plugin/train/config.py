@@ -67,9 +67,10 @@ class TowerConfig:
         )
         if self.from_scratch and (pretrained or not self.architecture):
             raise ValueError(
-                "tower.from_scratch takes tower.architecture, not path, freeze*, lora_rank, keep_heads"
+                "tower.from_scratch takes tower.architecture, "
+                "not path, freeze*, lora_rank, keep_heads"
             )
-        if sum(map(bool, (self.lora_rank, self.freeze, self.freeze_first_blocks))) > 1:
+        if [bool(self.lora_rank), self.freeze, bool(self.freeze_first_blocks)].count(True) > 1:
             raise ValueError(
                 "tower.lora_rank, tower.freeze, tower.freeze_first_blocks: set only one"
             )
@@ -206,8 +207,10 @@ class TrainConfig:
             "save_total_limit",
             "eval_steps",
             "profile_steps",
+            "dataloader_num_workers",
+            "skip_bad_batches",
+            "straggler_seconds",
         )
-        counts = (*counts, "dataloader_num_workers", "skip_bad_batches", "straggler_seconds")
         check_bounds("train", self, **dict.fromkeys(counts, (0, math.inf)))
         check_bounds(
             "train",
@@ -239,7 +242,8 @@ class TrainConfig:
         shares = f"{world} ranks" + (f" x train.micro_batch {micro}" if self.micro_batch else "")
         fits = max(unit, self.global_batch // unit * unit)
         raise ValueError(
-            f"global_batch {self.global_batch} is not a multiple of {shares}; try --global-batch {fits}"
+            f"global_batch {self.global_batch} is not a multiple of {shares}; "
+            f"try --global-batch {fits}"
         )
 
     @property
@@ -266,11 +270,9 @@ class TermWeight:
 
     def at(self, progress: float) -> float:
         """The weight when a fraction ``progress`` of the run is done."""
-        return (
-            self.end
-            if progress >= self.until
-            else self.start + (self.end - self.start) * progress / self.until
-        )
+        if progress >= self.until:
+            return self.end
+        return self.start + (self.end - self.start) * progress / self.until
 
 
 def parse_terms(words: Sequence[str]) -> list[TermWeight]:
@@ -287,15 +289,15 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
         start, colon, end = schedule.partition(":")
         try:
             first = float(start) if equals else 1.0
-            term = TermWeight(
-                name, first, float(end) if colon else first, float(until) if at else 1.0
-            )
+            last = float(end) if colon else first
+            term = TermWeight(name, first, last, float(until) if at else 1.0)
         except ValueError:
             term = TermWeight(name, math.nan, math.nan)
         numbers = 0 <= term.start < math.inf and 0 <= term.end < math.inf and 0 < term.until <= 1
         if not (name and numbers and (colon or not at)):
             raise ValueError(
-                f"loss.terms: {word!r} is not NAME, NAME=WEIGHT or NAME=START:END@FRACTION, weights >= 0"
+                f"loss.terms: {word!r} is not NAME, NAME=WEIGHT or NAME=START:END@FRACTION, "
+                "weights >= 0"
             )
         if name in [other.name for other in terms]:
             raise ValueError(f"loss.terms {' '.join(words)} names {name} twice")

@@ -62,27 +62,24 @@ def choose_device(name: str = "") -> torch.device:
     """The named device; by default this rank's GPU, or the CPU if there is none. Raises ValueError
     for one that this machine does not have."""
     if not name:
-        return torch.device(
-            f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        )
+        if torch.cuda.is_available():
+            return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        return torch.device("cpu")
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        known = ", ".join(
-            ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        )
-        raise ValueError(f"--device {name} is not there; this machine has {known}") from error
+        gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        devices = ", ".join(["cpu", *gpus])
+        raise ValueError(f"--device {name} is not there; this machine has {devices}") from error
 
 
 def gpu_precision() -> Literal["bf16", "fp16"]:
     """bf16 if every GPU computes in it; fp16 before NVIDIA's Ampere (T4, V100), where torch
     emulates it slowly."""
-    devices = range(torch.cuda.device_count())
-    return (
-        "bf16"
-        if all(torch.cuda.get_device_capability(device) >= (8, 0) for device in devices)
-        else "fp16"
-    )
+    for device in range(torch.cuda.device_count()):
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "fp16"
+    return "bf16"
 
 
 def join_ranks(device: torch.device, timeout: float) -> None:
@@ -93,7 +90,10 @@ def join_ranks(device: torch.device, timeout: float) -> None:
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    line = "waiting for the other ranks of this launch; for a run in one process unset RANK and WORLD_SIZE"
+    line = (
+        "waiting for the other ranks of this launch; "
+        "for a run in one process unset RANK and WORLD_SIZE"
+    )
     timer = threading.Timer(MISSING_SECONDS, print, [line], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     timer.start()
@@ -119,9 +119,9 @@ def launch_variable(name: str) -> int:
     """A number that the launcher has set. Raises ValueError if it has not."""
     value = os.environ.get(name, "")
     if not value.isdecimal():
-        given = f"{name} is {value!r}" if value else f"{name} is not set"
+        problem = f"{name} is {value!r}" if value else f"{name} is not set"
         raise ValueError(
-            f"{given}; expected a number from a launcher such as torchrun or deepspeed"
+            f"{problem}; expected a number from a launcher such as torchrun or deepspeed"
         )
     return int(value)
 
@@ -193,7 +193,8 @@ def set_single_process_environment() -> None:
         for name, launcher in TASKS.items():
             if (tasks := int(os.environ.get(name) or 1)) > 1:
                 raise ValueError(
-                    f"{launcher} started {tasks} tasks without a launcher ({name}={tasks}, RANK is not set); "
+                    f"{launcher} started {tasks} tasks without a launcher "
+                    f"({name}={tasks}, RANK is not set); "
                     "start torchrun once per node (docs/scaling.md)"
                 )
         port = str(free_port())  # nobody listens on it: own_store needs none
@@ -241,9 +242,8 @@ class StepTimer:
         steps = sum(not phase for phase, _ in marks)
         for (phase, first), (_, last) in itertools.pairwise(marks):
             if phase:
-                sums[phase] += (
-                    first.elapsed_time(last) / 1000 if self._on_gpu else last - first
-                ) / steps
+                seconds = first.elapsed_time(last) / 1000 if self._on_gpu else last - first
+                sums[phase] += seconds / steps
         return sums
 
 
@@ -342,11 +342,10 @@ def broadcast_object(value: Value) -> Value:
     """Rank 0's value on every rank; see ``wire.pack``."""
     if world_size() == 1:
         return value
-    data = (
-        _bytes_of(value)
-        if rank() == 0
-        else torch.empty(0, dtype=torch.uint8, device=_sending_device())
-    )
+    if rank() == 0:
+        data = _bytes_of(value)
+    else:
+        data = torch.empty(0, dtype=torch.uint8, device=_sending_device())
     size = torch.tensor([len(data)], device=data.device)
     dist.broadcast(size, src=0)
     if rank() > 0:

@@ -85,7 +85,8 @@ def prepare_deepspeed() -> None:
 
 
 def check_deepspeed(config: dict[str, Any], where: str) -> None:
-    """Let DeepSpeed read a completed configuration, before any model is loaded. Raises ValueError."""
+    """Let DeepSpeed read a completed configuration, before any model is loaded; ValueError if it
+    refuses."""
     prepare_deepspeed()
     world = world_size()  # of a plan's ranks there may be none yet
     batch = world * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
@@ -127,7 +128,8 @@ class Engine:
         offloads = offloads_optimizer(config)
         if self.stage and Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
             raise ValueError(
-                f"deepspeed {deepspeed.__version__} may update with NaN; use {OLDEST_DEEPSPEED} or newer"
+                f"deepspeed {deepspeed.__version__} may update with NaN; "
+                f"use {OLDEST_DEEPSPEED} or newer"
             )
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
         whole = {
@@ -342,13 +344,13 @@ class Engine:
 
     @torch.no_grad()
     def _exchange(self, others: list[Tensor]) -> None:
-        for pair in zip(self.masters(), others, strict=True):
-            for master, other in zip(
-                *(torch.atleast_1d(each.data).split(EXCHANGED) for each in pair), strict=True
-            ):
-                value = master.clone()
-                master.copy_(other)
-                other.copy_(value)
+        for master, other in zip(self.masters(), others, strict=True):
+            blocks = torch.atleast_1d(master.data).split(EXCHANGED)
+            other_blocks = torch.atleast_1d(other.data).split(EXCHANGED)
+            for block, other_block in zip(blocks, other_blocks, strict=True):
+                value = block.clone()
+                block.copy_(other_block)
+                other_block.copy_(value)
 
     def moments(self, copy: Copy | None) -> dict[str, Tensor]:
         """The optimizer's moments, as made by ``copy``; {} before the first update and on ranks
@@ -367,15 +369,15 @@ class Engine:
         """That of each master; zeros of one that has had no gradient."""
         states = self._base.state
         return [
-            states[one][name] if one in states else torch.zeros_like(one.data)
-            for one in self.masters()
+            states[master][name] if master in states else torch.zeros_like(master.data)
+            for master in self.masters()
         ]
 
     def _moments_by_rank(self) -> Iterator[tuple[str, Tensor]]:
         """Those of all ranks, whose masters have the same shapes."""
         for source in range(self._parted):
-            for name, own in self._held(source):
-                value = own.clone()
+            for name, held in self._held(source):
+                value = held.clone()
                 if self._parted > 1:
                     dist.broadcast(value, source)
                 yield name, value
@@ -412,41 +414,46 @@ class Engine:
             for master in self.masters():
                 empty = self.optimizer.empty_state(self._base, master, int(state["updates"]))
                 self._base.state[master] = empty
-            (self._restore_by_rank if self.optimizer.by_rank else self._restore_by_name)(moments)
+            if self.optimizer.by_rank:
+                self._restore_by_rank(moments)
+            else:
+                self._restore_by_name(moments)
         scaler = self._scaler
         for field, value in state["scaler"].items():
             if scaler is not None and field in vars(scaler):
                 setattr(scaler, field, value)
 
     def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
-        if not any(
-            f"{name}.{moment}" in moments
-            for name, _ in self.trained
-            for moment in self.optimizer.moments
-        ):
+        expected = {
+            f"{name}.{moment}" for name, _ in self.trained for moment in self.optimizer.moments
+        }
+        if not expected & moments.keys():
             raise ValueError(
-                f"the checkpoint has no moments of {self.optimizer.name}: resume with its own --optimizer"
+                f"the checkpoint has no moments of {self.optimizer.name}: "
+                "resume with its own --optimizer"
             )
         for moment in self.optimizer.moments:
             with self.exchanged(self._moment(moment)):
                 self.write_trained(moments, f".{moment}")
 
     def _restore_by_rank(self, moments: Mapping[str, Tensor]) -> None:
-        for name, own in self._held(rank() % self._parted):
+        for name, held in self._held(rank() % self._parted):
             saved = moments.get(name)
-            if saved is None or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+            if saved is None or (saved.shape, saved.dtype) != (held.shape, held.dtype):
                 raise ValueError(
-                    f"the checkpoint has no optimizer state {name!r} of this shape: optimizer state is tied to rank "
-                    "count, ZeRO stage and optimizer; resume with the original ones"
+                    f"the checkpoint has no optimizer state {name!r} of this shape: "
+                    "optimizer state is tied to rank count, ZeRO stage and optimizer; "
+                    "resume with the original ones"
                 )
-            own.copy_(saved)
+            held.copy_(saved)
 
     @property
     def updates(self) -> int:
         """Updates that the optimizer has made; fp16 steps that overflowed don't count."""
-        return next(
-            (int(state["step"]) for state in self._base.state.values() if "step" in state), 0
-        )
+        for state in self._base.state.values():
+            if "step" in state:
+                return int(state["step"])
+        return 0
 
     def scaler_state(self) -> dict[str, Any]:
         """Updates, and the fields of the fp16 loss scale."""
@@ -553,12 +560,10 @@ class Reference:
                 engine.write_trained(values)
         self.names = [name for name, _ in engine.trained]
         if module is not None:
-            module.to(
-                engine.device,
-                next(p.dtype for p in engine.module.parameters() if p.is_floating_point()),
-            )
-            own = dict(module.named_parameters())
-            self.names = [name for name in self.names if name in own]
+            floating = (p for p in engine.module.parameters() if p.is_floating_point())
+            module.to(engine.device, next(floating).dtype)
+            parameters = dict(module.named_parameters())
+            self.names = [name for name in self.names if name in parameters]
             self._show()
 
     @torch.no_grad()
@@ -567,9 +572,9 @@ class Reference:
         self.updates += 1
         if self.decay == 1:
             return
-        decay = (
-            min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        )
+        decay = self.decay
+        if self.warmup:
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.averages, self.engine.masters(), 1 - decay)
         if self.module is not None:
             self._show()
@@ -594,9 +599,13 @@ class Reference:
     @torch.no_grad()
     def _show(self) -> None:
         """Copy the averages into the module, which every rank holds whole."""
-        own = dict(self.module.named_parameters())
+        parameters = dict(self.module.named_parameters())
+
+        def copy_into_module(name: str, value: Tensor) -> Tensor:
+            return parameters[name].copy_(value)
+
         with self.engine.exchanged(self.averages):
-            self.engine.read_trained(lambda name, value: own[name].copy_(value), self.names)
+            self.engine.read_trained(copy_into_module, self.names)
 
 
 def frozen_copy(dual: Any) -> Any:

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -91,7 +91,7 @@ class Watch(AbstractContextManager[None]):
         self.straggler_seconds = straggler_seconds
         self.interval = max(0.2, min(SLOWEST_LOOK, straggler_seconds / 5 or SLOWEST_LOOK))
         self.failure = ""  # of another rank, as it published it
-        self._told = ""  # the lateness that was reported last
+        self._reported = ""  # the lateness that was reported last
         self._beats: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was new
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -151,7 +151,10 @@ class Watch(AbstractContextManager[None]):
             except dist.DistNetworkError:
                 gone = min(gone, time.monotonic())
                 if time.monotonic() - gone > GRACE:
-                    self.failure = "the process that holds the ranks' store (rank 0, or torchrun on its host) has ended"
+                    self.failure = (
+                        "the process that holds the ranks' store (rank 0, or torchrun on its host) "
+                        "has ended"
+                    )
             except dist.DistStoreError:  # it is slow, or its process is stopped
                 continue
         with suppress(Exception):
@@ -164,11 +167,12 @@ class Watch(AbstractContextManager[None]):
     def _name_silent(self) -> None:
         """Name ranks whose watch has stopped, so that they cannot name themselves: rank 0 all
         others, rank 1 rank 0."""
-        for other in (
-            {0: range(1, world_size()), 1: range(1)}.get(rank(), ())
-            if self.straggler_seconds
-            else ()
-        ):
+        watched: Sequence[int] = ()
+        if self.straggler_seconds and rank() == 0:
+            watched = range(1, world_size())
+        elif self.straggler_seconds and rank() == 1:
+            watched = [0]
+        for other in watched:
             beat = self.store.add(f"beat/{other}", 0)
             now = time.monotonic()
             last, since = self._beats.get(other, (-1, now))
@@ -176,9 +180,10 @@ class Watch(AbstractContextManager[None]):
                 self._beats[other] = beat, now
             elif beat >= 0 and now - since > self.straggler_seconds:
                 self._beats[other] = beat, math.inf  # said once, until it is back
-                who = f"rank {other} ({self.store.get(f'name/{other}').decode()}) for {now - since:.0f} s"
+                name = self.store.get(f"name/{other}").decode()
                 print(
-                    f"\nsilent: {who}: it is stopped or starved, or its host is gone",
+                    f"\nsilent: rank {other} ({name}) for {now - since:.0f} s: "
+                    "it is stopped or starved, or its host is gone",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -198,13 +203,14 @@ class Watch(AbstractContextManager[None]):
         waits = code.co_name in WAITING_FUNCTIONS or any(
             part in code.co_filename for part in WAITING_IN
         )
-        if not waits and late != self._told:
-            self._told = late
+        if not waits and late != self._reported:
+            self._reported = late
             if self.store.add(late, 1) <= NAMED:
                 who = f"rank {rank()} ({socket.gethostname()}, pid {os.getpid()})"
-                what = f"late: {who} has been in phase {_doing()} for {seconds:.0f} s; its main thread:"
+                stack = "".join(traceback.format_stack(frame))
                 print(
-                    f"\n{what}\n{''.join(traceback.format_stack(frame))}",
+                    f"\nlate: {who} has been in phase {_doing()} for {seconds:.0f} s; "
+                    f"its main thread:\n{stack}",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -236,7 +242,11 @@ def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
     differs."""
     ranks = gather_objects((socket.gethostname(), dict(facts)))
     names = dict.fromkeys(name for _, facts in ranks for name in facts)
-    differing = [name for name in names if len({facts.get(name) for _, facts in ranks}) > 1]
+
+    def differs(name: str) -> bool:
+        return len({facts.get(name) for _, facts in ranks}) > 1
+
+    differing = [name for name in names if differs(name)]
     if not differing:
         return
     lines = ["the ranks disagree before the first step:"]
@@ -246,7 +256,8 @@ def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
         for number, (host, facts) in enumerate(ranks):
             holders.setdefault((facts.get(name, "absent"), host), []).append(str(number))
         groups = [
-            f"{value} on {host} (ranks {', '.join(own)})" for (value, host), own in holders.items()
+            f"{value} on {host} (ranks {', '.join(numbers)})"
+            for (value, host), numbers in holders.items()
         ]
         lines.append(f"  {name}: {'; '.join(groups)}")
         advised.add(advice.get(name.split()[0], ""))
@@ -315,7 +326,7 @@ def acquire(folder: Path) -> int:
     OSError."""
     path = folder / LOCK
     deadline = time.monotonic() + LEASE
-    told = False
+    announced = False
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -348,12 +359,13 @@ def acquire(folder: Path) -> int:
         except (OSError, ValueError, TypeError):
             holder = {}  # another process is just starting or ending
         if holder.get("host") == socket.gethostname() or time.monotonic() > deadline:
+            user = f"process {holder.get('pid')} on {holder.get('host')}"
             raise FileExistsError(
-                f"{folder} is in use by process {holder.get('pid')} on {holder.get('host')} ({path}): wait for its "
-                f"end, stop it, or choose another --output. If that host is down, delete {path}"
+                f"{folder} is in use by {user} ({path}): wait for its end, stop it, or choose "
+                f"another --output. If that host is down, delete {path}"
             )
-        if holder and not told:
-            told = True
+        if holder and not announced:
+            announced = True
             print(
                 f"{folder} is locked from {holder['host']}; waiting up to {LEASE:.0f} s",
                 file=sys.stderr,
@@ -373,5 +385,6 @@ def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
         ):
             bad = int((~torch.isfinite(value)).sum())
             raise ValueError(
-                f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite; restore it"
+                f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite; "
+                "restore it"
             )

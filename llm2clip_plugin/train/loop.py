@@ -33,7 +33,7 @@ from llm2clip_plugin.train.distributed import (
 )
 from llm2clip_plugin.train.engine import Engine, Reference
 from llm2clip_plugin.train.optim import lr_factor, set_lr
-from llm2clip_plugin.train.step import Batch, ContrastiveStep
+from llm2clip_plugin.train.step import Batch, ContrastiveStep, Flags
 
 PROFILE = "profile"  # folder of a run for traces
 TIMED_EVERY = 10  # steps at least between comparisons of the ranks' times, each a collective
@@ -104,13 +104,10 @@ class Reports:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             last = -1 if new else state.step
-            kept = [
-                line
-                for line in path.read_text(encoding="utf-8").splitlines()
-                if _step_of(line) <= last
-            ]
+            lines = path.read_text(encoding="utf-8").splitlines()
             with atomic_file(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                text = "".join(line + "\n" for line in lines if _step_of(line) <= last)
+                temporary.write_text(text, encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "Reports":
@@ -146,9 +143,8 @@ class Reports:
         """The last batch had no update; ``allowed``: as many as the run may leave out."""
         bad = state.bad_batches[-1]
         self.event({**bad, "event": LEFT_OUT})
-        self.note(
-            f"warning: {len(state.bad_batches)} of at most {allowed} bad batches left out: {bad['reason']}"
-        )
+        count = len(state.bad_batches)
+        self.note(f"warning: {count} of at most {allowed} bad batches left out: {bad['reason']}")
 
     def scores(self, state: TrainState, scores: dict[str, float]) -> None:
         """An evaluation, in ``state``."""
@@ -163,7 +159,8 @@ class Reports:
         self.event({"step": self._step, "event": event, "reason": reason, "time": now})
         if not failed:
             self.note(
-                f"{reason}: saved step {self._step} of {self.total_steps}; rerun the same command to resume"
+                f"{reason}: saved step {self._step} of {self.total_steps}; "
+                "rerun the same command to resume"
             )
 
     def event(self, values: dict[str, Any]) -> None:
@@ -183,8 +180,8 @@ class Reports:
         mean = self.timer.lap()
         values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
         if world_size() > 1:
-            own = torch.tensor([[sum(mean.values()), mean["data"], mean["communication"]]])
-            steps, data, communication = gather_rows(own.to(self.engine.device)).T.tolist()
+            seconds = torch.tensor([[sum(mean.values()), mean["data"], mean["communication"]]])
+            steps, data, communication = gather_rows(seconds.to(self.engine.device)).T.tolist()
             busy = [step - waited for step, waited in zip(steps, communication, strict=True)]
             for name, column in (("step", steps), ("data", data), ("busy", busy)):
                 values |= {f"{name}_seconds_min": min(column), f"{name}_seconds_max": max(column)}
@@ -305,11 +302,14 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
     save_due = False
     stop = any(gather_objects(bool(parts.stop)))
     save_seconds = 60 * parts.train.save_minutes or math.inf
-    parts.step.flags = lambda: (
-        bool(parts.stop),
-        time.monotonic() - saved_at >= save_seconds,
-        saver.busy,
-    )
+
+    def flags() -> Flags:
+        return Flags(
+            stop=bool(parts.stop),
+            save_due=time.monotonic() - saved_at >= save_seconds,
+            saving=saver.busy,
+        )
+
     if parts.before is not None and state.step == 0 and not state.before and not stop:
         state = replace(state, before=parts.before())
         reports.scores(state, state.before)
@@ -325,16 +325,17 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
     if state.evaluated < state.step:  # killed between a checkpoint and its evaluation, perhaps
         state = _evaluate_if_due(parts, state, reports, saver)
     while state.step < parts.total_steps:
-        state, seconds, values = _timed_step(parts, state, reports)
-        stop, due, busy = parts.step.raised
-        last = stop or state.step == parts.total_steps
+        state, seconds, values = _timed_step(parts, state, reports, flags)
+        raised = parts.step.raised
+        last = raised.stop or state.step == parts.total_steps
         reports.step(state, seconds, values, always=last)
-        save_due = save_due or due or _due(parts.train.save_steps, state.step)
-        if last or (save_due and not busy):  # a save that comes while one is written waits for it
+        save_due = save_due or raised.save_due or _due(parts.train.save_steps, state.step)
+        # a save that comes while one is written waits for it
+        if last or (save_due and not raised.saving):
             saver.save(state, last=last)
             saved_at = time.monotonic()
             save_due = False
-        if stop:
+        if raised.stop:
             return state, True
         state = _evaluate_if_due(parts, state, reports, saver)
     return state, False
@@ -360,7 +361,7 @@ def _evaluate_if_due(
 
 
 def _timed_step(
-    parts: LoopParts, state: TrainState, reports: Reports
+    parts: LoopParts, state: TrainState, reports: Reports, flags: Callable[[], Flags]
 ) -> tuple[TrainState, float, dict[str, float]]:
     """A step with its learning rate, from waiting for its batch to the moving averages; its
     seconds, values to report.
@@ -379,7 +380,7 @@ def _timed_step(
     bad: list[dict[str, Any]] = []
     try:
         with phase("forward and backward"):
-            loss, values = parts.step(batch)
+            loss, values = parts.step(batch, flags)
         values = {"loss": loss, **values, "grad_norm": engine.grad_norm}
         values = {
             name: value

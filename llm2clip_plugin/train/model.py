@@ -133,9 +133,8 @@ def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]
     embeddings = {id(p) for p in tower_embeddings_parameters(model.tower)}
     top = len(blocks) + 1
     depth = {id(p): number + 1 for number, block in enumerate(blocks) for p in block.parameters()}
-    depth |= dict.fromkeys(embeddings, 0) | {
-        id(p): top for p in parameters_in(model.tower, config.full_lr)
-    }
+    depth |= dict.fromkeys(embeddings, 0)
+    depth |= {id(p): top for p in parameters_in(model.tower, config.full_lr)}
     trained = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -205,7 +204,8 @@ def activation_bytes(
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         inputs = make()
-        at_rest = memory.peak = memory.live
+        at_rest = memory.live
+        memory.peak = at_rest
         forward(*inputs).backward()
     return memory.peak - at_rest
 
@@ -220,7 +220,7 @@ class StepMemory:
     parameters: int  # all of them
     pair_bytes: float  # activations of a pair: activation_bytes over the pairs of the pass
     width: int  # of a feature
-    state_bytes: float  # of the optimizer's states of a parameter: OptimizerSpec.state_bytes
+    state_bytes: float  # of the optimizer's states of a parameter
     pixels: int = 0  # values of an image; 0 for texts
     # fp32 copies of what trains: a moving average, the averages of the frozen tower
     averages: int = 0
@@ -259,16 +259,17 @@ def rank_bytes(
     # of gradients (two with overlap_comm), and the full weights that ZeRO-3 has gathered at once
     buckets = 0.0
     if stage:
-        buckets = (
-            float(zero.get("reduce_bucket_size", 5e8))
-            * size
-            * (2 if zero.get("overlap_comm") else 1)
-        )
+        count = 2 if zero.get("overlap_comm") else 1
+        buckets = float(zero.get("reduce_bucket_size", 5e8)) * size * count
     if stage == 3:
         gathered = min(float(zero.get("stage3_max_live_parameters", 1e9)) / memory.parameters, 1.0)
         buckets += gathered * (memory.trained * size + memory.frozen_bytes)
     if offloads_optimizer({"zero_optimization": zero}):
         parts.pop("AdamW")  # in the host's memory
+    # both sides of the local batch and all ranks' texts, with gradients
+    features = 8 * memory.width * (2 * local + global_batch)
+    # three blocks of at most 512 MiB of logits
+    logits = 3 * min(4 * local * global_batch, 1 << 29)
     parts |= {
         "averages": memory.trained * memory.averages * 4 / shares[0],
         "frozen tower": memory.frozen_tower_bytes,
@@ -276,10 +277,7 @@ def rank_bytes(
         # bytes, and a micro-batch normalized
         "images": memory.pixels * (local + micro_batch * size),
         "patches": 4.0 * memory.patches * local,
-        # both sides of the local batch and all ranks' texts, with gradients; three blocks of at
-        # most 512 MiB of logits
-        "loss": 8 * memory.width * (2 * local + global_batch)
-        + 3 * min(4 * local * global_batch, 1 << 29),
+        "loss": features + logits,
         "buckets": buckets,
     }
     return {name: value for name, value in parts.items() if value or name == "buckets"}

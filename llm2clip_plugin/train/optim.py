@@ -11,7 +11,7 @@ with those of the part.
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -90,10 +90,11 @@ class FlatAdamW(torch.optim.AdamW):
                 state = self.state[master]
                 if not state:
                     state.update(AdamW().empty_state(self, master, 0))
-                columns = (master, master.grad, *(state[moment] for moment in AdamW.moments))
                 for (peak, weight_decay), parts in self.parts[master].items():
                     adamw(
-                        *([column[part] for part in parts] for column in columns),
+                        _cut(master, parts),
+                        _cut(master.grad, parts),
+                        *(_cut(state[moment], parts) for moment in AdamW.moments),
                         max_exp_avg_sqs=[],
                         # counted up inside
                         state_steps=list(state["step"].repeat(len(parts)).unbind()),
@@ -110,11 +111,17 @@ class FlatAdamW(torch.optim.AdamW):
                 state["step"] += 1
 
 
+def _cut(flat: Tensor, parts: Sequence[slice]) -> list[Tensor]:
+    """Views of these parts."""
+    return [flat[part] for part in parts]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdamW8bit(AdamW):
-    """``--optimizer adamw_8bit``: bitsandbytes', a quarter of the states' memory (Dettmers et al. 2022, arXiv
-    2110.02861). Moments are in 8 bits, as an index into a table of values times the largest magnitude of their block of
-    256, which may end inside of a parameter; so a checkpoint holds each rank's states as they are.
+    """``--optimizer adamw_8bit``: bitsandbytes', a quarter of the states' memory (Dettmers et al.
+    2022, arXiv 2110.02861). Moments are in 8 bits, as an index into a table of values times the
+    largest magnitude of their block of 256, which may end inside of a parameter; so a checkpoint
+    holds each rank's states as they are.
     """
 
     min_8bit_size: int = 4096  # values of a master from which its moments are in 8 bits
@@ -258,12 +265,14 @@ def complete(
             raise ValueError(f"{where}: {name} is {config[name]!r}, expected an object")
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
         raise ValueError(f"{where}: offload_optimizer to NVMe is not supported; use the device cpu")
-    conflicts = [
-        f'{section}.params.{name} is {given!r}, expected "auto": the run has --lr, --weight-decay, --warmup-steps, ...'
-        for section in ("optimizer", "scheduler")
-        for name, given in config.pop(section, {}).get("params", {}).items()
-        if given != "auto"
-    ]
+    conflicts = []
+    for section in ("optimizer", "scheduler"):
+        for name, value in config.pop(section, {}).get("params", {}).items():
+            if value != "auto":
+                conflicts.append(
+                    f'{section}.params.{name} is {value!r}, expected "auto": '
+                    "the run has --lr, --weight-decay, --warmup-steps, ..."
+                )
     if (kind := user.get("optimizer", {}).get("type", "AdamW")) not in ("Adam", "AdamW"):
         conflicts.append(
             f"optimizer.type is {kind!r}, but the run uses {optim.name!r} (--optimizer)"
@@ -278,7 +287,8 @@ def complete(
     if type(chosen_optimizer(optim)) is not AdamW:
         if offloads_optimizer(config):
             raise ValueError(
-                f"{where} offloads optimizer states: set --optimizer adamw, or remove offload_optimizer"
+                f"{where} offloads optimizer states: set --optimizer adamw, "
+                "or remove offload_optimizer"
             )
         config.setdefault("zero_allow_untested_optimizer", True)
     run = Path(output_dir)

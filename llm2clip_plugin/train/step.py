@@ -56,6 +56,14 @@ class Encoded(NamedTuple):
 SCALARS = ("log_scale", "bias")  # fields of Encoded that belong to no row
 
 
+class Flags(NamedTuple):
+    """What a rank tells the others with its losses; after a step, whether any rank did so."""
+
+    stop: bool = False  # the run shall end
+    save_due: bool = False  # the last checkpoint is old
+    saving: bool = False  # a checkpoint is being written
+
+
 class ContrastiveStep(ABC):
     """One optimizer step over this rank's rows of a global batch, whatever the two sides of its
     pairs are. ``batch``: caption_hashes and image_ids (b,), keys (b), ``position`` (samples that
@@ -67,9 +75,7 @@ class ContrastiveStep(ABC):
         self.terms = terms
         self.seed = seed
         self.total_samples = total_samples
-        self.flags: Callable[[], Sequence[bool]] = tuple  # of this rank; each rank has as many
-        # which of them any rank had in the last step: they travel with its losses
-        self.raised: list[bool] = []
+        self.raised = Flags()  # what any rank had in the last step that was called with flags
         self._fp32: dict[str, Tensor] = {}  # logit_scale and logit_bias since the last update
 
     @abstractmethod
@@ -82,7 +88,7 @@ class ContrastiveStep(ABC):
 
     @abstractmethod
     def _forward(self, micro: Batch) -> Encoded:
-        """Encode a micro-batch; ``micro["first"]`` is the position of its first sample in the run."""
+        """Encode a micro-batch; ``micro["first"]`` is the position of its first sample."""
 
     def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Of a frozen tower, for the same anchors: features (m, D), L2-normalized, and patches (m,
@@ -96,11 +102,14 @@ class ContrastiveStep(ABC):
         if scale is not None and scale.requires_grad:
             self._fp32["logit_scale"] = self.engine.clamp(scale, 0.0, MAX_LOG_SCALE)
 
-    def __call__(self, batch: Batch) -> tuple[float, dict[str, float]]:
+    def __call__(
+        self, batch: Batch, flags: Callable[[], Flags] | None = None
+    ) -> tuple[float, dict[str, float]]:
         """Update the parameters; returns the loss of the global batch and values to report.
 
-        Raises NonFiniteLossError on every rank, none of which has updated, where fp16 can't lower
-        its loss scale.
+        ``flags``: this rank's, read as its losses are sent; ``raised`` then has those of any rank.
+        Every rank must have them, or none. Raises NonFiniteLossError on every rank, none of which
+        has updated, where fp16 can't lower its loss scale.
         """
         batch = self._on_device(batch)
         rows = len(batch["keys"])  # of this rank
@@ -114,27 +123,29 @@ class ContrastiveStep(ABC):
         lowers = self.engine.can_lower_loss_scale
         if len(micro_batches) == 1:
             reference = self._reference(micro_batches[0])
-            loss, numbers, finite_b = self._loss(self._encode(micro_batches[0]), batch, *reference)
+            encoded = self._encode(micro_batches[0])
+            loss, numbers, finite_b = self._loss(encoded, batch, *reference, flags=flags)
             self.engine.backward(loss)
             self.engine.step()
         else:
-            numbers, finite_b = self._cached_step(batch, micro_batches)
+            numbers, finite_b = self._cached_step(batch, micro_batches, flags)
         loss, *means, scale = self.engine.read(numbers)
-        self.raised = [mean > 0 for mean in means[len(self.terms) :]]
+        self.raised = Flags(*(mean > 0 for mean in means[len(self.terms) :]))
         values = {f"loss_{name}": mean for name, mean in zip(self.terms, means, strict=False)}
-        if not lowers and (
-            self.engine.skipped > skipped or not math.isfinite(loss + (self.engine.grad_norm or 0))
-        ):
+        left_out = self.engine.skipped > skipped
+        finite = math.isfinite(loss + (self.engine.grad_norm or 0))
+        if not lowers and (left_out or not finite):
             raise _non_finite({"loss": loss, **values}, finite_b, batch)
         self._after_update()
         return loss, values | {"logit_scale": scale}
 
-    def _cached_step(self, batch: Batch, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    def _cached_step(
+        self, batch: Batch, micro_batches: list[Batch], flags: Callable[[], Flags] | None
+    ) -> tuple[Tensor, Tensor]:
         """Features without a graph, the gradient of the loss for each, and a second pass that
         propagates it."""
-        references = map(
-            _joined, zip(*(self._reference(micro) for micro in micro_batches), strict=True)
-        )
+        references = [self._reference(micro) for micro in micro_batches]
+        reference_bD, reference_patches_bTH = map(_joined, zip(*references, strict=True))
         with torch.no_grad():
             parts = [self._encode(micro) for micro in micro_batches]
         columns = zip(Encoded._fields, zip(*parts, strict=True), strict=True)
@@ -143,22 +154,22 @@ class ContrastiveStep(ABC):
             for name, column in columns
         }
         leaves = {name: leaf.requires_grad_() for name, leaf in joined.items() if leaf is not None}
-        loss, numbers, finite_b = self._loss(Encoded(**leaves), batch, *references)
+        loss, numbers, finite_b = self._loss(
+            Encoded(**leaves), batch, reference_bD, reference_patches_bTH, flags=flags
+        )
         with timed("backward"):
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 loss, list(leaves.values()), allow_unused=True, materialize_grads=True
             )
-        grads = dict(zip(leaves, found, strict=True))
+        gradient_of = dict(zip(leaves, gradients, strict=True))
         size = len(parts[0].anchor_mD)
         for i, micro in enumerate(micro_batches):
             rows = slice(i * size, (i + 1) * size)
             encoded = self._encode(micro)
-            products = [
-                (
-                    getattr(encoded, name) * (grad / len(parts) if name in SCALARS else grad[rows])
-                ).sum()
-                for name, grad in grads.items()
-            ]
+            products = []
+            for name, gradient in gradient_of.items():
+                part = gradient / len(parts) if name in SCALARS else gradient[rows]
+                products.append((getattr(encoded, name) * part).sum())
             self.engine.backward(torch.stack(products).sum())
             self.engine.step()
         return numbers, finite_b
@@ -188,6 +199,8 @@ class ContrastiveStep(ABC):
         batch: Batch,
         reference_bD: Tensor | None,
         reference_patches_bTH: Tensor | None,
+        *,
+        flags: Callable[[], Flags] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's sum of weighted terms; its mean over ranks, those of all terms and flags, and
         the logit scale; which pairs (b,) have finite features."""
@@ -208,12 +221,13 @@ class ContrastiveStep(ABC):
         )
         losses = {name: term(features) for name, term in self.terms.items()}
         loss = torch.stack(list(losses.values())).sum()
-        flags = torch.tensor([*map(float, self.flags())]).to(loss, non_blocking=True)
-        sums = sum_over_ranks(torch.cat([torch.stack([loss, *losses.values()]).detach(), flags]))
+        raised = [] if flags is None else [float(flag) for flag in flags()]
+        sent = torch.stack([loss, *losses.values()]).detach()
+        sums = sum_over_ranks(torch.cat([sent, torch.tensor(raised).to(loss, non_blocking=True)]))
         numbers = torch.cat([sums / world_size(), encoded.log_scale.detach().exp().to(sums)])
-        finite_b = encoded.anchor_mD.isfinite().all(1) & encoded.positive_mkD.isfinite().flatten(
-            1
-        ).all(1)
+        finite_anchor_b = encoded.anchor_mD.isfinite().all(1)
+        finite_positive_b = encoded.positive_mkD.isfinite().flatten(1).all(1)
+        finite_b = finite_anchor_b & finite_positive_b
         # a non-finite value on one rank makes the gradients of all NaN, for which the engine makes
         # no update: reading it here would make the host wait for the device before the backward
         # pass
@@ -239,7 +253,8 @@ def _non_finite(values: dict[str, float], finite_b: Tensor, batch: Batch) -> Non
     first = _by_rank(batch["keys"])
     if math.isfinite(values["loss"]):
         return NonFiniteLossError(
-            f"the gradient is not finite (loss {values['loss']:.4g}) {where}; it starts with {first}",
+            f"the gradient is not finite (loss {values['loss']:.4g}) {where}; "
+            f"it starts with {first}",
             "lower the learning rate, use fp32, or leave such batches out with --skip-bad-batches",
         )
     bad = [key for key, finite in zip(batch["keys"], finite_b.tolist(), strict=True) if not finite]
@@ -250,8 +265,8 @@ def _non_finite(values: dict[str, float], finite_b: Tensor, batch: Batch) -> Non
     terms = ", ".join(f"{name} {value}" for name, value in values.items())
     return NonFiniteLossError(
         f"the loss is not finite {where} ({terms}). {samples}",
-        "lower the learning rate, check these samples (a cache: `llm2clip embed --verify`), or leave such batches out "
-        "with --skip-bad-batches",
+        "lower the learning rate, check these samples (a cache: `llm2clip embed --verify`), "
+        "or leave such batches out with --skip-bad-batches",
     )
 
 
@@ -297,8 +312,14 @@ class TowerStep(ContrastiveStep):
         return moved
 
     def _rows(self, batch: Batch, rows: slice) -> Batch:
-        shapes = {"shapes": {n: batch[n][rows] for n in ("spatial_shapes",) if n in batch}}
-        return {"pixels": batch["pixels"][rows], "embeddings": batch["embeddings"][rows], **shapes}
+        shapes = {}
+        if "spatial_shapes" in batch:
+            shapes["spatial_shapes"] = batch["spatial_shapes"][rows]
+        return {
+            "pixels": batch["pixels"][rows],
+            "embeddings": batch["embeddings"][rows],
+            "shapes": shapes,
+        }
 
     def _forward(self, micro: Batch) -> Encoded:
         noise_mW = self._noise(micro) if self.text_noise else None
@@ -325,21 +346,14 @@ class TowerStep(ContrastiveStep):
             like = micro["embeddings"]
             generator = torch.Generator()
             noise_mW = torch.empty(like.shape, pin_memory=like.is_cuda)
-            for i, noise_W in enumerate(noise_mW):
-                noise_W.normal_(
-                    generator=generator.manual_seed(
-                        position_seed(self.seed + 1, micro["first"] + i)
-                    )
-                )
+            for position, noise_W in enumerate(noise_mW, micro["first"]):
+                generator.manual_seed(position_seed(self.seed + 1, position))
+                noise_W.normal_(generator=generator)
             micro["noise"] = noise_mW.to(like.device, non_blocking=True)
         return micro["noise"]
 
 
 def position_seed(seed: int, position: int) -> int:
     """A 63-bit seed from a run's seed and a position in its order of samples."""
-    return (
-        int.from_bytes(
-            hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest(), "big"
-        )
-        >> 1
-    )
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

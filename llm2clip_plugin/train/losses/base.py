@@ -120,7 +120,8 @@ class PairBlocks:
     ) -> None:
         if anchor_bD.shape != positive_bD.shape or anchor_bD.ndim != 2:
             raise ValueError(
-                f"anchors {anchor_bD.shape} and positives {positive_bD.shape} must have one shape (b, D)"
+                f"anchors {anchor_bD.shape} and positives {positive_bD.shape} "
+                "must have one shape (b, D)"
             )
         sent = [positive_bD] if ids_jb is None else [positive_bD, ids_jb.T]
         self.positive_ND, *ids_Nj = gather_together(*sent, group=group)
@@ -128,7 +129,8 @@ class PairBlocks:
         self.ids_jb = ids_jb
         self.ids_jN = ids_Nj[0].T.contiguous() if ids_Nj else None
         self.group: Group = group
-        self.rows, self.columns = len(anchor_bD), len(self.positive_ND)
+        self.rows = len(anchor_bD)
+        self.columns = len(self.positive_ND)
         self.first = rank(group) * self.rows  # column of row 0's own positive
         budget = BLOCK_LOGITS_CPU if anchor_bD.device.type == "cpu" else BLOCK_LOGITS_GPU
         self.block = block or max(16, budget // self.columns)
@@ -209,33 +211,39 @@ Terms = dict[str, Callable[[Features], Tensor]]  # name -> weighted loss; a step
 
 
 def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
-    """The chosen terms with their settings; ValueError names a term or a setting that there is not."""
-    known = discover("llm2clip_plugin.train.losses", "TERM")
+    """The chosen terms with their settings; ValueError names an unknown term or setting."""
+    term_classes = discover("llm2clip_plugin.train.losses", "TERM")
     weights = parse_terms(config.terms)
-    words: dict[str, list[str]] = {weight.name: [] for weight in weights}
-    for name in words:
-        if name not in known:
-            raise ValueError(unknown("loss term", name, known))
+    settings: dict[str, list[str]] = {weight.name: [] for weight in weights}  # NAME=VALUE by term
+    for name in settings:
+        if name not in term_classes:
+            raise ValueError(unknown("loss term", name, term_classes))
     for word in config.args:
         term, dot, rest = word.partition(".")
-        if dot and term in words:
-            words[term].append(rest)
-        elif len(words) == 1:
-            words[weights[0].name].append(word)
+        if dot and term in settings:
+            settings[term].append(rest)
+        elif len(settings) == 1:
+            settings[weights[0].name].append(word)
         else:
             raise ValueError(
-                f"loss.args: {word!r} names none of the terms {', '.join(words)}; write TERM.{word}"
+                f"loss.args: {word!r} names none of the terms {', '.join(settings)}; "
+                f"write TERM.{word}"
             )
-    return [(w, from_named_args(known[w.name], words[w.name], where="loss.args")) for w in weights]
+    terms = []
+    for weight in weights:
+        name = weight.name
+        term = from_named_args(term_classes[name], settings[name], where="loss.args")
+        terms.append((weight, term))
+    return terms
 
 
 def check_terms(config: LossConfig, dual: DualConfig) -> None:
     """Raise ValueError if the terms and the dual encoder are incompatible."""
     bias = dual.logit_bias_init
     if any(term.uses_bias for _, term in chosen_terms(config)) != (bias is not None):
-        given = "not set" if bias is None else bias
+        value = "not set" if bias is None else bias
         expected = "--dual.logit-bias-init must be set for sigmoid (e.g. -10) and unset otherwise"
-        raise ValueError(f"{expected}; it is {given}, and the terms are {' '.join(config.terms)}")
+        raise ValueError(f"{expected}; it is {value}, and the terms are {' '.join(config.terms)}")
 
 
 def needs_reference(config: LossConfig) -> bool:
@@ -255,7 +263,8 @@ def check_patch_layers(config: LossConfig, blocks: int) -> None:
     for reads, layer in patch_layers(config).items():
         if not -blocks - 1 <= layer <= blocks:
             raise ValueError(
-                f"layer {layer} of {reads} is outside the tower's {blocks} blocks; set it in --loss.args"
+                f"layer {layer} of {reads} is outside the tower's {blocks} blocks; "
+                "set it in --loss.args"
             )
 
 
@@ -270,20 +279,18 @@ def weighted_terms(config: LossConfig, *, group: Group = None) -> Terms:
 def heads_terms(config: LossConfig) -> Terms:
     """The terms that fit heads on a frozen tower, on this rank alone, at the peak of their weights:
     those between images and captions. Raises ValueError if there are none."""
-    known = {
-        weight.name: term
-        for weight, term in chosen_terms(config)
-        if not term.needs_reference and not term.reads
-    }
-    if not known:
+    terms: Terms = {}
+    for weight, term in chosen_terms(config):
+        if not term.needs_reference and not term.reads:
+            peak = max(weight.start, weight.end)
+            constant = TermWeight(weight.name, peak, peak)
+            terms[weight.name] = partial(_weighted, config, constant, term, ALONE)
+    if not terms:
         raise ValueError(
-            f"loss.terms {' '.join(config.terms)} has no term between images and captions; add infonce=1"
+            f"loss.terms {' '.join(config.terms)} has no term between images and captions; "
+            "add infonce=1"
         )
-    peaks = {weight.name: max(weight.start, weight.end) for weight, _ in chosen_terms(config)}
-    return {
-        n: partial(_weighted, config, TermWeight(n, peaks[n], peaks[n]), t, ALONE)
-        for n, t in known.items()
-    }
+    return terms
 
 
 def _weighted(

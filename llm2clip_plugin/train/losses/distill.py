@@ -16,8 +16,8 @@ LEAST = 1e-12  # of a squared distance that is divided by: equal features have n
 def structure_loss(
     anchor_bD: Tensor, reference_bD: Tensor, *, block: int = 0, group: Group = None
 ) -> Tensor:
-    """The mean over the pairs i < j of the whole batch of smooth_l1(|x_i - x_j| - |r_i - r_j|), beta 1 (arXiv
-    2510.18795, ProCLIP's structural term).
+    """The mean over the pairs i < j of the whole batch of smooth_l1(|x_i - x_j| - |r_i - r_j|),
+    beta 1 (arXiv 2510.18795, ProCLIP's structural term).
 
     loss_r = 1/(b (N - 1)) sum_i sum_{j != i} smooth_l1(...), i over this rank's b rows, j over all
     N; the mean over ranks is the mean over all pairs. 0 for a batch of one row.

@@ -38,9 +38,11 @@ def contrastive_loss(
     ranks is the loss of the whole batch.
 
     Args:
-        anchor_bD, positive_bD: x and y, L2-normalized, any float dtype; products are taken in it, the rest in fp32.
+        anchor_bD, positive_bD: x and y, L2-normalized, any float dtype; products are taken in it,
+            the rest in fp32.
         scale: s, one element, already exponentiated.
-        caption_hashes, image_ids: (b,) or (j, b) int64; off-diagonal pairs with an equal id are left out of both sums.
+        caption_hashes, image_ids: (b,) or (j, b) int64; off-diagonal pairs with an equal id are
+            left out of both sums.
         block: rows of the logits held at once; 0 chooses by device.
         group: ranks that hold the batch, b rows on each; None is the default group.
 

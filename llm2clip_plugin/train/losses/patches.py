@@ -74,7 +74,8 @@ class PatchReference(LossTerm):
         reference_bTH = features.reference_patches_bTH
         if patches_bTH is None or reference_bTH is None:
             raise ValueError(
-                "loss term patch_reference has nothing to compare with: this step has no frozen tower"
+                "loss term patch_reference has nothing to compare with: "
+                "this step has no frozen tower"
             )
         distance_bT = 1 - F.cosine_similarity(patches_bTH, reference_bTH, dim=-1)
         mask_bT = features.patch_mask(distance_bT.shape[1])

@@ -1,4 +1,4 @@
-"""SigLIP's loss: each pair of an anchor and a positive is classified by itself as matching or not."""
+"""SigLIP's loss: each pair of an anchor and a positive is classified alone, as matching or not."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -66,7 +66,7 @@ def sigmoid_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(LossTerm):
-    """``--loss.terms sigmoid``: the captions against the images, with a learned bias of the logits."""
+    """``--loss.terms sigmoid``: captions against images, with a learned bias of the logits."""
 
     name: ClassVar[str] = "sigmoid"
     uses_bias: ClassVar[bool] = True
