@@ -26,7 +26,8 @@ data.cache data.validation data.validation_cache data.clip_cache
 data.read.cache_folder data.read.cache_gb data.read.index_folder
 loss.block contrast.length_groups
 train.save_steps train.save_minutes train.save_total_limit
-train.eval_steps train.eval_on_start train.logging_steps train.report_to train.profile_steps train.profile_all_ranks
+train.eval_steps train.eval_on_start train.logging_steps train.report_to
+train.profile_steps train.profile_all_ranks
 train.dataloader_num_workers train.dataloader_prefetch_mb train.tf32 train.skip_bad_batches
 train.communication_data_type train.ddp_timeout train.straggler_seconds
 train.gradient_checkpointing train.torch_compile
@@ -102,21 +103,24 @@ def refuse_changes(
 ) -> None:
     """Raise ValueError naming every field that decides what is learned and differs from the
     checkpoint's."""
-    known = {name for settings in (now, saved) for name, _ in flat(settings)}
+    paths = {path for settings in (now, saved) for path, _ in flat(settings)}
     for name in allowed:
-        if not any(within(path, [name]) for path in known):
+        if not any(within(path, [name]) for path in paths):
             raise ValueError(f"--allow-changed {name}: a run has no such field; run.json has all")
-    old, new = (flat_essentials(settings, (*allowed, *INITIAL)) for settings in (saved, now))
+    not_compared = (*allowed, *INITIAL)
+    old = flat_essentials(saved, not_compared)
+    new = flat_essentials(now, not_compared)
     listed = ""
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     for name in changed:
-        was = old.get(name, "absent")
-        is_ = new.get(name, "absent")
-        listed += f"\n  {name}: {was!r} in the checkpoint, {is_!r} in this run"
+        old_value = old.get(name, "absent")
+        new_value = new.get(name, "absent")
+        listed += f"\n  {name}: {old_value!r} in the checkpoint, {new_value!r} in this run"
     if changed:
         raise ValueError(
             f"{where} was saved with other settings:{listed}\n"
-            f"restore them, choose another --output, or accept the changes with --allow-changed {' '.join(changed)}"
+            "restore them, choose another --output, or accept the changes with "
+            f"--allow-changed {' '.join(changed)}"
         )
 
 
@@ -207,7 +211,8 @@ class PipelineConfig(SourceConfig):
         super().__post_init__()
         if not 0 < self.validation < 1:
             raise ValueError(
-                f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.1"
+                f"validation is {self.validation:g}, "
+                "expected a fraction between 0 and 1, such as 0.1"
             )
         if not 0 < self.num_train_epochs < math.inf:
             raise ValueError(
@@ -215,35 +220,35 @@ class PipelineConfig(SourceConfig):
             )
         if self.num_gpus < 1:
             raise ValueError(f"--num-gpus is {self.num_gpus}, expected at least 1")
-        for option, value in (
-            ("--global-batch", self.global_batch),
-            ("--micro-batch", self.micro_batch),
-        ):
+        batches = {"--global-batch": self.global_batch, "--micro-batch": self.micro_batch}
+        for option, value in batches.items():
             if value < 0:
                 raise ValueError(
                     f"{option} is {value}, expected at least 0 (0: chosen by the number of images)"
                 )
         if self.stage1 is True and self.adapter:
             raise ValueError(
-                "--stage1 trains an adapter, and --adapter gives one that is trained; omit one of them"
+                "--stage1 trains an adapter, and --adapter gives one that is trained; "
+                "omit one of them"
             )
         if bool(self.questions) != bool(self.llava_llm):
             raise ValueError(
-                "--questions and --llava-llm need each other: the questions, and LLaVA's language model"
+                "--questions and --llava-llm need each other: "
+                "the questions, and LLaVA's language model"
             )
 
 
 RUN = Command(
     name="run",
-    example="llm2clip run photos-tars --llm meta-llama/Llama-3.2-1B-Instruct --tower openai/clip-vit-base-patch16 "
-    "--output runs/photos",
-    about="All stages in order: check the data, hold out a part, fine-tune the LLM on captions, embed, train the "
-    "tower, measure it against the start tower, export it, and write a page about the run. Each stage is a command, "
-    "which is printed. Rerun the same command to resume.",
+    example="llm2clip run photos-tars --llm meta-llama/Llama-3.2-1B-Instruct "
+    "--tower openai/clip-vit-base-patch16 --output runs/photos",
+    about="All stages in order: check the data, hold out a part, fine-tune the LLM on captions, "
+    "embed, train the tower, measure it against the start tower, export it, and write a page about "
+    "the run. Each stage is a command, which is printed. Rerun the same command to resume.",
     settings=PipelineConfig,
     arguments="path",
-    everyday="llm tower output image-folder fields validation by adapter stage1 num-train-epochs questions llava-llm "
-    "num-gpus dry-run",
+    everyday="llm tower output image-folder fields validation by adapter stage1 num-train-epochs "
+    "questions llava-llm num-gpus dry-run",
     hidden="weight shuffle_window kinds languages",
 )
 
@@ -269,9 +274,10 @@ class EmbedConfig:
 
 EMBED = Command(
     name="embed",
-    example="llm2clip embed /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --adapter runs/llm/adapter",
-    about="Stage 1.5: embed the captions of DATA with a frozen LLM and cache the embeddings. Rerun the same command to "
-    "resume; shards that are complete are skipped.",
+    example="llm2clip embed /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct "
+    "--adapter runs/llm/adapter",
+    about="Stage 1.5: embed the captions of DATA with a frozen LLM and cache the embeddings. Rerun "
+    "the same command to resume; shards that are complete are skipped.",
     settings=EmbedConfig,
     arguments="source.path",
     everyday="llm adapter preset cache fields image-folder dtype load-in-4bit overwrite verify dry-run",
@@ -311,11 +317,13 @@ class FinetuneConfig(TrainingConfig):
     def __post_init__(self) -> None:
         if self.encoder.post_file:
             raise ValueError(
-                f"post_file {self.encoder.post_file} has no effect in stage 1; set it in `llm2clip embed`"
+                f"post_file {self.encoder.post_file} has no effect in stage 1; "
+                "set it in `llm2clip embed`"
             )
         if self.train.gradient_checkpointing == "auto":
             raise ValueError(
-                "--gradient-checkpointing auto is for train-tower; set true or false for finetune-llm"
+                "--gradient-checkpointing auto is for train-tower; "
+                "set true or false for finetune-llm"
             )
 
 
@@ -359,7 +367,7 @@ def _paper(
 
 
 def _common(name: str, encoder: EncoderConfig, *, gradient_checkpointing: bool) -> FinetuneConfig:
-    """What both sides have in common, beside the default optimizer, LoRA, scale, batch and length."""
+    """What both sides have in common, beside the default optimizer, LoRA, scale, batch, length."""
     default = FinetuneConfig()
     return dataclasses.replace(
         default,
@@ -395,21 +403,23 @@ LLM_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
 
 def llm_recipe(name: str) -> FinetuneConfig:
     """The recipe of that name, "" for the default; ValueError lists the known ones."""
-    if name and name not in LLM_RECIPES:
+    if not name:
+        return FinetuneConfig()
+    if name not in LLM_RECIPES:
         raise ValueError(unknown("recipe", name, LLM_RECIPES))
-    return LLM_RECIPES[name]() if name else FinetuneConfig()
+    return LLM_RECIPES[name]()
 
 
 FINETUNE_LLM = Command(
     name="finetune-llm",
     example="llm2clip finetune-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output runs/llm",
-    about="Stage 1: fine-tune an LLM contrastively on captions, two of an image for each pair. Rerun the same command "
-    "to resume.",
+    about="Stage 1: fine-tune an LLM contrastively on captions, two of an image for each pair. "
+    "Rerun the same command to resume.",
     settings=FinetuneConfig,
     default=lambda extras: llm_recipe(extras.get("recipe", "")),
     arguments="pairs.data",
-    everyday="recipe llm pair-kinds fields output global-batch micro-batch lr num-train-epochs max-steps load-in-4bit "
-    "deepspeed dry-run",
+    everyday="recipe llm pair-kinds fields output global-batch micro-batch lr num-train-epochs "
+    "max-steps load-in-4bit deepspeed dry-run",
     shown={
         "pairs.weights": "data-weights",
         "evaluation": "evaluation.",
@@ -419,8 +429,8 @@ FINETUNE_LLM = Command(
         "plan.images": "assumed-samples",
     },
     extras={
-        "recipe": "the authors' settings: paper, paper-llama-8b, paper-llama-1b; ours on the paper's LLMs: llama-8b, "
-        "llama-1b"
+        "recipe": "the authors' settings: paper, paper-llama-8b, paper-llama-1b; "
+        "ours on the paper's LLMs: llama-8b, llama-1b"
     },
     # the first is read by the tower's training alone, as are the others; an adapter has one
     # learning rate

@@ -67,11 +67,13 @@ class DataConfig:
         ):
             if values and len(values) != len(self.path):
                 raise ValueError(
-                    f"data.{name} has {len(values)} values for {len(self.path)} paths; pass one each"
+                    f"data.{name} has {len(values)} values for {len(self.path)} paths; "
+                    "pass one each"
                 )
         if not 1 <= self.captions_per_image <= MAX_CAPTIONS:
             raise ValueError(
-                f"data.captions_per_image {self.captions_per_image} must be between 1 and {MAX_CAPTIONS}"
+                f"data.captions_per_image {self.captions_per_image} "
+                f"must be between 1 and {MAX_CAPTIONS}"
             )
         weights = self.kind_weights
         kinds = self.read.kinds
@@ -91,8 +93,8 @@ class DataConfig:
         weights = self.weight or (1.0,) * len(self.path)
         read = {**vars(self.read), "kinds": self.read.kinds or tuple(self.kind_weights)}
         return [
-            SourceConfig(path=path, weight=one, **read)
-            for path, one in zip(self.path, weights, strict=True)
+            SourceConfig(path=path, weight=weight, **read)
+            for path, weight in zip(self.path, weights, strict=True)
         ]
 
     @property
@@ -101,9 +103,8 @@ class DataConfig:
         scored."""
         if not self.validation:
             return None
-        return SourceConfig(
-            path=self.validation, **{**vars(self.read), "kinds": (), "languages": ()}
-        )
+        read = {**vars(self.read), "kinds": (), "languages": ()}
+        return SourceConfig(path=self.validation, **read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +139,9 @@ class RunConfig(TrainingConfig):
     def evaluated(self) -> RetrievalConfig:
         """``evaluation`` as it runs: by as many processes as training has, unless it names a
         number."""
-        workers = self.evaluation.workers
-        return replace(
-            self.evaluation,
-            workers=self.train.dataloader_num_workers if workers is None else workers,
-        )
+        if self.evaluation.workers is not None:
+            return self.evaluation
+        return replace(self.evaluation, workers=self.train.dataloader_num_workers)
 
     def validate(self, *, needs_data: bool = True) -> RunConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""
@@ -153,7 +152,8 @@ class RunConfig(TrainingConfig):
             raise ValueError(f"no {' and no '.join(missing)}. For example: {TRAIN_TOWER.example}")
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError(
-                "train.num_train_epochs, train.max_steps and heads.steps are all 0: nothing to train"
+                "train.num_train_epochs, train.max_steps and heads.steps are all 0: "
+                "nothing to train"
             )
         from llm2clip_plugin.train.losses.base import check_terms  # torch
 
@@ -161,8 +161,8 @@ class RunConfig(TrainingConfig):
         fits_new = self.heads.steps and not self.tower.keep_heads and self.dual.adapter != "none"
         if self.heads.target == "clip_text" and not fits_new:
             raise ValueError(
-                "heads.target clip_text fits a new text adapter to the CLIP's projection: set heads.steps, and "
-                "leave tower.keep_heads and dual.adapter none out"
+                "heads.target clip_text fits a new text adapter to the CLIP's projection: "
+                "set heads.steps, and leave tower.keep_heads and dual.adapter none out"
             )
         if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
             raise ValueError(
@@ -388,6 +388,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "proclip_b16": partial(_proclip, "proclip-b16", f"{CLIP}base-patch16", 512),
     "lift_b16": lift_b16,
 }
+PAPER_RECIPES = [name for name in RECIPES if name not in (DEFAULT, "quickstart")]
 
 
 def recipe(name: str) -> RunConfig:
@@ -399,11 +400,8 @@ def recipe(name: str) -> RunConfig:
     tower, slash, llm = name.replace("-", "_").partition("/")
     llm = llm.replace("_", "-")
     if tower not in RECIPES or (slash and llm not in TEACHERS):
-        raise ValueError(
-            unknown(
-                "recipe", name, RECIPES, also=f", each also as NAME/TEACHER: {', '.join(TEACHERS)}"
-            )
-        )
+        also = f", each also as NAME/TEACHER: {', '.join(TEACHERS)}"
+        raise ValueError(unknown("recipe", name, RECIPES, also=also))
     config = RECIPES[tower]()
     if not slash:
         return config
@@ -420,21 +418,22 @@ def starting_point(extras: Mapping[str, str]) -> RunConfig:
     if not file:
         return recipe(name or DEFAULT)
     body = read_json_value(file)
-    return from_plain(
-        RunConfig, body.get("config", body) if isinstance(body, dict) else body, where=file
-    )
+    if isinstance(body, dict):
+        body = body.get("config", body)
+    return from_plain(RunConfig, body, where=file)
 
 
 TRAIN_TOWER = Command(
     name="train-tower",
     example="llm2clip train-tower /data/photos --tower facebook/dinov2-base --output runs/photos",
-    about="Stage 2: train a vision tower against the cached embeddings of an LLM. A recipe or a file gives the full "
-    "configuration, options override single settings. Rerun the same command to resume.",
+    about="Stage 2: train a vision tower against the cached embeddings of an LLM. A recipe or a file "
+    "gives the full configuration, options override single settings. Rerun the same command to "
+    "resume.",
     settings=RunConfig,
     default=starting_point,
     arguments="data.path",
-    everyday="recipe tower cache image-folder validation output global-batch micro-batch lr num-train-epochs max-steps "
-    "precision deepspeed dry-run",
+    everyday="recipe tower cache image-folder validation output global-batch micro-batch lr "
+    "num-train-epochs max-steps precision deepspeed dry-run",
     shown={
         "data.weight": "data-weights",
         "tower.path": "tower",
@@ -450,8 +449,9 @@ TRAIN_TOWER = Command(
         "plan.images": "assumed-samples",
     },
     extras={
-        "recipe": f"{DEFAULT} (the default): any data and tower; quickstart: the built-in emoji alone; the paper's: "
-        f"{', '.join(name for name in RECIPES if name not in (DEFAULT, 'quickstart'))}; "
+        "recipe": f"{DEFAULT} (the default): any data and tower; "
+        "quickstart: the built-in emoji alone; "
+        f"the paper's: {', '.join(PAPER_RECIPES)}; "
         "NAME/TEACHER for caches of one of the paper's LLMs",
         "config": "a configuration in JSON, for example the run.json of an earlier run",
     },
