@@ -1,1 +1,1 @@
-"""Captioned images: samples, where they come from, the cache of their embeddings, batches of them."""
+"""Captioned images: samples, their sources, the cache of their embeddings, batches of them."""

@@ -8,15 +8,15 @@
 Tensors of a shard with N samples and R captions (blank captions have no row, equal captions of one
 sample share one):
 
-| name           | shape  | dtype        | meaning                                                      |
-|----------------|--------|--------------|--------------------------------------------------------------|
-| embeddings     | (R, W) | float16/int8 | embedding = row x scale                                      |
-| scales         | (R,)   | float32      | 1 for float16 rows that fit, else a power of two; int8: max/127 |
-| row_starts     | (N+1,) | int64        | sample i owns the rows row_starts[i] .. row_starts[i+1]      |
-| caption_hashes | (R,)   | int64        | first 64 bits of the caption's SHA-256                       |
-| keys           | (K,)   | uint8        | the sample keys, UTF-8, one after the other                  |
-| key_starts     | (N+1,) | int64        | where each key starts                                        |
-| row_checks     | (R,)   | int64        | CRC-32 of number, scale and row; compared at every read   |
+| name           | shape  | dtype        | meaning                                                 |
+|----------------|--------|--------------|---------------------------------------------------------|
+| embeddings     | (R, W) | float16/int8 | embedding = row x scale                                 |
+| scales         | (R,)   | float32      | float16: 1 (large rows: a power of two); int8: max/127  |
+| row_starts     | (N+1,) | int64        | sample i owns the rows row_starts[i] .. row_starts[i+1] |
+| caption_hashes | (R,)   | int64        | first 64 bits of the caption's SHA-256                  |
+| keys           | (K,)   | uint8        | the sample keys, UTF-8, one after the other             |
+| key_starts     | (N+1,) | int64        | where each key starts                                   |
+| row_checks     | (R,)   | int64        | CRC-32 of number, scale and row; compared at every read |
 
 That a cache holds the captions of a source is proven once, by a digest of a shard's keys and
 caption hashes that both have: the cache since it was embedded, the source in a file next to the
@@ -70,7 +70,10 @@ INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its in
 FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
 REDO = "rerun `llm2clip embed` with the options that made it: it embeds what is missing or damaged"
 
-RENEW = "rerun `llm2clip embed` with the options that made it, which embeds some captions again and renews the record"
+RENEW = (
+    "rerun `llm2clip embed` with the options that made it, which embeds some captions again "
+    "and renews the record"
+)
 
 # of a shard's file
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
@@ -151,9 +154,10 @@ class ShardFile:
         entry = self._entries[name]
         dtype = np.dtype(DTYPES[entry.dtype])
         shape = (stop - start, *entry.shape[1:])
-        one = math.prod(shape[1:]) * dtype.itemsize
-        data = self._file.read(shape[0] * one, self._data_start + entry.start + start * one)
-        if len(data) != shape[0] * one:
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        size = shape[0] * row_bytes
+        data = self._file.read(size, self._data_start + entry.start + start * row_bytes)
+        if len(data) != size:
             raise ContractError(f"{self.path} was truncated while it was read; {REDO}")
         return np.frombuffer(data, dtype).reshape(shape)
 
@@ -171,18 +175,18 @@ class ShardFile:
             keys = f"key {key!r} in the data, {self.key(index)!r} in the cache"
             raise ContractError(f"{self.path}: sample {index} has {keys}; {REDO}")
         start, stop = self._read("row_starts", index, index + 2).tolist()
-        row_of = {
-            value: row
-            for row, value in enumerate(self._read("caption_hashes", start, stop).tolist(), start)
-        }
+        stored_hashes = self._read("caption_hashes", start, stop).tolist()
+        row_of = {value: row for row, value in enumerate(stored_hashes, start)}
         hashes = [caption_hash(caption.text) for caption in captions]
         for value, caption in zip(hashes, captions, strict=True):
             if value not in row_of:
                 known = ", ".join(map(hash_hex, row_of)) or "none"
                 text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
-                told = f"caption {text!r} (hash {hash_hex(value)}) was not embedded; cached caption hashes: {known}"
-                fix = f"`touch` data whose time was kept; {REDO}"
-                raise ContractError(f"{self.path}: sample {self.key(index)!r}: {told}; {fix}")
+                raise ContractError(
+                    f"{self.path}: sample {self.key(index)!r}: "
+                    f"caption {text!r} (hash {hash_hex(value)}) was not embedded; "
+                    f"cached caption hashes: {known}; `touch` data whose time was kept; {REDO}"
+                )
         return [row_of[value] for value in hashes]
 
     def embeddings(self, rows: Sequence[int]) -> torch.Tensor:
@@ -239,17 +243,18 @@ class EmbeddingCache:
         manifest = _complete_manifest(directory / CacheManifest.FILE)
         teacher = TeacherIdentity(**manifest.teacher)
         if expect_fingerprint not in (None, manifest.fingerprint, teacher.earlier().fingerprint):
-            told = f"{directory} has embeddings of {manifest.teacher['llm']}, fingerprint {manifest.fingerprint}"
-            fix = "embed with that LLM, or use its cache"
+            remedy = "embed with that LLM, or use its cache"
             if teacher.is_earlier:
-                fix += f"; it is from before config.json was part of the fingerprint: {RENEW}"
-            raise ContractError(f"{told}, expected {expect_fingerprint}; {fix}")
-        if expect_width is not None and manifest.width != expect_width:
-            told = (
-                f"{directory} has embeddings of width {manifest.width} ({manifest.teacher['llm']})"
-            )
+                remedy += f"; it is from before config.json was part of the fingerprint: {RENEW}"
             raise ContractError(
-                f"{told}, expected {expect_width}; use the cache of the text adapter's LLM"
+                f"{directory} has embeddings of {manifest.teacher['llm']}, "
+                f"fingerprint {manifest.fingerprint}, expected {expect_fingerprint}; {remedy}"
+            )
+        if expect_width is not None and manifest.width != expect_width:
+            raise ContractError(
+                f"{directory} has embeddings of width {manifest.width} "
+                f"({manifest.teacher['llm']}), expected {expect_width}; "
+                "use the cache of the text adapter's LLM"
             )
         paths = [str(directory / entry["file"]) for entry in manifest.shards.values()]
         for path, entry, stamp in zip(
@@ -270,9 +275,10 @@ class EmbeddingCache:
         """A shard's file; raises ContractError if it is missing or differs from the manifest."""
         entry = self.manifest.shards.get(name)
         if entry is None:
-            known = ", ".join([*self.manifest.shards][:5]) + ", ..." * (
-                len(self.manifest.shards) > 5
-            )
+            names = list(self.manifest.shards)
+            known = ", ".join(names[:5])
+            if len(names) > 5:
+                known += ", ..."
             raise ContractError(f"{self.directory} has no shard {name!r}; known: {known}; {REDO}")
         path = self.directory / entry["file"]
         try:
@@ -295,13 +301,13 @@ class EmbeddingCache:
         if actual["fingerprint"] == self.manifest.earlier_fingerprint:
             # of a shard that was proven later
             expected["fingerprint"] = self.manifest.earlier_fingerprint
-        if wrong := [
-            name for name, value in expected.items() if name in actual and actual[name] != value
-        ]:
-            both = "; ".join(
-                f"{name} is {actual[name]!r}, not {expected[name]!r}" for name in wrong
-            )
-            raise ContractError(f"{path} differs from the manifest: {both}; {REDO}")
+        wrong = [
+            f"{name} is {actual[name]!r}, not {value!r}"
+            for name, value in expected.items()
+            if name in actual and actual[name] != value
+        ]
+        if wrong:
+            raise ContractError(f"{path} differs from the manifest: {'; '.join(wrong)}; {REDO}")
         return file
 
     def rows(
@@ -330,17 +336,14 @@ class EmbeddingCache:
         results: dict[str, tuple[str, str]] = {}
         with source.lock(f"compare {source.path} with its embeddings"):
             shards = source.shards if full else self._unproven(source)
-            processes = (
-                min(cores(), len(shards))
-                if sum(shard.size for shard in shards) > FEW_SAMPLES
-                else 1
-            )
-            compared = parallel(
-                partial(self._compare_shard, source, full), shards, processes=processes
-            )
-            shown = track(compared, total=len(shards), label="compare captions", unit="shards")
+            processes = 1
+            if sum(shard.size for shard in shards) > FEW_SAMPLES:
+                processes = min(cores(), len(shards))
+            compare = partial(self._compare_shard, source, full)
+            compared = parallel(compare, shards, processes=processes)
+            tracked = track(compared, total=len(shards), label="compare captions", unit="shards")
             try:
-                for shard, result in zip(shards, shown, strict=True):
+                for shard, result in zip(shards, tracked, strict=True):
                     results[shard.name] = result
             finally:
                 source.record_digests(results)
@@ -387,10 +390,11 @@ def _complete_manifest(path: Path) -> CacheManifest:
     with errors_about(path, fix=REDO):
         teacher = TeacherIdentity(**manifest.teacher)
     stated = (manifest.fingerprint, manifest.width)
-    own = (teacher.fingerprint, teacher.width)
-    if stated != own:
+    computed = (teacher.fingerprint, teacher.width)
+    if stated != computed:
         raise ContractError(
-            f"{path} was edited: fingerprint and width are {stated}, its teacher's {own}; {REDO}"
+            f"{path} was edited: fingerprint and width are {stated}, "
+            f"its teacher's {computed}; {REDO}"
         )
     return manifest
 
@@ -436,10 +440,10 @@ class CacheWriter:
         existing = self.manifest()
         self._empty = replace(self._empty, earlier_fingerprint=existing.earlier_fingerprint)
         if existing.fingerprint != identity.fingerprint:
-            told = f"fingerprint {existing.fingerprint[:12]}, not {identity.fingerprint[:12]}"
-            other = differences(existing.teacher, identity)
+            settings = differences(existing.teacher, identity)
+            hashes = f"fingerprint {existing.fingerprint[:12]}, not {identity.fingerprint[:12]}"
             raise ContractError(
-                f"{path} belongs to another teacher ({other}; {told}); choose another --cache"
+                f"{path} belongs to another teacher ({settings}; {hashes}); choose another --cache"
             )
         if existing.dtype != dtype:
             raise ContractError(
@@ -459,9 +463,10 @@ class CacheWriter:
         digest. Reads every byte, and logs a warning if the file is damaged."""
         try:
             file = ShardFile(self.path(shard))
-            found = (file.meta["fingerprint"], file.meta["dtype"], file.meta["rows_sha256"])
-            own = (self.identity.fingerprint, self._empty.earlier_fingerprint)
-            if found[0] in own and found[1:] == (self.dtype, digest):
+            fingerprints = (self.identity.fingerprint, self._empty.earlier_fingerprint)
+            same_teacher = file.meta["fingerprint"] in fingerprints
+            same_rows = file.meta["rows_sha256"] == digest
+            if same_teacher and same_rows and file.meta["dtype"] == self.dtype:
                 file.verify()
                 return True
         except FileNotFoundError:
@@ -480,9 +485,12 @@ class CacheWriter:
             return
         common = len(cached.intersection(value for _, value in rows))
         if len(rows) < file.captions or (cached and not common):
-            told = f"{read} gives {len(rows)} for shard {shard!r}, {common} of them the same"
-            fix = "correct --fields or the data, choose another --cache, or replace them with --overwrite"
-            raise ContractError(f"{file.path} has {file.captions} captions; {told}; {fix}")
+            raise ContractError(
+                f"{file.path} has {file.captions} captions; "
+                f"{read} gives {len(rows)} for shard {shard!r}, {common} of them the same; "
+                "correct --fields or the data, choose another --cache, "
+                "or replace them with --overwrite"
+            )
 
     def write_shard(
         self,
@@ -507,18 +515,17 @@ class CacheWriter:
             raise ValueError(
                 f"shard {shard}: embeddings of shape {tuple(embeddings.shape)}, expected {shape}"
             )
-        if indices != sorted(indices) or (
-            indices and not 0 <= indices[0] <= indices[-1] < len(keys)
-        ):
+        in_order = indices == sorted(indices)
+        in_range = not indices or 0 <= indices[0] <= indices[-1] < len(keys)
+        if not in_order or not in_range:
             raise ValueError(
                 f"shard {shard}: rows must be in order of sample, with indices under {len(keys)}"
             )
         finite = torch.isfinite(embeddings).all(dim=1)
         if not bool(finite.all()):
             worst = int((~finite).nonzero()[0])
-            raise ValueError(
-                f"shard {shard}: the embedding of a caption of {keys[indices[worst]]!r} is not finite"
-            )
+            key = keys[indices[worst]]
+            raise ValueError(f"shard {shard}: the embedding of a caption of {key!r} is not finite")
         stored, scales = _quantize(embeddings, self.dtype, shard)
         encoded = [key.encode() for key in keys]
         values = stored.numpy()
@@ -587,14 +594,13 @@ def _quantize(
         return (embeddings / scales[:, None]).to(torch.float16), scales
     scales = largest / 127.0
     stored = (embeddings / scales[:, None]).round_().to(torch.int8)
-    cosine = torch.nn.functional.cosine_similarity(embeddings, stored.float(), dim=1)[
-        embeddings.any(dim=1)
-    ]
+    cosine = torch.nn.functional.cosine_similarity(embeddings, stored.float(), dim=1)
+    cosine = cosine[embeddings.any(dim=1)]  # not of rows of zeros
     if len(cosine) and float(cosine.min()) < INT8_COSINE:
-        told = (
-            f"the cosine similarity of an embedding and its int8 form is {float(cosine.min()):.5f}"
+        raise ContractError(
+            f"shard {shard}: the cosine similarity of an embedding and its int8 form is "
+            f"{float(cosine.min()):.5f}, lower than {INT8_COSINE}; use --dtype float16"
         )
-        raise ContractError(f"shard {shard}: {told}, lower than {INT8_COSINE}; use --dtype float16")
     return stored, scales
 
 
@@ -618,7 +624,7 @@ def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
 
 
 def source_digest(source: Source) -> str:
-    """``3318333 samples in 332 shards (1f0c...)``: over the shards' names and numbers of samples."""
+    """``3318333 samples in 332 shards (1f0c...)``: over the shards' names and sizes."""
     shards = [(shard.name, shard.size) for shard in source.shards]
     return f"{len(source)} samples in {len(shards)} shards ({short_digest(shards)})"
 
@@ -626,11 +632,12 @@ def source_digest(source: Source) -> str:
 def cache_digest(cache: EmbeddingCache) -> str:
     """``6636666 captions (1f0c...)``: over the manifest, which has a hash of each shard's rows."""
     manifest = cache.manifest
-    shards = {  # without the sizes, which checkpoints did not know at first
-        name: {key: value for key, value in entry.items() if key != "bytes"}
-        for name, entry in manifest.shards.items()
-    }
-    return f"{manifest.captions} captions ({short_digest([manifest.lasting_fingerprint, manifest.dtype, shards])})"
+    shards: dict[str, dict[str, object]] = {}
+    for name, entry in manifest.shards.items():
+        shards[name] = dict(entry)
+        shards[name].pop("bytes", None)  # which checkpoints did not know at first
+    digest = short_digest([manifest.lasting_fingerprint, manifest.dtype, shards])
+    return f"{manifest.captions} captions ({digest})"
 
 
 def short_digest(value: object) -> str:

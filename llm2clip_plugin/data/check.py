@@ -61,12 +61,14 @@ class CheckConfig(SourceConfig):
 
 COMMAND = Command(
     name="data check",
-    example="llm2clip data check /data/cc3m --fields caption=short --tokenizer meta-llama/Llama-3.2-1B-Instruct",
-    about="Read a data set once, decode every image, and report statistics and broken samples. The exit status is 1 if "
-    "training on it would stop, else 0.",
+    example="llm2clip data check /data/cc3m --fields caption=short "
+    "--tokenizer meta-llama/Llama-3.2-1B-Instruct",
+    about="Read a data set once, decode every image, and report statistics and broken samples. "
+    "The exit status is 1 if training on it would stop, else 0.",
     settings=CheckConfig,
     arguments="path",
-    everyday="image-folder fields kinds languages validation tokenizer max-tokens max-broken show workers json",
+    everyday="image-folder fields kinds languages validation tokenizer max-tokens max-broken "
+    "show workers json",
     hidden="weight shuffle_window",
 )
 
@@ -107,8 +109,10 @@ def main(argv: list[str]) -> int:
     """Exit status 1 if training on this data would stop, else 0."""
     config = COMMAND.parse(argv)
     report = check_data(config)
-    shown = "\n".join(map(printable, as_text(report, config.show)))
-    print(json.dumps(report, indent=2, ensure_ascii=False) if config.json else shown)
+    if config.json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(map(printable, as_text(report, config.show))))
     return 0 if report["fit_for_training"] else 1
 
 
@@ -119,7 +123,8 @@ def check_data(config: CheckConfig) -> dict[str, Any]:
     broken_shards: dict[str, str] = {}
     source = open_source(config, broken_shards)
     check_fields(source)
-    report = build_report(config, source, broken_shards, reading := _read(source, config))
+    reading = _read(source, config)
+    report = build_report(config, source, broken_shards, reading)
     if config.validation:
         other = open_source(dataclasses.replace(config, path=config.validation), {})
         report["validation"] = overlap(other, reading, _read(other, config))
@@ -144,14 +149,22 @@ def _read(source: Source, config: CheckConfig) -> Reading:
 @lru_cache
 def load_counter(tokenizer: str, trust_remote_code: bool) -> Callable[[str], int]:
     """Length of a caption: tokens of ``tokenizer``, special ones included, or words for ""."""
+
+    def count_words(text: str) -> int:
+        return len(text.split())
+
     if not tokenizer:
-        return lambda text: len(text.split())
+        return count_words
     from transformers import AutoTokenizer
 
     if not Path(tokenizer).is_dir():
         check_hub_answers(tokenizer)
     loaded = open_pretrained(AutoTokenizer, tokenizer, trust_remote_code=trust_remote_code)
-    return lambda text: len(loaded(text, verbose=False)["input_ids"])
+
+    def count_tokens(text: str) -> int:
+        return len(loaded(text, verbose=False)["input_ids"])
+
+    return count_tokens
 
 
 def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading:
@@ -160,7 +173,6 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
     count = load_counter(config.tokenizer, config.trust_remote_code)
     caption_rows = []
     sample_rows = []
-    used = {item.name for item in source.fields}
     for number in numbers:
         key = ""
         captions = ()
@@ -171,17 +183,7 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
             key = sample.key
             captions = sample.captions
             reading.counts["captions", "empty"] += sample.blank_captions
-            present = [
-                f"{one.name}={one.kind}" for one in source.fields if sample.values.get(one.name)
-            ]
-            reading.counts.update(("field", field) for field in present)
-            for name, value in sample.meta.items():
-                if name not in used and holds_words(value):
-                    reading.counts["unused field", name] += 1
-                    languages = value.keys() if isinstance(value, dict) else ()
-                    reading.counts.update(
-                        ("unused language", f"{name}.{language}") for language in languages
-                    )
+            _count_fields(sample, source, reading)
             image = _read_image(sample, reading)
         except BrokenSample as error:
             key = error.key
@@ -201,15 +203,30 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
     return reading
 
 
+def _count_fields(sample: Sample, source: Source, reading: Reading) -> None:
+    """Count the caption fields that a sample has, and the others that may be captions."""
+    for caption_field in source.fields:
+        if sample.values.get(caption_field.name):
+            reading.counts["field", f"{caption_field.name}={caption_field.kind}"] += 1
+    used = {caption_field.name for caption_field in source.fields}
+    for name, value in sample.meta.items():
+        if name not in used and holds_words(value):
+            reading.counts["unused field", name] += 1
+            languages = value.keys() if isinstance(value, dict) else ()
+            for language in languages:
+                reading.counts["unused language", f"{name}.{language}"] += 1
+
+
 def _read_image(sample: Sample, reading: Reading) -> tuple[int, int, int]:
-    """Decode the image and count it; a hash, width and height. Raises BrokenSample or BrokenImage."""
+    """Decode the image and count it; a hash, width and height. Raises BrokenSample, BrokenImage."""
     data = sample.read_image()
     image = open_header(data)
     image_format = image.format or "?"
     size = image.size
     transparent = has_transparency(image)
     load(image)
-    reading.counts["images", "transparent"] += transparent
+    if transparent:
+        reading.counts["images", "transparent"] += 1
     reading.counts["images", "bytes"] += len(data)
     reading.counts["format", image_format] += 1
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big", signed=True), *size
@@ -219,12 +236,20 @@ def _read_captions(
     captions: tuple[Caption, ...], number: int, count: Callable[[str], int], reading: Reading
 ) -> Iterator[tuple[int, int, int, int]]:
     words = [words_of(caption.text) for caption in captions]
-    distinct = {f" {text} " for text in words}
-    nested = any(one != other and one in other for one in distinct for other in distinct)
-    reading.counts["samples", "nested"] += nested  # with a caption that contains another one
+    if contains_another(words):
+        reading.counts["samples", "nested"] += 1
     for caption, text in zip(captions, words, strict=True):
         reading.counts.update([("kind", caption.kind), ("language", caption.language)])
         yield caption_hash(caption.text), number, count(caption.text), caption_hash(text)
+
+
+def contains_another(texts: list[str]) -> bool:
+    """Whether one of these texts contains all words of another one, in their order."""
+    padded = {f" {text} " for text in texts}
+    for text in padded:
+        if any(text != other and text in other for other in padded):
+            return True
+    return False
 
 
 def build_report(
@@ -238,10 +263,12 @@ def build_report(
     bad = len(reading.broken) + len(reading.without_captions)
     fraction = bad / len(samples) if len(samples) else 1.0
 
-    def text(number: int, hashed: int) -> str:
-        return next(
-            one.text for one in source.captions(number)[1] if caption_hash(one.text) == hashed
-        )
+    def text_of(number: int, hashed: int) -> str:
+        texts = (caption.text for caption in source.captions(number)[1])
+        return next(text for text in texts if caption_hash(text) == hashed)
+
+    def is_missing(row: dict[str, str]) -> bool:
+        return row["reason"].startswith(NO_IMAGE)
 
     return {
         "path": config.path,
@@ -252,7 +279,7 @@ def build_report(
         "captions_by_language": reading.of("language"),
         "caption_lengths": _lengths(config, source, captions),
         "empty_captions": reading.counts["captions", "empty"],
-        "duplicate_captions": _duplicates(captions[:, :2], config.show, text),
+        "duplicate_captions": _duplicates(captions[:, :2], config.show, text_of),
         "nested_captions": reading.counts["samples", "nested"],
         "fields": reading.of("field"),
         "unused_fields": reading.of("unused field"),
@@ -261,7 +288,7 @@ def build_report(
         "images": _images(reading, samples[samples[:, 2] > 0]),
         "broken_shards": [{"shard": name, "reason": reason} for name, reason in broken.items()],
         # missing images last
-        "broken": sorted(reading.broken, key=lambda one: one["reason"].startswith(NO_IMAGE)),
+        "broken": sorted(reading.broken, key=is_missing),
         "without_captions": reading.without_captions,
         "broken_share": fraction,
         "max_broken": config.max_broken,
@@ -274,40 +301,42 @@ def overlap(source: Source, train: Reading, validation: Reading) -> dict[str, An
     their words."""
     samples = _joined(validation.sample_rows)
     captions = _joined(validation.caption_rows)
-    same = np.flatnonzero(
-        np.isin(samples[:, 1], _joined(train.sample_rows)[:, 1]) & (samples[:, 2] > 0)
-    ).tolist()
+    is_image = samples[:, 2] > 0
+    same_image = np.isin(samples[:, 1], _joined(train.sample_rows)[:, 1])
+    same = np.flatnonzero(same_image & is_image).tolist()
+    same_words = np.isin(captions[:, 3], _joined(train.caption_rows)[:, 3])
     return {
         "path": source.path,
         "samples": len(samples),
         "images_in_both": len(same),
         "examples": [{"key": source.key(number)} for number in same[:3]],
         "captions": len(captions),
-        "captions_in_both": int(np.isin(captions[:, 3], _joined(train.caption_rows)[:, 3]).sum()),
+        "captions_in_both": int(same_words.sum()),
     }
 
 
-def _duplicates(rows_N2: np.ndarray, show: int, shown: Callable[[int, int], str]) -> dict[str, Any]:
-    """Values that several samples have; ``rows_N2``: hash and sample, ``shown``: the value of a
+def _duplicates(
+    rows_N2: np.ndarray, show: int, value_of: Callable[[int, int], str]
+) -> dict[str, Any]:
+    """Values that several samples have; ``rows_N2``: hash and sample, ``value_of``: the value of a
     sample and hash."""
     pairs = np.unique(rows_N2, axis=0)  # a text of two kinds in one sample is no duplicate
     hashes, first, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     order = order[counts[order] > 1]
-    most = [
-        {"samples": int(counts[row]), "value": shown(int(pairs[first[row], 1]), int(hashes[row]))}
-        for row in order[:show].tolist()
-    ]
+    most = []
+    for row in order[:show].tolist():
+        sample = int(pairs[first[row], 1])
+        value = value_of(sample, int(hashes[row]))
+        most.append({"samples": int(counts[row]), "value": value})
     return {"values": len(order), "samples": int(counts[order].sum()), "most_frequent": most}
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
+    if not len(values):
+        return {}
     quantiles = {"min": 0, "median": 50, "p99": 99, "max": 100}
-    return (
-        {name: int(np.percentile(values, q)) for name, q in quantiles.items()}
-        if len(values)
-        else {}
-    )
+    return {name: int(np.percentile(values, q)) for name, q in quantiles.items()}
 
 
 def _lengths(config: CheckConfig, source: Source, captions: np.ndarray) -> dict[str, Any]:
@@ -337,31 +366,47 @@ def _images(reading: Reading, rows: np.ndarray) -> dict[str, Any]:
 def _unused(report: dict[str, Any]) -> str:
     """The fields that may be captions, with their languages, and how to use them."""
     languages = report["unused_languages"]
-    shown = []
+    fields = []
+    options = list(report["fields"])
     for name in report["unused_fields"]:
-        own = sorted(
-            key.removeprefix(f"{name}.") for key in languages if key.startswith(f"{name}.")
-        )
-        shown.append(f"{name} ({' '.join(own)})" if own else name)
-    options = " ".join([*report["fields"], *(f"{name}=short" for name in report["unused_fields"])])
-    return f"fields with text are no captions: {', '.join(shown)}; to use them, too: --fields {options}"
+        prefix = f"{name}."
+        of_field = sorted(key.removeprefix(prefix) for key in languages if key.startswith(prefix))
+        fields.append(f"{name} ({' '.join(of_field)})" if of_field else name)
+        options.append(f"{name}=short")
+    return (
+        f"fields with text are no captions: {', '.join(fields)}; "
+        f"to use them, too: --fields {' '.join(options)}"
+    )
 
 
 def as_text(report: dict[str, Any], show: int) -> Iterator[str]:
     """The report for a person: contents, each problem that there is with at most ``show`` examples,
     the verdict."""
+    yield from _contents(report)
+    for number, title, examples in _problems(report):
+        if number:
+            yield f"  {number:,} {title}"
+            for example in examples[:show]:
+                parts = [str(part)[:200] for part in example.values()]
+                yield f"    {': '.join(parts)}"
+    verdict = "fit for training" if report["fit_for_training"] else "NOT fit for training"
+    yield f"{verdict}: {report['broken_share']:.2%} broken, {report['max_broken']:.2%} allowed"
+
+
+def _contents(report: dict[str, Any]) -> Iterator[str]:
+    """How many samples, captions and images, and of which kinds and sizes."""
     images = report["images"]
     lengths = report["caption_lengths"]
-    other = report.get("validation")
-    counts = f"{report['samples']:,} samples in {report['shards']:,} shards, {report['captions']:,} captions"
-    yield f"{report['path']}: {counts}"
-    of = {
+    samples = f"{report['samples']:,} samples in {report['shards']:,} shards"
+    yield f"{report['path']}: {samples}, {report['captions']:,} captions"
+    counts_of = {
         "kinds": report["captions_by_kind"],
         "languages": report["captions_by_language"],
         "images": images["formats"],
     }
-    for name, parts in of.items():
-        yield f"  {name:<11} {', '.join(f'{part} {number:,}' for part, number in parts.items()) or 'none'}"
+    for name, counts in counts_of.items():
+        parts = ", ".join(f"{part} {number:,}" for part, number in counts.items())
+        yield f"  {name:<11} {parts or 'none'}"
     if images["whole"]:
         low, middle, _, high = zip(images["width"].values(), images["height"].values(), strict=True)
         sizes = "{} x {} to {} x {} pixels, median {} x {}".format(*low, *high, *middle)
@@ -371,54 +416,43 @@ def as_text(report: dict[str, Any], show: int) -> Iterator[str]:
             "{min} to {max} ({longest}), median {median}, 99 % to {p99}; {over_limit} over {limit}"
         )
         yield f"  {lengths['unit']:<11} {words.format(**lengths)}"
+
+
+Problem = tuple[int, str, list[dict[str, Any]]]  # count, what is wrong, examples
+
+
+def _problems(report: dict[str, Any]) -> list[Problem]:
+    """Everything that may be wrong; a count of 0 for what is not."""
+    images = report["images"]
     texts = report["duplicate_captions"]
     keys = report["duplicate_keys"]
     unused = report["unused_fields"]
-    missing = sum(one["reason"].startswith(NO_IMAGE) for one in report["broken"])
-    white = (
-        "training reads what is below; `llm2clip data make --background white` puts them on white"
+    missing = sum(row["reason"].startswith(NO_IMAGE) for row in report["broken"])
+    no_image = "images not found; set --image-folder to the folder that their paths start from"
+    same_texts = f"texts are those of several samples, {texts['samples']:,} in all"
+    same_keys = f"keys are those of several samples, {keys['samples']:,} in all"
+    transparent = (
+        "images are transparent: training reads what is below; "
+        "`llm2clip data make --background white` puts them on white"
     )
-    problems: list[tuple[int, str, list[dict[str, Any]]]] = [
-        (
-            missing,
-            "images not found; set --image-folder to the folder that their paths start from",
-            [],
-        ),
+    nested = "samples have a caption that contains another one: trivial pairs for stage 1"
+    problems: list[Problem] = [
+        (missing, no_image, []),
         (len(report["broken_shards"]), "broken shards", report["broken_shards"]),
         (len(report["broken"]), "broken samples", report["broken"]),
         (len(report["without_captions"]), "samples without a caption", report["without_captions"]),
         (report["empty_captions"], "empty captions", []),
-        (
-            texts["values"],
-            f"texts are those of several samples, {texts['samples']:,} in all",
-            texts["most_frequent"],
-        ),
-        (
-            keys["values"],
-            f"keys are those of several samples, {keys['samples']:,} in all",
-            keys["most_frequent"],
-        ),
+        (texts["values"], same_texts, texts["most_frequent"]),
+        (keys["values"], same_keys, keys["most_frequent"]),
         (images["exact_copies"], "images are exact copies of others", []),
-        (images["transparent"], f"images are transparent: {white}", []),
-        (
-            report["nested_captions"],
-            "samples have a caption that contains another one: trivial pairs for stage 1",
-            [],
-        ),
+        (images["transparent"], transparent, []),
+        (report["nested_captions"], nested, []),
         (len(unused), _unused(report), []),
     ]
-    if other:
-        of = f"of {other['path']} are in the training data, too"
-        problems.append(
-            (other["images_in_both"], f"of {other['samples']:,} images {of}", other["examples"])
-        )
-        problems.append((other["captions_in_both"], f"of {other['captions']:,} captions {of}", []))
-    for number, title, examples in problems:
-        if number:
-            yield f"  {number:,} {title}"
-            yield from (
-                f"    {': '.join(str(part)[:200] for part in one.values())}"
-                for one in examples[:show]
-            )
-    verdict = "fit for training" if report["fit_for_training"] else "NOT fit for training"
-    yield f"{verdict}: {report['broken_share']:.2%} broken, {report['max_broken']:.2%} allowed"
+    if validation := report.get("validation"):
+        in_both = f"of {validation['path']} are in the training data, too"
+        same_images = f"of {validation['samples']:,} images {in_both}"
+        same_captions = f"of {validation['captions']:,} captions {in_both}"
+        problems.append((validation["images_in_both"], same_images, validation["examples"]))
+        problems.append((validation["captions_in_both"], same_captions, []))
+    return problems

@@ -72,17 +72,18 @@ class ImageConfig:
         """
         most = int(values.get("max_num_patches") or 0)
         patch = int(values.get("patch_size", 16))
-        if native := most > 0:
+        native = most > 0
+        if native:
             side = math.isqrt(most) * patch
             values = {**values, "size": {"height": side, "width": side}, "do_center_crop": False}
         crop = bool(values.get("do_center_crop", values.get("crop_size") is not None))
         edge, height, width = _sides(values.get("size"), "size")
-        _, crop_height, crop_width = (
-            _sides(values.get("crop_size"), "crop_size") if crop else (0, height, height)
-        )
-        resample = {number: name for name, number in RESAMPLE.items()}.get(
-            int(values.get("resample", 3)), ""
-        )
+        crop_height = height
+        crop_width = height
+        if crop:
+            _, crop_height, crop_width = _sides(values.get("crop_size"), "crop_size")
+        names = {number: name for name, number in RESAMPLE.items()}
+        resample = names.get(int(values.get("resample", 3)), "")
         problem = ""
         if values.get("do_resize", True) is False or values.get("do_pad"):
             problem = "do_resize false or do_pad true, so its images have no fixed size"
@@ -91,7 +92,10 @@ class ImageConfig:
         elif native and most * patch**2 != height**2:
             problem = f"max_num_patches {most}; expected a square such as {math.isqrt(most) ** 2}"
         elif height != width or crop_height != crop_width:
-            problem = f"size {height} x {width} and crop_size {crop_height} x {crop_width}; expected a square"
+            problem = (
+                f"size {height} x {width} and crop_size {crop_height} x {crop_width}; "
+                "expected a square"
+            )
         elif edge and not crop:
             problem = f"shortest_edge {edge}, which keeps the aspect ratio, but no center crop"
         elif not edge and height != crop_height:
@@ -140,20 +144,15 @@ class Normalize:
 
     def shapes(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
         """A batch's spatial_shapes (B, 2) on the device, if its images keep their aspect."""
-        return [
-            batch[name].to(self.device, non_blocking=True)
-            for name in ("spatial_shapes",)
-            if name in batch
-        ]
+        if "spatial_shapes" not in batch:
+            return []
+        return [batch["spatial_shapes"].to(self.device, non_blocking=True)]
 
     def __call__(self, pixels_BSS3: torch.Tensor) -> torch.Tensor:
         """(B, S, S, 3) uint8, wherever it lies -> (B, 3, S, S) float32 on the device."""
         values = pixels_BSS3.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        return (
-            values.to(torch.float32, memory_format=torch.contiguous_format)
-            .sub_(self.shift)
-            .mul_(self.scale)
-        )
+        values = values.to(torch.float32, memory_format=torch.contiguous_format)
+        return values.sub_(self.shift).mul_(self.scale)
 
 
 def native_size(width: float, height: float, patch: int, patches: int) -> tuple[int, int]:
@@ -172,9 +171,10 @@ def native_size(width: float, height: float, patch: int, patches: int) -> tuple[
     high = 100.0
     while high - low >= 1e-5:
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if math.prod(scaled(middle)) <= patches * patch**2 else (low, middle)
-        )
+        if math.prod(scaled(middle)) <= patches * patch**2:
+            low = middle
+        else:
+            high = middle
     return scaled(low)
 
 
@@ -193,10 +193,8 @@ def as_square(
     square = np.zeros((grid * grid, patch, patch, 3), pixels_HW3.dtype)
     patches = pixels_HW3.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
     square[: rows * columns] = patches.reshape(-1, patch, patch, 3)
-    return square.reshape(grid, grid, patch, patch, 3).swapaxes(1, 2).reshape(side, side, 3), (
-        rows,
-        columns,
-    )
+    square_SS3 = square.reshape(grid, grid, patch, patch, 3).swapaxes(1, 2).reshape(side, side, 3)
+    return square_SS3, (rows, columns)
 
 
 def evaluation_pixels(data: bytes, config: ImageConfig) -> np.ndarray:
@@ -207,9 +205,8 @@ def evaluation_pixels(data: bytes, config: ImageConfig) -> np.ndarray:
     side = config.size
     resample = RESAMPLE[config.resample]
     if config.fit == "native":
-        return np.array(
-            image.resize(native_size(*image.size, config.patch, config.patches), resample)
-        )
+        size = native_size(*image.size, config.patch, config.patches)
+        return np.array(image.resize(size, resample))
     if config.fit == "squash":
         return np.array(image.resize((side, side), resample))
     edge = config.shortest_edge
@@ -272,11 +269,8 @@ def resize_box(
     A large box is rounded to whole pixels and resized by torch, which is more than twice as fast as
     PIL and differs from it by at most 2 of 255 levels.
     """
-    if (
-        resample not in ("bilinear", "bicubic")
-        or (box[2] - box[0]) * (box[3] - box[1]) < LARGE
-        or not _fast_resize()
-    ):
+    is_small = (box[2] - box[0]) * (box[3] - box[1]) < LARGE
+    if is_small or resample not in ("bilinear", "bicubic") or not _fast_resize():
         return np.array(image.resize(size, RESAMPLE[resample], box=box, reducing_gap=3.0))
     left, top, right, bottom = map(round, box)
     crop_13hw = torch.from_numpy(np.array(image))[top:bottom, left:right].permute(2, 0, 1)[None]

@@ -2,7 +2,7 @@
 demand.
 
 ```
-head      256 bytes: JSON with the kind, the columns, where the table is, and the SHA-256 of the table
+head      256 bytes: JSON with the kind, the columns, where the table is, and the table's SHA-256
 chunks    of each shard: (samples, columns) int64 rows, then its text: keys, or samples as JSON
 table     JSON: names, stamps, samples, starts of the chunks, sizes of the texts
 ```
@@ -107,7 +107,7 @@ def write_index(
 
 
 class IndexFile:
-    """An index, opened for reading; raises ValueError if it is truncated or its table is damaged."""
+    """An index, opened for reading; ValueError if it is truncated or its table is damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -134,10 +134,11 @@ def in_table(
         if is_inside(folder / name, inside):
             yield name, row.cells
         else:
-            yield (
-                name,
-                f"outside of the image folder: set --image-folder to a folder that holds it, not {folder}",
+            problem = (
+                "outside of the image folder: set --image-folder to a folder that holds it, "
+                f"not {folder}"
             )
+            yield name, problem
 
 
 def words_of_name(name: str) -> str:

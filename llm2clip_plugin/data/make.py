@@ -13,6 +13,7 @@ import math
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -92,9 +93,10 @@ class MakeConfig:
 COMMAND = Command(
     name="data make",
     example="llm2clip data make photos --output photos-tars",
-    about="Write WebDataset tars, which all commands read, from a folder of pictures or a table. Rows with the same "
-    "image, and exact copies of a picture, are joined to one sample with several captions. Unreadable pictures, those "
-    "without a caption and links out of the folder are left out and listed.",
+    about="Write WebDataset tars, which all commands read, from a folder of pictures or a table. "
+    "Rows with the same image, and exact copies of a picture, are joined to one sample with "
+    "several captions. Unreadable pictures, those without a caption and links out of the folder "
+    "are left out and listed.",
     settings=MakeConfig,
     arguments="path",
     everyday="output image-folder image-field fields file-names background workers overwrite",
@@ -114,25 +116,19 @@ def main(argv: list[str]) -> int:
             raise ValueError(
                 f"none of the {len(items)} files in {config.path} can be used: {_why(items[0])}"
             )
-        lines = [
-            json.dumps({"image": image, "reason": reason}, ensure_ascii=False)
-            for image, reason in left_out
-        ]
-        (folder / LEFT_OUT).write_text(
-            "".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace"
-        )
+        rows = [{"image": image, "reason": reason} for image, reason in left_out]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / LEFT_OUT).write_text("".join(lines), encoding="utf-8", errors="replace")
+    samples = len(items) - len(left_out)
     captions = sum(len(item.captions) for item in items if not item.problem)
-    print(
-        f"{config.output}: {len(items) - len(left_out):,} samples, {captions:,} captions, {size_text(size)}"
-    )
+    print(f"{config.output}: {samples:,} samples, {captions:,} captions, {size_text(size)}")
     if joined:
         print(f"joined from exact copies: {joined:,} {'caption' if joined == 1 else 'captions'}")
     if left_out:
         reasons = Counter(reason.partition(":")[0] for _, reason in left_out)
         counts = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
-        print(
-            f"left out: {len(left_out):,} ({counts}), all in {os.path.join(config.output, LEFT_OUT)}"
-        )
+        listed_in = os.path.join(config.output, LEFT_OUT)
+        print(f"left out: {len(left_out):,} ({counts}), all in {listed_in}")
     print(command("data", "check", config.output), flush=True)
     return 0
 
@@ -142,7 +138,8 @@ def _why(item: Item) -> str:
     if item.problem != "no caption":
         return f"{item.name}: {item.problem}"
     fixes = ["write captions to .txt files of the same names", "add --file-names"]
-    if texts := [f"{name}=short" for name, value in item.meta.items() if holds_words(value)]:
+    texts = [f"{name}=short" for name, value in item.meta.items() if holds_words(value)]
+    if texts:
         fixes.insert(0, f"use a field with text, --fields {' '.join(texts)}")
     return f"{item.name}: no caption; {', or '.join(fixes)}"
 
@@ -152,7 +149,7 @@ def list_items(config: MakeConfig) -> list[Item]:
     Raises ValueError if it is neither a folder nor a table, or has no pictures or captions."""
     path = Path(config.path)
     fields = parse_fields(config.fields, LANGUAGE)
-    names = {one.name for one in fields}
+    names = {field.name for field in fields}
     if path.is_dir():
         folder = path
         rows = in_folder(path)
@@ -166,9 +163,8 @@ def list_items(config: MakeConfig) -> list[Item]:
     items: dict[str, Item] = {}
     used = {"captions", *names}
     for name, row in rows:
-        item = items.setdefault(
-            name, Item(name, folder / name, problem="" if name else "no image path")
-        )
+        problem = "" if name else "no image path"
+        item = items.setdefault(name, Item(name, folder / name, problem=problem))
         if isinstance(row, str):
             item.problem = row
             continue
@@ -183,15 +179,18 @@ def list_items(config: MakeConfig) -> list[Item]:
         raise ValueError(f"{path} has a header and no rows; expected a row a picture")
     if all(item.problem == "not a picture" for item in items.values()):
         raise ValueError(
-            f"no pictures in {path} ({' '.join(PICTURES)}); tars are read by all commands as they are"
+            f"no pictures in {path} ({' '.join(PICTURES)}); "
+            "tars are read by all commands as they are"
         )
     for item in items.values():
-        if not item.problem and not item.captions:
-            if config.file_names and (text := words_of_name(item.name)):
-                item.captions = [{"text": text, "kind": "short", "language": LANGUAGE}]
-            else:
-                item.problem = "no caption"
-    return [*items.values()]
+        if item.problem or item.captions:
+            continue
+        text = words_of_name(item.name) if config.file_names else ""
+        if text:
+            item.captions = [{"text": text, "kind": "short", "language": LANGUAGE}]
+        else:
+            item.problem = "no caption"
+    return list(items.values())
 
 
 def read_picture(background: str, item: Item) -> tuple[bytes, str] | str:
@@ -207,12 +206,10 @@ def read_picture(background: str, item: Item) -> tuple[bytes, str] | str:
         flat = load(image)
     except ValueError as error:  # BrokenImage, too
         return f"unreadable: {error}"
+    except FileNotFoundError:
+        return f"no file: {item.path}"
     except OSError as error:
-        return (
-            f"no file: {item.path}"
-            if isinstance(error, FileNotFoundError)
-            else f"unreadable: {error.strerror}"
-        )
+        return f"unreadable: {error.strerror}"
     if transparent and (background or not extension):
         flat = image.convert("RGBA")
     if transparent and background:
@@ -236,8 +233,8 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
     processes = min(config.workers or cores(), len(items) // 64)
     pictures = parallel(partial(read_picture, config.background), items, processes=processes)
     with ExitStack() as opened:
-        shown = track(pictures, total=len(items), label="data make", unit="pictures")
-        for item, picture in zip(items, shown, strict=True):
+        tracked = track(pictures, total=len(items), label="data make", unit="pictures")
+        for item, picture in zip(items, tracked, strict=True):
             if isinstance(picture, str):
                 item.problem = picture
                 continue
@@ -247,14 +244,14 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
                 shard += 1
             data, extension = picture
             total += len(data)
-            meta = json.dumps(
-                {**item.meta, "captions": item.captions}, ensure_ascii=False, default=str
-            )
+            meta = {**item.meta, "captions": item.captions}
+            text = json.dumps(meta, ensure_ascii=False, default=str)
             key = item.key
             while key in keys:  # a.jpg and a.png are two samples
                 key += "-2"
             keys.add(key)
-            for suffix, body in ((extension, data), ("json", meta.encode("utf-8", "replace"))):
+            members = {extension: data, "json": text.encode("utf-8", "replace")}
+            for suffix, body in members.items():
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(body)
                 tar.addfile(member, io.BytesIO(body))
@@ -276,8 +273,8 @@ class LlavaDataConfig(SourceConfig):
 LLAVA_DATA = Command(
     name="llava data",
     example="llm2clip llava data photos-tars --output photos-llava",
-    about="Write captions.json and images for scripts/llava/pretrain.sh: each image with its first caption. Samples "
-    "that can't be read are left out.",
+    about="Write captions.json and images for scripts/llava/pretrain.sh: each image with its first "
+    "caption. Samples that can't be read are left out.",
     settings=LlavaDataConfig,
     arguments="path",
     everyday="output image-folder fields kinds languages overwrite",
@@ -286,7 +283,7 @@ LLAVA_DATA = Command(
 
 
 def main_llava_data(argv: list[str]) -> int:
-    """Write the folder. Raises FileExistsError if it exists, ValueError if no sample can be used."""
+    """Write the folder. Raises FileExistsError if it exists, ValueError if no sample is usable."""
     config = LLAVA_DATA.parse(argv)
     source = open_source(config)
     rows = []
@@ -294,9 +291,8 @@ def main_llava_data(argv: list[str]) -> int:
     check_fields(source, needed=True)
     with output_folder(output, LLAVA_FOLDER, replace=config.overwrite) as folder:
         (folder / "images").mkdir()
-        for number in track(
-            range(len(source)), total=len(source), label="llava data", unit="samples"
-        ):
+        numbers = range(len(source))
+        for number in track(numbers, total=len(source), label="llava data", unit="samples"):
             try:
                 sample = source[number]
                 captions = select_captions(sample.captions, config.kinds, config.languages)
@@ -313,13 +309,15 @@ def main_llava_data(argv: list[str]) -> int:
                 rows.append({"id": sample.key, "image": name, "conversations": turns})
         if not rows:
             raise ValueError(
-                f"no sample of {config.path} can be used; llm2clip data check {config.path} shows why"
+                f"no sample of {config.path} can be used; "
+                f"llm2clip data check {config.path} shows why"
             )
-        (folder / "captions.json").write_text(
-            json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8"
-        )
-    left_out = f", {len(source) - len(rows):,} left out" * (len(rows) < len(source))
-    print(f"{config.output}: {len(rows):,} images with a caption{left_out}")
+        text = json.dumps(rows, ensure_ascii=False, indent=1)
+        (folder / "captions.json").write_text(text, encoding="utf-8")
+    summary = f"{config.output}: {len(rows):,} images with a caption"
+    if len(rows) < len(source):
+        summary += f", {len(source) - len(rows):,} left out"
+    print(summary)
     return 0
 
 
@@ -348,7 +346,8 @@ class SplitConfig(SourceConfig):
         super().__post_init__()
         if not 0 < self.validation < 1:
             raise ValueError(
-                f"validation is {self.validation:g}, expected a fraction between 0 and 1, such as 0.02"
+                f"validation is {self.validation:g}, expected a fraction between 0 and 1, "
+                "such as 0.02"
             )
         if not self.output:
             raise ValueError("no output folder is set; add --output DIR")
@@ -357,8 +356,8 @@ class SplitConfig(SourceConfig):
 SPLIT = Command(
     name="data split",
     example="llm2clip data split /data/photos --output /data/photos-split --validation 0.02",
-    about="Hold out a part of a data set for validation. A sample's side follows from its key, or from a field (--by), "
-    "alone: the same in any order of shards.",
+    about="Hold out a part of a data set for validation. A sample's side follows from its key, or "
+    "from a field (--by), alone: the same in any order of shards.",
     settings=SplitConfig,
     arguments="path",
     everyday="output validation by image-folder workers dry-run overwrite",
@@ -374,18 +373,19 @@ def main_split(argv: list[str]) -> int:
     source = open_source(config)
     if os.path.isdir(source.path) and output.resolve().is_relative_to(Path(source.path).resolve()):
         raise ValueError(
-            f"--output {output} is inside the data, whose subfolders are read too; choose one elsewhere"
+            f"--output {output} is inside the data, whose subfolders are read too; "
+            "choose one elsewhere"
         )
     hash_N = decide(source, config.validation, config.by, config.workers)
     held_out_N = is_held_out(hash_N, config.validation)
     counts = {}
-    for held_out, side in enumerate(SIDES):
-        mine_N = held_out_N == held_out
-        counts[side] = int(mine_N.sum())
-        values = (
-            f", {len(np.unique(hash_N[mine_N])):,} values of {config.by!r}" if config.by else ""
-        )
-        print(f"{side}: {counts[side]:,} samples ({counts[side] / len(hash_N):.2%}){values}")
+    for side in SIDES:
+        hash_of_side = hash_N[held_out_N == (side == "validation")]
+        counts[side] = len(hash_of_side)
+        line = f"{side}: {counts[side]:,} samples ({counts[side] / len(hash_N):.2%})"
+        if config.by:
+            line += f", {len(np.unique(hash_of_side)):,} values of {config.by!r}"
+        print(line)
     if config.dry_run:
         return 0
     with output_folder(output, SPLIT_FOLDER, replace=config.overwrite) as folder:
@@ -396,32 +396,22 @@ def main_split(argv: list[str]) -> int:
             "by": config.by,
             "samples": counts,
         }
-        (folder / "split.json").write_text(
-            json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        (folder / "split.json").write_text(text, encoding="utf-8")
     paths = outputs(source, output)
     images = ("--image-folder", source.images_folder) if isinstance(source, RowSource) else ()
     for path in paths.values():
         print(command("embed", path, *images, "--llm", "LLM"))
-    print(
-        command(
-            "train-tower",
-            paths["train"],
-            "--validation",
-            paths["validation"],
-            *images,
-            "--tower",
-            "TOWER",
-        )
-    )
+    data = (paths["train"], "--validation", paths["validation"])
+    print(command("train-tower", *data, *images, "--tower", "TOWER"))
     return 0
 
 
 def hash_of(value: str) -> int:
     """The number below 2^64 that decides a value's side."""
-    return int.from_bytes(
-        hashlib.sha256((SALT + value).encode("utf-8", "surrogatepass")).digest()[:8], "big"
-    )
+    text = SALT + value
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def is_held_out(hash_N: np.ndarray, validation: float) -> np.ndarray:
@@ -435,14 +425,17 @@ def decide(source: Source, validation: float, by: str, workers: int = 0) -> np.n
     one side would be empty."""
     processes = min(workers or cores(), len(source.shards))
     read = parallel(partial(_read_shard, source, by), source.shards, processes=processes)
-    hash_N = np.concatenate(
-        [*track(read, total=len(source.shards), label="data split: reading", unit="shards")]
-    )
+    tracked = track(read, total=len(source.shards), label="data split: reading", unit="shards")
+    hash_N = np.concatenate(list(tracked))
     held_out = int(is_held_out(hash_N, validation).sum())
     if held_out in (0, len(hash_N)):
-        of = f"{validation:g} of {len(np.unique(hash_N))} distinct {f'values of {by!r}' if by else 'keys'}"
-        fix = f"choose a {'smaller' if held_out else 'larger'} fraction"
-        raise ValueError(f"--validation {of} leaves nothing for {SIDES[not held_out]}; {fix}")
+        empty = "train" if held_out else "validation"
+        size = "smaller" if held_out else "larger"
+        values = f"values of {by!r}" if by else "keys"
+        raise ValueError(
+            f"--validation {validation:g} of {len(np.unique(hash_N))} distinct {values} "
+            f"leaves nothing for {empty}; choose a {size} fraction"
+        )
     return hash_N
 
 
@@ -463,40 +456,54 @@ def _field(source: Source, sample: int, by: str) -> str:
 
 def outputs(source: Source, folder: Path) -> dict[str, Path]:
     """Side -> the folder of tars, or the list, that it is written to."""
+    if isinstance(source, TarSource):
+        return {side: folder / side for side in SIDES}
     suffix = ".json" if has_suffix(source.path, ".json") else ".jsonl"
-    return {
-        side: folder / (side if isinstance(source, TarSource) else f"{side}{suffix}")
-        for side in SIDES
-    }
+    return {side: folder / f"{side}{suffix}" for side in SIDES}
 
 
 def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: int = 0) -> None:
     """Write both sides below ``folder``."""
     if isinstance(source, TarSource):
-        jobs = [
-            (n, held_out_N[one.start : one.start + one.size]) for n, one in enumerate(source.shards)
-        ]
-        done = parallel(
-            partial(_copy_shard, source, folder), jobs, processes=min(workers or cores(), len(jobs))
-        )
-        for _ in track(done, total=len(jobs), label="data split: writing", unit="shards"):
-            pass
+        _write_tars(source, held_out_N, folder, workers)
         return
     if not isinstance(source, RowSource):
         raise ValueError(
-            f"{source.path} is a {type(source).__name__}, which cannot be split; use tars or a .jsonl"
+            f"{source.path} is a {type(source).__name__}, which cannot be split; "
+            "use tars or a .jsonl"
         )
-    # each row as it is stored, in order
-    for held_out, (side, target) in enumerate(outputs(source, folder).items()):
-        numbers = np.flatnonzero(held_out_N == held_out).tolist()
-        before, between, after = (
-            (b"[\n", b",\n", b"\n]\n") if target.suffix == ".json" else (b"", b"\n", b"\n")
-        )
-        shown = track(numbers, total=len(numbers), label=f"data split: {side}", unit="rows")
-        with target.open("wb") as file:
-            for place, number in enumerate(shown):
-                file.write((between if place else before) + source.row(number)[1].strip())
-            file.write(after)
+    for side, target in outputs(source, folder).items():
+        numbers = np.flatnonzero(held_out_N == (side == "validation")).tolist()
+        tracked = track(numbers, total=len(numbers), label=f"data split: {side}", unit="rows")
+        _write_rows(source, tracked, target)
+
+
+def _write_tars(source: TarSource, held_out_N: np.ndarray, folder: Path, workers: int) -> None:
+    """Copy every tar to tars of both sides."""
+    jobs = []
+    for number, shard in enumerate(source.shards):
+        jobs.append((number, held_out_N[shard.start : shard.start + shard.size]))
+    processes = min(workers or cores(), len(jobs))
+    done = parallel(partial(_copy_shard, source, folder), jobs, processes=processes)
+    for _ in track(done, total=len(jobs), label="data split: writing", unit="shards"):
+        pass
+
+
+def _write_rows(source: RowSource, numbers: Iterable[int], target: Path) -> None:
+    """Write each row as it is stored, in order: a list if ``target`` is a .json, else lines."""
+    before = b""
+    between = b"\n"
+    after = b"\n"
+    if target.suffix == ".json":
+        before = b"[\n"
+        between = b",\n"
+        after = b"\n]\n"
+    with target.open("wb") as file:
+        separator = before
+        for number in numbers:
+            file.write(separator + source.row(number)[1].strip())
+            separator = between
+        file.write(after)
 
 
 def _copy_shard(source: TarSource, folder: Path, job: tuple[int, np.ndarray]) -> None:
@@ -506,15 +513,18 @@ def _copy_shard(source: TarSource, folder: Path, job: tuple[int, np.ndarray]) ->
     side_of: dict[str, str] = {}
     for sample, held_out in enumerate(held_out_N.tolist(), shard.start):
         key = source.key(sample)
-        if side_of.setdefault(key, SIDES[held_out]) != SIDES[held_out]:
+        side = "validation" if held_out else "train"
+        if side_of.setdefault(key, side) != side:
             raise ValueError(
-                f"shard {shard.name!r} has two samples with the key {key!r}, one on each side; rename one"
+                f"shard {shard.name!r} has two samples with the key {key!r}, one on each side; "
+                "rename one"
             )
 
     def copy(path: Path) -> None:
         new: dict[str, tarfile.TarFile] = {}
         with ExitStack() as opened:
-            for member in (old := opened.enter_context(tarfile.open(path, "r:"))):
+            old = opened.enter_context(tarfile.open(path, "r:"))
+            for member in old:
                 side = side_of.get(split_name(member.name)[0], "")
                 if not side or not member.isreg():
                     continue
