@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from llava_integration.compat.runner import replaces
+from llava_integration.compat.completion import replaces
 from llava_integration.towers import record_tower, refuse_other_checkpoints
 from llm2clip_plugin.console import quiet_llava
 

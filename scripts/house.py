@@ -110,6 +110,19 @@ def imported(tree: ast.Module, known: Collection[str]) -> Iterator[str]:
                 yield from [
                     one for one in (f"{node.module}.{alias.name}", node.module) if one in known
                 ][:1]
+        elif (name := imported_by_name(node)) in known:
+            yield name
+
+
+def imported_by_name(node: ast.AST) -> str:
+    """The module of ``importlib.import_module("NAME")``; "" for any other node."""
+    if not isinstance(node, ast.Call) or not node.args:
+        return ""
+    called = ast.unparse(node.func)
+    name = node.args[0]
+    if called not in ("importlib.import_module", "import_module"):
+        return ""
+    return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else ""
 
 
 def goes_up(name: str, other: str) -> bool:

@@ -1,1 +1,2 @@
-"""LLaVA 1.5's unmodified code on today's libraries: ``runner`` runs the functions of ``patches``."""
+"""LLaVA 1.5's unmodified code on today's libraries: ``runner`` runs the functions of ``patches``,
+which ``completion`` describes."""

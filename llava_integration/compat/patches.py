@@ -15,17 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llava_integration.compat.runner import TRAINER, completes, replaces
+from llava_integration.compat.completion import TRAINER, completes, replaces
 from llm2clip_plugin.contracts import write_text
 
 # transformers 5 alone has some of the names.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 
-ARCH, LLAMA, MISTRAL = (
-    f"llava.model.{name}"
-    for name in ("llava_arch", "language_model.llava_llama", "language_model.llava_mistral")
-)
+ARCH = "llava.model.llava_arch"
+LLAMA = "llava.model.language_model.llava_llama"
+MISTRAL = "llava.model.language_model.llava_mistral"
 
 # Models: loading, generation
 
@@ -107,10 +106,11 @@ def complete_generation(model_class: Any, parent: Any) -> None:
 
 
 def between(parent: Any) -> Any:
-    """A class between LLaVA's model and ``parent``, for what LLaVA's methods pass to ``super()``."""
+    """A class between LLaVA's model and ``parent``: what LLaVA's methods pass to ``super()``."""
     import torch
 
-    name = "cache" if "cache" in inspect.signature(parent.forward).parameters else "past_key_values"
+    parameters = inspect.signature(parent.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"
 
     def cached(values: Any) -> dict[str, Any]:
         return {} if values is None else {name: values}
@@ -195,10 +195,10 @@ def names_of_4(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 KNOWN = frozenset(  # settings of peft 0.10
-    """alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights
-    layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config
-    megatron_core modules_to_save peft_type r rank_pattern revision target_modules task_type use_dora
-    use_rslora""".split()
+    """alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode
+    init_lora_weights layer_replication layers_pattern layers_to_transform loftq_config lora_alpha
+    lora_dropout megatron_config megatron_core modules_to_save peft_type r rank_pattern revision
+    target_modules task_type use_dora use_rslora""".split()
 )
 
 

@@ -5,69 +5,26 @@ With LLaVA's own pins nothing is touched. ``LLM2CLIP_LLAVA_COMPAT=0`` disables a
 """
 
 import functools
-import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
+from llava_integration.compat.completion import TRAINER, Completion, When, completions
 from llm2clip_plugin.console import quiet_peft
 from llm2clip_plugin.installation import installed_version
 
-When = Literal["before", "after"]
 # beginnings of versions, beside LLaVA's own pins
 TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}
 ADVICE = "pip install transformers==5.24.0 deepspeed==0.19.8 runs LLaVA 1.5"
-TRAINER = "llava.train.llava_trainer"
+
 # versions of transformers whose trainer has neither the names of 4.37 nor those of 5
 REFUSED = ">4.46.3,<5"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One addition to a module of LLaVA, or to what it uses of a library."""
-
-    module: str  # dotted name of LLaVA's module
-    when: When  # of the execution of the module
-    # distribution -> versions that need it, such as {"transformers": ">=5"}; any suffices
-    libraries: Mapping[str, str]
-    # takes the module, which is still empty if ``when`` is "before"
-    complete: Callable[[ModuleType], None]
-
-
-completions: list[Completion] = []  # in the order of the functions
 done: list[Completion] = []  # those that have run
-
-
-def completes(module: str, when: When, **libraries: str) -> Callable[[Any], Any]:
-    """Decorator of a function that completes a module of LLaVA; its docstring says why."""
-
-    def mark(function: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-        completions.append(
-            Completion(module=module, when=when, libraries=libraries, complete=function)
-        )
-        return function
-
-    return mark
-
-
-def replaces(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
-    """Decorator that sets ``owner.name`` to the function, whose first argument is the original."""
-    is_class_method = isinstance(inspect.getattr_static(owner, name), classmethod)
-    original = getattr(owner, name).__func__ if is_class_method else getattr(owner, name)
-
-    def decorate(function: Callable[..., Any]) -> None:
-        @functools.wraps(original)
-        def replacement(*arguments: Any, **options: Any) -> Any:
-            return function(original, *arguments, **options)
-
-        setattr(owner, name, classmethod(replacement) if is_class_method else replacement)
-
-    return decorate
 
 
 def enabled() -> bool:
@@ -78,20 +35,26 @@ def enabled() -> bool:
 @functools.cache
 def needed() -> list[Completion]:
     """The completions that the installed versions need."""
-    # adds its functions, which need this module
-    importlib.import_module("llava_integration.compat.patches")
-    return [
-        one
-        for one in completions
-        if any(has_version(*library) for library in one.libraries.items())
-    ]
+    # its functions are added to ``completions``
+    from llava_integration.compat import patches  # noqa: F401
+
+    return [completion for completion in completions if is_needed(completion)]
+
+
+def is_needed(completion: Completion) -> bool:
+    """Whether one of its libraries is installed in a version that needs it."""
+    libraries = completion.libraries.items()
+    return any(has_version(library, versions) for library, versions in libraries)
 
 
 def watched() -> set[str]:
     """The modules of LLaVA that something is to be done for."""
     if not enabled():
         return set()
-    return {completion.module for completion in needed()} | ({TRAINER} if problem() else set())
+    modules = {completion.module for completion in needed()}
+    if problem():
+        modules.add(TRAINER)
+    return modules
 
 
 def run(module: ModuleType, when: When) -> None:
@@ -103,27 +66,31 @@ def run(module: ModuleType, when: When) -> None:
         if module.__name__ == TRAINER and problem():
             raise ImportError(problem())
         for completion in needed():
-            if (completion.module, completion.when) == (
-                module.__name__,
-                when,
-            ) and completion not in done:
-                warn_if_untried()
-                try:
-                    completion.complete(module)
-                except Exception as error:
-                    name = completion.complete.__name__
-                    found = ", ".join(
-                        f"{library} {installed_version(library)}"
-                        for library in completion.libraries
-                    )
-                    told = f"compat/patches.py, {name} could not complete {module.__name__} for {found}: {error!r}"
-                    fix = f"{ADVICE}, or set LLM2CLIP_LLAVA_COMPAT=0 to run without completions"
-                    raise ImportError(f"llava_integration/{told}; {fix}") from error
+            is_now = completion.module == module.__name__ and completion.when == when
+            if is_now and completion not in done:
+                complete(completion, module)
                 done.append(completion)
     except ImportError as error:
         if module.__name__.startswith("llava.model."):
             tell_importers(sys.modules.get("llava.model"), error)
         raise
+
+
+def complete(completion: Completion, module: ModuleType) -> None:
+    """Run one completion. ImportError, which names it, if it fails."""
+    warn_if_untried()
+    try:
+        completion.complete(module)
+    except Exception as error:
+        name = completion.complete.__name__
+        versions = ", ".join(
+            f"{library} {installed_version(library)}" for library in completion.libraries
+        )
+        raise ImportError(
+            f"llava_integration/compat/patches.py, {name} could not complete {module.__name__} "
+            f"for {versions}: {error!r}; {ADVICE}, "
+            "or set LLM2CLIP_LLAVA_COMPAT=0 to run without completions"
+        ) from error
 
 
 def tell_importers(package: ModuleType | None, error: ImportError) -> None:
@@ -162,12 +129,12 @@ def problem() -> str:
 def untried() -> list[str]:
     """The installed libraries whose version was never tried with LLaVA, with the versions that
     were."""
-    found = []
-    for library, known in TRIED.items():
+    never_tried = []
+    for library, tried in TRIED.items():
         installed = installed_version(library)
-        if installed and not any(f"{installed}.".startswith(f"{version}.") for version in known):
-            found.append(f"{library} {installed} (tried: {', '.join(known)})")
-    return found
+        if installed and not any(f"{installed}.".startswith(f"{version}.") for version in tried):
+            never_tried.append(f"{library} {installed} (tried: {', '.join(tried)})")
+    return never_tried
 
 
 @functools.cache

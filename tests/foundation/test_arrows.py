@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from house import FLOORS
+from house import FLOORS, imported_by_name
 from house import numbers as house
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,15 @@ def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; write the whole name"
             names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+        elif name := imported_by_name(node):
+            names.add(name)
     return names
+
+
+@pytest.mark.parametrize("call", ["importlib.import_module", "import_module"])
+def test_an_import_by_name_is_seen(call: str) -> None:
+    tree = ast.parse(f'{call}("torch")\n{call}(name)\nother("llava")')
+    assert [name for node in ast.walk(tree) if (name := imported_by_name(node))] == ["torch"]
 
 
 def test_imports_follow_the_arrows_without_circles() -> None:
