@@ -442,7 +442,7 @@ class Engine:
             if saved is None or (saved.shape, saved.dtype) != (held.shape, held.dtype):
                 raise ValueError(
                     f"the checkpoint has no optimizer state {name!r} of this shape: "
-                    "optimizer state is tied to rank count, ZeRO stage and optimizer; "
+                    "optimizer state is tied to rank count, ZeRO stage and --optimizer; "
                     "resume with the original ones"
                 )
             held.copy_(saved)
