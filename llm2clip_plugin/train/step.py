@@ -124,7 +124,7 @@ class ContrastiveStep(ABC):
         if len(micro_batches) == 1:
             reference = self._reference(micro_batches[0])
             encoded = self._encode(micro_batches[0])
-            loss, numbers, finite_b = self._loss(encoded, batch, *reference, flags=flags)
+            loss, numbers, finite_b = self._loss(encoded, batch, *reference, flags)
             self.engine.backward(loss)
             self.engine.step()
         else:
@@ -155,7 +155,7 @@ class ContrastiveStep(ABC):
         }
         leaves = {name: leaf.requires_grad_() for name, leaf in joined.items() if leaf is not None}
         loss, numbers, finite_b = self._loss(
-            Encoded(**leaves), batch, reference_bD, reference_patches_bTH, flags=flags
+            Encoded(**leaves), batch, reference_bD, reference_patches_bTH, flags
         )
         with timed("backward"):
             gradients = torch.autograd.grad(
@@ -199,7 +199,6 @@ class ContrastiveStep(ABC):
         batch: Batch,
         reference_bD: Tensor | None,
         reference_patches_bTH: Tensor | None,
-        *,
         flags: Callable[[], Flags] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's sum of weighted terms; its mean over ranks, those of all terms and flags, and
