@@ -40,10 +40,10 @@ def check_given(config: PipelineConfig) -> None:
     """Raise FileNotFoundError or ValueError for models and questions that would stop a stage, and
     for an output that holds the data or is in it."""
     check_output(config)
-    llm_config(EncoderConfig(llm=config.llm))
+    llm_config(EncoderConfig(llm=config.llm, trust_remote_code=config.trust_remote_code))
     check_tower(config.tower)
     if config.adapter:
-        check_adapter(config.llm, config.adapter)
+        check_adapter(config, config.adapter)
     if not config.questions:
         return
     from llava_integration.benchmarks.rules import benchmark
@@ -142,8 +142,9 @@ def check_tower(given: str) -> None:
         family_of_type(kinds[0], where=f"--tower {given}")  # raises
 
 
-def check_adapter(llm: str, given: str) -> None:
+def check_adapter(config: PipelineConfig, given: str) -> None:
     """FileNotFoundError or ContractError for what is no adapter, or another LLM's."""
+    llm = config.llm
     adapter = fetch_directory(given)
     folder = local_folder(llm)
     adapter_sha256(adapter)
@@ -156,7 +157,8 @@ def check_adapter(llm: str, given: str) -> None:
         raise ContractError(
             f"{told}, but --llm {llm} has {own[:12]}...; pass the LLM that it was trained on"
         )
-    width = llm_config(EncoderConfig(llm=llm)).get_text_config().hidden_size
+    encoder = EncoderConfig(llm=llm, trust_remote_code=config.trust_remote_code)
+    width = llm_config(encoder).get_text_config().hidden_size
     for name, entry in read_header(adapter / ADAPTER_WEIGHTS).entries.items():
         if name.endswith("q_proj.lora_A.weight") and entry.shape[-1] != width:
             told = f"--adapter {given} is for an LLM of width {entry.shape[-1]}"

@@ -125,6 +125,7 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
     given = [config.path, *changed_options(config, ("images", *READ))]
     batches = ["--global-batch", str(batch), *changed_options(config, ("micro_batch",))]
     llm = model("the LLM", config.llm)
+    opened = ["--llm", config.llm, *changed_options(config, ("trust_remote_code",))]
 
     tower = model("the start tower", config.tower)
     start = config.tower
@@ -175,7 +176,7 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
             "--warmup-steps",
             min(300, steps // 10),
         ]
-        words = [data["train"], *read, "--llm", config.llm, *words, "--output", out / "llm"]
+        words = [data["train"], *read, *opened, *words, "--output", out / "llm"]
         run.add(
             "stage 1",
             "finetune-llm",
@@ -193,8 +194,7 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
         words = [
             data[side],
             *read,
-            "--llm",
-            config.llm,
+            *opened,
             *(["--adapter", adapter] if adapter else []),
         ]
         update = partial(prune_cache, out / cache, held_out_config(config, source, side))

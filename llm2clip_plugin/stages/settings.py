@@ -199,6 +199,7 @@ class PipelineConfig(SourceConfig):
     # more options of train-tower, as one text: --tower-options="--freeze-first-blocks 8"
     tower_options: str = ""
     num_gpus: int = 1  # processes of the training stages
+    trust_remote_code: bool = False  # run the Python code in the LLM's folder: read it first
     # .jsonl of image, question and answer: what a LLaVA of each tower, before and after, is asked
     questions: str = ""
     # language model of these two LLaVAs, whose projectors are trained on the captions

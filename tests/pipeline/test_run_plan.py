@@ -79,3 +79,15 @@ def test_a_cache_loses_the_shards_that_the_data_no_longer_has(folder: Path, tmp_
         (tmp_path / name).write_text("")
     prune_cache(tmp_path, SourceConfig(path=str(folder / "data")))
     assert sorted(path.name for path in tmp_path.iterdir()) == [*names[:SHARDS], "manifest.json"]
+
+
+def test_trust_in_the_llms_code_reaches_the_stages_that_open_it(folder: Path):
+    given = {name: str(folder / name) for name in ("llm", "tower")}
+    paths = {"path": str(folder / "data"), "output": str(folder / "out")}
+    config = PipelineConfig(**given, **paths, trust_remote_code=True)
+    trusting = {
+        stage.name
+        for stage in plan(config, open_source(config), "short:long")
+        if "--trust-remote-code" in stage.words
+    }
+    assert trusting == {"stage 1", "embed train", "embed validation"}
