@@ -67,12 +67,10 @@ def main(argv: list[str]) -> int:
     ):
         (name, state), *rows = run_rows(folder)
     else:
-        what = (
-            "the folder of a run (run.json, checkpoints/) nor an embedding cache "
-            f"({CacheManifest.FILE})"
-        )
+        run = "the folder of a run (run.json, checkpoints/)"
+        cache = f"an embedding cache ({CacheManifest.FILE})"
         fix = "pass the --output of `llm2clip run` or of a training, or an embeddings-* folder"
-        raise FileNotFoundError(f"{folder} is neither {what}; {fix}")
+        raise FileNotFoundError(f"{folder} is neither {run} nor {cache}; {fix}")
     width = max(len(name) for name, _ in rows)
     lines = [f"{name}: {state}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
     print(files.printable_lines("\n".join(lines)))
@@ -88,9 +86,12 @@ def pipeline_rows(folder: Path) -> Iterator[tuple[str, str]]:
     done = [name for name in record.order if record.stages.get(name, {}).get("complete")]
     holder = lock_holder(folder)
     is_finished = bool(record.order) and len(done) == len(record.order)
-    state, reason = holder or ((FINISHED, "") if is_finished else ("stopped", ""))
-    complete = f"{len(done)} of {len(record.order)} stages complete"
-    yield str(folder), f"{state}{f' ({reason})' if reason else ''}: {complete}"
+    if holder:
+        process_state, process = holder
+        state = f"{process_state} ({process})"
+    else:
+        state = FINISHED if is_finished else "stopped"
+    yield str(folder), f"{state}: {len(done)} of {len(record.order)} stages complete"
     for name in record.order:
         saved = record.stages.get(name)
         if name in done:
@@ -99,7 +100,8 @@ def pipeline_rows(folder: Path) -> Iterator[tuple[str, str]]:
             yield name, "to do"
         else:
             yield name, "running" if holder else "not complete"
-            yield from inner_rows(folder / saved["output"]) if saved["output"] else ()
+            if saved["output"]:
+                yield from inner_rows(folder / saved["output"])
     page = folder / "index.html"
     if is_finished and page.is_file():
         yield "page", str(page)
@@ -127,33 +129,24 @@ def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
     samples = max(metrics.samples, record.samples)
     state, reason = run_state(folder, record, metrics, step)
     yield str(folder), state + (f": {reason}" if reason else "")
-    parts = [
-        f"step {step}" + (f" of {total} ({100 * step / total:.0f} %)" if total else ""),
-        f"{samples:,} samples",
-    ]
-    parts += [f"{samples / record.epoch_samples:.2f} epochs"] if record.epoch_samples else []
-    parts += [f"loss {metrics.loss:.4g}"] if metrics.loss is not None else []
+    progress = f"step {step}"
+    if total:
+        progress += f" of {total} ({100 * step / total:.0f} %)"
+    parts = [progress, f"{samples:,} samples"]
+    if record.epoch_samples:
+        parts.append(f"{samples / record.epoch_samples:.2f} epochs")
+    if metrics.loss is not None:
+        parts.append(f"loss {metrics.loss:.4g}")
     if metrics.seconds and total > step:
-        left = timedelta(
-            seconds=round(sum(metrics.seconds) / len(metrics.seconds) * (total - step))
-        )
+        seconds_a_step = sum(metrics.seconds) / len(metrics.seconds)
+        left = timedelta(seconds=round(seconds_a_step * (total - step)))
         parts.append(f"{left} left at the last rate")
     if metrics.step:
         parts.append(f"last line {ago((folder / files.METRICS).stat().st_mtime)}")
     yield "progress", ", ".join(parts)
     yield "loader", metrics.loader()
-    scores = dict(sorted(metrics.scores.items()))
-    before = scores.pop(0, {}) or {
-        name: record.before[name] for name in files.headline(record.before)
-    }
-    for name in next(reversed(scores.values()), before):
-        values = [(at_step[name], -at) for at, at_step in scores.items() if name in at_step]
-        parts = [f"before {before[name]:.3f}"] if name in before else []
-        if values:
-            (best, at), (last, now) = max(values), values[-1]
-            parts += [f"best {best:.3f} (step {-at})", f"last {last:.3f} (step {-now})"]
-        yield name, ", ".join(parts)
-    saved = sorted(one.name for one in (folder / files.CHECKPOINTS).glob("step-*"))
+    yield from score_rows(record, metrics)
+    saved = sorted(path.name for path in (folder / files.CHECKPOINTS).glob("step-*"))
     yield "checkpoints", ", ".join(saved) or "none yet"
     results = ", ".join(
         str(folder / name) for name, card in RESULTS.items() if (folder / name / card).is_file()
@@ -167,12 +160,31 @@ def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
         )
     yield from (("problem", problem) for problem in problems)
     if state not in (FINISHED, RUNNING, ELSEWHERE):
-        from_python = (
-            command("train-tower", "--config", folder / RunRecord.FILE)
-            if "tower" in record.config
-            else ""
-        )
-        yield "go on", files.again(record.command) or from_python
+        resume = files.again(record.command)
+        if not resume and "tower" in record.config:  # started from Python
+            resume = command("train-tower", "--config", folder / RunRecord.FILE)
+        yield "go on", resume
+
+
+def score_rows(record: RunRecord, metrics: contracts.Metrics) -> Iterator[tuple[str, str]]:
+    """Each score before training, at its best and at last."""
+    scores = dict(sorted(metrics.scores.items()))  # step -> its scores
+    before = scores.pop(0, {})
+    if not before:
+        before = {name: record.before[name] for name in files.headline(record.before)}
+    newest = next(reversed(scores.values()), before)
+    for name in newest:
+        parts: list[str] = []
+        if name in before:
+            parts.append(f"before {before[name]:.3f}")
+        # of equal values the earliest step is the best
+        values = [(of_step[name], -step) for step, of_step in scores.items() if name in of_step]
+        if values:
+            best, best_step = max(values)
+            last, last_step = values[-1]
+            parts.append(f"best {best:.3f} (step {-best_step})")
+            parts.append(f"last {last:.3f} (step {-last_step})")
+        yield name, ", ".join(parts)
 
 
 def ago(seconds_since_epoch: float) -> str:
@@ -230,21 +242,17 @@ def cache_rows(folder: Path) -> Iterator[tuple[str, str]]:
     record = _read(EmbedRecord, folder, problems) if (folder / EmbedRecord.FILE).exists() else None
     listed = list(manifest.shards) if manifest else []
     names = record.shards if record else listed
-    there = [
-        file for file in (folder / shard_file(name) for name in {*names, *listed}) if file.is_file()
-    ]
-    if lost := [name for name in listed if not (folder / shard_file(name)).is_file()]:
+    paths = {name: folder / shard_file(name) for name in (*names, *listed)}
+    there = [path for path in paths.values() if path.is_file()]
+    if lost := [name for name in listed if not paths[name].is_file()]:
         problems.append(f"{len(lost)} shards of the manifest have no file, such as {lost[0]}")
-    complete = (
-        manifest is not None and manifest.complete and set(names) <= set(listed) and not problems
-    )
+    has_all = set(names) <= set(listed) and not problems
+    complete = manifest is not None and manifest.complete and has_all
     done = f"{len(there)} of {len(names)} shards of {record.data if record else 'its data'}"
     yield str(folder), f"{'complete' if complete else 'not complete'}: {done}"
     if manifest:
-        yield (
-            "teacher",
-            f"{manifest.teacher.get('llm', '')}, {manifest.width} wide, {manifest.dtype}",
-        )
+        llm = manifest.teacher.get("llm", "")
+        yield "teacher", f"{llm}, {manifest.width} wide, {manifest.dtype}"
         yield "captions", f"{manifest.captions:,}"
     yield "last shard", ago(max(file.stat().st_mtime for file in there)) if there else ""
     yield from (("problem", problem) for problem in problems)

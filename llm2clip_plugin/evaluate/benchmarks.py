@@ -29,6 +29,7 @@ from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import (
     ALL,
     Dual,
+    EmbeddedPairs,
     RetrievalReport,
     check_measurable,
     embed_pairs,
@@ -84,17 +85,17 @@ def open_benchmarks(config: BenchmarksConfig) -> list[Benchmark]:
     suites = select_suites(",".join(config.suites))
     if missing := [line for suite in suites for line in suite.missing(root)]:
         raise FileNotFoundError("\n".join(missing))
-    found = [
-        Benchmark(s.name, source, partial(_suite, s, source))
-        for s in suites
-        for source in [s.open(root)]
-    ]
+    benchmarks: list[Benchmark] = []
+    for suite in suites:
+        source = suite.open(root)
+        benchmarks.append(Benchmark(suite.name, source, partial(_suite, suite, source)))
     if data := config.zeroshot:
         labeled = open_labeled_images(data)
         names = read_class_names("", data, labeled.classes)
         prompts = prompt_source(names, read_templates("", data), data)
-        found.append(Benchmark("zeroshot", prompts, partial(_zeroshot, labeled, names, prompts)))
-    return found
+        measure = partial(_zeroshot, labeled, names, prompts)
+        benchmarks.append(Benchmark("zeroshot", prompts, measure))
+    return benchmarks
 
 
 def _suite(
@@ -175,16 +176,17 @@ class Evaluation:
         if self.held_out is None:
             return
         check_measurable(self.held_out[0], self.config, option="--evaluation.")
-        own, *others = (
-            {cache.manifest.shards[shard.name]["rows_sha256"] for shard in source.shards}
-            for source, cache in (self.held_out, *trained)
-        )
-        if own & set().union(*others):
-            seen = f"--validation {self.held_out[0].path} has shards of the training data"
-            fix = (
-                "its scores say nothing about new images; hold some out with `llm2clip data split`"
+        validation = _shard_hashes(*self.held_out)
+        training: set[str] = set()
+        for source, cache in trained:
+            training |= _shard_hashes(source, cache)
+        if validation & training:
+            problem = (
+                f"--validation {self.held_out[0].path} has shards of the training data, "
+                "so its scores say nothing about new images"
             )
-            print(f"warning: {seen}, so {fix}", file=sys.stderr)
+            fix = "hold some out with `llm2clip data split`"
+            print(f"warning: {problem}; {fix}", file=sys.stderr)
 
     def embed(self, teacher: TeacherIdentity) -> None:
         self.benchmarks = embed_benchmarks(self.benchmarks, teacher)
@@ -192,16 +194,14 @@ class Evaluation:
     @property
     def digests(self) -> dict[str, str]:
         """What is compared between ranks."""
-        own = {
+        digests = {
             f"of {benchmark.name}": source_digest(benchmark.texts) for benchmark in self.benchmarks
         }
         if self.held_out is not None:
             source, cache = self.held_out
-            own |= {
-                "validation": source_digest(source),
-                "validation, its cache": cache_digest(cache),
-            }
-        return own
+            digests["validation"] = source_digest(source)
+            digests["validation, its cache"] = cache_digest(cache)
+        return digests
 
     def __call__(self, dual: DualEncoder, images: ImageConfig) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -217,11 +217,9 @@ class Evaluation:
                 scores |= report.metrics()
             for benchmark in self.benchmarks:
                 metrics = benchmark.measure(dual, benchmark.cache, **how).metrics
-                scores |= {
-                    f"{benchmark.name}/{name}": value
-                    for name, value in metrics.items()
-                    if "/" not in name
-                }
+                for name, value in metrics.items():
+                    if "/" not in name:
+                        scores[f"{benchmark.name}/{name}"] = value
         return scores
 
 
@@ -229,28 +227,46 @@ def draw_retrievals(report: RetrievalReport, source: Source) -> dict[str, Pictur
     """``eval/best`` and ``eval/worst``: grids of the images whose caption is ranked first, or last,
     each with its first caption and the nearest of all; images of equal rank by the cosine of the
     two."""
-    pairs, (ranks, index_Q) = report.pairs, report.parts[ALL].sides["i2t"]
-    own_Q = torch.searchsorted(pairs.owner_M, index_Q)
-    cosine_Q = (pairs.image_ND[index_Q] * pairs.text_MD[own_Q]).sum(1)
-    columns = (ranks.higher_Q, -cosine_Q, index_Q, own_Q)
-    order = sorted(zip(*(column.tolist() for column in columns), strict=True))
-    grids = {}
-    for name, some in (("best", order[:SHOWN]), ("worst", order[: SHOWN - 1 : -1][:SHOWN])):
-        grid = Image.new("RGB", (SIDE * len(some), 2 * SIDE), "white")
-        texts = []
-        for left, (higher, _, image, own) in zip(range(0, grid.width, SIDE), some, strict=True):
-            first = pairs.captions[int((pairs.text_MD @ pairs.image_ND[image]).argmax())].text
-            texts.append(f"place {higher + 1}: {pairs.captions[own].text}\nfirst: {first}")
-            with suppress(BrokenSample, BrokenImage):
-                picture = load(open_header(source[pairs.numbers[image]].read_image()))
-                grid.paste(ImageOps.contain(picture, (SIDE, SIDE)), (left, 0))
-            lines = [
-                line for part in texts[-1].split("\n") for line in textwrap.wrap(part, LINE)[:LINES]
-            ]
-            ImageDraw.Draw(grid).multiline_text((left + 4, SIDE + 4), "\n".join(lines), "black")
-        if some:
-            grids[f"eval/{name}"] = grid, "\n".join(texts)
+    pairs = report.pairs
+    ranks, image_Q = report.parts[ALL].sides["i2t"]
+    caption_Q = torch.searchsorted(pairs.owner_M, image_Q)  # each image's first
+    cosine_Q = (pairs.image_ND[image_Q] * pairs.text_MD[caption_Q]).sum(1)
+    columns = (ranks.higher_Q, -cosine_Q, image_Q, caption_Q)
+    queries = sorted(zip(*(column.tolist() for column in columns), strict=True))
+    worst_first = queries[SHOWN:][::-1]
+    grids: dict[str, Picture] = {}
+    for name, shown in (("best", queries[:SHOWN]), ("worst", worst_first[:SHOWN])):
+        if shown:
+            places = [(image, caption, higher + 1) for higher, _, image, caption in shown]
+            grids[f"eval/{name}"] = _draw_grid(report.pairs, source, places)
     return grids
+
+
+def _draw_grid(
+    pairs: EmbeddedPairs, source: Source, queries: Sequence[tuple[int, int, int]]
+) -> Picture:
+    """Images side by side, each above its text. A query: image, its caption, and that one's
+    place."""
+    grid = Image.new("RGB", (SIDE * len(queries), 2 * SIDE), "white")
+    texts: list[str] = []
+    for column, (image, caption, place) in enumerate(queries):
+        left = column * SIDE
+        nearest = int((pairs.text_MD @ pairs.image_ND[image]).argmax())
+        caption_line = f"place {place}: {pairs.captions[caption].text}"
+        texts.append(f"{caption_line}\nfirst: {pairs.captions[nearest].text}")
+        with suppress(BrokenSample, BrokenImage):
+            picture = load(open_header(source[pairs.numbers[image]].read_image()))
+            grid.paste(ImageOps.contain(picture, (SIDE, SIDE)), (left, 0))
+        lines: list[str] = []
+        for part in texts[-1].split("\n"):
+            lines += textwrap.wrap(part, LINE)[:LINES]
+        ImageDraw.Draw(grid).multiline_text((left + 4, SIDE + 4), "\n".join(lines), "black")
+    return grid, "\n".join(texts)
+
+
+def _shard_hashes(source: Source, cache: EmbeddingCache) -> set[str]:
+    """Of the rows of each shard, which are equal for equal data."""
+    return {cache.manifest.shards[shard.name]["rows_sha256"] for shard in source.shards}
 
 
 # Zero-shot classification: labeled images, and prompts by the names of their classes.
@@ -284,14 +300,16 @@ def open_labeled_images(path: str, field: str = "", cluster: str = "") -> Labele
     """
     if not field:
         root = Path(path)
-        return (_of_tars if root.is_file() or any(root.rglob("*.tar")) else _of_folders)(root)
+        has_tars = root.is_file() or any(root.rglob("*.tar"))
+        return _of_tars(root) if has_tars else _of_folders(root)
     source = open_source(SourceConfig(path=path))
-    found = set()
+    classes: set[str] = set()
     # before the work: every sample has the fields
     for record in map(source.record, range(len(source))):
-        of_fields = [json_field(record.meta, name, record.key) for name in (field, cluster) if name]
-        found.add(str(of_fields[0]))
-    return LabeledImages(source, sorted(found), field, cluster)
+        classes.add(str(json_field(record.meta, field, record.key)))
+        if cluster:
+            json_field(record.meta, cluster, record.key)
+    return LabeledImages(source, sorted(classes), field, cluster)
 
 
 def _of_folders(path: Path) -> LabeledImages:
@@ -428,10 +446,8 @@ def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
     if all("\t" in name for name in names):
         name_of = dict(name.split("\t", 1) for name in names)
         if missing := [name for name in classes if name not in name_of]:
-            raise ValueError(
-                f"{file} has no name for class {missing[0]!r} ({len(missing)} of {len(classes)} "
-                "missing)"
-            )
+            count = f"{len(missing)} of {len(classes)} missing"
+            raise ValueError(f"{file} has no name for class {missing[0]!r} ({count})")
         return [name_of[name] for name in classes]
     numbered = classes == [str(number) for number in range(len(classes))]
     # a split may be missing classes
@@ -461,13 +477,13 @@ def _read_lines(path: str, data: str, name: str) -> tuple[Path, list[str] | None
     """The file ``path``, else ``name`` in the data's folder or its parent, and its lines that are
     not blank."""
     folder = _data_folder(data)
-    file = (
-        Path(path)
-        if path
-        else next(filter(Path.is_file, (folder / name, folder.parent / name)), None)
-    )
-    if file is None:
-        return folder, None
+    if path:
+        file = Path(path)
+    else:
+        candidates = (folder / name, folder.parent / name)
+        file = next(filter(Path.is_file, candidates), None)
+        if file is None:
+            return folder, None
     return file, [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
 
 
@@ -478,17 +494,15 @@ def _data_folder(data: str) -> Path:
 def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> InMemorySource:
     """A data source without images: a class is a sample, its prompts are the captions; named by the
     prompts' hash."""
-    prompts = [
-        [template.replace("{c}", name).replace("{}", name) for template in templates]
-        for name in names
-    ]
-    rows = [
-        Row(f"{number:05d}", None, tuple(Caption(text, "prompt") for text in texts))
-        for number, texts in enumerate(prompts)
-    ]
-    return InMemorySource(
-        f"prompts-{sha256_text(canonical_json(prompts))[:12]}", _data_folder(data), rows
-    )
+    prompts: list[list[str]] = []
+    rows: list[Row] = []
+    for number, name in enumerate(names):
+        texts = [template.replace("{c}", name).replace("{}", name) for template in templates]
+        prompts.append(texts)
+        captions = tuple(Caption(text, "prompt") for text in texts)
+        rows.append(Row(f"{number:05d}", None, captions))
+    digest = sha256_text(canonical_json(prompts))[:12]
+    return InMemorySource(f"prompts-{digest}", _data_folder(data), rows)
 
 
 @torch.no_grad()

@@ -71,17 +71,14 @@ def main(argv: list[str]) -> int:
         return 0
     encoder = CaptionEncoder(config.encoder)
     scores = measure_captions(encoder, config.measure, config.read)
-    rows = {
-        row.name: {name: f"{vars(row)[name]:.3f}" for name in ACCURACIES}
-        | {"pairs": str(row.pairs), "chance": f"{1 / row.pairs:.3f}"}
-        for row in scores
-    }
+    rows: dict[str, dict[str, str]] = {}
+    for row in scores:
+        cells = {name: f"{vars(row)[name]:.3f}" for name in ACCURACIES}
+        rows[row.name] = {**cells, "pairs": str(row.pairs), "chance": f"{1 / row.pairs:.3f}"}
     print_table("top-1 accuracy, the first caption finds the second", rows, TERMS)
     if encoder.count_truncated:
-        print(
-            f"{encoder.count_truncated} captions exceed {encoder.config.max_tokens} tokens and "
-            "were truncated"
-        )
+        limit = encoder.config.max_tokens
+        print(f"{encoder.count_truncated} captions exceed {limit} tokens and were truncated")
     record = ScoreFile(
         benchmark=f"caption retrieval, {Path(config.measure.captions).name}",
         metrics={f"{row.name}/{name}": vars(row)[name] for row in scores for name in ACCURACIES},
@@ -117,49 +114,60 @@ def measure_captions(
     """One row per ``retrieve``, per further language, and their mean. Raises ValueError as
     ``caption_sets``."""
     sets = caption_sets(config, read)
-    sides = [
-        list(dict.fromkeys(pair[side] for pairs in sets.values() for pair in pairs))
-        for side in (1, 2)
-    ]
-    first, second = (
-        dict(zip(texts, encoder.encode(texts, query=texts is sides[0]), strict=True))
-        for texts in sides
+    firsts: dict[str, None] = {}  # each text once, in order
+    seconds: dict[str, None] = {}
+    for pairs in sets.values():
+        firsts |= dict.fromkeys(first for _, first, _ in pairs)
+        seconds |= dict.fromkeys(second for _, _, second in pairs)
+    return measure_sets(
+        sets,
+        dict(zip(firsts, encoder.encode(list(firsts), query=True), strict=True)),
+        dict(zip(seconds, encoder.encode(list(seconds), query=False), strict=True)),
+        config.retrieve,
     )
-    return measure_sets(sets, first, second, config.retrieve)
 
 
 def measure_sets(
     sets: dict[str, Pairs], first: Rows, second: Rows, retrieve: Sequence[str]
 ) -> list[CaptionScore]:
     """`measure_captions` of embedded captions, as first and as second ones."""
-    rows = []
+    rows: list[CaptionScore] = []
     for name, pairs in sets.items():
         keys, lefts, rights = zip(*pairs, strict=True)
-        both = (
-            torch.stack([first[left] for left in lefts]),
-            torch.stack([second[right] for right in rights]),
-        )
-        place_of = {right: place for place, right in enumerate(dict.fromkeys(rights))}
+        first_NW = torch.stack([first[left] for left in lefts])
+        second_NW = torch.stack([second[right] for right in rights])
         # equal texts are equally correct
-        group_N = torch.tensor([place_of[right] for right in rights])
-        ranks = (
-            *caption_ranks(*both, group_N=group_N),
-            caption_ranks(*both, group_N=group_N, center=True)[0],
-        )
-        hits = [of_side.hits(1) for of_side in ranks]
-        accuracies = [float(hit_N.mean()) for hit_N in hits]
+        group_of = {text: number for number, text in enumerate(dict.fromkeys(rights))}
+        group_N = torch.tensor([group_of[right] for right in rights])
+        forward, reverse = caption_ranks(first_NW, second_NW, group_N=group_N)
+        centered, _ = caption_ranks(first_NW, second_NW, group_N=group_N, center=True)
+        hit_N = forward.hits(1)
         rows.append(
             CaptionScore(
-                name, *accuracies, pairs=len(pairs), hits=tuple(hits[0].tolist()), keys=keys
+                name=name,
+                cra=float(hit_N.mean()),
+                reverse=float(reverse.hits(1).mean()),
+                centred=float(centered.hits(1).mean()),
+                pairs=len(pairs),
+                hits=tuple(hit_N.tolist()),
+                keys=keys,
             )
         )
-    if foreign := [row for row in rows if row.name.replace("->", ":") not in retrieve]:
-        means = [
-            sum(vars(row)[name] for row in foreign) / len(foreign)
-            for name in (*ACCURACIES, "pairs")
-        ]
-        rows.append(CaptionScore(LANGUAGES, *means[:3], pairs=round(means[3])))
+    foreign = [row for row in rows if row.name.replace("->", ":") not in retrieve]
+    if foreign:
+        rows.append(mean_score(foreign))
     return rows
+
+
+def mean_score(rows: Sequence[CaptionScore]) -> CaptionScore:
+    """The row ``LANGUAGES``: the means of others."""
+    return CaptionScore(
+        name=LANGUAGES,
+        cra=sum(row.cra for row in rows) / len(rows),
+        reverse=sum(row.reverse for row in rows) / len(rows),
+        centred=sum(row.centred for row in rows) / len(rows),
+        pairs=round(sum(row.pairs for row in rows) / len(rows)),
+    )
 
 
 def caption_sets(config: CaptionSetConfig, read: ReadConfig) -> dict[str, Pairs]:
@@ -169,26 +177,21 @@ def caption_sets(config: CaptionSetConfig, read: ReadConfig) -> dict[str, Pairs]
         SourceConfig(path=config.captions, **{**vars(read), "kinds": (), "languages": ()})
     )
     captions = [source.captions(number) for number in range(min(len(source), config.limit))]
-    sets = {
-        f"{first}->{second}": find_pairs(captions, (first, config.home), (second, config.home))
-        for first, second in (text.split(":") for text in config.retrieve)
-    }
+    every_caption = [caption for _, of_sample in captions for caption in of_sample]
+    home = config.home
+    sets: dict[str, Pairs] = {}
+    for kinds in config.retrieve:
+        first, second = kinds.split(":")
+        sets[f"{first}->{second}"] = find_pairs(captions, (first, home), (second, home))
     if empty := [name for name, pairs in sets.items() if not pairs]:
-        kinds = (
-            ", ".join(sorted({caption.kind for _, of_sample in captions for caption in of_sample}))
-            or "none"
-        )
+        available = ", ".join(sorted({caption.kind for caption in every_caption})) or "none"
         problem = f"no image has captions of both kinds for {', '.join(empty)}"
-        raise ValueError(f"{config.captions}: {problem}; available kinds: {kinds}")
+        raise ValueError(f"{config.captions}: {problem}; available kinds: {available}")
     if config.across:
         kind = config.across_kind
-        languages = {
-            c.language for _, of_sample in captions for c in of_sample if c.kind == kind
-        } - {config.home}
-        for language in sorted(languages):
-            sets[f"{language}->{config.home}"] = find_pairs(
-                captions, (kind, language), (kind, config.home)
-            )
+        languages = {caption.language for caption in every_caption if caption.kind == kind}
+        for language in sorted(languages - {home}):
+            sets[f"{language}->{home}"] = find_pairs(captions, (kind, language), (kind, home))
     return {name: pairs for name, pairs in sets.items() if pairs}
 
 
@@ -351,17 +354,13 @@ def search_and_report(config: EvaluateCaptionsConfig) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         best.post.save(Path(folder))
     rows = {}
-    for one in readings[:SHOWN]:
-        removed = {-1: "none, not centered", 0: "none, centered"}.get(
-            one.components, str(one.components)
-        )
-        way = (
-            f"{one.way.attention}, {one.way.pooling}, {one.way.layer}, {removed}, "
-            f"{one.way.chat_template!r}"
-        )
-        rows[way] = {
-            name: f"{value:.3f}" for name, value in {"score": one.score, **one.rows}.items()
-        }
+    names = {-1: "none, not centered", 0: "none, centered"}
+    for reading in readings[:SHOWN]:
+        removed = names.get(reading.components, str(reading.components))
+        way = reading.way
+        settings = f"{way.attention}, {way.pooling}, {way.layer}, {removed}, {way.chat_template!r}"
+        accuracies = {"score": reading.score, **reading.rows}
+        rows[settings] = {name: f"{value:.3f}" for name, value in accuracies.items()}
     title = "attention, pooling, layer, components removed, template"
     print_table(
         title, rows, f"best of {len(readings)}, chosen on these captions; measure it on others:"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.bootstrap import bootstrap_mean
+from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile, TowerCard, sha256_text, sha256_weights
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.evaluate import benchmarks, commands
@@ -39,14 +39,12 @@ def report(title: str, path: str, scores: ScoreFile) -> None:
     """Print the scores, with the intervals of those that the items have, and write them to
     ``path``."""
     clusters = [item["cluster"] for item in scores.items]
-    hits = {
-        name: [item[name] for item in scores.items]
-        for name in scores.metrics
-        if name in scores.items[0]
-    }
-    commands.print_scores(
-        title, scores, {name: bootstrap_mean(of_items, clusters) for name, of_items in hits.items()}
-    )
+    intervals: dict[str, Interval] = {}
+    for name in scores.metrics:
+        if name in scores.items[0]:
+            hits = [item[name] for item in scores.items]
+            intervals[name] = bootstrap_mean(hits, clusters)
+    commands.print_scores(title, scores, intervals)
     commands.write_scores(scores, path)
 
 

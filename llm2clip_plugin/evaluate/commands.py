@@ -110,10 +110,11 @@ def intervals(scores: ScoreFile) -> dict[str, Interval]:
         k = next(key for key in item if key.startswith("r"))
         prefix = "" if item["part"] == ALL else f"{item['part']}/"
         queries[f"{prefix}{item['side']}_{k}"].append(item)
-    return {
-        name: bootstrap_mean([item["score"] for item in some], [item["cluster"] for item in some])
-        for name, some in queries.items()
-    }
+    by_metric: dict[str, Interval] = {}
+    for name, items in queries.items():
+        hits = [item["score"] for item in items]
+        by_metric[name] = bootstrap_mean(hits, [item["cluster"] for item in items])
+    return by_metric
 
 
 def main_suites(config: EvaluateConfig) -> int:
@@ -337,10 +338,9 @@ def write_scores(scores: ScoreFile, path: str) -> None:
 def print_table(title: str, rows: Mapping[str, Mapping[str, str]], caption: str) -> None:
     """Named rows, and one column for each key of theirs."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [
-        ["", *columns],
-        *([name, *(row.get(column, "") for column in columns)] for name, row in rows.items()),
-    ]
+    lines = [["", *columns]]
+    for name, row in rows.items():
+        lines.append([name, *(row.get(column, "") for column in columns)])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     print(f"\n{title}")
     for name, *cells in lines:
@@ -350,17 +350,17 @@ def print_table(title: str, rows: Mapping[str, Mapping[str, str]], caption: str)
 
 
 def print_scores(
-    title: str, scores: ScoreFile, found: Mapping[str, Interval], caption: str = ""
+    title: str, scores: ScoreFile, intervals: Mapping[str, Interval], caption: str = ""
 ) -> None:
-    """Every metric in percent, with its interval in ``found``: one row per part, one column per
+    """Every metric in percent, with its interval if it has one: one row per part, one column per
     metric; and notes."""
     rows: dict[str, dict[str, str]] = {}
     for name, value in scores.metrics.items():
         part, _, metric = name.rpartition("/")
-        shown = (
-            f" [{100 * found[name].low:.1f}, {100 * found[name].high:.1f}]" if name in found else ""
-        )
-        rows.setdefault(part, {})[metric] = f"{100 * value:.1f}{shown}"
+        cell = f"{100 * value:.1f}"
+        if interval := intervals.get(name):
+            cell += f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+        rows.setdefault(part, {})[metric] = cell
     first = "headline" if ALL in rows else ALL
     counts = ", ".join(f"{number} {name}" for name, number in scores.counts.items())
     caption = "; ".join(filter(None, ["percent", counts, caption]))

@@ -63,54 +63,61 @@ def main(argv: list[str]) -> int:
     captions = read_captions(config, source)
     records = [forecast(tower, config, source, captions) for tower in config.towers]
     print_measures(config, records)
-    for number, record in enumerate(records if config.json else [], 1):
-        path = Path(config.json)
-        commands.write_scores(
-            record, str(path.with_stem(f"{path.stem}-{number}") if len(records) > 1 else path)
-        )
+    if config.json:
+        for number, record in enumerate(records, 1):
+            path = Path(config.json)
+            if len(records) > 1:
+                path = path.with_stem(f"{path.stem}-{number}")
+            commands.write_scores(record, str(path))
     return 0
+
+
+def select_rows(config: ForecastConfig, source: Source) -> dict[int, Row]:
+    """Up to ``limit`` images with captions, evenly spaced, by their numbers; a row has no image."""
+    count = min(config.limit, len(source))
+    rows: dict[int, Row] = {}
+    for index in range(count):
+        number = index * len(source) // count
+        with suppress(BrokenSample):
+            sample = source[number]
+            used = select_captions(sample.captions, config.data.kinds, config.data.languages)
+            if not used:
+                continue
+            cluster = sample.key
+            if config.cluster:
+                cluster = json_field(sample.meta, config.cluster, sample.key)
+            rows[number] = Row(sample.key, None, used, {"cluster": str(cluster)})
+    return rows
 
 
 def read_captions(config: ForecastConfig, source: Source) -> Captions:
     """Up to ``limit`` images with captions, evenly spaced, by their numbers; the mean of each one's
     embedded captions, cached, float32 on the CPU; the LLM's TeacherIdentity."""
-    count = min(config.limit, len(source))
-    rows: dict[int, Row] = {}
-    for number in (place * len(source) // count for place in range(count)):
-        with suppress(BrokenSample):
-            sample = source[number]
-            if used := select_captions(sample.captions, config.data.kinds, config.data.languages):
-                cluster = (
-                    json_field(sample.meta, config.cluster, sample.key)
-                    if config.cluster
-                    else sample.key
-                )
-                rows[number] = Row(sample.key, None, used, {"cluster": str(cluster)})
+    rows = select_rows(config, source)
     folds([row.meta["cluster"] for row in rows.values()])  # enough of them, before the work
     encoding = config.encoder
     if find_card(encoding.adapter or encoding.llm):  # a fine-tuned LLM is read as its card says
-        own = {name: getattr(EncoderConfig, name) for name in ("attention", "layer", "include_bos")}
-        encoding = dataclasses.replace(encoding, **own)
+        defaults = {
+            name: getattr(EncoderConfig, name) for name in ("attention", "layer", "include_bos")
+        }
+        encoding = dataclasses.replace(encoding, **defaults)
     encoder = CaptionEncoder(encoding, choose_device(config.device))
     identity = encoder.identity()
     folder = Path(config.cache or forecast_folder(source.path, identity))
     if not config.cache and Path(source.path) == DRAWINGS:  # the package's folder may be read-only
         folder = default_download_folder().parent / folder.name
-    texts = [[row.key, *(caption.text for caption in row.captions)] for row in rows.values()]
-    captions = InMemorySource(
-        f"forecast-{sha256_text(canonical_json(texts))[:12]}", folder, [*rows.values()]
-    )
+    texts: list[list[str]] = []
+    for row in rows.values():
+        texts.append([row.key, *(caption.text for caption in row.captions)])
+    name = f"forecast-{sha256_text(canonical_json(texts))[:12]}"
+    captions = InMemorySource(name, folder, list(rows.values()))
     embed_source(captions, encoder, folder)
     cache = EmbeddingCache.open(folder, expect_fingerprint=identity.fingerprint)
-    embedded = (
-        cache.rows(captions.name, place, row.captions, key=row.key)
-        for place, row in enumerate(captions.rows)
-    )
-    return (
-        rows,
-        torch.stack([text_mW.mean(0) for text_mW in embedded]),
-        dataclasses.asdict(identity),
-    )
+    means: list[Tensor] = []
+    for index, row in enumerate(captions.rows):
+        text_mW = cache.rows(captions.name, index, row.captions, key=row.key)
+        means.append(text_mW.mean(0))
+    return rows, torch.stack(means), dataclasses.asdict(identity)
 
 
 def forecast_folder(path: str, identity: TeacherIdentity) -> Path:
@@ -125,7 +132,8 @@ def forecast_folder(path: str, identity: TeacherIdentity) -> Path:
 def forecast(tower: str, config: ForecastConfig, source: Source, captions: Captions) -> ScoreFile:
     """The measures of one tower, and every readable image's values. ValueError for a layer that the
     tower lacks."""
-    (rows, text_NW, llm), layer = captions, config.select_layer
+    rows, text_NW, llm = captions
+    layer = config.select_layer
     directory = fetch_directory(tower)
     device = choose_device(config.device)
     model: Any = load_tower(directory).to(device).eval()
@@ -154,11 +162,10 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captions: Capti
         "CKA": cka_by_image(patch_NPH.mean(1).cpu(), text_NW),
         "probe": explained(patch_NPH.mean(1).cpu(), text_NW, clusters),
     }
-    items = [
-        {"id": key, "cluster": cluster, "score": float(values["neighbors"][place])}
-        | {name: float(value_N[place]) for name, value_N in values.items()}
-        for place, (key, cluster) in enumerate(zip(encoded.keys, clusters, strict=True))
-    ]
+    items: list[dict[str, Any]] = []
+    for index, (key, cluster) in enumerate(zip(encoded.keys, clusters, strict=True)):
+        measures = {name: float(value_N[index]) for name, value_N in values.items()}
+        items.append({"id": key, "cluster": cluster, "score": measures["neighbors"], **measures})
     return ScoreFile(
         benchmark=f"forecast:{commands.dataset_name(config.data.path)}",
         metrics={name: float(value_N.mean()) for name, value_N in values.items()},
@@ -189,9 +196,14 @@ def print_measures(config: ForecastConfig, records: Sequence[ScoreFile]) -> None
         if record is not records[0]:
             less = rows[f"{record.model} less the first"] = {}
             for name in record.metrics:
-                one = interval(record, name, records[0])
-                word = "higher" if one.low > 0 else "lower" if one.high < 0 else "cannot tell"
-                less[name] = f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}] {word}"
+                change = interval(record, name, records[0])
+                word = "cannot tell"
+                if change.low > 0:
+                    word = "higher"
+                elif change.high < 0:
+                    word = "lower"
+                ends = f"[{change.low:+.3f}, {change.high:+.3f}]"
+                less[name] = f"{change.mean:+.3f} {ends} {word}"
     count = records[0].counts["images"]
     llm = commands.dataset_name(config.encoder.llm)
     title = f"forecast for {llm} on {count} images of {commands.dataset_name(config.data.path)}"
@@ -282,10 +294,8 @@ def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
     for feature_NF in (one_NH.double(), other_NW.double()):
         centered_NF = feature_NF - feature_NF.mean(0)
         grams.append((centered_NF @ centered_NF.T).fill_diagonal_(0))
-    both, ones, others = (
-        hsic(*pair) for pair in ((grams[0], grams[1]), (grams[0], grams[0]), (grams[1], grams[1]))
-    )
-    cka = both / (ones * others).sqrt()
+    one_NN, other_NN = grams
+    cka = hsic(one_NN, other_NN) / (hsic(one_NN, one_NN) * hsic(other_NN, other_NN)).sqrt()
     return cka[0] + (len(one_NH) - 1) * (cka[1:].mean() - cka[1:])
 
 

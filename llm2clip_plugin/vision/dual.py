@@ -7,7 +7,7 @@ embedding, D projection_dim.
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -361,14 +361,16 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
         )
     check_hash(directory, ADAPTER_FILE)
     state = load_tensors(directory / ADAPTER_FILE)
-    expected = heads_state(dual)
-    shapes, own = (
-        {name: tuple(value.shape) for name, value in one.items()} for one in (state, expected)
-    )
-    if shapes != own:
-        wrong = sorted(shapes.items() ^ own.items())
+    shapes = _shapes(state)
+    expected = _shapes(heads_state(dual))
+    if shapes != expected:
+        wrong = sorted(shapes.items() ^ expected.items())
         raise ContractError(f"{directory / ADAPTER_FILE} does not match {TowerCard.FILE}: {wrong}")
     dual.load_state_dict(state, strict=False)  # complete but for the tower, as just checked
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def load_dual(

@@ -449,9 +449,7 @@ def upload(
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
     paths = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    names = [
-        path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)
-    ]
+    names = [path.as_posix() for path in paths if not _is_hidden(path)]
     try:
         check_hub_answers(repository)
         api = HfApi()
@@ -462,17 +460,19 @@ def upload(
         return str(api.create_commit(repository, files, commit_message=message).commit_url)
     except Exception as error:
         # an LFS error is a ValueError or RuntimeError, others by the client's version
-        # the cause has the status
-        said = ": ".join(str(each) for each in (error, error.__cause__) if each is not None)
-        reason = " ".join(said.split()) or type(error).__name__
-        told = (
-            f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}; the "
-            "directory is complete"
-        )
+        texts = [str(error)]
+        if error.__cause__ is not None:  # it has the status
+            texts.append(str(error.__cause__))
+        reason = " ".join(": ".join(texts).split()) or type(error).__name__
+        problem = f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}"
         # `hf upload` would send local paths
         again = f"llm2clip export {directory} --output NEW --push {repository}"
         fix = f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `{again}`"
-        raise OSError(f"{told}: {fix}") from error
+        raise OSError(f"{problem}; the directory is complete: {fix}") from error
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def check_repository(repository: str | None) -> None:

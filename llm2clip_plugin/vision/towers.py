@@ -249,13 +249,15 @@ def preprocessor_config(
         tower: Tower = source
         family = family_of(tower)
         config = tower.config
-        own = getattr(tower, "own_preprocessor", {})
+        stated = getattr(tower, "own_preprocessor", {})
     else:
         directory = fetch_directory(source)
-        (family, config), own = read_config(directory), own_preprocessor(directory)
-    own = {
+        family, config = read_config(directory)
+        stated = own_preprocessor(directory)
+    configured = {
         name: value for name, value in config.to_dict().items() if name in INHERITED and value
-    } | own
+    }
+    stated = {**configured, **stated}
     size = config.image_size
     patches = {"patch_size": config.patch_size, "max_num_patches": (size // config.patch_size) ** 2}
     # which ignores the square
@@ -265,10 +267,10 @@ def preprocessor_config(
             ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True
         ),
         "crop_size": {"height": size, "width": size},
-        "image_mean": list(own.get("image_mean", family.mean)),
+        "image_mean": list(stated.get("image_mean", family.mean)),
         "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(own.get("image_std", family.std)),
-        "resample": own.get("resample", family.resample),
+        "image_std": list(stated.get("image_std", family.std)),
+        "resample": stated.get("resample", family.resample),
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
         **(of_patches if getattr(config, "keeps_aspect", False) and not square else {}),

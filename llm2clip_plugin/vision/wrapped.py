@@ -160,7 +160,8 @@ def naflex_positions(table: Tensor, spatial_shapes: Tensor | None, max_length: i
     row_BN1 = index_N1.div(size_B12[..., 1:], rounding_mode="floor")
     place_BN2 = torch.cat((row_BN1, index_N1 - row_BN1 * size_B12[..., 1:]), dim=2)
     # else far away, where no weight is above 0
-    place_BN2 = place_BN2 * (index_N1 < size_B12.prod(2, keepdim=True))
+    is_outside_BN1 = index_N1 >= size_B12.prod(2, keepdim=True)
+    place_BN2 = place_BN2.masked_fill(is_outside_BN1, 0)
     scale_B12 = len(table) / size_B12
     source_g = torch.arange(len(table), device=table.device)
     distance_BN2g = (source_g - ((place_BN2 + 0.5) * scale_B12 - 0.5)[..., None]).abs()
@@ -461,18 +462,18 @@ def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitC
             f"timm:{name} is not a plain vision transformer with patch_embed, blocks, "
             "num_prefix_tokens"
         )
-    (height, width), (rows, columns) = model.patch_embed.patch_size, model.patch_embed.grid_size
+    height, width = model.patch_embed.patch_size
+    rows, columns = model.patch_embed.grid_size
     if height != width or rows != columns:
         raise ValueError(
             f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be "
             "square"
         )
-    table = (
-        model.pos_embed.shape[1] - rows * columns
-        if isinstance(model.pos_embed, nn.Parameter)
-        else 0
-    )
-    table = -1 if hasattr(model, "pos_embed_grid_size") else table
+    class_rows = 0
+    if hasattr(model, "pos_embed_grid_size"):  # the model interpolates its table
+        class_rows = -1
+    elif isinstance(model.pos_embed, nn.Parameter):
+        class_rows = model.pos_embed.shape[1] - rows * columns
     # PIL's numbers
     filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
     return TimmVitConfig(
@@ -482,12 +483,12 @@ def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitC
         hidden_size=model.num_features,
         num_hidden_layers=len(model.blocks),
         prefix_tokens=model.num_prefix_tokens,
-        position_class_rows=table,
+        position_class_rows=class_rows,
         image_mean=list(model.pretrained_cfg["mean"]),
         image_std=list(model.pretrained_cfg["std"]),
         resample=filters.get(model.pretrained_cfg["interpolation"]),
         timm_args=dict(arguments),
-        keeps_aspect=table < 0,
+        keeps_aspect=class_rows < 0,
     )
 
 

@@ -103,7 +103,9 @@ def hard_negatives(
     """
     score_M = (pairs.image_ND[pairs.owner_M].double() * pairs.text_MD.double()).sum(1)
     gap_I = score_M[::2] - score_M[1::2]
-    hits = ((gap_I > 0).double() + 0.5 * (gap_I == 0)).tolist()
+    win_I = (gap_I > 0).double()
+    tie_I = (gap_I == 0).double()
+    hits = (win_I + 0.5 * tie_I).tolist()
     items = []
     groups = defaultdict(list)
     for caption, hit, owner in zip(

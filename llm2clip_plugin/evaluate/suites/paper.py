@@ -39,12 +39,12 @@ DOCCI = "https://storage.googleapis.com/docci/data"
 
 def karpathy_test(path: Path, image: Callable[[dict[str, Any]], Path]) -> list[Row]:
     """The test split of Karpathy's JSON; ``image`` maps an item to its image file."""
-    items = [item for item in read_json_value(path)["images"] if item["split"] == "test"]
-    texts = [[part["raw"] for part in item["sentences"][:KARPATHY_CAPTIONS]] for item in items]
-    return [
-        Row(item["filename"], image(item), to_captions(raw))
-        for item, raw in zip(items, texts, strict=True)
-    ]
+    rows: list[Row] = []
+    for item in read_json_value(path)["images"]:
+        if item["split"] == "test":
+            texts = [part["raw"] for part in item["sentences"][:KARPATHY_CAPTIONS]]
+            rows.append(Row(item["filename"], image(item), to_captions(texts)))
+    return rows
 
 
 def read_flickr30k(folder: Path) -> list[Row]:
