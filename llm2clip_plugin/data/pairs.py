@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -92,23 +92,21 @@ class PairDataset(Dataset):
     @property
     def row_bytes(self) -> int:
         """Bytes of a row's image and embeddings."""
-        widths = [
-            next((c.width for c in caches if c is not None), 0)
-            for caches in (self.caches, self.targets)
-        ]
+        width = cache_width(self.caches) + cache_width(self.targets)
         side = 0 if self.images is None else self.images.size
-        return row_bytes(side, sum(widths) * self.captions_per_image)
+        return row_bytes(side, width * self.captions_per_image)
 
     def mixture(self) -> Mixture:
         """The order in which samples of these sources are drawn."""
         paths = [source.path for source in self.sources]
-        return Mixture(
-            [[shard.size for shard in source.shards] for source in self.sources],
-            [source.config.weight for source in self.sources],
-            self.seed,
-            [shuffle_window(source.config.shuffle_window, paths) for source in self.sources],
-            batch=self.one_source_batch,
-        )
+        sizes: list[list[int]] = []
+        weights: list[float] = []
+        windows: list[int] = []
+        for source in self.sources:
+            sizes.append([shard.size for shard in source.shards])
+            weights.append(source.config.weight)
+            windows.append(shuffle_window(source.config.shuffle_window, paths))
+        return Mixture(sizes, weights, self.seed, windows, batch=self.one_source_batch)
 
     def __getitem__(self, draw: Draw) -> Row:
         """Raises ValueError if a sample and all of its substitutes are broken."""
@@ -117,40 +115,33 @@ class PairDataset(Dataset):
         for attempt in range(SUBSTITUTES + 1):
             index = draw.index
             if attempt:
-                index = (
-                    hash_words(
-                        "substitute", self.seed, draw.epoch, draw.source, draw.index, attempt
-                    )
-                    % length
-                )
+                words = (self.seed, draw.epoch, draw.source, draw.index, attempt)
+                index = hash_words("substitute", *words) % length
             try:
                 return self._row(Draw(draw.source, index, draw.epoch), tuple(broken))
             except BrokenSample as error:
                 broken.append(error)
         listed = "\n".join(f"  {error}" for error in broken)
-        raise ValueError(
-            f"{len(broken)} consecutive samples of {self.sources[draw.source].path} are broken:\n{listed}"
-        )
+        path = self.sources[draw.source].path
+        raise ValueError(f"{len(broken)} consecutive samples of {path} are broken:\n{listed}")
 
     def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
         source = self.sources[draw.source]
         cache = self.caches[draw.source]
         shard, within = source.locate(draw.index)
         sample = None if self.images is None else source[draw.index]
-        key, all_captions = (
-            source.captions(draw.index) if sample is None else (sample.key, sample.captions)
-        )
+        if sample is None:
+            key, all_captions = source.captions(draw.index)
+        else:
+            key = sample.key
+            all_captions = sample.captions
         kinds = source.config.kinds or tuple(self.caption_weights)
         captions = select_captions(all_captions, kinds, source.config.languages)
         if not captions:
-            known = (
-                ", ".join(
-                    sorted({f"{caption.kind}:{caption.language}" for caption in all_captions})
-                )
-                or "none"
-            )
+            available = sorted({f"{caption.kind}:{caption.language}" for caption in all_captions})
             wanted = f"kinds {tuple(kinds)} and languages {source.config.languages}"
-            raise BrokenSample(shard, key, f"no caption of {wanted}; available: {known}")
+            reason = f"no caption of {wanted}; available: {', '.join(available) or 'none'}"
+            raise BrokenSample(shard, key, reason)
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
         chosen = choose_captions(captions, self.caption_weights, self.captions_per_image, rng)
         pixels = shape = None
@@ -160,23 +151,31 @@ class PairDataset(Dataset):
                 pixels, shape = as_square(pixels, self.images)
             except BrokenImage as error:
                 raise BrokenSample(shard, key, str(error)) from error
-        embeddings, targets = (
-            None if rows is None else rows.rows(shard, within, chosen, key=key)
-            for rows in (cache, self.targets[draw.source] if self.targets else None)
-        )
+        embeddings = None
+        if cache is not None:
+            embeddings = cache.rows(shard, within, chosen, key=key)
+        targets = None
+        if self.targets:
+            targets = self.targets[draw.source].rows(shard, within, chosen, key=key)
         image_id = (draw.source << SOURCE_BITS) + draw.index
         return Row(pixels, chosen, embeddings, targets, image_id, key, broken, shape=shape)
+
+
+def cache_width(caches: Sequence[EmbeddingCache | None]) -> int:
+    """Width of the caches' embeddings; 0 if there is none."""
+    return next((cache.width for cache in caches if cache is not None), 0)
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:
     """Rows to tensors and lists; with one caption an image, its hash and embedding have no axis for
     it."""
-    hashes_bk = torch.tensor(
-        [[caption_hash(caption.text) for caption in row.captions] for row in rows]
-    )
-    one = hashes_bk.shape[1] == 1
+    hashes: list[list[int]] = []
+    for row in rows:
+        hashes.append([caption_hash(caption.text) for caption in row.captions])
+    hashes_bk = torch.tensor(hashes)
+    has_one_caption = hashes_bk.shape[1] == 1
     batch: dict[str, Any] = {
-        "caption_hashes": hashes_bk[:, 0] if one else hashes_bk,
+        "caption_hashes": hashes_bk[:, 0] if has_one_caption else hashes_bk,
         "image_ids": torch.tensor([row.image_id for row in rows]),
         "captions": [row.captions[0].text for row in rows],
         "keys": [row.key for row in rows],
@@ -184,15 +183,16 @@ def collate(rows: list[Row]) -> dict[str, Any]:
         "retries": [take_retries()],  # of the process that loaded these rows
     }
     if rows[0].pixels is not None:
-        batch["pixels"] = torch.from_numpy(
-            np.stack([row.pixels for row in rows if row.pixels is not None])
-        )
-        if shapes := [row.shape for row in rows if row.shape is not None]:
+        pixels = [row.pixels for row in rows if row.pixels is not None]
+        batch["pixels"] = torch.from_numpy(np.stack(pixels))
+        shapes = [row.shape for row in rows if row.shape is not None]
+        if shapes:
             batch["spatial_shapes"] = torch.tensor(shapes)  # (b, 2)
     for name in ("embeddings", "targets"):
-        values = [value for row in rows if (value := getattr(row, name)) is not None]
+        values = [getattr(row, name) for row in rows if getattr(row, name) is not None]
         if values:
-            batch[name] = torch.stack(values)[:, 0] if one else torch.stack(values)
+            values_bkW = torch.stack(values)
+            batch[name] = values_bkW[:, 0] if has_one_caption else values_bkW
     return batch
 
 
@@ -275,11 +275,10 @@ class EvalPairs:
     broken: list[BrokenSample] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        chosen = (
-            np.arange(len(self.source))
-            if self.indices is None
-            else np.asarray(self.indices, dtype=np.int64)
-        )
+        if self.indices is None:
+            chosen = np.arange(len(self.source))
+        else:
+            chosen = np.asarray(self.indices, dtype=np.int64)
         mine = np.array_split(chosen, self.world)[self.rank].tolist()
         self._batches = [
             mine[start : start + self.batch] for start in range(0, len(mine), self.batch)
@@ -291,24 +290,24 @@ class EvalPairs:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.broken = []
         workers = min(self.workers, -(-sum(map(len, self._batches)) // SMALL_PART))
-        plan = plan_evaluation(
-            self.batch, workers, self.images.size, 0 if self.cache is None else self.cache.width
-        )
+        width = cache_width([self.cache])
+        plan = plan_evaluation(self.batch, workers, self.images.size, width)
+        part_indices: list[list[int]] = []
+        for indices in self._batches:
+            for start in range(0, len(indices), plan.part):
+                part_indices.append(indices[start : start + plan.part])
         loader = DataLoader(
             CollatedDataset(self._read, self._collate),
-            batch_sampler=[
-                rows[i : i + plan.part]
-                for rows in self._batches
-                for i in range(0, len(rows), plan.part)
-            ],
+            batch_sampler=part_indices,
             num_workers=workers,
             collate_fn=as_it_is,
             prefetch_factor=plan.prefetch if workers else None,
             worker_init_fn=leave_signals_to_the_run,
         )
         parts = raised(loader)
-        for some in self._batches:
-            batch = joined(list(islice(parts, -(-len(some) // plan.part))))
+        for indices in self._batches:
+            count = -(-len(indices) // plan.part)
+            batch = joined(list(islice(parts, count)))
             self.broken += batch.pop("broken")
             del batch["seconds"]
             if batch["keys"]:
@@ -320,22 +319,19 @@ class EvalPairs:
             sample = self.source[index]
             captions = select_captions(sample.captions, self.kinds or (), self.languages)
             if not captions and self.kinds is not None:
-                selected = (
-                    f" of kinds {self.kinds} and languages {self.languages}"
-                    if sample.captions
-                    else ""
-                )
-                return BrokenSample(shard, sample.key, f"no caption{selected}")
-            pixels, shape = as_square(
-                evaluation_pixels(sample.read_image(), self.images), self.images
-            )
+                reason = "no caption"
+                if sample.captions:
+                    reason += f" of kinds {self.kinds} and languages {self.languages}"
+                return BrokenSample(shard, sample.key, reason)
+            pixels = evaluation_pixels(sample.read_image(), self.images)
+            pixels, shape = as_square(pixels, self.images)
         except BrokenSample as error:
             return error
         except BrokenImage as error:
             return BrokenSample(shard, sample.key, str(error))
-        embeddings = (
-            None if self.cache is None else self.cache.rows(shard, within, captions, key=sample.key)
-        )
+        embeddings = None
+        if self.cache is not None:
+            embeddings = self.cache.rows(shard, within, captions, key=sample.key)
         return Row(pixels, captions, embeddings, None, index, sample.key, (), sample.meta, shape)
 
     def _collate(self, items: list[Row | BrokenSample]) -> dict[str, Any]:
@@ -343,21 +339,23 @@ class EvalPairs:
         side = self.images.size
         all_pixels = [item.pixels for item in good if item.pixels is not None]
         pixels = np.stack(all_pixels) if all_pixels else np.zeros((0, side, side, 3), np.uint8)
+        captions: list[Caption] = []
+        owners: list[int] = []
+        for item in good:
+            captions += item.captions
+            owners += [item.image_id] * len(item.captions)
         batch: dict[str, Any] = {
             "pixels": torch.from_numpy(pixels),
             "image_ids": torch.tensor([item.image_id for item in good], dtype=torch.int64),
-            "owners": torch.tensor(
-                [item.image_id for item in good for _ in item.captions], dtype=torch.int64
-            ),
-            "captions": [caption for item in good for caption in item.captions],
+            "owners": torch.tensor(owners, dtype=torch.int64),
+            "captions": captions,
             "keys": [item.key for item in good],
             "meta": [item.meta for item in good],
             "broken": [item for item in items if isinstance(item, BrokenSample)],
         }
         if self.images.fit == "native":
-            batch["spatial_shapes"] = torch.tensor(
-                [item.shape for item in good], dtype=torch.int64
-            ).reshape(-1, 2)
+            shapes = torch.tensor([item.shape for item in good], dtype=torch.int64)
+            batch["spatial_shapes"] = shapes.reshape(-1, 2)
         embeddings = [item.embeddings for item in good if item.embeddings is not None]
         if self.cache is not None:
             batch["embeddings"] = torch.cat([torch.empty(0, self.cache.width), *embeddings])
@@ -368,13 +366,14 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """One batch of its parts, in order."""
     if len(parts) == 1:
         return parts[0]
-    columns = {name: [part[name] for part in parts] for name in parts[0]}
-    return {
-        name: torch.cat(values)
-        if isinstance(values[0], torch.Tensor)
-        else [item for value in values for item in value]
-        for name, values in columns.items()
-    }
+    batch: dict[str, Any] = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if isinstance(values[0], torch.Tensor):
+            batch[name] = torch.cat(values)
+        else:
+            batch[name] = list(chain.from_iterable(values))
+    return batch
 
 
 # Training batches. Loader processes hand over parts of a batch, images as bytes; images.Normalize
@@ -438,7 +437,8 @@ class PairLoader:
         )
         loader = DataLoader(
             CollatedDataset(self.dataset.__getitem__, collate),
-            batch_sampler=self._draws(plan.part),  # pyright: ignore[reportArgumentType] - endless, so it has no length
+            # endless, so it has no length
+            batch_sampler=self._draws(plan.part),  # pyright: ignore[reportArgumentType]
             num_workers=self.workers,
             collate_fn=as_it_is,
             prefetch_factor=plan.prefetch if self.workers else None,
@@ -449,9 +449,8 @@ class PairLoader:
         parts = raised(takewhile(lambda part: not closed.is_set(), iter(loader)))
         batches = join_parts(parts, self.local_batch, pin_memory=self.pin_memory)
         if self.workers:
-            batches = made_ahead(
-                batches, closed, device=torch.cuda.current_device() if self.pin_memory else None
-            )
+            device = torch.cuda.current_device() if self.pin_memory else None
+            batches = made_ahead(batches, closed, device=device)
         del parts  # the thread alone holds the loader processes, and ends them
         with closing(batches):
             for number, batch in enumerate(batches, start=1):
@@ -474,7 +473,11 @@ class PairLoader:
         batch = self.local_batch * self.world
         node, rank_of_node = divmod(self.rank, self.world // self.nodes)
         sources = enumerate(self.dataset.sources) if rank_of_node == 0 else ()
-        remote = {n: one for n, one in sources if mixture.windows[n] and one.downloads_shards}
+        remote = {
+            number: source
+            for number, source in sources
+            if mixture.windows[number] and source.downloads_shards
+        }
         fetched: dict[int, list[int]] = {}  # source -> shards of its next window
         while True:
             for number, source in remote.items():
@@ -490,7 +493,7 @@ class PairLoader:
     def _count(self, rows: int, broken: list[tuple[BrokenSample, ...]]) -> None:
         self.rows += rows
         self.substituted += len(broken)
-        for error in (error for errors in broken for error in errors):
+        for error in chain.from_iterable(broken):
             if (error.shard, error.key) not in self.broken:
                 self.broken[error.shard, error.key] = error.reason
                 log.warning("broken: %s; replaced by another sample", error)
@@ -500,10 +503,11 @@ class PairLoader:
                 f"  shard {shard!r}, sample {key!r}: {why}"
                 for (shard, key), why in self.broken.items()
             ]
+            lines = "\n".join(listed[:LISTED])
             raise ValueError(
-                f"{self.substituted} of {total} samples are broken, more than max_broken {self.max_broken:g} allows:\n"
-                + "\n".join(listed[:LISTED])
-                + "\nrun `llm2clip data check DATA` to list them, then fix the data or raise max_broken"
+                f"{self.substituted} of {total} samples are broken, "
+                f"more than max_broken {self.max_broken:g} allows:\n{lines}\n"
+                "run `llm2clip data check DATA` to list them, then fix the data or raise max_broken"
             )
 
 
@@ -589,8 +593,12 @@ def download_ahead(source: Source, window: list[int], following: list[int]) -> N
     limit = source.config.cache_gb * 1e9
     if 0 < limit < need:
         if source.path not in _too_large:
-            what = f"two windows of shards have {need / 1e9:.1f} GB, so training waits at the end of each"
-            log.warning("%s: %s; raise cache_gb or lower shuffle_window", source.path, what)
+            log.warning(
+                "%s: two windows of shards have %.1f GB, so training waits at the end of each; "
+                "raise cache_gb or lower shuffle_window",
+                source.path,
+                need / 1e9,
+            )
         _too_large.add(source.path)
         return
 

@@ -44,13 +44,13 @@ RANGE = 16 << 20  # bytes of a request
 COPY_TIME = 0  # modification time of every copy, so that a shard's index fits the next copy too
 SHARD = re.compile(r"[0-9a-f]{16}-.*\.tar")  # files that may be evicted
 ERRORS = (
-    "EIO ESTALE ETIMEDOUT EREMOTEIO EAGAIN ECONNRESET ECONNABORTED ECONNREFUSED EHOSTDOWN EHOSTUNREACH ENETDOWN "
-    "ENETRESET ENETUNREACH ENOTCONN EPIPE ENOLINK ECOMM EPROTO"
+    "EIO ESTALE ETIMEDOUT EREMOTEIO EAGAIN ECONNRESET ECONNABORTED ECONNREFUSED EHOSTDOWN "
+    "EHOSTUNREACH ENETDOWN ENETRESET ENETUNREACH ENOTCONN EPIPE ENOLINK ECOMM EPROTO"
 )
 TRANSIENT = {getattr(errno, name) for name in ERRORS.split() if hasattr(errno, name)}
 NETWORK = (  # types of file systems over a network; fuse.* in addition
-    "nfs nfs4 lustre gpfs beegfs ceph cifs smb3 9p afs glusterfs orangefs pvfs2 panfs wekafs virtiofs fuse davfs ocfs2 "
-    "gfs2 quobyte pfs"
+    "nfs nfs4 lustre gpfs beegfs ceph cifs smb3 9p afs glusterfs orangefs pvfs2 panfs wekafs "
+    "virtiofs fuse davfs ocfs2 gfs2 quobyte pfs"
 ).split()
 LOCAL_FUSE = ("fuse.mergerfs", "fuse.fuse-overlayfs", "fuse.ntfs-3g")
 NETWORK_WINDOW = 16  # shards at least
@@ -112,7 +112,8 @@ def expand_braces(pattern: str) -> list[str]:
         options = inner.split(",")
     else:
         raise ValueError(
-            f"braces in {pattern!r} contain {inner!r}; expected a range {{00000..00012}} or list {{a,b}}"
+            f"braces in {pattern!r} contain {inner!r}; "
+            "expected a range {00000..00012} or list {a,b}"
         )
     tails = expand_braces(pattern[match.end() :])
     return [

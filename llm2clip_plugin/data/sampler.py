@@ -245,8 +245,9 @@ class PassOrder:
         rows = size // lanes
         lane_of_first = (self.first + int(self.group_starts[group])) % lanes
         numbers = np.arange(lanes)
-        starts = np.cumsum(rows + ((numbers - lane_of_first) % lanes < size % lanes))
-        starts = np.concatenate([[0], starts[:-1]])
+        has_one_more = (numbers - lane_of_first) % lanes < size % lanes
+        stops = np.cumsum(np.where(has_one_more, rows + 1, rows))
+        starts = np.concatenate([[0], stops[:-1]])
         lane = (positions + lane_of_first) % lanes
         row = positions // lanes
         whole = np.minimum(row, rows - 1)
@@ -294,7 +295,7 @@ class Mixture:
         return sum(self.draws)
 
     def batch_indices(self, position: int, count: int) -> list[Draw]:
-        """The ``count`` draws from ``position`` (samples consumed since the start of training) on."""
+        """The ``count`` draws from ``position`` (samples consumed since training began) on."""
         return self._draws(*self._batch_places(position, count))
 
     def _batch_places(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -180,10 +180,9 @@ def holds_words(value: Any) -> bool:
     texts = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return False
-    is_by_language = (
-        isinstance(value, dict) and len(value) > 1 and all(map(LANGUAGE_CODE.fullmatch, value))
-    )
-    return is_by_language or any(map(holds_words, texts))
+    if isinstance(value, dict) and len(value) > 1 and all(map(LANGUAGE_CODE.fullmatch, value)):
+        return True
+    return any(map(holds_words, texts))
 
 
 def select_captions(
@@ -195,7 +194,7 @@ def select_captions(
 
 
 def caption_hash(text: str) -> int:
-    """The first 64 bits of the text's SHA-256, as a signed integer that fits a torch.int64 tensor."""
+    """The first 64 bits of the text's SHA-256, as a signed integer that fits torch.int64."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
@@ -221,7 +220,8 @@ def parse_weights(specifications: Sequence[str]) -> dict[str, float]:
             weight = 0.0
         if not (kind and equals and 0 < weight < float("inf")):
             raise ValueError(
-                f"caption weight {text!r} is not KIND=WEIGHT with a number above 0, as in short=1 long=1"
+                f"caption weight {text!r} is not KIND=WEIGHT with a number above 0, "
+                "as in short=1 long=1"
             )
         if kind in weights:
             raise ValueError(f"caption weights {' '.join(specifications)} name {kind!r} twice")
@@ -314,7 +314,7 @@ def open_header(data: bytes) -> Image.Image:
 
 
 def load(image: Image.Image, factor: int = 1) -> Image.Image:
-    """Decode to RGB, a JPEG at 1/``factor`` of its size by its own transform. Raises BrokenImage."""
+    """Decode to RGB, a JPEG at 1/``factor`` of its size by its own transform; or BrokenImage."""
     try:
         if factor > 1 and image.format in ("JPEG", "MPO"):
             image.draft("RGB", (image.width // factor, image.height // factor))
@@ -419,9 +419,10 @@ class LoadPlan:
     def shared_bytes(self) -> int:
         """Most bytes in shared memory: the parts prepared ahead, and the one that the rank copies
         out."""
-        return (
-            (self.workers * self.prefetch + 1) * self.part * self.row_bytes if self.workers else 0
-        )
+        if not self.workers:
+            return 0
+        parts = self.workers * self.prefetch + 1
+        return parts * self.part * self.row_bytes
 
 
 def row_bytes(side: int, width: int) -> int:
@@ -457,11 +458,15 @@ def lacks_shared_memory(plans: Sequence[LoadPlan], ranks: int, folder: str = SHA
     """Why ``ranks`` ranks on this machine can't load as planned, each with all of ``plans``; "" if
     they can."""
     need = ranks * sum(plan.shared_bytes for plan in plans)
-    # not Linux: nothing to compare
-    if not os.path.isdir(folder) or need <= (free := shutil.disk_usage(folder).free):
+    if not os.path.isdir(folder):  # not Linux: nothing to compare
         return ""
+    free = shutil.disk_usage(folder).free
+    if need <= free:
+        return ""
+    gigabytes = -(-need // 10**9) + 1
     return (
-        f"{folder} has {free:,} bytes free, the loader processes of {ranks} ranks on this machine need {need:,}; start "
-        f"the container with --ipc=host or --shm-size={-(-need // 10**9) + 1}g, or lower --dataloader-prefetch-mb or "
-        "--workers (0 needs none)"
+        f"{folder} has {free:,} bytes free, "
+        f"the loader processes of {ranks} ranks on this machine need {need:,}; "
+        f"start the container with --ipc=host or --shm-size={gigabytes}g, "
+        "or lower --dataloader-prefetch-mb or --workers (0 needs none)"
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,13 @@ class ReadConfig:
     index_folder: str = ""
 
     def __post_init__(self) -> None:
-        if self.format != "auto" and self.format not in (known := ("auto", *formats())):
-            raise ValueError(unknown("data format", self.format, known))
+        if self.format != "auto" and self.format not in formats():
+            raise ValueError(unknown("data format", self.format, ("auto", *formats())))
         if self.shuffle_window < -1 or self.cache_gb < 0:
-            both = f"shuffle_window is {self.shuffle_window} and cache_gb {self.cache_gb}"
-            raise ValueError(f"{both}, expected at least -1 and 0")
+            raise ValueError(
+                f"shuffle_window is {self.shuffle_window} and cache_gb {self.cache_gb}, "
+                "expected at least -1 and 0"
+            )
         parse_fields(self.fields, self.language)
 
 
@@ -168,12 +171,12 @@ class Source(ABC):
             return {self.name: self.path}
         folder = Path(self.path)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        names = {str(path.relative_to(folder)): str(path) for path in files}
-        return {
-            name: path
-            for name, path in names.items()
-            if not any(part[0] == "." for part in Path(name).parts)
-        }
+        named: dict[str, str] = {}
+        for path in files:
+            name = path.relative_to(folder)
+            if not any(part.startswith(".") for part in name.parts):
+                named[str(name)] = str(path)
+        return named
 
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].size if self.shards else 0
@@ -189,7 +192,7 @@ class Source(ABC):
         return replace(record, captions=captions, blank_captions=blank)
 
     def captions(self, number: int) -> tuple[str, tuple[Caption, ...]]:
-        """Key and captions; none of a sample that can't be read: training reports and replaces it."""
+        """Key and captions; no captions if the sample can't be read, which training reports."""
         try:
             sample = self[number]
         except BrokenSample as error:
@@ -216,15 +219,16 @@ class Source(ABC):
         if self.side_folder is None or not results:
             return
         known = self.known_digests()
-        stamps = dict(zip((one.name for one in self.shards), self.stamps, strict=True))
+        names = [shard.name for shard in self.shards]
+        stamps = dict(zip(names, self.stamps, strict=True))
         entries = {}
         for name, (digest, in_cache) in results.items():
-            others = known.get(name, [digest])
-            others = {*others, in_cache} if others[0] == digest else {in_cache}
-            entries[name] = {
-                "stamp": list(stamps[name]),
-                "fits": [digest, *sorted(others - {digest})],
-            }
+            recorded = known.get(name, [digest])
+            others = {in_cache}
+            if recorded[0] == digest:
+                others.update(recorded)
+            fits = [digest, *sorted(others - {digest})]
+            entries[name] = {"stamp": list(stamps[name]), "fits": fits}
         self.side_folder.add_json(self._digests(), entries)
 
     def lock(self, doing: str) -> AbstractContextManager[Path | None]:
@@ -243,7 +247,7 @@ class Source(ABC):
         return f"captions-{sha256_text(canonical_json(reading))[:16]}.json"
 
     def place(self, number: int) -> tuple[int, int]:
-        """Number of the shard, and of the sample within it. Raises IndexError outside 0 .. len-1."""
+        """Number of the shard, and of the sample within it; IndexError outside 0 .. len-1."""
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {self.path}, which has {len(self)} samples")
         shard = bisect_right(self._starts, number) - 1
@@ -280,14 +284,16 @@ def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = Non
     cannot be determined."""
     if config.format != "auto":
         return formats()[config.format].open(config, broken_shards)
-    for known in sorted(formats().values(), key=lambda known: known.fallback):
-        if known.recognizes(config.path):
-            return known.open(config, broken_shards)
+    for source_format in sorted(formats().values(), key=attrgetter("fallback")):
+        if source_format.recognizes(config.path):
+            return source_format.open(config, broken_shards)
     if not os.path.exists(config.path):
         raise FileNotFoundError(f"no data at {config.path}")
     known = "; ".join(f"{known.name}: {known.help}" for known in formats().values())
-    fix = f"choose one with --format ({known}), or {how_to_make_tars(config.path)}"
-    raise ValueError(f"cannot determine the format of {config.path}; {fix}")
+    raise ValueError(
+        f"cannot determine the format of {config.path}; choose one with --format ({known}), "
+        f"or {how_to_make_tars(config.path)}"
+    )
 
 
 def check_fields(*sources: Source, needed: bool = False) -> None:
@@ -295,20 +301,24 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
     may be missing. ``needed``: also if no sample has a caption. Stops at the sample that shows what
     is looked for, mostly the first."""
     fields = sources[0].config.fields if sources else ()
-    missing = (
-        {} if fields == DEFAULT_FIELDS else {field.partition("=")[0]: field for field in fields}
-    )
+    missing: dict[str, str] = {}
+    if fields != DEFAULT_FIELDS:
+        missing = {field.partition("=")[0]: field for field in fields}
     broken: list[BrokenSample] = []
     known = set[str]()
-    captions = not needed
-    if captions and not missing:
+    needs_caption = needed
+    if not missing and not needs_caption:
         return
-    for sample in (sample for source in sources for sample in _probe(source, PROBES, broken)):
-        known |= sample.values.keys()
-        missing = {name: field for name, field in missing.items() if not sample.values.get(name)}
-        captions = captions or bool(sample.captions)
-        if captions and not missing:
-            return
+    for source in sources:
+        for sample in _probe(source, PROBES, broken):
+            known |= sample.values.keys()
+            for name in list(missing):
+                if sample.values.get(name):
+                    del missing[name]
+            if sample.captions:
+                needs_caption = False
+            if not missing and not needs_caption:
+                return
     where = ", ".join(source.path for source in sources)
     if broken and not known:
         raise ValueError(f"{where}: no sample can be read; the first: {broken[0]}")
@@ -316,7 +326,8 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
         name, field = next(iter(missing.items()))
         problem = f"no sample of {where} has a field {name!r} (--fields {field})"
     else:
-        problem = f"no sample of {where} has a caption in {', '.join(field.name for field in sources[0].fields)}"
+        names = ", ".join(field.name for field in sources[0].fields)
+        problem = f"no sample of {where} has a caption in {names}"
     raise ValueError(
         f"{problem}; known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND"
     )
@@ -325,16 +336,18 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
 def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None:
     """Raise ValueError if ``weights`` names a kind that no source declares and none of its first
     captions has."""
-    declared = {field.kind for source in sources for field in source.fields}
-    samples = (
-        [sample for source in sources for sample in _probe(source, KIND_PROBES)] if weights else []
-    )
-    known = declared | {caption.kind for sample in samples for caption in sample.captions}
-    if unknown := sorted(set(weights) - known):
-        kinds = (
-            f"{', '.join(unknown)}, which the data does not have; known: {', '.join(sorted(known))}"
+    if not weights:
+        return
+    known = {field.kind for source in sources for field in source.fields}
+    for source in sources:
+        for sample in _probe(source, KIND_PROBES):
+            known.update(caption.kind for caption in sample.captions)
+    missing = sorted(set(weights) - known)
+    if missing:
+        raise ValueError(
+            f"caption weights name the kinds {', '.join(missing)}, which the data does not have; "
+            f"known: {', '.join(sorted(known))}"
         )
-        raise ValueError(f"caption weights name the kinds {kinds}")
 
 
 def _probe(
@@ -365,18 +378,21 @@ def data_folder(path: str) -> Path:
     Raises ValueError for a URL."""
     if is_url(path):
         raise ValueError(f"{path} is not a local folder")
-    return Path(
-        path if os.path.isdir(path) else common_folder(expand(path)) or path[: path.startswith("/")]
-    )
+    if os.path.isdir(path):
+        return Path(path)
+    root = "/" if path.startswith("/") else ""
+    return Path(common_folder(expand(path)) or root)
 
 
 def expand(pattern: str) -> list[str]:
-    """Local paths that match braces and wildcards; a pattern without a match is returned unchanged."""
-    return [
-        path
-        for one in expand_braces(pattern)
-        for path in (glob.has_magic(one) and sorted(glob.glob(one, recursive=True))) or [one]
-    ]
+    """Local paths that match braces and wildcards; a pattern without a match is itself the path."""
+    paths: list[str] = []
+    for wildcard in expand_braces(pattern):
+        matches: list[str] = []
+        if glob.has_magic(wildcard):
+            matches = sorted(glob.glob(wildcard, recursive=True))
+        paths += matches or [wildcard]
+    return paths
 
 
 def common_folder(files: Sequence[str]) -> str:

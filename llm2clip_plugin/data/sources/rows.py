@@ -93,7 +93,7 @@ class RowSource(Source):
         """The rows of a file; ``pack_rows`` makes them from any objects."""
 
     def values(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What captions are read from; KeyError, TypeError or AttributeError for a row without it."""
+        """What captions are read from; KeyError, TypeError or AttributeError without it."""
         return row
 
     def files(self) -> dict[str, str]:
@@ -112,7 +112,8 @@ class RowSource(Source):
         return line, text or self._file.read(size, start)
 
     def record(self, number: int) -> Sample:
-        shard, (line, data) = self.locate(number)[0], self.row(number)
+        shard, _ = self.locate(number)
+        line, data = self.row(number)
         row = parse_object(data, shard, f"line {line}")
         key = row.get(self.config.key_field)
         picture = row.get(self.config.image_field)
@@ -146,18 +147,18 @@ class RowSource(Source):
         except OSError as error:
             if not isinstance(error, MISSING) and error.errno != errno.ENAMETOOLONG:
                 raise  # a disk or a connection fails
-            what = f"{'access denied to' if isinstance(error, PermissionError) else 'no'} image {shown!r}"
-            raise BrokenSample(
-                shard, key, f"{what} in {self.images_folder} (--image-folder)"
-            ) from error
+            problem = "access denied to" if isinstance(error, PermissionError) else "no"
+            reason = f"{problem} image {shown!r} in {self.images_folder} (--image-folder)"
+            raise BrokenSample(shard, key, reason) from error
 
 
 def pack_rows(items: Iterable[tuple[int, Any]]) -> Rows:
     """Rows from (number for messages, object that JSON can hold)."""
-    return [
-        (n, 0, 0, json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-        for n, row in items
-    ]
+    rows: list[Row] = []
+    for number, row in items:
+        text = json.dumps(row, ensure_ascii=False)
+        rows.append((number, 0, 0, text.encode("utf-8", "surrogatepass")))
+    return rows
 
 
 def _shards(rows: Rows, stem: str, stamp: tuple[int, int]) -> Iterator[ShardRows]:

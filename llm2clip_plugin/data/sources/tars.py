@@ -86,8 +86,11 @@ class TarSource(Source):
         super().__init__(config, shards_of(table.names, table.samples))
         self.stamps = table.stamps
         if not len(self) and not broken_shards:
-            fix = "a name's extension begins at its first dot, so 'a.b.jpg' is no .jpg: rename such members"
-            raise ValueError(f"{config.path}: no tar has an image, .txt or .json; {fix}")
+            raise ValueError(
+                f"{config.path}: no tar has an image, .txt or .json; "
+                "a name's extension begins at its first dot, so 'a.b.jpg' is no .jpg: "
+                "rename such members"
+            )
 
     def __reduce__(self) -> tuple[type[TarSource], tuple[object, ...]]:
         return TarSource, (self.config, None, self._opened)
@@ -107,11 +110,9 @@ class TarSource(Source):
     def record(self, number: int) -> Sample:
         columns, key, text, fields = self._row(number)
         shard = self.place(number)[0]
-        meta = (
-            {}
-            if fields is None
-            else parse_object(fields, self.shards[shard].name, key, "its .json ")
-        )
+        meta: dict[str, Any] = {}
+        if fields is not None:
+            meta = parse_object(fields, self.shards[shard].name, key, "its .json ")
         values = meta if text is None else meta | {"txt": text.decode("utf-8", "replace")}
         return Sample(key, values, meta, partial(self._image, shard, key, *columns[:2]))
 
@@ -119,7 +120,8 @@ class TarSource(Source):
         """A sample's columns, key, .txt and .json."""
         columns, data = self._index.row(*self.place(number))
         key, text, fields = columns[2:5]
-        data, crc = data[:-CRC], data[-CRC:]
+        crc = data[-CRC:]
+        data = data[:-CRC]
         stop = key + max(text, 0)
         if zlib.crc32(data).to_bytes(CRC, "little") != crc or stop + max(fields, 0) != len(data):
             raise ValueError(
