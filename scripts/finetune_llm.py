@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""Stage 1 under a launcher: deepspeed --num_gpus 8 scripts/finetune_llm.py /data/cc3m --llm meta-llama/Llama-3.2-1B
---deepspeed scripts/zero2.json --output runs/llm. ``--help`` lists every field, the same command resumes.
+"""Stage 1 under a launcher. ``--help`` lists every field, the same command resumes.
+
+    deepspeed --num_gpus 8 scripts/finetune_llm.py /data/cc3m --llm meta-llama/Llama-3.2-1B \\
+        --deepspeed scripts/zero2.json --output runs/llm
 """
 
 import sys

@@ -11,7 +11,7 @@ floors and vision; only stages and doctor may import it.
 
 import ast
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -19,98 +19,124 @@ import networkx
 
 PACKAGE = "llm2clip_plugin"
 LLAVA = "llava_integration"
-ROOMS = (
-    "processes|bootstrap bounds console files installation launch|contracts|folders pretrained|options|status|"
-    "data vision|train|text|evaluate|stages|cli doctor"
+ROOMS = (  # of each floor, the lowest first
+    ("processes",),
+    ("bootstrap", "bounds", "console", "files", "installation", "launch"),
+    ("contracts",),
+    ("folders", "pretrained"),
+    ("options",),
+    ("status",),
+    ("data", "vision"),
+    ("train",),
+    ("text",),
+    ("evaluate",),
+    ("stages",),
+    ("cli", "doctor"),
 )
-FLOORS = {
-    f"{PACKAGE}.{room}": floor
-    for floor, rooms in enumerate(ROOMS.split("|"))
-    for room in rooms.split()
-}
+FLOORS = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 # Floors that LLaVA's side may import, besides vision; who may import that
 FOR_LLAVA = (0, 1, 2, 3, 4, 5)
 OF_LLAVA = (f"{PACKAGE}.stages", f"{PACKAGE}.doctor")
 
 
+def texts(root: Path, *patterns: str) -> dict[Path, str]:
+    """File -> its text."""
+    paths = [path for pattern in patterns for path in sorted(root.glob(pattern))]
+    return {path: path.read_text(encoding="utf-8") for path in paths}
+
+
+def count_lines(root: Path, *patterns: str) -> int:
+    return sum(text.count("\n") for text in texts(root, *patterns).values())
+
+
+def import_graph(trees: Mapping[str, ast.Module]) -> networkx.DiGraph:
+    """An edge from each module to those that it imports."""
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(trees)
+    for name, tree in trees.items():
+        graph.add_edges_from((name, other) for other in imported(tree, trees) if other != name)
+    return graph
+
+
+def modules_in_cycles(graph: networkx.DiGraph) -> list[str]:
+    modules: list[str] = []
+    for component in networkx.strongly_connected_components(graph):
+        if len(component) > 1:
+            modules += sorted(component)
+    return modules
+
+
+def functions_of(trees: Mapping[str, ast.Module]) -> list[tuple[int, str]]:
+    """(lines, module.function)"""
+    functions = []
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                functions.append((line_count(node), f"{name.rpartition('.')[2]}.{node.name}"))
+    return functions
+
+
+def line_count(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def import_lines(trees: Iterable[ast.Module]) -> int:
+    nodes = (node for tree in trees for node in ast.walk(tree))
+    return sum(line_count(node) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
+
+
 def numbers(root: Path) -> dict[str, str]:
     """What is counted -> how much."""
-
-    def texts(*patterns: str) -> dict[Path, str]:
-        return {
-            path: path.read_text(encoding="utf-8")
-            for one in patterns
-            for path in sorted(root.glob(one))
-        }
-
-    def count(*patterns: str) -> int:
-        return sum(text.count("\n") for text in texts(*patterns).values())
-
     trees: dict[str, ast.Module] = {}
     lines: dict[str, int] = {}
-    for path, text in texts(f"{PACKAGE}/**/*.py", f"{LLAVA}/**/*.py").items():
+    for path, text in texts(root, f"{PACKAGE}/**/*.py", f"{LLAVA}/**/*.py").items():
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         trees[name] = ast.parse(text)
         lines[name] = text.count("\n")
     if not trees:
         sys.exit(f"error: {root} is no checkout: it has no {PACKAGE}")
-    graph = networkx.DiGraph(
-        {name: {*imported(tree, trees)} - {name} for name, tree in trees.items()}
-    )
-    functions: list[tuple[int, str]] = []
-    imports = 0
-    for name, tree in trees.items():
-        for node in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):
-            size = (node.end_lineno or node.lineno) - node.lineno + 1
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                functions.append((size, f"{name.rpartition('.')[2]}.{node.name}"))
-            imports += size * isinstance(node, (ast.Import, ast.ImportFrom))
-    cycles = [
-        name
-        for one in networkx.strongly_connected_components(graph)
-        if len(one) > 1
-        for name in sorted(one)
-    ]
+    graph = import_graph(trees)
+    functions = functions_of(trees)
+    cycles = modules_in_cycles(graph)
     up = [f"{name} -> {other}" for name, other in graph.edges if goes_up(name, other)]
     total = sum(lines.values())
     longest = max(lines, key=lines.__getitem__)
-    found = {
-        "files": len(lines),
-        "lines": total,
+    trains_tower = networkx.descendants(graph, f"{PACKAGE}.stages.tower")
+    # older checkouts had benchmarks/ and nano/ beside scripts/
+    scripts = ("scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py", "nano/*.py")
+    pages = texts(root, "*.md", "docs/**/*.md")
+    return {
+        "files": f"{len(lines):,}",
+        "lines": f"{total:,}",
         "lines of a file, median": f"{median(lines.values()):.0f}",
         "longest file": f"{lines[longest]} ({longest.partition('.')[2]})",
-        "lines of a function, median": f"{median(lengths for lengths, _ in functions):.0f}",
+        "lines of a function, median": f"{median(length for length, _ in functions):.0f}",
         "longest function": "{} ({})".format(*max(functions)),
-        "import lines": f"{imports / total:.1%}",
-        "files under 40 lines": sum(of_file < 40 for of_file in lines.values()),
-        "files with one importer": sum(times == 1 for _, times in graph.in_degree),
+        "import lines": f"{import_lines(trees.values()) / total:.1%}",
+        "files under 40 lines": f"{sum(length < 40 for length in lines.values()):,}",
+        "files with one importer": f"{sum(count == 1 for _, count in graph.in_degree):,}",
         "files in import cycles": ", ".join([str(len(cycles)), *cycles]),
         "arrows up": ", ".join([str(len(up)), *up]),
-        "files that train-tower imports": len(
-            networkx.descendants(graph, f"{PACKAGE}.stages.tower")
-        )
-        + 1,
-        # older checkouts had benchmarks/ and nano/ beside scripts/
-        "lines of scripts": count(
-            "scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py", "nano/*.py"
-        ),
-        "lines of tests": count("tests/**/*.py"),
-        "words of docs": sum(len(text.split()) for text in texts("*.md", "docs/**/*.md").values()),
+        "files that train-tower imports": f"{len(trains_tower) + 1:,}",
+        "lines of scripts": f"{count_lines(root, *scripts):,}",
+        "lines of tests": f"{count_lines(root, 'tests/**/*.py'):,}",
+        "words of docs": f"{sum(len(page.split()) for page in pages.values()):,}",
     }
-    return {name: one if isinstance(one, str) else f"{one:,}" for name, one in found.items()}
 
 
-def imported(tree: ast.Module, known: Collection[str]) -> Iterator[str]:
-    """The modules that one imports, inside functions too."""
+def imported(tree: ast.Module, modules: Collection[str]) -> Iterator[str]:
+    """The ``modules`` that one imports, inside functions and by name too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in known)
+            yield from (alias.name for alias in node.names if alias.name in modules)
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
-                yield from [
-                    one for one in (f"{node.module}.{alias.name}", node.module) if one in known
-                ][:1]
-        elif (name := imported_by_name(node)) in known:
+                submodule = f"{node.module}.{alias.name}"
+                if submodule in modules:
+                    yield submodule
+                elif node.module in modules:
+                    yield node.module
+        elif (name := imported_by_name(node)) in modules:
             yield name
 
 
@@ -125,18 +151,24 @@ def imported_by_name(node: ast.AST) -> str:
     return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else ""
 
 
+def room_of(module: str) -> str:
+    """Package and room, as in FLOORS."""
+    return ".".join(module.split(".")[:2])
+
+
 def goes_up(name: str, other: str) -> bool:
     """Whether an import goes against the order of the rooms. The package's own __init__ is free: it
     imports late."""
-    room, others = (".".join(one.split(".")[:2]) for one in (name, other))
+    room = room_of(name)
+    other_room = room_of(other)
     if name.startswith(LLAVA):
-        return (
-            not others.startswith((LLAVA, f"{PACKAGE}.vision"))
-            and FLOORS.get(others, 0) not in FOR_LLAVA
-        )
+        is_free = other_room.startswith((LLAVA, f"{PACKAGE}.vision"))
+        return not is_free and FLOORS.get(other_room, 0) not in FOR_LLAVA
     if other.startswith(LLAVA):
         return room not in OF_LLAVA
-    return name != PACKAGE and room != others and FLOORS.get(others, 0) >= FLOORS.get(room, 0)
+    if name == PACKAGE or room == other_room:
+        return False
+    return FLOORS.get(other_room, 0) >= FLOORS.get(room, 0)
 
 
 if __name__ == "__main__":

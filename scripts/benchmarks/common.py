@@ -38,9 +38,15 @@ def parse(doc: str | None, rounds: int = 5, **options: tuple[Any, ...]) -> argpa
     )
     timing = {"rounds": (rounds, "timed runs of each way")} if rounds else {}
     for name, (default, text, *choices) in {**timing, **options}.items():
-        first, many = (default[0], "+") if isinstance(default, list) else (default, None)
-        how: dict[str, Any] = {"type": type(first), "nargs": many, "choices": choices or None}
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **how)
+        takes_several = isinstance(default, list)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=default,
+            help=text,
+            type=type(default[0] if takes_several else default),
+            nargs="+" if takes_several else None,
+            choices=choices or None,
+        )
     return parser.parse_args()
 
 
@@ -76,13 +82,15 @@ def alternate_processes(
 ) -> tuple[dict[str, list[Run]], dict[str, str]]:
     """The runs of what each way prepares, each in a new process; MiB of each way's peak above the
     memory before."""
+    runs = {way: list[Run]() for way in ways}
+    peaks = {way: list[int]() for way in ways}
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        turns = [
-            {way: pool.apply(_measure, (prepare, args)) for way, prepare in ways.items()}
-            for _ in range(rounds)
-        ]
-    runs = {way: [turn[way][1] for turn in turns] for way in ways}
-    return runs, {way: f"{max(turn[way][0] for turn in turns) / 2**20:,.0f}" for way in ways}
+        for _ in range(rounds):
+            for way, prepare in ways.items():
+                peak, run = pool.apply(_measure, (prepare, args))
+                peaks[way].append(peak)
+                runs[way].append(run)
+    return runs, {way: f"{max(sizes) / 2**20:,.0f}" for way, sizes in peaks.items()}
 
 
 def _measure(
@@ -103,10 +111,9 @@ def _measure(
     before = status.read_text()
     run = timed(work)
     after = status.read_text()
-    growth = int(after.partition("VmHWM:")[2].split()[0]) - int(
-        before.partition("VmRSS:")[2].split()[0]
-    )
-    return growth * 1024, run
+    peak_kib = int(after.partition("VmHWM:")[2].split()[0])
+    before_kib = int(before.partition("VmRSS:")[2].split()[0])
+    return (peak_kib - before_kib) * 1024, run
 
 
 def print_table(
@@ -125,14 +132,14 @@ def print_table(
     print(f"\n{about}; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     heads = ["way", f"{unit} / s ({'GPU' if gpu else 'CPU'})", "ratio", *columns]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for name, of_way in runs.items():
-        ratios = [first / own for (first, _), (own, _) in zip(base, of_way, strict=True)]
-        speed = f"{amount / median(own for own, _ in of_way):,.4g}"
+    first_times = [elapsed for elapsed, _ in base]
+    for name, runs_of_way in runs.items():
+        times = [elapsed for elapsed, _ in runs_of_way]
+        ratios = [first / elapsed for first, elapsed in zip(first_times, times, strict=True)]
+        speed = f"{amount / median(times):,.4g}"
         spread = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        print(
-            f"| {' | '.join([name, speed, spread, *(cells[name] for cells in columns.values())])} |",
-            flush=True,
-        )
+        cells = [name, speed, spread, *(column[name] for column in columns.values())]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def write_shard(folder: Path, count: int, *, side: int = 512, quality: int = 95) -> Path:
@@ -151,7 +158,8 @@ def write_shard(folder: Path, count: int, *, side: int = 512, quality: int = 95)
 
 
 def photo_like(rng: np.random.Generator, side: int) -> Image.Image:
-    """Colored noise whose amplitude falls as f^-1.45: its JPEG is about as large as a photograph's."""
+    """Colored noise whose amplitude falls as f^-1.45: its JPEG is about as large as a
+    photograph's."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None])
     frequency[0, 0] = 1
     fields = [

@@ -2,7 +2,8 @@
 second.
 
     .venv-llava/bin/python -m scripts.benchmarks.llava    # a random ViT-B/16
-    .venv-llava/bin/python -m scripts.benchmarks.llava --shape l14-336 --dtype float16 --images 64  # on a GPU
+    # on a GPU
+    .venv-llava/bin/python -m scripts.benchmarks.llava --shape l14-336 --dtype float16 --images 64
 
 Both encode through LLaVA's ``encode_images`` (tower and projector); the outputs must be equal bit
 for bit.

@@ -1,7 +1,7 @@
 """Training on shards against open_clip: its own ``train_one_epoch`` over webdataset, ours on the
 same tower.
 
-    OMP_NUM_THREADS=1 python -m scripts.benchmarks.open_clip --batch 8 --steps 24 [--open-clip CHECKOUT]
+    OMP_NUM_THREADS=1 python -m scripts.benchmarks.open_clip --batch 8 [--open-clip CHECKOUT]
 
 Both train the same tower and text adapter from the same weights with InfoNCE and AdamW on the same
 tar of 512-pixel JPEGs, whose captions' embeddings are known: open_clip's loader looks them up in
@@ -86,7 +86,8 @@ def their_epoch(
 
 
 def their_loader(tar: Path, embeddings: dict[str, Tensor], args: Namespace) -> Any:
-    """open_clip's ``get_wds_dataset``, but for its reader of tars, which fails with webdataset 1.0."""
+    """open_clip's ``get_wds_dataset``, but for its reader of tars, which fails with webdataset
+    1.0."""
     data: Any = import_module("open_clip_train.data")
     transform = import_module("open_clip").image_transform
     data.tarfile_to_samples_nothrow = data.wds.tarfile_to_samples()
@@ -130,5 +131,6 @@ if __name__ == "__main__":
         theirs = their_epoch(make_dual(args.tower), folder, embeddings, args)
         ours = our_epoch(make_dual(args.tower), folder, args)
         runs = alternate({"open_clip": theirs, "llm2clip": ours}, args.rounds)
-    about = f"batch {args.batch}, {args.steps} steps a round, open_clip {sys.modules['open_clip'].__version__}"
+    version = sys.modules["open_clip"].__version__
+    about = f"batch {args.batch}, {args.steps} steps a round, open_clip {version}"
     print_table(f"{args.tower}, {about}", runs, amount=args.steps * args.batch, unit="images")

@@ -12,7 +12,10 @@ import numpy as np
 from llm2clip_plugin.data.sampler import Mixture
 from scripts.benchmarks.common import parse
 
-HEADS = "window | ranks | shards that a node reads | reads of a shard | shards in a batch | batches between neighbors"
+HEADS = (
+    "window | ranks | shards that a node reads | reads of a shard | shards in a batch | "
+    "batches between neighbors"
+)
 
 
 def row(sizes: list[int], window: int, ranks: int, steps: int, batch: int) -> str:

@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python -m scripts.benchmarks.recall --batch 1024
 
 - llm2clip: ``llm2clip_plugin.evaluate.retrieval.recall``, tiles and counted ranks
-- one-hot: LLM2CLIP's and CLIP_benchmark's: scores and correct pairs as N x M matrices, then for each k and direction
-  top-k in batches of queries (64 by default, 1024 in LLM2CLIP's script), one-hot over all items, times the pairs
+- one-hot: LLM2CLIP's and CLIP_benchmark's: scores and correct pairs as N x M matrices, then for
+  each k and direction top-k in batches of queries (64 by default, 1024 in LLM2CLIP's script),
+  one-hot over all items, times the pairs
 
 Each runs in a new process on synthetic embeddings with noise, so that recall is neither 0 nor 1;
 all must agree.
@@ -65,7 +66,8 @@ if __name__ == "__main__":
     args = parse(__doc__, rounds=1, **sizes)
     ways = {way: partial(prepare, way) for way in ("one-hot", "llm2clip")}
     runs, memory = alternate_processes(ways, args, args.rounds)
-    about = f"recall of {args.images:,} images x {args.captions:,} captions, one-hot of {args.batch} queries"
+    sizes = f"{args.images:,} images x {args.captions:,} captions"
+    about = f"recall of {sizes}, one-hot of {args.batch} queries"
     print_table(about, runs, amount=1, unit="evaluations", **{"MiB above the inputs": memory})
     theirs, ours = (of_way[0][1] for of_way in runs.values())
     worst = max(abs(theirs[key] - value) for key, value in ours.items())

@@ -1,7 +1,7 @@
 """Stage 1 and embedding captions against sentence-transformers, with the same LLM in the same
 dtype.
 
-    OMP_NUM_THREADS=1 python -m scripts.benchmarks.sentence_transformers [--llm PATH] --batch 32 --micro 8
+    OMP_NUM_THREADS=1 python -m scripts.benchmarks.sentence_transformers [--llm PATH] --batch 32
 
 Stage 1: CachedMultipleNegativesRankingLoss in both directions on a mean-pooled causal LLM with
 LoRA, and the step of ``llm2clip finetune-llm``. Both tokenize in the step, cache gradients over
@@ -31,7 +31,10 @@ from scripts.benchmarks.common import alternate, alternate_processes, parse, pri
 
 # LoraSettings' defaults
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
-WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in the evening rain".split()
+WORDS = (
+    "a red bicycle leans against the brick wall of an old house near two sleeping dogs in the "
+    "evening rain"
+).split()
 # of the loss; bfloat16 has three digits, and the scale is 50
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 CONTRAST = ContrastConfig(mask_same=False)

@@ -31,9 +31,18 @@ from scripts.benchmarks.loss import full_loss
 TOWERS = {"tiny": (32, 2, 2, 64), "vit-s": (384, 12, 6, 1536), "vit-b": (768, 12, 12, 3072)}
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 TEACHER = TeacherIdentity(
-    llm="random", revision="", weights_sha256="0" * 64, adapter_sha256="", attention="causal", pooling="last",
-    layer=-1, prompt="", chat_template="", max_tokens=64, width=640,
-)  # fmt: skip
+    llm="random",
+    revision="",
+    weights_sha256="0" * 64,
+    adapter_sha256="",
+    attention="causal",
+    pooling="last",
+    layer=-1,
+    prompt="",
+    chat_template="",
+    max_tokens=64,
+    width=640,
+)
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the first loss; bf16 has three digits
 OPTIM = OptimConfig(lr=1e-4, layer_decay=0.85, max_grad_norm=5.0)
 

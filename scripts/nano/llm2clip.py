@@ -40,7 +40,7 @@ AFTER = '" means in one word: "'
 MAX_LOG_SCALE = math.log(100)  # as CLIP clamps it
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def augment(image: Image.Image, rng: random.Random) -> Image.Image:
     return image.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR, fillcolor="white")
 
 
-# -------------------------------------------------------------------------------------------------- loss, optimizer
+# ---------------------------------------------------------------------------------- loss, optimizer
 
 
 def contrastive_loss(
@@ -128,9 +128,9 @@ def contrastive_loss(
     """
     logits_BB = scale * anchor_BD @ positive_BD.T
     for ids in ids_B:
-        same_BB = torch.tensor(
-            [[a == b and i != j for j, b in enumerate(ids)] for i, a in enumerate(ids)]
-        )
+        number_of = {value: number for number, value in enumerate(dict.fromkeys(ids))}
+        number_B = torch.tensor([number_of[value] for value in ids])
+        same_BB = (number_B[:, None] == number_B).fill_diagonal_(False)
         logits_BB = logits_BB.masked_fill(same_BB, -math.inf)
     target_B = torch.arange(len(logits_BB))
     return 0.5 * (F.cross_entropy(logits_BB, target_B) + F.cross_entropy(logits_BB.T, target_B))
@@ -157,7 +157,7 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, factor: float, max_no
     optimizer.step()
 
 
-# ------------------------------------------------------------------------------------------------------ the teacher
+# -------------------------------------------------------------------------------------- the teacher
 
 
 class LoRA(nn.Module):
@@ -245,10 +245,9 @@ def fine_tune(
     """Stage 1: a batch pairs names with long captions, or (four times as often) with a few of the
     keywords."""
     optimizer = caption_optimizer(teacher.add_lora())
-    kinds = {
-        kind: [s for s in samples if {"short", kind} <= s.captions.keys()]
-        for kind in ("long", "keywords")
-    }
+    kinds: dict[str, list[Sample]] = {}
+    for kind in ("long", "keywords"):
+        kinds[kind] = [s for s in samples if {"short", kind} <= s.captions.keys()]
     orders = {kind: batches(len(of_kind), batch, rng) for kind, of_kind in kinds.items()}
     for step in range(steps):
         kind = rng.choices(("long", "keywords"), (1, 4))[0]
@@ -271,7 +270,7 @@ def some_of(caption: str, kind: str, rng: random.Random) -> str:
     return ", ".join(words[: rng.randint(min(2, len(words)), min(6, len(words)))])
 
 
-# -------------------------------------------------------------------------------------------------- the dual encoder
+# --------------------------------------------------------------------------------- the dual encoder
 
 
 class Block(nn.Module):
@@ -388,7 +387,8 @@ def train_tower(
     opened = [open_image(sample.image) for sample in samples]
     pooled = pooled_features(model, opened, side)
     heads = [
-        {"params": [p], "peak": 1e-3, "weight_decay": 0.05 * (p.ndim > 1)} for _, p in model.heads()
+        {"params": [p], "peak": 1e-3, "weight_decay": 0.05 if p.ndim > 1 else 0.0}
+        for _, p in model.heads()
     ]
     optimizer = torch.optim.AdamW(heads, lr=1e-3, betas=(0.9, 0.98))
     for name, count, size in (("heads", 100, 256), ("tower", steps, batch)):
@@ -413,15 +413,13 @@ def train_tower(
 @torch.no_grad()
 def pooled_features(model: DualEncoder, opened: Sequence[Image.Image], side: int) -> Tensor:
     """(N, P) of images as they are."""
-    return torch.cat(
-        [
-            model.pool(pixels(opened[start : start + 64], side))
-            for start in range(0, len(opened), 64)
-        ]
-    )
+    parts = []
+    for start in range(0, len(opened), 64):
+        parts.append(model.pool(pixels(opened[start : start + 64], side)))
+    return torch.cat(parts)
 
 
-# ------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
@@ -429,16 +427,15 @@ def recall(
     model: DualEncoder, samples: Sequence[Sample], cache: dict[str, Tensor], *, side: int
 ) -> dict[str, float]:
     """R@1 and R@10 from caption to image and back; every drawing of a concept counts as a hit."""
-    texts = list(
-        dict.fromkeys((s.captions[kind], s.concept) for s in samples for kind in ("short", "long"))
-    )
-    image_ND = model.project(
-        pooled_features(model, [open_image(sample.image) for sample in samples], side)
-    )
+    captions = [(s.captions[kind], s.concept) for s in samples for kind in ("short", "long")]
+    texts = list(dict.fromkeys(captions))  # each once
+    opened = [open_image(sample.image) for sample in samples]
+    image_ND = model.project(pooled_features(model, opened, side))
     text_MD = model.encode_text(torch.stack([cache[text] for text, _ in texts]))
-    hit_MN = torch.tensor(
-        [[concept == sample.concept for sample in samples] for _, concept in texts]
-    )
+    hits = []
+    for _, concept in texts:
+        hits.append([concept == sample.concept for sample in samples])
+    hit_MN = torch.tensor(hits)
     similar_MN = text_MD @ image_ND.T
     recalls = {}
     for name, similar, hit in (

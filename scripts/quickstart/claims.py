@@ -47,11 +47,16 @@ HEADLINE = (
     "teacher: name → keywords without its words",
 )
 LEVEL = 0.05  # of the test, after Holm's adjustment
-LEGEND = """Mean reciprocal rank of the right answer: 1 if it is always first, .5 if always second; equal scores are in
-random order. Training saw no drawing of these families. Galleries are of one style each. ±: standard deviation over
-trainings. Difference: the same queries on both sides, 95 % interval over families and, if there are several, trainings.
-p: paired test, adjusted for all rows of its table (Holm); alone: significant trainings, each by itself.
-"""
+LEGEND = (
+    "Mean reciprocal rank of the right answer: 1 if it is always first, .5 if always second; "
+    "equal scores are in\n"
+    "random order. Training saw no drawing of these families. Galleries are of one style each. "
+    "±: standard deviation over\n"
+    "trainings. Difference: the same queries on both sides, 95 % interval over families and, "
+    "if there are several, trainings.\n"
+    "p: paired test, adjusted for all rows of its table (Holm); alone: significant trainings, "
+    "each by itself.\n"
+)
 
 # test -> base and new side, by seed
 Tests = dict[str, tuple[Mapping[int, Measured], Mapping[int, Measured]]]
@@ -80,14 +85,12 @@ def pair_tests(part: str, rows: Mapping[str, Rows], base: str = "raw") -> Tests:
         old = dict.fromkeys(new, rows[base])
     if not old or not new:
         return {}
-    names = next(iter(old.values()))
-    return {
-        f"{part}: {name}": (
-            {seed: of_seed[name] for seed, of_seed in old.items()},
-            {seed: of_seed[name] for seed, of_seed in new.items()},
-        )
-        for name in names
-    }
+    tests: Tests = {}
+    for name in next(iter(old.values())):
+        old_runs = {seed: rows_of_seed[name] for seed, rows_of_seed in old.items()}
+        new_runs = {seed: rows_of_seed[name] for seed, rows_of_seed in new.items()}
+        tests[f"{part}: {name}"] = (old_runs, new_runs)
+    return tests
 
 
 def make_claims(tests: Tests) -> list[Claim]:
@@ -168,31 +171,26 @@ def claim_cells(claim: Claim) -> tuple[str, ...]:
     chance = fraction(claim["chance"])
     if claim.get("random"):
         chance += f"; {spread(claim['random'])}"
-    return (
-        claim["name"],
-        raw,
-        tuned,
-        estimate(claim["difference"], claim["interval"]),
-        p,
-        alone,
-        chance,
-    )
+    difference = estimate(claim["difference"], claim["interval"])
+    return claim["name"], raw, tuned, difference, p, alone, chance
+
+
+def mean_scores(seeds: Mapping[int, Rows], row: str) -> list[float]:
+    """The mean score in a row, of each seed."""
+    return [float(rows[row].scores.mean()) for rows in seeds.values()]
 
 
 def retrieval_table(towers: Mapping[str, Rows]) -> str:
     """A row per test, a column per teacher."""
     groups = by_name(towers)
-    heads = [
-        f"{TEACHERS[name]} ({len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'})"
-        for name, seeds in groups.items()
-    ]
+    heads = []
+    for name, seeds in groups.items():
+        count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        heads.append(f"{TEACHERS[name]} ({count})")
     rows = []
     for name, first in next(iter(towers.values())).items():
-        means = [
-            [float(rows[name].scores.mean()) for rows in seeds.values()]
-            for seeds in groups.values()
-        ]
-        rows.append((name, *map(spread, means), fraction(first.chance)))
+        cells = [spread(mean_scores(seeds, name)) for seeds in groups.values()]
+        rows.append((name, *cells, fraction(first.chance)))
     return markdown_table(("mean reciprocal rank, tower", *heads, "chance"), rows)
 
 
@@ -200,10 +198,7 @@ def failures(towers: Mapping[str, Rows], claims: Sequence[Claim]) -> list[str]:
     """Requirements that a short run missed: towers above the control, a fine-tuned teacher above
     the raw one."""
     row = "test families, long captions, image → caption"
-    reached = {
-        name: fmean(rows[row].scores.mean() for rows in seeds.values())
-        for name, seeds in by_name(towers).items()
-    }
+    reached = {name: fmean(mean_scores(seeds, row)) for name, seeds in by_name(towers).items()}
     if "shuffled" not in reached:
         return [
             "no tower of the control, shuffled-seed0, to compare with; rerun scripts/quickstart.sh"
@@ -238,10 +233,9 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     if tower_tests := pair_tests("tower", towers, "plain"):
         over_plain = make_claims(tower_tests | pair_tests("teacher", teachers, "plain"))
     headline = [claim for claim in claims if claim["name"] in HEADLINE]
-    means = {
-        name: {row: float(measured.scores.mean()) for row, measured in rows.items()}
-        for name, rows in towers.items()
-    }
+    means: dict[str, dict[str, float]] = {}
+    for name, rows in towers.items():
+        means[name] = {row: float(measured.scores.mean()) for row, measured in rows.items()}
     add_random(claims, [rows for name, rows in means.items() if name.startswith("random-")])
     record = {
         "headline": headline,

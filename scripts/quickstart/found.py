@@ -65,7 +65,7 @@ Reports = Mapping[str, Sequence[RetrievalReport]]  # set -> of each style
 
 
 def draw(concepts: Sequence[str], languages: Sequence[str]) -> list[tuple[str, str, int]]:
-    """All queries in order: (concept, language, number of the style), the same ones at every call."""
+    """All queries in order: (concept, language, number of the style), the same at every call."""
     generator = random.Random(0)
     shuffled = generator.sample(sorted(concepts), len(concepts))
     others = [
@@ -89,11 +89,14 @@ def recall(reports: Reports) -> list[dict[str, Any]]:
         if set_name not in reports:
             continue
         galleries = tower_galleries(reports[set_name], kind, "t2i")
-        found = {k: torch.cat([ranks.hits(k) for ranks, _, _ in galleries]) for k in KS}
-        row = {"title": title, "queries": len(found[KS[0]]), "images": galleries[0][2]}
-        for k, hit_Q in found.items():
-            row[f"first {k}"] = 100 * float(hit_Q.mean())
-        rows.append(row)
+        shares = {}
+        queries = 0
+        for k in KS:
+            hit_Q = torch.cat([ranks.hits(k) for ranks, _, _ in galleries])
+            queries = len(hit_Q)
+            shares[f"first {k}"] = 100 * float(hit_Q.mean())
+        _, _, images = galleries[0]
+        rows.append({"title": title, "queries": queries, "images": images, **shares})
     return rows
 
 
@@ -212,7 +215,8 @@ def find(data: Path, output: Path) -> dict[str, Any]:
 def tell(found: Mapping[str, Any]) -> list[str]:
     """What a terminal shows: recall, and the first queries."""
     lines = [
-        f"Right picture found among {found['images']} drawings of things that training never saw, before -> after:"
+        f"Right picture found among {found['images']} drawings of things that training never saw, "
+        "before -> after:"
     ]
     for before, after in zip(found["recall"]["before"], found["recall"]["after"], strict=True):
         first, ten = (f"{before[k]:5.1f} % -> {after[k]:5.1f} %" for k in ("first 1", "first 10"))

@@ -8,13 +8,15 @@ against.
     inputs.py random DATA/all --cache DATA/cache/tuned-seed0 --output DATA/cache/random
     inputs.py components SHARD --llm DIR --attention causal --pooling last --layer 16 --output DIR
 
-- models, from Python packages: the teacher is Gemma 3 270M, the tower a DINOv2 ViT-S/14. ``models.json`` says where
-  they are, and how many GPUs and which dtype this machine has for them.
-- data, from the built-in emoji set. Training and validation use names and long captions in English; keywords and other
-  languages are for the test alone. A short run has fewer concepts of each split, and fewer other languages.
-- random: the cache of a control. Each text has a random vector of its own, the same wherever it occurs, so that a tower
-  learns to tell its concepts apart, and nothing about what they mean.
-- components: what the raw LLM's embeddings are read without, their mean and their largest component.
+- models, from Python packages: the teacher is Gemma 3 270M, the tower a DINOv2 ViT-S/14.
+  ``models.json`` says where they are, and how many GPUs and which dtype this machine has for them.
+- data, from the built-in emoji set. Training and validation use names and long captions in English;
+  keywords and other languages are for the test alone. A short run has fewer concepts of each split,
+  and fewer other languages.
+- random: the cache of a control. Each text has a random vector of its own, the same wherever it
+  occurs, so that a tower learns to tell its concepts apart, and nothing about what they mean.
+- components: what the raw LLM's embeddings are read without, their mean and their largest
+  component.
 """
 
 # gguf, LLaVA and the packaged models are not in the environment that is checked:
@@ -220,12 +222,14 @@ def build_tiny_llama(data: Path, folder: Path) -> None:
 def speak_chatml(folder: Path, name: str) -> None:
     """Make the tokenizer what LLaVA's code takes for granted, in any version of transformers.
     Raises ValueError if the model does not speak ChatML or is no Llama."""
-    config, tokenizer = (read_json(folder / file) for file in ("config.json", "tokenizer.json"))
+    config = read_json(folder / "config.json")
+    tokenizer = read_json(folder / "tokenizer.json")
     ids = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     if config.get("model_type") != "llama" or not set(CHATML) <= set(ids):
         raise ValueError(
-            f"--llm {name}: model_type is {config.get('model_type')!r}, added tokens are {sorted(ids)[:9]}; expected a "
-            f"llama whose tokenizer.json has {' and '.join(CHATML)}"
+            f"--llm {name}: model_type is {config.get('model_type')!r}, "
+            f"added tokens are {sorted(ids)[:9]}; expected a llama whose tokenizer.json has "
+            f"{' and '.join(CHATML)}"
         )
     other = next(token for token in ("<|endoftext|>", *ids) if token in ids and token not in CHATML)
     # bos: if it is <|im_start|>, LLaVA drops the token after an image; unk is the padding and must

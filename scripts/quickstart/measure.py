@@ -128,13 +128,13 @@ def evaluate_tower(
     dual = load_dual_encoder(path)
     images = ImageConfig.from_preprocessor(preprocessor_config(path))
     cache = cache_of(path, dual.card.teacher, caches)
-    return {
-        name: [
+    reports: dict[str, list[RetrievalReport]] = {}
+    for name, sources in sets.items():
+        reports[name] = [
             evaluate_retrieval(dual, source, cache, images, RETRIEVAL, quiet=True)
             for source in sources
         ]
-        for name, sources in sets.items()
-    }
+    return reports
 
 
 def rows_of(reports: Mapping[str, Sequence[RetrievalReport]]) -> Rows:
@@ -178,7 +178,8 @@ def tower_galleries(reports: Sequence[RetrievalReport], kind: str, side: str) ->
 
 
 def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
-    """Each teacher's caption retrieval on the test set, whose captions are the same in every style."""
+    """Each teacher's caption retrieval on the test set, whose captions are the same in every
+    style."""
     samples = [source[number] for number in range(len(source))]
     family = {sample.meta["concept"]: sample.meta["family"] for sample in samples}
     rows_of_teacher = {}

@@ -2,9 +2,13 @@
 """Data and scores of the LLaVA miniature, in an environment that has LLaVA; and a side of it
 trained without LLaVA.
 
-    miniature.py prepare --output DIR --llm NAME            pictures, texts, captions, questions; the language model
-    miniature.py train NAME --tower TOWER --output DIR      a model of `llm2clip vlm build`, as miniature.sh's SmolLM2
-    miniature.py score NAME... --output DIR                 scores of DIR/NAME.answers.jsonl, for `llm2clip compare`
+    miniature.py prepare --output DIR --llm NAME
+    miniature.py train NAME --tower TOWER --output DIR
+    miniature.py score NAME... --output DIR
+
+``prepare``: pictures, texts, captions, questions; the language model. ``train``: a model of
+`llm2clip vlm build`, as miniature.sh's SmolLM2. ``score``: scores of DIR/NAME.answers.jsonl, for
+`llm2clip compare`.
 
 A NAME is before or after; with -seedN, of another seed. ``train`` uses transformers' Trainer alone.
 It writes DIR/vlm-NAME/stage0 (built), stage1 (projector, captions), stage2 (projector and LoRA,
@@ -25,6 +29,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +92,19 @@ def easy_vqa(
     draw = random.Random(0)
     shown = sorted({image for _, _, image in questions})
     chosen = set(shown if pictures is None else draw.sample(shown, min(pictures, len(shown))))
-    yes_or_no, others = (
-        [
-            n
-            for n, (_, answer, image) in enumerate(questions)
-            if image in chosen and (answer in YES_NO) == closed
-        ]
-        for closed in (True, False)
-    )
-    for place in sorted(
-        draw.sample(yes_or_no, count // 2) + draw.sample(others, count - count // 2)
-    ):
-        question, answer, image = questions[place]
-        yield f"shape-{place}", folder / "images" / f"{image}.png", question, answer
+    yes_or_no: list[int] = []
+    others: list[int] = []
+    for number, (_, answer, image) in enumerate(questions):
+        if image in chosen:
+            if answer in YES_NO:
+                yes_or_no.append(number)
+            else:
+                others.append(number)
+    numbers = draw.sample(yes_or_no, count // 2)
+    numbers += draw.sample(others, count - count // 2)
+    for number in sorted(numbers):
+        question, answer, image = questions[number]
+        yield f"shape-{number}", folder / "images" / f"{image}.png", question, answer
 
 
 def talk(key: str, question: str, answer: str, picture: str = "") -> Row:
@@ -291,21 +296,26 @@ def answer(folder: Path, questions: Path, output: Path) -> None:
         folder, dtype=torch.bfloat16
     ).eval()
     answers = ""
-    asked = read_jsonl(questions)
-    for some in (asked[start : start + 64] for start in range(0, len(asked), 64)):
+    all_questions = read_jsonl(questions)
+    for start in range(0, len(all_questions), 64):
+        some = all_questions[start : start + 64]
         chats = [
             rows.chat({**row, "conversations": [{"from": "human", "value": row["text"]}]})
             for row in some
         ]
         inputs = rows.encode(chats, side="left", add_generation_prompt=True).to(torch.bfloat16)
-        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[
-            :, inputs["input_ids"].shape[1] :
-        ]
-        for row, text in zip(
-            some, rows.processor.batch_decode(ids, skip_special_tokens=True), strict=True
-        ):
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        answer_ids = ids[:, inputs["input_ids"].shape[1] :]
+        texts = rows.processor.batch_decode(answer_ids, skip_special_tokens=True)
+        for row, text in zip(some, texts, strict=True):
             answers += json.dumps({"question_id": row["question_id"], "text": text}) + "\n"
     write_text(output, answers)
+
+
+def options_but_tower(path: Path) -> list[str]:
+    """A stage's options, one a line in its file, without the values of OF_TOWER."""
+    words = path.read_text().splitlines()
+    return [word for option, word in pairwise(["", *words]) if option not in OF_TOWER]
 
 
 def refuse_other_stages(output: Path, after: str) -> None:
@@ -313,18 +323,11 @@ def refuse_other_stages(output: Path, after: str) -> None:
     the tower aside."""
     trained = [stage for stage in STAGES if (output / f"{stage.format(after)}.options").exists()]
     for stage in trained or STAGES[:1]:
-        files = [
-            output / f"{stage.format(name)}.options"
-            for name in (after.replace("after", "before"), after)
-        ]
-        sides = [path.read_text().splitlines() for path in files]
-        base, new = (
-            [w for o, w in zip(["", *side], side, strict=False) if o not in OF_TOWER]
-            for side in sides
-        )
-        if base != new:
+        base = output / f"{stage.format(after.replace('after', 'before'))}.options"
+        new = output / f"{stage.format(after)}.options"
+        if options_but_tower(base) != options_but_tower(new):
             raise ValueError(
-                f"{files[0]} and {files[1]} differ: the two sides were not trained alike; delete {output}"
+                f"{base} and {new} differ: the two sides were not trained alike; delete {output}"
             )
 
 
@@ -342,20 +345,18 @@ def score(output: Path, name: str, note: str, teacher: Any) -> None:
         of_kind.setdefault(row["kind"], []).append({**row, "answer": answer_to[row["question_id"]]})
     results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED if kind in of_kind]
     if OPEN in of_kind:
-        results += [
-            by_keyword(of_kind[OPEN]),
-            *([by_similarity(of_kind[OPEN], teacher)] if teacher else []),
-        ]
+        results.append(by_keyword(of_kind[OPEN]))
+        if teacher:
+            results.append(by_similarity(of_kind[OPEN], teacher))
     side, _, seed = name.partition("-")
     provenance = {"data": str(output / "data" / "images"), "data_sha256": sha256_file(path)}
     for result in results:
-        made = replace(result, model=side, notes=[note, *result.notes], provenance=provenance)
+        scored = replace(result, model=side, notes=[note, *result.notes], provenance=provenance)
         file = result.benchmark.removeprefix("miniature: ").replace(", ", "-").replace(" ", "-")
-        made.write(output / "scores" / side / seed / f"{file}.scores.json")
+        scored.write(output / "scores" / side / seed / f"{file}.scores.json")
         reached = next(iter(result.metrics.values()))
-        print(
-            f"{name:>8}  {result.benchmark:31} {reached:5.1f} % of {len(result.items)} ({result.notes[-1]})"
-        )
+        score_text = f"{reached:5.1f} % of {len(result.items)} ({result.notes[-1]})"
+        print(f"{name:>8}  {result.benchmark:31} {score_text}")
 
 
 def closed(kind: str, rows: list[Row], guessed: dict[str, str]) -> ScoreFile:
@@ -364,13 +365,8 @@ def closed(kind: str, rows: list[Row], guessed: dict[str, str]) -> ScoreFile:
     right = [float(row["answer"].lower() == row["truth"].lower()) for row in rows]
     blind = 100 * sum(guessed.get(row["text"]) == row["truth"] for row in rows) / len(rows)
     note = f"without the picture, by the most frequent answer to the same question: {blind:.1f} %"
-    return record(
-        kind,
-        rows,
-        right,
-        {"accuracy": 100 * sum(right) / len(right), "without_looking": blind},
-        note,
-    )
+    metrics = {"accuracy": 100 * sum(right) / len(right), "without_looking": blind}
+    return record(kind, rows, right, metrics, note)
 
 
 def guesses(output: Path) -> dict[str, str]:
@@ -392,20 +388,22 @@ def words_of(text: str) -> set[str]:
 def by_keyword(rows: list[Row]) -> ScoreFile:
     """Whether an answer has a word of the emoji's name or keywords."""
     truths = [words_of(" ".join([row["truth"], *row["keywords"]])) for row in rows]
-    hits = [[not truth.isdisjoint(words_of(row["answer"])) for truth in truths] for row in rows]
+    hits = []
+    for row in rows:
+        said = words_of(row["answer"])
+        hits.append([not truth.isdisjoint(said) for truth in truths])
     return against_exchanged("word of the name or a keyword", f"{OPEN}, keyword", rows, hits)
 
 
 def by_similarity(rows: list[Row], teacher: Any) -> ScoreFile:
     """The cosine of answer and name in the teacher's embeddings; 0 for an empty answer and for
     less."""
-    texts = [row["answer"] or "?" for row in rows], [row["truth"] for row in rows]
-    answer_ND, name_ND = (
-        torch.nn.functional.normalize(teacher.encode(side), dim=-1) for side in texts
-    )
-    cosine_NN = (answer_ND @ name_ND.T).clamp(min=0).numpy() * np.array(
-        [[row["answer"] != ""] for row in rows]
-    )
+    answers = teacher.encode([row["answer"] or "?" for row in rows])
+    names = teacher.encode([row["truth"] for row in rows])
+    answer_ND = torch.nn.functional.normalize(answers, dim=-1)
+    name_ND = torch.nn.functional.normalize(names, dim=-1)
+    cosine_NN = (answer_ND @ name_ND.T).clamp(min=0).numpy()
+    cosine_NN[[row["answer"] == "" for row in rows]] = 0
     return against_exchanged("cosine with the name", f"{OPEN}, teacher", rows, cosine_NN)
 
 
@@ -433,16 +431,12 @@ def record(
     kind: str, rows: list[Row], scores: list[float], metrics: dict[str, float], note: str
 ) -> ScoreFile:
     """A score file whose items are ``rows`` with ``scores``."""
-    kept = ("cluster", "category", "answer", "truth", "image")
-    items = [
-        {
-            "id": row["question_id"],
-            "question": row["text"],
-            "score": value,
-            **{name: row[name] for name in kept},
-        }
-        for row, value in zip(rows, scores, strict=True)
-    ]
+    items = []
+    for row, value in zip(rows, scores, strict=True):
+        item = {"id": row["question_id"], "question": row["text"], "score": value}
+        for field in ("cluster", "category", "answer", "truth", "image"):
+            item[field] = row[field]
+        items.append(item)
     counts = {"questions": len(items), "clusters": len({item["cluster"] for item in items})}
     return ScoreFile(
         benchmark=f"miniature: {kind}", metrics=metrics, items=items, counts=counts, notes=[note]

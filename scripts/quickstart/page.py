@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The quickstart's page: what was trained, the pictures found, LLaVA's answers, where each file is.
 
-    page.py --data quickstart-output/data --output quickstart-output/default --page quickstart-output/index.html
+    page.py --data quickstart-output/data --output quickstart-output/default --page PAGE.html
 
 It shows what is there so far, so it can be written after any stage; until all is there, the page
 loads itself again from time to time. It fetches nothing. Prints what the last stage brought.
@@ -24,7 +24,9 @@ KEYWORDS = "short->keywords"  # stage 1's score on validation, in metrics.jsonl
 QUESTIONS = {  # benchmark -> what the page calls it
     "miniature: emoji group": "Which group does an unseen emoji belong to?",
     "miniature: easy-vqa": "Shapes and colors (easy-vqa)",
-    "miniature: emoji name, keyword": "What does an unseen emoji show? (points above exchanged pictures)",
+    "miniature: emoji name, keyword": (
+        "What does an unseen emoji show? (points above exchanged pictures)"
+    ),
 }
 
 
@@ -60,7 +62,7 @@ def recall_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def tally(found: Mapping[str, Any]) -> str:
     """How many of the queries found their picture earlier, and how many later."""
-    ranks = [tuple(query[side]["rank"] for side in SIDES) for query in found["queries"]]
+    ranks = [(query["before"]["rank"], query["after"]["rank"]) for query in found["queries"]]
     earlier = sum(after < before for before, after in ranks)
     later = sum(after > before for before, after in ranks)
     same = len(ranks) - earlier - later
@@ -116,12 +118,10 @@ def llava_kinds(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
             "lost": [pair for pair in pairs if pair[0]["score"] - pair[1]["score"] > most],
         }
         images = folder / "data" / "images"
-        shown = {
-            outcome: [
-                show_question(old, new, images, names) for old, new in spread_over(questions, SHOWN)
-            ]
-            for outcome, questions in changed.items()
-        }
+        shown = {}
+        for outcome, questions in changed.items():
+            chosen = spread_over(questions, SHOWN)
+            shown[outcome] = [show_question(old, new, images, names) for old, new in chosen]
         metric = "above" if "above" in after["metrics"] else "accuracy"
         kinds.append(
             {
@@ -178,23 +178,24 @@ def tell(
     """What a terminal shows of what the last stage brought."""
     if kinds:
         lines = [
-            "LLaVA with the tower before and after stage 2, right answers to questions about unseen pictures:"
+            "LLaVA with the tower before and after stage 2, right answers to questions about "
+            "unseen pictures:"
         ]
         for kind in kinds:
             change = f"{kind['before']:5.1f} % -> {kind['after']:5.1f} %"
             counts = f"{kind['counts']['won']} won, {kind['counts']['lost']} lost"
             lines.append(f"  {change}  {kind['title']} ({kind['questions']} questions: {counts})")
-        won = [question for kind in kinds for question in spread_over(kind["shown"]["won"], 2)]
-        lines += [
-            f"  now right: {question['question']} {question['after']} (was {question['before'] or 'no answer'}"
-            f"{', ' + question['name'] if question['name'] else ''})"
-            for question in won
-        ]
+        for kind in kinds:
+            for question in spread_over(kind["shown"]["won"], 2):
+                name = f", {question['name']}" if question["name"] else ""
+                was = f"was {question['before'] or 'no answer'}{name}"
+                lines.append(f"  now right: {question['question']} {question['after']} ({was})")
         return lines
     if found or stage1 is None:
         return []
     return [
-        "Given the name of an unseen emoji, the LLM puts that emoji's keywords first, before -> after stage 1:",
+        "Given the name of an unseen emoji, the LLM puts that emoji's keywords first, "
+        "before -> after stage 1:",
         f"  {stage1[0]:5.1f} % -> {stage1[1]:5.1f} %",
         f"A first look, which fills as the stages end: {page}",
     ]

@@ -56,7 +56,8 @@ PALETTE = 256  # colors of the file
 def text(x: float, y: float, value: str, color: str, size: int, more: str = "") -> str:
     """A line of text; ``more``: other attributes."""
     font = "" if "font-family" in more else f'font-family="{FONT}"'
-    return f'<text x="{x}" y="{y}" fill="{color}" font-size="{size}" {font} {more}>{escape(value)}</text>'
+    style = f'fill="{color}" font-size="{size}" {font} {more}'
+    return f'<text x="{x}" y="{y}" {style}>{escape(value)}</text>'
 
 
 def picture(x: float, y: float, uri: str, *, frame: str) -> str:
@@ -122,9 +123,11 @@ def draw(found: Mapping[str, Any], color: Mapping[str, str]) -> str:
     queries = figure["queries"]
     these = "these" if figure["found"] == len(queries) else "these are of five languages"
     lines = [
-        f"Of the first {figure['drawn']} names drawn at random, {figure['found']} find their drawing among the first "
-        f"five of {found['images']}: {these}. The right drawing has a frame.",
-        "Training saw none of these drawings, and captions in English only. Drawings: Noto Emoji (Google, Apache-2.0),",
+        f"Of the first {figure['drawn']} names drawn at random, {figure['found']} find their "
+        f"drawing among the first five of {found['images']}: {these}. "
+        "The right drawing has a frame.",
+        "Training saw none of these drawings, and captions in English only. "
+        "Drawings: Noto Emoji (Google, Apache-2.0),",
         "Twemoji (Twitter, Inc. and other contributors, CC-BY 4.0), Fluent Emoji (Microsoft, MIT).",
     ]
     height = TOP + ROW * len(queries) + 66
@@ -136,7 +139,8 @@ def draw(found: Mapping[str, Any], color: Mapping[str, str]) -> str:
     for number, line in enumerate(lines):
         parts.append(text(20, height - 48 + 18 * number, line, color["dim"], 12))
     body = "\n".join(parts)
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}">\n{body}\n</svg>\n'
+    size = f'width="{WIDTH}" height="{height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{body}\n</svg>\n'
 
 
 def main() -> None:
