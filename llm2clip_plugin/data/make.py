@@ -297,7 +297,9 @@ def main_llava_data(argv: list[str]) -> int:
                 sample = source[number]
                 captions = select_captions(sample.captions, config.kinds, config.languages)
                 data = sample.read_image()
-                name = f"{number:08d}.{(open_header(data).format or '').lower()}"
+                image = open_header(data)
+                load(image)  # a picture that is cut has a good header
+                name = f"{number:08d}.{(image.format or '').lower()}"
             except (BrokenSample, BrokenImage):
                 continue
             if captions:

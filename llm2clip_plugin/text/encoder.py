@@ -167,8 +167,9 @@ class CaptionEncoder(TextEncoder):
                 f"{config.llm} has {self._weights_sha256[:12]}...; pass the LLM that it was trained on"
             )
         self.trust_remote_code = config.trust_remote_code
-        self.tokenizer = self.open_tokenizer()
+        # before the tokenizer: of code that is not run, there is one line
         settings = llms.read_config(self.folder, config).get_text_config()
+        self.tokenizer = self.open_tokenizer()
         self._config_sha256 = self._hash_config(settings, config)
         self._tokenizer_sha256 = tokenizer_sha256(self.tokenizer)
         template = llms.literal_template(self.tokenizer, config.chat_template)

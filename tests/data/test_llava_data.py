@@ -23,10 +23,12 @@ def test_each_image_has_its_first_caption(
         members.append((f"k{number}.json", json.dumps({"captions": captions}).encode()))
     members.append(("k3.jpg", b"<html>not found</html>"))
     members.append(("k3.json", json.dumps({"captions": captions}).encode()))
+    members.append(("k4.jpg", jpeg(4)[:-200]))  # cut, with a good header
+    members.append(("k4.json", json.dumps({"captions": captions}).encode()))
     write_tar(tmp_path / "data" / "0.tar", members)
     output = tmp_path / "made"
     assert main(["llava", "data", str(tmp_path / "data"), "--output", str(output)]) == 0
-    assert "3 images with a caption, 1 left out" in capsys.readouterr().out
+    assert "3 images with a caption, 2 left out" in capsys.readouterr().out
     rows = json.loads((output / "captions.json").read_text())
     assert [row["id"] for row in rows] == ["k0", "k1", "k2"]
     for number, row in enumerate(rows):
