@@ -27,8 +27,9 @@ class LlavaExportConfig:
 EXPORT = Command(
     name="llava export",
     example="llm2clip llava export checkpoints/llava-7b --format hf --output hf/llava-7b",
-    about="Convert a LLaVA 1.5 checkpoint into a Hugging Face model that vLLM and other servers open. Where LLaVA is "
-    "installed, the result is compared with LLaVA's own code before it gets its name.",
+    about="Convert a LLaVA 1.5 checkpoint into a Hugging Face model that vLLM and other servers "
+    "open. Where LLaVA is installed, the result is compared with LLaVA's own code before it gets "
+    "its name.",
     settings=LlavaExportConfig,
     arguments="checkpoint",
 )
@@ -57,10 +58,11 @@ class VlmConfig:
 
 VLM = Command(
     name="vlm build",
-    example="llm2clip vlm build --tower towers/clip-l14-336 --llm Qwen/Qwen3-1.7B --output vlm/qwen3",
-    about="Build an untrained vision-language model from a vision tower and a language model, for transformers' "
-    "Trainer, TRL and vLLM: weights of both in the LLM's dtype, a fresh projector, processor, <image> token and the "
-    "LLM's chat template with a slot for images.",
+    example="llm2clip vlm build --tower towers/clip-l14-336 --llm Qwen/Qwen3-1.7B "
+    "--output vlm/qwen3",
+    about="Build an untrained vision-language model from a vision tower and a language model, for "
+    "transformers' Trainer, TRL and vLLM: weights of both in the LLM's dtype, a fresh projector, "
+    "processor, <image> token and the LLM's chat template with a slot for images.",
     settings=VlmConfig,
     also={"mm-vision-select-layer": "select_layer"},
 )

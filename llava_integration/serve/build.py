@@ -39,9 +39,10 @@ from llm2clip_plugin.vision.wrapped import siglip_tensor
 # The language model and the projector: settings and tensors, from LLaVA's names to Hugging Face's
 
 # fields of a Llama's config.json, of transformers 4 and 5; the others are LLaVA's or of a file
-FIELDS = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
-    max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id
-    tie_word_embeddings rope_theta rope_scaling rope_parameters attention_bias attention_dropout mlp_bias""".split()
+FIELDS = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+    head_dim hidden_act max_position_embeddings initializer_range rms_norm_eps use_cache
+    pad_token_id bos_token_id eos_token_id tie_word_embeddings rope_theta rope_scaling
+    rope_parameters attention_bias attention_dropout mlp_bias""".split()
 PROJECTOR = {
     "mm_projector.0": "multi_modal_projector.linear_1",
     "mm_projector.2": "multi_modal_projector.linear_2",
@@ -50,8 +51,8 @@ TOWER = "model.vision_tower."
 BUFFERS = ".rotary_emb.inv_freq"  # computed; old versions saved it
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-BLOCK = """self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj
-    input_layernorm post_attention_layernorm""".split()
+BLOCK = """self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj
+    mlp.up_proj mlp.down_proj input_layernorm post_attention_layernorm""".split()
 
 
 def text_config(config: dict[str, Any], tokens: int) -> dict[str, Any]:
@@ -94,10 +95,11 @@ def language_tensors(
         for part in BLOCK
     ]
     projector = [f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")]
-    wanted = [EMBEDDING, *blocks, "model.norm.weight", *([] if is_tied else [HEAD]), *projector]
+    head = [] if is_tied else [HEAD]
+    wanted = [EMBEDDING, *blocks, "model.norm.weight", *head, *projector]
     if missing := [name for name in wanted if name not in own]:
-        told = f"{len(missing)} of {len(wanted)} tensors are missing, such as {missing[0]}"
-        raise ContractError(f"{where}: {told}; {FIX}")
+        count = f"{len(missing)} of {len(wanted)} tensors are missing"
+        raise ContractError(f"{where}: {count}, such as {missing[0]}; {FIX}")
     biases = {f"{name.removesuffix('.weight')}.bias" for name in blocks if "norm" not in name}
     refuse_rest(set(own) - set(wanted) - {HEAD} - biases, where)
     for name in {EMBEDDING, HEAD} & {*own}:
@@ -142,9 +144,11 @@ from .{file} import {config}, {model}
 AutoConfig.register({config}.model_type, {config}, exist_ok=True)
 AutoModel.register({config}, {model}, exist_ok=True)
 
-# of the tensors in files to those in memory; transformers 5 applies its own to its own classes alone
+# of the tensors in files to those in memory; transformers 5 applies its own to its own classes \
+alone
 RENAMED = {{"^language_model.lm_head": "lm_head", "^language_model.model": "model.language_model"}}
-RENAMED |= {{f"^{{name}}": f"model.{{name}}" for name in ("vision_tower", "multi_modal_projector", "image_newline")}}
+RENAMED |= {{f"^{{name}}": f"model.{{name}}" \
+for name in ("vision_tower", "multi_modal_projector", "image_newline")}}
 
 
 class {arch}TowerConfig({arch}Config):
@@ -260,8 +264,10 @@ class ExportedTower:
         elif type(config) in AutoModel._model_mapping:  # as AutoModel.from_config asks
             fields = {**config.to_diff_dict(), "model_type": config.model_type}
         else:
-            told = f"towers of the family {family.name!r} cannot be exported: transformers' LLaVA does not open them"
-            raise ContractError(f"{directory}: {told}, and only {', '.join(CODE)} come with code")
+            raise ContractError(
+                f"{directory}: towers of the family {family.name!r} cannot be exported: "
+                f"transformers' LLaVA does not open them, and only {', '.join(CODE)} come with code"
+            )
         fields = {key: value for key, value in fields.items() if key not in OF_THE_FILE}
         fields |= {name: getattr(config, name) for name in SIZES}
         fields |= {name: getattr(config, name) for name in MORE_SIZES if hasattr(config, name)}
@@ -276,10 +282,8 @@ class ExportedTower:
         """
         prefix = self.family.file_prefix
         inside = f"{TOWER}vision_tower."
-        own = open_tensors(
-            [self.directory / WEIGHTS_FILE] if self.location else weight_files(self.directory),
-            files,
-        )
+        paths = [self.directory / WEIGHTS_FILE] if self.location else weight_files(self.directory)
+        own = open_tensors(paths, files)
         left_out = self.family.not_tower or ("\0",)
         own = {
             n: t
@@ -355,17 +359,14 @@ def write_folder(
     stored = str(dtype).removeprefix("torch.")
     key = made_from[0]
     recorded = {"version": llm2clip_plugin.__version__, **made_from[1]}
+    drops_class = tower.family.has_cls and feature == "patch"
+    processor = write_processor(directory, tower, arch, drops_class=drops_class, pads=pads)
+    code = write_code(tower.family.name, directory, classes)
     body = {
         "architectures": [f"{classes}ForConditionalGeneration"],
         "model_type": arch,
         **slots,
-        **write_processor(
-            directory,
-            tower,
-            arch,
-            drops_class=tower.family.has_cls and feature == "patch",
-            pads=pads,
-        ),
+        **processor,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": layer,
@@ -374,7 +375,7 @@ def write_folder(
         "tie_word_embeddings": bool(text.get("tie_word_embeddings")),
         "torch_dtype": stored,
         **ids,
-        **(code := write_code(tower.family.name, directory, classes)),
+        **code,
         key: recorded,
     }
     table = {name.replace("_", " "): f"`{value}`" for name, value in recorded.items() if value}
@@ -391,13 +392,9 @@ def write_folder(
     write_json(directory / "config.json", body)
     write_json(directory / "generation_config.json", {**ids, **generation})
     rows = markdown_table(("", ""), [(name, value) for name, value in table.items() if value])
-    served = (
-        ""
-        if arch != "llava"
-        else SERVED
-        if tower.config["model_type"] in STOCK
-        else SERVED + PLUGIN
-    )
+    served = ""
+    if arch == "llava":
+        served = SERVED if tower.config["model_type"] in STOCK else SERVED + PLUGIN
     option = ", trust_remote_code=True" if code else ""  # runs the tower's code
     readme = PAGE.substitute(
         title=title, what=what, rows=rows, license=LICENSE, served=served, option=option
@@ -415,8 +412,10 @@ def write_processor(
     patch = tower.config["patch_size"]
     extra = int(tower.family.has_cls)
     tokens = (side // patch) ** 2 + extra  # of the tower
-    said: dict[str, Any] = {"vision_feature_select_strategy": "default" if drops_class else "full"}
-    counts = {"image_token": IMAGE, **said}
+    settings: dict[str, Any] = {
+        "vision_feature_select_strategy": "default" if drops_class else "full"
+    }
+    counts = {"image_token": IMAGE, **settings}
     images = preprocessor_config(tower.directory, square=True) | {
         "processor_class": f"{kind}Processor"
     }
@@ -429,19 +428,18 @@ def write_processor(
         videos["video_processor_type"] = f"{kind}VideoProcessor"
         write_json(directory / "video_preprocessor_config.json", videos)
         counts |= {"num_image_tokens": tokens, "video_token": VIDEO, **MOST_TILES}
-        said |= MOST_TILES
+        settings |= MOST_TILES
     else:
         counts |= {"patch_size": patch, "num_additional_image_tokens": extra}
     if arch in TILES:
-        said["image_grid_pinpoints"] = [
-            [rows * side, columns * side] for rows, columns in TILES[arch]
-        ]
-        images["image_grid_pinpoints"] = said["image_grid_pinpoints"]
+        grids = [[rows * side, columns * side] for rows, columns in TILES[arch]]
+        settings["image_grid_pinpoints"] = grids
+        images["image_grid_pinpoints"] = grids
     write_json(directory / "preprocessor_config.json", images)
     write_json(
         directory / "processor_config.json", {**counts, "processor_class": f"{kind}Processor"}
     )
-    return {**said, "image_seq_length": tokens - drops_class}
+    return {**settings, "image_seq_length": tokens - 1 if drops_class else tokens}
 
 
 SERVED = "`vllm serve PATH_OR_HUB_ID` serves it with an OpenAI-compatible API"
@@ -467,6 +465,7 @@ $rows
 $license
 ## Use
 
-`AutoProcessor` and `AutoModelForImageTextToText.from_pretrained("PATH_OR_HUB_ID"$option)` of transformers open it.
+`AutoProcessor` and `AutoModelForImageTextToText.from_pretrained("PATH_OR_HUB_ID"$option)` \
+of transformers open it.
 $served
 """)

@@ -166,8 +166,10 @@ def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoin
         recorded = read_json(directory / ADAPTER).get("base_model_name_or_path")
         base = Path(str(recorded or config.get("_name_or_path", "")))
     if base is not None and not base.is_dir():
-        told = f"{directory} is a LoRA checkpoint, which needs its base model, and {str(base)!r} is not a folder"
-        raise FileNotFoundError(f"{told}; pass it as --model-base DIR")
+        raise FileNotFoundError(
+            f"{directory} is a LoRA checkpoint, which needs its base model, "
+            f"and {str(base)!r} is not a folder; pass it as --model-base DIR"
+        )
     return LlavaCheckpoint(directory=directory, config=config, base=base)
 
 

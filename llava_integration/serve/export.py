@@ -69,10 +69,10 @@ class Export:
         if name not in CONVERSATIONS:
             raise ValueError(unknown("conversation", name, CONVERSATIONS))
         if recorded in CONVERSATIONS and CONVERSATIONS[name] != CONVERSATIONS[recorded]:
-            told = (
-                f"was trained with the conversation {recorded!r}; leave out --conv-mode {conv_mode}"
+            raise ValueError(
+                f"{directory} was trained with the conversation {recorded!r}; "
+                f"leave out --conv-mode {conv_mode}"
             )
-            raise ValueError(f"{directory} {told}")
         return cls(
             checkpoint=checkpoint,
             tower=find_tower(checkpoint, tower),
@@ -100,32 +100,40 @@ def find_tower(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
         with loading(str(where)):
             location = locate_tower(where, name, config, tower)
         location.check_weights()
-    found = ExportedTower.of(location.directory if location else fetch_directory(name), location)
-    blocks_below(config["mm_vision_select_layer"], found.config["num_hidden_layers"])
+    directory = location.directory if location else fetch_directory(name)
+    exported = ExportedTower.of(directory, location)
+    blocks_below(config["mm_vision_select_layer"], exported.config["num_hidden_layers"])
     check_feature(config.get("mm_vision_select_feature", "patch"))
-    if (width := config.get("mm_hidden_size")) != found.config["hidden_size"]:
+    expected = config.get("mm_hidden_size")
+    width = exported.config["hidden_size"]
+    if expected != width:
         raise ContractError(
-            f"the projector of {where} expects features of width {width}, but the tower in {found.directory} has "
-            f"hidden_size {found.config['hidden_size']}; pass the tower that it was trained with as --tower"
+            f"the projector of {where} expects features of width {expected}, but the tower in "
+            f"{directory} has hidden_size {width}; "
+            "pass the tower that it was trained with as --tower"
         )
-    return found
+    return exported
 
 
 def main(argv: list[str]) -> int:
     """Convert a LLaVA 1.5 checkpoint into a Hugging Face model."""
     options = EXPORT.parse(argv)
-    choices = {"base": options.model_base, "tower": options.tower, "conv_mode": options.conv_mode}
-    made = Export.of(options.checkpoint, dtype=options.dtype, **choices)
+    made = Export.of(
+        options.checkpoint,
+        base=options.model_base,
+        tower=options.tower,
+        conv_mode=options.conv_mode,
+        dtype=options.dtype,
+    )
     compares = options.compare and find_spec("llava") is not None
     size = export(made, options.output, overwrite=options.overwrite, compares=compares)
-    reason = (
-        "" if compares or not options.compare else ": LLaVA is not installed in this environment"
-    )
-    print(
-        f"{options.output}: {size_text(size)} of {options.dtype} weights, every tensor verified by reloading",
-        end="",
-    )
-    print("" if compares else f"; not compared with LLaVA's own code{reason}")
+    weights = f"{size_text(size)} of {options.dtype} weights, every tensor verified by reloading"
+    compared = ""
+    if not compares:
+        compared = "; not compared with LLaVA's own code"
+        if options.compare:
+            compared += ": LLaVA is not installed in this environment"
+    print(f"{options.output}: {weights}{compared}")
     return 0
 
 
@@ -160,6 +168,8 @@ def write_model(made: Export, directory: Path) -> int:
         "dtype": made.dtype,
         "tower_sha256": tower.location.sha256 if tower.location else "",
     }
+    ids = {name: number for name, number in tokenizer.ids().items() if name != "unk_token_id"}
+    with_tower = " with an LLM2CLIP vision tower" if tower.location else ""
     with ExitStack() as files:
         own = checkpoint_tensors(checkpoint, files)
         tensors = language_tensors(own, config, image_id, checkpoint.language_model)
@@ -168,7 +178,7 @@ def write_model(made: Export, directory: Path) -> int:
             tower,
             tensors | tower.tensors(files, own if is_unfrozen(config) else None),
             title=recorded["checkpoint"],
-            what=f"LLaVA 1.5{' with an LLM2CLIP vision tower' if tower.location else ''}, exported by llm2clip-plugin.",
+            what=f"LLaVA 1.5{with_tower}, exported by llm2clip-plugin.",
             made_from=("llm2clip_export", recorded),
             layer=config["mm_vision_select_layer"],
             feature=config.get("mm_vision_select_feature", "patch"),
@@ -176,9 +186,7 @@ def write_model(made: Export, directory: Path) -> int:
             dtype=DTYPES[made.dtype],
             text=text_config(config, image_id + 1),
             slots={"image_token_index": image_id},
-            ids={
-                name: number for name, number in tokenizer.ids().items() if name != "unk_token_id"
-            },
+            ids=ids,
             generation={"do_sample": False},
             template=chat_template(
                 made.conversation, bos=tokenizer.adds_bos, space=not tokenizer.legacy
@@ -235,14 +243,15 @@ def compare(made: Export, directory: Path) -> str:
         ("pixels", pixels, their_pixels, PIXEL_TOLERANCE),
         ("logits", logits[:, :vocabulary], their_logits, top * LOGIT_TOLERANCE),
     ):
-        largest[what] = (
-            (mine - other).abs().max().item() if mine.shape == other.shape else float("inf")
-        )
+        largest[what] = float("inf")
+        if mine.shape == other.shape:
+            largest[what] = (mine - other).abs().max().item()
         if not largest[what] <= limit:
             raise ContractError(f"{where}: {what} by {largest[what]:.2g} (at most {limit:.2g})")
     return (
-        f"token ids equal, pixels within {largest['pixels']:.1e}, logits within {largest['logits']:.1e} "
-        f"(largest {top:.3g}), answers of {len(answer)} tokens equal"
+        f"token ids equal, pixels within {largest['pixels']:.1e}, "
+        f"logits within {largest['logits']:.1e} (largest {top:.3g}), "
+        f"answers of {len(answer)} tokens equal"
     )
 
 
@@ -321,13 +330,11 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
         inputs = processor(images=test_image(), text=text, return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
     logits = model(**inputs).logits[0]
-    answer = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[
-        0, len(ids) :
-    ].tolist()
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    answer = output[0, len(ids) :].tolist()
     image_id = model.config.image_token_index
-    one = [
-        token
-        for token, before in zip(ids, [None, *ids], strict=False)
-        if token != image_id or before != image_id
-    ]
-    return one, inputs["pixel_values"][0], logits, answer
+    with_one_image: list[int] = []  # token, in place of one for each patch
+    for token in ids:
+        if token != image_id or with_one_image[-1:] != [image_id]:
+            with_one_image.append(token)
+    return with_one_image, inputs["pixel_values"][0], logits, answer

@@ -44,8 +44,10 @@ CHAT_TEMPLATE = Template("""\
 {{- $user if message['role'] == 'user' else $assistant -}}
 {%- if message['content'] is string -%}{{- message['content'] -}}
 {%- else -%}
-{%- for part in message['content'] -%}{%- if part['type'] != 'text' -%}{{- "<image>\\n" -}}{%- endif -%}{%- endfor -%}
-{%- for part in message['content'] -%}{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}
+{%- for part in message['content'] -%}\
+{%- if part['type'] != 'text' -%}{{- "<image>\\n" -}}{%- endif -%}{%- endfor -%}
+{%- for part in message['content'] -%}\
+{%- if part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}
 {%- endif -%}
 {{- $user_end if message['role'] == 'user' else $assistant_end -}}
 {%- endfor -%}

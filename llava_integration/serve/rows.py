@@ -2,7 +2,6 @@
 model."""
 
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,15 @@ class LlavaRows:
         out, as in LLaVA."""
         messages = []
         turns = row["conversations"]
-        for turn in turns[turns[0]["from"] != "human" :]:
-            text = {"type": "text", "text": turn["value"].replace("<image>", "").strip()}
-            messages.append(
-                {"role": "user" if turn["from"] == "human" else "assistant", "content": [text]}
-            )
+        if turns[0]["from"] != "human":
+            turns = turns[1:]
+        for turn in turns:
+            role = "user" if turn["from"] == "human" else "assistant"
+            text = turn["value"].replace("<image>", "").strip()
+            messages.append({"role": role, "content": [{"type": "text", "text": text}]})
         if "image" in row:
-            messages[0]["content"].insert(
-                0, {"type": "image", "path": str(Path(self.images) / row["image"])}
-            )
+            path = str(Path(self.images) / row["image"])
+            messages[0]["content"].insert(0, {"type": "image", "path": path})
         return messages
 
     def encode(self, chats: list[Any], *, side: str = "right", **options: Any) -> Any:
@@ -52,7 +51,10 @@ class LlavaRows:
         # as transformers' processors ask
         begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
         ids = tokenizer(text, add_special_tokens=not begun)["input_ids"]
-        return [token for one in ids for token in [one] * (row.count(image) if one == image else 1)]
+        tokens = []
+        for token in ids:
+            tokens += [token] * (row.count(image) if token == image else 1)
+        return tokens
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch; labels are -100 except for the answers and the tokens that end them. Raises
@@ -61,27 +63,32 @@ class LlavaRows:
         chats = [self.chat(row) for row in rows]
         batch = self.encode(chats)
         labels = torch.full_like(batch["input_ids"], -100)
-        for number, (turns, row) in enumerate(zip(chats, batch["input_ids"].tolist(), strict=True)):
-            for turn in (
-                turn for turn, message in enumerate(turns) if message["role"] == "assistant"
-            ):
-                asked = self.tokens(turns[:turn], row, add_generation_prompt=True)
-                start = len(asked)
-                if row[:start] != asked:
-                    tail = self.processor.decode(asked[-8:])
-                    told = f"the chat template writes {tail!r} before an answer alone"
-                    raise ValueError(f"{told}; build the model with another (--chat-template FILE)")
-                said = self.tokens(turns[: turn + 1], row)[start:]
-                # a last answer may have more: an empty thought before it (Qwen 3), a token behind
-                # it (Phi 3)
-                pairs = [
-                    zip(said[skipped:], row[start:], strict=False)
-                    for skipped in range(len(said) or 1)
-                ]
-                length = max(
-                    len([*takewhile(lambda pair: pair[0] == pair[1], each)]) for each in pairs
-                )
-                labels[number, start : start + length] = batch["input_ids"][
-                    number, start : start + length
-                ]
+        for number, (chat, row) in enumerate(zip(chats, batch["input_ids"].tolist(), strict=True)):
+            answers = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
+            for turn in answers:
+                prompt = self.tokens(chat[:turn], row, add_generation_prompt=True)
+                start = len(prompt)
+                if row[:start] != prompt:
+                    tail = self.processor.decode(prompt[-8:])
+                    raise ValueError(
+                        f"the chat template writes {tail!r} before an answer alone; "
+                        "build the model with another (--chat-template FILE)"
+                    )
+                answer = self.tokens(chat[: turn + 1], row)[start:]
+                end = start + answer_length(answer, row[start:])
+                labels[number, start:end] = batch["input_ids"][number, start:end]
         return {**batch, "labels": labels}
+
+
+def answer_length(answer: list[int], row: list[int]) -> int:
+    """How many tokens at the start of ``row`` are the answer's. An answer that is the last of its
+    chat may have more: an empty thought before it (Qwen 3), a token behind it (Phi 3)."""
+    longest = 0
+    for skipped in range(len(answer)):
+        length = 0
+        for token, expected in zip(answer[skipped:], row, strict=False):
+            if token != expected:
+                break
+            length += 1
+        longest = max(longest, length)
+    return longest

@@ -53,8 +53,9 @@ class Prompt:
         made = cls(prefix=start.removesuffix(before), before=before, after=after, end=end)
         if (joined := made.join(*texts[:3])) != render(3):
             raise ValueError(
-                f"the chat template's turns are not alike: it writes {render(3)!r}, from the first turn follows "
-                f"{joined!r}; build the model with another (--chat-template FILE)"
+                f"the chat template's turns are not alike: it writes {render(3)!r}, "
+                f"from the first turn follows {joined!r}; "
+                "build the model with another (--chat-template FILE)"
             )
         return made
 
@@ -142,7 +143,8 @@ def main() -> None:
         from swift.cli.main import cli_main
 
         words = sys.argv[1:]
-        words += ["--external_plugins"] * ("--external_plugins" not in words)
+        if "--external_plugins" not in words:
+            words.append("--external_plugins")
         words.insert(words.index("--external_plugins") + 1, __file__)  # the user's own stay
         sys.argv[:] = [*words, "--template", NAME, "--model_type", "llava1_5_hf"]
         return cli_main()

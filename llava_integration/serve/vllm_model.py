@@ -98,9 +98,11 @@ class Tower(nn.Module):
         missing = sorted(set(found["missing_keys"]) & {*own})
         unknown = sorted(name for name in found["unexpected_keys"] if not is_above(name))
         if missing or unknown or found["mismatched_keys"]:
+            other_shape = sorted(found["mismatched_keys"])
             raise ValueError(
-                f"the file's vision_tower is not a {self.family.name} tower: missing {missing or 'none'}, unknown "
-                f"{unknown or 'none'}, of another shape {sorted(found['mismatched_keys']) or 'none'}"
+                f"the file's vision_tower is not a {self.family.name} tower: "
+                f"missing {missing or 'none'}, unknown {unknown or 'none'}, "
+                f"of another shape {other_shape or 'none'}"
             )
         tensors = read.state_dict()
         for name, value in own.items():

@@ -101,19 +101,14 @@ class LanguageModel:
         own = open_tensors(weight_files(self.directory), files)
         is_tied = self.config.tie_word_embeddings
         own = {name: tensor for name, tensor in own.items() if not (name == build.HEAD and is_tied)}
-        wrong = [
-            f"has a tensor {name}"
-            for name in own
-            if name != build.HEAD and not name.startswith("model.")
-        ]
-        wrong += [
-            f"lacks {name}"
-            for name in (build.EMBEDDING, *([] if is_tied else [build.HEAD]))
-            if name not in own
-        ]
-        if wrong:
+        needed = [build.EMBEDDING] if is_tied else [build.EMBEDDING, build.HEAD]
+        unknown = [name for name in own if name != build.HEAD and not name.startswith("model.")]
+        problems = [f"has a tensor {name}" for name in unknown]
+        problems += [f"lacks {name}" for name in needed if name not in own]
+        if problems:
             raise ContractError(
-                f"{self.directory} {wrong[0]}; transformers' LLaVA loads model.* and {build.HEAD}"
+                f"{self.directory} {problems[0]}; "
+                f"transformers' LLaVA loads model.* and {build.HEAD}"
             )
         return own
 
@@ -128,8 +123,10 @@ FLATTEN = """\
 {%- for message in messages -%}{%- set content = message['content'] -%}
 {%- if content is defined and content is not none and content is not string -%}
 {%- set parts = namespace(text='') -%}
-{%- for part in content -%}{%- set tag = '<video>\\n' if 'video' in part['type'] else '<image>\\n' -%}
-{%- set parts.text = parts.text + (part['text'] if part['type'] == 'text' else tag) -%}{%- endfor -%}
+{%- for part in content -%}\
+{%- set tag = '<video>\\n' if 'video' in part['type'] else '<image>\\n' -%}
+{%- set parts.text = parts.text + (part['text'] if part['type'] == 'text' else tag) -%}\
+{%- endfor -%}
 {%- set flat.messages = flat.messages + [dict(message, content=parts.text)] -%}
 {%- else -%}{%- set flat.messages = flat.messages + [message] -%}{%- endif -%}{%- endfor -%}
 {%- set messages = flat.messages -%}
@@ -142,9 +139,12 @@ def chat_template(llm: LanguageModel, file: Path | None) -> str:
     tokenizer = llm.tokenizer
     bos = llm.tokenizer.bos_token
     own = tokenizer.chat_template if file is None else file.read_text(encoding="utf-8")
-    if not (own := own.get("default") if isinstance(own, dict) else own):
+    if isinstance(own, dict):
+        own = own.get("default")
+    if not own:
         raise ValueError(
-            f"{llm.directory} has no chat template; pass the instruction-tuned model as --llm, or --chat-template FILE"
+            f"{llm.directory} has no chat template; "
+            "pass the instruction-tuned model as --llm, or --chat-template FILE"
         )
     with errors_about(
         file or f"the chat template of {llm.directory}",
@@ -166,38 +166,38 @@ def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> dict
 
     own = llm.tokenizer
     body = json.loads(llm.tokenizer.backend_tokenizer.to_str())
-    steps = body["post_processor"] or {}
+    processor = body["post_processor"] or {}
     steps = [
-        one
-        for one in steps.get("processors", [steps])
-        if one and one["type"] != "TemplateProcessing"
+        step
+        for step in processor.get("processors", [processor])
+        if step and step["type"] != "TemplateProcessing"
     ]
     body["post_processor"] = {"type": "Sequence", "processors": steps} if steps else None
-    made = Tokenizer.from_str(json.dumps(body))
-    slots = {
-        "image_token_index": IMAGE,
-        **({"video_token_index": build.VIDEO} if arch == build.ONEVISION else {}),
-    }
-    made.add_special_tokens(
+    tokenizer = Tokenizer.from_str(json.dumps(body))
+    slots = {"image_token_index": IMAGE}
+    if arch == build.ONEVISION:
+        slots["video_token_index"] = build.VIDEO
+    tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in slots.values()]
     )
-    if len(made.encode("x").ids) != len(made.encode("x", add_special_tokens=False).ids):
+    plain = tokenizer.encode("x", add_special_tokens=False)
+    if len(tokenizer.encode("x").ids) != len(plain.ids):
         raise ContractError(
             f"{llm.directory}: the tokenizer adds tokens by {steps}, which cannot be changed here"
         )
-    known = made.get_vocab(with_added_tokens=True)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     special = {
         name: getattr(own, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
     }
-    special["pad_token"] = special["pad_token"] or next(
-        (t for t in PADDING if t in known), special["eos_token"]
-    )
+    if not special["pad_token"]:
+        padding = (token for token in PADDING if token in vocabulary)
+        special["pad_token"] = next(padding, special["eos_token"])
     settings = {name: token for name, token in special.items() if token is not None}
     settings["model_max_length"] = own.model_max_length
     write_tokenizer(
-        directory, json.loads(made.to_str()), settings, f"{build.CLASSES[arch]}Processor"
+        directory, json.loads(tokenizer.to_str()), settings, f"{build.CLASSES[arch]}Processor"
     )
-    return {name: known[token] for name, token in slots.items()}
+    return {name: vocabulary[token] for name, token in slots.items()}
 
 
 # The model
@@ -231,32 +231,34 @@ def parts(
         hf_name(f"model.mm_projector.{name}"): value
         for name, value in projector.state_dict().items()
     }
-    new |= {"image_newline": newline} if config.arch in build.TILES else {}
+    if config.arch in build.TILES:
+        new["image_newline"] = newline
     own = llm.tensors(files)
-    language = {hf_name(name): tensor for name, tensor in own.items()}
-    made = {
+    by_part = {
         "tower": tower.tensors(files),
         "projector": in_memory(new, "the projector"),
-        "language model": language,
+        "language model": {hf_name(name): tensor for name, tensor in own.items()},
     }
-    return made, llm.config.dtype or next(iter(own.values())).read().dtype
+    return by_part, llm.config.dtype or next(iter(own.values())).read().dtype
 
 
 def plan(config: VlmConfig, tower: ExportedTower, llm: LanguageModel) -> str:
     """Parameters and bytes of the parts, from the headers of their files."""
     with ExitStack() as files:
-        tensors, dtype = parts(config, tower, llm, files)
-        counts = {
-            part: sum(math.prod(one.shape) for one in own.values()) for part, own in tensors.items()
-        }
+        by_part, dtype = parts(config, tower, llm, files)
+        counts = {part: parameters(tensors) for part, tensors in by_part.items()}
     rows = [*counts.items(), ("all", sum(counts.values()))]
     lines = [
         f"{part:<16}{count:>16,} parameters{size_text(count * dtype.itemsize):>12}"
         for part, count in rows
     ]
-    return "\n".join(
-        [*lines, f"{config.arch}, {str(dtype).removeprefix('torch.')}; nothing was written"]
-    )
+    lines.append(f"{config.arch}, {str(dtype).removeprefix('torch.')}; nothing was written")
+    return "\n".join(lines)
+
+
+def parameters(tensors: LazyTensors) -> int:
+    """The number of parameters of a part."""
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
 def write_model(
@@ -267,41 +269,39 @@ def write_model(
     rows = llm.config.vocab_size
     needed = max(slots.values()) + 1
     is_tied = bool(llm.config.tie_word_embeddings)
-    places = {"tower": config.tower, "llm": config.llm}  # no path of this machine is recorded
+    if tower.location:
+        tower_sha256 = tower.location.sha256
+    else:
+        tower_sha256 = files_sha256(weight_files(tower.directory))
     recorded = {
         "seed": config.seed,
-        **{
-            part: Path(name).resolve().name if is_local(name) else name
-            for part, name in places.items()
-        },
-        "tower_sha256": tower.location.sha256
-        if tower.location
-        else files_sha256(weight_files(tower.directory)),
+        "tower": without_path(config.tower),
+        "llm": without_path(config.llm),
+        "tower_sha256": tower_sha256,
         "llm_sha256": files_sha256(weight_files(llm.directory)),
     }
+    left_out = build.OF_THE_FILE - {"architectures"}
     text = read_json(llm.directory / "config.json")
-    text = {
-        name: value
-        for name, value in text.items()
-        if name not in build.OF_THE_FILE - {"architectures"}
-    }
+    text = {name: value for name, value in text.items() if name not in left_out}
     file = llm.directory / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
     ids = {name: getattr(llm.config, name, None) for name in ("bos_token_id", "eos_token_id")}
     ids["pad_token_id"] = open_pretrained(transformers.AutoTokenizer, directory).pad_token_id
     with ExitStack() as files:
         by_part, dtype = parts(config, tower, llm, files)
-        tensors = {name: tensor for own in by_part.values() for name, tensor in own.items()}
-        for name in (
-            {hf_name(build.EMBEDDING), hf_name(build.HEAD)} & {*tensors} if needed > rows else ()
-        ):
-            tensors[name] = with_image_row(tensors[name], rows, added=needed - rows)
+        tensors: LazyTensors = {}
+        for part in by_part.values():
+            tensors.update(part)
+        for name in (hf_name(build.EMBEDDING), hf_name(build.HEAD)):
+            if needed > rows and name in tensors:
+                tensors[name] = with_image_row(tensors[name], rows, added=needed - rows)
         return write_folder(
             directory,
             tower,
             tensors,
             title=config.output.name,
-            what=f"{build.CLASSES[config.arch]} with an untrained projector (stage 0), built by llm2clip-plugin.",
+            what=f"{build.CLASSES[config.arch]} with an untrained projector (stage 0), "
+            "built by llm2clip-plugin.",
             made_from=("llm2clip_vlm", recorded),
             arch=config.arch,
             layer=config.select_layer,
@@ -312,6 +312,11 @@ def write_model(
             generation={n: v for n, v in generation.items() if n[0] != "_" and n != "pad_token_id"},
             template=template,
         )
+
+
+def without_path(name: str) -> str:
+    """A folder's name without the path on this machine, or a Hub id."""
+    return Path(name).resolve().name if is_local(name) else name
 
 
 def main(argv: list[str]) -> int:
@@ -327,10 +332,11 @@ def main(argv: list[str]) -> int:
     with output_folder(config.output, MODEL_FOLDER, replace=config.overwrite) as temporary:
         size = write_model(config, tower, llm, template, temporary)
         difference = compare(config, tower, llm, temporary) if config.compare else None
-    said = "not compared" if difference is None else f"logits within {difference:.1e} of the parts'"
-    print(
-        f"{config.output}: {size_text(size)} of weights, every tensor verified by reloading; {said}"
-    )
+    compared = "not compared"
+    if difference is not None:
+        compared = f"logits within {difference:.1e} of the parts'"
+    weights = f"{size_text(size)} of weights, every tensor verified by reloading"
+    print(f"{config.output}: {weights}; {compared}")
     return 0
 
 
@@ -351,9 +357,10 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
         inputs = processor(images=test_image(), text=prompt, return_tensors="pt")
         kind = getattr(transformers, f"{build.CLASSES[config.arch]}ForConditionalGeneration")
         model, info = kind.from_pretrained(directory, output_loading_info=True)
-        if wrong := {
+        wrong = {
             name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info[name]
-        }:
+        }
+        if wrong:
             raise ContractError(
                 f"transformers' {kind.__name__} does not load what was written: {wrong}"
             )
@@ -373,9 +380,9 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
         states = load_tower(tower.directory, dtype=dtype)(
             pixel_values=pixels, output_hidden_states=True
         ).hidden_states
-        features = states[config.select_layer][
-            :, int(settings.vision_feature_select_strategy == "default") :
-        ]
+        features = states[config.select_layer]
+        if settings.vision_feature_select_strategy == "default":
+            features = features[:, 1:]  # without the class token
         alone = open_pretrained(
             transformers.AutoModelForCausalLM, llm.directory, torch_dtype=dtype
         ).eval()
@@ -392,7 +399,8 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
     differences = [((mine - own).abs().max() / own.abs().max()).item() for mine, own in pairs]
     if not max(differences) <= (limit := RELATIVE_TOLERANCE[dtype]):
         raise ContractError(
-            f"features and logits of {config.tower} with {config.llm} differ from the parts' by {differences} of the "
-            f"largest (at most {limit:.0e}); transformers' {kind.__name__} computes something else with this LLM"
+            f"features and logits of {config.tower} with {config.llm} differ from the parts' by "
+            f"{differences} of the largest (at most {limit:.0e}); "
+            f"transformers' {kind.__name__} computes something else with this LLM"
         )
     return differences[1]
