@@ -94,7 +94,8 @@ def compat():
 
 
 def watch(spec):
-    """Wrap ``exec_module`` on the loader's instance, so that other modules' loaders are unaffected."""
+    """Wrap ``exec_module`` on the loader's instance, so that other modules' loaders are
+    unaffected."""
     original = spec.loader.exec_module
 
     def exec_module(module):

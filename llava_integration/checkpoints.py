@@ -81,7 +81,8 @@ def refuse_name(path: str, *, base: str | None = None, name: str | None = None) 
     if what:
         better = "llava-lora-1" if has_lora else "llava-1"
         raise ValueError(
-            f"LLaVA loads a folder {what}; {path} is a LLaVA checkpoint: rename it, such as to {better}"
+            f"LLaVA loads a folder {what}; {path} is a LLaVA checkpoint: "
+            f"rename it, such as to {better}"
         )
 
 

@@ -36,9 +36,9 @@ def complete(module: ModuleType) -> None:
     elif name.endswith(".builder"):
         wrap_function(module, "load_pretrained_model", load_pretrained_model)
     else:
-        for one in list(vars(module).values()):
-            if isinstance(one, type) and "initialize_vision_modules" in vars(one):
-                wrap_function(one, "initialize_vision_modules", initialize_vision_modules)
+        for value in list(vars(module).values()):
+            if isinstance(value, type) and "initialize_vision_modules" in vars(value):
+                wrap_function(value, "initialize_vision_modules", initialize_vision_modules)
 
 
 def wrap_function(owner: Any, name: str, function: Function) -> None:
@@ -166,9 +166,10 @@ def refuse_another_tower(tower: Any, name: Any) -> None:
     ours = [towers.is_ours(name), towers.is_ours(previous)]
     if not any(ours) or (all(ours) and towers.locate(name).sha256 == tower.location.sha256):
         return
-    told = f"the model already has the vision tower {previous!r}, which LLaVA would use despite --vision_tower {name}"
     raise ContractError(
-        f"{told}; pass that tower, or start from a language model without mm_vision_tower"
+        f"the model already has the vision tower {previous!r}, "
+        f"which LLaVA would use despite --vision_tower {name}; "
+        "pass that tower, or start from a language model without mm_vision_tower"
     )
 
 
@@ -177,9 +178,9 @@ def load_pretrained_model(
 ) -> Any:
     """Refuse a name by which LLaVA would load another kind of model, and make the checkpoint's path
     known to ``towers`` during loading, for the tower bundled in the checkpoint."""
-    given = dict(zip(("base", "name"), arguments, strict=False))
-    base = options.get("model_base", given.get("base"))
-    name = options.get("model_name", given.get("name"))
+    positional = dict(zip(("base", "name"), arguments, strict=False))
+    base = options.get("model_base", positional.get("base"))
+    name = options.get("model_name", positional.get("name"))
     if towers.is_ours(config_of(model_path).get("mm_vision_tower")):
         refuse_name(model_path, base=base, name=name)
     with towers.loading(model_path):

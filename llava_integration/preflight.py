@@ -34,7 +34,7 @@ from llava_integration.hook import check_projector
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")
-IMAGES_LOOKED_AT = 200
+IMAGES_CHECKED = 200
 MPT = "mpt"
 TRAINED = ("llama", "mistral", "llava", "llava_llama", "llava_mistral")  # types of language models
 
@@ -71,11 +71,11 @@ def main(argv: list[str]) -> int:
 
 def llava_options(words: Sequence[str]) -> argparse.Namespace:
     """Those options of LLaVA that are looked at here, "" for one that is not given."""
-    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     names = "vision_tower pretrain_mm_mlp_adapter mm_vision_select_layer mm_vision_select_feature"
     for name in names.split():
-        made.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default="")
-    return made.parse_known_args(words)[0]
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default="")
+    return parser.parse_known_args(words)[0]
 
 
 def environment() -> Iterator[str]:
@@ -105,27 +105,35 @@ def check_model(model: str) -> Iterator[str]:
     not contacted."""
     path = Path(model)
     if MPT in model:
-        yield f"--model {model}: LLaVA takes a path with {MPT!r} for an MPT, which it cannot train; rename the folder"
+        yield (
+            f"--model {model}: LLaVA takes a path with {MPT!r} for an MPT, "
+            "which it cannot train; rename the folder"
+        )
     elif (path / "config.json").is_file():
         yield from check_language(path)
     elif path.is_dir() or not HUB_ID.match(model):
-        yield f"--model {model}: expected a folder with config.json or a name of the Hub, as lmsys/vicuna-7b-v1.5"
+        yield (
+            f"--model {model}: expected a folder with config.json or a name of the Hub, "
+            "as lmsys/vicuna-7b-v1.5"
+        )
 
 
 def check_language(path: Path) -> Iterator[str]:
     """LLaVA's training reads any model as a Llama or a Mistral, and pads with ``unk_token``."""
     kind = config_of(path).get("model_type")
     if kind not in TRAINED:
-        yield f"--model {path}: model_type is {kind!r}, which LLaVA would read as a Llama; expected llama or mistral"
-    tokens = [
-        config_of(path, name) for name in ("tokenizer_config.json", "special_tokens_map.json")
-    ]
-    if (
-        any(tokens)
-        and not (path / "tokenizer.model").is_file()
-        and not any(one.get("unk_token") for one in tokens)
-    ):
-        yield f"--model {path}: no unk_token, with which LLaVA pads batches; set one in its tokenizer_config.json"
+        yield (
+            f"--model {path}: model_type is {kind!r}, which LLaVA would read as a Llama; "
+            "expected llama or mistral"
+        )
+    settings = config_of(path, "tokenizer_config.json")
+    tokens = config_of(path, "special_tokens_map.json")
+    has_unk = settings.get("unk_token") or tokens.get("unk_token")
+    if (settings or tokens) and not has_unk and not (path / "tokenizer.model").is_file():
+        yield (
+            f"--model {path}: no unk_token, with which LLaVA pads batches; "
+            "set one in its tokenizer_config.json"
+        )
 
 
 def check_output(stage: str, output: str) -> Iterator[str]:
@@ -136,42 +144,60 @@ def check_output(stage: str, output: str) -> Iterator[str]:
         yield f"--output {output} is a file; expected a folder"
     elif stage == "pretrain":  # its projector is loaded by path
         if path.name.startswith("checkpoint-"):
-            yield f"--output {output}: LLaVA writes the projector of a folder named checkpoint-* elsewhere; rename it"
-        for found in sorted(path.glob("checkpoint-*"), key=os.path.getmtime)[-1:]:
-            start = f"start from its projector with another --output and -- --pretrain_mm_mlp_adapter {found}"
-            told = f"contains {found.name}, from which pretraining cannot resume; delete its checkpoint-* folders"
-            yield f"--output {output} {told}, or {start}/mm_projector.bin"
+            yield (
+                f"--output {output}: LLaVA writes the projector of a folder named checkpoint-* "
+                "elsewhere; rename it"
+            )
+        checkpoints = sorted(path.glob("checkpoint-*"), key=os.path.getmtime)
+        if checkpoints:
+            newest = checkpoints[-1]
+            yield (
+                f"--output {output} contains {newest.name}, from which pretraining cannot resume; "
+                "delete its checkpoint-* folders, or start from its projector with another "
+                f"--output and -- --pretrain_mm_mlp_adapter {newest}/mm_projector.bin"
+            )
     else:
         required = (WORD, LORA) if stage == "finetune_lora" else (WORD,)
         if missing := [word for word in required if word not in name.lower()]:
-            told = f"--output {output}: LLaVA could not load {name!r}, which has no {' and no '.join(missing)} in it"
-            yield f"{told}; choose another name, such as {'-'.join([*missing, path.name])}"
+            yield (
+                f"--output {output}: LLaVA could not load {name!r}, "
+                f"which has no {' and no '.join(missing)} in it; "
+                f"choose another name, such as {'-'.join([*missing, path.name])}"
+            )
         for word in OTHERS if stage == "finetune" else ():
             if word in name.lower():
-                yield f"--output {output}: LLaVA loads a folder with {word!r} in its name as a {word} model; rename it"
+                yield (
+                    f"--output {output}: LLaVA loads a folder with {word!r} in its name "
+                    f"as a {word} model; rename it"
+                )
 
 
 def check_data(stage: str, data: Path, images: Path) -> Iterator[str]:
     """The first problem of LLaVA's JSON, and of the image folder."""
     if not images.is_dir():
-        yield f"--image-folder {images} is not a folder; expected the folder that the JSON's image paths start in"
+        yield (
+            f"--image-folder {images} is not a folder; "
+            "expected the folder that the JSON's image paths start in"
+        )
     try:
-        found = samples = json.loads(data.read_text(encoding="utf-8"))
+        samples = json.loads(data.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        found = error
-        samples = None
+        samples = error
     if not isinstance(samples, list) or not samples:
-        yield f"DATA {data}: expected LLaVA's JSON, a list of samples; found {str(found)[:80]}"
+        yield f"DATA {data}: expected LLaVA's JSON, a list of samples; found {str(samples)[:80]}"
         return
     for number, sample in enumerate(samples):
         if problem := sample_problem(stage, sample):
             yield f"{data}, sample {number}: {problem}"
             return
     paths = [sample["image"] for sample in samples if "image" in sample]
-    looked_at = paths[:: max(1, len(paths) // IMAGES_LOOKED_AT)] if images.is_dir() else []
-    if missing := [path for path in looked_at if not (images / path).is_file()]:
-        told = f"{len(missing)} of {len(looked_at)} images checked are missing, the first is {images / missing[0]}"
-        yield f"--image-folder {images}: {told}; {data} has its path as {missing[0]!r}"
+    checked = paths[:: max(1, len(paths) // IMAGES_CHECKED)] if images.is_dir() else []
+    if missing := [path for path in checked if not (images / path).is_file()]:
+        yield (
+            f"--image-folder {images}: {len(missing)} of {len(checked)} images checked are "
+            f"missing, the first is {images / missing[0]}; "
+            f"{data} has its path as {missing[0]!r}"
+        )
 
 
 def sample_problem(stage: str, sample: Any) -> str:
@@ -180,17 +206,27 @@ def sample_problem(stage: str, sample: Any) -> str:
         turns = [(turn["from"], turn["value"] + "") for turn in sample["conversations"]]
         os.fspath(sample.get("image", ""))
     except (TypeError, KeyError, AttributeError):
-        return "expected id, image and conversations, a list of {'from': 'human' or 'gpt', 'value': TEXT}"
+        return (
+            "expected id, image and conversations, "
+            "a list of {'from': 'human' or 'gpt', 'value': TEXT}"
+        )
     if stage == "pretrain":
         if len(turns) == 2 and "<image>" in turns[0][1] and "image" in sample:
             return ""
-        return "pretraining needs an image and two turns, <image> in the first, the caption in the second"
+        return (
+            "pretraining needs an image and two turns, "
+            "<image> in the first, the caption in the second"
+        )
     speakers = [speaker for speaker, _ in turns]
-    speakers = speakers[1:] if speakers[:1] == ["gpt"] else speakers  # as LLaVA skips it
-    if not speakers or any(
-        speaker != ("human", "gpt")[turn % 2] for turn, speaker in enumerate(speakers)
-    ):
-        return f"the turns are from {', '.join(map(str, speakers[:6])) or 'nobody'}; expected human and gpt in turn"
+    if speakers[:1] == ["gpt"]:
+        speakers = speakers[1:]  # as LLaVA skips it
+    questions = speakers[0::2]
+    answers = speakers[1::2]
+    in_turn = all(speaker == "human" for speaker in questions)
+    in_turn = in_turn and all(speaker == "gpt" for speaker in answers)
+    if not speakers or not in_turn:
+        listed = ", ".join(map(str, speakers[:6])) or "nobody"
+        return f"the turns are from {listed}; expected human and gpt in turn"
     return ""
 
 
@@ -198,16 +234,19 @@ def check_tower(tower: str, projector: str | None, llava: argparse.Namespace) ->
     """The tower exists, has the state that LLaVA's options select and the weights of its card; the
     projector fits."""
     if projector is not None and not os.path.isfile(projector):
-        yield f"--projector {projector} does not exist; expected the mm_projector.bin of pretrain.sh"
+        yield (
+            f"--projector {projector} does not exist; expected the mm_projector.bin of pretrain.sh"
+        )
         projector = None
     if not towers.is_ours(tower):
         # as LLaVA's own builder accepts them
         known = tower.startswith(LLAVAS_TOWERS) or "ShareGPT4V" in tower
-        if not os.path.isfile(os.path.join(tower, "config.json")) and (
-            os.path.isdir(tower) or not known
-        ):
-            expected = "llm2clip, llm2clip:PATH_OR_HUB_ID, a folder with config.json, or a name as openai/clip-..."
-            yield f"--tower {tower}: LLaVA knows no such vision tower; expected {expected}"
+        has_config = os.path.isfile(os.path.join(tower, "config.json"))
+        if not has_config and (os.path.isdir(tower) or not known):
+            yield (
+                f"--tower {tower}: LLaVA knows no such vision tower; expected llm2clip, "
+                "llm2clip:PATH_OR_HUB_ID, a folder with config.json, or a name as openai/clip-..."
+            )
         return
     try:
         location = towers.locate(tower)

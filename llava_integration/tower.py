@@ -188,7 +188,8 @@ class MultiscaleVisionTower(LLM2CLIPVisionTower):
         return torch.cat(joined, dim=1).flatten(2).transpose(1, 2)
 
     def grid_at(self, images: torch.Tensor, scale: int) -> torch.Tensor:
-        """(B, 3, S, S) -> features (B, H, G, G) of the image at ``scale`` pixels, encoded in tiles."""
+        """(B, 3, S, S) -> features (B, H, G, G) of the image at ``scale`` pixels, encoded in
+        tiles."""
         tile = self.scales[0]
         tiles = scale // self.scales[0]
         resized = F.interpolate(images.float(), size=(scale, scale), mode="bicubic").to(
@@ -213,6 +214,7 @@ def parse_scales(text: str, image_size: int) -> list[int]:
     if scales[0] != image_size or any(scale % image_size for scale in scales):
         fit = ",".join(str(image_size * factor) for factor in (1, 2, 3))
         raise ValueError(
-            f"s2_scales {text!r} must be the tower's {image_size} px and multiples of it; try {fit!r}"
+            f"s2_scales {text!r} must be the tower's {image_size} px and multiples of it; "
+            f"try {fit!r}"
         )
     return scales

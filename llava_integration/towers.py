@@ -60,9 +60,10 @@ class TowerLocation:
         """Read the card of ``directory``, ContractError without one; ``origin`` defaults to its
         absolute path."""
         if not (directory / TowerCard.FILE).is_file():
-            fix = f"create one with `llm2clip export RUN` or `{command('import', directory, '--output', 'DIR')}`"
+            import_it = command("import", directory, "--output", "DIR")
             raise ContractError(
-                f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); {fix}"
+                f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); "
+                f"create one with `llm2clip export RUN` or `{import_it}`"
             )
         card = TowerCard.read(directory / TowerCard.FILE)
         return cls(
@@ -84,8 +85,9 @@ class TowerLocation:
         card = self.card
         grid = card.image_size // card.patch_size
         return (
-            f"{self.origin}, sha256 {card.weights_sha256[:12]}, {card.family}, width {card.hidden_size}, "
-            f"{card.num_layers} blocks, {card.image_size} px, {grid} x {grid} = {card.num_patches} patches"
+            f"{self.origin}, sha256 {card.weights_sha256[:12]}, {card.family}, "
+            f"width {card.hidden_size}, {card.num_layers} blocks, {card.image_size} px, "
+            f"{grid} x {grid} = {card.num_patches} patches"
         )
 
 
@@ -110,8 +112,10 @@ class Registry(VersionedRecord):
         fix = "correct the file, or delete it and run `llm2clip use TOWER` again"
         for name, entry in self.towers.items():
             if {*entry} != {"spec", "weights_sha256"} or not entry["spec"].strip():
-                told = f"towers.{name} has {sorted(entry)}, expected a spec (path or Hub id) and weights_sha256"
-                raise ContractError(f"{where}: {told}; {fix}")
+                raise ContractError(
+                    f"{where}: towers.{name} has {sorted(entry)}, "
+                    f"expected a spec (path or Hub id) and weights_sha256; {fix}"
+                )
             seen = {name}
             spec = entry["spec"]
             while spec in self.towers and spec != self.towers[spec].get("spec"):
@@ -122,7 +126,8 @@ class Registry(VersionedRecord):
         if self.chosen and self.chosen not in self.towers:
             known = ", ".join(sorted(self.towers)) or "none"
             raise ContractError(
-                f"{where}: chosen is {self.chosen!r}, which is not one of its towers ({known}); {fix}"
+                f"{where}: chosen is {self.chosen!r}, which is not one of its towers ({known}); "
+                f"{fix}"
             )
 
     def summary(self) -> str:
@@ -130,19 +135,16 @@ class Registry(VersionedRecord):
         listed = ", ".join(
             f"{name} ({entry['spec']})" for name, entry in sorted(self.towers.items())
         )
-        return (
-            f"registered towers: {listed}"
-            if listed
-            else f"no towers are registered in {registry_file()}"
-        )
+        if not listed:
+            return f"no towers are registered in {registry_file()}"
+        return f"registered towers: {listed}"
 
 
 def registry_file() -> Path:
     """Path of the registry; the file need not exist."""
     config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return (
-        Path(os.environ.get("LLM2CLIP_HOME") or f"{config}/llm2clip").expanduser() / Registry.FILE
-    )
+    home = os.environ.get("LLM2CLIP_HOME") or f"{config}/llm2clip"
+    return Path(home).expanduser() / Registry.FILE
 
 
 def registry() -> Registry:
@@ -156,14 +158,25 @@ def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
     ``name`` it keeps the one that it has, or gets the last part of ``spec``, with a number if that
     is taken."""
     known = registry()
-    stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
-    names = [stem, *(f"{stem}-{number}" for number in range(2, len(known.towers) + 2))]
-    free = [name for name in names if name not in known.towers]
-    name = name or next(
-        (name for name, entry in known.towers.items() if entry["spec"] == spec), free[0]
-    )
+    name = name or registered_name(known, spec) or free_name(known, spec)
     towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
     replace(known, chosen=name, towers=towers).write(registry_file())
+    return name
+
+
+def registered_name(known: Registry, spec: str) -> str:
+    """The first name of a tower, "" if it has none."""
+    return next((name for name, entry in known.towers.items() if entry["spec"] == spec), "")
+
+
+def free_name(known: Registry, spec: str) -> str:
+    """The last part of ``spec``, with a number if another tower has that name."""
+    stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
+    name = stem
+    number = 1
+    while name in known.towers:
+        number += 1
+        name = f"{stem}-{number}"
     return name
 
 
@@ -194,9 +207,10 @@ def locate(name: str) -> TowerLocation:
     known = registry()
     if known.chosen:
         return locate_spec(known.towers[known.chosen]["spec"], how=f"`llm2clip use {known.chosen}`")
-    ways = f"run `llm2clip use TOWER`, set LLM2CLIP_TOWER=TOWER, or pass --vision_tower {NAME}:TOWER (path or Hub id)"
     raise TowerNotFoundError(
-        f"--vision_tower {NAME}: no tower is selected; {ways}; {known.summary()}"
+        f"--vision_tower {NAME}: no tower is selected; run `llm2clip use TOWER`, "
+        f"set LLM2CLIP_TOWER=TOWER, or pass --vision_tower {NAME}:TOWER (path or Hub id); "
+        f"{known.summary()}"
     )
 
 
@@ -210,9 +224,8 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
         return locate_spec(known.towers[spec]["spec"], how=f"{how} (registered as {spec!r})")
     if HUB_ID.match(spec):
         repository, _, revision = spec.partition("@")
-        return TowerLocation.of(
-            download(repository, HUB_FILES, revision or None), how=how, origin=spec
-        )
+        directory = download(repository, HUB_FILES, revision or None)
+        return TowerLocation.of(directory, how=how, origin=spec)
     raise TowerNotFoundError(
         f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {known.summary()}"
     )
@@ -225,9 +238,9 @@ def download(repository: str, patterns: list[str], revision: str | None = None) 
     except (OSError, ValueError) as error:
         # the client's errors for network, cache, permissions and names
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        told = f"no directory {repository!r}, and downloading it from the Hub failed ({reason})"
         raise TowerNotFoundError(
-            f"{told}; download it elsewhere and pass {NAME}:PATH; {registry().summary()}"
+            f"no directory {repository!r}, and downloading it from the Hub failed ({reason}); "
+            f"download it elsewhere and pass {NAME}:PATH; {registry().summary()}"
         ) from error
 
 
@@ -286,21 +299,16 @@ def find_tower(name: str, config: Any) -> TowerLocation:
         wanted = str(record["weights_sha256"])
         origin = str(record["origin"])
     places: list[tuple[str, Callable[[], TowerLocation]]] = [
-        (f"by name, {name!r}", lambda: locate(name))
+        (f"by name, {name!r}", partial(locate, name))
     ]
     if folder := checkpoint_of(config):
-        places.append((f"in {folder}/{BUNDLE}", lambda: locate_bundled(folder, origin)))
+        places.append((f"in {folder}/{BUNDLE}", partial(locate_bundled, folder, origin)))
     if origin != name.partition(":")[2]:
-        places.append((f"at its origin, {origin}", lambda: locate_spec(origin, how="origin")))
-    same = [
-        (known, e["spec"])
-        for known, e in sorted(registry().towers.items())
-        if e["weights_sha256"] == wanted
-    ]
-    places += [
-        (f"registered as {known!r}", partial(locate_spec, spec, how="registry"))
-        for known, spec in same
-    ]
+        places.append((f"at its origin, {origin}", partial(locate_spec, origin, how="origin")))
+    for registered, entry in sorted(registry().towers.items()):
+        if entry["weights_sha256"] == wanted:
+            find = partial(locate_spec, entry["spec"], how="registry")
+            places.append((f"registered as {registered!r}", find))
     searched: list[str] = []
     problem: type[Exception] = TowerNotFoundError
     for where, find in places:
@@ -311,19 +319,19 @@ def find_tower(name: str, config: Any) -> TowerLocation:
             continue
         if location.sha256 == wanted:
             if searched:
-                print(
-                    f"llm2clip: loading the vision tower {name!r} from {location.directory} ({where})"
-                )
+                source = f"{location.directory} ({where})"
+                print(f"llm2clip: loading the vision tower {name!r} from {source}")
             return location
         problem = ContractError  # another tower is not loaded in its place
         searched.append(f"\n  - {where}: {location.directory} has sha256 {location.sha256}")
-    about = (
-        f"sha256 {wanted} (origin {origin}, {record.get('family')}, {record.get('image_size')} px)"
+    about = f"origin {origin}, {record.get('family')}, {record.get('image_size')} px"
+    raise problem(
+        f"{checkpoint} was trained with the tower sha256 {wanted} ({about}); "
+        f"refusing to load a different tower. Searched:{''.join(searched)}\n"
+        "Copy that tower to this machine and run `llm2clip use PATH`, "
+        f"or run `{command('llava', 'bundle', checkpoint)}` where the tower still exists "
+        "and copy the checkpoint again"
     )
-    told = f"{checkpoint} was trained with the tower {about}; refusing to load a different tower"
-    again = f"`{command('llava', 'bundle', checkpoint)}` where the tower still exists and copy the checkpoint again"
-    fix = f"Copy that tower to this machine and run `llm2clip use PATH`, or run {again}"
-    raise problem(f"{told}. Searched:{''.join(searched)}\n{fix}")
 
 
 def record_tower(folder: str | os.PathLike[str], config: Any) -> None:
@@ -342,11 +350,15 @@ def refuse_other_checkpoints(output: str, config: Any) -> None:
         record = config_of(folder).get(KEY) or config_of(folder, RECORD).get(KEY)
         if now and not record and not (folder / CONFIG).is_file():
             print(
-                f"note: {folder} does not record its vision tower; it was not compared with --vision_tower"
+                f"note: {folder} does not record its vision tower; "
+                "it was not compared with --vision_tower"
             )
         if (was := (record or {}).get("weights_sha256", now)) != now:
-            problem = f"{folder} was trained with the vision tower sha256 {was}, --vision_tower is now sha256 {now}"
-            raise ContractError(f"{problem}; pass that tower, or choose another --output_dir")
+            raise ContractError(
+                f"{folder} was trained with the vision tower sha256 {was}, "
+                f"--vision_tower is now sha256 {now}; "
+                "pass that tower, or choose another --output_dir"
+            )
 
 
 def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
@@ -380,7 +392,8 @@ USE = Command(
 TOWERS = Command(
     name="towers",
     example="llm2clip towers",
-    about="List the registered towers: location, hash, width, patches. An asterisk marks the selected one.",
+    about="List the registered towers: location, hash, width, patches. An asterisk marks the "
+    "selected one.",
     settings=NoOptions,
 )
 
@@ -403,14 +416,14 @@ def main_towers(argv: list[str]) -> int:
     known = registry()
     for name, entry in sorted(known.towers.items()):
         spec = entry["spec"]
-        told = f"on the Hub as {entry['spec']}, sha256 {entry['weights_sha256'][:12]}"
+        description = f"on the Hub as {spec}, sha256 {entry['weights_sha256'][:12]}"
         # those of the Hub are not downloaded for it
         if Path(spec).is_dir() or not HUB_ID.match(spec):
             try:
-                told = locate_spec(spec, how=name).describe()
+                description = locate_spec(spec, how=name).describe()
             except (FileNotFoundError, ContractError) as error:
-                told = f"not usable: {error}"
-        print(f"{'*' if name == known.chosen else ' '} {name}: {told}")
+                description = f"not usable: {error}"
+        print(f"{'*' if name == known.chosen else ' '} {name}: {description}")
     if not known.towers:
         print(f"{known.summary()}; register one with `llm2clip use PATH_OR_HUB_ID`")
     return 0
@@ -431,17 +444,16 @@ def bundle(checkpoint: Path, *, tower: str = "") -> Path:
         )
     location = locate_tower(checkpoint, name, config, tower)
     target = checkpoint / BUNDLE
-    if (target / TowerCard.FILE).is_file() and TowerLocation.of(
-        target, how="bundled"
-    ).sha256 == location.sha256:
-        check_card(target, adapter=False)
-        return target
+    if (target / TowerCard.FILE).is_file():
+        bundled = TowerLocation.of(target, how="bundled")
+        if bundled.sha256 == location.sha256:
+            bundled.check_weights()
+            return target
     fix = f"it holds no bundled tower of {location.sha256[:12]}: move it, and bundle again"
     with atomic_directory(target, fix=fix) as temporary:
-        for source in [
-            path for name in BUNDLED_FILES for path in sorted(location.directory.glob(name))
-        ]:
-            shutil.copyfile(source, temporary / source.name)
+        for pattern in BUNDLED_FILES:
+            for source in sorted(location.directory.glob(pattern)):
+                shutil.copyfile(source, temporary / source.name)
         replace(location, directory=temporary).check_weights()
     return target
 
@@ -455,8 +467,11 @@ def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str
     location = locate_spec(tower, how=f"--tower {tower}")
     recorded = config.get(KEY, {}).get("weights_sha256", location.sha256)
     if location.sha256 != recorded:
-        told = f"trained with the tower sha256 {recorded}, but {location.directory} has sha256 {location.sha256}"
-        raise ContractError(f"{checkpoint} was {told}; pass the original with --tower")
+        raise ContractError(
+            f"{checkpoint} was trained with the tower sha256 {recorded}, "
+            f"but {location.directory} has sha256 {location.sha256}; "
+            "pass the original with --tower"
+        )
     return location
 
 

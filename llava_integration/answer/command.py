@@ -1,8 +1,9 @@
 """``llm2clip llava evaluate``: a LLaVA model answers a question file, on any device.
 
-Accepts the options of LLaVA's ``model_vqa_loader``, ``model_vqa_science`` and ``model_vqa_mmbench`` and writes the same
-answers file. Adds batches, a choice of device, resuming, and several ranks with a GPU each (``torchrun
---nproc_per_node 8 -m llm2clip_plugin.cli llava evaluate ...`` or ``srun``).
+Accepts the options of LLaVA's ``model_vqa_loader``, ``model_vqa_science`` and
+``model_vqa_mmbench`` and writes the same answers file. Adds batches, a choice of device, resuming,
+and several ranks with a GPU each (``torchrun --nproc_per_node 8 -m llm2clip_plugin.cli llava
+evaluate ...`` or ``srun``).
 """
 
 from __future__ import annotations
@@ -79,17 +80,18 @@ class Answerer:
         without an image."""
         from torch.utils.data import DataLoader
 
-        parts = (
+        collate = partial(  # no weights, so that worker processes stay small
+            prepare,
             self.options.image_folder,
             self.conversation,
             self.tokenizer,
             self.image_processor,
             self.model.config,
         )
-        collate = partial(prepare, *parts)  # no weights, so that worker processes stay small
-        chosen = [(index, questions[index]) for index in indices]
-        for pictured in (True, False):
-            group: Any = [pair for pair in chosen if bool(pair[1].image) == pictured]
+        numbered = [(index, questions[index]) for index in indices]
+        with_image: Any = [(index, question) for index, question in numbered if question.image]
+        without: Any = [(index, question) for index, question in numbered if not question.image]
+        for group in (with_image, without):
             workers = min(self.options.workers, len(group))
             if group:
                 yield from DataLoader(
@@ -105,7 +107,9 @@ class Answerer:
         arguments: dict[str, Any] = {"attention_mask": mask.to(device)}
         if batch[0][2] is not None:
             images = [
-                p.to(device=device, dtype=self.model.dtype) for _, _, p, _ in batch if p is not None
+                pixels.to(device=device, dtype=self.model.dtype)
+                for _, _, pixels, _ in batch
+                if pixels is not None
             ]
             same_shape = all(image.shape == images[0].shape for image in images)
             arguments["images"] = torch.stack(images) if same_shape else images
@@ -113,22 +117,19 @@ class Answerer:
         options = self.options
         pad = self.tokenizer.pad_token_id
         eos = self.tokenizer.eos_token_id
-        arguments |= {
-            "do_sample": options.temperature > 0,
-            "num_beams": options.num_beams,
-            "use_cache": True,
-        }
-        arguments |= {
-            "max_new_tokens": options.max_new_tokens,
-            "pad_token_id": eos if pad is None else pad,
-        }
+        arguments.update(
+            do_sample=options.temperature > 0,
+            num_beams=options.num_beams,
+            use_cache=True,
+            max_new_tokens=options.max_new_tokens,
+            pad_token_id=eos if pad is None else pad,
+        )
         if options.temperature > 0:
-            arguments |= {"temperature": options.temperature, "top_p": options.top_p}
+            arguments.update(temperature=options.temperature, top_p=options.top_p)
         with torch.inference_mode():
             output = self.model.generate(ids.to(device), **arguments)
-        return [
-            text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)
-        ]
+        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
 
 def prepare(
@@ -179,7 +180,8 @@ def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     from torch.nn.utils.rnn import pad_sequence
 
     ids = pad_sequence([row.flip(0) for row in rows], batch_first=True).flip(1)
-    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
+    return ids, mask
 
 
 def main(argv: list[str]) -> int:
@@ -189,23 +191,14 @@ def main(argv: list[str]) -> int:
     if options.model_path:
         check_checkpoint(options.model_path, options.model_base)
     rank, world = choose_device(options.device)
-    asked = {
-        "directly": options.single_pred_prompt,
-        "all_rounds": options.all_rounds,
-        "lang": options.lang,
-    }
-    questions = chunk(
-        read_questions(options.question_file, **asked), options.num_chunks, options.chunk_idx
+    questions = read_questions(
+        options.question_file,
+        directly=options.single_pred_prompt,
+        all_rounds=options.all_rounds,
+        lang=options.lang,
     )
-    folder = options.image_folder
-    if (
-        folder
-        and not Path(folder).is_dir()
-        and any(item.image and not item.embedded for item in questions)
-    ):
-        raise FileNotFoundError(
-            f"--image-folder {folder} is not a folder; expected that of the questions' images"
-        )
+    questions = chunk(questions, options.num_chunks, options.chunk_idx)
+    check_image_folder(options.image_folder, questions)
     endpoint = None
     served = None
     if options.endpoint:
@@ -226,26 +219,41 @@ def main(argv: list[str]) -> int:
     if indices and endpoint and served:
         refused = answer_served(endpoint, served.id, options, questions, indices, answers)
     elif indices:
-        answerer = Answerer(options)
-        with tqdm(
-            total=len(indices), unit="question", mininterval=0.5 if sys.stderr.isatty() else 10.0
-        ) as bar:
-            for batch in answerer.batches(questions, indices):
-                texts = zip([index for index, *_ in batch], answerer.generate(batch), strict=True)
-                answers.write(
-                    {index: entry(questions[index], text, answerer.name) for index, text in texts}
-                )
-                bar.update(len(batch))
+        answer_here(Answerer(options), questions, indices, answers)
     missing = answers.finish()
     pending = ", other ranks are still running" if missing > len(refused) else ""
     print(f"{answers.path}: {len(questions) - missing} of {len(questions)} answers{pending}")
-    if refused:
-        print(
-            f"error: {len(refused)} questions without an answer; rerun to ask them again",
-            file=sys.stderr,
+    if not refused:
+        return 0
+    print(
+        f"error: {len(refused)} questions without an answer; rerun to ask them again",
+        file=sys.stderr,
+    )
+    print("\n".join(f"  {line}" for line in refused[:10]), file=sys.stderr)
+    return 1
+
+
+def check_image_folder(folder: str, questions: list[Question]) -> None:
+    """FileNotFoundError if the folder of images that questions name does not exist."""
+    named = any(question.image and not question.embedded for question in questions)
+    if folder and named and not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"--image-folder {folder} is not a folder; expected that of the questions' images"
         )
-        print("\n".join(f"  {line}" for line in refused[:10]), file=sys.stderr)
-    return int(bool(refused))
+
+
+def answer_here(
+    answerer: Answerer, questions: list[Question], indices: list[int], answers: AnswersFile
+) -> None:
+    """Answer the questions of these indices with a model in this process, and write each batch."""
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    with tqdm(total=len(indices), unit="question", mininterval=interval) as bar:
+        for batch in answerer.batches(questions, indices):
+            entries = {}
+            for (index, *_), text in zip(batch, answerer.generate(batch), strict=True):
+                entries[index] = entry(questions[index], text, answerer.name)
+            answers.write(entries)
+            bar.update(len(batch))
 
 
 def choose_device(device: str) -> tuple[int, int]:
@@ -253,15 +261,12 @@ def choose_device(device: str) -> tuple[int, int]:
     Slurm. LLaVA spreads a model over all visible GPUs, so each of several ranks is given one GPU.
     """
     environment = os.environ
-    slurm = "RANK" not in environment and "SLURM_PROCID" in environment
-    names = (
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-        if slurm
-        else ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    )
-    rank, world, local = (
-        int(environment.get(name, default)) for name, default in zip(names, "010", strict=True)
-    )
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in environment and "SLURM_PROCID" in environment:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    rank = int(environment.get(names[0], 0))
+    world = int(environment.get(names[1], 1))
+    local = int(environment.get(names[2], 0))
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     elif world > 1:
@@ -288,7 +293,8 @@ def chunk(questions: list[Question], chunks: int, index: int) -> list[Question]:
 def answer_settings(options: AnswerConfig, served: ServedModel | None) -> dict[str, Any]:
     """Every setting that an answer depends on, with hashes of the model and the question file.
     ``served``: the model behind ``--endpoint``, whose configuration the server knows."""
-    names = "num_chunks chunk_idx temperature top_p max_new_tokens single_pred_prompt all_rounds lang".split()
+    names = ["num_chunks", "chunk_idx", "temperature", "top_p", "max_new_tokens"]
+    names += ["single_pred_prompt", "all_rounds", "lang"]
     if served:
         model = {
             "endpoint": options.endpoint,
@@ -296,7 +302,8 @@ def answer_settings(options: AnswerConfig, served: ServedModel | None) -> dict[s
             "served_root": served.root,
         }
     else:
-        names += "model_path model_base conv_mode num_beams dtype load_8bit load_4bit".split()
+        names += ["model_path", "model_base", "conv_mode", "num_beams", "dtype"]
+        names += ["load_8bit", "load_4bit"]
         config = Path(options.model_path) / "config.json"
         model = {"model_config_sha256": sha256_file(config) if config.is_file() else ""}
         model["model_sample_sha256"] = sample_sha256(options.model_path)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import itertools
 import json
 import os
 import shutil
@@ -63,11 +62,11 @@ class Question:
         """The image in RGB; raises ValueError with the question's id if it cannot be read, or is
         outside the folder."""
         path = Path(folder) / self.image
-        if not self.embedded and not Path(os.path.abspath(path)).is_relative_to(
-            os.path.abspath(folder)
-        ):
+        inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+        if not self.embedded and not inside:
             raise ValueError(
-                f"question {self.id!r}: image {self.image!r} is outside --image-folder {folder or '.'}"
+                f"question {self.id!r}: image {self.image!r} is outside "
+                f"--image-folder {folder or '.'}"
             )
         try:
             source = io.BytesIO(base64.b64decode(self.image)) if self.embedded else path
@@ -108,7 +107,8 @@ def read_questions(
                 ):
                     image = row.get("image", "") + ""
                     text = row["conversations"][0]["value"].replace("<image>", "").strip()
-                    text += f"\n{DIRECTLY['en']}" if directly else ""
+                    if directly:
+                        text += f"\n{DIRECTLY['en']}"
                     shown = f"<image>\n{text}" if image else text
                     questions.append(Question(id=row["id"], text=text, shown=shown, image=image))
         elif path.suffix == ".tsv":
@@ -129,9 +129,11 @@ def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[
     questions = []
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
-            options = list(
-                itertools.takewhile(lambda cell: not is_none(cell), map(row.get, LETTERS))
-            )
+            options: list[str] = []
+            for letter in LETTERS:
+                if is_none(row.get(letter)):
+                    break
+                options.append(row[letter])
             letters = list(LETTERS[: len(options)])  # of the options as they are in the row
             hint = [] if is_none(row.get("hint")) else [row["hint"]]
             for number in range(len(options) if all_rounds else 1):
@@ -140,9 +142,16 @@ def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[
                 ]
                 shown = "\n".join([*hint, row["question"], *listed])
                 index = int(row["index"]) if row["index"].isdigit() else row["index"]
-                extra = {"round_id": number, "options": options, "option_char": letters}
-                about = {"image": row["image"], "embedded": True, "extra": extra}
-                questions.append(Question(id=index, text=shown + suffix, shown=shown, **about))
+                questions.append(
+                    Question(
+                        id=index,
+                        text=shown + suffix,
+                        shown=shown,
+                        image=row["image"],
+                        embedded=True,
+                        extra={"round_id": number, "options": options, "option_char": letters},
+                    )
+                )
                 options = options[1:] + options[:1]
                 letters = letters[1:] + letters[:1]
     return questions
@@ -204,18 +213,15 @@ class AnswersFile:
             saved.unlink(missing_ok=True)
             shutil.rmtree(self.partial, ignore_errors=True)
         if saved.is_file():
-            before = read_json_value(saved)
+            changes = []
             # an earlier release may have recorded less
-            changes = [
-                (name, old, settings.get(name))
-                for name, old in before.items()
-                if name not in IGNORED_ON_RESUME
-            ]
-            if differ := ", ".join(
-                f"{name} {old!r} -> {new!r}" for name, old, new in changes if old != new
-            ):
+            for name, old in read_json_value(saved).items():
+                new = settings.get(name)
+                if name not in IGNORED_ON_RESUME and old != new:
+                    changes.append(f"{name} {old!r} -> {new!r}")
+            if changes:
                 raise ContractError(
-                    f"{path} was started with other settings ({differ}); {OTHER_FILE}"
+                    f"{path} was started with other settings ({', '.join(changes)}); {OTHER_FILE}"
                 )
         elif path.exists() or self.partial.exists():
             raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
@@ -240,9 +246,8 @@ class AnswersFile:
         self.partial.mkdir(exist_ok=True)
         with naming_full_disk(self.path), self.partial_file.open("a", encoding="utf-8") as file:
             for index, answer in answers.items():
-                file.write(
-                    json.dumps({"index": index, "answer": answer}, ensure_ascii=False) + "\n"
-                )
+                line = json.dumps({"index": index, "answer": answer}, ensure_ascii=False)
+                file.write(f"{line}\n")
 
     def finish(self) -> int:
         """Write the answers file, in the order of the questions, if none is missing; returns how
@@ -283,7 +288,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if bool(self.model_path) == bool(self.endpoint):
             raise ValueError(
-                "--model-path and --endpoint: give one, a LLaVA checkpoint or the URL of a served model"
+                "--model-path and --endpoint: give one, "
+                "a LLaVA checkpoint or the URL of a served model"
             )
 
 
@@ -325,15 +331,16 @@ class AnswerConfig(ModelConfig):
 
 COMMAND = Command(
     name="llava evaluate",
-    example="llm2clip llava evaluate --model-path checkpoints/llava-7b --question-file questions.jsonl "
-    "--image-folder images --answers-file answers.jsonl",
-    about="Answer a question file with a LLaVA model, on any device. The options of LLaVA's model_vqa_loader, "
-    "model_vqa_science and model_vqa_mmbench are accepted, and the answers file is the same; batches, resuming and "
-    "several ranks are added. With --endpoint, any model behind an OpenAI-compatible server answers it (vLLM, SGLang, "
-    f"llama.cpp, ...); the key is read from {KEY}.",
+    example="llm2clip llava evaluate --model-path checkpoints/llava-7b "
+    "--question-file questions.jsonl --image-folder images --answers-file answers.jsonl",
+    about="Answer a question file with a LLaVA model, on any device. The options of LLaVA's "
+    "model_vqa_loader, model_vqa_science and model_vqa_mmbench are accepted, and the answers file "
+    "is the same; batches, resuming and several ranks are added. With --endpoint, any model behind "
+    "an OpenAI-compatible server answers it (vLLM, SGLang, llama.cpp, ...); the key is read from "
+    f"{KEY}.",
     settings=AnswerConfig,
-    everyday="model-path model-base endpoint question-file answers-file image-folder batch-size temperature "
-    "max-new-tokens device overwrite",
+    everyday="model-path model-base endpoint question-file answers-file image-folder batch-size "
+    "temperature max-new-tokens device overwrite",
     also={"data": "question_file", "output": "answers_file", "model": "served_model_name"},
     needs={  # a server loads its own model
         **dict.fromkeys(("model_base", "load_8bit", "load_4bit"), "not endpoint"),

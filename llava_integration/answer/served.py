@@ -78,14 +78,11 @@ class Endpoint:
         parts = urlsplit(url)
         if parts.username or parts.password:
             raise ValueError(f"--endpoint must not contain a user or password; set {KEY} instead")
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.query
-            or parts.fragment
-        ):
+        is_server = parts.scheme in ("http", "https") and bool(parts.hostname)
+        if not is_server or parts.query or parts.fragment:
             raise ValueError(
-                f"--endpoint {url!r} is not a server's URL; expected one like http://localhost:8000/v1"
+                f"--endpoint {url!r} is not a server's URL; "
+                "expected one like http://localhost:8000/v1"
             )
         path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/models")
         self.url = f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
@@ -135,18 +132,7 @@ class Endpoint:
                 answer = self._request(
                     "/chat/completions", body, limit=self.timeout, option="--timeout"
                 )
-                try:
-                    choice = answer["choices"][0]
-                    text = choice["message"]["content"]
-                    reason = str(choice.get("finish_reason") or "")
-                except (KeyError, IndexError, TypeError):
-                    fault = f"{self.url}: an answer without choices[0].message.content: {_short(answer)}"
-                    raise PassingError(fault) from None
-                if not isinstance(text, str):
-                    raise RefusedError(
-                        f"the answer has no text (content: {_short(text)}, {reason})"
-                    )
-                return text.strip(), reason
+                return self._reply(answer)
             except PassingError as error:
                 failures += 1
                 if failures >= retry.tries or self.stopped.is_set():
@@ -162,6 +148,21 @@ class Endpoint:
                     )
                 self.stopped.wait(pause)
 
+    def _reply(self, answer: Any) -> Reply:
+        """The text of a chat completion. Raises PassingError for another value, RefusedError
+        without a text."""
+        try:
+            choice = answer["choices"][0]
+            text = choice["message"]["content"]
+            reason = str(choice.get("finish_reason") or "")
+        except (KeyError, IndexError, TypeError):
+            raise PassingError(
+                f"{self.url}: an answer without choices[0].message.content: {_short(answer)}"
+            ) from None
+        if not isinstance(text, str):
+            raise RefusedError(f"the answer has no text (content: {_short(text)}, {reason})")
+        return text.strip(), reason
+
     def _request(
         self, path: str, body: dict[str, Any] | None = None, *, limit: float, option: str
     ) -> Any:
@@ -176,13 +177,11 @@ class Endpoint:
                 raise self._status_error(error, path) from None
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)  # of a URLError
-            late = f"no answer within {limit:g} s ({option}); the server is overloaded or stalled"
-            said = (
-                late
-                if isinstance(cause, TimeoutError)
-                else _short(f"{type(cause).__name__}: {cause}")
-            )
-            raise PassingError(f"{self.url}: {said}") from error
+            problem = _short(f"{type(cause).__name__}: {cause}")
+            if isinstance(cause, TimeoutError):
+                problem = f"no answer within {limit:g} s ({option})"
+                problem += "; the server is overloaded or stalled"
+            raise PassingError(f"{self.url}: {problem}") from error
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
@@ -193,8 +192,8 @@ class Endpoint:
     def _status_error(self, error: urllib.error.HTTPError, path: str) -> Exception:
         """What to raise for an HTTP status that is not 200."""
         status = error.code
-        place = error.headers.get("Location")
-        reply = f"HTTP {status}: {_short(place) if place else _error_text(error)}"
+        location = error.headers.get("Location")
+        reply = f"HTTP {status}: {_short(location) if location else _error_text(error)}"
         if status in PASSING or status >= 500:
             passing = PassingError(f"{self.url}: {reply}")
             passing.pause = seconds_of_retry_after(error.headers.get("Retry-After") or "")
@@ -224,8 +223,11 @@ def _error_text(error: urllib.error.HTTPError) -> str:
 
 def _short(value: Any) -> str:
     """The beginning of a text or JSON value, without control characters."""
-    text = value.decode(errors="replace") if isinstance(value, bytes) else value
-    return printable(" ".join((text if isinstance(text, str) else json.dumps(text)).split())[:300])
+    if isinstance(value, bytes):
+        text = value.decode(errors="replace")
+    else:
+        text = value if isinstance(value, str) else json.dumps(value)
+    return printable(" ".join(text.split())[:300])
 
 
 def image_url(question: Question, folder: str) -> str:
@@ -233,11 +235,10 @@ def image_url(question: Question, folder: str) -> str:
     otherwise a PNG. A server may rotate by EXIF or put transparent images on white, which LLaVA
     does not."""
     image = question.open_image(folder)
-    raw = (
-        base64.b64decode(question.image)
-        if question.embedded
-        else (Path(folder) / question.image).read_bytes()
-    )
+    if question.embedded:
+        raw = base64.b64decode(question.image)
+    else:
+        raw = (Path(folder) / question.image).read_bytes()
     with Image.open(io.BytesIO(raw)) as source:
         kind = source.format
         plain = source.mode == "RGB" and source.getexif().get(ORIENTATION, 1) == 1
@@ -319,8 +320,10 @@ def answer_served(
                 else:
                     raise result
     except EndpointError as error:
-        kept = f"{len(answers.done())} of {len(questions)} answers are kept, rerun the same command to resume"
-        raise EndpointError(f"{error}; {kept}") from error
+        raise EndpointError(
+            f"{error}; {len(answers.done())} of {len(questions)} answers are kept, "
+            "rerun the same command to resume"
+        ) from error
     finally:
         endpoint.stopped.set()
     return refused
