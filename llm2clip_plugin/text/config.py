@@ -30,7 +30,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
             raise ValueError(
-                f"r {self.r} and alpha {self.alpha} must be at least 1, dropout {self.dropout} in [0, 1)"
+                f"r {self.r} and alpha {self.alpha} must be at least 1, "
+                f"dropout {self.dropout} in [0, 1)"
             )
 
 
@@ -50,7 +51,8 @@ class ContrastConfig:
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 100 or self.length_groups < 1:
             raise ValueError(
-                f"scale {self.scale} must be in (0, 100], length_groups {self.length_groups} at least 1"
+                f"scale {self.scale} must be in (0, 100], "
+                f"length_groups {self.length_groups} at least 1"
             )
 
 
@@ -101,11 +103,12 @@ class PairsConfig:
     def __post_init__(self) -> None:
         if self.weights and len(self.weights) != len(self.data):
             raise ValueError(
-                f"{len(self.weights)} weights for {len(self.data)} data sets; pass one for each, or none"
+                f"{len(self.weights)} weights for {len(self.data)} data sets; "
+                "pass one for each, or none"
             )
         if any(not weight > 0 for weight in self.weights):
             raise ValueError(f"weights are {self.weights}, expected numbers above 0")
-        _ = self.kinds, self.drawn_items, self.instruction_of
+        _ = (self.kinds, self.drawn_items, self.instruction_of)  # each raises for a wrong form
 
     @property
     def kinds(self) -> tuple[PairKind, ...]:
@@ -114,15 +117,15 @@ class PairsConfig:
             raise ValueError(
                 "no pair kinds configured; set at least one with --pair-kinds, such as short:long"
             )
-        found = []
+        kinds = []
         for text in self.pair_kinds:
             match = re.fullmatch(r"([^:=]+):([^:=]+)(?:=(\d+\.?\d*|\.\d+))?", text)
-            if match is None or not float(match[3] or 1):
+            if match is None or float(match[3] or 1) == 0:
                 raise ValueError(
                     f"invalid pair kind {text!r}; expected QUERY:POSITIVE[=WEIGHT]: short:long=0.5"
                 )
-            found.append(PairKind(match[1], match[2], float(match[3] or 1)))
-        return tuple(found)
+            kinds.append(PairKind(match[1], match[2], float(match[3] or 1)))
+        return tuple(kinds)
 
     @property
     def drawn_items(self) -> dict[str, tuple[int, int]]:
@@ -140,11 +143,15 @@ class PairsConfig:
     @property
     def instruction_of(self) -> dict[str, str]:
         """Of ``instructions``: kind of the query -> text; raises ValueError for another form."""
-        parts = [one.partition("=") for one in self.instructions]
-        parsed = {kind: text for kind, equal, text in parts if kind and equal}
+        parsed: dict[str, str] = {}
+        for instruction in self.instructions:
+            kind, equal, text = instruction.partition("=")
+            if kind and equal:
+                parsed[kind] = text
         if len(parsed) != len(self.instructions):
             raise ValueError(
-                f"instructions {list(self.instructions)} must be KIND=TEXT, one for each kind of query"
+                f"instructions {list(self.instructions)} must be KIND=TEXT, "
+                "one for each kind of query"
             )
         return parsed
 
@@ -211,18 +218,17 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.preset and self.preset not in PRESETS:
             raise ValueError(unknown("preset", self.preset, PRESETS))
-        for name, known in (
-            ("attention", ATTENTIONS),
-            ("pooling", POOLINGS),
-            ("compute_dtype", COMPUTE_DTYPES),
-        ):
-            if (value := vars(self)[name]) not in known:
+        choices = {"attention": ATTENTIONS, "pooling": POOLINGS, "compute_dtype": COMPUTE_DTYPES}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
                 raise ValueError(unknown(name, value, known))
         if self.max_tokens < 4:
             raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 4")
         if self.chat_template not in ("", "user") and self.chat_template.count(CAPTION) != 1:
             raise ValueError(
-                f"chat_template {self.chat_template!r} must be empty, user, or a text with one {CAPTION}"
+                f"chat_template {self.chat_template!r} must be empty, user, "
+                f"or a text with one {CAPTION}"
             )
 
 
@@ -254,18 +260,18 @@ def effective(
     card = find_card(str(adapter or folder))
     unset = (config.pooling, config.attention) == ("mean", "bidirectional")
     if card is None and not config.preset and unset and (folder / "modules.json").is_file():
-        fix = "set --preset last-token or --preset mean, or --pooling and --attention, and its prompts"
         raise ValueError(
-            f"{folder}: the pooling and prompts of a sentence-transformers model are not read; {fix}"
+            f"{folder}: the pooling and prompts of a sentence-transformers model are not read; "
+            "set --preset last-token or --preset mean, or --pooling and --attention, "
+            "and its prompts"
         )
     if config.preset:
         settled = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
         config = dataclasses.replace(settled, preset="")
     if card is not None:
         settings = {name: vars(card)[name] for name in CARD_SETTINGS}
-        config = apply_settings(
-            config, settings, f"{config.adapter or config.llm} was trained with"
-        )
+        reason = f"{config.adapter or config.llm} was trained with"
+        config = apply_settings(config, settings, reason)
     return config, card
 
 
@@ -273,8 +279,10 @@ def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str)
     """The configuration with ``settings``, which an LLM was trained with. Raises ContractError,
     with both values and ``reason``, for an option that differs from its default and from them."""
     for name, value in settings.items():
-        if (given := vars(config)[name]) not in (getattr(EncoderConfig, name), value):
-            raise ContractError(f"{name} is {given!r}, but {reason} {value!r}; omit {name}")
+        configured = getattr(config, name)
+        default = getattr(EncoderConfig, name)
+        if configured not in (default, value):
+            raise ContractError(f"{name} is {configured!r}, but {reason} {value!r}; omit {name}")
     return dataclasses.replace(config, **settings)
 
 
@@ -292,9 +300,10 @@ class ExportConfig:
 
 EXPORT_LLM = Command(
     name="export-llm",
-    example="llm2clip export-llm --llm meta-llama/Llama-3.2-1B-Instruct --adapter runs/llm/adapter --output llms/cc3m",
-    about="Export a fine-tuned LLM: merged weights and how they embed. The folder is reloaded, and its embeddings are "
-    "compared, before it counts.",
+    example="llm2clip export-llm --llm meta-llama/Llama-3.2-1B-Instruct "
+    "--adapter runs/llm/adapter --output llms/cc3m",
+    about="Export a fine-tuned LLM: merged weights and how they embed. The folder is reloaded, and "
+    "its embeddings are compared, before it counts.",
     settings=ExportConfig,
     everyday="llm adapter preset output overwrite",
 )

@@ -62,10 +62,10 @@ class TextEncoder(ABC):
 
     def __init__(self, config: EncoderConfig, device: torch.device | str | None) -> None:
         self.device = choose_device(str(device or ""))
-        auto = config.compute_dtype == "auto"
-        self.dtype = (
-            llms.fastest_dtype(self.device) if auto else getattr(torch, config.compute_dtype)
-        )
+        if config.compute_dtype == "auto":
+            self.dtype = llms.fastest_dtype(self.device)
+        else:
+            self.dtype = getattr(torch, config.compute_dtype)
 
     @abstractmethod
     def identity(self) -> TeacherIdentity:
@@ -121,22 +121,21 @@ class TextEncoder(ABC):
         distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
         embeddings_UW = torch.empty(len(distinct), self.width)
         budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
-        rows = (
-            self.tokenize(list(distinct), query=query)
-            if tokens is None
-            else [tokens[text] for text in distinct]
-        )
+        rows: Sequence[Sequence[int]]
+        if tokens is None:
+            rows = self.tokenize(list(distinct), query=query)
+        else:
+            rows = [tokens[text] for text in distinct]
+        lengths = [self.padded_length(ids) for ids in rows]
         done = 0
-        for indices in llms.length_batches([self.padded_length(ids) for ids in rows], budget):
-            embeddings_UW[indices] = self.embed_tokens(
-                [rows[index] for index in indices], query=query
-            )
+        for indices in llms.length_batches(lengths, budget):
+            batch = [rows[index] for index in indices]
+            embeddings_UW[indices] = self.embed_tokens(batch, query=query)
             done += len(indices)
             if on_batch is not None:
                 on_batch(done, len(distinct))
-        return embeddings_UW[
-            torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)
-        ]
+        index_N = torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)
+        return embeddings_UW[index_N]
 
 
 class CaptionEncoder(TextEncoder):
@@ -163,8 +162,10 @@ class CaptionEncoder(TextEncoder):
         self._weights_sha256 = weights_sha256(self.folder)
         if card is not None and card.base_sha256 not in ("", self._weights_sha256):
             raise ContractError(
-                f"{config.adapter} was trained on {card.base} with weights {card.base_sha256[:12]}..., but "
-                f"{config.llm} has {self._weights_sha256[:12]}...; pass the LLM that it was trained on"
+                f"{config.adapter} was trained on {card.base} "
+                f"with weights {card.base_sha256[:12]}..., "
+                f"but {config.llm} has {self._weights_sha256[:12]}...; "
+                "pass the LLM that it was trained on"
             )
         self.trust_remote_code = config.trust_remote_code
         # before the tokenizer: of code that is not run, there is one line
@@ -176,9 +177,8 @@ class CaptionEncoder(TextEncoder):
         self.config = dataclasses.replace(config, chat_template=template)
         self.frame = llms.build_frame(self.tokenizer, template, config.prompt)
         self.query_frame = llms.build_frame(self.tokenizer, template, config.query_prompt)
-        framing = {
-            id_ for frame in (self.frame, self.query_frame) for id_ in (*frame.head, *frame.tail)
-        }
+        framing = {*self.frame.head, *self.frame.tail}
+        framing |= {*self.query_frame.head, *self.query_frame.tail}
         check_vocabulary(self.tokenizer, settings.vocab_size, self.folder, framing)
         llm = llms.load_backbone(self.folder, config, self.dtype, self.device)
         llm.requires_grad_(False)
@@ -186,10 +186,10 @@ class CaptionEncoder(TextEncoder):
         wrapped = self._with_adapter(llm, adapter, trainable_adapter)
         self.post: Post | None = None
         self._post_sha256 = ""
-        own = "" if card is None else card.post_sha256
-        if own or config.post_file:
+        expected = "" if card is None else card.post_sha256
+        if expected or config.post_file:
             path = Path(config.post_file or (adapter or self.folder) / POST_FILE)
-            self.post, self._post_sha256 = open_post(path, self.width, own)
+            self.post, self._post_sha256 = open_post(path, self.width, expected)
         self.model = llms.CaptionModel(wrapped, config.pooling).eval()
 
     def open_tokenizer(self) -> Any:
@@ -236,16 +236,19 @@ class CaptionEncoder(TextEncoder):
         pad = self.tokenizer.pad_token_id or 0
         # of all rows at once: a GPU waits meanwhile, and row by row takes ten times as long
         input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in rows])
-        start_B1, stop_B1 = (
-            torch.tensor([[len(x)] for x in some]) for some in ([f.head for f in frames], rows)
-        )
-        place_T = torch.arange(longest)
-        has_token = place_T < stop_B1
-        pool_mask = has_token & (place_T >= start_B1)
+        start_B1 = torch.tensor([[len(frame.head)] for frame in frames])
+        stop_B1 = torch.tensor([[len(ids)] for ids in rows])
+        position_T = torch.arange(longest)
+        has_token = position_T < stop_B1
+        pool_mask = has_token & (position_T >= start_B1)
         if self.config.include_bos:
             pool_mask[:, 0] |= torch.tensor([frame.has_bos for frame in frames])
-        tensors = input_ids, has_token.long(), place_T * has_token, pool_mask
-        return llms.TokenBatch(*(tensor.to(self.device) for tensor in tensors))
+        return llms.TokenBatch(
+            input_ids=input_ids.to(self.device),
+            attention_mask=has_token.long().to(self.device),
+            position_ids=(position_T * has_token).to(self.device),
+            pool_mask=pool_mask.to(self.device),
+        )
 
     def identity(self) -> TeacherIdentity:
         # token ids, so that a re-saved tokenizer keeps its identity
@@ -300,11 +303,9 @@ class Post:
     def __call__(self, embeddings_NW: Tensor) -> Tensor:
         """(N, W) float32 -> (N, W)."""
         centered_NW = embeddings_NW - self.mean
-        return (
-            centered_NW
-            if self.removed is None
-            else centered_NW - centered_NW @ self.removed @ self.removed.T
-        )
+        if self.removed is None:
+            return centered_NW
+        return centered_NW - centered_NW @ self.removed @ self.removed.T
 
     def save(self, folder: Path) -> str:
         """Write POST_FILE into ``folder``; returns its hash, which the card records."""
@@ -403,8 +404,10 @@ def local_folder(llm: str, revision: str = "", *, also: tuple[str, ...] = ()) ->
 
 def weights_sha256(folder: Path) -> str:
     """SHA-256 over a model folder's weights; raises FileNotFoundError if there are none."""
-    paths = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), None)
-    if paths is None:
+    paths: list[Path] = []
+    for pattern in WEIGHT_PATTERNS:
+        paths = paths or sorted(folder.glob(pattern))
+    if not paths:
         raise FileNotFoundError(f"{folder} has no weights (no {' or '.join(WEIGHT_PATTERNS)})")
     for path in paths:
         if not path.is_file():  # reading a named pipe would wait forever
@@ -436,16 +439,16 @@ def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
     quiet_peft()
     from peft import LoraConfig, PeftModel
 
-    linear = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in llm.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-    )
-    if unknown := [name for name in settings.targets if name not in (ALL_LINEAR, *linear)]:
+    names: set[str] = set()
+    for name, module in llm.named_modules():
+        if isinstance(module, nn.Linear):
+            names.add(name.rpartition(".")[2])
+    linear = sorted(names)
+    unknown = [name for name in settings.targets if name not in (ALL_LINEAR, *linear)]
+    if unknown:
         raise ValueError(
-            f"unknown LoRA targets {unknown}; linear layers of this LLM: {', '.join(linear)}, all-linear"
+            f"unknown LoRA targets {unknown}; "
+            f"linear layers of this LLM: {', '.join(linear)}, all-linear"
         )
     config = LoraConfig(
         r=settings.r,
@@ -493,22 +496,28 @@ def attach_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fa
     config, tensors = read_adapter(folder)
     config.inference_mode = not trainable
     blocks = len(model.get_submodule("layers"))  # type: ignore[arg-type]
-    block_of = {name: int(match[1]) for name in tensors if (match := BLOCK.search(name))}
-    saved = {name: tensor for name, tensor in tensors.items() if block_of.get(name, -1) < blocks}
+    saved: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = BLOCK.search(name)
+        if match is None or int(match[1]) < blocks:
+            saved[name] = tensor
     with errors_about(f"{folder}, which does not fit {model.name_or_path},"):
         wrapped = PeftModel(model, config)
-        expected = adapter_state(wrapped)
-        ours, theirs = (
-            {(name, tuple(x.shape)) for name, x in each.items()} for each in (expected, saved)
-        )
-        if ours != theirs:
-            raise ValueError(
-                f"expected {sorted(ours - theirs)[:3]}, it has {sorted(theirs - ours)[:3]}"
-            )
+        expected_shapes = named_shapes(adapter_state(wrapped))
+        saved_shapes = named_shapes(saved)
+        if expected_shapes != saved_shapes:
+            missing = sorted(expected_shapes - saved_shapes)
+            unexpected = sorted(saved_shapes - expected_shapes)
+            raise ValueError(f"expected {missing[:3]}, it has {unexpected[:3]}")
     set_peft_model_state_dict(wrapped, saved)
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_(trainable and ".lora_" in name)
     return wrapped
+
+
+def named_shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of each tensor."""
+    return {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def adapter_state(wrapped: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -537,20 +546,22 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
         config = LoraConfig.from_pretrained(str(folder))
     with errors_about(folder / ADAPTER_WEIGHTS, fix="copy the adapter again"):
         tensors = load_file(folder / ADAPTER_WEIGHTS)
-    return config, {
-        HEAD_PREFIX.sub("base_model.model.", name): tensor for name, tensor in tensors.items()
-    }
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        renamed[HEAD_PREFIX.sub("base_model.model.", name)] = tensor
+    return config, renamed
 
 
 def read_lora(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """As ``read_adapter``; raises ValueError for an adapter that is more than one rank and scale,
     such as DoRA."""
     config, tensors = read_adapter(folder)
-    if special := [
-        name for name in ("use_dora", "rank_pattern", "alpha_pattern") if getattr(config, name)
-    ]:
+    unsupported = ("use_dora", "rank_pattern", "alpha_pattern")
+    special = [name for name in unsupported if getattr(config, name)]
+    if special:
         raise ValueError(
-            f"start adapter {folder} sets {', '.join(special)}; merge it into --llm with export-llm first"
+            f"start adapter {folder} sets {', '.join(special)}; "
+            "merge it into --llm with export-llm first"
         )
     return config, tensors
 
@@ -570,30 +581,35 @@ def stack(adapters: Sequence[tuple[Any, dict[str, Tensor]]]) -> tuple[Any, dict[
     sum_i s_i B_i A_i = [B_1 B_2 ...] [s_1 A_1; s_2 A_2; ...], s_i the scale of adapter i; its own
     scale is 1. A layer that an adapter leaves out has zeros.
     """
-    layers = {
-        name.rpartition(".lora_")[0]: (name, tensors) for _, tensors in adapters for name in tensors
-    }
+    adapter_with: dict[str, dict[str, Tensor]] = {}  # layer -> tensors of an adapter that has it
+    for _, tensors in adapters:
+        for name in tensors:
+            adapter_with[name.rpartition(".lora_")[0]] = tensors
     stacked: dict[str, Tensor] = {}
-    for layer, (_, known) in layers.items():
-        for side in "AB":
-            name = f"{layer}.lora_{side}.weight"
-            parts = []
-            for config, tensors in adapters:
-                scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-                shape = (
-                    (config.r, known[name].shape[1])
-                    if side == "A"
-                    else (known[name].shape[0], config.r)
-                )
-                part = tensors[name].float() if name in tensors else torch.zeros(shape)
-                parts.append(scale * part if side == "A" else part)
-            stacked[name] = torch.cat(parts, 0 if side == "A" else 1)
+    for layer, known in adapter_with.items():
+        a_name = f"{layer}.lora_A.weight"
+        b_name = f"{layer}.lora_B.weight"
+        inputs = known[a_name].shape[1]
+        outputs = known[b_name].shape[0]
+        a_parts: list[Tensor] = []
+        b_parts: list[Tensor] = []
+        for config, tensors in adapters:
+            scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+            if a_name in tensors:
+                a_parts.append(scale * tensors[a_name].float())
+                b_parts.append(tensors[b_name].float())
+            else:
+                a_parts.append(torch.zeros(config.r, inputs))
+                b_parts.append(torch.zeros(outputs, config.r))
+        stacked[a_name] = torch.cat(a_parts, dim=0)
+        stacked[b_name] = torch.cat(b_parts, dim=1)
     rank = sum(config.r for config, _ in adapters)
-    targets = sorted({layer.rpartition(".")[2] for layer in layers})
-    last = adapters[-1][0]
-    return dataclasses.replace(
+    targets = sorted({layer.rpartition(".")[2] for layer in adapter_with})
+    last, _ = adapters[-1]
+    config = dataclasses.replace(
         last, r=rank, lora_alpha=rank, use_rslora=False, target_modules=targets
-    ), stacked
+    )
+    return config, stacked
 
 
 def autocast_adapter(wrapped: nn.Module, dtype: torch.dtype) -> torch.dtype | None:
@@ -601,11 +617,14 @@ def autocast_adapter(wrapped: nn.Module, dtype: torch.dtype) -> torch.dtype | No
     convert every layer's input to fp32 and keep it. Returns the dtype for
     ``CaptionModel.autocast``; None where products stay as they are: all of one dtype, or DoRA,
     whose norms of weights need fp32."""
-    names = dict(wrapped.named_parameters())
-    fp32 = any(
-        ".lora_" in name and parameter.dtype == torch.float32 for name, parameter in names.items()
-    )
-    if dtype == torch.float32 or not fp32 or any("lora_magnitude_vector" in name for name in names):
+    has_fp32_adapter = False
+    has_dora = False
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_" in name and parameter.dtype == torch.float32:
+            has_fp32_adapter = True
+        if "lora_magnitude_vector" in name:
+            has_dora = True
+    if dtype == torch.float32 or not has_fp32_adapter or has_dora:
         return None
     for module in wrapped.modules():
         if hasattr(module, "lora_A"):

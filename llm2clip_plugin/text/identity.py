@@ -18,12 +18,13 @@ DIGITS = 16  # of a hash
 # settings of config.json that change no embedding: of saving, training, generation and a language
 # head
 UNUSED = """
-architectures auto_map transformers_version torch_dtype dtype _name_or_path _commit_hash _attn_implementation
-attn_implementation use_cache tie_word_embeddings vocab_size is_decoder is_encoder_decoder is_causal pretraining_tp
-initializer_range initializer_factor initializer_cutoff_factor gradient_checkpointing router_aux_loss_coef
-final_logit_softcapping logit_scale logits_scaling cache_implementation quantization_config problem_type id2label
-label2id num_labels finetuning_task task_specific_params prefix chunk_size_feed_forward return_dict use_return_dict
-temperature top_k top_p do_sample num_beams max_length min_length repetition_penalty
+architectures auto_map transformers_version torch_dtype dtype _name_or_path _commit_hash
+_attn_implementation attn_implementation use_cache tie_word_embeddings vocab_size is_decoder
+is_encoder_decoder is_causal pretraining_tp initializer_range initializer_factor
+initializer_cutoff_factor gradient_checkpointing router_aux_loss_coef final_logit_softcapping
+logit_scale logits_scaling cache_implementation quantization_config problem_type id2label label2id
+num_labels finetuning_task task_specific_params prefix chunk_size_feed_forward return_dict
+use_return_dict temperature top_k top_p do_sample num_beams max_length min_length repetition_penalty
 """.split()
 UNUSED_PREFIXES = ("output_", "unsloth", "_")
 UNUSED_SUFFIXES = ("_token_id", "dropout", "_pdrop")

@@ -67,15 +67,16 @@ def literal_template(tokenizer, chat_template: str) -> str:
             f"{tokenizer.name_or_path} has no chat template; set one: '<|user|>{CAPTION}<|end|>'"
         )
     turn = [{"role": "user", "content": CAPTION}]
-    own = TODAY + tokenizer.get_chat_template()
+    template = TODAY + tokenizer.get_chat_template()
     where = f"the chat template of {tokenizer.name_or_path}"
     with errors_about(where, fix="copy the LLM's tokenizer again"):
         text = tokenizer.apply_chat_template(
-            turn, chat_template=own, tokenize=False, date_string=DAY
+            turn, chat_template=template, tokenize=False, date_string=DAY
         )
     if text.count(CAPTION) != 1:
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} changes or repeats the user's text: {text!r}"
+            f"the chat template of {tokenizer.name_or_path} changes or repeats the user's text: "
+            f"{text!r}"
         )
     return text
 
@@ -97,11 +98,14 @@ def build_frame(tokenizer, template: str, prompt: str) -> Frame:
     if template and begin and before.startswith(tokenizer.decode(begin)):
         begin = []  # the template contains them
     text = before + prompt
+    stripped = text.rstrip(" ")
+    lead = text[len(stripped) :]
     adds_space = (
         tokenizer(text + "a", add_special_tokens=False)["input_ids"][-len(plain) :] == plain
     )
-    lead = text[len(text.rstrip(" ")) + adds_space :]
-    head = begin + tokenizer(text.rstrip(" "), add_special_tokens=False)["input_ids"]
+    if adds_space:
+        lead = lead[1:]
+    head = begin + tokenizer(stripped, add_special_tokens=False)["input_ids"]
     tail = tokenizer(after, add_special_tokens=False)["input_ids"] if template else end
     has_bos = bool(head) and head[0] in {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     return Frame(tuple(head), tuple(tail), lead, has_bos)
@@ -120,7 +124,8 @@ def tokenize(
     if min(room, default=1) < 1:
         used = max_tokens - min(room)
         raise ValueError(
-            f"max_tokens is {max_tokens}, but prompt and template use {used}; raise it or shorten them"
+            f"max_tokens is {max_tokens}, but prompt and template use {used}; "
+            "raise it or shorten them"
         )
     for index, caption in enumerate(captions):
         if not caption.strip():
@@ -128,14 +133,14 @@ def tokenize(
     if not captions:
         return [], 0
     texts = [frame.lead + caption for frame, caption in zip(frames, captions, strict=True)]
-    whole = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-        "input_ids"
-    ]
-    rows = [
-        [*frame.head, *ids[:most], *frame.tail]
-        for frame, ids, most in zip(frames, whole, room, strict=True)
-    ]
-    return rows, sum(len(ids) > most for ids, most in zip(whole, room, strict=True))
+    output = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    rows: list[list[int]] = []
+    truncated = 0
+    for frame, ids, most in zip(frames, output["input_ids"], room, strict=True):
+        rows.append([*frame.head, *ids[:most], *frame.tail])
+        if len(ids) > most:
+            truncated += 1
+    return rows, truncated
 
 
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
@@ -172,13 +177,14 @@ class CaptionModel(nn.Module):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """(B, W) float32 embeddings, not normalized."""
-        inputs = {
-            name: getattr(batch, name) for name in ("input_ids", "attention_mask", "position_ids")
-        }
-        with torch.autocast(
-            batch.input_ids.device.type, self.autocast, enabled=self.autocast is not None
-        ):
-            outputs = self.llm(**inputs, use_cache=False)
+        device = batch.input_ids.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            outputs = self.llm(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
         return pool(outputs.last_hidden_state, batch.pool_mask, self.pooling)
 
 
@@ -255,10 +261,12 @@ def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
         if isinstance(error.__cause__, pickle.UnpicklingError):
             raise refused_pickle(weight_files(folder)[0], error.__cause__) from error
         raise
-    if names := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+    names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if names:
         listed = ", ".join(names[:5])
         raise ValueError(
-            f"{folder} is not a complete {type(model).__name__}: {len(names)} weights missing: {listed}"
+            f"{folder} is not a complete {type(model).__name__}: "
+            f"{len(names)} weights missing: {listed}"
         )
     return model
 
@@ -279,7 +287,8 @@ def keep_layers(model: PreTrainedModel, layer: int) -> None:
     count = layer if layer >= 0 else depth + 1 + layer
     if not 0 <= count <= depth:
         raise ValueError(
-            f"layer {layer} is out of range: states are 0 (embeddings) to {depth}, or -{depth + 1} to -1"
+            f"layer {layer} is out of range: states are 0 (embeddings) to {depth}, "
+            f"or -{depth + 1} to -1"
         )
     if layer != -1 and count < depth:
         model.set_submodule("layers", blocks[:count])
@@ -291,13 +300,16 @@ def refuse_length_dependent_rope(text_config, max_tokens: int) -> None:
     """Raise ValueError if rotary embeddings change with the batch's longest sequence within
     ``max_tokens``."""
     scaling = vars(text_config).get("rope_parameters") or {}
-    for rope in (scaling, *(value for value in scaling.values() if isinstance(value, dict))):
-        limit = rope.get("original_max_position_embeddings") or getattr(
-            text_config, "max_position_embeddings", 0
-        )
-        if (kind := rope.get("rope_type")) in ("longrope", "dynamic") and max_tokens > limit:
+    nested = [value for value in scaling.values() if isinstance(value, dict)]  # by kind of layer
+    for rope in (scaling, *nested):
+        limit = rope.get("original_max_position_embeddings")
+        if not limit:
+            limit = getattr(text_config, "max_position_embeddings", 0)
+        kind = rope.get("rope_type")
+        if kind in ("longrope", "dynamic") and max_tokens > limit:
             raise ValueError(
-                f"max_tokens is {max_tokens}, but beyond {limit} tokens {kind} RoPE depends on the batch"
+                f"max_tokens is {max_tokens}, "
+                f"but beyond {limit} tokens {kind} RoPE depends on the batch"
             )
 
 
@@ -319,9 +331,8 @@ def set_kernels(model: nn.Module, attention: str) -> None:
 def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> None:
     """Raise ValueError if a block of a bidirectional LLM is causal, or if padding changes other
     tokens' states."""
-    ids_BT = (
-        torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 11
-    ) % model.config.vocab_size
+    numbers_BT = torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS)
+    ids_BT = (numbers_BT * 7 + 11) % model.config.vocab_size
     # of rounding they differ far less than the tolerances below, of another kind of attention far
     # more
     plain_BTH = _states(model, ids_BT, 0)
@@ -330,10 +341,16 @@ def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> No
     typical = float(difference_BT.median())
     allowed = 1e-3 if model.dtype == torch.float32 else 0.1
     if not bool(padded_BTH.isfinite().all()):
-        problem = f"states are not finite in {model.dtype}; copy the LLM again, or set --compute-dtype bfloat16"
+        problem = (
+            f"states are not finite in {model.dtype}; "
+            "copy the LLM again, or set --compute-dtype bfloat16"
+        )
     elif attention == "bidirectional" and (causal := causal_blocks(model, ids_BT)):
         numbers = ", ".join(map(str, causal))
-        problem = f"blocks {numbers} cannot attend to later tokens; set --attention causal, or use {WORKING}"
+        problem = (
+            f"blocks {numbers} cannot attend to later tokens; "
+            f"set --attention causal, or use {WORKING}"
+        )
     elif typical > allowed:
         problem = (
             f"states change by {typical:.2g} of their norm if the batch has padding; use {WORKING}"

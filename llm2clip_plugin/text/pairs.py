@@ -34,6 +34,7 @@ from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, PairKind,
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import (
     CaptionModel,
+    Frame,
     TokenBatch,
     build_frame,
     literal_template,
@@ -109,8 +110,10 @@ class CaptionPairs:
                 continue
             if other.positive not in (pair.query, pair.positive):
                 return dataclasses.replace(pair, negative=other.positive)
-        told = f"{NEGATIVES_TRIED} random images have no negative for {pair.key!r}"
-        raise ValueError(f"{self.path}: {told}; omit --random-negatives")
+        raise ValueError(
+            f"{self.path}: {NEGATIVES_TRIED} random images have no negative for {pair.key!r}; "
+            "omit --random-negatives"
+        )
 
     def _text(self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str) -> str:
         """A caption of a kind other than the text ``other``; "" if there is none."""
@@ -125,7 +128,8 @@ class CaptionPairs:
         items = [item.strip() for item in text.split(",") if item.strip()]
         low, high = self.drawn_items[kind]
         rng.shuffle(items)
-        return ", ".join(items[: rng.randint(min(low, len(items)), min(high, len(items)))])
+        count = rng.randint(min(low, len(items)), min(high, len(items)))
+        return ", ".join(items[:count])
 
 
 class TextPairs:
@@ -139,16 +143,15 @@ class TextPairs:
         refuse_encoding(path, data)
         lines = data.decode("utf-8-sig", "replace").split("\n")
         self.rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        self.path, self.kinds, self.sizes = (
-            str(path),
-            (PairKind("query", "positive"),),
-            [len(self.rows)],
-        )
+        self.path = str(path)
+        self.kinds = (PairKind("query", "positive"),)
+        self.sizes = [len(self.rows)]
         with_negative = [bool(self.read(index).negative) for index in range(len(self.rows))]
         if any(with_negative) and not all(with_negative):
             line = self.rows[with_negative.index(False)][0]
             raise ValueError(
-                f"{path}, line {line}: no 'negative', which other lines have; set it in all or in none"
+                f"{path}, line {line}: no 'negative', which other lines have; "
+                "set it in all or in none"
             )
 
     def read(self, index: int) -> Pair:
@@ -158,14 +161,12 @@ class TextPairs:
             row = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}, line {line}: not valid JSON ({error})") from error
-        texts = (
-            {name: text for name, text in row.items() if isinstance(text, str)}
-            if isinstance(row, dict)
-            else {}
-        )
-        query, positive, negative = (
-            texts.get(name, "").strip() for name in ("query", "positive", "negative")
-        )
+        texts: dict[str, str] = {}
+        if isinstance(row, dict):
+            texts = {name: text for name, text in row.items() if isinstance(text, str)}
+        query = texts.get("query", "").strip()
+        positive = texts.get("positive", "").strip()
+        negative = texts.get("negative", "").strip()
         if not query or not positive:
             missing = "positive" if query else "query"
             raise ValueError(
@@ -195,9 +196,8 @@ def open_pairs(config: PairsConfig) -> list[PairSource]:
         if path.endswith(".jsonl") and Path(path).is_file() and _has_queries(path):
             opened.append(TextPairs(Path(path)))
         else:
-            opened.append(
-                CaptionPairs(open_source(SourceConfig(path=path, **vars(config.read))), config)
-            )
+            source = open_source(SourceConfig(path=path, **vars(config.read)))
+            opened.append(CaptionPairs(source, config))
     check_fields(*(pairs.source for pairs in opened if isinstance(pairs, CaptionPairs)))
     return opened
 
@@ -227,22 +227,21 @@ def survey(source: PairSource) -> Survey:
     usable: dict[str, int] = {}
     pairs: list[Pair] = []
     for kind in source.kinds:
-        drawn = [
-            source.pair(number, kind, sample_rng(0, 0, 0, number)) for number in range(samples)
-        ]
-        of_kind = [pair for pair in drawn if pair is not None]
+        of_kind: list[Pair] = []
+        for number in range(samples):
+            pair = source.pair(number, kind, sample_rng(0, 0, 0, number))
+            if pair is not None:
+                of_kind.append(pair)
         if not of_kind:
             assert isinstance(source, CaptionPairs)  # every row of a text-pair file has a pair
-            known = sorted(
-                {
-                    caption.kind
-                    for number in range(samples)
-                    for caption in source.source.captions(number)[1]
-                }
-            )
-            told = f"{source.path}: none of the first {samples} samples has two different captions {kind}"
+            known: set[str] = set()
+            for number in range(samples):
+                _, captions = source.source.captions(number)
+                known.update(caption.kind for caption in captions)
             raise ValueError(
-                f"{told}; known kinds: {', '.join(known) or 'none'}. Set --fields and --pair-kinds"
+                f"{source.path}: none of the first {samples} samples "
+                f"has two different captions {kind}; "
+                f"known kinds: {', '.join(sorted(known)) or 'none'}. Set --fields and --pair-kinds"
             )
         usable[str(kind)] = len(of_kind)
         pairs += of_kind
@@ -272,7 +271,8 @@ class PairBatches:
         ]
         if small:
             raise ValueError(
-                f"global_batch {global_batch} is larger than {', '.join(small)}; a batch has one source"
+                f"global_batch {global_batch} is larger than {', '.join(small)}; "
+                "a batch has one source"
             )
 
     def batch(self, position: int) -> dict[str, Any]:
@@ -280,27 +280,23 @@ class PairBatches:
         (b,), ``position``."""
         step, rest = divmod(position, self.global_batch)
         assert rest == 0, f"position {position} is not at a batch's start"
-        draws = self.mixture.batch_indices(
-            *rank_rows(position, self.rank, self.global_batch // self.world)
-        )
+        first, count = rank_rows(position, self.rank, self.global_batch // self.world)
+        draws = self.mixture.batch_indices(first, count)
         number = draws[0].source
         kinds = self.sources[number].kinds
-        kind_of_batch = choose_kind(kinds, self.seed, step)
-        pairs = [
-            self._pair(
-                draw, choose_kind(kinds, self.seed, *draw) if self.mix_kinds else kind_of_batch
-            )
-            for draw in draws
-        ]
+        kind = choose_kind(kinds, self.seed, step)
+        pairs: list[Pair] = []
+        for draw in draws:
+            if self.mix_kinds:
+                kind = choose_kind(kinds, self.seed, *draw)
+            pairs.append(self._pair(draw, kind))
         images = [hash_words(number, pair.group or pair.key) >> 1 for pair in pairs]
-        texts = [
-            [caption_hash(pair.positive) for pair in pairs],
-            [caption_hash(pair.query) for pair in pairs],
-        ]
+        positives = [caption_hash(pair.positive) for pair in pairs]
+        queries = [caption_hash(pair.query) for pair in pairs]
         return {
             "pairs": pairs,
             "keys": [pair.key for pair in pairs],
-            "caption_hashes": torch.tensor(texts, dtype=torch.int64),
+            "caption_hashes": torch.tensor([positives, queries], dtype=torch.int64),
             "image_ids": torch.tensor(images, dtype=torch.int64),
             "position": position + self.global_batch,
         }
@@ -312,14 +308,11 @@ class PairBatches:
             chosen = (draw.index + offset) % len(source)
             rng = sample_rng(self.seed, draw.epoch, draw.source, chosen)
             pair = source.pair(chosen, kind, rng)
-            if (
-                pair is not None
-                and isinstance(source, CaptionPairs)
-                and source.config.random_negatives
-            ):
+            if pair is None:
+                continue
+            if isinstance(source, CaptionPairs) and source.config.random_negatives:
                 return source.with_negative(pair, kind, rng)
-            if pair is not None:
-                return pair
+            return pair
         raise ValueError(
             f"{source.path}: no pair {kind} in {SUBSTITUTES} samples from number {draw.index} on"
         )
@@ -348,16 +341,20 @@ class PairTokenizer:
         frames = {
             text: build_frame(self.tokenizer, self.template, text) for text in {*prompts, prompt}
         }
-        frames_of = {"query": [frames[text] for text in prompts]}
-        for side in ("positive", "negative") if pairs[0].negative else ("positive",):
-            frames_of[side] = [frames[prompt]] * len(pairs)
-        rows = {
-            side: tokenize(
-                self.tokenizer, own, [vars(pair)[side] for pair in pairs], self.config.max_tokens
-            )[0]
-            for side, own in frames_of.items()
-        }
-        return {**rows, "query_frame": frames_of["query"]}
+        query_frames = [frames[text] for text in prompts]
+        positive_frames = [frames[prompt]] * len(pairs)
+        tokens: dict[str, list[Any]] = {}
+        tokens["query"] = self._tokenize(query_frames, [pair.query for pair in pairs])
+        tokens["positive"] = self._tokenize(positive_frames, [pair.positive for pair in pairs])
+        if pairs[0].negative:
+            tokens["negative"] = self._tokenize(positive_frames, [pair.negative for pair in pairs])
+        tokens["query_frame"] = query_frames
+        return tokens
+
+    def _tokenize(self, frames: Sequence[Frame], texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text in its frame."""
+        rows, _ = tokenize(self.tokenizer, frames, texts, self.config.max_tokens)
+        return rows
 
 
 class TokenizedPairs(IterableDataset):
@@ -371,7 +368,8 @@ class TokenizedPairs(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        number = 0 if worker is None else worker.id
+        count = 1 if worker is None else worker.num_workers
         position = self.position + number * self.batches.global_batch
         while True:
             batch = self.batches.batch(position)
@@ -443,22 +441,21 @@ class CaptionStep(ContrastiveStep):
     def _on_device(self, batch: Batch) -> Batch:
         """The batch on the module's device, longest pairs first: a micro-batch of like lengths has
         less padding."""
-        sides = {
-            side: rows for side, rows in batch["tokens"].items() if side != "query_frame"
-        }.values()
-        order = sorted(
-            range(len(batch["keys"])), key=lambda row: -sum(len(side[row]) for side in sides)
-        )
+        sides = [rows for side, rows in batch["tokens"].items() if side != "query_frame"]
+
+        def length(row: int) -> int:
+            return sum(len(side[row]) for side in sides)
+
+        order = sorted(range(len(batch["keys"])), key=lambda row: -length(row))
+        tokens: dict[str, list[Any]] = {}
+        for side, rows in batch["tokens"].items():
+            tokens[side] = [rows[row] for row in order]
         return {
             **batch,
             "keys": [batch["keys"][row] for row in order],
-            "tokens": {
-                side: [rows[row] for row in order] for side, rows in batch["tokens"].items()
-            },
-            **{
-                name: batch[name][..., order].to(self.engine.device)
-                for name in ("caption_hashes", "image_ids")
-            },
+            "tokens": tokens,
+            "caption_hashes": batch["caption_hashes"][..., order].to(self.engine.device),
+            "image_ids": batch["image_ids"][..., order].to(self.engine.device),
         }
 
     def _rows(self, batch: Batch, rows: slice) -> Batch:
@@ -466,23 +463,21 @@ class CaptionStep(ContrastiveStep):
 
     def _forward(self, micro: Batch) -> Encoded:
         queries: list[list[int]] = micro["tokens"]["query"]
-        targets: list[list[int]] = [
-            *micro["tokens"]["positive"],
-            *micro["tokens"].get("negative", ()),
-        ]
+        targets: list[list[int]] = list(micro["tokens"]["positive"])
+        targets += micro["tokens"].get("negative", ())
         frames = [*micro["tokens"]["query_frame"], *[self.encoder.frame] * len(targets)]
         rows = [*queries, *targets]
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         tensors: list[Tensor] = []
         for part in equal_parts(order, self.config.length_groups):
-            group = self.encoder.collate(
-                [rows[index] for index in part], [frames[index] for index in part]
-            )
+            rows_of_part = [rows[index] for index in part]
+            frames_of_part = [frames[index] for index in part]
+            group = self.encoder.collate(rows_of_part, frames_of_part)
             tensors += vars(group).values()
-        # a copy waits for what the GPU has begun
-        place_R = torch.tensor(order).argsort().to(self.encoder.device)
+        # before the forward pass: a copy waits for what the GPU has begun
+        sorted_index_R = torch.tensor(order).argsort().to(self.encoder.device)
         sorted_RW, log_scale = self.engine(*tensors)
-        features_RW = sorted_RW[place_R]
+        features_RW = sorted_RW[sorted_index_R]
         size = len(queries)
         query_mW = features_RW[:size]
         positive_mkW = features_RW[size:].unflatten(0, (-1, size)).transpose(0, 1)
@@ -500,11 +495,9 @@ def caption_terms(config: ContrastConfig) -> Terms:
     """The loss: InfoNCE, with hard negatives if the batch has them."""
 
     def infonce(x: Features) -> Tensor:
-        ids: dict[str, Any] = (
-            {"caption_hashes": x.caption_hashes, "image_ids": x.image_ids}
-            if config.mask_same
-            else {}
-        )
+        ids: dict[str, Any] = {}
+        if config.mask_same:
+            ids = {"caption_hashes": x.caption_hashes, "image_ids": x.image_ids}
         positive_bW = x.positive_bkD[:, 0]
         scale = x.log_scale.exp()
         if config.symmetric and x.positive_bkD.shape[1] == 1:
@@ -533,8 +526,8 @@ def pair_loss(
     there_i = log(sum_j e^(s q_i.p_j) + sum_j e^(s q_i.n_j)) - s q_i.p_i
     back_i  = log sum_j e^(s p_i.q_j) - s p_i.q_i
     loss_r  = 1/b sum_i there_i, or with ``symmetric`` 1/(2b) sum_i (there_i + back_i);
-    i over this rank's pairs, j over all ranks'. One-directional: supervised SimCSE (Gao et al. 2021, arXiv 2104.08821)
-    as LLM2Vec and LLM2CLIP train with; both: E5 (Wang et al. 2022).
+    i over this rank's pairs, j over all ranks'. One-directional: supervised SimCSE (Gao et al.
+    2021, arXiv 2104.08821) as LLM2Vec and LLM2CLIP train with; both: E5 (Wang et al. 2022).
 
     query, positive: (b, W) of length 1; negative: (n, W), n a multiple of b or 0; scale: (1,); ids
     as in ``contrastive_loss``: pairs that share one are excluded from the sums over positives. The
@@ -554,9 +547,8 @@ def pair_loss(
         excluded_bN.diagonal(first)[:b].fill_(False)
         there_bM = there_bM.masked_fill(excluded_bN, EXCLUDED)
     if len(negative_nW):
-        there_bM = torch.cat(
-            [there_bM, s * query_bW.float() @ gather_with_gradient(negative_nW).float().T], 1
-        )
+        all_negative_W = gather_with_gradient(negative_nW).float()
+        there_bM = torch.cat([there_bM, s * query_bW.float() @ all_negative_W.T], dim=1)
     there = F.cross_entropy(there_bM, target_b)
     if not symmetric:
         return there

@@ -68,11 +68,9 @@ GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
 def open_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> TextEncoder:
     """The encoder of captions at ``config.llm``: a CLIP's own text tower, else an LLM."""
     folder = clip_folder(config.llm, config.revision)
-    return (
-        CaptionEncoder(config, device)
-        if folder is None
-        else ClipTextEncoder(folder, config, device)
-    )
+    if folder is None:
+        return CaptionEncoder(config, device)
+    return ClipTextEncoder(folder, config, device)
 
 
 def clip_folder(llm: str, revision: str = "") -> Path | None:
@@ -80,17 +78,13 @@ def clip_folder(llm: str, revision: str = "") -> Path | None:
     ``local_folder``."""
     folder = local_folder(llm, revision)
     config = read_json(folder / "config.json")
-    known = {
-        name
-        for family in families().values()
-        if family.image_text_class
-        for name in family.model_types
-    }
-    return (
-        folder
-        if config.get("model_type") in known and isinstance(config.get("text_config"), dict)
-        else None
-    )
+    known: set[str] = set()
+    for family in families().values():
+        if family.image_text_class:
+            known.update(family.model_types)
+    if config.get("model_type") in known and isinstance(config.get("text_config"), dict):
+        return folder
+    return None
 
 
 class ClipTextEncoder(TextEncoder):
@@ -102,20 +96,18 @@ class ClipTextEncoder(TextEncoder):
         self, folder: Path, config: EncoderConfig, device: torch.device | str | None = None
     ) -> None:
         default = vars(EncoderConfig())
-        if other := [
-            name
-            for name, value in vars(config).items()
-            if name not in MAY_DIFFER and value != default[name]
-        ]:
+        changed = [name for name, value in vars(config).items() if value != default[name]]
+        not_allowed = [name for name in changed if name not in MAY_DIFFER]
+        if not_allowed:
             raise ValueError(
-                f"{config.llm} is a CLIP, which is read as it was trained; omit {', '.join(other)}"
+                f"{config.llm} is a CLIP, which is read as it was trained; "
+                f"omit {', '.join(not_allowed)}"
             )
         super().__init__(config, device)
         settings = open_pretrained(AutoConfig, folder, fix=KNOWN)
         self._config_sha256 = config_sha256(settings.text_config)
-        image_text_class: Any = family_of_type(
-            settings.model_type, where=str(folder)
-        ).image_text_class
+        family = family_of_type(settings.model_type, where=str(folder))
+        image_text_class: Any = family.image_text_class
         model = load_whole(image_text_class(), folder, dtype=torch.float32)
         self.model: Any = model.requires_grad_(False).eval().to(self.device, self.dtype)
         text = settings.text_config
@@ -162,16 +154,15 @@ class ClipTextEncoder(TextEncoder):
 
     def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids with those of begin and end, not truncated."""
-        return (
-            [list(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
-            if captions
-            else []
-        )
+        if not captions:
+            return []
+        rows = self.tokenizer(list(captions), verbose=False)["input_ids"]
+        return [list(ids) for ids in rows]
 
     def padded_length(self, ids: Sequence[int]) -> int:
-        return (
-            self.context if self.pads_to_context else min(super().padded_length(ids), self.context)
-        )
+        if self.pads_to_context:
+            return self.context
+        return min(super().padded_length(ids), self.context)
 
     @torch.no_grad()
     def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
@@ -182,10 +173,12 @@ class ClipTextEncoder(TextEncoder):
         )
         options = {}
         if not self.pads_to_context:
-            own_B1 = torch.tensor([[len(ids)] for ids in rows], device=self.device)
-            options["attention_mask"] = (torch.arange(length, device=self.device) < own_B1).long()
+            length_B1 = torch.tensor([[len(ids)] for ids in rows], device=self.device)
+            has_token_BT = torch.arange(length, device=self.device) < length_B1
+            options["attention_mask"] = has_token_BT.long()
         output = self.model.get_text_features(input_ids=ids_BT, **options)
-        return (output if isinstance(output, Tensor) else output.pooler_output).float().cpu()
+        features_BW = output if isinstance(output, Tensor) else output.pooler_output
+        return features_BW.float().cpu()
 
 
 def load_dual_encoder(
@@ -255,30 +248,28 @@ class TeacherLLM:
         """Compare the LLM and the adapter that ``config`` names with the card, by the hashes of
         their files: where all texts are cached, they are not loaded. Raises ContractError for
         others."""
-        given = self.config
+        llm = self.config.llm
+        adapter = self.config.adapter
         identity = self.identity
-        if identity is None or not (given.llm or given.adapter):
+        if identity is None or not (llm or adapter):
             return
         wrong = []
-        if (
-            given.adapter
-            and (actual := adapter_sha256(fetch_directory(given.adapter)))
-            != identity.adapter_sha256
-        ):
-            wrong.append(f"adapter_sha256 {identity.adapter_sha256!r} != {actual!r}")
-        if given.llm and (is_local(given.llm) or given.llm != identity.llm):
-            folder = local_folder(given.llm, given.revision)
-            weights = (
-                files_sha256(weight_files(folder))
-                if identity.pooling == PROJECTED
-                else weights_sha256(folder)
-            )
+        if adapter:
+            actual = adapter_sha256(fetch_directory(adapter))
+            if actual != identity.adapter_sha256:
+                wrong.append(f"adapter_sha256 {identity.adapter_sha256!r} != {actual!r}")
+        if llm and (is_local(llm) or llm != identity.llm):
+            folder = local_folder(llm, self.config.revision)
+            if identity.pooling == PROJECTED:
+                weights = files_sha256(weight_files(folder))
+            else:
+                weights = weights_sha256(folder)
             if weights != identity.weights_sha256:
                 wrong.append(f"weights_sha256 {identity.weights_sha256!r} != {weights!r}")
         if wrong:
-            places = " with ".join(filter(None, (given.llm, given.adapter)))
+            names = " with ".join(filter(None, (llm, adapter)))
             raise ContractError(
-                f"{places} is not the tower's teacher: {'; '.join(wrong)}; omit --llm and --adapter"
+                f"{names} is not the tower's teacher: {'; '.join(wrong)}; omit --llm and --adapter"
             )
 
     @cached_property
@@ -287,9 +278,9 @@ class TeacherLLM:
         is another one."""
         if self.identity is None and not self.config.llm:
             raise ValueError(f"the tower's card names no teacher, which embeds texts; {GIVE_LLM}")
-        config = (
-            self.config if self.identity is None else encoder_config(self.identity, self.config)
-        )
+        config = self.config
+        if self.identity is not None:
+            config = encoder_config(self.identity, self.config)
         try:
             # of the caller; its loading takes gradients to see what attends to what
             with torch.inference_mode(False):
@@ -302,9 +293,10 @@ class TeacherLLM:
             ) from error
         loaded = encoder.identity()
         if self.identity is not None and not self.identity.agrees_with(loaded):
-            told = f"{config.llm} is not the tower's teacher: {caches.differences(vars(self.identity), loaded)}"
+            differences = caches.differences(vars(self.identity), loaded)
             raise ContractError(
-                f"{told}; pass it with --llm and --adapter (in Python: teacher= and adapter=)"
+                f"{config.llm} is not the tower's teacher: {differences}; "
+                "pass it with --llm and --adapter (in Python: teacher= and adapter=)"
             )
         return encoder
 
@@ -330,20 +322,18 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
         dtype = config.compute_dtype
         return EncoderConfig(llm=llm, revision=revision, max_tokens=max_tokens, compute_dtype=dtype)
     adapter = config.adapter or identity.adapter
-    lost = (
-        is_local(adapter) and not Path(adapter).is_dir()
-        if adapter
-        else bool(identity.adapter_sha256)
-    )
-    if lost and not config.adapter:
-        where = (adapter and f"no longer at {adapter}") or "at a place that the card does not name"
+    where = ""  # that an adapter is not found
+    if not adapter and identity.adapter_sha256:
+        where = "at a place that the card does not name"
+    elif is_local(adapter) and not config.adapter and not Path(adapter).is_dir():
+        where = f"no longer at {adapter}"
+    if where:
         raise ValueError(f"the adapter of the tower's teacher {llm} is {where}; {GIVE_ADAPTER}")
+    is_mean = (identity.pooling, identity.attention) == ("mean", "bidirectional")
     return dataclasses.replace(
         config,
         llm=llm,
-        preset="mean"
-        if (identity.pooling, identity.attention) == ("mean", "bidirectional")
-        else "",
+        preset="mean" if is_mean else "",
         revision=revision,
         adapter=adapter,
         load_in_4bit=identity.quantization == "nf4",
@@ -379,16 +369,23 @@ class EmbedSummary:
     def lines(self, max_tokens: int) -> list[str]:
         """The report."""
         rate = self.captions / max(self.seconds, 1e-9)
-        empty = len(self.empty)
-        keys = ", ".join(self.empty[:3])
-        done = f"embedded {self.captions} captions of {self.shards} shards"
-        lines = {
-            f"{done} in {self.seconds:.1f} s ({rate:.1f} captions/s), waiting {self.waited:.1f} s": True,
-            f"{self.skipped} shards already complete, skipped": self.skipped,
-            f"{self.truncated} captions truncated to {max_tokens} tokens (--max-tokens)": self.truncated,
-            f"{empty} samples without a readable caption, such as {keys}; see `llm2clip data check`": empty,
-        }
-        return [line for line, applies in lines.items() if applies]
+        lines = [
+            f"embedded {self.captions} captions of {self.shards} shards in {self.seconds:.1f} s "
+            f"({rate:.1f} captions/s), waiting {self.waited:.1f} s"
+        ]
+        if self.skipped:
+            lines.append(f"{self.skipped} shards already complete, skipped")
+        if self.truncated:
+            lines.append(
+                f"{self.truncated} captions truncated to {max_tokens} tokens (--max-tokens)"
+            )
+        if self.empty:
+            keys = ", ".join(self.empty[:3])
+            lines.append(
+                f"{len(self.empty)} samples without a readable caption, such as {keys}; "
+                "see `llm2clip data check`"
+            )
+        return lines
 
 
 def cache_folder(source_path: str, identity: TeacherIdentity) -> Path:
@@ -400,7 +397,7 @@ def cache_folder(source_path: str, identity: TeacherIdentity) -> Path:
 
 
 def default_cache_folder(source_path: str, fingerprint: str) -> Path:
-    """``embeddings-<fingerprint>`` in the folder of the data; raises ValueError for data at a URL."""
+    """``embeddings-<fingerprint>`` in the folder of the data; ValueError for data at a URL."""
     if is_url(source_path):
         raise ValueError(f"{source_path} is not a local folder; set --cache DIR")
     return data_folder(source_path) / f"embeddings-{fingerprint[:12]}"
@@ -419,12 +416,14 @@ def shards_of_rank(shards: Sequence[Shard], rank: int, world: int) -> list[Shard
     """The shards of one rank, dealt out by size in alternating order, so that all ranks get about
     as many samples."""
     by_size = sorted(shards, key=lambda shard: (-shard.size, shard.name))
-    rounds = [by_size[start : start + world] for start in range(0, len(by_size), world)]
-    return [
-        group[rank]
-        for group in (r[:: 1 if i % 2 == 0 else -1] for i, r in enumerate(rounds))
-        if rank < len(group)
-    ]
+    mine: list[Shard] = []
+    for number, start in enumerate(range(0, len(by_size), world)):
+        dealt = by_size[start : start + world]  # at most one for each rank
+        if number % 2 == 1:
+            dealt.reverse()
+        if rank < len(dealt):
+            mine.append(dealt[rank])
+    return mine
 
 
 def embed_source(
@@ -463,7 +462,9 @@ def embed_source(
         contents = map_in_order(reader, read, shards, ahead=2)
         written = saver.submit(lambda: None)  # nothing to wait for yet
         for shard in shards:
-            (content, waited), start, size = timed(partial(next, contents)), int(bar.n), shard.size
+            content, waited = timed(partial(next, contents))
+            start = int(bar.n)
+            size = shard.size
 
             def move(done: int, total: int, start: int = start, size: int = size) -> None:
                 bar.update(start + size * done // total - bar.n)
@@ -515,38 +516,36 @@ def _read_shard(
     encoder: TextEncoder,
     writer: caches.CacheWriter,
     known: Mapping[str, str],
-    found: dict[str, str],
+    digests: dict[str, str],
     overwrite: bool,
     shard: Shard,
 ) -> _ShardContent | None:
     """Compare a shard with its file in the cache: None if that is complete. ``known``: recorded
-    digests; ``found`` gets that of the shard if its captions had to be read."""
+    digests; ``digests`` gets that of the shard if its captions had to be read."""
     if shard.name in known and writer.is_complete(shard.name, known[shard.name]):
         return None
     keys, captions = caches.shard_captions(source, shard)
     rows = caches.caption_rows(captions)
-    found[shard.name] = digest = caches.rows_digest(keys, rows)
+    digest = caches.rows_digest(keys, rows)
+    digests[shard.name] = digest
     if digest != known.get(shard.name) and writer.is_complete(shard.name, digest):
         return None
     if not overwrite:
-        writer.refuse_loss(
-            shard.name, rows, f"{source.path} with the fields {', '.join(source.config.fields)}"
-        )
-    text_of = {
-        caption_hash(caption.text): caption.text for sample in captions for caption in sample
-    }
-    empty = [
-        key
-        for key, texts in zip(keys, captions, strict=True)
-        if not any(map(caches.has_text, texts))
-    ]
+        fields = ", ".join(source.config.fields)
+        writer.refuse_loss(shard.name, rows, f"{source.path} with the fields {fields}")
+    text_of: dict[int, str] = {}
+    empty: list[str] = []
+    for key, captions_of_sample in zip(keys, captions, strict=True):
+        for caption in captions_of_sample:
+            text_of[caption_hash(caption.text)] = caption.text
+        if not any(map(caches.has_text, captions_of_sample)):
+            empty.append(key)
+    texts = [text_of[value] for _, value in rows]
+    distinct = list(dict.fromkeys(texts))
     before = encoder.count_truncated
-    distinct = [*dict.fromkeys(text_of[value] for _, value in rows)]
     tokens = dict(zip(distinct, encoder.tokenize(distinct), strict=True))
     truncated = encoder.count_truncated - before
-    return _ShardContent(
-        keys, rows, [text_of[value] for _, value in rows], tokens, truncated, empty
-    )
+    return _ShardContent(keys, rows, texts, tokens, truncated, empty)
 
 
 def _embed(
@@ -557,8 +556,9 @@ def _embed(
     new = [text for text in dict.fromkeys(texts) if text not in memory]
     row_of = dict(zip(new, encoder.encode(new, **options), strict=True))
     rows = [row_of[text] if text in row_of else memory[text] for text in texts]
-    room = MEMORY_BYTES // (4 * encoder.width) - len(memory)
-    memory |= {text: row_of[text].clone() for text in new[: max(0, room)]}
+    free_rows = max(0, MEMORY_BYTES // (4 * encoder.width) - len(memory))
+    for text in new[:free_rows]:
+        memory[text] = row_of[text].clone()
     return torch.stack(rows) if rows else torch.empty(0, encoder.width)
 
 
@@ -569,9 +569,10 @@ def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:
     cache.verify()
     cache.check(source, full=True)
     compared = embed_again(source, encoder, directory)
+    manifest = cache.manifest
     return (
-        f"{directory} is complete: {len(cache.manifest.shards)} shards, {cache.manifest.captions} captions, "
-        f"{cache.width} wide, {cache.manifest.dtype}; {compared} captions embedded again agree"
+        f"{directory} is complete: {len(manifest.shards)} shards, {manifest.captions} captions, "
+        f"{cache.width} wide, {manifest.dtype}; {compared} captions embedded again agree"
     )
 
 
@@ -589,10 +590,10 @@ def embed_again(source: Source, encoder: TextEncoder, directory: Path) -> int:
     for caption, new_W in zip(cached, again_NW, strict=True):
         cosine = float(torch.nn.functional.cosine_similarity(caption.row_W, new_W, dim=0))
         if cosine < VERIFY_COSINE:
-            told = f"the cached embedding of {caption.key!r} has cosine similarity {cosine:.4f} with a new one"
-            fix = "another --cache, or delete this one, and embed again"
             raise ContractError(
-                f"{directory}: {told}, expected at least {VERIFY_COSINE}; choose {fix}"
+                f"{directory}: the cached embedding of {caption.key!r} has cosine similarity "
+                f"{cosine:.4f} with a new one, expected at least {VERIFY_COSINE}; "
+                "choose another --cache, or delete this one, and embed again"
             )
     return len(cached)
 
@@ -605,12 +606,10 @@ def _cached_sample(source: Source, directory: Path) -> Iterator[_CachedCaption]:
         # not embedded yet, or damaged, which embedding finds
         with suppress(FileNotFoundError, ContractError):
             files[shard.name] = caches.ShardFile(directory / shard_file(shard.name))
-    numbers = [
-        n
-        for shard in source.shards
-        if shard.name in files
-        for n in range(shard.start, shard.start + shard.size)
-    ]
+    numbers: list[int] = []
+    for shard in source.shards:
+        if shard.name in files:
+            numbers += range(shard.start, shard.start + shard.size)
     for number in random.Random(0).sample(numbers, min(len(numbers), VERIFY_SAMPLES)):
         name, index = source.locate(number)
         key, captions = source.captions(number)
@@ -637,10 +636,11 @@ def renew_cache(source: Source, encoder: TextEncoder, directory: Path) -> None:
         return
     compared = embed_again(source, encoder, directory)
     if not compared and any(directory.glob("**/*.safetensors")):
-        told = "config.json was not yet part of its fingerprint, and none of its captions is in"
-        fix = "embed the data that it was made from first, or choose another --cache"
         raise ContractError(
-            f"{directory} cannot be proven to be of {identity.llm}: {told} {source.path}; {fix}"
+            f"{directory} cannot be proven to be of {identity.llm}: "
+            "config.json was not yet part of its fingerprint, "
+            f"and none of its captions is in {source.path}; "
+            "embed the data that it was made from first, or choose another --cache"
         )
     manifest = CacheManifest.read(path)
     if manifest.fingerprint != teacher.fingerprint:  # another rank was faster
@@ -654,5 +654,6 @@ def renew_cache(source: Source, encoder: TextEncoder, directory: Path) -> None:
     dataclasses.replace(manifest, **renewed).write(path)
     if compared and os.environ.get("RANK", "0") == "0":
         print(
-            f"{directory}: {compared} captions embedded again agree; its fingerprint now includes config.json"
+            f"{directory}: {compared} captions embedded again agree; "
+            "its fingerprint now includes config.json"
         )
