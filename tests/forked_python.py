@@ -130,10 +130,9 @@ def _become(request: dict[str, Any], streams: list[int], first: Callable[[], Non
     here = (
         str(Path(words[0]).resolve().parent) if words[0] not in ("-c", "-m") else request["folder"]
     )
-    sys.path[:0] = [
-        *[here] * (not request["safe"]),
-        *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)),
-    ]
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    if not request["safe"]:
+        sys.path.insert(0, here)
     status = run_as_main(words, first)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
     sys.stdout.flush()

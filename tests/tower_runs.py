@@ -128,12 +128,10 @@ def processes_of(run: Path) -> list[psutil.Process]:
 
 def ranks_of(run: Path) -> list[int]:
     """The training processes of a launcher, without the loader processes below these."""
-    found = (
-        one
-        for one in processes_of(run)
-        if any(word.startswith("--local_rank=") for word in one.info["cmdline"])
-    )
-    ranks = {process.pid: process.ppid() for process in found}
+    ranks = {}
+    for process in processes_of(run):
+        if any(word.startswith("--local_rank=") for word in process.info["cmdline"]):
+            ranks[process.pid] = process.ppid()
     return [rank for rank, parent in ranks.items() if parent not in ranks]
 
 

@@ -108,7 +108,7 @@ def test_files_that_hold_no_answers(tmp_path):
     with pytest.raises(ValueError, match="question file"):
         command("pope", ROOT / "pope" / "llava_pope_test.jsonl", tmp_path)
     for name in ("mme", "textvqa"):  # joined by the prompt
-        rows = [{key: row[key] for key in ("question_id", "text")} for row in rows_of(name)]
+        rows = [{"question_id": row["question_id"], "text": row["text"]} for row in rows_of(name)]
         with pytest.raises(ValueError, match=f"no question of {name}"):
             command(name, written(tmp_path, rows), tmp_path)
     with pytest.raises(ValueError, match="<image>"):

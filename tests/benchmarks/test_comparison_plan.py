@@ -20,13 +20,11 @@ def experiment(rng, images, runs, effect):
     knows = rng.random((2, images)) < 0.5
     luck = rng.normal(0, SPREAD / 100, size=(2, runs))
     luck[1] += effect / 100
-    return [
-        [
-            (rng.random(images) < np.where(knows[side], 0.8, 0.2) + shift).astype(float)
-            for shift in luck[side]
-        ]
-        for side in (0, 1)
-    ]
+    sides = []
+    for known, shifts in zip(knows, luck, strict=True):
+        chance = np.where(known, 0.8, 0.2)
+        sides.append([(rng.random(images) < chance + shift).astype(float) for shift in shifts])
+    return sides
 
 
 def write_side(folder, runs):
@@ -88,11 +86,10 @@ def test_the_command(pilot, capsys, tmp_path):
     base, new = (str(side.path) for side in pilot)
     assert main([base, new, "--plan", "--effect", "3", "--runs", "2", "4"]) == 0
     told = capsys.readouterr().out
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:4]]
-        for line in told.splitlines()
-        if "| GQA" in line
-    ]
+    rows = []
+    for line in told.splitlines():
+        if "| GQA" in line:
+            rows.append([cell.strip() for cell in line.split("|")[1:4]])
     assert rows == [["GQA", "800", "2"], ["GQA", "800", "4"]]
     assert main([f"{base}/0.scores.json", "--plan"]) == 0
     assert "set --spread" in capsys.readouterr().out

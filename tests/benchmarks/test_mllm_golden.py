@@ -55,7 +55,8 @@ def test_every_number(name, model):
 def test_headline_is_the_statistic_of_the_items(name):
     """What is resampled is what is printed."""
     for model in MODELS:
-        record, chosen = score(name, model), benchmark(name)
+        record = score(name, model)
+        chosen = benchmark(name)
         headline = record.metrics[chosen.headline] * chosen.scale
         assert chosen.statistic(record.items).full() == pytest.approx(headline, abs=TOLERANCE)
 
@@ -133,7 +134,8 @@ def test_pope_is_joined_never_zipped(run):
 
 def test_popes_f1_is_of_answered_questions():
     """Also the one that is resampled: an unanswered "yes" is not one that was missed."""
-    everything, chosen = score("pope", "model-a"), benchmark("pope")
+    everything = score("pope", "model-a")
+    chosen = benchmark("pope")
     unanswered = [item for item in everything.items if item["label"] == "yes"][:5]
     lost = {item["id"] for item in unanswered}
     questions = chosen.load(ROOT / "pope")
@@ -150,7 +152,8 @@ def test_popes_f1_is_of_answered_questions():
 @pytest.mark.parametrize("name", ["vqav2", "vizwiz", "gqa", "seedbench", "mmbench"])
 def test_submission_is_the_official_converters(name, model, tmp_path):
     """And it scores as the answers do, where it keeps what scoring needs."""
-    output, read = tmp_path / "submission.json", read_answers(answers(name, model))
+    output = tmp_path / "submission.json"
+    read = read_answers(answers(name, model))
     benchmark(name).write_submission(ROOT / name, read, output)
     official = {
         "vqav2": f"answers_upload/llava_vqav2_mscoco_val2014/{model}.json",
@@ -159,10 +162,8 @@ def test_submission_is_the_official_converters(name, model, tmp_path):
         "seedbench": f"answers_upload/{model}.jsonl",
         "mmbench": f"answers_upload/mmbench_dev_20230712/{model}.jsonl",
     }[name]
-    ours, theirs = (
-        output.read_text(encoding="utf-8"),
-        (ROOT / name / official).read_text(encoding="utf-8"),
-    )
+    ours = output.read_text(encoding="utf-8")
+    theirs = (ROOT / name / official).read_text(encoding="utf-8")
     if official.endswith(".jsonl"):
         assert [json.loads(line) for line in ours.splitlines()] == [
             json.loads(line) for line in theirs.splitlines()
@@ -170,10 +171,8 @@ def test_submission_is_the_official_converters(name, model, tmp_path):
     else:
         assert json.loads(ours) == json.loads(theirs)
     if name != "mmbench":
-        record, headline = (
-            score_answers(name, ROOT / name, read_answers(output)),
-            benchmark(name).headline,
-        )
+        record = score_answers(name, ROOT / name, read_answers(output))
+        headline = benchmark(name).headline
         assert record.metrics[headline] == pytest.approx(
             score(name, model).metrics[headline], abs=TOLERANCE
         )

@@ -51,10 +51,8 @@ def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
         words = ["score", "questions", str(own), "--answers", str(tmp_path / f"{side}.jsonl")]
         assert main([*words, "--output", str(tmp_path / f"{side}.scores.json")]) == 0
     old, new = (json.loads((tmp_path / f"{side}.scores.json").read_text()) for side in answers)
-    assert [[item["score"] for item in side["items"]] for side in (old, new)] == [
-        [0, 0, 0],
-        [1, 0, 1],
-    ]
+    assert [item["score"] for item in old["items"]] == [0, 0, 0]
+    assert [item["score"] for item in new["items"]] == [1, 0, 1]
     assert new["metrics"]["categories.color"] == 50.0
     sides = [str(tmp_path / f"{side}.scores.json") for side in ("old", "new")]
     assert (

@@ -54,9 +54,8 @@ def test_ignoring_images_would_not_cover():
     """The clustered simulation is one on which questions taken as independent fail: so the test
     above can fail."""
     rng = np.random.default_rng(7)
-    simulated = (
-        means(*simulate(rng, 40, 12, 0.25)[:2], [str(n) for n in range(480)]) for _ in range(200)
-    )
+    clusters = [str(number) for number in range(480)]
+    simulated = (means(*simulate(rng, 40, 12, 0.25)[:2], clusters) for _ in range(200))
     assert share_covered(simulated, 8.0, resamples=300) < 0.92
 
 
@@ -117,10 +116,9 @@ def test_slips_of_several_runs_are_counted_once():
         knows = rng.random((2, 1, images)) < 0.5
         chance = np.where(knows, 0.8, 0.2) + rng.normal(0, 0.02, size=(2, 3, 1))
         right = (rng.random((2, 3, images)) < chance).astype(float)
-        sides = [[mean_statistic(run) for run in side] for side in right]
-        result = compare(
-            pair(*sides, [str(place) for place in range(images)]), resamples=300, seed=number
-        )
+        sides = [list(map(mean_statistic, runs)) for runs in right]
+        clusters = [str(place) for place in range(images)]
+        result = compare(pair(*sides, clusters), resamples=300, seed=number)
         errors.append(result.standard_error**2)
     truth = 2 * (0.02**2 / 3 + 0.8 * 0.2 / images / 3 + 0.3**2 / images)
     assert np.mean(errors) ** 0.5 == pytest.approx(100 * truth**0.5, rel=0.06)
@@ -152,11 +150,9 @@ def test_the_test_over_runs_is_welchs_where_images_agree():
     By hand: variances .01 and .04, error sqrt(.05 / 3), Satterthwaite's degrees 2.94, taken as 2;
     there p = 1 - t / sqrt(2 + t^2)."""
     names = [str(place) for place in range(20)]
-    sides = [
-        [mean_statistic(np.full(20, value)) for value in side]
-        for side in ((0.1, 0.2, 0.3), (0.3, 0.5, 0.7))
-    ]
-    result = compare(pair(sides[0], sides[1], names), resamples=100)
+    base = [mean_statistic(np.full(20, value)) for value in (0.1, 0.2, 0.3)]
+    new = [mean_statistic(np.full(20, value)) for value in (0.3, 0.5, 0.7)]
+    result = compare(pair(base, new, names), resamples=100)
     error = 100 * math.sqrt(0.05 / 3)
     t = 30 / error
     assert (result.difference, result.standard_error) == pytest.approx((30, error))

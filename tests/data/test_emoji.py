@@ -45,7 +45,9 @@ def test_every_shard_has_its_concepts_once(shards) -> None:
         assert len({s["concept"] for s in samples.values()}) == len(samples) == COUNTS[split]
         assert {(s["split"], s["style"]) for s in samples.values()} == {(split, style)}
     for split in COUNTS:
-        of_style = [[s["concept"] for s in shards[split, style].values()] for style in STYLES]
+        of_style = []
+        for style in STYLES:
+            of_style.append([s["concept"] for s in shards[split, style].values()])
         assert of_style[0] == of_style[1] == of_style[2]
 
 
@@ -61,14 +63,10 @@ def test_no_family_and_no_name_is_in_two_splits(shards) -> None:
             for sample in samples.values():
                 splits[sample[field]].add(sample["split"])
         assert all(len(found) == 1 for found in splits.values()), field
-    names = {
-        split: {
-            s["captions"][number]["text"]
-            for s in shards[split, "noto"].values()
-            for number in (0, 1)
-        }
-        for split in COUNTS
-    }
+    names = {}
+    for split in COUNTS:
+        captions = [s["captions"] for s in shards[split, "noto"].values()]
+        names[split] = {two[number]["text"] for two in captions for number in (0, 1)}
     assert not names["train"] & names["test"] and not names["train"] & names["validation"]
     assert not names["validation"] & names["test"]
 

@@ -40,9 +40,10 @@ def samples(path: Path, **more: str) -> dict[str, list[tuple[str, str]]]:
     source = open_source(SourceConfig(path=str(path), **more))
     read = [source[number] for number in range(len(source))]
     assert all(sample.read_image() for sample in read)
-    return {
-        sample.key: [(caption.text, caption.kind) for caption in sample.captions] for sample in read
-    }
+    captions = {}
+    for sample in read:
+        captions[sample.key] = [(caption.text, caption.kind) for caption in sample.captions]
+    return captions
 
 
 def test_a_folder_becomes_tars(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -189,7 +189,8 @@ def test_a_global_batch_of_one_source(world: int) -> None:
         )
     whole = [draw for step in found for part in step for draw in part]
     assert whole == mixture.batch_indices(0, steps * batch)
-    assert all(len({draw.source for part in step for draw in part}) == 1 for step in found)
+    for step in found:
+        assert len({draw.source for part in step for draw in part}) == 1
     for source, (length, draws) in enumerate(zip((70, 40, 25), (70, 20, 50), strict=True)):
         seen = [draw for draw in whole if draw.source == source]
         for epoch in range(1, 5):  # what is left of less than a batch is carried over

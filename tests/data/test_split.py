@@ -96,7 +96,9 @@ def test_groups_stay_together_and_rows_stay_as_they_are(
     )
     said = capsys.readouterr().out
     lines = {side: (output / f"{side}.jsonl").read_text().splitlines() for side in SIDES}
-    places = {side: {json.loads(line)["place"] for line in text} for side, text in lines.items()}
+    places = {}
+    for side, rows_of_side in lines.items():
+        places[side] = {json.loads(line)["place"] for line in rows_of_side}
     assert places["train"] | places["validation"] == {"p0", "p1", "p2", "p3"}
     assert not places["train"] & places["validation"]
     # byte by byte

@@ -94,11 +94,11 @@ def test_members_are_joined_by_key_in_any_order(tmp_path: Path) -> None:
     names = "1.jpg 2.PNG 2.txt x/1.webp 1.json ._1.jpg x/.hidden noextension 1.seg.png 3.txt 1.jpg 1.txt".split()
     path = write_tar(tmp_path / "x.tar", [(name, name.encode()) for name in names])
     # offset of the image, sizes of .txt and .json
-    found = index_tar(path).rows[:, [0, 3, 4]].tolist()
-    parts = [
-        [part for part, number in zip("itj", row, strict=True) if number >= 0] for row in found
-    ]
-    assert list(zip(keys(path), map("".join, parts), strict=True)) == [
+    parts = []
+    for row in index_tar(path).rows[:, [0, 3, 4]].tolist():
+        letters = [letter for letter, number in zip("itj", row, strict=True) if number >= 0]
+        parts.append("".join(letters))
+    assert list(zip(keys(path), parts, strict=True)) == [
         # a part that repeats begins a sample
         ("1", "ij"), ("2", "it"), ("x/1", "i"), ("3", "t"), ("1", "it"),
     ]  # fmt: skip
@@ -135,7 +135,8 @@ def test_a_new_tar_is_appended_to_the_index(tmp_path: Path) -> None:
     """What was indexed stays where it is, until most of the file is of tars that were replaced."""
     first: Any = open_source(SourceConfig(path=str(write_shards(tmp_path, [40, 40]))))
     write_tar(tmp_path / "00000-a.tar", [("new.jpg", jpeg(9))])
-    (index,), end = (tmp_path / ".llm2clip").glob("shards-*.index"), first._index.end
+    (index,) = (tmp_path / ".llm2clip").glob("shards-*.index")
+    end = first._index.end
     sizes = []
     before = index.read_bytes()[256:end]
     for time in range(1, 9):

@@ -40,18 +40,11 @@ def headline(shift: float = 0.0, both: float = 0.0) -> dict[str, list[dict]]:
     claims = []
     for name, claim in check_claims.read_json(check_claims.CLAIMS).items():
         sides = {"raw": both, "tuned": shift + both}
-        by_seed = {
-            str(seed): {side: claim[side][seed] + more for side, more in sides.items()}
-            for seed in range(2)
-        }
-        claims.append(
-            claim
-            | {
-                "name": name,
-                "by_seed": by_seed,
-                "random": [v + both for v in claim.get("random", ())],
-            }
-        )
+        by_seed = {}
+        for seed in range(2):
+            by_seed[str(seed)] = {side: claim[side][seed] + more for side, more in sides.items()}
+        random = [value + both for value in claim.get("random", ())]
+        claims.append({**claim, "name": name, "by_seed": by_seed, "random": random})
     return {"headline": claims[:3], "others": claims[3:]}
 
 
@@ -93,18 +86,16 @@ def llava_folder(folder: Path, shift: float = 0.0) -> None:
         benchmark = f"miniature: {claim.removeprefix(f'{TINY}: ')}"
         rows.append({**values, "benchmark": benchmark, "p_holm": values["p_adjusted"]})
         for side, seed in itertools.product(check_claims.BEFORE_AFTER, range(2)):
-            reached = {"accuracy": values[side][seed] + shift * (side == "after")}
-            made = ScoreFile(
-                benchmark=benchmark, metrics=reached, items=[{"id": "a", "score": 1.0}]
+            accuracy = values[side][seed]
+            if side == "after":
+                accuracy += shift
+            scores = ScoreFile(
+                benchmark=benchmark,
+                metrics={"accuracy": accuracy},
+                items=[{"id": "a", "score": 1.0}],
             )
-            made.write(
-                folder
-                / "llava"
-                / "scores"
-                / side
-                / ("seed1" if seed else "")
-                / f"{len(rows)}.scores.json"
-            )
+            run = folder / "llava" / "scores" / side / ("seed1" if seed else "")
+            scores.write(run / f"{len(rows)}.scores.json")
     check_claims.write_text(
         folder / "llava" / "compare" / "compare.json", json.dumps({"rows": rows})
     )
@@ -210,15 +201,15 @@ class Reruns:
                 seeds = value_KS.shape[1]
                 mix_SN = self.rng.standard_normal((seeds, count or seeds)) / math.sqrt(seeds - 1)
                 new = iter((mean_K1 + (value_KS - mean_K1) @ mix_SN).tolist())
-                runs |= {name: {side: next(new) for side in sides} for name in part}
+                for name in part:
+                    runs[name] = {side: next(new) for side in sides}
         return drawn
 
     def flagged(self, new: list[Runs], stated: list[Runs] | None = None) -> bool:
         """Whether ``claims.sh`` would say that something moved."""
-        known = [
-            {name: {**claim, **drawn.get(name, {})} for name, claim in claims.items()}
-            for claims, drawn in zip(self.claims, stated or [{}, {}], strict=True)
-        ]
+        known = []
+        for claims, drawn in zip(self.claims, stated or [{}, {}], strict=True):
+            known.append({name: {**claim, **drawn.get(name, {})} for name, claim in claims.items()})
         names = [name for claims in known for name in claims]
         levels = {"numbers": 2 * len(names), "parts": len(set(map(check_claims.part_of, names)))}
         every = [
@@ -235,7 +226,7 @@ class Reruns:
             gain = check_claims.fmean(
                 check_claims.differences(self.claims[which][name], SIDES[which])
             )
-            lost = gain / 2 * name.startswith(prefix)
+            lost = gain / 2 if name.startswith(prefix) else 0.0
             changed[name] = {base: values[base], side: [value - lost for value in values[side]]}
         return changed
 
@@ -259,7 +250,8 @@ def test_a_broken_method_is_flagged(broken: str) -> None:
     # as claims.sh has; the noise of one hides it in every other rerun
     count = 3 if "LLaVA" in broken else 1
     for _ in range(200):
-        (towers, of_llava), (other_towers, other_llava) = reruns.draw(count), reruns.draw(count)
+        towers, of_llava = reruns.draw(count)
+        other_towers, other_llava = reruns.draw(count)
         match broken:
             case "both towers on the raw LLM":
                 for name in (name for name in towers if name.startswith("tower")):

@@ -73,7 +73,7 @@ def test_best_match_similarity_by_loops():
     similarity_NN = measures.best_match_similarity(patch_NPH)
     for one in range(5):
         for other in range(5):
-            cosine = [[float(a @ b) for b in patch_NPH[other]] for a in patch_NPH[one]]
+            cosine = (patch_NPH[one] @ patch_NPH[other].T).tolist()
             forward = sum(map(max, cosine)) / 3
             backward = sum(map(max, zip(*cosine, strict=True))) / 3
             assert float(similarity_NN[one, other]) == pytest.approx(
@@ -145,7 +145,9 @@ def test_large_grids_are_averaged():
 def test_the_state_is_the_one_that_the_layer_selects(tmp_path: Path):
     """Of two blocks, -2 is what the first one gives, the image's tokens without the class token."""
     data = write_data(tmp_path / "data", shades=tuple(range(0, 42, 7)))
-    (llm, dual), scores = (write_llm(tmp_path / "llm"), tiny_dual()), {}
+    llm = write_llm(tmp_path / "llm")
+    dual = tiny_dual()
+    scores = {}
     for changed in ("neither", "last", "first"):
         if changed != "neither":
             block = tower_blocks(dual.tower)[-1 if changed == "last" else 0]

@@ -191,7 +191,8 @@ def test_the_command_refuses_another_teachers_cache(world, tmp_path, capsys):
 
 def test_a_given_llm_is_compared_though_everything_is_cached(tmp_path, capsys):
     """It is not loaded, but its files are not another's."""
-    (llm, tower), data = write_llm_and_tower(tmp_path), write_data(tmp_path / "data")
+    llm, tower = write_llm_and_tower(tmp_path)
+    data = write_data(tmp_path / "data")
     words = ["evaluate", str(tower), str(data)]
     assert cli(words) == 0
     assert cli([*words, "--llm", str(llm)]) == 0

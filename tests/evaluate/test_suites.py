@@ -44,17 +44,12 @@ def text(path: Path, body) -> None:
 
 
 def karpathy(names, split_of, **extra):
-    return {
-        "images": [
-            {
-                "filename": name,
-                "split": split_of(number),
-                "sentences": [{"raw": f"caption {n} of {name} "} for n in range(6)],
-                **extra,
-            }
-            for number, name in enumerate(names)
-        ]
-    }
+    images = []
+    for number, name in enumerate(names):
+        sentences = [{"raw": f"caption {n} of {name} "} for n in range(6)]
+        row = {"filename": name, "split": split_of(number), "sentences": sentences, **extra}
+        images.append(row)
+    return {"images": images}
 
 
 def write_suites(root: Path) -> None:
@@ -152,10 +147,9 @@ def setting(tmp_path_factory):
 def test_every_layout_is_read(setting):
     root, _, _ = setting
     sources = {name: suite.open(root) for name, suite in suites().items()}
-    count = {
-        name: (len(source), sum(len(row.captions) for row in source.rows))
-        for name, source in sources.items()
-    }
+    count = {}
+    for name, source in sources.items():
+        count[name] = (len(source), sum(len(row.captions) for row in source.rows))
     expected = {
         "flickr30k": (4, 20),
         "coco": (4, 20),

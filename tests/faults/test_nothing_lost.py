@@ -68,11 +68,9 @@ def test_embed(fault: Fault, complete: World, capsys: pytest.CaptureFixture[str]
     command = ["embed", str(complete.path(data)), "--llm", str(complete.path("llm")), *options]
     meet(fault, complete, command, capsys)
     after = contents(complete.folder / "data"), contents(complete.folder / "rows")
-    caches = [
-        {name: body for name, body in of.items() if "embeddings-" in name}
-        for of in (*before, *after)
-    ]
-    assert caches[:2] == caches[2:]
+    for old, new in zip(before, after, strict=True):
+        old_caches = {name: body for name, body in old.items() if "embeddings-" in name}
+        assert old_caches == {name: body for name, body in new.items() if "embeddings-" in name}
 
 
 def other_captions(world: World) -> None:

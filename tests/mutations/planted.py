@@ -9,6 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def lines_of(changed: list[str], sign: str) -> str:
+    """What is behind - or +, a line each."""
+    lines = [line[1:].removeprefix(" ") for line in changed if line.startswith(sign)]
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Bug:
     """``old`` in ``file`` becomes ``new``; ``test``, a pytest id, must fail."""
@@ -23,10 +29,8 @@ class Bug:
     def read(cls, entry: str) -> "Bug":
         """Of its lines; raises ValueError for others."""
         name, file, *changed, test = entry.split("\n")
-        old, new = (
-            "\n".join(line[1:].removeprefix(" ") for line in changed if line.startswith(sign))
-            for sign in "-+"
-        )
+        old = lines_of(changed, "-")
+        new = lines_of(changed, "+")
         if not old or [line[:1] for line in changed] != sorted(line[:1] for line in changed)[::-1]:
             raise ValueError(f"planted.txt: {name!r} has no lines of - followed by lines of +")
         return cls(name, file, old, new, test)

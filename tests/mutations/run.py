@@ -156,9 +156,13 @@ def passing(folders: Sequence[Path], bugs: Sequence[Bug], server: str) -> None:
                 sys.exit(f"error: the tests fail without a planted bug:\n{said[-3000:]}")
 
 
+def is_named(bug: Bug, words: Sequence[str]) -> bool:
+    return any(word in bug.name for word in words)
+
+
 def main(words: Sequence[str]) -> int:
     """Run those whose name contains one of ``words``; all without any."""
-    chosen = [bug for bug in PLANTED if not words or any(word in bug.name for word in words)]
+    chosen = [bug for bug in PLANTED if not words or is_named(bug, words)]
     if not chosen:
         sys.exit(
             f"error: no planted bug's name contains {' or '.join(words)}; see tests/mutations/planted.txt"

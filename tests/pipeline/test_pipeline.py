@@ -214,16 +214,17 @@ def test_another_command_runs_again_and_a_moved_folder_does_not(three: Run):
     moved.out = new
     words = {stage.name: ("x", stage.name, str(new)) for stage in three.stages}
     at = {name: file_of(name, new / name) for name in "abc"}
-    moved.stages = [
-        dataclasses.replace(
+    moved.stages = []
+    for stage in three.stages:
+        reads = tuple(at.get(artifact.name, artifact) for artifact in stage.reads)
+        moved_stage = dataclasses.replace(
             stage,
             words=words[stage.name],
             output=new / stage.name,
             makes=(at[stage.name],),
-            reads=tuple(at.get(artifact.name, artifact) for artifact in stage.reads),
+            reads=reads,
         )
-        for stage in three.stages
-    ]
+        moved.stages.append(moved_stage)
     assert moved.stale() == {}
 
 
@@ -333,9 +334,12 @@ def survey_of(monkeypatch: pytest.MonkeyPatch):
         path = "data"
 
         def __init__(self, images: Sequence[dict[str, list[str]]]) -> None:
-            self.images = [
-                tuple(Caption(text, kind) for kind in one for text in one[kind]) for one in images
-            ]
+            self.images = []
+            for texts_of_kind in images:
+                captions = []
+                for kind, texts in texts_of_kind.items():
+                    captions += [Caption(text, kind) for text in texts]
+                self.images.append(tuple(captions))
 
         def __len__(self) -> int:
             return len(self.images)

@@ -232,10 +232,9 @@ def test_families_are_drawn_not_concepts(pairs) -> None:
     assert len(set(drawn)) < CONCEPTS
     for side in measure.SIDES:
         assert sorted(measure.tower_queries([by_style], "long", side).clusters) == sorted(drawn)
-    rows = {
-        (kind, "en"): {f"concept{n}": torch.randn(4) for n in range(6)}
-        for kind in ("short", "long", "keywords")
-    }
+    rows = {}
+    for kind in ("short", "long", "keywords"):
+        rows[kind, "en"] = {f"concept{n}": torch.randn(4) for n in range(6)}
     rows["short", "de"] = rows["short", "en"]
     family = {f"concept{n}": f"family{n // 2}" for n in range(6)}
     found = measure.teacher_queries(rows, family)["name → long caption"]

@@ -35,21 +35,20 @@ class TextProcessor:
     def apply_chat_template(
         self, chats: list[Any], *, processor_kwargs: Any = (), **options: Any
     ) -> Any:
-        flat = [
-            [{**message, "content": message["content"][-1]["text"]} for message in chat]
-            for chat in chats
-        ]
+        flat = []
+        for chat in chats:
+            flat.append([{**turn, "content": turn["content"][-1]["text"]} for turn in chat])
         return self.tokenizer.apply_chat_template(flat, **dict(processor_kwargs), **options)
 
 
 def learned(template: str, *said: tuple[str, str]) -> list[str]:
     """The stretches of a row, padded next to a longer one, that have labels."""
-    rows = [
-        {"conversations": [{"from": who, "value": text} for who, text in turns]}
-        for turns in (said, 3 * SAID)
-    ]
+    rows = []
+    for turns in (said, 3 * SAID):
+        rows.append({"conversations": [{"from": who, "value": text} for who, text in turns]})
     batch = LlavaRows(TextProcessor(template), "")(rows)
-    assert torch.equal(batch["labels"].clamp_min(0), batch["input_ids"] * (batch["labels"] >= 0))
+    has_label = batch["labels"] >= 0
+    assert torch.equal(batch["labels"].clamp_min(0), batch["input_ids"] * has_label)
     tokenizer = chatml_tokenizer()
     labels = batch["labels"][0].tolist()
     stretches = [

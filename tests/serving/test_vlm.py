@@ -144,7 +144,9 @@ def test_equals_its_parts_and_trains(llms: Path, tmp_path: Path, tower: str, llm
     batch["labels"] = batch["input_ids"].masked_fill(
         batch["input_ids"] == model.config.image_token_index, -100
     )
-    rows = [{name: value[n] for name, value in batch.items()} for n in range(2)]
+    rows: list[dict[str, Any]] = []
+    for number in range(2):
+        rows.append({name: value[number] for name, value in batch.items()})
     settings = TrainingArguments(
         str(tmp_path / "run"), max_steps=1, learning_rate=1e-3, per_device_train_batch_size=2, use_cpu=True,
         remove_unused_columns=False, report_to=[], save_strategy="no", disable_tqdm=True,

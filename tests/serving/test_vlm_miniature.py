@@ -45,10 +45,9 @@ def test_two_sides(tmp_path: Path) -> None:
     made = tmp_path / "vlm-before"
     answers = tmp_path / "before.answers.jsonl"
     weights = [load_file(made / f"stage{stage}" / "model.safetensors") for stage in range(3)]
-    changed = [
-        {name.split(".")[0] for name in new if not new[name].equal(old[name])}
-        for old, new in pairwise(weights)
-    ]
+    changed = []
+    for old, new in pairwise(weights):
+        changed.append({name.split(".")[0] for name in new if not new[name].equal(old[name])})
     assert changed == [{"multi_modal_projector"}, {"multi_modal_projector", "language_model"}]
     assert json.loads(answers.read_text())["question_id"] == "1"
 

@@ -67,7 +67,9 @@ def train_with_swift() -> None:
 
 
 def train_with_llamafactory() -> None:
-    (settings,), (data,), (code,) = blocks("yaml"), blocks("json"), blocks("bash")
+    (settings,) = blocks("yaml")
+    (data,) = blocks("json")
+    (code,) = blocks("bash")
     info = json.loads(data)["pretrain"]
     datasets = {name: {**info, "file_name": f"{name}.json"} for name in ("pretrain", "finetune")}
     Path("dataset_info.json").write_text(json.dumps(datasets))
@@ -161,10 +163,9 @@ def test_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str)
 
     weights = [load_file(folder(stage) / "model.safetensors") for stage in range(3)]
     assert weights[0].keys() == weights[1].keys() == weights[2].keys()
-    changed = [
-        {name for name in one if not one[name].equal(other[name])}
-        for one, other in pairwise(weights)
-    ]
+    changed = []
+    for old, new in pairwise(weights):
+        changed.append({name for name in old if not old[name].equal(new[name])})
     assert {name.split(".")[0] for name in changed[0]} == {"multi_modal_projector"}
     assert {name.split(".")[0] for name in changed[1]} == {
         "multi_modal_projector",

@@ -84,17 +84,19 @@ def test_batches_are_made_as_the_authors(tmp_path: Path):
             if name != "cc3m"
             else ("id", "image", "caption", "long_caption")
         )
-        rows = [{field: f"{name} {field} {i}" for field in fields} for i in range(size)]
+        rows = []
+        for number in range(size):
+            rows.append({field: f"{name} {field} {number}" for field in fields})
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = dataclasses.replace(
         llm_recipe("paper").pairs, data=tuple(str(tmp_path / f"{n}.jsonl") for n in sizes)
     )
     batches = PairBatches(config, seed=0, global_batch=batch, rank=0, world=1)
     drawn = [batches.batch(step * batch)["pairs"] for step in range(sum(sizes.values()) // batch)]
-    sources = [{pair.query.split()[0] for pair in pairs} for pairs in drawn]
-    assert Counter(name for names in sources for name in names) == {
-        n: facts["batches_of_source"][n] for n in sizes
-    }
+    batches_of_source = Counter()
+    for pairs in drawn:
+        batches_of_source.update({pair.query.split()[0] for pair in pairs})
+    assert batches_of_source == {name: facts["batches_of_source"][name] for name in sizes}
     captions = [pair for pairs in drawn for pair in pairs if pair.query.startswith("cc3m")]
     assert len(captions) == facts["caption_pairs"]
     short = [pair for pair in captions if " caption " in pair.query]

@@ -39,10 +39,8 @@ def planned(*argv: str) -> str:
 
 def rows_of(told: str) -> list[list[float]]:
     """Both tables' rows: GPUs, share, micro-batch, GiB by stage."""
-    return [
-        [float(word) for word in row.split()]
-        for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)
-    ]
+    rows = re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)
+    return [list(map(float, row.split())) for row in rows]
 
 
 @pytest.mark.parametrize("name", [name for name in LLM_RECIPES if name != "paper"])

@@ -138,6 +138,12 @@ def test_gradient_checkpointing_is_off_where_the_step_fits(capsys: pytest.Captur
     )
 
 
+def described(model: torch.nn.Module) -> list[tuple]:
+    """What is trained: name, shape, rate and decay."""
+    trained = trained_parameters(model, OptimConfig())
+    return [(p.name, tuple(p.parameter.shape), p.lr, p.decay) for p in trained]
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"lora_rank": 2}, {"freeze_first_blocks": 1}, {"image_size": 24}]
 )
@@ -146,12 +152,5 @@ def test_a_shape_trains_what_the_tower_trains(options: dict, tmp_path: Path):
     dual = DualConfig(projection_dim=8, llm_width=12)
     real = build_dual(config, dual, seed=0)
     shape = shape_dual(config, dual)
-    described = [
-        [
-            (t.name, tuple(t.parameter.shape), t.lr, t.decay)
-            for t in trained_parameters(model, OptimConfig())
-        ]
-        for model in (real, shape)
-    ]
-    assert described[0] == described[1]
+    assert described(real) == described(shape)
     assert {p.device for p in shape.parameters()} == {torch.device("meta")}

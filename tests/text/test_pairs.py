@@ -133,8 +133,10 @@ def test_a_random_negative_is_of_another_image_and_of_the_positives_kind(tmp_pat
             negatives.add(number)
     assert negatives == set(range(8))
     assert batches(config).batch(8)["pairs"] == batches(config).batch(8)["pairs"]
-    captions = [[{"text": f"{i} {n}", "kind": "long"} for n in range(4)] for i in range(3)]
-    rows = [{"id": f"k{i}", "image": "x.png", "captions": four} for i, four in enumerate(captions)]
+    rows = []
+    for i in range(3):
+        captions = [{"text": f"{i} {n}", "kind": "long"} for n in range(4)]
+        rows.append({"id": f"k{i}", "image": "x.png", "captions": captions})
     # of which two are no pair's own texts
     (tmp_path / "four.jsonl").write_text("\n".join(map(json.dumps, rows)))
     four = PairsConfig(

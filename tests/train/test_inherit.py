@@ -121,7 +121,9 @@ def test_the_adapter_learns_the_clips_text_space_on_any_ranks(clip: Path, tmp_pa
     places = [
         (*source.locate(number), source.captions(number)[1][:1]) for number in range(len(source))
     ]
-    ours, target = (torch.cat([cache.rows(*place) for place in places]) for cache in caches)
+    own_cache, target_cache = caches
+    ours = torch.cat([own_cache.rows(*place) for place in places])
+    target = torch.cat([target_cache.rows(*place) for place in places])
     with torch.no_grad():
         assert torch.cosine_similarity(dual.encode_text(ours), target).mean() > 0.8
     run_ranks(two_ranks, 2, str(clip))

@@ -64,14 +64,14 @@ def naive_distill(anchor: Tensor, reference: Tensor, structure: float) -> Tensor
 
 def naive_patch_captions(patches: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
     """A pair at a time: caption j pools the patches of image i, at the default temperature."""
-    pooled = [
-        [((patch @ caption) / 0.1).softmax(0) @ patch for caption in captions] for patch in patches
-    ]
-    rows = [
-        [F.normalize(v, dim=0) @ caption for v, caption in zip(row, captions, strict=True)]
-        for row in pooled
-    ]
-    logits = scale * torch.stack([torch.stack(row) for row in rows])
+    rows = []
+    for patch in patches:
+        row = []
+        for caption in captions:
+            pooled = ((patch @ caption) / 0.1).softmax(0) @ patch
+            row.append(F.normalize(pooled, dim=0) @ caption)
+        rows.append(torch.stack(row))
+    logits = scale * torch.stack(rows)
     ids = torch.cat([HASHES, IDS[None]])
     same = (ids[:, :, None] == ids[:, None, :]).any(0) & ~torch.eye(PAIRS, dtype=torch.bool)
     logits = logits.masked_fill(same, -torch.inf)

@@ -56,9 +56,8 @@ def trained_by(
     moments of both."""
     OPTIMIZERS[GroupedAdamW.name] = GroupedAdamW
     results = []
-    for stage, precision, micro in itertools.product(
-        (1, 2), ("fp32", "bf16")[: 1 + (world < 3)], (4, 8)
-    ):
+    precisions = ("fp32", "bf16") if world < 3 else ("fp32",)
+    for stage, precision, micro in itertools.product((1, 2), precisions, (4, 8)):
         groups = {}
         tensors = {}
         for name in ("grouped", "adamw"):

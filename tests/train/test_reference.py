@@ -60,7 +60,10 @@ def steps(
     for i in numbers:
         values.append(step(tiny_batch(i, rank=rank, world=world))[1])
         reference.update()
-    return {name: [value[name] for value in values] for name in ("loss_infonce", "loss_distill")}
+    return {
+        "loss_infonce": [value["loss_infonce"] for value in values],
+        "loss_distill": [value["loss_distill"] for value in values],
+    }
 
 
 def train(rank: int, world: int, folder: str, ways: list[str]) -> dict[str, Any]:

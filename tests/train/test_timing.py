@@ -45,7 +45,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
         names = {str(event.get("name")) for event in json.loads(trace.read_text())["traceEvents"]}
         traced = {event for event in names if event.startswith("ProfilerStep")}
         assert traced == {f"ProfilerStep#{first}", f"ProfilerStep#{first + 1}"}
-    return {name: [line for line in lines(folder / name) if "loss" in line] for name in RUNS}
+    losses = {}
+    for name in RUNS:
+        losses[name] = [line for line in lines(folder / name) if "loss" in line]
+    return losses
 
 
 @pytest.mark.parametrize("name", list(RUNS))

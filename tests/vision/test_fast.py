@@ -66,20 +66,18 @@ def test_same_values_bit_for_bit_and_the_same_gradient(dtype):
     assert error <= max(1.5 * other, 1e-6)  # no worse than transformers' own
 
 
+def gradients(tower: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in tower.named_parameters() if p.grad is not None}
+
+
 def test_a_tower_computes_the_same_with_it():
     pixels = read(TRANSFORMERS_TOWERS / "clip_vision")["pixels"]
     plain, ours = (load_tower(TRANSFORMERS_TOWERS / "clip_vision").train() for _ in range(2))
     assert use_quick_gelu(ours) == plain.config.num_hidden_layers
     assert use_quick_gelu(ours) == 0  # none is left
     outputs = [tower(pixel_values=pixels, output_hidden_states=True) for tower in (plain, ours)]
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(*(output.hidden_states for output in outputs), strict=True)
-    )
+    hidden, other_hidden = (output.hidden_states for output in outputs)
+    assert all(torch.equal(a, b) for a, b in zip(hidden, other_hidden, strict=True))
     for output in outputs:
         output.pooler_output.square().sum().backward()
-    named = (
-        {n: p.grad for n, p in tower.named_parameters() if p.grad is not None}
-        for tower in (plain, ours)
-    )
-    torch.testing.assert_close(*named, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients(ours), gradients(plain), rtol=1e-4, atol=1e-6)
