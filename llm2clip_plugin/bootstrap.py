@@ -57,9 +57,11 @@ def bootstrap_mean(
         raise ValueError(f"a bootstrap needs a list of values, got shape {value_N.shape}")
     if clusters is not None and len(clusters) != len(value_N):
         raise ValueError(f"{len(clusters)} clusters for {len(value_N)} values")
-    code_N, count = (
-        cluster_codes(clusters) if clusters is not None else (np.arange(len(value_N)), len(value_N))
-    )
+    if clusters is None:
+        code_N = np.arange(len(value_N))
+        count = len(value_N)
+    else:
+        code_N, count = cluster_codes(clusters)
     sums_C2 = cluster_sums(np.stack([value_N, np.ones(len(value_N))], axis=1), code_N, count)
     mean = float(value_N.mean())
     if count < 2:
@@ -69,17 +71,17 @@ def bootstrap_mean(
         weight_RC @ sums_C2
         for weight_RC in resample(one_stratum_C, resamples, np.random.default_rng(seed))
     ]
-    low, high = percentile_interval(
-        np.concatenate([t[:, 0] / t[:, 1] for t in totals]), count, count - 1, level
-    )
+    draw_R = np.concatenate([total_R2[:, 0] / total_R2[:, 1] for total_R2 in totals])
+    low, high = percentile_interval(draw_R, count, count - 1, level)
     return Interval(mean=mean, low=low, high=high, clusters=count, level=level)
 
 
 def cluster_codes(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
     """(N,) cluster numbers and how many there are; numbered by name, so that the items' order does
     not matter."""
-    number = {name: place for place, name in enumerate(sorted(set(clusters), key=str))}
-    return np.array([number[name] for name in clusters], dtype=np.int64), len(number)
+    names = sorted(set(clusters), key=str)
+    code_of = {name: code for code, name in enumerate(names)}
+    return np.array([code_of[name] for name in clusters], dtype=np.int64), len(names)
 
 
 def cluster_sums(sums_NK: np.ndarray, code_N: np.ndarray, count: int) -> np.ndarray:
@@ -198,4 +200,5 @@ def estimate(value: float, ends: Sequence[float], shown: Callable[[float], str] 
 def spread(values: Sequence[float], shown: Callable[[float], str] = fraction) -> str:
     """Mean over seeds, with the standard deviation if they differ: ``.127 ± .009``."""
     deviation = stdev(values) if len(values) > 1 else 0.0
-    return shown(fmean(values)) + (f" ± {shown(deviation)}" if deviation else "")
+    mean = shown(fmean(values))
+    return f"{mean} ± {shown(deviation)}" if deviation else mean

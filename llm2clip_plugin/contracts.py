@@ -33,7 +33,7 @@ class DiskFullError(OSError):
     def __init__(self, target: str | os.PathLike[str], number: int = errno.ENOSPC) -> None:
         super().__init__(number, os.strerror(number), os.fspath(target))
         path = Path(os.path.abspath(target))
-        folder = next(place for place in (path, *path.parents) if place.exists())
+        folder = next(parent for parent in (path, *path.parents) if parent.exists())
         self.reason = f"{self.strerror} ({size_text(shutil.disk_usage(folder).free)} free)"
 
     def __str__(self) -> str:
@@ -227,9 +227,9 @@ class VersionedRecord:
         if kind != cls.KIND:
             raise ContractError(f"{path} contains a {kind!r}, expected a {cls.KIND!r}")
         if (version := body.pop("format_version", None)) != cls.VERSION:
-            told = f"{path} has format version {version}, but this release reads {cls.VERSION}"
+            problem = f"{path} has format version {version}, but this release reads {cls.VERSION}"
             raise ContractError(
-                f"{told}; create it again with this release, or install the one that wrote it"
+                f"{problem}; create it again with this release, or install the one that wrote it"
             )
         record = from_plain(cls, body, where=str(path))
         record.check_values(where=str(path))

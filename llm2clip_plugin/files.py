@@ -114,7 +114,8 @@ def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         kind = "" if isinstance(error, ValueError) and reason else type(error).__name__
         reason = ": ".join(part for part in (kind, reason) if part)
-        raise ContractError(f"{path} cannot be used ({reason}){fix and '; '}{fix}") from error
+        advice = f"; {fix}" if fix else ""
+        raise ContractError(f"{path} cannot be used ({reason}){advice}") from error
 
 
 def from_plain(
@@ -160,18 +161,15 @@ def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING)
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_plain(
-            hint, value, where=where, default=None if default is dataclasses.MISSING else default
-        )
+        settings = None if default is dataclasses.MISSING else default
+        return from_plain(hint, value, where=where, default=settings)
     if origin in (typing.Union, types.UnionType):  # the first type, or None, or a word
         if value is None and type(None) in arguments:
             return None
-        words = (one for one in arguments if typing.get_origin(one) is typing.Literal)
-        return typed(
-            next((one for one in words if value in typing.get_args(one)), arguments[0]),
-            value,
-            where,
-        )
+        for argument in arguments:
+            if typing.get_origin(argument) is typing.Literal and value in typing.get_args(argument):
+                return typed(argument, value, where)
+        return typed(arguments[0], value, where)
     if origin is typing.Literal:
         if value not in arguments:
             raise ContractError(
@@ -183,10 +181,8 @@ def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING)
         hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(hints) != len(value):
             raise ContractError(f"{where} has {len(value)} values, expected {len(hints)}")
-        return tuple(
-            typed(one, item, f"{where}[{i}]")
-            for i, (one, item) in enumerate(zip(hints, value, strict=True))
-        )
+        pairs = enumerate(zip(hints, value, strict=True))
+        return tuple(typed(hint, item, f"{where}[{number}]") for number, (hint, item) in pairs)
     if kind is float and _is_number(value):
         return float(value)
     if kind is Path and isinstance(value, str):
@@ -371,7 +367,9 @@ def again(command: dict[str, Any]) -> str:
     line = re.sub(r" --resume([-_]from[-_]checkpoint)?[ =]('[^']*'|\S)+", "", line)
     if folder and folder != os.getcwd():
         line = f"cd {shlex.quote(folder)} && {line}"
-    return line + (f"  # on {ranks} ranks: under the launcher that started it" if ranks > 1 else "")
+    if ranks > 1:
+        line += f"  # on {ranks} ranks: under the launcher that started it"
+    return line
 
 
 def discover(package: str, attribute: str) -> dict[str, Any]:
@@ -379,13 +377,11 @@ def discover(package: str, attribute: str) -> dict[str, Any]:
     of them, by its ``name``. Raises ValueError if two members share a name."""
     members: dict[str, Any] = {}
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        found = getattr(importlib.import_module(f"{package}.{module.name}"), attribute, [])
-        for member in found if isinstance(found, list) else [found]:
+        value = getattr(importlib.import_module(f"{package}.{module.name}"), attribute, [])
+        for member in value if isinstance(value, list) else [value]:
             if member.name in members:
-                raise ValueError(
-                    f"two members of {package} have the {attribute}.name {member.name!r}; rename "
-                    "one"
-                )
+                name = f"{attribute}.name {member.name!r}"
+                raise ValueError(f"two members of {package} have the {name}; rename one")
             members[member.name] = member
     return members
 
@@ -441,14 +437,10 @@ def check_hub_answers(repository: str, *, revision: str | None = None) -> None:
         HfApi().repo_info(repository, revision=revision, timeout=timeout())
     except Exception as error:  # of requests or of httpx, by the client's version
         if any("Timeout" in kind.__name__ for kind in type(error).__mro__):
-            told = (
-                f"the Hugging Face Hub ({constants.ENDPOINT}) has not answered for {timeout():g} s "
-                f"({TIMEOUT})"
-            )
-            fix = (
-                "check the network and HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use downloaded files"
-            )
-            raise TimeoutError(f"{told}; {fix}") from error
+            hub = f"the Hugging Face Hub ({constants.ENDPOINT})"
+            problem = f"{hub} has not answered for {timeout():g} s ({TIMEOUT})"
+            fix = "set HF_HUB_OFFLINE=1 to use downloaded files"
+            raise TimeoutError(f"{problem}; check the network and HF_ENDPOINT, or {fix}") from error
 
 
 LONGEST_RETRY_AFTER = 300.0  # seconds that a server may request

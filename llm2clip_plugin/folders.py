@@ -128,12 +128,10 @@ def refuse_foreign(folder: Path, kind: FolderKind) -> None:
     fix = "--overwrite would delete that: move it, or choose another --output"
     written = _written(folder, kind)
     if written is None:
-        shown = [
-            name for name in present if not _matches(name, (*ANYWHERE, *NEXT_TO_DATA))
-        ] or present
-        raise FileExistsError(
-            f"{folder} was not written by {commands}: it has {_listed(shown)}; {fix}"
-        )
+        allowed = (*ANYWHERE, *NEXT_TO_DATA)
+        foreign = [name for name in present if not _matches(name, allowed)]
+        names = _listed(foreign or present)
+        raise FileExistsError(f"{folder} was not written by {commands}: it has {names}; {fix}")
     names, patterns = written
     patterns = (*patterns, *ANYWHERE, *NEXT_TO_DATA)
     if foreign := [name for name in present if name not in names and not _matches(name, patterns)]:

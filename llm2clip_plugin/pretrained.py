@@ -90,8 +90,8 @@ def check_vocabulary(tokenizer: Any, rows: int, where: object, used: Iterable[in
     ids = {*tokenizer.get_vocab().values()} - special
     largest = max([*ids, *used], default=0)
     if largest >= rows:
-        told = f"its tokenizer has ids up to {largest}, its config.json vocab_size {rows}"
-        raise ContractError(f"{where}: {told}; copy the tokenizer of this LLM into its folder")
+        problem = f"its tokenizer has ids up to {largest}, its config.json vocab_size {rows}"
+        raise ContractError(f"{where}: {problem}; copy the tokenizer of this LLM into its folder")
 
 
 def run_no_code() -> None:
@@ -101,10 +101,9 @@ def run_no_code() -> None:
     from transformers import dynamic_module_utils
 
     def refuse(class_name: str, module: Any, *_: Any, **__: Any) -> Any:
-        told = (
-            f"the model needs {class_name} of its own file {Path(module).stem}.py, which is not run"
-        )
-        raise ContractError(f"{told}; {KNOWN}")
+        file = f"{Path(module).stem}.py"
+        problem = f"the model needs {class_name} of its own file {file}, which is not run"
+        raise ContractError(f"{problem}; {KNOWN}")
 
     dynamic_module_utils.get_class_in_module = refuse
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # an error in place of the question

@@ -10,7 +10,6 @@ Shapes: N pairs of captions, W width of an embedding.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,30 +256,16 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
         )
     sets = caption_sets(config.measure, config.read)
     fitted = first_captions(config.reading.fit_on, FIT_CAPTIONS, config.read)
-    texts = list(
-        dict.fromkeys(text for pairs in sets.values() for _, *both in pairs for text in both)
-    )
-    shown = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES]
-    found: list[Reading] = []
-    encodings = [config.encoder]
-    card = find_card(config.encoder.adapter or config.encoder.llm)
-    # it was not fine-tuned to be read in one way; for each of these settings it is loaded anew
-    if card is None:
-        encodings = [
-            # both poolings are tried, but the default alone is refused for a sentence-transformers
-            # model
-            dataclasses.replace(
-                config.encoder,
-                chat_template=template,
-                attention=attention,
-                layer=-1,
-                pooling="last",
-            )
-            for template, attention in itertools.product(
-                config.reading.templates or ("",), ATTENTIONS
-            )
-        ]
-    for encoding in encodings:
+    unique_texts: dict[str, None] = {}
+    for pairs in sets.values():
+        for _, first, second in pairs:
+            unique_texts |= {first: None, second: None}
+    texts = list(unique_texts)
+    counted = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES]
+    components = config.reading.components
+    is_fine_tuned = find_card(config.encoder.adapter or config.encoder.llm) is not None
+    readings: list[Reading] = []
+    for encoding in [config.encoder] if is_fine_tuned else encodings_of_raw_llm(config):
         encoder = CaptionEncoder(encoding)
         if encoder.config.query_prompt not in ("", encoder.config.prompt):
             raise ValueError(
@@ -290,22 +275,39 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
             raise ValueError(
                 f"{encoding.adapter or encoding.llm} is read in one way; nothing to search"
             )
-        own = (encoder.config.pooling,) if card else POOLINGS
-        states = pooled_states(encoder, [*texts, *fitted], own)
+        poolings = (encoder.config.pooling,) if is_fine_tuned else POOLINGS
+        states = pooled_states(encoder, [*texts, *fitted], poolings)
         for (pooling, layer), state_NW in states.items():
+            way = dataclasses.replace(encoder.config, layer=layer, pooling=pooling)
             posts = remove_components(state_NW[len(texts) :], config.reading.components)
-            for components, post in [
-                (-1, None),
-                *zip(config.reading.components, posts, strict=True),
-            ]:
-                read_NW = state_NW[: len(texts)] if post is None else post(state_NW[: len(texts)])
+            for removed, post in [(-1, None), *zip(components, posts, strict=True)]:
+                read_NW = state_NW[: len(texts)]
+                if post is not None:
+                    read_NW = post(read_NW)
                 row_of = dict(zip(texts, read_NW, strict=True))
                 scores = measure_sets(sets, row_of, row_of, config.measure.retrieve)
-                way = dataclasses.replace(encoder.config, layer=layer, pooling=pooling)
-                rows = {row.name: row.cra for row in scores if row.name in shown}
-                found.append(Reading(way, components, rows, post))
+                accuracies = {row.name: row.cra for row in scores if row.name in counted}
+                readings.append(Reading(way, removed, accuracies, post))
         del encoder  # before the next one is loaded
-    return sorted(found, key=lambda reading: -reading.score)
+    return sorted(readings, key=lambda reading: -reading.score)
+
+
+def encodings_of_raw_llm(config: EvaluateCaptionsConfig) -> list[EncoderConfig]:
+    """The settings with which an LLM is loaded that was not fine-tuned to be read in one way."""
+    encodings: list[EncoderConfig] = []
+    for template in config.reading.templates or ("",):
+        for attention in ATTENTIONS:
+            # all poolings are tried, but a sentence-transformers model refuses the default
+            encodings.append(
+                dataclasses.replace(
+                    config.encoder,
+                    chat_template=template,
+                    attention=attention,
+                    layer=-1,
+                    pooling="last",
+                )
+            )
+    return encodings
 
 
 @torch.no_grad()
@@ -316,11 +318,10 @@ def pooled_states(
     pooling the last."""
     rows = encoder.tokenize(captions)
     frame = encoder.frame
-    found: dict[tuple[str, int], Tensor] = {}
+    states_of: dict[tuple[str, int], Tensor] = {}
     batches = list(length_batches([len(ids) for ids in rows], CPU_TOKENS))
     for indices in track(batches, total=len(batches), label="reading", unit="batches"):
-        some = [rows[index] for index in indices]
-        batch = encoder.collate(some, [frame] * len(some))
+        batch = encoder.collate([rows[index] for index in indices], [frame] * len(indices))
         options = {
             "position_ids": batch.position_ids,
             "use_cache": False,
@@ -329,19 +330,17 @@ def pooled_states(
         states = encoder.model.llm(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options
         )
-        depth = len(states.hidden_states) - 1
-        layers = range(depth) if len(poolings) == len(POOLINGS) else ()
-        for layer, hidden_BTH in [
-            *zip(layers, states.hidden_states, strict=False),
-            (-1, states.last_hidden_state),
-        ]:
+        if len(poolings) == len(POOLINGS):
+            layers = dict(enumerate(states.hidden_states[:-1]))
+            layers[-1] = states.last_hidden_state
+        else:
+            layers = {encoder.config.layer: states.last_hidden_state}
+        for layer, hidden_BTH in layers.items():
             for pooling in poolings:
-                own = (pooling, layer if layers else encoder.config.layer)
                 pooled_BW = pool(hidden_BTH, batch.pool_mask, pooling).cpu()
-                found.setdefault(own, torch.empty(len(captions), pooled_BW.shape[1]))[indices] = (
-                    pooled_BW
-                )
-    return found
+                empty_NW = torch.empty(len(captions), pooled_BW.shape[1])
+                states_of.setdefault((pooling, layer), empty_NW)[indices] = pooled_BW
+    return states_of
 
 
 def search_and_report(config: EvaluateCaptionsConfig) -> None:

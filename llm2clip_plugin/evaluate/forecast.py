@@ -331,10 +331,8 @@ def explained(feature_NH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> T
         fit_N = ~test_N & ~choose_N
         rest_N = ~test_N
         tried = ridge(feature_NH[fit_N], text_NW[fit_N], feature_NH[choose_N], PENALTIES)
-        best = min(
-            range(len(PENALTIES)),
-            key=lambda one: float((tried[one] - text_NW[choose_N]).square().sum()),
-        )
+        errors = [float((guess - text_NW[choose_N]).square().sum()) for guess in tried]
+        best = errors.index(min(errors))
         predicted = ridge(
             feature_NH[rest_N], text_NW[rest_N], feature_NH[test_N], PENALTIES[best : best + 1]
         )[0]
@@ -352,8 +350,8 @@ def folds(clusters: Sequence[str]) -> Tensor:
         raise ValueError(
             f"a forecast needs at least {4 * FOLDS} images or clusters of images, got {len(names)}"
         )
-    number = {name: place % FOLDS for place, name in enumerate(names)}
-    return torch.tensor([number[name] for name in clusters])
+    fold_of = {name: position % FOLDS for position, name in enumerate(names)}
+    return torch.tensor([fold_of[name] for name in clusters])
 
 
 def ridge(

@@ -282,7 +282,7 @@ def encode_images(
     # Under ZeRO-3 each forward gathers weights from all ranks, so all must make the same number of
     # calls.
     calls = max(gather_objects(len(batches), group))
-    own = EncodedImages([], [], [], [], [])
+    encoded = EncodedImages([], [], [], [], [])
     remaining = iter(batches)
     show = not quiet and rank(group) == 0
     for _ in track(range(calls), total=calls, label=label, unit="batches", show=show):
@@ -290,20 +290,20 @@ def encode_images(
         if loaded is None:
             encode(normalize(torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)))
             continue
-        own.vectors.append(
+        encoded.vectors.append(
             encode(normalize(loaded["pixels"]), *normalize.shapes(loaded)).float().cpu()
         )
-        own.numbers.extend(loaded["image_ids"].tolist())
-        own.keys.extend(loaded["keys"])
-        own.meta.extend(loaded["meta"])
-    own.broken.extend(batches.broken)
-    return _of_all_ranks(own, group)
+        encoded.numbers.extend(loaded["image_ids"].tolist())
+        encoded.keys.extend(loaded["keys"])
+        encoded.meta.extend(loaded["meta"])
+    encoded.broken.extend(batches.broken)
+    return _of_all_ranks(encoded, group)
 
 
-def _of_all_ranks(own: EncodedImages, group: Group) -> EncodedImages:
+def _of_all_ranks(encoded: EncodedImages, group: Group) -> EncodedImages:
     """The images of every rank, in order of rank, on every rank."""
-    broken = [[sample.shard, sample.key, sample.reason] for sample in own.broken]
-    exchanged: list[Any] = [own.numbers, own.keys, own.meta, own.vectors, broken]
+    broken = [[sample.shard, sample.key, sample.reason] for sample in encoded.broken]
+    exchanged: list[Any] = [encoded.numbers, encoded.keys, encoded.meta, encoded.vectors, broken]
     total = EncodedImages([], [], [], [], [])
     for part in gather_objects(exchanged, group):
         numbers, keys, meta, vectors, left_out = part
@@ -360,38 +360,40 @@ def embed_pairs(
             "batch": config.batch,
             "workers": config.workers or 0,
             "kinds": config.kinds,
+            "languages": config.languages,
+            "indices": range(min(config.limit or len(source), len(source))),
+            "all_ranks": all_ranks,
+            "quiet": quiet,
         }
-        options |= {"languages": config.languages, "all_ranks": all_ranks, "quiet": quiet}
-        options["indices"] = range(min(config.limit or len(source), len(source)))
         device = next(encoders.parameters()).device
-        found = encode_images(encoders.encode_image, source, images, device, **options)
-        image_ND = found.joined()
+        encoded = encode_images(encoders.encode_image, source, images, device, **options)
+        image_ND = encoded.joined()
         rows: dict[bytes, Tensor] = {}  # each distinct teacher embedding
         # of each caption
         distinct: list[bytes] = []
         owner: list[int] = []
         captions: list[Caption] = []
-        for image, number in enumerate(found.numbers):
+        for image, number in enumerate(encoded.numbers):
             key, of_sample = source.captions(number)
             used = select_captions(of_sample, config.kinds, config.languages)
-            for caption, row in zip(
-                used, cache.rows(*source.locate(number), used, key=key), strict=True
-            ):
-                distinct.append(hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest())
-                rows.setdefault(distinct[-1], row)
+            embedded = cache.rows(*source.locate(number), used, key=key)
+            for caption, row in zip(used, embedded, strict=True):
+                digest = hashlib.blake2b(row.numpy().tobytes(), digest_size=16).digest()
+                distinct.append(digest)
+                rows.setdefault(digest, row)
                 owner.append(image)
                 captions.append(caption)
         text_UD = encode_texts(encoders, torch.stack(list(rows.values())), all_ranks)
-    place = {digest: position for position, digest in enumerate(rows)}
+    position_of = {digest: position for position, digest in enumerate(rows)}
     return EmbeddedPairs(
         image_ND=image_ND,
-        text_MD=text_UD[[place[digest] for digest in distinct]],
+        text_MD=text_UD[[position_of[digest] for digest in distinct]],
         owner_M=torch.tensor(owner),
         captions=captions,
-        keys=found.keys,
-        meta=found.meta,
-        broken=found.broken,
-        numbers=found.numbers,
+        keys=encoded.keys,
+        meta=encoded.meta,
+        broken=encoded.broken,
+        numbers=encoded.numbers,
     )
 
 
@@ -403,10 +405,11 @@ def encode_texts(encoders: Dual, teacher_UW: Tensor, all_ranks: bool = False) ->
     ranks = world_size(group)
     # every rank makes the same number of calls, the last ones perhaps with a row that is not used
     turns = range(rank(group), -(-len(batches) // ranks) * ranks, ranks)
-    own = [batches[turn] if turn < len(batches) else batches[0][:1] for turn in turns]
-    encoded = gather_objects(
-        [encoders.encode_text(rows.to(device)).float().cpu() for rows in own], group
-    )
+    encoded_here: list[Tensor] = []
+    for turn in turns:
+        teacher_BW = batches[turn] if turn < len(batches) else batches[0][:1]
+        encoded_here.append(encoders.encode_text(teacher_BW.to(device)).float().cpu())
+    encoded = gather_objects(encoded_here, group)
     return torch.cat([encoded[number % ranks][number // ranks] for number in range(len(batches))])
 
 
@@ -519,8 +522,8 @@ def report_retrieval(
     used_M = torch.ones(len(label_M), dtype=torch.bool)
     if config.group:  # the first of each group's captions with the same text, kind and language
         first: dict[tuple[int, Caption], int] = {}
-        for place, caption in enumerate(zip(label_M.tolist(), pairs.captions, strict=True)):
-            used_M[place] = first.setdefault(caption, place) == place
+        for number, caption in enumerate(zip(label_M.tolist(), pairs.captions, strict=True)):
+            used_M[number] = first.setdefault(caption, number) == number
     parts = {ALL: ranked(used_M)}
     names = [f"{caption.kind}:{caption.language}" for caption in pairs.captions]
     if len(set(names)) > 1:

@@ -66,9 +66,9 @@ def report(
     for text, of_text in zip(config.text, hits, strict=True):
         print(f"\n{text}")
         results[text] = []
-        for place, (number, score) in enumerate(of_text, 1):
+        for position, (number, score) in enumerate(of_text, 1):
             record = source.record(number)
-            print(f"{place:4}  {score:6.3f}  {printable(record.key)}")
+            print(f"{position:4}  {score:6.3f}  {printable(record.key)}")
             picture = None
             with suppress(BrokenSample):  # embedded before it was deleted
                 picture = thumbnail(record.read_image()) if config.output else None

@@ -131,13 +131,13 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
     if not (directory / PREPROCESSOR_FILE).is_file():
         return {}
     body = read_json(directory / PREPROCESSOR_FILE)
-    own = {name: body[name] for name in INHERITED if body.get(name) is not None}
+    stated = {name: body[name] for name in INHERITED if body.get(name) is not None}
     if body.get("do_normalize") is False:
-        return own | {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+        return stated | {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     for name in ("image_mean", "image_std"):
-        if name in own:
-            check_channels(name, own[name], directory / PREPROCESSOR_FILE)
-    return own
+        if name in stated:
+            check_channels(name, stated[name], directory / PREPROCESSOR_FILE)
+    return stated
 
 
 def check_channels(name: str, values: Any, where: Path) -> None:
@@ -214,11 +214,13 @@ def recorded(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
     inside = Path(folder).expanduser().absolute()
 
     def relative(place: str) -> str:
+        if not is_local(place):
+            return place
         path = Path(place).expanduser().absolute()
-        if not is_local(place) or os.path.commonpath([path, inside]) == path.anchor:
-            return str(path) if is_local(place) else place
-        shown = os.path.relpath(path, inside)
-        return shown if shown.startswith("..") else f"./{shown}"
+        if os.path.commonpath([path, inside]) == path.anchor:
+            return str(path)
+        from_inside = os.path.relpath(path, inside)
+        return from_inside if from_inside.startswith("..") else f"./{from_inside}"
 
     return _with_places(card, relative)
 
@@ -226,9 +228,11 @@ def recorded(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
 def located(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
     """The card that was read from ``folder``, its relative paths made absolute."""
     inside = Path(folder).expanduser().absolute()
-    return _with_places(
-        card, lambda p: os.path.normpath(inside / p) if p.startswith(("./", "../")) else p
-    )
+
+    def absolute(place: str) -> str:
+        return os.path.normpath(inside / place) if place.startswith(("./", "../")) else place
+
+    return _with_places(card, absolute)
 
 
 def published(card: TowerCard) -> TowerCard:

@@ -301,10 +301,9 @@ class Eva02SwiGLU(nn.Module):
     def _pads(self, like: Tensor) -> bool:
         """Not if PEFT or bitsandbytes has replaced a layer, and not under a compiler, which pads by
         itself."""
-        own = all(
-            type(layer) is PaddedLinear for layer in (self.gate_proj, self.up_proj, self.down_proj)
-        )
-        return like.is_cuda and own and not _is_traced()
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        is_unchanged = all(type(layer) is PaddedLinear for layer in layers)
+        return like.is_cuda and is_unchanged and not _is_traced()
 
 
 class Eva02Mlp(nn.Module):

@@ -54,12 +54,11 @@ class Changed:
     ) -> Any:
         """See the base. transformers 5 may ask for one state by its number, which is answered with
         all."""
-        asked = (
-            self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = super().forward(  # type: ignore[misc]
+            pixel_values.to(self.dtype), output_hidden_states=bool(output_hidden_states)
         )
-        states = super().forward(pixel_values.to(self.dtype), output_hidden_states=bool(asked))  # type: ignore[misc]
         output = self.change(states)
         return output if return_dict is not False else output.to_tuple()
 

@@ -102,11 +102,11 @@ def read_sharegpt4v(folder: Path) -> list[Row]:
     path = folder / SHAREGPT4V
     images = first_existing(folder / "data", folder)
     rows: list[Row] = []
-    place = 0
+    offset = 0
     with errors_about(path, fix="download it again"), path.open(encoding="utf-8") as file:
         text = file.read(BEGINNING)
-        while len(rows) < SHAREGPT4V_ITEMS and (start := BETWEEN.match(text, place)):
-            item, place = json.JSONDecoder().raw_decode(text, start.end())
+        while len(rows) < SHAREGPT4V_ITEMS and (start := BETWEEN.match(text, offset)):
+            item, offset = json.JSONDecoder().raw_decode(text, start.end())
             captions = to_captions([item["conversations"][1]["value"]], "long")
             rows.append(Row(item["image"], images / item["image"], captions))
     return rows

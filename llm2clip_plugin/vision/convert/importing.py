@@ -94,14 +94,12 @@ def import_tower(
         imported_as = "timm"
         report = [f"layout timm: {len(model.state_dict())} tensors of the tower"]
     else:
-        place = path if path.is_file() else fetch_directory(source)
-        if place.is_dir() and (place / TowerCard.FILE).is_file():
-            return export.reexport(place, output, image_size=image_size, replace=replace), [
-                "a tower directory"
-            ]
-        parsed = parse_checkpoint(
-            place, None if config is None else read_json(Path(config)), image_size
-        )
+        checkpoint = path if path.is_file() else fetch_directory(source)
+        if checkpoint.is_dir() and (checkpoint / TowerCard.FILE).is_file():
+            card = export.reexport(checkpoint, output, image_size=image_size, replace=replace)
+            return card, ["a tower directory"]
+        given = None if config is None else read_json(Path(config))
+        parsed = parse_checkpoint(checkpoint, given, image_size)
         with naming_full_disk(output):
             model = build_model(
                 parsed, str(source), temporary=Path(output).resolve().parent, image_size=image_size
@@ -127,10 +125,12 @@ def parse_checkpoint(
         state |= read_tensors(file)
     given = lift_model_cfg(given or {})
     # its folder may hold Hugging Face's configuration, too
-    visual = any(key.startswith("visual.") for key in state)
-    names = [*["open_clip_config.json"] * visual, "config.json"]
-    own = next((read_json(path / name) for name in names if (path / name).is_file()), {})
-    config = given if "model_type" in given else merge(lift_model_cfg(own), given)
+    names = ["config.json"]
+    if any(key.startswith("visual.") for key in state):
+        names.insert(0, "open_clip_config.json")
+    files = [path / name for name in names if (path / name).is_file()]
+    saved = read_json(files[0]) if files else {}
+    config = given if "model_type" in given else merge(lift_model_cfg(saved), given)
     layout = next((layout for layout in layouts().values() if layout.matches(state)), None)
     if layout is not None:
         parsed = layout.parse(state, config)
@@ -140,37 +140,32 @@ def parse_checkpoint(
     elif "architecture" in config:
         parsed = parse_timm_hub(state, config)
     else:
-        told = (
-            f"the tensor names ({', '.join(sorted(state)[:3])}, ...) match no known layout "
-            f"({', '.join(layouts())})"
-        )
+        names = ", ".join(sorted(state)[:3])
+        known = ", ".join(layouts())
+        problem = f"the tensor names ({names}, ...) match no known layout ({known})"
         raise ValueError(
-            f"{path}: {told}; a Hugging Face model needs its config.json, next to it or as --config"
+            f"{path}: {problem}; "
+            "a Hugging Face model needs its config.json, next to it or as --config"
         )
-    stated = (
-        normalization(section(config, "preprocess_cfg"))
-        if "model_cfg" in config
-        else own_preprocessor(path)
-    )
-    parsed.preprocessor = stated
-    # of a NaFlex image
-    if "num_patches" in parsed.config and (most := int(stated.get("max_num_patches") or 0)):
-        parsed.config["image_size"] = (side := math.isqrt(most)) * parsed.config["patch_size"]
+    if "model_cfg" in config:
+        parsed.preprocessor = normalization(section(config, "preprocess_cfg"))
+    else:
+        parsed.preprocessor = own_preprocessor(path)
+    is_naflex = "num_patches" in parsed.config
+    if is_naflex and (most := int(parsed.preprocessor.get("max_num_patches") or 0)):
+        side = math.isqrt(most)
+        size = side * parsed.config["patch_size"]
+        parsed.config["image_size"] = size
         if side**2 != most and image_size is None:
-            fix = (
-                f"set --image-size, such as {parsed.config['image_size']} px for {side**2} patches"
-            )
-            raise ValueError(
-                f"{path / PREPROCESSOR_FILE}: max_num_patches {most} is not a square; {fix}"
-            )
+            problem = f"{path / PREPROCESSOR_FILE}: max_num_patches {most} is not a square"
+            fix = f"set --image-size, such as {size} px for {side**2} patches"
+            raise ValueError(f"{problem}; {fix}")
     _check_text_side(parsed, given)
     if unused := sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys()):
-        told = (
-            f"{len(unused)} of {len(parsed.state)} tensors do not belong to a {parsed.layout} "
-            f"model: {unused[:10]}"
-        )
+        count = f"{len(unused)} of {len(parsed.state)} tensors"
+        problem = f"{count} do not belong to a {parsed.layout} model: {unused[:10]}"
         raise ContractError(
-            f"{path}: {told}; a tensor was renamed, or --config must describe the architecture"
+            f"{path}: {problem}; a tensor was renamed, or --config must describe the architecture"
         )
     return parsed
 

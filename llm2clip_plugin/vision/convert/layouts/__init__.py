@@ -40,30 +40,30 @@ class AdapterMatch(NamedTuple):
 def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
     """The text adapter in a checkpoint; ContractError for several ones, or one without its last
     Linear."""
-    found = [match for name in state if (match := re.fullmatch(ADAPTER, name))]
-    if not found:
+    matches = [match for name in state if (match := re.fullmatch(ADAPTER, name))]
+    if not matches:
         return None
-    if len(prefixes := sorted({match["prefix"] for match in found})) > 1:
+    prefixes = sorted({match["prefix"] for match in matches})
+    if len(prefixes) > 1:
         raise ContractError(f"the checkpoint contains several text adapters: {prefixes}")
     prefix = prefixes[0]
-    last = max(int(match["number"]) for match in found)
-    names = {}
-    for match in found:
-        ends = {last - 1: "norm", last: "projection"}
-        part = (
-            f"blocks.{match['number']}.{PARTS[match['part']]}"
-            if match["part"]
-            else ends.get(int(match["number"]))
-        )
-        names[f"{part}.{match['kind']}"] = match[0]
-    own = {ours: state[theirs] for ours, theirs in names.items()}
-    weight = own.get("projection.weight")
-    up = own.get("blocks.0.up.weight")
+    last = max(int(match["number"]) for match in matches)
+    ends = {last - 1: "norm", last: "projection"}
+    names: dict[str, str] = {}
+    for match in matches:
+        if match["part"]:
+            module = f"blocks.{match['number']}.{PARTS[match['part']]}"
+        else:
+            module = ends.get(int(match["number"]))
+        names[f"{module}.{match['kind']}"] = match[0]
+    tensors = {ours: state[theirs] for ours, theirs in names.items()}
+    weight = tensors.get("projection.weight")
+    up = tensors.get("blocks.0.up.weight")
     if weight is None or weight.dim() != 2:
         raise ContractError(
             f"the checkpoint is missing {prefix}{last}.weight, the last Linear of its text adapter"
         )
-    own.setdefault("projection.bias", torch.zeros(len(weight), dtype=weight.dtype))
+    tensors.setdefault("projection.bias", torch.zeros(len(weight), dtype=weight.dtype))
     config = DualConfig(
         projection_dim=len(weight),
         llm_width=weight.shape[1],
@@ -71,7 +71,7 @@ def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
         adapter_expansion=2 if up is None else len(up) // weight.shape[1],
         normalise_input=prefix != IN_THE_LOOP,
     )
-    return AdapterMatch(config, own, names)
+    return AdapterMatch(config, tensors, names)
 
 
 # A parsed checkpoint: every tensor belongs to the tower or its heads, or has a reason to be left
@@ -121,14 +121,13 @@ class ParsedCheckpoint:
 
     def find_text_side(self, own_text: tuple[str, ...] = TEXT) -> None:
         """Find logit scale, bias and adapter; leave out names that start with ``own_text``."""
-        for name in [
-            key for key in self.state if key.split(".")[-1] in ("logit_scale", "logit_bias")
-        ]:
-            if self.state[name].numel() != 1:
-                raise ContractError(
-                    f"{name} is {tuple(self.state[name].shape)}, expected one number"
-                )
-            setattr(self, name.split(".")[-1], self.take(name))
+        for name, value in self.state.items():
+            field = name.split(".")[-1]
+            if field not in ("logit_scale", "logit_bias"):
+                continue
+            if value.numel() != 1:
+                raise ContractError(f"{name} is {tuple(value.shape)}, expected one number")
+            setattr(self, field, self.take(name))
         if (adapter := match_adapter(self.state)) is not None:
             self.adapter = adapter
             self.used |= set(adapter.names.values())
@@ -155,10 +154,8 @@ class ParsedCheckpoint:
             )
         for reason in sorted(set(self.left_out.values())):
             names = sorted(name for name, why in self.left_out.items() if why == reason)
-            lines.append(
-                f"left out ({reason}): {len(names)} tensors "
-                f"({', '.join([*names[:3], '...'][: len(names)])})"
-            )
+            examples = ", ".join([*names[:3], "..."][: len(names)])
+            lines.append(f"left out ({reason}): {len(names)} tensors ({examples})")
         return lines
 
 
@@ -193,8 +190,10 @@ class TensorNames:
                 kind = name.removeprefix(self.fused[0])
                 return [before + self.fused[1].format(part) + kind for part in "qkv"]
         module, _, kind = name.rpartition(".")
-        own = table.get(name) or (f"{table[module + '.']}{kind}" if f"{module}." in table else "")
-        return [before + own] if own else []
+        ours = table.get(name, "")
+        if not ours and f"{module}." in table:
+            ours = table[f"{module}."] + kind
+        return [before + ours] if ours else []
 
     def parse(self, state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
         """A checkpoint's tower; ``config``: its config.json. ContractError for two tensors of one
@@ -248,9 +247,9 @@ def depth(state: dict[str, Tensor], prefix: str) -> int:
 
 def normalization(values: dict[str, Any]) -> dict[str, Any]:
     """Mean, deviation and filter of OpenCLIP's or timm's ``values``, in Hugging Face's names."""
-    own = {f"image_{key}": values[key] for key in ("mean", "std") if key in values}
+    fields = {f"image_{key}": values[key] for key in ("mean", "std") if key in values}
     resample = RESAMPLE.get(str(values.get("interpolation")))
-    return own if resample is None else {**own, "resample": resample}
+    return fields if resample is None else {**fields, "resample": resample}
 
 
 def lift_model_cfg(config: dict[str, Any]) -> dict[str, Any]:

@@ -116,12 +116,11 @@ def parse_openvision(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed
         for name, value in OPENVISION.items()
         if vision.get(name) != value
     ]:
-        told = (
-            f"no visual.ln_pre, like OpenVision's, but vision_cfg.{', '.join(different)}, expected "
-            f"{OPENVISION}"
-        )
+        fields = ", ".join(different)
+        problem = f"no visual.ln_pre, like OpenVision's, but vision_cfg.{fields}"
         raise ContractError(
-            f"the checkpoint has {told}; pass the model's open_clip_config.json as --config"
+            f"the checkpoint has {problem}, expected {OPENVISION}; "
+            "pass the model's open_clip_config.json as --config"
         )
     eps = section(vision, "norm_kwargs").get("eps", 1e-5)
     plain = {
