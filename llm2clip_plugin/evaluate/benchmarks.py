@@ -168,7 +168,6 @@ class Evaluation:
     config: RetrievalConfig
     held_out: tuple[Source, EmbeddingCache] | None
     benchmarks: Sequence[Benchmark]
-    show: Callable[[dict[str, Picture]], None] | None = None  # of a rank that shows pictures
 
     def check(self, trained: Iterable[tuple[Source, EmbeddingCache]]) -> None:
         """ValueError for a held-out split that cannot be measured so; warn if it has shards that
@@ -203,7 +202,13 @@ class Evaluation:
             digests["validation, its cache"] = cache_digest(cache)
         return digests
 
-    def __call__(self, dual: DualEncoder, images: ImageConfig) -> dict[str, float]:
+    def __call__(
+        self,
+        dual: DualEncoder,
+        images: ImageConfig,
+        show: Callable[[dict[str, Picture]], object] | None = None,
+    ) -> dict[str, float]:
+        """``show``: of a rank that shows pictures of what the held-out captions find."""
         scores: dict[str, float] = {}
         how = {"images": images, "batch": self.config.batch, "workers": self.config.workers or 0}
         # a graph for each suite's last batch would exhaust what torch.compile makes, and training
@@ -212,8 +217,8 @@ class Evaluation:
             if self.held_out is not None:
                 options = {"all_ranks": True, "quiet": True}
                 report = evaluate_retrieval(dual, *self.held_out, images, self.config, **options)
-                if self.show is not None:
-                    self.show(draw_retrievals(report, self.held_out[0]))
+                if show is not None:
+                    show(draw_retrievals(report, self.held_out[0]))
                 scores |= report.metrics()
             for benchmark in self.benchmarks:
                 metrics = benchmark.measure(dual, benchmark.cache, **how).metrics

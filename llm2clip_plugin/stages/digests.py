@@ -68,15 +68,15 @@ class Digests:
             self._known = dict(json.loads((out / self.FILE).read_text(encoding="utf-8")))
 
     def of(self, artifact: Artifact) -> dict[str, Any]:
-        """``{"sha256": over all files, "files": {name: digest}}``; None for more than NAMED files."""
+        """``{"sha256": over all files, "files": {name: digest}}``; "files" is None for more than
+        NAMED."""
         files = dict(artifact.files())
         unknown = [path for path in files.values() if self._recall(path) is None]
         with ThreadPoolExecutor(min(THREADS, cores())) as threads:
             hashed = map_in_order(threads, _hash, unknown, ahead=2 * THREADS)
-            shown = track(
-                hashed, total=len(unknown), label=f"digests of {artifact.name}", unit="files"
-            )
-            fresh = dict(zip(unknown, shown, strict=True))
+            label = f"digests of {artifact.name}"
+            results = track(hashed, total=len(unknown), label=label, unit="files")
+            fresh = dict(zip(unknown, results, strict=True))
         for path, (stamp, digest) in fresh.items():
             if stamp:
                 self._known[self._place(path)] = [*stamp, digest]
@@ -85,11 +85,9 @@ class Digests:
             name: fresh[path][1] if path in fresh else self._recall(path)
             for name, path in files.items()
         }
-        names = (
-            {name: str(digest)[:16] for name, digest in table.items()}
-            if len(table) <= NAMED
-            else None
-        )
+        names = None
+        if len(table) <= NAMED:
+            names = {name: str(digest)[:16] for name, digest in table.items()}
         return {"sha256": sha256_text(canonical_json(table)), "files": names}
 
     def save(self) -> None:

@@ -143,5 +143,7 @@ def cache_plan(config: EmbedConfig) -> str:
         for dtype in CACHE_DTYPES
     }
     listed = ", ".join(f"{dtype} {tqdm.format_sizeof(size, 'B')}" for dtype, size in sizes.items())
-    found = f"{samples:,} samples, {rows:,} captions to embed in {len(source.shards)} shards of {source.path}"
-    return f"{found}\ncache on disk: {rows:,} captions x {width}: {listed}"
+    return (
+        f"{samples:,} samples, {rows:,} captions to embed in {len(source.shards)} shards of "
+        f"{source.path}\ncache on disk: {rows:,} captions x {width}: {listed}"
+    )

@@ -31,11 +31,12 @@ def main(argv: list[str]) -> int:
     is_run = (source / RunRecord.FILE).is_file()
     if options.format != "tower":
         if is_run or options.push:
-            told = f"--format {options.format} converts a tower directory, a run's is RUN/tower"
-            raise ValueError(f"{told}; leave out --push")
-        print(
-            f"{convert(options.source, output, options.format, replace=replace)}: verified by reloading"
-        )
+            raise ValueError(
+                f"--format {options.format} converts a tower directory, a run's is RUN/tower; "
+                "leave out --push"
+            )
+        converted = convert(options.source, output, options.format, replace=replace)
+        print(f"{converted}: verified by reloading")
         return 0
     if is_run:
         teacher = RunRecord.read(source / RunRecord.FILE).teacher
@@ -50,9 +51,8 @@ def main(argv: list[str]) -> int:
     else:
         if options.with_adapter:
             directory = fetch_directory(options.source)
-            adapter = teacher_adapter(
-                located(TowerCard.read(directory / TowerCard.FILE), directory).teacher
-            )
+            card = TowerCard.read(directory / TowerCard.FILE)
+            adapter = teacher_adapter(located(card, directory).teacher)
         reexport(options.source, output, adapter=adapter, replace=replace)
     print(summary(output, TowerCard.read(output / TowerCard.FILE)))
     if options.push:
@@ -68,12 +68,17 @@ def teacher_adapter(teacher: dict[str, Any]) -> Path:
     """
     if not teacher.get("adapter_sha256"):
         raise ValueError(
-            f"--with-adapter: the teacher {teacher.get('llm', '')!r} has no adapter; leave the option out"
+            f"--with-adapter: the teacher {teacher.get('llm', '')!r} has no adapter; "
+            "leave the option out"
         )
     folder = fetch_directory(str(teacher.get("adapter", "")))
-    if (actual := adapter_sha256(folder)) != teacher["adapter_sha256"]:
-        both = f"SHA-256 {actual[:12]}, but the tower was trained with {teacher['adapter_sha256'][:12]}"
-        raise ContractError(f"--with-adapter: {folder} has {both}; restore that adapter there")
+    actual = adapter_sha256(folder)
+    expected = teacher["adapter_sha256"]
+    if actual != expected:
+        raise ContractError(
+            f"--with-adapter: {folder} has SHA-256 {actual[:12]}, but the tower was trained with "
+            f"{expected[:12]}; restore that adapter there"
+        )
     return folder
 
 

@@ -146,19 +146,18 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
 
 
 def plan_stage(config: FinetuneConfig, samples: int, world: int) -> tuple[int, dict[str, Any]]:
-    """Steps, and DeepSpeed's configuration. Raises ValueError for settings that exclude each other."""
+    """Steps, and DeepSpeed's configuration; ValueError for settings that exclude each other."""
     total_steps, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=1024)
     if config.encoder.load_in_4bit and zero_stage(deepspeed) == 3:
         raise ValueError(
-            "ZeRO-3 cannot partition 4-bit weights; use scripts/zero2.json, or remove --load-in-4bit"
+            "ZeRO-3 cannot partition 4-bit weights; "
+            "use scripts/zero2.json, or remove --load-in-4bit"
         )
-    if (
-        config.train.torch_compile
-        and config.encoder.load_in_4bit
-        and config.train.gradient_checkpointing
-    ):
+    checkpointed_4bit = config.encoder.load_in_4bit and config.train.gradient_checkpointing
+    if config.train.torch_compile and checkpointed_4bit:
         raise ValueError(
-            "--torch-compile cannot trace --load-in-4bit with --gradient-checkpointing; omit one of them"
+            "--torch-compile cannot trace --load-in-4bit with --gradient-checkpointing; "
+            "omit one of them"
         )
     if not config.train.has_steps:
         raise ValueError("num_train_epochs and max_steps are both 0: nothing to train")
@@ -192,12 +191,10 @@ class Data:
         self.samples = sum(epoch_draws([*map(len, sources)], pairs.weights or [1.0] * len(sources)))
         self.surveys = [survey(source) for source in sources]
         # what is compared between ranks: the number of samples, and the texts of the first ones
-        self.digests = {
-            str(
-                number
-            ): f"{len(source)} samples ({short_digest([[p.query, p.positive] for p in result.pairs])})"
-            for number, (source, result) in enumerate(zip(sources, self.surveys, strict=True), 1)
-        }
+        self.digests: dict[str, str] = {}
+        for number, (source, result) in enumerate(zip(sources, self.surveys, strict=True), 1):
+            texts = [[pair.query, pair.positive] for pair in result.pairs]
+            self.digests[str(number)] = f"{len(source)} samples ({short_digest(texts)})"
         self.lines = [
             f"{result.path}: {usable} of the first {result.samples} samples have a pair {kind}"
             for result in self.surveys
@@ -213,25 +210,24 @@ def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: boo
     be lost.
     """
     limit = encoder.config.max_tokens
-    tokenizer = PairTokenizer(
-        encoder.tokenizer, dataclasses.replace(encoder.config, max_tokens=sys.maxsize)
-    )
-    tokens = tokenizer(result.pairs)
+    without_limit = dataclasses.replace(encoder.config, max_tokens=sys.maxsize)
+    tokens = PairTokenizer(encoder.tokenizer, without_limit)(result.pairs)
     for side, plural in (("query", "queries"), ("positive", "positives")):
-        long = [
+        too_long = [
             (len(ids), pair.key)
             for ids, pair in zip(tokens[side], result.pairs, strict=True)
             if len(ids) > limit
         ]
         first = f"the first {len(result.pairs)} {plural}"
-        counted = f"{result.path}: {len(long)} of {first} are longer than max_tokens {limit}"
-        if long and side == "query" and not cut_queries:
-            length, key = max(long)
+        problem = f"{result.path}: {len(too_long)} of {first} are longer than max_tokens {limit}"
+        if too_long and side == "query" and not cut_queries:
+            length, key = max(too_long)
             raise ValueError(
-                f"{counted}, the longest {length} (sample {key!r}); raise --max-tokens, or set --cut-queries"
+                f"{problem}, the longest {length} (sample {key!r}); "
+                "raise --max-tokens, or set --cut-queries"
             )
-        if long and rank() == 0:
-            print(f"{counted} and are truncated")
+        if too_long and rank() == 0:
+            print(f"{problem} and are truncated")
 
 
 def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModule:
@@ -250,14 +246,10 @@ def trained_module(encoder: CaptionEncoder, config: FinetuneConfig) -> PairModul
 
 def trained_parameters(module: torch.nn.Module, config: FinetuneConfig) -> list[Trained]:
     """Every parameter that trains, all at the same learning rate; vectors don't decay."""
-    trained = [
-        (name, parameter)
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    ]
     return [
         Trained(name=name, parameter=p, lr=config.optim.lr, decay=not is_vector(p))
-        for name, p in trained
+        for name, p in module.named_parameters()
+        if p.requires_grad
     ]
 
 
@@ -283,9 +275,9 @@ def write_adapter(
     verify(last, moments=False)
     prefix = "model.llm."
     trained = {
-        n.removeprefix(prefix): t
-        for n, t in load(last, moments=False).weights.items()
-        if n.startswith(prefix)
+        name.removeprefix(prefix): tensor
+        for name, tensor in load(last, moments=False).weights.items()
+        if name.startswith(prefix)
     }
     card = card_of(encoder, config, state)
     starts = [*map(fetch_directory, config.start_adapters)]
@@ -326,11 +318,10 @@ def llm_plan(config: FinetuneConfig) -> str:
     """The plan as text. Raises what would stop the run itself."""
     _, world = rank_and_world()
     settings = llm_config(config.encoder)
-    encoder = config.encoder
-    encoder, _ = effective(
-        encoder, Path(encoder.llm), Path(encoder.adapter) if encoder.adapter else None
-    )
-    config, lora = dataclasses.replace(config, encoder=encoder), config.lora
+    adapter = Path(config.encoder.adapter) if config.encoder.adapter else None
+    encoder, _ = effective(config.encoder, Path(config.encoder.llm), adapter)
+    config = dataclasses.replace(config, encoder=encoder)
+    lora = config.lora
     if config.evaluation.captions:
         caption_sets(config.evaluation, config.pairs.read)
     notes = [f"assumed: {config.plan.images:,} pairs (--assumed-samples, or DATA)"]
@@ -340,18 +331,23 @@ def llm_plan(config: FinetuneConfig) -> str:
         data = Data(config, rank=0, world=1)
         notes = data.lines
         pairs = data.samples
-        texts = 3 if any(result.pairs[0].negative for result in data.surveys) else texts
+        if any(result.pairs[0].negative for result in data.surveys):
+            texts = 3
     _, deepspeed = plan_stage(config, pairs, world)
     shape = shape_llm(settings, encoder, lora, config.train.precision)
-    dtype = ("NF4 and " if encoder.load_in_4bit else "") + str(shape.dtype).removeprefix("torch.")
+    dtype = str(shape.dtype).removeprefix("torch.")
+    if encoder.load_in_4bit:
+        dtype = f"NF4 and {dtype}"
     starts = "".join(f"; {name} merged" for name in config.start_adapters)
+    trained = trained_parameters(shape.llm, config)
+    assumed = " (assumed of --adapter)" if encoder.adapter else ""
     parts = [
         *notes,
-        plans.describe_run(config, deepspeed, trained_parameters(shape.llm, config), pairs, world),
-        f"LLM: {encoder.llm}, {shape.kind}, {shape.blocks} blocks x {shape.width}, {shape.parameters:,} parameters "
-        f"without a head, {shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}{starts}",
-        f"LoRA{' (assumed of --adapter)' if encoder.adapter else ''}: r {lora.r}, alpha {lora.alpha} on "
-        f"{', '.join(shape.adapted)}",
+        plans.describe_run(config, deepspeed, trained, pairs, world),
+        f"LLM: {encoder.llm}, {shape.kind}, {shape.blocks} blocks x {shape.width}, "
+        f"{shape.parameters:,} parameters without a head, "
+        f"{shape.frozen_bytes / plans.GIB:.2f} GiB in {dtype}{starts}",
+        f"LoRA{assumed}: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}",
     ]
     # ZeRO-3 can't partition 4-bit weights
     stages = (0, 1, 2) if encoder.load_in_4bit else (0, 1, 2, 3)
@@ -401,10 +397,11 @@ def texts_bytes(config: FinetuneConfig, shape: LlmShape, tokens: int) -> float:
         enable_gradient_checkpointing(shape.llm)
 
     def make_inputs() -> list[Tensor]:
-        parts = equal_parts(range(TEXTS), config.contrast.length_groups)
-        ids = (torch.zeros(len(part), tokens, dtype=torch.int64) for part in parts)
-        # ids, attention mask, positions, pooling mask
-        return [x for one in ids for x in (one, one, one, one.bool())]
+        inputs: list[Tensor] = []
+        for part in equal_parts(range(TEXTS), config.contrast.length_groups):
+            ids = torch.zeros(len(part), tokens, dtype=torch.int64)
+            inputs += [ids, ids, ids, ids.bool()]  # ids, attention mask, positions, pooling mask
+        return inputs
 
     return activation_bytes(module, make_inputs, lambda *inputs: module(*inputs)[0].sum())
 

@@ -66,8 +66,10 @@ class RunFolder:
         """Raise FileExistsError for an output that no earlier run recorded."""
         for stage in stages:
             if not self.is_ours and stage.output is not None and stage.output.exists():
-                told = f"{stage.output} exists, but was not made by `llm2clip run` ({self.out} has no pipeline.json)"
-                raise FileExistsError(f"{told}; choose another --output, or delete it")
+                raise FileExistsError(
+                    f"{stage.output} exists, but was not made by `llm2clip run` "
+                    f"({self.out} has no pipeline.json); choose another --output, or delete it"
+                )
 
     def stale(self, stages: Sequence[Stage]) -> dict[str, str]:
         """Name of each stage that is to run -> why it runs again, "" if a stage before it says so,

@@ -59,15 +59,20 @@ from llm2clip_plugin.vision.export import library_versions
 # Settings that may differ between hosts: where things are (what is there is compared instead), and
 # how many processes load, which follows a host's cores.
 PLACES = """
-output_dir resume deepspeed plan tower.path encoder.llm encoder.adapter start_adapters train.dataloader_num_workers
-data.path data.cache data.validation data.validation_cache data.clip_cache benchmarks.root benchmarks.zeroshot
+output_dir resume deepspeed plan tower.path encoder.llm encoder.adapter start_adapters
+train.dataloader_num_workers
+data.path data.cache data.validation data.validation_cache data.clip_cache
+benchmarks.root benchmarks.zeroshot
 data.read.images data.read.cache_folder data.read.cache_gb data.read.index_folder
 pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb pairs.read.index_folder
 """.split()
 ADVICE = {  # first word of a fact -> what to do
-    "output_dir": "output_dir must be a folder that all hosts share: set --output to one on NFS or Lustre",
-    "checkpoint": "every host must see the same checkpoints: set --output (or --resume) to a shared folder",
-    "data": "every host must read the same data and caches: copy them again, or use a shared folder",
+    "output_dir": "output_dir must be a folder that all hosts share: "
+    "set --output to one on NFS or Lustre",
+    "checkpoint": "every host must see the same checkpoints: "
+    "set --output (or --resume) to a shared folder",
+    "data": "every host must read the same data and caches: "
+    "copy them again, or use a shared folder",
     "setting": "start every rank with the same command",
     "DeepSpeed": "every host must read the same DeepSpeed configuration",
     "version": "install the same environment on every host",
@@ -113,10 +118,10 @@ class TrainingRun:
         facts = {
             "output_dir": shared_folder(self.folder),
             "setting total steps": str(self.total_steps),
+            "checkpoint": "none",
         }
-        facts |= {
-            "checkpoint": "none" if path is None else readable_checkpoint(path, TrainState.FILE)
-        }
+        if path is not None:
+            facts["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
         facts |= {f"data {name}": digest for name, digest in self.data.items()}
         settings = {
             name: value for name, value in flat(self.run_settings) if not within(name, PLACES)
@@ -147,22 +152,24 @@ class TrainingRun:
         """DeepSpeed's engine over the module; its optimizer resumes from the checkpoint, as the
         weights already do."""
         groups = parameter_groups(trained, self.config.optim.weight_decay)
-        own: dict[str, str] = {}  # for W&B to go on with the run
-        with suppress(OSError, ValueError):  # run.json is missing or damaged
-            saved = (
-                RunRecord.read(self.folder / RunRecord.FILE).wandb if resumed is not None else ""
-            )
-            if saved and "WANDB_RUN_ID" not in os.environ:
-                own = {"WANDB_RUN_ID": saved, "WANDB_RESUME": "allow"}
-        os.environ.update(own)
+        variables = self._wandb_variables() if resumed is not None else {}
+        os.environ.update(variables)
         engine = Engine(module, groups, self.config.optim, self.deepspeed, keep_frozen=keep_frozen)
-        for name in own:  # of this run alone
+        for name in variables:  # of this run alone
             del os.environ[name]
         if (started := self.wandb_run()) is not None:
             started.config.update(dataclasses.asdict(self.config), allow_val_change=True)
         if resumed is not None:
             engine.restore(resumed.weights, resumed.moments, vars(resumed.state))
         return engine
+
+    def _wandb_variables(self) -> dict[str, str]:
+        """For W&B to go on with the run, unless the user has chosen one."""
+        with suppress(OSError, ValueError):  # run.json is missing or damaged
+            saved = RunRecord.read(self.folder / RunRecord.FILE).wandb
+            if saved and "WANDB_RUN_ID" not in os.environ:
+                return {"WANDB_RUN_ID": saved, "WANDB_RESUME": "allow"}
+        return {}
 
     def start_state(self, resumed: Loaded | None) -> TrainState:
         """Where training starts; checkpoints that it does not continue from are moved aside."""
@@ -171,12 +178,10 @@ class TrainingRun:
         )
         if moved and rank() == 0:
             start = f"resuming from {resumed.path}" if resumed else "starting over"
-            again = (
-                ""
-                if self.config.resume == RESUME_AUTO
-                else "; rerun without --resume, or this happens again"
-            )
-            print(f"warning: {start}: {moved}{again}", file=sys.stderr)
+            advice = ""
+            if self.config.resume != RESUME_AUTO:
+                advice = "; rerun without --resume, or this happens again"
+            print(f"warning: {start}: {moved}{advice}", file=sys.stderr)
         return self.new_state() if resumed is None else resumed.state
 
     def new_state(self) -> TrainState:
@@ -212,7 +217,8 @@ class TrainingRun:
         warmup = self.config.optim.warmup(self.total_steps)
         if rank() == 0 and 0 < self.total_steps <= warmup:
             print(
-                f"note: all {self.total_steps} steps are warm-up ({warmup}); set --warmup-ratio 0.1",
+                f"note: all {self.total_steps} steps are warm-up ({warmup}); "
+                "set --warmup-ratio 0.1",
                 file=sys.stderr,
             )
         state = run_loop(
@@ -236,7 +242,8 @@ class TrainingRun:
         self.record(state)
         if state.step < self.total_steps:
             raise StoppedError(
-                f"stopped at step {state.step} of {self.total_steps}; exit status {StoppedError.status}"
+                f"stopped at step {state.step} of {self.total_steps}; "
+                f"exit status {StoppedError.status}"
             )
         if rank() == 0:
             if needed := read_metrics(self.folder / METRICS).loader():
@@ -266,7 +273,9 @@ class TrainingRun:
 
     def wandb_run(self) -> Any:
         """The run that DeepSpeed has started in Weights & Biases, on rank 0; None without one."""
-        return getattr(sys.modules.get("wandb"), "run", None) if "wandb" in self.deepspeed else None
+        if "wandb" not in self.deepspeed:
+            return None
+        return getattr(sys.modules.get("wandb"), "run", None)
 
 
 @contextmanager
@@ -324,9 +333,8 @@ def find_cache(
     for path in sorted(folder.glob(f"embeddings-*/{CacheManifest.FILE}")):
         if (CacheManifest.read(path).teacher.get("pooling") == PROJECTED) is of_clip:
             caches.append(str(path.parent))
-    option, kind = (
-        ("--clip-cache", "of a CLIP's text features") if of_clip else ("--cache", "of an LLM")
-    )
+    option = "--clip-cache" if of_clip else "--cache"
+    kind = "of a CLIP's text features" if of_clip else "of an LLM"
     if not caches:
         create = embed_command(source.path, None if of_clip else teacher)
         raise FileNotFoundError(
@@ -351,10 +359,10 @@ def open_caches(
     caches: list[EmbeddingCache] = []
     for source, path in zip(sources, paths or ("",) * len(sources), strict=True):
         folder = path or find_cache(source.config, teacher, of_clip=of_clip)
-        caches.append(
-            EmbeddingCache.open(folder, expect_fingerprint=teacher.fingerprint if teacher else None)
-        )
-        caches[-1].check(source)
+        fingerprint = teacher.fingerprint if teacher else None
+        cache = EmbeddingCache.open(folder, expect_fingerprint=fingerprint)
+        cache.check(source)
+        caches.append(cache)
         teacher = caches[0].teacher
     return caches
 
@@ -375,35 +383,34 @@ def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[Loa
     )
     workers = max(config.evaluated.workers or 0, train.workers if config.heads.steps else 0)
     evaluation = plan_evaluation(max(config.evaluation.batch, BLOCK_IMAGES), workers, side, width)
-    return [train, evaluation] if config.evaluates or config.heads.steps else [train]
+    if config.evaluates or config.heads.steps:
+        return [train, evaluation]
+    return [train]
 
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that train, and a digest of this package's files: its version may
     lag behind them."""
-    own = {"deepspeed": importlib.metadata.version("deepspeed"), **library_versions()}
+    versions_of = {"deepspeed": importlib.metadata.version("deepspeed"), **library_versions()}
     digest = hashlib.sha256()
     folder = Path(llm2clip_plugin.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
-    own["llm2clip-plugin"] += f" ({digest.hexdigest()[:12]})"
-    return own
+    versions_of["llm2clip-plugin"] += f" ({digest.hexdigest()[:12]})"
+    return versions_of
 
 
 def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     """One line with the scores before training and now: of all captions, or of every part if there
     is no total."""
-    # a run without steps
-    names = headline(name for name in after if name in before)
-    same = before == after
-    values = [
-        f"{name} {'' if same else f'{before[name]:.3f} -> '}{after[name]:.3f}" for name in names
-    ]
-    return (
-        f"held-out scores{'' if same else ', before -> after'}: {', '.join(values)}"
-        if values
-        else ""
-    )
+    names = list(headline(name for name in after if name in before))
+    if not names:
+        return ""
+    if before == after:  # a run without steps
+        scores = ", ".join(f"{name} {after[name]:.3f}" for name in names)
+        return f"held-out scores: {scores}"
+    scores = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in names)
+    return f"held-out scores, before -> after: {scores}"
 
 
 # How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage.
@@ -425,35 +432,33 @@ def describe_run(
     rates."""
     train = config.train
     optim = config.optim
-    steps, (_, micro_batch, accumulation) = train.steps(samples), train.rows(world)
-    sizes = {
-        flag: sum(item.parameter.numel() for item in trained if item.decay is flag)
-        for flag in (True, False)
-    }
+    steps = train.steps(samples)
+    _, micro_batch, accumulation = train.rows(world)
+    epochs = steps * train.global_batch / samples
+    sizes = [item.parameter.numel() for item in trained]
+    decayed = sum(item.parameter.numel() for item in trained if item.decay)
     rates = sorted({item.lr for item in trained})
-    course = (
-        f"{rates[0]:.3g} to {rates[-1]:.3g} ({len(rates)} rates)"
-        if len(rates) > 1
-        else f"{rates[0]:.3g}"
-    )
+    peaks = f"{rates[0]:.3g}"
+    if len(rates) > 1:
+        peaks = f"{rates[0]:.3g} to {rates[-1]:.3g} ({len(rates)} rates)"
     zero = deepspeed["zero_optimization"]
+    overlaps = zero["stage"] == 1 and zero.get("overlap_comm") and accumulation == 1
+    reduced_in = deepspeed.get("communication_data_type", train.precision)
     sent = ""
-    if zero["stage"] == 2 or (
-        zero["stage"] == 1 and zero.get("overlap_comm") and accumulation == 1
-    ):
-        buckets = filled_buckets(
-            [item.parameter.numel() for item in trained], zero["reduce_bucket_size"]
-        )
+    if zero["stage"] == 2 or overlaps:
+        buckets = filled_buckets(sizes, zero["reduce_bucket_size"])
         sent = f", sent about {buckets} times during the backward pass"
-    return (
-        f"steps: {steps} of {train.global_batch} pairs, {steps * train.global_batch / samples:.2f} epochs of "
-        f"{samples:,} samples\nranks: {world} x {accumulation} micro-batches of {micro_batch}\n"
-        f"schedule: {optim.schedule}, {optim.warmup(steps)} steps of warm-up, gradient clipping "
-        f"{optim.max_grad_norm:g}\nprecision: {train.precision}, gradients reduced in "
-        f"{deepspeed.get('communication_data_type', train.precision)}{sent}; ZeRO-{zero_stage(deepspeed)}\n"
-        f"trainable parameters: {sum(sizes.values()):,}; weight decay {optim.weight_decay:g} on {sizes[True]:,}, "
-        f"none on {sizes[False]:,}; peak learning rates {course}"
-    )
+    lines = [
+        f"steps: {steps} of {train.global_batch} pairs, {epochs:.2f} epochs of {samples:,} samples",
+        f"ranks: {world} x {accumulation} micro-batches of {micro_batch}",
+        f"schedule: {optim.schedule}, {optim.warmup(steps)} steps of warm-up, "
+        f"gradient clipping {optim.max_grad_norm:g}",
+        f"precision: {train.precision}, gradients reduced in {reduced_in}{sent}; "
+        f"ZeRO-{zero_stage(deepspeed)}",
+        f"trainable parameters: {sum(sizes):,}; weight decay {optim.weight_decay:g} "
+        f"on {decayed:,}, none on {sum(sizes) - decayed:,}; peak learning rates {peaks}",
+    ]
+    return "\n".join(lines)
 
 
 def filled_buckets(sizes: Sequence[int], elements: float) -> int:
@@ -507,28 +512,35 @@ def describe_memory(
         stage = 1 if stage == 0 and memory.precision != "fp32" else stage
         return rank_gib(memory, {"stage": stage, **REDUCTION}, train, world, micro_batch)
 
-    columns = [*(f"   ZeRO-{stage}" for stage in stages), "  checkpointing" * bool(kept)]
-    lines = [
-        f"expected memory per GPU in GiB{about}:",
-        "  GPUs   local  micro-batch" + "".join(columns),
-    ]
-    for world in WORLDS:
+    def micro_batches(world: int) -> list[int]:
+        """That divide a rank's batch, the largest first; the run's alone if it names one."""
         local, rest = divmod(train.global_batch, world)
-        given = min(train.micro_batch, local)
-        sizes = (
-            [] if rest else [n for n in range(local, 0, -1) if local % n == 0 and given in (0, n)]
-        )
-        fitting = (
-            size
-            for size in sizes
-            if train.micro_batch or total(memory, 1, world, size) <= FILLED * gpu_gib
-        )
-        if size := next(fitting, 0):
-            off = kept if kept and total(kept, 1, world, size) <= FILLED * gpu_gib else None
-            needed = (total(off or memory, stage, world, size) for stage in stages)
-            row = f"{local:7} {size:12}" + "".join(f"{each:9.1f}" for each in needed)
-            row += f"{'off' if off else 'on':>15}" * bool(kept)
-        else:
-            row = f"  no micro-batch fits into {gpu_gib:g} GiB or divides the global batch {train.global_batch}"
-        lines.append(f"{world:6} {row}")
+        if rest:
+            return []
+        sizes = [size for size in range(local, 0, -1) if local % size == 0]
+        if train.micro_batch:
+            return [size for size in sizes if size == min(train.micro_batch, local)]
+        return [size for size in sizes if total(memory, 1, world, size) <= FILLED * gpu_gib]
+
+    head = "  GPUs   local  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages)
+    if kept:
+        head += "  checkpointing"
+    lines = [f"expected memory per GPU in GiB{about}:", head]
+    for world in WORLDS:
+        sizes = micro_batches(world)
+        if not sizes:
+            lines.append(
+                f"{world:6}   no micro-batch fits into {gpu_gib:g} GiB "
+                f"or divides the global batch {train.global_batch}"
+            )
+            continue
+        size = sizes[0]
+        without = kept is not None and total(kept, 1, world, size) <= FILLED * gpu_gib
+        used = kept if kept is not None and without else memory
+        line = f"{world:6} {train.global_batch // world:7} {size:12}"
+        for stage in stages:
+            line += f"{total(used, stage, world, size):9.1f}"
+        if kept is not None:
+            line += f"{'off' if without else 'on':>15}"
+        lines.append(line)
     return "\n".join(lines)

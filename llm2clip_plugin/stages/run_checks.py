@@ -68,7 +68,8 @@ def check_output(config: PipelineConfig) -> None:
         raise ValueError(f"--output {config.output} is the data; choose another folder")
     if data.is_dir() and output.is_relative_to(data):
         raise ValueError(
-            f"--output {config.output} is inside the data, whose subfolders are read; choose another"
+            f"--output {config.output} is inside the data, whose subfolders are read; "
+            "choose another"
         )
     if output.is_file():
         raise ValueError(f"--output {config.output} is a file; choose a folder")
@@ -76,13 +77,11 @@ def check_output(config: PipelineConfig) -> None:
 
 def check_places(config: PipelineConfig, stages: Sequence[Stage]) -> None:
     """ValueError for an input inside a folder that a stage writes, and so removes."""
-    given = {
+    inputs = {
         "DATA": config.path,
         "--image-folder": config.images,
         "--llm": config.llm,
         "--tower": config.tower,
-    }
-    given |= {
         "--adapter": config.adapter,
         "--questions": config.questions,
         "--llava-llm": config.llava_llm,
@@ -91,10 +90,12 @@ def check_places(config: PipelineConfig, stages: Sequence[Stage]) -> None:
         if stage.output is None:
             continue
         output = stage.output.resolve()
-        for option, path in given.items():
+        for option, path in inputs.items():
             if path and os.path.exists(path) and Path(path).resolve().is_relative_to(output):
-                told = f"{option} {path} is in {stage.output}, which {stage.name!r} replaces"
-                raise ValueError(f"{told}; choose another --output, or move it")
+                raise ValueError(
+                    f"{option} {path} is in {stage.output}, which {stage.name!r} replaces; "
+                    "choose another --output, or move it"
+                )
 
 
 def check_split(config: PipelineConfig, source: Source) -> None:
@@ -109,7 +110,7 @@ def check_split(config: PipelineConfig, source: Source) -> None:
 
 
 def check_tower(given: str) -> None:
-    """FileNotFoundError or ValueError for what is no vision tower, as far as its config.json says."""
+    """FileNotFoundError or ValueError for what is no vision tower by its config.json."""
     path = Path(given).expanduser()
     if given.startswith(TIMM_PREFIX) or path.is_file():
         return

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 
 from llm2clip_plugin.console import page_style, render, thumbnail
 from llm2clip_plugin.contracts import atomic_file
@@ -25,7 +25,10 @@ from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.stages.rerun import Stage
 from llm2clip_plugin.stages.settings import PipelineConfig
 
-BEFORE, AFTER = SIDES = "before", "after"  # folders of the two towers' trainings
+# folders of the two towers' trainings
+BEFORE = "before"
+AFTER = "after"
+SIDES = (BEFORE, AFTER)
 PAGE = "index.html"  # in the run's folder
 SHOWN = 5  # pictures that each tower finds first
 QUERIES = 24  # validation captions that the page shows
@@ -55,18 +58,18 @@ def write_page(
     pairs = {side: measure_pairs(tower)[1].pairs for side, tower in towers.items()}
     folders = [stage.output for stage in stages if stage.words[1] == "compare"]
     compared = [folder / "compare.json" for folder in folders if folder is not None]
+    rows = []
+    for path in compared:
+        rows += json.loads(path.read_text(encoding="utf-8"))["rows"]
+    inputs = (config.path, config.tower, config.llm)
     queries = draw(open_source(held_out), pairs)
     page = out / PAGE
     with atomic_file(page) as temporary:
         html = render(
             Path(__file__).with_name("page.html"),
-            title=" · ".join(Path(place).name for place in (config.path, config.tower, config.llm)),
+            title=" · ".join(Path(path).name for path in inputs),
             style=page_style(),
-            rows=[
-                row
-                for path in compared
-                for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
-            ],
+            rows=rows,
             comparisons=[path.relative_to(out).with_suffix(".html") for path in compared],
             images=len(pairs[BEFORE].keys),
             queries=queries,
@@ -88,10 +91,9 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]
     )
     # side -> (Q, N): the images for each of these captions, the most similar first
     orders: dict[str, Any] = {}
-    for side, each in pairs.items():
-        image_ND, text_QD = (
-            torch.nn.functional.normalize(x, dim=1) for x in (each.image_ND, each.text_MD[chosen])
-        )
+    for side, embedded in pairs.items():
+        image_ND = F.normalize(embedded.image_ND, dim=1)
+        text_QD = F.normalize(embedded.text_MD[chosen], dim=1)
         orders[side] = (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)
 
     def picture(image: int) -> str | None:
@@ -101,12 +103,15 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]
     queries = []
     for row, caption in enumerate(chosen):
         right = int(first.owner_M[caption])
-        tops = {side: order_QN[row].tolist() for side, order_QN in orders.items()}
-        query = {"text": first.captions[caption].text, "picture": picture(right)}
-        query["place"] = {side: top.index(right) + 1 for side, top in tops.items()}
-        query["found"] = {
-            side: [(picture(one), one == right) for one in top[:SHOWN]]
-            for side, top in tops.items()
+        query: dict[str, Any] = {
+            "text": first.captions[caption].text,
+            "picture": picture(right),
+            "place": {},
+            "found": {},
         }
+        for side, order_QN in orders.items():
+            images = order_QN[row].tolist()
+            query["place"][side] = images.index(right) + 1
+            query["found"][side] = [(picture(image), image == right) for image in images[:SHOWN]]
         queries.append(query)
     return queries

@@ -1,4 +1,4 @@
-"""The stages of ``llm2clip run``: which there are, their commands, and what each reads and makes."""
+"""The stages of ``llm2clip run``: their commands, and what each reads and makes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from llm2clip_plugin.contracts import shard_file
 from llm2clip_plugin.data.make import outputs
 from llm2clip_plugin.data.remote import is_url
-from llm2clip_plugin.data.samples import words_of
+from llm2clip_plugin.data.samples import Caption, words_of
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.files import hub_snapshot
@@ -471,15 +471,12 @@ def survey(source: Source) -> tuple[str, str]:
     several = [captions for captions in texts if len(captions) > 1]
     if len(several) <= len(texts) / 2:
         return "", SEVERAL
-    both = [
-        captions
-        for captions in texts
-        if {"short", "long"} <= {caption.kind for caption in captions}
-    ]
-    kinds = ("short", "long") if len(both) > len(texts) / 2 else ("short", "short")
+    short_and_long = [captions for captions in texts if has_kinds(captions, "short", "long")]
+    positive_kind = "long" if len(short_and_long) > len(texts) / 2 else "short"
     shares: list[float] = []  # of an image's pairs, those that teach nothing
     for captions in several:
-        queries, positives = ([c.text for c in captions if c.kind == kind] for kind in kinds)
+        queries = [caption.text for caption in captions if caption.kind == "short"]
+        positives = [caption.text for caption in captions if caption.kind == positive_kind]
         pairs = [
             (query, positive)
             for query, positive in itertools.product(queries, positives)
@@ -488,7 +485,13 @@ def survey(source: Source) -> tuple[str, str]:
         if pairs:
             shares.append(sum(contains(*pair) for pair in pairs) / len(pairs))
     most = bool(shares) and sum(shares) / len(shares) > 0.5
-    return ("short:long" if kinds[1] == "long" else "short:same"), CONTAINED if most else ""
+    pair_kinds = "short:long" if positive_kind == "long" else "short:same"
+    return pair_kinds, CONTAINED if most else ""
+
+
+def has_kinds(captions: Sequence[Caption], *kinds: str) -> bool:
+    """Whether there is a caption of each kind."""
+    return set(kinds) <= {caption.kind for caption in captions}
 
 
 def contains(one: str, other: str) -> bool:

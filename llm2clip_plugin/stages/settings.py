@@ -281,7 +281,8 @@ EMBED = Command(
     "the same command to resume; shards that are complete are skipped.",
     settings=EmbedConfig,
     arguments="source.path",
-    everyday="llm adapter preset cache fields image-folder dtype load-in-4bit overwrite verify dry-run",
+    everyday="llm adapter preset cache fields image-folder dtype load-in-4bit overwrite verify "
+    "dry-run",
     hidden="source.weight source.shuffle_window source.kinds source.languages",
 )
 
@@ -413,7 +414,8 @@ def llm_recipe(name: str) -> FinetuneConfig:
 
 FINETUNE_LLM = Command(
     name="finetune-llm",
-    example="llm2clip finetune-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct --output runs/llm",
+    example="llm2clip finetune-llm /data/cc3m --llm meta-llama/Llama-3.2-1B-Instruct "
+    "--output runs/llm",
     about="Stage 1: fine-tune an LLM contrastively on captions, two of an image for each pair. "
     "Rerun the same command to resume.",
     settings=FinetuneConfig,

@@ -73,11 +73,11 @@ def main(argv: list[str]) -> int:
     """Print the plan or train; exit status 0."""
     config = TRAIN_TOWER.parse(argv)
     config.validate(needs_data=not config.dry_run)
-    if rank_and_world()[0] == 0 and not any(
-        word.startswith(("--recipe", "--config")) for word in argv
-    ):
+    chosen = any(word.startswith(("--recipe", "--config")) for word in argv)
+    if rank_and_world()[0] == 0 and not chosen:
         print(
-            f"recipe: {DEFAULT} (the paper's settings for any data and tower; --recipe NAME chooses another)"
+            f"recipe: {DEFAULT} (the paper's settings for any data and tower; "
+            "--recipe NAME chooses another)"
         )
     train = partial(train_tower, config, command=started_by("train-tower", argv))
     return plan_or_train(config.dry_run, partial(tower_plan, config), train, "tower")
@@ -101,22 +101,25 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
             if data.measured is not None:
                 with phase("embedding the benchmarks' texts"):
                     data.measured.embed(data.caches[0].teacher)
-            # what its data decides: the order of reading, which a checkpoint records, and
-            # embeddings' width
-            samples_of_shard = mean(
-                shard.size for source in data.sources for shard in source.shards
-            )
-            batch_shards = config.train.global_batch / samples_of_shard
-            window = shuffle_window(config.data.read.shuffle_window, config.data.path, batch_shards)
-            read = dataclasses.replace(
-                config.data, read=dataclasses.replace(config.data.read, shuffle_window=window)
-            )
-            config = dataclasses.replace(
-                config, data=read, dual=with_llm_width(config.dual, data.caches[0].width)
-            )
+            config = with_data(config, data)
             for source, decided in zip(data.sources, config.data.sources, strict=True):
                 source.config = decided
             return _train(config, data, device, stop, command or {})
+
+
+def with_data(config: RunConfig, data: Data) -> RunConfig:
+    """What the data decides: the order of reading, which a checkpoint records, and the width of
+    embeddings."""
+    shard_sizes = [shard.size for source in data.sources for shard in source.shards]
+    batch_shards = config.train.global_batch / mean(shard_sizes)
+    read = config.data.read
+    window = shuffle_window(read.shuffle_window, config.data.path, batch_shards)
+    read = dataclasses.replace(read, shuffle_window=window)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, read=read),
+        dual=with_llm_width(config.dual, data.caches[0].width),
+    )
 
 
 def _train(
@@ -131,9 +134,6 @@ def _train(
     on_first_rank(
         lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path)
     )
-    evaluate = partial(data.measured, dual, images) if data.measured is not None else None
-    # random ones have no scores to compare with
-    has_heads = bool(config.heads.steps or config.tower.keep_heads)
     curve = fit(run, dual, data, images, stop) if resumed is None and config.heads.steps else []
     # before the engine, which partitions the weights under ZeRO-3
     frozen = frozen_copy(dual) if needs_reference(config.loss) else None
@@ -144,8 +144,13 @@ def _train(
     if recomputes(config, run.deepspeed, device):
         enable_gradient_checkpointing(dual.tower)
     engine = run.make_engine(dual, trained, resumed)
-    if data.measured and rank() == 0 and {"wandb", "tensorboard"} & run.deepspeed.keys():
-        data.measured.show = engine.pictures.update
+    evaluate = None
+    if data.measured is not None:
+        shows = rank() == 0 and bool({"wandb", "tensorboard"} & run.deepspeed.keys())
+        show = engine.pictures.update if shows else None
+        evaluate = partial(data.measured, dual, images, show)
+    # random ones have no scores to compare with
+    has_heads = bool(config.heads.steps or config.tower.keep_heads)
     references = make_references(config, engine, frozen, resumed)
     start = run.start_state(resumed)
     step = TowerStep(
@@ -184,10 +189,10 @@ def start_model(config: RunConfig, data: Data) -> tuple[DualEncoder, ImageConfig
         load_clip_heads(dual, config.tower.path)
     check_patch_layers(config.loss, dual.tower.config.num_hidden_layers)
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
-    plans = load_plans(config, images.size, data.caches[0].width, world_size())
-    if reason := lacks_shared_memory(plans, local_world_size()):
+    loading = load_plans(config, images.size, data.caches[0].width, world_size())
+    if problem := lacks_shared_memory(loading, local_world_size()):
         # else a process that writes beyond the end dies of SIGBUS in the middle of the run
-        raise ValueError(reason)
+        raise ValueError(problem)
     return dual, images
 
 
@@ -225,9 +230,8 @@ def make_references(
     has them."""
     references: dict[str, Reference] = {}
     if decay := config.train.ema_decay:
-        updates, values = (
-            (resumed.state.step, resumed.averages) if resumed is not None else (0, None)
-        )
+        updates = resumed.state.step if resumed is not None else 0
+        values = resumed.averages if resumed is not None else None
         references[AVERAGES] = Reference(engine, decay, warmup=True, updates=updates, values=values)
     if frozen is not None:
         values = resumed.twin if resumed is not None else None
@@ -297,25 +301,22 @@ class Data:
     @property
     def samples(self) -> int:
         """Training samples of one epoch over all sources: the sum of weight x size."""
-        return sum(
-            epoch_draws(
-                list(map(len, self.sources)), [source.config.weight for source in self.sources]
-            )
-        )
+        sizes = [len(source) for source in self.sources]
+        return sum(epoch_draws(sizes, [source.config.weight for source in self.sources]))
 
     @property
     def digests(self) -> dict[str, str]:
         """What is compared between ranks."""
-        own = {str(number): source_digest(source) for number, source in enumerate(self.sources, 1)}
-        own |= {
-            f"{number}, its cache": cache_digest(cache)
-            for number, cache in enumerate(self.caches, 1)
-        }
-        own |= {
-            f"{number}, its CLIP cache": cache_digest(cache)
-            for number, cache in enumerate(self.clip_caches, 1)
-        }
-        return own | (self.measured.digests if self.measured is not None else {})
+        digests: dict[str, str] = {}
+        for number, source in enumerate(self.sources, 1):
+            digests[str(number)] = source_digest(source)
+        for number, cache in enumerate(self.caches, 1):
+            digests[f"{number}, its cache"] = cache_digest(cache)
+        for number, cache in enumerate(self.clip_caches, 1):
+            digests[f"{number}, its CLIP cache"] = cache_digest(cache)
+        if self.measured is not None:
+            digests |= self.measured.digests
+        return digests
 
 
 def open_data(config: RunConfig) -> Data:
@@ -326,7 +327,8 @@ def open_data(config: RunConfig) -> Data:
     for path, cache in zip((*data.path, data.validation), caches_of, strict=True):
         if is_url(path) and not cache:  # before anything is downloaded
             raise ValueError(
-                f"{path} is not a local folder; set --cache DIR (--validation-cache DIR for --validation)"
+                f"{path} is not a local folder; "
+                "set --cache DIR (--validation-cache DIR for --validation)"
             )
     sources = [open_source(source) for source in data.sources]
     check_fields(*sources)
@@ -336,19 +338,21 @@ def open_data(config: RunConfig) -> Data:
     if config.evaluates:
         from llm2clip_plugin.evaluate.benchmarks import Evaluation, open_benchmarks
 
-        held_out = [open_source(data.held_out)] if data.held_out is not None else []
-        of_split = open_caches(
-            held_out, (data.validation_cache,) * len(held_out), caches[0].teacher
-        )
-        split = (held_out[0], of_split[0]) if held_out else None
+        split = None
+        if data.held_out is not None:
+            held_out = open_source(data.held_out)
+            split_cache = open_caches([held_out], (data.validation_cache,), caches[0].teacher)[0]
+            split = (held_out, split_cache)
         measured = Evaluation(config.evaluated, split, open_benchmarks(config.benchmarks))
     of_clip = config.heads.target == "clip_text"
     clip_caches = open_caches(sources, data.clip_cache, of_clip=True) if of_clip else []
     for cache in clip_caches:
         if cache.teacher.pooling != PROJECTED or cache.width != config.dual.projection_dim:
-            problem = f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, {cache.width} wide"
-            own = f"text features of the tower's own CLIP, dual.projection_dim {config.dual.projection_dim} wide"
-            raise ValueError(f"{problem}; expected the {own}")
+            raise ValueError(
+                f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, "
+                f"{cache.width} wide; expected the text features of the tower's own CLIP, "
+                f"dual.projection_dim {config.dual.projection_dim} wide"
+            )
     return Data(sources, caches, clip_caches, measured)
 
 
@@ -358,7 +362,8 @@ def check_data(config: RunConfig, data: Data) -> None:
     batch = config.train.global_batch
     samples = sum(map(len, data.sources))
     if batch > samples:
-        problem = f"global_batch {batch} is more than the {samples} samples of {', '.join(config.data.path)}"
+        paths = ", ".join(config.data.path)
+        problem = f"global_batch {batch} is more than the {samples} samples of {paths}"
         if not config.loss.mask_same_image:
             raise ValueError(
                 f"{problem}: samples would be their own negatives, as loss.mask_same_image is off"
@@ -392,30 +397,26 @@ def tower_plan(config: RunConfig) -> str:
     tower = dual.tower.config
     _, deepspeed = plan_engine(config, samples=samples, world=world, hidden_size=tower.hidden_size)
     trained = trained_parameters(dual, config.optim)
-    described = plans.describe_run(config, deepspeed, trained, samples, world)
+    run = plans.describe_run(config, deepspeed, trained, samples, world)
     memory = step_memory(config, checkpointing=bool(config.train.gradient_checkpointing))
-    kept = (
-        step_memory(config, checkpointing=False)
-        if config.train.gradient_checkpointing == "auto"
-        else None
+    kept = None  # without gradient checkpointing
+    if config.train.gradient_checkpointing == "auto":
+        kept = step_memory(config, checkpointing=False)
+    loading = load_plans(config, tower.image_size, width, world)
+    lacking = lacks_shared_memory(loading, local_world_size())
+    parameters = sum(p.numel() for p in dual.tower.parameters())
+    parts = [f"assumed: {line}" for line in assumed]
+    parts.append(
+        f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, "
+        f"{tower.num_hidden_layers} blocks x {tower.hidden_size}, {parameters:,} parameters; "
+        f"projection_dim {config.dual.projection_dim}, LLM embeddings {width} wide"
     )
-    lacking = lacks_shared_memory(
-        load_plans(config, tower.image_size, width, world), local_world_size()
-    )
-    parts = [
-        *(f"assumed: {line}" for line in assumed),
-        f"tower: {config.tower.path or config.tower.architecture}, {tower.image_size} px, {tower.num_hidden_layers} "
-        f"blocks x {tower.hidden_size}, {sum(p.numel() for p in dual.tower.parameters()):,} parameters; projection_dim "
-        f"{config.dual.projection_dim}, LLM embeddings {width} wide",
-        *(
-            [f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})"]
-            if heads.steps
-            else []
-        ),
-        described,
-        plans.describe_memory(memory, config.train, config.plan.gpu_gib, kept=kept),
-        *([f"too many loader processes for this machine: {lacking}"] if lacking else []),
-    ]
+    if heads.steps:
+        parts.append(f"heads first: {heads.steps} steps of {heads.batch} pairs ({heads.target})")
+    parts.append(run)
+    parts.append(plans.describe_memory(memory, config.train, config.plan.gpu_gib, kept=kept))
+    if lacking:
+        parts.append(f"too many loader processes for this machine: {lacking}")
     return "\n".join(parts)
 
 
@@ -440,12 +441,9 @@ def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
             return data.samples, data.caches[0].width, []
     if config.dual.llm_width:
         return samples, config.dual.llm_width, [assumed]
-    known = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
-    return (
-        samples,
-        ASSUMED_WIDTH,
-        [assumed, f"LLM embeddings of width {ASSUMED_WIDTH} (--dual.llm-width: {known})"],
-    )
+    widths = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
+    width = f"LLM embeddings of width {ASSUMED_WIDTH} (--dual.llm-width: {widths})"
+    return samples, ASSUMED_WIDTH, [assumed, width]
 
 
 def recomputes(config: RunConfig, deepspeed: dict[str, Any], device: torch.device) -> bool:
@@ -454,16 +452,15 @@ def recomputes(config: RunConfig, deepspeed: dict[str, Any], device: torch.devic
     if config.train.gradient_checkpointing != "auto":
         return config.train.gradient_checkpointing
     if device.type == "cuda":
-        holds = torch.cuda.get_device_properties(device).total_memory
+        total = torch.cuda.get_device_properties(device).total_memory
     else:
         # this rank's share
-        holds = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size()
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size()
+    gib = total / plans.GIB
     memory = step_memory(config, checkpointing=False)
-    on = not plans.fits(memory, deepspeed, config.train, world=world_size(), gib=holds / plans.GIB)
+    on = not plans.fits(memory, deepspeed, config.train, world=world_size(), gib=gib)
     if rank() == 0:
-        print(
-            f"gradient checkpointing (auto): {'on' if on else 'off'}, with {holds / plans.GIB:.0f} GiB"
-        )
+        print(f"gradient checkpointing (auto): {'on' if on else 'off'}, with {gib:.0f} GiB")
     return on
 
 
@@ -472,10 +469,8 @@ def step_memory(config: RunConfig, *, checkpointing: bool) -> StepMemory:
     dual = shape_dual(config.tower, config.dual)
     precision = config.train.precision
     tower = dual.tower.config
-    counts = {
-        flag: sum(p.numel() for p in dual.parameters() if p.requires_grad is flag)
-        for flag in (True, False)
-    }
+    parameters = sum(p.numel() for p in dual.parameters())
+    trained = sum(p.numel() for p in dual.parameters() if p.requires_grad)
     tower_parameters = sum(p.numel() for p in dual.tower.parameters())
     dtype = DTYPES[precision]
     pixels = (3, tower.image_size, tower.image_size)
@@ -489,23 +484,26 @@ def step_memory(config: RunConfig, *, checkpointing: bool) -> StepMemory:
     layers = patch_layers(config.loss)
 
     def forward(*inputs: Tensor) -> Tensor:
-        return sum(
-            (feature.sum() for feature in dual(*inputs, **layers) if feature is not None),
-            torch.zeros(()),
-        )
+        features = [feature for feature in dual(*inputs, **layers) if feature is not None]
+        return sum((feature.sum() for feature in features), torch.zeros(()))
 
     of_patch = {"patches": 3 * tower.hidden_size, "patch_features": 2 * config.dual.projection_dim}
+    patches = (tower.image_size // tower.patch_size) ** 2
+    has_average = bool(config.train.ema_decay)
+    has_frozen_tower = needs_reference(config.loss)
+    frozen_tower_bytes = 0.0
+    if has_frozen_tower:
+        frozen_tower_bytes = tower_parameters * dtype.itemsize
     return StepMemory(
         precision=precision,
-        trained=counts[True],
-        frozen_bytes=counts[False] * dtype.itemsize,
-        parameters=sum(counts.values()),
+        trained=trained,
+        frozen_bytes=(parameters - trained) * dtype.itemsize,
+        parameters=parameters,
         pair_bytes=activation_bytes(dual.to(dtype), make_inputs, forward) / IMAGES,
         width=config.dual.projection_dim,
         state_bytes=chosen_optimizer(config.optim).state_bytes,
         pixels=math.prod(pixels),
-        averages=bool(config.train.ema_decay) + needs_reference(config.loss),
-        frozen_tower_bytes=needs_reference(config.loss) * tower_parameters * dtype.itemsize,
-        patches=(tower.image_size // tower.patch_size) ** 2
-        * sum(of_patch[reads] for reads in layers),
+        averages=[has_average, has_frozen_tower].count(True),
+        frozen_tower_bytes=frozen_tower_bytes,
+        patches=patches * sum(of_patch[reads] for reads in layers),
     )

@@ -426,9 +426,9 @@ def starting_point(extras: Mapping[str, str]) -> RunConfig:
 TRAIN_TOWER = Command(
     name="train-tower",
     example="llm2clip train-tower /data/photos --tower facebook/dinov2-base --output runs/photos",
-    about="Stage 2: train a vision tower against the cached embeddings of an LLM. A recipe or a file "
-    "gives the full configuration, options override single settings. Rerun the same command to "
-    "resume.",
+    about="Stage 2: train a vision tower against the cached embeddings of an LLM. A recipe or a "
+    "file gives the full configuration, options override single settings. Rerun the same command "
+    "to resume.",
     settings=RunConfig,
     default=starting_point,
     arguments="data.path",
