@@ -17,6 +17,7 @@ setup: ## make .venv (training) and .venv-llava, install the pre-commit hooks
 
 quick: ## under a minute: style, and tests that start no other process
 	.venv/bin/ruff check .
+	.venv/bin/python scripts/plain.py
 	$(PYTEST) -k "not ranks" $(QUICK)
 
 check: ## under three minutes: style, types, and the fast tests

@@ -70,6 +70,7 @@ trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null |
 
 check .venv/bin/ruff check .
 check .venv/bin/ruff format --check .
+check .venv/bin/python scripts/plain.py
 check .venv/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/llava --ignore=tests/install --durations=15
 check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LLaVA on today's libraries: those marked both_stacks
 # LLaVA's environment: LLaVA itself, then what else is promised there (import, evaluate, score, compare).
