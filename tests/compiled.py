@@ -18,8 +18,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     step = ContrastiveStep.__call__
 
-    def counted(self, batch):
-        values = step(self, batch)
+    def counted(self, batch, flags=None):
+        values = step(self, batch, flags)
         found.append(counters["stats"]["unique_graphs"])
         return values
 

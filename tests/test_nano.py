@@ -36,7 +36,7 @@ def record(words: list[str], file: Path) -> None:
     plain_step = ContrastiveStep.__call__
     plain_noise = TowerStep._noise
 
-    def step(self: Any, batch: Any) -> Any:
+    def step(self: Any, batch: Any, flags: Any = None) -> Any:
         if not weights:
             weights.update(
                 {n: value.detach().clone() for n, value in self.engine.module.state_dict().items()}
@@ -48,7 +48,7 @@ def record(words: list[str], file: Path) -> None:
                 "pixels": self.normalize(batch["pixels"]),
                 "embeddings": batch["embeddings"],
             }
-        loss, values = plain_step(self, batch)
+        loss, values = plain_step(self, batch, flags)
         steps[-1]["loss"] = loss
         return loss, values
 
