@@ -465,8 +465,8 @@ def lacks_shared_memory(plans: Sequence[LoadPlan], ranks: int, folder: str = SHA
         return ""
     gigabytes = -(-need // 10**9) + 1
     return (
-        f"{folder} has {free:,} bytes free, "
-        f"the loader processes of {ranks} ranks on this machine need {need:,}; "
+        f"{folder} has {free:,} bytes free, the loader processes of "
+        f"{ranks} ranks on this machine need {need:,}; "
         f"start the container with --ipc=host or --shm-size={gigabytes}g, "
         "or lower --dataloader-prefetch-mb or --workers (0 needs none)"
     )
