@@ -102,14 +102,16 @@ def refuse_encoding(path: str | os.PathLike[str], start: bytes, *, is_whole: boo
 @contextmanager
 def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
     """What a library raises about a file of ours, of any type, as a ContractError that names the
-    file. OSError, ContractError and a lack of memory pass: they name the file already, or a cause
-    outside it."""
+    file. OSError, ContractError, ImportError, a lack of memory and errors of a GPU pass: they name
+    the file already, or a cause outside it."""
     try:
         yield
-    except (OSError, ContractError):
+    except (OSError, ContractError, ImportError):
         raise
     except Exception as error:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        if isinstance(error, RuntimeError) and "CUDA" in str(error):
             raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         kind = "" if isinstance(error, ValueError) and reason else type(error).__name__

@@ -111,11 +111,15 @@ def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
 
 
 def refuse_foreign_folder(folder: Path) -> None:
-    """Raise ValueError for a folder with files of which none is a cache's."""
+    """Raise ValueError for a folder with files of which none is a cache's. Shards' names may have
+    folders, and another rank may have written some before the first rank wrote the record."""
     if not folder.is_dir() or any((folder / name).is_file() for name in CACHE_RECORDS):
         return
-    foreign = [path.name for path in folder.iterdir() if path.suffix != ".safetensors"]
-    foreign = sorted(name for name in foreign if not name.startswith("."))
+    foreign = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix != ".safetensors" and not path.name.startswith(".")
+    )
     if foreign:
         raise ValueError(
             f"--cache {folder} is no cache: it has {foreign[0]}; choose another folder"

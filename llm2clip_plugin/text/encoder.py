@@ -595,7 +595,7 @@ def stack(adapters: Sequence[tuple[Any, dict[str, Tensor]]]) -> tuple[Any, dict[
         b_parts: list[Tensor] = []
         for config, tensors in adapters:
             scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-            if a_name in tensors:
+            if a_name in tensors and b_name in tensors:
                 a_parts.append(scale * tensors[a_name].float())
                 b_parts.append(tensors[b_name].float())
             else:

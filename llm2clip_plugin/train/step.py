@@ -161,6 +161,8 @@ class ContrastiveStep(ABC):
             gradients = torch.autograd.grad(
                 loss, list(leaves.values()), allow_unused=True, materialize_grads=True
             )
+        # a whole batch's patches, which the second pass would hold at the peak of its memory
+        del references, reference_bD, reference_patches_bTH
         gradient_of = dict(zip(leaves, gradients, strict=True))
         size = len(parts[0].anchor_mD)
         for i, micro in enumerate(micro_batches):

@@ -98,11 +98,12 @@ def leave_one_out(prediction: str, humans: Sequence[str]) -> float:
     if not humans:
         return 0.0
     matches = sum(answer == prediction for answer in humans)
-    total = 0.0
+    scores: list[float] = []
     for answer in humans:
         others = matches - 1 if answer == prediction else matches
-        total += min(1, others / 3)
-    return total / len(humans)
+        scores.append(min(1, others / 3))
+    # sum() as the evaluators call it: from Python 3.12 on, it rounds other than repeated +=
+    return float(sum(scores)) / len(humans)
 
 
 def vqa_api_accuracy(prediction: str, humans: Sequence[str]) -> float:
