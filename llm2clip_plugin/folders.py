@@ -15,13 +15,12 @@ from llm2clip_plugin.files import ContractError, printable, read_json_value
 NAMED = 3  # foreign files in an error
 # What file managers leave anywhere, and what our commands keep next to the data that they read:
 # indexes and caches.
+CACHES = ("embeddings-*", "*/embeddings-*", "forecast-*", "*/forecast-*")
+CACHE_FILES = ("manifest.json", "embed.json", "*.safetensors")
 NEXT_TO_DATA = (
     ".llm2clip/*",
     "*/.llm2clip/*",
-    "embeddings-*/*",
-    "*/embeddings-*/*",
-    "forecast-*/*",
-    "*/forecast-*/*",
+    *(f"{cache}/{file}" for cache in CACHES for file in CACHE_FILES),
 )
 ANYWHERE = (".DS_Store", "*/.DS_Store", "Thumbs.db", "*/Thumbs.db", "desktop.ini", "*/desktop.ini")
 
@@ -177,7 +176,9 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    """Whether a path fits a pattern; one without a slash fits no file in a subfolder."""
+    fitting = (pattern for pattern in patterns if "/" in pattern or "/" not in name)
+    return any(fnmatch(name, pattern) for pattern in fitting)
 
 
 def _listed(names: list[str]) -> str:

@@ -64,7 +64,8 @@ class Table:
     def _named(self, line: int, cells: list[str]) -> dict[str, str]:
         expected = len(self._names)
         if len(cells) < expected or any(cell.strip() for cell in cells[expected:]):
-            problem = f"{len(cells)} fields, expected {expected} ({', '.join(self._names)})"
+            fields = "1 field" if len(cells) == 1 else f"{len(cells)} fields"
+            problem = f"{fields}, expected {expected} ({', '.join(self._names)})"
             separator = NAMES[self._delimiter]
             raise self._error(
                 line, problem, f'put a text with a {separator} into quotes: "a red, round thing"'
@@ -106,7 +107,7 @@ class Table:
                 if cells is None:
                     return
                 self._refuse_swallowed_rows(start, kept, len(cells))
-                if cells:
+                if any(cell.strip() for cell in cells):
                     yield start, cells
 
     def _damage(self, start: int, line: int, error: csv.Error) -> ContractError:

@@ -21,6 +21,7 @@ from llm2clip_plugin.files import ContractError, read_json_value
 from llm2clip_plugin.processes import on_ranks
 from llm2clip_plugin.stages.digests import Artifact, Digests
 
+EARLIER = "its record is of an earlier release, without digests"
 OLD = ".replaced-"  # prefix of old outputs that are being removed
 
 
@@ -43,6 +44,15 @@ class Stage:
     update_words: tuple[str, ...] = ()
     # settings with paths, which may differ from a checkpoint's in a moved folder
     moved_fields: tuple[str, ...] = ()
+    # options whose values follow this machine, and so are no reason to run again
+    by_machine: tuple[str, ...] = ()
+
+    @property
+    def command_length(self) -> int:
+        """How many words name the program and its command."""
+        if self.words[0] != "llm2clip":
+            return 0  # a script, which may be at another place
+        return 3 if self.words[1] in ("data", "llava") else 2
 
     def argv(self, more: Sequence[str] = ()) -> list[str]:
         """The program and its words, by this Python."""
@@ -88,14 +98,14 @@ class RunFolder:
         final yet."""
         saved = self.record.stages.get(stage.name)
         if saved is None:
-            return ""
+            return EARLIER if self.is_ours and not self.record.stages else ""
         waits = any(artifact.name in made_again for artifact in stage.reads)
         for artifact in stage.reads:
             if artifact.name not in made_again and (
                 change := self._change(saved["reads"], artifact)
             ):
-                return f"{change} since it was made"
-        if change := self._changed_words(saved["key"], stage):
+                return f"{change} since it {'was made' if stage.makes else 'last ran'}"
+        if change := changed_words(saved["key"], self._key(stage)):
             return change
         if waits or not saved["complete"]:
             return ""
@@ -118,7 +128,9 @@ class RunFolder:
             if updating:
                 stage.update()
                 more += stage.update_words
-            if stage.moved_fields and saved["words"] != list(stage.words):
+            # a checkpoint may have been written before the folder was moved, however often the stage
+            # has started since; the run itself compares contents
+            if stage.moved_fields:
                 more += ["--allow-changed", *stage.moved_fields]
         entry = {
             "words": list(stage.words),
@@ -175,11 +187,10 @@ class RunFolder:
         if was is None or was["files"] is None or now["files"] is None:
             return f"{artifact.name} changed"
         changes = [f"{paths[name]} is new" for name in now["files"] if name not in was["files"]]
-        changes += [
-            f"{name} of {artifact.name} is gone"
-            for name in was["files"]
-            if name not in now["files"]
-        ]
+        for name in was["files"]:
+            if name not in now["files"]:
+                of_artifact = "" if name == artifact.name else f" of {artifact.name}"
+                changes.append(f"{name}{of_artifact} is gone")
         common = [name for name in now["files"] if name in was["files"]]
         changes += [
             f"{paths[name]} changed" for name in common if now["files"][name] != was["files"][name]
@@ -187,19 +198,17 @@ class RunFolder:
         others = len(changes) - 1
         return changes[-1] + (f" (and {others} more)" if others else "")
 
-    def _changed_words(self, key: Sequence[str], stage: Stage) -> str:
-        now = self._key(stage)
-        if list(key) == now:
-            return ""
-        for position, (old, new) in enumerate(zip(key, now, strict=False)):
-            if old != new:
-                option = now[position - 1] if now[position - 1].startswith("--") else "its command"
-                return f"{option} is {new}, was {old}"
-        return f"its command has {len(now)} words, had {len(key)}"
-
     def _key(self, stage: Stage) -> list[str]:
-        """The words with what they name in place of paths that may be moved."""
-        return [self._placeless(word) for word in stage.words]
+        """The words with what they name in place of paths that may be moved, without the options
+        that follow the machine."""
+        key = list(stage.words[: stage.command_length])
+        words = iter(stage.words[stage.command_length :])
+        for word in words:
+            if word in stage.by_machine:
+                next(words)  # its value
+            else:
+                key.append(self._placeless(word))
+        return key
 
     def _placeless(self, word: str) -> str:
         prefix = "llm2clip:" if word.startswith("llm2clip:") else ""
@@ -216,6 +225,42 @@ class RunFolder:
         old = self.out / f"{OLD}{uuid.uuid4().hex[:8]}"
         os.replace(output, old)
         _remove(old)
+
+
+def changed_words(before: Sequence[str], now: Sequence[str]) -> str:
+    """How a command differs from the one recorded: its first option that does; "" if none does."""
+    if list(before) == list(now):
+        return ""
+    old = options_of(before)
+    new = options_of(now)
+    for option in [*new, *(name for name in old if name not in new)]:
+        was = " ".join(old.get(option, ()))
+        value = " ".join(new.get(option, ()))
+        if option not in old:
+            return f"{option} {value}".rstrip() + " is new"
+        if option not in new:
+            return f"{option} {was}".rstrip() + " is gone"
+        if value != was and option:
+            return f"{option} is {value}, was {was}"
+        for was_word, word in zip(old[option], new[option], strict=False):
+            if was_word != word:
+                return f"its command is {word}, was {was_word}"
+        if value != was:
+            return f"its command is {value}, was {was}"
+    return "the order of its options changed"
+
+
+def options_of(words: Sequence[str]) -> dict[str, list[str]]:
+    """Option -> its values; "": the words before the first option."""
+    values: dict[str, list[str]] = {"": []}
+    option = ""
+    for word in words:
+        if word.startswith("--"):
+            option = word
+            values.setdefault(option, [])
+        else:
+            values[option].append(word)
+    return values
 
 
 def _remove(path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from llm2clip_plugin.data.make import decide
+from llm2clip_plugin.data.make import decide, is_held_out
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.files import (
@@ -101,10 +101,11 @@ def check_places(config: PipelineConfig, stages: Sequence[Stage]) -> None:
 def check_split(config: PipelineConfig, source: Source) -> None:
     """ValueError for a split that leaves a side empty, or less than a batch to train on, or a --by
     that a sample lacks."""
-    decide(source, config.validation, config.by)
-    if config.global_batch > len(source):
+    hash_N = decide(source, config.validation, config.by)
+    train = len(hash_N) - int(is_held_out(hash_N, config.validation).sum())
+    if config.global_batch > train:
         raise ValueError(
-            f"--global-batch {config.global_batch} is larger than the data ({len(source)} images); "
+            f"--global-batch {config.global_batch} is larger than the {train} images to train on; "
             "choose a smaller one, or leave it out"
         )
 

@@ -91,6 +91,7 @@ class Plan:
         program: object = "llm2clip",
         updates: Artifact | None = None,
         update: Callable[[], object] = lambda: None,
+        by_machine: Sequence[str] = (),
     ) -> None:
         """Add a stage. Raises ValueError for options that train-tower would refuse, hours later."""
         command = str(words[0])
@@ -108,6 +109,7 @@ class Plan:
             update=update,
             update_words=("--overwrite",) if updates else (),
             moved_fields=MOVED.get(command, ()),
+            by_machine=tuple(by_machine),
         )
         self.stages.append(stage)
 
@@ -214,6 +216,7 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
     precision = config.precision or (gpu_precision() if torch.cuda.is_available() else "fp32")
     towers = {side: run.made(f"the tower {side} stage 2", f"{side}/tower") for side in SIDES}
     trained_on = [*side_of.values(), *embedded.values(), *run.pictures]
+    own_options = shlex.split(config.tower_options)
     for name, side, epochs in (
         ("heads on the start tower", BEFORE, 0.0),
         ("stage 2", AFTER, config.num_train_epochs),
@@ -229,7 +232,7 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
         words += [
             "--precision",
             precision,
-            *shlex.split(config.tower_options),
+            *own_options,
             "--num-train-epochs",
             f"{epochs:g}",
         ]
@@ -242,6 +245,7 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
             reads=[tower, *trained_on],
             makes=[towers[side]],
             output=side,
+            by_machine=() if config.precision or "--precision" in own_options else ("--precision",),
         )
     scores = {
         side: run.made(f"the scores {side}", f"{side}/validation.scores.json") for side in SIDES
@@ -360,6 +364,7 @@ def ask(
             f"LLaVA {side}",
             *words,
             program=PRETRAIN,
+            by_machine=("--gpus", "--micro-batch"),
             reads=[llava_data, llm, towers[side]],
             makes=[projector],
             output=f"llava-{side}",
@@ -379,6 +384,7 @@ def ask(
             f"questions {side}",
             "bench-mllm",
             *words,
+            by_machine=("--dtype",),
             reads=[questions, projector, llm, towers[side]],
             makes=answered[-1:],
             output=f"questions/{side}",
@@ -443,7 +449,12 @@ def prune_cache(folder: Path, side: SourceConfig) -> None:
 def movable(config: PipelineConfig, source: Source) -> dict[str, str]:
     """Path -> what is there, of all that may be at another place when the run goes on: its contents
     are compared."""
-    places = {config.output: "OUTPUT", sys.executable: "PYTHON", str(PRETRAIN): "PRETRAIN"}
+    # commands have the output as Path spells it
+    places = {
+        str(Path(config.output)): "OUTPUT",
+        sys.executable: "PYTHON",
+        str(PRETRAIN): "PRETRAIN",
+    }
     inputs = {
         "DATA": config.path,
         "LLM": config.llm,

@@ -49,7 +49,7 @@ def test_whole_tables(tmp_path: Path, body: str, rows: list) -> None:
             "image,caption\n1.png,a\n0.png,a red, round thing\n",
             r"line 3: 3 fields, expected 2 \(image, caption\); put",
         ),
-        ("image,caption\n0.png\n", r"line 2: 1 fields, expected 2"),
+        ("image,caption\n0.png\n", r"line 2: 1 field, expected 2"),
         (
             'image,caption\n0.png,a\n1.png,"b\n2.png,c\n3.png,d\n',
             "line 3: a quote is opened and never closed",
@@ -105,7 +105,7 @@ def test_damage_names_the_line(tmp_path: Path, body: str | bytes, says: str) -> 
         (
             "image,words\n1.png,x\n",
             [],
-            "no caption column; set --fields NAME=short; columns: image, words",
+            "set --fields NAME=short; columns: image, words",
         ),
         (
             "image,caption\n1.png,a red, round thing\n",

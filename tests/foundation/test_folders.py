@@ -152,3 +152,14 @@ def test_commands_write_the_record(
     assert main(again) == 2
     told = capsys.readouterr().err
     assert told.startswith(f"error: {output} has thesis.tex, not written by") and "move it" in told
+
+
+def test_a_cache_goes_with_its_data_and_what_else_is_in_it_stays(tmp_path: Path) -> None:
+    write(tmp_path / "out", MAKE_FOLDER, "00000.tar")
+    put(tmp_path / "out", "embeddings-0123/manifest.json", "embeddings-0123/part/00.safetensors")
+    put(tmp_path / "out", "embeddings-0123/thesis.tex")
+    with pytest.raises(FileExistsError, match=r"has embeddings-0123/thesis\.tex, not written by"):
+        write(tmp_path / "out", MAKE_FOLDER, "00001.tar")
+    (tmp_path / "out" / "embeddings-0123" / "thesis.tex").unlink()
+    write(tmp_path / "out", MAKE_FOLDER, "00001.tar")
+    assert names_in(tmp_path / "out") == {"00001.tar", "llm2clip-folder.json"}

@@ -191,7 +191,7 @@ def test_a_result_that_was_edited_or_deleted_is_made_again(three: Run):
     assert three.stale() == {"b": f"its result {three.out}/b changed", "c": ""}
     assert three.run() == ["b"] and three.stale() == {}
     (three.out / "c").unlink()
-    assert three.stale() == {"c": "its result c of c is gone"}
+    assert three.stale() == {"c": "its result c is gone"}
     assert three.run() == ["c"]
 
 
@@ -235,7 +235,9 @@ def test_a_folder_of_others_is_refused_and_an_old_record_says_nothing(tmp_path: 
         run.opened().refuse_foreign(run.stages)
     (run.out / "pipeline.json").write_text(json.dumps({"a": {"words": ["x"], "seconds": 1.0}}))
     run.opened().refuse_foreign(run.stages)
-    assert list(run.stale()) == ["a", "b", "c"]
+    stale = run.stale()
+    assert list(stale) == ["a", "b", "c"]
+    assert "earlier release" in stale["a"]
 
 
 def test_a_killed_stage_goes_on_with_the_same_input_and_starts_anew_with_another(three: Run):
@@ -244,7 +246,9 @@ def test_a_killed_stage_goes_on_with_the_same_input_and_starts_anew_with_another
     three.opened().begin(first, [], {})
     assert not (three.out / "a").exists()
     (three.out / "a").write_text("a checkpoint")
-    assert three.opened().begin(first, [], {}) == [] and (three.out / "a").exists()
+    for _ in range(2):  # a checkpoint may be older than the last start
+        more = three.opened().begin(first, [], {})
+        assert more == ["--allow-changed", "data.path"] and (three.out / "a").exists()
     (three.folder / "data").write_text("other")
     three.opened().begin(first, [], {})
     assert not (three.out / "a").exists()

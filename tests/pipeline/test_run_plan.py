@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_data import SHARDS, make_shards, make_tower
 from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.stages.rerun import Stage
-from llm2clip_plugin.stages.run_plan import plan, prune_cache
+from llm2clip_plugin.stages import run_plan
+from llm2clip_plugin.stages.rerun import RunFolder, Stage, changed_words
+from llm2clip_plugin.stages.run_plan import movable, plan, prune_cache
 from llm2clip_plugin.stages.settings import PipelineConfig
 
 
@@ -91,3 +93,54 @@ def test_trust_in_the_llms_code_reaches_the_stages_that_open_it(folder: Path):
         if "--trust-remote-code" in stage.words
     }
     assert trusting == {"stage 1", "embed train", "embed validation"}
+
+
+def keys(folder: Path, **settings: object) -> dict[str, list[str]]:
+    """Name -> what is compared of a stage's command."""
+    paths = {name: str(folder / name) for name in ("llm", "tower")}
+    given = {"path": str(folder / "data"), "output": "out", **paths, **settings}
+    config = PipelineConfig(**given)  # type: ignore[arg-type]
+    source = open_source(config)
+    run = RunFolder(Path(config.output), movable(config, source))
+    return {stage.name: run._key(stage) for stage in plan(config, source, "short:long")}
+
+
+def test_another_spelling_of_the_output_is_no_reason_to_run_again(folder: Path):
+    assert keys(folder, output="./out") == keys(folder) == keys(folder, output="out/")
+
+
+def test_another_machine_is_no_reason_to_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a GPU decides: precisions, and how many processes share a batch."""
+    questions = folder / "own.jsonl"
+    questions.write_text('{"image": "0.png", "question": "?", "answer": "yes"}\n')
+    asked = {"questions": str(questions), "llava_llm": str(folder / "llm")}
+    on_cpu = keys(folder, **asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run_plan, "gpu_precision", lambda: "bf16")
+    assert keys(folder, **asked, num_gpus=8) == on_cpu
+    assert keys(folder, **asked, precision="bf16") != on_cpu
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "says"),
+    [
+        ("x --lr 1 --r 2", "x --r 2", "--lr 1 is gone"),
+        ("x --r 2", "x --lr 1 --r 2", "--lr 1 is new"),
+        ("x --by a", "x --by b", "--by is b, was a"),
+        ("x --a --b 1", "x --b 1 --a", "the order of its options changed"),
+        ("x y", "x z", "its command is z, was y"),
+        ("x y", "x y", ""),
+    ],
+)
+def test_a_changed_command_is_named_by_its_option(before: str, now: str, says: str):
+    assert changed_words(before.split(), now.split()) == says
+
+
+def test_a_folder_named_as_a_command_is_no_command(tmp_path: Path):
+    stage = Stage(name="a", words=("llm2clip", "data", "check", "data"))
+    assert RunFolder(tmp_path, {"data": "DATA"})._key(stage) == [
+        "llm2clip",
+        "data",
+        "check",
+        "DATA",
+    ]
