@@ -60,15 +60,29 @@ CONTAINED = "in most images one caption contains another, so it learns little"
 
 
 class Plan:
-    """Stages in order, as they are added."""
+    """Stages in order, as they are added, and what their commands have in common."""
 
     def __init__(self, config: PipelineConfig, source: Source) -> None:
         self.config = config
+        self.source = source
         self.out = Path(config.output)
         self.stages: list[Stage] = []
         self.data = Artifact(name="the data", files=source.files)
         # pictures of rows are read where they are, those of tars are copied by the split
         self.pictures = [self.data] if isinstance(source, RowSource) else []
+        self.train_images = round(len(source) * (1 - config.validation))
+        small = min(256, max(8, 1 << (self.train_images // 16).bit_length()))
+        self.batch = config.global_batch or small  # pairs per step
+        sides = outputs(source, self.out / "data")
+        self.paths = {side: str(path) for side, path in sides.items()}  # train and validation
+        # options of the commands that read these, of those that read the whole data, of trainings
+        images = ["--image-folder", source.images_folder] if isinstance(source, RowSource) else []
+        self.read = [*images, *changed_options(config, READ)]
+        self.read_all = [config.path, *changed_options(config, ("images", *READ))]
+        self.batches = ["--global-batch", str(self.batch)]
+        self.batches += changed_options(config, ("micro_batch",))
+        self.llm = model("the LLM", config.llm)
+        self.open_llm = ["--llm", config.llm, *changed_options(config, ("trust_remote_code",))]
 
     def made(self, name: str, *places: str, patterns: tuple[str, ...] = ("**/*",)) -> Artifact:
         """What is in folders, or files, of the run's folder."""
@@ -118,293 +132,224 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
     """Every stage of the run, in order; ``pairs``: how stage 1 pairs captions, QUERY:POSITIVE; "":
     without stage 1."""
     run = Plan(config, source)
-    out = Path(config.output)
-    train = round(len(source) * (1 - config.validation))
-    batch = config.global_batch or min(256, max(8, 1 << (train // 16).bit_length()))
-    data = {side: str(path) for side, path in outputs(source, out / "data").items()}
-    images = ["--image-folder", source.images_folder] if isinstance(source, RowSource) else []
-    read = [*images, *changed_options(config, READ)]
-    given = [config.path, *changed_options(config, ("images", *READ))]
-    batches = ["--global-batch", str(batch), *changed_options(config, ("micro_batch",))]
-    llm = model("the LLM", config.llm)
-    opened = ["--llm", config.llm, *changed_options(config, ("trust_remote_code",))]
+    start, start_tower = add_import(run)
+    sides = add_split(run)
+    adapter, teacher = add_stage_1(run, pairs, sides["train"])
+    embedded = add_embedding(run, adapter, teacher, sides)
+    towers = add_stage_2(run, start, start_tower, sides, embedded)
+    add_measures(run, sides, embedded, towers)
+    words = [run.out / AFTER, "--output", run.out / "tower", "--overwrite"]
+    if adapter:
+        words.append("--with-adapter")
+    exported = run.made("the export", "tower")
+    reads = [towers[AFTER], *teacher[1:]]
+    run.add("export", "export", *words, reads=reads, makes=[exported], output="tower")
+    if config.questions:
+        ask(run, sides["train"], towers)
+    return run.stages
 
-    tower = model("the start tower", config.tower)
-    start = config.tower
-    if not (Path(config.tower).expanduser() / "config.json").is_file():
-        start = str(out / "start")
-        imported = run.made("the imported tower", "start")
-        run.add(
-            "import the tower",
-            "import",
-            config.tower,
-            "--output",
-            start,
-            reads=[tower],
-            makes=[imported],
-            output="start",
-        )
-        tower = imported
-    run.add("check the data", "data", "check", *given, reads=[run.data])
-    side_of = {
-        side: run.made(f"the {side} data", f"data/{Path(data[side]).name}") for side in SPLIT
+
+def add_import(run: Plan) -> tuple[str, Artifact]:
+    """The start tower's path, and the tower; it is imported first unless it is a Hugging Face
+    folder already."""
+    given = run.config.tower
+    tower = model("the start tower", given)
+    if (Path(given).expanduser() / "config.json").is_file():
+        return given, tower
+    start = str(run.out / "start")
+    imported = run.made("the imported tower", "start")
+    words = ["import", given, "--output", start]
+    run.add("import the tower", *words, reads=[tower], makes=[imported], output="start")
+    return start, imported
+
+
+def add_split(run: Plan) -> dict[str, Artifact]:
+    """Check the data and hold out a part; the data of both sides."""
+    config = run.config
+    run.add("check the data", "data", "check", *run.read_all, reads=[run.data])
+    sides = {
+        side: run.made(f"the {side} data", f"data/{Path(run.paths[side]).name}") for side in SPLIT
     }
-    words = [
-        "--output",
-        out / "data",
-        "--validation",
-        f"{config.validation:g}",
-        *changed_options(config, ("by",)),
-    ]
-    sides = [*side_of.values(), run.made("the record of the split", "data/split.json")]
-    run.add(
-        SPLIT_STAGE, "data", "split", *given, *words, reads=[run.data], makes=sides, output="data"
-    )
+    words = ["data", "split", *run.read_all, "--output", run.out / "data"]
+    words += ["--validation", f"{config.validation:g}", *changed_options(config, ("by",))]
+    makes = [*sides.values(), run.made("the record of the split", "data/split.json")]
+    run.add(SPLIT_STAGE, *words, reads=[run.data], makes=makes, output="data")
+    return sides
 
-    adapter = config.adapter
-    of_llm = [llm]
+
+def add_stage_1(run: Plan, pairs: str, train_side: Artifact) -> tuple[str, list[Artifact]]:
+    """The adapter's path, "" without one, and what an embedding depends on: the LLM and the
+    adapter."""
+    config = run.config
     if config.adapter:
-        of_llm.append(model("the adapter", config.adapter))
-    if pairs:
-        adapter = str(out / "llm" / "adapter")
-        of_llm.append(run.made("the trained adapter", "llm/adapter"))
-        steps = max(1, train * (1 if train > 100 * batch else 4) // batch)
-        words = [
-            "--pair-kinds",
-            pairs,
-            *batches,
-            "--max-steps",
-            steps,
-            "--warmup-steps",
-            min(300, steps // 10),
-        ]
-        words = [data["train"], *read, *opened, *words, "--output", out / "llm"]
-        run.add(
-            "stage 1",
-            "finetune-llm",
-            *words,
-            reads=[side_of["train"], llm],
-            makes=of_llm[1:],
-            output="llm",
-        )
+        return config.adapter, [run.llm, model("the adapter", config.adapter)]
+    if not pairs:
+        return "", [run.llm]
+    trained = run.made("the trained adapter", "llm/adapter")
+    epochs = 1 if run.train_images > 100 * run.batch else 4
+    steps = max(1, run.train_images * epochs // run.batch)
+    words = ["finetune-llm", run.paths["train"], *run.read, *run.open_llm]
+    words += ["--pair-kinds", pairs, *run.batches, "--max-steps", steps]
+    words += ["--warmup-steps", min(300, steps // 10), "--output", run.out / "llm"]
+    run.add("stage 1", *words, reads=[train_side, run.llm], makes=[trained], output="llm")
+    return str(run.out / "llm" / "adapter"), [run.llm, trained]
+
+
+def add_embedding(
+    run: Plan, adapter: str, teacher: list[Artifact], sides: Mapping[str, Artifact]
+) -> dict[str, Artifact]:
+    """The caches of both sides."""
     embedded: dict[str, Artifact] = {}
     for side in SPLIT:
         cache = f"embeddings/{side}"
         embedded[side] = run.made(
             f"the embeddings of {side}", cache, patterns=("**/*.safetensors", "manifest.json")
         )
-        words = [
-            data[side],
-            *read,
-            *opened,
-            *(["--adapter", adapter] if adapter else []),
-        ]
-        update = partial(prune_cache, out / cache, held_out_config(config, source, side))
+        words = ["embed", run.paths[side], *run.read, *run.open_llm]
+        if adapter:
+            words += ["--adapter", adapter]
         run.add(
             f"embed {side}",
-            "embed",
             *words,
             "--cache",
-            out / cache,
-            reads=[side_of[side], *of_llm],
+            run.out / cache,
+            reads=[sides[side], *teacher],
             makes=[embedded[side]],
             output=cache,
-            updates=side_of[side],
-            update=update,
+            updates=sides[side],
+            update=partial(
+                prune_cache, run.out / cache, held_out_config(run.config, run.source, side)
+            ),
         )
+    return embedded
 
-    precision = config.precision or (gpu_precision() if torch.cuda.is_available() else "fp32")
-    towers = {side: run.made(f"the tower {side} stage 2", f"{side}/tower") for side in SIDES}
-    trained_on = [*side_of.values(), *embedded.values(), *run.pictures]
+
+def add_stage_2(
+    run: Plan,
+    start: str,
+    start_tower: Artifact,
+    sides: Mapping[str, Artifact],
+    embedded: Mapping[str, Artifact],
+) -> dict[str, Artifact]:
+    """The towers before and after: the start tower with fitted heads, and the trained one."""
+    config = run.config
     own_options = shlex.split(config.tower_options)
+    chosen = gpu_precision() if torch.cuda.is_available() else "fp32"
+    follows_machine = not config.precision and "--precision" not in own_options
+    towers = {side: run.made(f"the tower {side} stage 2", f"{side}/tower") for side in SIDES}
+    caches = run.out / "embeddings"
     for name, side, epochs in (
         ("heads on the start tower", BEFORE, 0.0),
         ("stage 2", AFTER, config.num_train_epochs),
     ):
-        words = [data["train"], "--cache", out / "embeddings" / "train"]
-        words += [
-            "--validation",
-            data["validation"],
-            "--validation-cache",
-            out / "embeddings" / "validation",
-        ]
-        words += [*read, "--tower", start, *batches]
-        words += [
-            "--precision",
-            precision,
-            *own_options,
-            "--num-train-epochs",
-            f"{epochs:g}",
-        ]
+        words = ["train-tower", run.paths["train"], "--cache", caches / "train"]
+        words += ["--validation", run.paths["validation"]]
+        words += ["--validation-cache", caches / "validation"]
+        words += [*run.read, "--tower", start, *run.batches]
+        words += ["--precision", config.precision or chosen, *own_options]
+        words += ["--num-train-epochs", f"{epochs:g}", "--output", run.out / side]
         run.add(
             name,
-            "train-tower",
             *words,
-            "--output",
-            out / side,
-            reads=[tower, *trained_on],
+            reads=[start_tower, *sides.values(), *embedded.values(), *run.pictures],
             makes=[towers[side]],
             output=side,
-            by_machine=() if config.precision or "--precision" in own_options else ("--precision",),
+            by_machine=("--precision",) if follows_machine else (),
         )
-    scores = {
-        side: run.made(f"the scores {side}", f"{side}/validation.scores.json") for side in SIDES
-    }
-    for side in SIDES:
-        path = f"{side}/validation.scores.json"
-        words = [
-            out / side / "tower",
-            data["validation"],
-            "--cache",
-            out / "embeddings" / "validation",
-            *read,
-        ]
-        run.add(
-            f"measure {side}",
-            "evaluate",
-            *words,
-            "--output",
-            out / path,
-            makes=[scores[side]],
-            output=path,
-            reads=[towers[side], side_of["validation"], embedded["validation"], *run.pictures],
-        )
-    files = [out / side / "validation.scores.json" for side in SIDES]
-    run.add(
-        "compare",
-        "compare",
-        *files,
-        "--names",
-        *SIDES,
-        "--output",
-        out / "compare",
-        reads=[*scores.values()],
-        makes=[run.made("the comparison", "compare")],
-        output="compare",
-    )
-    words = [
-        out / AFTER,
-        "--output",
-        out / "tower",
-        "--overwrite",
-        *(["--with-adapter"] if adapter else []),
-    ]
-    run.add(
-        "export",
-        "export",
-        *words,
-        reads=[towers[AFTER], *of_llm[1:]],
-        makes=[run.made("the export", "tower")],
-        output="tower",
-    )
-    if config.questions:
-        ask(run, [data["train"], *read], batch, train, side_of["train"], towers)
-    return run.stages
+    return towers
 
 
-def ask(
+def add_measures(
     run: Plan,
-    data: list[str],
-    batch: int,
-    train: int,
-    train_side: Artifact,
+    sides: Mapping[str, Artifact],
+    embedded: Mapping[str, Artifact],
     towers: Mapping[str, Artifact],
 ) -> None:
-    """Add a LLaVA of each tower, its projector trained on the ``train`` captions, and its answers
-    to the questions."""
+    """Both towers on validation data, compared."""
+    files = {side: f"{side}/validation.scores.json" for side in SIDES}
+    scores = {side: run.made(f"the scores {side}", file) for side, file in files.items()}
+    for side, file in files.items():
+        words = ["evaluate", run.out / side / "tower", run.paths["validation"]]
+        words += ["--cache", run.out / "embeddings" / "validation", *run.read]
+        run.add(
+            f"measure {side}",
+            *words,
+            "--output",
+            run.out / file,
+            reads=[towers[side], sides["validation"], embedded["validation"], *run.pictures],
+            makes=[scores[side]],
+            output=file,
+        )
+    words = ["compare", *(run.out / file for file in files.values()), "--names", *SIDES]
+    words += ["--output", run.out / "compare"]
+    compared = run.made("the comparison", "compare")
+    run.add("compare", *words, reads=[*scores.values()], makes=[compared], output="compare")
+
+
+def ask(run: Plan, train_side: Artifact, towers: Mapping[str, Artifact]) -> None:
+    """Add a LLaVA of each tower, its projector trained on the training captions, and its answers to
+    the questions."""
     config = run.config
-    out = run.out
-    captions = out / "llava-data" / "captions.json"
-    compared = out / "questions" / "compare"
+    captions = run.out / "llava-data" / "captions.json"
     llava_data = run.made("LLaVA's captions", "llava-data")
     llm = model("LLaVA's LLM", config.llava_llm)
-    questions = Artifact(
-        name="the questions", files=partial(question_files, Path(config.questions))
-    )
+    asked = Artifact(name="the questions", files=partial(question_files, Path(config.questions)))
+    words = ["llava", "data", run.paths["train"], *run.read, "--output", captions.parent]
     run.add(
         "LLaVA's captions",
-        "llava",
-        "data",
-        *data,
-        "--output",
-        captions.parent,
+        *words,
         "--overwrite",
         reads=[train_side, *run.pictures],
         makes=[llava_data],
         output="llava-data",
     )
-    epochs = math.ceil(max(1, LLAVA_STEPS * batch / train))
-    common = [captions, "--image-folder", captions.parent / "images", "--model", config.llava_llm]
-    common += [
-        "--global-batch",
-        batch,
-        "--micro-batch",
-        math.gcd(batch // config.num_gpus, config.micro_batch or 32),
-    ]
-    common += ["--gpus", config.num_gpus, "--python", sys.executable]
-    extra = ["--num_train_epochs", epochs, *shlex.split(config.llava_options)]
     half = [] if torch.cuda.is_available() else ["--dtype", "float32"]
     answered: list[Artifact] = []
     for side in SIDES:
-        llava = out / f"llava-{side}"
-        answers = out / "questions" / side
-        projector = run.made(
-            f"the projector {side}", f"llava-{side}/mm_projector.bin", f"llava-{side}/config.json"
-        )
-        words = [
-            *common,
-            "--tower",
-            f"llm2clip:{out / side / 'tower'}",
-            "--output",
-            llava,
-            "--",
-            *extra,
-        ]
+        llava = run.out / f"llava-{side}"
+        files = [f"llava-{side}/mm_projector.bin", f"llava-{side}/config.json"]
+        projector = run.made(f"the projector {side}", *files)
         run.add(
             f"LLaVA {side}",
-            *words,
+            *projector_words(run, captions, side),
             program=PRETRAIN,
-            by_machine=("--gpus", "--micro-batch"),
             reads=[llava_data, llm, towers[side]],
             makes=[projector],
             output=f"llava-{side}",
+            by_machine=("--gpus", "--micro-batch"),
         )
-        words = [
-            config.questions,
-            "--model-path",
-            llava,
-            "--model-base",
-            config.llava_llm,
-            *half,
-            "--output",
-            answers,
-        ]
+        words = ["bench-mllm", config.questions, "--model-path", llava]
+        words += ["--model-base", config.llava_llm, *half]
         answered.append(run.made(f"the answers {side}", f"questions/{side}/scores"))
         run.add(
             f"questions {side}",
-            "bench-mllm",
             *words,
-            by_machine=("--dtype",),
-            reads=[questions, projector, llm, towers[side]],
+            "--output",
+            run.out / "questions" / side,
+            reads=[asked, projector, llm, towers[side]],
             makes=answered[-1:],
             output=f"questions/{side}",
+            by_machine=("--dtype",),
         )
-    words = [*(out / "questions" / side / "scores" for side in SIDES), "--names", *SIDES]
-    words += [
-        "--image-folder",
-        Path(config.questions).parent,
-        "--no-references",
-        "--output",
-        compared,
-    ]
-    run.add(
-        "compare answers",
-        "compare",
-        *words,
-        reads=answered,
-        output="questions/compare",
-        makes=[run.made("the comparison of answers", "questions/compare")],
-    )
+    compared = "questions/compare"
+    words = ["compare", *(run.out / "questions" / side / "scores" for side in SIDES)]
+    words += ["--names", *SIDES, "--image-folder", Path(config.questions).parent]
+    words += ["--no-references", "--output", run.out / compared]
+    makes = [run.made("the comparison of answers", compared)]
+    run.add("compare answers", *words, reads=answered, makes=makes, output=compared)
+
+
+def projector_words(run: Plan, captions: Path, side: str) -> list[object]:
+    """The arguments of scripts/llava/pretrain.sh."""
+    config = run.config
+    share = math.gcd(run.batch // config.num_gpus, config.micro_batch or 32)
+    epochs = math.ceil(max(1, LLAVA_STEPS * run.batch / run.train_images))
+    words = [captions, "--image-folder", captions.parent / "images", "--model", config.llava_llm]
+    words += ["--global-batch", run.batch, "--micro-batch", share]
+    words += ["--gpus", config.num_gpus, "--python", sys.executable]
+    words += ["--tower", f"llm2clip:{run.out / side / 'tower'}"]
+    words += ["--output", run.out / f"llava-{side}"]
+    return [*words, "--", "--num_train_epochs", epochs, *shlex.split(config.llava_options)]
 
 
 def model(name: str, given: str) -> Artifact:
