@@ -130,6 +130,6 @@ def blocks_below(select_layer: int, num_layers: int) -> int:
     that after block 23."""
     states = num_layers + 1
     if not -states <= select_layer < states:
-        told = f"a tower of {num_layers} blocks has hidden states {-states} to {states - 1}"
-        raise ValueError(f"mm_vision_select_layer {select_layer} is out of range: {told}")
+        problem = f"a tower of {num_layers} blocks has hidden states {-states} to {states - 1}"
+        raise ValueError(f"mm_vision_select_layer {select_layer} is out of range: {problem}")
     return select_layer % states

@@ -123,8 +123,8 @@ def converted(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
 def refuse_rest(names: Iterable[str], where: object) -> None:
     """Raise ContractError for tensors that nothing knows, by name."""
     if rest := sorted(names):
-        told = f"{len(rest)} unknown tensors such as {rest[0]}"
-        raise ContractError(f"{where}: {told}; this is not a LLaVA 1.5 checkpoint")
+        problem = f"{len(rest)} unknown tensors such as {rest[0]}"
+        raise ContractError(f"{where}: {problem}; this is not a LLaVA 1.5 checkpoint")
 
 
 CONFIG = "config.json"

@@ -170,8 +170,8 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
         piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and len(piece.piece) > 1
     }
     if split := symbols - {left + right for left, right in merges}:
-        told = f"user-defined pieces that are no merges of others, such as {min(split)[:60]!r}"
-        raise ContractError(f"{path} has {told}, which the exported tokenizer would split")
+        problem = f"user-defined pieces that are no merges of others, such as {min(split)[:60]!r}"
+        raise ContractError(f"{path} has {problem}, which the exported tokenizer would split")
     spec = proto.normalizer_spec
     legacy = bool(config.get("legacy", True))
     steps: list[Any] = (

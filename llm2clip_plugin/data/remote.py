@@ -301,8 +301,8 @@ def retried(action: Callable[[], Result], what: str) -> Result:
             if isinstance(cause, TimeoutError) and cause.errno is None:
                 reason += f" (no answer within {timeout():g} s, {TIMEOUT})"
             if failures >= RETRY.tries:
-                told = f"reading failed {failures} times in a row: {reason}"
-                raise ReadFailedError(f"{told}; rerun the same command to resume") from error
+                problem = f"reading failed {failures} times in a row: {reason}"
+                raise ReadFailedError(f"{problem}; rerun the same command to resume") from error
             server = seconds_of_retry_after((fields.get("headers") or {}).get("Retry-After", ""))
             pause = max(RETRY.pause(failures), server)
             _retries[0] += 1

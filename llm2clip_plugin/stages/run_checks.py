@@ -152,18 +152,20 @@ def check_adapter(config: PipelineConfig, given: str) -> None:
     adapter_sha256(adapter)
     effective(EncoderConfig(llm=llm, adapter=given), folder, adapter)
     card = find_card(str(adapter))
-    if card is not None and card.base_sha256 not in ("", own := weights_sha256(folder)):
-        told = (
-            f"--adapter {given} was trained on {card.base} with weights {card.base_sha256[:12]}..."
-        )
-        raise ContractError(
-            f"{told}, but --llm {llm} has {own[:12]}...; pass the LLM that it was trained on"
-        )
+    base_sha256 = "" if card is None else card.base_sha256
+    if card is not None and base_sha256:
+        weights = weights_sha256(folder)
+        if weights != base_sha256:
+            trained = f"--adapter {given} was trained on {card.base}"
+            raise ContractError(
+                f"{trained} with weights {base_sha256[:12]}..., but --llm {llm} has "
+                f"{weights[:12]}...; pass the LLM that it was trained on"
+            )
     encoder = EncoderConfig(llm=llm, trust_remote_code=config.trust_remote_code)
     width = llm_config(encoder).get_text_config().hidden_size
     for name, entry in read_header(adapter / ADAPTER_WEIGHTS).entries.items():
         if name.endswith("q_proj.lora_A.weight") and entry.shape[-1] != width:
-            told = f"--adapter {given} is for an LLM of width {entry.shape[-1]}"
+            problem = f"--adapter {given} is for an LLM of width {entry.shape[-1]}"
             raise ContractError(
-                f"{told}, but --llm {llm} has {width}; pass the LLM that it was trained on"
+                f"{problem}, but --llm {llm} has {width}; pass the LLM that it was trained on"
             )
