@@ -68,7 +68,7 @@ plan "embedding all captions with the LLM" $((65 * PERCENT / 100))
 plan "stage 2: training the tower, with the LLM as its teacher" $((95 * PERCENT / 100))
 plan "what the tower finds, before and after" $((30 * PERCENT / 100))
 if [ -n "$COMPARE" ]; then plan "controls: the raw LLM, wrong pictures" $((300 * SEEDS * PERCENT / 100)); fi
-if [ -n "$RUN_LLAVA" ]; then plan "LLaVA 1.5 in miniature, with the tower before and after" $((160 * SEEDS * PERCENT / 100)); fi
+if [ -n "$RUN_LLAVA" ]; then plan "a small LLaVA 1.5, with the tower before and after" $((160 * SEEDS * PERCENT / 100)); fi
 if [[ -n $RUN_LLAVA && -n $CONTROLS ]]; then plan "LLaVA with the towers of the controls" $((160 * SEEDS * PERCENT / 100)); fi
 
 environment() {
