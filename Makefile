@@ -3,13 +3,13 @@
 TEST_ENV = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST = $(TEST_ENV) .venv/bin/python -m pytest -q
 # tests that start no other process, a few of every room; pytest fails if a path is missing
-QUICK = $(addprefix tests/, foundation/test_contracts.py foundation/test_plain.py data/test_sampler.py \
+QUICK = $(addprefix tests/, foundation/test_contracts.py scripts/test_plain.py data/test_sampler.py \
     vision/test_dual.py vision/test_adapter.py train/test_loss.py train/test_loss_terms.py text/test_pairs.py \
-    evaluate/test_retrieval.py benchmarks/test_statistics.py)
+    evaluate/test_retrieval.py evaluator/test_statistics.py)
 # most of what starts no other process
-FAST = $(QUICK) $(addprefix tests/, foundation data/test_images.py data/test_emoji.py data/test_sources.py \
+FAST = $(QUICK) $(addprefix tests/, foundation house scripts/test_house.py data/test_images.py data/test_emoji.py data/test_sources.py \
     data/test_tables.py data/test_tars.py data/test_caption_files.py vision/convert vision/test_towers.py \
-    vision/test_eva02.py text/test_encoder.py benchmarks/test_compare.py docs/test_fidelity.py)
+    vision/test_eva02.py text/test_encoder.py evaluator/test_compare.py docs/test_fidelity.py)
 
 setup: ## make .venv (training) and .venv-llava, install the pre-commit hooks
 	bash -euc 'ROOT=$$PWD; . scripts/environments.sh; train_environment .venv train,dev; llava_environment .venv-llava'

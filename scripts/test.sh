@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # All checks: style, types, the tests of the training environment, then those of LLaVA's environment.
 #   scripts/test.sh             everything; makes .venv and .venv-llava on the first run
-#   scripts/test.sh --servers   tests/servers alone, with a real vLLM: makes .venv-servers (3 GB, three minutes) and .venv-llava
-#   scripts/test.sh --stacks    tests/stacks alone: lm-eval, lmms-eval and inspect_ai in .venv-stacks; TRL, ms-swift, LLaMA-Factory and a
-#                               fork of LLaVA in .venv-trl, .venv-swift, .venv-llamafactory and .venv-forks; -k test_inspect_ai chooses
+#   scripts/test.sh --servers   tests/environments/servers alone, with a real vLLM: makes .venv-servers (3 GB, three minutes)
+#                               and .venv-llava
+#   scripts/test.sh --stacks    tests/environments/stacks alone: lm-eval, lmms-eval and inspect_ai in .venv-stacks; TRL, ms-swift,
+#                               LLaMA-Factory and a fork of LLaVA in .venv-trl, .venv-swift, .venv-llamafactory and .venv-forks;
+#                               -k test_inspect_ai chooses
 #   scripts/test.sh -k cache    passes its arguments to pytest in the training environment and runs nothing else
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -18,13 +20,17 @@ case "${1:-}" in
         listed_environment servers .venv-servers
         extensions_of .venv-llava
         shift
-        exec .venv-servers/bin/python -m pytest "${@:-tests/servers}" ;;
+        exec .venv-servers/bin/python -m pytest "${@:-tests/environments/servers}" ;;
     --stacks)
         extensions_of .venv-llava
         for name in stacks trl swift llamafactory forks; do
             listed_environment "$name" ".venv-$name"
-            case "$name" in stacks) tests=logs ;; forks) tests=forks ;; *) tests=trainers ;; esac
-            ".venv-$name/bin/python" -m pytest "tests/stacks/test_$tests.py" "${@:2}" || [ $? = 5 ] # -k chooses none of these
+            case "$name" in
+                stacks) tests=tests/environments/stacks/test_logs.py ;;
+                forks) tests=tests/environments/stacks/test_forks.py ;;
+                *) tests=tests/environments/stacks/test_trainers.py ;;
+            esac
+            ".venv-$name/bin/python" -m pytest "$tests" "${@:2}" || [ $? = 5 ] # -k chooses none of these
         done
         exit ;;
 esac
@@ -55,7 +61,8 @@ beside() {
     if [ -d .venv-pinned ]; then
         extensions_of .venv-pinned
         check .venv-pinned/bin/python -m pytest \
-            tests/llava/hook/test_hook.py tests/llava/towers tests/llava/end_to_end/test_stages.py \
+            tests/llava/plug/test_{hook,tower,names,checkpoint_name,provenance,quantized}.py \
+            tests/llava/end_to_end/test_stages.py \
             -k "not launcher and not deepspeed and not finetune-2" --durations=5
     else
         echo "note: Python 3.10 is not available; LLaVA's own pins (torch 2.1.2, DeepSpeed 0.12.6) are left out" >&2
@@ -77,7 +84,7 @@ check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LL
 check wait "$LLAVA_ENVIRONMENT"
 extensions_of .venv-llava
 check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
-check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/benchmarks # apart: LLaVA disables torch's weight initialization
+check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/evaluator # apart: LLaVA disables torch's weight initialization
 check wait "$BESIDE_ID"
 cat "$BESIDE"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import World, copied
 from PIL import Image
+from planted_faults import World, copied
 from tiny_data import make_all
 from tiny_llm import save_tiny_llm
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from bad import folders, language_models, runs, tables, towers
 from bad.planted import Case
-from faults import World, contents
+from planted_faults import World, contents
 
 from llm2clip_plugin.cli import main
 

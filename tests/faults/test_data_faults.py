@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from faults import Fault, World, halve, meet, rows
+from planted_faults import Fault, World, halve, meet, rows
 
 SHARD = "00000.safetensors"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import ChatServer, serving
-from faults import Fault, World, contents, copied, meet, rows
+from planted_faults import Fault, World, contents, copied, meet, rows
 from small_disk import FILLER, fill, mounted
 from tiny_llm import save_tiny_llm
 

@@ -1,7 +1,7 @@
 """Faults of stage 1: refused before the first step, where possible before the LLM is loaded."""
 
 import pytest
-from faults import Fault, World, meet, rows, set_weight
+from planted_faults import Fault, World, meet, rows, set_weight
 from tiny_llm import save_tiny_llm
 
 

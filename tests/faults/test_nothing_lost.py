@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from faults import Fault, World, contents, copied, meet, rows
+from planted_faults import Fault, World, contents, copied, meet, rows
 from tiny_data import make_shards, write_tar
 from tiny_llm import save_tiny_llm
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults import Fault, World, copied, flip, halve, meet, rows, set_weight
+from planted_faults import Fault, World, copied, flip, halve, meet, rows, set_weight
 from tiny_data import make_cache
 
 from llm2clip_plugin.cli import main

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import Fault, World, contents, meet, rows
+from planted_faults import Fault, World, contents, meet, rows
 
 TABLE = (Path(__file__).parent / "wrong_arguments.txt").read_text(encoding="utf-8").splitlines()
 

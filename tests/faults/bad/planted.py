@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faults import World
 from PIL import Image
+from planted_faults import World
 from safetensors.torch import load_file, save_file
 
 Plant = Callable[

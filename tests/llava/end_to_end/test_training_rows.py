@@ -15,7 +15,7 @@ from llava_world import TODAY, free_port
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.both_stacks
-TRAIN_ROWS = Path(__file__).parents[1] / "train_rows.py"
+TRAIN_ROWS = Path(__file__).with_name("train_rows.py")
 SAVE = (
     "--save_strategy steps --save_steps 2 --save_total_limit 1 --lr_scheduler_type constant".split()
 )

@@ -5,8 +5,8 @@ import re
 import shutil
 
 import pytest
-from faults import Fault, World, copied, flip, halve, meet, rows
 from llava_world import untrained
+from planted_faults import Fault, World, copied, flip, halve, meet, rows
 
 pytestmark = [pytest.mark.usefixtures("home"), pytest.mark.both_stacks]
 LLAVA = "llava-1"

@@ -1,7 +1,7 @@
 """What LLaVA does on the libraries of this environment: token ids and label masks, answers,
 training.
 
-    PYTHONPATH=tests:tests/llava:tests/llava/serve .venv-llava/bin/python tests/llava/parity/parity_facts.py
+    PYTHONPATH=tests/support .venv-llava/bin/python tests/llava/parity/parity_facts.py
 
 writes golden.json; with WORLD MINE THEIRS after it, it trains into MINE and opens what is in both.
 

@@ -27,7 +27,7 @@ def test_a_language_model_that_speaks_chatml(world, tmp_path):
     if llm == "smollm2":
         tiny_chatml.make_package(packages)
     tiny_chatml.make_easy_vqa(packages)
-    path = ":".join(map(str, (ROOT / "tests" / "llava" / "on_cpu", packages, ROOT)))
+    path = ":".join(map(str, (ROOT / "tests" / "support" / "on_cpu", packages, ROOT)))
     variables = {"LLAVA_PYTHON": str(world.programs / "python"), "PYTHONPATH": path}
     words = [
         "--before",

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from llm2clip_plugin.console import numbers
 
-TESTS = Path(__file__).parents[2]
+TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden"
 REFERENCE = GOLDEN / "reference"
 SOURCES = {  # of towers, elsewhere than in golden/towers_of_today

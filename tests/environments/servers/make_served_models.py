@@ -11,8 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "llava"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
 from llava_world import World, make_world
 

@@ -2,7 +2,7 @@
 fresh run makes.
 
 Bytes are compared, but for what says where and how long: paths, times and versions in cards and
-records. More sequences: RERUN_SEQUENCES=20 pytest tests/pipeline/test_reruns.py
+records. More sequences: RERUN_SEQUENCES=20 pytest tests/stages/test_reruns.py
 """
 
 import hashlib

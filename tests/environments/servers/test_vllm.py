@@ -18,7 +18,7 @@ import pytest
 from llava_integration.answer import command as evaluate
 from llm2clip_plugin.train.distributed import free_port
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LLAVA_PYTHON = os.environ.get("LLAVA_PYTHON", str(ROOT / ".venv-llava" / "bin" / "python"))
 TOWERS = ("clip", "siglip", "dinov2", "eva02")
 PATIENCE = 600  # seconds until a server is there, on a busy machine

@@ -11,7 +11,7 @@ from forked import context
 from tiny_data import make_all
 from tiny_llm import save_tiny_llm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EMOJI = ROOT / "llm2clip_plugin" / "data" / "emoji"
 STEPS = 20
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -148,3 +149,8 @@ def make_all(folder: Path, kind: str = "clip") -> Path:
     make_tower(folder / "tower", kind)
     make_cache(make_shards(folder / "data"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_all(tmp_path_factory.mktemp("tiny"))

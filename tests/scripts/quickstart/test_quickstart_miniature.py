@@ -12,7 +12,7 @@ import pytest
 
 from llm2clip_plugin.contracts import ScoreFile
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "quickstart" / "miniature.sh"
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "quickstart" / "miniature.sh"
 PYTHON = """#!/bin/bash
 # writes what the miniature waits for, and trains nothing
 printf '%s\\n' "$*" >>"$WORDS"

@@ -26,7 +26,7 @@ from llm2clip_plugin.cli import main as llm2clip
 
 # the first two bring TRL
 TRAINER = next(name for name in ("swift", "llamafactory", "trl") if find_spec(name))
-PAGE = (Path(__file__).parents[2] / "docs" / "vlm.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "vlm.md").read_text(encoding="utf-8")
 HEADINGS = {"trl": "TRL", "swift": "ms-swift", "llamafactory": "LLaMA-Factory"}
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<user>{{ m['role'] }}
 {{ m['content'] }}<end>

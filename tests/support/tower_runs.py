@@ -15,7 +15,7 @@ from forked_python import programs
 
 from llm2clip_plugin.train.distributed import free_port
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 12
 # train-tower, but it stops before the batch that ends at a sample, for ever: a test may kill it in
 # peace

@@ -17,7 +17,7 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.files import ContractError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = """
 set -euo pipefail
 DATA=data OUT=$PWD/out LLM=llm TOWER=tower DTYPE=bfloat16 PRESET=default TUNE_STEPS=12 TUNE_BATCH=64 STEPS=50 LAYER=16
