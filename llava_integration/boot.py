@@ -81,10 +81,10 @@ def completed_by_compat():
 
 @functools.cache
 def compat():
-    """`llava_integration.compat.runner`; None, with a line on stderr, if it or a file of its folder
+    """`llava_integration.plug.compat.runner`; None, with a line on stderr, if it or a file of its folder
     is broken."""
     try:
-        from llava_integration.compat import runner
+        from llava_integration.plug.compat import runner
 
         runner.watched()
         return runner
@@ -116,7 +116,7 @@ def complete(module):
     if not knows_towers(module.__name__):
         return
     try:
-        from llava_integration import hook
+        from llava_integration.plug import hook
 
         hook.complete(module)
     except Exception as error:

@@ -11,10 +11,10 @@ the percentiles are those of Hesterberg (2015), The American Statistician 69, "e
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist
 
 import numpy as np
 
@@ -172,33 +172,3 @@ def quadrature() -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights of Gauss-Legendre on [0, 1]."""
     nodes_N, weights_N = np.polynomial.legendre.leggauss(T_NODES)
     return (nodes_N + 1) / 2, weights_N / 2
-
-
-# Numbers in tables.
-
-
-def fraction(value: float) -> str:
-    """Three decimals without a leading zero: ``.127``, ``1.000``."""
-    return f"{value:.3f}".removeprefix("0")
-
-
-def signed(value: float) -> str:
-    """``+.069``, ``-.002``."""
-    return f"{value:+.3f}".replace("0.", ".", 1)
-
-
-def p_value(p: float) -> str:
-    """``< .001`` or ``.038``."""
-    return "< .001" if p < 0.001 else fraction(p)
-
-
-def estimate(value: float, ends: Sequence[float], shown: Callable[[float], str] = signed) -> str:
-    """A difference with its interval: ``+.069 [+.061, +.077]``."""
-    return f"{shown(value)} [{', '.join(map(shown, ends))}]"
-
-
-def spread(values: Sequence[float], shown: Callable[[float], str] = fraction) -> str:
-    """Mean over seeds, with the standard deviation if they differ: ``.127 ± .009``."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    mean = shown(fmean(values))
-    return f"{mean} ± {shown(deviation)}" if deviation else mean

@@ -2,7 +2,7 @@
 
 The table keeps ``llm2clip --help`` free of torch. A command is ``main(argv) -> exit status or
 None`` in a module of its own. ValueError (wrong input) and OSError (files, permissions, disk space,
-connections) end as one ``error:`` line and exit status 2; console.py lists all statuses. What is
+connections) end as one ``error:`` line and exit status 2; errors.py lists all statuses. What is
 raised on every rank alike (a non-finite loss, ranks that disagree) is printed by rank 0 alone, the
 loss of another rank by each that is left.
 """
@@ -13,8 +13,7 @@ import os
 import sys
 import traceback
 
-from llm2clip_plugin import console
-from llm2clip_plugin.console import (
+from llm2clip_plugin.errors import (
     FINAL_STATUSES,
     FirstRankError,
     SameOnAllRanksError,
@@ -22,7 +21,9 @@ from llm2clip_plugin.console import (
     lost_rank,
 )
 from llm2clip_plugin.installation import MissingExtraError, extra_of, missing_message, require
-from llm2clip_plugin.processes import protect_children
+from llm2clip_plugin.processes import end_children, protect_children, raise_open_files
+from llm2clip_plugin.quiet import quiet_libraries
+from llm2clip_plugin.signals import Interrupted, interrupts_end_loading
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
@@ -79,27 +80,33 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
         "vision.convert.importing:main",
         "convert a vision checkpoint into a tower directory",
     ),
-    "use": ("llava_integration.towers:main_use", "choose the tower for --vision_tower llm2clip"),
-    "towers": ("llava_integration.towers:main_towers", "list known towers: location, hash, sizes"),
+    "use": (
+        "llava_integration.plug.towers:main_use",
+        "choose the tower for --vision_tower llm2clip",
+    ),
+    "towers": (
+        "llava_integration.plug.towers:main_towers",
+        "list known towers: location, hash, sizes",
+    ),
     "llava data": ("data.make:main_llava_data", "write a data set as LLaVA's pretraining reads it"),
     "llava evaluate": (
-        "llava_integration.answer.command:main",
+        "llava_integration.evaluator.answer.command:main",
         "answer a question file with LLaVA, in batches",
     ),
     "compare": (
-        "llava_integration.compare.command:main",
+        "llava_integration.evaluator.compare.command:main",
         "compare score files: paired statistics and a report",
     ),
     "bench-mllm": (
-        "llava_integration.benchmarks.bench:main",
+        "llava_integration.evaluator.benchmarks.bench:main",
         "evaluate LLaVA on each benchmark that is found",
     ),
     "score": (
-        "llava_integration.benchmarks.bench:main_score",
+        "llava_integration.evaluator.benchmarks.bench:main_score",
         "score answers with a benchmark's official rule",
     ),
     "llava bundle": (
-        "llava_integration.towers:main_bundle",
+        "llava_integration.plug.towers:main_bundle",
         "copy the tower into a LLaVA checkpoint",
     ),
     "llava export": (
@@ -132,11 +139,11 @@ OPTIONS: dict[str, str] = {
     "search": "evaluate.config:SEARCH",
     "export": "vision.convert:EXPORT",
     "import": "vision.convert:IMPORT",
-    "use": "llava_integration.towers:USE",
-    "towers": "llava_integration.towers:TOWERS",
-    "llava evaluate": "llava_integration.answer.questions:COMMAND",
-    "score": "llava_integration.benchmarks.bench:SCORE",
-    "llava bundle": "llava_integration.towers:LLAVA_BUNDLE",
+    "use": "llava_integration.plug.towers:USE",
+    "towers": "llava_integration.plug.towers:TOWERS",
+    "llava evaluate": "llava_integration.evaluator.answer.questions:COMMAND",
+    "score": "llava_integration.evaluator.benchmarks.bench:SCORE",
+    "llava bundle": "llava_integration.plug.towers:LLAVA_BUNDLE",
     "llava export": "llava_integration.serve:EXPORT",
     "vlm build": "llava_integration.serve:VLM",
 }
@@ -197,8 +204,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), "")
     if not name:
-        from llm2clip_plugin.files import printable
         from llm2clip_plugin.options import unknown
+        from llm2clip_plugin.outside import printable
 
         given = " ".join(words[:2]) if group else words[0]
         print(f"error: {printable(unknown('command', given, group or COMMANDS))}", file=sys.stderr)
@@ -227,7 +234,7 @@ def leave(status: int) -> "NoReturn":
     interpreter's shutdown, of which one in ten aborts: DeepSpeed keeps the destroyed group, and so
     Gloo's threads, alive. After an error no exit handlers run: destroying a group waits for
     collectives that other ranks may never join."""
-    console.end_children()
+    end_children()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
     if status in (0, StoppedError.status):
@@ -245,16 +252,16 @@ def run(name: str, argv: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    console.raise_open_files()
-    console.quiet_libraries()
+    raise_open_files()
+    quiet_libraries()
     try:
-        with console.interrupts_end_loading():
+        with interrupts_end_loading():
             if name in EXTRAS and not set(argv) & set(HELP):
                 require(EXTRAS[name], f"`llm2clip {name}`")
             read_options(name, argv)
             return load(COMMANDS[name][0])(argv) or 0
     except KeyboardInterrupt as error:
-        ended = error if isinstance(error, console.Interrupted) else console.Interrupted()
+        ended = error if isinstance(error, Interrupted) else Interrupted()
         print(ended, file=sys.stderr)
         return ended.status
     except BrokenPipeError:  # `llm2clip ... | head` stops reading
@@ -273,7 +280,8 @@ def run(name: str, argv: list[str]) -> int:
 
 def reported(error: Exception) -> int | None:
     """Print an error that a user can act upon; its exit status. None for any other error."""
-    from llm2clip_plugin.files import FINAL, printable_lines, tell_job
+    from llm2clip_plugin.outside import printable_lines
+    from llm2clip_plugin.run_folder import FINAL, tell_job
 
     text = f"error: {error}"
     status = 2

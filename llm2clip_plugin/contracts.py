@@ -1,203 +1,21 @@
-"""The files that stages exchange: versioned JSON records, hashes, and atomic writes.
+"""The records that stages exchange: JSON files with a kind and a format version.
 
 Standard library only: this module is imported by the training environment, by LLaVA's environment
 and by ``llm2clip --help``.
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
-import math
 import os
-import shutil
-import uuid
-from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any, ClassVar, TypeVar
 
-import llm2clip_plugin.files as files
-from llm2clip_plugin.files import ContractError, from_plain, read_header, read_json_value, typed
-
-RATE_LINES = 20  # last lines of steps in metrics.jsonl that rates are the means of
-FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class DiskFullError(OSError):
-    """No space is left, or a quota is used up, where a file is written."""
-
-    def __init__(self, target: str | os.PathLike[str], number: int = errno.ENOSPC) -> None:
-        super().__init__(number, os.strerror(number), os.fspath(target))
-        path = Path(os.path.abspath(target))
-        folder = next(parent for parent in (path, *path.parents) if parent.exists())
-        self.reason = f"{self.strerror} ({size_text(shutil.disk_usage(folder).free)} free)"
-
-    def __str__(self) -> str:
-        return (
-            f"cannot write {self.filename}: {self.reason}; free space there, and rerun the same "
-            "command"
-        )
-
-    def __reduce__(self) -> tuple[type, tuple[str, int | None]]:  # processes send it to each other
-        return type(self), (self.filename, self.errno)
-
-
-@contextmanager
-def naming_full_disk(target: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise DiskFullError for ``target`` if the block fails because its disk is full: safetensors
-    has its own error."""
-    try:
-        yield
-    except DiskFullError:
-        raise
-    except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if number in FULL or any(os.strerror(full) in str(error) for full in FULL):
-            raise DiskFullError(target, number if number in FULL else errno.ENOSPC) from error
-        raise
-
-
-def size_text(number: float) -> str:
-    """Bytes for people: ``1.50 GB``, ``0.21 MB``."""
-    return f"{number / 1e9:.2f} GB" if number >= 1e7 else f"{number / 1e6:.2f} MB"
-
-
-@contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path``; if the block ends without an error, flush it to disk
-    and rename it. Raises DiskFullError, which names ``path``, whatever a library raises on a full
-    disk."""
-    target = Path(path)
-    temporary = _sibling(target)
-    with naming_full_disk(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            yield temporary
-            os.chmod(temporary, mode)  # safetensors makes its files readable by their owner only
-            fsync(temporary)
-            os.replace(temporary, target)
-            fsync(target.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text in UTF-8 as ``atomic_file`` does, and return the path."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return Path(path)
-
-
-@contextmanager
-def atomic_directory(
-    path: str | os.PathLike[str],
-    *,
-    replace: bool = False,
-    fix: str = "choose another path or pass --overwrite",
-) -> Iterator[Path]:
-    """As ``atomic_file``, of a directory, which replaces an old one when it is complete. Raises
-    FileExistsError before any work if ``path`` is a file, or if it is not empty and ``replace`` is
-    false (with ``fix``). A folder that may be the user's is for ``folders.output_folder``."""
-    target = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{path} is a file, expected a folder; choose another path")
-    if not replace and target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"{path} exists and is not empty; {fix}")
-    temporary = _sibling(target)
-    old = temporary.with_suffix(".old")
-    with naming_full_disk(target):
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            for inside in (*temporary.rglob("*"), temporary):
-                if not inside.is_symlink():
-                    fsync(inside)
-            if target.exists():
-                os.replace(target, old)  # a directory cannot be renamed onto one that is not empty
-            try:
-                os.replace(temporary, target)
-            except OSError:
-                if old.exists():
-                    os.replace(old, target)
-                raise
-            fsync(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if target.exists():
-                # on NFS, a file that is still open keeps its folder
-                shutil.rmtree(old, ignore_errors=True)
-
-
-def _sibling(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on disk. Raises OSError for what
-    the file system reports only now: NFS and quotas do so when a disk is full."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # several network file systems refuse it for directories
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def canonical_json(value: Any) -> str:
-    """The same text for equal values (sorted keys, no spaces), to be hashed."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-def sha256_text(text: str) -> str:
-    """Hexadecimal SHA-256 of a text's UTF-8 bytes."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Hexadecimal SHA-256 of a file's bytes, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sha256_weights(path: str | os.PathLike[str]) -> str:
-    """SHA-256 over the tensors of a safetensors file: name, dtype, shape, bytes, in order of name,
-    so that another version of a library that saves the same weights keeps it. Raises ContractError
-    for another or a truncated file."""
-    header = read_header(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for name, entry in sorted(header.entries.items()):
-            digest.update(canonical_json([name, entry.dtype, list(entry.shape)]).encode())
-            file.seek(header.data_start + entry.start)
-            remaining = entry.stop - entry.start
-            while remaining:
-                block = file.read(min(remaining, 1 << 22))
-                if not block:
-                    raise ContractError(f"{path} ends inside {name}; copy or export it again")
-                digest.update(block)
-                remaining -= len(block)
-    return digest.hexdigest()
-
-
-def files_sha256(paths: Iterable[Path]) -> str:
-    """SHA-256 over files of weights, in this order."""
-    hashes = [
-        sha256_weights(path) if path.suffix == ".safetensors" else sha256_file(path)
-        for path in paths
-    ]
-    return hashes[0] if len(hashes) == 1 else sha256_text(canonical_json(hashes))
-
+from llm2clip_plugin.atomic import write_text
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.hashes import canonical_json, sha256_text
+from llm2clip_plugin.json_files import from_plain, read_json_value, typed
 
 Record = TypeVar("Record", bound="VersionedRecord")
 
@@ -408,7 +226,7 @@ class EmbedRecord(VersionedRecord):
 
     data: str  # path or URL of the data
     shards: list[str]  # names of its shards
-    command: dict[str, Any] = field(default_factory=dict)  # files.started_by
+    command: dict[str, Any] = field(default_factory=dict)  # run_folder.started_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,7 +241,7 @@ class PipelineRecord(VersionedRecord):
     # of each stage that was started: its command, digests of what it read and made, and whether it
     # is complete
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    command: dict[str, Any] = field(default_factory=dict)  # files.started_by
+    command: dict[str, Any] = field(default_factory=dict)  # run_folder.started_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,75 +262,10 @@ class RunRecord(VersionedRecord):
     before: dict[str, float] = field(default_factory=dict)
     total_steps: int = 0  # of the whole run; 0: not recorded, or heads alone
     epoch_samples: int = 0  # image-caption pairs of one pass over the data; 0: not recorded
-    # how it was started last: files.started_by
+    # how it was started last: run_folder.started_by
     command: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     wandb: str = ""  # id of the run in Weights & Biases
-
-
-@dataclass(kw_only=True)
-class Metrics:
-    """A summary of metrics.jsonl."""
-
-    step: int = 0  # the last one with a line
-    samples: int = 0
-    loss: float | None = None
-    # of the last steps
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RATE_LINES))
-    # images/s of a loader process, and of steps that wait for no data, of the last lines
-    loading: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RATE_LINES))
-    # step -> headline scores; 0: before training
-    scores: dict[int, dict[str, float]] = field(default_factory=dict)
-    ended: dict[str, Any] | None = None  # the event after which no step followed
-    save_failed: dict[str, Any] | None = None  # the event after which no checkpoint was complete
-    unreadable: int = 0  # lines
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Raises ValueError, KeyError or TypeError for a line of another kind."""
-        step = int(line["step"])
-        event = line.get("event")
-        if event in (files.STOPPED, files.FAILED):
-            self.ended = line
-        elif event in (files.SAVE_FAILED, files.SAVED):
-            self.save_failed = line if event == files.SAVE_FAILED else None
-        elif event is None and "loss" in line:
-            self.step = step
-            self.samples = int(line["samples"])
-            self.loss = float(line["loss"])
-            self.ended = None
-            self.seconds.extend([float(line["step_seconds"])] if "step_seconds" in line else [])
-            if one := line.get("loader_images_per_second"):
-                self.loading.append(
-                    (float(one), line["samples_per_second"] / max(1 - line["wait_share"], 1e-3))
-                )
-        elif event is None:
-            scores = {
-                name: float(value)
-                for name, value in line.items()
-                if name not in ("step", "samples")
-            }
-            self.scores[step] = {name: scores[name] for name in files.headline(scores)}
-
-    def loader(self) -> str:
-        """How many loader processes the steps need, over all ranks; "" if no line says."""
-        if not self.loading:
-            return ""
-        one, needed = (median(column) for column in zip(*self.loading, strict=True))
-        rates = f"a process delivers {one:,.1f} images/s, the steps take {needed:,.1f}"
-        return f"{rates}: --workers, over all ranks, {math.ceil(needed / one)}"
-
-
-def read_metrics(path: Path) -> Metrics:
-    """Read the file line by line; lines that are damaged, or cut short by a kill, are counted."""
-    metrics = Metrics()
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                try:
-                    metrics.add(json.loads(text))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    metrics.unreadable += 1
-    return metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
-from llava_integration import boot, towers
-from llava_integration.compat import runner
-from llava_integration.compat.runner import has_version
-from llm2clip_plugin.console import raise_open_files
-from llm2clip_plugin.files import ContractError
+from llava_integration import boot
+from llava_integration.plug import towers
+from llava_integration.plug.compat import runner
+from llava_integration.plug.compat.runner import has_version
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.installation import (
     ADDS,
     NAME,
@@ -25,6 +25,7 @@ from llm2clip_plugin.installation import (
     requirements,
 )
 from llm2clip_plugin.options import Command, NoOptions
+from llm2clip_plugin.processes import raise_open_files
 
 # of a rank: 64 tars, some of libraries, a few for each batch that a loader process has sent
 OPEN_FILES = 1024

@@ -9,8 +9,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import ClassVar
 
-from llm2clip_plugin.contracts import VersionedRecord, atomic_directory
-from llm2clip_plugin.files import ContractError, printable, read_json_value
+from llm2clip_plugin.atomic import atomic_directory
+from llm2clip_plugin.contracts import VersionedRecord
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.json_files import read_json_value
+from llm2clip_plugin.outside import printable
 
 NAMED = 3  # foreign files in an error
 # What file managers leave anywhere, and what our commands keep next to the data that they read:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires, version
 from importlib.util import find_spec
@@ -163,3 +164,8 @@ def checkout() -> str:
     """The URL of the checkout that this file belongs to; "" elsewhere."""
     root = Path(__file__).resolve().parents[1]
     return root.as_uri() if (root / "pyproject.toml").is_file() else ""
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """``'2.13.0+cpu'`` -> (2, 13, 0), for comparison."""
+    return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])

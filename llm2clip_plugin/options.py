@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from llm2clip_plugin.bounds import INT64, check_number
-from llm2clip_plugin.files import can_only_be_a_path, default_of, from_plain
 from llm2clip_plugin.folders import KINDS, refuse_foreign
+from llm2clip_plugin.hub import can_only_be_a_path
+from llm2clip_plugin.json_files import default_of, from_plain
 
 Settings = TypeVar("Settings")
 

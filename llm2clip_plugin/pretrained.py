@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 
 # files of a folder that may name code of its own, under AUTO_MAP
 CONFIGS = (

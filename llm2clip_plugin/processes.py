@@ -1,13 +1,18 @@
-"""Python programs that this package starts: modules by name, without those of the working
-directory.
+"""Processes that this package starts and ends, and their limit of open files. Python programs start
+by the name of a module, without those of the working directory.
 
 ``python -m`` and ``python -c`` search the working directory first: a ``random.py`` next to the data
 would run in place of the library's. PYTHONPATH is searched as ever. Standard library only; on
 Python 3.10, too.
 """
 
+from __future__ import annotations
+
 import os
+import resource
+import signal
 import sys
+import threading
 
 # environment variable of Python 3.11 and newer, which children inherit
 SAFE_PATH = "PYTHONSAFEPATH"
@@ -49,3 +54,28 @@ def protect_children() -> None:
     """As ``child_environment``, for all that this process starts: loader processes, compilers,
     launchers."""
     os.environ.setdefault(SAFE_PATH, "1")
+
+
+def end_children() -> None:
+    """Kill the processes that this one has started with multiprocessing; those of a loader ignore
+    SIGTERM."""
+    if "multiprocessing" in sys.modules:
+        import multiprocessing
+
+        if threading.current_thread() is threading.main_thread():
+            # torch's handler raises an error for a loader that is killed
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
+
+
+def raise_open_files() -> int:
+    """Raise the soft limit of open files to the hard one; processes started from here inherit it.
+    Returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):  # macOS has a lower limit of its own
+            return soft
+    return hard if hard != resource.RLIM_INFINITY else sys.maxsize

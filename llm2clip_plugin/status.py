@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from llm2clip_plugin import contracts, files
+from llm2clip_plugin import run_folder
 from llm2clip_plugin.contracts import (
     CacheManifest,
     EmbedRecord,
@@ -20,7 +20,10 @@ from llm2clip_plugin.contracts import (
     TowerCard,
     shard_file,
 )
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.metrics import Metrics, read_metrics
 from llm2clip_plugin.options import Command, command
+from llm2clip_plugin.outside import printable_lines
 
 # folder -> its card
 RESULTS = {"tower": TowerCard.FILE, "tower-ema": TowerCard.FILE, "adapter": EncoderCard.FILE}
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> int:
         (name, state), *rows = pipeline_rows(folder)
     elif any(
         (folder / name).exists()
-        for name in (RunRecord.FILE, files.METRICS, files.LOCK, files.CHECKPOINTS)
+        for name in (RunRecord.FILE, run_folder.METRICS, run_folder.LOCK, run_folder.CHECKPOINTS)
     ):
         (name, state), *rows = run_rows(folder)
     else:
@@ -73,7 +76,7 @@ def main(argv: list[str]) -> int:
         raise FileNotFoundError(f"{folder} is neither {run} nor {cache}; {fix}")
     width = max(len(name) for name, _ in rows)
     lines = [f"{name}: {state}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
-    print(files.printable_lines("\n".join(lines)))
+    print(printable_lines("\n".join(lines)))
     return 0
 
 
@@ -107,14 +110,14 @@ def pipeline_rows(folder: Path) -> Iterator[tuple[str, str]]:
         yield "page", str(page)
     yield from (("problem", problem) for problem in problems)
     if not is_finished and holder is None:
-        yield "go on", files.again(record.command)
+        yield "go on", run_folder.again(record.command)
 
 
 def inner_rows(folder: Path) -> Iterator[tuple[str, str]]:
     """What a stage that is not complete has done so far, if it leaves that in its folder."""
     if (folder / CacheManifest.FILE).exists():
         yield "progress", next(cache_rows(folder))[1]
-    elif (folder / RunRecord.FILE).exists() or (folder / files.METRICS).exists():
+    elif (folder / RunRecord.FILE).exists() or (folder / run_folder.METRICS).exists():
         yield from (row for row in run_rows(folder) if row[0] == "progress")
 
 
@@ -123,7 +126,7 @@ def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
     "problem" tell what is damaged or missing."""
     problems: list[str] = []
     record = _read(RunRecord, folder, problems) or RunRecord(config={}, config_hash="")
-    metrics = contracts.read_metrics(folder / files.METRICS)
+    metrics = read_metrics(folder / run_folder.METRICS)
     step = max(metrics.step, record.step)
     total = record.total_steps
     samples = max(metrics.samples, record.samples)
@@ -142,36 +145,36 @@ def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
         left = timedelta(seconds=round(seconds_a_step * (total - step)))
         parts.append(f"{left} left at the last rate")
     if metrics.step:
-        parts.append(f"last line {ago((folder / files.METRICS).stat().st_mtime)}")
+        parts.append(f"last line {ago((folder / run_folder.METRICS).stat().st_mtime)}")
     yield "progress", ", ".join(parts)
     yield "loader", metrics.loader()
     yield from score_rows(record, metrics)
-    saved = sorted(path.name for path in (folder / files.CHECKPOINTS).glob("step-*"))
+    saved = sorted(path.name for path in (folder / run_folder.CHECKPOINTS).glob("step-*"))
     yield "checkpoints", ", ".join(saved) or "none yet"
     results = ", ".join(
         str(folder / name) for name, card in RESULTS.items() if (folder / name / card).is_file()
     )
     yield "result", results or "none yet: the tower or adapter is written at the end"
     if metrics.unreadable:
-        problems.append(f"{metrics.unreadable} unreadable lines in {files.METRICS}")
+        problems.append(f"{metrics.unreadable} unreadable lines in {run_folder.METRICS}")
     if metrics.save_failed:
         problems.append(
             f"the last checkpoint could not be written: {metrics.save_failed.get('reason', '')}"
         )
     yield from (("problem", problem) for problem in problems)
     if state not in (FINISHED, RUNNING, ELSEWHERE):
-        resume = files.again(record.command)
+        resume = run_folder.again(record.command)
         if not resume and "tower" in record.config:  # started from Python
             resume = command("train-tower", "--config", folder / RunRecord.FILE)
         yield "go on", resume
 
 
-def score_rows(record: RunRecord, metrics: contracts.Metrics) -> Iterator[tuple[str, str]]:
+def score_rows(record: RunRecord, metrics: Metrics) -> Iterator[tuple[str, str]]:
     """Each score before training, at its best and at last."""
     scores = dict(sorted(metrics.scores.items()))  # step -> its scores
     before = scores.pop(0, {})
     if not before:
-        before = {name: record.before[name] for name in files.headline(record.before)}
+        before = {name: record.before[name] for name in run_folder.headline(record.before)}
     newest = next(reversed(scores.values()), before)
     for name in newest:
         parts: list[str] = []
@@ -192,22 +195,20 @@ def ago(seconds_since_epoch: float) -> str:
     return f"{timedelta(seconds=round(time.time() - seconds_since_epoch))} ago"
 
 
-def run_state(
-    folder: Path, record: RunRecord, metrics: contracts.Metrics, step: int
-) -> tuple[str, str]:
+def run_state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tuple[str, str]:
     """Finished, running, running on another host, stopped, failed or ended early; and why."""
     if (holder := lock_holder(folder)) is not None:
         return holder
     if record.finished:
         return FINISHED, ""
-    if not step and (folder / files.UNFINISHED_HEADS).is_file():
+    if not step and (folder / run_folder.UNFINISHED_HEADS).is_file():
         return (
             "stopped",
-            f"in the fit of the heads, before step 1; saved in {files.UNFINISHED_HEADS}",
+            f"in the fit of the heads, before step 1; saved in {run_folder.UNFINISHED_HEADS}",
         )
     if metrics.ended:
         when = f", {metrics.ended['time']}" if "time" in metrics.ended else ""
-        state = "stopped" if metrics.ended["event"] == files.STOPPED else "failed"
+        state = "stopped" if metrics.ended["event"] == run_folder.STOPPED else "failed"
         return state, metrics.ended.get("reason", "") + when
     died = "no message: killed from outside, out of memory, or the machine went down"
     return "ended early", died if step else "before step 1"
@@ -216,7 +217,7 @@ def run_state(
 def lock_holder(folder: Path) -> tuple[str, str] | None:
     """Running, here or on another host, and the process; None if nobody holds the lock."""
     with suppress(OSError, ValueError, KeyError, TypeError):  # no lock, or a damaged one
-        holder = json.loads((folder / files.LOCK).read_text(encoding="utf-8"))
+        holder = json.loads((folder / run_folder.LOCK).read_text(encoding="utf-8"))
         who = f"process {int(holder['pid'])} on {holder['host']}"
         if holder["host"] != socket.gethostname():
             return ELSEWHERE, f"{who}, or killed there"
@@ -256,12 +257,12 @@ def cache_rows(folder: Path) -> Iterator[tuple[str, str]]:
         yield "captions", f"{manifest.captions:,}"
     yield "last shard", ago(max(file.stat().st_mtime for file in there)) if there else ""
     yield from (("problem", problem) for problem in problems)
-    yield "go on", files.again(record.command) if record and not complete else ""
+    yield "go on", run_folder.again(record.command) if record and not complete else ""
 
 
 def _read(kind: type, folder: Path, problems: list[str]):
     try:
         return kind.read(folder / kind.FILE)
-    except (files.ContractError, OSError) as error:
+    except (ContractError, OSError) as error:
         problems.append(str(error))
         return None

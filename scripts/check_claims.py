@@ -31,10 +31,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm2clip_plugin.bootstrap import estimate, fraction, p_value, spread, t_quantile
-from llm2clip_plugin.contracts import ScoreFile, write_text
-from llm2clip_plugin.files import read_json_value as read_json
-from llm2clip_plugin.vision.export import markdown_table
+from llm2clip_plugin.atomic import write_text
+from llm2clip_plugin.bootstrap import t_quantile
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.json_files import read_json_value as read_json
+from llm2clip_plugin.report_text import estimate, fraction, markdown_table, p_value, spread
 
 sys.path.append(str(Path(__file__).with_name("quickstart")))
 from claims import claims_table

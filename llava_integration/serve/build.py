@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 import llm2clip_plugin
+from llava_integration.plug.towers import KEY as TOWER_KEY
+from llava_integration.plug.towers import TowerLocation, tower_record
 from llava_integration.serve.checkpoint import (
     FIX,
     LazyTensor,
@@ -27,11 +29,10 @@ from llava_integration.serve.checkpoint import (
     write_shards,
 )
 from llava_integration.serve.prompt import IMAGE
-from llava_integration.towers import KEY as TOWER_KEY
-from llava_integration.towers import TowerLocation, tower_record
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.report_text import markdown_table
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, published, weight_files, write_json
-from llm2clip_plugin.vision.export import LICENSE, markdown_table
+from llm2clip_plugin.vision.export import LICENSE
 from llm2clip_plugin.vision.families import Family, read_config
 from llm2clip_plugin.vision.towers import preprocessor_config
 from llm2clip_plugin.vision.wrapped import siglip_tensor

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llava_integration.checkpoints import checkpoint_config
-from llava_integration.compat.runner import adapters_stay_fp32
-from llm2clip_plugin.files import ContractError, errors_about, read_header
+from llava_integration.plug.checkpoints import checkpoint_config
+from llava_integration.plug.compat.runner import adapters_stay_fp32
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.safetensors_header import read_header
 from llm2clip_plugin.vision.directory import read_json, read_tensors, weight_files, write_json
 
 SHARD_BYTES = 2 << 30

@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from llava_integration.checkpoints import blocks_below, check_feature, is_unfrozen
-from llava_integration.hook import CONVERSATION
+from llava_integration.plug.checkpoints import blocks_below, check_feature, is_unfrozen
+from llava_integration.plug.hook import CONVERSATION
+from llava_integration.plug.towers import is_ours, loading, locate_tower
 from llava_integration.serve import EXPORT
 from llava_integration.serve.build import (
     TEMPLATE,
@@ -31,13 +32,12 @@ from llava_integration.serve.prompt import (
     chat_template,
     read_tokenizer,
 )
-from llava_integration.towers import is_ours, loading, locate_tower
-from llm2clip_plugin.console import quiet_llava_loading, quiet_transformers
-from llm2clip_plugin.contracts import size_text
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.atomic import size_text
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.pretrained import open_pretrained, run_no_code
+from llm2clip_plugin.quiet import quiet_llava_loading, quiet_transformers
 from llm2clip_plugin.vision.directory import fetch_directory
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

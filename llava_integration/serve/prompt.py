@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from llm2clip_plugin.files import ContractError, errors_about
+from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.vision.directory import read_json, write_json
 
 IMAGE = "<image>"

@@ -16,7 +16,7 @@ from vllm.model_executor.models import llava
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.vision import VisionEncoderInfo
 
-from llava_integration.checkpoints import blocks_below
+from llava_integration.plug.checkpoints import blocks_below
 from llm2clip_plugin.vision.families import family_of_type
 from llm2clip_plugin.vision.towers import tower_blocks
 

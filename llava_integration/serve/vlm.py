@@ -20,7 +20,8 @@ import torch
 import transformers
 from torch import nn
 
-from llava_integration.checkpoints import blocks_below
+from llava_integration.plug.checkpoints import blocks_below
+from llava_integration.plug.towers import TowerLocation, is_ours, locate, locate_spec, registry
 from llava_integration.serve import VLM, VlmConfig, build
 from llava_integration.serve.build import (
     ExportedTower,
@@ -32,12 +33,12 @@ from llava_integration.serve.build import (
 from llava_integration.serve.checkpoint import LazyTensors, in_memory, open_tensors
 from llava_integration.serve.export import QUESTION, test_image
 from llava_integration.serve.prompt import IMAGE, write_tokenizer
-from llava_integration.towers import TowerLocation, is_ours, locate, locate_spec, registry
-from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.contracts import files_sha256, size_text
-from llm2clip_plugin.files import ContractError, errors_about
+from llm2clip_plugin.atomic import size_text
+from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
+from llm2clip_plugin.hashes import files_sha256
 from llm2clip_plugin.pretrained import KNOWN, check_vocabulary, open_pretrained
+from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.vision.directory import (
     fetch_directory,
     has_card,

@@ -43,22 +43,23 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from llm2clip_plugin.console import track
+from llm2clip_plugin.atomic import atomic_file
 from llm2clip_plugin.contracts import (
     CACHE_DTYPES,
     VALUE_BYTES,
     CacheManifest,
     TeacherIdentity,
-    atomic_file,
-    canonical_json,
-    sha256_text,
     shard_file,
 )
 from llm2clip_plugin.data.remote import RetryingFile, stamps_of
 from llm2clip_plugin.data.samples import Caption, caption_hash, cores, hash_hex, parallel
 from llm2clip_plugin.data.sources import Shard, Source
-from llm2clip_plugin.files import PROGRESS, ContractError, errors_about, parse_header, tell_job
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.options import unknown
+from llm2clip_plugin.progress import track
+from llm2clip_plugin.run_folder import PROGRESS, tell_job
+from llm2clip_plugin.safetensors_header import parse_header
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.data.samples import (
     BrokenImage,
     BrokenSample,
@@ -33,9 +32,11 @@ from llm2clip_plugin.data.samples import (
     words_of,
 )
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
-from llm2clip_plugin.files import check_hub_answers, printable
+from llm2clip_plugin.hub import check_hub_answers
 from llm2clip_plugin.options import Command
+from llm2clip_plugin.outside import printable
 from llm2clip_plugin.pretrained import open_pretrained
+from llm2clip_plugin.progress import progress_bar
 
 CHUNK = 64  # samples that a worker reads in one task
 # how the reason begins if a file that a row names is missing

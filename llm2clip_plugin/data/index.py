@@ -24,8 +24,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.remote import RetryingFile, SideFolder, Stamp
+from llm2clip_plugin.hashes import canonical_json, sha256_text
 
 log = logging.getLogger(__name__)
 

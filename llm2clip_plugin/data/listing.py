@@ -14,13 +14,9 @@ from typing import Any
 
 from llm2clip_plugin.data.samples import parallel
 from llm2clip_plugin.data.tables import PICTURES, Table
-from llm2clip_plugin.files import (
-    MAX_IMAGE,
-    ContractError,
-    parse_json,
-    read_regular,
-    refuse_encoding,
-)
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.json_files import parse_json
+from llm2clip_plugin.outside import MAX_IMAGE, read_regular, refuse_encoding
 
 COLUMNS = ("image", "file_name", "filename", "file", "path", "filepath", "image_path", "image_file")
 MAX_TEXT = 16_000_000  # bytes of a picture's .txt or .json

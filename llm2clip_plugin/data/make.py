@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llm2clip_plugin.console import track
-from llm2clip_plugin.contracts import canonical_json, size_text
+from llm2clip_plugin.atomic import size_text
 from llm2clip_plugin.data.listing import Item, in_folder, in_table, join_copies, words_of_name
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.samples import (
@@ -51,9 +50,11 @@ from llm2clip_plugin.data.sources import (
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.data.tables import PICTURES
-from llm2clip_plugin.files import MAX_IMAGE, read_regular
 from llm2clip_plugin.folders import LLAVA_FOLDER, MAKE_FOLDER, SPLIT_FOLDER, output_folder
+from llm2clip_plugin.hashes import canonical_json
 from llm2clip_plugin.options import Command, command
+from llm2clip_plugin.outside import MAX_IMAGE, read_regular
+from llm2clip_plugin.progress import track
 
 TABLES = (".csv", ".tsv")
 # copied as they are; others become PNG

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from llm2clip_plugin.contracts import atomic_file, canonical_json, fsync
-from llm2clip_plugin.files import TIMEOUT, Retry, seconds_of_retry_after, timeout
+from llm2clip_plugin.atomic import atomic_file, fsync
+from llm2clip_plugin.hashes import canonical_json
+from llm2clip_plugin.hub import TIMEOUT, Retry, seconds_of_retry_after, timeout
 
 log = logging.getLogger(__name__)
 

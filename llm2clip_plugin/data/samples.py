@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from llm2clip_plugin.files import check_image_size
+from llm2clip_plugin.outside import check_image_size
 
 # "txt" is a tar's .txt member, "gpt" the answer in LLaVA's JSON, every other name a field of the
 # sample's JSON.

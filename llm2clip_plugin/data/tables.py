@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm2clip_plugin.files import ContractError, printable
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.outside import printable
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DELIMITERS = ",;\t"

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity, canonical_json, sha256_text
+from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, differences, source_digest
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, Caption, load, open_header
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source, scan_tar, split_name
+from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import (
     ALL,
@@ -47,7 +48,7 @@ from llm2clip_plugin.evaluate.suites import (
     image_files,
     select_suites,
 )
-from llm2clip_plugin.files import ContractError, errors_about
+from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.teacher import (
     benchmark_cache_folder,

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.samples import Caption, select_captions
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
@@ -30,6 +29,7 @@ from llm2clip_plugin.evaluate.config import (
 )
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
 from llm2clip_plugin.options import changed_options, command
+from llm2clip_plugin.progress import track
 from llm2clip_plugin.text.config import (
     ATTENTIONS,
     IDENTITY_SETTINGS,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
-from llm2clip_plugin.contracts import ScoreFile, TowerCard, sha256_text, sha256_weights
+from llm2clip_plugin.contracts import ScoreFile, TowerCard
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.evaluate import benchmarks, commands
 from llm2clip_plugin.evaluate.config import (
@@ -23,6 +23,7 @@ from llm2clip_plugin.evaluate.config import (
     ProbeConfig,
     ZeroShotConfig,
 )
+from llm2clip_plugin.hashes import sha256_text, sha256_weights
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, DualConfig, fetch_directory, has_card
 from llm2clip_plugin.vision.dual import DualEncoder

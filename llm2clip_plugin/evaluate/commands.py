@@ -21,11 +21,11 @@ import torch
 
 from llm2clip_plugin import __version__
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
-from llm2clip_plugin.console import phase
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache, differences, stored_teacher
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import (
     ALL,
@@ -35,7 +35,8 @@ from llm2clip_plugin.evaluate.retrieval import (
     evaluate_retrieval,
 )
 from llm2clip_plugin.evaluate.suites import Suite, select_suites, suites
-from llm2clip_plugin.files import ContractError, printable
+from llm2clip_plugin.outside import printable
+from llm2clip_plugin.progress import phase
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.teacher import (
     TeacherLLM,

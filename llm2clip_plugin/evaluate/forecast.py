@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
-from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity, canonical_json, sha256_text
+from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.remote import default_download_folder
@@ -30,6 +30,7 @@ from llm2clip_plugin.evaluate.classification import weights_hash
 from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import check_measurable, encode_images, json_field
 from llm2clip_plugin.evaluate.suites import InMemorySource, Row
+from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.text.config import EncoderConfig, find_card
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.teacher import default_cache_folder, embed_source

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.console import track
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize
@@ -29,6 +28,7 @@ from llm2clip_plugin.data.pairs import EvalPairs
 from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.config import KS, RetrievalConfig
+from llm2clip_plugin.progress import track
 from llm2clip_plugin.train.distributed import (
     Group,
     gather_objects,

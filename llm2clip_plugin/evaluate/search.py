@@ -18,17 +18,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llm2clip_plugin.console import page_style, render, thumbnail
-from llm2clip_plugin.contracts import atomic_file, canonical_json, sha256_text
+from llm2clip_plugin.atomic import atomic_file
 from llm2clip_plugin.data.cache import source_digest
 from llm2clip_plugin.data.remote import default_download_folder
 from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources import Source, open_source
+from llm2clip_plugin.errors import errors_about
 from llm2clip_plugin.evaluate import commands
 from llm2clip_plugin.evaluate.config import SEARCH, SearchConfig
 from llm2clip_plugin.evaluate.retrieval import encode_images
 from llm2clip_plugin.evaluate.suites import InMemorySource, Row, image_files
-from llm2clip_plugin.files import errors_about, printable
+from llm2clip_plugin.hashes import canonical_json, sha256_text
+from llm2clip_plugin.outside import printable
+from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
 
 PART = 16384  # images of a file, and what a stopped command embeds again at most

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.console import track
-from llm2clip_plugin.contracts import canonical_json, sha256_file, sha256_text, write_text
+from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.samples import cores, map_in_order
+from llm2clip_plugin.hashes import canonical_json, sha256_file, sha256_text
+from llm2clip_plugin.progress import track
 
 SETTLED = 2.0  # seconds
 THREADS = 8  # that hash, at most; hashing needs no GIL

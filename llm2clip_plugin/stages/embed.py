@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from llm2clip_plugin.console import phase, track
 from llm2clip_plugin.contracts import CACHE_DTYPES, CacheManifest, EmbedRecord
 from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_bytes
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
-from llm2clip_plugin.files import started_by
+from llm2clip_plugin.progress import phase, track
+from llm2clip_plugin.run_folder import started_by
 from llm2clip_plugin.stages.settings import EMBED, EmbedConfig, rank_and_world
 from llm2clip_plugin.text.config import effective
 from llm2clip_plugin.text.encoder import TextEncoder

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llm2clip_plugin.contracts import EncoderCard, RunRecord, TowerCard
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.stages.tower_export import export_run
 from llm2clip_plugin.text.config import CARD_SETTINGS, EXPORT_LLM, EncoderConfig, ExportConfig

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from llm2clip_plugin.console import phase, stop_requests
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.data.cache import short_digest
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.evaluate.captions import caption_sets, measure_captions
-from llm2clip_plugin.files import started_by
+from llm2clip_plugin.progress import phase
+from llm2clip_plugin.run_folder import started_by
+from llm2clip_plugin.signals import stop_requests
 from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.settings import (
@@ -79,7 +80,7 @@ def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
 
     The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError,
     FileNotFoundError or ContractError for what the user can correct, NonFiniteLossError for a loss
-    that is NaN or infinite. ``command``: files.started_by, for run.json.
+    that is NaN or infinite. ``command``: run_folder.started_by, for run.json.
     """
     with training_ranks(config.train) as device, locked(Path(config.output_dir)):
         return _train(config, device, command or {})

@@ -9,10 +9,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llm2clip_plugin.console import attend
 from llm2clip_plugin.data.sources import Source, open_source
-from llm2clip_plugin.files import started_by
 from llm2clip_plugin.options import command
+from llm2clip_plugin.run_folder import started_by
+from llm2clip_plugin.signals import attend
 from llm2clip_plugin.stages.rerun import RunFolder, Stage
 from llm2clip_plugin.stages.run_checks import check_given, check_places, check_split
 from llm2clip_plugin.stages.run_page import PAGE, write_page

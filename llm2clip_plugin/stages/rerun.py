@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import PipelineRecord
-from llm2clip_plugin.files import ContractError, read_json_value
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.json_files import read_json_value
 from llm2clip_plugin.processes import on_ranks
 from llm2clip_plugin.stages.digests import Artifact, Digests
 

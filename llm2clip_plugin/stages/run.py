@@ -17,18 +17,15 @@ import torch
 from torch import nn
 
 import llm2clip_plugin
-from llm2clip_plugin.console import StoppedError, StopRequest, each_in_phase, loaded, phase
-from llm2clip_plugin.contracts import (
-    PROJECTED,
-    CacheManifest,
-    RunRecord,
-    TeacherIdentity,
-    read_metrics,
-)
+from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import LoadPlan, plan_evaluation, plan_loading, row_bytes
 from llm2clip_plugin.data.sources import Source, SourceConfig, data_folder
-from llm2clip_plugin.files import METRICS, headline
+from llm2clip_plugin.errors import StoppedError
+from llm2clip_plugin.metrics import read_metrics
+from llm2clip_plugin.progress import each_in_phase, phase
+from llm2clip_plugin.run_folder import METRICS, headline
+from llm2clip_plugin.signals import StopRequest, loaded
 from llm2clip_plugin.stages.settings import FinetuneConfig, flat, refuse_changes, within
 from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.text.config import embed_command
@@ -90,7 +87,7 @@ class TrainingRun:
     total_steps: int
     deepspeed: dict[str, Any]  # DeepSpeed's configuration
     data: dict[str, str]  # digests of data and caches, which all ranks must have in common
-    # files.started_by; {}: called from Python
+    # run_folder.started_by; {}: called from Python
     command: dict[str, Any] = field(default_factory=dict)
 
     @property

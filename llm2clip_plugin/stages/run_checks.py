@@ -10,13 +10,10 @@ from pathlib import Path
 from llm2clip_plugin.data.make import decide, is_held_out
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sources import Source
-from llm2clip_plugin.files import (
-    ContractError,
-    can_only_be_a_path,
-    hub_snapshot,
-    read_header,
-    read_json_value,
-)
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
+from llm2clip_plugin.json_files import read_json_value
+from llm2clip_plugin.safetensors_header import read_header
 from llm2clip_plugin.stages.rerun import Stage
 from llm2clip_plugin.stages.run_plan import PRETRAIN
 from llm2clip_plugin.stages.settings import PipelineConfig
@@ -46,8 +43,8 @@ def check_given(config: PipelineConfig) -> None:
         check_adapter(config, config.adapter)
     if not config.questions:
         return
-    from llava_integration.benchmarks.rules import benchmark
-    from llava_integration.preflight import check_model
+    from llava_integration.evaluator.benchmarks.rules import benchmark
+    from llava_integration.plug.preflight import check_model
 
     if not PRETRAIN.is_file() or find_spec("llava") is None:
         llava = "LLaVA (pip install --no-deps llava-torch==1.2.2.post1)"

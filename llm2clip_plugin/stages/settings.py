@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.sources import SourceConfig
 from llm2clip_plugin.evaluate.config import CaptionSetConfig
+from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.options import Command, unknown
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig

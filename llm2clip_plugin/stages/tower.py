@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.console import StopRequest, loaded, phase, stop_requests
 from llm2clip_plugin.contracts import PROJECTED
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
 from llm2clip_plugin.data.images import ImageConfig, Normalize
@@ -25,7 +24,9 @@ from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.samples import lacks_shared_memory
 from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
-from llm2clip_plugin.files import UNFINISHED_HEADS, started_by
+from llm2clip_plugin.progress import phase
+from llm2clip_plugin.run_folder import UNFINISHED_HEADS, started_by
+from llm2clip_plugin.signals import StopRequest, loaded, stop_requests
 from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.run import (
     TrainingRun,
@@ -88,7 +89,7 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
 
     The same call resumes from the newest checkpoint of ``config.output_dir``. Raises ValueError,
     FileNotFoundError or ContractError for what the user can correct, NonFiniteLossError for a loss
-    that is NaN or infinite. ``command``: files.started_by, for run.json.
+    that is NaN or infinite. ``command``: run_folder.started_by, for run.json.
     """
     # the handlers outlive the watch: a launcher's SIGTERM must not end this rank before it says
     # which one failed

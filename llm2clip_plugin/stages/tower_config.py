@@ -13,7 +13,7 @@ import llm2clip_plugin
 from llm2clip_plugin.data.samples import AugmentConfig, cores, parse_weights
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig
 from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
-from llm2clip_plugin.files import from_plain, read_json_value
+from llm2clip_plugin.json_files import from_plain, read_json_value
 from llm2clip_plugin.options import Command, unknown
 from llm2clip_plugin.stages.settings import NEEDS, REPLACES, TEACHERS, PlanConfig, TrainingConfig
 from llm2clip_plugin.train.config import (

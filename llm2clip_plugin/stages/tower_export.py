@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from llm2clip_plugin.contracts import RunRecord
-from llm2clip_plugin.files import CHECKPOINTS, from_plain
+from llm2clip_plugin.json_files import from_plain
+from llm2clip_plugin.run_folder import CHECKPOINTS
 from llm2clip_plugin.stages.tower_config import DEFAULT, RunConfig
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, load
 from llm2clip_plugin.train.model import build_dual

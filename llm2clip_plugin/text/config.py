@@ -9,7 +9,7 @@ from typing import Any
 
 from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity
 from llm2clip_plugin.data.sources import ReadConfig
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.options import Command, command, unknown
 
 ALL_LINEAR = "all-linear"

@@ -19,19 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from llm2clip_plugin.console import quiet_peft
-from llm2clip_plugin.contracts import (
-    EncoderCard,
-    TeacherIdentity,
-    atomic_directory,
-    canonical_json,
-    files_sha256,
-    sha256_text,
-    sha256_weights,
-)
+from llm2clip_plugin.atomic import atomic_directory
+from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
-from llm2clip_plugin.files import ContractError, errors_about
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.hashes import canonical_json, files_sha256, sha256_text, sha256_weights
 from llm2clip_plugin.pretrained import check_vocabulary, code_of, open_pretrained
+from llm2clip_plugin.quiet import quiet_peft
 from llm2clip_plugin.text import llm as llms
 from llm2clip_plugin.text.config import (
     ALL_LINEAR,

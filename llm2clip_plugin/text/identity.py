@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from llm2clip_plugin.contracts import canonical_json, sha256_file, sha256_text
+from llm2clip_plugin.hashes import canonical_json, sha256_file, sha256_text
 
 DIGITS = 16  # of a hash
 # settings of config.json that change no embedding: of saving, training, generation and a language

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.files import ContractError, check_hub_answers, errors_about
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.hub import check_hub_answers
 from llm2clip_plugin.pretrained import open_pretrained
+from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.text.config import CAPTION, EncoderConfig
 from llm2clip_plugin.train.distributed import gpu_precision
 from llm2clip_plugin.vision.directory import refused_pickle, weight_files

@@ -29,7 +29,7 @@ from llm2clip_plugin.data.pairs import leave_signals_to_the_run
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, sample_rng
 from llm2clip_plugin.data.samples import BrokenSample, Caption, caption_hash, select_captions
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
-from llm2clip_plugin.files import refuse_encoding
+from llm2clip_plugin.outside import refuse_encoding
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, PairKind, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import (

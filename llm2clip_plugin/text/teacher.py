@@ -27,22 +27,21 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from llm2clip_plugin.console import progress_bar
 from llm2clip_plugin.contracts import (
     PROJECTED,
     CacheManifest,
     TeacherIdentity,
     TowerCard,
-    files_sha256,
-    sha256_text,
     shard_file,
 )
 from llm2clip_plugin.data import cache as caches
 from llm2clip_plugin.data.remote import SideFolder, default_download_folder, is_url
 from llm2clip_plugin.data.samples import caption_hash, map_in_order
 from llm2clip_plugin.data.sources import Shard, Source, data_folder
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.hashes import files_sha256, sha256_text
 from llm2clip_plugin.pretrained import KNOWN, check_vocabulary, open_pretrained
+from llm2clip_plugin.progress import progress_bar
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
 from llm2clip_plugin.text.encoder import (
     CaptionEncoder,

@@ -32,26 +32,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llm2clip_plugin.console import CHECKPOINT, phase
-from llm2clip_plugin.contracts import (
-    DiskFullError,
-    RunRecord,
-    VersionedRecord,
-    atomic_directory,
-    atomic_file,
-    sha256_file,
-)
-from llm2clip_plugin.files import (
+from llm2clip_plugin.atomic import DiskFullError, atomic_directory, atomic_file
+from llm2clip_plugin.contracts import RunRecord, VersionedRecord
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.hashes import sha256_file
+from llm2clip_plugin.progress import CHECKPOINT, phase
+from llm2clip_plugin.run_folder import (
     CHECKPOINTS,
     LATEST,
     METRICS,
     PROGRESS,
     SAVE_FAILED,
     SAVED,
-    ContractError,
-    read_header,
     tell_job,
 )
+from llm2clip_plugin.safetensors_header import read_header
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 
 MODEL = "model.safetensors"

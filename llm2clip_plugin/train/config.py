@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from llm2clip_plugin.data.samples import PREFETCH_MB
-from llm2clip_plugin.files import from_plain
+from llm2clip_plugin.json_files import from_plain
 from llm2clip_plugin.options import unknown
 
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from llm2clip_plugin.console import FirstRankError
+from llm2clip_plugin.errors import FirstRankError
 from llm2clip_plugin.train.config import Tf32
 from llm2clip_plugin.train.wire import pack, unpack
 

@@ -28,7 +28,7 @@ from deepspeed.utils import (
 from packaging.version import Version
 from torch import Tensor, nn
 
-from llm2clip_plugin.console import quiet_deepspeed
+from llm2clip_plugin.quiet import quiet_deepspeed
 from llm2clip_plugin.train.config import DDP_TIMEOUT, OptimConfig
 from llm2clip_plugin.train.distributed import (
     choose_device,

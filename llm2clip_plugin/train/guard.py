@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import llm2clip_plugin.console as phases
-from llm2clip_plugin.console import (
+from llm2clip_plugin import progress
+from llm2clip_plugin.errors import (
     DisagreementError,
     FirstRankError,
     RankFailedError,
@@ -32,8 +32,8 @@ from llm2clip_plugin.console import (
     StoppedError,
     lost_rank,
 )
-from llm2clip_plugin.contracts import sha256_file
-from llm2clip_plugin.files import LOCK
+from llm2clip_plugin.hashes import sha256_file
+from llm2clip_plugin.run_folder import LOCK
 from llm2clip_plugin.train.config import DDP_TIMEOUT, STRAGGLER_SECONDS
 from llm2clip_plugin.train.distributed import (
     broadcast_object,
@@ -193,7 +193,7 @@ class Watch(AbstractContextManager[None]):
         whenever its lateness has doubled. On GPUs the others may wait in kernels, which looks the
         same: of a phase a few say so."""
         # no frame while the interpreter ends
-        now = phases.current()
+        now = progress.current()
         frame = sys._current_frames().get(self._main)
         seconds = time.monotonic() - now.since
         if frame is None or not 0 < self.straggler_seconds < seconds:
@@ -223,7 +223,7 @@ def _end_within_grace() -> None:
     def end() -> None:
         time.sleep(GRACE)
         deadline = time.monotonic() + TO_WRITE
-        while phases.current().name == phases.CHECKPOINT and time.monotonic() < deadline:
+        while progress.current().name == progress.CHECKPOINT and time.monotonic() < deadline:
             time.sleep(0.1)
         sys.stderr.flush()
         os._exit(1)
@@ -232,7 +232,7 @@ def _end_within_grace() -> None:
 
 
 def _doing() -> str:
-    now = phases.current()
+    now = progress.current()
     return now.name + (f" of step {now.step}" if now.step else "")
 
 

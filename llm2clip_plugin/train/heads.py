@@ -30,13 +30,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.console import StoppedError, StopRequest, progress_bar, track
-from llm2clip_plugin.contracts import atomic_file, canonical_json
+from llm2clip_plugin.atomic import atomic_file
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.pairs import EvalPairs, PairDataset, PairLoader
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, caption_shares
 from llm2clip_plugin.data.sources import Source
+from llm2clip_plugin.errors import StoppedError
+from llm2clip_plugin.hashes import canonical_json
+from llm2clip_plugin.progress import progress_bar, track
+from llm2clip_plugin.signals import StopRequest
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig
 from llm2clip_plugin.train.distributed import (
     ALONE,

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
-from llm2clip_plugin.console import NonFiniteLossError, StopRequest, phase, progress_bar
-from llm2clip_plugin.contracts import atomic_file
-from llm2clip_plugin.files import FAILED, HEADS, LEFT_OUT, METRICS, STOPPED
+from llm2clip_plugin.atomic import atomic_file
+from llm2clip_plugin.errors import NonFiniteLossError
+from llm2clip_plugin.progress import phase, progress_bar
+from llm2clip_plugin.run_folder import FAILED, HEADS, LEFT_OUT, METRICS, STOPPED
+from llm2clip_plugin.signals import StopRequest
 from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import (

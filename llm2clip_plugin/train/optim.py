@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from llm2clip_plugin.files import read_json_value
+from llm2clip_plugin.json_files import read_json_value
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig, from_named_args
 

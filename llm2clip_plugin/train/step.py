@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.console import NonFiniteLossError
+from llm2clip_plugin.errors import NonFiniteLossError
 from llm2clip_plugin.train.distributed import (
     gather_objects,
     rank,

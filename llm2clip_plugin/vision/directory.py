@@ -17,15 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm2clip_plugin.contracts import TowerCard, sha256_weights
-from llm2clip_plugin.files import (
-    ContractError,
-    can_only_be_a_path,
-    hub_snapshot,
-    load_tensors,
-    read_header,
-    read_json_value,
-)
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.hashes import sha256_weights
+from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
+from llm2clip_plugin.json_files import read_json_value
+from llm2clip_plugin.safetensors_header import load_tensors, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.files import ContractError, from_plain, load_tensors
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.json_files import from_plain
 from llm2clip_plugin.options import unknown
+from llm2clip_plugin.safetensors_header import load_tensors
 from llm2clip_plugin.vision.directory import (
     ADAPTER_FILE,
     LOG_SCALE,

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor, nn
 
 import llm2clip_plugin
-from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.contracts import EncoderCard, TowerCard, sha256_weights
-from llm2clip_plugin.files import ContractError, check_hub_answers
+from llm2clip_plugin.contracts import EncoderCard, TowerCard
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
+from llm2clip_plugin.hashes import sha256_weights
+from llm2clip_plugin.hub import check_hub_answers
+from llm2clip_plugin.quiet import quiet_transformers
+from llm2clip_plugin.report_text import markdown_table
 from llm2clip_plugin.vision.directory import (
     ADAPTER_FILE,
     PREPROCESSOR_FILE,
@@ -371,11 +374,6 @@ def model_card(card: TowerCard) -> str:
         limits=f"This tower {reason}.\n\n" if (reason := beyond_llava(card)) else "",
         dual=texts + DUAL if card.projection_dim else "",
     )
-
-
-def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:], ""])
 
 
 def summary(place: str | os.PathLike[str], card: TowerCard) -> str:

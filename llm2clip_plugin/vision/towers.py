@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.files import ContractError, errors_about
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.vision.directory import (
     ADAPTER_FILE,
     INHERITED,

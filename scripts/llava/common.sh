@@ -35,7 +35,7 @@ stage() {
     local inspected world words=("$(basename "$0" .sh)" --model "$MODEL" --data "$DATA" --image-folder "$IMAGE_FOLDER" --tower "$TOWER" --output "$OUTPUT")
     [ -z "${PROJECTOR:-}" ] || words+=(--projector "$PROJECTOR")
     [ -z "$DEEPSPEED" ] || [ -e "$DEEPSPEED" ] || fail "$DEEPSPEED does not exist"
-    inspected=$("$PYTHON" -c "$RUN_MODULE" llava_integration.preflight "${words[@]}" -- "${EXTRA[@]}") || exit 2
+    inspected=$("$PYTHON" -c "$RUN_MODULE" llava_integration.plug.preflight "${words[@]}" -- "${EXTRA[@]}") || exit 2
     { read -r LLAVA; read -r SCRIPT; read -r SEEN; read -r FREE_PORT; read -r QUIET || true; } <<<"$inspected"
     SCRIPT=$LLAVA/train/$SCRIPT
     CUDA=$((SEEN > 0))

@@ -34,11 +34,10 @@ from measure import (
     open_sets,
 )
 
-from llava_integration.benchmarks.benchmark import mean_statistic
-from llava_integration.compare.statistics import compare, holm, pair
-from llm2clip_plugin.bootstrap import estimate, fraction, p_value, spread
-from llm2clip_plugin.contracts import write_text
-from llm2clip_plugin.vision.export import markdown_table
+from llava_integration.evaluator.benchmarks.benchmark import mean_statistic
+from llava_integration.evaluator.compare.statistics import compare, holm, pair
+from llm2clip_plugin.atomic import write_text
+from llm2clip_plugin.report_text import estimate, fraction, markdown_table, p_value, spread
 
 # chosen before the seeds were run; the other claims are listed below them, significant or not
 HEADLINE = (

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from measure import SETS, check_run, evaluate_tower, open_caches, open_sets, tower_galleries
 
-from llm2clip_plugin.contracts import write_text
+from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, RetrievalReport
 

@@ -40,13 +40,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llm2clip_plugin.contracts import (
-    CacheManifest,
-    TeacherIdentity,
-    atomic_directory,
-    sha256_text,
-    write_text,
-)
+from llm2clip_plugin.atomic import atomic_directory, write_text
+from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity
+from llm2clip_plugin.hashes import sha256_text
 from llm2clip_plugin.vision.directory import read_json, write_json
 from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
 

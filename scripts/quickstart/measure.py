@@ -24,10 +24,10 @@ from llm2clip_plugin.contracts import CacheManifest, RunRecord, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import QueryRanks, RetrievalReport, evaluate_retrieval
-from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.text.encoder import adapter_sha256
 from llm2clip_plugin.vision.towers import preprocessor_config
 

@@ -38,9 +38,11 @@ import torch
 import transformers
 from inputs import EMOJI, Sample, folder_of, make_llava_llm, read_tar
 
-from llava_integration.benchmarks.answers import read_jsonl
+from llava_integration.evaluator.benchmarks.answers import read_jsonl
 from llava_integration.serve.rows import LlavaRows
-from llm2clip_plugin.contracts import ScoreFile, atomic_directory, sha256_file, write_text
+from llm2clip_plugin.atomic import atomic_directory, write_text
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.hashes import sha256_file
 
 GROUP = "Which group does the emoji belong to?"
 NAME = "What does the emoji show?"

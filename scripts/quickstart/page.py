@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.console import page_style, render
-from llm2clip_plugin.contracts import write_text
+from llm2clip_plugin.atomic import write_text
+from llm2clip_plugin.pages import page_style, render
 
 SHOWN = 9  # of LLaVA's answers won, and as many lost, of each kind of question
 SIDES = ("before", "after")

@@ -20,8 +20,8 @@ from tiny_llm import save_tiny_llm
 from tower_runs import environment, finish, losses, options, start
 from two_nodes import Cluster, Node, wait_for, why_not
 
-from llm2clip_plugin.console import StoppedError
 from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.errors import StoppedError
 from llm2clip_plugin.train.checkpoint import TrainState
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]

@@ -22,7 +22,7 @@ from llm2clip_plugin.data.cache import (
 )
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 
 WIDTH = 640
 TEACHER = dataclasses.replace(data_world.TEACHER, width=WIDTH)

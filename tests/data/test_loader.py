@@ -36,7 +36,7 @@ from llm2clip_plugin.data.samples import (
     row_bytes,
 )
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 
 IMAGES = ImageConfig(size=16)
 AUGMENT = AugmentConfig(scale=(0.5, 1.0), flip=True, rotate=5)

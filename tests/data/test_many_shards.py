@@ -25,7 +25,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.pairs import PairDataset, PairLoader
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source, tars
 from llm2clip_plugin.data.sources.tars import TarSource
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.text.config import PairsConfig
 from llm2clip_plugin.text.pairs import open_pairs, survey
 from llm2clip_plugin.text.teacher import embed_source

@@ -7,7 +7,7 @@ from data_world import jpeg
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.data.tables import LONGEST, Table
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 
 LONG = "x" * (LONGEST + 1)
 

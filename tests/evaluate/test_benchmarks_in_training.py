@@ -22,9 +22,9 @@ from llm2clip_plugin.cli import run
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.evaluate.benchmarks import Benchmark, Evaluation, embed_benchmarks
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.status import run_rows
 
 HEADS = ("--heads.steps", "2", "--heads.batch-size", "16")

@@ -6,11 +6,11 @@ import pytest
 from golden_mllm import BENCHMARKS, ROOT, answers
 from PIL import Image
 
-from llava_integration.answer.questions import Question
-from llava_integration.benchmarks.bench import main_score
-from llava_integration.compare.comparison import load_side
+from llava_integration.evaluator.answer.questions import Question
+from llava_integration.evaluator.benchmarks.bench import main_score
+from llava_integration.evaluator.compare.comparison import load_side
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 
 
 def command(name, path, tmp_path, *more):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from golden_mllm import BENCHMARKS, MODELS, ROOT, answers
 
-from llava_integration.benchmarks.bench import main_score as score
-from llava_integration.benchmarks.rules import benchmark
-from llava_integration.compare.command import main
-from llava_integration.compare.comparison import build, load_side, load_sides
-from llava_integration.compare.statistics import holm
+from llava_integration.evaluator.benchmarks.bench import main_score as score
+from llava_integration.evaluator.benchmarks.rules import benchmark
+from llava_integration.evaluator.compare.command import main
+from llava_integration.evaluator.compare.comparison import build, load_side, load_sides
+from llava_integration.evaluator.compare.statistics import holm
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 
 WAYS = ("image→text ", "text→image ")
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from llava_integration.benchmarks.benchmark import mean_statistic
-from llava_integration.compare.command import main, plan
-from llava_integration.compare.comparison import load_side
-from llava_integration.compare.statistics import compare, pair
+from llava_integration.evaluator.benchmarks.benchmark import mean_statistic
+from llava_integration.evaluator.compare.command import main, plan
+from llava_integration.evaluator.compare.comparison import load_side
+from llava_integration.evaluator.compare.statistics import compare, pair
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 
 SIMULATIONS = 100  # standard error of a power of 80 %: 4 %
 SPREAD = 1.5  # points, over trainings

@@ -12,13 +12,14 @@ from chat_server import ChatServer, close, raw, sees, serving, stall, status
 from golden_mllm import ROOT as GOLDEN
 from PIL import Image
 
-from llava_integration.answer import command as evaluate
-from llava_integration.answer import served
-from llava_integration.answer.questions import read_questions
-from llava_integration.benchmarks import bench
+from llava_integration.evaluator.answer import command as evaluate
+from llava_integration.evaluator.answer import served
+from llava_integration.evaluator.answer.questions import read_questions
+from llava_integration.evaluator.benchmarks import bench
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.files import ContractError, Retry
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.hub import Retry
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.bench import score_answers
-from llava_integration.benchmarks.rules import benchmark
+from llava_integration.evaluator.benchmarks.answers import read_answers
+from llava_integration.evaluator.benchmarks.bench import score_answers
+from llava_integration.evaluator.benchmarks.rules import benchmark
 
 
 def write_lines(path, rows):

@@ -5,9 +5,9 @@ import json
 import pytest
 from golden_mllm import BENCHMARKS, MODELS, ROOT, answers, expected
 
-from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.bench import score_answers
-from llava_integration.benchmarks.rules import benchmark
+from llava_integration.evaluator.benchmarks.answers import read_answers
+from llava_integration.evaluator.benchmarks.bench import score_answers
+from llava_integration.evaluator.benchmarks.rules import benchmark
 
 # sums of the same floats in another order, or statistics.mean's exact rational: a few units in the last place
 TOLERANCE = 1e-9

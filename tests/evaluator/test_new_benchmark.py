@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_integration.benchmarks import bench, rules
-from llava_integration.benchmarks.bench import plans
-from llava_integration.compare import command as compare
+from llava_integration.evaluator.benchmarks import bench, rules
+from llava_integration.evaluator.benchmarks.bench import plans
+from llava_integration.evaluator.compare import command as compare
 from llm2clip_plugin.contracts import ScoreFile
 
 SHAPES = ("circle", "square", "star", "cross") * 5
@@ -37,7 +37,7 @@ def data(tmp_path, monkeypatch):
     for n in range(len(SHAPES) // 2):
         Image.new("RGB", (40, 30), (20 * n, 0, 90)).save(folder / "images" / f"{n}.png")
     yield tmp_path / "eval"
-    sys.modules.pop("llava_integration.benchmarks.rules.shapes", None)
+    sys.modules.pop("llava_integration.evaluator.benchmarks.rules.shapes", None)
 
 
 def answer_file(path, right):

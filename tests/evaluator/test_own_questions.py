@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_integration.benchmarks.bench import plans
+from llava_integration.evaluator.benchmarks.bench import plans
 from llm2clip_plugin.cli import main
 
 ROWS = [

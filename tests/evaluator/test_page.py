@@ -10,12 +10,12 @@ import pytest
 from golden_mllm import MODELS, ROOT, answers
 from PIL import Image
 
-from llava_integration.benchmarks.bench import main_score as score
-from llava_integration.benchmarks.benchmark import find_image
-from llava_integration.benchmarks.rules import benchmark
-from llava_integration.compare.command import main as compare
-from llava_integration.compare.comparison import load_side
-from llava_integration.compare.report import picture_folders
+from llava_integration.evaluator.benchmarks.bench import main_score as score
+from llava_integration.evaluator.benchmarks.benchmark import find_image
+from llava_integration.evaluator.benchmarks.rules import benchmark
+from llava_integration.evaluator.compare.command import main as compare
+from llava_integration.evaluator.compare.comparison import load_side
+from llava_integration.evaluator.compare.report import picture_folders
 from llm2clip_plugin.contracts import ScoreFile
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script> & <b>red</b>"

@@ -9,16 +9,16 @@ import openpyxl
 import pytest
 from golden_mllm import MODELS, ROOT, answers, expected
 
-from llava_integration.benchmarks import bench
-from llava_integration.benchmarks.answers import read_answers
-from llava_integration.benchmarks.bench import score_answers
-from llava_integration.checkpoints import sample_sha256
-from llava_integration.compare.command import main
-from llava_integration.compare.comparison import load_side
-from llava_integration.compare.readers import read_logs
-from llava_integration.compare.readers.lm_eval import ALONE, cider, tokens
-from llm2clip_plugin.contracts import write_text
-from llm2clip_plugin.files import ContractError
+from llava_integration.evaluator.benchmarks import bench
+from llava_integration.evaluator.benchmarks.answers import read_answers
+from llava_integration.evaluator.benchmarks.bench import score_answers
+from llava_integration.evaluator.compare.command import main
+from llava_integration.evaluator.compare.comparison import load_side
+from llava_integration.evaluator.compare.readers import read_logs
+from llava_integration.evaluator.compare.readers.lm_eval import ALONE, cider, tokens
+from llava_integration.plug.checkpoints import sample_sha256
+from llm2clip_plugin.atomic import write_text
+from llm2clip_plugin.errors import ContractError
 
 # of lm-eval 0.4.13, lmms-eval 0.7.3 and inspect_ai 0.3.285 on toy tasks
 LOGS = Path(__file__).parent / "logs"

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from llava_integration.benchmarks.benchmark import Statistic, mean_statistic, ratio
-from llava_integration.compare.statistics import Paired, compare, holm, in_blocks, pair
+from llava_integration.evaluator.benchmarks.benchmark import Statistic, mean_statistic, ratio
+from llava_integration.evaluator.compare.statistics import Paired, compare, holm, in_blocks, pair
 from llm2clip_plugin.bootstrap import bootstrap_mean, resample
 
 SIMULATIONS = 1000  # standard error of a coverage of 95 %: 0.7 %

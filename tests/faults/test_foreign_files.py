@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from tiny_llm import tiny_tokenizer
 
-from llava_integration.answer.questions import Question
-from llava_integration.preflight import check_language
+from llava_integration.evaluator.answer.questions import Question
+from llava_integration.plug.preflight import check_language
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "{folder}/secret.png", "a/../../secret.png"])

@@ -12,10 +12,10 @@ from fuzzing import Format, run_cases
 from tiny_llm import save_tiny_llm
 from transformers import AutoModel, CLIPVisionConfig, CLIPVisionModel
 
-from llava_integration.tower import LLM2CLIPVisionTower
-from llava_integration.towers import TowerLocation
+from llava_integration.plug.tower import LLM2CLIPVisionTower
+from llava_integration.plug.towers import TowerLocation
 from llm2clip_plugin.contracts import EncoderCard
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder, add_lora, save_adapter, weights_sha256
 from llm2clip_plugin.vision.directory import DualConfig

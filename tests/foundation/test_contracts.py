@@ -7,14 +7,10 @@ from pathlib import Path
 import pytest
 from tiny_data import made_up
 
-from llm2clip_plugin.contracts import (
-    TeacherIdentity,
-    TowerCard,
-    atomic_directory,
-    atomic_file,
-    sha256_weights,
-)
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.atomic import atomic_directory, atomic_file
+from llm2clip_plugin.contracts import TeacherIdentity, TowerCard
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.hashes import sha256_weights
 
 
 def card() -> TowerCard:

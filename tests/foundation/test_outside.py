@@ -8,7 +8,8 @@ from typing import Literal
 import pytest
 
 from llm2clip_plugin import cli
-from llm2clip_plugin.files import ContractError, from_plain, read_json_value
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.json_files import from_plain, read_json_value
 
 
 def test_the_kinds_of_annotations():

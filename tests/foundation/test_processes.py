@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from llava_integration.benchmarks.bench import COMMAND, Task, evaluate_command, lmms_eval_command
-from llava_integration.benchmarks.rules import benchmark
+from llava_integration.evaluator.benchmarks.bench import (
+    COMMAND,
+    Task,
+    evaluate_command,
+    lmms_eval_command,
+)
+from llava_integration.evaluator.benchmarks.rules import benchmark
 from llm2clip_plugin import processes
-from llm2clip_plugin.console import attend
+from llm2clip_plugin.signals import attend
 from llm2clip_plugin.stages.rerun import Stage
 
 PLANTED = ("json", "random", "runpy", "torch", "transformers", "llm2clip_plugin")

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from llm2clip_plugin.console import quiet_libraries, quiet_llava, quiet_llava_loading
+from llm2clip_plugin.quiet import quiet_libraries, quiet_llava, quiet_llava_loading
 
 UNUSED = (
     "Some weights of the model checkpoint at x were not used when initializing "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ASK = """
 import json, sys
-from llava_integration.towers import locate, locate_bundled
+from llava_integration.plug.towers import locate, locate_bundled
 from llm2clip_plugin.text.encoder import local_folder
 from llm2clip_plugin.vision.directory import fetch_directory
 

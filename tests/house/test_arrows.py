@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 
 PACKAGE = "llm2clip_plugin"
 HOMES = {  # heavy package -> the only places that may import it
-    "deepspeed": {"llm2clip_plugin/train/engine.py", "llava_integration/training.py"},
+    "deepspeed": {"llm2clip_plugin/train/engine.py", "llava_integration/plug/training.py"},
     "peft": {
         "llm2clip_plugin/text/",
         "llm2clip_plugin/vision/towers.py",
-        "llava_integration/compat/",
+        "llava_integration/plug/compat/",
     },
     "bitsandbytes": {"llm2clip_plugin/text/", "llm2clip_plugin/train/optim.py"},
     "llava": {"llava_integration/"},
@@ -76,7 +76,7 @@ def test_heavy_packages_have_one_home(package: str, homes: set[str]) -> None:
 
 
 def test_what_reads_files_and_options_is_standard_library_only() -> None:
-    for name in ("contracts", "files", "options"):
+    for name in ("contracts", "json_files", "outside", "options", "run_folder"):
         names = imported(ROOT / PACKAGE / f"{name}.py", top_level_only=True)
         assert {name.split(".")[0] for name in names} <= {PACKAGE, *sys.stdlib_module_names}
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_data import make_all
 from tower_runs import ROOT, environment, options, wait_for
 
-from llm2clip_plugin.files import FINAL, PROGRESS
+from llm2clip_plugin.run_folder import FINAL, PROGRESS
 from llm2clip_plugin.train.distributed import free_port
 
 JOB = ROOT / "scripts/slurm/torchrun.sbatch"

@@ -28,12 +28,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from llava_integration.plug.tower import LLM2CLIPVisionTower
+from llava_integration.plug.towers import TowerLocation
 from llava_integration.serve import trainers
 from llava_integration.serve.build import ExportedTower, register
 from llava_integration.serve.export import test_image as picture
 from llava_integration.serve.rows import LlavaRows
-from llava_integration.tower import LLM2CLIPVisionTower
-from llava_integration.towers import TowerLocation
 from llm2clip_plugin.cli import main as llm2clip
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.families import family_of

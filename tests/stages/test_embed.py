@@ -16,7 +16,7 @@ from llm2clip_plugin.contracts import CacheManifest
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import Shard, SourceConfig, open_source
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.stages.embed import open_all
 from llm2clip_plugin.stages.settings import EMBED
 from llm2clip_plugin.text.config import EncoderConfig

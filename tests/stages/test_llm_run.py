@@ -16,7 +16,7 @@ from tower_runs import ROOT, finish, lines, start, wait_for
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import EncoderCard, RunRecord
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.stages.llm import finetune_llm
 from llm2clip_plugin.stages.settings import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings

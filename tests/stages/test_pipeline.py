@@ -17,10 +17,10 @@ from tiny_data import make_shards, make_tower
 from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin import status
-from llm2clip_plugin.console import attend
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.doctor import check_accelerator
+from llm2clip_plugin.signals import attend
 from llm2clip_plugin.stages.digests import Artifact
 from llm2clip_plugin.stages.pipeline import main, pairs_of_stage_1, show
 from llm2clip_plugin.stages.rerun import RunFolder, Stage

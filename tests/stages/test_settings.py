@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_plugin.files import from_plain
+from llm2clip_plugin.json_files import from_plain
 from llm2clip_plugin.options import Command
 from llm2clip_plugin.stages import tower_config as recipes
 from llm2clip_plugin.stages.settings import FINETUNE_LLM, refuse_changes

@@ -32,8 +32,8 @@ from tower_runs import (
 )
 
 from llm2clip_plugin import load_dual_encoder, load_tower
-from llm2clip_plugin.console import StoppedError
 from llm2clip_plugin.contracts import RunRecord, TowerCard
+from llm2clip_plugin.errors import StoppedError
 from llm2clip_plugin.stages.tower import train_tower
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
 from llm2clip_plugin.train.checkpoint import load

@@ -21,7 +21,7 @@ from forked import Module
 from forked_python import programs
 from PIL import Image
 
-from llm2clip_plugin.console import numbers
+from llm2clip_plugin.installation import numbers
 from llm2clip_plugin.train.distributed import free_port
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower

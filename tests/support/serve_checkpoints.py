@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from llm2clip_plugin.console import numbers
+from llm2clip_plugin.installation import numbers
 
 TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden"

@@ -17,7 +17,7 @@ from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity, TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.vision.directory import DualConfig

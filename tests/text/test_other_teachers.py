@@ -13,7 +13,7 @@ from tiny_clip import TINY
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, T5Config
 
 from llm2clip_plugin.contracts import EncoderCard
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.stages import embed, llm
 from llm2clip_plugin.text.config import EncoderConfig, effective
 from llm2clip_plugin.text.encoder import CaptionEncoder

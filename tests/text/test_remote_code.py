@@ -14,7 +14,7 @@ from tiny_data import make_tower, write_tar
 from transformers import AutoConfig, dynamic_module_utils
 
 from llm2clip_plugin.cli import main
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.pretrained import code_of, run_no_code
 
 ROOT = Path(__file__).parents[2]

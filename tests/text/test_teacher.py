@@ -16,7 +16,7 @@ from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.directory import DualConfig, published
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower, reexport

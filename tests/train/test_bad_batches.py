@@ -19,8 +19,8 @@ from train_helpers import (
     tiny_step,
 )
 
-from llm2clip_plugin.console import NonFiniteLossError
-from llm2clip_plugin.files import LEFT_OUT
+from llm2clip_plugin.errors import NonFiniteLossError
+from llm2clip_plugin.run_folder import LEFT_OUT
 from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, Checkpoints, load, on_host
 from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.loop import run_loop

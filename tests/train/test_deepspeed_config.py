@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip_plugin.console import lost_rank
+from llm2clip_plugin.errors import lost_rank
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import set_single_process_environment, set_tf32
 from llm2clip_plugin.train.engine import check_deepspeed

@@ -15,11 +15,11 @@ from tower_runs import ROOT, lines, losses
 from train_helpers import run_ranks
 
 from llm2clip_plugin import cli
-from llm2clip_plugin.console import StoppedError
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.files import UNFINISHED_HEADS
+from llm2clip_plugin.errors import StoppedError
+from llm2clip_plugin.run_folder import UNFINISHED_HEADS
 from llm2clip_plugin.stages.tower import open_data, train_tower
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
 from llm2clip_plugin.train import heads

@@ -15,10 +15,11 @@ from tiny_data import WIDTH, make_all, make_tower
 from train_helpers import run_ranks, trainable_names
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llm2clip_plugin.console import StoppedError, StopRequest
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import SourceConfig, open_source
+from llm2clip_plugin.errors import StoppedError
+from llm2clip_plugin.signals import StopRequest
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig
 from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from train_helpers import Averages, Engineless, new_state, save_now
 
-from llm2clip_plugin.files import LOCK, ContractError
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.run_folder import LOCK
 from llm2clip_plugin.train.checkpoint import (
     AVERAGES,
     Checkpoints,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from forked import context
 from torch import Tensor, nn
 
-from llm2clip_plugin.console import StopRequest
+from llm2clip_plugin.signals import StopRequest
 from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState, load
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
 from llm2clip_plugin.train.engine import Engine, Reference

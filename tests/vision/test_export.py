@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_data import made_up
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.contracts import TowerCard, sha256_weights
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.hashes import sha256_weights
 from llm2clip_plugin.vision import export
 from llm2clip_plugin.vision.directory import DualConfig, check_card
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual

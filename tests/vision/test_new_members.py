@@ -47,8 +47,8 @@ def test_a_new_family_is_planned_and_runs_in_llava(released, tmp_path):
         ).config.image_size
         == 336
     )
-    from llava_integration.tower import LLM2CLIPVisionTower
-    from llava_integration.towers import locate
+    from llava_integration.plug.tower import LLM2CLIPVisionTower
+    from llava_integration.plug.towers import locate
 
     card, _ = import_tower(released, tmp_path / "tower")
     args = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")

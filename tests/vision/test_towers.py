@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_data import make_tower
 
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import (

@@ -14,7 +14,7 @@ import torch
 
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -160,8 +160,8 @@ def test_another_size_gives_its_patches(name, directory):
 
 
 def test_it_is_llavas_eye(name, directory):
-    from llava_integration.tower import LLM2CLIPVisionTower
-    from llava_integration.towers import locate
+    from llava_integration.plug.tower import LLM2CLIPVisionTower
+    from llava_integration.plug.towers import locate
 
     args = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
     eye = LLM2CLIPVisionTower("llm2clip", locate(f"llm2clip:{directory}"), args, delay_load=True)

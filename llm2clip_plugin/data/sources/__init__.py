@@ -17,7 +17,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.contracts import canonical_json, sha256_text
 from llm2clip_plugin.data.remote import (
     Downloads,
     Result,
@@ -35,7 +34,9 @@ from llm2clip_plugin.data.samples import (
     parse_fields,
     read_captions,
 )
-from llm2clip_plugin.files import discover, parse_json
+from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.hashes import canonical_json, sha256_text
+from llm2clip_plugin.json_files import parse_json
 from llm2clip_plugin.options import command, unknown
 
 PROBES = 4096  # samples of a source, evenly spaced, in which a caption field must occur

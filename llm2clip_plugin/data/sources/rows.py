@@ -27,7 +27,8 @@ from llm2clip_plugin.data.remote import (
 )
 from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
 from llm2clip_plugin.data.sources import Source, SourceConfig, SourceFormat, parse_object, shards_of
-from llm2clip_plugin.files import MAX_IMAGE, parse_json, read_regular, refuse_encoding
+from llm2clip_plugin.json_files import parse_json
+from llm2clip_plugin.outside import MAX_IMAGE, read_regular, refuse_encoding
 
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 ROWS_PER_SHARD = 16384  # ranks embed shards in parallel, and a killed run loses one at most

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_plugin.console import track
 from llm2clip_plugin.data.index import IndexFile, ShardRows, Shards, Table, open_index
 from llm2clip_plugin.data.remote import (
     Downloads,
@@ -49,6 +48,7 @@ from llm2clip_plugin.data.sources import (
     shards_of,
     split_name,
 )
+from llm2clip_plugin.progress import track
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # byte and size of the image; sizes of key, .txt and .json; start and size of these in the index's

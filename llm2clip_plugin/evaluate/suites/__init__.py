@@ -1,7 +1,7 @@
 """The retrieval benchmarks by name, read from files that users download themselves.
 
 A file defines ``SUITE``, a suite or a list of them; a new file in this folder adds its own
-(`llm2clip_plugin.files`).
+(`llm2clip_plugin.discovery`).
 """
 
 import dataclasses
@@ -16,11 +16,13 @@ from typing import Any, Literal
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig
+from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.errors import errors_about
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.evaluate.retrieval import ALL, EmbeddedPairs, report_retrieval
-from llm2clip_plugin.files import MAX_IMAGE, discover, errors_about, read_regular
-from llm2clip_plugin.files import read_json_value as read_json  # noqa: F401 - for the suites
+from llm2clip_plugin.json_files import read_json_value as read_json  # noqa: F401 - for the suites
 from llm2clip_plugin.options import unknown
+from llm2clip_plugin.outside import MAX_IMAGE, read_regular
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
 

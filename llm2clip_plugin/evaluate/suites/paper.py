@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.data.samples import Caption
+from llm2clip_plugin.errors import errors_about
 from llm2clip_plugin.evaluate.suites import (
     Row,
     Suite,
@@ -16,7 +17,7 @@ from llm2clip_plugin.evaluate.suites import (
     recall_by_language,
     to_captions,
 )
-from llm2clip_plugin.files import errors_about, read_json_value
+from llm2clip_plugin.json_files import read_json_value
 
 # Flickr30k and COCO, with English captions (the Karpathy test splits) and with Chinese ones.
 KARPATHY = "caption_datasets.zip of https://cs.stanford.edu/people/karpathy/deepimagesent/"

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.files import discover
+from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.train.config import LossConfig, TermWeight, from_named_args, parse_terms
 from llm2clip_plugin.train.distributed import ALONE, Group, gather_together, rank, sum_own_rows

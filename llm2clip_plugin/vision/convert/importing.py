@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm2clip_plugin.console import quiet_transformers
-from llm2clip_plugin.contracts import TowerCard, naming_full_disk
-from llm2clip_plugin.files import ContractError, load_tensors
+from llm2clip_plugin.atomic import naming_full_disk
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.folders import CONVERTED_FOLDER, output_folder
+from llm2clip_plugin.quiet import quiet_transformers
+from llm2clip_plugin.safetensors_header import load_tensors
 from llm2clip_plugin.vision import export
 from llm2clip_plugin.vision.convert import IMPORT
 from llm2clip_plugin.vision.convert.layouts import (

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from llm2clip_plugin.files import discover, errors_about
+from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.errors import errors_about
 from llm2clip_plugin.vision.directory import CONFIG_FILE, read_json, section
 
 # a Hugging Face vision model (nn.Module); the fields of its `config` differ by family

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_integration.answer import command as evaluate
+from llava_integration.evaluator.answer import command as evaluate
 from llm2clip_plugin.train.distributed import free_port
 
 ROOT = Path(__file__).parents[3]

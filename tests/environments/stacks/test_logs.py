@@ -207,8 +207,8 @@ def test_bench_mllm_runs_tasks_of_today(tmp_path, monkeypatch):
     from datasets import Dataset, Image
     from PIL import Image as Picture
 
-    from llava_integration.benchmarks import bench
-    from llava_integration.compare.command import main as compare
+    from llava_integration.evaluator.benchmarks import bench
+    from llava_integration.evaluator.compare.command import main as compare
 
     pictures = [tmp_path / f"{n}.png" for n in range(8)]
     for n, path in enumerate(pictures):

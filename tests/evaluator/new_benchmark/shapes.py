@@ -1,7 +1,13 @@
 """Shapes: which shape is in the picture? Exact match in any case; a final full stop is ignored."""
 
-from llava_integration.benchmarks.answers import read_jsonl
-from llava_integration.benchmarks.benchmark import LLAVA_7B, Benchmark, Question, item_of, text_of
+from llava_integration.evaluator.benchmarks.answers import read_jsonl
+from llava_integration.evaluator.benchmarks.benchmark import (
+    LLAVA_7B,
+    Benchmark,
+    Question,
+    item_of,
+    text_of,
+)
 
 
 class Shapes(Benchmark):

@@ -8,7 +8,7 @@ import pytest
 from llava_world import pope_folder
 from PIL import Image
 
-from llava_integration.benchmarks.answers import read_jsonl
+from llava_integration.evaluator.benchmarks.answers import read_jsonl
 from llm2clip_plugin.contracts import ScoreFile, TowerCard
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "mllm"
@@ -135,7 +135,7 @@ def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(
     report = tmp_path / "report"
     world.forked(
         "-m",
-        "llava_integration.compare.command",
+        "llava_integration.evaluator.compare.command",
         scores,
         scores,
         "--output",

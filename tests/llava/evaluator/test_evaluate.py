@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from llava_integration.answer import command as evaluate
-from llava_integration.answer import questions
-from llava_integration.checkpoints import sample_sha256
-from llm2clip_plugin.files import ContractError
+from llava_integration.evaluator.answer import command as evaluate
+from llava_integration.evaluator.answer import questions
+from llava_integration.plug.checkpoints import sample_sha256
+from llm2clip_plugin.errors import ContractError
 
 
 def read(path):

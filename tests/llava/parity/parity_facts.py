@@ -138,7 +138,7 @@ def answers(root: Path, name: str) -> dict[str, Any]:
     prompt."""
     from llava.mm_utils import KeywordsStoppingCriteria, process_images
 
-    from llava_integration.answer.command import padded
+    from llava_integration.evaluator.answer.command import padded
 
     tokenizer, model, processor = load(root / name)
     images = [Image.open(path).convert("RGB") for path in sorted((root / "images").iterdir())[:6:3]]

@@ -28,7 +28,7 @@ def expected(checkpoint, image, prompt):
     tokenizer, model, processor, _ = load_pretrained_model(
         str(checkpoint), None, checkpoint.name, device="cpu"
     )
-    assert type(model.get_vision_tower()).__module__.startswith("llava_integration.tower")
+    assert type(model.get_vision_tower()).__module__.startswith("llava_integration.plug.tower")
     ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None]
     pixels = process_images([image], processor, model.config).to(torch.float16)
     with torch.inference_mode():

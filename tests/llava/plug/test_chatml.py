@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llava_integration import training as chatml
+from llava_integration.plug import training as chatml
 
 pytestmark = pytest.mark.both_stacks
 IMAGE = -200

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_integration import checkpoints, hook
+from llava_integration.plug import checkpoints, hook
 from llm2clip_plugin import cli
 
 

@@ -5,9 +5,9 @@ from types import ModuleType
 
 import pytest
 
-from llava_integration.compat import runner
-from llava_integration.compat.runner import Completion, installed_version
-from llm2clip_plugin.console import numbers
+from llava_integration.plug.compat import runner
+from llava_integration.plug.compat.runner import Completion, installed_version
+from llm2clip_plugin.installation import numbers
 
 pytestmark = pytest.mark.both_stacks
 TODAY = numbers(installed_version("transformers")) >= (5,)
@@ -51,7 +51,7 @@ def test_each_completion_runs_once_and_at_its_moment(monkeypatch):
 
 
 FAILS = """
-from llava_integration.compat import runner
+from llava_integration.plug.compat import runner
 def fails(module): raise RuntimeError("broken on purpose")
 broken = runner.Completion(module="{module}", when="{when}", libraries={{"transformers": ">=4"}}, complete=fails)
 members = [*runner.needed(), broken]

@@ -14,7 +14,7 @@ import pytest
 
 import llava_integration
 from llava_integration import boot
-from llava_integration.checkpoints import is_unfrozen
+from llava_integration.plug.checkpoints import is_unfrozen
 
 
 def test_a_process_that_imports_only_llava_knows_the_tower(world):
@@ -40,7 +40,7 @@ def test_modules_loaded_before_the_hook_are_rebound(world):
 
 def test_a_failing_hook_leaves_llava_working_and_prints_why(world):
     code = (
-        "import llava_integration.hook as r\n"
+        "import llava_integration.plug.hook as r\n"
         "def fails(module): raise RuntimeError('broken on purpose')\n"
         "r.complete = fails\n"
         "from llava.model import LlavaLlamaForCausalLM\n"

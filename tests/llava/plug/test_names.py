@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from llava_integration import towers
-from llava_integration.towers import TowerNotFoundError
+from llava_integration.plug import towers
+from llava_integration.plug.towers import TowerNotFoundError
 from llm2clip_plugin.cli import main
 
 

@@ -81,9 +81,9 @@ def test_wheel_is_pure_python_and_holds_the_hook(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "llm2clip_llava.pth" in names and "llava_integration/boot.py" in names
-    assert {f"llava_integration/compare/page.{kind}" for kind in ("html", "css", "js")} <= set(
-        names
-    )
+    assert {
+        f"llava_integration/evaluator/compare/page.{kind}" for kind in ("html", "css", "js")
+    } <= set(names)
     ours = {"llava_integration", "llm2clip_plugin", "llm2clip_llava.pth"}
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == ours
 

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer_pt_utils import get_parameter_names
 
-from llava_integration.compat import patches
-from llava_integration.compat.runner import installed_version
-from llm2clip_plugin.console import numbers
+from llava_integration.plug.compat import patches
+from llava_integration.plug.compat.runner import installed_version
+from llm2clip_plugin.installation import numbers
 
 pytestmark = pytest.mark.both_stacks
 TODAY = numbers(installed_version("transformers")) >= (5,)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from llava_integration.preflight import main
+from llava_integration.plug.preflight import main
 
 HUMAN = {"from": "human", "value": "<image>\nWhat is it?"}
 GPT = {"from": "gpt", "value": "a red picture"}

@@ -10,11 +10,11 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava_world import model_arguments, untrained
 
-from llava_integration import towers
-from llava_integration.towers import TowerNotFoundError
+from llava_integration.plug import towers
+from llava_integration.plug.towers import TowerNotFoundError
 from llm2clip_plugin.cli import main as llm2clip
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 
 pytestmark = pytest.mark.usefixtures("home")
 

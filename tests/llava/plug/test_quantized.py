@@ -11,7 +11,7 @@ import pytest
 import torch
 from llava_world import HALF_ON_CPU
 
-from llava_integration.tower import LLM2CLIPVisionTower
+from llava_integration.plug.tower import LLM2CLIPVisionTower
 
 pytestmark = [
     pytest.mark.both_stacks,

@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from llava_integration.tower import MultiscaleVisionTower, device_of_map
-from llm2clip_plugin.contracts import TowerCard, sha256_weights
+from llava_integration.plug.tower import MultiscaleVisionTower, device_of_map
+from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.hashes import sha256_weights
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
 pytestmark = pytest.mark.usefixtures("home")

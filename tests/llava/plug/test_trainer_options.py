@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_integration.compat.patches import translate
+from llava_integration.plug.compat.patches import translate
 
 pytestmark = pytest.mark.both_stacks
 

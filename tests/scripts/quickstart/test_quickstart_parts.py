@@ -15,7 +15,7 @@ from quickstart_folders import IDENTITY, write_adapter, write_cache, write_run
 
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = """

@@ -15,13 +15,13 @@ from transformers import Dinov2Config, Dinov2Model
 
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.evaluate.retrieval import (
     EmbeddedPairs,
     evaluate_retrieval,
     rank_both,
     report_retrieval,
 )
-from llm2clip_plugin.files import ContractError
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower

@@ -1,7 +1,7 @@
 """On a machine without a GPU, what LLaVA's evaluation does with CUDA unconditionally does nothing.
 For tests alone.
 
-Its training is completed by the package itself (llava_integration.training); with our hook off, for
+Its training is completed by the package itself (llava_integration.plug.training); with our hook off, for
 a comparison, here. Otherwise it waits for the import of torch, which most processes of a shell
 script never do.
 """
@@ -51,6 +51,6 @@ if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
     import torch
 
     if not torch.cuda.is_available():
-        from llava_integration.training import complete_for_cpu
+        from llava_integration.plug.training import complete_for_cpu
 
         complete_for_cpu()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import read_tensors
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import save_file
 
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 
 from .checkpoints import SOURCES, damaged, open_clip_vision, whole_state

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.convert.layouts.eva_clip import NAMES

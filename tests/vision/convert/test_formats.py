@@ -9,7 +9,7 @@ import torch
 from tiny_hub import tiny_hub
 
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.stages import export as export_command
 from llm2clip_plugin.vision.convert import importing as formats
 from llm2clip_plugin.vision.convert.importing import convert, import_tower

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 
 from ..conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, WHOLE_MODELS, largest_difference, read

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.files import ContractError, discover
+from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.directory import DualConfig, section
 from llm2clip_plugin.vision.families import RESAMPLE
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert import layouts as common
 from llm2clip_plugin.vision.convert.layouts import Layout, ParsedCheckpoint, TensorNames
 from llm2clip_plugin.vision.directory import section

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm2clip_plugin.files import ContractError
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert.layouts import (
     OWN_TEXT,
     Layout,

@@ -1,0 +1,351 @@
+"""Question files of LLaVA's evaluation scripts, in their three formats, and the answers file.
+
+| suffix    | benchmark scripts                           | LLaVA's own program     |
+|-----------|---------------------------------------------|-------------------------|
+| ``.jsonl``| VQAv2, GQA, VizWiz, TextVQA, POPE, MME, ... | ``model_vqa_loader``    |
+| ``.json`` | ScienceQA (conversations, some without image)| ``model_vqa_science``  |
+| ``.tsv``  | MMBench (base64 images, rotated options)    | ``model_vqa_mmbench``   |
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+import shutil
+import struct
+import sys
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from llava_integration.evaluator.benchmarks.answers import json_lines
+from llava_integration.evaluator.benchmarks.rules.mmbench import PANDAS_MISSING
+from llm2clip_plugin.atomic import naming_full_disk, write_text
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.json_files import read_json_value
+from llm2clip_plugin.options import Command
+from llm2clip_plugin.outside import check_image_size
+
+# Pillow's
+BAD_IMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+LETTERS = ("A", "B", "C", "D")
+DIRECTLY = {
+    "en": "Answer with the option's letter from the given choices directly.",
+    "cn": "请直接回答选项字母。",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question, identified by its index in the file (MME and MMBench repeat their ids)."""
+
+    id: Any  # question_id of the answer
+    text: str  # question for the model, without the image token
+    shown: str  # "prompt" of the answer, as LLaVA writes it
+    image: str = ""  # file in the image folder, or base64 where ``embedded``; "" without image
+    embedded: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)  # further fields of the answer
+
+    def open_image(self, folder: str) -> Image.Image:
+        """The image in RGB; raises ValueError with the question's id if it cannot be read, or is
+        outside the folder."""
+        path = Path(folder) / self.image
+        inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+        if not self.embedded and not inside:
+            raise ValueError(
+                f"question {self.id!r}: image {self.image!r} is outside "
+                f"--image-folder {folder or '.'}"
+            )
+        try:
+            source = io.BytesIO(base64.b64decode(self.image)) if self.embedded else path
+            image = Image.open(source)
+            check_image_size(*image.size)
+            return image.convert("RGB")
+        except BAD_IMAGE as error:
+            where = "the embedded image" if self.embedded else str(path)
+            raise ValueError(f"question {self.id!r}: cannot read {where}: {error}") from error
+
+
+def read_questions(
+    path: Path, *, directly: bool = False, all_rounds: bool = False, lang: str = "en"
+) -> list[Question]:
+    """The questions of a file, whose suffix selects the format. Raises FileNotFoundError, or
+    ValueError with the line.
+
+    ``directly`` requests the option's letter only (LLaVA's --single-pred-prompt), ``all_rounds``
+    repeats MMBench's questions for every rotation of the options, ``lang`` is MMBench's."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no question file at {path}")
+    questions = []
+    with errors_about(path, fix="download it again"):
+        if path.suffix == ".jsonl":
+            for where, row in json_lines(path):
+                with errors_about(where, fix="expected an object with question_id, text and image"):
+                    # TypeError for numbers
+                    text = row["text"] + ""
+                    image = row.get("image", "") + ""
+                    questions.append(
+                        Question(id=row["question_id"], text=text, shown=text, image=image)
+                    )
+        elif path.suffix == ".json":
+            # LLaVA's conversations, of which the first turn is the question
+            for number, row in enumerate(read_json_value(path)):
+                with errors_about(
+                    f"{path}, entry {number}", fix="expected an object with id and conversations"
+                ):
+                    image = row.get("image", "") + ""
+                    text = row["conversations"][0]["value"].replace("<image>", "").strip()
+                    if directly:
+                        text += f"\n{DIRECTLY['en']}"
+                    shown = f"<image>\n{text}" if image else text
+                    questions.append(Question(id=row["id"], text=text, shown=shown, image=image))
+        elif path.suffix == ".tsv":
+            questions = read_table(path, directly, all_rounds, lang)
+        else:
+            raise ContractError(
+                f"{path}: expected a file .jsonl, .json (ScienceQA) or .tsv (MMBench)"
+            )
+    if not questions:
+        raise ContractError(f"{path} has no questions; download it again")
+    return questions
+
+
+def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[Question]:
+    """MMBench: a question per row, repeated for every rotation of its options if ``all_rounds``."""
+    csv.field_size_limit(sys.maxsize)  # cells contain images
+    suffix = f"\n{DIRECTLY[lang]}" if directly else ""
+    questions = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            options: list[str] = []
+            for letter in LETTERS:
+                if is_none(row.get(letter)):
+                    break
+                options.append(row[letter])
+            letters = list(LETTERS[: len(options)])  # of the options as they are in the row
+            hint = [] if is_none(row.get("hint")) else [row["hint"]]
+            for number in range(len(options) if all_rounds else 1):
+                listed = [
+                    f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)
+                ]
+                shown = "\n".join([*hint, row["question"], *listed])
+                index = int(row["index"]) if row["index"].isdigit() else row["index"]
+                questions.append(
+                    Question(
+                        id=index,
+                        text=shown + suffix,
+                        shown=shown,
+                        image=row["image"],
+                        embedded=True,
+                        extra={"round_id": number, "options": options, "option_char": letters},
+                    )
+                )
+                options = options[1:] + options[:1]
+                letters = letters[1:] + letters[:1]
+    return questions
+
+
+def is_none(cell: str | None) -> bool:
+    """Whether a cell of MMBench's table is empty, for pandas or for LLaVA's program."""
+    return cell is None or cell in PANDAS_MISSING or cell.lower() in ("nan", "none")
+
+
+# The answers file. Several ranks write it and a killed run resumes it: until all answers exist,
+# ANSWERS.partial/ has a file per process; the rank that finds them complete merges them. No rank
+# waits for another.
+
+OTHER_FILE = "choose another --answers-file or pass --overwrite"
+# a server that is started again has another port; each answer names its own
+IGNORED_ON_RESUME = ("endpoint",)
+
+
+def entry(
+    question: Question, text: str, model: str, metadata: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A line of LLaVA's answers file."""
+    return {
+        "question_id": question.id,
+        "prompt": question.shown,
+        "text": text,
+        **question.extra,
+        "answer_id": uuid.uuid4().hex[:22],
+        "model_id": model,
+        "metadata": metadata or {},
+    }
+
+
+def settings_file(answers: Path) -> Path:
+    """Where an answers file's settings are: the model and what its answers depend on."""
+    return answers.with_name(answers.name + ".settings.json")
+
+
+class AnswersFile:
+    """The answers of one run, by index in the question file."""
+
+    def __init__(
+        self, path: Path, settings: dict[str, Any], total: int, *, overwrite: bool = False
+    ):
+        """``settings``: every setting that an answer depends on, saved as
+        ``ANSWERS.settings.json``. Raises ContractError if answers with other settings exist, unless
+        ``overwrite``; ValueError for a folder."""
+        self.path = path
+        self.total = total
+        self.partial = path.with_name(path.name + ".partial")
+        self.partial_file = self.partial / f"{uuid.uuid4().hex[:12]}.jsonl"
+        saved = settings_file(path)
+        if path.is_dir():
+            raise ValueError(f"--answers-file {path} is a folder; choose a file to write")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            path.unlink(missing_ok=True)
+            saved.unlink(missing_ok=True)
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if saved.is_file():
+            changes = []
+            # an earlier release may have recorded less
+            for name, old in read_json_value(saved).items():
+                new = settings.get(name)
+                if name not in IGNORED_ON_RESUME and old != new:
+                    changes.append(f"{name} {old!r} -> {new!r}")
+            if changes:
+                raise ContractError(
+                    f"{path} was started with other settings ({', '.join(changes)}); {OTHER_FILE}"
+                )
+        elif path.exists() or self.partial.exists():
+            raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
+        else:
+            write_text(saved, json.dumps(settings, indent=2) + "\n")
+
+    def done(self) -> dict[int, dict[str, Any]]:
+        """The answers of all ranks and earlier runs; a line cut short by a kill is ignored."""
+        answers: dict[int, dict[str, Any]] = {}
+        for file in sorted(self.partial.glob("*.jsonl")):
+            for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+                try:
+                    entry = json.loads(line)
+                    answers[entry["index"]] = entry["answer"]
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return answers
+
+    def write(self, answers: dict[int, dict[str, Any]]) -> None:
+        """Append answers to this process's file; raises DiskFullError, and what was written before
+        is resumed."""
+        self.partial.mkdir(exist_ok=True)
+        with naming_full_disk(self.path), self.partial_file.open("a", encoding="utf-8") as file:
+            for index, answer in answers.items():
+                line = json.dumps({"index": index, "answer": answer}, ensure_ascii=False)
+                file.write(f"{line}\n")
+
+    def finish(self) -> int:
+        """Write the answers file, in the order of the questions, if none is missing; returns how
+        many are."""
+        answers = {}
+        with suppress(FileNotFoundError):  # another rank has merged and deleted them
+            answers = self.done()
+        if self.path.is_file():
+            return 0
+        if len(answers) < self.total:
+            return self.total - len(answers)
+        write_text(self.path, "".join(json.dumps(answers[i]) + "\n" for i in range(self.total)))
+        shutil.rmtree(self.partial, ignore_errors=True)
+        return 0
+
+
+# The options of ``llm2clip llava evaluate``, which are LLaVA's own and ours.
+
+KEY = "OPENAI_API_KEY"  # environment variable, as OpenAI's client reads it
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that answers: a LLaVA checkpoint, or one behind a server."""
+
+    model_path: str = ""  # LLaVA checkpoint: full, LoRA or projector
+    model_base: str | None = None  # base model of a LoRA or projector checkpoint
+    # URL of an OpenAI-compatible server to ask instead, e.g. http://localhost:8000/v1
+    endpoint: str = ""
+    served_model_name: str = ""  # with --endpoint: the model; "": the only one
+    conv_mode: str = "vicuna_v1"  # conversation template
+    batch_size: int = 1  # questions per batch
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # of the model
+    # of the weights; LLaVA uses float16
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    overwrite: bool = False  # discard existing answers
+
+    def __post_init__(self) -> None:
+        if bool(self.model_path) == bool(self.endpoint):
+            raise ValueError(
+                "--model-path and --endpoint: give one, "
+                "a LLaVA checkpoint or the URL of a served model"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerConfig(ModelConfig):
+    """A question file, and the model that answers it."""
+
+    question_file: Path  # .jsonl, .json (ScienceQA) or .tsv (MMBench)
+    answers_file: Path  # JSONL to write; an incomplete run is resumed
+    image_folder: str = ""  # folder of the questions' images
+    num_chunks: int = 1  # split the questions into chunks, as LLaVA's scripts do
+    chunk_idx: int = 0  # chunk to answer
+    temperature: float = 0.0  # sampling temperature; 0: greedy decoding
+    top_p: float | None = None  # nucleus sampling: probability mass
+    num_beams: int = 1  # beam search; 1: none
+    max_new_tokens: int = 128  # longest answer, in tokens
+    single_pred_prompt: bool = False  # ask for the option's letter only (ScienceQA, MMBench)
+    all_rounds: bool = False  # ask every rotation of the options (MMBench)
+    lang: Literal["en", "cn"] = "en"  # language of MMBench
+    load_8bit: bool = False  # quantize the language model to 8 bits
+    load_4bit: bool = False  # quantize the language model to 4 bits
+    workers: int = 4  # data loader processes
+    concurrency: int = 16  # with --endpoint: requests at a time
+    timeout: float = 300.0  # with --endpoint: seconds that an answer may take
+    retries: int = 8  # with --endpoint: of a failed request, with growing pauses
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answers_file.resolve() == self.question_file.resolve():
+            raise ValueError(
+                f"--answers-file {self.answers_file} is the question file; choose another"
+            )
+        for name in ("batch_size", "concurrency", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} must be above 0"
+                )
+
+
+COMMAND = Command(
+    name="llava evaluate",
+    example="llm2clip llava evaluate --model-path checkpoints/llava-7b "
+    "--question-file questions.jsonl --image-folder images --answers-file answers.jsonl",
+    about="Answer a question file with a LLaVA model, on any device. The options of LLaVA's "
+    "model_vqa_loader, model_vqa_science and model_vqa_mmbench are accepted, and the answers file "
+    "is the same; batches, resuming and several ranks are added. With --endpoint, any model behind "
+    "an OpenAI-compatible server answers it (vLLM, SGLang, llama.cpp, ...); the key is read from "
+    f"{KEY}.",
+    settings=AnswerConfig,
+    everyday="model-path model-base endpoint question-file answers-file image-folder batch-size "
+    "temperature max-new-tokens device overwrite",
+    also={"data": "question_file", "output": "answers_file", "model": "served_model_name"},
+    needs={  # a server loads its own model
+        **dict.fromkeys(("model_base", "load_8bit", "load_4bit"), "not endpoint"),
+        **dict.fromkeys(("served_model_name", "concurrency", "timeout", "retries"), "endpoint"),
+    },
+)

@@ -1,0 +1,194 @@
+"""Logs of other evaluators, one file a format; each defines ``READER``, and a new file is a new
+format.
+
+A reader makes score files of logs, with an item for each question: ``id``, ``score`` (higher is
+better), ``cluster`` (what is resampled together: the questions of one image), ``category`` and
+``truth`` where the log has them, and what a composite's rule reads (``benchmarks/rules/``).
+Standard library only; what a format needs more is imported in its file.
+"""
+
+import csv
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llava_integration.evaluator.benchmarks.answers import json_lines
+from llava_integration.evaluator.benchmarks.rules.mme import COGNITION, PERCEPTION
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.discovery import discover
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.json_files import read_json_value
+
+# a question's image
+IMAGES = ("image_id", "imageId", "img_id", "image_name", "image_path", "img_path", "image")
+BY_PART = "mean of categories"  # an aggregate: categories have equal weight
+OWN = "score files"  # name of the reader of ours, which take precedence
+csv.field_size_limit(2**24)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log(ScoreFile):
+    """The scores of one task, scorer or run, and how its number is made of them."""
+
+    # MME | CIDEr | BY_PART | name of a rule | "": the headline of the benchmark's, else the mean
+    aggregate: str = ""
+    # the number that the evaluator printed; a comparison says where its own differs
+    printed: float | None = None
+    # of the group whose tasks have one number: name, metric, printed number, aggregate, run
+    group: tuple[Any, ...] = ()
+    # why a log has no items: nobody knows how its number is made; other logs are compared
+    unknown: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """One form of logs."""
+
+    name: str  # as in messages: "lmms-eval"
+    endings: tuple[str, ...]  # of its files
+    # whether a file with such an ending is a log of this form; reads only its start
+    fits: Callable[[Path], bool]
+    # one for each task, scorer or run in the file; any error names the file
+    read: Callable[[Path], Iterable[Log]]
+
+
+def readers() -> dict[str, Reader]:
+    """Every reader by name."""
+    return discover(__name__, "READER")
+
+
+def read_logs(path: Path) -> list[tuple[Path, Log]]:
+    """The scores in a log, or in all logs below a folder; none if there is no log. The tasks of a
+    group (BLINK's 14, MMLU's 57) become one. Raises ContractError for a log that cannot be read, or
+    logs of several forms."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found: dict[Reader, list[Path]] = {}
+    for reader in sorted(readers().values(), key=lambda one: one.name != OWN):
+        logs = [
+            file
+            for file in files
+            if file.name.endswith(reader.endings) and file.is_file() and reader.fits(file)
+        ]
+        if logs:
+            found[reader] = logs
+            if reader.name == OWN:
+                break
+    if len(found) > 1:
+        listed = "; ".join(f"{reader.name}: {logs[0]}" for reader, logs in found.items())
+        raise ContractError(
+            f"{path} has logs of {len(found)} forms ({listed}); name the folder or file of one"
+        )
+    groups: dict[Any, list[tuple[Path, Log]]] = {}
+    gc.disable()  # it would look at a million lines again and again, half of the time
+    try:
+        for file, reader in ((file, reader) for reader, files in found.items() for file in files):
+            with errors_about(file):
+                for place, log in enumerate(reader.read(file)):
+                    groups.setdefault(log.group or (file, place), []).append((file, log))
+    finally:
+        gc.enable()
+    return [
+        members[0] if len(members) == 1 else (members[0][0], _merged(members))
+        for members in groups.values()
+    ]
+
+
+def _merged(members: list[tuple[Path, Log]]) -> Log:
+    """The log of a group."""
+    first = members[0][1]
+    items = []
+    name, metric, printed, aggregate, _ = first.group
+    for _, log in members:
+        task = log.benchmark.removesuffix(f" {metric}")
+        items += [
+            {
+                **item,
+                "id": f"{task}/{item['id']}",
+                "cluster": f"{task}/{item['cluster']}",
+                "category": task,
+            }
+            for item in log.items
+        ]
+    notes = list(dict.fromkeys(note for _, log in members for note in log.notes))
+    about = {"model": first.model, "printed": printed, "aggregate": aggregate, "notes": notes}
+    return Log(benchmark=f"{name} {metric}", metrics={}, items=items, **about)
+
+
+def mme_logs(
+    items: list[dict[str, Any]], printed: Sequence[float | None], **about: Any
+) -> Iterator[Log]:
+    """MME's two composites, of items with the image in ``cluster``; ``printed``: of perception and
+    cognition."""
+    parts = {"mme": PERCEPTION, "MME cognition": COGNITION}
+    for (name, categories), number in zip(parts.items(), printed, strict=True):
+        if chosen := [item for item in items if item["category"] in categories]:
+            yield Log(
+                benchmark=name, metrics={}, items=chosen, aggregate="MME", printed=number, **about
+            )
+
+
+def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any]]]:
+    """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or
+    Excel."""
+    if path.suffix == ".xlsx":
+        from openpyxl import load_workbook
+
+        rows = load_workbook(path, read_only=True).worksheets[0].iter_rows(values_only=True)
+        yield from ((f"{path}, line {line}", list(row)) for line, row in enumerate(rows, 1))
+    elif path.suffix in (".json", ".jsonl"):
+        rows = json_lines(path)
+        if path.suffix == ".json":
+            rows = (
+                (f"{path}, row {number}", row)
+                for number, row in enumerate(read_json_value(path), 1)
+            )
+        names: list[str] = []
+        for where, row in rows:
+            if not names:
+                names = list(row)
+                yield where, names
+            yield where, [row.get(name) for name in names]
+    else:
+        with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
+            lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            yield from ((f"{path}, line {lines.line_num}", line) for line in lines if line)
+
+
+def columns(path: Path) -> list[str]:
+    """The names of a table's columns; none if it can't be read."""
+    try:
+        with errors_about(path):
+            _, names = next(table(path, errors="replace"), ("", []))
+            return [str(name) for name in names]
+    except ContractError:
+        return []
+
+
+def first_object(path: Path) -> dict[str, Any]:
+    """The first line of a JSONL file, empty if it is not one."""
+    try:
+        return next((value for _, value in islice(json_lines(path), 1)), {})
+    except ContractError:
+        return {}
+
+
+def number(value: Any, where: str) -> float:
+    """A score, which a table has as text, as a number. True is 1. ContractError for anything
+    else."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float({"true": "1", "false": "0"}.get(value.lower(), value))
+    if isinstance(value, (int, float)) and abs(value) <= 1e12:
+        return float(value)
+    raise ContractError(f"{where} is {value!r}; expected a finite number")
+
+
+def first_of(values: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The first of these fields that is a text or a number, as text; "" if there is none."""
+    return next(
+        (str(values[name]) for name in names if isinstance(values.get(name), (str, int))), ""
+    )

@@ -1,0 +1,72 @@
+"""inspect_ai's logs, ``.eval`` (a zip file) or ``.json``; the value of the log's headline scorer,
+mean over epochs."""
+
+import json
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_integration.evaluator.compare.readers import IMAGES, Log, Reader, first_of, number
+from llava_integration.evaluator.compare.readers.lm_eval import CATEGORIES
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.json_files import read_json_value
+
+# correct, partially correct, incorrect, no answer
+GRADES = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
+
+
+def fits(path: Path) -> bool:
+    """Recognized by its ending, even if it was cut, or by JSON that begins with the log's version
+    and status."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    return path.suffix == ".eval" or all(
+        name in head for name in (b'"status"', b'"eval"', b'"run_id"')
+    )
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A log's header and its samples."""
+    if path.suffix == ".json":
+        log = read_json_value(path)
+        return log, log.get("samples") or []
+    if sys.version_info < (3, 14):
+        import zipfile_zstd  # noqa: F401 - teaches zipfile zstd, which newer logs are compressed with
+    with errors_about(path, fix="was the run cut off?"), zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read("header.json")), json.loads(archive.read("summaries.json"))
+
+
+def read(path: Path) -> Iterator[Log]:
+    """Raises ContractError for a log without scores, or with samples that its scorer did not
+    judge."""
+    header, samples = load(path)
+    results = header.get("results") or {}
+    about = header.get("eval", {})
+    scorer = (results.get("headline") or next(iter(results.get("scores") or []), {})).get("scorer")
+    if header.get("status") != "success":
+        raise ContractError(
+            f"{path}: the run's status is {header.get('status')!r}; only a finished run counts"
+        )
+    if not scorer:
+        raise ContractError(
+            f"{path} has no scores; run `inspect score` on it, or give the task a scorer"
+        )
+    values: dict[str, list[float]] = {}
+    items: dict[str, dict[str, Any]] = {}
+    for sample in samples:
+        name = str(sample.get("id"))
+        of = sample.get("metadata") or {}
+        value = (sample.get("scores") or {}).get(scorer, {}).get("value")
+        value = GRADES.get(value, value) if isinstance(value, str) else value
+        values.setdefault(name, []).append(number(value, f"{path}, sample {name}: {scorer}"))
+        said = {"cluster": first_of(of, IMAGES) or name, "category": first_of(of, CATEGORIES)}
+        items.setdefault(name, {"id": name, "truth": sample.get("target"), **said})
+        items[name]["score"] = sum(values[name]) / len(values[name])
+    task = about.get("task", path.stem)
+    model = str(about.get("model", ""))
+    yield Log(benchmark=f"{task} {scorer}", metrics={}, items=list(items.values()), model=model)
+
+
+READER = Reader(name="inspect_ai", endings=(".eval", ".json"), fits=fits, read=read)

@@ -1,0 +1,138 @@
+"""Our own forms: score files, and tables (CSV, TSV, JSONL) of item, score and, where there are
+such, group and more.
+
+Those of ``evaluate`` become one for each recall: in each direction, overall and by part. Their
+items are queries with ``side`` (i2t, t2i), ``part`` ("all", "long:en" ...) and a hit for each k
+(``r1`` ...); SugarCrepe's are pairs of captions without a side, whose ``part`` is one of seven
+groups. XM3600's languages have each their own candidates.
+
+Of a table, ``item`` (or ``id``, ``question_id``) and ``score`` (or ``correct``) must be there.
+``group`` (or ``cluster``, ``image``): what is resampled together. ``task`` and ``run`` (or
+``seed``) split a table into benchmarks and runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llava_integration.evaluator.compare.readers import (
+    BY_PART,
+    OWN,
+    Log,
+    Reader,
+    columns,
+    number,
+    table,
+)
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.errors import ContractError
+
+OVERALL = "all"  # the part with every caption
+DIRECTIONS = {"i2t": "image→text", "t2i": "text→image"}
+MOST_PARTS = 8  # more would dominate the table, and Holm's correction costs every row power
+
+
+def scores_fits(path: Path) -> bool:
+    """It is named as a score file, or begins with the name of their kind."""
+    with path.open("rb") as file:
+        return path.name.endswith(".scores.json") or ScoreFile.KIND.encode() in file.read(100)
+
+
+def scores_read(path: Path) -> Iterator[Log]:
+    """One for each part, direction and k if the items are queries; else the file itself."""
+    record = Log(**vars(ScoreFile.read(path)))
+    name = record.benchmark.removeprefix("retrieval:")
+    items = record.items
+    by_part = [{**item, "category": item.get("part")} for item in items]
+    if record.benchmark == "retrieval:sugarcrepe":
+        yield replace(record, benchmark=name, items=by_part, aggregate=BY_PART)
+        return
+    if not items or any("side" not in item or "r1" not in item for item in items):
+        yield record
+        return
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for item in items:
+        parts.setdefault(str(item.get("part", OVERALL)), []).append(item)
+    if record.benchmark == "retrieval:xm3600":
+        record = replace(record, aggregate=BY_PART)
+        of_languages = [item for item in by_part if item["category"] not in (None, OVERALL)]
+        parts = {OVERALL: of_languages or by_part}
+    elif len(parts) > MOST_PARTS + 1:
+        note = f"{len(parts)} parts: only the overall number is compared"
+        record = replace(record, notes=[*record.notes, note])
+        compared = [OVERALL] if OVERALL in parts else list(parts)[:MOST_PARTS]
+        parts = {part: parts[part] for part in compared}
+    for part, queries in parts.items():
+        title = name if part == OVERALL else f"{name} {part}"
+        recalls = ("r1", "r10") if part == OVERALL else ("r1",)
+        for side, arrow in DIRECTIONS.items():
+            of_side = [item for item in queries if item["side"] == side]
+            for recall in recalls:
+                if of_side and all(recall in item for item in of_side):
+                    hits = [{**item, "score": item[recall]} for item in of_side]
+                    yield replace(record, benchmark=f"{title} {arrow} R@{recall[1:]}", items=hits)
+
+
+COLUMNS = {  # ours: theirs
+    "id": ("item", "id", "question_id"),
+    "score": ("score", "correct"),
+    "cluster": ("group", "cluster", "image", "image_id"),
+    "category": ("category",),
+    "task": ("task", "benchmark"),
+    "run": ("run", "seed"),
+}
+
+
+def _column_numbers(names: list[str]) -> dict[str, int]:
+    """Where each of our columns is in a table."""
+    numbers = {}
+    for ours, theirs in COLUMNS.items():
+        for name in theirs:
+            if name in names:
+                numbers[ours] = names.index(name)
+                break
+    return numbers
+
+
+def is_table(path: Path) -> bool:
+    """It has the columns of an item and a score."""
+    return {"id", "score"} <= set(_column_numbers(columns(path)))
+
+
+def table_read(path: Path) -> Iterator[Log]:
+    """One for each task and run."""
+    lines = table(path)
+    _, names = next(lines)
+    column_numbers = _column_numbers(names)
+    tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for where, cells in lines:
+        if len(cells) != len(names):
+            raise ContractError(f"{where}: {len(cells)} cells, not {len(names)}")
+        row = {ours: cells[column] for ours, column in column_numbers.items()}
+        if row["id"] in (None, ""):
+            raise ContractError(f"{where}: no {names[column_numbers['id']]}")
+        item = {
+            "id": str(row["id"]),
+            "score": number(row["score"], f"{where}: {names[column_numbers['score']]}"),
+        }
+        item["cluster"] = str(row.get("cluster") or item["id"])
+        item["category"] = str(row.get("category") or "")
+        task = str(row.get("task") or path.stem)
+        run = str(row.get("run") or "")
+        tables.setdefault((task, run), []).append(item)
+    if not tables:
+        raise ContractError(f"{path} has no items below its first line")
+    for (task, _), items in tables.items():
+        yield Log(benchmark=task, metrics={}, items=items)
+
+
+READER = [
+    Reader(name=OWN, endings=(".json",), fits=scores_fits, read=scores_read),
+    Reader(
+        name="table",
+        endings=(".csv", ".tsv", ".jsonl"),
+        fits=is_table,
+        read=table_read,
+    ),
+]

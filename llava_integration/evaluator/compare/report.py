@@ -1,0 +1,324 @@
+"""A comparison as Markdown, for the terminal, too, and as one HTML file.
+
+The page fetches nothing: style, script, drawings and pictures are in it, and its content security
+policy allows no request and no script but its own (by hash). The template escapes every text; the
+script inserts answers as text. Pictures are below ``--image-folder``, or in the folder that was
+scored, if its annotations are still those that were scored: a score file from elsewhere must not
+bring another picture of this machine into a page that is passed on.
+"""
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_integration.evaluator.benchmarks.benchmark import Item, find_image
+from llava_integration.evaluator.benchmarks.rules import benchmarks
+from llava_integration.evaluator.compare.comparison import Comparison, Row, Run, Side, paired_runs
+from llm2clip_plugin.hashes import sha256_text
+from llm2clip_plugin.pages import page_style, render, thumbnail
+from llm2clip_plugin.report_text import p_value
+
+HERE = Path(__file__).parent
+FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
+LONGEST = 600  # characters of a question or an answer that are shown
+NOTE = (
+    "reported by others, one run, no interval; "
+    "VQAv2, VizWiz and MMBench on splits that a server scores"
+)
+POLICY = (  # a page's content security policy, but for its own script
+    "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+    "style-src 'unsafe-inline'; "
+)
+HEADER = (
+    "benchmark",
+    "base",
+    "new",
+    "difference",
+    "interval",
+    "p",
+    "p (Holm)",
+    "wins",
+    "losses",
+    "verdict",
+)
+
+
+def number(value: float, unit: str = "%", *, signed: bool = False) -> str:
+    """Two decimals; one for points in the thousands."""
+    places = 1 if unit == "points" else 2
+    value = round(value, places) or 0.0  # not -0.0
+    return f"{value:{'+' if signed and value else ''}.{places}f}"
+
+
+def with_spread(value: float, spread: float, unit: str) -> str:
+    """A score and its standard deviation over runs, if there are several."""
+    text = number(value, unit)
+    return f"{text} ±{number(spread, unit)}" if spread else text
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row's columns under HEADER."""
+    result = row.result
+    low = number(result.low, row.unit, signed=True)
+    high = number(result.high, row.unit, signed=True)
+    return (
+        row.title if row.unit == "%" else f"{row.title} ({row.unit})",
+        with_spread(result.base, result.spread_base, row.unit),
+        with_spread(result.new, result.spread_new, row.unit),
+        number(result.difference, row.unit, signed=True),
+        f"[{low}, {high}]",
+        p_value(result.p),
+        p_value(row.p_holm),
+        str(row.wins),
+        str(row.losses),
+        row.verdict,
+    )
+
+
+def method_lines(comparison: Comparison) -> list[str]:
+    """The statistical methods, in sentences."""
+    method = (
+        "Intervals: {level:.0%}, paired bootstrap over images ({resamples} resamples, "
+        "seed {seed}), composite scores resampled as composites. "
+        "p: permutation over images, two-sided; Holm over all rows."
+    )
+    lines = [method.format(**comparison.settings)]
+    runs = [row.runs for row in comparison.rows]
+    if any(max(counts) > 1 for counts in runs):
+        lines.append(
+            "With several runs a side, the interval includes their variance, "
+            "and p is Student's (±: s.d.)."
+        )
+    if (1, 1) in runs:
+        line = (
+            "With one run a side, the interval covers the choice of questions, "
+            "not the training seed"
+        )
+        if "mme" in comparison.titles:
+            line += "; MME varies by about 20 points between identical runs"
+        lines.append(f"{line}.")
+    return lines
+
+
+def row_lines(rows: Sequence[Row]) -> list[str]:
+    """What each row's questions can detect, and its notes."""
+    return [f"{row.title}: {line}" for row in rows for line in (row.power_line(), *row.notes)]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, its columns aligned: the first and the last left, others
+    right."""
+    lines = [list(map(escaped_cell, line)) for line in (header, *rows)]
+    first_width, *inner_widths, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+    aligned = []
+    for first, *inner, last in lines:
+        padded = [cell.rjust(width) for cell, width in zip(inner, inner_widths, strict=True)]
+        aligned.append([first.ljust(first_width), *padded, last])
+    rule = ["-" * first_width, *("-" * (width - 1) + ":" for width in inner_widths), "---"]
+    return ["| " + " | ".join(line) + " |" for line in (aligned[0], rule, *aligned[1:])]
+
+
+def escaped_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def text(comparison: Comparison) -> str:
+    """The tables and notes, in Markdown."""
+    lines = [f"- **Warning**: {warning}." for warning in comparison.warnings]
+    for new, base, rows in comparison.pairs():
+        lines += [
+            "",
+            f"## {new} (new) against {base} (base)",
+            "",
+            *table(HEADER, map(cells, rows)),
+            "",
+        ]
+        lines += [f"- {line}" for line in row_lines(rows)]
+    if comparison.references:
+        published = []
+        for model, values in comparison.references.items():
+            numbers = [f"{values[name]:g}" if name in values else "" for name in comparison.titles]
+            published.append([model, *numbers])
+        lines += [
+            "",
+            f"Published, not measured here ({NOTE}):",
+            "",
+            *table(["", *comparison.titles.values()], published),
+        ]
+    lines += ["", *(f"- {note}" for note in (*comparison.notes, *method_lines(comparison)))]
+    return "\n".join(lines).strip() + "\n"
+
+
+def page(
+    comparison: Comparison,
+    sides: Sequence[Side],
+    *,
+    images: Path | None = None,
+    questions: int = 80,
+) -> str:
+    """The page's HTML. ``images``: folder of evaluation folders, or of one benchmark;
+    ``questions``: disagreements per benchmark and pair of sides, wins and losses evenly."""
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    encoded: dict[str, str | None] = {}
+    shown = browser_questions(comparison, sides, images, questions, encoded)
+    notes = [*method_lines(comparison), *comparison.notes]
+    for new, base, rows in comparison.pairs():
+        pair = f"{new} against {base}: " if len(sides) > 2 else ""
+        notes += [f"{pair}{line}" for line in row_lines(rows)]
+    if any(max(row.runs) > 1 for row in comparison.rows):
+        notes.append("With several runs, the browser shows the answers of the first.")
+    return render(
+        HERE / "page.html",
+        comparison=comparison,
+        title=f"{' · '.join(comparison.names[1:])} against {comparison.names[0]}",
+        policy=f"{POLICY}script-src 'sha256-{digest}'",
+        style=page_style() + (HERE / "page.css").read_text(encoding="utf-8"),
+        script=script,
+        notes=notes,
+        missing=sum(uri is None for uri in encoded.values()),
+        data={"names": comparison.names, "questions": shown, "images": encoded},
+        drawn=drawn_intervals(comparison.rows),
+        header=HEADER,
+        cells=cells,
+        number=number,
+        published=NOTE,
+    )
+
+
+def browser_questions(
+    comparison: Comparison,
+    sides: Sequence[Side],
+    images: Path | None,
+    questions: int,
+    encoded: dict[str, str | None],
+) -> list[dict[str, Any]]:
+    """The disagreements with the base that the page's browser shows, in their first runs;
+    ``encoded`` gets their pictures."""
+    shown = []
+    for row in comparison.rows:
+        if row.base != comparison.names[0]:
+            continue
+        side = comparison.names.index(row.new)
+        base_runs, new_runs, _ = paired_runs(row.benchmark, sides[0], sides[side])
+        folders = picture_folders(row.benchmark, [base_runs[0], new_runs[0]], images)
+        for base, new in disagreements(base_runs[0].items, new_runs[0].items, questions):
+            picture = picture_key(row.benchmark, base, folders, encoded)
+            shown.append(
+                {"benchmark": row.title, "pair": side, "image": picture, **_question(base, new)}
+            )
+    return shown
+
+
+def drawn_intervals(rows: Sequence[Row]) -> list[list[float]]:
+    """Zero and each row's low end, estimate and high end, as fractions of a drawing's width, all on
+    one scale."""
+    marks = []
+    for row in rows:
+        size = FULL_MME if row.unit == "points" else 1.0
+        result = row.result
+        marks.append([0.0, result.low / size, result.difference / size, result.high / size])
+    low = min(map(min, marks))
+    high = max(map(max, marks))
+    width = (high - low) or 1
+    drawn = []
+    for row_marks in marks:
+        drawn.append([(mark - low) / width for mark in row_marks])
+    return drawn
+
+
+def picture_folders(name: str, runs: Sequence[Run], root: Path | None) -> list[Path]:
+    """Where a benchmark's pictures are searched: below ``root`` (--image-folder), else in the data
+    that were scored."""
+    rule = benchmarks().get(name)
+    if root is not None:
+        return [root / below for below in (*(rule.folders if rule else ()), "")]
+    scored = {(str(run.provenance.get("data")), run.provenance.get("data_sha256")) for run in runs}
+    return [
+        Path(data)
+        for data, digest in sorted(scored, key=str)
+        # the digest of a folder without annotations is that of nothing, and says nothing
+        if rule
+        and digest != sha256_text("")
+        and Path(data).exists()
+        and rule.data_digest(Path(data)) == digest
+    ]
+
+
+def picture_key(
+    name: str, item: Item, folders: Sequence[Path], encoded: dict[str, str | None]
+) -> str:
+    """The key of an item's picture, "" if there is none; ``encoded`` gets its data URI, None if it
+    is not found."""
+    rule = benchmarks().get(name)
+    image = str(item.get("image") or "")
+    key = f"{name}/{image}"
+    if image and key not in encoded:
+        found = (
+            rule.image_bytes(folder, item) if rule else find_image(("", "images"), folder, image)
+            for folder in folders
+        )
+        encoded[key] = thumbnail(next(filter(None, found), None))
+    return key if encoded.get(key) else ""
+
+
+def disagreements(base: Sequence[Item], new: Sequence[Item], most: int) -> list[tuple[Item, Item]]:
+    """At most so many questions whose scores differ: wins and losses evenly, spread over the
+    benchmark, in its order. Items without an answer, such as the queries of retrieval, are left
+    out."""
+    pairs = []
+    for old, now in zip(base, new, strict=True):
+        answered = "answer" in old and "answer" in now
+        # ScienceQA-IMG
+        multimodal = old.get("is_multimodal", True) or now.get("is_multimodal", True)
+        if answered and multimodal:
+            pairs.append((old, now))
+    won = [number for number, (old, now) in enumerate(pairs) if now["score"] > old["score"]]
+    lost = [number for number, (old, now) in enumerate(pairs) if now["score"] < old["score"]]
+    losses = min(len(lost), max(most // 2, most - len(won)))
+    wins = min(len(won), most - losses)
+    chosen = [*spread_evenly(lost, losses), *spread_evenly(won, wins)]
+    return [pairs[number] for number in sorted(chosen)]
+
+
+def spread_evenly(numbers: Sequence[int], count: int) -> list[int]:
+    """``count`` of them at equal steps."""
+    return [numbers[step * len(numbers) // count] for step in range(count)]
+
+
+def _question(base: Item, new: Item) -> dict[str, Any]:
+    """What the page's browser shows of a question."""
+    return {
+        "id": str(base["id"]),
+        "question": _short(base.get("question")),
+        "choices": [_short(choice) for choice in base.get("choices", [])],
+        "truth": _short(base.get("truth")),
+        "category": str(base.get("category") or ""),
+        "answers": [_short(item.get("answer")) for item in (base, new)],
+        "missing": [bool(item.get("missing")) for item in (base, new)],
+        "scores": [round(float(item["score"]), 3) for item in (base, new)],
+        "rotations": [_rotations(item) for item in (base, new)],
+    }
+
+
+def _rotations(item: Item) -> str:
+    """MMBench's answers to every rotation of the options."""
+    rows = item.get("rows") or []
+    texts = [
+        f"{_short(entry.get('text'))} ({'right' if entry.get('correct') else 'wrong'})"
+        for entry in rows
+    ]
+    return "; ".join(texts) if len(rows) > 1 else ""
+
+
+def _short(value: Any) -> str:
+    """A text in one line of the page; of human answers each with its count."""
+    if isinstance(value, list):
+        value = ", ".join(
+            f"{answer} ×{count}" for answer, count in Counter(map(str, value)).most_common()
+        )
+    text = "" if value is None else str(value)
+    return text if len(text) <= LONGEST else text[:LONGEST] + " …"

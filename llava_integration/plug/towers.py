@@ -1,0 +1,504 @@
+"""The vision towers that LLaVA can be given: what a name means, which are registered, which one a
+checkpoint has.
+
+| name                        | tower                                                     |
+|-----------------------------|-----------------------------------------------------------|
+| ``llm2clip``                | ``LLM2CLIP_TOWER`` if set, else the ``llm2clip use`` tower |
+| ``llm2clip:PATH``           | a tower directory                                         |
+| ``llm2clip:NAME``           | a name listed by ``llm2clip towers``                      |
+| ``llm2clip:ORG/NAME[@REV]`` | a tower directory on the Hugging Face Hub                 |
+| ``PATH``                    | a tower directory, given as a plain path                  |
+
+LLaVA records only the name, which can come to mean another tower: a checkpoint's config.json also
+records the hash, and only that tower is loaded. The registry is ``towers.json`` in
+``$LLM2CLIP_HOME``, else in ``~/.config/llm2clip``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from llava_integration.plug.checkpoints import CONFIG, HUB_ID, checkpoint_config, config_of
+from llm2clip_plugin.atomic import atomic_directory, write_text
+from llm2clip_plugin.contracts import TowerCard, VersionedRecord
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.hub import hub_snapshot
+from llm2clip_plugin.options import Command, NoOptions, command
+from llm2clip_plugin.vision.directory import check_card
+
+NAME = "llm2clip"
+KEY = "llm2clip_tower"  # in a checkpoint's config.json, or in RECORD where it has none
+RECORD = "llm2clip_tower.json"
+BUNDLE = "vision_tower"  # folder of a checkpoint with a copy of its tower
+HUB_FILES = ["*.json", "*.safetensors", "README.md"]  # of a tower directory
+BUNDLED_FILES = (*HUB_FILES, "*.py")
+
+
+class TowerNotFoundError(FileNotFoundError):
+    """No tower under a name; the message lists where it was searched for and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerLocation:
+    """A tower directory on this machine."""
+
+    directory: Path
+    card: TowerCard
+    origin: str  # absolute path, or Hub id with revision: where another machine would look
+    how: str  # how the tower was named, for messages: "LLM2CLIP_TOWER=...", "bundled in ..."
+
+    @classmethod
+    def of(cls, directory: Path, *, how: str, origin: str = "") -> TowerLocation:
+        """Read the card of ``directory``, ContractError without one; ``origin`` defaults to its
+        absolute path."""
+        if not (directory / TowerCard.FILE).is_file():
+            import_it = command("import", directory, "--output", "DIR")
+            raise ContractError(
+                f"{how}: {directory} is not a tower directory (no {TowerCard.FILE}); "
+                f"create one with `llm2clip export RUN` or `{import_it}`"
+            )
+        card = TowerCard.read(directory / TowerCard.FILE)
+        return cls(
+            directory=directory, card=card, origin=origin or str(directory.resolve()), how=how
+        )
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the weights, from the card."""
+        return self.card.weights_sha256
+
+    def check_weights(self) -> None:
+        """Compare the tower's files with their hashes; raises ContractError with both if one was
+        changed."""
+        check_card(self.directory, adapter=False)
+
+    def describe(self) -> str:
+        """One line: origin, hash, family, width, blocks, patches."""
+        card = self.card
+        grid = card.image_size // card.patch_size
+        return (
+            f"{self.origin}, sha256 {card.weights_sha256[:12]}, {card.family}, "
+            f"width {card.hidden_size}, {card.num_layers} blocks, {card.image_size} px, "
+            f"{grid} x {grid} = {card.num_patches} patches"
+        )
+
+
+# The registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registry(VersionedRecord):
+    """The contents of ``towers.json``: the towers that the user registered by name, and the
+    selected one."""
+
+    KIND: ClassVar[str] = "llm2clip-towers"
+    FILE: ClassVar[str] = "towers.json"
+
+    chosen: str = ""  # key of towers; "" before the first `llm2clip use`
+    # name -> {"spec", "weights_sha256"}
+    towers: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def check_values(self, *, where: str) -> None:
+        """Raise ContractError for an entry without its fields, names that lead to each other, an
+        unknown selection."""
+        fix = "correct the file, or delete it and run `llm2clip use TOWER` again"
+        for name, entry in self.towers.items():
+            if {*entry} != {"spec", "weights_sha256"} or not entry["spec"].strip():
+                raise ContractError(
+                    f"{where}: towers.{name} has {sorted(entry)}, "
+                    f"expected a spec (path or Hub id) and weights_sha256; {fix}"
+                )
+            seen = {name}
+            spec = entry["spec"]
+            while spec in self.towers and spec != self.towers[spec].get("spec"):
+                if spec in seen:
+                    raise ContractError(f"{where}: towers.{name} leads back to itself; {fix}")
+                seen.add(spec)
+                spec = self.towers[spec].get("spec", "")
+        if self.chosen and self.chosen not in self.towers:
+            known = ", ".join(sorted(self.towers)) or "none"
+            raise ContractError(
+                f"{where}: chosen is {self.chosen!r}, which is not one of its towers ({known}); "
+                f"{fix}"
+            )
+
+    def summary(self) -> str:
+        """The registered towers in one line, for error messages."""
+        listed = ", ".join(
+            f"{name} ({entry['spec']})" for name, entry in sorted(self.towers.items())
+        )
+        if not listed:
+            return f"no towers are registered in {registry_file()}"
+        return f"registered towers: {listed}"
+
+
+def registry_file() -> Path:
+    """Path of the registry; the file need not exist."""
+    config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    home = os.environ.get("LLM2CLIP_HOME") or f"{config}/llm2clip"
+    return Path(home).expanduser() / Registry.FILE
+
+
+def registry() -> Registry:
+    """The registry, empty if there is no file. Raises ContractError for a damaged file."""
+    path = registry_file()
+    return Registry.read(path) if path.is_file() else Registry()
+
+
+def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
+    """Register a tower (``spec``: absolute path or Hub id), select it and return its name. Without
+    ``name`` it keeps the one that it has, or gets the last part of ``spec``, with a number if that
+    is taken."""
+    known = registry()
+    name = name or registered_name(known, spec) or free_name(known, spec)
+    towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
+    replace(known, chosen=name, towers=towers).write(registry_file())
+    return name
+
+
+def registered_name(known: Registry, spec: str) -> str:
+    """The first name of a tower, "" if it has none."""
+    return next((name for name, entry in known.towers.items() if entry["spec"] == spec), "")
+
+
+def free_name(known: Registry, spec: str) -> str:
+    """The last part of ``spec``, with a number if another tower has that name."""
+    stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
+    name = stem
+    number = 1
+    while name in known.towers:
+        number += 1
+        name = f"{stem}-{number}"
+    return name
+
+
+# What a name means
+
+
+def is_ours(name: object) -> bool:
+    """Whether ``--vision_tower name`` is a tower of this package: ``llm2clip``, ``llm2clip:...`` or
+    a tower directory. Never matches a substring: ``my-llm2clip`` is left to LLaVA."""
+    if not isinstance(name, str):
+        return False
+    return (
+        name == NAME
+        or name.startswith(f"{NAME}:")
+        or os.path.isfile(os.path.join(name, TowerCard.FILE))
+    )
+
+
+def locate(name: str) -> TowerLocation:
+    """The tower that ``name`` (see the table above) means now. Raises TowerNotFoundError if there
+    is none, ContractError if what it names is not a tower directory."""
+    if name.startswith(f"{NAME}:"):
+        return locate_spec(name[len(NAME) + 1 :], how=f"--vision_tower {name}")
+    if name != NAME:
+        return TowerLocation.of(Path(name), how=f"--vision_tower {name}")
+    if spec := os.environ.get("LLM2CLIP_TOWER"):
+        return locate_spec(spec, how=f"LLM2CLIP_TOWER={spec}")
+    known = registry()
+    if known.chosen:
+        return locate_spec(known.towers[known.chosen]["spec"], how=f"`llm2clip use {known.chosen}`")
+    raise TowerNotFoundError(
+        f"--vision_tower {NAME}: no tower is selected; run `llm2clip use TOWER`, "
+        f"set LLM2CLIP_TOWER=TOWER, or pass --vision_tower {NAME}:TOWER (path or Hub id); "
+        f"{known.summary()}"
+    )
+
+
+def locate_spec(spec: str, *, how: str) -> TowerLocation:
+    """The tower of a path, a registered name or a Hub id, tried in this order."""
+    path = Path(spec).expanduser()
+    if spec.strip() and path.is_dir():
+        return TowerLocation.of(path, how=how)
+    known = registry()
+    if spec in known.towers and known.towers[spec]["spec"] != spec:
+        return locate_spec(known.towers[spec]["spec"], how=f"{how} (registered as {spec!r})")
+    if HUB_ID.match(spec):
+        repository, _, revision = spec.partition("@")
+        directory = download(repository, HUB_FILES, revision or None)
+        return TowerLocation.of(directory, how=how, origin=spec)
+    raise TowerNotFoundError(
+        f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {known.summary()}"
+    )
+
+
+def download(repository: str, patterns: list[str], revision: str | None = None) -> Path:
+    """Files of a Hub repository; raises TowerNotFoundError."""
+    try:
+        return hub_snapshot(repository, revision=revision, patterns=patterns)
+    except (OSError, ValueError) as error:
+        # the client's errors for network, cache, permissions and names
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise TowerNotFoundError(
+            f"no directory {repository!r}, and downloading it from the Hub failed ({reason}); "
+            f"download it elsewhere and pass {NAME}:PATH; {registry().summary()}"
+        ) from error
+
+
+# Which tower a checkpoint was trained with
+
+# The path or Hub id given to load_pretrained_model. A LoRA or projector checkpoint needs it: the
+# configuration that reaches the tower has the base model's path.
+checkpoint_being_loaded: ContextVar[str] = ContextVar("checkpoint_being_loaded", default="")
+
+
+@contextmanager
+def loading(checkpoint: str) -> Iterator[None]:
+    """Also search the ``vision_tower`` folder of ``checkpoint`` within the block."""
+    token = checkpoint_being_loaded.set(str(checkpoint))
+    try:
+        yield
+    finally:
+        checkpoint_being_loaded.reset(token)
+
+
+def checkpoint_of(config: Any) -> str:
+    """Path or Hub id of the checkpoint that is being loaded; "" for a new model."""
+    return checkpoint_being_loaded.get() or getattr(config, "_name_or_path", "")
+
+
+def tower_record(location: TowerLocation, name: str, hidden_size: int) -> dict[str, Any]:
+    """What config.json records of the tower, under KEY; ``name`` is LLaVA's ``--vision_tower``."""
+    return {
+        "weights_sha256": location.sha256,
+        "origin": location.origin,
+        "name": name,
+        "family": location.card.family,
+        "image_size": location.card.image_size,
+        "mm_hidden_size": hidden_size,
+    }
+
+
+def find_tower(name: str, config: Any) -> TowerLocation:
+    """The tower of a model, by the hash in ``config`` (LLaVA's configuration or model arguments),
+    else by ``name``.
+
+    Searches the name, the checkpoint's ``vision_tower`` folder, the recorded origin and the
+    registry, in this order. Raises ContractError with both hashes if only other towers are found,
+    TowerNotFoundError if none is.
+    """
+    record = getattr(config, KEY, None)
+    checkpoint = checkpoint_of(config) or "the checkpoint"
+    if not record:
+        try:
+            return locate(name)
+        except FileNotFoundError:
+            if not (Path(checkpoint) / BUNDLE / TowerCard.FILE).is_file():
+                raise
+            return TowerLocation.of(Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}")
+    with errors_about(f"{KEY} in config.json of {checkpoint}", fix="copy the checkpoint again"):
+        wanted = str(record["weights_sha256"])
+        origin = str(record["origin"])
+    places: list[tuple[str, Callable[[], TowerLocation]]] = [
+        (f"by name, {name!r}", partial(locate, name))
+    ]
+    if folder := checkpoint_of(config):
+        places.append((f"in {folder}/{BUNDLE}", partial(locate_bundled, folder, origin)))
+    if origin != name.partition(":")[2]:
+        places.append((f"at its origin, {origin}", partial(locate_spec, origin, how="origin")))
+    for registered, entry in sorted(registry().towers.items()):
+        if entry["weights_sha256"] == wanted:
+            find = partial(locate_spec, entry["spec"], how="registry")
+            places.append((f"registered as {registered!r}", find))
+    searched: list[str] = []
+    problem: type[Exception] = TowerNotFoundError
+    for where, find in places:
+        try:
+            location = find()
+        except (FileNotFoundError, ContractError) as error:
+            searched.append(f"\n  - {where}: {error}")
+            continue
+        if location.sha256 == wanted:
+            if searched:
+                source = f"{location.directory} ({where})"
+                print(f"llm2clip: loading the vision tower {name!r} from {source}")
+            return location
+        problem = ContractError  # another tower is not loaded in its place
+        searched.append(f"\n  - {where}: {location.directory} has sha256 {location.sha256}")
+    about = f"origin {origin}, {record.get('family')}, {record.get('image_size')} px"
+    raise problem(
+        f"{checkpoint} was trained with the tower sha256 {wanted} ({about}); "
+        f"refusing to load a different tower. Searched:{''.join(searched)}\n"
+        "Copy that tower to this machine and run `llm2clip use PATH`, "
+        f"or run `{command('llava', 'bundle', checkpoint)}` where the tower still exists "
+        "and copy the checkpoint again"
+    )
+
+
+def record_tower(folder: str | os.PathLike[str], config: Any) -> None:
+    """Write what config.json records of the tower into a checkpoint that has none: PEFT saves the
+    adapter alone."""
+    record = getattr(config, KEY, None)
+    if record and not (Path(folder) / CONFIG).is_file():
+        write_text(Path(folder) / RECORD, json.dumps({KEY: record}, indent=2) + "\n")
+
+
+def refuse_other_checkpoints(output: str, config: Any) -> None:
+    """Raise ContractError if LLaVA would resume in ``output`` what was trained with another tower,
+    under its name."""
+    now = (getattr(config, KEY, None) or {}).get("weights_sha256")
+    for folder in Path(output).glob("checkpoint-*"):
+        record = config_of(folder).get(KEY) or config_of(folder, RECORD).get(KEY)
+        if now and not record and not (folder / CONFIG).is_file():
+            print(
+                f"note: {folder} does not record its vision tower; "
+                "it was not compared with --vision_tower"
+            )
+        if (was := (record or {}).get("weights_sha256", now)) != now:
+            raise ContractError(
+                f"{folder} was trained with the vision tower sha256 {was}, "
+                f"--vision_tower is now sha256 {now}; "
+                "pass that tower, or choose another --output_dir"
+            )
+
+
+def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
+    """The tower in a checkpoint's ``vision_tower`` folder, on this machine or on the Hub."""
+    directory = Path(checkpoint)
+    if not directory.is_dir() and HUB_ID.match(checkpoint):
+        directory = download(checkpoint, [f"{BUNDLE}/*"])
+    if not (directory / BUNDLE).is_dir():
+        raise TowerNotFoundError("no such folder")
+    return TowerLocation.of(directory / BUNDLE, how=f"bundled in {checkpoint}", origin=origin)
+
+
+# ``llm2clip use``, ``llm2clip towers``, ``llm2clip llava bundle``
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseConfig:
+    """The tower to use."""
+
+    tower: str  # tower directory, Hub id, or a registered name
+    name: str = ""  # register it under this name; "": last part of the path or id
+
+
+USE = Command(
+    name="use",
+    example="llm2clip use towers/l14-336",
+    about="Register a tower and make it the one that --vision_tower llm2clip loads.",
+    settings=UseConfig,
+    arguments="tower",
+)
+TOWERS = Command(
+    name="towers",
+    example="llm2clip towers",
+    about="List the registered towers: location, hash, width, patches. An asterisk marks the "
+    "selected one.",
+    settings=NoOptions,
+)
+
+
+def main_use(argv: list[str]) -> int:
+    options = USE.parse(argv)
+    if HUB_ID.match(options.name) and "/" in options.name:
+        raise ValueError(f"--name {options.name} reads as a Hub id; choose a name without /")
+    location = locate_spec(options.tower, how=f"llm2clip use {options.tower}")
+    location.check_weights()
+    name = select(location.origin, location.sha256, name=options.name)
+    print(f"--vision_tower llm2clip is now {name}: {location.describe()}")
+    if spec := os.environ.get("LLM2CLIP_TOWER"):
+        print(f"note: LLM2CLIP_TOWER={spec} is set and takes precedence")
+    return 0
+
+
+def main_towers(argv: list[str]) -> int:
+    TOWERS.parse(argv)
+    known = registry()
+    for name, entry in sorted(known.towers.items()):
+        spec = entry["spec"]
+        description = f"on the Hub as {spec}, sha256 {entry['weights_sha256'][:12]}"
+        # those of the Hub are not downloaded for it
+        if Path(spec).is_dir() or not HUB_ID.match(spec):
+            try:
+                description = locate_spec(spec, how=name).describe()
+            except (FileNotFoundError, ContractError) as error:
+                description = f"not usable: {error}"
+        print(f"{'*' if name == known.chosen else ' '} {name}: {description}")
+    if not known.towers:
+        print(f"{known.summary()}; register one with `llm2clip use PATH_OR_HUB_ID`")
+    return 0
+
+
+def bundle(checkpoint: Path, *, tower: str = "") -> Path:
+    """Copy the checkpoint's tower, or ``tower`` (path, registered name or Hub id), to
+    ``CHECKPOINT/vision_tower``.
+
+    Raises ContractError if the checkpoint was trained with another, FileExistsError if another is
+    bundled already.
+    """
+    config = checkpoint_config(checkpoint)
+    name = str(config.get("mm_vision_tower"))
+    if not is_ours(name):
+        raise ContractError(
+            f"{checkpoint} has the vision tower {name!r}; only a tower of this package is bundled"
+        )
+    location = locate_tower(checkpoint, name, config, tower)
+    target = checkpoint / BUNDLE
+    if (target / TowerCard.FILE).is_file():
+        bundled = TowerLocation.of(target, how="bundled")
+        if bundled.sha256 == location.sha256:
+            bundled.check_weights()
+            return target
+    fix = f"it holds no bundled tower of {location.sha256[:12]}: move it, and bundle again"
+    with atomic_directory(target, fix=fix) as temporary:
+        for pattern in BUNDLED_FILES:
+            for source in sorted(location.directory.glob(pattern)):
+                shutil.copyfile(source, temporary / source.name)
+        replace(location, directory=temporary).check_weights()
+    return target
+
+
+def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str) -> TowerLocation:
+    """The tower at ``tower``, or else the one that loading the checkpoint finds. Raises
+    ContractError with both hashes if ``tower`` is not the one that the checkpoint was trained with.
+    """
+    if not tower:
+        return find_tower(name, SimpleNamespace(**{**config, "_name_or_path": str(checkpoint)}))
+    location = locate_spec(tower, how=f"--tower {tower}")
+    recorded = config.get(KEY, {}).get("weights_sha256", location.sha256)
+    if location.sha256 != recorded:
+        raise ContractError(
+            f"{checkpoint} was trained with the tower sha256 {recorded}, "
+            f"but {location.directory} has sha256 {location.sha256}; "
+            "pass the original with --tower"
+        )
+    return location
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig:
+    """Checkpoints that get their tower."""
+
+    checkpoints: tuple[Path, ...]  # folders with config.json
+    # path, registered name or Hub id of the tower, if the checkpoint cannot find it
+    tower: str = ""
+
+
+LLAVA_BUNDLE = Command(
+    name="llava bundle",
+    example="llm2clip llava bundle checkpoints/llava-7b-llm2clip",
+    about="Copy the vision tower into LLaVA checkpoints, so that they load on another machine.",
+    settings=BundleConfig,
+    arguments="checkpoints",
+    shown={"checkpoints": "checkpoint"},
+)
+
+
+def main_bundle(argv: list[str]) -> int:
+    options = LLAVA_BUNDLE.parse(argv)
+    for checkpoint in options.checkpoints:
+        target = bundle(checkpoint, tower=options.tower)
+        print(f"{target}: sha256 {TowerCard.read(target / TowerCard.FILE).weights_sha256}")
+    return 0

@@ -1,0 +1,179 @@
+"""What LLaVA's trainer lacks on the libraries of today, on a machine without a GPU, and for ChatML.
+
+``hook`` calls `complete_trainer` in processes that import ``llava.train.llava_trainer``, as LLaVA's
+training does.
+"""
+
+import atexit
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+
+from llava_integration.plug.compat.completion import replaces
+from llava_integration.plug.towers import record_tower, refuse_other_checkpoints
+from llm2clip_plugin.quiet import quiet_llava
+
+# LLaVA may be in an environment of its own, not where types are checked.
+# pyright: reportMissingImports=false
+
+
+PROGRAMS = ("__main__", "llava.train.train")  # as a program, and imported by train_mem.py
+# those that DeepSpeed starts several of and then waits for the last one only
+COLLECTIVES = (
+    "all_gather all_gather_into_tensor reduce_scatter_tensor all_reduce reduce broadcast".split()
+)
+Turns = list[dict[str, str]]
+
+
+def complete_trainer(module: ModuleType) -> None:
+    """Complete ``llava.train.llava_trainer``; a second call does nothing."""
+    trainer = module.LLaVATrainer
+    if hasattr(trainer, "completed_by_llm2clip"):
+        return
+    trainer.completed_by_llm2clip = True
+    quiet_llava()
+    file = os.path.realpath(os.path.join(os.path.dirname(str(module.__file__)), "train.py"))
+
+    # The program, which no import hook sees as __main__, has made its dataset by then; that
+    # prepares a sample when it is read.
+    @replaces(trainer, "__init__")
+    def init(original: Any, self: Any, *arguments: Any, **options: Any) -> None:
+        for program in map(sys.modules.get, PROGRAMS):
+            if os.path.realpath(getattr(program, "__file__", None) or "") == file:
+                setattr(program, "preprocess_mpt", preprocess)  # noqa: B010 - a name of LLaVA's module
+        original(self, *arguments, **options)
+        refuse_other_checkpoints(self.args.output_dir, self.model.config)
+
+    # A LoRA checkpoint gets no config.json, which would name its tower.
+    @replaces(trainer, "_save")
+    def save(
+        original: Any, self: Any, output_dir: str | None = None, *arguments: Any, **options: Any
+    ) -> None:
+        original(self, output_dir, *arguments, **options)
+        if output_dir and os.path.isdir(output_dir):
+            record_tower(output_dir, self.model.config)
+
+    # DeepSpeed counts the micro-batches itself. accelerate before 1.2 enters its no_sync (since
+    # 0.15.4) for all but the last of a step, which ZeRO-2 and ZeRO-3 refuse, and in which no stage
+    # allows engine.step(), called after each.
+    @replaces(trainer, "create_accelerator_and_postprocess")
+    def create_accelerator_and_postprocess(original: Any, self: Any) -> None:
+        original(self)
+        if self.is_deepspeed_enabled:
+            self.accelerator.no_sync = lambda model: contextlib.nullcontext()
+
+    # LLaVA makes empty groups for LoRA, whose weights have no biases. ZeRO drops them after the
+    # scheduler is made, and the scheduler of newer torch then stops training at the first step.
+    @replaces(trainer, "create_optimizer")
+    def create_optimizer(original: Any, self: Any) -> torch.optim.Optimizer:
+        optimizer = original(self)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    # torch 2.6 and newer do not load numpy's random state, without which the trainer of 4.37 cannot
+    # resume.
+    if hasattr(torch.serialization, "add_safe_globals"):
+        # its module's name depends on numpy's version
+        reconstruct: Any = np.zeros(1).__reduce__()[0]
+        torch.serialization.add_safe_globals(
+            [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+        )
+    if not torch.cuda.is_available():
+        complete_for_cpu()
+
+
+def complete_for_cpu() -> None:
+    """Let LLaVA train without a GPU, with any number of ranks."""
+    # LLaVA calls it before it saves a full finetune
+    torch.cuda.synchronize = lambda device=None: None
+    for name in COLLECTIVES:
+        replaces(torch.distributed, name)(finished)
+    if find_spec("deepspeed"):
+        import deepspeed
+
+        # Only for tensor-parallel inference, but compiled for minutes, in silence, by the first run
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    atexit.register(leave_ranks)
+
+
+def finished(collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A collective that is over when it returns.
+
+    DeepSpeed before 0.19.8 starts several gathers and waits for the last one: right on a GPU, whose
+    stream keeps their order, but gloo finishes them in any order, and ZeRO-3 would compute with
+    parameters that have not arrived.
+    """
+    work = collective(*arguments, **options)
+    if work is not None:
+        work.wait()
+    return work
+
+
+def leave_ranks() -> None:
+    """End a rank without the interpreter's shutdown, which aborts one in ten: LLaVA leaves the
+    process group open."""
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1 if hasattr(sys, "last_value") else 0)  # set by an error that nobody caught
+
+
+# ``--version chatml_direct`` and ``mpt``: labels for language models that speak ChatML. LLaVA's
+# ``preprocess_mpt`` counts a token too few in each round, takes that for a tokenization mismatch,
+# and ignores all labels of the sample.
+
+
+def preprocess(
+    sources: list[Turns], tokenizer: Any, has_image: bool = False
+) -> dict[str, list[torch.Tensor]]:
+    """Token ids and labels of conversations, (T,) each, in the template of ``--version``.
+
+    An answer is learned with the ``<|im_end|>`` that ends it; every other label is LLaVA's
+    IGNORE_INDEX.
+    """
+    from llava.mm_utils import tokenizer_image_token
+
+    def ids_of(text: str) -> list[int]:
+        made: Any = (
+            tokenizer_image_token(text, tokenizer) if has_image else tokenizer(text).input_ids
+        )
+        return made
+
+    rows = [labeled(turns, ids_of) for turns in sources]
+    return {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
+
+
+def labeled(turns: Turns, ids_of: Callable[[str], list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels of one conversation; turns before the first question are left out, as in
+    LLaVA's templates."""
+    from llava import conversation
+    from llava.constants import IGNORE_INDEX
+
+    template = conversation.default_conversation.copy()
+    roles = template.roles
+    template.messages = []
+    prefixes = []  # of each answer: the ids before it, and those through its end
+    for turn in turns if turns[0]["from"] == "human" else turns[1:]:
+        role = roles[len(template.messages) % 2]
+        if turn["from"] != ("human" if role == roles[0] else "gpt"):
+            raise ValueError(f"turns of a conversation must alternate human, gpt, ...; got {turns}")
+        template.append_message(role, None)
+        before = ids_of(template.get_prompt())
+        template.messages[-1][1] = turn["value"]
+        if role == roles[1]:
+            prefixes.append((before, ids_of(template.get_prompt())))
+    ids = ids_of(template.get_prompt())
+    labels = [IGNORE_INDEX] * len(ids)
+    for before, through in prefixes:
+        # a tokenizer may join the last character before the answer with its first one
+        start, end = (len(os.path.commonprefix([one, ids])) for one in (before, through))  # noqa: RUF071 - of lists
+        labels[start:end] = ids[start:end]
+    return torch.tensor(ids), torch.tensor(labels)
