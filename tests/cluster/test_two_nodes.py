@@ -115,14 +115,14 @@ def test_a_tower_over_pdsh(cluster: Cluster, tmp_path: Path):
     two.start()
     both = launch(two, log, *launcher, *command)  # whichever host the command is on
     assert both.wait(PATIENCE) == 0, log.read_text()[-3000:]
-    assert losses(run) == pytest.approx(losses(straight), abs=1e-5) and sorted(losses(run)) == list(
-        range(1, STEPS + 1)
-    )
+    assert losses(run) == pytest.approx(losses(straight), abs=1e-5)
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
     worlds = {
         state.step: state.world_size
         for state in map(TrainState.read, run.glob("checkpoints/*/state.json"))
     }
-    assert worlds[STEPS] == 2 and RunRecord.read(run / RunRecord.FILE).finished
+    assert worlds[STEPS] == 2
+    assert RunRecord.read(run / RunRecord.FILE).finished
 
 
 def test_torchrun_goes_on_by_itself(cluster: Cluster, tmp_path: Path):
@@ -171,10 +171,11 @@ def test_torchrun_goes_on_by_itself(cluster: Cluster, tmp_path: Path):
     returned = launch(two, second, *agents)
     wait_for(lambda: first.read_text().count("closing signal SIGTERM") > closed, PATIENCE)
     one.check("pkill", "-CONT", "-f", f"python -u {script}")
-    assert [survivor.wait(PATIENCE), returned.wait(PATIENCE)] == [0, 0], first.read_text()[-3000:]
-    assert losses(run) == pytest.approx(losses(straight), abs=1e-5) and sorted(losses(run)) == list(
-        range(1, STEPS + 1)
-    )
+    assert survivor.wait(PATIENCE) == 0, first.read_text()[-3000:]
+    assert returned.wait(PATIENCE) == 0, first.read_text()[-3000:]
+    assert losses(run) == pytest.approx(losses(straight), abs=1e-5)
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
     assert re.search(rf"SIGTERM: saved step \d+ of {STEPS}", first.read_text())
     (last,) = run.glob(f"checkpoints/step-{STEPS:08d}")
-    assert TrainState.read(last / TrainState.FILE).world_size == 2 and (run / "adapter").is_dir()
+    assert TrainState.read(last / TrainState.FILE).world_size == 2
+    assert (run / "adapter").is_dir()

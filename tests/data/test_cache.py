@@ -75,13 +75,16 @@ def test_round_trip_by_caption_in_any_order(
     )
     cache.check(source)
     cache.verify()
-    assert cache.width == WIDTH and cache.teacher == TEACHER and cache.manifest.captions == 7
+    assert cache.width == WIDTH
+    assert cache.teacher == TEACHER
+    assert cache.manifest.captions == 7
     first = 0
     for number in range(len(source)):
         key, captions = source.captions(number)
         found = cache.rows(*source.locate(number), captions[::-1], key=key).flip(0)
         expected = written[first : first + len(captions)]
-        assert found.dtype == torch.float32 and found.shape == expected.shape
+        assert found.dtype == torch.float32
+        assert found.shape == expected.shape
         assert torch.nn.functional.cosine_similarity(found, expected).min() > cosine
         first += len(captions)
 
@@ -102,7 +105,8 @@ def test_float16_holds_rows_beyond_its_range(tmp_path: Path) -> None:
     writer.write_shard("s", ["k"], [(0, 0), (0, 1)], rows)
     writer.finish()
     found = EmbeddingCache.open(tmp_path).shard("s").embeddings(range(2))
-    assert torch.allclose(found, rows, rtol=1e-3) and torch.isfinite(found).all()
+    assert torch.allclose(found, rows, rtol=1e-3)
+    assert torch.isfinite(found).all()
 
 
 def test_equal_captions_share_a_row_and_blank_ones_have_none() -> None:
@@ -117,7 +121,8 @@ def test_another_teacher_dtype_or_width_is_refused(source, tmp_path: Path) -> No
     other = dataclasses.replace(TEACHER, weights_sha256="b" * 64)
     with pytest.raises(ContractError) as caught:
         EmbeddingCache.open(tmp_path / "cache", expect_fingerprint=other.fingerprint)
-    assert other.fingerprint in str(caught.value) and TEACHER.fingerprint in str(caught.value)
+    assert other.fingerprint in str(caught.value)
+    assert TEACHER.fingerprint in str(caught.value)
     with pytest.raises(ContractError, match=r"width 640 .* expected 4096"):
         EmbeddingCache.open(tmp_path / "cache", expect_width=4096)
     with pytest.raises(ContractError, match=r"pooling 'mean' != 'last'"):
@@ -236,7 +241,8 @@ def test_a_damaged_shard_is_not_complete(
     keys, captions = shard_captions(source, source.shards[0])
     digest = rows_digest(keys, caption_rows(captions))
     writer = CacheWriter(tmp_path / "cache", TEACHER)
-    assert writer.is_complete("pairs", digest) and not caplog.text
+    assert writer.is_complete("pairs", digest)
+    assert not caplog.text
     damage(tmp_path / "cache" / "pairs.safetensors", tensor, 0)
     assert not writer.is_complete("pairs", digest)
     assert "is damaged: SHA-256" in caplog.text

@@ -106,7 +106,8 @@ def test_a_kind_has_its_weight_whatever_the_number_of_its_captions() -> None:
     rng = random.Random(0)
     drawn = Counter(choose_caption(MANY, EVENLY, rng).text for _ in range(6000))
     # standard deviations: sqrt(6000 / 4) = 39 and sqrt(6000 x 5 / 36) = 29
-    assert abs(drawn["d"] - 3000) < 160 and all(abs(drawn[text] - 1000) < 120 for text in "abc")
+    assert abs(drawn["d"] - 3000) < 160
+    assert all(abs(drawn[text] - 1000) < 120 for text in "abc")
 
 
 @pytest.fixture
@@ -134,7 +135,8 @@ def test_training_draws_by_kind_the_same_on_any_ranks_and_workers(source: Source
     ]
     kinds = Counter(text.split()[0] for text in texts)
     # of 400; standard deviation 10
-    assert kinds.keys() == {"short", "long"} and abs(kinds["long"] - 200) < 50
+    assert kinds.keys() == {"short", "long"}
+    assert abs(kinds["long"] - 200) < 50
     ranks = [
         PairLoader(dataset, local_batch=10, rank=rank, world=2, workers=rank) for rank in range(2)
     ]

@@ -40,7 +40,8 @@ def checked(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict]
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
     status, report = checked(capsys, str(messy), "--workers", workers)
-    assert status == 1 and not report["fit_for_training"]
+    assert status == 1
+    assert not report["fit_for_training"]
     assert (report["samples"], report["shards"]) == (26, 2)
     assert [one["shard"] for one in report["broken_shards"]] == ["00002"]
     assert "no end-of-archive marker" in report["broken_shards"][0]["reason"]
@@ -59,7 +60,9 @@ def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], wo
     ]
     assert report["duplicate_keys"]["most_frequent"] == [{"samples": 2, "value": "000000000"}]
     lengths = report["caption_lengths"]
-    assert lengths["unit"] == "words" and lengths["max"] == 600 and lengths["over_limit"] == 1
+    assert lengths["unit"] == "words"
+    assert lengths["max"] == 600
+    assert lengths["over_limit"] == 1
     assert lengths["longest"] == "00001: cut"
     assert report["captions"] == 44
     assert report["images"]["formats"] == {"JPEG": 22, "PNG": 1}
@@ -121,9 +124,8 @@ def test_what_makes_training_worse_is_noted(
     fields = "--fields caption=short long_caption=long names=short title=short"
     shown = f"names (de en fr), title; to use them, too: {fields}"
     assert f"\n  2 fields with text are no captions: {shown}\n" in text
-    assert "broken samples" not in text and text.endswith(
-        "\nfit for training: 0.00% broken, 1.00% allowed\n"
-    )
+    assert "broken samples" not in text
+    assert text.endswith("\nfit for training: 0.00% broken, 1.00% allowed\n")
 
 
 def test_missing_images_do_not_hide_broken_ones(

@@ -53,7 +53,8 @@ def test_every_shard_has_its_concepts_once(shards) -> None:
 
 def test_keys_are_unique_over_all_shards(shards) -> None:
     keys = Counter(key for samples in shards.values() for key in samples)
-    assert len(keys) == 3 * 1594 and max(keys.values()) == 1
+    assert len(keys) == 3 * 1594
+    assert max(keys.values()) == 1
 
 
 def test_no_family_and_no_name_is_in_two_splits(shards) -> None:
@@ -67,7 +68,8 @@ def test_no_family_and_no_name_is_in_two_splits(shards) -> None:
     for split in COUNTS:
         captions = [s["captions"] for s in shards[split, "noto"].values()]
         names[split] = {two[number]["text"] for two in captions for number in (0, 1)}
-    assert not names["train"] & names["test"] and not names["train"] & names["validation"]
+    assert not names["train"] & names["test"]
+    assert not names["train"] & names["validation"]
     assert not names["validation"] & names["test"]
 
 
@@ -119,5 +121,6 @@ def test_notices_name_every_style_and_license_texts_exist() -> None:
         (row,) = [line for line in notice.splitlines() if f"`*-{style}.tar`" in line]
         assert licence in row
     for name in ("LICENSE-apache-2.0.txt", "LICENSE-mit-fluent.txt", "LICENSE-unicode-3.0.txt"):
-        assert name in notice and (EMOJI / name).stat().st_size > 500
+        assert name in notice
+        assert (EMOJI / name).stat().st_size > 500
     assert not list(EMOJI.glob("*openmoji*")), "share-alike art must not be shipped"

@@ -81,7 +81,8 @@ def test_native_images_equal_naflexs_own_preprocessor(patch: int, patches: int) 
     config = ImageConfig.from_preprocessor(
         processor(patch_size=patch, max_num_patches=patches).to_dict()
     )
-    assert (config.fit, config.size) == ("native", math.isqrt(patches) * patch)
+    assert config.fit == "native"
+    assert config.size == math.isqrt(patches) * patch
     for seed, size in enumerate(
         [(300, 200), (200, 301), (640, 481), (37, 1000), (600, 4), (224, 224), (20, 20)]
     ):
@@ -164,8 +165,10 @@ def test_the_crop_is_cut_where_it_says() -> None:
         column = round((400 - left) / width * 100)
         row = round((300 - top) / height * 100)
         if 10 < column < 90 and 10 < row < 90:
-            assert full[row - 5, column - 5, 0] > 200 and full[row - 5, column + 5].max() < 50
-            assert full[row + 5, column - 5, 2] > 200 and full[row + 5, column + 5, 1] > 200
+            assert full[row - 5, column - 5, 0] > 200
+            assert full[row - 5, column + 5].max() < 50
+            assert full[row + 5, column - 5, 2] > 200
+            assert full[row + 5, column + 5, 1] > 200
 
 
 @pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos"])
@@ -179,7 +182,8 @@ def test_large_crops_are_resized_as_pil_does(side: int, resample: str) -> None:
     whole = np.asarray(image.crop((10, 21, 600, 456)).resize((side, side), kernel), dtype=int)
     exact = np.asarray(image.resize((side, side), kernel, box=box, reducing_gap=3.0), dtype=int)
     found = resize_box(image, box, (side, side), resample)
-    assert found.dtype == np.uint8 and found.shape == (side, side, 3)
+    assert found.dtype == np.uint8
+    assert found.shape == (side, side, 3)
     assert min(np.abs(found - whole).max(), np.abs(found - exact).max()) <= 2
     assert np.abs(found - exact).mean() < 2
     small = (10.3, 20.6, 200.2, 155.9)  # not rounded
@@ -257,5 +261,7 @@ def test_bytes_normalized_where_they_are_used_have_the_values_of_the_definition(
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     found = Normalize(config)(torch.from_numpy(pixels))
     expected = (pixels.astype(np.float64) / 255 - config.mean) / config.std
-    assert found.dtype == torch.float32 and found.is_contiguous() and found.shape == (1, 3, 16, 16)
+    assert found.dtype == torch.float32
+    assert found.is_contiguous()
+    assert found.shape == (1, 3, 16, 16)
     assert np.abs(found.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-6

@@ -83,9 +83,11 @@ def rows(found: list[dict[str, Any]]) -> Iterator[tuple]:
 
 def test_a_batch_joins_image_caption_and_embedding(dataset: PairDataset) -> None:
     (batch,) = batches(dataset, 1, local_batch=22)
-    assert batch["pixels"].shape == (22, 16, 16, 3) and batch["pixels"].dtype == torch.uint8
+    assert batch["pixels"].shape == (22, 16, 16, 3)
+    assert batch["pixels"].dtype == torch.uint8
     # an epoch: every image once
-    assert batch["position"] == 22 and len(set(batch["image_ids"].tolist())) == 22
+    assert batch["position"] == 22
+    assert len(set(batch["image_ids"].tolist())) == 22
     for number, (key, text) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
         assert str(int(key)) in text  # the caption is the image's own
         assert torch.equal(batch["embeddings"][number], embedding_of(text))
@@ -206,7 +208,8 @@ def test_broken_samples_are_named_counted_and_replaced(
         found = list(islice(loader, 2))
     assert all(len(batch["keys"]) == 20 and "broken" not in batch for batch in found)
     assert not {"cut", "noimage", "mute"} & {key for batch in found for key in batch["keys"]}
-    assert (loader.rows, loader.substituted) == (40, 6)
+    assert loader.rows == 40
+    assert loader.substituted == 6
     reasons = {key: reason for (shard, key), reason in loader.broken.items() if shard == "00000"}
     assert reasons.keys() == {"cut", "noimage", "mute"}
     for key, says in {
@@ -215,7 +218,8 @@ def test_broken_samples_are_named_counted_and_replaced(
         "mute": "no caption",
     }.items():
         assert says in reasons[key]
-    assert len(caplog.records) == 3 and "sample 'cut' of shard '00000'" in caplog.text  # once each
+    assert len(caplog.records) == 3  # once each
+    assert "sample 'cut' of shard '00000'" in caplog.text
     again = batches(dataset, 2, local_batch=10, max_broken=0.5, rank=1, world=2, workers=2)
     expected = list(rows(found))
     # the same substitutes on other ranks and workers
@@ -272,9 +276,8 @@ def test_evaluation_in_processes_has_the_same_bits_and_errors_and_leaves_none(
                 else value == other[name]
             )
             assert same, name
-    assert [str(error) for error in shared.broken] == [
-        str(error) for error in alone.broken
-    ] and alone.broken
+    assert [str(error) for error in shared.broken] == [str(error) for error in alone.broken]
+    assert alone.broken
     shutil.rmtree(tmp_path / "s")
     write_tar(tmp_path / "s/00000.tar", img2dataset_members(700, 40))  # other captions
     for workers in (0, 2):
@@ -347,7 +350,8 @@ def test_what_is_prepared_ahead_is_bounded(rows: int, micro_batch: int, workers:
         row_bytes=L14_336,
         prefetch_mb=PREFETCH_MB,
     )
-    assert 1 <= plan.part <= micro_batch and plan.prefetch >= 1
+    assert 1 <= plan.part <= micro_batch
+    assert plan.prefetch >= 1
     assert plan.shared_bytes <= PREFETCH_MB * 1e6
     more_than_enough = plan.part * plan.workers * max(2, 1 + 2 * rows // (plan.part * workers))
     assert plan.part * plan.workers * plan.prefetch <= more_than_enough

@@ -64,11 +64,9 @@ def test_a_folder_becomes_tars(photos: Path, tmp_path: Path, capsys: pytest.Capt
     not_pictures = {"cut.jpg": "unreadable", "drawing.svg": "not a picture"}
     assert reasons == {"copy.jpg": "copy", "no-text_2.jpg": "no caption", **not_pictures}
     said = capsys.readouterr().out
-    assert (
-        "4 samples, 6 captions" in said
-        and "joined from exact copies: 1 caption" in said
-        and "left out: 4" in said
-    )
+    assert "4 samples, 6 captions" in said
+    assert "joined from exact copies: 1 caption" in said
+    assert "left out: 4" in said
     assert main(["data", "make", str(photos), "--output", str(output)]) == 2  # nothing is replaced
     assert (
         main(["data", "make", str(photos), "--output", str(output), "--overwrite", "--file-names"])
@@ -159,9 +157,8 @@ def test_paths_out_of_the_image_folder_are_left_out(tmp_path: Path):
     assert main(["data", "make", str(table), "--output", str(output)]) == 0
     assert [*samples(output).values()] == [[("x0", "short")], [("x1", "short")]]
     reasons = left_out(output)
-    assert {*reasons} == {*names[2:]} and all(
-        "outside of the image folder" in why for why in reasons.values()
-    )
+    assert {*reasons} == {*names[2:]}
+    assert all("outside of the image folder" in why for why in reasons.values())
 
 
 def test_pipes_and_devices_are_no_pictures(tmp_path: Path):
@@ -246,7 +243,8 @@ def test_captions_of_equal_pictures_are_joined(tmp_path: Path, capsys: pytest.Ca
         ]
         assert "joined from exact copies: 1 caption" in capsys.readouterr().out
         copies = [reason for reason in left_out(output).values() if reason.startswith("copy: of ")]
-        assert len(samples(output)) == 2 and len(copies) == 2
+        assert len(samples(output)) == 2
+        assert len(copies) == 2
 
 
 def test_a_field_with_text_is_named_where_no_caption_is(

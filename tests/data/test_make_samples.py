@@ -54,7 +54,8 @@ def test_transparent_pictures_are_put_on_the_background(
     members = made(table, tmp_path / "made", "--background", background)
     picture = Image.open(io.BytesIO(members["a.png"]))
     assert picture.mode == "RGB"
-    assert picture.getpixel((0, 0)) == (level, level, level) and picture.getpixel((3, 1)) == (
+    assert picture.getpixel((0, 0)) == (level, level, level)
+    assert picture.getpixel((3, 1)) == (
         0,
         0,
         200,

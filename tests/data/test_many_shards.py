@@ -109,7 +109,8 @@ def test_open_files_and_maps_do_not_grow_with_shards(
     with open_files_limit(120):  # torch sends a tensor from a worker as a descriptor
         many = use_everything(write_tiny_tars(tmp_path / "many", 300))
     # allocators map a little memory now and then
-    assert many[0] <= few[0] + 20 and many[1] <= few[1] + 20
+    assert many[0] <= few[0] + 20
+    assert many[1] <= few[1] + 20
 
 
 def test_a_later_start_reads_no_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +211,8 @@ def test_processes_that_start_at_once_share_the_work(tmp_path: Path) -> None:
     (folder / "ready").mkdir()
     with context().Pool(3) as pool:
         scans, captions, said = zip(*pool.map(start, [str(folder)] * 3, chunksize=1), strict=True)
-    assert sum(scans) == 40 and sum(captions) == 200
+    assert sum(scans) == 40
+    assert sum(captions) == 200
     assert "waiting for another process to index" in "".join(said)
 
 
@@ -239,7 +241,8 @@ list(parallel(work, range(2), processes=2))
 
     while running() and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(workers) == 2 and not running()
+    assert len(workers) == 2
+    assert not running()
 
 
 def test_a_table_keeps_its_index_and_digests(

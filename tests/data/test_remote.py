@@ -40,7 +40,8 @@ def test_a_url_never_leaves_the_folder(tmp_path: Path) -> None:
         "http://h/x?token=/../secret",
     ):
         path = Downloads(tmp_path / "cache").local_path(url)
-        assert path.parent == tmp_path / "cache" and "secret" not in path.name
+        assert path.parent == tmp_path / "cache"
+        assert "secret" not in path.name
 
 
 def fetch_once(arguments: tuple[Path, str]) -> int:
@@ -55,7 +56,8 @@ def test_processes_share_one_download(tmp_path: Path) -> None:
             BODY[::-1]
         )
         sizes = pool.map(fetch_once, [(tmp_path, f"{address}/a.tar")] * 3)
-    assert sizes == [len(BODY)] * 3 and server.sent == len(BODY)
+    assert sizes == [len(BODY)] * 3
+    assert server.sent == len(BODY)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -79,9 +81,8 @@ def test_shards_on_another_filesystem(tmp_path: Path) -> None:
         memory.pipe_file(f"/set/{path.name}", path.read_bytes())
     for url in ("memory://set/*.tar", "memory://set/"):
         source = open_source(SourceConfig(path=url, cache_folder=str(tmp_path / "cache")))
-        assert [shard.name for shard in source.shards] == ["00000", "00001"] and source[
-            2
-        ].read_image() == jpeg(2)
+        assert [shard.name for shard in source.shards] == ["00000", "00001"]
+        assert source[2].read_image() == jpeg(2)
 
 
 def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
@@ -100,7 +101,8 @@ def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
         source = open_source(config)
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
         before = server.sent
-        assert open_source(config).shards == source.shards and server.sent == before
+        assert open_source(config).shards == source.shards
+        assert server.sent == before
         loader = PairLoader(
             PairDataset([source], [None], ImageConfig(size=8), seed=0), local_batch=8, workers=2
         )
@@ -132,7 +134,8 @@ def test_nodes_share_an_index_and_captions_need_no_download(tmp_path: Path) -> N
         assert second[0].read_image() == first[0].read_image()
         assert server.sent > sent  # its own copy, later than the index
         sent = server.sent
-        assert open_source(nodes[1]).shards == open_source(nodes[0]).shards and server.sent == sent
+        assert open_source(nodes[1]).shards == open_source(nodes[0]).shards
+        assert server.sent == sent
 
 
 def failing(files: dict[str, bytes], failures: list[Failure]) -> DroppingServer:
@@ -159,9 +162,12 @@ def test_overload_is_retried_and_counted(
     server = failing({"/a.tar": BODY}, errors)  # HEAD tells the size; after a failure, GET does
     with serving(server) as address, caplog.at_level(logging.WARNING):
         assert Downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
-    assert take_retries() == len(pauses) >= 2 and take_retries() == 0 and 70.0 in pauses
+    assert take_retries() == len(pauses) >= 2
+    assert take_retries() == 0
+    assert 70.0 in pauses
     # at most one every 30 s
-    assert len(caplog.messages) == 1 and "ClientResponseError: 503" in caplog.text
+    assert len(caplog.messages) == 1
+    assert "ClientResponseError: 503" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -171,7 +177,8 @@ def test_a_refusal_is_said_at_once(code: int, error: type[Exception], tmp_path: 
     server = failing({}, [status(code)] * 9)
     with serving(server) as address, pytest.raises(error, match=rf"http.*a\.tar.*{code}"):
         Downloads(tmp_path).fetch(f"{address}/a.tar")
-    assert server.asked <= 2 and take_retries() == 0
+    assert server.asked <= 2
+    assert take_retries() == 0
 
 
 def test_a_server_that_is_gone_or_stalls_ends_in_an_error(
@@ -249,12 +256,11 @@ def test_a_read_that_fails_for_a_while_is_repeated_with_the_file_opened_again(
         return disk.pread(descriptor, size, offset)
 
     os.pread = stale  # the fixture of ``disk`` restores it
-    assert source[1].read_image() == expected and take_retries() == 3
-    assert (
-        os.strerror(number) in caplog.text
-        and "00000.tar" in caplog.text
-        and "retrying" in caplog.text
-    )
+    assert source[1].read_image() == expected
+    assert take_retries() == 3
+    assert os.strerror(number) in caplog.text
+    assert "00000.tar" in caplog.text
+    assert "retrying" in caplog.text
 
 
 def test_it_ends_in_an_error_that_names_the_file(tmp_path: Path, disk: Disk) -> None:

@@ -32,7 +32,8 @@ def test_permutations_look_random() -> None:
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.05
     assert np.count_nonzero(first == places) < 10  # expected: 1 fixed point
     counts = np.bincount(first[:1000] * 10 // n, minlength=10)  # expected 100 +- 9.5 each
-    assert counts.min() > 60 and counts.max() < 140
+    assert counts.min() > 60
+    assert counts.max() < 140
 
 
 def test_the_order_is_the_same_everywhere() -> None:
@@ -82,9 +83,8 @@ def test_an_epoch_is_every_sample_once(windows: tuple[int, ...]) -> None:
     assert mixture.epoch_length == 193
     epochs = [mixture.batch_indices(start, 193) for start in (0, 193, 386)]
     for number, epoch in enumerate(epochs):
-        assert len({draw[:2] for draw in epoch}) == 193 and {draw.epoch for draw in epoch} == {
-            number
-        }
+        assert len({draw[:2] for draw in epoch}) == 193
+        assert {draw.epoch for draw in epoch} == {number}
     assert [draw[:2] for draw in epochs[0]] != [draw[:2] for draw in epochs[1]]
     other = Mixture([(50, 70, 30), (40, 3)], (1, 1), 6, windows).batch_indices(0, 193)
     assert [draw[:2] for draw in epochs[0]] != [draw[:2] for draw in other]
@@ -125,7 +125,8 @@ def test_ranks_cut_one_global_batch(world: int, windows: tuple[int, int]) -> Non
         whole = mixture.batch_indices(position, 24)
         parts = [mixture.rank_draws(position, rank, 24 // world, world) for rank in range(world)]
         draws = [draw for part in parts for draw in part]
-        assert sorted(draws) == sorted(whole) and (any(windows) or draws == whole)
+        assert sorted(draws) == sorted(whole)
+        assert any(windows) or draws == whole
 
 
 @pytest.mark.parametrize(("nodes", "reads"), [(1, 1), (2, 1), (8, 1), (3, 1.2)])
@@ -204,7 +205,8 @@ def test_a_global_batch_of_one_source(world: int) -> None:
             one_pass = seen[number * length : (number + 1) * length]
             assert sorted(draw.index for draw in one_pass) == list(range(length))
     order = [step[0][0].source for step in found]
-    assert order[: len(order) // 4] != sorted(order[: len(order) // 4]) and order != sorted(order)
+    assert order[: len(order) // 4] != sorted(order[: len(order) // 4])
+    assert order != sorted(order)
 
 
 def test_sources_are_those_of_the_whole_epoch(monkeypatch: pytest.MonkeyPatch) -> None:

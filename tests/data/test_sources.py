@@ -30,13 +30,12 @@ def test_img2dataset_tars(tmp_path: Path) -> None:
         ("00000", 3, 0),
         ("00001", 2, 3),
     ]
-    assert len(source) == 5 and source.locate(4) == ("00001", 1)
+    assert len(source) == 5
+    assert source.locate(4) == ("00001", 1)
     sample = source[3]
-    assert (
-        sample.key == "000000003"
-        and sample.read_image() == jpeg(3)
-        and sample.meta["url"] == "https://host/3.jpg"
-    )
+    assert sample.key == "000000003"
+    assert sample.read_image() == jpeg(3)
+    assert sample.meta["url"] == "https://host/3.jpg"
     long = Caption("a longer text about the picture with number 3", "long")
     assert sample.captions == (Caption("picture number 3"), long)
     assert source.captions(3) == (sample.key, sample.captions)
@@ -104,9 +103,11 @@ def test_broken_samples_are_named_and_have_no_captions(
     source = open_source(config(write_tar(tmp_path / "shard.tar", members)))
     with pytest.raises(BrokenSample, match=says) as caught:
         source[0].read_image()
-    assert (caught.value.shard, caught.value.key) == ("shard", "a")
+    assert caught.value.shard == "shard"
+    assert caught.value.key == "a"
     key, captions = source.captions(0)
-    assert key == "a" and captions == ((Caption("text"),) if says == "no .jpg" else ())
+    assert key == "a"
+    assert captions == ((Caption("text"),) if says == "no .jpg" else ())
 
 
 def test_jsonl_with_an_image_folder(tmp_path: Path) -> None:
@@ -121,10 +122,10 @@ def test_jsonl_with_an_image_folder(tmp_path: Path) -> None:
     file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     source = open_source(config(file, images=str(tmp_path / "images")))
     assert [(shard.name, shard.size) for shard in source.shards] == [("data", 3)]
-    assert source[0].captions == (Caption("short"), Caption("long", "long")) and source[
-        0
-    ].read_image() == jpeg(0)
-    assert source[1].key == "sub/a.jpg" and source[1].captions == (Caption("x"), Caption("y"))
+    assert source[0].captions == (Caption("short"), Caption("long", "long"))
+    assert source[0].read_image() == jpeg(0)
+    assert source[1].key == "sub/a.jpg"
+    assert source[1].captions == (Caption("x"), Caption("y"))
     assert source[2].key == "0"
     assert pickle.loads(pickle.dumps(source))[0] == source[0]
 
@@ -196,9 +197,8 @@ def test_llavas_pretraining_json(tmp_path: Path) -> None:
     (tmp_path / "chat.json").write_text(json.dumps(items))
     source = open_source(config(tmp_path / "chat.json"))
     assert len(source) == 2  # what has no image is no pair
-    assert source[0].key == "004539375" and source[0].captions == (
-        Caption("select luxury furniture"),
-    )
+    assert source[0].key == "004539375"
+    assert source[0].captions == (Caption("select luxury furniture"),)
     with pytest.raises(BrokenSample, match="invalid conversations"):
         source[1]
     for text, says in {
@@ -239,7 +239,8 @@ def test_it_is_recognized_embedded_and_trained_on(table: Path) -> None:
     source = open_source(SourceConfig(path=str(table)))
     encoder: Any = LengthEncoder()
     manifest, _ = embed_source(source, encoder, table.parent / "cache", quiet=True)
-    assert manifest is not None and manifest.captions == 4
+    assert manifest is not None
+    assert manifest.captions == 4
     dataset = PairDataset(
         [source], [EmbeddingCache.open(table.parent / "cache")], ImageConfig(size=16), seed=0
     )

@@ -50,7 +50,8 @@ def test_tars_are_copied_whole_to_two_sides(
     words = [str(shards), "--output", str(output), "--validation", "0.25"]
     assert run("data split", [*words, "--dry-run"]) == 0
     counts = capsys.readouterr().out.splitlines()[:2]
-    assert not output.exists() and not list(tmp_path.glob(".split*"))
+    assert not output.exists()
+    assert not list(tmp_path.glob(".split*"))
     assert run("data split", words) == 0
     said = capsys.readouterr().out
     assert said.splitlines()[:2] == counts
@@ -58,11 +59,10 @@ def test_tars_are_copied_whole_to_two_sides(
     before, train, held_out = (
         content(read(path)) for path in (shards, output / "train", output / "validation")
     )
-    assert train | held_out == before and not train.keys() & held_out.keys()
-    assert (
-        held_out.keys() == {key for key in before if hash_of(key) < 0.25 * 2**64}
-        and 4 < len(held_out) < 24
-    )
+    assert train | held_out == before
+    assert not train.keys() & held_out.keys()
+    assert held_out.keys() == {key for key in before if hash_of(key) < 0.25 * 2**64}
+    assert 4 < len(held_out) < 24
     assert f"validation: {len(held_out)} samples ({len(held_out) / 48:.2%})" in said
     summary = json.loads((output / "split.json").read_text())
     assert summary["samples"] == {"train": len(train), "validation": len(held_out)}
@@ -124,9 +124,10 @@ def test_llava_s_list_stays_a_list(tmp_path: Path):
         == 0
     )
     both = [json.loads((tmp_path / "s" / f"{side}.json").read_text()) for side in SIDES]
-    assert sorted(
-        (item for side in both for item in side), key=lambda item: int(item["id"])
-    ) == items and all(both)
+    assert (
+        sorted((item for side in both for item in side), key=lambda item: int(item["id"])) == items
+    )
+    assert all(both)
 
 
 def test_what_belongs_to_a_sample_goes_with_it(shards: Path, tmp_path: Path):

@@ -126,4 +126,6 @@ def test_data_make_refuses_before_it_writes(
         == 2
     )
     told = capsys.readouterr().err
-    assert says in told and told.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert says in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()

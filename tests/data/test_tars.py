@@ -118,9 +118,8 @@ def test_only_new_and_changed_tars_are_read_again(tmp_path: Path, indexed: list[
     write_shards(tmp_path, [2, 3])
     first = open_source(SourceConfig(path=str(tmp_path)))
     assert indexed == ["00000.tar", "00001.tar"]
-    assert (
-        open_source(SourceConfig(path=str(tmp_path))).shards == first.shards and len(indexed) == 2
-    )
+    assert open_source(SourceConfig(path=str(tmp_path))).shards == first.shards
+    assert len(indexed) == 2
     write_tar(tmp_path / "00002.tar", [("new.jpg", jpeg(9))])
     os.utime(tmp_path / "00001.tar", ns=(1, 1))  # the same size, another time
     del indexed[:]
@@ -155,7 +154,8 @@ def test_many_tars_are_indexed_by_processes_and_errors_come_in_order(tmp_path: P
     with pytest.raises(BrokenShard, match=r"00003\.tar"):
         open_source(SourceConfig(path=str(tmp_path)))
     broken: dict[str, str] = {}
-    assert len(open_source(SourceConfig(path=str(tmp_path)), broken)) == 18 and list(broken) == [
+    assert len(open_source(SourceConfig(path=str(tmp_path)), broken)) == 18
+    assert list(broken) == [
         "00003",
         "00007",
     ]
@@ -177,10 +177,8 @@ def test_a_damaged_index_is_built_again(
         "other": b"{}\n",
     }
     index.write_bytes(bad[damage])
-    assert (
-        open_source(SourceConfig(path=str(tmp_path))).shards == source.shards
-        and index.read_bytes() == whole
-    )
+    assert open_source(SourceConfig(path=str(tmp_path))).shards == source.shards
+    assert index.read_bytes() == whole
     assert "built again" in caplog.text
 
 
@@ -200,9 +198,8 @@ def test_in_a_read_only_folder_the_index_goes_elsewhere(
     monkeypatch.setattr(remote, "atomic_file", refuse)
     for _ in range(2):
         assert len(open_source(SourceConfig(path=str(data)))) == 2
-    assert (
-        indexed == ["00000.tar"] and len(list((tmp_path / "spare").glob("*/shards-*.index"))) == 1
-    )
+    assert indexed == ["00000.tar"]
+    assert len(list((tmp_path / "spare").glob("*/shards-*.index"))) == 1
 
 
 def test_a_tar_replaced_under_a_run_is_noticed(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ def test_targets_make_their_environments_and_the_tests_image_runs_what_ci_runs()
         r"^FROM (\S+) AS (\S+)$(.*?)(?=^FROM|\Z)", (ROOT / "Dockerfile").read_text(), re.M | re.S
     )
     steps = {name: text for _, name, text in stages}
-    assert "apt-get install" in steps["base"] and "g++" in steps["base"]
+    assert "apt-get install" in steps["base"]
+    assert "g++" in steps["base"]
     assert [(image, name) for image, name, _ in stages[1:]] == [("base", target) for target in MADE]
     for target, made in MADE.items():
         assert f"RUN ROOT=$PWD; . scripts/environments.sh; {made}\n" in steps[target]
@@ -33,5 +34,6 @@ def test_an_environment_whose_installation_failed_is_made_again(tmp_path: Path) 
     done = subprocess.run(
         ["bash", "-c", script, tmp_path / "env"], cwd=ROOT, stdout=subprocess.PIPE, check=True
     )
-    assert done.stdout == b"failed\n" and [*tmp_path.iterdir()] == [tmp_path / "env"]
+    assert done.stdout == b"failed\n"
+    assert [*tmp_path.iterdir()] == [tmp_path / "env"]
     assert not (tmp_path / "env" / "made-for").exists()

@@ -53,7 +53,8 @@ def test_the_page_runs_as_printed_and_again(run):
         run_block(block, run)
     out = run.folder / "runs" / "photos"
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert page.count("<details") == 24 and "data:image/jpeg" in page
+    assert page.count("<details") == 24
+    assert "data:image/jpeg" in page
     scores = json.loads((out / "after" / "validation.scores.json").read_text())["metrics"]
     assert f"{100 * scores['i2t_r1']:.1f}" in page
     # the scores of the run's own "before" are those of the tower that it is compared with
@@ -65,10 +66,12 @@ def test_the_page_runs_as_printed_and_again(run):
     # again: nothing is left to do; with another option, from that stage on
     (command,) = next(block.commands for block in steps if block.heading == "Run")
     status, said = run(command)
-    assert status == 0 and "0 of 11 stages to run" in said
+    assert status == 0
+    assert "0 of 11 stages to run" in said
     status, said = run(f"{command} --num-train-epochs 5 --dry-run")
     assert "stage 'stage 2' runs again: --num-train-epochs is 5, was 4" in said
-    assert status == 0 and "4 of 11 stages to run" in said
+    assert status == 0
+    assert "4 of 11 stages to run" in said
 
 
 def test_messages_of_the_page_are_those_of_the_code():

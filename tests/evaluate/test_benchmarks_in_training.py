@@ -156,9 +156,11 @@ def check_wandb(folder: Path) -> None:
             history.append({name: json.loads(value) for name, value in of_step.items()})
     assert [items["_step"] for items in history] == [0, 16, 32, 48, 64]
     for items in history[::2]:
-        assert items["eval/best/width"] == 4 * 224 and "place 1: " in items["eval/best/caption"]
+        assert items["eval/best/width"] == 4 * 224
+        assert "place 1: " in items["eval/best/caption"]
         assert {"eval/worst/path", "eval/i2t_r1", "eval/sugarcrepe/mean"} <= items.keys()
-    assert "train/loss" in history[1] and "eval/best/path" not in history[1]
+    assert "train/loss" in history[1]
+    assert "eval/best/path" not in history[1]
 
 
 def records(data: bytes) -> Iterator[Any]:
@@ -229,7 +231,8 @@ def test_whose_texts_are_embedded_where(
     # root may write anywhere
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "data")
     (found,) = embed_benchmarks([benchmark], teacher)
-    assert found.cache is not None and found.cache.directory.is_relative_to(tmp_path / "downloads")
+    assert found.cache is not None
+    assert found.cache.directory.is_relative_to(tmp_path / "downloads")
     assert not list((tmp_path / "data").glob("embeddings-*"))
 
 
@@ -245,4 +248,6 @@ def test_evaluations_leave_compiling_to_the_training():
     nothing: Any = None
     one = Benchmark("one", nothing, measure)
     assert Evaluation(RetrievalConfig(), nothing, [one])(nothing, nothing) == {"one/mean": 2.0}
-    assert not graphs and double(torch.ones(1)) == 2.0 and graphs
+    assert not graphs
+    assert double(torch.ones(1)) == 2.0
+    assert graphs

@@ -218,7 +218,8 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(
         attention,
         pooling,
     )
-    assert len(teacher["post"]) == 64 and not teacher["include_bos"]
+    assert len(teacher["post"]) == 64
+    assert not teacher["include_bos"]
     plain = CaptionEncoder(
         EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"), "cpu"
     ).identity()

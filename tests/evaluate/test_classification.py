@@ -62,10 +62,8 @@ def features(feature, label):
 
 def test_each_layout_gives_the_same_images_and_labels(tmp_path):
     folders = zeroshot.open_labeled_images(str(write_folders(tmp_path / "folders")))
-    assert (
-        folders.classes == ["the_blue", "the_green", "the_red", "the_white"]
-        and len(folders.source) == 12
-    )
+    assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"]
+    assert len(folders.source) == 12
     assert zeroshot.read_class_names("", str(tmp_path / "folders"), folders.classes)[2] == "the red"
     tars = write_tars(tmp_path / "wds")
     from_tars = zeroshot.open_labeled_images(str(tars))
@@ -127,9 +125,8 @@ def test_accuracy_counts_each_class_the_same_in_the_mean_over_classes():
     assert scores.metrics["acc1"] == pytest.approx(4 / 5)
     assert scores.metrics["acc5"] == 1.0
     assert scores.metrics["mean_per_class_recall"] == pytest.approx(2 / 3)
-    assert [item["score"] for item in scores.items] == [1, 1, 1, 0, 1] and scores.items[3][
-        "part"
-    ] == "b"
+    assert [item["score"] for item in scores.items] == [1, 1, 1, 0, 1]
+    assert scores.items[3]["part"] == "b"
     blind = zeroshot.classification_scores(features(torch.ones(5, 6), label), classes, "abcdef")
     assert blind.metrics["acc1"] == pytest.approx(1 / 6)
     assert (
@@ -148,9 +145,8 @@ def test_zero_shot_from_the_command_line(tmp_path, capsys):
     assert cli(words) == 0, capsys.readouterr().err
     assert "8 images" in capsys.readouterr().out
     scores = ScoreFile.read(out)
-    assert (
-        scores.counts == {"images": 8, "left_out": 0, "classes": 4} and "acc5" not in scores.metrics
-    )
+    assert scores.counts == {"images": 8, "left_out": 0, "classes": 4}
+    assert "acc5" not in scores.metrics
     assert scores.metrics["acc1"] == sum(item["score"] for item in scores.items) / 8
     llm.rename(tmp_path / "gone")  # the prompts are cached
     assert cli(words) == 0
@@ -176,7 +172,8 @@ def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
         str(before),
     ]
     words += ["--templates", str(tmp_path / "templates.txt")]
-    assert cli(words) == 2 and "--llm" in capsys.readouterr().err  # its card names no teacher
+    assert cli(words) == 2
+    assert "--llm" in capsys.readouterr().err  # its card names no teacher
     assert cli([*words, "--llm", str(clip)]) == 0
     tokenizer = AutoTokenizer.from_pretrained(clip)
     images = ImageConfig.from_preprocessor(preprocessor_config(Path(imported)))
@@ -269,8 +266,10 @@ def test_penalties_are_compared_on_images_that_are_not_fitted(monkeypatch):
     label = torch.randint(0, 2, (100,), generator=generator)
     probes.linear_probe(features(feature, label), feature)
     *tried, last = fitted
-    assert len(tried) == len(probes.PENALTIES) and len(set(tried)) == 1
-    assert 70 < tried[0] < 90 and last == 100  # a fifth is held out, then all are fitted
+    assert len(tried) == len(probes.PENALTIES)
+    assert len(set(tried)) == 1
+    assert 70 < tried[0] < 90  # a fifth is held out
+    assert last == 100  # then all are fitted
 
 
 def test_probe_from_the_command_line(tmp_path, capsys):
@@ -283,7 +282,9 @@ def test_probe_from_the_command_line(tmp_path, capsys):
     words = ["evaluate", "probe", str(tower), str(train), str(test), "--k", "3", "--json", str(out)]
     assert cli(words) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
-    assert "knn" in printed and "linear" in printed and "the_purple" in printed
+    assert "knn" in printed
+    assert "linear" in printed
+    assert "the_purple" in printed
     scores = ScoreFile.read(out)
     assert scores.counts == {"images": 5, "left_out": 0, "unseen_classes": 1}
     (unseen,) = [item for item in scores.items if item["part"] == "the_purple"]

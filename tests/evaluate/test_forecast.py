@@ -106,7 +106,8 @@ def test_the_probe_is_a_ridge_regression_on_held_out_clusters():
     clusters = [f"family {number // 2}" for number in range(100)]
     text_NW = feature_NH @ normal(10, 6, seed=1) + 3 * normal(100, 6, seed=2)
     fold_N = measures.folds(clusters).numpy()
-    assert sorted(np.bincount(fold_N)) == [20] * 5 and all(fold_N[::2] == fold_N[1::2])
+    assert sorted(np.bincount(fold_N)) == [20] * 5
+    assert all(fold_N[::2] == fold_N[1::2])
     x = feature_NH.double().numpy()
     y = text_NW.double().numpy()
     error = 0.0
@@ -128,7 +129,8 @@ def test_the_probe_is_a_ridge_regression_on_held_out_clusters():
         error += np.square(predict(~test, test, best) - y[test]).sum()
         total += np.square(y[test] - y[~test].mean(0)).sum()
     value = float(measures.explained(feature_NH, text_NW, clusters).mean())
-    assert value == pytest.approx(1 - error / total, abs=1e-4) and 0.2 < value < 0.8
+    assert value == pytest.approx(1 - error / total, abs=1e-4)
+    assert 0.2 < value < 0.8
     assert float(measures.explained(feature_NH, feature_NH @ normal(10, 6), clusters).mean()) > 0.99
     assert abs(float(measures.explained(feature_NH, normal(100, 6, seed=5), clusters).mean())) < 0.1
 
@@ -185,7 +187,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main([*words, "--output", str(output)]) == 0
     assert "less the first" in capsys.readouterr().out
     scores = [ScoreFile.read(tmp_path / f"scores-{number}.json") for number in (1, 2)]
-    assert [record.model for record in scores] == towers and len(scores[0].items) == 24
+    assert [record.model for record in scores] == towers
+    assert len(scores[0].items) == 24
     assert scores[0].metrics != scores[1].metrics
     for name, value in scores[0].metrics.items():
         assert value == pytest.approx(np.mean([item[name] for item in scores[0].items]))
@@ -201,8 +204,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ]
     (shard,) = manifest.parent.glob("forecast-*.safetensors")
     written = shard.stat().st_mtime_ns
-    assert cli.main([*words, "--cluster", "image"]) == 0 and shard.stat().st_mtime_ns == written
-    assert cli.main([*words, "--cluster", "family"]) == 2 and "'family'" in capsys.readouterr().err
+    assert cli.main([*words, "--cluster", "image"]) == 0
+    assert shard.stat().st_mtime_ns == written
+    assert cli.main([*words, "--cluster", "family"]) == 2
+    assert "'family'" in capsys.readouterr().err
     assert cli.main([*words, "--kinds", "lng"]) == 2
     assert (
         "--kinds lng and --languages (any); known: long:en, short:de, short:en"

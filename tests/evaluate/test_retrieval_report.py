@@ -72,7 +72,8 @@ def test_all_and_parts_equal_recall_on_the_same_embeddings(opened):
     selected = evaluate_retrieval(
         dual, source, cache, IMAGES, RetrievalConfig(kinds=("long",), languages=("en",))
     )
-    assert selected.metrics() == pytest.approx(alone) and selected.counts["captions"] == 24
+    assert selected.metrics() == pytest.approx(alone)
+    assert selected.counts["captions"] == 24
     with torch.no_grad():
         pixels = [
             torch.from_numpy(evaluation_pixels(source[index].read_image(), IMAGES))
@@ -119,9 +120,8 @@ def test_items_average_to_the_metrics_and_clusters_are_named(opened):
                 mean = sum(item[f"r{k}"] for item in chosen) / len(chosen)
                 assert mean == pytest.approx(metrics[f"{prefix}{side}_r{k}"])
             interval = found[f"{prefix}{side}_r1"]
-            assert interval.mean == pytest.approx(
-                metrics[f"{prefix}{side}_r1"]
-            ) and interval.clusters == len(COLOURS)
+            assert interval.mean == pytest.approx(metrics[f"{prefix}{side}_r1"])
+            assert interval.clusters == len(COLOURS)
 
 
 def test_broken_images_are_left_out_and_named(tmp_path):
@@ -130,9 +130,11 @@ def test_broken_images_are_left_out_and_named(tmp_path):
     source = open_source(SourceConfig(path=str(data)))
     cache = EmbeddingCache.open(make_cache(data, directory=tmp_path / "cache"))
     report = evaluate_retrieval(tiny_dual(), source, cache, IMAGES)
-    assert report.counts["left_out"] == 1 and report.counts["images"] == 11
+    assert report.counts["left_out"] == 1
+    assert report.counts["images"] == 11
     assert "red-0.png" in str(report.pairs.broken[0])
-    assert report.pairs.keys[0] == "red-20.png" and len(report.pairs.captions) == 11 * 4
+    assert report.pairs.keys[0] == "red-20.png"
+    assert len(report.pairs.captions) == 11 * 4
     assert report.pairs.owner_M.tolist() == [image for image in range(11) for _ in range(4)]
 
 
@@ -169,15 +171,18 @@ def test_the_command_prints_a_table_and_writes_a_score_file(world, tmp_path, cap
     words = [str(tower), "--data", str(data), "--cache", str(cache), "--group", "colour"]
     assert cli(["evaluate", *words, "--json", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "long:en" in printed and f"wrote {out}" in printed
+    assert "long:en" in printed
+    assert f"wrote {out}" in printed
     scores = ScoreFile.read(out)
     assert scores.benchmark == "retrieval:pairs.jsonl"
-    assert scores.counts["images"] == 12 and scores.provenance["group"] == "colour"
+    assert scores.counts["images"] == 12
+    assert scores.provenance["group"] == "colour"
     source = open_source(SourceConfig(path=str(data)))
     opened_cache = EmbeddingCache.open(cache)
     config = RetrievalConfig(group="colour")
     expected = evaluate_retrieval(load_dual_encoder(tower), source, opened_cache, IMAGES, config)
-    assert scores.metrics == expected.metrics() and scores.items == expected.items()
+    assert scores.metrics == expected.metrics()
+    assert scores.items == expected.items()
     assert {item["side"] for item in scores.items} == {"i2t", "t2i"}
 
 
@@ -186,7 +191,8 @@ def test_the_command_refuses_another_teachers_cache(world, tmp_path, capsys):
     other = make_cache(data, identity=made_up(pooling="last"), directory=tmp_path / "other")
     assert cli(["evaluate", str(tower), "--data", str(data), "--cache", str(other)]) == 2
     error = capsys.readouterr().err
-    assert "pooling 'last' != 'mean'" in error and "choose another --cache" in error
+    assert "pooling 'last' != 'mean'" in error
+    assert "choose another --cache" in error
 
 
 def test_a_given_llm_is_compared_though_everything_is_cached(tmp_path, capsys):
@@ -200,9 +206,8 @@ def test_a_given_llm_is_compared_though_everything_is_cached(tmp_path, capsys):
     capsys.readouterr()
     assert cli([*words, "--llm", str(other)]) == 2
     error = capsys.readouterr().err
-    assert (
-        f"{other} is not the tower's teacher: weights_sha256 " in error and error.count("\n") == 1
-    )
+    assert f"{other} is not the tower's teacher: weights_sha256 " in error
+    assert error.count("\n") == 1
     assert cli([*words, "--adapter", str(tmp_path / "data")]) == 2
     assert "is not a PEFT adapter" in capsys.readouterr().err
 

@@ -73,7 +73,8 @@ def test_a_pipe_among_pictures_is_broken_and_does_not_hang(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     os.mkfifo(tmp_path / "b.png")
     source = image_index.folder_of_images(str(tmp_path))
-    assert source is not None and source[0].read_image()
+    assert source is not None
+    assert source[0].read_image()
     with pytest.raises(BrokenSample, match="not a regular file"):
         source[1].read_image()
 
@@ -93,14 +94,15 @@ def test_the_nearest_images_are_those_of_a_plain_loop_and_the_page_escapes_texts
         assert list(found.values()) == pytest.approx(best, abs=5e-3)
         assert all(expected[key] == pytest.approx(score, abs=5e-3) for key, score in found.items())
     page = (place / "page.html").read_text(encoding="utf-8")
-    assert page.count("<img") == 8 and page.count("data:image/jpeg;base64,") == 8
-    assert "ein &lt;b&gt;Vogel&lt;/b&gt; &amp;" in page and "<b>Vogel" not in page
-    assert (
-        "<script" not in page
-        and not re.search(r"(src|href)=\"(?!data:)", page)
-        and "://" not in page
-    )
-    assert "default-src 'none'" in page and "width=device-width" in page
+    assert page.count("<img") == 8
+    assert page.count("data:image/jpeg;base64,") == 8
+    assert "ein &lt;b&gt;Vogel&lt;/b&gt; &amp;" in page
+    assert "<b>Vogel" not in page
+    assert "<script" not in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "://" not in page
+    assert "default-src 'none'" in page
+    assert "width=device-width" in page
 
 
 def test_images_are_embedded_once_and_the_teacher_is_needed(place, tmp_path, capsys):
@@ -111,11 +113,14 @@ def test_images_are_embedded_once_and_the_teacher_is_needed(place, tmp_path, cap
     (part,) = (copy / "cache").glob("pairs.jsonl-*/*.safetensors")
     assert len(load_file(part)["number_N"]) == 12
     before = part.stat().st_mtime_ns
-    assert run(copy) == 0 and part.stat().st_mtime_ns == before
-    assert listed(capsys.readouterr().out) == first and len(first) == 2
+    assert run(copy) == 0
+    assert part.stat().st_mtime_ns == before
+    assert listed(capsys.readouterr().out) == first
+    assert len(first) == 2
     whole = part.read_bytes()
     part.write_bytes(whole[:-9])
-    assert run(copy) == 2 and str(part) in capsys.readouterr().err
+    assert run(copy) == 2
+    assert str(part) in capsys.readouterr().err
     part.write_bytes(whole)
     (copy / "llm").rename(copy / "gone")
     (place / "llm").rename(place / "gone")

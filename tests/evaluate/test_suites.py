@@ -184,7 +184,8 @@ def test_every_spelling_of_flickr_cn_is_read(lines, tmp_path):
     images(tmp_path / "flickr30k" / "flickr30k-images", ["7.jpg"])
     text(tmp_path / "flickr30k-cn" / "flickr30k_cna_test.txt", lines)
     (row,) = suites()["flickr30k-cn"].open(tmp_path).rows
-    assert row.key == "7" and [caption.text for caption in row.captions] == ["一只狗", "狗"]
+    assert row.key == "7"
+    assert [caption.text for caption in row.captions] == ["一只狗", "狗"]
 
 
 def test_a_huge_array_is_read_no_further_than_needed(tmp_path, monkeypatch):
@@ -206,7 +207,8 @@ def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, caps
     _, tower, _ = setting
     assert cli(["evaluate", str(tower), "--suite", "docci", "--data", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "docci_images.tar.gz" in error and str(tmp_path / "docci" / "images") in error
+    assert "docci_images.tar.gz" in error
+    assert str(tmp_path / "docci" / "images") in error
     with pytest.raises(ValueError, match=r"unknown suite 'cocoo'; known: paper, all, flickr30k"):
         select_suites("cocoo")
     assert [suite.name for suite in select_suites("coco,paper")][:3] == [
@@ -250,7 +252,8 @@ def test_paper_prints_both_and_measured_suites_are_not_measured_again(setting, c
     assert xm["i2t_r1"] == pytest.approx((xm["short:de/i2t_r1"] + xm["short:te/i2t_r1"]) / 2)
     assert "all/i2t_r1" in xm
     assert set(scores["sugarcrepe"].metrics) >= {"swap_obj", "add_att", "mean"}
-    assert scores["coco"].benchmark == "retrieval:coco" and scores["coco"].model == str(tower)
+    assert scores["coco"].benchmark == "retrieval:coco"
+    assert scores["coco"].model == str(tower)
     before = (output / "coco.scores.json").stat().st_mtime_ns
     changed = output / "docci.scores.json"
     dataclasses.replace(scores["docci"], provenance={}).write(changed)
@@ -295,12 +298,11 @@ def test_evaluate_embeds_what_is_not_cached_once(setting, tmp_path):
     first = ScoreFile.read(tmp_path / "scores.json")
     (manifest,) = (tmp_path / "data").glob(f"embeddings-*/{CacheManifest.FILE}")
     written = manifest.stat().st_mtime_ns
-    assert cli(words) == 0 and manifest.stat().st_mtime_ns == written
+    assert cli(words) == 0
+    assert manifest.stat().st_mtime_ns == written
     again = ScoreFile.read(tmp_path / "scores.json")
-    assert (
-        again.items == first.items
-        and first.counts["captions"] == CacheManifest.read(manifest).captions > 0
-    )
+    assert again.items == first.items
+    assert first.counts["captions"] == CacheManifest.read(manifest).captions > 0
 
 
 def test_hard_negatives_count_a_tie_as_half():
@@ -351,7 +353,8 @@ def test_xm3600s_recall_is_the_mean_of_its_languages():
     )
     metrics = recall_by_language(pairs, RetrievalConfig()).metrics
     assert (metrics["short:de/t2i_r1"], metrics["short:fr/t2i_r1"]) == (1.0, 0.0)
-    assert metrics["t2i_r1"] == 0.5 and metrics["all/t2i_r1"] == pytest.approx(2 / 3)
+    assert metrics["t2i_r1"] == 0.5
+    assert metrics["all/t2i_r1"] == pytest.approx(2 / 3)
 
 
 EXTENDING = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -379,9 +382,8 @@ def test_one_file_adds_a_suite_that_is_listed_read_measured_and_shown(
         "--teacher.llm",
         str(llm),
     ]
-    assert "photos-100" in suites() and "photos-100" in [
-        suite.name for suite in select_suites("paper")
-    ]
+    assert "photos-100" in suites()
+    assert "photos-100" in [suite.name for suite in select_suites("paper")]
     assert cli(words) == 2
     assert "get it from https://photos.example/" in capsys.readouterr().err
 

@@ -65,11 +65,13 @@ def test_half_a_file_and_the_order_of_lines(name, tmp_path):
 def test_faults_that_are_counted(tmp_path):
     """A last line that a kill cut off, a null where the text should be, a question answered twice."""
     record = command("gqa", written(tmp_path, "".join(lines_of("gqa"))[:-20]), tmp_path)
-    assert record["counts"]["unparsable"] == 1 and record["counts"]["missing"] == 1
+    assert record["counts"]["unparsable"] == 1
+    assert record["counts"]["missing"] == 1
     assert any("line 160" in note for note in record["notes"])
     rows = rows_of("gqa")
     record = command("gqa", written(tmp_path, [{**rows[0], "text": None}, *rows[1:]]), tmp_path)
-    assert record["counts"]["unparsable"] == 1 and record["counts"]["missing"] == 1
+    assert record["counts"]["unparsable"] == 1
+    assert record["counts"]["missing"] == 1
     record = command("gqa", written(tmp_path, [*rows, {**rows[0], "text": "zebra"}]), tmp_path)
     assert record["counts"]["doubled"] == 1
     assert (

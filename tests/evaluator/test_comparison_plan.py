@@ -50,12 +50,12 @@ def test_as_many_images_as_planned_detect_the_effect(pilot):
     the effect."""
     runs = 3
     (noise,) = plan(pilot)
-    assert noise.spread == pytest.approx(SPREAD, rel=0.5) and noise.spread_freedom == 14
+    assert noise.spread == pytest.approx(SPREAD, rel=0.5)
+    assert noise.spread_freedom == 14
     effect = 7.0
     images = noise.images_needed(effect, runs)
-    assert images is not None and noise.detectable(images, runs) <= effect < noise.detectable(
-        images * 0.9, runs
-    )
+    assert images is not None
+    assert noise.detectable(images, runs) <= effect < noise.detectable(images * 0.9, runs)
     rng = np.random.default_rng(runs)
     results = []
     for number in range(SIMULATIONS):
@@ -77,7 +77,8 @@ def test_what_no_number_reaches_and_what_one_side_knows(pilot):
     # three runs that vary by 2 points can't show 1 point on any images
     assert noise.images_needed(1.0, 3) is None
     (alone,) = plan([load_side(pilot[0].path / "0.scores.json")])
-    assert alone.spread is None and alone.images_needed(1.0, 1) is not None
+    assert alone.spread is None
+    assert alone.images_needed(1.0, 1) is not None
     # half right, correlation .5
     assert alone.image_error == pytest.approx(100 * (0.25 / 800) ** 0.5, rel=0.05)
 

@@ -100,7 +100,8 @@ def test_answers_name_the_model_and_the_server(folder: Path, tmp_path: Path) -> 
     settings = {key: value for key, value in state.bodies[0].items() if key != "messages"}
     assert settings == {"model": "tiny", "temperature": 0.0, "max_tokens": 7}
     row = read(output)[0]
-    assert row["model_id"] == "tiny" and row["metadata"] == {
+    assert row["model_id"] == "tiny"
+    assert row["metadata"] == {
         "endpoint": url,
         "finish_reason": "stop",
     }
@@ -176,10 +177,8 @@ def test_a_server_that_dies_loses_nothing(
             == 1
         )
     said = capsys.readouterr()
-    assert (
-        "5 of 12 answers" in said.out
-        and "7 questions without an answer; rerun to ask them again" in said.err
-    )
+    assert "5 of 12 answers" in said.out
+    assert "7 questions without an answer; rerun to ask them again" in said.err
     assert not output.exists()
     with pytest.raises(ConnectionError, match=r"refused; start the server, or correct --endpoint"):
         evaluate.main(words(folder, url, output))  # it is still gone
@@ -290,7 +289,8 @@ def test_a_served_model_is_scored(tmp_path: Path) -> None:
             == 0
         )
     record = ScoreFile.read(tmp_path / "out" / "scores" / "pope.scores.json")
-    assert record.model == "tiny" and len(record.items) == len(rows)
+    assert record.model == "tiny"
+    assert len(record.items) == len(rows)
     settings = record.provenance["answer_settings"]
     assert (settings["endpoint"], settings["served_model"]) == (url, "tiny")
     assert "checkpoint" not in record.provenance

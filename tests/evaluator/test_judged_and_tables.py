@@ -53,7 +53,8 @@ def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
     assert record.metrics["all"] == 76.9
     assert (record.metrics["all.reference"], record.metrics["all.model"]) == (65.0, 50.0)
     assert record.metrics["llava_bench_conv"] == round(5.5 / 8.5 * 100, 1)
-    assert record.counts["failed_reviews"] == 1 and record.items[1]["answer"] == "It is 1."
+    assert record.counts["failed_reviews"] == 1
+    assert record.items[1]["answer"] == "It is 1."
     assert benchmark("llava_bench").statistic(record.items).full() == pytest.approx(100 * 20 / 26)
     alone = score_answers("llava_bench", folder, read_answers(reviews))  # the reviews as --answers
     assert alone.metrics["all"] == record.metrics["all"]

@@ -84,7 +84,8 @@ def test_every_item(name, model):
         for field in item.keys() - NOT_ITS_RULE.get(name, set()):
             value = item[field]
             if field == "question_id" and name != "textvqa":
-                assert mine["id"] == value and type(mine["id"]) is type(value)
+                assert mine["id"] == value
+                assert type(mine["id"]) is type(value)
             elif field in PERCENT:
                 assert round(100 * mine["score"], 2) == pytest.approx(value, abs=TOLERANCE), item
             elif isinstance(value, float):

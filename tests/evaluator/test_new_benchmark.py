@@ -58,11 +58,13 @@ def test_planned_by_bench_mllm(data, tmp_path, capsys):
     start = ["--model-path", "org/llava", "--data", str(data), "--output", str(tmp_path / "out")]
     assert bench.main([*start, "--plan"]) == 0
     shown = capsys.readouterr().out
-    assert "shapes" in shown and "will run" in shown and "no folder pope" in shown
+    assert "shapes" in shown
+    assert "will run" in shown
+    assert "no folder pope" in shown
     (task,) = plans(["shapes"], data, tmp_path)
-    assert (
-        not task.missing and task.image_folder == data / "shapes" / "images" and not task.unscored
-    )
+    assert not task.missing
+    assert task.image_folder == data / "shapes" / "images"
+    assert not task.unscored
     words = bench.evaluate_command(task, bench.COMMAND.parse(start), tmp_path / "answers.jsonl")
     assert words[words.index("--max-new-tokens") + 1] == "8"
     assert words[words.index("--question-file") + 1] == str(data / "shapes" / "shapes.jsonl")
@@ -75,7 +77,8 @@ def test_scored_compared_and_shown(data, tmp_path, capsys):
                     "--json", str(tmp_path / model / "shapes.scores.json")])  # fmt: skip
     assert "Shapes of new: 85.00 %" in capsys.readouterr().out
     record = ScoreFile.read(tmp_path / "new" / "shapes.scores.json")
-    assert record.metrics == {"accuracy_percent": 85.0} and record.counts["missing"] == 0
+    assert record.metrics == {"accuracy_percent": 85.0}
+    assert record.counts["missing"] == 0
     compare.main(
         [str(tmp_path / "base"), str(tmp_path / "new"), "--output", str(tmp_path / "report")]
     )
@@ -90,7 +93,6 @@ def test_scored_compared_and_shown(data, tmp_path, capsys):
     assert comparison["references"] == {"LLaVA-1.5 7B (official)": {"shapes": 61.5}}
     page = (tmp_path / "report" / "compare.html").read_text()
     shown = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert len(shown["questions"]) == 9 and all(
-        question["image"] for question in shown["questions"]
-    )
+    assert len(shown["questions"]) == 9
+    assert all(question["image"] for question in shown["questions"])
     assert "61.5" in page

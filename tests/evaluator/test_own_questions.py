@@ -33,11 +33,11 @@ def own(tmp_path: Path) -> Path:
 
 def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
     (task,) = plans([], own, tmp_path / "generated")
-    assert not task.missing and task.image_folder == tmp_path
+    assert not task.missing
+    assert task.image_folder == tmp_path
     asked = [json.loads(line) for line in task.question_file.read_text().splitlines()]
-    assert (
-        asked[0]["text"].startswith("Which shape?\nAnswer") and asked[0]["image"] == "photos/a.png"
-    )
+    assert asked[0]["text"].startswith("Which shape?\nAnswer")
+    assert asked[0]["image"] == "photos/a.png"
     answers = {
         "old": ("circles", "No", "blue"),
         "new": ("A Circle.", "no, yes", "it is a dark red one"),
@@ -59,7 +59,8 @@ def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
         main(["compare", *sides, "--output", str(tmp_path / "report"), "--resamples", "100"]) == 0
     )
     page = (tmp_path / "report" / "compare.html").read_text()
-    assert "own questions" in page and page.count("data:image/jpeg") == 2  # found next to the file
+    assert "own questions" in page
+    assert page.count("data:image/jpeg") == 2  # found next to the file
 
 
 @pytest.mark.parametrize(

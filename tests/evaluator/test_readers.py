@@ -34,17 +34,16 @@ def test_lm_evaluation_harness():
     scores = [json.loads(line)["acc"] for line in next((LOGS / "lm_eval").glob("samples*")).open()]
     assert value(side, "toy_mc acc") == pytest.approx(100 * sum(scores) / len(scores))
     (run,) = side.runs["toy_mc acc"]
-    assert run.clusters[:4] == ["im0", "im0", "im1", "im1"] and set(run.groups) == {"easy", "hard"}
+    assert run.clusters[:4] == ["im0", "im0", "im1", "im1"]
+    assert set(run.groups) == {"easy", "hard"}
 
 
 def test_a_group_with_one_number_is_one_row():
     """17 of 40: the harness weights a group's tasks, here of 10 and 30 questions, by their size."""
     (run,) = load_side(LOGS / "lm_eval_group").runs["toys exact_match"]
-    assert (
-        run.statistic.full() == pytest.approx(42.5)
-        and set(run.groups) == {"toy_a", "toy_b"}
-        and len(run.ids) == 40
-    )
+    assert run.statistic.full() == pytest.approx(42.5)
+    assert set(run.groups) == {"toy_a", "toy_b"}
+    assert len(run.ids) == 40
     assert len(set(run.clusters)) == 40  # question 0 of one task is not question 0 of the other
 
 
@@ -80,7 +79,8 @@ def test_lmms_evals_composites():
     yes = load_side(LOGS / "lmms_eval" / "yes")
     no = load_side(LOGS / "lmms_eval" / "no")
     assert value(yes, "mme") == value(no, "mme") == pytest.approx(100.0)
-    assert value(yes, "pope") == pytest.approx(50.0) and value(no, "pope") == 0
+    assert value(yes, "pope") == pytest.approx(50.0)
+    assert value(no, "pope") == 0
 
 
 def test_parts_of_pope_and_splits_of_mmbench_are_not_runs_of_one_benchmark(tmp_path):
@@ -167,7 +167,8 @@ def test_bench_mllm_does_not_run_a_task_again(tmp_path):
     folder.mkdir(parents=True)
     (folder / log.name).write_bytes(log.read_bytes())
     outcome = bench.run_lmms_eval("gqa", bench.COMMAND.parse(options))
-    assert (outcome.status, outcome.value) == ("scored", pytest.approx(76.875)), outcome.detail
+    assert outcome.status == "scored", outcome.detail
+    assert outcome.value == pytest.approx(76.875), outcome.detail
     write_text(model / "model.safetensors", "weights")
     write_text(record, f"{model} {sample_sha256(model)}")
     write_text(model / "model.safetensors", "of another training in this folder")
@@ -212,10 +213,8 @@ def test_the_model_of_lmms_eval_is_that_of_the_checkpoint(tmp_path, config, mode
         "cpu",
     ]
     words = bench.lmms_eval_command("mmvp", bench.COMMAND.parse(options))
-    assert (
-        words[words.index("--model") + 1] == model
-        and f"pretrained={tmp_path}" in words[words.index("mmvp") - 2]
-    )
+    assert words[words.index("--model") + 1] == model
+    assert f"pretrained={tmp_path}" in words[words.index("mmvp") - 2]
 
 
 def test_lmms_evals_own_metric(tmp_path):
@@ -227,11 +226,13 @@ def test_lmms_evals_own_metric(tmp_path):
     ]
     (tmp_path / "20261129_061426_samples_gqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (run,) = load_side(tmp_path).runs["gqa exact_match"]
-    assert run.scores == [0, 1, 0, 1] and run.clusters == ["0.jpg", "0.jpg", "1.jpg", "1.jpg"]
+    assert run.scores == [0, 1, 0, 1]
+    assert run.clusters == ["0.jpg", "0.jpg", "1.jpg", "1.jpg"]
     results = {"higher_is_better": {"gqa": {"wer": False}}, "model_name": "m"}
     (tmp_path / "20261129_061426_results.json").write_text(json.dumps(results))
     (run,) = load_side(tmp_path).runs["gqa wer"]
-    assert run.scores == [-0.5] * 4 and "lower is better" in run.notes[0]
+    assert run.scores == [-0.5] * 4
+    assert "lower is better" in run.notes[0]
 
 
 @pytest.mark.parametrize("ending", ["eval", "json"])
@@ -240,7 +241,8 @@ def test_inspect_ai(ending):
     side = load_side(next((LOGS / "inspect_ai").glob(f"*.{ending}")))
     (run,) = side.runs["toy_match match"]
     assert value(side, "toy_match match") == pytest.approx(100 / 6)
-    assert len(run.ids) == 6 and run.clusters[0] == "im0"
+    assert len(run.ids) == 6
+    assert run.clusters[0] == "im0"
 
 
 def test_a_sample_of_inspect_ai_is_the_mean_over_its_epochs(tmp_path):
@@ -483,7 +485,8 @@ def test_a_log_that_nobody_understands_is_left_out_with_a_note(tmp_path):
         json.dumps(about | {"corpus": {"pred": "x"}})
     )
     side = load_side(tmp_path)
-    assert set(side.runs) == {"a acc"} and "metrics doc_hash, corpus of b" in side.notes[0]
+    assert set(side.runs) == {"a acc"}
+    assert "metrics doc_hash, corpus of b" in side.notes[0]
 
 
 def test_a_folder_has_logs_of_one_form(tmp_path):

@@ -32,7 +32,5 @@ def test_refused_before_step_1(
     ]
     words += ["--global-batch", "8", "--max-steps", "2", "--warmup-steps", "0", "--r", "4"]
     meet(fault, world, [*words, *fault.words.replace("{w}", str(world.folder)).split()], capsys)
-    assert (
-        not list(world.folder.glob("new/checkpoints/step-*"))
-        and not world.path("new/metrics.jsonl").exists()
-    )
+    assert not list(world.folder.glob("new/checkpoints/step-*"))
+    assert not world.path("new/metrics.jsonl").exists()

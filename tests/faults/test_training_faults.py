@@ -108,10 +108,8 @@ def test_refused_before_step_1(
     fault: Fault, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     meet(fault, world, world.train(fault.words), capsys)
-    assert (
-        not list(world.folder.glob("new/checkpoints/step-*"))
-        and not world.path("new/metrics.jsonl").exists()
-    )
+    assert not list(world.folder.glob("new/checkpoints/step-*"))
+    assert not world.path("new/metrics.jsonl").exists()
 
 
 def nan_in_checkpoint(world: World) -> None:
@@ -146,7 +144,8 @@ def test_resumed_from_the_checkpoint_before(
     told = meet(fault, world, world.train(fault.words), capsys)
     assert FELL_BACK.replace("{w}", str(world.folder)) in told
     record = RunRecord.read(world.path("run") / RunRecord.FILE)
-    assert record.finished and record.step == 6
+    assert record.finished
+    assert record.step == 6
     steps = [
         json.loads(line).get("step")
         for line in world.path("run/metrics.jsonl").read_text().splitlines()

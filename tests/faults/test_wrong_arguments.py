@@ -24,5 +24,7 @@ def test_refused(
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("LLM2CLIP_HOME", str(tmp_path / "home"))
     told = meet(fault, furnished, fault.words.replace("{w}", str(furnished.folder)).split(), capsys)
-    assert told.count("error: ") == 1 and time.monotonic() < started + 10
-    assert contents(furnished.folder) == before and not [*(tmp_path / "here").iterdir()]
+    assert told.count("error: ") == 1
+    assert time.monotonic() < started + 10
+    assert contents(furnished.folder) == before
+    assert not [*(tmp_path / "here").iterdir()]

@@ -41,7 +41,9 @@ def test_clusters_of_other_sizes_and_chunks_of_draws_change_nothing_but_the_nois
     whole = bootstrap_mean(values, clusters, seed=3)
     monkeypatch.setattr("llm2clip_plugin.bootstrap.BLOCK", 7)
     assert bootstrap_mean(values, clusters, seed=3) == whole
-    assert whole.mean == 0.5 and whole.low == 0.0 and whole.high == 1.0
+    assert whole.mean == 0.5
+    assert whole.low == 0.0
+    assert whole.high == 1.0
 
 
 @pytest.mark.parametrize("freedom", [1, 1.5, 2, 3, 4, 7, 29, 100, 999, 2000, 5000, 1_000_000])

@@ -15,7 +15,8 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         cli.main([*name.split(), "--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert out.startswith("example:\n  llm2clip ") and f"\nusage: llm2clip {name} " in out
+    assert out.startswith("example:\n  llm2clip ")
+    assert f"\nusage: llm2clip {name} " in out
     assert sum(line.startswith("  -") for line in out.splitlines()) <= 14, (
         "the others belong to --help-all"
     )
@@ -30,10 +31,8 @@ def test_words_that_are_not_utf8_are_refused(
     assert cli.main(words) == 2
     told = capsys.readouterr().err
     shown = repr(os.fsencode(words[-1]))
-    assert (
-        told.startswith(f"error: {shown} on the command line is not UTF-8; ")
-        and told.count("\n") == 1
-    )
+    assert told.startswith(f"error: {shown} on the command line is not UTF-8; ")
+    assert told.count("\n") == 1
 
 
 def test_doctor_reports_problems_and_fixes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,4 +102,5 @@ leave(0)
 
 def test_a_loader_that_is_killed_at_the_end_is_no_error() -> None:
     done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr == ""

@@ -104,7 +104,8 @@ def test_a_link_is_followed_and_links_inside_are_strangers(tmp_path: Path) -> No
     write(tmp_path / "disk" / "out", MAKE_FOLDER, "00000.tar")
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
     write(tmp_path / "out", MAKE_FOLDER, "00001.tar")
-    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "out" / "00001.tar").is_file()
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "out" / "00001.tar").is_file()
     assert os.listdir(tmp_path / "disk") == ["out"]
     put(tmp_path / "photos", "a.png")
     (tmp_path / "out" / "photos").symlink_to(tmp_path / "photos")
@@ -139,7 +140,8 @@ def test_commands_write_the_record(
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     again = [*words(data, output), "--overwrite"]
     put(output, "thesis.tex")
-    assert main(again) == 2 and names_in(output) == {"thesis.tex"}
+    assert main(again) == 2
+    assert names_in(output) == {"thesis.tex"}
     (output / "thesis.tex").unlink()
     assert main(again) == main(again) == 0
     record = json.loads((output / "llm2clip-folder.json").read_text())
@@ -151,7 +153,8 @@ def test_commands_write_the_record(
     capsys.readouterr()
     assert main(again) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"error: {output} has thesis.tex, not written by") and "move it" in told
+    assert told.startswith(f"error: {output} has thesis.tex, not written by")
+    assert "move it" in told
 
 
 def test_a_cache_goes_with_its_data_and_what_else_is_in_it_stays(tmp_path: Path) -> None:

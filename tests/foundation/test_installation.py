@@ -25,9 +25,11 @@ def test_one_version_everywhere(capsys) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"llm2clip {__version__}\n"
     cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
-    assert cited and cited[1] == __version__
+    assert cited
+    assert cited[1] == __version__
     changes = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert changes and changes[1] in (__version__, "Unreleased")
+    assert changes
+    assert changes[1] in (__version__, "Unreleased")
 
 
 class Installed(Distribution):
@@ -159,25 +161,24 @@ def test_without_torch_each_command_names_its_extra_in_one_line(without_torch) -
     assert cli.EXTRAS.keys() < cli.COMMANDS.keys()
     for name, extra in cli.EXTRAS.items():
         status, text = without_torch[name]
-        assert status == 2 and text.startswith(
-            f"error: `llm2clip {name}` needs the extra [{extra}] (torch, "
-        )
-        assert (
-            text.count("\n") == 1
-            and "pip install " in text
-            and f"[{extra}]" in text.partition("pip install")[2]
-        )
+        assert status == 2
+        assert text.startswith(f"error: `llm2clip {name}` needs the extra [{extra}] (torch, ")
+        assert text.count("\n") == 1
+        assert "pip install " in text
+        assert f"[{extra}]" in text.partition("pip install")[2]
 
 
 def test_without_torch_the_other_commands_run(without_torch) -> None:
     for name in cli.COMMANDS.keys() - cli.EXTRAS.keys() - {"doctor", "towers"}:
         status, text = without_torch[name]
-        assert status == 2 and "error: missing " in text, name  # its options, which are read first
+        assert status == 2, name
+        assert "error: missing " in text, name  # its options, which are read first
 
 
 def test_without_torch_every_command_has_help() -> None:
     for name, (status, text) in run_without((*TOWER_MODULES, *TRAIN_MODULES), "--help").items():
-        assert status == 0 and f"usage: llm2clip {name} " in text
+        assert status == 0
+        assert f"usage: llm2clip {name} " in text
 
 
 def test_with_the_extra_tower_training_names_the_other() -> None:
@@ -224,7 +225,9 @@ def test_doctor_says_what_is_installed_and_how_to_add_the_rest(
         f"extra [{name}]" for name in ("tower", "train") if name not in parts[extra]
     ]
     for name, line in lines.items():
-        assert line.state == "ok" and "pip install " in line.fix and name[6:] in line.fix
+        assert line.state == "ok"
+        assert "pip install " in line.fix
+        assert name[6:] in line.fix
         assert ("in a new environment" in line.found) == is_own
         assert is_own or (">=2.6" in line.found) == (name == "extra [train]")
     message = installation.missing_message("train", "this", ["peft"])
@@ -238,4 +241,5 @@ def test_an_option_that_needs_more_names_the_extra(capsys, monkeypatch) -> None:
     monkeypatch.setattr(cli, "read_options", fails)
     assert cli.main(["compare"]) == 2
     text = capsys.readouterr().err
-    assert "needs the extra [train] (peft not installed)" in text and text.count("\n") == 1
+    assert "needs the extra [train] (peft not installed)" in text
+    assert text.count("\n") == 1

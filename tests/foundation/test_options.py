@@ -113,7 +113,8 @@ def test_words_become_settings(line: str, expected: Outer) -> None:
 
 def test_extras_and_the_words_after_two_dashes_are_kept_apart() -> None:
     values, extras = COMMAND.read(["--recipe", "small", "--lr", "2", "a"])
-    assert extras == {"recipe": "small"} and values == {"path": ("a",), "inner.lr": 2.0}
+    assert extras == {"recipe": "small"}
+    assert values == {"path": ("a",), "inner.lr": 2.0}
     config = REQUIRED.parse(["x", "--llm", "y", "--", "--help", "--other"])
     assert config == Required(llm="y", path=Path("x"), more=("--help", "--other"))
 
@@ -134,9 +135,8 @@ def test_extras_and_the_words_after_two_dashes_are_kept_apart() -> None:
 def test_a_refusal_is_one_line_that_names_the_option(line: str, named: str) -> None:
     with pytest.raises(ValueError) as refused:
         COMMAND.parse(line.split())
-    assert all(part in str(refused.value) for part in named.split(" ... ")) and "\n" not in str(
-        refused.value
-    )
+    assert all(part in str(refused.value) for part in named.split(" ... "))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", cli.OPTIONS)

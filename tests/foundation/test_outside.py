@@ -50,6 +50,7 @@ def test_a_command_prints_names_in_its_error_as_escapes(
 ):
     assert cli.main(["use", f"{tmp_path}/\x1b[2Jtower"]) == 2
     error = capsys.readouterr().err
-    assert "\\x1b[2Jtower" in error and "\x1b" not in error
+    assert "\\x1b[2Jtower" in error
+    assert "\x1b" not in error
     assert cli.main(["\x1b[2J"]) == 2
     assert "\x1b" not in capsys.readouterr().err

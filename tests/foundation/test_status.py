@@ -87,34 +87,30 @@ def rows(folder: Path) -> dict[str, str]:
 def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]):
     shown = rows(finished)
     record = RunRecord.read(finished / "run.json")
-    assert shown["state"] == "finished" and not {"problem", "go on"} & set(shown)
+    assert shown["state"] == "finished"
+    assert not {"problem", "go on"} & set(shown)
     assert shown["progress"].startswith("step 4 of 4 (100 %), 64 samples, 1.33 epochs, loss ")
-    assert shown["checkpoints"] == "step-00000002, step-00000004" and shown["result"] == str(
-        finished / "tower"
-    )
+    assert shown["checkpoints"] == "step-00000002, step-00000004"
+    assert shown["result"] == str(finished / "tower")
     for name in ("i2t_r1", "t2i_r1"):
         before, best, last = shown[name].split(", ")
-        assert (
-            before == f"before {record.before[name]:.3f}"
-            and last == f"last {record.metrics[name]:.3f} (step 4)"
-        )
+        assert before == f"before {record.before[name]:.3f}"
+        assert last == f"last {record.metrics[name]:.3f} (step 4)"
         assert float(best.split()[1]) >= float(last.split()[1])
     assert run("status", [str(finished)]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{finished}: finished" and said[1].split()[:3] == ["progress", "step", "4"]
+    assert said[0] == f"{finished}: finished"
+    assert said[1].split()[:3] == ["progress", "step", "4"]
 
 
 def test_one_that_was_killed_says_how_to_go_on_and_that_works(tiny: Path, folder: Path):
     shown = rows(folder)
-    assert (
-        shown["state"].startswith("ended early: no message")
-        and "left at the last rate" in shown["progress"]
-    )
-    assert shown["checkpoints"] == "step-00000002" and shown["result"].startswith("none yet")
-    assert (
-        shown["go on"].startswith(f"llm2clip train-tower {tiny}/data --tower ")
-        and "--max-steps 4" in shown["go on"]
-    )
+    assert shown["state"].startswith("ended early: no message")
+    assert "left at the last rate" in shown["progress"]
+    assert shown["checkpoints"] == "step-00000002"
+    assert shown["result"].startswith("none yet")
+    assert shown["go on"].startswith(f"llm2clip train-tower {tiny}/data --tower ")
+    assert "--max-steps 4" in shown["go on"]
     go_on = shown["go on"].split()[2:]
     go_on[go_on.index("--output") + 1] = str(folder)  # the fixture's copy
     assert run("train-tower", go_on) == 0
@@ -125,9 +121,8 @@ def test_why_it_ended(folder: Path):
     add(folder, step=2, event="stopped", reason="SIGTERM", time="2026-11-26 10:00:00")
     assert rows(folder)["state"] == "stopped: SIGTERM, 2026-11-26 10:00:00"
     add(folder, step=3, samples=48, loss=1.0, step_seconds=2.0)  # it went on, and was killed
-    assert rows(folder)["state"].startswith("ended early") and rows(folder)["progress"].startswith(
-        "step 3 "
-    )
+    assert rows(folder)["state"].startswith("ended early")
+    assert rows(folder)["progress"].startswith("step 3 ")
     add(folder, step=3, event="checkpoint failed", reason="No space left on device")
     add(folder, step=3, event="failed", reason="the loss is nan", time="2026-11-26 11:00:00")
     shown = rows(folder)
@@ -149,17 +144,16 @@ def test_the_best_score_and_the_time_left(folder: Path):
     for step, recall in ((30, 0.25), (60, 0.75), (90, 0.5)):
         add(folder, step=step, samples=16 * step, i2t_r1=recall, t2i_r1=recall)
     shown = rows(folder)
-    assert (
-        "step 90 of 100 (90 %)" in shown["progress"]
-        and "0:00:20 left at the last rate" in shown["progress"]
-    )
+    assert "step 90 of 100 (90 %)" in shown["progress"]
+    assert "0:00:20 left at the last rate" in shown["progress"]
     assert shown["i2t_r1"].endswith("best 0.750 (step 60), last 0.500 (step 90)")
 
 
 def test_a_cache_is_complete_with_all_files_of_its_shards(tmp_path: Path):
     folder = make_cache(make_shards(tmp_path))
     (_, state), *others = cache_rows(folder)
-    assert state.startswith("complete: 2 of 2 shards") and "problem" not in dict(others)
+    assert state.startswith("complete: 2 of 2 shards")
+    assert "problem" not in dict(others)
     (folder / "00001.safetensors").unlink()
     (_, state), *others = cache_rows(folder)
     assert state.startswith("not complete: 1 of 2 shards")
@@ -171,7 +165,8 @@ def test_running_here_and_elsewhere(folder: Path):
     lock = {"host": socket.gethostname(), "pid": os.getpid(), "started": me.create_time()}
     (folder / "run.lock").write_text(json.dumps(lock))
     shown = rows(folder)
-    assert shown["state"].startswith(f"running: process {os.getpid()}") and "go on" not in shown
+    assert shown["state"].startswith(f"running: process {os.getpid()}")
+    assert "go on" not in shown
     # its number was given to another process
     (folder / "run.lock").write_text(json.dumps(lock | {"started": 1.0}))
     assert rows(folder)["state"].startswith("ended early")
@@ -185,10 +180,8 @@ def test_the_loader_processes_that_the_steps_need(tiny: Path, folder: Path):
     for step in range(3, 43):  # 150 images/s, half of the time waiting for data: 300 without
         values = {"samples_per_second": 150, "wait_share": 0.5, "loader_images_per_second": 110}
         add(folder, step=step, samples=16 * step, loss=1.0, **values)
-    assert (
-        "110.0 images/s" in (loader := rows(folder)["loader"])
-        and "300.0: --workers, over all ranks, 3" in loader
-    )
+    assert "110.0 images/s" in (loader := rows(folder)["loader"])
+    assert "300.0: --workers, over all ranks, 3" in loader
 
 
 def test_restarts_are_one_run_of_wandb(tiny: Path, tmp_path: Path):

@@ -63,18 +63,21 @@ def test_the_base_install_is_small_compares_and_checks_data(
     size = new_environment.megabytes()
     assert size < MOST_MEGABYTES
     print(f"the base install has {size:.0f} MB")
-    assert not new_environment.has("torch") and not new_environment.has("transformers")
+    assert not new_environment.has("torch")
+    assert not new_environment.has("transformers")
     compares(new_environment, tmp_path / "logs")
     checks_data(new_environment, tmp_path / "data")
     assert not new_environment.run("llm2clip", "doctor", folder=tmp_path).returncode
     hook = new_environment.run("python", "-c", "import llava.model.builder", folder=tmp_path)
     assert hook.stderr.strip().splitlines()[-1] == "ModuleNotFoundError: No module named 'llava'"
     done = new_environment.run("llm2clip", "export", "run", "--output", "out", folder=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
     command = shlex.split(done.stderr.partition("install it: ")[2])
     assert command[:3] == ["uv", "pip", "install"]
     new_environment.install(*command[3:])
-    assert new_environment.has("torch") and not new_environment.has("deepspeed")
+    assert new_environment.has("torch")
+    assert not new_environment.has("deepspeed")
 
 
 def test_the_extra_tower_opens_a_tower_and_names_the_other(
@@ -85,9 +88,11 @@ def test_the_extra_tower_opens_a_tower_and_names_the_other(
     loaded = new_environment.run("python", "-c", LOADS, tower, folder=tmp_path)
     assert loaded.stdout.strip() == "32", loaded.stderr
     doctor = new_environment.run("llm2clip", "doctor", folder=tmp_path)
-    assert "installed: base, tower\n" in doctor.stdout and doctor.returncode == 0, doctor.stdout
+    assert "installed: base, tower\n" in doctor.stdout, doctor.stdout
+    assert doctor.returncode == 0, doctor.stdout
     done = new_environment.run("llm2clip", "train-tower", "data", folder=tmp_path)
-    assert done.returncode == 2 and "needs the extra [train]" in done.stderr
+    assert done.returncode == 2
+    assert "needs the extra [train]" in done.stderr
 
 
 def test_the_extra_train_is_complete_with_llava(

@@ -34,7 +34,5 @@ def test_arrows_cycles_and_words(tmp_path: Path) -> None:
     assert [found[name] for name in ("files", "lines", "words of docs")] == list("893")
     assert found["files in import cycles"].startswith("4, ")
     assert found["arrows up"].split(", ") == ["3", *UP]
-    assert (
-        found["files that train-tower imports"] == "4"
-        and found["longest function"] == "2 (cli.main)"
-    )
+    assert found["files that train-tower imports"] == "4"
+    assert found["longest function"] == "2 (cli.main)"

@@ -19,7 +19,8 @@ STEPS = 20
 def nano() -> Any:
     """The file as a module."""
     spec = importlib.util.spec_from_file_location("nano", ROOT / "scripts" / "nano" / "llm2clip.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

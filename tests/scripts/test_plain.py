@@ -9,7 +9,8 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plain.py"
 SPEC = importlib.util.spec_from_file_location("plain", SCRIPT)
-assert SPEC and SPEC.loader
+assert SPEC
+assert SPEC.loader
 plain = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(plain)
 
@@ -88,7 +89,8 @@ def test_a_line_for_each_and_the_exit_status(tmp_path: Path) -> None:
     (tmp_path / "golden" / "theirs.py").write_text("a, b = 1, 2\n")  # others' code is not read
     (tmp_path / "clean.py").write_text("a = 1\n")
     clean = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
-    assert (clean.returncode, clean.stdout) == (0, "")
+    assert clean.returncode == 0
+    assert clean.stdout == ""
     path = tmp_path / "code.py"
     path.write_text("a = 1\nrows = [\n    [x for x in [value]]\n]\nb, c = 1, 2\n")
     dirty = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)

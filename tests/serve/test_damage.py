@@ -131,7 +131,9 @@ def check(
     damage(copy)
     assert llm2clip(["llava", "export", str(copy), "--no-compare", "--output", str(out)]) == 2
     message = capsys.readouterr().err.strip()
-    assert message.startswith("error: ") and said in message and "\n" not in message
+    assert message.startswith("error: ")
+    assert said in message
+    assert "\n" not in message
     assert not out.parent.exists() or not [*out.parent.iterdir()]
 
 

@@ -59,7 +59,8 @@ def test_the_template_begins_as_llavas_prompt(tmp_path: Path, legacy: bool) -> N
     whole = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    assert whole["input_ids"][0] == expected and expected.count(1) == 1
+    assert whole["input_ids"][0] == expected
+    assert expected.count(1) == 1
 
 
 def test_rope_theta_is_exported_from_either_versions_config() -> None:

@@ -163,9 +163,8 @@ def test_equals_its_parts_and_trains(llms: Path, tmp_path: Path, tower: str, llm
             for name, value in model.state_dict().items()
             if not value.equal(before[name])
         }
-        assert "multi_modal_projector" in changed and ("vision_tower" in changed) == (
-            trains == ("",)
-        )
+        assert "multi_modal_projector" in changed
+        assert ("vision_tower" in changed) == (trains == ("",))
     assert losses[0] > losses[1] > losses[2]
 
     model.save_pretrained(tmp_path / "trained")
@@ -184,14 +183,13 @@ def test_a_frozen_tower_is_not_random(llms: Path, tmp_path: Path) -> None:
     def features() -> torch.Tensor:
         return model.get_image_features(pixel_values=pixels).pooler_output[0]
 
-    assert model.model.vision_tower.training and not torch.equal(features(), features())
+    assert model.model.vision_tower.training
+    assert not torch.equal(features(), features())
     model.model.vision_tower.requires_grad_(False)
     model.train()
-    assert (
-        model.training
-        and not model.model.vision_tower.training
-        and torch.equal(features(), features())
-    )
+    assert model.training
+    assert not model.model.vision_tower.training
+    assert torch.equal(features(), features())
 
 
 @pytest.mark.parametrize("layer", [0, -2, -3])
@@ -200,9 +198,8 @@ def test_the_tower_in_llavas_own_model(name: str, layer: int) -> None:
     """As above; every hidden state can be selected, the input of the first block too."""
     location = TowerLocation.of(tower_directory(name), how="here")
     tower = LLM2CLIPVisionTower("here", location, SimpleNamespace(mm_vision_select_layer=layer))
-    assert torch.nn.ModuleList([tower]).train().training and not any(
-        module.training for module in tower.modules()
-    )
+    assert torch.nn.ModuleList([tower]).train().training
+    assert not any(module.training for module in tower.modules())
     size = location.card.image_size
     pixels = torch.rand(1, 3, size, size)
     expected = load_tower(location.directory)(
@@ -324,8 +321,10 @@ def test_one_bos_whichever_way(llms: Path, tmp_path: Path, change: Any) -> None:
         processor.tokenizer(text, **more)["input_ids"]
         for more in ({"add_special_tokens": False}, {})
     ]
-    assert [ids.count(BOS) for ids in ways] == [1] * 4 and {ids[0] for ids in ways} == {BOS}
-    assert ways[0] == ways[1] and ways[2] == ways[3]
+    assert [ids.count(BOS) for ids in ways] == [1] * 4
+    assert {ids[0] for ids in ways} == {BOS}
+    assert ways[0] == ways[1]
+    assert ways[2] == ways[3]
 
 
 def test_the_template_is_the_llms_with_slots(built: Path, llms: Path) -> None:
@@ -360,7 +359,8 @@ def test_image_uses_a_spare_row_or_a_new_one(built: Path, llms: Path, tmp_path: 
     written = load_file(folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         rows = written[f"language_model.{name}"]
-        assert torch.equal(rows[:tokens], own[name][:tokens]) and len(rows) == tokens + 1
+        assert torch.equal(rows[:tokens], own[name][:tokens])
+        assert len(rows) == tokens + 1
         assert torch.allclose(rows[tokens], own[name][:tokens].mean(0))
 
 
@@ -380,14 +380,14 @@ def test_seed_dry_run_and_shards(
     shards = sorted(sharded.glob("model-*.safetensors"))
     assert len(shards) > 3
     second = {key: value for shard in shards for key, value in load_file(shard).items()}
-    assert first.keys() == second.keys() and all(
-        torch.equal(first[key], second[key]) for key in first
-    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
     monkeypatch.undo()
     words = ("clip", llms / "qwen3", tmp_path / "other", "--seed", "1")
     count = sum(value.numel() for value in first.values())
     nothing = build(*words, "--dry-run")
-    assert f"{count:,} parameters" in capsys.readouterr().out and not nothing.exists()
+    assert f"{count:,} parameters" in capsys.readouterr().out
+    assert not nothing.exists()
     assert not torch.equal(load_file(build(*words) / "model.safetensors")[name], first[name])
 
 
@@ -405,16 +405,12 @@ def test_no_code_of_the_towers_folder_is_named(tmp_path: Path) -> None:
 def test_the_card_names_both_by_hash(built: Path) -> None:
     made = json.loads((built / "config.json").read_text())["llm2clip_vlm"]
     card = json.loads((built / "llm2clip_tower.json").read_text())
-    assert (
-        "stage" not in made
-        and made["tower_sha256"] == card["weights_sha256"]
-        and len(made["llm_sha256"]) == 64
-    )
+    assert "stage" not in made
+    assert made["tower_sha256"] == card["weights_sha256"]
+    assert len(made["llm_sha256"]) == 64
     readme = (built / "README.md").read_text()
-    assert (
-        all(f"`{made[name]}`" in readme for name in ("tower_sha256", "llm_sha256"))
-        and "(stage 0)" in readme
-    )
+    assert all(f"`{made[name]}`" in readme for name in ("tower_sha256", "llm_sha256"))
+    assert "(stage 0)" in readme
     assert str(built.parent) not in readme + (built / "config.json").read_text()
 
 
@@ -469,8 +465,11 @@ def test_what_does_not_fit_is_one_line(
     capsys.readouterr()
     assert llm2clip(["vlm", "build", *words]) == 2
     said = capsys.readouterr().err
-    assert message in said and said.startswith("error: ") and said.count("\n") == 1
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_tower_that_transformers_saved_has_the_names_that_servers_know(
@@ -496,7 +495,8 @@ def test_a_tower_that_transformers_saved_has_the_names_that_servers_know(
         for name in load_file(tmp_path / "vlm" / "model.safetensors")
         if name.startswith("vision_tower.")
     ]
-    assert names and all(name.startswith("vision_tower.vision_model.") for name in names)
+    assert names
+    assert all(name.startswith("vision_tower.vision_model.") for name in names)
 
 
 def test_a_users_own_swift_plugins_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,7 +506,5 @@ def test_a_users_own_swift_plugins_stay(monkeypatch: pytest.MonkeyPatch) -> None
         sys, "argv", ["trainers", "swift", "sft", "--external_plugins", "mine.py", "--model", "vlm"]
     )
     trainers.main()
-    assert (
-        sys.argv[2:5] == ["--external_plugins", trainers.__file__, "mine.py"]
-        and "--template" in sys.argv
-    )
+    assert sys.argv[2:5] == ["--external_plugins", trainers.__file__, "mine.py"]
+    assert "--template" in sys.argv

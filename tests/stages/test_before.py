@@ -43,17 +43,17 @@ def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     before, after = train(
         tiny, output, "--heads.steps", "5", "--heads.batch-size", "16", "--max-steps", "2"
     )
-    assert (before["step"], before["samples"], after["step"]) == (0, 0, 2) and before[
-        "i2t_r1"
-    ] != 0.5
+    assert before["step"] == 0
+    assert before["samples"] == 0
+    assert after["step"] == 2
+    assert before["i2t_r1"] != 0.5
     said = capsys.readouterr().out
     assert (
         f"before -> after: i2t_r1 {before['i2t_r1']:.3f} -> {after['i2t_r1']:.3f}, t2i_r1 " in said
     )
     fit = heads_lines(output)
-    assert [line["heads_step"] for line in fit] == [1, 2, 3, 4, 5] and fit[-1][
-        "heads_samples"
-    ] == 80
+    assert [line["heads_step"] for line in fit] == [1, 2, 3, 4, 5]
+    assert fit[-1]["heads_samples"] == 80
     assert all(
         line["heads_loss"] == line["heads_loss_infonce"] and line["heads_lr"] == 1e-3
         for line in fit
@@ -61,17 +61,17 @@ def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     record = RunRecord.read(output / "run.json")
     card = TowerCard.read(output / "tower" / TowerCard.FILE)
     assert record.before["t2i_r5"] == card.training["before"]["t2i_r5"] == before["t2i_r5"]
-    assert (
-        card.training["recipe"] == "base"
-        and card.training["data_samples"] == record.epoch_samples > 0
-    )
+    assert card.training["recipe"] == "base"
+    assert card.training["data_samples"] == record.epoch_samples > 0
     row = f"| t2i_r5 | {before['t2i_r5']:.4f} | {after['t2i_r5']:.4f} |"
     assert row in (output / "tower" / "README.md").read_text()
     resumed = ("--max-steps", "3", "--allow-changed", "train.max_steps")
     again, _, longer = train(
         tiny, output, "--heads.steps", "5", "--heads.batch-size", "16", *resumed
     )
-    assert again == before and longer["step"] == 3 and heads_lines(output) == fit
+    assert again == before
+    assert longer["step"] == 3
+    assert heads_lines(output) == fit
     assert RunRecord.read(output / "run.json").before == record.before
 
 
@@ -104,10 +104,12 @@ def test_random_heads_have_no_before_and_scoring_changes_nothing(tiny: Path, tmp
         "2",
     )
     (after,) = train(tiny, tiny / "run", "--heads.steps", "0", "--max-steps", "2")
-    assert after["step"] == 2 and heads_lines(tiny / "run") == []
+    assert after["step"] == 2
+    assert heads_lines(tiny / "run") == []
     before, _ = train(tiny, tmp_path / "with", *words)
     train(tiny, tmp_path / "without", *words, "--no-eval-on-start")
-    assert before["step"] == 0 and losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert before["step"] == 0
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
 
 def test_lift_trains_a_tower_from_random_weights(tmp_path: Path):
@@ -146,7 +148,8 @@ def test_lift_trains_a_tower_from_random_weights(tmp_path: Path):
     ]
     assert run("train-tower", words) == 0
     values = losses(output)
-    assert sorted(values) == list(range(1, steps + 1)) and values[steps] < 0.9 * values[1]
+    assert sorted(values) == list(range(1, steps + 1))
+    assert values[steps] < 0.9 * values[1]
     (scores,) = (line for line in lines(output) if "i2t_r1" in line)
     assert scores["step"] == steps  # a random tower has no before
     assert TowerCard.read(output / "tower" / TowerCard.FILE).training["recipe"] == "lift_b16"

@@ -49,9 +49,9 @@ def teacher(llama: Path) -> CaptionEncoder:
 def test_cache_holds_what_the_encoder_gives(teacher: CaptionEncoder, tmp_path: Path) -> None:
     source = open_source(write_tars(tmp_path / "data", 3, 8))
     manifest, summary = embed_source(source, teacher, tmp_path / "cache", quiet=True)
-    assert (
-        manifest is not None and manifest.complete and manifest.captions == summary.captions == 48
-    )
+    assert manifest is not None
+    assert manifest.complete
+    assert manifest.captions == summary.captions == 48
     cache = EmbeddingCache.open(
         tmp_path / "cache", expect_fingerprint=teacher.identity().fingerprint
     )
@@ -92,7 +92,8 @@ def test_ranks_share_the_shards_and_the_last_writes_the_manifest(
     with pytest.raises(ContractError, match="incomplete"):
         EmbeddingCache.open(tmp_path / "two")
     second, summary1 = embed_source(source, teacher, tmp_path / "two", rank=0, world=2, quiet=True)
-    assert second == whole and summary0.shards + summary1.shards == 5
+    assert second == whole
+    assert summary0.shards + summary1.shards == 5
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -115,7 +116,9 @@ def test_second_run_embeds_only_incomplete_shards(teacher: CaptionEncoder, tmp_p
     files[0].unlink()
     files[1].write_bytes(before[files[1].name][:-7])
     manifest, summary = embed_source(source, teacher, tmp_path / "cache", quiet=True)
-    assert (summary.shards, summary.skipped) == (2, 2) and manifest is not None
+    assert summary.shards == 2
+    assert summary.skipped == 2
+    assert manifest is not None
     assert {path.name: path.read_bytes() for path in files} == before
 
 
@@ -131,7 +134,8 @@ def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: 
     with pytest.raises(ContractError, match="5 samples"):
         EmbeddingCache.open(tmp_path / "cache").check(changed)
     _, summary = embed_source(changed, teacher, tmp_path / "cache", quiet=True)
-    assert (summary.shards, summary.skipped) == (1, 1)
+    assert summary.shards == 1
+    assert summary.skipped == 1
     EmbeddingCache.open(tmp_path / "cache").check(changed)
 
 
@@ -222,10 +226,8 @@ def test_a_late_rank_is_named_and_none_leaves_before_it(llama: Path, tmp_path: P
     statuses = finish(ranks)
     said = "".join(rank.output for rank in ranks)
     assert statuses == [0, 0], said
-    assert (
-        "late: rank 1 (" in said
-        and "has been in phase embedding for" in said
-        and "time.sleep(5)" in said
-    ), said
+    assert "late: rank 1 (" in said, said
+    assert "has been in phase embedding for" in said, said
+    assert "time.sleep(5)" in said, said
     assert "rank 0: its shards are complete; other ranks are still embedding" in said
     EmbeddingCache.open(tmp_path / "cache").check(source)

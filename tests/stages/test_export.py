@@ -42,9 +42,8 @@ def test_merged_is_the_adapter(any_llm: Path, tmp_path: Path, settings: dict) ->
     tuned = CaptionEncoder(
         EncoderConfig(llm=str(any_llm), adapter=str(adapter), compute_dtype="float32"), "cpu"
     )
-    assert (
-        merged.config.pooling == tuned.config.pooling and merged.config.layer == tuned.config.layer
-    )
+    assert merged.config.pooling == tuned.config.pooling
+    assert merged.config.layer == tuned.config.layer
     assert torch.allclose(merged.encode(TEXTS), tuned.encode(TEXTS), atol=1e-4)
     assert main(command) == 2  # the folder is not empty
 
@@ -80,7 +79,8 @@ def test_post_processing_is_stored_with_the_card(llama: Path, tmp_path: Path) ->
     assert main([*command, "--post-file", str(tmp_path / POST_FILE)]) == 0
     after = CaptionEncoder(EncoderConfig(llm=str(tmp_path / "out"), compute_dtype="float32"), "cpu")
     assert torch.allclose(after.encode(TEXTS), post(before.encode(TEXTS)), atol=1e-4)
-    assert after.identity().post and after.identity().fingerprint != before.identity().fingerprint
+    assert after.identity().post
+    assert after.identity().fingerprint != before.identity().fingerprint
     (tmp_path / "out" / POST_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=r"llm2clip_post\.safetensors"):
         CaptionEncoder(EncoderConfig(llm=str(tmp_path / "out")), "cpu")

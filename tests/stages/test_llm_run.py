@@ -104,7 +104,9 @@ def test_loss_falls(plain: Path) -> None:
     found = losses(plain)
     assert found[-1] < found[0] - 0.2
     record = RunRecord.read(plain / "run.json")
-    assert record.finished and record.step == STEPS and record.samples == 16 * STEPS
+    assert record.finished
+    assert record.step == STEPS
+    assert record.samples == 16 * STEPS
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,8 @@ def test_compiled_it_has_the_same_losses(
         "--gradient-checkpointing",
     )
     assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
-    assert len(graphs) == STEPS and 0 < graphs[0] == graphs[-1] <= 3
+    assert len(graphs) == STEPS
+    assert 0 < graphs[0] == graphs[-1] <= 3
 
 
 def test_two_ranks_killed_and_resumed_with_one(
@@ -154,7 +157,8 @@ def test_two_ranks_killed_and_resumed_with_one(
         process.kill()
     finish(ranks)
     done = TrainState.read(next(iter((tmp_path / "checkpoints").glob("step-*/state.json"))))
-    assert done.world_size == 2 and done.step >= 1
+    assert done.world_size == 2
+    assert done.step >= 1
     assert finetune_llm(FINETUNE_LLM.parse(arguments)) is not None
     assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
 
@@ -475,7 +479,8 @@ def test_long_texts_are_counted_and_queries_cut_on_request(
     found = re.findall(
         r"(\d+) of the first (\d+) (?:queries|positives) are longer", capsys.readouterr().out
     )
-    assert len(found) == 2 and all(0 < int(long) < int(all_) for long, all_ in found)
+    assert len(found) == 2
+    assert all(0 < int(long) < int(all_) for long, all_ in found)
 
 
 def test_a_weight_that_is_not_finite_is_one_line(
@@ -490,5 +495,6 @@ def test_a_weight_that_is_not_finite_is_one_line(
     assert main(["finetune-llm", *options(captions, broken, tmp_path / "run")]) == 2
     told = capsys.readouterr().err
     assert re.search(rf"error: {broken}: .*embed_tokens.weight", told)
-    assert told.count("error: ") == 1 and "Traceback" not in told
+    assert told.count("error: ") == 1
+    assert "Traceback" not in told
     assert not (tmp_path / "run/adapter").exists()

@@ -68,7 +68,8 @@ ALL = [
 
 def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
     config, source = opened(tiny)
-    assert survey(source) == ("short:long", "") and len(source) == 48
+    assert survey(source) == ("short:long", "")
+    assert len(source) == 48
     found = "short:long"
     stages = plan(config, source, found)
     assert names(stages) == ALL
@@ -80,12 +81,15 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
         assert pairs_of_stage_1(dataclasses.replace(config, **left_out), source) == ""
     assert names(plan(config, source, "")) == [*ALL[:2], *ALL[3:]]
     own = plan(dataclasses.replace(config, adapter="mine"), source, "")
-    assert names(own) == [*ALL[:2], *ALL[3:]] and "mine" in own[2].words
+    assert names(own) == [*ALL[:2], *ALL[3:]]
+    assert "mine" in own[2].words
     hub = plan(dataclasses.replace(config, tower="openai/clip-vit-base-patch16"), source, found)
-    assert names(hub)[0] == "import" and str(tiny / "out" / "start") in hub[6].words
+    assert names(hub)[0] == "import"
+    assert str(tiny / "out" / "start") in hub[6].words
     two = plan(dataclasses.replace(config, num_gpus=2), source, found)
     assert [stage.ranks for stage in two] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 1]
-    assert "--nproc_per_node=2" in two[2].argv() and "llm2clip_plugin.launch" not in two[1].argv()
+    assert "--nproc_per_node=2" in two[2].argv()
+    assert "llm2clip_plugin.launch" not in two[1].argv()
     # before the stages that come first, as all that follows
     with pytest.raises(ValueError, match="--nonsense"):
         plan(dataclasses.replace(config, tower_options="--nonsense 3"), source, found)
@@ -154,7 +158,8 @@ class Run:
             if folder.why(stage) is not None:
                 folder.begin(stage, [], {})
                 # what was there is gone
-                assert stage.output is not None and not stage.output.exists()
+                assert stage.output is not None
+                assert not stage.output.exists()
                 stage.output.write_text(f"{stage.name} {made}")
                 folder.end(stage, 1.0)
                 ran.append(stage.name)
@@ -167,7 +172,8 @@ class Run:
 @pytest.fixture
 def three(tmp_path: Path) -> Run:
     run = Run(tmp_path)
-    assert run.run() == ["a", "b", "c"] and run.stale() == {}
+    assert run.run() == ["a", "b", "c"]
+    assert run.stale() == {}
     return run
 
 
@@ -189,7 +195,8 @@ def test_a_stage_that_makes_the_same_again_leaves_those_after_it(three: Run):
 def test_a_result_that_was_edited_or_deleted_is_made_again(three: Run):
     (three.out / "b").write_text("edited")
     assert three.stale() == {"b": f"its result {three.out}/b changed", "c": ""}
-    assert three.run() == ["b"] and three.stale() == {}
+    assert three.run() == ["b"]
+    assert three.stale() == {}
     (three.out / "c").unlink()
     assert three.stale() == {"c": "its result c is gone"}
     assert three.run() == ["c"]
@@ -248,7 +255,8 @@ def test_a_killed_stage_goes_on_with_the_same_input_and_starts_anew_with_another
     (three.out / "a").write_text("a checkpoint")
     for _ in range(2):  # a checkpoint may be older than the last start
         more = three.opened().begin(first, [], {})
-        assert more == ["--allow-changed", "data.path"] and (three.out / "a").exists()
+        assert more == ["--allow-changed", "data.path"]
+        assert (three.out / "a").exists()
     (three.folder / "data").write_text("other")
     three.opened().begin(first, [], {})
     assert not (three.out / "a").exists()
@@ -266,7 +274,8 @@ def test_a_cache_is_brought_up_to_date(three: Run):
     )
     (three.folder / "data").write_text("DATA")
     for times in (1, 2):
-        assert three.opened().begin(cache, [], {}) == ["--overwrite"] and (three.out / "a").exists()
+        assert three.opened().begin(cache, [], {}) == ["--overwrite"]
+        assert (three.out / "a").exists()
         assert len(updated) == times
 
 
@@ -362,7 +371,8 @@ def test_names_in_other_languages_do_not_switch_stage_1_off(survey_of):
     assert survey_of(guinea, guinea) == ("short:same", "")
     copies = {"short": ["a red bird"], "long": ["A red bird, drawn."]}
     pairs, why_not = survey_of(copies, copies)
-    assert pairs == "short:long" and "one caption contains another" in why_not
+    assert pairs == "short:long"
+    assert "one caption contains another" in why_not
     assert survey_of({"short": ["a bird"]}, copies)[0] == ""
 
 
@@ -384,10 +394,8 @@ def test_stage_1_can_be_demanded(
         "stage 1 is left out: they are alike; --stage1 runs it all the same"
         in capsys.readouterr().out
     )
-    assert (
-        pairs_of_stage_1(demanded, source) == "short:same"
-        and pairs_of_stage_1(without, source) == ""
-    )
+    assert pairs_of_stage_1(demanded, source) == "short:same"
+    assert pairs_of_stage_1(without, source) == ""
     assert capsys.readouterr().out == ""
     monkeypatch.setattr("llm2clip_plugin.stages.pipeline.survey", lambda source: ("", "too few"))
     with pytest.raises(
@@ -423,7 +431,8 @@ def test_status_shows_the_stages(three: Run, capsys: pytest.CaptureFixture[str])
 def test_a_stage_that_is_complete_is_listed_so(three: Run, capsys: pytest.CaptureFixture[str]):
     show(three.stages, dict.fromkeys(("b", "c"), "late changed since it was made"))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == f"1 complete a: x a {three.out}" and lines[2] == f"3 c: x c {three.out}"
+    assert lines[0] == f"1 complete a: x a {three.out}"
+    assert lines[2] == f"3 c: x c {three.out}"
     assert lines[3:] == [
         "stage 'b' runs again: late changed since it was made",
         "2 of 3 stages to run",

@@ -255,7 +255,8 @@ def test_a_killed_training_goes_on_in_a_moved_folder_but_not_with_other_data(
     world.kill_in_training()
     change(world, "move", random.Random(0))
     said = world.run()
-    assert "--allow-changed data.path" in said and "runs again" not in said
+    assert "--allow-changed data.path" in said
+    assert "runs again" not in said
     metrics = (world.folder / world.output / "after" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in metrics].count(1) == 1  # it did not start over
     other.run()
@@ -284,5 +285,6 @@ def test_after_any_changes_a_run_makes_what_a_fresh_one_makes(
         change(world, done[-1], rng)
     said = world.run()
     fresh = world.run("fresh")
-    assert "stages to run" in said and "11 of 11 stages to run" in fresh
+    assert "stages to run" in said
+    assert "11 of 11 stages to run" in fresh
     assert results(world.folder / world.output) == results(world.folder / "fresh"), done

@@ -18,7 +18,8 @@ from llm2clip_plugin.stages.tower_config import RECIPES, TRAIN_TOWER, RunConfig,
 def test_recipes_survive_json(name: str):
     config = recipe(name)
     again = from_plain(RunConfig, json.loads(json.dumps(dataclasses.asdict(config))), where=name)
-    assert again == config and again.hash == config.hash
+    assert again == config
+    assert again.hash == config.hash
 
 
 def test_the_hash_sees_what_is_learned_alone():
@@ -49,7 +50,8 @@ def test_changed_settings_are_named_and_can_be_allowed():
 def test_an_explicit_length_or_warmup_wins_over_the_recipes(tmp_path: Path) -> None:
     # it sets max_steps
     by_epochs = TRAIN_TOWER.parse(["--recipe", "quickstart", "--num_train_epochs", "50"]).train
-    assert (by_epochs.num_train_epochs, by_epochs.steps(1280)) == (50, 500)
+    assert by_epochs.num_train_epochs == 50
+    assert by_epochs.steps(1280) == 500
     # it sets epochs
     by_steps = TRAIN_TOWER.parse(["--recipe", "openai_b16", "--max_steps", "7"]).train
     assert by_steps.steps(1_000_000) == 7
@@ -95,18 +97,16 @@ def test_the_command_line_overrides_a_recipe():
     words += " --data_path a b --learning_rate 3e-4 --gradient_checkpointing True --bf16 True --vision_tower t"
     words += " --per_device_train_batch_size 4 --report_to tensorboard --dual.projection-norm False"
     config = TRAIN_TOWER.parse(words.split())
-    assert (
-        config.optim.lr == 3e-4
-        and config.deepspeed == "scripts/zero1.json"
-        and config.output_dir == "runs/x"
-    )
-    assert (
-        config.data.path == ("a", "b")
-        and config.tower.path == "t"
-        and config.train.micro_batch == 4
-    )
-    assert config.train.gradient_checkpointing and config.train.precision == "bf16"
-    assert config.train.report_to == ("tensorboard",) and not config.dual.projection_norm
+    assert config.optim.lr == 3e-4
+    assert config.deepspeed == "scripts/zero1.json"
+    assert config.output_dir == "runs/x"
+    assert config.data.path == ("a", "b")
+    assert config.tower.path == "t"
+    assert config.train.micro_batch == 4
+    assert config.train.gradient_checkpointing
+    assert config.train.precision == "bf16"
+    assert config.train.report_to == ("tensorboard",)
+    assert not config.dual.projection_norm
     assert config.heads == recipes.quickstart().heads
     for words, expected in (("", "auto"), ("=auto", "auto"), (" false", False), ("", True)):
         given = (

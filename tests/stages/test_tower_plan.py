@@ -56,20 +56,23 @@ def test_recipes_have_the_papers_settings(name: str, teacher: str):
     config = recipe(f"{name.replace('_', '-')}/{teacher}")
     optim = config.optim
     train = config.train
-    assert (optim.lr, optim.weight_decay, optim.max_grad_norm) == (1e-5, 0.05, 5.0)
-    assert (optim.layer_decay, optim.betas, optim.eps) == (
-        1.0 if "siglip2" in name else 0.85,
-        (0.9, 0.999),
-        1e-8,
-    )
-    assert (optim.warmup_steps, optim.warmup_ratio, optim.head_lr) == (0, 0.0, 0.0)
-    assert (train.global_batch, train.num_train_epochs, train.precision) == (4096, 4.0, "bf16")
+    assert optim.lr == 1e-5
+    assert optim.weight_decay == 0.05
+    assert optim.max_grad_norm == 5.0
+    layer_decay = 1.0 if "siglip2" in name else 0.85
+    assert optim.layer_decay == layer_decay
+    assert optim.betas == (0.9, 0.999)
+    assert optim.eps == 1e-8
+    assert optim.warmup_steps == 0
+    assert optim.warmup_ratio == 0.0
+    assert optim.head_lr == 0.0
+    assert train.global_batch == 4096
+    assert train.num_train_epochs == 4.0
+    assert train.precision == "bf16"
     assert config.dual.llm_width == {"llama-1b": 2048, "llama-8b": 4096}[teacher]
-    assert (config.dual.adapter, config.dual.adapter_blocks, config.dual.adapter_expansion) == (
-        "mlp",
-        4,
-        2,
-    )
+    assert config.dual.adapter == "mlp"
+    assert config.dual.adapter_blocks == 4
+    assert config.dual.adapter_expansion == 2
     start = (config.dual.projection_dim, config.dual.projection, config.dual.projection_bias)
     assert start == (
         (1152, "none", False) if "siglip2" in name else (1280, "linear", name.startswith("eva02"))
@@ -98,7 +101,8 @@ def test_full_size_recipes_are_planned_without_weights(
         assert [row[-1] for row in rows] == ["on", "on", "off"]
         assert "sent about 13 times during the backward pass; ZeRO-1" in told
     for _, share, micro, *stages in rows:
-        assert int(share) % int(micro) == 0 and float(stages[1]) <= 72  # nine tenths of 80 GiB
+        assert int(share) % int(micro) == 0
+        assert float(stages[1]) <= 72  # nine tenths of 80 GiB
         # bf16 under stage 0 runs as stage 1
         assert float(stages[0]) == float(stages[1]) >= float(stages[2])
     # the states of 4.3 G parameters don't fit one GPU

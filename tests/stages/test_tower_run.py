@@ -104,20 +104,26 @@ def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
     _, told = process.communicate(timeout=900)
     assert process.returncode == StoppedError.status
     stopped = RunRecord.read(run / RunRecord.FILE)
-    assert "SIGTERM: saved step" in told and not stopped.finished and 0 < stopped.step < 2000
+    assert "SIGTERM: saved step" in told
+    assert not stopped.finished
+    assert 0 < stopped.step < 2000
     assert not (run / "tower").exists()
     end = stopped.step + 2
     again = options(tiny, run, *more, "--max_steps", str(end), "--allow-changed", "train.max_steps")
     assert finish(start(again, 2)) == [0, 0]
     ended = RunRecord.read(run / RunRecord.FILE)
-    assert ended.finished and ended.step == end and ended.samples == 16 * end
+    assert ended.finished
+    assert ended.step == end
+    assert ended.samples == 16 * end
     assert sorted(losses(run)) == list(range(1, end + 1))
     before, scores = [line for line in lines(run) if "i2t_r1" in line]
     assert before["step"] == before["samples"] == 0
-    assert "t2i_r10" in scores and scores["step"] == end
+    assert "t2i_r10" in scores
+    assert scores["step"] == end
     assert load_tower(run / "tower").config.image_size == 16
     card = TowerCard.read(run / "tower" / TowerCard.FILE)
-    assert card.training["steps"] == end and card.metrics["i2t_r1"] == scores["i2t_r1"]
+    assert card.training["steps"] == end
+    assert card.metrics["i2t_r1"] == scores["i2t_r1"]
     assert list((run / "monitor").rglob("*loss*.csv"))
 
 
@@ -132,7 +138,8 @@ def test_ranks_stop_when_their_launcher_ends(tiny: Path, tmp_path: Path):
     assert process.wait(timeout=60) != 0
     assert psutil.wait_procs(ranks, timeout=120)[1] == []
     stopped = RunRecord.read(run / RunRecord.FILE)
-    assert not stopped.finished and 0 < stopped.step < 2000
+    assert not stopped.finished
+    assert 0 < stopped.step < 2000
     assert (run / "checkpoints" / f"step-{stopped.step:08d}").is_dir()
 
 
@@ -197,7 +204,8 @@ def test_the_runs_average_follows_its_weights(runs: dict[str, Any], tiny: Path):
         weight = loaded.weights[name].float()
         average = loaded.averages[name]
         moved = (weight - start[name]).norm()
-        assert moved > 0 and (average - weight).norm() < 0.6 * moved, name
+        assert moved > 0, name
+        assert (average - weight).norm() < 0.6 * moved, name
 
 
 CACHED = ("--train.micro-batch", "4", "--gradient-checkpointing", "True")
@@ -218,7 +226,8 @@ def test_compiled_it_has_the_same_losses(
         )
         train_tower(TRAIN_TOWER.parse([*argv, "--max_steps", "3"]))
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-5)
-    assert graphs[:3] == [0, 0, 0] and 0 < graphs[3] == graphs[5] <= most
+    assert graphs[:3] == [0, 0, 0]
+    assert 0 < graphs[3] == graphs[5] <= most
 
 
 COMPILED = """
@@ -235,32 +244,31 @@ def test_inductor_gives_the_same_losses(tiny: Path, runs: dict[str, Any], tmp_pa
     argv = options(tiny, tmp_path / "run", "--max_steps", "2", "--torch_compile", "True")
     (tmp_path / "compiled.py").write_text(COMPILED)
     process = Script(tmp_path / "compiled.py", argv, environment(), ROOT)
-    assert process.wait(timeout=900) == 0 and "TRACED GRAPH" in process.output, process.output[
-        -3000:
-    ]
+    assert process.wait(timeout=900) == 0, process.output[-3000:]
+    assert "TRACED GRAPH" in process.output, process.output[-3000:]
     assert losses(tmp_path / "run") == pytest.approx(losses(runs["folder"] / "run"), abs=1e-5)
 
 
 def test_lost_checkpoints_are_an_error(runs: dict[str, Any]):
     lost = runs["lost checkpoints"]
-    assert runs["forward"]["status"] == 0 and lost["status"] == 2 and "step 4" in lost["error"]
+    assert runs["forward"]["status"] == 0
+    assert lost["status"] == 2
+    assert "step 4" in lost["error"]
     assert not (runs["folder"] / "lost/run.lock").exists()
 
 
 def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(runs: dict[str, Any]):
     result = runs["non-finite"]
     run = runs["folder"] / "nan"
-    assert runs["before"]["status"] == 0 and result["status"] == 3
-    assert (
-        "error: the loss is not finite" in result["error"]
-        and "16 samples have non-finite features" in result["error"]
-    )
+    assert runs["before"]["status"] == 0
+    assert result["status"] == 3
+    assert "error: the loss is not finite" in result["error"]
+    assert "16 samples have non-finite features" in result["error"]
     assert re.search(r"rank 0: [01]-0\d\d, [01]-0\d\d", result["error"])  # the samples' keys
     assert "Traceback" not in result["error"]
     stopped = lines(run)[-1]
-    assert (stopped["step"], stopped["event"]) == (2, "failed") and stopped["reason"] in result[
-        "error"
-    ]
+    assert (stopped["step"], stopped["event"]) == (2, "failed")
+    assert stopped["reason"] in result["error"]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000002\n"
     assert not RunRecord.read(run / RunRecord.FILE).finished
 
@@ -273,8 +281,8 @@ def test_a_full_disk_is_one_error(tiny: Path, tmp_path: Path):
         ranks = start(options(tiny, disk / "run", *more), 2)
         statuses = finish(ranks)
     told = "".join(rank.output for rank in ranks)
-    assert statuses == [2, 2] and told.count("error: ") == 1 and "Traceback" not in told, told
-    assert (
-        "trying again" in told
-        and f"cannot write {disk / 'run/checkpoints'}/step-{STEPS:08d}" in told
-    ), told
+    assert statuses == [2, 2], told
+    assert told.count("error: ") == 1, told
+    assert "Traceback" not in told, told
+    assert "trying again" in told, told
+    assert f"cannot write {disk / 'run/checkpoints'}/step-{STEPS:08d}" in told, told

@@ -51,7 +51,8 @@ class ChatServer:
             assert head in ("data:image/png;base64", "data:image/jpeg;base64"), head
             text = parts[1]["text"]
             image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-            assert image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
+            assert image.mode == "RGB"
+            assert image.getexif().get(0x0112, 1) == 1
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": f" {sees(text, image)}\n"},

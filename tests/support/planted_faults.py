@@ -107,7 +107,8 @@ def meet(fault: Fault, world: World, command: list[str], capsys: pytest.CaptureF
         (line for line in errors if line.startswith("error: ")), errors[0] if errors else ""
     )
     label, _, line = first.partition(": ")
-    assert status == fault.status and label == ("error" if status else "warning"), told
+    assert status == fault.status, told
+    assert label == ("error" if status else "warning"), told
     assert matches(fault.says, line, world), f"expected: {fault.says}\nsaid:     {line}"
     return told
 

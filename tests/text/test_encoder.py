@@ -50,7 +50,8 @@ def test_embedding_is_independent_of_batch_and_padding(
     assert close(teacher.encode(CAPTIONS[::-1]), alone.flip(0))
     assert not close(alone[0], alone[2], tolerance=0.1)  # else the above would say nothing
     again = teacher.encode([CAPTIONS[4], "x", CAPTIONS[4]])
-    assert torch.equal(again[0], again[2]) and teacher.encode([]).shape == (0, 32)
+    assert torch.equal(again[0], again[2])
+    assert teacher.encode([]).shape == (0, 32)
 
 
 def test_bidirectional_sees_what_comes_later_and_causal_does_not(any_llm: Path) -> None:
@@ -122,7 +123,8 @@ def test_chat_template_is_written_out(llama: Path) -> None:
 def test_tokenizer_that_ends_with_eos_pools_it_last(make_llm, tmp_path: Path) -> None:
     teacher = encoder(make_llm(tmp_path / "eos", "llama", eos=True), pooling="last")
     ids = torch.tensor(teacher.tokenize(["a boat"]))
-    assert ids[0, 0] == 1 and ids[0, -1] == 2
+    assert ids[0, 0] == 1
+    assert ids[0, -1] == 2
     hidden = teacher.model.llm(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     assert close(teacher.encode(["a boat"])[0], hidden[0, -1])
 
@@ -137,17 +139,22 @@ def test_special_words_in_a_caption_are_text(llama: Path) -> None:
 def test_long_caption_is_cut_and_counted(llama: Path) -> None:
     teacher = encoder(llama, max_tokens=16, chat_template="user")
     long, short = teacher.tokenize(["boat " * 10_000, "a boat"])
-    assert len(long) == 16 and long[-1] == teacher.tokenizer.convert_tokens_to_ids("<end>")
-    assert teacher.count_truncated == 1 and len(short) < 16
+    assert len(long) == 16
+    assert long[-1] == teacher.tokenizer.convert_tokens_to_ids("<end>")
+    assert teacher.count_truncated == 1
+    assert len(short) < 16
     found = teacher.encode(["boat " * 10_000, "a boat"])
-    assert torch.isfinite(found).all() and teacher.count_truncated == 2
+    assert torch.isfinite(found).all()
+    assert teacher.count_truncated == 2
 
 
 def test_a_long_caption_keeps_its_beginning(llama: Path) -> None:
     (whole,) = encoder(llama, chat_template="user").tokenize([LONG])
     (cut,) = encoder(llama, max_tokens=16, chat_template="user").tokenize([LONG])
-    assert len(whole) > 30 and len(cut) == 16
-    assert cut[:-1] == whole[:15] and cut[-1] == whole[-1]  # the template's end stays
+    assert len(whole) > 30
+    assert len(cut) == 16
+    assert cut[:-1] == whole[:15]
+    assert cut[-1] == whole[-1]  # the template's end stays
 
 
 def test_identity_follows_everything_that_changes_an_embedding(
@@ -267,7 +274,8 @@ def pass_through(
         embeddings = encoder.model(batch)
     (embeddings * torch.linspace(-1, 1, embeddings.shape[1])).sum().backward()
     grads = [p.grad for p in module.parameters() if p.requires_grad and p.grad is not None]
-    assert grads and all(grad.dtype == torch.float32 for grad in grads)
+    assert grads
+    assert all(grad.dtype == torch.float32 for grad in grads)
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     bytes_kept = sum(size for pointer, size in kept.items() if pointer not in weights)
     return embeddings.detach(), torch.cat([grad.flatten() for grad in grads]), bytes_kept

@@ -73,7 +73,8 @@ def test_released_llm_is_read_as_llm2vec_reads_it(llama: Path, make_llm, tmp_pat
 def test_preset_of_released_llms(llama: Path) -> None:
     config = CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2clip-llama3"), "cpu").config
     assert config.chat_template == "<|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
-    assert not config.include_bos and config.preset == ""
+    assert not config.include_bos
+    assert config.preset == ""
     with pytest.raises(ContractError, match="preset llm2vec"):
         CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2vec", pooling="last"), "cpu")
     with pytest.raises(ValueError, match="'gpt'"):

@@ -113,7 +113,8 @@ def test_yes_at_a_terminal_runs_nothing_of_the_folder(
     assert main(line.format(**places).split()) == 2
     printed = capsys.readouterr()
     assert "[y/N]" not in printed.out + printed.err
-    assert printed.err.count("\n") == 1 and f"error: {evil} needs " in printed.err
+    assert printed.err.count("\n") == 1
+    assert f"error: {evil} needs " in printed.err
     file = "tokenization_evil.py" if line.startswith("data") else "configuration_evil.py"
     assert f"{file} (auto_map in " in printed.err
     # which has no such option

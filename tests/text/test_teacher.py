@@ -74,7 +74,8 @@ def test_strings_are_embedded_as_the_cached_captions_are(world):
         one = dual.encode_text(CAPTIONS[1])
     # the cache rounds to float16, 2**-11, and the LLM may compute in bfloat16, 2**-8
     assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.999
-    assert torch.allclose(one, found[1:2], atol=0.02) and one.shape == (1, 16)
+    assert torch.allclose(one, found[1:2], atol=0.02)
+    assert one.shape == (1, 16)
     assert torch.allclose(found.norm(dim=1), torch.ones(len(CAPTIONS)), atol=1e-5)
     assert dual.encode_text([]).shape == (0, 16)
 
@@ -82,11 +83,9 @@ def test_strings_are_embedded_as_the_cached_captions_are(world):
 def test_the_card_finds_its_teacher_after_everything_was_moved_together(world, tmp_path):
     """Paths in the card are relative to the tower."""
     card = TowerCard.read(world / "tower" / TowerCard.FILE)
-    assert (card.teacher["llm"], card.teacher["adapter"], card.origin) == (
-        "../llm",
-        "../adapter",
-        "../start",
-    )
+    assert card.teacher["llm"] == "../llm"
+    assert card.teacher["adapter"] == "../adapter"
+    assert card.origin == "../start"
     shutil.copytree(world, tmp_path / "elsewhere")
     with torch.no_grad():
         moved = load_dual_encoder(tmp_path / "elsewhere" / "tower")
@@ -146,4 +145,5 @@ def test_a_tower_with_its_adapter_needs_the_base_llm_alone(world, tmp_path, caps
         str(tmp_path / "changed"),
         "--with-adapter",
     ]
-    assert cli(words) == 2 and "--with-adapter" in capsys.readouterr().err
+    assert cli(words) == 2
+    assert "--with-adapter" in capsys.readouterr().err

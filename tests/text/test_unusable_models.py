@@ -59,10 +59,8 @@ def test_a_vocabulary_smaller_than_the_tokenizers(
     largest = max(AutoTokenizer.from_pretrained(llm).get_vocab().values())
     for words in commands(llm, data, tmp_path):
         error = refused(words, capsys)
-        assert (
-            f"{llm}" in error
-            and f"ids up to {largest}, its config.json vocab_size 100; copy the tokenizer" in error
-        )
+        assert f"{llm}" in error
+        assert f"ids up to {largest}, its config.json vocab_size 100; copy the tokenizer" in error
 
 
 def test_a_special_token_beyond_the_vocabulary_is_no_problem_unless_it_frames_texts(
@@ -111,7 +109,8 @@ def test_a_pickled_llm(
             f"{llm / 'pytorch_model.bin'} would run or construct posix.system; nothing in it was run"
             in error
         )
-        assert "save_pretrained(FOLDER)" in error and "weights_only" not in error
+        assert "save_pretrained(FOLDER)" in error
+        assert "weights_only" not in error
     assert not (tmp_path / "ran").exists()
 
 

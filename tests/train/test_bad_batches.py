@@ -88,21 +88,20 @@ def test_a_nan_in_batch_7_is_left_out_on_two_ranks_and_after_a_resume(tmp_path: 
     both = run_ranks(left_out, 2, str(tmp_path))
     for name in ("refused", "again"):  # none is allowed; the second of two
         run = both[0].pop(name)
-        assert run["status"] == 3 and f"sample {32 * BAD} " in run["error"], name
+        assert run["status"] == 3, name
+        assert f"sample {32 * BAD} " in run["error"], name
     for name, run in both[0].items():
         whole = run["whole"]
         parts = run["parts"]
         assert [(bad["step"], bad["samples"]) for bad in whole["bad"]] == [(BAD, 32 * BAD)], name
-        assert (
-            "rank 1: sample-" in whole["bad"][0]["reason"]
-            and "rank 0" not in whole["bad"][0]["reason"]
-        )
+        assert "rank 1: sample-" in whole["bad"][0]["reason"]
+        assert "rank 0" not in whole["bad"][0]["reason"]
         assert parts["bad"] == whole["bad"] == both[1][name]["whole"]["bad"]
-        assert whole["samples"] == 32 * STEPS and whole["updates"] == STEPS - 1
+        assert whole["samples"] == 32 * STEPS
+        assert whole["updates"] == STEPS - 1
         for key, value in whole["weights"].items():
-            assert torch.isfinite(value).all() and torch.equal(
-                value, both[1][name]["whole"]["weights"].get(key, value)
-            )
+            assert torch.isfinite(value).all()
+            assert torch.equal(value, both[1][name]["whole"]["weights"].get(key, value))
             # no bad gradient is left to the step after it
             assert torch.equal(value, parts["weights"][key]), name
         before, after = (
@@ -149,12 +148,10 @@ def steep(rank: int, world: int, folder: str) -> dict[str, Any]:
 
 def test_a_non_finite_gradient_is_left_out_before_the_update(tmp_path: Path):
     for name, run in run_ranks(steep, 2, str(tmp_path))[0].items():
-        assert [bad["step"] for bad in run["bad"]] == [3, 5] and "gradient" in run["bad"][0][
-            "reason"
-        ], name
-        assert run["updates"] == STEPS - 2 and all(
-            torch.isfinite(value).all() for value in run["weights"].values()
-        )
+        assert [bad["step"] for bad in run["bad"]] == [3, 5], name
+        assert "gradient" in run["bad"][0]["reason"], name
+        assert run["updates"] == STEPS - 2
+        assert all(torch.isfinite(value).all() for value in run["weights"].values())
 
 
 def overflow(rank: int, world: int, folder: str) -> dict[str, Any]:
@@ -190,11 +187,10 @@ def test_fp16_lowers_its_loss_scale_after_an_overflow_in_the_forward_pass(tmp_pa
     the run ends."""
     result = run_ranks(overflow, 2, str(tmp_path))[0]
     assert result["once"] == {"error": "", "updates": STEPS - 2, "scale": 128.0}
-    assert (
-        "the loss is not finite" in result["always"]["error"]
-        and "rank 1: sample-" in result["always"]["error"]
-    )
-    assert result["always"]["scale"] == 1.0 and result["always"]["updates"] == 2
+    assert "the loss is not finite" in result["always"]["error"]
+    assert "rank 1: sample-" in result["always"]["error"]
+    assert result["always"]["scale"] == 1.0
+    assert result["always"]["updates"] == 2
     lines = [
         json.loads(line) for line in (tmp_path / "once/metrics.jsonl").read_text().splitlines()
     ]

@@ -51,21 +51,19 @@ LLAVA_ZERO3_OFFLOAD: dict[str, Any] = {  # the layout of LLaVA's scripts/zero3_o
 
 def test_auto_values_are_filled():
     config = completed(LLAVA_ZERO3_OFFLOAD)
-    assert config["train_batch_size"] == 512 and config["train_micro_batch_size_per_gpu"] == 64
-    assert config["gradient_accumulation_steps"] == 4 and config["gradient_clipping"] == 5.0
-    assert (
-        config["bf16"] == {"enabled": True, "check_grad_overflow": True}
-        and config["fp16"]["enabled"] is False
-    )
+    assert config["train_batch_size"] == 512
+    assert config["train_micro_batch_size_per_gpu"] == 64
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["gradient_clipping"] == 5.0
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert config["fp16"]["enabled"] is False
     zero = config["zero_optimization"]
-    assert (
-        zero["reduce_bucket_size"] == 1024**2
-        and zero["stage3_param_persistence_threshold"] == 10240
-    )
-    assert "optimizer" not in config and config["zero_force_ds_cpu_optimizer"] is False
-    assert (
-        "auto" not in json.dumps(config) and not config["timers"]["throughput"]["enabled"]
-    )  # it would wait for the GPU
+    assert zero["reduce_bucket_size"] == 1024**2
+    assert zero["stage3_param_persistence_threshold"] == 10240
+    assert "optimizer" not in config
+    assert config["zero_force_ds_cpu_optimizer"] is False
+    assert "auto" not in json.dumps(config)
+    assert not config["timers"]["throughput"]["enabled"]  # it would wait for the GPU
     assert LLAVA_ZERO3_OFFLOAD["train_batch_size"] == "auto"  # the user's own is left alone
 
 
@@ -110,11 +108,10 @@ def test_what_deepspeed_refuses_is_refused_before_a_model_is_loaded(user: dict[s
 
 def test_gradients_are_reduced_in_the_type_of_the_option():
     key = "communication_data_type"
-    assert key not in completed({}) and completed({}, communication_data_type="fp32")[key] == "fp32"
-    assert (
-        completed({key: "auto"}, world=16)[key] == "fp32"
-        and completed({key: "bf16"}, world=16)[key] == "bf16"
-    )
+    assert key not in completed({})
+    assert completed({}, communication_data_type="fp32")[key] == "fp32"
+    assert completed({key: "auto"}, world=16)[key] == "fp32"
+    assert completed({key: "bf16"}, world=16)[key] == "bf16"
     assert completed({}, world=16, communication_data_type="bf16")[key] == "bf16"
     assert key not in completed({}, world=16, precision="fp32")
     with pytest.raises(ValueError, match=key):
@@ -133,10 +130,8 @@ def test_tf32_is_for_half_precision_unless_asked_for(
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
     set_tf32(tf32, precision, torch.device("cpu"))
     set_tf32(tf32, precision, torch.device("cuda"))
-    assert (
-        chosen == ["high" if expected else "highest"]
-        and torch.backends.cudnn.allow_tf32 is expected
-    )
+    assert chosen == ["high" if expected else "highest"]
+    assert torch.backends.cudnn.allow_tf32 is expected
 
 
 def test_equal_values_and_a_scheduler_without_values_are_accepted():
@@ -153,7 +148,8 @@ def test_equal_values_and_a_scheduler_without_values_are_accepted():
 def test_gradients_are_sent_during_the_backward_pass_unless_the_file_says_otherwise():
     for path in (None, *sorted(SCRIPTS.glob("zero[1-3]*.json"))):
         zero = completed(read_deepspeed_json(str(path)) if path else {})["zero_optimization"]
-        assert zero["overlap_comm"] is True and zero["reduce_bucket_size"] == 50_000_000
+        assert zero["overlap_comm"] is True
+        assert zero["reduce_bucket_size"] == 50_000_000
     own = {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1000}
     assert completed({"zero_optimization": own})["zero_optimization"] == own
 
@@ -190,11 +186,9 @@ def test_settings_that_cannot_be_are_named(make: Any, named: str):
 def test_schedules():
     cosine = OptimConfig(warmup_steps=2, min_lr_ratio=0.1)
     factors = [lr_factor(step, 12, cosine) for step in range(13)]
-    assert (
-        factors[:3] == [0.5, 1.0, 1.0]
-        and factors[7] == pytest.approx(0.55)
-        and factors[12] == pytest.approx(0.1)
-    )
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[7] == pytest.approx(0.55)
+    assert factors[12] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(factors[1:]))
     assert lr_factor(9, 10, OptimConfig(schedule="constant")) == 1.0
     assert lr_factor(5, 10, OptimConfig(schedule="linear")) == 0.5

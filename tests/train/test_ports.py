@@ -102,7 +102,8 @@ def test_the_store_of_one_process_has_no_port_and_that_of_several_is_on_loopback
     first.start()
     other = own_store(1, 2, limit)
     first.join()
-    assert stores[0] is not None and other is not None
+    assert stores[0] is not None
+    assert other is not None
     stores[0].set("key", "value")
     assert other.get("key") == b"value"
     port = int(os.environ["MASTER_PORT"])
@@ -195,11 +196,9 @@ def test_tensors_survive_packing_and_other_objects_are_refused():
         torch.empty(0, 4, dtype=torch.int64),
     ):
         back = unpack(pack({"both": [tensor, (tensor, 1)]}))["both"]
-        assert (
-            torch.equal(back[0], tensor)
-            and torch.equal(back[1][0], tensor)
-            and back[0].dtype == tensor.dtype
-        )
+        assert torch.equal(back[0], tensor)
+        assert torch.equal(back[1][0], tensor)
+        assert back[0].dtype == tensor.dtype
     for refused in (Path("x"), {1: 2}, {"set"}, ValueError("x"), b"bytes"):
         with pytest.raises(TypeError, match="ranks exchange JSON and tensors, not"):
             pack([refused])
@@ -227,9 +226,12 @@ def test_two_ranks_exchange_objects_as_json():
         assert [value["rank"] for value in gathered] == [0, 1]
         assert [len(value["text"]) for value in gathered] == [1, 1001]
         assert [value["tensor"].tolist() for value in gathered] == [[0], [1, 1]]
-        assert broadcast["rank"] == 0 and broadcast["tensor"].tolist() == [0]
-        assert of_first[0] == "of 0" and of_first[1].tolist() == [1.0, 1.0]
-    assert first[1] == [[0, ""], [1, "y"]] and second[1] == []
+        assert broadcast["rank"] == 0
+        assert broadcast["tensor"].tolist() == [0]
+        assert of_first[0] == "of 0"
+        assert of_first[1].tolist() == [1.0, 1.0]
+    assert first[1] == [[0, ""], [1, "y"]]
+    assert second[1] == []
 
 
 def test_no_code_of_ours_exchanges_pickles():
@@ -247,4 +249,5 @@ def test_no_code_of_ours_exchanges_pickles():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in names
     ]
-    assert len(files) > 100 and not used
+    assert len(files) > 100
+    assert not used

@@ -48,7 +48,8 @@ def test_tensors_are_safetensors_and_return_without_a_map(tmp_path: Path):
     assert str(path) not in Path("/proc/self/maps").read_text()
     assert not any(file.path == str(path) for file in psutil.Process().open_files())
     for name, value in load_file(path).items():
-        assert torch.equal(value, tensors[name]) and torch.equal(values[name], tensors[name]), name
+        assert torch.equal(value, tensors[name]), name
+        assert torch.equal(values[name], tensors[name]), name
     assert values.keys() == tensors.keys()
 
 
@@ -106,18 +107,15 @@ def test_going_back_moves_newer_checkpoints_aside_and_removes_none(tmp_path: Pat
         "step-00000002",
         "step-00000003",
     ]
-    assert (
-        checkpoints.find("auto") == checkpoints.path(1)
-        and checkpoints.move_aside(checkpoints.path(1)) == ""
-    )
+    assert checkpoints.find("auto") == checkpoints.path(1)
+    assert checkpoints.move_aside(checkpoints.path(1)) == ""
     saved(tmp_path / "run", 2, 3, 4, keep=1)
     assert checkpoints.names() == ["step-00000004"]
     verify(aside / "step-00000003")
     other = saved(tmp_path / "other", 9)  # another run's steps are not mixed with these
     assert "step-00000004" in checkpoints.move_aside(other.path(9))
-    assert (
-        checkpoints.names() == [] and len(list(checkpoints.folder.glob("abandoned-*/step-*"))) == 3
-    )
+    assert checkpoints.names() == []
+    assert len(list(checkpoints.folder.glob("abandoned-*/step-*"))) == 3
 
 
 HOLD = """
@@ -138,7 +136,8 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_is_not(tmp_path: Pa
         [sys.executable, "-c", HOLD, str(run)], stdin=pipe, stdout=pipe, text=True
     )
     try:
-        assert holder.stdout and holder.stdout.readline() == "held\n"
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
         with pytest.raises(FileExistsError, match=f"process {holder.pid} "):
             acquire(run)
     finally:

@@ -69,16 +69,16 @@ def test_killed_while_a_checkpoint_is_written_it_ends_bit_by_bit_the_same(
             process.kill()
         for process in processes:
             process.join()
-    assert (
-        list((killed / "checkpoints").glob(".step-*.tmp"))
-        and len(list(killed.glob("checkpoints/step-*"))) == 1
-    )
+    assert list((killed / "checkpoints").glob(".step-*.tmp"))
+    assert len(list(killed.glob("checkpoints/step-*"))) == 1
     run_ranks(train, 2, str(killed), stage)
-    assert losses(killed) == losses(straight) and len(losses(killed)) == STEPS
+    assert losses(killed) == losses(straight)
+    assert len(losses(killed)) == STEPS
     first, second = (
         load(run / f"checkpoints/step-{STEPS:08d}").state for run in (straight, killed)
     )
-    assert first.files == second.files and len(first.files) == 3  # the same SHA-256 of every file
+    assert first.files == second.files  # the same SHA-256 of every file
+    assert len(first.files) == 3
     assert not list((killed / "checkpoints").glob(".*"))
 
 
@@ -109,10 +109,12 @@ def test_a_checkpoint_is_written_while_its_step_is_evaluated(tmp_path: Path):
     before."""
     run_ranks(evaluated, 1, str(tmp_path))
     saved = load(tmp_path / f"checkpoints/step-{STEPS:08d}").state
-    assert saved.evaluated == STEPS and saved.metrics == {"i2t_r1": 3.0, "t2i_r1": 0.0}
+    assert saved.evaluated == STEPS
+    assert saved.metrics == {"i2t_r1": 3.0, "t2i_r1": 0.0}
     assert [line["step"] for line in lines(tmp_path) if "i2t_r1" in line] == [4, STEPS, STEPS]
     events = [line for line in lines(tmp_path) if line.get("event") == "checkpoint"]
-    assert events[-1]["step"] == STEPS and {"waited_seconds", "write_seconds"} <= events[-1].keys()
+    assert events[-1]["step"] == STEPS
+    assert {"waited_seconds", "write_seconds"} <= events[-1].keys()
 
 
 @pytest.fixture
@@ -166,19 +168,21 @@ def test_a_full_disk_ends_no_training_before_the_last_save(small_disk: Path):
     first, second = run_ranks(train_on_a_full_disk, 2, str(small_disk))
     (small_disk / "filler").unlink()
     assert str(small_disk / "run/checkpoints/step-00000012") in first["error"]
-    assert second["error"] == first["error"] and (first["kind"], second["kind"]) == (
-        "OSError",
-        "FirstRankError",
-    )
+    assert second["error"] == first["error"]
+    assert first["kind"] == "OSError"
+    assert second["kind"] == "FirstRankError"
     (kept,) = first["names"]  # on the full disk
-    assert kept and max(kept) <= "step-00000003"
+    assert kept
+    assert max(kept) <= "step-00000003"
     checkpoints = Checkpoints(small_disk / "run", keep=2)
     newest = checkpoints.find("auto")
-    assert newest is not None and "step-00000007" < newest.name < "step-00000012"
+    assert newest is not None
+    assert "step-00000007" < newest.name < "step-00000012"
     # lines that a full disk delayed are not lost
     assert set(losses(small_disk / "run")) >= set(range(1, 11))
     events = [line["event"] for line in lines(small_disk / "run") if "event" in line]
-    assert "checkpoint failed" in events and events.count("checkpoint") >= 2
+    assert "checkpoint failed" in events
+    assert events.count("checkpoint") >= 2
 
 
 def wait_for_rank_0(rank: int, world: int) -> list[str]:
@@ -199,8 +203,10 @@ def wait_for_rank_0(rank: int, world: int) -> list[str]:
 
 def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group():
     first, second = run_ranks(wait_for_rank_0, 2)
-    assert first[0] == second[0] == "of rank 0" and first[2] == second[2]
-    assert (first[1], second[1]) == ("FileNotFoundError", "FirstRankError")
+    assert first[0] == second[0] == "of rank 0"
+    assert first[2] == second[2]
+    assert first[1] == "FileNotFoundError"
+    assert second[1] == "FirstRankError"
 
 
 def hang(rank: int, world: int, port: int) -> str:

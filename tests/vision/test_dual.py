@@ -29,17 +29,18 @@ def test_every_trainable_parameter_gets_a_gradient(name, pool):
         return
     model = dual(name, pool=pool, projection_norm=True, logit_bias_init=-10.0)
     image, text, *_ = model(read(TRANSFORMERS_TOWERS / name)["pixels"], torch.randn(3, 12))
-    assert image.shape == (2, 8) and text.shape == (3, 8)
-    assert torch.allclose(image.norm(dim=-1), torch.ones(2)) and torch.allclose(
-        text.norm(dim=-1), torch.ones(3)
-    )
+    assert image.shape == (2, 8)
+    assert text.shape == (3, 8)
+    assert torch.allclose(image.norm(dim=-1), torch.ones(2))
+    assert torch.allclose(text.norm(dim=-1), torch.ones(3))
     logits = model.scale * image @ text.T + model.logit_bias
     logits.square().sum().backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     unneeded = [
         n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None
     ]
-    assert not missing and not unneeded
+    assert not missing
+    assert not unneeded
 
 
 @pytest.mark.parametrize("name", ["clip_vision", "dinov2"])

@@ -45,11 +45,9 @@ def test_every_state_equals_the_reference(name, tmp_path):
     card, _ = import_tower(
         folder / "weights.safetensors", tmp_path / "tower", config=folder / "config.json"
     )
-    assert (card.family, card.has_cls, card.projection_dim) == (
-        "eva02",
-        True,
-        golden_config(folder)["embed_dim"],
-    )
+    assert card.family == "eva02"
+    assert card.has_cls is True
+    assert card.projection_dim == golden_config(folder)["embed_dim"]
     check_states(load_tower(tmp_path / "tower"), golden)
     dual = load_dual_encoder(tmp_path / "tower")
     with torch.no_grad():
@@ -65,7 +63,8 @@ def test_224_to_336(tmp_path):
     folder = TOWERS / "eva02_l14_224_to_336"
     golden = read(TOWERS / "eva02_l14_224_to_336")
     card, _ = import_tower(folder / "weights.safetensors", tmp_path / "tower", image_size=42)
-    assert card.image_size == 42 and card.training["resized_from"] == 28
+    assert card.image_size == 42
+    assert card.training["resized_from"] == 28
     tower = load_tower(tmp_path / "tower")
     assert torch.equal(tower.embeddings.position_embedding, golden["resized_pos_embed"])
     check_states(tower, golden)
@@ -116,7 +115,8 @@ def test_plain_and_fused_attention_are_the_same_and_are_really_chosen(
     for (name, one), (_, other) in zip(
         fused.named_parameters(), plain.named_parameters(), strict=True
     ):
-        assert one.grad.any() and largest_difference(one.grad, other.grad) < 1e-7, name
+        assert one.grad.any(), name
+        assert largest_difference(one.grad, other.grad) < 1e-7, name
     # where nothing is said
     assert Eva02VisionModel(tiny_config()).config._attn_implementation == "sdpa"
 
@@ -144,13 +144,14 @@ def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
     x = torch.randn(2, 16, 3, 8, requires_grad=True)
     y = x.detach().double().requires_grad_()  # float64 takes the way of half precisions on a GPU
     turns = complex_turns(cos, sin, torch.bfloat16)
-    assert (
-        turns is not None and turns.is_complex() and complex_turns(cos, sin, torch.float64) is None
-    )
+    assert turns is not None
+    assert turns.is_complex()
+    assert complex_turns(cos, sin, torch.float64) is None
     turned = rotate(x, cos, sin, turns)
     expected = rotate(y, cos.double(), sin.double())
     half = rotate(x.detach().bfloat16(), cos, sin, turns)
-    assert half.dtype == torch.bfloat16 and largest_difference(half, expected) < 2e-2
+    assert half.dtype == torch.bfloat16
+    assert largest_difference(half, expected) < 2e-2
     assert largest_difference(turned, expected) < 1e-6
     weight = torch.randn_like(turned)
     (turned * weight).sum().backward()

@@ -58,9 +58,8 @@ def test_a_clip_tower_opens_with_plain_transformers(tmp_path):
             plain(pixel_values=pixels).pooler_output, dual.tower(pixel_values=pixels).pooler_output
         )
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "tower")
-    assert processor.crop_size == {"height": 42, "width": 42} and processor.size == {
-        "shortest_edge": 42
-    }
+    assert processor.crop_size == {"height": 42, "width": 42}
+    assert processor.size == {"shortest_edge": 42}
 
 
 @pytest.mark.parametrize("name", ["clip_vision", "siglip_vision", "dinov2"])
@@ -75,7 +74,9 @@ def test_dual_encoder_comes_back(name, tmp_path):
     card = export_tower(dual, tmp_path / "tower", origin="a/b", **told)
     assert card == TowerCard.read(tmp_path / "tower" / "llm2clip.json")
     layers = len(probe_features(dual.tower)) - 3
-    assert (card.num_layers, card.projection_dim, card.teacher["llm"]) == (layers, 8, "some/llm")
+    assert card.num_layers == layers
+    assert card.projection_dim == 8
+    assert card.teacher["llm"] == "some/llm"
     loaded = load_dual_encoder(tmp_path / "tower")
     assert math.isclose(loaded.logit_scale.item(), 20, rel_tol=1e-6)
     pixels = torch.randn(2, 3, card.image_size, card.image_size)
@@ -84,14 +85,18 @@ def test_dual_encoder_comes_back(name, tmp_path):
         assert torch.equal(loaded.encode_image(pixels), dual.encode_image(pixels))
         assert torch.equal(loaded.encode_text(embeddings), dual.encode_text(embeddings))
     text = (tmp_path / "tower" / "README.md").read_text()
-    assert "some/llm" in text and "0.5000" in text and card.weights_sha256 in text
+    assert "some/llm" in text
+    assert "0.5000" in text
+    assert card.weights_sha256 in text
 
 
 def test_export_leaves_training_mode_and_gradients_alone(tmp_path):
     dual = tiny_dual().train()
     dual.tower.eval()
     export_tower(dual, tmp_path / "tower", origin="x")
-    assert dual.training and not dual.tower.training and dual.text_adapter.training
+    assert dual.training
+    assert not dual.tower.training
+    assert dual.text_adapter.training
 
 
 def test_nothing_is_written_when_the_reload_differs(tmp_path, monkeypatch):

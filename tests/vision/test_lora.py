@@ -27,11 +27,13 @@ def test_trains_alone_and_is_merged_on_export(name, tmp_path):
     before = {key: value.clone() for key, value in tower.state_dict().items()}
     features = probe_features(dual)
     add_lora(tower, rank=4, alpha=8)
-    assert not tower.training and not any(module.training for module in tower.modules())
+    assert not tower.training
+    assert not any(module.training for module in tower.modules())
     again = probe_features(dual)
     assert all(torch.allclose(again[key], features[key], atol=1e-6) for key in features)
     trainable = [key for key, p in tower.named_parameters() if p.requires_grad]
-    assert trainable and all(".lora_" in key for key in trainable)
+    assert trainable
+    assert all(".lora_" in key for key in trainable)
     optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=1e-2)
     size = tower.config.image_size
     for _ in range(3):
@@ -49,7 +51,8 @@ def test_trains_alone_and_is_merged_on_export(name, tmp_path):
     after = load_tower(tmp_path / "tower").state_dict()
     assert after.keys() == before.keys()
     changed = {key for key in after if not torch.equal(after[key], before[key])}
-    assert changed and all(
+    assert changed
+    assert all(
         key.endswith(".weight") and "norm" not in key and "embeddings" not in key for key in changed
     )
     assert len(tower_blocks(merged(tower))) == len(tower_blocks(tower))

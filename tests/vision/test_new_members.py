@@ -55,7 +55,9 @@ def test_a_new_family_is_planned_and_runs_in_llava(released, tmp_path):
     tower = LLM2CLIPVisionTower(
         "llm2clip", locate(f"llm2clip:{tmp_path / 'tower'}"), args, delay_load=True
     )
-    assert (tower.hidden_size, tower.num_patches, tower.is_loaded) == (32, card.num_patches, False)
+    assert tower.hidden_size == 32
+    assert tower.num_patches == card.num_patches
+    assert tower.is_loaded is False
     tower.load_model()
     pixels = torch.randn(2, 3, 28, 28)
     with torch.no_grad():

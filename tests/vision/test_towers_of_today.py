@@ -89,12 +89,10 @@ def test_states_equal_the_reference(name, directory):
     family = families()[FAMILIES[name]]
     card = TowerCard.read(directory / TowerCard.FILE)
     preprocessor = preprocessor_config(directory)
-    assert (card.family, card.has_cls, card.num_patches, card.num_layers) == (
-        family.name,
-        family.has_cls,
-        16,
-        2,
-    )
+    assert card.family == family.name
+    assert card.has_cls == family.has_cls
+    assert card.num_patches == 16
+    assert card.num_layers == 2
     assert len(golden["kept"]) == card.num_patches + card.has_cls
     assert preprocessor["image_mean"] == MEANS[family.name]
     assert preprocessor["crop_size"] == {"height": 28, "width": 28}
@@ -165,12 +163,10 @@ def test_it_is_llavas_eye(name, directory):
 
     args = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
     eye = LLM2CLIPVisionTower("llm2clip", locate(f"llm2clip:{directory}"), args, delay_load=True)
-    assert (eye.hidden_size, eye.num_patches, eye.num_patches_per_side, eye.is_loaded) == (
-        16,
-        16,
-        4,
-        False,
-    )
+    assert eye.hidden_size == 16
+    assert eye.num_patches == 16
+    assert eye.num_patches_per_side == 4
+    assert eye.is_loaded is False
     eye.load_model()
     golden = read(GOLDEN / name)
     patches = golden["kept"][families()[FAMILIES[name]].has_cls :]

@@ -159,7 +159,8 @@ def test_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str)
     second = losses(2)
     assert len(first) == len(second) == 12
     assert first[0] == pytest.approx(total / count, rel=1e-3)
-    assert first[-1] < first[0] and second[-1] < second[0] < first[0]
+    assert first[-1] < first[0]
+    assert second[-1] < second[0] < first[0]
 
     weights = [load_file(folder(stage) / "model.safetensors") for stage in range(3)]
     assert weights[0].keys() == weights[1].keys() == weights[2].keys()
@@ -201,7 +202,9 @@ def test_prompts_are_those_of_real_templates(name: str) -> None:
     assert prompt.join(*texts) == tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=True
     )
-    assert prompt.end and prompt.before and prompt.end not in prompt.before
+    assert prompt.end
+    assert prompt.before
+    assert prompt.end not in prompt.before
 
 
 def test_a_template_of_unlike_turns_is_one_line() -> None:

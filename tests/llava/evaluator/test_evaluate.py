@@ -231,7 +231,8 @@ def test_table_questions_rotate(world, run, tmp_path):
     rows = read(tmp_path / "answers.jsonl")
     rounds = [(row["question_id"], row["round_id"], "".join(row["option_char"])) for row in rows]
     assert rounds == [(3, 0, "ABC"), (3, 1, "BCA"), (3, 2, "CAB"), (4, 0, "AB"), (4, 1, "BA")]
-    assert rows[1]["prompt"] == "Which?\nA. blue\nB. green\nC. red" and rows[1]["options"] == [
+    assert rows[1]["prompt"] == "Which?\nA. blue\nB. green\nC. red"
+    assert rows[1]["options"] == [
         "blue",
         "green",
         "red",

@@ -57,7 +57,8 @@ def test_the_cache_changes_nothing(world, name):
     """Ids generated with a cache, and those of the whole sequence read again for each; streamed as
     they come."""
     cached, read_again, streamed = parity_facts.with_and_without_cache(world.root, name)
-    assert cached == read_again and len(cached) == 8
+    assert cached == read_again
+    assert len(cached) == 8
     assert streamed == cached
 
 
@@ -74,7 +75,8 @@ def test_training(world, tmp_path, kind):
     losses, expected = (facts["losses"][: 2 if kind == "lora" else None] for facts in (here, there))
     # 5e-5: transformers 4.37 writes four decimals; the rest is float32 in another order of
     # operations
-    assert losses == pytest.approx(expected, abs=1e-4) and len(expected) >= 2
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert len(expected) >= 2
 
 
 @pytest.mark.skipif(

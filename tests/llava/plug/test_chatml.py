@@ -53,9 +53,8 @@ def learned(made, tokenizer):
     """The texts of the runs of labels that are learned."""
     ids = made["input_ids"][0].tolist()
     labels = made["labels"][0].tolist()
-    assert len(ids) == len(labels) and all(
-        label in (IGNORED, one) for label, one in zip(labels, ids, strict=True)
-    )
+    assert len(ids) == len(labels)
+    assert all(label in (IGNORED, one) for label, one in zip(labels, ids, strict=True))
     runs = groupby(labels, lambda label: label != IGNORED)
     return [tokenizer.decode(list(run)) for is_learned, run in runs if is_learned]
 

@@ -15,12 +15,12 @@ TODAY = numbers(installed_version("transformers")) >= (5,)
 
 def test_nothing_is_touched_with_the_libraries_that_llava_pins():
     assert (runner.needed() == []) == (not TODAY)
-    assert (
-        runner.watched() == {member.module for member in runner.needed()} and not runner.problem()
-    )
+    assert runner.watched() == {member.module for member in runner.needed()}
+    assert not runner.problem()
     assert TODAY or runner.watched() == set()
     for member in runner.completions:
-        assert member.module.startswith("llava.") and member.complete.__doc__, member
+        assert member.module.startswith("llava."), member
+        assert member.complete.__doc__, member
 
 
 def member(module, complete, when="after"):
@@ -71,7 +71,8 @@ def test_a_completion_that_fails_names_itself(world, module, when, imported):
     """Also in ``llava.model``, which swallows the error that names it."""
     told = world.forked("-c", FAILS.format(module=module, when=when, imported=imported), fails=True)
     assert f", fails could not complete {module} for transformers" in told.splitlines()[-1]
-    assert "RuntimeError('broken on purpose')" in told and "LLM2CLIP_LLAVA_COMPAT=0" in told
+    assert "RuntimeError('broken on purpose')" in told
+    assert "LLM2CLIP_LLAVA_COMPAT=0" in told
 
 
 @pytest.fixture

@@ -10,11 +10,9 @@ from llm2clip_plugin.cli import main
 
 
 def test_exact_match(world, tmp_path, monkeypatch):
-    assert (
-        towers.is_ours("llm2clip")
-        and towers.is_ours("llm2clip:x")
-        and towers.is_ours(str(world.towers["clip"]))
-    )
+    assert towers.is_ours("llm2clip")
+    assert towers.is_ours("llm2clip:x")
+    assert towers.is_ours(str(world.towers["clip"]))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain").mkdir()
     for name in (
@@ -48,7 +46,8 @@ def test_known_names(world, home, tmp_path, capsys):
     capsys.readouterr()
     towers.main_towers([])
     row, chosen = capsys.readouterr().out.splitlines()
-    assert row.startswith(f"  clip: {world.towers['clip']}, sha256 ") and "width 32" in row
+    assert row.startswith(f"  clip: {world.towers['clip']}, sha256 ")
+    assert "width 32" in row
     assert chosen.startswith("* sig: ")
     assert towers.select("/elsewhere/clip", "0" * 64) == "clip-2"
 
@@ -80,7 +79,9 @@ def test_a_damaged_registry_is_one_line(home, message, capsys):
     for words in (["towers"], ["use", "a"]):
         assert main(words) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and message in error and str(towers.registry_file()) in error
+        assert error.count("\n") == 1
+        assert message in error
+        assert str(towers.registry_file()) in error
 
 
 def test_hub_tower_with_revision(world, home, tmp_path, monkeypatch):
@@ -101,6 +102,7 @@ def test_hub_tower_with_revision(world, home, tmp_path, monkeypatch):
     wanted = towers.locate(str(world.towers["clip"])).card.weights_sha256
     for spec in ("someone/some-tower", "someone/some-tower@v1", f"someone/some-tower@{commit}"):
         location = towers.locate(f"llm2clip:{spec}")
-        assert location.sha256 == wanted and location.origin == spec
+        assert location.sha256 == wanted
+        assert location.origin == spec
     with pytest.raises(TowerNotFoundError):
         towers.locate("llm2clip:someone/some-tower@v2")

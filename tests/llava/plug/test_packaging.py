@@ -80,7 +80,8 @@ def wheel(scratch, tmp_path_factory):
 def test_wheel_is_pure_python_and_holds_the_hook(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "llm2clip_llava.pth" in names and "llava_integration/boot.py" in names
+    assert "llm2clip_llava.pth" in names
+    assert "llava_integration/boot.py" in names
     assert {
         f"llava_integration/evaluator/compare/page.{kind}" for kind in ("html", "css", "js")
     } <= set(names)
@@ -103,7 +104,8 @@ def test_installing_it_moves_nothing(scratch, wheel, tmp_path):
     assert scratch.knows()
     assert "llm2clip use" in scratch.run("-m", "llm2clip_plugin.cli", "use", "--help")
     scratch.pip("uninstall", "-y", "llm2clip-plugin")
-    assert scratch.files() == files and not scratch.knows()
+    assert scratch.files() == files
+    assert not scratch.knows()
 
 
 def test_llavas_own_pins_satisfy_us():

@@ -81,7 +81,8 @@ def test_weights_are_trained_in_float32_and_quantized_ones_computed_in_float16()
     assert patches.options_of_5({"torch_dtype": torch.bfloat16}) == {"dtype": torch.bfloat16}
     assert patches.options_of_5({}) == {}
     in_8_bit = patches.options_of_5({"load_in_8bit": True, "load_in_4bit": False})
-    assert in_8_bit["dtype"] == torch.float16 and in_8_bit["quantization_config"].load_in_8bit
+    assert in_8_bit["dtype"] == torch.float16
+    assert in_8_bit["quantization_config"].load_in_8bit
 
 
 def test_samples_are_drawn_by_torchs_sampler():
@@ -117,7 +118,8 @@ def test_norms_have_no_weight_decay(monkeypatch):
     patches.trainer_imports(None)
     layers = transformers.trainer.ALL_LAYERNORM_LAYERS
     decayed = get_parameter_names(nn.ModuleList([tiny_llama(), nn.LayerNorm(2)]), layers)
-    assert decayed and not [name for name in decayed if "norm" in name or name.startswith("1.")]
+    assert decayed
+    assert not [name for name in decayed if "norm" in name or name.startswith("1.")]
 
 
 @of_today

@@ -31,7 +31,8 @@ def refused(capsys, world, stage="finetune", llava="", **changed):
     status = main([stage, *words, "--", *llava.split()])
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
-    assert status == (2 if lines else 0) and (len(printed.out.splitlines()) == (0 if lines else 5))
+    assert status == (2 if lines else 0)
+    assert len(printed.out.splitlines()) == (0 if lines else 5)
     return lines
 
 
@@ -84,7 +85,8 @@ def test_data_that_llava_would_stop_at(capsys, world, home, tmp_path, stage, con
     path = tmp_path / "data.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     (line,) = refused(capsys, world, stage, data=path)
-    assert told in line and str(path) in line
+    assert told in line
+    assert str(path) in line
 
 
 def test_every_problem_has_its_line(capsys, world, home, tmp_path):
@@ -105,12 +107,14 @@ def test_outputs_that_llava_cannot_write_or_resume(capsys, world, home, tmp_path
     (tmp_path / "checkpoint-20").mkdir()
     assert refused(capsys, world, output=tmp_path / "llava-1") == []
     (line,) = refused(capsys, world, "pretrain", output=tmp_path)
-    assert "contains checkpoint-20" in line and f"{tmp_path}/checkpoint-20/mm_projector.bin" in line
+    assert "contains checkpoint-20" in line
+    assert f"{tmp_path}/checkpoint-20/mm_projector.bin" in line
 
 
 def test_towers(capsys, world, home, tmp_path, monkeypatch):
     (line,) = refused(capsys, world, tower=f"llm2clip:{world.towers['wide']}")
-    assert "expects features of width 32" in line and "hidden_size 48" in line
+    assert "expects features of width 32" in line
+    assert "hidden_size 48" in line
     scales = tmp_path / "scales.bin"
     torch.save({"model.mm_projector.0.weight": torch.zeros(32, 64)}, scales)
     monkeypatch.setenv("LLM2CLIP_S2_SCALES", "28,56")
@@ -121,7 +125,8 @@ def test_options_of_llava_take_precedence(capsys, world, home, tmp_path):
     """As the last of the same name does in LLaVA; other names are LLaVA's to read."""
     wide = f"llm2clip:{world.towers['wide']}"
     (line,) = refused(capsys, world, llava=f"--vision_tower {wide}")
-    assert "but the tower 'llm2clip:" in line and "hidden_size 48" in line
+    assert "but the tower 'llm2clip:" in line
+    assert "hidden_size 48" in line
     assert (
         refused(
             capsys, world, llava=f"--vision_tower llm2clip:{world.towers['siglip']} --max_steps 3"

@@ -47,7 +47,8 @@ def test_the_tower_is_left_as_it_is(load, option, kind):
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     assert kinds["model.layers.0.self_attn.q_proj"] == kinds["model.mm_projector.0"] == kind
     tower = model.get_vision_tower()
-    assert isinstance(tower, LLM2CLIPVisionTower) and tower.is_loaded
+    assert isinstance(tower, LLM2CLIPVisionTower)
+    assert tower.is_loaded
     assert kind not in {type(module).__name__ for module in tower.modules()}
     assert {parameter.dtype for parameter in tower.parameters()} == {torch.float16}
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)).half()

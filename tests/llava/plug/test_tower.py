@@ -114,7 +114,8 @@ def test_naflex_reads_squares(tmp_path, side):
         tower.image_processor,
         SimpleNamespace(image_aspect_ratio="pad"),
     )
-    assert image.shape == (1, 3, side, side) and tower(image).shape == (1, tower.num_patches, 32)
+    assert image.shape == (1, 3, side, side)
+    assert tower(image).shape == (1, tower.num_patches, 32)
     if side == 16:
         images = pixels(size=16)
         assert torch.allclose(
@@ -142,11 +143,9 @@ def test_surface(world, backbone):
     tower = build_vision_tower(arguments(world.towers[backbone]))
     features = tower(pixels(dtype=torch.float16))
     assert features.shape == (3, tower.num_patches, tower.hidden_size) == (3, 4, 32)
-    assert (
-        features.dtype == torch.float16
-        and tower.dtype == torch.float32
-        and not features.requires_grad
-    )
+    assert features.dtype == torch.float16
+    assert tower.dtype == torch.float32
+    assert not features.requires_grad
     assert tower.is_loaded
     assert not any(parameter.requires_grad for parameter in tower.parameters())
     assert not any("mm_projector" in name for name, _ in tower.named_parameters())
@@ -161,7 +160,8 @@ def test_surface(world, backbone):
         == 28
     )
     assert len(processor.image_mean) == 3
-    assert len(tower(list(pixels()))) == 3 and tower(list(pixels()))[0].shape == (1, 4, 32)
+    assert len(tower(list(pixels()))) == 3
+    assert tower(list(pixels()))[0].shape == (1, 4, 32)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -170,17 +170,19 @@ def test_delay_load_knows_widths_before_weights_are_read(world, tmp_path, backbo
     shutil.copytree(world.towers[backbone], copy)
     (copy / "model.safetensors").unlink()
     tower = build_vision_tower(arguments(copy), delay_load=True)
-    assert not tower.is_loaded and list(tower.parameters()) == []
-    assert (tower.hidden_size, tower.num_patches, tower.num_patches_per_side) == (32, 4, 2)
-    assert (tower.config.image_size, tower.config.patch_size, tower.config.hidden_size) == (
-        28,
-        14,
-        32,
-    )
+    assert not tower.is_loaded
+    assert list(tower.parameters()) == []
+    assert tower.hidden_size == 32
+    assert tower.num_patches == 4
+    assert tower.num_patches_per_side == 2
+    assert tower.config.image_size == 28
+    assert tower.config.patch_size == 14
+    assert tower.config.hidden_size == 32
     assert tower.dummy_feature.shape == (1, 32)
     shutil.copy(world.towers[backbone] / "model.safetensors", copy)
     tower.load_model(device_map="auto")
-    assert tower.is_loaded and tower(pixels()).shape == (3, 4, 32)
+    assert tower.is_loaded
+    assert tower(pixels()).shape == (3, 4, 32)
 
 
 def test_blocks_above_the_selected_state_are_dropped(world):
@@ -226,7 +228,8 @@ def test_unfrozen_tower_exists_before_the_checkpoint_is_read(world):
     tower = build_vision_tower(
         arguments(world.towers["clip"], unfreeze_mm_vision_tower=True), delay_load=True
     )
-    assert tower.is_loaded and all(parameter.requires_grad for parameter in tower.parameters())
+    assert tower.is_loaded
+    assert all(parameter.requires_grad for parameter in tower.parameters())
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -237,11 +240,9 @@ def test_s2_is_the_tower_at_every_scale(world, backbone, count, size):
     args = arguments(world.towers[backbone], s2=True, s2_scales="56,28")
     tower = build_vision_tower(args)
     single = build_vision_tower(arguments(world.towers[backbone]))
-    assert (
-        isinstance(tower, MultiscaleVisionTower)
-        and tower.hidden_size == 64
-        and tower.num_patches == 4
-    )
+    assert isinstance(tower, MultiscaleVisionTower)
+    assert tower.hidden_size == 64
+    assert tower.num_patches == 4
     images = pixels(count, size)
     found = tower(images)
     assert found.shape == (count, 4, 64)

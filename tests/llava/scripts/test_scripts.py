@@ -67,14 +67,17 @@ def test_the_command_is_llavas(world, tmp_path, stage):
     for recipe in (RECIPE[stage], COMMON):
         words = recipe.split()
         assert set(zip(words[::2], words[1::2], strict=True)) <= pairs
-    assert ("--vision_tower", "llm2clip") in pairs and told.strip().endswith("--max_steps 3")
-    assert options[0].endswith("deepspeed") and "/llava/train/train" in told
+    assert ("--vision_tower", "llm2clip") in pairs
+    assert told.strip().endswith("--max_steps 3")
+    assert options[0].endswith("deepspeed")
+    assert "/llava/train/train" in told
 
 
 def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
     words = [*given(world, tmp_path, "pretrain"), "--dry-run"]
     one = script(world, "llava/pretrain.sh", *words, "--gpus", "2")
-    assert "--num_gpus 2" in one and "--gradient_accumulation_steps 4 " in one  # 2 x 32 x 4 = 256
+    assert "--num_gpus 2" in one
+    assert "--gradient_accumulation_steps 4 " in one  # 2 x 32 x 4 = 256
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=8\n# b slots=8\nc slots=8\n")
     named = [*words, "--tower", f"llm2clip:{world.towers['clip']}"]
@@ -82,7 +85,8 @@ def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
         world, "llava/pretrain.sh", *named, "--hostfile", hosts, MICRO_BATCH="8", LLM2CLIP_TOWER=""
     )
     # 16 x 8 x 2
-    assert f"--hostfile {hosts}" in several and "--gradient_accumulation_steps 2 " in several
+    assert f"--hostfile {hosts}" in several
+    assert "--gradient_accumulation_steps 2 " in several
     told = script(world, "llava/pretrain.sh", *words, "--gpus", "3", fails=True)
     assert "256 is not a multiple of 3 ranks x --micro-batch 32 = 96" in told
     told = script(
@@ -130,11 +134,10 @@ def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tm
         "llm2clip:/nowhere",
     ]
     told = script(world, "llava/finetune.sh", *words, fails=True).splitlines()
-    assert len(told) == 2 and all(line.startswith("error: --") for line in told), told
-    assert (
-        "choose another name, such as llava-run-1" in told[0]
-        and "'/nowhere' is not a directory" in told[1]
-    )
+    assert len(told) == 2, told
+    assert all(line.startswith("error: --") for line in told), told
+    assert "choose another name, such as llava-run-1" in told[0]
+    assert "'/nowhere' is not a directory" in told[1]
 
 
 # lines of libraries, not of LLaVA
@@ -228,7 +231,9 @@ def test_pretraining_accumulates_over_ranks_as_one_rank_takes_the_batch(world, t
         name="two",
         python=world.programs / "python",
     )
-    assert len(one) == 3 and one[0] - one[2] > 0.5 and two == pytest.approx(one, abs=0.02)
+    assert len(one) == 3
+    assert one[0] - one[2] > 0.5
+    assert two == pytest.approx(one, abs=0.02)
     assert (tmp_path / "two" / "mm_projector.bin").is_file()
 
 

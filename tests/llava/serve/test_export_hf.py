@@ -64,7 +64,9 @@ def check(checkpoint, output):
         r"token ids equal, pixels within (\S+), logits within (\S+) .* of (\d+) tokens equal", said
     )
     assert found is not None, said
-    assert float(found[1]) <= 1e-6 and float(found[2]) <= 1e-4 and int(found[3]) > 3
+    assert float(found[1]) <= 1e-6
+    assert float(found[2]) <= 1e-4
+    assert int(found[3]) > 3
 
 
 @pytest.mark.both_stacks
@@ -158,7 +160,8 @@ def test_names_and_rows(exported):
         assert torch.equal(tensors[f"language_model.{name}"], own[name])
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         rows = tensors[f"language_model.{name}"]
-        assert len(rows) == 601 and torch.equal(rows[:600], own[name])
+        assert len(rows) == 601
+        assert torch.equal(rows[:600], own[name])
     tower = load_file(CLIP / "model.safetensors")
     assert {
         name.removeprefix("vision_tower.") for name in tensors if name.startswith("vision")
@@ -195,8 +198,10 @@ def refused(capsys, *words):
     output = words[words.index("--output") + 1]
     assert llm2clip(["llava", "export", *map(str, words)]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
-    assert not output.exists() and not list(output.parent.glob(f".{output.name}*"))
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert not output.exists()
+    assert not list(output.parent.glob(f".{output.name}*"))
     return message
 
 

@@ -112,7 +112,9 @@ def test_sides_that_were_trained_otherwise_are_refused(output: Path) -> None:
     path.write_text(path.read_text().replace("--data_path", "--learning_rate"))
     command = [sys.executable, SCRIPT.parent / "miniature.py", "score", "after", "--output", output]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and str(path) in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1
+    assert str(path) in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_each_turn_of_a_conversation_counts_as_a_guess(tmp_path: Path) -> None:
@@ -157,7 +159,8 @@ def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None
     assert points(made) == [pytest.approx(100 * 2 / 3), pytest.approx(100 * 2 / 3), 0, 0]
     assert made.metrics["pictures_exchanged"] == pytest.approx(100 / 6)
     same = miniature.by_keyword([row(str(number), "a face", "happy face") for number in range(4)])
-    assert points(same) == [0, 0, 0, 0] and same.metrics["pictures_exchanged"] == 100
+    assert points(same) == [0, 0, 0, 0]
+    assert same.metrics["pictures_exchanged"] == 100
     twice = [
         row("1", "cat", "cat"),
         {**row("1", "cat", "cat"), "question_id": "fluent-1"},

@@ -145,25 +145,28 @@ def write_page(folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> Pat
 def test_the_page_fills_as_the_stages_end(folder, monkeypatch, capsys) -> None:
     (folder / "default" / "found.json").rename(folder / "found.json")
     first = write_page(folder, monkeypatch, "--llava", "llava").read_text(encoding="utf-8")
-    assert (
-        'http-equiv="refresh"' in first
-        and "69.5 %" in first
-        and "They come after stage 2." in first
-    )
+    assert 'http-equiv="refresh"' in first
+    assert "69.5 %" in first
+    assert "They come after stage 2." in first
     told = capsys.readouterr().out
-    assert "42.1 % ->  69.5 %" in told and "index.html" in told
+    assert "42.1 % ->  69.5 %" in told
+    assert "index.html" in told
     (folder / "found.json").rename(folder / "default" / "found.json")
     last = write_page(folder, monkeypatch, "--llava", "llava").read_text(encoding="utf-8")
     assert 'http-equiv="refresh"' not in last
     # failures are shown as such
-    assert "number 7" in last and "number 2" in last and "number 200" in last
+    assert "number 7" in last
+    assert "number 2" in last
+    assert "number 200" in last
     assert "earlier for 1 of them, later for 1, as before for 0" in last
     assert "a &lt;b&gt;bold&lt;/b&gt; name" in last
     assert last.count("picture not found") == 1  # said where it is missing
     # the longest run of a stage that was resumed
-    assert "<td>80 s</td>" in last and "<b>180 s</b>" in last
+    assert "<td>80 s</td>" in last
+    assert "<b>180 s</b>" in last
     told = capsys.readouterr().out
-    assert "1 won, 1 lost" in told and "now right: Which group? Objects (was Flags, name 0)" in told
+    assert "1 won, 1 lost" in told
+    assert "now right: Which group? Objects (was Flags, name 0)" in told
 
 
 def test_the_right_picture_is_marked_where_it_came(folder, monkeypatch) -> None:
@@ -199,7 +202,8 @@ def test_a_browser_shows_every_picture_and_fetches_nothing(folder, monkeypatch, 
         )
         # of each query five and, if it comes later, the right one: 11 + 11; of LLaVA's two
         # questions one
-        assert len(shown) == 23 and all(shown)
+        assert len(shown) == 23
+        assert all(shown)
         assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
         assert browser.run("document.querySelectorAll('li.right').length") == 4
         assert not browser.errors

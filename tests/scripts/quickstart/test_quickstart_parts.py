@@ -59,7 +59,8 @@ def test_stage_1_reads_training_captions_and_is_validated_on_validation(tmp_path
 
 def test_a_cache_is_embedded_with_the_adapter_of_its_seed(tmp_path) -> None:
     _, raw, tuned = started(tmp_path, "embed raw; embed tuned-seed3")
-    assert raw[1:3] == tuned[1:3] == ["embed", "data/all/*.tar"] and "--adapter" not in raw
+    assert raw[1:3] == tuned[1:3] == ["embed", "data/all/*.tar"]
+    assert "--adapter" not in raw
     assert value(tuned, "--adapter") == "data/llm/seed3/adapter"
     for command, cache in ((raw, "data/cache/raw"), (tuned, "data/cache/tuned-seed3")):
         assert (
@@ -84,7 +85,8 @@ def test_the_halves_of_a_cache_are_all_shards_once(tmp_path) -> None:
         for style in ("noto", "twemoji", "fluent", inputs.UNSEEN):
             assert sum(fnmatch(f"{split}-{style}.tar", pattern) for pattern in patterns) == 1
     first, second = (" ".join(command[3:]) for command in halves)
-    assert first == second and "--adapter data/llm/seed0/adapter" in first
+    assert first == second
+    assert "--adapter data/llm/seed0/adapter" in first
     # a manifest in which one of them is missing: all once more, which skips what is there
     (tmp_path / "data" / "cache" / "tuned-seed0" / "manifest.json").write_text('{"test-noto": 1}')
     assert started(tmp_path, "embed_in_halves tuned-seed0")[-1][2] == "data/all/*.tar"
@@ -159,19 +161,20 @@ def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tm
             .replace(f"{name}-seed3", "raw-seed3")
             .replace(f"cache/{name}", "cache/raw")
         )
-        assert own == raw and f"cache/{name}" in " ".join(command)
+        assert own == raw
+        assert f"cache/{name}" in " ".join(command)
     # a smoke run has a tower of the raw LLM for LLaVA alone, which compares with it
     last = started(tmp_path, "PRESET=smoke LLAVA=yes; controls 4")[-1]
-    assert value(last, "--cache") == "data/cache/raw" and value(last, "--output").endswith(
-        "runs/raw-seed4"
-    )
+    assert value(last, "--cache") == "data/cache/raw"
+    assert value(last, "--output").endswith("runs/raw-seed4")
 
 
 def test_the_control_is_read_at_the_block_that_the_page_of_results_states() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     stated = re.findall(r"raw LLM at block (\d+)", " ".join(page.split()))
     script = (ROOT / "scripts" / "quickstart.sh").read_text(encoding="utf-8")
-    assert stated and set(stated) == set(re.findall(r"\bLAYER=(\d+)", script))
+    assert stated
+    assert set(stated) == set(re.findall(r"\bLAYER=(\d+)", script))
 
 
 def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path) -> None:
@@ -192,7 +195,8 @@ def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path)
             # in every style, split and language
             assert torch.equal(row_of.setdefault(caption.text, row), row)
     value_NW = torch.stack(list(row_of.values())).float()
-    assert value_NW.mean().abs() < 0.1 and 0.9 < value_NW.std() < 1.1
+    assert value_NW.mean().abs() < 0.1
+    assert 0.9 < value_NW.std() < 1.1
     cosine_NN = torch.corrcoef(value_NW)
     assert (cosine_NN - torch.eye(len(cosine_NN))).abs().max() < 1
     assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (

@@ -24,7 +24,8 @@ def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
 def test_every_stage_is_a_line_of_one_form(tmp_path: Path) -> None:
     done = run(tmp_path, HEAD + "stage echo one\nstage echo two\nstage echo three\n")
     lines = done.stderr.splitlines()
-    assert done.returncode == 0 and len(lines) == 3, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert len(lines) == 3, done.stderr
     names = ("the environment", "stage 1: fine-tuning", "the page")
     for number, line in enumerate(lines, 1):
         name = names[number - 1]
@@ -52,14 +53,11 @@ def test_a_stage_that_fails_shows_its_end_and_where_the_rest_is(tmp_path: Path) 
         + 'broken() { seq 100; echo "error: no compiler"; false; echo later; }\nstage broken\nstage true\n',
     )
     assert done.returncode == 1
-    assert (
-        "error: no compiler" in done.stderr
-        and "\n1\n" not in done.stderr
-        and "later" not in done.stderr
-    )
-    assert (
-        "'the environment' failed" in done.stderr and "logs/01-the-environment.log" in done.stderr
-    )
+    assert "error: no compiler" in done.stderr
+    assert "\n1\n" not in done.stderr
+    assert "later" not in done.stderr
+    assert "'the environment' failed" in done.stderr
+    assert "logs/01-the-environment.log" in done.stderr
     assert done.stderr.endswith("Rerun the same command to resume.\n")
 
 
@@ -113,9 +111,8 @@ def test_claims_are_those_of_a_run_with_its_controls(tmp_path: Path) -> None:
     started, checked = (
         line.replace(f"{tmp_path}/", "").split() for line in done.stdout.splitlines()
     )
-    assert started[0] == "scripts/quickstart.sh" and {"--compare", "--controls"} <= set(started), (
-        done.stderr
-    )
+    assert started[0] == "scripts/quickstart.sh", done.stderr
+    assert {"--compare", "--controls"} <= set(started), done.stderr
     assert " ".join(started).endswith("--llava-llm tiny --seeds 3 --seeds 2 --controls")
     assert checked[1:] == [
         "scripts/check_claims.py",

@@ -88,9 +88,8 @@ def pairs(folder) -> list[EmbeddedPairs]:
 def test_report_measures_every_tower_on_every_test(folder) -> None:
     (table, _), _ = claims.make_report(folder / "data", folder / "out")
     body = json.loads((folder / "out" / "headline.json").read_text(encoding="utf-8"))
-    assert (
-        set(body["towers"]) == {"raw-seed0", "raw-seed1", "shuffled-seed1"} and not body["headline"]
-    )
+    assert set(body["towers"]) == {"raw-seed0", "raw-seed1", "shuffled-seed1"}
+    assert not body["headline"]
     unseen = (folder / "data/all/test-openmoji.tar").is_file()
     assert len(body["towers"]["raw-seed0"]) == 2 * sum(
         unseen or "unseen" not in test for test in measure.TESTS
@@ -98,7 +97,8 @@ def test_report_measures_every_tower_on_every_test(folder) -> None:
     # the same weights under two names
     assert body["towers"]["raw-seed1"] == body["towers"]["shuffled-seed1"]
     cells = table.splitlines()[2].split(" | ")
-    assert " ± " in cells[1] and " ± " not in cells[2]
+    assert " ± " in cells[1]
+    assert " ± " not in cells[2]
 
 
 def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> None:
@@ -116,9 +116,8 @@ def test_every_style_is_a_gallery_of_its_own(raw, pairs) -> None:
     by_hand = []
     families = []
     for of_style in pairs:
-        assert (
-            len({meta["style"] for meta in of_style.meta}) == 1 and len(of_style.meta) == CONCEPTS
-        )
+        assert len({meta["style"] for meta in of_style.meta}) == 1
+        assert len(of_style.meta) == CONCEPTS
         for number, (caption, owner) in enumerate(
             zip(of_style.captions, of_style.owner_M.tolist(), strict=True)
         ):
@@ -129,7 +128,8 @@ def test_every_style_is_a_gallery_of_its_own(raw, pairs) -> None:
                 by_hand.append(1 / (1 + order.index(owner)))
                 families.append(of_style.meta[owner]["family"])
     found = raw[0][f"{LONG}, caption → image"]
-    assert found.scores == pytest.approx(by_hand) and len(by_hand) == 3 * CONCEPTS
+    assert found.scores == pytest.approx(by_hand)
+    assert len(by_hand) == 3 * CONCEPTS
     assert found.clusters == families
     # a concept's caption is in the pool once, so image -> caption is one among so many concepts
     assert found.chance == pytest.approx(np.mean(1 / np.arange(1, CONCEPTS + 1)))
@@ -156,13 +156,13 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
     }
     made = claims.make_claims(claims.pair_tests("tower", towers))
     first = made[0]
-    assert first["name"] == claims.HEADLINE[0] and len(made) == len(raw[0])
+    assert first["name"] == claims.HEADLINE[0]
+    assert len(made) == len(raw[0])
     by_hand = (raw[1][LANGUAGES_TEST].scores - raw[0][LANGUAGES_TEST].scores).mean()
     assert by_hand != 0
     each = {seed: one["difference"] for seed, one in first["by_seed"].items()}
-    assert each == pytest.approx({"0": by_hand, "1": -by_hand}) and first[
-        "difference"
-    ] == pytest.approx(0)
+    assert each == pytest.approx({"0": by_hand, "1": -by_hand})
+    assert first["difference"] == pytest.approx(0)
     assert not first["significant"]
     assert cells(claims.claims_table(made))[0][-3].endswith("not significant")
     del towers["raw-seed0"], towers["tuned-seed1"]
@@ -211,14 +211,16 @@ def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
             by_hand([one["p"] for one in own])
         )
     # in one training of two
-    assert made[0]["seeds_significant"] == 1 and not made[0]["significant"]
+    assert made[0]["seeds_significant"] == 1
+    assert not made[0]["significant"]
     rows = cells(claims.claims_table(made))
     assert [row[-3].split(",")[0] for row in rows] == [
         claims.p_value(one["p_adjusted"]) for one in made
     ]
     better = {seed: one._replace(scores=one.scores + 0.1) for seed, one in base.items()}
     (shown,) = claims.make_claims({"better": (base, better)})
-    assert shown["significant"] and shown["better"] == 1
+    assert shown["significant"]
+    assert shown["better"] == 1
     assert cells(claims.claims_table([shown | {"random": [0.2, 0.4]}]))[0][-2:] == [
         "2 of 2",
         ".100; .300 ± .141",

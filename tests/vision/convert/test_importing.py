@@ -38,5 +38,6 @@ def test_preprocessor_of_the_source_survives(tmp_path):
     (tmp_path / "release" / "preprocessor_config.json").write_text(json.dumps(own))
     import_tower(tmp_path / "release", tmp_path / "tower")
     written = json.loads((tmp_path / "tower" / "preprocessor_config.json").read_text())
-    assert written["image_mean"] == [0.4, 0.5, 0.6] and written["resample"] == 2
+    assert written["image_mean"] == [0.4, 0.5, 0.6]
+    assert written["resample"] == 2
     assert written["size"] == {"shortest_edge": 28}
