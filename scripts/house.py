@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""The house in numbers: files, lines, functions, imports and arrows of a checkout, or of two side
-by side.
+"""The house in numbers: files, lines, functions, imports and arrows of checkouts side by side, and
+how densely their code is written (reading.py), also of other projects.
 
-    scripts/house.py [CHECKOUT [OTHER]]
+    scripts/house.py [CHECKOUT ...]
 
-Counts the Python files of the two packages, where nothing else is said. An arrow up is an import
+Counts the Python files of the two packages, where nothing else is said; of another project, those
+of src/ or of the folder with its name. An arrow up is an import
 from a room on the same floor or a higher one. llava_integration may import only the floors below
 data, and vision; only stages and doctor may import it.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import networkx
+from reading import count_reading
 
 PACKAGE = "llm2clip_plugin"
 LLAVA = "llava_integration"
@@ -88,6 +90,18 @@ def import_lines(trees: Iterable[ast.Module]) -> int:
     return sum(line_count(node) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
 
 
+def columns_of(root: Path) -> dict[str, str]:
+    """What is counted in a checkout -> how much; of another project, how it reads alone."""
+    if (root / PACKAGE).is_dir():
+        in_scripts = count_reading(root, ["scripts"])
+        of_scripts = {f"scripts: {name}": value for name, value in in_scripts.items()}
+        return {**numbers(root), **count_reading(root, [PACKAGE, LLAVA]), **of_scripts}
+    reading = count_reading(root, ["src"]) or count_reading(root, [root.name])
+    if not reading:
+        sys.exit(f"error: {root} has neither {PACKAGE} nor src nor {root.name} with Python files")
+    return reading
+
+
 def numbers(root: Path) -> dict[str, str]:
     """What is counted -> how much."""
     trees: dict[str, ast.Module] = {}
@@ -96,8 +110,6 @@ def numbers(root: Path) -> dict[str, str]:
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         trees[name] = ast.parse(text)
         lines[name] = text.count("\n")
-    if not trees:
-        sys.exit(f"error: {root} is no checkout: it has no {PACKAGE}")
     graph = import_graph(trees)
     functions = functions_of(trees)
     cycles = modules_in_cycles(graph)
@@ -175,8 +187,9 @@ def goes_up(name: str, other: str) -> bool:
 
 
 if __name__ == "__main__":
-    roots = [Path(word) for word in sys.argv[1:]] or [Path(__file__).resolve().parents[1]]
-    columns = [numbers(root) for root in roots]
-    print(f"| | {' | '.join(map(str, roots))} |\n|---{'|---' * len(roots)}|")
-    for name in columns[0]:
-        print(f"| {name} | {' | '.join(column[name] for column in columns)} |")
+    roots = [Path(word).resolve() for word in sys.argv[1:] or [Path(__file__).parents[1]]]
+    columns = [columns_of(root) for root in roots]
+    titles = [str(word) for word in sys.argv[1:] or ["this checkout"]]
+    print(f"| | {' | '.join(titles)} |\n|---{'|---' * len(roots)}|")
+    for name in dict.fromkeys(name for column in columns for name in column):
+        print(f"| {name} | {' | '.join(column.get(name, '') for column in columns)} |")

@@ -36,3 +36,35 @@ def test_arrows_cycles_and_words(tmp_path: Path) -> None:
     assert found["arrows up"].split(", ") == ["3", *UP]
     assert found["files that train-tower imports"] == "4"
     assert found["longest function"] == "2 (cli.main)"
+
+
+PACKED = '''"""Two lines
+of a docstring."""
+import os
+
+
+def split(text):
+    found, rest = text[:2], text[2:]
+    return [[letter for letter in word] for word in rest]
+'''
+
+
+def test_reading_counts_of_another_project(tmp_path: Path) -> None:
+    folder = tmp_path / "other" / "src"
+    folder.mkdir(parents=True)
+    (folder / "packed.py").write_text(PACKED)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, folder.parent], capture_output=True, text=True, check=True
+    )
+    counts = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:])
+    assert counts["lines of code"] == "4"
+    assert counts["comprehensions in comprehensions, per 1,000 lines"] == "250.0"
+    assert counts["`a, b = x, y`, per 1,000 lines"] == "250.0"
+    # of found, rest, letter and word
+    assert counts["filler names, of all assigned"] == "25.00%"
+
+
+def test_a_folder_without_python_files_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{tmp_path} has neither llm2clip_plugin nor src" in done.stderr
