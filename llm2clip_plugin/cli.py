@@ -122,7 +122,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
 # Where a command declares its options, an options.Command: COMMAND next to the function, or
 # elsewhere. These modules import no torch, and neither --help nor a misspelled option needs more.
 OPTIONS: dict[str, str] = {
-    name: f"{place.partition(':')[0]}:COMMAND" for name, (place, _) in COMMANDS.items()
+    name: f"{location.partition(':')[0]}:COMMAND" for name, (location, _) in COMMANDS.items()
 } | {
     "run": "stages.settings:RUN",
     "data split": "data.make:SPLIT",
@@ -184,9 +184,9 @@ def main(argv: list[str] | None = None) -> int:
     # --local_rank comes from the DeepSpeed launcher, which also sets LOCAL_RANK
     words = [word for word in words if not word.startswith("--local_rank=")]
     if garbled := next((word for word in words if not is_utf8(word)), ""):
-        fix = "rename the file, or set the terminal's encoding, such as LC_ALL=C.UTF-8"
+        advice = "rename the file, or set the terminal's encoding, such as LC_ALL=C.UTF-8"
         print(
-            f"error: {os.fsencode(garbled)!r} on the command line is not UTF-8; {fix}",
+            f"error: {os.fsencode(garbled)!r} on the command line is not UTF-8; {advice}",
             file=sys.stderr,
         )
         return 2
@@ -207,8 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         from llm2clip_plugin.options import unknown
         from llm2clip_plugin.outside import printable
 
-        given = " ".join(words[:2]) if group else words[0]
-        print(f"error: {printable(unknown('command', given, group or COMMANDS))}", file=sys.stderr)
+        typed = " ".join(words[:2]) if group else words[0]
+        print(f"error: {printable(unknown('command', typed, group or COMMANDS))}", file=sys.stderr)
         return 2
     return run(name, words[len(name.split()) :])
 
@@ -327,9 +327,9 @@ def read_options(name: str, argv: list[str]) -> None:
     check_paths(load(OPTIONS[name]), argv)
 
 
-def load(place: str) -> "Any":
+def load(location: str) -> "Any":
     """What is at a place of the tables; its module is imported."""
-    module, _, name = place.partition(":")
+    module, _, name = location.partition(":")
     module = module if module.startswith("llava_integration") else f"llm2clip_plugin.{module}"
     return getattr(importlib.import_module(module), name)
 

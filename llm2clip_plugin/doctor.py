@@ -47,13 +47,13 @@ class Finding(NamedTuple):
 
     subject: str
     state: str  # ok, warn or fail
-    found: str  # version, path or state of the subject
-    fix: str  # command or step that fixes it; "" when ok
+    value: str  # version, path or state of the subject
+    advice: str  # command or step that fixes it; "" when ok
 
 
-def finding(subject: str, found: str, fix: str = "", *, state: str = "warn") -> Finding:
+def finding(subject: str, value: str, advice: str = "", *, state: str = "warn") -> Finding:
     """``state`` is that of a subject with a ``fix``, one without is ok."""
-    return Finding(subject, state if fix else "ok", found, fix)
+    return Finding(subject, state if advice else "ok", value, advice)
 
 
 def check_installation(extra: str) -> Iterator[Finding]:
@@ -68,44 +68,44 @@ def check_installation(extra: str) -> Iterator[Finding]:
         if name in parts:
             continue
         if name == "train" and is_llavas_own():
-            found = (
+            status = (
                 f"not installed (for {purpose}); it would move what LLaVA pins, so install it in a "
                 "new environment"
             )
         else:
             lacks = [f"{package}{versions}" for package, versions in requirements(name).items()]
             missing = [requirement for requirement in lacks if not is_satisfied(requirement)]
-            found = f"not installed (for {purpose}); missing: {', '.join(missing) or 'nothing'}"
-        yield finding(f"extra [{name}]", found, install_command(name), state="ok")
+            status = f"not installed (for {purpose}); missing: {', '.join(missing) or 'nothing'}"
+        yield finding(f"extra [{name}]", status, install_command(name), state="ok")
 
 
 def is_satisfied(requirement: str) -> bool:
     """Whether a package is installed in one of the versions asked for."""
     wanted = Requirement(requirement)
-    found = installed_version(wanted.name)
-    return bool(found) and wanted.specifier.contains(found, prereleases=True)
+    version = installed_version(wanted.name)
+    return bool(version) and wanted.specifier.contains(version, prereleases=True)
 
 
 def check_packages(extra: str) -> Iterator[Finding]:
     """Every requirement of the package, and of ``extra`` unless it is empty."""
     for name, versions in requirements(extra).items():
-        found = installed_version(name)
+        version = installed_version(name)
         wanted = f"{name}{versions}"
-        fix = "" if is_satisfied(wanted) else f'pip install "{wanted}"'
-        yield finding(name, found or "missing", fix, state="fail")
+        advice = "" if is_satisfied(wanted) else f'pip install "{wanted}"'
+        yield finding(name, version or "missing", advice, state="fail")
 
 
 def check_programs() -> Iterator[Finding]:
     """A C++ compiler, with which DeepSpeed builds extensions and torch.compile kernels, and
     DeepSpeed's launcher."""
     compiler = shutil.which((os.environ.get("CXX") or "g++").split()[0]) or shutil.which("c++")
-    fix = "" if compiler else "apt-get install g++ (10 or newer, for C++20), or set CXX"
-    yield finding("C++ compiler", compiler or "none", fix, state="fail")
+    advice = "" if compiler else "apt-get install g++ (10 or newer, for C++20), or set CXX"
+    yield finding("C++ compiler", compiler or "none", advice, state="fail")
     launcher = shutil.which("deepspeed") or "not on PATH"
     programs = os.path.dirname(sys.executable)  # of this environment
     is_ours = os.path.realpath(os.path.dirname(launcher)) == os.path.realpath(programs)
-    fix = "" if is_ours else f"activate this environment: source {programs}/activate"
-    yield finding("deepspeed launcher", launcher, fix)
+    advice = "" if is_ours else f"activate this environment: source {programs}/activate"
+    yield finding("deepspeed launcher", launcher, advice)
 
 
 def check_accelerator() -> Iterator[Finding]:
@@ -121,12 +121,12 @@ def check_accelerator() -> Iterator[Finding]:
         count = torch.cuda.device_count()
         names = {torch.cuda.get_device_name(number) for number in range(count)}
         has_bf16 = gpu_precision() == "bf16"
-        found = f"{count} x {', '.join(sorted(names))}, bf16 {has_bf16}"
-        yield finding("accelerator", found)
+        status = f"{count} x {', '.join(sorted(names))}, bf16 {has_bf16}"
+        yield finding("accelerator", status)
     else:
-        found = f"none; everything runs on the CPU ({torch.get_num_threads()} threads)"
+        status = f"none; everything runs on the CPU ({torch.get_num_threads()} threads)"
         yield finding(
-            "accelerator", found, "for a GPU, install the torch build of your CUDA or ROCm version"
+            "accelerator", status, "for a GPU, install the torch build of your CUDA or ROCm version"
         )
 
 
@@ -146,12 +146,12 @@ def check_llava() -> Iterator[Finding]:
     if find_spec("llava") is None:
         yield finding("llava", "missing", INSTALL, state="fail")
     else:
-        found = (
+        status = (
             installed_version("llava-torch")
             or installed_version("llava")
             or "on sys.path, not installed"
         )
-        yield finding("llava", found)
+        yield finding("llava", status)
     for name in IMPORTED:
         if find_spec(name) is None:
             yield finding(name, "missing; LLaVA imports it", f"pip install {name}")
@@ -162,8 +162,8 @@ def check_llava() -> Iterator[Finding]:
         yield finding("start-up hook", "active")
     else:
         start = "`python -m llava_integration.boot ...`"
-        fix = f"{install_command('tower')} (without --target), or {start}"
-        yield finding("start-up hook", "not active", fix, state="fail")
+        advice = f"{install_command('tower')} (without --target), or {start}"
+        yield finding("start-up hook", "not active", advice, state="fail")
     try:
         location = towers.locate(towers.NAME)
         yield finding("--vision_tower llm2clip", f"{location.how}: {location.describe()}")
@@ -175,28 +175,28 @@ def check_llava() -> Iterator[Finding]:
 
 def check_transformers() -> Finding:
     """LLaVA 1.5 runs with its pins as it is, and with versions from 5 on through ``compat``."""
-    found = installed_version("transformers")
+    status = installed_version("transformers")
     pinned = "pip install transformers==4.37.2"
     state = "fail"
-    fix = "" if runner.enabled() else "unset LLM2CLIP_LLAVA_COMPAT"
-    if not found:
-        found = "missing"
-        fix = pinned
+    advice = "" if runner.enabled() else "unset LLM2CLIP_LLAVA_COMPAT"
+    if not status:
+        status = "missing"
+        advice = pinned
     elif has_version("transformers", PINNED):
-        found = f"{found}, which LLaVA pins"
-        fix = ""
+        status = f"{status}, which LLaVA pins"
+        advice = ""
     elif problem := runner.problem():
-        fix = problem
+        advice = problem
     elif has_version("transformers", "<5"):
-        fix = f"{pinned} (LLaVA fails to generate with this one)"
+        advice = f"{pinned} (LLaVA fails to generate with this one)"
         state = "warn"
-    elif not fix and (untried := runner.untried()):
-        found = f"untested: {' and '.join(untried)}"
-        fix = runner.ADVICE
+    elif not advice and (untried := runner.untried()):
+        status = f"untested: {' and '.join(untried)}"
+        advice = runner.ADVICE
         state = "warn"
-    elif not fix:
-        found = f"{found}, with {len(runner.needed())} completions of LLaVA's code"
-    return finding("transformers for LLaVA", found, fix, state=state)
+    elif not advice:
+        status = f"{status}, with {len(runner.needed())} completions of LLaVA's code"
+    return finding("transformers for LLaVA", status, advice, state=state)
 
 
 def report() -> Iterator[Finding]:
@@ -212,16 +212,16 @@ def report() -> Iterator[Finding]:
     if extra:
         yield from check_accelerator()
     limit = raise_open_files()
-    fix = ""
+    advice = ""
     if limit < OPEN_FILES:
         where = "ulimit -Hn, limits.conf, docker run --ulimit nofile"
-        fix = f"raise the hard limit to {OPEN_FILES} ({where})"
-    yield finding("open files", f"at most {limit} per process", fix)
+        advice = f"raise the hard limit to {OPEN_FILES} ({where})"
+    yield finding("open files", f"at most {limit} per process", advice)
     if llava_installed():
         yield from check_llava()
     elif extra == "train":
-        fix = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"
-        yield finding("llava", f"not installed (optional); {fix}")
+        advice = "pip install --no-deps llava-torch==1.2.2.post1 to train LLaVA in this environment"
+        yield finding("llava", f"not installed (optional); {advice}")
 
 
 def checked_extra() -> str:
@@ -247,8 +247,8 @@ def main(argv: list[str]) -> int:
     findings = list(report())
     failed = [line.subject for line in findings if line.state == "fail"]
     for line in findings:
-        print(f"[{line.state:>4}] {line.subject}: {line.found}")
-        if line.fix:
-            print(f"       -> {line.fix}")
+        print(f"[{line.state:>4}] {line.subject}: {line.value}")
+        if line.advice:
+            print(f"       -> {line.advice}")
     print(f"{len(failed)} to fix: {', '.join(failed)}" if failed else "no problems found")
     return 1 if failed else 0

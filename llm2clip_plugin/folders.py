@@ -127,17 +127,19 @@ def refuse_foreign(folder: Path, kind: FolderKind) -> None:
     commands = f"`llm2clip {kind.commands[0]}`"
     if len(kind.commands) > 1:
         commands += " or another export"
-    fix = "--overwrite would delete that: move it, or choose another --output"
+    advice = "--overwrite would delete that: move it, or choose another --output"
     written = _written(folder, kind)
     if written is None:
         allowed = (*ANYWHERE, *NEXT_TO_DATA)
         foreign = [name for name in present if not _matches(name, allowed)]
         names = _listed(foreign or present)
-        raise FileExistsError(f"{folder} was not written by {commands}: it has {names}; {fix}")
+        raise FileExistsError(f"{folder} was not written by {commands}: it has {names}; {advice}")
     names, patterns = written
     patterns = (*patterns, *ANYWHERE, *NEXT_TO_DATA)
     if foreign := [name for name in present if name not in names and not _matches(name, patterns)]:
-        raise FileExistsError(f"{folder} has {_listed(foreign)}, not written by {commands}; {fix}")
+        raise FileExistsError(
+            f"{folder} has {_listed(foreign)}, not written by {commands}; {advice}"
+        )
 
 
 def _written(folder: Path, kind: FolderKind) -> tuple[set[str], tuple[str, ...]] | None:
@@ -172,10 +174,10 @@ def _is_in_config(path: Path, kind: FolderKind) -> bool:
 
 def _files(folder: Path) -> Iterator[str]:
     """Relative paths of everything in the folder that is no folder. Links are not followed."""
-    for place, folders, files in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in (*files, *links):
-            yield Path(place, name).relative_to(folder).as_posix()
+            yield Path(parent, name).relative_to(folder).as_posix()
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -64,8 +64,10 @@ def check_hub_answers(repository: str, *, revision: str | None = None) -> None:
         if any("Timeout" in kind.__name__ for kind in type(error).__mro__):
             hub = f"the Hugging Face Hub ({constants.ENDPOINT})"
             problem = f"{hub} has not answered for {timeout():g} s ({TIMEOUT})"
-            fix = "set HF_HUB_OFFLINE=1 to use downloaded files"
-            raise TimeoutError(f"{problem}; check the network and HF_ENDPOINT, or {fix}") from error
+            advice = "set HF_HUB_OFFLINE=1 to use downloaded files"
+            raise TimeoutError(
+                f"{problem}; check the network and HF_ENDPOINT, or {advice}"
+            ) from error
 
 
 LONGEST_RETRY_AFTER = 300.0  # seconds that a server may request

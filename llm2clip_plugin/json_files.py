@@ -48,29 +48,29 @@ def from_plain(
     """A dataclass, and those in its fields, from parsed JSON; ``default`` gives the fields that
     ``values`` lacks. Raises ContractError for an unknown, missing or mistyped field, and what the
     dataclasses' own checks raise."""
-    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if not isinstance(values, dict):
         raise ContractError(
-            f"{where} is {_short(values)}, expected an object with the fields {', '.join(known)}"
+            f"{where} is {_short(values)}, expected an object with the fields {', '.join(fields)}"
         )
-    if unknown := sorted(set(values) - set(known)):
-        raise ContractError(f"{where} has unknown fields {unknown}; known: {', '.join(known)}")
+    if unknown := sorted(set(values) - set(fields)):
+        raise ContractError(f"{where} has unknown fields {unknown}; known: {', '.join(fields)}")
     hints = typing.get_type_hints(kind)
-    given = {}
+    arguments = {}
     missing = []
-    for name, item in known.items():
+    for name, item in fields.items():
         usual = getattr(default, name) if default is not None else default_of(item)
         if name in values:
-            given[name] = typed(hints[name], values[name], f"{where}: {name}", usual)
+            arguments[name] = typed(hints[name], values[name], f"{where}: {name}", usual)
         elif usual is not dataclasses.MISSING:
-            given[name] = usual
+            arguments[name] = usual
         elif dataclasses.is_dataclass(hints[name]):
-            given[name] = from_plain(hints[name], {}, where=f"{where}: {name}")
+            arguments[name] = from_plain(hints[name], {}, where=f"{where}: {name}")
         else:
             missing.append(name)
     if missing:
         raise ContractError(f"{where} is missing the required fields {missing}")
-    return kind(**given)
+    return kind(**arguments)
 
 
 def default_of(item: dataclasses.Field) -> Any:

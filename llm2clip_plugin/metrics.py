@@ -44,9 +44,12 @@ class Metrics:
             self.loss = float(line["loss"])
             self.ended = None
             self.seconds.extend([float(line["step_seconds"])] if "step_seconds" in line else [])
-            if one := line.get("loader_images_per_second"):
+            if loader_rate := line.get("loader_images_per_second"):
                 self.loading.append(
-                    (float(one), line["samples_per_second"] / max(1 - line["wait_share"], 1e-3))
+                    (
+                        float(loader_rate),
+                        line["samples_per_second"] / max(1 - line["wait_share"], 1e-3),
+                    )
                 )
         elif event is None:
             scores = {
@@ -60,9 +63,9 @@ class Metrics:
         """How many loader processes the steps need, over all ranks; "" if no line says."""
         if not self.loading:
             return ""
-        one, needed = (median(column) for column in zip(*self.loading, strict=True))
-        rates = f"a process delivers {one:,.1f} images/s, the steps take {needed:,.1f}"
-        return f"{rates}: --workers, over all ranks, {math.ceil(needed / one)}"
+        loader_rate, needed = (median(column) for column in zip(*self.loading, strict=True))
+        rates = f"a process delivers {loader_rate:,.1f} images/s, the steps take {needed:,.1f}"
+        return f"{rates}: --workers, over all ranks, {math.ceil(needed / loader_rate)}"
 
 
 def read_metrics(path: Path) -> Metrics:

@@ -44,8 +44,8 @@ def refuse_encoding(path: str | os.PathLike[str], start: bytes, *, is_whole: boo
         codecs.getincrementaldecoder("utf-8")().decode(start, is_whole)
     except UnicodeDecodeError as error:
         byte = f"byte {start[error.start]:#04x} at offset {error.start}"
-        fix = f"convert it, for example iconv -f LATIN1 -t UTF-8 {path} > NEW{Path(path).suffix}"
-        raise ValueError(f"{path} is not UTF-8: {byte}; {fix}") from error
+        advice = f"convert it, for example iconv -f LATIN1 -t UTF-8 {path} > NEW{Path(path).suffix}"
+        raise ValueError(f"{path} is not UTF-8: {byte}; {advice}") from error
 
 
 # of an image; where PIL begins to warn of decompression bombs, 268 MB as RGB

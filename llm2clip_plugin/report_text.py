@@ -21,16 +21,16 @@ def p_value(p: float) -> str:
     return "< .001" if p < 0.001 else fraction(p)
 
 
-def estimate(value: float, ends: Sequence[float], shown: Callable[[float], str] = signed) -> str:
+def estimate(value: float, ends: Sequence[float], to_text: Callable[[float], str] = signed) -> str:
     """A difference with its interval: ``+.069 [+.061, +.077]``."""
-    return f"{shown(value)} [{', '.join(map(shown, ends))}]"
+    return f"{to_text(value)} [{', '.join(map(to_text, ends))}]"
 
 
-def spread(values: Sequence[float], shown: Callable[[float], str] = fraction) -> str:
+def spread(values: Sequence[float], to_text: Callable[[float], str] = fraction) -> str:
     """Mean over seeds, with the standard deviation if they differ: ``.127 ± .009``."""
     deviation = stdev(values) if len(values) > 1 else 0.0
-    mean = shown(fmean(values))
-    return f"{mean} ± {shown(deviation)}" if deviation else mean
+    mean = to_text(fmean(values))
+    return f"{mean} ± {to_text(deviation)}" if deviation else mean
 
 
 def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

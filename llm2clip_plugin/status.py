@@ -72,8 +72,8 @@ def main(argv: list[str]) -> int:
     else:
         run = "the folder of a run (run.json, checkpoints/)"
         cache = f"an embedding cache ({CacheManifest.FILE})"
-        fix = "pass the --output of `llm2clip run` or of a training, or an embeddings-* folder"
-        raise FileNotFoundError(f"{folder} is neither {run} nor {cache}; {fix}")
+        advice = "pass the --output of `llm2clip run` or of a training, or an embeddings-* folder"
+        raise FileNotFoundError(f"{folder} is neither {run} nor {cache}; {advice}")
     width = max(len(name) for name, _ in rows)
     lines = [f"{name}: {state}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
     print(printable_lines("\n".join(lines)))

@@ -426,8 +426,8 @@ def record_all(folder: Path, parts: str) -> None:
         if part_of(name) == "tower" and not claim.get("random"):
             has_controls = False
     if not has_controls or not (llava or parts == "towers"):
-        fix = "run scripts/quickstart.sh --controls, for LLaVA without --no-llava"
-        raise FileNotFoundError(f"{folder} has not all controls of what is recorded; {fix}")
+        advice = "run scripts/quickstart.sh --controls, for LLaVA without --no-llava"
+        raise FileNotFoundError(f"{folder} has not all controls of what is recorded; {advice}")
     if towers:
         tables = {README: readme_table(headline(towers)), BENCHMARKS: table(towers)}
         record(CLAIMS, towers, BEGIN, tables)

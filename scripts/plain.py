@@ -89,10 +89,10 @@ def problems(path: Path) -> Iterator[tuple[int, str]]:
 def files(paths: list[str]) -> list[Path]:
     if not paths:
         paths = [str(ROOT / folder) for folder in FOLDERS]
-    found: list[Path] = []
+    paths_found: list[Path] = []
     for path in map(Path, paths):
-        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    return [path for path in found if "golden" not in path.parts]
+        paths_found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return [path for path in paths_found if "golden" not in path.parts]
 
 
 def main() -> int:

@@ -67,16 +67,21 @@ def refuse_name(path: str, *, base: str | None = None, name: str | None = None) 
     config = config_of(path)
     if "mm_vision_tower" not in config and not str(config.get("model_type")).startswith(WORD):
         return
-    given = (model_name(str(path)) if name is None else name).lower()
+    lower_name = (model_name(str(path)) if name is None else name).lower()
     has_lora = (Path(path).expanduser() / "adapter_config.json").is_file()
     what = ""
-    if WORD not in given:
+    if WORD not in lower_name:
         what = f'without "{WORD}" in its name as a language model that sees no images'
-    elif has_lora and base and LORA not in given:
+    elif has_lora and base and LORA not in lower_name:
         what = f'without "{LORA}" in its name, given a base model, as a projector'
     elif config.get("model_type") == "llava_llama":
         what = next(
-            (f'with "{word}" in its name as a {word} model' for word in OTHERS if word in given), ""
+            (
+                f'with "{word}" in its name as a {word} model'
+                for word in OTHERS
+                if word in lower_name
+            ),
+            "",
         )
     if what:
         better = "llava-lora-1" if has_lora else "llava-1"
@@ -103,8 +108,8 @@ def sample_sha256(folder: str | Path) -> str:
     files = Path(folder).expanduser()
     for path in sorted([*files.glob("*.safetensors"), *files.glob("*.bin")]):
         with path.open("rb") as file:
-            for place in range(file.seek(0, 2), 0, -(1 << 24)):
-                file.seek(max(0, place - (1 << 16)))
+            for end in range(file.seek(0, 2), 0, -(1 << 24)):
+                file.seek(max(0, end - (1 << 16)))
                 digest.update(file.read(1 << 16))
     return digest.hexdigest()
 

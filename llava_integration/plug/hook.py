@@ -102,9 +102,9 @@ def check_projector(name: str, hidden_size: int, config: Any) -> None:
     for where, width in expected.items():
         if width != hidden_size:
             problem = f"the projector of {where} expects features of width {width}"
-            fix = "use the tower that it was trained with, or pretrain a projector for this one"
+            advice = "use the tower that it was trained with, or pretrain a projector for this one"
             raise ContractError(
-                f"{problem}, but the tower {name!r} has hidden_size {hidden_size}; {fix}"
+                f"{problem}, but the tower {name!r} has hidden_size {hidden_size}; {advice}"
             )
 
 

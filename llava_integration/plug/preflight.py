@@ -240,9 +240,9 @@ def check_tower(tower: str, projector: str | None, llava: argparse.Namespace) ->
         projector = None
     if not towers.is_ours(tower):
         # as LLaVA's own builder accepts them
-        known = tower.startswith(LLAVAS_TOWERS) or "ShareGPT4V" in tower
+        is_llavas = tower.startswith(LLAVAS_TOWERS) or "ShareGPT4V" in tower
         has_config = os.path.isfile(os.path.join(tower, "config.json"))
-        if not has_config and (os.path.isdir(tower) or not known):
+        if not has_config and (os.path.isdir(tower) or not is_llavas):
             yield (
                 f"--tower {tower}: LLaVA knows no such vision tower; expected llm2clip, "
                 "llm2clip:PATH_OR_HUB_ID, a folder with config.json, or a name as openai/clip-..."

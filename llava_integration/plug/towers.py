@@ -111,25 +111,25 @@ class Registry(VersionedRecord):
     def check_values(self, *, where: str) -> None:
         """Raise ContractError for an entry without its fields, names that lead to each other, an
         unknown selection."""
-        fix = "correct the file, or delete it and run `llm2clip use TOWER` again"
+        advice = "correct the file, or delete it and run `llm2clip use TOWER` again"
         for name, entry in self.towers.items():
             if {*entry} != {"spec", "weights_sha256"} or not entry["spec"].strip():
                 raise ContractError(
                     f"{where}: towers.{name} has {sorted(entry)}, "
-                    f"expected a spec (path or Hub id) and weights_sha256; {fix}"
+                    f"expected a spec (path or Hub id) and weights_sha256; {advice}"
                 )
             seen = {name}
             spec = entry["spec"]
             while spec in self.towers and spec != self.towers[spec].get("spec"):
                 if spec in seen:
-                    raise ContractError(f"{where}: towers.{name} leads back to itself; {fix}")
+                    raise ContractError(f"{where}: towers.{name} leads back to itself; {advice}")
                 seen.add(spec)
                 spec = self.towers[spec].get("spec", "")
         if self.chosen and self.chosen not in self.towers:
-            known = ", ".join(sorted(self.towers)) or "none"
+            names = ", ".join(sorted(self.towers)) or "none"
             raise ContractError(
-                f"{where}: chosen is {self.chosen!r}, which is not one of its towers ({known}); "
-                f"{fix}"
+                f"{where}: chosen is {self.chosen!r}, which is not one of its towers ({names}); "
+                f"{advice}"
             )
 
     def summary(self) -> str:
@@ -159,24 +159,24 @@ def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
     """Register a tower (``spec``: absolute path or Hub id), select it and return its name. Without
     ``name`` it keeps the one that it has, or gets the last part of ``spec``, with a number if that
     is taken."""
-    known = registry()
-    name = name or registered_name(known, spec) or free_name(known, spec)
-    towers = {**known.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
-    replace(known, chosen=name, towers=towers).write(registry_file())
+    registered = registry()
+    name = name or registered_name(registered, spec) or free_name(registered, spec)
+    towers = {**registered.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
+    replace(registered, chosen=name, towers=towers).write(registry_file())
     return name
 
 
-def registered_name(known: Registry, spec: str) -> str:
+def registered_name(registered: Registry, spec: str) -> str:
     """The first name of a tower, "" if it has none."""
-    return next((name for name, entry in known.towers.items() if entry["spec"] == spec), "")
+    return next((name for name, entry in registered.towers.items() if entry["spec"] == spec), "")
 
 
-def free_name(known: Registry, spec: str) -> str:
+def free_name(registered: Registry, spec: str) -> str:
     """The last part of ``spec``, with a number if another tower has that name."""
     stem = spec.partition("@")[0].rstrip("/").rpartition("/")[2]
     name = stem
     number = 1
-    while name in known.towers:
+    while name in registered.towers:
         number += 1
         name = f"{stem}-{number}"
     return name
@@ -206,13 +206,14 @@ def locate(name: str) -> TowerLocation:
         return TowerLocation.of(Path(name), how=f"--vision_tower {name}")
     if spec := os.environ.get("LLM2CLIP_TOWER"):
         return locate_spec(spec, how=f"LLM2CLIP_TOWER={spec}")
-    known = registry()
-    if known.chosen:
-        return locate_spec(known.towers[known.chosen]["spec"], how=f"`llm2clip use {known.chosen}`")
+    registered = registry()
+    if registered.chosen:
+        spec = registered.towers[registered.chosen]["spec"]
+        return locate_spec(spec, how=f"`llm2clip use {registered.chosen}`")
     raise TowerNotFoundError(
         f"--vision_tower {NAME}: no tower is selected; run `llm2clip use TOWER`, "
         f"set LLM2CLIP_TOWER=TOWER, or pass --vision_tower {NAME}:TOWER (path or Hub id); "
-        f"{known.summary()}"
+        f"{registered.summary()}"
     )
 
 
@@ -221,15 +222,15 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
     path = Path(spec).expanduser()
     if spec.strip() and path.is_dir():
         return TowerLocation.of(path, how=how)
-    known = registry()
-    if spec in known.towers and known.towers[spec]["spec"] != spec:
-        return locate_spec(known.towers[spec]["spec"], how=f"{how} (registered as {spec!r})")
+    registered = registry()
+    if spec in registered.towers and registered.towers[spec]["spec"] != spec:
+        return locate_spec(registered.towers[spec]["spec"], how=f"{how} (registered as {spec!r})")
     if HUB_ID.match(spec):
         repository, _, revision = spec.partition("@")
         directory = download(repository, HUB_FILES, revision or None)
         return TowerLocation.of(directory, how=how, origin=spec)
     raise TowerNotFoundError(
-        f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {known.summary()}"
+        f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {registered.summary()}"
     )
 
 
@@ -415,8 +416,8 @@ def main_use(argv: list[str]) -> int:
 
 def main_towers(argv: list[str]) -> int:
     TOWERS.parse(argv)
-    known = registry()
-    for name, entry in sorted(known.towers.items()):
+    registered = registry()
+    for name, entry in sorted(registered.towers.items()):
         spec = entry["spec"]
         description = f"on the Hub as {spec}, sha256 {entry['weights_sha256'][:12]}"
         # those of the Hub are not downloaded for it
@@ -425,9 +426,9 @@ def main_towers(argv: list[str]) -> int:
                 description = locate_spec(spec, how=name).describe()
             except (FileNotFoundError, ContractError) as error:
                 description = f"not usable: {error}"
-        print(f"{'*' if name == known.chosen else ' '} {name}: {description}")
-    if not known.towers:
-        print(f"{known.summary()}; register one with `llm2clip use PATH_OR_HUB_ID`")
+        print(f"{'*' if name == registered.chosen else ' '} {name}: {description}")
+    if not registered.towers:
+        print(f"{registered.summary()}; register one with `llm2clip use PATH_OR_HUB_ID`")
     return 0
 
 
@@ -451,8 +452,8 @@ def bundle(checkpoint: Path, *, tower: str = "") -> Path:
         if bundled.sha256 == location.sha256:
             bundled.check_weights()
             return target
-    fix = f"it holds no bundled tower of {location.sha256[:12]}: move it, and bundle again"
-    with atomic_directory(target, fix=fix) as temporary:
+    advice = f"it holds no bundled tower of {location.sha256[:12]}: move it, and bundle again"
+    with atomic_directory(target, fix=advice) as temporary:
         for pattern in BUNDLED_FILES:
             for source in sorted(location.directory.glob(pattern)):
                 shutil.copyfile(source, temporary / source.name)

@@ -142,10 +142,10 @@ def preprocess(
     from llava.mm_utils import tokenizer_image_token
 
     def ids_of(text: str) -> list[int]:
-        made: Any = (
+        ids: Any = (
             tokenizer_image_token(text, tokenizer) if has_image else tokenizer(text).input_ids
         )
-        return made
+        return ids
 
     rows = [labeled(turns, ids_of) for turns in sources]
     return {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
@@ -174,6 +174,6 @@ def labeled(turns: Turns, ids_of: Callable[[str], list[int]]) -> tuple[torch.Ten
     labels = [IGNORE_INDEX] * len(ids)
     for before, through in prefixes:
         # a tokenizer may join the last character before the answer with its first one
-        start, end = (len(os.path.commonprefix([one, ids])) for one in (before, through))  # noqa: RUF071 - of lists
+        start, end = (len(os.path.commonprefix([tokens, ids])) for tokens in (before, through))  # noqa: RUF071 - of lists
         labels[start:end] = ids[start:end]
     return torch.tensor(ids), torch.tensor(labels)

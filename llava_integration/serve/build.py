@@ -88,7 +88,9 @@ def language_tensors(
     ``tokens``: rows of the embedding that LLaVA uses. Raises ContractError for tensors that are
     missing or unknown, or an embedding with fewer rows.
     """
-    own = {n: t for n, t in tensors.items() if not n.startswith(TOWER) and not n.endswith(BUFFERS)}
+    llm_tensors = {
+        n: t for n, t in tensors.items() if not n.startswith(TOWER) and not n.endswith(BUFFERS)
+    }
     is_tied = bool(config.get("tie_word_embeddings"))
     blocks = [
         f"model.layers.{n}.{part}.weight"
@@ -98,18 +100,20 @@ def language_tensors(
     projector = [f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")]
     head = [] if is_tied else [HEAD]
     wanted = [EMBEDDING, *blocks, "model.norm.weight", *head, *projector]
-    if missing := [name for name in wanted if name not in own]:
+    if missing := [name for name in wanted if name not in llm_tensors]:
         count = f"{len(missing)} of {len(wanted)} tensors are missing"
         raise ContractError(f"{where}: {count}, such as {missing[0]}; {FIX}")
     biases = {f"{name.removesuffix('.weight')}.bias" for name in blocks if "norm" not in name}
-    refuse_rest(set(own) - set(wanted) - {HEAD} - biases, where)
-    for name in {EMBEDDING, HEAD} & {*own}:
-        if (rows := own[name].shape[0]) < tokens:
+    refuse_rest(set(llm_tensors) - set(wanted) - {HEAD} - biases, where)
+    for name in {EMBEDDING, HEAD} & {*llm_tensors}:
+        if (rows := llm_tensors[name].shape[0]) < tokens:
             raise ContractError(
                 f"{where}: {name} has {rows} rows, the tokenizer {tokens} tokens; {FIX}"
             )
-        own[name] = with_image_row(own[name], tokens)
-    return {hf_name(name): tensor for name, tensor in own.items() if name != HEAD or not is_tied}
+        llm_tensors[name] = with_image_row(llm_tensors[name], tokens)
+    return {
+        hf_name(name): tensor for name, tensor in llm_tensors.items() if name != HEAD or not is_tied
+    }
 
 
 def with_image_row(rows: LazyTensor, tokens: int, *, added: int = 1) -> LazyTensor:
@@ -284,15 +288,15 @@ class ExportedTower:
         prefix = self.family.file_prefix
         inside = f"{TOWER}vision_tower."
         paths = [self.directory / WEIGHTS_FILE] if self.location else weight_files(self.directory)
-        own = open_tensors(paths, files)
+        tower_tensors = open_tensors(paths, files)
         left_out = self.family.not_tower or ("\0",)
-        own = {
+        tower_tensors = {
             n: t
-            for n, t in own.items()
+            for n, t in tower_tensors.items()
             if not n.startswith(left_out) and not n.endswith("position_ids")
         }
         # transformers 5 saves towers without it
-        own = {prefix + n.removeprefix(prefix): t for n, t in own.items()}
+        tower_tensors = {prefix + n.removeprefix(prefix): t for n, t in tower_tensors.items()}
         if trained is not None:
             new = {n.removeprefix(inside): t for n, t in trained.items() if n.startswith(inside)}
             if not new:
@@ -300,8 +304,8 @@ class ExportedTower:
                     f"its tower was trained, but the checkpoint has no {inside}*; {FIX}"
                 )
             new = {prefix + n.removeprefix(prefix): t for n, t in new.items()}
-            refuse_rest(set(new) - set(own), self.directory)
-            own |= new
+            refuse_rest(set(new) - set(tower_tensors), self.directory)
+            tower_tensors |= new
         if self.family.name == "naflex":
             size, side, width = (
                 self.config[name] for name in ("image_size", "patch_size", "hidden_size")
@@ -312,10 +316,10 @@ class ExportedTower:
                 "position_embedding": (grid**2, width),
             }
             for part, shape in shapes.items():
-                tensor = own[name := f"{prefix}embeddings.{part}.weight"]
+                tensor = tower_tensors[name := f"{prefix}embeddings.{part}.weight"]
                 read = partial(lambda n, t: siglip_tensor(n, t.read(), side, grid), name, tensor)
-                own[name] = replace(tensor, shape=shape, read=read)
-        return {f"vision_tower.{name}": tensor for name, tensor in own.items()}
+                tower_tensors[name] = replace(tensor, shape=shape, read=read)
+        return {f"vision_tower.{name}": tensor for name, tensor in tower_tensors.items()}
 
 
 # The folder

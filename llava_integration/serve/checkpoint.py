@@ -85,8 +85,8 @@ def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype) -> i
         size += more
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        place = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        path = directory / f"model{place}.safetensors"
+        position = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        path = directory / f"model{position}.safetensors"
         state = {name: converted(name, tensors[name], dtype) for name in names}
         save_file(state, path, metadata={"format": "pt"})
         with safe_open(path, framework="pt") as written:

@@ -118,7 +118,7 @@ def find_tower(checkpoint: LlavaCheckpoint, tower: str = "") -> ExportedTower:
 def main(argv: list[str]) -> int:
     """Convert a LLaVA 1.5 checkpoint into a Hugging Face model."""
     options = EXPORT.parse(argv)
-    made = Export.of(
+    exported = Export.of(
         options.checkpoint,
         base=options.model_base,
         tower=options.tower,
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
         dtype=options.dtype,
     )
     compares = options.compare and find_spec("llava") is not None
-    size = export(made, options.output, overwrite=options.overwrite, compares=compares)
+    size = export(exported, options.output, overwrite=options.overwrite, compares=compares)
     weights = f"{size_text(size)} of {options.dtype} weights, every tensor verified by reloading"
     compared = ""
     if not compares:
@@ -137,59 +137,61 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def export(made: Export, output: Path, *, overwrite: bool = False, compares: bool = False) -> int:
+def export(
+    exported: Export, output: Path, *, overwrite: bool = False, compares: bool = False
+) -> int:
     """Write ``made`` to ``output``, completely or not at all; the bytes of its weights.
 
     ``compares``: with LLaVA's own code, before the folder gets its name. Raises FileExistsError if
     it is not empty.
     """
     with output_folder(output, MODEL_FOLDER, replace=overwrite) as temporary:
-        size = write_model(made, temporary)
+        size = write_model(exported, temporary)
         if compares:
-            print(f"compared with LLaVA's own code: {compare(made, temporary)}", flush=True)
+            print(f"compared with LLaVA's own code: {compare(exported, temporary)}", flush=True)
     return size
 
 
-def write_model(made: Export, directory: Path) -> int:
+def write_model(exported: Export, directory: Path) -> int:
     """Write every file into an empty folder; the bytes of the weights."""
-    checkpoint = made.checkpoint
-    config = made.checkpoint.config
-    tower = made.tower
+    checkpoint = exported.checkpoint
+    config = exported.checkpoint.config
+    tower = exported.tower
     tokenizer = read_tokenizer(checkpoint.language_model)
     tokenizer.write(directory, max_length=config.get("tokenizer_model_max_length"))
     shutil.copyfile(checkpoint.language_model / MODEL, directory / MODEL)
-    image_id = tokenizer.made.token_to_id(IMAGE)
+    image_id = tokenizer.fast.token_to_id(IMAGE)
     recorded = {
         "checkpoint": checkpoint.directory.resolve().name,
         "base_model": checkpoint.base.resolve().name if checkpoint.base else "",
         "kind": "lora" if checkpoint.base else "full",
-        "conversation": made.conversation,
+        "conversation": exported.conversation,
         "image_aspect_ratio": config.get("image_aspect_ratio") or "square",
-        "dtype": made.dtype,
+        "dtype": exported.dtype,
         "tower_sha256": tower.location.sha256 if tower.location else "",
     }
     ids = {name: number for name, number in tokenizer.ids().items() if name != "unk_token_id"}
     with_tower = " with an LLM2CLIP vision tower" if tower.location else ""
     with ExitStack() as files:
-        own = checkpoint_tensors(checkpoint, files)
-        tensors = language_tensors(own, config, image_id, checkpoint.language_model)
+        stored = checkpoint_tensors(checkpoint, files)
+        tensors = language_tensors(stored, config, image_id, checkpoint.language_model)
         return write_folder(
             directory,
             tower,
-            tensors | tower.tensors(files, own if is_unfrozen(config) else None),
+            tensors | tower.tensors(files, stored if is_unfrozen(config) else None),
             title=recorded["checkpoint"],
             what=f"LLaVA 1.5{with_tower}, exported by llm2clip-plugin.",
             made_from=("llm2clip_export", recorded),
             layer=config["mm_vision_select_layer"],
             feature=config.get("mm_vision_select_feature", "patch"),
-            pads=made.pads,
-            dtype=DTYPES[made.dtype],
+            pads=exported.pads,
+            dtype=DTYPES[exported.dtype],
             text=text_config(config, image_id + 1),
             slots={"image_token_index": image_id},
             ids=ids,
             generation={"do_sample": False},
             template=chat_template(
-                made.conversation, bos=tokenizer.adds_bos, space=not tokenizer.legacy
+                exported.conversation, bos=tokenizer.adds_bos, space=not tokenizer.legacy
             ),
         )
 
@@ -225,13 +227,15 @@ def test_image() -> Any:
     return Image.fromarray(waves.clip(0, 255).astype("uint8"))
 
 
-def compare(made: Export, directory: Path) -> str:
+def compare(exported: Export, directory: Path) -> str:
     """Compare the exported ``directory`` with LLaVA's own code; what was compared. ContractError
     for a difference."""
     with torch.inference_mode():
-        ids, pixels, logits, answer = hf_outcome(made, directory)
-        their_ids, their_pixels, their_logits, likely = llava_outcome(made, answer)
-    where = f"the exported model differs from LLaVA's own code on {made.checkpoint.directory.name}"
+        ids, pixels, logits, answer = hf_outcome(exported, directory)
+        their_ids, their_pixels, their_logits, likely = llava_outcome(exported, answer)
+    where = (
+        f"the exported model differs from LLaVA's own code on {exported.checkpoint.directory.name}"
+    )
     top = their_logits.abs().max().item()
     vocabulary = their_logits.shape[1]
     expected = [vocabulary if token < 0 else token for token in their_ids]
@@ -270,7 +274,7 @@ def rounded(model: Any, dtype: torch.dtype) -> Any:
     return model.float()
 
 
-def llava_outcome(made: Export, answer: list[int]) -> Outcome:
+def llava_outcome(exported: Export, answer: list[int]) -> Outcome:
     """LLaVA's own loader, conversation, image processing and model, on the prompt and an answer to
     it."""
     from llava.constants import IMAGE_TOKEN_INDEX
@@ -279,16 +283,16 @@ def llava_outcome(made: Export, answer: list[int]) -> Outcome:
     from llava.model.builder import load_pretrained_model
 
     run_no_code()
-    where = str(made.checkpoint.directory)
-    base = str(made.checkpoint.base or "") or None
+    where = str(exported.checkpoint.directory)
+    base = str(exported.checkpoint.base or "") or None
     name = "llava-lora" if base else "llava"  # decides how LLaVA loads it
     quiet_llava_loading()
     with quiet_transformers(), loading(where):
         tokenizer, model, image_processor, _ = load_pretrained_model(
             where, base, name, device="cpu"
         )
-    model = rounded(model.to("cpu"), DTYPES[made.dtype])
-    conversation = conv_templates[made.conversation].copy()
+    model = rounded(model.to("cpu"), DTYPES[exported.dtype])
+    conversation = conv_templates[exported.conversation].copy()
     conversation.append_message(conversation.roles[0], f"{IMAGE}\n{QUESTION}")
     conversation.append_message(conversation.roles[1], None)
     ids = cast(
@@ -301,7 +305,7 @@ def llava_outcome(made: Export, answer: list[int]) -> Outcome:
     return ids, pixels[0], logits_TV[:end], likely
 
 
-def hf_outcome(made: Export, directory: Path) -> Outcome:
+def hf_outcome(exported: Export, directory: Path) -> Outcome:
     """The exported model in transformers, with its own processor."""
     import transformers
 
@@ -310,7 +314,7 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
         model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(
             directory, torch_dtype=torch.float32
         )
-    model = rounded(model.eval(), DTYPES[made.dtype])
+    model = rounded(model.eval(), DTYPES[exported.dtype])
     tokenizer = open_pretrained(transformers.AutoTokenizer, directory)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     template = (directory / TEMPLATE).read_text(encoding="utf-8")
@@ -322,7 +326,7 @@ def hf_outcome(made: Export, directory: Path) -> Outcome:
         from llava.mm_utils import process_images
 
         image_processor = transformers.CLIPImageProcessor.from_pretrained(directory)
-        aspect = SimpleNamespace(image_aspect_ratio="pad" if made.pads else None)
+        aspect = SimpleNamespace(image_aspect_ratio="pad" if exported.pads else None)
         pixels = process_images([test_image()], image_processor, aspect)
         inputs = {**tokenizer(text, return_tensors="pt"), "pixel_values": pixels}
     else:

@@ -86,7 +86,7 @@ FIX = "copy the checkpoint again, or its base model's tokenizer into it"
 class LlavaTokenizer:
     """LLaVA's tokenizer, with ``<image>`` as its last token."""
 
-    made: Any  # tokenizers.Tokenizer
+    fast: Any  # tokenizers.Tokenizer
     special: dict[str, str]  # bos_token and the like
     # whether a space also precedes the text after special tokens; transformers 4's default
     legacy: bool
@@ -94,11 +94,11 @@ class LlavaTokenizer:
 
     def ids(self) -> dict[str, int]:
         """bos_token_id and the like."""
-        return {f"{name}_id": self.made.token_to_id(token) for name, token in self.special.items()}
+        return {f"{name}_id": self.fast.token_to_id(token) for name, token in self.special.items()}
 
     def write(self, directory: Path, *, max_length: int | None) -> None:
         """tokenizer.json and tokenizer_config.json."""
-        body = json.loads(self.made.to_str())
+        body = json.loads(self.fast.to_str())
         if not self.legacy:
             body["pre_tokenizer"] = FIRST_SPACE
         limits = {"model_max_length": max_length or int(1e30), "legacy": self.legacy}
@@ -186,7 +186,7 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
         steps += [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     else:
         steps.append(normalizers.Replace(Regex(r"\A\n"), " \n"))
-    made: Any = Tokenizer(
+    tokenizer: Any = Tokenizer(
         BPE(
             vocabulary,
             merges,
@@ -195,8 +195,8 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
             byte_fallback=True,
         )
     )
-    made.normalizer = normalizers.Sequence(steps)
-    made.decoder = decoders.Sequence(
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE, " "),
             decoders.ByteFallback(),
@@ -205,19 +205,19 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
         ]
     )
     beyond = {number: token for number, token in sorted(added.items()) if number >= len(vocabulary)}
-    known = [special[name] for name in DEFAULTS if name in special]
-    all_special = [*known, *beyond.values(), IMAGE]
-    made.add_special_tokens(
+    default_tokens = [special[name] for name in DEFAULTS if name in special]
+    all_special = [*default_tokens, *beyond.values(), IMAGE]
+    tokenizer.add_special_tokens(
         [AddedToken(token, normalized=False, special=True) for token in all_special]
     )
     # no post_processor: a prompt's <s> is written by the chat template, in transformers as in vLLM
-    own = [made.token_to_id(token) for token in (*beyond.values(), IMAGE)]
-    if own != [*beyond, len(vocabulary) + len(beyond)]:  # the rows of LLaVA's embedding
+    added_ids = [tokenizer.token_to_id(token) for token in (*beyond.values(), IMAGE)]
+    if added_ids != [*beyond, len(vocabulary) + len(beyond)]:  # the rows of LLaVA's embedding
         raise ContractError(
             f"{directory}: ids of its added tokens have gaps, or {IMAGE} is one of them; {FIX}"
         )
     adds_bos = bool(config.get("add_bos_token", True)) and "bos_token" in special
-    return LlavaTokenizer(made=made, special=special, legacy=legacy, adds_bos=adds_bos)
+    return LlavaTokenizer(fast=tokenizer, special=special, legacy=legacy, adds_bos=adds_bos)
 
 
 def merges_of(pieces: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:

@@ -50,14 +50,14 @@ class Prompt:
         if before == between:
             before = next(start[n:] for n in range(len(start) + 1) if between.endswith(start[n:]))
         end = between.removesuffix(before)
-        made = cls(prefix=start.removesuffix(before), before=before, after=after, end=end)
-        if (joined := made.join(*texts[:3])) != render(3):
+        prompt = cls(prefix=start.removesuffix(before), before=before, after=after, end=end)
+        if (joined := prompt.join(*texts[:3])) != render(3):
             raise ValueError(
                 f"the chat template's turns are not alike: it writes {render(3)!r}, "
                 f"from the first turn follows {joined!r}; "
                 "build the model with another (--chat-template FILE)"
             )
-        return made
+        return prompt
 
     def join(self, *texts: str) -> str:
         """A conversation, up to where the model answers."""
@@ -123,14 +123,16 @@ def register_with_llamafactory() -> None:
     read = template.parse_template
 
     def parse(tokenizer: Any) -> Any:
-        made = read(tokenizer)
+        template = read(tokenizer)
         prompt = Prompt.of(tokenizer)
-        made.format_prefix = EmptyFormatter(slots=[prompt.prefix] if prompt.prefix else [])
-        made.format_user = StringFormatter(slots=[f"{prompt.before}{{{{content}}}}{prompt.after}"])
-        made.format_assistant = StringFormatter(slots=["{{content}}" + prompt.end])
-        made.default_system = ""
-        made.mm_plugin = VlmPlugin(image_token=IMAGE, video_token=None, audio_token=None)
-        return made
+        template.format_prefix = EmptyFormatter(slots=[prompt.prefix] if prompt.prefix else [])
+        template.format_user = StringFormatter(
+            slots=[f"{prompt.before}{{{{content}}}}{prompt.after}"]
+        )
+        template.format_assistant = StringFormatter(slots=["{{content}}" + prompt.end])
+        template.default_system = ""
+        template.mm_plugin = VlmPlugin(image_token=IMAGE, video_token=None, audio_token=None)
+        return template
 
     template.parse_template = parse
     # saves files of transformers as the code of a model with own code

@@ -60,20 +60,21 @@ class Tower(nn.Module):
         super().__init__()
         fields = config.vision_config.to_dict()
         self.family = family_of_type(fields["model_type"], where="vision_config")
-        own = self.family.vision_class()
-        self.vision = own.config_class.from_dict(
+        model_class = self.family.vision_class()
+        self.vision = model_class.config_class.from_dict(
             {**fields, "model_type": self.family.model_types[0]}
         )
-        self.model = own(self.vision).eval()
+        self.model = model_class(self.vision).eval()
         self.state = blocks_below(config.vision_feature_layer, len(tower_blocks(self.model)))
         del tower_blocks(self.model)[max(self.state, 1) :]
 
     def forward(self, pixel_values: Tensor, feature_select_strategy: str | None = None) -> Tensor:
         """(B, 3, S, S) -> (B, N, H): all tokens, or with "default" all but the first, the class
         token."""
-        own = next(self.model.parameters())
+        parameter = next(self.model.parameters())
         output = self.model(
-            pixel_values.to(device=own.device, dtype=own.dtype), output_hidden_states=True
+            pixel_values.to(device=parameter.device, dtype=parameter.dtype),
+            output_hidden_states=True,
         )
         states_BTH = output.hidden_states[self.state]
         kept_BNH = states_BTH[:, 1:] if feature_select_strategy == "default" else states_BTH
@@ -86,28 +87,28 @@ class Tower(nn.Module):
 
         transformers reads them, which knows the names of files where its modules have others.
         """
-        read, found = self.family.vision_class().from_pretrained(
+        read, loading_info = self.family.vision_class().from_pretrained(
             None, config=self.vision, state_dict=dict(weights), output_loading_info=True
         )
-        own = self.model.state_dict()
+        state = self.model.state_dict()
         blocks = f"{self.family.blocks}."
 
         def is_above(name: str) -> bool:  # the state that LLaVA selects
             return name.startswith(blocks) and int(name[len(blocks) :].split(".")[0]) >= self.state
 
-        missing = sorted(set(found["missing_keys"]) & {*own})
-        unknown = sorted(name for name in found["unexpected_keys"] if not is_above(name))
-        if missing or unknown or found["mismatched_keys"]:
-            other_shape = sorted(found["mismatched_keys"])
+        missing = sorted(set(loading_info["missing_keys"]) & {*state})
+        unknown = sorted(name for name in loading_info["unexpected_keys"] if not is_above(name))
+        if missing or unknown or loading_info["mismatched_keys"]:
+            other_shape = sorted(loading_info["mismatched_keys"])
             raise ValueError(
                 f"the file's vision_tower is not a {self.family.name} tower: "
                 f"missing {missing or 'none'}, unknown {unknown or 'none'}, "
                 f"of another shape {other_shape or 'none'}"
             )
         tensors = read.state_dict()
-        for name, value in own.items():
+        for name, value in state.items():
             value.copy_(tensors[name])
-        return {f"model.{name}" for name in own}
+        return {f"model.{name}" for name in state}
 
 
 def init_vision_tower(config: Any, *args: Any, **kwargs: Any) -> nn.Module:

@@ -99,19 +99,21 @@ class LanguageModel:
     def tensors(self, files: ExitStack) -> LazyTensors:
         """Its tensors, without a tied head. Raises ContractError for names that LLaVA's classes do
         not have."""
-        own = open_tensors(weight_files(self.directory), files)
+        stored = open_tensors(weight_files(self.directory), files)
         is_tied = self.config.tie_word_embeddings
-        own = {name: tensor for name, tensor in own.items() if not (name == build.HEAD and is_tied)}
+        stored = {
+            name: tensor for name, tensor in stored.items() if not (name == build.HEAD and is_tied)
+        }
         needed = [build.EMBEDDING] if is_tied else [build.EMBEDDING, build.HEAD]
-        unknown = [name for name in own if name != build.HEAD and not name.startswith("model.")]
+        unknown = [name for name in stored if name != build.HEAD and not name.startswith("model.")]
         problems = [f"has a tensor {name}" for name in unknown]
-        problems += [f"lacks {name}" for name in needed if name not in own]
+        problems += [f"lacks {name}" for name in needed if name not in stored]
         if problems:
             raise ContractError(
                 f"{self.directory} {problems[0]}; "
                 f"transformers' LLaVA loads model.* and {build.HEAD}"
             )
-        return own
+        return stored
 
 
 # The chat template and the tokenizer. A template begins with the LLM's <s>, if it has one, and the
@@ -139,10 +141,10 @@ def chat_template(llm: LanguageModel, file: Path | None) -> str:
     usable one."""
     tokenizer = llm.tokenizer
     bos = llm.tokenizer.bos_token
-    own = tokenizer.chat_template if file is None else file.read_text(encoding="utf-8")
-    if isinstance(own, dict):
-        own = own.get("default")
-    if not own:
+    template = tokenizer.chat_template if file is None else file.read_text(encoding="utf-8")
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
         raise ValueError(
             f"{llm.directory} has no chat template; "
             "pass the instruction-tuned model as --llm, or --chat-template FILE"
@@ -153,11 +155,11 @@ def chat_template(llm: LanguageModel, file: Path | None) -> str:
     ):
         chat = [{"role": "user", "content": QUESTION}]
         rendered = tokenizer.apply_chat_template(
-            chat, chat_template=own, tokenize=False, add_generation_prompt=True
+            chat, chat_template=template, tokenize=False, add_generation_prompt=True
         )
     adds = bos is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
     start = "" if not adds or rendered.startswith(bos) else "{{- bos_token -}}\n"
-    return FLATTEN + start + own.lstrip("\n")
+    return FLATTEN + start + template.lstrip("\n")
 
 
 def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> dict[str, int]:
@@ -165,7 +167,7 @@ def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> dict
     image_token_index and the like."""
     from tokenizers import AddedToken, Tokenizer
 
-    own = llm.tokenizer
+    llms_tokenizer = llm.tokenizer
     body = json.loads(llm.tokenizer.backend_tokenizer.to_str())
     processor = body["post_processor"] or {}
     steps = [
@@ -188,13 +190,14 @@ def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> dict
         )
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     special = {
-        name: getattr(own, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        name: getattr(llms_tokenizer, name)
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
     }
     if not special["pad_token"]:
         padding = (token for token in PADDING if token in vocabulary)
         special["pad_token"] = next(padding, special["eos_token"])
     settings = {name: token for name, token in special.items() if token is not None}
-    settings["model_max_length"] = own.model_max_length
+    settings["model_max_length"] = llms_tokenizer.model_max_length
     write_tokenizer(
         directory, json.loads(tokenizer.to_str()), settings, f"{build.CLASSES[arch]}Processor"
     )
@@ -208,8 +211,8 @@ def open_tower(name: str) -> ExportedTower:
     """A tower directory, registered name or Hub id, ``llm2clip[:...]``, or a stock Hugging Face
     checkpoint."""
     how = f"--tower {name}"
-    known = locate_spec(name, how=how) if name in registry().towers else None
-    location = locate(name) if is_ours(name) else known
+    registered = locate_spec(name, how=how) if name in registry().towers else None
+    location = locate(name) if is_ours(name) else registered
     directory = location.directory if location else fetch_directory(name)
     if has_card(directory):
         location = location or TowerLocation.of(directory, how=how, origin=name)  # of the Hub
@@ -234,13 +237,13 @@ def parts(
     }
     if config.arch in build.TILES:
         new["image_newline"] = newline
-    own = llm.tensors(files)
+    llm_tensors = llm.tensors(files)
     by_part = {
         "tower": tower.tensors(files),
         "projector": in_memory(new, "the projector"),
-        "language model": {hf_name(name): tensor for name, tensor in own.items()},
+        "language model": {hf_name(name): tensor for name, tensor in llm_tensors.items()},
     }
-    return by_part, llm.config.dtype or next(iter(own.values())).read().dtype
+    return by_part, llm.config.dtype or next(iter(llm_tensors.values())).read().dtype
 
 
 def plan(config: VlmConfig, tower: ExportedTower, llm: LanguageModel) -> str:
@@ -368,7 +371,7 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
         seen: dict[str, Any] = {}
         inside = model.eval().model
         inside.multi_modal_projector.register_forward_pre_hook(
-            lambda _, given: seen.update(features=given[0])
+            lambda _, inputs_of_projector: seen.update(features=inputs_of_projector[0])
         )
         inside.language_model.register_forward_pre_hook(
             lambda *call: seen.update(call[-1]), with_kwargs=True
@@ -397,7 +400,9 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
         (seen["features"], features),
         (logits_1TV[..., : expected_1TV.shape[-1]], expected_1TV),
     )
-    differences = [((mine - own).abs().max() / own.abs().max()).item() for mine, own in pairs]
+    differences = [
+        ((mine - expected).abs().max() / expected.abs().max()).item() for mine, expected in pairs
+    ]
     if not max(differences) <= (limit := RELATIVE_TOLERANCE[dtype]):
         raise ContractError(
             f"features and logits of {config.tower} with {config.llm} differ from the parts' by "

@@ -181,12 +181,12 @@ class ShardFile:
         hashes = [caption_hash(caption.text) for caption in captions]
         for value, caption in zip(hashes, captions, strict=True):
             if value not in row_of:
-                known = ", ".join(map(hash_hex, row_of)) or "none"
+                cached = ", ".join(map(hash_hex, row_of)) or "none"
                 text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
                 raise ContractError(
                     f"{self.path}: sample {self.key(index)!r}: "
                     f"caption {text!r} (hash {hash_hex(value)}) was not embedded; "
-                    f"cached caption hashes: {known}; `touch` data whose time was kept; {REDO}"
+                    f"cached caption hashes: {cached}; `touch` data whose time was kept; {REDO}"
                 )
         return [row_of[value] for value in hashes]
 
@@ -277,10 +277,10 @@ class EmbeddingCache:
         entry = self.manifest.shards.get(name)
         if entry is None:
             names = list(self.manifest.shards)
-            known = ", ".join(names[:5])
+            listed = ", ".join(names[:5])
             if len(names) > 5:
-                known += ", ..."
-            raise ContractError(f"{self.directory} has no shard {name!r}; known: {known}; {REDO}")
+                listed += ", ..."
+            raise ContractError(f"{self.directory} has no shard {name!r}; known: {listed}; {REDO}")
         path = self.directory / entry["file"]
         try:
             file = ShardFile(path)
@@ -351,12 +351,12 @@ class EmbeddingCache:
 
     def _unproven(self, source: Source) -> list[Shard]:
         """The shards without a recorded digest that says that the cache has their captions."""
-        known = source.known_digests()
+        digests_by_name = source.known_digests()
         entries = self.manifest.shards
         return [
             shard
             for shard in source.shards
-            if entries[shard.name]["rows_sha256"] not in known.get(shard.name, ())
+            if entries[shard.name]["rows_sha256"] not in digests_by_name.get(shard.name, ())
         ]
 
     def _compare_shard(self, source: Source, full: bool, shard: Shard) -> tuple[str, str]:

@@ -70,9 +70,9 @@ def write_index(
     one. ``old``: what numbers among them are of; extended if ``path`` is its own."""
     table = Table()
     failure = None
-    own = old if old and old.path == path else None
-    with open(path, "r+b" if own else "wb") as file:
-        file.seek(own.end if own else HEAD_BYTES)
+    extended = old if old and old.path == path else None
+    with open(path, "r+b" if extended else "wb") as file:
+        file.seek(extended.end if extended else HEAD_BYTES)
         while True:
             try:
                 shard = next(shards, None)
@@ -83,8 +83,8 @@ def write_index(
                 failure = error
             if shard is None:
                 break
-            if own and isinstance(shard, int):
-                table.add(*(values[shard] for values in vars(own.table).values()))
+            if extended and isinstance(shard, int):
+                table.add(*(values[shard] for values in vars(extended.table).values()))
                 continue
             rows = old.shard(shard) if old and isinstance(shard, int) else shard
             assert isinstance(rows, ShardRows)
@@ -188,11 +188,11 @@ def open_index(
         if is_current(index.table):
             return index
     with folder.lock(doing) as locked_folder:
-        found = _readable(folder, name, columns, warn=True)
-        for index in found:
+        readable = _readable(folder, name, columns, warn=True)
+        for index in readable:
             if is_current(index.table):
                 return index  # another process has built it
-        old = found[0] if found else None
+        old = readable[0] if readable else None
         failures = []
         if (
             old
@@ -214,13 +214,13 @@ def open_index(
 def _readable(
     folder: SideFolder, name: str, columns: int, *, warn: bool = False
 ) -> list[IndexFile]:
-    found: list[IndexFile] = []
+    indexes: list[IndexFile] = []
     for path in folder.paths(name):
         try:
-            found.append(IndexFile(path))
+            indexes.append(IndexFile(path))
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
             if warn:
                 log.warning("%s; the index is built again", error)
-    return [index for index in found if index.columns == columns]
+    return [index for index in indexes if index.columns == columns]

@@ -115,9 +115,9 @@ def in_table(
     columns = f"columns: {', '.join(table.columns)}"
     column = image_field or next((name for name in COLUMNS if name in table.columns), "")
     if not column:
-        known = ", ".join(COLUMNS)
+        names = ", ".join(COLUMNS)
         raise ContractError(
-            f"{path} has no image column ({known}); choose one with --image-field; {columns}"
+            f"{path} has no image column ({names}); choose one with --image-field; {columns}"
         )
     if column not in table.columns:
         raise ContractError(f"{path} has no column {column!r} (--image-field); {columns}")

@@ -451,9 +451,9 @@ def _read_shard(source: Source, by: str, shard: Shard) -> np.ndarray:
 def _field(source: Source, sample: int, by: str) -> str:
     record = source.record(sample)
     if record.meta.get(by) in (None, ""):
-        known = ", ".join(sorted(record.meta)) or "none"
+        fields = ", ".join(sorted(record.meta)) or "none"
         where = f"sample {record.key!r} of shard {source.locate(sample)[0]!r}"
-        raise ValueError(f"{where} has no field {by!r} (--by); its fields: {known}")
+        raise ValueError(f"{where} has no field {by!r} (--by); its fields: {fields}")
     return canonical_json(record.meta[by])
 
 

@@ -96,7 +96,9 @@ def is_network(path: str) -> bool:
 
     kinds = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
     real = Path(os.path.realpath(path))
-    kind = next((kinds[str(place)] for place in (real, *real.parents) if str(place) in kinds), "")
+    kind = next(
+        (kinds[str(parent)] for parent in (real, *real.parents) if str(parent) in kinds), ""
+    )
     return kind in NETWORK or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
 
 
@@ -128,17 +130,18 @@ def list_urls(url: str, suffix: str) -> list[str]:
     filesystem. Raises FileNotFoundError if nothing matches; plain HTTP servers don't list folders,
     so their files need braces."""
     urls: list[str] = []
-    for one in expand_braces(url):
-        if "*" not in one and one.endswith(suffix):
-            urls.append(one)
+    for pattern_url in expand_braces(url):
+        if "*" not in pattern_url and pattern_url.endswith(suffix):
+            urls.append(pattern_url)
             continue
-        filesystem, path = open_filesystem(one)
+        filesystem, path = open_filesystem(pattern_url)
         pattern = path if "*" in path else path.rstrip("/") + "/**/*" + suffix
-        names = sorted(retried(lambda: filesystem.glob(pattern), one))  # noqa: B023
+        names = sorted(retried(lambda: filesystem.glob(pattern), pattern_url))  # noqa: B023
         if not names:
-            example = f"{one.rstrip('/')}/{{00000..00099}}{suffix}"
+            example = f"{pattern_url.rstrip('/')}/{{00000..00099}}{suffix}"
             raise FileNotFoundError(
-                f"no {suffix} files at {one}; if its server lists no folders, name them: {example}"
+                f"no {suffix} files at {pattern_url}; "
+                f"if its server lists no folders, name them: {example}"
             )
         urls += [filesystem.unstrip_protocol(name) for name in names]
     return urls
@@ -317,13 +320,13 @@ def retried(action: Callable[[], Result], what: str) -> Result:
 
 def _permanent(error: Exception, cause: BaseException, status: int, what: str) -> Exception | None:
     """What to raise for an error that no retry mends; None for a transient one."""
-    shown = f" (HTTP {status})" if status else ""
+    http_status = f" (HTTP {status})" if status else ""
     if status in (401, 403, 407) or isinstance(cause, PermissionError):
         return PermissionError(
-            f"access denied to {what}{shown}; check its permissions, token or expiry date"
+            f"access denied to {what}{http_status}; check its permissions, token or expiry date"
         )
     if status in (404, 410) or (not status and isinstance(cause, FileNotFoundError)):
-        return FileNotFoundError(f"no file at {what}{shown}")
+        return FileNotFoundError(f"no file at {what}{http_status}")
     if status:
         transient = status >= 500 or status in (408, 425, 429)
         return None if transient else ConnectionError(f"the server refuses {what}: {cause}")
@@ -406,11 +409,11 @@ class SideFolder:
     spare: Path  # used if ``main`` can't be written
 
     @classmethod
-    def of(cls, place: str, spare_folder: Path) -> SideFolder:
+    def of(cls, data_path: str, spare_folder: Path) -> SideFolder:
         """For data in the local folder, or below the URL, ``place``."""
-        name = place if is_url(place) else os.path.abspath(place)
+        name = data_path if is_url(data_path) else os.path.abspath(data_path)
         spare = spare_folder / f"kept-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-        return cls(spare if is_url(place) else Path(place) / FOLDER, spare)
+        return cls(spare if is_url(data_path) else Path(data_path) / FOLDER, spare)
 
     def paths(self, name: str) -> tuple[Path, Path]:
         """Where a file may be."""
@@ -486,8 +489,10 @@ def stamps_of(paths: Sequence[str]) -> list[Stamp | None]:
     for folder in {os.path.dirname(path) for path in paths}:
         try:
             with os.scandir(folder or ".") as entries:
-                found = [(os.path.join(folder, entry.name), entry) for entry in entries]
-                stamps |= {path: stamp_of(entry) for path, entry in found if path in stamps}
+                paths_and_entries = [(os.path.join(folder, entry.name), entry) for entry in entries]
+                stamps |= {
+                    path: stamp_of(entry) for path, entry in paths_and_entries if path in stamps
+                }
         except FileNotFoundError:
             continue
     return [stamps[path] for path in paths]

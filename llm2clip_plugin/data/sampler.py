@@ -112,9 +112,9 @@ class SourceOrder:
 
     def counts(self, offset: int) -> np.ndarray:
         """(sources,) int64: draws of each source before ``offset``."""
-        known = self._ends | self._last
-        nearest = min(known, key=lambda place: abs(place - offset))
-        counts = known[nearest].copy()
+        counts_at = self._ends | self._last
+        nearest = min(counts_at, key=lambda start: abs(start - offset))
+        counts = counts_at[nearest].copy()
         for labels in self._labels(min(nearest, offset), max(nearest, offset)):
             counts += np.bincount(labels, minlength=len(counts)) * (1 if nearest < offset else -1)
         self._last = {offset: counts}
@@ -343,9 +343,9 @@ class Mixture:
             step, offset = divmod(start, self._batches.batch)
             current, before = self._batches(step)
             drawn = before[source] * self._batches.batch + (offset if current == source else 0)
-        number, place = divmod(drawn, self.lengths[source])
+        number, position = divmod(drawn, self.lengths[source])
         order = self._pass_order(source, number)
-        window = int(np.searchsorted(order.group_stops, place, side="right"))
+        window = int(np.searchsorted(order.group_stops, position, side="right"))
         following = [*order.groups, self._pass_order(source, number + 1).groups[0]][window + 1]
         # how many rows a source has in a batch varies
         is_mixed = len(self.draws) > 1 and self._batches is None

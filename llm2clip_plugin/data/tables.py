@@ -51,9 +51,9 @@ class Table:
                 numbers = [
                     str(number) for number, other in enumerate(self._names, 1) if other == name
                 ]
-                fix = f"rename one, and choose captions with --fields {name}=short NAME=short"
+                advice = f"rename one, and choose captions with --fields {name}=short NAME=short"
                 raise ContractError(
-                    f"{path} has {name!r} as columns {' and '.join(numbers)}; {fix}"
+                    f"{path} has {name!r} as columns {' and '.join(numbers)}; {advice}"
                 )
 
     def __iter__(self) -> Iterator[Row]:
@@ -135,14 +135,14 @@ class Table:
         for number, line in enumerate(lines[1:], start + 1):
             cells = [cell.strip(' "\r\n').lower() for cell in line.split(self._delimiter)]
             if len(cells) == expected and any(cell.endswith(PICTURES) for cell in cells):
-                shown = printable(line.strip()[:SHOWN])
+                excerpt = printable(line.strip()[:SHOWN])
                 problem = (
-                    f"a quoted field goes on over line {number}, which looks like a row: {shown}"
+                    f"a quoted field goes on over line {number}, which looks like a row: {excerpt}"
                 )
                 raise self._error(start, problem, "close the quote where the text ends")
 
-    def _error(self, line: int, problem: str, fix: str) -> ContractError:
-        return ContractError(f"{self.path}, line {line}: {problem}; {fix}")
+    def _error(self, line: int, problem: str, advice: str) -> ContractError:
+        return ContractError(f"{self.path}, line {line}: {problem}; {advice}")
 
     @contextmanager
     def _opened(self) -> Iterator[Iterator[str]]:
@@ -156,8 +156,10 @@ class Table:
     def _without_nul(self, lines: Iterator[str]) -> Iterator[str]:
         for number, line in enumerate(lines, 1):
             if "\0" in line:
-                fix = f"if it is UTF-16: iconv -f utf16 -t utf8 {self.path} > NEW{self.path.suffix}"
-                raise self._error(number, "a NUL byte", fix)
+                advice = (
+                    f"if it is UTF-16: iconv -f utf16 -t utf8 {self.path} > NEW{self.path.suffix}"
+                )
+                raise self._error(number, "a NUL byte", advice)
             yield line
 
     def _not_utf8(self) -> ContractError:
@@ -173,8 +175,8 @@ class Table:
         if is_utf16:
             name = "utf16"
             guess = "UTF-16"
-        fix = f"convert it: iconv -f {name} -t utf8 {self.path} > NEW{self.path.suffix}"
-        return self._error(number, f"not UTF-8, perhaps {guess}", fix)
+        advice = f"convert it: iconv -f {name} -t utf8 {self.path} > NEW{self.path.suffix}"
+        return self._error(number, f"not UTF-8, perhaps {guess}", advice)
 
 
 def is_utf8(line: bytes) -> bool:

@@ -185,8 +185,8 @@ class Evaluation:
                 f"--validation {self.held_out[0].path} has shards of the training data, "
                 "so its scores say nothing about new images"
             )
-            fix = "hold some out with `llm2clip data split`"
-            print(f"warning: {problem}; {fix}", file=sys.stderr)
+            advice = "hold some out with `llm2clip data split`"
+            print(f"warning: {problem}; {advice}", file=sys.stderr)
 
     def embed(self, teacher: TeacherIdentity) -> None:
         self.benchmarks = embed_benchmarks(self.benchmarks, teacher)
@@ -241,9 +241,9 @@ def draw_retrievals(report: RetrievalReport, source: Source) -> dict[str, Pictur
     queries = sorted(zip(*(column.tolist() for column in columns), strict=True))
     worst_first = queries[SHOWN:][::-1]
     grids: dict[str, Picture] = {}
-    for name, shown in (("best", queries[:SHOWN]), ("worst", worst_first[:SHOWN])):
-        if shown:
-            places = [(image, caption, higher + 1) for higher, _, image, caption in shown]
+    for name, selected in (("best", queries[:SHOWN]), ("worst", worst_first[:SHOWN])):
+        if selected:
+            places = [(image, caption, higher + 1) for higher, _, image, caption in selected]
             grids[f"eval/{name}"] = _draw_grid(report.pairs, source, places)
     return grids
 
@@ -255,10 +255,10 @@ def _draw_grid(
     place."""
     grid = Image.new("RGB", (SIDE * len(queries), 2 * SIDE), "white")
     texts: list[str] = []
-    for column, (image, caption, place) in enumerate(queries):
+    for column, (image, caption, rank) in enumerate(queries):
         left = column * SIDE
         nearest = int((pairs.text_MD @ pairs.image_ND[image]).argmax())
-        caption_line = f"place {place}: {pairs.captions[caption].text}"
+        caption_line = f"place {rank}: {pairs.captions[caption].text}"
         texts.append(f"{caption_line}\nfirst: {pairs.captions[nearest].text}")
         with suppress(BrokenSample, BrokenImage):
             picture = load(open_header(source[pairs.numbers[image]].read_image()))
@@ -413,17 +413,17 @@ def image_features(
 ) -> ImageFeatures:
     """Labeled images through ``encode``, with ``options`` of `encode_images`. ValueError if no
     image is readable."""
-    found = encode_images(encode, images.source, config, device, **options)
+    encoded = encode_images(encode, images.source, config, device, **options)
     number_of = {name: number for number, name in enumerate(images.classes)}
     return ImageFeatures(
-        feature_ND=found.joined(),
-        label_N=torch.tensor([number_of[str(meta[images.field])] for meta in found.meta]),
-        keys=found.keys,
+        feature_ND=encoded.joined(),
+        label_N=torch.tensor([number_of[str(meta[images.field])] for meta in encoded.meta]),
+        keys=encoded.keys,
         clusters=[
             str(meta.get(images.cluster, key))
-            for key, meta in zip(found.keys, found.meta, strict=True)
+            for key, meta in zip(encoded.keys, encoded.meta, strict=True)
         ],
-        broken=found.broken,
+        broken=encoded.broken,
     )
 
 

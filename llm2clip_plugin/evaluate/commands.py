@@ -128,9 +128,9 @@ def main_suites(config: EvaluateConfig) -> int:
         raise FileNotFoundError("\n".join(missing))
 
     def report(results: dict[str, ScoreFile]) -> None:
-        known = suites().values()
-        for title in dict.fromkeys(suite.table for suite in known if suite.table):
-            columns = [suite for suite in known if suite.table == title]
+        all_suites = suites().values()
+        for title in dict.fromkeys(suite.table for suite in all_suites if suite.table):
+            columns = [suite for suite in all_suites if suite.table == title]
             if any(suite.name in results for suite in columns):
                 print_paper_table(title, columns, config.tower, results)
         for name, scores in results.items():
@@ -208,8 +208,10 @@ def print_paper_table(
             continue
         ours[suite.name] = _pair(*(100 * scores.metrics[name] for name in FIRST))
         if f"{ALL}/{FIRST[0]}" not in scores.metrics:  # a mean over languages has none
-            found = intervals(scores)
-            half[suite.name] = _pair(*(50 * (found[name].high - found[name].low) for name in FIRST))
+            interval_of = intervals(scores)
+            half[suite.name] = _pair(
+                *(50 * (interval_of[name].high - interval_of[name].low) for name in FIRST)
+            )
     print_table(
         title, rows, "R@1 image->text / text->image, percent; the paper's rows are single runs"
     )
@@ -249,18 +251,18 @@ class OpenedTower:
         """
         teacher = self.teacher
         on_first_rank(teacher.check_given)
-        known = teacher.identity or (
+        identity = teacher.identity or (
             None if directory and not teacher.config.llm else teacher.encoder.identity()
         )
         folder = Path(directory or benchmark_cache_folder(source.path, teacher.known_identity))
-        if known is not None and (folder / CacheManifest.FILE).is_file():
+        if identity is not None and (folder / CacheManifest.FILE).is_file():
             theirs = stored_teacher(folder / CacheManifest.FILE)
-            if not theirs.agrees_with(known):
+            if not theirs.agrees_with(identity):
                 problem = f"the cache {folder} was not created with the tower's teacher"
                 raise ContractError(
-                    f"{problem}: {differences(vars(theirs), known)}; choose another --cache"
+                    f"{problem}: {differences(vars(theirs), identity)}; choose another --cache"
                 )
-            if theirs.is_earlier and not known.is_earlier:
+            if theirs.is_earlier and not identity.is_earlier:
                 on_first_rank(lambda: renew_cache(source, teacher.encoder, folder))
 
         def opened() -> EmbeddingCache:

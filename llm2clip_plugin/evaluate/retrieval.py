@@ -548,8 +548,8 @@ def json_field(meta: Mapping[str, Any], name: str, key: str, *, before: str = ""
     if it has none."""
     if name in meta:
         return meta[name]
-    known = ", ".join(sorted(meta)) or "none"
-    raise ValueError(f"{before}sample {key!r} has no field {name!r} in its JSON; known: {known}")
+    names = ", ".join(sorted(meta)) or "none"
+    raise ValueError(f"{before}sample {key!r} has no field {name!r} in its JSON; known: {names}")
 
 
 def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> None:
@@ -570,7 +570,7 @@ def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "
                         before=f"{option}{setting} {name}: {source.path}: ",
                     )
     if not select_captions(list(captions), config.kinds, config.languages):
-        known = (
+        available = (
             ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions}))
             or "none"
         )
@@ -578,4 +578,4 @@ def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "
             " ".join(names) or "(any)" for names in (config.kinds, config.languages)
         )
         wanted = f"{option}kinds {kinds} and {option}languages {languages}"
-        raise ValueError(f"no caption of {source.path} has {wanted}; known: {known}")
+        raise ValueError(f"no caption of {source.path} has {wanted}; known: {available}")

@@ -113,15 +113,15 @@ def embed_images(
         lambda: [number for number, path in enumerate(parts) if not path.is_file()]
     ):
         options["indices"] = range(part * PART, min((part + 1) * PART, len(source)))
-        found = encode_images(
+        encoded = encode_images(
             tower.dual.encode_image, source, tower.images, tower.device, **options
         )
-        broken += found.broken
+        broken += encoded.broken
         if rank(group_of(all_ranks)) == 0:
-            vectors = [torch.empty(0, card.projection_dim), *found.vectors]
+            vectors = [torch.empty(0, card.projection_dim), *encoded.vectors]
             tensors = {
                 "image_ND": torch.cat(vectors).half(),
-                "number_N": torch.tensor(found.numbers).long(),
+                "number_N": torch.tensor(encoded.numbers).long(),
             }
             with atomic_file(parts[part]) as temporary:
                 save_file(tensors, str(temporary))

@@ -98,8 +98,8 @@ class Digests:
             self._changed = False
 
     def _recall(self, path: str) -> str | None:
-        known = self._known.get(self._place(path))
-        return known[3] if known and known[:3] == _stamp(path) else None
+        entry = self._known.get(self._place(path))
+        return entry[3] if entry and entry[:3] == _stamp(path) else None
 
     def _place(self, path: str) -> str:
         """A path in the run's folder is relative to it, so that the folder can be moved."""

@@ -68,8 +68,8 @@ def pairs_of_stage_1(config: PipelineConfig, source: Source) -> str:
         )
     if config.stage1 is True or not why_not:
         return pairs
-    fix = "--stage1 runs it all the same" if pairs else "name more caption fields with --fields"
-    print(f"note: stage 1 is left out: {why_not}; {fix}, --no-stage1 omits this note")
+    advice = "--stage1 runs it all the same" if pairs else "name more caption fields with --fields"
+    print(f"note: stage 1 is left out: {why_not}; {advice}, --no-stage1 omits this note")
     return ""
 
 
@@ -87,14 +87,14 @@ def show(stages: Sequence[Stage], stale: Mapping[str, str]) -> None:
 
 
 def run_stage(
-    folder: RunFolder, stage: Stage, place: str, stages: Sequence[Stage], argv: list[str]
+    folder: RunFolder, stage: Stage, position: str, stages: Sequence[Stage], argv: list[str]
 ) -> int:
     """Run a stage unless it is complete; its exit status, 1 if it made nothing."""
     if folder.why(stage) is None:
         return 0
-    more = folder.begin(stage, [one.name for one in stages], started_by("run", argv))
+    more = folder.begin(stage, [other.name for other in stages], started_by("run", argv))
     (folder.out / PAGE).unlink(missing_ok=True)  # of the results before
-    print(f"\n{place} {stage.name}: {shlex.join([*stage.words, *more])}", flush=True)
+    print(f"\n{position} {stage.name}: {shlex.join([*stage.words, *more])}", flush=True)
     begin = time.monotonic()
     status = attend(stage.argv(more))
     if status or not all(artifact.files() for artifact in stage.makes):

@@ -107,21 +107,21 @@ def check_split(config: PipelineConfig, source: Source) -> None:
         )
 
 
-def check_tower(given: str) -> None:
+def check_tower(tower: str) -> None:
     """FileNotFoundError or ValueError for what is no vision tower by its config.json."""
-    path = Path(given).expanduser()
-    if given.startswith(TIMM_PREFIX) or path.is_file():
+    path = Path(tower).expanduser()
+    if tower.startswith(TIMM_PREFIX) or path.is_file():
         return
     if not path.is_dir():
-        if can_only_be_a_path(given) or "/" not in given:
+        if can_only_be_a_path(tower) or "/" not in tower:
             raise FileNotFoundError(
-                f"--tower {given} is not a directory, a checkpoint file or a Hub id (owner/name)"
+                f"--tower {tower} is not a directory, a checkpoint file or a Hub id (owner/name)"
             )
         try:
-            path = hub_snapshot(given, patterns=["*.json"])
+            path = hub_snapshot(tower, patterns=["*.json"])
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"--tower {given} is no directory and not on the Hub: {error}"
+                f"--tower {tower} is no directory and not on the Hub: {error}"
             ) from error
     config = path / CONFIG_FILE
     if not config.is_file():
@@ -136,24 +136,24 @@ def check_tower(given: str) -> None:
     ]
     if not kinds or any(kind.startswith(IMPORTED) for kind in kinds):
         return
-    known = {kind for family in families().values() for kind in family.model_types}
-    if not known.intersection(kinds):
-        family_of_type(kinds[0], where=f"--tower {given}")  # raises
+    kinds_of_families = {kind for family in families().values() for kind in family.model_types}
+    if not kinds_of_families.intersection(kinds):
+        family_of_type(kinds[0], where=f"--tower {tower}")  # raises
 
 
-def check_adapter(config: PipelineConfig, given: str) -> None:
+def check_adapter(config: PipelineConfig, adapter_path: str) -> None:
     """FileNotFoundError or ContractError for what is no adapter, or another LLM's."""
     llm = config.llm
-    adapter = fetch_directory(given)
+    adapter = fetch_directory(adapter_path)
     folder = local_folder(llm)
     adapter_sha256(adapter)
-    effective(EncoderConfig(llm=llm, adapter=given), folder, adapter)
+    effective(EncoderConfig(llm=llm, adapter=adapter_path), folder, adapter)
     card = find_card(str(adapter))
     base_sha256 = "" if card is None else card.base_sha256
     if card is not None and base_sha256:
         weights = weights_sha256(folder)
         if weights != base_sha256:
-            trained = f"--adapter {given} was trained on {card.base}"
+            trained = f"--adapter {adapter_path} was trained on {card.base}"
             raise ContractError(
                 f"{trained} with weights {base_sha256[:12]}..., but --llm {llm} has "
                 f"{weights[:12]}...; pass the LLM that it was trained on"
@@ -162,7 +162,7 @@ def check_adapter(config: PipelineConfig, given: str) -> None:
     width = llm_config(encoder).get_text_config().hidden_size
     for name, entry in read_header(adapter / ADAPTER_WEIGHTS).entries.items():
         if name.endswith("q_proj.lora_A.weight") and entry.shape[-1] != width:
-            problem = f"--adapter {given} is for an LLM of width {entry.shape[-1]}"
+            problem = f"--adapter {adapter_path} is for an LLM of width {entry.shape[-1]}"
             raise ContractError(
                 f"{problem}, but --llm {llm} has {width}; pass the LLM that it was trained on"
             )

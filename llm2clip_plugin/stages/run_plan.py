@@ -84,14 +84,14 @@ class Plan:
         self.llm = model("the LLM", config.llm)
         self.open_llm = ["--llm", config.llm, *changed_options(config, ("trust_remote_code",))]
 
-    def made(self, name: str, *places: str, patterns: tuple[str, ...] = ("**/*",)) -> Artifact:
+    def output(self, name: str, *outputs: str, patterns: tuple[str, ...] = ("**/*",)) -> Artifact:
         """What is in folders, or files, of the run's folder."""
 
         def files() -> Mapping[str, str]:
-            found: dict[str, str] = {}
-            for place in places:
-                found |= folder_files(self.out / place, self.out, patterns)
-            return found
+            digests: dict[str, str] = {}
+            for output in outputs:
+                digests |= folder_files(self.out / output, self.out, patterns)
+            return digests
 
         return Artifact(name=name, files=files)
 
@@ -141,7 +141,7 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
     words = [run.out / AFTER, "--output", run.out / "tower", "--overwrite"]
     if adapter:
         words.append("--with-adapter")
-    exported = run.made("the export", "tower")
+    exported = run.output("the export", "tower")
     reads = [towers[AFTER], *teacher[1:]]
     run.add("export", "export", *words, reads=reads, makes=[exported], output="tower")
     if config.questions:
@@ -152,13 +152,13 @@ def plan(config: PipelineConfig, source: Source, pairs: str) -> list[Stage]:
 def add_import(run: Plan) -> tuple[str, Artifact]:
     """The start tower's path, and the tower; it is imported first unless it is a Hugging Face
     folder already."""
-    given = run.config.tower
-    tower = model("the start tower", given)
-    if (Path(given).expanduser() / "config.json").is_file():
-        return given, tower
+    path_or_id = run.config.tower
+    tower = model("the start tower", path_or_id)
+    if (Path(path_or_id).expanduser() / "config.json").is_file():
+        return path_or_id, tower
     start = str(run.out / "start")
-    imported = run.made("the imported tower", "start")
-    words = ["import", given, "--output", start]
+    imported = run.output("the imported tower", "start")
+    words = ["import", path_or_id, "--output", start]
     run.add("import the tower", *words, reads=[tower], makes=[imported], output="start")
     return start, imported
 
@@ -168,11 +168,11 @@ def add_split(run: Plan) -> dict[str, Artifact]:
     config = run.config
     run.add("check the data", "data", "check", *run.read_all, reads=[run.data])
     sides = {
-        side: run.made(f"the {side} data", f"data/{Path(run.paths[side]).name}") for side in SPLIT
+        side: run.output(f"the {side} data", f"data/{Path(run.paths[side]).name}") for side in SPLIT
     }
     words = ["data", "split", *run.read_all, "--output", run.out / "data"]
     words += ["--validation", f"{config.validation:g}", *changed_options(config, ("by",))]
-    makes = [*sides.values(), run.made("the record of the split", "data/split.json")]
+    makes = [*sides.values(), run.output("the record of the split", "data/split.json")]
     run.add(SPLIT_STAGE, *words, reads=[run.data], makes=makes, output="data")
     return sides
 
@@ -185,7 +185,7 @@ def add_stage_1(run: Plan, pairs: str, train_side: Artifact) -> tuple[str, list[
         return config.adapter, [run.llm, model("the adapter", config.adapter)]
     if not pairs:
         return "", [run.llm]
-    trained = run.made("the trained adapter", "llm/adapter")
+    trained = run.output("the trained adapter", "llm/adapter")
     epochs = 1 if run.train_images > 100 * run.batch else 4
     steps = max(1, run.train_images * epochs // run.batch)
     words = ["finetune-llm", run.paths["train"], *run.read, *run.open_llm]
@@ -202,7 +202,7 @@ def add_embedding(
     embedded: dict[str, Artifact] = {}
     for side in SPLIT:
         cache = f"embeddings/{side}"
-        embedded[side] = run.made(
+        embedded[side] = run.output(
             f"the embeddings of {side}", cache, patterns=("**/*.safetensors", "manifest.json")
         )
         words = ["embed", run.paths[side], *run.read, *run.open_llm]
@@ -236,7 +236,7 @@ def add_stage_2(
     own_options = shlex.split(config.tower_options)
     chosen = gpu_precision() if torch.cuda.is_available() else "fp32"
     follows_machine = not config.precision and "--precision" not in own_options
-    towers = {side: run.made(f"the tower {side} stage 2", f"{side}/tower") for side in SIDES}
+    towers = {side: run.output(f"the tower {side} stage 2", f"{side}/tower") for side in SIDES}
     caches = run.out / "embeddings"
     for name, side, epochs in (
         ("heads on the start tower", BEFORE, 0.0),
@@ -267,7 +267,7 @@ def add_measures(
 ) -> None:
     """Both towers on validation data, compared."""
     files = {side: f"{side}/validation.scores.json" for side in SIDES}
-    scores = {side: run.made(f"the scores {side}", file) for side, file in files.items()}
+    scores = {side: run.output(f"the scores {side}", file) for side, file in files.items()}
     for side, file in files.items():
         words = ["evaluate", run.out / side / "tower", run.paths["validation"]]
         words += ["--cache", run.out / "embeddings" / "validation", *run.read]
@@ -282,7 +282,7 @@ def add_measures(
         )
     words = ["compare", *(run.out / file for file in files.values()), "--names", *SIDES]
     words += ["--output", run.out / "compare"]
-    compared = run.made("the comparison", "compare")
+    compared = run.output("the comparison", "compare")
     run.add("compare", *words, reads=[*scores.values()], makes=[compared], output="compare")
 
 
@@ -291,7 +291,7 @@ def ask(run: Plan, train_side: Artifact, towers: Mapping[str, Artifact]) -> None
     the questions."""
     config = run.config
     captions = run.out / "llava-data" / "captions.json"
-    llava_data = run.made("LLaVA's captions", "llava-data")
+    llava_data = run.output("LLaVA's captions", "llava-data")
     llm = model("LLaVA's LLM", config.llava_llm)
     asked = Artifact(name="the questions", files=partial(question_files, Path(config.questions)))
     words = ["llava", "data", run.paths["train"], *run.read, "--output", captions.parent]
@@ -308,7 +308,7 @@ def ask(run: Plan, train_side: Artifact, towers: Mapping[str, Artifact]) -> None
     for side in SIDES:
         llava = run.out / f"llava-{side}"
         files = [f"llava-{side}/mm_projector.bin", f"llava-{side}/config.json"]
-        projector = run.made(f"the projector {side}", *files)
+        projector = run.output(f"the projector {side}", *files)
         run.add(
             f"LLaVA {side}",
             *projector_words(run, captions, side),
@@ -320,7 +320,7 @@ def ask(run: Plan, train_side: Artifact, towers: Mapping[str, Artifact]) -> None
         )
         words = ["bench-mllm", config.questions, "--model-path", llava]
         words += ["--model-base", config.llava_llm, *half]
-        answered.append(run.made(f"the answers {side}", f"questions/{side}/scores"))
+        answered.append(run.output(f"the answers {side}", f"questions/{side}/scores"))
         run.add(
             f"questions {side}",
             *words,
@@ -335,7 +335,7 @@ def ask(run: Plan, train_side: Artifact, towers: Mapping[str, Artifact]) -> None
     words = ["compare", *(run.out / "questions" / side / "scores" for side in SIDES)]
     words += ["--names", *SIDES, "--image-folder", Path(config.questions).parent]
     words += ["--no-references", "--output", run.out / compared]
-    makes = [run.made("the comparison of answers", compared)]
+    makes = [run.output("the comparison of answers", compared)]
     run.add("compare answers", *words, reads=answered, makes=makes, output=compared)
 
 
@@ -352,23 +352,23 @@ def projector_words(run: Plan, captions: Path, side: str) -> list[object]:
     return [*words, "--", "--num_train_epochs", epochs, *shlex.split(config.llava_options)]
 
 
-def model(name: str, given: str) -> Artifact:
+def model(name: str, path_or_id: str) -> Artifact:
     """The files of a model: those of its folder, a checkpoint file, or a commit of the Hub."""
-    path = Path(given).expanduser()
+    path = Path(path_or_id).expanduser()
 
     @functools.cache
     def revision() -> str:
-        if given.startswith(TIMM_PREFIX):
-            return f"timm://{given}"
+        if path_or_id.startswith(TIMM_PREFIX):
+            return f"timm://{path_or_id}"
         with suppress(OSError, ValueError):
-            return f"hub://{given}@{hub_snapshot(given, patterns=['config.json']).name}"
-        return f"hub://{given}"
+            return f"hub://{path_or_id}@{hub_snapshot(path_or_id, patterns=['config.json']).name}"
+        return f"hub://{path_or_id}"
 
     def files() -> Mapping[str, str]:
         if not path.exists():
-            return {given: revision()}
-        found = folder_files(path, path if path.is_dir() else path.parent, ("*",))
-        return {name: file for name, file in found.items() if not name.endswith(".md")}
+            return {path_or_id: revision()}
+        digests = folder_files(path, path if path.is_dir() else path.parent, ("*",))
+        return {name: file for name, file in digests.items() if not name.endswith(".md")}
 
     return Artifact(name=name, files=files)
 
@@ -450,8 +450,8 @@ def has_kinds(captions: Sequence[Caption], *kinds: str) -> bool:
     return set(kinds) <= {caption.kind for caption in captions}
 
 
-def contains(one: str, other: str) -> bool:
+def contains(text: str, other: str) -> bool:
     """Whether the words of one text are within the other's, in order."""
-    first = f" {words_of(one)} "
+    first = f" {words_of(text)} "
     second = f" {words_of(other)} "
     return first != second and (first in second or second in first)

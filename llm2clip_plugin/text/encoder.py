@@ -580,11 +580,11 @@ def stack(adapters: Sequence[tuple[Any, dict[str, Tensor]]]) -> tuple[Any, dict[
         for name in tensors:
             adapter_with[name.rpartition(".lora_")[0]] = tensors
     stacked: dict[str, Tensor] = {}
-    for layer, known in adapter_with.items():
+    for layer, example in adapter_with.items():
         a_name = f"{layer}.lora_A.weight"
         b_name = f"{layer}.lora_B.weight"
-        inputs = known[a_name].shape[1]
-        outputs = known[b_name].shape[0]
+        inputs = example[a_name].shape[1]
+        outputs = example[b_name].shape[0]
         a_parts: list[Tensor] = []
         b_parts: list[Tensor] = []
         for config, tensors in adapters:

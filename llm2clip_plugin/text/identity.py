@@ -43,14 +43,14 @@ def embedding_settings(config: PretrainedConfig) -> dict[str, Any]:
     """The settings of a text model that decide its embeddings and differ from their defaults: a
     file that has the default written out means the same as one without it."""
     defaults = plain(type(config)().to_dict())
-    found: dict[str, Any] = {"model_type": config.model_type}
+    settings: dict[str, Any] = {"model_type": config.model_type}
     for name, value in plain(config.to_dict()).items():
         unused = (
             name in UNUSED or name.startswith(UNUSED_PREFIXES) or name.endswith(UNUSED_SUFFIXES)
         )
         if not unused and (name not in defaults or value != defaults[name]):
-            found[name] = value
-    return found
+            settings[name] = value
+    return settings
 
 
 def plain(value: Any) -> Any:

@@ -253,10 +253,10 @@ def read_config(folder: Path, config: EncoderConfig) -> PretrainedConfig:
 def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
     """``kind.from_pretrained``; raises ValueError for missing weights, which transformers would
     draw at random."""
-    fix = "its weights must be those of its config.json; copy the model again"
+    advice = "its weights must be those of its config.json; copy the model again"
     try:
         # it warns about a language head, which is left out on purpose
-        with quiet_transformers(), errors_about(folder, fix=fix):
+        with quiet_transformers(), errors_about(folder, fix=advice):
             model, report = open_pretrained(kind, folder, output_loading_info=True, **options)
     except ContractError as error:
         if isinstance(error.__cause__, pickle.UnpicklingError):

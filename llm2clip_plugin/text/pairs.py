@@ -234,14 +234,15 @@ def survey(source: PairSource) -> Survey:
                 of_kind.append(pair)
         if not of_kind:
             assert isinstance(source, CaptionPairs)  # every row of a text-pair file has a pair
-            known: set[str] = set()
+            kinds_seen: set[str] = set()
             for number in range(samples):
                 _, captions = source.source.captions(number)
-                known.update(caption.kind for caption in captions)
+                kinds_seen.update(caption.kind for caption in captions)
             raise ValueError(
                 f"{source.path}: none of the first {samples} samples "
                 f"has two different captions {kind}; "
-                f"known kinds: {', '.join(sorted(known)) or 'none'}. Set --fields and --pair-kinds"
+                f"known kinds: {', '.join(sorted(kinds_seen)) or 'none'}. "
+                "Set --fields and --pair-kinds"
             )
         usable[str(kind)] = len(of_kind)
         pairs += of_kind

@@ -77,11 +77,11 @@ def clip_folder(llm: str, revision: str = "") -> Path | None:
     ``local_folder``."""
     folder = local_folder(llm, revision)
     config = read_json(folder / "config.json")
-    known: set[str] = set()
+    model_types: set[str] = set()
     for family in families().values():
         if family.image_text_class:
-            known.update(family.model_types)
-    if config.get("model_type") in known and isinstance(config.get("text_config"), dict):
+            model_types.update(family.model_types)
+    if config.get("model_type") in model_types and isinstance(config.get("text_config"), dict):
         return folder
     return None
 
@@ -454,8 +454,8 @@ def embed_source(
         ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read") as reader,
         ThreadPoolExecutor(1, thread_name_prefix="llm2clip-write") as saver,
     ):
-        known = {name: fits[0] for name, fits in source.known_digests().items()}
-        read = partial(_read_shard, source, encoder, writer, known, digests, overwrite)
+        digests_before = {name: fits[0] for name, fits in source.known_digests().items()}
+        read = partial(_read_shard, source, encoder, writer, digests_before, digests, overwrite)
         # while a shard is embedded, the next one is read and tokenized, and the one before is
         # quantized and written
         contents = map_in_order(reader, read, shards, ahead=2)
@@ -514,20 +514,20 @@ def _read_shard(
     source: Source,
     encoder: TextEncoder,
     writer: caches.CacheWriter,
-    known: Mapping[str, str],
+    digests_before: Mapping[str, str],
     digests: dict[str, str],
     overwrite: bool,
     shard: Shard,
 ) -> _ShardContent | None:
     """Compare a shard with its file in the cache: None if that is complete. ``known``: recorded
     digests; ``digests`` gets that of the shard if its captions had to be read."""
-    if shard.name in known and writer.is_complete(shard.name, known[shard.name]):
+    if shard.name in digests_before and writer.is_complete(shard.name, digests_before[shard.name]):
         return None
     keys, captions = caches.shard_captions(source, shard)
     rows = caches.caption_rows(captions)
     digest = caches.rows_digest(keys, rows)
     digests[shard.name] = digest
-    if digest != known.get(shard.name) and writer.is_complete(shard.name, digest):
+    if digest != digests_before.get(shard.name) and writer.is_complete(shard.name, digest):
         return None
     if not overwrite:
         fields = ", ".join(source.config.fields)

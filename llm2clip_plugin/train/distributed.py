@@ -310,9 +310,9 @@ def sum_own_rows(values: Tensor, group: Group = None) -> Tensor:
     sum's traffic."""
     if world_size(group) == 1:
         return values
-    own = values.new_empty((len(values) // world_size(group), *values.shape[1:]))
-    dist.reduce_scatter_tensor(own, values.contiguous(), group=group)
-    return own
+    rows_sum = values.new_empty((len(values) // world_size(group), *values.shape[1:]))
+    dist.reduce_scatter_tensor(rows_sum, values.contiguous(), group=group)
+    return rows_sum
 
 
 def gather_to_first(value: Value) -> list[Value]:
@@ -322,9 +322,9 @@ def gather_to_first(value: Value) -> list[Value]:
     """
     if world_size() == 1:
         return [value]
-    own, sizes = _padded(value, None)
-    parts = [torch.empty_like(own) for _ in sizes] if rank() == 0 else None
-    dist.gather(own, parts, dst=0)
+    padded, sizes = _padded(value, None)
+    parts = [torch.empty_like(padded) for _ in sizes] if rank() == 0 else None
+    dist.gather(padded, parts, dst=0)
     return _unpadded(parts or [], sizes)
 
 
@@ -332,9 +332,9 @@ def gather_objects(value: Value, group: Group = None) -> list[Value]:
     """The (small) value of every rank, in order of rank, on every rank; see ``wire.pack``."""
     if world_size(group) == 1:
         return [value]
-    own, sizes = _padded(value, group)
-    parts = [torch.empty_like(own) for _ in sizes]
-    dist.all_gather(parts, own, group=group)
+    padded, sizes = _padded(value, group)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
     return _unpadded(parts, sizes)
 
 
@@ -375,9 +375,9 @@ def _padded(value: object, group: Group) -> tuple[Tensor, list[int]]:
     all_sizes = [torch.empty_like(size) for _ in range(world_size(group))]
     dist.all_gather(all_sizes, size, group=group)
     sizes = torch.cat(all_sizes).tolist()
-    own = data.new_zeros(max(sizes))
-    own[: len(data)] = data
-    return own, sizes
+    padded = data.new_zeros(max(sizes))
+    padded[: len(data)] = data
+    return padded, sizes
 
 
 def _unpadded(parts: list[Tensor], sizes: list[int]) -> list[Any]:

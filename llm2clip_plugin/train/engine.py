@@ -286,11 +286,11 @@ class Engine:
         if self._wandb is not None:
             import wandb
 
-            shown = {
+            shown_images = {
                 name: wandb.Image(picture, caption=text)
                 for name, (picture, text) in self.pictures.items()
             }
-            self._wandb.log({**values, **shown}, step=samples)
+            self._wandb.log({**values, **shown_images}, step=samples)
         if self._monitor.tb_monitor is not None:
             for name, (picture, text) in self.pictures.items():
                 writer = self._monitor.tb_monitor.summary_writer

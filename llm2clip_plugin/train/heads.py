@@ -159,9 +159,9 @@ def load_clip_heads(model: DualEncoder, source: str) -> None:
     config = dataclasses.replace(
         model.config, **{name: getattr(default, name) for name in TEXT_SIDE}
     )
-    own = DualEncoder(model.tower, config)
-    load_heads(own, source)
-    model.load_state_dict(heads_state(own), strict=False)  # all but the text adapter
+    clip_model = DualEncoder(model.tower, config)
+    load_heads(clip_model, source)
+    model.load_state_dict(heads_state(clip_model), strict=False)  # all but the text adapter
 
 
 def head_parameters(model: DualEncoder) -> list[tuple[str, torch.nn.Parameter]]:
@@ -198,13 +198,15 @@ def frozen_features(
         ]
     encoded: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by source and first sample
     broken: list[BrokenSample] = []
-    own = blocks[rank() :: world_size()]
+    blocks_of_rank = blocks[rank() :: world_size()]
     label = "features of the frozen tower"
 
     def batches() -> Iterator[tuple[int, dict[str, Any]]]:
         for number, source in enumerate(sources):
             # only its last block is shorter, so that the batches are the blocks
-            indices = [index for block_of, block in own if block_of == number for index in block]
+            indices = [
+                index for block_of, block in blocks_of_rank if block_of == number for index in block
+            ]
             only: Any = {
                 "kinds": source.config.kinds,
                 "languages": source.config.languages,
@@ -217,7 +219,7 @@ def frozen_features(
             broken.extend(pairs.broken)
 
     for number, batch in track(
-        batches(), total=len(own), label=label, unit="blocks", show=rank() == 0
+        batches(), total=len(blocks_of_rank), label=label, unit="blocks", show=rank() == 0
     ):
         if stop:
             break
@@ -229,7 +231,7 @@ def frozen_features(
         raise StoppedError(
             "stopped before the heads' fit: nothing to save; rerun the same command to resume"
         )
-    rows = [[*place, *columns] for place, columns in encoded.items()]
+    rows = [[*number_and_first, *columns] for number_and_first, columns in encoded.items()]
     parts = gather_to_first(
         [rows, [[sample.shard, sample.key, sample.reason] for sample in broken]]
     )
@@ -245,7 +247,7 @@ def frozen_features(
             "fitting the heads without %d broken samples, the first: %s", len(left_out), left_out[0]
         )
     merged = {(number, first): columns for part, _ in parts for number, first, *columns in part}
-    columns = zip(*(merged[place] for place in sorted(merged)), strict=True)
+    columns = zip(*(merged[number_and_first] for number_and_first in sorted(merged)), strict=True)
     pooled, embedding, ids, counts, share = (torch.cat(column) for column in columns)
     return FrozenFeatures(
         pooled_IP=pooled,

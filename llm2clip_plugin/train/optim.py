@@ -294,8 +294,10 @@ def complete(
     run = Path(output_dir)
     for monitor in train.report_to:
         of_files = {"output_path": str(run / "monitor"), "job_name": run.name}
-        own = {"project": "llm2clip", "group": run.name} if monitor == "wandb" else of_files
-        config.setdefault(MONITORS[monitor], {"enabled": True, **own})
+        run_settings = (
+            {"project": "llm2clip", "group": run.name} if monitor == "wandb" else of_files
+        )
+        config.setdefault(MONITORS[monitor], {"enabled": True, **run_settings})
     # the run has its own progress bar, and its own clock:
     config.setdefault("steps_per_print", 1 << 31)
     # this one waits for the GPU at every micro-batch
@@ -341,9 +343,9 @@ def _set_run_values(
     for path, value, option in rows:
         section, _, name = path.rpartition(".")
         inside = config.setdefault(section, {}) if section else config
-        given = inside.get(name, "auto")
-        if given not in ("auto", value):
-            conflicts.append(f"{path} is {given!r}, but the run uses {value!r} ({option})")
+        configured = inside.get(name, "auto")
+        if configured not in ("auto", value):
+            conflicts.append(f"{path} is {configured!r}, but the run uses {value!r} ({option})")
         inside[name] = value
     return conflicts
 

@@ -145,10 +145,10 @@ def check_channels(name: str, values: Any, where: Path) -> None:
     usable = [isinstance(value, (int, float)) and lowest < value < math.inf for value in numbers]
     if usable != [True, True, True]:
         above = " above 0" if name == "image_std" else ""
-        fix = "take the values of the model that the tower comes from"
+        advice = "take the values of the model that the tower comes from"
         raise ContractError(
             f"{where}: {name} is {values!r}, expected three numbers{above} (red, green, blue); "
-            f"{fix}"
+            f"{advice}"
         )
 
 
@@ -197,11 +197,13 @@ TEACHER_ADAPTER = "teacher-adapter"
 TEACHER_PLACES = ("llm", "adapter")  # fields of a TeacherIdentity
 
 
-def is_local(place: str) -> bool:
+def is_local(path_or_id: str) -> bool:
     """Whether a place is a path of this machine, rather than a Hub id or the name of a model in a
     library."""
     return (
-        place.startswith(("/", "~", "./", "../")) or place in (".", "..") or os.path.exists(place)
+        path_or_id.startswith(("/", "~", "./", "../"))
+        or path_or_id in (".", "..")
+        or os.path.exists(path_or_id)
     )
 
 
@@ -210,10 +212,10 @@ def recorded(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
     only / is shared."""
     inside = Path(folder).expanduser().absolute()
 
-    def relative(place: str) -> str:
-        if not is_local(place):
-            return place
-        path = Path(place).expanduser().absolute()
+    def relative(path_or_id: str) -> str:
+        if not is_local(path_or_id):
+            return path_or_id
+        path = Path(path_or_id).expanduser().absolute()
         if os.path.commonpath([path, inside]) == path.anchor:
             return str(path)
         from_inside = os.path.relpath(path, inside)
@@ -226,8 +228,12 @@ def located(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
     """The card that was read from ``folder``, its relative paths made absolute."""
     inside = Path(folder).expanduser().absolute()
 
-    def absolute(place: str) -> str:
-        return os.path.normpath(inside / place) if place.startswith(("./", "../")) else place
+    def absolute(path_or_id: str) -> str:
+        return (
+            os.path.normpath(inside / path_or_id)
+            if path_or_id.startswith(("./", "../"))
+            else path_or_id
+        )
 
     return _with_places(card, absolute)
 
@@ -236,11 +242,13 @@ def published(card: TowerCard) -> TowerCard:
     """The card without local paths: only the name of a folder is left of the weights' and of those
     in ``training``, nothing of an adapter's that is not in the directory."""
 
-    def is_private(place: str) -> bool:
-        return is_local(place) and place != f"./{TEACHER_ADAPTER}"
+    def is_private(path_or_id: str) -> bool:
+        return is_local(path_or_id) and path_or_id != f"./{TEACHER_ADAPTER}"
 
-    def name_of(place: str) -> str:
-        return Path(place).expanduser().absolute().name if is_private(place) else place
+    def name_of(path_or_id: str) -> str:
+        return (
+            Path(path_or_id).expanduser().absolute().name if is_private(path_or_id) else path_or_id
+        )
 
     def named(value: Any) -> Any:
         if isinstance(value, str):
@@ -264,7 +272,7 @@ def _with_places(card: TowerCard, change: Callable[[str], str]) -> TowerCard:
         for name in TEACHER_PLACES
         if isinstance(value := card.teacher.get(name), str) and value
     }
-    teacher = card.teacher | {name: change(place) for name, place in places.items()}
+    teacher = card.teacher | {name: change(path_or_id) for name, path_or_id in places.items()}
     return dataclasses.replace(
         card, origin=change(card.origin) if card.origin else "", teacher=teacher
     )
@@ -355,12 +363,12 @@ def refused_pickle(path: Path, error: pickle.UnpicklingError) -> ContractError:
     file nevertheless."""
     name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
     reason = f"would run or construct {name[1]}" if name else "contains other objects than tensors"
-    fix = (
+    advice = (
         "load it where you trust it, with the library that wrote it, and save it with "
         "save_pretrained(FOLDER)"
     )
     return ContractError(
-        f"{path} {reason}; nothing in it was run. Use the weights as .safetensors: {fix}"
+        f"{path} {reason}; nothing in it was run. Use the weights as .safetensors: {advice}"
     )
 
 

@@ -144,9 +144,9 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.family = family_of(tower)
         log_scale = LOG_SCALE if config.logit_scale_init is None else config.logit_scale_init
-        for name, known in CHOICES.items():
-            if (chosen := getattr(config, name)) not in known:
-                raise ValueError(unknown(name, chosen, known))
+        for name, choices in CHOICES.items():
+            if (chosen := getattr(config, name)) not in choices:
+                raise ValueError(unknown(name, chosen, choices))
         if config.pool in ("cls", "cls_mean") and not self.family.has_cls:
             raise ValueError(
                 f"pool {config.pool!r} requires a class token; this tower has none; use pooled or "

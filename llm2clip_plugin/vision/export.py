@@ -376,7 +376,7 @@ def model_card(card: TowerCard) -> str:
     )
 
 
-def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
+def summary(directory: str | os.PathLike[str], card: TowerCard) -> str:
     """A written tower directory in one line; others if LLaVA's pinned environment cannot run it,
     and about texts."""
     lines = [
@@ -384,7 +384,9 @@ def summary(place: str | os.PathLike[str], card: TowerCard) -> str:
         f"{card.weights_sha256})"
     ]
     return "\n".join(
-        f"{place}: {line}" for line in [*lines, beyond_llava(card), needs_for_texts(card)] if line
+        f"{directory}: {line}"
+        for line in [*lines, beyond_llava(card), needs_for_texts(card)]
+        if line
     )
 
 
@@ -465,8 +467,8 @@ def upload(
         problem = f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}"
         # `hf upload` would send local paths
         again = f"llm2clip export {directory} --output NEW --push {repository}"
-        fix = f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `{again}`"
-        raise OSError(f"{problem}; the directory is complete: {fix}") from error
+        advice = f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `{again}`"
+        raise OSError(f"{problem}; the directory is complete: {advice}") from error
 
 
 def _is_hidden(path: Path) -> bool:

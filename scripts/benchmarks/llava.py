@@ -68,14 +68,19 @@ if __name__ == "__main__":
     logging.set_verbosity_error()  # the tower's weights in LLaVA's checkpoint, which it ignores
     with tempfile.TemporaryDirectory() as scratch:
         model = make_llava(args.shape, tower := Path(scratch) / "tower")
-        own = CLIPVisionTower(str(tower), SimpleNamespace(**SELECT, vision_tower=str(tower)))
-    place = {
+        llavas_tower = CLIPVisionTower(
+            str(tower), SimpleNamespace(**SELECT, vision_tower=str(tower))
+        )
+    device_and_dtype = {
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "dtype": getattr(torch, args.dtype),
     }
-    model.to(**place)
-    towers = {"LLaVA's own tower": own.to(**place), "llm2clip": model.get_vision_tower()}
-    images = torch.randn(args.images, 3, *[SHAPES[args.shape][3]] * 2).to(**place)
+    model.to(**device_and_dtype)
+    towers = {
+        "LLaVA's own tower": llavas_tower.to(**device_and_dtype),
+        "llm2clip": model.get_vision_tower(),
+    }
+    images = torch.randn(args.images, 3, *[SHAPES[args.shape][3]] * 2).to(**device_and_dtype)
 
     def encode(name: str) -> torch.Tensor:
         model.model.vision_tower = towers[name]

@@ -34,8 +34,8 @@ def row(sizes: list[int], window: int, ranks: int, steps: int, batch: int) -> st
             ]
             assert (step_of[samples] == -1).all()  # no sample twice
             step_of[samples] = step
-            own = np.searchsorted(stops, samples, side="right")
-            read[node, own] = shards[own] = True
+            shard_numbers = np.searchsorted(stops, samples, side="right")
+            read[node, shard_numbers] = shards[shard_numbers] = True
         in_batch.append(shards.sum())
     distance = np.median(np.abs(np.diff(step_of))[(step_of[1:] >= 0) & (step_of[:-1] >= 0)])
     means = [

@@ -54,11 +54,11 @@ def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
         losses.append(step(batch, Flags)[0])
         assert step.engine.grad_norm is not None  # the loop reports it
     if rank == 0:
-        found = Counter(kinds(trace.events()))
+        count_of = Counter(kinds(trace.events()))
         counts = [
             stage,
             len(step.engine.groups),
-            *(found[kind] for kind in ("collective", "flush", "read")),
+            *(count_of[kind] for kind in ("collective", "flush", "read")),
         ]
         print(
             f"| {' | '.join(map(str, counts))} | {', '.join(f'{loss:.6f}' for loss in losses)} |",

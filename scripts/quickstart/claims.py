@@ -103,9 +103,9 @@ def make_claims(tests: Tests) -> list[Claim]:
     total = compare_tests(tests, seeds)
     alone = {str(seed): compare_tests(tests, [seed]) for seed in seeds}
     claims = []
-    for place, (name, (base, new)) in enumerate(tests.items()):
+    for number, (name, (base, new)) in enumerate(tests.items()):
         change = np.sign([new[seed].scores - base[seed].scores for seed in seeds])
-        by_seed = {seed: of_seed[place] for seed, of_seed in alone.items()}
+        by_seed = {seed: of_seed[number] for seed, of_seed in alone.items()}
         claims.append(
             {
                 "name": name,
@@ -115,7 +115,7 @@ def make_claims(tests: Tests) -> list[Claim]:
                 "better": float(np.mean(change > 0)),
                 "worse": float(np.mean(change < 0)),
                 "seeds_significant": sum(result["significant"] for result in by_seed.values()),
-                **total[place],
+                **total[number],
                 "by_seed": by_seed,
             }
         )

@@ -123,13 +123,13 @@ def search(pairs: EmbeddedPairs, concept: str, language: str) -> dict[str, Any]:
 
 def pictures(source: Source, concepts: set[str]) -> dict[str, str]:
     """Concept -> its drawing, as a data URI."""
-    found = {}
+    encoded_pictures = {}
     for number in range(len(source)):
         sample = source[number]
         if sample.meta["concept"] in concepts:
             encoded = base64.b64encode(sample.read_image()).decode()
-            found[sample.meta["concept"]] = f"data:image/png;base64,{encoded}"
-    return found
+            encoded_pictures[sample.meta["concept"]] = f"data:image/png;base64,{encoded}"
+    return encoded_pictures
 
 
 def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
@@ -167,15 +167,15 @@ def select(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Those of README.md's picture, how many were drawn for them, and how many of these found their
     picture."""
     selected: list[dict[str, Any]] = []
-    found = drawn = 0
+    found_count = drawn = 0
     for query in queries:
         if len(selected) == FIGURE:
             break
         drawn += 1
-        found += int(is_found(query))
+        found_count += int(is_found(query))
         if is_found(query) and query["code"] not in [other["code"] for other in selected]:
             selected.append(query)
-    return {"queries": selected, "drawn": drawn, "found": found}
+    return {"queries": selected, "drawn": drawn, "found": found_count}
 
 
 def find(data: Path, output: Path) -> dict[str, Any]:
@@ -194,9 +194,11 @@ def find(data: Path, output: Path) -> dict[str, Any]:
     ]
     figure = select(queries)
     queries = queries[:QUERIES]
-    shown: dict[str, set[str]] = {style: set() for style in SETS["test"]}  # style -> concepts
+    concepts_shown: dict[str, set[str]] = {
+        style: set() for style in SETS["test"]
+    }  # style -> concepts
     for query in (*queries, *figure["queries"]):
-        shown[query["style"]].update(
+        concepts_shown[query["style"]].update(
             [query["concept"], *query["before"]["first"], *query["after"]["first"]]
         )
     return {
@@ -206,24 +208,24 @@ def find(data: Path, output: Path) -> dict[str, Any]:
         "queries": queries,
         "figure": figure,
         "pictures": {
-            style: pictures(source, shown[style])
+            style: pictures(source, concepts_shown[style])
             for style, source in zip(SETS["test"], sets["test"], strict=True)
         },
     }
 
 
-def tell(found: Mapping[str, Any]) -> list[str]:
+def tell(report: Mapping[str, Any]) -> list[str]:
     """What a terminal shows: recall, and the first queries."""
     lines = [
-        f"Right picture found among {found['images']} drawings of things that training never saw, "
+        f"Right picture found among {report['images']} drawings of things that training never saw, "
         "before -> after:"
     ]
-    for before, after in zip(found["recall"]["before"], found["recall"]["after"], strict=True):
+    for before, after in zip(report["recall"]["before"], report["recall"]["after"], strict=True):
         first, ten = (f"{before[k]:5.1f} % -> {after[k]:5.1f} %" for k in ("first 1", "first 10"))
         lines.append(f"  {first} first, {ten} among ten: {before['title']}")
     lines.append("Names drawn at random, and the rank of their picture:")
-    for query in found["queries"][:5]:
-        name = found["names"][query["concept"]]
+    for query in report["queries"][:5]:
+        name = report["names"][query["concept"]]
         ranks = f"{query['before']['rank']:3} -> {query['after']['rank']:3}"
         lines.append(f"  {ranks}  {query['text']}  ({query['language']}: {name})")
     return lines

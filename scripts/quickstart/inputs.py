@@ -272,14 +272,14 @@ def make_models(output: Path, image_size: int) -> None:
     if not tower.is_dir():
         print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
         build_dinov2(tower, image_size)
-    known = output / "models.json"
+    record = output / "models.json"
     gpus = torch.cuda.device_count()
-    if known.is_file():
-        dtype = read_json(known)["dtype"]  # measured once: caches depend on it
+    if record.is_file():
+        dtype = read_json(record)["dtype"]  # measured once: caches depend on it
     else:
         dtype = str(fastest_dtype(torch.device("cuda" if gpus else "cpu"))).removeprefix("torch.")
     write_text(
-        known, json.dumps({"llm": str(llm), "tower": str(tower), "gpus": gpus, "dtype": dtype})
+        record, json.dumps({"llm": str(llm), "tower": str(tower), "gpus": gpus, "dtype": dtype})
     )
 
 

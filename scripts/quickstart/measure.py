@@ -279,12 +279,13 @@ def cache_of(
         "start": (f"tuned-seed{seed}",),
     }.get(side, (side,))
     fingerprint = TeacherIdentity(**teacher).fingerprint
-    known = {name: cache.fingerprint for name, cache in caches.items()}
+    fingerprints = {name: cache.fingerprint for name, cache in caches.items()}
     for name in names:
-        if known.get(name) == fingerprint:
+        if fingerprints.get(name) == fingerprint:
             return caches[name]
     raise ContractError(
-        f"{tower}: teacher {fingerprint}, expected that of {' or '.join(names)}; caches: {known}"
+        f"{tower}: teacher {fingerprint}, expected that of {' or '.join(names)}; "
+        f"caches: {fingerprints}"
     )
 
 

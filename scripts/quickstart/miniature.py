@@ -79,7 +79,9 @@ def emoji(split: str) -> list[Sample]:
     ]
     for _, _, about in samples:
         about["english"] = {
-            one["kind"]: one["text"] for one in about["captions"] if one["language"] == "en"
+            caption["kind"]: caption["text"]
+            for caption in about["captions"]
+            if caption["language"] == "en"
         }
     return samples
 
@@ -92,8 +94,10 @@ def easy_vqa(
     folder = folder_of("easy_vqa") / "data" / split
     questions = json.loads((folder / "questions.json").read_text())
     draw = random.Random(0)
-    shown = sorted({image for _, _, image in questions})
-    chosen = set(shown if pictures is None else draw.sample(shown, min(pictures, len(shown))))
+    all_images = sorted({image for _, _, image in questions})
+    chosen = set(
+        all_images if pictures is None else draw.sample(all_images, min(pictures, len(all_images)))
+    )
     yes_or_no: list[int] = []
     others: list[int] = []
     for number, (_, answer, image) in enumerate(questions):
@@ -122,14 +126,14 @@ def conversations(questions: list[Row]) -> list[Row]:
     of_picture: dict[str, list[Row]] = {}
     for row in questions:
         of_picture.setdefault(row["image"], []).append(row)
-    made = []
+    records = []
     for some in (
         rows[n : n + TURNS] for rows in of_picture.values() for n in range(0, len(rows), TURNS)
     ):
         first, *later = (turn for row in some for turn in row["conversations"])
         turns = [{**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in later]
-        made.append({**some[0], "conversations": [first, *turns]})
-    return made
+        records.append({**some[0], "conversations": [first, *turns]})
+    return records
 
 
 def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> None:
@@ -150,15 +154,17 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
         images.mkdir()
         for key, png, about in (sample for sample in pictures if sample[2]["concept"] in chosen):
             (images / f"{key}.png").write_bytes(png)
-            own = about["english"]
+            english = about["english"]
             picture = f"{key}.png"
             if about["style"] == "noto":  # the text does not depend on the style
-                text.append(talk(key, f"{GROUP} {own['short']}", about["group"]))
-                text.append(talk(f"{key}-long", f"Describe it: {own['short']}", own["long"]))
-            captions.append(talk(key, "What is it?", own["short"], picture))
+                text.append(talk(key, f"{GROUP} {english['short']}", about["group"]))
+                text.append(
+                    talk(f"{key}-long", f"Describe it: {english['short']}", english["long"])
+                )
+            captions.append(talk(key, "What is it?", english["short"], picture))
             questions.append(talk(key, GROUP, about["group"], picture))
             if in_words:
-                questions.append(talk(f"{key}-name", NAME, own["short"], picture))
+                questions.append(talk(f"{key}-name", NAME, english["short"], picture))
         drawn = easy_vqa("train", shapes, shapes // TURNS if in_words else None)
         for number, (key, path, question, answer) in enumerate(drawn):
             (images / f"train-{path.name}").write_bytes(path.read_bytes())

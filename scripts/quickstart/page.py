@@ -53,16 +53,16 @@ def stage1_scores(data: Path) -> tuple[float, float] | None:
     return (scores[0], scores[-1]) if len(scores) > 1 else None
 
 
-def recall_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def recall_rows(retrieval: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each row of recall: its title, and of both sides how often the right picture is first, or
     among ten."""
-    pairs = zip(*(found["recall"][side] for side in SIDES), strict=True)
+    pairs = zip(*(retrieval["recall"][side] for side in SIDES), strict=True)
     return [{"title": before["title"], "before": before, "after": after} for before, after in pairs]
 
 
-def tally(found: Mapping[str, Any]) -> str:
+def tally(retrieval: Mapping[str, Any]) -> str:
     """How many of the queries found their picture earlier, and how many later."""
-    ranks = [(query["before"]["rank"], query["after"]["rank"]) for query in found["queries"]]
+    ranks = [(query["before"]["rank"], query["after"]["rank"]) for query in retrieval["queries"]]
     earlier = sum(after < before for before, after in ranks)
     later = sum(after > before for before, after in ranks)
     same = len(ranks) - earlier - later
@@ -118,10 +118,12 @@ def llava_kinds(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
             "lost": [pair for pair in pairs if pair[0]["score"] - pair[1]["score"] > most],
         }
         images = folder / "data" / "images"
-        shown = {}
+        shown_questions = {}
         for outcome, questions in changed.items():
             chosen = spread_over(questions, SHOWN)
-            shown[outcome] = [show_question(old, new, images, names) for old, new in chosen]
+            shown_questions[outcome] = [
+                show_question(old, new, images, names) for old, new in chosen
+            ]
         metric = "above" if "above" in after["metrics"] else "accuracy"
         kinds.append(
             {
@@ -131,7 +133,7 @@ def llava_kinds(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
                 "after": after["metrics"][metric],
                 "without_picture": after["metrics"].get("without_looking"),
                 "counts": {outcome: len(questions) for outcome, questions in changed.items()},
-                "shown": shown,
+                "shown": shown_questions,
             }
         )
     return kinds
@@ -149,7 +151,7 @@ def stage_seconds(logs: Path) -> dict[str, int]:
 
 def files(page: Path, data: Path, output: Path, llava: Path | None) -> list[tuple[str, str]]:
     """Those that exist: path from the page, and what it is."""
-    known = {
+    descriptions = {
         output
         / "towers"
         / "tuned-seed0": "the trained tower: a Hugging Face folder, with its text side",
@@ -161,19 +163,22 @@ def files(page: Path, data: Path, output: Path, llava: Path | None) -> list[tupl
         output / "logs": "everything that the stages printed",
     }
     if llava:
-        known[llava / "compare" / "compare.html"] = (
+        descriptions[llava / "compare" / "compare.html"] = (
             "every question that the two LLaVAs answer differently"
         )
     folder = page.parent.resolve()
     return [
         (str(path.resolve().relative_to(folder)), what)
-        for path, what in known.items()
+        for path, what in descriptions.items()
         if path.exists()
     ]
 
 
 def tell(
-    stage1: tuple[float, float] | None, found: Any, kinds: Sequence[Mapping[str, Any]], page: Path
+    stage1: tuple[float, float] | None,
+    retrieval: Any,
+    kinds: Sequence[Mapping[str, Any]],
+    page: Path,
 ) -> list[str]:
     """What a terminal shows of what the last stage brought."""
     if kinds:
@@ -191,7 +196,7 @@ def tell(
                 was = f"was {question['before'] or 'no answer'}{name}"
                 lines.append(f"  now right: {question['question']} {question['after']} ({was})")
         return lines
-    if found or stage1 is None:
+    if retrieval or stage1 is None:
         return []
     return [
         "Given the name of an unseen emoji, the LLM puts that emoji's keywords first, "
@@ -212,25 +217,25 @@ def main() -> None:
         "--llava", default="", help="folder of LLaVA's results below --output; none if left out"
     )
     options = parser.parse_args()
-    found = read(options.output / "found.json")
+    retrieval = read(options.output / "found.json")
     llava = options.output / options.llava if options.llava else None
-    kinds = llava_kinds(llava, found["names"]) if llava and found else []
+    kinds = llava_kinds(llava, retrieval["names"]) if llava and retrieval else []
     stage1 = stage1_scores(options.data)
     html = render(
         Path(__file__).with_name("page.html"),
         style=page_style(),
         stage1=stage1,
-        found=found,
-        recall=recall_rows(found) if found else [],
-        tally=tally(found) if found else "",
+        found=retrieval,
+        recall=recall_rows(retrieval) if retrieval else [],
+        tally=tally(retrieval) if retrieval else "",
         kinds=kinds,
         expects_llava=llava is not None,
-        finished=bool(found) and (llava is None or bool(kinds)),
+        finished=bool(retrieval) and (llava is None or bool(kinds)),
         seconds=stage_seconds(options.output / "logs"),
         files=files(options.page, options.data, options.output, llava),
     )
     write_text(options.page, html)
-    for line in tell(stage1, found, kinds, options.page):
+    for line in tell(stage1, retrieval, kinds, options.page):
         print(line)
 
 

@@ -73,10 +73,10 @@ def picture(x: float, y: float, uri: str, *, frame: str) -> str:
 
 
 def row(
-    query: Mapping[str, Any], found: Mapping[str, Any], y: float, color: Mapping[str, str]
+    query: Mapping[str, Any], retrieval: Mapping[str, Any], y: float, color: Mapping[str, str]
 ) -> list[str]:
     """A name, and the pictures found for it with their names."""
-    names = found["names"]
+    names = retrieval["names"]
     about = query["language"]
     if query["code"] != "en":
         about += f": {names[query['concept']]}"
@@ -96,14 +96,14 @@ def row(
             13,
         ),
     ]
-    for place, concept in enumerate(after["first"]):
-        x = LEFT + place * STEP
+    for position, concept in enumerate(after["first"]):
+        x = LEFT + position * STEP
         is_right = concept == query["concept"]
         parts.append(
             picture(
                 x,
                 y,
-                found["pictures"][query["style"]][concept],
+                retrieval["pictures"][query["style"]][concept],
                 frame=color["good"] if is_right else "",
             )
         )
@@ -117,14 +117,14 @@ def row(
     return parts
 
 
-def draw(found: Mapping[str, Any], color: Mapping[str, str]) -> str:
+def draw(retrieval: Mapping[str, Any], color: Mapping[str, str]) -> str:
     """The picture, as SVG."""
-    figure = found["figure"]
+    figure = retrieval["figure"]
     queries = figure["queries"]
     these = "these" if figure["found"] == len(queries) else "these are of five languages"
     lines = [
         f"Of the first {figure['drawn']} names drawn at random, {figure['found']} find their "
-        f"drawing among the first five of {found['images']}: {these}. "
+        f"drawing among the first five of {retrieval['images']}: {these}. "
         "The right drawing has a frame.",
         "Training saw none of these drawings, and captions in English only. "
         "Drawings: Noto Emoji (Google, Apache-2.0),",
@@ -134,7 +134,7 @@ def draw(found: Mapping[str, Any], color: Mapping[str, str]) -> str:
     parts = [f'<rect width="{WIDTH}" height="{height}" fill="{color["paper"]}"/>']
     for number, query in enumerate(queries):
         y = TOP + ROW * number
-        parts += row(query, found, y, color)
+        parts += row(query, retrieval, y, color)
         parts.append(f'<path d="M20 {y + ROW - 10}H{WIDTH - 20}" stroke="{color["line"]}"/>')
     for number, line in enumerate(lines):
         parts.append(text(20, height - 48 + 18 * number, line, color["dim"], 12))
@@ -153,10 +153,10 @@ def main() -> None:
     import resvg_py
     from PIL import Image
 
-    found = json.loads(options.found.read_text(encoding="utf-8"))
+    retrieval = json.loads(options.found.read_text(encoding="utf-8"))
     options.output.mkdir(parents=True, exist_ok=True)
     for name, color in COLORS.items():
-        drawn = resvg_py.svg_to_bytes(svg_string=draw(found, color), zoom=SCALE)
+        drawn = resvg_py.svg_to_bytes(svg_string=draw(retrieval, color), zoom=SCALE)
         drawing = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
         drawing = drawing.quantize(PALETTE, dither=Image.Dither.NONE)
         drawing.save(options.output / f"found-{name}.png", optimize=True)

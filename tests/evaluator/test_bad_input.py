@@ -139,6 +139,6 @@ def test_an_image_that_cannot_be_read_names_the_question(tmp_path):
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
     for image, embedded in (("bomb.png", False), ("x.png", False), ("not base64!", True)):
         with pytest.raises(ValueError, match="question 'q': cannot read"):
-            Question(id="q", text="", shown="", image=image, embedded=embedded).open_image(
+            Question(id="q", text="", prompt="", image=image, embedded=embedded).open_image(
                 str(tmp_path)
             )

@@ -19,12 +19,12 @@ def test_a_question_reaches_no_picture_outside_the_image_folder(name: str, tmp_p
         Image.new("RGB", (8, 8)).save(tmp_path / path)
     folder = str(tmp_path / "images")
     for inside in ("inside.png", f"{folder}/inside.png"):
-        assert Question(id=1, text="", shown="", image=inside).open_image(folder).size == (8, 8)
+        assert Question(id=1, text="", prompt="", image=inside).open_image(folder).size == (8, 8)
     with pytest.raises(
         ValueError, match=r"question 7: image '.*secret\.png' is outside --image-folder"
     ):
-        Question(id=7, text="", shown="", image=name.format(folder=tmp_path)).open_image(folder)
-    assert Question(id=1, text="", shown="", image=f"{tmp_path}/secret.png").open_image(
+        Question(id=7, text="", prompt="", image=name.format(folder=tmp_path)).open_image(folder)
+    assert Question(id=1, text="", prompt="", image=f"{tmp_path}/secret.png").open_image(
         "/"
     ).size == (8, 8)
 

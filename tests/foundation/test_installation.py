@@ -220,16 +220,16 @@ def test_doctor_says_what_is_installed_and_how_to_add_the_rest(
     assert doctor.checked_extra() == extra
     lines = {one.subject: one for one in doctor.check_installation(extra)}
     parts = {"": "base", "tower": "base, tower", "train": "base, tower, train"}
-    assert lines.pop("llm2clip-plugin").found == f"0.3.0, installed: {parts[extra]}"
+    assert lines.pop("llm2clip-plugin").value == f"0.3.0, installed: {parts[extra]}"
     assert [*lines] == [
         f"extra [{name}]" for name in ("tower", "train") if name not in parts[extra]
     ]
     for name, line in lines.items():
         assert line.state == "ok"
-        assert "pip install " in line.fix
-        assert name[6:] in line.fix
-        assert ("in a new environment" in line.found) == is_own
-        assert is_own or (">=2.6" in line.found) == (name == "extra [train]")
+        assert "pip install " in line.advice
+        assert name[6:] in line.advice
+        assert ("in a new environment" in line.value) == is_own
+        assert is_own or (">=2.6" in line.value) == (name == "extra [train]")
     message = installation.missing_message("train", "this", ["peft"])
     assert ("in a new environment" in message) == is_own
 

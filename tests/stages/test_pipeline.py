@@ -111,7 +111,7 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float16(
     for name, value in (both | {"is_available": lambda: True}).items():
         monkeypatch.setattr(torch.cuda, name, value)
     assert fastest_dtype(torch.device("cuda")) is dtype
-    assert next(check_accelerator()).found.endswith(f"bf16 {dtype is torch.bfloat16}")
+    assert next(check_accelerator()).value.endswith(f"bf16 {dtype is torch.bfloat16}")
     words = {word for stage in plan(*opened(tiny), "") for word in stage.words}
     assert DTYPES[(words & {"bf16", "fp16"}).pop()] is dtype
 

@@ -55,7 +55,7 @@ class Question:
 
     id: Any  # question_id of the answer
     text: str  # question for the model, without the image token
-    shown: str  # "prompt" of the answer, as LLaVA writes it
+    prompt: str  # "prompt" of the answer, as LLaVA writes it
     image: str = ""  # file in the image folder, or base64 where ``embedded``; "" without image
     embedded: bool = False
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the answer
@@ -99,7 +99,7 @@ def read_questions(
                     text = row["text"] + ""
                     image = row.get("image", "") + ""
                     questions.append(
-                        Question(id=row["question_id"], text=text, shown=text, image=image)
+                        Question(id=row["question_id"], text=text, prompt=text, image=image)
                     )
         elif path.suffix == ".json":
             # LLaVA's conversations, of which the first turn is the question
@@ -111,8 +111,8 @@ def read_questions(
                     text = row["conversations"][0]["value"].replace("<image>", "").strip()
                     if directly:
                         text += f"\n{DIRECTLY['en']}"
-                    shown = f"<image>\n{text}" if image else text
-                    questions.append(Question(id=row["id"], text=text, shown=shown, image=image))
+                    prompt = f"<image>\n{text}" if image else text
+                    questions.append(Question(id=row["id"], text=text, prompt=prompt, image=image))
         elif path.suffix == ".tsv":
             questions = read_table(path, directly, all_rounds, lang)
         else:
@@ -142,13 +142,13 @@ def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[
                 listed = [
                     f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)
                 ]
-                shown = "\n".join([*hint, row["question"], *listed])
+                prompt = "\n".join([*hint, row["question"], *listed])
                 index = int(row["index"]) if row["index"].isdigit() else row["index"]
                 questions.append(
                     Question(
                         id=index,
-                        text=shown + suffix,
-                        shown=shown,
+                        text=prompt + suffix,
+                        prompt=prompt,
                         image=row["image"],
                         embedded=True,
                         extra={"round_id": number, "options": options, "option_char": letters},
@@ -179,7 +179,7 @@ def entry(
     """A line of LLaVA's answers file."""
     return {
         "question_id": question.id,
-        "prompt": question.shown,
+        "prompt": question.prompt,
         "text": text,
         **question.extra,
         "answer_id": uuid.uuid4().hex[:22],

@@ -124,9 +124,9 @@ class Endpoint:
             ) from None
         chosen = [model for model in models if name in ("", model.id)]
         if len(chosen) != 1:
-            shown = ", ".join(model.id for model in models[:20])
+            ids = ", ".join(model.id for model in models[:20])
             does = f"does not serve {name!r}" if name else f"serves {len(models)} models"
-            raise EndpointError(f"{self.url} {does}; choose one with --served-model-name: {shown}")
+            raise EndpointError(f"{self.url} {does}; choose one with --served-model-name: {ids}")
         return chosen[0]
 
     def chat(self, body: dict[str, Any]) -> Reply:

@@ -464,7 +464,7 @@ def texts_by_id(answers: Answers, asked: Sequence[int | str]) -> dict[str, str]:
     """Texts by id; ValueError if one that was ``asked`` has none, since the server rejects an
     incomplete file."""
     texts = {str(answer.id): answer.text for answer in answers.rows if answer.text is not None}
-    if missing := [one for one in asked if str(one) not in texts]:
+    if missing := [identifier for identifier in asked if str(identifier) not in texts]:
         raise ValueError(
             f"{answers.path} lacks {len(missing)} answers, as to {missing[0]}; the server needs all"
         )
@@ -473,10 +473,10 @@ def texts_by_id(answers: Answers, asked: Sequence[int | str]) -> dict[str, str]:
 
 def first_file(folder: Path, *patterns: str) -> Path | None:
     """The first file below ``folder`` that matches a pattern, or None."""
-    found = (
+    matches = (
         path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()
     )
-    return next(found, None)
+    return next(matches, None)
 
 
 def find_image(image_folders: Sequence[str], folder: Path, name: str) -> bytes | None:

@@ -267,13 +267,13 @@ def tower_building(module: Any) -> None:
 
     @replaces(PreTrainedModel, "from_pretrained")
     def from_pretrained(original: Any, cls: Any, *arguments: Any, **options: Any) -> Any:
-        made = original(cls, *arguments, **options)
-        model = made[0] if isinstance(made, tuple) else made
+        result = original(cls, *arguments, **options)
+        model = result[0] if isinstance(result, tuple) else result
         for tower in [module for module in model.modules() if "buffers_as_read" in vars(module)]:
             for name, buffer in tower.named_buffers():
                 buffer.copy_(tower.buffers_as_read.get(name, buffer))
             del tower.buffers_as_read
-        return made
+        return result
 
 
 def accept_either_names(state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -122,8 +122,8 @@ def problem() -> str:
     """Why LLaVA cannot train with the installed transformers, and what works; "" if it can."""
     if not has_version("transformers", REFUSED):
         return ""
-    fix = "install transformers==4.37.2 (LLaVA's own) or transformers==5.24.0"
-    return f"LLaVA cannot train with transformers {installed_version('transformers')}; {fix}"
+    advice = "install transformers==4.37.2 (LLaVA's own) or transformers==5.24.0"
+    return f"LLaVA cannot train with transformers {installed_version('transformers')}; {advice}"
 
 
 def untried() -> list[str]:

@@ -207,24 +207,24 @@ class Source(ABC):
         """Of each shard whose file is the one that was read: its digest, and those of caches that
         hold its captions."""
         recorded = self.side_folder.read_json(self._digests()) if self.side_folder else {}
-        known: dict[str, list[str]] = {}
+        digests_by_shard: dict[str, list[str]] = {}
         for shard, stamp in zip(self.shards, self.stamps, strict=bool(recorded)):
             match recorded.get(shard.name):
                 case {"stamp": was, "fits": [_, *_] as fits} if was == list(stamp):
-                    known[shard.name] = list(map(str, fits))
-        return known
+                    digests_by_shard[shard.name] = list(map(str, fits))
+        return digests_by_shard
 
     def record_digests(self, results: Mapping[str, tuple[str, str]]) -> None:
         """Add (digest, digest of a cache that has these captions) of some shards; the caller holds
         the ``lock``."""
         if self.side_folder is None or not results:
             return
-        known = self.known_digests()
+        recorded_digests = self.known_digests()
         names = [shard.name for shard in self.shards]
         stamps = dict(zip(names, self.stamps, strict=True))
         entries = {}
         for name, (digest, in_cache) in results.items():
-            recorded = known.get(name, [digest])
+            recorded = recorded_digests.get(name, [digest])
             others = {in_cache}
             if recorded[0] == digest:
                 others.update(recorded)
@@ -290,9 +290,12 @@ def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = Non
             return source_format.open(config, broken_shards)
     if not os.path.exists(config.path):
         raise FileNotFoundError(f"no data at {config.path}")
-    known = "; ".join(f"{known.name}: {known.help}" for known in formats().values())
+    names_and_help = (
+        f"{source_format.name}: {source_format.help}" for source_format in formats().values()
+    )
+    choices = "; ".join(names_and_help)
     raise ValueError(
-        f"cannot determine the format of {config.path}; choose one with --format ({known}), "
+        f"cannot determine the format of {config.path}; choose one with --format ({choices}), "
         f"or {how_to_make_tars(config.path)}"
     )
 
@@ -306,13 +309,13 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
     if fields != DEFAULT_FIELDS:
         missing = {field.partition("=")[0]: field for field in fields}
     broken: list[BrokenSample] = []
-    known = set[str]()
+    available = set[str]()
     needs_caption = needed
     if not missing and not needs_caption:
         return
     for source in sources:
         for sample in _probe(source, PROBES, broken):
-            known |= sample.values.keys()
+            available |= sample.values.keys()
             for name in list(missing):
                 if sample.values.get(name):
                     del missing[name]
@@ -321,7 +324,7 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
             if not missing and not needs_caption:
                 return
     where = ", ".join(source.path for source in sources)
-    if broken and not known:
+    if broken and not available:
         raise ValueError(f"{where}: no sample can be read; the first: {broken[0]}")
     if missing:
         name, field = next(iter(missing.items()))
@@ -330,7 +333,7 @@ def check_fields(*sources: Source, needed: bool = False) -> None:
         names = ", ".join(field.name for field in sources[0].fields)
         problem = f"no sample of {where} has a caption in {names}"
     raise ValueError(
-        f"{problem}; known: {', '.join(sorted(known)[:20])}; choose with --fields NAME=KIND"
+        f"{problem}; known: {', '.join(sorted(available)[:20])}; choose with --fields NAME=KIND"
     )
 
 
@@ -339,15 +342,15 @@ def check_kinds(sources: Sequence[Source], weights: Mapping[str, float]) -> None
     captions has."""
     if not weights:
         return
-    known = {field.kind for source in sources for field in source.fields}
+    kinds = {field.kind for source in sources for field in source.fields}
     for source in sources:
         for sample in _probe(source, KIND_PROBES):
-            known.update(caption.kind for caption in sample.captions)
-    missing = sorted(set(weights) - known)
+            kinds.update(caption.kind for caption in sample.captions)
+    missing = sorted(set(weights) - kinds)
     if missing:
         raise ValueError(
             f"caption weights name the kinds {', '.join(missing)}, which the data does not have; "
-            f"known: {', '.join(sorted(known))}"
+            f"known: {', '.join(sorted(kinds))}"
         )
 
 

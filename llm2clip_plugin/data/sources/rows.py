@@ -55,8 +55,8 @@ class RowSource(Source):
         path, self.side_folder, self._index = self._opened
         self._file = RetryingFile(path)
         if not is_url(self.images_folder) and not os.path.isdir(self.images_folder):
-            fix = f"--image-folder must be that of {config.path}"
-            raise FileNotFoundError(f"image folder {self.images_folder} does not exist; {fix}")
+            advice = f"--image-folder must be that of {config.path}"
+            raise FileNotFoundError(f"image folder {self.images_folder} does not exist; {advice}")
         table = self._index.table
         super().__init__(config, shards_of(table.names, table.samples))
         self.stamps = table.stamps
@@ -128,7 +128,7 @@ class RowSource(Source):
     def _read_image(self, shard: str, key: str, name: Any) -> bytes:
         if not isinstance(name, str) or not name:
             raise BrokenSample(shard, key, f"no image path in field {self.config.image_field!r}")
-        shown = name if len(name) <= 100 else name[:97] + "..."  # a data: URI, say
+        name_shown = name if len(name) <= 100 else name[:97] + "..."  # a data: URI, say
         if (
             os.path.isabs(name)
             or ".." in name.split("/")
@@ -136,7 +136,7 @@ class RowSource(Source):
             or name != well_formed(name)
         ):
             raise BrokenSample(
-                shard, key, f"image {shown!r} is not a path inside {self.images_folder}"
+                shard, key, f"image {name_shown!r} is not a path inside {self.images_folder}"
             )
         try:
             if is_url(self.images_folder):
@@ -144,12 +144,12 @@ class RowSource(Source):
             path = Path(self.images_folder, name)
             return retried(partial(read_regular, path, MAX_IMAGE), str(path))
         except ValueError as error:
-            raise BrokenSample(shard, key, f"image {shown!r}: {error}") from error
+            raise BrokenSample(shard, key, f"image {name_shown!r}: {error}") from error
         except OSError as error:
             if not isinstance(error, MISSING) and error.errno != errno.ENAMETOOLONG:
                 raise  # a disk or a connection fails
             problem = "access denied to" if isinstance(error, PermissionError) else "no"
-            reason = f"{problem} image {shown!r} in {self.images_folder} (--image-folder)"
+            reason = f"{problem} image {name_shown!r} in {self.images_folder} (--image-folder)"
             raise BrokenSample(shard, key, reason) from error
 
 
@@ -189,9 +189,9 @@ class JsonlSource(RowSource):
             refuse_encoding(path, head)
             first = head.strip().partition(b"\n")[0].rstrip()
             if first.startswith(b"[") or (first.startswith(b"{") and first.endswith(b"},")):
-                fix = "jq -c '.[]'" if first.startswith(b"[") else "sed 's/},$/}/'"
+                command = "jq -c '.[]'" if first.startswith(b"[") else "sed 's/},$/}/'"
                 raise ValueError(
-                    f"{path} is a list, expected an object a line: `{fix} {path} > NEW.jsonl`"
+                    f"{path} is a list, expected an object a line: `{command} {path} > NEW.jsonl`"
                 )
             file.seek(0)
             for number, line in enumerate(file, 1):

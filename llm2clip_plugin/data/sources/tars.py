@@ -210,8 +210,8 @@ def _build(
     tars: dict[str, str], downloads: Downloads, broken: dict[str, str] | None, old: IndexFile | None
 ) -> Shards:
     """The rows of each tar, or its number in ``old`` if it is unchanged."""
-    known = _unchanged(old.table, tars, downloads) if old else {}
-    todo = [tar for name, tar in tars.items() if name not in known]
+    unchanged = _unchanged(old.table, tars, downloads) if old else {}
+    todo = [tar for name, tar in tars.items() if name not in unchanged]
     job = partial(_index, downloads)
     with ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as threads:
         if any(map(is_url, todo)):
@@ -219,7 +219,7 @@ def _build(
         else:
             results = parallel(job, todo, processes=cores() if len(todo) > FEW else 1)
         for name in track(tars, total=len(tars), label="index", unit="shards"):
-            result = known[name] if name in known else next(results)
+            result = unchanged[name] if name in unchanged else next(results)
             if not isinstance(result, Exception):
                 yield result if isinstance(result, int) else replace(result, name=name)
             elif broken is None:
@@ -277,11 +277,11 @@ def index_tar(path: Path) -> ShardRows:
     text = bytearray()
     for key, parts in samples:
         texts = [key.encode(), parts.get("txt"), parts.get("json")]
-        found = b"".join(filter(None, texts))
-        found += zlib.crc32(found).to_bytes(CRC, "little")
+        sample_bytes = b"".join(filter(None, texts))
+        sample_bytes += zlib.crc32(sample_bytes).to_bytes(CRC, "little")
         sizes = [ABSENT if part is None else len(part) for part in texts]
-        rows.append([*parts.get("image", (ABSENT, 0)), *sizes, len(text), len(found)])
-        text += found
+        rows.append([*parts.get("image", (ABSENT, 0)), *sizes, len(text), len(sample_bytes)])
+        text += sample_bytes
     return ShardRows(
         path.name, stamp, np.array(rows, dtype=np.int64).reshape(-1, COLUMNS), bytes(text)
     )
@@ -300,11 +300,11 @@ def _samples(path: Path) -> list[tuple[str, dict[str, Any]]]:
             if key not in latest or part in latest[key]:
                 latest[key] = {}
                 samples.append((key, latest[key]))
-            found: Any = (member.offset_data, member.size)
+            content: Any = (member.offset_data, member.size)
             if part != "image":
                 file.seek(member.offset_data)
-                found = file.read(member.size)
-            latest[key][part] = found
+                content = file.read(member.size)
+            latest[key][part] = content
     return samples
 
 

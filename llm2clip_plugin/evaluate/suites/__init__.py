@@ -171,13 +171,16 @@ def suites() -> dict[str, Suite]:
 def select_suites(names: str) -> list[Suite]:
     """The suites of names separated by commas, ``paper`` and ``all`` among them. ValueError for an
     unknown one."""
-    known = suites()
-    groups = {"paper": [name for name, suite in known.items() if suite.paper], "all": list(known)}
+    suites_by_name = suites()
+    groups = {
+        "paper": [name for name, suite in suites_by_name.items() if suite.paper],
+        "all": list(suites_by_name),
+    }
     selected: dict[str, Suite] = {}
     for name in filter(None, (part.strip() for part in names.split(","))):
-        if name not in known and name not in groups:
-            raise ValueError(unknown("suite", name, [*groups, *known]))
-        selected |= {member: known[member] for member in groups.get(name, [name])}
+        if name not in suites_by_name and name not in groups:
+            raise ValueError(unknown("suite", name, [*groups, *suites_by_name]))
+        selected |= {member: suites_by_name[member] for member in groups.get(name, [name])}
     return list(selected.values())
 
 

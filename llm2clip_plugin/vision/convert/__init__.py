@@ -48,8 +48,8 @@ class TowerExportConfig:
     overwrite: bool = False  # replace an existing directory
 
     def __post_init__(self) -> None:
-        if self.format not in (known := ("tower", *FORMATS)):
-            raise ValueError(unknown("--format", self.format, known))
+        if self.format not in (formats := ("tower", *FORMATS)):
+            raise ValueError(unknown("--format", self.format, formats))
 
 
 EXPORT = Command(

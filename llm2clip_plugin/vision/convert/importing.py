@@ -100,8 +100,8 @@ def import_tower(
         if checkpoint.is_dir() and (checkpoint / TowerCard.FILE).is_file():
             card = export.reexport(checkpoint, output, image_size=image_size, replace=replace)
             return card, ["a tower directory"]
-        given = None if config is None else read_json(Path(config))
-        parsed = parse_checkpoint(checkpoint, given, image_size)
+        passed_config = None if config is None else read_json(Path(config))
+        parsed = parse_checkpoint(checkpoint, passed_config, image_size)
         with naming_full_disk(output):
             model = build_model(
                 parsed, str(source), temporary=Path(output).resolve().parent, image_size=image_size
@@ -116,7 +116,7 @@ def import_tower(
 
 
 def parse_checkpoint(
-    path: Path, given: dict[str, Any] | None, image_size: int | None = None
+    path: Path, passed_config: dict[str, Any] | None, image_size: int | None = None
 ) -> ParsedCheckpoint:
     """Parse a checkpoint file or folder. ``given``, the object of --config, overrides the folder's
     configuration file, or replaces it if it has a ``model_type``. Raises ValueError (unknown layout
@@ -125,14 +125,18 @@ def parse_checkpoint(
     state: dict[str, Tensor] = {}
     for file in [path] if path.is_file() else weight_files(path):
         state |= read_tensors(file)
-    given = lift_model_cfg(given or {})
+    passed_config = lift_model_cfg(passed_config or {})
     # its folder may hold Hugging Face's configuration, too
     names = ["config.json"]
     if any(key.startswith("visual.") for key in state):
         names.insert(0, "open_clip_config.json")
     files = [path / name for name in names if (path / name).is_file()]
     saved = read_json(files[0]) if files else {}
-    config = given if "model_type" in given else merge(lift_model_cfg(saved), given)
+    config = (
+        passed_config
+        if "model_type" in passed_config
+        else merge(lift_model_cfg(saved), passed_config)
+    )
     layout = next((layout for layout in layouts().values() if layout.matches(state)), None)
     if layout is not None:
         parsed = layout.parse(state, config)
@@ -143,8 +147,8 @@ def parse_checkpoint(
         parsed = parse_timm_hub(state, config)
     else:
         names = ", ".join(sorted(state)[:3])
-        known = ", ".join(layouts())
-        problem = f"the tensor names ({names}, ...) match no known layout ({known})"
+        names_of_layouts = ", ".join(layouts())
+        problem = f"the tensor names ({names}, ...) match no known layout ({names_of_layouts})"
         raise ValueError(
             f"{path}: {problem}; "
             "a Hugging Face model needs its config.json, next to it or as --config"
@@ -160,9 +164,9 @@ def parse_checkpoint(
         parsed.config["image_size"] = size
         if side**2 != most and image_size is None:
             problem = f"{path / PREPROCESSOR_FILE}: max_num_patches {most} is not a square"
-            fix = f"set --image-size, such as {size} px for {side**2} patches"
-            raise ValueError(f"{problem}; {fix}")
-    _check_text_side(parsed, given)
+            advice = f"set --image-size, such as {size} px for {side**2} patches"
+            raise ValueError(f"{problem}; {advice}")
+    _check_text_side(parsed, passed_config)
     if unused := sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys()):
         count = f"{len(unused)} of {len(parsed.state)} tensors"
         problem = f"{count} do not belong to a {parsed.layout} model: {unused[:10]}"
@@ -182,27 +186,27 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return {**below, **above, **{key: merge(below[key], above[key]) for key in nested}}
 
 
-def _check_text_side(parsed: ParsedCheckpoint, given: dict[str, Any]) -> None:
+def _check_text_side(parsed: ParsedCheckpoint, passed_config: dict[str, Any]) -> None:
     """ContractError for an incomplete text side, unless --config (``given``) states that the
     release has no logit scale (``logit_scale_init_value``) or no bias after the adapter
     (``text_cfg.proj_bias``)."""
     adapter = parsed.adapter
     if parsed.logit_scale is None and parsed.is_image_text:
-        if not isinstance(start := given.get("logit_scale_init_value"), int | float):
+        if not isinstance(start := passed_config.get("logit_scale_init_value"), int | float):
             example = '{"logit_scale_init_value": 2.6592}'
-            fix = f"pass --config with its initial logarithm, such as {example}, CLIP's"
+            advice = f"pass --config with its initial logarithm, such as {example}, CLIP's"
             raise ContractError(
-                f"the checkpoint is missing logit_scale; if it never had one, {fix}"
+                f"the checkpoint is missing logit_scale; if it never had one, {advice}"
             )
         parsed.logit_scale = torch.tensor(float(start))
     if (
         adapter
         and "projection.bias" not in adapter.names
-        and section(given, "text_cfg").get("proj_bias", True)
+        and section(passed_config, "text_cfg").get("proj_bias", True)
     ):
         bias = adapter.names["projection.weight"].replace("weight", "bias")
-        fix = 'if it never had one, pass --config with {"text_cfg": {"proj_bias": false}}'
-        raise ContractError(f"the checkpoint is missing {bias}; {fix}")
+        advice = 'if it never had one, pass --config with {"text_cfg": {"proj_bias": false}}'
+        raise ContractError(f"the checkpoint is missing {bias}; {advice}")
 
 
 def build_model(

@@ -14,7 +14,7 @@ def benchmarks() -> dict[str, Benchmark]:
 
 def benchmark(name: str) -> Benchmark:
     """The benchmark with that name. Raises ValueError with the known names for an unknown one."""
-    known = benchmarks()
-    if name not in known:
-        raise ValueError(unknown("benchmark", name, known))
-    return known[name]
+    by_name = benchmarks()
+    if name not in by_name:
+        raise ValueError(unknown("benchmark", name, by_name))
+    return by_name[name]

@@ -47,9 +47,9 @@ class ScienceQA(base.Benchmark):
         """Raises ValueError if the model answered without the images."""
         record = super().score(folder, answers, **options)
         if not any(item["is_multimodal"] for item in record.items):
-            fix = "evaluate with LLaVA's question file and --image-folder"
+            advice = "evaluate with LLaVA's question file and --image-folder"
             raise ValueError(
-                f"no prompt in {answers.path} has <image>: it answered without the images; {fix}"
+                f"no prompt in {answers.path} has <image>: it answered without the images; {advice}"
             )
         return record
 

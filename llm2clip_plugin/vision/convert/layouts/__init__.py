@@ -143,7 +143,7 @@ class ParsedCheckpoint:
             lines.append(f"projection {tuple(self.projection.shape)}{bias}")
         if self.adapter is not None:
             sizes = self.adapter.config
-            place = self.adapter.names["projection.weight"]
+            tensor_name = self.adapter.names["projection.weight"]
             loop = (
                 ""
                 if sizes.normalise_input
@@ -151,7 +151,8 @@ class ParsedCheckpoint:
             )
             widths = f"{sizes.llm_width}, then {sizes.projection_dim}"
             lines.append(
-                f"text adapter: {sizes.adapter_blocks} blocks of width {widths} ({place}){loop}"
+                f"text adapter: {sizes.adapter_blocks} blocks of width {widths} "
+                f"({tensor_name}){loop}"
             )
         for reason in sorted(set(self.left_out.values())):
             names = sorted(name for name, why in self.left_out.items() if why == reason)

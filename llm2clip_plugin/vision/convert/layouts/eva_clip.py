@@ -70,7 +70,7 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
             )
         # the released towers have SwiGLU and rotary positions, or neither; some files omit the
         # tables
-        known = {
+        defaults = {
             "rope": swiglu,
             "intp_freq": True,
             "head_width": HEAD_WIDTHS.get(width),
@@ -79,11 +79,11 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
         # its second row: the angle of a step of one column is pt_hw_seq_len / grid
         if table is not None:
             step = float(table[1, table.shape[1] // 2].float().acos())
-            known |= {
+            defaults |= {
                 "head_width": table.shape[1],
                 "pt_hw_seq_len": round(step * len(table) ** 0.5),
             }
-        vision = known | vision
+        vision = defaults | vision
     layers = common.depth(state, BLOCKS)
     pretrained_grid = vision.get("pt_hw_seq_len", 16)
     common.check_sizes(vision, width=width, layers=layers, patch_size=patch, image_size=image_size)

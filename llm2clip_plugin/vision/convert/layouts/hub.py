@@ -105,19 +105,19 @@ def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
     if any(name.startswith("siglip2") for name in types):
         weights = (state[key] for key in state if key.endswith("embeddings.patch_embedding.weight"))
         return families()["naflex" if any(weight.dim() == 2 for weight in weights) else "siglip"]
-    known = {kind for family in families().values() for kind in family.model_types}
+    model_types = {kind for family in families().values() for kind in family.model_types}
     return family_of_type(
-        next((name for name in types if name in known), types[0]), where="config.json"
+        next((name for name in types if name in model_types), types[0]), where="config.json"
     )
 
 
 def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     """The model that ``architecture`` names, at the size of ``model_args`` or ``pretrained_cfg``,
     with its mean."""
-    given = section(config, "model_args")
+    model_args = section(config, "model_args")
     published = section(config, "pretrained_cfg")
-    size = given.get("img_size") or (published.get("input_size") or [None])[-1]
-    arguments = {name: value for name, value in given.items() if name not in NOT_ARGUMENTS}
+    size = model_args.get("img_size") or (published.get("input_size") or [None])[-1]
+    arguments = {name: value for name, value in model_args.items() if name not in NOT_ARGUMENTS}
     fields = timm_fields(str(config["architecture"]), side_of(size), arguments)
     inside = {key for key in state if not key.startswith(CLASSIFIER)}
     return ParsedCheckpoint(

@@ -53,9 +53,9 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     if "quick_gelu" not in fields and "width" not in vision:
         openai = '{"quick_gelu": true} (OpenAI\'s weights)'
         laion = '{"quick_gelu": false} (LAION\'s)'
-        fix = f"its open_clip_config.json, {openai} or {laion}"
+        advice = f"its open_clip_config.json, {openai} or {laion}"
         raise ValueError(
-            f"an OpenCLIP checkpoint does not record its activation; pass as --config {fix}"
+            f"an OpenCLIP checkpoint does not record its activation; pass as --config {advice}"
         )
     hidden = f"{BLOCKS}0.mlp.c_fc.weight"
     common.require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
