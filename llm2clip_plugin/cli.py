@@ -124,12 +124,12 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
 OPTIONS: dict[str, str] = {
     name: f"{location.partition(':')[0]}:COMMAND" for name, (location, _) in COMMANDS.items()
 } | {
-    "run": "stages.settings:RUN",
+    "run": "stages.pipeline_config:RUN",
     "data split": "data.make:SPLIT",
     "llava data": "data.make:LLAVA_DATA",
-    "finetune-llm": "stages.settings:FINETUNE_LLM",
+    "finetune-llm": "stages.llm_config:FINETUNE_LLM",
     "export-llm": "text.config:EXPORT_LLM",
-    "embed": "stages.settings:EMBED",
+    "embed": "stages.embed_config:EMBED",
     "train-tower": "stages.tower_config:TRAIN_TOWER",
     "evaluate": "evaluate.config:EVALUATE",
     "evaluate captions": "evaluate.config:EVALUATE_CAPTIONS",

@@ -22,7 +22,7 @@ from llm2clip_plugin.contracts import (
 )
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.metrics import Metrics, read_metrics
-from llm2clip_plugin.options import Command, command
+from llm2clip_plugin.options import Command, command, setting
 from llm2clip_plugin.outside import printable_lines
 
 # folder -> its card
@@ -37,8 +37,10 @@ ELSEWHERE = "running on another host"
 class StatusConfig:
     """What to show."""
 
-    # output folder of `llm2clip run` or of a training (either stage), or an embedding cache
-    folder: Path
+    folder: Path = setting(
+        help="output folder of `llm2clip run` or of a training (either stage), or an embedding "
+        "cache",
+    )
 
 
 COMMAND = Command(

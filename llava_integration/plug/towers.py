@@ -33,7 +33,7 @@ from llm2clip_plugin.atomic import atomic_directory, write_text
 from llm2clip_plugin.contracts import TowerCard, VersionedRecord
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.hub import hub_snapshot
-from llm2clip_plugin.options import Command, NoOptions, command
+from llm2clip_plugin.options import Command, NoOptions, command, setting
 from llm2clip_plugin.vision.directory import check_card
 
 NAME = "llm2clip"
@@ -381,8 +381,8 @@ def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
 class UseConfig:
     """The tower to use."""
 
-    tower: str  # tower directory, Hub id, or a registered name
-    name: str = ""  # register it under this name; "": last part of the path or id
+    tower: str = setting(help="tower directory, Hub id, or a registered name")
+    name: str = setting("", help='register it under this name; "": last part of the path or id')
 
 
 USE = Command(
@@ -482,9 +482,11 @@ def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str
 class BundleConfig:
     """Checkpoints that get their tower."""
 
-    checkpoints: tuple[Path, ...]  # folders with config.json
-    # path, registered name or Hub id of the tower, if the checkpoint cannot find it
-    tower: str = ""
+    checkpoints: tuple[Path, ...] = setting(help="folders with config.json", option="checkpoint")
+    tower: str = setting(
+        "",
+        help="path, registered name or Hub id of the tower, if the checkpoint cannot find it",
+    )
 
 
 LLAVA_BUNDLE = Command(
@@ -493,7 +495,6 @@ LLAVA_BUNDLE = Command(
     about="Copy the vision tower into LLaVA checkpoints, so that they load on another machine.",
     settings=BundleConfig,
     arguments="checkpoints",
-    shown={"checkpoints": "checkpoint"},
 )
 
 

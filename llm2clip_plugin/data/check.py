@@ -33,7 +33,7 @@ from llm2clip_plugin.data.samples import (
 )
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.hub import check_hub_answers
-from llm2clip_plugin.options import Command
+from llm2clip_plugin.options import Command, setting
 from llm2clip_plugin.outside import printable
 from llm2clip_plugin.pretrained import open_pretrained
 from llm2clip_plugin.progress import progress_bar
@@ -47,17 +47,30 @@ NO_IMAGE = ("no image '", 'no image "')
 class CheckConfig(SourceConfig):
     """What to look for in a data set."""
 
-    # another data set: how many of its pictures and captions are in this one, too
-    validation: str = ""
-    tokenizer: str = ""  # folder or Hub id of the LLM's tokenizer, to count tokens; "": count words
-    trust_remote_code: bool = False  # run the Python code in the tokenizer's folder: read it first
-    # count captions longer than this, in tokens (or words); the teacher truncates them
-    max_tokens: int = 512
-    max_broken: float = 0.01  # fraction of broken samples above which training stops
-    # how many broken samples, duplicate captions ... to list; --json lists all broken samples
-    show: int = 10
-    workers: int = 0  # processes; 0: one per core
-    json: bool = False  # print one JSON object
+    validation: str = setting(
+        "",
+        help="another data set: how many of its pictures and captions are in this one, too",
+    )
+    tokenizer: str = setting(
+        "",
+        help='folder or Hub id of the LLM\'s tokenizer, to count tokens; "": count words',
+    )
+    trust_remote_code: bool = setting(
+        False,
+        help="run the Python code in the tokenizer's folder: read it first",
+    )
+    max_tokens: int = setting(
+        512,
+        help="count captions longer than this, in tokens (or words); the teacher truncates them",
+    )
+    max_broken: float = setting(0.01, help="fraction of broken samples above which training stops")
+    show: int = setting(
+        10,
+        help="how many broken samples, duplicate captions ... to list; --json lists all broken "
+        "samples",
+    )
+    workers: int = setting(0, help="processes; 0: one per core")
+    json: bool = setting(False, help="print one JSON object")
 
 
 COMMAND = Command(

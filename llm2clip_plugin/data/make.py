@@ -52,7 +52,7 @@ from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.data.tables import PICTURES
 from llm2clip_plugin.folders import LLAVA_FOLDER, MAKE_FOLDER, SPLIT_FOLDER, output_folder
 from llm2clip_plugin.hashes import canonical_json
-from llm2clip_plugin.options import Command, command
+from llm2clip_plugin.options import Command, command, setting
 from llm2clip_plugin.outside import MAX_IMAGE, read_regular
 from llm2clip_plugin.progress import track
 
@@ -68,19 +68,35 @@ LEFT_OUT = "left-out.jsonl"  # in the output: {"image", "reason"} of each pictur
 class MakeConfig:
     """What WebDataset tars are made of."""
 
-    path: str  # folder of pictures with a .txt or .json of the same name, or a .csv or .tsv
-    output: str  # folder to write; it appears when it is complete
-    images: str = ""  # folder that a table's image paths start from; "": the table's own
-    image_field: str = ""  # column of the image's path; "": image, file_name, path and the like
-    # columns, or fields of a picture's .json, that are captions: NAME=KIND or NAME=KIND:LANGUAGE;
-    # txt is the .txt
-    fields: tuple[str, ...] = (*DEFAULT_FIELDS, "text=short", "title=short")
-    # a picture without a caption gets its file name as one: red-fox_2.jpg, "red fox"
-    file_names: bool = False
-    # white | gray | black: put transparent pictures on it; "": left as they are
-    background: str = ""
-    workers: int = 0  # processes; 0: one per core
-    overwrite: bool = False  # replace what this command wrote there
+    path: str = setting(
+        help="folder of pictures with a .txt or .json of the same name, or a .csv or .tsv",
+        option="data",
+    )
+    output: str = setting(help="folder to write; it appears when it is complete")
+    images: str = setting(
+        "",
+        help="folder that a table's image paths start from; \"\": the table's own",
+        option="image-folder",
+    )
+    image_field: str = setting(
+        "",
+        help='column of the image\'s path; "": image, file_name, path and the like',
+    )
+    fields: tuple[str, ...] = setting(
+        (*DEFAULT_FIELDS, "text=short", "title=short"),
+        help="columns, or fields of a picture's .json, that are captions: NAME=KIND or "
+        "NAME=KIND:LANGUAGE; txt is the .txt",
+    )
+    file_names: bool = setting(
+        False,
+        help='a picture without a caption gets its file name as one: red-fox_2.jpg, "red fox"',
+    )
+    background: str = setting(
+        "",
+        help='white | gray | black: put transparent pictures on it; "": left as they are',
+    )
+    workers: int = setting(0, help="processes; 0: one per core")
+    overwrite: bool = setting(False, help="replace what this command wrote there")
 
     def __post_init__(self) -> None:
         parse_fields(self.fields, LANGUAGE)
@@ -267,8 +283,10 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
 class LlavaDataConfig(SourceConfig):
     """Captions for LLaVA's first stage, one an image."""
 
-    output: str  # folder to write: captions.json and images; it appears when it is complete
-    overwrite: bool = False  # replace what this command wrote there
+    output: str = setting(
+        help="folder to write: captions.json and images; it appears when it is complete",
+    )
+    overwrite: bool = setting(False, help="replace what this command wrote there")
 
 
 LLAVA_DATA = Command(
@@ -336,14 +354,22 @@ SALT = "llm2clip data split\0"
 class SplitConfig(SourceConfig):
     """A split of one data set."""
 
-    # folder to write: train and validation, tars copied or lists that refer to the same images
-    output: str
-    validation: float = 0.02  # fraction of the keys, or of the field's values, that is held out
-    # field of the samples' JSON: samples with one value are on one side; "": each sample by its key
-    by: str = ""
-    workers: int = 0  # processes; 0: one per core
-    dry_run: bool = False  # print the counts and write nothing
-    overwrite: bool = False  # replace what this command wrote there
+    output: str = setting(
+        help="folder to write: train and validation, tars copied or lists that refer to the same "
+        "images",
+    )
+    validation: float = setting(
+        0.02,
+        help="fraction of the keys, or of the field's values, that is held out",
+    )
+    by: str = setting(
+        "",
+        help='field of the samples\' JSON: samples with one value are on one side; "": each '
+        "sample by its key",
+    )
+    workers: int = setting(0, help="processes; 0: one per core")
+    dry_run: bool = setting(False, help="print the counts and write nothing")
+    overwrite: bool = setting(False, help="replace what this command wrote there")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from llm2clip_plugin.options import setting
 from llm2clip_plugin.outside import check_image_size
 
 # "txt" is a tar's .txt member, "gpt" the answer in LLaVA's JSON, every other name a field of the
@@ -271,14 +272,31 @@ def choose_captions(
 class AugmentConfig:
     """Augmentation of training images."""
 
-    # smallest and largest area of the crop, a fraction of the image's
-    scale: tuple[float, float] = (0.9, 1.0)
-    # smallest and largest width / height of the crop; NaFlex: x its own
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = False  # mirror half of the images; text in them is mirrored too
-    rotate: float = 0.0  # degrees; the angle is uniform in -rotate .. rotate
-    # a JPEG is decoded to at least this many times the pixels a side that the crop needs
-    decode_margin: float = 1.0
+    scale: tuple[float, float] = setting(
+        (0.9, 1.0),
+        help="smallest and largest area of the crop, a fraction of the image's",
+        learned=True,
+    )
+    ratio: tuple[float, float] = setting(
+        (3 / 4, 4 / 3),
+        help="smallest and largest width / height of the crop; NaFlex: x its own",
+        learned=True,
+    )
+    flip: bool = setting(
+        False,
+        help="mirror half of the images; text in them is mirrored too",
+        learned=True,
+    )
+    rotate: float = setting(
+        0.0,
+        help="degrees; the angle is uniform in -rotate .. rotate",
+        learned=True,
+    )
+    decode_margin: float = setting(
+        1.0,
+        help="a JPEG is decoded to at least this many times the pixels a side that the crop needs",
+        learned=True,
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:

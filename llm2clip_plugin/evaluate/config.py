@@ -2,13 +2,13 @@
 read without torch."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import llm2clip_plugin
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig
-from llm2clip_plugin.options import Command
+from llm2clip_plugin.options import Command, section, setting
 from llm2clip_plugin.text.config import EncoderConfig
 
 KS = (1, 5, 10)
@@ -18,17 +18,25 @@ KS = (1, 5, 10)
 class RetrievalConfig:
     """How retrieval is measured."""
 
-    kinds: tuple[str, ...] = ()  # only captions of these kinds; empty: all
-    languages: tuple[str, ...] = ()  # only captions of these languages; empty: all
-    # JSON field of the samples: images with the same value share their captions; "": no groups
-    group: str = ""
-    # JSON field of the samples: resampled together in the bootstrap; "": the group, or the image
-    cluster: str = ""
-    ks: tuple[int, ...] = KS  # k of recall@k: a hit is a correct item in the top k
-    limit: int = 0  # use the first images, at most this many; 0: all
-    batch: int = 64  # images in one call of the tower
-    # processes that decode images; unset: none, during training as many as it has
-    workers: int | None = None
+    kinds: tuple[str, ...] = setting((), help="only captions of these kinds; empty: all")
+    languages: tuple[str, ...] = setting((), help="only captions of these languages; empty: all")
+    group: str = setting(
+        "",
+        help='JSON field of the samples: images with the same value share their captions; "": no '
+        "groups",
+    )
+    cluster: str = setting(
+        "",
+        help='JSON field of the samples: resampled together in the bootstrap; "": the group, or '
+        "the image",
+    )
+    ks: tuple[int, ...] = setting(KS, help="k of recall@k: a hit is a correct item in the top k")
+    limit: int = setting(0, help="use the first images, at most this many; 0: all")
+    batch: int = setting(64, help="images in one call of the tower", option="batch-size")
+    workers: int | None = setting(
+        None,
+        help="processes that decode images; unset: none, during training as many as it has",
+    )
 
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
@@ -41,11 +49,25 @@ class RetrievalConfig:
 class BenchmarksConfig:
     """Benchmarks that are measured at every evaluation of a training run."""
 
-    # retrieval suites by name (flickr30k, coco, sugarcrepe ...), paper, or all
-    suites: tuple[str, ...] = ()
-    root: str = ""  # folder of the suites' folders
-    # labeled images to classify by class names: a folder per class, or tars with .cls members
-    zeroshot: str = ""
+    suites: tuple[str, ...] = setting(
+        (),
+        help="retrieval suites by name (flickr30k, coco, sugarcrepe ...), paper, or all",
+        option="evaluate-suites",
+    )
+    root: str = setting(
+        "",
+        help="folder of the suites' folders",
+        option="suites-root",
+        per_host=True,
+        needs="suites",
+    )
+    zeroshot: str = setting(
+        "",
+        help="labeled images to classify by class names: a folder per class, or tars with .cls "
+        "members",
+        option="evaluate-zeroshot",
+        per_host=True,
+    )
 
     def __post_init__(self) -> None:
         if self.suites and not self.root:
@@ -59,13 +81,21 @@ class BenchmarksConfig:
 class CaptionSetConfig:
     """Which captions retrieve which."""
 
-    captions: str = ""  # captioned images; only the captions are read
-    # FIRST:SECOND, kinds of captions: the first retrieves the second
-    retrieve: tuple[str, ...] = ("short:long",)
-    home: str = "en"  # language of these captions, and the target of cross-lingual retrieval
-    across: bool = True  # also retrieve from every other language into the home language
-    across_kind: str = "short"  # kind of caption for cross-lingual retrieval
-    limit: int = 5000  # use the first images, at most this many
+    captions: str = setting("", help="captioned images; only the captions are read")
+    retrieve: tuple[str, ...] = setting(
+        ("short:long",),
+        help="FIRST:SECOND, kinds of captions: the first retrieves the second",
+    )
+    home: str = setting(
+        "en",
+        help="language of these captions, and the target of cross-lingual retrieval",
+    )
+    across: bool = setting(
+        True,
+        help="also retrieve from every other language into the home language",
+    )
+    across_kind: str = setting("short", help="kind of caption for cross-lingual retrieval")
+    limit: int = setting(5000, help="use the first images, at most this many")
 
     def __post_init__(self) -> None:
         for text in self.retrieve:
@@ -84,25 +114,36 @@ class ReadingConfig:
     """What `evaluate captions --search` tries, besides both attentions, both poolings and every
     hidden state."""
 
-    # training captions, 2,000 at most, which centering and components are fitted on
-    fit_on: str = ""
-    folder: str = ""  # folder to write the post-processing of the best to
-    templates: tuple[str, ...] = ("", PROMPT_EOL)  # chat templates; empty: none
-    # largest principal components that are removed; 0: centering
-    components: tuple[int, ...] = (0, 1, 2, 3, 5, 10)
+    fit_on: str = setting(
+        "",
+        help="training captions, 2,000 at most, which centering and components are fitted on",
+    )
+    folder: str = setting("", help="folder to write the post-processing of the best to")
+    templates: tuple[str, ...] = setting(("", PROMPT_EOL), help="chat templates; empty: none")
+    components: tuple[int, ...] = setting(
+        (0, 1, 2, 3, 5, 10),
+        help="largest principal components that are removed; 0: centering",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCaptionsConfig:
     """Caption retrieval accuracy of an LLM."""
 
-    measure: CaptionSetConfig = field(default_factory=CaptionSetConfig)
-    read: ReadConfig = field(default_factory=ReadConfig)  # how the captions are read
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    # try ways of reading the LLM on DATA, validation captions, and print the best
-    search: bool = False
-    reading: ReadingConfig = field(default_factory=ReadingConfig)
-    json: str = ""  # file to write: the metrics and every caption's hit, for llm2clip compare
+    measure: CaptionSetConfig = section(CaptionSetConfig(), options={"captions": "data"})
+    # how the captions are read
+    read: ReadConfig = section(ReadConfig(), hidden=("kinds", "languages", "shuffle_window"))
+    encoder: EncoderConfig = section(EncoderConfig())
+    search: bool = setting(
+        False,
+        help="try ways of reading the LLM on DATA, validation captions, and print the best",
+    )
+    reading: ReadingConfig = section(ReadingConfig())
+    json: str = setting(
+        "",
+        help="file to write: the metrics and every caption's hit, for llm2clip compare",
+        option="output",
+    )
 
 
 EVALUATE_CAPTIONS = Command(
@@ -120,8 +161,6 @@ EVALUATE_CAPTIONS = Command(
         "llm adapter preset fields retrieve home across across-kind limit search fit-on folder "
         "output"
     ),
-    shown={"measure.captions": "data", "json": "output"},
-    hidden="read.kinds read.languages read.shuffle_window",
 )
 
 
@@ -129,9 +168,9 @@ EVALUATE_CAPTIONS = Command(
 class MeasureConfig:
     """How images are encoded."""
 
-    batch: int = 64  # images in one call of the tower
-    workers: int = 0  # processes that decode images
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
+    batch: int = setting(64, help="images in one call of the tower", option="batch-size")
+    workers: int = setting(0, help="processes that decode images")
+    device: str = setting("", help='cpu, cuda, cuda:1 ...; "": the accelerator, if there is one')
 
 
 DRAWINGS = Path(llm2clip_plugin.__file__).parent / "data" / "emoji" / "validation-noto.tar"
@@ -141,21 +180,35 @@ DRAWINGS = Path(llm2clip_plugin.__file__).parent / "data" / "emoji" / "validatio
 class ForecastConfig(MeasureConfig):
     """How well towers are likely to serve an LLM in LLaVA."""
 
-    # tower directories, Hugging Face directories or Hub ids; differences are to the first
-    towers: tuple[str, ...]
-    data: SourceConfig = field(default_factory=lambda: SourceConfig(path=str(DRAWINGS)))
-    encoder: EncoderConfig = field(  # as LLaVA runs it; the state of <s> would drown the captions
-        default_factory=lambda: EncoderConfig(attention="causal", layer=-2, include_bos=False)
+    towers: tuple[str, ...] = setting(
+        help="tower directories, Hugging Face directories or Hub ids; differences are to the first",
     )
-    # folder of the captions' embeddings; "": forecast-<fingerprint> in the data's folder
-    cache: str = ""
-    # field of the samples' JSON; images with the same value are resampled and held out together
-    cluster: str = ""
-    # hidden state of the tower whose patches are read, LLaVA's mm_vision_select_layer
-    select_layer: int = -2
-    limit: int = 1000  # images, evenly spaced, at most
-    # write each tower's measures and every image's values here (score files, for llm2clip compare)
-    json: str = ""
+    data: SourceConfig = section(
+        SourceConfig(path=str(DRAWINGS)), hidden=("weight", "shuffle_window")
+    )
+    # as LLaVA runs it; the state of <s> would drown the captions
+    encoder: EncoderConfig = section(EncoderConfig(attention="causal", layer=-2, include_bos=False))
+    cache: str = setting(
+        "",
+        help="folder of the captions' embeddings; \"\": forecast-<fingerprint> in the data's "
+        "folder",
+    )
+    cluster: str = setting(
+        "",
+        help="field of the samples' JSON; images with the same value are resampled and held out "
+        "together",
+    )
+    select_layer: int = setting(
+        -2,
+        help="hidden state of the tower whose patches are read, LLaVA's mm_vision_select_layer",
+    )
+    limit: int = setting(1000, help="images, evenly spaced, at most")
+    json: str = setting(
+        "",
+        help="write each tower's measures and every image's values here (score files, for llm2clip "
+        "compare)",
+        option="output",
+    )
 
     def __post_init__(self) -> None:
         if not (self.towers and self.encoder.llm):
@@ -181,8 +234,6 @@ FORECAST = Command(
     settings=ForecastConfig,
     arguments="towers",
     everyday="llm data image-folder kinds languages cache cluster select-layer limit output device",
-    shown={"json": "output"},
-    hidden="data.weight data.shuffle_window",
 )
 
 
@@ -190,18 +241,30 @@ FORECAST = Command(
 class ProbeConfig(MeasureConfig):
     """kNN and linear probe on a tower's features."""
 
-    tower: str  # tower directory, Hugging Face directory or Hub id
-    train: str  # labeled images that the probes are fitted on
-    test: str  # labeled images to classify
-    label: str = ""  # field of the samples' JSON that is the class, for captioned data
-    # field of the samples' JSON; images with the same value are resampled and held out together
-    cluster: str = ""
-    # feature: the tower's own pooling, the CLS token, the mean of the patches, or the last two
-    # concatenated
-    pool: Literal["pooled", "cls", "mean", "cls_mean"] = "pooled"
-    k: int = 20  # neighbors that vote
-    linear: bool = True  # also fit the linear probe
-    json: str = ""  # write the metrics and every test image's hits here (a score file)
+    tower: str = setting(help="tower directory, Hugging Face directory or Hub id")
+    train: str = setting(help="labeled images that the probes are fitted on")
+    test: str = setting(help="labeled images to classify")
+    label: str = setting(
+        "",
+        help="field of the samples' JSON that is the class, for captioned data",
+    )
+    cluster: str = setting(
+        "",
+        help="field of the samples' JSON; images with the same value are resampled and held out "
+        "together",
+    )
+    pool: Literal["pooled", "cls", "mean", "cls_mean"] = setting(
+        "pooled",
+        help="feature: the tower's own pooling, the CLS token, the mean of the patches, or the "
+        "last two concatenated",
+    )
+    k: int = setting(20, help="neighbors that vote")
+    linear: bool = setting(True, help="also fit the linear probe")
+    json: str = setting(
+        "",
+        help="write the metrics and every test image's hits here (a score file)",
+        option="output",
+    )
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -218,7 +281,6 @@ EVALUATE_PROBE = Command(
     ),
     settings=ProbeConfig,
     arguments="tower train test",
-    shown={"json": "output"},
 )
 
 
@@ -226,21 +288,34 @@ EVALUATE_PROBE = Command(
 class EvaluateConfig:
     """Retrieval recall of a tower."""
 
-    tower: str  # tower directory or Hub id, with a text adapter
-    data: SourceConfig
-    # the teacher's embeddings of the captions; "": embeddings-<fingerprint> in the data's folder
-    cache: str = ""
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
-    device: str = ""  # cpu, cuda, cuda:1 ...; "": the accelerator, if there is one
-    # file to write: the metrics and every query's hits, for llm2clip compare; with --suite a folder
-    # with one file a suite, "": scores-<hash of the tower> in DATA
-    json: str = ""
-    # benchmarks by name, separated by commas, each in a folder of DATA; paper: those that the paper
-    # reports; all
-    suite: str = ""
+    tower: str = setting(help="tower directory or Hub id, with a text adapter")
+    data: SourceConfig = section(hidden=("weight", "shuffle_window", "kinds", "languages"))
+    cache: str = setting(
+        "",
+        help='the teacher\'s embeddings of the captions; "": embeddings-<fingerprint> in the '
+        "data's folder",
+        needs="not suite",
+    )
+    retrieval: RetrievalConfig = section(RetrievalConfig())
+    device: str = setting("", help='cpu, cuda, cuda:1 ...; "": the accelerator, if there is one')
+    json: str = setting(
+        "",
+        help="file to write: the metrics and every query's hits, for llm2clip compare; with "
+        '--suite a folder with one file a suite, "": scores-<hash of the tower> in DATA',
+        option="output",
+    )
+    suite: str = setting(
+        "",
+        help="benchmarks by name, separated by commas, each in a folder of DATA; paper: those that "
+        "the paper reports; all",
+    )
     # the tower's LLM, for captions not cached yet
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)
-    overwrite: bool = False  # with --suite: measure again even where a score file exists
+    teacher: EncoderConfig = section(EncoderConfig())
+    overwrite: bool = setting(
+        False,
+        help="with --suite: measure again even where a score file exists",
+        needs="suite",
+    )
 
 
 EVALUATE = Command(
@@ -258,9 +333,6 @@ EVALUATE = Command(
     settings=EvaluateConfig,
     arguments="tower data.path",
     everyday="suite cache image-folder fields kinds languages group limit batch-size output device",
-    shown={"json": "output"},
-    hidden="data.weight data.shuffle_window data.kinds data.languages",
-    needs={"overwrite": "suite", "cache": "not suite"},
 )
 
 
@@ -268,14 +340,18 @@ EVALUATE = Command(
 class SearchConfig(MeasureConfig):
     """Images by text."""
 
-    tower: str  # tower directory or Hub id, with a text adapter
-    data: SourceConfig  # images, with or without captions; also a folder of image files
-    text: tuple[str, ...] = ()  # texts to search for, in any language
-    top_k: int = 10  # images of each text
-    output: str = "search.html"  # the page to write; "": none
-    cache: str = ""  # folder of the embedded images; "": search, next to the downloads' folder
+    tower: str = setting(help="tower directory or Hub id, with a text adapter")
+    # images, with or without captions; also a folder of image files
+    data: SourceConfig = section(hidden=("weight", "shuffle_window", "kinds", "languages"))
+    text: tuple[str, ...] = setting((), help="texts to search for, in any language")
+    top_k: int = setting(10, help="images of each text")
+    output: str = setting("search.html", help='the page to write; "": none')
+    cache: str = setting(
+        "",
+        help='folder of the embedded images; "": search, next to the downloads\' folder',
+    )
     # the LLM, if not where the card says
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)
+    teacher: EncoderConfig = section(EncoderConfig())
 
     def __post_init__(self) -> None:
         if self.top_k < 1 or not all(map(str.strip, self.text or ("",))):
@@ -307,7 +383,6 @@ SEARCH = Command(
     settings=SearchConfig,
     arguments="tower data.path text",
     everyday="top-k output cache image-folder llm adapter batch-size workers device",
-    hidden="data.weight data.shuffle_window data.kinds data.languages",
 )
 
 
@@ -315,19 +390,37 @@ SEARCH = Command(
 class ZeroShotConfig(MeasureConfig):
     """Zero-shot classification."""
 
-    tower: str  # tower directory or Hub id, with a text adapter
-    # labeled images: a folder per class, tars with .cls members, or captioned data with --label
-    data: str
-    label: str = ""  # field of the samples' JSON that is the class, for captioned data
-    # file of class names, one per line, or CLASS<TAB>NAME; "": classnames.txt, or the folders
-    classes: str = ""
-    # file of prompts, one per line, {c} for the class; "": the data's, or "a photo of a {c}."
-    templates: str = ""
-    # folder of the prompts' embeddings; "": embeddings-<fingerprint> in the data's folder
-    cache: str = ""
+    tower: str = setting(help="tower directory or Hub id, with a text adapter")
+    data: str = setting(
+        help="labeled images: a folder per class, tars with .cls members, or captioned data with "
+        "--label",
+    )
+    label: str = setting(
+        "",
+        help="field of the samples' JSON that is the class, for captioned data",
+    )
+    classes: str = setting(
+        "",
+        help='file of class names, one per line, or CLASS<TAB>NAME; "": classnames.txt, or the '
+        "folders",
+    )
+    templates: str = setting(
+        "",
+        help='file of prompts, one per line, {c} for the class; "": the data\'s, or "a photo of a '
+        '{c}."',
+    )
+    cache: str = setting(
+        "",
+        help="folder of the prompts' embeddings; \"\": embeddings-<fingerprint> in the data's "
+        "folder",
+    )
     # the tower's LLM, for prompts not cached yet
-    teacher: EncoderConfig = field(default_factory=EncoderConfig)
-    json: str = ""  # write the metrics and every image's hit here (a score file)
+    teacher: EncoderConfig = section(EncoderConfig())
+    json: str = setting(
+        "",
+        help="write the metrics and every image's hit here (a score file)",
+        option="output",
+    )
 
 
 EVALUATE_ZEROSHOT = Command(
@@ -341,5 +434,4 @@ EVALUATE_ZEROSHOT = Command(
     settings=ZeroShotConfig,
     arguments="tower data",
     everyday="label classes templates cache llm adapter batch-size workers output device",
-    shown={"json": "output"},
 )

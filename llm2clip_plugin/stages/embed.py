@@ -14,7 +14,8 @@ from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_bytes
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.progress import phase, track
 from llm2clip_plugin.run_folder import started_by
-from llm2clip_plugin.stages.settings import EMBED, EmbedConfig, rank_and_world
+from llm2clip_plugin.stages.embed_config import EMBED, EmbedConfig
+from llm2clip_plugin.stages.settings import rank_and_world
 from llm2clip_plugin.text.config import effective
 from llm2clip_plugin.text.encoder import TextEncoder
 from llm2clip_plugin.text.llm import llm_config

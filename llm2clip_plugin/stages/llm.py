@@ -22,13 +22,9 @@ from llm2clip_plugin.progress import phase
 from llm2clip_plugin.run_folder import started_by
 from llm2clip_plugin.signals import stop_requests
 from llm2clip_plugin.stages import run as plans
+from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
-from llm2clip_plugin.stages.settings import (
-    FINETUNE_LLM,
-    FinetuneConfig,
-    plan_or_train,
-    rank_and_world,
-)
+from llm2clip_plugin.stages.settings import plan_or_train, rank_and_world
 from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, LoraSettings, effective
 from llm2clip_plugin.text.encoder import (
     CaptionEncoder,

@@ -13,11 +13,11 @@ from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.options import command
 from llm2clip_plugin.run_folder import started_by
 from llm2clip_plugin.signals import attend
+from llm2clip_plugin.stages.pipeline_config import RUN, PipelineConfig
 from llm2clip_plugin.stages.rerun import RunFolder, Stage
 from llm2clip_plugin.stages.run_checks import check_given, check_places, check_split
 from llm2clip_plugin.stages.run_page import PAGE, write_page
 from llm2clip_plugin.stages.run_plan import SEVERAL, SPLIT_STAGE, movable, plan, survey
-from llm2clip_plugin.stages.settings import RUN, PipelineConfig
 from llm2clip_plugin.train.guard import locked
 
 

@@ -26,7 +26,8 @@ from llm2clip_plugin.metrics import read_metrics
 from llm2clip_plugin.progress import each_in_phase, phase
 from llm2clip_plugin.run_folder import METRICS, headline
 from llm2clip_plugin.signals import StopRequest, loaded
-from llm2clip_plugin.stages.settings import FinetuneConfig, flat, refuse_changes, within
+from llm2clip_plugin.stages.llm_config import FinetuneConfig
+from llm2clip_plugin.stages.resume import flat, refuse_changes, same_on_all_hosts
 from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.text.config import embed_command
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
@@ -53,16 +54,6 @@ from llm2clip_plugin.train.optim import (
 from llm2clip_plugin.train.step import Batch, ContrastiveStep
 from llm2clip_plugin.vision.export import library_versions
 
-# Settings that may differ between hosts: where things are (what is there is compared instead), and
-# how many processes load, which follows a host's cores.
-PLACES = """
-output_dir resume deepspeed plan tower.path encoder.llm encoder.adapter start_adapters
-train.dataloader_num_workers
-data.path data.cache data.validation data.validation_cache data.clip_cache
-benchmarks.root benchmarks.zeroshot
-data.read.images data.read.cache_folder data.read.cache_gb data.read.index_folder
-pairs.data pairs.read.images pairs.read.cache_folder pairs.read.cache_gb pairs.read.index_folder
-""".split()
 ADVICE = {  # first word of a fact -> what to do
     "output_dir": "output_dir must be a folder that all hosts share: "
     "set --output to one on NFS or Lustre",
@@ -120,9 +111,7 @@ class TrainingRun:
         if path is not None:
             facts["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
         facts |= {f"data {name}": digest for name, digest in self.data.items()}
-        settings = {
-            name: value for name, value in flat(self.run_settings) if not within(name, PLACES)
-        }
+        settings = same_on_all_hosts(type(self.config), self.run_settings)
         facts |= {f"setting {name}": json.dumps(value) for name, value in settings.items()}
         facts |= {f"DeepSpeed {name}": json.dumps(value) for name, value in flat(self.deepspeed)}
         facts |= {f"version of {name}": version for name, version in versions().items()}
@@ -131,7 +120,11 @@ class TrainingRun:
             return None
         loaded = load(path)
         refuse_changes(
-            loaded.state.config, self.run_settings, self.config.allow_changed, where=str(path)
+            type(self.config),
+            loaded.state.config,
+            self.run_settings,
+            self.config.allow_changed,
+            where=str(path),
         )
         state = dataclasses.replace(
             loaded.state, config=self.run_settings, config_hash=self.config.hash

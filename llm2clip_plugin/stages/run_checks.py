@@ -14,9 +14,9 @@ from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
 from llm2clip_plugin.json_files import read_json_value
 from llm2clip_plugin.safetensors_header import read_header
+from llm2clip_plugin.stages.pipeline_config import PipelineConfig
 from llm2clip_plugin.stages.rerun import Stage
 from llm2clip_plugin.stages.run_plan import PRETRAIN
-from llm2clip_plugin.stages.settings import PipelineConfig
 from llm2clip_plugin.text.config import EncoderConfig, effective, find_card
 from llm2clip_plugin.text.encoder import (
     ADAPTER_WEIGHTS,

@@ -22,8 +22,8 @@ from llm2clip_plugin.evaluate.commands import measure_pairs
 from llm2clip_plugin.evaluate.config import EvaluateConfig
 from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
 from llm2clip_plugin.pages import page_style, render, thumbnail
+from llm2clip_plugin.stages.pipeline_config import PipelineConfig
 from llm2clip_plugin.stages.rerun import Stage
-from llm2clip_plugin.stages.settings import PipelineConfig
 
 # folders of the two towers' trainings
 BEFORE = "before"

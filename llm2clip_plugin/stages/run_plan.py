@@ -24,9 +24,9 @@ from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.hub import hub_snapshot
 from llm2clip_plugin.options import changed_options
 from llm2clip_plugin.stages.digests import Artifact, folder_files
+from llm2clip_plugin.stages.pipeline_config import PipelineConfig
 from llm2clip_plugin.stages.rerun import Stage
 from llm2clip_plugin.stages.run_page import AFTER, BEFORE, SIDES, held_out_config
-from llm2clip_plugin.stages.settings import PipelineConfig
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
 from llm2clip_plugin.train.distributed import gpu_precision
 from llm2clip_plugin.vision.towers import TIMM_PREFIX

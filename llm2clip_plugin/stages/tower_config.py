@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from llm2clip_plugin.data.samples import AugmentConfig, cores, parse_weights
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig
 from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
 from llm2clip_plugin.json_files import from_plain, read_json_value
-from llm2clip_plugin.options import Command, unknown
-from llm2clip_plugin.stages.settings import NEEDS, REPLACES, TEACHERS, PlanConfig, TrainingConfig
+from llm2clip_plugin.options import Command, section, setting, unknown
+from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig
 from llm2clip_plugin.train.config import (
     DistillConfig,
     HeadsConfig,
@@ -28,36 +28,72 @@ from llm2clip_plugin.train.config import (
 from llm2clip_plugin.vision.directory import LOG_SCALE, DualConfig
 
 MAX_CAPTIONS = 64  # of an image in a step
-EVALUATED = ("train.eval_steps", "evaluation.batch", "evaluation.workers")
-HELD_OUT = tuple(
-    f"evaluation.{name}" for name in ("kinds", "languages", "group", "cluster", "ks", "limit")
-)
+# what evaluations during training need, as settings declare it
+EVALUATES = "evaluates: without --validation or --evaluate-suites"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Captioned images, the teacher's embeddings of their captions, and a held-out split."""
 
-    # training data: folders of tars, .tar, .jsonl, LLaVA's .json, or URLs of these
-    path: tuple[str, ...] = ()
-    # embedding cache of each path; empty: the one embeddings-* folder next to the data
-    cache: tuple[str, ...] = ()
-    # with heads.target clip_text: cache of the CLIP's text features of each path; empty: the one
-    # next to the data
-    clip_cache: tuple[str, ...] = ()
-    # how often a sample of each path is drawn, relative to weight 1; empty: 1 each
-    weight: tuple[float, ...] = ()
-    # how often each kind of caption is drawn, KIND=WEIGHT; other kinds are not drawn; empty: evenly
-    # over all captions
-    caption_weights: tuple[str, ...] = ()
-    # draw each global batch from one path, so that negatives are of the same source
-    one_source_per_batch: bool = False
-    # captions of an image in a step; above 1 for loss.terms multi_positive or cosine
-    captions_per_image: int = 1
-    validation: str = ""  # held-out split for recall during training; "": none
-    validation_cache: str = ""  # its embedding cache; "": the one embeddings-* folder next to it
-    read: ReadConfig = field(default_factory=ReadConfig)  # how all of them are read
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    path: tuple[str, ...] = setting(
+        (),
+        help="training data: folders of tars, .tar, .jsonl, LLaVA's .json, or URLs of these",
+        option="data",
+        learned=True,
+        per_host=True,
+    )
+    cache: tuple[str, ...] = setting(
+        (),
+        help="embedding cache of each path; empty: the one embeddings-* folder next to the data",
+        learned=False,
+        per_host=True,
+    )
+    clip_cache: tuple[str, ...] = setting(
+        (),
+        help="with heads.target clip_text: cache of the CLIP's text features of each path; empty: "
+        "the one next to the data",
+        learned=False,
+        per_host=True,
+    )
+    weight: tuple[float, ...] = setting(
+        (),
+        help="how often a sample of each path is drawn, relative to weight 1; empty: 1 each",
+        option="data-weights",
+        learned=True,
+    )
+    caption_weights: tuple[str, ...] = setting(
+        (),
+        help="how often each kind of caption is drawn, KIND=WEIGHT; other kinds are not drawn; "
+        "empty: evenly over all captions",
+        learned=True,
+    )
+    one_source_per_batch: bool = setting(
+        False,
+        help="draw each global batch from one path, so that negatives are of the same source",
+        learned=True,
+    )
+    captions_per_image: int = setting(
+        1,
+        help="captions of an image in a step; above 1 for loss.terms multi_positive or cosine",
+        learned=True,
+    )
+    validation: str = setting(
+        "",
+        help='held-out split for recall during training; "": none',
+        learned=False,
+        per_host=True,
+    )
+    validation_cache: str = setting(
+        "",
+        help='its embedding cache; "": the one embeddings-* folder next to it',
+        learned=False,
+        per_host=True,
+        needs="validation",
+    )
+    # how all of them are read
+    read: ReadConfig = section(ReadConfig())
+    augment: AugmentConfig = section(AugmentConfig(), prefix="augment.")
 
     def __post_init__(self) -> None:
         for name, values in (
@@ -111,18 +147,41 @@ class DataConfig:
 class RunConfig(TrainingConfig):
     """One training run of a tower (stage 2)."""
 
-    output_dir: str = "runs/tower"  # output folder (checkpoints, metrics, exported tower)
-    data: DataConfig = field(default_factory=DataConfig)
-    tower: TowerConfig = field(default_factory=TowerConfig)
-    dual: DualConfig = field(default_factory=DualConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    heads: HeadsConfig = field(default_factory=HeadsConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    evaluation: RetrievalConfig = field(default_factory=RetrievalConfig)
-    benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
-    plan: PlanConfig = field(default_factory=PlanConfig)
+    output_dir: str = setting(
+        "runs/tower",
+        help="output folder (checkpoints, metrics, exported tower)",
+        option="output",
+        learned=False,
+        per_host=True,
+    )
+    data: DataConfig = section(DataConfig())
+    tower: TowerConfig = section(TowerConfig())
+    dual: DualConfig = section(DualConfig(), prefix="dual.")
+    loss: LossConfig = section(LossConfig(), prefix="loss.")
+    distill: DistillConfig = section(DistillConfig(), prefix="distill.")
+    optim: OptimConfig = section(
+        OptimConfig(),
+        needs_of={
+            "lr": "trains_at_lr: with --freeze, which trains the heads alone, at --head-lr",
+        },
+    )
+    heads: HeadsConfig = section(HeadsConfig(), prefix="heads.", needs="heads.steps")
+    train: TrainConfig = section(TrainConfig(), needs_of={"eval_steps": EVALUATES})
+    evaluation: RetrievalConfig = section(
+        RetrievalConfig(),
+        prefix="evaluation.",
+        learned=False,
+        needs_of={
+            "batch": EVALUATES,
+            "workers": EVALUATES,
+            # suites have their own
+            **dict.fromkeys(
+                ("kinds", "languages", "group", "cluster", "ks", "limit"), "data.validation"
+            ),
+        },
+    )
+    benchmarks: BenchmarksConfig = section(BenchmarksConfig(), learned=False)
+    plan: PlanConfig = section(PlanConfig(), learned=False, per_host=True, needs="dry_run")
 
     @property
     def evaluates(self) -> bool:
@@ -434,37 +493,11 @@ TRAIN_TOWER = Command(
     arguments="data.path",
     everyday="recipe tower cache image-folder validation output global-batch micro-batch lr "
     "num-train-epochs max-steps precision deepspeed dry-run",
-    shown={
-        "data.weight": "data-weights",
-        "tower.path": "tower",
-        "evaluation": "evaluation.",
-        "heads": "heads.",
-        "loss": "loss.",
-        "distill": "distill.",
-        "dual": "dual.",
-        "data.augment": "augment.",
-        "benchmarks.suites": "evaluate-suites",
-        "benchmarks.root": "suites-root",
-        "benchmarks.zeroshot": "evaluate-zeroshot",
-        "plan.images": "assumed-samples",
-    },
     extras={
         "recipe": f"{DEFAULT} (the default): any data and tower; "
         "quickstart: the built-in emoji alone; "
         f"the paper's: {', '.join(PAPER_RECIPES)}; "
         "NAME/TEACHER for caches of one of the paper's LLMs",
         "config": "a configuration in JSON, for example the run.json of an earlier run",
-    },
-    replaces=REPLACES,
-    needs={
-        **NEEDS,
-        **dict.fromkeys(EVALUATED, "evaluates: without --validation or --evaluate-suites"),
-        **dict.fromkeys(HELD_OUT, "data.validation"),  # suites have their own
-        "benchmarks.root": "benchmarks.suites",
-        "data.validation_cache": "data.validation",
-        "heads": "heads.steps",
-        "tower.lora_alpha": "tower.lora_rank",
-        "tower.architecture": "not tower.path",
-        "optim.lr": "trains_at_lr: with --freeze, which trains the heads alone, at --head-lr",
     },
 )

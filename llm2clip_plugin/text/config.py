@@ -3,14 +3,14 @@ torch."""
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity
 from llm2clip_plugin.data.sources import ReadConfig
 from llm2clip_plugin.errors import ContractError
-from llm2clip_plugin.options import Command, command, unknown
+from llm2clip_plugin.options import Command, command, section, setting, unknown
 
 ALL_LINEAR = "all-linear"
 
@@ -19,13 +19,20 @@ ALL_LINEAR = "all-linear"
 class LoraSettings:
     """LoRA adapter of the LLM."""
 
-    r: int = 16  # rank
-    alpha: int = 32  # the update is scaled by alpha / r, or by alpha / sqrt(r) with rslora
-    dropout: float = 0.05  # dropout on the adapter's input
-    # names of the linear layers to adapt; all-linear: every linear layer of the blocks
-    targets: tuple[str, ...] = (ALL_LINEAR,)
-    dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024)
-    rslora: bool = False  # rank-stabilized scale (Kalajdzievski 2023)
+    r: int = setting(16, help="rank", option="rank", learned=True)
+    alpha: int = setting(
+        32,
+        help="the update is scaled by alpha / r, or by alpha / sqrt(r) with rslora",
+        learned=True,
+    )
+    dropout: float = setting(0.05, help="dropout on the adapter's input", learned=True)
+    targets: tuple[str, ...] = setting(
+        (ALL_LINEAR,),
+        help="names of the linear layers to adapt; all-linear: every linear layer of the blocks",
+        learned=True,
+    )
+    dora: bool = setting(False, help="weight-decomposed LoRA (Liu et al. 2024)", learned=True)
+    rslora: bool = setting(False, help="rank-stabilized scale (Kalajdzievski 2023)", learned=True)
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
@@ -39,14 +46,28 @@ class LoraSettings:
 class ContrastConfig:
     """The loss of caption-contrastive training."""
 
-    # logit scale (1 / temperature), as in the paper; the initial value if it is learned
-    scale: float = 50.0
-    learn_scale: bool = False  # learn the logit scale, up to 100
-    # groups of similar length in which a micro-batch's texts are padded: less padding, same result
-    length_groups: int = 4
-    mask_same: bool = True  # pairs with a common text or image are not negatives of each other
-    # half of the loss retrieves queries from positives; without, all retrieves positives
-    symmetric: bool = True
+    scale: float = setting(
+        50.0,
+        help="logit scale (1 / temperature), as in the paper; the initial value if it is learned",
+        learned=True,
+    )
+    learn_scale: bool = setting(False, help="learn the logit scale, up to 100", learned=True)
+    length_groups: int = setting(
+        4,
+        help="groups of similar length in which a micro-batch's texts are padded: less padding, "
+        "same result",
+        learned=False,
+    )
+    mask_same: bool = setting(
+        True,
+        help="pairs with a common text or image are not negatives of each other",
+        learned=True,
+    )
+    symmetric: bool = setting(
+        True,
+        help="half of the loss retrieves queries from positives; without, all retrieves positives",
+        learned=True,
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 100 or self.length_groups < 1:
@@ -77,28 +98,61 @@ class PairKind:
 class PairsConfig:
     """Training data, and which two texts form a pair."""
 
-    # caption sets (as for the tower), or .jsonl of text pairs: query, positive, in all rows or none
-    # a hard negative, and instruction, text before the query (not pooled) in place of query_prompt
-    data: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()  # how often a sample of each is drawn; empty: all equal
-    # of caption sets: QUERY:POSITIVE[=WEIGHT], KIND:same for two of a kind
-    pair_kinds: tuple[str, ...] = ("short:long",)
-    # draw a kind for each pair; without, all pairs of a batch are of one kind
-    mix_kinds: bool = False
-    # of caption sets: text before the queries of a kind of caption, KIND=TEXT, not pooled; others
-    # have query_prompt
-    instructions: tuple[str, ...] = ()
-    # of caption sets: a hard negative for each pair, the caption of the positive's kind of a random
-    # other image
-    random_negatives: bool = False
-    # KIND=LOW:HIGH: captions of this kind are comma-separated; draw LOW to HIGH items
-    lists: tuple[str, ...] = ()
-    # field of a sample's JSON: samples with equal values are not used as negatives of each other
-    group: str = ""
-    # truncate queries above max_tokens; otherwise they are an error before training
-    cut_queries: bool = False
+    data: tuple[str, ...] = setting(
+        (),
+        help="caption sets (as for the tower), or .jsonl of text pairs: query, positive, in all "
+        "rows or none a hard negative, and instruction, text before the query (not pooled) in "
+        "place of query_prompt",
+        option="data",
+        learned=True,
+        per_host=True,
+    )
+    weights: tuple[float, ...] = setting(
+        (),
+        help="how often a sample of each is drawn; empty: all equal",
+        option="data-weights",
+        learned=True,
+    )
+    pair_kinds: tuple[str, ...] = setting(
+        ("short:long",),
+        help="of caption sets: QUERY:POSITIVE[=WEIGHT], KIND:same for two of a kind",
+        learned=True,
+    )
+    mix_kinds: bool = setting(
+        False,
+        help="draw a kind for each pair; without, all pairs of a batch are of one kind",
+        learned=True,
+    )
+    instructions: tuple[str, ...] = setting(
+        (),
+        help="of caption sets: text before the queries of a kind of caption, KIND=TEXT, not "
+        "pooled; others have query_prompt",
+        learned=True,
+    )
+    random_negatives: bool = setting(
+        False,
+        help="of caption sets: a hard negative for each pair, the caption of the positive's kind "
+        "of a random other image",
+        learned=True,
+    )
+    lists: tuple[str, ...] = setting(
+        (),
+        help="KIND=LOW:HIGH: captions of this kind are comma-separated; draw LOW to HIGH items",
+        learned=True,
+    )
+    group: str = setting(
+        "",
+        help="field of a sample's JSON: samples with equal values are not used as negatives of "
+        "each other",
+        learned=True,
+    )
+    cut_queries: bool = setting(
+        False,
+        help="truncate queries above max_tokens; otherwise they are an error before training",
+        learned=True,
+    )
     # how caption sets are read; stage 1 has an order of its own, without windows
-    read: ReadConfig = field(default_factory=lambda: ReadConfig(shuffle_window=0))
+    read: ReadConfig = section(ReadConfig(shuffle_window=0), hidden=("shuffle_window",))
 
     def __post_init__(self) -> None:
         if self.weights and len(self.weights) != len(self.data):
@@ -189,31 +243,76 @@ class EncoderConfig:
     """An LLM as caption encoder. The card of the adapter or of the LLM's folder, if there is one,
     takes precedence."""
 
-    llm: str = ""  # path or Hub id of a decoder LLM
-    # settings of checkpoints without a card: llm2clip-llama3, llm2vec, last-token, mean; "" for
-    # none
-    preset: str = ""
-    revision: str = ""  # commit, tag or branch on the Hub; "" for the default
-    adapter: str = ""  # folder of a PEFT adapter; "" for none
-    attention: str = "bidirectional"  # bidirectional | causal
-    pooling: str = "mean"  # mean over the tokens | last: the last token
-    # hidden state to pool: 0 token embeddings, 1 after the first block, ..., -1 after the final
-    # norm
-    layer: int = -1
-    prompt: str = ""  # text before every caption; not pooled
-    query_prompt: str = ""  # text before a query, in training and caption retrieval; not pooled
-    # "" for none; "user": one user turn of the tokenizer's template; or a text with {caption}
-    chat_template: str = ""
-    include_bos: bool = True  # include the BOS token, if the tokenizer adds one, in mean pooling
-    # post-processing that `evaluate captions --search` wrote: centering, removed components
-    post_file: str = ""
-    # tokens of an input, template and prompt included; longer captions are truncated
-    max_tokens: int = 512
-    # float32 | bfloat16 | float16 | auto: bfloat16 on GPUs, the faster one on CPUs
-    compute_dtype: str = "auto"
-    load_in_4bit: bool = False  # NF4 with double quantization (bitsandbytes)
-    # run the Python code in the folder of an LLM that transformers does not have: read it first
-    trust_remote_code: bool = False
+    llm: str = setting("", help="path or Hub id of a decoder LLM", learned=True, per_host=True)
+    preset: str = setting(
+        "",
+        help="settings of checkpoints without a card: llm2clip-llama3, llm2vec, last-token, mean; "
+        '"" for none',
+        learned=True,
+    )
+    revision: str = setting(
+        "",
+        help='commit, tag or branch on the Hub; "" for the default',
+        learned=True,
+    )
+    adapter: str = setting(
+        "",
+        help='folder of a PEFT adapter; "" for none',
+        learned=True,
+        per_host=True,
+    )
+    attention: str = setting("bidirectional", help="bidirectional | causal", learned=True)
+    pooling: str = setting("mean", help="mean over the tokens | last: the last token", learned=True)
+    layer: int = setting(
+        -1,
+        help="hidden state to pool: 0 token embeddings, 1 after the first block, ..., -1 after the "
+        "final norm",
+        learned=True,
+    )
+    prompt: str = setting("", help="text before every caption; not pooled", learned=True)
+    query_prompt: str = setting(
+        "",
+        help="text before a query, in training and caption retrieval; not pooled",
+        learned=True,
+    )
+    chat_template: str = setting(
+        "",
+        help='"" for none; "user": one user turn of the tokenizer\'s template; or a text with '
+        "{caption}",
+        learned=True,
+    )
+    include_bos: bool = setting(
+        True,
+        help="include the BOS token, if the tokenizer adds one, in mean pooling",
+        learned=True,
+    )
+    post_file: str = setting(
+        "",
+        help="post-processing that `evaluate captions --search` wrote: centering, removed "
+        "components",
+        learned=True,
+    )
+    max_tokens: int = setting(
+        512,
+        help="tokens of an input, template and prompt included; longer captions are truncated",
+        learned=True,
+    )
+    compute_dtype: str = setting(
+        "auto",
+        help="float32 | bfloat16 | float16 | auto: bfloat16 on GPUs, the faster one on CPUs",
+        learned=True,
+    )
+    load_in_4bit: bool = setting(
+        False,
+        help="NF4 with double quantization (bitsandbytes)",
+        learned=True,
+    )
+    trust_remote_code: bool = setting(
+        False,
+        help="run the Python code in the folder of an LLM that transformers does not have: read it "
+        "first",
+        learned=False,
+    )
 
     def __post_init__(self) -> None:
         if self.preset and self.preset not in PRESETS:
@@ -293,9 +392,9 @@ def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str)
 class ExportConfig:
     """Export a fine-tuned LLM."""
 
-    output: str  # folder to write
-    overwrite: bool = False  # replace an existing folder
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    output: str = setting(help="folder to write")
+    overwrite: bool = setting(False, help="replace an existing folder")
+    encoder: EncoderConfig = section(EncoderConfig())
 
 
 EXPORT_LLM = Command(

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from llm2clip_plugin.data.samples import PREFETCH_MB
 from llm2clip_plugin.json_files import from_plain
-from llm2clip_plugin.options import unknown
+from llm2clip_plugin.options import setting, unknown
 
 Precision = Literal["fp32", "bf16", "fp16"]
 ReductionType = Literal["", "fp32", "bf16", "fp16"]
@@ -44,18 +44,52 @@ def check_bounds(section: str, config: Any, **bounds: tuple[float, float]) -> No
 class TowerConfig:
     """The initial vision tower, and which parts of it train."""
 
-    path: str = ""  # tower directory, Hugging Face directory or Hub id
-    # known architecture (eva02-l14-336 ...) that --dry-run uses if path is empty
-    architecture: str = ""
-    image_size: int = 0  # pixels per side; position embeddings are interpolated. 0: the tower's own
-    freeze: bool = False  # train only the heads
-    freeze_first_blocks: int = 0  # freeze the embeddings and this many first blocks
-    from_scratch: bool = False  # start from random weights of the architecture; path stays empty
-    # start from the tower directory's projection, text adapter and logit scale
-    keep_heads: bool = False
-    # rank of LoRA on the blocks' Linear layers (PEFT), which freezes the tower; 0: no LoRA
-    lora_rank: int = 0
-    lora_alpha: int = 32  # LoRA updates are scaled by alpha / rank
+    path: str = setting(
+        "",
+        help="tower directory, Hugging Face directory or Hub id",
+        option="tower",
+        learned=True,
+        per_host=True,
+    )
+    architecture: str = setting(
+        "",
+        help="known architecture (eva02-l14-336 ...) that --dry-run uses if path is empty",
+        learned=False,
+        needs="not path",
+    )
+    image_size: int = setting(
+        0,
+        help="pixels per side; position embeddings are interpolated. 0: the tower's own",
+        learned=True,
+    )
+    freeze: bool = setting(False, help="train only the heads", learned=True)
+    freeze_first_blocks: int = setting(
+        0,
+        help="freeze the embeddings and this many first blocks",
+        learned=True,
+    )
+    from_scratch: bool = setting(
+        False,
+        help="start from random weights of the architecture; path stays empty",
+        learned=True,
+    )
+    keep_heads: bool = setting(
+        False,
+        help="start from the tower directory's projection, text adapter and logit scale",
+        learned=True,
+    )
+    lora_rank: int = setting(
+        0,
+        help="rank of LoRA on the blocks' Linear layers (PEFT), which freezes the tower; 0: no "
+        "LoRA",
+        learned=True,
+    )
+    lora_alpha: int = setting(
+        32,
+        help="LoRA updates are scaled by alpha / rank",
+        learned=True,
+        needs="lora_rank",
+    )
 
     def __post_init__(self) -> None:
         pretrained = (
@@ -80,16 +114,39 @@ class TowerConfig:
 class HeadsConfig:
     """The phase that fits the heads on a frozen tower."""
 
-    # images: fit projection and text adapter to each other | clip_text: fit the text adapter alone
-    # to the text features of the tower's own CLIP (ProCLIP), whose projection and logit scale are
-    # kept
-    target: Literal["images", "clip_text"] = "images"
-    steps: int = 0  # updates that train only the heads; 0: skip this phase
-    batch: int = 256  # image-caption pairs per update
-    lr: float = 1e-3  # of AdamW; constant, with clip_text its peak before cosine decay
-    weight_decay: float = 0.05  # not applied to norms, biases, logit scale
-    # images used, evenly spaced in each source; features are held in memory
-    max_images: int = 100_000
+    target: Literal["images", "clip_text"] = setting(
+        "images",
+        help="images: fit projection and text adapter to each other | clip_text: fit the text "
+        "adapter alone to the text features of the tower's own CLIP (ProCLIP), whose projection "
+        "and logit scale are kept",
+        learned=True,
+    )
+    steps: int = setting(
+        0,
+        help="updates that train only the heads; 0: skip this phase",
+        learned=True,
+    )
+    batch: int = setting(
+        256,
+        help="image-caption pairs per update",
+        option="batch-size",
+        learned=True,
+    )
+    lr: float = setting(
+        1e-3,
+        help="of AdamW; constant, with clip_text its peak before cosine decay",
+        learned=True,
+    )
+    weight_decay: float = setting(
+        0.05,
+        help="not applied to norms, biases, logit scale",
+        learned=True,
+    )
+    max_images: int = setting(
+        100_000,
+        help="images used, evenly spaced in each source; features are held in memory",
+        learned=True,
+    )
 
     def __post_init__(self) -> None:
         check_choices("heads", self)
@@ -102,9 +159,12 @@ class HeadsConfig:
 class DistillConfig:
     """The frozen tower that the loss terms distill and patch_reference compare with."""
 
-    # ema: a moving average of the tower | start: the tower as it was before step 1
-    reference: Literal["ema", "start"] = "ema"
-    decay: float = 0.999  # of that moving average, a step
+    reference: Literal["ema", "start"] = setting(
+        "ema",
+        help="ema: a moving average of the tower | start: the tower as it was before step 1",
+        learned=True,
+    )
+    decay: float = setting(0.999, help="of that moving average, a step", learned=True)
 
     def __post_init__(self) -> None:
         check_choices("distill", self)
@@ -115,25 +175,76 @@ class DistillConfig:
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    # adamw | adamw_8bit (bitsandbytes: a quarter of the memory for optimizer states)
-    name: str = "adamw"
-    # settings of this optimizer alone, as NAME=VALUE (adamw_8bit: min_8bit_size=4096)
-    args: tuple[str, ...] = ()
-    lr: float = 1e-5  # peak learning rate, of the tower's last block or of the LLM's adapter
-    # peak learning rate of projection, text adapter and logit scale; 0: same as lr
-    head_lr: float = 0.0
-    weight_decay: float = 0.05  # not applied to norms, biases, class token, positions, logit scale
-    layer_decay: float = 0.85  # lr factor from a block to the one below it; 1: none
-    # parts of the tower, if it has them, that layer_decay does not slow down
-    full_lr: tuple[str, ...] = ()
-    betas: tuple[float, float] = (0.9, 0.98)  # decay rates of Adam's moments
-    eps: float = 1e-8  # Adam's epsilon
-    max_grad_norm: float = 5.0  # gradient clipping by global norm; 0: none
-    # after the warm-up: cosine | linear (both to min_lr_ratio) | constant
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0  # steps of linear warm-up
-    warmup_ratio: float = 0.0  # warm-up as a fraction of all steps; set one of the two
-    min_lr_ratio: float = 0.0  # where the schedule ends, as a fraction of the peak
+    name: str = setting(
+        "adamw",
+        help="adamw | adamw_8bit (bitsandbytes: a quarter of the memory for optimizer states)",
+        option="optimizer",
+        learned=True,
+    )
+    args: tuple[str, ...] = setting(
+        (),
+        help="settings of this optimizer alone, as NAME=VALUE (adamw_8bit: min_8bit_size=4096)",
+        option="optimizer-args",
+        learned=True,
+    )
+    lr: float = setting(
+        1e-5,
+        help="peak learning rate, of the tower's last block or of the LLM's adapter",
+        learned=True,
+    )
+    head_lr: float = setting(
+        0.0,
+        help="peak learning rate of projection, text adapter and logit scale; 0: same as lr",
+        learned=True,
+    )
+    weight_decay: float = setting(
+        0.05,
+        help="not applied to norms, biases, class token, positions, logit scale",
+        learned=True,
+    )
+    layer_decay: float = setting(
+        0.85,
+        help="lr factor from a block to the one below it; 1: none",
+        learned=True,
+    )
+    full_lr: tuple[str, ...] = setting(
+        (),
+        help="parts of the tower, if it has them, that layer_decay does not slow down",
+        learned=True,
+    )
+    betas: tuple[float, float] = setting(
+        (0.9, 0.98),
+        help="decay rates of Adam's moments",
+        learned=True,
+    )
+    eps: float = setting(1e-8, help="Adam's epsilon", learned=True)
+    max_grad_norm: float = setting(
+        5.0,
+        help="gradient clipping by global norm; 0: none",
+        learned=True,
+    )
+    schedule: Literal["cosine", "linear", "constant"] = setting(
+        "cosine",
+        help="after the warm-up: cosine | linear (both to min_lr_ratio) | constant",
+        learned=True,
+    )
+    warmup_steps: int = setting(
+        0,
+        help="steps of linear warm-up",
+        learned=True,
+        replaces="warmup_ratio",
+    )
+    warmup_ratio: float = setting(
+        0.0,
+        help="warm-up as a fraction of all steps; set one of the two",
+        learned=True,
+        replaces="warmup_steps",
+    )
+    min_lr_ratio: float = setting(
+        0.0,
+        help="where the schedule ends, as a fraction of the peak",
+        learned=True,
+    )
 
     def __post_init__(self) -> None:
         check_choices("optim", self)
@@ -156,45 +267,131 @@ class OptimConfig:
 class TrainConfig:
     """Length, batch size, precision, checkpoints and logging of a run."""
 
-    # image-caption pairs per optimizer step, over all ranks; also the negatives
-    global_batch: int = 4096
-    # pairs per forward pass and GPU; 0: all at once. Smaller values use gradient caching
-    micro_batch: int = 0
-    num_train_epochs: float = 4.0  # passes over the data; used if max_steps is 0
-    max_steps: int = 0  # optimizer steps; 0 or -1: as many as num_train_epochs makes
-    precision: Precision = "fp32"  # precision of weights; optimizer state stays fp32
-    # TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)
-    tf32: Tf32 = "auto"
-    # of gradients' reduction; "": precision's, from 16 ranks on fp32
-    communication_data_type: ReductionType = ""
-    seed: int = 0  # of the data's order, augmentation, noise, initial heads
-    # recompute the tower's blocks in the backward pass: less memory, slower; auto: where a GPU
-    # would not hold them
-    gradient_checkpointing: bool | Literal["auto"] = False
-    # torch.compile the blocks of the tower or LLM; the first step waits for it, up to a minute
-    torch_compile: bool = False
-    ema_decay: float = 0.0  # exponential moving average of the weights, also exported; 0: none
-    save_steps: int = 0  # steps between checkpoints; 0: only by time
-    save_minutes: float = 15.0  # minutes between checkpoints; 0: only by steps
-    save_total_limit: int = 2  # checkpoints kept; 0: all
-    eval_steps: int = 0  # steps between evaluations on the held-out split; 0: only at the end
-    # evaluate before step 1 too: the scores that the run's are compared with
-    eval_on_start: bool = True
-    logging_steps: int = 1  # steps between lines of metrics.jsonl
-    report_to: tuple[Monitor, ...] = ()  # DeepSpeed's monitors: tensorboard, wandb, csv
-    # steps traced by torch.profiler into output_dir/profile, after 5 if there are more; 0: none
-    profile_steps: int = 0
-    profile_all_ranks: bool = False  # trace every rank, not rank 0 alone
-    dataloader_num_workers: int = 0  # processes per rank that decode images or tokenize pairs
-    # 10^6 bytes of /dev/shm that these fill ahead, for each rank
-    dataloader_prefetch_mb: int = PREFETCH_MB
-    # batches with a non-finite loss or gradient to leave out; one more ends the run
-    skip_bad_batches: int = 0
-    max_broken: float = 0.01  # fraction of unreadable samples above which the run stops
-    # seconds that a rank waits for the others in a collective before the run fails
-    ddp_timeout: float = DDP_TIMEOUT
-    # a rank without progress for so long is named; 0: never
-    straggler_seconds: float = STRAGGLER_SECONDS
+    global_batch: int = setting(
+        4096,
+        help="image-caption pairs per optimizer step, over all ranks; also the negatives",
+        learned=True,
+    )
+    micro_batch: int = setting(
+        0,
+        help="pairs per forward pass and GPU; 0: all at once. Smaller values use gradient caching",
+        learned=True,
+    )
+    num_train_epochs: float = setting(
+        4.0,
+        help="passes over the data; used if max_steps is 0",
+        learned=True,
+        needs="not max_steps",
+        replaces="max_steps",
+    )
+    max_steps: int = setting(
+        0,
+        help="optimizer steps; 0 or -1: as many as num_train_epochs makes",
+        learned=True,
+    )
+    precision: Precision = setting(
+        "fp32",
+        help="precision of weights; optimizer state stays fp32",
+        learned=True,
+    )
+    tf32: Tf32 = setting(
+        "auto",
+        help="TF32 for products of fp32 tensors on GPUs: on | off | auto (not with precision fp32)",
+        learned=False,
+    )
+    communication_data_type: ReductionType = setting(
+        "",
+        help="of gradients' reduction; \"\": precision's, from 16 ranks on fp32",
+        learned=False,
+    )
+    seed: int = setting(
+        0,
+        help="of the data's order, augmentation, noise, initial heads",
+        learned=True,
+    )
+    gradient_checkpointing: bool | Literal["auto"] = setting(
+        False,
+        help="recompute the tower's blocks in the backward pass: less memory, slower; auto: where "
+        "a GPU would not hold them",
+        learned=False,
+    )
+    torch_compile: bool = setting(
+        False,
+        help="torch.compile the blocks of the tower or LLM; the first step waits for it, up to a "
+        "minute",
+        learned=False,
+    )
+    ema_decay: float = setting(
+        0.0,
+        help="exponential moving average of the weights, also exported; 0: none",
+        learned=True,
+    )
+    save_steps: int = setting(0, help="steps between checkpoints; 0: only by time", learned=False)
+    save_minutes: float = setting(
+        15.0,
+        help="minutes between checkpoints; 0: only by steps",
+        learned=False,
+    )
+    save_total_limit: int = setting(2, help="checkpoints kept; 0: all", learned=False)
+    eval_steps: int = setting(
+        0,
+        help="steps between evaluations on the held-out split; 0: only at the end",
+        learned=False,
+    )
+    eval_on_start: bool = setting(
+        True,
+        help="evaluate before step 1 too: the scores that the run's are compared with",
+        learned=False,
+    )
+    logging_steps: int = setting(1, help="steps between lines of metrics.jsonl", learned=False)
+    report_to: tuple[Monitor, ...] = setting(
+        (),
+        help="DeepSpeed's monitors: tensorboard, wandb, csv",
+        learned=False,
+    )
+    profile_steps: int = setting(
+        0,
+        help="steps traced by torch.profiler into output_dir/profile, after 5 if there are more; "
+        "0: none",
+        learned=False,
+    )
+    profile_all_ranks: bool = setting(
+        False,
+        help="trace every rank, not rank 0 alone",
+        learned=False,
+    )
+    dataloader_num_workers: int = setting(
+        0,
+        help="processes per rank that decode images or tokenize pairs",
+        option="workers",
+        learned=False,
+        per_host=True,
+    )
+    dataloader_prefetch_mb: int = setting(
+        PREFETCH_MB,
+        help="10^6 bytes of /dev/shm that these fill ahead, for each rank",
+        learned=False,
+    )
+    skip_bad_batches: int = setting(
+        0,
+        help="batches with a non-finite loss or gradient to leave out; one more ends the run",
+        learned=False,
+    )
+    max_broken: float = setting(
+        0.01,
+        help="fraction of unreadable samples above which the run stops",
+        learned=True,
+    )
+    ddp_timeout: float = setting(
+        DDP_TIMEOUT,
+        help="seconds that a rank waits for the others in a collective before the run fails",
+        learned=False,
+    )
+    straggler_seconds: float = setting(
+        STRAGGLER_SECONDS,
+        help="a rank without progress for so long is named; 0: never",
+        learned=False,
+    )
 
     def __post_init__(self) -> None:
         check_choices("train", self)
@@ -315,18 +512,37 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
 class LossConfig:
     """The training loss, a weighted sum of terms."""
 
-    # terms of the sum as NAME=WEIGHT, or NAME=START:END@FRACTION for a weight that changes linearly
-    # over this fraction of the run: infonce (CLIP, LLM2CLIP), sigmoid (SigLIP; needs
-    # dual.logit_bias_init), cosine (LIFT), multi_positive, distill (ProCLIP) and patch_reference
-    # (both compare with distill.reference), patch_captions (FLAIR)
-    terms: tuple[str, ...] = ("infonce",)
-    weight: float = 1.0  # factor of the sum
-    # rows of the logits held at once; 0: as many as fit 16 MiB on a CPU, 512 MiB on a GPU
-    block: int = 0
-    mask_same_caption: bool = True  # pairs with equal captions are not negatives of each other
-    mask_same_image: bool = True  # pairs with the same image are not negatives of each other
-    # settings of a term alone, as NAME=VALUE, or TERM.NAME=VALUE if there are several terms
-    args: tuple[str, ...] = ()
+    terms: tuple[str, ...] = setting(
+        ("infonce",),
+        help="terms of the sum as NAME=WEIGHT, or NAME=START:END@FRACTION for a weight that "
+        "changes linearly over this fraction of the run: infonce (CLIP, LLM2CLIP), sigmoid "
+        "(SigLIP; needs dual.logit_bias_init), cosine (LIFT), multi_positive, distill "
+        "(ProCLIP) and patch_reference (both compare with distill.reference), patch_captions "
+        "(FLAIR)",
+        learned=True,
+    )
+    weight: float = setting(1.0, help="factor of the sum", learned=True)
+    block: int = setting(
+        0,
+        help="rows of the logits held at once; 0: as many as fit 16 MiB on a CPU, 512 MiB on a GPU",
+        learned=False,
+    )
+    mask_same_caption: bool = setting(
+        True,
+        help="pairs with equal captions are not negatives of each other",
+        learned=True,
+    )
+    mask_same_image: bool = setting(
+        True,
+        help="pairs with the same image are not negatives of each other",
+        learned=True,
+    )
+    args: tuple[str, ...] = setting(
+        (),
+        help="settings of a term alone, as NAME=VALUE, or TERM.NAME=VALUE if there are several "
+        "terms",
+        learned=True,
+    )
 
     def __post_init__(self) -> None:
         parse_terms(self.terms)

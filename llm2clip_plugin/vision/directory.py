@@ -22,6 +22,7 @@ from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.hashes import sha256_weights
 from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
 from llm2clip_plugin.json_files import read_json_value
+from llm2clip_plugin.options import setting
 from llm2clip_plugin.safetensors_header import load_tensors, read_header
 
 if TYPE_CHECKING:
@@ -39,29 +40,73 @@ LOG_SCALE = math.log(1 / 0.07)  # where CLIP's own training starts (arXiv 2103.0
 class DualConfig:
     """How image features and LLM embeddings are mapped to one space."""
 
-    projection_dim: int = 1280  # width of the space that images and captions share
-    llm_width: int = 0  # width of an LLM embedding; 0: no text adapter, only a projection
-    # image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean (concatenated)
-    pool: str = "pooled"
-    # linear | mlp (LIFT's: two linear layers, GELU between) | none (the pooled feature;
-    # projection_dim is its width)
-    projection: str = "linear"
-    projection_norm: bool = False  # a LayerNorm before the projection
-    projection_bias: bool = False  # a bias in the linear projection, initially 0
-    # std of the projection's initial weights; None: width ** -0.5
-    projection_init_std: float | None = None
-    # text adapter: mlp (the paper's) | linear | none (projection_dim is then llm_width)
-    adapter: str = "mlp"
-    adapter_blocks: int = 4  # residual MLP blocks
-    adapter_expansion: int = 2  # hidden width of a block, in multiples of llm_width
-    normalise_input: bool = True  # L2-normalize LLM embeddings first
-    input_scale: str = "unit"  # unit | sqrt_width: factor on the normalized embedding
-    # standard deviation of Gaussian noise on the scaled embedding, in training only
-    input_noise: float = 0.0
-    # natural log of the initial scale; None: the tower's own, else log(1 / 0.07)
-    logit_scale_init: float | None = None
-    # initial value of a learned bias, for SigLIP's sigmoid loss (paper: -10)
-    logit_bias_init: float | None = None
+    projection_dim: int = setting(
+        1280,
+        help="width of the space that images and captions share",
+        learned=True,
+    )
+    llm_width: int = setting(
+        0,
+        help="width of an LLM embedding; 0: no text adapter, only a projection",
+        learned=True,
+    )
+    pool: str = setting(
+        "pooled",
+        help="image feature: pooled (the family's own) | cls | mean (of patches) | cls_mean "
+        "(concatenated)",
+        learned=True,
+    )
+    projection: str = setting(
+        "linear",
+        help="linear | mlp (LIFT's: two linear layers, GELU between) | none (the pooled feature; "
+        "projection_dim is its width)",
+        learned=True,
+    )
+    projection_norm: bool = setting(False, help="a LayerNorm before the projection", learned=True)
+    projection_bias: bool = setting(
+        False,
+        help="a bias in the linear projection, initially 0",
+        learned=True,
+    )
+    projection_init_std: float | None = setting(
+        None,
+        help="std of the projection's initial weights; None: width ** -0.5",
+        learned=True,
+        initial=True,
+    )
+    adapter: str = setting(
+        "mlp",
+        help="text adapter: mlp (the paper's) | linear | none (projection_dim is then llm_width)",
+        learned=True,
+    )
+    adapter_blocks: int = setting(4, help="residual MLP blocks", learned=True)
+    adapter_expansion: int = setting(
+        2,
+        help="hidden width of a block, in multiples of llm_width",
+        learned=True,
+    )
+    normalise_input: bool = setting(True, help="L2-normalize LLM embeddings first", learned=True)
+    input_scale: str = setting(
+        "unit",
+        help="unit | sqrt_width: factor on the normalized embedding",
+        learned=True,
+    )
+    input_noise: float = setting(
+        0.0,
+        help="standard deviation of Gaussian noise on the scaled embedding, in training only",
+        learned=True,
+    )
+    logit_scale_init: float | None = setting(
+        None,
+        help="natural log of the initial scale; None: the tower's own, else log(1 / 0.07)",
+        learned=True,
+        initial=True,
+    )
+    logit_bias_init: float | None = setting(
+        None,
+        help="initial value of a learned bias, for SigLIP's sigmoid loss (paper: -10)",
+        learned=True,
+    )
 
 
 def fetch_directory(

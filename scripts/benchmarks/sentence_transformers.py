@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity
 
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.stages.llm import trained_module
-from llm2clip_plugin.stages.settings import FinetuneConfig
+from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.pairs import CaptionStep, Pair, PairTokenizer, caption_terms

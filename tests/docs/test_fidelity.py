@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from llm2clip_plugin.stages.settings import LLM_RECIPES
+from llm2clip_plugin.stages.llm_config import LLM_RECIPES
 from llm2clip_plugin.stages.tower_config import RECIPES
 
 PAGE = Path(__file__).parents[2] / "docs" / "fidelity.md"

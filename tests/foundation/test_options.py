@@ -3,28 +3,27 @@
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from llm2clip_plugin import cli
-from llm2clip_plugin.options import Command
+from llm2clip_plugin.options import Command, section, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
     """How it learns."""
 
-    lr: float = 0.1  # peak learning rate
+    lr: float = setting(0.1, help="peak learning rate", also=("old-lr",))
     kind: Literal["fp32", "bf16"] = "fp32"
     name: str = "inner"
-    # above the field,
-    # in two lines
-    flip: bool = True
-    bias: float | None = None  # "none": no bias
-    betas: tuple[float, float] = (0.9, 0.99)  # two numbers
+    flip: bool = setting(True, help="in two lines")
+    bias: float | None = setting(None, help='"none": no bias')
+    betas: tuple[float, float] = setting((0.9, 0.99), help="two numbers", needs="not flip")
+    secret: int = setting(1, help="without an option")
 
     def __post_init__(self) -> None:
         if self.lr < 0:
@@ -32,24 +31,35 @@ class Inner:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long."""
+
+    wait: float = setting(0.0, help="pause", unit="seconds", replaces="tries")
+    tries: int = setting(2, help="attempts", option="attempts")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outer:
     """All of it."""
 
-    path: tuple[str, ...] = ()  # data to read
-    output_dir: str = "runs"  # where it goes
+    path: tuple[str, ...] = setting((), help="data to read", option="data")
+    output_dir: str = setting("runs", help="where it goes", option="output")
     name: str = "outer"
-    steps: int = 3  # updates
-    save: bool = False  # keep it
-    inner: Inner = field(default_factory=Inner)
+    steps: int = setting(3, help="updates", alone="8")
+    save: bool = setting(False, help="keep it", needs="path")
+    inner: Inner = section(Inner(), hidden=("secret",))
+    timing: Timing = section(
+        Timing(), prefix="time.", needs_of={"tries": "save: without a file"}, needs="steps"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Required:
     """One thing."""
 
-    llm: str  # the LLM
-    path: Path  # folder of images
-    more: tuple[str, ...] = ()  # for another program
+    llm: str = setting(help="the LLM")
+    path: Path = setting(help="folder of images", option="data")
+    more: tuple[str, ...] = setting((), help="for another program")
 
 
 COMMAND = Command(
@@ -62,11 +72,7 @@ COMMAND = Command(
     ),
     arguments="path",
     everyday="recipe steps lr",
-    also={"old_lr": "inner.lr"},
     extras={"recipe": "where it starts"},
-    alone={"steps": "8"},
-    replaces={"inner.lr": "steps"},
-    needs={"save": "path", "inner.betas": "not inner.flip"},
 )
 REQUIRED = Command(
     name="need",
@@ -83,10 +89,15 @@ REQUIRED = Command(
     [
         ("a b --steps 5", Outer(path=("a", "b"), steps=5)),
         ("--steps=5 a --lr 1e-2 b", Outer(path=("a", "b"), steps=5, inner=Inner(lr=0.01))),
-        ("--data a b --inner.lr 2", Outer(path=("a", "b"), steps=0, inner=Inner(lr=2))),
+        ("--data a b --inner.lr 2", Outer(path=("a", "b"), inner=Inner(lr=2))),
         (
             "--data_path a --output-dir x --old-lr 3",
-            Outer(path=("a",), steps=0, output_dir="x", inner=Inner(lr=3)),
+            Outer(path=("a",), output_dir="x", inner=Inner(lr=3)),
+        ),
+        ("--time.wait 3", Outer(timing=Timing(wait=3, tries=0))),
+        (
+            "a --save --time.wait 3 --time.attempts 4",
+            Outer(path=("a",), save=True, timing=Timing(wait=3, tries=4)),
         ),
         ("--steps -1 --name x --inner.name y", Outer(steps=-1, name="x", inner=Inner(name="y"))),
         (
@@ -130,6 +141,10 @@ def test_extras_and_the_words_after_two_dashes_are_kept_apart() -> None:
         ("--betas 1", "--betas: expected 2"),
         ("a --data b", "unexpected argument 'a'; usage: llm2clip do DATA [DATA ...] [options]"),
         ("--save", "--save has no effect without DATA"),
+        ("--betas 0 1", "--betas has no effect with --flip"),
+        ("--time.attempts 4", "--time.attempts has no effect without a file"),
+        ("--steps 0 --time.wait 4", "--time.wait has no effect without --steps"),
+        ("--secret 2", "unknown option --secret"),
     ],
 )
 def test_a_refusal_is_one_line_that_names_the_option(line: str, named: str) -> None:
@@ -145,6 +160,13 @@ def test_every_example_is_read(name: str) -> None:
     words = shlex.split(command.example)
     assert words[: 1 + len(name.split())] == ["llm2clip", *name.split()]
     assert isinstance(command.parse(words[1 + len(name.split()) :]), command.settings)
+
+
+def test_help_has_units_and_the_names_that_are_declared() -> None:
+    words = " ".join(COMMAND.help_text(everything=True).split())
+    assert "--time.wait SECONDS pause (default: 0)" in words
+    assert "--time.attempts N attempts (default: 2)" in words
+    assert "--old-lr" not in words and "secret" not in words
 
 
 def test_help_imports_nothing_large() -> None:

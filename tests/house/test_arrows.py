@@ -76,8 +76,12 @@ def test_heavy_packages_have_one_home(package: str, homes: set[str]) -> None:
 
 
 def test_what_reads_files_and_options_is_standard_library_only() -> None:
-    for name in ("contracts", "json_files", "outside", "options", "run_folder"):
-        names = imported(ROOT / PACKAGE / f"{name}.py", top_level_only=True)
+    paths = [
+        ROOT / PACKAGE / f"{name}.py"
+        for name in ("contracts", "json_files", "outside", "run_folder")
+    ]
+    for path in (*paths, *(ROOT / PACKAGE / "options").glob("*.py")):
+        names = imported(path, top_level_only=True)
         assert {name.split(".")[0] for name in names} <= {PACKAGE, *sys.stdlib_module_names}
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tower_runs import ROOT, finish, lines, start
 
 from llm2clip_plugin.data.sampler import Mixture, hash_words
-from llm2clip_plugin.stages.settings import llm_recipe
+from llm2clip_plugin.stages.llm_config import llm_recipe
 from llm2clip_plugin.text.pairs import PairBatches
 
 AUTHORS = ROOT / "tests" / "golden" / "authors_captions"

@@ -18,7 +18,7 @@ from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import Shard, SourceConfig, open_source
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.stages.embed import open_all
-from llm2clip_plugin.stages.settings import EMBED
+from llm2clip_plugin.stages.embed_config import EMBED
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.teacher import embed_source, shards_of_rank

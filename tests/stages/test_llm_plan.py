@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from llm2clip_plugin.cli import run
 from llm2clip_plugin.stages.llm import shape_llm, step_memory, trained_module
-from llm2clip_plugin.stages.settings import LLM_RECIPES, FinetuneConfig
+from llm2clip_plugin.stages.llm_config import LLM_RECIPES, FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import llm_config

@@ -18,7 +18,7 @@ from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import EncoderCard, RunRecord
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.stages.llm import finetune_llm
-from llm2clip_plugin.stages.settings import FINETUNE_LLM, FinetuneConfig
+from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.checkpoint import TrainState

@@ -23,10 +23,10 @@ from llm2clip_plugin.doctor import check_accelerator
 from llm2clip_plugin.signals import attend
 from llm2clip_plugin.stages.digests import Artifact
 from llm2clip_plugin.stages.pipeline import main, pairs_of_stage_1, show
+from llm2clip_plugin.stages.pipeline_config import RUN, PipelineConfig
 from llm2clip_plugin.stages.rerun import RunFolder, Stage
 from llm2clip_plugin.stages.run_checks import check_given
 from llm2clip_plugin.stages.run_plan import plan, survey
-from llm2clip_plugin.stages.settings import RUN, PipelineConfig
 from llm2clip_plugin.text.llm import fastest_dtype
 from llm2clip_plugin.train.guard import locked
 from llm2clip_plugin.train.model import DTYPES

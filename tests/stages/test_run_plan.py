@@ -9,9 +9,9 @@ from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.stages import run_plan
+from llm2clip_plugin.stages.pipeline_config import PipelineConfig
 from llm2clip_plugin.stages.rerun import RunFolder, Stage, changed_words
 from llm2clip_plugin.stages.run_plan import movable, plan, prune_cache
-from llm2clip_plugin.stages.settings import PipelineConfig
 
 
 @pytest.fixture(scope="module")

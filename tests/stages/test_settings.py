@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from llm2clip_plugin.json_files import from_plain
-from llm2clip_plugin.options import Command
+from llm2clip_plugin.options import Command, leaves_of
 from llm2clip_plugin.stages import tower_config as recipes
-from llm2clip_plugin.stages.settings import FINETUNE_LLM, refuse_changes
+from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, FinetuneConfig
+from llm2clip_plugin.stages.resume import refuse_changes, same_on_all_hosts
 from llm2clip_plugin.stages.tower_config import RECIPES, TRAIN_TOWER, RunConfig, recipe
 
 
@@ -34,17 +35,17 @@ def test_the_hash_sees_what_is_learned_alone():
 def test_changed_settings_are_named_and_can_be_allowed():
     saved = json.loads(json.dumps(dataclasses.asdict(recipes.quickstart())))
     now = dataclasses.asdict(recipes.quickstart())
-    refuse_changes(saved, {**now, "output_dir": "x"}, (), where="run")
+    refuse_changes(RunConfig, saved, {**now, "output_dir": "x"}, (), where="run")
     now["optim"]["lr"] = 1e-3
     with pytest.raises(
         ValueError,
         match=r"optim.lr: 0.0004 in the checkpoint, 0.001 in this run(.|\n)*--allow-changed optim.lr",
     ):
-        refuse_changes(saved, now, (), where="run")
-    refuse_changes(saved, now, ("optim.lr",), where="run")
-    refuse_changes(saved, now, ("optim",), where="run")
+        refuse_changes(RunConfig, saved, now, (), where="run")
+    refuse_changes(RunConfig, saved, now, ("optim.lr",), where="run")
+    refuse_changes(RunConfig, saved, now, ("optim",), where="run")
     with pytest.raises(ValueError, match=r"--allow-changed optim.lrr"):
-        refuse_changes(saved, now, ("optim.lrr",), where="run")
+        refuse_changes(RunConfig, saved, now, ("optim.lrr",), where="run")
 
 
 def test_an_explicit_length_or_warmup_wins_over_the_recipes(tmp_path: Path) -> None:
@@ -72,6 +73,40 @@ def test_an_explicit_length_or_warmup_wins_over_the_recipes(tmp_path: Path) -> N
     assert TRAIN_TOWER.parse(["--warmup_steps", "0"]).optim.warmup(100) == 0
     # default: 300
     assert FINETUNE_LLM.parse(["x", "--llm", "y", "--warmup-ratio", "0.1"]).optim.warmup(100) == 10
+
+
+@pytest.mark.parametrize("kind", [RunConfig, FinetuneConfig])
+def test_every_setting_of_a_training_declares_whether_it_decides_what_is_learned(
+    kind: type,
+) -> None:
+    undeclared = [name for name, leaf in leaves_of(kind) if leaf.setting.learned is None]
+    assert not undeclared, f"declare setting(..., learned=True or False): {undeclared}"
+
+
+def test_hosts_may_have_their_data_and_models_elsewhere() -> None:
+    settings = {
+        "output_dir": "/nfs/run",
+        "data": {"path": ["/a"], "weight": [1], "read": {"images": "/a", "format": "jsonl"}},
+        "tower": {"path": "/b", "freeze": True},
+        "train": {"dataloader_num_workers": 4, "seed": 1},
+        "plan": {"gpu_gib": 80},
+    }
+    same = {"data.weight", "data.read.format", "tower.freeze", "train.seed"}
+    assert same_on_all_hosts(RunConfig, settings).keys() == same
+
+
+def test_both_stages_resume_with_their_downloads_elsewhere() -> None:
+    for kind, read in ((RunConfig, "data"), (FinetuneConfig, "pairs")):
+        saved = {read: {"read": {"cache_folder": "/a", "format": "jsonl"}}}
+        moved = {read: {"read": {"cache_folder": "/b", "format": "jsonl"}}}
+        refuse_changes(kind, saved, moved, (), where="run")
+
+
+def test_a_resumed_run_has_the_initial_values_of_its_checkpoint() -> None:
+    saved = {"dual": {"logit_scale_init": 2.0, "pool": "cls"}}
+    refuse_changes(RunConfig, saved, {"dual": {"pool": "cls"}}, (), where="run")
+    with pytest.raises(ValueError, match=r"old_field: 1\.0 in the checkpoint, 'absent' in this"):
+        refuse_changes(RunConfig, {**saved, "old_field": 1}, saved, (), where="run")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tiny_llm import HYBRIDS
 from tokenizers.normalizers import Prepend, Replace, Sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from llm2clip_plugin.stages.settings import FinetuneConfig
+from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.text import llm as llms
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder

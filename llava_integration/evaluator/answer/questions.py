@@ -30,7 +30,7 @@ from llava_integration.evaluator.benchmarks.rules.mmbench import PANDAS_MISSING
 from llm2clip_plugin.atomic import naming_full_disk, write_text
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.json_files import read_json_value
-from llm2clip_plugin.options import Command
+from llm2clip_plugin.options import Command, setting
 from llm2clip_plugin.outside import check_image_size
 
 # Pillow's
@@ -275,17 +275,30 @@ KEY = "OPENAI_API_KEY"  # environment variable, as OpenAI's client reads it
 class ModelConfig:
     """The model that answers: a LLaVA checkpoint, or one behind a server."""
 
-    model_path: str = ""  # LLaVA checkpoint: full, LoRA or projector
-    model_base: str | None = None  # base model of a LoRA or projector checkpoint
-    # URL of an OpenAI-compatible server to ask instead, e.g. http://localhost:8000/v1
-    endpoint: str = ""
-    served_model_name: str = ""  # with --endpoint: the model; "": the only one
-    conv_mode: str = "vicuna_v1"  # conversation template
-    batch_size: int = 1  # questions per batch
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # of the model
-    # of the weights; LLaVA uses float16
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    overwrite: bool = False  # discard existing answers
+    model_path: str = setting("", help="LLaVA checkpoint: full, LoRA or projector")
+    model_base: str | None = setting(
+        None,
+        help="base model of a LoRA or projector checkpoint",
+        needs="not endpoint",
+    )
+    endpoint: str = setting(
+        "",
+        help="URL of an OpenAI-compatible server to ask instead, e.g. http://localhost:8000/v1",
+    )
+    served_model_name: str = setting(
+        "",
+        help='with --endpoint: the model; "": the only one',
+        also=("model",),
+        needs="endpoint",
+    )
+    conv_mode: str = setting("vicuna_v1", help="conversation template")
+    batch_size: int = setting(1, help="questions per batch")
+    device: Literal["auto", "cuda", "cpu"] = setting("auto", help="of the model")
+    dtype: Literal["float16", "bfloat16", "float32"] = setting(
+        "float16",
+        help="of the weights; LLaVA uses float16",
+    )
+    overwrite: bool = setting(False, help="discard existing answers")
 
     def __post_init__(self) -> None:
         if bool(self.model_path) == bool(self.endpoint):
@@ -299,24 +312,49 @@ class ModelConfig:
 class AnswerConfig(ModelConfig):
     """A question file, and the model that answers it."""
 
-    question_file: Path  # .jsonl, .json (ScienceQA) or .tsv (MMBench)
-    answers_file: Path  # JSONL to write; an incomplete run is resumed
-    image_folder: str = ""  # folder of the questions' images
-    num_chunks: int = 1  # split the questions into chunks, as LLaVA's scripts do
-    chunk_idx: int = 0  # chunk to answer
-    temperature: float = 0.0  # sampling temperature; 0: greedy decoding
-    top_p: float | None = None  # nucleus sampling: probability mass
-    num_beams: int = 1  # beam search; 1: none
-    max_new_tokens: int = 128  # longest answer, in tokens
-    single_pred_prompt: bool = False  # ask for the option's letter only (ScienceQA, MMBench)
-    all_rounds: bool = False  # ask every rotation of the options (MMBench)
-    lang: Literal["en", "cn"] = "en"  # language of MMBench
-    load_8bit: bool = False  # quantize the language model to 8 bits
-    load_4bit: bool = False  # quantize the language model to 4 bits
-    workers: int = 4  # data loader processes
-    concurrency: int = 16  # with --endpoint: requests at a time
-    timeout: float = 300.0  # with --endpoint: seconds that an answer may take
-    retries: int = 8  # with --endpoint: of a failed request, with growing pauses
+    question_file: Path = setting(
+        help=".jsonl, .json (ScienceQA) or .tsv (MMBench)",
+        also=("data",),
+    )
+    answers_file: Path = setting(
+        help="JSONL to write; an incomplete run is resumed",
+        also=("output",),
+    )
+    image_folder: str = setting("", help="folder of the questions' images")
+    num_chunks: int = setting(1, help="split the questions into chunks, as LLaVA's scripts do")
+    chunk_idx: int = setting(0, help="chunk to answer")
+    temperature: float = setting(0.0, help="sampling temperature; 0: greedy decoding")
+    top_p: float | None = setting(None, help="nucleus sampling: probability mass")
+    num_beams: int = setting(1, help="beam search; 1: none")
+    max_new_tokens: int = setting(128, help="longest answer, in tokens")
+    single_pred_prompt: bool = setting(
+        False,
+        help="ask for the option's letter only (ScienceQA, MMBench)",
+    )
+    all_rounds: bool = setting(False, help="ask every rotation of the options (MMBench)")
+    lang: Literal["en", "cn"] = setting("en", help="language of MMBench")
+    load_8bit: bool = setting(
+        False,
+        help="quantize the language model to 8 bits",
+        needs="not endpoint",
+    )
+    load_4bit: bool = setting(
+        False,
+        help="quantize the language model to 4 bits",
+        needs="not endpoint",
+    )
+    workers: int = setting(4, help="data loader processes")
+    concurrency: int = setting(16, help="with --endpoint: requests at a time", needs="endpoint")
+    timeout: float = setting(
+        300.0,
+        help="with --endpoint: seconds that an answer may take",
+        needs="endpoint",
+    )
+    retries: int = setting(
+        8,
+        help="with --endpoint: of a failed request, with growing pauses",
+        needs="endpoint",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -343,9 +381,4 @@ COMMAND = Command(
     settings=AnswerConfig,
     everyday="model-path model-base endpoint question-file answers-file image-folder batch-size "
     "temperature max-new-tokens device overwrite",
-    also={"data": "question_file", "output": "answers_file", "model": "served_model_name"},
-    needs={  # a server loads its own model
-        **dict.fromkeys(("model_base", "load_8bit", "load_4bit"), "not endpoint"),
-        **dict.fromkeys(("served_model_name", "concurrency", "timeout", "retries"), "endpoint"),
-    },
 )

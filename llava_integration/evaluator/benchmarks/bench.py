@@ -33,7 +33,7 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.hashes import sha256_file
 from llm2clip_plugin.json_files import read_json_value
-from llm2clip_plugin.options import Command, command
+from llm2clip_plugin.options import Command, command, setting
 from llm2clip_plugin.outside import printable_lines
 from llm2clip_plugin.processes import child_environment, on_ranks, python_module
 
@@ -44,15 +44,21 @@ LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers",
 class ScoreConfig:
     """An answers file to score."""
 
-    benchmark: str  # one of these names
-    data: Path  # LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions
-    answers: Path  # of LLaVA's scripts, a folder of its chunks, or a submission file
-    output: Path | None = None  # score file to write
-    submission: Path | None = None  # file to write for the benchmark's server
-    reviews: Path | None = None  # the judge's file, of a benchmark that has a judge
-    model: str = ""  # the model's name in reports; "": from the answers file
-    # largest fraction of missing, duplicate, unreadable or unknown answers; without a value: 1.0
-    allow_missing: float = ALLOWED
+    benchmark: str = setting(help="one of these names")
+    data: Path = setting(
+        help="LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions",
+    )
+    answers: Path = setting(help="of LLaVA's scripts, a folder of its chunks, or a submission file")
+    output: Path | None = setting(None, help="score file to write", also=("json",))
+    submission: Path | None = setting(None, help="file to write for the benchmark's server")
+    reviews: Path | None = setting(None, help="the judge's file, of a benchmark that has a judge")
+    model: str = setting("", help='the model\'s name in reports; "": from the answers file')
+    allow_missing: float = setting(
+        ALLOWED,
+        help="largest fraction of missing, duplicate, unreadable or unknown answers; without a "
+        "value: 1.0",
+        alone="1",
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.allow_missing <= 1:
@@ -69,8 +75,6 @@ SCORE = Command(
     f"BENCHMARK is one of {', '.join(benchmarks())}.",
     settings=ScoreConfig,
     arguments="benchmark data",
-    also={"json": "output"},
-    alone={"allow_missing": "1"},
 )
 
 
@@ -150,19 +154,25 @@ def main_score(argv: list[str]) -> int:
 class BenchConfig(ModelConfig):
     """A model and the benchmarks to evaluate it on."""
 
-    # LLaVA's playground/data/eval, or a .jsonl with own questions; for lmms-eval a folder with
-    # copies of the Hub's data sets, OWNER/NAME (without it, lmms-eval downloads them)
-    data: Path | None = None
-    output: Path  # folder for answers, scores and logs
-    benchmarks: tuple[str, ...] = ()  # names; empty: all whose files are found
-    # program that answers; lmms-eval also scores, by its own rules
-    engine: Literal["llava", "lmms-eval"] = "llava"
-    tasks: tuple[str, ...] = ()  # lmms-eval task names; default: nine standard tasks
-    gpus: int = 1  # number of processes, one GPU each
-    # model name in score files; "": the checkpoint's folder, or its name on the server
-    name: str = ""
-    plan: bool = False  # only list the benchmarks whose files are found
-    engine_options: tuple[str, ...] = ()  # after --, for the engine
+    data: Path | None = setting(
+        None,
+        help="LLaVA's playground/data/eval, or a .jsonl with own questions; for lmms-eval a folder "
+        "with copies of the Hub's data sets, OWNER/NAME (without it, lmms-eval downloads them)",
+    )
+    output: Path = setting(help="folder for answers, scores and logs")
+    benchmarks: tuple[str, ...] = setting((), help="names; empty: all whose files are found")
+    engine: Literal["llava", "lmms-eval"] = setting(
+        "llava",
+        help="program that answers; lmms-eval also scores, by its own rules",
+    )
+    tasks: tuple[str, ...] = setting((), help="lmms-eval task names; default: nine standard tasks")
+    gpus: int = setting(1, help="number of processes, one GPU each")
+    name: str = setting(
+        "",
+        help='model name in score files; "": the checkpoint\'s folder, or its name on the server',
+    )
+    plan: bool = setting(False, help="only list the benchmarks whose files are found")
+    engine_options: tuple[str, ...] = setting((), help="after --, for the engine")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,7 +22,7 @@ from llava_integration.evaluator.compare.report import page, table, text
 from llava_integration.evaluator.compare.statistics import combine, pair, resampled_runs, slips_of
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.bootstrap import expansion, t_quantile
-from llm2clip_plugin.options import Command
+from llm2clip_plugin.options import Command, setting
 from llm2clip_plugin.outside import printable_lines
 
 
@@ -30,26 +30,48 @@ from llm2clip_plugin.outside import printable_lines
 class CompareConfig:
     """Two or more sides, and how they are compared."""
 
-    base: Path  # score file, log or folder of the baseline
-    new: tuple[Path, ...] = ()  # score files, logs or folders to compare with BASE
-    all_pairs: bool = False  # compare every two sides, not each with BASE alone
-    names: tuple[str, ...] = ()  # names of the sides in the report, base first
-    output: Path | None = None  # folder for compare.json, compare.md and compare.html
-    resamples: int = 10_000  # resamples of the bootstrap and of the permutation test
-    level: float = 0.95  # confidence level of the intervals
-    seed: int = 0  # of the resampling
-    references: bool = True  # show the published numbers
-    # folder of the page's pictures: LLaVA's playground/data/eval, or one benchmark's folder; none:
-    # the data that the answers were scored with
-    image_folder: Path | None = None
-    questions: int = 80  # questions per benchmark in the page's browser, wins and losses evenly
-    # before running anything: print how many images and runs (seeds) --effect needs, from the noise
-    # of pilot scores: BASE alone, or BASE and NEW
-    plan: bool = False
-    effect: float = 1.0  # with --plan: the difference to detect, in the benchmark's unit
-    runs: tuple[int, ...] = (1, 3, 5)  # with --plan: numbers of runs a side
-    # with --plan: standard deviation over trainings; none: that of BASE's runs
-    spread: float | None = None
+    base: Path = setting(help="score file, log or folder of the baseline")
+    new: tuple[Path, ...] = setting((), help="score files, logs or folders to compare with BASE")
+    all_pairs: bool = setting(False, help="compare every two sides, not each with BASE alone")
+    names: tuple[str, ...] = setting((), help="names of the sides in the report, base first")
+    output: Path | None = setting(
+        None,
+        help="folder for compare.json, compare.md and compare.html",
+        needs="not plan",
+    )
+    resamples: int = setting(10_000, help="resamples of the bootstrap and of the permutation test")
+    level: float = setting(0.95, help="confidence level of the intervals")
+    seed: int = setting(0, help="of the resampling")
+    references: bool = setting(True, help="show the published numbers")
+    image_folder: Path | None = setting(
+        None,
+        help="folder of the page's pictures: LLaVA's playground/data/eval, or one benchmark's "
+        "folder; none: the data that the answers were scored with",
+    )
+    questions: int = setting(
+        80,
+        help="questions per benchmark in the page's browser, wins and losses evenly",
+    )
+    plan: bool = setting(
+        False,
+        help="before running anything: print how many images and runs (seeds) --effect needs, from "
+        "the noise of pilot scores: BASE alone, or BASE and NEW",
+    )
+    effect: float = setting(
+        1.0,
+        help="with --plan: the difference to detect, in the benchmark's unit",
+        needs="plan",
+    )
+    runs: tuple[int, ...] = setting(
+        (1, 3, 5),
+        help="with --plan: numbers of runs a side",
+        needs="plan",
+    )
+    spread: float | None = setting(
+        None,
+        help="with --plan: standard deviation over trainings; none: that of BASE's runs",
+        needs="plan",
+    )
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
@@ -80,7 +102,6 @@ COMMAND = Command(
     settings=CompareConfig,
     arguments="base new",
     everyday="names all-pairs output resamples references image-folder plan effect",
-    needs={"output": "not plan", **dict.fromkeys(("effect", "runs", "spread"), "plan")},
 )
 
 

@@ -37,7 +37,7 @@ from llm2clip_plugin.data.samples import (
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.json_files import parse_json
-from llm2clip_plugin.options import command, unknown
+from llm2clip_plugin.options import command, setting, unknown
 
 PROBES = 4096  # samples of a source, evenly spaced, in which a caption field must occur
 KIND_PROBES = 64  # samples in which kinds of captions are looked for
@@ -64,27 +64,71 @@ def formats() -> dict[str, SourceFormat]:
 class ReadConfig:
     """How captioned images are read."""
 
-    # of the data: webdataset, jsonl, llava or another of data/sources; auto: by the path's name
-    format: str = "auto"
-    # folder or URL of the images that a .jsonl or .json file names; "": the file's own folder
-    images: str = ""
-    # which fields are captions: NAME=KIND or NAME=KIND:LANGUAGE
-    fields: tuple[str, ...] = DEFAULT_FIELDS
-    language: str = "en"  # of captions without a language
-    image_field: str = "image"  # field of a .jsonl with the image's path
-    # field of a .jsonl with the sample's key; without it, the image's path is the key
-    key_field: str = "id"
-    kinds: tuple[str, ...] = ()  # use only these kinds of captions; empty: all
-    languages: tuple[str, ...] = ()  # use only captions in these languages; empty: all
-    # shards shuffled together, so that few are in use at a time; 0: the entire source; -1: 16 if
-    # the data is at a URL or on a network file system, else 0
-    shuffle_window: int = -1
-    # for downloaded shards and indexes; "" is LLM2CLIP_CACHE or ~/.cache/llm2clip/shards
-    cache_folder: str = ""
-    cache_gb: float = 0.0  # limit for downloaded shards, 10^9 bytes; 0: no limit
-    # for indexes of tars at a URL: one that all nodes share lets one of them make it for all; "" is
-    # cache_folder
-    index_folder: str = ""
+    format: str = setting(
+        "auto",
+        help="of the data: webdataset, jsonl, llava or another of data/sources; auto: by the "
+        "path's name",
+        learned=True,
+    )
+    images: str = setting(
+        "",
+        help='folder or URL of the images that a .jsonl or .json file names; "": the file\'s own '
+        "folder",
+        option="image-folder",
+        learned=True,
+        per_host=True,
+    )
+    fields: tuple[str, ...] = setting(
+        DEFAULT_FIELDS,
+        help="which fields are captions: NAME=KIND or NAME=KIND:LANGUAGE",
+        learned=True,
+    )
+    language: str = setting("en", help="of captions without a language", learned=True)
+    image_field: str = setting(
+        "image",
+        help="field of a .jsonl with the image's path",
+        learned=True,
+    )
+    key_field: str = setting(
+        "id",
+        help="field of a .jsonl with the sample's key; without it, the image's path is the key",
+        learned=True,
+    )
+    kinds: tuple[str, ...] = setting(
+        (),
+        help="use only these kinds of captions; empty: all",
+        learned=True,
+    )
+    languages: tuple[str, ...] = setting(
+        (),
+        help="use only captions in these languages; empty: all",
+        learned=True,
+    )
+    shuffle_window: int = setting(
+        -1,
+        help="shards shuffled together, so that few are in use at a time; 0: the entire source; "
+        "-1: 16 if the data is at a URL or on a network file system, else 0",
+        learned=True,
+    )
+    cache_folder: str = setting(
+        "",
+        help='for downloaded shards and indexes; "" is LLM2CLIP_CACHE or ~/.cache/llm2clip/shards',
+        learned=False,
+        per_host=True,
+    )
+    cache_gb: float = setting(
+        0.0,
+        help="limit for downloaded shards, 10^9 bytes; 0: no limit",
+        learned=False,
+        per_host=True,
+    )
+    index_folder: str = setting(
+        "",
+        help="for indexes of tars at a URL: one that all nodes share lets one of them make it for "
+        'all; "" is cache_folder',
+        learned=False,
+        per_host=True,
+    )
 
     def __post_init__(self) -> None:
         if self.format != "auto" and self.format not in formats():
@@ -101,10 +145,15 @@ class ReadConfig:
 class SourceConfig(ReadConfig):
     """Where captioned images are and how they are read."""
 
-    # folder of tars, a .tar, train-*.tar, {00000..00099}.tar, a .jsonl, LLaVA's .json, or a URL of
-    # these
-    path: str
-    weight: float = 1.0  # how often a sample is drawn, relative to a sample of a source of weight 1
+    path: str = setting(
+        help="folder of tars, a .tar, train-*.tar, {00000..00099}.tar, a .jsonl, LLaVA's .json, or "
+        "a URL of these",
+        option="data",
+    )
+    weight: float = setting(
+        1.0,
+        help="how often a sample is drawn, relative to a sample of a source of weight 1",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

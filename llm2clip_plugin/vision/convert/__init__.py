@@ -3,7 +3,7 @@ commands."""
 
 from dataclasses import dataclass
 
-from llm2clip_plugin.options import Command, unknown
+from llm2clip_plugin.options import Command, setting, unknown
 
 FORMATS = {  # of llm2clip export
     "clip": "transformers' CLIPVisionModelWithProjection",
@@ -15,12 +15,16 @@ FORMATS = {  # of llm2clip export
 class ImportConfig:
     """A vision checkpoint to import."""
 
-    source: str  # directory, Hub id, timm:NAME, or file (.safetensors, .pt, .pth, .bin)
-    output: str  # tower directory to write
-    # config.json for a source without one; its fields override an existing one's
-    config: str | None = None
-    image_size: int | None = None  # interpolate the positions to this size in pixels
-    overwrite: bool = False  # replace an existing directory
+    source: str = setting(
+        help="directory, Hub id, timm:NAME, or file (.safetensors, .pt, .pth, .bin)",
+    )
+    output: str = setting(help="tower directory to write")
+    config: str | None = setting(
+        None,
+        help="config.json for a source without one; its fields override an existing one's",
+    )
+    image_size: int | None = setting(None, help="interpolate the positions to this size in pixels")
+    overwrite: bool = setting(False, help="replace an existing directory")
 
 
 IMPORT = Command(
@@ -36,16 +40,18 @@ IMPORT = Command(
 class TowerExportConfig:
     """A run or a tower directory to export."""
 
-    source: str  # folder of a training run, tower directory, or Hub id
-    output: str  # directory to write
-    format: str = "tower"  # tower: a tower directory; or another format
-    # copy the teacher LLM's adapter, so that the directory embeds texts with the base LLM
-    with_adapter: bool = False
-    checkpoint: str = ""  # a run's checkpoint to export; "": the newest
-    ema: bool = False  # export a run's moving average instead of its weights
-    push: str | None = None  # OWNER/NAME: also upload the tower directory to the Hub
-    public: bool = False  # make the uploaded repository public
-    overwrite: bool = False  # replace an existing directory
+    source: str = setting(help="folder of a training run, tower directory, or Hub id")
+    output: str = setting(help="directory to write")
+    format: str = setting("tower", help="tower: a tower directory; or another format")
+    with_adapter: bool = setting(
+        False,
+        help="copy the teacher LLM's adapter, so that the directory embeds texts with the base LLM",
+    )
+    checkpoint: str = setting("", help='a run\'s checkpoint to export; "": the newest')
+    ema: bool = setting(False, help="export a run's moving average instead of its weights")
+    push: str | None = setting(None, help="OWNER/NAME: also upload the tower directory to the Hub")
+    public: bool = setting(False, help="make the uploaded repository public")
+    overwrite: bool = setting(False, help="replace an existing directory")
 
     def __post_init__(self) -> None:
         if self.format not in (formats := ("tower", *FORMATS)):
