@@ -11,6 +11,7 @@ from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity
 from llm2clip_plugin.data.sources import ReadConfig
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.options import Command, command, section, setting, unknown
+from llm2clip_plugin.text.frames import CAPTION
 
 ALL_LINEAR = "all-linear"
 
@@ -216,7 +217,6 @@ class PairsConfig:
 ATTENTIONS = ("bidirectional", "causal")
 POOLINGS = ("mean", "last")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-CAPTION = "{caption}"  # placeholder in a chat template
 
 
 PRESETS: dict[str, dict[str, Any]] = {

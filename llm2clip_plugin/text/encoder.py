@@ -34,6 +34,7 @@ from llm2clip_plugin.text.config import (
     LoraSettings,
     effective,
 )
+from llm2clip_plugin.text.frames import Frame, build_frame, tokenize
 from llm2clip_plugin.text.identity import config_sha256, tokenizer_sha256
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.train.model import compile_blocks
@@ -169,8 +170,8 @@ class CaptionEncoder(TextEncoder):
         self._tokenizer_sha256 = tokenizer_sha256(self.tokenizer)
         template = llms.literal_template(self.tokenizer, config.chat_template)
         self.config = dataclasses.replace(config, chat_template=template)
-        self.frame = llms.build_frame(self.tokenizer, template, config.prompt)
-        self.query_frame = llms.build_frame(self.tokenizer, template, config.query_prompt)
+        self.frame = build_frame(self.tokenizer, template, config.prompt)
+        self.query_frame = build_frame(self.tokenizer, template, config.query_prompt)
         framing = {*self.frame.head, *self.frame.tail}
         framing |= {*self.query_frame.head, *self.query_frame.tail}
         check_vocabulary(self.tokenizer, settings.vocab_size, self.folder, framing)
@@ -217,9 +218,7 @@ class CaptionEncoder(TextEncoder):
                 parameter.data = parameter.data.to(self.dtype)
         return wrapped
 
-    def collate(
-        self, rows: Sequence[Sequence[int]], frames: Sequence[llms.Frame]
-    ) -> llms.TokenBatch:
+    def collate(self, rows: Sequence[Sequence[int]], frames: Sequence[Frame]) -> llms.TokenBatch:
         """Rows of token ids, each with its frame, as one (B, T) batch on the encoder's device,
         padded on the right.
 
@@ -264,7 +263,7 @@ class CaptionEncoder(TextEncoder):
 
     def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
         frames = [self.query_frame if query else self.frame] * len(captions)
-        rows, truncated = llms.tokenize(self.tokenizer, frames, captions, self.config.max_tokens)
+        rows, truncated = tokenize(self.tokenizer, frames, captions, self.config.max_tokens)
         self.count_truncated += truncated
         return rows
 

@@ -22,7 +22,8 @@ from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.hub import check_hub_answers
 from llm2clip_plugin.pretrained import open_pretrained
 from llm2clip_plugin.quiet import quiet_transformers
-from llm2clip_plugin.text.config import CAPTION, EncoderConfig
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.frames import CAPTION
 from llm2clip_plugin.train.distributed import gpu_precision
 from llm2clip_plugin.vision.directory import refused_pickle, weight_files
 
@@ -32,18 +33,6 @@ PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ ق
 DAY = "26 Jul 2024"
 # in place of transformers' function
 TODAY = f"{{% macro strftime_now(form) %}}{DAY}{{% endmacro %}}"
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The tokens around every caption: [bos] head caption tail."""
-
-    head: tuple[int, ...]  # before the caption, BOS included
-    tail: tuple[int, ...]  # after it
-    # the prompt's trailing spaces, tokenized with the caption's first word, as in "Query: " +
-    # caption
-    lead: str
-    has_bos: bool  # whether head starts with the beginning-of-text token
 
 
 @dataclass(frozen=True)
@@ -80,68 +69,6 @@ def literal_template(tokenizer, chat_template: str) -> str:
             f"{text!r}"
         )
     return text
-
-
-def build_frame(tokenizer, template: str, prompt: str) -> Frame:
-    """The tokens around a caption, from a literal template ("" for none) and a prompt.
-
-    Without a template these are the tokenizer's special tokens. A template replaces the special
-    tokens at the end, and keeps those at the beginning unless it starts with them itself. Spaces at
-    the end of the prompt are tokenized with the caption, as in running text: without the one that a
-    SentencePiece tokenizer puts before every text itself.
-    """
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
-    start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
-    begin = framed[:start]
-    end = framed[start + len(plain) :]
-    before, _, after = template.partition(CAPTION)
-    if template and begin and before.startswith(tokenizer.decode(begin)):
-        begin = []  # the template contains them
-    text = before + prompt
-    stripped = text.rstrip(" ")
-    lead = text[len(stripped) :]
-    adds_space = (
-        tokenizer(text + "a", add_special_tokens=False)["input_ids"][-len(plain) :] == plain
-    )
-    if adds_space:
-        lead = lead[1:]
-    head = begin + tokenizer(stripped, add_special_tokens=False)["input_ids"]
-    tail = tokenizer(after, add_special_tokens=False)["input_ids"] if template else end
-    has_bos = bool(head) and head[0] in {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
-    return Frame(tuple(head), tuple(tail), lead, has_bos)
-
-
-def tokenize(
-    tokenizer, frames: Sequence[Frame], captions: Sequence[str], max_tokens: int
-) -> tuple[list[list[int]], int]:
-    """Token ids of each caption in its frame, and how many captions were truncated to
-    ``max_tokens``.
-
-    The spelling of a special token ("</s>") in a caption is plain text. Raises ValueError for a
-    blank caption, and if a frame alone fills ``max_tokens``.
-    """
-    room = [max_tokens - len(frame.head) - len(frame.tail) for frame in frames]
-    if min(room, default=1) < 1:
-        used = max_tokens - min(room)
-        raise ValueError(
-            f"max_tokens is {max_tokens}, but prompt and template use {used}; "
-            "raise it or shorten them"
-        )
-    for index, caption in enumerate(captions):
-        if not caption.strip():
-            raise ValueError(f"caption {index} of {len(captions)} is blank")
-    if not captions:
-        return [], 0
-    texts = [frame.lead + caption for frame, caption in zip(frames, captions, strict=True)]
-    output = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    rows: list[list[int]] = []
-    truncated = 0
-    for frame, ids, most in zip(frames, output["input_ids"], room, strict=True):
-        rows.append([*frame.head, *ids[:most], *frame.tail])
-        if len(ids) > most:
-            truncated += 1
-    return rows, truncated
 
 
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:

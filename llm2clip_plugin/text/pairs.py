@@ -32,14 +32,8 @@ from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, ope
 from llm2clip_plugin.outside import refuse_encoding
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, PairKind, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import (
-    CaptionModel,
-    Frame,
-    TokenBatch,
-    build_frame,
-    literal_template,
-    tokenize,
-)
+from llm2clip_plugin.text.frames import Frame, build_frame, tokenize
+from llm2clip_plugin.text.llm import CaptionModel, TokenBatch, literal_template
 from llm2clip_plugin.train.distributed import gather_rows, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.losses.base import EXCLUDED, Features, Terms, stack_ids

@@ -15,6 +15,7 @@ from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.text import llm as llms
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.frames import build_frame, tokenize
 from llm2clip_plugin.text.llm import check_attention, set_attention, set_kernels
 
 LONG = "two dogs run over the wet grass while a cat sleeps in a box, and a man reads a newspaper at the window of a hut"
@@ -114,8 +115,8 @@ def test_chat_template_is_written_out(llama: Path) -> None:
     assert llms.literal_template(own.tokenizer, "user") == "26 Jul 2024<user>{caption}<end>"
     # as Mistral's
     own.tokenizer.backend_tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
-    frame = llms.build_frame(own.tokenizer, "", "Query: ")
-    assert llms.tokenize(own.tokenizer, [frame], ["a boat"], 64)[0] == [
+    frame = build_frame(own.tokenizer, "", "Query: ")
+    assert tokenize(own.tokenizer, [frame], ["a boat"], 64)[0] == [
         own.tokenizer("Query: a boat")["input_ids"]
     ]
 
