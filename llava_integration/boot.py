@@ -81,8 +81,8 @@ def completed_by_compat():
 
 @functools.cache
 def compat():
-    """`llava_integration.plug.compat.runner`; None, with a line on stderr, if it or a file of its folder
-    is broken."""
+    """`llava_integration.plug.compat.runner`; None, with a line on stderr, if it or a file of its
+    folder is broken."""
     try:
         from llava_integration.plug.compat import runner
 

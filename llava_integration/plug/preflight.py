@@ -1,5 +1,5 @@
-"""``python -m llava_integration.plug.preflight``: what would stop one of LLaVA's training stages, before
-its ranks start.
+"""``python -m llava_integration.plug.preflight``: what would stop one of LLaVA's training stages,
+before its ranks start.
 
 ``scripts/llava/*.sh`` run it first. It prints every problem in a line of its own and returns 2;
 without any, it prints what the scripts need to know of the environment, a line each: LLaVA's

@@ -129,8 +129,8 @@ class RunFolder:
             if updating:
                 stage.update()
                 more += stage.update_words
-            # a checkpoint may have been written before the folder was moved, however often the stage
-            # has started since; the run itself compares contents
+            # a checkpoint may have been written before the folder was moved, however often the
+            # stage has started since; the run itself compares contents
             if stage.moved_fields:
                 more += ["--allow-changed", *stage.moved_fields]
         entry = {

@@ -9,9 +9,9 @@ arXiv 2411.04997). On the built-in emoji, five minutes on two cores:
     python scripts/nano/llm2clip.py --llm $MODELS/gemma-3-270m --tower $MODELS/dinov2-vits14-56px
 
 The package adds towers, LLMs, data of any size, GPUs, resuming, exports, LLaVA; its losses are the
-same to 1e-5 (tests/scripts/test_nano.py). Shape letters: B pairs of a batch, N captions or images, T
-tokens, H width of the LLM, W width of an embedding (= H), P width of an image's pooled feature, D
-width of the space that images and captions share.
+same to 1e-5 (tests/scripts/test_nano.py). Shape letters: B pairs of a batch, N captions or images,
+T tokens, H width of the LLM, W width of an embedding (= H), P width of an image's pooled feature,
+D width of the space that images and captions share.
 """
 
 import argparse

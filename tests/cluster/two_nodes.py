@@ -45,7 +45,10 @@ exec {sshd} -D -e -f {folder}/sshd_config 2> {folder}/{name}.log
 def why_not() -> str:
     """Why this machine cannot have two hosts; "" if it can."""
     if missing := [tool for tool in TOOLS if not _which(tool)]:
-        return f"two hosts need {', '.join(missing)} (Debian: apt-get install iproute2 openssh-server pdsh util-linux)"
+        return (
+            f"two hosts need {', '.join(missing)} "
+            "(Debian: apt-get install iproute2 openssh-server pdsh util-linux)"
+        )
     if os.geteuid() != 0:
         return "two hosts need root, for network namespaces"
     link = ["ip", "link", "add", "one0", "type", "veth", "peer", "name", "two0"]

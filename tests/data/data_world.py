@@ -84,7 +84,8 @@ def write_shards(folder: Path, counts: Iterable[int]) -> Path:
 
 
 class DroppingServer:
-    """Serves files; closes the connection after ``drop_after`` bytes of an answer, ``drops`` times."""
+    """Serves files; closes the connection after ``drop_after`` bytes of an answer, ``drops``
+    times."""
 
     def __init__(
         self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0, ranges: bool = False

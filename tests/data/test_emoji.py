@@ -1,4 +1,5 @@
-"""The built-in emoji set as it is shipped: counts, no leak between the splits, captions, notices."""
+"""The built-in emoji set as it is shipped: counts, no leak between the splits, captions,
+notices."""
 
 import io
 import json

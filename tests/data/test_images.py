@@ -22,7 +22,8 @@ from llm2clip_plugin.data.samples import AugmentConfig, BrokenImage
 
 
 def hf_processors() -> dict[str, type]:
-    """The PIL processors of the installed transformers: 5.x has them beside the torchvision ones."""
+    """The PIL processors of the installed transformers: 5.x has them beside the torchvision
+    ones."""
     try:
         from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -149,7 +150,8 @@ def test_preprocessors_that_are_not_understood_are_refused() -> None:
 
 
 def test_the_crop_is_cut_where_it_says() -> None:
-    """Four coloured quarters: a crop decoded at 1/2 shows the same borders as one decoded in full."""
+    """Four coloured quarters: a crop decoded at 1/2 shows the same borders as one decoded in
+    full."""
     pixels = np.zeros((600, 800, 3), np.uint8)
     pixels[:300, :400, 0] = pixels[300:, 400:, 1] = pixels[300:, :400, 2] = 255
     image = Image.fromarray(pixels)

@@ -184,7 +184,8 @@ def test_a_refusal_is_said_at_once(code: int, error: type[Exception], tmp_path: 
 def test_a_server_that_is_gone_or_stalls_ends_in_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fsspec raises FileNotFoundError for a refused connection, which says nothing about the file."""
+    """fsspec raises FileNotFoundError for a refused connection, which says nothing about the
+    file."""
     with serving(DroppingServer({})) as address:
         pass
     with pytest.raises(

@@ -149,8 +149,12 @@ def test_jsonl_rows_that_are_broken(tmp_path: Path) -> None:
         '{"id": "h", "caption": "x", "caption": "y"}': "an object has the name 'caption' twice",
         '{"id": "i", "image": "../../../../../etc/passwd"}': "is not a path inside",
         '{"id": "j", "image": "/etc/passwd"}': "image '/etc/passwd' is not a path inside",
-        '{"id": "k", "image": "pipe.jpg"}': "image 'pipe.jpg': not a regular file, but a pipe or a device",
-        '{"id": "l", "image": "zero.jpg"}': "image 'zero.jpg': not a regular file, but a pipe or a device",
+        '{"id": "k", "image": "pipe.jpg"}': (
+            "image 'pipe.jpg': not a regular file, but a pipe or a device"
+        ),
+        '{"id": "l", "image": "zero.jpg"}': (
+            "image 'zero.jpg': not a regular file, but a pipe or a device"
+        ),
     }
     os.mkfifo(tmp_path / "images" / "pipe.jpg")
     (tmp_path / "images" / "zero.jpg").symlink_to("/dev/zero")

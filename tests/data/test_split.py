@@ -27,7 +27,10 @@ def rows(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     path = tmp_path / "lists" / "photos.jsonl"
     lines = [
-        f'{{"id":"k{i}",  "image": "{i}.png", "caption": "{"Pp"[i % 2]}icture {i % 5}!", "place": "p{i % 4}"}}'
+        (
+            f'{{"id":"k{i}",  "image": "{i}.png", "caption": "{"Pp"[i % 2]}icture {i % 5}!", '
+            f'"place": "p{i % 4}"}}'
+        )
         for i in range(12)
     ]
     path.write_text("\n".join(lines) + "\n")

@@ -91,7 +91,10 @@ def test_damaged_tars_are_named(tmp_path: Path, name: str) -> None:
 
 
 def test_members_are_joined_by_key_in_any_order(tmp_path: Path) -> None:
-    names = "1.jpg 2.PNG 2.txt x/1.webp 1.json ._1.jpg x/.hidden noextension 1.seg.png 3.txt 1.jpg 1.txt".split()
+    names = (
+        "1.jpg 2.PNG 2.txt x/1.webp 1.json ._1.jpg x/.hidden noextension 1.seg.png 3.txt "
+        "1.jpg 1.txt"
+    ).split()
     path = write_tar(tmp_path / "x.tar", [(name, name.encode()) for name in names])
     # offset of the image, sizes of .txt and .json
     parts = []
@@ -100,8 +103,12 @@ def test_members_are_joined_by_key_in_any_order(tmp_path: Path) -> None:
         parts.append("".join(letters))
     assert list(zip(keys(path), parts, strict=True)) == [
         # a part that repeats begins a sample
-        ("1", "ij"), ("2", "it"), ("x/1", "i"), ("3", "t"), ("1", "it"),
-    ]  # fmt: skip
+        ("1", "ij"),
+        ("2", "it"),
+        ("x/1", "i"),
+        ("3", "t"),
+        ("1", "it"),
+    ]
 
 
 @pytest.fixture

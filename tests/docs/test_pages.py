@@ -29,7 +29,8 @@ def shown_text(inline: Token) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub makes of a page's headings; those of a repeated heading are numbered."""
+    """The anchors that GitHub makes of a page's headings; those of a repeated heading are
+    numbered."""
     blocks = parse(text)
     found: set[str] = set()
     for opening, inline in pairwise(blocks):

@@ -31,7 +31,8 @@ def square(colour, shade):
 
 
 def write_data(folder: Path, shades=(0, 20, 40)) -> Path:
-    """Three shades of each colour; the shades of a colour are one concept with the same captions."""
+    """Three shades of each colour; the shades of a colour are one concept with the same
+    captions."""
     (folder / "images").mkdir(parents=True)
     rows = []
     for colour in COLOURS:

@@ -153,7 +153,8 @@ def test_zero_shot_from_the_command_line(tmp_path, capsys):
 
 
 def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
-    """It has no adapter: the CLIP's own features of prompts and images decide, as in transformers."""
+    """It has no adapter: the CLIP's own features of prompts and images decide, as in
+    transformers."""
     model = save_tiny_clip(tmp_path / "clip", "clip")
     clip = tmp_path / "clip"
     imported = str(tmp_path / "imported")

@@ -63,7 +63,8 @@ def test_half_a_file_and_the_order_of_lines(name, tmp_path):
 
 
 def test_faults_that_are_counted(tmp_path):
-    """A last line that a kill cut off, a null where the text should be, a question answered twice."""
+    """A last line that a kill cut off, a null where the text should be, a question answered
+    twice."""
     record = command("gqa", written(tmp_path, "".join(lines_of("gqa"))[:-20]), tmp_path)
     assert record["counts"]["unparsable"] == 1
     assert record["counts"]["missing"] == 1

@@ -25,8 +25,17 @@ def scored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scores")
     for model in MODELS:
         for name in BENCHMARKS:
-            score([name, "--data", str(ROOT / name), "--answers", str(answers(name, model)),
-                   "--json", str(folder / model / f"{name}.scores.json")])  # fmt: skip
+            score(
+                [
+                    name,
+                    "--data",
+                    str(ROOT / name),
+                    "--answers",
+                    str(answers(name, model)),
+                    "--json",
+                    str(folder / model / f"{name}.scores.json"),
+                ]
+            )
     return folder
 
 
@@ -167,10 +176,19 @@ def test_retrieval_files_become_rows_by_direction(tmp_path):
     """The score files of `llm2clip evaluate`: R@1 and R@10 both ways, parts by themselves."""
     for name, hit in (("base", 0.0), ("new", 1.0)):
         items = [
-            {"id": f"{part}/{side}/{n}", "part": part, "side": side, "cluster": str(n), "score": hit * (n % 2),
-             "r1": hit * (n % 2), "r10": 1.0}
-            for part in ("all", "long:en") for side in ("i2t", "t2i") for n in range(20)
-        ]  # fmt: skip
+            {
+                "id": f"{part}/{side}/{n}",
+                "part": part,
+                "side": side,
+                "cluster": str(n),
+                "score": hit * (n % 2),
+                "r1": hit * (n % 2),
+                "r10": 1.0,
+            }
+            for part in ("all", "long:en")
+            for side in ("i2t", "t2i")
+            for n in range(20)
+        ]
         written(tmp_path, name, items, "retrieval:emoji")
     paths = [tmp_path / "base.scores.json", tmp_path / "new.scores.json"]
     rows = build(load_sides(paths, []), resamples=200).rows
@@ -209,11 +227,23 @@ def test_xm3600_is_the_mean_over_its_languages(tmp_path):
     one in another."""
     for name, hit in (("base", 0.0), ("new", 1.0)):
         items = [
-            {"id": f"{part}/{side}/{n}", "part": part, "side": side, "cluster": str(n % 5), "score": right,
-             "r1": right, "r10": 1.0}
-            for part, count, right in (("all", 15, 0.5), ("short:de", 10, hit), ("short:mi", 5, 0.0))
-            for side in ("i2t", "t2i") for n in range(count)
-        ]  # fmt: skip
+            {
+                "id": f"{part}/{side}/{n}",
+                "part": part,
+                "side": side,
+                "cluster": str(n % 5),
+                "score": right,
+                "r1": right,
+                "r10": 1.0,
+            }
+            for part, count, right in (
+                ("all", 15, 0.5),
+                ("short:de", 10, hit),
+                ("short:mi", 5, 0.0),
+            )
+            for side in ("i2t", "t2i")
+            for n in range(count)
+        ]
         written(tmp_path, name, items, "retrieval:xm3600")
     rows = build(
         load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200

@@ -38,10 +38,19 @@ def llava_bench(tmp_path):
     ]
     said = write_lines(tmp_path / "answers.jsonl", spoken)
     marks = [[8.0, 4.0], [9.0, 7.0], [10.0, 10.0], [-1, -1]]
-    reviews = write_lines(tmp_path / "reviews.jsonl", [
-        {"id": n + 1, "question_id": n, "category": f"llava_bench_{kind}", "content": "8 4", "tuple": pair}
-        for n, (kind, pair) in enumerate(zip(kinds, marks, strict=True))
-    ])  # fmt: skip
+    reviews = write_lines(
+        tmp_path / "reviews.jsonl",
+        [
+            {
+                "id": n + 1,
+                "question_id": n,
+                "category": f"llava_bench_{kind}",
+                "content": "8 4",
+                "tuple": pair,
+            }
+            for n, (kind, pair) in enumerate(zip(kinds, marks, strict=True))
+        ],
+    )
     return folder, said, reviews
 
 
@@ -64,15 +73,26 @@ def test_mmvet_over_runs_and_capabilities(tmp_path):
     """Marks of two runs: totals 100 x (1 + .5 + 0)/3 and 100 x (.8 + .5 + .2)/3, both 50."""
     folder = tmp_path / "mm-vet"
     folder.mkdir()
-    entries = {f"v1_{n}": {"imagename": f"v1_{n}.png", "question": f"q{n}", "answer": "a", "capability": caps}
-               for n, caps in enumerate([["rec"], ["rec", "ocr"], ["math"]])}  # fmt: skip
+    entries = {
+        f"v1_{n}": {
+            "imagename": f"v1_{n}.png",
+            "question": f"q{n}",
+            "answer": "a",
+            "capability": caps,
+        }
+        for n, caps in enumerate([["rec"], ["rec", "ocr"], ["math"]])
+    }
     (folder / "mm-vet.json").write_text(json.dumps(entries))
     grades = tmp_path / "grade.json"
-    grades.write_text(json.dumps({
-        "v1_0": {"model": ["g"], "content": ["1"], "score": [1.0, 0.8]},
-        "v1_1": {"model": ["g"], "content": ["1"], "score": [0.5, 0.5]},
-        "v1_2": {"model": ["g"], "content": ["1"], "score": [0.0, 0.2]},
-    }))  # fmt: skip
+    grades.write_text(
+        json.dumps(
+            {
+                "v1_0": {"model": ["g"], "content": ["1"], "score": [1.0, 0.8]},
+                "v1_1": {"model": ["g"], "content": ["1"], "score": [0.5, 0.5]},
+                "v1_2": {"model": ["g"], "content": ["1"], "score": [0.0, 0.2]},
+            }
+        )
+    )
     said = write_lines(
         tmp_path / "a.jsonl",
         [{"question_id": n, "prompt": f"q{n}", "text": f"t{n}"} for n in range(3)],

@@ -1,4 +1,5 @@
-"""Every number and every per-item value equals what the official scorers gave on the golden predictions."""
+"""Every number and every per-item value equals what the official scorers gave on the golden
+predictions."""
 
 import json
 
@@ -9,7 +10,8 @@ from llava_integration.evaluator.benchmarks.answers import read_answers
 from llava_integration.evaluator.benchmarks.bench import score_answers
 from llava_integration.evaluator.benchmarks.rules import benchmark
 
-# sums of the same floats in another order, or statistics.mean's exact rational: a few units in the last place
+# sums of the same floats in another order, or statistics.mean's exact rational: a few units in
+# the last place
 TOLERANCE = 1e-9
 # in expected.json: what is no number, and numbers of rules that are not the benchmark's own
 NOT_OURS = {"stdout", "line", "split", "note", "missing_predictions", "samples_note"}
@@ -22,7 +24,8 @@ def score(name, model, **options):
 
 
 def numbers(tree, prefix=""):
-    """All numbers of expected.json under the names that the metrics have; ``[value, count]`` pairs as two."""
+    """All numbers of expected.json under the names that the metrics have; ``[value, count]`` pairs
+    as two."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if key in NOT_OURS:

@@ -18,7 +18,8 @@ SHAPES = ("circle", "square", "star", "cross") * 5
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """LLaVA's evaluation folder with the benchmark's files; its rule is in a folder of this test."""
+    """LLaVA's evaluation folder with the benchmark's files; its rule is in a folder of this
+    test."""
     monkeypatch.setattr(
         rules, "__path__", [*rules.__path__, str(Path(__file__).parent / "new_benchmark")]
     )
@@ -73,8 +74,19 @@ def test_planned_by_bench_mllm(data, tmp_path, capsys):
 def test_scored_compared_and_shown(data, tmp_path, capsys):
     for model, right in (("base", 8), ("new", 17)):
         path = answer_file(tmp_path / f"{model}.jsonl", right)
-        bench.main_score(["shapes", "--data", str(data / "shapes"), "--answers", str(path), "--model", model,
-                    "--json", str(tmp_path / model / "shapes.scores.json")])  # fmt: skip
+        bench.main_score(
+            [
+                "shapes",
+                "--data",
+                str(data / "shapes"),
+                "--answers",
+                str(path),
+                "--model",
+                model,
+                "--json",
+                str(tmp_path / model / "shapes.scores.json"),
+            ]
+        )
     assert "Shapes of new: 85.00 %" in capsys.readouterr().out
     record = ScoreFile.read(tmp_path / "new" / "shapes.scores.json")
     assert record.metrics == {"accuracy_percent": 85.0}

@@ -18,7 +18,10 @@ from llava_integration.evaluator.compare.comparison import load_side
 from llava_integration.evaluator.compare.report import picture_folders
 from llm2clip_plugin.contracts import ScoreFile
 
-HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script> & <b>red</b>"
+HOSTILE = (
+    "<img src=x onerror=\"document.title='owned'\"></script>"
+    "<script>document.title='owned'</script> & <b>red</b>"
+)
 
 
 def write_sides(folder, items_of, benchmark="our own", **about):
@@ -58,11 +61,31 @@ def report(tmp_path_factory):
             rows[0]["text"] = HOSTILE  # was right, so the question is one where they disagree
         path = folder / f"{model}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        score(["gqa", "--data", str(data), "--answers", str(path), "--json", str(folder / model / "gqa.scores.json"),
-               "--model", model])  # fmt: skip
+        score(
+            [
+                "gqa",
+                "--data",
+                str(data),
+                "--answers",
+                str(path),
+                "--json",
+                str(folder / model / "gqa.scores.json"),
+                "--model",
+                model,
+            ]
+        )
         for name in ("pope", "mme"):
-            score([name, "--data", str(ROOT / name), "--answers", str(answers(name, model)),
-                   "--json", str(folder / model / f"{name}.scores.json")])  # fmt: skip
+            score(
+                [
+                    name,
+                    "--data",
+                    str(ROOT / name),
+                    "--answers",
+                    str(answers(name, model)),
+                    "--json",
+                    str(folder / model / f"{name}.scores.json"),
+                ]
+            )
     compare(
         [
             str(folder / "model-a"),
@@ -97,10 +120,12 @@ def embedded(report):
 
 
 # Elements that reach over the edge of the page, other than in a table that scrolls by itself.
-CUT_OFF = """[...document.querySelectorAll('main *')].filter(one => !one.closest('.wide')).filter(one => {
-  const box = one.getBoundingClientRect();
+CUT_OFF = """
+[...document.querySelectorAll('main *')].filter(element => {
+  if (element.closest('.wide')) return false;
+  const box = element.getBoundingClientRect();
   return box.width > 0 && (box.left < -1 || box.right > innerWidth + 1);
-}).map(one => one.tagName + ' ' + one.textContent.slice(0, 40))"""
+}).map(element => element.tagName + ' ' + element.textContent.slice(0, 40))"""
 INPUT = "document.getElementById('controls').dispatchEvent(new Event('input'))"
 
 
@@ -122,7 +147,10 @@ def test_page_in_chromium(report, width):
         browser.open(report.as_uri())
         run = browser.run
         # drawings: every difference has a mark; nothing is cut off
-        drawn = "[...document.querySelectorAll('.interval circle')].map(c => c.getBoundingClientRect().width > 2)"
+        drawn = (
+            "[...document.querySelectorAll('.interval circle')]"
+            ".map(c => c.getBoundingClientRect().width > 2)"
+        )
         assert run(drawn) == [True] * 3
         run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         assert run(CUT_OFF) == []
@@ -150,7 +178,8 @@ def test_page_in_chromium(report, width):
         assert run("document.getElementById('shown').textContent").startswith(f"{len(lost)} of")
         assert run("document.querySelectorAll('.card img').length") > 0
         assert run(
-            "[...document.querySelectorAll('.card img')].every(i => i.complete && i.naturalWidth > 0)"
+            "[...document.querySelectorAll('.card img')]"
+            ".every(i => i.complete && i.naturalWidth > 0)"
         )
         # pages
         run("document.getElementById('controls').reset(); " + INPUT)
@@ -161,7 +190,8 @@ def test_page_in_chromium(report, width):
         assert [url for url in browser.requests if not url.startswith("data:")] == [report.as_uri()]
         # and if markup did get in, the policy would not run it
         run(
-            "const s = document.createElement('script'); s.textContent = 'document.title = \"owned\"';"
+            "const s = document.createElement('script'); "
+            "s.textContent = 'document.title = \"owned\"';"
             "document.body.append(s)"
         )
         assert run("document.title") != "owned"
@@ -218,7 +248,8 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
 
 
 def test_data_that_were_not_scored_bring_no_picture(tmp_path):
-    """A score file's folder is looked into only if its annotations have the digest that was scored."""
+    """A score file's folder is looked into only if its annotations have the digest that was
+    scored."""
     (tmp_path / "private").mkdir()
     right = benchmark("gqa").data_digest(ROOT / "gqa")
     nothing = benchmark("gqa").data_digest(tmp_path / "private")

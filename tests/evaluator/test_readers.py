@@ -263,12 +263,19 @@ def test_a_sample_of_inspect_ai_is_the_mean_over_its_epochs(tmp_path):
     assert dict(zip(run.ids, run.scores, strict=True)) == {"0": 0.5, "1": 1.0, "2": 0.25}
 
 
-MEANS = """cv_bench cv_bench_acc, mmvp mmvp_pair_accuracy, blink blink_acc, realworldqa exact_match, mmstar average,
-    chartqa relaxed_overall, docvqa_val anls, mmmu_val mmmu_acc, coco2017_cap_val coco_CIDEr""".split(
-    ","
-)
+MEANS = {  # lmms-eval's task: its metric
+    "cv_bench": "cv_bench_acc",
+    "mmvp": "mmvp_pair_accuracy",
+    "blink": "blink_acc",
+    "realworldqa": "exact_match",
+    "mmstar": "average",
+    "chartqa": "relaxed_overall",
+    "docvqa_val": "anls",
+    "mmmu_val": "mmmu_acc",
+    "coco2017_cap_val": "coco_CIDEr",
+}
 TODAY = {  # benchmark: (lmms-eval's task, its metric, filter; its unit in ours)
-    **{name.strip(): (name.split()[0], f"{name.split()[1]},none", 100) for name in MEANS},
+    **{f"{task} {metric}": (task, f"{metric},none", 100) for task, metric in MEANS.items()},
     "ai2d exact_match": ("ai2d", "exact_match,flexible-extract", 100),
     "mme": ("mme", "mme_perception_score,none", 1),
     "MME cognition": ("mme", "mme_cognition_score,none", 1),
@@ -278,7 +285,8 @@ TODAY = {  # benchmark: (lmms-eval's task, its metric, filter; its unit in ours)
 
 
 def test_lmms_evals_tasks_of_today():
-    """Every task's number is that which lmms-eval printed, of answers of which a third are wrong."""
+    """Every task's number is that which lmms-eval printed, of answers of which a third are
+    wrong."""
     folder = LOGS / "lmms_eval" / "today"
     side = load_side(folder)
     printed = json.loads(next(folder.glob("*_results.json")).read_text())["results"]
@@ -331,8 +339,12 @@ def test_vlmevalkits_own_tables():
 
 
 CAPTIONS = {  # as Stanford's PTBTokenizer and pycocoevalcap make of it
-    "A man's dog can't sit on the well-lit t-shirt.": "a man 's dog ca n't sit on the well-lit t-shirt",
-    'It is 3.5 meters (or so) high; "no" & yes!': "it is 3.5 meters -lrb- or so -rrb- high no & yes",
+    "A man's dog can't sit on the well-lit t-shirt.": (
+        "a man 's dog ca n't sit on the well-lit t-shirt"
+    ),
+    'It is 3.5 meters (or so) high; "no" & yes!': (
+        "it is 3.5 meters -lrb- or so -rrb- high no & yes"
+    ),
     "He's there, I'm gone, we've won, she'll go": "he 's there i 'm gone we 've won she 'll go",
     "Mr. Smith, a.m. and the U.S. flag, no. 42": "mr. smith a.m. and the u.s. flag no. 42",
     "A bottle of H&M, red/white, park!!": "a bottle of h&m red/white park !!",

@@ -1,4 +1,5 @@
-"""The intervals cover what they claim, tests keep their level, and equal files show no difference."""
+"""The intervals cover what they claim, tests keep their level, and equal files show no
+difference."""
 
 import math
 
@@ -84,7 +85,8 @@ def test_composites_are_covered_too():
 
 
 def test_intervals_over_runs_cover():
-    """Three seeds a side that move the accuracy by +-3 points: their variance is in the interval."""
+    """Three seeds a side that move the accuracy by +-3 points: their variance is in the
+    interval."""
     rng = np.random.default_rng(11)
     covered = blind = 0
     for number in range(300):
@@ -165,7 +167,8 @@ def test_the_test_over_runs_is_welchs_where_images_agree():
 
 @pytest.mark.parametrize("size", [1, 7], ids=["one item an image", "up to seven"])
 def test_evaluate_and_compare_give_the_same_interval(size):
-    """One bootstrap: the mean of the differences item by item, and the difference of the two sides."""
+    """One bootstrap: the mean of the differences item by item, and the difference of the two
+    sides."""
     rng = np.random.default_rng(6)
     names = [f"image {n}" for n in range(50) for _ in range(rng.integers(1, size + 1))]
     base, new = rng.random((2, len(names)))

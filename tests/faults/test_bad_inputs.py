@@ -1,6 +1,8 @@
-"""Bad inputs, planted one at a time: one line says what was given, what was expected and where; nothing is written.
+"""Bad inputs, planted one at a time: one line says what was given, what was expected and where;
+nothing is written.
 
-The cases are in tests/faults/bad/, a file a subject. A command that waits forever is a failure, too.
+The cases are in tests/faults/bad/, a file a subject. A command that waits forever is a failure,
+too.
 """
 
 import os

@@ -98,7 +98,8 @@ def make_cached(folder: Path) -> None:
 
 
 def load_cache(folder: Path) -> str:
-    """As a training does: the cache is proven for its data, then the rows of every sample are read."""
+    """As a training does: the cache is proven for its data, then the rows of every sample are
+    read."""
     (directory,) = (folder / "data").glob("embeddings-*")
     cache = EmbeddingCache.open(directory)
     source = open_source(SourceConfig(path=str(folder / "data")))

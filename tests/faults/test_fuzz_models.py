@@ -90,9 +90,17 @@ def test_a_damaged_adapter(llm: Path, tmp_path: Path):
             name: torch.randn_like(p) for name, p in wrapped.named_parameters() if ".lora_" in name
         }
         card = EncoderCard(
-            base=str(llm), base_sha256=weights_sha256(llm), attention="bidirectional", pooling="mean", layer=-1,
-            prompt="p ", query_prompt="q ", chat_template="", include_bos=True, max_tokens=32,
-        )  # fmt: skip
+            base=str(llm),
+            base_sha256=weights_sha256(llm),
+            attention="bidirectional",
+            pooling="mean",
+            layer=-1,
+            prompt="p ",
+            query_prompt="q ",
+            chat_template="",
+            include_bos=True,
+            max_tokens=32,
+        )
         save_adapter(wrapped, trained, card, folder / "adapter")
 
     expected: list[str] = []

@@ -138,7 +138,10 @@ def test_processes_are_bounded_by_cores_and_memory(monkeypatch: pytest.MonkeyPat
     assert most_processes() == 64
     monkeypatch.setattr(bounds, "cores", lambda: 1)
     assert most_processes() == 8
-    expected = r"--workers 9 is out of range; expected 0 to 8 on this machine, with 1 cores and 16.0 GiB of memory"
+    expected = (
+        r"--workers 9 is out of range; expected 0 to 8 on this machine, "
+        r"with 1 cores and 16.0 GiB of memory"
+    )
     with pytest.raises(ValueError, match=expected):
         check_number("--workers", "train.dataloader_num_workers", 9)
 

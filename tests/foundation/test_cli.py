@@ -52,7 +52,10 @@ def test_doctor_reports_problems_and_fixes(capsys: pytest.CaptureFixture[str]) -
 
 def test_ranks_of_one_machine_share_its_cores(tmp_path) -> None:
     """Under a launcher a command takes one thread a rank, unless the user has said how many."""
-    code = "import os, llm2clip_plugin.cli as c; c.run('doctor', []); print(os.environ['OMP_NUM_THREADS'])"
+    code = (
+        "import os, llm2clip_plugin.cli as c; c.run('doctor', []); "
+        "print(os.environ['OMP_NUM_THREADS'])"
+    )
     for given, threads in (({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")):
         env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         env |= {"WORLD_SIZE": "2", "RANK": "0", **given}
@@ -87,7 +90,10 @@ c.run("train-tower", [])"""
 
 
 def test_the_source_that_is_saved_with_towers_needs_no_pillow() -> None:
-    code = "import runpy, sys; sys.modules['PIL'] = None; runpy.run_module('llm2clip_plugin.vision.wrapped')"
+    code = (
+        "import runpy, sys; sys.modules['PIL'] = None; "
+        "runpy.run_module('llm2clip_plugin.vision.wrapped')"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,4 +1,5 @@
-"""Options: their names, how words become settings, what is refused and how, and what --help says."""
+"""Options: their names, how words become settings, what is refused and how, and what --help
+says."""
 
 import shlex
 import subprocess

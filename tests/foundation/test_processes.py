@@ -25,7 +25,10 @@ PLANTED = ("json", "random", "runpy", "torch", "transformers", "llm2clip_plugin"
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, whose modules leave a file when they are imported."""
     for name in PLANTED:
-        code = f"import os; open({str(tmp_path)!r} + '/ran-' + str(os.getpid()), 'w').close(); raise SystemExit(7)"
+        code = (
+            f"import os; open({str(tmp_path)!r} + '/ran-' + str(os.getpid()), 'w').close(); "
+            f"raise SystemExit(7)"
+        )
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(processes.SAFE_PATH, raising=False)

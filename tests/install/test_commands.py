@@ -19,7 +19,10 @@ TOWER = ".[tower]"
 TRAIN = ".[train]"
 LLAVA = "--no-deps llava-torch==1.2.2.post1"
 MOST_MEGABYTES = 250  # of the base install, bytecode included
-LOADS = "import sys; from llm2clip_plugin import load_tower; print(load_tower(sys.argv[1]).config.hidden_size)"
+LOADS = (
+    "import sys; from llm2clip_plugin import load_tower; "
+    "print(load_tower(sys.argv[1]).config.hidden_size)"
+)
 
 
 def install_commands() -> list[str]:

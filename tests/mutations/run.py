@@ -165,7 +165,8 @@ def main(words: Sequence[str]) -> int:
     chosen = [bug for bug in PLANTED if not words or is_named(bug, words)]
     if not chosen:
         sys.exit(
-            f"error: no planted bug's name contains {' or '.join(words)}; see tests/mutations/planted.txt"
+            f"error: no planted bug's name contains {' or '.join(words)}; "
+            f"see tests/mutations/planted.txt"
         )
     server = start_server()
     copies = min(COPIES, len(chosen), os.cpu_count() or 1)

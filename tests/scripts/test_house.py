@@ -10,7 +10,9 @@ FILES = {
     "llm2clip_plugin/cli.py": "def main():\n    from llm2clip_plugin.stages.tower import command\n",
     "llm2clip_plugin/stages/tower.py": "from llm2clip_plugin.train import loop\n",
     "llm2clip_plugin/train/loop.py": "import llm2clip_plugin.train.step\n",
-    "llm2clip_plugin/train/step.py": "from llm2clip_plugin.train import loop\nfrom llm2clip_plugin.stages import x\n",
+    "llm2clip_plugin/train/step.py": (
+        "from llm2clip_plugin.train import loop\nfrom llm2clip_plugin.stages import x\n"
+    ),
     "llm2clip_plugin/stages/__init__.py": "x = 1\n",
     "llava_integration/hook.py": "from llm2clip_plugin.data import rows\n",
     "llm2clip_plugin/data/rows.py": "import llava_integration.hook\n",

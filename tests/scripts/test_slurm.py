@@ -91,7 +91,8 @@ def test_a_job_at_its_limit_comes_back_with_progress_alone(
 
 @pytest.mark.slow
 def test_bad_input_and_a_non_finite_loss_are_final_under_torchrun(tmp_path: Path):
-    """Real ranks of the command: a setting that is out of bounds, a tower whose weights overflow."""
+    """Real ranks of the command: a setting that is out of bounds, a tower whose weights
+    overflow."""
     tiny = make_all(tmp_path)
     weights = load_file(tiny / "tower/model.safetensors")
     next(value for name, value in weights.items() if "patch_embedding" in name)[:] = 3e38

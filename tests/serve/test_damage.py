@@ -67,9 +67,15 @@ def nan(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 TENSORS: dict[str, tuple[Damage, str]] = {
-    "nan": (tensor("0.self_attn.q_proj.weight", torch.full((32, 32), torch.nan)), "q_proj.weight is nan"),
-    "int8": (tensor("0.self_attn.q_proj.weight", torch.zeros(32, 32, dtype=torch.int8)), "quantized checkpoints"),
-}  # fmt: skip
+    "nan": (
+        tensor("0.self_attn.q_proj.weight", torch.full((32, 32), torch.nan)),
+        "q_proj.weight is nan",
+    ),
+    "int8": (
+        tensor("0.self_attn.q_proj.weight", torch.zeros(32, 32, dtype=torch.int8)),
+        "quantized checkpoints",
+    ),
+}
 SETTINGS: dict[str, tuple[Damage, str]] = {
     "far layer": (settings(mm_vision_select_layer=-40), "mm_vision_select_layer -40"),
     "quantized": (

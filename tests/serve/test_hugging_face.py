@@ -75,7 +75,8 @@ def test_rope_theta_is_exported_from_either_versions_config() -> None:
 
 
 def test_trainer(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tower stays, the rest is trained; labels are the answers; servers know the saved names."""
+    """The tower stays, the rest is trained; labels are the answers; servers know the saved
+    names."""
     monkeypatch.chdir(here)
     code = block_with("trainer = Trainer(").replace(
         "bf16=True", "use_cpu=True, report_to='none', logging_steps=1"

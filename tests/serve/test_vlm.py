@@ -148,9 +148,16 @@ def test_equals_its_parts_and_trains(llms: Path, tmp_path: Path, tower: str, llm
     for number in range(2):
         rows.append({name: value[number] for name, value in batch.items()})
     settings = TrainingArguments(
-        str(tmp_path / "run"), max_steps=1, learning_rate=1e-3, per_device_train_batch_size=2, use_cpu=True,
-        remove_unused_columns=False, report_to=[], save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        str(tmp_path / "run"),
+        max_steps=1,
+        learning_rate=1e-3,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        remove_unused_columns=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses = [loss_of(model, batch)]
     for trains in (("multi_modal_projector",), ("",)):
@@ -174,7 +181,8 @@ def test_equals_its_parts_and_trains(llms: Path, tmp_path: Path, tower: str, llm
 
 
 def test_a_frozen_tower_is_not_random(llms: Path, tmp_path: Path) -> None:
-    """DINOv3 draws a scale of its positions in training mode; frozen, it computes the same twice."""
+    """DINOv3 draws a scale of its positions in training mode; frozen, it computes the same
+    twice."""
     folder = build("dinov3", llms / "llama", tmp_path / "vlm", "--no-compare")
     register()
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder).train()
@@ -440,9 +448,16 @@ def test_the_card_names_both_by_hash(built: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_one_line(
-    built: Path, llms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    tower: str, llm: str, more: tuple[str, ...], message: str,
-) -> None:  # fmt: skip
+    built: Path,
+    llms: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tower: str,
+    llm: str,
+    more: tuple[str, ...],
+    message: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.jinja").write_text("{% for %}")
     folder = {"vlm": built}.get(llm, llms / llm)
@@ -475,7 +490,8 @@ def test_what_does_not_fit_is_one_line(
 def test_a_tower_that_transformers_saved_has_the_names_that_servers_know(
     llms: Path, tmp_path: Path
 ) -> None:
-    """transformers 5 saves CLIP's tower without ``vision_model.``, which vLLM then does not find."""
+    """transformers 5 saves CLIP's tower without ``vision_model.``, which vLLM then does not
+    find."""
     other = shutil.ignore_patterns("*.safetensors", "llm2clip*")
     shutil.copytree(tower_directory("clip"), tmp_path / "clip", ignore=other)
     config = transformers.CLIPVisionConfig.from_pretrained(tower_directory("clip"))

@@ -49,7 +49,8 @@ def test_merged_is_the_adapter(any_llm: Path, tmp_path: Path, settings: dict) ->
 
 
 def test_merged_folder_opens_as_a_plain_model(llama: Path, tmp_path: Path) -> None:
-    """Bidirectional attention is in its config.json: two lines of transformers give our embedding."""
+    """Bidirectional attention is in its config.json: two lines of transformers give our
+    embedding."""
     _, adapter = write_moved(llama, tmp_path / "adapter")
     encoding = EncoderConfig(llm=str(llama), adapter=str(adapter))
     folder = export_llm(ExportConfig(output=str(tmp_path / "merged"), encoder=encoding))

@@ -56,7 +56,10 @@ from llm2clip_plugin.cli import leave, run
 rank = os.environ["RANK"]
 Path(rank).mkdir()
 os.chdir(rank)
-leave(run("train-tower", [*sys.argv[1:], *(["--optim.lr", "1e-3", "--deepspeed", ""] if rank == "1" else [])]))
+words = sys.argv[1:]
+if rank == "1":
+    words += ["--optim.lr", "1e-3", "--deepspeed", ""]
+leave(run("train-tower", words))
 """
 
 

@@ -23,7 +23,9 @@ from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.checkpoint import TrainState
 
-WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs in rain".split()
+WORDS = (
+    "a red bicycle leans against the brick wall of an old house near two sleeping dogs in rain"
+).split()
 STEPS = 4
 # fp32 sums in another order, through AdamW, over a few steps of a rate that changes the loss by
 # tenths
@@ -49,7 +51,8 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(captions: Path, llm: Path, output: Path, *more: str) -> list[str]:
-    """A short run at a rate that moves the loss; dropout 0, so that micro-batches can be compared."""
+    """A short run at a rate that moves the loss; dropout 0, so that micro-batches can be
+    compared."""
     return [
         *(
             str(captions),

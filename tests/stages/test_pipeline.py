@@ -61,9 +61,18 @@ def names(stages: list[Stage]) -> list[str]:
 
 
 ALL = [
-    "data check", "data split", "finetune-llm", "embed", "embed", "train-tower", "train-tower", "evaluate", "evaluate",
-    "compare", "export",
-]  # fmt: skip
+    "data check",
+    "data split",
+    "finetune-llm",
+    "embed",
+    "embed",
+    "train-tower",
+    "train-tower",
+    "evaluate",
+    "evaluate",
+    "compare",
+    "export",
+]
 
 
 def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
@@ -281,7 +290,10 @@ def test_a_cache_is_brought_up_to_date(three: Run):
 
 def test_a_signal_reaches_the_stage_and_ends_the_run(tmp_path: Path):
     """A stage that saves and ends well is no complete one."""
-    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); open(sys.argv[1], 'w'); time.sleep(60)"
+    code = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); "
+        "open(sys.argv[1], 'w'); time.sleep(60)"
+    )
 
     def kill() -> None:
         while not (tmp_path / "up").exists():
@@ -294,7 +306,8 @@ def test_a_signal_reaches_the_stage_and_ends_the_run(tmp_path: Path):
 
 
 def refused(tiny: Path, *words: str) -> str:
-    """The error of a dry run with the data, LLM and tower of these tests, unless others are given."""
+    """The error of a dry run with the data, LLM and tower of these tests, unless others are
+    given."""
     usual = {"--llm": tiny / "llm", "--tower": tiny / "tower", "--output": tiny / "out"}
     given = [
         str(word)

@@ -39,7 +39,10 @@ def test_changed_settings_are_named_and_can_be_allowed():
     now["optim"]["lr"] = 1e-3
     with pytest.raises(
         ValueError,
-        match=r"optim.lr: 0.0004 in the checkpoint, 0.001 in this run(.|\n)*--allow-changed optim.lr",
+        match=(
+            r"optim.lr: 0.0004 in the checkpoint, 0.001 in this run"
+            r"(.|\n)*--allow-changed optim.lr"
+        ),
     ):
         refuse_changes(RunConfig, saved, now, (), where="run")
     refuse_changes(RunConfig, saved, now, ("optim.lr",), where="run")
@@ -128,8 +131,14 @@ def test_an_option_without_effect_is_an_error(
 
 def test_the_command_line_overrides_a_recipe():
     """Also by the names of the Trainer and of LLaVA's scripts."""
-    words = "--local_rank=1 --recipe quickstart --deepspeed scripts/zero1.json --optim.lr 2e-4 --output_dir=runs/x"
-    words += " --data_path a b --learning_rate 3e-4 --gradient_checkpointing True --bf16 True --vision_tower t"
+    words = (
+        "--local_rank=1 --recipe quickstart --deepspeed scripts/zero1.json --optim.lr 2e-4 "
+        "--output_dir=runs/x"
+    )
+    words += (
+        " --data_path a b --learning_rate 3e-4 --gradient_checkpointing True --bf16 True "
+        "--vision_tower t"
+    )
     words += " --per_device_train_batch_size 4 --report_to tensorboard --dual.projection-norm False"
     config = TRAIN_TOWER.parse(words.split())
     assert config.optim.lr == 3e-4

@@ -145,7 +145,8 @@ def test_ranks_stop_when_their_launcher_ends(tiny: Path, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A short run, one whose weights overflow, and one whose checkpoints are lost; in one process."""
+    """A short run, one whose weights overflow, and one whose checkpoints are lost; in one
+    process."""
     folder = tmp_path_factory.mktemp("runs")
     forward = options(tiny, folder / "lost", "--max_steps", "4")
     commands = {

@@ -72,9 +72,9 @@ def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Pat
     try:
         wait_for(lambda: len(losses(output)) > 8 or process.poll() is not None)
         assert (
-            f"rank 1 on {os.uname().nodename} failed in phase forward and backward of step 5: Runtime"
-            in said()
-        )
+            f"rank 1 on {os.uname().nodename} failed in phase forward and backward of "
+            "step 5: Runtime"
+        ) in said()
         rank = psutil.Process(json.loads((output / "run.lock").read_text())["pid"])
         other = psutil.Process(int(re.findall(r"process of rank 1: (\d+)", said())[-1]))
         other.suspend()

@@ -1,4 +1,5 @@
-"""torch.compile without code generation, and how many graphs it has made after each step of a run."""
+"""torch.compile without code generation, and how many graphs it has made after each step of a
+run."""
 
 import pytest
 import torch

@@ -20,7 +20,8 @@ SECONDS = 300  # of a command; then it is killed
 
 @functools.cache
 def context() -> ForkServerContext:
-    """Makes processes that are forked from a server with ``forked_libraries``, which starts here."""
+    """Makes processes that are forked from a server with ``forked_libraries``, which starts
+    here."""
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload(["forked_libraries"])
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported

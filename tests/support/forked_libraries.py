@@ -9,10 +9,22 @@ import contextlib
 import gc
 import importlib
 
-LIBRARIES = """accelerate bitsandbytes deepspeed deepspeed.module_inject deepspeed.ops.op_builder.all_ops
-deepspeed.runtime.engine llm2clip_plugin.stages.llm llm2clip_plugin.stages.tower peft torchvision.transforms.v2
-transformers.models.auto.processing_auto transformers.models.clip.modeling_clip
-transformers.models.llama.modeling_llama transformers.trainer""".split()
+LIBRARIES = (
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "deepspeed.module_inject",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.engine",
+    "llm2clip_plugin.stages.llm",
+    "llm2clip_plugin.stages.tower",
+    "peft",
+    "torchvision.transforms.v2",
+    "transformers.models.auto.processing_auto",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
+)
 
 gc.disable()
 for library in LIBRARIES:

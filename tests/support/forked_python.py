@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from forked import context, run_as_main
 
 POLL = 0.05  # seconds between two looks at a process
-# -I and -S: a client needs no packages. It passes SIGTERM on, ends with its process, and its process with it.
+# -I and -S: a client needs no packages. It passes SIGTERM on; it and its process end together.
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 
@@ -34,13 +34,14 @@ words = {words!r} + sys.argv[1:]
 safe = "-P" in words[:2] or bool(os.environ.get("PYTHONSAFEPATH"))
 while words[:1] in (["-u"], ["-P"]):
     del words[0]
-if not words or words[0] not in ("-c", "-m") and not os.path.isfile(words[0]) or words[:2] == ["-m", "pip"]:
+is_program = bool(words) and (words[0] in ("-c", "-m") or os.path.isfile(words[0]))
+if not is_program or words[:2] == ["-m", "pip"]:
     os.execv({python!r}, [{python!r}, *["-P"] * safe, *words])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
     socket.send_fds(server, [b"-"], [0, 1, 2])
-    request = {{"words": words, "folder": os.getcwd(), "environment": dict(os.environ), "python": {shim!r}}}
-    request["safe"] = safe
+    request = {{"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}}
+    request |= {{"python": {shim!r}, "safe": safe}}
     server.sendall(json.dumps(request).encode() + b"\\n")
     signal.signal(signal.SIGTERM, lambda *_: server.sendall(b"\\n"))
     status = server.recv(16)

@@ -189,10 +189,12 @@ class World:
         options = f"""--model_name_or_path {self.llm} --version {version}
             --data_path {data} --image_folder {self.images}
             --vision_tower {tower} --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2
-            --mm_use_im_start_end False --mm_use_im_patch_token False --bf16 True --output_dir {output}
+            --mm_use_im_start_end False --mm_use_im_patch_token False --bf16 True
+            --output_dir {output}
             --max_steps {STEPS} --per_device_train_batch_size 4 --gradient_accumulation_steps 1
             --evaluation_strategy no --save_strategy no --learning_rate 1e-3 --warmup_ratio 0.03
-            --lr_scheduler_type cosine --logging_steps 1 --model_max_length 256 --lazy_preprocess True
+            --lr_scheduler_type cosine --logging_steps 1 --model_max_length 256
+            --lazy_preprocess True
             --report_to none --dataloader_num_workers 0 --seed 7""".split()
         if kind == "pretrain":
             return [*options, "--tune_mm_mlp_adapter", "True"]
@@ -343,7 +345,8 @@ def make_images(folder: Path) -> list[str]:
 
 
 def make_data(world: World, names: list[str]) -> None:
-    """Captions for pretrain, conversations for finetune (one in four without a picture), questions."""
+    """Captions for pretrain, conversations for finetune (one in four without a picture),
+    questions."""
     pretrain = []
     finetune = []
     questions = []

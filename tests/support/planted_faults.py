@@ -30,7 +30,8 @@ class World:
         return self.folder / name
 
     def train(self, words: str = "") -> list[str]:
-        """A short run, into a folder of its own; ``words`` override it, {w} is the world's folder."""
+        """A short run, into a folder of its own; ``words`` override it, {w} is the world's
+        folder."""
         return [
             *("train-tower", "--recipe", "quickstart", "--tower.path", f"{self.folder}/tower"),
             *(

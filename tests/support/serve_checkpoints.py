@@ -1,4 +1,5 @@
-"""Tiny LLaVA 1.5 checkpoints as LLaVA writes them, made in a second: full and LoRA, with any tower."""
+"""Tiny LLaVA 1.5 checkpoints as LLaVA writes them, made in a second: full and LoRA, with any
+tower."""
 
 import functools
 import json

@@ -71,7 +71,8 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: int) -> bytes:
 
 
 def make_shards(folder: Path) -> Path:
-    """Pictures of a coloured half with a number of dark rows, each with a short and a long caption."""
+    """Pictures of a coloured half with a number of dark rows, each with a short and a long
+    caption."""
     names = list(COLOURS)
     for shard in range(SHARDS):
         members = []

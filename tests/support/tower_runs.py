@@ -32,7 +32,10 @@ def held(batches):
             time.sleep(0.05)
         yield batch
 
-TrainingRun.train_to_end = lambda self, *a, batches, **o: train_to_end(self, *a, batches=held(batches), **o)
+def held_to_end(self, *arguments, batches, **options):
+    return train_to_end(self, *arguments, batches=held(batches), **options)
+
+TrainingRun.train_to_end = held_to_end
 leave(run("train-tower", sys.argv[1:]))
 """
 

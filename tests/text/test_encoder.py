@@ -18,7 +18,10 @@ from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.frames import build_frame, tokenize
 from llm2clip_plugin.text.llm import check_attention, set_attention, set_kernels
 
-LONG = "two dogs run over the wet grass while a cat sleeps in a box, and a man reads a newspaper at the window of a hut"
+LONG = (
+    "two dogs run over the wet grass while a cat sleeps in a box, "
+    "and a man reads a newspaper at the window of a hut"
+)
 CAPTIONS = ["a red bicycle", LONG, "ein Hund", "x", "the lake", "猫が箱の中で眠る"]
 # float32, other order of the same sums: a few units in the last place of 32 numbers, through two
 # blocks
@@ -254,7 +257,8 @@ FOUR = [
 def pass_through(
     llm: Path, dtype: str, *, autocast: bool, dora: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """Embeddings, all gradients of the adapter, and the bytes that the forward pass kept for them."""
+    """Embeddings, all gradients of the adapter, and the bytes that the forward pass kept for
+    them."""
     encoding = EncoderConfig(llm=str(llm), compute_dtype=dtype)
     config = FinetuneConfig(encoder=encoding, lora=LoraSettings(r=4, dropout=0.0, dora=dora))
     encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)

@@ -82,7 +82,8 @@ def test_preset_of_released_llms(llama: Path) -> None:
 
 
 def test_adapter_trained_with_the_language_head(llama: Path, tmp_path: Path) -> None:
-    """LLM2Vec's adapters and most of the Hub's name the blocks one level deeper; there is no card."""
+    """LLM2Vec's adapters and most of the Hub's name the blocks one level deeper; there is no
+    card."""
     trained, folder = write_moved(llama, tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")
     deeper = {

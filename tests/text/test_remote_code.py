@@ -19,7 +19,10 @@ from llm2clip_plugin.pretrained import code_of, run_no_code
 
 ROOT = Path(__file__).parents[2]
 MARK = "from pathlib import Path\nPath(__file__).parent  # a cached copy\nPath({ran!r}).touch()\n"
-CONFIGURATION = "from transformers import LlamaConfig\n\n\nclass EvilConfig(LlamaConfig):\n    model_type = 'evil'\n"
+CONFIGURATION = (
+    "from transformers import LlamaConfig\n\n\nclass EvilConfig(LlamaConfig):\n"
+    "    model_type = 'evil'\n"
+)
 MODELING = """
 from transformers import LlamaModel
 

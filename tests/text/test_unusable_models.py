@@ -96,7 +96,8 @@ class Code:
 def test_a_pickled_llm(
     llm: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of tensors it is read; with code in it nothing is run, and the line says how to convert it."""
+    """Of tensors it is read; with code in it nothing is run, and the line says how to convert
+    it."""
     state = load_file(llm / "model.safetensors")
     (llm / "model.safetensors").unlink()
     torch.save(state, llm / "pytorch_model.bin")
@@ -106,9 +107,9 @@ def test_a_pickled_llm(
     for words in commands(llm, data, tmp_path):
         error = refused(words, capsys)
         assert (
-            f"{llm / 'pytorch_model.bin'} would run or construct posix.system; nothing in it was run"
-            in error
-        )
+            f"{llm / 'pytorch_model.bin'} would run or construct posix.system; "
+            f"nothing in it was run"
+        ) in error
         assert "save_pretrained(FOLDER)" in error
         assert "weights_only" not in error
     assert not (tmp_path / "ran").exists()

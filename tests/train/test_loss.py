@@ -1,4 +1,5 @@
-"""The losses against golden D (1, 2, 4 ranks), against the naive formula, and with excluded pairs."""
+"""The losses against golden D (1, 2, 4 ranks), against the naive formula, and with excluded
+pairs."""
 
 import math
 from pathlib import Path

@@ -202,7 +202,8 @@ def test_a_stopped_fit_goes_on_to_the_same_heads(
 
 
 def test_heads_draw_captions_by_their_shares():
-    """Three images with one, three and two captions; the second one's last has half of its chance."""
+    """Three images with one, three and two captions; the second one's last has half of its
+    chance."""
     shares = torch.tensor([1.0, 0.25, 0.25, 0.5, 0.5, 0.5], dtype=torch.float64)
     nothing = {
         "pooled_IP": torch.empty(3, 1),

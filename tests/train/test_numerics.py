@@ -69,7 +69,8 @@ def test_the_logit_scale_and_bias_in_the_loss_are_the_fp32_masters():
 
 
 def frozen_scales(rank: int, world: int) -> list[float]:
-    """The scale in the loss of a module whose logit scale does not train, as by default in stage 1."""
+    """The scale in the loss of a module whose logit scale does not train, as by default in
+    stage 1."""
     scales = []
     for stage in (1, 3):
         dual = TinyDual()

@@ -35,7 +35,8 @@ STEPS = 8
 
 
 def train(rank: int, world: int, folder: str, stage: int, stuck_in: str = "") -> None:
-    """Start or resume a run. stuck_in: the write of this file of the second checkpoint never ends."""
+    """Start or resume a run. stuck_in: the write of this file of the second checkpoint never
+    ends."""
     run = Path(folder)
     write = checkpoint.write_tensors
 

@@ -85,7 +85,10 @@ def test_resizing_moves_positions_and_nothing_else(name):
     assert output.last_hidden_state.shape[1] == 49 + family_of(tower).has_cls
 
 
-REFUSED = r"images have \(36, 36\) pixels, but the tower expects (\d\d) x \1; .* load_tower\(..., image_size=N\)"
+REFUSED = (
+    r"images have \(36, 36\) pixels, but the tower expects (\d\d) x \1; "
+    r".* load_tower\(..., image_size=N\)"
+)
 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE)

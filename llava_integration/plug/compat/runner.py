@@ -87,8 +87,8 @@ def complete(completion: Completion, module: ModuleType) -> None:
             f"{library} {installed_version(library)}" for library in completion.libraries
         )
         raise ImportError(
-            f"llava_integration/plug/compat/patches.py, {name} could not complete {module.__name__} "
-            f"for {versions}: {error!r}; {ADVICE}, "
+            f"llava_integration/plug/compat/patches.py, {name} could not complete "
+            f"{module.__name__} for {versions}: {error!r}; {ADVICE}, "
             "or set LLM2CLIP_LLAVA_COMPAT=0 to run without completions"
         ) from error
 

@@ -22,8 +22,14 @@ TOKENS = 16
 
 def answer(model: str, image: Image.Image, question: str) -> dict[str, list]:
     """Token ids and log probabilities of the answer."""
-    engine = LLM(model, dtype="float32", max_model_len=256, max_num_seqs=1, enforce_eager=True,
-                 limit_mm_per_prompt={"image": 1})  # fmt: skip
+    engine = LLM(
+        model,
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=1,
+        enforce_eager=True,
+        limit_mm_per_prompt={"image": 1},
+    )
     content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": question}]
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=0, ignore_eos=True)
     (result,) = engine.chat([{"role": "user", "content": content}], greedy, use_tqdm=False)

@@ -102,9 +102,15 @@ def trained(folder: Path, tower: str, llm: str = "qwen3", *, steps: int = 40) ->
         labels = torch.cat((torch.full((asked,), -100), row["input_ids"][asked:]))
         rows.append({**row, "labels": labels})
     settings = TrainingArguments(
-        str(folder), max_steps=steps, learning_rate=3e-3, per_device_train_batch_size=1, use_cpu=True, report_to=[],
-        remove_unused_columns=False, disable_tqdm=True,
-    )  # fmt: skip
+        str(folder),
+        max_steps=steps,
+        learning_rate=3e-3,
+        per_device_train_batch_size=1,
+        use_cpu=True,
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
     trainer = Trainer(model, settings, train_dataset=rows, processing_class=processor)
     trainer.train()
     trainer.save_model()

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[3]
 LLAVA_PYTHON = os.environ.get("LLAVA_PYTHON", str(ROOT / ".venv-llava" / "bin" / "python"))
 TOWERS = ("clip", "siglip", "dinov2", "eva02")
 PATIENCE = 600  # seconds until a server is there, on a busy machine
-OPTIONS = """--dtype float32 --max-model-len 256 --max-num-seqs 8 --enforce-eager --limit-mm-per-prompt {"image":1}
-    --served-model-name tiny""".split()
+OPTIONS = """--dtype float32 --max-model-len 256 --max-num-seqs 8 --enforce-eager
+    --limit-mm-per-prompt {"image":1} --served-model-name tiny""".split()
 
 
 @pytest.fixture(scope="session", params=TOWERS)
@@ -55,9 +55,12 @@ def vllm_serving(model: Path, **environment: str) -> Iterator[str]:
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*words, *OPTIONS], env={**os.environ, **cpu, **quiet, **environment}, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            [*words, *OPTIONS],
+            env={**os.environ, **cpu, **quiet, **environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             wait_until_ready(f"http://127.0.0.1:{port}/v1", process, log)
             yield f"http://127.0.0.1:{port}/v1"

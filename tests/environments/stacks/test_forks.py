@@ -17,12 +17,16 @@ from llava_world import World, free_port, losses, make_world
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 RANKS = 2
-ANNOTATIONS = "EPIC_100_train.csv EPIC_100_validation.csv EPIC_100_verb_classes.csv EPIC_100_noun_classes_v2.csv"
+ANNOTATIONS = (
+    "EPIC_100_train.csv EPIC_100_validation.csv EPIC_100_verb_classes.csv "
+    "EPIC_100_noun_classes_v2.csv"
+)
 # called when a model is saved
 ON_CPU = "import torch\ntorch.cuda.synchronize = lambda device=None: None\n"
 WHOLE = "mm_vision_tower,mm_mlp_adapter,mm_language_model"
-ANYRES = """--image_aspect_ratio anyres --image_grid_pinpoints [(28,56),(56,28),(56,56)] --mm_patch_merge_type spatial
-    --mm_vision_tower_lr 1e-4"""  # "unpad" draws a parameter after the tower is built
+# "unpad" draws a parameter after the tower is built
+ANYRES = """--image_aspect_ratio anyres --image_grid_pinpoints [(28,56),(56,28),(56,56)]
+    --mm_patch_merge_type spatial --mm_vision_tower_lr 1e-4"""
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +72,19 @@ def train(
     video = package != "llava"
     output = world.root / f"{package}-{kind}-{tower[:8].replace('/', '-')}"
     data = world.pretrain_data if kind == "pretrain" else world.finetune_data
-    words = f"""-m {package}.train.train --model_name_or_path {world.root / ("tiny-qwen" if video else "tiny-llama")}
-        --version {"plain" if kind == "pretrain" else "v1"} --vision_tower {tower} --mm_projector_type mlp2x_gelu
-        --data_path {data.with_suffix(".video.json") if video else data} --image_folder {world.images}
-        --video_folder {world.root / "videos"} --frames_upbound 2 --force_sample True --mm_vision_select_layer -2
-        --pretrain_mm_mlp_adapter {world.projector()} --output_dir {output} --max_steps 3 --model_max_length 256
-        --per_device_train_batch_size 2 --evaluation_strategy no --save_strategy no --learning_rate 1e-3
-        --mm_use_im_start_end False --mm_use_im_patch_token False
-        --logging_steps 1 --lazy_preprocess True --report_to none --dataloader_num_workers 0 --seed 7 --bf16 True
+    llm = world.root / ("tiny-qwen" if video else "tiny-llama")
+    version = "plain" if kind == "pretrain" else "v1"
+    if video:
+        data = data.with_suffix(".video.json")
+    words = f"""-m {package}.train.train --model_name_or_path {llm} --version {version}
+        --vision_tower {tower} --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2
+        --data_path {data} --image_folder {world.images}
+        --video_folder {world.root / "videos"} --frames_upbound 2 --force_sample True
+        --pretrain_mm_mlp_adapter {world.projector()} --output_dir {output} --max_steps 3
+        --per_device_train_batch_size 2 --evaluation_strategy no --save_strategy no
+        --learning_rate 1e-3 --mm_use_im_start_end False --mm_use_im_patch_token False
+        --model_max_length 256 --logging_steps 1 --lazy_preprocess True --report_to none
+        --dataloader_num_workers 0 --seed 7 --bf16 True
         --attn_implementation eager --deepspeed {world.zero_config(2)} {options}""".split()
     common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common["PYTHONPATH"] = os.pathsep.join([str(world.root), *paths, *sys.path])

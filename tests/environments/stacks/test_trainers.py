@@ -35,9 +35,15 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}<user>{{ m['role'] }}
 COLORS = {"red": (220, 30, 30), "blue": (40, 60, 230)}
 QUESTION = "Which color?"
 RATE = "1e-2"  # of both stages: the page's are for real models
-LITTLE = "--max_steps 12 --per_device_train_batch_size 2 --logging_steps 1 --torch_dtype float32 --report_to none"
+LITTLE = (
+    "--max_steps 12 --per_device_train_batch_size 2 --logging_steps 1 --torch_dtype float32 "
+    "--report_to none"
+)
 YAML = "max_steps: 12\nper_device_train_batch_size: 2\nlogging_steps: 1\n"
-SFT = "max_steps=12, per_device_train_batch_size=2, logging_steps=1, use_cpu=True, bf16=False, report_to='none', "
+SFT = (
+    "max_steps=12, per_device_train_batch_size=2, logging_steps=1, use_cpu=True, "
+    "bf16=False, report_to='none', "
+)
 
 
 def blocks(language: str) -> list[str]:

@@ -288,13 +288,19 @@ CASES = [
     ),
     Case(
         "stage 1: modules that are not there",
-        "finetune-llm {w}/data --llm {w}/llm --output {t}/new --global-batch 8 --lora-targets nothing",
+        (
+            "finetune-llm {w}/data --llm {w}/llm --output {t}/new --global-batch 8 "
+            "--lora-targets nothing"
+        ),
         "...nothing...",
         (),
     ),
     Case(
         "stage 1: pairs that are not there",
-        "finetune-llm {w}/data --llm {w}/llm --global-batch 8 --output {t}/new --pair-kinds short:nothing",
+        (
+            "finetune-llm {w}/data --llm {w}/llm --global-batch 8 --output {t}/new "
+            "--pair-kinds short:nothing"
+        ),
         "...nothing...",
         (),
     ),

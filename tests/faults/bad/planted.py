@@ -1,4 +1,5 @@
-"""What bad inputs are made of: small functions that plant a file or folder into the folder of one case."""
+"""What bad inputs are made of: small functions that plant a file or folder into the folder of one
+case."""
 
 import json
 import os
@@ -25,10 +26,11 @@ class Case:
     """A bad input: what is planted, the command that meets it, and the first line of its error."""
 
     name: str
-    command: (
-        str  # {t}: the folder of the case, {w}: the shared world; \\xNN: a byte that is not UTF-8
-    )
-    says: str  # the first line of the error without "error: ", or any line if status is not 2; ... stands for anything
+    # {t}: the folder of the case, {w}: the shared world; \\xNN: a byte that is not UTF-8
+    command: str
+    # the first line of the error without "error: ", or any line if status is not 2; ... stands for
+    # anything
+    says: str
     plants: tuple[Plant, ...] = ()
     leaves: tuple[str, ...] = ()  # files that are written before it is refused
     status: int = 2  # 0: not an error, but something that must be said

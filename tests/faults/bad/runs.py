@@ -1,4 +1,5 @@
-"""`llm2clip run` before its first stage, status, use, and what LLaVA's commands and comparisons read."""
+"""`llm2clip run` before its first stage, status, use, and what LLaVA's commands and comparisons
+read."""
 
 import json
 
@@ -151,7 +152,10 @@ CASES = [
     ),
     Case(
         "endpoint that is a file",
-        "llava evaluate --endpoint file:///etc/passwd --question-file {t}/q.jsonl --answers-file {t}/new.jsonl",
+        (
+            "llava evaluate --endpoint file:///etc/passwd --question-file {t}/q.jsonl "
+            "--answers-file {t}/new.jsonl"
+        ),
         "...file:///etc/passwd...",
         questions('{"question_id": 1, "image": "0.png", "text": "What?"}'),
     ),

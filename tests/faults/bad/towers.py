@@ -4,7 +4,10 @@ import json
 
 from bad.planted import Case, copy, cut, edit, pictures, remove, text
 
-TRAIN = "train-tower {w}/data --tower {t}/tower --output {t}/new --heads.steps 0 --max-steps 1 --global-batch 8"
+TRAIN = (
+    "train-tower {w}/data --tower {t}/tower --output {t}/new --heads.steps 0 --max-steps 1 "
+    "--global-batch 8"
+)
 OURS = "train-tower {w}/data --tower {w}/tower --output {t}/new --global-batch 8"
 TOWER = copy("tower", "tower")
 PROCESSOR = "tower/preprocessor_config.json"

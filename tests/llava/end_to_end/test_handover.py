@@ -1,5 +1,5 @@
-"""From the training environment to LLaVA's: a tower trained and exported by transformers 5 gives the same features in
-4.37, and LLaVA's stages run on it.
+"""From the training environment to LLaVA's: a tower trained and exported by transformers 5 gives
+the same features in 4.37, and LLaVA's stages run on it.
 
 The training environment's Python is ``.venv/bin/python``, as scripts/test.sh makes it, or
 LLM2CLIP_TRAIN_PYTHON.
@@ -25,21 +25,24 @@ EXPORT = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from transformers import (CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig,
-                          SiglipVisionModel)
+from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+from transformers import SiglipVisionConfig, SiglipVisionModel
 from llm2clip_plugin.vision.dual import DualConfig, DualEncoder
 from vision.conftest import train_twenty_steps
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower
-common = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=42, patch_size=14)
-made = {
-    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, hidden_act="quick_gelu", **common)),
+common = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+common |= dict(image_size=42, patch_size=14)
+clip = dict(intermediate_size=64, hidden_act="quick_gelu")
+eva02 = dict(intermediate_size=85, rope_pretrained_grid=2)
+makers = {
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**clip, **common)),
     "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(intermediate_size=64, **common)),
     "dinov2": lambda: Dinov2Model(Dinov2Config(mlp_ratio=2, **common)),
-    "eva02": lambda: Eva02VisionModel(Eva02Config(intermediate_size=85, rope_pretrained_grid=2, **common)),
+    "eva02": lambda: Eva02VisionModel(Eva02Config(**eva02, **common)),
 }
 pixels = torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(0))
-for seed, (name, make) in enumerate(made.items()):
+for seed, (name, make) in enumerate(makers.items()):
     torch.manual_seed(seed)
     tower = make()
     dual = DualEncoder(tower, DualConfig(projection_dim=16, llm_width=12)).train()
@@ -49,7 +52,8 @@ for seed, (name, make) in enumerate(made.items()):
     export_tower(dual.eval(), folder, origin="made for tests")
     with torch.no_grad():
         states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
-    save_file({f"{i}": state.contiguous() for i, state in enumerate(states)}, Path(sys.argv[1]) / f"{name}.safetensors")
+    tensors = {str(layer): state.contiguous() for layer, state in enumerate(states)}
+    save_file(tensors, Path(sys.argv[1]) / f"{name}.safetensors")
 import transformers
 print(transformers.__version__)
 """

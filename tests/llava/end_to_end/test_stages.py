@@ -27,7 +27,8 @@ for path, base in json.loads(sys.argv[2]):
     tower = model.get_vision_tower()
     ids = tokenizer_image_token("<image>\\nWhich colour?", tokenizer, return_tensors="pt")[None]
     pixels = process_images([image], processor, model.config).to(model.dtype)
-    output = model.generate(ids, images=pixels, image_sizes=[image.size], do_sample=False, max_new_tokens=4)
+    options = dict(image_sizes=[image.size], do_sample=False, max_new_tokens=4)
+    output = model.generate(ids, images=pixels, **options)
     print(json.dumps([name, type(tower).__name__, tower.vision_tower_name, list(output.shape)]))
 """
 
@@ -209,7 +210,8 @@ def test_a_trained_tower_comes_back(world, tmp_path, kind, ranks):
     code = (
         "import sys, torch\nfrom llava.model.builder import load_pretrained_model\n"
         "_, model, _, _ = load_pretrained_model(sys.argv[1], sys.argv[2] or None, sys.argv[3])\n"
-        "torch.save({k: v.float() for k, v in model.get_vision_tower().state_dict().items()}, sys.argv[4])"
+        "torch.save({k: v.float() for k, v in model.get_vision_tower().state_dict().items()}, "
+        "sys.argv[4])"
     )
     base = "" if kind == "finetune" else world.llm
     world.forked("-c", code, output, base, output.name, tmp_path / "loaded.pt")

@@ -130,7 +130,8 @@ def test_what_each_stage_saves(world, trained):
 
 
 def test_forms_of_the_same_training_agree(world, trained):
-    """Losses of three steps, in bf16 (8 bits of mantissa, values near 6.6) and from one projector."""
+    """Losses of three steps, in bf16 (8 bits of mantissa, values near 6.6) and from one
+    projector."""
     expected = losses(world, "finetune")
     same = "checkpointing workers llavas-own-tower zero2 zero3 zero3-offload".split()
     for name in [*same, "train_mem"] if TODAY else same:

@@ -1,4 +1,5 @@
-"""Answers in batches, over ranks, after a kill: the same as LLaVA's own program gives one by one."""
+"""Answers in batches, over ranks, after a kill: the same as LLaVA's own program gives one by
+one."""
 
 import base64
 import json
@@ -210,12 +211,14 @@ def test_science_questions_with_and_without_image(world, run, tmp_path, checkpoi
 
 
 def test_table_questions_rotate(world, run, tmp_path):
-    """MMBench's file: rounds, hints, options and letters as LLaVA's model_vqa_mmbench writes them."""
+    """MMBench's file: rounds, hints, options and letters as LLaVA's model_vqa_mmbench writes
+    them."""
     image = base64.b64encode(next(world.images.iterdir()).read_bytes()).decode()
     file = tmp_path / "bench.tsv"
     head = "index\tquestion\thint\tA\tB\tC\tD\timage"
     file.write_text(
-        f"{head}\n3\tWhich?\tNA\tred\tblue\tgreen\tN/A\t{image}\n4\tIs it?\tLook.\tyes\tno\t\t\t{image}\n"
+        f"{head}\n3\tWhich?\tNA\tred\tblue\tgreen\tN/A\t{image}\n"
+        f"4\tIs it?\tLook.\tyes\tno\t\t\t{image}\n"
     )
     options = (
         "--question-file",

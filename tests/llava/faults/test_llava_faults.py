@@ -40,11 +40,14 @@ def planted(made):
 
 def answering(world: World, words: str = "") -> list[str]:
     """``llava evaluate``; ``words`` come last and take precedence."""
-    command = "llava evaluate --model-path {w}/llava-1 --question-file {w}/questions.jsonl --image-folder {w}/images "
-    command += (
-        "--answers-file {w}/answers.jsonl --max-new-tokens 2 --workers 0 --device cpu --dtype float32 "
-        + words
+    command = (
+        "llava evaluate --model-path {w}/llava-1 --question-file {w}/questions.jsonl "
+        "--image-folder {w}/images "
     )
+    command += (
+        "--answers-file {w}/answers.jsonl --max-new-tokens 2 --workers 0 --device cpu --dtype "
+        "float32 "
+    ) + words
     return command.replace("{w}", str(world.folder)).split()
 
 

@@ -53,7 +53,10 @@ def test_each_completion_runs_once_and_at_its_moment(monkeypatch):
 FAILS = """
 from llava_integration.plug.compat import runner
 def fails(module): raise RuntimeError("broken on purpose")
-broken = runner.Completion(module="{module}", when="{when}", libraries={{"transformers": ">=4"}}, complete=fails)
+libraries = {{"transformers": ">=4"}}
+broken = runner.Completion(
+    module="{module}", when="{when}", libraries=libraries, complete=fails
+)
 members = [*runner.needed(), broken]
 runner.needed = lambda: members
 import {imported}

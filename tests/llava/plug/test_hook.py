@@ -19,7 +19,8 @@ from llava_integration.plug.checkpoints import is_unfrozen
 
 def test_a_process_that_imports_only_llava_knows_the_tower(world):
     code = (
-        "import llava.model.builder as m, llava.model.llava_arch as a, llava.model.multimodal_encoder.builder as b;"
+        "import llava.model.builder as m, llava.model.llava_arch as a, "
+        "llava.model.multimodal_encoder.builder as b;"
         "print([hasattr(f, '__wrapped__') for f in (m.load_pretrained_model, b.build_vision_tower,"
         " a.LlavaMetaModel.initialize_vision_modules, a.build_vision_tower)])"
     )
@@ -32,7 +33,8 @@ def test_modules_loaded_before_the_hook_are_rebound(world):
         "import llava.eval.model_vqa as user, llava.model.llava_arch as a;"
         "from llava_integration import boot;"
         "import os; del os.environ['LLM2CLIP_LLAVA_HOOK']; boot.install(); boot.install();"
-        "print(hasattr(user.load_pretrained_model, '__wrapped__'), hasattr(a.build_vision_tower, '__wrapped__'),"
+        "print(hasattr(user.load_pretrained_model, '__wrapped__'), "
+        "hasattr(a.build_vision_tower, '__wrapped__'),"
         " hasattr(a.build_vision_tower.__wrapped__, '__wrapped__'))"
     )
     assert "True True False" in world.forked("-c", code, LLM2CLIP_LLAVA_HOOK="0")
@@ -52,7 +54,10 @@ def test_a_failing_hook_leaves_llava_working_and_prints_why(world):
 
 
 def test_start_up_imports_nothing(world):
-    code = "import sys; print([m for m in sys.modules if 'llm2clip' in m or 'llava' in m or m == 'torch'])"
+    code = (
+        "import sys; print([m for m in sys.modules if 'llm2clip' in m or 'llava' in m or m == "
+        "'torch'])"
+    )
     # the tests' own sitecustomize imports torch
     assert world.python("-c", code, PYTHONPATH="").strip() == "[]"
 
@@ -61,7 +66,10 @@ def test_start_up_imports_nothing(world):
 def test_launch_where_pth_files_are_not_read(world, target, tmp_path):
     """A module sees the hook, which is enough; a script also imports LLaVA."""
     finders = "import sys; print([type(finder).__name__ for finder in sys.meta_path])"
-    knows = "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
+    knows = (
+        "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, "
+        "'__wrapped__'))"
+    )
     script = tmp_path / "only_llava.py"
     script.write_text(
         f"import sys\n{knows if target == 'script' else finders}\nprint(__name__, sys.argv[1:])\n"
@@ -113,10 +121,12 @@ def test_a_fork_with_towers_of_its_own_is_left_alone(world, tmp_path):
     builder.write_text("def build_vision_tower(name, config): return name, config\n")
     builder.parents[1].joinpath("other_arch.py").write_text(
         "from .multimodal_encoder.builder import build_vision_tower as build\nclass Model:\n"
-        "    def initialize_vision_modules(self, model_args, fsdp): return build(model_args.image_tower, fsdp)\n"
+        "    def initialize_vision_modules(self, model_args, fsdp): "
+        "return build(model_args.image_tower, fsdp)\n"
     )
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from types import SimpleNamespace as Arguments;"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+        f"from types import SimpleNamespace as Arguments;"
         "from otherllava.model.other_arch import Model, build; print(hasattr(build, '__wrapped__'),"
         "Model().initialize_vision_modules(Arguments(image_tower='LanguageBind'), fsdp='no'))"
     )

@@ -1,4 +1,5 @@
-"""What the scripts refuse before a rank starts: one line a problem, with the value and what to do."""
+"""What the scripts refuse before a rank starts: one line a problem, with the value and what to
+do."""
 
 import json
 import re
@@ -13,8 +14,8 @@ GPT = {"from": "gpt", "value": "a red picture"}
 
 
 def refused(capsys, world, stage="finetune", llava="", **changed):
-    """The lines of stderr for the world's options, of which some are changed; [] if nothing is wrong. ``llava``: after
-    --, LLaVA's own options."""
+    """The lines of stderr for the world's options, of which some are changed; [] if nothing is
+    wrong. ``llava``: after --, LLaVA's own options."""
     data = world.pretrain_data if stage == "pretrain" else world.finetune_data
     options = {
         "model": world.llm,

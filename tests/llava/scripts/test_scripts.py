@@ -14,9 +14,15 @@ from llava_world import TODAY, losses
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 # From LLaVA 1.5's own scripts: what must not differ but for the batch that each GPU takes.
 RECIPE = {
-    "pretrain": "--version plain --tune_mm_mlp_adapter True --learning_rate 1e-3 --mm_projector_type mlp2x_gelu",
-    "finetune": "--version v1 --image_aspect_ratio pad --group_by_modality_length True --learning_rate 2e-5",
-    "finetune_lora": "--version v1 --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 "
+    "pretrain": (
+        "--version plain --tune_mm_mlp_adapter True --learning_rate 1e-3 "
+        "--mm_projector_type mlp2x_gelu"
+    ),
+    "finetune": (
+        "--version v1 --image_aspect_ratio pad --group_by_modality_length True --learning_rate 2e-5"
+    ),
+    "finetune_lora": "--version v1 --lora_enable True --lora_r 128 --lora_alpha 256 "
+    "--mm_projector_lr 2e-5 "
     "--learning_rate 2e-4",
 }
 COMMON = (

@@ -113,7 +113,8 @@ def test_code_of_the_tower_travels_with_the_model(tmp_path, home, monkeypatch):
 import sys
 sys.modules["llm2clip_plugin"] = sys.modules["llava_integration"] = None
 import torch, transformers
-auto = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+auto = getattr(transformers, "AutoModelForImageTextToText", None)
+auto = auto or transformers.AutoModelForVision2Seq
 for folder in sys.argv[1:]:
     model = auto.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float16).eval()
     assert type(model).__name__ == "LlavaTowerForConditionalGeneration"

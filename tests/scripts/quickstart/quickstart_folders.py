@@ -13,9 +13,19 @@ from llm2clip_plugin.text.encoder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapte
 
 WIDTH = 16
 IDENTITY = TeacherIdentity(
-    llm="random", revision="", weights_sha256="0", adapter_sha256="", attention="causal", pooling="last",
-    layer=-1, prompt="", chat_template="", max_tokens=8, width=WIDTH, post="0",
-)  # fmt: skip
+    llm="random",
+    revision="",
+    weights_sha256="0",
+    adapter_sha256="",
+    attention="causal",
+    pooling="last",
+    layer=-1,
+    prompt="",
+    chat_template="",
+    max_tokens=8,
+    width=WIDTH,
+    post="0",
+)
 
 
 def write_cache(data: Path, directory: Path, identity: TeacherIdentity = IDENTITY) -> None:

@@ -237,9 +237,9 @@ def test_the_picture_tells_how_many_were_drawn_for_it() -> None:
     assert (figure["drawn"], figure["found"]) == (8, 6)  # the second in Chinese is found, too
     drawn = readme_picture.draw(FOUND, readme_picture.COLORS["dark"])
     assert (
-        "Of the first 20 names drawn at random, 2 find their drawing among the first five of 326: these"
-        in drawn
-    )
+        "Of the first 20 names drawn at random, 2 find their drawing among the first five of "
+        "326: these"
+    ) in drawn
     # the frame and the name of each right one
     assert drawn.count(readme_picture.COLORS["dark"]["good"]) == 4
 

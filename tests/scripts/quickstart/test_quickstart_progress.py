@@ -1,4 +1,5 @@
-"""What the quickstart shows while it works, and that it imports nothing of the working directory."""
+"""What the quickstart shows while it works, and that it imports nothing of the working
+directory."""
 
 import re
 import subprocess
@@ -50,7 +51,10 @@ def test_a_stage_that_fails_shows_its_end_and_where_the_rest_is(tmp_path: Path) 
     done = run(
         tmp_path,
         HEAD
-        + 'broken() { seq 100; echo "error: no compiler"; false; echo later; }\nstage broken\nstage true\n',
+        + (
+            'broken() { seq 100; echo "error: no compiler"; false; echo later; }\nstage broken\n'
+            "stage true\n"
+        ),
     )
     assert done.returncode == 1
     assert "error: no compiler" in done.stderr

@@ -1,9 +1,9 @@
 """On a machine without a GPU, what LLaVA's evaluation does with CUDA unconditionally does nothing.
 For tests alone.
 
-Its training is completed by the package itself (llava_integration.plug.training); with our hook off, for
-a comparison, here. Otherwise it waits for the import of torch, which most processes of a shell
-script never do.
+Its training is completed by the package itself (llava_integration.plug.training); with our hook
+off, for a comparison, here. Otherwise it waits for the import of torch, which most processes of a
+shell script never do.
 """
 
 import os

@@ -73,7 +73,10 @@ def test_one_damaged_tensor_is_refused(layout, key, how, tmp_path):
     else:
         place = place / "model.safetensors"
         config = SOURCES[layout][1]
-    says = "do not belong|do not match|missing|misshapen|rows|expected|specifies|but the|differs from the table"
+    says = (
+        "do not belong|do not match|missing|misshapen|rows|expected|specifies|but the"
+        "|differs from the table"
+    )
     with pytest.raises(ContractError, match=says):
         import_tower(place, tmp_path / "tower", config=config)
     assert not (tmp_path / "tower").exists()
