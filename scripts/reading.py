@@ -1,4 +1,5 @@
-"""How densely a checkout's code is written: what makes a line long to read, counted in its syntax tree.
+"""How densely a checkout's code is written: what makes a line long to read,
+counted in its syntax tree.
 
 Lines of code are lines that are not blank, a comment or part of a docstring.
 """
@@ -62,12 +63,13 @@ class Counts:
     def rows(self) -> dict[str, str]:
         """What is counted -> how much."""
         thousands = self.lines / 1000
+        nested = self.nested_comprehensions / thousands
         return {
             "lines of code": f"{self.lines:,}",
             "characters a line": f"{self.characters / self.lines:.1f}",
             f"lines over {LONG_LINE} characters": f"{self.long_lines / self.lines:.1%}",
             "syntax nodes a line": f"{self.nodes / self.lines_without_imports:.1f}",
-            "comprehensions in comprehensions, per 1,000 lines": f"{self.nested_comprehensions / thousands:.1f}",
+            "comprehensions in comprehensions, per 1,000 lines": f"{nested:.1f}",
             "`a, b = x, y`, per 1,000 lines": f"{self.packed_assignments / thousands:.1f}",
             "filler names, of all assigned": f"{self.filler_names / self.assigned_names:.2%}",
         }
