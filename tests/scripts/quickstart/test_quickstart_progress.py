@@ -18,7 +18,9 @@ plan "the page" 180
 
 
 def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
-    command = ["env", f"ROOT={ROOT}", "bash", "-c", script]
+    # a shell cannot trap a signal that was ignored when it began, as it is where tests run as a job
+    # in the background
+    command = ["env", "--default-signal=INT", f"ROOT={ROOT}", "bash", "-c", script]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
