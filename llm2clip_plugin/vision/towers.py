@@ -61,7 +61,7 @@ def load_tower(
         tower = timm_tower(str(source).removeprefix(TIMM_PREFIX)).to(dtype)
     else:
         tower = _load_directory(fetch_directory(source, revision=revision), dtype)
-    tower.register_forward_pre_hook(_check_images, with_kwargs=True)
+    check_calls(tower)
     if image_size is not None and image_size != tower.config.image_size:
         tower = resize_tower(tower, image_size)
     return tower
@@ -175,7 +175,7 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
             f"{error}"
         )
         raise ValueError(message) from error
-    resized.register_forward_pre_hook(_check_images, with_kwargs=True)
+    check_calls(resized)
     resized.own_preprocessor = getattr(tower, "own_preprocessor", {})
     return resized.train(tower.training)
 
@@ -201,6 +201,13 @@ def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid:
     return resized.reshape(*table.shape[:-2], *resized.shape)
 
 
+def check_calls(tower: Tower) -> None:
+    """Let every forward pass compare the images with the tower's size, and the states with the
+    images; ValueError."""
+    tower.register_forward_pre_hook(_check_images, with_kwargs=True)
+    tower.register_forward_hook(_check_states, with_kwargs=True)
+
+
 def _check_images(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """DINOv2 would interpolate its positions silently, and differently in each version of
     transformers."""
@@ -217,6 +224,25 @@ def _check_images(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise ValueError(
             f"images have {sizes}; interpolate its positions with load_tower(..., image_size=N)"
         )
+
+
+def _check_states(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """A state with another number of tokens has no class token, or one that its family does not
+    know of: every patch would be taken for its neighbor."""
+    pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+    if pixels.dim() == 3:
+        patches = pixels.shape[1]
+    else:
+        rows, columns = (side // tower.config.patch_size for side in pixels.shape[-2:])
+        patches = rows * columns
+    class_tokens = int(family_of(tower).has_cls)
+    for number, state in enumerate(getattr(output, "hidden_states", None) or ()):
+        if state.shape[1] != class_tokens + patches:
+            raise ValueError(
+                f"hidden state {number} of {type(tower).__name__} has {state.shape[1]} tokens, "
+                f"expected {class_tokens} class tokens and {patches} patches: "
+                "its blocks see other tokens than the family's states leave out"
+            )
 
 
 def check_size(config: Any, image_size: int) -> None:

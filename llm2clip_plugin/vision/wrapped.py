@@ -491,6 +491,29 @@ def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitC
     )
 
 
+def check_block_tokens(model: Any, config: TimmVitConfig) -> None:
+    """ValueError unless every block of a timm model gets, and the last one gives, the prefix tokens
+    and all patches: what ``TimmTower`` takes for patches lies behind the prefix. The model is moved
+    to the meta device, where a forward pass computes shapes alone."""
+    grid = config.image_size // config.patch_size
+    expected = config.prefix_tokens + grid**2
+    shapes: list[torch.Size] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    model.blocks[-1].register_forward_hook(lambda _, __, output: shapes.append(output.shape))
+    pixels = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
+    with torch.no_grad():
+        model.to("meta").eval().forward_features(pixels)
+    for number, shape in enumerate(shapes):
+        if len(shape) != 3 or shape[1] != expected:
+            raise ValueError(
+                f"timm:{config.timm_name} cannot be a tower: hidden state {number} has the shape "
+                f"{tuple(shape)}, expected (1, {expected}, {config.hidden_size}): "
+                f"{config.prefix_tokens} class and register tokens, then {grid} x {grid} patches, "
+                "in every block; in CaiT and ConViT, for example, the class token joins later"
+            )
+
+
 class TimmTower(PreTrainedModel):
     """A timm vision transformer with the states and outputs of a Hugging Face vision model."""
 
@@ -511,10 +534,13 @@ class TimmTower(PreTrainedModel):
 
     @classmethod
     def from_timm(cls, name: str, *, pretrained: bool, arguments: Mapping[str, Any]) -> "TimmTower":
-        """The tower that ``make_timm`` makes, with its weights; raises as ``timm_config``."""
+        """The tower that ``make_timm`` makes, with its weights; raises as ``timm_config`` and
+        ``check_block_tokens``."""
         model = make_timm(name, None, pretrained=pretrained, arguments=arguments)
-        tower = cls(timm_config(model, name, arguments))
+        config = timm_config(model, name, arguments)
+        tower = cls(config)
         tower.model.load_state_dict(model.state_dict())
+        check_block_tokens(model, config)
         return tower
 
     def _init_weights(self, module: nn.Module) -> None:

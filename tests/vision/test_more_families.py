@@ -63,6 +63,16 @@ def test_states_and_outputs_of_a_timm_tower(tower):
     assert torch.equal(output.hidden_states[-2], seen[0][:, tower.config.prefix_tokens :])
 
 
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "convit_tiny"])
+def test_a_class_token_that_joins_after_some_blocks_is_refused(timm, name):
+    from llm2clip_plugin.vision.towers import timm_tower
+
+    sizes = {"depth": 2, "embed_dim": 16, "num_heads": 2}
+    shapes = r"state 0 has the shape \(1, 196, \d+\), expected \(1, 197, \d+\): 1 class"
+    with pytest.raises(ValueError, match=f"timm:{name} cannot be a tower: hidden {shapes}"):
+        timm_tower(name, pretrained=False, arguments=sizes)
+
+
 def test_timm_tower_trains_is_exported_and_comes_back(tower, tmp_path):
     size = tower.config.patch_size * 4
     tower = resize_tower(tower, size)

@@ -104,6 +104,25 @@ def test_other_pixel_sizes_are_refused(name):
             refusing(pixels, output_hidden_states=True)
 
 
+def without_the_first_token(_block, _inputs, output):
+    if isinstance(output, tuple):  # in transformers 4
+        return output[0][:, 1:], *output[1:]
+    return output[:, 1:]
+
+
+@pytest.mark.parametrize("name", TOWERS_ALONE)
+def test_states_with_other_tokens_than_the_patches_are_refused(name):
+    native = load_tower(TRANSFORMERS_TOWERS / name)
+    resized = resize_tower(native, native.config.patch_size * 5)
+    for tower in (native, resized):
+        tower_blocks(tower)[0].register_forward_hook(without_the_first_token)
+        size = tower.config.image_size
+        tokens = (size // tower.config.patch_size) ** 2 + family_of(tower).has_cls
+        message = f"hidden state 1 of .* has {tokens - 1} tokens, expected [01] class tokens and"
+        with pytest.raises(ValueError, match=message):
+            tower(pixel_values=torch.randn(1, 3, size, size), output_hidden_states=True)
+
+
 def test_resized_dinov2_is_what_transformers_5_computes_away_from_its_grid():
     golden = read(TRANSFORMERS_TOWERS / "dinov2")
     for size in (18, 42):
