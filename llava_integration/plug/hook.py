@@ -139,6 +139,9 @@ def initialize_vision_modules(
     refuse_another_tower(previous_tower, name)
     if not towers.is_ours(name):
         return original(self, model_args, *arguments, **options)
+    # LLaVA writes the name to config.json. Without this package it would open a bare path as a
+    # CLIP, whatever is in it, with random weights; a name with the prefix it does not know.
+    name = model_args.vision_tower = towers.prefixed(name)
     for option in OWN_OPTIONS:  # from the base model's config.json
         if previous_tower is None and hasattr(self.config, option):
             setattr(model_args, option, getattr(self.config, option))

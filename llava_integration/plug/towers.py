@@ -7,7 +7,7 @@ checkpoint has.
 | ``llm2clip:PATH``           | a tower directory                                         |
 | ``llm2clip:NAME``           | a name listed by ``llm2clip towers``                      |
 | ``llm2clip:ORG/NAME[@REV]`` | a tower directory on the Hugging Face Hub                 |
-| ``PATH``                    | a tower directory, given as a plain path                  |
+| ``PATH``                    | a tower directory, recorded as ``llm2clip:PATH``          |
 
 LLaVA records only the name, which can come to mean another tower: a checkpoint's config.json also
 records the hash, and only that tower is loaded. The registry is ``towers.json`` in
@@ -195,6 +195,13 @@ def is_ours(name: object) -> bool:
         or name.startswith(f"{NAME}:")
         or os.path.isfile(os.path.join(name, TowerCard.FILE))
     )
+
+
+def prefixed(name: str) -> str:
+    """A name that `is_ours` with the prefix: ``llm2clip:PATH`` for a plain path."""
+    if name == NAME or name.startswith(f"{NAME}:"):
+        return name
+    return f"{NAME}:{name}"
 
 
 def locate(name: str) -> TowerLocation:

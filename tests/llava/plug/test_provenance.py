@@ -158,4 +158,23 @@ def test_a_model_keeps_its_tower_or_says_so(mine, world):
         model.get_model().initialize_vision_modules(arguments)
     arguments.vision_tower = str(world.towers["clip"])  # the same weights by another name
     model.get_model().initialize_vision_modules(arguments)
-    assert model.config.llm2clip_tower["name"] == str(world.towers["clip"])
+    assert model.config.llm2clip_tower["name"] == f"llm2clip:{world.towers['clip']}"
+
+
+@pytest.mark.parametrize("tower", ["clip", "dinov2"])
+def test_a_plain_path_is_recorded_with_the_prefix(world, tmp_path, tower):
+    """Without this package, LLaVA would open the path as a CLIP, DINOv2's with random weights."""
+    path = str(world.towers[tower])
+    checkpoint = untrained(world, path, tmp_path / "llava-plain")
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["mm_vision_tower"] == config["llm2clip_tower"]["name"] == f"llm2clip:{path}"
+    loaded = load(checkpoint)
+    assert (loaded.vision_tower_name, str(loaded.location.directory)) == (f"llm2clip:{path}", path)
+    assert loaded.location.card.family == tower
+    llavas_own = build_vision_tower.__wrapped__
+    with pytest.raises(ValueError, match=f"Unknown vision tower: llm2clip:{path}"):
+        llavas_own(SimpleNamespace(**config))
+    # what an earlier version recorded still opens
+    config["mm_vision_tower"] = path
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert str(load(checkpoint).location.directory) == path
