@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch.distributed
 
 from llava_integration.plug.compat.completion import replaces
 from llava_integration.plug.towers import record_tower, refuse_other_checkpoints
+from llm2clip_plugin.atomic import atomic_file
+from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.quiet import quiet_llava
 
 # LLaVA may be in an environment of its own, not where types are checked.
@@ -30,6 +33,7 @@ PROGRAMS = ("__main__", "llava.train.train")  # as a program, and imported by tr
 COLLECTIVES = (
     "all_gather all_gather_into_tensor reduce_scatter_tensor all_reduce reduce broadcast".split()
 )
+BESIDE_LORA = "non_lora_trainables.bin"
 Turns = list[dict[str, str]]
 
 
@@ -60,6 +64,21 @@ def complete_trainer(module: ModuleType) -> None:
         original(self, output_dir, *arguments, **options)
         if output_dir and os.path.isdir(output_dir):
             record_tower(output_dir, self.model.config)
+            # DeepSpeed and FSDP save and read all weights themselves
+            if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+                save_beside_lora(self.model, output_dir)
+
+    @replaces(trainer, "_load_from_checkpoint")
+    def load_from_checkpoint(
+        original: Any, self: Any, resume_from_checkpoint: str, model: Any = None
+    ) -> None:
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        original(self, resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes[name]:  # newer PEFT reads LoRA weights as float32
+                parameter.data = parameter.data.to(dtypes[name])
+        if not self.is_fsdp_enabled:
+            load_beside_lora(self.model, resume_from_checkpoint)
 
     # DeepSpeed counts the micro-batches itself. accelerate before 1.2 enters its no_sync (since
     # 0.15.4) for all but the last of a step, which ZeRO-2 and ZeRO-3 refuse, and in which no stage
@@ -88,6 +107,51 @@ def complete_trainer(module: ModuleType) -> None:
         )
     if not torch.cuda.is_available():
         complete_for_cpu()
+
+
+def beside_lora(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters that a LoRA training trains beside its adapter, the projector's; {} without
+    LoRA."""
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    if not any("lora_" in name for name in trained):
+        return {}
+    return {name: parameter for name, parameter in trained.items() if "lora_" not in name}
+
+
+def save_beside_lora(model: Any, folder: str) -> None:
+    """Write what PEFT leaves out of a checkpoint, under the name and keys that LLaVA gives it at
+    the end of a training."""
+    weights = {name: value.detach().cpu() for name, value in beside_lora(model).items()}
+    if weights:
+        with atomic_file(Path(folder) / BESIDE_LORA) as temporary:
+            torch.save(weights, temporary)
+
+
+def load_beside_lora(model: Any, folder: str) -> None:
+    """Read what `save_beside_lora` wrote into a model that is trained further. Raises ContractError
+    if the file is missing, damaged or of another model: the projector would start anew."""
+    parameters = beside_lora(model)
+    if not parameters:
+        return
+    path = Path(folder) / BESIDE_LORA
+    fix = "delete the checkpoint, or choose another --output_dir"
+    if not path.is_file():
+        raise ContractError(
+            f"{folder} has no {BESIDE_LORA}: training would resume with a projector that has "
+            f"learned nothing; {fix}"
+        )
+    with errors_about(path, fix=fix):
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    expected = {name: tuple(value.shape) for name, value in parameters.items()}
+    saved = {name: tuple(value.shape) for name, value in weights.items()}
+    if saved != expected:
+        differing = sorted(dict(saved.items() ^ expected.items()))
+        raise ContractError(f"{path} does not fit the model: {', '.join(differing)}; {fix}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
 
 
 def complete_for_cpu() -> None:

@@ -46,15 +46,18 @@ def rows(world) -> dict[str, dict]:
     row("s2", "pretrain", LLM2CLIP_S2_SCALES="28,56")  # a projector of twice the width
     row("mistral", "finetune", "--model_name_or_path", mistral(world))
     for stage in ("finetune", "lora"):
-        row(f"whole-{stage}", stage, "--max_steps", "4", *SAVE)
-        row(f"stopped-{stage}", stage, "--max_steps", "2", *SAVE)
+        # the projector learns fast: with the rate of LLaVA's scripts, one that starts anew at the
+        # resume changes the losses by less than .02
+        saved = (*SAVE, "--mm_projector_lr", "1e-2")
+        row(f"whole-{stage}", stage, "--max_steps", "4", *saved)
+        row(f"stopped-{stage}", stage, "--max_steps", "2", *saved)
         started_again = (
             "--max_steps",
             "4",
             "--output_dir",
             world.root / f"llava-row-stopped-{stage}",
         )
-        row(f"resumed-{stage}", stage, *SAVE, *started_again)
+        row(f"resumed-{stage}", stage, *saved, *started_again)
     if TODAY:
         row("float32", "finetune", "--bf16", "False")
         row("4-bit", "lora", "--bits", "4", "--gradient_checkpointing", "True")
@@ -146,4 +149,4 @@ def test_a_stopped_training_resumes_with_the_same_losses(world, trained, stage):
     whole = losses(world, f"whole-{stage}")
     resumed = losses(world, f"stopped-{stage}")
     assert len(whole) == 4
-    assert resumed == pytest.approx(whole, abs=0.02)
+    assert resumed == pytest.approx(whole, abs=1e-4)
