@@ -1,4 +1,4 @@
-"""Bootstrap over clusters: the one interval of ``llm2clip evaluate`` and ``llm2clip compare``.
+"""Bootstrap over clusters: the interval of ``llm2clip evaluate``.
 
 Several captions of one image, or several questions about it, are right or wrong together; drawing
 them one by one makes the interval too narrow. So clusters are drawn with replacement, and a

@@ -45,7 +45,6 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("input_noise", "projection_init_std"), (0, 1000)),
     "decode_margin": (0, 100),
     "components": (0, 2**17),
-    "resamples": (1, 10**8),
 }
 PROCESSES = ("workers", "dataloader_num_workers", "gpus", "num_gpus")  # fields that count processes
 

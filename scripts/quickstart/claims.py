@@ -133,7 +133,8 @@ def compare_tests(tests: Tests, seeds: Sequence[int]) -> list[dict[str, Any]]:
     for base, new in tests.values():
         base_runs = [mean_statistic(base[seed].scores.tolist(), scale=1.0) for seed in seeds]
         new_runs = [mean_statistic(new[seed].scores.tolist(), scale=1.0) for seed in seeds]
-        results.append(compare(pair(base_runs, new_runs, base[seeds[0]].clusters)))
+        paired = pair(base_runs, new_runs, base[seeds[0]].clusters)
+        results.append(compare(paired, span=1.0))
     adjusted = holm([result.p for result in results])
     return [
         {

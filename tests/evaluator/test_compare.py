@@ -3,6 +3,7 @@ refused."""
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,17 +26,8 @@ def scored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scores")
     for model in MODELS:
         for name in BENCHMARKS:
-            score(
-                [
-                    name,
-                    "--data",
-                    str(ROOT / name),
-                    "--answers",
-                    str(answers(name, model)),
-                    "--json",
-                    str(folder / model / f"{name}.scores.json"),
-                ]
-            )
+            score([name, "--data", str(ROOT / name), "--answers", str(answers(name, model)),
+                   "--json", str(folder / model / f"{name}.scores.json")])  # fmt: skip
     return folder
 
 
@@ -61,8 +53,6 @@ def test_golden_models(scored, tmp_path, capsys):
             str(scored / "model-b"),
             "--output",
             str(tmp_path),
-            "--resamples",
-            "1000",
         ]
     )
     shown = capsys.readouterr().out
@@ -72,26 +62,28 @@ def test_golden_models(scored, tmp_path, capsys):
     for name, row in rows.items():
         record = ScoreFile.read(scored / "model-b" / f"{name}.scores.json")
         assert row["difference"] == pytest.approx(row["new_score"] - row["base_score"])
-        assert row["low"] <= row["difference"] <= row["high"]
-        assert row["interval"] == [
+        assert row["low"] <= row["difference"] <= row["high"] and row["interval"] == [
             row["low"],
             row["high"],
         ]
-        assert row["p_holm"] >= row["p"]
-        assert row["wins"] + row["losses"] + row["ties"] == row["questions"]
+        assert (
+            row["p_holm"] >= row["p"]
+            and row["wins"] + row["losses"] + row["ties"] == row["questions"]
+        )
         assert data["scores"][name]["model-b"] == pytest.approx(row["new_score"]), record.metrics
-    assert rows["gqa"]["difference"] == pytest.approx(75.0 - 51.875)
-    assert rows["gqa"]["verdict"] == "better"
-    assert rows["mme"]["base_score"] == pytest.approx(1181.4285714)
-    assert rows["mme"]["images"] == 54
-    assert rows["pope"]["images"] == 17
-    assert rows["scienceqa"]["questions"] < 165  # IMG alone
+    assert (
+        rows["gqa"]["difference"] == pytest.approx(75.0 - 51.875)
+        and rows["gqa"]["verdict"] == "better"
+    )
+    assert rows["mme"]["base_score"] == pytest.approx(1181.4285714) and rows["mme"]["images"] == 54
+    assert rows["pope"]["images"] == 17 and rows["scienceqa"]["questions"] < 165  # IMG alone
     assert rows["scienceqa"]["verdict"] == "no difference shown"
     for text in (shown, (tmp_path / "compare.md").read_text()):
-        assert "+23.1" in text
-        assert "LLaVA-1.5 7B (official)" in text
-    assert "detectable with 80 % power" in shown
-    assert "2 of 145 questions of vqav2 have no answer" in shown
+        assert "+23.1" in text and "LLaVA-1.5 7B (official)" in text
+    assert (
+        "detectable with 80 % power" in shown
+        and "2 of 145 questions of vqav2 have no answer" in shown
+    )
     markdown = (tmp_path / "compare.md").read_text().splitlines()
     table = [line for line in markdown if line.startswith("|")]
     # as many cells in each row
@@ -125,9 +117,7 @@ def test_order_of_items_does_not_matter(scored, tmp_path):
         tmp_path / "turned.scores.json"
     )
     straight, other = (
-        build(
-            load_sides([scored / "model-a" / "gqa.scores.json", path], ["a", "b"]), resamples=200
-        ).rows[0]
+        build(load_sides([scored / "model-a" / "gqa.scores.json", path], ["a", "b"])).rows[0]
         for path in (scored / "model-b" / "gqa.scores.json", turned)
     )
     assert straight == other
@@ -143,21 +133,109 @@ def test_runs_below_a_folder_are_seeds(tmp_path):
                 f"seed{seed}",
                 (rng.random(200) < chance + gain).astype(float).tolist(),
             )
-    row = build(load_sides([tmp_path / "base", tmp_path / "new"], []), resamples=500).rows[0]
-    assert row.runs == (3, 3)
-    assert row.result.spread_base > 0
-    assert row.result.test == "t over images and runs"
-    assert row.result.low > 0
+    row = build(load_sides([tmp_path / "base", tmp_path / "new"], [])).rows[0]
+    assert row.runs == (3, 3) and row.result.spread_base > 0
+    assert row.result.test == "t over images and runs" and row.result.low > 0
     mean = np.mean([100 * np.mean(run.scores) for run in load_side(tmp_path / "new").runs["gqa"]])
     assert row.result.new == pytest.approx(mean)
 
 
 def test_a_copied_score_file_is_not_a_second_run(tmp_path):
-    simulated(tmp_path / "base", "one", [0, 1, 0, 1])
-    simulated(tmp_path / "base", "two", [0, 1, 0, 1])
+    first = simulated(tmp_path / "base", "seed0", [0, 1, 0, 1])
+    shutil.copy(first, tmp_path / "base" / "copy.scores.json")
+    (tmp_path / "base" / "link.scores.json").symlink_to(first)
     side = load_side(tmp_path / "base")
-    assert len(side.runs["gqa"]) == 1
-    assert "not counted as another run" in side.notes[0]
+    assert len(side.runs["gqa"]) == 1 and len(side.notes) == 2
+    assert all("not counted as another run" in note for note in side.notes)
+
+
+def test_runs_with_equal_scores_are_runs(tmp_path):
+    """Two of three runs have the same scores: the mean is over three."""
+    for seed, scores in enumerate([[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]):
+        simulated(tmp_path / "files", f"seed{seed}", scores)
+    lines = ["item,score,run"]
+    for seed, scores in enumerate([[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]):
+        lines += [f"{item},{score},{seed}" for item, score in enumerate(scores)]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    for side in (load_side(tmp_path / "files"), load_side(tmp_path / "t.csv")):
+        (runs,) = side.runs.values()
+        assert len(runs) == 3 and side.notes == ()
+        assert np.mean([run.statistic.full() for run in runs]) == pytest.approx(200 / 3)
+
+
+def test_a_grouping_counts_from_either_side(tmp_path):
+    """`group` in one table alone: the interval is the same whichever is the base."""
+    rng = np.random.default_rng(0)
+    images = np.repeat(np.arange(15), 8)
+    gain = rng.random(15)[images] < 0.5
+    base = rng.random(120) < 0.4
+    new = base | gain
+    plain = ["item,score,task", *(f"{n},{int(right)},x" for n, right in enumerate(base))]
+    grouped = [
+        "item,score,task,group",
+        *(f"{n},{int(right)},x,{images[n]}" for n, right in enumerate(new)),
+    ]
+    (tmp_path / "plain.csv").write_text("\n".join(plain))
+    (tmp_path / "grouped.csv").write_text("\n".join(grouped))
+    paths = [tmp_path / "plain.csv", tmp_path / "grouped.csv"]
+    (there,) = build(load_sides(paths, [])).rows
+    (back,) = build(load_sides(paths[::-1], [])).rows
+    assert there.images == back.images == 15
+    assert there.interval == pytest.approx((-back.interval[1], -back.interval[0]))
+    assert there.result.p == pytest.approx(back.result.p)
+    assert any("which items go together" in note for note in there.notes)
+
+
+def test_models_in_one_folder_are_no_runs(tmp_path):
+    for model in ("llava-7b", "llava-13b"):
+        simulated(tmp_path / "all", model, [0, 1, 0, 1])
+    with pytest.raises(
+        ContractError, match=r"2 models \(llava-13b, llava-7b\) on gqa.*--same-model"
+    ):
+        load_side(tmp_path / "all")
+    assert len(load_side(tmp_path / "all", same_model=True).runs["gqa"]) == 2
+    base = simulated(tmp_path, "base", [0, 1, 0, 0])
+    assert main([str(base), str(tmp_path / "all"), "--same-model"]) == 0
+
+
+def test_verdicts_follow_the_level_and_intervals_the_verdicts(tmp_path, capsys):
+    """p is about .03 on each of three benchmarks, .08 when adjusted."""
+    for name in "xyz":
+        for side, wins, losses in (("base", 0, 3), ("new", 12, 0)):
+            scores = [1] * wins + [0] * (12 - wins) + [1] * losses + [0] * (85 - losses)
+            simulated(tmp_path / side, f"{name}-seed0", scores, benchmark=name)
+    sides = [str(tmp_path / "base"), str(tmp_path / "new")]
+    rows = build(load_sides(map_path(sides), [])).rows
+    assert 0.05 / 3 < rows[0].result.p < 0.05 and rows[0].result.low > 0
+    for row in rows:
+        assert row.verdict == "no difference shown" and row.interval[0] < 0
+    wider = build(load_sides(map_path(sides), []), level=0.9).rows
+    for row in wider:
+        assert row.verdict == "better" and row.interval[0] > 0
+    assert main([*sides, "--level", "0.9", "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    low, high = wider[0].interval
+    assert "interval (Holm)" in shown and f"[+{low:.2f}, +{high:.2f}]" in shown
+    body = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"][0]
+    assert body["interval_holm"] == [low, high] and body["verdict"] == "better"
+
+
+def map_path(names):
+    return [Path(name) for name in names]
+
+
+def test_percentages_against_shares_are_refused(tmp_path):
+    for name, values in {"share": (0, 1), "percent": (0, 100), "judged": (0, 4)}.items():
+        lines = [f"{n},{values[n % 2]},t" for n in range(20)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["item,score,task", *lines]))
+    share, percent, judged = (
+        load_side(tmp_path / f"{n}.csv") for n in ("share", "percent", "judged")
+    )
+    with pytest.raises(ContractError, match="scores of t are at most 1 in share and go to 100"):
+        build([share, percent])
+    (warning,) = build([share, judged]).warnings
+    assert "two scales" in warning
+    assert build([share, share]).warnings == ()
 
 
 def test_unknown_benchmark_and_bare_items_are_averaged(tmp_path):
@@ -166,9 +244,8 @@ def test_unknown_benchmark_and_bare_items_are_averaged(tmp_path):
     for name in ("mine", "pope"):
         base = simulated(tmp_path, f"base-{name}", [0, 1, 0, 1] * 10, benchmark=name)
         new = simulated(tmp_path, f"new-{name}", [0, 1, 1, 1] * 10, benchmark=name)
-        row = build(load_sides([base, new], []), resamples=200).rows[0]
-        assert row.result.base == 50.0
-        assert row.result.new == 75.0
+        row = build(load_sides([base, new], [])).rows[0]
+        assert (row.result.base, row.result.new) == (50.0, 75.0)
         assert any("mean score instead of" in note for note in row.notes) == (name == "pope")
 
 
@@ -176,23 +253,14 @@ def test_retrieval_files_become_rows_by_direction(tmp_path):
     """The score files of `llm2clip evaluate`: R@1 and R@10 both ways, parts by themselves."""
     for name, hit in (("base", 0.0), ("new", 1.0)):
         items = [
-            {
-                "id": f"{part}/{side}/{n}",
-                "part": part,
-                "side": side,
-                "cluster": str(n),
-                "score": hit * (n % 2),
-                "r1": hit * (n % 2),
-                "r10": 1.0,
-            }
-            for part in ("all", "long:en")
-            for side in ("i2t", "t2i")
-            for n in range(20)
-        ]
+            {"id": f"{part}/{side}/{n}", "part": part, "side": side, "cluster": str(n), "score": hit * (n % 2),
+             "r1": hit * (n % 2), "r10": 1.0}
+            for part in ("all", "long:en") for side in ("i2t", "t2i") for n in range(20)
+        ]  # fmt: skip
         written(tmp_path, name, items, "retrieval:emoji")
     paths = [tmp_path / "base.scores.json", tmp_path / "new.scores.json"]
-    rows = build(load_sides(paths, []), resamples=200).rows
-    main([*map(str, paths), "--resamples", "100", "--output", str(tmp_path / "out")])
+    rows = build(load_sides(paths, [])).rows
+    main([*map(str, paths), "--output", str(tmp_path / "out")])
     # no empty cards
     assert "No question with an answer to show" in (tmp_path / "out" / "compare.html").read_text()
     expected = {f"emoji {kind}R@1": 50.0 for way in WAYS for kind in (way, f"long:en {way}")}
@@ -214,11 +282,9 @@ def test_sugarcrepe_is_the_mean_over_its_groups(tmp_path):
         ]
         written(tmp_path, name, items, "retrieval:sugarcrepe")
     (row,) = build(
-        load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200
+        load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], [])
     ).rows
-    assert row.title == "sugarcrepe"
-    assert row.result.base == 50.0
-    assert row.result.new == 100.0
+    assert (row.title, row.result.base, row.result.new) == ("sugarcrepe", 50.0, 100.0)
     assert row.categories["add_att"] == (0.0, 1.0, 3)
 
 
@@ -227,27 +293,13 @@ def test_xm3600_is_the_mean_over_its_languages(tmp_path):
     one in another."""
     for name, hit in (("base", 0.0), ("new", 1.0)):
         items = [
-            {
-                "id": f"{part}/{side}/{n}",
-                "part": part,
-                "side": side,
-                "cluster": str(n % 5),
-                "score": right,
-                "r1": right,
-                "r10": 1.0,
-            }
-            for part, count, right in (
-                ("all", 15, 0.5),
-                ("short:de", 10, hit),
-                ("short:mi", 5, 0.0),
-            )
-            for side in ("i2t", "t2i")
-            for n in range(count)
-        ]
+            {"id": f"{part}/{side}/{n}", "part": part, "side": side, "cluster": str(n % 5), "score": right,
+             "r1": right, "r10": 1.0}
+            for part, count, right in (("all", 15, 0.5), ("short:de", 10, hit), ("short:mi", 5, 0.0))
+            for side in ("i2t", "t2i") for n in range(count)
+        ]  # fmt: skip
         written(tmp_path, name, items, "retrieval:xm3600")
-    rows = build(
-        load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], []), resamples=200
-    ).rows
+    rows = build(load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], [])).rows
     expected = {f"xm3600 {way}R@1": (0.0, 50.0) for way in WAYS} | {
         f"xm3600 {way}R@10": (100.0, 100.0) for way in WAYS
     }
@@ -257,20 +309,16 @@ def test_xm3600_is_the_mean_over_its_languages(tmp_path):
 def test_three_sides(scored, tmp_path):
     """Each NEW against BASE, or every two, Holm over all rows, names told apart."""
     other = shutil.copytree(scored / "model-b", tmp_path / "model-b")
-    words = [str(scored / "model-a"), str(scored / "model-b"), str(other), "--resamples", "200"]
+    words = [str(scored / "model-a"), str(scored / "model-b"), str(other)]
     main([*words, "--output", str(tmp_path / "out")])
     data = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert len(data["rows"]) == 18
-    assert len(set(data["names"])) == 3
+    assert len(data["rows"]) == 18 and len(set(data["names"])) == 3
     assert [row["p_holm"] for row in data["rows"]] == holm([row["p"] for row in data["rows"]])
     assert "new side" in (tmp_path / "out" / "compare.html").read_text()
     main([*words, "--output", str(tmp_path / "all"), "--all-pairs"])
     rows = json.loads((tmp_path / "all" / "compare.json").read_text())["rows"]
-    assert len(rows) == 27
-    assert rows[-1]["base"] == data["names"][1]
-    assert rows[-1]["difference"] == 0
-    assert rows[-1]["p_holm"] == 1
-    assert "against" in (tmp_path / "all" / "compare.html").read_text()
+    assert len(rows) == 27 and rows[-1]["base"] == data["names"][1] and rows[-1]["difference"] == 0
+    assert rows[-1]["p_holm"] == 1 and "against" in (tmp_path / "all" / "compare.html").read_text()
 
 
 def test_other_questions_are_refused(tmp_path):
@@ -298,7 +346,7 @@ def test_other_annotations_are_said(tmp_path):
         )
         record.write(tmp_path / f"{name}.scores.json")
     (row,) = build(
-        load_sides([tmp_path / f"{name}.scores.json" for name in ("base", "new")], []), resamples=50
+        load_sides([tmp_path / f"{name}.scores.json" for name in ("base", "new")], [])
     ).rows
     assert any("different annotation files" in note for note in row.notes)
 
@@ -320,11 +368,7 @@ def test_scores_above_one_are_percentages_on_no_side(tmp_path):
     for name, scores in {"weak": [0, 1, 1, 0], "strong": [3, 1, 4, 2]}.items():
         lines = [f"{n},{score},judged" for n, score in enumerate(scores)]
         (tmp_path / f"{name}.csv").write_text("\n".join(["item,score,task", *lines]))
-    result = build(
-        [load_side(tmp_path / "weak.csv"), load_side(tmp_path / "strong.csv")], resamples=100
-    )
+    result = build([load_side(tmp_path / "weak.csv"), load_side(tmp_path / "strong.csv")])
     (row,) = result.rows
-    assert row.unit == "score"
-    assert row.result.base == 0.5
-    assert row.result.new == 2.5
+    assert row.unit == "score" and (row.result.base, row.result.new) == (0.5, 2.5)
     assert result.scores["judged"] == {"weak": 0.5, "strong": 2.5}

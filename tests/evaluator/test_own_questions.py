@@ -55,9 +55,7 @@ def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
     assert [item["score"] for item in new["items"]] == [1, 0, 1]
     assert new["metrics"]["categories.color"] == 50.0
     sides = [str(tmp_path / f"{side}.scores.json") for side in ("old", "new")]
-    assert (
-        main(["compare", *sides, "--output", str(tmp_path / "report"), "--resamples", "100"]) == 0
-    )
+    assert main(["compare", *sides, "--output", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "compare.html").read_text()
     assert "own questions" in page
     assert page.count("data:image/jpeg") == 2  # found next to the file

@@ -32,7 +32,7 @@ def write_sides(folder, items_of, benchmark="our own", **about):
             benchmark=benchmark, metrics={}, items=items_of(place), model=name, **more
         )
         record.write(folder / name / "own.scores.json")
-    return [str(folder / "old"), str(folder / "new"), "--resamples", "100", "--output", str(folder)]
+    return [str(folder / "old"), str(folder / "new"), "--output", str(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,6 @@ def report(tmp_path_factory):
             str(folder / "model-b"),
             "--output",
             str(folder / "out"),
-            "--resamples",
-            "300",
         ]
     )
     return folder / "out" / "compare.html"

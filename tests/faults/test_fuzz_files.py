@@ -131,7 +131,7 @@ def make_scores(folder: Path) -> None:
 
 
 def load_scores(folder: Path) -> str:
-    comparison = build(load_sides([folder / "old", folder / "new"], []), resamples=50)
+    comparison = build(load_sides([folder / "old", folder / "new"], []))
     return json.dumps(comparison.to_dict())
 
 

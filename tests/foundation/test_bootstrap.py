@@ -35,6 +35,14 @@ def test_ignoring_the_clusters_would_be_too_narrow():
     assert clustered.high - clustered.low > 1.5 * (single.high - single.low)
 
 
+def test_few_clusters_have_students_width():
+    """Percentiles of eight values alone would be a fifth narrower."""
+    values = np.random.default_rng(3).normal(size=8)
+    interval = bootstrap_mean(values, resamples=20_000)
+    width = 2 * t_quantile(0.975, 7) * np.std(values, ddof=1) / 8**0.5
+    assert interval.high - interval.low == pytest.approx(width, rel=0.1)
+
+
 def test_clusters_of_other_sizes_and_chunks_of_draws_change_nothing_but_the_noise(monkeypatch):
     values = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
     clusters = ["a", "b", "b", "b", "c", "c"]

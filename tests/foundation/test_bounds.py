@@ -117,7 +117,6 @@ def bounds_missing() -> Any:
             "bench-mllm data --model-path x --output y --gpus 100000",
             "--gpus 100000 is out of range; expected 0 to",
         ),
-        ("compare a b --resamples 10000000000", "--resamples 10000000000 is out of range"),
     ],
 )
 def test_commands_refuse_absurd_numbers(line: str, message: str):

@@ -19,7 +19,7 @@ from llava_integration.evaluator.compare.comparison import (
     paired_runs,
 )
 from llava_integration.evaluator.compare.report import page, table, text
-from llava_integration.evaluator.compare.statistics import combine, pair, resampled_runs, slips_of
+from llava_integration.evaluator.compare.statistics import combine, influences, pair, slips_of
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.bootstrap import expansion, t_quantile
 from llm2clip_plugin.options import Command, setting
@@ -39,9 +39,11 @@ class CompareConfig:
         help="folder for compare.json, compare.md and compare.html",
         needs="not plan",
     )
-    resamples: int = setting(10_000, help="resamples of the bootstrap and of the permutation test")
-    level: float = setting(0.95, help="confidence level of the intervals")
-    seed: int = setting(0, help="of the resampling")
+    level: float = setting(0.95, help="confidence level of the intervals and verdicts")
+    same_model: bool = setting(
+        False,
+        help="logs of one benchmark with several model names are runs (seeds) of one model",
+    )
     references: bool = setting(True, help="show the published numbers")
     image_folder: Path | None = setting(
         None,
@@ -75,7 +77,6 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
-            ("resamples", self.resamples >= 100, "at least 100, better 10000"),
             ("level", 0.5 <= self.level < 1, "a number in [0.5, 1)"),
             ("effect", self.effect > 0, "a number above 0"),
             ("runs", min(self.runs, default=0) > 0, "whole numbers above 0"),
@@ -101,22 +102,20 @@ COMMAND = Command(
     "(seeds).",
     settings=CompareConfig,
     arguments="base new",
-    everyday="names all-pairs output resamples references image-folder plan effect",
+    everyday="names all-pairs output level references image-folder plan effect",
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compare score files and write the reports."""
     args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
-    sides = load_sides([args.base, *args.new], args.names)
+    sides = load_sides([args.base, *args.new], args.names, same_model=args.same_model)
     if args.plan:
         print_plan(sides, args)
         return 0
     comparison = build(
         sides,
-        resamples=args.resamples,
         level=args.level,
-        seed=args.seed,
         references=args.references,
         all_pairs=args.all_pairs,
     )
@@ -134,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_plan(sides: Sequence[Side], args: CompareConfig) -> None:
     """Print how many images and runs a difference needs."""
-    noises = plan(sides, spread=args.spread, resamples=min(args.resamples, 1000), seed=args.seed)
+    noises = plan(sides, spread=args.spread)
     lines = table(PLAN, plan_rows(noises, effect=args.effect, runs=args.runs, level=args.level))
     test = f"with {POWER:.0%} power, two-sided at {1 - args.level:.0%}"
     print(f"A difference of {args.effect:g} {test}:\n")
@@ -174,7 +173,7 @@ class Noise:
     spread: float | None
     spread_freedom: int = 1_000_000  # degrees of freedom that ``spread`` was estimated with
 
-    def error(self, images: float, runs: int) -> tuple[float, int]:
+    def error(self, images: float, runs: int) -> tuple[float, float]:
         """Standard error of the difference, and its degrees of freedom, with that many images and
         runs a side."""
         times = self.images / images
@@ -205,9 +204,7 @@ class Noise:
         return counts[0] + enough
 
 
-def plan(
-    sides: Sequence[Side], *, spread: float | None = None, resamples: int = 1000, seed: int = 0
-) -> list[Noise]:
+def plan(sides: Sequence[Side], *, spread: float | None = None) -> list[Noise]:
     """The noise of every benchmark of the base, or of both sides. With one side, the other is taken
     to vary as much over images, correlated by CORRELATION: the difference has 2 (1 - CORRELATION)
     times the variance. ``spread`` replaces what the runs show. Raises ValueError for more than two
@@ -221,27 +218,25 @@ def plan(
     new = sides[-1]
     if not (names := ordered(set(base.runs) & set(new.runs))):
         raise ValueError(f"{base.name} and {new.name} have no benchmark in common")
-    return [measure(base, new, name, spread, resamples, seed) for name in names]
+    return [measure(base, new, name, spread) for name in names]
 
 
-def measure(
-    base: Side, new: Side, name: str, spread: float | None, resamples: int, seed: int
-) -> Noise:
+def measure(base: Side, new: Side, name: str, spread: float | None) -> Noise:
     """The noise of one benchmark."""
     base_runs, new_runs, _ = paired_runs(name, base, new)
     first = base_runs[0]
     base_statistics = [run.statistic for run in base_runs]
     new_statistics = [run.statistic for run in new_runs]
     paired = pair(base_statistics, new_statistics, first.clusters)
-    base_MR, new_MR = resampled_runs(paired, resamples, np.random.default_rng(seed))
+    base_MC, new_MC = influences(paired)
     if new is base:
-        difference_MR = base_MR * math.sqrt(2 * (1 - CORRELATION))
+        difference_MC = base_MC * math.sqrt(2 * (1 - CORRELATION))
     else:
-        count = min(len(base_MR), len(new_MR))
-        difference_MR = new_MR[:count] - base_MR[:count]
+        count = min(len(base_MC), len(new_MC))
+        difference_MC = new_MC[:count] - base_MC[:count]
     # what one run a side adds to the variance over images that all runs share
-    slips = slips_of(difference_MR)
-    shared = max(0.0, float(np.var(difference_MR, axis=1).mean()) - slips)
+    slips = slips_of(difference_MC)
+    shared = max(0.0, float(np.sum(difference_MC**2, axis=1).mean()) - slips)
     strata = len(np.unique(paired.strata))
     wider = expansion(paired.clusters, max(1, paired.clusters - strata))
     noise = Noise(

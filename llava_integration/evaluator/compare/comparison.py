@@ -2,6 +2,7 @@
 each benchmark."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +23,16 @@ from llava_integration.evaluator.benchmarks.benchmark import (
 from llava_integration.evaluator.benchmarks.rules import benchmarks
 from llava_integration.evaluator.benchmarks.rules.mme import paired_accuracy
 from llava_integration.evaluator.compare.readers import BY_PART, Log, read_logs, readers
-from llava_integration.evaluator.compare.statistics import Difference, compare, counted, holm, pair
+from llava_integration.evaluator.compare.statistics import (
+    Difference,
+    compare,
+    counted,
+    holm,
+    holm_factors,
+    pair,
+)
 from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.hashes import sha256_file
 
 EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
 FEWEST_IN_COMMON = 0.9  # fraction of questions that both sides must have
@@ -83,9 +92,10 @@ class Side:
     notes: tuple[str, ...] = ()
 
 
-def load_side(path: Path, name: str = "") -> Side:
+def load_side(path: Path, name: str = "", *, same_model: bool = False) -> Side:
     """Read a score file or another evaluator's log, or all below a folder; several of one benchmark
-    are its runs. Raises FileNotFoundError, or ContractError for what can't be read or compared."""
+    are its runs. Raises FileNotFoundError, or ContractError for what can't be read or compared,
+    such as logs of several models, unless they are said to be runs of the ``same_model``."""
     if not path.exists():
         raise FileNotFoundError(f"no score file, log or folder {path}")
     records = read_logs(path)
@@ -96,22 +106,58 @@ def load_side(path: Path, name: str = "") -> Side:
         )
     runs: dict[str, tuple[Run, ...]] = {}
     notes = []
+    copies = copied_logs(records)
     for file, record in records:
         if record.unknown:
             notes.append(f"left out: {record.unknown}")
             continue
-        run = run_of(file, record)
-        earlier = runs.get(run.benchmark, ())
-        if any(run.items == other.items for other in earlier):
+        if file in copies.get(record.benchmark, {}):
+            original = copies[record.benchmark][file]
             notes.append(
-                f"{file} duplicates another file of {run.benchmark}: not counted as another run"
+                f"{file} is a copy of {original}: not counted as another run of {record.benchmark}"
             )
-        else:
-            runs[run.benchmark] = (*earlier, run)
+            continue
+        run = run_of(file, record)
+        runs[run.benchmark] = (*runs.get(run.benchmark, ()), run)
     if not runs:
         raise ContractError("; ".join(notes))
+    if not same_model:
+        for of_benchmark in runs.values():
+            check_one_model(path, of_benchmark)
     default = path.name if path.is_dir() else records[0][1].model or path.stem
     return Side(name=name or default, path=path, runs=runs, notes=tuple(notes))
+
+
+def copied_logs(records: Iterable[tuple[Path, Log]]) -> dict[str, dict[Path, Path]]:
+    """Benchmark -> each log that is another by another path, or has the same bytes -> the first of
+    them. Logs with the same scores are no copies."""
+    digest_of: dict[Path, str] = {}
+    first_of: dict[tuple[str, ...], Path] = {}
+    copies: dict[str, dict[Path, Path]] = {}
+    for path, record in records:
+        for file in record.files:
+            if file not in digest_of:
+                digest_of[file] = sha256_file(file)
+        key = (record.benchmark, *(digest_of[file] for file in record.files))
+        first = first_of.setdefault(key, path)
+        if first != path:
+            copies.setdefault(record.benchmark, {})[path] = first
+    return copies
+
+
+# what tells runs of one model apart in its name
+SEED = re.compile(r"(seed|run)[-_ =]*\d+", re.IGNORECASE)
+
+
+def check_one_model(path: Path, runs: Sequence[Run]) -> None:
+    """Raises ContractError if the logs of a benchmark are of several models: they are no runs."""
+    models = sorted({SEED.sub(r"\1", run.model) for run in runs if run.model})
+    if len(models) > 1:
+        raise ContractError(
+            f"{path} has logs of {len(models)} models ({', '.join(models)}) on "
+            f"{runs[0].benchmark}; pass the files or folders of each model as a side of its own, "
+            "or --same-model if they are runs (seeds) of one"
+        )
 
 
 # headline number of a log whose benchmark has no rule -> its unit
@@ -177,7 +223,7 @@ def run_of(path: Path, record: Log) -> Run:
     )
     number = run.statistic.full()
     printed = record.printed
-    if printed is None or math.isclose(number, printed * run.scale, rel_tol=1e-3, abs_tol=0.01):
+    if printed is None or is_printed(number, printed, run):
         return run
     differs = (
         f"its evaluator printed {printed:.4g}, made of the scores in another way; "
@@ -186,7 +232,17 @@ def run_of(path: Path, record: Log) -> Run:
     return replace(run, notes=[*notes, differs])
 
 
-def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
+def is_printed(number: float, printed: float, run: Run) -> bool:
+    """Whether a headline number is the one that was printed, as a share or in percent."""
+    shown = [printed * run.scale]
+    if run.unit == "%":
+        shown.append(printed)
+    return any(math.isclose(number, one, rel_tol=1e-3, abs_tol=0.01) for one in shown)
+
+
+def load_sides(
+    paths: Sequence[Path], names: Sequence[str], *, same_model: bool = False
+) -> list[Side]:
     """Read all sides; equal names get the parent folder's name or a number."""
     if names and len(names) != len(paths):
         raise ValueError(
@@ -194,7 +250,10 @@ def load_sides(paths: Sequence[Path], names: Sequence[str]) -> list[Side]:
         )
     if not names:
         names = [""] * len(paths)
-    sides = [load_side(path, name) for path, name in zip(paths, names, strict=True)]
+    sides = [
+        load_side(path, name, same_model=same_model)
+        for path, name in zip(paths, names, strict=True)
+    ]
     sides = rename_equal(
         sides, [f"{side.path.resolve().parent.name}/{side.path.stem}" for side in sides]
     )
@@ -221,6 +280,9 @@ class Row:
     new: str
     result: Difference
     p_holm: float  # adjusted over all rows of the comparison
+    # adjusted as p_holm is: it excludes 0 if and only if there is a verdict
+    interval: tuple[float, float]
+    level: float  # of the verdict
     wins: int  # questions with a higher score in new
     losses: int
     ties: int
@@ -233,19 +295,19 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """'better', 'worse' or 'no difference shown', at 5 % over all rows."""
-        if self.p_holm >= 0.05:
+        """'better', 'worse' or 'no difference shown', with 1 - level over all rows."""
+        if self.p_holm >= 1 - self.level:
             return "no difference shown"
         return "better" if self.result.difference > 0 else "worse"
 
     def power_line(self) -> str:
         """The difference that this many questions, and runs, can detect."""
         unit = "points" if self.unit == "%" else self.unit
-        start = f"{self.questions} questions"
+        start = f"{self.questions} items"
         if self.images != self.questions:
-            start += f" in {self.images} clusters (of one image or text each)"
-        if not self.result.detectable:
-            return f"{start}; both sides have the same score on each"
+            start += f" in {self.images} clusters"
+        if not self.wins and not self.losses:
+            start += ", on each of which both sides have the same score"
         detectable = f"a difference of {self.result.detectable:.2f} {unit}"
         line = f"{start}: {detectable} is detectable with 80 % power"
         size = abs(self.result.difference)
@@ -253,7 +315,7 @@ class Row:
         if not 1 < times < 100:
             return line
         # neither alone: runs vary, too
-        more = "the questions and runs" if max(self.runs) > 1 else "the questions"
+        more = "the items and runs" if max(self.runs) > 1 else "the items"
         return f"{line}; detecting {size:.2f} needs {times:.1f} times {more}"
 
 
@@ -285,9 +347,11 @@ class Comparison:
         plain = asdict(self)
         for row, body in zip(self.rows, plain["rows"], strict=True):
             result = body.pop("result")
+            del result["estimate"]
             body |= {"base_score": result.pop("base"), "new_score": result.pop("new"), **result}
             body |= {
                 "interval": [row.result.low, row.result.high],
+                "interval_holm": list(row.interval),
                 "verdict": row.verdict,
                 "power": row.power_line(),
             }
@@ -297,13 +361,13 @@ class Comparison:
 def build(
     sides: Sequence[Side],
     *,
-    resamples: int = 10_000,
     level: float = 0.95,
-    seed: int = 0,
     references: bool = True,
     all_pairs: bool = False,
 ) -> Comparison:
-    """Compare every side with the first, or every two; Holm's p-values are over all rows."""
+    """Compare every side with the first, or every two; Holm's p-values are over all rows. Raises
+    ContractError for scores that are from 0 to 1 on one side and from 0 to 100 on another."""
+    other_scales = check_scales(sides)
     sides = in_one_unit(sides)
     notes = [note for side in sides for note in side.notes]
     pairs = combinations(sides, 2) if all_pairs else [(sides[0], new) for new in sides[1:]]
@@ -314,9 +378,7 @@ def build(
             only = base.name if name in base.runs else new.name
             notes.append(f"{name} is not compared: only {only} has its scores")
     bar = tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
-    rows = [compare_benchmark(*task, resamples=resamples, level=level, seed=seed) for task in bar]
-    adjusted = holm([row.result.p for row in rows])
-    rows = [replace(row, p_holm=p) for row, p in zip(rows, adjusted, strict=True)]
+    rows = adjusted_rows([compare_benchmark(*task, level=level) for task in bar])
     titles = {}
     units = {}
     scores = {}
@@ -333,10 +395,20 @@ def build(
         titles=titles,
         units=units,
         references=published_numbers({row.benchmark for row in rows}) if references else {},
-        settings={"resamples": resamples, "level": level, "seed": seed},
+        settings={"level": level},
         notes=tuple(dict.fromkeys(notes)),
-        warnings=tuple(warnings(sides)),
+        warnings=(*warnings(sides), *other_scales),
     )
+
+
+def adjusted_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows with Holm's p-values, and the intervals that go with them."""
+    values = [row.result.p for row in rows]
+    adjusted = []
+    for row, p, factor in zip(rows, holm(values), holm_factors(values), strict=True):
+        interval = row.result.interval(1 - (1 - row.level) / factor)
+        adjusted.append(replace(row, p_holm=p, interval=interval))
+    return adjusted
 
 
 def benchmarks_in_common(base: Side, new: Side) -> list[str]:
@@ -376,6 +448,35 @@ def in_one_unit(sides: Sequence[Side]) -> list[Side]:
                 runs_of[name] = tuple(replace(run, unit="score") for run in runs)
         converted.append(replace(side, runs=runs_of))
     return converted
+
+
+PERCENT = 50.0  # scores of a side that reach this are percentages, if those of another are shares
+
+
+def check_scales(sides: Sequence[Side]) -> list[str]:
+    """Warnings about benchmarks whose scores are at most 1 on one side and above on another;
+    ContractError if they are clearly shares and percentages."""
+    found = []
+    for name in ordered(name for side in sides for name in side.runs):
+        largest = {}
+        for side in sides:
+            runs = side.runs.get(name, ())
+            scores = [abs(score) for run in runs if run.rule is None for score in run.scores]
+            if scores:
+                largest[side.name] = max(scores)
+        shares = [side for side, most in largest.items() if 0 < most <= 1]
+        others = [side for side, most in largest.items() if most >= 2]
+        if not shares or not others:
+            continue
+        scales = (
+            f"scores of {name} are at most {max(largest[side] for side in shares):g} in "
+            f"{', '.join(shares)} and go to {max(largest[side] for side in others):g} in "
+            f"{', '.join(others)}"
+        )
+        if max(largest[side] for side in others) >= PERCENT:
+            raise ContractError(f"{scales}; write both from 0 to 1, or both from 0 to 100")
+        found.append(f"{scales}: if these are two scales, the difference means nothing")
+    return found
 
 
 # how a side answered; another value may move the scores by itself
@@ -422,16 +523,15 @@ def warnings(sides: Sequence[Side]) -> Iterator[str]:
             yield f"the sides differ in their {setting}, which alone may move scores: {listed}"
 
 
-def compare_benchmark(
-    base: Side, new: Side, name: str, *, resamples: int, level: float, seed: int
-) -> Row:
-    """One benchmark: pair the questions, resample, count wins."""
+def compare_benchmark(base: Side, new: Side, name: str, *, level: float) -> Row:
+    """One benchmark: pair the questions, compare, count wins."""
     base_runs, new_runs, notes = paired_runs(name, base, new)
     first = base_runs[0]
     base_statistics = [run.statistic for run in base_runs]
     new_statistics = [run.statistic for run in new_runs]
     paired = pair(base_statistics, new_statistics, first.clusters)
-    result = compare(paired, resamples=resamples, level=level, seed=seed)
+    span = largest_difference([*base_runs, *new_runs])
+    result = compare(paired, level=level, span=span)
     counted_N = counted([*base_statistics, *new_statistics])
     base_N = mean_scores(base_runs)[counted_N]
     new_N = mean_scores(new_runs)[counted_N]
@@ -447,6 +547,8 @@ def compare_benchmark(
         new=new.name,
         result=result,
         p_holm=result.p,
+        interval=(result.low, result.high),
+        level=level,
         wins=int((new_N > base_N).sum()),
         losses=int((new_N < base_N).sum()),
         ties=int((new_N == base_N).sum()),
@@ -456,6 +558,19 @@ def compare_benchmark(
         categories=scores_by_category(list(compress(first.groups, counted_N)), base_N, new_N),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def largest_difference(runs: Sequence[Run]) -> float:
+    """The largest difference that there can be between two headline numbers."""
+    unit = runs[0].unit
+    if unit == "points":  # MME's: 100 of the questions, 100 of the pairs
+        return 200.0 * len(set(runs[0].groups))
+    if unit not in ("score", "CIDEr"):
+        return 100.0
+    scores = [0.0]
+    for run in runs:
+        scores += [run.scale * min(run.scores), run.scale * max(run.scores)]
+    return (max(scores) - min(scores)) or 1.0
 
 
 def mean_scores(runs: Sequence[Run]) -> np.ndarray:
@@ -510,7 +625,7 @@ def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run],
                     f"{name}: the truth of question {identifier} is {both}; "
                     "score both by the same annotations"
                 )
-    notes = []
+    runs, notes = in_joint_clusters(runs)
     if len(shared) < largest:
         notes.append(f"{largest - len(shared)} questions are not in every file; ignored")
     if len({run.provenance.get("data_sha256", "") for run in runs} - {""}) > 1:
@@ -519,6 +634,38 @@ def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run],
         )
     count = len(base.runs[name])
     return runs[:count], runs[count:], notes
+
+
+def in_joint_clusters(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """The runs with one grouping, and notes: questions that go together in any of them go together
+    in all, whichever is the base."""
+    if all(run.clusters == runs[0].clusters for run in runs):
+        return list(runs), []
+    parents = list(range(len(runs[0].ids)))
+
+    def root(place: int) -> int:
+        while parents[place] != place:
+            parents[place] = parents[parents[place]]
+            place = parents[place]
+        return place
+
+    for run in runs:
+        first_of: dict[str, int] = {}
+        for place, cluster in enumerate(run.clusters):
+            first = first_of.setdefault(cluster, place)
+            parents[root(place)] = root(first)
+    clusters = [runs[0].ids[root(place)] for place in range(len(parents))]
+    joined = len(set(clusters))
+    coarsest = min(len(set(run.clusters)) for run in runs)
+    finest = max(len(set(run.clusters)) for run in runs)
+    notes = []
+    if finest > joined:
+        notes.append(
+            "not every log tells which items go together; the grouping of those that do is used"
+            if joined == coarsest
+            else "the logs group the items in different ways; what one of them joins is joined"
+        )
+    return [replace(run, clusters=clusters) for run in runs], notes
 
 
 def ordered(names: Iterable[str]) -> list[str]:

@@ -37,7 +37,7 @@ HEADER = (
     "base",
     "new",
     "difference",
-    "interval",
+    "interval (Holm)",
     "p",
     "p (Holm)",
     "wins",
@@ -62,8 +62,7 @@ def with_spread(value: float, spread: float, unit: str) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     """A row's columns under HEADER."""
     result = row.result
-    low = number(result.low, row.unit, signed=True)
-    high = number(result.high, row.unit, signed=True)
+    low, high = (number(end, row.unit, signed=True) for end in row.interval)
     return (
         row.title if row.unit == "%" else f"{row.title} ({row.unit})",
         with_spread(result.base, result.spread_base, row.unit),
@@ -80,21 +79,18 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def method_lines(comparison: Comparison) -> list[str]:
     """The statistical methods, in sentences."""
-    method = (
-        "Intervals: {level:.0%}, paired bootstrap over images ({resamples} resamples, "
-        "seed {seed}), composite scores resampled as composites. "
-        "p: permutation over images, two-sided; Holm over all rows."
-    )
-    lines = [method.format(**comparison.settings)]
+    level = comparison.settings["level"]
+    lines = [
+        f"Intervals: {level:.4g} over all rows together (Holm), so that an interval excludes 0 where "
+        "there is a verdict, and only there. p and intervals: paired t test over clusters (the "
+        "items of one image), composite scores compared as composites."
+    ]
     runs = [row.runs for row in comparison.rows]
     if any(max(counts) > 1 for counts in runs):
-        lines.append(
-            "With several runs a side, the interval includes their variance, "
-            "and p is Student's (±: s.d.)."
-        )
+        lines.append("With several runs a side, p and interval include their variance (±: s.d.).")
     if (1, 1) in runs:
         line = (
-            "With one run a side, the interval covers the choice of questions, "
+            "With one run a side, p and interval cover the choice of questions, "
             "not the training seed"
         )
         if "mme" in comparison.titles:
@@ -219,8 +215,8 @@ def drawn_intervals(rows: Sequence[Row]) -> list[list[float]]:
     marks = []
     for row in rows:
         size = FULL_MME if row.unit == "points" else 1.0
-        result = row.result
-        marks.append([0.0, result.low / size, result.difference / size, result.high / size])
+        low, high = row.interval
+        marks.append([0.0, low / size, row.result.difference / size, high / size])
     low = min(map(min, marks))
     high = max(map(max, marks))
     width = (high - low) or 1

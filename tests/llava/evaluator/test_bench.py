@@ -141,7 +141,5 @@ def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(
         scores,
         "--output",
         report,
-        "--resamples",
-        "100",
     )
     assert (report / "compare.html").stat().st_size > 10_000

@@ -11,7 +11,7 @@ import csv
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Log(ScoreFile):
     printed: float | None = None
     # of the group whose tasks have one number: name, metric, printed number, aggregate, run
     group: tuple[Any, ...] = ()
+    # that it was read from; those of a group's tasks
+    files: tuple[Path, ...] = ()
     # why a log has no items: nobody knows how its number is made; other logs are compared
     unknown: str = ""
 
@@ -88,6 +90,7 @@ def read_logs(path: Path) -> list[tuple[Path, Log]]:
         for file, reader in ((file, reader) for reader, files in found.items() for file in files):
             with errors_about(file):
                 for place, log in enumerate(reader.read(file)):
+                    log = replace(log, files=(file,))
                     groups.setdefault(log.group or (file, place), []).append((file, log))
     finally:
         gc.enable()
@@ -115,7 +118,8 @@ def _merged(members: list[tuple[Path, Log]]) -> Log:
         ]
     notes = list(dict.fromkeys(note for _, log in members for note in log.notes))
     about = {"model": first.model, "printed": printed, "aggregate": aggregate, "notes": notes}
-    return Log(benchmark=f"{name} {metric}", metrics={}, items=items, **about)
+    files = tuple(file for file, _ in members)
+    return Log(benchmark=f"{name} {metric}", metrics={}, items=items, files=files, **about)
 
 
 def mme_logs(
