@@ -120,6 +120,17 @@ def scores(
     return Setting(f"{questions} questions, {name}", draw)
 
 
+def partly_tied(rng: Rng, questions: int, tied: float) -> np.ndarray:
+    """Differences that are 0 of this share of the questions, else from 0 to 1."""
+    is_tied = rng.random(questions) < tied
+    return np.where(is_tied, 0.0, rng.random(questions))
+
+
+def mean_statistics(right_MN: np.ndarray) -> list[Statistic]:
+    """The mean of every run."""
+    return [mean_statistic(run.astype(float).tolist()) for run in right_MN]
+
+
 def clustered(
     name: str, sizes: Sequence[int], shared: float, won: float = 0.25, lost: float = 0.25
 ) -> Setting:
@@ -131,7 +142,7 @@ def clustered(
         own = rng.random(len(image_N))
         fate = rng.random(len(sizes))[image_N]
         luck = np.where(rng.random(len(image_N)) < shared, fate, own)
-        new = 0.5 + 0.5 * (luck < won) - 0.5 * (luck > 1 - lost)
+        new = np.where(luck < won, 1.0, np.where(luck > 1 - lost, 0.0, 0.5))
         return one(1 - new, new, clusters, won - lost)
 
     return Setting(name, draw)
@@ -183,7 +194,7 @@ def runs(base: int, new: int, questions: int, spread: float, gain: float = 0.0) 
             chance = np.where(rng.random(questions) < 0.5, 0.75, 0.25) + more
             luck = rng.normal(0, spread / 100, size=(count, 1))
             right = rng.random((count, questions)) < chance + luck
-            sides.append([mean_statistic(run.astype(float).tolist()) for run in right])
+            sides.append(mean_statistics(right))
         return [pair(sides[0], sides[1], names(questions))], [gain]
 
     varying = f"vary by {spread:g} points" if spread else "do not vary"
@@ -196,7 +207,7 @@ def all_pairs(models: int, questions: int, count: int = 1) -> Setting:
     def draw(rng: Rng) -> Drawn:
         chance = rng.uniform(0.2, 0.8, size=questions)
         right = rng.random((models, count, questions)) < chance
-        sides = [[mean_statistic(run.astype(float).tolist()) for run in side] for side in right]
+        sides = [mean_statistics(side) for side in right]
         comparisons = []
         for number, base in enumerate(sides):
             comparisons += [pair(base, new, names(questions)) for new in sides[number + 1 :]]
@@ -219,8 +230,8 @@ def settings() -> list[Setting]:
         changes(100, 0.05, 0.05),
         changes(300, 0.03, 0.01),
         changes(300, 0.15, 0.15),
-        scores("nine in ten tied", 50, lambda rng, n: (rng.random(n) < 0.1) * rng.random(n), 0.05),
-        scores("half tied", 30, lambda rng, n: (rng.random(n) < 0.5) * rng.random(n), 0.25),
+        scores("nine in ten tied", 50, lambda rng, n: partly_tied(rng, n, 0.9), 0.05),
+        scores("half tied", 30, lambda rng, n: partly_tied(rng, n, 0.5), 0.25),
         scores("skewed", 30, lambda rng, n: rng.beta(0.5, 5, n), 0.5 / 5.5),
         scores("normal", 10, lambda rng, n: rng.normal(0, 0.1, n), 0.0),
         clustered("40 images of 12", [12] * 40, 0.3),

@@ -26,8 +26,17 @@ def scored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scores")
     for model in MODELS:
         for name in BENCHMARKS:
-            score([name, "--data", str(ROOT / name), "--answers", str(answers(name, model)),
-                   "--json", str(folder / model / f"{name}.scores.json")])  # fmt: skip
+            score(
+                [
+                    name,
+                    "--data",
+                    str(ROOT / name),
+                    "--answers",
+                    str(answers(name, model)),
+                    "--json",
+                    str(folder / model / f"{name}.scores.json"),
+                ]
+            )
     return folder
 
 
@@ -62,28 +71,26 @@ def test_golden_models(scored, tmp_path, capsys):
     for name, row in rows.items():
         record = ScoreFile.read(scored / "model-b" / f"{name}.scores.json")
         assert row["difference"] == pytest.approx(row["new_score"] - row["base_score"])
-        assert row["low"] <= row["difference"] <= row["high"] and row["interval"] == [
+        assert row["low"] <= row["difference"] <= row["high"]
+        assert row["interval"] == [
             row["low"],
             row["high"],
         ]
-        assert (
-            row["p_holm"] >= row["p"]
-            and row["wins"] + row["losses"] + row["ties"] == row["questions"]
-        )
+        assert row["p_holm"] >= row["p"]
+        assert row["wins"] + row["losses"] + row["ties"] == row["questions"]
         assert data["scores"][name]["model-b"] == pytest.approx(row["new_score"]), record.metrics
-    assert (
-        rows["gqa"]["difference"] == pytest.approx(75.0 - 51.875)
-        and rows["gqa"]["verdict"] == "better"
-    )
-    assert rows["mme"]["base_score"] == pytest.approx(1181.4285714) and rows["mme"]["images"] == 54
-    assert rows["pope"]["images"] == 17 and rows["scienceqa"]["questions"] < 165  # IMG alone
+    assert rows["gqa"]["difference"] == pytest.approx(75.0 - 51.875)
+    assert rows["gqa"]["verdict"] == "better"
+    assert rows["mme"]["base_score"] == pytest.approx(1181.4285714)
+    assert rows["mme"]["images"] == 54
+    assert rows["pope"]["images"] == 17
+    assert rows["scienceqa"]["questions"] < 165  # IMG alone
     assert rows["scienceqa"]["verdict"] == "no difference shown"
     for text in (shown, (tmp_path / "compare.md").read_text()):
-        assert "+23.1" in text and "LLaVA-1.5 7B (official)" in text
-    assert (
-        "detectable with 80 % power" in shown
-        and "2 of 145 questions of vqav2 have no answer" in shown
-    )
+        assert "+23.1" in text
+        assert "LLaVA-1.5 7B (official)" in text
+    assert "detectable with 80 % power" in shown
+    assert "2 of 145 questions of vqav2 have no answer" in shown
     markdown = (tmp_path / "compare.md").read_text().splitlines()
     table = [line for line in markdown if line.startswith("|")]
     # as many cells in each row
@@ -134,8 +141,10 @@ def test_runs_below_a_folder_are_seeds(tmp_path):
                 (rng.random(200) < chance + gain).astype(float).tolist(),
             )
     row = build(load_sides([tmp_path / "base", tmp_path / "new"], [])).rows[0]
-    assert row.runs == (3, 3) and row.result.spread_base > 0
-    assert row.result.test == "t over images and runs" and row.result.low > 0
+    assert row.runs == (3, 3)
+    assert row.result.spread_base > 0
+    assert row.result.test == "t over images and runs"
+    assert row.result.low > 0
     mean = np.mean([100 * np.mean(run.scores) for run in load_side(tmp_path / "new").runs["gqa"]])
     assert row.result.new == pytest.approx(mean)
 
@@ -245,7 +254,8 @@ def test_unknown_benchmark_and_bare_items_are_averaged(tmp_path):
         base = simulated(tmp_path, f"base-{name}", [0, 1, 0, 1] * 10, benchmark=name)
         new = simulated(tmp_path, f"new-{name}", [0, 1, 1, 1] * 10, benchmark=name)
         row = build(load_sides([base, new], [])).rows[0]
-        assert (row.result.base, row.result.new) == (50.0, 75.0)
+        assert row.result.base == 50.0
+        assert row.result.new == 75.0
         assert any("mean score instead of" in note for note in row.notes) == (name == "pope")
 
 
@@ -253,10 +263,19 @@ def test_retrieval_files_become_rows_by_direction(tmp_path):
     """The score files of `llm2clip evaluate`: R@1 and R@10 both ways, parts by themselves."""
     for name, hit in (("base", 0.0), ("new", 1.0)):
         items = [
-            {"id": f"{part}/{side}/{n}", "part": part, "side": side, "cluster": str(n), "score": hit * (n % 2),
-             "r1": hit * (n % 2), "r10": 1.0}
-            for part in ("all", "long:en") for side in ("i2t", "t2i") for n in range(20)
-        ]  # fmt: skip
+            {
+                "id": f"{part}/{side}/{n}",
+                "part": part,
+                "side": side,
+                "cluster": str(n),
+                "score": hit * (n % 2),
+                "r1": hit * (n % 2),
+                "r10": 1.0,
+            }
+            for part in ("all", "long:en")
+            for side in ("i2t", "t2i")
+            for n in range(20)
+        ]
         written(tmp_path, name, items, "retrieval:emoji")
     paths = [tmp_path / "base.scores.json", tmp_path / "new.scores.json"]
     rows = build(load_sides(paths, [])).rows
@@ -284,7 +303,9 @@ def test_sugarcrepe_is_the_mean_over_its_groups(tmp_path):
     (row,) = build(
         load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], [])
     ).rows
-    assert (row.title, row.result.base, row.result.new) == ("sugarcrepe", 50.0, 100.0)
+    assert row.title == "sugarcrepe"
+    assert row.result.base == 50.0
+    assert row.result.new == 100.0
     assert row.categories["add_att"] == (0.0, 1.0, 3)
 
 
@@ -293,11 +314,23 @@ def test_xm3600_is_the_mean_over_its_languages(tmp_path):
     one in another."""
     for name, hit in (("base", 0.0), ("new", 1.0)):
         items = [
-            {"id": f"{part}/{side}/{n}", "part": part, "side": side, "cluster": str(n % 5), "score": right,
-             "r1": right, "r10": 1.0}
-            for part, count, right in (("all", 15, 0.5), ("short:de", 10, hit), ("short:mi", 5, 0.0))
-            for side in ("i2t", "t2i") for n in range(count)
-        ]  # fmt: skip
+            {
+                "id": f"{part}/{side}/{n}",
+                "part": part,
+                "side": side,
+                "cluster": str(n % 5),
+                "score": right,
+                "r1": right,
+                "r10": 1.0,
+            }
+            for part, count, right in (
+                ("all", 15, 0.5),
+                ("short:de", 10, hit),
+                ("short:mi", 5, 0.0),
+            )
+            for side in ("i2t", "t2i")
+            for n in range(count)
+        ]
         written(tmp_path, name, items, "retrieval:xm3600")
     rows = build(load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], [])).rows
     expected = {f"xm3600 {way}R@1": (0.0, 50.0) for way in WAYS} | {
@@ -312,13 +345,17 @@ def test_three_sides(scored, tmp_path):
     words = [str(scored / "model-a"), str(scored / "model-b"), str(other)]
     main([*words, "--output", str(tmp_path / "out")])
     data = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert len(data["rows"]) == 18 and len(set(data["names"])) == 3
+    assert len(data["rows"]) == 18
+    assert len(set(data["names"])) == 3
     assert [row["p_holm"] for row in data["rows"]] == holm([row["p"] for row in data["rows"]])
     assert "new side" in (tmp_path / "out" / "compare.html").read_text()
     main([*words, "--output", str(tmp_path / "all"), "--all-pairs"])
     rows = json.loads((tmp_path / "all" / "compare.json").read_text())["rows"]
-    assert len(rows) == 27 and rows[-1]["base"] == data["names"][1] and rows[-1]["difference"] == 0
-    assert rows[-1]["p_holm"] == 1 and "against" in (tmp_path / "all" / "compare.html").read_text()
+    assert len(rows) == 27
+    assert rows[-1]["base"] == data["names"][1]
+    assert rows[-1]["difference"] == 0
+    assert rows[-1]["p_holm"] == 1
+    assert "against" in (tmp_path / "all" / "compare.html").read_text()
 
 
 def test_other_questions_are_refused(tmp_path):
@@ -370,5 +407,7 @@ def test_scores_above_one_are_percentages_on_no_side(tmp_path):
         (tmp_path / f"{name}.csv").write_text("\n".join(["item,score,task", *lines]))
     result = build([load_side(tmp_path / "weak.csv"), load_side(tmp_path / "strong.csv")])
     (row,) = result.rows
-    assert row.unit == "score" and (row.result.base, row.result.new) == (0.5, 2.5)
+    assert row.unit == "score"
+    assert row.result.base == 0.5
+    assert row.result.new == 2.5
     assert result.scores["judged"] == {"weak": 0.5, "strong": 2.5}

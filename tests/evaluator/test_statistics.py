@@ -1,4 +1,5 @@
-"""The intervals cover what they claim, tests keep their level, and equal files show no difference."""
+"""The intervals cover what they claim, tests keep their level, and equal files show no
+difference."""
 
 import math
 
@@ -38,6 +39,11 @@ def simulate(rng, images, questions, spread, gain=0.08):
 
 def means(base, new, names):
     return pair([mean_statistic(base)], [mean_statistic(new)], names)
+
+
+def runs_of(base_MN, new_MN, names):
+    base = [mean_statistic(run * 1.0) for run in base_MN]
+    return pair(base, [mean_statistic(run * 1.0) for run in new_MN], names)
 
 
 def share_covered(simulated, true):
@@ -90,7 +96,8 @@ def test_composites_are_covered_too():
 
 
 def test_intervals_over_runs_cover():
-    """Three seeds a side that move the accuracy by +-3 points: their variance is in the interval."""
+    """Three seeds a side that move the accuracy by +-3 points: their variance is in the
+    interval."""
     rng = np.random.default_rng(11)
     covered = blind = 0
     for _ in range(300):
@@ -240,8 +247,7 @@ def test_interval_and_p_are_of_one_test(level):
         new = rng.random((runs, len(names))) < rng.uniform(0.3, 1)
         if number % 2:
             new = new * rng.exponential(0.3, size=new.shape)
-        sides = [[mean_statistic(run * 1.0) for run in side] for side in (base, new)]
-        result = compare(pair(*sides, names), level=level)
+        result = compare(runs_of(base, new, names), level=level)
         assert result.low <= result.difference <= result.high
         assert (result.p < 1 - level) == (not result.low <= 0 <= result.high)
         shown += result.p < 1 - level
@@ -257,8 +263,7 @@ def test_wins_of_two_runs_are_no_proof():
     new[:, 10:20] = [[0.0], [1.0]]
     base[0, 20:27] = 1.0
     base[1, 23:30] = 1.0
-    sides = [[mean_statistic(run) for run in side] for side in (base, new)]
-    result = compare(pair(*sides, [str(place) for place in range(30)]))
+    result = compare(runs_of(base, new, [str(place) for place in range(30)]))
     assert result.difference == pytest.approx(10) and result.spread_base == result.spread_new == 0
     assert result.p > 0.2 and result.low < 0
 
