@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     "run": ("stages.pipeline:main", "all stages in order, from checked data to a tower and a page"),
     "data make": ("data.make:main", "write WebDataset tars from a folder of pictures or a table"),
     "data check": ("data.check:main", "read a data set once; report its contents and problems"),
-    "data split": ("data.make:main_split", "hold out a part of a data set for validation"),
+    "data split": ("data.split:main_split", "hold out a part of a data set for validation"),
     "finetune-llm": (
         "stages.llm:main",
         "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)",
@@ -88,7 +88,10 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
         "llava_integration.plug.towers:main_towers",
         "list known towers: location, hash, sizes",
     ),
-    "llava data": ("data.make:main_llava_data", "write a data set as LLaVA's pretraining reads it"),
+    "llava data": (
+        "data.llava_data:main_llava_data",
+        "write a data set as LLaVA's pretraining reads it",
+    ),
     "llava evaluate": (
         "llava_integration.evaluator.answer.command:main",
         "answer a question file with LLaVA, in batches",
@@ -125,8 +128,8 @@ OPTIONS: dict[str, str] = {
     name: f"{location.partition(':')[0]}:COMMAND" for name, (location, _) in COMMANDS.items()
 } | {
     "run": "stages.pipeline_config:RUN",
-    "data split": "data.make:SPLIT",
-    "llava data": "data.make:LLAVA_DATA",
+    "data split": "data.split:SPLIT",
+    "llava data": "data.llava_data:LLAVA_DATA",
     "finetune-llm": "stages.llm_config:FINETUNE_LLM",
     "export-llm": "text.config:EXPORT_LLM",
     "embed": "stages.embed_config:EMBED",

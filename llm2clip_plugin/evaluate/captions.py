@@ -27,7 +27,7 @@ from llm2clip_plugin.evaluate.config import (
     CaptionSetConfig,
     EvaluateCaptionsConfig,
 )
-from llm2clip_plugin.evaluate.retrieval import QueryRanks, rank_both
+from llm2clip_plugin.evaluate.ranks import QueryRanks, rank_both
 from llm2clip_plugin.options import changed_options, command
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.text.config import (
@@ -37,15 +37,9 @@ from llm2clip_plugin.text.config import (
     EncoderConfig,
     find_card,
 )
-from llm2clip_plugin.text.encoder import (
-    CPU_TOKENS,
-    POST_FILE,
-    CaptionEncoder,
-    Post,
-    first_captions,
-    remove_components,
-)
+from llm2clip_plugin.text.encoder import CPU_TOKENS, CaptionEncoder, first_captions
 from llm2clip_plugin.text.llm import length_batches, pool
+from llm2clip_plugin.text.post import POST_FILE, Post, remove_components
 
 LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
 ACCURACIES = ("cra", "reverse", "centred")

@@ -16,12 +16,24 @@ from torch import Tensor
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile, TowerCard
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.evaluate import benchmarks, commands
+from llm2clip_plugin.evaluate import commands
 from llm2clip_plugin.evaluate.config import (
     EVALUATE_PROBE,
     EVALUATE_ZEROSHOT,
     ProbeConfig,
     ZeroShotConfig,
+)
+from llm2clip_plugin.evaluate.labeled_images import (
+    ImageFeatures,
+    image_features,
+    open_labeled_images,
+)
+from llm2clip_plugin.evaluate.zeroshot import (
+    class_vectors,
+    classification_scores,
+    prompt_source,
+    read_class_names,
+    read_templates,
 )
 from llm2clip_plugin.hashes import sha256_text, sha256_weights
 from llm2clip_plugin.train.distributed import choose_device
@@ -60,24 +72,22 @@ def main_zeroshot(argv: list[str]) -> int:
 
 def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
     """Embed the prompts and the images, and classify each image as the nearest class."""
-    labeled = benchmarks.open_labeled_images(config.data, config.label)
-    names = benchmarks.read_class_names(config.classes, config.data, labeled.classes)
-    prompts = benchmarks.prompt_source(
-        names, benchmarks.read_templates(config.templates, config.data), config.data
-    )
+    labeled = open_labeled_images(config.data, config.label)
+    names = read_class_names(config.classes, config.data, labeled.classes)
+    prompts = prompt_source(names, read_templates(config.templates, config.data), config.data)
     tower = commands.open_tower(config.tower, config.device, config.teacher)
     cache = tower.cache(prompts, config.cache, all_ranks=all_ranks)
-    class_CD = benchmarks.class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
+    class_CD = class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
     options: dict[str, Any] = {
         "batch": config.batch,
         "workers": config.workers,
         "all_ranks": all_ranks,
     }
-    features = benchmarks.image_features(
+    features = image_features(
         tower.dual.encode_image, labeled, tower.images, tower.device, **options
     )
     return dataclasses.replace(
-        benchmarks.classification_scores(features, class_CD, names),
+        classification_scores(features, class_CD, names),
         benchmark=f"zeroshot:{commands.dataset_name(config.data)}",
         model=config.tower,
         provenance=commands.provenance(tower.dual, teacher=cache.fingerprint, prompts=prompts.name),
@@ -103,7 +113,7 @@ def measure_probe(config: ProbeConfig, all_ranks: bool) -> ScoreFile:
     encoder = DualEncoder(tower, pooling).to(device).eval()
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
     sides = [
-        benchmarks.open_labeled_images(path, config.label, config.cluster)
+        open_labeled_images(path, config.label, config.cluster)
         for path in (config.train, config.test)
     ]
     options: dict[str, Any] = {
@@ -111,9 +121,7 @@ def measure_probe(config: ProbeConfig, all_ranks: bool) -> ScoreFile:
         "workers": config.workers,
         "all_ranks": all_ranks,
     }
-    train, test = (
-        benchmarks.image_features(encoder.pool, side, images, device, **options) for side in sides
-    )
+    train, test = (image_features(encoder.pool, side, images, device, **options) for side in sides)
     class_number = {name: number for number, name in enumerate(sides[0].classes)}
     test_classes = sides[1].classes
     unseen = [name for name in test_classes if name not in class_number]
@@ -155,7 +163,7 @@ def weights_hash(directory: Path) -> str:
     return sha256_weights(weights) if weights.is_file() else ""
 
 
-def knn(train: benchmarks.ImageFeatures, test_MD: Tensor, k: int) -> Tensor:
+def knn(train: ImageFeatures, test_MD: Tensor, k: int) -> Tensor:
     """(M,) predicted classes: the k nearest training images vote with exp(cosine similarity /
     TEMPERATURE).
 
@@ -178,7 +186,7 @@ def knn(train: benchmarks.ImageFeatures, test_MD: Tensor, k: int) -> Tensor:
     return torch.cat(predicted)
 
 
-def linear_probe(train: benchmarks.ImageFeatures, test_MD: Tensor) -> Tensor:
+def linear_probe(train: ImageFeatures, test_MD: Tensor) -> Tensor:
     """(M,) predicted classes of multinomial logistic regression on standardized features.
 
     The L2 penalty is the best one on a fifth of the training clusters; then all of them are fitted.

@@ -27,24 +27,20 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig
+from llm2clip_plugin.evaluate.features import embed_pairs
 from llm2clip_plugin.evaluate.retrieval import (
     ALL,
     RetrievalReport,
     check_measurable,
-    embed_pairs,
     evaluate_retrieval,
 )
 from llm2clip_plugin.evaluate.suites import Suite, select_suites, suites
 from llm2clip_plugin.outside import printable
 from llm2clip_plugin.progress import phase
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.teacher import (
-    TeacherLLM,
-    benchmark_cache_folder,
-    embed_source,
-    load_dual_encoder,
-    renew_cache,
-)
+from llm2clip_plugin.text.embed import embed_source, suite_cache_folder
+from llm2clip_plugin.text.teacher import TeacherLLM, load_dual_encoder
+from llm2clip_plugin.text.verify import renew_cache
 from llm2clip_plugin.train.distributed import (
     choose_device,
     gather_objects,
@@ -254,7 +250,7 @@ class OpenedTower:
         identity = teacher.identity or (
             None if directory and not teacher.config.llm else teacher.encoder.identity()
         )
-        folder = Path(directory or benchmark_cache_folder(source.path, teacher.known_identity))
+        folder = Path(directory or suite_cache_folder(source.path, teacher.known_identity))
         if identity is not None and (folder / CacheManifest.FILE).is_file():
             theirs = stored_teacher(folder / CacheManifest.FILE)
             if not theirs.agrees_with(identity):

@@ -28,12 +28,13 @@ from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.evaluate import commands
 from llm2clip_plugin.evaluate.classification import weights_hash
 from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig
-from llm2clip_plugin.evaluate.retrieval import check_measurable, encode_images, json_field
+from llm2clip_plugin.evaluate.features import encode_images, json_field
+from llm2clip_plugin.evaluate.retrieval import check_measurable
 from llm2clip_plugin.evaluate.suites import InMemorySource, Row
 from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.text.config import EncoderConfig, find_card
+from llm2clip_plugin.text.embed import default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.teacher import default_cache_folder, embed_source
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.vision.directory import fetch_directory
 from llm2clip_plugin.vision.families import family_of

@@ -26,7 +26,7 @@ from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.errors import errors_about
 from llm2clip_plugin.evaluate import commands
 from llm2clip_plugin.evaluate.config import SEARCH, SearchConfig
-from llm2clip_plugin.evaluate.retrieval import encode_images
+from llm2clip_plugin.evaluate.features import encode_images
 from llm2clip_plugin.evaluate.suites import InMemorySource, Row, image_files
 from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.outside import printable

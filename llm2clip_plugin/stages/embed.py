@@ -10,23 +10,20 @@ import torch
 from tqdm import tqdm
 
 from llm2clip_plugin.contracts import CACHE_DTYPES, CacheManifest, EmbedRecord
-from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_bytes
+from llm2clip_plugin.data.cache import shard_bytes
+from llm2clip_plugin.data.cache_file import caption_rows
+from llm2clip_plugin.data.cache_writer import CacheWriter
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.progress import phase, track
 from llm2clip_plugin.run_folder import started_by
 from llm2clip_plugin.stages.embed_config import EMBED, EmbedConfig
 from llm2clip_plugin.stages.settings import rank_and_world
 from llm2clip_plugin.text.config import effective
+from llm2clip_plugin.text.embed import cache_folder, default_cache_folder, embed_source
 from llm2clip_plugin.text.encoder import TextEncoder
 from llm2clip_plugin.text.llm import llm_config
-from llm2clip_plugin.text.teacher import (
-    cache_folder,
-    default_cache_folder,
-    embed_source,
-    open_encoder,
-    renew_cache,
-    verify,
-)
+from llm2clip_plugin.text.teacher import open_encoder
+from llm2clip_plugin.text.verify import renew_cache, verify
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.guard import watched_group
 

@@ -11,8 +11,9 @@ from llm2clip_plugin.contracts import EncoderCard, RunRecord, TowerCard
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.stages.tower_export import export_run
+from llm2clip_plugin.text.adapter import adapter_sha256, attach_adapter, merge
 from llm2clip_plugin.text.config import CARD_SETTINGS, EXPORT_LLM, EncoderConfig, ExportConfig
-from llm2clip_plugin.text.encoder import CaptionEncoder, adapter_sha256, attach_adapter, merge
+from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import keep_layers, load_backbone
 from llm2clip_plugin.vision.convert import EXPORT
 from llm2clip_plugin.vision.convert.importing import convert

@@ -25,15 +25,15 @@ from llm2clip_plugin.stages import run as plans
 from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.stages.run import TrainingRun, plan_engine, training_ranks
 from llm2clip_plugin.stages.settings import plan_or_train, rank_and_world
-from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, LoraSettings, effective
-from llm2clip_plugin.text.encoder import (
-    CaptionEncoder,
+from llm2clip_plugin.text.adapter import (
     adapter_sha256,
     add_lora,
     autocast_adapter,
     merge_adapters,
     save_adapter,
 )
+from llm2clip_plugin.text.config import CARD_SETTINGS, EncoderConfig, LoraSettings, effective
+from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import (
     CaptionModel,
     keep_layers,
@@ -42,17 +42,9 @@ from llm2clip_plugin.text.llm import (
     set_attention,
     set_kernels,
 )
-from llm2clip_plugin.text.pairs import (
-    CaptionStep,
-    PairBatches,
-    PairModule,
-    PairTokenizer,
-    Survey,
-    caption_terms,
-    equal_parts,
-    survey,
-    tokenized_batches,
-)
+from llm2clip_plugin.text.pair_batches import PairBatches, PairTokenizer, tokenized_batches
+from llm2clip_plugin.text.pair_step import CaptionStep, PairModule, caption_terms, equal_parts
+from llm2clip_plugin.text.pairs import Survey, survey
 from llm2clip_plugin.train.checkpoint import TrainState, load, verify
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.guard import check_finite, locked

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from llm2clip_plugin.data.make import decide, is_held_out
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.sources import Source
+from llm2clip_plugin.data.split import decide, is_held_out
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
 from llm2clip_plugin.json_files import read_json_value
@@ -17,13 +17,9 @@ from llm2clip_plugin.safetensors_header import read_header
 from llm2clip_plugin.stages.pipeline_config import PipelineConfig
 from llm2clip_plugin.stages.rerun import Stage
 from llm2clip_plugin.stages.run_plan import PRETRAIN
+from llm2clip_plugin.text.adapter import ADAPTER_WEIGHTS, adapter_sha256
 from llm2clip_plugin.text.config import EncoderConfig, effective, find_card
-from llm2clip_plugin.text.encoder import (
-    ADAPTER_WEIGHTS,
-    adapter_sha256,
-    local_folder,
-    weights_sha256,
-)
+from llm2clip_plugin.text.encoder import local_folder, weights_sha256
 from llm2clip_plugin.text.llm import llm_config
 from llm2clip_plugin.vision.directory import CONFIG_FILE, fetch_directory, section
 from llm2clip_plugin.vision.families import families, family_of_type

@@ -14,13 +14,13 @@ from typing import Any
 import torch.nn.functional as F
 
 from llm2clip_plugin.atomic import atomic_file
-from llm2clip_plugin.data.make import outputs
 from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.data.sources.rows import RowSource
+from llm2clip_plugin.data.split import outputs
 from llm2clip_plugin.evaluate.commands import measure_pairs
 from llm2clip_plugin.evaluate.config import EvaluateConfig
-from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
+from llm2clip_plugin.evaluate.features import EmbeddedPairs
 from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.stages.pipeline_config import PipelineConfig
 from llm2clip_plugin.stages.rerun import Stage

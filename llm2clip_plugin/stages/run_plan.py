@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from llm2clip_plugin.contracts import shard_file
-from llm2clip_plugin.data.make import outputs
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.samples import Caption, words_of
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.data.sources.rows import RowSource
+from llm2clip_plugin.data.split import outputs
 from llm2clip_plugin.hub import hub_snapshot
 from llm2clip_plugin.options import changed_options
 from llm2clip_plugin.stages.digests import Artifact, folder_files

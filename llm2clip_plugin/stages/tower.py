@@ -19,7 +19,8 @@ from torch import Tensor
 from llm2clip_plugin.contracts import PROJECTED
 from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.pairs import PairDataset, PairLoader
+from llm2clip_plugin.data.loader import PairLoader
+from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import is_url, shuffle_window
 from llm2clip_plugin.data.sampler import epoch_draws
 from llm2clip_plugin.data.samples import lacks_shared_memory
@@ -67,7 +68,7 @@ from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, use_fastest_attention
 
 if TYPE_CHECKING:
-    from llm2clip_plugin.evaluate.benchmarks import Evaluation
+    from llm2clip_plugin.evaluate.in_training import Evaluation
 
 
 def main(argv: list[str]) -> int:
@@ -337,14 +338,14 @@ def open_data(config: RunConfig) -> Data:
     measured = None
     # evaluation, with the LLM that embeds its texts, is imported by such runs alone
     if config.evaluates:
-        from llm2clip_plugin.evaluate.benchmarks import Evaluation, open_benchmarks
+        from llm2clip_plugin.evaluate.in_training import Evaluation, open_suites
 
         split = None
         if data.held_out is not None:
             held_out = open_source(data.held_out)
             split_cache = open_caches([held_out], (data.validation_cache,), caches[0].teacher)[0]
             split = (held_out, split_cache)
-        measured = Evaluation(config.evaluated, split, open_benchmarks(config.benchmarks))
+        measured = Evaluation(config.evaluated, split, open_suites(config.benchmarks))
     of_clip = config.heads.target == "clip_text"
     clip_caches = open_caches(sources, data.clip_cache, of_clip=True) if of_clip else []
     for cache in clip_caches:
@@ -426,9 +427,9 @@ def measure_data(config: RunConfig) -> tuple[int, int, list[str]]:
     samples = config.plan.images
     assumed = f"{config.plan.images:,} images (--assumed-samples, or DATA)"
     if config.evaluates:
-        from llm2clip_plugin.evaluate.benchmarks import open_benchmarks
+        from llm2clip_plugin.evaluate.in_training import open_suites
 
-        open_benchmarks(config.benchmarks)  # one that is missing stops the run
+        open_suites(config.benchmarks)  # one that is missing stops the run
     if config.data.path:
         try:
             data = open_data(config)

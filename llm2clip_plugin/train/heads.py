@@ -32,8 +32,10 @@ from torch import Tensor
 
 from llm2clip_plugin.atomic import atomic_file
 from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.eval_pairs import EvalPairs
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.data.pairs import EvalPairs, PairDataset, PairLoader
+from llm2clip_plugin.data.loader import PairLoader
+from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, caption_shares
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.errors import StoppedError

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.pairs import PairDataset, PairLoader
+from llm2clip_plugin.data.loader import PairLoader
+from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.samples import AugmentConfig
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m scripts.benchmarks.recall --batch 1024
 
-- llm2clip: ``llm2clip_plugin.evaluate.retrieval.recall``, tiles and counted ranks
+- llm2clip: ``llm2clip_plugin.evaluate.ranks.recall``, tiles and counted ranks
 - one-hot: LLM2CLIP's and CLIP_benchmark's: scores and correct pairs as N x M matrices, then for
   each k and direction top-k in batches of queries (64 by default, 1024 in LLM2CLIP's script),
   one-hot over all items, times the pairs
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from llm2clip_plugin.evaluate.retrieval import recall
+from llm2clip_plugin.evaluate.ranks import recall
 from scripts.benchmarks.common import alternate_processes, parse, print_table
 
 

@@ -24,7 +24,9 @@ from llm2clip_plugin.stages.llm import trained_module
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pairs import CaptionStep, Pair, PairTokenizer, caption_terms
+from llm2clip_plugin.text.pair_batches import PairTokenizer
+from llm2clip_plugin.text.pair_step import CaptionStep, caption_terms
+from llm2clip_plugin.text.pairs import Pair
 from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.engine import Engine, start_ranks
 from scripts.benchmarks.common import alternate, alternate_processes, parse, print_table

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_captions
+from llm2clip_plugin.data.cache_file import caption_rows, shard_captions
+from llm2clip_plugin.data.cache_writer import CacheWriter
 from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, Precision, TrainConfig

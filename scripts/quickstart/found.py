@@ -33,7 +33,8 @@ from measure import SETS, check_run, evaluate_tower, open_caches, open_sets, tow
 
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.data.sources import Source
-from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs, RetrievalReport
+from llm2clip_plugin.evaluate.features import EmbeddedPairs
+from llm2clip_plugin.evaluate.retrieval import RetrievalReport
 
 SIDES = {"before": "start-seed0", "after": "tuned-seed0"}
 QUERIES = 24

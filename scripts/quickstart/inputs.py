@@ -404,7 +404,8 @@ def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str]
 def write_random(data: Path, cache: Path, output: Path, seed: int = 0) -> None:
     """Write the cache of the shards in ``data`` with random embeddings of a seed, in the form of
     ``cache``."""
-    from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_captions
+    from llm2clip_plugin.data.cache_file import caption_rows, shard_captions
+    from llm2clip_plugin.data.cache_writer import CacheWriter
     from llm2clip_plugin.data.sources import SourceConfig, open_source
 
     manifest = CacheManifest.read(cache / CacheManifest.FILE)
@@ -436,7 +437,8 @@ def fit_components(captions: str, output: Path, **reading: Any) -> None:
     """Write the file that `llm2clip embed --post-file` reads; one of those that `evaluate captions
     --search` tries."""
     from llm2clip_plugin.text.config import EncoderConfig
-    from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions, remove_components
+    from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions
+    from llm2clip_plugin.text.post import remove_components
 
     encoder = CaptionEncoder(EncoderConfig(**reading))
     (post,) = remove_components(encoder.encode(first_captions(captions, 500)), [1])

@@ -27,8 +27,9 @@ from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.evaluate.captions import caption_ranks
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.retrieval import QueryRanks, RetrievalReport, evaluate_retrieval
-from llm2clip_plugin.text.encoder import adapter_sha256
+from llm2clip_plugin.evaluate.ranks import QueryRanks
+from llm2clip_plugin.evaluate.retrieval import RetrievalReport, evaluate_retrieval
+from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.vision.towers import preprocessor_config
 
 SETS = {"test": ("noto", "twemoji", "fluent"), "unseen style": ("openmoji",)}  # name -> styles

@@ -13,13 +13,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import (
-    CacheWriter,
-    EmbeddingCache,
-    caption_rows,
-    rows_digest,
-    shard_captions,
-)
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.cache_file import caption_rows, rows_digest, shard_captions
+from llm2clip_plugin.data.cache_writer import CacheWriter
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.errors import ContractError

@@ -9,7 +9,8 @@ import pytest
 from data_world import jpeg, write_tar
 
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.pairs import PairDataset, PairLoader
+from llm2clip_plugin.data.loader import PairLoader
+from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
     Caption,

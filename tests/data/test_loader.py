@@ -26,8 +26,10 @@ from tiny_data import make_cache
 
 from llm2clip_plugin.data import samples
 from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.eval_pairs import EvalPairs
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.pairs import SOURCE_BITS, EvalPairs, PairDataset, PairLoader
+from llm2clip_plugin.data.loader import PairLoader
+from llm2clip_plugin.data.pairs import SOURCE_BITS, PairDataset
 from llm2clip_plugin.data.samples import (
     PREFETCH_MB,
     AugmentConfig,

@@ -22,13 +22,14 @@ from llm2clip_plugin.data import cache as cache_module
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.check import CheckConfig, check_data
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.pairs import PairDataset, PairLoader
+from llm2clip_plugin.data.loader import PairLoader
+from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source, tars
 from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.text.config import PairsConfig
+from llm2clip_plugin.text.embed import embed_source
 from llm2clip_plugin.text.pairs import open_pairs, survey
-from llm2clip_plugin.text.teacher import embed_source
 
 PIXELS = jpeg(0, (16, 16))
 

@@ -14,7 +14,8 @@ from forked import context
 
 from llm2clip_plugin.data import remote
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.pairs import PairDataset, PairLoader
+from llm2clip_plugin.data.loader import PairLoader
+from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.remote import Downloads, take_retries
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 

@@ -14,10 +14,11 @@ from data_world import LengthEncoder, img2dataset_members, jpeg, write_shards, w
 from llm2clip_plugin.data import sources
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.pairs import PairDataset, PairLoader
+from llm2clip_plugin.data.loader import PairLoader
+from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.samples import BrokenSample, Caption
 from llm2clip_plugin.data.sources import SourceConfig, formats, open_source
-from llm2clip_plugin.text.teacher import embed_source
+from llm2clip_plugin.text.embed import embed_source
 
 
 def config(path: object, **settings: object) -> SourceConfig:

@@ -11,8 +11,8 @@ from data_world import write_tar
 from tiny_data import make_shards
 
 from llm2clip_plugin.cli import run
-from llm2clip_plugin.data.make import SIDES, decide, hash_of, is_held_out
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
+from llm2clip_plugin.data.split import SIDES, decide, hash_of, is_held_out
 
 
 @pytest.fixture

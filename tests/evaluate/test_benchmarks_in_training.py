@@ -23,8 +23,8 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.errors import ContractError
-from llm2clip_plugin.evaluate.benchmarks import Benchmark, Evaluation, embed_benchmarks
 from llm2clip_plugin.evaluate.config import RetrievalConfig
+from llm2clip_plugin.evaluate.in_training import Evaluation, MeasuredSuite, embed_suites
 from llm2clip_plugin.status import run_rows
 
 HEADS = ("--heads.steps", "2", "--heads.batch-size", "16")
@@ -224,13 +224,14 @@ def test_whose_texts_are_embedded_where(
         world / "data", tmp_path / "data", ignore=shutil.ignore_patterns("embeddings-*")
     )
     nothing: Any = None
-    benchmark = Benchmark("one", open_source(SourceConfig(path=str(tmp_path / "data"))), nothing)
+    texts = open_source(SourceConfig(path=str(tmp_path / "data")))
+    benchmark = MeasuredSuite("one", texts, nothing)
     with pytest.raises(ContractError, match=re.escape(teacher.llm)):
-        embed_benchmarks([benchmark], dataclasses.replace(teacher, weights_sha256="0" * 64))
+        embed_suites([benchmark], dataclasses.replace(teacher, weights_sha256="0" * 64))
     monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "downloads"))
     # root may write anywhere
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "data")
-    (found,) = embed_benchmarks([benchmark], teacher)
+    (found,) = embed_suites([benchmark], teacher)
     assert found.cache is not None
     assert found.cache.directory.is_relative_to(tmp_path / "downloads")
     assert not list((tmp_path / "data").glob("embeddings-*"))
@@ -246,7 +247,7 @@ def test_evaluations_leave_compiling_to_the_training():
         return ScoreFile(benchmark="", metrics={"mean": float(double(torch.ones(1)))}, items=[])
 
     nothing: Any = None
-    one = Benchmark("one", nothing, measure)
+    one = MeasuredSuite("one", nothing, measure)
     assert Evaluation(RetrievalConfig(), nothing, [one])(nothing, nothing) == {"one/mean": 2.0}
     assert not graphs
     assert double(torch.ones(1)) == 2.0

@@ -18,12 +18,8 @@ from llm2clip_plugin.data.sources import ReadConfig
 from llm2clip_plugin.evaluate.captions import FIT_CAPTIONS, find_pairs, measure_captions, search
 from llm2clip_plugin.evaluate.config import CaptionSetConfig, EvaluateCaptionsConfig, ReadingConfig
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.encoder import (
-    POST_FILE,
-    CaptionEncoder,
-    first_captions,
-    remove_components,
-)
+from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions
+from llm2clip_plugin.text.post import POST_FILE, remove_components
 
 NAMES = "cat dog boat tree house lake bird fish moon star road hill".split()
 READ = ReadConfig(fields=("texts=short",))

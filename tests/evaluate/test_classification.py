@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import ImageConfig, Normalize, evaluation_pixels
-from llm2clip_plugin.evaluate import benchmarks as zeroshot
 from llm2clip_plugin.evaluate import classification as probes
+from llm2clip_plugin.evaluate import labeled_images, zeroshot
 from llm2clip_plugin.vision.towers import preprocessor_config
 
 IMAGES = ImageConfig(size=32)
@@ -55,27 +55,27 @@ def colour_of(pixels):
 
 def features(feature, label):
     keys = [str(number) for number in range(len(label))]
-    return zeroshot.ImageFeatures(
+    return labeled_images.ImageFeatures(
         feature_ND=feature, label_N=label, keys=keys, clusters=keys, broken=[]
     )
 
 
 def test_each_layout_gives_the_same_images_and_labels(tmp_path):
-    folders = zeroshot.open_labeled_images(str(write_folders(tmp_path / "folders")))
+    folders = labeled_images.open_labeled_images(str(write_folders(tmp_path / "folders")))
     assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"]
     assert len(folders.source) == 12
     assert zeroshot.read_class_names("", str(tmp_path / "folders"), folders.classes)[2] == "the red"
     tars = write_tars(tmp_path / "wds")
-    from_tars = zeroshot.open_labeled_images(str(tars))
+    from_tars = labeled_images.open_labeled_images(str(tars))
     assert [row.meta["class"] for row in from_tars.source.rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert zeroshot.read_class_names("", str(tars), from_tars.classes) == list(COLOURS)
     assert zeroshot.read_templates("", str(tars)) == ["a {c} thing.", "all of it is {c}"]
-    from_field = zeroshot.open_labeled_images(
+    from_field = labeled_images.open_labeled_images(
         str(write_data(tmp_path / "data")), "colour", "colour"
     )
     assert from_field.classes == sorted(COLOURS)
     for images in (folders, from_tars, from_field):
-        found = zeroshot.image_features(
+        found = labeled_images.image_features(
             lambda pixels: F.one_hot(colour_of(pixels), 4), images, IMAGES, CPU, batch=5
         )
         told = [list(COLOURS)[int(place)] for place in found.feature_ND.argmax(1)]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm2clip_plugin.evaluate import retrieval
+from llm2clip_plugin.evaluate import ranks
 from llm2clip_plugin.evaluate.captions import caption_ranks
-from llm2clip_plugin.evaluate.retrieval import rank_both, recall, retrieve
+from llm2clip_plugin.evaluate.ranks import rank_both, recall, retrieve
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "reference" / "E_retrieval"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())["metrics"]
@@ -29,7 +29,7 @@ def reference_names(metrics):
 @pytest.mark.parametrize("name", ["generic_60", "generic_150"])
 @pytest.mark.parametrize("block", [1, 5000, 1 << 24])  # one query at a time, a few, all
 def test_recall_equals_the_reference_where_no_score_ties(name, block, monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", block)
+    monkeypatch.setattr(ranks, "BLOCK", block)
     assert reference_names(recall(*golden(name))) == pytest.approx(
         EXPECTED[name]["torch_topk"], abs=1e-6
     )
@@ -80,7 +80,7 @@ def hits_over_orders(query, item, query_label, item_label, k):
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_hits_item_by_item_equal_a_plain_loop_with_groups_and_ties(k, monkeypatch):
-    monkeypatch.setattr(retrieval, "BLOCK", 100)
+    monkeypatch.setattr(ranks, "BLOCK", 100)
     generator = torch.Generator().manual_seed(3)
     # few values: many ties
     query, item = (torch.randint(-1, 2, (n, 4), generator=generator).float() for n in (20, 30))

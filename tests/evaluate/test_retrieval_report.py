@@ -27,12 +27,9 @@ from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate import retrieval
 from llm2clip_plugin.evaluate.commands import intervals
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.retrieval import (
-    EmbeddedPairs,
-    evaluate_retrieval,
-    recall,
-    report_retrieval,
-)
+from llm2clip_plugin.evaluate.features import EmbeddedPairs
+from llm2clip_plugin.evaluate.ranks import recall
+from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval, report_retrieval
 from llm2clip_plugin.evaluate.suites import InMemorySource, Row
 
 IMAGES = ImageConfig(size=32)

@@ -16,7 +16,7 @@ from llm2clip_plugin.cli import main as cli
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile, TowerCard
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
+from llm2clip_plugin.evaluate.features import EmbeddedPairs
 from llm2clip_plugin.evaluate.suites import (
     hard_negatives,
     paper,

@@ -16,8 +16,9 @@ from llava_integration.plug.tower import LLM2CLIPVisionTower
 from llava_integration.plug.towers import TowerLocation
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.text.adapter import add_lora, save_adapter
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
-from llm2clip_plugin.text.encoder import CaptionEncoder, add_lora, save_adapter, weights_sha256
+from llm2clip_plugin.text.encoder import CaptionEncoder, weights_sha256
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower

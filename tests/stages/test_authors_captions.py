@@ -13,7 +13,7 @@ from tower_runs import ROOT, finish, lines, start
 
 from llm2clip_plugin.data.sampler import Mixture, hash_words
 from llm2clip_plugin.stages.llm_config import llm_recipe
-from llm2clip_plugin.text.pairs import PairBatches
+from llm2clip_plugin.text.pair_batches import PairBatches
 
 AUTHORS = ROOT / "tests" / "golden" / "authors_captions"
 SEPARATOR = "!@#$%^&*()"  # in the authors' texts; what follows it is pooled

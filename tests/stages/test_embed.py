@@ -20,8 +20,8 @@ from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.stages.embed import open_all
 from llm2clip_plugin.stages.embed_config import EMBED
 from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.embed import embed_source, shards_of_rank
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.teacher import embed_source, shards_of_rank
 
 WORDS = "a red bicycle leans against the brick wall of an old house near two sleeping dogs".split()
 

@@ -11,7 +11,8 @@ from transformers import AutoModel, AutoTokenizer
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.stages.export import export_llm
 from llm2clip_plugin.text.config import EncoderConfig, ExportConfig
-from llm2clip_plugin.text.encoder import POST_FILE, CaptionEncoder, remove_components
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.post import POST_FILE, remove_components
 
 TEXTS = [
     "a red bicycle",

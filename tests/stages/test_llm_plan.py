@@ -18,7 +18,7 @@ from llm2clip_plugin.stages.llm_config import LLM_RECIPES, FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import llm_config
-from llm2clip_plugin.text.pairs import equal_parts
+from llm2clip_plugin.text.pair_step import equal_parts
 
 # published, less the 8B's head of 128,256 x 4096 (the 1B's is its table of embeddings)
 PARAMETERS = {

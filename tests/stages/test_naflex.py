@@ -22,7 +22,7 @@ from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.data.images import ImageConfig, Normalize, as_square, evaluation_pixels
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.commands import open_tower
-from llm2clip_plugin.evaluate.retrieval import encode_images
+from llm2clip_plugin.evaluate.features import encode_images
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.convert.layouts.hub import parse_qwen

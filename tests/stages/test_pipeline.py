@@ -342,8 +342,8 @@ def test_an_input_in_a_folder_that_the_run_replaces_is_refused(tiny: Path, tmp_p
 
 
 def test_another_llms_adapter_is_refused(tiny: Path, tmp_path: Path):
+    from llm2clip_plugin.text.adapter import add_lora
     from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
-    from llm2clip_plugin.text.encoder import add_lora
     from llm2clip_plugin.text.llm import load_backbone
 
     wide = save_tiny_llm(tmp_path / "wide", "llama", width=64)

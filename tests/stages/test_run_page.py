@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm2clip_plugin.data.samples import BrokenSample, Caption
-from llm2clip_plugin.evaluate.retrieval import EmbeddedPairs
+from llm2clip_plugin.evaluate.features import EmbeddedPairs
 from llm2clip_plugin.stages import run_page
 
 IMAGES = 6

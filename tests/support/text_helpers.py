@@ -6,8 +6,9 @@ import torch
 
 from llm2clip_plugin.stages.llm import card_of, trained_module
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
+from llm2clip_plugin.text.adapter import save_adapter
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
-from llm2clip_plugin.text.encoder import CaptionEncoder, save_adapter
+from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.train.checkpoint import TrainState
 
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from llm2clip_plugin.contracts import TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, caption_rows
+from llm2clip_plugin.data.cache_file import caption_rows
+from llm2clip_plugin.data.cache_writer import CacheWriter
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.vision.export import save_tower
 

@@ -9,8 +9,8 @@ from tiny_clip import save_tiny_clip
 from tiny_llm import tiny_tokenizer
 from torch._dynamo.utils import counters
 
+from llm2clip_plugin.text.clip_text import ClipTextEncoder, clip_folder
 from llm2clip_plugin.text.config import EncoderConfig
-from llm2clip_plugin.text.teacher import ClipTextEncoder, clip_folder
 
 TEXTS = [
     "a red bird",

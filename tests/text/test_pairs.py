@@ -11,14 +11,8 @@ import torch
 from llm2clip_plugin.data.sampler import sample_rng
 from llm2clip_plugin.text.config import EncoderConfig, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pairs import (
-    Pair,
-    PairBatches,
-    PairTokenizer,
-    open_pairs,
-    survey,
-    tokenized_batches,
-)
+from llm2clip_plugin.text.pair_batches import PairBatches, PairTokenizer, tokenized_batches
+from llm2clip_plugin.text.pairs import Pair, open_pairs, survey
 
 NAMES = ["cat", "dog", "boat", "tree", "house", "lake", "wall", "bike"]
 

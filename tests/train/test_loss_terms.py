@@ -11,7 +11,7 @@ from test_loss import contrastive_loss, naive
 from torch import Tensor
 from train_helpers import GOLDEN, run_ranks
 
-from llm2clip_plugin.text.pairs import pair_loss
+from llm2clip_plugin.text.pair_step import pair_loss
 from llm2clip_plugin.train.config import LossConfig, parse_terms
 from llm2clip_plugin.train.losses.base import Features, heads_terms, weighted_terms
 from llm2clip_plugin.train.losses.distill import structure_loss

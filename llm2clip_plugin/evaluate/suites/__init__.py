@@ -19,7 +19,8 @@ from llm2clip_plugin.data.sources import Shard, Source, SourceConfig
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.errors import errors_about
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.retrieval import ALL, EmbeddedPairs, report_retrieval
+from llm2clip_plugin.evaluate.features import EmbeddedPairs
+from llm2clip_plugin.evaluate.retrieval import ALL, report_retrieval
 from llm2clip_plugin.json_files import read_json_value as read_json  # noqa: F401 - for the suites
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.outside import MAX_IMAGE, read_regular

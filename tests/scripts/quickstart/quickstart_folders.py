@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from llm2clip_plugin.contracts import RunRecord, TeacherIdentity
-from llm2clip_plugin.data.cache import CacheWriter, caption_rows, shard_captions
+from llm2clip_plugin.data.cache_file import caption_rows, shard_captions
+from llm2clip_plugin.data.cache_writer import CacheWriter
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.text.encoder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_sha256
+from llm2clip_plugin.text.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_sha256
 
 WIDTH = 16
 IDENTITY = TeacherIdentity(

@@ -16,12 +16,9 @@ from transformers import Dinov2Config, Dinov2Model
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.errors import ContractError
-from llm2clip_plugin.evaluate.retrieval import (
-    EmbeddedPairs,
-    evaluate_retrieval,
-    rank_both,
-    report_retrieval,
-)
+from llm2clip_plugin.evaluate.features import EmbeddedPairs
+from llm2clip_plugin.evaluate.ranks import rank_both
+from llm2clip_plugin.evaluate.retrieval import evaluate_retrieval, report_retrieval
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower

@@ -1,0 +1,170 @@
+"""Images with a class, from folders, tars or a field of their JSON, and their features.
+
+Shapes: N images, D width of a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.samples import BrokenSample
+from llm2clip_plugin.data.sources import Source, SourceConfig, open_source, scan_tar, split_name
+from llm2clip_plugin.errors import errors_about
+from llm2clip_plugin.evaluate.features import encode_images, json_field
+from llm2clip_plugin.evaluate.suites import IMAGE_ENDINGS, InMemorySource, Row, image_files
+
+CLASS = "class"  # field of an image's JSON where the data has none
+
+NOT_A_CLASS = (".", "embeddings-", "forecast-")  # prefixes of other folders: hidden ones, caches
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """Images whose JSON names their class."""
+
+    source: Source
+    # the data's own names: folders, values of the field, or the numbers in .cls members
+    classes: list[str]
+    field: str = CLASS  # of the JSON: the class
+    # of the JSON: images with the same value are resampled and held out together; "": each by
+    # itself
+    cluster: str = ""
+
+
+def open_labeled_images(path: str, field: str = "", cluster: str = "") -> LabeledImages:
+    """The labeled images at ``path``: with ``field`` a captioned data source, else tars with .cls
+    or class folders.
+
+    ``field`` and ``cluster`` are fields of each sample's JSON. FileNotFoundError, or ValueError for
+    another layout.
+    """
+    if not field:
+        root = Path(path)
+        has_tars = root.is_file() or any(root.rglob("*.tar"))
+        return _of_tars(root) if has_tars else _of_folders(root)
+    source = open_source(SourceConfig(path=path))
+    classes: set[str] = set()
+    # before the work: every sample has the fields
+    for record in map(source.record, range(len(source))):
+        classes.add(str(json_field(record.meta, field, record.key)))
+        if cluster:
+            json_field(record.meta, cluster, record.key)
+    return LabeledImages(source, sorted(classes), field, cluster)
+
+
+def _of_folders(path: Path) -> LabeledImages:
+    """``CLASS/**/IMAGE.jpg``: classes in alphabetical order."""
+    folders = [
+        entry
+        for entry in sorted(path.iterdir())
+        if entry.is_dir() and not entry.name.startswith(NOT_A_CLASS)
+    ]
+    if not folders:
+        raise ValueError(
+            f"{path} has no class folders and no tars with .cls; captioned data need --label FIELD"
+        )
+    rows = [
+        Row(str(file.relative_to(path)), file, meta={CLASS: folder.name})
+        for folder in folders
+        for file in image_files(folder)
+    ]
+    return LabeledImages(InMemorySource(str(path), path, rows), [folder.name for folder in folders])
+
+
+def _of_tars(path: Path) -> LabeledImages:
+    """Tars of ``KEY.jpg`` (png, webp) with ``KEY.cls``, the class index."""
+    rows = []
+    for tar in [path] if path.is_file() else sorted(path.rglob("*.tar")):
+        parts: dict[str, dict[str, Callable[[], bytes]]] = {}
+        for member in scan_tar(tar):
+            key, ending = split_name(member.name)
+            part = "image" if ending in IMAGE_ENDINGS else ending
+            parts.setdefault(key, {})[part] = partial(_read, tar, member.offset_data, member.size)
+        for key, of_key in parts.items():
+            if "image" in of_key:
+                with errors_about(f"{tar}: {key}.cls", fix="expected a class index (0, 1, ...)"):
+                    rows.append(
+                        Row(
+                            f"{tar.stem}/{key}", of_key["image"], meta={CLASS: int(of_key["cls"]())}
+                        )
+                    )
+    count = 1 + max((row.meta[CLASS] for row in rows), default=0)
+    return LabeledImages(InMemorySource(str(path), path, rows), list(map(str, range(count))))
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFeatures:
+    """Features of the readable images, in order."""
+
+    feature_ND: Tensor  # float32, on the CPU
+    label_N: Tensor  # int64
+    keys: list[str]
+    clusters: list[str]
+    broken: list[BrokenSample]
+
+    def scores(
+        self, hits: dict[str, Tensor], names: Sequence[str], means: dict[str, str], **counts: int
+    ) -> ScoreFile:
+        """The mean of each of ``hits``, and the mean over classes of those in ``means`` (hits ->
+        name of the metric).
+
+        An item's score is its first hit, and its ``part`` the name of its class.
+        """
+        hits = {name: hit_N.double() for name, hit_N in hits.items()}
+        metrics = {name: float(hit_N.mean()) for name, hit_N in hits.items()}
+        labels = torch.unique(self.label_N)
+        for name, metric in means.items():
+            metrics[metric] = float(
+                torch.stack([hits[name][self.label_N == label].mean() for label in labels]).mean()
+            )
+        labeled = zip(self.keys, self.clusters, self.label_N.tolist(), strict=True)
+        items: list[dict[str, Any]] = [
+            {"id": key, "cluster": cluster, "part": names[n]} for key, cluster, n in labeled
+        ]
+        for item, *of_item in zip(items, *(hit_N.tolist() for hit_N in hits.values()), strict=True):
+            item |= {"score": of_item[0], **dict(zip(hits, of_item, strict=True))}
+        return ScoreFile(
+            benchmark="",
+            metrics=metrics,
+            items=items,
+            counts={"images": len(items), "left_out": len(self.broken), **counts},
+            notes=[f"left out: {error}" for error in self.broken],
+        )
+
+
+def image_features(
+    encode: Callable[..., Tensor],
+    images: LabeledImages,
+    config: ImageConfig,
+    device: torch.device,
+    **options: Any,
+) -> ImageFeatures:
+    """Labeled images through ``encode``, with ``options`` of `encode_images`. ValueError if no
+    image is readable."""
+    encoded = encode_images(encode, images.source, config, device, **options)
+    number_of = {name: number for number, name in enumerate(images.classes)}
+    return ImageFeatures(
+        feature_ND=encoded.joined(),
+        label_N=torch.tensor([number_of[str(meta[images.field])] for meta in encoded.meta]),
+        keys=encoded.keys,
+        clusters=[
+            str(meta.get(images.cluster, key))
+            for key, meta in zip(encoded.keys, encoded.meta, strict=True)
+        ],
+        broken=encoded.broken,
+    )
