@@ -11,7 +11,7 @@ text misspells. The tests must pass without a bug, which is checked first. Exits
 survives.
 
 Each test runs in a process that is forked from one that has imported the libraries, and nothing of
-the project. There is one copy for each core.
+the project; what it forks in turn, from one that it starts. There is one copy for each core.
 """
 
 import multiprocessing
@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import forkserver
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -33,16 +32,15 @@ from planted import PLANTED, Bug
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = (
-    *(
-        "deepspeed",
-        "deepspeed.runtime.engine",
-        "numpy",
-        "peft",
-        "safetensors.torch",
-        "torch",
-        "transformers",
-    ),
-    *("transformers.models.clip.modeling_clip", "transformers.models.llama.modeling_llama"),
+    "deepspeed",
+    "deepspeed.runtime.engine",
+    "numpy",
+    "peft",
+    "safetensors.torch",
+    "torch",
+    "transformers",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
 )
 FORKED = multiprocessing.get_context("forkserver")
 FAILED = 1  # pytest's status if a test failed
@@ -69,20 +67,8 @@ def copy_tree(folder: Path) -> None:
             (folder / environment).symlink_to((ROOT / environment).resolve())
 
 
-def start_server() -> str:
-    """The address of a process that imports the libraries; all others are forked from it, those of
-    tests as well."""
-    FORKED.set_forkserver_preload(list(LIBRARIES))
-    forkserver.ensure_running()
-    return forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
-
-
-def run_pytest(
-    folder: Path, tests: Sequence[str], log: Path, server: str, write_bytecode: bool
-) -> None:
+def run_pytest(folder: Path, tests: Sequence[str], log: Path, write_bytecode: bool) -> None:
     """In a new process: pytest in the copy, whose exit status is written next to ``log``."""
-    forkserver._forkserver._forkserver_address = server  # type: ignore[attr-defined]
-    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined, method-assign]
     with log.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -96,7 +82,7 @@ def run_pytest(
 
 
 def status(
-    folder: Path, tests: Sequence[str], server: str, *, write_bytecode: bool = False
+    folder: Path, tests: Sequence[str], *, write_bytecode: bool = False
 ) -> tuple[int | None, str]:
     """pytest's exit status on these tests of the copy, None if they did not end, and what it
     printed."""
@@ -104,7 +90,7 @@ def status(
     # not the process's: another thread that starts one may take it
     ended = log.with_suffix(".code")
     ended.unlink(missing_ok=True)
-    process = FORKED.Process(target=run_pytest, args=(folder, tests, log, server, write_bytecode))
+    process = FORKED.Process(target=run_pytest, args=(folder, tests, log, write_bytecode))
     process.start()
     process.join(SECONDS)
     if process.is_alive():
@@ -114,14 +100,14 @@ def status(
     return code, log.read_text(encoding="utf-8", errors="replace")
 
 
-def survives(folder: Path, bug: Bug, server: str) -> bool:
+def survives(folder: Path, bug: Bug) -> bool:
     """Plant a bug, run its test and print what came of it."""
     started = time.monotonic()
     path = folder / bug.file
     whole = path.read_text(encoding="utf-8")
     path.write_text(bug.plant(whole), encoding="utf-8")
     try:
-        code, said = status(folder, [bug.test], server)
+        code, said = status(folder, [bug.test])
     finally:
         path.write_text(whole, encoding="utf-8")
     misspelled = MISSPELLED.search(said)
@@ -140,7 +126,7 @@ def survives(folder: Path, bug: Bug, server: str) -> bool:
     return not caught
 
 
-def passing(folders: Sequence[Path], bugs: Sequence[Bug], server: str) -> None:
+def passing(folders: Sequence[Path], bugs: Sequence[Bug]) -> None:
     """Exit with an error if a test of these bugs fails without one; each copy runs the tests of
     some files."""
     files = sorted({bug.test.split("::")[0] for bug in bugs})
@@ -148,7 +134,7 @@ def passing(folders: Sequence[Path], bugs: Sequence[Bug], server: str) -> None:
     def run(number: int) -> tuple[int | None, str]:
         mine = set(files[number :: len(folders)])
         tests = sorted({bug.test for bug in bugs if bug.test.split("::")[0] in mine})
-        return status(folders[number], tests, server, write_bytecode=True) if tests else (0, "")
+        return status(folders[number], tests, write_bytecode=True) if tests else (0, "")
 
     with ThreadPoolExecutor(len(folders)) as threads:
         for code, said in threads.map(run, range(len(folders))):
@@ -168,13 +154,13 @@ def main(words: Sequence[str]) -> int:
             f"error: no planted bug's name contains {' or '.join(words)}; "
             f"see tests/mutations/planted.txt"
         )
-    server = start_server()
+    FORKED.set_forkserver_preload(list(LIBRARIES))
     copies = min(COPIES, len(chosen), os.cpu_count() or 1)
     with tempfile.TemporaryDirectory(prefix="mutations-") as scratch:
         folders = [Path(scratch) / f"tree-{number}" for number in range(copies)]
         for folder in folders:
             copy_tree(folder)
-        passing(folders, chosen, server)
+        passing(folders, chosen)
         free: SimpleQueue[Path] = SimpleQueue()
         for folder in folders:
             free.put(folder)
@@ -182,7 +168,7 @@ def main(words: Sequence[str]) -> int:
         def survived(bug: Bug) -> bool:
             folder = free.get()
             try:
-                return survives(folder, bug, server)
+                return survives(folder, bug)
             finally:
                 free.put(folder)
 

@@ -18,7 +18,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,7 +73,9 @@ def programs(first: Callable[[], None] = nothing) -> Path:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
-        context().Process(target=_serve, args=(listener, first), daemon=True).start()
+        server = context().Process(target=_serve, args=(listener, first))
+        server.start()
+        atexit.register(server.terminate)  # before multiprocessing waits for it
     return folder
 
 
@@ -117,8 +118,7 @@ def _become(request: dict[str, Any], streams: list[int], first: Callable[[], Non
 
     for place, stream in enumerate(streams):
         os.dup2(stream, place)
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children,
-    multiprocessing.set_start_method(None, force=True)  # started in the system's way
+    multiprocessing.set_start_method(None, force=True)  # children start in the system's way
     environment = request["environment"]
     words = request["words"]
     os.environ.clear()
@@ -134,8 +134,4 @@ def _become(request: dict[str, Any], streams: list[int], first: Callable[[], Non
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     if not request["safe"]:
         sys.path.insert(0, here)
-    status = run_as_main(words, first)
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    sys.exit(run_as_main(words, first))  # as a process of multiprocessing ends, with its threads
