@@ -85,8 +85,8 @@ def test_accuracy_is_that_of_a_plain_loop(teacher: CaptionEncoder, captions: Pat
 def test_pairs_are_of_two_different_texts() -> None:
     same = (Caption("x"), Caption("x", "long"))
     two = (Caption("y"), Caption("y", "long"), Caption("z", "long"))
-    found = find_pairs([("a", same), ("b", two)], ("short", "en"), ("long", "en"))
-    assert found == [("b", "y", "z")]
+    pairs = find_pairs([("a", same), ("b", two)], ("short", "en"), ("long", "en"))
+    assert pairs == [("b", "y", "z")]
 
 
 @pytest.fixture(scope="module")
@@ -111,24 +111,27 @@ def config(folder: Path) -> EvaluateCaptionsConfig:
 
 
 def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -> None:
-    found = search(config(folder))
+    readings = search(config(folder))
     # templates, attentions, hidden states, poolings, post-processing
-    assert len(found) == 2 * 2 * 3 * 2 * 3
-    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
-    assert len({one.score for one in found}) > 3
+    assert len(readings) == 2 * 2 * 3 * 2 * 3
+    assert [reading.score for reading in readings] == sorted(
+        (reading.score for reading in readings), reverse=True
+    )
+    assert len({reading.score for reading in readings}) > 3
     training = first_captions(str(folder / "train.jsonl"), FIT_CAPTIONS, READ)
-    inner = [one for one in found if (one.way.layer, one.components) == (1, 2)]
-    for number, one in enumerate([*found[:2], *inner[:2]]):
+    inner = [reading for reading in readings if (reading.way.layer, reading.components) == (1, 2)]
+    for number, reading in enumerate([*readings[:2], *inner[:2]]):
         settings = {
-            name: vars(one.way)[name] for name in ("attention", "pooling", "layer", "chat_template")
+            name: vars(reading.way)[name]
+            for name in ("attention", "pooling", "layer", "chat_template")
         }
-        if one.post is not None:
+        if reading.post is not None:
             plain = CaptionEncoder(
                 EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu"
             )
-            assert torch.allclose(one.post.mean, plain.encode(training).mean(0), atol=1e-5)
+            assert torch.allclose(reading.post.mean, plain.encode(training).mean(0), atol=1e-5)
             (tmp_path / str(number)).mkdir()
-            one.post.save(tmp_path / str(number))
+            reading.post.save(tmp_path / str(number))
             settings["post_file"] = str(tmp_path / str(number) / POST_FILE)
         encoder = CaptionEncoder(
             EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu"
@@ -136,10 +139,10 @@ def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -
         rows = {
             row.name: row.cra for row in measure_captions(encoder, config(folder).measure, READ)
         }
-        assert one.rows == pytest.approx(
+        assert reading.rows == pytest.approx(
             {name: rows[name] for name in ("short->long", "languages")}
         )
-        assert one.score == pytest.approx((rows["short->long"] + rows["languages"]) / 2)
+        assert reading.score == pytest.approx((rows["short->long"] + rows["languages"]) / 2)
 
 
 def test_removed_components_are_the_largest_of_the_fit() -> None:

@@ -1,32 +1,21 @@
 """Logs of other evaluators, written by the real packages (``logs/``), become the numbers that these
 packages print."""
 
-import csv
 import json
-from pathlib import Path
 
-import openpyxl
 import pytest
 from golden_mllm import MODELS, ROOT, answers, expected
+from reader_logs import LOGS, value
 
 from llava_integration.evaluator.benchmarks import bench
 from llava_integration.evaluator.benchmarks.answers import read_answers
 from llava_integration.evaluator.benchmarks.bench import score_answers
 from llava_integration.evaluator.compare.command import main
 from llava_integration.evaluator.compare.comparison import load_side
-from llava_integration.evaluator.compare.readers import read_logs
-from llava_integration.evaluator.compare.readers.lm_eval import ALONE, cider, tokens
+from llava_integration.evaluator.compare.readers.lm_eval import cider, tokens
 from llava_integration.plug.checkpoints import sample_sha256
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.errors import ContractError
-
-# of lm-eval 0.4.13, lmms-eval 0.7.3 and inspect_ai 0.3.285 on toy tasks
-LOGS = Path(__file__).parent / "logs"
-
-
-def value(side, benchmark):
-    (run,) = side.runs[benchmark]
-    return run.statistic.full()
 
 
 def test_lm_evaluation_harness():
@@ -107,6 +96,8 @@ def test_parts_of_pope_and_splits_of_mmbench_are_not_runs_of_one_benchmark(tmp_p
 
 
 EXACT = ("gqa", "textvqa_val", "scienceqa_img", "vqav2_val")
+
+
 # a golden log's task: (benchmark in a comparison, lmms-eval's metric, its unit in ours)
 LMMS_EVAL = {
     **{task: (f"{task} exact_match", "exact_match", 100) for task in EXACT},
@@ -274,6 +265,8 @@ MEANS = {  # lmms-eval's task: its metric
     "mmmu_val": "mmmu_acc",
     "coco2017_cap_val": "coco_CIDEr",
 }
+
+
 TODAY = {  # benchmark: (lmms-eval's task, its metric, filter; its unit in ours)
     **{f"{task} {metric}": (task, f"{metric},none", 100) for task, metric in MEANS.items()},
     "ai2d exact_match": ("ai2d", "exact_match,flexible-extract", 100),
@@ -315,29 +308,6 @@ def test_another_aggregate_than_the_evaluators_is_said(tmp_path):
     assert any("printed 0.25" in note for note in run.notes)
 
 
-SHARES = ("MMBench_DEV_EN", "AI2D_TEST", "MMVP")
-PERCENT = ("ChartQA_TEST", "DocVQA_VAL", "TextVQA_VAL", "GQA_TestDev_Balanced")
-VLMEVALKIT = {  # benchmark: what VLMEvalKit wrote, in a column of which table
-    **{name: (f"toy_{name}_acc.csv", "Overall") for name in (*SHARES, *PERCENT)},
-    "pope": ("toy_POPE_score.csv", "Overall"),
-    "mme": ("toy_MME_score.csv", "perception"),
-    "MME cognition": ("toy_MME_score.csv", "reasoning"),
-}
-
-
-def test_vlmevalkits_own_tables():
-    """Written by its evaluation (e8e78f0) of toy predictions."""
-    side = load_side(LOGS / "vlmevalkit")
-    assert set(side.runs) == set(VLMEVALKIT)
-    for benchmark, (table, column) in VLMEVALKIT.items():
-        with (LOGS / "vlmevalkit" / "toy" / table).open() as file:
-            printed = float(next(csv.DictReader(file))[column])
-        assert value(side, benchmark) == pytest.approx(
-            printed * 100 if benchmark in SHARES else printed
-        ), benchmark
-        assert side.runs[benchmark][0].notes == ([] if table.endswith("_score.csv") else [ALONE])
-
-
 CAPTIONS = {  # as Stanford's PTBTokenizer and pycocoevalcap make of it
     "A man's dog can't sit on the well-lit t-shirt.": (
         "a man 's dog ca n't sit on the well-lit t-shirt"
@@ -362,42 +332,6 @@ def test_cider_by_hand():
     """Two captions, one word in each: idf is log 2; equal ones score 10 of four n-gram lengths a
     quarter, others 0."""
     assert cider(["cat", "dog"], [["cat"], ["bird"]]) == [pytest.approx(2.5), 0]
-
-
-@pytest.mark.parametrize("ending", ["xlsx", "json"])
-def test_vlmevalkit(tmp_path, ending):
-    path = tmp_path / "model" / f"model_MMBench_DEV_EN_exact_matching_result.{ending}"
-    path.parent.mkdir()
-    rows = [{"index": n, "answer": "A", "prediction": "B", "hit": int(n < 3)} for n in range(4)]
-    if ending == "json":
-        path.write_text(json.dumps(rows))
-    else:
-        book = openpyxl.Workbook()
-        for row in [list(rows[0]), *(list(row.values()) for row in rows)]:
-            book.worksheets[0].append(row)
-        book.save(path)
-    (path.parent / "model_MMBench_DEV_EN_acc.csv").write_text('"split","Overall"\n"none","0.75"\n')
-    assert value(load_side(path.parent), "MMBench_DEV_EN") == 75
-
-
-def test_vlmevalkits_pope_counts_a_question_in_each_of_its_parts(tmp_path):
-    """By hand, over six counted questions: two right "yes", one wrong "yes", one missed: F1 is 4 /
-    6."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    rows = [
-        ("Yes", "Yes", "random,popular"),
-        ("Yes", "No", "random"),
-        ("No", "Yes", "popular"),
-        ("No", "No", "a,b"),
-    ]
-    lines = [
-        f"{n}\tp\t{true}\t{said}\t{true == said}\t{parts}"
-        for n, (true, said, parts) in enumerate(rows)
-    ]
-    head = "index\tprediction\tanswer\textracted\tscore\tcategory"
-    (folder / "model_POPE_auxmatch.tsv").write_text("\n".join([head, *lines]))
-    assert value(load_side(folder), "pope") == pytest.approx(100 * 4 / 6)
 
 
 def test_a_table_has_tasks_and_runs(tmp_path):
@@ -430,79 +364,3 @@ def test_two_forms_are_compared_by_item(tmp_path, capsys):
     )
     main([str(table), str(log)])
     assert "+25.0" in capsys.readouterr().out
-
-
-MALFORMED = {  # name of the file: (content, what the error names)
-    "a.csv": ("item,score\n1,0.5\n2,good\n", "line 3"),
-    "b.csv": ("item,score\n1\n", "line 2"),
-    "c.csv": ("item,score\n,1\n", "line 2"),
-    "d.csv": ("item,score\n1,nan\n", "line 2"),
-    "e.csv": ("item,score\n1,\n", "line 2"),
-    "f.csv": ("item,score\n1,1\n1,0\n", "item 1"),
-    "g.csv": ("item,score\n", "no items"),
-    "h.csv": ("name,value\n1,1\n", "h.csv"),
-    "i.jsonl": ('{"item": 1, "score": 1}\n{"item": 2,', "line 2"),
-    "j.jsonl": ('{"item": 1, "score": 1}\n[1]\n', "line 2"),
-    "k.jsonl": ('{"item": 1, "score": [1]}\n', "line 1"),
-    "l.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": "x"}\n', "metrics a"),
-    "m.jsonl": (
-        '{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": 1}\n{"doc_id": 1}\n',
-        "line 2",
-    ),
-    "n.jsonl": ('{"doc_id": 0, "doc_hash": "", "acc": 1}\n{"doc_id": 1, "acc": null}\n', "line 2"),
-    "o.jsonl": ('{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n', "submission of o"),
-    "p.jsonl": (
-        '{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n',
-        "line 1.*category",
-    ),
-    "v.jsonl": ('{"doc_id": 0, "doc_hash": "", "coco_CIDEr": {"pred": "a"}}\n', "line 1"),
-    "w.jsonl": ('{"doc_id": 0, "doc_hash": "", "mmvp_pair_accuracy": 1}\n', "line 1"),
-    "x.tsv": ("index\tprediction\teval_match\teval_score\n0\tA\t[1, \t1\n", "line 2"),
-    "z.csv": ("item,score\n1,1\n\udcff,1\n", "utf-8"),
-    "y.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": 1}\n', "y.jsonl"),
-    "q.eval": ("not a zip file", r"q\.eval.*cut off"),
-    "r.json": ('{"status": "error", "eval": {"run_id": "x", "task": "t"}}', "status"),
-    "s.tsv": ("index\tprediction\thit\n0\tA\tmaybe\n", "line 2"),
-    "u.tsv": ("index\tprediction\thit\n0\tA\n", "line 2"),
-    "t_MME_result.xlsx": ("no workbook", "t_MME_result.xlsx"),
-}
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_logs_are_refused_in_one_line(tmp_path, name):
-    content, named = MALFORMED[name]
-    (tmp_path / name).write_text(content, errors="surrogateescape")
-    with pytest.raises((ContractError, FileNotFoundError), match=named) as caught:
-        load_side(tmp_path / name)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "name", ["samples_b_2026-11-28T21-57-04.1.jsonl", "20261129_061426_samples_b.jsonl"]
-)
-def test_a_log_that_was_cut_in_its_first_line_is_not_left_out(tmp_path, name):
-    line = {"doc_id": 0, "doc_hash": "", "acc": 1} | (
-        {"metrics": ["acc"]} if name.startswith("samples") else {}
-    )
-    (tmp_path / name.replace("_b", "_a")).write_text(json.dumps(line) + "\n")
-    (tmp_path / name).write_text(json.dumps(line)[:10])
-    with pytest.raises(ContractError, match=f"{name}, line 1"):
-        load_side(tmp_path)
-
-
-def test_a_log_that_nobody_understands_is_left_out_with_a_note(tmp_path):
-    about = {"doc_id": 0, "doc_hash": ""}
-    (tmp_path / "20261129_061426_samples_a.jsonl").write_text(json.dumps(about | {"acc": 1}))
-    (tmp_path / "20261129_061426_samples_b.jsonl").write_text(
-        json.dumps(about | {"corpus": {"pred": "x"}})
-    )
-    side = load_side(tmp_path)
-    assert set(side.runs) == {"a acc"}
-    assert "metrics doc_hash, corpus of b" in side.notes[0]
-
-
-def test_a_folder_has_logs_of_one_form(tmp_path):
-    (tmp_path / "a.csv").write_text("item,score\n1,1\n")
-    (tmp_path / "b.jsonl").write_text('{"doc_id": 0, "doc_hash": "", "acc": 1}\n')
-    with pytest.raises(ContractError, match=r"a\.csv"):
-        read_logs(tmp_path)

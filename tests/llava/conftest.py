@@ -39,7 +39,7 @@ def default_dtype():
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """The tiny world, made once."""
-    from llava_world import make_world
+    from tiny_llava import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 
-from llava_world import World, make_world
+from llava_world import World
+from tiny_llava import make_world
 
 CLI = ("-m", "llm2clip_plugin.cli", "llava")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from llava_world import World, free_port, losses, make_world
+from llava_world import World, free_port, losses
+from tiny_llava import make_world
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 RANKS = 2

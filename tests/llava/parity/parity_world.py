@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import llava_world
+import tiny_llava
 import torch
 from safetensors.torch import save_file
 from serve_checkpoints import LLM, SEES, WIDTH, draw, language_weights, projector_weights
@@ -47,8 +48,8 @@ def make_parity_world(root: Path) -> llava_world.World:
     world = llava_world.places(root, ("clip",))
     towers = world.towers
     root.mkdir(parents=True, exist_ok=True)
-    llava_world.make_data(world, llava_world.make_images(world.images))
-    tower = llava_world.make_tower("clip")
+    tiny_llava.make_data(world, tiny_llava.make_images(world.images))
+    tower = tiny_llava.make_tower("clip")
     with torch.no_grad():
         # transformers 5 has no vision_model. in the names
         for name, parameter in tower.named_parameters():
@@ -94,5 +95,5 @@ def save_tokenizer(folder: Path, *, legacy: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(VOCABULARY, folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({**llava_world.TOKENIZER, "legacy": legacy})
+        json.dumps({**tiny_llava.TOKENIZER, "legacy": legacy})
     )

@@ -59,7 +59,7 @@ def given(world, tmp_path, stage):
 
 @pytest.mark.parametrize("stage", list(RECIPE))
 def test_the_command_is_llavas(world, tmp_path, stage):
-    told = script(
+    command = script(
         world,
         f"llava/{stage}.sh",
         *given(world, tmp_path, stage),
@@ -68,22 +68,22 @@ def test_the_command_is_llavas(world, tmp_path, stage):
         "--max_steps",
         "3",
     )
-    options = told.split()
+    options = command.split()
     pairs = set(itertools.pairwise(options))
     for recipe in (RECIPE[stage], COMMON):
         words = recipe.split()
         assert set(zip(words[::2], words[1::2], strict=True)) <= pairs
     assert ("--vision_tower", "llm2clip") in pairs
-    assert told.strip().endswith("--max_steps 3")
+    assert command.strip().endswith("--max_steps 3")
     assert options[0].endswith("deepspeed")
-    assert "/llava/train/train" in told
+    assert "/llava/train/train" in command
 
 
 def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
     words = [*given(world, tmp_path, "pretrain"), "--dry-run"]
-    one = script(world, "llava/pretrain.sh", *words, "--gpus", "2")
-    assert "--num_gpus 2" in one
-    assert "--gradient_accumulation_steps 4 " in one  # 2 x 32 x 4 = 256
+    two_gpus = script(world, "llava/pretrain.sh", *words, "--gpus", "2")
+    assert "--num_gpus 2" in two_gpus
+    assert "--gradient_accumulation_steps 4 " in two_gpus  # 2 x 32 x 4 = 256
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=8\n# b slots=8\nc slots=8\n")
     named = [*words, "--tower", f"llm2clip:{world.towers['clip']}"]
@@ -93,12 +93,12 @@ def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
     # 16 x 8 x 2
     assert f"--hostfile {hosts}" in several
     assert "--gradient_accumulation_steps 2 " in several
-    told = script(world, "llava/pretrain.sh", *words, "--gpus", "3", fails=True)
-    assert "256 is not a multiple of 3 ranks x --micro-batch 32 = 96" in told
-    told = script(
+    output = script(world, "llava/pretrain.sh", *words, "--gpus", "3", fails=True)
+    assert "256 is not a multiple of 3 ranks x --micro-batch 32 = 96" in output
+    output = script(
         world, "llava/pretrain.sh", *words, "--hostfile", hosts, fails=True, HOME=str(tmp_path)
     )
-    assert f"add LLM2CLIP_TOWER={world.towers['clip']} to ~/.deepspeed_env" in told
+    assert f"add LLM2CLIP_TOWER={world.towers['clip']} to ~/.deepspeed_env" in output
 
 
 def test_slurm(world, tmp_path):
@@ -119,8 +119,8 @@ def test_slurm(world, tmp_path):
     }
 
     def submitted(*words):
-        place = {"cwd": SCRIPTS.parent, "env": world.environment(**job)}
-        return subprocess.run(["bash", *map(str, words)], **place, capture_output=True, text=True)
+        options = {"cwd": SCRIPTS.parent, "env": world.environment(**job)}
+        return subprocess.run(["bash", *map(str, words)], **options, capture_output=True, text=True)
 
     done = submitted("scripts/slurm/llava.sbatch", "pretrain", *given(world, tmp_path, "pretrain"))
     nodes = ("--nnodes 2", "--nproc_per_node 4", "--rdzv_endpoint node-7:20123")
@@ -139,11 +139,11 @@ def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tm
         "--tower",
         "llm2clip:/nowhere",
     ]
-    told = script(world, "llava/finetune.sh", *words, fails=True).splitlines()
-    assert len(told) == 2, told
-    assert all(line.startswith("error: --") for line in told), told
-    assert "choose another name, such as llava-run-1" in told[0]
-    assert "'/nowhere' is not a directory" in told[1]
+    problems = script(world, "llava/finetune.sh", *words, fails=True).splitlines()
+    assert len(problems) == 2, problems
+    assert all(line.startswith("error: --") for line in problems), problems
+    assert "choose another name, such as llava-run-1" in problems[0]
+    assert "'/nowhere' is not a directory" in problems[1]
 
 
 # lines of libraries, not of LLaVA
@@ -205,9 +205,9 @@ def one_batch(world, tmp_path):
     """16 samples, so that each step takes all of them in whatever order, with equally many tokens
     in each answer, so that the mean over micro-batches of their means is that of the batch."""
     samples = [
-        one
-        for one in json.loads(world.pretrain_data.read_text())
-        if not one["image"].startswith("blue")
+        sample
+        for sample in json.loads(world.pretrain_data.read_text())
+        if not sample["image"].startswith("blue")
     ]
     path = tmp_path / "one-batch.json"
     path.write_text(json.dumps((samples + samples)[:16]))
@@ -222,11 +222,11 @@ def test_pretraining_accumulates_over_ranks_as_one_rank_takes_the_batch(world, t
     more += "--learning_rate 2e-2 --lr_scheduler_type constant".split()
     dry = options(world, tmp_path, "pretrain", 1, 16, *words, "--dry-run", more=more, name="one")
     command = shlex.split(script(world, "llava/pretrain.sh", *dry, REPORT_TO="none"))
-    start = next(place for place, word in enumerate(command) if "/llava/train/train" in word)
+    start = next(index for index, word in enumerate(command) if "/llava/train/train" in word)
     # needs no launcher
     world.train(command[start + 1 :], {"LLM2CLIP_TOWER": str(world.towers["clip"])}, ranks=1)
-    one = losses(tmp_path / "one")
-    two = train(
+    one_rank = losses(tmp_path / "one")
+    two_ranks = train(
         world,
         tmp_path,
         "pretrain",
@@ -237,9 +237,9 @@ def test_pretraining_accumulates_over_ranks_as_one_rank_takes_the_batch(world, t
         name="two",
         python=world.programs / "python",
     )
-    assert len(one) == 3
-    assert one[0] - one[2] > 0.5
-    assert two == pytest.approx(one, abs=0.02)
+    assert len(one_rank) == 3
+    assert one_rank[0] - one_rank[2] > 0.5
+    assert two_ranks == pytest.approx(one_rank, abs=0.02)
     assert (tmp_path / "two" / "mm_projector.bin").is_file()
 
 

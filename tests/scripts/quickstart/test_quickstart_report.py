@@ -77,8 +77,8 @@ def pairs(folder) -> list[EmbeddedPairs]:
     images = ImageConfig.from_preprocessor(preprocessor_config(path))
     sources = measure.open_sets(folder / "data" / "all")["test"]
     return [
-        evaluate_retrieval(dual, one, cache, images, measure.RETRIEVAL, quiet=True).pairs
-        for one in sources
+        evaluate_retrieval(dual, source, cache, images, measure.RETRIEVAL, quiet=True).pairs
+        for source in sources
     ]
 
 
@@ -124,13 +124,13 @@ def test_every_style_is_a_gallery_of_its_own(raw, pairs) -> None:
                 )
                 by_hand.append(1 / (1 + order.index(owner)))
                 families.append(of_style.meta[owner]["family"])
-    found = raw[0][f"{LONG}, caption → image"]
-    assert found.scores == pytest.approx(by_hand)
+    measured = raw[0][f"{LONG}, caption → image"]
+    assert measured.scores == pytest.approx(by_hand)
     assert len(by_hand) == 3 * CONCEPTS
-    assert found.clusters == families
+    assert measured.clusters == families
     # a concept's caption is in the pool once, so image -> caption is one among so many concepts
-    assert found.chance == pytest.approx(np.mean(1 / np.arange(1, CONCEPTS + 1)))
-    assert raw[0][f"{LONG}, image → caption"].chance == found.chance
+    assert measured.chance == pytest.approx(np.mean(1 / np.arange(1, CONCEPTS + 1)))
+    assert raw[0][f"{LONG}, image → caption"].chance == measured.chance
     languages = raw[0][LANGUAGES_TEST]
     assert len(languages.scores) == len(languages.clusters) == 11 * 3 * CONCEPTS
 
@@ -151,17 +151,17 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
         "tuned-seed0": raw[1],
         "tuned-seed1": raw[0],
     }
-    made = claims.make_claims(claims.pair_tests("tower", towers))
-    first = made[0]
+    rows = claims.make_claims(claims.pair_tests("tower", towers))
+    first = rows[0]
     assert first["name"] == claims.HEADLINE[0]
-    assert len(made) == len(raw[0])
+    assert len(rows) == len(raw[0])
     by_hand = (raw[1][LANGUAGES_TEST].scores - raw[0][LANGUAGES_TEST].scores).mean()
     assert by_hand != 0
-    each = {seed: one["difference"] for seed, one in first["by_seed"].items()}
-    assert each == pytest.approx({"0": by_hand, "1": -by_hand})
+    differences = {seed: row["difference"] for seed, row in first["by_seed"].items()}
+    assert differences == pytest.approx({"0": by_hand, "1": -by_hand})
     assert first["difference"] == pytest.approx(0)
     assert not first["significant"]
-    assert cells(claims.claims_table(made))[0][-3].endswith("not significant")
+    assert cells(claims.claims_table(rows))[0][-3].endswith("not significant")
     del towers["raw-seed0"], towers["tuned-seed1"]
     assert claims.make_claims(claims.pair_tests("tower", towers)) == []  # no seed in common
 
@@ -186,39 +186,43 @@ def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
         f"gain {gain}": (base, {0: noisy(rng, gain), 1: noisy(rng, 0.0)})
         for gain in (0.4, 0.05, 0.03)
     }
-    made = claims.make_claims(tests)
+    all_claims = claims.make_claims(tests)
 
     def by_hand(values: list[float]) -> list[float]:  # Holm 1979
         adjusted = [0.0] * len(values)
         most = 0.0
-        for rank, place in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-            most = adjusted[place] = max(most, min(1.0, (len(values) - rank) * values[place]))
+        for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+            most = adjusted[index] = max(most, min(1.0, (len(values) - rank) * values[index]))
         return adjusted
 
-    assert [one["p_adjusted"] for one in made] == pytest.approx(by_hand([one["p"] for one in made]))
-    assert [one["p_adjusted"] for one in made] != pytest.approx([one["p"] for one in made])
+    assert [claim["p_adjusted"] for claim in all_claims] == pytest.approx(
+        by_hand([claim["p"] for claim in all_claims])
+    )
+    assert [claim["p_adjusted"] for claim in all_claims] != pytest.approx(
+        [claim["p"] for claim in all_claims]
+    )
     for seed in (0, 1):
         alone = [{"": ({seed: base[seed]}, {seed: new[seed]})} for _, new in tests.values()]
-        own = [claims.make_claims(one)[0] for one in alone]
-        each = [one["by_seed"][str(seed)] for one in made]
-        assert [one["difference"] for one in each] == pytest.approx(
-            [one["difference"] for one in own]
+        claims_alone = [claims.make_claims(test)[0] for test in alone]
+        of_seed = [claim["by_seed"][str(seed)] for claim in all_claims]
+        assert [claim["difference"] for claim in of_seed] == pytest.approx(
+            [claim["difference"] for claim in claims_alone]
         )
-        assert [one["p_adjusted"] for one in each] == pytest.approx(
-            by_hand([one["p"] for one in own])
+        assert [claim["p_adjusted"] for claim in of_seed] == pytest.approx(
+            by_hand([claim["p"] for claim in claims_alone])
         )
     # in one training of two
-    assert made[0]["seeds_significant"] == 1
-    assert not made[0]["significant"]
-    rows = cells(claims.claims_table(made))
+    assert all_claims[0]["seeds_significant"] == 1
+    assert not all_claims[0]["significant"]
+    rows = cells(claims.claims_table(all_claims))
     assert [row[-3].split(",")[0] for row in rows] == [
-        claims.p_value(one["p_adjusted"]) for one in made
+        claims.p_value(claim["p_adjusted"]) for claim in all_claims
     ]
-    better = {seed: one._replace(scores=one.scores + 0.1) for seed, one in base.items()}
-    (shown,) = claims.make_claims({"better": (base, better)})
-    assert shown["significant"]
-    assert shown["better"] == 1
-    assert cells(claims.claims_table([shown | {"random": [0.2, 0.4]}]))[0][-2:] == [
+    better = {seed: test._replace(scores=test.scores + 0.1) for seed, test in base.items()}
+    (significant,) = claims.make_claims({"better": (base, better)})
+    assert significant["significant"]
+    assert significant["better"] == 1
+    assert cells(claims.claims_table([significant | {"random": [0.2, 0.4]}]))[0][-2:] == [
         "2 of 2",
         ".100; .300 ± .141",
     ]
@@ -236,8 +240,8 @@ def test_families_are_drawn_not_concepts(pairs) -> None:
         rows[kind, "en"] = {f"concept{n}": torch.randn(4) for n in range(6)}
     rows["short", "de"] = rows["short", "en"]
     family = {f"concept{n}": f"family{n // 2}" for n in range(6)}
-    found = measure.teacher_queries(rows, family)["name → long caption"]
-    assert found.clusters == [family[concept] for concept in rows["short", "en"]]
+    measured = measure.teacher_queries(rows, family)["name → long caption"]
+    assert measured.clusters == [family[concept] for concept in rows["short", "en"]]
 
 
 def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
