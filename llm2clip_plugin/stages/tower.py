@@ -222,6 +222,7 @@ def fit(
             logging_steps=config.train.logging_steps,
             stop=stop,
             unfinished=run.folder / UNFINISHED_HEADS,
+            skip_non_finite=config.train.skip_bad_batches,
         )
 
 

@@ -17,6 +17,7 @@ embedding, B batch, D width of the joint space.
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.samples import BrokenSample, caption_hash, caption_shares
 from llm2clip_plugin.data.sources import Source
-from llm2clip_plugin.errors import StoppedError
+from llm2clip_plugin.errors import NonFiniteLossError, StoppedError
 from llm2clip_plugin.hashes import canonical_json
 from llm2clip_plugin.progress import progress_bar, track
 from llm2clip_plugin.signals import StopRequest
@@ -71,6 +72,7 @@ log = logging.getLogger(__name__)
 # samples_per_second
 FitLine: TypeAlias = dict[str, float]
 
+NAMED_KEYS = 8  # of samples, in a message
 BLOCK_IMAGES = 64  # images per forward pass of the frozen tower
 # ProCLIP's first stage: the loss that its code sums over the 128 captions of a rank, 127 / 2, and
 # its optimizer
@@ -109,6 +111,7 @@ def fit_heads(
     logging_steps: int = 10,
     stop: StopRequest | None = None,
     unfinished: Path | None = None,
+    skip_non_finite: int = 0,
 ) -> list[FitLine]:
     """Fit the heads in place, equal on every rank; returns the curve, a line every
     ``logging_steps`` and of the last.
@@ -116,7 +119,9 @@ def fit_heads(
     bf16: compute matrix products in bf16. caption_weights: how often each kind of caption is drawn.
     clip_caches: of target clip_text, CLIP's features of the captions, a cache per source. Raises
     StoppedError on every rank when ``stop`` asks for it; the fit's state is then in the file
-    ``unfinished``, from which the next call continues.
+    ``unfinished``, from which the next call continues. skip_non_finite: samples with a NaN or an
+    infinity in a feature or embedding to leave out (with clip_text: batches with one); one more
+    raises NonFiniteLossError before the fit (ValueError in it).
     """
     model.to(device)
     products = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -125,7 +130,16 @@ def fit_heads(
     if config.target == "images":
         with products:
             features = frozen_features(
-                model, sources, caches, images, config.max_images, device, shares, stop, workers
+                model,
+                sources,
+                caches,
+                images,
+                config.max_images,
+                device,
+                shares,
+                stop,
+                workers,
+                skip_non_finite,
             )
 
     def fit() -> tuple[list[FitLine], int]:
@@ -137,7 +151,9 @@ def fit_heads(
                 sources, caches, None, seed=seed, caption_weights=shares, targets=clip_caches
             )
             samples = len(dataset)
-            batches = partial(caption_batches, model, dataset, config.batch, workers)
+            batches = partial(
+                caption_batches, model, dataset, config.batch, workers, skip_non_finite
+            )
         return _fit(
             model, samples, batches, products, config, loss, seed, logging_steps, stop, unfinished
         )
@@ -186,9 +202,11 @@ def frozen_features(
     caption_weights: Mapping[str, float],
     stop: StopRequest | None = None,
     workers: int = 0,
+    skip_non_finite: int = 0,
 ) -> FrozenFeatures | None:
     """Encode blocks of images, distributed over the ranks, and gather them in order on rank 0; None
-    on the others."""
+    on the others. Images with a non-finite feature or embedding are left out; more than
+    ``skip_non_finite`` raise NonFiniteLossError on every rank: one would make the heads NaN."""
     model.eval()
     normalize = Normalize(images, device)
     blocks: list[tuple[int, list[int]]] = []  # number of a source, samples evenly spaced in it
@@ -200,6 +218,7 @@ def frozen_features(
         ]
     encoded: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by source and first sample
     broken: list[BrokenSample] = []
+    non_finite: list[str] = []  # keys of samples
     blocks_of_rank = blocks[rank() :: world_size()]
     label = "features of the frozen tower"
 
@@ -225,14 +244,17 @@ def frozen_features(
     ):
         if stop:
             break
-        encoded[number, int(batch["image_ids"][0])] = _encode(
-            model, batch, normalize, caption_weights
-        )
+        columns, bad_I = _finite(_encode(model, batch, normalize, caption_weights))
+        encoded[number, int(batch["image_ids"][0])] = columns
+        non_finite += [
+            key for key, is_bad in zip(batch["keys"], bad_I.tolist(), strict=True) if is_bad
+        ]
     model.train()
     if any(gather_objects(bool(stop))):
         raise StoppedError(
             "stopped before the heads' fit: nothing to save; rerun the same command to resume"
         )
+    refuse_non_finite(non_finite, allowed=skip_non_finite)
     rows = [[*number_and_first, *columns] for number_and_first, columns in encoded.items()]
     parts = gather_to_first(
         [rows, [[sample.shard, sample.key, sample.reason] for sample in broken]]
@@ -277,10 +299,48 @@ def _encode(
     return pooled, batch["embeddings"], ids, counts, torch.tensor(shares, dtype=torch.float64)
 
 
+def _finite(columns: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The columns of ``_encode`` without images whose feature, or embedding of a caption, is not
+    finite; and which those are, (I,) bool."""
+    pooled_IP, embedding_MW, caption_hashes_M, count_I, share_M = columns
+    image_M = torch.repeat_interleave(torch.arange(len(count_I)), count_I)
+    bad_I = ~pooled_IP.isfinite().all(1)
+    bad_I[image_M[~embedding_MW.isfinite().all(1)]] = True
+    good_I = ~bad_I
+    good_M = good_I[image_M]
+    kept = (
+        pooled_IP[good_I],
+        embedding_MW[good_M],
+        caption_hashes_M[good_M],
+        count_I[good_I],
+        share_M[good_M],
+    )
+    return kept, bad_I
+
+
+def refuse_non_finite(keys: list[str], *, allowed: int) -> None:
+    """Raise NonFiniteLossError on every rank for more than ``allowed`` samples on all of them,
+    whose ``keys`` each rank gives; else warn of them. Every rank must call this."""
+    named = [key for keys_of_rank in gather_objects(keys) for key in keys_of_rank]
+    if not named:
+        return
+    shown = ", ".join(named[:NAMED_KEYS])
+    count = "1 sample has" if len(named) == 1 else f"{len(named)} samples have"
+    what = f"{count} non-finite features or embeddings: {shown}"
+    if len(named) > allowed:
+        raise NonFiniteLossError(
+            f"before the heads' fit: {what}",
+            "check these samples (a cache: `llm2clip embed --verify`), "
+            "or leave them out with --skip-bad-batches",
+        )
+    if rank() == 0:
+        log.warning("fitting the heads without %d of at most %d: %s", len(named), allowed, what)
+
+
 def _fit(
     model: DualEncoder,
     samples: int,
-    batches_from: Callable[[int], Iterator[Features]],
+    batches_from: Callable[[int], Iterator[Features | None]],
     products: torch.autocast,
     config: HeadsConfig,
     loss_config: LossConfig,
@@ -290,7 +350,8 @@ def _fit(
     unfinished: Path | None,
 ) -> tuple[list[FitLine], int]:
     """Train the heads, or the text adapter alone; returns the curve and the number of steps that
-    are done. ``batches_from``: the batches from a step on."""
+    are done. ``batches_from``: the batches from a step on; a step without a batch updates nothing.
+    """
     of_clip = config.target == "clip_text"
     optimizer = _optimizer(model, config)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -306,6 +367,10 @@ def _fit(
             set_lr(optimizer.param_groups, factor)
             with products:
                 batch = next(batches)
+            if batch is None:
+                done += 1
+                bar.update()
+                continue
             losses = {f"loss_{name}": term(batch) for name, term in terms.items()}
             loss = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad()
@@ -323,6 +388,11 @@ def _fit(
                 line = {name: float(value.detach()) for name, value in values.items()}
                 size = len(batch.anchor_bD)
                 rate = (done - before) * size / (time.perf_counter() - started)
+                if not math.isfinite(line["loss"]):
+                    raise ValueError(
+                        f"the loss of the heads' fit is {line['loss']} at step {done}, though all "
+                        f"of its inputs are finite; lower --heads.lr (now {config.lr})"
+                    )
                 line |= {"lr": config.lr * factor, "samples_per_second": rate}
                 curve.append({"step": done, "samples": done * size, **line})
                 bar.set_postfix_str(f"loss {line['loss']:.4g}", refresh=False)
@@ -401,12 +471,35 @@ def image_batches(
 
 
 def caption_batches(
-    model: DualEncoder, pairs: PairDataset, size: int, workers: int, start: int
-) -> Iterator[Features]:
+    model: DualEncoder,
+    pairs: PairDataset,
+    size: int,
+    workers: int,
+    skip_non_finite: int,
+    start: int,
+) -> Iterator[Features | None]:
     """Outputs of the text adapter, from batch ``start`` on: captions with CLIP's text features of
-    them as the reference, in the order of a training's samples."""
+    them as the reference, in the order of a training's samples. None for a batch with a non-finite
+    input; more than ``skip_non_finite`` of them raise ValueError, as rank 0 alone is here."""
     device = model.logit_scale.device
+    left_out = 0
     for batch in PairLoader(pairs, local_batch=size, workers=workers, position=start * size):
+        good_B = batch["embeddings"].isfinite().flatten(1).all(1)
+        good_B &= batch["targets"].isfinite().flatten(1).all(1)
+        if not good_B.all():
+            left_out += 1
+            bad = [
+                key for key, good in zip(batch["keys"], good_B.tolist(), strict=True) if not good
+            ]
+            named = f"samples have non-finite embeddings: {', '.join(bad[:NAMED_KEYS])}"
+            if left_out > skip_non_finite:
+                raise ValueError(
+                    f"in the heads' fit {named}; check the caches (`llm2clip embed --verify`), or "
+                    "leave such batches out with --skip-bad-batches"
+                )
+            log.warning("a batch of the heads' fit is left out: %s", named)
+            yield None
+            continue
         target_BD = F.normalize(batch["targets"].to(device).float(), dim=-1)
         yield Features(
             anchor_bD=model.encode_text(batch["embeddings"].to(device)),

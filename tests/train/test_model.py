@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.errors import StoppedError
+from llm2clip_plugin.errors import NonFiniteLossError, StoppedError
 from llm2clip_plugin.signals import StopRequest
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig
@@ -153,6 +153,38 @@ def test_heads_decay_matrices_and_no_vectors(tiny: Path):
     assert any(
         value.numel() == max(value.shape) and value.abs().max() > 0.8 for value in plain.values()
     )
+
+
+def fit_with_a_nan(rank: int, world: int, folder: str, allowed: int) -> dict[str, Any]:
+    """The first phase with a row of the cache that is NaN; its result, or its error."""
+    read_rows = EmbeddingCache.rows
+
+    def damaged_rows(cache: EmbeddingCache, *where: Any, key: str) -> Any:
+        rows = read_rows(cache, *where, key=key)
+        if key == "1-005":
+            rows[-1, 3] = math.nan
+        return rows
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(EmbeddingCache, "rows", damaged_rows)
+        try:
+            return fit(rank, world, folder, 5, skip_non_finite=allowed)
+        except NonFiniteLossError as error:
+            return {"error": str(error), "status": error.status}
+
+
+def test_a_nan_in_the_cache_is_named_before_the_heads_are_fitted(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+):
+    refused = run_ranks(fit_with_a_nan, 2, str(tiny), 0)
+    for result in (*refused, fit_with_a_nan(0, 1, str(tiny), 0)):
+        assert "1 sample has non-finite features or embeddings: 1-005. The" in result["error"]
+        assert result["status"] == 3
+    without = fit_with_a_nan(0, 1, str(tiny), 1)
+    assert "without 1 of at most 1" in caplog.text
+    assert math.isfinite(without["loss"])
+    for name, value in without["heads"].items():
+        assert value.isfinite().all(), name
 
 
 def test_heads_do_not_depend_on_the_ranks(tiny: Path):
