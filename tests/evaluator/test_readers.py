@@ -334,6 +334,61 @@ def test_cider_by_hand():
     assert cider(["cat", "dog"], [["cat"], ["bird"]]) == [pytest.approx(2.5), 0]
 
 
+def inspect_log(path, grades, *, accuracy, samples):
+    """A log of inspect_ai with these grades, that printed this accuracy of so many samples."""
+    scores = [
+        {"id": n, "epoch": 1, "target": "x", "scores": {"match": {"value": grade}}}
+        for n, grade in enumerate(grades)
+    ]
+    metrics = {"accuracy": {"name": "accuracy", "value": accuracy}}
+    log = {
+        "version": 2,
+        "status": "success",
+        "eval": {"run_id": "x", "task": "toy", "dataset": {"samples": samples}},
+        "results": {"scores": [{"name": "match", "scorer": "match", "metrics": metrics}]},
+        "samples": scores,
+    }
+    path.write_text(json.dumps(log))
+    (run,) = load_side(path).runs["toy match"]
+    return run.notes
+
+
+def test_the_number_that_inspect_ai_printed_is_compared(tmp_path):
+    path = tmp_path / "log.json"
+    assert inspect_log(path, "CCIC", accuracy=0.75, samples=4) == []
+    part, other = inspect_log(path, "CCIC", accuracy=0.381, samples=100)
+    assert "4 of the task's 100 samples" in part
+    assert "printed 0.381" in other
+    assert "here 0.75" in other
+
+
+def harness_log(folder, printed, documents):
+    """A log of the harness of 10 documents, half of them right."""
+    folder.mkdir()
+    date = "2026-11-28T21-57-04.1"
+    lines = [{"doc_id": n, "doc_hash": "a", "metrics": ["acc"], "acc": n % 2} for n in range(10)]
+    (folder / f"samples_toy_{date}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    results = {
+        "results": {"toy": {"acc,none": printed}},
+        "n-samples": {"toy": {"original": documents, "effective": 10}},
+    }
+    (folder / f"results_{date}.json").write_text(json.dumps(results))
+    (run,) = load_side(folder).runs["toy acc"]
+    return run.notes
+
+
+def test_a_number_printed_in_percent_is_the_same_number(tmp_path):
+    assert harness_log(tmp_path / "share", 0.5, 10) == []
+    assert harness_log(tmp_path / "percent", 50.0, 10) == []
+    (note,) = harness_log(tmp_path / "other", 40.0, 10)
+    assert "printed 40" in note
+
+
+def test_a_part_of_a_tasks_documents_is_said(tmp_path):
+    (note,) = harness_log(tmp_path / "part", 0.5, 5000)
+    assert "10 of the task's 5,000 documents" in note
+
+
 def test_a_table_has_tasks_and_runs(tmp_path):
     table = tmp_path / "scores.csv"
     lines = [

@@ -7,7 +7,7 @@ import openpyxl
 import pytest
 from reader_logs import LOGS, value
 
-from llava_integration.evaluator.compare.comparison import load_side
+from llava_integration.evaluator.compare.comparison import build, load_side
 from llava_integration.evaluator.compare.readers.lm_eval import ALONE
 
 SHARES = ("MMBench_DEV_EN", "AI2D_TEST", "MMVP")
@@ -34,7 +34,12 @@ def test_vlmevalkits_own_tables():
         assert value(side, benchmark) == pytest.approx(
             printed * 100 if benchmark in SHARES else printed
         ), benchmark
-        assert side.runs[benchmark][0].notes == ([] if table.endswith("_score.csv") else [ALONE])
+        notes = [ALONE]
+        if table.endswith("_score.csv"):
+            notes = []
+        if benchmark == "pope":
+            notes = ["60 questions, each counted in all of its parts"]
+        assert side.runs[benchmark][0].notes == notes
 
 
 @pytest.mark.parametrize("ending", ["xlsx", "json"])
@@ -71,3 +76,57 @@ def test_vlmevalkits_pope_counts_a_question_in_each_of_its_parts(tmp_path):
     head = "index\tprediction\tanswer\textracted\tscore\tcategory"
     (folder / "model_POPE_auxmatch.tsv").write_text("\n".join([head, *lines]))
     assert value(load_side(folder), "pope") == pytest.approx(100 * 4 / 6)
+
+
+def vlmevalkit_table(folder, name, head, rows):
+    """A judged table of VLMEvalKit."""
+    folder.mkdir()
+    lines = ["\t".join(map(str, row)) for row in (head, *rows)]
+    (folder / f"{folder.name}_{name}.tsv").write_text("\n".join(lines))
+
+
+def test_vlmevalkits_splits_have_a_number_each(tmp_path):
+    """MMMU_DEV_VAL: 3 of 4 of dev, 2 of 8 of validation; no number of both is printed."""
+    rows = []
+    for n in range(12):
+        rows.append([n, "A", "A", "dev" if n < 4 else "validation", int(n in (0, 1, 2, 4, 5))])
+    folder = tmp_path / "model"
+    vlmevalkit_table(
+        folder,
+        "MMMU_DEV_VAL_openai_result",
+        ["index", "prediction", "answer", "split", "hit"],
+        rows,
+    )
+    printed = "split,Overall\ndev,0.75\nvalidation,0.25\n"
+    (folder / "model_MMMU_DEV_VAL_acc.csv").write_text(printed)
+    side = load_side(folder)
+    assert {name: value(side, name) for name in side.runs} == {
+        "MMMU_DEV_VAL dev": 75,
+        "MMMU_DEV_VAL validation": 25,
+    }
+    assert all(run.notes == [ALONE] for (run,) in side.runs.values())
+    (folder / "model_MMMU_DEV_VAL_acc.csv").write_text(printed.replace("0.25", "0.5"))
+    (run,) = load_side(folder).runs["MMMU_DEV_VAL validation"]
+    assert any("printed 0.5" in note for note in run.notes)
+
+
+def test_vlmevalkits_pope_without_images_claims_none(tmp_path):
+    """Questions in three parts are one question each; that they have an image each, nobody says."""
+    rows = [[n, "Yes", "Yes", "Yes", "True", "random,popular,adversarial"] for n in range(4)]
+    head = ["index", "prediction", "answer", "extracted", "score", "category"]
+    vlmevalkit_table(tmp_path / "model", "POPE_auxmatch", head, rows)
+    side = load_side(tmp_path / "model")
+    (run,) = side.runs["pope"]
+    assert run.notes == [ALONE, "4 questions, each counted in all of its parts"]
+    (row,) = build([side, side]).rows
+    assert "12 items in 4 clusters" in row.power_line()
+    assert "image" not in row.power_line()
+
+
+def test_questions_about_one_video_go_together(tmp_path):
+    rows = [[n, "A", "A", 1, f"video {n // 3}"] for n in range(6)]
+    head = ["index", "prediction", "answer", "score", "videoID"]
+    vlmevalkit_table(tmp_path / "model", "Video-MME_score", head, rows)
+    (run,) = load_side(tmp_path / "model").runs["Video-MME"]
+    assert len(set(run.clusters)) == 2
+    assert run.notes == []

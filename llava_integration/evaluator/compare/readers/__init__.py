@@ -23,8 +23,20 @@ from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.json_files import read_json_value
 
-# a question's image
-IMAGES = ("image_id", "imageId", "img_id", "image_name", "image_path", "img_path", "image")
+# a question's image or video; a table may have the picture itself in the last one
+IMAGES = (
+    "image_id",
+    "imageId",
+    "img_id",
+    "image_name",
+    "image_path",
+    "img_path",
+    "videoID",
+    "video_id",
+    "video_name",
+    "video",
+    "image",
+)
 BY_PART = "mean of categories"  # an aggregate: categories have equal weight
 OWN = "score files"  # name of the reader of ours, which take precedence
 csv.field_size_limit(2**24)

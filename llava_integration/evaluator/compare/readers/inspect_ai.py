@@ -66,7 +66,31 @@ def read(path: Path) -> Iterator[Log]:
         items[name]["score"] = sum(values[name]) / len(values[name])
     task = about.get("task", path.stem)
     model = str(about.get("model", ""))
-    yield Log(benchmark=f"{task} {scorer}", metrics={}, items=list(items.values()), model=model)
+    notes = []
+    samples_of_task = (about.get("dataset") or {}).get("samples") or 0
+    if len(items) < samples_of_task:
+        notes.append(
+            f"{task}: the log has {len(items):,} of the task's {samples_of_task:,} samples; "
+            "the number is of these alone"
+        )
+    yield Log(
+        benchmark=f"{task} {scorer}",
+        metrics={},
+        items=list(items.values()),
+        model=model,
+        printed=printed_mean(results, scorer),
+        notes=notes,
+    )
+
+
+def printed_mean(results: dict[str, Any], scorer: str) -> float | None:
+    """The accuracy or mean that inspect_ai computed; None if the scorer has another metric."""
+    for score in results.get("scores") or []:
+        metrics = score.get("metrics") or {}
+        for name in ("accuracy", "mean"):
+            if score.get("scorer") == scorer and name in metrics:
+                return float(metrics[name]["value"])
+    return None
 
 
 READER = Reader(name="inspect_ai", endings=(".eval", ".json"), fits=fits, read=read)

@@ -73,12 +73,24 @@ class Summary:
             self.better = (body.get("higher_is_better") or {}).get(self.task) or {}
             self.numbers = body.get("results") or {}
             self.children = body.get("group_subtasks") or {}
+            counts = (body.get("n-samples") or {}).get(self.task) or {}
+            self.documents = counts.get("original") or 0  # of the task; 0: unknown
 
     def printed(self, metric: str, of: str = "") -> float | None:
         """The number that was printed of the task, or of a group."""
         numbers = self.numbers.get(of or self.task) or {}
         values = [value for name, value in numbers.items() if name.split(",")[0] == metric]
         return next((float(value) for value in values if isinstance(value, (int, float))), None)
+
+    def size_notes(self, lines: "Lines") -> list[str]:
+        """A note if the log has a part of the task's documents."""
+        logged = len({str(line["doc_id"]) for _, line in lines})
+        if logged >= self.documents:
+            return []
+        return [
+            f"{self.task}: the log has {logged:,} of the task's {self.documents:,} documents; "
+            "the number is of these alone"
+        ]
 
     def group(self, metric: str) -> tuple[Any, ...]:
         """What tells the largest group with one number for all its tasks; () if the task is in
@@ -139,7 +151,9 @@ def read_harness(path: Path) -> Iterator[Log]:
     filters = list(dict.fromkeys(str(line.get("filter", "none")) for _, line in lines))
     chosen = [one for one in lines if str(one[1].get("filter", "none")) == filters[0]]
     log = scored(chosen, summary, first_object(path).get("metrics", ()))
-    log.notes.extend([f"filter {filters[0]} of {', '.join(filters)}"] if len(filters) > 1 else [])
+    if len(filters) > 1:
+        log.notes.append(f"filter {filters[0]} of {', '.join(filters)}")
+    log.notes.extend(summary.size_notes(lines))
     yield log
 
 
@@ -165,6 +179,7 @@ def read_lmms_eval(path: Path) -> Iterator[Log]:
     for log in logs:
         if all(item["cluster"] == str(item["id"]) for item in log.items):
             log.notes.append(ALONE)
+        log.notes.extend(summary.size_notes(lines))
     yield from logs
 
 

@@ -62,6 +62,7 @@ def read(path: Path) -> Iterator[Log]:
         (kind for kind in ("mme", "pope") if data.lower() == kind and "extracted" in names), ""
     )
     items = []
+    split_of: dict[str, str] = {}
     for where, cells in lines:
         row = dict(zip(names, cells, strict=False))
         name = str(row["index"])
@@ -70,6 +71,7 @@ def read(path: Path) -> Iterator[Log]:
             score = _score(data, row, column, f"{where}: {column}")
         item = {"id": name, "score": score, "category": parts}
         item |= {"truth": row.get("answer"), "cluster": first_of(row, IMAGES[:-1]) or name}
+        split_of[name] = str(row.get("split") or "")
         if kind != "pope":
             items.append(item)
             continue
@@ -80,6 +82,20 @@ def read(path: Path) -> Iterator[Log]:
         }
         # VLMEvalKit counts a question in each of its parts ("random,popular")
         items += [{**item, **said, "id": f"{name}/{part}"} for part in parts.split(",")]
+    splits = sorted(set(split_of.values()))
+    notes = [] if {*IMAGES[:-1]} & {*names} else [ALONE]
+    if column == "hit" and len(splits) > 1:  # MMMU_DEV_VAL: a number for each
+        for split in splits:
+            of_split = [item for item in items if split_of[item["id"]] == split]
+            yield Log(
+                benchmark=f"{data} {split}",
+                metrics={},
+                items=of_split,
+                model=model,
+                printed=_printed(path.parent / stem, split).get("Overall"),
+                notes=notes,
+            )
+        return
     printed = _printed(path.parent / stem)
     if kind == "mme":
         items = [{**item, "cluster": f"{item['category']}/{item['cluster']}"} for item in items]
@@ -95,7 +111,8 @@ def read(path: Path) -> Iterator[Log]:
         ]
     overall = printed.get("Overall")
     overall = overall / 100 if overall is not None and column != "hit" else overall
-    notes = [] if {*IMAGES[:-1]} & {*names} else [ALONE]
+    if len(items) > len(split_of):
+        notes.append(f"{len(split_of):,} questions, each counted in all of its parts")
     yield Log(
         benchmark=kind or data, metrics={}, items=items, model=model, printed=overall, notes=notes
     )
@@ -112,15 +129,15 @@ def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
     return number(row.get(column), where)
 
 
-def _printed(stem: Path) -> dict[str, float]:
-    """The numbers that VLMEvalKit wrote next to a table, by name: of all splits, or of the only
-    one."""
+def _printed(stem: Path, split: str = "Overall") -> dict[str, float]:
+    """The numbers that VLMEvalKit wrote next to a table, by name: of a split or of all, or of the
+    only one."""
     for path in (stem.with_name(f"{stem.name}_{ending}.csv") for ending in ("acc", "score")):
         if path.is_file():
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             row = next(
-                (row for row in rows if row.get("split") == "Overall"),
+                (row for row in rows if row.get("split") == split),
                 rows[0] if len(rows) == 1 else {},
             )
             return {
