@@ -154,7 +154,8 @@ def test_a_copied_score_file_is_not_a_second_run(tmp_path):
     shutil.copy(first, tmp_path / "base" / "copy.scores.json")
     (tmp_path / "base" / "link.scores.json").symlink_to(first)
     side = load_side(tmp_path / "base")
-    assert len(side.runs["gqa"]) == 1 and len(side.notes) == 2
+    assert len(side.runs["gqa"]) == 1
+    assert len(side.notes) == 2
     assert all("not counted as another run" in note for note in side.notes)
 
 
@@ -168,7 +169,8 @@ def test_runs_with_equal_scores_are_runs(tmp_path):
     (tmp_path / "t.csv").write_text("\n".join(lines))
     for side in (load_side(tmp_path / "files"), load_side(tmp_path / "t.csv")):
         (runs,) = side.runs.values()
-        assert len(runs) == 3 and side.notes == ()
+        assert len(runs) == 3
+        assert side.notes == ()
         assert np.mean([run.statistic.full() for run in runs]) == pytest.approx(200 / 3)
 
 
@@ -215,18 +217,23 @@ def test_verdicts_follow_the_level_and_intervals_the_verdicts(tmp_path, capsys):
             simulated(tmp_path / side, f"{name}-seed0", scores, benchmark=name)
     sides = [str(tmp_path / "base"), str(tmp_path / "new")]
     rows = build(load_sides(map_path(sides), [])).rows
-    assert 0.05 / 3 < rows[0].result.p < 0.05 and rows[0].result.low > 0
+    assert 0.05 / 3 < rows[0].result.p < 0.05
+    assert rows[0].result.low > 0
     for row in rows:
-        assert row.verdict == "no difference shown" and row.interval[0] < 0
+        assert row.verdict == "no difference shown"
+        assert row.interval[0] < 0
     wider = build(load_sides(map_path(sides), []), level=0.9).rows
     for row in wider:
-        assert row.verdict == "better" and row.interval[0] > 0
+        assert row.verdict == "better"
+        assert row.interval[0] > 0
     assert main([*sides, "--level", "0.9", "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     low, high = wider[0].interval
-    assert "interval (Holm)" in shown and f"[+{low:.2f}, +{high:.2f}]" in shown
+    assert "interval (Holm)" in shown
+    assert f"[+{low:.2f}, +{high:.2f}]" in shown
     body = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"][0]
-    assert body["interval_holm"] == [low, high] and body["verdict"] == "better"
+    assert body["interval_holm"] == [low, high]
+    assert body["verdict"] == "better"
 
 
 def map_path(names):

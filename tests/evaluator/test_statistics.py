@@ -113,7 +113,8 @@ def test_intervals_over_runs_cover():
         alone = compare(pair(sides[0][:1], sides[1][:1], names))
         covered += result.low <= 8.0 <= result.high
         blind += alone.low <= 8.0 <= alone.high
-        assert result.spread_base > 0 and result.test == "t over images and runs"
+        assert result.spread_base > 0
+        assert result.test == "t over images and runs"
     assert covered / 300 >= 0.93
     assert blind / 300 < covered / 300  # one seed a side knows nothing of seeds
 
@@ -216,7 +217,8 @@ def test_weights_are_integer_draws_within_strata():
 
 def test_holm():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_what_holm_adjusts_and_the_interval_that_is_shown_agree():
@@ -264,8 +266,10 @@ def test_wins_of_two_runs_are_no_proof():
     base[0, 20:27] = 1.0
     base[1, 23:30] = 1.0
     result = compare(runs_of(base, new, [str(place) for place in range(30)]))
-    assert result.difference == pytest.approx(10) and result.spread_base == result.spread_new == 0
-    assert result.p > 0.2 and result.low < 0
+    assert result.difference == pytest.approx(10)
+    assert result.spread_base == result.spread_new == 0
+    assert result.p > 0.2
+    assert result.low < 0
 
 
 def test_without_a_disagreement_the_interval_is_not_empty():
@@ -277,7 +281,9 @@ def test_without_a_disagreement_the_interval_is_not_empty():
     assert result.high == -result.low == pytest.approx(9.2, abs=0.1)
     assert result.detectable == pytest.approx(13, abs=0.5)
     always = compare(means(np.zeros(30), np.ones(30), names))
-    assert always.difference == always.high == 100.0 and 75 < always.low < 90 and always.p < 1e-6
+    assert always.difference == always.high == 100.0
+    assert 75 < always.low < 90
+    assert always.p < 1e-6
 
 
 def test_ties_wins_and_losses_are_bonetts_and_prices():
@@ -305,7 +311,8 @@ def test_clusters_of_one_size_are_students():
     reach = t_quantile(0.975, 39) * error
     ends = (result.difference - reach, result.difference + reach)
     assert (result.low, result.high) == pytest.approx(ends, abs=0.06 * reach)
-    assert result.low <= ends[0] + 1e-9 and result.high >= ends[1] - 1e-9
+    assert result.low <= ends[0] + 1e-9
+    assert result.high >= ends[1] - 1e-9
 
 
 def test_few_large_clusters_count_as_few():

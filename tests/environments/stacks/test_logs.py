@@ -50,15 +50,17 @@ def check(folder: Path, questions: Path, benchmark: str) -> None:
     """Both numbers are exact, the difference is found; a side against itself shows none."""
     sides = [load_side(folder / model) for model in RIGHT]
     (row,) = build(sides).rows
-    assert (
-        row.benchmark == benchmark and row.questions == QUESTIONS and row.images == QUESTIONS // 2
-    )
+    assert row.benchmark == benchmark
+    assert row.questions == QUESTIONS
+    assert row.images == QUESTIONS // 2
     assert (row.result.base, row.result.new) == pytest.approx(
         [accuracy(model, questions) for model in RIGHT]
     )
-    assert row.verdict == "better" and row.result.low <= row.result.difference <= row.result.high
+    assert row.verdict == "better"
+    assert row.result.low <= row.result.difference <= row.result.high
     (same,) = build([sides[0], load_side(folder / "weak", "again")]).rows
-    assert same.result.difference == 0 and same.verdict == "no difference shown"
+    assert same.result.difference == 0
+    assert same.verdict == "no difference shown"
 
 
 def test_lm_evaluation_harness(questions, tmp_path):
@@ -172,7 +174,8 @@ def test_lmms_eval(questions, tmp_path):
         run += ["--tasks", "toy", "--include_path", str(folder), "--batch_size", "1"]
         subprocess.run([*run, "--log_samples", "--output_path", str(tmp_path / said)], check=True)
     (row,) = build([load_side(tmp_path / said) for said in ("no", "yes")]).rows
-    assert row.benchmark == "pope" and (row.result.base, row.result.new) == pytest.approx((0, 50))
+    assert row.benchmark == "pope"
+    assert (row.result.base, row.result.new) == pytest.approx((0, 50))
     assert row.images == QUESTIONS // 2 or row.images == QUESTIONS  # newer versions log the image
     assert row.verdict == "better"
 
