@@ -20,10 +20,10 @@ from llm2clip_plugin.vision.dual import DualEncoder, load_heads
 from llm2clip_plugin.vision.towers import (
     add_lora,
     freeze_tower,
+    initial_log_scale,
     load_tower,
     new_tower,
     parameters_in,
-    pretrained_log_scale,
     tower_blocks,
     tower_embeddings_parameters,
     use_quick_gelu,
@@ -45,7 +45,7 @@ def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncode
     """Load the tower, add heads (initialized with ``seed``, or the directory's), freeze parts as
     configured.
 
-    An unset dual.logit_scale_init is the tower's own scale, where its source has one. With
+    An unset dual.logit_scale_init is the tower's own scale, else its family's. With
     tower.from_scratch the tower, too, is initialized with ``seed``. Raises ValueError if no tower
     is set.
     """
@@ -60,7 +60,8 @@ def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncode
         raise ValueError(f"no tower to train: set --tower to a directory{wanted} or Hub id")
     vision = load_tower(tower.path, dtype=torch.float32, image_size=tower.image_size or None)
     if dual.logit_scale_init is None:
-        dual = dataclasses.replace(dual, logit_scale_init=pretrained_log_scale(tower.path))
+        log_scale = initial_log_scale(tower.path, vision)
+        dual = dataclasses.replace(dual, logit_scale_init=log_scale)
     torch.manual_seed(seed)
     model = DualEncoder(vision, dual)
     if tower.keep_heads:

@@ -98,7 +98,8 @@ class DualConfig:
     )
     logit_scale_init: float | None = setting(
         None,
-        help="natural log of the initial scale; None: the tower's own, else log(1 / 0.07)",
+        help="natural log of the initial scale; None: the tower's own, else log(100) for CLIP and "
+        "EVA02, log(1 / 0.07) for others",
         learned=True,
         initial=True,
     )

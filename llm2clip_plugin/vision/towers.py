@@ -9,6 +9,7 @@ first.
 
 import copy
 import functools
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -77,6 +78,20 @@ def pretrained_log_scale(source: str | os.PathLike[str]) -> float | None:
         if (scale := read_tensor(file, "logit_scale")) is not None:
             return float(scale)
     return None
+
+
+def initial_log_scale(source: str | os.PathLike[str], tower: Tower) -> float:
+    """``pretrained_log_scale``, else the family's, of which a note is printed: vision-only folders
+    have none, though the authors' code reads one (near 100) from OpenAI's and EVA02's."""
+    log_scale = pretrained_log_scale(source)
+    if log_scale is not None:
+        return log_scale
+    family = family_of(tower)
+    _print_once(
+        f"note: {source} has no logit scale; training starts at {family.scale:.4g}, the default of "
+        f"the family {family.name!r}; --dual.logit-scale-init sets its natural logarithm"
+    )
+    return math.log(family.scale)
 
 
 def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:

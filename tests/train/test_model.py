@@ -155,6 +155,28 @@ def test_heads_decay_matrices_and_no_vectors(tiny: Path):
     )
 
 
+def test_a_tower_without_a_logit_scale_starts_at_its_familys_and_says_so(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As in the authors' code, which reads the scale (100) of OpenAI's image-text model."""
+
+    def start(folder: Path, **fields: Any) -> float:
+        config = TowerConfig(path=str(folder))
+        return float(build_dual(config, dataclasses.replace(DUAL, **fields), seed=0).scale.detach())
+
+    expected = 100.0 if "clip" in tiny.name else 1 / 0.07
+    folder = tmp_path / "vision-only"
+    folder.symlink_to(tiny / "tower")
+    assert start(folder) == pytest.approx(expected)
+    note = f"{folder} has no logit scale; training starts at {expected:.4g}, the default of"
+    assert note in capsys.readouterr().err
+    assert start(folder, logit_scale_init=1.0) == pytest.approx(math.e)
+    whole = tmp_path / "whole"
+    own = save_tiny_clip(whole, "clip").logit_scale.detach().exp().clamp(max=100)
+    assert start(whole) == pytest.approx(float(own))
+    assert "no logit scale" not in capsys.readouterr().err
+
+
 def fit_with_a_nan(rank: int, world: int, folder: str, allowed: int) -> dict[str, Any]:
     """The first phase with a row of the cache that is NaN; its result, or its error."""
     read_rows = EmbeddingCache.rows

@@ -64,6 +64,9 @@ class Family:
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
     resample: int = 3  # PIL's filter, likewise; bicubic
+    # where training starts if the source has no logit scale and none is set: CLIP's start, or where
+    # the family's own training ended
+    scale: float = 1 / 0.07
     needs: str = ""  # requirement beyond the package's own, for the model card
     # name or Hub id -> config.json, for --dry-run
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -85,6 +85,7 @@ CLIP = Family(
         "logit_scale",
     ),
     image_text_class=in_transformers("CLIPModel"),
+    scale=100.0,
     image_text_tensors=("visual_projection.weight",),
     shapes={
         "openai/clip-vit-base-patch32": {**B, "patch_size": 32},

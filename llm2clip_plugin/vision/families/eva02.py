@@ -33,6 +33,7 @@ FAMILY = Family(
     positions="embeddings.position_embedding",
     blocks="blocks",
     final_norm="norm",
+    scale=100.0,
     shapes={
         "eva02-b16": {**B, "image_size": 224},
         "eva02-l14-224": {**L, "image_size": 224},
