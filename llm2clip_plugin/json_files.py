@@ -53,6 +53,7 @@ def from_plain(
         raise ContractError(
             f"{where} is {_short(values)}, expected an object with the fields {', '.join(fields)}"
         )
+    values = _with_current_names(fields, values)
     if unknown := sorted(set(values) - set(fields)):
         raise ContractError(f"{where} has unknown fields {unknown}; known: {', '.join(fields)}")
     hints = typing.get_type_hints(kind)
@@ -71,6 +72,18 @@ def from_plain(
     if missing:
         raise ContractError(f"{where} is missing the required fields {missing}")
     return kind(**arguments)
+
+
+def _with_current_names(
+    fields: dict[str, dataclasses.Field[Any]], values: dict[str, Any]
+) -> dict[str, Any]:
+    """The values by the names that fields have now; metadata ``formerly`` lists earlier ones."""
+    current = dict(values)
+    for name, item in fields.items():
+        for earlier in item.metadata.get("formerly", ()):
+            if earlier in current and name not in current:
+                current[name] = current.pop(earlier)
+    return current
 
 
 def default_of(item: dataclasses.Field) -> Any:

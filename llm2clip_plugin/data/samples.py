@@ -290,6 +290,7 @@ class AugmentConfig:
     rotate: float = setting(
         0.0,
         help="degrees; the angle is uniform in -rotate .. rotate",
+        unit="degrees",
         learned=True,
     )
     decode_margin: float = setting(

@@ -46,7 +46,7 @@ class RetrievalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarksConfig:
+class SuitesConfig:
     """Benchmarks that are measured at every evaluation of a training run."""
 
     suites: tuple[str, ...] = setting(

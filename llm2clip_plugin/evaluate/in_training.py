@@ -19,7 +19,7 @@ from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, differences
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.errors import ContractError
-from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.config import RetrievalConfig, SuitesConfig
 from llm2clip_plugin.evaluate.features import embed_pairs
 from llm2clip_plugin.evaluate.grids import Picture, draw_retrievals
 from llm2clip_plugin.evaluate.labeled_images import (
@@ -55,7 +55,7 @@ class MeasuredSuite(NamedTuple):
     cache: EmbeddingCache | None = None  # of the texts, once they are embedded
 
 
-def open_suites(config: BenchmarksConfig) -> list[MeasuredSuite]:
+def open_suites(config: SuitesConfig) -> list[MeasuredSuite]:
     """The suites by name. Raises FileNotFoundError with a line for each missing file, ValueError
     for others."""
     root = Path(config.root)

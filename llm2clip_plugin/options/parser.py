@@ -193,6 +193,9 @@ class Command(Generic[Settings]):
         also = {}
         for name, leaf in self.leaves.items():
             also |= dict.fromkeys(leaf.setting.also, name)
+            for earlier in leaf.setting.formerly:
+                also[earlier] = name
+                also[f"{section_of(name)}.{earlier}"] = name
         for names in (also, {name: name for name in self.leaves}, unique):
             for name, dotted_name in names.items():
                 fields.setdefault(name.replace("_", "-"), dotted_name)

@@ -45,6 +45,7 @@ class Setting:
     unit: str = ""
     option: str = ""
     also: tuple[str, ...] = ()
+    formerly: tuple[str, ...] = ()
     alone: str = ""
     learned: bool | None = None
     initial: bool = False
@@ -83,7 +84,8 @@ def setting(
     help: str,  # what --help says; how it is read is not repeated
     unit: str = "",  # of the value, which --help shows in place of NUMBER
     option: str = "",  # name of its option; "": the field's
-    also: tuple[str, ...] = (),  # further names that are understood
+    also: tuple[str, ...] = (),  # further names of the option that are understood
+    formerly: tuple[str, ...] = (),  # names that the field had, in records and as an option
     alone: str = "",  # value of its option without one
     # whether it decides what a training learns; None: no training has it
     learned: bool | None = None,
@@ -100,6 +102,7 @@ def setting(
         unit=unit,
         option=option,
         also=also,
+        formerly=formerly,
         alone=alone,
         learned=learned,
         initial=initial,
@@ -107,7 +110,8 @@ def setting(
         needs=(Need.parse(needs),) if needs else (),
         replaces=replaces,
     )
-    return field(default=default, metadata={KEY: declared})
+    # json_files.from_plain, which knows no options, reads ``formerly``
+    return field(default=default, metadata={KEY: declared, "formerly": formerly})
 
 
 def section(

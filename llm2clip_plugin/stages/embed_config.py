@@ -26,6 +26,7 @@ class EmbedConfig:
     tokens_per_batch: int = setting(
         0,
         help="tokens of a batch, padding included; 0: chosen by device",
+        unit="tokens",
     )
     torch_compile: bool = setting(
         False,

@@ -4,7 +4,7 @@ settings of its configuration declare."""
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llm2clip_plugin.options.setting import fields_that_declare
+from llm2clip_plugin.options.setting import fields_that_declare, leaves_of
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -35,7 +35,13 @@ def flat_essentials(
     """The leaves of a configuration ``kind`` that decide what is learned, without the ``allowed``
     ones. One that the configuration does not have, as in an older checkpoint, is among them."""
     ignored = (*fields_that_declare(kind, "learned", False), *allowed)
-    return {name: value for name, value in flat(settings) if not within(name, ignored)}
+    current_name = {}
+    for name, leaf in leaves_of(kind):
+        section, dot, _ = name.rpartition(".")
+        for earlier in leaf.setting.formerly:
+            current_name[f"{section}{dot}{earlier}"] = name
+    named = {current_name.get(name, name): value for name, value in flat(settings)}
+    return {name: value for name, value in named.items() if not within(name, ignored)}
 
 
 def same_on_all_hosts(kind: type, settings: dict[str, Any]) -> dict[str, Any]:

@@ -86,6 +86,7 @@ class PlanConfig:
     gpu_gib: float = setting(
         80.0,
         help="a GPU's memory in GiB: the plan has the largest micro-batches that fit",
+        unit="GiB",
     )
 
 

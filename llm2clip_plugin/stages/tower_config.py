@@ -12,7 +12,7 @@ from pathlib import Path
 import llm2clip_plugin
 from llm2clip_plugin.data.samples import AugmentConfig, cores, parse_weights
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig
-from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.config import RetrievalConfig, SuitesConfig
 from llm2clip_plugin.json_files import from_plain, read_json_value
 from llm2clip_plugin.options import Command, section, setting, unknown
 from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig
@@ -180,7 +180,7 @@ class RunConfig(TrainingConfig):
             ),
         },
     )
-    benchmarks: BenchmarksConfig = section(BenchmarksConfig(), learned=False)
+    benchmarks: SuitesConfig = section(SuitesConfig(), learned=False)
     plan: PlanConfig = section(PlanConfig(), learned=False, per_host=True, needs="dry_run")
 
     @property
@@ -352,7 +352,7 @@ def siglip2_so400m_224() -> RunConfig:
     """
     paper = _paper("siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224"))
     heads = DualConfig(
-        projection_dim=1152, projection="none", normalise_input=False, logit_scale_init=LOG_SCALE
+        projection_dim=1152, projection="none", normalize_input=False, logit_scale_init=LOG_SCALE
     )
     return dataclasses.replace(
         paper, dual=heads, optim=dataclasses.replace(paper.optim, layer_decay=1.0)

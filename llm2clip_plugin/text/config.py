@@ -295,6 +295,7 @@ class EncoderConfig:
     max_tokens: int = setting(
         512,
         help="tokens of an input, template and prompt included; longer captions are truncated",
+        unit="tokens",
         learned=True,
     )
     compute_dtype: str = setting(

@@ -60,6 +60,7 @@ class TowerConfig:
     image_size: int = setting(
         0,
         help="pixels per side; position embeddings are interpolated. 0: the tower's own",
+        unit="pixels",
         learned=True,
     )
     freeze: bool = setting(False, help="train only the heads", learned=True)
@@ -330,6 +331,7 @@ class TrainConfig:
     save_minutes: float = setting(
         15.0,
         help="minutes between checkpoints; 0: only by steps",
+        unit="minutes",
         learned=False,
     )
     save_total_limit: int = setting(2, help="checkpoints kept; 0: all", learned=False)
@@ -370,6 +372,7 @@ class TrainConfig:
     dataloader_prefetch_mb: int = setting(
         PREFETCH_MB,
         help="10^6 bytes of /dev/shm that these fill ahead, for each rank",
+        unit="MB",
         learned=False,
     )
     skip_bad_batches: int = setting(
@@ -385,11 +388,13 @@ class TrainConfig:
     ddp_timeout: float = setting(
         DDP_TIMEOUT,
         help="seconds that a rank waits for the others in a collective before the run fails",
+        unit="seconds",
         learned=False,
     )
     straggler_seconds: float = setting(
         STRAGGLER_SECONDS,
         help="a rank without progress for so long is named; 0: never",
+        unit="seconds",
         learned=False,
     )
 

@@ -78,7 +78,7 @@ BLOCK_IMAGES = 64  # images per forward pass of the frozen tower
 # its optimizer
 CLIP_TEXT_LOSS = Distill(structure=63.5)
 CLIP_TEXT_OPTIM = OptimConfig(eps=1e-6, max_grad_norm=5.0, schedule="cosine")
-TEXT_SIDE = ("llm_width", "adapter", "adapter_blocks", "adapter_expansion", "normalise_input")
+TEXT_SIDE = ("llm_width", "adapter", "adapter_blocks", "adapter_expansion", "normalize_input")
 TEXT_SIDE += ("input_scale", "input_noise")  # fields of DualConfig
 
 

@@ -85,7 +85,12 @@ class DualConfig:
         help="hidden width of a block, in multiples of llm_width",
         learned=True,
     )
-    normalise_input: bool = setting(True, help="L2-normalize LLM embeddings first", learned=True)
+    normalize_input: bool = setting(
+        True,
+        help="L2-normalize LLM embeddings first",
+        formerly=("normalise_input",),
+        learned=True,
+    )
     input_scale: str = setting(
         "unit",
         help="unit | sqrt_width: factor on the normalized embedding",

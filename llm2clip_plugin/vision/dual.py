@@ -68,7 +68,7 @@ class TextAdapter(nn.Module):
                 f"{config.projection_dim}"
             )
         self.llm_width = width
-        self.normalise_input = config.normalise_input
+        self.normalize_input = config.normalize_input
         self.input_factor = width**0.5 if config.input_scale == "sqrt_width" else 1.0
         self.input_noise = config.input_noise
         depth = config.adapter_blocks if config.adapter == "mlp" else 0
@@ -90,7 +90,7 @@ class TextAdapter(nn.Module):
                 f"LLM embeddings have {widths}; use those of the LLM that it was trained with"
             )
         x_NW = embeddings_NW.float()
-        if self.normalise_input:
+        if self.normalize_input:
             x_NW = F.normalize(x_NW, dim=-1)  # x / max(|x|, 1e-12): a zero row stays zero
         x_NW = x_NW * self.input_factor
         if self.training and self.input_noise > 0:

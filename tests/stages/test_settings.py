@@ -112,6 +112,26 @@ def test_a_resumed_run_has_the_initial_values_of_its_checkpoint() -> None:
         refuse_changes(RunConfig, {**saved, "old_field": 1}, saved, (), where="run")
 
 
+def test_records_and_options_with_an_earlier_name_are_read() -> None:
+    dual = {"normalise_input": False, "pool": "cls"}
+    read = from_plain(RunConfig, {"dual": dual}, where="run.json").dual
+    assert (read.normalize_input, read.pool) == (False, "cls")
+    now = {"dual": {"normalize_input": False, "pool": "cls"}}
+    refuse_changes(RunConfig, {"dual": dual}, now, (), where="run")
+    with pytest.raises(
+        ValueError, match=r"dual\.normalize_input: False in the checkpoint, True in"
+    ):
+        refuse_changes(
+            RunConfig,
+            {"dual": dual},
+            {"dual": {**now["dual"], "normalize_input": True}},
+            (),
+            where="run",
+        )
+    for option in ("normalise-input", "normalise_input", "normalize-input"):
+        assert not TRAIN_TOWER.parse([f"--dual.{option}", "False"]).dual.normalize_input
+
+
 @pytest.mark.parametrize(
     ("command", "line", "option", "other"),
     [

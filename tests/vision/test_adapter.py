@@ -41,7 +41,7 @@ def golden_adapter(folder, **options) -> TextAdapter:
 def test_equals_the_reference(name, path, normalise):
     folder = REFERENCE / "B_text_adapter" / name
     golden = read(folder)
-    adapter = golden_adapter(folder, normalise_input=normalise)
+    adapter = golden_adapter(folder, normalize_input=normalise)
     states = {}
     for i, block in enumerate(adapter.blocks):
         block.register_forward_hook(

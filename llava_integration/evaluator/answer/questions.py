@@ -326,7 +326,7 @@ class AnswerConfig(ModelConfig):
     temperature: float = setting(0.0, help="sampling temperature; 0: greedy decoding")
     top_p: float | None = setting(None, help="nucleus sampling: probability mass")
     num_beams: int = setting(1, help="beam search; 1: none")
-    max_new_tokens: int = setting(128, help="longest answer, in tokens")
+    max_new_tokens: int = setting(128, help="longest answer, in tokens", unit="tokens")
     single_pred_prompt: bool = setting(
         False,
         help="ask for the option's letter only (ScienceQA, MMBench)",
@@ -348,6 +348,7 @@ class AnswerConfig(ModelConfig):
     timeout: float = setting(
         300.0,
         help="with --endpoint: seconds that an answer may take",
+        unit="seconds",
         needs="endpoint",
     )
     retries: int = setting(

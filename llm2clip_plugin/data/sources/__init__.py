@@ -119,6 +119,7 @@ class ReadConfig:
     cache_gb: float = setting(
         0.0,
         help="limit for downloaded shards, 10^9 bytes; 0: no limit",
+        unit="GB",
         learned=False,
         per_host=True,
     )

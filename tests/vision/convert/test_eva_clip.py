@@ -122,7 +122,7 @@ def test_an_adapter_trained_with_the_llm_in_the_loop_takes_embeddings_as_they_ar
     }
     save_file(state, tmp_path / "live.safetensors")
     card, report = import_tower(tmp_path / "live.safetensors", tmp_path / "tower")
-    assert card.dual["normalise_input"] is False
+    assert card.dual["normalize_input"] is False
     assert any("with the LLM in the loop" in line for line in report)
     golden = read(CHECKPOINT)
     dual = load_dual_encoder(tmp_path / "tower")

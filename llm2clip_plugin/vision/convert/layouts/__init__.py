@@ -70,7 +70,7 @@ def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
         llm_width=weight.shape[1],
         adapter_blocks=last - 1,
         adapter_expansion=2 if up is None else len(up) // weight.shape[1],
-        normalise_input=prefix != IN_THE_LOOP,
+        normalize_input=prefix != IN_THE_LOOP,
     )
     return AdapterMatch(config, tensors, names)
 
@@ -146,7 +146,7 @@ class ParsedCheckpoint:
             tensor_name = self.adapter.names["projection.weight"]
             loop = (
                 ""
-                if sizes.normalise_input
+                if sizes.normalize_input
                 else ", trained with the LLM in the loop: its input is not normalized"
             )
             widths = f"{sizes.llm_width}, then {sizes.projection_dim}"
