@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
     "data check": ("data.check:main", "read a data set once; report its contents and problems"),
     "data split": ("data.split:main_split", "hold out a part of a data set for validation"),
     "finetune-llm": (
-        "stages.llm:main",
+        "stages.training:main_llm",
         "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)",
     ),
     "export-llm": (
@@ -46,7 +46,10 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
         "export a fine-tuned LLM: its adapter merged into the weights",
     ),
     "embed": ("stages.embed:main", "stage 1.5: cache the caption embeddings of the teacher LLM"),
-    "train-tower": ("stages.tower:main", "stage 2: train a vision tower against the cache"),
+    "train-tower": (
+        "stages.training:main_tower",
+        "stage 2: train a vision tower against the cache",
+    ),
     "status": (
         "status:main",
         "where a run or cache stands: progress, scores, checkpoints, how to resume",

@@ -35,6 +35,7 @@ ROOMS = (  # of each floor, the lowest first
     ("train",),
     ("text",),
     ("evaluate",),
+    ("plan",),
     ("stages",),
     ("cli", "doctor"),
 )
@@ -102,14 +103,20 @@ def columns_of(root: Path) -> dict[str, str]:
     return reading
 
 
-def numbers(root: Path) -> dict[str, str]:
-    """What is counted -> how much."""
-    trees: dict[str, ast.Module] = {}
-    lines: dict[str, int] = {}
+def modules(root: Path) -> dict[str, str]:
+    """Each module of the two packages -> its text."""
+    sources: dict[str, str] = {}
     for path, text in texts(root, f"{PACKAGE}/**/*.py", f"{LLAVA}/**/*.py").items():
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        trees[name] = ast.parse(text)
-        lines[name] = text.count("\n")
+        sources[name] = text
+    return sources
+
+
+def numbers(root: Path) -> dict[str, str]:
+    """What is counted -> how much."""
+    sources = modules(root)
+    trees = {name: ast.parse(text) for name, text in sources.items()}
+    lines = {name: text.count("\n") for name, text in sources.items()}
     graph = import_graph(trees)
     functions = functions_of(trees)
     cycles = modules_in_cycles(graph)

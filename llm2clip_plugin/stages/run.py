@@ -17,10 +17,7 @@ import torch
 from torch import nn
 
 import llm2clip_plugin
-from llm2clip_plugin.contracts import PROJECTED, CacheManifest, RunRecord, TeacherIdentity
-from llm2clip_plugin.data.cache import EmbeddingCache
-from llm2clip_plugin.data.samples import LoadPlan, plan_evaluation, plan_loading, row_bytes
-from llm2clip_plugin.data.sources import Source, SourceConfig, data_folder
+from llm2clip_plugin.contracts import RunRecord
 from llm2clip_plugin.errors import StoppedError
 from llm2clip_plugin.metrics import read_metrics
 from llm2clip_plugin.progress import each_in_phase, phase
@@ -29,22 +26,19 @@ from llm2clip_plugin.signals import StopRequest, loaded
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.stages.resume import flat, refuse_changes, same_on_all_hosts
 from llm2clip_plugin.stages.tower_config import RunConfig
-from llm2clip_plugin.text.config import embed_command
+from llm2clip_plugin.train.averages import WeightAverage
 from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
-from llm2clip_plugin.train.config import TrainConfig
-from llm2clip_plugin.train.distributed import on_first_rank, rank, set_tf32
-from llm2clip_plugin.train.engine import Engine, Reference, check_deepspeed, start_ranks
+from llm2clip_plugin.train.config import OptimConfig, TrainConfig
+from llm2clip_plugin.train.distributed import on_first_rank, rank, set_tf32, world_size
+from llm2clip_plugin.train.engine import Engine, check_deepspeed, start_ranks
 from llm2clip_plugin.train.guard import (
     Watch,
     readable_checkpoint,
     refuse_disagreement,
     shared_folder,
 )
-from llm2clip_plugin.train.heads import BLOCK_IMAGES
 from llm2clip_plugin.train.loop import Evaluate, LoopParts, run_loop
-from llm2clip_plugin.train.model import StepMemory, rank_bytes
 from llm2clip_plugin.train.optim import (
-    REDUCTION,
     Trained,
     complete,
     parameter_groups,
@@ -77,9 +71,13 @@ class TrainingRun:
     teacher: dict[str, Any]  # TeacherIdentity as a dict; {} in stage 1
     total_steps: int
     deepspeed: dict[str, Any]  # DeepSpeed's configuration
-    data: dict[str, str]  # digests of data and caches, which all ranks must have in common
     # run_folder.started_by; {}: called from Python
     command: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether a monitor of this rank shows pictures."""
+        return rank() == 0 and bool({"wandb", "tensorboard"} & self.deepspeed.keys())
 
     @property
     def folder(self) -> Path:
@@ -94,12 +92,12 @@ class TrainingRun:
         path = self.checkpoints.find(self.config.resume)
         return "" if path is None else str(path)
 
-    def find_checkpoint(self) -> Loaded | None:
+    def find_checkpoint(self, data: Mapping[str, str]) -> Loaded | None:
         """The checkpoint to resume from, chosen by rank 0; None for a new run. Every rank must call
         this.
 
-        Raises ValueError if it was saved with other settings, DisagreementError if the ranks don't
-        see the same.
+        data: digests of data and caches, which all ranks must have in common. Raises ValueError if
+        it was saved with other settings, DisagreementError if the ranks don't see the same.
         """
         chosen = on_first_rank(self._chosen_checkpoint)
         path = Path(chosen) if chosen else None
@@ -110,7 +108,7 @@ class TrainingRun:
         }
         if path is not None:
             facts["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
-        facts |= {f"data {name}": digest for name, digest in self.data.items()}
+        facts |= {f"data {name}": digest for name, digest in data.items()}
         settings = same_on_all_hosts(type(self.config), self.run_settings)
         facts |= {f"setting {name}": json.dumps(value) for name, value in settings.items()}
         facts |= {f"DeepSpeed {name}": json.dumps(value) for name, value in flat(self.deepspeed)}
@@ -193,7 +191,7 @@ class TrainingRun:
         before: Evaluate | None = None,
         heads: Sequence[dict[str, float]] = (),
         stop: StopRequest,
-        references: Mapping[str, Reference] | None = None,
+        averages: Mapping[str, WeightAverage] | None = None,
     ) -> TrainState:
         """Run the training loop and record its start and end in run.json; returns the state at its
         end.
@@ -216,7 +214,7 @@ class TrainingRun:
                 step=step,
                 batches=each_in_phase("data", batches, first_step=state.step + 1),
                 engine=engine,
-                references=references or {},
+                averages=averages or {},
                 checkpoints=self.checkpoints,
                 evaluate=phase("evaluation")(evaluate) if evaluate else None,
                 before=phase("evaluation before training")(before) if before else None,
@@ -268,6 +266,38 @@ class TrainingRun:
         return getattr(sys.modules.get("wandb"), "run", None)
 
 
+def open_run(
+    config: RunConfig | FinetuneConfig,
+    *,
+    samples: int,
+    hidden_size: int,
+    learned_from: Mapping[str, Any],
+    teacher: dict[str, Any],
+    command: dict[str, Any],
+) -> TrainingRun:
+    """A run over ``samples`` samples an epoch, with the steps that this makes and DeepSpeed's
+    configuration.
+
+    hidden_size: as configure_deepspeed, which raises. learned_from: what a checkpoint records
+    beside the configuration.
+    """
+    return TrainingRun(
+        config=config,
+        run_settings={**dataclasses.asdict(config), **learned_from},
+        teacher=teacher,
+        total_steps=config.train.steps(samples),
+        deepspeed=configure_deepspeed(
+            config.deepspeed,
+            config.train,
+            config.optim,
+            output_dir=config.output_dir,
+            world=world_size(),
+            hidden_size=hidden_size,
+        ),
+        command=command,
+    )
+
+
 @contextmanager
 def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
     """This rank's device, inside a block in which the ranks form a group and watch each other; TF32
@@ -280,102 +310,39 @@ def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
         yield device
 
 
-def plan_engine(
-    config: RunConfig | FinetuneConfig, *, samples: int, world: int, hidden_size: int
-) -> tuple[int, dict[str, Any]]:
-    """Steps of the run, and the configuration that DeepSpeed gets.
+def configure_deepspeed(
+    path: str,
+    train: TrainConfig,
+    optim: OptimConfig,
+    *,
+    output_dir: str,
+    world: int,
+    hidden_size: int,
+) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets: that of the file ``path``, if any, completed.
 
     ``hidden_size`` sets the sizes of ZeRO-3's "auto" buckets. Raises ValueError for a batch that
     the ranks can't share equally, or a DeepSpeed JSON that contradicts the run, and for
     torch_compile with ZeRO-3.
     """
-    where = config.deepspeed or "the run"
-    steps = config.train.steps(samples)
+    where = path or "the run"
     deepspeed = complete(
-        read_deepspeed_json(config.deepspeed),
-        config.train,
-        config.optim,
+        read_deepspeed_json(path),
+        train,
+        optim,
         world=world,
         hidden_size=hidden_size,
-        output_dir=config.output_dir,
+        output_dir=output_dir,
         where=where,
     )
     if unresolved := sorted(name for name, value in flat(deepspeed) if value == "auto"):
         raise ValueError(f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value')
-    if config.train.torch_compile and zero_stage(deepspeed) == 3:  # whose hooks split every block
+    if train.torch_compile and zero_stage(deepspeed) == 3:  # whose hooks split every block
         raise ValueError(
             f"{where}: --torch-compile does not work with ZeRO-3; use scripts/zero2.json"
         )
     check_deepspeed(deepspeed, where)
-    return steps, deepspeed
-
-
-def find_cache(
-    source: SourceConfig, teacher: TeacherIdentity | None = None, *, of_clip: bool = False
-) -> str:
-    """The only ``embeddings-*`` folder of an LLM, or of a CLIP's text tower, next to the data.
-
-    ``teacher``: for the message, if it is known. Raises FileNotFoundError if there is none,
-    ValueError if there are several.
-    """
-    folder = data_folder(source.path)
-    caches = []
-    for path in sorted(folder.glob(f"embeddings-*/{CacheManifest.FILE}")):
-        if (CacheManifest.read(path).teacher.get("pooling") == PROJECTED) is of_clip:
-            caches.append(str(path.parent))
-    option = "--clip-cache" if of_clip else "--cache"
-    kind = "of a CLIP's text features" if of_clip else "of an LLM"
-    if not caches:
-        create = embed_command(source.path, None if of_clip else teacher)
-        raise FileNotFoundError(
-            f"no embedding cache {kind} (embeddings-*) in {folder}; create it: {create}"
-        )
-    if len(caches) > 1:
-        raise ValueError(
-            f"{folder} contains the caches {', '.join(caches)} {kind}; choose one with {option}"
-        )
-    return caches[0]
-
-
-def open_caches(
-    sources: list[Source],
-    paths: tuple[str, ...],
-    teacher: TeacherIdentity | None = None,
-    *,
-    of_clip: bool = False,
-) -> list[EmbeddingCache]:
-    """The cache of each source, all of one teacher (that of the first, unless it is given), checked
-    against them."""
-    caches: list[EmbeddingCache] = []
-    for source, path in zip(sources, paths or ("",) * len(sources), strict=True):
-        folder = path or find_cache(source.config, teacher, of_clip=of_clip)
-        fingerprint = teacher.fingerprint if teacher else None
-        cache = EmbeddingCache.open(folder, expect_fingerprint=fingerprint)
-        cache.check(source)
-        caches.append(cache)
-        teacher = caches[0].teacher
-    return caches
-
-
-def load_plans(config: RunConfig, side: int, width: int, world: int) -> list[LoadPlan]:
-    """What loader processes take: for training, and for evaluation or the heads' fit if the run has
-    them.
-
-    side: pixels of an image; width: of an embedding; world: ranks.
-    """
-    rows, micro_batch, _ = config.train.rows(world)
-    train = plan_loading(
-        rows=rows,
-        micro_batch=micro_batch,
-        workers=config.train.dataloader_num_workers,
-        row_bytes=row_bytes(side, width * config.data.captions_per_image),
-        prefetch_mb=config.train.dataloader_prefetch_mb,
-    )
-    workers = max(config.evaluated.workers or 0, train.workers if config.heads.steps else 0)
-    evaluation = plan_evaluation(max(config.evaluation.batch, BLOCK_IMAGES), workers, side, width)
-    if config.evaluates or config.heads.steps:
-        return [train, evaluation]
-    return [train]
+    return deepspeed
 
 
 def versions() -> dict[str, str]:
@@ -401,136 +368,3 @@ def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) ->
         return f"held-out scores: {scores}"
     scores = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in names)
     return f"held-out scores, before -> after: {scores}"
-
-
-# How a --dry-run prints: steps, parameters, memory by GPUs and ZeRO stage.
-
-GIB = 1 << 30
-WORLDS = (1, 8, 64)  # numbers of GPUs that a run is planned for
-# fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
-FILLED = 0.9
-
-
-def describe_run(
-    config: RunConfig | FinetuneConfig,
-    deepspeed: dict[str, Any],
-    trained: list[Trained],
-    samples: int,
-    world: int,
-) -> str:
-    """Steps, ranks, schedule, precision, and how many parameters train at which peak learning
-    rates."""
-    train = config.train
-    optim = config.optim
-    steps = train.steps(samples)
-    _, micro_batch, accumulation = train.rows(world)
-    epochs = steps * train.global_batch / samples
-    sizes = [item.parameter.numel() for item in trained]
-    decayed = sum(item.parameter.numel() for item in trained if item.decay)
-    rates = sorted({item.lr for item in trained})
-    peaks = f"{rates[0]:.3g}"
-    if len(rates) > 1:
-        peaks = f"{rates[0]:.3g} to {rates[-1]:.3g} ({len(rates)} rates)"
-    zero = deepspeed["zero_optimization"]
-    overlaps = zero["stage"] == 1 and zero.get("overlap_comm") and accumulation == 1
-    reduced_in = deepspeed.get("communication_data_type", train.precision)
-    sent = ""
-    if zero["stage"] == 2 or overlaps:
-        buckets = filled_buckets(sizes, zero["reduce_bucket_size"])
-        sent = f", sent about {buckets} times during the backward pass"
-    lines = [
-        f"steps: {steps} of {train.global_batch} pairs, {epochs:.2f} epochs of {samples:,} samples",
-        f"ranks: {world} x {accumulation} micro-batches of {micro_batch}",
-        f"schedule: {optim.schedule}, {optim.warmup(steps)} steps of warm-up, "
-        f"gradient clipping {optim.max_grad_norm:g}",
-        f"precision: {train.precision}, gradients reduced in {reduced_in}{sent}; "
-        f"ZeRO-{zero_stage(deepspeed)}",
-        f"trainable parameters: {sum(sizes):,}; weight decay {optim.weight_decay:g} "
-        f"on {decayed:,}, none on {sum(sizes) - decayed:,}; peak learning rates {peaks}",
-    ]
-    return "\n".join(lines)
-
-
-def filled_buckets(sizes: Sequence[int], elements: float) -> int:
-    """How often a bucket of so many elements is sent because the next parameter's gradient does not
-    fit; ``sizes`` in the order of the forward pass. The last bucket is sent after the backward
-    pass."""
-    count = filled = 0
-    for size in reversed(sizes):
-        if filled + size > elements:
-            count = count + 1
-            filled = 0
-        filled += size
-    return count
-
-
-def rank_gib(
-    memory: StepMemory, zero: dict[str, Any], train: TrainConfig, world: int, micro_batch: int
-) -> float:
-    """Expected memory of a rank, in GiB."""
-    parts = rank_bytes(
-        memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch
-    )
-    return sum(parts.values()) / GIB
-
-
-def fits(
-    memory: StepMemory, deepspeed: dict[str, Any], train: TrainConfig, *, world: int, gib: float
-) -> bool:
-    """Whether a rank's memory holds what a step needs."""
-    micro_batch = train.rows(world)[1]
-    return (
-        rank_gib(memory, deepspeed["zero_optimization"], train, world, micro_batch) <= FILLED * gib
-    )
-
-
-def describe_memory(
-    memory: StepMemory,
-    train: TrainConfig,
-    gpu_gib: float,
-    *,
-    about: str = "",
-    stages: Sequence[int] = (0, 1, 2, 3),
-    kept: StepMemory | None = None,
-) -> str:
-    """A table of GPUs by ZeRO stage, with scripts/zeroN.json: the run's micro-batch (0: the largest
-    that fits under ZeRO-1) and a GPU's memory. ``kept``: what a step needs without gradient
-    checkpointing, which is on where this does not fit."""
-
-    def total(memory: StepMemory, stage: int, world: int, micro_batch: int) -> float:
-        # as it runs, see train.optim
-        stage = 1 if stage == 0 and memory.precision != "fp32" else stage
-        return rank_gib(memory, {"stage": stage, **REDUCTION}, train, world, micro_batch)
-
-    def micro_batches(world: int) -> list[int]:
-        """That divide a rank's batch, the largest first; the run's alone if it names one."""
-        local, rest = divmod(train.global_batch, world)
-        if rest:
-            return []
-        sizes = [size for size in range(local, 0, -1) if local % size == 0]
-        if train.micro_batch:
-            return [size for size in sizes if size == min(train.micro_batch, local)]
-        return [size for size in sizes if total(memory, 1, world, size) <= FILLED * gpu_gib]
-
-    head = "  GPUs   local  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages)
-    if kept:
-        head += "  checkpointing"
-    lines = [f"expected memory per GPU in GiB{about}:", head]
-    for world in WORLDS:
-        sizes = micro_batches(world)
-        if not sizes:
-            lines.append(
-                f"{world:6}   no micro-batch fits into {gpu_gib:g} GiB "
-                f"or divides the global batch {train.global_batch}"
-            )
-            continue
-        size = sizes[0]
-        without = kept is not None and total(kept, 1, world, size) <= FILLED * gpu_gib
-        used = kept if kept is not None and without else memory
-        line = f"{world:6} {train.global_batch // world:7} {size:12}"
-        for stage in stages:
-            line += f"{total(used, stage, world, size):9.1f}"
-        if kept is not None:
-            line += f"{'off' if without else 'on':>15}"
-        lines.append(line)
-    return "\n".join(lines)

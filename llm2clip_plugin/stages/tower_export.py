@@ -65,10 +65,9 @@ def export_run(
     )
 
 
-def export_towers(config: RunConfig, step: int) -> None:
-    """Export a run's checkpoint of the last step, and its moving average if there is one."""
-    folder = Path(config.output_dir)
+def export_towers(folder: Path, step: int, *, averaged: bool) -> None:
+    """Export a run's checkpoint of the last step, and its moving average if it has one."""
     last = Checkpoints(folder, keep=0).path(step).name  # by its name: no fallback to an older one
     export_run(folder, folder / TOWER, last, False, replace=True)
-    if config.train.ema_decay:
+    if averaged:
         export_run(folder, folder / TOWER_EMA, last, True, replace=True)

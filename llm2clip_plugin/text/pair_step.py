@@ -1,47 +1,23 @@
-"""Step and loss of an LLM's training on pairs. The step is the tower's; both sides of a pair are
-texts.
+"""Step and loss of stage 1. The step is the tower's; both sides of a pair are texts.
 
 Shape letters: b this rank's pairs, m pairs of a micro-batch, N pairs over all ranks, R texts of a
-micro-batch, G texts of one length group, T tokens, W embedding width.
+micro-batch, W embedding width.
 """
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm2clip_plugin.text.config import ContrastConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import CaptionModel, TokenBatch
+from llm2clip_plugin.text.pair_module import equal_parts
 from llm2clip_plugin.train.distributed import gather_rows, rank, world_size
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.losses.base import EXCLUDED, Features, Terms, stack_ids
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 from llm2clip_plugin.train.step import Batch, ContrastiveStep, Encoded
-
-# The step and the loss.
-
-
-class PairModule(nn.Module):
-    """An LLM's pooled embeddings of several groups of texts, and the logit scale."""
-
-    def __init__(self, model: CaptionModel, config: ContrastConfig) -> None:
-        super().__init__()
-        self.model = model
-        # shape (1,): DeepSpeed does not support 0-d parameters
-        self.logit_scale = nn.Parameter(
-            torch.tensor([math.log(config.scale)]), requires_grad=config.learn_scale
-        )
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """Token batches of G texts each, four tensors a batch -> (R, W) embeddings of length 1, log
-        scale (1,)."""
-        groups = [TokenBatch(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
-        embeddings_RW = torch.cat([self.model(group) for group in groups])
-        return F.normalize(embeddings_RW, dim=1), self.logit_scale.float() * 1
 
 
 class CaptionStep(ContrastiveStep):
@@ -105,13 +81,6 @@ class CaptionStep(ContrastiveStep):
         query_mW = features_RW[:size]
         positive_mkW = features_RW[size:].unflatten(0, (-1, size)).transpose(0, 1)
         return Encoded(query_mW, positive_mkW, log_scale, torch.zeros_like(log_scale))
-
-
-def equal_parts(items: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """Split ``items`` into at most ``parts`` contiguous parts of like length. Their number follows
-    from that of the items alone: all ranks call the module equally often, as ZeRO-3 requires."""
-    size = -(-len(items) // parts)
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def caption_terms(config: ContrastConfig) -> Terms:

@@ -4,7 +4,7 @@
       model.safetensors      every parameter (trained ones in fp32) and buffer, by its own name
       optimizer.safetensors  NAME.exp_avg and NAME.exp_avg_sq
       ema.safetensors        moving averages, if train.ema_decay is set
-      twin.safetensors       weights of the frozen tower, if a loss term compares with one
+      twin.safetensors       weights of the reference tower, if a loss term compares with one
       state.json             TrainState: step, samples, updates, loss scale, configuration,
                              SHA-256 of the other files
 
@@ -52,7 +52,7 @@ from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 AVERAGES = "ema.safetensors"
-TWIN = "twin.safetensors"
+REFERENCE = "twin.safetensors"
 RESUME_AUTO = "auto"
 RESUME_NEVER = "never"
 BLOCK = 1 << 24  # bytes that are hashed and written at a time
@@ -93,7 +93,7 @@ class Loaded:
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     averages: Mapping[str, Tensor]
-    twin: Mapping[str, Tensor]
+    reference: Mapping[str, Tensor]  # of the reference tower
 
 
 def write_checkpoint(
@@ -133,7 +133,7 @@ def load(path: Path, *, moments: bool = True) -> Loaded:
         weights=TensorFile(path / MODEL),
         moments=TensorFile(path / OPTIMIZER) if moments else {},
         averages=TensorFile(path / AVERAGES) if AVERAGES in state.files else {},
-        twin=TensorFile(path / TWIN) if TWIN in state.files else {},
+        reference=TensorFile(path / REFERENCE) if REFERENCE in state.files else {},
     )
 
 
@@ -319,16 +319,16 @@ class Saver:
         self,
         checkpoints: Checkpoints,
         engine: Any,
-        references: Mapping[str, Any] | None = None,
+        averages: Mapping[str, Any] | None = None,
         *,
         note: Callable[[str], None] = print,
         event: Callable[[dict[str, Any]], None] = lambda values: None,
     ) -> None:
-        """references: Reference by the name of its file. note: shows a line. event: a line of
+        """averages: WeightAverage by the name of its file. note: shows a line. event: a line of
         metrics.jsonl."""
         self.checkpoints = checkpoints
         self.engine = engine
-        self.references = references or {}
+        self.averages = averages or {}
         self._note = note
         self._event = event
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -365,7 +365,7 @@ class Saver:
         self._write = None  # whose error, if it failed, holds the tensors
         copy = on_host if rank() == 0 else None
         tensors = {MODEL: self.engine.weights(copy), OPTIMIZER: self.engine.moments(copy)}
-        tensors |= {name: reference.values(copy) for name, reference in self.references.items()}
+        tensors |= {name: average.values(copy) for name, average in self.averages.items()}
         state = dataclasses.replace(state, **self.engine.scaler_state(), world_size=world_size())
         if rank() == 0:
             self._step = state.step

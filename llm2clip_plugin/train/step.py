@@ -25,19 +25,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llm2clip_plugin.errors import NonFiniteLossError
+from llm2clip_plugin.train.averages import ReferenceTower
 from llm2clip_plugin.train.distributed import (
-    gather_objects,
     rank,
     sum_over_ranks,
     timed,
     world_size,
 )
-from llm2clip_plugin.train.engine import Engine, Reference
+from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.losses.base import Features, Terms
+from llm2clip_plugin.train.non_finite import non_finite_error
 
 MAX_LOG_SCALE = math.log(100)  # upper bound of the logit scale, as in CLIP
-NAMED_KEYS = 8  # keys per rank that an error lists
 
 Batch = dict[str, Any]  # as data.pairs and text.pairs yield it
 
@@ -64,6 +63,40 @@ class Flags(NamedTuple):
     saving: bool = False  # a checkpoint is being written
 
 
+class SharedFlags:
+    """The flags of all ranks, which a step sends with its losses: no collective of their own."""
+
+    def __init__(self, read: Callable[[], Flags]) -> None:
+        """read: this rank's flags now."""
+        self.read = read
+        self.raised = Flags()  # what any rank had in the last step
+
+
+class ExactScalars:
+    """The fp32 values of the module's logit scale and bias, with the gradient of its rounded ones:
+    in bf16, the logit scale would move in steps of 1.6 to 3 % and end at 98.86 instead of 100."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._values: dict[str, Tensor] = {}  # since the last update
+
+    def exact(self, name: str, rounded: Tensor) -> Tensor:
+        """The value of the parameter ``name``, which the module gave ``rounded``."""
+        parameter = getattr(self.engine.module, name, None)
+        if parameter is None or parameter.dtype == torch.float32:
+            return rounded
+        if name not in self._values:
+            self._values[name] = self.engine.fp32(parameter)
+        return self._values[name] + (rounded - rounded.detach())
+
+    def after_update(self) -> None:
+        """Forget the values, and clamp a trained logit scale."""
+        self._values.clear()
+        scale = getattr(self.engine.module, "logit_scale", None)
+        if scale is not None and scale.requires_grad:
+            self._values["logit_scale"] = self.engine.clamp(scale, 0.0, MAX_LOG_SCALE)
+
+
 class ContrastiveStep(ABC):
     """One optimizer step over this rank's rows of a global batch, whatever the two sides of its
     pairs are. ``batch``: caption_hashes and image_ids (b,), keys (b), ``position`` (samples that
@@ -75,8 +108,7 @@ class ContrastiveStep(ABC):
         self.terms = terms
         self.seed = seed
         self.total_samples = total_samples
-        self.raised = Flags()  # what any rank had in the last step that was called with flags
-        self._fp32: dict[str, Tensor] = {}  # logit_scale and logit_bias since the last update
+        self._scalars = ExactScalars(engine)
 
     @abstractmethod
     def _on_device(self, batch: Batch) -> Batch:
@@ -91,25 +123,18 @@ class ContrastiveStep(ABC):
         """Encode a micro-batch; ``micro["first"]`` is the position of its first sample."""
 
     def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Of a frozen tower, for the same anchors: features (m, D), L2-normalized, and patches (m,
-        T, H); None for what no term reads."""
+        """Of the reference tower, for the same anchors: features (m, D), L2-normalized, and patches
+        (m, T, H); None for what no term reads."""
         return None, None
 
-    def _after_update(self) -> None:
-        """Clamp a trained logit scale."""
-        self._fp32.clear()
-        scale = getattr(self.engine.module, "logit_scale", None)
-        if scale is not None and scale.requires_grad:
-            self._fp32["logit_scale"] = self.engine.clamp(scale, 0.0, MAX_LOG_SCALE)
-
     def __call__(
-        self, batch: Batch, flags: Callable[[], Flags] | None = None
+        self, batch: Batch, flags: SharedFlags | None = None
     ) -> tuple[float, dict[str, float]]:
         """Update the parameters; returns the loss of the global batch and values to report.
 
-        ``flags``: this rank's, read as its losses are sent; ``raised`` then has those of any rank.
-        Every rank must have them, or none. Raises NonFiniteLossError on every rank, none of which
-        has updated, where fp16 can't lower its loss scale.
+        ``flags`` are read as the losses are sent; ``flags.raised`` then has those of any rank, also
+        after an error. Every rank must have them, or none. Raises NonFiniteLossError on every rank,
+        none of which has updated, where fp16 can't lower its loss scale.
         """
         batch = self._on_device(batch)
         rows = len(batch["keys"])  # of this rank
@@ -129,18 +154,27 @@ class ContrastiveStep(ABC):
             self.engine.step()
         else:
             numbers, finite_b = self._cached_step(batch, micro_batches, flags)
-        loss, *means, scale = self.engine.read(numbers)
-        self.raised = Flags(*(mean > 0 for mean in means[len(self.terms) :]))
-        values = {f"loss_{name}": mean for name, mean in zip(self.terms, means, strict=False)}
+        means = dict(zip(self._names_of_numbers(flags), self.engine.read(numbers), strict=True))
+        loss = means["loss"]
+        if flags is not None:
+            flags.raised = Flags(**{name: means[name] > 0 for name in Flags._fields})
+        values = {f"loss_{name}": means[f"loss_{name}"] for name in self.terms}
         left_out = self.engine.skipped > skipped
         finite = math.isfinite(loss + (self.engine.grad_norm or 0))
         if not lowers and (left_out or not finite):
-            raise _non_finite({"loss": loss, **values}, finite_b, batch)
-        self._after_update()
-        return loss, values | {"logit_scale": scale}
+            raise non_finite_error({"loss": loss, **values}, finite_b, batch)
+        self._scalars.after_update()
+        return loss, values | {"logit_scale": means["logit_scale"]}
+
+    def _names_of_numbers(self, flags: SharedFlags | None) -> list[str]:
+        """What a step reads from the device, in the order of ``_loss``."""
+        names = ["loss", *(f"loss_{name}" for name in self.terms)]
+        if flags is not None:
+            names += Flags._fields
+        return [*names, "logit_scale"]
 
     def _cached_step(
-        self, batch: Batch, micro_batches: list[Batch], flags: Callable[[], Flags] | None
+        self, batch: Batch, micro_batches: list[Batch], flags: SharedFlags | None
     ) -> tuple[Tensor, Tensor]:
         """Features without a graph, the gradient of the loss for each, and a second pass that
         propagates it."""
@@ -180,20 +214,9 @@ class ContrastiveStep(ABC):
         """Forward pass of one micro-batch, with the same random draws each time."""
         torch.manual_seed(position_seed(self.seed, micro["first"]))
         encoded = self._forward(micro)
-        scale = self._exact("logit_scale", encoded.log_scale)
-        bias = self._exact("logit_bias", encoded.bias)
+        scale = self._scalars.exact("logit_scale", encoded.log_scale)
+        bias = self._scalars.exact("logit_bias", encoded.bias)
         return encoded._replace(log_scale=scale, bias=bias)
-
-    def _exact(self, name: str, rounded: Tensor) -> Tensor:
-        """The fp32 value of a scalar parameter with the gradient of the module's ``rounded`` copy:
-        in bf16, the logit scale would move in steps of 1.6 to 3 % and end at 98.86 instead of 100.
-        """
-        parameter = getattr(self.engine.module, name, None)
-        if parameter is None or parameter.dtype == torch.float32:
-            return rounded
-        if name not in self._fp32:
-            self._fp32[name] = self.engine.fp32(parameter)
-        return self._fp32[name] + (rounded - rounded.detach())
 
     def _loss(
         self,
@@ -201,10 +224,10 @@ class ContrastiveStep(ABC):
         batch: Batch,
         reference_bD: Tensor | None,
         reference_patches_bTH: Tensor | None,
-        flags: Callable[[], Flags] | None,
+        flags: SharedFlags | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's sum of weighted terms; its mean over ranks, those of all terms and flags, and
-        the logit scale; which pairs (b,) have finite features."""
+        """This rank's sum of weighted terms; the ``_names_of_numbers``, which are means over ranks
+        but for the logit scale; which pairs (b,) have finite features."""
         before = batch["position"] - len(batch["keys"]) * world_size()
         features = Features(
             anchor_bD=encoded.anchor_mD,
@@ -222,7 +245,7 @@ class ContrastiveStep(ABC):
         )
         losses = {name: term(features) for name, term in self.terms.items()}
         loss = torch.stack(list(losses.values())).sum()
-        raised = [] if flags is None else [float(flag) for flag in flags()]
+        raised = [] if flags is None else [float(flag) for flag in flags.read()]
         sent = torch.stack([loss, *losses.values()]).detach()
         sums = sum_over_ranks(torch.cat([sent, torch.tensor(raised).to(loss, non_blocking=True)]))
         numbers = torch.cat([sums / world_size(), encoded.log_scale.detach().exp().to(sums)])
@@ -239,36 +262,6 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     """The rows of micro-batches together; None if they have none."""
     rows = [part for part in parts if part is not None]
     return torch.cat(rows) if rows else None
-
-
-def _by_rank(keys: list[str]) -> str:
-    """The first keys of each rank; every rank must call this."""
-    ranks = enumerate(gather_objects(keys[:NAMED_KEYS]))
-    return "; ".join(f"rank {r}: {', '.join(names)}" for r, names in ranks if names)
-
-
-def _non_finite(values: dict[str, float], finite_b: Tensor, batch: Batch) -> NonFiniteLossError:
-    """Names the samples with non-finite features on every rank, or the first samples of the batch
-    if there are none."""
-    where = f"in the batch that ends at sample {batch['position']}"
-    first = _by_rank(batch["keys"])
-    if math.isfinite(values["loss"]):
-        return NonFiniteLossError(
-            f"the gradient is not finite (loss {values['loss']:.4g}) {where}; "
-            f"it starts with {first}",
-            "lower the learning rate, use fp32, or leave such batches out with --skip-bad-batches",
-        )
-    bad = [key for key, finite in zip(batch["keys"], finite_b.tolist(), strict=True) if not finite]
-    if named := _by_rank(bad):
-        samples = f"{sum(gather_objects(len(bad)))} samples have non-finite features: {named}"
-    else:
-        samples = f"all features are finite; the batch starts with {first}"
-    terms = ", ".join(f"{name} {value}" for name, value in values.items())
-    return NonFiniteLossError(
-        f"the loss is not finite {where} ({terms}). {samples}",
-        "lower the learning rate, check these samples (a cache: `llm2clip embed --verify`), "
-        "or leave such batches out with --skip-bad-batches",
-    )
 
 
 class TowerStep(ContrastiveStep):
@@ -288,7 +281,7 @@ class TowerStep(ContrastiveStep):
         text_noise: bool,
         normalize: Callable[[Tensor], Tensor],
         total_samples: int = 0,
-        reference: Reference | None = None,
+        reference: ReferenceTower | None = None,
         patch_layers: Mapping[str, int] | None = None,
     ) -> None:
         """text_noise: whether the text adapter adds noise to its input. patch_layers:

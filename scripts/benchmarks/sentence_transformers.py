@@ -20,10 +20,10 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.stages.llm import trained_module
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.finetune import trained_module
 from llm2clip_plugin.text.pair_batches import PairTokenizer
 from llm2clip_plugin.text.pair_step import CaptionStep, caption_terms
 from llm2clip_plugin.text.pairs import Pair
@@ -131,7 +131,7 @@ def our_step(args: Namespace) -> Callable[[], float]:
     config = FinetuneConfig(
         encoder=encoder.config, lora=LoraSettings(dropout=0.0), contrast=CONTRAST
     )
-    module = trained_module(encoder, config)
+    module = trained_module(encoder, config.lora, config.contrast, config.train)
     sizes = {"train_batch_size": args.batch, "train_micro_batch_size_per_gpu": args.micro}
     ds_config = {**sizes, "zero_optimization": {"stage": 0}, "steps_per_print": 1 << 31}
     groups = [{"params": [p for p in module.parameters() if p.requires_grad]}]

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from llm2clip_plugin.train.distributed import free_port
 from llm2clip_plugin.train.engine import start_ranks
-from llm2clip_plugin.train.step import Flags
+from llm2clip_plugin.train.step import Flags, SharedFlags
 from scripts.benchmarks.common import parse
 from scripts.benchmarks.step import TOWERS, make_batch, make_dual, our_step
 
@@ -49,9 +49,10 @@ def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
     shrunk = sum(p.numel() for p in dual.parameters()) / L_PARAMETERS
     step = our_step(dual, BATCH, args.precision, stage=stage, world=args.ranks, bucket=shrunk)
     batch = make_batch(BATCH)
-    losses = [step(batch, Flags)[0] for _ in range(STEPS)]
+    flags = SharedFlags(Flags)
+    losses = [step(batch, flags)[0] for _ in range(STEPS)]
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        losses.append(step(batch, Flags)[0])
+        losses.append(step(batch, flags)[0])
         assert step.engine.grad_norm is not None  # the loop reports it
     if rank == 0:
         count_of = Counter(kinds(trace.events()))

@@ -18,7 +18,7 @@ from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.sources import SourceConfig
 from llm2clip_plugin.evaluate import forecast as measures
 from llm2clip_plugin.evaluate.forecast import on_grid
-from llm2clip_plugin.stages.run import find_cache
+from llm2clip_plugin.stages.caches import find_cache
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import tower_blocks
 

@@ -5,8 +5,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import networkx
 import pytest
-from house import FLOORS, imported_by_name
+from house import FLOORS, import_graph, imported_by_name, modules
 from house import numbers as house
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,29 @@ def test_heavy_packages_have_one_home(package: str, homes: set[str]) -> None:
         assert not uses or any(where.startswith(home) for home in homes), (
             f"{where} imports {package}; its home is {homes}"
         )
+
+
+@pytest.fixture(scope="module")
+def arrows() -> networkx.DiGraph:
+    """From each module to those that it imports, anywhere in it."""
+    return import_graph({name: ast.parse(text) for name, text in modules(ROOT).items()})
+
+
+def test_a_plan_is_not_a_run(arrows: networkx.DiGraph) -> None:
+    plan = [name for name in arrows if name.startswith(f"{PACKAGE}.plan.")]
+    assert len(plan) > 2
+    for name in plan:
+        used = networkx.descendants(arrows, name)
+        assert not used & {f"{PACKAGE}.train.engine", f"{PACKAGE}.train.loop"}, name
+        assert not any(other.startswith(f"{PACKAGE}.stages") for other in used), name
+
+
+@pytest.mark.parametrize("stage", ["tower", "llm"])
+def test_a_run_knows_of_a_plan_only_its_memory(stage: str, arrows: networkx.DiGraph) -> None:
+    used = networkx.descendants(arrows, f"{PACKAGE}.stages.{stage}")
+    of_plan = {name for name in used if name.startswith(f"{PACKAGE}.plan")}
+    assert of_plan <= {f"{PACKAGE}.plan.memory"}
+    assert not any(name.endswith("_dry_run") for name in used)
 
 
 def test_what_reads_files_and_options_is_standard_library_only() -> None:

@@ -14,14 +14,14 @@ FILES = {
         "from llm2clip_plugin.train import loop\nfrom llm2clip_plugin.stages import x\n"
     ),
     "llm2clip_plugin/stages/__init__.py": "x = 1\n",
-    "llava_integration/hook.py": "from llm2clip_plugin.data import rows\n",
-    "llm2clip_plugin/data/rows.py": "import llava_integration.hook\n",
+    "llava_integration/plug/hook.py": "from llm2clip_plugin.data import rows\n",
+    "llm2clip_plugin/data/rows.py": "import llava_integration.plug.hook\n",
     "docs/a.md": "three words here\n",
 }
 UP = (
-    "llm2clip_plugin.data.rows -> llava_integration.hook",
+    "llm2clip_plugin.data.rows -> llava_integration.plug.hook",
     "llm2clip_plugin.train.step -> llm2clip_plugin.stages",
-    "llava_integration.hook -> llm2clip_plugin.data.rows",
+    "llava_integration.plug.hook -> llm2clip_plugin.data.rows",
 )
 
 

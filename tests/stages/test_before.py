@@ -81,11 +81,11 @@ def test_remote_data_is_read_in_the_windows_that_are_recorded(
     windows = []
     make = tower.make_batches
 
-    def noting(config, data, *more):
+    def noting(data, *more):
         windows.extend(
-            [config.data.read.shuffle_window, *make(config, data, *more).dataset.mixture().windows]
+            [data.config.read.shuffle_window, *make(data, *more).dataset.mixture().windows]
         )
-        return make(config, data, *more)
+        return make(data, *more)
 
     monkeypatch.setattr(remote, "is_network", lambda path: True)
     monkeypatch.setattr(tower, "make_batches", noting)

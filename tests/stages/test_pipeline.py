@@ -20,6 +20,7 @@ from llm2clip_plugin import status
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.doctor import check_accelerator
+from llm2clip_plugin.plan.memory import DTYPES
 from llm2clip_plugin.signals import attend
 from llm2clip_plugin.stages.digests import Artifact
 from llm2clip_plugin.stages.pipeline import main, pairs_of_stage_1, show
@@ -29,7 +30,6 @@ from llm2clip_plugin.stages.run_checks import check_given
 from llm2clip_plugin.stages.run_plan import plan, survey
 from llm2clip_plugin.text.llm import fastest_dtype
 from llm2clip_plugin.train.guard import locked
-from llm2clip_plugin.train.model import DTYPES
 
 
 @pytest.fixture(scope="module")

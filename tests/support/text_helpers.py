@@ -4,17 +4,18 @@ from pathlib import Path
 
 import torch
 
-from llm2clip_plugin.stages.llm import card_of, trained_module
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
+from llm2clip_plugin.stages.llm_export import card_of
 from llm2clip_plugin.text.adapter import save_adapter
 from llm2clip_plugin.text.config import EncoderConfig, LoraSettings
 from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.finetune import trained_module
 from llm2clip_plugin.train.checkpoint import TrainState
 
 
 def moved(encoder: CaptionEncoder, config: FinetuneConfig, seed: int = 0):
     """The encoder with an adapter that has been moved off its start (where LoRA adds nothing)."""
-    module = trained_module(encoder, config)
+    module = trained_module(encoder, config.lora, config.contrast, config.train)
     torch.manual_seed(seed)
     for name, parameter in module.named_parameters():
         if "lora_B" in name:

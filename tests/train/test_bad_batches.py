@@ -57,7 +57,7 @@ def train(
     stream = batches(state.step, rank, world, bad)
     settings = {"skip_bad_batches": allowed, "save_total_limit": 0}
     try:
-        more |= {"references": {AVERAGES: average}, "checkpoints": Checkpoints(run, keep=0)}
+        more |= {"averages": {AVERAGES: average}, "checkpoints": Checkpoints(run, keep=0)}
         # the same whatever the number of steps
         more["optim"] = OptimConfig(lr=0.01, schedule="constant")
         state = run_loop(parts_of(run, engine, state, stream, train=settings, **more))

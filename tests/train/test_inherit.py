@@ -20,8 +20,9 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.errors import StoppedError
 from llm2clip_plugin.run_folder import UNFINISHED_HEADS
-from llm2clip_plugin.stages.tower import open_data, train_tower
+from llm2clip_plugin.stages.tower import train_tower
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
+from llm2clip_plugin.stages.tower_data import open_data
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.vision.dual import load_dual
 
@@ -170,5 +171,6 @@ def test_the_cache_of_another_teacher_is_refused(clip: Path, tmp_path: Path):
         for path in (clip / "data").glob("embeddings-*")
     }
     more = ("--data.clip-cache", caches["made-up"])
+    config = TRAIN_TOWER.parse(options(clip, tmp_path / "run", *more)).validate()
     with pytest.raises(ValueError, match=r"--clip-cache .*made-up"):
-        open_data(TRAIN_TOWER.parse(options(clip, tmp_path / "run", *more)).validate())
+        open_data(config.data, config.heads, config.dual, config.benchmarks, None)

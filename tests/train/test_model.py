@@ -19,12 +19,12 @@ from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.errors import NonFiniteLossError, StoppedError
+from llm2clip_plugin.plan.memory import activation_bytes
 from llm2clip_plugin.signals import StopRequest
 from llm2clip_plugin.train import heads
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig
 from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters
 from llm2clip_plugin.train.model import (
-    activation_bytes,
     build_dual,
     enable_gradient_checkpointing,
     trained_parameters,

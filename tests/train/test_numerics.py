@@ -8,8 +8,8 @@ import pytest
 import torch
 from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
 
+from llm2clip_plugin.train.averages import ReferenceTower, WeightAverage, copy_image_side
 from llm2clip_plugin.train.checkpoint import on_host
-from llm2clip_plugin.train.engine import Reference, frozen_copy
 
 HALF = {
     "bf16 zero1": {"stage": 1, "precision": "bf16", "micro": 16},
@@ -96,11 +96,11 @@ def average(rank: int, world: int) -> dict[str, dict[str, Any]]:
         torch.manual_seed(0)
         dual = TinyDual()
         initial = {n: p.detach().clone() for n, p in dual.named_parameters()}
-        frozen = frozen_copy(dual)
+        frozen = copy_image_side(dual)
         engine = tiny_engine(world=world, dual=dual, lr=1e-6, **way)
         step = tiny_step(engine)
-        mean = Reference(engine, DECAY, warmup=True)
-        reference = Reference(engine, DECAY, module=frozen)
+        mean = WeightAverage(engine, DECAY, warmup=True)
+        reference = ReferenceTower(engine, DECAY, frozen)
         masters = [engine.weights(on_host)]
         with engine.gathered(list(dual.parameters())):
             before = {n: p.detach().clone() for n, p in dual.named_parameters()}

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import transformers as hf
 from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
+from llm2clip_plugin.train.averages import ReferenceTower, copy_image_side
 from llm2clip_plugin.train.checkpoint import on_host
-from llm2clip_plugin.train.engine import Reference, frozen_copy
 from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.train.losses.patches import PatchCaptions, PatchReference
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
@@ -78,9 +78,9 @@ def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, d
         dual = tiny_dual(way.pop("family", "clip"), way.pop("pool", "pooled"))
         if way.pop("checkpointing", False):
             enable_gradient_checkpointing(dual.tower)
-        frozen = frozen_copy(dual)
+        frozen = copy_image_side(dual)
         engine = tiny_engine(world=world, dual=dual, **way)  # pyright: ignore[reportArgumentType]
-        step = tiny_step(engine, terms=TERMS, reference=Reference(engine, 1.0, module=frozen))
+        step = tiny_step(engine, terms=TERMS, reference=ReferenceTower(engine, 1.0, frozen))
         values = [step(batch_of(dual, i, rank, world))[1] for i in range(STEPS)]
         results[name] = {"values": values, "moments": engine.moments(on_host)}
     return results

@@ -16,8 +16,8 @@ from train_helpers import (
     tiny_step,
 )
 
-from llm2clip_plugin.train.checkpoint import TWIN, load, on_host
-from llm2clip_plugin.train.engine import Reference, frozen_copy
+from llm2clip_plugin.train.averages import ReferenceTower, copy_image_side
+from llm2clip_plugin.train.checkpoint import REFERENCE, load, on_host
 
 STEPS = 4
 SAVED_AT = 2
@@ -34,7 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(world: int, way: dict[str, Any], loaded: Any = None) -> tuple[Any, Reference, Any]:
+def build(world: int, way: dict[str, Any], loaded: Any = None) -> tuple[Any, ReferenceTower, Any]:
     """Engine, reference and step of a way, new or from a checkpoint."""
     way = dict(way)
     decay = way.pop("decay", DECAY)
@@ -42,18 +42,18 @@ def build(world: int, way: dict[str, Any], loaded: Any = None) -> tuple[Any, Ref
     dual = TinyDual()
     if loaded is not None:
         dual.load_state_dict(dict(loaded.weights))
-    frozen = frozen_copy(dual)
+    frozen = copy_image_side(dual)
     engine = tiny_engine(world=world, dual=dual, **way)
     if loaded is not None:
         engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
-    reference = Reference(
-        engine, decay, module=frozen, values=loaded.twin if loaded is not None else None
+    reference = ReferenceTower(
+        engine, decay, frozen, values=loaded.reference if loaded is not None else None
     )
     return engine, reference, tiny_step(engine, terms=TERMS, reference=reference)
 
 
 def steps(
-    built: tuple[Any, Reference, Any], numbers: range, rank: int, world: int
+    built: tuple[Any, ReferenceTower, Any], numbers: range, rank: int, world: int
 ) -> dict[str, list[float]]:
     _, reference, step = built
     values = []
@@ -75,7 +75,9 @@ def train(rank: int, world: int, folder: str, ways: list[str]) -> dict[str, Any]
         engine, reference, _ = built
         first = engine.weights(on_host)
         before = steps(built, range(SAVED_AT), rank, world)
-        save_now(Path(folder) / f"{world} {name}", new_state(SAVED_AT), engine, {TWIN: reference})
+        save_now(
+            Path(folder) / f"{world} {name}", new_state(SAVED_AT), engine, {REFERENCE: reference}
+        )
         after = steps(built, range(SAVED_AT, STEPS), rank, world)
         values = reference.values(on_host)
         results[name] = {"first": first, "before": before, "after": after, "values": values}

@@ -52,7 +52,7 @@ def train(rank: int, world: int, folder: str, stage: int, stuck_in: str = "") ->
     engine, state, average = newest(run, world, stage=stage, micro=16)
     assert ".safetensors" not in Path("/proc/self/maps").read_text()
     batches = (tiny_batch(i, rank=rank, world=world) for i in range(state.step, STEPS))
-    run_loop(parts_of(run, engine, state, batches, references={AVERAGES: average}))
+    run_loop(parts_of(run, engine, state, batches, averages={AVERAGES: average}))
 
 
 @pytest.mark.parametrize(("stage", "file"), [(1, OPTIMIZER), (3, MODEL)])

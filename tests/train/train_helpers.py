@@ -15,9 +15,10 @@ from forked import context
 from torch import Tensor, nn
 
 from llm2clip_plugin.signals import StopRequest
+from llm2clip_plugin.train.averages import WeightAverage
 from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState, load
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
-from llm2clip_plugin.train.engine import Engine, Reference
+from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.loop import LoopParts
 from llm2clip_plugin.train.losses.base import patch_layers, weighted_terms
 from llm2clip_plugin.train.optim import Trained, complete, is_vector, parameter_groups
@@ -230,7 +231,7 @@ def parts_of(run: Path, engine: Any, state: Any, batches: Any, **more: Any) -> A
     )
 
 
-def newest(run: Path, world: int = 1, **way: Any) -> tuple[Any, Any, Reference]:
+def newest(run: Path, world: int = 1, **way: Any) -> tuple[Any, Any, WeightAverage]:
     """Engine, state and moving average of a run's newest checkpoint, or of a new run."""
     path = Checkpoints(run, keep=0).find("auto")
     loaded = load(path) if path else None
@@ -239,7 +240,7 @@ def newest(run: Path, world: int = 1, **way: Any) -> tuple[Any, Any, Reference]:
         engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
     state = loaded.state if loaded else new_state()
     values = loaded.averages if loaded else None
-    return engine, state, Reference(engine, 0.9, warmup=True, updates=state.step, values=values)
+    return engine, state, WeightAverage(engine, 0.9, warmup=True, updates=state.step, values=values)
 
 
 def new_state(step: int = 0) -> Any:
@@ -259,10 +260,10 @@ def trainable_names(model: nn.Module) -> list[str]:
 
 
 def save_now(
-    run: Path, state: Any, engine: Any, references: Mapping[str, Any] | None = None, keep: int = 1
+    run: Path, state: Any, engine: Any, averages: Mapping[str, Any] | None = None, keep: int = 1
 ) -> Path:
     """Write a checkpoint to its end."""
-    with Saver(Checkpoints(run, keep=keep), engine, references) as saver:
+    with Saver(Checkpoints(run, keep=keep), engine, averages) as saver:
         saver.save(state)
         saver.finish()
     return saver.checkpoints.path(state.step)

@@ -42,11 +42,11 @@ class Features:
     # (b,) or (j, b) int64: pairs that share one are not negatives of each other
     caption_hashes: Tensor | None
     image_ids: Tensor | None  # (b,) int64, likewise
-    # L2-normalized, no gradient: of the frozen tower; None if the run has none
+    # L2-normalized, no gradient: of the reference tower; None if the run has none
     reference_bD: Tensor | None = None
     # of the tower's hidden state ``layer``, float32; None if no term reads them
     patches_bTH: Tensor | None = None
-    reference_patches_bTH: Tensor | None = None  # the frozen tower's, no gradient
+    reference_patches_bTH: Tensor | None = None  # the reference tower's, no gradient
     # patches in the space of the anchors, L2-normalized; None likewise
     patch_features_bTD: Tensor | None = None
     # (b, 2) rows and columns of patches of images that keep their aspect

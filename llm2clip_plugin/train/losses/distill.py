@@ -34,7 +34,7 @@ def structure_loss(
 @dataclass(frozen=True, kw_only=True)
 class Distill(LossTerm):
     """``--loss.terms infonce=1 distill=WEIGHT``: 1/b sum_i |x_i - r_i|^2 (ProCLIP's semantic term)
-    + ``structure`` x structure_loss, x the tower's image features, r those of its frozen tower
+    + ``structure`` x structure_loss, x the tower's image features, r those of its reference tower
     (``--distill.reference``).
 
     Both parts are means, over images and over pairs of images, so that a weight means the same for
@@ -51,7 +51,8 @@ class Distill(LossTerm):
     def __call__(self, features: Features) -> Tensor:
         if features.reference_bD is None:
             raise ValueError(
-                "loss term distill has no reference to compare with: this step has no frozen tower"
+                "loss term distill has no reference to compare with: "
+                "this step has no reference tower"
             )
         anchor_bD = features.anchor_bD
         reference_bD = features.reference_bD

@@ -56,7 +56,7 @@ class PatchCaptions(LossTerm):
 @dataclass(frozen=True, kw_only=True)
 class PatchReference(LossTerm):
     """``--loss.terms infonce=1 patch_reference=WEIGHT``: loss = 1/b sum_i 1/T sum_t (1 - cos(p_it,
-    r_it)), over the T patches of an image, p the tower's, r its frozen tower's
+    r_it)), over the T patches of an image, p the tower's, r its reference tower's
     (``--distill.reference``; ``start``: the tower as it was).
 
     A mean over images, so a weight means the same for any batch, ranks and micro-batches. With
@@ -75,7 +75,7 @@ class PatchReference(LossTerm):
         if patches_bTH is None or reference_bTH is None:
             raise ValueError(
                 "loss term patch_reference has nothing to compare with: "
-                "this step has no frozen tower"
+                "this step has no reference tower"
             )
         distance_bT = 1 - F.cosine_similarity(patches_bTH, reference_bTH, dim=-1)
         mask_bT = features.patch_mask(distance_bT.shape[1])

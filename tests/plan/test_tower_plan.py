@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_data import make_tower
 
-from llm2clip_plugin.stages import tower as tower_command
 from llm2clip_plugin.stages.settings import TEACHERS
 from llm2clip_plugin.stages.tower_config import RECIPES, recipe
+from llm2clip_plugin.stages.training import main_tower
 from llm2clip_plugin.train.config import OptimConfig, TowerConfig
 from llm2clip_plugin.train.model import build_dual, shape_dual, trained_parameters
 from llm2clip_plugin.vision.directory import DualConfig
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("no_network")
 
 def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     capsys.readouterr()
-    assert tower_command.main([*argv, "--dry-run"]) == 0
+    assert main_tower([*argv, "--dry-run"]) == 0
     return capsys.readouterr().out
 
 

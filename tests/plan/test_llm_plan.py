@@ -13,12 +13,13 @@ from tensor_memory import peak_bytes
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from llm2clip_plugin.cli import run
-from llm2clip_plugin.stages.llm import shape_llm, step_memory, trained_module
+from llm2clip_plugin.plan.llm import llm_memory, shape_llm
 from llm2clip_plugin.stages.llm_config import LLM_RECIPES, FinetuneConfig
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.finetune import trained_module
 from llm2clip_plugin.text.llm import llm_config
-from llm2clip_plugin.text.pair_step import equal_parts
+from llm2clip_plugin.text.pair_module import equal_parts
 
 # published, less the 8B's head of 128,256 x 4096 (the 1B's is its table of embeddings)
 PARAMETERS = {
@@ -104,7 +105,8 @@ def test_expected_activations_are_near_a_real_steps_peak(
     config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, gradient_checkpointing=checkpointing)
     )
-    module = trained_module(CaptionEncoder(config.encoder, "cpu", trainable_adapter=True), config)
+    encoder = CaptionEncoder(config.encoder, "cpu", trainable_adapter=True)
+    module = trained_module(encoder, config.lora, config.contrast, config.train)
     texts = inputs()
 
     def step() -> None:
@@ -115,5 +117,6 @@ def test_expected_activations_are_near_a_real_steps_peak(
     step()  # makes the gradients themselves
     settings = llm_config(config.encoder)
     shape = shape_llm(settings, config.encoder, config.lora, config.train.precision)
-    memory = step_memory(config, settings, shape, texts=2, tokens=TOKENS)
+    sections = (config.encoder, config.lora, config.contrast, config.optim, config.train)
+    memory = llm_memory(shape, settings, *sections, texts=2, tokens=TOKENS)
     assert 0.85 < peak_bytes(step) / (TEXTS / 2 * memory.pair_bytes) < 1.15
