@@ -5,16 +5,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llm2clip_plugin.contracts import EncoderCard, RunRecord, TowerCard
+from llm2clip_plugin.contracts import RunRecord, TowerCard
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
+from llm2clip_plugin.stages.embedder import export_dual, export_text
 from llm2clip_plugin.stages.tower_export import export_run
-from llm2clip_plugin.text.adapter import adapter_sha256, attach_adapter, merge
-from llm2clip_plugin.text.config import CARD_SETTINGS, EXPORT_LLM, EncoderConfig, ExportConfig
+from llm2clip_plugin.text.adapter import adapter_sha256
+from llm2clip_plugin.text.config import EXPORT_LLM, EncoderConfig, ExportConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.llm import keep_layers, load_backbone
+from llm2clip_plugin.text.merged import write_merged
 from llm2clip_plugin.vision.convert import EXPORT
 from llm2clip_plugin.vision.convert.importing import convert
 from llm2clip_plugin.vision.directory import fetch_directory, located
@@ -36,7 +35,12 @@ def main(argv: list[str]) -> int:
                 f"--format {options.format} converts a tower directory, a run's is RUN/tower; "
                 "leave out --push"
             )
-        converted = convert(options.source, output, options.format, replace=replace)
+        if options.format == "sentence-transformers":
+            where = {"llm": options.llm, "adapter": options.adapter}
+            merge = options.merge
+            converted = export_dual(options.source, output, **where, merge=merge, replace=replace)
+        else:
+            converted = convert(options.source, output, options.format, replace=replace)
         print(f"{converted}: verified by reloading")
         return 0
     if is_run:
@@ -104,6 +108,8 @@ def export_llm(config: ExportConfig) -> Path:
     if config.encoder.load_in_4bit:
         raise ValueError("an adapter cannot be merged into 4-bit weights; omit --load-in-4bit")
     encoder = CaptionEncoder(dataclasses.replace(config.encoder, compute_dtype="float32"), "cpu")
+    if config.format == "sentence-transformers":
+        return export_text(encoder, config.output, replace=config.overwrite)
     with output_folder(config.output, MODEL_FOLDER, replace=config.overwrite) as temporary:
         write_merged(encoder, temporary)
         trusted = config.encoder.trust_remote_code
@@ -118,31 +124,3 @@ def export_llm(config: ExportConfig) -> Path:
                 f"{config.output}: reloaded embeddings differ by {worst:.2g} of their norm"
             )
     return Path(config.output)
-
-
-def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
-    """Write merged weights of all blocks, those above the pooled layer included, with tokenizer and
-    card."""
-    config = encoder.config
-    model = load_backbone(
-        encoder.folder, dataclasses.replace(config, layer=-1), torch.float32, encoder.device
-    )
-    if config.adapter:  # it may cover only the blocks up to the pooled layer
-        blocks = model.get_submodule("layers")
-        norm = model.get_submodule("norm")
-        depth = model.config.num_hidden_layers
-        keep_layers(model, config.layer)
-        model = merge(attach_adapter(model, fetch_directory(config.adapter)))
-        lower = list(model.get_submodule("layers"))  # type: ignore[call-overload]
-        model.set_submodule("layers", torch.nn.ModuleList([*lower, *list(blocks)[len(lower) :]]))  # type: ignore[call-overload]
-        model.set_submodule("norm", norm)
-        model.config.num_hidden_layers = depth
-    model.save_pretrained(folder)
-    encoder.open_tokenizer().save_pretrained(folder)  # as it was opened
-    EncoderCard(
-        base=config.llm,
-        base_sha256="",  # the folder itself holds the weights
-        **{name: vars(config)[name] for name in CARD_SETTINGS},
-        post_sha256=encoder.post.save(folder) if encoder.post is not None else "",
-        training={"adapter_sha256": encoder.identity().adapter_sha256},
-    ).write(folder / EncoderCard.FILE)

@@ -389,13 +389,25 @@ def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str)
 # The options of ``llm2clip export-llm``.
 
 
+LLM_FORMATS = ("transformers", "sentence-transformers")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Export a fine-tuned LLM."""
 
     output: str = setting(help="folder to write")
+    format: str = setting(
+        "transformers",
+        help="transformers: for this package and AutoModel; sentence-transformers: also for "
+        "SentenceTransformer(DIR)",
+    )
     overwrite: bool = setting(False, help="replace an existing folder")
     encoder: EncoderConfig = section(EncoderConfig())
+
+    def __post_init__(self) -> None:
+        if self.format not in LLM_FORMATS:
+            raise ValueError(unknown("--format", self.format, LLM_FORMATS))
 
 
 EXPORT_LLM = Command(
@@ -405,7 +417,7 @@ EXPORT_LLM = Command(
     about="Export a fine-tuned LLM: merged weights and how they embed. The folder is reloaded, and "
     "its embeddings are compared, before it counts.",
     settings=ExportConfig,
-    everyday="llm adapter preset output overwrite",
+    everyday="llm adapter preset output format overwrite",
 )
 
 

@@ -22,6 +22,10 @@ HOMES = {  # heavy package -> the only places that may import it
     },
     "bitsandbytes": {"llm2clip_plugin/text/", "llm2clip_plugin/train/optim.py"},
     "llava": {"llava_integration/"},
+    "sentence_transformers": {
+        "llm2clip_plugin/text/embedder_modules.py",
+        "llm2clip_plugin/stages/embedder",
+    },
     "vllm": {"llava_integration/serve/"},
 }
 

@@ -8,6 +8,7 @@ from llm2clip_plugin.options import Command, setting, unknown
 FORMATS = {  # of llm2clip export
     "clip": "transformers' CLIPVisionModelWithProjection",
     "onnx": "image encoder for ONNX Runtime",
+    "sentence-transformers": "pictures and texts for SentenceTransformer(DIR)",
 }
 
 
@@ -47,6 +48,23 @@ class TowerExportConfig:
         False,
         help="copy the teacher LLM's adapter, so that the directory embeds texts with the base LLM",
     )
+    merge: bool = setting(
+        False,
+        help="with --format sentence-transformers: write the teacher LLM's weights, too, its "
+        "adapter merged, so that the directory needs nothing else",
+    )
+    llm: str = setting(
+        "",
+        help='with --format sentence-transformers: folder or Hub id of the teacher LLM; "": where '
+        "the tower's card says",
+        per_host=True,
+    )
+    adapter: str = setting(
+        "",
+        help='with --format sentence-transformers: folder of the teacher LLM\'s adapter; "": where '
+        "the tower's card says",
+        per_host=True,
+    )
     checkpoint: str = setting("", help='a run\'s checkpoint to export; "": the newest')
     ema: bool = setting(False, help="export a run's moving average instead of its weights")
     push: str | None = setting(None, help="OWNER/NAME: also upload the tower directory to the Hub")
@@ -56,6 +74,8 @@ class TowerExportConfig:
     def __post_init__(self) -> None:
         if self.format not in (formats := ("tower", *FORMATS)):
             raise ValueError(unknown("--format", self.format, formats))
+        if self.format != "sentence-transformers" and (self.merge or self.llm or self.adapter):
+            raise ValueError("--merge, --llm and --adapter require --format sentence-transformers")
 
 
 EXPORT = Command(
