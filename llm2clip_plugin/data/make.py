@@ -111,9 +111,11 @@ def main(argv: list[str]) -> int:
             raise ValueError(
                 f"none of the {len(items)} files in {config.path} can be used: {_why(items[0])}"
             )
-        rows = [{"image": image, "reason": reason} for image, reason in left_out]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (folder / LEFT_OUT).write_text("".join(lines), encoding="utf-8", errors="replace")
+        lines = ""
+        for image, reason in left_out:
+            row = {"image": image, "reason": reason}
+            lines += json.dumps(row, ensure_ascii=False) + "\n"
+        (folder / LEFT_OUT).write_text(lines, encoding="utf-8", errors="replace")
     samples = len(items) - len(left_out)
     captions = sum(len(item.captions) for item in items if not item.problem)
     print(f"{config.output}: {samples:,} samples, {captions:,} captions, {size_text(size)}")

@@ -166,11 +166,13 @@ def mean_score(rows: Sequence[CaptionScore]) -> CaptionScore:
 def caption_sets(config: CaptionSetConfig, read: ReadConfig) -> dict[str, Pairs]:
     """What is retrieved: pairs of captions by row name, without an encoder. ValueError if no image
     has both kinds."""
-    source = open_source(
-        SourceConfig(path=config.captions, **{**vars(read), "kinds": (), "languages": ()})
-    )
-    captions = [source.captions(number) for number in range(min(len(source), config.limit))]
-    every_caption = [caption for _, of_sample in captions for caption in of_sample]
+    how_to_read = {**vars(read), "kinds": (), "languages": ()}
+    source = open_source(SourceConfig(path=config.captions, **how_to_read))
+    samples = min(len(source), config.limit)
+    captions = [source.captions(number) for number in range(samples)]
+    every_caption: list[Caption] = []
+    for _, of_sample in captions:
+        every_caption += of_sample
     home = config.home
     sets: dict[str, Pairs] = {}
     for kinds in config.retrieve:

@@ -104,13 +104,16 @@ def intervals(scores: ScoreFile) -> dict[str, Interval]:
     """Of recall at the first k in every part and direction, by the metric's name."""
     queries: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for item in scores.items:
-        k = next(key for key in item if key.startswith("r"))
-        prefix = "" if item["part"] == ALL else f"{item['part']}/"
-        queries[f"{prefix}{item['side']}_{k}"].append(item)
+        recalls = [key for key in item if key.startswith("r")]
+        metric = f"{item['side']}_{recalls[0]}"
+        if item["part"] != ALL:
+            metric = f"{item['part']}/{metric}"
+        queries[metric].append(item)
     by_metric: dict[str, Interval] = {}
     for name, items in queries.items():
         hits = [item["score"] for item in items]
-        by_metric[name] = bootstrap_mean(hits, [item["cluster"] for item in items])
+        clusters = [item["cluster"] for item in items]
+        by_metric[name] = bootstrap_mean(hits, clusters)
     return by_metric
 
 
@@ -336,15 +339,22 @@ def write_scores(scores: ScoreFile, path: str) -> None:
 
 def print_table(title: str, rows: Mapping[str, Mapping[str, str]], caption: str) -> None:
     """Named rows, and one column for each key of theirs."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    columns: list[str] = []
+    for row in rows.values():
+        columns += [column for column in row if column not in columns]
     lines = [["", *columns]]
     for name, row in rows.items():
-        lines.append([name, *(row.get(column, "") for column in columns)])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        cells = [row.get(column, "") for column in columns]
+        lines.append([name, *cells])
+    widths: list[int] = []
+    for column in zip(*lines, strict=True):
+        widths.append(max(len(cell) for cell in column))
     print(f"\n{title}")
     for name, *cells in lines:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        print("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
+        aligned = [name.ljust(widths[0])]
+        for cell, width in zip(cells, widths[1:], strict=True):
+            aligned.append(cell.rjust(width))
+        print("  ".join(aligned).rstrip())
     print(caption)
 
 
@@ -358,11 +368,15 @@ def print_scores(
         part, _, metric = name.rpartition("/")
         cell = f"{100 * value:.1f}"
         if interval := intervals.get(name):
-            cell += f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-        rows.setdefault(part, {})[metric] = cell
+            low = 100 * interval.low
+            high = 100 * interval.high
+            cell += f" [{low:.1f}, {high:.1f}]"
+        row = rows.setdefault(part, {})
+        row[metric] = cell
     first = "headline" if ALL in rows else ALL
-    counts = ", ".join(f"{number} {name}" for name, number in scores.counts.items())
-    caption = "; ".join(filter(None, ["percent", counts, caption]))
-    print_table(title, {part or first: row for part, row in rows.items()}, caption)
+    named_rows = {part or first: row for part, row in rows.items()}
+    counts = [f"{number} {name}" for name, number in scores.counts.items()]
+    notes = ["percent", ", ".join(counts), caption]
+    print_table(title, named_rows, "; ".join(note for note in notes if note))
     for note in scores.notes[:NOTES_SHOWN]:
         print(printable(note))

@@ -6,6 +6,7 @@ Shapes: N images, B of a batch, S pixels a side, M captions, D projection dimens
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -199,13 +200,19 @@ def encode_texts(encoders: Dual, teacher_UW: Tensor, all_ranks: bool = False) ->
     batches = teacher_UW.split(TEXT_BATCH)
     ranks = world_size(group)
     # every rank makes the same number of calls, the last ones perhaps with a row that is not used
-    turns = range(rank(group), -(-len(batches) // ranks) * ranks, ranks)
+    calls = math.ceil(len(batches) / ranks)
     encoded_here: list[Tensor] = []
-    for turn in turns:
-        teacher_BW = batches[turn] if turn < len(batches) else batches[0][:1]
-        encoded_here.append(encoders.encode_text(teacher_BW.to(device)).float().cpu())
+    for call in range(calls):
+        number = call * ranks + rank(group)
+        teacher_BW = batches[number] if number < len(batches) else batches[0][:1]
+        text_BD = encoders.encode_text(teacher_BW.to(device))
+        encoded_here.append(text_BD.float().cpu())
     encoded = gather_objects(encoded_here, group)
-    return torch.cat([encoded[number % ranks][number // ranks] for number in range(len(batches))])
+    parts: list[Tensor] = []
+    for number in range(len(batches)):
+        of_rank = encoded[number % ranks]
+        parts.append(of_rank[number // ranks])
+    return torch.cat(parts)
 
 
 def json_field(meta: Mapping[str, Any], name: str, key: str, *, before: str = "") -> Any:

@@ -34,15 +34,28 @@ def draw_retrievals(report: RetrievalReport, source: Source) -> dict[str, Pictur
     pairs = report.pairs
     ranks, image_Q = report.parts[ALL].sides["i2t"]
     caption_Q = torch.searchsorted(pairs.owner_M, image_Q)  # each image's first
-    cosine_Q = (pairs.image_ND[image_Q] * pairs.text_MD[caption_Q]).sum(1)
-    columns = (ranks.higher_Q, -cosine_Q, image_Q, caption_Q)
-    queries = sorted(zip(*(column.tolist() for column in columns), strict=True))
-    worst_first = queries[SHOWN:][::-1]
+    image_QD = pairs.image_ND[image_Q]
+    text_QD = pairs.text_MD[caption_Q]
+    cosine_Q = (image_QD * text_QD).sum(1)
+    queries = list(
+        zip(
+            ranks.higher_Q.tolist(),
+            (-cosine_Q).tolist(),
+            image_Q.tolist(),
+            caption_Q.tolist(),
+            strict=True,
+        )
+    )
+    queries.sort()
+    others = queries[SHOWN:]
+    others.reverse()
+    selected = {"best": queries[:SHOWN], "worst": others[:SHOWN]}
     grids: dict[str, Picture] = {}
-    for name, selected in (("best", queries[:SHOWN]), ("worst", worst_first[:SHOWN])):
-        if selected:
-            places = [(image, caption, higher + 1) for higher, _, image, caption in selected]
-            grids[f"eval/{name}"] = _draw_grid(report.pairs, source, places)
+    for name, rows in selected.items():
+        if not rows:
+            continue
+        places = [(image, caption, higher + 1) for higher, _, image, caption in rows]
+        grids[f"eval/{name}"] = _draw_grid(pairs, source, places)
     return grids
 
 
@@ -55,14 +68,21 @@ def _draw_grid(
     texts: list[str] = []
     for column, (image, caption, rank) in enumerate(queries):
         left = column * SIDE
-        nearest = int((pairs.text_MD @ pairs.image_ND[image]).argmax())
-        caption_line = f"place {rank}: {pairs.captions[caption].text}"
-        texts.append(f"{caption_line}\nfirst: {pairs.captions[nearest].text}")
+        scores_M = pairs.text_MD @ pairs.image_ND[image]
+        nearest = int(scores_M.argmax())
+        own_text = pairs.captions[caption].text
+        nearest_text = pairs.captions[nearest].text
+        text = f"place {rank}: {own_text}\nfirst: {nearest_text}"
+        texts.append(text)
         with suppress(BrokenSample, BrokenImage):
-            picture = load(open_header(source[pairs.numbers[image]].read_image()))
-            grid.paste(ImageOps.contain(picture, (SIDE, SIDE)), (left, 0))
+            sample = source[pairs.numbers[image]]
+            picture = load(open_header(sample.read_image()))
+            small = ImageOps.contain(picture, (SIDE, SIDE))
+            grid.paste(small, (left, 0))
         lines: list[str] = []
-        for part in texts[-1].split("\n"):
-            lines += textwrap.wrap(part, LINE)[:LINES]
-        ImageDraw.Draw(grid).multiline_text((left + 4, SIDE + 4), "\n".join(lines), "black")
+        for part in text.split("\n"):
+            wrapped = textwrap.wrap(part, LINE)
+            lines += wrapped[:LINES]
+        below = (left + 4, SIDE + 4)
+        ImageDraw.Draw(grid).multiline_text(below, "\n".join(lines), "black")
     return grid, "\n".join(texts)

@@ -129,15 +129,18 @@ class ImageFeatures:
         metrics = {name: float(hit_N.mean()) for name, hit_N in hits.items()}
         labels = torch.unique(self.label_N)
         for name, metric in means.items():
-            metrics[metric] = float(
-                torch.stack([hits[name][self.label_N == label].mean() for label in labels]).mean()
-            )
+            mean_of_class = [hits[name][self.label_N == label].mean() for label in labels]
+            metrics[metric] = float(torch.stack(mean_of_class).mean())
+        hits_of = {name: hit_N.tolist() for name, hit_N in hits.items()}
+        first = next(iter(hits_of))
         labeled = zip(self.keys, self.clusters, self.label_N.tolist(), strict=True)
-        items: list[dict[str, Any]] = [
-            {"id": key, "cluster": cluster, "part": names[n]} for key, cluster, n in labeled
-        ]
-        for item, *of_item in zip(items, *(hit_N.tolist() for hit_N in hits.values()), strict=True):
-            item |= {"score": of_item[0], **dict(zip(hits, of_item, strict=True))}
+        items: list[dict[str, Any]] = []
+        for number, (key, cluster, label) in enumerate(labeled):
+            item: dict[str, Any] = {"id": key, "cluster": cluster, "part": names[label]}
+            item["score"] = hits_of[first][number]
+            for name, values in hits_of.items():
+                item[name] = values[number]
+            items.append(item)
         return ScoreFile(
             benchmark="",
             metrics=metrics,

@@ -138,16 +138,18 @@ def nearest(parts: Sequence[Path], text_QD: Tensor, count: int) -> Hits:
     for path in parts:
         with errors_about(path, fix="delete it and rerun the same command"):
             tensors = load_file(path)
-        scores = torch.cat((score_Qk, text_QD.float() @ tensors["image_ND"].float().T), dim=1)
-        numbers = torch.cat((number_Qk, tensors["number_N"].expand(len(text_QD), -1)), dim=1)
+        score_QN = text_QD.float() @ tensors["image_ND"].float().T
+        number_QN = tensors["number_N"].expand(len(text_QD), -1)
+        scores = torch.cat((score_Qk, score_QN), dim=1)
+        numbers = torch.cat((number_Qk, number_QN), dim=1)
         score_Qk, chosen = scores.topk(min(count, scores.shape[1]), dim=1)
         number_Qk = numbers.gather(1, chosen)
     if not score_Qk.shape[1]:
         raise ValueError("the data has no readable images")
-    return [
-        list(zip(*of_text, strict=True))
-        for of_text in zip(number_Qk.tolist(), score_Qk.tolist(), strict=True)
-    ]
+    hits: Hits = []
+    for numbers_k, scores_k in zip(number_Qk.tolist(), score_Qk.tolist(), strict=True):
+        hits.append(list(zip(numbers_k, scores_k, strict=True)))
+    return hits
 
 
 def folder_of_images(path: str) -> InMemorySource | None:

@@ -192,12 +192,14 @@ class RunFolder:
             if name not in now["files"]:
                 of_artifact = "" if name == artifact.name else f" of {artifact.name}"
                 changes.append(f"{name}{of_artifact} is gone")
-        common = [name for name in now["files"] if name in was["files"]]
-        changes += [
-            f"{paths[name]} changed" for name in common if now["files"][name] != was["files"][name]
-        ]
+        for name, digest in now["files"].items():
+            if name in was["files"] and was["files"][name] != digest:
+                changes.append(f"{paths[name]} changed")
+        last = changes[-1]
         others = len(changes) - 1
-        return changes[-1] + (f" (and {others} more)" if others else "")
+        if others:
+            return f"{last} (and {others} more)"
+        return last
 
     def _key(self, stage: Stage) -> list[str]:
         """The words with what they name in place of paths that may be moved, without the options

@@ -59,6 +59,14 @@ SEVERAL = "it needs images with several captions"
 CONTAINED = "in most images one caption contains another, so it learns little"
 
 
+def default_batch(train_images: int) -> int:
+    """Pairs per step where none are set: the power of two above a sixteenth of the images, 8 to
+    256."""
+    sixteenth = train_images // 16
+    power_of_two = 1 << sixteenth.bit_length()
+    return min(256, max(8, power_of_two))
+
+
 class Plan:
     """Stages in order, as they are added, and what their commands have in common."""
 
@@ -71,8 +79,7 @@ class Plan:
         # pictures of rows are read where they are, those of tars are copied by the split
         self.pictures = [self.data] if isinstance(source, RowSource) else []
         self.train_images = round(len(source) * (1 - config.validation))
-        small = min(256, max(8, 1 << (self.train_images // 16).bit_length()))
-        self.batch = config.global_batch or small  # pairs per step
+        self.batch = config.global_batch or default_batch(self.train_images)  # pairs per step
         sides = outputs(source, self.out / "data")
         self.paths = {side: str(path) for side, path in sides.items()}  # train and validation
         # options of the commands that read these, of those that read the whole data, of trainings
@@ -167,9 +174,10 @@ def add_split(run: Plan) -> dict[str, Artifact]:
     """Check the data and hold out a part; the data of both sides."""
     config = run.config
     run.add("check the data", "data", "check", *run.read_all, reads=[run.data])
-    sides = {
-        side: run.output(f"the {side} data", f"data/{Path(run.paths[side]).name}") for side in SPLIT
-    }
+    sides: dict[str, Artifact] = {}
+    for side in SPLIT:
+        name = Path(run.paths[side]).name
+        sides[side] = run.output(f"the {side} data", f"data/{name}")
     words = ["data", "split", *run.read_all, "--output", run.out / "data"]
     words += ["--validation", f"{config.validation:g}", *changed_options(config, ("by",))]
     makes = [*sides.values(), run.output("the record of the split", "data/split.json")]
@@ -188,9 +196,11 @@ def add_stage_1(run: Plan, pairs: str, train_side: Artifact) -> tuple[str, list[
     trained = run.output("the trained adapter", "llm/adapter")
     epochs = 1 if run.train_images > 100 * run.batch else 4
     steps = max(1, run.train_images * epochs // run.batch)
+    warmup_steps = min(300, steps // 10)
     words = ["finetune-llm", run.paths["train"], *run.read, *run.open_llm]
-    words += ["--pair-kinds", pairs, *run.batches, "--max-steps", steps]
-    words += ["--warmup-steps", min(300, steps // 10), "--output", run.out / "llm"]
+    words += ["--pair-kinds", pairs, *run.batches]
+    words += ["--max-steps", steps, "--warmup-steps", warmup_steps]
+    words += ["--output", run.out / "llm"]
     run.add("stage 1", *words, reads=[train_side, run.llm], makes=[trained], output="llm")
     return str(run.out / "llm" / "adapter"), [run.llm, trained]
 

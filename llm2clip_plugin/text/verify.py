@@ -77,9 +77,13 @@ def _cached_sample(source: Source, directory: Path) -> Iterator[_CachedCaption]:
         name, index = source.locate(number)
         key, captions = source.captions(number)
         with suppress(ContractError):  # another caption than the one that was embedded
-            for caption in list(filter(has_text, captions))[:1]:
-                rows = files[name].row_numbers(index, [caption], key)
-                yield _CachedCaption(key, caption.text, files[name].embeddings(rows)[0])
+            with_text = [caption for caption in captions if has_text(caption)]
+            if not with_text:
+                continue
+            first = with_text[0]
+            rows = files[name].row_numbers(index, [first], key)
+            row_1W = files[name].embeddings(rows)
+            yield _CachedCaption(key, first.text, row_1W[0])
 
 
 def renew_cache(source: Source, encoder: TextEncoder, directory: Path) -> None:

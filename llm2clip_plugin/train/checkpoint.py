@@ -213,14 +213,23 @@ class Checkpoints:
         """Remove all but the newest ``keep`` checkpoints, and what a killed run left; returns what
         failed."""
         older = [path for path in sorted(self.folder.glob("step-*")) if path.name < newest.name]
-        old = older[: max(0, len(older) + 1 - self.keep)] if self.keep else []
+        removed: list[Path] = []
+        if self.keep:
+            kept_before = self.keep - 1  # beside the newest
+            count = max(0, len(older) - kept_before)
+            removed += older[:count]
+        removed += self.folder.glob(".*.tmp")
+        removed += self.folder.glob(".*.old")
         warnings = []
-        for path in [*old, *self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
+        for path in removed:
             try:
                 # half removed, it could be taken for a complete one
                 if not path.name.startswith("."):
                     path = path.rename(path.with_name(f".{path.name}.{time.time_ns():x}.old"))
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             except OSError as error:
                 warnings.append(f"cannot remove {path}: {error}; trying again after the next save")
         return warnings

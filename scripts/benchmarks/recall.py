@@ -33,9 +33,12 @@ def one_hot_recall(image: Tensor, text: Tensor, owner: Tensor, batch: int) -> di
         for side, scores, pairs in (("t2i", score, correct), ("i2t", score.T, correct.T)):
             hits = []
             for start in range(0, len(scores), batch):
-                some = slice(start, start + batch)
-                chosen = one_hot(torch.topk(scores[some], k, dim=1).indices, scores.shape[1])
-                hits.append((chosen * pairs[some, None, :]).sum((1, 2)) / pairs[some].sum(1) > 0)
+                some_scores = scores[start : start + batch]
+                some_pairs = pairs[start : start + batch]
+                top = torch.topk(some_scores, k, dim=1).indices
+                chosen = one_hot(top, scores.shape[1])
+                correct_chosen = (chosen * some_pairs[:, None, :]).sum((1, 2))
+                hits.append(correct_chosen / some_pairs.sum(1) > 0)
             metrics[f"{side}_r{k}"] = float(torch.cat(hits).double().mean())
     return metrics
 

@@ -188,29 +188,36 @@ def retrieval_table(towers: Mapping[str, Rows]) -> str:
         count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
         heads.append(f"{TEACHERS[name]} ({count})")
     rows = []
-    for name, first in next(iter(towers.values())).items():
+    first_tower = next(iter(towers.values()))
+    for name, row in first_tower.items():
         cells = [spread(mean_scores(seeds, name)) for seeds in groups.values()]
-        rows.append((name, *cells, fraction(first.chance)))
-    return markdown_table(("mean reciprocal rank, tower", *heads, "chance"), rows)
+        rows.append((name, *cells, fraction(row.chance)))
+    head = ("mean reciprocal rank, tower", *heads, "chance")
+    return markdown_table(head, rows)
 
 
 def failures(towers: Mapping[str, Rows], claims: Sequence[Claim]) -> list[str]:
     """Requirements that a short run missed: towers above the control, a fine-tuned teacher above
     the raw one."""
     row = "test families, long captions, image → caption"
-    reached = {name: fmean(mean_scores(seeds, row)) for name, seeds in by_name(towers).items()}
+    reached: dict[str, float] = {}
+    for name, seeds in by_name(towers).items():
+        reached[name] = fmean(mean_scores(seeds, row))
     if "shuffled" not in reached:
         return [
             "no tower of the control, shuffled-seed0, to compare with; rerun scripts/quickstart.sh"
         ]
     control = reached["shuffled"]
-    missed = [
-        f"{TEACHERS[name]!r} reaches {value:.3f}, not above the control's {control:.3f}"
-        for name, value in reached.items()
-        if name not in ("shuffled", "random") and value <= control
-    ]
-    keywords = [claim for claim in claims if claim["name"] == HEADLINE[2]]
-    return missed + [claims_table([claim]) for claim in keywords if claim["difference"] <= 0]
+    missed: list[str] = []
+    for name, value in reached.items():
+        if name not in ("shuffled", "random") and value <= control:
+            missed.append(
+                f"{TEACHERS[name]!r} reaches {value:.3f}, not above the control's {control:.3f}"
+            )
+    for claim in claims:
+        if claim["name"] == HEADLINE[2] and claim["difference"] <= 0:
+            missed.append(claims_table([claim]))
+    return missed
 
 
 def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:

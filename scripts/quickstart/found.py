@@ -221,13 +221,17 @@ def tell(report: Mapping[str, Any]) -> list[str]:
         f"Right picture found among {report['images']} drawings of things that training never saw, "
         "before -> after:"
     ]
-    for before, after in zip(report["recall"]["before"], report["recall"]["after"], strict=True):
-        first, ten = (f"{before[k]:5.1f} % -> {after[k]:5.1f} %" for k in ("first 1", "first 10"))
+    recall = report["recall"]
+    for before, after in zip(recall["before"], recall["after"], strict=True):
+        first = f"{before['first 1']:5.1f} % -> {after['first 1']:5.1f} %"
+        ten = f"{before['first 10']:5.1f} % -> {after['first 10']:5.1f} %"
         lines.append(f"  {first} first, {ten} among ten: {before['title']}")
     lines.append("Names drawn at random, and the rank of their picture:")
     for query in report["queries"][:5]:
         name = report["names"][query["concept"]]
-        ranks = f"{query['before']['rank']:3} -> {query['after']['rank']:3}"
+        rank_before = query["before"]["rank"]
+        rank_after = query["after"]["rank"]
+        ranks = f"{rank_before:3} -> {rank_after:3}"
         lines.append(f"  {ranks}  {query['text']}  ({query['language']}: {name})")
     return lines
 
@@ -241,10 +245,13 @@ def main() -> None:
     options = parser.parse_args()
     target = options.output / "found.json"
     towers = [options.output / "towers" / name for name in SIDES.values()]
-    if not target.is_file() or any(
-        tower.stat().st_mtime > target.stat().st_mtime for tower in towers
-    ):
-        write_text(target, json.dumps(find(options.data, options.output), ensure_ascii=False))
+    is_current = target.is_file()
+    if is_current:
+        written = target.stat().st_mtime
+        is_current = all(tower.stat().st_mtime <= written for tower in towers)
+    if not is_current:
+        report = find(options.data, options.output)
+        write_text(target, json.dumps(report, ensure_ascii=False))
     lines = tell(json.loads(target.read_text(encoding="utf-8")))
     write_text(options.output / "found.txt", "\n".join(lines) + "\n")
 

@@ -187,10 +187,13 @@ def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> di
     for name, cache in caches.items():
         embeddings = Embeddings()
         for number, sample in enumerate(samples):
-            rows = cache.rows(*source.locate(number), sample.captions, key=sample.key)
+            concept = sample.meta["concept"]
+            shard, index = source.locate(number)
+            rows = cache.rows(shard, index, sample.captions, key=sample.key)
             for caption, row in zip(sample.captions, rows, strict=True):
-                of_part = embeddings.setdefault((caption.kind, caption.language), {})
-                of_part.setdefault(sample.meta["concept"], row)
+                part = (caption.kind, caption.language)
+                of_part = embeddings.setdefault(part, {})
+                of_part.setdefault(concept, row)
         rows_of_teacher[name] = teacher_queries(embeddings, family)
     return rows_of_teacher
 

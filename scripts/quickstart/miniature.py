@@ -74,15 +74,15 @@ Row = dict[str, Any]  # a question; of held-out ones with its "answer"
 def emoji(split: str) -> list[Sample]:
     """(key, PNG, description) of a split's pictures in every style; English captions by kind are
     ``english`` in it."""
-    samples = [
-        sample for shard in sorted(EMOJI.glob(f"{split}-*.tar")) for sample in read_tar(shard)
-    ]
+    samples: list[Sample] = []
+    for shard in sorted(EMOJI.glob(f"{split}-*.tar")):
+        samples += read_tar(shard)
     for _, _, about in samples:
-        about["english"] = {
-            caption["kind"]: caption["text"]
-            for caption in about["captions"]
-            if caption["language"] == "en"
-        }
+        english: dict[str, str] = {}
+        for caption in about["captions"]:
+            if caption["language"] == "en":
+                english[caption["kind"]] = caption["text"]
+        about["english"] = english
     return samples
 
 
@@ -94,20 +94,22 @@ def easy_vqa(
     folder = folder_of("easy_vqa") / "data" / split
     questions = json.loads((folder / "questions.json").read_text())
     draw = random.Random(0)
-    all_images = sorted({image for _, _, image in questions})
-    chosen = set(
-        all_images if pictures is None else draw.sample(all_images, min(pictures, len(all_images)))
-    )
+    chosen = sorted({image for _, _, image in questions})
+    if pictures is not None:
+        chosen = draw.sample(chosen, min(pictures, len(chosen)))
+    is_chosen = set(chosen)
     yes_or_no: list[int] = []
     others: list[int] = []
     for number, (_, answer, image) in enumerate(questions):
-        if image in chosen:
-            if answer in YES_NO:
-                yes_or_no.append(number)
-            else:
-                others.append(number)
-    numbers = draw.sample(yes_or_no, count // 2)
-    numbers += draw.sample(others, count - count // 2)
+        if image not in is_chosen:
+            continue
+        if answer in YES_NO:
+            yes_or_no.append(number)
+        else:
+            others.append(number)
+    half = count // 2
+    numbers = draw.sample(yes_or_no, half)
+    numbers += draw.sample(others, count - half)
     for number in sorted(numbers):
         question, answer, image = questions[number]
         yield f"shape-{number}", folder / "images" / f"{image}.png", question, answer
@@ -115,9 +117,15 @@ def easy_vqa(
 
 def talk(key: str, question: str, answer: str, picture: str = "") -> Row:
     """A sample of one turn in LLaVA's format; ``picture``: its file."""
-    asked = {"from": "human", "value": f"<image>\n{question}" if picture else question}
-    image = {"image": picture} if picture else {}
-    return {"id": key, **image, "conversations": [asked, {"from": "gpt", "value": answer}]}
+    row: Row = {"id": key}
+    if picture:
+        row["image"] = picture
+        question = f"<image>\n{question}"
+    row["conversations"] = [
+        {"from": "human", "value": question},
+        {"from": "gpt", "value": answer},
+    ]
+    return row
 
 
 def conversations(questions: list[Row]) -> list[Row]:
@@ -126,14 +134,23 @@ def conversations(questions: list[Row]) -> list[Row]:
     of_picture: dict[str, list[Row]] = {}
     for row in questions:
         of_picture.setdefault(row["image"], []).append(row)
-    records = []
-    for some in (
-        rows[n : n + TURNS] for rows in of_picture.values() for n in range(0, len(rows), TURNS)
-    ):
-        first, *later = (turn for row in some for turn in row["conversations"])
-        turns = [{**turn, "value": turn["value"].removeprefix("<image>\n")} for turn in later]
-        records.append({**some[0], "conversations": [first, *turns]})
+    records: list[Row] = []
+    for rows in of_picture.values():
+        for start in range(0, len(rows), TURNS):
+            records.append(joined(rows[start : start + TURNS]))
     return records
+
+
+def joined(rows: list[Row]) -> Row:
+    """Rows of one picture as one conversation, which shows the picture once."""
+    turns: list[dict[str, str]] = []
+    for row in rows:
+        for turn in row["conversations"]:
+            text = turn["value"]
+            if turns:
+                text = text.removeprefix("<image>\n")
+            turns.append({**turn, "value": text})
+    return {**rows[0], "conversations": turns}
 
 
 def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> None:
@@ -152,7 +169,9 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
     with atomic_directory(output, replace=True) as temporary:
         images = temporary / "images"
         images.mkdir()
-        for key, png, about in (sample for sample in pictures if sample[2]["concept"] in chosen):
+        for key, png, about in pictures:
+            if about["concept"] not in chosen:
+                continue
             (images / f"{key}.png").write_bytes(png)
             english = about["english"]
             picture = f"{key}.png"
@@ -344,14 +363,17 @@ def score(output: Path, name: str, note: str, teacher: Any) -> None:
     ``side-seedN`` goes to ``DIR/scores/side/seedN``: ``llm2clip compare`` takes the files below
     ``side`` for its runs."""
     path = output / "data" / "questions.jsonl"
-    answer_to = {
-        row["question_id"]: row["text"].strip()
-        for row in read_jsonl(output / f"{name}.answers.jsonl")
-    }
+    answer_to: dict[str, str] = {}
+    for row in read_jsonl(output / f"{name}.answers.jsonl"):
+        answer_to[row["question_id"]] = row["text"].strip()
     of_kind: dict[str, list[Row]] = {}
     for row in read_jsonl(path):
-        of_kind.setdefault(row["kind"], []).append({**row, "answer": answer_to[row["question_id"]]})
-    results = [closed(kind, of_kind[kind], guesses(output)) for kind in CLOSED if kind in of_kind]
+        answered = {**row, "answer": answer_to[row["question_id"]]}
+        of_kind.setdefault(row["kind"], []).append(answered)
+    results: list[ScoreFile] = []
+    for kind in CLOSED:
+        if kind in of_kind:
+            results.append(closed(kind, of_kind[kind], guesses(output)))
     if OPEN in of_kind:
         results.append(by_keyword(of_kind[OPEN]))
         if teacher:

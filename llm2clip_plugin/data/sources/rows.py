@@ -162,10 +162,15 @@ def pack_rows(items: Iterable[tuple[int, Any]]) -> Rows:
     return rows
 
 
+def _parts(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    """The rows in lists of ROWS_PER_SHARD, the last one shorter."""
+    while part := list(islice(rows, ROWS_PER_SHARD)):
+        yield part
+
+
 def _shards(rows: Rows, stem: str, stamp: tuple[int, int]) -> Iterator[ShardRows]:
     """One shard, called ``stem``, or several of a long file."""
-    rows = iter(rows)
-    parts = iter(lambda: list(islice(rows, ROWS_PER_SHARD)), [])
+    parts = _parts(iter(rows))
     first = list(islice(parts, 2))
     for number, part in enumerate(chain(first, parts)):
         table = []

@@ -84,13 +84,21 @@ def recall_by_language(pairs: EmbeddedPairs, config: RetrievalConfig, **options:
     """The mean of the languages' recalls, each over its own captions; recall over all captions is
     ``all/...``."""
     scores = recall(pairs, config, **options)
-    parts = sorted({key.split("/")[0] for key in scores.metrics if "/" in key})
+    parts: set[str] = set()
+    names: list[str] = []
+    for key in scores.metrics:
+        part, slash, _ = key.partition("/")
+        if slash:
+            parts.add(part)
+        else:
+            names.append(key)
     if not parts:
         return scores
     metrics = dict(scores.metrics)
-    for name in [key for key in scores.metrics if "/" not in key]:
+    for name in names:
         metrics[f"{ALL}/{name}"] = scores.metrics[name]
-        metrics[name] = sum(scores.metrics[f"{part}/{name}"] for part in parts) / len(parts)
+        of_languages = [scores.metrics[f"{part}/{name}"] for part in sorted(parts)]
+        metrics[name] = sum(of_languages) / len(parts)
     notes = [*scores.notes, f"headline: mean over {len(parts)} languages"]
     return dataclasses.replace(scores, metrics=metrics, notes=notes)
 
