@@ -162,7 +162,7 @@ def pack_rows(items: Iterable[tuple[int, Any]]) -> Rows:
     return rows
 
 
-def _parts(rows: Iterator[Any]) -> Iterator[list[Any]]:
+def _parts(rows: Iterator[Row]) -> Iterator[list[Row]]:
     """The rows in lists of ROWS_PER_SHARD, the last one shorter."""
     while part := list(islice(rows, ROWS_PER_SHARD)):
         yield part
