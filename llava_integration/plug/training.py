@@ -136,19 +136,19 @@ def load_beside_lora(model: Any, folder: str) -> None:
     if not parameters:
         return
     path = Path(folder) / BESIDE_LORA
-    fix = "delete the checkpoint, or choose another --output_dir"
+    advice = "delete the checkpoint, or choose another --output_dir"
     if not path.is_file():
         raise ContractError(
             f"{folder} has no {BESIDE_LORA}: training would resume with a projector that has "
-            f"learned nothing; {fix}"
+            f"learned nothing; {advice}"
         )
-    with errors_about(path, fix=fix):
+    with errors_about(path, fix=advice):
         weights = torch.load(path, map_location="cpu", weights_only=True)
     expected = {name: tuple(value.shape) for name, value in parameters.items()}
     saved = {name: tuple(value.shape) for name, value in weights.items()}
     if saved != expected:
         differing = sorted(dict(saved.items() ^ expected.items()))
-        raise ContractError(f"{path} does not fit the model: {', '.join(differing)}; {fix}")
+        raise ContractError(f"{path} does not fit the model: {', '.join(differing)}; {advice}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

@@ -59,15 +59,15 @@ def simulate(setting: Setting, simulations: int) -> Outcome:
         intervals = adjusted_intervals(results)
         adjusted = holm([result.p for result in results])
         holds = []
-        shown = []
+        significant = []
         for (low, high), p, truth in zip(intervals, adjusted, truths, strict=True):
             holds.append(low - 1e-9 <= truth <= high + 1e-9)
             widths.append(high - low)
             if truth == 0:
-                shown.append(p < 1 - LEVEL)
+                significant.append(p < 1 - LEVEL)
         covered.append(all(holds))
-        if shown:
-            wrong.append(any(shown))
+        if significant:
+            wrong.append(any(significant))
     return Outcome(
         covered=float(np.mean(covered)),
         wrong_verdicts=float(np.mean(wrong)) if wrong else None,
@@ -139,9 +139,9 @@ def clustered(
     image_N = np.repeat(np.arange(len(sizes)), sizes)
 
     def draw(rng: Rng) -> Drawn:
-        own = rng.random(len(image_N))
+        own_chance = rng.random(len(image_N))
         fate = rng.random(len(sizes))[image_N]
-        luck = np.where(rng.random(len(image_N)) < shared, fate, own)
+        luck = np.where(rng.random(len(image_N)) < shared, fate, own_chance)
         new = np.where(luck < won, 1.0, np.where(luck > 1 - lost, 0.0, 0.5))
         return one(1 - new, new, clusters, won - lost)
 

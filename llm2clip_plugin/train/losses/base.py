@@ -92,10 +92,10 @@ class LossTerm(ABC):
 def stack_ids(*ids: Tensor | None) -> Tensor | None:
     """(b,) or (j, b) int64 each -> (j, b) of those that are not None, or None; ids of two arguments
     do not meet."""
-    given = [
+    present = [
         x.reshape(-1, x.shape[-1]) + kind * ID_SPACE for kind, x in enumerate(ids) if x is not None
     ]
-    return torch.cat(given) if given else None
+    return torch.cat(present) if present else None
 
 
 class PairBlocks:

@@ -114,8 +114,10 @@ def _loss_and_gradients(
     whole_bTD, *others = (x.detach().float() for x in (patch_bTD, blocks.positive_ND, scale))
     mask_bT = features.patch_mask(patch_bTD.shape[1])
     rows_and_masks = [(rows, None if mask_bT is None else mask_bT[rows]) for rows in blocks]
-    given = others[0], others[1], temperature
-    logits_bN = torch.cat([_logits(whole_bTD[rows], *given, mask) for rows, mask in rows_and_masks])
+    shared = others[0], others[1], temperature
+    logits_bN = torch.cat(
+        [_logits(whole_bTD[rows], *shared, mask) for rows, mask in rows_and_masks]
+    )
     every = slice(0, blocks.rows)
     if (excluded_bN := blocks.excluded(every)) is not None:
         logits_bN.masked_fill_(excluded_bN, EXCLUDED)
