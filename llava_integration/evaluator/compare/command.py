@@ -8,12 +8,15 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from llava_integration.evaluator.compare.comparison import (
+    MIN_OVERLAP,
     Side,
     build,
+    load_models,
     load_sides,
     ordered,
     paired_runs,
@@ -24,6 +27,8 @@ from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.bootstrap import expansion, t_quantile
 from llm2clip_plugin.options import Command, setting
 from llm2clip_plugin.outside import printable_lines
+
+WORSE_STATUS = 4  # exit status of --fail-on worse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,15 @@ class CompareConfig:
     same_model: bool = setting(
         False,
         help="logs of one benchmark with several model names are runs (seeds) of one model",
+    )
+    min_overlap: float = setting(
+        MIN_OVERLAP,
+        help="fraction of a benchmark's items that both sides must have; others are left out",
+    )
+    fail_on: Literal["nothing", "worse"] = setting(
+        "nothing",
+        help="worse: exit with status 4 if a new side is worse on some benchmark",
+        needs="not plan",
     )
     references: bool = setting(True, help="show the published numbers")
     image_folder: Path | None = setting(
@@ -78,6 +92,7 @@ class CompareConfig:
     def __post_init__(self) -> None:
         for name, fits, expected in (
             ("level", 0.5 <= self.level < 1, "a number in [0.5, 1)"),
+            ("min-overlap", 0 <= self.min_overlap <= 1, "a number in [0, 1]"),
             ("effect", self.effect > 0, "a number above 0"),
             ("runs", min(self.runs, default=0) > 0, "whole numbers above 0"),
             ("output", self.output is None or not self.output.is_file(), "a folder"),
@@ -87,10 +102,6 @@ class CompareConfig:
                 value = getattr(self, name.replace("-", "_"))
                 written = " ".join(map(str, value)) if isinstance(value, tuple) else value
                 raise ValueError(f"--{name} {written} is invalid; expected {expected}")
-        if not self.new and not self.plan:
-            raise ValueError(
-                "compare needs a second side: BASE NEW; with BASE alone, --plan says what one needs"
-            )
 
 
 COMMAND = Command(
@@ -102,14 +113,14 @@ COMMAND = Command(
     "(seeds).",
     settings=CompareConfig,
     arguments="base new",
-    everyday="names all-pairs output level references image-folder plan effect",
+    everyday="names all-pairs output level fail-on references image-folder plan effect",
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compare score files and write the reports."""
     args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
-    sides = load_sides([args.base, *args.new], args.names, same_model=args.same_model)
+    sides = sides_of(args)
     if args.plan:
         print_plan(sides, args)
         return 0
@@ -118,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         level=args.level,
         references=args.references,
         all_pairs=args.all_pairs,
+        min_overlap=args.min_overlap,
     )
     if args.output:  # before printing, which `| head` may end
         reports = {
@@ -128,7 +140,29 @@ def main(argv: list[str] | None = None) -> int:
         for ending, report in reports.items():
             print(f"wrote {write_text(args.output / f'compare.{ending}', report)}", file=sys.stderr)
     print(printable_lines(text(comparison)))  # names in it come from score files
+    is_worse = any(row.verdict == "worse" for row in comparison.rows)
+    if is_worse and args.fail_on == "worse":
+        return WORSE_STATUS
     return 0
+
+
+def sides_of(args: CompareConfig) -> list[Side]:
+    """The sides that are named, or, of BASE alone, one for each of its models. Raises ValueError if
+    there is but one."""
+    if args.new or args.plan:
+        return load_sides([args.base, *args.new], args.names, same_model=args.same_model)
+    sides = load_models(args.base)
+    if len(sides) < 2:
+        raise ValueError(
+            "compare needs a second side: BASE NEW, or a BASE with several models (a table with "
+            "the column model); with one model, --plan says what a comparison needs"
+        )
+    if args.names and len(args.names) != len(sides):
+        models = ", ".join(side.name for side in sides)
+        raise ValueError(f"{len(args.names)} --names for {len(sides)} models: {models}")
+    if args.names:
+        return [replace(side, name=name) for side, name in zip(sides, args.names, strict=True)]
+    return sides
 
 
 def print_plan(sides: Sequence[Side], args: CompareConfig) -> None:

@@ -35,7 +35,7 @@ from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.hashes import sha256_file
 
 EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
-FEWEST_IN_COMMON = 0.9  # fraction of questions that both sides must have
+MIN_OVERLAP = 0.9  # fraction of questions that both sides must have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,37 @@ def load_side(path: Path, name: str = "", *, same_model: bool = False) -> Side:
     """Read a score file or another evaluator's log, or all below a folder; several of one benchmark
     are its runs. Raises FileNotFoundError, or ContractError for what can't be read or compared,
     such as logs of several models, unless they are said to be runs of the ``same_model``."""
+    runs, notes = load_runs(path)
+    side = side_of(path, runs, name or (path.name if path.is_dir() else ""), notes)
+    if not same_model:
+        for of_benchmark in side.runs.values():
+            check_one_model(path, of_benchmark)
+    return side
+
+
+def load_models(path: Path) -> list[Side]:
+    """A side for each model in a table or in the logs below a folder, in the order in which they
+    appear."""
+    runs, notes = load_runs(path)
+    models: dict[str, list[Run]] = {}
+    for run in runs:
+        models.setdefault(model_of(run), []).append(run)
+    return [side_of(path, of_model, name, notes) for name, of_model in models.items()]
+
+
+def side_of(path: Path, runs: Sequence[Run], name: str, notes: Sequence[str]) -> Side:
+    """The side of these runs, by benchmark; without a ``name`` it has the model's or the file's."""
+    by_benchmark: dict[str, tuple[Run, ...]] = {}
+    for run in runs:
+        by_benchmark[run.benchmark] = (*by_benchmark.get(run.benchmark, ()), run)
+    return Side(
+        name=name or runs[0].model or path.stem, path=path, runs=by_benchmark, notes=tuple(notes)
+    )
+
+
+def load_runs(path: Path) -> tuple[list[Run], list[str]]:
+    """All runs in a file or below a folder, and notes on what is left out. Raises
+    FileNotFoundError, or ContractError if nothing can be compared."""
     if not path.exists():
         raise FileNotFoundError(f"no score file, log or folder {path}")
     records = read_logs(path)
@@ -104,7 +135,7 @@ def load_side(path: Path, name: str = "", *, same_model: bool = False) -> Side:
         raise FileNotFoundError(
             f"{path} has no score files (`llm2clip score` writes them) and no logs; {known}"
         )
-    runs: dict[str, tuple[Run, ...]] = {}
+    runs = []
     notes = []
     copies = copied_logs(records)
     for file, record in records:
@@ -117,15 +148,15 @@ def load_side(path: Path, name: str = "", *, same_model: bool = False) -> Side:
                 f"{file} is a copy of {original}: not counted as another run of {record.benchmark}"
             )
             continue
-        run = run_of(file, record)
-        runs[run.benchmark] = (*runs.get(run.benchmark, ()), run)
+        try:
+            runs.append(run_of(file, record))
+        except ContractError as error:
+            if len(records) == 1:
+                raise
+            notes.append(f"left out: {error}")
     if not runs:
         raise ContractError("; ".join(notes))
-    if not same_model:
-        for of_benchmark in runs.values():
-            check_one_model(path, of_benchmark)
-    default = path.name if path.is_dir() else records[0][1].model or path.stem
-    return Side(name=name or default, path=path, runs=runs, notes=tuple(notes))
+    return runs, notes
 
 
 def copied_logs(records: Iterable[tuple[Path, Log]]) -> dict[str, dict[Path, Path]]:
@@ -149,9 +180,14 @@ def copied_logs(records: Iterable[tuple[Path, Log]]) -> dict[str, dict[Path, Pat
 SEED = re.compile(r"(seed|run)[-_ =]*\d+", re.IGNORECASE)
 
 
+def model_of(run: Run) -> str:
+    """The run's model, without the number of a seed."""
+    return SEED.sub(r"\1", run.model)
+
+
 def check_one_model(path: Path, runs: Sequence[Run]) -> None:
     """Raises ContractError if the logs of a benchmark are of several models: they are no runs."""
-    models = sorted({SEED.sub(r"\1", run.model) for run in runs if run.model})
+    models = sorted({model_of(run) for run in runs if run.model})
     if len(models) > 1:
         raise ContractError(
             f"{path} has logs of {len(models)} models ({', '.join(models)}) on "
@@ -257,7 +293,33 @@ def load_sides(
     sides = rename_equal(
         sides, [f"{side.path.resolve().parent.name}/{side.path.stem}" for side in sides]
     )
-    return rename_equal(sides, [f"{side.name} #{number}" for number, side in enumerate(sides)])
+    sides = rename_equal(sides, [f"{side.name} #{number}" for number, side in enumerate(sides)])
+    return with_common_task(sides)
+
+
+UNNAMED = "scores"  # the task of tables that name none
+
+
+def with_common_task(sides: Sequence[Side]) -> list[Side]:
+    """The sides, of which those with a single table that names no task get the task of the others,
+    or UNNAMED: two tables of a few columns are of the same items."""
+    if any(len(side.runs) != 1 for side in sides):
+        return list(sides)
+    named = set()
+    for side in sides:
+        for name, runs in side.runs.items():
+            if runs[0].named:
+                named.add(name)
+    all_names = {name for side in sides for name in side.runs}
+    if len(all_names) == 1 or len(named) > 1:
+        return list(sides)
+    task = named.pop() if named else UNNAMED
+    renamed = []
+    for side in sides:
+        (runs,) = side.runs.values()
+        runs = tuple(replace(run, benchmark=task, title=task) for run in runs)
+        renamed.append(replace(side, runs={task: runs}))
+    return renamed
 
 
 def rename_equal(sides: Sequence[Side], names: Sequence[str]) -> list[Side]:
@@ -364,9 +426,11 @@ def build(
     level: float = 0.95,
     references: bool = True,
     all_pairs: bool = False,
+    min_overlap: float = MIN_OVERLAP,
 ) -> Comparison:
     """Compare every side with the first, or every two; Holm's p-values are over all rows. Raises
     ContractError for scores that are from 0 to 1 on one side and from 0 to 100 on another."""
+    sides = with_common_task(sides)
     other_scales = check_scales(sides)
     sides = in_one_unit(sides)
     notes = [note for side in sides for note in side.notes]
@@ -378,7 +442,17 @@ def build(
             only = base.name if name in base.runs else new.name
             notes.append(f"{name} is not compared: only {only} has its scores")
     bar = tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
-    rows = adjusted_rows([compare_benchmark(*task, level=level) for task in bar])
+    rows: list[Row] = []
+    problems = []
+    for task in bar:
+        try:
+            rows.append(compare_benchmark(*task, level=level, min_overlap=min_overlap))
+        except ContractError as error:
+            problems.append(error)
+    if not rows:
+        raise problems[0]
+    notes += [f"not compared: {problem}" for problem in problems]
+    rows = adjusted_rows(rows)
     titles = {}
     units = {}
     scores = {}
@@ -523,9 +597,11 @@ def warnings(sides: Sequence[Side]) -> Iterator[str]:
             yield f"the sides differ in their {setting}, which alone may move scores: {listed}"
 
 
-def compare_benchmark(base: Side, new: Side, name: str, *, level: float) -> Row:
+def compare_benchmark(
+    base: Side, new: Side, name: str, *, level: float, min_overlap: float = MIN_OVERLAP
+) -> Row:
     """One benchmark: pair the questions, compare, count wins."""
-    base_runs, new_runs, notes = paired_runs(name, base, new)
+    base_runs, new_runs, notes = paired_runs(name, base, new, min_overlap=min_overlap)
     first = base_runs[0]
     base_statistics = [run.statistic for run in base_runs]
     new_statistics = [run.statistic for run in new_runs]
@@ -602,17 +678,19 @@ def scores_by_category(
     }
 
 
-def paired_runs(name: str, base: Side, new: Side) -> tuple[list[Run], list[Run], list[str]]:
+def paired_runs(
+    name: str, base: Side, new: Side, *, min_overlap: float = MIN_OVERLAP
+) -> tuple[list[Run], list[Run], list[str]]:
     """Both sides' runs on the questions that all have, in one order, and notes; ContractError for
-    another truth."""
+    another truth, or if less than ``min_overlap`` of the questions are in common."""
     runs = [*base.runs[name], *new.runs[name]]
     shared = set.intersection(*(set(run.ids) for run in runs))
     largest = max(len(run.ids) for run in runs)
-    if len(shared) < FEWEST_IN_COMMON * largest:
+    if not shared or len(shared) < min_overlap * largest:
         counts = f"{len(shared)} questions of {', '.join(str(len(run.ids)) for run in runs)}"
         raise ContractError(
             f"{name}: {base.name} and {new.name} share {counts}; "
-            "evaluate both on the same questions"
+            "evaluate both on the same questions, or lower --min-overlap"
         )
     shared_ids = [identifier for identifier in runs[0].ids if identifier in shared]
     runs = [run.pick(shared_ids) for run in runs]

@@ -16,7 +16,14 @@ from typing import Any
 
 from llava_integration.evaluator.benchmarks.benchmark import Item, find_image
 from llava_integration.evaluator.benchmarks.rules import benchmarks
-from llava_integration.evaluator.compare.comparison import Comparison, Row, Run, Side, paired_runs
+from llava_integration.evaluator.compare.comparison import (
+    Comparison,
+    Row,
+    Run,
+    Side,
+    paired_runs,
+    with_common_task,
+)
 from llm2clip_plugin.hashes import sha256_text
 from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.report_text import p_value
@@ -157,6 +164,7 @@ def page(
 ) -> str:
     """The page's HTML. ``images``: folder of evaluation folders, or of one benchmark;
     ``questions``: disagreements per benchmark and pair of sides, wins and losses evenly."""
+    sides = with_common_task(sides)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     encoded: dict[str, str | None] = {}
@@ -199,7 +207,7 @@ def browser_questions(
         if row.base != comparison.names[0]:
             continue
         side = comparison.names.index(row.new)
-        base_runs, new_runs, _ = paired_runs(row.benchmark, sides[0], sides[side])
+        base_runs, new_runs, _ = paired_runs(row.benchmark, sides[0], sides[side], min_overlap=0)
         folders = picture_folders(row.benchmark, [base_runs[0], new_runs[0]], images)
         for base, new in disagreements(base_runs[0].items, new_runs[0].items, questions):
             picture = picture_key(row.benchmark, base, folders, encoded)

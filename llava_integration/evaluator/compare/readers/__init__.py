@@ -52,6 +52,8 @@ class Log(ScoreFile):
     printed: float | None = None
     # of the group whose tasks have one number: name, metric, printed number, aggregate, run
     group: tuple[Any, ...] = ()
+    # whether the log says which task it is of; else its file's name stands for it
+    named: bool = True
     # that it was read from; those of a group's tasks
     files: tuple[Path, ...] = ()
     # why a log has no items: nobody knows how its number is made; other logs are compared
@@ -78,7 +80,7 @@ def readers() -> dict[str, Reader]:
 def read_logs(path: Path) -> list[tuple[Path, Log]]:
     """The scores in a log, or in all logs below a folder; none if there is no log. The tasks of a
     group (BLINK's 14, MMLU's 57) become one. Raises ContractError for a log that cannot be read, or
-    logs of several forms."""
+    logs of several forms. Of several files, one that cannot be read is a log with the reason."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found: dict[Reader, list[Path]] = {}
     for reader in sorted(readers().values(), key=lambda one: one.name != OWN):
@@ -100,16 +102,26 @@ def read_logs(path: Path) -> list[tuple[Path, Log]]:
     gc.disable()  # it would look at a million lines again and again, half of the time
     try:
         for file, reader in ((file, reader) for reader, files in found.items() for file in files):
-            with errors_about(file):
-                for place, log in enumerate(reader.read(file)):
-                    log = replace(log, files=(file,))
-                    groups.setdefault(log.group or (file, place), []).append((file, log))
+            for place, log in enumerate(logs_of(file, reader, alone=len(files) == 1)):
+                groups.setdefault(log.group or (file, place), []).append((file, log))
     finally:
         gc.enable()
     return [
         members[0] if len(members) == 1 else (members[0][0], _merged(members))
         for members in groups.values()
     ]
+
+
+def logs_of(file: Path, reader: Reader, *, alone: bool) -> list[Log]:
+    """The logs in a file. If it is not ``alone`` and cannot be read, one that says why."""
+    try:
+        with errors_about(file):
+            logs = list(reader.read(file))
+    except ContractError as error:
+        if alone:
+            raise
+        logs = [Log(benchmark=file.stem, metrics={}, items=[], unknown=str(error))]
+    return [replace(log, files=(file,)) for log in logs]
 
 
 def _merged(members: list[tuple[Path, Log]]) -> Log:

@@ -54,11 +54,15 @@ def read(path: Path) -> Iterator[Log]:
             f"{path} has no scores; run `inspect score` on it, or give the task a scorer"
         )
     values: dict[str, list[float]] = {}
+    without_score: set[str] = set()
     items: dict[str, dict[str, Any]] = {}
     for sample in samples:
         name = str(sample.get("id"))
         of = sample.get("metadata") or {}
         value = (sample.get("scores") or {}).get(scorer, {}).get("value")
+        if value is None:  # a sample that failed, which inspect_ai doesn't count either
+            without_score.add(name)
+            continue
         value = GRADES.get(value, value) if isinstance(value, str) else value
         values.setdefault(name, []).append(number(value, f"{path}, sample {name}: {scorer}"))
         said = {"cluster": first_of(of, IMAGES) or name, "category": first_of(of, CATEGORIES)}
@@ -68,7 +72,9 @@ def read(path: Path) -> Iterator[Log]:
     model = str(about.get("model", ""))
     notes = []
     samples_of_task = (about.get("dataset") or {}).get("samples") or 0
-    if len(items) < samples_of_task:
+    if lost := without_score - set(items):
+        notes.append(f"{task}: {len(lost)} samples have no score of {scorer}; left out")
+    elif len(items) < samples_of_task:
         notes.append(
             f"{task}: the log has {len(items):,} of the task's {samples_of_task:,} samples; "
             "the number is of these alone"

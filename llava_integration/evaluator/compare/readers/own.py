@@ -8,7 +8,7 @@ groups. XM3600's languages have each their own candidates.
 
 Of a table, ``item`` (or ``id``, ``question_id``) and ``score`` (or ``correct``) must be there.
 ``group`` (or ``cluster``, ``image``): what is resampled together. ``task`` and ``run`` (or
-``seed``) split a table into benchmarks and runs.
+``seed``) split a table into benchmarks and runs, ``model`` into sides.
 """
 
 from collections.abc import Iterator
@@ -75,22 +75,24 @@ def scores_read(path: Path) -> Iterator[Log]:
 
 
 COLUMNS = {  # ours: theirs
-    "id": ("item", "id", "question_id"),
-    "score": ("score", "correct"),
+    "id": ("item", "id", "question_id", "item_id", "sample_id", "example_id"),
+    "score": ("score", "correct", "is_correct", "accuracy"),
     "cluster": ("group", "cluster", "image", "image_id"),
     "category": ("category",),
     "task": ("task", "benchmark"),
     "run": ("run", "seed"),
+    "model": ("model",),
 }
 
 
 def _column_numbers(names: list[str]) -> dict[str, int]:
     """Where each of our columns is in a table."""
     numbers = {}
+    plain_names = [str(name).strip().lower() for name in names]
     for ours, theirs in COLUMNS.items():
         for name in theirs:
-            if name in names:
-                numbers[ours] = names.index(name)
+            if name in plain_names:
+                numbers[ours] = plain_names.index(name)
                 break
     return numbers
 
@@ -101,11 +103,11 @@ def is_table(path: Path) -> bool:
 
 
 def table_read(path: Path) -> Iterator[Log]:
-    """One for each task and run."""
+    """One for each task, run and model."""
     lines = table(path)
     _, names = next(lines)
     column_numbers = _column_numbers(names)
-    tables: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    tables: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for where, cells in lines:
         if len(cells) != len(names):
             raise ContractError(f"{where}: {len(cells)} cells, not {len(names)}")
@@ -120,11 +122,14 @@ def table_read(path: Path) -> Iterator[Log]:
         item["category"] = str(row.get("category") or "")
         task = str(row.get("task") or path.stem)
         run = str(row.get("run") or "")
-        tables.setdefault((task, run), []).append(item)
+        model = str(row.get("model") or "")
+        tables.setdefault((task, run, model), []).append(item)
     if not tables:
         raise ContractError(f"{path} has no items below its first line")
-    for (task, _), items in tables.items():
-        yield Log(benchmark=task, metrics={}, items=items)
+    for (task, _, model), items in tables.items():
+        yield Log(
+            benchmark=task, metrics={}, items=items, model=model, named="task" in column_numbers
+        )
 
 
 READER = [

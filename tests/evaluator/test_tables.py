@@ -1,0 +1,150 @@
+"""What people have: tables of a few columns, several models in one, folders of which one task can't
+be read."""
+
+import json
+
+import pytest
+
+from llava_integration.evaluator.compare.command import main
+from llava_integration.evaluator.compare.comparison import build, load_models, load_side
+from llava_integration.evaluator.compare.report import page
+from llm2clip_plugin.errors import ContractError
+
+
+def table(path, scores, head="item,score", more=""):
+    lines = [head, *(f"{item},{score}{more}" for item, score in enumerate(scores))]
+    path.write_text("\n".join(lines))
+    return path
+
+
+BASE = [0, 1, 0, 0] * 20
+NEW = [1, 1, 0, 1] * 20
+
+
+def test_two_tables_of_two_columns_are_compared(tmp_path, capsys):
+    """Their names are the sides', not two tasks."""
+    base = table(tmp_path / "base.csv", BASE)
+    new = table(tmp_path / "new.csv", NEW, head="ID,Correct")
+    assert main([str(base), str(new), "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "## new (new) against base (base)" in shown
+    assert "+50.00" in shown
+    assert "80 items" in shown
+    (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    assert (row["benchmark"], row["verdict"]) == ("scores", "better")
+    sides = [load_side(base), load_side(new)]
+    assert "+50.00" in page(build(sides), sides)
+
+
+def test_a_table_is_compared_with_the_only_task_of_a_log(tmp_path):
+    log = tmp_path / "samples_toy_2026-11-28T21-57-04.1.jsonl"
+    about = {"doc_hash": "h", "metrics": ["acc"]}
+    lines = [json.dumps({"doc_id": n, **about, "acc": right}) for n, right in enumerate(NEW)]
+    log.write_text("\n".join(lines))
+    (row,) = build([load_side(table(tmp_path / "base.csv", BASE)), load_side(log)]).rows
+    assert row.benchmark == "toy acc"
+    assert row.result.difference == pytest.approx(50)
+
+
+def test_two_tables_of_two_tasks_are_not_compared(tmp_path):
+    base = table(tmp_path / "base.csv", BASE, head="item,score,task", more=",x")
+    new = table(tmp_path / "new.csv", NEW, head="item,score,task", more=",y")
+    with pytest.raises(ValueError, match="no benchmark in common"):
+        main([str(base), str(new)])
+
+
+def test_a_column_of_models_makes_sides(tmp_path, capsys):
+    lines = ["item,score,model,seed"]
+    for model, scores in {"llava": BASE, "ours": NEW, "theirs": BASE}.items():
+        for seed in (0, 1):
+            lines += [f"{item},{score},{model},{seed}" for item, score in enumerate(scores)]
+    path = tmp_path / "all.csv"
+    path.write_text("\n".join(lines))
+    sides = load_models(path)
+    assert [side.name for side in sides] == ["llava", "ours", "theirs"]
+    assert all(len(side.runs["all"]) == 2 for side in sides)
+    assert main([str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "## ours (new) against llava (base)" in shown
+    assert "## theirs (new) against llava (base)" in shown
+    assert main([str(path), "--names", "a", "b", "c"]) == 0
+    assert "## b (new) against a (base)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="2 --names for 3 models: llava, ours, theirs"):
+        main([str(path), "--names", "a", "b"])
+    with pytest.raises(ValueError, match="second side"):
+        main([str(table(tmp_path / "one.csv", BASE))])
+
+
+def test_logs_of_several_models_in_a_folder_are_sides_if_it_is_alone(tmp_path):
+    for model, scores in {"llava": BASE, "ours": NEW}.items():
+        table(tmp_path / f"{model}.csv", scores, head="item,score,task,model", more=f",x,{model}")
+    assert [side.name for side in load_models(tmp_path)] == ["llava", "ours"]
+    with pytest.raises(ContractError, match="logs of 2 models"):
+        load_side(tmp_path)
+
+
+def test_ci_can_fail_on_worse(tmp_path):
+    base = str(table(tmp_path / "base.csv", BASE))
+    new = str(table(tmp_path / "new.csv", NEW))
+    assert main([base, new, "--fail-on", "worse"]) == 0
+    assert main([new, base, "--fail-on", "worse"]) == 4
+    assert main([new, base]) == 0
+
+
+UNREADABLE = {
+    "a repeated item": "item,score,task\n1,0,b\n1,1,b\n",
+    "a sample without a score": "item,score,task\n1,0,b\n2,,b\n",
+    "an infinite score": "item,score,task\n1,0,b\n2,inf,b\n",
+    "a line that was cut": "item,score,task\n1,0,b\n2,1",
+}
+
+
+@pytest.mark.parametrize("fault", UNREADABLE)
+def test_one_task_that_cannot_be_read_is_a_note(tmp_path, fault, capsys):
+    for name, scores in {"base": BASE, "new": NEW}.items():
+        (tmp_path / name).mkdir()
+        table(tmp_path / name / "a.csv", scores, head="item,score,task", more=",a")
+        (tmp_path / name / "b.csv").write_text(UNREADABLE[fault])
+    assert main([str(tmp_path / "base"), str(tmp_path / "new")]) == 0
+    shown = capsys.readouterr().out
+    assert "+50.00" in shown
+    assert f"left out: {tmp_path / 'base' / 'b.csv'}" in shown
+    with pytest.raises(ContractError, match=r"b\.csv"):
+        load_side(tmp_path / "base" / "b.csv")
+
+
+def test_one_task_that_cannot_be_compared_is_a_note(tmp_path):
+    """Half of its items are in common; --min-overlap takes these."""
+    lines = {"base": ["item,score,task"], "new": ["item,score,task"]}
+    for name, scores in {"base": BASE, "new": NEW}.items():
+        start = 40 if name == "new" else 0
+        for item, score in enumerate(scores):
+            lines[name] += [f"{item},{score},a", f"{start + item},{score},b"]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines[name]))
+    sides = [load_side(tmp_path / f"{name}.csv") for name in ("base", "new")]
+    comparison = build(sides)
+    assert [row.benchmark for row in comparison.rows] == ["a"]
+    (note,) = comparison.notes
+    assert "not compared: b: base and new share 40 questions of 80, 80" in note
+    rows = build(sides, min_overlap=0.5).rows
+    assert [(row.benchmark, row.questions) for row in rows] == [("a", 80), ("b", 40)]
+    assert page(build(sides, min_overlap=0.5), sides)
+
+
+def test_samples_of_inspect_ai_without_a_score_are_left_out(tmp_path):
+    samples = [
+        {"id": n, "epoch": 1, "target": "x", "scores": {"match": {"value": grade}}}
+        for n, grade in enumerate("CCI")
+    ]
+    samples.append({"id": 3, "epoch": 1, "target": "x", "error": "out of memory"})
+    log = {
+        "version": 2,
+        "status": "success",
+        "eval": {"run_id": "x", "task": "toy", "dataset": {"samples": 4}},
+        "results": {"scores": [{"name": "match", "scorer": "match"}]},
+        "samples": samples,
+    }
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    (run,) = load_side(tmp_path / "log.json").runs["toy match"]
+    assert run.scores == [1, 1, 0]
+    assert run.notes == ["toy: 1 samples have no score of match; left out"]
