@@ -206,7 +206,9 @@ QUESTION = "What is in this picture?"
 NEW_TOKENS = 16
 IMAGE_SIDES = (427, 640)  # of COCO's pictures: rows, columns
 PIXEL_TOLERANCE = 1e-5  # of normalized pixels; one level of 255 is about 0.015
-LOGIT_TOLERANCE = 1e-3  # of the largest logit
+# of the largest logit: both sides compute in float32 with the same rounded weights, tiny models
+# to 6e-7
+LOGIT_TOLERANCE = 2e-4
 
 # What one side computes: token ids of the prompt, one ``<image>`` for the image; pixels (3, S, S);
 # logits (T, V); the greedy answer, of LLaVA its most likely token at each place of the other's
@@ -262,9 +264,11 @@ def compare(exported: Export, directory: Path) -> str:
 def rounded(model: Any, dtype: torch.dtype) -> Any:
     """The model in fp32, its weights rounded to ``dtype``, and to fp16 outside the tower, as LLaVA
     loads them."""
-    for name, parameter in model.named_parameters():
-        value = parameter.data.to(dtype)
-        parameter.data = value.float() if "vision_tower" in name else value.half().float()
+    # buffers, too: RADIO has the pixels' mean and deviation in its file
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            value = tensor.data.to(dtype)
+            tensor.data = value.float() if "vision_tower" in name else value.half().float()
     # transformers 4.37 makes rotary tables in the dtype that a model is loaded in
     for module in model.modules():
         if hasattr(module, "_set_cos_sin_cache"):

@@ -55,9 +55,9 @@ def made(kind, tower, root, **changes):
     return lora(folder, tower, base_model(root / "vicuna"), **changes)
 
 
-def check(checkpoint, output):
-    """Export it in fp32; what LLaVA's own code computes, to 1e-6 in pixels and 1e-4 in logits."""
-    export_made = Export.of(checkpoint, dtype="fp32")
+def check(checkpoint, output, dtype="fp32"):
+    """Export it; what LLaVA's own code computes, to 1e-6 in pixels and 1e-4 in logits."""
+    export_made = Export.of(checkpoint, dtype=dtype)
     export(export_made, output)
     said = compare(export_made, output)
     found = re.fullmatch(
@@ -81,6 +81,13 @@ def test_equals_llava(tmp_path, home, tower, aspect, kind):
 @pytest.mark.parametrize("tower", TODAY)
 def test_towers_of_today_equal_llava(tmp_path, home, tower):
     check(made("full", tower, tmp_path), tmp_path / "hf")
+
+
+@pytest.mark.both_stacks
+@pytest.mark.parametrize("tower", ["siglip", *({"radio"} & set(TODAY))])
+def test_half_precision_equals_llava(tmp_path, home, tower):
+    """RADIO's file has the pixels' mean and deviation, which half precision rounds, too."""
+    check(made("full", tower, tmp_path), tmp_path / "hf", dtype="fp16")
 
 
 def test_a_tokenizer_that_is_not_legacy_equals_llavas(tmp_path, home):
