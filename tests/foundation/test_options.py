@@ -171,6 +171,13 @@ def test_help_has_units_and_the_names_that_are_declared() -> None:
     assert "secret" not in words
 
 
+@pytest.mark.parametrize("name", cli.OPTIONS)
+def test_every_option_says_what_it_is(name: str) -> None:
+    command: Command = cli.load(cli.OPTIONS[name])
+    silent = [field for field, leaf in command.leaves.items() if not leaf.setting.help]
+    assert not silent, f"declare them with setting(..., help=...): {silent}"
+
+
 def test_help_imports_nothing_large() -> None:
     code = (
         "import sys, llm2clip_plugin.cli as c\n"
