@@ -5,6 +5,7 @@ them there.
     scripts/check_claims.py quickstart-output/default   exits with 1 if numbers moved or are missing
     scripts/check_claims.py quickstart-output/default --record   writes docs/claims*.json, tables
     scripts/check_claims.py quickstart-output/default --record llava   LLaVA's alone; or towers
+    scripts/check_claims.py quickstart-output/default --record map     only the linear map's columns
 
 The files hold, for each claim, the value of every seed on either side. A broken method changes
 differences, so these are compared, in two ways, which fail for one correct rerun in a hundred and
@@ -13,7 +14,8 @@ one in fourteen.
 Numbers: the difference of the two sides and the level of the first, each against the prediction
 interval of the mean of so many more trainings, t * s * sqrt(1 / stated + 1 / new), s the pooled
 standard deviation over seeds (of the difference seed by seed), at a level that all share
-(Bonferroni); ``ROUNDING`` for what involves no training.
+(Bonferroni); ``ROUNDING`` for what involves no training. Where a shown difference may be lost
+within its interval, the table says so: more seeds are needed to see that.
 
 Gains: for each part (teacher, tower, LLaVA) which fraction of its significant differences came
 back, their sum weighted by difference over variance (half interval, squared). It has a lower bound
@@ -31,14 +33,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llava_integration.evaluator.compare.statistics import holm
 from llm2clip_plugin.atomic import write_text
-from llm2clip_plugin.bootstrap import t_quantile
+from llm2clip_plugin.bootstrap import t_cdf, t_quantile
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.json_files import read_json_value as read_json
 from llm2clip_plugin.report_text import estimate, fraction, markdown_table, p_value, spread
 
 sys.path.append(str(Path(__file__).with_name("quickstart")))
-from claims import claims_table
+from claims import claims_table, map_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = ROOT / "docs" / "claims.json"
@@ -59,10 +62,10 @@ LEVEL = 0.05  # of the tests, after Holm's adjustment
 PERCENT = "{:.1f}".format
 POINTS = "{:+.1f}".format
 README_ROWS = {  # headline claim -> what README's table calls it
-    "tower: names in languages never trained on, caption → image": (
+    "tower: names in languages of neither stage, caption → image": (
         "tower: name in another language → image"
     ),
-    "teacher: names in languages never trained on → English": (
+    "teacher: names in languages of neither stage → English": (
         "LLM alone: name in another language → English name"
     ),
     "teacher: name → keywords without its words": (
@@ -78,6 +81,7 @@ RECORDED_FIELDS = (
     "significant",
     "seeds_significant",
     "random",
+    "map",
 )
 # how often a correct rerun may fail for any of its numbers, and of its gains
 NUMBERS_LEVEL = 0.01
@@ -215,6 +219,7 @@ class Checked(NamedTuple):
     now: float
     most: float  # that it may differ by
     same: bool  # within its interval
+    hidden: bool = False  # a shown difference that could be lost within its interval
     format_number: Callable[[float], str] = fraction
 
 
@@ -239,15 +244,17 @@ def check(
 
 
 def check_numbers(
-    name: str, stated: Mapping[str, Any], new: Values, sides: Sides, level: float
+    name: str, stated: Mapping[str, Any], new: Mapping[str, Any], sides: Sides, level: float
 ) -> list[Checked]:
-    """The difference of a claim's sides, the level of its base and that of random embeddings."""
+    """The difference of a claim's sides, the level of its base and those of the controls."""
     pairs: dict[str, tuple[Sequence[float], Sequence[float]]] = {
         "difference": (differences(stated, sides), differences(new, sides))
     }
     for side in (sides[0], "random"):
         if stated.get(side) and new.get(side):
             pairs[side] = (stated[side], new[side])
+    if stated.get("map") and new.get("map"):
+        pairs["linear map"] = (stated["map"]["values"], new["map"]["values"])
     format_number = fraction if sides == RAW_TUNED else PERCENT
     checked = []
     for number, (before, after) in pairs.items():
@@ -255,7 +262,8 @@ def check_numbers(
         now = fmean(after)
         most = reach(before, after, level)
         same = abs(now - old) <= most
-        checked.append(Checked(f"{name}; {number}", old, now, most, same, format_number))
+        hidden = number == "difference" and stated["significant"] and most >= abs(old)
+        checked.append(Checked(f"{name}; {number}", old, now, most, same, hidden, format_number))
     return checked
 
 
@@ -319,7 +327,8 @@ def print_unchecked(folder: Path, rerun: Collection[str], stated: Collection[str
 
 def count_numbers(claim: Mapping[str, Any]) -> int:
     """How many numbers of a claim may be compared: ``check_numbers``."""
-    return 3 if claim.get("random") else 2
+    controls = [name for name in ("random", "map") if claim.get(name)]
+    return 2 + len(controls)
 
 
 def checked_table(checked: Sequence[Checked]) -> str:
@@ -327,8 +336,26 @@ def checked_table(checked: Sequence[Checked]) -> str:
     rows = []
     for number in checked:
         values = map(number.format_number, (number.stated, number.now, number.most))
-        rows.append((number.name, *values, "as stated" if number.same else "**moved**"))
+        result = "as stated" if number.same else "**moved**"
+        if number.hidden and number.same:
+            result += "; would not see that it is lost"
+        rows.append((number.name, *values, result))
     return markdown_table(("number", "stated", "now", "may differ by", "result"), rows)
+
+
+def print_hidden(checked: Sequence[Checked]) -> None:
+    """A line that names the shown differences whose loss so few seeds would not see."""
+    hidden = []
+    for number in checked:
+        if number.hidden:
+            stated = number.format_number(number.stated)
+            hidden.append(f"{number.name} ({stated} ± {number.format_number(number.most)})")
+    if hidden:
+        print(
+            f"too few seeds to see the loss of {len(hidden)} differences: {', '.join(hidden)}; "
+            "use more --seeds",
+            file=sys.stderr,
+        )
 
 
 def table(claims: Mapping[str, Any]) -> str:
@@ -344,22 +371,27 @@ def table(claims: Mapping[str, Any]) -> str:
 
 
 def readme_table(claims: Mapping[str, Any]) -> str:
-    """README's table: a row per headline claim, in words that need no other page."""
+    """README's table: a row per headline claim, in words that need no other page. The linear map
+    has columns if a claim has it."""
+    with_map = any(claim.get("map") for claim in claims.values())
+    head = ["mean reciprocal rank (chance: .02)", "original LLM", "fine-tuned LLM"]
+    head += ["fine-tuned minus original", "p"]
+    if with_map:
+        head.insert(2, "linear map")
+        head.append("fine-tuned minus map")
     rows = []
     for name, claim in claims.items():
         strong = "**" if claim["significant"] else ""
         tuned = f"{strong}{spread(claim['tuned'])}{strong}"
         difference = estimate(claim["difference"], claim["interval"])
         p = p_value(claim["p_adjusted"])
-        rows.append((README_ROWS[name], spread(claim["raw"]), tuned, difference, p))
-    head = (
-        "mean reciprocal rank (chance: .02)",
-        "original LLM",
-        "fine-tuned LLM",
-        "difference",
-        "p",
-    )
-    return markdown_table(head, rows)
+        cells = [README_ROWS[name], spread(claim["raw"]), tuned, difference, p]
+        if with_map:
+            of_map, over_map = map_cells(claim.get("map"), len(claim["tuned"]))
+            cells.insert(2, of_map)
+            cells.append(over_map)
+        rows.append(tuple(cells))
+    return markdown_table(tuple(head), rows)
 
 
 def llava_table(claims: Mapping[str, Any]) -> str:
@@ -370,15 +402,23 @@ def llava_table(claims: Mapping[str, Any]) -> str:
         "tower before stage 2",
         "after",
         "difference",
-        "p (Holm)",
+        "p (Holm; seeds paired)",
         "random embeddings; after minus it",
         "raw LLM; after minus it",
     )
-    return markdown_table(head, [llava_row(name, claim) for name, claim in claims.items()])
+    paired = {side: paired_seeds(claims, side) for side in ("before", *CONTROLS)}
+    rows = []
+    for name, claim in claims.items():
+        p_of = {side: p_of_claim[name] for side, p_of_claim in paired.items()}
+        rows.append(llava_row(name, claim, p_of))
+    return markdown_table(head, rows)
 
 
-def llava_row(name: str, claim: Mapping[str, Any]) -> tuple[str, ...]:
-    """A claim's cells in ``llava_table``."""
+def llava_row(
+    name: str, claim: Mapping[str, Any], paired_p: Mapping[str, float]
+) -> tuple[str, ...]:
+    """A claim's cells in ``llava_table``; ``paired_p``: of its seeds alone, against ``before`` and
+    each control."""
     after = spread(claim["after"], PERCENT)
     p = p_value(claim["p_adjusted"])
     if claim["significant"]:
@@ -391,14 +431,42 @@ def llava_row(name: str, claim: Mapping[str, Any]) -> tuple[str, ...]:
         spread(claim["before"], PERCENT),
         after,
         estimate(claim["difference"], claim["interval"], POINTS),
-        p,
+        f"{p} (paired {p_value(paired_p['before'])})",
     ]
-    for name_of_control in CONTROLS:
-        control = claim["controls"][name_of_control]
+    for side in CONTROLS:
+        control = claim["controls"][side]
         values = spread(control["values"], PERCENT)
         difference = estimate(control["difference"], control["interval"], POINTS)
-        cells.append(f"{values}; {difference}, p {p_value(control['p_adjusted'])}")
+        p = f"{p_value(control['p_adjusted'])} (paired {p_value(paired_p[side])})"
+        cells.append(f"{values}; {difference}, p {p}")
     return tuple(cells)
+
+
+def paired_seeds(claims: Mapping[str, Any], side: str) -> dict[str, float]:
+    """Claim -> p of ``after`` minus ``side`` (before or a control) by a paired t test over seeds,
+    whose tower and batches both sides share, by Holm over the claims of its language model."""
+    p_of: dict[str, float] = {}
+    for model in dict.fromkeys(map(part_of, claims)):
+        names = [name for name in claims if part_of(name) == model]
+        values = []
+        for name in names:
+            claim = claims[name]
+            base = claim["before"] if side == "before" else claim["controls"][side]["values"]
+            values.append(paired_t(base, claim["after"]))
+        p_of |= dict(zip(names, holm(values), strict=True))
+    return p_of
+
+
+def paired_t(base: Sequence[float], new: Sequence[float]) -> float:
+    """Two-sided p of Student's paired t test; 1 for one pair."""
+    difference_S = np.subtract(new, base)
+    seeds = len(difference_S)
+    if seeds < 2 or not difference_S.any():
+        return 1.0
+    error = float(np.std(difference_S, ddof=1)) / math.sqrt(seeds)
+    if error == 0:
+        return 0.0
+    return 2 * (1 - t_cdf(abs(float(difference_S.mean())) / error, seeds - 1))
 
 
 def record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Path, str]) -> None:
@@ -417,15 +485,17 @@ def headline(claims: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_all(folder: Path, parts: str) -> None:
-    """Write the claims of ``parts`` (all, towers or llava). Raises FileNotFoundError if a control
-    is missing."""
+    """Write the claims of ``parts`` (all, towers, map or llava). Raises FileNotFoundError if a
+    control is missing."""
     towers = {} if parts == "llava" else measured(folder)
-    llava = {} if parts == "towers" else measured_llava(folder)
+    if parts == "map":
+        towers = with_map(read_json(CLAIMS), towers)
+    llava = {} if parts in ("towers", "map") else measured_llava(folder)
     has_controls = all(claim["controls"].keys() == CONTROLS.keys() for claim in llava.values())
     for name, claim in towers.items():
-        if part_of(name) == "tower" and not claim.get("random"):
+        if not claim.get("map") or (part_of(name) == "tower" and not claim.get("random")):
             has_controls = False
-    if not has_controls or not (llava or parts == "towers"):
+    if not has_controls or not (llava or towers):
         advice = "run scripts/quickstart.sh --controls, for LLaVA without --no-llava"
         raise FileNotFoundError(f"{folder} has not all controls of what is recorded; {advice}")
     if towers:
@@ -436,6 +506,16 @@ def record_all(folder: Path, parts: str) -> None:
         record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, {BENCHMARKS: llava_table(claims)})
 
 
+def with_map(stated: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The stated claims with the linear map of a run, which may have fewer seeds."""
+    claims = {}
+    for name, claim in stated.items():
+        claims[name] = dict(claim)
+        if of_map := new.get(name, {}).get("map"):
+            claims[name]["map"] = of_map
+    return claims
+
+
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
@@ -443,7 +523,11 @@ def main() -> int:
         "folder", type=Path, help="a quickstart's results, e.g. quickstart-output/default"
     )
     parser.add_argument(
-        "--record", nargs="?", const="all", choices=("all", "towers", "llava"), help="write instead"
+        "--record",
+        nargs="?",
+        const="all",
+        choices=("all", "towers", "map", "llava"),
+        help="write instead",
     )
     args = parser.parse_args()
     if args.record:
@@ -454,6 +538,7 @@ def main() -> int:
     summary = f"{len(moved)} of {len(checked)} numbers moved"
     if moved:
         summary += f": {', '.join(moved)}"
+    print_hidden(checked)
     print(*(f"missing: {name}" for name in missing), summary, sep="\n", file=sys.stderr)
     return 1 if moved or missing else 0
 

@@ -4,7 +4,8 @@
 #   scripts/claims.sh --seeds 1     20 minutes on two cores (--no-llava: 13); every other run hides that half of LLaVA's gain is lost
 #   scripts/claims.sh --record      write docs/claims*.json and the tables of README and docs/benchmarks.md from the run instead;
 #                                   --record towers, --record llava: those alone. Towers stand on ten seeds (--seeds 10 --controls
-#                                   --no-llava --record towers), LLaVA on six (--seeds 6 --controls --record llava)
+#                                   --no-llava --record towers), LLaVA on six (--seeds 6 --controls --record llava); --record map:
+#                                   the column of the linear map alone, which may have fewer seeds than the others
 # Others go to scripts/quickstart.sh, as --controls, which are then checked, too; --output DIR keeps the run to resume. Exits
 # with 1 if a difference, a level or a part's gains lie outside what so many more trainings may give (check_claims.py).
 set -euo pipefail
@@ -14,7 +15,7 @@ OUTPUT=$ROOT/quickstart-output/claims OPTIONS=(--seeds 3) RECORD=()
 while [ $# -gt 0 ]; do
     case "$1" in
         -h | --help) read_options "" "$1" ;;
-        --record) RECORD=(--record); case "${2:-}" in towers | llava | all) RECORD+=("$2"); shift ;; esac ;;
+        --record) RECORD=(--record); case "${2:-}" in towers | map | llava | all) RECORD+=("$2"); shift ;; esac ;;
         --output) OUTPUT=${2:?error: --output needs a value}; shift ;;
         *) OPTIONS+=("$1") ;;
     esac

@@ -14,9 +14,9 @@
 #   scripts/quickstart.sh --compare         also a tower of the raw LLM, and one of wrong pictures: tables with intervals and
 #                                           p-values; headline.json in quickstart-output/default
 #   scripts/quickstart.sh --seeds 3         seeds 0 to 2, each with its own adapter and towers; the tables by seed
-#   scripts/quickstart.sh --controls        as --compare, and two more towers a seed, against the raw LLM as it comes (mean pooling,
-#                                           no prompt) and against random embeddings of the same captions; LLaVA with the tower of
-#                                           random, and of raw
+#   scripts/quickstart.sh --controls        as --compare, and three more towers a seed: against a linear map on the raw LLM, fitted
+#                                           to the captions of stage 1; against the raw LLM as it comes (mean pooling, no prompt);
+#                                           against random embeddings of the same captions. LLaVA with the tower of random, and of raw
 #
 # One environment is made for all of it, .venv; LLaVA's unmodified code runs in it on today's libraries. LLAVA_PYTHON=/path/to/python:
 # LLaVA in another one. Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume.
@@ -95,6 +95,7 @@ compare_teachers() { # the same trainings against other embeddings, and the tabl
             embed_in_halves "tuned-seed$seed"
         fi
         towers "$seed"
+        [ "$PRESET" = smoke ] || fit_map "$seed"
         [ -z "$CONTROLS" ] || controls "$seed"
     done
     python scripts/quickstart/claims.py --data "$DATA" --output "$OUT" ${SMOKE:+--must-learn} >"$OUT/tables.md"

@@ -9,15 +9,16 @@ Reads ``all/`` and ``cache/`` below ``--data`` and ``towers/<teacher>-seed<n>/``
 writes ``headline.json`` there. Seeds that are not finished are left out. The measures are those of
 measure.py.
 
-The same queries are compared in pairs, as by ``llm2clip compare``; families of emoji are drawn as a
-whole, because their members are right or wrong together, and p is adjusted for the number of claims
-(Holm).
+The same queries are compared in pairs, as by ``llm2clip compare``, and so are the trainings of one
+seed; families of emoji are drawn as a whole, because their members are right or wrong together, and
+p is adjusted for the number of claims (Holm).
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,14 +36,22 @@ from measure import (
 )
 
 from llava_integration.evaluator.benchmarks.benchmark import mean_statistic
-from llava_integration.evaluator.compare.statistics import compare, holm, pair
+from llava_integration.evaluator.compare.statistics import (
+    Estimate,
+    combine,
+    holm,
+    influences,
+    over_clusters,
+    pair,
+    slips_of,
+)
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.report_text import estimate, fraction, markdown_table, p_value, spread
 
 # chosen before the seeds were run; the other claims are listed below them, significant or not
 HEADLINE = (
-    "tower: names in languages never trained on, caption → image",
-    "teacher: names in languages never trained on → English",
+    "tower: names in languages of neither stage, caption → image",
+    "teacher: names in languages of neither stage → English",
     "teacher: name → keywords without its words",
 )
 LEVEL = 0.05  # of the test, after Holm's adjustment
@@ -55,6 +64,9 @@ LEGEND = (
     "if there are several, trainings.\n"
     "p: paired test, adjusted for all rows of its table (Holm); alone: significant trainings, "
     "each by itself.\n"
+    "Linear map: on the frozen raw LLM, fitted to the captions of stage 1. No stem in common: no "
+    "word of the name begins\n"
+    "with the same four letters as one of the keywords.\n"
 )
 
 # test -> base and new side, by seed
@@ -93,19 +105,21 @@ def pair_tests(part: str, rows: Mapping[str, Rows], base: str = "raw") -> Tests:
 
 
 def make_claims(tests: Tests) -> list[Claim]:
-    """A claim for each test, the headline's first, on the seeds that all of them have; [] without
-    one. With several seeds, the interval of their mean contains the spread over seeds; that of each
-    seed does not."""
-    seeds_of_sides = [set(side) for sides in tests.values() for side in sides]
-    seeds = sorted(set.intersection(*seeds_of_sides)) if seeds_of_sides else []
-    if not seeds:
-        return []
-    total = compare_tests(tests, seeds)
-    alone = {str(seed): compare_tests(tests, [seed]) for seed in seeds}
+    """A claim for each test, the headline's first, on the seeds that all tests of its part have;
+    [] without one. With several seeds, the interval of their mean contains the spread over seeds;
+    that of each seed does not."""
+    seeds_of = shared_seeds(tests)
+    tests = {name: sides for name, sides in tests.items() if seeds_of[name]}
+    total = compare_tests(tests, seeds_of)
+    alone: dict[int, dict[str, dict[str, Any]]] = {}
+    for seed in sorted({seed for name in tests for seed in seeds_of[name]}):
+        with_seed = {name: sides for name, sides in tests.items() if seed in seeds_of[name]}
+        alone[seed] = compare_tests(with_seed, {name: [seed] for name in with_seed})
     claims = []
-    for number, (name, (base, new)) in enumerate(tests.items()):
+    for name, (base, new) in tests.items():
+        seeds = seeds_of[name]
         change = np.sign([new[seed].scores - base[seed].scores for seed in seeds])
-        by_seed = {seed: of_seed[number] for seed, of_seed in alone.items()}
+        by_seed = {str(seed): alone[seed][name] for seed in seeds}
         claims.append(
             {
                 "name": name,
@@ -115,11 +129,21 @@ def make_claims(tests: Tests) -> list[Claim]:
                 "better": float(np.mean(change > 0)),
                 "worse": float(np.mean(change < 0)),
                 "seeds_significant": sum(result["significant"] for result in by_seed.values()),
-                **total[number],
+                **total[name],
                 "by_seed": by_seed,
             }
         )
     return sorted(claims, key=headline_place)
+
+
+def shared_seeds(tests: Tests) -> dict[str, list[int]]:
+    """Test -> the seeds that both sides of all tests of its part (teacher or tower) have."""
+    shared: dict[str, set[int]] = {}
+    for name, sides in tests.items():
+        part = name.partition(":")[0]
+        for side in sides:
+            shared[part] = shared.get(part, set(side)) & set(side)
+    return {name: sorted(shared[name.partition(":")[0]]) for name in tests}
 
 
 def headline_place(claim: Claim) -> int:
@@ -127,37 +151,62 @@ def headline_place(claim: Claim) -> int:
     return HEADLINE.index(claim["name"]) if claim["name"] in HEADLINE else len(HEADLINE)
 
 
-def compare_tests(tests: Tests, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The paired comparison of `llm2clip compare` on each test, p adjusted for all of them."""
-    results = []
-    for base, new in tests.values():
-        base_runs = [mean_statistic(base[seed].scores.tolist(), scale=1.0) for seed in seeds]
-        new_runs = [mean_statistic(new[seed].scores.tolist(), scale=1.0) for seed in seeds]
-        paired = pair(base_runs, new_runs, base[seeds[0]].clusters)
-        results.append(compare(paired, span=1.0))
-    adjusted = holm([result.p for result in results])
-    return [
-        {
-            "raw": result.base,
-            "tuned": result.new,
-            "difference": result.difference,
-            "interval": [result.low, result.high],
-            "p": result.p,
-            "p_adjusted": p,
-            "significant": bool(p < LEVEL),
+def compare_tests(tests: Tests, seeds_of: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """New minus base in each test, p adjusted for all of them."""
+    results = {}
+    for name, (base, new) in tests.items():
+        seeds = seeds_of[name]
+        difference_SQ = [new[seed].scores - base[seed].scores for seed in seeds]
+        estimate = compare_seeds(difference_SQ, base[seeds[0]].clusters)
+        results[name] = {
+            "raw": fmean(float(base[seed].scores.mean()) for seed in seeds),
+            "tuned": fmean(float(new[seed].scores.mean()) for seed in seeds),
+            "difference": float(np.mean(difference_SQ)),
+            "interval": list(estimate.interval(1 - LEVEL)),
+            "p": estimate.p(),
         }
-        for result, p in zip(results, adjusted, strict=True)
-    ]
+    adjusted = holm([result["p"] for result in results.values()])
+    for result, p in zip(results.values(), adjusted, strict=True):
+        result["p_adjusted"] = p
+        result["significant"] = bool(p < LEVEL)
+    return results
+
+
+def compare_seeds(difference_SQ: Sequence[np.ndarray], clusters: list[str]) -> Estimate:
+    """The test of `llm2clip compare` for runs that are pairs: both sides of a seed have the same
+    start and the same batches, so that what varies over seeds is their difference."""
+    nothing = mean_statistic([0.0] * len(clusters), scale=1.0)
+    runs = [mean_statistic(difference_Q.tolist(), scale=1.0) for difference_Q in difference_SQ]
+    paired = pair([nothing], runs, clusters)
+    nothing_1C, run_SC = influences(paired)
+    mean_S = np.mean(difference_SQ, axis=1)
+    estimate = over_clusters(paired, float(mean_S.mean()), nothing_1C, run_SC, span=1.0)
+    seeds = len(runs)
+    if seeds == 1:
+        return estimate
+    # as compare: seeds differ by their slips, too, which the variance over clusters has already
+    slips = slips_of(run_SC)
+    between_seeds = max(float(np.var(mean_S, ddof=1)), slips)
+    over_queries = max(0.0, estimate.error**2 - slips / seeds)
+    error, freedom = combine([(between_seeds / seeds, seeds - 1), (over_queries, estimate.freedom)])
+    known = min(1.0, freedom / estimate.freedom)
+    return replace(estimate, error=error, freedom=freedom, skew=estimate.skew * known**2)
 
 
 def claims_table(claims: Sequence[Claim], base: str = "raw") -> str:
-    """A row per claim; those that are not significant say so. ``base``: of TEACHERS."""
-    head = ("mean reciprocal rank, test families", TEACHERS[base], TEACHERS["tuned"])
-    head += ("difference", "p (Holm)", "alone", "chance; random embeddings")
-    return markdown_table(head, [claim_cells(claim) for claim in claims])
+    """A row per claim; those that are not significant say so. ``base``: of TEACHERS. The columns of
+    the linear map are there if a claim has it."""
+    with_map = any(claim.get("map") for claim in claims)
+    head = ["mean reciprocal rank, test families", TEACHERS[base], TEACHERS["tuned"]]
+    head += ["difference", "p (Holm)", "alone", "chance"]
+    if with_map:
+        head.insert(2, TEACHERS["map"])
+        head.insert(6, "fine-tuned minus map")
+    rows = [claim_cells(claim, with_map=with_map) for claim in claims]
+    return markdown_table(tuple(head), rows)
 
 
-def claim_cells(claim: Claim) -> tuple[str, ...]:
+def claim_cells(claim: Claim, *, with_map: bool) -> tuple[str, ...]:
     """The row of a claim."""
     by_seed = claim["by_seed"].values()
     raw = spread([result["raw"] for result in by_seed])
@@ -168,11 +217,28 @@ def claim_cells(claim: Claim) -> tuple[str, ...]:
     if not claim["significant"]:
         p += ", not significant"
     alone = f"{claim['seeds_significant']} of {len(by_seed)}"
-    chance = fraction(claim["chance"])
-    if claim.get("random"):
-        chance += f"; {spread(claim['random'])}"
     difference = estimate(claim["difference"], claim["interval"])
-    return claim["name"], raw, tuned, difference, p, alone, chance
+    cells = [claim["name"], raw, tuned, difference, p, alone, fraction(claim["chance"])]
+    if with_map:
+        of_map, over_map = map_cells(claim.get("map"), len(by_seed))
+        cells.insert(2, of_map)
+        cells.insert(6, over_map)
+    return tuple(cells)
+
+
+def map_cells(of_map: Mapping[str, Any] | None, seeds: int) -> tuple[str, str]:
+    """What the map reaches in a claim's row, with its number of seeds if that is not ``seeds``; and
+    the fine-tuned LLM minus the map on the same seeds."""
+    if not of_map:
+        return "", ""
+    reached = spread(of_map["values"])
+    if len(of_map["values"]) != seeds:
+        reached += f" ({len(of_map['values'])} seeds)"
+    over_map = f"{estimate(of_map['difference'], of_map['interval'])}, "
+    over_map += f"p {p_value(of_map['p_adjusted'])}"
+    if not of_map["significant"]:
+        over_map += ", not shown"
+    return reached, over_map
 
 
 def mean_scores(seeds: Mapping[int, Rows], row: str) -> list[float]:
@@ -236,6 +302,7 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     towers = {folder.name: measure_tower(folder, sets, caches) for folder in folders}
     teachers = measure_teachers(sets["test"][0], caches)
     claims = make_claims(pair_tests("tower", towers) | pair_tests("teacher", teachers))
+    add_map(claims, pair_tests("tower", towers, "map") | pair_tests("teacher", teachers, "map"))
     over_plain = []
     if tower_tests := pair_tests("tower", towers, "plain"):
         over_plain = make_claims(tower_tests | pair_tests("teacher", teachers, "plain"))
@@ -259,6 +326,17 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     if claims:
         tables.append(claims_table(claims))
     return [*tables, LEGEND], failures(towers, claims)
+
+
+def add_map(claims: Sequence[Claim], tests: Tests) -> None:
+    """Give each claim what the linear map reaches in its row, by seed, and the fine-tuned LLM minus
+    the map on these seeds, if the row is in ``tests``."""
+    over_map = {claim["name"]: claim for claim in make_claims(tests)}
+    for claim in claims:
+        if row := over_map.get(claim["name"]):
+            claim["map"] = {"values": [round(seed["raw"], 5) for seed in row["by_seed"].values()]}
+            for field in ("difference", "interval", "p_adjusted", "significant"):
+                claim["map"][field] = row[field]
 
 
 def add_random(claims: Sequence[Claim], random_towers: Sequence[Mapping[str, float]]) -> None:
@@ -286,6 +364,7 @@ def main() -> None:
         captions = open_sets(options.data / "all")["test"][0]
         teachers = measure_teachers(captions, open_caches(options.data))
         if claims := make_claims(pair_tests("teacher", teachers)):
+            add_map(claims, pair_tests("teacher", teachers, "map"))
             print("", claims_table(claims), LEGEND, sep="\n")
         return
     tables, failed = make_report(options.data, options.output)

@@ -11,6 +11,7 @@ Shapes: N images, M captions, Q queries, W width of an embedding.
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from inputs import RANDOM
+from linear_map import MAP, read_record
 
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.contracts import CacheManifest, RunRecord, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.samples import Sample
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.evaluate.captions import caption_ranks
@@ -38,23 +41,28 @@ TESTS = {
     "test families, long captions": ("test", "long"),
     "test families, names": ("test", "short"),
     "unseen style (openmoji), long captions": ("unseen style", "long"),
-    "names in languages never trained on": ("test", "other"),
+    "names in languages of neither stage": ("test", "other"),
 }
 SIDES = {"i2t": "image → caption", "t2i": "caption → image"}
 RETRIEVAL = RetrievalConfig(kinds=("short", "long"), group="concept", cluster="family", ks=(1, 10))
-# (kind of query, kind of answer); "other": names in every language except English
+# (kind of query, kind of answer); "other": names in every language except English; CLEAN: keywords
+# of the concepts whose name shares no stem with them
+CLEAN = "clean keywords"
 TEACHER_TESTS = {
     "name → keywords without its words": ("short", "keywords"),
+    "name → keywords, no stem in common": ("short", CLEAN),
     "name → long caption": ("short", "long"),
-    "names in languages never trained on → English": ("other", "short"),
+    "names in languages of neither stage → English": ("other", "short"),
 }
 TEACHERS = {  # part of a folder's name -> what the tables call it
     "raw": "raw LLM, read well",
+    "map": "linear map on the raw LLM",
     "tuned": "fine-tuned LLM",
     "plain": "raw LLM, as it comes",
     "random": "random embeddings",
     "shuffled": "control: wrong pictures",
 }
+STEM = 4  # letters; words that begin with the same ones have one stem
 RERUN = "delete it and rerun scripts/quickstart.sh"
 
 
@@ -183,6 +191,7 @@ def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> di
     style."""
     samples = [source[number] for number in range(len(source))]
     family = {sample.meta["concept"]: sample.meta["family"] for sample in samples}
+    clean = clean_concepts(samples)
     rows_of_teacher = {}
     for name, cache in caches.items():
         embeddings = Embeddings()
@@ -194,8 +203,26 @@ def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> di
                 part = (caption.kind, caption.language)
                 of_part = embeddings.setdefault(part, {})
                 of_part.setdefault(concept, row)
+        keywords = embeddings.get(("keywords", "en"), {})
+        embeddings[CLEAN, "en"] = {
+            concept: row for concept, row in keywords.items() if concept in clean
+        }
         rows_of_teacher[name] = teacher_queries(embeddings, family)
     return rows_of_teacher
+
+
+def clean_concepts(samples: Sequence[Sample]) -> set[str]:
+    """The concepts with keywords of which none shares a stem with a word of the English name."""
+    clean = set()
+    for sample in samples:
+        stems: dict[str, set[str]] = {"short": set(), "keywords": set()}
+        for caption in sample.captions:
+            if caption.language == "en" and caption.kind in stems:
+                words = re.findall(r"\w+", caption.text.lower())
+                stems[caption.kind] |= {word[:STEM] for word in words}
+        if stems["keywords"] and not stems["short"] & stems["keywords"]:
+            clean.add(sample.meta["concept"])
+    return clean
 
 
 def teacher_queries(embeddings: Embeddings, family: Mapping[str, str]) -> Rows:
@@ -242,29 +269,37 @@ def open_caches(data: Path) -> dict[str, EmbeddingCache]:
 
 
 def check_cache(data: Path, name: str, cache: EmbeddingCache) -> None:
-    """Raise ContractError for a cache embedded without the adapter of its name, or one of other
-    captions."""
+    """Raise ContractError for a cache that is not what its name says: of another adapter or map, or
+    one that was trained on other captions."""
     teacher = cache.manifest.teacher
-    used = {
+    used: dict[str, Any] = {
         "random": teacher["llm"] == RANDOM,
+        "map": teacher["llm"] == MAP,
         "adapter": teacher["adapter_sha256"],
-        "fine-tuned on": [],
+        "trained on": [],
         "pooling": teacher["pooling"],
         "post": bool(teacher["post"]),
     }
-    expected = {
+    expected: dict[str, Any] = {
         "random": name == "random",
+        "map": name.startswith("map-"),
         "adapter": "",
-        "fine-tuned on": [],
+        "trained on": [],
         "pooling": "mean" if name == "plain" else "last",
-        "post": name == "raw",
+        "post": name == "raw" or name.startswith("map-"),
     }
     if name.startswith("tuned-"):
         run = data / "llm" / name.removeprefix("tuned-")
         shards = RunRecord.read(run / RunRecord.FILE).config["pairs"]["data"]
-        used["fine-tuned on"] = [Path(shard).name for shard in shards]
+        used["trained on"] = [Path(shard).name for shard in shards]
         expected["adapter"] = adapter_sha256(run / "adapter")
-        expected["fine-tuned on"] = ["train-noto.tar"]
+        expected["trained on"] = ["train-noto.tar"]
+    if used["map"] and expected["map"]:
+        record = read_record(cache)
+        used["trained on"] = record["captions"]
+        expected["trained on"] = ["train-noto.tar"]
+        used["seed"] = record["seed"]
+        expected["seed"] = int(name.removeprefix("map-seed"))
     if used != expected:
         raise ContractError(
             f"{cache.directory} was embedded with {used}, expected {expected}; {RERUN}"
@@ -280,6 +315,7 @@ def cache_of(
     names = {
         "shuffled": ("tuned-seed0", "raw"),
         "tuned": (tower.name,),
+        "map": (tower.name,),
         "start": (f"tuned-seed{seed}",),
     }.get(side, (side,))
     fingerprint = TeacherIdentity(**teacher).fingerprint

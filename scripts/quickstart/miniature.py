@@ -211,7 +211,8 @@ def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterat
         row = {
             "question_id": key,
             "image": f"{key}.png",
-            "cluster": about["concept"],
+            "concept": about["concept"],
+            "cluster": about["family"],  # whose members are right or wrong together
             "category": about["group"],
         }
         yield {**row, "text": GROUP, "truth": about["group"], "kind": CLOSED[0]}
@@ -442,8 +443,8 @@ def against_exchanged(metric: str, kind: str, rows: list[Row], scores: Any) -> S
     those of other emoji: what comes from the picture. A model which always says the same scores 0,
     however often it is right."""
     point_NN = 100 * np.array(scores, dtype=np.float64)
-    cluster_N = np.array([row["cluster"] for row in rows])
-    other_NN = cluster_N[:, None] != cluster_N
+    concept_N = np.array([row["concept"] for row in rows])
+    other_NN = concept_N[:, None] != concept_N
     own_N = point_NN.diagonal()
     exchanged_N = (point_NN * other_NN).sum(1) / np.maximum(1, other_NN.sum(1))
     reached = float(own_N.mean())

@@ -13,10 +13,13 @@ fit_components() { # what the raw LLM's embeddings are read without, of training
     python scripts/quickstart/inputs.py components llm2clip_plugin/data/emoji/train-noto.tar \
         --llm "$LLM" "${READ[@]}" --layer "$LAYER" --compute-dtype "$DTYPE" --output "$DATA/reading"
 }
+raw_reading() { # sets RAW: how the LLM without stage 1 is read
+    RAW=("${READ[@]}" --layer "$LAYER" --post-file "$DATA/reading/llm2clip_post.safetensors")
+}
 embed() { # embed CACHE [SHARDS]: captions, by default all, with the adapter of the cache's seed
     local reading=()
     case "$1" in
-        raw) reading=("${READ[@]}" --layer "$LAYER" --post-file "$DATA/reading/llm2clip_post.safetensors") ;;
+        raw) raw_reading && reading=("${RAW[@]}") ;;
         plain) ;; # the control "plain": as the LLM comes, the mean over its last hidden state
         *) reading=(--adapter "$DATA/llm/${1#tuned-}/adapter") ;;
     esac
@@ -34,6 +37,16 @@ embed_in_halves() { # embed_in_halves CACHE: as embed, two processes at once: mo
     for split in train test; do
         grep -q "\"$split-noto\"" "$DATA/cache/$1/manifest.json" || embed "$1"
     done
+}
+fit_map() { # fit_map SEED: the control "map", a linear map on the raw LLM, fitted to the captions that stage 1 trains on
+    local captions=llm2clip_plugin/data/emoji/train-noto.tar
+    [ ! -d "$DATA/cache/map-seed$1" ] || return 0
+    fit_components
+    raw_reading
+    say "captions through the LLM: those of stage 1; linear map, seed $1"
+    llm2clip embed "$captions" --llm "$LLM" "${RAW[@]}" --compute-dtype "$DTYPE" --cache "$DATA/captions"
+    python scripts/quickstart/linear_map.py "$DATA/all" --cache "$DATA/cache/raw" --captions "$DATA/captions" \
+        --shard "$captions" --seed "$1" --output "$DATA/cache/map-seed$1"
 }
 tune() { # tune SEED: train an adapter
     local tuning=$DATA/llm/seed$1 validation=()
@@ -87,7 +100,9 @@ towers() { # towers SEED: of both teachers
     [ "$PRESET" = smoke ] || train raw "$1" raw # a smoke run only compares the LLMs
     train tuned "$1" "tuned-seed$1"
 }
-controls() { # controls SEED: towers against the raw LLM as it comes, and against random embeddings of the same captions
+controls() { # controls SEED: towers against the linear map, the raw LLM as it comes, and random embeddings of the same captions
+    fit_map "$1"
+    train map "$1" "map-seed$1"
     [ -d "$DATA/cache/random" ] ||
         python scripts/quickstart/inputs.py random "$DATA/all" --cache "$DATA/cache/tuned-seed0" --output "$DATA/cache/random"
     [ -d "$OUT/towers/plain-seed$1" ] || embed plain

@@ -20,6 +20,7 @@ check_claims = importlib.util.module_from_spec(SPEC)
 sys.modules[SPEC.name] = check_claims
 SPEC.loader.exec_module(check_claims)
 
+LANGUAGES = "tower: names in languages of neither stage, caption → image"
 TINY = check_claims.LANGUAGE_MODELS["llava"]
 LLAVAS = check_claims.read_json(check_claims.CLAIMS_LLAVA)
 # that claims.sh reruns
@@ -131,7 +132,7 @@ def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
     assert stated_table(
         check_claims.BENCHMARKS, check_claims.BEGIN_LLAVA
     ) == check_claims.llava_table(made)
-    assert "; +1.2 [-1.8, +4.2], p .500 | " in check_claims.llava_table(made).splitlines()[2]
+    assert "; +1.2 [-1.8, +4.2], p .500 (paired " in check_claims.llava_table(made).splitlines()[2]
     monkeypatch.undo()
     assert checked(run, headline()) == ([], [])
     llava_folder(run, shift=-60.0)  # and the controls as they were
@@ -140,6 +141,100 @@ def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
         "tower: test families, names, caption → image; random",
     }
     assert expected <= set(checked(run, headline(both=0.2))[0])
+
+
+def with_linear_map(made: dict[str, list[dict]], seeds: int = 3) -> dict[str, list[dict]]:
+    """A headline.json whose claims have a linear map, ``seeds`` seeds of the raw LLM's value."""
+    for claim in made["headline"] + made["others"]:
+        value = claim["by_seed"]["0"]["raw"]
+        values = [value - 0.001, value, value + 0.001][:seeds]
+        difference = {"difference": 0.01, "interval": [-0.01, 0.03], "p_adjusted": 0.3}
+        claim["map"] = {"values": values, **difference, "significant": False}
+    return made
+
+
+def test_the_linear_map_is_recorded_beside_what_was_stated(tmp_path, monkeypatch) -> None:
+    for name in ("CLAIMS", "README", "BENCHMARKS"):
+        monkeypatch.setattr(
+            check_claims, name, Path(shutil.copy(getattr(check_claims, name), tmp_path))
+        )
+    stated = check_claims.read_json(check_claims.CLAIMS)
+    for claim in stated.values():
+        claim.pop("map", None)
+    check_claims.write_text(check_claims.CLAIMS, json.dumps(stated))
+    assert "linear map" not in check_claims.readme_table(check_claims.headline(stated))
+    run = tmp_path / "run"
+    check_claims.write_text(run / "headline.json", json.dumps(without_map(headline())))
+    monkeypatch.setattr(sys, "argv", ["check_claims.py", str(run), "--record", "map"])
+    with pytest.raises(FileNotFoundError, match="--controls"):
+        check_claims.main()
+    check_claims.write_text(run / "headline.json", json.dumps(with_linear_map(headline())))
+    assert check_claims.main() == 0
+    made = check_claims.read_json(check_claims.CLAIMS)
+    assert {name: {**claim, "map": None} for name, claim in made.items()} == {
+        name: {**claim, "map": None} for name, claim in stated.items()
+    }
+    row = stated_table(check_claims.README).splitlines()[2].split(" | ")
+    value = next(iter(stated.values()))["raw"][0]
+    assert row[2] == f"{check_claims.fraction(value)} ± .001 (3 seeds)"
+    assert row[-1] == "+.010 [-.010, +.030], p .300, not shown |"
+    assert stated_table(check_claims.BENCHMARKS) == check_claims.table(made)
+    # a rerun's map is compared with it; one without the map is not missing anything
+    assert checked(run, with_linear_map(headline())) == ([], [])
+    assert checked(run, without_map(headline())) == ([], [])
+    moved = with_linear_map(headline())
+    moved["headline"][0]["map"]["values"] = [0.5, 0.5, 0.5]
+    (name,), _ = checked(run, moved)
+    assert name == f"{moved['headline'][0]['name']}; linear map"
+
+
+def without_map(made: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """A headline.json from before the linear map was a control."""
+    for claim in made["headline"] + made["others"]:
+        claim.pop("map", None)
+    return made
+
+
+def test_a_run_of_few_seeds_says_what_it_cannot_see(tmp_path, monkeypatch, capsys) -> None:
+    """A difference of .018 whose prediction interval for one seed is ± .029 would pass without
+    it."""
+    claim = check_claims.read_json(check_claims.CLAIMS)[LANGUAGES]
+    assert claim["significant"]
+    one = {side: claim[side][:1] for side in check_claims.RAW_TUNED}
+    levels = {"numbers": 22, "parts": 2}
+    claims = {LANGUAGES: {**claim, "random": []}}
+    difference = check_claims.check(claims, {LANGUAGES: one}, check_claims.RAW_TUNED, **levels)[0]
+    assert difference.same
+    assert difference.hidden
+    assert difference.most > abs(difference.stated)
+    assert "would not see that it is lost" in check_claims.checked_table([difference])
+    all_ten = check_claims.check(claims, {LANGUAGES: claim}, check_claims.RAW_TUNED, **levels)[0]
+    assert not all_ten.hidden
+    (tmp_path / "headline.json").write_text(json.dumps(headline()), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["check_claims.py", str(tmp_path)])
+    assert check_claims.main() == 0
+    message = capsys.readouterr().err
+    expected = f"{LANGUAGES}; difference ({check_claims.fraction(difference.stated)} ± "
+    assert "too few seeds to see the loss of" in message
+    assert expected in message
+    assert "more --seeds" in message
+
+
+def test_llavas_seeds_are_paired(capsys) -> None:
+    """By hand: differences 1, 2, 3, 2 have mean 2 and deviation .8165, so t is 4.899 with 3
+    degrees of freedom."""
+    assert check_claims.paired_t([5, 9, 1, 7], [6, 11, 4, 9]) == pytest.approx(0.01628, rel=1e-3)
+    assert check_claims.paired_t([1.0], [2.0]) == 1.0
+    claim = {"before": [5, 9, 1, 7], "after": [6, 11, 4, 9]}
+    values = {"values": [5, 9, 1, 7]}
+    claims = {"a: x": claim, "a: y": claim, "b: x": claim}
+    for one in claims.values():
+        one["controls"] = {"random": values}
+    for side in ("before", "random"):
+        paired = check_claims.paired_seeds(claims, side)
+        # Holm over the rows of a language model
+        assert paired["a: x"] == pytest.approx(2 * paired["b: x"])
+        assert paired["b: x"] == pytest.approx(0.01628, rel=1e-3)
 
 
 def test_numbers_that_moved_are_named(tmp_path, ten_trainings, monkeypatch, capsys) -> None:

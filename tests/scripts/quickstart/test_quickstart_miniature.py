@@ -130,7 +130,8 @@ def test_each_turn_of_a_conversation_counts_as_a_guess(tmp_path: Path) -> None:
 def row(concept: str, answer: str, truth: str, *keywords: str) -> dict:
     about = {
         "question_id": f"noto-{concept}",
-        "cluster": concept,
+        "concept": concept,
+        "cluster": "family",
         "category": "Animals",
         "image": f"{concept}.png",
     }

@@ -75,6 +75,21 @@ def test_a_cache_is_embedded_with_the_adapter_of_its_seed(tmp_path) -> None:
         )
 
 
+def test_the_linear_map_is_fitted_to_the_captions_of_stage_1_read_as_the_raw_llm(tmp_path) -> None:
+    (tmp_path / "data" / "reading").mkdir(parents=True)
+    embed, fit = started(tmp_path, "fit_map 3")
+    (raw,) = started(tmp_path, "embed raw")
+    (tune,) = started(tmp_path, "tune 3")
+    assert embed[2] == value(fit, "--shard") == tune[2]
+    assert value(embed, "--cache") == value(fit, "--captions")
+    assert " ".join(embed[3:]).replace("data/captions", "data/cache/raw") == " ".join(raw[3:])
+    assert fit[1:3] == ["scripts/quickstart/linear_map.py", "data/all"]
+    assert value(fit, "--cache") == "data/cache/raw"
+    assert (value(fit, "--output"), value(fit, "--seed")) == ("data/cache/map-seed3", "3")
+    (tmp_path / "data" / "cache" / "map-seed3").mkdir(parents=True)
+    assert started(tmp_path, "fit_map 3") == []
+
+
 def test_the_halves_of_a_cache_are_all_shards_once(tmp_path) -> None:
     (tmp_path / "data" / "cache" / "tuned-seed0").mkdir(parents=True)
     (tmp_path / "data" / "cache" / "tuned-seed0" / "manifest.json").write_text(
@@ -142,7 +157,8 @@ def test_the_control_sees_exchanged_pictures(tmp_path) -> None:
 
 
 def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tmp_path) -> None:
-    made, embed, plain, random = started(tmp_path, "controls 3")
+    (tmp_path / "data" / "cache" / "map-seed3").mkdir(parents=True)
+    linear, made, embed, plain, random = started(tmp_path, "controls 3")
     assert made[1:4] == ["scripts/quickstart/inputs.py", "random", "data/all"]
     assert not {"--attention", "--pooling", "--adapter", "--post-file"} & set(embed)
     fit, read = started(tmp_path, "embed raw")
@@ -156,15 +172,17 @@ def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tm
     assert value(read, "--layer") == value(fit, "--layer") == "16"
     assert value(read, "--post-file") == f"{value(fit, '--output')}/llm2clip_post.safetensors"
     raw = " ".join(started(tmp_path, "train raw 3 raw")[0])
-    for command, name in ((plain, "plain"), (random, "random")):
+    caches = {"map": "map-seed3", "plain": "plain", "random": "random"}
+    for command, (name, cache) in zip((linear, plain, random), caches.items(), strict=True):
         own = (
             " ".join(command)
+            .replace(f"cache/{cache}", "cache/raw")
             .replace(f"{name}-seed3", "raw-seed3")
-            .replace(f"cache/{name}", "cache/raw")
         )
         assert own == raw
         assert f"cache/{name}" in " ".join(command)
     # a smoke run has a tower of the raw LLM for LLaVA alone, which compares with it
+    (tmp_path / "data" / "cache" / "map-seed4").mkdir()
     last = started(tmp_path, "PRESET=smoke LLAVA=yes; controls 4")[-1]
     assert value(last, "--cache") == "data/cache/raw"
     assert value(last, "--output").endswith("runs/raw-seed4")

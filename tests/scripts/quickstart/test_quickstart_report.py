@@ -15,6 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.evaluate.features import EmbeddedPairs
 from llm2clip_plugin.evaluate.ranks import rank_both
@@ -25,7 +26,7 @@ from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
 CONCEPTS = 9
-LANGUAGES_TEST = "names in languages never trained on, caption → image"
+LANGUAGES_TEST = "names in languages of neither stage, caption → image"
 LONG = "test families, long captions"
 
 
@@ -222,10 +223,91 @@ def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
     (significant,) = claims.make_claims({"better": (base, better)})
     assert significant["significant"]
     assert significant["better"] == 1
-    assert cells(claims.claims_table([significant | {"random": [0.2, 0.4]}]))[0][-2:] == [
-        "2 of 2",
-        ".100; .300 ± .141",
-    ]
+    assert cells(claims.claims_table([significant]))[0][-2:] == ["2 of 2", ".100"]
+
+
+def shifted(base: measure.Measured, gain: float) -> measure.Measured:
+    """The same queries, each with a score that is higher by ``gain``."""
+    return base._replace(scores=base.scores + gain)
+
+
+def test_trainings_of_one_seed_are_pairs() -> None:
+    """Seeds that differ much on both sides, and by nearly as much on each: unpaired, nothing
+    shows."""
+    rng = np.random.default_rng(4)
+    noise = [noisy(rng, 0.0) for _ in range(4)]
+    base = {seed: shifted(noise[0], 0.5 * seed) for seed in range(4)}
+    new = {}
+    for seed in range(4):
+        slip = 0.02 * noise[seed].scores
+        new[seed] = base[seed]._replace(scores=base[seed].scores + 0.04 + slip)
+    (claim,) = claims.make_claims({"teacher: gain": (base, new)})
+    by_hand = np.mean([new[seed].scores - base[seed].scores for seed in range(4)])
+    assert claim["difference"] == pytest.approx(by_hand)
+    assert claim["tuned"] - claim["raw"] == pytest.approx(by_hand)
+    assert claim["significant"]
+    low, high = claim["interval"]
+    assert 0.03 < low < by_hand < high < 0.07
+
+
+def test_the_linear_map_is_a_column_of_each_row_that_has_it() -> None:
+    rng = np.random.default_rng(5)
+    base = noisy(rng, 0.0)
+    rows = {"raw": {"row": base, "other": base}}
+    for seed in range(3):
+        tuned = shifted(noisy(rng, 0.0), 0.3)
+        rows[f"tuned-seed{seed}"] = {"row": tuned, "other": tuned}
+    for seed in range(2):  # fewer seeds than fine-tuned ones
+        rows[f"map-seed{seed}"] = {"row": shifted(base, 0.3)}
+    made = claims.make_claims(claims.pair_tests("teacher", rows))
+    without = claims.claims_table(made)
+    assert "linear map" not in without
+    claims.add_map(made, claims.pair_tests("teacher", rows, "map"))
+    first, second = made
+    assert first["map"]["values"] == pytest.approx([base.scores.mean() + 0.3] * 2, abs=1e-5)
+    on_its_seeds = [rows[f"tuned-seed{seed}"]["row"].scores.mean() for seed in range(2)]
+    assert first["map"]["difference"] == pytest.approx(
+        np.mean(on_its_seeds) - base.scores.mean() - 0.3
+    )
+    assert "map" not in second
+    table = claims.claims_table(made)
+    assert table.count("linear map on the raw LLM") == 1
+    (with_it, without_it) = cells(table)
+    assert with_it[2].endswith(" (2 seeds)")
+    assert with_it[6].endswith(f"p {claims.p_value(first['map']['p_adjusted'])}, not shown")
+    assert len(table.splitlines()[3].split("|")) == len(table.splitlines()[2].split("|"))
+    assert without_it[0] == "teacher: other"
+
+
+def test_seeds_are_those_that_all_tests_of_a_part_have() -> None:
+    rng = np.random.default_rng(6)
+    runs = {seed: noisy(rng, 0.0) for seed in range(3)}
+    two = {seed: runs[seed] for seed in (0, 2)}
+    tests = {"teacher: a": (runs, runs), "tower: a": (runs, two), "tower: b": (runs, runs)}
+    made = {claim["name"]: claim for claim in claims.make_claims(tests)}
+    assert {name: [*claim["by_seed"]] for name, claim in made.items()} == {
+        "teacher: a": ["0", "1", "2"],
+        "tower: a": ["0", "2"],
+        "tower: b": ["0", "2"],
+    }
+
+
+def test_concepts_are_clean_whose_name_shares_no_stem_with_a_keyword(folder) -> None:
+    source = measure.open_sets(folder / "data" / "all")["test"][0]
+    samples = []
+    for name, keywords in (
+        ("grinning face", "smile, happy"),
+        ("Smiling face", "grin, smile"),
+        ("red car", "vehicle, cars"),
+        ("sun", ""),
+    ):
+        captions = [Caption(name, "short", "en"), Caption("smile", "short", "de")]
+        if keywords:
+            captions.append(Caption(keywords, "keywords", "en"))
+        sample = dataclasses.replace(source[0], captions=tuple(captions), meta={"concept": name})
+        samples.append(sample)
+    # "car" and "cars" do not begin with the same four letters; "sun" has no keywords
+    assert measure.clean_concepts(samples) == {"grinning face", "red car"}
 
 
 def test_families_are_drawn_not_concepts(pairs) -> None:
@@ -240,6 +322,7 @@ def test_families_are_drawn_not_concepts(pairs) -> None:
         rows[kind, "en"] = {f"concept{n}": torch.randn(4) for n in range(6)}
     rows["short", "de"] = rows["short", "en"]
     family = {f"concept{n}": f"family{n // 2}" for n in range(6)}
+    rows[measure.CLEAN, "en"] = rows["keywords", "en"]
     measured = measure.teacher_queries(rows, family)["name → long caption"]
     assert measured.clusters == [family[concept] for concept in rows["short", "en"]]
 
