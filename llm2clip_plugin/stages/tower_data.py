@@ -24,7 +24,7 @@ from llm2clip_plugin.data.samples import (
     row_bytes,
 )
 from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
-from llm2clip_plugin.evaluate.config import BenchmarksConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.config import RetrievalConfig, SuitesConfig
 from llm2clip_plugin.stages.caches import open_caches
 from llm2clip_plugin.stages.tower_config import DataConfig
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, TrainConfig, local_world_size
@@ -93,7 +93,7 @@ def open_data(
     config: DataConfig,
     heads: HeadsConfig,
     dual: DualConfig,
-    benchmarks: BenchmarksConfig,
+    benchmarks: SuitesConfig,
     evaluated: RetrievalConfig | None,
 ) -> TowerData:
     """Open every source and cache; ContractError if caches have different teachers, or one doesn't
@@ -131,7 +131,7 @@ def refuse_urls_without_cache(config: DataConfig) -> None:
 
 def open_evaluation(
     config: DataConfig,
-    benchmarks: BenchmarksConfig,
+    benchmarks: SuitesConfig,
     evaluated: RetrievalConfig,
     teacher: TeacherIdentity,
 ) -> Evaluation:
