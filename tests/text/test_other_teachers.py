@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, T5Conf
 
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.errors import ContractError
-from llm2clip_plugin.stages import embed, llm
+from llm2clip_plugin.stages import embed, training
 from llm2clip_plugin.text.config import EncoderConfig, effective
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import refuse_length_dependent_rope
@@ -107,7 +107,7 @@ def test_sentence_transformers_is_not_read_by_default(llama: Path, tmp_path: Pat
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a dog"}))
     with pytest.raises(ValueError, match=r"sentence-transformers model.* --preset last-token"):
         CaptionEncoder(EncoderConfig(llm=str(folder)), "cpu")
-    for plan, data in ((embed.main, [str(tmp_path / "rows.jsonl")]), (llm.main, [])):
+    for plan, data in ((embed.main, [str(tmp_path / "rows.jsonl")]), (training.main_llm, [])):
         with pytest.raises(ValueError, match=r"sentence-transformers model.* --preset last-token"):
             plan([*data, "--llm", str(folder), "--dry-run"])
     for name, value in {"preset": "mean", "pooling": "last", "attention": "causal"}.items():
