@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from llava_integration.plug.checkpoints import blocks_below, check_feature, is_unfrozen
 from llava_integration.plug.towers import TowerLocation
 from llm2clip_plugin.vision.families import read_config
-from llm2clip_plugin.vision.towers import load_tower, tower_blocks
+from llm2clip_plugin.vision.towers import load_tower, print_once, tower_blocks
 
 # On PIL, as in transformers 4: the default of transformers 5, on torchvision, differs by 1/255 in
 # some pixels
@@ -44,6 +44,11 @@ class LLM2CLIPVisionTower(nn.Module):
         self.has_cls = location.card.has_cls
         self.blocks_used = blocks_below(self.select_layer, location.card.num_layers)
         check_feature(self.select_feature)
+        if self.select_feature == "cls_patch" and not self.has_cls:
+            print_once(
+                f"note: mm_vision_select_feature cls_patch: the states of {name} "
+                f"({location.card.family}) have no class token; its features are the patches alone"
+            )
         # LLaVA's checkpoint contains the weights of an unfrozen tower: its parameters must exist
         # when they are loaded.
         if not delay_load or self.unfrozen:

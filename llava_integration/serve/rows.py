@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class LlavaRows:
         chats = [self.chat(row) for row in rows]
         batch = self.encode(chats)
         labels = torch.full_like(batch["input_ids"], -100)
+        ends: list[tuple[int, int, int]] = []  # row, place and token of an answer's end
         for number, (chat, row) in enumerate(zip(chats, batch["input_ids"].tolist(), strict=True)):
             answers = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
             for turn in answers:
@@ -77,7 +79,48 @@ class LlavaRows:
                 answer = self.tokens(chat[: turn + 1], row)[start:]
                 end = start + answer_length(answer, row[start:])
                 labels[number, start:end] = batch["input_ids"][number, start:end]
-        return {**batch, "labels": labels}
+                if self.has_no_end(chat[: turn + 1]):
+                    ends.append((number, end, self.next_turn(chat[: turn + 1], row, end)))
+        tensors = {**batch, "labels": labels}
+        for number, place, token in ends:
+            tensors = self.with_end(tensors, number, place, token)
+        return tensors
+
+    def has_no_end(self, chat: list[Any]) -> bool:
+        """Whether the template writes nothing after the answer that a chat ends with."""
+        answer = chat[-1]["content"][-1]["text"]
+        text = self.processor.apply_chat_template([chat], tokenize=False)[0]
+        return answer != "" and text.rstrip().endswith(answer)
+
+    def next_turn(self, chat: list[Any], row: list[int], end: int) -> int:
+        """The token by which the template begins a question, at place ``end``: GLM-4's answers have
+        no other end, and its generation stops there. Raises ValueError if it is a word of the text:
+        no end could be learned."""
+        question = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+        tokens = self.tokens([*chat, question], row)
+        if end < len(tokens) and tokens[end] in self.processor.tokenizer.added_tokens_decoder:
+            return tokens[end]
+        tail = self.processor.decode(tokens[max(0, end - 8) : end + 8])
+        raise ValueError(
+            f"the chat template writes no token that ends an answer ({tail!r}), so that none can "
+            "be learned; build the model with another (--chat-template FILE)"
+        )
+
+    def with_end(
+        self, tensors: dict[str, Any], number: int, place: int, token: int
+    ) -> dict[str, Any]:
+        """A batch in which ``token`` is learned at a place of a row: where the conversation goes on
+        it is there, else it takes the place of padding, or of a new column."""
+        shape = tensors["labels"].shape
+        if place == shape[1]:
+            padding = {"labels": -100, "input_ids": self.processor.tokenizer.pad_token_id}
+            for name, value in tensors.items():
+                if value.shape == shape:
+                    tensors[name] = nn.functional.pad(value, (0, 1), value=padding.get(name, 0))
+        tensors["input_ids"][number, place] = token
+        tensors["attention_mask"][number, place] = 1
+        tensors["labels"][number, place] = token
+        return tensors
 
 
 def answer_length(answer: list[int], row: list[int]) -> int:

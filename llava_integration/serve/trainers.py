@@ -31,7 +31,8 @@ class Prompt:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Prompt":
-        """Raises ValueError for a template whose turns differ in more than their text."""
+        """Raises ValueError for a template whose turns differ in more than their text, or that
+        writes no end of an answer (GLM-4's), which a model would not learn."""
         texts = ("Question 1", "Answer 1", "Question 2", "Answer 2")
         turns = [
             {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)
@@ -56,6 +57,12 @@ class Prompt:
                 f"the chat template's turns are not alike: it writes {render(3)!r}, "
                 f"from the first turn follows {joined!r}; "
                 "build the model with another (--chat-template FILE)"
+            )
+        if not end.strip():
+            raise ValueError(
+                "the chat template writes nothing that ends an answer, so the model would not "
+                "learn to stop; build it with another (--chat-template FILE), or train it by "
+                "transformers' Trainer with LlavaRows"
             )
         return prompt
 

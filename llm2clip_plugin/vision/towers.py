@@ -87,7 +87,7 @@ def initial_log_scale(source: str | os.PathLike[str], tower: Tower) -> float:
     if log_scale is not None:
         return log_scale
     family = family_of(tower)
-    _print_once(
+    print_once(
         f"note: {source} has no logit scale; training starts at {family.scale:.4g}, the default of "
         f"the family {family.name!r}; --dual.logit-scale-init sets its natural logarithm"
     )
@@ -137,7 +137,8 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
 
 
 @functools.lru_cache
-def _print_once(text: str) -> None:
+def print_once(text: str) -> None:
+    """On stderr, by rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
 
@@ -153,7 +154,7 @@ def note_default_normalization(directory: Path, tower: Tower, family: Family) ->
             else PREPROCESSOR_FILE
         )
         taken = f"mean {list(family.mean)} and standard deviation {list(family.std)}"
-        _print_once(
+        print_once(
             f"note: {directory} has no {missing}; pixels get the {taken} of the family "
             f"{family.name!r}"
         )

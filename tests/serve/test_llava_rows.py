@@ -8,7 +8,7 @@ import torch
 from tiny_llm import CHATML, chatml_tokenizer
 
 from llava_integration.serve.rows import LlavaRows
-from llava_integration.serve.trainers import image_first
+from llava_integration.serve.trainers import Prompt, image_first
 
 SAID = ("human", "What color?"), ("gpt", "red"), ("human", "Which shape?"), ("gpt", "a square")
 # Qwen 3
@@ -18,6 +18,9 @@ TEMPLATES = {
     "thought": CHATML.replace("'\\n' + m", "'\\n' }}" + THOUGHT + "{{ m"),
     "end": CHATML + "{% if not add_generation_prompt %}<eos>{% endif %}",  # Phi 3
 }
+# GLM 4: an answer ends where the next question begins
+NO_END = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
+NO_END += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 ENDS = {
     "thought": "<think>\n\n</think>\n\na square<|im_end|>\n",
     "end": "a square<|im_end|>\n<eos>",
@@ -89,6 +92,40 @@ def test_trainers_have_the_image_before_the_question(text: str) -> None:
     assert image_first(text) == "<image>\nWhat color?"
     assert image_first("What color?") == "What color?"
     assert image_first("<image> or <image>?") == "<image> or <image>?"
+
+
+@pytest.mark.parametrize("longer", [SAID, SAID[:2]])
+def test_an_answer_without_an_end_learns_the_token_of_the_next_question(
+    longer: tuple[tuple[str, str], ...],
+) -> None:
+    processor = TextProcessor(NO_END)
+    tokenizer = processor.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    rows = []
+    for turns in (SAID, longer):
+        rows.append({"conversations": [{"from": who, "value": text} for who, text in turns]})
+    batch = LlavaRows(processor, "")(rows)
+    for number, answers in enumerate((2, len(longer) // 2)):
+        labels = batch["labels"][number]
+        learned_text = tokenizer.decode(labels[labels >= 0])
+        assert learned_text == "".join(["red<|user|>", "a square<|user|>"][:answers])
+        seen = batch["input_ids"][number][batch["attention_mask"][number] == 1]
+        assert tokenizer.decode(seen).count("<|user|>") == answers + 1
+        assert labels[labels >= 0].tolist() == batch["input_ids"][number][labels >= 0].tolist()
+
+
+def test_other_trainers_refuse_a_template_without_an_end_of_an_answer() -> None:
+    tokenizer = chatml_tokenizer()
+    assert Prompt.of(tokenizer).end == "<|im_end|>\n"
+    tokenizer.chat_template = NO_END
+    with pytest.raises(ValueError, match=r"would not learn to stop; .*--chat-template"):
+        Prompt.of(tokenizer)
+
+
+def test_a_template_without_any_end_of_an_answer_is_refused() -> None:
+    plain = NO_END.replace("<|", "").replace("|>", ": ")
+    with pytest.raises(ValueError, match=r"no token that ends an answer .*--chat-template"):
+        learned(plain, *SAID)
 
 
 def test_a_template_that_begins_an_answer_otherwise_is_refused() -> None:

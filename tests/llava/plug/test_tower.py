@@ -139,6 +139,17 @@ def test_one_meaning_of_layer_and_feature_for_every_backbone(world, backbone, la
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
+def test_cls_patch_without_a_class_token_is_noted(world, tmp_path, capsys, backbone):
+    tower = tmp_path / backbone
+    tower.symlink_to(world.towers[backbone])
+    build_vision_tower(arguments(tower, feature="patch"), delay_load=True)
+    assert "cls_patch" not in capsys.readouterr().err
+    build_vision_tower(arguments(tower, feature="cls_patch"), delay_load=True)
+    note = f"the states of {tower} (siglip) have no class token; its features are the patches"
+    assert (note in capsys.readouterr().err) == (backbone == "siglip")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_surface(world, backbone):
     tower = build_vision_tower(arguments(world.towers[backbone]))
     features = tower(pixels(dtype=torch.float16))
