@@ -21,6 +21,7 @@ from llava_integration.evaluator.compare.comparison import (
     ordered,
     paired_runs,
 )
+from llava_integration.evaluator.compare.readers import Choices
 from llava_integration.evaluator.compare.report import page, table, text
 from llava_integration.evaluator.compare.statistics import combine, influences, pair, slips_of
 from llm2clip_plugin.atomic import write_text
@@ -58,6 +59,10 @@ class CompareConfig:
         help="worse: exit with status 4 if a new side is worse on some benchmark",
         needs="not plan",
     )
+    group: str = setting("", help="field of the logs: items with one value go together")
+    metric: str = setting("", help="metric of a log, or column of a table; none: the first")
+    filter: str = setting("", help="filter of the harness; none: the first")
+    scorer: str = setting("", help="scorer of inspect_ai; none: the headline's")
     references: bool = setting(True, help="show the published numbers")
     image_folder: Path | None = setting(
         None,
@@ -113,7 +118,7 @@ COMMAND = Command(
     "(seeds).",
     settings=CompareConfig,
     arguments="base new",
-    everyday="names all-pairs output level fail-on references image-folder plan effect",
+    everyday="names all-pairs output level metric group fail-on image-folder plan effect",
 )
 
 
@@ -149,9 +154,12 @@ def main(argv: list[str] | None = None) -> int:
 def sides_of(args: CompareConfig) -> list[Side]:
     """The sides that are named, or, of BASE alone, one for each of its models. Raises ValueError if
     there is but one."""
+    choices = Choices(group=args.group, metric=args.metric, filter=args.filter, scorer=args.scorer)
     if args.new or args.plan:
-        return load_sides([args.base, *args.new], args.names, same_model=args.same_model)
-    sides = load_models(args.base)
+        return load_sides(
+            [args.base, *args.new], args.names, same_model=args.same_model, choices=choices
+        )
+    sides = load_models(args.base, choices)
     if len(sides) < 2:
         raise ValueError(
             "compare needs a second side: BASE NEW, or a BASE with several models (a table with "

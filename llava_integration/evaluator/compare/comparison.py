@@ -22,7 +22,14 @@ from llava_integration.evaluator.benchmarks.benchmark import (
 )
 from llava_integration.evaluator.benchmarks.rules import benchmarks
 from llava_integration.evaluator.benchmarks.rules.mme import paired_accuracy
-from llava_integration.evaluator.compare.readers import BY_PART, Log, read_logs, readers
+from llava_integration.evaluator.compare.readers import (
+    BY_PART,
+    NO_CHOICES,
+    Choices,
+    Log,
+    read_logs,
+    readers,
+)
 from llava_integration.evaluator.compare.statistics import (
     Difference,
     compare,
@@ -92,11 +99,13 @@ class Side:
     notes: tuple[str, ...] = ()
 
 
-def load_side(path: Path, name: str = "", *, same_model: bool = False) -> Side:
+def load_side(
+    path: Path, name: str = "", *, same_model: bool = False, choices: Choices = NO_CHOICES
+) -> Side:
     """Read a score file or another evaluator's log, or all below a folder; several of one benchmark
     are its runs. Raises FileNotFoundError, or ContractError for what can't be read or compared,
     such as logs of several models, unless they are said to be runs of the ``same_model``."""
-    runs, notes = load_runs(path)
+    runs, notes = load_runs(path, choices)
     side = side_of(path, runs, name or (path.name if path.is_dir() else ""), notes)
     if not same_model:
         for of_benchmark in side.runs.values():
@@ -104,10 +113,10 @@ def load_side(path: Path, name: str = "", *, same_model: bool = False) -> Side:
     return side
 
 
-def load_models(path: Path) -> list[Side]:
+def load_models(path: Path, choices: Choices = NO_CHOICES) -> list[Side]:
     """A side for each model in a table or in the logs below a folder, in the order in which they
     appear."""
-    runs, notes = load_runs(path)
+    runs, notes = load_runs(path, choices)
     models: dict[str, list[Run]] = {}
     for run in runs:
         models.setdefault(model_of(run), []).append(run)
@@ -124,12 +133,12 @@ def side_of(path: Path, runs: Sequence[Run], name: str, notes: Sequence[str]) ->
     )
 
 
-def load_runs(path: Path) -> tuple[list[Run], list[str]]:
+def load_runs(path: Path, choices: Choices) -> tuple[list[Run], list[str]]:
     """All runs in a file or below a folder, and notes on what is left out. Raises
     FileNotFoundError, or ContractError if nothing can be compared."""
     if not path.exists():
         raise FileNotFoundError(f"no score file, log or folder {path}")
-    records = read_logs(path)
+    records = read_logs(path, choices)
     if not records:
         known = f"known: {', '.join(readers())}; a table needs the columns item and score"
         raise FileNotFoundError(
@@ -277,7 +286,11 @@ def is_printed(number: float, printed: float, run: Run) -> bool:
 
 
 def load_sides(
-    paths: Sequence[Path], names: Sequence[str], *, same_model: bool = False
+    paths: Sequence[Path],
+    names: Sequence[str],
+    *,
+    same_model: bool = False,
+    choices: Choices = NO_CHOICES,
 ) -> list[Side]:
     """Read all sides; equal names get the parent folder's name or a number."""
     if names and len(names) != len(paths):
@@ -287,7 +300,7 @@ def load_sides(
     if not names:
         names = [""] * len(paths)
     sides = [
-        load_side(path, name, same_model=same_model)
+        load_side(path, name, same_model=same_model, choices=choices)
         for path, name in zip(paths, names, strict=True)
     ]
     sides = rename_equal(

@@ -61,6 +61,23 @@ class Log(ScoreFile):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What is read of a log that has several of it; "": what the reader takes by itself."""
+
+    group: str = ""  # field whose values tell which items go together
+    metric: str = ""  # metric, or column of the score
+    filter: str = ""  # of the harness: how answers are extracted
+    scorer: str = ""  # of inspect_ai
+
+    def names(self) -> list[str]:
+        """Those that are made."""
+        return [name for name, value in vars(self).items() if value]
+
+
+NO_CHOICES = Choices()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reader:
     """One form of logs."""
 
@@ -68,8 +85,10 @@ class Reader:
     endings: tuple[str, ...]  # of its files
     # whether a file with such an ending is a log of this form; reads only its start
     fits: Callable[[Path], bool]
-    # one for each task, scorer or run in the file; any error names the file
-    read: Callable[[Path], Iterable[Log]]
+    # one for each task, scorer or run in the file; any error names the file. With Choices as its
+    # second argument if there are ``choices``.
+    read: Callable[..., Iterable[Log]]
+    choices: tuple[str, ...] = ()  # the fields of Choices that it takes
 
 
 def readers() -> dict[str, Reader]:
@@ -77,7 +96,7 @@ def readers() -> dict[str, Reader]:
     return discover(__name__, "READER")
 
 
-def read_logs(path: Path) -> list[tuple[Path, Log]]:
+def read_logs(path: Path, choices: Choices = NO_CHOICES) -> list[tuple[Path, Log]]:
     """The scores in a log, or in all logs below a folder; none if there is no log. The tasks of a
     group (BLINK's 14, MMLU's 57) become one. Raises ContractError for a log that cannot be read, or
     logs of several forms. Of several files, one that cannot be read is a log with the reason."""
@@ -102,7 +121,7 @@ def read_logs(path: Path) -> list[tuple[Path, Log]]:
     gc.disable()  # it would look at a million lines again and again, half of the time
     try:
         for file, reader in ((file, reader) for reader, files in found.items() for file in files):
-            for place, log in enumerate(logs_of(file, reader, alone=len(files) == 1)):
+            for place, log in enumerate(logs_of(file, reader, choices, alone=len(files) == 1)):
                 groups.setdefault(log.group or (file, place), []).append((file, log))
     finally:
         gc.enable()
@@ -112,11 +131,17 @@ def read_logs(path: Path) -> list[tuple[Path, Log]]:
     ]
 
 
-def logs_of(file: Path, reader: Reader, *, alone: bool) -> list[Log]:
+def logs_of(file: Path, reader: Reader, choices: Choices, *, alone: bool) -> list[Log]:
     """The logs in a file. If it is not ``alone`` and cannot be read, one that says why."""
+    for name in choices.names():
+        if name not in reader.choices:
+            takes = ", ".join(f"--{choice}" for choice in reader.choices) or "no such option"
+            raise ContractError(
+                f"{file} is of {reader.name}, for which --{name} means nothing; it takes {takes}"
+            )
     try:
         with errors_about(file):
-            logs = list(reader.read(file))
+            logs = list(reader.read(file, choices) if reader.choices else reader.read(file))
     except ContractError as error:
         if alone:
             raise

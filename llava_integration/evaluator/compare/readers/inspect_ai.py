@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_integration.evaluator.compare.readers import IMAGES, Log, Reader, first_of, number
+from llava_integration.evaluator.compare.readers import (
+    IMAGES,
+    Choices,
+    Log,
+    Reader,
+    first_of,
+    number,
+)
 from llava_integration.evaluator.compare.readers.lm_eval import CATEGORIES
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.json_files import read_json_value
@@ -38,13 +45,17 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return json.loads(archive.read("header.json")), json.loads(archive.read("summaries.json"))
 
 
-def read(path: Path) -> Iterator[Log]:
+def read(path: Path, choices: Choices) -> Iterator[Log]:
     """Raises ContractError for a log without scores, or with samples that its scorer did not
     judge."""
     header, samples = load(path)
     results = header.get("results") or {}
     about = header.get("eval", {})
     scorer = (results.get("headline") or next(iter(results.get("scores") or []), {})).get("scorer")
+    scorers = [str(score.get("scorer")) for score in results.get("scores") or []]
+    if choices.scorer and choices.scorer not in scorers:
+        raise ContractError(f"{path} has no scorer {choices.scorer}; it has {', '.join(scorers)}")
+    scorer = choices.scorer or scorer
     if header.get("status") != "success":
         raise ContractError(
             f"{path}: the run's status is {header.get('status')!r}; only a finished run counts"
@@ -65,7 +76,10 @@ def read(path: Path) -> Iterator[Log]:
             continue
         value = GRADES.get(value, value) if isinstance(value, str) else value
         values.setdefault(name, []).append(number(value, f"{path}, sample {name}: {scorer}"))
-        said = {"cluster": first_of(of, IMAGES) or name, "category": first_of(of, CATEGORIES)}
+        if choices.group and choices.group not in of:
+            raise ContractError(f"{path}, sample {name}: its metadata have no {choices.group}")
+        fields = (choices.group,) if choices.group else IMAGES
+        said = {"cluster": first_of(of, fields) or name, "category": first_of(of, CATEGORIES)}
         items.setdefault(name, {"id": name, "truth": sample.get("target"), **said})
         items[name]["score"] = sum(values[name]) / len(values[name])
     task = about.get("task", path.stem)
@@ -99,4 +113,10 @@ def printed_mean(results: dict[str, Any], scorer: str) -> float | None:
     return None
 
 
-READER = Reader(name="inspect_ai", endings=(".eval", ".json"), fits=fits, read=read)
+READER = Reader(
+    name="inspect_ai",
+    endings=(".eval", ".json"),
+    fits=fits,
+    read=read,
+    choices=("group", "scorer"),
+)

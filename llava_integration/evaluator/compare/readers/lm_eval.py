@@ -21,6 +21,7 @@ from llava_integration.evaluator.benchmarks.rules.mmbench import ROTATION, choic
 from llava_integration.evaluator.compare.readers import (
     BY_PART,
     IMAGES,
+    Choices,
     Log,
     Reader,
     first_object,
@@ -46,6 +47,7 @@ CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task
 NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
 PROMPTS = "answers to lmms-eval's prompts, which may differ from LLaVA's"
 ALONE = "the log names no images: questions are drawn one by one, so the interval may be too narrow"
+GROUP = "value of --group"
 Lines = Sequence[tuple[str, dict[str, Any]]]  # where it is, and a line of the log
 
 
@@ -130,12 +132,19 @@ class Summary:
         )
 
 
-def lines_of(path: Path) -> Lines:
-    """The lines without what is long and not compared: a million of them lie in memory."""
+def lines_of(path: Path, group: str = "") -> Lines:
+    """The lines without what is long and not compared: a million of them lie in memory. ``group``:
+    the field of a line or its document whose value is kept as GROUP."""
     lines = []
     for where, line in json_lines(path):
         if "doc_id" not in line:
             raise ContractError(f"{where}: no doc_id")
+        if group:
+            fields_of_line = {**line, **(line["doc"] if isinstance(line.get("doc"), dict) else {})}
+            if group not in fields_of_line:
+                known = ", ".join(fields_of_line)
+                raise ContractError(f"{where}: no field {group} for --group; fields: {known}")
+            line[GROUP] = str(fields_of_line[group])
         for name in TEXTS:
             line.pop(name, None)
         if isinstance(doc := line.get("doc"), dict):
@@ -144,25 +153,33 @@ def lines_of(path: Path) -> Lines:
     return lines
 
 
-def read_harness(path: Path) -> Iterator[Log]:
+def read_harness(path: Path, choices: Choices) -> Iterator[Log]:
     """The task's first metric with a number for each document, under its first filter."""
     summary = Summary(path, HARNESS, "results_{}.json")
-    lines = lines_of(path)
+    lines = lines_of(path, choices.group)
     filters = list(dict.fromkeys(str(line.get("filter", "none")) for _, line in lines))
-    chosen = [one for one in lines if str(one[1].get("filter", "none")) == filters[0]]
-    log = scored(chosen, summary, first_object(path).get("metrics", ()))
+    name = choices.filter or filters[0]
+    if name not in filters:
+        raise ContractError(f"{path} has no filter {name}; it has {', '.join(filters)}")
+    chosen = [one for one in lines if str(one[1].get("filter", "none")) == name]
+    metrics = [choices.metric] if choices.metric else first_object(path).get("metrics", ())
+    log = scored(chosen, summary, metrics)
     if len(filters) > 1:
-        log.notes.append(f"filter {filters[0]} of {', '.join(filters)}")
+        log.notes.append(f"filter {name} of {', '.join(filters)}")
     log.notes.extend(summary.size_notes(lines))
     yield log
 
 
-def read_lmms_eval(path: Path) -> Iterator[Log]:
+def read_lmms_eval(path: Path, choices: Choices) -> Iterator[Log]:
     """The task's composite, or its first metric that has a number for each document."""
     summary = Summary(path, LMMS_EVAL, "{}_results.json", groups=BY_PART)
-    lines = lines_of(path)
+    lines = lines_of(path, choices.group)
     start = first_object(path)
-    if summary.task.startswith("mmbench_"):
+    if choices.metric:
+        start = {choices.metric: start.get(choices.metric)}
+    if choices.metric and not choices.metric.endswith(tuple(COMPOSITES)):
+        logs = [scored(lines, summary, [choices.metric])]
+    elif summary.task.startswith("mmbench_"):
         logs = [_mmbench(lines, summary, "submission")]
     elif summary.task.startswith("mmstar"):
         logs = [_mmstar(lines, summary, "average")]
@@ -189,7 +206,12 @@ def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
     numeric = [metric for metric in metrics if score_of(first_line.get(metric)) is not None]
     if not numeric:
         listed = ", ".join(metrics)
-        problem = f"{where}: none of the metrics {listed} of {summary.task} has a number"
+        known = [name for name, value in first_line.items() if score_of(value) is not None]
+        others = ", ".join(name for name in known if name not in NO_METRICS) or "none"
+        problem = (
+            f"{where}: none of the metrics {listed} of {summary.task} has a number; "
+            f"fields that have: {others}"
+        )
         if any(score_of(line.get(metric)) is not None for _, line in lines for metric in metrics):
             raise ContractError(problem)
         return summary.log("", [], unknown=problem)
@@ -217,10 +239,11 @@ def item_of(line: dict[str, Any], value: Any, score: float) -> dict[str, Any]:
         **(doc if isinstance(doc, dict) else {}),
         **(value if isinstance(value, dict) and value else line),
     }
+    image = (media and media[0]) or first_of(about, IMAGES)
     return {
         "id": line["doc_id"],
         "score": score,
-        "cluster": str((media and media[0]) or first_of(about, IMAGES) or line["doc_id"]),
+        "cluster": line.get(GROUP) or str(image or line["doc_id"]),
         "category": first_of(about, CATEGORIES),
         "truth": line.get("target"),
     }
@@ -461,11 +484,13 @@ READER = [
         endings=(".jsonl",),
         fits=partial(is_log, pattern=HARNESS),
         read=read_harness,
+        choices=("group", "metric", "filter"),
     ),
     Reader(
         name="lmms-eval",
         endings=(".jsonl",),
         fits=partial(is_log, pattern=LMMS_EVAL),
         read=read_lmms_eval,
+        choices=("group", "metric"),
     ),
 ]

@@ -19,6 +19,7 @@ from typing import Any
 from llava_integration.evaluator.compare.readers import (
     BY_PART,
     OWN,
+    Choices,
     Log,
     Reader,
     columns,
@@ -102,11 +103,16 @@ def is_table(path: Path) -> bool:
     return {"id", "score"} <= set(_column_numbers(columns(path)))
 
 
-def table_read(path: Path) -> Iterator[Log]:
+def table_read(path: Path, choices: Choices) -> Iterator[Log]:
     """One for each task, run and model."""
     lines = table(path)
     _, names = next(lines)
     column_numbers = _column_numbers(names)
+    for ours, column in {"cluster": choices.group, "score": choices.metric}.items():
+        if column and column not in names:
+            raise ContractError(f"{path} has no column {column}; its columns: {', '.join(names)}")
+        if column:
+            column_numbers[ours] = names.index(column)
     tables: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for where, cells in lines:
         if len(cells) != len(names):
@@ -139,5 +145,6 @@ READER = [
         endings=(".csv", ".tsv", ".jsonl"),
         fits=is_table,
         read=table_read,
+        choices=("group", "metric"),
     ),
 ]

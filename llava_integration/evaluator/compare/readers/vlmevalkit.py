@@ -14,6 +14,7 @@ from typing import Any
 
 from llava_integration.evaluator.compare.readers import (
     IMAGES,
+    Choices,
     Log,
     Reader,
     columns,
@@ -45,12 +46,17 @@ def fits(path: Path) -> bool:
     return {"index", "prediction"} <= names and bool(names & set(SCORES))
 
 
-def read(path: Path) -> Iterator[Log]:
+def read(path: Path, choices: Choices) -> Iterator[Log]:
     """One table; of MME perception and cognition. The model is the folder that the file's name
     begins with."""
     lines = table(path)
     _, names = next(lines)
     column = next((name for name in SCORES if name in names), "")
+    for choice in filter(None, (choices.group, choices.metric)):
+        if choice not in names:
+            raise ContractError(f"{path} has no column {choice}; its columns: {', '.join(names)}")
+    column = choices.metric or column
+    cluster_columns = (choices.group,) if choices.group else IMAGES[:-1]
     if "index" not in names or not column:
         raise ContractError(
             f"{path} has the columns {names}; expected index and one of {', '.join(SCORES)}"
@@ -70,7 +76,7 @@ def read(path: Path) -> Iterator[Log]:
         with errors_about(where):
             score = _score(data, row, column, f"{where}: {column}")
         item = {"id": name, "score": score, "category": parts}
-        item |= {"truth": row.get("answer"), "cluster": first_of(row, IMAGES[:-1]) or name}
+        item |= {"truth": row.get("answer"), "cluster": first_of(row, cluster_columns) or name}
         split_of[name] = str(row.get("split") or "")
         if kind != "pope":
             items.append(item)
@@ -83,7 +89,7 @@ def read(path: Path) -> Iterator[Log]:
         # VLMEvalKit counts a question in each of its parts ("random,popular")
         items += [{**item, **said, "id": f"{name}/{part}"} for part in parts.split(",")]
     splits = sorted(set(split_of.values()))
-    notes = [] if {*IMAGES[:-1]} & {*names} else [ALONE]
+    notes = [] if {*cluster_columns} & {*names} else [ALONE]
     if column == "hit" and len(splits) > 1:  # MMMU_DEV_VAL: a number for each
         for split in splits:
             of_split = [item for item in items if split_of[item["id"]] == split]
@@ -148,4 +154,10 @@ def _printed(stem: Path, split: str = "Overall") -> dict[str, float]:
     return {}
 
 
-READER = Reader(name="VLMEvalKit", endings=(".xlsx", ".tsv", ".json"), fits=fits, read=read)
+READER = Reader(
+    name="VLMEvalKit",
+    endings=(".xlsx", ".tsv", ".json"),
+    fits=fits,
+    read=read,
+    choices=("group", "metric"),
+)
