@@ -5,7 +5,7 @@
 #                               and .venv-llava
 #   scripts/test.sh --stacks    tests/environments/stacks alone: lm-eval, lmms-eval and inspect_ai in .venv-stacks; TRL, ms-swift,
 #                               LLaMA-Factory and a fork of LLaVA in .venv-trl, .venv-swift, .venv-llamafactory and .venv-forks;
-#                               -k test_inspect_ai chooses
+#                               mteb and sentence-transformers' trainer in .venv-embedders; -k test_inspect_ai chooses
 #   scripts/test.sh -k cache    passes its arguments to pytest in the training environment and runs nothing else
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -23,11 +23,12 @@ case "${1:-}" in
         exec .venv-servers/bin/python -m pytest "${@:-tests/environments/servers}" ;;
     --stacks)
         extensions_of .venv-llava
-        for name in stacks trl swift llamafactory forks; do
+        for name in stacks trl swift llamafactory forks embedders; do
             listed_environment "$name" ".venv-$name"
             case "$name" in
                 stacks) tests=tests/environments/stacks/test_logs.py ;;
                 forks) tests=tests/environments/stacks/test_forks.py ;;
+                embedders) tests=tests/environments/stacks/test_embedders.py ;;
                 *) tests=tests/environments/stacks/test_trainers.py ;;
             esac
             ".venv-$name/bin/python" -m pytest "$tests" "${@:2}" || [ $? = 5 ] # -k chooses none of these

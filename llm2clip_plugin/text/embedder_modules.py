@@ -32,8 +32,10 @@ BATCH_ROWS = "rows"  # of a part of a batch: its places in the batch
 
 
 def open_picture(item: Any) -> Any:
-    """A picture's path or bytes as an image in RGB; anything else as it is. Raises ValueError for
-    damaged pictures, FileNotFoundError for a ``Path`` that is not there."""
+    """A picture's path or bytes as an image in RGB, also of {"image": it}; anything else as it is.
+    Raises ValueError for damaged pictures, FileNotFoundError for a ``Path`` that is not there."""
+    if isinstance(item, dict) and set(item) in ({"image"}, {"text"}):
+        (item,) = item.values()
     is_path = isinstance(item, Path)
     if isinstance(item, str) and is_image_url_or_path(item):
         is_path = not item.startswith(("data:", "http://", "https://"))
@@ -125,6 +127,11 @@ class PictureTextRouter(Router):
             if kind.startswith("transformers_modules."):
                 body["types"][name] = ".".join(kind.split(".")[-2:])
         path.write_text(json.dumps(body, indent=4), encoding="utf-8")
+        for name in body["structure"]["image"][:1]:  # Transformer forgets how pictures are resized
+            settings = Path(output_path, name, Transformer.config_file_name)
+            read = json.loads(settings.read_text(encoding="utf-8"))
+            read["processor_kwargs"] = {"backend": "pil"}
+            settings.write_text(json.dumps(read, indent=4), encoding="utf-8")
 
 
 class Saved(Module):

@@ -7,5 +7,6 @@ NEEDS = {  # one of them
     "test_logs.py": ("lmms_eval",),
     "test_trainers.py": ("swift", "llamafactory", "trl"),
     "test_forks.py": ("llavaction",),
+    "test_embedders.py": ("mteb",),
 }
 collect_ignore = [name for name, packages in NEEDS.items() if not any(map(find_spec, packages))]
