@@ -169,3 +169,12 @@ def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None
     ]
     # pictures of the same emoji are not exchanged
     assert points(miniature.by_keyword(twice)) == [100, 100, 0]
+
+
+def test_the_pictures_of_a_family_are_one_cluster(tmp_path: Path) -> None:
+    family_of = {about["concept"]: about["family"] for _, _, about in miniature.emoji("validation")}
+    rows = list(miniature.hold_out(tmp_path, "validation", in_words=False, smoke=True))
+    assert {row["concept"] for row in rows} <= set(family_of)
+    for row in rows:
+        assert row["cluster"] == family_of[row["concept"]]
+    assert len({row["cluster"] for row in rows}) < len({row["concept"] for row in rows})
