@@ -4,6 +4,7 @@ answers is text."""
 import html
 import json
 import random
+from pathlib import Path
 
 import chromium
 import pytest
@@ -287,3 +288,28 @@ def test_hostile_names_and_ids_stay_text(tmp_path):
     assert "<img" not in text
     assert "<b>red" not in text
     assert text.count("<script") == 2
+
+
+def test_answers_of_other_evaluators_are_shown(tmp_path):
+    """Questions on which two logs disagree, with both answers: of the harness (a text, or the most
+    likely option), VLMEvalKit and inspect_ai."""
+    logs = Path(__file__).parent / "logs"
+    for form in ("lm_eval", "lm_eval_group", "vlmevalkit", "inspect_ai"):
+        for run, *_ in load_side(logs / form).runs.values():
+            assert all(item.get("answer") for item in run.items), run.benchmark
+            assert all(item.get("question") for item in run.items), run.benchmark
+    for name, wrong in (("old", "no"), ("new", "")):
+        text = next((logs / "lm_eval_group").glob("samples_toy_a*")).read_text()
+        lines = list(map(json.loads, text.splitlines()))
+        for line in lines[:3]:
+            line["exact_match"] = float(not wrong)
+            line["filtered_resps"] = [wrong or "yes"]
+        folder = tmp_path / name
+        folder.mkdir()
+        log = folder / "samples_toy_2026-11-28T21-57-04.1.jsonl"
+        log.write_text("\n".join(map(json.dumps, lines)))
+    sides = [str(tmp_path / name) for name in ("old", "new")]
+    compare([*sides, "--output", str(tmp_path / "out")])
+    questions = embedded(tmp_path / "out" / "compare.html")["questions"]
+    assert [question["answers"] for question in questions] == [["no", "yes"]] * 3
+    assert [question["question"] for question in questions] == ["a0", "a1", "a2"]

@@ -39,6 +39,7 @@ IMAGES = (
 )
 BY_PART = "mean of categories"  # an aggregate: categories have equal weight
 OWN = "score files"  # name of the reader of ours, which take precedence
+LONGEST_TEXT = 600  # characters of a question or an answer: a million of them lie in memory
 csv.field_size_limit(2**24)
 
 
@@ -238,6 +239,11 @@ def number(value: Any, where: str) -> float:
     if isinstance(value, (int, float)) and abs(value) <= 1e12:
         return float(value)
     raise ContractError(f"{where} is {value!r}; expected a finite number")
+
+
+def short_text(value: Any) -> str:
+    """A question or an answer as items keep it for the page; "" for what is no text."""
+    return value[:LONGEST_TEXT] if isinstance(value, str) else ""
 
 
 def first_of(values: Mapping[str, Any], names: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from llava_integration.evaluator.compare.readers import (
     Reader,
     first_of,
     number,
+    short_text,
 )
 from llava_integration.evaluator.compare.readers.lm_eval import CATEGORIES
 from llm2clip_plugin.errors import ContractError, errors_about
@@ -70,7 +71,8 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     for sample in samples:
         name = str(sample.get("id"))
         of = sample.get("metadata") or {}
-        value = (sample.get("scores") or {}).get(scorer, {}).get("value")
+        score = (sample.get("scores") or {}).get(scorer) or {}
+        value = score.get("value")
         if value is None:  # a sample that failed, which inspect_ai doesn't count either
             without_score.add(name)
             continue
@@ -80,6 +82,8 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
             raise ContractError(f"{path}, sample {name}: its metadata have no {choices.group}")
         fields = (choices.group,) if choices.group else IMAGES
         said = {"cluster": first_of(of, fields) or name, "category": first_of(of, CATEGORIES)}
+        texts = {"question": sample.get("input"), "answer": score.get("answer")}
+        said |= {field: short_text(text) for field, text in texts.items() if short_text(text)}
         items.setdefault(name, {"id": name, "truth": sample.get("target"), **said})
         items[name]["score"] = sum(values[name]) / len(values[name])
     task = about.get("task", path.stem)

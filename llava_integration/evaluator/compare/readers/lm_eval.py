@@ -28,6 +28,7 @@ from llava_integration.evaluator.compare.readers import (
     first_of,
     mme_logs,
     number,
+    short_text,
 )
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.json_files import read_json_value
@@ -47,7 +48,9 @@ CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task
 NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
 PROMPTS = "answers to lmms-eval's prompts, which may differ from LLaVA's"
 ALONE = "the log names no images: questions are drawn one by one, so the interval may be too narrow"
+# what is kept of a line beside its metrics
 GROUP = "value of --group"
+SHOWN = "what the page shows"
 Lines = Sequence[tuple[str, dict[str, Any]]]  # where it is, and a line of the log
 
 
@@ -145,12 +148,40 @@ def lines_of(path: Path, group: str = "") -> Lines:
                 known = ", ".join(fields_of_line)
                 raise ContractError(f"{where}: no field {group} for --group; fields: {known}")
             line[GROUP] = str(fields_of_line[group])
+        line[SHOWN] = shown_texts(line)
         for name in TEXTS:
             line.pop(name, None)
         if isinstance(doc := line.get("doc"), dict):
             line["doc"] = {name: doc[name] for name in (*IMAGES, *CATEGORIES) if name in doc}
         lines.append((where, line))
     return lines
+
+
+def shown_texts(line: dict[str, Any]) -> dict[str, str]:
+    """The question and the answer of a line, those that it has."""
+    doc = line.get("doc") if isinstance(line.get("doc"), dict) else {}
+    question = first_of(doc or {}, ("question", "query", "problem")) or line.get("input")
+    texts = {"question": short_text(question), "answer": short_text(answer_of(line))}
+    return {name: text for name, text in texts.items() if text}
+
+
+def answer_of(line: dict[str, Any]) -> Any:
+    """What the model said: a text, or the option that it found most likely."""
+    answers = line.get("filtered_resps")
+    if isinstance(answers, list) and len(answers) == 1 and isinstance(answers[0], str):
+        return answers[0]
+    options = line.get("arguments")
+    if not isinstance(answers, list) or not isinstance(options, dict):
+        return answers
+    if len(options) != len(answers):
+        return None
+    likely = []
+    for answer, option in zip(answers, options.values(), strict=True):
+        if not isinstance(answer, list) or not isinstance(option, dict):
+            return None
+        likely.append((float(answer[0]), option.get("arg_1")))
+    _, most_likely = max(likely, key=lambda pair: pair[0])
+    return most_likely.strip() if isinstance(most_likely, str) else None
 
 
 def read_harness(path: Path, choices: Choices) -> Iterator[Log]:
@@ -246,6 +277,7 @@ def item_of(line: dict[str, Any], value: Any, score: float) -> dict[str, Any]:
         "cluster": line.get(GROUP) or str(image or line["doc_id"]),
         "category": first_of(about, CATEGORIES),
         "truth": line.get("target"),
+        **line.get(SHOWN, {}),
     }
 
 

@@ -21,6 +21,7 @@ from llava_integration.evaluator.compare.readers import (
     first_of,
     mme_logs,
     number,
+    short_text,
     table,
 )
 from llava_integration.evaluator.compare.readers.lm_eval import ALONE
@@ -76,6 +77,10 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
         with errors_about(where):
             score = _score(data, row, column, f"{where}: {column}")
         item = {"id": name, "score": score, "category": parts}
+        item |= {
+            "question": short_text(row.get("question")),
+            "answer": short_text(str(row.get("prediction"))),
+        }
         item |= {"truth": row.get("answer"), "cluster": first_of(row, cluster_columns) or name}
         split_of[name] = str(row.get("split") or "")
         if kind != "pope":
