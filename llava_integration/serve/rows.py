@@ -82,8 +82,8 @@ class LlavaRows:
                 if self.has_no_end(chat[: turn + 1]):
                     ends.append((number, end, self.next_turn(chat[: turn + 1], row, end)))
         tensors = {**batch, "labels": labels}
-        for number, place, token in ends:
-            tensors = self.with_end(tensors, number, place, token)
+        for number, end, token in ends:
+            tensors = self.with_end(tensors, number, end, token)
         return tensors
 
     def has_no_end(self, chat: list[Any]) -> bool:

@@ -222,8 +222,8 @@ class Command(Generic[Settings]):
         elif name in self.extras or (name in HALF and PRECISION in self.leaves):
             hint = bool if name in HALF else str
         else:
-            known = [*self.understood, *self.extras, *map(negative, flags)]
-            nearest = difflib.get_close_matches(name, known, n=1)
+            option_names = [*self.understood, *self.extras, *map(negative, flags)]
+            nearest = difflib.get_close_matches(name, option_names, n=1)
             advice = f" (did you mean --{nearest[0]}?)" if nearest else ""
             raise ValueError(
                 f"unknown option {option}{advice}; `llm2clip {self.name} --help-all` lists all"

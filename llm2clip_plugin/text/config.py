@@ -319,10 +319,10 @@ class EncoderConfig:
         if self.preset and self.preset not in PRESETS:
             raise ValueError(unknown("preset", self.preset, PRESETS))
         choices = {"attention": ATTENTIONS, "pooling": POOLINGS, "compute_dtype": COMPUTE_DTYPES}
-        for name, known in choices.items():
+        for name, values in choices.items():
             value = getattr(self, name)
-            if value not in known:
-                raise ValueError(unknown(name, value, known))
+            if value not in values:
+                raise ValueError(unknown(name, value, values))
         if self.max_tokens < 4:
             raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 4")
         if self.chat_template not in ("", "user") and self.chat_template.count(CAPTION) != 1:

@@ -26,9 +26,9 @@ def check_choices(section: str, config: Any) -> None:
     """Raise ValueError for a field whose value its Literal type does not list."""
     for field in fields(config):
         value = getattr(config, field.name)
-        known = get_args(field.type)
-        if get_origin(field.type) is Literal and value not in known:
-            raise ValueError(unknown(f"{section}.{field.name}", value, filter(None, known)))
+        choices = get_args(field.type)
+        if get_origin(field.type) is Literal and value not in choices:
+            raise ValueError(unknown(f"{section}.{field.name}", value, filter(None, choices)))
 
 
 def check_bounds(section: str, config: Any, **bounds: tuple[float, float]) -> None:

@@ -324,9 +324,9 @@ def refuse_non_finite(keys: list[str], *, allowed: int) -> None:
     named = [key for keys_of_rank in gather_objects(keys) for key in keys_of_rank]
     if not named:
         return
-    shown = ", ".join(named[:NAMED_KEYS])
+    first_keys = ", ".join(named[:NAMED_KEYS])
     count = "1 sample has" if len(named) == 1 else f"{len(named)} samples have"
-    what = f"{count} non-finite features or embeddings: {shown}"
+    what = f"{count} non-finite features or embeddings: {first_keys}"
     if len(named) > allowed:
         raise NonFiniteLossError(
             f"before the heads' fit: {what}",

@@ -189,8 +189,8 @@ def compare_seeds(difference_SQ: Sequence[np.ndarray], clusters: list[str]) -> E
     between_seeds = max(float(np.var(mean_S, ddof=1)), slips)
     over_queries = max(0.0, estimate.error**2 - slips / seeds)
     error, freedom = combine([(between_seeds / seeds, seeds - 1), (over_queries, estimate.freedom)])
-    known = min(1.0, freedom / estimate.freedom)
-    return replace(estimate, error=error, freedom=freedom, skew=estimate.skew * known**2)
+    share = min(1.0, freedom / estimate.freedom)
+    return replace(estimate, error=error, freedom=freedom, skew=estimate.skew * share**2)
 
 
 def claims_table(claims: Sequence[Claim], base: str = "raw") -> str:

@@ -103,8 +103,8 @@ def wrapped(name: str, *, of: str, title: str, since: str, config: str = "") -> 
         settings = (
             in_module("llm2clip_plugin.vision.wrapped", config)() if config else base.config_class
         )
-        own = {"config_class": settings, "is_custom_code": classmethod(lambda cls: False)}
-        return type(of, (model,), own)
+        overridden = {"config_class": settings, "is_custom_code": classmethod(lambda cls: False)}
+        return type(of, (model,), overridden)
 
     return made
 
@@ -116,13 +116,15 @@ def families() -> dict[str, Family]:
 
 def family_of_type(model_type: str, *, where: str) -> Family:
     """The family whose config.json has this ``model_type``; ``where``: for the error message."""
-    known = {kind: family for family in families().values() for kind in family.model_types}
-    if model_type not in known:
+    family_by_type = {
+        model_type: family for family in families().values() for model_type in family.model_types
+    }
+    if model_type not in family_by_type:
         raise ValueError(
             f"{where}: no tower family has model_type {model_type!r}; known: "
-            f"{', '.join(sorted(known))}"
+            f"{', '.join(sorted(family_by_type))}"
         )
-    return known[model_type]
+    return family_by_type[model_type]
 
 
 def family_of(tower: Tower) -> Family:
