@@ -240,6 +240,29 @@ def map_path(names):
     return [Path(name) for name in names]
 
 
+def test_names_are_text_in_markdown(tmp_path, capsys):
+    base = simulated(tmp_path, "base", [0, 1] * 10, benchmark="my *own* <b>")
+    new = simulated(tmp_path, "new", [1, 1] * 10, benchmark="my *own* <b>")
+    names = ["--names", "a [link](x)\n# heading", "b | c"]
+    assert main([str(base), str(new), *names]) == 0
+    shown = capsys.readouterr().out
+    assert r"## b | c (new) against a \[link\](x) # heading (base)" in shown
+    assert r"- my \*own\* \<b>: 20 items" in shown
+    assert r"| my \\*own" not in shown
+
+
+def test_published_numbers_of_llava_stand_next_to_llava_alone(tmp_path):
+    def references(name):
+        sides = []
+        for side in ("base", "new"):
+            path = simulated(tmp_path / side, f"{name}-{side}", [0, 1] * 10, benchmark="gqa")
+            sides.append(load_side(path))
+        return build(sides).references
+
+    assert references("qwen") == {}
+    assert references("llava-1.5") != {}
+
+
 def test_percentages_against_shares_are_refused(tmp_path):
     for name, values in {"share": (0, 1), "percent": (0, 100), "judged": (0, 4)}.items():
         lines = [f"{n},{values[n % 2]},t" for n in range(20)]

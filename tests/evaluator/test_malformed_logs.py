@@ -74,7 +74,7 @@ def test_a_log_that_nobody_understands_is_left_out_with_a_note(tmp_path):
     )
     side = load_side(tmp_path)
     assert set(side.runs) == {"a acc"}
-    assert "metrics doc_hash, corpus of b" in side.notes[0]
+    assert "metrics corpus of b" in side.notes[0]
 
 
 def test_a_folder_has_logs_of_one_form(tmp_path):

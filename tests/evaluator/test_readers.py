@@ -1,7 +1,9 @@
 """Logs of other evaluators, written by the real packages (``logs/``), become the numbers that these
 packages print."""
 
+import gzip
 import json
+import shutil
 
 import pytest
 from golden_mllm import MODELS, ROOT, answers, expected
@@ -387,6 +389,45 @@ def test_a_number_printed_in_percent_is_the_same_number(tmp_path):
 def test_a_part_of_a_tasks_documents_is_said(tmp_path):
     (note,) = harness_log(tmp_path / "part", 0.5, 5000)
     assert "10 of the task's 5,000 documents" in note
+
+
+def test_the_harness_up_to_0_4_2_wrote_arrays(tmp_path):
+    """MODEL_ARGUMENTS_TASK.jsonl next to results.json; no hashes, no names of metrics."""
+    documents = []
+    for n in range(8):
+        arguments = [[f"Which? {n}", " yes"], [f"Which? {n}", " no"]]
+        document = {"doc_id": n, "doc": {"question": f"Which? {n}"}, "target": "0"}
+        document |= {"arguments": arguments, "resps": [[-1, True]], "filtered_resps": [[-1, True]]}
+        documents.append(document | {"acc": n % 2, "acc_norm": 1})
+    for task in ("arc", "arc_easy"):
+        log = tmp_path / f"pretrained__org__llm_{task}.jsonl"
+        log.write_text(json.dumps(documents, indent=2))
+    results = {"arc": {"acc,none": 0.5}, "arc_easy": {"acc,none": 0.625}}
+    (tmp_path / "results.json").write_text(json.dumps({"results": results}))
+    side = load_side(tmp_path)
+    assert {name: value(side, name) for name in side.runs} == {"arc acc": 50, "arc_easy acc": 50}
+    assert side.runs["arc acc"][0].notes == []
+    (note,) = side.runs["arc_easy acc"][0].notes
+    assert "printed 0.625" in note
+    assert side.runs["arc acc"][0].items[3]["question"] == "Which? 3"
+    log = tmp_path / "pretrained__org__llm_arc.jsonl"
+    log.write_text(json.dumps(documents[:4])[:-100])
+    assert "pretrained__org__llm_arc.jsonl" in load_side(tmp_path).notes[0]
+
+
+@pytest.mark.parametrize("folder", ["lm_eval", "lmms_eval/yes"])
+def test_packed_logs_are_read(tmp_path, folder):
+    for path in (LOGS / folder).iterdir():
+        if path.suffix == ".jsonl":
+            packed = gzip.compress(path.read_bytes())
+            (tmp_path / f"{path.name}.gz").write_bytes(packed)
+        else:
+            shutil.copy(path, tmp_path)
+    plain = load_side(LOGS / folder)
+    side = load_side(tmp_path)
+    assert set(side.runs) == set(plain.runs)
+    for name in side.runs:
+        assert value(side, name) == value(plain, name)
 
 
 def test_a_table_has_tasks_and_runs(tmp_path):

@@ -475,13 +475,16 @@ def build(
         first, *_ = next(iter(runs.values()))
         titles[name] = first.title
         units[name] = first.unit
+    published = {}
+    if references and any(is_of_llava(side) for side in sides):
+        published = published_numbers({row.benchmark for row in rows})
     return Comparison(
         names=tuple(side.name for side in sides),
         rows=tuple(rows),
         scores=scores,
         titles=titles,
         units=units,
-        references=published_numbers({row.benchmark for row in rows}) if references else {},
+        references=published,
         settings={"level": level},
         notes=tuple(dict.fromkeys(notes)),
         warnings=(*warnings(sides), *other_scales),
@@ -510,6 +513,16 @@ def benchmarks_in_common(base: Side, new: Side) -> list[str]:
 def mean_headline(runs: Sequence[Run]) -> float:
     """The headline number, mean over runs."""
     return sum(run.statistic.full() for run in runs) / len(runs)
+
+
+def is_of_llava(side: Side) -> bool:
+    """Whether published numbers of LLaVA belong next to a side's: it is called so, or was scored by
+    the rules of LLaVA's evaluation."""
+    for runs in side.runs.values():
+        for run in runs:
+            if run.metrics or "llava" in f"{side.name} {run.model}".lower():
+                return True
+    return False
 
 
 def published_numbers(compared: Collection[str]) -> dict[str, dict[str, float]]:

@@ -9,6 +9,7 @@ bring another picture of this machine into a page that is passed on.
 
 import base64
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -66,12 +67,13 @@ def with_spread(value: float, spread: float, unit: str) -> str:
     return f"{text} ±{number(spread, unit)}" if spread else text
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row, *, markdown: bool = False) -> tuple[str, ...]:
     """A row's columns under HEADER."""
     result = row.result
+    title = plain(row.title) if markdown else row.title
     low, high = (number(end, row.unit, signed=True) for end in row.interval)
     return (
-        row.title if row.unit == "%" else f"{row.title} ({row.unit})",
+        title if row.unit == "%" else f"{title} ({row.unit})",
         with_spread(result.base, result.spread_base, row.unit),
         with_spread(result.new, result.spread_new, row.unit),
         number(result.difference, row.unit, signed=True),
@@ -106,9 +108,13 @@ def method_lines(comparison: Comparison) -> list[str]:
     return lines
 
 
-def row_lines(rows: Sequence[Row]) -> list[str]:
+def row_lines(rows: Sequence[Row], *, markdown: bool = False) -> list[str]:
     """What each row's questions can detect, and its notes."""
-    return [f"{row.title}: {line}" for row in rows for line in (row.power_line(), *row.notes)]
+    lines = []
+    for row in rows:
+        title = plain(row.title) if markdown else row.title
+        lines += [f"{title}: {line}" for line in (row.power_line(), *row.notes)]
+    return lines
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -124,6 +130,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (aligned[0], rule, *aligned[1:])]
 
 
+def plain(name: str) -> str:
+    """A name in Markdown: no link, emphasis, code or HTML of its own, on one line."""
+    return re.sub(r"([\\`*<\[\]])", r"\\\1", " ".join(name.split()))
+
+
 def escaped_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
@@ -134,12 +145,12 @@ def text(comparison: Comparison) -> str:
     for new, base, rows in comparison.pairs():
         lines += [
             "",
-            f"## {new} (new) against {base} (base)",
+            f"## {plain(new)} (new) against {plain(base)} (base)",
             "",
-            *table(HEADER, map(cells, rows)),
+            *table(HEADER, [cells(row, markdown=True) for row in rows]),
             "",
         ]
-        lines += [f"- {line}" for line in row_lines(rows)]
+        lines += [f"- {line}" for line in row_lines(rows, markdown=True)]
     if comparison.references:
         published = []
         for model, values in comparison.references.items():

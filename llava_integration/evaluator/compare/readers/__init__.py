@@ -9,12 +9,14 @@ Standard library only; what a format needs more is imported in its file.
 
 import csv
 import gc
+import gzip
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llava_integration.evaluator.benchmarks.answers import json_lines
 from llava_integration.evaluator.benchmarks.rules.mme import COGNITION, PERCEPTION
@@ -222,12 +224,50 @@ def columns(path: Path) -> list[str]:
         return []
 
 
+HEAD = 1 << 20  # characters of a JSON array in which its first object ends
+
+
 def first_object(path: Path) -> dict[str, Any]:
-    """The first line of a JSONL file, empty if it is not one."""
+    """The first object of a JSONL file, or of a file with an array of objects; empty if it is
+    neither."""
+    with open_text(path) as file:
+        head = file.read(HEAD)
+    if head.lstrip().startswith("["):
+        with suppress(ValueError):
+            value, _ = json.JSONDecoder().raw_decode(head.lstrip()[1:].lstrip())
+            return value if isinstance(value, dict) else {}
+        return {}
     try:
-        return next((value for _, value in islice(json_lines(path), 1)), {})
+        return next((value for _, value in islice(json_objects(path), 1)), {})
     except ContractError:
         return {}
+
+
+def open_text(path: Path) -> IO[str]:
+    """A text file, or one that gzip packed."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", errors="replace")
+    return path.open(encoding="utf-8-sig", errors="replace")
+
+
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of a JSONL file, also of a packed one, or of an array of objects. Raises
+    ContractError that names the line or the sample."""
+    with open_text(path) as file:
+        is_array = file.read(HEAD).lstrip().startswith("[")
+    if not is_array and path.suffix != ".gz":
+        yield from json_lines(path)
+        return
+    with errors_about(path, fix="was the run cut off?"), open_text(path) as file:
+        if is_array:
+            values = json.load(file)
+        else:
+            values = [json.loads(line) for line in file if line.strip()]
+    for number, value in enumerate(values, 1):
+        where = f"{path}, sample {number}"
+        if not isinstance(value, dict):
+            raise ContractError(f"{where}: expected a JSON object, got {str(value)[:60]!r}")
+        yield where, value
 
 
 def number(value: Any, where: str) -> float:

@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from llava_integration.evaluator.benchmarks.answers import json_lines
 from llava_integration.evaluator.benchmarks.rules.mmbench import ROTATION, choices_of, letter_of
 from llava_integration.evaluator.compare.readers import (
     BY_PART,
@@ -26,6 +25,7 @@ from llava_integration.evaluator.compare.readers import (
     Reader,
     first_object,
     first_of,
+    json_objects,
     mme_logs,
     number,
     short_text,
@@ -33,8 +33,10 @@ from llava_integration.evaluator.compare.readers import (
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.json_files import read_json_value
 
-HARNESS = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl$")
-LMMS_EVAL = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl$")
+HARNESS = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]*\d)\.jsonl(\.gz)?$")
+LMMS_EVAL = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl(\.gz)?$")
+# of a line of the harness up to 0.4.2, which wrote an array, without hashes and names of metrics
+OLD_HARNESS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps"}
 TEXTS = (
     "arguments",
     "resps",
@@ -45,7 +47,8 @@ TEXTS = (
     "target_hash",
 )
 CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task")
-NO_METRICS = {"doc_id", "token_counts"}  # numbers of a line that are none
+# fields of a line that are no metrics
+NO_METRICS = {"doc_id", "token_counts", "doc", "target", "filter", "arguments", *TEXTS}
 PROMPTS = "answers to lmms-eval's prompts, which may differ from LLaVA's"
 ALONE = "the log names no images: questions are drawn one by one, so the interval may be too narrow"
 # what is kept of a line beside its metrics
@@ -59,7 +62,8 @@ def is_log(path: Path, pattern: re.Pattern[str]) -> bool:
     names of metrics."""
     line = first_object(path)
     hashed = {"doc_id", "doc_hash"} <= set(line) and ("metrics" in line) == (pattern is HARNESS)
-    return bool(pattern.search(path.name)) or hashed
+    is_old = pattern is HARNESS and set(line) >= OLD_HARNESS and "doc_hash" not in line
+    return bool(pattern.search(path.name)) or hashed or is_old
 
 
 class Summary:
@@ -69,9 +73,17 @@ class Summary:
         """``path``: the task's log; ``groups``: the aggregate of a group's number."""
         name = pattern.search(path.name)
         self.task = name["task"] if name else path.stem.removeprefix("samples_")
+        # the harness up to 0.4.2: MODEL_ARGUMENTS_TASK.jsonl next to results.json
+        old = path.with_name("results.json")
+        is_old = name is None and old.is_file()
         self.path = path.with_name(results.format(name["date"])) if name else path
+        if is_old:
+            self.path = old
         self.groups = groups
-        body = read_json_value(self.path) if name and self.path.is_file() else {}
+        body = read_json_value(self.path) if (name or is_old) and self.path.is_file() else {}
+        if is_old:
+            tasks = [task for task in body.get("results") or {} if path.stem.endswith(f"_{task}")]
+            self.task = max(tasks, key=len, default=self.task)
         with errors_about(self.path):
             self.model = str(body.get("model_name", ""))
             # whether more is, by metric
@@ -139,7 +151,7 @@ def lines_of(path: Path, group: str = "") -> Lines:
     """The lines without what is long and not compared: a million of them lie in memory. ``group``:
     the field of a line or its document whose value is kept as GROUP."""
     lines = []
-    for where, line in json_lines(path):
+    for where, line in json_objects(path):
         if "doc_id" not in line:
             raise ContractError(f"{where}: no doc_id")
         if group:
@@ -193,7 +205,10 @@ def read_harness(path: Path, choices: Choices) -> Iterator[Log]:
     if name not in filters:
         raise ContractError(f"{path} has no filter {name}; it has {', '.join(filters)}")
     chosen = [one for one in lines if str(one[1].get("filter", "none")) == name]
-    metrics = [choices.metric] if choices.metric else first_object(path).get("metrics", ())
+    first_line = first_object(path)
+    metrics = first_line.get("metrics") or [key for key in first_line if key not in NO_METRICS]
+    if choices.metric:
+        metrics = [choices.metric]
     log = scored(chosen, summary, metrics)
     if len(filters) > 1:
         log.notes.append(f"filter {name} of {', '.join(filters)}")
@@ -513,14 +528,14 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
 READER = [
     Reader(
         name="lm-evaluation-harness",
-        endings=(".jsonl",),
+        endings=(".jsonl", ".jsonl.gz"),
         fits=partial(is_log, pattern=HARNESS),
         read=read_harness,
         choices=("group", "metric", "filter"),
     ),
     Reader(
         name="lmms-eval",
-        endings=(".jsonl",),
+        endings=(".jsonl", ".jsonl.gz"),
         fits=partial(is_log, pattern=LMMS_EVAL),
         read=read_lmms_eval,
         choices=("group", "metric"),
