@@ -270,7 +270,7 @@ def test_percentages_against_shares_are_refused(tmp_path):
     share, percent, judged = (
         load_side(tmp_path / f"{n}.csv") for n in ("share", "percent", "judged")
     )
-    with pytest.raises(ContractError, match="scores of t are at most 1 in share and go to 100"):
+    with pytest.raises(ContractError, match="scores on t are at most 1 in share and go to 100"):
         build([share, percent])
     (warning,) = build([share, judged]).warnings
     assert "two scales" in warning

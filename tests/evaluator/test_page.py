@@ -151,6 +151,15 @@ def test_page_in_chromium(report, width):
             ".map(c => c.getBoundingClientRect().width > 2)"
         )
         assert run(drawn) == [True] * 3
+        # and is whole without scrolling, also where names are long
+        run(
+            "document.querySelectorAll('#differences td:first-child').forEach("
+            "cell => { cell.textContent = 'a_benchmark_with_a_long_name exact_match'; })"
+        )
+        right_ends = (
+            "[...document.querySelectorAll('.interval')].map(i => i.getBoundingClientRect())"
+        )
+        assert run(f"{right_ends}.every(box => box.left >= 0 && box.right <= innerWidth)")
         run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         assert run(CUT_OFF) == []
         # the hostile answer is text, in the card and nowhere as an element

@@ -569,7 +569,7 @@ def check_scales(sides: Sequence[Side]) -> list[str]:
         if not shares or not others:
             continue
         scales = (
-            f"scores of {name} are at most {max(largest[side] for side in shares):g} in "
+            f"scores on {name} are at most {max(largest[side] for side in shares):g} in "
             f"{', '.join(shares)} and go to {max(largest[side] for side in others):g} in "
             f"{', '.join(others)}"
         )
