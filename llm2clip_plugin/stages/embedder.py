@@ -216,8 +216,9 @@ def verify_dual(dual: DualEncoder, encoder: CaptionEncoder, folder: Path, output
     ContractError."""
     model = open_folder(folder, has_code=True)
     pictures = probe_pictures()
+    files = [png(picture) for picture in pictures]
     with torch.no_grad():
-        image_BD = dual.encode_image(*prepared(pictures, dual))
+        image_BD = dual.encode_image(*prepared(files, dual))
         text_ND = dual.encode_text(encoder.encode(CAPTIONS))
     actual = model.encode([*pictures, *CAPTIONS], convert_to_tensor=True)
     compare(image_BD, actual[: len(pictures)], f"{output}: embeddings of pictures")
@@ -241,16 +242,21 @@ def probe_pictures() -> list[Image.Image]:
     return pictures
 
 
-def prepared(pictures: list[Image.Image], dual: DualEncoder) -> tuple[Tensor, Tensor | None]:
+def png(picture: Image.Image) -> bytes:
+    """The picture as a file."""
+    data = io.BytesIO()
+    picture.save(data, "png")
+    return data.getvalue()
+
+
+def prepared(files: list[bytes], dual: DualEncoder) -> tuple[Tensor, Tensor | None]:
     """(B, 3, S, S) pixels of pictures as in evaluation, and their spatial shapes if they keep their
     aspect."""
     config = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     squares = []
     shapes = []
-    for picture in pictures:
-        data = io.BytesIO()
-        picture.save(data, "png")
-        square_SS3, shape = as_square(evaluation_pixels(data.getvalue(), config), config)
+    for data in files:
+        square_SS3, shape = as_square(evaluation_pixels(data, config), config)
         squares.append(torch.from_numpy(square_SS3))
         shapes.append(shape)
     pixels = Normalize(config)(torch.stack(squares))

@@ -34,8 +34,8 @@ BATCH_ROWS = "rows"  # of a part of a batch: its places in the batch
 def open_picture(item: Any) -> Any:
     """A picture's path or bytes as an image in RGB, also of {"image": it}; anything else as it is.
     Raises ValueError for damaged pictures, FileNotFoundError for a ``Path`` that is not there."""
-    if isinstance(item, dict) and set(item) in ({"image"}, {"text"}):
-        (item,) = item.values()
+    if isinstance(item, dict) and set(item) == {"image"}:
+        item = item["image"]
     is_path = isinstance(item, Path)
     if isinstance(item, str) and is_image_url_or_path(item):
         is_path = not item.startswith(("data:", "http://", "https://"))
@@ -51,6 +51,14 @@ def open_picture(item: Any) -> Any:
         raise FileNotFoundError(f"no picture at {name}") from None
     except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+
+
+def text_of(item: Any) -> str:
+    """A text, also of {"text": it}, which is not taken for a path; ValueError if it is blank."""
+    text = item["text"] if isinstance(item, dict) else item
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"a text is {text!r}; expected a string that is not blank")
+    return text
 
 
 class PictureTextRouter(Router):
@@ -73,9 +81,11 @@ class PictureTextRouter(Router):
         """As Router's; of a mixed batch the features of each modality, named MODALITY:FEATURE."""
         opened = [open_picture(item) for item in inputs]
         kinds = [infer_modality(item) for item in opened]
-        for kind in kinds:
+        for row, kind in enumerate(kinds):
             if kind not in self.sub_modules:
                 raise ValueError(f"cannot embed {kind!r}; give texts, or pictures, each by itself")
+            if kind == "text":
+                opened[row] = text_of(opened[row])
         options = {"prompt": prompt, "task": task, **kwargs}
         if len(set(kinds)) == 1:
             return super().preprocess(opened, modality=kinds[0], **options)

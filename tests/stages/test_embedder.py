@@ -18,6 +18,7 @@ from llm2clip_plugin.stages.embedder import export_dual
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.post import POST_FILE, remove_components
+from llm2clip_plugin.vision.towers import load_tower
 
 sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6")
 SentenceTransformer = sentence_transformers.SentenceTransformer
@@ -197,7 +198,7 @@ def changed_llm(folder: Path, **fields: str) -> None:
 BAD_INPUT = {
     "a corrupt picture": (b"\x89PNG\r\n\x1a\nnothing", "a picture of 15 bytes cannot be read"),
     "a picture that is not there": (Path("no.png"), "no picture at no.png"),
-    "a blank text": ("  ", "caption 0 of 1 is blank"),
+    "a blank text": ("  ", "a text is '  '"),
     "a number": (7, "Unsupported input type: int"),
     "a picture with a text": ({"text": "a", "image": "b.png"}, "give texts, or pictures"),
 }
@@ -242,3 +243,26 @@ def test_exports_that_are_refused(exported, tmp_path, capsys):
         printed = capsys.readouterr().err.strip().splitlines()
         assert problem in printed[-1]
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("source", ["out", "merged"])
+def test_what_was_trained_is_saved_and_opened_again(source, exported, tmp_path):
+    """As sentence-transformers saves it: our code, the LLM, a tower that load_tower takes."""
+    folder = exported / source
+    if source == "merged" and not folder.is_dir():
+        export_dual(exported / "tower", folder, merge=True)
+    model = opened(folder)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(str(tmp_path / "saved"))
+    moved = (tmp_path / "saved").rename(tmp_path / "moved")
+    inputs = [*pictures(), *CAPTIONS]
+    expected = model.encode(inputs, convert_to_tensor=True)
+    assert differs(expected, opened(folder).encode(inputs, convert_to_tensor=True)) > 0.01
+    assert differs(opened(moved).encode(inputs, convert_to_tensor=True), expected) < TOLERANCE
+    tower = load_tower(moved / "image_0_Transformer")
+    trained = model[0].sub_modules["image"][0].model.state_dict()
+    assert tower.state_dict().keys() == trained.keys()
+    assert all(torch.equal(tower.state_dict()[name], trained[name]) for name in trained)

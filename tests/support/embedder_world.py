@@ -1,7 +1,6 @@
 """A tiny dual encoder of any tower and LLM, exported for sentence-transformers, and pictures."""
 
 import dataclasses
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 
 from llm2clip_plugin import load_dual_encoder
-from llm2clip_plugin.stages.embedder import open_folder, prepared
+from llm2clip_plugin.stages.embedder import open_folder, png, prepared
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.vision.convert.importing import import_tower
@@ -83,18 +82,11 @@ def pictures(count: int = 3) -> list[Image.Image]:
     return made
 
 
-def png(picture: Image.Image) -> bytes:
-    """The picture as a file."""
-    data = io.BytesIO()
-    picture.save(data, "png")
-    return data.getvalue()
-
-
 def expected_of(tower: Path, images: list[Image.Image], captions: list[str]) -> torch.Tensor:
     """The embeddings of ``load_dual_encoder``: of pictures as in evaluation, then of captions."""
     dual = load_dual_encoder(tower, teacher=EncoderConfig(compute_dtype="float32"))
     with torch.no_grad():
-        image_BD = dual.encode_image(*prepared(images, dual.dual))
+        image_BD = dual.encode_image(*prepared([png(image) for image in images], dual.dual))
         text_ND = dual.encode_text(captions)
     return torch.cat((image_BD, text_ND))
 
