@@ -11,7 +11,7 @@ with those of the part.
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -205,15 +205,22 @@ def as_one_group(groups: Groups) -> tuple[Groups, dict[Tensor, Rates]]:
     return [{"params": parameters, "lr": 1.0, "peak_lr": 1.0}], rates
 
 
+# name of OptimConfig.schedule -> how much of the learning rate above its minimum is left, by the
+# fraction of the steps after the warm-up that are done
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+
+
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
     """Fraction of the peak learning rate at ``step`` (the first is 0)."""
     warmup = config.warmup(total_steps)
     if step < warmup:
         return (step + 1) / warmup
-    if config.schedule == "constant":
-        return 1.0
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    shape = SCHEDULES[config.schedule](done)
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
 

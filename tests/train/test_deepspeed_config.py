@@ -4,7 +4,7 @@ import json
 import socket
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,13 @@ from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import set_single_process_environment, set_tf32
 from llm2clip_plugin.train.engine import check_deepspeed
 from llm2clip_plugin.train.losses.base import check_terms, chosen_terms
-from llm2clip_plugin.train.optim import chosen_optimizer, complete, lr_factor, read_deepspeed_json
+from llm2clip_plugin.train.optim import (
+    SCHEDULES,
+    chosen_optimizer,
+    complete,
+    lr_factor,
+    read_deepspeed_json,
+)
 from llm2clip_plugin.vision.directory import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -193,6 +199,7 @@ def test_schedules():
     assert lr_factor(9, 10, OptimConfig(schedule="constant")) == 1.0
     assert lr_factor(5, 10, OptimConfig(schedule="linear")) == 0.5
     assert OptimConfig(warmup_ratio=0.25).warmup(40) == 10
+    assert set(get_args(OptimConfig.__annotations__["schedule"])) == set(SCHEDULES)
 
 
 @pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])

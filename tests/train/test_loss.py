@@ -19,7 +19,7 @@ from llm2clip_plugin import load_dual_encoder
 from llm2clip_plugin.stages.tower import train_tower
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
 from llm2clip_plugin.train import losses as train_losses
-from llm2clip_plugin.train.losses.base import chosen_terms
+from llm2clip_plugin.train.losses.base import Features, chosen_terms
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 from llm2clip_plugin.train.losses.sigmoid import sigmoid_loss
 
@@ -151,14 +151,53 @@ def test_sigmoid_with_excluded_pairs_equals_the_formula():
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
+def documented_term() -> str:
+    """The code of the loss term in docs/extending.md."""
+    before, code = (ROOT / "docs/extending.md").read_text().split("class HardestNegative", 1)
+    return before.rpartition("```python\n")[2] + "class HardestNegative" + code.partition("```")[0]
+
+
+def documented_term_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
+    """The documented term on this rank's part of a batch: loss and gradients."""
+    module: dict[str, Any] = {"__name__": "documented"}
+    exec(documented_term(), module)
+    image, text = (x.detach().chunk(world)[rank].clone().requires_grad_() for x in features())
+    unused = torch.zeros(1)
+    loss = module["TERM"](margin=0.5)(
+        Features(
+            anchor_bD=image,
+            positive_bkD=text[:, None],
+            log_scale=unused,
+            bias=unused,
+            caption_hashes=None,
+            image_ids=None,
+            block=5,
+        )
+    )
+    (loss / world).backward()  # an engine averages the gradients of ranks
+    assert image.grad is not None
+    assert text.grad is not None
+    return {"loss": loss.detach(), "image": image.grad, "text": text.grad}
+
+
+def test_the_documented_loss_term_is_the_loss_of_the_whole_batch():
+    image, text = (x.detach().requires_grad_() for x in features())
+    cosine = image @ text.T
+    hardest = cosine.masked_fill(torch.eye(24, dtype=torch.bool), -1).amax(1)
+    expected = (0.5 + hardest - cosine.diagonal()).clamp(min=0).mean()
+    expected.backward()
+    ranks = run_ranks(documented_term_on_ranks, 2)
+    torch.testing.assert_close(sum(rank["loss"] for rank in ranks) / 2, expected.detach())
+    for name, side in (("image", image), ("text", text)):
+        torch.testing.assert_close(torch.cat([rank[name] for rank in ranks]), side.grad)
+
+
 def test_a_file_in_the_folder_is_a_loss_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The command trains with that of docs/extending.md, under its settings."""
     members = tmp_path / "members"
     run = tmp_path / "run"
     members.mkdir()
-    before, code = (ROOT / "docs/extending.md").read_text().split("class HardestNegative", 1)
-    code = before.rpartition("```python\n")[2] + "class HardestNegative" + code.partition("```")[0]
-    (members / "hardest_negative.py").write_text(code)
+    (members / "hardest_negative.py").write_text(documented_term())
     monkeypatch.setattr(train_losses, "__path__", [*train_losses.__path__, str(members)])
     loss = (
         "--loss.terms",
