@@ -404,6 +404,11 @@ def make_timm(
     try:
         model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
     except (TypeError, AssertionError) as error:
+        if "unexpected keyword argument 'img_size'" in str(error):
+            raise ValueError(
+                f"timm:{name} is not a plain vision transformer: timm's {name.split('_')[0]} "
+                "takes no image size; choose one such as vit_*, deit3_*, beit_* or eva02_*"
+            ) from error
         raise ValueError(
             f"timm {timm.__version__} cannot build {name!r} with {settings}: {error}"
         ) from error
@@ -455,14 +460,27 @@ class TimmVitConfig(PretrainedConfig):
 def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitConfig:
     """The configuration of a timm model: one list of blocks, square patches, a square grid; else
     ValueError."""
-    parts = dict(model.named_children())
-    if not {"patch_embed", "blocks"} <= set(parts) or not hasattr(model, "num_prefix_tokens"):
+    parts = ["patch_embed", "blocks", "num_prefix_tokens", "pos_embed"]
+    missing = [part for part in parts if not hasattr(model, part)]
+    sizes = ["patch_size", "grid_size", "img_size"]
+    if not missing:
+        for size in sizes:
+            if not isinstance(getattr(model.patch_embed, size, None), tuple | list):
+                missing.append(f"patch_embed.{size} (rows, columns)")
+    if missing:
         raise ValueError(
-            f"timm:{name} is not a plain vision transformer with patch_embed, blocks, "
-            "num_prefix_tokens"
+            f"timm:{name} is not a plain vision transformer: timm's {type(model).__name__} has no "
+            f"{', '.join(missing)}"
         )
     height, width = model.patch_embed.patch_size
     rows, columns = model.patch_embed.grid_size
+    pixels = tuple(model.patch_embed.img_size)
+    if pixels != (rows * height, columns * width):
+        raise ValueError(
+            f"timm:{name} is not a plain vision transformer: a convolutional stem "
+            f"({type(model.patch_embed).__name__}) makes {rows} x {columns} patches of "
+            f"{pixels[0]} x {pixels[1]} pixels, as in MobileCLIP-B and ViTamin"
+        )
     if height != width or rows != columns:
         raise ValueError(
             f"timm:{name}: patches ({height} x {width}) and grid ({rows} x {columns}) must be "

@@ -1,9 +1,13 @@
 """timm models by name: tiny ones, in the training environment."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llm2clip_plugin import load_dual_encoder, load_tower
+from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
@@ -71,6 +75,34 @@ def test_a_class_token_that_joins_after_some_blocks_is_refused(timm, name):
     shapes = r"state 0 has the shape \(1, 196, \d+\), expected \(1, 197, \d+\): 1 class"
     with pytest.raises(ValueError, match=f"timm:{name} cannot be a tower: hidden {shapes}"):
         timm_tower(name, pretrained=False, arguments=sizes)
+
+
+REFUSED = {
+    "vitamin_small_224": r"a convolutional stem \(HybridEmbed\) makes 14 x 14 patches of 224",
+    "vit_tiny_r_s16_p8_224": r"a convolutional stem \(HybridEmbed\) makes 7 x 7 patches of 224",
+    "xcit_nano_12_p16_224": r"timm's Xcit has no patch_embed.patch_size \(rows, columns\)",
+    "test_vit_relpos": "timm's VisionTransformerRelPos has no pos_embed",
+    "test_convnext": "timm's ConvNeXt has no patch_embed, blocks, num_prefix_tokens, pos_embed",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_models_of_timm_are_refused_by_what_they_lack(timm, name):
+    from llm2clip_plugin.vision.towers import timm_tower
+
+    with pytest.raises(ValueError, match=f"timm:{name} is not a plain vision.*: {REFUSED[name]}"):
+        timm_tower(name, pretrained=False)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "cait_xxs24_224"])
+def test_a_folder_of_timm_that_is_no_tower_says_why(timm, name, tmp_path):
+    """As those on the Hub: config.json says the size, which not all of timm's models take."""
+    body = {"architecture": name, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    save_file({"norm.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    reason = "takes no image size" if "convnext" in name else "the class token joins later"
+    with pytest.raises(ValueError, match=f"timm:{name} .*{reason}"):
+        import_tower(tmp_path, tmp_path / "tower")
 
 
 def test_timm_tower_trains_is_exported_and_comes_back(tower, tmp_path):

@@ -38,7 +38,11 @@ from llm2clip_plugin.vision.convert.layouts import (
     lift_model_cfg,
     normalization,
 )
-from llm2clip_plugin.vision.convert.layouts.hub import parse_hub, parse_timm_hub
+from llm2clip_plugin.vision.convert.layouts.hub import (
+    parse_hub,
+    parse_timm_hub,
+    refuse_language_model,
+)
 from llm2clip_plugin.vision.directory import (
     PREPROCESSOR_FILE,
     WEIGHTS_FILE,
@@ -137,6 +141,7 @@ def parse_checkpoint(
         if "model_type" in passed_config
         else merge(lift_model_cfg(saved), passed_config)
     )
+    refuse_language_model(path, state, config)
     layout = next((layout for layout in layouts().values() if layout.matches(state)), None)
     if layout is not None:
         parsed = layout.parse(state, config)

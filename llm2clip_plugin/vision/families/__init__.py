@@ -3,7 +3,7 @@ file is a family."""
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,6 +25,17 @@ HALF_STD = (0.5, 0.5, 0.5)
 
 # timm's and OpenCLIP's names of PIL's filters
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+# Hugging Face's model_type -> the same models in timm, for messages
+IN_TIMM = {
+    "beit": "timm:beit_*",
+    "deit": "timm:deit_*",
+    "dinov2_with_registers": "timm:vit_*_patch14_reg4_dinov2",
+    "ijepa": "timm:vit_huge_patch14_gap_224.in1k_ijepa",
+    "intern_vit_6b": "timm:vit_intern300m_patch14_448 (of 300M)",
+    "internvl_vision": "timm:vit_intern300m_patch14_448 (of 300M)",
+    "vit": "timm:vit_*",
+}
 
 # sizes that several families share, as fields of config.json
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -114,17 +125,38 @@ def families() -> dict[str, Family]:
     return discover(__name__, "FAMILY")
 
 
-def family_of_type(model_type: str, *, where: str) -> Family:
-    """The family whose config.json has this ``model_type``; ``where``: for the error message."""
+def family_of_type(
+    model_type: str, *, where: str, config: Mapping[str, Any] | None = None
+) -> Family:
+    """The family whose config.json has this ``model_type``; for the error message, ``where`` and
+    the whole ``config``."""
     family_by_type = {
         model_type: family for family in families().values() for model_type in family.model_types
     }
-    if model_type not in family_by_type:
-        raise ValueError(
-            f"{where}: no tower family has model_type {model_type!r}; known: "
-            f"{', '.join(sorted(family_by_type))}"
+    if model_type in family_by_type:
+        return family_by_type[model_type]
+    if model_type in IN_TIMM or (config or {}).get("vision_config"):
+        raise ValueError(f"{where} {no_family(model_type, config or {})}")
+    raise ValueError(
+        f"{where}: no tower family has model_type {model_type!r}; known: "
+        f"{', '.join(sorted(family_by_type))}"
+    )
+
+
+def no_family(model_type: str, config: Mapping[str, Any]) -> str:
+    """What a config.json describes that is no tower here, and what to take instead."""
+    if timm_name := IN_TIMM.get(model_type):
+        return (
+            f"describes a {model_type} model, which is opened from timm alone: pass {timm_name} "
+            "(`timm.list_models`) in place of the folder"
         )
-    return family_by_type[model_type]
+    vision: Any = config.get("vision_config")
+    part = vision.get("model_type") if isinstance(vision, dict) else None
+    tower = f" ({part})" if part and part != model_type else ""
+    return (
+        f"describes a {model_type} model, which reads images and texts, whose tower{tower} cannot "
+        "be taken out here: pass the vision model that it was trained from"
+    )
 
 
 def family_of(tower: Tower) -> Family:
@@ -145,6 +177,6 @@ def read_config(directory: Path) -> tuple[Family, Any]:
         raise ValueError(
             f"{file} describes a {kind} model; run `llm2clip import {directory} --output DIR` first"
         )
-    family = family_of_type(kind, where=str(file))
+    family = family_of_type(kind, where=str(file), config=body)
     with errors_about(file, fix="copy or export the tower again"):
         return family, family.vision_class().config_class.from_pretrained(directory)

@@ -4,10 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.towers import load_tower
 
 from .checkpoints import RELEASE, SOURCES
 
@@ -41,3 +44,37 @@ def test_preprocessor_of_the_source_survives(tmp_path):
     assert written["image_mean"] == [0.4, 0.5, 0.6]
     assert written["resample"] == 2
     assert written["size"] == {"shortest_edge": 28}
+
+
+LANGUAGE = ("language_model.model.embed_tokens.weight", "vision_tower.x.weight")
+ELSEWHERE = {
+    "paligemma": (
+        "siglip_vision_model",
+        LANGUAGE,
+        r"tower \(siglip_vision_model\) cannot be taken",
+    ),
+    "llava": ("clip_vision_model", LANGUAGE, r"tower \(clip_vision_model\) cannot be taken"),
+    "qwen2_5_vl": (  # tensors like those of an EVA-CLIP
+        "qwen2_5_vl_vision",
+        ("visual.blocks.0.norm1.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"),
+        r"tower \(qwen2_5_vl_vision\) cannot be taken out here: pass the vision model",
+    ),
+    "dinov2_with_registers": ("", ("layernorm.weight",), r"pass timm:vit_\*_patch14_reg4_dinov2"),
+    "vit": ("", ("layernorm.weight",), r"pass timm:vit_\*"),
+}
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_models_that_are_read_elsewhere_say_where(tmp_path, kind):
+    part, tensors, reason = ELSEWHERE[kind]
+    config = {"model_type": kind}
+    if part:
+        config["vision_config"] = {"model_type": part}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {name: torch.zeros(1) for name in tensors}
+    save_file(weights, tmp_path / "model.safetensors")
+    message = f"describes a {kind} model, .*{reason}"
+    with pytest.raises(ValueError, match=message):
+        import_tower(tmp_path, tmp_path / "tower")
+    with pytest.raises(ValueError, match=message):
+        load_tower(tmp_path)

@@ -8,7 +8,9 @@ becomes timm's model of it.
 
 import json
 import math
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +25,13 @@ from llm2clip_plugin.vision.convert.layouts import (
     require,
 )
 from llm2clip_plugin.vision.directory import section
-from llm2clip_plugin.vision.families import Family, families, family_of_type
-from llm2clip_plugin.vision.wrapped import make_timm, timm_config
+from llm2clip_plugin.vision.families import (
+    Family,
+    families,
+    family_of_type,
+    no_family,
+)
+from llm2clip_plugin.vision.wrapped import check_block_tokens, make_timm, timm_config
 
 CLASSIFIER = ("head.", "fc.", "merger.")  # of timm's models; the last is Qwen3-VL's projector
 QWEN = "model.visual."  # where the tower of Qwen3-VL or Qwen3.5 is
@@ -106,9 +113,23 @@ def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
         weights = (state[key] for key in state if key.endswith("embeddings.patch_embedding.weight"))
         return families()["naflex" if any(weight.dim() == 2 for weight in weights) else "siglip"]
     model_types = {kind for family in families().values() for kind in family.model_types}
-    return family_of_type(
-        next((name for name in types if name in model_types), types[0]), where="config.json"
-    )
+    kind = next((name for name in types if name in model_types), types[0])
+    return family_of_type(kind, where="config.json")
+
+
+# tensors of a language model that is more than a text encoder
+LANGUAGE = re.compile(r"(^|\.)(language_model|lm_head)\.|^model\.layers\.")
+
+
+def refuse_language_model(path: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    """ValueError for a vision-language model that no layout reads, before its tensors are taken for
+    those of another model: Qwen2.5-VL's tower has the names of an EVA-CLIP's."""
+    kind = str(config.get("model_type"))
+    model_types = {kind for family in families().values() for kind in family.model_types}
+    if kind in model_types or LAYOUT.matches(dict(state)):
+        return
+    if section(config, "vision_config") and any(LANGUAGE.search(name) for name in state):
+        raise ValueError(f"{path} {no_family(kind, config)}")
 
 
 def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
@@ -182,8 +203,8 @@ def side_of(size: Any) -> int | None:
 def timm_fields(name: str, image_size: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the tower that a timm model makes; ValueError for an unknown model or
     argument."""
-    config = timm_config(
-        make_timm(name, image_size, pretrained=False, arguments=arguments), name, arguments
-    )
+    model = make_timm(name, image_size, pretrained=False, arguments=arguments)
+    config = timm_config(model, name, arguments)
+    check_block_tokens(model, config)
     config.architectures = ["TimmTower"]
     return json.loads(config.to_json_string(use_diff=False))
