@@ -75,6 +75,7 @@ CONFIG = "tokenizer_config.json"
 USER_DEFINED = 4  # sentencepiece's ModelProto.SentencePiece.Type
 BPE_TYPE = 2  # sentencepiece's TrainerSpec.ModelType
 SPACE = "▁"
+MARK = "\uffff"  # ends the spelling of a user-defined piece; no character, so in no text
 DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # The space before a text, at its start alone. tokenizers 0.15 has no such argument of Metaspace.
 FIRST_SPACE = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": True}
@@ -122,6 +123,100 @@ def write_tokenizer(
     write_json(directory / CONFIG, {**config, **settings})
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFiles:
+    """What a checkpoint's folder says of its tokenizer."""
+
+    path: Path  # of tokenizer.model
+    model: Any  # sentencepiece's ModelProto
+    config: dict[str, Any]  # tokenizer_config.json, special_tokens_map.json over it
+    added: dict[int, str]  # id -> token, of those that transformers adds, in the order of ids
+
+    @classmethod
+    def read(cls, directory: Path) -> "TokenizerFiles":
+        """Raises FileNotFoundError without tokenizer.model, ContractError for one that is damaged
+        or not Llama's kind."""
+        path = directory / MODEL
+        if not path.is_file():
+            raise FileNotFoundError(f"no {MODEL} in {directory}; {FIX}")
+        named = read_if_there(directory / "special_tokens_map.json")
+        config = {**DEFAULTS, **read_if_there(directory / CONFIG)}
+        for name, token in named.items():
+            if token is not None:
+                config[name] = token
+        added: dict[int, str] = {}
+        for number, entry in config.get("added_tokens_decoder", {}).items():
+            added[int(number)] = entry["content"]
+        for token, number in read_if_there(directory / "added_tokens.json").items():
+            added[number] = token
+        return cls(
+            path=path,
+            model=read_sentencepiece(path),
+            config=config,
+            added=dict(sorted(added.items())),
+        )
+
+    @property
+    def legacy(self) -> bool:
+        return bool(self.config.get("legacy", True))
+
+    @property
+    def special(self) -> dict[str, str]:
+        """bos_token and the like; what the tokenizer has none of is left out."""
+        tokens: dict[str, str] = {}
+        for name in (*DEFAULTS, "pad_token"):
+            value = self.config.get(name)
+            token = value["content"] if isinstance(value, dict) else value
+            if token:
+                tokens[name] = token
+        if "pad_token" not in tokens and "unk_token" in tokens:
+            tokens["pad_token"] = tokens["unk_token"]
+        return tokens
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """The tokens that a text is split at before sentencepiece reads it."""
+        tokens = [token for name, token in self.special.items() if name in DEFAULTS]
+        return [*tokens, *self.added.values()]
+
+    @property
+    def whole_pieces(self) -> list[str]:
+        """The user-defined pieces, which sentencepiece finds in a text before it merges anything.
+
+        Raises ContractError for a tokenizer that is not legacy: there the space before a text that
+        begins with such a piece would be lost.
+        """
+        split_before = set(self.added_tokens)
+        pieces = [piece.piece for piece in self.model.pieces if piece.type == USER_DEFINED]
+        pieces = [piece for piece in pieces if piece not in split_before]
+        if pieces and not self.legacy:
+            raise ContractError(
+                f"{self.path} has {len(pieces)} user-defined pieces such as {min(pieces)[:60]!r}, "
+                f'which are exported with "legacy": true in {CONFIG} alone; '
+                "train LLaVA with that setting"
+            )
+        return pieces
+
+
+def read_if_there(path: Path) -> dict[str, Any]:
+    """A JSON file; {} without it."""
+    return read_json(path) if path.is_file() else {}
+
+
+def read_sentencepiece(path: Path) -> Any:
+    """The ModelProto in a tokenizer.model; ContractError if it is damaged or no BPE."""
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    # transformers' own: protobuf refuses a second description of the same message in a process
+    messages: Any = import_protobuf()
+    model = messages.ModelProto()
+    with errors_about(path, fix=FIX):
+        model.ParseFromString(path.read_bytes())
+    if model.trainer_spec.model_type != BPE_TYPE:
+        raise ContractError(f"{path} is not a BPE tokenizer such as Llama's; {FIX}")
+    return model
+
+
 def read_tokenizer(directory: Path) -> LlavaTokenizer:
     """Llama's BPE with LLaVA's spaces.
 
@@ -129,104 +224,116 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
     piece of LLaVA's, which after an image begins with a line break. Raises FileNotFoundError
     without tokenizer.model, ContractError for one that is damaged or not Llama's kind.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE
-    from transformers.convert_slow_tokenizer import import_protobuf
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 
-    path = directory / MODEL
-    if not path.is_file():
-        raise FileNotFoundError(f"no {MODEL} in {directory}; {FIX}")
-    # transformers' own: protobuf refuses a second description of the same message in a process
-    messages: Any = import_protobuf()
-    proto = messages.ModelProto()
-    with errors_about(path, fix=FIX):
-        proto.ParseFromString(path.read_bytes())
-    if proto.trainer_spec.model_type != BPE_TYPE:
-        raise ContractError(f"{path} is not a BPE tokenizer such as Llama's; {FIX}")
-    names = (CONFIG, "special_tokens_map.json", "added_tokens.json")
-    config, mapped, numbers = (
-        read_json(directory / n) if (directory / n).is_file() else {} for n in names
-    )
-    config = {
-        **DEFAULTS,
-        **config,
-        **{name: token for name, token in mapped.items() if token is not None},
-    }
-    values = {name: config.get(name) for name in (*DEFAULTS, "pad_token")}
-    tokens = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in values.items()
-    }
-    tokens["pad_token"] = tokens["pad_token"] or tokens["unk_token"]
-    special = {name: token for name, token in tokens.items() if token}
-    vocabulary = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    added = {
-        int(number): entry["content"]
-        for number, entry in config.get("added_tokens_decoder", {}).items()
-    }
-    added |= {number: token for token, number in numbers.items()}
-    merges = merges_of(proto.pieces, vocabulary)
-    symbols = {
-        piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and len(piece.piece) > 1
-    }
-    if split := symbols - {left + right for left, right in merges}:
-        problem = f"user-defined pieces that are no merges of others, such as {min(split)[:60]!r}"
-        raise ContractError(f"{path} has {problem}, which the exported tokenizer would split")
-    spec = proto.normalizer_spec
-    legacy = bool(config.get("legacy", True))
-    steps: list[Any] = (
-        [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    )
-    if spec.remove_extra_whitespaces:
-        steps += [
-            normalizers.Replace(Regex(r"\A +| +\z"), ""),
-            normalizers.Replace(Regex(" {2,}"), " "),
-        ]
-    if legacy:
-        steps += [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    else:
-        steps.append(normalizers.Replace(Regex(r"\A\n"), " \n"))
-    tokenizer: Any = Tokenizer(
-        BPE(
-            vocabulary,
-            merges,
-            unk_token=special.get("unk_token"),
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    tokenizer.normalizer = normalizers.Sequence(steps)
+    files = TokenizerFiles.read(directory)
+    special = files.special
+    whole = files.whole_pieces
+    tokenizer: Any = Tokenizer(merging_model(files.model.pieces, whole, special.get("unk_token")))
+    tokenizer.normalizer = normalizers.Sequence(normalizing_steps(files))
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE, " "),
+            decoders.Replace(MARK, ""),
             decoders.ByteFallback(),
             decoders.Fuse(),
             decoders.Strip(" ", 1, 0),
         ]
     )
-    beyond = {number: token for number, token in sorted(added.items()) if number >= len(vocabulary)}
-    default_tokens = [special[name] for name in DEFAULTS if name in special]
-    all_special = [*default_tokens, *beyond.values(), IMAGE]
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in all_special]
-    )
     # no post_processor: a prompt's <s> is written by the chat template, in transformers as in vLLM
-    added_ids = [tokenizer.token_to_id(token) for token in (*beyond.values(), IMAGE)]
-    if added_ids != [*beyond, len(vocabulary) + len(beyond)]:  # the rows of LLaVA's embedding
-        raise ContractError(
-            f"{directory}: ids of its added tokens have gaps, or {IMAGE} is one of them; {FIX}"
-        )
-    adds_bos = bool(config.get("add_bos_token", True)) and "bos_token" in special
-    return LlavaTokenizer(fast=tokenizer, special=special, legacy=legacy, adds_bos=adds_bos)
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token in (*files.added_tokens, IMAGE)
+        ]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(piece + MARK, normalized=True, special=False) for piece in whole]
+    )
+    check_ids(tokenizer, files)
+    check_pieces(tokenizer, files)
+    adds_bos = bool(files.config.get("add_bos_token", True)) and "bos_token" in special
+    return LlavaTokenizer(fast=tokenizer, special=special, legacy=files.legacy, adds_bos=adds_bos)
+
+
+def check_ids(tokenizer: Any, files: TokenizerFiles) -> None:
+    """Raise ContractError unless every added token has its id and ``<image>`` the one after the
+    last: the rows of LLaVA's embedding."""
+    after_last = max(len(files.model.pieces), *(number + 1 for number in files.added), 0)
+    expected = {**files.added, after_last: IMAGE}
+    for number, token in expected.items():
+        if tokenizer.token_to_id(token) != number:
+            raise ContractError(
+                f"{files.path.parent}: ids of its added tokens have gaps, "
+                f"or {IMAGE} is one of them; {FIX}"
+            )
+
+
+def check_pieces(tokenizer: Any, files: TokenizerFiles) -> None:
+    """Raise ContractError for a user-defined piece that normalization changes: sentencepiece finds
+    it before that."""
+    for piece in files.whole_pieces:
+        normalized = tokenizer.normalizer.normalize_str(piece + MARK)
+        if normalized != piece:
+            raise ContractError(
+                f"{files.path}: its normalization changes the user-defined piece {piece[:60]!r} to "
+                f"{normalized[:60]!r}; train the tokenizer without it or with identity"
+            )
+
+
+def normalizing_steps(files: TokenizerFiles) -> list[Any]:
+    """What sentencepiece does to a text before it looks for pieces, as steps of tokenizers.
+
+    A user-defined piece is found in the text as these steps leave it, and its own spelling passes
+    through them, too. It ends in MARK, by which the last two steps know it from a text: no space
+    before it.
+    """
+    from tokenizers import Regex, normalizers
+
+    spec = files.model.normalizer_spec
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if not files.legacy:
+        steps.append(normalizers.Replace(Regex(r"\A\n"), " \n"))
+        return steps
+    steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    if files.whole_pieces:
+        steps.append(normalizers.Replace(Regex(rf"\A{SPACE}(?=[^{MARK}]*{MARK}\z)"), ""))
+        steps.append(normalizers.Replace(Regex(rf"{MARK}\z"), ""))
+    return steps
+
+
+def merging_model(pieces: Any, whole: list[str], unk_token: str | None) -> Any:
+    """The BPE of sentencepiece's pieces. No merge makes or takes a piece of ``whole``."""
+    from tokenizers.models import BPE
+
+    vocabulary: dict[str, int] = {}
+    for number, piece in enumerate(pieces):
+        spelled = piece.piece + MARK if piece.piece in whole else piece.piece
+        vocabulary[spelled] = number
+    return BPE(
+        vocabulary,
+        merges_of(pieces, vocabulary),
+        unk_token=unk_token,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
 
 
 def merges_of(pieces: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, best score first."""
+    """Every pair of pieces in ``vocabulary`` that makes one, best score first."""
     ranked: list[tuple[float, int, int, str, str]] = []
     for piece in pieces:
-        for left, right in (
-            (piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece))
-        ):
+        if piece.piece not in vocabulary:
+            continue
+        for cut in range(1, len(piece.piece)):
+            left = piece.piece[:cut]
+            right = piece.piece[cut:]
             if left in vocabulary and right in vocabulary:
                 ranked.append((-piece.score, vocabulary[left], vocabulary[right], left, right))
     return [(left, right) for *_, left, right in sorted(ranked)]

@@ -163,46 +163,10 @@ def make_llava_llm(name: str, output: Path) -> None:
 
 
 def build_tiny_llama(data: Path, folder: Path) -> None:
-    """A Llama of 2.5 million random weights, and a tokenizer of at most 1,500 pieces, one of them
-    the system prompt."""
-    import sentencepiece
-    from llava.conversation import conv_templates
+    """A Llama of 2.5 million random weights, and its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    prompt = conv_templates["v1"].system  # as words, it would be half of every sample
-    lines = [f"{prompt} USER: ASSISTANT:"] * 50
-    for name in ("text", "captions", "finetune"):
-        for row in json.loads((data / f"{name}.json").read_text()):
-            lines += [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
-    options = {
-        "vocab_size": 1500,
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "hard_vocab_limit": False,
-    }
-    options |= {"user_defined_symbols": [prompt.replace(" ", "▁")], "minloglevel": 2}
-    options["model_prefix"] = str(folder / "tokenizer")
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), **options)
-    # As in Vicuna's repository: no version of transformers saves files that all of them read.
-    # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes.
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": True,
-        "add_bos_token": True,
-        "add_eos_token": False,
-    }
-    settings |= {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "sp_model_kwargs": {},
-    }
-    write_json(
-        folder / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False}
-    )
-    pieces = sentencepiece.SentencePieceProcessor(
-        model_file=str(folder / "tokenizer.model")
-    ).get_piece_size()
+    pieces = train_tokenizer(data, folder)
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
     config = LlamaConfig(
@@ -213,6 +177,45 @@ def build_tiny_llama(data: Path, folder: Path) -> None:
         pad_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def train_tokenizer(data: Path, folder: Path) -> int:
+    """A tokenizer of at most 1,500 pieces, one of them the system prompt, of the texts in ``data``;
+    how many it has."""
+    import sentencepiece
+    from llava.conversation import conv_templates
+
+    prompt = conv_templates["v1"].system  # as words, it would be half of every sample
+    lines = [f"{prompt} USER: ASSISTANT:"] * 50
+    for name in ("text", "captions", "finetune"):
+        for row in json.loads((data / f"{name}.json").read_text()):
+            lines += [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
+    model = folder / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        vocab_size=1500,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        user_defined_symbols=[prompt.replace(" ", "▁")],
+        minloglevel=2,
+        model_prefix=str(model.with_suffix("")),
+    )
+    # As in Vicuna's repository: no version of transformers saves files that all of them read.
+    # legacy: LLaVA masks the prompt by the number of tokens that this form of the tokenizer makes.
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "sp_model_kwargs": {},
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    return sentencepiece.SentencePieceProcessor(model_file=str(model)).get_piece_size()
 
 
 def speak_chatml(folder: Path, name: str) -> None:

@@ -42,15 +42,21 @@ def weights(
     )
 
 
-def user_defined_symbol(folder: Path) -> None:
-    """A piece that sentencepiece takes whole, as `user_defined_symbols` makes it."""
-    from transformers.convert_slow_tokenizer import import_protobuf
+def user_defined(piece: str, **changes: object) -> Damage:
+    """A piece that sentencepiece takes whole, in a tokenizer that such pieces are not exported
+    of."""
 
-    proto: Any = import_protobuf().ModelProto()
-    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
-    proto.pieces[-1].piece = "zz▁qq"
-    proto.pieces[-1].type = 4
-    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    def damage(folder: Path) -> None:
+        from transformers.convert_slow_tokenizer import import_protobuf
+
+        proto: Any = import_protobuf().ModelProto()
+        proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+        proto.pieces[-1].piece = piece
+        proto.pieces[-1].type = 4
+        (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+        settings("tokenizer_config.json", **changes)(folder)
+
+    return damage
 
 
 def tensor(end: str, value: Tensor) -> Damage:
@@ -89,9 +95,13 @@ SETTINGS: dict[str, tuple[Damage, str]] = {
     "next": (settings(image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
     # LLaVA's loader then adds one
     "patch token": (settings(mm_use_im_patch_token=None), "mm_use_im_patch_token"),
-    "symbols": (
-        user_defined_symbol,
-        "user-defined pieces that are no merges of others, such as 'zz▁qq'",
+    "pieces, not legacy": (
+        user_defined("zz▁qq", legacy=False),
+        "user-defined pieces such as 'zz▁qq', which are exported with \"legacy\": true",
+    ),
+    "pieces, normalized": (
+        user_defined("z  q"),
+        "changes the user-defined piece 'z  q' to 'z▁q'",
     ),
 }
 ADAPTERS: dict[str, tuple[Damage, str]] = {
