@@ -8,7 +8,7 @@ from PIL import Image
 
 from llava_integration.evaluator.answer.questions import Question
 from llava_integration.evaluator.benchmarks.bench import main_score
-from llava_integration.evaluator.compare.comparison import load_side
+from llava_integration.evaluator.compare.sides import load_side
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from llava_integration.evaluator.compare.command import main
-from llava_integration.evaluator.compare.comparison import load_side
 from llava_integration.evaluator.compare.readers import Choices
+from llava_integration.evaluator.compare.sides import load_side
 from llm2clip_plugin.errors import ContractError
 
 DATE = "2026-11-28T21-57-04.1"

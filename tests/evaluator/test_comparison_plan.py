@@ -5,7 +5,7 @@ import pytest
 
 from llava_integration.evaluator.benchmarks.benchmark import mean_statistic
 from llava_integration.evaluator.compare.command import main, plan
-from llava_integration.evaluator.compare.comparison import load_side
+from llava_integration.evaluator.compare.sides import load_side
 from llava_integration.evaluator.compare.statistics import compare, pair
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from llava_integration.evaluator.compare.comparison import load_side
 from llava_integration.evaluator.compare.readers import read_logs
+from llava_integration.evaluator.compare.sides import load_side
 from llm2clip_plugin.errors import ContractError
 
 MALFORMED = {  # name of the file: (content, what the error names)

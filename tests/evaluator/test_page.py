@@ -15,8 +15,8 @@ from llava_integration.evaluator.benchmarks.bench import main_score as score
 from llava_integration.evaluator.benchmarks.benchmark import find_image
 from llava_integration.evaluator.benchmarks.rules import benchmark
 from llava_integration.evaluator.compare.command import main as compare
-from llava_integration.evaluator.compare.comparison import load_side
 from llava_integration.evaluator.compare.report import picture_folders
+from llava_integration.evaluator.compare.sides import load_side
 from llm2clip_plugin.contracts import ScoreFile
 
 HOSTILE = (

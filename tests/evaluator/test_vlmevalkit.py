@@ -7,8 +7,9 @@ import openpyxl
 import pytest
 from reader_logs import LOGS, value
 
-from llava_integration.evaluator.compare.comparison import build, load_side
+from llava_integration.evaluator.compare.comparison import build
 from llava_integration.evaluator.compare.readers.lm_eval import ALONE
+from llava_integration.evaluator.compare.sides import load_side
 
 SHARES = ("MMBench_DEV_EN", "AI2D_TEST", "MMVP")
 

@@ -14,7 +14,8 @@ import torch
 from fuzzing import Format, run_cases
 from tiny_data import make_cache, make_shards
 
-from llava_integration.evaluator.compare.comparison import build, load_sides
+from llava_integration.evaluator.compare.comparison import build
+from llava_integration.evaluator.compare.sides import load_sides
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source

@@ -24,8 +24,8 @@ from llava_integration.evaluator.benchmarks.benchmark import ALLOWED, Benchmark,
 from llava_integration.evaluator.benchmarks.rules import benchmark, benchmarks
 from llava_integration.evaluator.benchmarks.rules.judged import reviewed
 from llava_integration.evaluator.compare import report
-from llava_integration.evaluator.compare.comparison import run_of
 from llava_integration.evaluator.compare.readers import read_logs
+from llava_integration.evaluator.compare.sides import run_of
 from llava_integration.plug.checkpoints import check_checkpoint, config_of, sample_sha256
 from llava_integration.plug.compat.runner import installed_version
 from llm2clip_plugin.atomic import write_text

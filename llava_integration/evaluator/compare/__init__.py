@@ -9,7 +9,8 @@ alone, no torch.
 >>> Path("compare.html").write_text(page(comparison, sides))
 """
 
-from llava_integration.evaluator.compare.comparison import build, load_side
+from llava_integration.evaluator.compare.comparison import build
 from llava_integration.evaluator.compare.report import page, text
+from llava_integration.evaluator.compare.sides import load_side
 
 __all__ = ["build", "load_side", "page", "text"]

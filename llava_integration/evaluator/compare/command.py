@@ -12,17 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-from llava_integration.evaluator.compare.comparison import (
-    MIN_OVERLAP,
-    Side,
-    build,
-    load_models,
-    load_sides,
-    ordered,
-    paired_runs,
-)
+from llava_integration.evaluator.compare.comparison import build
+from llava_integration.evaluator.compare.pairing import MIN_OVERLAP, ordered, paired_runs
 from llava_integration.evaluator.compare.readers import Choices
 from llava_integration.evaluator.compare.report import page, table, text
+from llava_integration.evaluator.compare.sides import Side, load_models, load_sides
 from llava_integration.evaluator.compare.statistics import combine, influences, pair, slips_of
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.bootstrap import expansion, t_quantile

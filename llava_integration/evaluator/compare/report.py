@@ -17,14 +17,9 @@ from typing import Any
 
 from llava_integration.evaluator.benchmarks.benchmark import Item, find_image
 from llava_integration.evaluator.benchmarks.rules import benchmarks
-from llava_integration.evaluator.compare.comparison import (
-    Comparison,
-    Row,
-    Run,
-    Side,
-    paired_runs,
-    with_common_task,
-)
+from llava_integration.evaluator.compare.comparison import Comparison, Row
+from llava_integration.evaluator.compare.pairing import paired_runs
+from llava_integration.evaluator.compare.sides import Run, Side, with_common_task
 from llm2clip_plugin.hashes import sha256_text
 from llm2clip_plugin.pages import page_style, render, thumbnail
 from llm2clip_plugin.report_text import p_value

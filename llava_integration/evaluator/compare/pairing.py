@@ -1,0 +1,137 @@
+"""Two sides on the same questions: runs paired by question id, in one grouping and on one scale."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from llava_integration.evaluator.benchmarks.rules import benchmarks
+from llava_integration.evaluator.compare.sides import Run, Side
+from llm2clip_plugin.errors import ContractError
+
+MIN_OVERLAP = 0.9  # fraction of questions that both sides must have
+
+
+def paired_runs(
+    name: str, base: Side, new: Side, *, min_overlap: float = MIN_OVERLAP
+) -> tuple[list[Run], list[Run], list[str]]:
+    """Both sides' runs on the questions that all have, in one order, and notes; ContractError for
+    another truth, or if less than ``min_overlap`` of the questions are in common."""
+    runs = [*base.runs[name], *new.runs[name]]
+    shared = set.intersection(*(set(run.ids) for run in runs))
+    largest = max(len(run.ids) for run in runs)
+    if not shared or len(shared) < min_overlap * largest:
+        counts = f"{len(shared)} questions of {', '.join(str(len(run.ids)) for run in runs)}"
+        raise ContractError(
+            f"{name}: {base.name} and {new.name} share {counts}; "
+            "evaluate both on the same questions, or lower --min-overlap"
+        )
+    shared_ids = [identifier for identifier in runs[0].ids if identifier in shared]
+    runs = [run.pick(shared_ids) for run in runs]
+    for run in runs[1:]:
+        for identifier, item, other in zip(run.ids, runs[0].items, run.items, strict=True):
+            truth = item.get("truth")
+            if truth != other.get("truth"):
+                both = f"{truth!r} in {base.name}, {other.get('truth')!r} in {run.model}"
+                raise ContractError(
+                    f"{name}: the truth of question {identifier} is {both}; "
+                    "score both by the same annotations"
+                )
+    runs, notes = in_joint_clusters(runs)
+    if len(shared) < largest:
+        notes.append(f"{largest - len(shared)} questions are not in every file; ignored")
+    if len({run.provenance.get("data_sha256", "") for run in runs} - {""}) > 1:
+        notes.append(
+            "the sides were scored with different annotation files; truths in common are equal"
+        )
+    count = len(base.runs[name])
+    return runs[:count], runs[count:], notes
+
+
+def in_joint_clusters(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """The runs with one grouping, and notes: questions that go together in any of them go together
+    in all, whichever is the base."""
+    if all(run.clusters == runs[0].clusters for run in runs):
+        return list(runs), []
+    parents = list(range(len(runs[0].ids)))
+
+    def root(place: int) -> int:
+        while parents[place] != place:
+            parents[place] = parents[parents[place]]
+            place = parents[place]
+        return place
+
+    for run in runs:
+        first_of: dict[str, int] = {}
+        for place, cluster in enumerate(run.clusters):
+            first = first_of.setdefault(cluster, place)
+            parents[root(place)] = root(first)
+    clusters = [runs[0].ids[root(place)] for place in range(len(parents))]
+    joined = len(set(clusters))
+    coarsest = min(len(set(run.clusters)) for run in runs)
+    finest = max(len(set(run.clusters)) for run in runs)
+    notes = []
+    if finest > joined:
+        notes.append(
+            "not every log tells which items go together; the grouping of those that do is used"
+            if joined == coarsest
+            else "the logs group the items in different ways; what one of them joins is joined"
+        )
+    return [replace(run, clusters=clusters) for run in runs], notes
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Benchmarks in the order of tables, unknown ones last, by name."""
+    position = {name: number for number, name in enumerate(benchmarks())}
+    return sorted(set(names), key=lambda name: (position.get(name, len(position)), name))
+
+
+def in_one_unit(sides: Sequence[Side]) -> list[Side]:
+    """Sides whose scores of a benchmark are all percentages, or none, if scores of one run are
+    above 1."""
+    all_runs = [run for side in sides for runs in side.runs.values() for run in runs]
+    plain = {run.benchmark for run in all_runs if run.unit == "score"}
+    converted = []
+    for side in sides:
+        runs_of = dict(side.runs)
+        for name, runs in side.runs.items():
+            if name in plain:
+                runs_of[name] = tuple(replace(run, unit="score") for run in runs)
+        converted.append(replace(side, runs=runs_of))
+    return converted
+
+
+PERCENT = 50.0  # scores of a side that reach this are percentages, if those of another are shares
+
+
+def check_scales(sides: Sequence[Side]) -> list[str]:
+    """Warnings about benchmarks whose scores are at most 1 on one side and above on another;
+    ContractError if they are clearly shares and percentages."""
+    found = []
+    for name in ordered(name for side in sides for name in side.runs):
+        largest = {}
+        for side in sides:
+            runs = side.runs.get(name, ())
+            scores = [abs(score) for run in runs if run.rule is None for score in run.scores]
+            if scores:
+                largest[side.name] = max(scores)
+        shares = [side for side, most in largest.items() if 0 < most <= 1]
+        others = [side for side, most in largest.items() if most >= 2]
+        if not shares or not others:
+            continue
+        scales = (
+            f"scores on {name} are at most {max(largest[side] for side in shares):g} in "
+            f"{', '.join(shares)} and go to {max(largest[side] for side in others):g} in "
+            f"{', '.join(others)}"
+        )
+        if max(largest[side] for side in others) >= PERCENT:
+            raise ContractError(f"{scales}; write both from 0 to 1, or both from 0 to 100")
+        found.append(f"{scales}: if these are two scales, the difference means nothing")
+    return found
+
+
+def benchmarks_in_common(base: Side, new: Side) -> list[str]:
+    """The benchmarks that both sides have, in the order of tables; ValueError if there is none."""
+    shared = ordered(set(base.runs) & set(new.runs))
+    if not shared:
+        known = (f"{side.name} ({', '.join(ordered(side.runs))})" for side in (base, new))
+        raise ValueError(f"{' and '.join(known)} have no benchmark in common")
+    return shared
