@@ -173,7 +173,7 @@ FINETUNE_LLM = Command(
     everyday="recipe llm pair-kinds fields output global-batch micro-batch lr num-train-epochs "
     "max-steps load-in-4bit deepspeed dry-run",
     extras={
-        "recipe": "the authors' settings: paper, paper-llama-8b, paper-llama-1b; "
-        "ours on the paper's LLMs: llama-8b, llama-1b"
+        "recipe": "the authors' settings: paper, paper-llama-8b; applied to an LLM of 1B: "
+        "paper-llama-1b; ours on the paper's LLMs: llama-8b, llama-1b"
     },
 )

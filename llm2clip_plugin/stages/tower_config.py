@@ -244,8 +244,8 @@ PAPER_TRAIN = TrainConfig(  # the paper's
 
 
 def base() -> RunConfig:
-    """Own data with any tower: the paper's settings, with a batch that one GPU holds and heads
-    fitted first.
+    """Own data with any tower: the paper's rates and decays, with ours of what is marked so: a
+    batch that one GPU holds, heads fitted first.
 
     Set --tower and --data. Thousands of images to millions: the length is counted in epochs.
     """
@@ -447,7 +447,29 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "proclip_b16": partial(_proclip, "proclip-b16", f"{CLIP}base-patch16", 512),
     "lift_b16": lift_b16,
 }
-PAPER_RECIPES = [name for name in RECIPES if name not in (DEFAULT, "quickstart")]
+# the authors did not train the tower of eva02_bige14
+OWN_RECIPES = (DEFAULT, "quickstart", "eva02_bige14")
+OF_OTHER_PAPERS = {"ProCLIP's": "proclip_", "LIFT's": "lift_"}
+PAPER_RECIPES = [
+    name
+    for name in RECIPES
+    if name not in OWN_RECIPES and not name.startswith(tuple(OF_OTHER_PAPERS.values()))
+]
+
+
+def recipes_text() -> str:
+    """The recipes by whose settings they are, for ``--help``."""
+    parts = [
+        f"{DEFAULT} (the default), ours: any data and tower",
+        "quickstart, ours: the built-in emoji alone",
+        f"the LLM2CLIP paper's: {', '.join(PAPER_RECIPES)} (NAME/TEACHER for caches of one of the "
+        "paper's LLMs)",
+        "its settings over a tower that it does not have: eva02_bige14",
+    ]
+    for paper, prefix in OF_OTHER_PAPERS.items():
+        names = [name for name in RECIPES if name.startswith(prefix)]
+        parts.append(f"{paper}: {', '.join(names)}")
+    return "; ".join(parts)
 
 
 def recipe(name: str) -> RunConfig:
@@ -494,10 +516,7 @@ TRAIN_TOWER = Command(
     everyday="recipe tower cache image-folder validation output global-batch micro-batch lr "
     "num-train-epochs max-steps precision deepspeed dry-run",
     extras={
-        "recipe": f"{DEFAULT} (the default): any data and tower; "
-        "quickstart: the built-in emoji alone; "
-        f"the paper's: {', '.join(PAPER_RECIPES)}; "
-        "NAME/TEACHER for caches of one of the paper's LLMs",
+        "recipe": recipes_text(),
         "config": "a configuration in JSON, for example the run.json of an earlier run",
     },
 )

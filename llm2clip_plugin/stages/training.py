@@ -5,7 +5,7 @@ from pathlib import Path
 from llm2clip_plugin.run_folder import started_by
 from llm2clip_plugin.stages.llm_config import FINETUNE_LLM
 from llm2clip_plugin.stages.settings import plan_or_train, rank_and_world
-from llm2clip_plugin.stages.tower_config import DEFAULT, TRAIN_TOWER
+from llm2clip_plugin.stages.tower_config import DEFAULT, PAPER_RECIPES, TRAIN_TOWER
 
 
 def main_llm(argv: list[str]) -> int:
@@ -32,8 +32,8 @@ def main_tower(argv: list[str]) -> int:
     chosen = any(word.startswith(("--recipe", "--config")) for word in argv)
     if rank_and_world()[0] == 0 and not chosen:
         print(
-            f"recipe: {DEFAULT} (the paper's settings for any data and tower; "
-            "--recipe NAME chooses another)"
+            f"recipe: {DEFAULT} (ours, for any data and tower; --recipe NAME chooses another, such "
+            f"as the paper's {PAPER_RECIPES[0]})"
         )
 
     def plan() -> str:

@@ -3,6 +3,7 @@ without effect."""
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from llm2clip_plugin.stages import tower_config as recipes
 from llm2clip_plugin.stages.llm_config import FINETUNE_LLM, FinetuneConfig
 from llm2clip_plugin.stages.resume import refuse_changes, same_on_all_hosts
 from llm2clip_plugin.stages.tower_config import RECIPES, TRAIN_TOWER, RunConfig, recipe
+from llm2clip_plugin.stages.training import main_tower
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -21,6 +23,24 @@ def test_recipes_survive_json(name: str):
     again = from_plain(RunConfig, json.loads(json.dumps(dataclasses.asdict(config))), where=name)
     assert again == config
     assert again.hash == config.hash
+
+
+def test_a_recipe_is_said_to_be_of_those_who_made_it(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = recipes.recipes_text().split("; ")
+    whose = {}
+    for name in RECIPES:
+        [group] = [group for group in groups if name in re.split(r"[ ,:]+", group)]
+        whose[name] = group
+    assert "ours" in whose["base"] and "ours" in whose["quickstart"]
+    assert "does not have" in whose["eva02_bige14"]
+    assert whose["proclip_b16"].startswith("ProCLIP's: ")
+    assert whose["lift_b16"].startswith("LIFT's: ")
+    papers = {name for name, group in whose.items() if group.startswith("the LLM2CLIP paper's: ")}
+    of_the_paper = {name for name in RECIPES if name.startswith(("openai_", "eva02_", "siglip2_"))}
+    assert papers == of_the_paper - {"eva02_bige14"}
+    with pytest.raises(ValueError, match="no tower to plan for"):
+        main_tower(["--dry-run"])
+    assert capsys.readouterr().out.startswith("recipe: base (ours, for any data and tower; ")
 
 
 def test_the_hash_sees_what_is_learned_alone():
