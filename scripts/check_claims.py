@@ -488,13 +488,15 @@ def record_all(folder: Path, parts: str) -> None:
     """Write the claims of ``parts`` (all, towers, map or llava). Raises FileNotFoundError if a
     control is missing."""
     towers = {} if parts == "llava" else measured(folder)
-    if parts == "map":
-        towers = with_map(read_json(CLAIMS), towers)
     llava = {} if parts in ("towers", "map") else measured_llava(folder)
     has_controls = all(claim["controls"].keys() == CONTROLS.keys() for claim in llava.values())
-    for name, claim in towers.items():
-        if not claim.get("map") or (part_of(name) == "tower" and not claim.get("random")):
-            has_controls = False
+    if parts == "map":
+        has_controls = any(claim.get("map") for claim in towers.values())
+        towers = with_map(read_json(CLAIMS), towers)
+    else:
+        for name, claim in towers.items():
+            if not claim.get("map") or (part_of(name) == "tower" and not claim.get("random")):
+                has_controls = False
     if not has_controls or not (llava or towers):
         advice = "run scripts/quickstart.sh --controls, for LLaVA without --no-llava"
         raise FileNotFoundError(f"{folder} has not all controls of what is recorded; {advice}")
@@ -507,7 +509,7 @@ def record_all(folder: Path, parts: str) -> None:
 
 
 def with_map(stated: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The stated claims with the linear map of a run, which may have fewer seeds."""
+    """The stated claims with the linear map of a run, which may have fewer seeds, and no towers."""
     claims = {}
     for name, claim in stated.items():
         claims[name] = dict(claim)
