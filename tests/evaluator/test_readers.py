@@ -3,8 +3,10 @@ packages print."""
 
 import gzip
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 from golden_mllm import MODELS, ROOT, answers, expected
 from reader_logs import LOGS, value
@@ -13,6 +15,8 @@ from llava_integration.evaluator.benchmarks import bench
 from llava_integration.evaluator.benchmarks.answers import read_answers
 from llava_integration.evaluator.benchmarks.bench import score_answers
 from llava_integration.evaluator.compare.command import main
+from llava_integration.evaluator.compare.comparison import build
+from llava_integration.evaluator.compare.readers import Choices
 from llava_integration.evaluator.compare.readers.lm_eval import cider, tokens
 from llava_integration.evaluator.compare.sides import load_side
 from llava_integration.plug.checkpoints import sample_sha256
@@ -428,6 +432,54 @@ def test_packed_logs_are_read(tmp_path, folder):
     assert set(side.runs) == set(plain.runs)
     for name in side.runs:
         assert value(side, name) == value(plain, name)
+
+
+def perplexity_side(folder, printed, *, better, seed):
+    """A log of the harness on 60 texts, whose log-likelihood is better by this much a word."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(20, 200, size=60)
+    likelihoods = words * (rng.normal(-2.5, 0.3, size=60) + better)
+    likelihoods += np.random.default_rng(seed).normal(0, 1, size=60)
+    lines = []
+    for n, (likelihood, length) in enumerate(zip(likelihoods, words, strict=True)):
+        about = {"doc_id": n, "doc_hash": "h", "metrics": ["word_perplexity", "bits_per_byte"]}
+        pair = [likelihood, int(length)]
+        lines.append({**about, "word_perplexity": pair, "bits_per_byte": pair})
+    folder.mkdir()
+    date = "2026-11-28T21-57-04.1"
+    (folder / f"samples_wikitext_{date}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    results = {"wikitext": {"word_perplexity,none": printed}}
+    (folder / f"results_{date}.json").write_text(json.dumps({"results": results}))
+    return math.exp(-likelihoods.sum() / words.sum())
+
+
+def test_a_lower_perplexity_is_better(tmp_path):
+    """Over all words, not the mean over texts; the number is the one that the harness prints."""
+    base = perplexity_side(tmp_path / "base", 0.0, better=0.0, seed=1)
+    new = perplexity_side(tmp_path / "new", 0.0, better=0.1, seed=2)
+    assert new < base
+    sides = [load_side(tmp_path / name) for name in ("base", "new")]
+    comparison = build(sides)
+    (row,) = comparison.rows
+    assert (row.result.base, row.result.new) == pytest.approx((-base, -new))
+    assert row.verdict == "better"
+    assert comparison.warnings == ()
+    perplexity_side(tmp_path / "printed", base, better=0.0, seed=1)
+    (run,) = load_side(tmp_path / "printed").runs["wikitext word_perplexity"]
+    assert run.notes == ["word_perplexity: lower is better, so its negative is compared"]
+    bits = load_side(tmp_path / "base", choices=Choices(metric="bits_per_byte"))
+    assert value(bits, "wikitext bits_per_byte") == pytest.approx(-math.log2(base))
+
+
+def test_lambadas_perplexity_is_of_a_likelihood(tmp_path):
+    """A line has the log-likelihood alone, of which more is better."""
+    lines = []
+    for n in range(10):
+        about = {"doc_id": n, "doc_hash": "h", "metrics": ["perplexity", "acc"]}
+        lines.append({**about, "perplexity": -1.0 - n / 10, "acc": 1})
+    log = tmp_path / "samples_lambada_2026-11-28T21-57-04.1.jsonl"
+    log.write_text("\n".join(map(json.dumps, lines)))
+    assert value(load_side(log), "lambada perplexity") == pytest.approx(-math.exp(1.45))
 
 
 def test_a_table_has_tasks_and_runs(tmp_path):

@@ -17,6 +17,7 @@ from llava_integration.evaluator.compare.pairing import (
     ordered,
     paired_runs,
 )
+from llava_integration.evaluator.compare.readers import BITS, PERPLEXITY
 from llava_integration.evaluator.compare.sides import Run, Side, with_common_task
 from llava_integration.evaluator.compare.statistics import (
     Difference,
@@ -303,6 +304,8 @@ def largest_difference(runs: Sequence[Run]) -> float:
         return 200.0 * len(set(runs[0].groups))
     if unit not in ("score", "CIDEr"):
         return 100.0
+    if runs[0].aggregate in (PERPLEXITY, BITS):
+        return 2 * max(abs(run.statistic.full()) for run in runs)
     scores = [0.0]
     for run in runs:
         scores += [run.scale * min(run.scores), run.scale * max(run.scores)]

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from llava_integration.evaluator.benchmarks.rules import benchmarks
+from llava_integration.evaluator.compare.readers import BY_PART
 from llava_integration.evaluator.compare.sides import Run, Side
 from llm2clip_plugin.errors import ContractError
 
@@ -110,7 +111,10 @@ def check_scales(sides: Sequence[Side]) -> list[str]:
         largest = {}
         for side in sides:
             runs = side.runs.get(name, ())
-            scores = [abs(score) for run in runs if run.rule is None for score in run.scores]
+            scores: list[float] = []
+            for run in runs:
+                if run.rule is None and run.aggregate in ("", BY_PART):
+                    scores += map(abs, run.scores)
             if scores:
                 largest[side.name] = max(scores)
         shares = [side for side, most in largest.items() if 0 < most <= 1]

@@ -7,18 +7,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from llava_integration.evaluator.benchmarks.benchmark import (
     Benchmark,
     Item,
     Statistic,
     mean_of_parts,
     mean_statistic,
+    ratio,
 )
 from llava_integration.evaluator.benchmarks.rules import benchmarks
 from llava_integration.evaluator.benchmarks.rules.mme import paired_accuracy
 from llava_integration.evaluator.compare.readers import (
+    BITS,
     BY_PART,
     NO_CHOICES,
+    PERPLEXITY,
     Choices,
     Log,
     read_logs,
@@ -47,6 +52,8 @@ class Run(Log):
             return rule.statistic(self.items)
         if self.aggregate == "MME":
             return paired_accuracy(self.items, sorted(set(self.groups)))
+        if self.aggregate in (PERPLEXITY, BITS):
+            return likelihood_statistic(self.items, self.aggregate)
         if self.aggregate == BY_PART:
             return mean_of_parts(self.groups, self.scores, self.scale)
         return mean_statistic(self.scores, scale=self.scale)
@@ -70,6 +77,19 @@ class Run(Log):
             groups=[self.groups[i] for i in chosen],
             items=[self.items[i] for i in chosen],
         )
+
+
+def likelihood_statistic(items: Sequence[Item], aggregate: str) -> Statistic:
+    """The negative of a perplexity, or of bits per byte, over all texts."""
+    sums = np.array([(item["loglikelihood"], item["length"]) for item in items])
+
+    def value(totals: np.ndarray) -> np.ndarray:
+        mean = ratio(totals[..., 0], totals[..., 1])
+        if aggregate == BITS:
+            return mean / math.log(2)
+        return -np.exp(-mean)
+
+    return Statistic(sums, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +209,13 @@ def check_one_model(path: Path, runs: Sequence[Run]) -> None:
 
 
 # headline number of a log whose benchmark has no rule -> its unit
-UNIT_OF_AGGREGATE = {"MME": "points", "CIDEr": "CIDEr", "pope": "F1"}
+UNIT_OF_AGGREGATE = {
+    "MME": "points",
+    "CIDEr": "CIDEr",
+    "pope": "F1",
+    PERPLEXITY: "score",
+    BITS: "score",
+}
 
 
 def is_scored(item: Item) -> bool:

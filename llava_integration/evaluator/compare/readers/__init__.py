@@ -40,6 +40,9 @@ IMAGES = (
     "image",
 )
 BY_PART = "mean of categories"  # an aggregate: categories have equal weight
+# aggregates of items with the ``loglikelihood`` of a text and its ``length``
+PERPLEXITY = "perplexity"
+BITS = "bits per byte"
 OWN = "score files"  # name of the reader of ours, which take precedence
 LONGEST_TEXT = 600  # characters of a question or an answer: a million of them lie in memory
 csv.field_size_limit(2**24)

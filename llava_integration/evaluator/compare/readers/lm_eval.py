@@ -18,8 +18,10 @@ from typing import Any
 
 from llava_integration.evaluator.benchmarks.rules.mmbench import ROTATION, choices_of, letter_of
 from llava_integration.evaluator.compare.readers import (
+    BITS,
     BY_PART,
     IMAGES,
+    PERPLEXITY,
     Choices,
     Log,
     Reader,
@@ -249,6 +251,10 @@ def read_lmms_eval(path: Path, choices: Choices) -> Iterator[Log]:
 def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
     """The log of the first of ``metrics`` with a number, in each line if there is one."""
     where, first_line = lines[0]
+    metrics = list(metrics)
+    for metric in metrics:
+        if metric in LIKELIHOODS and metric in first_line:
+            return likelihood_log(lines, summary, metric)
     numeric = [metric for metric in metrics if score_of(first_line.get(metric)) is not None]
     if not numeric:
         listed = ", ".join(metrics)
@@ -273,6 +279,35 @@ def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
     log = summary.log(metric, items)
     if sign == 1:
         return log
+    notes = [f"{metric}: lower is better, so its negative is compared"]
+    return replace(log, printed=log.printed and -log.printed, group=(), notes=notes)
+
+
+# metrics of the harness that are made of a text's log-likelihood, or of that and its length
+LIKELIHOODS = {
+    "perplexity": PERPLEXITY,
+    "word_perplexity": PERPLEXITY,
+    "byte_perplexity": PERPLEXITY,
+    "bits_per_byte": BITS,
+}
+
+
+def likelihood_log(lines: Lines, summary: Summary, metric: str) -> Log:
+    """The log of a metric of which a line has the log-likelihood, more of which is better."""
+    items = []
+    for where, line in lines:
+        value = line.get(metric)
+        pair = value if isinstance(value, list) else [value, 1]
+        if len(pair) != 2:
+            raise ContractError(
+                f"{where}: {metric} is {value!r}; expected [log-likelihood, length]"
+            )
+        likelihood, length = (number(part, f"{where}: {metric}") for part in pair)
+        if length <= 0:
+            raise ContractError(f"{where}: {metric} has the length {length:g}")
+        item = item_of(line, line, likelihood / length)
+        items.append({**item, "loglikelihood": likelihood, "length": length})
+    log = summary.log(metric, items, aggregate=LIKELIHOODS[metric])
     notes = [f"{metric}: lower is better, so its negative is compared"]
     return replace(log, printed=log.printed and -log.printed, group=(), notes=notes)
 
