@@ -131,3 +131,26 @@ def test_questions_about_one_video_go_together(tmp_path):
     (run,) = load_side(tmp_path / "model").runs["Video-MME"]
     assert len(set(run.clusters)) == 2
     assert run.notes == []
+
+
+def excel(path, rows):
+    book = openpyxl.Workbook()
+    for row in [list(rows[0]), *(list(row.values()) for row in rows)]:
+        book.worksheets[0].append(row)
+    book.save(path)
+
+
+def test_tables_that_a_judge_is_named_by_are_read_and_unjudged_ones_noted(tmp_path):
+    """MMVet's is MODEL_MMVet_JUDGE.xlsx; of a table without a score there is a note, unless its
+    judged one is there."""
+    folder = tmp_path / "gpt-4o"
+    folder.mkdir()
+    answers = [{"index": n, "answer": "A", "prediction": "B"} for n in range(4)]
+    judged = [{**answer, "score": n / 4} for n, answer in enumerate(answers)]
+    excel(folder / "gpt-4o_MMVet.xlsx", answers)
+    excel(folder / "gpt-4o_MMVet_gpt-4-turbo.xlsx", judged)
+    excel(folder / "gpt-4o_MathVista_MINI.xlsx", answers)
+    side = load_side(folder)
+    assert value(side, "MMVet") == pytest.approx(37.5)
+    (note,) = side.notes
+    assert "gpt-4o_MathVista_MINI.xlsx has answers but none of the scores" in note

@@ -7,6 +7,7 @@ all turns of a question there. MME, POPE and MMVP become their composites.
 
 import ast
 import csv
+import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,23 +29,38 @@ from llava_integration.evaluator.compare.readers.lm_eval import ALONE
 from llm2clip_plugin.errors import ContractError, errors_about
 
 SCORES = ("hit", "score", "eval_score", "verifier_match")
-ENDING = re.compile(
-    r"(_(exact_matching|openai|chatgpt[\w.-]*?|gpt[\w.-]*?))?_(auxmatch|result|results|detailed_results|score)$"
-)
+JUDGE = r"_(exact_matching|openai|chatgpt[\w.-]*?|gpt[\w.-]*?)"
+JUDGED = r"_(auxmatch|result|results|detailed_results|score)"
+# of a table that is named by its judge alone: MODEL_MMVet_gpt-4-turbo.xlsx
+JUDGE_ALONE = r"_(exact_matching|openai|chatgpt[a-zA-Z\d.-]*|gpt[a-zA-Z\d.-]*)"
+ENDING = re.compile(rf"(({JUDGE})?{JUDGED}|{JUDGE_ALONE})$")
+TABLES = (".xlsx", ".tsv", ".json")
 ANLS_THRESHOLD = 0.5  # a nearness below is none
 
 
 def fits(path: Path) -> bool:
-    """It has the columns index, prediction and a score's."""
+    """It has the columns index, prediction and a score's, or is an Excel table of predictions of
+    which there is no judged one."""
     with path.open("rb") as file:
         if path.suffix == ".json" and file.read(1) != b"[":
             return False
-    if path.suffix == ".xlsx" and not ENDING.search(path.stem):
-        return False  # predictions without a judgement; opening them takes seconds
+    is_judged = ENDING.search(path.stem) is not None
+    if path.suffix == ".xlsx" and not is_judged and has_judged_table(path):
+        return False  # predictions, which are in the judged table, too; opening them takes seconds
     names = set(columns(path))
+    if path.suffix == ".xlsx" and {"index", "prediction"} <= names:
+        return True  # read() says so if there is no score
+    if path.suffix == ".xlsx" and not is_judged:
+        return False
     if path.suffix == ".xlsx" and not names:
         return True  # read() says what is wrong with it
     return {"index", "prediction"} <= names and bool(names & set(SCORES))
+
+
+def has_judged_table(path: Path) -> bool:
+    """Whether there is a table next to it that its name begins."""
+    tables = path.parent.glob(f"{glob.escape(path.stem)}_*")
+    return any(table.suffix in TABLES for table in tables)
 
 
 def read(path: Path, choices: Choices) -> Iterator[Log]:
@@ -58,6 +74,10 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
             raise ContractError(f"{path} has no column {choice}; its columns: {', '.join(names)}")
     column = choices.metric or column
     cluster_columns = (choices.group,) if choices.group else IMAGES[:-1]
+    if {"index", "prediction"} <= set(names) and not column:
+        problem = f"{path} has answers but none of the scores {', '.join(SCORES)}; judge it first"
+        yield Log(benchmark=path.stem, metrics={}, items=[], unknown=problem)
+        return
     if "index" not in names or not column:
         raise ContractError(
             f"{path} has the columns {names}; expected index and one of {', '.join(SCORES)}"
@@ -161,7 +181,7 @@ def _printed(stem: Path, split: str = "Overall") -> dict[str, float]:
 
 READER = Reader(
     name="VLMEvalKit",
-    endings=(".xlsx", ".tsv", ".json"),
+    endings=TABLES,
     fits=fits,
     read=read,
     choices=("group", "metric"),
