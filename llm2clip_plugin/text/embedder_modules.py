@@ -316,10 +316,14 @@ class Captions(Transformer):
     ) -> None:
         self.__dict__["reading"] = reading  # before nn.Module's: _load_config needs it
         options = ("model_kwargs", "processor_kwargs", "config_kwargs")
-        inside = kwargs["config_kwargs"].get("subfolder", "")
+        where_from = kwargs["config_kwargs"]
+        inside = where_from.get("subfolder", "")
+        names = ("token", "revision", "local_files_only")
+        hub = {name: where_from[name] for name in names if name in where_from}
+        hub["cache_folder"] = where_from.get("cache_dir")
         adapter = None
         if llm:
-            home = Path(self.load_dir_path(model_name_or_path, subfolder=inside))
+            home = Path(self.load_dir_path(model_name_or_path, inside, **hub))
             expected = reading["weights"]
             where = home / self.config_file_name
             model_name_or_path = str(llm_folder(llm, reading["revision"], expected, where=where))

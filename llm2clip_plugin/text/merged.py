@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from llm2clip_plugin.contracts import EncoderCard
+from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.text.adapter import attach_adapter, merge
 from llm2clip_plugin.text.config import CARD_SETTINGS
 from llm2clip_plugin.text.encoder import CaptionEncoder
@@ -30,7 +31,8 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
         model.set_submodule("layers", torch.nn.ModuleList([*lower, *list(blocks)[len(lower) :]]))  # type: ignore[call-overload]
         model.set_submodule("norm", norm)
         model.config.num_hidden_layers = depth
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     encoder.open_tokenizer().save_pretrained(folder)  # as it was opened
     EncoderCard(
         base=config.llm,

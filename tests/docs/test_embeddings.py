@@ -4,7 +4,6 @@ no private address."""
 import base64
 import importlib.util
 import os
-import re
 import socket
 import sys
 from pathlib import Path
@@ -55,12 +54,6 @@ def test_classification(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["photos/1.jpg", "photos/2.jpg"]
     assert {line.split()[1] for line in lines} <= {"cat", "dog", "bird"}
-
-
-def test_search(capsys):
-    pytest.importorskip("faiss", reason="in the environment of scripts/environments/embedders.txt")
-    exec(compile(program("Search over your own pictures"), "docs/embeddings.md", "exec"), {})
-    assert len(re.findall(r"photos/\d\.jpg", capsys.readouterr().out)) == 3
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
 """An exported dual encoder with mteb, sentence-transformers' trainer and faiss."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
+import faiss
 import mteb
 import numpy as np
 import pytest
@@ -139,3 +142,45 @@ def test_the_trainer_takes_it_and_its_tower_comes_back(exported, tmp_path):
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(changed) > len(before) / 2
+
+
+def program(heading: str) -> str:
+    """The first program below a heading of docs/embeddings.md."""
+    page = (ROOT / "docs" / "embeddings.md").read_text(encoding="utf-8")
+    return page.partition(f"# {heading}\n")[2].partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.fixture
+def page_folder(exported, tmp_path, monkeypatch):
+    """A folder in which the page's programs find what they name."""
+    shutil.copytree(exported / "out", tmp_path / "out" / "l14-336")
+    (tmp_path / "photos").mkdir()
+    rows = ["file_name,caption"]
+    for number, picture in enumerate(pictures(4)):
+        picture.save(tmp_path / "photos" / f"{number}.jpg")
+        rows.append(f"{number}.jpg,{CAPTIONS[number]}")
+    (tmp_path / "photos" / "metadata.csv").write_text("\n".join(rows) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    return tmp_path
+
+
+def test_the_page_searches(page_folder, capsys):
+    exec(compile(program("Search over your own pictures"), "docs/embeddings.md", "exec"), {})
+    assert len(re.findall(r"photos/\d\.jpg", capsys.readouterr().out)) == 4
+    assert faiss.read_index("photos.faiss").ntotal == 4
+
+
+def test_the_page_trains(page_folder):
+    """As printed, but for two steps on the CPU."""
+    text = program("Further training")
+    assert "learning_rate=1e-5" in text
+    little = 'max_steps=2, use_cpu=True, report_to="none", learning_rate=1e-5'
+    text = text.replace("learning_rate=1e-5", little)
+    exec(compile(text, "docs/embeddings.md", "exec"), {})
+    opened(page_folder / "out" / "tuned").encode(["a"])
+
+
+def test_the_page_names_tasks_that_mteb_has():
+    (names,) = re.findall(r"get_tasks\(tasks=\[(.*?)\]", program("mteb"))
+    assert len(mteb.get_tasks(tasks=re.findall(r'"(\w+)"', names))) == 2
