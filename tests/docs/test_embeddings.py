@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from embedder_world import CAPTIONS, opened, pictures, png, write_dual
+from PIL import Image
 from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.stages.embedder import export_dual
@@ -60,6 +61,7 @@ def test_classification(capsys):
 def server(folder):
     """The endpoint's module."""
     os.environ["MODEL"] = str(folder / "out" / "l14-336")
+    most_pixels = Image.MAX_IMAGE_PIXELS
     path = folder / "serve_embeddings.py"
     path.write_text(program("An endpoint"), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("serve_embeddings", path)
@@ -67,6 +69,7 @@ def server(folder):
     sys.modules["serve_embeddings"] = module
     spec.loader.exec_module(module)
     yield module
+    Image.MAX_IMAGE_PIXELS = most_pixels
     del os.environ["MODEL"], sys.modules["serve_embeddings"]
 
 
@@ -111,6 +114,7 @@ REFUSED = {
     "a number": ({"image": "http://2130706433/x.png"}, 400, "not a public address"),
     "damaged base64": ({"image": "data:image/png;base64,@@"}, 400, "base64 is damaged"),
     "damaged": ({"image": as_url(b"nothing")}, 400, "cannot be read as a picture"),
+    "many pixels": ({"image": as_url(png(Image.new("1", (6000, 5000))))}, 400, "exceeds limit"),
     "a blank text": ("  ", 400, "not blank"),
     "a long text": ("a" * 100_000, 413, "characters"),
     "nothing": ([], 413, "expected 1 to"),
