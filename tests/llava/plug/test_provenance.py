@@ -161,6 +161,7 @@ def test_a_model_keeps_its_tower_or_says_so(mine, world):
     assert model.config.llm2clip_tower["name"] == f"llm2clip:{world.towers['clip']}"
 
 
+@pytest.mark.both_stacks
 @pytest.mark.parametrize("tower", ["clip", "dinov2"])
 def test_a_plain_path_is_recorded_with_the_prefix(world, tmp_path, tower):
     """Without this package, LLaVA would open the path as a CLIP, DINOv2's with random weights."""
