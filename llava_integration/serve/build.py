@@ -33,7 +33,7 @@ from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.report_text import markdown_table
 from llm2clip_plugin.vision.directory import WEIGHTS_FILE, published, weight_files, write_json
 from llm2clip_plugin.vision.export import LICENSE
-from llm2clip_plugin.vision.families import Family, read_config
+from llm2clip_plugin.vision.families import Family, families, read_config
 from llm2clip_plugin.vision.towers import preprocessor_config
 from llm2clip_plugin.vision.wrapped import siglip_tensor
 
@@ -169,27 +169,16 @@ class {arch}TowerForConditionalGeneration({arch}ForConditionalGeneration):
             kwargs.setdefault("key_mapping", RENAMED)
         return super().from_pretrained(*args, **kwargs)
 '''
-# family -> a file of llm2clip_plugin/vision that stands alone, and its classes: configuration,
-# model
-CODE = {
-    "eva02": ("eva02", "Eva02Config", "Eva02VisionModel"),
-    "openvision": ("wrapped", "OpenVisionConfig", "OpenVisionModel"),
-    "timm": ("wrapped", "TimmVitConfig", "TimmTower"),
-    # transformers' own give registers to LLaVA, too, which takes them for patches
-    "dinov3": ("wrapped", "Dinov3TowerConfig", "Dinov3Tower"),
-    "radio": ("wrapped", "RadioTowerConfig", "RadioTower"),
-}
-# towers that AutoModel does not open, but which are another's architecture: family -> its
-# model_type the latter of squares
-SAME_AS = {"metaclip2": "clip_vision_model", "naflex": "siglip_vision_model"}
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForPreTraining")
 
 
 def register() -> None:
     """Let transformers' LlavaForConditionalGeneration open the towers of this package, as far as
     libraries allow."""
-    for file, *_ in CODE.values():  # which register their classes with AutoModel
-        importlib.import_module(f"{VISION}.{file}")
+    for family in families().values():
+        if family.code is not None:
+            # the file registers its classes with AutoModel
+            importlib.import_module(f"{VISION}.{family.code.file}")
 
 
 def register_with_vllm() -> None:
@@ -206,18 +195,19 @@ def register_with_vllm() -> None:
     ModelRegistry.register_model(name, f"llava_integration.serve.vllm_model:{name}")
 
 
-def write_code(family: str, directory: Path, arch: str) -> dict[str, Any]:
+def write_code(family: Family, directory: Path, arch: str) -> dict[str, Any]:
     """Write a family's code into a model's folder; the ``auto_map`` of its config.json, {} if
     transformers has it.
 
     ``arch``: how the names of transformers' classes begin.
     """
-    if family not in CODE:
+    code = family.code
+    if code is None:
         return {}
-    file, config, model = CODE[family]
-    source = inspect.getsource(importlib.import_module(f"{VISION}.{file}"))
-    (directory / f"{file}.py").write_text(source, encoding="utf-8")  # which imports nothing of ours
-    modeling = LLAVA.format(file=file, config=config, model=model, arch=arch)
+    source = inspect.getsource(importlib.import_module(f"{VISION}.{code.file}"))
+    # the file imports nothing of ours
+    (directory / f"{code.file}.py").write_text(source, encoding="utf-8")
+    modeling = LLAVA.format(file=code.file, config=code.config, model=code.model, arch=arch)
     (directory / f"{MODELING}.py").write_text(modeling, encoding="utf-8")
     model = f"{MODELING}.{arch}TowerForConditionalGeneration"
     return {
@@ -262,16 +252,18 @@ class ExportedTower:
         from transformers import AutoModel
 
         family, config = read_config(directory)
-        if family.name in SAME_AS:
-            fields = {**config.to_dict(), "model_type": SAME_AS[family.name]}
-        elif family.name in CODE:
+        if family.opens_as:
+            fields = {**config.to_dict(), "model_type": family.opens_as}
+        elif family.code is not None:
             fields = {**config.to_diff_dict(), "model_type": f"llm2clip_{family.name}"}
         elif type(config) in AutoModel._model_mapping:  # as AutoModel.from_config asks
             fields = {**config.to_diff_dict(), "model_type": config.model_type}
         else:
+            with_code = [name for name, other in families().items() if other.code is not None]
             raise ContractError(
                 f"{directory}: towers of the family {family.name!r} cannot be exported: "
-                f"transformers' LLaVA does not open them, and only {', '.join(CODE)} come with code"
+                "transformers' LLaVA does not open them, and only "
+                f"{', '.join(with_code)} come with code"
             )
         fields = {key: value for key, value in fields.items() if key not in OF_THE_FILE}
         fields |= {name: getattr(config, name) for name in SIZES}
@@ -366,7 +358,7 @@ def write_folder(
     recorded = {"version": llm2clip_plugin.__version__, **made_from[1]}
     drops_class = tower.family.has_cls and feature == "patch"
     processor = write_processor(directory, tower, arch, drops_class=drops_class, pads=pads)
-    code = write_code(tower.family.name, directory, classes)
+    code = write_code(tower.family, directory, classes)
     body = {
         "architectures": [f"{classes}ForConditionalGeneration"],
         "model_type": arch,

@@ -15,6 +15,7 @@ Of the fine-tuned LLM alone, the first module lies in the folder itself.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import io
 import json
@@ -43,10 +44,9 @@ from llm2clip_plugin.text import frames
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.teacher import TeacherLLM
-from llm2clip_plugin.vision import eva02, wrapped
 from llm2clip_plugin.vision.directory import fetch_directory, write_json
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
-from llm2clip_plugin.vision.families import family_of
+from llm2clip_plugin.vision.families import TowerCode, family_of
 from llm2clip_plugin.vision.towers import preprocessor_config
 
 # of one model, computed by two libraries; of an embedding's norm
@@ -57,12 +57,6 @@ IMPORT_TOWER = """
 # AutoModel then opens its towers
 from .{file} import {tower}  # noqa: E402, F401
 """
-# family -> its tower, where transformers has none
-TOWER_CODE = {
-    "eva02": eva02.Eva02VisionModel,
-    "openvision": wrapped.OpenVisionModel,
-    "timm": wrapped.TimmTower,
-}
 
 
 def export_dual(
@@ -99,7 +93,7 @@ def export_dual(
         body = {"types": text.types | image.types, "structure": routes, "parameters": parameters}
         write_json(temporary / PictureTextRouter.config_file_name, body)
         write_model(temporary, {"": router})
-        write_code(temporary, family_of(dual.tower).name)
+        write_code(temporary, family_of(dual.tower).code)
         readme = dual_card(card, encoder, merge=merge)
         (temporary / "README.md").write_text(readme, encoding="utf-8")
         verify_dual(dual, encoder, temporary, str(output))
@@ -184,18 +178,17 @@ def write_model(folder: Path, types: dict[str, str], prompts: dict[str, str] | N
     write_json(folder / "config_sentence_transformers.json", settings)
 
 
-def write_code(folder: Path, family: str = "") -> None:
+def write_code(folder: Path, tower: TowerCode | None = None) -> None:
     """Our modules, which import nothing of this package, and those of the tower's family."""
     from llm2clip_plugin.text import embedder_modules
 
     modules = inspect.getsource(embedder_modules)
     modules = modules.replace("from llm2clip_plugin.text.frames import", "from .frames import")
     files = {CODE: modules, "frames": inspect.getsource(frames)}
-    if family in TOWER_CODE:
-        tower = TOWER_CODE[family]
-        name = tower.__module__.rpartition(".")[2]
-        files[name] = inspect.getsource(inspect.getmodule(tower))
-        files[CODE] += IMPORT_TOWER.format(file=name, tower=tower.__name__)
+    if tower is not None and not tower.is_in_transformers:
+        module = importlib.import_module(f"llm2clip_plugin.vision.{tower.file}")
+        files[tower.file] = inspect.getsource(module)
+        files[CODE] += IMPORT_TOWER.format(file=tower.file, tower=tower.model)
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
 

@@ -43,6 +43,19 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
 
 
 @dataclass(frozen=True, kw_only=True)
+class TowerCode:
+    """The code that an exported model carries, where transformers cannot open the tower as it is
+    here: classes of a file of ``llm2clip_plugin/vision`` that stands alone."""
+
+    file: str
+    config: str
+    model: str
+    # transformers has the family, too; but its states contain register tokens, which LLaVA would
+    # take for patches
+    is_in_transformers: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of towers.
 
@@ -79,6 +92,9 @@ class Family:
     # the family's own training ended
     scale: float = 1 / 0.07
     needs: str = ""  # requirement beyond the package's own, for the model card
+    code: TowerCode | None = None  # of exported models; None: transformers opens the tower
+    # model_type of the same architecture, where AutoModel does not open the family's own
+    opens_as: str = ""
     # name or Hub id -> config.json, for --dry-run
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
 

@@ -15,6 +15,7 @@ from llm2clip_plugin.vision.families import (
     IMAGENET_STD,
     LARGE,
     Family,
+    TowerCode,
     in_module,
     in_transformers,
 )
@@ -102,6 +103,7 @@ FAMILY = [
         model_types=("metaclip_2_vision_model", "metaclip_2"),
         vision_class=_metaclip2,
         image_text_class=_metaclip2_image_text,
+        opens_as="clip_vision_model",
         shapes={
             "facebook/metaclip-2-worldwide-huge-quickgelu": {
                 **H,
@@ -133,6 +135,7 @@ FAMILY = [
         image_text_tensors=(),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
+        code=TowerCode(file="wrapped", config="OpenVisionConfig", model="OpenVisionModel"),
         shapes={
             "UCSC-VLAA/openvision-vit-base-patch16-224": {**B, **OPENVISION, "patch_size": 16},
             "UCSC-VLAA/openvision-vit-large-patch14-224": {**L, **OPENVISION, "image_size": 224},

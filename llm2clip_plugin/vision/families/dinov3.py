@@ -1,6 +1,6 @@
 """DINOv3 (transformers 5): rotary positions for any grid; states leave out register tokens."""
 
-from llm2clip_plugin.vision.families import IMAGENET_MEAN, IMAGENET_STD, Family, wrapped
+from llm2clip_plugin.vision.families import IMAGENET_MEAN, IMAGENET_STD, Family, TowerCode, wrapped
 
 FAMILY = Family(
     name="dinov3",
@@ -14,4 +14,7 @@ FAMILY = Family(
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
     needs="transformers>=5",
+    code=TowerCode(
+        file="wrapped", config="Dinov3TowerConfig", model="Dinov3Tower", is_in_transformers=True
+    ),
 )

@@ -4,7 +4,7 @@ Sizes: EVA-CLIP's model configurations (arXiv 2303.15389, table 8; arXiv 2303.11
 SwiGLU's widths).
 """
 
-from llm2clip_plugin.vision.families import BASE, LARGE, Family, in_module
+from llm2clip_plugin.vision.families import BASE, LARGE, Family, TowerCode, in_module
 
 B = {**BASE, "intermediate_size": 2048, "patch_size": 16, "rope_pretrained_grid": 16}
 # int(1024 * 2.6667)
@@ -34,6 +34,7 @@ FAMILY = Family(
     blocks="blocks",
     final_norm="norm",
     scale=100.0,
+    code=TowerCode(file="eva02", config="Eva02Config", model="Eva02VisionModel"),
     shapes={
         "eva02-b16": {**B, "image_size": 224},
         "eva02-l14-224": {**L, "image_size": 224},

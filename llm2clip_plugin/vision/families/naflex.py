@@ -41,6 +41,7 @@ FAMILY = Family(
     mean=HALF_MEAN,
     std=HALF_STD,
     resample=2,
+    opens_as="siglip_vision_model",  # of square images
     shapes={
         "google/siglip2-base-patch16-naflex": {**BASE, "intermediate_size": 3072},
         "google/siglip2-so400m-patch16-naflex": SO400M,

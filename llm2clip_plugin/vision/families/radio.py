@@ -1,7 +1,7 @@
 """RADIO (C-RADIO, transformers 5): one class token a teacher, registers, positions for any grid,
 pixels in [0, 1]."""
 
-from llm2clip_plugin.vision.families import Family, wrapped
+from llm2clip_plugin.vision.families import Family, TowerCode, wrapped
 
 FAMILY = Family(
     name="radio",
@@ -16,6 +16,9 @@ FAMILY = Family(
     mean=(0.0, 0.0, 0.0),  # the model normalizes
     std=(1.0, 1.0, 1.0),
     needs="transformers>=5.24",
+    code=TowerCode(
+        file="wrapped", config="RadioTowerConfig", model="RadioTower", is_in_transformers=True
+    ),
     # its size in timm; the others are the configuration's defaults
     shapes={"nvidia/C-RADIOv4-H": {"image_size": 512}},
 )

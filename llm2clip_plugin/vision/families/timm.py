@@ -1,7 +1,7 @@
 """Any timm vision transformer, by name: ``timm:vit_base_patch16_224``. Training environment only
 (timm 1.0)."""
 
-from llm2clip_plugin.vision.families import Family, in_module
+from llm2clip_plugin.vision.families import Family, TowerCode, in_module
 
 FAMILY = Family(
     name="timm",
@@ -20,4 +20,5 @@ FAMILY = Family(
     final_norm="model.norm",
     pooling_head=("model.attn_pool", "model.fc_norm"),
     needs="timm>=1.0",
+    code=TowerCode(file="wrapped", config="TimmVitConfig", model="TimmTower"),
 )
