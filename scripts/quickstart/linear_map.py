@@ -131,7 +131,9 @@ def train_map(
     """Contrastive steps from a map: a matrix behind it is trained, at first the identity."""
     generator = torch.Generator().manual_seed(seed)
     families = {concept.family: number for number, concept in enumerate(concepts)}
-    queries, positives, ids = {}, {}, {}
+    queries: dict[str, torch.Tensor] = {}
+    positives: dict[str, torch.Tensor] = {}
+    ids: dict[str, torch.Tensor] = {}
     for kind in config.pairs:
         with_both = [concept for concept in concepts if {"short", kind} <= concept.rows.keys()]
         queries[kind] = start(torch.stack([concept.rows["short"] for concept in with_both]))
