@@ -107,6 +107,17 @@ def test_readings_of_an_llm_with_an_adapter(reading, llama, tmp_path):
             assert differs(actual, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "stablelm", "phi3", "smollm2"])
+def test_llms_of_other_families_apart(family, tmp_path):
+    llm = save_tiny_llm(tmp_path / "llm", family)
+    tower = write_dual(tmp_path, llm)
+    model = opened(export_dual(tower, tmp_path / "out"))
+    expected = expected_of(tower, pictures(1), CAPTIONS)[1:]
+    for batch_size in (1, 32):
+        actual = model.encode(CAPTIONS, batch_size=batch_size, convert_to_tensor=True)
+        assert differs(actual, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("family", [*PLAIN, "stablelm", "phi3"])
 def test_the_llm_alone(family, tmp_path):
     """Padded on either side. Where nothing of ours is needed, the folder has no code."""
