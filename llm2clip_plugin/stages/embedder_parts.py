@@ -133,7 +133,8 @@ def write_image_parts(dual: DualEncoder, parts: Parts) -> None:
     if isinstance(projection, nn.Linear):
         parts.add(dense(projection))
     elif isinstance(projection, nn.Sequential):
-        first, activation, last = projection
+        layers: Any = projection
+        first, activation, last = layers
         parts.add(dense(first, activation))
         parts.add(dense(last))
     parts.add(Normalize())
@@ -166,7 +167,7 @@ def image_pooling(dual: DualEncoder) -> Any:
             return Pooling(width, pool)
     if family.last_state_is_normed:
         return PatchPooling(width, pool, first_patch)
-    norm = final_norm(dual.tower)
+    norm: Any = final_norm(dual.tower)
     module = PatchPooling(width, pool, first_patch, norm.eps)
     module.norm.load_state_dict(norm.state_dict())
     return module
@@ -299,7 +300,7 @@ def write_adapter(encoder: CaptionEncoder, adapter: TextAdapter | None, parts: P
     from llm2clip_plugin.text.embedder_modules import CaptionAdapter
 
     post = encoder.post
-    blocks = list(adapter.blocks) if adapter is not None else []
+    blocks: list[Any] = list(adapter.blocks) if adapter is not None else []
     factor = 1.0 if adapter is None else adapter.input_factor
     normalize = adapter is not None and adapter.normalize_input
     removed = 0 if post is None or post.removed is None else post.removed.shape[1]
@@ -324,7 +325,7 @@ def write_adapter(encoder: CaptionEncoder, adapter: TextAdapter | None, parts: P
         parts.add(Normalize())
     if adapter is None:
         return
-    if isinstance(adapter.norm, nn.LayerNorm):
+    if isinstance(adapter.norm, nn.LayerNorm) and isinstance(adapter.projection, nn.Linear):
         parts.add(layer_norm(adapter.norm))
         parts.add(dense(adapter.projection))
     parts.add(Normalize())

@@ -39,10 +39,14 @@ def open_picture(item: Any) -> Any:
     is_path = isinstance(item, Path)
     if isinstance(item, str) and is_image_url_or_path(item):
         is_path = not item.startswith(("data:", "http://", "https://"))
-    if not is_path and not isinstance(item, (bytes, bytearray)):
+    if is_path:
+        source: Any = item
+        name = str(item)
+    elif isinstance(item, (bytes, bytearray)):
+        source = BytesIO(item)
+        name = f"a picture of {len(item)} bytes"
+    else:
         return item
-    source: Any = item if is_path else BytesIO(item)
-    name = str(item) if is_path else f"a picture of {len(item)} bytes"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -80,7 +84,7 @@ class PictureTextRouter(Router):
     ) -> dict[str, Any]:
         """As Router's; of a mixed batch the features of each modality, named MODALITY:FEATURE."""
         opened = [open_picture(item) for item in inputs]
-        kinds = [infer_modality(item) for item in opened]
+        kinds: list[Any] = [infer_modality(item) for item in opened]
         for row, kind in enumerate(kinds):
             if kind not in self.sub_modules:
                 raise ValueError(f"cannot embed {kind!r}; give texts, or pictures, each by itself")
@@ -105,7 +109,7 @@ class PictureTextRouter(Router):
         kinds = [kind for kind in self.sub_modules if f"{kind}:{BATCH_ROWS}" in features]
         if not kinds:
             kind = modality or features.get("modality") or self.default_route
-            return self.embed(kind, features)
+            return self.embed(str(kind), features)
         rows = []
         embeddings = []
         for kind in kinds:
@@ -120,7 +124,8 @@ class PictureTextRouter(Router):
 
     def embed(self, route: str, features: dict[str, Any]) -> dict[str, Any]:
         """The features after the modules of a route."""
-        for module in self.sub_modules[route]:
+        modules: Any = self.sub_modules[route]
+        for module in modules:
             weight = next(module.parameters(), None)
             if weight is not None and "sentence_embedding" in features:
                 embedding = features["sentence_embedding"].to(weight.dtype)
@@ -209,7 +214,7 @@ class CaptionAdapter(Saved):
             self.register_buffer("mean", torch.zeros(width))
         if removed:
             self.register_buffer("directions", torch.zeros(width, removed))  # (W, K)
-        self.mlps = nn.ModuleList(ResidualMLP(width, expansion) for _ in range(blocks))
+        self.mlps: Any = nn.ModuleList(ResidualMLP(width, expansion) for _ in range(blocks))
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         x_BW = features["sentence_embedding"].float()
@@ -314,7 +319,8 @@ class Captions(Transformer):
     def __init__(
         self, model_name_or_path: str, *, reading: dict[str, Any], llm: str = "", **kwargs: Any
     ) -> None:
-        self.__dict__["reading"] = reading  # before nn.Module's: _load_config needs it
+        # not yet by nn.Module's __setattr__; _load_config needs it
+        object.__setattr__(self, "reading", reading)
         options = ("model_kwargs", "processor_kwargs", "config_kwargs")
         where_from = kwargs["config_kwargs"]
         inside = where_from.get("subfolder", "")
@@ -323,7 +329,7 @@ class Captions(Transformer):
         hub["cache_folder"] = where_from.get("cache_dir")
         adapter = None
         if llm:
-            home = Path(self.load_dir_path(model_name_or_path, inside, **hub))
+            home = Path(self.load_dir_path(model_name_or_path, inside, **hub) or "")
             expected = reading["weights"]
             where = home / self.config_file_name
             model_name_or_path = str(llm_folder(llm, reading["revision"], expected, where=where))
@@ -339,7 +345,7 @@ class Captions(Transformer):
         if not reading["causal"]:
             for module in self.model.modules():  # some families' own flag decides
                 if isinstance(getattr(module, "is_causal", None), bool):
-                    module.is_causal = False
+                    module.is_causal = False  # type: ignore[assignment]
         if adapter is not None:
             self.attach(adapter)
         self.model.requires_grad_(False).eval()
@@ -390,7 +396,8 @@ class Captions(Transformer):
         rows, _ = tokenize(self.tokenizer, [frame] * len(captions), captions, most)
         lengths_B1 = torch.tensor([[len(ids)] for ids in rows])
         longest = int(lengths_B1.max())
-        padding = self.tokenizer.pad_token_id or 0
+        tokenizer: Any = self.tokenizer
+        padding = tokenizer.pad_token_id or 0
         ids_BT = torch.tensor([[*ids, *[padding] * (longest - len(ids))] for ids in rows])
         position_T = torch.arange(longest)
         has_token_BT = position_T < lengths_B1
