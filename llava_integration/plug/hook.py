@@ -15,6 +15,7 @@ from typing import Any
 
 from llava_integration.plug import towers
 from llava_integration.plug.checkpoints import config_of, refuse_name
+from llava_integration.plug.quantized import quantized_as_base, refuse_quantized_base
 from llm2clip_plugin.errors import ContractError, errors_about
 
 # LLaVA reads them, but its argument parser does not define them
@@ -181,10 +182,18 @@ def load_pretrained_model(
 ) -> Any:
     """Refuse a name by which LLaVA would load another kind of model, and make the checkpoint's path
     known to ``towers`` during loading, for the tower bundled in the checkpoint."""
-    positional = dict(zip(("base", "name"), arguments, strict=False))
-    base = options.get("model_base", positional.get("base"))
-    name = options.get("model_name", positional.get("name"))
-    if towers.is_ours(config_of(model_path).get("mm_vision_tower")):
-        refuse_name(model_path, base=base, name=name)
-    with towers.loading(model_path):
+    names = ("model_base", "model_name", "load_8bit", "load_4bit")
+    given = dict(zip(names, arguments, strict=False)) | options
+    base = given.get("model_base")
+    if not towers.is_ours(config_of(model_path).get("mm_vision_tower")):
+        with towers.loading(model_path):
+            return original(model_path, *arguments, **options)
+    refuse_name(model_path, base=base, name=given.get("model_name"))
+    refuse_quantized_base(
+        model_path,
+        base,
+        in_8bit=bool(given.get("load_8bit")),
+        in_4bit=bool(given.get("load_4bit")),
+    )
+    with towers.loading(model_path), quantized_as_base(original.__globals__, base):
         return original(model_path, *arguments, **options)

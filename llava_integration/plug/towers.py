@@ -292,9 +292,9 @@ def find_tower(name: str, config: Any) -> TowerLocation:
     """The tower of a model, by the hash in ``config`` (LLaVA's configuration or model arguments),
     else by ``name``.
 
-    Searches the name, the checkpoint's ``vision_tower`` folder, the recorded origin and the
-    registry, in this order. Raises ContractError with both hashes if only other towers are found,
-    TowerNotFoundError if none is.
+    Searches the name, the checkpoint's ``vision_tower`` folder, the recorded origin,
+    ``LLM2CLIP_TOWER`` and the registry, in this order. Raises ContractError with both hashes if
+    only other towers are found, TowerNotFoundError if none is.
     """
     record = getattr(config, KEY, None)
     checkpoint = checkpoint_of(config) or "the checkpoint"
@@ -315,6 +315,10 @@ def find_tower(name: str, config: Any) -> TowerLocation:
         places.append((f"in {folder}/{BUNDLE}", partial(locate_bundled, folder, origin)))
     if origin != name.partition(":")[2]:
         places.append((f"at its origin, {origin}", partial(locate_spec, origin, how="origin")))
+    spec = os.environ.get("LLM2CLIP_TOWER")
+    if spec and name != NAME:  # which means it already
+        variable = f"LLM2CLIP_TOWER={spec}"
+        places.append((variable, partial(locate_spec, spec, how=variable)))
     for registered, entry in sorted(registry().towers.items()):
         if entry["weights_sha256"] == wanted:
             find = partial(locate_spec, entry["spec"], how="registry")
@@ -338,7 +342,7 @@ def find_tower(name: str, config: Any) -> TowerLocation:
     raise problem(
         f"{checkpoint} was trained with the tower sha256 {wanted} ({about}); "
         f"refusing to load a different tower. Searched:{''.join(searched)}\n"
-        "Copy that tower to this machine and run `llm2clip use PATH`, "
+        "Copy that tower to this machine and run `llm2clip use PATH` or set LLM2CLIP_TOWER=PATH, "
         f"or run `{command('llava', 'bundle', checkpoint)}` where the tower still exists "
         "and copy the checkpoint again"
     )

@@ -159,8 +159,10 @@ def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoin
     """What a folder has; FileNotFoundError or ContractError if it is no LLaVA 1.5 that Hugging
     Face's can express."""
     config = checkpoint_config(directory)
-    refuse_unsupported(config, directory / CONFIG)
     is_lora = (directory / ADAPTER).is_file()
+    if is_lora:
+        config.pop("quantization_config", None)  # of QLoRA; its base is read as it is
+    refuse_unsupported(config, directory / CONFIG)
     if base is not None and not is_lora:
         raise ValueError(f"{directory} is a full checkpoint; leave out --model-base {base}")
     if base is None and is_lora:  # the one recorded

@@ -83,6 +83,19 @@ def test_found_in_the_registry_by_its_hash(mine, world):
     assert load(checkpoint).location.directory == world.towers["clip"]
 
 
+@pytest.mark.both_stacks
+def test_found_through_the_environment_by_its_hash(mine, world, tmp_path, monkeypatch, capsys):
+    """A tower that moved; another one there is refused, as everywhere."""
+    tower, checkpoint = mine
+    moved = shutil.move(tower, tmp_path / "moved")
+    monkeypatch.setenv("LLM2CLIP_TOWER", str(moved))
+    assert load(checkpoint).location.directory == moved
+    assert f"from {moved} (LLM2CLIP_TOWER={moved})" in capsys.readouterr().out
+    monkeypatch.setenv("LLM2CLIP_TOWER", str(world.towers["other"]))
+    with pytest.raises(ContractError, match=r"LLM2CLIP_TOWER=.* has sha256"):
+        load(checkpoint)
+
+
 def test_another_tower_under_the_name_is_refused(mine, world):
     tower, checkpoint = mine
     wanted = hash_of(tower)

@@ -8,6 +8,7 @@ there the question is answered with yes while LLaVA loads.
 from importlib.util import find_spec
 
 import pytest
+import serve_checkpoints
 import torch
 from llava_world import HALF_ON_CPU
 
@@ -62,3 +63,51 @@ def test_the_tower_is_left_as_it_is(load, option, kind):
         ids, images=pixels[:1], image_sizes=[(28, 28)], do_sample=False, max_new_tokens=4
     )
     assert 1 <= output.shape[1] <= 5
+
+
+QLORA = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+QLORA |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+QLORA |= {"bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["mm_projector"]}
+
+
+def on_a_base(kind, root, **changes):
+    """A LoRA, or a pretrained projector, and its base model."""
+    tower = serve_checkpoints.tower_directory("clip")
+    base = serve_checkpoints.base_model(root / "vicuna")
+    folder = root / f"llava-{kind}"
+    named = {**changes, "mm_vision_tower": f"llm2clip:{tower}"}
+    if kind != "projector":
+        return serve_checkpoints.lora(folder, tower, base, **named), base
+    folder.mkdir()
+    config = serve_checkpoints.llava_config(str(tower), **named)
+    serve_checkpoints.write_config(folder, config)
+    torch.save(serve_checkpoints.projector_weights(), folder / "mm_projector.bin")
+    return folder, base
+
+
+def load_onto(folder, base, **options):
+    """LLaVA's own loading of a checkpoint and its base model."""
+    from llava.model.builder import load_pretrained_model
+
+    words = {"device": "cpu", "device_map": "cpu", **options}
+    return load_pretrained_model(str(folder), str(base), folder.name, **words)[1]
+
+
+@pytest.mark.parametrize("kind", ["lora", "projector"])
+def test_qlora_opens_as_a_lora_does(tmp_path, home, kind):
+    """Its config.json says that the language model was quantized while it was trained; the base's
+    weights are not."""
+    plain = load_onto(*on_a_base(kind, tmp_path / "plain")).state_dict()
+    folder, base = on_a_base(kind, tmp_path / "qlora", quantization_config=QLORA)
+    opened = load_onto(folder, base).state_dict()
+    assert set(opened) == set(plain)
+    for name, tensor in plain.items():
+        assert torch.equal(opened[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "projector"])
+@pytest.mark.parametrize("option", KINDS)
+def test_onto_a_quantized_base_is_refused(tmp_path, home, kind, option):
+    bits = option[-4]
+    with pytest.raises(ValueError, match=f"{option}: .* in {bits} bits; leave it out, or merge"):
+        load_onto(*on_a_base(kind, tmp_path), **{option: True})

@@ -78,6 +78,17 @@ def test_equals_llava(tmp_path, home, tower, aspect, kind):
 
 
 @pytest.mark.both_stacks
+def test_a_qlora_equals_llava(tmp_path, home):
+    """Its config.json says how its base model was quantized in training."""
+    trained = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    checkpoint = made("lora", "clip", tmp_path, quantization_config=trained)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["mm_vision_tower"] = f"llm2clip:{config['mm_vision_tower']}"
+    serve_checkpoints.write_config(checkpoint, config)
+    check(checkpoint, tmp_path / "hf")
+
+
+@pytest.mark.both_stacks
 @pytest.mark.parametrize("tower", TODAY)
 def test_towers_of_today_equal_llava(tmp_path, home, tower):
     check(made("full", tower, tmp_path), tmp_path / "hf")
