@@ -230,7 +230,7 @@ def map_cells(of_map: Mapping[str, Any] | None, seeds: int) -> tuple[str, str]:
     """What the map reaches in a claim's row, with its number of seeds if that is not ``seeds``; and
     the fine-tuned LLM minus the map on the same seeds."""
     if not of_map:
-        return "", ""
+        return "not measured", ""
     reached = spread(of_map["values"])
     if len(of_map["values"]) != seeds:
         reached += f" ({len(of_map['values'])} seeds)"
