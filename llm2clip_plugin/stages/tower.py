@@ -12,7 +12,7 @@ from llm2clip_plugin.plan.memory import recomputes, tower_memory
 from llm2clip_plugin.progress import phase
 from llm2clip_plugin.run_folder import UNFINISHED_HEADS
 from llm2clip_plugin.signals import StopRequest, loaded, stop_requests
-from llm2clip_plugin.stages.run import open_run, training_ranks
+from llm2clip_plugin.stages.run import TrainingRun, open_run, training_ranks
 from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.stages.tower_data import (
     TowerData,
@@ -23,10 +23,11 @@ from llm2clip_plugin.stages.tower_data import (
     with_windows,
 )
 from llm2clip_plugin.stages.tower_export import TOWER, export_towers
-from llm2clip_plugin.train.averages import copy_image_side, make_averages
-from llm2clip_plugin.train.checkpoint import load_weights
+from llm2clip_plugin.train.averages import Averages, copy_image_side, make_averages
+from llm2clip_plugin.train.checkpoint import Loaded, load_weights
 from llm2clip_plugin.train.config import HeadsConfig, LossConfig, TowerConfig, TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, rank
+from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, load_clip_heads
 from llm2clip_plugin.train.losses.base import (
@@ -42,6 +43,7 @@ from llm2clip_plugin.train.model import (
     trained_parameters,
     with_llm_width,
 )
+from llm2clip_plugin.train.optim import Trained
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -95,11 +97,7 @@ def _train(
         command=command,
     )
     resumed = run.find_checkpoint(data.digests)
-    if resumed is not None:
-        load_weights(dual, resumed.weights, where=resumed.path)
-    on_first_rank(
-        lambda: check_finite(dual, config.tower.path if resumed is None else resumed.path)
-    )
+    load_start(dual, resumed, config.tower.path)
     unfinished = run.folder / UNFINISHED_HEADS
     curve: list[FitLine] = []
     if resumed is None and config.heads.steps:
@@ -116,24 +114,7 @@ def _train(
             stop=stop,
             unfinished=unfinished,
         )
-    # before the engine, which partitions the weights under ZeRO-3
-    image_side = copy_image_side(dual) if needs_reference(config.loss) else None
-    for model in filter(None, (dual, image_side)):
-        accelerate(model.tower, config.train, device)
-    measure = partial(
-        tower_memory,
-        config.tower,
-        config.dual,
-        config.loss,
-        config.optim,
-        config.train,
-        captions_per_image=config.data.captions_per_image,
-        checkpointing=False,
-    )
-    if recomputes(config.train, run.deepspeed, device, measure):
-        enable_gradient_checkpointing(dual.tower)
-    engine = run.make_engine(dual, trained, resumed)
-    averages = make_averages(engine, image_side, config.train, config.distill, resumed)
+    engine, averages = _start_engine(config, run, dual, trained, resumed, device)
     start = run.start_state(resumed)
     step = TowerStep(
         engine,
@@ -169,6 +150,43 @@ def _train(
             lambda: export_towers(run.folder, state.step, averaged=bool(config.train.ema_decay))
         )
     return run.folder / TOWER
+
+
+def _start_engine(
+    config: RunConfig,
+    run: TrainingRun,
+    dual: DualEncoder,
+    trained: list[Trained],
+    resumed: Loaded | None,
+    device: torch.device,
+) -> tuple[Engine, Averages]:
+    """The engine over the model as it trains, and what follows its weights."""
+    # before the engine, which partitions the weights under ZeRO-3
+    image_side = copy_image_side(dual) if needs_reference(config.loss) else None
+    for model in filter(None, (dual, image_side)):
+        accelerate(model.tower, config.train, device)
+    measure = partial(
+        tower_memory,
+        config.tower,
+        config.dual,
+        config.loss,
+        config.optim,
+        config.train,
+        captions_per_image=config.data.captions_per_image,
+        checkpointing=False,
+    )
+    if recomputes(config.train, run.deepspeed, device, measure):
+        enable_gradient_checkpointing(dual.tower)
+    engine = run.make_engine(dual, trained, resumed)
+    return engine, make_averages(engine, image_side, config.train, config.distill, resumed)
+
+
+def load_start(dual: DualEncoder, resumed: Loaded | None, tower: str) -> None:
+    """Load a checkpoint's weights, if there is one. Every rank must call this; raises ValueError on
+    the first for weights that are not finite."""
+    if resumed is not None:
+        load_weights(dual, resumed.weights, where=resumed.path)
+    on_first_rank(lambda: check_finite(dual, tower if resumed is None else resumed.path))
 
 
 def build_model(
