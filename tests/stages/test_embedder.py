@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sentence_transformers
 import torch
 from embedder_world import CAPTIONS, expected_of, opened, pictures, png, write_dual
 from text_helpers import write_moved
@@ -20,7 +21,6 @@ from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.post import POST_FILE, remove_components
 from llm2clip_plugin.vision.towers import load_tower
 
-sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6")
 SentenceTransformer = sentence_transformers.SentenceTransformer
 TOLERANCE = 1e-5  # of embeddings of norm 1: float32, summed in another order
 TOWERS = [
