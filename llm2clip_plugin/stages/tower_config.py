@@ -391,11 +391,13 @@ def _proclip(name: str, hub_id: str, projection_dim: int) -> RunConfig:
 
     The fit's length is its four epochs of CC3M, CC12M and YFCC15M: 4 x 30 M / 1024. Its lambda 4e-4
     over the sums of 512 pairs a rank is the weight 4e-4 x 512 (losses/distill.py). Its weight decay
-    is .2 in the text and .05 in the table, which is taken.
+    is .2 in the text and .05 in the table, which is taken. Its adapter is one block of expansion 8
+    in its code (VisionXLab/ProCLIP, openclip/model.py), which has as many weights as four of 2.
     """
     paper = _paper(name, TowerConfig(architecture=hub_id), projection_dim=projection_dim)
     return dataclasses.replace(
         paper,
+        dual=dataclasses.replace(paper.dual, adapter_blocks=1, adapter_expansion=8),
         heads=HeadsConfig(target="clip_text", steps=117_188, batch=1024, lr=1e-5),
         loss=LossConfig(terms=("infonce=1", "distill=0.2048")),
         distill=DistillConfig(reference="ema", decay=0.999),
