@@ -37,6 +37,7 @@ from llm2clip_plugin.stages.embedder_card import dual_card, llm_card
 from llm2clip_plugin.stages.embedder_parts import (
     CODE,
     Parts,
+    runs_code,
     write_image_parts,
     write_text_parts,
 )
@@ -113,7 +114,7 @@ def export_text(
         write_model(temporary, parts.types, prompts)
         if parts.has_code:
             write_code(temporary)
-        readme = llm_card(encoder, has_code=parts.has_code)
+        readme = llm_card(encoder, has_code=parts.has_code, runs_code=runs_code(encoder))
         (temporary / "README.md").write_text(readme, encoding="utf-8")
         model = open_folder(temporary, has_code=parts.has_code)
         expected_NW = encoder.encode(CAPTIONS)

@@ -37,7 +37,8 @@ print(model.similarity(texts, pictures))
 
 `trust_remote_code=True` runs `llm2clip_modules.py` of this folder: what sentence-transformers does
 not have (a batch of pictures and texts, captions as the LLM was trained to read them, the text
-adapter). Read it first. It needs sentence-transformers 6 or newer{needs}.
+adapter). Read it first. No code of the LLM's own folder or repository is run. It needs
+sentence-transformers 6 or newer{needs}.
 
 {metrics}"""
 LLM = """\
@@ -57,8 +58,10 @@ embeddings = model.encode(["a bird on a wire", "zwei Hunde"])
 TRUST = """\
 `trust_remote_code=True` runs `llm2clip_modules.py` of this folder: what sentence-transformers does
 not have (captions as the LLM was trained to read them, removed components). Read it first.
-
+{llm_code}
 """
+LLM_CODE = "It also runs the LLM's own code in this folder.\n"
+NO_LLM_CODE = "No code of the LLM's own is run.\n"
 
 
 def name_of(place: str) -> str:
@@ -89,12 +92,15 @@ def dual_card(card: TowerCard, encoder: CaptionEncoder, *, merge: bool) -> str:
     return front + text + LICENSE
 
 
-def llm_card(encoder: CaptionEncoder, *, has_code: bool) -> str:
-    """Markdown of an LLM's folder."""
+def llm_card(encoder: CaptionEncoder, *, has_code: bool, runs_code: bool) -> str:
+    """Markdown of an LLM's folder. ``runs_code``: of the LLM's own."""
+    code = ""
+    if has_code:
+        code = TRUST.format(llm_code=LLM_CODE if runs_code else NO_LLM_CODE)
     text = LLM.format(
         llm=name_of(encoder.config.llm),
         width=encoder.width,
         trust=", trust_remote_code=True" if has_code else "",
-        code=TRUST if has_code else "",
+        code=code,
     )
     return FRONT.format(task="sentence-similarity", tag="text-embeddings") + text + LICENSE

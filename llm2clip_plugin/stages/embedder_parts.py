@@ -224,6 +224,7 @@ def write_llm(encoder: CaptionEncoder, parts: Parts, *, merge: bool, output: Pat
         "causal": config.attention == "causal",
         "revision": config.revision,
         "weights": "" if merge else weights_sample(encoder.folder),
+        "trust_remote_code": runs_code(encoder),
     }
     if not merge:
         settings["llm"] = place(config.llm, output / folder.name)
@@ -261,10 +262,15 @@ def reads_plainly(encoder: CaptionEncoder) -> bool:
         return False
     if encoder.frame.has_bos and not config.include_bos:
         return False
-    if config.trust_remote_code and code_of(encoder.folder):
+    if runs_code(encoder):
         return False
     others = len(encoder.frame.head) - int(encoder.frame.has_bos)
     return others == 0 and encoder.tokenizer.pad_token_id is not None
+
+
+def runs_code(encoder: CaptionEncoder) -> bool:
+    """Whether the LLM is code of its own folder, run with --trust-remote-code."""
+    return encoder.config.trust_remote_code and bool(code_of(encoder.folder))
 
 
 def attends_plainly(encoder: CaptionEncoder, folder: Path) -> bool:

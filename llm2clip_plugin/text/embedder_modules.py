@@ -2,7 +2,7 @@
 captions as the LLM was trained to read them, the text adapter, means over patches.
 
 This file and ``frames.py`` are saved with an exported embedder, which is opened with
-``trust_remote_code=True``; neither needs llm2clip-plugin.
+``trust_remote_code=True``; neither needs llm2clip-plugin. That trust is not passed on to the LLM.
 Shapes: B rows, T tokens, W width, K removed components.
 """
 
@@ -311,7 +311,7 @@ class Captions(Transformer):
 
     ``llm``: where it is, if not in this module's folder. ``reading``: prompt, chat_template,
     include_bos, max_tokens, blocks (-1: all, and the final norm), causal, revision, weights (a
-    hash).
+    hash), trust_remote_code (whether the LLM's own code runs, whoever opens the embedder).
     """
 
     config_keys: ClassVar[list[str]] = [*Transformer.config_keys, "llm", "reading"]
@@ -337,6 +337,9 @@ class Captions(Transformer):
                 kwargs[name] = {**kwargs[name], "subfolder": "", "revision": None}
             if (home / "adapter_config.json").is_file():
                 adapter = home
+        trusts = {"trust_remote_code": reading["trust_remote_code"]}
+        for name in options:
+            kwargs[name] = {**kwargs[name], **trusts}
         super().__init__(model_name_or_path, **kwargs)
         self.reading = reading
         self.llm = llm

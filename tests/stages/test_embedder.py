@@ -200,6 +200,41 @@ def test_elsewhere_and_without_this_package(exported, tmp_path, monkeypatch):
         assert torch.nn.functional.cosine_similarity(rough.float(), expected).min() > 0.999
 
 
+CODE_OF_LLM = """
+from pathlib import Path
+
+from transformers import Qwen3Config, Qwen3Model
+
+Path({ran!r}).touch()
+"""
+
+
+def llm_with_code(folder: Path, ran: Path) -> Path:
+    """A Qwen3, which transformers has, that also ships classes; importing them makes ``ran``."""
+    llm = save_tiny_llm(folder / "llm", "qwen3")
+    (llm / "modeling.py").write_text(CODE_OF_LLM.format(ran=str(ran)))
+    classes = {"AutoConfig": "modeling.Qwen3Config", "AutoModel": "modeling.Qwen3Model"}
+    for name in ("config.json", "tokenizer_config.json"):
+        body = json.loads((llm / name).read_text())
+        (llm / name).write_text(json.dumps({**body, "auto_map": classes}))
+    return llm
+
+
+def test_code_in_the_llms_folder_is_not_run(tmp_path):
+    """Neither by the export nor by who opens it with trust_remote_code=True."""
+    llm = llm_with_code(tmp_path, tmp_path / "ran")
+    tower = write_dual(tmp_path, llm)
+    output = tmp_path / "out"
+    command = ["export", str(tower), "--output", str(output), "--format", "sentence-transformers"]
+    assert main(command) == 0
+    expected = expected_of(tower, pictures(), CAPTIONS)
+    model = opened(output)
+    actual = model.encode([*pictures(), *CAPTIONS], convert_to_tensor=True)
+    assert differs(actual, expected) < TOLERANCE
+    assert not (tmp_path / "ran").exists()
+    assert "No code of the LLM's own folder" in (output / "README.md").read_text()
+
+
 def changed_llm(folder: Path, **fields: str) -> None:
     """Set fields of the module that reads captions."""
     file = folder / "text_0_Captions" / "sentence_bert_config.json"
