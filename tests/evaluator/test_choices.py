@@ -99,3 +99,42 @@ def test_what_a_form_does_not_have_is_refused(tmp_path):
     path.write_text("item,score\n1,1\n2,0")
     with pytest.raises(ContractError, match="of table, for which --scorer means nothing; it takes"):
         the_run(path, scorer="match")
+
+
+def test_the_number_of_the_chosen_filter_is_the_printed_one(harness):
+    results = {"acc,strict": 0.5, "acc_norm,strict": 0.75, "acc,flexible": 0.75}
+    body = {"results": {"toy": results}}
+    harness.with_name(f"results_{DATE}.json").write_text(json.dumps(body))
+    for name, printed in (("strict", 0.5), ("flexible", 0.75)):
+        run = the_run(harness, filter=name)
+        assert run.printed == printed
+        assert run.notes == [f"filter {name} of strict, flexible"]
+
+
+def inspect_log(path, values):
+    """A log of inspect_ai whose samples have these values of the field page."""
+    samples = []
+    for number, value in enumerate(values):
+        scores = {"match": {"value": "C"}}
+        samples.append({"id": number, "scores": scores, "metadata": {"page": value}})
+    log = {
+        "status": "success",
+        "eval": {"run_id": "x", "task": "toy"},
+        "results": {"scores": [{"name": "match", "scorer": "match"}]},
+        "samples": samples,
+    }
+    path.write_text(json.dumps(log))
+    return path
+
+
+def test_group_of_inspect_ai_is_never_ignored(tmp_path):
+    numbers = inspect_log(tmp_path / "numbers.json", [1.5, 1.5, 2.5, 2.5])
+    assert len(set(the_run(numbers, group="page").clusters)) == 2
+    mixed = the_run(inspect_log(tmp_path / "mixed.json", ["a", "a", None, ["b"]]), group="page")
+    assert mixed.clusters == ["a", "a", "2", "3"]
+    (note,) = mixed.notes
+    assert note.startswith("toy: 2 samples have no group")
+    assert "sample 2: page is None" in note
+    lists = inspect_log(tmp_path / "lists.json", [["a"], ["a"]])
+    with pytest.raises(ContractError, match=r"sample 0: page is \['a'\].*another --group"):
+        the_run(lists, group="page")

@@ -67,6 +67,7 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
         )
     values: dict[str, list[float]] = {}
     without_score: set[str] = set()
+    without_group: dict[str, Any] = {}  # sample -> what it has in the group's place
     items: dict[str, dict[str, Any]] = {}
     for sample in samples:
         name = str(sample.get("id"))
@@ -80,8 +81,10 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
         values.setdefault(name, []).append(number(value, f"{path}, sample {name}: {scorer}"))
         if choices.group and choices.group not in of:
             raise ContractError(f"{path}, sample {name}: its metadata have no {choices.group}")
-        fields = (choices.group,) if choices.group else IMAGES
-        said = {"cluster": first_of(of, fields) or name, "category": first_of(of, CATEGORIES)}
+        cluster = group_of(of, choices.group) if choices.group else first_of(of, IMAGES)
+        if choices.group and not cluster:
+            without_group[name] = of[choices.group]
+        said = {"cluster": cluster or name, "category": first_of(of, CATEGORIES)}
         texts = {"question": sample.get("input"), "answer": score.get("answer")}
         said |= {field: short_text(text) for field, text in texts.items() if short_text(text)}
         items.setdefault(name, {"id": name, "truth": sample.get("target"), **said})
@@ -89,6 +92,17 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     task = about.get("task", path.stem)
     model = str(about.get("model", ""))
     notes = []
+    if without_group:
+        name, value = next(iter(without_group.items()))
+        problem = f"sample {name}: {choices.group} is {value!r:.60}, not a text or a number"
+        if len(without_group) == len(items):
+            raise ContractError(
+                f"{path}, {problem}, nor is it in any other sample; choose another --group"
+            )
+        notes.append(
+            f"{task}: {len(without_group)} samples have no group, so each is one by itself "
+            f"({problem})"
+        )
     samples_of_task = (about.get("dataset") or {}).get("samples") or 0
     if lost := without_score - set(items):
         notes.append(f"{task}: {len(lost)} samples have no score of {scorer}; left out")
@@ -105,6 +119,12 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
         printed=printed_mean(results, scorer),
         notes=notes,
     )
+
+
+def group_of(metadata: dict[str, Any], field: str) -> str:
+    """The value of a field that tells which samples go together; "" for none that can."""
+    value = metadata[field]
+    return str(value) if isinstance(value, (str, int, float)) else ""
 
 
 def printed_mean(results: dict[str, Any], scorer: str) -> float | None:

@@ -82,6 +82,7 @@ class Summary:
         if is_old:
             self.path = old
         self.groups = groups
+        self.filter = ""  # whose numbers are printed; "": the first
         body = read_json_value(self.path) if (name or is_old) and self.path.is_file() else {}
         if is_old:
             tasks = [task for task in body.get("results") or {} if path.stem.endswith(f"_{task}")]
@@ -98,8 +99,12 @@ class Summary:
     def printed(self, metric: str, of: str = "") -> float | None:
         """The number that was printed of the task, or of a group."""
         numbers = self.numbers.get(of or self.task) or {}
-        values = [value for name, value in numbers.items() if name.split(",")[0] == metric]
-        return next((float(value) for value in values if isinstance(value, (int, float))), None)
+        for key, value in numbers.items():
+            name, _, filter_name = key.partition(",")
+            is_chosen = self.filter in ("", filter_name) or not filter_name
+            if name == metric and is_chosen and isinstance(value, (int, float)):
+                return float(value)
+        return None
 
     def size_notes(self, lines: "Lines") -> list[str]:
         """A note if the log has a part of the task's documents."""
@@ -207,6 +212,7 @@ def read_harness(path: Path, choices: Choices) -> Iterator[Log]:
     if name not in filters:
         raise ContractError(f"{path} has no filter {name}; it has {', '.join(filters)}")
     chosen = [one for one in lines if str(one[1].get("filter", "none")) == name]
+    summary.filter = name
     first_line = first_object(path)
     metrics = first_line.get("metrics") or [key for key in first_line if key not in NO_METRICS]
     if choices.metric:
