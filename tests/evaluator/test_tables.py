@@ -149,3 +149,42 @@ def test_samples_of_inspect_ai_without_a_score_are_left_out(tmp_path):
     (run,) = load_side(tmp_path / "log.json").runs["toy match"]
     assert run.scores == [1, 1, 0]
     assert run.notes == ["toy: 1 samples have no score of match; left out"]
+
+
+@pytest.mark.parametrize("first", [{}, {"group": None}, {"group": ""}], ids=str)
+def test_a_row_without_a_group_loses_no_other_groups(tmp_path, first):
+    rows = [{"item": 0, "score": 1, **first}]
+    rows += [{"item": number, "score": 1, "group": number // 4} for number in range(1, 8)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    ((run,),) = load_side(path).runs.values()
+    assert run.clusters == ["0", "0", "0", "0", "1", "1", "1", "1"]
+
+
+def test_a_table_with_a_chosen_metric_needs_no_score(tmp_path, capsys):
+    base = table(tmp_path / "base.csv", BASE, head="item,f1")
+    new = table(tmp_path / "new.csv", NEW, head="item,f1")
+    assert main([str(base), str(new), "--metric", "f1"]) == 0
+    assert "+50.00" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="a table needs the columns item and score"):
+        main([str(base), str(new)])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sides"),
+    [
+        ("llava-seed1", "llava-seed2", 1),
+        ("llava_run1_best", "llava_run2_best", 1),
+        ("pretrained=a,seed=1", "pretrained=a,seed=2", 1),
+        ("doubao-seed-1", "doubao-seed-2", 2),
+        ("seed1.5-vl", "seed1.6-vl", 2),
+        ("llava-seed1", "ours-seed1", 2),
+    ],
+)
+def test_seeds_of_a_model_and_models(tmp_path, first, second, sides):
+    lines = ["item,score,model"]
+    for model in (first, second):
+        lines += [f'{item},{score},"{model}"' for item, score in enumerate(BASE)]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(lines))
+    assert len(load_models(path)) == sides

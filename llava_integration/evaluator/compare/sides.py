@@ -189,7 +189,8 @@ def copied_logs(records: Iterable[tuple[Path, Log]]) -> dict[str, dict[Path, Pat
 
 
 # what tells runs of one model apart in its name
-SEED = re.compile(r"(seed|run)[-_ =]*\d+", re.IGNORECASE)
+# doubao-seed-1 and seed1.5 are models: a seed's number follows at once, and is whole
+SEED = re.compile(r"(?<![a-z])(seed|run)=?\d+(?![a-z\d]|\.\d)", re.IGNORECASE)
 
 
 def model_of(run: Run) -> str:

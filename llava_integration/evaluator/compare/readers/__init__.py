@@ -95,6 +95,18 @@ class Reader:
     # second argument if there are ``choices``.
     read: Callable[..., Iterable[Log]]
     choices: tuple[str, ...] = ()  # the fields of Choices that it takes
+    # whether a file that does not fit does with the chosen metric; None: no metric changes that
+    fits_metric: Callable[[Path, str], bool] | None = None
+
+    def takes(self, file: Path, choices: Choices) -> bool:
+        """Whether a file is a log of this form."""
+        if not file.name.endswith(self.endings) or not file.is_file():
+            return False
+        if self.fits(file):
+            return True
+        if self.fits_metric is None or not choices.metric:
+            return False
+        return self.fits_metric(file, choices.metric)
 
 
 def readers() -> dict[str, Reader]:
@@ -109,11 +121,7 @@ def read_logs(path: Path, choices: Choices = NO_CHOICES) -> list[tuple[Path, Log
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found: dict[Reader, list[Path]] = {}
     for reader in sorted(readers().values(), key=lambda one: one.name != OWN):
-        logs = [
-            file
-            for file in files
-            if file.name.endswith(reader.endings) and file.is_file() and reader.fits(file)
-        ]
+        logs = [file for file in files if reader.takes(file, choices)]
         if logs:
             found[reader] = logs
             if reader.name == OWN:
@@ -190,6 +198,9 @@ def mme_logs(
             )
 
 
+JSON_TABLES = (".json", ".jsonl")
+
+
 def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any]]]:
     """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or
     Excel."""
@@ -198,18 +209,14 @@ def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any
 
         rows = load_workbook(path, read_only=True).worksheets[0].iter_rows(values_only=True)
         yield from ((f"{path}, line {line}", list(row)) for line, row in enumerate(rows, 1))
-    elif path.suffix in (".json", ".jsonl"):
-        rows = json_lines(path)
-        if path.suffix == ".json":
-            rows = (
-                (f"{path}, row {number}", row)
-                for number, row in enumerate(read_json_value(path), 1)
-            )
-        names: list[str] = []
+    elif path.suffix in JSON_TABLES:
+        rows = list(json_rows(path))
+        # a row need not have every column
+        names = list(dict.fromkeys(name for _, row in rows for name in row))
+        if rows:
+            first_place, _ = rows[0]
+            yield first_place, names
         for where, row in rows:
-            if not names:
-                names = list(row)
-                yield where, names
             yield where, [row.get(name) for name in names]
     else:
         with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
@@ -217,10 +224,23 @@ def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any
             yield from ((f"{path}, line {lines.line_num}", line) for line in lines if line)
 
 
+def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of a JSONL file, or of a JSON file with an array of rows."""
+    if path.suffix == ".jsonl":
+        yield from json_lines(path)
+        return
+    for number, row in enumerate(read_json_value(path), 1):
+        yield f"{path}, row {number}", row
+
+
 def columns(path: Path) -> list[str]:
-    """The names of a table's columns; none if it can't be read."""
+    """The names of a table's columns, of a JSON table those of its first row; none if it can't be
+    read."""
     try:
         with errors_about(path):
+            if path.suffix in JSON_TABLES:
+                _, row = next(json_rows(path), ("", {}))
+                return [str(name) for name in row]
             _, names = next(table(path, errors="replace"), ("", []))
             return [str(name) for name in names]
     except ContractError:

@@ -103,6 +103,17 @@ def is_table(path: Path) -> bool:
     return {"id", "score"} <= set(_column_numbers(columns(path)))
 
 
+def is_table_with(path: Path, metric: str) -> bool:
+    """It has the columns of an item and of the chosen score."""
+    names = columns(path)
+    return metric in names and "id" in _column_numbers(names)
+
+
+def text_of(cell: Any) -> str:
+    """A cell as text; "" for an empty one."""
+    return "" if cell is None else str(cell)
+
+
 def table_read(path: Path, choices: Choices) -> Iterator[Log]:
     """One for each task, run and model."""
     lines = table(path)
@@ -118,17 +129,18 @@ def table_read(path: Path, choices: Choices) -> Iterator[Log]:
         if len(cells) != len(names):
             raise ContractError(f"{where}: {len(cells)} cells, not {len(names)}")
         row = {ours: cells[column] for ours, column in column_numbers.items()}
-        if row["id"] in (None, ""):
+        if not text_of(row["id"]):
             raise ContractError(f"{where}: no {names[column_numbers['id']]}")
         item = {
             "id": str(row["id"]),
             "score": number(row["score"], f"{where}: {names[column_numbers['score']]}"),
         }
-        item["cluster"] = str(row.get("cluster") or item["id"])
-        item["category"] = str(row.get("category") or "")
-        task = str(row.get("task") or path.stem)
-        run = str(row.get("run") or "")
-        model = str(row.get("model") or "")
+        # without a group the item is one by itself
+        item["cluster"] = text_of(row.get("cluster")) or item["id"]
+        item["category"] = text_of(row.get("category"))
+        task = text_of(row.get("task")) or path.stem
+        run = text_of(row.get("run"))
+        model = text_of(row.get("model"))
         tables.setdefault((task, run, model), []).append(item)
     if not tables:
         raise ContractError(f"{path} has no items below its first line")
@@ -144,6 +156,7 @@ READER = [
         name="table",
         endings=(".csv", ".tsv", ".jsonl"),
         fits=is_table,
+        fits_metric=is_table_with,
         read=table_read,
         choices=("group", "metric"),
     ),
