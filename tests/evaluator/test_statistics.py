@@ -346,3 +346,21 @@ def test_coverage(name):
     outcome = simulate_setting(setting, 400)
     assert outcome.covered >= SEEDED[name]
     assert outcome.wrong_verdicts is None or outcome.wrong_verdicts <= 0.07
+
+
+@pytest.mark.parametrize("questions", [["a"] * 5, ["a"]], ids=["one image", "one item"])
+def test_one_cluster_detects_nothing(questions):
+    scores = np.ones(len(questions))
+    assert compare(means(scores, scores, questions)).detectable == 100.0
+
+
+def test_large_scores_that_differ_a_little_are_no_ties():
+    """Scores near a million, of which each of new is one more or so."""
+    rng = np.random.default_rng(0)
+    base = rng.uniform(1e6, 2e6, size=40)
+    new = base + rng.normal(1, 0.1, size=40)
+    statistics = [mean_statistic(side, scale=1.0) for side in (base, new)]
+    names = [str(place) for place in range(40)]
+    result = compare(pair(statistics[:1], statistics[1:], names), span=2e6)
+    assert result.difference == pytest.approx(1, abs=0.1)
+    assert result.p < 1e-6

@@ -4,7 +4,7 @@ alone, no torch.
 >>> from llava_integration.compare import build, load_side, page, text          # doctest: +SKIP
 >>> # folders of logs, or files
 >>> sides = [load_side(Path("logs/base")), load_side(Path("logs/new"), "ours")]
->>> comparison = build(sides)               # paired bootstrap over images, Holm over all rows
+>>> comparison = build(sides)               # paired t tests over images, Holm over all rows
 >>> print(text(comparison))                 # Markdown
 >>> Path("compare.html").write_text(page(comparison, sides))
 """

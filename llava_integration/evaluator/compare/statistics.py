@@ -28,6 +28,7 @@ from llava_integration.evaluator.benchmarks.benchmark import Statistic
 from llm2clip_plugin.bootstrap import cluster_codes, cluster_sums, t_cdf, t_quantile
 
 STEP = 1e-4  # of the numeric gradient, relative to a sum
+ROUNDING = 1e-12  # of sums of equal scores, relative
 ALIKE = 9  # decimal places to which differences are equal
 LEAST_SKEW = 1e-6  # a smaller one is none
 # two runs that are near each other by chance would be weighed as if they never varied: 6 % of false
@@ -163,9 +164,10 @@ def compare(paired: Paired, *, level: float = 0.95, span: float = 100.0) -> Diff
         test = "t over images and runs"
         estimate = with_runs(estimate, [base_M, new_M], [slips_of(base_MC), slips_of(new_MC)])
     low, high = estimate.interval(level)
-    reach = 0.0
+    detectable = span
     if estimate.freedom:
         reach = t_quantile(0.5 + level / 2, estimate.freedom) + t_quantile(0.8, estimate.freedom)
+        detectable = min(span, reach * estimate.error)
     return Difference(
         base=base,
         new=new,
@@ -175,7 +177,7 @@ def compare(paired: Paired, *, level: float = 0.95, span: float = 100.0) -> Diff
         standard_error=estimate.error,
         p=estimate.p(),
         test=test,
-        detectable=min(span, reach * estimate.error),
+        detectable=detectable,
         spread_base=deviation(base_M),
         spread_new=deviation(new_M),
         estimate=estimate,
@@ -259,7 +261,9 @@ def added_clusters(paired: Paired, contribution_C: np.ndarray, span: float) -> t
     """How many clusters to add, half of them won and half lost, and how large they are: two, times
     the share of clusters whose difference is the same. They are as large as the others that are no
     ties."""
-    tied_C = np.all(np.isclose(paired.base.mean(axis=0), paired.new.mean(axis=0)), axis=1)
+    base_CK = paired.base.mean(axis=0)
+    new_CK = paired.new.mean(axis=0)
+    tied_C = np.all(np.isclose(base_CK, new_CK, rtol=ROUNDING, atol=ROUNDING), axis=1)
     weight_C = paired.sizes / paired.sizes.sum()
     by_question_C = np.round(contribution_C[~tied_C] / weight_C[~tied_C] / span, ALIKE)
     _, count = np.unique(by_question_C, return_counts=True)
