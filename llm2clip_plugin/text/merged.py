@@ -1,17 +1,20 @@
 """An LLM with its adapter merged, as a folder."""
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llm2clip_plugin.contracts import EncoderCard
+from llm2clip_plugin.pretrained import AUTO_MAP
 from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.text.adapter import attach_adapter, merge
 from llm2clip_plugin.text.config import CARD_SETTINGS
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.llm import keep_layers, load_backbone
-from llm2clip_plugin.vision.directory import fetch_directory
+from llm2clip_plugin.vision.directory import CONFIG_FILE, fetch_directory
 
 
 def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
@@ -33,7 +36,12 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
         model.config.num_hidden_layers = depth
     with quiet_transformers():
         model.save_pretrained(folder)
-    encoder.open_tokenizer().save_pretrained(folder)  # as it was opened
+    tokenizer = encoder.open_tokenizer()
+    tokenizer.save_pretrained(folder)  # as it was opened
+    if is_of_transformers(model) and is_of_transformers(model.config):
+        forget_code(folder / CONFIG_FILE)
+    if is_of_transformers(tokenizer):
+        forget_code(folder / "tokenizer_config.json")
     EncoderCard(
         base=config.llm,
         base_sha256="",  # the folder itself holds the weights
@@ -41,3 +49,17 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
         post_sha256=encoder.post.save(folder) if encoder.post is not None else "",
         training={"adapter_sha256": encoder.identity().adapter_sha256},
     ).write(folder / EncoderCard.FILE)
+
+
+def is_of_transformers(part: Any) -> bool:
+    """Whether its class is transformers' own, not code of a model's folder."""
+    return type(part).__module__.partition(".")[0] == "transformers"
+
+
+def forget_code(config: Path) -> None:
+    """Drop the classes that a configuration names: their files are not in the folder."""
+    if not config.is_file():
+        return
+    body = json.loads(config.read_text(encoding="utf-8"))
+    if body.pop(AUTO_MAP, None) is not None:
+        config.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

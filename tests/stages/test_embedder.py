@@ -220,19 +220,21 @@ def llm_with_code(folder: Path, ran: Path) -> Path:
     return llm
 
 
-def test_code_in_the_llms_folder_is_not_run(tmp_path):
+@pytest.mark.parametrize("merge", [False, True])
+def test_code_in_the_llms_folder_is_not_run(merge, tmp_path):
     """Neither by the export nor by who opens it with trust_remote_code=True."""
     llm = llm_with_code(tmp_path, tmp_path / "ran")
     tower = write_dual(tmp_path, llm)
     output = tmp_path / "out"
     command = ["export", str(tower), "--output", str(output), "--format", "sentence-transformers"]
-    assert main(command) == 0
+    assert main([*command, *(["--merge"] if merge else [])]) == 0
     expected = expected_of(tower, pictures(), CAPTIONS)
     model = opened(output)
     actual = model.encode([*pictures(), *CAPTIONS], convert_to_tensor=True)
     assert differs(actual, expected) < TOLERANCE
     assert not (tmp_path / "ran").exists()
     assert "No code of the LLM's own folder" in (output / "README.md").read_text()
+    assert not any("auto_map" in file.read_text() for file in output.rglob("*.json"))
 
 
 def changed_llm(folder: Path, **fields: str) -> None:
