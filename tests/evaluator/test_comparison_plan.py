@@ -5,7 +5,7 @@ import pytest
 
 from llava_integration.evaluator.benchmarks.benchmark import mean_statistic
 from llava_integration.evaluator.compare.command import main, plan
-from llava_integration.evaluator.compare.sides import load_side
+from llava_integration.evaluator.compare.sides import load_side, with_common_task
 from llava_integration.evaluator.compare.statistics import compare, pair
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError
@@ -103,3 +103,31 @@ def test_the_command(pilot, capsys, tmp_path):
             main([base, *words])
     with pytest.raises(ContractError, match="10 questions"):
         plan([pilot[0], write_side(tmp_path / "other", [[1.0] * 10])])
+
+
+def table_of(path, scores):
+    lines = [f"{item},{score}" for item, score in enumerate(scores)]
+    path.write_text("\n".join(["item,score", *lines]))
+    return path
+
+
+@pytest.mark.parametrize("second", [True, False], ids=["equal sides", "one side, all right"])
+def test_a_pilot_without_a_disagreement_is_not_a_promise(tmp_path, second):
+    """It plans with the doubt that the comparison itself has: 40 equal scores detect 10 points."""
+    side = load_side(table_of(tmp_path / "a.csv", [1] * 40))
+    sides = [side, load_side(table_of(tmp_path / "b.csv", [1] * 40))] if second else [side]
+    if second:
+        sides = with_common_task(sides)
+    (noise,) = plan(sides)
+    statistic = mean_statistic([1.0] * 40)
+    result = compare(pair([statistic], [statistic], [str(place) for place in range(40)]))
+    assert noise.detectable(40, 1) == pytest.approx(result.detectable, rel=0.1)
+    assert noise.images_needed(1.0, 1) > 1000
+
+
+def test_one_image_plans_nothing(tmp_path, capsys):
+    path = table_of(tmp_path / "a.csv", [1])
+    assert main([str(path), "--plan"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| a ")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["a", "1", "", "unknown", "unknown", "", "unknown from 1 image"]

@@ -12,12 +12,19 @@ from typing import Literal
 
 import numpy as np
 
-from llava_integration.evaluator.compare.comparison import build
+from llava_integration.evaluator.compare.comparison import build, largest_difference
 from llava_integration.evaluator.compare.pairing import MIN_OVERLAP, ordered, paired_runs
 from llava_integration.evaluator.compare.readers import Choices
 from llava_integration.evaluator.compare.report import page, table, text
 from llava_integration.evaluator.compare.sides import Side, load_models, load_sides
-from llava_integration.evaluator.compare.statistics import combine, influences, pair, slips_of
+from llava_integration.evaluator.compare.statistics import (
+    Paired,
+    added_clusters,
+    combine,
+    influences,
+    pair,
+    slips_of,
+)
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.bootstrap import expansion, t_quantile
 from llm2clip_plugin.options import Command, setting
@@ -209,6 +216,11 @@ class Noise:
     spread: float | None
     spread_freedom: int = 1_000_000  # degrees of freedom that ``spread`` was estimated with
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the pilot says anything about images: more of them than groups."""
+        return self.images > self.strata
+
     def error(self, images: float, runs: int) -> tuple[float, float]:
         """Standard error of the difference, and its degrees of freedom, with that many images and
         runs a side."""
@@ -275,12 +287,16 @@ def measure(base: Side, new: Side, name: str, spread: float | None) -> Noise:
     shared = max(0.0, float(np.sum(difference_MC**2, axis=1).mean()) - slips)
     strata = len(np.unique(paired.strata))
     wider = expansion(paired.clusters, max(1, paired.clusters - strata))
+    shared = shared * wider**2
+    # a base that varies says nothing of how often another side agrees with it
+    if new is not base or np.allclose(base_MC, 0):
+        shared += doubt(paired, base_MC, new_MC, largest_difference([*base_runs, *new_runs]))
     noise = Noise(
         title=first.title,
         unit=first.unit,
         images=paired.clusters,
         strata=strata,
-        image_error=math.sqrt(shared) * wider,
+        image_error=math.sqrt(shared),
         answer_error=math.sqrt(slips) * wider,
         spread=spread,
     )
@@ -298,19 +314,36 @@ def measure(base: Side, new: Side, name: str, spread: float | None) -> Noise:
     return replace(noise, spread=math.sqrt(luck), spread_freedom=freedom)
 
 
+def doubt(paired: Paired, base_MC: np.ndarray, new_MC: np.ndarray, span: float) -> float:
+    """The variance that a comparison adds for differences that are all alike: that a pilot saw no
+    disagreement is not that there is none."""
+    value = paired.statistic.value
+    base = np.mean([float(value(run_CK.sum(axis=0))) for run_CK in paired.base])
+    new = np.mean([float(value(run_CK.sum(axis=0))) for run_CK in paired.new])
+    influence_C = new_MC.mean(axis=0) - base_MC.mean(axis=0)
+    weight_C = paired.sizes / paired.sizes.sum()
+    added, size = added_clusters(paired, influence_C + (new - base) * weight_C, span)
+    return added * size**2
+
+
 def plan_rows(
     noises: Sequence[Noise], *, effect: float, runs: Sequence[int], level: float
 ) -> Iterator[tuple[str, ...]]:
     """The rows under PLAN: per benchmark and number of runs what is detectable, and what ``effect``
     needs."""
     for noise in noises:
+        title = noise.title if noise.unit == "%" else f"{noise.title} ({noise.unit})"
+        if not noise.is_known:
+            images = "1 image" if noise.images == 1 else f"{noise.images} images, each of its group"
+            yield title, str(noise.images), "", "unknown", "unknown", "", f"unknown from {images}"
+            continue
         varies = f"{math.hypot(noise.image_error, noise.answer_error):.2f} over images"
         if noise.spread is not None:
             varies += f", {noise.spread:.2f} over trainings"
         for count in runs if noise.spread is not None else (1,):
             needed = noise.images_needed(effect, count, level=level)
             yield (
-                noise.title if noise.unit == "%" else f"{noise.title} ({noise.unit})",
+                title,
                 str(noise.images),
                 str(count),
                 f"{noise.detectable(noise.images, count, level=level):.2f}",
