@@ -32,15 +32,21 @@ BATCH_ROWS = "rows"  # of a part of a batch: its places in the batch
 
 
 def open_picture(item: Any) -> Any:
-    """A picture's path or bytes as an image in RGB, also of {"image": it}; anything else as it is.
-    Raises ValueError for damaged pictures, FileNotFoundError for a ``Path`` that is not there."""
+    """A picture, its path or its bytes as an image in RGB, also of {"image": it}; anything else as
+    it is. Transparency is dropped, not blended with a background.
+
+    Raises ValueError for damaged pictures, FileNotFoundError for a ``Path`` that is not there.
+    """
     if isinstance(item, dict) and set(item) == {"image"}:
         item = item["image"]
     is_path = isinstance(item, Path)
     if isinstance(item, str) and is_image_url_or_path(item):
         is_path = not item.startswith(("data:", "http://", "https://"))
-    if is_path:
+    if isinstance(item, Image.Image):
         source: Any = item
+        name = f"a picture of {item.width} x {item.height} pixels"
+    elif is_path:
+        source = item
         name = str(item)
     elif isinstance(item, (bytes, bytearray)):
         source = BytesIO(item)
@@ -50,7 +56,8 @@ def open_picture(item: Any) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(source).convert("RGB")
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+            return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no picture at {name}") from None
     except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as error:

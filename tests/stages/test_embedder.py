@@ -11,6 +11,7 @@ import pytest
 import sentence_transformers
 import torch
 from embedder_world import CAPTIONS, expected_of, opened, pictures, png, write_dual
+from PIL import Image
 from text_helpers import write_moved
 from tiny_llm import save_tiny_llm
 
@@ -198,6 +199,23 @@ def test_elsewhere_and_without_this_package(exported, tmp_path, monkeypatch):
             str(folder), **options, model_kwargs={"dtype": torch.bfloat16}
         ).encode(inputs, convert_to_tensor=True)
         assert torch.nn.functional.cosine_similarity(rough.float(), expected).min() > 0.999
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_pictures_with_transparency(mode, exported, tmp_path):
+    """As image, path and bytes: without its transparency, as load_dual_encoder reads it."""
+    (image,) = pictures(1)
+    transparent = image.convert(mode)
+    if mode == "P":
+        transparent.info["transparency"] = bytes(range(256))
+    if mode in ("RGBA", "LA"):
+        transparent.putalpha(image.convert("L").point(lambda level: level // 2))
+    file = tmp_path / "one.png"
+    file.write_bytes(png(transparent))
+    expected = expected_of(exported / "tower", [transparent], CAPTIONS[:1])[:1]
+    inputs = [transparent, {"image": transparent}, Image.open(file), file, png(transparent)]
+    actual = opened(exported / "out").encode(inputs, convert_to_tensor=True)
+    assert differs(actual, expected) < TOLERANCE
 
 
 CODE_OF_LLM = """
