@@ -1,5 +1,5 @@
 """Do the intervals and verdicts of ``llm2clip compare`` hold what they promise? Simulated models
-whose true difference is known; 25 settings, 1,000 simulations each.
+whose true difference is known; 33 settings, 1,000 simulations each.
 
     python -m scripts.benchmarks.coverage
 
@@ -15,7 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_integration.evaluator.benchmarks.benchmark import Statistic, mean_statistic, ratio
+from llava_integration.evaluator.benchmarks.benchmark import (
+    Statistic,
+    mean_of_parts,
+    mean_statistic,
+    ratio,
+)
 from llava_integration.evaluator.compare.statistics import (
     Difference,
     Paired,
@@ -148,6 +153,19 @@ def clustered(
     return Setting(name, draw)
 
 
+def categories(sizes: Sequence[int]) -> Setting:
+    """Right or wrong; the number is the mean of categories of these sizes."""
+    parts = np.repeat(names(len(sizes)), sizes).tolist()
+
+    def draw(rng: Rng) -> Drawn:
+        right = rng.random((2, len(parts))) < 0.6
+        statistics = [mean_of_parts(parts, side.astype(float).tolist(), 100.0) for side in right]
+        return [pair(statistics[:1], statistics[1:], names(len(parts)))], [0.0]
+
+    listed = " and ".join(map(str, sizes))
+    return Setting(f"mean of categories of {listed} questions", draw)
+
+
 def f1_statistic(said: np.ndarray, truth: np.ndarray) -> Statistic:
     """F1 of yes, in percent."""
     sums = np.stack([said * truth, said, truth], axis=1)
@@ -237,6 +255,8 @@ def settings() -> list[Setting]:
         clustered("40 images of 12", [12] * 40, 0.3),
         clustered("5 images of 100, 100 of 2", [100] * 5 + [2] * 100, 0.3),
         clustered("3 images of 50, 30 of 2", [50] * 3 + [2] * 30, 0.3, 0.3, 0.2),
+        categories([5, 100]),
+        categories([1, 100]),
         f1(50, 3, 3, (0.7, 0.3), (0.8, 0.25)),
         f1(60, 1, 9, (0.6, 0.05), (0.6, 0.05)),
         runs(2, 2, 30, 0.0),

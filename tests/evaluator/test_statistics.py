@@ -6,7 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from llava_integration.evaluator.benchmarks.benchmark import Statistic, mean_statistic, ratio
+from llava_integration.evaluator.benchmarks.benchmark import (
+    Statistic,
+    mean_of_parts,
+    mean_statistic,
+    ratio,
+)
 from llava_integration.evaluator.compare.statistics import (
     Estimate,
     compare,
@@ -337,6 +342,8 @@ SEEDED = {
     "2 and 2 runs that do not vary, 30 questions": 0.94,
     "2 and 2 runs that vary by 3 points, 300 questions": 0.94,
     "all pairs of 4 models, 100 questions": 0.93,
+    "mean of categories of 5 and 100 questions": 0.93,
+    "mean of categories of 1 and 100 questions": 0.93,
 }
 
 
@@ -364,3 +371,35 @@ def test_large_scores_that_differ_a_little_are_no_ties():
     result = compare(pair(statistics[:1], statistics[1:], names), span=2e6)
     assert result.difference == pytest.approx(1, abs=0.1)
     assert result.p < 1e-6
+
+
+def of_parts(base, new, parts, names):
+    statistics = [mean_of_parts(parts, side, 100.0) for side in (base, new)]
+    return compare(pair(statistics[:1], statistics[1:], names))
+
+
+def test_categories_are_welchs():
+    """Two categories of 5 and 40, by hand: half of each mean, variances and degrees of freedom of
+    each."""
+    rng = np.random.default_rng(3)
+    small = rng.normal(0.1, 0.2, size=5)
+    large = rng.normal(0.1, 0.2, size=40)
+    parts = ["small"] * 5 + ["large"] * 40
+    names = [str(place) for place in range(45)]
+    result = of_parts(np.zeros(45), np.concatenate([small, large]), parts, names)
+    variances = [2500 * np.var(side, ddof=1) / len(side) for side in (small, large)]
+    below = variances[0] ** 2 / 4 + variances[1] ** 2 / 39
+    assert result.standard_error == pytest.approx(sum(variances) ** 0.5)
+    assert result.estimate.freedom == pytest.approx(sum(variances) ** 2 / below)
+
+
+def test_images_with_questions_of_several_categories_are_no_strata():
+    rng = np.random.default_rng(3)
+    names = [str(place // 2) for place in range(60)]
+    result = of_parts(*rng.random((2, 60)), ["a", "b"] * 30, names)
+    assert result.estimate.freedom == pytest.approx(29)
+
+
+def test_categories_of_one_item_each_say_nothing():
+    result = of_parts(np.zeros(5), np.ones(5), list("abcde"), list("12345"))
+    assert (result.low, result.high, result.p) == (-100.0, 100.0, 1.0)

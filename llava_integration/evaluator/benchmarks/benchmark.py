@@ -49,7 +49,7 @@ class Statistic:
 
     sums: np.ndarray  # (N, K)
     value: Callable[[np.ndarray], np.ndarray]
-    # (N,) integers: images are drawn within their part, whose size is fixed
+    # (N,) integers: images are drawn within their part, whose size is fixed; parts weigh the same
     strata: np.ndarray | None = None
     # (N,) booleans: the questions that the number is about; None: all
     counted: np.ndarray | None = None
@@ -164,8 +164,11 @@ def in_columns(
 def mean_of_parts(parts: Sequence[str], scores: Sequence[float], scale: float) -> Statistic:
     """The statistic ``scale x mean over parts of the part's mean score``."""
     sums = in_columns(parts, [(score, 1) for score in scores])
+    _, strata = np.unique(parts, return_inverse=True)
     return Statistic(
-        sums, lambda totals: scale * ratio(totals[..., 0::2], totals[..., 1::2]).mean(axis=-1)
+        sums,
+        lambda totals: scale * ratio(totals[..., 0::2], totals[..., 1::2]).mean(axis=-1),
+        strata=strata,
     )
 
 

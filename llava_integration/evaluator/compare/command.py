@@ -321,7 +321,7 @@ def doubt(paired: Paired, base_MC: np.ndarray, new_MC: np.ndarray, span: float) 
     base = np.mean([float(value(run_CK.sum(axis=0))) for run_CK in paired.base])
     new = np.mean([float(value(run_CK.sum(axis=0))) for run_CK in paired.new])
     influence_C = new_MC.mean(axis=0) - base_MC.mean(axis=0)
-    weight_C = paired.sizes / paired.sizes.sum()
+    weight_C = paired.weights
     added, size = added_clusters(paired, influence_C + (new - base) * weight_C, span)
     return added * size**2
 

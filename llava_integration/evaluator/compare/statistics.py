@@ -52,6 +52,13 @@ class Paired:
         return self.base.shape[1]
 
     @property
+    def weights(self) -> np.ndarray:
+        """(C,) each cluster's share in the number: strata weigh the same, as do the questions of
+        one."""
+        total_S = np.bincount(self.strata, self.sizes)
+        return self.sizes / total_S[self.strata] / len(np.unique(self.strata))
+
+    @property
     def freedom(self) -> int:
         """Degrees of freedom of equal clusters: C less the strata."""
         return self.clusters - len(np.unique(self.strata))
@@ -130,11 +137,21 @@ def pair(base: list[Statistic], new: list[Statistic], clusters: list[str]) -> Pa
     code_N, count = cluster_codes(list(compress(clusters, counted_N)))
     stratum_C = np.zeros(count, dtype=int)
     if base[0].strata is not None:
-        stratum_C[code_N] = base[0].strata[counted_N]
+        stratum_C = strata_of(code_N, base[0].strata[counted_N], count)
     base_MCK = np.stack([cluster_sums(run.sums[counted_N], code_N, count) for run in base])
     new_MCK = np.stack([cluster_sums(run.sums[counted_N], code_N, count) for run in new])
     size_C = np.bincount(code_N, minlength=count).astype(float)
     return Paired(base_MCK, new_MCK, base[0], stratum_C, size_C)
+
+
+def strata_of(code_N: np.ndarray, stratum_N: np.ndarray, clusters: int) -> np.ndarray:
+    """(C,) each cluster's stratum, from 0; all the same if clusters have questions of several."""
+    stratum_C = np.zeros(clusters, dtype=int)
+    stratum_C[code_N] = stratum_N
+    names, stratum_C = np.unique(stratum_C, return_inverse=True)
+    if np.any(names[stratum_C][code_N] != stratum_N):
+        return np.zeros(clusters, dtype=int)
+    return stratum_C
 
 
 def counted(runs: list[Statistic]) -> np.ndarray:
@@ -229,7 +246,7 @@ def over_clusters(
             center=difference, error=0.0, freedom=0.0, skew=0.0, count=clusters, span=span
         )
     influence_C = new_MC.mean(axis=0) - base_MC.mean(axis=0)
-    weight_C = paired.sizes / paired.sizes.sum()
+    weight_C = paired.weights
     added, size = added_clusters(paired, influence_C + difference * weight_C, span)
     shrunk = clusters / (clusters + added)
     center = difference * shrunk
@@ -238,10 +255,9 @@ def over_clusters(
     won = shrunk * (size - center / clusters)
     lost = shrunk * (size + center / clusters)
     correction = 1 / (1 - 1 / (clusters + added))
-    variance = float(np.sum(residual_C**2 / (1 - leverages(paired))))
+    variance, freedom = over_strata(paired, influence_C, residual_C, span)
     variance += added / 2 * (won**2 + lost**2) * correction
     third_moment = float(np.sum(residual_C**3))
-    freedom = effective_freedom(paired)
     skew = 0.0
     if variance > 0:
         skew = third_moment * math.sqrt(clusters + added) / variance**1.5
@@ -264,7 +280,7 @@ def added_clusters(paired: Paired, contribution_C: np.ndarray, span: float) -> t
     base_CK = paired.base.mean(axis=0)
     new_CK = paired.new.mean(axis=0)
     tied_C = np.all(np.isclose(base_CK, new_CK, rtol=ROUNDING, atol=ROUNDING), axis=1)
-    weight_C = paired.sizes / paired.sizes.sum()
+    weight_C = paired.weights
     by_question_C = np.round(contribution_C[~tied_C] / weight_C[~tied_C] / span, ALIKE)
     _, count = np.unique(by_question_C, return_counts=True)
     most_common = max(tied_C.sum(), count.max(initial=0))
@@ -277,12 +293,41 @@ def added_clusters(paired: Paired, contribution_C: np.ndarray, span: float) -> t
     return 2 * float(most_common) / paired.clusters, size
 
 
-def effective_freedom(paired: Paired) -> float:
+def over_strata(
+    paired: Paired, influence_C: np.ndarray, residual_C: np.ndarray, span: float
+) -> tuple[float, float]:
+    """The variance over clusters, and Satterthwaite's degrees of freedom: a small category that
+    weighs as much as a large one has most of the variance and little freedom. A stratum that shows
+    no variance, such as one of a single cluster, is taken to vary as the clusters of all do."""
+    square_C = residual_C**2 / (1 - leverages(paired))
+    count_S = np.bincount(paired.strata)
+    several_C = count_S[paired.strata] > 1
+    by_question = float(np.mean(square_C[several_C] / paired.weights[several_C] ** 2))
+    alike_C = np.isclose(influence_C, 0, atol=10**-ALIKE * span / paired.clusters)
+    parts = []
+    for stratum in range(len(count_S)):
+        members = paired.strata == stratum
+        variance = float(np.sum(square_C[members]))
+        freedom = float(paired.freedom)
+        if count_S[stratum] > 1:
+            freedom = effective_freedom(paired.sizes[members])
+        if len(count_S) > 1 and alike_C[members].all():
+            variance = max(variance, by_question * float(np.sum(paired.weights[members] ** 2)))
+            freedom = float(paired.freedom)
+        parts.append((variance, freedom))
+    total = sum(variance for variance, _ in parts)
+    if len(parts) > 1 and total == 0:
+        return 0.0, float(paired.freedom)
+    _, freedom = combine(parts)
+    return total, freedom
+
+
+def effective_freedom(size_C: np.ndarray) -> float:
     """Satterthwaite's degrees of freedom of the CR2 variance, if the questions of a cluster all go
     together: C - 1 for clusters of one size, fewer for unequal ones."""
     # the covariance of the corrected residuals is A + B: A diagonal, B of rank two
-    variance_C = paired.sizes**2
-    share_C = np.minimum(paired.sizes / paired.sizes.sum(), 1 - 1e-9)
+    variance_C = size_C**2
+    share_C = np.minimum(size_C / size_C.sum(), 1 - 1e-9)
     corrected_C = 1 / np.sqrt(1 - share_C)
     x_C = corrected_C * variance_C
     y_C = corrected_C * share_C
@@ -295,8 +340,7 @@ def effective_freedom(paired: Paired) -> float:
     squares = float(diagonal_C @ diagonal_C) + 2 * float(diagonal_C @ on_diagonal_C)
     squares += 2 * xx * yy + 2 * xy**2 + total**2 * yy**2 - 4 * total * yy * xy
     trace = float(np.sum(diagonal_C + on_diagonal_C))
-    in_one_stratum = max(1.0, float(trace**2 / squares))
-    return max(1.0, in_one_stratum * paired.freedom / max(1, paired.clusters - 1))
+    return max(1.0, float(trace**2 / squares))
 
 
 def slips_of(influence_MC: np.ndarray) -> float:
