@@ -17,6 +17,7 @@ from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.stages.embedder import export_dual
+from llm2clip_plugin.stages.embedder_parts import reads_plainly
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.post import POST_FILE, remove_components
@@ -136,6 +137,18 @@ def test_the_llm_alone(family, tmp_path):
     # the folder is that of `export-llm` without --format, too
     again = CaptionEncoder(EncoderConfig(llm=str(tmp_path / "out"), compute_dtype="float32"), "cpu")
     assert differs(again.encode(CAPTIONS), expected) < tolerance
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_readings_that_need_code_of_ours(name, llama, tmp_path):
+    """As docs/embeddings.md lists them."""
+    _, adapter = write_moved(llama, tmp_path / "adapter", **READINGS[name])
+    config = EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32")
+    encoder = CaptionEncoder(config, "cpu")
+    is_plain = name not in ("prompt", "template", "without BOS", "a block")
+    assert reads_plainly(encoder) == is_plain
+    encoder.tokenizer.pad_token = None
+    assert not reads_plainly(encoder)
 
 
 def export_llm(llm: Path, adapter: Path, output: Path, *more: str) -> CaptionEncoder:
