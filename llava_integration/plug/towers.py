@@ -198,10 +198,11 @@ def is_ours(name: object) -> bool:
 
 
 def prefixed(name: str) -> str:
-    """A name that `is_ours` with the prefix: ``llm2clip:PATH`` for a plain path."""
+    """A name that `is_ours` with the prefix: ``llm2clip:PATH`` for a plain path, which becomes an
+    absolute one, as ``owner/name`` might be a Hub id elsewhere."""
     if name == NAME or name.startswith(f"{NAME}:"):
         return name
-    return f"{NAME}:{name}"
+    return f"{NAME}:{os.path.abspath(os.path.expanduser(name))}"
 
 
 def locate(name: str) -> TowerLocation:

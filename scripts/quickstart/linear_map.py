@@ -189,7 +189,8 @@ def write_map(
     concepts = read_concepts(shard, fitted)
     config = MapConfig()
     linear = fit_map(concepts, config, seed)
-    with atomic_directory(output, replace=True) as temporary:
+    is_ours = (output / RECORD).is_file()  # of another seed or setting; nothing else is replaced
+    with atomic_directory(output, replace=is_ours, fix="choose another --output") as temporary:
         map_hash = write_mapped(data, raw, linear, temporary)
         record = {
             "llm": raw.fingerprint,

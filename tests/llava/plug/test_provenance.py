@@ -1,6 +1,7 @@
 """A checkpoint and its tower part ways: copied, bundled, replaced, deleted, of another width."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -176,10 +177,14 @@ def test_a_model_keeps_its_tower_or_says_so(mine, world):
 
 @pytest.mark.both_stacks
 @pytest.mark.parametrize("tower", ["clip", "dinov2"])
-def test_a_plain_path_is_recorded_with_the_prefix(world, tmp_path, tower):
-    """Without this package, LLaVA would open the path as a CLIP, DINOv2's with random weights."""
+def test_a_plain_path_is_recorded_with_the_prefix(world, tmp_path, tower, monkeypatch):
+    """Without this package, LLaVA would open the path as a CLIP, DINOv2's with random weights. A
+    relative path becomes absolute: towers/NAME could be a Hub id."""
     path = str(world.towers[tower])
-    checkpoint = untrained(world, path, tmp_path / "llava-plain")
+    folder, name = os.path.split(path)
+    monkeypatch.chdir(os.path.dirname(folder))
+    relative = os.path.join(os.path.basename(folder), name)
+    checkpoint = untrained(world, relative, tmp_path / "llava-plain")
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["mm_vision_tower"] == config["llm2clip_tower"]["name"] == f"llm2clip:{path}"
     loaded = load(checkpoint)
