@@ -110,14 +110,17 @@ def complete_trainer(module: ModuleType) -> None:
 
 
 def beside_lora(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The parameters that a LoRA training trains beside its adapter, the projector's; {} without
-    LoRA."""
+    """What a LoRA training trains beside its adapter, the projector and an unfrozen tower, by the
+    names that LLaVA's own libraries give; {} without LoRA."""
+    from llava_integration.plug.compat.patches import names_of_4
+
     trained = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
     if not any("lora_" in name for name in trained):
         return {}
-    return {name: parameter for name, parameter in trained.items() if "lora_" not in name}
+    beside = {name: parameter for name, parameter in trained.items() if "lora_" not in name}
+    return names_of_4(beside)
 
 
 def save_beside_lora(model: Any, folder: str) -> None:

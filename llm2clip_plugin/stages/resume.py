@@ -34,12 +34,13 @@ def flat_essentials(
 ) -> dict[str, Any]:
     """The leaves of a configuration ``kind`` that decide what is learned, without the ``allowed``
     ones. One that the configuration does not have, as in an older checkpoint, is among them."""
-    ignored = (*fields_that_declare(kind, "learned", False), *allowed)
     current_name = {}
     for name, leaf in leaves_of(kind):
         section, dot, _ = name.rpartition(".")
         for earlier in leaf.setting.formerly:
             current_name[f"{section}{dot}{earlier}"] = name
+    allowed_names = [current_name.get(name, name) for name in allowed]
+    ignored = (*fields_that_declare(kind, "learned", False), *allowed_names)
     named = {current_name.get(name, name): value for name, value in flat(settings)}
     return {name: value for name, value in named.items() if not within(name, ignored)}
 

@@ -148,6 +148,8 @@ def test_records_and_options_with_an_earlier_name_are_read() -> None:
             (),
             where="run",
         )
+    changed = {"dual": {**now["dual"], "normalize_input": True}}
+    refuse_changes(RunConfig, {"dual": dual}, changed, ("dual.normalise_input",), where="run")
     for option in ("normalise-input", "normalise_input", "normalize-input"):
         assert not TRAIN_TOWER.parse([f"--dual.{option}", "False"]).dual.normalize_input
 

@@ -1,5 +1,7 @@
 """What a LoRA training trains beside its adapter is in its checkpoints, too."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -26,6 +28,26 @@ def test_the_projector_comes_back(tmp_path):
     assert torch.equal(resumed["mm_projector"].weight, trained["mm_projector"].weight)
     assert torch.equal(resumed["mm_projector"].bias, trained["mm_projector"].bias)
     assert not torch.equal(resumed["lora_A"].weight, trained["lora_A"].weight)  # PEFT's part
+
+
+def test_an_unfrozen_tower_has_the_names_of_llavas_own_libraries(tmp_path):
+    """Transformers 5 names a CLIP's layers without ``vision_model``, which 4 would not find."""
+    tower = nn.ModuleDict({"encoder": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)])})})
+
+    def untrained():
+        inner = nn.ModuleDict({"vision_tower": nn.ModuleDict({"vision_tower": deepcopy(tower)})})
+        return nn.ModuleDict({"lora_A": nn.Linear(2, 2), "model": inner})
+
+    trained = untrained()
+    layer = trained["model"]["vision_tower"]["vision_tower"]["encoder"]["layers"][0]
+    nn.init.constant_(layer.weight, 7.0)
+    save_beside_lora(trained, str(tmp_path))
+    name = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.weight"
+    assert name in torch.load(tmp_path / BESIDE_LORA)
+    resumed = untrained()
+    load_beside_lora(resumed, str(tmp_path))
+    layer = resumed["model"]["vision_tower"]["vision_tower"]["encoder"]["layers"][0]
+    assert bool((layer.weight == 7.0).all())
 
 
 def test_a_checkpoint_without_its_projector_is_refused(tmp_path):

@@ -60,7 +60,7 @@ def test_whitened_captions_of_one_concept_differ_alike_in_all_directions() -> No
 def test_a_fitted_map_finds_captions_of_concepts_that_it_never_saw() -> None:
     seen = make_concepts(80, seed=0)
     unseen = make_concepts(80, seed=1)
-    config = MapConfig(learning_rate=1e-2)
+    config = MapConfig(learning_rate=1e-2, shrinkage=0.1, steps=100)
     whitening = linear_map.whiten_within(seen, config.shrinkage)
     fitted = linear_map.fit_map(seen, config, seed=0)
     reached = [top_1(unseen, change) for change in (lambda rows: rows - 5, whitening, fitted)]
