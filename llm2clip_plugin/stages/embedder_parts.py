@@ -277,7 +277,9 @@ def attends_plainly(encoder: CaptionEncoder, folder: Path) -> bool:
     """Whether the LLM in a folder attends as its config.json says: in StableLM and Nemotron a flag
     of their own decides."""
     with quiet_transformers():
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        ).eval()
     try:
         check_attention(model, encoder.config.attention, where=str(folder))
     except ValueError:
