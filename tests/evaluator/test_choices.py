@@ -138,3 +138,9 @@ def test_group_of_inspect_ai_is_never_ignored(tmp_path):
     lists = inspect_log(tmp_path / "lists.json", [["a"], ["a"]])
     with pytest.raises(ContractError, match=r"sample 0: page is \['a'\].*another --group"):
         the_run(lists, group="page")
+
+
+def test_documents_of_the_harness_without_a_group_are_no_group(harness):
+    harness.write_text(harness.read_text().replace('"video": "v0"', '"clip": null'))
+    harness.write_text(harness.read_text().replace('"video": "v1"', '"clip": "v1"'))
+    assert len(set(the_run(harness, group="clip").clusters)) == 5

@@ -166,7 +166,8 @@ def lines_of(path: Path, group: str = "") -> Lines:
             if group not in fields_of_line:
                 known = ", ".join(fields_of_line)
                 raise ContractError(f"{where}: no field {group} for --group; fields: {known}")
-            line[GROUP] = str(fields_of_line[group])
+            value = fields_of_line[group]
+            line[GROUP] = "" if value is None else str(value)  # lines without one are no group
         line[SHOWN] = shown_texts(line)
         for name in TEXTS:
             line.pop(name, None)
