@@ -3,6 +3,7 @@ Trainer, reloaded."""
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -225,12 +226,9 @@ def test_tiles(llms: Path, tmp_path: Path, tower: str, arch: str) -> None:
     assert all(model(**batch).logits.isfinite().all() for batch in batches)
 
 
-def test_code_of_the_tower_travels_with_tiles(
-    llms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_of_the_tower_travels_with_tiles(llms: Path, tmp_path: Path) -> None:
     """trust_remote_code opens a tower where this package is not installed, with every weight of the
     file."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folders = [
         build("eva02", llms / "qwen3", tmp_path / arch, "--arch", arch)
         for arch in ("llava_next", "llava")
@@ -245,7 +243,12 @@ for folder in sys.argv[1:]:
     print(type(model).__name__, *info["missing_keys"], *info["unexpected_keys"])
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, *folders], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, *folders],
+        capture_output=True,
+        text=True,
+        check=False,
+        # of the program alone: transformers keeps what it reads first for the whole process
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     names = ["LlavaNextTowerForConditionalGeneration", "LlavaTowerForConditionalGeneration"]
     assert done.stdout.splitlines()[-2:] == names, done.stderr

@@ -12,6 +12,9 @@ from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.towers import tower_blocks, tower_embeddings_parameters
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(transformers, "MLCDVisionModel"), reason="this transformers has no MLCD"
+)
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "image_size": 28, "patch_size": 14}
 SIZES |= {"num_hidden_layers": 3, "num_attention_heads": 4}
 

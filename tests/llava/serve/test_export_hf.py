@@ -1,6 +1,7 @@
 """LLaVA checkpoints as Hugging Face models: equal to LLaVA's own code, complete or not at all."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -123,10 +124,9 @@ def test_an_unfrozen_towers_weights_are_the_checkpoints(tmp_path, home):
 
 
 @pytest.mark.both_stacks
-def test_code_of_the_tower_travels_with_the_model(tmp_path, home, monkeypatch):
+def test_code_of_the_tower_travels_with_the_model(tmp_path, home):
     """trust_remote_code opens towers where this package is not installed; in fp16, with pixels in
     fp32."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     program = """
 import sys
 sys.modules["llm2clip_plugin"] = sys.modules["llava_integration"] = None
@@ -161,7 +161,12 @@ for folder in sys.argv[1:]:
             expected.append(model(**inputs).logits)
         folders.append(folder)
     done = subprocess.run(
-        [sys.executable, "-c", program, *folders], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, *folders],
+        capture_output=True,
+        text=True,
+        check=False,
+        # of the program alone: transformers keeps what it reads first for the whole process
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert done.returncode == 0, done.stderr
     for folder, logits in zip(folders, expected, strict=True):
