@@ -218,6 +218,16 @@ def preprocess(
     return {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
 
 
+def shared_length(first: list[int], second: list[int]) -> int:
+    """How many ids two lists have in common at their beginning."""
+    length = 0
+    for one_id, other_id in zip(first, second, strict=False):
+        if one_id != other_id:
+            break
+        length += 1
+    return length
+
+
 def labeled(turns: Turns, ids_of: Callable[[str], list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels of one conversation; turns before the first question are left out, as in
     LLaVA's templates."""
@@ -241,6 +251,7 @@ def labeled(turns: Turns, ids_of: Callable[[str], list[int]]) -> tuple[torch.Ten
     labels = [IGNORE_INDEX] * len(ids)
     for before, through in prefixes:
         # a tokenizer may join the last character before the answer with its first one
-        start, end = (len(os.path.commonprefix([tokens, ids])) for tokens in (before, through))  # noqa: RUF071 - of lists
+        start = shared_length(before, ids)
+        end = shared_length(through, ids)
         labels[start:end] = ids[start:end]
     return torch.tensor(ids), torch.tensor(labels)

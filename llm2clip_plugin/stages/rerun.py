@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +94,7 @@ class RunFolder:
                 made_again |= {artifact.name for artifact in stage.makes}
         return todo
 
-    def why(self, stage: Stage, made_again: set[str] = frozenset()) -> str | None:  # type: ignore[assignment]
+    def why(self, stage: Stage, made_again: Collection[str] = ()) -> str | None:
         """Why a stage runs; None if it is complete. ``made_again``: names of artifacts that are not
         final yet."""
         saved = self.record.stages.get(stage.name)

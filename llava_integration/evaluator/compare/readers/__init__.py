@@ -134,9 +134,10 @@ def read_logs(path: Path, choices: Choices = NO_CHOICES) -> list[tuple[Path, Log
     groups: dict[Any, list[tuple[Path, Log]]] = {}
     gc.disable()  # it would look at a million lines again and again, half of the time
     try:
-        for file, reader in ((file, reader) for reader, files in found.items() for file in files):
-            for place, log in enumerate(logs_of(file, reader, choices, alone=len(files) == 1)):
-                groups.setdefault(log.group or (file, place), []).append((file, log))
+        for reader, logs in found.items():
+            for file in logs:
+                for number, log in enumerate(logs_of(file, reader, choices, alone=len(files) == 1)):
+                    groups.setdefault(log.group or (file, number), []).append((file, log))
     finally:
         gc.enable()
     return [
