@@ -358,7 +358,18 @@ def test_coverage(name):
 @pytest.mark.parametrize("questions", [["a"] * 5, ["a"]], ids=["one image", "one item"])
 def test_one_cluster_detects_nothing(questions):
     scores = np.ones(len(questions))
-    assert compare(means(scores, scores, questions)).detectable == 100.0
+    result = compare(means(scores, scores, questions))
+    assert result.detectable == 100.0
+    assert result.detects_nothing
+
+
+def test_three_items_detect_nothing():
+    """Two degrees of freedom reach beyond the largest difference that there can be."""
+    few = compare(means(np.array([1.0, 0, 1]), np.ones(3), ["1", "2", "3"]))
+    assert few.detects_nothing
+    names = [str(number) for number in range(40)]
+    many = compare(means(np.array([1.0, 0] * 20), np.ones(40), names))
+    assert not many.detects_nothing
 
 
 def test_large_scores_that_differ_a_little_are_no_ties():

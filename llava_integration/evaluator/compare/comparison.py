@@ -71,7 +71,7 @@ class Row:
             start += f" in {self.images} clusters"
         if not self.wins and not self.losses:
             start += ", on each of which both sides have the same score"
-        if self.result.estimate.freedom == 0:
+        if self.result.detects_nothing:
             nothing = f"no difference below {self.result.detectable:.2f} {unit}"
             return f"{start}: {nothing} is detectable with 80 % power"
         detectable = f"a difference of {self.result.detectable:.2f} {unit}"

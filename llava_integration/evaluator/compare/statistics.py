@@ -120,6 +120,8 @@ class Difference:
     p: float
     test: str  # the test that p and the interval come from
     detectable: float  # the true difference that is detected with 80 % power
+    # no difference is, below the largest that there can be, which ``detectable`` then is
+    detects_nothing: bool
     spread_base: float  # standard deviation over runs; 0 with one run
     spread_new: float
     estimate: Estimate
@@ -181,10 +183,10 @@ def compare(paired: Paired, *, level: float = 0.95, span: float = 100.0) -> Diff
         test = "t over images and runs"
         estimate = with_runs(estimate, [base_M, new_M], [slips_of(base_MC), slips_of(new_MC)])
     low, high = estimate.interval(level)
-    detectable = span
+    detectable = math.inf
     if estimate.freedom:
         reach = t_quantile(0.5 + level / 2, estimate.freedom) + t_quantile(0.8, estimate.freedom)
-        detectable = min(span, reach * estimate.error)
+        detectable = reach * estimate.error
     return Difference(
         base=base,
         new=new,
@@ -194,7 +196,8 @@ def compare(paired: Paired, *, level: float = 0.95, span: float = 100.0) -> Diff
         standard_error=estimate.error,
         p=estimate.p(),
         test=test,
-        detectable=detectable,
+        detectable=min(span, detectable),
+        detects_nothing=detectable >= span,
         spread_base=deviation(base_M),
         spread_new=deviation(new_M),
         estimate=estimate,
