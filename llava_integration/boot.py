@@ -39,13 +39,19 @@ def find_spec(name, path=None, target=None):
     """For a module that is completed: the spec of the other finders, with a loader that completes
     it; else None."""
     if not any(isinstance(finder, LLM2CLIPWatcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, LLM2CLIPWatcher())  # that of the .pth file asks for few modules
+        sys.meta_path.insert(
+            0, LLM2CLIPWatcher()
+        )  # that of the .pth file asks for few modules
     if not knows_towers(name, path) and (
         not name.startswith("llava.") or name not in completed_by_compat()
     ):
         return None
     for finder in sys.meta_path:
-        find = None if type(finder).__name__ == WATCHER else getattr(finder, "find_spec", None)
+        find = (
+            None
+            if type(finder).__name__ == WATCHER
+            else getattr(finder, "find_spec", None)
+        )
         spec = find(name, path, target) if find else None
         if spec is not None:
             try:
@@ -64,7 +70,9 @@ def knows_towers(name, path=None):
     package, _, part = name.rpartition(MODELS)
     if name == TRAINER or not package:
         return name == TRAINER
-    if part == "multimodal_encoder.builder":  # before the *_arch binds build_vision_tower
+    if (
+        part == "multimodal_encoder.builder"
+    ):  # before the *_arch binds build_vision_tower
         return True
     folders = path or getattr(sys.modules.get(f"{package}.model"), "__path__", ())
     return (part == "builder" or part.endswith("_arch")) and any(
@@ -140,7 +148,9 @@ def install():
         sys.meta_path.insert(0, LLM2CLIPWatcher())
     runner = compat()
     for name in sorted(
-        name for name in sys.modules if knows_towers(name) or name in completed_by_compat()
+        name
+        for name in sys.modules
+        if knows_towers(name) or name in completed_by_compat()
     ):
         if runner:
             runner.run(sys.modules[name], "before")
@@ -151,7 +161,9 @@ def install():
 def main(argv):
     """Run ``argv[0]``, a module's name or a script's path, with the rest as its arguments."""
     # DeepSpeed's launcher
-    ranks = [word for word in argv[:1] if word.startswith(("--local_rank=", "--local-rank="))]
+    ranks = [
+        word for word in argv[:1] if word.startswith(("--local_rank=", "--local-rank="))
+    ]
     words = argv[len(ranks) :]
     if not words or words[0].startswith("-"):
         raise SystemExit("usage: python -m llava_integration.boot MODULE_OR_SCRIPT ...")
@@ -160,7 +172,9 @@ def main(argv):
     sys.argv[1:] = [*ranks, *words[1:]]
     if target.endswith(".py") or os.path.sep in target:
         sys.argv[0] = target
-        sys.path[0] = os.path.dirname(os.path.abspath(target))  # as `python SCRIPT` does
+        sys.path[0] = os.path.dirname(
+            os.path.abspath(target)
+        )  # as `python SCRIPT` does
         runpy.run_path(target, run_name="__main__")
     else:
         runpy.run_module(target, run_name="__main__", alter_sys=True)

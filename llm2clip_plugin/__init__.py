@@ -26,6 +26,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     if name in _HOMES:
-        import_module("llm2clip_plugin.installation").require("tower", f"llm2clip_plugin.{name}")
+        import_module("llm2clip_plugin.installation").require(
+            "tower", f"llm2clip_plugin.{name}"
+        )
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

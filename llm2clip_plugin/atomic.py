@@ -16,11 +16,15 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 class DiskFullError(OSError):
     """No space is left, or a quota is used up, where a file is written."""
 
-    def __init__(self, target: str | os.PathLike[str], number: int = errno.ENOSPC) -> None:
+    def __init__(
+        self, target: str | os.PathLike[str], number: int = errno.ENOSPC
+    ) -> None:
         super().__init__(number, os.strerror(number), os.fspath(target))
         path = Path(os.path.abspath(target))
         folder = next(parent for parent in (path, *path.parents) if parent.exists())
-        self.reason = f"{self.strerror} ({size_text(shutil.disk_usage(folder).free)} free)"
+        self.reason = (
+            f"{self.strerror} ({size_text(shutil.disk_usage(folder).free)} free)"
+        )
 
     def __str__(self) -> str:
         return (
@@ -28,7 +32,9 @@ class DiskFullError(OSError):
             "command"
         )
 
-    def __reduce__(self) -> tuple[type, tuple[str, int | None]]:  # processes send it to each other
+    def __reduce__(
+        self,
+    ) -> tuple[type, tuple[str, int | None]]:  # processes send it to each other
         return type(self), (self.filename, self.errno)
 
 
@@ -43,7 +49,9 @@ def naming_full_disk(target: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
         if number in FULL or any(os.strerror(full) in str(error) for full in FULL):
-            raise DiskFullError(target, number if number in FULL else errno.ENOSPC) from error
+            raise DiskFullError(
+                target, number if number in FULL else errno.ENOSPC
+            ) from error
         raise
 
 
@@ -65,7 +73,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
-            os.chmod(temporary, mode)  # safetensors makes its files readable by their owner only
+            os.chmod(
+                temporary, mode
+            )  # safetensors makes its files readable by their owner only
             fsync(temporary)
             os.replace(temporary, target)
             fsync(target.parent)
@@ -90,9 +100,13 @@ def atomic_directory(
     """As ``atomic_file``, of a directory, which replaces an old one when it is complete. Raises
     FileExistsError before any work if ``path`` is a file, or if it is not empty and ``replace`` is
     false (with ``fix``). A folder that may be the user's is for ``folders.output_folder``."""
-    target = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
+    target = Path(
+        os.path.realpath(path)
+    )  # what a link leads to is replaced, not the link
     if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{path} is a file, expected a folder; choose another path")
+        raise FileExistsError(
+            f"{path} is a file, expected a folder; choose another path"
+        )
     if not replace and target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{path} exists and is not empty; {fix}")
     temporary = _sibling(target)
@@ -105,7 +119,9 @@ def atomic_directory(
                 if not inside.is_symlink():
                     fsync(inside)
             if target.exists():
-                os.replace(target, old)  # a directory cannot be renamed onto one that is not empty
+                os.replace(
+                    target, old
+                )  # a directory cannot be renamed onto one that is not empty
             try:
                 os.replace(temporary, target)
             except OSError:

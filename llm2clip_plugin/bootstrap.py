@@ -54,7 +54,9 @@ def bootstrap_mean(
     """
     value_N = np.asarray(values, dtype=np.float64)
     if value_N.ndim != 1 or not len(value_N):
-        raise ValueError(f"a bootstrap needs a list of values, got shape {value_N.shape}")
+        raise ValueError(
+            f"a bootstrap needs a list of values, got shape {value_N.shape}"
+        )
     if clusters is not None and len(clusters) != len(value_N):
         raise ValueError(f"{len(clusters)} clusters for {len(value_N)} values")
     if clusters is None:
@@ -62,10 +64,14 @@ def bootstrap_mean(
         count = len(value_N)
     else:
         code_N, count = cluster_codes(clusters)
-    sums_C2 = cluster_sums(np.stack([value_N, np.ones(len(value_N))], axis=1), code_N, count)
+    sums_C2 = cluster_sums(
+        np.stack([value_N, np.ones(len(value_N))], axis=1), code_N, count
+    )
     mean = float(value_N.mean())
     if count < 2:
-        return Interval(mean=mean, low=math.nan, high=math.nan, clusters=count, level=level)
+        return Interval(
+            mean=mean, low=math.nan, high=math.nan, clusters=count, level=level
+        )
     one_stratum_C = np.zeros(count, dtype=int)
     totals = [
         weight_RC @ sums_C2
@@ -104,9 +110,9 @@ def resample(
         for member in members:
             drawn = rng.integers(0, len(member), size=(rows, len(member)))
             drawn += np.arange(rows)[:, None] * len(member)
-            weight_RC[:, member] = np.bincount(drawn.ravel(), minlength=rows * len(member)).reshape(
-                rows, -1
-            )
+            weight_RC[:, member] = np.bincount(
+                drawn.ravel(), minlength=rows * len(member)
+            ).reshape(rows, -1)
         yield weight_RC
         done += rows
 
@@ -119,7 +125,9 @@ def percentile_interval(
     Percentiles alone are too narrow by sqrt((n - 1) / n) and by the normal quantile in place of
     Student's; the expanded level has both. ``freedom``: clusters less strata.
     """
-    tail = NORMAL.cdf(-expansion(clusters, freedom) * t_quantile(0.5 + level / 2, freedom))
+    tail = NORMAL.cdf(
+        -expansion(clusters, freedom) * t_quantile(0.5 + level / 2, freedom)
+    )
     low, high = np.quantile(draw_R, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -163,7 +171,9 @@ def probability_below(angle: float, freedom: float) -> float:
     nodes_N, weights_N = quadrature()
     heights_N = np.cos(reach * nodes_N) ** (freedom - 1)
     area = reach * float(weights_N @ heights_N)
-    whole = math.sqrt(math.pi) * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2))
+    whole = math.sqrt(math.pi) * math.exp(
+        math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)
+    )
     return 0.5 + math.copysign(area / whole, angle)
 
 

@@ -32,7 +32,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("limit", "show", "images"), (0, LARGEST)),
     "temperature": (0, 100),
     "top_p": (0, 1),
-    **dict.fromkeys(("max_tokens", "max_new_tokens", "num_beams", "concurrency"), (1, 2**20)),
+    **dict.fromkeys(
+        ("max_tokens", "max_new_tokens", "num_beams", "concurrency"), (1, 2**20)
+    ),
     "tokens_per_batch": (0, COUNT),
     **dict.fromkeys(("layer", "select_layer"), (-1024, 1024)),
     **dict.fromkeys(("adapter_blocks", "freeze_first_blocks"), (0, 1024)),
@@ -46,7 +48,12 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "decode_margin": (0, 100),
     "components": (0, 2**17),
 }
-PROCESSES = ("workers", "dataloader_num_workers", "gpus", "num_gpus")  # fields that count processes
+PROCESSES = (
+    "workers",
+    "dataloader_num_workers",
+    "gpus",
+    "num_gpus",
+)  # fields that count processes
 
 
 def check_number(option: str, field: str, value: Any) -> None:

@@ -20,7 +20,12 @@ from llm2clip_plugin.errors import (
     StoppedError,
     lost_rank,
 )
-from llm2clip_plugin.installation import MissingExtraError, extra_of, missing_message, require
+from llm2clip_plugin.installation import (
+    MissingExtraError,
+    extra_of,
+    missing_message,
+    require,
+)
 from llm2clip_plugin.processes import end_children, protect_children, raise_open_files
 from llm2clip_plugin.quiet import quiet_libraries
 from llm2clip_plugin.signals import Interrupted, interrupts_end_loading
@@ -31,12 +36,26 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 # A place is MODULE:NAME, of this package unless it is llava_integration's.
-COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one line of help
+COMMANDS: dict[
+    str, tuple[str, str]
+] = {  # name -> place of the function, one line of help
     "doctor": ("doctor:main", "check this environment and show how to fix problems"),
-    "run": ("stages.pipeline:main", "all stages in order, from checked data to a tower and a page"),
-    "data make": ("data.make:main", "write WebDataset tars from a folder of pictures or a table"),
-    "data check": ("data.check:main", "read a data set once; report its contents and problems"),
-    "data split": ("data.split:main_split", "hold out a part of a data set for validation"),
+    "run": (
+        "stages.pipeline:main",
+        "all stages in order, from checked data to a tower and a page",
+    ),
+    "data make": (
+        "data.make:main",
+        "write WebDataset tars from a folder of pictures or a table",
+    ),
+    "data check": (
+        "data.check:main",
+        "read a data set once; report its contents and problems",
+    ),
+    "data split": (
+        "data.split:main_split",
+        "hold out a part of a data set for validation",
+    ),
     "finetune-llm": (
         "stages.training:main_llm",
         "stage 1: fine-tune an LLM contrastively on captions (LoRA, QLoRA)",
@@ -45,7 +64,10 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
         "stages.export:main_llm",
         "export a fine-tuned LLM: its adapter merged into the weights",
     ),
-    "embed": ("stages.embed:main", "stage 1.5: cache the caption embeddings of the teacher LLM"),
+    "embed": (
+        "stages.embed:main",
+        "stage 1.5: cache the caption embeddings of the teacher LLM",
+    ),
     "train-tower": (
         "stages.training:main_tower",
         "stage 2: train a vision tower against the cache",
@@ -54,7 +76,10 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
         "status:main",
         "where a run or cache stands: progress, scores, checkpoints, how to resume",
     ),
-    "evaluate": ("evaluate.commands:main", "measure a tower's image-text retrieval recall"),
+    "evaluate": (
+        "evaluate.commands:main",
+        "measure a tower's image-text retrieval recall",
+    ),
     "evaluate captions": (
         "evaluate.captions:main",
         "measure an LLM's caption-to-caption retrieval",
@@ -128,7 +153,8 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> place of the function, one l
 # Where a command declares its options, an options.Command: COMMAND next to the function, or
 # elsewhere. These modules import no torch, and neither --help nor a misspelled option needs more.
 OPTIONS: dict[str, str] = {
-    name: f"{location.partition(':')[0]}:COMMAND" for name, (location, _) in COMMANDS.items()
+    name: f"{location.partition(':')[0]}:COMMAND"
+    for name, (location, _) in COMMANDS.items()
 } | {
     "run": "stages.pipeline_config:RUN",
     "data split": "data.split:SPLIT",
@@ -190,7 +216,9 @@ def main(argv: list[str] | None = None) -> int:
     # --local_rank comes from the DeepSpeed launcher, which also sets LOCAL_RANK
     words = [word for word in words if not word.startswith("--local_rank=")]
     if garbled := next((word for word in words if not is_utf8(word)), ""):
-        advice = "rename the file, or set the terminal's encoding, such as LC_ALL=C.UTF-8"
+        advice = (
+            "rename the file, or set the terminal's encoding, such as LC_ALL=C.UTF-8"
+        )
         print(
             f"error: {os.fsencode(garbled)!r} on the command line is not UTF-8; {advice}",
             file=sys.stderr,
@@ -208,13 +236,18 @@ def main(argv: list[str] | None = None) -> int:
     if group and words[0] not in COMMANDS and (len(words) == 1 or words[1] in HELP):
         print(usage(group))  # `llm2clip data --help`
         return 0
-    name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), "")
+    name = next(
+        (" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), ""
+    )
     if not name:
         from llm2clip_plugin.options import unknown
         from llm2clip_plugin.outside import printable
 
         typed = " ".join(words[:2]) if group else words[0]
-        print(f"error: {printable(unknown('command', typed, group or COMMANDS))}", file=sys.stderr)
+        print(
+            f"error: {printable(unknown('command', typed, group or COMMANDS))}",
+            file=sys.stderr,
+        )
         return 2
     return run(name, words[len(name.split()) :])
 
@@ -274,7 +307,9 @@ def run(name: str, argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # the shell's status for SIGPIPE
     except Exception as error:
-        status = None if os.environ.get("LLM2CLIP_TRACEBACK") == "1" else reported(error)
+        status = (
+            None if os.environ.get("LLM2CLIP_TRACEBACK") == "1" else reported(error)
+        )
         if status is not None:
             return status
         if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -305,12 +340,16 @@ def reported(error: Exception) -> int | None:
         status = 1
     elif isinstance(error, MissingExtraError):
         is_final = True
-    elif isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(OURS):
+    elif isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(
+        OURS
+    ):
         text = f"error: {missing_package(error.name or str(error))}"
     else:
         return None
     if text:
-        print(printable_lines(text), file=sys.stderr)  # names come from files and servers
+        print(
+            printable_lines(text), file=sys.stderr
+        )  # names come from files and servers
     if is_final:  # a rerun would meet it again: left for the job script, too
         tell_job(FINAL, str(status))
     return status
@@ -336,7 +375,11 @@ def read_options(name: str, argv: list[str]) -> None:
 def load(location: str) -> "Any":
     """What is at a place of the tables; its module is imported."""
     module, _, name = location.partition(":")
-    module = module if module.startswith("llava_integration") else f"llm2clip_plugin.{module}"
+    module = (
+        module
+        if module.startswith("llava_integration")
+        else f"llm2clip_plugin.{module}"
+    )
     return getattr(importlib.import_module(module), name)
 
 

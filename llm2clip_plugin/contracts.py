@@ -28,7 +28,11 @@ class VersionedRecord:
     VERSION: ClassVar[int] = 1
 
     def to_json(self) -> str:
-        body = {"kind": self.KIND, "format_version": self.VERSION, **dataclasses.asdict(self)}
+        body = {
+            "kind": self.KIND,
+            "format_version": self.VERSION,
+            **dataclasses.asdict(self),
+        }
         return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
 
     def write(self, path: str | os.PathLike[str]) -> Path:
@@ -82,7 +86,9 @@ class TowerCard(VersionedRecord):
     # steps, samples, data, config hash, resized_from
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
+    versions: dict[str, str] = field(
+        default_factory=dict
+    )  # of the libraries that wrote it
 
     FILE: ClassVar[str] = "llm2clip.json"
 
@@ -162,11 +168,15 @@ class EncoderCard(VersionedRecord):
     pooling: str  # mean | last
     layer: int  # hidden state that is pooled; -1 is the last
     prompt: str  # precedes every caption that is embedded for the cache; not pooled
-    query_prompt: str  # precedes queries in training and in caption retrieval; not pooled
+    query_prompt: (
+        str  # precedes queries in training and in caption retrieval; not pooled
+    )
     chat_template: str  # literal text around "{caption}"; "" for none
     include_bos: bool
     max_tokens: int
-    post_sha256: str = ""  # sha256_weights of the centering or whitening parameters; "" for none
+    post_sha256: str = (
+        ""  # sha256_weights of the centering or whitening parameters; "" for none
+    )
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -183,7 +193,9 @@ class CacheManifest(VersionedRecord):
     fingerprint: str  # TeacherIdentity.fingerprint
     dtype: str  # float16 | int8
     width: int
-    shards: dict[str, dict[str, Any]]  # shard name -> {"file", "samples", "captions", "truncated"}
+    shards: dict[
+        str, dict[str, Any]
+    ]  # shard name -> {"file", "samples", "captions", "truncated"}
     complete: bool = True
     # fingerprint in shards from before config.json was part of it, which were proven by embedding
     # some captions again
@@ -261,7 +273,9 @@ class RunRecord(VersionedRecord):
     # scores before step 1; {} if none were measured
     before: dict[str, float] = field(default_factory=dict)
     total_steps: int = 0  # of the whole run; 0: not recorded, or heads alone
-    epoch_samples: int = 0  # image-caption pairs of one pass over the data; 0: not recorded
+    epoch_samples: int = (
+        0  # image-caption pairs of one pass over the data; 0: not recorded
+    )
     # how it was started last: run_folder.started_by
     command: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -276,8 +290,12 @@ class ScoreFile(VersionedRecord):
 
     benchmark: str
     metrics: dict[str, float]
-    items: list[dict[str, Any]]  # {"id", "score", "cluster", ...} per question; cluster = its image
-    counts: dict[str, int] = field(default_factory=dict)  # missing, duplicate, unparsable ...
+    items: list[
+        dict[str, Any]
+    ]  # {"id", "score", "cluster", ...} per question; cluster = its image
+    counts: dict[str, int] = field(
+        default_factory=dict
+    )  # missing, duplicate, unparsable ...
     model: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

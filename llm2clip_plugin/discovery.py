@@ -12,10 +12,14 @@ def discover(package: str, attribute: str) -> dict[str, Any]:
     of them, by its ``name``. Raises ValueError if two members share a name."""
     members: dict[str, Any] = {}
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        value = getattr(importlib.import_module(f"{package}.{module.name}"), attribute, [])
+        value = getattr(
+            importlib.import_module(f"{package}.{module.name}"), attribute, []
+        )
         for member in value if isinstance(value, list) else [value]:
             if member.name in members:
                 name = f"{attribute}.name {member.name!r}"
-                raise ValueError(f"two members of {package} have the {name}; rename one")
+                raise ValueError(
+                    f"two members of {package} have the {name}; rename one"
+                )
             members[member.name] = member
     return members

@@ -51,7 +51,9 @@ class Finding(NamedTuple):
     advice: str  # command or step that fixes it; "" when ok
 
 
-def finding(subject: str, value: str, advice: str = "", *, state: str = "warn") -> Finding:
+def finding(
+    subject: str, value: str, advice: str = "", *, state: str = "warn"
+) -> Finding:
     """``state`` is that of a subject with a ``fix``, one without is ok."""
     return Finding(subject, state if advice else "ok", value, advice)
 
@@ -73,8 +75,13 @@ def check_installation(extra: str) -> Iterator[Finding]:
                 "new environment"
             )
         else:
-            lacks = [f"{package}{versions}" for package, versions in requirements(name).items()]
-            missing = [requirement for requirement in lacks if not is_satisfied(requirement)]
+            lacks = [
+                f"{package}{versions}"
+                for package, versions in requirements(name).items()
+            ]
+            missing = [
+                requirement for requirement in lacks if not is_satisfied(requirement)
+            ]
             status = f"not installed (for {purpose}); missing: {', '.join(missing) or 'nothing'}"
         yield finding(f"extra [{name}]", status, install_command(name), state="ok")
 
@@ -98,8 +105,12 @@ def check_packages(extra: str) -> Iterator[Finding]:
 def check_programs() -> Iterator[Finding]:
     """A C++ compiler, with which DeepSpeed builds extensions and torch.compile kernels, and
     DeepSpeed's launcher."""
-    compiler = shutil.which((os.environ.get("CXX") or "g++").split()[0]) or shutil.which("c++")
-    advice = "" if compiler else "apt-get install g++ (10 or newer, for C++20), or set CXX"
+    compiler = shutil.which(
+        (os.environ.get("CXX") or "g++").split()[0]
+    ) or shutil.which("c++")
+    advice = (
+        "" if compiler else "apt-get install g++ (10 or newer, for C++20), or set CXX"
+    )
     yield finding("C++ compiler", compiler or "none", advice, state="fail")
     launcher = shutil.which("deepspeed") or "not on PATH"
     programs = os.path.dirname(sys.executable)  # of this environment
@@ -113,7 +124,9 @@ def check_accelerator() -> Iterator[Finding]:
     try:
         import torch
     except ImportError:
-        yield finding("accelerator", "torch is not installed", "pip install torch", state="fail")
+        yield finding(
+            "accelerator", "torch is not installed", "pip install torch", state="fail"
+        )
         return
     if torch.cuda.is_available():
         from llm2clip_plugin.train.distributed import gpu_precision
@@ -126,7 +139,9 @@ def check_accelerator() -> Iterator[Finding]:
     else:
         status = f"none; everything runs on the CPU ({torch.get_num_threads()} threads)"
         yield finding(
-            "accelerator", status, "for a GPU, install the torch build of your CUDA or ROCm version"
+            "accelerator",
+            status,
+            "for a GPU, install the torch build of your CUDA or ROCm version",
         )
 
 
@@ -134,10 +149,18 @@ def check_accelerator() -> Iterator[Finding]:
 
 PINNED = ">=4.36.2,<4.38"  # transformers versions with which LLaVA 1.5 runs as it is
 INSTALL = (
-    "pip install --no-deps llava-torch==1.2.2.post1 (or pip install --no-deps -e LLAVA_CHECKOUT)"
+    "pip install --no-deps llava-torch==1.2.2.post1 (or pip "
+    "install --no-deps -e LLAVA_CHECKOUT)"
 )
 # What LLaVA imports that neither it (installed with --no-deps) nor our requirements bring
-IMPORTED = ("torchvision", "sentencepiece", "shortuuid", "requests", "fastapi", "uvicorn")
+IMPORTED = (
+    "torchvision",
+    "sentencepiece",
+    "shortuuid",
+    "requests",
+    "fastapi",
+    "uvicorn",
+)
 
 
 def check_llava() -> Iterator[Finding]:
@@ -166,10 +189,14 @@ def check_llava() -> Iterator[Finding]:
         yield finding("start-up hook", "not active", advice, state="fail")
     try:
         location = towers.locate(towers.NAME)
-        yield finding("--vision_tower llm2clip", f"{location.how}: {location.describe()}")
+        yield finding(
+            "--vision_tower llm2clip", f"{location.how}: {location.describe()}"
+        )
     except (FileNotFoundError, ContractError) as error:
         yield finding(
-            "--vision_tower llm2clip", str(error), "llm2clip use PATH_OR_HUB_ID, for the bare name"
+            "--vision_tower llm2clip",
+            str(error),
+            "llm2clip use PATH_OR_HUB_ID, for the bare name",
         )
 
 
@@ -250,5 +277,7 @@ def main(argv: list[str]) -> int:
         print(f"[{line.state:>4}] {line.subject}: {line.value}")
         if line.advice:
             print(f"       -> {line.advice}")
-    print(f"{len(failed)} to fix: {', '.join(failed)}" if failed else "no problems found")
+    print(
+        f"{len(failed)} to fix: {', '.join(failed)}" if failed else "no problems found"
+    )
     return 1 if failed else 0

@@ -25,11 +25,15 @@ def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
     except (OSError, ContractError, ImportError):
         raise
     except Exception as error:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        if (
+            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        ):  # torch's
             raise
         if isinstance(error, RuntimeError) and "CUDA" in str(error):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), ""
+        )
         kind = "" if isinstance(error, ValueError) and reason else type(error).__name__
         reason = ": ".join(part for part in (kind, reason) if part)
         advice = f"; {fix}" if fix else ""

@@ -25,7 +25,14 @@ NEXT_TO_DATA = (
     "*/.llm2clip/*",
     *(f"{cache}/{file}" for cache in CACHES for file in CACHE_FILES),
 )
-ANYWHERE = (".DS_Store", "*/.DS_Store", "Thumbs.db", "*/Thumbs.db", "desktop.ini", "*/desktop.ini")
+ANYWHERE = (
+    ".DS_Store",
+    "*/.DS_Store",
+    "Thumbs.db",
+    "*/Thumbs.db",
+    "desktop.ini",
+    "*/desktop.ini",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +51,15 @@ class FolderKind:
     """A kind of folder, and how it is recognized."""
 
     commands: tuple[str, ...]  # that write it, as typed after llm2clip
-    recorded: bool = False  # a new folder gets a FolderRecord, which then is what counts
+    recorded: bool = (
+        False  # a new folder gets a FolderRecord, which then is what counts
+    )
     marks: tuple[str, ...] = ()  # without a FolderRecord, one of these files ...
     # ... or of these fields of its config.json shows that the folder is ours, ...
     config_keys: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()  # ... and files that match none of these patterns are foreign
+    files: tuple[
+        str, ...
+    ] = ()  # ... and files that match none of these patterns are foreign
 
 
 MAKE_FOLDER = FolderKind(
@@ -61,7 +72,13 @@ SPLIT_FOLDER = FolderKind(
     commands=("data split",),
     recorded=True,
     marks=("split.json",),
-    files=("split.json", "train.json*", "validation.json*", "train/*.tar", "validation/*.tar"),
+    files=(
+        "split.json",
+        "train.json*",
+        "validation.json*",
+        "train/*.tar",
+        "validation/*.tar",
+    ),
 )
 LLAVA_FOLDER = FolderKind(commands=("llava data",), recorded=True)
 MODEL_FOLDER = FolderKind(
@@ -116,7 +133,9 @@ def output_folder(
         yield temporary
         if kind.recorded:
             files = sorted(_files(temporary))
-            FolderRecord(command=kind.commands[0], files=files).write(temporary / FolderRecord.FILE)
+            FolderRecord(command=kind.commands[0], files=files).write(
+                temporary / FolderRecord.FILE
+            )
 
 
 def refuse_foreign(folder: Path, kind: FolderKind) -> None:
@@ -133,10 +152,14 @@ def refuse_foreign(folder: Path, kind: FolderKind) -> None:
         allowed = (*ANYWHERE, *NEXT_TO_DATA)
         foreign = [name for name in present if not _matches(name, allowed)]
         names = _listed(foreign or present)
-        raise FileExistsError(f"{folder} was not written by {commands}: it has {names}; {advice}")
+        raise FileExistsError(
+            f"{folder} was not written by {commands}: it has {names}; {advice}"
+        )
     names, patterns = written
     patterns = (*patterns, *ANYWHERE, *NEXT_TO_DATA)
-    if foreign := [name for name in present if name not in names and not _matches(name, patterns)]:
+    if foreign := [
+        name for name in present if name not in names and not _matches(name, patterns)
+    ]:
         raise FileExistsError(
             f"{folder} has {_listed(foreign)}, not written by {commands}; {advice}"
         )

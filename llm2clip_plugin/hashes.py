@@ -38,13 +38,17 @@ def sha256_weights(path: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for name, entry in sorted(header.entries.items()):
-            digest.update(canonical_json([name, entry.dtype, list(entry.shape)]).encode())
+            digest.update(
+                canonical_json([name, entry.dtype, list(entry.shape)]).encode()
+            )
             file.seek(header.data_start + entry.start)
             remaining = entry.stop - entry.start
             while remaining:
                 block = file.read(min(remaining, 1 << 22))
                 if not block:
-                    raise ContractError(f"{path} ends inside {name}; copy or export it again")
+                    raise ContractError(
+                        f"{path} ends inside {name}; copy or export it again"
+                    )
                 digest.update(block)
                 remaining -= len(block)
     return digest.hexdigest()

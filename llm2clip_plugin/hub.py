@@ -29,7 +29,10 @@ def can_only_be_a_path(name: str) -> bool:
 
 
 def hub_snapshot(
-    repository: str, *, revision: str | None = None, patterns: Sequence[str] | None = None
+    repository: str,
+    *,
+    revision: str | None = None,
+    patterns: Sequence[str] | None = None,
 ) -> Path:
     """The folder of a Hub repository's files, downloaded if they are not cached. Raises
     TimeoutError if the Hub does not answer for ``timeout()`` seconds and nothing is cached, else
@@ -43,12 +46,17 @@ def hub_snapshot(
         try:
             return Path(
                 snapshot_download(
-                    repository, revision=revision, allow_patterns=allowed, local_files_only=True
+                    repository,
+                    revision=revision,
+                    allow_patterns=allowed,
+                    local_files_only=True,
                 )
             )
         except (OSError, ValueError):
             raise silence from None
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=allowed))
+    return Path(
+        snapshot_download(repository, revision=revision, allow_patterns=allowed)
+    )
 
 
 def check_hub_answers(repository: str, *, revision: str | None = None) -> None:
@@ -78,7 +86,9 @@ class Retry(NamedTuple):
     """When to try again, and when to give up."""
 
     tries: int = 8  # consecutive failures before giving up ...
-    patience: float = 300.0  # ... or seconds spent in failed attempts, pauses not counted
+    patience: float = (
+        300.0  # ... or seconds spent in failed attempts, pauses not counted
+    )
     first_pause: float = 0.5  # seconds after a failure, about; doubles up to ...
     longest_pause: float = 30.0
 

@@ -11,7 +11,13 @@ import json
 import os
 import re
 import shlex
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires, version
+from importlib.metadata import (
+    Distribution,
+    PackageNotFoundError,
+    distribution,
+    requires,
+    version,
+)
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING

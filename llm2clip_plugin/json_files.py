@@ -55,14 +55,18 @@ def from_plain(
         )
     values = _with_current_names(fields, values)
     if unknown := sorted(set(values) - set(fields)):
-        raise ContractError(f"{where} has unknown fields {unknown}; known: {', '.join(fields)}")
+        raise ContractError(
+            f"{where} has unknown fields {unknown}; known: {', '.join(fields)}"
+        )
     hints = typing.get_type_hints(kind)
     arguments = {}
     missing = []
     for name, item in fields.items():
         usual = getattr(default, name) if default is not None else default_of(item)
         if name in values:
-            arguments[name] = typed(hints[name], values[name], f"{where}: {name}", usual)
+            arguments[name] = typed(
+                hints[name], values[name], f"{where}: {name}", usual
+            )
         elif usual is not dataclasses.MISSING:
             arguments[name] = usual
         elif dataclasses.is_dataclass(hints[name]):
@@ -88,7 +92,11 @@ def _with_current_names(
 
 def default_of(item: dataclasses.Field) -> Any:
     """A field's default; dataclasses.MISSING without one."""
-    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+    return (
+        item.default
+        if item.default_factory is dataclasses.MISSING
+        else item.default_factory()
+    )
 
 
 def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING) -> Any:
@@ -104,7 +112,9 @@ def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING)
         if value is None and type(None) in arguments:
             return None
         for argument in arguments:
-            if typing.get_origin(argument) is typing.Literal and value in typing.get_args(argument):
+            if typing.get_origin(
+                argument
+            ) is typing.Literal and value in typing.get_args(argument):
                 return typed(argument, value, where)
         return typed(arguments[0], value, where)
     if origin is typing.Literal:
@@ -117,9 +127,13 @@ def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING)
     if kind is tuple and isinstance(value, (list, tuple)):
         hints = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(hints) != len(value):
-            raise ContractError(f"{where} has {len(value)} values, expected {len(hints)}")
+            raise ContractError(
+                f"{where} has {len(value)} values, expected {len(hints)}"
+            )
         pairs = enumerate(zip(hints, value, strict=True))
-        return tuple(typed(hint, item, f"{where}[{number}]") for number, (hint, item) in pairs)
+        return tuple(
+            typed(hint, item, f"{where}[{number}]") for number, (hint, item) in pairs
+        )
     if kind is float and _is_number(value):
         return float(value)
     if kind is Path and isinstance(value, str):
@@ -127,10 +141,14 @@ def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING)
     if not isinstance(value, kind) or (kind is int and not _is_number(value)):
         raise ContractError(f"{where} is {_short(value)}, expected {kind.__name__}")
     if kind is dict and arguments:
-        return {key: typed(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {
+            key: typed(arguments[1], item, f"{where}.{key}")
+            for key, item in value.items()
+        }
     if kind is list and arguments:
         return [
-            typed(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value)
+            typed(arguments[0], item, f"{where}[{number}]")
+            for number, item in enumerate(value)
         ]
     return value
 

@@ -19,7 +19,9 @@ def main(words: Sequence[str] | None = None) -> None:
 
     # the ranks' store is rank 0's, not the launcher's
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with three lines about it
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # as torchrun does, with three lines about it
     with tempfile.TemporaryDirectory(prefix="llm2clip-") as folder:
         rendezvous = [
             "--rdzv-backend=c10d",
@@ -27,7 +29,11 @@ def main(words: Sequence[str] | None = None) -> None:
             f"--rdzv-endpoint={folder}/store",
         ]
         torchrun(
-            [*rendezvous, "--local-addr=127.0.0.1", *(sys.argv[1:] if words is None else words)]
+            [
+                *rendezvous,
+                "--local-addr=127.0.0.1",
+                *(sys.argv[1:] if words is None else words),
+            ]
         )
 
 

@@ -23,11 +23,15 @@ class Metrics:
     # of the last steps
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RATE_LINES))
     # images/s of a loader process, and of steps that wait for no data, of the last lines
-    loading: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=RATE_LINES))
+    loading: deque[tuple[float, float]] = field(
+        default_factory=lambda: deque(maxlen=RATE_LINES)
+    )
     # step -> headline scores; 0: before training
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
     ended: dict[str, Any] | None = None  # the event after which no step followed
-    save_failed: dict[str, Any] | None = None  # the event after which no checkpoint was complete
+    save_failed: dict[str, Any] | None = (
+        None  # the event after which no checkpoint was complete
+    )
     unreadable: int = 0  # lines
 
     def add(self, line: dict[str, Any]) -> None:
@@ -43,7 +47,9 @@ class Metrics:
             self.samples = int(line["samples"])
             self.loss = float(line["loss"])
             self.ended = None
-            self.seconds.extend([float(line["step_seconds"])] if "step_seconds" in line else [])
+            self.seconds.extend(
+                [float(line["step_seconds"])] if "step_seconds" in line else []
+            )
             if loader_rate := line.get("loader_images_per_second"):
                 self.loading.append(
                     (
@@ -57,13 +63,17 @@ class Metrics:
                 for name, value in line.items()
                 if name not in ("step", "samples")
             }
-            self.scores[step] = {name: scores[name] for name in run_folder.headline(scores)}
+            self.scores[step] = {
+                name: scores[name] for name in run_folder.headline(scores)
+            }
 
     def loader(self) -> str:
         """How many loader processes the steps need, over all ranks; "" if no line says."""
         if not self.loading:
             return ""
-        loader_rate, needed = (median(column) for column in zip(*self.loading, strict=True))
+        loader_rate, needed = (
+            median(column) for column in zip(*self.loading, strict=True)
+        )
         rates = f"a process delivers {loader_rate:,.1f} images/s, the steps take {needed:,.1f}"
         return f"{rates}: --workers, over all ranks, {math.ceil(needed / loader_rate)}"
 
@@ -76,6 +86,12 @@ def read_metrics(path: Path) -> Metrics:
             for text in file:
                 try:
                     metrics.add(json.loads(text))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                except (
+                    ValueError,
+                    KeyError,
+                    TypeError,
+                    AttributeError,
+                    RecursionError,
+                ):
                     metrics.unreadable += 1
     return metrics

@@ -12,7 +12,9 @@ from pathlib import Path
 
 def printable(text: str) -> str:
     """A text from outside with control characters, which a terminal would obey, as escapes."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return "".join(
+        letter if letter.isprintable() else repr(letter)[1:-1] for letter in text
+    )
 
 
 def printable_lines(text: str) -> str:
@@ -37,7 +39,9 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
         return file.read()
 
 
-def refuse_encoding(path: str | os.PathLike[str], start: bytes, *, is_whole: bool = False) -> None:
+def refuse_encoding(
+    path: str | os.PathLike[str], start: bytes, *, is_whole: bool = False
+) -> None:
     """Raise ValueError unless the beginning of a text file is UTF-8; unless it is whole, a
     character may be cut."""
     try:
@@ -56,7 +60,9 @@ MAX_ASPECT = 256
 
 def check_image_size(width: int, height: int) -> None:
     """Raise ValueError for more than MAX_PIXELS or MAX_ASPECT."""
-    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(
+        width, height
+    ):
         limits = f"{MAX_PIXELS:,} pixels and sides in a ratio of {MAX_ASPECT}"
         raise ValueError(
             f"the image has {width} x {height} pixels; the limits are {limits}; crop or resize it"

@@ -40,12 +40,16 @@ def open_pretrained(
     trusted.
     """
     try:
-        return kind.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        return kind.from_pretrained(
+            source, trust_remote_code=trust_remote_code, **options
+        )
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         code = ", ".join(code_of(Path(source))) or "Python code of its repository"
-        raise ContractError(f"{source} needs {code}, which is not run; {fix}") from error
+        raise ContractError(
+            f"{source} needs {code}, which is not run; {fix}"
+        ) from error
 
 
 def code_of(folder: Path) -> list[str]:
@@ -78,20 +82,28 @@ def code_file(reference: str) -> str:
     return f"{file} of {repository}" if separator else file
 
 
-def check_vocabulary(tokenizer: Any, rows: int, where: object, used: Iterable[int] = ()) -> None:
+def check_vocabulary(
+    tokenizer: Any, rows: int, where: object, used: Iterable[int] = ()
+) -> None:
     """Raise ContractError if a text can have token ids for which an LLM has no embedding.
 
     ``rows``: of the LLM's embedding; ``used``: ids around every text. Special tokens that no text
     has may lie beyond, such as the one for images in Gemma 3's tokenizer.
     """
     special = {
-        int(number) for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        int(number)
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special
     }
     ids = {*tokenizer.get_vocab().values()} - special
     largest = max([*ids, *used], default=0)
     if largest >= rows:
-        problem = f"its tokenizer has ids up to {largest}, its config.json vocab_size {rows}"
-        raise ContractError(f"{where}: {problem}; copy the tokenizer of this LLM into its folder")
+        problem = (
+            f"its tokenizer has ids up to {largest}, its config.json vocab_size {rows}"
+        )
+        raise ContractError(
+            f"{where}: {problem}; copy the tokenizer of this LLM into its folder"
+        )
 
 
 def run_no_code() -> None:
@@ -102,7 +114,9 @@ def run_no_code() -> None:
 
     def refuse(class_name: str, module: Any, *_: Any, **__: Any) -> Any:
         file = f"{Path(module).stem}.py"
-        problem = f"the model needs {class_name} of its own file {file}, which is not run"
+        problem = (
+            f"the model needs {class_name} of its own file {file}, which is not run"
+        )
         raise ContractError(f"{problem}; {KNOWN}")
 
     dynamic_module_utils.get_class_in_module = refuse

@@ -44,12 +44,16 @@ def phase(name: str, *, step: int | None = None) -> Iterator[None]:
     in the same order. An exception leaves the phase as it is: messages say where it was raised."""
     global _now
     before = _now
-    _now = Phase(name, before.step if step is None else step, next(_counter), time.monotonic())
+    _now = Phase(
+        name, before.step if step is None else step, next(_counter), time.monotonic()
+    )
     yield
     _now = Phase(before.name, _now.step, next(_counter), time.monotonic())
 
 
-def each_in_phase(name: str, items: Iterator[Value], *, first_step: int) -> Iterator[Value]:
+def each_in_phase(
+    name: str, items: Iterator[Value], *, first_step: int
+) -> Iterator[Value]:
     """The items, one a step; waiting for each is a phase."""
     for step in itertools.count(first_step):
         with phase(name, step=step):
@@ -72,7 +76,9 @@ class _Lines:
     """A file for tqdm that turns every redrawn bar into a line of stderr."""
 
     def write(self, text: str) -> None:
-        if text := text.strip():  # tqdm starts a redraw with \r, and pads it with spaces
+        if (
+            text := text.strip()
+        ):  # tqdm starts a redraw with \r, and pads it with spaces
             print(text, file=sys.stderr)
 
     def flush(self) -> None:
@@ -121,7 +127,12 @@ def progress_bar(
 
 
 def track(
-    iterable: Iterable[Value], *, total: int | None, label: str, unit: str, show: bool = True
+    iterable: Iterable[Value],
+    *,
+    total: int | None,
+    label: str,
+    unit: str,
+    show: bool = True,
 ) -> Iterator[Value]:
     """Yield from ``iterable`` under a bar that counts each item as one ``unit``; arguments as of
     ``progress_bar``."""

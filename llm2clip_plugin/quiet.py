@@ -40,12 +40,16 @@ def quiet_deepspeed() -> None:
     """Silence DeepSpeed's informational log and the renamed functions of torch.distributed that it
     calls."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )
 
 
 def _mute(logger: str, pattern: str) -> None:
     """Silence a logger's records whose message has the pattern."""
-    logging.getLogger(logger).addFilter(lambda record: not re.search(pattern, record.getMessage()))
+    logging.getLogger(logger).addFilter(
+        lambda record: not re.search(pattern, record.getMessage())
+    )
 
 
 def quiet_libraries() -> None:
@@ -53,7 +57,9 @@ def quiet_libraries() -> None:
     kernel of the Hub, torch's DataLoader about more ``--workers`` than cores."""
     _mute("DeepSpeed", "Setting accelerator to CPU")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+    warnings.filterwarnings(
+        "ignore", message="This DataLoader will create", category=UserWarning
+    )
 
 
 def quiet_llava_loading() -> None:
@@ -73,7 +79,9 @@ def _is_not_about_the_tower(record: logging.LogRecord) -> bool:
     if "LOAD REPORT" in text:
         return bool(
             re.search(
-                r"^(?!Key |model\.vision_tower\.[^|]*\| UNEXPECTED)[^|\n]+\|", text, re.MULTILINE
+                r"^(?!Key |model\.vision_tower\.[^|]*\| UNEXPECTED)[^|\n]+\|",
+                text,
+                re.MULTILINE,
             )
         )
     if "were not used when initializing Llava" not in text:
@@ -92,12 +100,18 @@ def quiet_llava() -> None:
     )
     _mute("accelerate.accelerator", "Gradient accumulation steps mismatch")
     warnings.filterwarnings(
-        "ignore", r"Passing the following arguments to `Accelerator` is deprecated", FutureWarning
+        "ignore",
+        r"Passing the following arguments to `Accelerator` is deprecated",
+        FutureWarning,
     )
     warnings.filterwarnings(
-        "ignore", r"'pin_memory' argument is set as true but no accelerator is found", UserWarning
+        "ignore",
+        r"'pin_memory' argument is set as true but no accelerator is found",
+        UserWarning,
     )
     warnings.filterwarnings(
-        "ignore", r"Could not find a config file in .* vocabulary was not modified", UserWarning
+        "ignore",
+        r"Could not find a config file in .* vocabulary was not modified",
+        UserWarning,
     )
     _mute("transformers.configuration_utils", "to instantiate a model of type `?llava")

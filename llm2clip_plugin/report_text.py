@@ -21,7 +21,9 @@ def p_value(p: float) -> str:
     return "< .001" if p < 0.001 else fraction(p)
 
 
-def estimate(value: float, ends: Sequence[float], to_text: Callable[[float], str] = signed) -> str:
+def estimate(
+    value: float, ends: Sequence[float], to_text: Callable[[float], str] = signed
+) -> str:
     """A difference with its interval: ``+.069 [+.061, +.077]``."""
     return f"{to_text(value)} [{', '.join(map(to_text, ends))}]"
 

@@ -47,7 +47,9 @@ def headline(scores: Iterable[str]) -> list[str]:
     (stage 1)."""
     names = list(scores)
     return [
-        n for n in names if n in HEADLINE or (":" not in n and n.rpartition("/")[2] in OF_BENCHMARK)
+        n
+        for n in names
+        if n in HEADLINE or (":" not in n and n.rpartition("/")[2] in OF_BENCHMARK)
     ] or names
 
 

@@ -52,12 +52,16 @@ def load_tensors(
     return load_file(path)
 
 
-def read_header(path: str | os.PathLike[str], *, fix: str = "copy or export it again") -> Header:
+def read_header(
+    path: str | os.PathLike[str], *, fix: str = "copy or export it again"
+) -> Header:
     """Read and check a file's header. Raises ContractError naming the file and ``fix``, OSError."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         try:
-            return parse_header(size, lambda count, start: os.pread(file.fileno(), count, start))
+            return parse_header(
+                size, lambda count, start: os.pread(file.fileno(), count, start)
+            )
         except ValueError as error:
             raise ContractError(
                 f"{path} is not a complete safetensors file: {error}; {fix}"
@@ -77,18 +81,23 @@ def parse_header(size: int, read: Callable[[int, int], bytes]) -> Header:
         metadata = header.pop("__metadata__", None) or {}
         entries: dict[str, Entry] = {}
         end = 0
-        for name, body in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        for name, body in sorted(
+            header.items(), key=lambda item: item[1]["data_offsets"]
+        ):
             start, stop = body["data_offsets"]
             entry = Entry(str(body["dtype"]), tuple(body["shape"]), start, stop)
             whole = all(
-                type(number) is int and number >= 0 for number in (*entry.shape, start, stop)
+                type(number) is int and number >= 0
+                for number in (*entry.shape, start, stop)
             )
             if (
                 not whole
                 or start != end
                 or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]
             ):
-                raise ValueError(f"{name} has shape {entry.shape} in bytes {start} to {stop}")
+                raise ValueError(
+                    f"{name} has shape {entry.shape} in bytes {start} to {stop}"
+                )
             entries[name] = entry
             end = stop
     except (KeyError, TypeError, AttributeError, RecursionError) as error:

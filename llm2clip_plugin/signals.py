@@ -116,7 +116,9 @@ class StopRequest:
         self._gone = psutil.NoSuchProcess
         self.signals: list[int] = []
         # set by deepspeed.launcher.launch, whose parent is that command
-        self._launcher = psutil.Process().parent() if "LOCAL_SIZE" in os.environ else None
+        self._launcher = (
+            psutil.Process().parent() if "LOCAL_SIZE" in os.environ else None
+        )
         self._command = self._launcher.ppid() if self._launcher is not None else 0
 
     def __bool__(self) -> bool:
@@ -133,7 +135,11 @@ class StopRequest:
         """The signal's name or another cause, for messages."""
         if self.signals:
             return signal.Signals(self.signals[0]).name
-        return "the launcher ended" if self._launcher_ended() else "a signal on another rank"
+        return (
+            "the launcher ended"
+            if self._launcher_ended()
+            else "a signal on another rank"
+        )
 
 
 @contextmanager
@@ -160,14 +166,19 @@ def stop_requests() -> Iterator[StopRequest]:
             name = signal.Signals(number).name
             line = "\n" if os.isatty(2) else ""
             advice = "press Ctrl-C twice to stop now"
-            os.write(2, f"{line}{name}: saving and stopping after this step; {advice}\n".encode())
+            os.write(
+                2,
+                f"{line}{name}: saving and stopping after this step; {advice}\n".encode(),
+            )
 
     handled = [
         number
         for number in STOPPING
         if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP
     ]
-    previous = {number: signal.signal(number, note) for number in handled}  # nohup ignores SIGHUP
+    previous = {
+        number: signal.signal(number, note) for number in handled
+    }  # nohup ignores SIGHUP
     try:
         yield request
     finally:

@@ -26,7 +26,11 @@ from llm2clip_plugin.options import Command, command, setting
 from llm2clip_plugin.outside import printable_lines
 
 # folder -> its card
-RESULTS = {"tower": TowerCard.FILE, "tower-ema": TowerCard.FILE, "adapter": EncoderCard.FILE}
+RESULTS = {
+    "tower": TowerCard.FILE,
+    "tower-ema": TowerCard.FILE,
+    "adapter": EncoderCard.FILE,
+}
 # states without a way to go on
 FINISHED = "finished"
 RUNNING = "running"
@@ -68,7 +72,12 @@ def main(argv: list[str]) -> int:
         (name, state), *rows = pipeline_rows(folder)
     elif any(
         (folder / name).exists()
-        for name in (RunRecord.FILE, run_folder.METRICS, run_folder.LOCK, run_folder.CHECKPOINTS)
+        for name in (
+            RunRecord.FILE,
+            run_folder.METRICS,
+            run_folder.LOCK,
+            run_folder.CHECKPOINTS,
+        )
     ):
         (name, state), *rows = run_rows(folder)
     else:
@@ -77,7 +86,10 @@ def main(argv: list[str]) -> int:
         advice = "pass the --output of `llm2clip run` or of a training, or an embeddings-* folder"
         raise FileNotFoundError(f"{folder} is neither {run} nor {cache}; {advice}")
     width = max(len(name) for name, _ in rows)
-    lines = [f"{name}: {state}", *(f"  {name:<{width}}  {text}" for name, text in rows if text)]
+    lines = [
+        f"{name}: {state}",
+        *(f"  {name:<{width}}  {text}" for name, text in rows if text),
+    ]
     print(printable_lines("\n".join(lines)))
     return 0
 
@@ -88,7 +100,9 @@ def pipeline_rows(folder: Path) -> Iterator[tuple[str, str]]:
     it reads them."""
     problems: list[str] = []
     record = _read(PipelineRecord, folder, problems) or PipelineRecord()
-    done = [name for name in record.order if record.stages.get(name, {}).get("complete")]
+    done = [
+        name for name in record.order if record.stages.get(name, {}).get("complete")
+    ]
     holder = lock_holder(folder)
     is_finished = bool(record.order) and len(done) == len(record.order)
     if holder:
@@ -151,14 +165,20 @@ def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
     yield "progress", ", ".join(parts)
     yield "loader", metrics.loader()
     yield from score_rows(record, metrics)
-    saved = sorted(path.name for path in (folder / run_folder.CHECKPOINTS).glob("step-*"))
+    saved = sorted(
+        path.name for path in (folder / run_folder.CHECKPOINTS).glob("step-*")
+    )
     yield "checkpoints", ", ".join(saved) or "none yet"
     results = ", ".join(
-        str(folder / name) for name, card in RESULTS.items() if (folder / name / card).is_file()
+        str(folder / name)
+        for name, card in RESULTS.items()
+        if (folder / name / card).is_file()
     )
     yield "result", results or "none yet: the tower or adapter is written at the end"
     if metrics.unreadable:
-        problems.append(f"{metrics.unreadable} unreadable lines in {run_folder.METRICS}")
+        problems.append(
+            f"{metrics.unreadable} unreadable lines in {run_folder.METRICS}"
+        )
     if metrics.save_failed:
         problems.append(
             f"the last checkpoint could not be written: {metrics.save_failed.get('reason', '')}"
@@ -176,14 +196,20 @@ def score_rows(record: RunRecord, metrics: Metrics) -> Iterator[tuple[str, str]]
     scores = dict(sorted(metrics.scores.items()))  # step -> its scores
     before = scores.pop(0, {})
     if not before:
-        before = {name: record.before[name] for name in run_folder.headline(record.before)}
+        before = {
+            name: record.before[name] for name in run_folder.headline(record.before)
+        }
     newest = next(reversed(scores.values()), before)
     for name in newest:
         parts: list[str] = []
         if name in before:
             parts.append(f"before {before[name]:.3f}")
         # of equal values the earliest step is the best
-        values = [(of_step[name], -step) for step, of_step in scores.items() if name in of_step]
+        values = [
+            (of_step[name], -step)
+            for step, of_step in scores.items()
+            if name in of_step
+        ]
         if values:
             best, best_step = max(values)
             last, last_step = values[-1]
@@ -197,7 +223,9 @@ def ago(seconds_since_epoch: float) -> str:
     return f"{timedelta(seconds=round(time.time() - seconds_since_epoch))} ago"
 
 
-def run_state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> tuple[str, str]:
+def run_state(
+    folder: Path, record: RunRecord, metrics: Metrics, step: int
+) -> tuple[str, str]:
     """Finished, running, running on another host, stopped, failed or ended early; and why."""
     if (holder := lock_holder(folder)) is not None:
         return holder
@@ -218,7 +246,9 @@ def run_state(folder: Path, record: RunRecord, metrics: Metrics, step: int) -> t
 
 def lock_holder(folder: Path) -> tuple[str, str] | None:
     """Running, here or on another host, and the process; None if nobody holds the lock."""
-    with suppress(OSError, ValueError, KeyError, TypeError):  # no lock, or a damaged one
+    with suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # no lock, or a damaged one
         holder = json.loads((folder / run_folder.LOCK).read_text(encoding="utf-8"))
         who = f"process {int(holder['pid'])} on {holder['host']}"
         if holder["host"] != socket.gethostname():
@@ -242,13 +272,19 @@ def cache_rows(folder: Path) -> Iterator[tuple[str, str]]:
     """As ``run_rows``, of the folder of a cache."""
     problems: list[str] = []
     manifest = _read(CacheManifest, folder, problems)
-    record = _read(EmbedRecord, folder, problems) if (folder / EmbedRecord.FILE).exists() else None
+    record = (
+        _read(EmbedRecord, folder, problems)
+        if (folder / EmbedRecord.FILE).exists()
+        else None
+    )
     listed = list(manifest.shards) if manifest else []
     names = record.shards if record else listed
     paths = {name: folder / shard_file(name) for name in (*names, *listed)}
     there = [path for path in paths.values() if path.is_file()]
     if lost := [name for name in listed if not paths[name].is_file()]:
-        problems.append(f"{len(lost)} shards of the manifest have no file, such as {lost[0]}")
+        problems.append(
+            f"{len(lost)} shards of the manifest have no file, such as {lost[0]}"
+        )
     has_all = set(names) <= set(listed) and not problems
     complete = manifest is not None and manifest.complete and has_all
     done = f"{len(there)} of {len(names)} shards of {record.data if record else 'its data'}"
@@ -257,7 +293,10 @@ def cache_rows(folder: Path) -> Iterator[tuple[str, str]]:
         llm = manifest.teacher.get("llm", "")
         yield "teacher", f"{llm}, {manifest.width} wide, {manifest.dtype}"
         yield "captions", f"{manifest.captions:,}"
-    yield "last shard", ago(max(file.stat().st_mtime for file in there)) if there else ""
+    yield (
+        "last shard",
+        ago(max(file.stat().st_mtime for file in there)) if there else "",
+    )
     yield from (("problem", problem) for problem in problems)
     yield "go on", run_folder.again(record.command) if record and not complete else ""
 

@@ -38,7 +38,13 @@ from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.bootstrap import t_cdf, t_quantile
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.json_files import read_json_value as read_json
-from llm2clip_plugin.report_text import estimate, fraction, markdown_table, p_value, spread
+from llm2clip_plugin.report_text import (
+    estimate,
+    fraction,
+    markdown_table,
+    p_value,
+    spread,
+)
 
 sys.path.append(str(Path(__file__).with_name("quickstart")))
 from claims import claims_table, map_cells
@@ -121,7 +127,9 @@ def measured_llava(folder: Path) -> dict[str, Any]:
     return claims
 
 
-def _controls(folder: Path, model_folder: str, benchmark: str) -> dict[str, dict[str, Any]]:
+def _controls(
+    folder: Path, model_folder: str, benchmark: str
+) -> dict[str, dict[str, Any]]:
     """Control -> its values, and ``after`` compared with it; without those that were not run."""
     controls = {}
     for control, side in CONTROLS.items():
@@ -138,7 +146,11 @@ def with_controls(claims: Mapping[str, Any]) -> dict[str, Any]:
     all_claims = dict(claims)
     for name, claim in claims.items():
         for control, row in claim["controls"].items():
-            all_claims[f"{name} against {control}"] = {**claim, **row, "before": row["values"]}
+            all_claims[f"{name} against {control}"] = {
+                **claim,
+                **row,
+                "before": row["values"],
+            }
     return all_claims
 
 
@@ -176,7 +188,11 @@ def _by_seed(folder: Path, benchmark: str) -> list[float]:
 
 
 def reach(
-    stated: Sequence[float], new: Sequence[float], level: float = LEVEL, *, sides: int = 2
+    stated: Sequence[float],
+    new: Sequence[float],
+    level: float = LEVEL,
+    *,
+    sides: int = 2,
 ) -> float:
     """Half of the prediction interval for the difference of two means over seeds; ``sides`` 1: of a
     lower bound."""
@@ -195,7 +211,9 @@ def reach(
 
 def differences(claim: Values, sides: Sides) -> list[float]:
     """New minus base, seed by seed."""
-    return [new - base for base, new in zip(claim[sides[0]], claim[sides[1]], strict=True)]
+    return [
+        new - base for base, new in zip(claim[sides[0]], claim[sides[1]], strict=True)
+    ]
 
 
 def part_of(name: str) -> str:
@@ -203,9 +221,14 @@ def part_of(name: str) -> str:
     return name.partition(":")[0]
 
 
-def gains(stated: Mapping[str, Any], values: Mapping[str, Values], sides: Sides) -> list[float]:
+def gains(
+    stated: Mapping[str, Any], values: Mapping[str, Values], sides: Sides
+) -> list[float]:
     """For each seed, which fraction of the differences in ``stated`` its values have."""
-    weight_K = [claim["difference"] / np.ptp(claim["interval"]) ** 2 for claim in stated.values()]
+    weight_K = [
+        claim["difference"] / np.ptp(claim["interval"]) ** 2
+        for claim in stated.values()
+    ]
     stated_KS = np.array([differences(stated[name], sides) for name in stated])
     new_KS = np.array([differences(values[name], sides) for name in stated])
     return (weight_K @ new_KS / (weight_K @ stated_KS).mean()).tolist()
@@ -224,14 +247,21 @@ class Checked(NamedTuple):
 
 
 def check(
-    stated: Mapping[str, Any], new: Mapping[str, Values], sides: Sides, *, numbers: int, parts: int
+    stated: Mapping[str, Any],
+    new: Mapping[str, Values],
+    sides: Sides,
+    *,
+    numbers: int,
+    parts: int,
 ) -> list[Checked]:
     """Every difference, level and gain of the claims that both have; ``numbers`` and ``parts``
     share their levels."""
     checked: list[Checked] = []
     for name in stated:
         if name in new:
-            checked += check_numbers(name, stated[name], new[name], sides, NUMBERS_LEVEL / numbers)
+            checked += check_numbers(
+                name, stated[name], new[name], sides, NUMBERS_LEVEL / numbers
+            )
     for part in dict.fromkeys(map(part_of, stated)):
         significant = {
             name: claim
@@ -239,12 +269,18 @@ def check(
             if part_of(name) == part and claim["significant"]
         }
         if significant and significant.keys() <= new.keys():
-            checked.append(check_gains(part, significant, new, sides, GAINS_LEVEL / parts))
+            checked.append(
+                check_gains(part, significant, new, sides, GAINS_LEVEL / parts)
+            )
     return checked
 
 
 def check_numbers(
-    name: str, stated: Mapping[str, Any], new: Mapping[str, Any], sides: Sides, level: float
+    name: str,
+    stated: Mapping[str, Any],
+    new: Mapping[str, Any],
+    sides: Sides,
+    level: float,
 ) -> list[Checked]:
     """The difference of a claim's sides, the level of its base and those of the controls."""
     pairs: dict[str, tuple[Sequence[float], Sequence[float]]] = {
@@ -263,7 +299,9 @@ def check_numbers(
         most = reach(before, after, level)
         same = abs(now - old) <= most
         hidden = number == "difference" and stated["significant"] and most >= abs(old)
-        checked.append(Checked(f"{name}; {number}", old, now, most, same, hidden, format_number))
+        checked.append(
+            Checked(f"{name}; {number}", old, now, most, same, hidden, format_number)
+        )
     return checked
 
 
@@ -286,13 +324,18 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
     """Print a table of towers and one of what was run of LLaVA; every number, and the names of
     missing claims."""
     stated_llava = read_json(CLAIMS_LLAVA)
-    rerun = {model for name, model in LANGUAGE_MODELS.items() if (folder / name).is_dir()}
-    stated_rerun = {name: claim for name, claim in stated_llava.items() if part_of(name) in rerun}
+    rerun = {
+        model for name, model in LANGUAGE_MODELS.items() if (folder / name).is_dir()
+    }
+    stated_rerun = {
+        name: claim for name, claim in stated_llava.items() if part_of(name) in rerun
+    }
     llava = with_controls(measured_llava(folder))
     compared_llava = {
         name: claim
         for name, claim in with_controls(stated_rerun).items()
-        if name in llava or name in stated_rerun  # a control that was not run is not missing
+        if name in llava
+        or name in stated_rerun  # a control that was not run is not missing
     }
     stated_towers = read_json(CLAIMS)
     towers = measured(folder)
@@ -314,7 +357,9 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
     return checked, missing
 
 
-def print_unchecked(folder: Path, rerun: Collection[str], stated: Collection[str]) -> None:
+def print_unchecked(
+    folder: Path, rerun: Collection[str], stated: Collection[str]
+) -> None:
     """A line for each language model of LLaVA that is not rerun, or of which nothing is stated."""
     for name, model in LANGUAGE_MODELS.items():
         if model not in rerun:
@@ -349,7 +394,9 @@ def print_hidden(checked: Sequence[Checked]) -> None:
     for number in checked:
         if number.hidden:
             stated = number.format_number(number.stated)
-            hidden.append(f"{number.name} ({stated} ± {number.format_number(number.most)})")
+            hidden.append(
+                f"{number.name} ({stated} ± {number.format_number(number.most)})"
+            )
     if hidden:
         print(
             f"too few seeds to see the loss of {len(hidden)} differences: {', '.join(hidden)}; "
@@ -451,7 +498,11 @@ def paired_seeds(claims: Mapping[str, Any], side: str) -> dict[str, float]:
         values = []
         for name in names:
             claim = claims[name]
-            base = claim["before"] if side == "before" else claim["controls"][side]["values"]
+            base = (
+                claim["before"]
+                if side == "before"
+                else claim["controls"][side]["values"]
+            )
             values.append(paired_t(base, claim["after"]))
         p_of |= dict(zip(names, holm(values), strict=True))
     return p_of
@@ -469,7 +520,9 @@ def paired_t(base: Sequence[float], new: Sequence[float]) -> float:
     return 2 * (1 - t_cdf(abs(float(difference_S.mean())) / error, seeds - 1))
 
 
-def record(path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Path, str]) -> None:
+def record(
+    path: Path, claims: Mapping[str, Any], begin: str, tables: Mapping[Path, str]
+) -> None:
     """Write the claims, and between the markers of each page its table."""
     for page, page_table in tables.items():
         before, rest = page.read_text(encoding="utf-8").split(begin + "\n")
@@ -489,17 +542,23 @@ def record_all(folder: Path, parts: str) -> None:
     control is missing."""
     towers = {} if parts == "llava" else measured(folder)
     llava = {} if parts in ("towers", "map") else measured_llava(folder)
-    has_controls = all(claim["controls"].keys() == CONTROLS.keys() for claim in llava.values())
+    has_controls = all(
+        claim["controls"].keys() == CONTROLS.keys() for claim in llava.values()
+    )
     if parts == "map":
         has_controls = any(claim.get("map") for claim in towers.values())
         towers = with_map(read_json(CLAIMS), towers)
     else:
         for name, claim in towers.items():
-            if not claim.get("map") or (part_of(name) == "tower" and not claim.get("random")):
+            if not claim.get("map") or (
+                part_of(name) == "tower" and not claim.get("random")
+            ):
                 has_controls = False
     if not has_controls or not (llava or towers):
         advice = "run scripts/quickstart.sh --controls, for LLaVA without --no-llava"
-        raise FileNotFoundError(f"{folder} has not all controls of what is recorded; {advice}")
+        raise FileNotFoundError(
+            f"{folder} has not all controls of what is recorded; {advice}"
+        )
     if towers:
         tables = {README: readme_table(headline(towers)), BENCHMARKS: table(towers)}
         record(CLAIMS, towers, BEGIN, tables)
@@ -520,9 +579,13 @@ def with_map(stated: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
 
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
     parser.add_argument(
-        "folder", type=Path, help="a quickstart's results, e.g. quickstart-output/default"
+        "folder",
+        type=Path,
+        help="a quickstart's results, e.g. quickstart-output/default",
     )
     parser.add_argument(
         "--record",

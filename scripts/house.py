@@ -23,7 +23,16 @@ PACKAGE = "llm2clip_plugin"
 LLAVA = "llava_integration"
 ROOMS = (  # of each floor, the lowest first
     ("processes",),
-    ("bootstrap", "bounds", "discovery", "errors", "installation", "launch", "quiet", "signals"),
+    (
+        "bootstrap",
+        "bounds",
+        "discovery",
+        "errors",
+        "installation",
+        "launch",
+        "quiet",
+        "signals",
+    ),
     ("outside", "pages", "progress", "report_text", "run_folder"),
     ("json_files", "hub", "safetensors_header"),
     ("atomic", "hashes"),
@@ -39,7 +48,9 @@ ROOMS = (  # of each floor, the lowest first
     ("stages",),
     ("cli", "doctor"),
 )
-FLOORS = {f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+FLOORS = {
+    f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS) for room in rooms
+}
 # Floors that LLaVA's side may import, besides vision; who may import that
 FOR_LLAVA = (0, 1, 2, 3, 4, 5, 6, 7, 8)
 OF_LLAVA = (f"{PACKAGE}.stages", f"{PACKAGE}.doctor")
@@ -60,7 +71,9 @@ def import_graph(trees: Mapping[str, ast.Module]) -> networkx.DiGraph:
     graph = networkx.DiGraph()
     graph.add_nodes_from(trees)
     for name, tree in trees.items():
-        graph.add_edges_from((name, other) for other in imported(tree, trees) if other != name)
+        graph.add_edges_from(
+            (name, other) for other in imported(tree, trees) if other != name
+        )
     return graph
 
 
@@ -78,7 +91,9 @@ def functions_of(trees: Mapping[str, ast.Module]) -> list[tuple[int, str]]:
     for name, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                functions.append((line_count(node), f"{name.rpartition('.')[2]}.{node.name}"))
+                functions.append(
+                    (line_count(node), f"{name.rpartition('.')[2]}.{node.name}")
+                )
     return functions
 
 
@@ -88,7 +103,11 @@ def line_count(node: ast.stmt) -> int:
 
 def import_lines(trees: Iterable[ast.Module]) -> int:
     nodes = (node for tree in trees for node in ast.walk(tree))
-    return sum(line_count(node) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
+    return sum(
+        line_count(node)
+        for node in nodes
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    )
 
 
 def columns_of(root: Path) -> dict[str, str]:
@@ -99,7 +118,9 @@ def columns_of(root: Path) -> dict[str, str]:
         return {**numbers(root), **count_reading(root, [PACKAGE, LLAVA]), **of_scripts}
     reading = count_reading(root, ["src"]) or count_reading(root, [root.name])
     if not reading:
-        sys.exit(f"error: {root} has neither {PACKAGE} nor src nor {root.name} with Python files")
+        sys.exit(
+            f"error: {root} has neither {PACKAGE} nor src nor {root.name} with Python files"
+        )
     return reading
 
 
@@ -107,7 +128,9 @@ def modules(root: Path) -> dict[str, str]:
     """Each module of the two packages -> its text."""
     sources: dict[str, str] = {}
     for path, text in texts(root, f"{PACKAGE}/**/*.py", f"{LLAVA}/**/*.py").items():
-        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(
+            ".__init__"
+        )
         sources[name] = text
     return sources
 
@@ -170,7 +193,11 @@ def imported_by_name(node: ast.AST) -> str:
     name = node.args[0]
     if called not in ("importlib.import_module", "import_module"):
         return ""
-    return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else ""
+    return (
+        name.value
+        if isinstance(name, ast.Constant) and isinstance(name.value, str)
+        else ""
+    )
 
 
 def room_of(module: str) -> str:
@@ -194,7 +221,9 @@ def goes_up(name: str, other: str) -> bool:
 
 
 if __name__ == "__main__":
-    roots = [Path(word).resolve() for word in sys.argv[1:] or [Path(__file__).parents[1]]]
+    roots = [
+        Path(word).resolve() for word in sys.argv[1:] or [Path(__file__).parents[1]]
+    ]
     columns = [columns_of(root) for root in roots]
     titles = [str(word) for word in sys.argv[1:] or ["this checkout"]]
     print(f"| | {' | '.join(titles)} |\n|---{'|---' * len(roots)}|")

@@ -39,7 +39,11 @@ def contains_comprehension(node: ast.AST) -> bool:
 
 def index_parts(node: ast.Subscript) -> list[ast.expr]:
     if isinstance(node.slice, ast.Slice):
-        return [part for part in (node.slice.lower, node.slice.upper, node.slice.step) if part]
+        return [
+            part
+            for part in (node.slice.lower, node.slice.upper, node.slice.step)
+            if part
+        ]
     return [node.slice]
 
 
@@ -60,19 +64,30 @@ def problem(node: ast.AST) -> str:
         if isinstance(node.targets[0], ast.Tuple):
             return "several assignments in one"
     if isinstance(node, ast.BinOp) and (is_truth(node.left) or is_truth(node.right)):
-        if not isinstance(node.op, (ast.BitAnd, ast.BitOr, ast.BitXor)):  # masks of tensors
+        if not isinstance(
+            node.op, (ast.BitAnd, ast.BitOr, ast.BitXor)
+        ):  # masks of tensors
             return "arithmetic with a truth value"
     if isinstance(node, ast.Subscript) and isinstance(
         node.value, (ast.Name, ast.List, ast.Tuple, ast.Constant)
     ):
-        if any(is_truth(part) and not isinstance(part, ast.Compare) for part in index_parts(node)):
+        if any(
+            is_truth(part) and not isinstance(part, ast.Compare)
+            for part in index_parts(node)
+        ):
             return "an index that is a truth value"
-        if isinstance(node.slice, ast.Slice) and any(is_truth(part) for part in index_parts(node)):
+        if isinstance(node.slice, ast.Slice) and any(
+            is_truth(part) for part in index_parts(node)
+        ):
             return "a slice by a truth value"
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         if node.id.endswith("_") and keyword.iskeyword(node.id[:-1]):
             return f"a keyword as a name ({node.id})"
-    if isinstance(node, ast.arg) and node.arg.endswith("_") and keyword.iskeyword(node.arg[:-1]):
+    if (
+        isinstance(node, ast.arg)
+        and node.arg.endswith("_")
+        and keyword.iskeyword(node.arg[:-1])
+    ):
         return f"a keyword as a name ({node.arg})"
     return ""
 

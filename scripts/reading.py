@@ -25,6 +25,7 @@ class Counts:
     characters: int = 0
     long_lines: int = 0
     lines_without_imports: int = 0
+    statements: int = 0  # without imports
     nodes: int = 0  # of the syntax tree, without imports
     nested_comprehensions: int = 0
     packed_assignments: int = 0  # a, b = x, y
@@ -50,6 +51,8 @@ class Counts:
             self.add_node(node)
 
     def add_node(self, node: ast.AST) -> None:
+        if isinstance(node, ast.stmt) and not isinstance(node, IMPORTS):
+            self.statements += 1
         if isinstance(node, COMPREHENSIONS) and contains_comprehension(node):
             self.nested_comprehensions += 1
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
@@ -69,6 +72,7 @@ class Counts:
             "characters a line": f"{self.characters / self.lines:.1f}",
             f"lines over {LONG_LINE} characters": f"{self.long_lines / self.lines:.1%}",
             "syntax nodes a line": f"{self.nodes / self.lines_without_imports:.1f}",
+            "syntax nodes a statement": f"{self.nodes / self.statements:.1f}",
             "comprehensions in comprehensions, per 1,000 lines": f"{nested:.1f}",
             "`a, b = x, y`, per 1,000 lines": f"{self.packed_assignments / thousands:.1f}",
             "filler names, of all assigned": f"{self.filler_names / self.assigned_names:.2%}",
@@ -78,7 +82,10 @@ class Counts:
 def docstring_lines(tree: ast.Module) -> set[int]:
     docstrings = []
     for node in ast.walk(tree):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, DOCUMENTED)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             docstrings.append(node.body[0])
     return lines_of(docstrings)
 

@@ -11,12 +11,18 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-SHARED = ("support", "../scripts", "../scripts/quickstart")  # whose modules are in no package
+SHARED = (
+    "support",
+    "../scripts",
+    "../scripts/quickstart",
+)  # whose modules are in no package
 sys.path += [str((TESTS / name).resolve()) for name in SHARED]
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
     """Workers of xdist take the files with slow tests first, then those with many: one that starts
     last runs alone."""
     if hasattr(config, "workerinput"):

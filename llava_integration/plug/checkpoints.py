@@ -29,7 +29,9 @@ def checkpoint_config(folder: Path) -> dict[str, Any]:
     """config.json of a LLaVA checkpoint. Raises FileNotFoundError without one, ContractError for a
     damaged one."""
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} is not a LLaVA checkpoint: no {CONFIG} in it")
+        raise FileNotFoundError(
+            f"{folder} is not a LLaVA checkpoint: no {CONFIG} in it"
+        )
     return read_json(folder / CONFIG)
 
 
@@ -65,7 +67,9 @@ def refuse_name(path: str, *, base: str | None = None, name: str | None = None) 
     """Raise ValueError if LLaVA would load its checkpoint at ``path`` as another kind of model than
     it is. ``base``: the base model that is given with it; ``name``: in place of the folder's."""
     config = config_of(path)
-    if "mm_vision_tower" not in config and not str(config.get("model_type")).startswith(WORD):
+    if "mm_vision_tower" not in config and not str(config.get("model_type")).startswith(
+        WORD
+    ):
         return
     lower_name = (model_name(str(path)) if name is None else name).lower()
     has_lora = (Path(path).expanduser() / "adapter_config.json").is_file()
@@ -95,7 +99,9 @@ def config_of(path: str | Path, name: str = CONFIG) -> dict[str, Any]:
     """A model's config.json; {} without one, for a Hub id and for a damaged file, which loading
     will refuse."""
     try:
-        config = json.loads((Path(path).expanduser() / name).read_text(encoding="utf-8"))
+        config = json.loads(
+            (Path(path).expanduser() / name).read_text(encoding="utf-8")
+        )
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -118,7 +124,11 @@ def is_unfrozen(config: Any) -> bool:
     """Whether the tower is trained, by ``unfreeze_mm_vision_tower`` or LLaVA-NeXT's
     ``mm_tunable_parts``. ``config``: a model's configuration or arguments, or a dictionary of
     config.json."""
-    read = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
+    read = (
+        config.get
+        if isinstance(config, dict)
+        else lambda name: getattr(config, name, None)
+    )
     return bool(read("unfreeze_mm_vision_tower")) or "mm_vision_tower" in (
         read("mm_tunable_parts") or ""
     ).split(",")
@@ -136,5 +146,7 @@ def blocks_below(select_layer: int, num_layers: int) -> int:
     states = num_layers + 1
     if not -states <= select_layer < states:
         problem = f"a tower of {num_layers} blocks has hidden states {-states} to {states - 1}"
-        raise ValueError(f"mm_vision_select_layer {select_layer} is out of range: {problem}")
+        raise ValueError(
+            f"mm_vision_select_layer {select_layer} is out of range: {problem}"
+        )
     return select_layer % states

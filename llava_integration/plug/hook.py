@@ -20,7 +20,9 @@ from llm2clip_plugin.errors import ContractError, errors_about
 
 # LLaVA reads them, but its argument parser does not define them
 OWN_OPTIONS = ("s2", "s2_scales", "unfreeze_mm_vision_tower")
-CONVERSATION = "llm2clip_conversation"  # in config.json: --version, which LLaVA does not record
+CONVERSATION = (
+    "llm2clip_conversation"  # in config.json: --version, which LLaVA does not record
+)
 FIRST_LAYER = re.compile(r"mm_projector\.(0\.)?weight$")
 Function = Callable[..., Any]
 
@@ -39,7 +41,9 @@ def complete(module: ModuleType) -> None:
     else:
         for value in list(vars(module).values()):
             if isinstance(value, type) and "initialize_vision_modules" in vars(value):
-                wrap_function(value, "initialize_vision_modules", initialize_vision_modules)
+                wrap_function(
+                    value, "initialize_vision_modules", initialize_vision_modules
+                )
 
 
 def wrap_function(owner: Any, name: str, function: Function) -> None:
@@ -53,11 +57,16 @@ def wrap_function(owner: Any, name: str, function: Function) -> None:
     def wrapper(*arguments: Any, **options: Any) -> Any:
         return function(original, *arguments, **options)
 
-    functools.update_wrapper(wrapper, original, assigned=("__name__", "__qualname__", "__doc__"))
+    functools.update_wrapper(
+        wrapper, original, assigned=("__name__", "__qualname__", "__doc__")
+    )
     setattr(owner, name, wrapper)
     package = original.__module__.split(".")[0]
     for module_name, module in list(sys.modules.items()):
-        if module_name.split(".")[0] == package and getattr(module, name, None) is original:
+        if (
+            module_name.split(".")[0] == package
+            and getattr(module, name, None) is original
+        ):
             setattr(module, name, wrapper)
 
 
@@ -69,14 +78,18 @@ def build_vision_tower(
     from llava_integration.plug.tower import LLM2CLIPVisionTower, MultiscaleVisionTower
 
     name: Any = getattr(
-        vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None)
+        vision_tower_cfg,
+        "mm_vision_tower",
+        getattr(vision_tower_cfg, "vision_tower", None),
     )
     if not towers.is_ours(name):
         return original(vision_tower_cfg, *arguments, **options)
     settings_from_environment(vision_tower_cfg)
     location = towers.find_tower(name, vision_tower_cfg)
     tower_class = (
-        MultiscaleVisionTower if getattr(vision_tower_cfg, "s2", False) else LLM2CLIPVisionTower
+        MultiscaleVisionTower
+        if getattr(vision_tower_cfg, "s2", False)
+        else LLM2CLIPVisionTower
     )
     tower = tower_class(name, location, vision_tower_cfg, delay_load=True)
     check_projector(name, tower.hidden_size, vision_tower_cfg)
@@ -95,10 +108,14 @@ def check_projector(name: str, hidden_size: int, config: Any) -> None:
     if trained := getattr(config, "mm_hidden_size", None):
         expected[towers.checkpoint_of(config) or "the checkpoint"] = trained
     if adapter := getattr(config, "pretrain_mm_mlp_adapter", None):
-        with errors_about(adapter, fix="pretrain the projector again, or copy it again"):
+        with errors_about(
+            adapter, fix="pretrain the projector again, or copy it again"
+        ):
             weights = torch.load(adapter, map_location="cpu", weights_only=True)
         for key, tensor in weights.items():
-            if FIRST_LAYER.search(key) and tensor.ndim == 2:  # others have no width to compare
+            if (
+                FIRST_LAYER.search(key) and tensor.ndim == 2
+            ):  # others have no width to compare
                 expected[adapter] = tensor.shape[1]
     for where, width in expected.items():
         if width != hidden_size:
@@ -136,7 +153,9 @@ def initialize_vision_modules(
     """Write the tower's record and OWN_OPTIONS into the model's configuration."""
     # a fork may have towers of other names alone
     name: Any = getattr(model_args, "vision_tower", None)
-    previous_tower = self.get_vision_tower() if hasattr(self, "get_vision_tower") else None
+    previous_tower = (
+        self.get_vision_tower() if hasattr(self, "get_vision_tower") else None
+    )
     refuse_another_tower(previous_tower, name)
     if not towers.is_ours(name):
         return original(self, model_args, *arguments, **options)
@@ -168,7 +187,9 @@ def refuse_another_tower(tower: Any, name: Any) -> None:
     if tower is None or previous == name:
         return
     ours = [towers.is_ours(name), towers.is_ours(previous)]
-    if not any(ours) or (all(ours) and towers.locate(name).sha256 == tower.location.sha256):
+    if not any(ours) or (
+        all(ours) and towers.locate(name).sha256 == tower.location.sha256
+    ):
         return
     raise ContractError(
         f"the model already has the vision tower {previous!r}, "

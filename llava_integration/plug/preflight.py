@@ -36,7 +36,13 @@ STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")
 IMAGES_CHECKED = 200
 MPT = "mpt"
-TRAINED = ("llama", "mistral", "llava", "llava_llama", "llava_mistral")  # types of language models
+TRAINED = (
+    "llama",
+    "mistral",
+    "llava",
+    "llava_llama",
+    "llava_mistral",
+)  # types of language models
 
 
 def main(argv: list[str]) -> int:
@@ -129,7 +135,11 @@ def check_language(path: Path) -> Iterator[str]:
     settings = config_of(path, "tokenizer_config.json")
     tokens = config_of(path, "special_tokens_map.json")
     has_unk = settings.get("unk_token") or tokens.get("unk_token")
-    if (settings or tokens) and not has_unk and not (path / "tokenizer.model").is_file():
+    if (
+        (settings or tokens)
+        and not has_unk
+        and not (path / "tokenizer.model").is_file()
+    ):
         yield (
             f"--model {path}: no unk_token, with which LLaVA pads batches; "
             "set one in its tokenizer_config.json"
@@ -230,7 +240,9 @@ def sample_problem(stage: str, sample: Any) -> str:
     return ""
 
 
-def check_tower(tower: str, projector: str | None, llava: argparse.Namespace) -> Iterator[str]:
+def check_tower(
+    tower: str, projector: str | None, llava: argparse.Namespace
+) -> Iterator[str]:
     """The tower exists, has the state that LLaVA's options select and the weights of its card; the
     projector fits."""
     if projector is not None and not os.path.isfile(projector):
@@ -254,9 +266,13 @@ def check_tower(tower: str, projector: str | None, llava: argparse.Namespace) ->
         check_feature(llava.mm_vision_select_feature or "patch")
         location.check_weights()
         if projector is not None:
-            scales = len(re.findall(r"\d+", os.environ.get("LLM2CLIP_S2_SCALES", ""))) or 1
+            scales = (
+                len(re.findall(r"\d+", os.environ.get("LLM2CLIP_S2_SCALES", ""))) or 1
+            )
             width = location.card.hidden_size * scales
-            check_projector(tower, width, SimpleNamespace(pretrain_mm_mlp_adapter=projector))
+            check_projector(
+                tower, width, SimpleNamespace(pretrain_mm_mlp_adapter=projector)
+            )
     except (ValueError, FileNotFoundError) as error:
         yield str(error).replace("--vision_tower", "--tower")
 

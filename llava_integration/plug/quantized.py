@@ -7,7 +7,9 @@ from typing import Any
 QUANTIZATION = "quantization_config"  # in config.json, and of a model's configuration
 
 
-def refuse_quantized_base(path: str, base: str | None, *, in_8bit: bool, in_4bit: bool) -> None:
+def refuse_quantized_base(
+    path: str, base: str | None, *, in_8bit: bool, in_4bit: bool
+) -> None:
     """Raise ValueError for a base model that is to be loaded in 8 or 4 bits: LLaVA quantizes the
     projector with it, which has no weights yet, and cannot put those of ``path`` there."""
     if base is None or not (in_8bit or in_4bit):

@@ -18,7 +18,8 @@ from llm2clip_plugin.vision.towers import load_tower, print_once, tower_blocks
 # On PIL, as in transformers 4: the default of transformers 5, on torchvision, differs by 1/255 in
 # some pixels
 IMAGE_PROCESSOR: Any = (
-    getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    getattr(transformers, "CLIPImageProcessorPil", None)
+    or transformers.CLIPImageProcessor
 )
 
 
@@ -30,7 +31,9 @@ class LLM2CLIPVisionTower(nn.Module):
     `is_unfrozen`.
     """
 
-    def __init__(self, name: str, location: TowerLocation, args: Any, delay_load: bool = False):
+    def __init__(
+        self, name: str, location: TowerLocation, args: Any, delay_load: bool = False
+    ):
         """``args``: LLaVA's configuration or model arguments; with ``delay_load``, ``load_model``
         reads the weights. Raises ValueError for an unknown ``mm_vision_select_feature`` or a
         ``mm_vision_select_layer`` out of range."""
@@ -96,7 +99,9 @@ class LLM2CLIPVisionTower(nn.Module):
             images.to(device=self.device, dtype=self.dtype), output_hidden_states=True
         )
         states = outputs.hidden_states[self.blocks_used]
-        return states[:, 1:] if self.has_cls and self.select_feature == "patch" else states
+        return (
+            states[:, 1:] if self.has_cls and self.select_feature == "patch" else states
+        )
 
     @property
     def config(self) -> Any:
@@ -148,7 +153,9 @@ def device_of_map(device_map: Any) -> Any:
         return device_map[""]
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else None
         )
     return device_map
 
@@ -162,7 +169,9 @@ DEFAULT_SCALES = "336,672,1008"
 class MultiscaleVisionTower(LLM2CLIPVisionTower):
     """Features of every scale, concatenated: (B, N, H x scales)."""
 
-    def __init__(self, name: str, location: TowerLocation, args: Any, delay_load: bool = False):
+    def __init__(
+        self, name: str, location: TowerLocation, args: Any, delay_load: bool = False
+    ):
         """Raises ValueError unless the first scale is the tower's image size and the others are
         multiples of it."""
         self.scales = parse_scales(
@@ -201,10 +210,14 @@ class MultiscaleVisionTower(LLM2CLIPVisionTower):
             images.dtype
         )
         batch = resized.shape[0]
-        cut = resized.reshape(batch, 3, tiles, tile, tiles, tile).permute(2, 4, 0, 1, 3, 5)
+        cut = resized.reshape(batch, 3, tiles, tile, tiles, tile).permute(
+            2, 4, 0, 1, 3, 5
+        )
         states = super().patch_states(cut.reshape(tiles * tiles * batch, 3, tile, tile))
         side = self.num_patches_per_side
-        grid = states.reshape(tiles, tiles, batch, side, side, -1).permute(2, 5, 0, 3, 1, 4)
+        grid = states.reshape(tiles, tiles, batch, side, side, -1).permute(
+            2, 5, 0, 3, 1, 4
+        )
         return grid.reshape(batch, -1, tiles * side, tiles * side)
 
     @property

@@ -28,7 +28,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from llava_integration.plug.checkpoints import CONFIG, HUB_ID, checkpoint_config, config_of
+from llava_integration.plug.checkpoints import (
+    CONFIG,
+    HUB_ID,
+    checkpoint_config,
+    config_of,
+)
 from llm2clip_plugin.atomic import atomic_directory, write_text
 from llm2clip_plugin.contracts import TowerCard, VersionedRecord
 from llm2clip_plugin.errors import ContractError, errors_about
@@ -54,7 +59,9 @@ class TowerLocation:
 
     directory: Path
     card: TowerCard
-    origin: str  # absolute path, or Hub id with revision: where another machine would look
+    origin: (
+        str  # absolute path, or Hub id with revision: where another machine would look
+    )
     how: str  # how the tower was named, for messages: "LLM2CLIP_TOWER=...", "bundled in ..."
 
     @classmethod
@@ -69,7 +76,10 @@ class TowerLocation:
             )
         card = TowerCard.read(directory / TowerCard.FILE)
         return cls(
-            directory=directory, card=card, origin=origin or str(directory.resolve()), how=how
+            directory=directory,
+            card=card,
+            origin=origin or str(directory.resolve()),
+            how=how,
         )
 
     @property
@@ -122,7 +132,9 @@ class Registry(VersionedRecord):
             spec = entry["spec"]
             while spec in self.towers and spec != self.towers[spec].get("spec"):
                 if spec in seen:
-                    raise ContractError(f"{where}: towers.{name} leads back to itself; {advice}")
+                    raise ContractError(
+                        f"{where}: towers.{name} leads back to itself; {advice}"
+                    )
                 seen.add(spec)
                 spec = self.towers[spec].get("spec", "")
         if self.chosen and self.chosen not in self.towers:
@@ -161,14 +173,19 @@ def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
     is taken."""
     registered = registry()
     name = name or registered_name(registered, spec) or free_name(registered, spec)
-    towers = {**registered.towers, name: {"spec": spec, "weights_sha256": weights_sha256}}
+    towers = {
+        **registered.towers,
+        name: {"spec": spec, "weights_sha256": weights_sha256},
+    }
     replace(registered, chosen=name, towers=towers).write(registry_file())
     return name
 
 
 def registered_name(registered: Registry, spec: str) -> str:
     """The first name of a tower, "" if it has none."""
-    return next((name for name, entry in registered.towers.items() if entry["spec"] == spec), "")
+    return next(
+        (name for name, entry in registered.towers.items() if entry["spec"] == spec), ""
+    )
 
 
 def free_name(registered: Registry, spec: str) -> str:
@@ -232,7 +249,9 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
         return TowerLocation.of(path, how=how)
     registered = registry()
     if spec in registered.towers and registered.towers[spec]["spec"] != spec:
-        return locate_spec(registered.towers[spec]["spec"], how=f"{how} (registered as {spec!r})")
+        return locate_spec(
+            registered.towers[spec]["spec"], how=f"{how} (registered as {spec!r})"
+        )
     if HUB_ID.match(spec):
         repository, _, revision = spec.partition("@")
         directory = download(repository, HUB_FILES, revision or None)
@@ -259,7 +278,9 @@ def download(repository: str, patterns: list[str], revision: str | None = None) 
 
 # The path or Hub id given to load_pretrained_model. A LoRA or projector checkpoint needs it: the
 # configuration that reaches the tower has the base model's path.
-checkpoint_being_loaded: ContextVar[str] = ContextVar("checkpoint_being_loaded", default="")
+checkpoint_being_loaded: ContextVar[str] = ContextVar(
+    "checkpoint_being_loaded", default=""
+)
 
 
 @contextmanager
@@ -277,7 +298,9 @@ def checkpoint_of(config: Any) -> str:
     return checkpoint_being_loaded.get() or getattr(config, "_name_or_path", "")
 
 
-def tower_record(location: TowerLocation, name: str, hidden_size: int) -> dict[str, Any]:
+def tower_record(
+    location: TowerLocation, name: str, hidden_size: int
+) -> dict[str, Any]:
     """What config.json records of the tower, under KEY; ``name`` is LLaVA's ``--vision_tower``."""
     return {
         "weights_sha256": location.sha256,
@@ -305,17 +328,25 @@ def find_tower(name: str, config: Any) -> TowerLocation:
         except FileNotFoundError:
             if not (Path(checkpoint) / BUNDLE / TowerCard.FILE).is_file():
                 raise
-            return TowerLocation.of(Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}")
-    with errors_about(f"{KEY} in config.json of {checkpoint}", fix="copy the checkpoint again"):
+            return TowerLocation.of(
+                Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}"
+            )
+    with errors_about(
+        f"{KEY} in config.json of {checkpoint}", fix="copy the checkpoint again"
+    ):
         wanted = str(record["weights_sha256"])
         origin = str(record["origin"])
     places: list[tuple[str, Callable[[], TowerLocation]]] = [
         (f"by name, {name!r}", partial(locate, name))
     ]
     if folder := checkpoint_of(config):
-        places.append((f"in {folder}/{BUNDLE}", partial(locate_bundled, folder, origin)))
+        places.append(
+            (f"in {folder}/{BUNDLE}", partial(locate_bundled, folder, origin))
+        )
     if origin != name.partition(":")[2]:
-        places.append((f"at its origin, {origin}", partial(locate_spec, origin, how="origin")))
+        places.append(
+            (f"at its origin, {origin}", partial(locate_spec, origin, how="origin"))
+        )
     spec = os.environ.get("LLM2CLIP_TOWER")
     if spec and name != NAME:  # which means it already
         variable = f"LLM2CLIP_TOWER={spec}"
@@ -338,7 +369,9 @@ def find_tower(name: str, config: Any) -> TowerLocation:
                 print(f"llm2clip: loading the vision tower {name!r} from {source}")
             return location
         problem = ContractError  # another tower is not loaded in its place
-        searched.append(f"\n  - {where}: {location.directory} has sha256 {location.sha256}")
+        searched.append(
+            f"\n  - {where}: {location.directory} has sha256 {location.sha256}"
+        )
     about = f"origin {origin}, {record.get('family')}, {record.get('image_size')} px"
     raise problem(
         f"{checkpoint} was trained with the tower sha256 {wanted} ({about}); "
@@ -383,7 +416,9 @@ def locate_bundled(checkpoint: str, origin: str) -> TowerLocation:
         directory = download(checkpoint, [f"{BUNDLE}/*"])
     if not (directory / BUNDLE).is_dir():
         raise TowerNotFoundError("no such folder")
-    return TowerLocation.of(directory / BUNDLE, how=f"bundled in {checkpoint}", origin=origin)
+    return TowerLocation.of(
+        directory / BUNDLE, how=f"bundled in {checkpoint}", origin=origin
+    )
 
 
 # ``llm2clip use``, ``llm2clip towers``, ``llm2clip llava bundle``
@@ -394,7 +429,9 @@ class UseConfig:
     """The tower to use."""
 
     tower: str = setting(help="tower directory, Hub id, or a registered name")
-    name: str = setting("", help='register it under this name; "": last part of the path or id')
+    name: str = setting(
+        "", help='register it under this name; "": last part of the path or id'
+    )
 
 
 USE = Command(
@@ -416,7 +453,9 @@ TOWERS = Command(
 def main_use(argv: list[str]) -> int:
     options = USE.parse(argv)
     if HUB_ID.match(options.name) and "/" in options.name:
-        raise ValueError(f"--name {options.name} reads as a Hub id; choose a name without /")
+        raise ValueError(
+            f"--name {options.name} reads as a Hub id; choose a name without /"
+        )
     location = locate_spec(options.tower, how=f"llm2clip use {options.tower}")
     location.check_weights()
     name = select(location.origin, location.sha256, name=options.name)
@@ -440,7 +479,9 @@ def main_towers(argv: list[str]) -> int:
                 description = f"not usable: {error}"
         print(f"{'*' if name == registered.chosen else ' '} {name}: {description}")
     if not registered.towers:
-        print(f"{registered.summary()}; register one with `llm2clip use PATH_OR_HUB_ID`")
+        print(
+            f"{registered.summary()}; register one with `llm2clip use PATH_OR_HUB_ID`"
+        )
     return 0
 
 
@@ -473,12 +514,16 @@ def bundle(checkpoint: Path, *, tower: str = "") -> Path:
     return target
 
 
-def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str) -> TowerLocation:
+def locate_tower(
+    checkpoint: Path, name: str, config: dict[str, Any], tower: str
+) -> TowerLocation:
     """The tower at ``tower``, or else the one that loading the checkpoint finds. Raises
     ContractError with both hashes if ``tower`` is not the one that the checkpoint was trained with.
     """
     if not tower:
-        return find_tower(name, SimpleNamespace(**{**config, "_name_or_path": str(checkpoint)}))
+        return find_tower(
+            name, SimpleNamespace(**{**config, "_name_or_path": str(checkpoint)})
+        )
     location = locate_spec(tower, how=f"--tower {tower}")
     recorded = config.get(KEY, {}).get("weights_sha256", location.sha256)
     if location.sha256 != recorded:
@@ -494,7 +539,9 @@ def locate_tower(checkpoint: Path, name: str, config: dict[str, Any], tower: str
 class BundleConfig:
     """Checkpoints that get their tower."""
 
-    checkpoints: tuple[Path, ...] = setting(help="folders with config.json", option="checkpoint")
+    checkpoints: tuple[Path, ...] = setting(
+        help="folders with config.json", option="checkpoint"
+    )
     tower: str = setting(
         "",
         help="path, registered name or Hub id of the tower, if the checkpoint cannot find it",
@@ -514,5 +561,7 @@ def main_bundle(argv: list[str]) -> int:
     options = LLAVA_BUNDLE.parse(argv)
     for checkpoint in options.checkpoints:
         target = bundle(checkpoint, tower=options.tower)
-        print(f"{target}: sha256 {TowerCard.read(target / TowerCard.FILE).weights_sha256}")
+        print(
+            f"{target}: sha256 {TowerCard.read(target / TowerCard.FILE).weights_sha256}"
+        )
     return 0

@@ -28,11 +28,15 @@ from llm2clip_plugin.quiet import quiet_llava
 # pyright: reportMissingImports=false
 
 
-PROGRAMS = ("__main__", "llava.train.train")  # as a program, and imported by train_mem.py
+PROGRAMS = (
+    "__main__",
+    "llava.train.train",
+)  # as a program, and imported by train_mem.py
 # those that DeepSpeed starts several of and then waits for the last one only
 COLLECTIVES = (
-    "all_gather all_gather_into_tensor reduce_scatter_tensor all_reduce reduce broadcast".split()
-)
+    "all_gather all_gather_into_tensor "
+    "reduce_scatter_tensor all_reduce reduce broadcast"
+).split()
 BESIDE_LORA = "non_lora_trainables.bin"
 Turns = list[dict[str, str]]
 
@@ -44,7 +48,9 @@ def complete_trainer(module: ModuleType) -> None:
         return
     trainer.completed_by_llm2clip = True
     quiet_llava()
-    file = os.path.realpath(os.path.join(os.path.dirname(str(module.__file__)), "train.py"))
+    file = os.path.realpath(
+        os.path.join(os.path.dirname(str(module.__file__)), "train.py")
+    )
 
     # The program, which no import hook sees as __main__, has made its dataset by then; that
     # prepares a sample when it is read.
@@ -59,7 +65,11 @@ def complete_trainer(module: ModuleType) -> None:
     # A LoRA checkpoint gets no config.json, which would name its tower.
     @replaces(trainer, "_save")
     def save(
-        original: Any, self: Any, output_dir: str | None = None, *arguments: Any, **options: Any
+        original: Any,
+        self: Any,
+        output_dir: str | None = None,
+        *arguments: Any,
+        **options: Any,
     ) -> None:
         original(self, output_dir, *arguments, **options)
         if output_dir and os.path.isdir(output_dir):
@@ -72,10 +82,14 @@ def complete_trainer(module: ModuleType) -> None:
     def load_from_checkpoint(
         original: Any, self: Any, resume_from_checkpoint: str, model: Any = None
     ) -> None:
-        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        dtypes = {
+            name: parameter.dtype for name, parameter in self.model.named_parameters()
+        }
         original(self, resume_from_checkpoint, model)
         for name, parameter in self.model.named_parameters():
-            if parameter.dtype != dtypes[name]:  # newer PEFT reads LoRA weights as float32
+            if (
+                parameter.dtype != dtypes[name]
+            ):  # newer PEFT reads LoRA weights as float32
                 parameter.data = parameter.data.to(dtypes[name])
         if not self.is_fsdp_enabled:
             load_beside_lora(self.model, resume_from_checkpoint)
@@ -94,7 +108,9 @@ def complete_trainer(module: ModuleType) -> None:
     @replaces(trainer, "create_optimizer")
     def create_optimizer(original: Any, self: Any) -> torch.optim.Optimizer:
         optimizer = original(self)
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        optimizer.param_groups[:] = [
+            group for group in optimizer.param_groups if group["params"]
+        ]
         return optimizer
 
     # torch 2.6 and newer do not load numpy's random state, without which the trainer of 4.37 cannot
@@ -115,11 +131,15 @@ def beside_lora(model: Any) -> dict[str, torch.nn.Parameter]:
     from llava_integration.plug.compat.patches import names_of_4
 
     trained = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
     if not any("lora_" in name for name in trained):
         return {}
-    beside = {name: parameter for name, parameter in trained.items() if "lora_" not in name}
+    beside = {
+        name: parameter for name, parameter in trained.items() if "lora_" not in name
+    }
     return names_of_4(beside)
 
 
@@ -151,7 +171,9 @@ def load_beside_lora(model: Any, folder: str) -> None:
     saved = {name: tuple(value.shape) for name, value in weights.items()}
     if saved != expected:
         differing = sorted(dict(saved.items() ^ expected.items()))
-        raise ContractError(f"{path} does not fit the model: {', '.join(differing)}; {advice}")
+        raise ContractError(
+            f"{path} does not fit the model: {', '.join(differing)}; {advice}"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -190,7 +212,9 @@ def leave_ranks() -> None:
     if torch.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1 if hasattr(sys, "last_value") else 0)  # set by an error that nobody caught
+        os._exit(
+            1 if hasattr(sys, "last_value") else 0
+        )  # set by an error that nobody caught
 
 
 # ``--version chatml_direct`` and ``mpt``: labels for language models that speak ChatML. LLaVA's
@@ -210,12 +234,17 @@ def preprocess(
 
     def ids_of(text: str) -> list[int]:
         ids: Any = (
-            tokenizer_image_token(text, tokenizer) if has_image else tokenizer(text).input_ids
+            tokenizer_image_token(text, tokenizer)
+            if has_image
+            else tokenizer(text).input_ids
         )
         return ids
 
     rows = [labeled(turns, ids_of) for turns in sources]
-    return {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
+    return {
+        "input_ids": [ids for ids, _ in rows],
+        "labels": [labels for _, labels in rows],
+    }
 
 
 def shared_length(first: list[int], second: list[int]) -> int:
@@ -228,7 +257,9 @@ def shared_length(first: list[int], second: list[int]) -> int:
     return length
 
 
-def labeled(turns: Turns, ids_of: Callable[[str], list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def labeled(
+    turns: Turns, ids_of: Callable[[str], list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels of one conversation; turns before the first question are left out, as in
     LLaVA's templates."""
     from llava import conversation
@@ -241,7 +272,9 @@ def labeled(turns: Turns, ids_of: Callable[[str], list[int]]) -> tuple[torch.Ten
     for turn in turns if turns[0]["from"] == "human" else turns[1:]:
         role = roles[len(template.messages) % 2]
         if turn["from"] != ("human" if role == roles[0] else "gpt"):
-            raise ValueError(f"turns of a conversation must alternate human, gpt, ...; got {turns}")
+            raise ValueError(
+                f"turns of a conversation must alternate human, gpt, ...; got {turns}"
+            )
         template.append_message(role, None)
         before = ids_of(template.get_prompt())
         template.messages[-1][1] = turn["value"]

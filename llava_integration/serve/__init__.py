@@ -14,7 +14,9 @@ class LlavaExportConfig:
 
     checkpoint: Path = setting(help="folder of a full or LoRA checkpoint")
     output: Path = setting(help="folder to write")
-    format: Literal["hf"] = setting("hf", help="hf: LlavaForConditionalGeneration, safetensors")
+    format: Literal["hf"] = setting(
+        "hf", help="hf: LlavaForConditionalGeneration, safetensors"
+    )
     dtype: Literal["fp16", "bf16", "fp32"] = setting(
         "fp16",
         help="of the weights; LLaVA loads fp16",
@@ -63,7 +65,9 @@ class VlmConfig:
         "llava",
         help="llava: one square; the others: tiles",
     )
-    chat_template: Path | None = setting(None, help="Jinja file in place of the LLM's own template")
+    chat_template: Path | None = setting(
+        None, help="Jinja file in place of the LLM's own template"
+    )
     select_layer: int = setting(
         -2,
         help="hidden state of the tower that the projector reads; -2: before the last block",
@@ -74,7 +78,9 @@ class VlmConfig:
         True,
         help="compare logits with those of tower and LLM (both models in memory, one by one)",
     )
-    dry_run: bool = setting(False, help="print parameters and bytes of the parts, then exit")
+    dry_run: bool = setting(
+        False, help="print parameters and bytes of the parts, then exit"
+    )
     overwrite: bool = setting(False, help="replace an existing folder")
 
 

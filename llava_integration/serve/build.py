@@ -31,7 +31,12 @@ from llava_integration.serve.checkpoint import (
 from llava_integration.serve.prompt import IMAGE
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.report_text import markdown_table
-from llm2clip_plugin.vision.directory import WEIGHTS_FILE, published, weight_files, write_json
+from llm2clip_plugin.vision.directory import (
+    WEIGHTS_FILE,
+    published,
+    weight_files,
+    write_json,
+)
 from llm2clip_plugin.vision.export import LICENSE
 from llm2clip_plugin.vision.families import Family, families, read_config
 from llm2clip_plugin.vision.towers import preprocessor_config
@@ -60,7 +65,9 @@ def text_config(config: dict[str, Any], tokens: int) -> dict[str, Any]:
     """``text_config`` of the exported model: a Llama of ``tokens`` tokens."""
     text = {name: config[name] for name in FIELDS if config.get(name) is not None}
     rope = text.get("rope_parameters") or {}
-    text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))  # transformers 4's name
+    text.setdefault(
+        "rope_theta", rope.get("rope_theta", 10000.0)
+    )  # transformers 4's name
     return {
         **text,
         "architectures": ["LlamaForCausalLM"],
@@ -76,7 +83,9 @@ def hf_name(name: str) -> str:
     ('multi_modal_projector.linear_2.bias', 'language_model.lm_head.weight')
     """
     layer, _, kind = name.removeprefix("model.").rpartition(".")
-    return f"{PROJECTOR[layer]}.{kind}" if layer in PROJECTOR else f"language_model.{name}"
+    return (
+        f"{PROJECTOR[layer]}.{kind}" if layer in PROJECTOR else f"language_model.{name}"
+    )
 
 
 def language_tensors(
@@ -89,7 +98,9 @@ def language_tensors(
     missing or unknown, or an embedding with fewer rows.
     """
     llm_tensors = {
-        n: t for n, t in tensors.items() if not n.startswith(TOWER) and not n.endswith(BUFFERS)
+        n: t
+        for n, t in tensors.items()
+        if not n.startswith(TOWER) and not n.endswith(BUFFERS)
     }
     is_tied = bool(config.get("tie_word_embeddings"))
     blocks = [
@@ -97,13 +108,17 @@ def language_tensors(
         for n in range(config["num_hidden_layers"])
         for part in BLOCK
     ]
-    projector = [f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")]
+    projector = [
+        f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")
+    ]
     head = [] if is_tied else [HEAD]
     wanted = [EMBEDDING, *blocks, "model.norm.weight", *head, *projector]
     if missing := [name for name in wanted if name not in llm_tensors]:
         count = f"{len(missing)} of {len(wanted)} tensors are missing"
         raise ContractError(f"{where}: {count}, such as {missing[0]}; {FIX}")
-    biases = {f"{name.removesuffix('.weight')}.bias" for name in blocks if "norm" not in name}
+    biases = {
+        f"{name.removesuffix('.weight')}.bias" for name in blocks if "norm" not in name
+    }
     refuse_rest(set(llm_tensors) - set(wanted) - {HEAD} - biases, where)
     for name in {EMBEDDING, HEAD} & {*llm_tensors}:
         if (rows := llm_tensors[name].shape[0]) < tokens:
@@ -112,7 +127,9 @@ def language_tensors(
             )
         llm_tensors[name] = with_image_row(llm_tensors[name], tokens)
     return {
-        hf_name(name): tensor for name, tensor in llm_tensors.items() if name != HEAD or not is_tied
+        hf_name(name): tensor
+        for name, tensor in llm_tensors.items()
+        if name != HEAD or not is_tied
     }
 
 
@@ -129,7 +146,9 @@ def with_image_row(rows: LazyTensor, tokens: int, *, added: int = 1) -> LazyTens
             (kept, kept.float().mean(0, keepdim=True).to(kept.dtype).expand(added, -1))
         )
 
-    return LazyTensor(shape=(tokens + added, rows.shape[1]), read=read, where=rows.where)
+    return LazyTensor(
+        shape=(tokens + added, rows.shape[1]), read=read, where=rows.where
+    )
 
 
 # The code of towers that transformers does not have, saved with a model: ``trust_remote_code`` runs
@@ -169,7 +188,11 @@ class {arch}TowerForConditionalGeneration({arch}ForConditionalGeneration):
             kwargs.setdefault("key_mapping", RENAMED)
         return super().from_pretrained(*args, **kwargs)
 '''
-AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForPreTraining")
+AUTO_CLASSES = (
+    "AutoModelForImageTextToText",
+    "AutoModelForVision2Seq",
+    "AutoModelForPreTraining",
+)
 
 
 def register() -> None:
@@ -207,7 +230,9 @@ def write_code(family: Family, directory: Path, arch: str) -> dict[str, Any]:
     source = inspect.getsource(importlib.import_module(f"{VISION}.{code.file}"))
     # the file imports nothing of ours
     (directory / f"{code.file}.py").write_text(source, encoding="utf-8")
-    modeling = LLAVA.format(file=code.file, config=code.config, model=code.model, arch=arch)
+    modeling = LLAVA.format(
+        file=code.file, config=code.config, model=code.model, arch=arch
+    )
     (directory / f"{MODELING}.py").write_text(modeling, encoding="utf-8")
     model = f"{MODELING}.{arch}TowerForConditionalGeneration"
     return {
@@ -245,7 +270,9 @@ class ExportedTower:
     location: TowerLocation | None  # None: not a tower of this package
 
     @classmethod
-    def of(cls, directory: Path, location: TowerLocation | None = None) -> "ExportedTower":
+    def of(
+        cls, directory: Path, location: TowerLocation | None = None
+    ) -> "ExportedTower":
         """The tower in a directory, which ``location`` has found. Raises ContractError if LLaVA
         cannot have it: transformers' LLaVA does not open it, and no code is known to save with the
         model."""
@@ -259,7 +286,9 @@ class ExportedTower:
         elif type(config) in AutoModel._model_mapping:  # as AutoModel.from_config asks
             fields = {**config.to_diff_dict(), "model_type": config.model_type}
         else:
-            with_code = [name for name, other in families().items() if other.code is not None]
+            with_code = [
+                name for name, other in families().items() if other.code is not None
+            ]
             raise ContractError(
                 f"{directory}: towers of the family {family.name!r} cannot be exported: "
                 "transformers' LLaVA does not open them, and only "
@@ -267,10 +296,14 @@ class ExportedTower:
             )
         fields = {key: value for key, value in fields.items() if key not in OF_THE_FILE}
         fields |= {name: getattr(config, name) for name in SIZES}
-        fields |= {name: getattr(config, name) for name in MORE_SIZES if hasattr(config, name)}
+        fields |= {
+            name: getattr(config, name) for name in MORE_SIZES if hasattr(config, name)
+        }
         return cls(directory=directory, family=family, config=fields, location=location)
 
-    def tensors(self, files: ExitStack, trained: LazyTensors | None = None) -> LazyTensors:
+    def tensors(
+        self, files: ExitStack, trained: LazyTensors | None = None
+    ) -> LazyTensors:
         """The tower's tensors under Hugging Face's names: those of its directory, as LLaVA reads
         them.
 
@@ -279,7 +312,11 @@ class ExportedTower:
         """
         prefix = self.family.file_prefix
         inside = f"{TOWER}vision_tower."
-        paths = [self.directory / WEIGHTS_FILE] if self.location else weight_files(self.directory)
+        paths = (
+            [self.directory / WEIGHTS_FILE]
+            if self.location
+            else weight_files(self.directory)
+        )
         tower_tensors = open_tensors(paths, files)
         left_out = self.family.not_tower or ("\0",)
         tower_tensors = {
@@ -288,9 +325,15 @@ class ExportedTower:
             if not n.startswith(left_out) and not n.endswith("position_ids")
         }
         # transformers 5 saves towers without it
-        tower_tensors = {prefix + n.removeprefix(prefix): t for n, t in tower_tensors.items()}
+        tower_tensors = {
+            prefix + n.removeprefix(prefix): t for n, t in tower_tensors.items()
+        }
         if trained is not None:
-            new = {n.removeprefix(inside): t for n, t in trained.items() if n.startswith(inside)}
+            new = {
+                n.removeprefix(inside): t
+                for n, t in trained.items()
+                if n.startswith(inside)
+            }
             if not new:
                 raise ContractError(
                     f"its tower was trained, but the checkpoint has no {inside}*; {FIX}"
@@ -300,7 +343,8 @@ class ExportedTower:
             tower_tensors |= new
         if self.family.name == "naflex":
             size, side, width = (
-                self.config[name] for name in ("image_size", "patch_size", "hidden_size")
+                self.config[name]
+                for name in ("image_size", "patch_size", "hidden_size")
             )
             grid = size // side
             shapes = {
@@ -309,9 +353,13 @@ class ExportedTower:
             }
             for part, shape in shapes.items():
                 tensor = tower_tensors[name := f"{prefix}embeddings.{part}.weight"]
-                read = partial(lambda n, t: siglip_tensor(n, t.read(), side, grid), name, tensor)
+                read = partial(
+                    lambda n, t: siglip_tensor(n, t.read(), side, grid), name, tensor
+                )
                 tower_tensors[name] = replace(tensor, shape=shape, read=read)
-        return {f"vision_tower.{name}": tensor for name, tensor in tower_tensors.items()}
+        return {
+            f"vision_tower.{name}": tensor for name, tensor in tower_tensors.items()
+        }
 
 
 # The folder
@@ -323,7 +371,9 @@ VIDEO = "<video>"
 CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", ONEVISION: "LlavaOnevision"}
 TILES = {  # grids (rows, columns) that an image may be cut into
     "llava_next": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
-    ONEVISION: tuple((rows, columns) for rows in range(1, 7) for columns in range(1, 7)),
+    ONEVISION: tuple(
+        (rows, columns) for rows in range(1, 7) for columns in range(1, 7)
+    ),
 }
 # of OneVision; features of more are interpolated
 MOST_TILES = {"vision_aspect_ratio": "anyres_max_9"}
@@ -357,7 +407,9 @@ def write_folder(
     key = made_from[0]
     recorded = {"version": llm2clip_plugin.__version__, **made_from[1]}
     drops_class = tower.family.has_cls and feature == "patch"
-    processor = write_processor(directory, tower, arch, drops_class=drops_class, pads=pads)
+    processor = write_processor(
+        directory, tower, arch, drops_class=drops_class, pads=pads
+    )
     code = write_code(tower.family, directory, classes)
     body = {
         "architectures": [f"{classes}ForConditionalGeneration"],
@@ -375,12 +427,18 @@ def write_folder(
         **code,
         key: recorded,
     }
-    table = {name.replace("_", " "): f"`{value}`" for name, value in recorded.items() if value}
+    table = {
+        name.replace("_", " "): f"`{value}`"
+        for name, value in recorded.items()
+        if value
+    }
     if tower.location:  # whose terms the model inherits
         card = published(tower.location.card)
         # as in LLaVA's, without paths of this machine
         named_place = replace(tower.location, origin=card.origin)
-        body[TOWER_KEY] = tower_record(named_place, "llm2clip", tower.config["hidden_size"])
+        body[TOWER_KEY] = tower_record(
+            named_place, "llm2clip", tower.config["hidden_size"]
+        )
         card.write(directory / CARD)
         table |= {
             "tower started from": f"`{card.origin}`",
@@ -388,7 +446,9 @@ def write_folder(
         }
     write_json(directory / "config.json", body)
     write_json(directory / "generation_config.json", {**ids, **generation})
-    rows = markdown_table(("", ""), [(name, value) for name, value in table.items() if value])
+    rows = markdown_table(
+        ("", ""), [(name, value) for name, value in table.items() if value]
+    )
     served = ""
     if arch == "llava":
         served = SERVED if tower.config["model_type"] in STOCK else SERVED + PLUGIN
@@ -421,7 +481,11 @@ def write_processor(
     if arch == ONEVISION:  # resizes tiles, and frames of videos, to the tower's square
         images = {n: v for n, v in images.items() if n != "crop_size"}
         images |= {"size": {"height": side, "width": side}, "do_center_crop": False}
-        videos = {n: v for n, v in images.items() if n not in ("image_processor_type", "do_pad")}
+        videos = {
+            n: v
+            for n, v in images.items()
+            if n not in ("image_processor_type", "do_pad")
+        }
         videos["video_processor_type"] = f"{kind}VideoProcessor"
         write_json(directory / "video_preprocessor_config.json", videos)
         counts |= {"num_image_tokens": tokens, "video_token": VIDEO, **MOST_TILES}
@@ -434,7 +498,8 @@ def write_processor(
         images["image_grid_pinpoints"] = grids
     write_json(directory / "preprocessor_config.json", images)
     write_json(
-        directory / "processor_config.json", {**counts, "processor_class": f"{kind}Processor"}
+        directory / "processor_config.json",
+        {**counts, "processor_class": f"{kind}Processor"},
     )
     return {**settings, "image_seq_length": tokens - 1 if drops_class else tokens}
 
@@ -442,7 +507,8 @@ def write_processor(
 SERVED = "`vllm serve PATH_OR_HUB_ID` serves it with an OpenAI-compatible API"
 STOCK = ("clip_vision_model", "siglip_vision_model")  # towers that vLLM has
 PLUGIN = (
-    " where llm2clip-plugin with its extra `tower` is installed beside vLLM, for the vision tower"
+    " where llm2clip-plugin with its extra `tower` is "
+    "installed beside vLLM, for the vision tower"
 )
 PAGE = Template("""\
 ---

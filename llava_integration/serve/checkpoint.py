@@ -22,7 +22,12 @@ from llava_integration.plug.checkpoints import checkpoint_config
 from llava_integration.plug.compat.runner import adapters_stay_fp32
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.safetensors_header import read_header
-from llm2clip_plugin.vision.directory import read_json, read_tensors, weight_files, write_json
+from llm2clip_plugin.vision.directory import (
+    read_json,
+    read_tensors,
+    weight_files,
+    write_json,
+)
 
 SHARD_BYTES = 2 << 30
 INDEX = "model.safetensors.index.json"
@@ -98,7 +103,10 @@ def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype) -> i
         weight_map |= dict.fromkeys(state, path.name)
         total += sum(tensor.nbytes for tensor in state.values())
     if len(shards) > 1:
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            directory / INDEX,
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
     return total
 
 
@@ -111,11 +119,15 @@ def converted(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
             f"{tensor.where}: {name} has dtype {value.dtype}; quantized checkpoints are not read"
         )
     # contiguous and of its own memory: safetensors refuses tensors that share it
-    out = value.to(dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
+    out = value.to(
+        dtype if value.is_floating_point() else value.dtype, copy=True
+    ).contiguous()
     if not torch.isfinite(out).all():
         is_large = bool(torch.isfinite(value).all())
         reason = (
-            "has values that fp16 cannot hold; pass --dtype bf16" if is_large else f"is nan; {FIX}"
+            "has values that fp16 cannot hold; pass --dtype bf16"
+            if is_large
+            else f"is nan; {FIX}"
         )
         raise ContractError(f"{tensor.where}: {name} {reason}")
     return out
@@ -131,10 +143,17 @@ def refuse_rest(names: Iterable[str], where: object) -> None:
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 NON_LORA = "non_lora_trainables.bin"
-LLAVA_TYPES = ("llava_llama", "llava")  # of LLaVA 1.5; "llava" before its releases of November 2023
-EXPRESSIBLE: dict[str, tuple[Any, ...]] = {  # what LLaVA and Hugging Face's LLaVA both compute
+LLAVA_TYPES = (
+    "llava_llama",
+    "llava",
+)  # of LLaVA 1.5; "llava" before its releases of November 2023
+EXPRESSIBLE: dict[
+    str, tuple[Any, ...]
+] = {  # what LLaVA and Hugging Face's LLaVA both compute
     "mm_projector_type": ("mlp2x_gelu",),
-    **dict.fromkeys(("mm_use_im_start_end", "mm_use_im_patch_token", "s2"), (False, None)),
+    **dict.fromkeys(
+        ("mm_use_im_start_end", "mm_use_im_patch_token", "s2"), (False, None)
+    ),
     "quantization_config": (None,),
     "image_aspect_ratio": ("square", "pad", None),
     "mm_patch_merge_type": ("flat",),
@@ -164,7 +183,9 @@ def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoin
         config.pop("quantization_config", None)  # of QLoRA; its base is read as it is
     refuse_unsupported(config, directory / CONFIG)
     if base is not None and not is_lora:
-        raise ValueError(f"{directory} is a full checkpoint; leave out --model-base {base}")
+        raise ValueError(
+            f"{directory} is a full checkpoint; leave out --model-base {base}"
+        )
     if base is None and is_lora:  # the one recorded
         recorded = read_json(directory / ADAPTER).get("base_model_name_or_path")
         base = Path(str(recorded or config.get("_name_or_path", "")))
@@ -209,15 +230,19 @@ def checkpoint_tensors(checkpoint: LlavaCheckpoint, files: ExitStack) -> LazyTen
     tensors = open_tensors(weight_files(checkpoint.language_model), files)
     if checkpoint.base is None:
         return tensors
-    tensors = {name: tensor for name, tensor in tensors.items() if "mm_projector" not in name}
-    projector = checkpoint.directory / NON_LORA  # where LLaVA writes the projector of a LoRA
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if "mm_projector" not in name
+    }
+    projector = (
+        checkpoint.directory / NON_LORA
+    )  # where LLaVA writes the projector of a LoRA
     if not projector.is_file():
         raise FileNotFoundError(f"no {NON_LORA} in {checkpoint.directory}; {FIX}")
     for name, tensor in open_tensors([projector], files).items():
         short = name.removeprefix("base_model.")  # of peft's wrapper
-        tensors[short.removeprefix("model.") if short.startswith("model.model.") else short] = (
-            tensor
-        )
+        tensors[
+            short.removeprefix("model.") if short.startswith("model.model.") else short
+        ] = tensor
     return merged(tensors, checkpoint.directory, files)
 
 
@@ -226,7 +251,13 @@ LORA_NAME = re.compile(
 )
 # settings of peft under which a merge is another sum, or more than one scale; LLaVA's training does
 # not set them
-OTHER_SUMS = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
+OTHER_SUMS = (
+    "use_dora",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+)
 
 
 def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTensors:
@@ -244,7 +275,8 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
         )
     names = ("adapter_model.safetensors", "adapter_model.bin")
     path = next(
-        (directory / name for name in names if (directory / name).is_file()), directory / names[0]
+        (directory / name for name in names if (directory / name).is_file()),
+        directory / names[0],
     )
     halves: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in open_tensors([path], files).items():
@@ -255,21 +287,39 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
                 f"{path}: {name} belongs to no weight of the base model; check --model-base"
             )
         halves.setdefault(target, {})[match["half"]] = tensor
-    kinds = {str(target).split(".")[-1] for target in config.get("target_modules") or ()}
-    blocks = {name: name.split(".")[-2] for name in tensors if name.startswith("model.layers.")}
+    kinds = {
+        str(target).split(".")[-1] for target in config.get("target_modules") or ()
+    }
+    blocks = {
+        name: name.split(".")[-2]
+        for name in tensors
+        if name.startswith("model.layers.")
+    }
     if lost := sorted(
-        {name for name, kind in blocks.items() if kind in kinds and name.endswith(".weight")}
+        {
+            name
+            for name, kind in blocks.items()
+            if kind in kinds and name.endswith(".weight")
+        }
         - {*halves}
     ):
-        raise ContractError(f"{path}: {len(lost)} target_modules have no LoRA, as {lost[0]}; {FIX}")
+        raise ContractError(
+            f"{path}: {len(lost)} target_modules have no LoRA, as {lost[0]}; {FIX}"
+        )
     out = dict(tensors)
     with errors_about(path, fix=FIX):
         for name, pair in halves.items():
             if (rank := pair["A"].shape[0]) != config["r"]:
-                raise ValueError(f"the LoRA of {name} has rank {rank}, expected {config['r']}")
-            scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+                raise ValueError(
+                    f"the LoRA of {name} has rank {rank}, expected {config['r']}"
+                )
+            scale = config["lora_alpha"] / (
+                rank**0.5 if config.get("use_rslora") else rank
+            )
             read = partial(added, tensors[name], pair["A"], pair["B"], scale)
-            out[name] = LazyTensor(shape=tensors[name].shape, read=read, where=str(path))
+            out[name] = LazyTensor(
+                shape=tensors[name].shape, read=read, where=str(path)
+            )
     return out
 
 

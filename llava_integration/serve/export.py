@@ -24,7 +24,11 @@ from llava_integration.serve.build import (
     text_config,
     write_folder,
 )
-from llava_integration.serve.checkpoint import LlavaCheckpoint, checkpoint_tensors, open_checkpoint
+from llava_integration.serve.checkpoint import (
+    LlavaCheckpoint,
+    checkpoint_tensors,
+    open_checkpoint,
+)
 from llava_integration.serve.prompt import (
     CONVERSATIONS,
     IMAGE,
@@ -65,7 +69,9 @@ class Export:
         """``base``: of a LoRA. Raises ValueError or FileNotFoundError for what is wrong."""
         checkpoint = open_checkpoint(directory, base)
         recorded = str(checkpoint.config.get(CONVERSATION, ""))
-        name = conv_mode or recorded or "vicuna_v1"  # of LLaVA 1.5, in LLaVA's evaluation scripts
+        name = (
+            conv_mode or recorded or "vicuna_v1"
+        )  # of LLaVA 1.5, in LLaVA's evaluation scripts
         if name not in CONVERSATIONS:
             raise ValueError(unknown("conversation", name, CONVERSATIONS))
         if recorded in CONVERSATIONS and CONVERSATIONS[name] != CONVERSATIONS[recorded]:
@@ -126,7 +132,9 @@ def main(argv: list[str]) -> int:
         dtype=options.dtype,
     )
     compares = options.compare and find_spec("llava") is not None
-    size = export(exported, options.output, overwrite=options.overwrite, compares=compares)
+    size = export(
+        exported, options.output, overwrite=options.overwrite, compares=compares
+    )
     weights = f"{size_text(size)} of {options.dtype} weights, every tensor verified by reloading"
     compared = ""
     if not compares:
@@ -148,7 +156,10 @@ def export(
     with output_folder(output, MODEL_FOLDER, replace=overwrite) as temporary:
         size = write_model(exported, temporary)
         if compares:
-            print(f"compared with LLaVA's own code: {compare(exported, temporary)}", flush=True)
+            print(
+                f"compared with LLaVA's own code: {compare(exported, temporary)}",
+                flush=True,
+            )
     return size
 
 
@@ -170,7 +181,11 @@ def write_model(exported: Export, directory: Path) -> int:
         "dtype": exported.dtype,
         "tower_sha256": tower.location.sha256 if tower.location else "",
     }
-    ids = {name: number for name, number in tokenizer.ids().items() if name != "unk_token_id"}
+    ids = {
+        name: number
+        for name, number in tokenizer.ids().items()
+        if name != "unk_token_id"
+    }
     with_tower = " with an LLM2CLIP vision tower" if tower.location else ""
     with ExitStack() as files:
         stored = checkpoint_tensors(checkpoint, files)
@@ -191,7 +206,9 @@ def write_model(exported: Export, directory: Path) -> int:
             ids=ids,
             generation={"do_sample": False},
             template=chat_template(
-                exported.conversation, bos=tokenizer.adds_bos, space=not tokenizer.legacy
+                exported.conversation,
+                bos=tokenizer.adds_bos,
+                space=not tokenizer.legacy,
             ),
         )
 
@@ -223,7 +240,11 @@ def test_image() -> Any:
 
     rows, columns = np.mgrid[0 : IMAGE_SIDES[0], 0 : IMAGE_SIDES[1]]
     waves = np.stack(
-        (rows / 2, 127 + 127 * np.sin(columns / 40), (rows // 40 + columns // 40) % 2 * 200),
+        (
+            rows / 2,
+            127 + 127 * np.sin(columns / 40),
+            (rows // 40 + columns // 40) % 2 * 200,
+        ),
         axis=-1,
     )
     return Image.fromarray(waves.clip(0, 255).astype("uint8"))
@@ -236,14 +257,17 @@ def compare(exported: Export, directory: Path) -> str:
         ids, pixels, logits, answer = hf_outcome(exported, directory)
         their_ids, their_pixels, their_logits, likely = llava_outcome(exported, answer)
     where = (
-        f"the exported model differs from LLaVA's own code on {exported.checkpoint.directory.name}"
+        "the exported model differs from LLaVA's own code on "
+        f"{exported.checkpoint.directory.name}"
     )
     top = their_logits.abs().max().item()
     vocabulary = their_logits.shape[1]
     expected = [vocabulary if token < 0 else token for token in their_ids]
     for what, mine, other in (("prompt", ids, expected), ("answer", answer, likely)):
         if mine != other:
-            raise ContractError(f"{where}: the {what}'s token ids are {mine}, LLaVA's {other}")
+            raise ContractError(
+                f"{where}: the {what}'s token ids are {mine}, LLaVA's {other}"
+            )
     largest = {}
     for what, mine, other, limit in (
         ("pixels", pixels, their_pixels, PIXEL_TOLERANCE),
@@ -253,7 +277,9 @@ def compare(exported: Export, directory: Path) -> str:
         if mine.shape == other.shape:
             largest[what] = (mine - other).abs().max().item()
         if not largest[what] <= limit:
-            raise ContractError(f"{where}: {what} by {largest[what]:.2g} (at most {limit:.2g})")
+            raise ContractError(
+                f"{where}: {what} by {largest[what]:.2g} (at most {limit:.2g})"
+            )
     return (
         f"token ids equal, pixels within {largest['pixels']:.1e}, "
         f"logits within {largest['logits']:.1e} (largest {top:.3g}), "
@@ -268,7 +294,9 @@ def rounded(model: Any, dtype: torch.dtype) -> Any:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             value = tensor.data.to(dtype)
-            tensor.data = value.float() if "vision_tower" in name else value.half().float()
+            tensor.data = (
+                value.float() if "vision_tower" in name else value.half().float()
+            )
     # transformers 4.37 makes rotary tables in the dtype that a model is loaded in
     for module in model.modules():
         if hasattr(module, "_set_cos_sin_cache"):
@@ -300,7 +328,8 @@ def llava_outcome(exported: Export, answer: list[int]) -> Outcome:
     conversation.append_message(conversation.roles[0], f"{IMAGE}\n{QUESTION}")
     conversation.append_message(conversation.roles[1], None)
     ids = cast(
-        list[int], tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX)
+        list[int],
+        tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX),
     )
     pixels = process_images([test_image()], image_processor, model.config)
     logits_TV = model(torch.tensor([ids + answer]), images=pixels).logits[0]
@@ -320,7 +349,12 @@ def hf_outcome(exported: Export, directory: Path) -> Outcome:
         )
     model = rounded(model.eval(), DTYPES[exported.dtype])
     tokenizer = open_pretrained(transformers.AutoTokenizer, directory)
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": QUESTION}],
+        }
+    ]
     template = (directory / TEMPLATE).read_text(encoding="utf-8")
     text = tokenizer.apply_chat_template(
         chat, chat_template=template, tokenize=False, add_generation_prompt=True
@@ -334,7 +368,9 @@ def hf_outcome(exported: Export, directory: Path) -> Outcome:
         pixels = process_images([test_image()], image_processor, aspect)
         inputs = {**tokenizer(text, return_tensors="pt"), "pixel_values": pixels}
     else:
-        processor = open_pretrained(transformers.AutoProcessor, directory, backend="pil")
+        processor = open_pretrained(
+            transformers.AutoProcessor, directory, backend="pil"
+        )
         inputs = processor(images=test_image(), text=text, return_tensors="pt")
     ids = inputs["input_ids"][0].tolist()
     logits = model(**inputs).logits[0]

@@ -26,7 +26,16 @@ SYSTEM = (
 VICUNA = (SYSTEM, "", " ", "USER: ", " ", "ASSISTANT: ", "</s>", "ASSISTANT:")
 SAYS = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 END = "<|im_end|>"
-CHATML = ("Answer the questions.", "<|im_start|>system\n", END, SAYS[0], END, SAYS[1], END, SAYS[1])
+CHATML = (
+    "Answer the questions.",
+    "<|im_start|>system\n",
+    END,
+    SAYS[0],
+    END,
+    SAYS[1],
+    END,
+    SAYS[1],
+)
 CONVERSATIONS = {
     "vicuna_v1": VICUNA,
     "v1": VICUNA,
@@ -62,7 +71,9 @@ def chat_template(conversation: str, *, bos: bool = False, space: bool = False) 
     ``space``: the tokenizer puts a space before the first word of a text, but not after ``<s>``; it
     is written as the tokenizer's own character, since some strip spaces.
     """
-    texts = (json.dumps(text, ensure_ascii=False) for text in CONVERSATIONS[conversation])
+    texts = (
+        json.dumps(text, ensure_ascii=False) for text in CONVERSATIONS[conversation]
+    )
     start = "{{- bos_token -}}\n" + ("{{- '▁' -}}\n" if space else "") if bos else ""
     return start + CHAT_TEMPLATE.substitute(dict(zip(PARTS, texts, strict=True)))
 
@@ -75,7 +86,9 @@ CONFIG = "tokenizer_config.json"
 USER_DEFINED = 4  # sentencepiece's ModelProto.SentencePiece.Type
 BPE_TYPE = 2  # sentencepiece's TrainerSpec.ModelType
 SPACE = "▁"
-MARK = "\uffff"  # ends the spelling of a user-defined piece; no character, so in no text
+MARK = (
+    "\uffff"  # ends the spelling of a user-defined piece; no character, so in no text
+)
 DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # The space before a text, at its start alone. tokenizers 0.15 has no such argument of Metaspace.
 FIRST_SPACE = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": True}
@@ -95,7 +108,10 @@ class LlavaTokenizer:
 
     def ids(self) -> dict[str, int]:
         """bos_token_id and the like."""
-        return {f"{name}_id": self.fast.token_to_id(token) for name, token in self.special.items()}
+        return {
+            f"{name}_id": self.fast.token_to_id(token)
+            for name, token in self.special.items()
+        }
 
     def write(self, directory: Path, *, max_length: int | None) -> None:
         """tokenizer.json and tokenizer_config.json."""
@@ -130,7 +146,9 @@ class TokenizerFiles:
     path: Path  # of tokenizer.model
     model: Any  # sentencepiece's ModelProto
     config: dict[str, Any]  # tokenizer_config.json, special_tokens_map.json over it
-    added: dict[int, str]  # id -> token, of those that transformers adds, in the order of ids
+    added: dict[
+        int, str
+    ]  # id -> token, of those that transformers adds, in the order of ids
 
     @classmethod
     def read(cls, directory: Path) -> "TokenizerFiles":
@@ -187,7 +205,9 @@ class TokenizerFiles:
         begins with such a piece would be lost.
         """
         split_before = set(self.added_tokens)
-        pieces = [piece.piece for piece in self.model.pieces if piece.type == USER_DEFINED]
+        pieces = [
+            piece.piece for piece in self.model.pieces if piece.type == USER_DEFINED
+        ]
         pieces = [piece for piece in pieces if piece not in split_before]
         if pieces and not self.legacy:
             raise ContractError(
@@ -229,7 +249,9 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
     files = TokenizerFiles.read(directory)
     special = files.special
     whole = files.whole_pieces
-    tokenizer: Any = Tokenizer(merging_model(files.model.pieces, whole, special.get("unk_token")))
+    tokenizer: Any = Tokenizer(
+        merging_model(files.model.pieces, whole, special.get("unk_token"))
+    )
     tokenizer.normalizer = normalizers.Sequence(normalizing_steps(files))
     tokenizer.decoder = decoders.Sequence(
         [
@@ -253,13 +275,17 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
     check_ids(tokenizer, files)
     check_pieces(tokenizer, files)
     adds_bos = bool(files.config.get("add_bos_token", True)) and "bos_token" in special
-    return LlavaTokenizer(fast=tokenizer, special=special, legacy=files.legacy, adds_bos=adds_bos)
+    return LlavaTokenizer(
+        fast=tokenizer, special=special, legacy=files.legacy, adds_bos=adds_bos
+    )
 
 
 def check_ids(tokenizer: Any, files: TokenizerFiles) -> None:
     """Raise ContractError unless every added token has its id and ``<image>`` the one after the
     last: the rows of LLaVA's embedding."""
-    after_last = max(len(files.model.pieces), *(number + 1 for number in files.added), 0)
+    after_last = max(
+        len(files.model.pieces), *(number + 1 for number in files.added), 0
+    )
     expected = {**files.added, after_last: IMAGE}
     for number, token in expected.items():
         if tokenizer.token_to_id(token) != number:
@@ -303,7 +329,9 @@ def normalizing_steps(files: TokenizerFiles) -> list[Any]:
     steps.append(normalizers.Prepend(SPACE))
     steps.append(normalizers.Replace(" ", SPACE))
     if files.whole_pieces:
-        steps.append(normalizers.Replace(Regex(rf"\A{SPACE}(?=[^{MARK}]*{MARK}\z)"), ""))
+        steps.append(
+            normalizers.Replace(Regex(rf"\A{SPACE}(?=[^{MARK}]*{MARK}\z)"), "")
+        )
         steps.append(normalizers.Replace(Regex(rf"{MARK}\z"), ""))
     return steps
 
@@ -335,5 +363,7 @@ def merges_of(pieces: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
             left = piece.piece[:cut]
             right = piece.piece[cut:]
             if left in vocabulary and right in vocabulary:
-                ranked.append((-piece.score, vocabulary[left], vocabulary[right], left, right))
+                ranked.append(
+                    (-piece.score, vocabulary[left], vocabulary[right], left, right)
+                )
     return [(left, right) for *_, left, right in sorted(ranked)]

@@ -65,8 +65,14 @@ class LlavaRows:
         batch = self.encode(chats)
         labels = torch.full_like(batch["input_ids"], -100)
         ends: list[tuple[int, int, int]] = []  # row, place and token of an answer's end
-        for number, (chat, row) in enumerate(zip(chats, batch["input_ids"].tolist(), strict=True)):
-            answers = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
+        for number, (chat, row) in enumerate(
+            zip(chats, batch["input_ids"].tolist(), strict=True)
+        ):
+            answers = [
+                turn
+                for turn, message in enumerate(chat)
+                if message["role"] == "assistant"
+            ]
             for turn in answers:
                 prompt = self.tokens(chat[:turn], row, add_generation_prompt=True)
                 start = len(prompt)
@@ -80,7 +86,9 @@ class LlavaRows:
                 end = start + answer_length(answer, row[start:])
                 labels[number, start:end] = batch["input_ids"][number, start:end]
                 if self.has_no_end(chat[: turn + 1]):
-                    ends.append((number, end, self.next_turn(chat[: turn + 1], row, end)))
+                    ends.append(
+                        (number, end, self.next_turn(chat[: turn + 1], row, end))
+                    )
         tensors = {**batch, "labels": labels}
         for number, end, token in ends:
             tensors = self.with_end(tensors, number, end, token)
@@ -98,7 +106,10 @@ class LlavaRows:
         no end could be learned."""
         question = {"role": "user", "content": [{"type": "text", "text": "x"}]}
         tokens = self.tokens([*chat, question], row)
-        if end < len(tokens) and tokens[end] in self.processor.tokenizer.added_tokens_decoder:
+        if (
+            end < len(tokens)
+            and tokens[end] in self.processor.tokenizer.added_tokens_decoder
+        ):
             return tokens[end]
         tail = self.processor.decode(tokens[max(0, end - 8) : end + 8])
         raise ValueError(
@@ -113,10 +124,15 @@ class LlavaRows:
         it is there, else it takes the place of padding, or of a new column."""
         shape = tensors["labels"].shape
         if place == shape[1]:
-            padding = {"labels": -100, "input_ids": self.processor.tokenizer.pad_token_id}
+            padding = {
+                "labels": -100,
+                "input_ids": self.processor.tokenizer.pad_token_id,
+            }
             for name, value in tensors.items():
                 if value.shape == shape:
-                    tensors[name] = nn.functional.pad(value, (0, 1), value=padding.get(name, 0))
+                    tensors[name] = nn.functional.pad(
+                        value, (0, 1), value=padding.get(name, 0)
+                    )
         tensors["input_ids"][number, place] = token
         tensors["attention_mask"][number, place] = 1
         tensors["labels"][number, place] = token

@@ -35,7 +35,8 @@ class Prompt:
         writes no end of an answer (GLM-4's), which a model would not learn."""
         texts = ("Question 1", "Answer 1", "Question 2", "Answer 2")
         turns = [
-            {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)
+            {"role": ("user", "assistant")[n % 2], "content": text}
+            for n, text in enumerate(texts)
         ]
 
         def render(count: int) -> str:
@@ -49,9 +50,13 @@ class Prompt:
         before = between.removeprefix(tail)
         # Phi 3 ends a conversation otherwise than a turn: what both questions have before them
         if before == between:
-            before = next(start[n:] for n in range(len(start) + 1) if between.endswith(start[n:]))
+            before = next(
+                start[n:] for n in range(len(start) + 1) if between.endswith(start[n:])
+            )
         end = between.removesuffix(before)
-        prompt = cls(prefix=start.removesuffix(before), before=before, after=after, end=end)
+        prompt = cls(
+            prefix=start.removesuffix(before), before=before, after=after, end=end
+        )
         if (joined := prompt.join(*texts[:3])) != render(3):
             raise ValueError(
                 f"the chat template's turns are not alike: it writes {render(3)!r}, "
@@ -78,7 +83,11 @@ class Prompt:
 def image_first(text: str) -> str:
     """A question with one image as the chat template writes it: LLaVA's data has the image at
     either end."""
-    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}" if text.count(IMAGE) == 1 else text
+    return (
+        f"{IMAGE}\n{text.replace(IMAGE, '').strip()}"
+        if text.count(IMAGE) == 1
+        else text
+    )
 
 
 def register_with_swift() -> None:
@@ -106,7 +115,9 @@ def register_with_swift() -> None:
                     message["content"] = image_first(message["content"])
 
     register_template(
-        TemplateMeta(NAME, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], template_cls=VlmTemplate)
+        TemplateMeta(
+            NAME, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], template_cls=VlmTemplate
+        )
     )
 
 
@@ -123,7 +134,8 @@ def register_with_llamafactory() -> None:
             self, messages: list[dict[str, str]], *media: Any
         ) -> list[dict[str, str]]:
             first = [
-                {**message, "content": image_first(message["content"])} for message in messages
+                {**message, "content": image_first(message["content"])}
+                for message in messages
             ]
             return super().process_messages(first, *media)
 
@@ -132,13 +144,17 @@ def register_with_llamafactory() -> None:
     def parse(tokenizer: Any) -> Any:
         template = read(tokenizer)
         prompt = Prompt.of(tokenizer)
-        template.format_prefix = EmptyFormatter(slots=[prompt.prefix] if prompt.prefix else [])
+        template.format_prefix = EmptyFormatter(
+            slots=[prompt.prefix] if prompt.prefix else []
+        )
         template.format_user = StringFormatter(
             slots=[f"{prompt.before}{{{{content}}}}{prompt.after}"]
         )
         template.format_assistant = StringFormatter(slots=["{{content}}" + prompt.end])
         template.default_system = ""
-        template.mm_plugin = VlmPlugin(image_token=IMAGE, video_token=None, audio_token=None)
+        template.mm_plugin = VlmPlugin(
+            image_token=IMAGE, video_token=None, audio_token=None
+        )
         return template
 
     template.parse_template = parse
@@ -154,7 +170,9 @@ def main() -> None:
         words = sys.argv[1:]
         if "--external_plugins" not in words:
             words.append("--external_plugins")
-        words.insert(words.index("--external_plugins") + 1, __file__)  # the user's own stay
+        words.insert(
+            words.index("--external_plugins") + 1, __file__
+        )  # the user's own stay
         sys.argv[:] = [*words, "--template", NAME, "--model_type", "llava1_5_hf"]
         return cli_main()
     register_code()

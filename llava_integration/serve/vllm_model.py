@@ -65,10 +65,14 @@ class Tower(nn.Module):
             {**fields, "model_type": self.family.model_types[0]}
         )
         self.model = model_class(self.vision).eval()
-        self.state = blocks_below(config.vision_feature_layer, len(tower_blocks(self.model)))
+        self.state = blocks_below(
+            config.vision_feature_layer, len(tower_blocks(self.model))
+        )
         del tower_blocks(self.model)[max(self.state, 1) :]
 
-    def forward(self, pixel_values: Tensor, feature_select_strategy: str | None = None) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, feature_select_strategy: str | None = None
+    ) -> Tensor:
         """(B, 3, S, S) -> (B, N, H): all tokens, or with "default" all but the first, the class
         token."""
         parameter = next(self.model.parameters())
@@ -77,7 +81,9 @@ class Tower(nn.Module):
             output_hidden_states=True,
         )
         states_BTH = output.hidden_states[self.state]
-        kept_BNH = states_BTH[:, 1:] if feature_select_strategy == "default" else states_BTH
+        kept_BNH = (
+            states_BTH[:, 1:] if feature_select_strategy == "default" else states_BTH
+        )
         # AIMv2's states are transposed, which vLLM's products on a CPU refuse
         return kept_BNH.contiguous()
 
@@ -94,10 +100,15 @@ class Tower(nn.Module):
         blocks = f"{self.family.blocks}."
 
         def is_above(name: str) -> bool:  # the state that LLaVA selects
-            return name.startswith(blocks) and int(name[len(blocks) :].split(".")[0]) >= self.state
+            return (
+                name.startswith(blocks)
+                and int(name[len(blocks) :].split(".")[0]) >= self.state
+            )
 
         missing = sorted(set(loading_info["missing_keys"]) & {*state})
-        unknown = sorted(name for name in loading_info["unexpected_keys"] if not is_above(name))
+        unknown = sorted(
+            name for name in loading_info["unexpected_keys"] if not is_above(name)
+        )
         if missing or unknown or loading_info["mismatched_keys"]:
             other_shape = sorted(loading_info["mismatched_keys"])
             raise ValueError(
@@ -122,7 +133,11 @@ def init_vision_tower(config: Any, *args: Any, **kwargs: Any) -> nn.Module:
 
 def vision_encoder_info(config: Any) -> VisionEncoderInfo:
     """As ``get_vision_encoder_info``."""
-    return stock_info(config) if type(config.vision_config) in STOCK else EncoderInfo(config)
+    return (
+        stock_info(config)
+        if type(config.vision_config) in STOCK
+        else EncoderInfo(config)
+    )
 
 
 llava.init_vision_tower_for_llava = init_vision_tower

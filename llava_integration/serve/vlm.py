@@ -21,7 +21,13 @@ import transformers
 from torch import nn
 
 from llava_integration.plug.checkpoints import blocks_below
-from llava_integration.plug.towers import TowerLocation, is_ours, locate, locate_spec, registry
+from llava_integration.plug.towers import (
+    TowerLocation,
+    is_ours,
+    locate,
+    locate_spec,
+    registry,
+)
 from llava_integration.serve import VLM, VlmConfig, build
 from llava_integration.serve.build import (
     ExportedTower,
@@ -79,15 +85,21 @@ class LanguageModel:
         fields = read_json(directory / "config.json")
         what = f"--llm {name} (model_type {fields.get('model_type')!r})"
         if "vision_config" in fields or "text_config" in fields:
-            raise ContractError(f"{what} has a vision tower already; pass a language model")
+            raise ContractError(
+                f"{what} has a vision tower already; pass a language model"
+            )
         if fields.get("quantization_config"):
-            raise ContractError(f"{what} is quantized; pass the model that it was made from")
+            raise ContractError(
+                f"{what} is quantized; pass the model that it was made from"
+            )
         with (
             errors_about(what, fix="pass a model of transformers with its tokenizer"),
             quiet_transformers(),
         ):
             config = open_pretrained(transformers.AutoConfig, directory, fix=KNOWN)
-            tokenizer = open_pretrained(transformers.AutoTokenizer, directory, fix=KNOWN)
+            tokenizer = open_pretrained(
+                transformers.AutoTokenizer, directory, fix=KNOWN
+            )
         check_vocabulary(tokenizer, config.vocab_size, what)
         for setting, values in HEAD_SETTINGS.items():
             if (value := getattr(config, setting, None)) not in values:
@@ -102,10 +114,16 @@ class LanguageModel:
         stored = open_tensors(weight_files(self.directory), files)
         is_tied = self.config.tie_word_embeddings
         stored = {
-            name: tensor for name, tensor in stored.items() if not (name == build.HEAD and is_tied)
+            name: tensor
+            for name, tensor in stored.items()
+            if not (name == build.HEAD and is_tied)
         }
         needed = [build.EMBEDDING] if is_tied else [build.EMBEDDING, build.HEAD]
-        unknown = [name for name in stored if name != build.HEAD and not name.startswith("model.")]
+        unknown = [
+            name
+            for name in stored
+            if name != build.HEAD and not name.startswith("model.")
+        ]
         problems = [f"has a tensor {name}" for name in unknown]
         problems += [f"lacks {name}" for name in needed if name not in stored]
         if problems:
@@ -141,7 +159,9 @@ def chat_template(llm: LanguageModel, file: Path | None) -> str:
     usable one."""
     tokenizer = llm.tokenizer
     bos = llm.tokenizer.bos_token
-    template = tokenizer.chat_template if file is None else file.read_text(encoding="utf-8")
+    template = (
+        tokenizer.chat_template if file is None else file.read_text(encoding="utf-8")
+    )
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
@@ -157,12 +177,16 @@ def chat_template(llm: LanguageModel, file: Path | None) -> str:
         rendered = tokenizer.apply_chat_template(
             chat, chat_template=template, tokenize=False, add_generation_prompt=True
         )
-    adds = bos is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    adds = bos is not None and tokenizer("x")["input_ids"][:1] == [
+        tokenizer.bos_token_id
+    ]
     start = "" if not adds or rendered.startswith(bos) else "{{- bos_token -}}\n"
     return FLATTEN + start + template.lstrip("\n")
 
 
-def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> dict[str, int]:
+def write_llms_tokenizer(
+    llm: LanguageModel, directory: Path, arch: str
+) -> dict[str, int]:
     """Write the LLM's tokenizer with ``<image>``, and without a template of its own;
     image_token_index and the like."""
     from tokenizers import AddedToken, Tokenizer
@@ -175,7 +199,9 @@ def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> dict
         for step in processor.get("processors", [processor])
         if step and step["type"] != "TemplateProcessing"
     ]
-    body["post_processor"] = {"type": "Sequence", "processors": steps} if steps else None
+    body["post_processor"] = (
+        {"type": "Sequence", "processors": steps} if steps else None
+    )
     tokenizer = Tokenizer.from_str(json.dumps(body))
     slots = {"image_token_index": IMAGE}
     if arch == build.ONEVISION:
@@ -199,7 +225,10 @@ def write_llms_tokenizer(llm: LanguageModel, directory: Path, arch: str) -> dict
     settings = {name: token for name, token in special.items() if token is not None}
     settings["model_max_length"] = llms_tokenizer.model_max_length
     write_tokenizer(
-        directory, json.loads(tokenizer.to_str()), settings, f"{build.CLASSES[arch]}Processor"
+        directory,
+        json.loads(tokenizer.to_str()),
+        settings,
+        f"{build.CLASSES[arch]}Processor",
     )
     return {name: vocabulary[token] for name, token in slots.items()}
 
@@ -215,7 +244,9 @@ def open_tower(name: str) -> ExportedTower:
     location = locate(name) if is_ours(name) else registered
     directory = location.directory if location else fetch_directory(name)
     if has_card(directory):
-        location = location or TowerLocation.of(directory, how=how, origin=name)  # of the Hub
+        location = location or TowerLocation.of(
+            directory, how=how, origin=name
+        )  # of the Hub
         location.check_weights()
     return ExportedTower.of(directory, location)
 
@@ -241,7 +272,9 @@ def parts(
     by_part = {
         "tower": tower.tensors(files),
         "projector": in_memory(new, "the projector"),
-        "language model": {hf_name(name): tensor for name, tensor in llm_tensors.items()},
+        "language model": {
+            hf_name(name): tensor for name, tensor in llm_tensors.items()
+        },
     }
     return by_part, llm.config.dtype or next(iter(llm_tensors.values())).read().dtype
 
@@ -256,7 +289,9 @@ def plan(config: VlmConfig, tower: ExportedTower, llm: LanguageModel) -> str:
         f"{part:<16}{count:>16,} parameters{size_text(count * dtype.itemsize):>12}"
         for part, count in rows
     ]
-    lines.append(f"{config.arch}, {str(dtype).removeprefix('torch.')}; nothing was written")
+    lines.append(
+        f"{config.arch}, {str(dtype).removeprefix('torch.')}; nothing was written"
+    )
     return "\n".join(lines)
 
 
@@ -266,7 +301,11 @@ def parameters(tensors: LazyTensors) -> int:
 
 
 def write_model(
-    config: VlmConfig, tower: ExportedTower, llm: LanguageModel, template: str, directory: Path
+    config: VlmConfig,
+    tower: ExportedTower,
+    llm: LanguageModel,
+    template: str,
+    directory: Path,
 ) -> int:
     """Write every file into an empty folder; the bytes of the weights."""
     slots = write_llms_tokenizer(llm, directory, config.arch)
@@ -289,8 +328,13 @@ def write_model(
     text = {name: value for name, value in text.items() if name not in left_out}
     file = llm.directory / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
-    ids = {name: getattr(llm.config, name, None) for name in ("bos_token_id", "eos_token_id")}
-    ids["pad_token_id"] = open_pretrained(transformers.AutoTokenizer, directory).pad_token_id
+    ids = {
+        name: getattr(llm.config, name, None)
+        for name in ("bos_token_id", "eos_token_id")
+    }
+    ids["pad_token_id"] = open_pretrained(
+        transformers.AutoTokenizer, directory
+    ).pad_token_id
     with ExitStack() as files:
         by_part, dtype = parts(config, tower, llm, files)
         tensors: LazyTensors = {}
@@ -310,10 +354,15 @@ def write_model(
             arch=config.arch,
             layer=config.select_layer,
             dtype=dtype,
-            text=text | {"vocab_size": max(needed, rows), "tie_word_embeddings": is_tied},
+            text=text
+            | {"vocab_size": max(needed, rows), "tie_word_embeddings": is_tied},
             slots=slots,
             ids=ids,
-            generation={n: v for n, v in generation.items() if n[0] != "_" and n != "pad_token_id"},
+            generation={
+                n: v
+                for n, v in generation.items()
+                if n[0] != "_" and n != "pad_token_id"
+            },
             template=template,
         )
 
@@ -333,7 +382,9 @@ def main(argv: list[str]) -> int:
     if config.dry_run:
         print(plan(config, tower, llm))
         return 0
-    with output_folder(config.output, MODEL_FOLDER, replace=config.overwrite) as temporary:
+    with output_folder(
+        config.output, MODEL_FOLDER, replace=config.overwrite
+    ) as temporary:
         size = write_model(config, tower, llm, template, temporary)
         difference = compare(config, tower, llm, temporary) if config.compare else None
     compared = "not compared"
@@ -344,7 +395,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directory: Path) -> float:
+def compare(
+    config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directory: Path
+) -> float:
     """The largest difference from what tower and LLM compute as their own libraries load them, one
     by one.
 
@@ -355,14 +408,21 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
     with torch.inference_mode(), quiet_transformers():
         processor = open_pretrained(transformers.AutoProcessor, directory)
         chat = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": QUESTION}],
+            }
         ]
         prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
         inputs = processor(images=test_image(), text=prompt, return_tensors="pt")
-        kind = getattr(transformers, f"{build.CLASSES[config.arch]}ForConditionalGeneration")
+        kind = getattr(
+            transformers, f"{build.CLASSES[config.arch]}ForConditionalGeneration"
+        )
         model, info = kind.from_pretrained(directory, output_loading_info=True)
         wrong = {
-            name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys") if info[name]
+            name: sorted(info[name])
+            for name in ("missing_keys", "unexpected_keys")
+            if info[name]
         }
         if wrong:
             raise ContractError(
@@ -391,7 +451,9 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
             transformers.AutoModelForCausalLM, llm.directory, torch_dtype=dtype
         ).eval()
         is_image_1T = inputs["input_ids"] == settings.image_token_index
-        embedded_1TD = alone.get_input_embeddings()(inputs["input_ids"].masked_fill(is_image_1T, 0))
+        embedded_1TD = alone.get_input_embeddings()(
+            inputs["input_ids"].masked_fill(is_image_1T, 0)
+        )
         embedded_1TD[is_image_1T] = seen["inputs_embeds"][is_image_1T]
         expected_1TV = alone(
             inputs_embeds=embedded_1TD, attention_mask=inputs["attention_mask"]
@@ -401,7 +463,8 @@ def compare(config: VlmConfig, tower: ExportedTower, llm: LanguageModel, directo
         (logits_1TV[..., : expected_1TV.shape[-1]], expected_1TV),
     )
     differences = [
-        ((mine - expected).abs().max() / expected.abs().max()).item() for mine, expected in pairs
+        ((mine - expected).abs().max() / expected.abs().max()).item()
+        for mine, expected in pairs
     ]
     if not max(differences) <= (limit := RELATIVE_TOLERANCE[dtype]):
         raise ContractError(

@@ -55,7 +55,9 @@ from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.progress import track
 
 OPEN_SHARDS = 256  # files that one process keeps open
-FEW_SAMPLES = 16384  # samples whose captions this process compares alone, without a pool
+FEW_SAMPLES = (
+    16384  # samples whose captions this process compares alone, without a pool
+)
 # of a shard in the manifest
 ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256", "bytes")
 
@@ -90,7 +92,11 @@ class EmbeddingCache:
         directory = Path(directory)
         manifest = _complete_manifest(directory / CacheManifest.FILE)
         teacher = TeacherIdentity(**manifest.teacher)
-        if expect_fingerprint not in (None, manifest.fingerprint, teacher.earlier().fingerprint):
+        if expect_fingerprint not in (
+            None,
+            manifest.fingerprint,
+            teacher.earlier().fingerprint,
+        ):
             remedy = "embed with that LLM, or use its cache"
             if teacher.is_earlier:
                 remedy += f"; it is from before config.json was part of the fingerprint: {RENEW}"
@@ -109,7 +115,9 @@ class EmbeddingCache:
             paths, manifest.shards.values(), stamps_of(paths), strict=True
         ):
             if stamp is None:
-                raise ContractError(f"{path} is missing, but the manifest lists it; {REDO}")
+                raise ContractError(
+                    f"{path} is missing, but the manifest lists it; {REDO}"
+                )
             if stamp[0] != entry["bytes"]:
                 raise ContractError(
                     f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {REDO}"
@@ -117,7 +125,10 @@ class EmbeddingCache:
         return cls(directory, manifest)
 
     def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[Path, CacheManifest]]:
-        return EmbeddingCache, (self.directory, self.manifest)  # a worker opens the files itself
+        return EmbeddingCache, (
+            self.directory,
+            self.manifest,
+        )  # a worker opens the files itself
 
     def _open_shard(self, name: str) -> ShardFile:
         """A shard's file; raises ContractError if it is missing or differs from the manifest."""
@@ -127,12 +138,16 @@ class EmbeddingCache:
             listed = ", ".join(names[:5])
             if len(names) > 5:
                 listed += ", ..."
-            raise ContractError(f"{self.directory} has no shard {name!r}; known: {listed}; {REDO}")
+            raise ContractError(
+                f"{self.directory} has no shard {name!r}; known: {listed}; {REDO}"
+            )
         path = self.directory / entry["file"]
         try:
             file = ShardFile(path)
         except FileNotFoundError as error:
-            raise ContractError(f"{path} is missing, but the manifest lists it; {REDO}") from error
+            raise ContractError(
+                f"{path} is missing, but the manifest lists it; {REDO}"
+            ) from error
         actual = {
             "width": file.width,
             "samples": file.samples,
@@ -155,11 +170,18 @@ class EmbeddingCache:
             if name in actual and actual[name] != value
         ]
         if wrong:
-            raise ContractError(f"{path} differs from the manifest: {'; '.join(wrong)}; {REDO}")
+            raise ContractError(
+                f"{path} differs from the manifest: {'; '.join(wrong)}; {REDO}"
+            )
         return file
 
     def rows(
-        self, shard_name: str, index_in_shard: int, captions: Sequence[Caption], *, key: str = ""
+        self,
+        shard_name: str,
+        index_in_shard: int,
+        captions: Sequence[Caption],
+        *,
+        key: str = "",
     ) -> torch.Tensor:
         """(len(captions), W) float32: the embeddings of a sample's captions, in the captions'
         order. Raises ContractError if a caption, or ``key`` unless "", is not the one that was
@@ -176,9 +198,12 @@ class EmbeddingCache:
             if entry is None or entry["samples"] != shard.size:
                 file = self.shard(shard.name)  # raises for an unknown shard
                 sizes = (
-                    f"{shard.size} samples in {source.path}, {file.samples} when it was embedded"
+                    f"{shard.size} samples in {source.path}, "
+                    f"{file.samples} when it was embedded"
                 )
-                raise ContractError(f"{file.path}: shard {shard.name!r} has {sizes}; {REDO}")
+                raise ContractError(
+                    f"{file.path}: shard {shard.name!r} has {sizes}; {REDO}"
+                )
         if not full and not self._unproven(source):
             return
         results: dict[str, tuple[str, str]] = {}
@@ -189,7 +214,9 @@ class EmbeddingCache:
                 processes = min(cores(), len(shards))
             compare = partial(self._compare_shard, source, full)
             compared = parallel(compare, shards, processes=processes)
-            tracked = track(compared, total=len(shards), label="compare captions", unit="shards")
+            tracked = track(
+                compared, total=len(shards), label="compare captions", unit="shards"
+            )
             try:
                 for shard, result in zip(shards, tracked, strict=True):
                     results[shard.name] = result
@@ -203,10 +230,13 @@ class EmbeddingCache:
         return [
             shard
             for shard in source.shards
-            if entries[shard.name]["rows_sha256"] not in digests_by_name.get(shard.name, ())
+            if entries[shard.name]["rows_sha256"]
+            not in digests_by_name.get(shard.name, ())
         ]
 
-    def _compare_shard(self, source: Source, full: bool, shard: Shard) -> tuple[str, str]:
+    def _compare_shard(
+        self, source: Source, full: bool, shard: Shard
+    ) -> tuple[str, str]:
         """Digests of a shard's captions and of the cache's; ContractError at the first caption that
         the cache lacks."""
         keys, captions = shard_captions(source, shard)
@@ -253,7 +283,9 @@ def stored_teacher(path: Path) -> TeacherIdentity:
         return TeacherIdentity(**CacheManifest.read(path).teacher)
 
 
-def shard_bytes(samples: int, captions: int, width: int, dtype: str, *, key_bytes: int) -> int:
+def shard_bytes(
+    samples: int, captions: int, width: int, dtype: str, *, key_bytes: int
+) -> int:
     """Bytes of a cache's tensors: a caption has a row, its scale (4), its hash and its checksum (8
     each), a sample a key of ``key_bytes``, and the starts of its key and of its rows (8 each)."""
     return captions * (width * VALUE_BYTES[dtype] + 20) + samples * (key_bytes + 16)
@@ -263,7 +295,10 @@ def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
     """The settings that differ between two teachers, with both values."""
     ignored = {"adapter"}  # adapter_sha256 says which one it is
     if yours.is_earlier or not stored.get("config_sha256"):
-        ignored |= {"config_sha256", "tokenizer_sha256"}  # which one of them does not know
+        ignored |= {
+            "config_sha256",
+            "tokenizer_sha256",
+        }  # which one of them does not know
     settings = [
         f"{name} {stored.get(name)!r} != {value!r}"
         for name, value in vars(yours).items()

@@ -26,9 +26,22 @@ REDO = "rerun `llm2clip embed` with the options that made it: it embeds what is 
 # of a shard's file
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")
 CHECKS = ("row_checks",)
-METADATA = ("fingerprint", "dtype", "rows_sha256", "sha256", "checks_sha256", "truncated")
+METADATA = (
+    "fingerprint",
+    "dtype",
+    "rows_sha256",
+    "sha256",
+    "checks_sha256",
+    "truncated",
+)
 META = "llm2clip"  # the metadata entry that holds METADATA as JSON
-DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}  # safetensors' names
+DTYPES = {
+    "F16": "<f2",
+    "F32": "<f4",
+    "I8": "i1",
+    "U8": "u1",
+    "I64": "<i8",
+}  # safetensors' names
 
 
 def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
@@ -64,7 +77,9 @@ def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]
 def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
     """SHA-256 of the keys and caption hashes that a shard's rows belong to, in order."""
     return sha256_text(
-        canonical_json([list(keys), [[index, hash_hex(value)] for index, value in rows]])
+        canonical_json(
+            [list(keys), [[index, hash_hex(value)] for index, value in rows]]
+        )
     )
 
 
@@ -82,10 +97,14 @@ class ShardFile:
             self._data_start = header.data_start
             self._entries = header.entries
             if wrong := {*TENSORS, *CHECKS} ^ {*header.entries}:
-                raise ValueError(f"unknown or missing tensors: {', '.join(sorted(wrong))}")
+                raise ValueError(
+                    f"unknown or missing tensors: {', '.join(sorted(wrong))}"
+                )
             self.meta: dict[str, str] = json.loads(header.metadata[META])
             if missing := {*METADATA} - {*self.meta}:
-                raise ValueError(f"its metadata is missing {', '.join(sorted(missing))}")
+                raise ValueError(
+                    f"its metadata is missing {', '.join(sorted(missing))}"
+                )
             self.captions, self.width = self._entries["embeddings"].shape
             self.samples = self._entries["row_starts"].shape[0] - 1
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -114,11 +133,15 @@ class ShardFile:
         start, stop = self._read("key_starts", index, index + 2).tolist()
         return self._read("keys", start, stop).tobytes().decode()
 
-    def row_numbers(self, index: int, captions: Sequence[Caption], key: str) -> list[int]:
+    def row_numbers(
+        self, index: int, captions: Sequence[Caption], key: str
+    ) -> list[int]:
         """Row of each caption of a sample; ContractError if the sample, its ``key`` or a caption
         was not embedded."""
         if not 0 <= index < self.samples:
-            raise ContractError(f"{self.path} has no sample {index} of {self.samples}; {REDO}")
+            raise ContractError(
+                f"{self.path} has no sample {index} of {self.samples}; {REDO}"
+            )
         if key and self.key(index) != key:
             keys = f"key {key!r} in the data, {self.key(index)!r} in the cache"
             raise ContractError(f"{self.path}: sample {index} has {keys}; {REDO}")
@@ -129,7 +152,11 @@ class ShardFile:
         for value, caption in zip(hashes, captions, strict=True):
             if value not in row_of:
                 cached = ", ".join(map(hash_hex, row_of)) or "none"
-                text = caption.text if len(caption.text) <= 60 else caption.text[:57] + "..."
+                text = (
+                    caption.text
+                    if len(caption.text) <= 60
+                    else caption.text[:57] + "..."
+                )
                 raise ContractError(
                     f"{self.path}: sample {self.key(index)!r}: "
                     f"caption {text!r} (hash {hash_hex(value)}) was not embedded; "
@@ -165,7 +192,12 @@ class ShardFile:
                 )
 
 
-def shard_captions(source: Source, shard: Shard) -> tuple[list[str], list[tuple[Caption, ...]]]:
+def shard_captions(
+    source: Source, shard: Shard
+) -> tuple[list[str], list[tuple[Caption, ...]]]:
     """Keys and captions of a shard's samples; an unreadable sample has a key and no captions."""
-    samples = [source.captions(number) for number in range(shard.start, shard.start + shard.size)]
+    samples = [
+        source.captions(number)
+        for number in range(shard.start, shard.start + shard.size)
+    ]
     return [key for key, _ in samples], [captions for _, captions in samples]

@@ -13,9 +13,20 @@ import torch
 from safetensors.numpy import save_file
 
 from llm2clip_plugin.atomic import atomic_file
-from llm2clip_plugin.contracts import CACHE_DTYPES, CacheManifest, TeacherIdentity, shard_file
+from llm2clip_plugin.contracts import (
+    CACHE_DTYPES,
+    CacheManifest,
+    TeacherIdentity,
+    shard_file,
+)
 from llm2clip_plugin.data.cache import differences
-from llm2clip_plugin.data.cache_file import META, ShardFile, row_check, rows_digest, tensors_digest
+from llm2clip_plugin.data.cache_file import (
+    META,
+    ShardFile,
+    row_check,
+    rows_digest,
+    tensors_digest,
+)
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.hashes import canonical_json
 from llm2clip_plugin.options import unknown
@@ -24,7 +35,9 @@ from llm2clip_plugin.run_folder import PROGRESS, tell_job
 log = logging.getLogger(__name__)
 
 INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
-FLOAT16_SAFE = 32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
+FLOAT16_SAFE = (
+    32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
+)
 
 
 class CacheWriter:
@@ -33,7 +46,10 @@ class CacheWriter:
     embeddings."""
 
     def __init__(
-        self, directory: str | os.PathLike[str], identity: TeacherIdentity, dtype: str = "float16"
+        self,
+        directory: str | os.PathLike[str],
+        identity: TeacherIdentity,
+        dtype: str = "float16",
     ) -> None:
         if dtype not in CACHE_DTYPES:
             raise ValueError(unknown("cache dtype", dtype, CACHE_DTYPES))
@@ -54,7 +70,9 @@ class CacheWriter:
             self._empty.write(path)
             return
         existing = self.manifest()
-        self._empty = replace(self._empty, earlier_fingerprint=existing.earlier_fingerprint)
+        self._empty = replace(
+            self._empty, earlier_fingerprint=existing.earlier_fingerprint
+        )
         if existing.fingerprint != identity.fingerprint:
             settings = differences(existing.teacher, identity)
             hashes = f"fingerprint {existing.fingerprint[:12]}, not {identity.fingerprint[:12]}"
@@ -91,7 +109,9 @@ class CacheWriter:
             log.warning("%s", error)
         return False
 
-    def refuse_loss(self, shard: str, rows: Sequence[tuple[int, int]], read: str) -> None:
+    def refuse_loss(
+        self, shard: str, rows: Sequence[tuple[int, int]], read: str
+    ) -> None:
         """ContractError if the shard's file has more captions than ``rows``, or none of them; not
         if it is damaged."""
         try:
@@ -141,20 +161,26 @@ class CacheWriter:
         if not bool(finite.all()):
             worst = int((~finite).nonzero()[0])
             key = keys[indices[worst]]
-            raise ValueError(f"shard {shard}: the embedding of a caption of {key!r} is not finite")
+            raise ValueError(
+                f"shard {shard}: the embedding of a caption of {key!r} is not finite"
+            )
         stored, scales = _quantize(embeddings, self.dtype, shard)
         encoded = [key.encode() for key in keys]
         values = stored.numpy()
         tensors = {
             "embeddings": values,
             "scales": scales.numpy(),
-            "row_starts": np.searchsorted(indices, np.arange(len(keys) + 1)).astype(np.int64),
+            "row_starts": np.searchsorted(indices, np.arange(len(keys) + 1)).astype(
+                np.int64
+            ),
             "caption_hashes": np.array([value for _, value in rows], dtype=np.int64),
             "keys": np.frombuffer(b"".join(encoded), dtype=np.uint8),
             "key_starts": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
         }
         scaled_rows = enumerate(zip(values, scales.tolist(), strict=True))
-        row_checks = [row_check(row, scale, number) for number, (row, scale) in scaled_rows]
+        row_checks = [
+            row_check(row, scale, number) for number, (row, scale) in scaled_rows
+        ]
         checks = {"row_checks": np.array(row_checks, dtype=np.int64)}
         metadata = {  # as one entry: safetensors writes entries in random order
             "shard": shard,
@@ -166,7 +192,11 @@ class CacheWriter:
             "truncated": str(truncated),
         }
         with atomic_file(self.path(shard)) as temporary:
-            save_file(tensors | checks, str(temporary), metadata={META: canonical_json(metadata)})
+            save_file(
+                tensors | checks,
+                str(temporary),
+                metadata={META: canonical_json(metadata)},
+            )
         self._written.append(shard)
         tell_job(PROGRESS)
 
@@ -206,7 +236,9 @@ def _quantize(
     away."""
     largest = embeddings.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     if dtype == "float16":
-        scales = torch.exp2(torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0))
+        scales = torch.exp2(
+            torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0)
+        )
         return (embeddings / scales[:, None]).to(torch.float16), scales
     scales = largest / 127.0
     stored = (embeddings / scales[:, None]).round_().to(torch.int8)

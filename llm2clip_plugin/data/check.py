@@ -63,7 +63,9 @@ class CheckConfig(SourceConfig):
         512,
         help="count captions longer than this, in tokens (or words); the teacher truncates them",
     )
-    max_broken: float = setting(0.01, help="fraction of broken samples above which training stops")
+    max_broken: float = setting(
+        0.01, help="fraction of broken samples above which training stops"
+    )
     show: int = setting(
         10,
         help="how many broken samples, duplicate captions ... to list; --json lists all broken "
@@ -91,7 +93,9 @@ COMMAND = Command(
 class Reading:
     """Counts and findings of some samples; readings add up."""
 
-    broken: list[dict[str, str]] = field(default_factory=list)  # {"shard", "key", "reason"}
+    broken: list[dict[str, str]] = field(
+        default_factory=list
+    )  # {"shard", "key", "reason"}
     # the same; intact, but no selected caption
     without_captions: list[dict[str, str]] = field(default_factory=list)
     # ("kind", "short"): captions of this kind
@@ -110,7 +114,9 @@ class Reading:
     def of(self, subject: str) -> dict[str, int]:
         """The counts of a subject by name, the largest first."""
         return {
-            name: number for (about, name), number in self.counts.most_common() if about == subject
+            name: number
+            for (about, name), number in self.counts.most_common()
+            if about == subject
         }
 
 
@@ -133,7 +139,9 @@ def main(argv: list[str]) -> int:
 def check_data(config: CheckConfig) -> dict[str, Any]:
     """The report that ``--json`` prints. FileNotFoundError if there is no data, ValueError for an
     unknown format."""
-    load_counter(config.tokenizer, config.trust_remote_code)  # fail here, not in a worker
+    load_counter(
+        config.tokenizer, config.trust_remote_code
+    )  # fail here, not in a worker
     broken_shards: dict[str, str] = {}
     source = open_source(config, broken_shards)
     check_fields(source)
@@ -148,7 +156,8 @@ def check_data(config: CheckConfig) -> dict[str, Any]:
 def _read(source: Source, config: CheckConfig) -> Reading:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
     chunks = [
-        range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)
+        range(first, min(first + CHUNK, len(source)))
+        for first in range(0, len(source), CHUNK)
     ]
     processes = min(config.workers or cores(), len(chunks))
     parts = parallel(partial(read_samples, source, config), chunks, processes=processes)
@@ -173,7 +182,9 @@ def load_counter(tokenizer: str, trust_remote_code: bool) -> Callable[[str], int
 
     if not Path(tokenizer).is_dir():
         check_hub_answers(tokenizer)
-    loaded = open_pretrained(AutoTokenizer, tokenizer, trust_remote_code=trust_remote_code)
+    loaded = open_pretrained(
+        AutoTokenizer, tokenizer, trust_remote_code=trust_remote_code
+    )
 
     def count_tokens(text: str) -> int:
         return len(loaded(text, verbose=False)["input_ids"])
@@ -210,7 +221,11 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
         if reason:
             reading.broken.append({**identity, "reason": reason})
         elif not select_captions(captions, config.kinds, config.languages):
-            reason = "no caption of the selected kinds and languages" if captions else "no caption"
+            reason = (
+                "no caption of the selected kinds and languages"
+                if captions
+                else "no caption"
+            )
             reading.without_captions.append({**identity, "reason": reason})
     reading.caption_rows.append(np.array(caption_rows, dtype=np.int64).reshape(-1, 4))
     reading.sample_rows.append(np.array(sample_rows, dtype=np.int64).reshape(-1, 4))
@@ -247,14 +262,22 @@ def _read_image(sample: Sample, reading: Reading) -> tuple[int, int, int]:
 
 
 def _read_captions(
-    captions: tuple[Caption, ...], number: int, count: Callable[[str], int], reading: Reading
+    captions: tuple[Caption, ...],
+    number: int,
+    count: Callable[[str], int],
+    reading: Reading,
 ) -> Iterator[tuple[int, int, int, int]]:
     words = [words_of(caption.text) for caption in captions]
     if contains_another(words):
         reading.counts["samples", "nested"] += 1
     for caption, text in zip(captions, words, strict=True):
         reading.counts.update([("kind", caption.kind), ("language", caption.language)])
-        yield caption_hash(caption.text), number, count(caption.text), caption_hash(text)
+        yield (
+            caption_hash(caption.text),
+            number,
+            count(caption.text),
+            caption_hash(text),
+        )
 
 
 def contains_another(texts: list[str]) -> bool:
@@ -298,9 +321,13 @@ def build_report(
         "fields": reading.of("field"),
         "unused_fields": reading.of("unused field"),
         "unused_languages": reading.of("unused language"),
-        "duplicate_keys": _duplicates(keys, config.show, lambda number, _: source.key(number)),
+        "duplicate_keys": _duplicates(
+            keys, config.show, lambda number, _: source.key(number)
+        ),
         "images": _images(reading, samples[samples[:, 2] > 0]),
-        "broken_shards": [{"shard": name, "reason": reason} for name, reason in broken.items()],
+        "broken_shards": [
+            {"shard": name, "reason": reason} for name, reason in broken.items()
+        ],
         # missing images last
         "broken": sorted(reading.broken, key=is_missing),
         "without_captions": reading.without_captions,
@@ -334,8 +361,12 @@ def _duplicates(
 ) -> dict[str, Any]:
     """Values that several samples have; ``rows_N2``: hash and sample, ``value_of``: the value of a
     sample and hash."""
-    pairs = np.unique(rows_N2, axis=0)  # a text of two kinds in one sample is no duplicate
-    hashes, first, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+    pairs = np.unique(
+        rows_N2, axis=0
+    )  # a text of two kinds in one sample is no duplicate
+    hashes, first, counts = np.unique(
+        pairs[:, 0], return_index=True, return_counts=True
+    )
     order = np.argsort(-counts, kind="stable")
     order = order[counts[order] > 1]
     most = []
@@ -343,7 +374,11 @@ def _duplicates(
         sample = int(pairs[first[row], 1])
         value = value_of(sample, int(hashes[row]))
         most.append({"samples": int(counts[row]), "value": value})
-    return {"values": len(order), "samples": int(counts[order].sum()), "most_frequent": most}
+    return {
+        "values": len(order),
+        "samples": int(counts[order].sum()),
+        "most_frequent": most,
+    }
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
@@ -353,13 +388,17 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     return {name: int(np.percentile(values, q)) for name, q in quantiles.items()}
 
 
-def _lengths(config: CheckConfig, source: Source, captions: np.ndarray) -> dict[str, Any]:
+def _lengths(
+    config: CheckConfig, source: Source, captions: np.ndarray
+) -> dict[str, Any]:
     lengths = captions[:, 2]
     longest = int(captions[lengths.argmax(), 1]) if len(lengths) else -1
     return {
         "unit": "tokens" if config.tokenizer else "words",
         **_spread(lengths),
-        "longest": f"{source.locate(longest)[0]}: {source.key(longest)}" if len(lengths) else "",
+        "longest": f"{source.locate(longest)[0]}: {source.key(longest)}"
+        if len(lengths)
+        else "",
         "limit": config.max_tokens,
         "over_limit": int((lengths > config.max_tokens).sum()),
     }
@@ -384,7 +423,9 @@ def _unused(report: dict[str, Any]) -> str:
     options = list(report["fields"])
     for name in report["unused_fields"]:
         prefix = f"{name}."
-        of_field = sorted(key.removeprefix(prefix) for key in languages if key.startswith(prefix))
+        of_field = sorted(
+            key.removeprefix(prefix) for key in languages if key.startswith(prefix)
+        )
         fields.append(f"{name} ({' '.join(of_field)})" if of_field else name)
         options.append(f"{name}=short")
     return (
@@ -403,7 +444,9 @@ def as_text(report: dict[str, Any], show: int) -> Iterator[str]:
             for example in examples[:show]:
                 parts = [str(part)[:200] for part in example.values()]
                 yield f"    {': '.join(parts)}"
-    verdict = "fit for training" if report["fit_for_training"] else "NOT fit for training"
+    verdict = (
+        "fit for training" if report["fit_for_training"] else "NOT fit for training"
+    )
     yield f"{verdict}: {report['broken_share']:.2%} broken, {report['max_broken']:.2%} allowed"
 
 
@@ -422,12 +465,15 @@ def _contents(report: dict[str, Any]) -> Iterator[str]:
         parts = ", ".join(f"{part} {number:,}" for part, number in counts.items())
         yield f"  {name:<11} {parts or 'none'}"
     if images["whole"]:
-        low, middle, _, high = zip(images["width"].values(), images["height"].values(), strict=True)
+        low, middle, _, high = zip(
+            images["width"].values(), images["height"].values(), strict=True
+        )
         sizes = "{} x {} to {} x {} pixels, median {} x {}".format(*low, *high, *middle)
         yield f"  sizes       {sizes}, {images['mean_bytes'] / 1000:.1f} kB"
     if report["captions"]:
         words = (
-            "{min} to {max} ({longest}), median {median}, 99 % to {p99}; {over_limit} over {limit}"
+            "{min} to {max} ({longest}), median {median}, 99 % to "
+            "{p99}; {over_limit} over {limit}"
         )
         yield f"  {lengths['unit']:<11} {words.format(**lengths)}"
 
@@ -442,19 +488,27 @@ def _problems(report: dict[str, Any]) -> list[Problem]:
     keys = report["duplicate_keys"]
     unused = report["unused_fields"]
     missing = sum(row["reason"].startswith(NO_IMAGE) for row in report["broken"])
-    no_image = "images not found; set --image-folder to the folder that their paths start from"
+    no_image = (
+        "images not found; set --image-folder to the folder that their paths start from"
+    )
     same_texts = f"texts are those of several samples, {texts['samples']:,} in all"
     same_keys = f"keys are those of several samples, {keys['samples']:,} in all"
     transparent = (
         "images are transparent: training reads what is below; "
         "`llm2clip data make --background white` puts them on white"
     )
-    nested = "samples have a caption that contains another one: trivial pairs for stage 1"
+    nested = (
+        "samples have a caption that contains another one: trivial pairs for stage 1"
+    )
     problems: list[Problem] = [
         (missing, no_image, []),
         (len(report["broken_shards"]), "broken shards", report["broken_shards"]),
         (len(report["broken"]), "broken samples", report["broken"]),
-        (len(report["without_captions"]), "samples without a caption", report["without_captions"]),
+        (
+            len(report["without_captions"]),
+            "samples without a caption",
+            report["without_captions"],
+        ),
         (report["empty_captions"], "empty captions", []),
         (texts["values"], same_texts, texts["most_frequent"]),
         (keys["values"], same_keys, keys["most_frequent"]),
@@ -467,6 +521,8 @@ def _problems(report: dict[str, Any]) -> list[Problem]:
         in_both = f"of {validation['path']} are in the training data, too"
         same_images = f"of {validation['samples']:,} images {in_both}"
         same_captions = f"of {validation['captions']:,} captions {in_both}"
-        problems.append((validation["images_in_both"], same_images, validation["examples"]))
+        problems.append(
+            (validation["images_in_both"], same_images, validation["examples"])
+        )
         problems.append((validation["captions_in_both"], same_captions, []))
     return problems

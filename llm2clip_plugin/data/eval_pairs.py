@@ -24,7 +24,12 @@ from llm2clip_plugin.data.samples import (
     select_captions,
 )
 from llm2clip_plugin.data.sources import Source
-from llm2clip_plugin.data.workers import CollatedDataset, as_it_is, leave_signals_to_the_run, raised
+from llm2clip_plugin.data.workers import (
+    CollatedDataset,
+    as_it_is,
+    leave_signals_to_the_run,
+    raised,
+)
 
 
 @dataclass(eq=False)
@@ -60,7 +65,8 @@ class EvalPairs:
             chosen = np.asarray(self.indices, dtype=np.int64)
         mine = np.array_split(chosen, self.world)[self.rank].tolist()
         self._batches = [
-            mine[start : start + self.batch] for start in range(0, len(mine), self.batch)
+            mine[start : start + self.batch]
+            for start in range(0, len(mine), self.batch)
         ]
 
     def __len__(self) -> int:
@@ -96,7 +102,9 @@ class EvalPairs:
         shard, within = self.source.locate(index)
         try:
             sample = self.source[index]
-            captions = select_captions(sample.captions, self.kinds or (), self.languages)
+            captions = select_captions(
+                sample.captions, self.kinds or (), self.languages
+            )
             if not captions and self.kinds is not None:
                 reason = "no caption"
                 if sample.captions:
@@ -111,13 +119,27 @@ class EvalPairs:
         embeddings = None
         if self.cache is not None:
             embeddings = self.cache.rows(shard, within, captions, key=sample.key)
-        return Row(pixels, captions, embeddings, None, index, sample.key, (), sample.meta, shape)
+        return Row(
+            pixels,
+            captions,
+            embeddings,
+            None,
+            index,
+            sample.key,
+            (),
+            sample.meta,
+            shape,
+        )
 
     def _collate(self, items: list[Row | BrokenSample]) -> dict[str, Any]:
         good = [item for item in items if isinstance(item, Row)]
         side = self.images.size
         all_pixels = [item.pixels for item in good if item.pixels is not None]
-        pixels = np.stack(all_pixels) if all_pixels else np.zeros((0, side, side, 3), np.uint8)
+        pixels = (
+            np.stack(all_pixels)
+            if all_pixels
+            else np.zeros((0, side, side, 3), np.uint8)
+        )
         captions: list[Caption] = []
         owners: list[int] = []
         for item in good:
@@ -125,7 +147,9 @@ class EvalPairs:
             owners += [item.image_id] * len(item.captions)
         batch: dict[str, Any] = {
             "pixels": torch.from_numpy(pixels),
-            "image_ids": torch.tensor([item.image_id for item in good], dtype=torch.int64),
+            "image_ids": torch.tensor(
+                [item.image_id for item in good], dtype=torch.int64
+            ),
             "owners": torch.tensor(owners, dtype=torch.int64),
             "captions": captions,
             "keys": [item.key for item in good],
@@ -137,7 +161,9 @@ class EvalPairs:
             batch["spatial_shapes"] = shapes.reshape(-1, 2)
         embeddings = [item.embeddings for item in good if item.embeddings is not None]
         if self.cache is not None:
-            batch["embeddings"] = torch.cat([torch.empty(0, self.cache.width), *embeddings])
+            batch["embeddings"] = torch.cat(
+                [torch.empty(0, self.cache.width), *embeddings]
+            )
         return batch
 
 

@@ -23,7 +23,14 @@ from llm2clip_plugin.options import unknown
 # pixels of a crop (256 x 256) above which rounding its box to whole pixels is negligible
 LARGE = 1 << 16
 # PIL's own numbers
-RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+RESAMPLE = {
+    "nearest": 0,
+    "lanczos": 1,
+    "bilinear": 2,
+    "bicubic": 3,
+    "box": 4,
+    "hamming": 5,
+}
 FITS = ("shortest", "squash", "native")
 
 
@@ -75,7 +82,11 @@ class ImageConfig:
         native = most > 0
         if native:
             side = math.isqrt(most) * patch
-            values = {**values, "size": {"height": side, "width": side}, "do_center_crop": False}
+            values = {
+                **values,
+                "size": {"height": side, "width": side},
+                "do_center_crop": False,
+            }
         crop = bool(values.get("do_center_crop", values.get("crop_size") is not None))
         edge, height, width = _sides(values.get("size"), "size")
         crop_height = height
@@ -87,7 +98,9 @@ class ImageConfig:
         problem = ""
         if values.get("do_resize", True) is False or values.get("do_pad"):
             problem = "do_resize false or do_pad true, so its images have no fixed size"
-        elif not math.isclose(float(values.get("rescale_factor", 1 / 255)), 1 / 255, rel_tol=1e-6):
+        elif not math.isclose(
+            float(values.get("rescale_factor", 1 / 255)), 1 / 255, rel_tol=1e-6
+        ):
             problem = f"rescale_factor {values['rescale_factor']}; expected 1/255"
         elif native and most * patch**2 != height**2:
             problem = f"max_num_patches {most}; expected a square such as {math.isqrt(most) ** 2}"
@@ -99,7 +112,9 @@ class ImageConfig:
         elif edge and not crop:
             problem = f"shortest_edge {edge}, which keeps the aspect ratio, but no center crop"
         elif not edge and height != crop_height:
-            problem = f"size {height} and crop_size {crop_height}, so it stretches and crops"
+            problem = (
+                f"size {height} and crop_size {crop_height}, so it stretches and crops"
+            )
         elif not resample:
             problem = f"resample {values['resample']!r}; known: {RESAMPLE}"
         if problem:
@@ -111,8 +126,12 @@ class ImageConfig:
             fit="native" if native else "shortest" if edge else "squash",
             patch=patch if native else 0,
             resample=resample,
-            mean=_triple(values.get("image_mean", cls.mean)) if normalize else (0.0, 0.0, 0.0),
-            std=_triple(values.get("image_std", cls.std)) if normalize else (1.0, 1.0, 1.0),
+            mean=_triple(values.get("image_mean", cls.mean))
+            if normalize
+            else (0.0, 0.0, 0.0),
+            std=_triple(values.get("image_std", cls.std))
+            if normalize
+            else (1.0, 1.0, 1.0),
         )
 
 
@@ -140,7 +159,9 @@ class Normalize:
     def __init__(self, config: ImageConfig, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self.shift = torch.tensor(config.mean, device=device).view(1, 3, 1, 1) * 255
-        self.scale = 1 / (255 * torch.tensor(config.std, device=device).view(1, 3, 1, 1))
+        self.scale = 1 / (
+            255 * torch.tensor(config.std, device=device).view(1, 3, 1, 1)
+        )
 
     def shapes(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
         """A batch's spatial_shapes (B, 2) on the device, if its images keep their aspect."""
@@ -155,7 +176,9 @@ class Normalize:
         return values.sub_(self.shift).mul_(self.scale)
 
 
-def native_size(width: float, height: float, patch: int, patches: int) -> tuple[int, int]:
+def native_size(
+    width: float, height: float, patch: int, patches: int
+) -> tuple[int, int]:
     """Width and height in pixels, multiples of ``patch``, of an image in at most ``patches``
     patches.
 
@@ -164,7 +187,9 @@ def native_size(width: float, height: float, patch: int, patches: int) -> tuple[
     """
 
     def scaled(scale: float) -> tuple[int, int]:
-        across, down = (max(1, math.ceil(side * scale / patch)) for side in (width, height))
+        across, down = (
+            max(1, math.ceil(side * scale / patch)) for side in (width, height)
+        )
         return across * patch, down * patch
 
     low = 1e-6
@@ -193,7 +218,11 @@ def as_square(
     square = np.zeros((grid * grid, patch, patch, 3), pixels_HW3.dtype)
     patches = pixels_HW3.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
     square[: rows * columns] = patches.reshape(-1, patch, patch, 3)
-    square_SS3 = square.reshape(grid, grid, patch, patch, 3).swapaxes(1, 2).reshape(side, side, 3)
+    square_SS3 = (
+        square.reshape(grid, grid, patch, patch, 3)
+        .swapaxes(1, 2)
+        .reshape(side, side, 3)
+    )
     return square_SS3, (rows, columns)
 
 
@@ -216,7 +245,9 @@ def evaluation_pixels(data: bytes, config: ImageConfig) -> np.ndarray:
     size = (edge, stretched) if image.width <= image.height else (stretched, edge)
     left = (size[0] - side) // 2
     top = (size[1] - side) // 2
-    return np.array(image.resize(size, resample).crop((left, top, left + side, top + side)))
+    return np.array(
+        image.resize(size, resample).crop((left, top, left + side, top + side))
+    )
 
 
 def training_pixels(
@@ -237,15 +268,26 @@ def training_pixels(
         top = top * full[1]
         width = width * full[0]
         height = height * full[1]
-    size = native_size(width, height, config.patch, config.patches) if native else (side, side)
+    size = (
+        native_size(width, height, config.patch, config.patches)
+        if native
+        else (side, side)
+    )
     mirrored = augment.flip and rng.random() < 0.5
     angle = rng.uniform(-augment.rotate, augment.rotate) if augment.rotate else 0.0
     needed = min(size) * augment.decode_margin
-    factor = next((factor for factor in (8, 4, 2) if min(width, height) >= factor * needed), 1)
+    factor = next(
+        (factor for factor in (8, 4, 2) if min(width, height) >= factor * needed), 1
+    )
     image = load(image, factor)
     if image.size == full:
         factor = 1  # not a JPEG
-    box = (left / factor, top / factor, (left + width) / factor, (top + height) / factor)
+    box = (
+        left / factor,
+        top / factor,
+        (left + width) / factor,
+        (top + height) / factor,
+    )
     box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
     pixels_HW3 = resize_box(image, box, size, config.resample)
     if mirrored:
@@ -255,13 +297,18 @@ def training_pixels(
         corners = pixels_HW3[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0).round()
         color = tuple(int(value) for value in corners)
         pixels_HW3 = np.array(
-            Image.fromarray(pixels_HW3).rotate(angle, Image.Resampling.BILINEAR, fillcolor=color)
+            Image.fromarray(pixels_HW3).rotate(
+                angle, Image.Resampling.BILINEAR, fillcolor=color
+            )
         )
     return pixels_HW3
 
 
 def resize_box(
-    image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], resample: str
+    image: Image.Image,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    resample: str,
 ) -> np.ndarray:
     """(H, W, 3) uint8: the part of an RGB image within ``box`` (left, top, right, bottom), resized
     to ``size`` (W, H).
@@ -271,9 +318,13 @@ def resize_box(
     """
     is_small = (box[2] - box[0]) * (box[3] - box[1]) < LARGE
     if is_small or resample not in ("bilinear", "bicubic") or not _fast_resize():
-        return np.array(image.resize(size, RESAMPLE[resample], box=box, reducing_gap=3.0))
+        return np.array(
+            image.resize(size, RESAMPLE[resample], box=box, reducing_gap=3.0)
+        )
     left, top, right, bottom = map(round, box)
-    crop_13hw = torch.from_numpy(np.array(image))[top:bottom, left:right].permute(2, 0, 1)[None]
+    crop_13hw = torch.from_numpy(np.array(image))[top:bottom, left:right].permute(
+        2, 0, 1
+    )[None]
     out_13HW = F.interpolate(crop_13hw, size[::-1], mode=resample, antialias=True)
     return np.ascontiguousarray(out_13HW[0].permute(1, 2, 0).numpy())
 
@@ -283,7 +334,10 @@ def _fast_resize() -> bool:
     """Whether this torch resizes uint8 images with vector instructions: 2.1 or newer, on a CPU with
     AVX2."""
     version = tuple(map(int, torch.__version__.split(".")[:2]))
-    return version >= (2, 1) and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return version >= (2, 1) and torch.backends.cpu.get_cpu_capability() in (
+        "AVX2",
+        "AVX512",
+    )
 
 
 def random_crop(
@@ -299,7 +353,9 @@ def random_crop(
     full_width, full_height = size
     for _ in range(10):
         area = rng.uniform(*augment.scale) * full_width * full_height
-        ratio = math.exp(rng.uniform(math.log(augment.ratio[0]), math.log(augment.ratio[1])))
+        ratio = math.exp(
+            rng.uniform(math.log(augment.ratio[0]), math.log(augment.ratio[1]))
+        )
         width = math.sqrt(area * ratio)
         height = math.sqrt(area / ratio)
         if width <= full_width and height <= full_height:

@@ -88,7 +88,9 @@ def write_index(
                 continue
             rows = old.shard(shard) if old and isinstance(shard, int) else shard
             assert isinstance(rows, ShardRows)
-            table.add(rows.name, rows.stamp, len(rows.rows), file.tell(), len(rows.text))
+            table.add(
+                rows.name, rows.stamp, len(rows.rows), file.tell(), len(rows.text)
+            )
             file.write(rows.rows.astype("<i8").tobytes() + rows.text)
         start = file.tell()
         text = canonical_json(asdict(table)).encode()
@@ -136,7 +138,9 @@ class IndexFile:
     def is_sparse(self) -> bool:
         """Whether less than half of the file is what its table names."""
         return (
-            2 * (8 * self.columns * sum(self.table.samples) + sum(self.table.text_bytes)) < self.end
+            2
+            * (8 * self.columns * sum(self.table.samples) + sum(self.table.text_bytes))
+            < self.end
         )
 
     def row(self, shard: int, number: int) -> tuple[list[int], bytes]:
@@ -146,7 +150,9 @@ class IndexFile:
         row_bytes = 8 * self.columns
         text_bytes = self.table.text_bytes[shard]
         row = self._file.read(row_bytes, start + number * row_bytes)
-        values = np.frombuffer(row, dtype="<i8").tolist() if len(row) == row_bytes else [-2]
+        values = (
+            np.frombuffer(row, dtype="<i8").tolist() if len(row) == row_bytes else [-2]
+        )
         if (
             min(values) < -1
             or max(values) > max(self.table.stamps[shard][0], text_bytes)
@@ -204,7 +210,10 @@ def open_index(
             written = old.path
         else:
             written = folder.write(
-                name, lambda path: failures.append(write_index(path, build(old), columns, old))
+                name,
+                lambda path: failures.append(
+                    write_index(path, build(old), columns, old)
+                ),
             )
         if failures[-1]:  # what was read before stays for the next start
             raise failures[-1]

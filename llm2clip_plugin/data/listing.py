@@ -18,10 +18,21 @@ from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.json_files import parse_json
 from llm2clip_plugin.outside import MAX_IMAGE, read_regular, refuse_encoding
 
-COLUMNS = ("image", "file_name", "filename", "file", "path", "filepath", "image_path", "image_file")
+COLUMNS = (
+    "image",
+    "file_name",
+    "filename",
+    "file",
+    "path",
+    "filepath",
+    "image_path",
+    "image_file",
+)
 MAX_TEXT = 16_000_000  # bytes of a picture's .txt or .json
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")
-LINK = "link out of the folder: copy what it leads to, or give the folder that holds that"
+LINK = (
+    "link out of the folder: copy what it leads to, or give the folder that holds that"
+)
 
 
 @dataclass
@@ -30,7 +41,9 @@ class Item:
 
     name: str  # path as the table has it, or relative to the folder
     path: Path
-    captions: list[dict[str, str]] = field(default_factory=list)  # {"text", "kind", "language"}
+    captions: list[dict[str, str]] = field(
+        default_factory=list
+    )  # {"text", "kind", "language"}
     meta: dict[str, Any] = field(default_factory=dict)  # other columns
     problem: str = ""  # why it is left out
 
@@ -82,7 +95,9 @@ def _captions_next_to(picture: Path, inside: Path) -> dict[str, Any] | str:
         try:
             data = read_regular(path, MAX_TEXT)
             refuse_encoding(path.name, data, is_whole=True)
-            row |= {"txt": data.decode("utf-8-sig")} if suffix == ".txt" else _object(data)
+            row |= (
+                {"txt": data.decode("utf-8-sig")} if suffix == ".txt" else _object(data)
+            )
         except (ValueError, OSError) as error:
             where = "" if path.name in str(error) else f"{path.name}: "
             return f"unreadable caption: {where}{error}"
@@ -105,7 +120,12 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def in_table(
-    path: Path, folder: Path, captions: set[str], image_field: str, *, needs_captions: bool
+    path: Path,
+    folder: Path,
+    captions: set[str],
+    image_field: str,
+    *,
+    needs_captions: bool,
 ) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Name of the picture, and the other columns, of each row, or why it is left out. ``captions``:
     columns that may hold some, ``needs_captions``: one of them must be there. Raises ContractError
@@ -113,14 +133,18 @@ def in_table(
     table = Table(path)
     inside = folder.resolve()
     columns = f"columns: {', '.join(table.columns)}"
-    column = image_field or next((name for name in COLUMNS if name in table.columns), "")
+    column = image_field or next(
+        (name for name in COLUMNS if name in table.columns), ""
+    )
     if not column:
         names = ", ".join(COLUMNS)
         raise ContractError(
             f"{path} has no image column ({names}); choose one with --image-field; {columns}"
         )
     if column not in table.columns:
-        raise ContractError(f"{path} has no column {column!r} (--image-field); {columns}")
+        raise ContractError(
+            f"{path} has no column {column!r} (--image-field); {columns}"
+        )
     if needs_captions and not captions.intersection(table.columns):
         wanted = ", ".join(sorted(captions))
         problem = f"{path} has no caption column ({wanted})"
@@ -145,7 +169,9 @@ def words_of_name(name: str) -> str:
     """
     path = PurePosixPath(name)
     for text in (path.stem, path.parent.name):
-        if words := " ".join(re.sub(r"[\W_]+|(?<![^\W_])\d+(?![^\W_])", " ", text).split()):
+        if words := " ".join(
+            re.sub(r"[\W_]+|(?<![^\W_])\d+(?![^\W_])", " ", text).split()
+        ):
             return words
     return ""
 
@@ -161,7 +187,9 @@ def join_copies(items: list[Item], processes: int) -> int:
     first_of: dict[str, Item] = {}
     joined = 0
     for item, sha256 in zip(
-        alike, parallel(_sha256, alike, processes=min(processes, len(alike) // 64)), strict=True
+        alike,
+        parallel(_sha256, alike, processes=min(processes, len(alike) // 64)),
+        strict=True,
     ):
         if sha256 is None:
             continue

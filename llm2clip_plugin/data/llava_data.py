@@ -55,10 +55,14 @@ def main_llava_data(argv: list[str]) -> int:
     with output_folder(output, LLAVA_FOLDER, replace=config.overwrite) as folder:
         (folder / "images").mkdir()
         numbers = range(len(source))
-        for number in track(numbers, total=len(source), label="llava data", unit="samples"):
+        for number in track(
+            numbers, total=len(source), label="llava data", unit="samples"
+        ):
             try:
                 sample = source[number]
-                captions = select_captions(sample.captions, config.kinds, config.languages)
+                captions = select_captions(
+                    sample.captions, config.kinds, config.languages
+                )
                 data = sample.read_image()
                 image = open_header(data)
                 load(image)  # a picture that is cut has a good header

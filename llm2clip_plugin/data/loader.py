@@ -20,16 +20,25 @@ from llm2clip_plugin.data.pairs import PairDataset, collate
 from llm2clip_plugin.data.sampler import Draw
 from llm2clip_plugin.data.samples import PREFETCH_MB, BrokenSample, plan_loading
 from llm2clip_plugin.data.sources import Source
-from llm2clip_plugin.data.workers import CollatedDataset, as_it_is, leave_signals_to_the_run, raised
+from llm2clip_plugin.data.workers import (
+    CollatedDataset,
+    as_it_is,
+    leave_signals_to_the_run,
+    raised,
+)
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]  # tensors and lists, one entry a row
 
 LISTED = 20  # broken samples in an error
-LEAST_ROWS = 1000  # of which a fraction is broken, so that one early sample can't stop a run
+LEAST_ROWS = (
+    1000  # of which a fraction is broken, so that one early sample can't stop a run
+)
 SHUTDOWN = 10  # seconds that closing waits for the thread
-_too_large: set[str] = set()  # sources whose windows don't fit into their ``cache_gb``, said once
+_too_large: set[str] = (
+    set()
+)  # sources whose windows don't fit into their ``cache_gb``, said once
 
 
 @dataclass(eq=False)
@@ -59,9 +68,13 @@ class PairLoader:
     # 10^6 bytes of shared memory that the loader processes fill ahead
     prefetch_mb: float = PREFETCH_MB
     max_broken: float = 0.01  # fraction of broken samples above which the run stops
-    pin_memory: bool = False  # batches in page-locked memory, for copies to a GPU that don't wait
+    pin_memory: bool = (
+        False  # batches in page-locked memory, for copies to a GPU that don't wait
+    )
     rows: int = field(default=0, init=False)  # loaded
-    substituted: int = field(default=0, init=False)  # of these, rows that replace a broken sample
+    substituted: int = field(
+        default=0, init=False
+    )  # of these, rows that replace a broken sample
     # reads of data that were repeated after a transient error
     retries: int = field(default=0, init=False)
     # seconds that all processes together took for the rows
@@ -123,11 +136,15 @@ class PairLoader:
         fetched: dict[int, list[int]] = {}  # source -> shards of its next window
         while True:
             for number, source in remote.items():
-                window, following = mixture.window_shards(number, position, node, self.nodes, batch)
+                window, following = mixture.window_shards(
+                    number, position, node, self.nodes, batch
+                )
                 if fetched.get(number) != following:
                     fetched[number] = following
                     download_ahead(source, window, following)
-            draws = mixture.rank_draws(position, self.rank, self.local_batch, self.world)
+            draws = mixture.rank_draws(
+                position, self.rank, self.local_batch, self.world
+            )
             for start in range(0, self.local_batch, part):
                 yield draws[start : start + part]
             position += batch
@@ -170,7 +187,9 @@ def join_parts(
             if isinstance(value, Tensor):
                 if not filled:
                     batch[name] = torch.empty(
-                        (rows, *value.shape[1:]), dtype=value.dtype, pin_memory=pin_memory
+                        (rows, *value.shape[1:]),
+                        dtype=value.dtype,
+                        pin_memory=pin_memory,
                     )
                 batch[name][filled : filled + size] = value
             else:
@@ -203,7 +222,9 @@ def made_ahead(
                 torch.cuda.set_device(device)
             while wanted.acquire() and not closed.is_set():
                 ready.put((next(items), None))
-        except BaseException as error:  # StopIteration, too: the caller waits for one or the other
+        except (
+            BaseException
+        ) as error:  # StopIteration, too: the caller waits for one or the other
             ready.put(({}, error))
         items = iter(())  # frees the loader processes
 
@@ -221,7 +242,9 @@ def made_ahead(
     finally:
         closed.set()
         wanted.release()
-        if threading.current_thread() is not thread:  # a garbage collection may run there
+        if (
+            threading.current_thread() is not thread
+        ):  # a garbage collection may run there
             thread.join(SHUTDOWN)  # unless it hangs in a read
 
 

@@ -16,7 +16,13 @@ from pathlib import Path
 from PIL import Image
 
 from llm2clip_plugin.atomic import size_text
-from llm2clip_plugin.data.listing import Item, in_folder, in_table, join_copies, words_of_name
+from llm2clip_plugin.data.listing import (
+    Item,
+    in_folder,
+    in_table,
+    join_copies,
+    words_of_name,
+)
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
     cores,
@@ -79,10 +85,18 @@ class MakeConfig:
     def __post_init__(self) -> None:
         parse_fields(self.fields, LANGUAGE)
         if self.background not in ("", "white", "gray", "black"):
-            raise ValueError(f"background is {self.background!r}, expected white, gray or black")
-        folders = [Path(folder).resolve() for folder in (self.path, self.images) if folder]
-        if any(folder.is_relative_to(Path(self.output).resolve()) for folder in folders):
-            raise ValueError(f"--output {self.output} contains the pictures; choose another folder")
+            raise ValueError(
+                f"background is {self.background!r}, expected white, gray or black"
+            )
+        folders = [
+            Path(folder).resolve() for folder in (self.path, self.images) if folder
+        ]
+        if any(
+            folder.is_relative_to(Path(self.output).resolve()) for folder in folders
+        ):
+            raise ValueError(
+                f"--output {self.output} contains the pictures; choose another folder"
+            )
 
 
 COMMAND = Command(
@@ -118,9 +132,13 @@ def main(argv: list[str]) -> int:
         (folder / LEFT_OUT).write_text(lines, encoding="utf-8", errors="replace")
     samples = len(items) - len(left_out)
     captions = sum(len(item.captions) for item in items if not item.problem)
-    print(f"{config.output}: {samples:,} samples, {captions:,} captions, {size_text(size)}")
+    print(
+        f"{config.output}: {samples:,} samples, {captions:,} captions, {size_text(size)}"
+    )
     if joined:
-        print(f"joined from exact copies: {joined:,} {'caption' if joined == 1 else 'captions'}")
+        print(
+            f"joined from exact copies: {joined:,} {'caption' if joined == 1 else 'captions'}"
+        )
     if left_out:
         reasons = Counter(reason.partition(":")[0] for _, reason in left_out)
         counts = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
@@ -153,10 +171,16 @@ def list_items(config: MakeConfig) -> list[Item]:
     elif path.suffix.lower() in TABLES and path.is_file():
         folder = Path(config.images or path.parent)
         rows = in_table(
-            path, folder, names, config.image_field, needs_captions=not config.file_names
+            path,
+            folder,
+            names,
+            config.image_field,
+            needs_captions=not config.file_names,
         )
     else:
-        raise ValueError(f"{path} is neither a folder of pictures nor a table ({' '.join(TABLES)})")
+        raise ValueError(
+            f"{path} is neither a folder of pictures nor a table ({' '.join(TABLES)})"
+        )
     items: dict[str, Item] = {}
     used = {"captions", *names}
     for name, row in rows:
@@ -171,7 +195,9 @@ def list_items(config: MakeConfig) -> list[Item]:
             item.problem = f"unreadable caption: {error}"
             continue
         item.add_captions(map(vars, captions))
-        item.meta = {name: value for name, value in row.items() if name not in used} | item.meta
+        item.meta = {
+            name: value for name, value in row.items() if name not in used
+        } | item.meta
     if not items and path.is_file():
         raise ValueError(f"{path} has a header and no rows; expected a row a picture")
     if all(item.problem == "not a picture" for item in items.values()):
@@ -210,7 +236,9 @@ def read_picture(background: str, item: Item) -> tuple[bytes, str] | str:
     if transparent and (background or not extension):
         flat = image.convert("RGBA")
     if transparent and background:
-        flat = Image.alpha_composite(Image.new("RGBA", image.size, background), flat).convert("RGB")
+        flat = Image.alpha_composite(
+            Image.new("RGBA", image.size, background), flat
+        ).convert("RGB")
         extension = ""
     if not extension:
         buffer = io.BytesIO()
@@ -228,7 +256,9 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
     total = 0
     keys: set[str] = set()
     processes = min(config.workers or cores(), len(items) // 64)
-    pictures = parallel(partial(read_picture, config.background), items, processes=processes)
+    pictures = parallel(
+        partial(read_picture, config.background), items, processes=processes
+    )
     with ExitStack() as opened:
         tracked = track(pictures, total=len(items), label="data make", unit="pictures")
         for item, picture in zip(items, tracked, strict=True):
@@ -237,7 +267,9 @@ def _write(config: MakeConfig, items: list[Item], folder: Path) -> int:
                 continue
             if tar is None or tar.offset > SHARD_BYTES:
                 opened.close()
-                tar = opened.enter_context(tarfile.open(folder / f"{shard:05d}.tar", "w"))
+                tar = opened.enter_context(
+                    tarfile.open(folder / f"{shard:05d}.tar", "w")
+                )
                 shard += 1
             data, extension = picture
             total += len(data)

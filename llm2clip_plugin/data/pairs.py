@@ -32,7 +32,9 @@ from llm2clip_plugin.data.samples import (
 from llm2clip_plugin.data.sources import Source
 
 SUBSTITUTES = 20  # samples tried in place of a broken one
-SOURCE_BITS = 40  # an image's id is (source << 40) + sample; more samples than any source has
+SOURCE_BITS = (
+    40  # an image's id is (source << 40) + sample; more samples than any source has
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class PairDataset(Dataset):
     seed: int
     # how often each kind is drawn; {}: evenly
     caption_weights: Mapping[str, float] = field(default_factory=dict)
-    captions_per_image: int = 1  # captions k of a row; an image that has fewer repeats them
+    captions_per_image: int = (
+        1  # captions k of a row; an image that has fewer repeats them
+    )
     # a second cache a source, of the same captions by another teacher
     targets: Sequence[EmbeddingCache] = ()
     # size of the global batches, each of one source; 0: a batch mixes the sources
@@ -107,7 +111,9 @@ class PairDataset(Dataset):
                 broken.append(error)
         listed = "\n".join(f"  {error}" for error in broken)
         path = self.sources[draw.source].path
-        raise ValueError(f"{len(broken)} consecutive samples of {path} are broken:\n{listed}")
+        raise ValueError(
+            f"{len(broken)} consecutive samples of {path} are broken:\n{listed}"
+        )
 
     def _row(self, draw: Draw, broken: tuple[BrokenSample, ...]) -> Row:
         source = self.sources[draw.source]
@@ -122,16 +128,24 @@ class PairDataset(Dataset):
         kinds = source.config.kinds or tuple(self.caption_weights)
         captions = select_captions(all_captions, kinds, source.config.languages)
         if not captions:
-            available = sorted({f"{caption.kind}:{caption.language}" for caption in all_captions})
+            available = sorted(
+                {f"{caption.kind}:{caption.language}" for caption in all_captions}
+            )
             wanted = f"kinds {tuple(kinds)} and languages {source.config.languages}"
-            reason = f"no caption of {wanted}; available: {', '.join(available) or 'none'}"
+            reason = (
+                f"no caption of {wanted}; available: {', '.join(available) or 'none'}"
+            )
             raise BrokenSample(shard, key, reason)
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
-        chosen = choose_captions(captions, self.caption_weights, self.captions_per_image, rng)
+        chosen = choose_captions(
+            captions, self.caption_weights, self.captions_per_image, rng
+        )
         pixels = shape = None
         if sample is not None and self.images is not None:
             try:
-                pixels = training_pixels(sample.read_image(), self.images, self.augment, rng)
+                pixels = training_pixels(
+                    sample.read_image(), self.images, self.augment, rng
+                )
                 pixels, shape = as_square(pixels, self.images)
             except BrokenImage as error:
                 raise BrokenSample(shard, key, str(error)) from error
@@ -142,7 +156,9 @@ class PairDataset(Dataset):
         if self.targets:
             targets = self.targets[draw.source].rows(shard, within, chosen, key=key)
         image_id = (draw.source << SOURCE_BITS) + draw.index
-        return Row(pixels, chosen, embeddings, targets, image_id, key, broken, shape=shape)
+        return Row(
+            pixels, chosen, embeddings, targets, image_id, key, broken, shape=shape
+        )
 
 
 def cache_width(caches: Sequence[EmbeddingCache | None]) -> int:

@@ -42,7 +42,9 @@ FOLDER = ".llm2clip"
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 WARN_EVERY = 30.0  # seconds between a process's warnings
 RANGE = 16 << 20  # bytes of a request
-COPY_TIME = 0  # modification time of every copy, so that a shard's index fits the next copy too
+COPY_TIME = (
+    0  # modification time of every copy, so that a shard's index fits the next copy too
+)
 SHARD = re.compile(r"[0-9a-f]{16}-.*\.tar")  # files that may be evicted
 ERRORS = (
     "EIO ESTALE ETIMEDOUT EREMOTEIO EAGAIN ECONNRESET ECONNABORTED ECONNREFUSED EHOSTDOWN "
@@ -71,7 +73,9 @@ def has_suffix(path: str, suffix: str) -> bool:
     return path.split("?", 1)[0].endswith(suffix)
 
 
-def shuffle_window(configured: int, paths: Sequence[str], batch_shards: float = 0.0) -> int:
+def shuffle_window(
+    configured: int, paths: Sequence[str], batch_shards: float = 0.0
+) -> int:
     """Shards that are shuffled together, 0 for whole sources: as configured, or, for -1, by where
     the data is.
 
@@ -94,10 +98,17 @@ def is_network(path: str) -> bool:
         return True
     import psutil  # comes with accelerate
 
-    kinds = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+    kinds = {
+        mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)
+    }
     real = Path(os.path.realpath(path))
     kind = next(
-        (kinds[str(parent)] for parent in (real, *real.parents) if str(parent) in kinds), ""
+        (
+            kinds[str(parent)]
+            for parent in (real, *real.parents)
+            if str(parent) in kinds
+        ),
+        "",
     )
     return kind in NETWORK or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
 
@@ -110,7 +121,9 @@ def expand_braces(pattern: str) -> list[str]:
     inner = match[1]
     if span := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
         width = len(span[1]) if span[1].startswith("0") else 0
-        options = [f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1)]
+        options = [
+            f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1)
+        ]
     elif "," in inner:
         options = inner.split(",")
     else:
@@ -173,7 +186,9 @@ def default_download_folder() -> Path:
     """LLM2CLIP_CACHE, or ``llm2clip/shards`` under XDG_CACHE_HOME or ~/.cache."""
     if "LLM2CLIP_CACHE" in os.environ:
         return Path(os.environ["LLM2CLIP_CACHE"])
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(
+        os.path.expanduser("~"), ".cache"
+    )
     return Path(home) / "llm2clip" / "shards"
 
 
@@ -190,14 +205,16 @@ class Downloads:
     def local_path(self, url: str) -> Path:
         """The path of a copy: a hash of the URL, and its file name reduced to letters, digits and
         ._-"""
-        base = re.sub(r"[^A-Za-z0-9._-]", "_", unquote(urlsplit(url).path).rpartition("/")[2])[
-            -80:
-        ].lstrip(".")
+        base = re.sub(
+            r"[^A-Za-z0-9._-]", "_", unquote(urlsplit(url).path).rpartition("/")[2]
+        )[-80:].lstrip(".")
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
 
     def fetch(self, url: str) -> Path:
         """The local copy of ``url``, downloaded if there is none. Raises as ``retried`` does."""
-        from filelock import FileLock  # here, because --help of every command imports this module
+        from filelock import (
+            FileLock,
+        )  # here, because --help of every command imports this module
 
         target = self.local_path(url)
         if not target.exists():
@@ -239,7 +256,9 @@ class Downloads:
         """Delete the least recently used shards until the folder fits ``limit_bytes``; open files
         stay readable."""
         shards = [
-            (path.stat(), path) for path in self.folder.iterdir() if SHARD.fullmatch(path.name)
+            (path.stat(), path)
+            for path in self.folder.iterdir()
+            if SHARD.fullmatch(path.name)
         ]
         size = sum(status.st_size for status, _ in shards)
         for status, path in sorted(shards, key=lambda entry: entry[0].st_atime_ns):
@@ -262,13 +281,17 @@ def _download(url: str, target: Path) -> None:
         if len(data) == size:
             return data[start:]  # a server without ranges sends the entire file
         if len(data) != stop - start:
-            raise ConnectionError(f"received {len(data)} bytes instead of {stop - start}")
+            raise ConnectionError(
+                f"received {len(data)} bytes instead of {stop - start}"
+            )
         return data
 
     incomplete = Path(f"{target}.partial")  # of a killed download: overwritten
     with incomplete.open("wb") as file:
         while size is None or file.tell() < size:
-            file.write(retried(partial(read, file.tell()), f"{url}, from byte {file.tell()}"))
+            file.write(
+                retried(partial(read, file.tell()), f"{url}, from byte {file.tell()}")
+            )
             if size is None:
                 break
     fsync(incomplete)
@@ -290,10 +313,16 @@ def retried(action: Callable[[], Result], what: str) -> Result:
         except Exception as error:  # each protocol has network errors of its own
             failures += 1
             # fsspec's HTTP turns any error, a refused connection too, into FileNotFoundError
-            cause = (error.__cause__ if isinstance(error, FileNotFoundError) else None) or error
+            cause = (
+                error.__cause__ if isinstance(error, FileNotFoundError) else None
+            ) or error
             fields = vars(cause)  # aiohttp has status, gcsfs code
             status = next(
-                (fields[name] for name in ("status", "code") if isinstance(fields.get(name), int)),
+                (
+                    fields[name]
+                    for name in ("status", "code")
+                    if isinstance(fields.get(name), int)
+                ),
                 0,
             )
             permanent = _permanent(error, cause, status, what)
@@ -306,19 +335,29 @@ def retried(action: Callable[[], Result], what: str) -> Result:
                 reason += f" (no answer within {timeout():g} s, {TIMEOUT})"
             if failures >= RETRY.tries:
                 problem = f"reading failed {failures} times in a row: {reason}"
-                raise ReadFailedError(f"{problem}; rerun the same command to resume") from error
-            server = seconds_of_retry_after((fields.get("headers") or {}).get("Retry-After", ""))
+                raise ReadFailedError(
+                    f"{problem}; rerun the same command to resume"
+                ) from error
+            server = seconds_of_retry_after(
+                (fields.get("headers") or {}).get("Retry-After", "")
+            )
             pause = max(RETRY.pause(failures), server)
             _retries[0] += 1
             if time.monotonic() - _warned[0] >= WARN_EVERY:
                 _warned[0] = time.monotonic()
                 log.warning(
-                    "%s; retrying in %.1f s (%d of %d)", reason, pause, failures, RETRY.tries
+                    "%s; retrying in %.1f s (%d of %d)",
+                    reason,
+                    pause,
+                    failures,
+                    RETRY.tries,
                 )
             time.sleep(pause)
 
 
-def _permanent(error: Exception, cause: BaseException, status: int, what: str) -> Exception | None:
+def _permanent(
+    error: Exception, cause: BaseException, status: int, what: str
+) -> Exception | None:
     """What to raise for an error that no retry mends; None for a transient one."""
     http_status = f" (HTTP {status})" if status else ""
     if status in (401, 403, 407) or isinstance(cause, PermissionError):
@@ -329,17 +368,32 @@ def _permanent(error: Exception, cause: BaseException, status: int, what: str) -
         return FileNotFoundError(f"no file at {what}{http_status}")
     if status:
         transient = status >= 500 or status in (408, 425, 429)
-        return None if transient else ConnectionError(f"the server refuses {what}: {cause}")
+        return (
+            None
+            if transient
+            else ConnectionError(f"the server refuses {what}: {cause}")
+        )
     if isinstance(
         cause,
-        (ValueError, TypeError, AttributeError, NotImplementedError, ImportError, ReadFailedError),
+        (
+            ValueError,
+            TypeError,
+            AttributeError,
+            NotImplementedError,
+            ImportError,
+            ReadFailedError,
+        ),
     ):
         return error  # an invalid URL or certificate, an option that a protocol doesn't have
     import ssl  # here, because --help of every command imports this module
 
     if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError):
         # below 0: of a name's look-up
-        return None if cause.errno is None or cause.errno < 0 or cause.errno in TRANSIENT else error
+        return (
+            None
+            if cause.errno is None or cause.errno < 0 or cause.errno in TRANSIENT
+            else error
+        )
     return None
 
 
@@ -357,7 +411,9 @@ class RetryingFile:
     """A file read by position, so that forked processes can share it, and opened again after a
     transient error."""
 
-    def __init__(self, path: str | Path, open_file: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, open_file: Callable[[], int] | None = None
+    ) -> None:
         """open_file: returns a descriptor, of ``path`` unless given; path is for messages."""
         self.path = str(path)
         self._open_file = open_file or (lambda: os.open(path, os.O_RDONLY))
@@ -377,7 +433,9 @@ class RetryingFile:
     def read(self, size: int, offset: int) -> bytes:
         """``size`` bytes from ``offset`` on, fewer at the end of the file."""
         data = self._retried(lambda descriptor: os.pread(descriptor, size, offset))
-        if 0 < len(data) < size:  # a signal or a network file system may cut a read short
+        if (
+            0 < len(data) < size
+        ):  # a signal or a network file system may cut a read short
             data += self.read(size - len(data), offset + len(data))
         return data
 
@@ -448,7 +506,10 @@ class SideFolder:
                 lock.acquire(timeout=0)
             except Timeout:
                 if os.environ.get("LOCAL_RANK", "0") == "0":
-                    print(f"waiting for another process to {doing} ({path})", file=sys.stderr)
+                    print(
+                        f"waiting for another process to {doing} ({path})",
+                        file=sys.stderr,
+                    )
                 lock.acquire(poll_interval=0.2)
             except (OSError, NotImplementedError):
                 continue
@@ -468,7 +529,9 @@ class SideFolder:
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, TypeError) as error:
-                log.warning("cannot read %s (%s); its contents are computed again", path, error)
+                log.warning(
+                    "cannot read %s (%s); its contents are computed again", path, error
+                )
         return entries
 
     def add_json(self, name: str, entries: dict[str, Any]) -> None:
@@ -478,7 +541,9 @@ class SideFolder:
             self.write(name, lambda path: path.write_text(text, encoding="utf-8"))
         except OSError as error:
             log.warning(
-                "cannot write %s (%s); the next start computes it again", self.main / name, error
+                "cannot write %s (%s); the next start computes it again",
+                self.main / name,
+                error,
             )
 
 
@@ -489,9 +554,13 @@ def stamps_of(paths: Sequence[str]) -> list[Stamp | None]:
     for folder in {os.path.dirname(path) for path in paths}:
         try:
             with os.scandir(folder or ".") as entries:
-                paths_and_entries = [(os.path.join(folder, entry.name), entry) for entry in entries]
+                paths_and_entries = [
+                    (os.path.join(folder, entry.name), entry) for entry in entries
+                ]
                 stamps |= {
-                    path: stamp_of(entry) for path, entry in paths_and_entries if path in stamps
+                    path: stamp_of(entry)
+                    for path, entry in paths_and_entries
+                    if path in stamps
                 }
         except FileNotFoundError:
             continue

@@ -24,7 +24,9 @@ MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0))
 
 def hash_words(*words: int | str) -> int:
     """64-bit hash of all ``words``, the same on every platform and version."""
-    return int.from_bytes(hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little"
+    )
 
 
 class Permutation:
@@ -34,9 +36,12 @@ class Permutation:
 
     def __init__(self, n: int, key: int) -> None:
         self.n = n
-        self.half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)  # bits of one half of a number
+        self.half = max(
+            1, (max(n - 1, 1).bit_length() + 1) // 2
+        )  # bits of one half of a number
         self.round_keys = [
-            np.uint64(hash_words("round", key, n, number)) for number in range(FEISTEL_ROUNDS)
+            np.uint64(hash_words("round", key, n, number))
+            for number in range(FEISTEL_ROUNDS)
         ]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
@@ -107,7 +112,9 @@ class SourceOrder:
         for source in np.unique(labels).tolist():
             here = labels == source
             ranks[here] = before[source] + np.arange(int(np.count_nonzero(here)))
-        self._last = {offset + count: before + np.bincount(labels, minlength=len(before))}
+        self._last = {
+            offset + count: before + np.bincount(labels, minlength=len(before))
+        }
         return labels, ranks
 
     def counts(self, offset: int) -> np.ndarray:
@@ -116,7 +123,9 @@ class SourceOrder:
         nearest = min(counts_at, key=lambda start: abs(start - offset))
         counts = counts_at[nearest].copy()
         for labels in self._labels(min(nearest, offset), max(nearest, offset)):
-            counts += np.bincount(labels, minlength=len(counts)) * (1 if nearest < offset else -1)
+            counts += np.bincount(labels, minlength=len(counts)) * (
+                1 if nearest < offset else -1
+            )
         self._last = {offset: counts}
         return counts
 
@@ -124,7 +133,9 @@ class SourceOrder:
         """Sources of the draws start .. stop-1, in blocks."""
         for first in range(start, stop, BLOCK):
             yield np.searchsorted(
-                self.stops, self.permute(np.arange(first, min(first + BLOCK, stop))), side="right"
+                self.stops,
+                self.permute(np.arange(first, min(first + BLOCK, stop))),
+                side="right",
             )
 
 
@@ -161,7 +172,9 @@ class BatchOrder:
     def _make_order(self, epoch: int) -> SourceOrder:
         batches = [
             after - before
-            for before, after in zip(self._before(epoch), self._before(epoch + 1), strict=True)
+            for before, after in zip(
+                self._before(epoch), self._before(epoch + 1), strict=True
+            )
         ]
         return SourceOrder(batches, hash_words("batches", self.seed, epoch))
 
@@ -194,7 +207,9 @@ class PassOrder:
     the rows of some lanes reads their shards alone.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], window: int, key: int, first: int = 0) -> None:
+    def __init__(
+        self, shard_sizes: Sequence[int], window: int, key: int, first: int = 0
+    ) -> None:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.key = key
         self.first = first
@@ -204,7 +219,9 @@ class PassOrder:
             order = Permutation(len(self.sizes), hash_words("shards", key))(
                 np.arange(len(self.sizes))
             )
-            self.groups = [order[first : first + window] for first in range(0, len(order), window)]
+            self.groups = [
+                order[first : first + window] for first in range(0, len(order), window)
+            ]
         self.lanes = LANES if window else 1
         self.shard_starts = np.cumsum(self.sizes) - self.sizes
         group_sizes = np.array(
@@ -222,18 +239,24 @@ class PassOrder:
             shards = self.groups[number]
             sizes = self.sizes[shards]
             within = self._shuffled(
-                int(number), int(sizes.sum()), positions[here] - self.group_starts[number]
+                int(number),
+                int(sizes.sum()),
+                positions[here] - self.group_starts[number],
             )
             stops = np.cumsum(sizes)
             shard = np.searchsorted(stops, within, side="right")
-            result[here] = self.shard_starts[shards[shard]] + within - (stops - sizes)[shard]
+            result[here] = (
+                self.shard_starts[shards[shard]] + within - (stops - sizes)[shard]
+            )
         return result
 
     def share(self, group: np.ndarray, node: int, nodes: int, more: int) -> list[int]:
         """The shards of a group that a node's lanes, also those that it shares, and ``more`` on
         both sides are in."""
         stops = np.cumsum(self.sizes[group])
-        lanes = np.array([node * LANES // nodes - more, -(-(node + 1) * LANES // nodes) + more])
+        lanes = np.array(
+            [node * LANES // nodes - more, -(-(node + 1) * LANES // nodes) + more]
+        )
         first, last = int(stops[-1]) * lanes // LANES
         return group[(stops > first) & (stops - self.sizes[group] < last)].tolist()
 
@@ -278,7 +301,9 @@ class Mixture:
     ) -> None:
         self.shard_sizes = [tuple(sizes) for sizes in shard_sizes]
         self.lengths = [sum(sizes) for sizes in self.shard_sizes]
-        if empty := [number for number, length in enumerate(self.lengths) if length == 0]:
+        if empty := [
+            number for number, length in enumerate(self.lengths) if length == 0
+        ]:
             raise ValueError(f"sources at index {empty} contain no samples")
         self.seed = seed
         self.windows = list(windows) or [0] * len(weights)
@@ -287,7 +312,9 @@ class Mixture:
         self._source_order = lru_cache(maxsize=2)(
             lambda epoch: SourceOrder(self.draws, hash_words("mix", seed, epoch))
         )
-        self._batches = BatchOrder(self.draws, batch, seed) if batch and len(weights) > 1 else None
+        self._batches = (
+            BatchOrder(self.draws, batch, seed) if batch and len(weights) > 1 else None
+        )
 
     @property
     def epoch_length(self) -> int:
@@ -312,7 +339,9 @@ class Mixture:
         labels, places = zip(*parts, strict=True)
         return np.concatenate(labels), np.concatenate(places)
 
-    def rank_draws(self, position: int, rank: int, local: int, world: int) -> list[Draw]:
+    def rank_draws(
+        self, position: int, rank: int, local: int, world: int
+    ) -> list[Draw]:
         """The ``local`` draws of a rank of the global batch at ``position``.
 
         Of sources that are read in windows, ranks take the rows of their lanes: a node reads its
@@ -342,11 +371,15 @@ class Mixture:
         else:
             step, offset = divmod(start, self._batches.batch)
             current, before = self._batches(step)
-            drawn = before[source] * self._batches.batch + (offset if current == source else 0)
+            drawn = before[source] * self._batches.batch + (
+                offset if current == source else 0
+            )
         number, position = divmod(drawn, self.lengths[source])
         order = self._pass_order(source, number)
         window = int(np.searchsorted(order.group_stops, position, side="right"))
-        following = [*order.groups, self._pass_order(source, number + 1).groups[0]][window + 1]
+        following = [*order.groups, self._pass_order(source, number + 1).groups[0]][
+            window + 1
+        ]
         # how many rows a source has in a batch varies
         is_mixed = len(self.draws) > 1 and self._batches is None
         rows = batch * self.draws[source] // self.epoch_length if is_mixed else batch
@@ -368,30 +401,42 @@ class Mixture:
                     result[row] = Draw(source, index, number)
         return result
 
-    def _places(self, number: int, offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _places(
+        self, number: int, offset: int, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Source and place of draws within epoch ``number``, or within global batch ``number`` of
         one source."""
         if self._batches is not None:
             source, before = self._batches(number)
             start = before[source] * self._batches.batch + offset
-            return np.full(count, source), np.arange(start, start + count, dtype=np.int64)
+            return np.full(count, source), np.arange(
+                start, start + count, dtype=np.int64
+            )
         if len(self.draws) == 1:
             start = number * self.draws[0] + offset
-            return np.zeros(count, dtype=np.int64), np.arange(start, start + count, dtype=np.int64)
+            return np.zeros(count, dtype=np.int64), np.arange(
+                start, start + count, dtype=np.int64
+            )
         labels, ranks = self._source_order(number)(offset, count)
         return labels, number * np.asarray(self.draws)[labels] + ranks
 
     def _make_pass_order(self, source: int, number: int) -> PassOrder:
         key = hash_words("pass", self.seed, source, number)
         return PassOrder(
-            self.shard_sizes[source], self.windows[source], key, number * self.lengths[source]
+            self.shard_sizes[source],
+            self.windows[source],
+            key,
+            number * self.lengths[source],
         )
 
 
 def epoch_draws(lengths: Sequence[int], weights: Sequence[float]) -> list[int]:
     """Draws of each source in one epoch of a mixture, from the sources' numbers of samples and
     weights."""
-    return [max(1, round(weight * length)) for weight, length in zip(weights, lengths, strict=True)]
+    return [
+        max(1, round(weight * length))
+        for weight, length in zip(weights, lengths, strict=True)
+    ]
 
 
 def rank_rows(position: int, rank: int, local: int) -> tuple[int, int]:

@@ -52,7 +52,9 @@ DAMAGE = (
 )
 # Palette images with partial transparency are read as they should be; PIL advises RGBA once a
 # process.
-warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
+warnings.filterwarnings(
+    "ignore", message="Palette images with Transparency", category=UserWarning
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class Caption:
     """One text about an image."""
 
     text: str
-    kind: str = "short"  # short | long | keywords, or any word that the configuration names
+    kind: str = (
+        "short"  # short | long | keywords, or any word that the configuration names
+    )
     language: str = "en"
 
 
@@ -102,7 +106,9 @@ class CaptionField:
     language: str
 
 
-def parse_fields(specifications: Sequence[str], language: str) -> tuple[CaptionField, ...]:
+def parse_fields(
+    specifications: Sequence[str], language: str
+) -> tuple[CaptionField, ...]:
     """Parse ``NAME=KIND`` or ``NAME=KIND:LANGUAGE``; ValueError for another form, no fields, or a
     duplicate name."""
     fields: dict[str, CaptionField] = {}
@@ -114,7 +120,9 @@ def parse_fields(specifications: Sequence[str], language: str) -> tuple[CaptionF
                 f"caption field {text!r} is not NAME=KIND or NAME=KIND:LANGUAGE, as in txt=long"
             )
         if name in fields:
-            raise ValueError(f"duplicate caption field {name!r} in {', '.join(specifications)}")
+            raise ValueError(
+                f"duplicate caption field {name!r} in {', '.join(specifications)}"
+            )
         fields[name] = CaptionField(name, kind, own_language or language)
     if not fields:
         raise ValueError(
@@ -133,7 +141,11 @@ def read_captions(
     "language": ...}``, whose kind and language take precedence over the field's, or a list of
     these. Raises ValueError for another shape.
     """
-    captions = [caption for field in fields for caption in _captions(values.get(field.name), field)]
+    captions = [
+        caption
+        for field in fields
+        for caption in _captions(values.get(field.name), field)
+    ]
     distinct = dict.fromkeys(caption for caption in captions if caption.text)
     return tuple(distinct), sum(not caption.text for caption in captions)
 
@@ -148,8 +160,12 @@ def _captions(value: Any, field: CaptionField) -> Iterator[Caption]:
     elif isinstance(value, dict) and isinstance(value.get("text"), str):
         kind = value.get("kind") or field.kind
         language = value.get("language") or field.language
-        yield Caption(visible(value["text"]), well_formed(str(kind)), well_formed(str(language)))
-    elif isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
+        yield Caption(
+            visible(value["text"]), well_formed(str(kind)), well_formed(str(language))
+        )
+    elif isinstance(value, dict) and all(
+        isinstance(text, str) for text in value.values()
+    ):
         for language, text in value.items():
             yield Caption(visible(text), field.kind, well_formed(language))
     elif value is not None:
@@ -163,7 +179,9 @@ def visible(text: str) -> str:
     """The text, stripped and well formed; "" if all of it is spaces, or characters that nothing
     shows."""
     text = well_formed(text.strip())
-    shows = text.isascii() or any(unicodedata.category(letter) not in INVISIBLE for letter in text)
+    shows = text.isascii() or any(
+        unicodedata.category(letter) not in INVISIBLE for letter in text
+    )
     return text if shows else ""
 
 
@@ -181,22 +199,34 @@ def holds_words(value: Any) -> bool:
     texts = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return False
-    if isinstance(value, dict) and len(value) > 1 and all(map(LANGUAGE_CODE.fullmatch, value)):
+    if (
+        isinstance(value, dict)
+        and len(value) > 1
+        and all(map(LANGUAGE_CODE.fullmatch, value))
+    ):
         return True
     return any(map(holds_words, texts))
 
 
 def select_captions(
-    captions: Iterable[Caption], kinds: Sequence[str] = (), languages: Sequence[str] = ()
+    captions: Iterable[Caption],
+    kinds: Sequence[str] = (),
+    languages: Sequence[str] = (),
 ) -> tuple[Caption, ...]:
     """The captions of these kinds and languages, in order; an empty sequence allows all."""
     of_kinds = (caption for caption in captions if not kinds or caption.kind in kinds)
-    return tuple(caption for caption in of_kinds if not languages or caption.language in languages)
+    return tuple(
+        caption
+        for caption in of_kinds
+        if not languages or caption.language in languages
+    )
 
 
 def caption_hash(text: str) -> int:
     """The first 64 bits of the text's SHA-256, as a signed integer that fits torch.int64."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+    return int.from_bytes(
+        hashlib.sha256(text.encode()).digest()[:8], "big", signed=True
+    )
 
 
 def hash_hex(value: int) -> str:
@@ -225,12 +255,16 @@ def parse_weights(specifications: Sequence[str]) -> dict[str, float]:
                 "as in short=1 long=1"
             )
         if kind in weights:
-            raise ValueError(f"caption weights {' '.join(specifications)} name {kind!r} twice")
+            raise ValueError(
+                f"caption weights {' '.join(specifications)} name {kind!r} twice"
+            )
         weights[kind] = weight
     return weights
 
 
-def caption_shares(captions: Sequence[Caption], weights: Mapping[str, float]) -> list[float]:
+def caption_shares(
+    captions: Sequence[Caption], weights: Mapping[str, float]
+) -> list[float]:
     """(m) probabilities: a kind's is its weight among the kinds that the sample has, shared by its
     captions. Without ``weights`` all are equal. Raises KeyError for a caption of a kind without a
     weight."""
@@ -238,7 +272,9 @@ def caption_shares(captions: Sequence[Caption], weights: Mapping[str, float]) ->
         return [1 / len(captions)] * len(captions)
     counts = Counter(caption.kind for caption in captions)
     total = sum(weights[kind] for kind in counts)
-    return [weights[caption.kind] / counts[caption.kind] / total for caption in captions]
+    return [
+        weights[caption.kind] / counts[caption.kind] / total for caption in captions
+    ]
 
 
 def choose_caption(
@@ -256,7 +292,10 @@ def choose_caption(
 
 
 def choose_captions(
-    captions: Sequence[Caption], weights: Mapping[str, float], count: int, rng: random.Random
+    captions: Sequence[Caption],
+    weights: Mapping[str, float],
+    count: int,
+    rng: random.Random,
 ) -> tuple[Caption, ...]:
     """``count`` captions, drawn without replacement until none is left, then again from all."""
     chosen: list[Caption] = []
@@ -309,7 +348,9 @@ class AugmentConfig:
                 f"crop ratio is {self.ratio}, expected two numbers above 0, the smaller first"
             )
         if not 0 <= self.rotate <= 180:
-            raise ValueError(f"rotate is {self.rotate}, expected degrees within 0 .. 180")
+            raise ValueError(
+                f"rotate is {self.rotate}, expected degrees within 0 .. 180"
+            )
 
 
 class BrokenImage(ValueError):  # noqa: N818
@@ -346,7 +387,10 @@ def load(image: Image.Image, factor: int = 1) -> Image.Image:
 def has_transparency(image: Image.Image) -> bool:
     """Whether a pixel is not opaque; RGB then shows what is stored below it, mostly black. Raises
     BrokenImage."""
-    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+    if (
+        image.mode not in ("RGBA", "LA", "PA", "La", "RGBa")
+        and "transparency" not in image.info
+    ):
         return False
     try:
         return image.convert("RGBA").getextrema()[3][0] < 255  # type: ignore[index]
@@ -362,7 +406,11 @@ Result = TypeVar("Result")
 
 def cores() -> int:
     """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
 
 
 def parallel(
@@ -382,7 +430,11 @@ def parallel(
 
 
 def map_in_order(
-    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int
+    pool: Executor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    ahead: int,
 ) -> Iterator[Result]:
     """Results in order of the items, of which at most ``ahead`` are in work or waiting;
     ``pool.map`` takes them all."""
@@ -401,7 +453,9 @@ _function: Callable[[Any], Any]  # of ``parallel``; set in each of its processes
 def _begin(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too; the parent ends them
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches them too; the parent ends them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -459,7 +513,9 @@ def plan_loading(
     if not workers:
         return LoadPlan(part=micro_batch, prefetch=0, workers=0, row_bytes=row_bytes)
     affordable = int(prefetch_mb * 1e6) // row_bytes  # rows
-    spread = max(SMALL_PART, -(-rows // workers))  # every process has a share of every batch
+    spread = max(
+        SMALL_PART, -(-rows // workers)
+    )  # every process has a share of every batch
     part = max(1, min(micro_batch, spread, affordable // (2 * workers + 1)))
     enough = max(2, -(-2 * rows // (part * workers)))
     prefetch = max(1, min(enough, (affordable // part - 1) // workers))
@@ -473,7 +529,9 @@ def plan_evaluation(batch: int, workers: int, side: int, width: int) -> LoadPlan
     return plan_loading(**sizes, workers=workers, prefetch_mb=EVALUATION_MB)
 
 
-def lacks_shared_memory(plans: Sequence[LoadPlan], ranks: int, folder: str = SHARED_MEMORY) -> str:
+def lacks_shared_memory(
+    plans: Sequence[LoadPlan], ranks: int, folder: str = SHARED_MEMORY
+) -> str:
     """Why ``ranks`` ranks on this machine can't load as planned, each with all of ``plans``; "" if
     they can."""
     need = ranks * sum(plan.shared_bytes for plan in plans)

@@ -18,7 +18,13 @@ import numpy as np
 
 from llm2clip_plugin.data.remote import has_suffix
 from llm2clip_plugin.data.samples import cores, parallel
-from llm2clip_plugin.data.sources import Shard, Source, SourceConfig, open_source, split_name
+from llm2clip_plugin.data.sources import (
+    Shard,
+    Source,
+    SourceConfig,
+    open_source,
+    split_name,
+)
 from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.sources.tars import TarSource
 from llm2clip_plugin.folders import SPLIT_FOLDER, output_folder
@@ -81,7 +87,9 @@ def main_split(argv: list[str]) -> int:
     config = SPLIT.parse(argv)
     output = Path(config.output)
     source = open_source(config)
-    if os.path.isdir(source.path) and output.resolve().is_relative_to(Path(source.path).resolve()):
+    if os.path.isdir(source.path) and output.resolve().is_relative_to(
+        Path(source.path).resolve()
+    ):
         raise ValueError(
             f"--output {output} is inside the data, whose subfolders are read too; "
             "choose one elsewhere"
@@ -109,7 +117,11 @@ def main_split(argv: list[str]) -> int:
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         (folder / "split.json").write_text(text, encoding="utf-8")
     paths = outputs(source, output)
-    images = ("--image-folder", source.images_folder) if isinstance(source, RowSource) else ()
+    images = (
+        ("--image-folder", source.images_folder)
+        if isinstance(source, RowSource)
+        else ()
+    )
     for path in paths.values():
         print(command("embed", path, *images, "--llm", "LLM"))
     data = (paths["train"], "--validation", paths["validation"])
@@ -134,8 +146,12 @@ def decide(source: Source, validation: float, by: str, workers: int = 0) -> np.n
     sides, whatever the order of shards. Raises ValueError for a sample without that field, and if
     one side would be empty."""
     processes = min(workers or cores(), len(source.shards))
-    read = parallel(partial(_read_shard, source, by), source.shards, processes=processes)
-    tracked = track(read, total=len(source.shards), label="data split: reading", unit="shards")
+    read = parallel(
+        partial(_read_shard, source, by), source.shards, processes=processes
+    )
+    tracked = track(
+        read, total=len(source.shards), label="data split: reading", unit="shards"
+    )
     hash_N = np.concatenate(list(tracked))
     held_out = int(is_held_out(hash_N, validation).sum())
     if held_out in (0, len(hash_N)):
@@ -151,7 +167,9 @@ def decide(source: Source, validation: float, by: str, workers: int = 0) -> np.n
 
 def _read_shard(source: Source, by: str, shard: Shard) -> np.ndarray:
     samples = range(shard.start, shard.start + shard.size)
-    values = [_field(source, sample, by) if by else source.key(sample) for sample in samples]
+    values = [
+        _field(source, sample, by) if by else source.key(sample) for sample in samples
+    ]
     return np.array([hash_of(value) for value in values], dtype=np.uint64)
 
 
@@ -172,7 +190,9 @@ def outputs(source: Source, folder: Path) -> dict[str, Path]:
     return {side: folder / f"{side}{suffix}" for side in SIDES}
 
 
-def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: int = 0) -> None:
+def write_sides(
+    source: Source, held_out_N: np.ndarray, folder: Path, workers: int = 0
+) -> None:
     """Write both sides below ``folder``."""
     if isinstance(source, TarSource):
         _write_tars(source, held_out_N, folder, workers)
@@ -184,11 +204,15 @@ def write_sides(source: Source, held_out_N: np.ndarray, folder: Path, workers: i
         )
     for side, target in outputs(source, folder).items():
         numbers = np.flatnonzero(held_out_N == (side == "validation")).tolist()
-        tracked = track(numbers, total=len(numbers), label=f"data split: {side}", unit="rows")
+        tracked = track(
+            numbers, total=len(numbers), label=f"data split: {side}", unit="rows"
+        )
         _write_rows(source, tracked, target)
 
 
-def _write_tars(source: TarSource, held_out_N: np.ndarray, folder: Path, workers: int) -> None:
+def _write_tars(
+    source: TarSource, held_out_N: np.ndarray, folder: Path, workers: int
+) -> None:
     """Copy every tar to tars of both sides."""
     jobs = []
     for number, shard in enumerate(source.shards):

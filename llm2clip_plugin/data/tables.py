@@ -49,7 +49,9 @@ class Table:
         for name in self.columns:
             if self.columns.count(name) > 1:
                 numbers = [
-                    str(number) for number, other in enumerate(self._names, 1) if other == name
+                    str(number)
+                    for number, other in enumerate(self._names, 1)
+                    if other == name
                 ]
                 advice = f"rename one, and choose captions with --fields {name}=short NAME=short"
                 raise ContractError(
@@ -69,17 +71,22 @@ class Table:
             problem = f"{fields}, expected {expected} ({', '.join(self._names)})"
             separator = NAMES[self._delimiter]
             raise self._error(
-                line, problem, f'put a text with a {separator} into quotes: "a red, round thing"'
+                line,
+                problem,
+                f'put a text with a {separator} into quotes: "a red, round thing"',
             )
         named = dict(zip(self._names, cells, strict=False))
         if named.pop("", "").strip():
             raise self._error(
-                line, "a value in a column without a name", "name the column in the header"
+                line,
+                "a value in a column without a name",
+                "name the column in the header",
             )
         for name, cell in named.items():
             if len(cell) > LONGEST:
                 problem = (
-                    f"field {name!r} has {len(cell):,} characters, at most {LONGEST:,} are read"
+                    f"field {name!r} has {len(cell):,} characters, at "
+                    f"most {LONGEST:,} are read"
                 )
                 raise self._error(
                     line, problem, "shorten it, or close its quote where it should end"
@@ -97,7 +104,9 @@ class Table:
 
         csv.field_size_limit(2**31 - 1)  # its own limit would hide an unclosed quote
         with self._opened() as lines:
-            reader = csv.reader(remembered(lines), delimiter=self._delimiter, strict=True)
+            reader = csv.reader(
+                remembered(lines), delimiter=self._delimiter, strict=True
+            )
             while True:
                 start = reader.line_num + 1
                 kept.clear()
@@ -125,19 +134,28 @@ class Table:
                 else ""
             )
             return self._error(
-                line, f"text after a closing quote{begun}", 'write a quote inside of quotes as ""'
+                line,
+                f"text after a closing quote{begun}",
+                'write a quote inside of quotes as ""',
             )
         return self._error(line, str(error), "correct the line")
 
-    def _refuse_swallowed_rows(self, start: int, lines: Sequence[str], expected: int) -> None:
+    def _refuse_swallowed_rows(
+        self, start: int, lines: Sequence[str], expected: int
+    ) -> None:
         """Raise ContractError for a quoted field over a line that looks like a row: as many fields,
         a picture."""
         for number, line in enumerate(lines[1:], start + 1):
-            cells = [cell.strip(' "\r\n').lower() for cell in line.split(self._delimiter)]
-            if len(cells) == expected and any(cell.endswith(PICTURES) for cell in cells):
+            cells = [
+                cell.strip(' "\r\n').lower() for cell in line.split(self._delimiter)
+            ]
+            if len(cells) == expected and any(
+                cell.endswith(PICTURES) for cell in cells
+            ):
                 excerpt = printable(line.strip()[:SHOWN])
                 problem = (
-                    f"a quoted field goes on over line {number}, which looks like a row: {excerpt}"
+                    f"a quoted field goes on over line {number}, which "
+                    f"looks like a row: {excerpt}"
                 )
                 raise self._error(start, problem, "close the quote where the text ends")
 
@@ -157,7 +175,8 @@ class Table:
         for number, line in enumerate(lines, 1):
             if "\0" in line:
                 advice = (
-                    f"if it is UTF-16: iconv -f utf16 -t utf8 {self.path} > NEW{self.path.suffix}"
+                    "if it is UTF-16: iconv -f utf16 -t utf8 "
+                    f"{self.path} > NEW{self.path.suffix}"
                 )
                 raise self._error(number, "a NUL byte", advice)
             yield line
@@ -168,14 +187,18 @@ class Table:
             is_utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
             file.seek(0)
             number, line = next(
-                (number, line) for number, line in enumerate(file, 1) if not is_utf8(line)
+                (number, line)
+                for number, line in enumerate(file, 1)
+                if not is_utf8(line)
             )
         name = "latin1"
         guess = f"Latin-1: {printable(line.decode('latin-1').strip()[:SHOWN])}"
         if is_utf16:
             name = "utf16"
             guess = "UTF-16"
-        advice = f"convert it: iconv -f {name} -t utf8 {self.path} > NEW{self.path.suffix}"
+        advice = (
+            f"convert it: iconv -f {name} -t utf8 {self.path} > NEW{self.path.suffix}"
+        )
         return self._error(number, f"not UTF-8, perhaps {guess}", advice)
 
 

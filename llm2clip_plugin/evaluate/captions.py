@@ -41,10 +41,16 @@ from llm2clip_plugin.text.encoder import CPU_TOKENS, CaptionEncoder, first_capti
 from llm2clip_plugin.text.llm import length_batches, pool
 from llm2clip_plugin.text.post import POST_FILE, Post, remove_components
 
-LANGUAGES = "languages"  # name of the row that is the mean over all languages but the home one
+LANGUAGES = (
+    "languages"  # name of the row that is the mean over all languages but the home one
+)
 ACCURACIES = ("cra", "reverse", "centred")
-FIT_CAPTIONS = 2000  # distinct training captions that post-processing is fitted on, at most
-TERMS = "reverse: the second finds the first; centred: after subtracting each set's mean"
+FIT_CAPTIONS = (
+    2000  # distinct training captions that post-processing is fitted on, at most
+)
+TERMS = (
+    "reverse: the second finds the first; centred: after subtracting each set's mean"
+)
 SHOWN = 10  # readings in the table of --search
 
 Pairs = list[tuple[str, str, str]]  # key, first caption, second caption
@@ -67,14 +73,24 @@ def main(argv: list[str]) -> int:
     rows: dict[str, dict[str, str]] = {}
     for row in scores:
         cells = {name: f"{vars(row)[name]:.3f}" for name in ACCURACIES}
-        rows[row.name] = {**cells, "pairs": str(row.pairs), "chance": f"{1 / row.pairs:.3f}"}
+        rows[row.name] = {
+            **cells,
+            "pairs": str(row.pairs),
+            "chance": f"{1 / row.pairs:.3f}",
+        }
     print_table("top-1 accuracy, the first caption finds the second", rows, TERMS)
     if encoder.count_truncated:
         limit = encoder.config.max_tokens
-        print(f"{encoder.count_truncated} captions exceed {limit} tokens and were truncated")
+        print(
+            f"{encoder.count_truncated} captions exceed {limit} tokens and were truncated"
+        )
     record = ScoreFile(
         benchmark=f"caption retrieval, {Path(config.measure.captions).name}",
-        metrics={f"{row.name}/{name}": vars(row)[name] for row in scores for name in ACCURACIES},
+        metrics={
+            f"{row.name}/{name}": vars(row)[name]
+            for row in scores
+            for name in ACCURACIES
+        },
         items=[
             {"id": f"{row.name}/{key}", "score": hit, "cluster": key}
             for row in scores
@@ -179,14 +195,20 @@ def caption_sets(config: CaptionSetConfig, read: ReadConfig) -> dict[str, Pairs]
         first, second = kinds.split(":")
         sets[f"{first}->{second}"] = find_pairs(captions, (first, home), (second, home))
     if empty := [name for name, pairs in sets.items() if not pairs]:
-        available = ", ".join(sorted({caption.kind for caption in every_caption})) or "none"
+        available = (
+            ", ".join(sorted({caption.kind for caption in every_caption})) or "none"
+        )
         problem = f"no image has captions of both kinds for {', '.join(empty)}"
         raise ValueError(f"{config.captions}: {problem}; available kinds: {available}")
     if config.across:
         kind = config.across_kind
-        languages = {caption.language for caption in every_caption if caption.kind == kind}
+        languages = {
+            caption.language for caption in every_caption if caption.kind == kind
+        }
         for language in sorted(languages - {home}):
-            sets[f"{language}->{home}"] = find_pairs(captions, (kind, language), (kind, home))
+            sets[f"{language}->{home}"] = find_pairs(
+                captions, (kind, language), (kind, home)
+            )
     return {name: pairs for name, pairs in sets.items() if pairs}
 
 
@@ -199,9 +221,15 @@ def find_pairs(
     first of each counts."""
     pairs: dict[tuple[str, str], str] = {}
     for key, of_sample in captions:
-        left = next((c.text for c in select_captions(of_sample, first[:1], first[1:])), None)
+        left = next(
+            (c.text for c in select_captions(of_sample, first[:1], first[1:])), None
+        )
         right = next(
-            (c.text for c in select_captions(of_sample, second[:1], second[1:]) if c.text != left),
+            (
+                c.text
+                for c in select_captions(of_sample, second[:1], second[1:])
+                if c.text != left
+            ),
             None,
         )
         if left and right:
@@ -210,7 +238,11 @@ def find_pairs(
 
 
 def caption_ranks(
-    first_NW: Tensor, second_NW: Tensor, *, center: bool = False, group_N: Tensor | None = None
+    first_NW: Tensor,
+    second_NW: Tensor,
+    *,
+    center: bool = False,
+    group_N: Tensor | None = None,
 ) -> tuple[QueryRanks, QueryRanks]:
     """Ranks of first -> second and second -> first, for hits item by item.
 
@@ -219,13 +251,19 @@ def caption_ranks(
     ``group_N``: int, pairs with the same label are also correct for each other (several items of
     one concept).
     """
-    label_N = torch.arange(len(first_NW), device=first_NW.device) if group_N is None else group_N
+    label_N = (
+        torch.arange(len(first_NW), device=first_NW.device)
+        if group_N is None
+        else group_N
+    )
     first_NW = first_NW.float()
     second_NW = second_NW.float()
     if center:
         first_NW = first_NW - first_NW.mean(0, keepdim=True)
         second_NW = second_NW - second_NW.mean(0, keepdim=True)
-    return rank_both(F.normalize(first_NW, dim=1), F.normalize(second_NW, dim=1), label_N, label_N)
+    return rank_both(
+        F.normalize(first_NW, dim=1), F.normalize(second_NW, dim=1), label_N, label_N
+    )
 
 
 @dataclass(frozen=True)
@@ -257,7 +295,10 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
         for _, first, second in pairs:
             unique_texts |= {first: None, second: None}
     texts = list(unique_texts)
-    counted = [*(name.replace(":", "->") for name in config.measure.retrieve), LANGUAGES]
+    counted = [
+        *(name.replace(":", "->") for name in config.measure.retrieve),
+        LANGUAGES,
+    ]
     components = config.reading.components
     is_fine_tuned = find_card(config.encoder.adapter or config.encoder.llm) is not None
     readings: list[Reading] = []
@@ -282,7 +323,9 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
                     read_NW = post(read_NW)
                 row_of = dict(zip(texts, read_NW, strict=True))
                 scores = measure_sets(sets, row_of, row_of, config.measure.retrieve)
-                accuracies = {row.name: row.cra for row in scores if row.name in counted}
+                accuracies = {
+                    row.name: row.cra for row in scores if row.name in counted
+                }
                 readings.append(Reading(way, removed, accuracies, post))
         del encoder  # before the next one is loaded
     return sorted(readings, key=lambda reading: -reading.score)
@@ -317,7 +360,9 @@ def pooled_states(
     states_of: dict[tuple[str, int], Tensor] = {}
     batches = list(length_batches([len(ids) for ids in rows], CPU_TOKENS))
     for indices in track(batches, total=len(batches), label="reading", unit="batches"):
-        batch = encoder.collate([rows[index] for index in indices], [frame] * len(indices))
+        batch = encoder.collate(
+            [rows[index] for index in indices], [frame] * len(indices)
+        )
         options = {
             "position_ids": batch.position_ids,
             "use_cache": False,
@@ -358,9 +403,13 @@ def search_and_report(config: EvaluateCaptionsConfig) -> None:
         rows[settings] = {name: f"{value:.3f}" for name, value in accuracies.items()}
     title = "attention, pooling, layer, components removed, template"
     print_table(
-        title, rows, f"best of {len(readings)}, chosen on these captions; measure it on others:"
+        title,
+        rows,
+        f"best of {len(readings)}, chosen on these captions; measure it on others:",
     )
-    words = changed_options(config.encoder, ("llm", "revision", "adapter", "load_in_4bit"))
+    words = changed_options(
+        config.encoder, ("llm", "revision", "adapter", "load_in_4bit")
+    )
     if find_card(config.encoder.adapter or config.encoder.llm) is None:
         words += changed_options(best.way, IDENTITY_SETTINGS)
     if best.post is not None:

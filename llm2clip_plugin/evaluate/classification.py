@@ -37,13 +37,22 @@ from llm2clip_plugin.evaluate.zeroshot import (
 )
 from llm2clip_plugin.hashes import sha256_text, sha256_weights
 from llm2clip_plugin.train.distributed import choose_device
-from llm2clip_plugin.vision.directory import WEIGHTS_FILE, DualConfig, fetch_directory, has_card
+from llm2clip_plugin.vision.directory import (
+    WEIGHTS_FILE,
+    DualConfig,
+    fetch_directory,
+    has_card,
+)
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
-PENALTIES = tuple(10.0**power for power in range(-6, 3))  # candidates for the linear probe
-HELD_OUT = 5  # one in five clusters of the training images is held out to choose the penalty
+PENALTIES = tuple(
+    10.0**power for power in range(-6, 3)
+)  # candidates for the linear probe
+HELD_OUT = (
+    5  # one in five clusters of the training images is held out to choose the penalty
+)
 QUERY_BLOCK = 1024  # test images compared at once
 TEMPERATURE = 0.07  # of a neighbor's vote
 
@@ -74,7 +83,9 @@ def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
     """Embed the prompts and the images, and classify each image as the nearest class."""
     labeled = open_labeled_images(config.data, config.label)
     names = read_class_names(config.classes, config.data, labeled.classes)
-    prompts = prompt_source(names, read_templates(config.templates, config.data), config.data)
+    prompts = prompt_source(
+        names, read_templates(config.templates, config.data), config.data
+    )
     tower = commands.open_tower(config.tower, config.device, config.teacher)
     cache = tower.cache(prompts, config.cache, all_ranks=all_ranks)
     class_CD = class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
@@ -90,7 +101,9 @@ def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
         classification_scores(features, class_CD, names),
         benchmark=f"zeroshot:{commands.dataset_name(config.data)}",
         model=config.tower,
-        provenance=commands.provenance(tower.dual, teacher=cache.fingerprint, prompts=prompts.name),
+        provenance=commands.provenance(
+            tower.dual, teacher=cache.fingerprint, prompts=prompts.name
+        ),
     )
 
 
@@ -121,11 +134,15 @@ def measure_probe(config: ProbeConfig, all_ranks: bool) -> ScoreFile:
         "workers": config.workers,
         "all_ranks": all_ranks,
     }
-    train, test = (image_features(encoder.pool, side, images, device, **options) for side in sides)
+    train, test = (
+        image_features(encoder.pool, side, images, device, **options) for side in sides
+    )
     class_number = {name: number for number, name in enumerate(sides[0].classes)}
     test_classes = sides[1].classes
     unseen = [name for name in test_classes if name not in class_number]
-    test_label_N = torch.tensor([class_number.get(name, -1) for name in test_classes])[test.label_N]
+    test_label_N = torch.tensor([class_number.get(name, -1) for name in test_classes])[
+        test.label_N
+    ]
     hits = {"knn": knn(train, test.feature_ND, config.k) == test_label_N}
     if config.linear:
         hits["linear"] = linear_probe(train, test.feature_ND) == test_label_N
@@ -196,7 +213,10 @@ def linear_probe(train: ImageFeatures, test_MD: Tensor) -> Tensor:
     feature_ND = (train.feature_ND - mean_D) / std_D
     test_MD = (test_MD - mean_D) / std_D
     held_N = torch.tensor(
-        [int(sha256_text(cluster)[:8], 16) % HELD_OUT == 0 for cluster in train.clusters]
+        [
+            int(sha256_text(cluster)[:8], 16) % HELD_OUT == 0
+            for cluster in train.clusters
+        ]
     )
     classes = int(train.label_N.max()) + 1
     best = PENALTIES[0]
@@ -206,14 +226,17 @@ def linear_probe(train: ImageFeatures, test_MD: Tensor) -> Tensor:
             for penalty in PENALTIES
         ]
         right = [
-            int((predict(fit, feature_ND[held_N]) == train.label_N[held_N]).sum()) for fit in fits
+            int((predict(fit, feature_ND[held_N]) == train.label_N[held_N]).sum())
+            for fit in fits
         ]
         ties = [index for index, count in enumerate(right) if count == max(right)]
         best = PENALTIES[ties[len(ties) // 2]]
     return predict(fit_logistic(feature_ND, train.label_N, classes, best), test_MD)
 
 
-def fit_logistic(feature_ND: Tensor, label_N: Tensor, classes: int, penalty: float) -> Tensor:
+def fit_logistic(
+    feature_ND: Tensor, label_N: Tensor, classes: int, penalty: float
+) -> Tensor:
     """(D + 1, C) weights and, last, the bias: cross-entropy + penalty / 2 * |weights|^2, by L-BFGS
     from zero."""
     padded = F.pad(feature_ND, (0, 1), value=1.0)
@@ -224,7 +247,10 @@ def fit_logistic(feature_ND: Tensor, label_N: Tensor, classes: int, penalty: flo
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(padded @ weight, label_N) + penalty / 2 * weight[:-1].square().sum()
+        loss = (
+            F.cross_entropy(padded @ weight, label_N)
+            + penalty / 2 * weight[:-1].square().sum()
+        )
         loss.backward()
         return loss
 

@@ -80,7 +80,9 @@ def main(argv: list[str]) -> int:
     def report(scores: ScoreFile) -> None:
         clusters = len({item["cluster"] for item in scores.items})
         caption = f"i2t: image to text; ties count half; [95 % interval] over {clusters} clusters"
-        print_scores(f"{config.tower} on {config.data.path}", scores, intervals(scores), caption)
+        print_scores(
+            f"{config.tower} on {config.data.path}", scores, intervals(scores), caption
+        )
         write_scores(scores, config.json)
 
     return on_all_ranks(measure, report)
@@ -155,7 +157,11 @@ def measure_suites(
         source = suite.open(root)
         cache = tower.cache(source, all_ranks=all_ranks)
         captions = cache.manifest.shards[suite.name]["rows_sha256"]
-        facts = {"teacher": cache.fingerprint, "captions_sha256": captions, "settings": settings}
+        facts = {
+            "teacher": cache.fingerprint,
+            "captions_sha256": captions,
+            "settings": settings,
+        }
         # everything that decides the scores but the image files
         origin = provenance(tower.dual, **facts)
         path = output / f"{suite.name}.scores.json"
@@ -171,7 +177,9 @@ def measure_suites(
             if suite.choose
             else dataclasses.replace(config.retrieval, kinds=(), languages=())
         )
-        pairs = embed_pairs(tower.dual, source, cache, tower.images, chosen, all_ranks=all_ranks)
+        pairs = embed_pairs(
+            tower.dual, source, cache, tower.images, chosen, all_ranks=all_ranks
+        )
         scores = suite.measure(pairs, chosen, all_ranks=all_ranks, device=tower.device)
         notes = list(scores.notes)
         if suite.images and scores.counts["images"] != suite.images:
@@ -209,10 +217,15 @@ def print_paper_table(
         if f"{ALL}/{FIRST[0]}" not in scores.metrics:  # a mean over languages has none
             interval_of = intervals(scores)
             half[suite.name] = _pair(
-                *(50 * (interval_of[name].high - interval_of[name].low) for name in FIRST)
+                *(
+                    50 * (interval_of[name].high - interval_of[name].low)
+                    for name in FIRST
+                )
             )
     print_table(
-        title, rows, "R@1 image->text / text->image, percent; the paper's rows are single runs"
+        title,
+        rows,
+        "R@1 image->text / text->image, percent; the paper's rows are single runs",
     )
 
 
@@ -253,7 +266,9 @@ class OpenedTower:
         identity = teacher.identity or (
             None if directory and not teacher.config.llm else teacher.encoder.identity()
         )
-        folder = Path(directory or suite_cache_folder(source.path, teacher.known_identity))
+        folder = Path(
+            directory or suite_cache_folder(source.path, teacher.known_identity)
+        )
         if identity is not None and (folder / CacheManifest.FILE).is_file():
             theirs = stored_teacher(folder / CacheManifest.FILE)
             if not theirs.agrees_with(identity):
@@ -270,7 +285,9 @@ class OpenedTower:
             return cache
 
         def is_complete() -> bool:
-            with suppress(FileNotFoundError, ContractError):  # embedding redoes what is incomplete
+            with suppress(
+                FileNotFoundError, ContractError
+            ):  # embedding redoes what is incomplete
                 return opened() is not None
             return False
 
@@ -278,7 +295,12 @@ class OpenedTower:
             number = rank(group_of(all_ranks))
             ranks = world_size(group_of(all_ranks))
             embed_source(
-                source, teacher.encoder, folder, rank=number, world=ranks, quiet=number != 0
+                source,
+                teacher.encoder,
+                folder,
+                rank=number,
+                world=ranks,
+                quiet=number != 0,
             )
             gather_objects(None, group_of(all_ranks))  # all have embedded
         return opened()
@@ -302,7 +324,9 @@ def open_tower(tower: str, device: str, llm: EncoderConfig) -> OpenedTower:
     )
 
 
-def on_all_ranks(measure: Callable[[bool], Result], report: Callable[[Result], None]) -> int:
+def on_all_ranks(
+    measure: Callable[[bool], Result], report: Callable[[Result], None]
+) -> int:
     """``measure(all_ranks)`` on every rank of the launcher, then ``report`` on rank 0; the exit
     status."""
     with watched_group() as (rank, world), phase("evaluation"):
@@ -317,13 +341,20 @@ def provenance(dual: LoadedDualEncoder | None = None, **values: Any) -> dict[str
     if dual is not None:
         card = dual.card
         training = dual.card.training
-        precision = {"precision": training["precision"]} if "precision" in training else {}
+        precision = (
+            {"precision": training["precision"]} if "precision" in training else {}
+        )
         values = (
-            {"weights_sha256": card.weights_sha256, "adapter_sha256": card.adapter_sha256}
+            {
+                "weights_sha256": card.weights_sha256,
+                "adapter_sha256": card.adapter_sha256,
+            }
             | precision
             | values
         )
-    return values | {"versions": {"llm2clip-plugin": __version__, "torch": torch.__version__}}
+    return values | {
+        "versions": {"llm2clip-plugin": __version__, "torch": torch.__version__}
+    }
 
 
 def dataset_name(path: str) -> str:
@@ -337,7 +368,9 @@ def write_scores(scores: ScoreFile, path: str) -> None:
         print(f"wrote {scores.write(path)}")
 
 
-def print_table(title: str, rows: Mapping[str, Mapping[str, str]], caption: str) -> None:
+def print_table(
+    title: str, rows: Mapping[str, Mapping[str, str]], caption: str
+) -> None:
     """Named rows, and one column for each key of theirs."""
     columns: list[str] = []
     for row in rows.values():

@@ -18,8 +18,12 @@ KS = (1, 5, 10)
 class RetrievalConfig:
     """How retrieval is measured."""
 
-    kinds: tuple[str, ...] = setting((), help="only captions of these kinds; empty: all")
-    languages: tuple[str, ...] = setting((), help="only captions of these languages; empty: all")
+    kinds: tuple[str, ...] = setting(
+        (), help="only captions of these kinds; empty: all"
+    )
+    languages: tuple[str, ...] = setting(
+        (), help="only captions of these languages; empty: all"
+    )
     group: str = setting(
         "",
         help='JSON field of the samples: images with the same value share their captions; "": no '
@@ -30,9 +34,13 @@ class RetrievalConfig:
         help='JSON field of the samples: resampled together in the bootstrap; "": the group, or '
         "the image",
     )
-    ks: tuple[int, ...] = setting(KS, help="k of recall@k: a hit is a correct item in the top k")
+    ks: tuple[int, ...] = setting(
+        KS, help="k of recall@k: a hit is a correct item in the top k"
+    )
     limit: int = setting(0, help="use the first images, at most this many; 0: all")
-    batch: int = setting(64, help="images in one call of the tower", option="batch-size")
+    batch: int = setting(
+        64, help="images in one call of the tower", option="batch-size"
+    )
     workers: int | None = setting(
         None,
         help="processes that decode images; unset: none, during training as many as it has",
@@ -94,7 +102,9 @@ class CaptionSetConfig:
         True,
         help="also retrieve from every other language into the home language",
     )
-    across_kind: str = setting("short", help="kind of caption for cross-lingual retrieval")
+    across_kind: str = setting(
+        "short", help="kind of caption for cross-lingual retrieval"
+    )
     limit: int = setting(5000, help="use the first images, at most this many")
 
     def __post_init__(self) -> None:
@@ -119,7 +129,9 @@ class ReadingConfig:
         help="training captions, 2,000 at most, which centering and components are fitted on",
     )
     folder: str = setting("", help="folder to write the post-processing of the best to")
-    templates: tuple[str, ...] = setting(("", PROMPT_EOL), help="chat templates; empty: none")
+    templates: tuple[str, ...] = setting(
+        ("", PROMPT_EOL), help="chat templates; empty: none"
+    )
     components: tuple[int, ...] = setting(
         (0, 1, 2, 3, 5, 10),
         help="largest principal components that are removed; 0: centering",
@@ -130,9 +142,13 @@ class ReadingConfig:
 class EvaluateCaptionsConfig:
     """Caption retrieval accuracy of an LLM."""
 
-    measure: CaptionSetConfig = section(CaptionSetConfig(), options={"captions": "data"})
+    measure: CaptionSetConfig = section(
+        CaptionSetConfig(), options={"captions": "data"}
+    )
     # how the captions are read
-    read: ReadConfig = section(ReadConfig(), hidden=("kinds", "languages", "shuffle_window"))
+    read: ReadConfig = section(
+        ReadConfig(), hidden=("kinds", "languages", "shuffle_window")
+    )
     encoder: EncoderConfig = section(EncoderConfig())
     search: bool = setting(
         False,
@@ -168,12 +184,18 @@ EVALUATE_CAPTIONS = Command(
 class MeasureConfig:
     """How images are encoded."""
 
-    batch: int = setting(64, help="images in one call of the tower", option="batch-size")
+    batch: int = setting(
+        64, help="images in one call of the tower", option="batch-size"
+    )
     workers: int = setting(0, help="processes that decode images")
-    device: str = setting("", help='cpu, cuda, cuda:1 ...; "": the accelerator, if there is one')
+    device: str = setting(
+        "", help='cpu, cuda, cuda:1 ...; "": the accelerator, if there is one'
+    )
 
 
-DRAWINGS = Path(llm2clip_plugin.__file__).parent / "data" / "emoji" / "validation-noto.tar"
+DRAWINGS = (
+    Path(llm2clip_plugin.__file__).parent / "data" / "emoji" / "validation-noto.tar"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +209,9 @@ class ForecastConfig(MeasureConfig):
         SourceConfig(path=str(DRAWINGS)), hidden=("weight", "shuffle_window")
     )
     # as LLaVA runs it; the state of <s> would drown the captions
-    encoder: EncoderConfig = section(EncoderConfig(attention="causal", layer=-2, include_bos=False))
+    encoder: EncoderConfig = section(
+        EncoderConfig(attention="causal", layer=-2, include_bos=False)
+    )
     cache: str = setting(
         "",
         help="folder of the captions' embeddings; \"\": forecast-<fingerprint> in the data's "
@@ -289,7 +313,9 @@ class EvaluateConfig:
     """Retrieval recall of a tower."""
 
     tower: str = setting(help="tower directory or Hub id, with a text adapter")
-    data: SourceConfig = section(hidden=("weight", "shuffle_window", "kinds", "languages"))
+    data: SourceConfig = section(
+        hidden=("weight", "shuffle_window", "kinds", "languages")
+    )
     cache: str = setting(
         "",
         help='the teacher\'s embeddings of the captions; "": embeddings-<fingerprint> in the '
@@ -297,7 +323,9 @@ class EvaluateConfig:
         needs="not suite",
     )
     retrieval: RetrievalConfig = section(RetrievalConfig())
-    device: str = setting("", help='cpu, cuda, cuda:1 ...; "": the accelerator, if there is one')
+    device: str = setting(
+        "", help='cpu, cuda, cuda:1 ...; "": the accelerator, if there is one'
+    )
     json: str = setting(
         "",
         help="file to write: the metrics and every query's hits, for llm2clip compare; with "
@@ -342,7 +370,9 @@ class SearchConfig(MeasureConfig):
 
     tower: str = setting(help="tower directory or Hub id, with a text adapter")
     # images, with or without captions; also a folder of image files
-    data: SourceConfig = section(hidden=("weight", "shuffle_window", "kinds", "languages"))
+    data: SourceConfig = section(
+        hidden=("weight", "shuffle_window", "kinds", "languages")
+    )
     text: tuple[str, ...] = setting((), help="texts to search for, in any language")
     top_k: int = setting(10, help="images of each text")
     output: str = setting("search.html", help='the page to write; "": none')

@@ -21,7 +21,13 @@ from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.config import RetrievalConfig
 from llm2clip_plugin.progress import track
-from llm2clip_plugin.train.distributed import Group, gather_objects, group_of, rank, world_size
+from llm2clip_plugin.train.distributed import (
+    Group,
+    gather_objects,
+    group_of,
+    rank,
+    world_size,
+)
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
 from llm2clip_plugin.vision.towers import eval_mode
 
@@ -42,7 +48,9 @@ class EncodedImages(NamedTuple):
     def joined(self) -> Tensor:
         """(N, D): all vectors; raises ValueError if there are none."""
         if not self.numbers:
-            raise ValueError(f"no usable images: {(self.broken or ['the data is empty'])[0]}")
+            raise ValueError(
+                f"no usable images: {(self.broken or ['the data is empty'])[0]}"
+            )
         return torch.cat(self.vectors)
 
 
@@ -84,7 +92,11 @@ def encode_images(
     for _ in track(range(calls), total=calls, label=label, unit="batches", show=show):
         loaded = next(remaining, None)
         if loaded is None:
-            encode(normalize(torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)))
+            encode(
+                normalize(
+                    torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)
+                )
+            )
             continue
         encoded.vectors.append(
             encode(normalize(loaded["pixels"]), *normalize.shapes(loaded)).float().cpu()
@@ -99,7 +111,13 @@ def encode_images(
 def _of_all_ranks(encoded: EncodedImages, group: Group) -> EncodedImages:
     """The images of every rank, in order of rank, on every rank."""
     broken = [[sample.shard, sample.key, sample.reason] for sample in encoded.broken]
-    exchanged: list[Any] = [encoded.numbers, encoded.keys, encoded.meta, encoded.vectors, broken]
+    exchanged: list[Any] = [
+        encoded.numbers,
+        encoded.keys,
+        encoded.meta,
+        encoded.vectors,
+        broken,
+    ]
     total = EncodedImages([], [], [], [], [])
     for part in gather_objects(exchanged, group):
         numbers, keys, meta, vectors, left_out = part
@@ -162,7 +180,9 @@ def embed_pairs(
             "quiet": quiet,
         }
         device = next(encoders.parameters()).device
-        encoded = encode_images(encoders.encode_image, source, images, device, **options)
+        encoded = encode_images(
+            encoders.encode_image, source, images, device, **options
+        )
         image_ND = encoded.joined()
         rows: dict[bytes, Tensor] = {}  # each distinct teacher embedding
         # of each caption
@@ -215,10 +235,14 @@ def encode_texts(encoders: Dual, teacher_UW: Tensor, all_ranks: bool = False) ->
     return torch.cat(parts)
 
 
-def json_field(meta: Mapping[str, Any], name: str, key: str, *, before: str = "") -> Any:
+def json_field(
+    meta: Mapping[str, Any], name: str, key: str, *, before: str = ""
+) -> Any:
     """A field of the JSON of the sample ``key``. ValueError with the known ones, after ``before``,
     if it has none."""
     if name in meta:
         return meta[name]
     names = ", ".join(sorted(meta)) or "none"
-    raise ValueError(f"{before}sample {key!r} has no field {name!r} in its JSON; known: {names}")
+    raise ValueError(
+        f"{before}sample {key!r} has no field {name!r} in its JSON; known: {names}"
+    )

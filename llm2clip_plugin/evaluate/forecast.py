@@ -27,7 +27,12 @@ from llm2clip_plugin.data.samples import BrokenSample, select_captions
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.evaluate import commands
 from llm2clip_plugin.evaluate.classification import weights_hash
-from llm2clip_plugin.evaluate.config import DRAWINGS, FORECAST, ForecastConfig, RetrievalConfig
+from llm2clip_plugin.evaluate.config import (
+    DRAWINGS,
+    FORECAST,
+    ForecastConfig,
+    RetrievalConfig,
+)
 from llm2clip_plugin.evaluate.features import encode_images, json_field
 from llm2clip_plugin.evaluate.retrieval import check_measurable
 from llm2clip_plugin.evaluate.suites import InMemorySource, Row
@@ -82,7 +87,9 @@ def select_rows(config: ForecastConfig, source: Source) -> dict[int, Row]:
         number = index * len(source) // count
         with suppress(BrokenSample):
             sample = source[number]
-            used = select_captions(sample.captions, config.data.kinds, config.data.languages)
+            used = select_captions(
+                sample.captions, config.data.kinds, config.data.languages
+            )
             if not used:
                 continue
             cluster = sample.key
@@ -96,17 +103,24 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
     """Up to ``limit`` images with captions, evenly spaced, by their numbers; the mean of each one's
     embedded captions, cached, float32 on the CPU; the LLM's TeacherIdentity."""
     rows = select_rows(config, source)
-    folds([row.meta["cluster"] for row in rows.values()])  # enough of them, before the work
+    folds(
+        [row.meta["cluster"] for row in rows.values()]
+    )  # enough of them, before the work
     encoding = config.encoder
-    if find_card(encoding.adapter or encoding.llm):  # a fine-tuned LLM is read as its card says
+    if find_card(
+        encoding.adapter or encoding.llm
+    ):  # a fine-tuned LLM is read as its card says
         defaults = {
-            name: getattr(EncoderConfig, name) for name in ("attention", "layer", "include_bos")
+            name: getattr(EncoderConfig, name)
+            for name in ("attention", "layer", "include_bos")
         }
         encoding = dataclasses.replace(encoding, **defaults)
     encoder = CaptionEncoder(encoding, choose_device(config.device))
     identity = encoder.identity()
     folder = Path(config.cache or forecast_folder(source.path, identity))
-    if not config.cache and Path(source.path) == DRAWINGS:  # the package's folder may be read-only
+    if (
+        not config.cache and Path(source.path) == DRAWINGS
+    ):  # the package's folder may be read-only
         folder = default_download_folder().parent / folder.name
     texts: list[list[str]] = []
     for row in rows.values():
@@ -131,7 +145,9 @@ def forecast_folder(path: str, identity: TeacherIdentity) -> Path:
 
 
 @torch.no_grad()
-def forecast(tower: str, config: ForecastConfig, source: Source, captions: Captions) -> ScoreFile:
+def forecast(
+    tower: str, config: ForecastConfig, source: Source, captions: Captions
+) -> ScoreFile:
     """The measures of one tower, and every readable image's values. ValueError for a layer that the
     tower lacks."""
     rows, text_NW, llm = captions
@@ -148,7 +164,9 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captions: Capti
     first = int(family_of(model).has_cls)
 
     def encode(pixels: Tensor) -> Tensor:
-        states = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True).hidden_states
+        states = model(
+            pixel_values=pixels.to(model.dtype), output_hidden_states=True
+        ).hidden_states
         return on_grid(states[layer][:, first:].float())
 
     options = {"batch": config.batch, "workers": config.workers, "indices": list(rows)}
@@ -167,7 +185,9 @@ def forecast(tower: str, config: ForecastConfig, source: Source, captions: Capti
     items: list[dict[str, Any]] = []
     for index, (key, cluster) in enumerate(zip(encoded.keys, clusters, strict=True)):
         measures = {name: float(value_N[index]) for name, value_N in values.items()}
-        items.append({"id": key, "cluster": cluster, "score": measures["neighbors"], **measures})
+        items.append(
+            {"id": key, "cluster": cluster, "score": measures["neighbors"], **measures}
+        )
     return ScoreFile(
         benchmark=f"forecast:{commands.dataset_name(config.data.path)}",
         metrics={name: float(value_N.mean()) for name, value_N in values.items()},
@@ -194,7 +214,9 @@ def print_measures(config: ForecastConfig, records: Sequence[ScoreFile]) -> None
     """Each tower's measures with intervals, and the paired differences to the first tower."""
     rows = {}
     for record in records:
-        rows[record.model] = {name: str(interval(record, name)) for name in record.metrics}
+        rows[record.model] = {
+            name: str(interval(record, name)) for name in record.metrics
+        }
         if record is not records[0]:
             less = rows[f"{record.model} less the first"] = {}
             for name in record.metrics:
@@ -220,7 +242,9 @@ def interval(record: ScoreFile, name: str, base: ScoreFile | None = None) -> Int
     """Of a measure, or of its paired difference to ``base``, which has the same images."""
     values = [item[name] for item in record.items]
     if base is not None:
-        values = [value - item[name] for value, item in zip(values, base.items, strict=True)]
+        values = [
+            value - item[name] for value, item in zip(values, base.items, strict=True)
+        ]
     return bootstrap_mean(values, [item["cluster"] for item in record.items])
 
 
@@ -280,7 +304,11 @@ def neighbor_overlap(one_NN: Tensor, other_NN: Tensor, k: int) -> Tensor:
     near = []
     for similarity_NN in (one_NN, other_NN):
         index_Nk = similarity_NN.clone().fill_diagonal_(-torch.inf).topk(k).indices
-        near.append(torch.zeros_like(similarity_NN, dtype=torch.bool).scatter_(1, index_Nk, True))
+        near.append(
+            torch.zeros_like(similarity_NN, dtype=torch.bool).scatter_(
+                1, index_Nk, True
+            )
+        )
     return (near[0] & near[1]).sum(1) / k
 
 
@@ -297,7 +325,10 @@ def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
         centered_NF = feature_NF - feature_NF.mean(0)
         grams.append((centered_NF @ centered_NF.T).fill_diagonal_(0))
     one_NN, other_NN = grams
-    cka = hsic(one_NN, other_NN) / (hsic(one_NN, one_NN) * hsic(other_NN, other_NN)).sqrt()
+    cka = (
+        hsic(one_NN, other_NN)
+        / (hsic(one_NN, one_NN) * hsic(other_NN, other_NN)).sqrt()
+    )
     return cka[0] + (len(one_NH) - 1) * (cka[1:].mean() - cka[1:])
 
 
@@ -308,7 +339,8 @@ def hsic(one_NN: Tensor, other_NN: Tensor) -> Tensor:
     one_N = one_NN.sum(1)
     other_N = other_NN.sum(1)
     products, ones, others = (
-        some_N.sum() - 2 * F.pad(some_N, (1, 0)) for some_N in (product_N, one_N, other_N)
+        some_N.sum() - 2 * F.pad(some_N, (1, 0))
+        for some_N in (product_N, one_N, other_N)
     )
     lost_N = one_N * other_N + one_NN @ other_N + other_NN @ one_N - product_N
     rows = one_N @ other_N - F.pad(lost_N, (1, 0))
@@ -332,14 +364,21 @@ def explained(feature_NH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> T
         choose_N = fold_N == (fold + 1) % FOLDS
         fit_N = ~test_N & ~choose_N
         rest_N = ~test_N
-        tried = ridge(feature_NH[fit_N], text_NW[fit_N], feature_NH[choose_N], PENALTIES)
+        tried = ridge(
+            feature_NH[fit_N], text_NW[fit_N], feature_NH[choose_N], PENALTIES
+        )
         errors = [float((guess - text_NW[choose_N]).square().sum()) for guess in tried]
         best = errors.index(min(errors))
         predicted = ridge(
-            feature_NH[rest_N], text_NW[rest_N], feature_NH[test_N], PENALTIES[best : best + 1]
+            feature_NH[rest_N],
+            text_NW[rest_N],
+            feature_NH[test_N],
+            PENALTIES[best : best + 1],
         )[0]
         error_N[test_N] = (predicted - text_NW[test_N]).double().square().sum(1)
-        total_N[test_N] = (text_NW[test_N] - text_NW[rest_N].mean(0)).double().square().sum(1)
+        total_N[test_N] = (
+            (text_NW[test_N] - text_NW[rest_N].mean(0)).double().square().sum(1)
+        )
     unexplained = error_N.sum() / total_N.sum()
     return 1 - unexplained - (error_N - unexplained * total_N) / total_N.mean()
 

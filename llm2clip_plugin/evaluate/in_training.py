@@ -15,7 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity
-from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, differences, source_digest
+from llm2clip_plugin.data.cache import (
+    EmbeddingCache,
+    cache_digest,
+    differences,
+    source_digest,
+)
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.errors import ContractError
@@ -78,15 +83,21 @@ def _open_zeroshot(data: str) -> MeasuredSuite:
     labeled = open_labeled_images(data)
     names = read_class_names("", data, labeled.classes)
     prompts = prompt_source(names, read_templates("", data), data)
-    return MeasuredSuite("zeroshot", prompts, partial(_zeroshot, labeled, names, prompts))
+    return MeasuredSuite(
+        "zeroshot", prompts, partial(_zeroshot, labeled, names, prompts)
+    )
 
 
 def _suite(
     suite: Suite, source: Source, dual: DualEncoder, cache: EmbeddingCache, **how: Any
 ) -> ScoreFile:
     config = RetrievalConfig(batch=how["batch"], workers=how["workers"])
-    pairs = embed_pairs(dual, source, cache, how["images"], config, all_ranks=True, quiet=True)
-    return suite.measure(pairs, config, all_ranks=True, device=next(dual.parameters()).device)
+    pairs = embed_pairs(
+        dual, source, cache, how["images"], config, all_ranks=True, quiet=True
+    )
+    return suite.measure(
+        pairs, config, all_ranks=True, device=next(dual.parameters()).device
+    )
 
 
 def _zeroshot(
@@ -115,7 +126,9 @@ def _zeroshot(
     return classification_scores(features, class_CD, names)
 
 
-def embed_suites(suites: Sequence[MeasuredSuite], teacher: TeacherIdentity) -> list[MeasuredSuite]:
+def embed_suites(
+    suites: Sequence[MeasuredSuite], teacher: TeacherIdentity
+) -> list[MeasuredSuite]:
     """The suites with the caches of their texts; every rank must call this, rank 0 embeds what no
     cache has. Raises FileNotFoundError, ValueError or ContractError if the teacher is not where the
     training's cache says."""
@@ -132,7 +145,10 @@ def embed_suites(suites: Sequence[MeasuredSuite], teacher: TeacherIdentity) -> l
             try:
                 opened(suite)
             except (FileNotFoundError, ContractError):  # not there, or not complete
-                print(f"embedding the texts of {suite.name} once, with {teacher.llm}", flush=True)
+                print(
+                    f"embedding the texts of {suite.name} once, with {teacher.llm}",
+                    flush=True,
+                )
                 if encoder is None:
                     encoder = _same_teacher(teacher)
                 folder = suite_cache_folder(suite.texts.path, teacher)
@@ -188,7 +204,9 @@ class Evaluation:
     @property
     def digests(self) -> dict[str, str]:
         """What is compared between ranks."""
-        digests = {f"of {suite.name}": source_digest(suite.texts) for suite in self.suites}
+        digests = {
+            f"of {suite.name}": source_digest(suite.texts) for suite in self.suites
+        }
         if self.held_out is not None:
             source, cache = self.held_out
             digests["validation"] = source_digest(source)
@@ -203,13 +221,19 @@ class Evaluation:
     ) -> dict[str, float]:
         """``show``: of a rank that shows pictures of what the held-out captions find."""
         scores: dict[str, float] = {}
-        how = {"images": images, "batch": self.config.batch, "workers": self.config.workers or 0}
+        how = {
+            "images": images,
+            "batch": self.config.batch,
+            "workers": self.config.workers or 0,
+        }
         # a graph for each suite's last batch would exhaust what torch.compile makes, and training
         # would get none
         with torch.compiler.set_stance("eager_on_recompile"):
             if self.held_out is not None:
                 options = {"all_ranks": True, "quiet": True}
-                report = evaluate_retrieval(dual, *self.held_out, images, self.config, **options)
+                report = evaluate_retrieval(
+                    dual, *self.held_out, images, self.config, **options
+                )
                 if show is not None:
                     show(draw_retrievals(report, self.held_out[0]))
                 scores |= report.metrics()

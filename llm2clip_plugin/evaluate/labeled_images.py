@@ -17,14 +17,29 @@ from torch import Tensor
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import BrokenSample
-from llm2clip_plugin.data.sources import Source, SourceConfig, open_source, scan_tar, split_name
+from llm2clip_plugin.data.sources import (
+    Source,
+    SourceConfig,
+    open_source,
+    scan_tar,
+    split_name,
+)
 from llm2clip_plugin.errors import errors_about
 from llm2clip_plugin.evaluate.features import encode_images, json_field
-from llm2clip_plugin.evaluate.suites import IMAGE_ENDINGS, InMemorySource, Row, image_files
+from llm2clip_plugin.evaluate.suites import (
+    IMAGE_ENDINGS,
+    InMemorySource,
+    Row,
+    image_files,
+)
 
 CLASS = "class"  # field of an image's JSON where the data has none
 
-NOT_A_CLASS = (".", "embeddings-", "forecast-")  # prefixes of other folders: hidden ones, caches
+NOT_A_CLASS = (
+    ".",
+    "embeddings-",
+    "forecast-",
+)  # prefixes of other folders: hidden ones, caches
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,9 @@ def _of_folders(path: Path) -> LabeledImages:
         for folder in folders
         for file in image_files(folder)
     ]
-    return LabeledImages(InMemorySource(str(path), path, rows), [folder.name for folder in folders])
+    return LabeledImages(
+        InMemorySource(str(path), path, rows), [folder.name for folder in folders]
+    )
 
 
 def _of_tars(path: Path) -> LabeledImages:
@@ -88,17 +105,25 @@ def _of_tars(path: Path) -> LabeledImages:
         for member in scan_tar(tar):
             key, ending = split_name(member.name)
             part = "image" if ending in IMAGE_ENDINGS else ending
-            parts.setdefault(key, {})[part] = partial(_read, tar, member.offset_data, member.size)
+            parts.setdefault(key, {})[part] = partial(
+                _read, tar, member.offset_data, member.size
+            )
         for key, of_key in parts.items():
             if "image" in of_key:
-                with errors_about(f"{tar}: {key}.cls", fix="expected a class index (0, 1, ...)"):
+                with errors_about(
+                    f"{tar}: {key}.cls", fix="expected a class index (0, 1, ...)"
+                ):
                     rows.append(
                         Row(
-                            f"{tar.stem}/{key}", of_key["image"], meta={CLASS: int(of_key["cls"]())}
+                            f"{tar.stem}/{key}",
+                            of_key["image"],
+                            meta={CLASS: int(of_key["cls"]())},
                         )
                     )
     count = 1 + max((row.meta[CLASS] for row in rows), default=0)
-    return LabeledImages(InMemorySource(str(path), path, rows), list(map(str, range(count))))
+    return LabeledImages(
+        InMemorySource(str(path), path, rows), list(map(str, range(count)))
+    )
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
@@ -118,7 +143,11 @@ class ImageFeatures:
     broken: list[BrokenSample]
 
     def scores(
-        self, hits: dict[str, Tensor], names: Sequence[str], means: dict[str, str], **counts: int
+        self,
+        hits: dict[str, Tensor],
+        names: Sequence[str],
+        means: dict[str, str],
+        **counts: int,
     ) -> ScoreFile:
         """The mean of each of ``hits``, and the mean over classes of those in ``means`` (hits ->
         name of the metric).
@@ -129,7 +158,9 @@ class ImageFeatures:
         metrics = {name: float(hit_N.mean()) for name, hit_N in hits.items()}
         labels = torch.unique(self.label_N)
         for name, metric in means.items():
-            mean_of_class = [hits[name][self.label_N == label].mean() for label in labels]
+            mean_of_class = [
+                hits[name][self.label_N == label].mean() for label in labels
+            ]
             metrics[metric] = float(torch.stack(mean_of_class).mean())
         hits_of = {name: hit_N.tolist() for name, hit_N in hits.items()}
         first = next(iter(hits_of))
@@ -163,7 +194,9 @@ def image_features(
     number_of = {name: number for number, name in enumerate(images.classes)}
     return ImageFeatures(
         feature_ND=encoded.joined(),
-        label_N=torch.tensor([number_of[str(meta[images.field])] for meta in encoded.meta]),
+        label_N=torch.tensor(
+            [number_of[str(meta[images.field])] for meta in encoded.meta]
+        ),
         keys=encoded.keys,
         clusters=[
             str(meta.get(images.cluster, key))

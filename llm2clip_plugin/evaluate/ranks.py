@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.evaluate.config import KS
-from llm2clip_plugin.train.distributed import Group, group_of, rank, sum_over_ranks, world_size
+from llm2clip_plugin.train.distributed import (
+    Group,
+    group_of,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 
 BLOCK = 1 << 22  # scores computed at once: 16 MiB
 
@@ -33,7 +39,9 @@ class QueryRanks:
 
     def select(self, index: Tensor) -> QueryRanks:
         """The counts of some queries; ``index`` is a mask or positions."""
-        return QueryRanks(**{name: count_Q[index] for name, count_Q in vars(self).items()})
+        return QueryRanks(
+            **{name: count_Q[index] for name, count_Q in vars(self).items()}
+        )
 
     def hits(self, k: int) -> Tensor:
         """(Q,) float64 in [0, 1]: is a correct item in the top ``k``? Equal scores are in random
@@ -53,7 +61,9 @@ class QueryRanks:
         miss_Q = torch.ones_like(wrong_Q)
         # C(e, s) / C(e + r, s) = product over j < s of (e - j) / (e + r - j): e wrong, r correct
         for j in range(k):
-            factor_Q = (wrong_Q - j).clamp(min=0) / (wrong_Q + correct_Q - j).clamp(min=1)
+            factor_Q = (wrong_Q - j).clamp(min=0) / (wrong_Q + correct_Q - j).clamp(
+                min=1
+            )
             miss_Q = torch.where(k - self.higher_Q > j, miss_Q * factor_Q, miss_Q)
         return 1.0 - miss_Q
 
@@ -87,7 +97,9 @@ def rank_both(
         if broken := int((~torch.isfinite(vectors.sum(1))).sum()):
             raise ValueError(f"{broken} of {len(vectors)} embeddings are not finite")
     group = group_of(all_ranks)
-    first, second = ((vectors.float(), labels.to(vectors.device)) for vectors, labels in sides)
+    first, second = (
+        (vectors.float(), labels.to(vectors.device)) for vectors, labels in sides
+    )
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -108,7 +120,9 @@ def _rank(
     if len(item_UD) == len(item_ID):
         item_UD = item_ID
         distinct_I = slice(None)
-    first_Q, end_Q = (torch.searchsorted(label_I, label_Q, right=right) for right in (False, True))
+    first_Q, end_Q = (
+        torch.searchsorted(label_I, label_Q, right=right) for right in (False, True)
+    )
     counts_3Q = torch.zeros(3, len(query_QD), dtype=torch.int64, device=query_QD.device)
     step = max(1, BLOCK // len(item_ID))
     for start in range(rank(group) * step, len(query_QD), world_size(group) * step):
@@ -120,13 +134,15 @@ def _rank(
             max(1, int((end_q1 - first_q1).max())), device=first_q1.device
         )
         inside_qC = place_qC < end_q1
-        correct_qC = score_qI.gather(1, place_qC.clamp(max=len(item_ID) - 1)).masked_fill(
-            ~inside_qC, -torch.inf
-        )
+        correct_qC = score_qI.gather(
+            1, place_qC.clamp(max=len(item_ID) - 1)
+        ).masked_fill(~inside_qC, -torch.inf)
         best_q1 = correct_qC.amax(1, keepdim=True)
         counts_3Q[0, some] = (score_qI > best_q1).sum(1, dtype=torch.int32)
         counts_3Q[2, some] = ((correct_qC == best_q1) & inside_qC).sum(1)
-        counts_3Q[1, some] = (score_qI == best_q1).sum(1, dtype=torch.int32) - counts_3Q[2, some]
+        counts_3Q[1, some] = (score_qI == best_q1).sum(
+            1, dtype=torch.int32
+        ) - counts_3Q[2, some]
     higher_Q, wrong_equal_Q, correct_equal_Q = sum_over_ranks(counts_3Q, group).cpu()
     return QueryRanks(
         higher_Q=higher_Q, wrong_equal_Q=wrong_equal_Q, correct_equal_Q=correct_equal_Q
@@ -172,7 +188,9 @@ def recall(
     ValueError for an image without a caption, or non-finite embeddings.
     """
     label_N = torch.arange(len(image_ND)) if group_N is None else group_N.cpu()
-    retrieval = retrieve(image_ND, text_MD, label_N, label_N[owner_M.cpu()], all_ranks=all_ranks)
+    retrieval = retrieve(
+        image_ND, text_MD, label_N, label_N[owner_M.cpu()], all_ranks=all_ranks
+    )
     if missing := len(image_ND) - len(retrieval.sides["i2t"][0]):
         raise ValueError(f"{missing} of {len(image_ND)} images have no caption")
     return retrieval.metrics(ks)
@@ -201,4 +219,6 @@ def retrieve(
     labels = image_label_N.cpu(), caption_label_M.cpu()[caption_index]
     i2t, t2i = rank_both(image_ND, text_MD, *labels, all_ranks=all_ranks)
     image_index = torch.nonzero(i2t.correct_equal_Q).flatten()
-    return Retrieval({"i2t": (i2t.select(image_index), image_index), "t2i": (t2i, caption_index)})
+    return Retrieval(
+        {"i2t": (i2t.select(image_index), image_index), "t2i": (t2i, caption_index)}
+    )

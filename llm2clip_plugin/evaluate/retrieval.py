@@ -23,7 +23,12 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.config import RetrievalConfig
-from llm2clip_plugin.evaluate.features import Dual, EmbeddedPairs, embed_pairs, json_field
+from llm2clip_plugin.evaluate.features import (
+    Dual,
+    EmbeddedPairs,
+    embed_pairs,
+    json_field,
+)
 from llm2clip_plugin.evaluate.ranks import Retrieval, retrieve
 
 ALL = "all"  # the part with every caption
@@ -67,7 +72,9 @@ class RetrievalReport:
         for name, part in self.parts.items():
             for side, (ranks, index_Q) in part.sides.items():
                 for query, *hits in zip(
-                    index_Q.tolist(), *(ranks.hits(k).tolist() for k in self.ks), strict=True
+                    index_Q.tolist(),
+                    *(ranks.hits(k).tolist() for k in self.ks),
+                    strict=True,
                 ):
                     image, label = named[side][query]
                     item = {
@@ -75,7 +82,9 @@ class RetrievalReport:
                         "score": hits[0],
                         "cluster": self.cluster_N[image],
                     }
-                    scores = {f"r{k}": hit for k, hit in zip(self.ks, hits, strict=True)}
+                    scores = {
+                        f"r{k}": hit for k, hit in zip(self.ks, hits, strict=True)
+                    }
                     out.append(item | {"part": name, "side": side, **scores})
         return out
 
@@ -109,7 +118,9 @@ def evaluate_retrieval(
     Raises ValueError if no image is usable, or if samples have no field ``group`` or ``cluster``.
     """
     config = config or RetrievalConfig()
-    pairs = embed_pairs(dual, source, cache, images, config, all_ranks=all_ranks, quiet=quiet)
+    pairs = embed_pairs(
+        dual, source, cache, images, config, all_ranks=all_ranks, quiet=quiet
+    )
     return report_retrieval(
         pairs, config, all_ranks=all_ranks, device=next(dual.parameters()).device
     )
@@ -129,24 +140,35 @@ def report_retrieval(
     if config.group:
         number_of: dict[str, int] = {}
         label_N = torch.tensor(
-            [number_of.setdefault(v, len(number_of)) for v in pairs.meta_values(config.group)]
+            [
+                number_of.setdefault(v, len(number_of))
+                for v in pairs.meta_values(config.group)
+            ]
         )
     label_M = label_N[pairs.owner_M]
 
     def ranked(captions: Tensor) -> Retrieval:
         subset = None if bool(captions.all()) else captions  # all captions need no copy
-        return retrieve(image_ND, text_MD, label_N, label_M, captions=subset, all_ranks=all_ranks)
+        return retrieve(
+            image_ND, text_MD, label_N, label_M, captions=subset, all_ranks=all_ranks
+        )
 
     used_M = torch.ones(len(label_M), dtype=torch.bool)
-    if config.group:  # the first of each group's captions with the same text, kind and language
+    if (
+        config.group
+    ):  # the first of each group's captions with the same text, kind and language
         first: dict[tuple[int, Caption], int] = {}
-        for number, caption in enumerate(zip(label_M.tolist(), pairs.captions, strict=True)):
+        for number, caption in enumerate(
+            zip(label_M.tolist(), pairs.captions, strict=True)
+        ):
             used_M[number] = first.setdefault(caption, number) == number
     parts = {ALL: ranked(used_M)}
     names = [f"{caption.kind}:{caption.language}" for caption in pairs.captions]
     if len(set(names)) > 1:
         for name in dict.fromkeys(names):
-            parts[name] = ranked(used_M & torch.tensor([other == name for other in names]))
+            parts[name] = ranked(
+                used_M & torch.tensor([other == name for other in names])
+            )
     cluster = config.cluster or config.group
     return RetrievalReport(
         ks=config.ks,
@@ -161,7 +183,9 @@ def report_retrieval(
     )
 
 
-def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "--") -> None:
+def check_measurable(
+    source: Source, config: RetrievalConfig, *, option: str = "--"
+) -> None:
     """ValueError for kinds and languages without a caption, a field that a sample lacks;
     ``option``: their prefix."""
     images = min(config.limit or len(source), len(source))
@@ -180,11 +204,15 @@ def check_measurable(source: Source, config: RetrievalConfig, *, option: str = "
                     )
     if not select_captions(list(captions), config.kinds, config.languages):
         available = (
-            ", ".join(sorted({f"{caption.kind}:{caption.language}" for caption in captions}))
+            ", ".join(
+                sorted({f"{caption.kind}:{caption.language}" for caption in captions})
+            )
             or "none"
         )
         kinds, languages = (
             " ".join(names) or "(any)" for names in (config.kinds, config.languages)
         )
         wanted = f"{option}kinds {kinds} and {option}languages {languages}"
-        raise ValueError(f"no caption of {source.path} has {wanted}; known: {available}")
+        raise ValueError(
+            f"no caption of {source.path} has {wanted}; known: {available}"
+        )

@@ -35,16 +35,22 @@ from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
 
 PART = 16384  # images of a file, and what a stopped command embeds again at most
 
-Hits = list[list[tuple[int, float]]]  # of each text (number in the source, cosine), best first
+Hits = list[
+    list[tuple[int, float]]
+]  # of each text (number in the source, cosine), best first
 
 
 def main(argv: list[str]) -> int:
     """``llm2clip search TOWER DATA TEXT [TEXT ...]``."""
     config = SEARCH.parse(argv)
-    return commands.on_all_ranks(partial(search, config), lambda result: report(config, *result))
+    return commands.on_all_ranks(
+        partial(search, config), lambda result: report(config, *result)
+    )
 
 
-def search(config: SearchConfig, all_ranks: bool) -> tuple[Source, list[BrokenSample], Hits]:
+def search(
+    config: SearchConfig, all_ranks: bool
+) -> tuple[Source, list[BrokenSample], Hits]:
     """The source, its images that were left out, and for each text the nearest of the others.
 
     The texts are embedded first, so that a teacher that is not at hand is an error before the work
@@ -54,7 +60,9 @@ def search(config: SearchConfig, all_ranks: bool) -> tuple[Source, list[BrokenSa
     tower = commands.open_tower(config.tower, config.device, config.teacher)
     with torch.no_grad():
         text_QD = on_first_rank(
-            lambda: tower.dual.encode_text(tower.teacher.encoder.encode(config.text)).cpu()
+            lambda: tower.dual.encode_text(
+                tower.teacher.encoder.encode(config.text)
+            ).cpu()
         )
     parts, broken = embed_images(config, tower, source, all_ranks)
     return source, broken, on_first_rank(lambda: nearest(parts, text_QD, config.top_k))
@@ -74,7 +82,9 @@ def report(
             picture = None
             with suppress(BrokenSample):  # embedded before it was deleted
                 picture = thumbnail(record.read_image()) if config.output else None
-            results[text].append({"key": record.key, "score": score, "picture": picture})
+            results[text].append(
+                {"key": record.key, "score": score, "picture": picture}
+            )
     print()
     for error in broken[: commands.NOTES_SHOWN]:
         print(printable(f"left out: {error}"))
@@ -83,7 +93,9 @@ def report(
         intro = f"The nearest of {len(source):,} images, with their cosine similarity to the text."
         template = Path(__file__).with_name("search_page.html")
         with atomic_file(config.output) as temporary:
-            page = render(template, title=title, intro=intro, results=results, style=page_style())
+            page = render(
+                template, title=title, intro=intro, results=results, style=page_style()
+            )
             temporary.write_text(page, encoding="utf-8")
         print(f"wrote {config.output}")
 
@@ -95,12 +107,21 @@ def embed_images(
     images left out."""
     card = tower.dual.card
     stamps = [str(stamp) for stamp in source.stamps]
-    data = [source_digest(source), source.config.images, source.config.image_field, stamps]
+    data = [
+        source_digest(source),
+        source.config.images,
+        source.config.image_field,
+        stamps,
+    ]
     images = dataclasses.asdict(tower.images)
     digest = sha256_text(
         canonical_json([card.weights_sha256, card.adapter_sha256, data, images, PART])
     )
-    parent = Path(config.cache) if config.cache else default_download_folder().parent / "search"
+    parent = (
+        Path(config.cache)
+        if config.cache
+        else default_download_folder().parent / "search"
+    )
     names = [f"{part:05d}.safetensors" for part in range(-(-len(source) // PART))]
     parts = [parent / f"{source.name}-{digest[:12]}" / name for name in names]
     broken: list[BrokenSample] = []

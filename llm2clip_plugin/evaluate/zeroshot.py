@@ -32,9 +32,13 @@ def classification_scores(
     """acc1, acc5 (with five classes or more) and mean_per_class_recall; classes of equal score
     split the credit."""
     image_ND = F.normalize(features.feature_ND, dim=1)
-    ranks, _ = rank_both(image_ND, class_CD, features.label_N, torch.arange(len(class_CD)))
+    ranks, _ = rank_both(
+        image_ND, class_CD, features.label_N, torch.arange(len(class_CD))
+    )
     hits = {f"acc{k}": ranks.hits(k) for k in (1, 5) if k <= len(class_CD)}
-    return features.scores(hits, names, {"acc1": "mean_per_class_recall"}, classes=len(class_CD))
+    return features.scores(
+        hits, names, {"acc1": "mean_per_class_recall"}, classes=len(class_CD)
+    )
 
 
 def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
@@ -70,7 +74,9 @@ def read_templates(path: str, data: str) -> list[str]:
     ``{c}`` or ``{}`` in a template stands for the class. Raises FileNotFoundError or ValueError.
     """
     file, lines = _read_lines(path, data, TEMPLATE_FILE)
-    if invalid := [line for line in lines or () if "{c}" not in line and "{}" not in line]:
+    if invalid := [
+        line for line in lines or () if "{c}" not in line and "{}" not in line
+    ]:
         raise ValueError(
             f"{file}: template {invalid[0]!r} does not contain {{c}}, "
             "the placeholder for the class name"
@@ -89,20 +95,26 @@ def _read_lines(path: str, data: str, name: str) -> tuple[Path, list[str] | None
         file = next(filter(Path.is_file, candidates), None)
         if file is None:
             return folder, None
-    return file, [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    return file, [
+        line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()
+    ]
 
 
 def _data_folder(data: str) -> Path:
     return Path(data) if Path(data).is_dir() else Path(data).parent
 
 
-def prompt_source(names: Sequence[str], templates: Sequence[str], data: str) -> InMemorySource:
+def prompt_source(
+    names: Sequence[str], templates: Sequence[str], data: str
+) -> InMemorySource:
     """A data source without images: a class is a sample, its prompts are the captions; named by the
     prompts' hash."""
     prompts: list[list[str]] = []
     rows: list[Row] = []
     for number, name in enumerate(names):
-        texts = [template.replace("{c}", name).replace("{}", name) for template in templates]
+        texts = [
+            template.replace("{c}", name).replace("{}", name) for template in templates
+        ]
         prompts.append(texts)
         captions = tuple(Caption(text, "prompt") for text in texts)
         rows.append(Row(f"{number:05d}", None, captions))
@@ -119,7 +131,12 @@ def class_vectors(
     means = []
     for start in range(0, len(prompts.rows), CLASSES):
         some = list(enumerate(prompts.rows))[start : start + CLASSES]
-        rows = [cache.rows(prompts.name, number, row.captions, key=row.key) for number, row in some]
-        text_CPD = encode_texts(dual, torch.cat(rows), all_ranks).unflatten(0, (len(rows), -1))
+        rows = [
+            cache.rows(prompts.name, number, row.captions, key=row.key)
+            for number, row in some
+        ]
+        text_CPD = encode_texts(dual, torch.cat(rows), all_ranks).unflatten(
+            0, (len(rows), -1)
+        )
         means.append(text_CPD.mean(1))
     return F.normalize(torch.cat(means), dim=1)

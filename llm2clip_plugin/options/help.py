@@ -13,7 +13,9 @@ def row(spelled: str, text: str) -> str:
     lines = textwrap.wrap(text, WIDTH - COLUMN) or [""]
     if len(first) > COLUMN:
         lines = ["", *lines]
-    return "\n".join([(first + lines[0]).rstrip(), *(" " * COLUMN + line for line in lines[1:])])
+    return "\n".join(
+        [(first + lines[0]).rstrip(), *(" " * COLUMN + line for line in lines[1:])]
+    )
 
 
 def written_default(default: Any) -> str:
@@ -22,4 +24,8 @@ def written_default(default: Any) -> str:
         default = " ".join(map(str, default))
     if default in ("", None, MISSING) or isinstance(default, bool):
         return ""
-    return f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+    return (
+        f" (default: {default:g})"
+        if isinstance(default, float)
+        else f" (default: {default})"
+    )

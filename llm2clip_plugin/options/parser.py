@@ -84,7 +84,9 @@ class Command(Generic[Settings]):
             for section in sections:
                 inner = inner.setdefault(section, {})
             inner[last] = value
-        config = from_plain(self.settings, tree, where=f"llm2clip {self.name}", default=default)
+        config = from_plain(
+            self.settings, tree, where=f"llm2clip {self.name}", default=default
+        )
         self._refuse_without_effect(config, values)
         for name in self.options.keys() & values.keys():
             check_number(self.written(name), name, values[name])
@@ -115,7 +117,9 @@ class Command(Generic[Settings]):
                 try:
                     values[name] = parse_value(hint, texts)
                 except ValueError as error:
-                    raise ValueError(f"--{self.options.get(name, name)}: {error}") from None
+                    raise ValueError(
+                        f"--{self.options.get(name, name)}: {error}"
+                    ) from None
         extras = {name: values.pop(name) for name in self.extras if name in values}
         half = [name for name in HALF if values.pop(name, False)]
         if len(half) > 1:
@@ -134,7 +138,9 @@ class Command(Generic[Settings]):
                 values[name] = bare.pop(0)
         if bare:
             raise ValueError(f"unexpected argument {bare[0]!r}; {self.usage}")
-        required = (name for name, leaf in self.leaves.items() if leaf.default is MISSING)
+        required = (
+            name for name, leaf in self.leaves.items() if leaf.default is MISSING
+        )
         if missing := [self.written(name) for name in required if name not in values]:
             raise ValueError(f"missing {' and '.join(missing)}; {self.usage}")
         return values, extras
@@ -173,7 +179,9 @@ class Command(Generic[Settings]):
     @functools.cached_property
     def options(self) -> dict[str, str]:
         """Field -> the name of its option."""
-        count = Counter(leaf.setting.option for leaf in self.leaves.values() if not leaf.named)
+        count = Counter(
+            leaf.setting.option for leaf in self.leaves.values() if not leaf.named
+        )
         names = {}
         for name, leaf in self.leaves.items():
             option = leaf.setting.option
@@ -188,8 +196,12 @@ class Command(Generic[Settings]):
         """Name of an option, those of other programs too -> its field."""
         count = Counter(map(last_part, self.leaves))
         fields = {option: name for name, option in self.options.items()}
-        assert len(fields) == len(self.options), f"options with one name: {self.options}"
-        unique = {last_part(name): name for name in self.leaves if count[last_part(name)] == 1}
+        assert len(fields) == len(self.options), (
+            f"options with one name: {self.options}"
+        )
+        unique = {
+            last_part(name): name for name in self.leaves if count[last_part(name)] == 1
+        }
         also = {}
         for name, leaf in self.leaves.items():
             also |= dict.fromkeys(leaf.setting.also, name)
@@ -199,7 +211,9 @@ class Command(Generic[Settings]):
         for names in (also, {name: name for name in self.leaves}, unique):
             for name, dotted_name in names.items():
                 fields.setdefault(name.replace("_", "-"), dotted_name)
-        elsewhere = {name: fields[option] for name, option in ALSO.items() if option in fields}
+        elsewhere = {
+            name: fields[option] for name, option in ALSO.items() if option in fields
+        }
         return {**elsewhere, **fields}
 
     def _option(self, word: str, waiting: deque[str]) -> tuple[str, Any, list[str]]:
@@ -247,7 +261,9 @@ class Command(Generic[Settings]):
             texts.append(waiting.popleft())
         return name, hint, texts
 
-    def _refuse_without_effect(self, config: Settings, given: Mapping[str, Any]) -> None:
+    def _refuse_without_effect(
+        self, config: Settings, given: Mapping[str, Any]
+    ) -> None:
         """Raise ValueError for a given option that another setting makes void."""
         for name, leaf in self.leaves.items():
             if not given.get(name):
@@ -259,7 +275,9 @@ class Command(Generic[Settings]):
                 if is_set is need.absent:
                     other = self.written(need.setting) if not need.reason else ""
                     reason = need.reason or f"{'with' if is_set else 'without'} {other}"
-                    raise ValueError(f"{self.written(name)} has no effect {reason}; remove it")
+                    raise ValueError(
+                        f"{self.written(name)} has no effect {reason}; remove it"
+                    )
 
     def spelled(self, name: str) -> str:
         """The option of a field with its value: ``--llm TEXT``."""
@@ -269,7 +287,11 @@ class Command(Generic[Settings]):
             return f"--{option} true|false|auto"
         if leaf.type is not bool:
             return f"--{option} {metavar_of(leaf.type, leaf.setting.unit)}"
-        return f"--{option}, --{negative(option)}" if leaf.default is True else f"--{option}"
+        return (
+            f"--{option}, --{negative(option)}"
+            if leaf.default is True
+            else f"--{option}"
+        )
 
     def help_text(self, *, everything: bool = False) -> str:
         """What ``--help`` prints, or ``--help-all``: an example, the usage, what the command does,
@@ -278,12 +300,16 @@ class Command(Generic[Settings]):
         parts = [f"example:\n  {self.example}", self.usage, about]
         arguments = self.arguments.split()
         every = [*self.extras, *self.leaves]
-        everyday = [self.understood.get(option, option) for option in self.everyday.split()]
+        everyday = [
+            self.understood.get(option, option) for option in self.everyday.split()
+        ]
         chosen = every if everything or not everyday else everyday
         listed: dict[str, list[str]] = {}
         for name in dict.fromkeys([*arguments, *chosen]):
             if name in self.extras:
-                listed.setdefault("", []).append(row(f"--{name} {name.upper()}", self.extras[name]))
+                listed.setdefault("", []).append(
+                    row(f"--{name} {name.upper()}", self.extras[name])
+                )
                 continue
             leaf = self.leaves[name]
             spelled = self.written(name) if name in arguments else self.spelled(name)
@@ -293,7 +319,9 @@ class Command(Generic[Settings]):
         for heading, rows in listed.items():
             parts.append("\n".join([f"{heading or 'options'}:", *rows]))
         if more := len({*every} - {*arguments, *chosen}):
-            parts.append(f"`llm2clip {self.name} --help-all` lists {more} more options.")
+            parts.append(
+                f"`llm2clip {self.name} --help-all` lists {more} more options."
+            )
         return "\n\n".join(parts)
 
 

@@ -16,13 +16,27 @@ LLM = "LLM"
 ADAPTER = "adapter"
 INPUTS = {  # field -> what is there
     **dict.fromkeys(
-        ("path", "source.path", "data.path", "data.validation", "data", "train", "test"), DATA
+        (
+            "path",
+            "source.path",
+            "data.path",
+            "data.validation",
+            "data",
+            "train",
+            "test",
+        ),
+        DATA,
     ),
     **dict.fromkeys(("pairs.data", "measure.captions", "evaluation.captions"), DATA),
     **dict.fromkeys(("encoder.llm", "teacher.llm", "llm", "tokenizer"), LLM),
     **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), ADAPTER),
 }
-OUTPUTS = ("output_dir", "cache", "output", "json")  # fields with a file or folder to write
+OUTPUTS = (
+    "output_dir",
+    "cache",
+    "output",
+    "json",
+)  # fields with a file or folder to write
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 
 
@@ -34,7 +48,11 @@ def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
     for name in command.leaves:
         value = values.get(name)
         items = value if isinstance(value, tuple | list) else [value]
-        given += [(name, str(item)) for item in items if item and isinstance(item, (str, Path))]
+        given += [
+            (name, str(item))
+            for item in items
+            if item and isinstance(item, (str, Path))
+        ]
     for name, path in given:
         kind = INPUTS.get(name)
         wanted = f"expected {command.leaves[name].setting.help}"
@@ -47,11 +65,17 @@ def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
         is_local = is_local and "://" not in path
         if kind and is_local and not os.path.exists(os.path.expanduser(path)):
             raise FileNotFoundError(f"no {kind} at {path}; {wanted}")
-        if kind == LLM and os.path.isfile(f"{path}/config.json") and not _has_any(path, TOKENIZERS):
+        if (
+            kind == LLM
+            and os.path.isfile(f"{path}/config.json")
+            and not _has_any(path, TOKENIZERS)
+        ):
             raise FileNotFoundError(f"{written} {path} has no tokenizer; {wanted}")
         replaceable = command.name not in KINDS and path.endswith((".json", ".html"))
         if name in OUTPUTS and os.path.isfile(path) and not replaceable:
-            raise FileExistsError(f"{written} {path} exists and would be lost; choose another path")
+            raise FileExistsError(
+                f"{written} {path} exists and would be lost; choose another path"
+            )
     if command.name in KINDS and not values.get("dry_run"):
         _check_folder(
             command.name,

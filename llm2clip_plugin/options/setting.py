@@ -85,7 +85,9 @@ def setting(
     unit: str = "",  # of the value, which --help shows in place of NUMBER
     option: str = "",  # name of its option; "": the field's
     also: tuple[str, ...] = (),  # further names of the option that are understood
-    formerly: tuple[str, ...] = (),  # names that the field had, in records and as an option
+    formerly: tuple[
+        str, ...
+    ] = (),  # names that the field had, in records and as an option
     alone: str = "",  # value of its option without one
     # whether it decides what a training learns; None: no training has it
     learned: bool | None = None,
@@ -155,17 +157,25 @@ def leaves_of(kind: type, default: Any = MISSING) -> Iterator[tuple[str, Leaf]]:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             about = declared_by(item) or Section()
             for name, leaf in leaves_of(hint, value):
-                yield f"{item.name}.{name}", _leaf_in_section(leaf, about, item.name, name)
+                yield (
+                    f"{item.name}.{name}",
+                    _leaf_in_section(leaf, about, item.name, name),
+                )
         else:
             declared = declared_by(item) or Setting()
             option = declared.option or item.name
-            yield item.name, Leaf(hint, value, heading, replace(declared, option=option))
+            yield (
+                item.name,
+                Leaf(hint, value, heading, replace(declared, option=option)),
+            )
 
 
 def _leaf_in_section(leaf: Leaf, about: Section, section_name: str, name: str) -> Leaf:
     """The leaf ``name`` of a section's dataclass, as the dataclass with this section has it."""
     inner = leaf.setting
-    needs = [need._replace(setting=f"{section_name}.{need.setting}") for need in inner.needs]
+    needs = [
+        need._replace(setting=f"{section_name}.{need.setting}") for need in inner.needs
+    ]
     for text in (about.needs_of.get(name), about.needs):
         if text:
             needs.append(Need.parse(text))
@@ -194,7 +204,10 @@ def fields_that_declare(kind: type, name: str, value: Any) -> list[str]:
         if getattr(declared_by(item), name, None) == value:
             names.append(item.name)
         elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            names += [f"{item.name}.{inner}" for inner in fields_that_declare(hint, name, value)]
+            names += [
+                f"{item.name}.{inner}"
+                for inner in fields_that_declare(hint, name, value)
+            ]
     return names
 
 

@@ -78,7 +78,9 @@ def describe_memory(
     def total(memory: StepMemory, stage: int, world: int, micro_batch: int) -> float:
         # as it runs, see train.optim
         stage = 1 if stage == 0 and memory.precision != "fp32" else stage
-        return rank_gib(memory, {"stage": stage, **REDUCTION}, train, world, micro_batch)
+        return rank_gib(
+            memory, {"stage": stage, **REDUCTION}, train, world, micro_batch
+        )
 
     def micro_batches(world: int) -> list[int]:
         """That divide a rank's batch, the largest first; the run's alone if it names one."""
@@ -88,9 +90,13 @@ def describe_memory(
         sizes = [size for size in range(local, 0, -1) if local % size == 0]
         if train.micro_batch:
             return [size for size in sizes if size == min(train.micro_batch, local)]
-        return [size for size in sizes if total(memory, 1, world, size) <= FILLED * gpu_gib]
+        return [
+            size for size in sizes if total(memory, 1, world, size) <= FILLED * gpu_gib
+        ]
 
-    head = "  GPUs   local  micro-batch" + "".join(f"   ZeRO-{stage}" for stage in stages)
+    head = "  GPUs   local  micro-batch" + "".join(
+        f"   ZeRO-{stage}" for stage in stages
+    )
     if kept:
         head += "  checkpointing"
     lines = [f"expected memory per GPU in GiB{about}:", head]

@@ -24,7 +24,9 @@ from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import chosen_optimizer
 
-ASSUMED_TOKENS = 64  # of a text, template and prompt included, in the first table of a plan
+ASSUMED_TOKENS = (
+    64  # of a text, template and prompt included, in the first table of a plan
+)
 TEXTS = 64  # of the passes that measure activations
 # bytes of a value in bitsandbytes' NF4 with double quantization: half a byte, a byte of scale for
 # 64 values, 4 bytes of a scale's scale for 256 x 64 (Dettmers et al. 2023, arXiv 2305.14314)
@@ -80,7 +82,9 @@ def shape_llm(
             del blocks[: max(0, depth - last_blocks)]
         llm.requires_grad_(False)
         parameters = sum(p.numel() for p in llm.parameters())
-        linear = sum(p.weight.numel() for p in llm.modules() if isinstance(p, nn.Linear))
+        linear = sum(
+            p.weight.numel() for p in llm.modules() if isinstance(p, nn.Linear)
+        )
         quantized = linear if config.load_in_4bit else 0
         wrapped = add_lora(llm, lora, base=config.llm)
     wrapped = wrapped if precision == "fp32" else wrapped.to(dtype)
@@ -101,7 +105,9 @@ def shape_llm(
     )
 
 
-def describe_llm(shape: LlmShape, encoder: EncoderConfig, start_adapters: Sequence[str]) -> str:
+def describe_llm(
+    shape: LlmShape, encoder: EncoderConfig, start_adapters: Sequence[str]
+) -> str:
     """The LLM's size, and the adapters that are merged into it."""
     dtype = str(shape.dtype).removeprefix("torch.")
     if encoder.load_in_4bit:
@@ -117,7 +123,9 @@ def describe_llm(shape: LlmShape, encoder: EncoderConfig, start_adapters: Sequen
 def describe_lora(shape: LlmShape, encoder: EncoderConfig, lora: LoraSettings) -> str:
     """The adapter that trains."""
     assumed = " (assumed of --adapter)" if encoder.adapter else ""
-    return f"LoRA{assumed}: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}"
+    return (
+        f"LoRA{assumed}: r {lora.r}, alpha {lora.alpha} on {', '.join(shape.adapted)}"
+    )
 
 
 def describe_llm_memory(
@@ -140,9 +148,19 @@ def describe_llm_memory(
     for tokens in sorted({min(ASSUMED_TOKENS, encoder.max_tokens), encoder.max_tokens}):
         about = f", for pairs of {texts} texts of {tokens} tokens"
         memory = llm_memory(
-            shape, settings, encoder, lora, contrast, optim, train, texts=texts, tokens=tokens
+            shape,
+            settings,
+            encoder,
+            lora,
+            contrast,
+            optim,
+            train,
+            texts=texts,
+            tokens=tokens,
         )
-        tables.append(describe_memory(memory, train, gpu_gib, about=about, stages=stages))
+        tables.append(
+            describe_memory(memory, train, gpu_gib, about=about, stages=stages)
+        )
     return tables
 
 
@@ -181,7 +199,9 @@ def llm_memory(
     )
 
 
-def texts_bytes(shape: LlmShape, pooling: str, contrast: ContrastConfig, tokens: int) -> float:
+def texts_bytes(
+    shape: LlmShape, pooling: str, contrast: ContrastConfig, tokens: int
+) -> float:
     """Activations of TEXTS texts of ``tokens`` tokens, in the step's groups."""
     model = CaptionModel(shape.llm, pooling)
     model.autocast = autocast_adapter(shape.llm, shape.dtype)
@@ -191,7 +211,14 @@ def texts_bytes(shape: LlmShape, pooling: str, contrast: ContrastConfig, tokens:
         inputs: list[Tensor] = []
         for part in equal_parts(range(TEXTS), contrast.length_groups):
             ids = torch.zeros(len(part), tokens, dtype=torch.int64)
-            inputs += [ids, ids, ids, ids.bool()]  # ids, attention mask, positions, pooling mask
+            inputs += [
+                ids,
+                ids,
+                ids,
+                ids.bool(),
+            ]  # ids, attention mask, positions, pooling mask
         return inputs
 
-    return activation_bytes(module, make_inputs, lambda *inputs: module(*inputs)[0].sum())
+    return activation_bytes(
+        module, make_inputs, lambda *inputs: module(*inputs)[0].sum()
+    )

@@ -43,7 +43,9 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self._storages: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         # asked of fake tensors more often than everything else together
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
@@ -55,7 +57,9 @@ class LiveBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         size = storage.nbytes()
-        if key not in self._storages:  # else a view, or the result of an operation in place
+        if (
+            key not in self._storages
+        ):  # else a view, or the result of an operation in place
             self._storages.add(key)
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -67,7 +71,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def activation_bytes(
-    module: nn.Module, make: Callable[[], Sequence[Tensor]], forward: Callable[..., Tensor]
+    module: nn.Module,
+    make: Callable[[], Sequence[Tensor]],
+    forward: Callable[..., Tensor],
 ) -> int:
     """Bytes that a forward and backward pass adds, at its peak, to parameters, buffers, gradients
     and inputs.
@@ -97,19 +103,28 @@ class StepMemory:
     trained: int  # parameters that train
     frozen_bytes: float  # of the parameters that don't
     parameters: int  # all of them
-    pair_bytes: float  # activations of a pair: activation_bytes over the pairs of the pass
+    pair_bytes: (
+        float  # activations of a pair: activation_bytes over the pairs of the pass
+    )
     width: int  # of a feature
     state_bytes: float  # of the optimizer's states of a parameter
     pixels: int = 0  # values of an image; 0 for texts
     # fp32 copies of what trains: the exported average, that of the reference tower
     averages: int = 0
-    reference_bytes: float = 0.0  # of the tower that loss terms compare with, whole on every rank
+    reference_bytes: float = (
+        0.0  # of the tower that loss terms compare with, whole on every rank
+    )
     # fp32 values of an image that terms over patches hold: patches, gradients, a reference's
     patches: int = 0
 
 
 def rank_bytes(
-    memory: StepMemory, zero: dict[str, Any], *, world: int, global_batch: int, micro_batch: int
+    memory: StepMemory,
+    zero: dict[str, Any],
+    *,
+    world: int,
+    global_batch: int,
+    micro_batch: int,
 ) -> dict[str, float]:
     """Expected bytes of one rank by what they hold; ``zero`` is DeepSpeed's zero_optimization
     section.
@@ -141,7 +156,9 @@ def rank_bytes(
         count = 2 if zero.get("overlap_comm") else 1
         buckets = float(zero.get("reduce_bucket_size", 5e8)) * size * count
     if stage == 3:
-        gathered = min(float(zero.get("stage3_max_live_parameters", 1e9)) / memory.parameters, 1.0)
+        gathered = min(
+            float(zero.get("stage3_max_live_parameters", 1e9)) / memory.parameters, 1.0
+        )
         buckets += gathered * (memory.trained * size + memory.frozen_bytes)
     if offloads_optimizer({"zero_optimization": zero}):
         parts.pop("AdamW")  # in the host's memory
@@ -163,22 +180,36 @@ def rank_bytes(
 
 
 def rank_gib(
-    memory: StepMemory, zero: dict[str, Any], train: TrainConfig, world: int, micro_batch: int
+    memory: StepMemory,
+    zero: dict[str, Any],
+    train: TrainConfig,
+    world: int,
+    micro_batch: int,
 ) -> float:
     """Expected memory of a rank, in GiB."""
     parts = rank_bytes(
-        memory, zero, world=world, global_batch=train.global_batch, micro_batch=micro_batch
+        memory,
+        zero,
+        world=world,
+        global_batch=train.global_batch,
+        micro_batch=micro_batch,
     )
     return sum(parts.values()) / GIB
 
 
 def fits(
-    memory: StepMemory, deepspeed: dict[str, Any], train: TrainConfig, *, world: int, gib: float
+    memory: StepMemory,
+    deepspeed: dict[str, Any],
+    train: TrainConfig,
+    *,
+    world: int,
+    gib: float,
 ) -> bool:
     """Whether a rank's memory holds what a step needs."""
     micro_batch = train.rows(world)[1]
     return (
-        rank_gib(memory, deepspeed["zero_optimization"], train, world, micro_batch) <= FILLED * gib
+        rank_gib(memory, deepspeed["zero_optimization"], train, world, micro_batch)
+        <= FILLED * gib
     )
 
 
@@ -210,10 +241,15 @@ def tower_memory(
         return torch.empty(IMAGES, *pixels, dtype=dtype), torch.empty(captions)
 
     def forward(*inputs: Tensor) -> Tensor:
-        features = [feature for feature in model(*inputs, **layers) if feature is not None]
+        features = [
+            feature for feature in model(*inputs, **layers) if feature is not None
+        ]
         return sum((feature.sum() for feature in features), torch.zeros(()))
 
-    of_patch = {"patches": 3 * shape.hidden_size, "patch_features": 2 * dual.projection_dim}
+    of_patch = {
+        "patches": 3 * shape.hidden_size,
+        "patch_features": 2 * dual.projection_dim,
+    }
     patches = (shape.image_size // shape.patch_size) ** 2
     has_average = bool(train.ema_decay)
     has_reference = needs_reference(loss)
@@ -249,9 +285,15 @@ def recomputes(
         total = torch.cuda.get_device_properties(device).total_memory
     else:
         # this rank's share
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_world_size()
+        total = (
+            os.sysconf("SC_PHYS_PAGES")
+            * os.sysconf("SC_PAGE_SIZE")
+            // local_world_size()
+        )
     gib = total / GIB
     on = not fits(measure(), deepspeed, train, world=world_size(), gib=gib)
     if rank() == 0:
-        print(f"gradient checkpointing (auto): {'on' if on else 'off'}, with {gib:.0f} GiB")
+        print(
+            f"gradient checkpointing (auto): {'on' if on else 'off'}, with {gib:.0f} GiB"
+        )
     return on

@@ -27,7 +27,9 @@ def describe_tower(model: DualEncoder, config: TowerConfig) -> str:
 
 def describe_heads(config: HeadsConfig) -> str:
     """The fit of the heads before step 1."""
-    return f"heads first: {config.steps} steps of {config.batch} pairs ({config.target})"
+    return (
+        f"heads first: {config.steps} steps of {config.batch} pairs ({config.target})"
+    )
 
 
 def describe_tower_memory(

@@ -9,7 +9,10 @@ from llm2clip_plugin.text.config import embed_command
 
 
 def find_cache(
-    source: SourceConfig, teacher: TeacherIdentity | None = None, *, of_clip: bool = False
+    source: SourceConfig,
+    teacher: TeacherIdentity | None = None,
+    *,
+    of_clip: bool = False,
 ) -> str:
     """The only ``embeddings-*`` folder of an LLM, or of a CLIP's text tower, next to the data.
 

@@ -43,7 +43,9 @@ class Artifact:
     files: Callable[[], Mapping[str, str]]
 
 
-def folder_files(folder: Path, root: Path, patterns: tuple[str, ...] = ("**/*",)) -> dict[str, str]:
+def folder_files(
+    folder: Path, root: Path, patterns: tuple[str, ...] = ("**/*",)
+) -> dict[str, str]:
     """The files of a folder, or a single one, named relative to ``root``; none that are hidden or
     in hidden folders."""
     if folder.is_file():
@@ -66,7 +68,9 @@ class Digests:
         self._known: dict[str, list[Any]] = {}  # path -> [size, mtime, ctime, SHA-256]
         self._changed = False
         with suppress(OSError, ValueError):  # without it, files are hashed again
-            self._known = dict(json.loads((out / self.FILE).read_text(encoding="utf-8")))
+            self._known = dict(
+                json.loads((out / self.FILE).read_text(encoding="utf-8"))
+            )
 
     def of(self, artifact: Artifact) -> dict[str, Any]:
         """``{"sha256": over all files, "files": {name: digest}}``; "files" is None for more than

@@ -47,8 +47,14 @@ def main(argv: list[str]) -> int:
         source, encoder, directory = open_all(config)
         if rank == 0:
             names = [shard.name for shard in source.shards]
-            record = EmbedRecord(data=source.path, shards=names, command=started_by("embed", argv))
-            if not CacheWriter(directory, encoder.identity(), config.dtype).manifest().complete:
+            record = EmbedRecord(
+                data=source.path, shards=names, command=started_by("embed", argv)
+            )
+            if (
+                not CacheWriter(directory, encoder.identity(), config.dtype)
+                .manifest()
+                .complete
+            ):
                 record.write(directory / EmbedRecord.FILE)
         manifest, summary = embed_source(
             source,
@@ -103,7 +109,11 @@ def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
     encoder = open_encoder(config.encoder)
     if config.torch_compile:
         encoder.compile()
-    folder = Path(config.cache) if config.cache else cache_folder(source.path, encoder.identity())
+    folder = (
+        Path(config.cache)
+        if config.cache
+        else cache_folder(source.path, encoder.identity())
+    )
     renew_cache(source, encoder, folder)
     return source, encoder, folder
 
@@ -116,7 +126,9 @@ def refuse_foreign_folder(folder: Path) -> None:
     foreign = sorted(
         path.name
         for path in folder.iterdir()
-        if path.is_file() and path.suffix != ".safetensors" and not path.name.startswith(".")
+        if path.is_file()
+        and path.suffix != ".safetensors"
+        and not path.name.startswith(".")
     )
     if foreign:
         raise ValueError(
@@ -129,14 +141,18 @@ def cache_plan(config: EmbedConfig) -> str:
     weights."""
     source = open_source(config.source)
     check_fields(source, needed=True)
-    numbers = track(range(len(source)), total=len(source), label="captions", unit="samples")
+    numbers = track(
+        range(len(source)), total=len(source), label="captions", unit="samples"
+    )
     rows = sum(len(caption_rows([source.captions(number)[1]])) for number in numbers)
     settings = llm_config(config.encoder)
     clip = hasattr(settings, "vision_config") and hasattr(settings, "projection_dim")
     if not clip:  # refuse what the run would
         adapter = Path(config.encoder.adapter) if config.encoder.adapter else None
         effective(config.encoder, Path(config.encoder.llm), adapter)
-    width = int(settings.projection_dim if clip else settings.get_text_config().hidden_size)
+    width = int(
+        settings.projection_dim if clip else settings.get_text_config().hidden_size
+    )
     # as img2dataset's keys
     samples = len(source)
     key_bytes = 9
@@ -144,7 +160,9 @@ def cache_plan(config: EmbedConfig) -> str:
         dtype: shard_bytes(samples, rows, width, dtype, key_bytes=key_bytes)
         for dtype in CACHE_DTYPES
     }
-    listed = ", ".join(f"{dtype} {tqdm.format_sizeof(size, 'B')}" for dtype, size in sizes.items())
+    listed = ", ".join(
+        f"{dtype} {tqdm.format_sizeof(size, 'B')}" for dtype, size in sizes.items()
+    )
     return (
         f"{samples:,} samples, {rows:,} captions to embed in {len(source.shards)} shards of "
         f"{source.path}\ncache on disk: {rows:,} captions x {width}: {listed}"

@@ -13,7 +13,9 @@ class EmbedConfig:
     """One pass of a data set's captions through a frozen LLM (stage 1.5)."""
 
     # the captioned images
-    source: SourceConfig = section(hidden=("weight", "shuffle_window", "kinds", "languages"))
+    source: SourceConfig = section(
+        hidden=("weight", "shuffle_window", "kinds", "languages")
+    )
     encoder: EncoderConfig  # the LLM
     cache: str = setting(
         "",

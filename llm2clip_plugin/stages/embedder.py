@@ -29,7 +29,12 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.data.images import ImageConfig, Normalize, as_square, evaluation_pixels
+from llm2clip_plugin.data.images import (
+    ImageConfig,
+    Normalize,
+    as_square,
+    evaluation_pixels,
+)
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.folders import CONVERTED_FOLDER, output_folder
 from llm2clip_plugin.quiet import quiet_transformers
@@ -52,7 +57,10 @@ from llm2clip_plugin.vision.towers import preprocessor_config
 
 # of one model, computed by two libraries; of an embedding's norm
 TOLERANCE = 1e-4
-PICTURES = ((40, 30), (17, 64))  # width and height of the pictures that verify an export
+PICTURES = (
+    (40, 30),
+    (17, 64),
+)  # width and height of the pictures that verify an export
 CAPTIONS = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている", "x"]
 IMPORT_TOWER = """
 # AutoModel then opens its towers
@@ -86,12 +94,22 @@ def export_dual(
         image = Parts(temporary, "image_")
         write_image_parts(dual, image)
         text = Parts(temporary, "text_")
-        write_text_parts(encoder, dual.text_adapter, text, merge=merge, output=Path(output))
+        write_text_parts(
+            encoder, dual.text_adapter, text, merge=merge, output=Path(output)
+        )
         router = f"{CODE}.{PictureTextRouter.__name__}"
         routes = {"text": list(text.types), "image": list(image.types)}
         mappings = {"(None, 'text')": "text", "(None, 'image')": "image"}
-        parameters = {"default_route": "text", "allow_empty_key": True, "route_mappings": mappings}
-        body = {"types": text.types | image.types, "structure": routes, "parameters": parameters}
+        parameters = {
+            "default_route": "text",
+            "allow_empty_key": True,
+            "route_mappings": mappings,
+        }
+        body = {
+            "types": text.types | image.types,
+            "structure": routes,
+            "parameters": parameters,
+        }
         write_json(temporary / PictureTextRouter.config_file_name, body)
         write_model(temporary, {"": router})
         write_code(temporary, family_of(dual.tower).code)
@@ -110,11 +128,17 @@ def export_text(
     with output_folder(output, CONVERTED_FOLDER, replace=replace) as temporary:
         parts = Parts(temporary, first_in_root=True)
         write_text_parts(encoder, None, parts, merge=True, output=Path(output))
-        prompts = {"query": encoder.config.query_prompt} if encoder.config.query_prompt else {}
+        prompts = (
+            {"query": encoder.config.query_prompt}
+            if encoder.config.query_prompt
+            else {}
+        )
         write_model(temporary, parts.types, prompts)
         if parts.has_code:
             write_code(temporary)
-        readme = llm_card(encoder, has_code=parts.has_code, runs_code=runs_code(encoder))
+        readme = llm_card(
+            encoder, has_code=parts.has_code, runs_code=runs_code(encoder)
+        )
         (temporary / "README.md").write_text(readme, encoding="utf-8")
         model = open_folder(temporary, has_code=parts.has_code)
         expected_NW = encoder.encode(CAPTIONS)
@@ -133,7 +157,9 @@ def needs_library() -> None:
         import sentence_transformers
     except ImportError as error:
         fix = "pip install 'sentence-transformers>=6'"
-        raise ValueError(f"--format sentence-transformers writes its modules; {fix}") from error
+        raise ValueError(
+            f"--format sentence-transformers writes its modules; {fix}"
+        ) from error
     if int(sentence_transformers.__version__.partition(".")[0]) < 6:
         raise ValueError(
             "--format sentence-transformers needs sentence-transformers 6 or newer, but "
@@ -141,7 +167,9 @@ def needs_library() -> None:
         )
 
 
-def teacher_llm(dual: DualEncoder, card: TowerCard, llm: str, adapter: str) -> CaptionEncoder:
+def teacher_llm(
+    dual: DualEncoder, card: TowerCard, llm: str, adapter: str
+) -> CaptionEncoder:
     """The LLM that embeds texts for the tower, in float32 on the CPU; raises ValueError if it has
     none, or a CLIP's text tower."""
     if dual.text_adapter is None or not card.teacher:
@@ -159,7 +187,9 @@ def teacher_llm(dual: DualEncoder, card: TowerCard, llm: str, adapter: str) -> C
     return encoder
 
 
-def write_model(folder: Path, types: dict[str, str], prompts: dict[str, str] | None = None) -> None:
+def write_model(
+    folder: Path, types: dict[str, str], prompts: dict[str, str] | None = None
+) -> None:
     """modules.json of modules (folder -> class), and the model's settings."""
     import sentence_transformers
     import transformers
@@ -167,7 +197,9 @@ def write_model(folder: Path, types: dict[str, str], prompts: dict[str, str] | N
     modules = []
     for index, (path, kind) in enumerate(types.items()):
         modules.append({"idx": index, "name": str(index), "path": path, "type": kind})
-    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+    (folder / "modules.json").write_text(
+        json.dumps(modules, indent=2) + "\n", encoding="utf-8"
+    )
     libraries = (sentence_transformers, transformers, torch)
     settings = {
         "__version__": {library.__name__: library.__version__ for library in libraries},
@@ -184,7 +216,9 @@ def write_code(folder: Path, tower: TowerCode | None = None) -> None:
     from llm2clip_plugin.text import embedder_modules
 
     modules = inspect.getsource(embedder_modules)
-    modules = modules.replace("from llm2clip_plugin.text.frames import", "from .frames import")
+    modules = modules.replace(
+        "from llm2clip_plugin.text.frames import", "from .frames import"
+    )
     files = {CODE: modules, "frames": inspect.getsource(frames)}
     if tower is not None and not tower.is_in_transformers:
         module = importlib.import_module(f"llm2clip_plugin.vision.{tower.file}")
@@ -205,7 +239,9 @@ def open_folder(folder: Path, *, has_code: bool) -> Any:
         )
 
 
-def verify_dual(dual: DualEncoder, encoder: CaptionEncoder, folder: Path, output: str) -> None:
+def verify_dual(
+    dual: DualEncoder, encoder: CaptionEncoder, folder: Path, output: str
+) -> None:
     """Open a folder, and embed pictures and captions in one batch, as the dual encoder does; raises
     ContractError."""
     model = open_folder(folder, has_code=True)
@@ -223,7 +259,9 @@ def compare(expected: Tensor, actual: Tensor, what: str) -> None:
     """Raise ContractError for embeddings that differ."""
     difference = (expected - actual).norm(dim=1) / expected.norm(dim=1)
     if not difference.max() < TOLERANCE:
-        raise ContractError(f"{what} differ by {float(difference.max()):.2g} of their norm")
+        raise ContractError(
+            f"{what} differ by {float(difference.max()):.2g} of their norm"
+        )
 
 
 def probe_pictures() -> list[Image.Image]:

@@ -77,7 +77,9 @@ def dual_card(card: TowerCard, encoder: CaptionEncoder, *, merge: bool) -> str:
         place = 'which `"llm"` in text_0_Captions/sentence_bert_config.json names'
     needs = " and peft" if encoder.config.adapter and not merge else ""
     scores = [(name, f"{value:.4f}") for name, value in sorted(public.metrics.items())]
-    metrics = f"## Metrics\n\n{markdown_table(('metric', ''), scores)}\n" if scores else ""
+    metrics = (
+        f"## Metrics\n\n{markdown_table(('metric', ''), scores)}\n" if scores else ""
+    )
     text = DUAL.format(
         width=card.projection_dim,
         family=card.family,
@@ -103,4 +105,6 @@ def llm_card(encoder: CaptionEncoder, *, has_code: bool, runs_code: bool) -> str
         trust=", trust_remote_code=True" if has_code else "",
         code=code,
     )
-    return FRONT.format(task="sentence-similarity", tag="text-embeddings") + text + LICENSE
+    return (
+        FRONT.format(task="sentence-similarity", tag="text-embeddings") + text + LICENSE
+    )

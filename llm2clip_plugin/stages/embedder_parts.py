@@ -45,7 +45,9 @@ class Parts:
     ``prefix``: of their folders' names. ``first_in_root``: the first one lies in the folder itself.
     """
 
-    def __init__(self, folder: Path, prefix: str = "", *, first_in_root: bool = False) -> None:
+    def __init__(
+        self, folder: Path, prefix: str = "", *, first_in_root: bool = False
+    ) -> None:
         self.folder = folder
         self.prefix = prefix
         self.first_in_root = first_in_root
@@ -73,7 +75,9 @@ class Parts:
     def add(self, module: Any) -> None:
         """Write a module as it saves itself."""
         kind = type(module)
-        home = CODE if kind.__module__.startswith("llm2clip_plugin.") else kind.__module__
+        home = (
+            CODE if kind.__module__.startswith("llm2clip_plugin.") else kind.__module__
+        )
         module.save(str(self.new(f"{home}.{kind.__name__}", kind.__name__)))
 
     @property
@@ -88,7 +92,10 @@ def dense(linear: nn.Linear, activation: nn.Module | None = None) -> Any:
 
     has_bias = linear.bias is not None
     module = Dense(
-        linear.in_features, linear.out_features, bias=has_bias, activation_function=activation
+        linear.in_features,
+        linear.out_features,
+        bias=has_bias,
+        activation_function=activation,
     )
     module.linear.load_state_dict(linear.state_dict())
     return module
@@ -108,21 +115,30 @@ def layer_norm(norm: nn.LayerNorm) -> Any:
 
 def write_image_parts(dual: DualEncoder, parts: Parts) -> None:
     """Tower, pooling, projection, normalization."""
-    from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import (
+        Normalize,
+        Transformer,
+    )
 
     kind = f"{Transformer.__module__}.Transformer"
     folder = parts.new(kind, "Transformer")
     pooling = image_pooling(dual)
     save_tower(dual.tower, folder)
-    if family_of(dual.tower).name == "metaclip2":  # CLIP's architecture, which AutoModel opens
+    if (
+        family_of(dual.tower).name == "metaclip2"
+    ):  # CLIP's architecture, which AutoModel opens
         config = read_json(folder / CONFIG_FILE) | {"model_type": "clip_vision_model"}
         write_json(folder / CONFIG_FILE, config)
     write_json(folder / PREPROCESSOR_FILE, preprocessor_config(dual.tower))
     settings = {
         "transformer_task": "feature-extraction",
         "modality_config": {"image": POOLED if pooling is None else STATES},
-        "module_output_name": "sentence_embedding" if pooling is None else "token_embeddings",
-        "processor_kwargs": {"backend": "pil"},  # torchvision's resizing differs by some levels
+        "module_output_name": "sentence_embedding"
+        if pooling is None
+        else "token_embeddings",
+        "processor_kwargs": {
+            "backend": "pil"
+        },  # torchvision's resizing differs by some levels
     }
     write_json(folder / SETTINGS_FILE, settings)
     if pooling is not None:
@@ -177,7 +193,12 @@ def image_pooling(dual: DualEncoder) -> Any:
 
 
 def write_text_parts(
-    encoder: CaptionEncoder, adapter: TextAdapter | None, parts: Parts, *, merge: bool, output: Path
+    encoder: CaptionEncoder,
+    adapter: TextAdapter | None,
+    parts: Parts,
+    *,
+    merge: bool,
+    output: Path,
 ) -> None:
     """The LLM, pooling, and the text adapter if there is one. ``merge``: with its weights, else
     where they are, as seen from ``output``."""
@@ -189,7 +210,9 @@ def write_text_parts(
     write_adapter(encoder, adapter, parts)
 
 
-def write_llm(encoder: CaptionEncoder, parts: Parts, *, merge: bool, output: Path) -> None:
+def write_llm(
+    encoder: CaptionEncoder, parts: Parts, *, merge: bool, output: Path
+) -> None:
     """The LLM, as sentence-transformers' Transformer if it reads a caption by itself, without
     prompt or template, in all its blocks."""
     from sentence_transformers.sentence_transformer.modules import Transformer
@@ -247,7 +270,9 @@ def place(llm: str, folder: Path) -> str:
 
 def block_count(encoder: CaptionEncoder) -> int:
     """Blocks below the pooled state; -1: all, and the final norm."""
-    depth = read_config(encoder.folder, encoder.config).get_text_config().num_hidden_layers
+    depth = (
+        read_config(encoder.folder, encoder.config).get_text_config().num_hidden_layers
+    )
     layer = encoder.config.layer
     count = layer if layer >= 0 else depth + 1 + layer
     return -1 if layer == -1 or count == depth else count
@@ -301,7 +326,9 @@ def write_peft_adapter(encoder: CaptionEncoder, folder: Path) -> None:
     save_file(used, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt"})
 
 
-def write_adapter(encoder: CaptionEncoder, adapter: TextAdapter | None, parts: Parts) -> None:
+def write_adapter(
+    encoder: CaptionEncoder, adapter: TextAdapter | None, parts: Parts
+) -> None:
     """Removed components, then the text adapter."""
     from sentence_transformers.sentence_transformer.modules import Normalize
 
@@ -333,7 +360,9 @@ def write_adapter(encoder: CaptionEncoder, adapter: TextAdapter | None, parts: P
         parts.add(Normalize())
     if adapter is None:
         return
-    if isinstance(adapter.norm, nn.LayerNorm) and isinstance(adapter.projection, nn.Linear):
+    if isinstance(adapter.norm, nn.LayerNorm) and isinstance(
+        adapter.projection, nn.Linear
+    ):
         parts.add(layer_norm(adapter.norm))
         parts.add(dense(adapter.projection))
     parts.add(Normalize())

@@ -17,7 +17,12 @@ from llm2clip_plugin.text.merged import write_merged
 from llm2clip_plugin.vision.convert import EXPORT
 from llm2clip_plugin.vision.convert.importing import convert
 from llm2clip_plugin.vision.directory import fetch_directory, located
-from llm2clip_plugin.vision.export import check_repository, push_to_hub, reexport, summary
+from llm2clip_plugin.vision.export import (
+    check_repository,
+    push_to_hub,
+    reexport,
+    summary,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +43,9 @@ def main(argv: list[str]) -> int:
         if options.format == "sentence-transformers":
             where = {"llm": options.llm, "adapter": options.adapter}
             merge = options.merge
-            converted = export_dual(options.source, output, **where, merge=merge, replace=replace)
+            converted = export_dual(
+                options.source, output, **where, merge=merge, replace=replace
+            )
         else:
             converted = convert(options.source, output, options.format, replace=replace)
         print(f"{converted}: verified by reloading")
@@ -47,7 +54,12 @@ def main(argv: list[str]) -> int:
         teacher = RunRecord.read(source / RunRecord.FILE).teacher
         adapter = teacher_adapter(teacher) if options.with_adapter else None
         export_run(
-            source, output, options.checkpoint, options.ema, adapter=adapter, replace=replace
+            source,
+            output,
+            options.checkpoint,
+            options.ema,
+            adapter=adapter,
+            replace=replace,
         )
     elif options.ema or options.checkpoint:
         raise ValueError(
@@ -106,19 +118,29 @@ def export_llm(config: ExportConfig) -> Path:
     Raises ValueError for 4-bit weights, ContractError if the reloaded embeddings differ.
     """
     if config.encoder.load_in_4bit:
-        raise ValueError("an adapter cannot be merged into 4-bit weights; omit --load-in-4bit")
-    encoder = CaptionEncoder(dataclasses.replace(config.encoder, compute_dtype="float32"), "cpu")
+        raise ValueError(
+            "an adapter cannot be merged into 4-bit weights; omit --load-in-4bit"
+        )
+    encoder = CaptionEncoder(
+        dataclasses.replace(config.encoder, compute_dtype="float32"), "cpu"
+    )
     if config.format == "sentence-transformers":
         return export_text(encoder, config.output, replace=config.overwrite)
-    with output_folder(config.output, MODEL_FOLDER, replace=config.overwrite) as temporary:
+    with output_folder(
+        config.output, MODEL_FOLDER, replace=config.overwrite
+    ) as temporary:
         write_merged(encoder, temporary)
         trusted = config.encoder.trust_remote_code
         exported = EncoderConfig(
             llm=str(temporary), compute_dtype="float32", trust_remote_code=trusted
         )
         reloaded = CaptionEncoder(exported, "cpu")
-        before_NW, after_NW = (each.encode(SAMPLE_CAPTIONS) for each in (encoder, reloaded))
-        worst = float(((before_NW - after_NW).norm(dim=1) / before_NW.norm(dim=1)).max())
+        before_NW, after_NW = (
+            each.encode(SAMPLE_CAPTIONS) for each in (encoder, reloaded)
+        )
+        worst = float(
+            ((before_NW - after_NW).norm(dim=1) / before_NW.norm(dim=1)).max()
+        )
         if not worst < TOLERANCE:
             raise ContractError(
                 f"{config.output}: reloaded embeddings differ by {worst:.2g} of their norm"

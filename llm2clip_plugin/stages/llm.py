@@ -44,7 +44,9 @@ def finetune_llm(config: FinetuneConfig, command: dict[str, Any] | None = None) 
         return _train(config, device, command or {})
 
 
-def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]) -> Path:
+def _train(
+    config: FinetuneConfig, device: torch.device, command: dict[str, Any]
+) -> Path:
     with phase("opening the data"):
         data = LlmData(config.pairs, config.train, rank=rank(), world=world_size())
     run = open_run(
@@ -74,14 +76,20 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
         count_truncated(result, encoder, cut_queries=config.pairs.cut_queries)
     terms = caption_terms(config.contrast)
     module = trained_module(
-        encoder, config.lora, config.contrast, config.train, start_adapters=config.start_adapters
+        encoder,
+        config.lora,
+        config.contrast,
+        config.train,
+        start_adapters=config.start_adapters,
     )
     if resumed is not None:
         load_trained(module, resumed.weights)
     if config.train.torch_compile:
         encoder.compile()
     on_first_rank(
-        lambda: check_finite(module, config.encoder.llm if resumed is None else resumed.path)
+        lambda: check_finite(
+            module, config.encoder.llm if resumed is None else resumed.path
+        )
     )
     trained = trained_parameters(module, config.optim.lr)
     engine = run.make_engine(module, trained, resumed, keep_frozen=False)
@@ -92,7 +100,9 @@ def _train(config: FinetuneConfig, device: torch.device, command: dict[str, Any]
         state = run.train_to_end(
             engine,
             start,
-            step=CaptionStep(engine, terms, encoder, config.contrast, seed=config.train.seed),
+            step=CaptionStep(
+                engine, terms, encoder, config.contrast, seed=config.train.seed
+            ),
             batches=tokenized_batches(
                 data.batches,
                 tokenizer,

@@ -9,7 +9,12 @@ from functools import partial
 from llm2clip_plugin.evaluate.config import CaptionSetConfig
 from llm2clip_plugin.options import Command, section, setting, unknown
 from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig
-from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings, PairsConfig
+from llm2clip_plugin.text.config import (
+    ContrastConfig,
+    EncoderConfig,
+    LoraSettings,
+    PairsConfig,
+)
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 
 
@@ -63,7 +68,9 @@ class FinetuneConfig(TrainingConfig):
         learned=False,
         needs="evaluation.captions",
     )
-    plan: PlanConfig = section(PlanConfig(), learned=False, per_host=True, needs="dry_run")
+    plan: PlanConfig = section(
+        PlanConfig(), learned=False, per_host=True, needs="dry_run"
+    )
 
     def __post_init__(self) -> None:
         if self.encoder.post_file:
@@ -117,7 +124,9 @@ def _paper(
     )
 
 
-def _common(name: str, encoder: EncoderConfig, *, gradient_checkpointing: bool) -> FinetuneConfig:
+def _common(
+    name: str, encoder: EncoderConfig, *, gradient_checkpointing: bool
+) -> FinetuneConfig:
     """What both sides have in common, beside the default optimizer, LoRA, scale, batch, length."""
     default = FinetuneConfig()
     return dataclasses.replace(
@@ -140,14 +149,22 @@ LLM_RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
         "paper",
         EncoderConfig(chat_template="user", include_bos=False, query_prompt=OF_SHORT),
     ),
-    "paper-llama-8b": partial(_paper, "paper-llama-8b", _llama("llama-8b", OF_SHORT), LLM2VEC_8B),
+    "paper-llama-8b": partial(
+        _paper, "paper-llama-8b", _llama("llama-8b", OF_SHORT), LLM2VEC_8B
+    ),
     # LLM2Vec has no adapters for it
     "paper-llama-1b": partial(_paper, "paper-llama-1b", _llama("llama-1b", OF_SHORT)),
     "llama-8b": partial(
-        _common, "llama-8b", _llama("llama-8b", INSTRUCTION), gradient_checkpointing=True
+        _common,
+        "llama-8b",
+        _llama("llama-8b", INSTRUCTION),
+        gradient_checkpointing=True,
     ),
     "llama-1b": partial(
-        _common, "llama-1b", _llama("llama-1b", INSTRUCTION), gradient_checkpointing=False
+        _common,
+        "llama-1b",
+        _llama("llama-1b", INSTRUCTION),
+        gradient_checkpointing=False,
     ),
 }
 

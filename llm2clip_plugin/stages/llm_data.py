@@ -16,11 +16,17 @@ from llm2clip_plugin.train.distributed import rank
 class LlmData:
     """The pairs of a run, and what the first samples of each source have."""
 
-    def __init__(self, config: PairsConfig, train: TrainConfig, *, rank: int, world: int) -> None:
+    def __init__(
+        self, config: PairsConfig, train: TrainConfig, *, rank: int, world: int
+    ) -> None:
         """Raises FileNotFoundError or ValueError for a data set that is missing, too small or
         without pairs."""
         self.batches = PairBatches(
-            config, seed=train.seed, global_batch=train.global_batch, rank=rank, world=world
+            config,
+            seed=train.seed,
+            global_batch=train.global_batch,
+            rank=rank,
+            world=world,
         )
         sources = self.batches.sources
         weights = config.weights or [1.0] * len(sources)
@@ -28,7 +34,9 @@ class LlmData:
         self.surveys = [survey(source) for source in sources]
         # what is compared between ranks: the number of samples, and the texts of the first ones
         self.digests: dict[str, str] = {}
-        for number, (source, result) in enumerate(zip(sources, self.surveys, strict=True), 1):
+        for number, (source, result) in enumerate(
+            zip(sources, self.surveys, strict=True), 1
+        ):
             texts = [[pair.query, pair.positive] for pair in result.pairs]
             self.digests[str(number)] = f"{len(source)} samples ({short_digest(texts)})"
         self.lines = [
@@ -43,7 +51,9 @@ class LlmData:
         return any(result.pairs[0].negative for result in self.surveys)
 
 
-def count_truncated(result: Survey, encoder: CaptionEncoder, *, cut_queries: bool) -> None:
+def count_truncated(
+    result: Survey, encoder: CaptionEncoder, *, cut_queries: bool
+) -> None:
     """Print how many of a survey's queries and positives will be truncated to max_tokens, on rank
     0.
 

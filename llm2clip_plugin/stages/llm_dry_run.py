@@ -5,13 +5,22 @@ from pathlib import Path
 
 from llm2clip_plugin.evaluate.captions import caption_sets
 from llm2clip_plugin.plan.describe import describe_run
-from llm2clip_plugin.plan.llm import describe_llm, describe_llm_memory, describe_lora, shape_llm
+from llm2clip_plugin.plan.llm import (
+    describe_llm,
+    describe_llm_memory,
+    describe_lora,
+    shape_llm,
+)
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.stages.llm_data import LlmData
 from llm2clip_plugin.stages.run import configure_deepspeed
 from llm2clip_plugin.stages.settings import rank_and_world
 from llm2clip_plugin.text.config import effective
-from llm2clip_plugin.text.finetune import HIDDEN_SIZE, refuse_contradictions, trained_parameters
+from llm2clip_plugin.text.finetune import (
+    HIDDEN_SIZE,
+    refuse_contradictions,
+    trained_parameters,
+)
 from llm2clip_plugin.text.llm import llm_config
 from llm2clip_plugin.train.optim import zero_stage
 
@@ -26,7 +35,9 @@ def llm_plan(config: FinetuneConfig) -> str:
         caption_sets(config.evaluation, config.pairs.read)
     notes = [f"assumed: {config.plan.images:,} pairs (--assumed-samples, or DATA)"]
     samples = config.plan.images
-    texts = 3 if config.pairs.random_negatives else 2  # query and positive, perhaps a hard negative
+    texts = (
+        3 if config.pairs.random_negatives else 2
+    )  # query and positive, perhaps a hard negative
     if config.pairs.data:
         data = LlmData(config.pairs, config.train, rank=0, world=1)
         notes = data.lines
@@ -64,7 +75,9 @@ def llm_plan(config: FinetuneConfig) -> str:
     return "\n".join(
         [
             *notes,
-            describe_run(config.train, config.optim, deepspeed, trained, samples, world),
+            describe_run(
+                config.train, config.optim, deepspeed, trained, samples, world
+            ),
             describe_llm(shape, encoder, config.start_adapters),
             describe_lora(shape, encoder, config.lora),
             *tables,

@@ -34,7 +34,9 @@ def export_adapter(
     save_adapter(encoder.model.llm, trained, card, folder, starts=starts, replace=True)
 
 
-def card_of(encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState) -> EncoderCard:
+def card_of(
+    encoder: CaptionEncoder, config: FinetuneConfig, state: TrainState
+) -> EncoderCard:
     """How the adapter embeds, and how it was trained."""
     identity = encoder.identity()
     return EncoderCard(

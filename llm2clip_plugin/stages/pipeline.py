@@ -44,15 +44,22 @@ def main(argv: list[str]) -> int:
             status = run_stage(folder, stage, f"[{number}/{len(stages)}]", stages, argv)
             if status:
                 return status
-        seconds = {name: saved["seconds"] for name, saved in folder.record.stages.items()}
+        seconds = {
+            name: saved["seconds"] for name, saved in folder.record.stages.items()
+        }
         page = write_page(config, source, stages, seconds)
-        for stage, why in folder.stale(stages).items():  # it changed while later stages ran
+        for stage, why in folder.stale(
+            stages
+        ).items():  # it changed while later stages ran
             print(
-                f"warning: {stage!r} is out of date: {why}; rerun the same command", file=sys.stderr
+                f"warning: {stage!r} is out of date: {why}; rerun the same command",
+                file=sys.stderr,
             )
     print(f"\n{page}: scores, queries won and lost, with pictures")
     tower = Path(config.output) / "tower"
-    print(f"tower: {tower}; in LLaVA: {command('use', tower, '--name', Path(config.output).name)}")
+    print(
+        f"tower: {tower}; in LLaVA: {command('use', tower, '--name', Path(config.output).name)}"
+    )
     return 0
 
 
@@ -68,8 +75,14 @@ def pairs_of_stage_1(config: PipelineConfig, source: Source) -> str:
         )
     if config.stage1 is True or not why_not:
         return pairs
-    advice = "--stage1 runs it all the same" if pairs else "name more caption fields with --fields"
-    print(f"note: stage 1 is left out: {why_not}; {advice}, --no-stage1 omits this note")
+    advice = (
+        "--stage1 runs it all the same"
+        if pairs
+        else "name more caption fields with --fields"
+    )
+    print(
+        f"note: stage 1 is left out: {why_not}; {advice}, --no-stage1 omits this note"
+    )
     return ""
 
 
@@ -87,18 +100,27 @@ def show(stages: Sequence[Stage], stale: Mapping[str, str]) -> None:
 
 
 def run_stage(
-    folder: RunFolder, stage: Stage, position: str, stages: Sequence[Stage], argv: list[str]
+    folder: RunFolder,
+    stage: Stage,
+    position: str,
+    stages: Sequence[Stage],
+    argv: list[str],
 ) -> int:
     """Run a stage unless it is complete; its exit status, 1 if it made nothing."""
     if folder.why(stage) is None:
         return 0
-    more = folder.begin(stage, [other.name for other in stages], started_by("run", argv))
+    more = folder.begin(
+        stage, [other.name for other in stages], started_by("run", argv)
+    )
     (folder.out / PAGE).unlink(missing_ok=True)  # of the results before
     print(f"\n{position} {stage.name}: {shlex.join([*stage.words, *more])}", flush=True)
     begin = time.monotonic()
     status = attend(stage.argv(more))
     if status or not all(artifact.files() for artifact in stage.makes):
-        print(f"stopped in {stage.name!r}; rerun the same command to resume", file=sys.stderr)
+        print(
+            f"stopped in {stage.name!r}; rerun the same command to resume",
+            file=sys.stderr,
+        )
         return status or 1
     folder.end(stage, time.monotonic() - begin)
     return 0

@@ -17,7 +17,9 @@ class PipelineConfig(SourceConfig):
         help="vision tower to start from: a folder, a Hub id, or whatever `llm2clip import` reads",
     )
     output: str = setting(help="folder for everything that the run makes")
-    validation: float = setting(0.1, help="fraction of the data that is held out and measured with")
+    validation: float = setting(
+        0.1, help="fraction of the data that is held out and measured with"
+    )
     by: str = setting(
         "",
         help="field of the samples' JSON: samples with one value are on one side of the split",
@@ -64,7 +66,9 @@ class PipelineConfig(SourceConfig):
         help="more options of LLaVA's pretraining, as one text: --llava-options=\"--learning_rate "
         '2e-3"',
     )
-    dry_run: bool = setting(False, help="print the stages with their commands, and run none")
+    dry_run: bool = setting(
+        False, help="print the stages with their commands, and run none"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +83,10 @@ class PipelineConfig(SourceConfig):
             )
         if self.num_gpus < 1:
             raise ValueError(f"--num-gpus is {self.num_gpus}, expected at least 1")
-        batches = {"--global-batch": self.global_batch, "--micro-batch": self.micro_batch}
+        batches = {
+            "--global-batch": self.global_batch,
+            "--micro-batch": self.micro_batch,
+        }
         for option, value in batches.items():
             if value < 0:
                 raise ValueError(

@@ -37,7 +37,9 @@ class Stage:
     # file or folder that the stage writes, all of it; None: it writes nothing
     output: Path | None = None
     ranks: int = 1  # processes
-    resumes: bool = False  # whether the same command goes on from an output that is not complete
+    resumes: bool = (
+        False  # whether the same command goes on from an output that is not complete
+    )
     # name of what it reads whose change needs no new start: the output is brought up to date, after
     # ``update``, with ``update_words`` added to the command
     updates: str = ""
@@ -115,7 +117,9 @@ class RunFolder:
                 return f"its result {change}"
         return None
 
-    def begin(self, stage: Stage, order: Sequence[str], command: dict[str, Any]) -> list[str]:
+    def begin(
+        self, stage: Stage, order: Sequence[str], command: dict[str, Any]
+    ) -> list[str]:
         """Make room for a stage's output and record that it has started; returns words to add to
         its command."""
         reads = {artifact.name: self.digests.of(artifact) for artifact in stage.reads}
@@ -165,15 +169,23 @@ class RunFolder:
             _remove(path)
 
     def _write(
-        self, stage: Stage, entry: dict[str, Any], order: Sequence[str], command: dict[str, Any]
+        self,
+        stage: Stage,
+        entry: dict[str, Any],
+        order: Sequence[str],
+        command: dict[str, Any],
     ) -> None:
         stages = {**self.record.stages, stage.name: entry}
-        self.record = replace(self.record, stages=stages, order=list(order), command=command)
+        self.record = replace(
+            self.record, stages=stages, order=list(order), command=command
+        )
         self.record.write(self.out / PipelineRecord.FILE)
         self.is_ours = True
         self.digests.save()
 
-    def _goes_on(self, stage: Stage, saved: dict[str, Any], reads: dict[str, Any]) -> bool:
+    def _goes_on(
+        self, stage: Stage, saved: dict[str, Any], reads: dict[str, Any]
+    ) -> bool:
         """Whether the output that is there was made by the same command from the same input."""
         differing = {name for name in reads if reads[name] != saved["reads"].get(name)}
         return saved["key"] == self._key(stage) and differing <= {stage.updates}
@@ -187,7 +199,9 @@ class RunFolder:
         paths = artifact.files()
         if was is None or was["files"] is None or now["files"] is None:
             return f"{artifact.name} changed"
-        changes = [f"{paths[name]} is new" for name in now["files"] if name not in was["files"]]
+        changes = [
+            f"{paths[name]} is new" for name in now["files"] if name not in was["files"]
+        ]
         for name in was["files"]:
             if name not in now["files"]:
                 of_artifact = "" if name == artifact.name else f" of {artifact.name}"

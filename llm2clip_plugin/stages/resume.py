@@ -21,7 +21,11 @@ def _plain(value: Any) -> Any:
     """4 and 4.0 are the same setting."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return (
+        float(value)
+        if isinstance(value, int) and not isinstance(value, bool)
+        else value
+    )
 
 
 def within(name: str, fields: Iterable[str]) -> bool:
@@ -48,7 +52,9 @@ def flat_essentials(
 def same_on_all_hosts(kind: type, settings: dict[str, Any]) -> dict[str, Any]:
     """The leaves of a configuration ``kind`` that all ranks must have in common."""
     differing = fields_that_declare(kind, "per_host", True)
-    return {name: value for name, value in flat(settings) if not within(name, differing)}
+    return {
+        name: value for name, value in flat(settings) if not within(name, differing)
+    }
 
 
 def refuse_changes(
@@ -64,16 +70,24 @@ def refuse_changes(
     paths = {path for settings in (now, saved) for path, _ in flat(settings)}
     for name in allowed:
         if not any(within(path, [name]) for path in paths):
-            raise ValueError(f"--allow-changed {name}: a run has no such field; run.json has all")
+            raise ValueError(
+                f"--allow-changed {name}: a run has no such field; run.json has all"
+            )
     not_compared = (*allowed, *fields_that_declare(kind, "initial", True))
     old = flat_essentials(kind, saved, not_compared)
     new = flat_essentials(kind, now, not_compared)
     listed = ""
-    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    changed = [
+        name
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
     for name in changed:
         old_value = old.get(name, "absent")
         new_value = new.get(name, "absent")
-        listed += f"\n  {name}: {old_value!r} in the checkpoint, {new_value!r} in this run"
+        listed += (
+            f"\n  {name}: {old_value!r} in the checkpoint, {new_value!r} in this run"
+        )
     if changed:
         raise ValueError(
             f"{where} was saved with other settings:{listed}\n"

@@ -27,7 +27,13 @@ from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.stages.resume import flat, refuse_changes, same_on_all_hosts
 from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.train.averages import WeightAverage
-from llm2clip_plugin.train.checkpoint import RESUME_AUTO, Checkpoints, Loaded, TrainState, load
+from llm2clip_plugin.train.checkpoint import (
+    RESUME_AUTO,
+    Checkpoints,
+    Loaded,
+    TrainState,
+    load,
+)
 from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, rank, set_tf32, world_size
 from llm2clip_plugin.train.engine import Engine, check_deepspeed, start_ranks
@@ -110,8 +116,13 @@ class TrainingRun:
             facts["checkpoint"] = readable_checkpoint(path, TrainState.FILE)
         facts |= {f"data {name}": digest for name, digest in data.items()}
         settings = same_on_all_hosts(type(self.config), self.run_settings)
-        facts |= {f"setting {name}": json.dumps(value) for name, value in settings.items()}
-        facts |= {f"DeepSpeed {name}": json.dumps(value) for name, value in flat(self.deepspeed)}
+        facts |= {
+            f"setting {name}": json.dumps(value) for name, value in settings.items()
+        }
+        facts |= {
+            f"DeepSpeed {name}": json.dumps(value)
+            for name, value in flat(self.deepspeed)
+        }
         facts |= {f"version of {name}": version for name, version in versions().items()}
         refuse_disagreement(facts, ADVICE)
         if path is None:
@@ -142,11 +153,15 @@ class TrainingRun:
         groups = parameter_groups(trained, self.config.optim.weight_decay)
         variables = self._wandb_variables() if resumed is not None else {}
         os.environ.update(variables)
-        engine = Engine(module, groups, self.config.optim, self.deepspeed, keep_frozen=keep_frozen)
+        engine = Engine(
+            module, groups, self.config.optim, self.deepspeed, keep_frozen=keep_frozen
+        )
         for name in variables:  # of this run alone
             del os.environ[name]
         if (started := self.wandb_run()) is not None:
-            started.config.update(dataclasses.asdict(self.config), allow_val_change=True)
+            started.config.update(
+                dataclasses.asdict(self.config), allow_val_change=True
+            )
         if resumed is not None:
             engine.restore(resumed.weights, resumed.moments, vars(resumed.state))
         return engine
@@ -177,7 +192,11 @@ class TrainingRun:
         config_hash = self.config.hash
         seed = self.config.train.seed
         return TrainState(
-            step=0, samples=0, config=self.run_settings, config_hash=config_hash, seed=seed
+            step=0,
+            samples=0,
+            config=self.run_settings,
+            config_hash=config_hash,
+            seed=seed,
         )
 
     def train_to_end(
@@ -304,7 +323,9 @@ def training_ranks(train: TrainConfig) -> Iterator[torch.device]:
     as the run sets it."""
     device = start_ranks(train.ddp_timeout)
     if train.precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
+        raise ValueError(
+            "--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32"
+        )
     set_tf32(train.tf32, train.precision, device)
     with Watch(train.straggler_seconds):
         yield device
@@ -336,8 +357,12 @@ def configure_deepspeed(
         where=where,
     )
     if unresolved := sorted(name for name, value in flat(deepspeed) if value == "auto"):
-        raise ValueError(f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value')
-    if train.torch_compile and zero_stage(deepspeed) == 3:  # whose hooks split every block
+        raise ValueError(
+            f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value'
+        )
+    if (
+        train.torch_compile and zero_stage(deepspeed) == 3
+    ):  # whose hooks split every block
         raise ValueError(
             f"{where}: --torch-compile does not work with ZeRO-3; use scripts/zero2.json"
         )
@@ -348,11 +373,16 @@ def configure_deepspeed(
 def versions() -> dict[str, str]:
     """Versions of the libraries that train, and a digest of this package's files: its version may
     lag behind them."""
-    versions_of = {"deepspeed": importlib.metadata.version("deepspeed"), **library_versions()}
+    versions_of = {
+        "deepspeed": importlib.metadata.version("deepspeed"),
+        **library_versions(),
+    }
     digest = hashlib.sha256()
     folder = Path(llm2clip_plugin.__file__).parent
     for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+        digest.update(
+            str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes()
+        )
     versions_of["llm2clip-plugin"] += f" ({digest.hexdigest()[:12]})"
     return versions_of
 
@@ -366,5 +396,7 @@ def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) ->
     if before == after:  # a run without steps
         scores = ", ".join(f"{name} {after[name]:.3f}" for name in names)
         return f"held-out scores: {scores}"
-    scores = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in names)
+    scores = ", ".join(
+        f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in names
+    )
     return f"held-out scores, before -> after: {scores}"

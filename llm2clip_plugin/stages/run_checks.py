@@ -33,7 +33,9 @@ def check_given(config: PipelineConfig) -> None:
     """Raise FileNotFoundError or ValueError for models and questions that would stop a stage, and
     for an output that holds the data or is in it."""
     check_output(config)
-    llm_config(EncoderConfig(llm=config.llm, trust_remote_code=config.trust_remote_code))
+    llm_config(
+        EncoderConfig(llm=config.llm, trust_remote_code=config.trust_remote_code)
+    )
     check_tower(config.tower)
     if config.adapter:
         check_adapter(config, config.adapter)
@@ -84,7 +86,11 @@ def check_places(config: PipelineConfig, stages: Sequence[Stage]) -> None:
             continue
         output = stage.output.resolve()
         for option, path in inputs.items():
-            if path and os.path.exists(path) and Path(path).resolve().is_relative_to(output):
+            if (
+                path
+                and os.path.exists(path)
+                and Path(path).resolve().is_relative_to(output)
+            ):
                 raise ValueError(
                     f"{option} {path} is in {stage.output}, which {stage.name!r} replaces; "
                     "choose another --output, or move it"
@@ -124,7 +130,9 @@ def check_tower(tower: str) -> None:
         return  # `llm2clip import` tells by the names of the tensors
     body = read_json_value(config)
     if not isinstance(body, dict):
-        raise ContractError(f"{config} contains a {type(body).__name__}, expected a JSON object")
+        raise ContractError(
+            f"{config} contains a {type(body).__name__}, expected a JSON object"
+        )
     kinds = [
         str(part["model_type"])
         for part in (body, section(body, "vision_config"))
@@ -132,7 +140,9 @@ def check_tower(tower: str) -> None:
     ]
     if not kinds or any(kind.startswith(IMPORTED) for kind in kinds):
         return
-    kinds_of_families = {kind for family in families().values() for kind in family.model_types}
+    kinds_of_families = {
+        kind for family in families().values() for kind in family.model_types
+    }
     if not kinds_of_families.intersection(kinds):
         family_of_type(kinds[0], where=f"--tower {tower}")  # raises
 
@@ -158,7 +168,9 @@ def check_adapter(config: PipelineConfig, adapter_path: str) -> None:
     width = llm_config(encoder).get_text_config().hidden_size
     for name, entry in read_header(adapter / ADAPTER_WEIGHTS).entries.items():
         if name.endswith("q_proj.lora_A.weight") and entry.shape[-1] != width:
-            problem = f"--adapter {adapter_path} is for an LLM of width {entry.shape[-1]}"
+            problem = (
+                f"--adapter {adapter_path} is for an LLM of width {entry.shape[-1]}"
+            )
             raise ContractError(
                 f"{problem}, but --llm {llm} has {width}; pass the LLM that it was trained on"
             )

@@ -45,14 +45,19 @@ def held_out_config(
 
 
 def write_page(
-    config: PipelineConfig, source: Source, stages: Sequence[Stage], seconds: Mapping[str, float]
+    config: PipelineConfig,
+    source: Source,
+    stages: Sequence[Stage],
+    seconds: Mapping[str, float],
 ) -> Path:
     """Write OUTPUT/index.html; returns its path."""
     out = Path(config.output)
     held_out = held_out_config(config, source)
     cache = str(out / "embeddings" / "validation")
     towers = {
-        side: EvaluateConfig(tower=str(out / side / "tower"), data=held_out, cache=cache)
+        side: EvaluateConfig(
+            tower=str(out / side / "tower"), data=held_out, cache=cache
+        )
         for side in SIDES
     }
     pairs = {side: measure_pairs(tower)[1].pairs for side, tower in towers.items()}
@@ -70,11 +75,17 @@ def write_page(
             title=" · ".join(Path(path).name for path in inputs),
             style=page_style(),
             rows=rows,
-            comparisons=[path.relative_to(out).with_suffix(".html") for path in compared],
+            comparisons=[
+                path.relative_to(out).with_suffix(".html") for path in compared
+            ],
             images=len(pairs[BEFORE].keys),
             queries=queries,
-            won=sum(query["place"][AFTER] < query["place"][BEFORE] for query in queries),
-            lost=sum(query["place"][AFTER] > query["place"][BEFORE] for query in queries),
+            won=sum(
+                query["place"][AFTER] < query["place"][BEFORE] for query in queries
+            ),
+            lost=sum(
+                query["place"][AFTER] > query["place"][BEFORE] for query in queries
+            ),
             stages=[(stage, seconds.get(stage.name, 0.0)) for stage in stages],
         )
         temporary.write_text(html, encoding="utf-8")
@@ -87,14 +98,18 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]
     with whether it is right."""
     first = pairs[BEFORE]
     chosen = sorted(
-        random.Random(0).sample(range(len(first.captions)), min(QUERIES, len(first.captions)))
+        random.Random(0).sample(
+            range(len(first.captions)), min(QUERIES, len(first.captions))
+        )
     )
     # side -> (Q, N): the images for each of these captions, the most similar first
     orders: dict[str, Any] = {}
     for side, embedded in pairs.items():
         image_ND = F.normalize(embedded.image_ND, dim=1)
         text_QD = F.normalize(embedded.text_MD[chosen], dim=1)
-        orders[side] = (text_QD @ image_ND.T).argsort(dim=1, descending=True, stable=True)
+        orders[side] = (text_QD @ image_ND.T).argsort(
+            dim=1, descending=True, stable=True
+        )
 
     def picture(image: int) -> str | None:
         with suppress(BrokenSample):
@@ -112,6 +127,8 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]
         for side, order_QN in orders.items():
             images = order_QN[row].tolist()
             query["place"][side] = images.index(right) + 1
-            query["found"][side] = [(picture(image), image == right) for image in images[:SHOWN]]
+            query["found"][side] = [
+                (picture(image), image == right) for image in images[:SHOWN]
+            ]
         queries.append(query)
     return queries

@@ -79,19 +79,33 @@ class Plan:
         # pictures of rows are read where they are, those of tars are copied by the split
         self.pictures = [self.data] if isinstance(source, RowSource) else []
         self.train_images = round(len(source) * (1 - config.validation))
-        self.batch = config.global_batch or default_batch(self.train_images)  # pairs per step
+        self.batch = config.global_batch or default_batch(
+            self.train_images
+        )  # pairs per step
         sides = outputs(source, self.out / "data")
-        self.paths = {side: str(path) for side, path in sides.items()}  # train and validation
+        self.paths = {
+            side: str(path) for side, path in sides.items()
+        }  # train and validation
         # options of the commands that read these, of those that read the whole data, of trainings
-        images = ["--image-folder", source.images_folder] if isinstance(source, RowSource) else []
+        images = (
+            ["--image-folder", source.images_folder]
+            if isinstance(source, RowSource)
+            else []
+        )
         self.read = [*images, *changed_options(config, READ)]
         self.read_all = [config.path, *changed_options(config, ("images", *READ))]
         self.batches = ["--global-batch", str(self.batch)]
         self.batches += changed_options(config, ("micro_batch",))
         self.llm = model("the LLM", config.llm)
-        self.open_llm = ["--llm", config.llm, *changed_options(config, ("trust_remote_code",))]
+        self.open_llm = [
+            "--llm",
+            config.llm,
+            *changed_options(config, ("trust_remote_code",)),
+        ]
 
-    def output(self, name: str, *outputs: str, patterns: tuple[str, ...] = ("**/*",)) -> Artifact:
+    def output(
+        self, name: str, *outputs: str, patterns: tuple[str, ...] = ("**/*",)
+    ) -> Artifact:
         """What is in folders, or files, of the run's folder."""
 
         def files() -> Mapping[str, str]:
@@ -179,13 +193,19 @@ def add_split(run: Plan) -> dict[str, Artifact]:
         name = Path(run.paths[side]).name
         sides[side] = run.output(f"the {side} data", f"data/{name}")
     words = ["data", "split", *run.read_all, "--output", run.out / "data"]
-    words += ["--validation", f"{config.validation:g}", *changed_options(config, ("by",))]
+    words += [
+        "--validation",
+        f"{config.validation:g}",
+        *changed_options(config, ("by",)),
+    ]
     makes = [*sides.values(), run.output("the record of the split", "data/split.json")]
     run.add(SPLIT_STAGE, *words, reads=[run.data], makes=makes, output="data")
     return sides
 
 
-def add_stage_1(run: Plan, pairs: str, train_side: Artifact) -> tuple[str, list[Artifact]]:
+def add_stage_1(
+    run: Plan, pairs: str, train_side: Artifact
+) -> tuple[str, list[Artifact]]:
     """The adapter's path, "" without one, and what an embedding depends on: the LLM and the
     adapter."""
     config = run.config
@@ -201,7 +221,9 @@ def add_stage_1(run: Plan, pairs: str, train_side: Artifact) -> tuple[str, list[
     words += ["--pair-kinds", pairs, *run.batches]
     words += ["--max-steps", steps, "--warmup-steps", warmup_steps]
     words += ["--output", run.out / "llm"]
-    run.add("stage 1", *words, reads=[train_side, run.llm], makes=[trained], output="llm")
+    run.add(
+        "stage 1", *words, reads=[train_side, run.llm], makes=[trained], output="llm"
+    )
     return str(run.out / "llm" / "adapter"), [run.llm, trained]
 
 
@@ -213,7 +235,9 @@ def add_embedding(
     for side in SPLIT:
         cache = f"embeddings/{side}"
         embedded[side] = run.output(
-            f"the embeddings of {side}", cache, patterns=("**/*.safetensors", "manifest.json")
+            f"the embeddings of {side}",
+            cache,
+            patterns=("**/*.safetensors", "manifest.json"),
         )
         words = ["embed", run.paths[side], *run.read, *run.open_llm]
         if adapter:
@@ -228,7 +252,9 @@ def add_embedding(
             output=cache,
             updates=sides[side],
             update=partial(
-                prune_cache, run.out / cache, held_out_config(run.config, run.source, side)
+                prune_cache,
+                run.out / cache,
+                held_out_config(run.config, run.source, side),
             ),
         )
     return embedded
@@ -246,7 +272,9 @@ def add_stage_2(
     own_options = shlex.split(config.tower_options)
     chosen = gpu_precision() if torch.cuda.is_available() else "fp32"
     follows_machine = not config.precision and "--precision" not in own_options
-    towers = {side: run.output(f"the tower {side} stage 2", f"{side}/tower") for side in SIDES}
+    towers = {
+        side: run.output(f"the tower {side} stage 2", f"{side}/tower") for side in SIDES
+    }
     caches = run.out / "embeddings"
     for name, side, epochs in (
         ("heads on the start tower", BEFORE, 0.0),
@@ -277,7 +305,9 @@ def add_measures(
 ) -> None:
     """Both towers on validation data, compared."""
     files = {side: f"{side}/validation.scores.json" for side in SIDES}
-    scores = {side: run.output(f"the scores {side}", file) for side, file in files.items()}
+    scores = {
+        side: run.output(f"the scores {side}", file) for side, file in files.items()
+    }
     for side, file in files.items():
         words = ["evaluate", run.out / side / "tower", run.paths["validation"]]
         words += ["--cache", run.out / "embeddings" / "validation", *run.read]
@@ -286,14 +316,21 @@ def add_measures(
             *words,
             "--output",
             run.out / file,
-            reads=[towers[side], sides["validation"], embedded["validation"], *run.pictures],
+            reads=[
+                towers[side],
+                sides["validation"],
+                embedded["validation"],
+                *run.pictures,
+            ],
             makes=[scores[side]],
             output=file,
         )
     words = ["compare", *(run.out / file for file in files.values()), "--names", *SIDES]
     words += ["--output", run.out / "compare"]
     compared = run.output("the comparison", "compare")
-    run.add("compare", *words, reads=[*scores.values()], makes=[compared], output="compare")
+    run.add(
+        "compare", *words, reads=[*scores.values()], makes=[compared], output="compare"
+    )
 
 
 def ask(run: Plan, train_side: Artifact, towers: Mapping[str, Artifact]) -> None:
@@ -303,8 +340,17 @@ def ask(run: Plan, train_side: Artifact, towers: Mapping[str, Artifact]) -> None
     captions = run.out / "llava-data" / "captions.json"
     llava_data = run.output("LLaVA's captions", "llava-data")
     llm = model("LLaVA's LLM", config.llava_llm)
-    asked = Artifact(name="the questions", files=partial(question_files, Path(config.questions)))
-    words = ["llava", "data", run.paths["train"], *run.read, "--output", captions.parent]
+    asked = Artifact(
+        name="the questions", files=partial(question_files, Path(config.questions))
+    )
+    words = [
+        "llava",
+        "data",
+        run.paths["train"],
+        *run.read,
+        "--output",
+        captions.parent,
+    ]
     run.add(
         "LLaVA's captions",
         *words,
@@ -354,12 +400,24 @@ def projector_words(run: Plan, captions: Path, side: str) -> list[object]:
     config = run.config
     share = math.gcd(run.batch // config.num_gpus, config.micro_batch or 32)
     epochs = math.ceil(max(1, LLAVA_STEPS * run.batch / run.train_images))
-    words = [captions, "--image-folder", captions.parent / "images", "--model", config.llava_llm]
+    words = [
+        captions,
+        "--image-folder",
+        captions.parent / "images",
+        "--model",
+        config.llava_llm,
+    ]
     words += ["--global-batch", run.batch, "--micro-batch", share]
     words += ["--gpus", config.num_gpus, "--python", sys.executable]
     words += ["--tower", f"llm2clip:{run.out / side / 'tower'}"]
     words += ["--output", run.out / f"llava-{side}"]
-    return [*words, "--", "--num_train_epochs", epochs, *shlex.split(config.llava_options)]
+    return [
+        *words,
+        "--",
+        "--num_train_epochs",
+        epochs,
+        *shlex.split(config.llava_options),
+    ]
 
 
 def model(name: str, path_or_id: str) -> Artifact:
@@ -378,7 +436,9 @@ def model(name: str, path_or_id: str) -> Artifact:
         if not path.exists():
             return {path_or_id: revision()}
         digests = folder_files(path, path if path.is_dir() else path.parent, ("*",))
-        return {name: file for name, file in digests.items() if not name.endswith(".md")}
+        return {
+            name: file for name, file in digests.items() if not name.endswith(".md")
+        }
 
     return Artifact(name=name, files=files)
 
@@ -422,7 +482,11 @@ def movable(config: PipelineConfig, source: Source) -> dict[str, str]:
     if isinstance(source, RowSource):
         inputs["IMAGES"] = source.images_folder
     for what, path in inputs.items():
-        if path and not is_url(path) and (what == "DATA" or Path(path).expanduser().exists()):
+        if (
+            path
+            and not is_url(path)
+            and (what == "DATA" or Path(path).expanduser().exists())
+        ):
             places.setdefault(path, what)
     return places
 
@@ -433,16 +497,22 @@ def survey(source: Source) -> tuple[str, str]:
     step = max(1, len(source) // SURVEYED)
     texts = [source.captions(number)[1] for number in range(0, len(source), step)]
     if not any(texts):
-        raise ValueError(f"no captions in {source.path}; llm2clip data check shows its fields")
+        raise ValueError(
+            f"no captions in {source.path}; llm2clip data check shows its fields"
+        )
     several = [captions for captions in texts if len(captions) > 1]
     if len(several) <= len(texts) / 2:
         return "", SEVERAL
-    short_and_long = [captions for captions in texts if has_kinds(captions, "short", "long")]
+    short_and_long = [
+        captions for captions in texts if has_kinds(captions, "short", "long")
+    ]
     positive_kind = "long" if len(short_and_long) > len(texts) / 2 else "short"
     shares: list[float] = []  # of an image's pairs, those that teach nothing
     for captions in several:
         queries = [caption.text for caption in captions if caption.kind == "short"]
-        positives = [caption.text for caption in captions if caption.kind == positive_kind]
+        positives = [
+            caption.text for caption in captions if caption.kind == positive_kind
+        ]
         pairs = [
             (query, positive)
             for query, positive in itertools.product(queries, positives)

@@ -49,7 +49,9 @@ class TrainingConfig:
     @property
     def hash(self) -> str:
         """SHA-256 over the fields that decide what is learned."""
-        return sha256_text(canonical_json(flat_essentials(type(self), dataclasses.asdict(self))))
+        return sha256_text(
+            canonical_json(flat_essentials(type(self), dataclasses.asdict(self)))
+        )
 
 
 def rank_and_world() -> tuple[int, int]:

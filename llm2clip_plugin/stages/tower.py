@@ -25,7 +25,12 @@ from llm2clip_plugin.stages.tower_data import (
 from llm2clip_plugin.stages.tower_export import TOWER, export_towers
 from llm2clip_plugin.train.averages import Averages, copy_image_side, make_averages
 from llm2clip_plugin.train.checkpoint import Loaded, load_weights
-from llm2clip_plugin.train.config import HeadsConfig, LossConfig, TowerConfig, TrainConfig
+from llm2clip_plugin.train.config import (
+    HeadsConfig,
+    LossConfig,
+    TowerConfig,
+    TrainConfig,
+)
 from llm2clip_plugin.train.distributed import on_first_rank, rank
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.guard import check_finite, locked
@@ -63,7 +68,9 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
         with phase("opening the data"):
             config.validate()
             evaluated = config.evaluated if config.evaluates else None
-            data = open_data(config.data, config.heads, config.dual, config.benchmarks, evaluated)
+            data = open_data(
+                config.data, config.heads, config.dual, config.benchmarks, evaluated
+            )
         with locked(Path(config.output_dir)):
             with phase("checking the data"):
                 on_first_rank(lambda: check_data(data, config.train, config.loss))
@@ -83,7 +90,9 @@ def _train(
     stop: StopRequest,
     command: dict[str, Any],
 ) -> Path:
-    dual = build_model(config.tower, config.dual, config.heads, config.loss, seed=config.train.seed)
+    dual = build_model(
+        config.tower, config.dual, config.heads, config.loss, seed=config.train.seed
+    )
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     evaluated = config.evaluated if config.evaluates else None
     check_loaders(data, images, config.train, config.heads, evaluated)
@@ -147,7 +156,9 @@ def _train(
         unfinished.unlink(missing_ok=True)
     with phase("export"):
         on_first_rank(
-            lambda: export_towers(run.folder, state.step, averaged=bool(config.train.ema_decay))
+            lambda: export_towers(
+                run.folder, state.step, averaged=bool(config.train.ema_decay)
+            )
         )
     return run.folder / TOWER
 
@@ -178,7 +189,9 @@ def _start_engine(
     if recomputes(config.train, run.deepspeed, device, measure):
         enable_gradient_checkpointing(dual.tower)
     engine = run.make_engine(dual, trained, resumed)
-    return engine, make_averages(engine, image_side, config.train, config.distill, resumed)
+    return engine, make_averages(
+        engine, image_side, config.train, config.distill, resumed
+    )
 
 
 def load_start(dual: DualEncoder, resumed: Loaded | None, tower: str) -> None:
@@ -186,11 +199,18 @@ def load_start(dual: DualEncoder, resumed: Loaded | None, tower: str) -> None:
     the first for weights that are not finite."""
     if resumed is not None:
         load_weights(dual, resumed.weights, where=resumed.path)
-    on_first_rank(lambda: check_finite(dual, tower if resumed is None else resumed.path))
+    on_first_rank(
+        lambda: check_finite(dual, tower if resumed is None else resumed.path)
+    )
 
 
 def build_model(
-    tower: TowerConfig, dual: DualConfig, heads: HeadsConfig, loss: LossConfig, *, seed: int
+    tower: TowerConfig,
+    dual: DualConfig,
+    heads: HeadsConfig,
+    loss: LossConfig,
+    *,
+    seed: int,
 ) -> DualEncoder:
     """The tower with its heads, which trains. Raises ValueError for a loss that reads what the
     tower does not have."""

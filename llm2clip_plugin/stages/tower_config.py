@@ -176,17 +176,22 @@ class RunConfig(TrainingConfig):
             "workers": EVALUATES,
             # suites have their own
             **dict.fromkeys(
-                ("kinds", "languages", "group", "cluster", "ks", "limit"), "data.validation"
+                ("kinds", "languages", "group", "cluster", "ks", "limit"),
+                "data.validation",
             ),
         },
     )
     benchmarks: SuitesConfig = section(SuitesConfig(), learned=False)
-    plan: PlanConfig = section(PlanConfig(), learned=False, per_host=True, needs="dry_run")
+    plan: PlanConfig = section(
+        PlanConfig(), learned=False, per_host=True, needs="dry_run"
+    )
 
     @property
     def evaluates(self) -> bool:
         """Whether evaluations have anything to measure."""
-        return bool(self.data.validation or self.benchmarks.suites or self.benchmarks.zeroshot)
+        return bool(
+            self.data.validation or self.benchmarks.suites or self.benchmarks.zeroshot
+        )
 
     @property
     def trains_at_lr(self) -> bool:
@@ -208,7 +213,9 @@ class RunConfig(TrainingConfig):
         if not self.tower.path and not self.tower.from_scratch:
             missing.append("tower to train: add --tower with a directory or Hub id")
         if needs_data and missing:
-            raise ValueError(f"no {' and no '.join(missing)}. For example: {TRAIN_TOWER.example}")
+            raise ValueError(
+                f"no {' and no '.join(missing)}. For example: {TRAIN_TOWER.example}"
+            )
         if not self.train.has_steps and not self.heads.steps:
             raise ValueError(
                 "train.num_train_epochs, train.max_steps and heads.steps are all 0: "
@@ -217,13 +224,21 @@ class RunConfig(TrainingConfig):
         from llm2clip_plugin.train.losses.base import check_terms  # torch
 
         check_terms(self.loss, self.dual)
-        fits_new = self.heads.steps and not self.tower.keep_heads and self.dual.adapter != "none"
+        fits_new = (
+            self.heads.steps
+            and not self.tower.keep_heads
+            and self.dual.adapter != "none"
+        )
         if self.heads.target == "clip_text" and not fits_new:
             raise ValueError(
                 "heads.target clip_text fits a new text adapter to the CLIP's projection: "
                 "set heads.steps, and leave tower.keep_heads and dual.adapter none out"
             )
-        if self.tower.freeze and self.dual.projection == "none" and self.dual.adapter == "none":
+        if (
+            self.tower.freeze
+            and self.dual.projection == "none"
+            and self.dual.adapter == "none"
+        ):
             raise ValueError(
                 "nothing to train: tower.freeze with dual.projection none and dual.adapter none"
             )
@@ -296,7 +311,9 @@ def quickstart() -> RunConfig:
             read=ReadConfig(kinds=("short", "long"), languages=("en",)),
             augment=AugmentConfig(scale=(0.6, 1.0), flip=True, rotate=10.0),
         ),
-        tower=TowerConfig(architecture="facebook/dinov2-small", image_size=56),  # 4 x 4 patches
+        tower=TowerConfig(
+            architecture="facebook/dinov2-small", image_size=56
+        ),  # 4 x 4 patches
         dual=DualConfig(
             projection_dim=384,
             pool="cls_mean",
@@ -316,7 +333,9 @@ def quickstart() -> RunConfig:
         heads=HeadsConfig(steps=100, batch=256, lr=1e-3),
         train=TrainConfig(global_batch=128, max_steps=100, save_minutes=2.0),
         # concept: the same for one emoji in several styles
-        evaluation=RetrievalConfig(kinds=("short", "long"), languages=("en",), group="concept"),
+        evaluation=RetrievalConfig(
+            kinds=("short", "long"), languages=("en",), group="concept"
+        ),
     )
 
 
@@ -328,7 +347,9 @@ def _openai(name: str, hub_id: str) -> RunConfig:
     """
     paper = _paper(name, TowerConfig(path=hub_id))
     full_lr = ("embeddings.class_embedding", "pre_layrnorm")  # sic, on the Hub
-    return dataclasses.replace(paper, optim=dataclasses.replace(paper.optim, full_lr=full_lr))
+    return dataclasses.replace(
+        paper, optim=dataclasses.replace(paper.optim, full_lr=full_lr)
+    )
 
 
 def _eva02(name: str) -> RunConfig:
@@ -338,7 +359,9 @@ def _eva02(name: str) -> RunConfig:
     `llm2clip import` its .pt, then --tower the result. The paper did not train bigE/14 (4.3 G
     parameters).
     """
-    heads = DualConfig(projection_dim=1280, projection_bias=True, projection_init_std=2e-5)
+    heads = DualConfig(
+        projection_dim=1280, projection_bias=True, projection_init_std=2e-5
+    )
     return dataclasses.replace(_paper(name, TowerConfig(architecture=name)), dual=heads)
 
 
@@ -350,9 +373,14 @@ def siglip2_so400m_224() -> RunConfig:
     ``get_num_layers``), starts at CLIP's scale (timm's weights have none), and does not normalize
     the LLM's embedding (llm_model.py:31).
     """
-    paper = _paper("siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224"))
+    paper = _paper(
+        "siglip2-so400m-224", TowerConfig(path="google/siglip2-so400m-patch14-224")
+    )
     heads = DualConfig(
-        projection_dim=1152, projection="none", normalize_input=False, logit_scale_init=LOG_SCALE
+        projection_dim=1152,
+        projection="none",
+        normalize_input=False,
+        logit_scale_init=LOG_SCALE,
     )
     return dataclasses.replace(
         paper, dual=heads, optim=dataclasses.replace(paper.optim, layer_decay=1.0)
@@ -368,7 +396,9 @@ def lift_b16() -> RunConfig:
     """
     return RunConfig(
         output_dir="runs/lift-b16",
-        tower=TowerConfig(architecture="openai/clip-vit-base-patch16", from_scratch=True),
+        tower=TowerConfig(
+            architecture="openai/clip-vit-base-patch16", from_scratch=True
+        ),
         dual=DualConfig(pool="mean", projection="mlp", adapter="none"),
         optim=OptimConfig(
             lr=1e-3,
@@ -394,14 +424,18 @@ def _proclip(name: str, hub_id: str, projection_dim: int) -> RunConfig:
     is .2 in the text and .05 in the table, which is taken. Its adapter is one block of expansion 8
     in its code (VisionXLab/ProCLIP, openclip/model.py), which has as many weights as four of 2.
     """
-    paper = _paper(name, TowerConfig(architecture=hub_id), projection_dim=projection_dim)
+    paper = _paper(
+        name, TowerConfig(architecture=hub_id), projection_dim=projection_dim
+    )
     return dataclasses.replace(
         paper,
         dual=dataclasses.replace(paper.dual, adapter_blocks=1, adapter_expansion=8),
         heads=HeadsConfig(target="clip_text", steps=117_188, batch=1024, lr=1e-5),
         loss=LossConfig(terms=("infonce=1", "distill=0.2048")),
         distill=DistillConfig(reference="ema", decay=0.999),
-        optim=dataclasses.replace(paper.optim, betas=(0.9, 0.98), eps=1e-6, layer_decay=1.0),
+        optim=dataclasses.replace(
+            paper.optim, betas=(0.9, 0.98), eps=1e-6, layer_decay=1.0
+        ),
     )
 
 
@@ -444,8 +478,12 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "eva02_b16": partial(_eva02, "eva02-b16"),
     "eva02_bige14": partial(_eva02, "eva02-bige14"),
     "siglip2_so400m_224": siglip2_so400m_224,
-    "proclip_l14_224": partial(_proclip, "proclip-l14-224", f"{CLIP}large-patch14", 768),
-    "proclip_l14_336": partial(_proclip, "proclip-l14-336", f"{CLIP}large-patch14-336", 768),
+    "proclip_l14_224": partial(
+        _proclip, "proclip-l14-224", f"{CLIP}large-patch14", 768
+    ),
+    "proclip_l14_336": partial(
+        _proclip, "proclip-l14-336", f"{CLIP}large-patch14-336", 768
+    ),
     "proclip_b16": partial(_proclip, "proclip-b16", f"{CLIP}base-patch16", 512),
     "lift_b16": lift_b16,
 }
@@ -489,7 +527,9 @@ def recipe(name: str) -> RunConfig:
     if not slash:
         return config
     dual = dataclasses.replace(config.dual, llm_width=TEACHERS[llm].width)
-    return dataclasses.replace(config, output_dir=f"{config.output_dir}-{llm}", dual=dual)
+    return dataclasses.replace(
+        config, output_dir=f"{config.output_dir}-{llm}", dual=dual
+    )
 
 
 def starting_point(extras: Mapping[str, str]) -> RunConfig:
@@ -497,7 +537,9 @@ def starting_point(extras: Mapping[str, str]) -> RunConfig:
     name = extras.get("recipe", "")
     file = extras.get("config", "")
     if name and file:
-        raise ValueError(f"--recipe {name} and --config {file} are mutually exclusive; pass one")
+        raise ValueError(
+            f"--recipe {name} and --config {file} are mutually exclusive; pass one"
+        )
     if not file:
         return recipe(name or DEFAULT)
     body = read_json_value(file)

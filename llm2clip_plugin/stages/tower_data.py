@@ -27,7 +27,12 @@ from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open
 from llm2clip_plugin.evaluate.config import RetrievalConfig, SuitesConfig
 from llm2clip_plugin.stages.caches import open_caches
 from llm2clip_plugin.stages.tower_config import DataConfig
-from llm2clip_plugin.train.config import HeadsConfig, LossConfig, TrainConfig, local_world_size
+from llm2clip_plugin.train.config import (
+    HeadsConfig,
+    LossConfig,
+    TrainConfig,
+    local_world_size,
+)
 from llm2clip_plugin.train.distributed import rank, world_size
 from llm2clip_plugin.train.heads import BLOCK_IMAGES
 from llm2clip_plugin.vision.directory import DualConfig
@@ -51,7 +56,9 @@ class TowerData:
     def samples(self) -> int:
         """Training samples of one epoch over all sources: the sum of weight x size."""
         sizes = [len(source) for source in self.sources]
-        return sum(epoch_draws(sizes, [source.config.weight for source in self.sources]))
+        return sum(
+            epoch_draws(sizes, [source.config.weight for source in self.sources])
+        )
 
     @property
     def teacher(self) -> TeacherIdentity:
@@ -154,12 +161,17 @@ def check_data(data: TowerData, train: TrainConfig, loss: LossConfig) -> None:
     samples = sum(map(len, data.sources))
     if global_batch > samples:
         paths = ", ".join(data.config.path)
-        problem = f"global_batch {global_batch} is more than the {samples} samples of {paths}"
+        problem = (
+            f"global_batch {global_batch} is more than the {samples} samples of {paths}"
+        )
         if not loss.mask_same_image:
             raise ValueError(
                 f"{problem}: samples would be their own negatives, as loss.mask_same_image is off"
             )
-        print(f"warning: {problem}: a sample comes several times in a batch", file=sys.stderr)
+        print(
+            f"warning: {problem}: a sample comes several times in a batch",
+            file=sys.stderr,
+        )
     small = [
         f"{source.path} ({len(source)} samples)"
         for source in data.sources
@@ -270,5 +282,7 @@ def lacks_loader_memory(
         workers = reads.workers or 0
         if heads.steps:
             workers = max(workers, training.workers)
-        plans.append(plan_evaluation(max(reads.batch, BLOCK_IMAGES), workers, side, width))
+        plans.append(
+            plan_evaluation(max(reads.batch, BLOCK_IMAGES), workers, side, width)
+        )
     return lacks_shared_memory(plans, local_world_size())

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 from llm2clip_plugin.data.sources import open_source
 from llm2clip_plugin.plan.describe import describe_run
-from llm2clip_plugin.plan.tower import describe_heads, describe_tower, describe_tower_memory
+from llm2clip_plugin.plan.tower import (
+    describe_heads,
+    describe_tower,
+    describe_tower_memory,
+)
 from llm2clip_plugin.stages.run import configure_deepspeed
 from llm2clip_plugin.stages.settings import TEACHERS, rank_and_world
 from llm2clip_plugin.stages.tower_config import RunConfig
@@ -42,7 +46,9 @@ def tower_plan(config: RunConfig) -> str:
         hidden_size=tower.hidden_size,
     )
     trained = trained_parameters(model, config.optim)
-    run = describe_run(config.train, config.optim, deepspeed, trained, size.samples, world)
+    run = describe_run(
+        config.train, config.optim, deepspeed, trained, size.samples, world
+    )
     memory = describe_tower_memory(
         config.tower,
         dual,
@@ -99,7 +105,11 @@ def measure_data(config: RunConfig) -> DataSize:
             check_data(data, config.train, config.loss)
             return DataSize(samples=data.samples, width=data.width)
     if config.dual.llm_width:
-        return DataSize(samples=samples, width=config.dual.llm_width, assumed=(assumed,))
-    widths = ", ".join(f"{teacher.width} for {name}" for name, teacher in TEACHERS.items())
+        return DataSize(
+            samples=samples, width=config.dual.llm_width, assumed=(assumed,)
+        )
+    widths = ", ".join(
+        f"{teacher.width} for {name}" for name, teacher in TEACHERS.items()
+    )
     width = f"LLM embeddings of width {ASSUMED_WIDTH} (--dual.llm-width: {widths})"
     return DataSize(samples=samples, width=ASSUMED_WIDTH, assumed=(assumed, width))

@@ -39,7 +39,9 @@ def export_run(
         raise ValueError(f"{path} has no moving average: the run had --ema-decay 0")
     words = "\n".join(record.command.get("words", []))
     recipe = re.search(r"^--recipe[=\n](.+)$", words, re.MULTILINE)
-    usual = "" if not words or re.search(r"^--config\b", words, re.MULTILINE) else DEFAULT
+    usual = (
+        "" if not words or re.search(r"^--config\b", words, re.MULTILINE) else DEFAULT
+    )
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
     dual.load_state_dict({**loaded.weights, **(loaded.averages if averaged else {})})
     export_tower(
@@ -57,7 +59,11 @@ def export_run(
             "data_samples": record.epoch_samples,
             "config_hash": loaded.state.config_hash,
             "moving_average": averaged,
-            **({BEFORE: loaded.state.before} if loaded.state.before and not averaged else {}),
+            **(
+                {BEFORE: loaded.state.before}
+                if loaded.state.before and not averaged
+                else {}
+            ),
         },
         metrics={} if averaged else loaded.state.metrics,
         adapter=adapter,
@@ -67,7 +73,9 @@ def export_run(
 
 def export_towers(folder: Path, step: int, *, averaged: bool) -> None:
     """Export a run's checkpoint of the last step, and its moving average if it has one."""
-    last = Checkpoints(folder, keep=0).path(step).name  # by its name: no fallback to an older one
+    last = (
+        Checkpoints(folder, keep=0).path(step).name
+    )  # by its name: no fallback to an older one
     export_run(folder, folder / TOWER, last, False, replace=True)
     if averaged:
         export_run(folder, folder / TOWER_EMA, last, True, replace=True)

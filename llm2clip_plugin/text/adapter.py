@@ -31,8 +31,19 @@ ADAPTER_SETTINGS = (
 )
 # Of these only the ones that an adapter sets: adapters without them keep their hash.
 RARE_ADAPTER_SETTINGS = (
-    *("fan_in_fan_out", "layers_pattern", "exclude_modules", "layer_replication", "lora_bias"),
-    *("alora_invocation_tokens", "target_parameters", "trainable_token_indices", "use_qalora"),
+    *(
+        "fan_in_fan_out",
+        "layers_pattern",
+        "exclude_modules",
+        "layer_replication",
+        "lora_bias",
+    ),
+    *(
+        "alora_invocation_tokens",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_qalora",
+    ),
 )
 # An adapter trained on the model with its language head names the blocks one level deeper.
 HEAD_PREFIX = re.compile(r"^base_model\.model\.model\.")
@@ -49,7 +60,9 @@ def adapter_sha256(folder: Path) -> str:
             )
     settings = read_json(folder / ADAPTER_CONFIG)
     relevant = {name: settings.get(name) for name in ADAPTER_SETTINGS}
-    relevant |= {name: settings[name] for name in RARE_ADAPTER_SETTINGS if settings.get(name)}
+    relevant |= {
+        name: settings[name] for name in RARE_ADAPTER_SETTINGS if settings.get(name)
+    }
     if isinstance(relevant["target_modules"], list):
         # PEFT writes a set in random order
         relevant["target_modules"] = sorted(map(str, relevant["target_modules"]))
@@ -78,7 +91,9 @@ def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=linear if ALL_LINEAR in settings.targets else list(settings.targets),
+        target_modules=linear
+        if ALL_LINEAR in settings.targets
+        else list(settings.targets),
         use_dora=settings.dora,
         use_rslora=settings.rslora,
         bias="none",
@@ -144,7 +159,9 @@ def named_shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]
     return {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def adapter_state(wrapped: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def adapter_state(
+    wrapped: nn.Module, state: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The adapter's tensors by PEFT's names; ``state``: parameters by their names in ``wrapped``,
     by default its own.
 
@@ -198,14 +215,18 @@ def merge_adapters(llm: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedM
     return llm
 
 
-def stack(adapters: Sequence[tuple[Any, dict[str, Tensor]]]) -> tuple[Any, dict[str, Tensor]]:
+def stack(
+    adapters: Sequence[tuple[Any, dict[str, Tensor]]],
+) -> tuple[Any, dict[str, Tensor]]:
     """One LoRA that adds what all (config, tensors) add together, with the rest of the last one's
     configuration.
 
     sum_i s_i B_i A_i = [B_1 B_2 ...] [s_1 A_1; s_2 A_2; ...], s_i the scale of adapter i; its own
     scale is 1. A layer that an adapter leaves out has zeros.
     """
-    adapter_with: dict[str, dict[str, Tensor]] = {}  # layer -> tensors of an adapter that has it
+    adapter_with: dict[
+        str, dict[str, Tensor]
+    ] = {}  # layer -> tensors of an adapter that has it
     for _, tensors in adapters:
         for name in tensors:
             adapter_with[name.rpartition(".lora_")[0]] = tensors
@@ -218,7 +239,9 @@ def stack(adapters: Sequence[tuple[Any, dict[str, Tensor]]]) -> tuple[Any, dict[
         a_parts: list[Tensor] = []
         b_parts: list[Tensor] = []
         for config, tensors in adapters:
-            scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+            scale = config.lora_alpha / (
+                config.r**0.5 if config.use_rslora else config.r
+            )
             if a_name in tensors and b_name in tensors:
                 a_parts.append(scale * tensors[a_name].float())
                 b_parts.append(tensors[b_name].float())

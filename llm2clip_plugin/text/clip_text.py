@@ -40,7 +40,9 @@ def clip_folder(llm: str, revision: str = "") -> Path | None:
     for family in families().values():
         if family.image_text_class:
             model_types.update(family.model_types)
-    if config.get("model_type") in model_types and isinstance(config.get("text_config"), dict):
+    if config.get("model_type") in model_types and isinstance(
+        config.get("text_config"), dict
+    ):
         return folder
     return None
 
@@ -51,10 +53,15 @@ class ClipTextEncoder(TextEncoder):
     setting of LLMs."""
 
     def __init__(
-        self, folder: Path, config: EncoderConfig, device: torch.device | str | None = None
+        self,
+        folder: Path,
+        config: EncoderConfig,
+        device: torch.device | str | None = None,
     ) -> None:
         default = vars(EncoderConfig())
-        changed = [name for name, value in vars(config).items() if value != default[name]]
+        changed = [
+            name for name, value in vars(config).items() if value != default[name]
+        ]
         not_allowed = [name for name in changed if name not in MAY_DIFFER]
         if not_allowed:
             raise ValueError(
@@ -80,9 +87,13 @@ class ClipTextEncoder(TextEncoder):
                 f"{folder} has no tokenizer; copy tokenizer.json of the same model into it"
             )
         self.tokenizer: Any = open_pretrained(AutoTokenizer, folder, fix=KNOWN)
-        check_vocabulary(self.tokenizer, text.vocab_size, folder, self._tokens(["a"])[0])
+        check_vocabulary(
+            self.tokenizer, text.vocab_size, folder, self._tokens(["a"])[0]
+        )
         self._tokenizer_sha256 = tokenizer_sha256(self.tokenizer)
-        self.config = dataclasses.replace(config, max_tokens=min(config.max_tokens, self.context))
+        self.config = dataclasses.replace(
+            config, max_tokens=min(config.max_tokens, self.context)
+        )
         self.folder = folder
 
     def identity(self) -> TeacherIdentity:
@@ -103,12 +114,16 @@ class ClipTextEncoder(TextEncoder):
             tokenizer_sha256=self._tokenizer_sha256,
         )
 
-    def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
+    def tokenize(
+        self, captions: Sequence[str], *, query: bool = False
+    ) -> list[list[int]]:
         rows = self._tokens(captions)
         limit = self.config.max_tokens
         self.count_truncated += sum(len(ids) > limit for ids in rows)
         # the last token marks the end, and is where a CLIP reads its feature
-        return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
+        return [
+            ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows
+        ]
 
     def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids with those of begin and end, not truncated."""
@@ -123,7 +138,9 @@ class ClipTextEncoder(TextEncoder):
         return min(super().padded_length(ids), self.context)
 
     @torch.no_grad()
-    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
+    def embed_tokens(
+        self, rows: Sequence[Sequence[int]], *, query: bool = False
+    ) -> Tensor:
         length = max(map(self.padded_length, rows))
         pad = self.tokenizer.pad_token_id
         ids_BT = torch.tensor(

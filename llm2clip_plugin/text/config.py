@@ -32,8 +32,12 @@ class LoraSettings:
         help="names of the linear layers to adapt; all-linear: every linear layer of the blocks",
         learned=True,
     )
-    dora: bool = setting(False, help="weight-decomposed LoRA (Liu et al. 2024)", learned=True)
-    rslora: bool = setting(False, help="rank-stabilized scale (Kalajdzievski 2023)", learned=True)
+    dora: bool = setting(
+        False, help="weight-decomposed LoRA (Liu et al. 2024)", learned=True
+    )
+    rslora: bool = setting(
+        False, help="rank-stabilized scale (Kalajdzievski 2023)", learned=True
+    )
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha < 1 or not 0 <= self.dropout < 1:
@@ -52,7 +56,9 @@ class ContrastConfig:
         help="logit scale (1 / temperature), as in the paper; the initial value if it is learned",
         learned=True,
     )
-    learn_scale: bool = setting(False, help="learn the logit scale, up to 100", learned=True)
+    learn_scale: bool = setting(
+        False, help="learn the logit scale, up to 100", learned=True
+    )
     length_groups: int = setting(
         4,
         help="groups of similar length in which a micro-batch's texts are padded: less padding, "
@@ -163,7 +169,11 @@ class PairsConfig:
             )
         if any(not weight > 0 for weight in self.weights):
             raise ValueError(f"weights are {self.weights}, expected numbers above 0")
-        _ = (self.kinds, self.drawn_items, self.instruction_of)  # each raises for a wrong form
+        _ = (
+            self.kinds,
+            self.drawn_items,
+            self.instruction_of,
+        )  # each raises for a wrong form
 
     @property
     def kinds(self) -> tuple[PairKind, ...]:
@@ -243,7 +253,9 @@ class EncoderConfig:
     """An LLM as caption encoder. The card of the adapter or of the LLM's folder, if there is one,
     takes precedence."""
 
-    llm: str = setting("", help="path or Hub id of a decoder LLM", learned=True, per_host=True)
+    llm: str = setting(
+        "", help="path or Hub id of a decoder LLM", learned=True, per_host=True
+    )
     preset: str = setting(
         "",
         help="settings of checkpoints without a card: llm2clip-llama3, llm2vec, last-token, mean; "
@@ -261,15 +273,21 @@ class EncoderConfig:
         learned=True,
         per_host=True,
     )
-    attention: str = setting("bidirectional", help="bidirectional | causal", learned=True)
-    pooling: str = setting("mean", help="mean over the tokens | last: the last token", learned=True)
+    attention: str = setting(
+        "bidirectional", help="bidirectional | causal", learned=True
+    )
+    pooling: str = setting(
+        "mean", help="mean over the tokens | last: the last token", learned=True
+    )
     layer: int = setting(
         -1,
         help="hidden state to pool: 0 token embeddings, 1 after the first block, ..., -1 after the "
         "final norm",
         learned=True,
     )
-    prompt: str = setting("", help="text before every caption; not pooled", learned=True)
+    prompt: str = setting(
+        "", help="text before every caption; not pooled", learned=True
+    )
     query_prompt: str = setting(
         "",
         help="text before a query, in training and caption retrieval; not pooled",
@@ -318,14 +336,21 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.preset and self.preset not in PRESETS:
             raise ValueError(unknown("preset", self.preset, PRESETS))
-        choices = {"attention": ATTENTIONS, "pooling": POOLINGS, "compute_dtype": COMPUTE_DTYPES}
+        choices = {
+            "attention": ATTENTIONS,
+            "pooling": POOLINGS,
+            "compute_dtype": COMPUTE_DTYPES,
+        }
         for name, values in choices.items():
             value = getattr(self, name)
             if value not in values:
                 raise ValueError(unknown(name, value, values))
         if self.max_tokens < 4:
             raise ValueError(f"max_tokens is {self.max_tokens}; expected at least 4")
-        if self.chat_template not in ("", "user") and self.chat_template.count(CAPTION) != 1:
+        if (
+            self.chat_template not in ("", "user")
+            and self.chat_template.count(CAPTION) != 1
+        ):
             raise ValueError(
                 f"chat_template {self.chat_template!r} must be empty, user, "
                 f"or a text with one {CAPTION}"
@@ -359,14 +384,21 @@ def effective(
     model by default."""
     card = find_card(str(adapter or folder))
     unset = (config.pooling, config.attention) == ("mean", "bidirectional")
-    if card is None and not config.preset and unset and (folder / "modules.json").is_file():
+    if (
+        card is None
+        and not config.preset
+        and unset
+        and (folder / "modules.json").is_file()
+    ):
         raise ValueError(
             f"{folder}: the pooling and prompts of a sentence-transformers model are not read; "
             "set --preset last-token or --preset mean, or --pooling and --attention, "
             "and its prompts"
         )
     if config.preset:
-        settled = apply_settings(config, PRESETS[config.preset], f"preset {config.preset} sets")
+        settled = apply_settings(
+            config, PRESETS[config.preset], f"preset {config.preset} sets"
+        )
         config = dataclasses.replace(settled, preset="")
     if card is not None:
         settings = {name: vars(card)[name] for name in CARD_SETTINGS}
@@ -375,14 +407,18 @@ def effective(
     return config, card
 
 
-def apply_settings(config: EncoderConfig, settings: dict[str, Any], reason: str) -> EncoderConfig:
+def apply_settings(
+    config: EncoderConfig, settings: dict[str, Any], reason: str
+) -> EncoderConfig:
     """The configuration with ``settings``, which an LLM was trained with. Raises ContractError,
     with both values and ``reason``, for an option that differs from its default and from them."""
     for name, value in settings.items():
         configured = getattr(config, name)
         default = getattr(EncoderConfig, name)
         if configured not in (default, value):
-            raise ContractError(f"{name} is {configured!r}, but {reason} {value!r}; omit {name}")
+            raise ContractError(
+                f"{name} is {configured!r}, but {reason} {value!r}; omit {name}"
+            )
     return dataclasses.replace(config, **settings)
 
 
@@ -423,7 +459,12 @@ EXPORT_LLM = Command(
 
 def embed_command(path: str, identity: TeacherIdentity | None) -> str:
     """The command that creates the cache of ``path`` with a teacher, as far as one is known."""
-    words = ["embed", path, "--llm", "PATH_OR_HUB_ID" if identity is None else identity.llm]
+    words = [
+        "embed",
+        path,
+        "--llm",
+        "PATH_OR_HUB_ID" if identity is None else identity.llm,
+    ]
     if identity is not None and identity.adapter_sha256:
         words += ["--adapter", identity.adapter or "ADAPTER_FOLDER"]
     return command(*words)

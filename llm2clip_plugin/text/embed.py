@@ -16,7 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity
-from llm2clip_plugin.data.cache_file import caption_rows, has_text, rows_digest, shard_captions
+from llm2clip_plugin.data.cache_file import (
+    caption_rows,
+    has_text,
+    rows_digest,
+    shard_captions,
+)
 from llm2clip_plugin.data.cache_writer import CacheWriter
 from llm2clip_plugin.data.remote import SideFolder, default_download_folder, is_url
 from llm2clip_plugin.data.samples import caption_hash, map_in_order
@@ -38,7 +43,9 @@ class EmbedSummary:
     skipped: int = 0  # shards that were complete before
     captions: int = 0  # embedded in this run, distinct within their sample
     truncated: int = 0  # captions longer than max_tokens
-    empty: list[str] = field(default_factory=list)  # keys of samples without a readable caption
+    empty: list[str] = field(
+        default_factory=list
+    )  # keys of samples without a readable caption
     seconds: float = 0.0
     # of these, seconds in which the LLM waited for captions to be read or rows to be written
     waited: float = 0.0
@@ -86,7 +93,9 @@ def suite_cache_folder(source_path: str, identity: TeacherIdentity) -> Path:
     folder = cache_folder(source_path, identity)
     if folder.exists() or os.access(folder.parent, os.W_OK):
         return folder
-    return SideFolder.of(str(folder.parent), default_download_folder()).spare / folder.name
+    return (
+        SideFolder.of(str(folder.parent), default_download_folder()).spare / folder.name
+    )
 
 
 def shards_of_rank(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:
@@ -132,8 +141,12 @@ def embed_source(
         ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read") as reader,
         ThreadPoolExecutor(1, thread_name_prefix="llm2clip-write") as saver,
     ):
-        digests_before = {name: fits[0] for name, fits in source.known_digests().items()}
-        read = partial(_read_shard, source, encoder, writer, digests_before, digests, overwrite)
+        digests_before = {
+            name: fits[0] for name, fits in source.known_digests().items()
+        }
+        read = partial(
+            _read_shard, source, encoder, writer, digests_before, digests, overwrite
+        )
         # while a shard is embedded, the next one is read and tokenized, and the one before is
         # quantized and written
         contents = map_in_order(reader, read, shards, ahead=2)
@@ -143,18 +156,29 @@ def embed_source(
             start = int(bar.n)
             size = shard.size
 
-            def move(done: int, total: int, start: int = start, size: int = size) -> None:
+            def move(
+                done: int, total: int, start: int = start, size: int = size
+            ) -> None:
                 bar.update(start + size * done // total - bar.n)
 
             if content is None:
                 summary.skipped += 1
             else:
                 keys, rows, texts, tokens, truncated, empty = content
-                options = {"tokens_per_batch": tokens_per_batch, "tokens": tokens, "on_batch": move}
+                options = {
+                    "tokens_per_batch": tokens_per_batch,
+                    "tokens": tokens,
+                    "on_batch": move,
+                }
                 embeddings = _embed(encoder, texts, memory, **options)
                 waited += timed(written.result)[1]
                 written = saver.submit(
-                    writer.write_shard, shard.name, keys, rows, embeddings, truncated=truncated
+                    writer.write_shard,
+                    shard.name,
+                    keys,
+                    rows,
+                    embeddings,
+                    truncated=truncated,
                 )
                 summary.shards += 1
                 summary.captions += len(rows)
@@ -167,7 +191,9 @@ def embed_source(
             summary.seconds = time.monotonic() - started
     if digests:
         with source.lock(f"record the digests of {source.path}"):
-            source.record_digests({name: (digest, digest) for name, digest in digests.items()})
+            source.record_digests(
+                {name: (digest, digest) for name, digest in digests.items()}
+            )
     return writer.finish([shard.name for shard in source.shards]), summary
 
 
@@ -199,13 +225,17 @@ def _read_shard(
 ) -> _ShardContent | None:
     """Compare a shard with its file in the cache: None if that is complete. ``known``: recorded
     digests; ``digests`` gets that of the shard if its captions had to be read."""
-    if shard.name in digests_before and writer.is_complete(shard.name, digests_before[shard.name]):
+    if shard.name in digests_before and writer.is_complete(
+        shard.name, digests_before[shard.name]
+    ):
         return None
     keys, captions = shard_captions(source, shard)
     rows = caption_rows(captions)
     digest = rows_digest(keys, rows)
     digests[shard.name] = digest
-    if digest != digests_before.get(shard.name) and writer.is_complete(shard.name, digest):
+    if digest != digests_before.get(shard.name) and writer.is_complete(
+        shard.name, digest
+    ):
         return None
     if not overwrite:
         fields = ", ".join(source.config.fields)
@@ -226,7 +256,10 @@ def _read_shard(
 
 
 def _embed(
-    encoder: TextEncoder, texts: Sequence[str], memory: dict[str, torch.Tensor], **options: Any
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    memory: dict[str, torch.Tensor],
+    **options: Any,
 ) -> torch.Tensor:
     """(N, W) float32 of ``texts``; ``memory``: text -> row of those that may occur again;
     ``options`` of ``encode``."""

@@ -20,7 +20,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sentence_transformers.base.modality import infer_modality, is_image_url_or_path
-from sentence_transformers.sentence_transformer.modules import Module, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    Module,
+    Router,
+    Transformer,
+)
 from torch import Tensor, nn
 
 from llm2clip_plugin.text.frames import Frame, build_frame, tokenize
@@ -60,7 +64,13 @@ def open_picture(item: Any) -> Any:
             return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no picture at {name}") from None
-    except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Warning,
+        Image.DecompressionBombError,
+    ) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 
 
@@ -94,7 +104,9 @@ class PictureTextRouter(Router):
         kinds: list[Any] = [infer_modality(item) for item in opened]
         for row, kind in enumerate(kinds):
             if kind not in self.sub_modules:
-                raise ValueError(f"cannot embed {kind!r}; give texts, or pictures, each by itself")
+                raise ValueError(
+                    f"cannot embed {kind!r}; give texts, or pictures, each by itself"
+                )
             if kind == "text":
                 opened[row] = text_of(opened[row])
         options = {"prompt": prompt, "task": task, **kwargs}
@@ -103,17 +115,25 @@ class PictureTextRouter(Router):
         features: dict[str, Any] = {}
         for kind in sorted(set(kinds)):
             rows = [row for row, other in enumerate(kinds) if other == kind]
-            part = super().preprocess([opened[row] for row in rows], modality=kind, **options)
+            part = super().preprocess(
+                [opened[row] for row in rows], modality=kind, **options
+            )
             part[BATCH_ROWS] = torch.tensor(rows)
             for name, value in part.items():
                 features[f"{kind}:{name}"] = value
         return features
 
     def forward(
-        self, features: dict[str, Any], task: Any = None, modality: Any = None, **kwargs: Any
+        self,
+        features: dict[str, Any],
+        task: Any = None,
+        modality: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As Router's; each module gets embeddings in the dtype of its weights."""
-        kinds = [kind for kind in self.sub_modules if f"{kind}:{BATCH_ROWS}" in features]
+        kinds = [
+            kind for kind in self.sub_modules if f"{kind}:{BATCH_ROWS}" in features
+        ]
         if not kinds:
             kind = modality or features.get("modality") or self.default_route
             return self.embed(str(kind), features)
@@ -149,7 +169,9 @@ class PictureTextRouter(Router):
             if kind.startswith("transformers_modules."):
                 body["types"][name] = ".".join(kind.split(".")[-2:])
         path.write_text(json.dumps(body, indent=4), encoding="utf-8")
-        for name in body["structure"]["image"][:1]:  # Transformer forgets how pictures are resized
+        for name in body["structure"]["image"][
+            :1
+        ]:  # Transformer forgets how pictures are resized
             settings = Path(output_path, name, Transformer.config_file_name)
             read = json.loads(settings.read_text(encoding="utf-8"))
             read["processor_kwargs"] = {"backend": "pil"}
@@ -159,7 +181,9 @@ class PictureTextRouter(Router):
 class Saved(Module):
     """A module with weights, saved as sentence-transformers' own."""
 
-    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **_: Any) -> None:
+    def save(
+        self, output_path: str, *args: Any, safe_serialization: bool = True, **_: Any
+    ) -> None:
         self.save_config(output_path)
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
@@ -168,7 +192,9 @@ class Saved(Module):
         names = ("token", "cache_folder", "revision", "local_files_only")
         hub = {name: kwargs[name] for name in names if name in kwargs}
         model = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
-        return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=model, **hub)
+        return cls.load_torch_weights(
+            model_name_or_path, subfolder=subfolder, model=model, **hub
+        )
 
 
 class ResidualMLP(nn.Module):
@@ -221,7 +247,9 @@ class CaptionAdapter(Saved):
             self.register_buffer("mean", torch.zeros(width))
         if removed:
             self.register_buffer("directions", torch.zeros(width, removed))  # (W, K)
-        self.mlps: Any = nn.ModuleList(ResidualMLP(width, expansion) for _ in range(blocks))
+        self.mlps: Any = nn.ModuleList(
+            ResidualMLP(width, expansion) for _ in range(blocks)
+        )
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         x_BW = features["sentence_embedding"].float()
@@ -255,12 +283,16 @@ class PatchPooling(Saved):
         self.pool = pool  # cls | mean | cls_mean
         self.first_patch = first_patch
         self.norm_eps = norm_eps  # None: no norm
-        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(width, eps=norm_eps)
+        self.norm = (
+            nn.Identity() if norm_eps is None else nn.LayerNorm(width, eps=norm_eps)
+        )
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         tokens_BTW = self.norm(features["token_embeddings"])
         patches_BTW = tokens_BTW[:, self.first_patch :]
-        mask_BT = features.get("pixel_attention_mask")  # of pictures in their own aspect
+        mask_BT = features.get(
+            "pixel_attention_mask"
+        )  # of pictures in their own aspect
         if mask_BT is None:
             mean_BW = patches_BTW.mean(dim=1)
         else:
@@ -301,14 +333,20 @@ def llm_folder(llm: str, revision: str, expected: str, *, where: Path) -> Path:
         skipped = ["*.pth", "*.gguf", "original/*", "*.onnx"]
         try:
             folder = Path(
-                snapshot_download(llm, revision=revision or None, ignore_patterns=skipped)
+                snapshot_download(
+                    llm, revision=revision or None, ignore_patterns=skipped
+                )
             )
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"the LLM {llm!r} is not at hand ({reason}); {fix}") from error
+            raise ValueError(
+                f"the LLM {llm!r} is not at hand ({reason}); {fix}"
+            ) from error
     actual = weights_sample(folder)
     if actual != expected:
-        raise ValueError(f"{folder} has other weights than the LLM of this embedder; {fix}")
+        raise ValueError(
+            f"{folder} has other weights than the LLM of this embedder; {fix}"
+        )
     return folder
 
 
@@ -324,7 +362,12 @@ class Captions(Transformer):
     config_keys: ClassVar[list[str]] = [*Transformer.config_keys, "llm", "reading"]
 
     def __init__(
-        self, model_name_or_path: str, *, reading: dict[str, Any], llm: str = "", **kwargs: Any
+        self,
+        model_name_or_path: str,
+        *,
+        reading: dict[str, Any],
+        llm: str = "",
+        **kwargs: Any,
     ) -> None:
         # not yet by nn.Module's __setattr__; _load_config needs it
         object.__setattr__(self, "reading", reading)
@@ -339,7 +382,9 @@ class Captions(Transformer):
             home = Path(self.load_dir_path(model_name_or_path, inside, **hub) or "")
             expected = reading["weights"]
             where = home / self.config_file_name
-            model_name_or_path = str(llm_folder(llm, reading["revision"], expected, where=where))
+            model_name_or_path = str(
+                llm_folder(llm, reading["revision"], expected, where=where)
+            )
             for name in options:
                 kwargs[name] = {**kwargs[name], "subfolder": "", "revision": None}
             if (home / "adapter_config.json").is_file():
@@ -385,7 +430,9 @@ class Captions(Transformer):
         a weight may round to nothing."""
         from peft import PeftModel
 
-        wrapped = PeftModel.from_pretrained(self.model, str(folder), autocast_adapter_dtype=False)
+        wrapped = PeftModel.from_pretrained(
+            self.model, str(folder), autocast_adapter_dtype=False
+        )
         if self.model.dtype == torch.float32:
             self.model = wrapped.merge_and_unload()
         else:
@@ -401,14 +448,21 @@ class Captions(Transformer):
             template = self.reading["chat_template"]
             self.frames[text] = build_frame(self.tokenizer, template, text)
         frame = self.frames[text]
-        captions = [item["text"] if isinstance(item, dict) else str(item) for item in inputs]
-        most = min(self.reading["max_tokens"], self.max_seq_length or self.reading["max_tokens"])
+        captions = [
+            item["text"] if isinstance(item, dict) else str(item) for item in inputs
+        ]
+        most = min(
+            self.reading["max_tokens"],
+            self.max_seq_length or self.reading["max_tokens"],
+        )
         rows, _ = tokenize(self.tokenizer, [frame] * len(captions), captions, most)
         lengths_B1 = torch.tensor([[len(ids)] for ids in rows])
         longest = int(lengths_B1.max())
         tokenizer: Any = self.tokenizer
         padding = tokenizer.pad_token_id or 0
-        ids_BT = torch.tensor([[*ids, *[padding] * (longest - len(ids))] for ids in rows])
+        ids_BT = torch.tensor(
+            [[*ids, *[padding] * (longest - len(ids))] for ids in rows]
+        )
         position_T = torch.arange(longest)
         has_token_BT = position_T < lengths_B1
         pooled_BT = has_token_BT & (position_T >= len(frame.head))
@@ -424,7 +478,9 @@ class Captions(Transformer):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """As Transformer's; the attention mask that Pooling gets marks the tokens to pool."""
-        read = {name: value for name, value in features.items() if name != "pooled_tokens"}
+        read = {
+            name: value for name, value in features.items() if name != "pooled_tokens"
+        }
         output = super().forward(read, **kwargs)
         return {**output, "attention_mask": features["pooled_tokens"]}
 

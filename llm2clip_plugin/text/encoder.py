@@ -49,7 +49,9 @@ class TextEncoder(ABC):
     model: Any
     is_compiled = False
 
-    def __init__(self, config: EncoderConfig, device: torch.device | str | None) -> None:
+    def __init__(
+        self, config: EncoderConfig, device: torch.device | str | None
+    ) -> None:
         self.device = choose_device(str(device or ""))
         if config.compute_dtype == "auto":
             self.dtype = llms.fastest_dtype(self.device)
@@ -61,11 +63,15 @@ class TextEncoder(ABC):
         """Everything that determines an embedding; caches and towers record it."""
 
     @abstractmethod
-    def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
+    def tokenize(
+        self, captions: Sequence[str], *, query: bool = False
+    ) -> list[list[int]]:
         """Token ids of each caption, with what surrounds it, truncated to ``max_tokens``."""
 
     @abstractmethod
-    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
+    def embed_tokens(
+        self, rows: Sequence[Sequence[int]], *, query: bool = False
+    ) -> Tensor:
         """(B, W) float32 on the CPU: embeddings of rows of token ids, as one batch."""
 
     def compile(self) -> None:
@@ -107,9 +113,13 @@ class TextEncoder(ABC):
         called after each batch with the captions done so far and in all, equal ones counted once.
         Equal captions are embedded once. Raises ValueError for a blank caption.
         """
-        distinct = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
+        distinct = {
+            caption: index for index, caption in enumerate(dict.fromkeys(captions))
+        }
         embeddings_UW = torch.empty(len(distinct), self.width)
-        budget = tokens_per_batch or (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS)
+        budget = tokens_per_batch or (
+            CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS
+        )
         rows: Sequence[Sequence[int]]
         if tokens is None:
             rows = self.tokenize(list(distinct), query=query)
@@ -123,7 +133,9 @@ class TextEncoder(ABC):
             done += len(indices)
             if on_batch is not None:
                 on_batch(done, len(distinct))
-        index_N = torch.tensor([distinct[caption] for caption in captions], dtype=torch.int64)
+        index_N = torch.tensor(
+            [distinct[caption] for caption in captions], dtype=torch.int64
+        )
         return embeddings_UW[index_N]
 
 
@@ -204,7 +216,11 @@ class CaptionEncoder(TextEncoder):
         if adapter is None:
             return llm
         wrapped = attach_adapter(llm, adapter, trainable=trainable)
-        if not trainable and self.dtype == torch.float32 and not self.config.load_in_4bit:
+        if (
+            not trainable
+            and self.dtype == torch.float32
+            and not self.config.load_in_4bit
+        ):
             return merge(wrapped)
         for name, parameter in wrapped.named_parameters():
             # otherwise activations would be converted at every layer
@@ -212,7 +228,9 @@ class CaptionEncoder(TextEncoder):
                 parameter.data = parameter.data.to(self.dtype)
         return wrapped
 
-    def collate(self, rows: Sequence[Sequence[int]], frames: Sequence[Frame]) -> llms.TokenBatch:
+    def collate(
+        self, rows: Sequence[Sequence[int]], frames: Sequence[Frame]
+    ) -> llms.TokenBatch:
         """Rows of token ids, each with its frame, as one (B, T) batch on the encoder's device,
         padded on the right.
 
@@ -222,7 +240,9 @@ class CaptionEncoder(TextEncoder):
         longest = max(map(self.padded_length, rows))
         pad = self.tokenizer.pad_token_id or 0
         # of all rows at once: a GPU waits meanwhile, and row by row takes ten times as long
-        input_ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in rows])
+        input_ids = torch.tensor(
+            [[*ids, *[pad] * (longest - len(ids))] for ids in rows]
+        )
         start_B1 = torch.tensor([[len(frame.head)] for frame in frames])
         stop_B1 = torch.tensor([[len(ids)] for ids in rows])
         position_T = torch.arange(longest)
@@ -255,15 +275,21 @@ class CaptionEncoder(TextEncoder):
             tokenizer_sha256=self._tokenizer_sha256,
         )
 
-    def tokenize(self, captions: Sequence[str], *, query: bool = False) -> list[list[int]]:
+    def tokenize(
+        self, captions: Sequence[str], *, query: bool = False
+    ) -> list[list[int]]:
         frames = [self.query_frame if query else self.frame] * len(captions)
-        rows, truncated = tokenize(self.tokenizer, frames, captions, self.config.max_tokens)
+        rows, truncated = tokenize(
+            self.tokenizer, frames, captions, self.config.max_tokens
+        )
         self.count_truncated += truncated
         return rows
 
     # not inference_mode: under ZeRO-3 it would spoil the parameters that a forward pass gathers
     @torch.no_grad()
-    def embed_tokens(self, rows: Sequence[Sequence[int]], *, query: bool = False) -> Tensor:
+    def embed_tokens(
+        self, rows: Sequence[Sequence[int]], *, query: bool = False
+    ) -> Tensor:
         frames = [self.query_frame if query else self.frame] * len(rows)
         embeddings_BW = self.model(self.collate(rows, frames)).cpu()
         return embeddings_BW if self.post is None else self.post(embeddings_BW)
@@ -300,9 +326,13 @@ def local_folder(llm: str, revision: str = "", *, also: tuple[str, ...] = ()) ->
     it."""
     if not llm:
         raise ValueError("no LLM given; set --llm PATH_OR_HUB_ID")
-    folder = fetch_directory(llm, revision=revision or None, also=(*TOKENIZER_FILES, *also))
+    folder = fetch_directory(
+        llm, revision=revision or None, also=(*TOKENIZER_FILES, *also)
+    )
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{llm} has no config.json; expected a Hugging Face model folder")
+        raise FileNotFoundError(
+            f"{llm} has no config.json; expected a Hugging Face model folder"
+        )
     return folder
 
 
@@ -312,7 +342,9 @@ def weights_sha256(folder: Path) -> str:
     for pattern in WEIGHT_PATTERNS:
         paths = paths or sorted(folder.glob(pattern))
     if not paths:
-        raise FileNotFoundError(f"{folder} has no weights (no {' or '.join(WEIGHT_PATTERNS)})")
+        raise FileNotFoundError(
+            f"{folder} has no weights (no {' or '.join(WEIGHT_PATTERNS)})"
+        )
     for path in paths:
         if not path.is_file():  # reading a named pipe would wait forever
             raise ContractError(f"{path} is not a regular file; copy the LLM again")

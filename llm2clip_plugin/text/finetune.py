@@ -39,9 +39,13 @@ def refuse_contradictions(
     if not train.has_steps:
         raise ValueError("num_train_epochs and max_steps are both 0: nothing to train")
     if start_adapters and (encoder.adapter or encoder.load_in_4bit or lora.dora):
-        raise ValueError("start_adapters exclude --adapter, --load-in-4bit and --lora-dora")
+        raise ValueError(
+            "start_adapters exclude --adapter, --load-in-4bit and --lora-dora"
+        )
     if train.precision != "fp32" and encoder.compute_dtype == "float32":
-        problem = f"train.precision {train.precision} would convert the LLM's float32 weights"
+        problem = (
+            f"train.precision {train.precision} would convert the LLM's float32 weights"
+        )
         raise ValueError(
             f"{problem}; leave precision (the adapter's) at fp32, and set --compute-dtype"
         )

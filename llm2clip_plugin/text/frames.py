@@ -43,13 +43,17 @@ def build_frame(tokenizer, template: str, prompt: str) -> Frame:
     stripped = text.rstrip(" ")
     lead = text[len(stripped) :]
     adds_space = (
-        tokenizer(text + "a", add_special_tokens=False)["input_ids"][-len(plain) :] == plain
+        tokenizer(text + "a", add_special_tokens=False)["input_ids"][-len(plain) :]
+        == plain
     )
     if adds_space:
         lead = lead[1:]
     head = begin + tokenizer(stripped, add_special_tokens=False)["input_ids"]
     tail = tokenizer(after, add_special_tokens=False)["input_ids"] if template else end
-    has_bos = bool(head) and head[0] in {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    has_bos = bool(head) and head[0] in {
+        tokenizer.bos_token_id,
+        tokenizer.cls_token_id,
+    } - {None}
     return Frame(tuple(head), tuple(tail), lead, has_bos)
 
 
@@ -74,8 +78,12 @@ def tokenize(
             raise ValueError(f"caption {index} of {len(captions)} is blank")
     if not captions:
         return [], 0
-    texts = [frame.lead + caption for frame, caption in zip(frames, captions, strict=True)]
-    output = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    texts = [
+        frame.lead + caption for frame, caption in zip(frames, captions, strict=True)
+    ]
+    output = tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, verbose=False
+    )
     rows: list[list[int]] = []
     truncated = 0
     for frame, ids, most in zip(frames, output["input_ids"], room, strict=True):

@@ -35,7 +35,9 @@ def config_sha256(config: PretrainedConfig, code: Path | None = None) -> str:
     are run, too."""
     body: dict[str, Any] = {"settings": embedding_settings(config)}
     if code is not None:
-        body["code"] = {path.name: sha256_file(path) for path in sorted(code.glob("*.py"))}
+        body["code"] = {
+            path.name: sha256_file(path) for path in sorted(code.glob("*.py"))
+        }
     return sha256_text(canonical_json(body))[:DIGITS]
 
 
@@ -46,7 +48,9 @@ def embedding_settings(config: PretrainedConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"model_type": config.model_type}
     for name, value in plain(config.to_dict()).items():
         unused = (
-            name in UNUSED or name.startswith(UNUSED_PREFIXES) or name.endswith(UNUSED_SUFFIXES)
+            name in UNUSED
+            or name.startswith(UNUSED_PREFIXES)
+            or name.endswith(UNUSED_SUFFIXES)
         )
         if not unused and (name not in defaults or value != defaults[name]):
             settings[name] = value
@@ -69,7 +73,13 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     splitting of words."""
     added = {}
     for number, token in tokenizer.added_tokens_decoder.items():
-        flags = (token.single_word, token.lstrip, token.rstrip, token.normalized, token.special)
+        flags = (
+            token.single_word,
+            token.lstrip,
+            token.rstrip,
+            token.normalized,
+            token.special,
+        )
         added[str(number)] = [str(token), *flags]
     body: dict[str, Any] = {
         "added": added,
@@ -79,6 +89,8 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     if backend is not None:
         saved = json.loads(backend.to_str())
         merges = saved["model"].get("merges") or []
-        body["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        body["merges"] = [
+            merge if isinstance(merge, str) else " ".join(merge) for merge in merges
+        ]
         body |= {name: saved.get(name) for name in ("normalizer", "pre_tokenizer")}
     return sha256_text(canonical_json(body))[:DIGITS]

@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.hub import check_hub_answers
@@ -71,7 +77,9 @@ def literal_template(tokenizer, chat_template: str) -> str:
     return text
 
 
-def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+def length_batches(
+    lengths: Sequence[int], tokens_per_batch: int
+) -> Iterator[list[int]]:
     """Batches of indices, longest rows first, each of at most ``tokens_per_batch`` tokens, padding
     included.
 
@@ -153,11 +161,16 @@ def load_backbone(
     if config.load_in_4bit:
         from transformers import BitsAndBytesConfig
 
-        nf4: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        nf4: dict[str, Any] = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+        }
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **nf4
         )
-    model = load_whole(AutoModel, folder, trust_remote_code=config.trust_remote_code, **options)
+    model = load_whole(
+        AutoModel, folder, trust_remote_code=config.trust_remote_code, **options
+    )
     if text is not settings:  # a multimodal model: its language part
         model = model.language_model
     model.eval()
@@ -174,7 +187,9 @@ def load_backbone(
 def read_config(folder: Path, config: EncoderConfig) -> PretrainedConfig:
     """config.json of an LLM's folder; raises ContractError if it is damaged."""
     with errors_about(folder / "config.json", fix="download or copy the LLM again"):
-        return open_pretrained(AutoConfig, folder, trust_remote_code=config.trust_remote_code)
+        return open_pretrained(
+            AutoConfig, folder, trust_remote_code=config.trust_remote_code
+        )
 
 
 def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
@@ -184,7 +199,9 @@ def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
     try:
         # it warns about a language head, which is left out on purpose
         with quiet_transformers(), errors_about(folder, fix=advice):
-            model, report = open_pretrained(kind, folder, output_loading_info=True, **options)
+            model, report = open_pretrained(
+                kind, folder, output_loading_info=True, **options
+            )
     except ContractError as error:
         if isinstance(error.__cause__, pickle.UnpicklingError):
             raise refused_pickle(weight_files(folder)[0], error.__cause__) from error
@@ -205,7 +222,9 @@ def keep_layers(model: PreTrainedModel, layer: int) -> None:
     Raises ValueError for another state, and for a model without the parts of a Hugging Face
     decoder.
     """
-    if not {"layers", "embed_tokens", "norm"} <= {name for name, _ in model.named_children()}:
+    if not {"layers", "embed_tokens", "norm"} <= {
+        name for name, _ in model.named_children()
+    }:
         raise ValueError(
             f"{model.name_or_path} is a {type(model).__name__}; expected a decoder LLM ({WORKING})"
         )
@@ -228,7 +247,9 @@ def refuse_length_dependent_rope(text_config, max_tokens: int) -> None:
     """Raise ValueError if rotary embeddings change with the batch's longest sequence within
     ``max_tokens``."""
     scaling = vars(text_config).get("rope_parameters") or {}
-    nested = [value for value in scaling.values() if isinstance(value, dict)]  # by kind of layer
+    nested = [
+        value for value in scaling.values() if isinstance(value, dict)
+    ]  # by kind of layer
     for rope in (scaling, *nested):
         limit = rope.get("original_max_position_embeddings")
         if not limit:
@@ -281,7 +302,8 @@ def check_attention(model: PreTrainedModel, attention: str, *, where: str) -> No
         )
     elif typical > allowed:
         problem = (
-            f"states change by {typical:.2g} of their norm if the batch has padding; use {WORKING}"
+            f"states change by {typical:.2g} of their norm if the "
+            f"batch has padding; use {WORKING}"
         )
     else:
         return
@@ -293,9 +315,14 @@ def _states(model: PreTrainedModel, ids_BT: Tensor, padding: int) -> Tensor:
     """(B, T + padding, H) of rows that are padded on the right."""
     padded_BT = nn.functional.pad(ids_BT, (0, padding))
     mask_BT = nn.functional.pad(torch.ones_like(ids_BT), (0, padding))
-    positions_BT = torch.arange(padded_BT.shape[1], device=ids_BT.device).expand_as(padded_BT)
+    positions_BT = torch.arange(padded_BT.shape[1], device=ids_BT.device).expand_as(
+        padded_BT
+    )
     out = model(
-        input_ids=padded_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
+        input_ids=padded_BT,
+        attention_mask=mask_BT,
+        position_ids=positions_BT,
+        use_cache=False,
     )
     return out.last_hidden_state.float()
 
@@ -314,13 +341,17 @@ def causal_blocks(model: PreTrainedModel, ids_BT: Tensor) -> list[int]:
         calls.append((block, args, dict(kwargs)))
 
     blocks = model.get_submodule("layers").children()
-    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    hooks = [
+        block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks
+    ]
     _states(model, ids_BT, 0)
     for hook in hooks:
         hook.remove()
     causal = []
     for number, (block, args, kwargs) in enumerate(calls):
-        hidden_BTH = (args[0] if args else kwargs.pop("hidden_states")).detach().requires_grad_()
+        hidden_BTH = (
+            (args[0] if args else kwargs.pop("hidden_states")).detach().requires_grad_()
+        )
         output = block(hidden_BTH, *args[1:], **kwargs)
         first_BH = (output[0] if isinstance(output, tuple) else output)[:, 0]
         # so that nothing cancels
@@ -361,7 +392,9 @@ LLAMA_3: dict[str, Any] = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
-SHAPES: dict[str, dict[str, Any]] = {  # gated on the Hub: their config.json needs a login
+SHAPES: dict[
+    str, dict[str, Any]
+] = {  # gated on the Hub: their config.json needs a login
     "meta-llama/Llama-3.2-1B-Instruct": {
         "hidden_size": 2048,
         "num_hidden_layers": 16,

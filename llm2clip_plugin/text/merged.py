@@ -22,7 +22,10 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
     card."""
     config = encoder.config
     model = load_backbone(
-        encoder.folder, dataclasses.replace(config, layer=-1), torch.float32, encoder.device
+        encoder.folder,
+        dataclasses.replace(config, layer=-1),
+        torch.float32,
+        encoder.device,
     )
     if config.adapter:  # it may cover only the blocks up to the pooled layer
         blocks = model.get_submodule("layers")
@@ -31,7 +34,9 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
         keep_layers(model, config.layer)
         model = merge(attach_adapter(model, fetch_directory(config.adapter)))
         lower = list(model.get_submodule("layers"))  # type: ignore[call-overload]
-        model.set_submodule("layers", torch.nn.ModuleList([*lower, *list(blocks)[len(lower) :]]))  # type: ignore[call-overload]
+        model.set_submodule(
+            "layers", torch.nn.ModuleList([*lower, *list(blocks)[len(lower) :]])
+        )  # type: ignore[call-overload]
         model.set_submodule("norm", norm)
         model.config.num_hidden_layers = depth
     with quiet_transformers():
@@ -62,4 +67,6 @@ def forget_code(config: Path) -> None:
         return
     body = json.loads(config.read_text(encoding="utf-8"))
     if body.pop(AUTO_MAP, None) is not None:
-        config.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        config.write_text(
+            json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )

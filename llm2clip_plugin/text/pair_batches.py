@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, rank_rows, sample_rng
+from llm2clip_plugin.data.sampler import (
+    Draw,
+    Mixture,
+    hash_words,
+    rank_rows,
+    sample_rng,
+)
 from llm2clip_plugin.data.samples import caption_hash
 from llm2clip_plugin.data.workers import leave_signals_to_the_run
 from llm2clip_plugin.text.config import EncoderConfig, PairKind, PairsConfig
@@ -29,7 +35,13 @@ class PairBatches:
     """``batch(position)`` gives this rank's rows of the global batch that starts there."""
 
     def __init__(
-        self, config: PairsConfig, *, seed: int, global_batch: int, rank: int, world: int
+        self,
+        config: PairsConfig,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
     ) -> None:
         """Raises as ``open_pairs``; ValueError for a source that is smaller than a batch."""
         self.sources = open_pairs(config)
@@ -40,7 +52,9 @@ class PairBatches:
         self.world = world
         sizes = [source.sizes for source in self.sources]
         weights = config.weights or [1.0] * len(self.sources)
-        self.mixture = Mixture(sizes, weights, hash_words("pairs", seed, 0), batch=global_batch)
+        self.mixture = Mixture(
+            sizes, weights, hash_words("pairs", seed, 0), batch=global_batch
+        )
         small = [
             f"{source.path} ({len(source)})"
             for source in self.sources
@@ -114,21 +128,31 @@ class PairTokenizer:
         queries' frames."""
         query_prompt = self.config.query_prompt
         prompt = self.config.prompt
-        prompts = [query_prompt if pair.instruction is None else pair.instruction for pair in pairs]
+        prompts = [
+            query_prompt if pair.instruction is None else pair.instruction
+            for pair in pairs
+        ]
         frames = {
-            text: build_frame(self.tokenizer, self.template, text) for text in {*prompts, prompt}
+            text: build_frame(self.tokenizer, self.template, text)
+            for text in {*prompts, prompt}
         }
         query_frames = [frames[text] for text in prompts]
         positive_frames = [frames[prompt]] * len(pairs)
         tokens: dict[str, list[Any]] = {}
         tokens["query"] = self._tokenize(query_frames, [pair.query for pair in pairs])
-        tokens["positive"] = self._tokenize(positive_frames, [pair.positive for pair in pairs])
+        tokens["positive"] = self._tokenize(
+            positive_frames, [pair.positive for pair in pairs]
+        )
         if pairs[0].negative:
-            tokens["negative"] = self._tokenize(positive_frames, [pair.negative for pair in pairs])
+            tokens["negative"] = self._tokenize(
+                positive_frames, [pair.negative for pair in pairs]
+            )
         tokens["query_frame"] = query_frames
         return tokens
 
-    def _tokenize(self, frames: Sequence[Frame], texts: Sequence[str]) -> list[list[int]]:
+    def _tokenize(
+        self, frames: Sequence[Frame], texts: Sequence[str]
+    ) -> list[list[int]]:
         """Token ids of each text in its frame."""
         rows, _ = tokenize(self.tokenizer, frames, texts, self.config.max_tokens)
         return rows
@@ -138,7 +162,9 @@ class TokenizedPairs(IterableDataset):
     """Endless batches of one rank from ``position`` on, with their ``tokens``; processes take
     turns."""
 
-    def __init__(self, batches: PairBatches, tokenizer: PairTokenizer, position: int) -> None:
+    def __init__(
+        self, batches: PairBatches, tokenizer: PairTokenizer, position: int
+    ) -> None:
         self.batches = batches
         self.tokenizer = tokenizer
         self.position = position

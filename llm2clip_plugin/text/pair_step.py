@@ -40,7 +40,9 @@ class CaptionStep(ContrastiveStep):
     def _on_device(self, batch: Batch) -> Batch:
         """The batch on the module's device, longest pairs first: a micro-batch of like lengths has
         less padding."""
-        sides = [rows for side, rows in batch["tokens"].items() if side != "query_frame"]
+        sides = [
+            rows for side, rows in batch["tokens"].items() if side != "query_frame"
+        ]
 
         def length(row: int) -> int:
             return sum(len(side[row]) for side in sides)
@@ -53,7 +55,9 @@ class CaptionStep(ContrastiveStep):
             **batch,
             "keys": [batch["keys"][row] for row in order],
             "tokens": tokens,
-            "caption_hashes": batch["caption_hashes"][..., order].to(self.engine.device),
+            "caption_hashes": batch["caption_hashes"][..., order].to(
+                self.engine.device
+            ),
             "image_ids": batch["image_ids"][..., order].to(self.engine.device),
         }
 
@@ -96,7 +100,12 @@ def caption_terms(config: ContrastConfig) -> Terms:
             return contrastive_loss(x.anchor_bD, positive_bW, scale, **ids)
         negative_nW = x.positive_bkD[:, 1:].flatten(0, 1)
         return pair_loss(
-            x.anchor_bD, positive_bW, negative_nW, scale, symmetric=config.symmetric, **ids
+            x.anchor_bD,
+            positive_bW,
+            negative_nW,
+            scale,
+            symmetric=config.symmetric,
+            **ids,
         )
 
     return {"infonce": infonce}

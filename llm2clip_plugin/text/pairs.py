@@ -29,7 +29,9 @@ class Pair:
     positive: str
     negative: str = ""
     group: str = ""  # pairs of one group are not used as negatives of each other
-    instruction: str | None = None  # text before the query; None: the encoder's query prompt
+    instruction: str | None = (
+        None  # text before the query; None: the encoder's query prompt
+    )
 
 
 class CaptionPairs:
@@ -74,7 +76,11 @@ class CaptionPairs:
         ValueError without one."""
         for _ in range(NEGATIVES_TRIED):
             other = self.pair(rng.randrange(len(self)), kind, rng)
-            if other is None or other.key == pair.key or (pair.group and other.group == pair.group):
+            if (
+                other is None
+                or other.key == pair.key
+                or (pair.group and other.group == pair.group)
+            ):
                 continue
             if other.positive not in (pair.query, pair.positive):
                 return dataclasses.replace(pair, negative=other.positive)
@@ -83,10 +89,14 @@ class CaptionPairs:
             "omit --random-negatives"
         )
 
-    def _text(self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str) -> str:
+    def _text(
+        self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str
+    ) -> str:
         """A caption of a kind other than the text ``other``; "" if there is none."""
         texts = [
-            caption.text for caption in select_captions(captions, (kind,)) if caption.text != other
+            caption.text
+            for caption in select_captions(captions, (kind,))
+            if caption.text != other
         ]
         if not texts:
             return ""
@@ -110,11 +120,15 @@ class TextPairs:
         data = path.read_bytes()
         refuse_encoding(path, data)
         lines = data.decode("utf-8-sig", "replace").split("\n")
-        self.rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        self.rows = [
+            (number, line) for number, line in enumerate(lines, 1) if line.strip()
+        ]
         self.path = str(path)
         self.kinds = (PairKind("query", "positive"),)
         self.sizes = [len(self.rows)]
-        with_negative = [bool(self.read(index).negative) for index in range(len(self.rows))]
+        with_negative = [
+            bool(self.read(index).negative) for index in range(len(self.rows))
+        ]
         if any(with_negative) and not all(with_negative):
             line = self.rows[with_negative.index(False)][0]
             raise ValueError(
@@ -128,7 +142,9 @@ class TextPairs:
         try:
             row = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path}, line {line}: not valid JSON ({error})") from error
+            raise ValueError(
+                f"{self.path}, line {line}: not valid JSON ({error})"
+            ) from error
         texts: dict[str, str] = {}
         if isinstance(row, dict):
             texts = {name: text for name, text in row.items() if isinstance(text, str)}
@@ -140,7 +156,9 @@ class TextPairs:
             raise ValueError(
                 f"{self.path}, line {line}: no text in field {missing!r}; texts: {', '.join(texts)}"
             )
-        return Pair(str(line), query, positive, negative, instruction=texts.get("instruction"))
+        return Pair(
+            str(line), query, positive, negative, instruction=texts.get("instruction")
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -201,7 +219,9 @@ def survey(source: PairSource) -> Survey:
             if pair is not None:
                 of_kind.append(pair)
         if not of_kind:
-            assert isinstance(source, CaptionPairs)  # every row of a text-pair file has a pair
+            assert isinstance(
+                source, CaptionPairs
+            )  # every row of a text-pair file has a pair
             kinds_seen: set[str] = set()
             for number in range(samples):
                 _, captions = source.source.captions(number)

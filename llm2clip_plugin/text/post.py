@@ -38,7 +38,9 @@ class Post:
     def save(self, folder: Path) -> str:
         """Write POST_FILE into ``folder``; returns its hash, which the card records."""
         present = {
-            name: tensor.contiguous() for name, tensor in vars(self).items() if tensor is not None
+            name: tensor.contiguous()
+            for name, tensor in vars(self).items()
+            if tensor is not None
         }
         save_file(present, str(folder / POST_FILE))
         return sha256_weights(folder / POST_FILE)
@@ -49,7 +51,9 @@ def open_post(path: Path, width: int, sha256: str = "") -> tuple[Post, str]:
 
     Raises FileNotFoundError, or ContractError for another width or another hash than ``sha256``.
     """
-    with errors_about(path, fix="write it again"):  # `llm2clip evaluate captions --search` does
+    with errors_about(
+        path, fix="write it again"
+    ):  # `llm2clip evaluate captions --search` does
         post = Post(**load_file(path))
     if len(post.mean) != width:
         raise ContractError(
@@ -78,5 +82,7 @@ def remove_components(embeddings_NW: Tensor, counts: Sequence[int]) -> list[Post
     mean_W = embeddings_NW.double().mean(dim=0)
     # ascending
     _, directions_WW = torch.linalg.eigh(torch.cov((embeddings_NW.double() - mean_W).T))
-    removed = [directions_WW[:, width - count :].float() if count else None for count in counts]
+    removed = [
+        directions_WW[:, width - count :].float() if count else None for count in counts
+    ]
     return [Post(mean_W.float(), removed_WK) for removed_WK in removed]

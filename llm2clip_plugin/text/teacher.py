@@ -39,7 +39,9 @@ GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
 GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
 
 
-def open_encoder(config: EncoderConfig, device: torch.device | str | None = None) -> TextEncoder:
+def open_encoder(
+    config: EncoderConfig, device: torch.device | str | None = None
+) -> TextEncoder:
     """The encoder of captions at ``config.llm``: a CLIP's own text tower, else an LLM."""
     folder = clip_folder(config.llm, config.revision)
     if folder is None:
@@ -77,8 +79,12 @@ def load_dual_encoder(
         )
         dual.text_adapter = TextAdapter(dual.config).eval()
         card = dataclasses.replace(card, dual=dataclasses.asdict(dual.config))
-    config = teacher if isinstance(teacher, EncoderConfig) else EncoderConfig(llm=teacher)
-    llm = TeacherLLM(card, dataclasses.replace(config, adapter=adapter or config.adapter))
+    config = (
+        teacher if isinstance(teacher, EncoderConfig) else EncoderConfig(llm=teacher)
+    )
+    llm = TeacherLLM(
+        card, dataclasses.replace(config, adapter=adapter or config.adapter)
+    )
 
     def embed(texts: Sequence[str]) -> torch.Tensor:
         llm.device = llm.device or next(dual.parameters()).device
@@ -123,7 +129,9 @@ class TeacherLLM:
         if adapter:
             actual = adapter_sha256(fetch_directory(adapter))
             if actual != identity.adapter_sha256:
-                wrong.append(f"adapter_sha256 {identity.adapter_sha256!r} != {actual!r}")
+                wrong.append(
+                    f"adapter_sha256 {identity.adapter_sha256!r} != {actual!r}"
+                )
         if llm and (is_local(llm) or llm != identity.llm):
             folder = local_folder(llm, self.config.revision)
             if identity.pooling == PROJECTED:
@@ -131,7 +139,9 @@ class TeacherLLM:
             else:
                 weights = weights_sha256(folder)
             if weights != identity.weights_sha256:
-                wrong.append(f"weights_sha256 {identity.weights_sha256!r} != {weights!r}")
+                wrong.append(
+                    f"weights_sha256 {identity.weights_sha256!r} != {weights!r}"
+                )
         if wrong:
             names = " with ".join(filter(None, (llm, adapter)))
             raise ContractError(
@@ -143,7 +153,9 @@ class TeacherLLM:
         """The LLM. Raises FileNotFoundError or ValueError if it is not at hand, ContractError if it
         is another one."""
         if self.identity is None and not self.config.llm:
-            raise ValueError(f"the tower's card names no teacher, which embeds texts; {GIVE_LLM}")
+            raise ValueError(
+                f"the tower's card names no teacher, which embeds texts; {GIVE_LLM}"
+            )
         config = self.config
         if self.identity is not None:
             config = encoder_config(self.identity, self.config)
@@ -186,7 +198,9 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
     if identity.pooling == PROJECTED:  # a CLIP's text tower has no other settings
         max_tokens = identity.max_tokens
         dtype = config.compute_dtype
-        return EncoderConfig(llm=llm, revision=revision, max_tokens=max_tokens, compute_dtype=dtype)
+        return EncoderConfig(
+            llm=llm, revision=revision, max_tokens=max_tokens, compute_dtype=dtype
+        )
     adapter = config.adapter or identity.adapter
     where = ""  # that an adapter is not found
     if not adapter and identity.adapter_sha256:
@@ -194,7 +208,9 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
     elif is_local(adapter) and not config.adapter and not Path(adapter).is_dir():
         where = f"no longer at {adapter}"
     if where:
-        raise ValueError(f"the adapter of the tower's teacher {llm} is {where}; {GIVE_ADAPTER}")
+        raise ValueError(
+            f"the adapter of the tower's teacher {llm} is {where}; {GIVE_ADAPTER}"
+        )
     is_mean = (identity.pooling, identity.attention) == ("mean", "bidirectional")
     return dataclasses.replace(
         config,

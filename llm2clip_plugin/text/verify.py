@@ -28,7 +28,9 @@ VERIFY_COSINE = 0.999
 def verify(source: Source, encoder: TextEncoder, directory: Path) -> str:
     """Read all of the cache, compare it with the data, embed a few captions again: a report, or
     ContractError."""
-    cache = EmbeddingCache.open(directory, expect_fingerprint=encoder.identity().fingerprint)
+    cache = EmbeddingCache.open(
+        directory, expect_fingerprint=encoder.identity().fingerprint
+    )
     cache.verify()
     cache.check(source, full=True)
     compared = embed_again(source, encoder, directory)
@@ -51,7 +53,9 @@ def embed_again(source: Source, encoder: TextEncoder, directory: Path) -> int:
     cached = list(_cached_sample(source, directory))
     again_NW = encoder.encode([caption.text for caption in cached])
     for caption, new_W in zip(cached, again_NW, strict=True):
-        cosine = float(torch.nn.functional.cosine_similarity(caption.row_W, new_W, dim=0))
+        cosine = float(
+            torch.nn.functional.cosine_similarity(caption.row_W, new_W, dim=0)
+        )
         if cosine < VERIFY_COSINE:
             raise ContractError(
                 f"{directory}: the cached embedding of {caption.key!r} has cosine similarity "
@@ -99,7 +103,11 @@ def renew_cache(source: Source, encoder: TextEncoder, directory: Path) -> None:
         return
     teacher = stored_teacher(path)
     identity = encoder.identity()
-    if not teacher.is_earlier or identity.is_earlier or not teacher.agrees_with(identity):
+    if (
+        not teacher.is_earlier
+        or identity.is_earlier
+        or not teacher.agrees_with(identity)
+    ):
         return
     compared = embed_again(source, encoder, directory)
     if not compared and any(directory.glob("**/*.safetensors")):

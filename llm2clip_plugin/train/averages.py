@@ -97,7 +97,9 @@ class ReferenceTower(WeightAverage):
         gradient. ``shapes``: spatial_shapes."""
         if layer is None:
             return self.module.encode_image(pixel_values, **shapes), None
-        return self.module.encode_with_patches(pixel_values, patches=layer, **shapes)[:2]
+        return self.module.encode_with_patches(pixel_values, patches=layer, **shapes)[
+            :2
+        ]
 
     @torch.no_grad()
     def _copy_into_module(self) -> None:
@@ -128,7 +130,9 @@ class Averages(NamedTuple):
     def by_file(self) -> dict[str, WeightAverage]:
         """Each by the name of its file in a checkpoint."""
         averages = {AVERAGES: self.exported, REFERENCE: self.reference}
-        return {name: average for name, average in averages.items() if average is not None}
+        return {
+            name: average for name, average in averages.items() if average is not None
+        }
 
 
 def make_averages(

@@ -66,7 +66,9 @@ class TrainState(VersionedRecord):
     FILE: ClassVar[str] = "state.json"
 
     step: int  # completed optimizer steps
-    samples: int  # image-caption pairs consumed over all ranks: the position in the data
+    samples: (
+        int  # image-caption pairs consumed over all ranks: the position in the data
+    )
     config: dict[str, Any]
     config_hash: str
     seed: int
@@ -103,7 +105,8 @@ def write_checkpoint(
     OSError."""
     with atomic_directory(target, replace=True) as temporary:
         files = {
-            name: write_tensors(temporary / name, content) for name, content in tensors.items()
+            name: write_tensors(temporary / name, content)
+            for name, content in tensors.items()
         }
         dataclasses.replace(state, files=files).write(temporary / TrainState.FILE)
 
@@ -138,7 +141,9 @@ def load(path: Path, *, moments: bool = True) -> Loaded:
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, where: Path) -> None:
+def load_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], *, where: Path
+) -> None:
     """Copy a checkpoint's weights into a module, one tensor in memory at a time; ContractError if
     those are others."""
     tensors = module.state_dict()
@@ -168,7 +173,9 @@ class Checkpoints:
     ``abandoned-*``.
     """
 
-    def __init__(self, run_folder: Path, *, keep: int) -> None:  # keep: how many; 0: all
+    def __init__(
+        self, run_folder: Path, *, keep: int
+    ) -> None:  # keep: how many; 0: all
         self.run_folder = run_folder
         self.folder = run_folder / CHECKPOINTS
         self.keep = keep
@@ -179,7 +186,9 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Names of the complete checkpoints, oldest first."""
-        return sorted(path.parent.name for path in self.folder.glob(f"step-*/{TrainState.FILE}"))
+        return sorted(
+            path.parent.name for path in self.folder.glob(f"step-*/{TrainState.FILE}")
+        )
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, not verified; None if there is none."""
@@ -203,7 +212,9 @@ class Checkpoints:
         path = self.path(state.step) / TrainState.FILE
         if path.is_file():
             saved = TrainState.read(path)
-            dataclasses.replace(saved, metrics=state.metrics, evaluated=state.evaluated).write(path)
+            dataclasses.replace(
+                saved, metrics=state.metrics, evaluated=state.evaluated
+            ).write(path)
 
     def _point_to(self, name: str) -> None:
         with atomic_file(self.folder / LATEST) as temporary:
@@ -212,7 +223,11 @@ class Checkpoints:
     def _prune(self, newest: Path) -> list[str]:
         """Remove all but the newest ``keep`` checkpoints, and what a killed run left; returns what
         failed."""
-        older = [path for path in sorted(self.folder.glob("step-*")) if path.name < newest.name]
+        older = [
+            path
+            for path in sorted(self.folder.glob("step-*"))
+            if path.name < newest.name
+        ]
         removed: list[Path] = []
         if self.keep:
             kept_before = self.keep - 1  # beside the newest
@@ -225,16 +240,22 @@ class Checkpoints:
             try:
                 # half removed, it could be taken for a complete one
                 if not path.name.startswith("."):
-                    path = path.rename(path.with_name(f".{path.name}.{time.time_ns():x}.old"))
+                    path = path.rename(
+                        path.with_name(f".{path.name}.{time.time_ns():x}.old")
+                    )
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
             except OSError as error:
-                warnings.append(f"cannot remove {path}: {error}; trying again after the next save")
+                warnings.append(
+                    f"cannot remove {path}: {error}; trying again after the next save"
+                )
         return warnings
 
-    def find(self, resume: str, *, moments: bool = True, option: str = "--resume") -> Path | None:
+    def find(
+        self, resume: str, *, moments: bool = True, option: str = "--resume"
+    ) -> Path | None:
         """The verified checkpoint for a value of ``--resume``: auto (newest of this run, if any),
         never (None), a path.
 
@@ -246,7 +267,11 @@ class Checkpoints:
         if resume == RESUME_AUTO:
             newest = self._newest_intact(moments)
             record = self.run_folder / RunRecord.FILE
-            if newest is None and record.is_file() and (step := RunRecord.read(record).step):
+            if (
+                newest is None
+                and record.is_file()
+                and (step := RunRecord.read(record).step)
+            ):
                 raise FileNotFoundError(
                     f"{self.folder} has no checkpoint, but the run had reached step {step}: "
                     "restore the checkpoints, choose another --output, "
@@ -298,7 +323,9 @@ class Checkpoints:
         newest = ""  # name of the checkpoint that stays the newest one here
         if resumed and resumed.resolve().parent == self.folder.resolve():
             newest = resumed.name
-        names = sorted(path.name for path in self.folder.glob("step-*") if path.name > newest)
+        names = sorted(
+            path.name for path in self.folder.glob("step-*") if path.name > newest
+        )
         if not names:
             return ""
         abandoned = self.folder / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -373,9 +400,16 @@ class Saver:
                 on_first_rank(self._wait)
         self._write = None  # whose error, if it failed, holds the tensors
         copy = on_host if rank() == 0 else None
-        tensors = {MODEL: self.engine.weights(copy), OPTIMIZER: self.engine.moments(copy)}
-        tensors |= {name: average.values(copy) for name, average in self.averages.items()}
-        state = dataclasses.replace(state, **self.engine.scaler_state(), world_size=world_size())
+        tensors = {
+            MODEL: self.engine.weights(copy),
+            OPTIMIZER: self.engine.moments(copy),
+        }
+        tensors |= {
+            name: average.values(copy) for name, average in self.averages.items()
+        }
+        state = dataclasses.replace(
+            state, **self.engine.scaler_state(), world_size=world_size()
+        )
         if rank() == 0:
             self._step = state.step
             self._waited = time.perf_counter() - started
@@ -385,7 +419,9 @@ class Saver:
     def record_metrics(self, state: TrainState) -> None:
         """Put the evaluation of the last saved step into its checkpoint, in the background."""
         if rank() == 0:
-            self._recording = self._thread.submit(self.checkpoints.record_metrics, state)
+            self._recording = self._thread.submit(
+                self.checkpoints.record_metrics, state
+            )
 
     def poll(self) -> None:
         """Report a write that has ended since the last call."""
@@ -394,13 +430,20 @@ class Saver:
         self._reported = True
         error = self._write.exception()
         if isinstance(error, OSError):
-            self._note(f"warning: {self._failure(error)}; trying again at the next save")
-            self._event({"step": self._step, "event": SAVE_FAILED, "reason": _reason(error)})
+            self._note(
+                f"warning: {self._failure(error)}; trying again at the next save"
+            )
+            self._event(
+                {"step": self._step, "event": SAVE_FAILED, "reason": _reason(error)}
+            )
             return
         seconds, warnings = self._write.result()
         for line in warnings:
             self._note(f"warning: {line}")
-        times = {"waited_seconds": round(self._waited, 4), "write_seconds": round(seconds, 4)}
+        times = {
+            "waited_seconds": round(self._waited, 4),
+            "write_seconds": round(seconds, 4),
+        }
         self._event({"step": self._step, "event": SAVED, **times})
 
     def finish(self) -> None:
@@ -464,7 +507,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 def _safetensors_dtype(dtype: torch.dtype) -> str:
     """As its header spells it: torch.bfloat16 is BF16, torch.uint8 is U8."""
-    name = str(dtype).removeprefix("torch.").replace("float", "F").replace("int", "I").upper()
+    name = (
+        str(dtype)
+        .removeprefix("torch.")
+        .replace("float", "F")
+        .replace("int", "I")
+        .upper()
+    )
     return name.replace("UI", "U")
 
 
@@ -488,7 +537,9 @@ class TensorFile(Mapping[str, Tensor]):
                 f"{path.name} is missing from {path.parent}; resume from another checkpoint"
             )
         self.path = path
-        self._names = read_header(path, fix="resume from another checkpoint").entries.keys()
+        self._names = read_header(
+            path, fix="resume from another checkpoint"
+        ).entries.keys()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

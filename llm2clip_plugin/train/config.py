@@ -28,7 +28,9 @@ def check_choices(section: str, config: Any) -> None:
         value = getattr(config, field.name)
         choices = get_args(field.type)
         if get_origin(field.type) is Literal and value not in choices:
-            raise ValueError(unknown(f"{section}.{field.name}", value, filter(None, choices)))
+            raise ValueError(
+                unknown(f"{section}.{field.name}", value, filter(None, choices))
+            )
 
 
 def check_bounds(section: str, config: Any, **bounds: tuple[float, float]) -> None:
@@ -105,7 +107,9 @@ class TowerConfig:
                 "tower.from_scratch takes tower.architecture, "
                 "not path, freeze*, lora_rank, keep_heads"
             )
-        if [bool(self.lora_rank), self.freeze, bool(self.freeze_first_blocks)].count(True) > 1:
+        if [bool(self.lora_rank), self.freeze, bool(self.freeze_first_blocks)].count(
+            True
+        ) > 1:
             raise ValueError(
                 "tower.lora_rank, tower.freeze, tower.freeze_first_blocks: set only one"
             )
@@ -152,7 +156,11 @@ class HeadsConfig:
     def __post_init__(self) -> None:
         check_choices("heads", self)
         check_bounds(
-            "heads", self, steps=(0, math.inf), batch=(2, math.inf), max_images=(2, math.inf)
+            "heads",
+            self,
+            steps=(0, math.inf),
+            batch=(2, math.inf),
+            max_images=(2, math.inf),
         )
 
 
@@ -250,10 +258,18 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_choices("optim", self)
         check_bounds(
-            "optim", self, layer_decay=(1e-3, 1), eps=(1e-20, 1), max_grad_norm=(0, math.inf)
+            "optim",
+            self,
+            layer_decay=(1e-3, 1),
+            eps=(1e-20, 1),
+            max_grad_norm=(0, math.inf),
         )
-        check_bounds("optim", self, **dict.fromkeys(("lr", "head_lr", "weight_decay"), (0, 10)))
-        check_bounds("optim", self, **dict.fromkeys(("warmup_ratio", "min_lr_ratio"), (0, 1)))
+        check_bounds(
+            "optim", self, **dict.fromkeys(("lr", "head_lr", "weight_decay"), (0, 10))
+        )
+        check_bounds(
+            "optim", self, **dict.fromkeys(("warmup_ratio", "min_lr_ratio"), (0, 1))
+        )
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
                 f"optim: set only one of warmup_steps and warmup_ratio {self.warmup_ratio}"
@@ -327,7 +343,9 @@ class TrainConfig:
         help="exponential moving average of the weights, also exported; 0: none",
         learned=True,
     )
-    save_steps: int = setting(0, help="steps between checkpoints; 0: only by time", learned=False)
+    save_steps: int = setting(
+        0, help="steps between checkpoints; 0: only by time", learned=False
+    )
     save_minutes: float = setting(
         15.0,
         help="minutes between checkpoints; 0: only by steps",
@@ -345,7 +363,9 @@ class TrainConfig:
         help="evaluate before step 1 too: the scores that the run's are compared with",
         learned=False,
     )
-    logging_steps: int = setting(1, help="steps between lines of metrics.jsonl", learned=False)
+    logging_steps: int = setting(
+        1, help="steps between lines of metrics.jsonl", learned=False
+    )
     report_to: tuple[Monitor, ...] = setting(
         (),
         help="DeepSpeed's monitors: tensorboard, wandb, csv",
@@ -441,7 +461,9 @@ class TrainConfig:
         unit = world * micro
         if self.global_batch % unit == 0:
             return local, micro, local // micro
-        shares = f"{world} ranks" + (f" x train.micro_batch {micro}" if self.micro_batch else "")
+        shares = f"{world} ranks" + (
+            f" x train.micro_batch {micro}" if self.micro_batch else ""
+        )
         fits = max(unit, self.global_batch // unit * unit)
         raise ValueError(
             f"global_batch {self.global_batch} is not a multiple of {shares}; "
@@ -495,7 +517,11 @@ def parse_terms(words: Sequence[str]) -> list[TermWeight]:
             term = TermWeight(name, first, last, float(until) if at else 1.0)
         except ValueError:
             term = TermWeight(name, math.nan, math.nan)
-        numbers = 0 <= term.start < math.inf and 0 <= term.end < math.inf and 0 < term.until <= 1
+        numbers = (
+            0 <= term.start < math.inf
+            and 0 <= term.end < math.inf
+            and 0 < term.until <= 1
+        )
         if not (name and numbers and (colon or not at)):
             raise ValueError(
                 f"loss.terms: {word!r} is not NAME, NAME=WEIGHT or NAME=START:END@FRACTION, "
@@ -557,7 +583,9 @@ class LossConfig:
             )
 
 
-def from_named_args(member: type[Member], words: Sequence[str], *, where: str) -> Member:
+def from_named_args(
+    member: type[Member], words: Sequence[str], *, where: str
+) -> Member:
     """An instance of the dataclass ``member``: fields from ``words``, the others with their
     defaults.
 
@@ -570,7 +598,9 @@ def from_named_args(member: type[Member], words: Sequence[str], *, where: str) -
         if not equals:
             raise ValueError(f"{where}: {word!r} is not NAME=VALUE")
         try:
-            values[name] = json.loads(text.lower() if text in ("True", "False") else text)
+            values[name] = json.loads(
+                text.lower() if text in ("True", "False") else text
+            )
         except ValueError:
             values[name] = text
     return from_plain(member, values, where=f"{where} of {member.__name__}")

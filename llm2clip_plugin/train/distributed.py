@@ -30,7 +30,11 @@ from llm2clip_plugin.errors import FirstRankError
 from llm2clip_plugin.train.config import Tf32
 from llm2clip_plugin.train.wire import pack, unpack
 
-TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+TASKS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
 LOOPBACK = "127.0.0.1"
 MISSING_SECONDS = 10.0  # until a rank that waits for the others prints a line
 # of a step. data: waiting for the loader. communication: features and losses of all ranks, and the
@@ -50,7 +54,9 @@ def group_of(all_ranks: bool) -> Group:
 
 def world_size(group: Group = None) -> int:
     """Number of ranks; 1 without a process group."""
-    return 1 if group == ALONE or not dist.is_initialized() else dist.get_world_size(group)
+    return (
+        1 if group == ALONE or not dist.is_initialized() else dist.get_world_size(group)
+    )
 
 
 def rank(group: Group = None) -> int:
@@ -70,7 +76,9 @@ def choose_device(name: str = "") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
         devices = ", ".join(["cpu", *gpus])
-        raise ValueError(f"--device {name} is not there; this machine has {devices}") from error
+        raise ValueError(
+            f"--device {name} is not there; this machine has {devices}"
+        ) from error
 
 
 def gpu_precision() -> Literal["bf16", "fp16"]:
@@ -94,7 +102,9 @@ def join_ranks(device: torch.device, timeout: float) -> None:
         "waiting for the other ranks of this launch; "
         "for a run in one process unset RANK and WORLD_SIZE"
     )
-    timer = threading.Timer(MISSING_SECONDS, print, [line], {"file": sys.stderr, "flush": True})
+    timer = threading.Timer(
+        MISSING_SECONDS, print, [line], {"file": sys.stderr, "flush": True}
+    )
     timer.daemon = True
     timer.start()
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -131,7 +141,9 @@ def on_one_host() -> bool:
     world = os.environ.get("WORLD_SIZE", "1")
     # how many are on this host, of torchrun and of DeepSpeed's launcher
     local = (os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("LOCAL_SIZE"))
-    return world == "1" or world in local or is_loopback(os.environ.get("MASTER_ADDR", ""))
+    return (
+        world == "1" or world in local or is_loopback(os.environ.get("MASTER_ADDR", ""))
+    )
 
 
 def is_loopback(address: str) -> bool:
@@ -175,7 +187,12 @@ def own_store(number: int, world: int, timeout: timedelta) -> dist.Store | None:
         ) from error
     descriptor = listener.detach()  # the store closes it
     return dist.TCPStore(
-        LOOPBACK, port, world, is_master=True, timeout=timeout, master_listen_fd=descriptor
+        LOOPBACK,
+        port,
+        world,
+        is_master=True,
+        timeout=timeout,
+        master_listen_fd=descriptor,
     )
 
 
@@ -199,7 +216,11 @@ def set_single_process_environment() -> None:
                 )
         port = str(free_port())  # nobody listens on it: own_store needs none
         os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR=LOOPBACK, MASTER_PORT=port
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR=LOOPBACK,
+            MASTER_PORT=port,
         )
 
 
@@ -209,10 +230,16 @@ class StepTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []  # phase, and where it begins; "" between steps
+        self._marks: list[
+            tuple[str, Any]
+        ] = []  # phase, and where it begins; "" between steps
 
     def _mark(self, phase: str) -> None:
-        moment: Any = torch.cuda.Event(enable_timing=True) if self._on_gpu else time.perf_counter()
+        moment: Any = (
+            torch.cuda.Event(enable_timing=True)
+            if self._on_gpu
+            else time.perf_counter()
+        )
         if self._on_gpu:
             moment.record()
         self._marks.append((phase, moment))
@@ -242,7 +269,9 @@ class StepTimer:
         steps = sum(not phase for phase, _ in marks)
         for (phase, first), (_, last) in itertools.pairwise(marks):
             if phase:
-                seconds = first.elapsed_time(last) / 1000 if self._on_gpu else last - first
+                seconds = (
+                    first.elapsed_time(last) / 1000 if self._on_gpu else last - first
+                )
                 sums[phase] += seconds / steps
         return sums
 
@@ -285,9 +314,12 @@ def gather_together(*tensors: Tensor, group: Group = None) -> list[Tensor]:
     if world_size(group) == 1:
         return [gather_rows(local, group) for local in tensors]
     rows = [local.detach().contiguous().view(torch.uint8) for local in tensors]
-    gathered = gather_rows(torch.cat(rows, 1), group).split([row.shape[1] for row in rows], 1)
+    gathered = gather_rows(torch.cat(rows, 1), group).split(
+        [row.shape[1] for row in rows], 1
+    )
     return [
-        part.contiguous().view(local.dtype) for part, local in zip(gathered, tensors, strict=True)
+        part.contiguous().view(local.dtype)
+        for part, local in zip(gathered, tensors, strict=True)
     ]
 
 
@@ -364,7 +396,9 @@ def _sending_device(group: Group = None) -> torch.device:
 
 def _bytes_of(value: object, group: Group = None) -> Tensor:
     """(bytes,) uint8: the packed value, ready to be sent."""
-    return torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8).to(_sending_device(group))
+    return torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8).to(
+        _sending_device(group)
+    )
 
 
 def _padded(value: object, group: Group) -> tuple[Tensor, list[int]]:
@@ -388,7 +422,9 @@ def _unpadded(parts: list[Tensor], sizes: list[int]) -> list[Any]:
     ]
 
 
-_turns = itertools.count()  # of on_first_rank and leaving_together: the same on every rank
+_turns = (
+    itertools.count()
+)  # of on_first_rank and leaving_together: the same on every rank
 
 
 def on_first_rank(work: Callable[[], Value]) -> Value:

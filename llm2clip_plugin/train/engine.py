@@ -50,7 +50,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # else a warning: it is "untested"
 # leaves out all non-finite updates; waits for gathers that gloo ends in any order
 OLDEST_DEEPSPEED = Version("0.19.8")
-EXCHANGED = 1 << 24  # values, or rows, of a master that are exchanged at once: 64 MiB of a flat one
+EXCHANGED = (
+    1 << 24
+)  # values, or rows, of a master that are exchanged at once: 64 MiB of a flat one
 # of (name, value, dtype or that of the value): checkpoint.on_host on rank 0
 Copy = Callable[..., Tensor]
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -68,7 +70,9 @@ def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
     if not dist.is_initialized():
         join_ranks(device, timeout)
         # the group's threads could abort the process while the interpreter exits
-        atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+        atexit.register(
+            lambda: dist.destroy_process_group() if dist.is_initialized() else None
+        )
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout))
     return device
 
@@ -85,10 +89,16 @@ def check_deepspeed(config: dict[str, Any], where: str) -> None:
     refuses."""
     prepare_deepspeed()
     world = world_size()  # of a plan's ranks there may be none yet
-    batch = world * config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    batch = (
+        world
+        * config["train_micro_batch_size_per_gpu"]
+        * config["gradient_accumulation_steps"]
+    )
     try:
         deepspeed.DeepSpeedConfig({**config, "train_batch_size": batch})
-    except Exception as error:  # DeepSpeed's own, pydantic's, or what its reader stumbles over
+    except (
+        Exception
+    ) as error:  # DeepSpeed's own, pydantic's, or what its reader stumbles over
         raise ValueError(
             f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}"
         ) from error
@@ -148,14 +158,18 @@ class Engine:
         prepare_deepspeed()
         # step() computes the gradient norm of ZeRO-0 anyway; DeepSpeed's own clipping would compute
         # it again
-        self._clip = float(config.get("gradient_clipping", 0.0)) if self.stage == 0 else 0.0
+        self._clip = (
+            float(config.get("gradient_clipping", 0.0)) if self.stage == 0 else 0.0
+        )
         config = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
         # BF16_Optimizer prints its memory, group by group
         with contextlib.redirect_stdout(io.StringIO()):
             device_engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config
             )
-        self.device_engine: Any = device_engine  # its optimizer is one of a dozen classes
+        self.device_engine: Any = (
+            device_engine  # its optimizer is one of a dozen classes
+        )
         # DeepSpeed would also write the learning rate, by samples since the last start
         self._monitor = self.device_engine.monitor
         self.device_engine.monitor = SimpleNamespace(enabled=False)
@@ -175,7 +189,9 @@ class Engine:
                 self.device_engine.optimizer.check_overflow = lambda **_: None
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
-        self.trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.trained = [
+            (name, p) for name, p in module.named_parameters() if p.requires_grad
+        ]
         # global, of the last step, before clipping; None if DeepSpeed reports none
         self.grad_norm: float | None = None
         if self._scaler is not None:
@@ -184,7 +200,9 @@ class Engine:
         if any(p.dtype != torch.float32 for _, p in self.trained):
             self.write_trained(whole)
         self._constants = {
-            p: whole[n] for n, p in module.named_parameters() if n in whole and not p.requires_grad
+            p: whole[n]
+            for n, p in module.named_parameters()
+            if n in whole and not p.requires_grad
         }
         if self.stage == 0 and world_size() == 1:
             # it would copy every gradient there and back
@@ -218,7 +236,9 @@ class Engine:
     def read(self, numbers: Tensor) -> list[float]:
         """(n,) numbers of the last step on the host, which waits for the device, and ``grad_norm``
         with them."""
-        norm = self.device_engine.get_global_grad_norm() if self.stage else self.grad_norm
+        norm = (
+            self.device_engine.get_global_grad_norm() if self.stage else self.grad_norm
+        )
         if norm is None:
             return numbers.tolist()
         *values, self.grad_norm = torch.cat(
@@ -236,7 +256,11 @@ class Engine:
         """Whether the next overflow in fp16 makes the loss scale smaller: a dynamic one, not at its
         minimum yet."""
         scaler = self._scaler
-        return scaler is not None and scaler.dynamic and scaler.cur_scale > scaler.min_scale
+        return (
+            scaler is not None
+            and scaler.dynamic
+            and scaler.cur_scale > scaler.min_scale
+        )
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -290,9 +314,13 @@ class Engine:
         if self._monitor.tb_monitor is not None:
             for name, (picture, text) in self.pictures.items():
                 writer = self._monitor.tb_monitor.summary_writer
-                writer.add_image(name, numpy.asarray(picture), samples, dataformats="HWC")
+                writer.add_image(
+                    name, numpy.asarray(picture), samples, dataformats="HWC"
+                )
                 writer.add_text(name, text, samples)
-        self._monitor.write_events([(label, value, samples) for label, value in values.items()])
+        self._monitor.write_events(
+            [(label, value, samples) for label, value in values.items()]
+        )
         self.pictures.clear()
 
     def weights(self, copy: Copy | None) -> dict[str, Tensor]:
@@ -307,7 +335,9 @@ class Engine:
         if copy and self.keep_frozen:
             persistent = self.module.state_dict(keep_vars=True).keys()
             values |= {
-                n: copy(n, buffer) for n, buffer in self.module.named_buffers() if n in persistent
+                n: copy(n, buffer)
+                for n, buffer in self.module.named_buffers()
+                if n in persistent
             }
         return values
 
@@ -354,7 +384,11 @@ class Engine:
         if self.updates == 0:
             return {}
         if self.optimizer.by_rank:
-            return {name: copy(name, value) for name, value in self._moments_by_rank() if copy}
+            return {
+                name: copy(name, value)
+                for name, value in self._moments_by_rank()
+                if copy
+            }
         values: dict[str, Tensor] = {}
         for moment in self.optimizer.moments:
             with self.exchanged(self._moment(moment)):
@@ -396,7 +430,10 @@ class Engine:
         return world_size() if self.stage else 1
 
     def restore(
-        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: dict[str, Any]
+        self,
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor],
+        state: dict[str, Any],
     ) -> None:
         """Put back what ``weights``, ``moments`` and ``scaler_state`` returned. The module held
         ``weights`` when the engine was made; here the fp32 masters get the digits that a
@@ -408,7 +445,9 @@ class Engine:
         self.write_trained(weights)
         if moments:
             for master in self.masters():
-                empty = self.optimizer.empty_state(self._base, master, int(state["updates"]))
+                empty = self.optimizer.empty_state(
+                    self._base, master, int(state["updates"])
+                )
                 self._base.state[master] = empty
             if self.optimizer.by_rank:
                 self._restore_by_rank(moments)
@@ -421,7 +460,9 @@ class Engine:
 
     def _restore_by_name(self, moments: Mapping[str, Tensor]) -> None:
         expected = {
-            f"{name}.{moment}" for name, _ in self.trained for moment in self.optimizer.moments
+            f"{name}.{moment}"
+            for name, _ in self.trained
+            for moment in self.optimizer.moments
         }
         if not expected & moments.keys():
             raise ValueError(
@@ -481,13 +522,19 @@ class Engine:
     def _base(self) -> torch.optim.Optimizer:
         """The optimizer itself, inside whatever DeepSpeed wrapped around it."""
         optimizer = self.device_engine.optimizer
-        return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+        return (
+            optimizer
+            if isinstance(optimizer, torch.optim.Optimizer)
+            else optimizer.optimizer
+        )
 
     @property
     def _scaler(self) -> Any:
         """The object that holds the dynamic loss scale; None if nothing is scaled."""
         return (
-            self.device_engine.optimizer.loss_scaler if self.device_engine.fp16_enabled() else None
+            self.device_engine.optimizer.loss_scaler
+            if self.device_engine.fp16_enabled()
+            else None
         )
 
     def masters(self) -> list[Tensor]:
@@ -502,12 +549,16 @@ class Engine:
             return optimizer.single_partition_of_fp32_groups
         return [p for group in self._base.param_groups for p in group["params"]]
 
-    def _parts(self, rates: Mapping[Tensor, Rates]) -> dict[Tensor, dict[Rates, list[slice]]]:
+    def _parts(
+        self, rates: Mapping[Tensor, Rates]
+    ) -> dict[Tensor, dict[Rates, list[slice]]]:
         """Where this rank's masters hold parameters of the same rates, under ZeRO-1 and 2."""
         optimizer = self.device_engine.optimizer
         parts = {}
         layers = (
-            optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
+            optimizer.bit16_groups
+            if hasattr(optimizer, "bit16_groups")
+            else optimizer.bf16_groups
         )
         for master, parameters in zip(self.masters(), layers, strict=True):
             by_rate: dict[Rates, list[slice]] = parts.setdefault(master, {})
@@ -517,7 +568,9 @@ class Engine:
                 address = parameter._hp_mapping.get_hp_fragment_address()
                 slices = by_rate.setdefault(rates[parameter], [])
                 start = address.start
-                if slices and slices[-1].stop == start:  # together with the one before it
+                if (
+                    slices and slices[-1].stop == start
+                ):  # together with the one before it
                     start = slices.pop().start
                 slices.append(slice(start, address.start + address.numel))
         return parts

@@ -50,9 +50,14 @@ GRACE = 10.0  # seconds in which a rank may end by itself after another has fail
 TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
 SLOWEST_LOOK = 5.0  # seconds between looks, at most
 LEFT = -(1 << 40)  # added to the beats of a rank that leaves
-WAITING_IN = ("/torch/distributed/", "/deepspeed/comm/")  # files whose frames wait for other ranks
+WAITING_IN = (
+    "/torch/distributed/",
+    "/deepspeed/comm/",
+)  # files whose frames wait for other ranks
 WAITING_FUNCTIONS = ("_poll",)  # of this package, which do so, too
-SEEN_WITHIN = 5.0  # seconds after which a file written on one host must be visible on the others
+SEEN_WITHIN = (
+    5.0  # seconds after which a file written on one host must be visible on the others
+)
 LISTED = 12  # differing facts that a message lists
 # seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
 LEASE = 100.0
@@ -89,10 +94,14 @@ class Watch(AbstractContextManager[None]):
     def __init__(self, straggler_seconds: float) -> None:
         """straggler_seconds: without progress, after which a rank is named; 0: never."""
         self.straggler_seconds = straggler_seconds
-        self.interval = max(0.2, min(SLOWEST_LOOK, straggler_seconds / 5 or SLOWEST_LOOK))
+        self.interval = max(
+            0.2, min(SLOWEST_LOOK, straggler_seconds / 5 or SLOWEST_LOOK)
+        )
         self.failure = ""  # of another rank, as it published it
         self._reported = ""  # the lateness that was reported last
-        self._beats: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was new
+        self._beats: dict[
+            int, tuple[int, float]
+        ] = {}  # rank -> its last beat, and when it was new
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._stopped = threading.Event()
@@ -161,7 +170,9 @@ class Watch(AbstractContextManager[None]):
             self.store.add(f"beat/{rank()}", LEFT)
         if self.failure and not self._stopped.is_set():
             if rank() == 0:
-                print(f"\n{self.failure}; ending all ranks", file=sys.stderr, flush=True)
+                print(
+                    f"\n{self.failure}; ending all ranks", file=sys.stderr, flush=True
+                )
             _end_within_grace()
 
     def _name_silent(self) -> None:
@@ -223,7 +234,10 @@ def _end_within_grace() -> None:
     def end() -> None:
         time.sleep(GRACE)
         deadline = time.monotonic() + TO_WRITE
-        while progress.current().name == progress.CHECKPOINT and time.monotonic() < deadline:
+        while (
+            progress.current().name == progress.CHECKPOINT
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.1)
         sys.stderr.flush()
         os._exit(1)
@@ -254,7 +268,9 @@ def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
     for name in differing[:LISTED]:
         holders: dict[tuple[str, str], list[str]] = {}  # value and host -> ranks
         for number, (host, facts) in enumerate(ranks):
-            holders.setdefault((facts.get(name, "absent"), host), []).append(str(number))
+            holders.setdefault((facts.get(name, "absent"), host), []).append(
+                str(number)
+            )
         groups = [
             f"{value} on {host} (ranks {', '.join(numbers)})"
             for (value, host), numbers in holders.items()
@@ -297,7 +313,8 @@ def readable_checkpoint(path: Path, state_file: str) -> str:
     if not _appears(path / state_file):
         return f"{path.name} is missing"
     sizes = [
-        f"{file.name} {file.stat().st_size} bytes" for file in sorted(path.glob("*.safetensors"))
+        f"{file.name} {file.stat().st_size} bytes"
+        for file in sorted(path.glob("*.safetensors"))
     ]
     return f"{path.name} {sha256_file(path / state_file)[:12]}, {', '.join(sizes)}"
 

@@ -78,7 +78,13 @@ BLOCK_IMAGES = 64  # images per forward pass of the frozen tower
 # its optimizer
 CLIP_TEXT_LOSS = Distill(structure=63.5)
 CLIP_TEXT_OPTIM = OptimConfig(eps=1e-6, max_grad_norm=5.0, schedule="cosine")
-TEXT_SIDE = ("llm_width", "adapter", "adapter_blocks", "adapter_expansion", "normalize_input")
+TEXT_SIDE = (
+    "llm_width",
+    "adapter",
+    "adapter_blocks",
+    "adapter_expansion",
+    "normalize_input",
+)
 TEXT_SIDE += ("input_scale", "input_noise")  # fields of DualConfig
 
 
@@ -145,17 +151,33 @@ def fit_heads(
     def fit() -> tuple[list[FitLine], int]:
         if features is not None:
             samples = len(features.count_I)
-            batches = partial(image_batches, model, features, min(config.batch, samples), seed)
+            batches = partial(
+                image_batches, model, features, min(config.batch, samples), seed
+            )
         else:
             dataset = PairDataset(
-                sources, caches, None, seed=seed, caption_weights=shares, targets=clip_caches
+                sources,
+                caches,
+                None,
+                seed=seed,
+                caption_weights=shares,
+                targets=clip_caches,
             )
             samples = len(dataset)
             batches = partial(
                 caption_batches, model, dataset, config.batch, workers, skip_non_finite
             )
         return _fit(
-            model, samples, batches, products, config, loss, seed, logging_steps, stop, unfinished
+            model,
+            samples,
+            batches,
+            products,
+            config,
+            loss,
+            seed,
+            logging_steps,
+            stop,
+            unfinished,
         )
 
     # the others wait in no collective, whose timeout a long fit would exceed
@@ -179,7 +201,9 @@ def load_clip_heads(model: DualEncoder, source: str) -> None:
     )
     clip_model = DualEncoder(model.tower, config)
     load_heads(clip_model, source)
-    model.load_state_dict(heads_state(clip_model), strict=False)  # all but the text adapter
+    model.load_state_dict(
+        heads_state(clip_model), strict=False
+    )  # all but the text adapter
 
 
 def head_parameters(model: DualEncoder) -> list[tuple[str, torch.nn.Parameter]]:
@@ -209,14 +233,19 @@ def frozen_features(
     ``skip_non_finite`` raise NonFiniteLossError on every rank: one would make the heads NaN."""
     model.eval()
     normalize = Normalize(images, device)
-    blocks: list[tuple[int, list[int]]] = []  # number of a source, samples evenly spaced in it
+    blocks: list[
+        tuple[int, list[int]]
+    ] = []  # number of a source, samples evenly spaced in it
     for number, source in enumerate(sources):
         used = min(len(source), max(2, max_images // len(sources)))
         chosen = [index * len(source) // used for index in range(used)]
         blocks += [
-            (number, chosen[start : start + BLOCK_IMAGES]) for start in range(0, used, BLOCK_IMAGES)
+            (number, chosen[start : start + BLOCK_IMAGES])
+            for start in range(0, used, BLOCK_IMAGES)
         ]
-    encoded: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by source and first sample
+    encoded: dict[
+        tuple[int, int], tuple[Tensor, ...]
+    ] = {}  # by source and first sample
     broken: list[BrokenSample] = []
     non_finite: list[str] = []  # keys of samples
     blocks_of_rank = blocks[rank() :: world_size()]
@@ -226,7 +255,10 @@ def frozen_features(
         for number, source in enumerate(sources):
             # only its last block is shorter, so that the batches are the blocks
             indices = [
-                index for block_of, block in blocks_of_rank if block_of == number for index in block
+                index
+                for block_of, block in blocks_of_rank
+                if block_of == number
+                for index in block
             ]
             only: Any = {
                 "kinds": source.config.kinds,
@@ -234,20 +266,31 @@ def frozen_features(
                 "indices": indices,
             }
             pairs = EvalPairs(
-                source, caches[number], images, batch=BLOCK_IMAGES, workers=workers, **only
+                source,
+                caches[number],
+                images,
+                batch=BLOCK_IMAGES,
+                workers=workers,
+                **only,
             )
             yield from ((number, batch) for batch in pairs)
             broken.extend(pairs.broken)
 
     for number, batch in track(
-        batches(), total=len(blocks_of_rank), label=label, unit="blocks", show=rank() == 0
+        batches(),
+        total=len(blocks_of_rank),
+        label=label,
+        unit="blocks",
+        show=rank() == 0,
     ):
         if stop:
             break
         columns, bad_I = _finite(_encode(model, batch, normalize, caption_weights))
         encoded[number, int(batch["image_ids"][0])] = columns
         non_finite += [
-            key for key, is_bad in zip(batch["keys"], bad_I.tolist(), strict=True) if is_bad
+            key
+            for key, is_bad in zip(batch["keys"], bad_I.tolist(), strict=True)
+            if is_bad
         ]
     model.train()
     if any(gather_objects(bool(stop))):
@@ -255,7 +298,9 @@ def frozen_features(
             "stopped before the heads' fit: nothing to save; rerun the same command to resume"
         )
     refuse_non_finite(non_finite, allowed=skip_non_finite)
-    rows = [[*number_and_first, *columns] for number_and_first, columns in encoded.items()]
+    rows = [
+        [*number_and_first, *columns] for number_and_first, columns in encoded.items()
+    ]
     parts = gather_to_first(
         [rows, [[sample.shard, sample.key, sample.reason] for sample in broken]]
     )
@@ -268,10 +313,18 @@ def frozen_features(
         )
     if left_out:
         log.warning(
-            "fitting the heads without %d broken samples, the first: %s", len(left_out), left_out[0]
+            "fitting the heads without %d broken samples, the first: %s",
+            len(left_out),
+            left_out[0],
         )
-    merged = {(number, first): columns for part, _ in parts for number, first, *columns in part}
-    columns = zip(*(merged[number_and_first] for number_and_first in sorted(merged)), strict=True)
+    merged = {
+        (number, first): columns
+        for part, _ in parts
+        for number, first, *columns in part
+    }
+    columns = zip(
+        *(merged[number_and_first] for number_and_first in sorted(merged)), strict=True
+    )
     pooled, embedding, ids, counts, share = (torch.cat(column) for column in columns)
     return FrozenFeatures(
         pooled_IP=pooled,
@@ -283,20 +336,33 @@ def frozen_features(
 
 
 def _encode(
-    model: DualEncoder, batch: dict, normalize: Normalize, caption_weights: Mapping[str, float]
+    model: DualEncoder,
+    batch: dict,
+    normalize: Normalize,
+    caption_weights: Mapping[str, float],
 ) -> tuple[Tensor, ...]:
     """Pooled features, embeddings, caption hashes, the number of captions of each image, and their
     probabilities."""
-    pooled = model.pool(normalize(batch["pixels"]), *normalize.shapes(batch)).float().cpu()
+    pooled = (
+        model.pool(normalize(batch["pixels"]), *normalize.shapes(batch)).float().cpu()
+    )
     ids = torch.tensor([caption_hash(caption.text) for caption in batch["captions"]])
-    counts = torch.tensor([int((batch["owners"] == image).sum()) for image in batch["image_ids"]])
+    counts = torch.tensor(
+        [int((batch["owners"] == image).sum()) for image in batch["image_ids"]]
+    )
     captions = iter(batch["captions"])
     shares = [
         share
         for n in counts.tolist()
         for share in caption_shares(list(islice(captions, n)), caption_weights)
     ]
-    return pooled, batch["embeddings"], ids, counts, torch.tensor(shares, dtype=torch.float64)
+    return (
+        pooled,
+        batch["embeddings"],
+        ids,
+        counts,
+        torch.tensor(shares, dtype=torch.float64),
+    )
 
 
 def _finite(columns: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -334,7 +400,9 @@ def refuse_non_finite(keys: list[str], *, allowed: int) -> None:
             "or leave them out with --skip-bad-batches",
         )
     if rank() == 0:
-        log.warning("fitting the heads without %d of at most %d: %s", len(named), allowed, what)
+        log.warning(
+            "fitting the heads without %d of at most %d: %s", len(named), allowed, what
+        )
 
 
 def _fit(
@@ -354,14 +422,22 @@ def _fit(
     """
     of_clip = config.target == "clip_text"
     optimizer = _optimizer(model, config)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    terms = {CLIP_TEXT_LOSS.name: CLIP_TEXT_LOSS} if of_clip else heads_terms(loss_config)
-    fit_of = canonical_json(["3", *map(dataclasses.asdict, (config, loss_config)), seed, samples])
+    parameters = [
+        parameter for group in optimizer.param_groups for parameter in group["params"]
+    ]
+    terms = (
+        {CLIP_TEXT_LOSS.name: CLIP_TEXT_LOSS} if of_clip else heads_terms(loss_config)
+    )
+    fit_of = canonical_json(
+        ["3", *map(dataclasses.asdict, (config, loss_config)), seed, samples]
+    )
     done, curve = _continued(model, optimizer, unfinished, fit_of)
     batches = batches_from(done)
     started = time.perf_counter()
     before = done
-    with progress_bar(total=config.steps, label="heads", unit="steps", initial=done) as bar:
+    with progress_bar(
+        total=config.steps, label="heads", unit="steps", initial=done
+    ) as bar:
         while done < config.steps and not stop:
             factor = lr_factor(done, config.steps, CLIP_TEXT_OPTIM) if of_clip else 1.0
             set_lr(optimizer.param_groups, factor)
@@ -376,7 +452,9 @@ def _fit(
             optimizer.zero_grad()
             loss.backward()
             if of_clip:
-                torch.nn.utils.clip_grad_norm_(parameters, CLIP_TEXT_OPTIM.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(
+                    parameters, CLIP_TEXT_OPTIM.max_grad_norm
+                )
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0.0, MAX_LOG_SCALE)
@@ -384,7 +462,9 @@ def _fit(
             if done == config.steps or done % logging_steps == 0:
                 values = {"loss": loss, **losses, "logit_scale": batch.log_scale.exp()}
                 if batch.reference_bD is not None:
-                    values["cosine"] = (batch.anchor_bD * batch.reference_bD).sum(1).mean()
+                    values["cosine"] = (
+                        (batch.anchor_bD * batch.reference_bD).sum(1).mean()
+                    )
                 line = {name: float(value.detach()) for name, value in values.items()}
                 size = len(batch.anchor_bD)
                 rate = (done - before) * size / (time.perf_counter() - started)
@@ -402,7 +482,8 @@ def _fit(
         state: dict[str, Any] = {"fit_of": fit_of, "done": done, "curve": curve}
         with atomic_file(unfinished) as temporary:
             torch.save(
-                state | {"optimizer": optimizer.state_dict(), "heads": heads_state(model)},
+                state
+                | {"optimizer": optimizer.state_dict(), "heads": heads_state(model)},
                 temporary,
             )
     return curve, done
@@ -421,7 +502,10 @@ def _optimizer(model: DualEncoder, config: HeadsConfig) -> torch.optim.Optimizer
 
 
 def _continued(
-    model: DualEncoder, optimizer: torch.optim.Optimizer, unfinished: Path | None, fit_of: str
+    model: DualEncoder,
+    optimizer: torch.optim.Optimizer,
+    unfinished: Path | None,
+    fit_of: str,
 ) -> tuple[int, list[FitLine]]:
     """Steps done and curve of the same fit that was stopped, whose state is read; of a new one
     otherwise."""
@@ -434,7 +518,9 @@ def _continued(
         return 0, []
     optimizer.load_state_dict(saved["optimizer"])
     model.load_state_dict(saved["heads"], strict=False)
-    log.warning("continuing the heads' fit at step %d, from %s", saved["done"], unfinished)
+    log.warning(
+        "continuing the heads' fit at step %d, from %s", saved["done"], unfinished
+    )
     return saved["done"], saved["curve"]
 
 
@@ -449,10 +535,14 @@ def image_batches(
     queue = torch.empty(0, dtype=torch.int64)
     for number in count():
         if len(queue) < size:
-            queue = torch.cat([queue, torch.randperm(len(features.count_I), generator=generator)])
+            queue = torch.cat(
+                [queue, torch.randperm(len(features.count_I), generator=generator)]
+            )
         chosen_B = queue[:size]
         queue = queue[size:]
-        caption_B = _draw_captions(features, chosen_B, torch.rand(size, generator=generator))
+        caption_B = _draw_captions(
+            features, chosen_B, torch.rand(size, generator=generator)
+        )
         noise_BW = torch.randn(size, width, generator=generator).to(device)
         if number < start:
             continue
@@ -464,7 +554,9 @@ def image_batches(
             ),
             positive_bkD=model.encode_text(embedding_BW, noise_BW)[:, None],
             log_scale=model.logit_scale,
-            bias=torch.zeros(1, device=device) if model.logit_bias is None else model.logit_bias,
+            bias=torch.zeros(1, device=device)
+            if model.logit_bias is None
+            else model.logit_bias,
             caption_hashes=features.caption_hashes_M[caption_B].to(device),
             image_ids=chosen_B.to(device),
         )
@@ -483,13 +575,17 @@ def caption_batches(
     input; more than ``skip_non_finite`` of them raise ValueError, as rank 0 alone is here."""
     device = model.logit_scale.device
     left_out = 0
-    for batch in PairLoader(pairs, local_batch=size, workers=workers, position=start * size):
+    for batch in PairLoader(
+        pairs, local_batch=size, workers=workers, position=start * size
+    ):
         good_B = batch["embeddings"].isfinite().flatten(1).all(1)
         good_B &= batch["targets"].isfinite().flatten(1).all(1)
         if not good_B.all():
             left_out += 1
             bad = [
-                key for key, good in zip(batch["keys"], good_B.tolist(), strict=True) if not good
+                key
+                for key, good in zip(batch["keys"], good_B.tolist(), strict=True)
+                if not good
             ]
             named = f"samples have non-finite embeddings: {', '.join(bad[:NAMED_KEYS])}"
             if left_out > skip_non_finite:
@@ -513,7 +609,9 @@ def caption_batches(
         )
 
 
-def _draw_captions(features: FrozenFeatures, chosen_B: Tensor, draw_B: Tensor) -> Tensor:
+def _draw_captions(
+    features: FrozenFeatures, chosen_B: Tensor, draw_B: Tensor
+) -> Tensor:
     """(B,) a caption of each chosen image by a number in [0, 1), by the captions' shares."""
     end_B = features.count_I.cumsum(0)[chosen_B]
     # the shares of an image add up to 1, so those of image i lie in i .. i + 1 of the running sum

@@ -58,7 +58,11 @@ def run_loop(parts: LoopParts) -> TrainState:
     last complete checkpoint is unchanged.
     """
     with Reports(
-        parts.engine, parts.run_folder, parts.state, parts.train, total_steps=parts.total_steps
+        parts.engine,
+        parts.run_folder,
+        parts.state,
+        parts.train,
+        total_steps=parts.total_steps,
     ) as reports:
         noted = {"note": reports.note, "event": reports.event}
         with Saver(parts.checkpoints, parts.engine, parts.averages, **noted) as saver:
@@ -105,14 +109,18 @@ def _steps(parts: LoopParts, reports: Reports, saver: Saver) -> tuple[TrainState
             saver.save(state, last=True)
         if stop:
             return state, True
-    if state.evaluated < state.step:  # killed between a checkpoint and its evaluation, perhaps
+    if (
+        state.evaluated < state.step
+    ):  # killed between a checkpoint and its evaluation, perhaps
         state = _evaluate_if_due(parts, state, reports, saver)
     while state.step < parts.total_steps:
         state, seconds, values = _timed_step(parts, state, reports, flags)
         raised = flags.raised
         last = raised.stop or state.step == parts.total_steps
         reports.step(state, seconds, values, always=last)
-        save_due = save_due or raised.save_due or _due(parts.train.save_steps, state.step)
+        save_due = (
+            save_due or raised.save_due or _due(parts.train.save_steps, state.step)
+        )
         # a save that comes while one is written waits for it
         if last or (save_due and not raised.saving):
             saver.save(state, last=last)
@@ -174,7 +182,9 @@ def _timed_step(
         if len(state.bad_batches) >= parts.train.skip_bad_batches:
             raise
         values = {}
-        bad = [{"step": state.step + 1, "samples": batch["position"], "reason": error.what}]
+        bad = [
+            {"step": state.step + 1, "samples": batch["position"], "reason": error.what}
+        ]
     with timed("optimizer"):
         for average in parts.averages.values():
             average.update()

@@ -52,10 +52,16 @@ def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncode
         return _trainable(DualEncoder(vision, dual), tower)
     if not tower.path:
         wanted = (
-            f" (made by `llm2clip import` for {tower.architecture})" if tower.architecture else ""
+            f" (made by `llm2clip import` for {tower.architecture})"
+            if tower.architecture
+            else ""
         )
-        raise ValueError(f"no tower to train: set --tower to a directory{wanted} or Hub id")
-    vision = load_tower(tower.path, dtype=torch.float32, image_size=tower.image_size or None)
+        raise ValueError(
+            f"no tower to train: set --tower to a directory{wanted} or Hub id"
+        )
+    vision = load_tower(
+        tower.path, dtype=torch.float32, image_size=tower.image_size or None
+    )
     if dual.logit_scale_init is None:
         log_scale = initial_log_scale(tower.path, vision)
         dual = dataclasses.replace(dual, logit_scale_init=log_scale)
@@ -138,7 +144,11 @@ def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]
     blocks = tower_blocks(model.tower)
     embeddings = {id(p) for p in tower_embeddings_parameters(model.tower)}
     top = len(blocks) + 1
-    depth = {id(p): number + 1 for number, block in enumerate(blocks) for p in block.parameters()}
+    depth = {
+        id(p): number + 1
+        for number, block in enumerate(blocks)
+        for p in block.parameters()
+    }
     depth |= dict.fromkeys(embeddings, 0)
     depth |= {id(p): top for p in parameters_in(model.tower, config.full_lr)}
     trained = []
@@ -149,7 +159,11 @@ def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]
         if name.startswith("tower."):
             lr = config.lr * config.layer_decay ** (top - depth.get(id(parameter), top))
         # NaFlex's is linear
-        table = id(parameter) in embeddings and parameter.ndim != 4 and "patch_embed" not in name
+        table = (
+            id(parameter) in embeddings
+            and parameter.ndim != 4
+            and "patch_embed" not in name
+        )
         decay = not is_vector(parameter) and not table
         trained.append(Trained(name=name, parameter=parameter, lr=lr, decay=decay))
     return trained

@@ -23,7 +23,12 @@ from torch.optim.adamw import adamw
 
 from llm2clip_plugin.json_files import read_json_value
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.train.config import OptimConfig, Precision, TrainConfig, from_named_args
+from llm2clip_plugin.train.config import (
+    OptimConfig,
+    Precision,
+    TrainConfig,
+    from_named_args,
+)
 
 BLOCK = 256  # values that share a magnitude, in bitsandbytes
 # ZeRO's: gradients are sent during backward
@@ -36,7 +41,9 @@ SECTIONS = ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "sch
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
 State = dict[str, Any]  # optimizer.state[master]
 Rates = tuple[float, float]  # peak learning rate and weight decay
-Groups = list[dict[str, Any]]  # of parameters with their own ``lr`` and ``weight_decay``
+Groups = list[
+    dict[str, Any]
+]  # of parameters with their own ``lr`` and ``weight_decay``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +74,26 @@ class AdamW:
         """The state of a master after ``updates`` updates, with all moments zero."""
         # one step for each master: a shared tensor would advance once per master
         fused = bool(optimizer.defaults.get("fused"))
-        step: Any = torch.tensor(float(updates), device=master.device if fused else "cpu")
-        if not isinstance(optimizer, torch.optim.AdamW):  # DeepSpeedCPUAdam counts in Python
+        step: Any = torch.tensor(
+            float(updates), device=master.device if fused else "cpu"
+        )
+        if not isinstance(
+            optimizer, torch.optim.AdamW
+        ):  # DeepSpeedCPUAdam counts in Python
             step = updates
-        return {"step": step, **{moment: torch.zeros_like(master.data) for moment in self.moments}}
+        return {
+            "step": step,
+            **{moment: torch.zeros_like(master.data) for moment in self.moments},
+        }
 
 
 class FlatAdamW(torch.optim.AdamW):
     """AdamW over a master that holds parameters of different settings: one group, and so one norm
     and gather of ZeRO. The group's ``lr`` is the schedule's factor."""
 
-    parts: dict[Tensor, dict[Rates, list[slice]]]  # of each master; set once they are laid out
+    parts: dict[
+        Tensor, dict[Rates, list[slice]]
+    ]  # of each master; set once they are laid out
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -137,7 +153,9 @@ class AdamW8bit(AdamW):
     ) -> torch.optim.Optimizer:
         from bitsandbytes.optim import AdamW8bit as Optimizer
 
-        return Optimizer(groups, lr=lr, betas=betas, eps=eps, min_8bit_size=self.min_8bit_size)
+        return Optimizer(
+            groups, lr=lr, betas=betas, eps=eps, min_8bit_size=self.min_8bit_size
+        )
 
     def empty_state(self, optimizer: Any, master: Tensor, updates: int) -> State:
         in_8bit = master.numel() >= self.min_8bit_size
@@ -156,7 +174,9 @@ class AdamW8bit(AdamW):
         return state
 
 
-OPTIMIZERS: dict[str, type[AdamW]] = {optimizer.name: optimizer for optimizer in (AdamW, AdamW8bit)}
+OPTIMIZERS: dict[str, type[AdamW]] = {
+    optimizer.name: optimizer for optimizer in (AdamW, AdamW8bit)
+}
 
 
 def chosen_optimizer(config: OptimConfig) -> AdamW:
@@ -200,7 +220,9 @@ def as_one_group(groups: Groups) -> tuple[Groups, dict[Tensor, Rates]]:
     """One group of all parameters, for FlatAdamW, and the settings of each."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     rates = {
-        p: (group["peak_lr"], group["weight_decay"]) for group in groups for p in group["params"]
+        p: (group["peak_lr"], group["weight_decay"])
+        for group in groups
+        for p in group["params"]
     }
     return [{"params": parameters, "lr": 1.0, "peak_lr": 1.0}], rates
 
@@ -264,14 +286,25 @@ def complete(
     sets a type.
     """
     config = copy.deepcopy(user)
-    for name in config:  # DeepSpeed ignores what it does not know, and would train without it
-        if name not in SECTIONS and (near := get_close_matches(name, SECTIONS, 1, 0.85)):
-            raise ValueError(f"{where}: unknown key {name!r}; did you mean {near[0]!r}?")
+    for (
+        name
+    ) in config:  # DeepSpeed ignores what it does not know, and would train without it
+        if name not in SECTIONS and (
+            near := get_close_matches(name, SECTIONS, 1, 0.85)
+        ):
+            raise ValueError(
+                f"{where}: unknown key {name!r}; did you mean {near[0]!r}?"
+            )
     for name in SECTIONS:
         if not isinstance(config.get(name, {}), dict):
             raise ValueError(f"{where}: {name} is {config[name]!r}, expected an object")
-    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
-        raise ValueError(f"{where}: offload_optimizer to NVMe is not supported; use the device cpu")
+    if (
+        config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
+        == "nvme"
+    ):
+        raise ValueError(
+            f"{where}: offload_optimizer to NVMe is not supported; use the device cpu"
+        )
     conflicts = []
     for section in ("optimizer", "scheduler"):
         for name, value in config.pop(section, {}).get("params", {}).items():
@@ -280,15 +313,24 @@ def complete(
                     f'{section}.params.{name} is {value!r}, expected "auto": '
                     "the run has --lr, --weight-decay, --warmup-steps, ..."
                 )
-    if (kind := user.get("optimizer", {}).get("type", "AdamW")) not in ("Adam", "AdamW"):
+    if (kind := user.get("optimizer", {}).get("type", "AdamW")) not in (
+        "Adam",
+        "AdamW",
+    ):
         conflicts.append(
             f"optimizer.type is {kind!r}, but the run uses {optim.name!r} (--optimizer)"
         )
     conflicts += _set_run_values(config, train, optim, world)
     if conflicts:
-        raise ValueError(f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts))
+        raise ValueError(
+            f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts)
+        )
     reduced = config.get("communication_data_type", "auto")
-    if train.precision != "fp32" and world >= FP32_REDUCTION_RANKS and reduced == "auto":
+    if (
+        train.precision != "fp32"
+        and world >= FP32_REDUCTION_RANKS
+        and reduced == "auto"
+    ):
         config["communication_data_type"] = "fp32"
     _fill_zero(config, train.precision, hidden_size)
     if type(chosen_optimizer(optim)) is not AdamW:
@@ -302,7 +344,9 @@ def complete(
     for monitor in train.report_to:
         of_files = {"output_path": str(run / "monitor"), "job_name": run.name}
         run_settings = (
-            {"project": "llm2clip", "group": run.name} if monitor == "wandb" else of_files
+            {"project": "llm2clip", "group": run.name}
+            if monitor == "wandb"
+            else of_files
         )
         config.setdefault(MONITORS[monitor], {"enabled": True, **run_settings})
     # the run has its own progress bar, and its own clock:
@@ -319,7 +363,11 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
     """Whether optimizer states live on the CPU."""
-    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    device = (
+        config.get("zero_optimization", {})
+        .get("offload_optimizer", {})
+        .get("device", "none")
+    )
     return device not in ("none", None)
 
 
@@ -336,14 +384,22 @@ def _set_run_values(
     ]
     if train.communication_data_type:
         rows.append(
-            ("communication_data_type", train.communication_data_type, "--communication-data-type")
+            (
+                "communication_data_type",
+                train.communication_data_type,
+                "--communication-data-type",
+            )
         )
     for kind in ("bf16", "fp16"):
         if kind in config or train.precision == kind:
             rows.append((f"{kind}.enabled", train.precision == kind, "--precision"))
-    if train.precision == "bf16":  # DeepSpeed leaves out an update whose gradient is not finite
+    if (
+        train.precision == "bf16"
+    ):  # DeepSpeed leaves out an update whose gradient is not finite
         rows.append(("bf16.check_grad_overflow", True, "--skip-bad-batches"))
-    elif train.precision == "fp32" and "compute_grad_norm" in config.get("zero_optimization", {}):
+    elif train.precision == "fp32" and "compute_grad_norm" in config.get(
+        "zero_optimization", {}
+    ):
         # its only check
         rows.append(("zero_optimization.compute_grad_norm", True, "--skip-bad-batches"))
     conflicts = []
@@ -352,7 +408,9 @@ def _set_run_values(
         inside = config.setdefault(section, {}) if section else config
         configured = inside.get(name, "auto")
         if configured not in ("auto", value):
-            conflicts.append(f"{path} is {configured!r}, but the run uses {value!r} ({option})")
+            conflicts.append(
+                f"{path} is {configured!r}, but the run uses {value!r} ({option})"
+            )
         inside[name] = value
     return conflicts
 

@@ -30,7 +30,9 @@ from llm2clip_plugin.train.distributed import (
 from llm2clip_plugin.train.engine import Engine
 
 PROFILE = "profile"  # folder of a run for traces
-TIMED_EVERY = 10  # steps at least between comparisons of the ranks' times, each a collective
+TIMED_EVERY = (
+    10  # steps at least between comparisons of the ranks' times, each a collective
+)
 # steps before the traced ones, if the run has them; in the last of them the profiler warms up
 WARM_UP = 5
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
@@ -44,7 +46,12 @@ class Reports:
     """
 
     def __init__(
-        self, engine: Engine, folder: Path, state: TrainState, train: TrainConfig, total_steps: int
+        self,
+        engine: Engine,
+        folder: Path,
+        state: TrainState,
+        train: TrainConfig,
+        total_steps: int,
     ) -> None:
         """state: where training starts."""
         self.engine = engine
@@ -55,7 +62,9 @@ class Reports:
         self.values: dict[str, Any] = {}  # the latest ones, for the bar
         self.timer = StepTimer(engine.device)
         self._step = state.step  # the last one that was reported
-        self._timed_at = state.step  # the last one that was reported with its time by phase
+        self._timed_at = (
+            state.step
+        )  # the last one that was reported with its time by phase
         self._samples_per_second = 0.0  # smoothed
         self._metrics: MetricsFile | None = None  # of rank 0
         on_first_rank(lambda: self._open_metrics(state))
@@ -70,7 +79,9 @@ class Reports:
         )
         self._hosts = gather_objects(socket.gethostname())
         self._failed = False
-        self._trace = start_trace(folder, train, total_steps - state.step, self._attempt)
+        self._trace = start_trace(
+            folder, train, total_steps - state.step, self._attempt
+        )
 
     def _open_metrics(self, state: TrainState) -> None:
         self._metrics = MetricsFile(self.run_folder, state)
@@ -86,7 +97,12 @@ class Reports:
         self._bar.close()
 
     def step(
-        self, state: TrainState, seconds: float, values: dict[str, float], *, always: bool
+        self,
+        state: TrainState,
+        seconds: float,
+        values: dict[str, float],
+        *,
+        always: bool,
     ) -> None:
         """A finished step of ``seconds``; ``always``: write a line of it."""
         self._step = state.step
@@ -109,7 +125,9 @@ class Reports:
         bad = state.bad_batches[-1]
         self.event({**bad, "event": LEFT_OUT})
         count = len(state.bad_batches)
-        self.note(f"warning: {count} of at most {allowed} bad batches left out: {bad['reason']}")
+        self.note(
+            f"warning: {count} of at most {allowed} bad batches left out: {bad['reason']}"
+        )
 
     def scores(self, state: TrainState, scores: dict[str, float]) -> None:
         """An evaluation, in ``state``."""
@@ -138,7 +156,9 @@ class Reports:
         if self._show:
             self._bar.write(text, file=sys.stderr)
 
-    def _line(self, state: TrainState, values: dict[str, Any], *, phase: str = "train") -> None:
+    def _line(
+        self, state: TrainState, values: dict[str, Any], *, phase: str = "train"
+    ) -> None:
         self.event({"step": state.step, "samples": state.samples, **values})
         if self._metrics is not None:
             numbers = {
@@ -159,7 +179,9 @@ class Reports:
         except (OSError, RuntimeError) as error:
             # a trace's may be a RuntimeError; metrics.jsonl keeps its lines
             if not self._failed:
-                self.note(f"warning: cannot log to {self.run_folder}: {error}; training continues")
+                self.note(
+                    f"warning: cannot log to {self.run_folder}: {error}; training continues"
+                )
             self._failed = True
 
 
@@ -208,25 +230,38 @@ def describe_values(values: Mapping[str, Any], samples_per_second: float) -> str
     if values.get("wait_share", 0) >= 0.05:
         parts.append(f"waiting for data {100 * values['wait_share']:.0f} %")
     if "i2t_r1" in values:
-        parts.append(f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}")
+        parts.append(
+            f"R@1 image->text {values['i2t_r1']:.3f}, text->image {values['t2i_r1']:.3f}"
+        )
     if "peak_gib" in values:
         parts.append(f"{values['peak_gib']:.2f} GiB memory")
-    if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get("busy_seconds_min", math.inf):
+    if values.get("busy_seconds_max", 0) > SLOW_RANK * values.get(
+        "busy_seconds_min", math.inf
+    ):
         parts.append(f"slow: rank {values['slowest_rank']} ({values['slowest_host']})")
     return "  ".join(parts)
 
 
-def phase_seconds(timer: StepTimer, hosts: Sequence[str], device: torch.device) -> dict[str, Any]:
+def phase_seconds(
+    timer: StepTimer, hosts: Sequence[str], device: torch.device
+) -> dict[str, Any]:
     """Seconds by phase of the mean step since the last call; of several ranks, the smallest and
     largest, and which rank on which of the ``hosts`` is the slowest. Every rank must call this."""
     mean = timer.lap()
     values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
     if world_size() > 1:
-        seconds = torch.tensor([[sum(mean.values()), mean["data"], mean["communication"]]])
+        seconds = torch.tensor(
+            [[sum(mean.values()), mean["data"], mean["communication"]]]
+        )
         steps, data, communication = gather_rows(seconds.to(device)).T.tolist()
-        busy = [step - waited for step, waited in zip(steps, communication, strict=True)]
+        busy = [
+            step - waited for step, waited in zip(steps, communication, strict=True)
+        ]
         for name, column in (("step", steps), ("data", data), ("busy", busy)):
-            values |= {f"{name}_seconds_min": min(column), f"{name}_seconds_max": max(column)}
+            values |= {
+                f"{name}_seconds_min": min(column),
+                f"{name}_seconds_max": max(column),
+            }
         # all finish a step together: the slowest waits least for the others
         slowest = busy.index(max(busy))
         values |= {"slowest_rank": slowest, "slowest_host": hosts[slowest]}

@@ -102,7 +102,9 @@ class ContrastiveStep(ABC):
     pairs are. ``batch``: caption_hashes and image_ids (b,), keys (b), ``position`` (samples that
     the run has consumed after it), and what the subclass encodes."""
 
-    def __init__(self, engine: Engine, terms: Terms, *, seed: int, total_samples: int = 0) -> None:
+    def __init__(
+        self, engine: Engine, terms: Terms, *, seed: int, total_samples: int = 0
+    ) -> None:
         """total_samples: pairs of the whole run, over which the terms' weights may change."""
         self.engine = engine
         self.terms = terms
@@ -154,7 +156,9 @@ class ContrastiveStep(ABC):
             self.engine.step()
         else:
             numbers, finite_b = self._cached_step(batch, micro_batches, flags)
-        means = dict(zip(self._names_of_numbers(flags), self.engine.read(numbers), strict=True))
+        means = dict(
+            zip(self._names_of_numbers(flags), self.engine.read(numbers), strict=True)
+        )
         loss = means["loss"]
         if flags is not None:
             flags.raised = Flags(**{name: means[name] > 0 for name in Flags._fields})
@@ -179,7 +183,9 @@ class ContrastiveStep(ABC):
         """Features without a graph, the gradient of the loss for each, and a second pass that
         propagates it."""
         references = [self._reference(micro) for micro in micro_batches]
-        reference_bD, reference_patches_bTH = map(_joined, zip(*references, strict=True))
+        reference_bD, reference_patches_bTH = map(
+            _joined, zip(*references, strict=True)
+        )
         with torch.no_grad():
             parts = [self._encode(micro) for micro in micro_batches]
         columns = zip(Encoded._fields, zip(*parts, strict=True), strict=True)
@@ -187,7 +193,11 @@ class ContrastiveStep(ABC):
             name: column[0].clone() if name in SCALARS else _joined(column)
             for name, column in columns
         }
-        leaves = {name: leaf.requires_grad_() for name, leaf in joined.items() if leaf is not None}
+        leaves = {
+            name: leaf.requires_grad_()
+            for name, leaf in joined.items()
+            if leaf is not None
+        }
         loss, numbers, finite_b = self._loss(
             Encoded(**leaves), batch, reference_bD, reference_patches_bTH, flags
         )
@@ -247,8 +257,12 @@ class ContrastiveStep(ABC):
         loss = torch.stack(list(losses.values())).sum()
         raised = [] if flags is None else [float(flag) for flag in flags.read()]
         sent = torch.stack([loss, *losses.values()]).detach()
-        sums = sum_over_ranks(torch.cat([sent, torch.tensor(raised).to(loss, non_blocking=True)]))
-        numbers = torch.cat([sums / world_size(), encoded.log_scale.detach().exp().to(sums)])
+        sums = sum_over_ranks(
+            torch.cat([sent, torch.tensor(raised).to(loss, non_blocking=True)])
+        )
+        numbers = torch.cat(
+            [sums / world_size(), encoded.log_scale.detach().exp().to(sums)]
+        )
         finite_anchor_b = encoded.anchor_mD.isfinite().all(1)
         finite_positive_b = encoded.positive_mkD.isfinite().flatten(1).all(1)
         finite_b = finite_anchor_b & finite_positive_b
@@ -291,7 +305,9 @@ class TowerStep(ContrastiveStep):
         self.reference = reference
         self.text_noise = text_noise
         self.patch_layers = patch_layers or {}
-        self.dtype = next(p.dtype for p in engine.module.parameters() if p.is_floating_point())
+        self.dtype = next(
+            p.dtype for p in engine.module.parameters() if p.is_floating_point()
+        )
 
     def _on_device(self, batch: Batch) -> Batch:
         """Pixels stay bytes; embeddings stay fp32 because the adapter normalizes them first."""
@@ -322,7 +338,9 @@ class TowerStep(ContrastiveStep):
         image_mD, text_mD, *others = self.engine(
             pixel_values, micro["embeddings"], noise_mW, **options
         )
-        return Encoded(image_mD, text_mD if text_mD.dim() > 2 else text_mD[:, None], *others)
+        return Encoded(
+            image_mD, text_mD if text_mD.dim() > 2 else text_mD[:, None], *others
+        )
 
     def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
         if self.reference is None:

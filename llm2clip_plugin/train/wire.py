@@ -47,11 +47,15 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
         # a copy: tensors that share memory are refused by safetensors
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = (
+            value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        )
         return {"tensor": name}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {"dict": {key: _encode(item, tensors) for key, item in value.items()}}
-    raise TypeError(f"ranks exchange JSON and tensors, not {type(value).__name__}: {value!r:.80}")
+    raise TypeError(
+        f"ranks exchange JSON and tensors, not {type(value).__name__}: {value!r:.80}"
+    )
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -33,7 +33,9 @@ ADAPTER_FILE = "text_adapter.safetensors"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 CONFIG_FILE = "config.json"
 
-LOG_SCALE = math.log(1 / 0.07)  # where CLIP's own training starts (arXiv 2103.00020, section 2.5)
+LOG_SCALE = math.log(
+    1 / 0.07
+)  # where CLIP's own training starts (arXiv 2103.00020, section 2.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,9 @@ class DualConfig:
         "projection_dim is its width)",
         learned=True,
     )
-    projection_norm: bool = setting(False, help="a LayerNorm before the projection", learned=True)
+    projection_norm: bool = setting(
+        False, help="a LayerNorm before the projection", learned=True
+    )
     projection_bias: bool = setting(
         False,
         help="a bias in the linear projection, initially 0",
@@ -116,7 +120,10 @@ class DualConfig:
 
 
 def fetch_directory(
-    source: str | os.PathLike[str], *, revision: str | None = None, also: tuple[str, ...] = ()
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    also: tuple[str, ...] = (),
 ) -> Path:
     """A local directory for a path or a Hub id (``owner/name``), downloaded if necessary. Raises
     FileNotFoundError. ``also``: patterns of further files to download, with the configurations and
@@ -151,7 +158,9 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     body = read_json_value(path)
     if not isinstance(body, dict):
-        raise ContractError(f"{path} contains a {type(body).__name__}, expected a JSON object")
+        raise ContractError(
+            f"{path} contains a {type(body).__name__}, expected a JSON object"
+        )
     return body
 
 
@@ -160,7 +169,9 @@ def write_json(path: Path, body: dict[str, Any]) -> None:
     path.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def section(config: dict[str, Any], name: str, *, where: str = "config.json") -> dict[str, Any]:
+def section(
+    config: dict[str, Any], name: str, *, where: str = "config.json"
+) -> dict[str, Any]:
     """An object inside a JSON object, {} if absent or null; ContractError for anything else."""
     value = config.get(name)
     if value is not None and not isinstance(value, dict):
@@ -193,7 +204,10 @@ def check_channels(name: str, values: Any, where: Path) -> None:
     one for each color, or for a deviation that is not above 0."""
     lowest = 0.0 if name == "image_std" else -math.inf
     numbers = values if isinstance(values, list) else []
-    usable = [isinstance(value, (int, float)) and lowest < value < math.inf for value in numbers]
+    usable = [
+        isinstance(value, (int, float)) and lowest < value < math.inf
+        for value in numbers
+    ]
     if usable != [True, True, True]:
         above = " above 0" if name == "image_std" else ""
         advice = "take the values of the model that the tower comes from"
@@ -205,7 +219,9 @@ def check_channels(name: str, values: Any, where: Path) -> None:
 
 # Whether a tower directory is what was written: the hashes of its weights.
 
-REMEDY = "the directory was modified or only partly copied; copy or export the tower again"
+REMEDY = (
+    "the directory was modified or only partly copied; copy or export the tower again"
+)
 
 
 def has_card(directory: Path) -> bool:
@@ -298,7 +314,9 @@ def published(card: TowerCard) -> TowerCard:
 
     def name_of(path_or_id: str) -> str:
         return (
-            Path(path_or_id).expanduser().absolute().name if is_private(path_or_id) else path_or_id
+            Path(path_or_id).expanduser().absolute().name
+            if is_private(path_or_id)
+            else path_or_id
         )
 
     def named(value: Any) -> Any:
@@ -310,7 +328,9 @@ def published(card: TowerCard) -> TowerCard:
             return {name: named(item) for name, item in value.items()}
         return value
 
-    public = dataclasses.replace(_with_places(card, name_of), training=named(card.training))
+    public = dataclasses.replace(
+        _with_places(card, name_of), training=named(card.training)
+    )
     if is_private(str(card.teacher.get("adapter", ""))):
         del public.teacher["adapter"]  # a copy of the card's
     return public
@@ -323,7 +343,9 @@ def _with_places(card: TowerCard, change: Callable[[str], str]) -> TowerCard:
         for name in TEACHER_PLACES
         if isinstance(value := card.teacher.get(name), str) and value
     }
-    teacher = card.teacher | {name: change(path_or_id) for name, path_or_id in places.items()}
+    teacher = card.teacher | {
+        name: change(path_or_id) for name, path_or_id in places.items()
+    }
     return dataclasses.replace(
         card, origin=change(card.origin) if card.origin else "", teacher=teacher
     )
@@ -332,8 +354,15 @@ def _with_places(card: TowerCard, change: Callable[[str], str]) -> TowerCard:
 # Checkpoints of other libraries.
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
-SAFE_TORCH = (2, 6)  # older versions run code in spite of `weights_only=True` (CVE-2025-32434)
-WRAPPERS = ("model", "module", "state_dict")  # of a training checkpoint, in the reference's order
+SAFE_TORCH = (
+    2,
+    6,
+)  # older versions run code in spite of `weights_only=True` (CVE-2025-32434)
+WRAPPERS = (
+    "model",
+    "module",
+    "state_dict",
+)  # of a training checkpoint, in the reference's order
 WEIGHT_FILES = (
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -355,7 +384,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         # it may be inside a training checkpoint such as {epoch, name, state_dict}
         if isinstance(state, dict):
             state = next(
-                (state[name] for name in WRAPPERS if isinstance(state.get(name), dict)), state
+                (state[name] for name in WRAPPERS if isinstance(state.get(name), dict)),
+                state,
             )
         if (
             not isinstance(state, dict)
@@ -367,7 +397,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ContractError(
             f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}"
         )
-    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
+    for prefix in (
+        "module.",
+        "_orig_mod.",
+    ):  # of DistributedDataParallel and torch.compile
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
@@ -396,7 +429,9 @@ def weight_files(directory: Path) -> list[Path]:
             shards = section(read_json(index), "weight_map", where=str(index)).values()
             return sorted({directory / Path(shard).name for shard in shards})
     files = sorted(
-        path for path in directory.iterdir() if path.suffix in (".safetensors", *PICKLE_SUFFIXES)
+        path
+        for path in directory.iterdir()
+        if path.suffix in (".safetensors", *PICKLE_SUFFIXES)
     )
     if not files:
         raise FileNotFoundError(
@@ -413,7 +448,11 @@ def refused_pickle(path: Path, error: pickle.UnpicklingError) -> ContractError:
     """The error for a pickle that torch does not read, whose own reason explains how to run the
     file nevertheless."""
     name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
-    reason = f"would run or construct {name[1]}" if name else "contains other objects than tensors"
+    reason = (
+        f"would run or construct {name[1]}"
+        if name
+        else "contains other objects than tensors"
+    )
     advice = (
         "load it where you trust it, with the library that wrote it, and save it with "
         "save_pretrained(FOLDER)"
@@ -428,14 +467,22 @@ def _read_pickle(path: Path) -> Any:
 
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
         why = (
-            f"torch {torch.__version__} cannot read a pickle safely (CVE-2025-32434, fixed in 2.6)"
+            f"torch {torch.__version__} cannot read a pickle safely "
+            "(CVE-2025-32434, fixed in 2.6)"
         )
         raise ContractError(f"{path}: {why}; import it in the training environment")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise refused_pickle(path, error) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ContractError(
             f"{path} is not a complete torch checkpoint ({reason}); download it again"

@@ -76,7 +76,9 @@ class TextAdapter(nn.Module):
             AdapterBlock(width, config.adapter_expansion) for _ in range(depth)
         )
         self.norm = nn.Identity() if is_none else nn.LayerNorm(width, eps=1e-5)
-        self.projection = nn.Identity() if is_none else nn.Linear(width, config.projection_dim)
+        self.projection = (
+            nn.Identity() if is_none else nn.Linear(width, config.projection_dim)
+        )
 
     def forward(self, embeddings_NW: Tensor, noise_NW: Tensor | None = None) -> Tensor:
         """(N, W) raw embeddings of any dtype -> (N, D) in the parameters' dtype; ValueError for
@@ -84,14 +86,17 @@ class TextAdapter(nn.Module):
         generator's."""
         if embeddings_NW.shape[-1] != self.llm_width:
             widths = (
-                f"width {embeddings_NW.shape[-1]}, but the text adapter expects {self.llm_width}"
+                f"width {embeddings_NW.shape[-1]}, but the text "
+                f"adapter expects {self.llm_width}"
             )
             raise ValueError(
                 f"LLM embeddings have {widths}; use those of the LLM that it was trained with"
             )
         x_NW = embeddings_NW.float()
         if self.normalize_input:
-            x_NW = F.normalize(x_NW, dim=-1)  # x / max(|x|, 1e-12): a zero row stays zero
+            x_NW = F.normalize(
+                x_NW, dim=-1
+            )  # x / max(|x|, 1e-12): a zero row stays zero
         x_NW = x_NW * self.input_factor
         if self.training and self.input_noise > 0:
             x_NW = x_NW + self.input_noise * (
@@ -119,8 +124,12 @@ class DualFeatures(NamedTuple):
     image_BD: Tensor  # L2-normalized
     text_ND: Tensor  # L2-normalized
     log_scale: Tensor  # (1,) natural logarithm of the logits' factor
-    bias: Tensor  # (1,) of the logits, for the sigmoid loss; 0 if the encoder learns none
-    patches_BTH: Tensor | None = None  # of the hidden state ``patches``, as an MLLM reads them
+    bias: (
+        Tensor  # (1,) of the logits, for the sigmoid loss; 0 if the encoder learns none
+    )
+    patches_BTH: Tensor | None = (
+        None  # of the hidden state ``patches``, as an MLLM reads them
+    )
     # of the hidden state ``patch_features``, L2-normalized
     patch_features_BTD: Tensor | None = None
 
@@ -143,7 +152,9 @@ class DualEncoder(nn.Module):
     def __init__(self, tower: Tower, config: DualConfig) -> None:
         super().__init__()
         self.family = family_of(tower)
-        log_scale = LOG_SCALE if config.logit_scale_init is None else config.logit_scale_init
+        log_scale = (
+            LOG_SCALE if config.logit_scale_init is None else config.logit_scale_init
+        )
         for name, choices in CHOICES.items():
             if (chosen := getattr(config, name)) not in choices:
                 raise ValueError(unknown(name, chosen, choices))
@@ -162,14 +173,20 @@ class DualEncoder(nn.Module):
             raise ValueError(
                 f"projection 'none' requires projection_dim {width}, got {config.projection_dim}"
             )
-        self.visual_norm = nn.LayerNorm(width) if config.projection_norm else nn.Identity()
+        self.visual_norm = (
+            nn.LayerNorm(width) if config.projection_norm else nn.Identity()
+        )
         self.visual_projection = nn.Identity()
         if config.projection == "linear":
             self.visual_projection = nn.Linear(
                 width, config.projection_dim, bias=config.projection_bias
             )
             # CLIP's
-            std = width**-0.5 if config.projection_init_std is None else config.projection_init_std
+            std = (
+                width**-0.5
+                if config.projection_init_std is None
+                else config.projection_init_std
+            )
             nn.init.normal_(self.visual_projection.weight, std=std)
             if config.projection_bias:
                 nn.init.zeros_(self.visual_projection.bias)
@@ -184,7 +201,9 @@ class DualEncoder(nn.Module):
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
         unused_head = self.family.pooling_head if config.pool != "pooled" else ()
-        for parameter in parameters_in(tower, [*self.family.never_trained, *unused_head]):
+        for parameter in parameters_in(
+            tower, [*self.family.never_trained, *unused_head]
+        ):
             parameter.requires_grad_(False)
 
     @property
@@ -192,7 +211,9 @@ class DualEncoder(nn.Module):
         """``exp(logit_scale)``, at most 100, shape (1,)."""
         return self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
 
-    def pool(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
+    def pool(
+        self, pixel_values: Tensor, spatial_shapes: Tensor | None = None
+    ) -> Tensor:
         """(B, 3, S, S) -> the image feature before the projection: (B, H), or (B, 2H) for cls_mean.
 
         ``spatial_shapes`` (B, 2): of images that keep their aspect (data.images.as_square), for
@@ -200,9 +221,13 @@ class DualEncoder(nn.Module):
         """
         return self._pooled(self._outputs(pixel_values, spatial_shapes), spatial_shapes)
 
-    def _outputs(self, pixel_values: Tensor, spatial_shapes: Tensor | None, **options: Any) -> Any:
+    def _outputs(
+        self, pixel_values: Tensor, spatial_shapes: Tensor | None, **options: Any
+    ) -> Any:
         shapes = {} if spatial_shapes is None else {"spatial_shapes": spatial_shapes}
-        return self.tower(pixel_values=pixel_values.to(self.tower.dtype), **shapes, **options)
+        return self.tower(
+            pixel_values=pixel_values.to(self.tower.dtype), **shapes, **options
+        )
 
     def _pooled(self, output: Any, spatial_shapes: Tensor | None) -> Tensor:
         """The tower's output -> what ``pool`` returns."""
@@ -214,7 +239,9 @@ class DualEncoder(nn.Module):
         patches_BTH = tokens_BTH[:, 1:] if self.family.has_cls else tokens_BTH
         if self.config.pool == "mean" and spatial_shapes is not None:
             weight_BT1 = (
-                patch_mask(spatial_shapes, patches_BTH.shape[1]).unsqueeze(-1).to(patches_BTH)
+                patch_mask(spatial_shapes, patches_BTH.shape[1])
+                .unsqueeze(-1)
+                .to(patches_BTH)
             )
             return (patches_BTH * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
         if self.config.pool == "mean":
@@ -226,7 +253,9 @@ class DualEncoder(nn.Module):
             else torch.cat((cls_BH, patches_BTH.mean(dim=1)), dim=-1)
         )
 
-    def encode_image(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
+    def encode_image(
+        self, pixel_values: Tensor, spatial_shapes: Tensor | None = None
+    ) -> Tensor:
         """(B, 3, S, S) preprocessed pixels -> (B, D), L2-normalized, float32; ``spatial_shapes``:
         see ``pool``."""
         return self.project(self.pool(pixel_values, spatial_shapes))
@@ -249,19 +278,29 @@ class DualEncoder(nn.Module):
             return self.encode_image(pixel_values, spatial_shapes), None, None
         output = self._outputs(pixel_values, spatial_shapes, output_hidden_states=True)
         first = int(self.family.has_cls)
-        raw_BTH = None if patches is None else output.hidden_states[patches][:, first:].float()
+        raw_BTH = (
+            None
+            if patches is None
+            else output.hidden_states[patches][:, first:].float()
+        )
         feature_BTD = None
         if patch_features is not None:
-            normed_BTH = final_norm(self.tower)(output.hidden_states[patch_features][:, first:])
+            normed_BTH = final_norm(self.tower)(
+                output.hidden_states[patch_features][:, first:]
+            )
             copies = 2 if self.config.pool == "cls_mean" else 1
             feature_BTD = self.project(torch.cat([normed_BTH] * copies, dim=-1))
         return self.project(self._pooled(output, spatial_shapes)), raw_BTH, feature_BTD
 
     def project(self, feature_BH: Tensor) -> Tensor:
         """Of `pool` -> (B, D), L2-normalized, float32; any number of leading dimensions."""
-        return F.normalize(self.visual_projection(self.visual_norm(feature_BH)).float(), dim=-1)
+        return F.normalize(
+            self.visual_projection(self.visual_norm(feature_BH)).float(), dim=-1
+        )
 
-    def encode_text(self, llm_embeddings: Tensor, noise: Tensor | None = None) -> Tensor:
+    def encode_text(
+        self, llm_embeddings: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
         """(N, W) LLM embeddings, ``noise`` as for TextAdapter -> (N, D) float32, L2-normalized.
         Raises ValueError."""
         if self.text_adapter is None:
@@ -280,9 +319,15 @@ class DualEncoder(nn.Module):
     ) -> DualFeatures:
         """Pixels (B, 3, S, S), LLM embeddings (N, W) -> what a loss needs; further arguments as of
         the two encoders."""
-        image_BD, *patches = self.encode_with_patches(pixel_values, spatial_shapes, **patch_layers)
+        image_BD, *patches = self.encode_with_patches(
+            pixel_values, spatial_shapes, **patch_layers
+        )
         text_ND = self.encode_text(embeddings, noise)
-        bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
+        bias = (
+            torch.zeros_like(self.logit_scale)
+            if self.logit_bias is None
+            else self.logit_bias
+        )
         # products, not the parameters themselves: ZeRO-3 frees those when this call ends
         return DualFeatures(
             image_BD, text_ND, self.logit_scale.float() * 1, bias.float() * 1, *patches
@@ -294,7 +339,10 @@ class LoadedDualEncoder(nn.Module):
     tower's teacher."""
 
     def __init__(
-        self, dual: DualEncoder, card: TowerCard, embed: Callable[[Sequence[str]], Tensor]
+        self,
+        dual: DualEncoder,
+        card: TowerCard,
+        embed: Callable[[Sequence[str]], Tensor],
     ) -> None:
         super().__init__()
         self.dual = dual
@@ -306,7 +354,9 @@ class LoadedDualEncoder(nn.Module):
         """The factor of the logits, not its logarithm; shape (1,)."""
         return self.dual.scale.detach()
 
-    def encode_image(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
+    def encode_image(
+        self, pixel_values: Tensor, spatial_shapes: Tensor | None = None
+    ) -> Tensor:
         return self.dual.encode_image(pixel_values, spatial_shapes)
 
     def encode_text(self, texts: str | Sequence[str] | Tensor) -> Tensor:
@@ -321,7 +371,9 @@ def heads_state(dual: DualEncoder) -> dict[str, Tensor]:
     """Every tensor of the dual encoder except the tower's: the contents of
     text_adapter.safetensors."""
     return {
-        name: value for name, value in dual.state_dict().items() if not name.startswith("tower.")
+        name: value
+        for name, value in dual.state_dict().items()
+        if not name.startswith("tower.")
     }
 
 
@@ -334,8 +386,12 @@ def read_dual_card(directory: Path) -> tuple[TowerCard, DualConfig]:
             f"fit heads on it (train-tower --tower {directory} --num-train-epochs 0) or open it "
             "with load_tower"
         )
-        raise ValueError(f"{directory} contains only a tower, without a projection; {fit}")
-    return card, from_plain(DualConfig, card.dual, where=f"{directory / card.FILE}: dual")
+        raise ValueError(
+            f"{directory} contains only a tower, without a projection; {fit}"
+        )
+    return card, from_plain(
+        DualConfig, card.dual, where=f"{directory / card.FILE}: dual"
+    )
 
 
 def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
@@ -367,8 +423,12 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
     expected = _shapes(heads_state(dual))
     if shapes != expected:
         wrong = sorted(shapes.items() ^ expected.items())
-        raise ContractError(f"{directory / ADAPTER_FILE} does not match {TowerCard.FILE}: {wrong}")
-    dual.load_state_dict(state, strict=False)  # complete but for the tower, as just checked
+        raise ContractError(
+            f"{directory / ADAPTER_FILE} does not match {TowerCard.FILE}: {wrong}"
+        )
+    dual.load_state_dict(
+        state, strict=False
+    )  # complete but for the tower, as just checked
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -60,8 +60,12 @@ class Eva02Config(PretrainedConfig):
     ) -> None:
         if hidden_act not in ("swiglu", "gelu"):
             raise ValueError(f"unknown hidden_act {hidden_act!r}; known: swiglu, gelu")
-        if hidden_size % num_attention_heads or (rope and hidden_size // num_attention_heads % 4):
-            sizes = f"hidden_size {hidden_size} / num_attention_heads {num_attention_heads}"
+        if hidden_size % num_attention_heads or (
+            rope and hidden_size // num_attention_heads % 4
+        ):
+            sizes = (
+                f"hidden_size {hidden_size} / num_attention_heads {num_attention_heads}"
+            )
             raise ValueError(
                 f"{sizes}, the head width, must be an integer, with rotary positions a multiple of "
                 "4"
@@ -86,7 +90,11 @@ class Eva02Config(PretrainedConfig):
 
 
 def rope_tables(
-    *, grid: int, pretrained_grid: int, head_width: int, device: torch.device | str = "cpu"
+    *,
+    grid: int,
+    pretrained_grid: int,
+    head_width: int,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles of grid x grid patches, both (grid * grid, E),
     float32.
@@ -95,7 +103,9 @@ def rope_tables(
     = r / grid * pretrained_grid in the first half of a head, and likewise for c in the second; each
     angle occurs twice, for a pair of adjacent channels.
     """
-    positions_G = torch.arange(grid, dtype=torch.float32, device=device) / grid * pretrained_grid
+    positions_G = (
+        torch.arange(grid, dtype=torch.float32, device=device) / grid * pretrained_grid
+    )
     axis = head_width // 2
     frequencies = 1.0 / ROPE_THETA ** (
         torch.arange(0, axis, 2, dtype=torch.float32, device=device) / axis
@@ -120,7 +130,8 @@ def rotate(
     if _is_traced():
         pairs = rearrange(x_BTNE, "... (e two) -> ... e two", two=2)
         swapped = rearrange(
-            torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1), "... e two -> ... (e two)"
+            torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1),
+            "... e two -> ... (e two)",
         )
         return torch.addcmul(x_BTNE * cos_TE[:, None], swapped, sin_TE[:, None])
     if turns_TC is None:
@@ -142,7 +153,9 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx: Any, x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TE, sin_TE)
         y_BTNE = x_BTNE * cos_TE[:, None]
-        x, y, sin = (each.unflatten(-1, (-1, 2)) for each in (x_BTNE, y_BTNE, sin_TE[:, None]))
+        x, y, sin = (
+            each.unflatten(-1, (-1, 2)) for each in (x_BTNE, y_BTNE, sin_TE[:, None])
+        )
         y[..., 0].addcmul_(x[..., 1], sin[..., 0])
         y[..., 1].addcmul_(x[..., 0], sin[..., 1])
         return y_BTNE
@@ -191,7 +204,9 @@ class Eva02Embeddings(nn.Module):
                 "squared"
             )
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
-        patches_BTH = rearrange(self.patch_embedding(pixel_values), "b c h w -> b (h w) c")
+        patches_BTH = rearrange(
+            self.patch_embedding(pixel_values), "b c h w -> b (h w) c"
+        )
         cls_B1H = self.cls_token.expand(patches_BTH.shape[0], -1, -1)
         return torch.cat((cls_B1H, patches_BTH), dim=1) + self.position_embedding
 
@@ -208,19 +223,25 @@ class Eva02Attention(nn.Module):
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
         width = config.hidden_size
-        self.config = config  # the model's own object: set_attn_implementation changes it
+        self.config = (
+            config  # the model's own object: set_attn_implementation changes it
+        )
         self.heads = config.num_attention_heads
         self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.inner_norm = (
-            nn.LayerNorm(width, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
+            nn.LayerNorm(width, eps=config.layer_norm_eps)
+            if config.sub_norm
+            else nn.Identity()
         )
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_BTH: Tensor, rope: Rope | None) -> Tensor:
         projections = (self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH))
-        q, k, v = (rearrange(p, "b t (n e) -> b t n e", n=self.heads) for p in projections)
+        q, k, v = (
+            rearrange(p, "b t (n e) -> b t n e", n=self.heads) for p in projections
+        )
         if rope is not None:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
@@ -230,7 +251,9 @@ class Eva02Attention(nn.Module):
             if self.config._attn_implementation == "eager"
             else F.scaled_dot_product_attention
         )
-        return self.out_proj(self.inner_norm(rearrange(attend(q, k, v), "b n t e -> b t (n e)")))
+        return self.out_proj(
+            self.inner_norm(rearrange(attend(q, k, v), "b n t e -> b t (n e)"))
+        )
 
 
 class _GatedSiLU(torch.autograd.Function):
@@ -247,7 +270,11 @@ class _GatedSiLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         if padding := gate.shape[-1] - grad.shape[-1]:
             grad = F.pad(grad, (0, padding))
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad), None
+        return (
+            torch.ops.aten.silu_backward(grad * up, gate),
+            F.silu(gate).mul_(grad),
+            None,
+        )
 
 
 class PaddedLinear(nn.Linear):
@@ -314,7 +341,9 @@ class Eva02Mlp(nn.Module):
         hidden = config.intermediate_size
         self.fc1 = nn.Linear(config.hidden_size, hidden)
         self.norm = (
-            nn.LayerNorm(hidden, eps=config.layer_norm_eps) if config.sub_norm else nn.Identity()
+            nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+            if config.sub_norm
+            else nn.Identity()
         )
         self.fc2 = nn.Linear(hidden, config.hidden_size)
 
@@ -334,7 +363,9 @@ class Eva02Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.attention = Eva02Attention(config)
-        self.mlp = Eva02SwiGLU(config) if config.hidden_act == "swiglu" else Eva02Mlp(config)
+        self.mlp = (
+            Eva02SwiGLU(config) if config.hidden_act == "swiglu" else Eva02Mlp(config)
+        )
         self.scale1 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
         self.scale2 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
 
@@ -367,7 +398,9 @@ class Eva02VisionModel(PreTrainedModel):
         super().__init__(config)
         chosen: Any = self.config  # transformers has set the attention in it
         self.embeddings = Eva02Embeddings(config)
-        self.blocks = nn.ModuleList(Eva02Block(chosen) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(
+            Eva02Block(chosen) for _ in range(config.num_hidden_layers)
+        )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False  # set by gradient_checkpointing_enable
         self.post_init()
@@ -419,7 +452,11 @@ class Eva02VisionModel(PreTrainedModel):
         cos = F.pad(cos, (0, 0, 1, 0), value=1.0)
         sin = F.pad(sin, (0, 0, 1, 0), value=0.0)
         # shared by all blocks, each of which would otherwise save another copy for backward
-        return cos.to(like.dtype), sin.to(like.dtype), complex_turns(cos, sin, like.dtype)
+        return (
+            cos.to(like.dtype),
+            sin.to(like.dtype),
+            complex_turns(cos, sin, like.dtype),
+        )
 
     def forward(
         self,

@@ -90,27 +90,36 @@ def export_tower(
             copy_adapter(adapter, temporary / TEACHER_ADAPTER)
             teacher = {
                 **(teacher or {}),
-                "adapter": str(Path(directory).expanduser().absolute() / TEACHER_ADAPTER),
+                "adapter": str(
+                    Path(directory).expanduser().absolute() / TEACHER_ADAPTER
+                ),
             }
         card = TowerCard(
             family=family.name,
             has_cls=family.has_cls,
             num_layers=config.num_hidden_layers,
-            **{name: getattr(config, name) for name in ("hidden_size", "patch_size", "image_size")},
+            **{
+                name: getattr(config, name)
+                for name in ("hidden_size", "patch_size", "image_size")
+            },
             **(save_heads(model, temporary) if isinstance(model, DualEncoder) else {}),
             origin=origin,
             weights_sha256=sha256_weights(temporary / WEIGHTS_FILE),
             teacher=teacher or {},
             training={
                 **(training or {}),
-                **({"resized_from": resized_from(tower)} if resized_from(tower) else {}),
+                **(
+                    {"resized_from": resized_from(tower)} if resized_from(tower) else {}
+                ),
             },
             metrics=metrics or {},
             versions=library_versions(),
         )
         card = recorded(card, directory)
         card.write(temporary / TowerCard.FILE)
-        (temporary / "README.md").write_text(model_card(published(card)), encoding="utf-8")
+        (temporary / "README.md").write_text(
+            model_card(published(card)), encoding="utf-8"
+        )
         with eval_mode(model):
             verify_directory(model, temporary)
     return card
@@ -138,7 +147,9 @@ def library_versions() -> dict[str, str]:
     """Versions of the libraries that write a tower directory."""
     import transformers
 
-    libraries = {library.__name__: library.__version__ for library in (torch, transformers)}
+    libraries = {
+        library.__name__: library.__version__ for library in (torch, transformers)
+    }
     return {"llm2clip-plugin": llm2clip_plugin.__version__, **libraries}
 
 
@@ -150,7 +161,9 @@ def save_tower(tower: Tower, directory: Path) -> None:
     tower.config._name_or_path = ""  # transformers 4 would write a path of this machine
     with quiet_transformers():
         # one file, one hash
-        tower.save_pretrained(directory, safe_serialization=True, max_shard_size="1000GB")
+        tower.save_pretrained(
+            directory, safe_serialization=True, max_shard_size="1000GB"
+        )
     # transformers 5 restores `vision_model.` only in a model made by from_pretrained, not in a
     # resized one
     prefix = family_of(tower).file_prefix
@@ -167,7 +180,9 @@ def save_tensors(state: dict[str, Tensor], path: Path) -> None:
     """Copies of tensors, which may share memory, as safetensors."""
     from safetensors.torch import save_file
 
-    copies = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    copies = {
+        name: value.detach().cpu().contiguous().clone() for name, value in state.items()
+    }
     save_file(copies, path, metadata={"format": "pt"})
 
 
@@ -188,7 +203,11 @@ def save_heads(dual: DualEncoder, directory: Path) -> dict[str, Any]:
 def load_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The dual encoder of a tower directory, or the tower if it contains nothing else."""
     has_heads = TowerCard.read(directory / TowerCard.FILE).projection_dim
-    return load_dual(directory, dtype=dtype)[0] if has_heads else load_tower(directory, dtype=dtype)
+    return (
+        load_dual(directory, dtype=dtype)[0]
+        if has_heads
+        else load_tower(directory, dtype=dtype)
+    )
 
 
 def reexport(
@@ -220,13 +239,17 @@ def reexport(
         "teacher": card.teacher,
         "training": card.training,
     }
-    return export_tower(model, output, **about, metrics=metrics, adapter=adapter, replace=replace)
+    return export_tower(
+        model, output, **about, metrics=metrics, adapter=adapter, replace=replace
+    )
 
 
 def probe_images(tower: Tower, *, count: int = 2) -> Tensor:
     """Random images from a fixed seed, (count, 3, S, S) in the tower's dtype and on its device."""
     size = tower.config.image_size
-    pixels = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(
+        count, 3, size, size, generator=torch.Generator().manual_seed(0)
+    )
     return pixels.to(device=tower.device, dtype=tower.dtype)
 
 
@@ -237,7 +260,9 @@ def probe_features(model: nn.Module) -> dict[str, Tensor]:
     pixels = probe_images(tower)
     with torch.no_grad():
         output = tower(pixel_values=pixels, output_hidden_states=True)
-        features = {f"hidden_states[{i}]": state for i, state in enumerate(output.hidden_states)}
+        features = {
+            f"hidden_states[{i}]": state for i, state in enumerate(output.hidden_states)
+        }
         features["last_hidden_state"] = output.last_hidden_state
         if output.pooler_output is not None:
             features["pooler_output"] = output.pooler_output
@@ -245,17 +270,23 @@ def probe_features(model: nn.Module) -> dict[str, Tensor]:
             features["encode_image"] = model.encode_image(pixels)
             if model.text_adapter is not None:
                 embeddings = torch.randn(
-                    3, model.config.llm_width, generator=torch.Generator().manual_seed(0)
+                    3,
+                    model.config.llm_width,
+                    generator=torch.Generator().manual_seed(0),
                 )
                 features["encode_text"] = model.encode_text(embeddings.to(tower.device))
     return features
 
 
-def compare_features(expected: dict[str, Tensor], actual: dict[str, Tensor], *, where: str) -> None:
+def compare_features(
+    expected: dict[str, Tensor], actual: dict[str, Tensor], *, where: str
+) -> None:
     """Raise ContractError for a difference, relative to the tensor's largest value, that exceeds
     the tolerance."""
     if set(expected) != set(actual):
-        raise ContractError(f"{where} computes {sorted(actual)}, expected {sorted(expected)}")
+        raise ContractError(
+            f"{where} computes {sorted(actual)}, expected {sorted(expected)}"
+        )
     for name, value in expected.items():
         tolerance = RELATIVE_TOLERANCE[value.dtype]
         scale = max(value.float().abs().max().item(), 1e-6)
@@ -275,11 +306,15 @@ def verify_directory(model: nn.Module, directory: Path) -> None:
     before = model.state_dict()
     after = reloaded.state_dict()
     unequal = {
-        name for name in before if name not in after or not torch.equal(before[name], after[name])
+        name
+        for name in before
+        if name not in after or not torch.equal(before[name], after[name])
     }
     if unequal := sorted(unequal | (after.keys() - before.keys())):
         raise ContractError(f"{directory}: tensors differ after reloading: {unequal}")
-    compare_features(probe_features(model), probe_features(reloaded), where=str(directory))
+    compare_features(
+        probe_features(model), probe_features(reloaded), where=str(directory)
+    )
 
 
 # The README.md of a tower directory, and its upload to the Hub.
@@ -360,13 +395,19 @@ def model_card(card: TowerCard) -> str:
         else ""
     )
     training = [
-        (name, str(value)) for name, value in sorted(card.training.items()) if name != BEFORE
+        (name, str(value))
+        for name, value in sorted(card.training.items())
+        if name != BEFORE
     ]
     texts = f"# {texts}\n" if (texts := needs_for_texts(card)) else ""
     return PAGE.format(
         family=card.family,
-        facts=markdown_table(("", ""), [(name, text) for name, text in facts.items() if text]),
-        training=f"## Training\n\n{markdown_table(('', ''), training)}\n" if training else "",
+        facts=markdown_table(
+            ("", ""), [(name, text) for name, text in facts.items() if text]
+        ),
+        training=f"## Training\n\n{markdown_table(('', ''), training)}\n"
+        if training
+        else "",
         metrics=f"## Metrics\n\n{frozen}{markdown_table(('metric', 'before', 'after'), scores)}\n"
         if scores
         else "",
@@ -394,7 +435,11 @@ def beyond_llava(card: TowerCard) -> str:
     """Why LLaVA 1.5 cannot run a tower in its pinned environment; "" if it can."""
     needs = families()[card.family].needs
     pinned = "cannot run in LLaVA 1.5's pinned environment (transformers 4.37.2, timm 0.6.13)"
-    return f"needs {needs}: {pinned}; LLaVA runs it in the training environment" if needs else ""
+    return (
+        f"needs {needs}: {pinned}; LLaVA runs it in the training environment"
+        if needs
+        else ""
+    )
 
 
 def needs_for_texts(card: TowerCard) -> str:
@@ -413,7 +458,9 @@ def needs_for_texts(card: TowerCard) -> str:
     )
 
 
-def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: bool = True) -> str:
+def push_to_hub(
+    directory: str | os.PathLike[str], repository: str, *, private: bool = True
+) -> str:
     """Upload a tower directory to the Hub as ``owner/name``, its card and README without local
     paths; the commit's URL.
 
@@ -422,10 +469,14 @@ def push_to_hub(directory: str | os.PathLike[str], repository: str, *, private: 
     directory = Path(directory)
     card = check_card(directory)
     message = (
-        f"LLM2CLIP {card.family} tower, {card.image_size} px, sha256 {card.weights_sha256[:12]}"
+        f"LLM2CLIP {card.family} tower, {card.image_size} px, "
+        f"sha256 {card.weights_sha256[:12]}"
     )
     public = published(card)
-    replaced = {TowerCard.FILE: public.to_json().encode(), "README.md": model_card(public).encode()}
+    replaced = {
+        TowerCard.FILE: public.to_json().encode(),
+        "README.md": model_card(public).encode(),
+    }
     return upload(
         directory,
         repository,
@@ -448,26 +499,35 @@ def upload(
     complete and can be uploaded later."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-    paths = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    paths = sorted(
+        path.relative_to(directory) for path in directory.rglob("*") if path.is_file()
+    )
     names = [path.as_posix() for path in paths if not _is_hidden(path)]
     try:
         check_hub_answers(repository)
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         files = [
-            CommitOperationAdd(name, (replaced or {}).get(name, directory / name)) for name in names
+            CommitOperationAdd(name, (replaced or {}).get(name, directory / name))
+            for name in names
         ]
-        return str(api.create_commit(repository, files, commit_message=message).commit_url)
+        return str(
+            api.create_commit(repository, files, commit_message=message).commit_url
+        )
     except Exception as error:
         # an LFS error is a ValueError or RuntimeError, others by the client's version
         texts = [str(error)]
         if error.__cause__ is not None:  # it has the status
             texts.append(str(error.__cause__))
         reason = " ".join(": ".join(texts).split()) or type(error).__name__
-        problem = f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}"
+        problem = (
+            f"cannot push {directory} to {repository} on {constants.ENDPOINT}: {reason}"
+        )
         # `hf upload` would send local paths
         again = f"llm2clip export {directory} --output NEW --push {repository}"
-        advice = f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `{again}`"
+        advice = (
+            f"check the network, HF_ENDPOINT and `hf auth whoami`, then run `{again}`"
+        )
         raise OSError(f"{problem}; the directory is complete: {advice}") from error
 
 
@@ -478,5 +538,9 @@ def _is_hidden(path: Path) -> bool:
 def check_repository(repository: str | None) -> None:
     """Raise ValueError for what cannot be a repository's name; for commands that upload at their
     end."""
-    if repository is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
-        raise ValueError(f"--push {repository!r} is no name of a repository, expected OWNER/NAME")
+    if repository is not None and not re.fullmatch(
+        r"[\w-][\w.-]*/[\w-][\w.-]*", repository
+    ):
+        raise ValueError(
+            f"--push {repository!r} is no name of a repository, expected OWNER/NAME"
+        )

@@ -36,7 +36,13 @@ from llm2clip_plugin.vision.directory import (
     read_tensors,
     weight_files,
 )
-from llm2clip_plugin.vision.families import Family, Tower, families, family_of, read_config
+from llm2clip_plugin.vision.families import (
+    Family,
+    Tower,
+    families,
+    family_of,
+    read_config,
+)
 
 TIMM_PREFIX = "timm:"
 
@@ -99,7 +105,9 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     family, _ = read_config(directory)
     if not any(directory.glob("model*.safetensors")):
         for path in sorted(directory.glob("pytorch_model*.bin")):
-            read_tensors(path)  # refuses a pickle that runs code, or is not safe to read
+            read_tensors(
+                path
+            )  # refuses a pickle that runs code, or is not safe to read
     check_hash(directory, WEIGHTS_FILE)
     from_pretrained = family.vision_class().from_pretrained
     read = functools.partial(
@@ -116,10 +124,15 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
             # not at once: under ZeRO-3 all parameters are empty
             tower, info = read(ignore_mismatched_sizes=True)
     # old files on the Hub contain position_ids: a counter, not a weight
-    extra = [key for key in info["unexpected_keys"] if not key.endswith("embeddings.position_ids")]
+    extra = [
+        key
+        for key in info["unexpected_keys"]
+        if not key.endswith("embeddings.position_ids")
+    ]
     unexpected = sorted(key for key in extra if not key.startswith(family.not_tower))
     misshapen = {
-        name: (tuple(actual), tuple(wanted)) for name, actual, wanted in info["mismatched_keys"]
+        name: (tuple(actual), tuple(wanted))
+        for name, actual, wanted in info["mismatched_keys"]
     }
     missing = sorted(set(info["missing_keys"]) - set(misshapen))
     if missing or unexpected or misshapen:
@@ -196,7 +209,9 @@ def resize_tower(tower: Tower, image_size: int) -> Tower:
     return resized.train(tower.training)
 
 
-def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid: int) -> Tensor:
+def resize_positions(
+    table: Tensor, *, class_rows: int, old_grid: int, new_grid: int
+) -> Tensor:
     """Interpolate the patch rows and keep the class rows: (..., c + g*g, C) -> (..., c + G*G, C).
 
     Bicubic without antialias, in float32, as LLM2CLIP's reference does from 224 to 336 pixels, and
@@ -211,7 +226,9 @@ def resize_positions(table: Tensor, *, class_rows: int, old_grid: int, new_grid:
         return table
     flat = table.reshape(rows, table.shape[-1])
     patches = rearrange(flat[class_rows:].float(), "(h w) c -> 1 c h w", h=old_grid)
-    patches = F.interpolate(patches, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
+    patches = F.interpolate(
+        patches, size=(new_grid, new_grid), mode="bicubic", align_corners=False
+    )
     patches = rearrange(patches, "1 c h w -> (h w) c").to(table.dtype)
     resized = torch.cat((flat[:class_rows], patches))
     return resized.reshape(*table.shape[:-2], *resized.shape)
@@ -236,13 +253,17 @@ def _check_images(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                 "processor"
             )
     elif pixels.shape[-2:] != (side, side):
-        sizes = f"{tuple(pixels.shape[-2:])} pixels, but the tower expects {side} x {side}"
+        sizes = (
+            f"{tuple(pixels.shape[-2:])} pixels, but the tower expects {side} x {side}"
+        )
         raise ValueError(
             f"images have {sizes}; interpolate its positions with load_tower(..., image_size=N)"
         )
 
 
-def _check_states(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _check_states(
+    tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
     """A state with another number of tokens has no class token, or one that its family does not
     know of: every patch would be taken for its neighbor."""
     pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
@@ -297,16 +318,28 @@ def preprocessor_config(
         family, config = read_config(directory)
         stated = own_preprocessor(directory)
     configured = {
-        name: value for name, value in config.to_dict().items() if name in INHERITED and value
+        name: value
+        for name, value in config.to_dict().items()
+        if name in INHERITED and value
     }
     stated = {**configured, **stated}
     size = config.image_size
-    patches = {"patch_size": config.patch_size, "max_num_patches": (size // config.patch_size) ** 2}
+    patches = {
+        "patch_size": config.patch_size,
+        "max_num_patches": (size // config.patch_size) ** 2,
+    }
     # which ignores the square
     of_patches = {"image_processor_type": "Siglip2ImageProcessor", **patches}
     return {
         **dict.fromkeys(
-            ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True
+            (
+                "do_resize",
+                "do_center_crop",
+                "do_rescale",
+                "do_normalize",
+                "do_convert_rgb",
+            ),
+            True,
         ),
         "crop_size": {"height": size, "width": size},
         "image_mean": list(stated.get("image_mean", family.mean)),
@@ -429,7 +462,9 @@ def use_quick_gelu(tower: nn.Module) -> int:
 # random weights.
 
 
-def new_tower(source: str, *, image_size: int | None = None, device: str = "cpu") -> Tower:
+def new_tower(
+    source: str, *, image_size: int | None = None, device: str = "cpu"
+) -> Tower:
     """A tower with the random weights that its library gives it, from torch's generator, in
     float32; none on "meta".
 
@@ -514,7 +549,9 @@ def merged(model: nn.Module) -> nn.Module:
 
     model = copy.deepcopy(model)
     layers = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
     ]
     for name, layer in layers:
         layer.merge()

@@ -84,7 +84,9 @@ def register(config: Any, model: Any, stock: str) -> None:
     except ImportError:  # transformers 4, whose modules have the Hub's names
         return
     renamed = mapping.get_checkpoint_conversion_mapping(stock) or []
-    mapping.register_checkpoint_conversion_mapping(config.model_type, renamed, overwrite=True)
+    mapping.register_checkpoint_conversion_mapping(
+        config.model_type, renamed, overwrite=True
+    )
 
 
 class OpenVisionConfig(CLIPVisionConfig):
@@ -125,7 +127,9 @@ if hasattr(transformers, "Aimv2VisionModel"):
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
             """See PreTrainedModel; in the file of an image-text model the tower is below
             ``vision_model``."""
-            return super().from_pretrained(*args, key_mapping={r"^vision_model\.": ""}, **kwargs)
+            return super().from_pretrained(
+                *args, key_mapping={r"^vision_model\.": ""}, **kwargs
+            )
 
         def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
             """See PreTrainedModel; without ``vision_model``, wherever the tower came from."""
@@ -140,7 +144,9 @@ if hasattr(transformers, "Aimv2VisionModel"):
             return output
 
 
-def naflex_positions(table: Tensor, spatial_shapes: Tensor | None, max_length: int) -> Tensor:
+def naflex_positions(
+    table: Tensor, spatial_shapes: Tensor | None, max_length: int
+) -> Tensor:
     """(g, g, H) positions -> (B, max_length, H) of images of ``spatial_shapes`` (B, 2), row by row,
     or (1, max_length, H) of a square: bilinear with antialias. Transformers' own makes the host
     wait for a GPU to check the shapes."""
@@ -153,7 +159,9 @@ def naflex_positions(table: Tensor, spatial_shapes: Tensor | None, max_length: i
             )
         return grid.to(table.dtype).flatten(2).mT
     fits = (spatial_shapes > 0).all() & (spatial_shapes.prod(1) <= max_length).all()
-    torch._assert_async(fits, "spatial_shapes: an image has no patches, or more than pixel_values")
+    torch._assert_async(
+        fits, "spatial_shapes: an image has no patches, or more than pixel_values"
+    )
     size_B12 = spatial_shapes.float()[:, None]
     index_N1 = torch.arange(max_length, device=table.device)[:, None]
     row_BN1 = index_N1.div(size_B12[..., 1:], rounding_mode="floor")
@@ -177,9 +185,9 @@ def siglip_tensor(name: str, weight: Tensor, patch: int, grid: int) -> Tensor:
     if name.endswith("patch_embedding.weight") and weight.dim() == 2:
         return weight.unflatten(1, (patch, patch, -1)).permute(0, 3, 1, 2)
     if name.endswith("position_embedding.weight"):
-        return naflex_positions(weight.unflatten(0, (math.isqrt(len(weight)), -1)), None, grid**2)[
-            0
-        ]
+        return naflex_positions(
+            weight.unflatten(0, (math.isqrt(len(weight)), -1)), None, grid**2
+        )[0]
     return weight
 
 
@@ -192,7 +200,11 @@ if int(transformers.__version__.split(".")[0]) < 5:
         model_type = "siglip2_vision_model"
 
         def __init__(
-            self, num_patches: int = 256, patch_size: int = 16, image_size: int = 0, **kwargs: Any
+            self,
+            num_patches: int = 256,
+            patch_size: int = 16,
+            image_size: int = 0,
+            **kwargs: Any,
         ) -> None:
             side = image_size or math.isqrt(num_patches) * patch_size
             super().__init__(patch_size=patch_size, image_size=side, **kwargs)
@@ -210,7 +222,9 @@ if int(transformers.__version__.split(".")[0]) < 5:
         config_class = SquareNaflexConfig
 
         @classmethod
-        def from_pretrained(cls, directory: Any, *, torch_dtype: Any = None, **kwargs: Any) -> Any:
+        def from_pretrained(
+            cls, directory: Any, *, torch_dtype: Any = None, **kwargs: Any
+        ) -> Any:
             """See PreTrainedModel; ``directory``: with model.safetensors."""
             from safetensors.torch import load_file
 
@@ -233,7 +247,11 @@ if int(transformers.__version__.split(".")[0]) < 5:
             )
 
         def forward(
-            self, pixel_values: Any, *args: Any, spatial_shapes: Any = None, **kwargs: Any
+            self,
+            pixel_values: Any,
+            *args: Any,
+            spatial_shapes: Any = None,
+            **kwargs: Any,
         ) -> Any:
             """See SiglipVisionModel. Raises ValueError for images that keep their aspect."""
             if spatial_shapes is not None:
@@ -247,7 +265,8 @@ else:
     # a mask (B, 1, 1, N) is added as it is; one of two dimensions, which transformers 5.0 needs, is
     # read by the host
     TAKES_ADDED_MASK = hasattr(
-        sys.modules[transformers.Siglip2VisionModel.__module__], "create_bidirectional_mask"
+        sys.modules[transformers.Siglip2VisionModel.__module__],
+        "create_bidirectional_mask",
     )
 
     class NaflexTowerConfig(transformers.Siglip2VisionConfig):
@@ -259,7 +278,8 @@ else:
         def __post_init__(self, **kwargs: Any) -> None:
             super().__post_init__(**kwargs)
             self.image_size = (
-                getattr(self, "image_size", 0) or math.isqrt(self.num_patches) * self.patch_size
+                getattr(self, "image_size", 0)
+                or math.isqrt(self.num_patches) * self.patch_size
             )
 
         def to_diff_dict(self) -> dict[str, Any]:
@@ -294,11 +314,17 @@ else:
                 side = self.config.patch_size
                 # (B, 3, g, P, g, P)
                 patches = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))
-                pixel_values = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+                pixel_values = (
+                    patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+                )
             if spatial_shapes is not None and pixel_attention_mask is None:
-                positions = torch.arange(pixel_values.shape[1], device=pixel_values.device)
+                positions = torch.arange(
+                    pixel_values.shape[1], device=pixel_values.device
+                )
                 seen = positions < spatial_shapes.prod(1, keepdim=True)
-                added = (~seen)[:, None, None].to(self.dtype) * torch.finfo(self.dtype).min
+                added = (~seen)[:, None, None].to(self.dtype) * torch.finfo(
+                    self.dtype
+                ).min
                 pixel_attention_mask = added if TAKES_ADDED_MASK else seen.int()
             inputs: Any = {
                 "pixel_attention_mask": pixel_attention_mask,
@@ -379,7 +405,11 @@ ARGUMENTS = (
 
 
 def make_timm(
-    name: str, size: int | None, *, pretrained: bool, arguments: Mapping[str, Any] | None = None
+    name: str,
+    size: int | None,
+    *,
+    pretrained: bool,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Any:
     """The timm model without its classifier; ValueError for an unknown name, with similar ones, or
     argument."""
@@ -390,19 +420,25 @@ def make_timm(
             "this tower is a timm model; install timm: pip install 'timm>=1.0'"
         ) from error
     if timm.__version__.startswith("0."):
-        raise ValueError(f"this tower requires timm 1.0 or newer; {timm.__version__} is installed")
+        raise ValueError(
+            f"this tower requires timm 1.0 or newer; {timm.__version__} is installed"
+        )
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
         raise ValueError(
             f"unknown timm model {name!r} (timm {timm.__version__}); similar names: {near}"
         )
-    settings: dict[str, Any] = dict(arguments or {}) | ({} if size is None else {"img_size": size})
+    settings: dict[str, Any] = dict(arguments or {}) | (
+        {} if size is None else {"img_size": size}
+    )
     if unknown := sorted(set(settings) - {*ARGUMENTS, "img_size"}):
         raise ValueError(
             f"timm_args: {unknown[0]!r} cannot be set here; known: {', '.join(ARGUMENTS)}"
         )
     try:
-        model: Any = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
+        model: Any = timm.create_model(
+            name, pretrained=pretrained, num_classes=0, **settings
+        )
     except (TypeError, AssertionError) as error:
         if "unexpected keyword argument 'img_size'" in str(error):
             raise ValueError(
@@ -412,7 +448,9 @@ def make_timm(
         raise ValueError(
             f"timm {timm.__version__} cannot build {name!r} with {settings}: {error}"
         ) from error
-    if hasattr(model, "merger"):  # Qwen3-VL's tower: without its projector; it has no final norm
+    if hasattr(
+        model, "merger"
+    ):  # Qwen3-VL's tower: without its projector; it has no final norm
         model.merger = None
         model.global_pool = "avg"
         model.norm = nn.Identity()
@@ -492,7 +530,14 @@ def timm_config(model: Any, name: str, arguments: Mapping[str, Any]) -> TimmVitC
     elif isinstance(model.pos_embed, nn.Parameter):
         class_rows = model.pos_embed.shape[1] - rows * columns
     # PIL's numbers
-    filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+    filters = {
+        "nearest": 0,
+        "lanczos": 1,
+        "bilinear": 2,
+        "bicubic": 3,
+        "box": 4,
+        "hamming": 5,
+    }
     return TimmVitConfig(
         timm_name=name,
         image_size=rows * height,
@@ -517,8 +562,12 @@ def check_block_tokens(model: Any, config: TimmVitConfig) -> None:
     expected = config.prefix_tokens + grid**2
     shapes: list[torch.Size] = []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    model.blocks[-1].register_forward_hook(lambda _, __, output: shapes.append(output.shape))
+        block.register_forward_pre_hook(
+            lambda _, inputs: shapes.append(inputs[0].shape)
+        )
+    model.blocks[-1].register_forward_hook(
+        lambda _, __, output: shapes.append(output.shape)
+    )
     pixels = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
     with torch.no_grad():
         model.to("meta").eval().forward_features(pixels)
@@ -543,7 +592,10 @@ class TimmTower(PreTrainedModel):
     def __init__(self, config: TimmVitConfig) -> None:
         super().__init__(config)
         self.model: Any = make_timm(
-            config.timm_name, config.image_size, pretrained=False, arguments=config.timm_args
+            config.timm_name,
+            config.image_size,
+            pretrained=False,
+            arguments=config.timm_args,
         )
         self.is_built_without_memory = any(
             parameter.is_meta for parameter in self.model.parameters()
@@ -551,7 +603,9 @@ class TimmTower(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_timm(cls, name: str, *, pretrained: bool, arguments: Mapping[str, Any]) -> "TimmTower":
+    def from_timm(
+        cls, name: str, *, pretrained: bool, arguments: Mapping[str, Any]
+    ) -> "TimmTower":
         """The tower that ``make_timm`` makes, with its weights; raises as ``timm_config`` and
         ``check_block_tokens``."""
         model = make_timm(name, None, pretrained=pretrained, arguments=arguments)
@@ -606,11 +660,15 @@ class TimmTower(PreTrainedModel):
         if output_hidden_states:
             blocks = self.model.blocks
             handles = [
-                block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+                block.register_forward_pre_hook(
+                    lambda _, inputs: states.append(inputs[0])
+                )
                 for block in blocks
             ]
             handles.append(
-                blocks[-1].register_forward_hook(lambda _, __, output: states.append(output))
+                blocks[-1].register_forward_hook(
+                    lambda _, __, output: states.append(output)
+                )
             )
         try:
             tokens, pooled = self._features(pixel_values.to(self.dtype), spatial_shapes)
@@ -627,7 +685,9 @@ class TimmTower(PreTrainedModel):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _features(self, pixels: Tensor, spatial_shapes: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _features(
+        self, pixels: Tensor, spatial_shapes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, H) after the last norm, and what pools them (B, H); see ``forward``. Padded
         and masked, not grouped by grid: under ZeRO-3 all ranks must run a block equally often."""
         model = self.model
@@ -637,21 +697,32 @@ class TimmTower(PreTrainedModel):
             tokens = model.forward_features(pixels)
             if tokens.dim() == 3:
                 return tokens, model.forward_head(tokens, pre_logits=True)
-            return tokens.flatten(1, 2), tokens.mean((1, 2))  # Qwen3-VL's: (B, rows, columns, H)
+            return tokens.flatten(1, 2), tokens.mean(
+                (1, 2)
+            )  # Qwen3-VL's: (B, rows, columns, H)
         if pixels.dim() == 3:  # as images of one column of patches
-            pixels = pixels.unflatten(2, (side, side, 3)).permute(0, 4, 1, 2, 3).flatten(2, 3)
+            pixels = (
+                pixels.unflatten(2, (side, side, 3))
+                .permute(0, 4, 1, 2, 3)
+                .flatten(2, 3)
+            )
         patches = model.patch_embed(pixels).flatten(1, 2)
         # (B, N)
-        mask = torch.arange(patches.shape[1], device=patches.device) < spatial_shapes.prod(
-            1, keepdim=True
-        )
+        mask = torch.arange(
+            patches.shape[1], device=patches.device
+        ) < spatial_shapes.prod(1, keepdim=True)
         placed = []  # each image's patches with timm's positions and rotation, then zeros
-        for image, (rows, columns) in zip(patches, spatial_shapes.tolist(), strict=True):
+        for image, (rows, columns) in zip(
+            patches, spatial_shapes.tolist(), strict=True
+        ):
             count = rows * columns
             width = image.shape[1]
             parts = model._pos_embed(image[:count].view(1, rows, columns, width))
             placed.append(
-                [pad(part.view(count, -1), (0, 0, 0, len(image) - count)) for part in parts]
+                [
+                    pad(part.view(count, -1), (0, 0, 0, len(image) - count))
+                    for part in parts
+                ]
             )
         tokens, rotations = map(torch.stack, zip(*placed, strict=True))
         for block in model.blocks:
@@ -660,7 +731,9 @@ class TimmTower(PreTrainedModel):
                 if model.grad_checkpointing
                 else block
             )
-            tokens = call(tokens, rope=rotations[:, None], attn_mask=mask[:, None, None])
+            tokens = call(
+                tokens, rope=rotations[:, None], attn_mask=mask[:, None, None]
+            )
         return tokens, (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 

@@ -31,7 +31,9 @@ Work = Callable[[], Any]
 Run = tuple[float, Any]  # seconds of a call, and its result
 
 
-def parse(doc: str | None, rounds: int = 5, **options: tuple[Any, ...]) -> argparse.Namespace:
+def parse(
+    doc: str | None, rounds: int = 5, **options: tuple[Any, ...]
+) -> argparse.Namespace:
     """The command line of a benchmark; ``doc``: its description. ``options``: name -> default,
     help, then the choices if it has any; a list as default takes several values."""
     parser = argparse.ArgumentParser(
@@ -79,7 +81,9 @@ def alternate(ways: Mapping[str, Work], rounds: int) -> dict[str, list[Run]]:
 
 
 def alternate_processes(
-    ways: Mapping[str, Callable[[argparse.Namespace], Work]], args: argparse.Namespace, rounds: int
+    ways: Mapping[str, Callable[[argparse.Namespace], Work]],
+    args: argparse.Namespace,
+    rounds: int,
 ) -> tuple[dict[str, list[Run]], dict[str, str]]:
     """The runs of what each way prepares, each in a new process; MiB of each way's peak above the
     memory before."""
@@ -107,7 +111,9 @@ def _measure(
         before = cuda.memory_allocated()
         run = timed(work)
         return cuda.max_memory_allocated() - before, run
-    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that was freed before counts as in use
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # otherwise memory that was freed before counts as in use
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status.read_text()
     run = timed(work)
@@ -129,21 +135,31 @@ def print_table(
     round by round: median [lowest, highest]. ``columns``: title -> way -> cell, in addition."""
     gpu = torch.cuda.is_available()
     base = next(iter(runs.values()))
-    device = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
-    print(f"\n{about}; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    device = (
+        torch.cuda.get_device_name()
+        if gpu
+        else platform.processor() or platform.machine()
+    )
+    print(
+        f"\n{about}; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+    )
     heads = ["way", f"{unit} / s ({'GPU' if gpu else 'CPU'})", "ratio", *columns]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     first_times = [elapsed for elapsed, _ in base]
     for name, runs_of_way in runs.items():
         times = [elapsed for elapsed, _ in runs_of_way]
-        ratios = [first / elapsed for first, elapsed in zip(first_times, times, strict=True)]
+        ratios = [
+            first / elapsed for first, elapsed in zip(first_times, times, strict=True)
+        ]
         speed = f"{amount / median(times):,.4g}"
         spread = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         cells = [name, speed, spread, *(column[name] for column in columns.values())]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def write_shard(folder: Path, count: int, *, side: int = 512, quality: int = 95) -> Path:
+def write_shard(
+    folder: Path, count: int, *, side: int = 512, quality: int = 95
+) -> Path:
     """A tar of ``count`` JPEGs with a caption each, as img2dataset writes them."""
     from webdataset.writer import TarWriter
 
@@ -153,7 +169,11 @@ def write_shard(folder: Path, count: int, *, side: int = 512, quality: int = 95)
         for number in range(count):
             photo_like(rng, side).save(body := io.BytesIO(), "JPEG", quality=quality)
             tar.write(
-                {"__key__": f"{number:05d}", "jpg": body.getvalue(), "txt": f"caption {number}"}
+                {
+                    "__key__": f"{number:05d}",
+                    "jpg": body.getvalue(),
+                    "txt": f"caption {number}",
+                }
             )
     return path
 
@@ -164,11 +184,16 @@ def photo_like(rng: np.random.Generator, side: int) -> Image.Image:
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None])
     frequency[0, 0] = 1
     fields = [
-        np.fft.ifft2(np.fft.fft2(rng.standard_normal((side, side))) / frequency**1.45).real
+        np.fft.ifft2(
+            np.fft.fft2(rng.standard_normal((side, side))) / frequency**1.45
+        ).real
         for _ in range(3)
     ]
     fields = [(field - field.mean()) / field.std() for field in fields]
-    pixels = np.stack([0.8 * fields[0] + 0.3 * field for field in fields], axis=-1) * 45 + 120
+    pixels = (
+        np.stack([0.8 * fields[0] + 0.3 * field for field in fields], axis=-1) * 45
+        + 120
+    )
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 

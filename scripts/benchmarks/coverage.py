@@ -32,7 +32,9 @@ from llava_integration.evaluator.compare.statistics import (
 
 Rng = np.random.Generator
 LEVEL = 0.95
-Drawn = tuple[list[Paired], list[float]]  # comparisons that are adjusted together, and the truth
+Drawn = tuple[
+    list[Paired], list[float]
+]  # comparisons that are adjusted together, and the truth
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,11 @@ def mean_statistics(right_MN: np.ndarray) -> list[Statistic]:
 
 
 def clustered(
-    name: str, sizes: Sequence[int], shared: float, won: float = 0.25, lost: float = 0.25
+    name: str,
+    sizes: Sequence[int],
+    shared: float,
+    won: float = 0.25,
+    lost: float = 0.25,
 ) -> Setting:
     """Right or wrong; a question shares its image's fate with the probability ``shared``."""
     clusters = np.repeat(names(len(sizes)), sizes).tolist()
@@ -159,7 +165,9 @@ def categories(sizes: Sequence[int]) -> Setting:
 
     def draw(rng: Rng) -> Drawn:
         right = rng.random((2, len(parts))) < 0.6
-        statistics = [mean_of_parts(parts, side.astype(float).tolist(), 100.0) for side in right]
+        statistics = [
+            mean_of_parts(parts, side.astype(float).tolist(), 100.0) for side in right
+        ]
         return [pair(statistics[:1], statistics[1:], names(len(parts)))], [0.0]
 
     listed = " and ".join(map(str, sizes))
@@ -170,7 +178,8 @@ def f1_statistic(said: np.ndarray, truth: np.ndarray) -> Statistic:
     """F1 of yes, in percent."""
     sums = np.stack([said * truth, said, truth], axis=1)
     return Statistic(
-        sums, lambda totals: 100 * ratio(2 * totals[..., 0], totals[..., 1] + totals[..., 2])
+        sums,
+        lambda totals: 100 * ratio(2 * totals[..., 0], totals[..., 1] + totals[..., 2]),
     )
 
 
@@ -193,16 +202,22 @@ def f1(
         shared = rng.random(len(truth))
         sides = []
         for rates in (base, new):
-            luck = np.where(rng.random(len(truth)) < 0.7, shared, rng.random(len(truth)))
+            luck = np.where(
+                rng.random(len(truth)) < 0.7, shared, rng.random(len(truth))
+            )
             said = luck < np.where(truth == 1, *rates)
             sides.append(f1_statistic(said.astype(float), truth))
         return [pair([sides[0]], [sides[1]], clusters)], [true_f1(new) - true_f1(base)]
 
     share = positives / (positives + negatives)
-    return Setting(f"F1, {images} images of {positives + negatives}, {share:.0%} yes", draw)
+    return Setting(
+        f"F1, {images} images of {positives + negatives}, {share:.0%} yes", draw
+    )
 
 
-def runs(base: int, new: int, questions: int, spread: float, gain: float = 0.0) -> Setting:
+def runs(
+    base: int, new: int, questions: int, spread: float, gain: float = 0.0
+) -> Setting:
     """Right or wrong; each side knows half of the questions, a run's accuracy varies by ``spread``
     points."""
 
@@ -228,7 +243,9 @@ def all_pairs(models: int, questions: int, count: int = 1) -> Setting:
         sides = [mean_statistics(side) for side in right]
         comparisons = []
         for number, base in enumerate(sides):
-            comparisons += [pair(base, new, names(questions)) for new in sides[number + 1 :]]
+            comparisons += [
+                pair(base, new, names(questions)) for new in sides[number + 1 :]
+            ]
         return comparisons, [0.0] * len(comparisons)
 
     more = f", {count} runs each" if count > 1 else ""
@@ -283,8 +300,15 @@ def main() -> None:
     print("|---|--:|--:|--:|")
     for setting in settings():
         outcome = simulate(setting, args.simulations)
-        wrong = "" if outcome.wrong_verdicts is None else f"{outcome.wrong_verdicts:.1%}"
-        columns = [setting.name, f"{outcome.covered:.1%}", wrong, f"{outcome.width:.2f}"]
+        wrong = (
+            "" if outcome.wrong_verdicts is None else f"{outcome.wrong_verdicts:.1%}"
+        )
+        columns = [
+            setting.name,
+            f"{outcome.covered:.1%}",
+            wrong,
+            f"{outcome.width:.2f}",
+        ]
         print(f"| {' | '.join(columns)} |", flush=True)
 
 

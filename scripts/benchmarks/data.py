@@ -16,7 +16,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from scripts.benchmarks.common import alternate, jpeg_batches, parse, print_table, write_shard
+from scripts.benchmarks.common import (
+    alternate,
+    jpeg_batches,
+    parse,
+    print_table,
+    write_shard,
+)
 
 
 def webdataset_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Tensor]:
@@ -26,13 +32,21 @@ def webdataset_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Te
 
     images = ImageConfig(size=args.size)
     bicubic = transforms.InterpolationMode.BICUBIC
-    crop = transforms.RandomResizedCrop(args.size, scale=args.scale, interpolation=bicubic)
+    crop = transforms.RandomResizedCrop(
+        args.size, scale=args.scale, interpolation=bicubic
+    )
     steps = [crop, transforms.ToTensor(), transforms.Normalize(images.mean, images.std)]
     dataset = (
-        WebDataset([str(tar)], shardshuffle=False, empty_check=False).shuffle(100).decode("pilrgb")
+        WebDataset([str(tar)], shardshuffle=False, empty_check=False)
+        .shuffle(100)
+        .decode("pilrgb")
     )
-    pairs: Any = dataset.to_tuple("jpg", "txt").map_tuple(transforms.Compose(steps), str)
-    for pixels, _ in DataLoader(cast(IterableDataset, pairs.batched(args.batch)), batch_size=None):
+    pairs: Any = dataset.to_tuple("jpg", "txt").map_tuple(
+        transforms.Compose(steps), str
+    )
+    for pixels, _ in DataLoader(
+        cast(IterableDataset, pairs.batched(args.batch)), batch_size=None
+    ):
         yield pixels
 
 
@@ -49,14 +63,24 @@ def own_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Tensor]:
 if __name__ == "__main__":
     area = ([0.9, 1.0], "least and largest area of the random crop")
     args = parse(
-        __doc__, images=(512, "in the tar"), size=(224, "pixels"), batch=(64, "images"), scale=area
+        __doc__,
+        images=(512, "in the tar"),
+        size=(224, "pixels"),
+        batch=(64, "images"),
+        scale=area,
     )
     torch.set_num_threads(1)
-    ways = {"webdataset + PIL + torchvision": webdataset_batches, "llm2clip": own_batches}
+    ways = {
+        "webdataset + PIL + torchvision": webdataset_batches,
+        "llm2clip": own_batches,
+    }
     with tempfile.TemporaryDirectory() as folder:
         tar = write_shard(Path(folder), args.images)
         runs = alternate(
-            {n: lambda way=way: sum(map(len, way(tar, args))) for n, way in ways.items()},
+            {
+                n: lambda way=way: sum(map(len, way(tar, args)))
+                for n, way in ways.items()
+            },
             args.rounds,
         )
     about = f"JPEGs of 512 px to {args.size} px, crops of {args.scale[0]:g} to {args.scale[1]:g}"

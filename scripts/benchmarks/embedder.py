@@ -62,7 +62,9 @@ def photographs(count: int) -> list[bytes]:
 
 def emoji_captions(count: int) -> list[str]:
     """Short and long English captions, drawn at random."""
-    source = open_source(SourceConfig(path="llm2clip_plugin/data/emoji/validation-noto.tar"))
+    source = open_source(
+        SourceConfig(path="llm2clip_plugin/data/emoji/validation-noto.tar")
+    )
     texts = []
     for number in range(len(source)):
         for caption in source.captions(number)[1]:
@@ -74,7 +76,10 @@ def emoji_captions(count: int) -> list[str]:
 def main() -> None:
     options: dict[str, Any] = {
         "shape": ("openai/clip-vit-base-patch32", "of the tower", *SHAPES),
-        "llm": ("quickstart-output/models/gemma-3-270m", "its folder; default: the quickstart's"),
+        "llm": (
+            "quickstart-output/models/gemma-3-270m",
+            "its folder; default: the quickstart's",
+        ),
         "batch": (8, "pictures"),
         "texts": (16, "captions"),
     }
@@ -96,7 +101,9 @@ def main() -> None:
 
     @torch.no_grad()
     def by_open_clip() -> torch.Tensor:
-        pixels = torch.stack([transform(Image.open(io.BytesIO(file))) for file in pictures])
+        pixels = torch.stack(
+            [transform(Image.open(io.BytesIO(file))) for file in pictures]
+        )
         return theirs.encode_image(pixels, normalize=True)
 
     @torch.no_grad()
@@ -106,7 +113,10 @@ def main() -> None:
     def by_export(inputs: list[Any]) -> torch.Tensor:
         return model.encode(inputs, batch_size=len(inputs), convert_to_tensor=True)
 
-    ways = {"load_dual_encoder": by_dual, "sentence-transformers": lambda: by_export(pictures)}
+    ways = {
+        "load_dual_encoder": by_dual,
+        "sentence-transformers": lambda: by_export(pictures),
+    }
     runs = alternate(ways | {"open_clip": by_open_clip}, args.rounds)
     text_ways = {
         "load_dual_encoder": texts_by_dual,
@@ -117,7 +127,9 @@ def main() -> None:
         ours, exported = (of_way[way][-1][1] for way in text_ways)
         if (ours - exported).norm(dim=1).max() > TOLERANCE:
             raise SystemExit("the export embeds otherwise")
-    print_table(f"pictures, {args.shape}, float32", runs, amount=args.batch, unit="pictures")
+    print_table(
+        f"pictures, {args.shape}, float32", runs, amount=args.batch, unit="pictures"
+    )
     print_table("texts, float32", text_runs, amount=len(captions), unit="texts")
 
 

@@ -26,7 +26,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, logging
 from llm2clip_plugin.vision.export import export_tower
 from scripts.benchmarks.common import DTYPES, alternate, parse, print_table
 
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
 SHAPES = {
     "tiny": (64, 4, 4, 56, 14),
     "b16": (768, 12, 12, 224, 16),
@@ -80,7 +86,9 @@ if __name__ == "__main__":
         "LLaVA's own tower": llavas_tower.to(**device_and_dtype),
         "llm2clip": model.get_vision_tower(),
     }
-    images = torch.randn(args.images, 3, *[SHAPES[args.shape][3]] * 2).to(**device_and_dtype)
+    images = torch.randn(args.images, 3, *[SHAPES[args.shape][3]] * 2).to(
+        **device_and_dtype
+    )
 
     def encode(name: str) -> torch.Tensor:
         model.model.vision_tower = towers[name]
@@ -88,7 +96,12 @@ if __name__ == "__main__":
             return model.encode_images(images)
 
     runs = alternate({name: partial(encode, name) for name in towers}, args.rounds)
-    assert torch.equal(*(of_tower[-1][1] for of_tower in runs.values())), "the towers differ"
+    assert torch.equal(*(of_tower[-1][1] for of_tower in runs.values())), (
+        "the towers differ"
+    )
     print_table(
-        f"encode_images, {args.shape}, {args.dtype}", runs, amount=args.images, unit="images"
+        f"encode_images, {args.shape}, {args.dtype}",
+        runs,
+        amount=args.images,
+        unit="images",
     )

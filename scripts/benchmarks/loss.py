@@ -46,7 +46,10 @@ def prepare(loss_of: Callable[..., Tensor], args: Namespace) -> Callable[[], flo
 
 
 if __name__ == "__main__":
-    sizes: dict[str, Any] = {"pairs": (16384, "of the batch"), "width": (512, "of the embeddings")}
+    sizes: dict[str, Any] = {
+        "pairs": (16384, "of the batch"),
+        "width": (512, "of the embeddings"),
+    }
     args = parse(__doc__, **sizes, dtype=("float32", "of the embeddings", *DTYPES))
     ways = {
         "full logits": partial(prepare, full_loss),

@@ -45,7 +45,9 @@ def their_epoch(
     open_clip = import_module("open_clip")
     train = import_module("open_clip_train.train")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings: dict[str, Any] = dict.fromkeys(("distill", "horovod", "wandb", "distributed"), False)
+    settings: dict[str, Any] = dict.fromkeys(
+        ("distill", "horovod", "wandb", "distributed"), False
+    )
     settings |= {
         "world_size": 1,
         "rank": 0,
@@ -65,7 +67,11 @@ def their_epoch(
 
     def features(image: Tensor, text: Tensor) -> dict[str, Tensor]:
         image_bD, text_bD, *_ = forward(image, text)
-        return {"image_features": image_bD, "text_features": text_bD, "logit_scale": scale.exp()}
+        return {
+            "image_features": image_bD,
+            "text_features": text_bD,
+            "logit_scale": scale.exp(),
+        }
 
     dual.forward = features  # type: ignore[assignment] # as open_clip's models answer
     adam = bare_adam(dual)
@@ -78,7 +84,9 @@ def their_epoch(
     def epoch() -> None:
         data = {"train": their_loader(folder / "00000.tar", embeddings, args)}
         before, after = (
-            ((dual,), (loss, 0, adam, None, None, None)) if state is None else ((state,), ())
+            ((dual,), (loss, 0, adam, None, None, None))
+            if state is None
+            else ((state,), ())
         )
         train.train_one_epoch(*before, data, *after, SimpleNamespace(**settings))
 
@@ -98,10 +106,15 @@ def their_loader(tar: Path, embeddings: dict[str, Tensor], args: Namespace) -> A
         "world_size": 1,
     }
     settings = SimpleNamespace(
-        train_data=str(tar), dataset_resampled=True, train_data_upsampling_factors=None, **count
+        train_data=str(tar),
+        dataset_resampled=True,
+        train_data_upsampling_factors=None,
+        **count,
     )
     look_up = {"tokenizer": lambda text: embeddings[text.strip()][None]}
-    return data.get_wds_dataset(settings, transform(224, is_train=True), is_train=True, **look_up)
+    return data.get_wds_dataset(
+        settings, transform(224, is_train=True), is_train=True, **look_up
+    )
 
 
 def our_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], None]:
@@ -111,7 +124,9 @@ def our_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], 
 
     def epoch() -> None:
         batches = jpeg_batches(folder, cache, ImageConfig(size=224), args, workers=1)
-        assert all(math.isfinite(step(batch)[0]) for batch in islice(batches, args.steps))
+        assert all(
+            math.isfinite(step(batch)[0]) for batch in islice(batches, args.steps)
+        )
 
     return epoch
 
@@ -123,7 +138,9 @@ if __name__ == "__main__":
         "batch": (16, "images a step"),
         "steps": (8, "a round"),
     }
-    args = parse(__doc__, open_clip=checkout, **sizes, scale=([0.9, 1.0], "area of our crops"))
+    args = parse(
+        __doc__, open_clip=checkout, **sizes, scale=([0.9, 1.0], "area of our crops")
+    )
     sys.path[:0] = [f"{args.open_clip}/src"] if args.open_clip else []
     start_ranks()
     with tempfile.TemporaryDirectory() as name:
@@ -133,4 +150,6 @@ if __name__ == "__main__":
         runs = alternate({"open_clip": theirs, "llm2clip": ours}, args.rounds)
     version = sys.modules["open_clip"].__version__
     about = f"batch {args.batch}, {args.steps} steps a round, open_clip {version}"
-    print_table(f"{args.tower}, {about}", runs, amount=args.steps * args.batch, unit="images")
+    print_table(
+        f"{args.tower}, {about}", runs, amount=args.steps * args.batch, unit="images"
+    )

@@ -30,14 +30,19 @@ def row(sizes: list[int], window: int, ranks: int, steps: int, batch: int) -> st
         shards = np.zeros(len(sizes), bool)
         for node in range(nodes):
             samples = [
-                draw.index for draw in mixture.rank_draws(step * batch, node, batch // nodes, nodes)
+                draw.index
+                for draw in mixture.rank_draws(
+                    step * batch, node, batch // nodes, nodes
+                )
             ]
             assert (step_of[samples] == -1).all()  # no sample twice
             step_of[samples] = step
             shard_numbers = np.searchsorted(stops, samples, side="right")
             read[node, shard_numbers] = shards[shard_numbers] = True
         in_batch.append(shards.sum())
-    distance = np.median(np.abs(np.diff(step_of))[(step_of[1:] >= 0) & (step_of[:-1] >= 0)])
+    distance = np.median(
+        np.abs(np.diff(step_of))[(step_of[1:] >= 0) & (step_of[:-1] >= 0)]
+    )
     means = [
         f"{read.sum(1).mean():.0f}",
         f"{read.sum() / read.any(0).sum():.2f}",
@@ -52,7 +57,9 @@ if __name__ == "__main__":
         "steps": (1000, "global batches from the start of an epoch"),
     }
     windows = ([16, 64], "shards that are shuffled together")
-    args = parse(__doc__, rounds=0, **counts, global_batch=(4096, "pairs"), windows=windows)
+    args = parse(
+        __doc__, rounds=0, **counts, global_batch=(4096, "pairs"), windows=windows
+    )
     sizes = np.random.default_rng(0).integers(8500, 9500, args.shards).tolist()
     print(f"| {HEADS} |\n{'|---' * 6}|")
     for window in args.windows:

@@ -23,14 +23,19 @@ from llm2clip_plugin.evaluate.ranks import recall
 from scripts.benchmarks.common import alternate_processes, parse, print_table
 
 
-def one_hot_recall(image: Tensor, text: Tensor, owner: Tensor, batch: int) -> dict[str, float]:
+def one_hot_recall(
+    image: Tensor, text: Tensor, owner: Tensor, batch: int
+) -> dict[str, float]:
     """Dense correct pairs times one-hot top-k, batch by batch."""
     correct = torch.zeros(len(text), len(image), dtype=torch.bool)
     correct[torch.arange(len(text)), owner] = True
     score = text @ image.T
     metrics = {}
     for k in (1, 5, 10):
-        for side, scores, pairs in (("t2i", score, correct), ("i2t", score.T, correct.T)):
+        for side, scores, pairs in (
+            ("t2i", score, correct),
+            ("i2t", score.T, correct.T),
+        ):
             hits = []
             for start in range(0, len(scores), batch):
                 some_scores = scores[start : start + batch]
@@ -71,7 +76,9 @@ if __name__ == "__main__":
     runs, memory = alternate_processes(ways, args, args.rounds)
     sizes = f"{args.images:,} images x {args.captions:,} captions"
     about = f"recall of {sizes}, one-hot of {args.batch} queries"
-    print_table(about, runs, amount=1, unit="evaluations", **{"MiB above the inputs": memory})
+    print_table(
+        about, runs, amount=1, unit="evaluations", **{"MiB above the inputs": memory}
+    )
     theirs, ours = (of_way[0][1] for of_way in runs.values())
     worst = max(abs(theirs[key] - value) for key, value in ours.items())
     print(f"\nrecall {ours}; largest difference {worst:.1e}")

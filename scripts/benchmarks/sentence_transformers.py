@@ -49,7 +49,9 @@ def make_pairs(count: int) -> list[Pair]:
     pairs = []
     for i in range(count):
         words = [*rng.choices(WORDS, k=rng.randint(4, 12)), str(i)]
-        more = rng.choices(WORDS, k=rng.randint(45, 90) if i % 3 == 0 else rng.randint(4, 15))
+        more = rng.choices(
+            WORDS, k=rng.randint(45, 90) if i % 3 == 0 else rng.randint(4, 15)
+        )
         pairs.append(Pair(str(i), " ".join(words), " ".join(words[-4:] + more)))
     return pairs
 
@@ -60,7 +62,9 @@ def their_model(args: Namespace, *, lora: bool) -> Any:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    transformer: Any = Transformer(args.llm, model_kwargs={"dtype": getattr(torch, args.dtype)})
+    transformer: Any = Transformer(
+        args.llm, model_kwargs={"dtype": getattr(torch, args.dtype)}
+    )
     torch.manual_seed(0)
     if lora:
         transformer.model = get_peft_model(transformer.model, LoraConfig(**LORA))
@@ -76,7 +80,9 @@ def compare_embedding(args: Namespace) -> None:
     captions = [caption for number in drawn for caption in source.captions(number)[1]]
     texts = list(
         dict.fromkeys(
-            c.text for c in captions if c.language == "en" and c.kind in ("short", "long")
+            c.text
+            for c in captions
+            if c.language == "en" and c.kind in ("short", "long")
         )
     )
     encoder = CaptionEncoder(
@@ -86,7 +92,9 @@ def compare_embedding(args: Namespace) -> None:
     if (rows := encoder.tokenize(texts)) != model.tokenizer(texts)["input_ids"]:
         raise SystemExit("sentence-transformers has other tokens")
     ways = {
-        "sentence-transformers": lambda: model.encode(texts, convert_to_tensor=True).cpu().float()
+        "sentence-transformers": lambda: (
+            model.encode(texts, convert_to_tensor=True).cpu().float()
+        )
     }
     runs = alternate(ways | {"llm2clip": lambda: encoder.encode(texts)}, args.rounds)
     cosine = cosine_similarity(*(of_way[-1][1] for of_way in runs.values())).min()
@@ -97,11 +105,16 @@ def compare_embedding(args: Namespace) -> None:
 
 def their_step(args: Namespace) -> Callable[[], float]:
     """sentence-transformers' loss in a bare loop: forward, backward, AdamW."""
-    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+    )
 
     model = their_model(args, lora=True).train()
     pairs = make_pairs(args.batch)
-    how: Any = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    how: Any = {
+        "directions": ("query_to_doc", "doc_to_query"),
+        "partition_mode": "per_direction",
+    }
     loss_of = CachedMultipleNegativesRankingLoss(
         model, scale=CONTRAST.scale, mini_batch_size=args.micro, **how
     )
@@ -111,7 +124,9 @@ def their_step(args: Namespace) -> Callable[[], float]:
 
     def step() -> float:
         # no chat template
-        tokens = [model.tokenizer(side, padding=True, return_tensors="pt") for side in texts]
+        tokens = [
+            model.tokenizer(side, padding=True, return_tensors="pt") for side in texts
+        ]
         loss = loss_of([dict(side.to(model.device)) for side in tokens], None)
         loss.backward()
         adam.step()
@@ -132,7 +147,10 @@ def our_step(args: Namespace) -> Callable[[], float]:
         encoder=encoder.config, lora=LoraSettings(dropout=0.0), contrast=CONTRAST
     )
     module = trained_module(encoder, config.lora, config.contrast, config.train)
-    sizes = {"train_batch_size": args.batch, "train_micro_batch_size_per_gpu": args.micro}
+    sizes = {
+        "train_batch_size": args.batch,
+        "train_micro_batch_size_per_gpu": args.micro,
+    }
     ds_config = {**sizes, "zero_optimization": {"stage": 0}, "steps_per_print": 1 << 31}
     groups = [{"params": [p for p in module.parameters() if p.requires_grad]}]
     engine = Engine(module, groups, OPTIM, ds_config, keep_frozen=False)
@@ -161,7 +179,8 @@ def compare_steps(args: Namespace) -> None:
     if abs(second - other) > TOLERANCE[args.dtype]:
         raise SystemExit(f"the losses of the second step differ: {second}, {other}")
     about = (
-        f"stage 1, {args.dtype}, {args.batch} in {args.micro}s, losses {second:.6f}, {other:.6f}"
+        f"stage 1, {args.dtype}, {args.batch} in {args.micro}s, "
+        f"losses {second:.6f}, {other:.6f}"
     )
     print_table(
         about,
@@ -173,8 +192,14 @@ def compare_steps(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    llm = ("quickstart-output/models/gemma-3-270m", "its folder; default: the quickstart's")
-    sizes: dict[str, Any] = {"batch": (64, "pairs a step"), "micro": (16, "pairs a micro-batch")}
+    llm = (
+        "quickstart-output/models/gemma-3-270m",
+        "its folder; default: the quickstart's",
+    )
+    sizes: dict[str, Any] = {
+        "batch": (64, "pairs a step"),
+        "micro": (16, "pairs a micro-batch"),
+    }
     sizes |= {
         "concepts": (500, "emoji whose captions are embedded"),
         "part": ("all", "", "all", "stage1", "embed"),

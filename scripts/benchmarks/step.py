@@ -29,7 +29,11 @@ from llm2clip_plugin.vision.dual import DualEncoder
 from scripts.benchmarks.common import alternate, parse, print_table, write_shard
 from scripts.benchmarks.loss import full_loss
 
-TOWERS = {"tiny": (32, 2, 2, 64), "vit-s": (384, 12, 6, 1536), "vit-b": (768, 12, 12, 3072)}
+TOWERS = {
+    "tiny": (32, 2, 2, 64),
+    "vit-s": (384, 12, 6, 1536),
+    "vit-b": (768, 12, 12, 3072),
+}
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 TEACHER = TeacherIdentity(
     llm="random",
@@ -55,14 +59,18 @@ def make_dual(name: str) -> DualEncoder:
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(zip(SIZES, TOWERS[name], strict=True))
     tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **sizes))
-    return DualEncoder(tower, DualConfig(projection_dim=512, llm_width=TEACHER.width)).train()
+    return DualEncoder(
+        tower, DualConfig(projection_dim=512, llm_width=TEACHER.width)
+    ).train()
 
 
 def make_batch(size: int) -> dict[str, Any]:
     """Random pixels and embeddings, made once."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.arange(size)
-    pixels = torch.randint(0, 256, (size, 224, 224, 3), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(
+        0, 256, (size, 224, 224, 3), dtype=torch.uint8, generator=generator
+    )
     embeddings = torch.randn(size, TEACHER.width, generator=generator)
     ids = {
         "caption_hashes": numbers,
@@ -87,7 +95,9 @@ def bare_step(
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            image, text, *_ = dual(normalize(batch["pixels"]), batch["embeddings"].to(device))
+            image, text, *_ = dual(
+                normalize(batch["pixels"]), batch["embeddings"].to(device)
+            )
             loss = full_loss(image, text, dual.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
@@ -112,7 +122,11 @@ def our_step(
     train = TrainConfig(global_batch=size * world, precision=precision)
     hidden_size = dual.tower.config.hidden_size
     config = complete(
-        {"zero_optimization": {"stage": stage}}, train, OPTIM, world=world, hidden_size=hidden_size
+        {"zero_optimization": {"stage": stage}},
+        train,
+        OPTIM,
+        world=world,
+        hidden_size=hidden_size,
     )
     zero = config["zero_optimization"]
     zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
@@ -135,13 +149,17 @@ def write_training_data(folder: Path, count: int) -> dict[str, Tensor]:
     embeddings = torch.randn(count, TEACHER.width)
     writer.write_shard(source.shards[0].name, keys, caption_rows(captions), embeddings)
     writer.finish()
-    return {caption.text: row for (caption,), row in zip(captions, embeddings, strict=True)}
+    return {
+        caption.text: row for (caption,), row in zip(captions, embeddings, strict=True)
+    }
 
 
 if __name__ == "__main__":
     towers = (["vit-s", "vit-b"], "shapes", *TOWERS)
     precision = ("fp32", "bf16: under autocast if bare", *TOLERANCE)
-    args = parse(__doc__, towers=towers, batch=(8, "images a step"), precision=precision)
+    args = parse(
+        __doc__, towers=towers, batch=(8, "images a step"), precision=precision
+    )
     device = start_ranks()
     for name in args.towers:
         dual = make_dual(name)
@@ -150,8 +168,13 @@ if __name__ == "__main__":
             copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16"
         )
         ours = our_step(dual, args.batch, args.precision)
-        ways = {"bare loop": bare, "llm2clip": lambda ours=ours, batch=batch: ours(batch)[0]}
-        first = [step() for step in ways.values()]  # before rounding lets the weights drift apart
+        ways = {
+            "bare loop": bare,
+            "llm2clip": lambda ours=ours, batch=batch: ours(batch)[0],
+        }
+        first = [
+            step() for step in ways.values()
+        ]  # before rounding lets the weights drift apart
         if abs(first[0] - first[1]) > TOLERANCE[args.precision]:
             raise SystemExit(f"the first losses differ: {first}")
         runs = alternate(ways, args.rounds)

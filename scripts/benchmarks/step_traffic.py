@@ -32,14 +32,23 @@ L_PARAMETERS = 3.04e8  # of a ViT-L/14
 BATCH = 2
 STEPS = 3
 READS = ("aten::_local_scalar_dense", "tolist", "aten::equal")
-HEADS = "ZeRO | optimizer groups | collectives | flushes in backward | host reads | losses"
+HEADS = (
+    "ZeRO | optimizer groups | collectives | flushes in backward | host reads | losses"
+)
 
 
 def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
     """Count one step of this rank."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.ranks, "LOCAL_SIZE": args.ranks}
+    ranks = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": args.ranks,
+        "LOCAL_SIZE": args.ranks,
+    }
     os.environ.update(
-        {k: str(v) for k, v in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        {k: str(v) for k, v in ranks.items()},
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     start_ranks()
     TOWERS["deep"] = (TOWERS["tiny"][0], args.blocks, *TOWERS["tiny"][2:])
@@ -47,7 +56,9 @@ def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
     Tensor.tolist = record_function("tolist")(Tensor.tolist)
     dual = make_dual("deep")
     shrunk = sum(p.numel() for p in dual.parameters()) / L_PARAMETERS
-    step = our_step(dual, BATCH, args.precision, stage=stage, world=args.ranks, bucket=shrunk)
+    step = our_step(
+        dual, BATCH, args.precision, stage=stage, world=args.ranks, bucket=shrunk
+    )
     batch = make_batch(BATCH)
     flags = SharedFlags(Flags)
     losses = [step(batch, flags)[0] for _ in range(STEPS)]

@@ -65,9 +65,16 @@ def read_tars(pattern: str) -> list[Sample]:
                 files[member.name] = opened.read()
         for name in (name for name in files if name.endswith(".json")):
             about = json.loads(files[name])
-            captions = {c["kind"]: c["text"] for c in about["captions"] if c["language"] == "en"}
+            captions = {
+                c["kind"]: c["text"] for c in about["captions"] if c["language"] == "en"
+            }
             samples.append(
-                Sample(files[name[:-4] + "png"], captions, about["concept"], about["family"])
+                Sample(
+                    files[name[:-4] + "png"],
+                    captions,
+                    about["concept"],
+                    about["family"],
+                )
             )
     return samples
 
@@ -85,14 +92,19 @@ def batches(count: int, size: int, rng: random.Random) -> Iterator[list[int]]:
 def open_image(data: bytes) -> Image.Image:
     """RGB on white."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(
+        "RGB"
+    )
 
 
 def pixels(images: Sequence[Image.Image], side: int) -> Tensor:
     """(B, 3, side, side) float32, normalized with ImageNet's mean and deviation, as DINOv2's
     processor does."""
     stack = np.stack(
-        [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for image in images]
+        [
+            np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+            for image in images
+        ]
     )
     mean = torch.tensor([0.485, 0.456, 0.406])
     std = torch.tensor([0.229, 0.224, 0.225])
@@ -113,14 +125,19 @@ def augment(image: Image.Image, rng: random.Random) -> Image.Image:
     image = image.resize(image.size, Image.Resampling.BICUBIC, box=box)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR, fillcolor="white")
+    return image.rotate(
+        rng.uniform(-10, 10), Image.Resampling.BILINEAR, fillcolor="white"
+    )
 
 
 # ---------------------------------------------------------------------------------- loss, optimizer
 
 
 def contrastive_loss(
-    anchor_BD: Tensor, positive_BD: Tensor, scale: Tensor | float, *ids_B: Sequence[object]
+    anchor_BD: Tensor,
+    positive_BD: Tensor,
+    scale: Tensor | float,
+    *ids_B: Sequence[object],
 ) -> Tensor:
     """CLIP's symmetric InfoNCE (arXiv 2103.00020, figure 3) of L2-normalized features.
 
@@ -133,7 +150,9 @@ def contrastive_loss(
         same_BB = (number_B[:, None] == number_B).fill_diagonal_(False)
         logits_BB = logits_BB.masked_fill(same_BB, -math.inf)
     target_B = torch.arange(len(logits_BB))
-    return 0.5 * (F.cross_entropy(logits_BB, target_B) + F.cross_entropy(logits_BB.T, target_B))
+    return 0.5 * (
+        F.cross_entropy(logits_BB, target_B) + F.cross_entropy(logits_BB.T, target_B)
+    )
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
@@ -144,7 +163,9 @@ def rate(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def update(loss: Tensor, optimizer: torch.optim.Optimizer, factor: float, max_norm: float) -> None:
+def update(
+    loss: Tensor, optimizer: torch.optim.Optimizer, factor: float, max_norm: float
+) -> None:
     """One step at ``factor`` times each group's peak rate, the global norm of gradients clipped to
     ``max_norm``."""
     optimizer.zero_grad()
@@ -183,7 +204,9 @@ class Teacher(nn.Module):
     def __init__(self, folder: str) -> None:
         super().__init__()
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.llm = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        self.llm = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
         self.llm.eval().requires_grad_(False)
 
     def add_lora(self) -> list[nn.Parameter]:
@@ -191,14 +214,18 @@ class Teacher(nn.Module):
         for name, module in list(self.llm.layers.named_modules()):
             if isinstance(module, nn.Linear):
                 self.llm.layers.set_submodule(name, LoRA(module))
-        return [parameter for parameter in self.llm.parameters() if parameter.requires_grad]
+        return [
+            parameter for parameter in self.llm.parameters() if parameter.requires_grad
+        ]
 
     def forward(self, captions: Sequence[str]) -> Tensor:
         """(B, W) embeddings, not normalized: the last token's last hidden state. Padding on the
         right."""
         head = self.tokenizer(BEFORE)["input_ids"]  # with the token that begins a text
         tail = self.tokenizer(AFTER, add_special_tokens=False)["input_ids"]
-        of_captions = self.tokenizer(list(captions), add_special_tokens=False)["input_ids"]
+        of_captions = self.tokenizer(list(captions), add_special_tokens=False)[
+            "input_ids"
+        ]
         rows = [torch.tensor([*head, *ids, *tail]) for ids in of_captions]
         ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths_B = torch.tensor([len(row) for row in rows])
@@ -212,7 +239,9 @@ class Teacher(nn.Module):
     def embed(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The cache of stage 2: each distinct caption -> (W,). The LLM is not needed after this."""
         distinct = sorted(set(captions), key=len)
-        parts = [self(distinct[start : start + 32]) for start in range(0, len(distinct), 32)]
+        parts = [
+            self(distinct[start : start + 32]) for start in range(0, len(distinct), 32)
+        ]
         return dict(zip(distinct, torch.cat(parts), strict=True))
 
 
@@ -227,7 +256,9 @@ def caption_step(
     picture."""
     query_BW = F.normalize(teacher([query for query, _ in pairs]), dim=1)
     positive_BW = F.normalize(teacher([positive for _, positive in pairs]), dim=1)
-    loss = contrastive_loss(query_BW, positive_BW, 20.0, families, *zip(*pairs, strict=True))
+    loss = contrastive_loss(
+        query_BW, positive_BW, 20.0, families, *zip(*pairs, strict=True)
+    )
     update(loss, optimizer, factor, max_norm=1.0)
     return float(loss.detach())
 
@@ -235,12 +266,20 @@ def caption_step(
 def caption_optimizer(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
     """AdamW of stage 1."""
     return torch.optim.AdamW(
-        [{"params": parameters, "peak": 1e-3}], lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0
+        [{"params": parameters, "peak": 1e-3}],
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
     )
 
 
 def fine_tune(
-    teacher: Teacher, samples: Sequence[Sample], *, steps: int, batch: int, rng: random.Random
+    teacher: Teacher,
+    samples: Sequence[Sample],
+    *,
+    steps: int,
+    batch: int,
+    rng: random.Random,
 ) -> None:
     """Stage 1: a batch pairs names with long captions, or (four times as often) with a few of the
     keywords."""
@@ -248,7 +287,9 @@ def fine_tune(
     kinds: dict[str, list[Sample]] = {}
     for kind in ("long", "keywords"):
         kinds[kind] = [s for s in samples if {"short", kind} <= s.captions.keys()]
-    orders = {kind: batches(len(of_kind), batch, rng) for kind, of_kind in kinds.items()}
+    orders = {
+        kind: batches(len(of_kind), batch, rng) for kind, of_kind in kinds.items()
+    }
     for step in range(steps):
         kind = rng.choices(("long", "keywords"), (1, 4))[0]
         chosen = [kinds[kind][number] for number in next(orders[kind])]
@@ -257,7 +298,9 @@ def fine_tune(
             for sample in chosen
         ]
         factor = rate(step, steps, warmup=round(0.1 * steps))
-        loss = caption_step(teacher, optimizer, pairs, [sample.family for sample in chosen], factor)
+        loss = caption_step(
+            teacher, optimizer, pairs, [sample.family for sample in chosen], factor
+        )
         print(f"stage 1, step {step + 1} of {steps}: loss {loss:.3f}", flush=True)
 
 
@@ -290,9 +333,13 @@ class DualEncoder(nn.Module):
     """A DINOv2 tower with a projection, and a text adapter over the LLM's embeddings; both give
     unit vectors."""
 
-    def __init__(self, folder: str, llm_width: int, dim: int = 384, noise: float = 0.5) -> None:
+    def __init__(
+        self, folder: str, llm_width: int, dim: int = 384, noise: float = 0.5
+    ) -> None:
         super().__init__()
-        self.tower = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        self.tower = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
         # deviation of what is added to an embedding in training: with few captions, it regularizes
         self.noise = noise
         width = 2 * self.tower.config.hidden_size  # class token and mean of the patches
@@ -313,7 +360,9 @@ class DualEncoder(nn.Module):
         """(B, D), unit length."""
         return F.normalize(self.visual_projection(self.visual_norm(pooled_BP)), dim=-1)
 
-    def encode_text(self, embedding_NW: Tensor, noise_NW: Tensor | None = None) -> Tensor:
+    def encode_text(
+        self, embedding_NW: Tensor, noise_NW: Tensor | None = None
+    ) -> Tensor:
         """(N, D), unit length. The embedding is scaled to entries of unit variance first."""
         x_NW = F.normalize(embedding_NW, dim=-1) * embedding_NW.shape[1] ** 0.5
         if noise_NW is not None:
@@ -324,7 +373,11 @@ class DualEncoder(nn.Module):
 
     def heads(self) -> list[tuple[str, nn.Parameter]]:
         """What is not the tower."""
-        return [(name, p) for name, p in self.named_parameters() if not name.startswith("tower.")]
+        return [
+            (name, p)
+            for name, p in self.named_parameters()
+            if not name.startswith("tower.")
+        ]
 
 
 def tower_optimizer(
@@ -341,13 +394,23 @@ def tower_optimizer(
     for name, parameter in model.named_parameters():
         peak = head_lr
         if name.startswith("tower."):
-            block = next((int(part) for part in name.split(".") if part.isdigit()), None)
+            block = next(
+                (int(part) for part in name.split(".") if part.isdigit()), None
+            )
             below_top = (
-                depth + 1 if ".embeddings." in name else 0 if block is None else depth - block
+                depth + 1
+                if ".embeddings." in name
+                else 0
+                if block is None
+                else depth - block
             )
             peak = lr * 0.85**below_top
         table = ".embeddings." in name and parameter.ndim != 4
-        decay = 0.0 if table or parameter.numel() == max(parameter.shape, default=1) else 0.05
+        decay = (
+            0.0
+            if table or parameter.numel() == max(parameter.shape, default=1)
+            else 0.05
+        )
         groups.append({"params": [parameter], "peak": peak, "weight_decay": decay})
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
 
@@ -397,21 +460,44 @@ def train_tower(
         order = batches(len(samples), size, rng)
         for step in range(count):
             chosen = next(order)
-            texts = [samples[number].captions[rng.choice(("short", "long"))] for number in chosen]
+            texts = [
+                samples[number].captions[rng.choice(("short", "long"))]
+                for number in chosen
+            ]
             embedding_BW = torch.stack([cache[text] for text in texts])
-            seen = [augment(opened[number], rng) for number in chosen] if name == "tower" else []
+            seen = (
+                [augment(opened[number], rng) for number in chosen]
+                if name == "tower"
+                else []
+            )
             image_BP = model.pool(pixels(seen, side)) if seen else pooled[chosen]
-            factor = rate(step, count, warmup=round(0.15 * count)) if name == "tower" else 1.0
+            factor = (
+                rate(step, count, warmup=round(0.15 * count))
+                if name == "tower"
+                else 1.0
+            )
             noise_BW = torch.randn(embedding_BW.shape)
             loss = tower_step(
-                model, optimizer, image_BP, embedding_BW, noise_BW, texts, chosen, factor
+                model,
+                optimizer,
+                image_BP,
+                embedding_BW,
+                noise_BW,
+                texts,
+                chosen,
+                factor,
             )
             if name == "tower" or (step + 1) % 20 == 0:
-                print(f"stage 2, {name}, step {step + 1} of {count}: loss {loss:.3f}", flush=True)
+                print(
+                    f"stage 2, {name}, step {step + 1} of {count}: loss {loss:.3f}",
+                    flush=True,
+                )
 
 
 @torch.no_grad()
-def pooled_features(model: DualEncoder, opened: Sequence[Image.Image], side: int) -> Tensor:
+def pooled_features(
+    model: DualEncoder, opened: Sequence[Image.Image], side: int
+) -> Tensor:
     """(N, P) of images as they are."""
     parts = []
     for start in range(0, len(opened), 64):
@@ -424,10 +510,16 @@ def pooled_features(model: DualEncoder, opened: Sequence[Image.Image], side: int
 
 @torch.no_grad()
 def recall(
-    model: DualEncoder, samples: Sequence[Sample], cache: dict[str, Tensor], *, side: int
+    model: DualEncoder,
+    samples: Sequence[Sample],
+    cache: dict[str, Tensor],
+    *,
+    side: int,
 ) -> dict[str, float]:
     """R@1 and R@10 from caption to image and back; every drawing of a concept counts as a hit."""
-    captions = [(s.captions[kind], s.concept) for s in samples for kind in ("short", "long")]
+    captions = [
+        (s.captions[kind], s.concept) for s in samples for kind in ("short", "long")
+    ]
     texts = list(dict.fromkeys(captions))  # each once
     opened = [open_image(sample.image) for sample in samples]
     image_ND = model.project(pooled_features(model, opened, side))
@@ -443,7 +535,9 @@ def recall(
         ("image -> caption", similar_MN.T, hit_MN.T),
     ):
         best_hit = similar.masked_fill(~hit, -2).amax(1, keepdim=True)
-        rank = ((similar > best_hit) & ~hit).sum(1)  # wrong ones in front of the best hit
+        rank = ((similar > best_hit) & ~hit).sum(
+            1
+        )  # wrong ones in front of the best hit
         recalls |= {f"{name} R@{k}": float((rank < k).float().mean()) for k in (1, 10)}
     return recalls
 
@@ -457,7 +551,9 @@ def main() -> None:
         help="folder of a decoder LLM, such as the quickstart's Gemma 3 270M",
     )
     parser.add_argument(
-        "--tower", required=True, help="folder of a DINOv2, such as the quickstart's ViT-S/14"
+        "--tower",
+        required=True,
+        help="folder of a DINOv2, such as the quickstart's ViT-S/14",
     )
     parser.add_argument(
         "--side", type=int, default=56, help="pixels along a side of the tower's images"
@@ -478,7 +574,13 @@ def main() -> None:
     started = time.time()
     teacher = Teacher(options.llm)
     if not options.raw:
-        fine_tune(teacher, read_tars("train-noto.tar"), steps=options.llm_steps, batch=64, rng=rng)
+        fine_tune(
+            teacher,
+            read_tars("train-noto.tar"),
+            steps=options.llm_steps,
+            batch=64,
+            rng=rng,
+        )
     train = read_tars("train-*.tar")
     test = read_tars("test-*.tar")
     cache = teacher.embed(
@@ -488,7 +590,9 @@ def main() -> None:
 
     width = teacher.llm.config.get_text_config().hidden_size
     model = DualEncoder(options.tower, width)
-    train_tower(model, train, cache, side=options.side, steps=options.steps, batch=128, rng=rng)
+    train_tower(
+        model, train, cache, side=options.side, steps=options.steps, batch=128, rng=rng
+    )
     for name, value in recall(model, test, cache, side=options.side).items():
         print(f"{name}: {value:.3f}, {time.time() - started:.0f} s")
 

@@ -46,7 +46,13 @@ from llava_integration.evaluator.compare.statistics import (
     slips_of,
 )
 from llm2clip_plugin.atomic import write_text
-from llm2clip_plugin.report_text import estimate, fraction, markdown_table, p_value, spread
+from llm2clip_plugin.report_text import (
+    estimate,
+    fraction,
+    markdown_table,
+    p_value,
+    spread,
+)
 
 # chosen before the seeds were run; the other claims are listed below them, significant or not
 HEADLINE = (
@@ -82,7 +88,9 @@ def by_name(rows: Mapping[str, Rows]) -> dict[str, dict[int, Rows]]:
         name, _, seed = folder.partition("-seed")
         if seed and name in groups:
             groups[name][int(seed)] = of_folder
-    return {name: dict(sorted(seeds.items())) for name, seeds in groups.items() if seeds}
+    return {
+        name: dict(sorted(seeds.items())) for name, seeds in groups.items() if seeds
+    }
 
 
 def pair_tests(part: str, rows: Mapping[str, Rows], base: str = "raw") -> Tests:
@@ -113,7 +121,9 @@ def make_claims(tests: Tests) -> list[Claim]:
     total = compare_tests(tests, seeds_of)
     alone: dict[int, dict[str, dict[str, Any]]] = {}
     for seed in sorted({seed for name in tests for seed in seeds_of[name]}):
-        with_seed = {name: sides for name, sides in tests.items() if seed in seeds_of[name]}
+        with_seed = {
+            name: sides for name, sides in tests.items() if seed in seeds_of[name]
+        }
         alone[seed] = compare_tests(with_seed, {name: [seed] for name in with_seed})
     claims = []
     for name, (base, new) in tests.items():
@@ -128,7 +138,9 @@ def make_claims(tests: Tests) -> list[Claim]:
                 # fractions of the queries, over all seeds, with a higher and a lower score
                 "better": float(np.mean(change > 0)),
                 "worse": float(np.mean(change < 0)),
-                "seeds_significant": sum(result["significant"] for result in by_seed.values()),
+                "seeds_significant": sum(
+                    result["significant"] for result in by_seed.values()
+                ),
                 **total[name],
                 "by_seed": by_seed,
             }
@@ -151,7 +163,9 @@ def headline_place(claim: Claim) -> int:
     return HEADLINE.index(claim["name"]) if claim["name"] in HEADLINE else len(HEADLINE)
 
 
-def compare_tests(tests: Tests, seeds_of: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
+def compare_tests(
+    tests: Tests, seeds_of: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, Any]]:
     """New minus base in each test, p adjusted for all of them."""
     results = {}
     for name, (base, new) in tests.items():
@@ -176,7 +190,10 @@ def compare_seeds(difference_SQ: Sequence[np.ndarray], clusters: list[str]) -> E
     """The test of `llm2clip compare` for runs that are pairs: both sides of a seed have the same
     start and the same batches, so that what varies over seeds is their difference."""
     nothing = mean_statistic([0.0] * len(clusters), scale=1.0)
-    runs = [mean_statistic(difference_Q.tolist(), scale=1.0) for difference_Q in difference_SQ]
+    runs = [
+        mean_statistic(difference_Q.tolist(), scale=1.0)
+        for difference_Q in difference_SQ
+    ]
     paired = pair([nothing], runs, clusters)
     nothing_1C, run_SC = influences(paired)
     mean_S = np.mean(difference_SQ, axis=1)
@@ -188,9 +205,13 @@ def compare_seeds(difference_SQ: Sequence[np.ndarray], clusters: list[str]) -> E
     slips = slips_of(run_SC)
     between_seeds = max(float(np.var(mean_S, ddof=1)), slips)
     over_queries = max(0.0, estimate.error**2 - slips / seeds)
-    error, freedom = combine([(between_seeds / seeds, seeds - 1), (over_queries, estimate.freedom)])
+    error, freedom = combine(
+        [(between_seeds / seeds, seeds - 1), (over_queries, estimate.freedom)]
+    )
     share = min(1.0, freedom / estimate.freedom)
-    return replace(estimate, error=error, freedom=freedom, skew=estimate.skew * share**2)
+    return replace(
+        estimate, error=error, freedom=freedom, skew=estimate.skew * share**2
+    )
 
 
 def claims_table(claims: Sequence[Claim], base: str = "raw") -> str:
@@ -292,7 +313,9 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     caches = open_caches(data)
     sets = open_sets(data / "all")
     folders = sorted(
-        path for path in (output / "towers").glob("*-seed*") if path.name.split("-")[0] in TEACHERS
+        path
+        for path in (output / "towers").glob("*-seed*")
+        if path.name.split("-")[0] in TEACHERS
     )
     if not folders:
         raise FileNotFoundError(
@@ -302,15 +325,22 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     towers = {folder.name: measure_tower(folder, sets, caches) for folder in folders}
     teachers = measure_teachers(sets["test"][0], caches)
     claims = make_claims(pair_tests("tower", towers) | pair_tests("teacher", teachers))
-    add_map(claims, pair_tests("tower", towers, "map") | pair_tests("teacher", teachers, "map"))
+    add_map(
+        claims,
+        pair_tests("tower", towers, "map") | pair_tests("teacher", teachers, "map"),
+    )
     over_plain = []
     if tower_tests := pair_tests("tower", towers, "plain"):
         over_plain = make_claims(tower_tests | pair_tests("teacher", teachers, "plain"))
     headline = [claim for claim in claims if claim["name"] in HEADLINE]
     means: dict[str, dict[str, float]] = {}
     for name, rows in towers.items():
-        means[name] = {row: float(measured.scores.mean()) for row, measured in rows.items()}
-    add_random(claims, [rows for name, rows in means.items() if name.startswith("random-")])
+        means[name] = {
+            row: float(measured.scores.mean()) for row, measured in rows.items()
+        }
+    add_random(
+        claims, [rows for name, rows in means.items() if name.startswith("random-")]
+    )
     record = {
         "headline": headline,
         "others": claims[len(headline) :],  # significant or not
@@ -334,12 +364,16 @@ def add_map(claims: Sequence[Claim], tests: Tests) -> None:
     over_map = {claim["name"]: claim for claim in make_claims(tests)}
     for claim in claims:
         if row := over_map.get(claim["name"]):
-            claim["map"] = {"values": [round(seed["raw"], 5) for seed in row["by_seed"].values()]}
+            claim["map"] = {
+                "values": [round(seed["raw"], 5) for seed in row["by_seed"].values()]
+            }
             for field in ("difference", "interval", "p_adjusted", "significant"):
                 claim["map"][field] = row[field]
 
 
-def add_random(claims: Sequence[Claim], random_towers: Sequence[Mapping[str, float]]) -> None:
+def add_random(
+    claims: Sequence[Claim], random_towers: Sequence[Mapping[str, float]]
+) -> None:
     """Give each claim what the towers of random embeddings reach in its row, by seed; claims of
     teachers get []."""
     for claim in claims:
@@ -352,12 +386,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
-    parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
     parser.add_argument(
-        "--teachers", action="store_true", help="only print the table that needs no tower"
+        "--output", type=Path, default=Path("quickstart-output/default")
     )
     parser.add_argument(
-        "--must-learn", action="store_true", help="fail if a tower is no better than the control"
+        "--teachers",
+        action="store_true",
+        help="only print the table that needs no tower",
+    )
+    parser.add_argument(
+        "--must-learn",
+        action="store_true",
+        help="fail if a tower is no better than the control",
     )
     options = parser.parse_args()
     if options.teachers:

@@ -29,7 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import SETS, check_run, evaluate_tower, open_caches, open_sets, tower_galleries
+from measure import (
+    SETS,
+    check_run,
+    evaluate_tower,
+    open_caches,
+    open_sets,
+    tower_galleries,
+)
 
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.data.sources import Source
@@ -45,7 +52,10 @@ RECALL = {  # set and kind of caption -> what it is
     ("test", "short"): "names in English",
     ("test", "other"): "names in languages that training never saw",
     ("test", "long"): "descriptions in English",
-    ("unseen style", "long"): "descriptions, drawings in a style that training never saw",
+    (
+        "unseen style",
+        "long",
+    ): "descriptions, drawings in a style that training never saw",
 }
 LANGUAGES = {
     "en": "English",
@@ -65,7 +75,9 @@ LANGUAGES = {
 Reports = Mapping[str, Sequence[RetrievalReport]]  # set -> of each style
 
 
-def draw(concepts: Sequence[str], languages: Sequence[str]) -> list[tuple[str, str, int]]:
+def draw(
+    concepts: Sequence[str], languages: Sequence[str]
+) -> list[tuple[str, str, int]]:
     """All queries in order: (concept, language, number of the style), the same at every call."""
     generator = random.Random(0)
     shuffled = generator.sample(sorted(concepts), len(concepts))
@@ -129,7 +141,9 @@ def pictures(source: Source, concepts: set[str]) -> dict[str, str]:
         sample = source[number]
         if sample.meta["concept"] in concepts:
             encoded = base64.b64encode(sample.read_image()).decode()
-            encoded_pictures[sample.meta["concept"]] = f"data:image/png;base64,{encoded}"
+            encoded_pictures[sample.meta["concept"]] = (
+                f"data:image/png;base64,{encoded}"
+            )
     return encoded_pictures
 
 
@@ -142,7 +156,9 @@ def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
     return names
 
 
-def ask(reports: Mapping[str, Reports], concept: str, language: str, style: int) -> dict[str, Any]:
+def ask(
+    reports: Mapping[str, Reports], concept: str, language: str, style: int
+) -> dict[str, Any]:
     """What both towers answer to a query."""
     sides = {
         side: search(of_side["test"][style].pairs, concept, language)
@@ -174,7 +190,9 @@ def select(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:
             break
         drawn += 1
         found_count += int(is_found(query))
-        if is_found(query) and query["code"] not in [other["code"] for other in selected]:
+        if is_found(query) and query["code"] not in [
+            other["code"] for other in selected
+        ]:
             selected.append(query)
     return {"queries": selected, "drawn": drawn, "found": found_count}
 
@@ -186,12 +204,16 @@ def find(data: Path, output: Path) -> dict[str, Any]:
     for name in SIDES.values():
         check_run(output / "towers" / name)
     reports = {
-        side: evaluate_tower(output / "towers" / name, sets, caches) for side, name in SIDES.items()
+        side: evaluate_tower(output / "towers" / name, sets, caches)
+        for side, name in SIDES.items()
     }
     first = reports["before"]["test"][0].pairs
-    languages = {caption.language for caption in first.captions if caption.kind == "short"}
+    languages = {
+        caption.language for caption in first.captions if caption.kind == "short"
+    }
     queries = [
-        ask(reports, *query) for query in draw(first.meta_values("concept"), sorted(languages))
+        ask(reports, *query)
+        for query in draw(first.meta_values("concept"), sorted(languages))
     ]
     figure = select(queries)
     queries = queries[:QUERIES]
@@ -241,7 +263,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
-    parser.add_argument("--output", type=Path, default=Path("quickstart-output/default"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("quickstart-output/default")
+    )
     options = parser.parse_args()
     target = options.output / "found.json"
     towers = [options.output / "towers" / name for name in SIDES.values()]

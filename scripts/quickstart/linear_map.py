@@ -49,7 +49,9 @@ class MapConfig:
     """How a map is fitted. Pairs, their batch and the scale are those of stage 1; the rest was
     chosen on validation captions."""
 
-    shrinkage: float = 0.3  # of the covariance within concepts to a multiple of the identity
+    shrinkage: float = (
+        0.3  # of the covariance within concepts to a multiple of the identity
+    )
     steps: int = 200  # contrastive steps after the whitening
     batch: int = 64  # pairs of a step
     learning_rate: float = 1e-4
@@ -109,13 +111,19 @@ def whiten_within(concepts: Sequence[Concept], shrinkage: float) -> LinearMap:
     """The map after which captions of one concept differ alike in all directions: the inverse root
     of their covariance, of which the part ``shrinkage`` is replaced by a multiple of the
     identity."""
-    of_concept = [torch.stack(list(concept.rows.values())).double() for concept in concepts]
+    of_concept = [
+        torch.stack(list(concept.rows.values())).double() for concept in concepts
+    ]
     all_CW = torch.cat(of_concept)
     mean_W = all_CW.mean(dim=0)
-    differences_CW = torch.cat([rows_CW - rows_CW.mean(dim=0) for rows_CW in of_concept])
+    differences_CW = torch.cat(
+        [rows_CW - rows_CW.mean(dim=0) for rows_CW in of_concept]
+    )
     freedom = len(all_CW) - len(concepts)
     if freedom < 1:
-        raise ValueError("no concept has two captions, so nothing tells how they differ")
+        raise ValueError(
+            "no concept has two captions, so nothing tells how they differ"
+        )
     within_WW = differences_CW.T @ differences_CW / freedom
     identity_WW = torch.eye(len(mean_W), dtype=torch.float64)
     average = within_WW.trace() / len(mean_W)
@@ -135,9 +143,15 @@ def train_map(
     positives: dict[str, torch.Tensor] = {}
     ids: dict[str, torch.Tensor] = {}
     for kind in config.pairs:
-        with_both = [concept for concept in concepts if {"short", kind} <= concept.rows.keys()]
-        queries[kind] = start(torch.stack([concept.rows["short"] for concept in with_both]))
-        positives[kind] = start(torch.stack([concept.rows[kind] for concept in with_both]))
+        with_both = [
+            concept for concept in concepts if {"short", kind} <= concept.rows.keys()
+        ]
+        queries[kind] = start(
+            torch.stack([concept.rows["short"] for concept in with_both])
+        )
+        positives[kind] = start(
+            torch.stack([concept.rows[kind] for concept in with_both])
+        )
         ids[kind] = torch.tensor([families[concept.family] for concept in with_both])
     kinds = list(config.pairs)
     shares = torch.tensor(list(config.pairs.values()))
@@ -150,15 +164,21 @@ def train_map(
         query_bW = F.normalize(queries[kind][chosen_b] @ more_WW, dim=1)
         positive_bW = F.normalize(positives[kind][chosen_b] @ more_WW, dim=1)
         none_nW = query_bW[:0]
-        loss = pair_loss(query_bW, positive_bW, none_nW, scale, image_ids=ids[kind][chosen_b])
+        loss = pair_loss(
+            query_bW, positive_bW, none_nW, scale, image_ids=ids[kind][chosen_b]
+        )
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * (
+            1 - step / config.steps
+        )
         optimizer.step()
     return LinearMap(start.mean, start.weight @ more_WW.detach())
 
 
-def write_mapped(data: Path, cache: EmbeddingCache, linear: LinearMap, output: Path) -> str:
+def write_mapped(
+    data: Path, cache: EmbeddingCache, linear: LinearMap, output: Path
+) -> str:
     """Write the mapped embeddings of ``cache``, which has the shards in ``data``, and the map;
     returns the map's hash."""
     source = open_source(SourceConfig(path=str(data / "*.tar")))
@@ -172,7 +192,9 @@ def write_mapped(data: Path, cache: EmbeddingCache, linear: LinearMap, output: P
         rows = caption_rows(captions)
         file = cache.shard(shard.name)
         if file.meta["rows_sha256"] != rows_digest(keys, rows):
-            raise ContractError(f"{file.path} has other captions than {data}; embed them again")
+            raise ContractError(
+                f"{file.path} has other captions than {data}; embed them again"
+            )
         embeddings_CW = file.embeddings(range(len(rows)))
         writer.write_shard(shard.name, keys, rows, linear(embeddings_CW))
     writer.finish()
@@ -189,8 +211,12 @@ def write_map(
     concepts = read_concepts(shard, fitted)
     config = MapConfig()
     linear = fit_map(concepts, config, seed)
-    is_ours = (output / RECORD).is_file()  # of another seed or setting; nothing else is replaced
-    with atomic_directory(output, replace=is_ours, fix="choose another --output") as temporary:
+    is_ours = (
+        output / RECORD
+    ).is_file()  # of another seed or setting; nothing else is replaced
+    with atomic_directory(
+        output, replace=is_ours, fix="choose another --output"
+    ) as temporary:
         map_hash = write_mapped(data, raw, linear, temporary)
         record = {
             "llm": raw.fingerprint,
@@ -219,10 +245,16 @@ def parse_options() -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="folder of the shards of --cache")
-    parser.add_argument("--cache", type=Path, required=True, help="embeddings that are mapped")
+    parser.add_argument(
+        "--cache", type=Path, required=True, help="embeddings that are mapped"
+    )
     parser.add_argument("--captions", type=Path, required=True, help="cache of --shard")
-    parser.add_argument("--shard", type=Path, required=True, help="captions to fit the map to")
-    parser.add_argument("--seed", type=int, required=True, help="of the pairs of each step")
+    parser.add_argument(
+        "--shard", type=Path, required=True, help="captions to fit the map to"
+    )
+    parser.add_argument(
+        "--seed", type=int, required=True, help="of the pairs of each step"
+    )
     parser.add_argument("--output", type=Path, required=True, help="cache to write")
     return vars(parser.parse_args())
 

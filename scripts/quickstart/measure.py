@@ -35,7 +35,10 @@ from llm2clip_plugin.evaluate.retrieval import RetrievalReport, evaluate_retriev
 from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.vision.towers import preprocessor_config
 
-SETS = {"test": ("noto", "twemoji", "fluent"), "unseen style": ("openmoji",)}  # name -> styles
+SETS = {
+    "test": ("noto", "twemoji", "fluent"),
+    "unseen style": ("openmoji",),
+}  # name -> styles
 # row of the table -> (set, kind of caption); "other": names in every language except English
 TESTS = {
     "test families, long captions": ("test", "long"),
@@ -44,7 +47,9 @@ TESTS = {
     "names in languages of neither stage": ("test", "other"),
 }
 SIDES = {"i2t": "image → caption", "t2i": "caption → image"}
-RETRIEVAL = RetrievalConfig(kinds=("short", "long"), group="concept", cluster="family", ks=(1, 10))
+RETRIEVAL = RetrievalConfig(
+    kinds=("short", "long"), group="concept", cluster="family", ks=(1, 10)
+)
 # (kind of query, kind of answer); "other": names in every language except English; CLEAN: keywords
 # of the concepts whose name shares no stem with them
 CLEAN = "clean keywords"
@@ -117,7 +122,9 @@ def open_sets(data: Path) -> dict[str, list[Source]]:
     for name, styles in SETS.items():
         shards = [data / f"test-{style}.tar" for style in styles]
         if name == "test" or shards[0].is_file():
-            sets[name] = [open_source(SourceConfig(path=str(shard))) for shard in shards]
+            sets[name] = [
+                open_source(SourceConfig(path=str(shard))) for shard in shards
+            ]
     return sets
 
 
@@ -161,12 +168,16 @@ def tower_queries(reports: Sequence[RetrievalReport], kind: str, side: str) -> M
     return measured(tower_galleries(reports, kind, side))
 
 
-def tower_galleries(reports: Sequence[RetrievalReport], kind: str, side: str) -> list[Gallery]:
+def tower_galleries(
+    reports: Sequence[RetrievalReport], kind: str, side: str
+) -> list[Gallery]:
     """The queries of one direction, by style and language."""
     parts = [f"{kind}:en"]
     if kind == "other":
         parts = sorted(
-            name for name in reports[0].parts if name.startswith("short:") and name != "short:en"
+            name
+            for name in reports[0].parts
+            if name.startswith("short:") and name != "short:en"
         )
     galleries = []
     for report, name in itertools.product(reports, parts):
@@ -186,7 +197,9 @@ def tower_galleries(reports: Sequence[RetrievalReport], kind: str, side: str) ->
 # Teachers
 
 
-def measure_teachers(source: Source, caches: Mapping[str, EmbeddingCache]) -> dict[str, Rows]:
+def measure_teachers(
+    source: Source, caches: Mapping[str, EmbeddingCache]
+) -> dict[str, Rows]:
     """Each teacher's caption retrieval on the test set, whose captions are the same in every
     style."""
     samples = [source[number] for number in range(len(source))]
@@ -228,7 +241,9 @@ def clean_concepts(samples: Sequence[Sample]) -> set[str]:
 def teacher_queries(embeddings: Embeddings, family: Mapping[str, str]) -> Rows:
     """Test -> every query of the teacher's caption retrieval, in each language; ``family`` of each
     concept."""
-    other_languages = sorted(part for part in embeddings if part[0] == "short" and part[1] != "en")
+    other_languages = sorted(
+        part for part in embeddings if part[0] == "short" and part[1] != "en"
+    )
     rows = {}
     for test, (query_kind, answer_kind) in TEACHER_TESTS.items():
         answers = embeddings[answer_kind, "en"]
@@ -257,7 +272,11 @@ def open_caches(data: Path) -> dict[str, EmbeddingCache]:
     """Teacher -> cache below ``data``/cache, checked; incomplete caches are left out. Raises
     FileNotFoundError if no cache is complete, ContractError if one is not what its name says."""
     manifests = sorted((data / "cache").glob(f"*/{CacheManifest.FILE}"))
-    folders = [manifest.parent for manifest in manifests if CacheManifest.read(manifest).complete]
+    folders = [
+        manifest.parent
+        for manifest in manifests
+        if CacheManifest.read(manifest).complete
+    ]
     if not folders:
         raise FileNotFoundError(
             f"no complete embedding cache in {data / 'cache'}; run scripts/quickstart.sh"
@@ -333,7 +352,9 @@ def check_run(tower: Path) -> dict[str, Any]:
     """The shards, caches and seed of a tower's training, from ``runs/NAME/run.json``. Raises
     ContractError if it read other shards than those of its name, or validated on the test's."""
     side, _, seed = tower.name.partition("-seed")
-    config = RunRecord.read(tower.parents[1] / "runs" / tower.name / RunRecord.FILE).config
+    config = RunRecord.read(
+        tower.parents[1] / "runs" / tower.name / RunRecord.FILE
+    ).config
     data = config["data"]
     shards = [Path(path) for path in data["path"]]
     used = {
@@ -343,7 +364,9 @@ def check_run(tower: Path) -> dict[str, Any]:
     folder = "shuffled" if side == "shuffled" else "all"
     expected = {"shards": [f"{folder}/train-*.tar"], "seed": int(seed)}
     validation = data["validation"]
-    validated_elsewhere = validation and not Path(validation).name.startswith("validation-")
+    validated_elsewhere = validation and not Path(validation).name.startswith(
+        "validation-"
+    )
     if used != expected or validated_elsewhere:
         used["validation"] = validation
         raise ContractError(

@@ -62,12 +62,21 @@ EMPTY = frozenset(
     "a an and at by for from in into it of off on or over the to up with without".split()
 )
 # whose options are kept
-STAGES = ("llava-{}-pretrain", "llava-{}", "llava-lora-{}", "vlm-{}/stage1", "vlm-{}/stage2")
+STAGES = (
+    "llava-{}-pretrain",
+    "llava-{}",
+    "llava-lora-{}",
+    "vlm-{}/stage1",
+    "vlm-{}/stage2",
+)
 MODELS = {
     "tiny": "a language model of 2.5 million weights, trained from scratch",
     "smollm2": "SmolLM2-135M-Instruct",
 }
-OF_TOWER = ("--vision_tower", "--pretrain_mm_mlp_adapter")  # options that differ between the sides
+OF_TOWER = (
+    "--vision_tower",
+    "--pretrain_mm_mlp_adapter",
+)  # options that differ between the sides
 Row = dict[str, Any]  # a question; of held-out ones with its "answer"
 
 
@@ -160,8 +169,12 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
     """
     pictures = emoji("train")
     names = sorted({about["concept"] for _, _, about in pictures})
-    chosen = set(random.Random(0).sample(names, min(concepts or len(names), len(names))))
-    fraction = len(chosen) / len(names)  # the same of the shapes, so that a smoke run is short
+    chosen = set(
+        random.Random(0).sample(names, min(concepts or len(names), len(names)))
+    )
+    fraction = len(chosen) / len(
+        names
+    )  # the same of the shapes, so that a smoke run is short
     shapes = int(SHAPES_TRAIN * fraction)
     text = []
     captions = []
@@ -178,7 +191,11 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
             if about["style"] == "noto":  # the text does not depend on the style
                 text.append(talk(key, f"{GROUP} {english['short']}", about["group"]))
                 text.append(
-                    talk(f"{key}-long", f"Describe it: {english['short']}", english["long"])
+                    talk(
+                        f"{key}-long",
+                        f"Describe it: {english['short']}",
+                        english["long"],
+                    )
                 )
             captions.append(talk(key, "What is it?", english["short"], picture))
             questions.append(talk(key, GROUP, about["group"], picture))
@@ -188,14 +205,22 @@ def make_data(output: Path, concepts: int, *, in_words: bool, split: str) -> Non
         for number, (key, path, question, answer) in enumerate(drawn):
             (images / f"train-{path.name}").write_bytes(path.read_bytes())
             questions.append(talk(key, question, answer, f"train-{path.name}"))
-            if number % 10 == 0:  # the words of the questions and answers, without the pictures
+            if (
+                number % 10 == 0
+            ):  # the words of the questions and answers, without the pictures
                 text.append(talk(f"{key}-text", question, answer))
         with (temporary / "questions.jsonl").open("w") as file:
             for row in hold_out(images, split, in_words=in_words, smoke=fraction < 0.5):
                 print(json.dumps(row, ensure_ascii=False), file=file)
         finetune = conversations(questions) if in_words else questions
-        for name, rows in (("text", text), ("captions", captions), ("finetune", finetune)):
-            (temporary / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False))
+        for name, rows in (
+            ("text", text),
+            ("captions", captions),
+            ("finetune", finetune),
+        ):
+            (temporary / f"{name}.json").write_text(
+                json.dumps(rows, ensure_ascii=False)
+            )
 
 
 def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterator[Row]:
@@ -218,14 +243,24 @@ def hold_out(images: Path, split: str, *, in_words: bool, smoke: bool) -> Iterat
         yield {**row, "text": GROUP, "truth": about["group"], "kind": CLOSED[0]}
         if in_words:
             row |= {"question_id": f"{key}-name", "keywords": about["keywords"]}
-            yield {**row, "text": NAME, "truth": about["english"]["short"], "kind": OPEN}
+            yield {
+                **row,
+                "text": NAME,
+                "truth": about["english"]["short"],
+                "kind": OPEN,
+            }
     if split != "test":
         return
     for key, path, question, answer in easy_vqa(
         "test", SHAPES_TEST // 10 if smoke else SHAPES_TEST
     ):
         (images / f"test-{path.name}").write_bytes(path.read_bytes())
-        row = {"question_id": key, "image": f"test-{path.name}", "text": question, "truth": answer}
+        row = {
+            "question_id": key,
+            "image": f"test-{path.name}",
+            "text": question,
+            "truth": answer,
+        }
         yield {
             **row,
             "kind": CLOSED[1],
@@ -273,7 +308,9 @@ def train_side(output: Path, name: str, tower: str, steps: tuple[int, int]) -> N
         answer(stages[2], data / "questions.jsonl", answers)
 
 
-def train_stage(source: Path, output: Path, data: Path, *, lora: bool, **settings: Any) -> None:
+def train_stage(
+    source: Path, output: Path, data: Path, *, lora: bool, **settings: Any
+) -> None:
     """A stage: the projector alone, or with LoRA, which is merged into the LLM."""
     from peft import LoraConfig, get_peft_model
 
@@ -291,7 +328,9 @@ def train_stage(source: Path, output: Path, data: Path, *, lora: bool, **setting
         "modules_to_save": ["multi_modal_projector"],
     }
     trained: Any = (
-        get_peft_model(model, LoraConfig(r=64, lora_alpha=128, **parts)) if lora else model
+        get_peft_model(model, LoraConfig(r=64, lora_alpha=128, **parts))
+        if lora
+        else model
     )
     fixed: dict[str, Any] = {
         "learning_rate": 5e-4,
@@ -299,12 +338,18 @@ def train_stage(source: Path, output: Path, data: Path, *, lora: bool, **setting
         "warmup_steps": 0.03,
         "bf16": True,
     }
-    fixed |= {"use_cpu": not torch.cuda.is_available(), "logging_steps": 10, "save_strategy": "no"}
+    fixed |= {
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 10,
+        "save_strategy": "no",
+    }
     with atomic_directory(output) as folder:
         arguments = transformers.TrainingArguments(
             str(folder), remove_unused_columns=False, **fixed, **settings
         )
-        trainer = transformers.Trainer(trained, arguments, rows, json.loads(data.read_text()))
+        trainer = transformers.Trainer(
+            trained, arguments, rows, json.loads(data.read_text())
+        )
         trainer.train()
         trainer.save_state()
         (trained.merge_and_unload() if lora else model).save_pretrained(folder)
@@ -328,15 +373,21 @@ def answer(folder: Path, questions: Path, output: Path) -> None:
     for start in range(0, len(all_questions), 64):
         some = all_questions[start : start + 64]
         chats = [
-            rows.chat({**row, "conversations": [{"from": "human", "value": row["text"]}]})
+            rows.chat(
+                {**row, "conversations": [{"from": "human", "value": row["text"]}]}
+            )
             for row in some
         ]
-        inputs = rows.encode(chats, side="left", add_generation_prompt=True).to(torch.bfloat16)
+        inputs = rows.encode(chats, side="left", add_generation_prompt=True).to(
+            torch.bfloat16
+        )
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         answer_ids = ids[:, inputs["input_ids"].shape[1] :]
         texts = rows.processor.batch_decode(answer_ids, skip_special_tokens=True)
         for row, text in zip(some, texts, strict=True):
-            answers += json.dumps({"question_id": row["question_id"], "text": text}) + "\n"
+            answers += (
+                json.dumps({"question_id": row["question_id"], "text": text}) + "\n"
+            )
     write_text(output, answers)
 
 
@@ -349,7 +400,11 @@ def options_but_tower(path: Path) -> list[str]:
 def refuse_other_stages(output: Path, after: str) -> None:
     """Raise ValueError if a stage of ``after`` or ``after-seedN`` had other options than before's,
     the tower aside."""
-    trained = [stage for stage in STAGES if (output / f"{stage.format(after)}.options").exists()]
+    trained = [
+        stage
+        for stage in STAGES
+        if (output / f"{stage.format(after)}.options").exists()
+    ]
     for stage in trained or STAGES[:1]:
         base = output / f"{stage.format(after.replace('after', 'before'))}.options"
         new = output / f"{stage.format(after)}.options"
@@ -380,10 +435,19 @@ def score(output: Path, name: str, note: str, teacher: Any) -> None:
         if teacher:
             results.append(by_similarity(of_kind[OPEN], teacher))
     side, _, seed = name.partition("-")
-    provenance = {"data": str(output / "data" / "images"), "data_sha256": sha256_file(path)}
+    provenance = {
+        "data": str(output / "data" / "images"),
+        "data_sha256": sha256_file(path),
+    }
     for result in results:
-        scored = replace(result, model=side, notes=[note, *result.notes], provenance=provenance)
-        file = result.benchmark.removeprefix("miniature: ").replace(", ", "-").replace(" ", "-")
+        scored = replace(
+            result, model=side, notes=[note, *result.notes], provenance=provenance
+        )
+        file = (
+            result.benchmark.removeprefix("miniature: ")
+            .replace(", ", "-")
+            .replace(" ", "-")
+        )
         scored.write(output / "scores" / side / seed / f"{file}.scores.json")
         reached = next(iter(result.metrics.values()))
         score_text = f"{reached:5.1f} % of {len(result.items)} ({result.notes[-1]})"
@@ -394,7 +458,9 @@ def closed(kind: str, rows: list[Row], guessed: dict[str, str]) -> ScoreFile:
     """The accuracy of exact answers; ``guessed``: question -> what a model that ignores the picture
     would say."""
     right = [float(row["answer"].lower() == row["truth"].lower()) for row in rows]
-    blind = 100 * sum(guessed.get(row["text"]) == row["truth"] for row in rows) / len(rows)
+    blind = (
+        100 * sum(guessed.get(row["text"]) == row["truth"] for row in rows) / len(rows)
+    )
     note = f"without the picture, by the most frequent answer to the same question: {blind:.1f} %"
     metrics = {"accuracy": 100 * sum(right) / len(right), "without_looking": blind}
     return record(kind, rows, right, metrics, note)
@@ -405,10 +471,14 @@ def guesses(output: Path) -> dict[str, str]:
     say."""
     counts: dict[str, Counter[str]] = {}
     for row in json.loads((output / "data" / "finetune.json").read_text()):
-        said = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        said = [
+            turn["value"].removeprefix("<image>\n") for turn in row["conversations"]
+        ]
         for question, answer in zip(said[::2], said[1::2], strict=True):
             counts.setdefault(question, Counter())[answer] += 1
-    return {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
+    return {
+        question: answers.most_common(1)[0][0] for question, answers in counts.items()
+    }
 
 
 def words_of(text: str) -> set[str]:
@@ -423,7 +493,9 @@ def by_keyword(rows: list[Row]) -> ScoreFile:
     for row in rows:
         said = words_of(row["answer"])
         hits.append([not truth.isdisjoint(said) for truth in truths])
-    return against_exchanged("word of the name or a keyword", f"{OPEN}, keyword", rows, hits)
+    return against_exchanged(
+        "word of the name or a keyword", f"{OPEN}, keyword", rows, hits
+    )
 
 
 def by_similarity(rows: list[Row], teacher: Any) -> ScoreFile:
@@ -435,10 +507,14 @@ def by_similarity(rows: list[Row], teacher: Any) -> ScoreFile:
     name_ND = torch.nn.functional.normalize(names, dim=-1)
     cosine_NN = (answer_ND @ name_ND.T).clamp(min=0).numpy()
     cosine_NN[[row["answer"] == "" for row in rows]] = 0
-    return against_exchanged("cosine with the name", f"{OPEN}, teacher", rows, cosine_NN)
+    return against_exchanged(
+        "cosine with the name", f"{OPEN}, teacher", rows, cosine_NN
+    )
 
 
-def against_exchanged(metric: str, kind: str, rows: list[Row], scores: Any) -> ScoreFile:
+def against_exchanged(
+    metric: str, kind: str, rows: list[Row], scores: Any
+) -> ScoreFile:
     """``scores``: answers x pictures. An answer scores the points that its own picture is above
     those of other emoji: what comes from the picture. A model which always says the same scores 0,
     however often it is right."""
@@ -459,7 +535,11 @@ def against_exchanged(metric: str, kind: str, rows: list[Row], scores: Any) -> S
 
 
 def record(
-    kind: str, rows: list[Row], scores: list[float], metrics: dict[str, float], note: str
+    kind: str,
+    rows: list[Row],
+    scores: list[float],
+    metrics: dict[str, float],
+    note: str,
 ) -> ScoreFile:
     """A score file whose items are ``rows`` with ``scores``."""
     items = []
@@ -468,9 +548,16 @@ def record(
         for field in ("cluster", "category", "answer", "truth", "image"):
             item[field] = row[field]
         items.append(item)
-    counts = {"questions": len(items), "clusters": len({item["cluster"] for item in items})}
+    counts = {
+        "questions": len(items),
+        "clusters": len({item["cluster"] for item in items}),
+    }
     return ScoreFile(
-        benchmark=f"miniature: {kind}", metrics=metrics, items=items, counts=counts, notes=[note]
+        benchmark=f"miniature: {kind}",
+        metrics=metrics,
+        items=items,
+        counts=counts,
+        notes=[note],
     )
 
 
@@ -481,12 +568,17 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=("prepare", "train", "score"))
     parser.add_argument("names", nargs="*", help="of the sides, for train and score")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--concepts", type=int, default=0, help="training emoji; 0: all 1,068")
+    parser.add_argument(
+        "--concepts", type=int, default=0, help="training emoji; 0: all 1,068"
+    )
     parser.add_argument(
         "--llm", default="tiny", help="language model: tiny, smollm2 or a directory"
     )
     parser.add_argument(
-        "--held-out", choices=("test", "validation"), default="test", help="families of the emoji"
+        "--held-out",
+        choices=("test", "validation"),
+        default="test",
+        help="families of the emoji",
     )
     parser.add_argument("--tower", help="directory of a tower, for train")
     parser.add_argument(

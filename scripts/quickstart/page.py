@@ -57,12 +57,18 @@ def recall_rows(retrieval: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each row of recall: its title, and of both sides how often the right picture is first, or
     among ten."""
     pairs = zip(*(retrieval["recall"][side] for side in SIDES), strict=True)
-    return [{"title": before["title"], "before": before, "after": after} for before, after in pairs]
+    return [
+        {"title": before["title"], "before": before, "after": after}
+        for before, after in pairs
+    ]
 
 
 def tally(retrieval: Mapping[str, Any]) -> str:
     """How many of the queries found their picture earlier, and how many later."""
-    ranks = [(query["before"]["rank"], query["after"]["rank"]) for query in retrieval["queries"]]
+    ranks = [
+        (query["before"]["rank"], query["after"]["rank"])
+        for query in retrieval["queries"]
+    ]
     earlier = sum(after < before for before, after in ranks)
     later = sum(after > before for before, after in ranks)
     same = len(ranks) - earlier - later
@@ -82,7 +88,10 @@ def concept_of(item: Mapping[str, Any]) -> str:
 
 
 def show_question(
-    old: Mapping[str, Any], new: Mapping[str, Any], images: Path, names: Mapping[str, str]
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    images: Path,
+    names: Mapping[str, str],
 ) -> dict:
     """What the page shows of a question: its picture and both answers."""
     return {
@@ -98,7 +107,9 @@ def show_question(
 def spread_over(questions: Sequence[Any], count: int) -> list[Any]:
     """``count`` questions, evenly spaced; all if there are fewer."""
     step = max(1, len(questions) / count)
-    return [questions[int(number * step)] for number in range(min(count, len(questions)))]
+    return [
+        questions[int(number * step)] for number in range(min(count, len(questions)))
+    ]
 
 
 def llava_kinds(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -114,8 +125,12 @@ def llava_kinds(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
         # a question that is right scores 1, or in points above exchanged pictures most of 100
         most = max(item["score"] for pair in pairs for item in pair) / 2
         changed = {
-            "won": [pair for pair in pairs if pair[1]["score"] - pair[0]["score"] > most],
-            "lost": [pair for pair in pairs if pair[0]["score"] - pair[1]["score"] > most],
+            "won": [
+                pair for pair in pairs if pair[1]["score"] - pair[0]["score"] > most
+            ],
+            "lost": [
+                pair for pair in pairs if pair[0]["score"] - pair[1]["score"] > most
+            ],
         }
         images = folder / "data" / "images"
         shown_questions = {}
@@ -132,7 +147,9 @@ def llava_kinds(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
                 "before": before["metrics"][metric],
                 "after": after["metrics"][metric],
                 "without_picture": after["metrics"].get("without_looking"),
-                "counts": {outcome: len(questions) for outcome, questions in changed.items()},
+                "counts": {
+                    outcome: len(questions) for outcome, questions in changed.items()
+                },
                 "shown": shown_questions,
             }
         )
@@ -149,7 +166,9 @@ def stage_seconds(logs: Path) -> dict[str, int]:
     return seconds
 
 
-def files(page: Path, data: Path, output: Path, llava: Path | None) -> list[tuple[str, str]]:
+def files(
+    page: Path, data: Path, output: Path, llava: Path | None
+) -> list[tuple[str, str]]:
     """Those that exist: path from the page, and what it is."""
     descriptions = {
         output
@@ -189,12 +208,16 @@ def tell(
         for kind in kinds:
             change = f"{kind['before']:5.1f} % -> {kind['after']:5.1f} %"
             counts = f"{kind['counts']['won']} won, {kind['counts']['lost']} lost"
-            lines.append(f"  {change}  {kind['title']} ({kind['questions']} questions: {counts})")
+            lines.append(
+                f"  {change}  {kind['title']} ({kind['questions']} questions: {counts})"
+            )
         for kind in kinds:
             for question in spread_over(kind["shown"]["won"], 2):
                 name = f", {question['name']}" if question["name"] else ""
                 was = f"was {question['before'] or 'no answer'}{name}"
-                lines.append(f"  now right: {question['question']} {question['after']} ({was})")
+                lines.append(
+                    f"  now right: {question['question']} {question['after']} ({was})"
+                )
         return lines
     if retrieval or stage1 is None:
         return []
@@ -211,10 +234,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the data")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the towers")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the towers"
+    )
     parser.add_argument("--page", type=Path, required=True, help="file to write")
     parser.add_argument(
-        "--llava", default="", help="folder of LLaVA's results below --output; none if left out"
+        "--llava",
+        default="",
+        help="folder of LLaVA's results below --output; none if left out",
     )
     options = parser.parse_args()
     retrieval = read(options.output / "found.json")

@@ -73,7 +73,10 @@ def picture(x: float, y: float, uri: str, *, frame: str) -> str:
 
 
 def row(
-    query: Mapping[str, Any], retrieval: Mapping[str, Any], y: float, color: Mapping[str, str]
+    query: Mapping[str, Any],
+    retrieval: Mapping[str, Any],
+    y: float,
+    color: Mapping[str, str],
 ) -> list[str]:
     """A name, and the pictures found for it with their names."""
     names = retrieval["names"]
@@ -85,7 +88,12 @@ def row(
     font = FONTS.get(query["code"], FONT)
     parts = [
         text(
-            20, y + 34, query["text"], color["ink"], 21, f'font-weight="700" font-family="{font}"'
+            20,
+            y + 34,
+            query["text"],
+            color["ink"],
+            21,
+            f'font-weight="700" font-family="{font}"',
         ),
         text(20, y + 57, about, color["dim"], 13),
         text(
@@ -111,7 +119,12 @@ def row(
         for number, line in enumerate(textwrap.wrap(names[concept], 19)[:2]):
             parts.append(
                 text(
-                    x + SIZE / 2, y + SIZE + 17 + 14 * number, line, ink, 12, 'text-anchor="middle"'
+                    x + SIZE / 2,
+                    y + SIZE + 17 + 14 * number,
+                    line,
+                    ink,
+                    12,
+                    'text-anchor="middle"',
                 )
             )
     return parts
@@ -121,7 +134,9 @@ def draw(retrieval: Mapping[str, Any], color: Mapping[str, str]) -> str:
     """The picture, as SVG."""
     figure = retrieval["figure"]
     queries = figure["queries"]
-    these = "these" if figure["found"] == len(queries) else "these are of five languages"
+    these = (
+        "these" if figure["found"] == len(queries) else "these are of five languages"
+    )
     lines = [
         f"Of the first {figure['drawn']} names drawn at random, {figure['found']} find their "
         f"drawing among the first five of {retrieval['images']}: {these}. "
@@ -135,7 +150,9 @@ def draw(retrieval: Mapping[str, Any], color: Mapping[str, str]) -> str:
     for number, query in enumerate(queries):
         y = TOP + ROW * number
         parts += row(query, retrieval, y, color)
-        parts.append(f'<path d="M20 {y + ROW - 10}H{WIDTH - 20}" stroke="{color["line"]}"/>')
+        parts.append(
+            f'<path d="M20 {y + ROW - 10}H{WIDTH - 20}" stroke="{color["line"]}"/>'
+        )
     for number, line in enumerate(lines):
         parts.append(text(20, height - 48 + 18 * number, line, color["dim"], 12))
     body = "\n".join(parts)
@@ -148,7 +165,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("found", type=Path, help="found.json of a quickstart")
-    parser.add_argument("--output", type=Path, default=Path("docs/images"), help="folder to write")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/images"), help="folder to write"
+    )
     options = parser.parse_args()
     import resvg_py
     from PIL import Image

@@ -61,18 +61,34 @@ def llm_options(captions: Path, llm: Path, run: Path, *more: str) -> list[str]:
             "--lr",
             "3e-3",
         ),
-        *("--global-batch", "16", "--warmup-steps", "0", "--dropout", "0", "--scale", "20", *more),
+        *(
+            "--global-batch",
+            "16",
+            "--warmup-steps",
+            "0",
+            "--dropout",
+            "0",
+            "--scale",
+            "20",
+            *more,
+        ),
     ]
 
 
 def write_captions(path: Path) -> Path:
     """48 samples with two captions each."""
     words = (
-        "red bicycle leans against the brick wall of an old house near two sleeping dogs".split()
-    )
+        "red bicycle leans against the brick wall of an old "
+        "house near two sleeping dogs"
+    ).split()
     names = [f"{words[i % 14]} {words[i * 5 % 14]} {i}" for i in range(48)]
     rows = [
-        {"id": name, "image": "x.png", "caption": name, "long_caption": f"here is a {name}"}
+        {
+            "id": name,
+            "image": "x.png",
+            "caption": name,
+            "long_caption": f"here is a {name}",
+        }
         for name in names
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -81,7 +97,10 @@ def write_captions(path: Path) -> Path:
 
 def reaches(run: Path, step: int, process: subprocess.Popen[str], log: Path) -> None:
     """Wait until the run has a line for ``step``."""
-    wait_for(lambda: max(losses(run), default=0) >= step or process.poll() is not None, PATIENCE)
+    wait_for(
+        lambda: max(losses(run), default=0) >= step or process.poll() is not None,
+        PATIENCE,
+    )
     assert process.poll() is None, log.read_text()[-3000:]
 
 
@@ -102,7 +121,10 @@ def test_a_tower_over_pdsh(cluster: Cluster, tmp_path: Path):
     reaches(run, 6, both, log)
     two.kill()
     assert both.wait(PATIENCE) != 0
-    assert "error: rank 0 on node-1 lost the connection to another rank: " in log.read_text()
+    assert (
+        "error: rank 0 on node-1 lost the connection to another rank: "
+        in log.read_text()
+    )
     assert "Traceback" not in log.read_text()
 
     (alone,) = start(options(tiny, run, *more), 1)
@@ -132,10 +154,20 @@ def test_torchrun_goes_on_by_itself(cluster: Cluster, tmp_path: Path):
     captions = write_captions(tmp_path / "captions.jsonl")
     straight = tmp_path / "straight"
     run = tmp_path / "run"
-    more = ("--max-steps", str(STEPS), "--save-steps", "2", "--deepspeed", "scripts/zero1.json")
+    more = (
+        "--max-steps",
+        str(STEPS),
+        "--save-steps",
+        "2",
+        "--deepspeed",
+        "scripts/zero1.json",
+    )
     llm = save_tiny_llm(tmp_path / "llm", "llama")
     script = "scripts/finetune_llm.py"
-    assert finish(start(llm_options(captions, llm, straight, *more), 2, script)) == [0, 0]
+    assert finish(start(llm_options(captions, llm, straight, *more), 2, script)) == [
+        0,
+        0,
+    ]
     agents = (
         "torchrun",
         "--nnodes",
@@ -169,7 +201,9 @@ def test_torchrun_goes_on_by_itself(cluster: Cluster, tmp_path: Path):
     closed = first.read_text().count("closing signal SIGTERM")
     two.start()
     returned = launch(two, second, *agents)
-    wait_for(lambda: first.read_text().count("closing signal SIGTERM") > closed, PATIENCE)
+    wait_for(
+        lambda: first.read_text().count("closing signal SIGTERM") > closed, PATIENCE
+    )
     one.check("pkill", "-CONT", "-f", f"python -u {script}")
     assert survivor.wait(PATIENCE) == 0, first.read_text()[-3000:]
     assert returned.wait(PATIENCE) == 0, first.read_text()[-3000:]

@@ -52,8 +52,14 @@ def why_not() -> str:
     if os.geteuid() != 0:
         return "two hosts need root, for network namespaces"
     link = ["ip", "link", "add", "one0", "type", "veth", "peer", "name", "two0"]
-    tried = subprocess.run([*_namespaces(), *link], capture_output=True, text=True, check=False)
-    return f"two hosts need network namespaces: {tried.stderr.strip()}" if tried.returncode else ""
+    tried = subprocess.run(
+        [*_namespaces(), *link], capture_output=True, text=True, check=False
+    )
+    return (
+        f"two hosts need network namespaces: {tried.stderr.strip()}"
+        if tried.returncode
+        else ""
+    )
 
 
 def _which(tool: str) -> str | None:
@@ -61,7 +67,16 @@ def _which(tool: str) -> str | None:
 
 
 def _namespaces() -> list[str]:
-    own = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+    own = (
+        "--net",
+        "--uts",
+        "--ipc",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+    )
     return ["setpriv", "--pdeathsig", "KILL", "unshare", *own]
 
 
@@ -74,22 +89,35 @@ class Node:
         self.name = f"node-{number}"
         self.address = f"10.77.0.{number}"
         self._process: subprocess.Popen[bytes] | None = None
-        self._first = 0  # process id, as the machine counts, of the host's first process
+        self._first = (
+            0  # process id, as the machine counts, of the host's first process
+        )
 
     def start(self) -> None:
         """Boot, plug into the switch, and wait until it accepts logins."""
-        boot = BOOT.format(name=self.name, folder=self.cluster.folder, sshd=_which("sshd"))
+        boot = BOOT.format(
+            name=self.name, folder=self.cluster.folder, sshd=_which("sshd")
+        )
         self._process = subprocess.Popen([*_namespaces(), "sh", "-c", boot])
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         wait_for(lambda: bool(children.read_text()), 30)
         self._first = int(children.read_text())
         own = str(self._first)
         # the same after a reboot
-        end = ("name", "eth0", "address", f"02:00:00:00:00:{self.number:02x}", "netns", own)
+        end = (
+            "name",
+            "eth0",
+            "address",
+            f"02:00:00:00:00:{self.number:02x}",
+            "netns",
+            own,
+        )
         self.cluster.on_switch(
             "ip", "link", "add", f"port{self.number}", "type", "veth", "peer", *end
         )
-        self.cluster.on_switch("ip", "link", "set", f"port{self.number}", "master", "switch", "up")
+        self.cluster.on_switch(
+            "ip", "link", "set", f"port{self.number}", "master", "switch", "up"
+        )
         self.check("ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
         self.check("ip", "link", "set", "eth0", "up")
         wait_for(lambda: self.popen(["ssh", self.name, "true"]).wait() == 0, 30)
@@ -105,7 +133,9 @@ class Node:
 
     def check(self, *words: str) -> str:
         """Run a program to its end; returns what it printed."""
-        return subprocess.run(self.enter(words), check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            self.enter(words), check=True, capture_output=True, text=True
+        ).stdout
 
     def kill(self) -> None:
         """As if its power failed, but that the kernel closes its connections: SIGKILL to every
@@ -125,7 +155,16 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         self.folder.mkdir(parents=True, exist_ok=True)
-        make_key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "key")]
+        make_key = [
+            "ssh-keygen",
+            "-q",
+            "-t",
+            "ed25519",
+            "-N",
+            "",
+            "-f",
+            str(self.folder / "key"),
+        ]
         subprocess.run(make_key, check=True)
         names = "".join(f"{node.address} {node.name}\n" for node in self.nodes)
         (self.folder / "hosts").write_text("127.0.0.1 localhost\n" + names)
@@ -144,7 +183,9 @@ class Cluster:
     def on_switch(self, *words: str) -> None:
         """Run a program where the switch is."""
         subprocess.run(
-            ["nsenter", "-t", self._first, "--net", *words], check=True, capture_output=True
+            ["nsenter", "-t", self._first, "--net", *words],
+            check=True,
+            capture_output=True,
         )
 
     def __exit__(self, *error: object) -> None:

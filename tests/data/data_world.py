@@ -35,9 +35,9 @@ class LengthEncoder:
         return [[] for _ in texts]
 
     def encode(self, texts: list[str], **options: object) -> torch.Tensor:
-        return torch.tensor([[float(len(text))] * self.width for text in texts]).reshape(
-            -1, self.width
-        )
+        return torch.tensor(
+            [[float(len(text))] * self.width for text in texts]
+        ).reshape(-1, self.width)
 
 
 def picture(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
@@ -45,12 +45,16 @@ def picture(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0 : size[1], 0 : size[0]]
     waves = [
-        np.sin(x * rng.uniform(0.02, 0.2) + y * rng.uniform(0.02, 0.2) + rng.uniform(0, 6))
+        np.sin(
+            x * rng.uniform(0.02, 0.2) + y * rng.uniform(0.02, 0.2) + rng.uniform(0, 6)
+        )
         for _ in range(3)
     ]
     pixels = np.stack(waves, axis=-1) * 100 + 128
     radius = min(size) / 4
-    pixels[(x - size[0] / 2) ** 2 + (y - size[1] / 2) ** 2 < radius**2] = rng.integers(0, 255, 3)
+    pixels[(x - size[0] / 2) ** 2 + (y - size[1] / 2) ** 2 < radius**2] = rng.integers(
+        0, 255, 3
+    )
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -88,7 +92,12 @@ class DroppingServer:
     times."""
 
     def __init__(
-        self, files: dict[str, bytes], *, drop_after: int = 0, drops: int = 0, ranges: bool = False
+        self,
+        files: dict[str, bytes],
+        *,
+        drop_after: int = 0,
+        drops: int = 0,
+        ranges: bool = False,
     ) -> None:
         self.files = files
         self.drop_after = drop_after

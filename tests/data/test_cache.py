@@ -50,7 +50,9 @@ def fill(
     writer = CacheWriter(directory, teacher, dtype)
     keys, captions = shard_captions(source, source.shards[0])
     rows = caption_rows(captions)
-    embeddings = torch.randn(len(rows), teacher.width, generator=torch.Generator().manual_seed(0))
+    embeddings = torch.randn(
+        len(rows), teacher.width, generator=torch.Generator().manual_seed(0)
+    )
     writer.write_shard(source.shards[0].name, keys, rows, embeddings)
     assert writer.finish() is not None
     return embeddings
@@ -91,7 +93,9 @@ def test_int8_refuses_rows_that_one_dimension_fills(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path, dataclasses.replace(TEACHER, width=4096), "int8")
     row = torch.full((1, 4096), 3.9)
     row[0, 0] = 1000.0
-    with pytest.raises(ContractError, match=r"its int8 form is 0\.9\d+, .* --dtype float16"):
+    with pytest.raises(
+        ContractError, match=r"its int8 form is 0\.9\d+, .* --dtype float16"
+    ):
         writer.write_shard("s", ["k"], [(0, 0)], row)
 
 
@@ -125,7 +129,9 @@ def test_another_teacher_dtype_or_width_is_refused(source, tmp_path: Path) -> No
         CacheWriter(tmp_path / "cache", dataclasses.replace(TEACHER, pooling="last"))
     with pytest.raises(ContractError, match=r"float16, not int8"):
         CacheWriter(tmp_path / "cache", TEACHER, "int8")
-    moved = dataclasses.replace(TEACHER, llm="/elsewhere/tiny", revision="main")  # the same weights
+    moved = dataclasses.replace(
+        TEACHER, llm="/elsewhere/tiny", revision="main"
+    )  # the same weights
     EmbeddingCache.open(tmp_path / "cache", expect_fingerprint=moved.fingerprint)
     CacheWriter(tmp_path / "cache", moved)
 
@@ -143,7 +149,8 @@ def test_changed_captions_keys_and_counts_are_refused_with_both_values(
         lambda: cache.rows("pairs", 2, changed.captions(2)[1]),
     ):
         with pytest.raises(
-            ContractError, match=r"'k2': caption 'three dogs' \(hash \w{16}\) .* hashes: \w{16}"
+            ContractError,
+            match=r"'k2': caption 'three dogs' \(hash \w{16}\) .* hashes: \w{16}",
         ):
             read()
     renamed = open_source(write_jsonl(tmp_path / "renamed", CAPTIONS, prefix="image"))
@@ -151,19 +158,27 @@ def test_changed_captions_keys_and_counts_are_refused_with_both_values(
         lambda: cache.check(renamed),
         lambda: cache.rows("pairs", 0, renamed.captions(0)[1], key="image0"),
     ):
-        with pytest.raises(ContractError, match="key 'image0' in the data, 'k0' in the cache"):
+        with pytest.raises(
+            ContractError, match="key 'image0' in the data, 'k0' in the cache"
+        ):
             read()
     longer = open_source(write_jsonl(tmp_path / "longer", [*CAPTIONS, ["one more"]]))
-    with pytest.raises(ContractError, match=r"has 5 samples in .*, 4 when it was embedded"):
+    with pytest.raises(
+        ContractError, match=r"has 5 samples in .*, 4 when it was embedded"
+    ):
         cache.check(longer)
     unknown = open_source(write_jsonl(tmp_path / "unknown", CAPTIONS, name="train"))
     with pytest.raises(ContractError, match="no shard 'train'; known: pairs"):
         cache.check(unknown)
 
 
-def test_files_are_compared_by_size_and_when_they_are_read(source, tmp_path: Path) -> None:
+def test_files_are_compared_by_size_and_when_they_are_read(
+    source, tmp_path: Path
+) -> None:
     fill(tmp_path / "cache", source)
-    fill(tmp_path / "other", source, teacher=dataclasses.replace(TEACHER, pooling="last"))
+    fill(
+        tmp_path / "other", source, teacher=dataclasses.replace(TEACHER, pooling="last")
+    )
     file = tmp_path / "cache" / "pairs.safetensors"
     whole = (tmp_path / "other" / "pairs.safetensors").read_bytes()
     file.write_bytes(whole)
@@ -187,13 +202,20 @@ def damage(path: Path, tensor: str, position: int) -> None:
     """Change one byte of a tensor in a shard's file."""
     data = bytearray(path.read_bytes())
     length = int.from_bytes(data[:8], "little")
-    at = 8 + length + json.loads(data[8 : 8 + length])[tensor]["data_offsets"][0] + position
+    at = (
+        8
+        + length
+        + json.loads(data[8 : 8 + length])[tensor]["data_offsets"][0]
+        + position
+    )
     data[at] ^= 1
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize("tensor", ["embeddings", "scales", "row_checks"])
-def test_a_flipped_byte_is_found_when_its_row_is_read(source, tmp_path: Path, tensor: str) -> None:
+def test_a_flipped_byte_is_found_when_its_row_is_read(
+    source, tmp_path: Path, tensor: str
+) -> None:
     """The other rows are read; embedding again finds the shard damaged and writes it again."""
     fill(tmp_path / "cache", source)
     file = tmp_path / "cache" / "pairs.safetensors"
@@ -222,13 +244,16 @@ def test_exchanged_rows_are_found_when_they_are_read(source, tmp_path: Path) -> 
     save_file(tensors, path, metadata=metadata)
     cache = EmbeddingCache.open(tmp_path / "cache")
     for row in (0, 1):
-        with pytest.raises(ContractError, match=rf"pairs\.safetensors is damaged: row {row}"):
+        with pytest.raises(
+            ContractError, match=rf"pairs\.safetensors is damaged: row {row}"
+        ):
             cache.shard("pairs").embeddings([row])
     cache.shard("pairs").embeddings([2])
 
 
 @pytest.mark.parametrize(
-    "tensor", ["embeddings", "scales", "row_checks", "caption_hashes", "keys", "row_starts"]
+    "tensor",
+    ["embeddings", "scales", "row_checks", "caption_hashes", "keys", "row_starts"],
 )
 def test_a_damaged_shard_is_not_complete(
     source, tmp_path: Path, caplog: pytest.LogCaptureFixture, tensor: str

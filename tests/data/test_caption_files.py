@@ -64,8 +64,14 @@ def test_lists_objects_and_languages_are_read() -> None:
 
 def test_repeated_and_empty_captions_are_left_out() -> None:
     fields = parse_fields(DEFAULT_FIELDS, "en")
-    assert read_captions({"txt": "a cat\n", "caption": "a cat"}, fields) == ((Caption("a cat"),), 0)
-    assert read_captions({"captions": ["", "  ", "text", None]}, fields) == ((Caption("text"),), 2)
+    assert read_captions({"txt": "a cat\n", "caption": "a cat"}, fields) == (
+        (Caption("a cat"),),
+        0,
+    )
+    assert read_captions({"captions": ["", "  ", "text", None]}, fields) == (
+        (Caption("text"),),
+        2,
+    )
 
 
 def test_lone_surrogates_become_text_that_utf8_can_hold() -> None:
@@ -73,7 +79,9 @@ def test_lone_surrogates_become_text_that_utf8_can_hold() -> None:
         "txt": {"d\ud83d": "a \ud83d\ude00 and \ud83d"},
         "caption": {"text": "b", "kind": "k\ud83d"},
     }
-    captions, _ = read_captions(values, parse_fields(("txt=short", "caption=short"), "en"))
+    captions, _ = read_captions(
+        values, parse_fields(("txt=short", "caption=short"), "en")
+    )
     assert captions == (
         Caption("a \U0001f600 and \ufffd", "short", "d\ufffd"),
         Caption("b", "k\ufffd", "en"),
@@ -91,16 +99,26 @@ def test_misspelled_fields_are_refused(fields: tuple[str, ...]) -> None:
 def test_caption_hash_is_the_start_of_sha256_as_a_signed_number() -> None:
     for text in ("a", "b", "c", "ß", ""):
         assert -(1 << 63) <= caption_hash(text) < 1 << 63
-        assert hash_hex(caption_hash(text)) == hashlib.sha256(text.encode()).hexdigest()[:16]
+        assert (
+            hash_hex(caption_hash(text))
+            == hashlib.sha256(text.encode()).hexdigest()[:16]
+        )
 
 
-MANY = (Caption("a", "short"), Caption("b", "short"), Caption("c", "short"), Caption("d", "long"))
+MANY = (
+    Caption("a", "short"),
+    Caption("b", "short"),
+    Caption("c", "short"),
+    Caption("d", "long"),
+)
 EVENLY = parse_weights(("short=1", "long=1"))
 
 
 def test_a_kind_has_its_weight_whatever_the_number_of_its_captions() -> None:
     assert caption_shares(MANY, EVENLY) == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
-    assert caption_shares(MANY, parse_weights(("short=3", "long=1"))) == pytest.approx([1 / 4] * 4)
+    assert caption_shares(MANY, parse_weights(("short=3", "long=1"))) == pytest.approx(
+        [1 / 4] * 4
+    )
     # this sample has no long one
     assert caption_shares(MANY[:2], EVENLY) == pytest.approx([1 / 2, 1 / 2])
     assert caption_shares(MANY, {}) == [1 / 4] * 4
@@ -127,8 +145,12 @@ def source(tmp_path: Path) -> Source:
     return open_source(SourceConfig(path=str(tmp_path)))
 
 
-def test_training_draws_by_kind_the_same_on_any_ranks_and_workers(source: Source) -> None:
-    dataset = PairDataset([source], [None], ImageConfig(size=8), seed=1, caption_weights=EVENLY)
+def test_training_draws_by_kind_the_same_on_any_ranks_and_workers(
+    source: Source,
+) -> None:
+    dataset = PairDataset(
+        [source], [None], ImageConfig(size=8), seed=1, caption_weights=EVENLY
+    )
     texts = [
         text
         for batch in islice(PairLoader(dataset, local_batch=20), 20)
@@ -139,10 +161,13 @@ def test_training_draws_by_kind_the_same_on_any_ranks_and_workers(source: Source
     assert kinds.keys() == {"short", "long"}
     assert abs(kinds["long"] - 200) < 50
     ranks = [
-        PairLoader(dataset, local_batch=10, rank=rank, world=2, workers=rank) for rank in range(2)
+        PairLoader(dataset, local_batch=10, rank=rank, world=2, workers=rank)
+        for rank in range(2)
     ]
     steps = zip(*(islice(loader, 3) for loader in ranks), strict=True)
-    assert [text for step in steps for batch in step for text in batch["captions"]] == texts[:60]
+    assert [
+        text for step in steps for batch in step for text in batch["captions"]
+    ] == texts[:60]
 
 
 def test_unknown_kinds_are_refused(source: Source) -> None:

@@ -24,7 +24,12 @@ def messy(tmp_path: Path) -> Path:
         "mute.jpg": jpeg(0),
         "mute.txt": b"  ",
     }
-    troubles |= {"lost.txt": b"caf\xe9", "bad.jpg": jpeg(1), "bad.json": b"{", "de.jpg": jpeg(2)}
+    troubles |= {
+        "lost.txt": b"caf\xe9",
+        "bad.jpg": jpeg(1),
+        "bad.json": b"{",
+        "de.jpg": jpeg(2),
+    }
     troubles["de.json"] = b'{"captions": [{"text": "ein Bild", "language": "de"}, ""]}'
     write_tar(folder / "00001.tar", troubles.items())
     whole = write_tar(tmp_path / "whole.tar", img2dataset_members(0, 3)).read_bytes()
@@ -38,7 +43,9 @@ def checked(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+def test_everything_is_found(
+    messy: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
     status, report = checked(capsys, str(messy), "--workers", workers)
     assert status == 1
     assert not report["fit_for_training"]
@@ -58,7 +65,9 @@ def test_everything_is_found(messy: Path, capsys: pytest.CaptureFixture[str], wo
     assert report["duplicate_captions"]["most_frequent"] == [
         {"samples": 2, "value": "picture number 7"}
     ]
-    assert report["duplicate_keys"]["most_frequent"] == [{"samples": 2, "value": "000000000"}]
+    assert report["duplicate_keys"]["most_frequent"] == [
+        {"samples": 2, "value": "000000000"}
+    ]
     lengths = report["caption_lengths"]
     assert lengths["unit"] == "words"
     assert lengths["max"] == 600
@@ -93,7 +102,10 @@ def test_what_makes_training_worse_is_noted(
             sha256="0f3a",
         ),
         *sample(
-            "c", encoded(picture(1), "PNG"), caption="c", names={"fr": "un renard", "en": "fox"}
+            "c",
+            encoded(picture(1), "PNG"),
+            caption="c",
+            names={"fr": "un renard", "en": "fox"},
         ),
     ]
     validation = [
@@ -102,7 +114,11 @@ def test_what_makes_training_worse_is_noted(
     ]
     write_tar(tmp_path / "train.tar", train)
     write_tar(tmp_path / "validation.tar", validation)
-    words = (str(tmp_path / "train.tar"), "--validation", str(tmp_path / "validation.tar"))
+    words = (
+        str(tmp_path / "train.tar"),
+        "--validation",
+        str(tmp_path / "validation.tar"),
+    )
     status, report = checked(capsys, *words)
     assert status == 0
     assert (
@@ -112,7 +128,11 @@ def test_what_makes_training_worse_is_noted(
         == 1
     )
     assert report["unused_fields"] == {"names": 2, "title": 1}
-    assert report["validation"]["images_in_both"] == report["validation"]["captions_in_both"] == 1
+    assert (
+        report["validation"]["images_in_both"]
+        == report["validation"]["captions_in_both"]
+        == 1
+    )
     assert report["validation"]["examples"] == [{"key": "d"}]
     assert main(["data", "check", *words]) == 0
     text = capsys.readouterr().out
@@ -120,7 +140,9 @@ def test_what_makes_training_worse_is_noted(
         f"\n  1 of 2 images of {tmp_path}/validation.tar are in the training data, too\n    d\n"
         in text
     )
-    assert text.count("\n  1 ") == 5  # a line for each problem, and none for what is not there
+    assert (
+        text.count("\n  1 ") == 5
+    )  # a line for each problem, and none for what is not there
     fields = "--fields caption=short long_caption=long names=short title=short"
     shown = f"names (de en fr), title; to use them, too: {fields}"
     assert f"\n  2 fields with text are no captions: {shown}\n" in text
@@ -138,5 +160,7 @@ def test_missing_images_do_not_hide_broken_ones(
     )
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     assert main(["data", "check", str(tmp_path / "data.jsonl")]) == 1
-    assert "\n  19 images not found; set --image-folder" in (text := capsys.readouterr().out)
+    assert "\n  19 images not found; set --image-folder" in (
+        text := capsys.readouterr().out
+    )
     assert text.index(": 19.jpg: ") < text.index(": 0.jpg: ")

@@ -43,7 +43,11 @@ def test_every_shard_has_its_concepts_once(shards) -> None:
         f"{split}-{style}" for split, style in shards
     )
     for (split, style), samples in shards.items():
-        assert len({s["concept"] for s in samples.values()}) == len(samples) == COUNTS[split]
+        assert (
+            len({s["concept"] for s in samples.values()})
+            == len(samples)
+            == COUNTS[split]
+        )
         assert {(s["split"], s["style"]) for s in samples.values()} == {(split, style)}
     for split in COUNTS:
         of_style = []
@@ -75,7 +79,11 @@ def test_no_family_and_no_name_is_in_two_splits(shards) -> None:
 
 
 def thumbnail(png: bytes) -> np.ndarray:
-    image = Image.open(io.BytesIO(png)).convert("RGB").resize((12, 12), Image.Resampling.BOX)
+    image = (
+        Image.open(io.BytesIO(png))
+        .convert("RGB")
+        .resize((12, 12), Image.Resampling.BOX)
+    )
     return np.asarray(image, dtype=np.float32)
 
 
@@ -103,25 +111,39 @@ def test_captions(shards) -> None:
     for (split, _), samples in shards.items():
         for key, sample in samples.items():
             assert all(c["text"].strip() for c in sample["captions"]), key
-            english = {c["kind"]: c["text"] for c in sample["captions"] if c["language"] == "en"}
+            english = {
+                c["kind"]: c["text"]
+                for c in sample["captions"]
+                if c["language"] == "en"
+            }
             others = [c for c in sample["captions"] if c["language"] != "en"]
-            assert {"short", "long"} <= set(english) <= {"short", "long", "keywords"}, key
+            assert {"short", "long"} <= set(english) <= {"short", "long", "keywords"}, (
+                key
+            )
             parts = (english["short"], *sample["keywords"])
             assert all(part in english["long"] for part in parts), key
             # names in other languages are for evaluation alone, so training shards must not have
             # them
-            assert {c["language"] for c in others} == (set() if split == "train" else LANGUAGES), (
-                key
-            )
+            assert {c["language"] for c in others} == (
+                set() if split == "train" else LANGUAGES
+            ), key
             assert {c["kind"] for c in others} <= {"short"}, key
 
 
 def test_notices_name_every_style_and_license_texts_exist() -> None:
     notice = (EMOJI / "NOTICE.md").read_text(encoding="utf-8")
-    for style, licence in (("noto", "Apache-2.0"), ("twemoji", "CC-BY-4.0"), ("fluent", "MIT")):
+    for style, licence in (
+        ("noto", "Apache-2.0"),
+        ("twemoji", "CC-BY-4.0"),
+        ("fluent", "MIT"),
+    ):
         (row,) = [line for line in notice.splitlines() if f"`*-{style}.tar`" in line]
         assert licence in row
-    for name in ("LICENSE-apache-2.0.txt", "LICENSE-mit-fluent.txt", "LICENSE-unicode-3.0.txt"):
+    for name in (
+        "LICENSE-apache-2.0.txt",
+        "LICENSE-mit-fluent.txt",
+        "LICENSE-unicode-3.0.txt",
+    ):
         assert name in notice
         assert (EMOJI / name).stat().st_size > 500
     assert not list(EMOJI.glob("*openmoji*")), "share-alike art must not be shipped"

@@ -25,14 +25,24 @@ def hf_processors() -> dict[str, type]:
     """The PIL processors of the installed transformers: 5.x has them beside the torchvision
     ones."""
     try:
-        from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+        from transformers.models.bit.image_processing_pil_bit import (
+            BitImageProcessorPil,
+        )
+        from transformers.models.clip.image_processing_pil_clip import (
+            CLIPImageProcessorPil,
+        )
+        from transformers.models.siglip.image_processing_pil_siglip import (
+            SiglipImageProcessorPil,
+        )
         from transformers.models.siglip2.image_processing_pil_siglip2 import (
             Siglip2ImageProcessorPil,
         )
     except ImportError:
-        from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
+        from transformers import (
+            BitImageProcessor,
+            CLIPImageProcessor,
+            SiglipImageProcessor,
+        )
 
         return {
             "clip": CLIPImageProcessor,
@@ -53,15 +63,22 @@ PROCESSORS = {
     "clip 224": ("clip", {}),
     "siglip 384": ("siglip", {"size": {"height": 384, "width": 384}}),
 }
-PROCESSORS |= {"dinov2 256 -> 224": ("bit", DINO), "bilinear": ("clip", {"resample": 2})}
+PROCESSORS |= {
+    "dinov2 256 -> 224": ("bit", DINO),
+    "bilinear": ("clip", {"resample": 2}),
+}
 
 
 def normalized(data: bytes, config: ImageConfig) -> np.ndarray:
-    return Normalize(config)(torch.from_numpy(evaluation_pixels(data, config))[None])[0].numpy()
+    return Normalize(config)(torch.from_numpy(evaluation_pixels(data, config))[None])[
+        0
+    ].numpy()
 
 
 @pytest.mark.parametrize("name, settings", PROCESSORS.values(), ids=PROCESSORS)
-def test_evaluation_equals_the_towers_own_preprocessor(name: str, settings: dict) -> None:
+def test_evaluation_equals_the_towers_own_preprocessor(
+    name: str, settings: dict
+) -> None:
     """Tolerance 1e-6: the pixels are the same bytes, only the order of the float32 arithmetic
     differs."""
     processor = hf_processors()[name](**settings)
@@ -69,7 +86,10 @@ def test_evaluation_equals_the_towers_own_preprocessor(name: str, settings: dict
     for seed, size in enumerate(
         [(300, 200), (200, 301), (640, 481), (37, 1000), (224, 224), (20, 20)]
     ):
-        for data in (jpeg(seed, size), encoded(picture(seed, size).convert("L"), "PNG")):
+        for data in (
+            jpeg(seed, size),
+            encoded(picture(seed, size).convert("L"), "PNG"),
+        ):
             image = Image.open(io.BytesIO(data)).convert("RGB")
             expected = processor(images=image, return_tensors="np")["pixel_values"][0]
             assert np.abs(normalized(data, config) - expected).max() < 1e-6
@@ -89,7 +109,9 @@ def test_native_images_equal_naflexs_own_preprocessor(patch: int, patches: int) 
     ):
         data = jpeg(seed, size)
         image = Image.open(io.BytesIO(data))
-        expected = processor(patch_size=patch, max_num_patches=patches)(image, return_tensors="np")
+        expected = processor(patch_size=patch, max_num_patches=patches)(
+            image, return_tensors="np"
+        )
         pixels, shape = as_square(evaluation_pixels(data, config), config)
         assert shape == tuple(expected["spatial_shapes"][0])
         count = math.prod(shape)
@@ -114,10 +136,16 @@ def test_native_crops_keep_the_aspect() -> None:
         left, top, width, height = random_crop((1, 1), augment, random.Random(seed))
         box = (900 * left, 310 * top, 900 * (left + width), 310 * (top + height))
         size = native_size(900, 310, 8, 64)
-        pixels = training_pixels(encoded(image, "PNG"), config, augment, random.Random(seed))
+        pixels = training_pixels(
+            encoded(image, "PNG"), config, augment, random.Random(seed)
+        )
         assert (pixels.shape[1], pixels.shape[0]) == size == (96, 40)
-        expected = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box)).astype(int)
-        assert np.abs(pixels - expected).mean() < 4  # the box is rounded to whole pixels
+        expected = np.asarray(
+            image.resize(size, Image.Resampling.BILINEAR, box=box)
+        ).astype(int)
+        assert (
+            np.abs(pixels - expected).mean() < 4
+        )  # the box is rounded to whole pixels
 
 
 def test_palettes_and_transparency_are_read_as_llava_does() -> None:
@@ -133,7 +161,9 @@ def test_palettes_and_transparency_are_read_as_llava_does() -> None:
         expected = processor(
             images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="np"
         )
-        assert np.abs(normalized(data, config) - expected["pixel_values"][0]).max() < 1e-6
+        assert (
+            np.abs(normalized(data, config) - expected["pixel_values"][0]).max() < 1e-6
+        )
 
 
 def test_preprocessors_that_are_not_understood_are_refused() -> None:
@@ -159,9 +189,14 @@ def test_the_crop_is_cut_where_it_says() -> None:
     augment = AugmentConfig(scale=(0.3, 0.9))
     for seed in range(20):
         small = training_pixels(
-            encoded(image, quality=95, subsampling=0), config, augment, random.Random(seed)
+            encoded(image, quality=95, subsampling=0),
+            config,
+            augment,
+            random.Random(seed),
         )
-        full = training_pixels(encoded(image, "PNG"), config, augment, random.Random(seed))
+        full = training_pixels(
+            encoded(image, "PNG"), config, augment, random.Random(seed)
+        )
         assert np.abs(small.astype(int) - full).mean() < 2.5
         left, top, width, height = random_crop((800, 600), augment, random.Random(seed))
         column = round((400 - left) / width * 100)
@@ -181,8 +216,12 @@ def test_large_crops_are_resized_as_pil_does(side: int, resample: str) -> None:
     image = picture(3, (640, 480))
     box = (10.3, 20.6, 600.2, 455.9)
     kernel = getattr(Image.Resampling, resample.upper())
-    whole = np.asarray(image.crop((10, 21, 600, 456)).resize((side, side), kernel), dtype=int)
-    exact = np.asarray(image.resize((side, side), kernel, box=box, reducing_gap=3.0), dtype=int)
+    whole = np.asarray(
+        image.crop((10, 21, 600, 456)).resize((side, side), kernel), dtype=int
+    )
+    exact = np.asarray(
+        image.resize((side, side), kernel, box=box, reducing_gap=3.0), dtype=int
+    )
     found = resize_box(image, box, (side, side), resample)
     assert found.dtype == np.uint8
     assert found.shape == (side, side, 3)
@@ -203,7 +242,9 @@ def test_flip_is_every_second_and_off_by_default() -> None:
     flipping = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=True)
     flips = 0
     for seed in range(200):
-        pixels = training_pixels(data, ImageConfig(size=32), flipping, random.Random(seed))
+        pixels = training_pixels(
+            data, ImageConfig(size=32), flipping, random.Random(seed)
+        )
         mirrored = np.array_equal(pixels, whole[:, ::-1])
         assert mirrored or np.array_equal(pixels, whole)
         flips += mirrored
@@ -213,7 +254,9 @@ def test_flip_is_every_second_and_off_by_default() -> None:
 def test_crops_have_the_area_and_the_ratio_of_inception() -> None:
     """The area is uniform, the ratio log-uniform: a crop is as often tall as wide."""
     rng = random.Random(0)
-    augment = AugmentConfig(scale=(0.01, 0.05), ratio=(0.25, 4.0))  # every first try fits
+    augment = AugmentConfig(
+        scale=(0.01, 0.05), ratio=(0.25, 4.0)
+    )  # every first try fits
     crops = [random_crop((1000, 1000), augment, rng)[2:] for _ in range(2000)]
     assert 0.45 < np.mean([width < height for width, height in crops]) < 0.55
     assert 0.20 < np.mean([width < height / 2 for width, height in crops]) < 0.30
@@ -228,7 +271,9 @@ def test_images_are_rotated_to_both_sides() -> None:
     augment = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), rotate=30.0)
     to_the_left = 0
     for seed in range(200):
-        rotated = training_pixels(data, ImageConfig(size=33), augment, random.Random(seed))
+        rotated = training_pixels(
+            data, ImageConfig(size=33), augment, random.Random(seed)
+        )
         column_S = rotated[:, 28, 0].astype(int)
         to_the_left += column_S[:16].sum() > column_S[17:].sum()
     assert 70 < to_the_left < 130
@@ -257,7 +302,9 @@ def test_broken_images_raise_broken_image(data: bytes) -> None:
         training_pixels(data, ImageConfig(size=32), AugmentConfig(), random.Random(0))
 
 
-def test_bytes_normalized_where_they_are_used_have_the_values_of_the_definition() -> None:
+def test_bytes_normalized_where_they_are_used_have_the_values_of_the_definition() -> (
+    None
+):
     """fp32 rounds numbers up to 2.7 by less than 3e-7 in each of three operations."""
     config = ImageConfig(size=16)
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)

@@ -55,7 +55,9 @@ def embedding_of(text: str) -> torch.Tensor:
 def embed(source: Source, folder: Path) -> EmbeddingCache:
     """A cache of ``source`` whose rows ``embedding_of`` knows."""
     return EmbeddingCache.open(
-        make_cache(Path(source.path), embed=embedding_of, identity=TEACHER, directory=folder)
+        make_cache(
+            Path(source.path), embed=embedding_of, identity=TEACHER, directory=folder
+        )
     )
 
 
@@ -63,8 +65,13 @@ def embed(source: Source, folder: Path) -> EmbeddingCache:
 def dataset(tmp_path: Path) -> PairDataset:
     write_shards(tmp_path / "a", [7, 6])
     write_tar(tmp_path / "b" / "x.tar", img2dataset_members(100, 9))
-    sources = [open_source(SourceConfig(path=str(tmp_path / name))) for name in ("a", "b")]
-    caches = [embed(source, tmp_path / f"cache{number}") for number, source in enumerate(sources)]
+    sources = [
+        open_source(SourceConfig(path=str(tmp_path / name))) for name in ("a", "b")
+    ]
+    caches = [
+        embed(source, tmp_path / f"cache{number}")
+        for number, source in enumerate(sources)
+    ]
     return PairDataset(sources, caches, IMAGES, AUGMENT, seed=3)
 
 
@@ -90,7 +97,9 @@ def test_a_batch_joins_image_caption_and_embedding(dataset: PairDataset) -> None
     # an epoch: every image once
     assert batch["position"] == 22
     assert len(set(batch["image_ids"].tolist())) == 22
-    for number, (key, text) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
+    for number, (key, text) in enumerate(
+        zip(batch["keys"], batch["captions"], strict=True)
+    ):
         assert str(int(key)) in text  # the caption is the image's own
         assert torch.equal(batch["embeddings"][number], embedding_of(text))
         assert batch["caption_hashes"][number] == caption_hash(text)
@@ -101,7 +110,9 @@ def test_a_batch_joins_image_caption_and_embedding(dataset: PairDataset) -> None
 def drawn(dataset: PairDataset, first: int, stop: int) -> list[tuple]:
     """Rows ``first`` .. ``stop``-1 of a run, one after the other: what every way of loading must
     give."""
-    samples = [dataset[draw] for draw in dataset.mixture().batch_indices(first, stop - first)]
+    samples = [
+        dataset[draw] for draw in dataset.mixture().batch_indices(first, stop - first)
+    ]
     tensors = [
         (
             row.pixels,
@@ -114,7 +125,9 @@ def drawn(dataset: PairDataset, first: int, stop: int) -> list[tuple]:
     ]
     rows = []
     for row, values in zip(samples, tensors, strict=True):
-        rows.append((row.key, row.captions[0].text, *(value.tobytes() for value in values)))
+        rows.append(
+            (row.key, row.captions[0].text, *(value.tobytes() for value in values))
+        )
     return rows
 
 
@@ -162,12 +175,16 @@ def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) ->
     expected = [batch["keys"] for batch in batches(dataset, 20, local_batch=8)]
     others = set(multiprocessing.active_children())
     stream = iter(PairLoader(dataset, local_batch=8, workers=2))
-    found = [next(stream)["keys"] for _ in range(2)]  # one of each process: both have begun
+    found = [
+        next(stream)["keys"] for _ in range(2)
+    ]  # one of each process: both have begun
     loaders = set(multiprocessing.active_children()) - others
     assert len(loaders) == 2
     for process in loaders:
         process.terminate()
-    found += [batch["keys"] for batch in islice(stream, 18)]  # more than were prefetched
+    found += [
+        batch["keys"] for batch in islice(stream, 18)
+    ]  # more than were prefetched
     assert found == expected
     del stream
     for process in loaders:
@@ -181,7 +198,12 @@ def test_resume_at_any_position_and_any_number_of_ranks(dataset: PairDataset) ->
     assert resumed == undisturbed[36:]
     assert undisturbed == drawn(dataset, 0, 96)
     for world in (2, 3, 4):
-        settings = {"local_batch": 12 // world, "micro_batch": 2, "position": 36, "world": world}
+        settings = {
+            "local_batch": 12 // world,
+            "micro_batch": 2,
+            "position": 36,
+            "world": world,
+        }
         ranks = [batches(dataset, 5, rank=rank, **settings) for rank in range(world)]
         assert [batch["position"] for batch in ranks[0]] == [48, 60, 72, 84, 96]
         joined = [row for step in zip(*ranks, strict=True) for row in rows(list(step))]
@@ -204,15 +226,23 @@ def test_broken_samples_are_named_counted_and_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = broken_source(tmp_path, 17)
-    dataset = PairDataset([source], [embed(source, tmp_path / "cache")], IMAGES, AUGMENT, seed=1)
+    dataset = PairDataset(
+        [source], [embed(source, tmp_path / "cache")], IMAGES, AUGMENT, seed=1
+    )
     loader = PairLoader(dataset, local_batch=20, max_broken=0.5)
     with caplog.at_level(logging.WARNING):
         found = list(islice(loader, 2))
     assert all(len(batch["keys"]) == 20 and "broken" not in batch for batch in found)
-    assert not {"cut", "noimage", "mute"} & {key for batch in found for key in batch["keys"]}
+    assert not {"cut", "noimage", "mute"} & {
+        key for batch in found for key in batch["keys"]
+    }
     assert loader.rows == 40
     assert loader.substituted == 6
-    reasons = {key: reason for (shard, key), reason in loader.broken.items() if shard == "00000"}
+    reasons = {
+        key: reason
+        for (shard, key), reason in loader.broken.items()
+        if shard == "00000"
+    }
     assert reasons.keys() == {"cut", "noimage", "mute"}
     for key, says in {
         "cut": "cannot decode the image",
@@ -222,16 +252,21 @@ def test_broken_samples_are_named_counted_and_replaced(
         assert says in reasons[key]
     assert len(caplog.records) == 3  # once each
     assert "sample 'cut' of shard '00000'" in caplog.text
-    again = batches(dataset, 2, local_batch=10, max_broken=0.5, rank=1, world=2, workers=2)
+    again = batches(
+        dataset, 2, local_batch=10, max_broken=0.5, rank=1, world=2, workers=2
+    )
     expected = list(rows(found))
     # the same substitutes on other ranks and workers
     assert list(rows(again)) == expected[10:20] + expected[30:]
 
 
-def test_a_caption_changed_after_embedding_stops(dataset: PairDataset, tmp_path: Path) -> None:
+def test_a_caption_changed_after_embedding_stops(
+    dataset: PairDataset, tmp_path: Path
+) -> None:
     members = list(img2dataset_members(100, 9))
     write_tar(
-        tmp_path / "b" / "x.tar", [(name, data.replace(b"104", b"777")) for name, data in members]
+        tmp_path / "b" / "x.tar",
+        [(name, data.replace(b"104", b"777")) for name, data in members],
     )
     changed = open_source(SourceConfig(path=str(tmp_path / "b")))
     altered = PairDataset([dataset.sources[0], changed], dataset.caches, IMAGES, seed=3)
@@ -239,12 +274,16 @@ def test_a_caption_changed_after_embedding_stops(dataset: PairDataset, tmp_path:
         batches(altered, 2, local_batch=22, workers=1)
 
 
-def test_evaluation_has_every_image_once_with_all_captions(dataset: PairDataset) -> None:
+def test_evaluation_has_every_image_once_with_all_captions(
+    dataset: PairDataset,
+) -> None:
     source = dataset.sources[0]
     cache = dataset.caches[0]
     found = list(EvalPairs(source, cache, IMAGES, batch=5))
     assert [len(batch["keys"]) for batch in found] == [5, 5, 3]
-    assert torch.cat([batch["image_ids"] for batch in found]).tolist() == list(range(13))
+    assert torch.cat([batch["image_ids"] for batch in found]).tolist() == list(
+        range(13)
+    )
     owners = torch.cat([batch["owners"] for batch in found]).tolist()
     texts = [caption.text for batch in found for caption in batch["captions"]]
     assert owners == [number for number in range(13) for _ in range(2)]
@@ -268,7 +307,8 @@ def test_evaluation_in_processes_has_the_same_bits_and_errors_and_leaves_none(
     source = broken_source(tmp_path, 40)
     cache = embed(source, tmp_path / "cache")
     alone, shared = (
-        EvalPairs(source, cache, IMAGES, batch=41, workers=workers) for workers in (0, 2)
+        EvalPairs(source, cache, IMAGES, batch=41, workers=workers)
+        for workers in (0, 2)
     )
     for one, other in zip(alone, shared, strict=True):
         for name, value in one.items():
@@ -278,18 +318,26 @@ def test_evaluation_in_processes_has_the_same_bits_and_errors_and_leaves_none(
                 else value == other[name]
             )
             assert same, name
-    assert [str(error) for error in shared.broken] == [str(error) for error in alone.broken]
+    assert [str(error) for error in shared.broken] == [
+        str(error) for error in alone.broken
+    ]
     assert alone.broken
     shutil.rmtree(tmp_path / "s")
     write_tar(tmp_path / "s/00000.tar", img2dataset_members(700, 40))  # other captions
     for workers in (0, 2):
         with pytest.raises(ContractError, match="00000"):
-            list(EvalPairs(open_source(source.config), cache, IMAGES, batch=41, workers=workers))
+            list(
+                EvalPairs(
+                    open_source(source.config), cache, IMAGES, batch=41, workers=workers
+                )
+            )
     gc.collect()  # pytest's record of the error holds the loader
     assert set(multiprocessing.active_children()) <= others
 
 
-def test_a_part_without_a_readable_image_leaves_the_others_their_shapes(tmp_path: Path) -> None:
+def test_a_part_without_a_readable_image_leaves_the_others_their_shapes(
+    tmp_path: Path,
+) -> None:
     source = broken_source(tmp_path, 16)
     images = ImageConfig(size=16, fit="native", patch=4)
     for indices in ([16] * 16 + [*range(16)], [*range(16)] + [16] * 16):
@@ -308,7 +356,9 @@ def wait_for(done: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers: int) -> None:
+def test_the_next_window_is_downloaded_while_one_is_read(
+    tmp_path: Path, workers: int
+) -> None:
     files = {
         f"/{path.name}": path.read_bytes()
         for path in write_shards(tmp_path / "data", [8] * 4).glob("*.tar")
@@ -321,15 +371,19 @@ def test_the_next_window_is_downloaded_while_one_is_read(tmp_path: Path, workers
         )
         source = open_source(config)
         copies = [
-            config.downloads.local_path(f"{address}/{shard.name}.tar") for shard in source.shards
+            config.downloads.local_path(f"{address}/{shard.name}.tar")
+            for shard in source.shards
         ]
         for copy in copies:
             copy.unlink()  # the indexes stay
         dataset = PairDataset([source], [None], ImageConfig(size=8), seed=0)
         order = [
-            dataset.mixture().window_shards(0, 8 * window, 0, 1, 8)[0][0] for window in range(4)
+            dataset.mixture().window_shards(0, 8 * window, 0, 1, 8)[0][0]
+            for window in range(4)
         ]
-        stream = iter(PairLoader(dataset, local_batch=1, workers=workers, prefetch_mb=0.001))
+        stream = iter(
+            PairLoader(dataset, local_batch=1, workers=workers, prefetch_mb=0.001)
+        )
         keys = [next(stream)["keys"][0]]
         wait_for(lambda: copies[order[0]].exists() and copies[order[1]].exists())
         assert not copies[order[3]].exists()  # two windows later: nobody reads it yet
@@ -343,7 +397,9 @@ L14_336 = row_bytes(336, 4096)  # a row of openai_l14_336 against Llama 3's embe
 @pytest.mark.parametrize("rows", [1, 16, 512, 4096])
 @pytest.mark.parametrize("micro_batch", [1, 16, 512])
 @pytest.mark.parametrize("workers", [1, 8, 32])
-def test_what_is_prepared_ahead_is_bounded(rows: int, micro_batch: int, workers: int) -> None:
+def test_what_is_prepared_ahead_is_bounded(
+    rows: int, micro_batch: int, workers: int
+) -> None:
     micro_batch = min(rows, micro_batch)
     plan = plan_loading(
         rows=rows,
@@ -355,7 +411,9 @@ def test_what_is_prepared_ahead_is_bounded(rows: int, micro_batch: int, workers:
     assert 1 <= plan.part <= micro_batch
     assert plan.prefetch >= 1
     assert plan.shared_bytes <= PREFETCH_MB * 1e6
-    more_than_enough = plan.part * plan.workers * max(2, 1 + 2 * rows // (plan.part * workers))
+    more_than_enough = (
+        plan.part * plan.workers * max(2, 1 + 2 * rows // (plan.part * workers))
+    )
     assert plan.part * plan.workers * plan.prefetch <= more_than_enough
 
 
@@ -372,4 +430,6 @@ def test_too_little_shared_memory_is_told(tmp_path: Path) -> None:
     )
     none = dataclasses.replace(plan, workers=0)
     assert not samples.lacks_shared_memory([none], too_many, str(tmp_path))
-    assert not samples.lacks_shared_memory([plan], too_many, str(tmp_path / "absent"))  # not Linux
+    assert not samples.lacks_shared_memory(
+        [plan], too_many, str(tmp_path / "absent")
+    )  # not Linux

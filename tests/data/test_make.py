@@ -42,11 +42,15 @@ def samples(path: Path, **more: str) -> dict[str, list[tuple[str, str]]]:
     assert all(sample.read_image() for sample in read)
     captions = {}
     for sample in read:
-        captions[sample.key] = [(caption.text, caption.kind) for caption in sample.captions]
+        captions[sample.key] = [
+            (caption.text, caption.kind) for caption in sample.captions
+        ]
     return captions
 
 
-def test_a_folder_becomes_tars(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_folder_becomes_tars(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     output = tmp_path / "made"
     assert main(["data", "make", str(photos), "--output", str(output)]) == 0
     assert samples(output) == {
@@ -59,17 +63,36 @@ def test_a_folder_becomes_tars(photos: Path, tmp_path: Path, capsys: pytest.Capt
         assert tar.extractfile("a-2.jpg").read() == jpeg(0)  # as it was
         assert "a.png" in tar.getnames()  # the .gif
         assert json.load(tar.extractfile("sub/c.json"))["place"] == "here"
-    left_out = [json.loads(line) for line in (output / "left-out.jsonl").read_text().splitlines()]
+    left_out = [
+        json.loads(line)
+        for line in (output / "left-out.jsonl").read_text().splitlines()
+    ]
     reasons = {one["image"]: one["reason"].partition(":")[0] for one in left_out}
     not_pictures = {"cut.jpg": "unreadable", "drawing.svg": "not a picture"}
-    assert reasons == {"copy.jpg": "copy", "no-text_2.jpg": "no caption", **not_pictures}
+    assert reasons == {
+        "copy.jpg": "copy",
+        "no-text_2.jpg": "no caption",
+        **not_pictures,
+    }
     said = capsys.readouterr().out
     assert "4 samples, 6 captions" in said
     assert "joined from exact copies: 1 caption" in said
     assert "left out: 4" in said
-    assert main(["data", "make", str(photos), "--output", str(output)]) == 2  # nothing is replaced
     assert (
-        main(["data", "make", str(photos), "--output", str(output), "--overwrite", "--file-names"])
+        main(["data", "make", str(photos), "--output", str(output)]) == 2
+    )  # nothing is replaced
+    assert (
+        main(
+            [
+                "data",
+                "make",
+                str(photos),
+                "--output",
+                str(output),
+                "--overwrite",
+                "--file-names",
+            ]
+        )
         == 0
     )
     assert samples(output)["no-text_2"] == [("no text", "short")]
@@ -103,7 +126,9 @@ def left_out(output: Path) -> dict[str, str]:
     return {one["image"]: one["reason"] for one in map(json.loads, lines)}
 
 
-def test_links_out_of_the_folder_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_links_out_of_the_folder_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     folder = tmp_path / "photos"
     outside = tmp_path / "outside"
     output = tmp_path / "made"
@@ -135,7 +160,10 @@ def test_links_out_of_the_folder_are_left_out(tmp_path: Path, capsys: pytest.Cap
     reasons = left_out(output)
     assert {*reasons} == {"a.jpg", "d.jpg", "more", "circle.jpg"}
     assert all("link out of the folder" in reason for reason in reasons.values())
-    assert "root:x" not in (output / "left-out.jsonl").read_text() + capsys.readouterr().out
+    assert (
+        "root:x"
+        not in (output / "left-out.jsonl").read_text() + capsys.readouterr().out
+    )
 
 
 def test_paths_out_of_the_image_folder_are_left_out(tmp_path: Path):
@@ -153,7 +181,9 @@ def test_paths_out_of_the_image_folder_are_left_out(tmp_path: Path):
         "link.jpg",
     ]
     table = folder / "table.csv"
-    table.write_text("image,caption\n" + "".join(f"{name},x{i}\n" for i, name in enumerate(names)))
+    table.write_text(
+        "image,caption\n" + "".join(f"{name},x{i}\n" for i, name in enumerate(names))
+    )
     assert main(["data", "make", str(table), "--output", str(output)]) == 0
     assert [*samples(output).values()] == [[("x0", "short")], [("x1", "short")]]
     reasons = left_out(output)
@@ -171,16 +201,40 @@ def test_pipes_and_devices_are_no_pictures(tmp_path: Path):
     (folder / "zero.jpg").symlink_to("/dev/zero")
     (folder / "a.txt").write_text("the picture a")
     assert (
-        main(["data", "make", str(folder), "--output", str(tmp_path / "made"), "--file-names"]) == 0
+        main(
+            [
+                "data",
+                "make",
+                str(folder),
+                "--output",
+                str(tmp_path / "made"),
+                "--file-names",
+            ]
+        )
+        == 0
     )
     reasons = left_out(tmp_path / "made")
-    assert reasons["pipe.jpg"] == "unreadable: not a regular file, but a pipe or a device"
     assert (
-        reasons["b.jpg"] == "unreadable caption: b.txt: not a regular file, but a pipe or a device"
+        reasons["pipe.jpg"] == "unreadable: not a regular file, but a pipe or a device"
+    )
+    assert (
+        reasons["b.jpg"]
+        == "unreadable caption: b.txt: not a regular file, but a pipe or a device"
     )
     assert {*reasons} == {"pipe.jpg", "b.jpg", "zero.jpg"}
     (folder / "rows.csv").write_text("image,caption\na.jpg,x\npipe.jpg,y\n")
-    assert main(["data", "make", str(folder / "rows.csv"), "--output", str(tmp_path / "rows")]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "make",
+                str(folder / "rows.csv"),
+                "--output",
+                str(tmp_path / "rows"),
+            ]
+        )
+        == 0
+    )
     assert {*left_out(tmp_path / "rows")} == {"pipe.jpg"}
 
 
@@ -188,13 +242,21 @@ def test_pipes_and_devices_are_no_pictures(tmp_path: Path):
     "name, body, says",
     [
         ("a.json", b"[" * 100_000, "unreadable caption: a.json: it is nested too deep"),
-        ("a.json", b'{"a":' * 100_000, "unreadable caption: a.json: it is nested too deep"),
+        (
+            "a.json",
+            b'{"a":' * 100_000,
+            "unreadable caption: a.json: it is nested too deep",
+        ),
         (
             "a.json",
             b'{"caption": "x", "caption": "y"}',
             "a.json: an object has the name 'caption' twice; rename one",
         ),
-        ("a.json", b'["x"]', "unreadable caption: a.json: contains a list, expected an object"),
+        (
+            "a.json",
+            b'["x"]',
+            "unreadable caption: a.json: contains a list, expected an object",
+        ),
         (
             "a.txt",
             "caf\u00e9".encode("latin-1"),
@@ -208,7 +270,9 @@ def test_pipes_and_devices_are_no_pictures(tmp_path: Path):
         ),
     ],
 )
-def test_damaged_captions_are_left_out(name: str, body: bytes, says: str, tmp_path: Path):
+def test_damaged_captions_are_left_out(
+    name: str, body: bytes, says: str, tmp_path: Path
+):
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "a.jpg").write_bytes(jpeg(1))
@@ -219,7 +283,9 @@ def test_damaged_captions_are_left_out(name: str, body: bytes, says: str, tmp_pa
     assert says in left_out(tmp_path / "made")["a.jpg"]
 
 
-def test_captions_of_equal_pictures_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_captions_of_equal_pictures_are_joined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     folder = tmp_path / "flags"
     folder.mkdir()
     flags = {
@@ -230,19 +296,27 @@ def test_captions_of_equal_pictures_are_joined(tmp_path: Path, capsys: pytest.Ca
     flags |= {"de": ("flag of Germany", 2)}
     for name, (caption, seed) in flags.items():
         (folder / f"{name}.jpg").write_bytes(jpeg(seed))
-        (folder / f"{name}.json").write_text(json.dumps({"caption": caption, "code": name}))
+        (folder / f"{name}.json").write_text(
+            json.dumps({"caption": caption, "code": name})
+        )
     rows = [f"{name}.jpg,{caption}\n" for name, (caption, _) in flags.items()]
     (folder / "flags.csv").write_text("file,caption\n" + "".join(rows))
     for source in (folder, folder / "flags.csv"):
         output = tmp_path / f"made-{source.name}"
         assert main(["data", "make", str(source), "--output", str(output)]) == 0
-        (joined,) = [captions for captions in samples(output).values() if len(captions) > 1]
+        (joined,) = [
+            captions for captions in samples(output).values() if len(captions) > 1
+        ]
         assert sorted(text for text, _ in joined) == [
             "flag of France",
             "flag of Saint Barth\u00e9lemy",
         ]
         assert "joined from exact copies: 1 caption" in capsys.readouterr().out
-        copies = [reason for reason in left_out(output).values() if reason.startswith("copy: of ")]
+        copies = [
+            reason
+            for reason in left_out(output).values()
+            if reason.startswith("copy: of ")
+        ]
         assert len(samples(output)) == 2
         assert len(copies) == 2
 
@@ -255,7 +329,13 @@ def test_a_field_with_text_is_named_where_no_caption_is(
     (tmp_path / "photos" / "a.json").write_text(
         '{"names": {"en": "dog", "de": "Hund"}, "code": "x"}'
     )
-    words = ["data", "make", str(tmp_path / "photos"), "--output", str(tmp_path / "made")]
+    words = [
+        "data",
+        "make",
+        str(tmp_path / "photos"),
+        "--output",
+        str(tmp_path / "made"),
+    ]
     assert main(words) == 2
     assert (
         "a.jpg: no caption; use a field with text, --fields names=short, or write"

@@ -40,7 +40,9 @@ def test_rows_of_one_picture_are_joined(tmp_path: Path):
     assert sample["place"] == "first"
 
 
-@pytest.mark.parametrize(("background", "level"), [("white", 255), ("gray", 128), ("black", 0)])
+@pytest.mark.parametrize(
+    ("background", "level"), [("white", 255), ("gray", 128), ("black", 0)]
+)
 def test_transparent_pictures_are_put_on_the_background(
     tmp_path: Path, background: str, level: int
 ):
@@ -49,7 +51,9 @@ def test_transparent_pictures_are_put_on_the_background(
     (tmp_path / "a.png").write_bytes(encoded(image, "PNG"))
     (tmp_path / "b.jpg").write_bytes(jpeg(0))
     table = write_table(
-        tmp_path, {"image": "a.png", "caption": "one"}, {"image": "b.jpg", "caption": "two"}
+        tmp_path,
+        {"image": "a.png", "caption": "one"},
+        {"image": "b.jpg", "caption": "two"},
     )
     members = made(table, tmp_path / "made", "--background", background)
     picture = Image.open(io.BytesIO(members["a.png"]))

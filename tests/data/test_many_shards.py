@@ -34,13 +34,18 @@ from llm2clip_plugin.text.pairs import open_pairs, survey
 PIXELS = jpeg(0, (16, 16))
 
 
-def write_tiny_tars(folder: Path, count: int, *, samples: int = 1, word: str = "picture") -> Path:
+def write_tiny_tars(
+    folder: Path, count: int, *, samples: int = 1, word: str = "picture"
+) -> Path:
     for shard in range(count):
         members = []
         for sample in range(samples):
             key = f"{shard:05d}{sample:04d}"
             text = json.dumps(
-                {"caption": f"{word} {key}", "long_caption": f"a long text about {word} {key}"}
+                {
+                    "caption": f"{word} {key}",
+                    "long_caption": f"a long text about {word} {key}",
+                }
             )
             members += [(f"{key}.jpg", PIXELS), (f"{key}.json", text.encode())]
         write_tar(folder / f"{shard:05d}.tar", members)
@@ -56,14 +61,18 @@ def embed(path: Path | str, cache: Path, **options: Any) -> Source:
 
 def open_now() -> tuple[int, int]:
     """Descriptors and memory maps of this process."""
-    return len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines())
+    return len(os.listdir("/proc/self/fd")), len(
+        Path("/proc/self/maps").read_text().splitlines()
+    )
 
 
 @contextmanager
 def open_files_limit(more: int) -> Iterator[None]:
     """At most ``more`` descriptors than now."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + more, before[1]))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + more, before[1])
+    )
     try:
         yield
     finally:
@@ -93,7 +102,9 @@ def use_everything(folder: Path) -> tuple[int, int]:
     for number in range(len(source)):
         key, captions = source.captions(number)
         assert source[number].read_image() == PIXELS
-        assert cache.rows(*source.locate(number), captions, key=key)[0, 0] == len(captions[0].text)
+        assert cache.rows(*source.locate(number), captions, key=key)[0, 0] == len(
+            captions[0].text
+        )
         descriptors, maps = (
             max(pair) for pair in zip((descriptors, maps), open_now(), strict=True)
         )
@@ -114,7 +125,9 @@ def test_open_files_and_maps_do_not_grow_with_shards(
     assert many[1] <= few[1] + 20
 
 
-def test_a_later_start_reads_no_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_start_reads_no_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = embed(write_tiny_tars(tmp_path, 20), tmp_path / "cache")
 
     def refuse(*arguments: object) -> None:
@@ -145,7 +158,9 @@ def test_digests_of_other_fields_are_their_own(
     read: list[int] = []
     get = Source.__getitem__
     monkeypatch.setattr(
-        Source, "__getitem__", lambda source, number: read.append(number) or get(source, number)
+        Source,
+        "__getitem__",
+        lambda source, number: read.append(number) or get(source, number),
     )
     embed(write_tiny_tars(tmp_path / "data", 3), tmp_path / "cache")
     cache = EmbeddingCache.open(tmp_path / "cache")
@@ -161,13 +176,16 @@ def test_digests_of_other_fields_are_their_own(
         EmbeddingCache.open(tmp_path / "other").check(open_source(one_field))
 
 
-def test_a_changed_tar_is_compared_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_tar_is_compared_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     embed(write_tiny_tars(tmp_path / "data", 4), tmp_path / "cache")
     write_tiny_tars(tmp_path / "other", 2, word="paintin")
     (tmp_path / "other" / "00001.tar").replace(tmp_path / "data" / "00001.tar")
     changed = open_source(SourceConfig(path=str(tmp_path / "data")))
     with pytest.raises(
-        ContractError, match=r"00001\.safetensors: sample '000010000': caption 'paintin 000010000'"
+        ContractError,
+        match=r"00001\.safetensors: sample '000010000': caption 'paintin 000010000'",
     ):
         EmbeddingCache.open(tmp_path / "cache").check(changed)
     assert not caplog.records
@@ -211,7 +229,9 @@ def test_processes_that_start_at_once_share_the_work(tmp_path: Path) -> None:
         path.unlink()
     (folder / "ready").mkdir()
     with context().Pool(3) as pool:
-        scans, captions, said = zip(*pool.map(start, [str(folder)] * 3, chunksize=1), strict=True)
+        scans, captions, said = zip(
+            *pool.map(start, [str(folder)] * 3, chunksize=1), strict=True
+        )
     assert sum(scans) == 40
     assert sum(captions) == 200
     assert "waiting for another process to index" in "".join(said)
@@ -249,17 +269,27 @@ list(parallel(work, range(2), processes=2))
 def test_a_table_keeps_its_index_and_digests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"id": f"k{n}", "image": f"{n}.jpg", "caption": f"picture {n}"} for n in range(5)]
-    chats = [{**row, "conversations": [{"from": "gpt", "value": row["caption"]}]} for row in rows]
+    rows = [
+        {"id": f"k{n}", "image": f"{n}.jpg", "caption": f"picture {n}"}
+        for n in range(5)
+    ]
+    chats = [
+        {**row, "conversations": [{"from": "gpt", "value": row["caption"]}]}
+        for row in rows
+    ]
     (tmp_path / "t.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     (tmp_path / "t.json").write_text(json.dumps([*chats, {"id": "text only"}]))
     for name in ("t.jsonl", "t.json"):
         source = embed(tmp_path / name, tmp_path / f"cache-{name}")
         with monkeypatch.context() as patch:
-            patch.setattr(type(source), "read_rows", lambda *arguments: pytest.fail("read again"))
+            patch.setattr(
+                type(source), "read_rows", lambda *arguments: pytest.fail("read again")
+            )
             again = open_source(SourceConfig(path=str(tmp_path / name)))
             pickled = pickle.loads(pickle.dumps(again))
-            patch.setattr(Source, "__getitem__", lambda *arguments: pytest.fail("read again"))
+            patch.setattr(
+                Source, "__getitem__", lambda *arguments: pytest.fail("read again")
+            )
             EmbeddingCache.open(tmp_path / f"cache-{name}").check(again)
         assert [s[4].key for s in (source, again, pickled)] == ["k4"] * 3
         assert [s[n].captions for s in (source, again) for n in (0, 4)] == [

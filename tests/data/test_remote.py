@@ -53,9 +53,9 @@ def test_processes_share_one_download(tmp_path: Path) -> None:
     server = DroppingServer({"/a.tar": BODY})
     with serving(server) as address, context().Pool(3) as pool:
         # of a killed one
-        Path(f"{Downloads(tmp_path).local_path(f'{address}/a.tar')}.partial").write_bytes(
-            BODY[::-1]
-        )
+        Path(
+            f"{Downloads(tmp_path).local_path(f'{address}/a.tar')}.partial"
+        ).write_bytes(BODY[::-1])
         sizes = pool.map(fetch_once, [(tmp_path, f"{address}/a.tar")] * 3)
     assert sizes == [len(BODY)] * 3
     assert server.sent == len(BODY)
@@ -68,7 +68,9 @@ def test_a_download_goes_on_where_it_broke(
     """Over a line that always breaks before the end of the file; a server without ranges sends it
     once."""
     monkeypatch.setattr(remote, "RANGE", 70_000)
-    server = DroppingServer({"/a.tar": BODY}, drop_after=80_000, drops=99 * ranges, ranges=ranges)
+    server = DroppingServer(
+        {"/a.tar": BODY}, drop_after=80_000, drops=99 * ranges, ranges=ranges
+    )
     with serving(server) as address:
         assert Downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
     assert server.sent == len(BODY)
@@ -81,7 +83,9 @@ def test_shards_on_another_filesystem(tmp_path: Path) -> None:
     for path in write_shards(tmp_path / "data", [2, 1]).glob("*.tar"):
         memory.pipe_file(f"/set/{path.name}", path.read_bytes())
     for url in ("memory://set/*.tar", "memory://set/"):
-        source = open_source(SourceConfig(path=url, cache_folder=str(tmp_path / "cache")))
+        source = open_source(
+            SourceConfig(path=url, cache_folder=str(tmp_path / "cache"))
+        )
         assert [shard.name for shard in source.shards] == ["00000", "00001"]
         assert source[2].read_image() == jpeg(2)
 
@@ -105,7 +109,9 @@ def test_a_set_larger_than_the_cache_is_read_by_workers(tmp_path: Path) -> None:
         assert open_source(config).shards == source.shards
         assert server.sent == before
         loader = PairLoader(
-            PairDataset([source], [None], ImageConfig(size=8), seed=0), local_batch=8, workers=2
+            PairDataset([source], [None], ImageConfig(size=8), seed=0),
+            local_batch=8,
+            workers=2,
         )
         batches = list(islice(loader, 4))
         assert sorted(key for batch in batches[:2] for key in batch["keys"]) == [
@@ -121,9 +127,13 @@ def test_nodes_share_an_index_and_captions_need_no_download(tmp_path: Path) -> N
     }
     server = DroppingServer(files)
     with serving(server) as address:
-        both = {"path": f"{address}/{{00000..00001}}.tar", "index_folder": str(tmp_path / "shared")}
+        both = {
+            "path": f"{address}/{{00000..00001}}.tar",
+            "index_folder": str(tmp_path / "shared"),
+        }
         nodes = [
-            SourceConfig(**both, cache_folder=str(tmp_path / f"node{node}")) for node in range(2)
+            SourceConfig(**both, cache_folder=str(tmp_path / f"node{node}"))
+            for node in range(2)
         ]
         first = open_source(nodes[0])
         sent = server.sent
@@ -160,7 +170,9 @@ def test_overload_is_retried_and_counted(
         status(429, Retry_After="70"),
         status(500),
     ]
-    server = failing({"/a.tar": BODY}, errors)  # HEAD tells the size; after a failure, GET does
+    server = failing(
+        {"/a.tar": BODY}, errors
+    )  # HEAD tells the size; after a failure, GET does
     with serving(server) as address, caplog.at_level(logging.WARNING):
         assert Downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
     assert take_retries() == len(pauses) >= 2
@@ -172,11 +184,17 @@ def test_overload_is_retried_and_counted(
 
 
 @pytest.mark.parametrize(
-    "code, error", [(403, PermissionError), (404, FileNotFoundError), (400, ConnectionError)]
+    "code, error",
+    [(403, PermissionError), (404, FileNotFoundError), (400, ConnectionError)],
 )
-def test_a_refusal_is_said_at_once(code: int, error: type[Exception], tmp_path: Path) -> None:
+def test_a_refusal_is_said_at_once(
+    code: int, error: type[Exception], tmp_path: Path
+) -> None:
     server = failing({}, [status(code)] * 9)
-    with serving(server) as address, pytest.raises(error, match=rf"http.*a\.tar.*{code}"):
+    with (
+        serving(server) as address,
+        pytest.raises(error, match=rf"http.*a\.tar.*{code}"),
+    ):
         Downloads(tmp_path).fetch(f"{address}/a.tar")
     assert server.asked <= 2
     assert take_retries() == 0
@@ -190,26 +208,36 @@ def test_a_server_that_is_gone_or_stalls_ends_in_an_error(
     with serving(DroppingServer({})) as address:
         pass
     with pytest.raises(
-        ConnectionError, match=r"failed 8 times in a row: http.*a\.tar: ClientConnector.*rerun"
+        ConnectionError,
+        match=r"failed 8 times in a row: http.*a\.tar: ClientConnector.*rerun",
     ):
         Downloads(tmp_path).fetch(f"{address}/a.tar")
     monkeypatch.setenv("LLM2CLIP_TIMEOUT", "0.2")
     server = failing({}, [stall] * 20)
-    with serving(server) as address, pytest.raises(ConnectionError, match="LLM2CLIP_TIMEOUT"):
+    with (
+        serving(server) as address,
+        pytest.raises(ConnectionError, match="LLM2CLIP_TIMEOUT"),
+    ):
         Downloads(tmp_path).fetch(f"{address}/a.tar")
 
 
 @pytest.mark.parametrize(
-    "body", [b"<html>log in</html>".ljust(20_000), bytes(20_480), b""], ids=["page", "zeros", ""]
+    "body",
+    [b"<html>log in</html>".ljust(20_000), bytes(20_480), b""],
+    ids=["page", "zeros", ""],
 )
 def test_a_wrong_body_is_not_kept(body: bytes, tmp_path: Path) -> None:
     """The same command succeeds when the server has recovered."""
     files = {"/00000.tar": body}
     with serving(DroppingServer(files)) as address:
-        config = SourceConfig(path=f"{address}/00000.tar", cache_folder=str(tmp_path / "cache"))
+        config = SourceConfig(
+            path=f"{address}/00000.tar", cache_folder=str(tmp_path / "cache")
+        )
         with pytest.raises(ValueError, match="the copy is deleted"):
             open_source(config)
-        files["/00000.tar"] = (write_shards(tmp_path / "data", [2]) / "00000.tar").read_bytes()
+        files["/00000.tar"] = (
+            write_shards(tmp_path / "data", [2]) / "00000.tar"
+        ).read_bytes()
         assert open_source(config)[1].read_image() == jpeg(1)
 
 
@@ -269,7 +297,8 @@ def test_it_ends_in_an_error_that_names_the_file(tmp_path: Path, disk: Disk) -> 
     source = source_of(write_shards(tmp_path, [2]))
     disk.failures = [errno.EIO] * 100
     with pytest.raises(
-        ConnectionError, match=r"failed 8 times in a row: .*00000\.tar: OSError.*rerun the same"
+        ConnectionError,
+        match=r"failed 8 times in a row: .*00000\.tar: OSError.*rerun the same",
     ):
         source[0].read_image()
     disk.failures = [errno.EACCES]

@@ -31,7 +31,9 @@ def test_permutations_look_random() -> None:
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.05
     assert np.count_nonzero(first == places) < 10  # expected: 1 fixed point
-    counts = np.bincount(first[:1000] * 10 // n, minlength=10)  # expected 100 +- 9.5 each
+    counts = np.bincount(
+        first[:1000] * 10 // n, minlength=10
+    )  # expected 100 +- 9.5 each
     assert counts.min() > 60
     assert counts.max() < 140
 
@@ -42,7 +44,12 @@ def test_the_order_is_the_same_everywhere() -> None:
     assert hash_words("sample", 1, 2) == 9827714916256478247
     assert Permutation(10, 3)(np.arange(10)).tolist() == [0, 9, 8, 5, 4, 2, 7, 3, 6, 1]
     draws = Mixture([(5,), (3,)], [1, 1], 0).batch_indices(6, 4)
-    assert [tuple(draw) for draw in draws] == [(0, 4, 0), (1, 0, 0), (1, 2, 1), (0, 1, 1)]
+    assert [tuple(draw) for draw in draws] == [
+        (0, 4, 0),
+        (1, 0, 0),
+        (1, 2, 1),
+        (0, 1, 1),
+    ]
     assert sample_rng(0, 1, 2, 3).random() == 0.9603652096926553
 
 
@@ -53,8 +60,13 @@ def test_the_order_of_several_epochs_is_the_same_everywhere(
     windows: tuple[int, ...], expected: str
 ) -> None:
     """Three epochs of three sources, noted once."""
-    draws = Mixture([(5000,) * 3, (7000,), (11,)], (1, 0.5, 2), 3, windows).batch_indices(0, 60_000)
-    assert hashlib.sha256(np.array(draws, dtype=np.int64).tobytes()).hexdigest()[:16] == expected
+    draws = Mixture(
+        [(5000,) * 3, (7000,), (11,)], (1, 0.5, 2), 3, windows
+    ).batch_indices(0, 60_000)
+    assert (
+        hashlib.sha256(np.array(draws, dtype=np.int64).tobytes()).hexdigest()[:16]
+        == expected
+    )
 
 
 @pytest.mark.parametrize("windows", [(), (1, 2)])
@@ -123,7 +135,10 @@ def test_ranks_cut_one_global_batch(world: int, windows: tuple[int, int]) -> Non
     mixture = Mixture([(1500,) * 7, (1300,) * 5], (1, 1), 3, windows)
     for position in (0, 24, 96, 9600):
         whole = mixture.batch_indices(position, 24)
-        parts = [mixture.rank_draws(position, rank, 24 // world, world) for rank in range(world)]
+        parts = [
+            mixture.rank_draws(position, rank, 24 // world, world)
+            for rank in range(world)
+        ]
         draws = [draw for part in parts for draw in part]
         assert sorted(draws) == sorted(whole)
         assert any(windows) or draws == whole
@@ -141,31 +156,46 @@ def test_each_node_reads_its_share_of_remote_shards(nodes: int, reads: float) ->
         read = [set[int]() for _ in range(nodes)]
         samples = set[int]()
         for position in range(
-            number * 64_000 // batch * batch, (number + 1) * 64_000 // batch * batch, batch
+            number * 64_000 // batch * batch,
+            (number + 1) * 64_000 // batch * batch,
+            batch,
         ):
             for node in range(nodes):
                 draws = mixture.rank_draws(position, node, batch // nodes, nodes)
-                read[node] |= {draw.index // size for draw in draws if draw.epoch == number}
+                read[node] |= {
+                    draw.index // size for draw in draws if draw.epoch == number
+                }
                 samples |= {draw.index for draw in draws if draw.epoch == number}
         assert len(samples) > 64_000 - batch
         assert sum(map(len, read)) <= reads * shards
-        for node in range(nodes) if reads == 1 else ():  # what it downloads ahead is what it reads
+        for node in (
+            range(nodes) if reads == 1 else ()
+        ):  # what it downloads ahead is what it reads
             starts = range(number * 64_000, (number + 1) * 64_000, 16_000)
-            ahead = (mixture.window_shards(0, start, node, nodes, batch)[0] for start in starts)
+            ahead = (
+                mixture.window_shards(0, start, node, nodes, batch)[0]
+                for start in starts
+            )
             assert set().union(*ahead) == read[node]
 
 
 @pytest.mark.parametrize(("nodes", "batch"), [(3, 6144), (8, 6144), (2, 8), (2, 64)])
-def test_nodes_download_ahead_what_they_read_of_mixed_sources(nodes: int, batch: int) -> None:
+def test_nodes_download_ahead_what_they_read_of_mixed_sources(
+    nodes: int, batch: int
+) -> None:
     mixture = Mixture([(1000,) * 70, (900,) * 60], (1, 0.5), 0, (64, 64))
-    for position in range(0, 17 * batch, batch):  # of 6144 also past the end of an epoch
+    for position in range(
+        0, 17 * batch, batch
+    ):  # of 6144 also past the end of an epoch
         for node in range(nodes):
             draws = mixture.rank_draws(position, node, batch // nodes, nodes)
             ahead = [
-                set().union(*mixture.window_shards(n, position, node, nodes, batch)) for n in (0, 1)
+                set().union(*mixture.window_shards(n, position, node, nodes, batch))
+                for n in (0, 1)
             ]
             assert all(
-                draw.index // (1000, 900)[draw.source] in ahead[draw.source] for draw in draws
+                draw.index // (1000, 900)[draw.source] in ahead[draw.source]
+                for draw in draws
             )
 
 
@@ -192,7 +222,9 @@ def test_a_global_batch_of_one_source(world: int) -> None:
     assert whole == mixture.batch_indices(0, steps * batch)
     for step in found:
         assert len({draw.source for part in step for draw in part}) == 1
-    for source, (length, draws) in enumerate(zip((70, 40, 25), (70, 20, 50), strict=True)):
+    for source, (length, draws) in enumerate(
+        zip((70, 40, 25), (70, 20, 50), strict=True)
+    ):
         seen = [draw for draw in whole if draw.source == source]
         for epoch in range(1, 5):  # what is left of less than a batch is carried over
             before = sum(
@@ -245,7 +277,9 @@ def test_an_epoch_of_two_large_sources_begins_without_a_stall(
         for step in range(100):  # past the end of the first epoch
             position = mixture.epoch_length - 50 * 4096 + step * 4096
             computed[0] = 0
-            assert len(set(mixture.batch_indices(*rank_rows(position, rank, 512)))) == 512
+            assert (
+                len(set(mixture.batch_indices(*rank_rows(position, rank, 512)))) == 512
+            )
             assert computed[0] <= (50 * 4096 + 2 * 512 if not step else 4096 + 2 * 512)
 
 

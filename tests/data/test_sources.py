@@ -51,7 +51,9 @@ def test_shard_names_hold_the_folder(tmp_path: Path) -> None:
         "train/*1.tar": ["00001"],
         "more/00000.tar": ["00000"],
     }.items():
-        assert [shard.name for shard in open_source(config(tmp_path / path)).shards] == names
+        assert [
+            shard.name for shard in open_source(config(tmp_path / path)).shards
+        ] == names
 
 
 def test_shard_names_do_not_depend_on_how_the_path_is_written(
@@ -74,7 +76,9 @@ def test_shard_names_do_not_depend_on_how_the_path_is_written(
         link,
         f"{link}/",
     ):
-        assert [shard.name for shard in open_source(config(path)).shards] == ["00000"], path
+        assert [shard.name for shard in open_source(config(path)).shards] == [
+            "00000"
+        ], path
     monkeypatch.chdir(tmp_path)
     assert [shard.name for shard in open_source(config(".")).shards] == ["a/data/00000"]
 
@@ -88,8 +92,14 @@ def test_a_source_is_pickled_without_its_index(tmp_path: Path) -> None:
 BROKEN = {
     "no image": ([("a.txt", b"text")], "no .jpg"),
     "bad JSON": ([("a.jpg", b"x"), ("a.json", b"{not json")], "not valid JSON"),
-    "JSON list": ([("a.jpg", b"x"), ("a.json", b"[1]")], "contains a list, expected an object"),
-    "JSON nested too deep": ([("a.jpg", b"x"), ("a.json", b"[" * 200_000)], "nested too deep"),
+    "JSON list": (
+        [("a.jpg", b"x"), ("a.json", b"[1]")],
+        "contains a list, expected an object",
+    ),
+    "JSON nested too deep": (
+        [("a.jpg", b"x"), ("a.json", b"[" * 200_000)],
+        "nested too deep",
+    ),
     "number for a caption": (
         [("a.jpg", b"x"), ("a.json", b'{"caption": 3}')],
         "'caption' has type int",
@@ -160,7 +170,9 @@ def test_jsonl_rows_that_are_broken(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "images" / "pipe.jpg")
     (tmp_path / "images" / "zero.jpg").symlink_to("/dev/zero")
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
-    source = open_source(config(tmp_path / "data.jsonl", images=str(tmp_path / "images")))
+    source = open_source(
+        config(tmp_path / "data.jsonl", images=str(tmp_path / "images"))
+    )
     keys = []
     for number, says in enumerate(rows.values()):
         with pytest.raises(BrokenSample) as caught:
@@ -192,12 +204,17 @@ def test_llavas_pretraining_json(tmp_path: Path) -> None:
         "a second answer",
     )
     said = [
-        {"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)
+        {"from": ("human", "gpt")[number % 2], "value": text}
+        for number, text in enumerate(texts)
     ]
     items = [
         {"id": "004539375", "image": "00453/1.jpg", "conversations": said},
         {"id": "text-only", "conversations": said},
-        {"id": "odd", "image": "00453/1.jpg", "conversations": [{"value": "no speaker"}]},
+        {
+            "id": "odd",
+            "image": "00453/1.jpg",
+            "conversations": [{"value": "no speaker"}],
+        },
     ]
     (tmp_path / "chat.json").write_text(json.dumps(items))
     source = open_source(config(tmp_path / "chat.json"))
@@ -218,7 +235,9 @@ def test_llavas_pretraining_json(tmp_path: Path) -> None:
 # A format of captioned images is one new file: it is listed, recognized, checked, embedded and
 # trained on.
 
-EXTENDING = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+EXTENDING = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(
+    encoding="utf-8"
+)
 CSV = re.search(r'```python\n("""CSV .*?)```', EXTENDING, re.DOTALL)[1]
 
 
@@ -227,12 +246,17 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A .csv of four pictures, and the file that reads it in a folder of its own."""
     (tmp_path / "formats").mkdir()
     (tmp_path / "formats" / "csv_rows.py").write_text(CSV)
-    monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(tmp_path / "formats")])
+    monkeypatch.setattr(
+        sources, "__path__", [*sources.__path__, str(tmp_path / "formats")]
+    )
     for number in range(4):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
     lines = [
         "id,image,caption",
-        *(f'k{number},{number}.jpg,"a picture, number {number}"' for number in range(4)),
+        *(
+            f'k{number},{number}.jpg,"a picture, number {number}"'
+            for number in range(4)
+        ),
     ]
     (tmp_path / "pictures.csv").write_text("\n".join(lines))
     yield tmp_path / "pictures.csv"
@@ -247,7 +271,10 @@ def test_it_is_recognized_embedded_and_trained_on(table: Path) -> None:
     assert manifest is not None
     assert manifest.captions == 4
     dataset = PairDataset(
-        [source], [EmbeddingCache.open(table.parent / "cache")], ImageConfig(size=16), seed=0
+        [source],
+        [EmbeddingCache.open(table.parent / "cache")],
+        ImageConfig(size=16),
+        seed=0,
     )
     (batch,) = islice(PairLoader(dataset, local_batch=4, workers=1), 1)
     assert sorted(batch["keys"]) == ["k0", "k1", "k2", "k3"]

@@ -60,7 +60,8 @@ def test_tars_are_copied_whole_to_two_sides(
     assert said.splitlines()[:2] == counts
     assert f"llm2clip train-tower {output}/train --validation {output}/valid" in said
     before, train, held_out = (
-        content(read(path)) for path in (shards, output / "train", output / "validation")
+        content(read(path))
+        for path in (shards, output / "train", output / "validation")
     )
     assert train | held_out == before
     assert not train.keys() & held_out.keys()
@@ -79,7 +80,9 @@ def test_a_side_depends_on_the_key_alone(shards: Path, tmp_path: Path):
         return {source.key(number) for number in held_out_N.nonzero()[0].tolist()}
 
     first = held_out(read(shards))
-    shutil.move(shards / "00000.tar", shards / "z.tar")  # another order, and other names
+    shutil.move(
+        shards / "00000.tar", shards / "z.tar"
+    )  # another order, and other names
     assert held_out(read(shards)) == first
     (shards / "z.tar").unlink()
     assert held_out(read(shards)) == {key for key in first if key.startswith("1-")}
@@ -93,20 +96,36 @@ def test_groups_stay_together_and_rows_stay_as_they_are(
     assert (
         run(
             "data split",
-            [str(rows), "--output", str(output), "--validation", "0.4", "--by", "place", *images],
+            [
+                str(rows),
+                "--output",
+                str(output),
+                "--validation",
+                "0.4",
+                "--by",
+                "place",
+                *images,
+            ],
         )
         == 0
     )
     said = capsys.readouterr().out
-    lines = {side: (output / f"{side}.jsonl").read_text().splitlines() for side in SIDES}
+    lines = {
+        side: (output / f"{side}.jsonl").read_text().splitlines() for side in SIDES
+    }
     places = {}
     for side, rows_of_side in lines.items():
         places[side] = {json.loads(line)["place"] for line in rows_of_side}
     assert places["train"] | places["validation"] == {"p0", "p1", "p2", "p3"}
     assert not places["train"] & places["validation"]
     # byte by byte
-    assert sorted(lines["train"] + lines["validation"]) == sorted(rows.read_text().splitlines())
-    assert f"--validation {output}/validation.jsonl --image-folder {tmp_path}/images" in said
+    assert sorted(lines["train"] + lines["validation"]) == sorted(
+        rows.read_text().splitlines()
+    )
+    assert (
+        f"--validation {output}/validation.jsonl --image-folder {tmp_path}/images"
+        in said
+    )
     assert f"{len(places['validation'])} values of 'place'" in said
 
 
@@ -116,19 +135,29 @@ def test_llava_s_list_stays_a_list(tmp_path: Path):
         for i in range(30)
     ]
     items = [
-        {"id": str(i), "image": f"{i}.jpg", "conversations": talk} for i, talk in enumerate(said)
+        {"id": str(i), "image": f"{i}.jpg", "conversations": talk}
+        for i, talk in enumerate(said)
     ]
     (tmp_path / "blip.json").write_text(json.dumps(items))
     assert (
         run(
             "data split",
-            [str(tmp_path / "blip.json"), "--output", str(tmp_path / "s"), "--validation", "0.2"],
+            [
+                str(tmp_path / "blip.json"),
+                "--output",
+                str(tmp_path / "s"),
+                "--validation",
+                "0.2",
+            ],
         )
         == 0
     )
     both = [json.loads((tmp_path / "s" / f"{side}.json").read_text()) for side in SIDES]
     assert (
-        sorted((item for side in both for item in side), key=lambda item: int(item["id"])) == items
+        sorted(
+            (item for side in both for item in side), key=lambda item: int(item["id"])
+        )
+        == items
     )
     assert all(both)
 
@@ -139,8 +168,13 @@ def test_what_belongs_to_a_sample_goes_with_it(shards: Path, tmp_path: Path):
     names = [f"{long}.txt", f"{long}.cls", "0-x.txt", "0-x.cls"]
     write_tar(shards / "more.tar", [(name, b"text") for name in names])
     assert (
-        run("data split", [str(shards), "--output", str(tmp_path / "s"), "--validation", "0.5"])
+        run(
+            "data split",
+            [str(shards), "--output", str(tmp_path / "s"), "--validation", "0.5"],
+        )
         == 0
     )
-    split = [tarfile.open(path).getnames() for path in (tmp_path / "s").rglob("more.tar")]
+    split = [
+        tarfile.open(path).getnames() for path in (tmp_path / "s").rglob("more.tar")
+    ]
     assert sorted(name for one in split for name in one) == sorted(names)

@@ -12,7 +12,9 @@ from llm2clip_plugin.errors import ContractError
 LONG = "x" * (LONGEST + 1)
 
 
-def rows_of(path: Path, body: str | bytes, name: str = "table.csv") -> list[tuple[int, list[str]]]:
+def rows_of(
+    path: Path, body: str | bytes, name: str = "table.csv"
+) -> list[tuple[int, list[str]]]:
     table = path / name
     table.write_bytes(body if isinstance(body, bytes) else body.encode())
     return [(row.line, [*row.cells.values()]) for row in Table(table)]
@@ -21,13 +23,22 @@ def rows_of(path: Path, body: str | bytes, name: str = "table.csv") -> list[tupl
 @pytest.mark.parametrize(
     "body, rows",
     [
-        ("image,caption\na.png,one\nb.png,two\n", [(2, ["a.png", "one"]), (3, ["b.png", "two"])]),
-        ('image,caption\na.png,"a red, round thing"\n', [(2, ["a.png", "a red, round thing"])]),
+        (
+            "image,caption\na.png,one\nb.png,two\n",
+            [(2, ["a.png", "one"]), (3, ["b.png", "two"])],
+        ),
+        (
+            'image,caption\na.png,"a red, round thing"\n',
+            [(2, ["a.png", "a red, round thing"])],
+        ),
         (
             'image,caption\na.png,"two\nlines"\n\nb.png,x\n',
             [(2, ["a.png", "two\nlines"]), (5, ["b.png", "x"])],
         ),
-        ('image,caption\na.png,"a ""quoted"" word"\n', [(2, ["a.png", 'a "quoted" word'])]),
+        (
+            'image,caption\na.png,"a ""quoted"" word"\n',
+            [(2, ["a.png", 'a "quoted" word'])],
+        ),
         ('image\tcaption\na.png\ta 5" disc, red\n', [(2, ["a.png", 'a 5" disc, red'])]),
         ("\ufeffimage; caption\r\na.png;one, two\r\n", [(2, ["a.png", "one, two"])]),
         (
@@ -66,13 +77,19 @@ def test_whole_tables(tmp_path: Path, body: str, rows: list) -> None:
             'image,caption\n0.png,"a" b\n',
             'line 2: text after a closing quote; write a quote inside of quotes as ""',
         ),
-        ("image,caption,caption\n0.png,a,b\n", "has 'caption' as columns 2 and 3; rename one"),
+        (
+            "image,caption,caption\n0.png,a,b\n",
+            "has 'caption' as columns 2 and 3; rename one",
+        ),
         ("image,caption,\n0.png,a,b\n", "line 2: a value in a column without a name"),
         (
             f"image,caption\n0.png,a\n1.png,{LONG}\n",
             r"line 3: field 'caption' has 131,073 characters, at most 131,072",
         ),
-        (f'image,caption\n0.png,"{LONG}\n', "line 2: a quote is opened and never closed"),
+        (
+            f'image,caption\n0.png,"{LONG}\n',
+            "line 2: a quote is opened and never closed",
+        ),
         ("", "is empty; expected a header"),
         (
             "image,caption\n0.png,a\n1.png,caf\u00e9\n".encode("latin-1"),
@@ -95,7 +112,11 @@ def test_damage_names_the_line(tmp_path: Path, body: str | bytes, says: str) -> 
     "body, more, says",
     [
         ("a,caption\n1.png,x\n", [], "no image column (image, file_name, "),
-        ("image,caption\n", [], "table.csv has a header and no rows; expected a row a picture"),
+        (
+            "image,caption\n",
+            [],
+            "table.csv has a header and no rows; expected a row a picture",
+        ),
         ("a,caption\n1.png,x\n", [], "--image-field; columns: a, caption"),
         (
             "a,caption\n1.png,x\n",
@@ -115,13 +136,24 @@ def test_damage_names_the_line(tmp_path: Path, body: str | bytes, says: str) -> 
     ],
 )
 def test_data_make_refuses_before_it_writes(
-    body: str, more: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    body: str,
+    more: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "1.png").write_bytes(jpeg(1))
     (tmp_path / "table.csv").write_text(body)
     assert (
         main(
-            ["data", "make", str(tmp_path / "table.csv"), "--output", str(tmp_path / "out"), *more]
+            [
+                "data",
+                "make",
+                str(tmp_path / "table.csv"),
+                "--output",
+                str(tmp_path / "out"),
+                *more,
+            ]
         )
         == 2
     )

@@ -9,7 +9,12 @@ from data_world import jpeg, write_shards, write_tar
 
 from llm2clip_plugin.data import remote
 from llm2clip_plugin.data.samples import BrokenSample
-from llm2clip_plugin.data.sources import BrokenShard, SourceConfig, open_source, scan_tar
+from llm2clip_plugin.data.sources import (
+    BrokenShard,
+    SourceConfig,
+    open_source,
+    scan_tar,
+)
 from llm2clip_plugin.data.sources import tars as tars_module
 from llm2clip_plugin.data.sources.tars import index_tar
 
@@ -26,7 +31,8 @@ NAMES = [
 def keys(path: Path) -> list[str]:
     shard = index_tar(path)
     return [
-        shard.text[start : start + size].decode() for size, start in shard.rows[:, [2, 5]].tolist()
+        shard.text[start : start + size].decode()
+        for size, start in shard.rows[:, [2, 5]].tolist()
     ]
 
 
@@ -35,7 +41,9 @@ def keys(path: Path) -> list[str]:
 )
 def test_samples_of_any_format_are_read(tmp_path: Path, tar_format: int) -> None:
     names = NAMES[:-1] if tar_format == tarfile.USTAR_FORMAT else NAMES
-    path = write_tar(tmp_path / "x.tar", [(name, b"{}" + b" " * 600) for name in names], tar_format)
+    path = write_tar(
+        tmp_path / "x.tar", [(name, b"{}" + b" " * 600) for name in names], tar_format
+    )
     source = open_source(SourceConfig(path=str(path)))
     assert [source.key(number) for number in range(len(source))] == [
         name.partition(".")[0] for name in names
@@ -78,7 +86,9 @@ def damaged(whole: bytes) -> dict[str, bytes]:
         "compressed": gzip.compress(os.urandom(2000)),
         "first header": b"y" + whole[1:],
         "second header": whole[:1024] + b"y" + whole[1025:],
-        "negative size": retyped(pax, 0, b"x"),  # leads back to the header before, for ever
+        "negative size": retyped(
+            pax, 0, b"x"
+        ),  # leads back to the header before, for ever
     }
 
 
@@ -99,7 +109,9 @@ def test_members_are_joined_by_key_in_any_order(tmp_path: Path) -> None:
     # offset of the image, sizes of .txt and .json
     parts = []
     for row in index_tar(path).rows[:, [0, 3, 4]].tolist():
-        letters = [letter for letter, number in zip("itj", row, strict=True) if number >= 0]
+        letters = [
+            letter for letter, number in zip("itj", row, strict=True) if number >= 0
+        ]
         parts.append("".join(letters))
     assert list(zip(keys(path), parts, strict=True)) == [
         # a part that repeats begins a sample
@@ -116,12 +128,16 @@ def indexed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tars that are read, from now on."""
     names: list[str] = []
     monkeypatch.setattr(
-        tars_module, "index_tar", lambda path: names.append(path.name) or index_tar(path)
+        tars_module,
+        "index_tar",
+        lambda path: names.append(path.name) or index_tar(path),
     )
     return names
 
 
-def test_only_new_and_changed_tars_are_read_again(tmp_path: Path, indexed: list[str]) -> None:
+def test_only_new_and_changed_tars_are_read_again(
+    tmp_path: Path, indexed: list[str]
+) -> None:
     write_shards(tmp_path, [2, 3])
     first = open_source(SourceConfig(path=str(tmp_path)))
     assert indexed == ["00000.tar", "00001.tar"]
@@ -146,7 +162,9 @@ def test_a_new_tar_is_appended_to_the_index(tmp_path: Path) -> None:
     sizes = []
     before = index.read_bytes()[256:end]
     for time in range(1, 9):
-        assert open_source(SourceConfig(path=str(tmp_path))).record(80) == first.record(79)
+        assert open_source(SourceConfig(path=str(tmp_path))).record(80) == first.record(
+            79
+        )
         sizes.append(index.stat().st_size)
         assert time > 1 or index.read_bytes()[256:end] == before
         for tar in tmp_path.glob("*.tar"):
@@ -154,10 +172,14 @@ def test_a_new_tar_is_appended_to_the_index(tmp_path: Path) -> None:
     assert end < sizes[0] < max(sizes) < 4 * end
 
 
-def test_many_tars_are_indexed_by_processes_and_errors_come_in_order(tmp_path: Path) -> None:
+def test_many_tars_are_indexed_by_processes_and_errors_come_in_order(
+    tmp_path: Path,
+) -> None:
     write_shards(tmp_path, [1] * 20)
     for name in ("00003", "00007"):
-        (tmp_path / f"{name}.tar").write_bytes((tmp_path / f"{name}.tar").read_bytes()[:2000])
+        (tmp_path / f"{name}.tar").write_bytes(
+            (tmp_path / f"{name}.tar").read_bytes()[:2000]
+        )
     with pytest.raises(BrokenShard, match=r"00003\.tar"):
         open_source(SourceConfig(path=str(tmp_path)))
     broken: dict[str, str] = {}
@@ -216,4 +238,6 @@ def test_a_tar_replaced_under_a_run_is_noticed(tmp_path: Path) -> None:
     assert source.captions(0) == captions  # the index has them
     with pytest.raises(ValueError, match="was replaced") as caught:
         source[0].read_image()
-    assert not isinstance(caught.value, BrokenSample)  # which training would only replace
+    assert not isinstance(
+        caught.value, BrokenSample
+    )  # which training would only replace

@@ -13,14 +13,20 @@ MADE = {  # target -> the environments that it makes, as scripts/environments.sh
 }
 
 
-def test_targets_make_their_environments_and_the_tests_image_runs_what_ci_runs() -> None:
+def test_targets_make_their_environments_and_the_tests_image_runs_what_ci_runs() -> (
+    None
+):
     stages = re.findall(
-        r"^FROM (\S+) AS (\S+)$(.*?)(?=^FROM|\Z)", (ROOT / "Dockerfile").read_text(), re.M | re.S
+        r"^FROM (\S+) AS (\S+)$(.*?)(?=^FROM|\Z)",
+        (ROOT / "Dockerfile").read_text(),
+        re.M | re.S,
     )
     steps = {name: text for _, name, text in stages}
     assert "apt-get install" in steps["base"]
     assert "g++" in steps["base"]
-    assert [(image, name) for image, name, _ in stages[1:]] == [("base", target) for target in MADE]
+    assert [(image, name) for image, name, _ in stages[1:]] == [
+        ("base", target) for target in MADE
+    ]
     for target, made in MADE.items():
         assert f"RUN ROOT=$PWD; . scripts/environments.sh; {made}\n" in steps[target]
     assert 'CMD ["scripts/test.sh"]' in steps["test"]
@@ -28,11 +34,16 @@ def test_targets_make_their_environments_and_the_tests_image_runs_what_ci_runs()
 
 
 def test_an_environment_whose_installation_failed_is_made_again(tmp_path: Path) -> None:
-    made = "need_compiler() { :; }; find_python() { echo venv; }; venv() { mkdir $3; }; "
+    made = (
+        "need_compiler() { :; }; find_python() { echo venv; }; venv() { mkdir $3; }; "
+    )
     made += "install() { [[ $* != *speed* ]]; }"
     script = f"ROOT=$PWD; . scripts/environments.sh; {made}; pinned_environment $0 || echo failed"
     done = subprocess.run(
-        ["bash", "-c", script, tmp_path / "env"], cwd=ROOT, stdout=subprocess.PIPE, check=True
+        ["bash", "-c", script, tmp_path / "env"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
     )
     assert done.stdout == b"failed\n"
     assert [*tmp_path.iterdir()] == [tmp_path / "env"]

@@ -17,7 +17,9 @@ from tiny_llm import save_tiny_llm
 from llm2clip_plugin.stages.embedder import export_dual
 
 pytest.importorskip("sentence_transformers", minversion="6")
-PAGE = (Path(__file__).parents[2] / "docs" / "embeddings.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "embeddings.md").read_text(
+    encoding="utf-8"
+)
 FIRST = "How do I embed pictures and texts elsewhere?"
 
 
@@ -51,7 +53,12 @@ def test_the_first_program(capsys):
 
 
 def test_classification(capsys):
-    exec(compile(program("Classification without training"), "docs/embeddings.md", "exec"), {})
+    exec(
+        compile(
+            program("Classification without training"), "docs/embeddings.md", "exec"
+        ),
+        {},
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["photos/1.jpg", "photos/2.jpg"]
     assert {line.split()[1] for line in lines} <= {"cat", "dog", "bird"}
@@ -92,29 +99,56 @@ def test_the_endpoint_embeds(client, folder):
     """Texts and pictures of one request, as floats and as base64; a path is a text."""
     assert client.get("/health").json() == {"status": "ok"}
     path = str(folder / "photo.jpg")
-    given = [CAPTIONS[0], {"image": as_url(png(pictures()[1]))}, {"text": CAPTIONS[1]}, path]
+    given = [
+        CAPTIONS[0],
+        {"image": as_url(png(pictures()[1]))},
+        {"text": CAPTIONS[1]},
+        path,
+    ]
     answer = post(client, given).json()
     rows = np.array([entry["embedding"] for entry in answer["data"]])
     model = opened(folder / "out" / "l14-336")
     inputs = [CAPTIONS[0], pictures()[1], CAPTIONS[1], {"text": path}]
     assert np.abs(rows - model.encode(inputs)).max() < 1e-5
-    assert np.abs(rows[3] - model.encode([path])[0]).max() > 1e-3  # which is the picture
-    encoded = post(client, given, encoding_format="base64").json()["data"][1]["embedding"]
-    assert np.allclose(np.frombuffer(base64.b64decode(encoded), np.float32), rows[1], atol=1e-6)
+    assert (
+        np.abs(rows[3] - model.encode([path])[0]).max() > 1e-3
+    )  # which is the picture
+    encoded = post(client, given, encoding_format="base64").json()["data"][1][
+        "embedding"
+    ]
+    assert np.allclose(
+        np.frombuffer(base64.b64decode(encoded), np.float32), rows[1], atol=1e-6
+    )
 
 
 REFUSED = {
     "a file": ({"image": "file:///etc/passwd"}, 400, "http"),
     "a path": ({"image": "/etc/passwd"}, 400, "http"),
     "this machine": ({"image": "http://127.0.0.1/x.png"}, 400, "not a public address"),
-    "this machine's name": ({"image": "http://localhost:80/x.png"}, 400, "not a public address"),
-    "metadata of a cloud": ({"image": "http://169.254.169.254/x.png"}, 400, "not a public"),
+    "this machine's name": (
+        {"image": "http://localhost:80/x.png"},
+        400,
+        "not a public address",
+    ),
+    "metadata of a cloud": (
+        {"image": "http://169.254.169.254/x.png"},
+        400,
+        "not a public",
+    ),
     "a private net": ({"image": "http://10.0.0.1/x.png"}, 400, "not a public address"),
-    "mapped": ({"image": "http://[::ffff:127.0.0.1]/x.png"}, 400, "not a public address"),
+    "mapped": (
+        {"image": "http://[::ffff:127.0.0.1]/x.png"},
+        400,
+        "not a public address",
+    ),
     "a number": ({"image": "http://2130706433/x.png"}, 400, "not a public address"),
     "damaged base64": ({"image": "data:image/png;base64,@@"}, 400, "base64 is damaged"),
     "damaged": ({"image": as_url(b"nothing")}, 400, "cannot be read as a picture"),
-    "many pixels": ({"image": as_url(png(Image.new("1", (6000, 5000))))}, 400, "exceeds limit"),
+    "many pixels": (
+        {"image": as_url(png(Image.new("1", (6000, 5000))))},
+        400,
+        "exceeds limit",
+    ),
     "a blank text": ("  ", 400, "not blank"),
     "a long text": ("a" * 100_000, 413, "characters"),
     "nothing": ([], 413, "expected 1 to"),
@@ -134,7 +168,9 @@ def test_a_large_request_is_not_read(client, server, monkeypatch):
     assert post(client, "a" * 2000).status_code == 413
 
 
-def test_the_address_that_was_checked_is_the_one_that_is_connected_to(client, server, monkeypatch):
+def test_the_address_that_was_checked_is_the_one_that_is_connected_to(
+    client, server, monkeypatch
+):
     """A name that is public first and private afterwards: nothing resolves it again."""
     asked = []
 
@@ -152,7 +188,9 @@ def test_the_address_that_was_checked_is_the_one_that_is_connected_to(client, se
     client_of = server.httpx.Client
     transport = server.httpx.MockTransport(answer)
     monkeypatch.setattr(
-        server.httpx, "Client", lambda **options: client_of(transport=transport, **options)
+        server.httpx,
+        "Client",
+        lambda **options: client_of(transport=transport, **options),
     )
     assert post(client, {"image": "https://pictures.example/x.png"}).status_code == 200
     assert asked == ["pictures.example"]

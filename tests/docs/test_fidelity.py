@@ -26,7 +26,13 @@ def shown(value: Any) -> str:
         return " ".join(map(shown, value)) or "none"
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "unset" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        "unset"
+        if value is None
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def ours(options: list[str], names: list[str]) -> str:
@@ -41,7 +47,9 @@ def ours(options: list[str], names: list[str]) -> str:
         families += {re.split("[-_]", name)[0]} - set(families)
     if len(by_value) == 1:
         return next(iter(by_value))
-    return "<br>".join(f"{', '.join(families)}: {values}" for values, families in by_value.items())
+    return "<br>".join(
+        f"{', '.join(families)}: {values}" for values, families in by_value.items()
+    )
 
 
 def filled(page: str) -> str:

@@ -38,7 +38,12 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     def run(command: str) -> tuple[int | None, str]:
         words = ["bash", "-c", command + LITTLE * command.startswith("llm2clip run")]
         done = subprocess.run(
-            words, cwd=folder, env=variables, capture_output=True, text=True, check=False
+            words,
+            cwd=folder,
+            env=variables,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return done.returncode, done.stdout + done.stderr
 
@@ -47,7 +52,9 @@ def run(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_the_page_runs_as_printed_and_again(run):
-    steps = [block for block in blocks(PAGE) if not block.heading.startswith("In LLaVA")]
+    steps = [
+        block for block in blocks(PAGE) if not block.heading.startswith("In LLaVA")
+    ]
     assert len(steps) == 5
     for block in steps:
         run_block(block, run)
@@ -55,10 +62,14 @@ def test_the_page_runs_as_printed_and_again(run):
     page = (out / "index.html").read_text(encoding="utf-8")
     assert page.count("<details") == 24
     assert "data:image/jpeg" in page
-    scores = json.loads((out / "after" / "validation.scores.json").read_text())["metrics"]
+    scores = json.loads((out / "after" / "validation.scores.json").read_text())[
+        "metrics"
+    ]
     assert f"{100 * scores['i2t_r1']:.1f}" in page
     # the scores of the run's own "before" are those of the tower that it is compared with
-    before = json.loads((out / "before" / "validation.scores.json").read_text())["metrics"]
+    before = json.loads((out / "before" / "validation.scores.json").read_text())[
+        "metrics"
+    ]
     own = json.loads((out / "after" / "run.json").read_text())["before"]
     assert own["i2t_r1"] == pytest.approx(before["i2t_r1"], abs=0.07)
     # the tower needs no path of here
@@ -75,9 +86,13 @@ def test_the_page_runs_as_printed_and_again(run):
 
 
 def test_messages_of_the_page_are_those_of_the_code():
-    section = PAGE.read_text(encoding="utf-8").partition("## What does this message mean?")[2]
+    section = PAGE.read_text(encoding="utf-8").partition(
+        "## What does this message mean?"
+    )[2]
     rows = [
-        line for line in section.splitlines() if line.startswith("| `") and "(by torch)" not in line
+        line
+        for line in section.splitlines()
+        if line.startswith("| `") and "(by torch)" not in line
     ]
     quoted = [row.split("`")[1] for row in rows]
     assert len(quoted) >= 15

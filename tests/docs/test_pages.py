@@ -38,7 +38,8 @@ def anchors(text: str) -> set[str]:
             continue
         name = re.sub(r"[^\w\- ]", "", shown_text(inline).lower()).replace(" ", "-")
         repeated = sum(
-            re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None for other in found
+            re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None
+            for other in found
         )
         found.add(f"{name}-{repeated}" if repeated else name)
     return found
@@ -67,7 +68,9 @@ def table_problems(text: str) -> list[str]:
             rows = lines[first:end]
             problems += [row for row in rows if cells(row) != cells(rows[0])]
         elif block.type == "inline":
-            problems += [line for line in block.content.splitlines() if line.startswith("|")]
+            problems += [
+                line for line in block.content.splitlines() if line.startswith("|")
+            ]
     return problems
 
 
@@ -85,7 +88,9 @@ def unclosed(text: str) -> list[str]:
     lines = text.splitlines()
     fences = [block for block in parse(text) if block.type == "fence"]
     return [
-        lines[block.map[0]] for block in fences if lines[block.map[1] - 1].strip() != block.markup
+        lines[block.map[0]]
+        for block in fences
+        if lines[block.map[1] - 1].strip() != block.markup
     ]
 
 
@@ -99,22 +104,31 @@ def test_a_page_is_shown_as_meant(page: Path) -> None:
             name, _, anchor = link.partition("#")
             target = (page.parent / unquote(name)).resolve() if name else page
             assert target.exists(), link
-            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), (
-                f"no heading for {link}"
-            )
+            assert not anchor or anchor in anchors(
+                target.read_text(encoding="utf-8")
+            ), f"no heading for {link}"
 
 
 def test_what_a_broken_page_is_told() -> None:
     table = "| a | b |\n|---|---|\n| 1 | 2 |\n"
     assert table_problems(table + "\nText after it.\n") == []
     assert table_problems(table + "Text after it.\n") == ["Text after it."]
-    assert table_problems(table + "| 1 |\n| `x|y` | 2 |\n") == ["| 1 |", "| `x|y` | 2 |"]
-    assert table_problems("| a | b |\n|---|\n| 1 | 2 |\n") == ["| a | b |", "|---|", "| 1 | 2 |"]
+    assert table_problems(table + "| 1 |\n| `x|y` | 2 |\n") == [
+        "| 1 |",
+        "| `x|y` | 2 |",
+    ]
+    assert table_problems("| a | b |\n|---|\n| 1 | 2 |\n") == [
+        "| a | b |",
+        "|---|",
+        "| 1 | 2 |",
+    ]
     assert unclosed("```bash\nls\n```\n") == []
     assert unclosed("```bash\nls\n") == ["```bash"]
     assert anchors("# A `b`: c?\n\n## A b c\n") == {"a-b-c", "a-b-c-1"}
     assert links("[a](b.md) ![c](d.png)\n\n```\n[e](f.md)\n```\n") == ["b.md", "d.png"]
-    assert links('<picture>\n<source srcset="a.png">\n</picture>\n\nb <img src="c.png">\n') == [
+    assert links(
+        '<picture>\n<source srcset="a.png">\n</picture>\n\nb <img src="c.png">\n'
+    ) == [
         "a.png",
         "c.png",
     ]

@@ -13,7 +13,8 @@ def known_options(name: str) -> set[str]:
     """The options that the help of a command lists."""
     command = load(OPTIONS[name])
     return {
-        f"--{option}" for option in (*command.options.values(), *command.extras, "help", "help-all")
+        f"--{option}"
+        for option in (*command.options.values(), *command.extras, "help", "help-all")
     }
 
 
@@ -29,22 +30,30 @@ def shown_commands() -> list[tuple[str, str]]:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         spans = [*re.findall(r"`([^`\n]+)`", text), *text.split("\n")]
         found += [(path.name, span) for span in spans]
-    for path in (*ROOT.glob("llm2clip_plugin/**/*.py"), *ROOT.glob("llava_integration/**/*.py")):
+    for path in (
+        *ROOT.glob("llm2clip_plugin/**/*.py"),
+        *ROOT.glob("llava_integration/**/*.py"),
+    ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append(
                     (
                         path.name,
                         "".join(
-                            v.value if isinstance(v, ast.Constant) else "X" for v in node.values
+                            v.value if isinstance(v, ast.Constant) else "X"
+                            for v in node.values
                         ),
                     )
                 )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found += [(path.name, line) for line in node.value.split("\n")]
-    start = re.compile(r"(?:llm2clip|llm2clip_plugin\.cli) ((?:[a-z]+[a-z-]*)(?: [a-z]+)?)")
+    start = re.compile(
+        r"(?:llm2clip|llm2clip_plugin\.cli) ((?:[a-z]+[a-z-]*)(?: [a-z]+)?)"
+    )
     return [
-        (where, text[match.start() :]) for where, text in found if (match := start.search(text))
+        (where, text[match.start() :])
+        for where, text in found
+        if (match := start.search(text))
     ]
 
 
@@ -54,8 +63,12 @@ def test_every_option_after_a_command_exists():
     unknown = []
     seen = 0
     for where, line in shown_commands():
-        words = re.split(r"(?:llm2clip|llm2clip_plugin\.cli) ", line, maxsplit=1)[1].split()
-        name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), "")
+        words = re.split(r"(?:llm2clip|llm2clip_plugin\.cli) ", line, maxsplit=1)[
+            1
+        ].split()
+        name = next(
+            (" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), ""
+        )
         if not name:
             continue
         line = re.split(r"[`#|;)]| -- ", line, maxsplit=1)[0]

@@ -26,7 +26,9 @@ GERMAN = {"red": "rot", "green": "grün", "blue": "blau", "white": "weiß"}
 
 
 def square(colour, shade):
-    image = Image.new("RGB", (32, 32), tuple(max(0, value - shade) for value in COLOURS[colour]))
+    image = Image.new(
+        "RGB", (32, 32), tuple(max(0, value - shade) for value in COLOURS[colour])
+    )
     return encoded(image, "PNG")
 
 
@@ -40,13 +42,18 @@ def write_data(folder: Path, shades=(0, 20, 40)) -> Path:
             name = f"{colour}-{shade}.png"
             (folder / "images" / name).write_bytes(square(colour, shade))
             texts = {
-                "long_caption": [f"a square that is {colour} all over", f"nothing but {colour}"]
+                "long_caption": [
+                    f"a square that is {colour} all over",
+                    f"nothing but {colour}",
+                ]
             }
             texts |= {
                 "caption": f"a {colour} square",
                 "captions": [{"text": GERMAN[colour], "language": "de"}],
             }
-            rows.append({"id": name, "image": f"images/{name}", "colour": colour, **texts})
+            rows.append(
+                {"id": name, "image": f"images/{name}", "colour": colour, **texts}
+            )
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -61,7 +68,9 @@ def tiny_dual():
 
 
 def write_tower(directory: Path, identity=None) -> Path:
-    export_tower(tiny_dual(), directory, origin="tiny", teacher=vars(identity or made_up()))
+    export_tower(
+        tiny_dual(), directory, origin="tiny", teacher=vars(identity or made_up())
+    )
     return directory
 
 

@@ -15,8 +15,17 @@ from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import CacheManifest
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import ReadConfig
-from llm2clip_plugin.evaluate.captions import FIT_CAPTIONS, find_pairs, measure_captions, search
-from llm2clip_plugin.evaluate.config import CaptionSetConfig, EvaluateCaptionsConfig, ReadingConfig
+from llm2clip_plugin.evaluate.captions import (
+    FIT_CAPTIONS,
+    find_pairs,
+    measure_captions,
+    search,
+)
+from llm2clip_plugin.evaluate.config import (
+    CaptionSetConfig,
+    EvaluateCaptionsConfig,
+    ReadingConfig,
+)
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions
 from llm2clip_plugin.text.post import POST_FILE, remove_components
@@ -42,19 +51,26 @@ def write_set(path: Path, names: list[str], foreign: list[str], language: str) -
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("set") / "set.jsonl"
-    return write_set(path, NAMES[:6] * 2, GERMAN * 2, "de")  # each twice, as in two drawing styles
+    return write_set(
+        path, NAMES[:6] * 2, GERMAN * 2, "de"
+    )  # each twice, as in two drawing styles
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> CaptionEncoder:
     llm = write_llm(tmp_path_factory.mktemp("llm"))
     return CaptionEncoder(
-        EncoderConfig(llm=str(llm), compute_dtype="float32", query_prompt="Query: "), "cpu"
+        EncoderConfig(llm=str(llm), compute_dtype="float32", query_prompt="Query: "),
+        "cpu",
     )
 
 
 def top1(
-    encoder: CaptionEncoder, first: list[str], second: list[str], *, center: bool = False
+    encoder: CaptionEncoder,
+    first: list[str],
+    second: list[str],
+    *,
+    center: bool = False,
 ) -> float:
     """By a plain loop; the first as queries."""
     left = torch.cat([encoder.encode([text], query=True) for text in first])
@@ -66,19 +82,27 @@ def top1(
     return sum(int(scores[i].argmax()) == i for i in range(len(first))) / len(first)
 
 
-def test_accuracy_is_that_of_a_plain_loop(teacher: CaptionEncoder, captions: Path) -> None:
+def test_accuracy_is_that_of_a_plain_loop(
+    teacher: CaptionEncoder, captions: Path
+) -> None:
     rows = {
         row.name: row
-        for row in measure_captions(teacher, CaptionSetConfig(captions=str(captions)), READ)
+        for row in measure_captions(
+            teacher, CaptionSetConfig(captions=str(captions)), READ
+        )
     }
     assert list(rows) == ["short->long", "de->en", "languages"]
     names = NAMES[:6]
     long = [f"a picture of a {name}" for name in names]
     assert rows["short->long"].pairs == 6  # the same pair of another style counts once
     assert rows["short->long"].cra == pytest.approx(top1(teacher, names, long))
-    assert rows["short->long"].centred == pytest.approx(top1(teacher, names, long, center=True))
+    assert rows["short->long"].centred == pytest.approx(
+        top1(teacher, names, long, center=True)
+    )
     assert (
-        rows["de->en"].cra == rows["languages"].cra == pytest.approx(top1(teacher, GERMAN, names))
+        rows["de->en"].cra
+        == rows["languages"].cra
+        == pytest.approx(top1(teacher, GERMAN, names))
     )
 
 
@@ -96,7 +120,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_llm(folder / "llm")
     training = NAMES[8:] + [f"{a} and {b}" for a in NAMES for b in NAMES if a < b]
     for name, texts in (("validation", NAMES[:8]), ("train", training)):
-        write_set(folder / f"{name}.jsonl", texts, [f"el {text[::-1]}" for text in texts], "es")
+        write_set(
+            folder / f"{name}.jsonl",
+            texts,
+            [f"el {text[::-1]}" for text in texts],
+            "es",
+        )
     return folder
 
 
@@ -119,7 +148,11 @@ def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -
     )
     assert len({reading.score for reading in readings}) > 3
     training = first_captions(str(folder / "train.jsonl"), FIT_CAPTIONS, READ)
-    inner = [reading for reading in readings if (reading.way.layer, reading.components) == (1, 2)]
+    inner = [
+        reading
+        for reading in readings
+        if (reading.way.layer, reading.components) == (1, 2)
+    ]
     for number, reading in enumerate([*readings[:2], *inner[:2]]):
         settings = {
             name: vars(reading.way)[name]
@@ -127,22 +160,31 @@ def test_every_reading_is_what_the_encoder_gives(folder: Path, tmp_path: Path) -
         }
         if reading.post is not None:
             plain = CaptionEncoder(
-                EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu"
+                EncoderConfig(
+                    llm=str(folder / "llm"), compute_dtype="float32", **settings
+                ),
+                "cpu",
             )
-            assert torch.allclose(reading.post.mean, plain.encode(training).mean(0), atol=1e-5)
+            assert torch.allclose(
+                reading.post.mean, plain.encode(training).mean(0), atol=1e-5
+            )
             (tmp_path / str(number)).mkdir()
             reading.post.save(tmp_path / str(number))
             settings["post_file"] = str(tmp_path / str(number) / POST_FILE)
         encoder = CaptionEncoder(
-            EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings), "cpu"
+            EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32", **settings),
+            "cpu",
         )
         rows = {
-            row.name: row.cra for row in measure_captions(encoder, config(folder).measure, READ)
+            row.name: row.cra
+            for row in measure_captions(encoder, config(folder).measure, READ)
         }
         assert reading.rows == pytest.approx(
             {name: rows[name] for name in ("short->long", "languages")}
         )
-        assert reading.score == pytest.approx((rows["short->long"] + rows["languages"]) / 2)
+        assert reading.score == pytest.approx(
+            (rows["short->long"] + rows["languages"]) / 2
+        )
 
 
 def test_removed_components_are_the_largest_of_the_fit() -> None:
@@ -198,7 +240,9 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(
     )
     said = capsys.readouterr().out.splitlines()
     title = next(
-        place for place, line in enumerate(said) if line.startswith("attention, pooling, layer")
+        place
+        for place, line in enumerate(said)
+        if line.startswith("attention, pooling, layer")
     )
     attention, pooling, layer = said[title + 2].split(", ")[:3]
     embed = shlex.split(said[-1])[1:]
@@ -210,7 +254,10 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(
     if "--post-file" not in embed:  # then nothing is removed, but the way is the same
         remove_components(torch.randn(40, 24), (1,))[0].save(tmp_path)
         embed += ["--post-file", str(tmp_path / POST_FILE)]
-    assert main([*embed, "--cache", str(tmp_path / "cache"), "--compute-dtype", "float32"]) == 0
+    assert (
+        main([*embed, "--cache", str(tmp_path / "cache"), "--compute-dtype", "float32"])
+        == 0
+    )
     teacher = CacheManifest.read(tmp_path / "cache" / CacheManifest.FILE).teacher
     assert (teacher["layer"], teacher["attention"], teacher["pooling"]) == (
         int(layer),
@@ -222,4 +269,7 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(
     plain = CaptionEncoder(
         EncoderConfig(llm=str(folder / "llm"), compute_dtype="float32"), "cpu"
     ).identity()
-    assert dataclasses.replace(plain, post=teacher["post"]).fingerprint != plain.fingerprint
+    assert (
+        dataclasses.replace(plain, post=teacher["post"]).fingerprint
+        != plain.fingerprint
+    )

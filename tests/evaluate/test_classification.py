@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluate_world import COLOURS, square, tiny_dual, write_data, write_llm_and_tower, write_tower
+from evaluate_world import (
+    COLOURS,
+    square,
+    tiny_dual,
+    write_data,
+    write_llm_and_tower,
+    write_tower,
+)
 from tiny_clip import save_tiny_clip
 from tiny_data import WIDTH, write_tar
 from transformers import AutoTokenizer
@@ -27,7 +34,9 @@ def write_folders(folder, shades=(0, 20, 40)):
     for colour in COLOURS:
         (folder / f"the_{colour}").mkdir(parents=True)
         for shade in shades:
-            (folder / f"the_{colour}" / f"{shade}.png").write_bytes(square(colour, shade))
+            (folder / f"the_{colour}" / f"{shade}.png").write_bytes(
+                square(colour, shade)
+            )
     return folder
 
 
@@ -49,7 +58,9 @@ def write_tars(folder):
 
 
 def colour_of(pixels):
-    mean = (pixels.mean((2, 3)) * torch.tensor(IMAGES.std) + torch.tensor(IMAGES.mean)) * 255
+    mean = (
+        pixels.mean((2, 3)) * torch.tensor(IMAGES.std) + torch.tensor(IMAGES.mean)
+    ) * 255
     return torch.cdist(mean, torch.tensor(list(COLOURS.values())).float()).argmin(1)
 
 
@@ -61,15 +72,32 @@ def features(feature, label):
 
 
 def test_each_layout_gives_the_same_images_and_labels(tmp_path):
-    folders = labeled_images.open_labeled_images(str(write_folders(tmp_path / "folders")))
+    folders = labeled_images.open_labeled_images(
+        str(write_folders(tmp_path / "folders"))
+    )
     assert folders.classes == ["the_blue", "the_green", "the_red", "the_white"]
     assert len(folders.source) == 12
-    assert zeroshot.read_class_names("", str(tmp_path / "folders"), folders.classes)[2] == "the red"
+    assert (
+        zeroshot.read_class_names("", str(tmp_path / "folders"), folders.classes)[2]
+        == "the red"
+    )
     tars = write_tars(tmp_path / "wds")
     from_tars = labeled_images.open_labeled_images(str(tars))
-    assert [row.meta["class"] for row in from_tars.source.rows] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [row.meta["class"] for row in from_tars.source.rows] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
     assert zeroshot.read_class_names("", str(tars), from_tars.classes) == list(COLOURS)
-    assert zeroshot.read_templates("", str(tars)) == ["a {c} thing.", "all of it is {c}"]
+    assert zeroshot.read_templates("", str(tars)) == [
+        "a {c} thing.",
+        "all of it is {c}",
+    ]
     from_field = labeled_images.open_labeled_images(
         str(write_data(tmp_path / "data")), "colour", "colour"
     )
@@ -91,7 +119,9 @@ def test_each_layout_gives_the_same_images_and_labels(tmp_path):
 def test_names_by_class_or_in_order(tmp_path):
     classes = ["n01", "n02"]
     (tmp_path / "mapped.txt").write_text("n02\tcar\nn01\tten pence\nn03\tnothing\n")
-    assert zeroshot.read_class_names(str(tmp_path / "mapped.txt"), str(tmp_path), classes) == [
+    assert zeroshot.read_class_names(
+        str(tmp_path / "mapped.txt"), str(tmp_path), classes
+    ) == [
         "ten pence",
         "car",
     ]
@@ -103,18 +133,28 @@ def test_names_by_class_or_in_order(tmp_path):
 def test_a_class_is_the_mean_of_its_normalized_prompts(tmp_path):
     dual = tiny_dual()
     table = {
-        text: torch.randn(WIDTH) * size for size, text in enumerate(("a x", "b x", "a y", "b y"), 1)
+        text: torch.randn(WIDTH) * size
+        for size, text in enumerate(("a x", "b x", "a y", "b y"), 1)
     }
     prompts = zeroshot.prompt_source(["x", "y"], ["a {c}", "b {}"], str(tmp_path))
     cache = SimpleNamespace(
-        rows=lambda _, __, captions, key: torch.stack([table[caption.text] for caption in captions])
+        rows=lambda _, __, captions, key: torch.stack(
+            [table[caption.text] for caption in captions]
+        )
     )
     found = zeroshot.class_vectors(dual, prompts, cache)
     with torch.no_grad():
         for place, name in enumerate("xy"):
-            both = dual.encode_text(torch.stack([table[f"a {name}"], table[f"b {name}"]]))
-            assert torch.allclose(found[place], F.normalize(both.mean(0), dim=0), atol=1e-6)
-    assert zeroshot.prompt_source(["x", "z"], ["a {c}"], str(tmp_path)).name != prompts.name
+            both = dual.encode_text(
+                torch.stack([table[f"a {name}"], table[f"b {name}"]])
+            )
+            assert torch.allclose(
+                found[place], F.normalize(both.mean(0), dim=0), atol=1e-6
+            )
+    assert (
+        zeroshot.prompt_source(["x", "z"], ["a {c}"], str(tmp_path)).name
+        != prompts.name
+    )
 
 
 def test_accuracy_counts_each_class_the_same_in_the_mean_over_classes():
@@ -127,7 +167,9 @@ def test_accuracy_counts_each_class_the_same_in_the_mean_over_classes():
     assert scores.metrics["mean_per_class_recall"] == pytest.approx(2 / 3)
     assert [item["score"] for item in scores.items] == [1, 1, 1, 0, 1]
     assert scores.items[3]["part"] == "b"
-    blind = zeroshot.classification_scores(features(torch.ones(5, 6), label), classes, "abcdef")
+    blind = zeroshot.classification_scores(
+        features(torch.ones(5, 6), label), classes, "abcdef"
+    )
     assert blind.metrics["acc1"] == pytest.approx(1 / 6)
     assert (
         "acc5"
@@ -186,12 +228,18 @@ def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
         text_CD = []
         for name in sorted(COLOURS):
             ids = tokenizer(f"the {name}")["input_ids"]
-            assert len(ids) <= 20  # the model's context: longer prompts would be cut alike
-            text_CD.append(normalized(model.get_text_features(input_ids=torch.tensor([ids]))))
+            assert (
+                len(ids) <= 20
+            )  # the model's context: longer prompts would be cut alike
+            text_CD.append(
+                normalized(model.get_text_features(input_ids=torch.tensor([ids])))
+            )
         hits = {}
         for number, name in enumerate(sorted(COLOURS)):
             for file in sorted((data / f"the_{name}").iterdir()):
-                pixels = torch.from_numpy(evaluation_pixels(file.read_bytes(), images))[None]
+                pixels = torch.from_numpy(evaluation_pixels(file.read_bytes(), images))[
+                    None
+                ]
                 image_D = normalized(
                     model.get_image_features(pixel_values=Normalize(images)(pixels))
                 )
@@ -204,12 +252,15 @@ def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
 def test_knn_equals_a_plain_loop():
     generator = torch.Generator().manual_seed(0)
     train = features(
-        torch.randn(60, 8, generator=generator), torch.randint(0, 5, (60,), generator=generator)
+        torch.randn(60, 8, generator=generator),
+        torch.randint(0, 5, (60,), generator=generator),
     )
     test = torch.randn(33, 8, generator=generator)
     expected = []
     for row in test:
-        similarity = [float(F.cosine_similarity(row, other, dim=0)) for other in train.feature_ND]
+        similarity = [
+            float(F.cosine_similarity(row, other, dim=0)) for other in train.feature_ND
+        ]
         nearest = sorted(range(60), key=lambda i: -similarity[i])[:7]
         votes = [0.0] * 5
         for i in nearest:
@@ -226,7 +277,9 @@ def test_the_linear_probe_is_at_the_optimum_and_generalizes():
     feature = centre[label] + torch.randn(300, 10, generator=generator)
     weight = probes.fit_logistic(feature, label, 3, 0.01).requires_grad_()
     padded = F.pad(feature, (0, 1), value=1.0)
-    (F.cross_entropy(padded @ weight, label) + 0.005 * weight[:-1].square().sum()).backward()
+    (
+        F.cross_entropy(padded @ weight, label) + 0.005 * weight[:-1].square().sum()
+    ).backward()
     assert float(weight.grad.abs().max()) < 1e-4
     told = probes.linear_probe(
         features(100 + 1000 * feature[:200], label[:200]), 100 + 1000 * feature[200:]
@@ -278,9 +331,21 @@ def test_probe_from_the_command_line(tmp_path, capsys):
     train = write_folders(tmp_path / "train", (0, 5, 10))
     test = write_folders(tmp_path / "test", (15,))
     (test / "the_purple").mkdir()
-    (test / "the_purple" / "1.png").write_bytes(square("blue", 15))  # taken for the first class
+    (test / "the_purple" / "1.png").write_bytes(
+        square("blue", 15)
+    )  # taken for the first class
     out = tmp_path / "scores.json"
-    words = ["evaluate", "probe", str(tower), str(train), str(test), "--k", "3", "--json", str(out)]
+    words = [
+        "evaluate",
+        "probe",
+        str(tower),
+        str(train),
+        str(test),
+        "--k",
+        "3",
+        "--json",
+        str(out),
+    ]
     assert cli(words) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "knn" in printed
@@ -290,4 +355,6 @@ def test_probe_from_the_command_line(tmp_path, capsys):
     assert scores.counts == {"images": 5, "left_out": 0, "unseen_classes": 1}
     (unseen,) = [item for item in scores.items if item["part"] == "the_purple"]
     assert unseen["knn"] == unseen["linear"] == 0  # always wrong
-    assert scores.metrics["knn"] >= 3 / 5  # flat colours: even a random tower tells them apart
+    assert (
+        scores.metrics["knn"] >= 3 / 5
+    )  # flat colours: even a random tower tells them apart

@@ -43,27 +43,50 @@ def unbiased_cka(one_ND: Tensor, other_NE: Tensor) -> float:
     def hsic(one_NN: Tensor, other_NN: Tensor) -> float:
         count = len(one_NN)
         ones_N = torch.ones(len(one_NN), dtype=torch.float64)
-        sums = ones_N @ one_NN @ ones_N * (ones_N @ other_NN @ ones_N) / (count - 1) / (count - 2)
+        sums = (
+            ones_N
+            @ one_NN
+            @ ones_N
+            * (ones_N @ other_NN @ ones_N)
+            / (count - 1)
+            / (count - 2)
+        )
         rows = 2 / (count - 2) * (ones_N @ one_NN @ other_NN @ ones_N)
         return float((one_NN @ other_NN).trace() + sums - rows) / count / (count - 3)
 
-    one_NN, other_NN = ((x @ x.T).fill_diagonal_(0) for x in (one_ND.double(), other_NE.double()))
-    return hsic(one_NN, other_NN) / (hsic(one_NN, one_NN) * hsic(other_NN, other_NN)) ** 0.5
+    one_NN, other_NN = (
+        (x @ x.T).fill_diagonal_(0) for x in (one_ND.double(), other_NE.double())
+    )
+    return (
+        hsic(one_NN, other_NN)
+        / (hsic(one_NN, one_NN) * hsic(other_NN, other_NN)) ** 0.5
+    )
 
 
 def test_cka_by_image_is_the_jackknife():
     one_ND = normal(40, 8)
     other_NE = normal(40, 8) + normal(40, 8, seed=1)
-    rest = [torch.cat([torch.arange(image), torch.arange(image + 1, 40)]) for image in range(40)]
+    rest = [
+        torch.cat([torch.arange(image), torch.arange(image + 1, 40)])
+        for image in range(40)
+    ]
     without = [unbiased_cka(one_ND[kept], other_NE[kept]) for kept in rest]
-    expected = unbiased_cka(one_ND, other_NE) + 39 * (np.mean(without) - np.array(without))
+    expected = unbiased_cka(one_ND, other_NE) + 39 * (
+        np.mean(without) - np.array(without)
+    )
     np.testing.assert_allclose(
         measures.cka_by_image(one_ND, other_NE), expected, rtol=1e-9, atol=1e-9
     )
     turned_ND = 2 * one_ND @ torch.linalg.qr(normal(8, 8, seed=9))[0]
     np.testing.assert_allclose(measures.cka_by_image(one_ND, turned_ND), 1, atol=1e-4)
     assert (
-        abs(float(measures.cka_by_image(normal(300, 8, seed=2), normal(300, 8, seed=3)).mean()))
+        abs(
+            float(
+                measures.cka_by_image(
+                    normal(300, 8, seed=2), normal(300, 8, seed=3)
+                ).mean()
+            )
+        )
         < 0.03
     )
 
@@ -84,7 +107,9 @@ def test_best_match_similarity_by_loops():
 def test_neighbor_overlap_by_sets():
     one_NN = normal(20, 20)
     other_NN = normal(20, 20, seed=1)
-    for image, value in enumerate(measures.neighbor_overlap(one_NN, other_NN, 4).tolist()):
+    for image, value in enumerate(
+        measures.neighbor_overlap(one_NN, other_NN, 4).tolist()
+    ):
         others = [number for number in range(20) if number != image]
         near = [
             set(sorted(others, key=lambda n, row=s[image]: -float(row[n]))[:4])
@@ -131,16 +156,30 @@ def test_the_probe_is_a_ridge_regression_on_held_out_clusters():
     value = float(measures.explained(feature_NH, text_NW, clusters).mean())
     assert value == pytest.approx(1 - error / total, abs=1e-4)
     assert 0.2 < value < 0.8
-    assert float(measures.explained(feature_NH, feature_NH @ normal(10, 6), clusters).mean()) > 0.99
-    assert abs(float(measures.explained(feature_NH, normal(100, 6, seed=5), clusters).mean())) < 0.1
+    assert (
+        float(
+            measures.explained(feature_NH, feature_NH @ normal(10, 6), clusters).mean()
+        )
+        > 0.99
+    )
+    assert (
+        abs(
+            float(
+                measures.explained(feature_NH, normal(100, 6, seed=5), clusters).mean()
+            )
+        )
+        < 0.1
+    )
 
 
 def test_large_grids_are_averaged():
     row_S = torch.arange(16.0)
-    patch_BPH = torch.stack([row_S.repeat_interleave(16), row_S.repeat(16)], dim=1)[None]
-    assert on_grid(patch_BPH)[0, :9].tolist() == [[0.5, 0.5 + 2 * x] for x in range(8)] + [
-        [2.5, 0.5]
+    patch_BPH = torch.stack([row_S.repeat_interleave(16), row_S.repeat(16)], dim=1)[
+        None
     ]
+    assert on_grid(patch_BPH)[0, :9].tolist() == [
+        [0.5, 0.5 + 2 * x] for x in range(8)
+    ] + [[2.5, 0.5]]
     assert on_grid(patch_BPH[:, :49]).shape == (1, 49, 2)
 
 
@@ -160,13 +199,31 @@ def test_the_state_is_the_one_that_the_layer_selects(tmp_path: Path):
         export_tower(dual, tmp_path / changed, origin="tiny")
     towers = [str(tmp_path / name) for name in ("neither", "last", "first")]
     for layer in ("-2", "-1"):
-        words = ["forecast", *towers, "--llm", str(llm), "--data", str(data), "--device", "cpu"]
+        words = [
+            "forecast",
+            *towers,
+            "--llm",
+            str(llm),
+            "--data",
+            str(data),
+            "--device",
+            "cpu",
+        ]
         assert (
-            cli.main([*words, "--select-layer", layer, "--output", str(tmp_path / "scores.json")])
+            cli.main(
+                [
+                    *words,
+                    "--select-layer",
+                    layer,
+                    "--output",
+                    str(tmp_path / "scores.json"),
+                ]
+            )
             == 0
         )
         scores[layer] = [
-            ScoreFile.read(tmp_path / f"scores-{number}.json").metrics for number in (1, 2, 3)
+            ScoreFile.read(tmp_path / f"scores-{number}.json").metrics
+            for number in (1, 2, 3)
         ]
     assert scores["-2"][0] == scores["-2"][1] != scores["-2"][2]
     assert scores["-1"][0] != scores["-1"][1]
@@ -183,7 +240,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         export_tower(dual, tmp_path / name, origin="tiny")
     towers = [str(tmp_path / name) for name in ("one", "other")]
     output = tmp_path / "scores.json"
-    words = ["forecast", *towers, "--llm", str(llm), "--data", str(data), "--device", "cpu"]
+    words = [
+        "forecast",
+        *towers,
+        "--llm",
+        str(llm),
+        "--data",
+        str(data),
+        "--device",
+        "cpu",
+    ]
     assert cli.main([*words, "--output", str(output)]) == 0
     assert "less the first" in capsys.readouterr().out
     scores = [ScoreFile.read(tmp_path / f"scores-{number}.json") for number in (1, 2)]

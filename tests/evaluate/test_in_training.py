@@ -77,7 +77,11 @@ def words(world: Path, output: Path, *more: str) -> list[str]:
 def test_suites_and_pictures_at_every_evaluation(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+    for name, value in {
+        "MODE": "offline",
+        "DIR": str(tmp_path),
+        "SILENT": "true",
+    }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     suites = (
         "--evaluate-suites",
@@ -88,10 +92,15 @@ def test_suites_and_pictures_at_every_evaluation(
     )
     output = tmp_path / "run"
     zeroshot = ("--evaluate-zeroshot", str(world / "classes"))
-    argv = words(world, output, *suites, *zeroshot, "--report_to", "tensorboard", "wandb")
+    argv = words(
+        world, output, *suites, *zeroshot, "--report_to", "tensorboard", "wandb"
+    )
     ranks = start(argv, 2)
     assert finish(ranks) == [0, 0], ranks[0].output[-3000:]
-    assert f"embedding the texts of sugarcrepe once, with {world / 'llm'}" in ranks[0].output
+    assert (
+        f"embedding the texts of sugarcrepe once, with {world / 'llm'}"
+        in ranks[0].output
+    )
     names = (
         "i2t_r1",
         "flickr30k/t2i_r5",
@@ -103,7 +112,9 @@ def test_suites_and_pictures_at_every_evaluation(
     assert [line["step"] for line in evaluations] == [0, 2, 4]
     assert all(0 <= line[name] <= 1 for line in evaluations for name in names)
     shown = dict(run_rows(output))
-    assert {"i2t_r1", "flickr30k/i2t_r1", "sugarcrepe/mean", "zeroshot/acc1"} <= set(shown)
+    assert {"i2t_r1", "flickr30k/i2t_r1", "sugarcrepe/mean", "zeroshot/acc1"} <= set(
+        shown
+    )
     # the commands give the exported tower the same scores, with the texts that the run has embedded
     suite = [
         str(output / "tower"),
@@ -117,13 +128,20 @@ def test_suites_and_pictures_at_every_evaluation(
     assert (
         run(
             "evaluate zeroshot",
-            [str(output / "tower"), str(world / "classes"), "--output", str(tmp_path / "zero")],
+            [
+                str(output / "tower"),
+                str(world / "classes"),
+                "--output",
+                str(tmp_path / "zero"),
+            ],
         )
         == 0
     )
     for name, path in (("flickr30k", "flickr30k.scores.json"), ("zeroshot", "zero")):
         for metric, value in ScoreFile.read(tmp_path / path).metrics.items():
-            assert evaluations[-1][f"{name}/{metric}"] == pytest.approx(value, abs=1e-6), (
+            assert evaluations[-1][f"{name}/{metric}"] == pytest.approx(
+                value, abs=1e-6
+            ), (
                 name,
                 metric,
             )
@@ -136,11 +154,15 @@ def check_tensorboard(output: Path) -> None:
 
     events = EventAccumulator(str(output / "monitor" / "run"))
     events.Reload()
-    assert [event.step for event in events.Scalars("eval/flickr30k/i2t_r1")] == [0, 32, 64]
+    assert [event.step for event in events.Scalars("eval/flickr30k/i2t_r1")] == [
+        0,
+        32,
+        64,
+    ]
     for name in ("eval/best", "eval/worst"):
-        assert [(image.step, image.width, image.height) for image in events.Images(name)] == [
-            (step, 4 * 224, 2 * 224) for step in (0, 32, 64)
-        ]
+        assert [
+            (image.step, image.width, image.height) for image in events.Images(name)
+        ] == [(step, 4 * 224, 2 * 224) for step in (0, 32, 64)]
 
 
 def check_wandb(folder: Path) -> None:
@@ -158,7 +180,11 @@ def check_wandb(folder: Path) -> None:
     for items in history[::2]:
         assert items["eval/best/width"] == 4 * 224
         assert "place 1: " in items["eval/best/caption"]
-        assert {"eval/worst/path", "eval/i2t_r1", "eval/sugarcrepe/mean"} <= items.keys()
+        assert {
+            "eval/worst/path",
+            "eval/i2t_r1",
+            "eval/sugarcrepe/mean",
+        } <= items.keys()
     assert "train/loss" in history[1]
     assert "eval/best/path" not in history[1]
 
@@ -209,7 +235,10 @@ def test_a_suite_without_files_is_named_before_the_run(
         str(tmp_path),
     )
     assert (
-        run("train-tower", [str(world / "data"), "--tower", str(world / "tower"), *of_held_out])
+        run(
+            "train-tower",
+            [str(world / "data"), "--tower", str(world / "tower"), *of_held_out],
+        )
         == 2
     )
     assert "--evaluation.limit" in capsys.readouterr().err
@@ -240,15 +269,20 @@ def test_whose_texts_are_embedded_where(
 def test_evaluations_leave_compiling_to_the_training():
     graphs: list[int] = []
     double = torch.compile(
-        lambda x: 2 * x, backend=lambda module, inputs: graphs.append(1) or module.forward
+        lambda x: 2 * x,
+        backend=lambda module, inputs: graphs.append(1) or module.forward,
     )
 
     def measure(*args: Any, **how: Any) -> ScoreFile:
-        return ScoreFile(benchmark="", metrics={"mean": float(double(torch.ones(1)))}, items=[])
+        return ScoreFile(
+            benchmark="", metrics={"mean": float(double(torch.ones(1)))}, items=[]
+        )
 
     nothing: Any = None
     one = MeasuredSuite("one", nothing, measure)
-    assert Evaluation(RetrievalConfig(), nothing, [one])(nothing, nothing) == {"one/mean": 2.0}
+    assert Evaluation(RetrievalConfig(), nothing, [one])(nothing, nothing) == {
+        "one/mean": 2.0
+    }
     assert not graphs
     assert double(torch.ones(1)) == 2.0
     assert graphs

@@ -19,11 +19,18 @@ NAMES = {"i2t": "text_retrieval_recall", "t2i": "image_retrieval_recall"}
 
 def golden(name):
     data = load_file(GOLDEN / f"{name}.safetensors")
-    return data["image"], data["text"], data.get("owner", torch.arange(len(data["image"])))
+    return (
+        data["image"],
+        data["text"],
+        data.get("owner", torch.arange(len(data["image"]))),
+    )
 
 
 def reference_names(metrics):
-    return {f"{NAMES[key[:3]]}@{key.split('_r')[1]}": value for key, value in metrics.items()}
+    return {
+        f"{NAMES[key[:3]]}@{key.split('_r')[1]}": value
+        for key, value in metrics.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["generic_60", "generic_150"])
@@ -51,7 +58,9 @@ def test_half_credit_is_strictly_between_the_bounds(name):
 def test_one_caption_an_image_equals_the_references_global_metrics():
     image, text, owner = golden("one_caption_80")
     ours = reference_names(recall(image, text, owner, ks=(1, 5, 10, 25, 50)))
-    assert ours == pytest.approx(EXPECTED["one_caption_80"]["retrieval_global"], abs=1e-6)
+    assert ours == pytest.approx(
+        EXPECTED["one_caption_80"]["retrieval_global"], abs=1e-6
+    )
 
 
 def test_caption_retrieval_accuracy_equals_golden():
@@ -71,7 +80,9 @@ def hits_over_orders(query, item, query_label, item_label, k):
         right = item_label == query_label[q]
         draws = []
         for seed in range(400):
-            order = torch.randperm(len(item), generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(
+                len(item), generator=torch.Generator().manual_seed(seed)
+            )
             ranked = order[torch.argsort(-score[order], stable=True)]
             draws.append(float(right[ranked[:k]].any()))
         found.append(sum(draws) / len(draws))
@@ -83,10 +94,17 @@ def test_hits_item_by_item_equal_a_plain_loop_with_groups_and_ties(k, monkeypatc
     monkeypatch.setattr(ranks, "BLOCK", 100)
     generator = torch.Generator().manual_seed(3)
     # few values: many ties
-    query, item = (torch.randint(-1, 2, (n, 4), generator=generator).float() for n in (20, 30))
-    query_label, item_label = (torch.randint(0, 6, (n,), generator=generator) for n in (20, 30))
+    query, item = (
+        torch.randint(-1, 2, (n, 4), generator=generator).float() for n in (20, 30)
+    )
+    query_label, item_label = (
+        torch.randint(0, 6, (n,), generator=generator) for n in (20, 30)
+    )
     sides = rank_both(query, item, query_label, item_label)
-    inputs = (query, item, query_label, item_label), (item, query, item_label, query_label)
+    inputs = (
+        (query, item, query_label, item_label),
+        (item, query, item_label, query_label),
+    )
     for ours, (queries, items, labels, item_labels) in zip(sides, inputs, strict=True):
         queried = ours.correct_equal_Q > 0
         assert torch.equal(queried, torch.isin(labels, item_labels))
@@ -105,7 +123,9 @@ def test_a_tower_that_gives_everything_one_embedding_gets_chance():
     found = retrieve(image, text, torch.arange(50), owner).metrics()
     for k in (1, 5, 10):
         assert found[f"t2i_r{k}"] == pytest.approx(k / 50)
-        assert found[f"i2t_r{k}"] == pytest.approx(1 - math.comb(98, k) / math.comb(100, k))
+        assert found[f"i2t_r{k}"] == pytest.approx(
+            1 - math.comb(98, k) / math.comb(100, k)
+        )
 
 
 def test_identical_items_tie_wherever_they_stand():
@@ -114,7 +134,10 @@ def test_identical_items_tie_wherever_they_stand():
     item = torch.randn(1, 333, generator=generator).repeat(1003, 1)
     item[::2] += 0.0 * item[::2].sign()  # -0.0 is 0.0
     ranks, _ = rank_both(
-        torch.randn(7, 333, generator=generator), item, torch.arange(7), torch.arange(1003)
+        torch.randn(7, 333, generator=generator),
+        item,
+        torch.arange(7),
+        torch.arange(1003),
     )
     assert ranks.wrong_equal_Q.tolist() == [1002] * 7
 

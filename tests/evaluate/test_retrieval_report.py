@@ -40,7 +40,11 @@ def world(tmp_path_factory):
     """(data, cache, tower directory), all on disk."""
     folder = tmp_path_factory.mktemp("world")
     data = write_data(folder / "data")
-    return data, make_cache(data, directory=folder / "cache"), write_tower(folder / "tower")
+    return (
+        data,
+        make_cache(data, directory=folder / "cache"),
+        write_tower(folder / "tower"),
+    )
 
 
 @pytest.fixture
@@ -91,7 +95,9 @@ def test_concepts_are_right_as_a_group_and_count_once_in_the_pool():
         "keys": [f"image {number}" for number in range(12)],
         "broken": [],
     }
-    pairs = EmbeddedPairs(image_ND=seen_ND, text_MD=seen_ND, owner_M=torch.arange(12), **about)
+    pairs = EmbeddedPairs(
+        image_ND=seen_ND, text_MD=seen_ND, owner_M=torch.arange(12), **about
+    )
     alone = report_retrieval(pairs, RetrievalConfig())
     # three images share the one right answer's embedding
     assert alone.metrics()["i2t_r1"] == pytest.approx(1 / 3)
@@ -111,7 +117,9 @@ def test_items_average_to_the_metrics_and_clusters_are_named(opened):
     assert {item["cluster"] for item in items} == set(COLOURS)
     for name in ("all", "long:en"):
         for side in ("i2t", "t2i"):
-            chosen = [item for item in items if item["part"] == name and item["side"] == side]
+            chosen = [
+                item for item in items if item["part"] == name and item["side"] == side
+            ]
             prefix = "" if name == "all" else f"{name}/"
             for k in (1, 5, 10):
                 mean = sum(item[f"r{k}"] for item in chosen) / len(chosen)
@@ -132,14 +140,18 @@ def test_broken_images_are_left_out_and_named(tmp_path):
     assert "red-0.png" in str(report.pairs.broken[0])
     assert report.pairs.keys[0] == "red-20.png"
     assert len(report.pairs.captions) == 11 * 4
-    assert report.pairs.owner_M.tolist() == [image for image in range(11) for _ in range(4)]
+    assert report.pairs.owner_M.tolist() == [
+        image for image in range(11) for _ in range(4)
+    ]
 
 
 def test_during_training_the_model_comes_back_as_it_was(opened):
     dual = tiny_dual().train()
     dual.tower.eval()
     before = {name: module.training for name, module in dual.named_modules()}
-    metrics = evaluate_retrieval(dual, *opened, IMAGES, RetrievalConfig(group="colour")).metrics()
+    metrics = evaluate_retrieval(
+        dual, *opened, IMAGES, RetrievalConfig(group="colour")
+    ).metrics()
     assert (
         metrics
         == evaluate_retrieval(
@@ -152,20 +164,33 @@ def test_during_training_the_model_comes_back_as_it_was(opened):
 
 def test_kinds_and_fields_are_checked_before_the_work():
     rows = [
-        Row(key, None, (Caption("x", "short"),), meta) for key, meta in (("a", {"g": 1}), ("b", {}))
+        Row(key, None, (Caption("x", "short"),), meta)
+        for key, meta in (("a", {"g": 1}), ("b", {}))
     ]
     source = InMemorySource("two", Path(), rows)
-    retrieval.check_measurable(source, RetrievalConfig(kinds=("short",), group="g", limit=1))
+    retrieval.check_measurable(
+        source, RetrievalConfig(kinds=("short",), group="g", limit=1)
+    )
     with pytest.raises(ValueError, match=r"--group g: .*sample 'b' has no field 'g'"):
         retrieval.check_measurable(source, RetrievalConfig(group="g"))
-    with pytest.raises(ValueError, match=r"--kinds lng and --languages \(any\); known: short:en"):
+    with pytest.raises(
+        ValueError, match=r"--kinds lng and --languages \(any\); known: short:en"
+    ):
         retrieval.check_measurable(source, RetrievalConfig(kinds=("lng",)))
 
 
 def test_the_command_prints_a_table_and_writes_a_score_file(world, tmp_path, capsys):
     data, cache, tower = world
     out = tmp_path / "scores.json"
-    words = [str(tower), "--data", str(data), "--cache", str(cache), "--group", "colour"]
+    words = [
+        str(tower),
+        "--data",
+        str(data),
+        "--cache",
+        str(cache),
+        "--group",
+        "colour",
+    ]
     assert cli(["evaluate", *words, "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "long:en" in printed
@@ -177,7 +202,9 @@ def test_the_command_prints_a_table_and_writes_a_score_file(world, tmp_path, cap
     source = open_source(SourceConfig(path=str(data)))
     opened_cache = EmbeddingCache.open(cache)
     config = RetrievalConfig(group="colour")
-    expected = evaluate_retrieval(load_dual_encoder(tower), source, opened_cache, IMAGES, config)
+    expected = evaluate_retrieval(
+        load_dual_encoder(tower), source, opened_cache, IMAGES, config
+    )
     assert scores.metrics == expected.metrics()
     assert scores.items == expected.items()
     assert {item["side"] for item in scores.items} == {"i2t", "t2i"}
@@ -185,8 +212,12 @@ def test_the_command_prints_a_table_and_writes_a_score_file(world, tmp_path, cap
 
 def test_the_command_refuses_another_teachers_cache(world, tmp_path, capsys):
     data, _, tower = world
-    other = make_cache(data, identity=made_up(pooling="last"), directory=tmp_path / "other")
-    assert cli(["evaluate", str(tower), "--data", str(data), "--cache", str(other)]) == 2
+    other = make_cache(
+        data, identity=made_up(pooling="last"), directory=tmp_path / "other"
+    )
+    assert (
+        cli(["evaluate", str(tower), "--data", str(data), "--cache", str(other)]) == 2
+    )
     error = capsys.readouterr().err
     assert "pooling 'last' != 'mean'" in error
     assert "choose another --cache" in error
@@ -211,14 +242,26 @@ def test_a_given_llm_is_compared_though_everything_is_cached(tmp_path, capsys):
 
 def test_two_processes_give_the_same_as_one(world, tmp_path):
     data, cache, tower = world
-    words = [str(tower), "--data", str(data), "--cache", str(cache), "--batch-size", "5", "--json"]
+    words = [
+        str(tower),
+        "--data",
+        str(data),
+        "--cache",
+        str(cache),
+        "--batch-size",
+        "5",
+        "--json",
+    ]
     assert cli(["evaluate", *words, str(tmp_path / "1.json")]) == 0
     ranks = [
-        Command(["evaluate", *words, str(tmp_path / "2.json")], place, ROOT) for place in places(2)
+        Command(["evaluate", *words, str(tmp_path / "2.json")], place, ROOT)
+        for place in places(2)
     ]
     assert finish(ranks) == [0, 0], ranks[0].output
     alone, together = (
         json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2)
     )
     assert together["metrics"] == pytest.approx(alone["metrics"])
-    assert [item["id"] for item in together["items"]] == [item["id"] for item in alone["items"]]
+    assert [item["id"] for item in together["items"]] == [
+        item["id"] for item in alone["items"]
+    ]

@@ -29,7 +29,13 @@ def place(tmp_path_factory):
 
 
 def run(place, *words):
-    options = ["--output", str(place / "page.html"), "--cache", str(place / "cache"), *words]
+    options = [
+        "--output",
+        str(place / "page.html"),
+        "--cache",
+        str(place / "cache"),
+        *words,
+    ]
     return cli(
         [
             "search",
@@ -61,7 +67,9 @@ def naive(place):
     with torch.no_grad():
         text_QD = dual.encode_text(TEXTS)
         for file in (place / "data" / "images").iterdir():
-            pixels = torch.from_numpy(evaluation_pixels(file.read_bytes(), images))[None]
+            pixels = torch.from_numpy(evaluation_pixels(file.read_bytes(), images))[
+                None
+            ]
             for number, score in enumerate(
                 (text_QD @ dual.encode_image(Normalize(images)(pixels))[0]).tolist()
             ):
@@ -92,7 +100,10 @@ def test_the_nearest_images_are_those_of_a_plain_loop_and_the_page_escapes_texts
         best = sorted(expected.values(), reverse=True)[:4]
         # float16 rounds a unit vector's products by 1e-3, the LLM's dtype may differ too
         assert list(found.values()) == pytest.approx(best, abs=5e-3)
-        assert all(expected[key] == pytest.approx(score, abs=5e-3) for key, score in found.items())
+        assert all(
+            expected[key] == pytest.approx(score, abs=5e-3)
+            for key, score in found.items()
+        )
     page = (place / "page.html").read_text(encoding="utf-8")
     assert page.count("<img") == 8
     assert page.count("data:image/jpeg;base64,") == 8
@@ -129,5 +140,6 @@ def test_images_are_embedded_once_and_the_teacher_is_needed(place, tmp_path, cap
     finally:
         (place / "gone").rename(place / "llm")
     assert re.search(
-        r"teacher cannot be loaded: .*llm.*--llm PATH_OR_HUB_ID", capsys.readouterr().err
+        r"teacher cannot be loaded: .*llm.*--llm PATH_OR_HUB_ID",
+        capsys.readouterr().err,
     )

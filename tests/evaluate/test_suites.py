@@ -39,7 +39,8 @@ def images(folder: Path, names) -> None:
 def text(path: Path, body) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        body if isinstance(body, str) else json.dumps(body, ensure_ascii=False), encoding="utf-8"
+        body if isinstance(body, str) else json.dumps(body, ensure_ascii=False),
+        encoding="utf-8",
     )
 
 
@@ -47,7 +48,12 @@ def karpathy(names, split_of, **extra):
     images = []
     for number, name in enumerate(names):
         sentences = [{"raw": f"caption {n} of {name} "} for n in range(6)]
-        row = {"filename": name, "split": split_of(number), "sentences": sentences, **extra}
+        row = {
+            "filename": name,
+            "split": split_of(number),
+            "sentences": sentences,
+            **extra,
+        }
         images.append(row)
     return {"images": images}
 
@@ -70,14 +76,18 @@ def write_suites(root: Path) -> None:
     sam = [f"sam/images/sa_{number}.jpg" for number in range(3)]
     images(root / "sharegpt4v-1k" / "data", sam)
     items = [
-        {"image": name, "conversations": [{"value": "?"}, {"value": f"Long\ntext {name}"}]}
+        {
+            "image": name,
+            "conversations": [{"value": "?"}, {"value": f"Long\ntext {name}"}],
+        }
         for name in sam
     ]
     text(root / "sharegpt4v-1k" / "share-captioner_coco_lcs_sam_1246k_1107.json", items)
     images(root / "urban-1k" / "image", ["1.jpg", "2.jpg", "10.jpg"])
     for stem in ("1", "2", "10"):
         text(
-            root / "urban-1k" / "caption" / f"{stem}.txt", f"A street, number {stem}.\nIt is long."
+            root / "urban-1k" / "caption" / f"{stem}.txt",
+            f"A street, number {stem}.\nIt is long.",
         )
     images(root / "docci" / "images", ["test_0.jpg", "test_1.jpg", "train_0.jpg"])
     rows = [
@@ -93,7 +103,9 @@ def write_suites(root: Path) -> None:
         root / "docci" / "docci_descriptions.jsonlines",
         "".join(json.dumps(row) + "\n" for row in rows),
     )
-    lines = "image,caption\n1.jpg,一个女孩,在跳舞\n1.jpg,女孩\n2.jpg,一只狗\n3.jpg,一只猫\n"
+    lines = (
+        "image,caption\n1.jpg,一个女孩,在跳舞\n1.jpg,女孩\n2.jpg,一只狗\n3.jpg,一只猫\n"
+    )
     text(root / "flickr30k-cn" / "flickr30k_cn_test.txt", lines)
     text(
         root / "coco-cn" / "coco-cn_test.txt",
@@ -114,7 +126,10 @@ def write_suites(root: Path) -> None:
         }
         for key in "abc"
     ]
-    text(root / "xm3600" / "captions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    text(
+        root / "xm3600" / "captions.jsonl",
+        "".join(json.dumps(line) + "\n" for line in lines),
+    )
     images(root / "coco" / "val2017", ["000000000001.jpg", "000000000002.jpg"])
     for group in (
         "replace_obj",
@@ -131,7 +146,10 @@ def write_suites(root: Path) -> None:
                 "caption": f"right {group} {number}",
                 "negative_caption": f"wrong {group} {number}",
             }
-            body[str(number)] = {"filename": f"00000000000{1 + number // 4}.jpg", **texts}
+            body[str(number)] = {
+                "filename": f"00000000000{1 + number // 4}.jpg",
+                **texts,
+            }
         text(root / "sugarcrepe" / f"{group}.json", body)
 
 
@@ -157,15 +175,27 @@ def test_every_layout_is_read(setting):
         "urban-1k": (3, 3),
         "docci": (2, 2),
     }
-    expected |= {"flickr30k-cn": (3, 4), "coco-cn": (2, 3), "xm3600": (3, 9), "sugarcrepe": (2, 28)}
+    expected |= {
+        "flickr30k-cn": (3, 4),
+        "coco-cn": (2, 3),
+        "xm3600": (3, 9),
+        "sugarcrepe": (2, 28),
+    }
     assert count == expected
-    assert all(row.image.is_file() for source in sources.values() for row in source.rows)
+    assert all(
+        row.image.is_file() for source in sources.values() for row in source.rows
+    )
     assert sources["sharegpt4v-1k"].rows[0].captions == (
         Caption("Long text sam/images/sa_0.jpg", "long"),
     )
     assert [row.key for row in sources["urban-1k"].rows] == ["1", "2", "10"]
-    assert sources["flickr30k-cn"].rows[0].captions[0] == Caption("一个女孩,在跳舞", "short", "zh")
-    assert {caption.language for caption in sources["xm3600"].rows[0].captions} == {"de", "te"}
+    assert sources["flickr30k-cn"].rows[0].captions[0] == Caption(
+        "一个女孩,在跳舞", "short", "zh"
+    )
+    assert {caption.language for caption in sources["xm3600"].rows[0].captions} == {
+        "de",
+        "te",
+    }
     assert sources["sugarcrepe"].rows[0].captions[:2] == (
         Caption("right replace_obj 0", "replace_obj/0/right"),
         Caption("wrong replace_obj 0", "replace_obj/0/wrong"),
@@ -194,22 +224,32 @@ def test_a_huge_array_is_read_no_further_than_needed(tmp_path, monkeypatch):
         for number in range(1, 6)
     ]
     path = tmp_path / paper.SHAREGPT4V
-    path.write_text(" [\n" + " ,\n".join(map(json.dumps, items)) + ", {cut short", encoding="utf-8")
+    path.write_text(
+        " [\n" + " ,\n".join(map(json.dumps, items)) + ", {cut short", encoding="utf-8"
+    )
     monkeypatch.setattr(paper, "BEGINNING", path.stat().st_size - 5)
     monkeypatch.setattr(paper, "SHAREGPT4V_ITEMS", 5)
-    assert [row.key for row in paper.read_sharegpt4v(tmp_path)] == [item["image"] for item in items]
+    assert [row.key for row in paper.read_sharegpt4v(tmp_path)] == [
+        item["image"] for item in items
+    ]
     monkeypatch.setattr(paper, "SHAREGPT4V_ITEMS", 6)
-    with pytest.raises(ValueError, match=r"1107\.json cannot be used .* download it again"):
+    with pytest.raises(
+        ValueError, match=r"1107\.json cannot be used .* download it again"
+    ):
         paper.read_sharegpt4v(tmp_path)
 
 
 def test_missing_files_are_listed_with_where_to_get_them(tmp_path, setting, capsys):
     _, tower, _ = setting
-    assert cli(["evaluate", str(tower), "--suite", "docci", "--data", str(tmp_path)]) == 2
+    assert (
+        cli(["evaluate", str(tower), "--suite", "docci", "--data", str(tmp_path)]) == 2
+    )
     error = capsys.readouterr().err
     assert "docci_images.tar.gz" in error
     assert str(tmp_path / "docci" / "images") in error
-    with pytest.raises(ValueError, match=r"unknown suite 'cocoo'; known: paper, all, flickr30k"):
+    with pytest.raises(
+        ValueError, match=r"unknown suite 'cocoo'; known: paper, all, flickr30k"
+    ):
         select_suites("cocoo")
     assert [suite.name for suite in select_suites("coco,paper")][:3] == [
         "coco",
@@ -228,11 +268,14 @@ def test_a_file_with_another_layout_is_named(tmp_path):
         '{"split": "test", "image_file": "x.jpg"}\n',
     )
     with pytest.raises(
-        ValueError, match=r"docci cannot be used \(KeyError: 'example_id'\); .* authors publish"
+        ValueError,
+        match=r"docci cannot be used \(KeyError: 'example_id'\); .* authors publish",
     ):
         suites()["docci"].open(tmp_path)
     text(tmp_path / "docci" / "docci_descriptions.jsonlines", '{"split": \n')
-    with pytest.raises(ValueError, match=r"docci_descriptions\.jsonlines cannot be used"):
+    with pytest.raises(
+        ValueError, match=r"docci_descriptions\.jsonlines cannot be used"
+    ):
         suites()["docci"].open(tmp_path)
 
 
@@ -242,14 +285,20 @@ def test_paper_prints_both_and_measured_suites_are_not_measured_again(setting, c
     assert cli([*words, "--teacher.llm", str(llm)]) == 0
     printed = capsys.readouterr().out
     assert re.search(
-        r"^CLIP-L-336 \+ LLM2CLIP \(15 M\) \(paper, review\) +91\.2 / 82\.1 ", printed, re.MULTILINE
+        r"^CLIP-L-336 \+ LLM2CLIP \(15 M\) \(paper, review\) +91\.2 / 82\.1 ",
+        printed,
+        re.MULTILINE,
     )
     assert re.search(r"^tower \(measured\) +[\d.]+ / [\d.]+", printed, re.MULTILINE)
     assert "4 images, the published test set has 1000" in printed
-    output = root / f"scores-{TowerCard.read(tower / TowerCard.FILE).weights_sha256[:12]}"
+    output = (
+        root / f"scores-{TowerCard.read(tower / TowerCard.FILE).weights_sha256[:12]}"
+    )
     scores = {name: ScoreFile.read(output / f"{name}.scores.json") for name in suites()}
     xm = scores["xm3600"].metrics
-    assert xm["i2t_r1"] == pytest.approx((xm["short:de/i2t_r1"] + xm["short:te/i2t_r1"]) / 2)
+    assert xm["i2t_r1"] == pytest.approx(
+        (xm["short:de/i2t_r1"] + xm["short:te/i2t_r1"]) / 2
+    )
     assert "all/i2t_r1" in xm
     assert set(scores["sugarcrepe"].metrics) >= {"swap_obj", "add_att", "mean"}
     assert scores["coco"].benchmark == "retrieval:coco"
@@ -257,7 +306,9 @@ def test_paper_prints_both_and_measured_suites_are_not_measured_again(setting, c
     before = (output / "coco.scores.json").stat().st_mtime_ns
     changed = output / "docci.scores.json"
     dataclasses.replace(scores["docci"], provenance={}).write(changed)
-    llm.rename(llm.with_name("gone"))  # captions are cached: the LLM is not needed again
+    llm.rename(
+        llm.with_name("gone")
+    )  # captions are cached: the LLM is not needed again
     try:
         assert cli(words) == 0
     finally:
@@ -357,7 +408,9 @@ def test_xm3600s_recall_is_the_mean_of_its_languages():
     assert metrics["all/t2i_r1"] == pytest.approx(2 / 3)
 
 
-EXTENDING = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+EXTENDING = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(
+    encoding="utf-8"
+)
 PHOTOS_100 = re.search(r'```python\n("""Photos-100.*?)```', EXTENDING, re.DOTALL)[1]
 
 
@@ -368,9 +421,13 @@ def test_one_file_adds_a_suite_that_is_listed_read_measured_and_shown(
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "photos_100.py").write_text(PHOTOS_100, encoding="utf-8")
     monkeypatch.setattr(
-        suites_package, "__path__", [*suites_package.__path__, str(tmp_path / "plugins")]
+        suites_package,
+        "__path__",
+        [*suites_package.__path__, str(tmp_path / "plugins")],
     )
-    monkeypatch.delitem(sys.modules, f"{suites_package.__name__}.photos_100", raising=False)
+    monkeypatch.delitem(
+        sys.modules, f"{suites_package.__name__}.photos_100", raising=False
+    )
 
     words = [
         "evaluate",

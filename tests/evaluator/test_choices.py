@@ -55,7 +55,9 @@ def test_group_of_the_harness(harness):
     harness.write_text(harness_lines)
     assert len(set(the_run(harness).clusters)) == 8
     assert len(set(the_run(harness, group="clip").clusters)) == 2
-    with pytest.raises(ContractError, match="line 1: no field movie for --group; fields: doc_id"):
+    with pytest.raises(
+        ContractError, match="line 1: no field movie for --group; fields: doc_id"
+    ):
         the_run(harness, group="movie")
 
 
@@ -76,7 +78,9 @@ def test_scorer_of_inspect_ai(tmp_path):
     for n in range(4):
         scores = {"match": {"value": "C"}, "judge": {"value": n % 2}}
         metadata = {"page": f"p{n // 2}"}
-        samples.append({"id": n, "epoch": 1, "target": "x", "scores": scores, "metadata": metadata})
+        samples.append(
+            {"id": n, "epoch": 1, "target": "x", "scores": scores, "metadata": metadata}
+        )
     printed = [{"name": name, "scorer": name} for name in ("match", "judge")]
     log = {
         "version": 2,
@@ -97,7 +101,9 @@ def test_scorer_of_inspect_ai(tmp_path):
 def test_what_a_form_does_not_have_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("item,score\n1,1\n2,0")
-    with pytest.raises(ContractError, match="of table, for which --scorer means nothing; it takes"):
+    with pytest.raises(
+        ContractError, match="of table, for which --scorer means nothing; it takes"
+    ):
         the_run(path, scorer="match")
 
 
@@ -130,13 +136,17 @@ def inspect_log(path, values):
 def test_group_of_inspect_ai_is_never_ignored(tmp_path):
     numbers = inspect_log(tmp_path / "numbers.json", [1.5, 1.5, 2.5, 2.5])
     assert len(set(the_run(numbers, group="page").clusters)) == 2
-    mixed = the_run(inspect_log(tmp_path / "mixed.json", ["a", "a", None, ["b"]]), group="page")
+    mixed = the_run(
+        inspect_log(tmp_path / "mixed.json", ["a", "a", None, ["b"]]), group="page"
+    )
     assert mixed.clusters == ["a", "a", "2", "3"]
     (note,) = mixed.notes
     assert note.startswith("toy: 2 samples have no group")
     assert "sample 2: page is None" in note
     lists = inspect_log(tmp_path / "lists.json", [["a"], ["a"]])
-    with pytest.raises(ContractError, match=r"sample 0: page is \['a'\].*another --group"):
+    with pytest.raises(
+        ContractError, match=r"sample 0: page is \['a'\].*another --group"
+    ):
         the_run(lists, group="page")
 
 

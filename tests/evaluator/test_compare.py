@@ -79,7 +79,9 @@ def test_golden_models(scored, tmp_path, capsys):
         ]
         assert row["p_holm"] >= row["p"]
         assert row["wins"] + row["losses"] + row["ties"] == row["questions"]
-        assert data["scores"][name]["model-b"] == pytest.approx(row["new_score"]), record.metrics
+        assert data["scores"][name]["model-b"] == pytest.approx(row["new_score"]), (
+            record.metrics
+        )
     assert rows["gqa"]["difference"] == pytest.approx(75.0 - 51.875)
     assert rows["gqa"]["verdict"] == "better"
     assert rows["mme"]["base_score"] == pytest.approx(1181.4285714)
@@ -104,7 +106,9 @@ def test_composites_are_resampled_as_composites(scored):
     rng = np.random.default_rng(0)
     numbers = {
         "mme": lambda items: benchmark("mme").metrics(items)["perception"],
-        "pope": lambda items: 100 * benchmark("pope").metrics(items)["average_over_categories.f1"],
+        "pope": lambda items: (
+            100 * benchmark("pope").metrics(items)["average_over_categories.f1"]
+        ),
     }
     for name, number in numbers.items():
         items = ScoreFile.read(scored / "model-b" / f"{name}.scores.json").items
@@ -114,9 +118,18 @@ def test_composites_are_resampled_as_composites(scored):
             # 1 or 2 of each image
             counts = dict(zip(images, rng.integers(1, 3, len(images)), strict=True))
             weights = np.array([counts[item["cluster"]] for item in items], dtype=float)
-            numbered = [(item, copy) for item in items for copy in range(counts[item["cluster"]])]
-            copies = [{**item, "cluster": f"{item['cluster']}#{copy}"} for item, copy in numbered]
-            assert float(statistic.value(weights @ statistic.sums)) == pytest.approx(number(copies))
+            numbered = [
+                (item, copy)
+                for item in items
+                for copy in range(counts[item["cluster"]])
+            ]
+            copies = [
+                {**item, "cluster": f"{item['cluster']}#{copy}"}
+                for item, copy in numbered
+            ]
+            assert float(statistic.value(weights @ statistic.sums)) == pytest.approx(
+                number(copies)
+            )
 
 
 def test_order_of_items_does_not_matter(scored, tmp_path):
@@ -125,7 +138,9 @@ def test_order_of_items_does_not_matter(scored, tmp_path):
         tmp_path / "turned.scores.json"
     )
     straight, other = (
-        build(load_sides([scored / "model-a" / "gqa.scores.json", path], ["a", "b"])).rows[0]
+        build(
+            load_sides([scored / "model-a" / "gqa.scores.json", path], ["a", "b"])
+        ).rows[0]
         for path in (scored / "model-b" / "gqa.scores.json", turned)
     )
     assert straight == other
@@ -146,7 +161,9 @@ def test_runs_below_a_folder_are_seeds(tmp_path):
     assert row.result.spread_base > 0
     assert row.result.test == "t over images and runs"
     assert row.result.low > 0
-    mean = np.mean([100 * np.mean(run.scores) for run in load_side(tmp_path / "new").runs["gqa"]])
+    mean = np.mean(
+        [100 * np.mean(run.scores) for run in load_side(tmp_path / "new").runs["gqa"]]
+    )
     assert row.result.new == pytest.approx(mean)
 
 
@@ -182,7 +199,10 @@ def test_a_grouping_counts_from_either_side(tmp_path):
     gain = rng.random(15)[images] < 0.5
     base = rng.random(120) < 0.4
     new = base | gain
-    plain = ["item,score,task", *(f"{n},{int(right)},x" for n, right in enumerate(base))]
+    plain = [
+        "item,score,task",
+        *(f"{n},{int(right)},x" for n, right in enumerate(base)),
+    ]
     grouped = [
         "item,score,task,group",
         *(f"{n},{int(right)},x,{images[n]}" for n, right in enumerate(new)),
@@ -256,7 +276,9 @@ def test_published_numbers_of_llava_stand_next_to_llava_alone(tmp_path):
     def references(name):
         sides = []
         for side in ("base", "new"):
-            path = simulated(tmp_path / side, f"{name}-{side}", [0, 1] * 10, benchmark="gqa")
+            path = simulated(
+                tmp_path / side, f"{name}-{side}", [0, 1] * 10, benchmark="gqa"
+            )
             sides.append(load_side(path))
         return build(sides).references
 
@@ -265,13 +287,19 @@ def test_published_numbers_of_llava_stand_next_to_llava_alone(tmp_path):
 
 
 def test_percentages_against_shares_are_refused(tmp_path):
-    for name, values in {"share": (0, 1), "percent": (0, 100), "judged": (0, 4)}.items():
+    for name, values in {
+        "share": (0, 1),
+        "percent": (0, 100),
+        "judged": (0, 4),
+    }.items():
         lines = [f"{n},{values[n % 2]},t" for n in range(20)]
         (tmp_path / f"{name}.csv").write_text("\n".join(["item,score,task", *lines]))
     share, percent, judged = (
         load_side(tmp_path / f"{n}.csv") for n in ("share", "percent", "judged")
     )
-    with pytest.raises(ContractError, match="scores on t are at most 1 in share and go to 100"):
+    with pytest.raises(
+        ContractError, match="scores on t are at most 1 in share and go to 100"
+    ):
         build([share, percent])
     (warning,) = build([share, judged]).warnings
     assert "two scales" in warning
@@ -287,7 +315,9 @@ def test_unknown_benchmark_and_bare_items_are_averaged(tmp_path):
         row = build(load_sides([base, new], [])).rows[0]
         assert row.result.base == 50.0
         assert row.result.new == 75.0
-        assert any("mean score instead of" in note for note in row.notes) == (name == "pope")
+        assert any("mean score instead of" in note for note in row.notes) == (
+            name == "pope"
+        )
 
 
 def test_retrieval_files_become_rows_by_direction(tmp_path):
@@ -312,8 +342,13 @@ def test_retrieval_files_become_rows_by_direction(tmp_path):
     rows = build(load_sides(paths, [])).rows
     main([*map(str, paths), "--output", str(tmp_path / "out")])
     # no empty cards
-    assert "No question with an answer to show" in (tmp_path / "out" / "compare.html").read_text()
-    expected = {f"emoji {kind}R@1": 50.0 for way in WAYS for kind in (way, f"long:en {way}")}
+    assert (
+        "No question with an answer to show"
+        in (tmp_path / "out" / "compare.html").read_text()
+    )
+    expected = {
+        f"emoji {kind}R@1": 50.0 for way in WAYS for kind in (way, f"long:en {way}")
+    }
     expected |= {f"emoji {way}R@10": 0.0 for way in WAYS}
     assert {row.title: row.result.difference for row in rows} == expected
     assert all(row.questions == 20 for row in rows)
@@ -363,7 +398,9 @@ def test_xm3600_is_the_mean_over_its_languages(tmp_path):
             for n in range(count)
         ]
         written(tmp_path, name, items, "retrieval:xm3600")
-    rows = build(load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], [])).rows
+    rows = build(
+        load_sides([tmp_path / "base.scores.json", tmp_path / "new.scores.json"], [])
+    ).rows
     expected = {f"xm3600 {way}R@1": (0.0, 50.0) for way in WAYS} | {
         f"xm3600 {way}R@10": (100.0, 100.0) for way in WAYS
     }
@@ -378,7 +415,9 @@ def test_three_sides(scored, tmp_path):
     data = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert len(data["rows"]) == 18
     assert len(set(data["names"])) == 3
-    assert [row["p_holm"] for row in data["rows"]] == holm([row["p"] for row in data["rows"]])
+    assert [row["p_holm"] for row in data["rows"]] == holm(
+        [row["p"] for row in data["rows"]]
+    )
     assert "new side" in (tmp_path / "out" / "compare.html").read_text()
     main([*words, "--output", str(tmp_path / "all"), "--all-pairs"])
     rows = json.loads((tmp_path / "all" / "compare.json").read_text())["rows"]
@@ -395,7 +434,8 @@ def test_other_questions_are_refused(tmp_path):
         tmp_path, "new", [{"id": n + 20, "score": 1, "cluster": n} for n in range(40)]
     )
     with pytest.raises(
-        ContractError, match=r"share 20 questions of 40, 40.*evaluate both on the same questions"
+        ContractError,
+        match=r"share 20 questions of 40, 40.*evaluate both on the same questions",
     ):
         main([str(base), str(shifted)])
     other = simulated(tmp_path, "truth-b", [0, 1], truth="yes")
@@ -436,7 +476,9 @@ def test_scores_above_one_are_percentages_on_no_side(tmp_path):
     for name, scores in {"weak": [0, 1, 1, 0], "strong": [3, 1, 4, 2]}.items():
         lines = [f"{n},{score},judged" for n, score in enumerate(scores)]
         (tmp_path / f"{name}.csv").write_text("\n".join(["item,score,task", *lines]))
-    result = build([load_side(tmp_path / "weak.csv"), load_side(tmp_path / "strong.csv")])
+    result = build(
+        [load_side(tmp_path / "weak.csv"), load_side(tmp_path / "strong.csv")]
+    )
     (row,) = result.rows
     assert row.unit == "score"
     assert row.result.base == 0.5

@@ -40,7 +40,9 @@ def test_two_tables_of_two_columns_are_compared(tmp_path, capsys):
 def test_a_table_is_compared_with_the_only_task_of_a_log(tmp_path):
     log = tmp_path / "samples_toy_2026-11-28T21-57-04.1.jsonl"
     about = {"doc_hash": "h", "metrics": ["acc"]}
-    lines = [json.dumps({"doc_id": n, **about, "acc": right}) for n, right in enumerate(NEW)]
+    lines = [
+        json.dumps({"doc_id": n, **about, "acc": right}) for n, right in enumerate(NEW)
+    ]
     log.write_text("\n".join(lines))
     (row,) = build([load_side(table(tmp_path / "base.csv", BASE)), load_side(log)]).rows
     assert row.benchmark == "toy acc"
@@ -58,7 +60,9 @@ def test_a_column_of_models_makes_sides(tmp_path, capsys):
     lines = ["item,score,model,seed"]
     for model, scores in {"llava": BASE, "ours": NEW, "theirs": BASE}.items():
         for seed in (0, 1):
-            lines += [f"{item},{score},{model},{seed}" for item, score in enumerate(scores)]
+            lines += [
+                f"{item},{score},{model},{seed}" for item, score in enumerate(scores)
+            ]
     path = tmp_path / "all.csv"
     path.write_text("\n".join(lines))
     sides = load_models(path)
@@ -78,7 +82,12 @@ def test_a_column_of_models_makes_sides(tmp_path, capsys):
 
 def test_logs_of_several_models_in_a_folder_are_sides_if_it_is_alone(tmp_path):
     for model, scores in {"llava": BASE, "ours": NEW}.items():
-        table(tmp_path / f"{model}.csv", scores, head="item,score,task,model", more=f",x,{model}")
+        table(
+            tmp_path / f"{model}.csv",
+            scores,
+            head="item,score,task,model",
+            more=f",x,{model}",
+        )
     assert [side.name for side in load_models(tmp_path)] == ["llava", "ours"]
     with pytest.raises(ContractError, match="logs of 2 models"):
         load_side(tmp_path)
@@ -154,7 +163,9 @@ def test_samples_of_inspect_ai_without_a_score_are_left_out(tmp_path):
 @pytest.mark.parametrize("first", [{}, {"group": None}, {"group": ""}], ids=str)
 def test_a_row_without_a_group_loses_no_other_groups(tmp_path, first):
     rows = [{"item": 0, "score": 1, **first}]
-    rows += [{"item": number, "score": 1, "group": number // 4} for number in range(1, 8)]
+    rows += [
+        {"item": number, "score": 1, "group": number // 4} for number in range(1, 8)
+    ]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     ((run,),) = load_side(path).runs.values()
@@ -166,7 +177,9 @@ def test_a_table_with_a_chosen_metric_needs_no_score(tmp_path, capsys):
     new = table(tmp_path / "new.csv", NEW, head="item,f1")
     assert main([str(base), str(new), "--metric", "f1"]) == 0
     assert "+50.00" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match="a table needs the columns item and score"):
+    with pytest.raises(
+        FileNotFoundError, match="a table needs the columns item and score"
+    ):
         main([str(base), str(new)])
 
 

@@ -23,13 +23,17 @@ def experiment(rng, images, runs, effect):
     sides = []
     for known, shifts in zip(knows, luck, strict=True):
         chance = np.where(known, 0.8, 0.2)
-        sides.append([(rng.random(images) < chance + shift).astype(float) for shift in shifts])
+        sides.append(
+            [(rng.random(images) < chance + shift).astype(float) for shift in shifts]
+        )
     return sides
 
 
 def write_side(folder, runs):
     for number, scores in enumerate(runs):
-        items = [{"id": place, "score": float(score)} for place, score in enumerate(scores)]
+        items = [
+            {"id": place, "score": float(score)} for place, score in enumerate(scores)
+        ]
         record = ScoreFile(benchmark="gqa", metrics={}, items=items, model=folder.name)
         record.write(folder / f"{number}.scores.json")
     return load_side(folder)
@@ -41,7 +45,8 @@ def pilot(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pilot")
     sides = experiment(np.random.default_rng(1), 800, 8, 0)
     return [
-        write_side(folder / name, runs) for name, runs in zip(("base", "new"), sides, strict=True)
+        write_side(folder / name, runs)
+        for name, runs in zip(("base", "new"), sides, strict=True)
     ]
 
 
@@ -55,20 +60,26 @@ def test_as_many_images_as_planned_detect_the_effect(pilot):
     effect = 7.0
     images = noise.images_needed(effect, runs)
     assert images is not None
-    assert noise.detectable(images, runs) <= effect < noise.detectable(images * 0.9, runs)
+    assert (
+        noise.detectable(images, runs) <= effect < noise.detectable(images * 0.9, runs)
+    )
     rng = np.random.default_rng(runs)
     results = []
     for _ in range(SIMULATIONS):
         base, new = experiment(rng, images, runs, effect)
         names = [str(place) for place in range(images)]
         paired = pair(
-            [mean_statistic(run) for run in base], [mean_statistic(run) for run in new], names
+            [mean_statistic(run) for run in base],
+            [mean_statistic(run) for run in new],
+            names,
         )
         results.append(compare(paired))
     error = np.mean([one.standard_error**2 for one in results]) ** 0.5
     assert error == pytest.approx(noise.error(images, runs)[0], rel=0.15)
     # Student's: runs are few
-    assert np.mean([one.detectable for one in results]) == pytest.approx(effect, rel=0.1)
+    assert np.mean([one.detectable for one in results]) == pytest.approx(
+        effect, rel=0.1
+    )
     assert 0.7 <= np.mean([one.p < 0.05 for one in results]) <= 0.95
 
 
@@ -111,16 +122,22 @@ def table_of(path, scores):
     return path
 
 
-@pytest.mark.parametrize("second", [True, False], ids=["equal sides", "one side, all right"])
+@pytest.mark.parametrize(
+    "second", [True, False], ids=["equal sides", "one side, all right"]
+)
 def test_a_pilot_without_a_disagreement_is_not_a_promise(tmp_path, second):
     """It plans with the doubt that the comparison itself has: 40 equal scores detect 10 points."""
     side = load_side(table_of(tmp_path / "a.csv", [1] * 40))
-    sides = [side, load_side(table_of(tmp_path / "b.csv", [1] * 40))] if second else [side]
+    sides = (
+        [side, load_side(table_of(tmp_path / "b.csv", [1] * 40))] if second else [side]
+    )
     if second:
         sides = with_common_task(sides)
     (noise,) = plan(sides)
     statistic = mean_statistic([1.0] * 40)
-    result = compare(pair([statistic], [statistic], [str(place) for place in range(40)]))
+    result = compare(
+        pair([statistic], [statistic], [str(place) for place in range(40)])
+    )
     assert noise.detectable(40, 1) == pytest.approx(result.detectable, rel=0.1)
     assert noise.images_needed(1.0, 1) > 1000
 
@@ -128,6 +145,8 @@ def test_a_pilot_without_a_disagreement_is_not_a_promise(tmp_path, second):
 def test_one_image_plans_nothing(tmp_path, capsys):
     path = table_of(tmp_path / "a.csv", [1])
     assert main([str(path), "--plan"]) == 0
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| a ")]
+    (row,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| a ")
+    ]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["a", "1", "", "unknown", "unknown", "", "unknown from 1 image"]

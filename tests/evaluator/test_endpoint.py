@@ -41,14 +41,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image = Image.fromarray(
             noise.integers(0, 255, (9, 14, len(mode)), dtype=np.uint8).squeeze(), mode
         )
-        image.save(folder / "images" / name, **({"exif": exif} if name == "rotated.jpg" else {}))
+        image.save(
+            folder / "images" / name,
+            **({"exif": exif} if name == "rotated.jpg" else {}),
+        )
     names = sorted([*modes, "rotated.jpg"])
     rows = [
-        {"question_id": f"q{n}", "image": names[n % 6], "text": f"What is in {n}?\nShort."}
+        {
+            "question_id": f"q{n}",
+            "image": names[n % 6],
+            "text": f"What is in {n}?\nShort.",
+        }
         for n in range(11)
     ]
     rows.append({"question_id": "q11", "text": "Say something."})
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "questions.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     return folder
 
 
@@ -65,7 +74,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def words(folder: Path, url: str, output: Path, *more: str) -> list[str]:
-    files = ("--question-file", f"{folder}/questions.jsonl", "--image-folder", f"{folder}/images")
+    files = (
+        "--question-file",
+        f"{folder}/questions.jsonl",
+        "--image-folder",
+        f"{folder}/images",
+    )
     return ["--endpoint", url, *files, "--answers-file", str(output), *more]
 
 
@@ -77,7 +91,9 @@ def check(folder: Path, output: Path) -> None:
     """The answers are those of all questions, in order, about the pixels that LLaVA sees."""
     questions = read_questions(folder / "questions.jsonl")
     rows = read(output)
-    assert [row["question_id"] for row in rows] == [question.id for question in questions]
+    assert [row["question_id"] for row in rows] == [
+        question.id for question in questions
+    ]
     for row, question in zip(rows, questions, strict=True):
         image = question.open_image(f"{folder}/images") if question.image else None
         assert row["text"] == sees(question.text, image), question
@@ -91,13 +107,17 @@ def test_answers_name_the_model_and_the_server(folder: Path, tmp_path: Path) -> 
         host = url.removesuffix("/v1")  # /v1 is added
         assert (
             evaluate.main(
-                words(folder, host, output, "--concurrency", "4", "--max_new_tokens", "7")
+                words(
+                    folder, host, output, "--concurrency", "4", "--max_new_tokens", "7"
+                )
             )
             == 0
         )
     check(folder, output)
     assert state.most_in_flight == 4
-    settings = {key: value for key, value in state.bodies[0].items() if key != "messages"}
+    settings = {
+        key: value for key, value in state.bodies[0].items() if key != "messages"
+    }
     assert settings == {"model": "tiny", "temperature": 0.0, "max_tokens": 7}
     row = read(output)[0]
     assert row["model_id"] == "tiny"
@@ -131,17 +151,23 @@ def test_tables_and_sampling(folder: Path, tmp_path: Path) -> None:
     state = ChatServer(["tiny"])
     with serving(state) as url:
         assert evaluate.main(words(folder, url, tmp_path / "a.jsonl", *more)) == 0
-    assert {(body["temperature"], body["top_p"]) for body in state.bodies} == {(0.5, 0.9)}
+    assert {(body["temperature"], body["top_p"]) for body in state.bodies} == {
+        (0.5, 0.9)
+    }
     seen = Image.open(folder / "images" / "plain.png")
     assert [row["text"] for row in read(tmp_path / "a.jsonl")] == [
-        sees(f"Which?\nA. {a}\nB. {b}", seen) for a, b in (("red", "blue"), ("blue", "red"))
+        sees(f"Which?\nA. {a}\nB. {b}", seen)
+        for a, b in (("red", "blue"), ("blue", "red"))
     ]
 
 
 @pytest.mark.parametrize(
     "failure, message",
     [
-        (status(429, "slow down", Retry_After="0"), "HTTP 429: slow down; retrying in 0"),
+        (
+            status(429, "slow down", Retry_After="0"),
+            "HTTP 429: slow down; retrying in 0",
+        ),
         (status(503), "HTTP 503"),
         (close, "closed connection without response"),
         (raw(b'{"choices": []}'), "an answer without choices[0].message.content"),
@@ -156,7 +182,9 @@ def test_what_may_pass_is_retried(folder, tmp_path, capsys, failure, message) ->
         assert evaluate.main(words(folder, url, tmp_path / "a.jsonl", *limit)) == 0
     assert message in capsys.readouterr().err
     check(folder, tmp_path / "a.jsonl")
-    assert len(state.bodies) == 12 + 2 or (limit and len(state.bodies) > 12 + 2)  # a slow machine
+    assert len(state.bodies) == 12 + 2 or (
+        limit and len(state.bodies) > 12 + 2
+    )  # a slow machine
 
 
 def test_a_server_that_dies_loses_nothing(
@@ -180,7 +208,9 @@ def test_a_server_that_dies_loses_nothing(
     assert "5 of 12 answers" in said.out
     assert "7 questions without an answer; rerun to ask them again" in said.err
     assert not output.exists()
-    with pytest.raises(ConnectionError, match=r"refused; start the server, or correct --endpoint"):
+    with pytest.raises(
+        ConnectionError, match=r"refused; start the server, or correct --endpoint"
+    ):
         evaluate.main(words(folder, url, output))  # it is still gone
     again = ChatServer(["tiny"])
     with serving(again) as other:
@@ -188,7 +218,8 @@ def test_a_server_that_dies_loses_nothing(
         assert evaluate.main(words(folder, other, output)) == 0
         assert len(again.bodies) == 7
         assert (
-            f"asking 'tiny' at {other}: 7 questions, 5 answered before" in capsys.readouterr().err
+            f"asking 'tiny' at {other}: 7 questions, 5 answered before"
+            in capsys.readouterr().err
         )
         check(folder, output)
         assert {row["metadata"]["endpoint"] for row in read(output)} == {url, other}
@@ -221,11 +252,15 @@ def test_questions_that_a_server_refuses(folder, tmp_path, capsys, monkeypatch) 
             ConnectionError,
             match=r"no answer to 3 requests in a row, last question 'q\d': HTTP 400",
         ):
-            evaluate.main(words(folder, url, tmp_path / "b.jsonl", "--concurrency", "1"))
+            evaluate.main(
+                words(folder, url, tmp_path / "b.jsonl", "--concurrency", "1")
+            )
 
 
 def test_one_model_of_several_is_named(folder, tmp_path) -> None:
-    message = r"serves 2 models; choose one with --served-model-name: llava-7b, llava-13b"
+    message = (
+        r"serves 2 models; choose one with --served-model-name: llava-7b, llava-13b"
+    )
     with (
         serving(ChatServer(["llava-7b", "llava-13b"])) as url,
         pytest.raises(ConnectionError, match=message),
@@ -247,16 +282,21 @@ def test_the_key_comes_from_the_environment(folder, tmp_path, monkeypatch) -> No
     output = tmp_path / "answers.jsonl"
     with serving(ChatServer(["tiny"], key="sk-secret")) as url:
         with pytest.raises(
-            ConnectionError, match=r"denies access \(HTTP 401: wrong key\); set OPENAI_API_KEY"
+            ConnectionError,
+            match=r"denies access \(HTTP 401: wrong key\); set OPENAI_API_KEY",
         ):
             evaluate.main(words(folder, url, output))
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\nsk-other")
-        with pytest.raises(ValueError, match="OPENAI_API_KEY has characters that no API key has"):
+        with pytest.raises(
+            ValueError, match="OPENAI_API_KEY has characters that no API key has"
+        ):
             evaluate.main(words(folder, url, output))
         monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
         assert evaluate.main(words(folder, url, output)) == 0
     check(folder, output)
-    assert not any("sk-secret" in path.read_text() for path in tmp_path.rglob("*.json*"))
+    assert not any(
+        "sk-secret" in path.read_text() for path in tmp_path.rglob("*.json*")
+    )
 
 
 def test_a_served_model_is_scored(tmp_path: Path) -> None:

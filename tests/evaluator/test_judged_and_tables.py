@@ -12,7 +12,8 @@ from llava_integration.evaluator.benchmarks.rules import benchmark
 def write_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        encoding="utf-8",
     )
     return path
 
@@ -33,7 +34,12 @@ def llava_bench(tmp_path):
     ]
     write_lines(folder / "questions.jsonl", asked)
     spoken = [
-        {"question_id": n, "prompt": f"What is {n}?", "text": f"It is {n}.", "model_id": "m"}
+        {
+            "question_id": n,
+            "prompt": f"What is {n}?",
+            "text": f"It is {n}.",
+            "model_id": "m",
+        }
         for n in range(4)
     ]
     said = write_lines(tmp_path / "answers.jsonl", spoken)
@@ -60,12 +66,19 @@ def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
     folder, said, reviews = llava_bench
     record = score_answers("llava_bench", folder, read_answers(said), reviews=reviews)
     assert record.metrics["all"] == 76.9
-    assert (record.metrics["all.reference"], record.metrics["all.model"]) == (65.0, 50.0)
+    assert (record.metrics["all.reference"], record.metrics["all.model"]) == (
+        65.0,
+        50.0,
+    )
     assert record.metrics["llava_bench_conv"] == round(5.5 / 8.5 * 100, 1)
     assert record.counts["failed_reviews"] == 1
     assert record.items[1]["answer"] == "It is 1."
-    assert benchmark("llava_bench").statistic(record.items).full() == pytest.approx(100 * 20 / 26)
-    alone = score_answers("llava_bench", folder, read_answers(reviews))  # the reviews as --answers
+    assert benchmark("llava_bench").statistic(record.items).full() == pytest.approx(
+        100 * 20 / 26
+    )
+    alone = score_answers(
+        "llava_bench", folder, read_answers(reviews)
+    )  # the reviews as --answers
     assert alone.metrics["all"] == record.metrics["all"]
 
 

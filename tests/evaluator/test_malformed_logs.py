@@ -20,18 +20,30 @@ MALFORMED = {  # name of the file: (content, what the error names)
     "i.jsonl": ('{"item": 1, "score": 1}\n{"item": 2,', "line 2"),
     "j.jsonl": ('{"item": 1, "score": 1}\n[1]\n', "line 2"),
     "k.jsonl": ('{"item": 1, "score": [1]}\n', "line 1"),
-    "l.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": "x"}\n', "metrics a"),
+    "l.jsonl": (
+        '{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": "x"}\n',
+        "metrics a",
+    ),
     "m.jsonl": (
         '{"doc_id": 0, "doc_hash": "", "metrics": ["a"], "a": 1}\n{"doc_id": 1}\n',
         "line 2",
     ),
-    "n.jsonl": ('{"doc_id": 0, "doc_hash": "", "acc": 1}\n{"doc_id": 1, "acc": null}\n', "line 2"),
-    "o.jsonl": ('{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n', "submission of o"),
+    "n.jsonl": (
+        '{"doc_id": 0, "doc_hash": "", "acc": 1}\n{"doc_id": 1, "acc": null}\n',
+        "line 2",
+    ),
+    "o.jsonl": (
+        '{"doc_id": 0, "doc_hash": "", "submission": {"a": 1}}\n',
+        "submission of o",
+    ),
     "p.jsonl": (
         '{"doc_id": 0, "doc_hash": "", "mme_perception_score": {"score": 1}}\n',
         "line 1.*category",
     ),
-    "v.jsonl": ('{"doc_id": 0, "doc_hash": "", "coco_CIDEr": {"pred": "a"}}\n', "line 1"),
+    "v.jsonl": (
+        '{"doc_id": 0, "doc_hash": "", "coco_CIDEr": {"pred": "a"}}\n',
+        "line 1",
+    ),
     "w.jsonl": ('{"doc_id": 0, "doc_hash": "", "mmvp_pair_accuracy": 1}\n', "line 1"),
     "x.tsv": ("index\tprediction\teval_match\teval_score\n0\tA\t[1, \t1\n", "line 2"),
     "z.csv": ("item,score\n1,1\n\udcff,1\n", "utf-8"),
@@ -68,7 +80,9 @@ def test_a_log_that_was_cut_in_its_first_line_is_named(tmp_path, name):
 
 def test_a_log_that_nobody_understands_is_left_out_with_a_note(tmp_path):
     about = {"doc_id": 0, "doc_hash": ""}
-    (tmp_path / "20261129_061426_samples_a.jsonl").write_text(json.dumps(about | {"acc": 1}))
+    (tmp_path / "20261129_061426_samples_a.jsonl").write_text(
+        json.dumps(about | {"acc": 1})
+    )
     (tmp_path / "20261129_061426_samples_b.jsonl").write_text(
         json.dumps(about | {"corpus": {"pred": "x"}})
     )

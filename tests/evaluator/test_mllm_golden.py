@@ -20,7 +20,9 @@ NOT_ITS_RULE = {"vqav2": {"score_raw_percent"}, "vizwiz": {"score"}}  # by item
 
 
 def score(name, model, **options):
-    return score_answers(name, ROOT / name, read_answers(answers(name, model)), **options)
+    return score_answers(
+        name, ROOT / name, read_answers(answers(name, model)), **options
+    )
 
 
 def numbers(tree, prefix=""):
@@ -32,7 +34,9 @@ def numbers(tree, prefix=""):
             continue
         if isinstance(value, dict):
             yield from numbers(value, f"{name}.")
-        elif isinstance(value, list) and name.startswith("per_"):  # GQA: [percent, count]
+        elif isinstance(value, list) and name.startswith(
+            "per_"
+        ):  # GQA: [percent, count]
             yield name, value[0]
             yield f"{prefix[:-1]}_count.{key}", value[1]
         elif isinstance(value, list):  # SEED-Bench: [correct, count]
@@ -51,7 +55,10 @@ def test_every_number(name, model):
     for key, value in checked.items():
         assert record.metrics[key] == pytest.approx(value, abs=TOLERANCE), key
     if "missing_predictions" in expected(name)["models"][model]:
-        assert record.counts["missing"] == expected(name)["models"][model]["missing_predictions"]
+        assert (
+            record.counts["missing"]
+            == expected(name)["models"][model]["missing_predictions"]
+        )
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -61,7 +68,9 @@ def test_headline_is_the_statistic_of_the_items(name):
         record = score(name, model)
         chosen = benchmark(name)
         headline = record.metrics[chosen.headline] * chosen.scale
-        assert chosen.statistic(record.items).full() == pytest.approx(headline, abs=TOLERANCE)
+        assert chosen.statistic(record.items).full() == pytest.approx(
+            headline, abs=TOLERANCE
+        )
 
 
 ITEM_KEYS = {  # how an expected item finds ours
@@ -90,11 +99,16 @@ def test_every_item(name, model):
                 assert mine["id"] == value
                 assert type(mine["id"]) is type(value)
             elif field in PERCENT:
-                assert round(100 * mine["score"], 2) == pytest.approx(value, abs=TOLERANCE), item
+                assert round(100 * mine["score"], 2) == pytest.approx(
+                    value, abs=TOLERANCE
+                ), item
             elif isinstance(value, float):
                 assert mine[field] == pytest.approx(value, abs=TOLERANCE), (field, item)
             else:
-                assert mine[{"text": "answer", "answer": "truth"}.get(field, field)] == value, (
+                assert (
+                    mine[{"text": "answer", "answer": "truth"}.get(field, field)]
+                    == value
+                ), (
                     field,
                     item,
                 )
@@ -107,7 +121,8 @@ def test_mmbench_groups_and_rows(model):
     groups = {item["id"]: item for item in record.items}
     assert len(groups) == len(theirs["groups"])
     assert all(
-        groups[group["g_index"]]["score"] == group["hit_vlmevalkit"] for group in theirs["groups"]
+        groups[group["g_index"]]["score"] == group["hit_vlmevalkit"]
+        for group in theirs["groups"]
     )
     rows = {row["index"]: row for item in record.items for row in item["rows"]}
     assert len(rows) == len(theirs["rows"])
@@ -122,16 +137,25 @@ def test_pope_is_joined_never_zipped(run):
     path = ROOT / "pope" / "quirk_answers" / f"{run}.jsonl"
     record = score_answers("pope", ROOT / "pope", read_answers(path))
     by_id = {item["id"]: item["score"] for item in score("pope", "model-a").items}
-    assert all(by_id[item["id"]] == item["score"] for item in record.items if not item["missing"])
+    assert all(
+        by_id[item["id"]] == item["score"]
+        for item in record.items
+        if not item["missing"]
+    )
     if run == "model-a_shuffled":
-        for category, accuracy in quirk["accuracy_if_joined_by_image_and_question"].items():
+        for category, accuracy in quirk[
+            "accuracy_if_joined_by_image_and_question"
+        ].items():
             assert record.metrics[f"categories.{category}.accuracy"] == pytest.approx(
                 accuracy, abs=TOLERANCE
             )
     else:
         assert record.counts["missing"] == 3
         assert (
-            sum(record.metrics[f"categories.{c}.n"] for c in ("adversarial", "random", "popular"))
+            sum(
+                record.metrics[f"categories.{c}.n"]
+                for c in ("adversarial", "random", "popular")
+            )
             == 301
         )
 
@@ -143,8 +167,13 @@ def test_popes_f1_is_of_answered_questions():
     unanswered = [item for item in everything.items if item["label"] == "yes"][:5]
     lost = {item["id"] for item in unanswered}
     questions = chosen.load(ROOT / "pope")
-    given = {answer.id: answer for answer in read_answers(answers("pope", "model-a")).rows}
-    items = [chosen.score_item(one, None if one.id in lost else given[one.id]) for one in questions]
+    given = {
+        answer.id: answer for answer in read_answers(answers("pope", "model-a")).rows
+    }
+    items = [
+        chosen.score_item(one, None if one.id in lost else given[one.id])
+        for one in questions
+    ]
     headline = chosen.metrics(items)[chosen.headline] * chosen.scale
     assert sum(bool(item["missing"]) for item in items) == 5
     assert chosen.statistic(items).full() == pytest.approx(headline, abs=TOLERANCE)

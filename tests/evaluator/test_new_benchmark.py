@@ -21,7 +21,9 @@ def data(tmp_path, monkeypatch):
     """LLaVA's evaluation folder with the benchmark's files; its rule is in a folder of this
     test."""
     monkeypatch.setattr(
-        rules, "__path__", [*rules.__path__, str(Path(__file__).parent / "new_benchmark")]
+        rules,
+        "__path__",
+        [*rules.__path__, str(Path(__file__).parent / "new_benchmark")],
     )
     folder = tmp_path / "eval" / "shapes"
     (folder / "images").mkdir(parents=True)
@@ -34,7 +36,9 @@ def data(tmp_path, monkeypatch):
         }
         for n, shape in enumerate(SHAPES)
     ]
-    (folder / "shapes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "shapes.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     for n in range(len(SHAPES) // 2):
         Image.new("RGB", (40, 30), (20 * n, 0, 90)).save(folder / "images" / f"{n}.png")
     yield tmp_path / "eval"
@@ -56,7 +60,14 @@ def answer_file(path, right):
 
 
 def test_planned_by_bench_mllm(data, tmp_path, capsys):
-    start = ["--model-path", "org/llava", "--data", str(data), "--output", str(tmp_path / "out")]
+    start = [
+        "--model-path",
+        "org/llava",
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert bench.main([*start, "--plan"]) == 0
     shown = capsys.readouterr().out
     assert "shapes" in shown
@@ -66,9 +77,13 @@ def test_planned_by_bench_mllm(data, tmp_path, capsys):
     assert not task.missing
     assert task.image_folder == data / "shapes" / "images"
     assert not task.unscored
-    words = bench.evaluate_command(task, bench.COMMAND.parse(start), tmp_path / "answers.jsonl")
+    words = bench.evaluate_command(
+        task, bench.COMMAND.parse(start), tmp_path / "answers.jsonl"
+    )
     assert words[words.index("--max-new-tokens") + 1] == "8"
-    assert words[words.index("--question-file") + 1] == str(data / "shapes" / "shapes.jsonl")
+    assert words[words.index("--question-file") + 1] == str(
+        data / "shapes" / "shapes.jsonl"
+    )
 
 
 def test_scored_compared_and_shown(data, tmp_path, capsys):
@@ -92,7 +107,12 @@ def test_scored_compared_and_shown(data, tmp_path, capsys):
     assert record.metrics == {"accuracy_percent": 85.0}
     assert record.counts["missing"] == 0
     compare.main(
-        [str(tmp_path / "base"), str(tmp_path / "new"), "--output", str(tmp_path / "report")]
+        [
+            str(tmp_path / "base"),
+            str(tmp_path / "new"),
+            "--output",
+            str(tmp_path / "report"),
+        ]
     )
     comparison = json.loads((tmp_path / "report" / "compare.json").read_text())
     (row,) = comparison["rows"]

@@ -10,8 +10,18 @@ from llava_integration.evaluator.benchmarks.bench import plans
 from llm2clip_plugin.cli import main
 
 ROWS = [
-    {"image": "photos/a.png", "question": "Which shape?", "answer": "circle", "category": "shape"},
-    {"image": "photos/a.png", "question": "Is it red?", "answer": "yes", "category": "color"},
+    {
+        "image": "photos/a.png",
+        "question": "Which shape?",
+        "answer": "circle",
+        "category": "shape",
+    },
+    {
+        "image": "photos/a.png",
+        "question": "Is it red?",
+        "answer": "yes",
+        "category": "color",
+    },
     {
         "image": "photos/b.png",
         "question": "Which color?",
@@ -26,7 +36,9 @@ def own(tmp_path: Path) -> Path:
     """own.jsonl, next to the folder of its images."""
     (tmp_path / "photos").mkdir()
     for name in "ab":
-        Image.new("RGB", (8, 8), (200, 20, 20)).save(tmp_path / "photos" / f"{name}.png")
+        Image.new("RGB", (8, 8), (200, 20, 20)).save(
+            tmp_path / "photos" / f"{name}.png"
+        )
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return tmp_path / "own.jsonl"
 
@@ -47,10 +59,20 @@ def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
             {"question_id": row["question_id"], "prompt": row["text"], "text": text}
             for row, text in zip(asked, texts, strict=True)
         ]
-        (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        words = ["score", "questions", str(own), "--answers", str(tmp_path / f"{side}.jsonl")]
+        (tmp_path / f"{side}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
+        words = [
+            "score",
+            "questions",
+            str(own),
+            "--answers",
+            str(tmp_path / f"{side}.jsonl"),
+        ]
         assert main([*words, "--output", str(tmp_path / f"{side}.scores.json")]) == 0
-    old, new = (json.loads((tmp_path / f"{side}.scores.json").read_text()) for side in answers)
+    old, new = (
+        json.loads((tmp_path / f"{side}.scores.json").read_text()) for side in answers
+    )
     assert [item["score"] for item in old["items"]] == [0, 0, 0]
     assert [item["score"] for item in new["items"]] == [1, 0, 1]
     assert new["metrics"]["categories.color"] == 50.0

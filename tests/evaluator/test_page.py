@@ -44,9 +44,13 @@ def report(tmp_path_factory):
     data = folder / "eval" / "gqa"
     (data / "data" / "images").mkdir(parents=True)
     questions = json.loads(
-        (ROOT / "gqa" / "data" / "testdev_balanced_questions.json").read_text(encoding="utf-8")
+        (ROOT / "gqa" / "data" / "testdev_balanced_questions.json").read_text(
+            encoding="utf-8"
+        )
     )
-    (data / "data" / "testdev_balanced_questions.json").write_text(json.dumps(questions))
+    (data / "data" / "testdev_balanced_questions.json").write_text(
+        json.dumps(questions)
+    )
     for number, entry in enumerate(questions.values()):
         if number % 2:  # half of the pictures are there
             size = (random.Random(number).randint(40, 900), 300)
@@ -59,9 +63,13 @@ def report(tmp_path_factory):
             for line in answers("gqa", model).read_text(encoding="utf-8").splitlines()
         ]
         if model == "model-a":
-            rows[0]["text"] = HOSTILE  # was right, so the question is one where they disagree
+            rows[0]["text"] = (
+                HOSTILE  # was right, so the question is one where they disagree
+            )
         path = folder / f"{model}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
         score(
             [
                 "gqa",
@@ -103,7 +111,9 @@ def test_page_needs_nothing_from_elsewhere(report):
     linked = text.replace("http://www.w3.org/2000/svg", "")
     assert not any(word in linked for word in ("http://", "https://", "//cdn"))
     assert "src=" not in text.replace("picture.src =", "").split('id="data"')[0]
-    policy = html.unescape(text.split('Content-Security-Policy" content="')[1].split('"')[0])
+    policy = html.unescape(
+        text.split('Content-Security-Policy" content="')[1].split('"')[0]
+    )
     assert policy.startswith(
         "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:;"
     )
@@ -157,9 +167,12 @@ def test_page_in_chromium(report, width):
             "cell => { cell.textContent = 'a_benchmark_with_a_long_name exact_match'; })"
         )
         right_ends = (
-            "[...document.querySelectorAll('.interval')].map(i => i.getBoundingClientRect())"
+            "[...document.querySelectorAll('.interval')].map(i "
+            "=> i.getBoundingClientRect())"
         )
-        assert run(f"{right_ends}.every(box => box.left >= 0 && box.right <= innerWidth)")
+        assert run(
+            f"{right_ends}.every(box => box.left >= 0 && box.right <= innerWidth)"
+        )
         run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         assert run(CUT_OFF) == []
         # the hostile answer is text, in the card and nowhere as an element
@@ -167,7 +180,9 @@ def test_page_in_chromium(report, width):
         assert run("document.querySelectorAll('.card').length") == 1
         assert HOSTILE in run("document.querySelector('.card').textContent")
         assert (
-            run("document.querySelectorAll('.card .answer img, .card script, .card b b').length")
+            run(
+                "document.querySelectorAll('.card .answer img, .card script, .card b b').length"
+            )
             == 0
         )
         # filters: by benchmark, by outcome; the counts are the data's
@@ -183,7 +198,9 @@ def test_page_in_chromium(report, width):
             for q in data["questions"]
             if q["benchmark"] == "GQA" and q["scores"][0] > q["scores"][1]
         ]
-        assert run("document.getElementById('shown').textContent").startswith(f"{len(lost)} of")
+        assert run("document.getElementById('shown').textContent").startswith(
+            f"{len(lost)} of"
+        )
         assert run("document.querySelectorAll('.card img').length") > 0
         assert run(
             "[...document.querySelectorAll('.card img')]"
@@ -195,7 +212,9 @@ def test_page_in_chromium(report, width):
         run("document.getElementById('next').click()")
         assert run("document.querySelector('.card').textContent") != first
         assert browser.errors == []
-        assert [url for url in browser.requests if not url.startswith("data:")] == [report.as_uri()]
+        assert [url for url in browser.requests if not url.startswith("data:")] == [
+            report.as_uri()
+        ]
         # and if markup did get in, the policy would not run it
         run(
             "const s = document.createElement('script'); "
@@ -210,10 +229,13 @@ def test_what_makes_numbers_meaningless_comes_first(tmp_path, capsys):
     counts = [{"answered": 12, "empty": empty} for empty in (0, 7)]
     told = enumerate(("fp32", "bf16"))
     provenance = [
-        {"precision": precision, "answer_settings": {"temperature": n}} for n, precision in told
+        {"precision": precision, "answer_settings": {"temperature": n}}
+        for n, precision in told
     ]
     items = [{"id": n, "score": n % 2, "cluster": str(n)} for n in range(12)]
-    compare(write_sides(tmp_path, lambda place: items, counts=counts, provenance=provenance))
+    compare(
+        write_sides(tmp_path, lambda place: items, counts=counts, provenance=provenance)
+    )
     first, *rest = capsys.readouterr().out.splitlines()
     assert "7 of the 12 answers of new" in first
     assert "old: fp32, new: bf16" in rest[0]
@@ -227,12 +249,15 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
     pictures = str(tmp_path / "pictures")
     (tmp_path / "pictures").mkdir()
     for n in range(12):
-        Image.new("RGB", (64, 64), (20 * n, 0, 0)).save(tmp_path / "pictures" / f"{n}.png")
+        Image.new("RGB", (64, 64), (20 * n, 0, 0)).save(
+            tmp_path / "pictures" / f"{n}.png"
+        )
 
     def items(place):  # every second question is won, the others lost
         about = {"question": "which?", "answer": "x", "truth": "x"}
         return [
-            {"id": n, "score": (n + place) % 2, "image": f"{n}.png", **about} for n in range(12)
+            {"id": n, "score": (n + place) % 2, "image": f"{n}.png", **about}
+            for n in range(12)
         ]
 
     arguments = write_sides(tmp_path, items, provenance=[{"data": pictures}] * 2)
@@ -240,14 +265,17 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
     def pictured(*more):
         compare([*arguments, *more])
         return [
-            bool(question["image"]) for question in embedded(tmp_path / "compare.html")["questions"]
+            bool(question["image"])
+            for question in embedded(tmp_path / "compare.html")["questions"]
         ]
 
     assert pictured() == [False] * 12
     note = "12 of 12 pictures were not found; pass their folder with --image-folder"
     text = (tmp_path / "compare.html").read_text()
     # where they are missing
-    assert text.index("Where they disagree") < text.index(note) < text.index("<h2>Notes")
+    assert (
+        text.index("Where they disagree") < text.index(note) < text.index("<h2>Notes")
+    )
     assert pictured("--image-folder", pictures) == [True] * 12
     assert "were not found" not in (tmp_path / "compare.html").read_text()
     assert find_image(("",), tmp_path / "pictures", "../old/own.scores.json") is None
@@ -280,7 +308,12 @@ def test_hostile_names_and_ids_stay_text(tmp_path):
     element's end."""
 
     def items(place):
-        about = {"question": HOSTILE, "answer": HOSTILE, "truth": HOSTILE, "cluster": "x"}
+        about = {
+            "question": HOSTILE,
+            "answer": HOSTILE,
+            "truth": HOSTILE,
+            "cluster": "x",
+        }
         return [
             {
                 "id": f"{HOSTILE}{n}",

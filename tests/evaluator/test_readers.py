@@ -26,7 +26,10 @@ from llm2clip_plugin.errors import ContractError
 
 def test_lm_evaluation_harness():
     side = load_side(LOGS / "lm_eval")
-    scores = [json.loads(line)["acc"] for line in next((LOGS / "lm_eval").glob("samples*")).open()]
+    scores = [
+        json.loads(line)["acc"]
+        for line in next((LOGS / "lm_eval").glob("samples*")).open()
+    ]
     assert value(side, "toy_mc acc") == pytest.approx(100 * sum(scores) / len(scores))
     (run,) = side.runs["toy_mc acc"]
     assert run.clusters[:4] == ["im0", "im0", "im1", "im1"]
@@ -39,7 +42,9 @@ def test_a_group_with_one_number_is_one_row():
     assert run.statistic.full() == pytest.approx(42.5)
     assert set(run.groups) == {"toy_a", "toy_b"}
     assert len(run.ids) == 40
-    assert len(set(run.clusters)) == 40  # question 0 of one task is not question 0 of the other
+    assert (
+        len(set(run.clusters)) == 40
+    )  # question 0 of one task is not question 0 of the other
 
 
 def test_of_several_filters_the_first_is_compared(tmp_path):
@@ -63,7 +68,9 @@ def test_both_images_of_an_mmvp_pair_must_be_right_and_there(tmp_path):
     ):
         value = {"pair_index": pair, "is_correct": right}
         lines.append({"doc_id": number, "doc_hash": "a", "mmvp_pair_accuracy": value})
-    (tmp_path / "20250101_000000_samples_mmvp.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "20250101_000000_samples_mmvp.jsonl").write_text(
+        "\n".join(map(json.dumps, lines))
+    )
     (run,) = load_side(tmp_path).runs["mmvp mmvp_pair_accuracy"]
     assert dict(zip(run.ids, run.scores, strict=True)) == {"0": 1, "1": 0}
 
@@ -82,7 +89,14 @@ def test_parts_of_pope_and_splits_of_mmbench_are_not_runs_of_one_benchmark(tmp_p
     """lmms-eval's pope_adv and pope_pop have the same document ids; nobody has the answers of
     mmbench_cn_test."""
     said = {"prediction": "yes", "ground_truth": "yes", "score": 1.0}
-    asked = {"index": 0, "prediction": "A", "answer": "A", "category": "", "A": "x", "B": "y"}
+    asked = {
+        "index": 0,
+        "prediction": "A",
+        "answer": "A",
+        "category": "",
+        "A": "x",
+        "B": "y",
+    }
     tasks = {
         "pope_adv": said,
         "pope_pop": said,
@@ -90,8 +104,13 @@ def test_parts_of_pope_and_splits_of_mmbench_are_not_runs_of_one_benchmark(tmp_p
         "mmbench_cn_test": asked | {"answer": "nan"},
     }
     for task, logged in tasks.items():
-        line = {"doc_id": 0, "pope_f1_score" if logged is said else "submission": logged}
-        (tmp_path / f"20250101_000000_samples_{task}.jsonl").write_text(json.dumps(line))
+        line = {
+            "doc_id": 0,
+            "pope_f1_score" if logged is said else "submission": logged,
+        }
+        (tmp_path / f"20250101_000000_samples_{task}.jsonl").write_text(
+            json.dumps(line)
+        )
     side = load_side(tmp_path)
     assert {one: value(side, one) for one in side.runs} == {
         "mmbench_cn": 100,
@@ -120,17 +139,25 @@ def test_lmms_evals_numbers(model):
     side = load_side(ROOT / "lmms_eval" / f"synthetic__{model}")
     aggregates = expected("lmms_eval")["aggregates"]
     for task, (benchmark, metric, unit) in LMMS_EVAL.items():
-        assert value(side, benchmark) == pytest.approx(unit * aggregates[task][model][metric]), task
+        assert value(side, benchmark) == pytest.approx(
+            unit * aggregates[task][model][metric]
+        ), task
         rest = side.runs["MME cognition"][0].ids if task == "mme" else []
         assert len(side.runs[benchmark][0].ids + rest) == aggregates[task][model]["n"]
     assert value(side, "MME cognition") == pytest.approx(
         aggregates["mme"][model]["mme_cognition_score"]
     )
-    told = {name for name, (run,) in side.runs.items() if "names no images" in "\n".join(run.notes)}
+    told = {
+        name
+        for name, (run,) in side.runs.items()
+        if "names no images" in "\n".join(run.notes)
+    }
     exact = {f"{task} exact_match" for task in ("gqa", "scienceqa_img", "vqav2_val")}
     assert told == {*exact, "seedbench seed_all", "pope"}
     (run,) = side.runs["mmbench"]
-    record = score_answers("mmbench", ROOT / "mmbench", read_answers(answers("mmbench", model)))
+    record = score_answers(
+        "mmbench", ROOT / "mmbench", read_answers(answers("mmbench", model))
+    )
     assert dict(zip(run.ids, run.scores, strict=True)) == {
         str(item["id"]): item["score"] for item in record.items
     }
@@ -183,10 +210,20 @@ def test_bench_mllms_engines_have_options_of_their_own(tmp_path):
         "--model-base org/base",
         "--model-path ./llava-nosuch",
     ):
-        refused[f"--engine lmms-eval {option}"] = option.split()[option.endswith("nosuch")]
+        refused[f"--engine lmms-eval {option}"] = option.split()[
+            option.endswith("nosuch")
+        ]
     for options, named in refused.items():
         with pytest.raises((ValueError, FileNotFoundError), match=named):
-            bench.main(["--model-path", "org/llava", "--output", str(tmp_path), *options.split()])
+            bench.main(
+                [
+                    "--model-path",
+                    "org/llava",
+                    "--output",
+                    str(tmp_path),
+                    *options.split(),
+                ]
+            )
 
 
 @pytest.mark.parametrize(
@@ -218,10 +255,18 @@ def test_lmms_evals_own_metric(tmp_path):
     about = {"doc_hash": "a", "target": "x"}
     wer = {"wer": 0.5}
     lines = [
-        {"doc_id": n, **about, "input_media": [f"{n // 2}.jpg"], "exact_match": n % 2, **wer}
+        {
+            "doc_id": n,
+            **about,
+            "input_media": [f"{n // 2}.jpg"],
+            "exact_match": n % 2,
+            **wer,
+        }
         for n in range(4)
     ]
-    (tmp_path / "20261129_061426_samples_gqa.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "20261129_061426_samples_gqa.jsonl").write_text(
+        "\n".join(map(json.dumps, lines))
+    )
     (run,) = load_side(tmp_path).runs["gqa exact_match"]
     assert run.scores == [0, 1, 0, 1]
     assert run.clusters == ["0.jpg", "0.jpg", "1.jpg", "1.jpg"]
@@ -247,7 +292,9 @@ def test_a_sample_of_inspect_ai_is_the_mean_over_its_epochs(tmp_path):
     for number, values in enumerate([("C", "I"), ("C", "C"), ("I", "P")]):
         for epoch, grade in enumerate(values, 1):
             scores = {"match": {"value": grade}}
-            samples.append({"id": number, "epoch": epoch, "target": "x", "scores": scores})
+            samples.append(
+                {"id": number, "epoch": epoch, "target": "x", "scores": scores}
+            )
     results = {"scores": [{"name": "match", "scorer": "match"}]}
     log = {
         "version": 2,
@@ -257,7 +304,11 @@ def test_a_sample_of_inspect_ai_is_the_mean_over_its_epochs(tmp_path):
     }
     (tmp_path / "log.json").write_text(json.dumps({**log, "samples": samples}))
     (run,) = load_side(tmp_path).runs["toy match"]
-    assert dict(zip(run.ids, run.scores, strict=True)) == {"0": 0.5, "1": 1.0, "2": 0.25}
+    assert dict(zip(run.ids, run.scores, strict=True)) == {
+        "0": 0.5,
+        "1": 1.0,
+        "2": 0.25,
+    }
 
 
 MEANS = {  # lmms-eval's task: its metric
@@ -274,7 +325,10 @@ MEANS = {  # lmms-eval's task: its metric
 
 
 TODAY = {  # benchmark: (lmms-eval's task, its metric, filter; its unit in ours)
-    **{f"{task} {metric}": (task, f"{metric},none", 100) for task, metric in MEANS.items()},
+    **{
+        f"{task} {metric}": (task, f"{metric},none", 100)
+        for task, metric in MEANS.items()
+    },
     "ai2d exact_match": ("ai2d", "exact_match,flexible-extract", 100),
     "mme": ("mme", "mme_perception_score,none", 1),
     "MME cognition": ("mme", "mme_cognition_score,none", 1),
@@ -293,10 +347,15 @@ def test_lmms_evals_tasks_of_today():
     for benchmark, (task, metric, unit) in TODAY.items():
         # MMMU's is .66667
         assert (
-            0 < value(side, benchmark) == pytest.approx(unit * printed[task][metric], abs=2e-3)
+            0
+            < value(side, benchmark)
+            == pytest.approx(unit * printed[task][metric], abs=2e-3)
         ), benchmark
     assert not [
-        note for (run,) in side.runs.values() for note in run.notes if "another way" in note
+        note
+        for (run,) in side.runs.values()
+        for note in run.notes
+        if "another way" in note
     ]
     assert len(set(side.runs["blink blink_acc"][0].groups)) == 14
 
@@ -351,7 +410,9 @@ def inspect_log(path, grades, *, accuracy, samples):
         "version": 2,
         "status": "success",
         "eval": {"run_id": "x", "task": "toy", "dataset": {"samples": samples}},
-        "results": {"scores": [{"name": "match", "scorer": "match", "metrics": metrics}]},
+        "results": {
+            "scores": [{"name": "match", "scorer": "match", "metrics": metrics}]
+        },
         "samples": scores,
     }
     path.write_text(json.dumps(log))
@@ -372,7 +433,10 @@ def harness_log(folder, printed, documents):
     """A log of the harness of 10 documents, half of them right."""
     folder.mkdir()
     date = "2026-11-28T21-57-04.1"
-    lines = [{"doc_id": n, "doc_hash": "a", "metrics": ["acc"], "acc": n % 2} for n in range(10)]
+    lines = [
+        {"doc_id": n, "doc_hash": "a", "metrics": ["acc"], "acc": n % 2}
+        for n in range(10)
+    ]
     (folder / f"samples_toy_{date}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     results = {
         "results": {"toy": {"acc,none": printed}},
@@ -401,7 +465,11 @@ def test_the_harness_up_to_0_4_2_wrote_arrays(tmp_path):
     for n in range(8):
         arguments = [[f"Which? {n}", " yes"], [f"Which? {n}", " no"]]
         document = {"doc_id": n, "doc": {"question": f"Which? {n}"}, "target": "0"}
-        document |= {"arguments": arguments, "resps": [[-1, True]], "filtered_resps": [[-1, True]]}
+        document |= {
+            "arguments": arguments,
+            "resps": [[-1, True]],
+            "filtered_resps": [[-1, True]],
+        }
         documents.append(document | {"acc": n % 2, "acc_norm": 1})
     for task in ("arc", "arc_easy"):
         log = tmp_path / f"pretrained__org__llm_{task}.jsonl"
@@ -409,7 +477,10 @@ def test_the_harness_up_to_0_4_2_wrote_arrays(tmp_path):
     results = {"arc": {"acc,none": 0.5}, "arc_easy": {"acc,none": 0.625}}
     (tmp_path / "results.json").write_text(json.dumps({"results": results}))
     side = load_side(tmp_path)
-    assert {name: value(side, name) for name in side.runs} == {"arc acc": 50, "arc_easy acc": 50}
+    assert {name: value(side, name) for name in side.runs} == {
+        "arc acc": 50,
+        "arc_easy acc": 50,
+    }
     assert side.runs["arc acc"][0].notes == []
     (note,) = side.runs["arc_easy acc"][0].notes
     assert "printed 0.625" in note
@@ -442,12 +513,18 @@ def perplexity_side(folder, printed, *, better, seed):
     likelihoods += np.random.default_rng(seed).normal(0, 1, size=60)
     lines = []
     for n, (likelihood, length) in enumerate(zip(likelihoods, words, strict=True)):
-        about = {"doc_id": n, "doc_hash": "h", "metrics": ["word_perplexity", "bits_per_byte"]}
+        about = {
+            "doc_id": n,
+            "doc_hash": "h",
+            "metrics": ["word_perplexity", "bits_per_byte"],
+        }
         pair = [likelihood, int(length)]
         lines.append({**about, "word_perplexity": pair, "bits_per_byte": pair})
     folder.mkdir()
     date = "2026-11-28T21-57-04.1"
-    (folder / f"samples_wikitext_{date}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / f"samples_wikitext_{date}.jsonl").write_text(
+        "\n".join(map(json.dumps, lines))
+    )
     results = {"wikitext": {"word_perplexity,none": printed}}
     (folder / f"results_{date}.json").write_text(json.dumps({"results": results}))
     return math.exp(-likelihoods.sum() / words.sum())
@@ -466,7 +543,9 @@ def test_a_lower_perplexity_is_better(tmp_path):
     assert comparison.warnings == ()
     perplexity_side(tmp_path / "printed", base, better=0.0, seed=1)
     (run,) = load_side(tmp_path / "printed").runs["wikitext word_perplexity"]
-    assert run.notes == ["word_perplexity: lower is better, so its negative is compared"]
+    assert run.notes == [
+        "word_perplexity: lower is better, so its negative is compared"
+    ]
     bits = load_side(tmp_path / "base", choices=Choices(metric="bits_per_byte"))
     assert value(bits, "wikitext bits_per_byte") == pytest.approx(-math.log2(base))
 
@@ -502,10 +581,14 @@ def test_two_forms_are_compared_by_item(tmp_path, capsys):
     log = tmp_path / "samples_a_2026-11-28T21-57-04.1.jsonl"
     about = {"doc_hash": "h", "metrics": ["acc"]}
     log.write_text(
-        "\n".join(json.dumps({"doc_id": n, **about, "acc": float(n % 4 != 3)}) for n in range(400))
+        "\n".join(
+            json.dumps({"doc_id": n, **about, "acc": float(n % 4 != 3)})
+            for n in range(400)
+        )
     )
     table.write_text(
-        "item,score,task\n" + "".join(f"{n},{int(n % 2 == 0)},a acc\n" for n in range(400))
+        "item,score,task\n"
+        + "".join(f"{n},{int(n % 2 == 0)},a acc\n" for n in range(400))
     )
     main([str(table), str(log)])
     assert "+25.0" in capsys.readouterr().out

@@ -63,7 +63,9 @@ def share_covered(simulated, true):
 def test_intervals_cover_the_known_difference(images, questions, spread):
     """93 to 97 % of the 95 % intervals hold the true difference of 8 points."""
     rng = np.random.default_rng(20251125)
-    simulated = (means(*simulate(rng, images, questions, spread)) for _ in range(SIMULATIONS))
+    simulated = (
+        means(*simulate(rng, images, questions, spread)) for _ in range(SIMULATIONS)
+    )
     assert 0.93 <= share_covered(simulated, 8.0) <= 0.97
 
 
@@ -79,7 +81,8 @@ def test_ignoring_images_would_not_cover():
 def f1_statistic(said, truth):
     sums = np.stack([said * truth, said, truth], axis=1)
     return Statistic(
-        sums, lambda totals: 100 * ratio(2 * totals[..., 0], totals[..., 1] + totals[..., 2])
+        sums,
+        lambda totals: 100 * ratio(2 * totals[..., 0], totals[..., 1] + totals[..., 2]),
     )
 
 
@@ -95,7 +98,9 @@ def test_composites_are_covered_too():
         chance = rng.random(300)
         base = chance < np.where(truth == 1, 0.7, 0.3)
         new = chance < np.where(truth == 1, 0.8, 0.25)
-        return pair([f1_statistic(base * 1.0, truth)], [f1_statistic(new * 1.0, truth)], names)
+        return pair(
+            [f1_statistic(base * 1.0, truth)], [f1_statistic(new * 1.0, truth)], names
+        )
 
     assert 0.93 <= share_covered((drawn() for _ in range(SIMULATIONS)), true) <= 0.97
 
@@ -109,9 +114,14 @@ def test_intervals_over_runs_cover():
         difficulty = rng.uniform(0.3, 0.6, size=150)
         sides = []
         for gain in (0.0, 0.08):
-            moved = [np.clip(difficulty + gain + rng.normal(0, 0.03), 0, 1) for _ in range(3)]
+            moved = [
+                np.clip(difficulty + gain + rng.normal(0, 0.03), 0, 1) for _ in range(3)
+            ]
             sides.append(
-                [mean_statistic((rng.random(150) < chance).astype(float)) for chance in moved]
+                [
+                    mean_statistic((rng.random(150) < chance).astype(float))
+                    for chance in moved
+                ]
             )
         names = [str(place) for place in range(150)]
         result = compare(pair(*sides, names))
@@ -197,7 +207,9 @@ def test_permutation_keeps_its_level():
         found += compare(means(*simulate(rng, 40, 4, 0.2, gain=0.0))).p < 0.05
     assert 0.025 <= found / 400 <= 0.075
     base, new, names = simulate(rng, 40, 4, 0.2, gain=0.1)
-    there, back = (compare(means(*both, names)).p for both in ((base, new), (new, base)))
+    there, back = (
+        compare(means(*both, names)).p for both in ((base, new), (new, base))
+    )
     assert there == pytest.approx(back, abs=0.02)  # two-sided
 
 
@@ -235,7 +247,9 @@ def test_what_holm_adjusts_and_the_interval_that_is_shown_agree():
         for gain in rng.uniform(0, 0.3, size=rng.integers(1, 6)):
             results.append(compare(means(*simulate(rng, 60, 1, 0.1, gain=gain))))
         values = [result.p for result in results]
-        for result, p, factor in zip(results, holm(values), holm_factors(values), strict=True):
+        for result, p, factor in zip(
+            results, holm(values), holm_factors(values), strict=True
+        ):
             low, high = result.interval(1 - 0.05 / factor)
             assert (p < 0.05) == (not low <= 0 <= high), (values, p, factor, low, high)
 
@@ -248,7 +262,11 @@ def test_interval_and_p_are_of_one_test(level):
     shown = 0
     for number in range(300):
         images = int(rng.integers(3, 40))
-        names = np.repeat(np.arange(images), rng.integers(1, 6, size=images)).astype(str).tolist()
+        names = (
+            np.repeat(np.arange(images), rng.integers(1, 6, size=images))
+            .astype(str)
+            .tolist()
+        )
         runs = 1 + number % 3
         base = rng.random((runs, len(names))) < 0.4
         new = rng.random((runs, len(names))) < rng.uniform(0.3, 1)
@@ -299,7 +317,11 @@ def test_ties_wins_and_losses_are_bonetts_and_prices():
     new = np.repeat([1.0, 0.0, 1.0], [4, 4, 92])
     result = compare(means(base, new, names))
     added = 2 * 0.92
-    error = 100 * math.sqrt(8 / (1 - 1 / 100) + added / (1 - 1 / (100 + added))) / (100 + added)
+    error = (
+        100
+        * math.sqrt(8 / (1 - 1 / 100) + added / (1 - 1 / (100 + added)))
+        / (100 + added)
+    )
     assert result.standard_error == pytest.approx(error)
     assert result.high == -result.low == pytest.approx(t_quantile(0.975, 99) * error)
 
@@ -330,7 +352,12 @@ def test_few_large_clusters_count_as_few():
 
 def test_one_image_says_nothing():
     result = compare(means(np.zeros(5), np.ones(5), ["a"] * 5))
-    assert (result.difference, result.low, result.high, result.p) == (100.0, -100.0, 100.0, 1.0)
+    assert (result.difference, result.low, result.high, result.p) == (
+        100.0,
+        -100.0,
+        100.0,
+        1.0,
+    )
 
 
 # of scripts/benchmarks/coverage.py, whose table of 1,000 simulations is in docs/benchmarks.md

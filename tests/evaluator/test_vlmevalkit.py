@@ -47,7 +47,10 @@ def test_vlmevalkits_own_tables():
 def test_vlmevalkit(tmp_path, ending):
     path = tmp_path / "model" / f"model_MMBench_DEV_EN_exact_matching_result.{ending}"
     path.parent.mkdir()
-    rows = [{"index": n, "answer": "A", "prediction": "B", "hit": int(n < 3)} for n in range(4)]
+    rows = [
+        {"index": n, "answer": "A", "prediction": "B", "hit": int(n < 3)}
+        for n in range(4)
+    ]
     if ending == "json":
         path.write_text(json.dumps(rows))
     else:
@@ -55,7 +58,9 @@ def test_vlmevalkit(tmp_path, ending):
         for row in [list(rows[0]), *(list(row.values()) for row in rows)]:
             book.worksheets[0].append(row)
         book.save(path)
-    (path.parent / "model_MMBench_DEV_EN_acc.csv").write_text('"split","Overall"\n"none","0.75"\n')
+    (path.parent / "model_MMBench_DEV_EN_acc.csv").write_text(
+        '"split","Overall"\n"none","0.75"\n'
+    )
     assert value(load_side(path.parent), "MMBench_DEV_EN") == 75
 
 
@@ -90,7 +95,9 @@ def test_vlmevalkits_splits_have_a_number_each(tmp_path):
     """MMMU_DEV_VAL: 3 of 4 of dev, 2 of 8 of validation; no number of both is printed."""
     rows = []
     for n in range(12):
-        rows.append([n, "A", "A", "dev" if n < 4 else "validation", int(n in (0, 1, 2, 4, 5))])
+        rows.append(
+            [n, "A", "A", "dev" if n < 4 else "validation", int(n in (0, 1, 2, 4, 5))]
+        )
     folder = tmp_path / "model"
     vlmevalkit_table(
         folder,
@@ -113,7 +120,9 @@ def test_vlmevalkits_splits_have_a_number_each(tmp_path):
 
 def test_vlmevalkits_pope_without_images_claims_none(tmp_path):
     """Questions in three parts are one question each; that they have an image each, nobody says."""
-    rows = [[n, "Yes", "Yes", "Yes", "True", "random,popular,adversarial"] for n in range(4)]
+    rows = [
+        [n, "Yes", "Yes", "Yes", "True", "random,popular,adversarial"] for n in range(4)
+    ]
     head = ["index", "prediction", "answer", "extracted", "score", "category"]
     vlmevalkit_table(tmp_path / "model", "POPE_auxmatch", head, rows)
     side = load_side(tmp_path / "model")

@@ -48,7 +48,10 @@ def furnished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     (world.path("packed") / "00000.tar.gz").write_bytes(b"\x1f\x8b" + bytes(99))
     (world.path("tables") / "captions.csv").write_text("image,caption\na.png,a bird\n")
     lines = [
-        json.dumps({"id": f"é{i}", "image": "0.png", "caption": f"a bird {i}"}, ensure_ascii=False)
+        json.dumps(
+            {"id": f"é{i}", "image": "0.png", "caption": f"a bird {i}"},
+            ensure_ascii=False,
+        )
         for i in range(3)
     ]
     text = {
@@ -64,7 +67,7 @@ def furnished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
         '{"question_id": 1, "image": "0.png", "text": "What?"}\n'
     )
     world.path("notes.json").write_text('{"a": 1}')
-    ScoreFile(benchmark="pope", metrics={"f1": 0.5}, items=[{"id": 1, "score": 1}]).write(
-        world.path("one.scores.json")
-    )
+    ScoreFile(
+        benchmark="pope", metrics={"f1": 0.5}, items=[{"id": 1, "score": 1}]
+    ).write(world.path("one.scores.json"))
     return world

@@ -30,7 +30,9 @@ class Format:
 
     name: str
     make: Callable[[Path], object]  # writes the files into an empty folder
-    load: Callable[[Path], Any]  # reads them as a command does; returns what can be compared
+    load: Callable[
+        [Path], Any
+    ]  # reads them as a command does; returns what can be compared
     files: tuple[str, ...] = ("**/*",)  # patterns of the files that are damaged
     without: tuple[str, ...] = ()  # names that are not: for people
     free_text: bool = False  # without a checksum: only errors are judged
@@ -48,9 +50,16 @@ def run_cases(form: Format, folder: Path, *, cases: int) -> None:
     intact.mkdir(parents=True)
     form.make(intact)
     found = sorted(
-        {path for pattern in form.files for path in intact.glob(pattern) if path.is_file()}
+        {
+            path
+            for pattern in form.files
+            for path in intact.glob(pattern)
+            if path.is_file()
+        }
     )
-    files = [path.relative_to(intact) for path in found if path.name not in form.without]
+    files = [
+        path.relative_to(intact) for path in found if path.name not in form.without
+    ]
     assert files, f"{form.name} has no files"
     shutil.copytree(intact, damaged)
     expected = form.load(damaged)
@@ -63,7 +72,9 @@ def run_cases(form: Format, folder: Path, *, cases: int) -> None:
         what = damage(damaged / file, draw)
         if problem := judge(form, damaged, expected):
             failures.append(f"case {case}, {file}, {what}: {problem}")
-    assert not failures, f"{len(failures)} of {cases} cases of {form.name}:\n" + "\n".join(failures)
+    assert not failures, (
+        f"{len(failures)} of {cases} cases of {form.name}:\n" + "\n".join(failures)
+    )
 
 
 def judge(form: Format, folder: Path, expected: Any) -> str:
@@ -159,7 +170,9 @@ def change_field(content: bytes, draw: random.Random) -> bytes:
         return json.dumps(change_value(whole, draw), indent=2).encode() + b"\n"
     lines = content.split(b"\n")
     bodies = {
-        number: body for number, line in enumerate(lines) if (body := _container(line)) is not None
+        number: body
+        for number, line in enumerate(lines)
+        if (body := _container(line)) is not None
     }
     if not bodies:
         return flip(content, draw)

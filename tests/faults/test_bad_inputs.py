@@ -49,7 +49,9 @@ def words_of(case: Case, folder: Path, world: World) -> list[str]:
 
 
 def _unescaped(word: str) -> bytes:
-    return re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes([int(match[1], 16)]), word.encode())
+    return re.sub(
+        rb"\\x([0-9a-f]{2})", lambda match: bytes([int(match[1], 16)]), word.encode()
+    )
 
 
 def pattern(case: Case, folder: Path, world: World) -> str:
@@ -82,15 +84,21 @@ def test_one_line_says_what_is_wrong(
     assert status == case.status, output
     assert "Traceback" not in output.err
     if case.status == 2:
-        errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
+        errors = [
+            line for line in output.err.splitlines() if line.startswith("error: ")
+        ]
         assert len(errors) == 1, output.err
         lines = [errors[0].removeprefix("error: ")]
         written = contents(tmp_path).keys() - planted.keys()
-        assert written == set(case.leaves), "files were written before the command was refused"
+        assert written == set(case.leaves), (
+            "files were written before the command was refused"
+        )
     else:
         lines = [*output.out.splitlines(), *output.err.splitlines()]
     expected = pattern(case, tmp_path, furnished)
-    assert any(re.fullmatch(expected, line) for line in lines), f"expected {case.says}\n{output}"
+    assert any(re.fullmatch(expected, line) for line in lines), (
+        f"expected {case.says}\n{output}"
+    )
     assert contents(furnished.folder) == before
 
 

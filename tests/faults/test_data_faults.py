@@ -11,7 +11,10 @@ SHARD = "00000.safetensors"
 
 @rows(
     Fault(
-        "tar that is cut", "", "{w}/data/00001.tar: ...", lambda w: halve(w.path("data/00001.tar"))
+        "tar that is cut",
+        "",
+        "{w}/data/00001.tar: ...",
+        lambda w: halve(w.path("data/00001.tar")),
     ),
     Fault(
         "no file of a cache",

@@ -16,7 +16,8 @@ from llm2clip_plugin.contracts import CacheManifest, ScoreFile
 
 POPE = Path(__file__).parents[1] / "golden" / "mllm" / "pope"
 NO_SPACE = (
-    "cannot write {w}/disk/%s: No space left on device (0.0... MB free); ...rerun the same command"
+    "cannot write {w}/disk/%s: No space left on device (0.0... "
+    "MB free); ...rerun the same command"
 )
 RERUN = "cache/"  # what a rerun of the same command completes
 
@@ -37,7 +38,9 @@ def small(made: World) -> Iterator[World]:
         (disk / "tower").mkdir(exist_ok=True)
         for name in ("config.json", "llm2clip.json"):
             (disk / "tower" / name).write_text("of an earlier command")
-        ScoreFile(benchmark="pope", metrics={}, items=[]).write(disk / "pope.scores.json")
+        ScoreFile(benchmark="pope", metrics={}, items=[]).write(
+            disk / "pope.scores.json"
+        )
         yield made
     made.path("disk").rmdir()
 
@@ -47,17 +50,22 @@ def outputs(disk: Path) -> dict[str, bytes]:
     files = contents(disk)
     assert not [name for name in files if name.endswith(".tmp")]
     return {
-        name: body for name, body in files.items() if name != FILLER and not name.startswith(RERUN)
+        name: body
+        for name, body in files.items()
+        if name != FILLER and not name.startswith(RERUN)
     }
 
 
 def full(name: str, command: str, file: str, leave: int = 12288) -> Fault:
     """``file``: that cannot be written to the disk, which has ``leave`` bytes left."""
-    return Fault(name, command, NO_SPACE % file, lambda w: fill(w.path("disk"), leave=leave))
+    return Fault(
+        name, command, NO_SPACE % file, lambda w: fill(w.path("disk"), leave=leave)
+    )
 
 
 SCORE = (
-    f"score pope {POPE} --answers {POPE}/answers/model-a.jsonl --output {{w}}/disk/pope.scores.json"
+    f"score pope {POPE} --answers {POPE}/answers/model-a.jsonl "
+    f"--output {{w}}/disk/pope.scores.json"
 )
 EMBED = "embed {w}/data --llm {w}/llm --cache {w}/disk/cache"
 
@@ -66,7 +74,12 @@ EMBED = "embed {w}/data --llm {w}/llm --cache {w}/disk/cache"
     full("embed", EMBED, "cache/00000.safetensors"),
     full("embed, without space for the manifest", EMBED, "cache/manifest.json", 0),
     full("import", "import {w}/tower --output {w}/disk/tower --overwrite", "tower"),
-    full("import, to a new folder", "import {w}/tower --output {w}/disk/new/tower", "new/tower", 0),
+    full(
+        "import, to a new folder",
+        "import {w}/tower --output {w}/disk/new/tower",
+        "new/tower",
+        0,
+    ),
     full("export", "export {w}/new --output {w}/disk/tower --overwrite", "tower"),
     full("score", SCORE, "pope...", 0),
     full(
@@ -99,22 +112,31 @@ def test_answers_until_the_disk_was_full_are_kept(
     disk = small.path("disk")
     questions = small.path("questions.jsonl")
     output = small.path("disk/answers.jsonl")
-    rows = [{"question_id": number, "text": f"What is {number}?"} for number in range(60)]
+    rows = [
+        {"question_id": number, "text": f"What is {number}?"} for number in range(60)
+    ]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     server = ChatServer(["tiny"])
     with serving(server) as url:
-        command = ["llava", "evaluate", "--endpoint", url, "--question-file", str(questions)]
+        command = [
+            "llava",
+            "evaluate",
+            "--endpoint",
+            url,
+            "--question-file",
+            str(questions),
+        ]
         command += ["--answers-file", str(output), "--concurrency", "1"]
         before = outputs(disk)
         fault = full("", "", "answers.jsonl", 3 * 4096)
         assert meet(fault, small, command, capsys).count("error: ") == 1
-        assert {name for name in outputs(disk) if not name.startswith("answers.jsonl.")} == {
-            *before
-        }
+        assert {
+            name for name in outputs(disk) if not name.startswith("answers.jsonl.")
+        } == {*before}
         (disk / FILLER).unlink()
         server.bodies.clear()
         assert main(command) == 0
     assert 0 < len(server.bodies) < len(rows)
-    assert [json.loads(line)["question_id"] for line in output.read_text().splitlines()] == [
-        *range(60)
-    ]
+    assert [
+        json.loads(line)["question_id"] for line in output.read_text().splitlines()
+    ] == [*range(60)]

@@ -51,7 +51,9 @@ def make_run(folder: Path) -> None:
         )
         weights = {"w": torch.randn(4, 6), "b": torch.randn(6)}
         moments = {"w.exp_avg": torch.randn(4, 6)}
-        checkpoints.write(state, {"model.safetensors": weights, "optimizer.safetensors": moments})
+        checkpoints.write(
+            state, {"model.safetensors": weights, "optimizer.safetensors": moments}
+        )
         truth[f"step-{step:08d}"] = content_of(load(checkpoints.path(step)))
     (folder / "truth.json").write_text(json.dumps(truth))
 
@@ -72,7 +74,10 @@ def load_run(folder: Path) -> str:
         path = Checkpoints(folder, keep=0).find("auto")
     assert path is not None
     assert path.name == "step-00000002" or "falling back" in said.getvalue()
-    same = content_of(load(path)) == json.loads((folder / "truth.json").read_text())[path.name]
+    same = (
+        content_of(load(path))
+        == json.loads((folder / "truth.json").read_text())[path.name]
+    )
     return "the checkpoint that was written" if same else "another one"
 
 
@@ -89,7 +94,11 @@ def read_source(path: Path) -> str:
     parts: list[Any] = []
     for number in range(len(source)):
         sample = source[number]
-        parts += [sample.key, [caption.text for caption in sample.captions], sample.read_image()]
+        parts += [
+            sample.key,
+            [caption.text for caption in sample.captions],
+            sample.read_image(),
+        ]
     return digest(*parts)
 
 
@@ -119,7 +128,8 @@ def load_cache(folder: Path) -> str:
 def make_scores(folder: Path) -> None:
     for model, shift in (("old", 0), ("new", 1)):
         items = [
-            {"id": n, "score": float((n + shift) % 3 > 0), "cluster": n // 2} for n in range(24)
+            {"id": n, "score": float((n + shift) % 3 > 0), "cluster": n // 2}
+            for n in range(24)
         ]
         about = {
             "counts": {"missing": 0},
@@ -127,7 +137,9 @@ def make_scores(folder: Path) -> None:
             "provenance": {"data": "d"},
             "notes": ["n"],
         }
-        made = ScoreFile(benchmark="own", metrics={"accuracy": 0.5}, items=items, **about)
+        made = ScoreFile(
+            benchmark="own", metrics={"accuracy": 0.5}, items=items, **about
+        )
         made.write(folder / model / "own.scores.json")
 
 
@@ -137,7 +149,12 @@ def load_scores(folder: Path) -> str:
 
 
 FORMATS = [
-    (Format("checkpoints", make_run, load_run, files=("checkpoints/**/*.safetensors",)), 60),
+    (
+        Format(
+            "checkpoints", make_run, load_run, files=("checkpoints/**/*.safetensors",)
+        ),
+        60,
+    ),
     (
         Format(
             "tar index",
@@ -154,6 +171,8 @@ FORMATS = [
 
 
 @pytest.mark.parametrize("form, cases", FORMATS, ids=[form.name for form, _ in FORMATS])
-def test_damaged(form: Format, cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_damaged(
+    form: Format, cases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run_cases(form, tmp_path, cases=cases)

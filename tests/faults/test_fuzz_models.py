@@ -36,7 +36,9 @@ SHAPE = {
 def make_tower(folder: Path) -> None:
     torch.manual_seed(0)
     tower = CLIPVisionModel(CLIPVisionConfig(intermediate_size=16, **SHAPE))
-    dual = DualEncoder(tower, DualConfig(projection_dim=4, llm_width=6, adapter_blocks=1))
+    dual = DualEncoder(
+        tower, DualConfig(projection_dim=4, llm_width=6, adapter_blocks=1)
+    )
     export_tower(dual, folder / "tower", origin="x", metrics={"recall": 0.5})
 
 
@@ -65,12 +67,20 @@ def load_in_llava(folder: Path) -> dict[str, Any]:
     processor = tower.image_processor.to_dict()
     with torch.no_grad():
         features = tower(torch.linspace(-1, 1, 192).view(1, 3, 8, 8))
-    return {"features": features.tolist(), "processor": processor, "hidden_size": tower.hidden_size}
+    return {
+        "features": features.tolist(),
+        "processor": processor,
+        "hidden_size": tower.hidden_size,
+    }
 
 
-@pytest.mark.parametrize("load", [load_tower_directory, load_in_llava], ids=["python", "llava"])
+@pytest.mark.parametrize(
+    "load", [load_tower_directory, load_in_llava], ids=["python", "llava"]
+)
 def test_a_damaged_tower(load, tmp_path: Path):
-    form = Format(f"tower clip {load.__name__}", make_tower, load, files=("**/*.safetensors",))
+    form = Format(
+        f"tower clip {load.__name__}", make_tower, load, files=("**/*.safetensors",)
+    )
     with contextlib.redirect_stderr(io.StringIO()):
         run_cases(form, tmp_path, cases=30)
 
@@ -86,9 +96,13 @@ def test_a_damaged_adapter(llm: Path, tmp_path: Path):
 
     def make(folder: Path) -> None:
         torch.manual_seed(0)
-        wrapped = add_lora(AutoModel.from_pretrained(llm), LoraSettings(r=2), base=str(llm))
+        wrapped = add_lora(
+            AutoModel.from_pretrained(llm), LoraSettings(r=2), base=str(llm)
+        )
         trained = {
-            name: torch.randn_like(p) for name, p in wrapped.named_parameters() if ".lora_" in name
+            name: torch.randn_like(p)
+            for name, p in wrapped.named_parameters()
+            if ".lora_" in name
         }
         card = EncoderCard(
             base=str(llm),
@@ -108,14 +122,20 @@ def test_a_damaged_adapter(llm: Path, tmp_path: Path):
 
     def load(folder: Path) -> Any:
         encoder = CaptionEncoder(
-            EncoderConfig(llm=str(llm), adapter=str(folder / "adapter"), compute_dtype="float32")
+            EncoderConfig(
+                llm=str(llm), adapter=str(folder / "adapter"), compute_dtype="float32"
+            )
         )
         fingerprint = encoder.identity().fingerprint
         expected.append(fingerprint)
         if fingerprint != expected[0]:
             raise ContractError("what EmbeddingCache.open raises for another teacher")
         captions = ["a red bicycle", "two dogs"]
-        return encoder.encode(captions).tolist()  # a query's prompt is in no fingerprint
+        return encoder.encode(
+            captions
+        ).tolist()  # a query's prompt is in no fingerprint
 
     with contextlib.redirect_stderr(io.StringIO()):
-        run_cases(Format("adapter", make, load, without=("README.md",)), tmp_path, cases=40)
+        run_cases(
+            Format("adapter", make, load, without=("README.md",)), tmp_path, cases=40
+        )

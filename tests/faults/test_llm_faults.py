@@ -11,12 +11,18 @@ def nan(world: World) -> None:
 
 @rows(
     Fault(
-        "batch larger than the data", "--global-batch 64", "global_batch 64 ...{w}/data (48); ..."
+        "batch larger than the data",
+        "--global-batch 64",
+        "global_batch 64 ...{w}/data (48); ...",
     ),
     Fault(
-        "batch of other micro-batches", "--micro-batch 3", "...micro_batch 3; try --global-batch 6"
+        "batch of other micro-batches",
+        "--micro-batch 3",
+        "...micro_batch 3; try --global-batch 6",
     ),
-    Fault("NaN in a weight of the LLM", "--compute-dtype float32", "{w}/llm is ...", nan),
+    Fault(
+        "NaN in a weight of the LLM", "--compute-dtype float32", "{w}/llm is ...", nan
+    ),
 )
 def test_refused_before_step_1(
     fault: Fault, world: World, capsys: pytest.CaptureFixture[str]
@@ -30,7 +36,21 @@ def test_refused_before_step_1(
         "--output",
         f"{world.folder}/new",
     ]
-    words += ["--global-batch", "8", "--max-steps", "2", "--warmup-steps", "0", "--r", "4"]
-    meet(fault, world, [*words, *fault.words.replace("{w}", str(world.folder)).split()], capsys)
+    words += [
+        "--global-batch",
+        "8",
+        "--max-steps",
+        "2",
+        "--warmup-steps",
+        "0",
+        "--r",
+        "4",
+    ]
+    meet(
+        fault,
+        world,
+        [*words, *fault.words.replace("{w}", str(world.folder)).split()],
+        capsys,
+    )
     assert not list(world.folder.glob("new/checkpoints/step-*"))
     assert not world.path("new/metrics.jsonl").exists()

@@ -21,10 +21,14 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world = World(tmp_path_factory.mktemp("embedded") / "w")
     make_shards(world.path("data"))
     world.path("rows").mkdir()
-    world.path("rows/pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    world.path("rows/pairs.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in LINES)
+    )
     save_tiny_llm(world.path("llm"), "llama")
     for data in ("data", "rows/pairs.jsonl"):
-        assert main(["embed", str(world.path(data)), "--llm", str(world.path("llm"))]) == 0
+        assert (
+            main(["embed", str(world.path(data)), "--llm", str(world.path("llm"))]) == 0
+        )
     return world.folder
 
 
@@ -40,7 +44,9 @@ def fewer_samples(world: World) -> None:
 
 @rows(
     Fault(
-        "field with a typo", "data --fields captoin=short", "... 'captoin' ...; known: caption, ..."
+        "field with a typo",
+        "data --fields captoin=short",
+        "... 'captoin' ...; known: caption, ...",
     ),
     Fault(
         "one of two fields",
@@ -60,17 +66,27 @@ def fewer_samples(world: World) -> None:
         lambda w: other_captions(w),
     ),
 )
-def test_embed(fault: Fault, complete: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embed(
+    fault: Fault, complete: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = contents(complete.folder / "data"), contents(complete.folder / "rows")
     data, *options = fault.words.replace(
         "{cache}", str(next(complete.path("data").glob("embeddings-*")))
     ).split()
-    command = ["embed", str(complete.path(data)), "--llm", str(complete.path("llm")), *options]
+    command = [
+        "embed",
+        str(complete.path(data)),
+        "--llm",
+        str(complete.path("llm")),
+        *options,
+    ]
     meet(fault, complete, command, capsys)
     after = contents(complete.folder / "data"), contents(complete.folder / "rows")
     for old, new in zip(before, after, strict=True):
         old_caches = {name: body for name, body in old.items() if "embeddings-" in name}
-        assert old_caches == {name: body for name, body in new.items() if "embeddings-" in name}
+        assert old_caches == {
+            name: body for name, body in new.items() if "embeddings-" in name
+        }
 
 
 def other_captions(world: World) -> None:
@@ -91,19 +107,32 @@ def test_embed_replaces_with_overwrite_and_grows_without(complete: World) -> Non
     llm = str(complete.path("llm"))
     manifest = complete.cache / CacheManifest.FILE
     assert CacheManifest.read(manifest).captions == 96
-    assert main(["embed", data, "--llm", llm, "--fields", "caption=short", "--overwrite"]) == 0
+    assert (
+        main(["embed", data, "--llm", llm, "--fields", "caption=short", "--overwrite"])
+        == 0
+    )
     assert CacheManifest.read(manifest).captions == 48
     assert main(["embed", data, "--llm", llm]) == 0
     assert CacheManifest.read(manifest).captions == 96
 
 
-def test_a_split_inside_its_data(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_split_inside_its_data(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = f"{world.folder}/data/held-out"
     fault = Fault("", "", f"--output {output} is inside the data, ...")
     meet(
         fault,
         world,
-        ["data", "split", str(world.path("data")), "--output", output, "--validation", "0.3"],
+        [
+            "data",
+            "split",
+            str(world.path("data")),
+            "--output",
+            output,
+            "--validation",
+            "0.3",
+        ],
         capsys,
     )
     assert not list(world.path("data").rglob("split.json"))

@@ -12,7 +12,13 @@ from tiny_data import make_cache
 
 from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord
-from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, load, write_checkpoint
+from llm2clip_plugin.train.checkpoint import (
+    AVERAGES,
+    MODEL,
+    OPTIMIZER,
+    load,
+    write_checkpoint,
+)
 
 LAST = "run/checkpoints/step-00000004"
 BEFORE = "run/checkpoints/step-00000002"
@@ -22,7 +28,9 @@ AGAIN = "--output_dir {w}/run --train.ema-decay 0.9 --save_total_limit 2"  # the
 
 
 @pytest.fixture(scope="module")
-def finished(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def finished(
+    whole: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """A world with a finished run, its last checkpoint and the one before, and a copy of it."""
     world = copied(whole, tmp_path_factory.mktemp("finished") / "w")
     assert main(world.train(f"{AGAIN} {HELD_OUT}")) == 0
@@ -40,7 +48,9 @@ def trained(finished: tuple[Path, Path]) -> World:
 
 def without_cache(world: World) -> None:
     shutil.copytree(
-        world.path("data"), world.path("other"), ignore=shutil.ignore_patterns("embeddings-*")
+        world.path("data"),
+        world.path("other"),
+        ignore=shutil.ignore_patterns("embeddings-*"),
     )
 
 
@@ -117,7 +127,11 @@ def nan_in_checkpoint(world: World) -> None:
     loaded = load(world.path(LAST))
     weights = dict(loaded.weights)
     weights["visual_projection.weight"][0, 0] = float("nan")
-    tensors = {MODEL: weights, OPTIMIZER: dict(loaded.moments), AVERAGES: dict(loaded.averages)}
+    tensors = {
+        MODEL: weights,
+        OPTIMIZER: dict(loaded.moments),
+        AVERAGES: dict(loaded.averages),
+    }
     write_checkpoint(world.path(LAST), loaded.state, tensors)
 
 
@@ -133,7 +147,10 @@ FELL_BACK = "falling back to {w}/" + BEFORE
         lambda w: flip(w.path(LAST) / MODEL),
     ),
     Fault(
-        "missing weights", MORE, "..." + AT + "/model...", lambda w: (w.path(LAST) / MODEL).unlink()
+        "missing weights",
+        MORE,
+        "..." + AT + "/model...",
+        lambda w: (w.path(LAST) / MODEL).unlink(),
     ),
 )
 def test_resumed_from_the_checkpoint_before(
@@ -171,7 +188,11 @@ def cut_all(world: World) -> None:
         AT + ": 1 of the ...visual_projection.weight...",
         nan_in_checkpoint,
     ),
-    Fault("resume from nowhere", f"{MORE} --resume {{w}}/nowhere", "--resume {w}/nowhere: ..."),
+    Fault(
+        "resume from nowhere",
+        f"{MORE} --resume {{w}}/nowhere",
+        "--resume {w}/nowhere: ...",
+    ),
     Fault(
         "a damaged one",
         f"{MORE} --resume {{w}}/{LAST}",
@@ -179,7 +200,9 @@ def cut_all(world: World) -> None:
         lambda w: flip(w.path(LAST) / MODEL),
     ),
     Fault(
-        "another learning rate", f"{AGAIN} --optim.lr 1e-3", AT + " was saved with other settings:"
+        "another learning rate",
+        f"{AGAIN} --optim.lr 1e-3",
+        AT + " was saved with other settings:",
     ),
     Fault(
         "never, over checkpoints",
@@ -187,8 +210,12 @@ def cut_all(world: World) -> None:
         "{w}/run/checkpoints ...--resume never...",
     ),
 )
-def test_not_resumed(fault: Fault, trained: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_not_resumed(
+    fault: Fault, trained: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     world = trained
     before = {path: path.read_bytes() for path in world.path("run/tower").iterdir()}
     meet(fault, world, world.train(fault.words), capsys)
-    assert before == {path: path.read_bytes() for path in world.path("run/tower").iterdir()}
+    assert before == {
+        path: path.read_bytes() for path in world.path("run/tower").iterdir()
+    }

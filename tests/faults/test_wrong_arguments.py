@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 from planted_faults import Fault, World, contents, meet, rows
 
-TABLE = (Path(__file__).parent / "wrong_arguments.txt").read_text(encoding="utf-8").splitlines()
+TABLE = (
+    (Path(__file__).parent / "wrong_arguments.txt")
+    .read_text(encoding="utf-8")
+    .splitlines()
+)
 
 
 @rows(*(Fault(*line.split(" | ")) for line in TABLE if not line.startswith("#")))
@@ -23,7 +27,12 @@ def test_refused(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("LLM2CLIP_HOME", str(tmp_path / "home"))
-    told = meet(fault, furnished, fault.words.replace("{w}", str(furnished.folder)).split(), capsys)
+    told = meet(
+        fault,
+        furnished,
+        fault.words.replace("{w}", str(furnished.folder)).split(),
+        capsys,
+    )
     assert told.count("error: ") == 1
     assert time.monotonic() < started + 10
     assert contents(furnished.folder) == before

@@ -10,7 +10,9 @@ from llm2clip_plugin.bootstrap import bootstrap_mean, t_cdf, t_quantile
 def simulated(rng, clusters, size, shared):
     """Hits whose chance varies by cluster: mean 0.3; ``shared`` 0 makes the items independent."""
     chance = (
-        rng.beta(0.3 / shared, 0.7 / shared, size=clusters) if shared else np.full(clusters, 0.3)
+        rng.beta(0.3 / shared, 0.7 / shared, size=clusters)
+        if shared
+        else np.full(clusters, 0.3)
     )
     hits = rng.random((clusters, size)) < chance[:, None]
     return hits.ravel().astype(float), np.repeat(np.arange(clusters), size).tolist()
@@ -43,7 +45,9 @@ def test_few_clusters_have_students_width():
     assert interval.high - interval.low == pytest.approx(width, rel=0.1)
 
 
-def test_clusters_of_other_sizes_and_chunks_of_draws_change_nothing_but_the_noise(monkeypatch):
+def test_clusters_of_other_sizes_and_chunks_of_draws_change_nothing_but_the_noise(
+    monkeypatch,
+):
     values = [0.0, 1.0, 1.0, 1.0, 0.0, 0.0]
     clusters = ["a", "b", "b", "b", "c", "c"]
     whole = bootstrap_mean(values, clusters, seed=3)
@@ -54,7 +58,9 @@ def test_clusters_of_other_sizes_and_chunks_of_draws_change_nothing_but_the_nois
     assert whole.high == 1.0
 
 
-@pytest.mark.parametrize("freedom", [1, 1.5, 2, 3, 4, 7, 29, 100, 999, 2000, 5000, 1_000_000])
+@pytest.mark.parametrize(
+    "freedom", [1, 1.5, 2, 3, 4, 7, 29, 100, 999, 2000, 5000, 1_000_000]
+)
 def test_students_t_is_scipys(freedom):
     """Within 1e-9: the quadrature's error is 1e-12, lgamma's at a million degrees of freedom 3e-10.
     Between 1 and 2 degrees of freedom the density has no derivative at the ends, which the farthest

@@ -16,7 +16,10 @@ def numbers_in(hint: Any) -> set[type]:
     """int, float or both, if a field's type has them, also in a tuple or as an optional value."""
     if typing.get_origin(hint) in (tuple, typing.Union, types.UnionType):
         return {
-            kind for one in typing.get_args(hint) if one is not Ellipsis for kind in numbers_in(one)
+            kind
+            for one in typing.get_args(hint)
+            if one is not Ellipsis
+            for kind in numbers_in(one)
         }
     return {hint} & {int, float}
 
@@ -27,11 +30,14 @@ def numeric_options(name: str) -> list[tuple[Command[Any], str, type, int]]:
     options = []
     for field, leaf in command.leaves.items():
         arguments = (
-            typing.get_args(leaf.type) if typing.get_origin(leaf.type) is tuple else ("one",)
+            typing.get_args(leaf.type)
+            if typing.get_origin(leaf.type) is tuple
+            else ("one",)
         )
         count = 1 if arguments[-1] is Ellipsis else len(arguments)
         options += [
-            (command, f"--{command.options[field]}", kind, count) for kind in numbers_in(leaf.type)
+            (command, f"--{command.options[field]}", kind, count)
+            for kind in numbers_in(leaf.type)
         ]
     return options
 
@@ -65,7 +71,8 @@ def test_defaults_are_within_the_bounds():
     for name in cli.OPTIONS:
         command: Command[Any] = cli.load(cli.OPTIONS[name])
         for field, leaf in leaves_of(
-            command.settings, command.default({}) if command.default else bounds_missing()
+            command.settings,
+            command.default({}) if command.default else bounds_missing(),
         ):
             check_number(f"{name} --{field}", field, leaf.default)
 
@@ -90,8 +97,14 @@ def bounds_missing() -> Any:
             "train-tower data --max-steps -5",
             "--max-steps -5 is out of range; expected -1 to 2147483647",
         ),
-        ("train-tower data --betas 0.9 3", "--betas 3.0 is out of range; expected 0 to 1"),
-        ("train-tower data --workers 100000", "--workers 100000 is out of range; expected 0 to"),
+        (
+            "train-tower data --betas 0.9 3",
+            "--betas 3.0 is out of range; expected 0 to 1",
+        ),
+        (
+            "train-tower data --workers 100000",
+            "--workers 100000 is out of range; expected 0 to",
+        ),
         (
             "train-tower data --dataloader_num_workers 100000",
             "--workers 100000 is out of range; expected 0 to",
@@ -104,14 +117,23 @@ def bounds_missing() -> Any:
             "embed data --llm x --layer 1000000000",
             "--layer 1000000000 is out of range; expected -1024 to 1024",
         ),
-        ("embed data --llm x --tokens-per-batch -1", "--tokens-per-batch -1 is out of range"),
+        (
+            "embed data --llm x --tokens-per-batch -1",
+            "--tokens-per-batch -1 is out of range",
+        ),
         (
             "evaluate tower data --batch-size 0",
             "--batch-size 0 is out of range; expected 1 to 1048576",
         ),
         ("evaluate tower data --limit -5", "--limit -5 is out of range"),
-        ("data check data --workers 100000", "--workers 100000 is out of range; expected 0 to"),
-        ("data check data --max-broken 2", "--max-broken 2.0 is out of range; expected 0 to 1"),
+        (
+            "data check data --workers 100000",
+            "--workers 100000 is out of range; expected 0 to",
+        ),
+        (
+            "data check data --max-broken 2",
+            "--max-broken 2.0 is out of range; expected 0 to 1",
+        ),
         ("data check data --cache-gb 1e300", "--cache-gb 1e+300 is out of range"),
         (
             "bench-mllm data --model-path x --output y --gpus 100000",
@@ -121,7 +143,9 @@ def bounds_missing() -> Any:
 )
 def test_commands_refuse_absurd_numbers(line: str, message: str):
     name = next(
-        name for name in sorted(cli.OPTIONS, key=len, reverse=True) if line.startswith(f"{name} ")
+        name
+        for name in sorted(cli.OPTIONS, key=len, reverse=True)
+        if line.startswith(f"{name} ")
     )
     command: Command[Any] = cli.load(cli.OPTIONS[name])
     with pytest.raises(ValueError) as refused:
@@ -176,7 +200,9 @@ def test_help_says_what_an_option_is(name: str, row: str):
 
 def test_compare_says_which_number_it_expects():
     command: Command[Any] = cli.load(cli.OPTIONS["compare"])
-    with pytest.raises(ValueError, match=r"^--effect 0\.0 is invalid; expected a number above 0$"):
+    with pytest.raises(
+        ValueError, match=r"^--effect 0\.0 is invalid; expected a number above 0$"
+    ):
         command.parse(["a", "--plan", "--effect", "0"])
     with pytest.raises(
         ValueError, match=r"^--runs 0 2 is invalid; expected whole numbers above 0$"

@@ -23,7 +23,8 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    "words", [["search", "t", "d", "\udcff"], ["data", "make", "p", "--output=caf\udce9"]]
+    "words",
+    [["search", "t", "d", "\udcff"], ["data", "make", "p", "--output=caf\udce9"]],
 )
 def test_words_that_are_not_utf8_are_refused(
     words: list[str], capsys: pytest.CaptureFixture[str]
@@ -57,10 +58,18 @@ def test_ranks_of_one_machine_share_its_cores(tmp_path) -> None:
         "print(os.environ['OMP_NUM_THREADS'])"
     )
     for given, threads in (({}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")):
-        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if name != "OMP_NUM_THREADS"
+        }
         env |= {"WORLD_SIZE": "2", "RANK": "0", **given}
         done = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert done.stdout.split()[-1] == threads
 
@@ -107,6 +116,8 @@ leave(0)
 
 
 def test_a_loader_that_is_killed_at_the_end_is_no_error() -> None:
-    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
     assert done.stderr == ""

@@ -15,7 +15,9 @@ from llm2clip_plugin.hashes import sha256_weights
 
 def card() -> TowerCard:
     sizes = {"hidden_size": 32, "num_layers": 2, "patch_size": 14, "image_size": 56}
-    return TowerCard(family="clip", origin="a/b", has_cls=True, weights_sha256="0" * 64, **sizes)
+    return TowerCard(
+        family="clip", origin="a/b", has_cls=True, weights_sha256="0" * 64, **sizes
+    )
 
 
 def teacher(llm: str = "x/y", prompt: str = "") -> TeacherIdentity:
@@ -31,7 +33,9 @@ def teacher(llm: str = "x/y", prompt: str = "") -> TeacherIdentity:
         ({"family": None}, "is missing the required fields"),
     ],
 )
-def test_refusals_name_file_and_field(tmp_path: Path, change: dict, message: str) -> None:
+def test_refusals_name_file_and_field(
+    tmp_path: Path, change: dict, message: str
+) -> None:
     body = json.loads(card().to_json())
     body.update(change)
     body = {key: value for key, value in body.items() if value is not None}
@@ -76,7 +80,9 @@ def test_weights_hash_ignores_order_and_metadata(tmp_path: Path) -> None:
     first = torch.arange(6.0)
     second = torch.ones(2, 3)
     save_file({"a": first, "b": second}, tmp_path / "1.safetensors")
-    save_file({"b": second, "a": first}, tmp_path / "2.safetensors", metadata={"format": "pt"})
+    save_file(
+        {"b": second, "a": first}, tmp_path / "2.safetensors", metadata={"format": "pt"}
+    )
     save_file({"a": first, "b": second + 1}, tmp_path / "3.safetensors")
     hashes = [sha256_weights(tmp_path / f"{i}.safetensors") for i in (1, 2, 3)]
     assert hashes[0] == hashes[1] != hashes[2]

@@ -27,7 +27,11 @@ def put(folder: Path, *names: str) -> None:
 
 
 def names_in(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if not path.is_dir()
+    }
 
 
 def write(folder: Path, kind: FolderKind, *names: str) -> None:
@@ -61,7 +65,8 @@ def test_a_foreign_folder_stays(kind: FolderKind, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    "stranger", ["thesis.tex", "train/mine.tar", "notes/a.txt", "00007.tar", "scores.json"]
+    "stranger",
+    ["thesis.tex", "train/mine.tar", "notes/a.txt", "00007.tar", "scores.json"],
 )
 def test_a_stranger_in_our_folder_stays(
     kind: FolderKind, ours: list[str], stranger: str, tmp_path: Path
@@ -69,7 +74,9 @@ def test_a_stranger_in_our_folder_stays(
     folder = tmp_path / "out"
     write(folder, kind, *ours)
     write(folder, kind, *ours)  # the folder is ours
-    put(folder, stranger, ".DS_Store", ".llm2clip/lock", "embeddings-0123/manifest.json")
+    put(
+        folder, stranger, ".DS_Store", ".llm2clip/lock", "embeddings-0123/manifest.json"
+    )
     before = names_in(tmp_path)
     with pytest.raises(FileExistsError, match=f"has {stranger}, not written by"):
         write(folder, kind, *ours)
@@ -89,14 +96,20 @@ def test_folders_of_earlier_releases_are_known(tmp_path: Path) -> None:
         "modeling_llava_tower.py",
     )
     (tmp_path / "vlm" / "config.json").write_text(json.dumps({"llm2clip_vlm": {}}))
-    for name, kind in {"made": MAKE_FOLDER, "split": SPLIT_FOLDER, "vlm": MODEL_FOLDER}.items():
+    for name, kind in {
+        "made": MAKE_FOLDER,
+        "split": SPLIT_FOLDER,
+        "vlm": MODEL_FOLDER,
+    }.items():
         write(tmp_path / name, kind, "new")
         assert "new" in names_in(tmp_path / name)
 
 
 def test_another_command_s_folder_stays(tmp_path: Path) -> None:
     write(tmp_path / "out", MAKE_FOLDER, "00000.tar")
-    with pytest.raises(FileExistsError, match="not written by `llm2clip data split`: it has 00000"):
+    with pytest.raises(
+        FileExistsError, match="not written by `llm2clip data split`: it has 00000"
+    ):
         write(tmp_path / "out", SPLIT_FOLDER, "split.json")
 
 
@@ -129,7 +142,9 @@ def llava(data: Path, output: Path) -> list[str]:
 
 @pytest.mark.parametrize("words", [make, split, llava])
 def test_commands_write_the_record(
-    words: Callable[[Path, Path], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: Callable[[Path, Path], list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = make_shards(tmp_path / "data")
     output = tmp_path / "out"
@@ -146,9 +161,9 @@ def test_commands_write_the_record(
     assert main(again) == main(again) == 0
     record = json.loads((output / "llm2clip-folder.json").read_text())
     assert {*record["files"], "llm2clip-folder.json"} == names_in(output)
-    assert main(["data", "check", str(output / "train" if words is split else output)]) == (
-        2 if words is llava else 0
-    )
+    assert main(
+        ["data", "check", str(output / "train" if words is split else output)]
+    ) == (2 if words is llava else 0)
     put(output, "thesis.tex")
     capsys.readouterr()
     assert main(again) == 2
@@ -157,11 +172,19 @@ def test_commands_write_the_record(
     assert "move it" in told
 
 
-def test_a_cache_goes_with_its_data_and_what_else_is_in_it_stays(tmp_path: Path) -> None:
+def test_a_cache_goes_with_its_data_and_what_else_is_in_it_stays(
+    tmp_path: Path,
+) -> None:
     write(tmp_path / "out", MAKE_FOLDER, "00000.tar")
-    put(tmp_path / "out", "embeddings-0123/manifest.json", "embeddings-0123/part/00.safetensors")
+    put(
+        tmp_path / "out",
+        "embeddings-0123/manifest.json",
+        "embeddings-0123/part/00.safetensors",
+    )
     put(tmp_path / "out", "embeddings-0123/thesis.tex")
-    with pytest.raises(FileExistsError, match=r"has embeddings-0123/thesis\.tex, not written by"):
+    with pytest.raises(
+        FileExistsError, match=r"has embeddings-0123/thesis\.tex, not written by"
+    ):
         write(tmp_path / "out", MAKE_FOLDER, "00001.tar")
     (tmp_path / "out" / "embeddings-0123" / "thesis.tex").unlink()
     write(tmp_path / "out", MAKE_FOLDER, "00001.tar")

@@ -62,7 +62,10 @@ class Installed(Distribution):
             "pip install 'llm2clip-plugin[train] @ git+https://example.org/plugin.git@1234abcd'",
         ),
         (
-            {"url": "https://example.org/plugin-0.3.0-py3-none-any.whl", "archive_info": {}},
+            {
+                "url": "https://example.org/plugin-0.3.0-py3-none-any.whl",
+                "archive_info": {},
+            },
             "pip install 'llm2clip-plugin[train] @ https://example.org/plugin-0.3.0-py3-none-any.whl'",
         ),
     ],
@@ -85,7 +88,11 @@ def test_the_command_names_the_checkout(editable, monkeypatch, tmp_path: Path) -
     record = {"url": folder.as_uri(), "dir_info": {"editable": editable}}
     found = Installed(direct_url=json.dumps(record), INSTALLER="uv\n")
     monkeypatch.setattr(installation, "distribution", lambda name: found)
-    asked = f"-e '{folder}[tower]'" if editable else f"'llm2clip-plugin[tower] @ {folder.as_uri()}'"
+    asked = (
+        f"-e '{folder}[tower]'"
+        if editable
+        else f"'llm2clip-plugin[tower] @ {folder.as_uri()}'"
+    )
     assert installation.install_command("tower") == f"uv pip install {asked}"
 
 
@@ -110,14 +117,22 @@ einops; extra == "tower"
 
 def test_an_extra_includes_another(monkeypatch) -> None:
     monkeypatch.setattr(installation, "requires", lambda name: LINES.split("\n")[1:-1])
-    found = {extra: sorted(installation.requirements(extra)) for extra in ("", "tower", "train")}
+    found = {
+        extra: sorted(installation.requirements(extra))
+        for extra in ("", "tower", "train")
+    }
     assert found == {
         "": ["Pillow"],
         "tower": ["Pillow", "einops", "torch"],
         "train": ["Pillow", "deepspeed", "einops", "torch"],
     }
-    assert str(installation.requirements("train")["torch"]) in (">=2.0,>=2.6", ">=2.6,>=2.0")
-    assert [installation.extra_of(name) for name in ("torch", "deepspeed", "einops", "timm")] == [
+    assert str(installation.requirements("train")["torch"]) in (
+        ">=2.0,>=2.6",
+        ">=2.6,>=2.0",
+    )
+    assert [
+        installation.extra_of(name) for name in ("torch", "deepspeed", "einops", "timm")
+    ] == [
         "tower",
         "train",
         "tower",
@@ -162,7 +177,9 @@ def test_without_torch_each_command_names_its_extra_in_one_line(without_torch) -
     for name, extra in cli.EXTRAS.items():
         status, text = without_torch[name]
         assert status == 2
-        assert text.startswith(f"error: `llm2clip {name}` needs the extra [{extra}] (torch, ")
+        assert text.startswith(
+            f"error: `llm2clip {name}` needs the extra [{extra}] (torch, "
+        )
         assert text.count("\n") == 1
         assert "pip install " in text
         assert f"[{extra}]" in text.partition("pip install")[2]
@@ -176,7 +193,9 @@ def test_without_torch_the_other_commands_run(without_torch) -> None:
 
 
 def test_without_torch_every_command_has_help() -> None:
-    for name, (status, text) in run_without((*TOWER_MODULES, *TRAIN_MODULES), "--help").items():
+    for name, (status, text) in run_without(
+        (*TOWER_MODULES, *TRAIN_MODULES), "--help"
+    ).items():
         assert status == 0
         assert f"usage: llm2clip {name} " in text
 
@@ -203,7 +222,11 @@ PLUGIN = {"llm2clip-plugin": "0.3.0"}
         (PLUGIN, "", False),
         ({**PLUGIN, "torch": "2.0.1", "einops": "0.6.1"}, "tower", False),
         ({**PLUGIN, **LLAVAS}, "tower", True),
-        ({**PLUGIN, **LLAVAS, "transformers": "5.24.0", "deepspeed": "0.19.8"}, "train", False),
+        (
+            {**PLUGIN, **LLAVAS, "transformers": "5.24.0", "deepspeed": "0.19.8"},
+            "train",
+            False,
+        ),
     ],
     ids=["base", "tower", "LLaVA's own", "train"],
 )
@@ -215,7 +238,9 @@ def test_doctor_says_what_is_installed_and_how_to_add_the_rest(
     # without Pillow
     monkeypatch.setattr(installation, "requires", lambda name: LINES.split("\n")[2:-1])
     for module in (installation, doctor):
-        monkeypatch.setattr(module, "installed_version", lambda package: versions.get(package, ""))
+        monkeypatch.setattr(
+            module, "installed_version", lambda package: versions.get(package, "")
+        )
     monkeypatch.setattr(doctor, "is_importable", versions.__contains__)
     assert doctor.checked_extra() == extra
     lines = {one.subject: one for one in doctor.check_installation(extra)}

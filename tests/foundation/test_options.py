@@ -23,7 +23,9 @@ class Inner:
     name: str = "inner"
     flip: bool = setting(True, help="in two lines")
     bias: float | None = setting(None, help='"none": no bias')
-    betas: tuple[float, float] = setting((0.9, 0.99), help="two numbers", needs="not flip")
+    betas: tuple[float, float] = setting(
+        (0.9, 0.99), help="two numbers", needs="not flip"
+    )
     secret: int = setting(1, help="without an option")
 
     def __post_init__(self) -> None:
@@ -50,7 +52,10 @@ class Outer:
     save: bool = setting(False, help="keep it", needs="path")
     inner: Inner = section(Inner(), hidden=("secret",))
     timing: Timing = section(
-        Timing(), prefix="time.", needs_of={"tries": "save: without a file"}, needs="steps"
+        Timing(),
+        prefix="time.",
+        needs_of={"tries": "save: without a file"},
+        needs="steps",
     )
 
 
@@ -89,7 +94,10 @@ REQUIRED = Command(
     ("line", "expected"),
     [
         ("a b --steps 5", Outer(path=("a", "b"), steps=5)),
-        ("--steps=5 a --lr 1e-2 b", Outer(path=("a", "b"), steps=5, inner=Inner(lr=0.01))),
+        (
+            "--steps=5 a --lr 1e-2 b",
+            Outer(path=("a", "b"), steps=5, inner=Inner(lr=0.01)),
+        ),
         ("--data a b --inner.lr 2", Outer(path=("a", "b"), inner=Inner(lr=2))),
         (
             "--data_path a --output-dir x --old-lr 3",
@@ -100,13 +108,19 @@ REQUIRED = Command(
             "a --save --time.wait 3 --time.attempts 4",
             Outer(path=("a",), save=True, timing=Timing(wait=3, tries=4)),
         ),
-        ("--steps -1 --name x --inner.name y", Outer(steps=-1, name="x", inner=Inner(name="y"))),
+        (
+            "--steps -1 --name x --inner.name y",
+            Outer(steps=-1, name="x", inner=Inner(name="y")),
+        ),
         (
             "a --steps --no-flip --save",
             Outer(path=("a",), steps=8, save=True, inner=Inner(flip=False)),
         ),
         ("--inner.no-flip --save False", Outer(inner=Inner(flip=False))),
-        ("--flip False --save true a", Outer(path=("a",), save=True, inner=Inner(flip=False))),
+        (
+            "--flip False --save true a",
+            Outer(path=("a",), save=True, inner=Inner(flip=False)),
+        ),
         ("--bias none --kind bf16", Outer(inner=Inner(kind="bf16"))),
         (
             "--betas 0 1 --no-flip --bias -1e-3",
@@ -136,11 +150,17 @@ def test_extras_and_the_words_after_two_dashes_are_kept_apart() -> None:
     [
         ("--lr -1", "lr -1.0"),
         ("--steps 1.5", "--steps: ... '1.5'"),
-        ("--inner.no-flop", "unknown option --inner.no-flop (did you mean --inner.no-flip?)"),
+        (
+            "--inner.no-flop",
+            "unknown option --inner.no-flop (did you mean --inner.no-flip?)",
+        ),
         ("--kind fp23", "--kind: ... 'fp23' ... 'fp32', 'bf16'"),
         ("--name --lr 1", "--name: "),
         ("--betas 1", "--betas: expected 2"),
-        ("a --data b", "unexpected argument 'a'; usage: llm2clip do DATA [DATA ...] [options]"),
+        (
+            "a --data b",
+            "unexpected argument 'a'; usage: llm2clip do DATA [DATA ...] [options]",
+        ),
         ("--save", "--save has no effect without DATA"),
         ("--betas 0 1", "--betas has no effect with --flip"),
         ("--time.attempts 4", "--time.attempts has no effect without a file"),
@@ -187,6 +207,8 @@ def test_help_imports_nothing_large() -> None:
         "        except SystemExit as ended: assert not ended.code\n"
         "assert not {'torch', 'transformers', 'deepspeed', 'rich'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("example:\n") == 2 * len(cli.OPTIONS)

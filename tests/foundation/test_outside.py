@@ -22,11 +22,17 @@ def test_the_kinds_of_annotations():
         path: Path = Path()
 
     expected = Sample("b", None, [1.0, 2.5], (3, "c"), Path("p"))
-    values = {"choice": "b", "maybe": None, "numbers": [1, 2.5], "pair": [3, "c"], "path": "p"}
+    values = {
+        "choice": "b",
+        "maybe": None,
+        "numbers": [1, 2.5],
+        "pair": [3, "c"],
+        "path": "p",
+    }
     assert from_plain(Sample, values, where="x") == expected
-    assert from_plain(Sample, {"choice": "a"}, where="x", default=expected) == dataclasses.replace(
-        expected, choice="a"
-    )
+    assert from_plain(
+        Sample, {"choice": "a"}, where="x", default=expected
+    ) == dataclasses.replace(expected, choice="a")
     for values, message in (
         ({"choice": "c"}, "choice is 'c', expected one of 'a', 'b'"),
         ({"maybe": 1.5}, "maybe is 1.5, expected int"),

@@ -41,7 +41,9 @@ def bench(*words: str) -> object:
 
 def commands(gpus: int) -> list[list[str]]:
     """Those of run and bench-mllm, which print their help and end."""
-    stage = Stage(name="check the data", words=("llm2clip", "data", "check", "--help"), ranks=gpus)
+    stage = Stage(
+        name="check the data", words=("llm2clip", "data", "check", "--help"), ranks=gpus
+    )
     task = Task(benchmark=benchmark("pope"), question_file=Path("questions.jsonl"))
     answer = evaluate_command(
         task, bench("--gpus", str(gpus), "--", "--help"), Path("answers.jsonl")

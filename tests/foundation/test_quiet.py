@@ -24,7 +24,12 @@ TOWER = "'model.vision_tower.vision_tower.a', 'model.vision_tower.vision_tower.b
 @pytest.mark.parametrize(
     "silence, name, message, heard",
     [
-        (quiet_llava_loading, "transformers.modeling_utils", UNUSED.format(TOWER), False),
+        (
+            quiet_llava_loading,
+            "transformers.modeling_utils",
+            UNUSED.format(TOWER),
+            False,
+        ),
         (
             quiet_llava_loading,
             "transformers.modeling_utils",
@@ -50,7 +55,12 @@ TOWER = "'model.vision_tower.vision_tower.a', 'model.vision_tower.vision_tower.b
             "to instantiate a model of type `clip`.",
             True,
         ),
-        (quiet_libraries, "DeepSpeed", "Setting accelerator to CPU. If you have GPU", False),
+        (
+            quiet_libraries,
+            "DeepSpeed",
+            "Setting accelerator to CPU. If you have GPU",
+            False,
+        ),
         (quiet_libraries, "DeepSpeed", "Setting accelerator to a toaster", True),
     ],
 )

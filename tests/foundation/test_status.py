@@ -89,7 +89,9 @@ def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]):
     record = RunRecord.read(finished / "run.json")
     assert shown["state"] == "finished"
     assert not {"problem", "go on"} & set(shown)
-    assert shown["progress"].startswith("step 4 of 4 (100 %), 64 samples, 1.33 epochs, loss ")
+    assert shown["progress"].startswith(
+        "step 4 of 4 (100 %), 64 samples, 1.33 epochs, loss "
+    )
     assert shown["checkpoints"] == "step-00000002, step-00000004"
     assert shown["result"] == str(finished / "tower")
     for name in ("i2t_r1", "t2i_r1"):
@@ -120,14 +122,25 @@ def test_one_that_was_killed_says_how_to_go_on_and_that_works(tiny: Path, folder
 def test_why_it_ended(folder: Path):
     add(folder, step=2, event="stopped", reason="SIGTERM", time="2026-11-26 10:00:00")
     assert rows(folder)["state"] == "stopped: SIGTERM, 2026-11-26 10:00:00"
-    add(folder, step=3, samples=48, loss=1.0, step_seconds=2.0)  # it went on, and was killed
+    add(
+        folder, step=3, samples=48, loss=1.0, step_seconds=2.0
+    )  # it went on, and was killed
     assert rows(folder)["state"].startswith("ended early")
     assert rows(folder)["progress"].startswith("step 3 ")
     add(folder, step=3, event="checkpoint failed", reason="No space left on device")
-    add(folder, step=3, event="failed", reason="the loss is nan", time="2026-11-26 11:00:00")
+    add(
+        folder,
+        step=3,
+        event="failed",
+        reason="the loss is nan",
+        time="2026-11-26 11:00:00",
+    )
     shown = rows(folder)
     assert shown["state"].startswith("failed: the loss is nan")
-    assert shown["problem"] == "the last checkpoint could not be written: No space left on device"
+    assert (
+        shown["problem"]
+        == "the last checkpoint could not be written: No space left on device"
+    )
 
 
 def test_the_best_score_and_the_time_left(folder: Path):
@@ -157,12 +170,19 @@ def test_a_cache_is_complete_with_all_files_of_its_shards(tmp_path: Path):
     (folder / "00001.safetensors").unlink()
     (_, state), *others = cache_rows(folder)
     assert state.startswith("not complete: 1 of 2 shards")
-    assert dict(others)["problem"] == "1 shards of the manifest have no file, such as 00001"
+    assert (
+        dict(others)["problem"]
+        == "1 shards of the manifest have no file, such as 00001"
+    )
 
 
 def test_running_here_and_elsewhere(folder: Path):
     me = psutil.Process()
-    lock = {"host": socket.gethostname(), "pid": os.getpid(), "started": me.create_time()}
+    lock = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": me.create_time(),
+    }
     (folder / "run.lock").write_text(json.dumps(lock))
     shown = rows(folder)
     assert shown["state"].startswith(f"running: process {os.getpid()}")
@@ -177,8 +197,14 @@ def test_running_here_and_elsewhere(folder: Path):
 
 def test_the_loader_processes_that_the_steps_need(tiny: Path, folder: Path):
     assert "images/s" in rows(folder)["loader"]  # of a real run
-    for step in range(3, 43):  # 150 images/s, half of the time waiting for data: 300 without
-        values = {"samples_per_second": 150, "wait_share": 0.5, "loader_images_per_second": 110}
+    for step in range(
+        3, 43
+    ):  # 150 images/s, half of the time waiting for data: 300 without
+        values = {
+            "samples_per_second": 150,
+            "wait_share": 0.5,
+            "loader_images_per_second": 110,
+        }
         add(folder, step=step, samples=16 * step, loss=1.0, **values)
     assert "110.0 images/s" in (loader := rows(folder)["loader"])
     assert "300.0: --workers, over all ranks, 3" in loader
@@ -193,12 +219,18 @@ def test_restarts_are_one_run_of_wandb(tiny: Path, tmp_path: Path):
         wandb = pytest.importorskip("wandb")
         for steps in ("2", "4"):
             assert (
-                run("train-tower", [*base, *more, steps, "--allow-changed", "train.max_steps"]) == 0
+                run(
+                    "train-tower",
+                    [*base, *more, steps, "--allow-changed", "train.max_steps"],
+                )
+                == 0
             )
             assert wandb.run.config["train"]["max_steps"] == int(steps)
             wandb.teardown()  # as the end of the process; it has read the environment
     saved = RunRecord.read(tmp_path / "run/run.json").wandb
-    assert [path.name.endswith(saved) for path in (tmp_path / "wandb").glob("offline-run-*")] == [
+    assert [
+        path.name.endswith(saved) for path in (tmp_path / "wandb").glob("offline-run-*")
+    ] == [
         True,
         True,
     ]

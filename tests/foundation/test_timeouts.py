@@ -35,7 +35,8 @@ def test_a_silent_hub_is_told_within_the_timeout(tmp_path: Path):
     taken = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(
-            target=lambda: [taken.append(server.accept()) for _ in range(100)], daemon=True
+            target=lambda: [taken.append(server.accept()) for _ in range(100)],
+            daemon=True,
         ).start()
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         hub = {
@@ -46,7 +47,9 @@ def test_a_silent_hub_is_told_within_the_timeout(tmp_path: Path):
         }
         started = time.monotonic()
         place = {"env": {**os.environ, **hub}, "timeout": 240}
-        done = subprocess.run([sys.executable, "-c", ASK], **place, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", ASK], **place, capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert len(said) == 4

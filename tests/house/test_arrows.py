@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 PACKAGE = "llm2clip_plugin"
 HOMES = {  # heavy package -> the only places that may import it
-    "deepspeed": {"llm2clip_plugin/train/engine.py", "llava_integration/plug/training.py"},
+    "deepspeed": {
+        "llm2clip_plugin/train/engine.py",
+        "llava_integration/plug/training.py",
+    },
     "peft": {
         "llm2clip_plugin/text/",
         "llm2clip_plugin/vision/towers.py",
@@ -32,7 +35,9 @@ HOMES = {  # heavy package -> the only places that may import it
 
 @cache
 def sources() -> list[Path]:
-    return sorted([*ROOT.glob("llm2clip_plugin/**/*.py"), *ROOT.glob("llava_integration/**/*.py")])
+    return sorted(
+        [*ROOT.glob("llm2clip_plugin/**/*.py"), *ROOT.glob("llava_integration/**/*.py")]
+    )
 
 
 @cache
@@ -46,7 +51,9 @@ def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; write the whole name"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {
+                node.module or ""
+            }
         elif name := imported_by_name(node):
             names.add(name)
     return names
@@ -55,7 +62,9 @@ def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
 @pytest.mark.parametrize("call", ["importlib.import_module", "import_module"])
 def test_an_import_by_name_is_seen(call: str) -> None:
     tree = ast.parse(f'{call}("torch")\n{call}(name)\nother("llava")')
-    assert [name for node in ast.walk(tree) if (name := imported_by_name(node))] == ["torch"]
+    assert [name for node in ast.walk(tree) if (name := imported_by_name(node))] == [
+        "torch"
+    ]
 
 
 def test_imports_follow_the_arrows_without_circles() -> None:
@@ -65,8 +74,13 @@ def test_imports_follow_the_arrows_without_circles() -> None:
         if PACKAGE in path.parts
     }
     assert {f"{PACKAGE}.{room}" for room in rooms - {"__init__"}} <= FLOORS.keys()
-    assert [house(ROOT)[name] for name in ("arrows up", "files in import cycles")] == ["0", "0"]
-    late = imported(ROOT / PACKAGE / "__init__.py", top_level_only=True)  # names by attribute only
+    assert [house(ROOT)[name] for name in ("arrows up", "files in import cycles")] == [
+        "0",
+        "0",
+    ]
+    late = imported(
+        ROOT / PACKAGE / "__init__.py", top_level_only=True
+    )  # names by attribute only
     assert {name.split(".")[0] for name in late} <= {"importlib", "typing"}
 
 
@@ -74,7 +88,9 @@ def test_imports_follow_the_arrows_without_circles() -> None:
 def test_heavy_packages_have_one_home(package: str, homes: set[str]) -> None:
     for path in sources():
         where = path.relative_to(ROOT).as_posix()
-        uses = any(name == package or name.startswith(package + ".") for name in imported(path))
+        uses = any(
+            name == package or name.startswith(package + ".") for name in imported(path)
+        )
         assert not uses or any(where.startswith(home) for home in homes), (
             f"{where} imports {package}; its home is {homes}"
         )
@@ -96,7 +112,9 @@ def test_a_plan_is_not_a_run(arrows: networkx.DiGraph) -> None:
 
 
 @pytest.mark.parametrize("stage", ["tower", "llm"])
-def test_a_run_knows_of_a_plan_only_its_memory(stage: str, arrows: networkx.DiGraph) -> None:
+def test_a_run_knows_of_a_plan_only_its_memory(
+    stage: str, arrows: networkx.DiGraph
+) -> None:
     used = networkx.descendants(arrows, f"{PACKAGE}.stages.{stage}")
     of_plan = {name for name in used if name.startswith(f"{PACKAGE}.plan")}
     assert of_plan <= {f"{PACKAGE}.plan.memory"}
@@ -110,12 +128,17 @@ def test_what_reads_files_and_options_is_standard_library_only() -> None:
     ]
     for path in (*paths, *(ROOT / PACKAGE / "options").glob("*.py")):
         names = imported(path, top_level_only=True)
-        assert {name.split(".")[0] for name in names} <= {PACKAGE, *sys.stdlib_module_names}
+        assert {name.split(".")[0] for name in names} <= {
+            PACKAGE,
+            *sys.stdlib_module_names,
+        }
 
 
 @pytest.mark.parametrize("folder", ["llm2clip_plugin/vision", "llava_integration"])
 def test_what_llava_loads_needs_nothing_beyond_llavas_own(folder: str) -> None:
     foreign = {"pydantic", "rich", "webdataset", "fsspec", "bitsandbytes", "deepspeed"}
     for path in sorted(ROOT.glob(f"{folder}/**/*.py")):
-        used = {name.split(".")[0] for name in imported(path, top_level_only=True)} & foreign
+        used = {
+            name.split(".")[0] for name in imported(path, top_level_only=True)
+        } & foreign
         assert not used, f"{path.relative_to(ROOT)} imports {used} at import time"

@@ -23,13 +23,25 @@ NOT_OF_A_CHECKOUT = (
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout; skips where uv or a package index is missing."""
     folder = tmp_path_factory.mktemp("install") / "checkout"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_OF_A_CHECKOUT), symlinks=True)
+    shutil.copytree(
+        ROOT, folder, ignore=shutil.ignore_patterns(*NOT_OF_A_CHECKOUT), symlinks=True
+    )
     if uv("--version").returncode:
         pytest.skip("uv is not installed in this environment (pip install uv)")
     empty = Environment(folder.parent / "empty", folder)
-    tried = uv("pip", "install", "--dry-run", "--refresh", "--python", empty.python, "iniconfig")
+    tried = uv(
+        "pip",
+        "install",
+        "--dry-run",
+        "--refresh",
+        "--python",
+        empty.python,
+        "iniconfig",
+    )
     if tried.returncode:
-        pytest.skip(f"no package index is reachable: {tried.stderr.strip().splitlines()[-1]}")
+        pytest.skip(
+            f"no package index is reachable: {tried.stderr.strip().splitlines()[-1]}"
+        )
     return folder
 
 

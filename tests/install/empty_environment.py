@@ -17,7 +17,12 @@ def uv(*words: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[s
     """Run uv in a folder that has ``scripts/environments.sh``, with pip's settings."""
     command = ["bash", "-euc", AS_PIP, sys.executable, *map(str, words)]
     return subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+        command,
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -39,7 +44,9 @@ class Environment:
 
     def install(self, *words: str) -> str:
         """``pip install WORDS`` in the checkout; what uv says of it."""
-        done = uv("pip", "install", "--python", self.python, *words, folder=self.checkout)
+        done = uv(
+            "pip", "install", "--python", self.python, *words, folder=self.checkout
+        )
         assert done.returncode == 0, f"{words}\n{done.stderr}"
         return done.stderr
 
@@ -47,12 +54,22 @@ class Environment:
         """Run one of its programs elsewhere than in the checkout."""
         command = [str(self.folder / "bin" / words[0]), *map(str, words[1:])]
         return subprocess.run(
-            command, cwd=folder, env=environment(), capture_output=True, text=True, check=False
+            command,
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     def megabytes(self) -> float:
         """The size of its files."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) / 1e6
+        return (
+            sum(
+                path.stat().st_size for path in self.folder.rglob("*") if path.is_file()
+            )
+            / 1e6
+        )
 
     def has(self, module: str) -> bool:
         """Whether its Python finds a module."""
@@ -66,7 +83,9 @@ def write_logs(folder: Path, scores: Sequence[Sequence[int]]) -> list[Path]:
     for number, column in enumerate(scores):
         side = folder / f"model-{number}"
         side.mkdir()
-        rows = [f"{item},{score},picture-{item // 2}" for item, score in enumerate(column)]
+        rows = [
+            f"{item},{score},picture-{item // 2}" for item, score in enumerate(column)
+        ]
         (side / "pope.csv").write_text("item,score,group\n" + "\n".join(rows) + "\n")
         sides.append(side)
     return sides
@@ -76,7 +95,9 @@ def compares(environment: Environment, folder: Path) -> None:
     """``llm2clip compare`` on two logs, in a folder that has nothing else, writes a page."""
     folder.mkdir()
     sides = write_logs(folder, [[1, 0, 0, 1, 0, 1] * 10, [1, 1, 0, 1, 0, 1] * 10])
-    done = environment.run("llm2clip", "compare", *sides, "--output", "report", folder=folder)
+    done = environment.run(
+        "llm2clip", "compare", *sides, "--output", "report", folder=folder
+    )
     assert done.returncode == 0, done.stderr
     assert "<html" in (folder / "report" / "compare.html").read_text(encoding="utf-8")
 
@@ -86,6 +107,9 @@ def checks_data(environment: Environment, folder: Path) -> None:
     (folder / "photos").mkdir(parents=True)
     Image.new("RGB", (32, 32), "green").save(folder / "photos" / "a.png")
     (folder / "photos" / "a.txt").write_text("a green square")
-    for words in (("data", "make", "photos", "--output", "tars"), ("data", "check", "tars")):
+    for words in (
+        ("data", "make", "photos", "--output", "tars"),
+        ("data", "check", "tars"),
+    ):
         done = environment.run("llm2clip", *words, folder=folder)
         assert done.returncode == 0, done.stderr

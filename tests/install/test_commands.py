@@ -13,7 +13,11 @@ import pytest
 from empty_environment import ROOT, Environment, checks_data, compares, uv
 from tiny_data import make_tower
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 BASE = "."
 TOWER = ".[tower]"
 TRAIN = ".[train]"
@@ -29,7 +33,9 @@ def install_commands() -> list[str]:
     """What README and docs tell to install, each once: the arguments of ``pip install``."""
     found: set[str] = set()
     for page in PAGES:
-        for rest in re.findall(r"pip install([^`\n]*)", page.read_text(encoding="utf-8")):
+        for rest in re.findall(
+            r"pip install([^`\n]*)", page.read_text(encoding="utf-8")
+        ):
             command = re.split(r"\s#|&&|;\s", rest)[0]
             words = shlex.split(command)
             if any(not word.startswith("-") for word in words):
@@ -46,7 +52,11 @@ OTHERS = [command for command in install_commands() if not is_ours(command)]
 
 def test_the_pages_install_this_package_in_three_ways() -> None:
     """A fourth one needs a test here. No page names an index, which has no such package yet."""
-    assert [command for command in install_commands() if is_ours(command)] == [BASE, TOWER, TRAIN]
+    assert [command for command in install_commands() if is_ours(command)] == [
+        BASE,
+        TOWER,
+        TRAIN,
+    ]
     assert not [command for command in OTHERS if "llm2clip-plugin" in command]
     assert LLAVA in OTHERS
 
@@ -71,9 +81,16 @@ def test_the_base_install_is_small_compares_and_checks_data(
     compares(new_environment, tmp_path / "logs")
     checks_data(new_environment, tmp_path / "data")
     assert not new_environment.run("llm2clip", "doctor", folder=tmp_path).returncode
-    hook = new_environment.run("python", "-c", "import llava.model.builder", folder=tmp_path)
-    assert hook.stderr.strip().splitlines()[-1] == "ModuleNotFoundError: No module named 'llava'"
-    done = new_environment.run("llm2clip", "export", "run", "--output", "out", folder=tmp_path)
+    hook = new_environment.run(
+        "python", "-c", "import llava.model.builder", folder=tmp_path
+    )
+    assert (
+        hook.stderr.strip().splitlines()[-1]
+        == "ModuleNotFoundError: No module named 'llava'"
+    )
+    done = new_environment.run(
+        "llm2clip", "export", "run", "--output", "out", folder=tmp_path
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     command = shlex.split(done.stderr.partition("install it: ")[2])
@@ -117,14 +134,22 @@ def test_in_llavas_environments_nothing_moves(name: str, checkout: Path) -> None
     folder = ROOT / f".venv-{name}"
     if not (folder / "made-for").exists():
         pytest.skip(f"{folder.name} is not made here (scripts/test.sh)")
-    frozen = uv("pip", "freeze", "--python", folder / "bin" / "python").stdout.splitlines()
+    frozen = uv(
+        "pip", "freeze", "--python", folder / "bin" / "python"
+    ).stdout.splitlines()
     versions = dict(line.split("==") for line in frozen if "==" in line)
     text = (ROOT / "scripts" / "environments" / f"{name}.txt").read_text()
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.M))
     assert "transformers" in pins
     assert {pin: versions[pin].partition("+")[0] for pin in pins} == pins
     plan = uv(
-        "pip", "install", "--dry-run", "--python", folder / "bin" / "python", TOWER, folder=checkout
+        "pip",
+        "install",
+        "--dry-run",
+        "--python",
+        folder / "bin" / "python",
+        TOWER,
+        folder=checkout,
     )
     assert plan.returncode == 0, plan.stderr
     moved = re.findall(r"^ [-+~] ([\w-]+)", plan.stderr, re.M)

@@ -22,7 +22,9 @@ def pytest_collection_modifyitems(config, items):
     if version("transformers").startswith("4."):
         return
     left_out = {
-        item for item in items if HERE in item.path.parents and "both_stacks" not in item.keywords
+        item
+        for item in items
+        if HERE in item.path.parents and "both_stacks" not in item.keywords
     }
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
@@ -70,5 +72,7 @@ def checkpoint(world):
         "--pretrain_mm_mlp_adapter",
         world.projector(),
     )
-    world.stage("finetune", f"llm2clip:{world.towers['clip']}", folder, *map(str, options))
+    world.stage(
+        "finetune", f"llm2clip:{world.towers['clip']}", folder, *map(str, options)
+    )
     return folder

@@ -31,8 +31,14 @@ class Bug:
         name, file, *changed, test = entry.split("\n")
         old = lines_of(changed, "-")
         new = lines_of(changed, "+")
-        if not old or [line[:1] for line in changed] != sorted(line[:1] for line in changed)[::-1]:
-            raise ValueError(f"planted.txt: {name!r} has no lines of - followed by lines of +")
+        if (
+            not old
+            or [line[:1] for line in changed]
+            != sorted(line[:1] for line in changed)[::-1]
+        ):
+            raise ValueError(
+                f"planted.txt: {name!r} has no lines of - followed by lines of +"
+            )
         return cls(name, file, old, new, test)
 
     def plant(self, text: str) -> str:
@@ -51,10 +57,18 @@ class Bug:
         tokens = re.findall(r"\w+|[^\w\s]", self.old)
         parts = [re.escape(tokens[0])]
         for token in tokens[1:]:
-            comma = ",?" if token in ")]}" else ""  # the formatter's, before a closing bracket
+            comma = (
+                ",?" if token in ")]}" else ""
+            )  # the formatter's, before a closing bracket
             parts.append(rf"{comma}\s*{re.escape(token)}")
         return "".join(parts)
 
 
-ENTRIES = Path(__file__).with_name("planted.txt").read_text(encoding="utf-8").strip().split("\n\n")
+ENTRIES = (
+    Path(__file__)
+    .with_name("planted.txt")
+    .read_text(encoding="utf-8")
+    .strip()
+    .split("\n\n")
+)
 PLANTED = tuple(map(Bug.read, ENTRIES))

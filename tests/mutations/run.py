@@ -67,7 +67,9 @@ def copy_tree(folder: Path) -> None:
             (folder / environment).symlink_to((ROOT / environment).resolve())
 
 
-def run_pytest(folder: Path, tests: Sequence[str], log: Path, write_bytecode: bool) -> None:
+def run_pytest(
+    folder: Path, tests: Sequence[str], log: Path, write_bytecode: bool
+) -> None:
     """In a new process: pytest in the copy, whose exit status is written next to ``log``."""
     with log.open("w") as output:
         os.dup2(output.fileno(), 1)
@@ -90,7 +92,9 @@ def status(
     # not the process's: another thread that starts one may take it
     ended = log.with_suffix(".code")
     ended.unlink(missing_ok=True)
-    process = FORKED.Process(target=run_pytest, args=(folder, tests, log, write_bytecode))
+    process = FORKED.Process(
+        target=run_pytest, args=(folder, tests, log, write_bytecode)
+    )
     process.start()
     process.join(SECONDS)
     if process.is_alive():
@@ -146,7 +150,9 @@ def passing(folders: Sequence[Path], bugs: Sequence[Bug]) -> None:
     with ThreadPoolExecutor(len(folders)) as threads:
         for code, said in threads.map(run, range(len(folders))):
             if code != 0:
-                sys.exit(f"error: the tests fail without a planted bug:\n{said[-3000:]}")
+                sys.exit(
+                    f"error: the tests fail without a planted bug:\n{said[-3000:]}"
+                )
 
 
 def is_named(bug: Bug, words: Sequence[str]) -> bool:

@@ -63,7 +63,10 @@ def test_the_papers_llms_are_planned_without_anything(name: str, no_network):
         assert zero0 > PARAMETERS[llm] * 2 / 2**30
         assert zero2 <= zero1
         assert share == 512 or zero3 < zero1
-    assert all(usual[2] >= longest[2] for usual, longest in zip(rows[:3], rows[3:], strict=True))
+    assert all(
+        usual[2] >= longest[2]
+        for usual, longest in zip(rows[:3], rows[3:], strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,9 @@ def four_blocks(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
     }
-    LlamaModel(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=400)).save_pretrained(folder)
+    LlamaModel(
+        LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=400)
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(llama).save_pretrained(folder)
     return folder
 
@@ -92,7 +97,12 @@ def inputs() -> list[torch.Tensor]:
         attended = torch.ones(len(part), TOKENS, dtype=torch.int64)
         attended[-1, -1] = 0
         positions = torch.arange(TOKENS).expand(len(part), TOKENS)
-        found += [torch.randint(5, 300, (len(part), TOKENS)), attended, positions, attended.bool()]
+        found += [
+            torch.randint(5, 300, (len(part), TOKENS)),
+            attended,
+            positions,
+            attended.bool(),
+        ]
     return found
 
 
@@ -101,9 +111,12 @@ def inputs() -> list[torch.Tensor]:
 def test_expected_activations_are_near_a_real_steps_peak(
     four_blocks: Path, dtype: str, checkpointing: bool
 ):
-    config = FinetuneConfig(encoder=EncoderConfig(llm=str(four_blocks), compute_dtype=dtype))
+    config = FinetuneConfig(
+        encoder=EncoderConfig(llm=str(four_blocks), compute_dtype=dtype)
+    )
     config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, gradient_checkpointing=checkpointing)
+        config,
+        train=dataclasses.replace(config.train, gradient_checkpointing=checkpointing),
     )
     encoder = CaptionEncoder(config.encoder, "cpu", trainable_adapter=True)
     module = trained_module(encoder, config.lora, config.contrast, config.train)
@@ -117,6 +130,12 @@ def test_expected_activations_are_near_a_real_steps_peak(
     step()  # makes the gradients themselves
     settings = llm_config(config.encoder)
     shape = shape_llm(settings, config.encoder, config.lora, config.train.precision)
-    sections = (config.encoder, config.lora, config.contrast, config.optim, config.train)
+    sections = (
+        config.encoder,
+        config.lora,
+        config.contrast,
+        config.optim,
+        config.train,
+    )
     memory = llm_memory(shape, settings, *sections, texts=2, tokens=TOKENS)
     assert 0.85 < peak_bytes(step) / (TEXTS / 2 * memory.pair_bytes) < 1.15

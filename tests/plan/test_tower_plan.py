@@ -73,11 +73,19 @@ def test_recipes_have_the_papers_settings(name: str, teacher: str):
     assert config.dual.adapter == "mlp"
     assert config.dual.adapter_blocks == 4
     assert config.dual.adapter_expansion == 2
-    start = (config.dual.projection_dim, config.dual.projection, config.dual.projection_bias)
-    assert start == (
-        (1152, "none", False) if "siglip2" in name else (1280, "linear", name.startswith("eva02"))
+    start = (
+        config.dual.projection_dim,
+        config.dual.projection,
+        config.dual.projection_bias,
     )
-    assert config.dual.projection_init_std == (2e-5 if name.startswith("eva02") else None)
+    assert start == (
+        (1152, "none", False)
+        if "siglip2" in name
+        else (1280, "linear", name.startswith("eva02"))
+    )
+    assert config.dual.projection_init_std == (
+        2e-5 if name.startswith("eva02") else None
+    )
     assert config.dual.logit_scale_init == (
         pytest.approx(2.6593, abs=1e-4) if "siglip2" in name else None
     )
@@ -91,8 +99,12 @@ def test_full_size_recipes_are_planned_without_weights(
     told = planned(capsys, "--recipe", f"{name}/llama-8b")
     # 4 x 15 M / 4096
     assert "steps: 14648 of 4096 pairs, 4.00 epochs of 15,000,000 samples" in told
-    rows = [row.split() for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)]
-    trained = int(re.search(r"trainable parameters: ([\d,]+);", told)[1].replace(",", ""))
+    rows = [
+        row.split() for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)
+    ]
+    trained = int(
+        re.search(r"trainable parameters: ([\d,]+);", told)[1].replace(",", "")
+    )
     if name == "openai_l14_336":
         # the release's own sum: golden/reference/F_release_directory/evidence.json
         assert trained == 578_587_905
@@ -109,7 +121,9 @@ def test_full_size_recipes_are_planned_without_weights(
     assert len(rows) == (2 if "bige" in name else 3)
 
 
-def test_gradient_checkpointing_is_off_where_the_step_fits(capsys: pytest.CaptureFixture[str]):
+def test_gradient_checkpointing_is_off_where_the_step_fits(
+    capsys: pytest.CaptureFixture[str],
+):
     said = {}
     needed = {}
     for gib, given in ((80, "auto"), (16, "auto"), (16, "false"), (80, "true")):
@@ -122,8 +136,12 @@ def test_gradient_checkpointing_is_off_where_the_step_fits(capsys: pytest.Captur
             given,
         )
         told = planned(capsys, *words, "--micro-batch", "256", "--gpu-gib", str(gib))
-        row = next(row.split() for row in told.splitlines() if row.startswith("     1 "))
-        assert "no micro-batch" not in told  # on 64 GPUs that of 256 is the rank's 4 images
+        row = next(
+            row.split() for row in told.splitlines() if row.startswith("     1 ")
+        )
+        assert (
+            "no micro-batch" not in told
+        )  # on 64 GPUs that of 256 is the rank's 4 images
         # checkpointing, ZeRO-1
         said[gib, given] = row[7:]
         needed[gib, given] = float(row[4])

@@ -15,7 +15,9 @@ import pytest
 from llm2clip_plugin.contracts import ScoreFile
 
 ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("check_claims", ROOT / "scripts" / "check_claims.py")
+SPEC = importlib.util.spec_from_file_location(
+    "check_claims", ROOT / "scripts" / "check_claims.py"
+)
 check_claims = importlib.util.module_from_spec(SPEC)
 sys.modules[SPEC.name] = check_claims
 SPEC.loader.exec_module(check_claims)
@@ -31,7 +33,9 @@ TINYS = {name: claim for name, claim in LLAVAS.items() if name.startswith(TINY)}
 def ten_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stated before the raw LLM was read well: ten trainings a side, real gains, where the checker
     is tested."""
-    monkeypatch.setattr(check_claims, "CLAIMS", Path(__file__).with_name("ten_trainings.json"))
+    monkeypatch.setattr(
+        check_claims, "CLAIMS", Path(__file__).with_name("ten_trainings.json")
+    )
 
 
 def headline(shift: float = 0.0, both: float = 0.0) -> dict[str, list[dict]]:
@@ -42,7 +46,9 @@ def headline(shift: float = 0.0, both: float = 0.0) -> dict[str, list[dict]]:
         sides = {"raw": both, "tuned": shift + both}
         by_seed = {}
         for seed in range(2):
-            by_seed[str(seed)] = {side: claim[side][seed] + more for side, more in sides.items()}
+            by_seed[str(seed)] = {
+                side: claim[side][seed] + more for side, more in sides.items()
+            }
         random = [value + both for value in claim.get("random", ())]
         claims.append({**claim, "name": name, "by_seed": by_seed, "random": random})
     return {"headline": claims[:3], "others": claims[3:]}
@@ -72,7 +78,10 @@ def test_pages_state_what_was_recorded() -> None:
     ) == check_claims.llava_table(LLAVAS)
     recorded = [(claims, check_claims.RAW_TUNED), (LLAVAS, check_claims.BEFORE_AFTER)]
     values = [
-        claim[side] for known, sides in recorded for claim in known.values() for side in sides
+        claim[side]
+        for known, sides in recorded
+        for claim in known.values()
+        for side in sides
     ]
     assert all(len(one) >= 6 and all(map(math.isfinite, one)) for one in values)
 
@@ -112,7 +121,9 @@ def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
         check_claims.main()
     shutil.copytree(run / "llava" / "scores", run / "llava-controls" / "scores")
     for control, difference in (("random", 1.25), ("raw", -2.0)):
-        rows = check_claims.read_json(run / "llava" / "compare" / "compare.json")["rows"]
+        rows = check_claims.read_json(run / "llava" / "compare" / "compare.json")[
+            "rows"
+        ]
         new = {
             "difference": difference,
             "interval": [difference - 3, difference + 3],
@@ -132,7 +143,10 @@ def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
     assert stated_table(
         check_claims.BENCHMARKS, check_claims.BEGIN_LLAVA
     ) == check_claims.llava_table(made)
-    assert "; +1.2 [-1.8, +4.2], p .500 (paired " in check_claims.llava_table(made).splitlines()[2]
+    assert (
+        "; +1.2 [-1.8, +4.2], p .500 (paired "
+        in check_claims.llava_table(made).splitlines()[2]
+    )
     monkeypatch.undo()
     assert checked(run, headline()) == ([], [])
     llava_folder(run, shift=-60.0)  # and the controls as they were
@@ -143,7 +157,9 @@ def test_llavas_controls_are_recorded(tmp_path, monkeypatch) -> None:
     assert expected <= set(checked(run, headline(both=0.2))[0])
 
 
-def with_linear_map(made: dict[str, list[dict]], seeds: int = 3) -> dict[str, list[dict]]:
+def with_linear_map(
+    made: dict[str, list[dict]], seeds: int = 3
+) -> dict[str, list[dict]]:
     """A headline.json whose claims have a linear map, ``seeds`` seeds of the raw LLM's value."""
     for claim in made["headline"] + made["others"]:
         value = claim["by_seed"]["0"]["raw"]
@@ -153,7 +169,9 @@ def with_linear_map(made: dict[str, list[dict]], seeds: int = 3) -> dict[str, li
     return made
 
 
-def test_the_linear_map_is_recorded_beside_what_was_stated(tmp_path, monkeypatch) -> None:
+def test_the_linear_map_is_recorded_beside_what_was_stated(
+    tmp_path, monkeypatch
+) -> None:
     for name in ("CLAIMS", "README", "BENCHMARKS"):
         monkeypatch.setattr(
             check_claims, name, Path(shutil.copy(getattr(check_claims, name), tmp_path))
@@ -168,7 +186,9 @@ def test_the_linear_map_is_recorded_beside_what_was_stated(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["check_claims.py", str(run), "--record", "map"])
     with pytest.raises(FileNotFoundError, match="--controls"):
         check_claims.main()
-    check_claims.write_text(run / "headline.json", json.dumps(with_linear_map(headline())))
+    check_claims.write_text(
+        run / "headline.json", json.dumps(with_linear_map(headline()))
+    )
     assert check_claims.main() == 0
     made = check_claims.read_json(check_claims.CLAIMS)
     assert {name: {**claim, "map": None} for name, claim in made.items()} == {
@@ -195,7 +215,9 @@ def without_map(made: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return made
 
 
-def test_a_run_of_few_seeds_says_what_it_cannot_see(tmp_path, monkeypatch, capsys) -> None:
+def test_a_run_of_few_seeds_says_what_it_cannot_see(
+    tmp_path, monkeypatch, capsys
+) -> None:
     """A difference of .018 whose prediction interval for one seed is ± .029 would pass without
     it."""
     claim = check_claims.read_json(check_claims.CLAIMS)[LANGUAGES]
@@ -203,12 +225,16 @@ def test_a_run_of_few_seeds_says_what_it_cannot_see(tmp_path, monkeypatch, capsy
     one = {side: claim[side][:1] for side in check_claims.RAW_TUNED}
     levels = {"numbers": 22, "parts": 2}
     claims = {LANGUAGES: {**claim, "random": []}}
-    difference = check_claims.check(claims, {LANGUAGES: one}, check_claims.RAW_TUNED, **levels)[0]
+    difference = check_claims.check(
+        claims, {LANGUAGES: one}, check_claims.RAW_TUNED, **levels
+    )[0]
     assert difference.same
     assert difference.hidden
     assert difference.most > abs(difference.stated)
     assert "would not see that it is lost" in check_claims.checked_table([difference])
-    all_ten = check_claims.check(claims, {LANGUAGES: claim}, check_claims.RAW_TUNED, **levels)[0]
+    all_ten = check_claims.check(
+        claims, {LANGUAGES: claim}, check_claims.RAW_TUNED, **levels
+    )[0]
     assert not all_ten.hidden
     (tmp_path / "headline.json").write_text(json.dumps(headline()), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["check_claims.py", str(tmp_path)])
@@ -223,7 +249,9 @@ def test_a_run_of_few_seeds_says_what_it_cannot_see(tmp_path, monkeypatch, capsy
 def test_llavas_seeds_are_paired(capsys) -> None:
     """By hand: differences 1, 2, 3, 2 have mean 2 and deviation .8165, so t is 4.899 with 3
     degrees of freedom."""
-    assert check_claims.paired_t([5, 9, 1, 7], [6, 11, 4, 9]) == pytest.approx(0.01628, rel=1e-3)
+    assert check_claims.paired_t([5, 9, 1, 7], [6, 11, 4, 9]) == pytest.approx(
+        0.01628, rel=1e-3
+    )
     assert check_claims.paired_t([1.0], [2.0]) == 1.0
     claim = {"before": [5, 9, 1, 7], "after": [6, 11, 4, 9]}
     values = {"values": [5, 9, 1, 7]}
@@ -237,11 +265,15 @@ def test_llavas_seeds_are_paired(capsys) -> None:
         assert paired["b: x"] == pytest.approx(0.01628, rel=1e-3)
 
 
-def test_numbers_that_moved_are_named(tmp_path, ten_trainings, monkeypatch, capsys) -> None:
+def test_numbers_that_moved_are_named(
+    tmp_path, ten_trainings, monkeypatch, capsys
+) -> None:
     assert checked(tmp_path, headline()) == ([], [])
     # leaves the pages alone if it is reached
     monkeypatch.setattr(check_claims, "record", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["check_claims.py", str(tmp_path), "--record", "towers"])
+    monkeypatch.setattr(
+        sys, "argv", ["check_claims.py", str(tmp_path), "--record", "towers"]
+    )
     with pytest.raises(FileNotFoundError, match="--controls"):
         check_claims.main()
     assert capsys.readouterr().out.count("Not rerun: LLaVA") == 2
@@ -265,8 +297,12 @@ def test_intervals_are_students_and_widen_with_fewer_seeds() -> None:
     stated = [0.50, 0.52, 0.48, 0.51]
     new = [0.5, 0.49, 0.52]
     deviation = math.sqrt(2.6833e-4 * 7 / 12)
-    assert check_claims.reach(stated, new) == pytest.approx(2.5706 * deviation, rel=1e-3)
-    assert check_claims.reach(stated, new, sides=1) == pytest.approx(2.0150 * deviation, rel=1e-3)
+    assert check_claims.reach(stated, new) == pytest.approx(
+        2.5706 * deviation, rel=1e-3
+    )
+    assert check_claims.reach(stated, new, sides=1) == pytest.approx(
+        2.0150 * deviation, rel=1e-3
+    )
     assert check_claims.reach(stated, [0.5]) > check_claims.reach(stated, new)
     assert check_claims.reach([0.3, 0.3], [0.3]) == check_claims.ROUNDING
     with pytest.raises(ValueError, match="one seed"):
@@ -283,7 +319,9 @@ def claims_of(kind: str) -> dict[str, dict]:
     return check_claims.read_json(check_claims.CLAIMS) if kind == "towers" else TINYS
 
 
-def reruns(kind: str, *, stated_too: bool) -> list[tuple[dict[str, dict], dict[str, dict]]]:
+def reruns(
+    kind: str, *, stated_too: bool
+) -> list[tuple[dict[str, dict], dict[str, dict]]]:
     """(claims, rerun) for every choice of recorded trainings as the rerun; the claims are stated by
     all trainings, or by the others."""
     claims = claims_of(kind)
@@ -301,7 +339,9 @@ def reruns(kind: str, *, stated_too: bool) -> list[tuple[dict[str, dict], dict[s
     return pairs
 
 
-def chosen(claim: dict, sides: Sequence[str], seeds: Iterable[int]) -> dict[str, list[float]]:
+def chosen(
+    claim: dict, sides: Sequence[str], seeds: Iterable[int]
+) -> dict[str, list[float]]:
     """The values of some trainings, side by side."""
     values: dict[str, list[float]] = {side: [] for side in sides}
     for side, seed in itertools.product(sides, seeds):
@@ -312,7 +352,10 @@ def chosen(claim: dict, sides: Sequence[str], seeds: Iterable[int]) -> dict[str,
 def is_flagged(kind: str, stated: dict[str, dict], rerun: dict[str, dict]) -> bool:
     """Whether ``claims.sh`` would say that something moved."""
     names = [name for other in KINDS for name in claims_of(other)]
-    levels = {"numbers": 2 * len(names), "parts": len(set(map(check_claims.part_of, names)))}
+    levels = {
+        "numbers": 2 * len(names),
+        "parts": len(set(map(check_claims.part_of, names))),
+    }
     checked = check_claims.check(stated, rerun, KINDS[kind][0], **levels)
     return not all(number.same for number in checked)
 

@@ -56,9 +56,14 @@ def test_reading_counts_of_another_project(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "packed.py").write_text(PACKED)
     done = subprocess.run(
-        [sys.executable, SCRIPT, folder.parent], capture_output=True, text=True, check=True
+        [sys.executable, SCRIPT, folder.parent],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    counts = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:])
+    counts = dict(
+        line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]
+    )
     assert counts["lines of code"] == "4"
     assert counts["comprehensions in comprehensions, per 1,000 lines"] == "250.0"
     assert counts["`a, b = x, y`, per 1,000 lines"] == "250.0"
@@ -67,6 +72,8 @@ def test_reading_counts_of_another_project(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_python_files_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path], capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert f"{tmp_path} has neither llm2clip_plugin nor src" in done.stderr

@@ -18,7 +18,9 @@ STEPS = 20
 
 def nano() -> Any:
     """The file as a module."""
-    spec = importlib.util.spec_from_file_location("nano", ROOT / "scripts" / "nano" / "llm2clip.py")
+    spec = importlib.util.spec_from_file_location(
+        "nano", ROOT / "scripts" / "nano" / "llm2clip.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -40,10 +42,16 @@ def record(words: list[str], file: Path) -> None:
     def step(self: Any, batch: Any, flags: Any = None) -> Any:
         if not weights:
             weights.update(
-                {n: value.detach().clone() for n, value in self.engine.module.state_dict().items()}
+                {
+                    n: value.detach().clone()
+                    for n, value in self.engine.module.state_dict().items()
+                }
             )
         steps.append({"pairs": [(p.query, p.positive) for p in batch.get("pairs", ())]})
-        steps[-1] |= {"hashes": batch["caption_hashes"], "images": batch["image_ids"].tolist()}
+        steps[-1] |= {
+            "hashes": batch["caption_hashes"],
+            "images": batch["image_ids"].tolist(),
+        }
         if "pixels" in batch:
             steps[-1] |= {
                 "pixels": self.normalize(batch["pixels"]),
@@ -64,7 +72,9 @@ def record(words: list[str], file: Path) -> None:
     torch.save((weights, steps), file)
 
 
-def recorded(words: list[str], file: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+def recorded(
+    words: list[str], file: Path
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """What ``record`` saves, in a process of its own: DeepSpeed's process group stays in it."""
     process = context().Process(target=record, args=(words, file))
     process.start()
@@ -136,7 +146,9 @@ def test_stage_1_has_the_losses_of_finetune_llm(tmp_path: Path) -> None:
                 parameter.copy_(weights[theirs])
     for number, step in enumerate(steps):
         factor = module.rate(number, STEPS, warmup=2)
-        loss = module.caption_step(teacher, optimizer, step["pairs"], step["images"], factor)
+        loss = module.caption_step(
+            teacher, optimizer, step["pairs"], step["images"], factor
+        )
         assert loss == pytest.approx(step["loss"], abs=1e-5)
     assert abs(steps[-1]["loss"] - steps[0]["loss"]) > 0.1  # the updates matter
 

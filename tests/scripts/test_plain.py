@@ -86,13 +86,22 @@ def test_plain_code_passes(tmp_path: Path, code: str) -> None:
 
 def test_a_line_for_each_and_the_exit_status(tmp_path: Path) -> None:
     (tmp_path / "golden").mkdir()
-    (tmp_path / "golden" / "theirs.py").write_text("a, b = 1, 2\n")  # others' code is not read
+    (tmp_path / "golden" / "theirs.py").write_text(
+        "a, b = 1, 2\n"
+    )  # others' code is not read
     (tmp_path / "clean.py").write_text("a = 1\n")
-    clean = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
+    clean = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path], capture_output=True, text=True
+    )
     assert clean.returncode == 0
     assert clean.stdout == ""
     path = tmp_path / "code.py"
     path.write_text("a = 1\nrows = [\n    [x for x in [value]]\n]\nb, c = 1, 2\n")
-    dirty = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True)
+    dirty = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path], capture_output=True, text=True
+    )
     assert dirty.returncode == 1
-    assert dirty.stdout.splitlines() == [f"{path}:3: {ONE_VALUE}", f"{path}:5: {PACKED}"]
+    assert dirty.stdout.splitlines() == [
+        f"{path}:3: {ONE_VALUE}",
+        f"{path}:5: {PACKED}",
+    ]

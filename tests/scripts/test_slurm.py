@@ -26,7 +26,9 @@ def submit(
     stubs = folder / "bin"
     stubs.mkdir(exist_ok=True)
     (stubs / "srun").write_text(f"#!/bin/sh\n{srun}\n")
-    (stubs / "scontrol").write_text(f'#!/bin/sh\necho localhost\necho "$@" >> {folder}/scontrol\n')
+    (stubs / "scontrol").write_text(
+        f'#!/bin/sh\necho localhost\necho "$@" >> {folder}/scontrol\n'
+    )
     for program in stubs.iterdir():
         program.chmod(0o755)
     slurm = {
@@ -43,7 +45,12 @@ def submit(
     )
     log = (folder / "log").open("w")
     return subprocess.Popen(
-        ["bash", str(script), *words], cwd=folder, env=place, stdout=log, stderr=log, text=True
+        ["bash", str(script), *words],
+        cwd=folder,
+        env=place,
+        stdout=log,
+        stderr=log,
+        text=True,
     )
 
 
@@ -77,7 +84,9 @@ def test_a_failed_job_comes_back_with_progress_alone(
     assert not old.exists()
 
 
-@pytest.mark.parametrize(("left", "comes_back", "status"), [(MADE, True, 75), ("true", False, 1)])
+@pytest.mark.parametrize(
+    ("left", "comes_back", "status"), [(MADE, True, 75), ("true", False, 1)]
+)
 def test_a_job_at_its_limit_comes_back_with_progress_alone(
     tmp_path: Path, left: str, comes_back: bool, status: int
 ):
@@ -95,13 +104,23 @@ def test_bad_input_and_a_non_finite_loss_are_final_under_torchrun(tmp_path: Path
     overflow."""
     tiny = make_all(tmp_path)
     weights = load_file(tiny / "tower/model.safetensors")
-    next(value for name, value in weights.items() if "patch_embedding" in name)[:] = 3e38
+    next(value for name, value in weights.items() if "patch_embedding" in name)[:] = (
+        3e38
+    )
     save_file(weights, tiny / "tower/model.safetensors", metadata={"format": "pt"})
     job = tmp_path / "job"
-    job.write_text(JOB.read_text().replace("$((20000 + SLURM_JOB_ID % 20000))", str(free_port())))
+    job.write_text(
+        JOB.read_text().replace("$((20000 + SLURM_JOB_ID % 20000))", str(free_port()))
+    )
     for more, status in ((("--lr", "11"), 2), ((), 3)):
         words = options(
-            tiny, tmp_path / "run", "--heads.steps", "0", "--train.eval-on-start", "False", *more
+            tiny,
+            tmp_path / "run",
+            "--heads.steps",
+            "0",
+            "--train.eval-on-start",
+            "False",
+            *more,
         )
         words = [str(ROOT / "scripts/train_tower.py"), *words]
         process = submit(tmp_path, 'exec "$@"', *words, script=job, MAX_RESTARTS="0")

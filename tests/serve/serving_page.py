@@ -28,7 +28,9 @@ def block_with(text: str) -> str:
 
 def make_folder(folder: Path) -> None:
     """An exported model, images and a JSON of LLaVA's."""
-    checkpoint = full(folder / "llava-tiny", tower_directory("clip"), llm2clip_conversation="v1")
+    checkpoint = full(
+        folder / "llava-tiny", tower_directory("clip"), llm2clip_conversation="v1"
+    )
     export(Export.of(checkpoint, dtype="fp32"), folder / "hf" / "llava-7b")
     images = folder / "playground" / "data"
     images.mkdir(parents=True)
@@ -36,12 +38,18 @@ def make_folder(folder: Path) -> None:
     for number, (name, color) in enumerate(COLORS.items()):
         Image.new("RGB", (30, 20 + number), color).save(images / f"{name}.png")
         words = ("<image>\nWhich color?", name, "Sure?", "yes")
-        turns = [{"from": ("human", "gpt")[n % 2], "value": word} for n, word in enumerate(words)]
+        turns = [
+            {"from": ("human", "gpt")[n % 2], "value": word}
+            for n, word in enumerate(words)
+        ]
         rows.append({"id": name, "image": f"{name}.png", "conversations": turns})
     rows.append(
         {
             "id": "text",
-            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+            "conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Hello"},
+            ],
         }
     )
     (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
@@ -52,8 +60,11 @@ def check_trained() -> None:
     """In the current folder: the tower stays, the rest is trained, and servers know the saved
     names."""
     before, after = (
-        load_file(f"hf/{name}/model.safetensors") for name in ("llava-7b", "llava-7b-tuned")
+        load_file(f"hf/{name}/model.safetensors")
+        for name in ("llava-7b", "llava-7b-tuned")
     )
     assert set(after) == set(before)
     for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]) == name.startswith("vision_tower."), name
+        assert torch.equal(tensor, after[name]) == name.startswith("vision_tower."), (
+            name
+        )

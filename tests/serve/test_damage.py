@@ -63,7 +63,8 @@ def tensor(end: str, value: Tensor) -> Damage:
     """Another value of the tensors whose names end so."""
     return weights(
         lambda state: {
-            name: value.clone() if name.endswith(end) else old for name, old in state.items()
+            name: value.clone() if name.endswith(end) else old
+            for name, old in state.items()
         }
     )
 
@@ -88,9 +89,18 @@ SETTINGS: dict[str, tuple[Damage, str]] = {
         settings(quantization_config={"quant_method": "bitsandbytes"}),
         "quantization_config is",
     ),
-    "more layers": (settings(num_hidden_layers=3), "tensors are missing, such as model.layers.2"),
-    "width": (settings(mm_hidden_size=48), "expects features of width 48, but the tower"),
-    "projector": (settings(mm_projector_type="linear"), "mm_projector_type is 'linear'"),
+    "more layers": (
+        settings(num_hidden_layers=3),
+        "tensors are missing, such as model.layers.2",
+    ),
+    "width": (
+        settings(mm_hidden_size=48),
+        "expects features of width 48, but the tower",
+    ),
+    "projector": (
+        settings(mm_projector_type="linear"),
+        "mm_projector_type is 'linear'",
+    ),
     "foreign": (settings(model_type="qwen2_vl"), "model_type is 'qwen2_vl'"),
     "next": (settings(image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
     # LLaVA's loader then adds one
@@ -139,13 +149,20 @@ def cases(damages: dict[str, tuple[Damage, str]]) -> pytest.MarkDecorator:
 
 
 def check(
-    source: Path, folder: Path, damage: Damage, said: str, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    folder: Path,
+    damage: Damage,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Damage a copy and export it."""
     copy = shutil.copytree(source, folder / source.name)
     out = folder / "out" / "llava-out"
     damage(copy)
-    assert llm2clip(["llava", "export", str(copy), "--no-compare", "--output", str(out)]) == 2
+    assert (
+        llm2clip(["llava", "export", str(copy), "--no-compare", "--output", str(out)])
+        == 2
+    )
     message = capsys.readouterr().err.strip()
     assert message.startswith("error: ")
     assert said in message

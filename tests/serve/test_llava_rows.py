@@ -10,9 +10,16 @@ from tiny_llm import CHATML, chatml_tokenizer
 from llava_integration.serve.rows import LlavaRows
 from llava_integration.serve.trainers import Prompt, image_first
 
-SAID = ("human", "What color?"), ("gpt", "red"), ("human", "Which shape?"), ("gpt", "a square")
+SAID = (
+    ("human", "What color?"),
+    ("gpt", "red"),
+    ("human", "Which shape?"),
+    ("gpt", "a square"),
+)
 # Qwen 3
-THOUGHT = "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+THOUGHT = (
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+)
 TEMPLATES = {
     "alike": CHATML,
     "thought": CHATML.replace("'\\n' + m", "'\\n' }}" + THOUGHT + "{{ m"),
@@ -40,22 +47,30 @@ class TextProcessor:
     ) -> Any:
         flat = []
         for chat in chats:
-            flat.append([{**turn, "content": turn["content"][-1]["text"]} for turn in chat])
-        return self.tokenizer.apply_chat_template(flat, **dict(processor_kwargs), **options)
+            flat.append(
+                [{**turn, "content": turn["content"][-1]["text"]} for turn in chat]
+            )
+        return self.tokenizer.apply_chat_template(
+            flat, **dict(processor_kwargs), **options
+        )
 
 
 def learned(template: str, *said: tuple[str, str]) -> list[str]:
     """The stretches of a row, padded next to a longer one, that have labels."""
     rows = []
     for turns in (said, 3 * SAID):
-        rows.append({"conversations": [{"from": who, "value": text} for who, text in turns]})
+        rows.append(
+            {"conversations": [{"from": who, "value": text} for who, text in turns]}
+        )
     batch = LlavaRows(TextProcessor(template), "")(rows)
     has_label = batch["labels"] >= 0
     assert torch.equal(batch["labels"].clamp_min(0), batch["input_ids"] * has_label)
     tokenizer = chatml_tokenizer()
     labels = batch["labels"][0].tolist()
     stretches = [
-        [*ids] for is_learned, ids in groupby(labels, lambda label: label >= 0) if is_learned
+        [*ids]
+        for is_learned, ids in groupby(labels, lambda label: label >= 0)
+        if is_learned
     ]
     return [str(tokenizer.decode(ids)) for ids in stretches]
 
@@ -81,7 +96,10 @@ def test_the_image_is_before_the_first_question(question: str) -> None:
         {"image": "a.png", "conversations": turns}
     )
     text = {"type": "text", "text": "What color?"}
-    assert first == {"role": "user", "content": [{"type": "image", "path": "photos/a.png"}, text]}
+    assert first == {
+        "role": "user",
+        "content": [{"type": "image", "path": "photos/a.png"}, text],
+    }
     assert last == {"role": "user", "content": [{"type": "text", "text": "Sure?"}]}
 
 
@@ -100,10 +118,14 @@ def test_an_answer_without_an_end_learns_the_token_of_the_next_question(
 ) -> None:
     processor = TextProcessor(NO_END)
     tokenizer = processor.tokenizer
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|user|>", "<|assistant|>"]}
+    )
     rows = []
     for turns in (SAID, longer):
-        rows.append({"conversations": [{"from": who, "value": text} for who, text in turns]})
+        rows.append(
+            {"conversations": [{"from": who, "value": text} for who, text in turns]}
+        )
     batch = LlavaRows(processor, "")(rows)
     for number, answers in enumerate((2, len(longer) // 2)):
         labels = batch["labels"][number]
@@ -111,7 +133,10 @@ def test_an_answer_without_an_end_learns_the_token_of_the_next_question(
         assert learned_text == "".join(["red<|user|>", "a square<|user|>"][:answers])
         seen = batch["input_ids"][number][batch["attention_mask"][number] == 1]
         assert tokenizer.decode(seen).count("<|user|>") == answers + 1
-        assert labels[labels >= 0].tolist() == batch["input_ids"][number][labels >= 0].tolist()
+        assert (
+            labels[labels >= 0].tolist()
+            == batch["input_ids"][number][labels >= 0].tolist()
+        )
 
 
 def test_other_trainers_refuse_a_template_without_an_end_of_an_answer() -> None:
@@ -124,12 +149,17 @@ def test_other_trainers_refuse_a_template_without_an_end_of_an_answer() -> None:
 
 def test_a_template_without_any_end_of_an_answer_is_refused() -> None:
     plain = NO_END.replace("<|", "").replace("|>", ": ")
-    with pytest.raises(ValueError, match=r"no token that ends an answer .*--chat-template"):
+    with pytest.raises(
+        ValueError, match=r"no token that ends an answer .*--chat-template"
+    ):
         learned(plain, *SAID)
 
 
 def test_a_template_that_begins_an_answer_otherwise_is_refused() -> None:
     with pytest.raises(ValueError, match="--chat-template"):
         learned(
-            CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"), *SAID
+            CHATML.replace(
+                "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"
+            ),
+            *SAID,
         )

@@ -37,18 +37,26 @@ from llm2clip_plugin.vision.towers import load_tower
 BOS = 1
 
 
-ASKED = [{"type": "image", "image": picture()}, {"type": "text", "text": "Which color?"}]
+ASKED = [
+    {"type": "image", "image": picture()},
+    {"type": "text", "text": "Which color?"},
+]
 
 
 def by_hand(folder: Path, tower: str, llm: Path, inputs: Any) -> torch.Tensor:
     """Logits of tower, projector and LLM as their own libraries load them."""
     vision = load_tower(place(tower))
     own = AutoModelForCausalLM.from_pretrained(llm).eval()
-    state = vision(pixel_values=inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+    state = vision(
+        pixel_values=inputs["pixel_values"], output_hidden_states=True
+    ).hidden_states[-2]
     state = state[:, 1:] if family_of(vision).has_cls else state
     weights = load_file(folder / "model.safetensors")
     for n in (1, 2):
-        layer = [weights[f"multi_modal_projector.linear_{n}.{kind}"] for kind in ("weight", "bias")]
+        layer = [
+            weights[f"multi_modal_projector.linear_{n}.{kind}"]
+            for kind in ("weight", "bias")
+        ]
         state = torch.nn.functional.linear(
             torch.nn.functional.gelu(state) if n == 2 else state, *layer
         )
@@ -72,7 +80,9 @@ def loss_of(model: Any, batch: dict[str, Any]) -> float:
     ("tower", "llm"),
     [*itertools.product(TOWERS, LLMS), ("naflex", "qwen3"), ("qwen3_vit", "qwen3")],
 )
-def test_equals_its_parts_and_trains(llms: Path, tmp_path: Path, tower: str, llm: str) -> None:
+def test_equals_its_parts_and_trains(
+    llms: Path, tmp_path: Path, tower: str, llm: str
+) -> None:
     """One step of the projector alone, in which the frozen tower stays in eval mode, then one of
     everything."""
     folder = build(tower, llms / llm, tmp_path / "vlm")
@@ -95,7 +105,9 @@ def test_equals_its_parts_and_trains(llms: Path, tmp_path: Path, tower: str, llm
         assert one["attention_mask"].all()
         logits = model(**one).logits
         expected = by_hand(folder, tower, llms / llm, one)
-    assert (logits[..., : expected.shape[-1]] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (
+        logits[..., : expected.shape[-1]] - expected
+    ).abs().max() <= 1e-5 * expected.abs().max()
 
     batch["labels"] = batch["input_ids"].masked_fill(
         batch["input_ids"] == model.config.image_token_index, -100
@@ -161,7 +173,9 @@ def test_a_frozen_tower_is_not_random(llms: Path, tmp_path: Path) -> None:
 def test_the_tower_in_llavas_own_model(name: str, layer: int) -> None:
     """As above; every hidden state can be selected, the input of the first block too."""
     location = TowerLocation.of(tower_directory(name), how="here")
-    tower = LLM2CLIPVisionTower("here", location, SimpleNamespace(mm_vision_select_layer=layer))
+    tower = LLM2CLIPVisionTower(
+        "here", location, SimpleNamespace(mm_vision_select_layer=layer)
+    )
     assert torch.nn.ModuleList([tower]).train().training
     assert not any(module.training for module in tower.modules())
     size = location.card.image_size
@@ -169,7 +183,9 @@ def test_the_tower_in_llavas_own_model(name: str, layer: int) -> None:
     expected = load_tower(location.directory)(
         pixel_values=pixels, output_hidden_states=True
     ).hidden_states[layer]
-    assert torch.equal(tower(pixels), expected[:, 1:] if location.card.has_cls else expected)
+    assert torch.equal(
+        tower(pixels), expected[:, 1:] if location.card.has_cls else expected
+    )
     assert tower.image_size == size  # of which LLaVA-NeXT makes grids
     assert tower.requires_grad_(True).train().vision_tower.training
 
@@ -192,7 +208,9 @@ def test_tiles(llms: Path, tmp_path: Path, tower: str, arch: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     processor = AutoProcessor.from_pretrained(folder)
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    batches = [processor.apply_chat_template([{"role": "user", "content": ASKED}], **options)]
+    batches = [
+        processor.apply_chat_template([{"role": "user", "content": ASKED}], **options)
+    ]
     assert (batches[0]["input_ids"] == config["image_token_index"]).sum() > 2 * config[
         "image_seq_length"
     ]
@@ -202,9 +220,9 @@ def test_tiles(llms: Path, tmp_path: Path, tower: str, arch: str) -> None:
         {"from": "human", "value": "b"},
     ]
     picture().save(tmp_path / "wide.png")
-    trained = LlavaRows(processor, tmp_path)([{"image": "wide.png", "conversations": said}])[
-        "labels"
-    ][0]
+    trained = LlavaRows(processor, tmp_path)(
+        [{"image": "wide.png", "conversations": said}]
+    )["labels"][0]
     assert processor.decode(trained[trained >= 0]).endswith("a<end>")
     if arch == "llava_onevision":
         size = config["vision_config"]["image_size"]
@@ -212,12 +230,17 @@ def test_tiles(llms: Path, tmp_path: Path, tower: str, arch: str) -> None:
         chat = [
             {
                 "role": "user",
-                "content": [{"type": "video"}, {"type": "text", "text": "What happens?"}],
+                "content": [
+                    {"type": "video"},
+                    {"type": "text", "text": "What happens?"},
+                ],
             }
         ]
         batches += [
             processor(
-                videos=[frames], text=processor.apply_chat_template(chat), return_tensors="pt"
+                videos=[frames],
+                text=processor.apply_chat_template(chat),
+                return_tensors="pt",
             )
         ]
         assert batches[1]["pixel_values_videos"].shape == (1, 3, 3, size, size)
@@ -250,7 +273,10 @@ for folder in sys.argv[1:]:
         # of the program alone: transformers keeps what it reads first for the whole process
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
-    names = ["LlavaNextTowerForConditionalGeneration", "LlavaTowerForConditionalGeneration"]
+    names = [
+        "LlavaNextTowerForConditionalGeneration",
+        "LlavaTowerForConditionalGeneration",
+    ]
     assert done.stdout.splitlines()[-2:] == names, done.stderr
 
 
@@ -276,13 +302,18 @@ def test_one_bos_whichever_way(llms: Path, tmp_path: Path, change: Any) -> None:
         change(tokenizer)
     tokenizer.save_pretrained(llm)
     assert transformers.AutoTokenizer.from_pretrained(llm)("x")["input_ids"][0] == BOS
-    processor = AutoProcessor.from_pretrained(build("clip", llm, tmp_path / "vlm", "--no-compare"))
+    processor = AutoProcessor.from_pretrained(
+        build("clip", llm, tmp_path / "vlm", "--no-compare")
+    )
     chat = [{"role": "user", "content": ASKED}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     whole = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    ways = [processor(images=picture(), text=text)["input_ids"][0], whole["input_ids"][0]]
+    ways = [
+        processor(images=picture(), text=text)["input_ids"][0],
+        whole["input_ids"][0],
+    ]
     ways += [
         processor.tokenizer(text, **more)["input_ids"]
         for more in ({"add_special_tokens": False}, {})
@@ -302,7 +333,14 @@ def test_the_template_is_the_llms_with_slots(built: Path, llms: Path) -> None:
         {"type": "image"},
         {"type": "text", "text": "two?"},
     ]
-    chat = [{"role": "user", "content": turns}, {"role": "assistant", "content": "Yes."}]
+    chat = [
+        {"role": "user", "content": turns},
+        {"role": "assistant", "content": "Yes."},
+    ]
     flat = [{"role": "user", "content": "<image>\nOne<image>\ntwo?"}, chat[1]]
     expected = tokenizer.apply_chat_template(flat, tokenize=False)
-    assert processor.apply_chat_template(chat) == processor.apply_chat_template(flat) == expected
+    assert (
+        processor.apply_chat_template(chat)
+        == processor.apply_chat_template(flat)
+        == expected
+    )

@@ -23,13 +23,19 @@ from llava_integration.serve.build import ExportedTower
 from llm2clip_plugin.cli import main as llm2clip
 
 
-def test_image_uses_a_spare_row_or_a_new_one(built: Path, llms: Path, tmp_path: Path) -> None:
+def test_image_uses_a_spare_row_or_a_new_one(
+    built: Path, llms: Path, tmp_path: Path
+) -> None:
     """The tiny tokenizer has fewer tokens than the embedding rows; without the spare ones, the mean
     is added."""
     own = load_file(llms / "qwen3" / "model.safetensors")
     written = load_file(built / "model.safetensors")
     tokens = len(tiny_tokenizer())
-    assert json.loads((built / "config.json").read_text())["image_token_index"] == tokens < 400
+    assert (
+        json.loads((built / "config.json").read_text())["image_token_index"]
+        == tokens
+        < 400
+    )
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(written[f"language_model.{name}"], own[name])
     llm: Any = AutoModelForCausalLM.from_pretrained(llms / "qwen3")
@@ -69,7 +75,9 @@ def test_seed_dry_run_and_shards(
     nothing = build(*words, "--dry-run")
     assert f"{count:,} parameters" in capsys.readouterr().out
     assert not nothing.exists()
-    assert not torch.equal(load_file(build(*words) / "model.safetensors")[name], first[name])
+    assert not torch.equal(
+        load_file(build(*words) / "model.safetensors")[name], first[name]
+    )
 
 
 def test_no_code_of_the_towers_folder_is_named(tmp_path: Path) -> None:
@@ -113,11 +121,21 @@ def test_the_card_names_both_by_hash(built: Path) -> None:
         ("clip", "vlm", (), "has a vision tower already; pass a language model"),
         ("clip", "quantized", (), "is quantized; pass the model that it was made from"),
         ("clip", "gpt2", (), "has a tensor transformer."),
-        ("clip", "qwen3", ("--select-layer", "-9"), "mm_vision_select_layer -9 is out of range"),
+        (
+            "clip",
+            "qwen3",
+            ("--select-layer", "-9"),
+            "mm_vision_select_layer -9 is out of range",
+        ),
         ("clip", "qwen3", ("--chat-template", "broken.jinja"), "cannot be used"),
         ("nowhere", "qwen3", (), "nowhere is not a directory or a Hub id"),
         ("clip", "nowhere", (), "no LLM at"),
-        ("clip", ".", (), "has no config.json; expected the folder of a Hugging Face model"),
+        (
+            "clip",
+            ".",
+            (),
+            "has no config.json; expected the folder of a Hugging Face model",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -145,11 +163,26 @@ def test_what_does_not_fit_is_one_line(
         (folder / "config.json").write_text(json.dumps(config | quantized))
     if llm == "gpt2":
         folder = tmp_path / "gpt2"
-        sizes: dict[str, Any] = {"vocab_size": 400, "n_embd": 32, "n_layer": 1, "n_head": 2}
-        AutoModelForCausalLM.from_config(transformers.GPT2Config(**sizes)).save_pretrained(folder)
+        sizes: dict[str, Any] = {
+            "vocab_size": 400,
+            "n_embd": 32,
+            "n_layer": 1,
+            "n_head": 2,
+        }
+        AutoModelForCausalLM.from_config(
+            transformers.GPT2Config(**sizes)
+        ).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     eye = str(place(tower) if tower == "clip" else tower)
-    words = ["--tower", eye, "--llm", str(folder), "--output", str(tmp_path / "out"), *more]
+    words = [
+        "--tower",
+        eye,
+        "--llm",
+        str(folder),
+        "--output",
+        str(tmp_path / "out"),
+        *more,
+    ]
     capsys.readouterr()
     assert llm2clip(["vlm", "build", *words]) == 2
     said = capsys.readouterr().err
@@ -169,7 +202,9 @@ def test_a_tower_that_transformers_saved_has_the_names_that_servers_know(
     shutil.copytree(tower_directory("clip"), tmp_path / "clip", ignore=other)
     config = transformers.CLIPVisionConfig.from_pretrained(tower_directory("clip"))
     transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
-    assert "embeddings.class_embedding" in load_file(tmp_path / "clip" / "model.safetensors")
+    assert "embeddings.class_embedding" in load_file(
+        tmp_path / "clip" / "model.safetensors"
+    )
     words = [
         "--tower",
         str(tmp_path / "clip"),
@@ -192,7 +227,9 @@ def test_a_users_own_swift_plugins_stay(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("swift", "swift.cli", "swift.cli.main"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(cli_main=lambda: None))
     monkeypatch.setattr(
-        sys, "argv", ["trainers", "swift", "sft", "--external_plugins", "mine.py", "--model", "vlm"]
+        sys,
+        "argv",
+        ["trainers", "swift", "sft", "--external_plugins", "mine.py", "--model", "vlm"],
     )
     trainers.main()
     assert sys.argv[2:5] == ["--external_plugins", trainers.__file__, "mine.py"]

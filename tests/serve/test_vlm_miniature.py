@@ -12,7 +12,12 @@ from safetensors.torch import load_file
 from serve_checkpoints import tower_directory
 from tiny_llm import save_tiny_llm
 
-TURNS = (("human", "<image>\nWhich color?"), ("gpt", "red"), ("human", "Sure?"), ("gpt", "yes"))
+TURNS = (
+    ("human", "<image>\nWhich color?"),
+    ("gpt", "red"),
+    ("human", "Sure?"),
+    ("gpt", "yes"),
+)
 
 
 def test_two_sides(tmp_path: Path) -> None:
@@ -20,7 +25,9 @@ def test_two_sides(tmp_path: Path) -> None:
     otherwise are refused."""
 
     def side(name: str, steps: int = 2) -> None:
-        miniature.train_side(tmp_path, name, str(tower_directory("clip")), (steps, steps))
+        miniature.train_side(
+            tmp_path, name, str(tower_directory("clip")), (steps, steps)
+        )
 
     save_tiny_llm(tmp_path / "llm", "smollm2")
     (tmp_path / "data" / "images").mkdir(parents=True)
@@ -44,11 +51,18 @@ def test_two_sides(tmp_path: Path) -> None:
     side("before")
     made = tmp_path / "vlm-before"
     answers = tmp_path / "before.answers.jsonl"
-    weights = [load_file(made / f"stage{stage}" / "model.safetensors") for stage in range(3)]
+    weights = [
+        load_file(made / f"stage{stage}" / "model.safetensors") for stage in range(3)
+    ]
     changed = []
     for old, new in pairwise(weights):
-        changed.append({name.split(".")[0] for name in new if not new[name].equal(old[name])})
-    assert changed == [{"multi_modal_projector"}, {"multi_modal_projector", "language_model"}]
+        changed.append(
+            {name.split(".")[0] for name in new if not new[name].equal(old[name])}
+        )
+    assert changed == [
+        {"multi_modal_projector"},
+        {"multi_modal_projector", "language_model"},
+    ]
     assert json.loads(answers.read_text())["question_id"] == "1"
 
     answers.write_text("kept")

@@ -50,7 +50,15 @@ def place(name: str) -> Path:
 
 
 def build(tower: str, llm: Path, output: Path, *more: str) -> Path:
-    words = ["--tower", str(place(tower)), "--llm", str(llm), "--output", str(output), *more]
+    words = [
+        "--tower",
+        str(place(tower)),
+        "--llm",
+        str(llm),
+        "--output",
+        str(output),
+        *more,
+    ]
     assert llm2clip(["vlm", "build", *words]) == 0
     return output
 

@@ -54,7 +54,16 @@ def options(captions: Path, llm: Path, output: Path, *more: str) -> list[str]:
             "--output-dir",
             str(output),
         ),
-        *("--global-batch", "16", "--max-steps", str(STEPS), "--lr", "3e-3", "--warmup-steps", "0"),
+        *(
+            "--global-batch",
+            "16",
+            "--max-steps",
+            str(STEPS),
+            "--lr",
+            "3e-3",
+            "--warmup-steps",
+            "0",
+        ),
         *(
             "--dropout",
             "0",
@@ -73,7 +82,9 @@ def tuned(captions: Path, llm: Path, output: Path, *more: str) -> Path:
 
 
 def step_lines(output: Path) -> list[dict[str, Any]]:
-    return [line for line in lines(output) if "loss" in line]  # without evaluations and checkpoints
+    return [
+        line for line in lines(output) if "loss" in line
+    ]  # without evaluations and checkpoints
 
 
 def losses(output: Path) -> list[float]:
@@ -83,7 +94,9 @@ def losses(output: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def plain(captions: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(
+    captions: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """One rank, one batch, one length group: what all other ways must equal."""
     output = tmp_path_factory.mktemp("plain")
     assert tuned(captions, llama, output, "--length-groups", "1") == output / "adapter"

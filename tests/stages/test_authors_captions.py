@@ -21,7 +21,9 @@ SEPARATOR = "!@#$%^&*()"  # in the authors' texts; what follows it is pooled
 
 def write_pairs(path: Path, rows: list[list[str]]) -> Path:
     """The authors' texts as pairs, stored so that a run reads them in the authors' order."""
-    order = Mixture([[len(rows)]], [1.0], hash_words("pairs", 0, 0)).batch_indices(0, len(rows))
+    order = Mixture([[len(rows)]], [1.0], hash_words("pairs", 0, 0)).batch_indices(
+        0, len(rows)
+    )
     placed: dict[int, dict[str, str]] = {}
     for draw, (query, *passages) in zip(order, rows, strict=True):
         instruction, text = query.split(SEPARATOR)
@@ -29,14 +31,18 @@ def write_pairs(path: Path, rows: list[list[str]]) -> Path:
         placed[draw.index] = dict(
             instruction=instruction, query=text, positive=positive, negative=negative
         )
-    path.write_text("".join(json.dumps(placed[index]) + "\n" for index in range(len(rows))))
+    path.write_text(
+        "".join(json.dumps(placed[index]) + "\n" for index in range(len(rows)))
+    )
     return path
 
 
 def test_sixteen_steps_are_the_authors(tmp_path: Path):
     """Two ranks, from the authors' initial LoRA; sizes, rate and precision are the tiny run's."""
     curve = json.loads((AUTHORS / "curve.json").read_text())
-    pairs = write_pairs(tmp_path / "pairs.jsonl", [row for step in curve["texts"] for row in step])
+    pairs = write_pairs(
+        tmp_path / "pairs.jsonl", [row for step in curve["texts"] for row in step]
+    )
     words = [
         *(
             str(pairs),
@@ -55,7 +61,14 @@ def test_sixteen_steps_are_the_authors(tmp_path: Path):
             "--dropout",
             "0",
         ),
-        *("--global-batch", "8", "--lr", str(curve["learning_rate"]), "--warmup-steps", "0"),
+        *(
+            "--global-batch",
+            "8",
+            "--lr",
+            str(curve["learning_rate"]),
+            "--warmup-steps",
+            "0",
+        ),
         *("--dataloader-num-workers", "0", "--deepspeed", "scripts/zero2.json"),
     ]
     ranks = start(words, 2, "scripts/finetune_llm.py")
@@ -68,7 +81,11 @@ def test_sixteen_steps_are_the_authors(tmp_path: Path):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(
-            ours[name], value, atol=1e-5, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+            ours[name],
+            value,
+            atol=1e-5,
+            rtol=0,
+            msg=lambda text, n=name: f"{n}: {text}",
         )
 
 
@@ -89,21 +106,39 @@ def test_batches_are_made_as_the_authors(tmp_path: Path):
             rows.append({field: f"{name} {field} {number}" for field in fields})
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = dataclasses.replace(
-        llm_recipe("paper").pairs, data=tuple(str(tmp_path / f"{n}.jsonl") for n in sizes)
+        llm_recipe("paper").pairs,
+        data=tuple(str(tmp_path / f"{n}.jsonl") for n in sizes),
     )
     batches = PairBatches(config, seed=0, global_batch=batch, rank=0, world=1)
-    drawn = [batches.batch(step * batch)["pairs"] for step in range(sum(sizes.values()) // batch)]
+    drawn = [
+        batches.batch(step * batch)["pairs"]
+        for step in range(sum(sizes.values()) // batch)
+    ]
     batches_of_source = Counter()
     for pairs in drawn:
         batches_of_source.update({pair.query.split()[0] for pair in pairs})
-    assert batches_of_source == {name: facts["batches_of_source"][name] for name in sizes}
-    captions = [pair for pairs in drawn for pair in pairs if pair.query.startswith("cc3m")]
+    assert batches_of_source == {
+        name: facts["batches_of_source"][name] for name in sizes
+    }
+    captions = [
+        pair for pairs in drawn for pair in pairs if pair.query.startswith("cc3m")
+    ]
     assert len(captions) == facts["caption_pairs"]
     short = [pair for pair in captions if " caption " in pair.query]
     # four standard deviations of 4,000 coins
     assert len(short) == pytest.approx(facts["short_to_long"], abs=120)
-    assert len({pair.instruction for pair in captions}) == facts["separate_instructions"]
+    assert (
+        len({pair.instruction for pair in captions}) == facts["separate_instructions"]
+    )
     assert len({pair.instruction for pair in short}) == 1
     for pair in captions:
-        assert pair.query.split()[1] != pair.positive.split()[1] == pair.negative.split()[1]
-        assert pair.query.split()[2] == pair.positive.split()[2] != pair.negative.split()[2]
+        assert (
+            pair.query.split()[1]
+            != pair.positive.split()[1]
+            == pair.negative.split()[1]
+        )
+        assert (
+            pair.query.split()[2]
+            == pair.positive.split()[2]
+            != pair.negative.split()[2]
+        )

@@ -37,7 +37,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         png = encoded(Image.fromarray(inputs["pixels"][row].numpy()), "PNG")
         members += [(f"{index:03d}.png", png), (f"{index:03d}.json", caption)]
     write_tar(folder / "00000.tar", members)
-    make_cache(folder, embed=lambda text: inputs["embeddings"][int(text.split()[1])].float())
+    make_cache(
+        folder, embed=lambda text: inputs["embeddings"][int(text.split()[1])].float()
+    )
     return folder
 
 
@@ -54,13 +56,17 @@ def imported(tower: str, when: str, folder: Path) -> Path:
     save_file(state, folder / "state.safetensors")
     config = json.loads((AUTHORS / f"{tower}.json").read_text())["model_config"]
     (folder / "config.json").write_text(json.dumps(config))
-    import_tower(folder / "state.safetensors", folder / "tower", config=folder / "config.json")
+    import_tower(
+        folder / "state.safetensors", folder / "tower", config=folder / "config.json"
+    )
     return folder / "tower"
 
 
 @pytest.mark.parametrize("pace", ZERO)
 @pytest.mark.parametrize("tower", RECIPES)
-def test_twenty_steps_are_the_authors(tower: str, pace: str, data: Path, tmp_path: Path):
+def test_twenty_steps_are_the_authors(
+    tower: str, pace: str, data: Path, tmp_path: Path
+):
     """Sizes, rate and precision are the tiny run's; the authors crop at random, which cannot be
     repeated."""
     golden = json.loads((AUTHORS / f"{tower}.json").read_text())[pace]
@@ -79,8 +85,22 @@ def test_twenty_steps_are_the_authors(tower: str, pace: str, data: Path, tmp_pat
             "--tower.keep-heads",
             "true",
         ),
-        *("--dual.projection-dim", "16", "--train.global-batch", "16", "--num_train_epochs", "1"),
-        *("--optim.lr", str(golden["lr"]), "--train.precision", "fp32", "--deepspeed", ZERO[pace]),
+        *(
+            "--dual.projection-dim",
+            "16",
+            "--train.global-batch",
+            "16",
+            "--num_train_epochs",
+            "1",
+        ),
+        *(
+            "--optim.lr",
+            str(golden["lr"]),
+            "--train.precision",
+            "fp32",
+            "--deepspeed",
+            ZERO[pace],
+        ),
         *(
             "--data.augment.scale",
             "1",
@@ -96,7 +116,9 @@ def test_twenty_steps_are_the_authors(tower: str, pace: str, data: Path, tmp_pat
     assert finish(ranks) == [0, 0], "".join(rank.output for rank in ranks)
     steps = [line for line in lines(tmp_path / "run") if "loss" in line]
     assert [line["loss"] for line in steps] == pytest.approx(golden["loss"], rel=1e-5)
-    assert [line["logit_scale"] for line in steps] == pytest.approx(golden["scale"], rel=1e-6)
+    assert [line["logit_scale"] for line in steps] == pytest.approx(
+        golden["scale"], rel=1e-6
+    )
     assert [line["lr"] / golden["lr"] for line in steps] == pytest.approx(
         golden["lr_factor"], rel=1e-6
     )
@@ -108,7 +130,9 @@ def test_twenty_steps_are_the_authors(tower: str, pace: str, data: Path, tmp_pat
             # the softmax cancels it: its gradient and steps are rounding
             if not name.endswith("k_proj.bias"):
                 named = {"msg": lambda text, n=name: f"{n}: {text}"}
-                torch.testing.assert_close(trained[name], value, atol=1e-5, rtol=0, **named)
+                torch.testing.assert_close(
+                    trained[name], value, atol=1e-5, rtol=0, **named
+                )
 
 
 @pytest.mark.parametrize("tower", RECIPES)
@@ -125,13 +149,19 @@ def test_heads_start_with_the_authors_spread(tower: str):
     }
     vision = CLIPVisionModel(CLIPVisionConfig(num_attention_heads=16, **size))
     torch.manual_seed(0)
-    dual = DualEncoder(vision, dataclasses.replace(recipe(RECIPES[tower]).dual, llm_width=1024))
+    dual = DualEncoder(
+        vision, dataclasses.replace(recipe(RECIPES[tower]).dual, llm_width=1024)
+    )
     head = dual.visual_projection
     text = dual.text_adapter
     assert text is not None
-    assert float(head.weight.std()) == pytest.approx(spreads[f"{tower}.weight"], rel=0.01)
+    assert float(head.weight.std()) == pytest.approx(
+        spreads[f"{tower}.weight"], rel=0.01
+    )
     assert head.bias is None if tower == "openai" else not head.bias.any()
-    ours = sorted(float(value.detach().std()) for value in text.parameters() if value.ndim == 2)
+    ours = sorted(
+        float(value.detach().std()) for value in text.parameters() if value.ndim == 2
+    )
     assert ours == pytest.approx(
         sorted(std for name, std in spreads.items() if "text" in name), rel=0.01
     )

@@ -34,14 +34,23 @@ def heads_lines(output: Path) -> list[dict]:
     return [line for line in lines(output) if line.get("event") == "heads"]
 
 
-def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_has_its_before(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     output = tmp_path / "run"
     output.mkdir()
     # by a run killed before its first checkpoint
     left = '{"step": 0, "i2t_r1": 0.5}\n{"step": 1, "loss": 1.0}\n'
     (output / "metrics.jsonl").write_text(left)
     before, after = train(
-        tiny, output, "--heads.steps", "5", "--heads.batch-size", "16", "--max-steps", "2"
+        tiny,
+        output,
+        "--heads.steps",
+        "5",
+        "--heads.batch-size",
+        "16",
+        "--max-steps",
+        "2",
     )
     assert before["step"] == 0
     assert before["samples"] == 0
@@ -49,7 +58,8 @@ def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert before["i2t_r1"] != 0.5
     said = capsys.readouterr().out
     assert (
-        f"before -> after: i2t_r1 {before['i2t_r1']:.3f} -> {after['i2t_r1']:.3f}, t2i_r1 " in said
+        f"before -> after: i2t_r1 {before['i2t_r1']:.3f} -> {after['i2t_r1']:.3f}, t2i_r1 "
+        in said
     )
     fit = heads_lines(output)
     assert [line["heads_step"] for line in fit] == [1, 2, 3, 4, 5]
@@ -60,7 +70,9 @@ def test_a_run_has_its_before(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     )
     record = RunRecord.read(output / "run.json")
     card = TowerCard.read(output / "tower" / TowerCard.FILE)
-    assert record.before["t2i_r5"] == card.training["before"]["t2i_r5"] == before["t2i_r5"]
+    assert (
+        record.before["t2i_r5"] == card.training["before"]["t2i_r5"] == before["t2i_r5"]
+    )
     assert card.training["recipe"] == "base"
     assert card.training["data_samples"] == record.epoch_samples > 0
     row = f"| t2i_r5 | {before['t2i_r5']:.4f} | {after['t2i_r5']:.4f} |"
@@ -83,7 +95,10 @@ def test_remote_data_is_read_in_the_windows_that_are_recorded(
 
     def noting(data, *more):
         windows.extend(
-            [data.config.read.shuffle_window, *make(data, *more).dataset.mixture().windows]
+            [
+                data.config.read.shuffle_window,
+                *make(data, *more).dataset.mixture().windows,
+            ]
         )
         return make(data, *more)
 
@@ -93,7 +108,9 @@ def test_remote_data_is_read_in_the_windows_that_are_recorded(
     assert windows[0] == windows[1] > remote.NETWORK_WINDOW
 
 
-def test_random_heads_have_no_before_and_scoring_changes_nothing(tiny: Path, tmp_path: Path):
+def test_random_heads_have_no_before_and_scoring_changes_nothing(
+    tiny: Path, tmp_path: Path
+):
     words = (
         "--tower.keep-heads",
         "--tower",
@@ -152,7 +169,10 @@ def test_lift_trains_a_tower_from_random_weights(tmp_path: Path):
     assert values[steps] < 0.9 * values[1]
     (scores,) = (line for line in lines(output) if "i2t_r1" in line)
     assert scores["step"] == steps  # a random tower has no before
-    assert TowerCard.read(output / "tower" / TowerCard.FILE).training["recipe"] == "lift_b16"
+    assert (
+        TowerCard.read(output / "tower" / TowerCard.FILE).training["recipe"]
+        == "lift_b16"
+    )
     dual, _ = load_dual(output / "tower")
     captions = torch.randn(2, WIDTH)
     fixed = torch.nn.functional.normalize(captions, dim=-1)

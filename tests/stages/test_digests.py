@@ -11,12 +11,16 @@ from llm2clip_plugin.stages.digests import Artifact, Digests
 def digest(folder: Path) -> str:
     """Of the file ``data``, at a new start."""
     known = Digests(folder)
-    found = known.of(Artifact(name="the data", files=lambda: {"data": str(folder / "data")}))
+    found = known.of(
+        Artifact(name="the data", files=lambda: {"data": str(folder / "data")})
+    )
     known.save()
     return found["sha256"]
 
 
-def test_a_file_of_the_same_size_is_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_of_the_same_size_is_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(digests, "SETTLED", 0)  # as if the file had been there for long
     (tmp_path / "data").write_text("one")
     first = digest(tmp_path)

@@ -32,7 +32,10 @@ def write_tars(folder: Path, shards: int, samples: int) -> SourceConfig:
         members = []
         for number in range(shard * samples, (shard + 1) * samples):
             words = [*WORDS[number % 7 : number % 7 + 1 + number % 5], str(number)]
-            captions = {"caption": " ".join(words), "long_caption": " ".join(WORDS + words)}
+            captions = {
+                "caption": " ".join(words),
+                "long_caption": " ".join(WORDS + words),
+            }
             members += [
                 (f"{number:06}.png", b"no picture"),
                 (f"{number:06}.json", json.dumps(captions).encode()),
@@ -43,10 +46,14 @@ def write_tars(folder: Path, shards: int, samples: int) -> SourceConfig:
 
 @pytest.fixture(scope="module")
 def teacher(llama: Path) -> CaptionEncoder:
-    return CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32"), device="cpu")
+    return CaptionEncoder(
+        EncoderConfig(llm=str(llama), compute_dtype="float32"), device="cpu"
+    )
 
 
-def test_cache_holds_what_the_encoder_gives(teacher: CaptionEncoder, tmp_path: Path) -> None:
+def test_cache_holds_what_the_encoder_gives(
+    teacher: CaptionEncoder, tmp_path: Path
+) -> None:
     source = open_source(write_tars(tmp_path / "data", 3, 8))
     manifest, summary = embed_source(source, teacher, tmp_path / "cache", quiet=True)
     assert manifest is not None
@@ -64,7 +71,9 @@ def test_cache_holds_what_the_encoder_gives(teacher: CaptionEncoder, tmp_path: P
         assert torch.nn.functional.cosine_similarity(stored, alone).min() > 0.99999
 
 
-def test_compiled_it_embeds_the_same(llama: Path, tmp_path: Path, graphs: list[int]) -> None:
+def test_compiled_it_embeds_the_same(
+    llama: Path, tmp_path: Path, graphs: list[int]
+) -> None:
     """Batches of any length and size are one graph; a batch of one caption is another."""
     source = open_source(write_tars(tmp_path / "data", 2, 12))
     found = []
@@ -73,7 +82,11 @@ def test_compiled_it_embeds_the_same(llama: Path, tmp_path: Path, graphs: list[i
             [source.path, "--llm", str(llama), "--compute-dtype", "float32", *more]
         )
         encoder = open_all(config)[1]
-        texts = [caption.text for number in range(24) for caption in source.captions(number)[1]]
+        texts = [
+            caption.text
+            for number in range(24)
+            for caption in source.captions(number)[1]
+        ]
         found.append(encoder.encode(texts, tokens_per_batch=200))
     graphs_of_all = counters["stats"]["unique_graphs"]
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
@@ -87,18 +100,25 @@ def test_ranks_share_the_shards_and_the_last_writes_the_manifest(
 ) -> None:
     source = open_source(write_tars(tmp_path / "data", 5, 4))
     whole, _ = embed_source(source, teacher, tmp_path / "one", quiet=True)
-    first, summary0 = embed_source(source, teacher, tmp_path / "two", rank=1, world=2, quiet=True)
+    first, summary0 = embed_source(
+        source, teacher, tmp_path / "two", rank=1, world=2, quiet=True
+    )
     assert first is None
     with pytest.raises(ContractError, match="incomplete"):
         EmbeddingCache.open(tmp_path / "two")
-    second, summary1 = embed_source(source, teacher, tmp_path / "two", rank=0, world=2, quiet=True)
+    second, summary1 = embed_source(
+        source, teacher, tmp_path / "two", rank=0, world=2, quiet=True
+    )
     assert second == whole
     assert summary0.shards + summary1.shards == 5
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_share_gives_each_shard_to_one_rank_evenly(world: int) -> None:
-    shards = [Shard(f"{i}", size, 0) for i, size in enumerate([900, 100, 500, 500, 20, 300, 300])]
+    shards = [
+        Shard(f"{i}", size, 0)
+        for i, size in enumerate([900, 100, 500, 500, 20, 300, 300])
+    ]
     shares = [shards_of_rank(shards, rank, world) for rank in range(world)]
     assert sorted(shard.name for part in shares for shard in part) == sorted(
         shard.name for shard in shards
@@ -108,7 +128,9 @@ def test_share_gives_each_shard_to_one_rank_evenly(world: int) -> None:
         assert sum(shard.size for shard in share) <= total / world + 900
 
 
-def test_second_run_embeds_only_incomplete_shards(teacher: CaptionEncoder, tmp_path: Path) -> None:
+def test_second_run_embeds_only_incomplete_shards(
+    teacher: CaptionEncoder, tmp_path: Path
+) -> None:
     source = open_source(write_tars(tmp_path / "data", 4, 4))
     embed_source(source, teacher, tmp_path / "cache", quiet=True)
     files = sorted((tmp_path / "cache").glob("*.safetensors"))
@@ -122,11 +144,16 @@ def test_second_run_embeds_only_incomplete_shards(teacher: CaptionEncoder, tmp_p
     assert {path.name: path.read_bytes() for path in files} == before
 
 
-def test_changed_captions_are_embedded_again(teacher: CaptionEncoder, tmp_path: Path) -> None:
+def test_changed_captions_are_embedded_again(
+    teacher: CaptionEncoder, tmp_path: Path
+) -> None:
     folder = tmp_path / "data"
     write_tars(folder, 2, 4)
     embed_source(
-        open_source(SourceConfig(path=str(folder))), teacher, tmp_path / "cache", quiet=True
+        open_source(SourceConfig(path=str(folder))),
+        teacher,
+        tmp_path / "cache",
+        quiet=True,
     )
     write_tars(tmp_path / "other", 1, 5)
     (tmp_path / "other" / "00000.tar").replace(folder / "00001.tar")
@@ -145,7 +172,10 @@ def test_command_embeds_reports_and_verifies(
     data = tmp_path / "data"
     data.mkdir()
     texts = {"long": "boat " * 10_000, "empty": "  ", "plain": "a boat"}
-    rows = [{"id": name, "image": f"{name}.png", "caption": text} for name, text in texts.items()]
+    rows = [
+        {"id": name, "image": f"{name}.png", "caption": text}
+        for name, text in texts.items()
+    ]
     (data / "pairs.jsonl").write_text("\n".join([*map(json.dumps, rows), "{no JSON"]))
     command = [
         "embed",
@@ -162,14 +192,27 @@ def test_command_embeds_reports_and_verifies(
     assert "1 captions truncated to 32 tokens" in said
     assert "2 samples without a readable caption, such as empty, line 4" in said
     (directory,) = data.glob("embeddings-*")
-    assert CacheManifest.read(directory / "manifest.json").shards["pairs"]["truncated"] == 1
-    assert EmbeddingCache.open(directory).rows("pairs", 2, [Caption("a boat")]).shape == (1, 32)
+    assert (
+        CacheManifest.read(directory / "manifest.json").shards["pairs"]["truncated"]
+        == 1
+    )
+    assert EmbeddingCache.open(directory).rows(
+        "pairs", 2, [Caption("a boat")]
+    ).shape == (1, 32)
     assert main([*command, "--verify"]) == 0
     assert "is complete: 1 shards, 2 captions, 32 wide, int8" in capsys.readouterr().out
 
 
 def words(data: Path, llm: Path, cache: Path) -> list[str]:
-    return [str(data), "--llm", str(llm), "--cache", str(cache), "--compute-dtype", "float32"]
+    return [
+        str(data),
+        "--llm",
+        str(llm),
+        "--cache",
+        str(cache),
+        "--compute-dtype",
+        "float32",
+    ]
 
 
 def test_two_processes_killed_and_started_again(llama: Path, tmp_path: Path) -> None:
@@ -180,7 +223,10 @@ def test_two_processes_killed_and_started_again(llama: Path, tmp_path: Path) -> 
     places = [environment(RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     ranks = [Command(command, place, ROOT) for place in places]
     deadline = time.monotonic() + 300
-    while len(list((tmp_path / "cache").glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+    while (
+        len(list((tmp_path / "cache").glob("*.safetensors"))) < 3
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     for process in ranks:
         process.kill()
@@ -219,10 +265,14 @@ leave(run("embed", sys.argv[1:]))
 """
 
 
-def test_a_late_rank_is_named_and_none_leaves_before_it(llama: Path, tmp_path: Path) -> None:
+def test_a_late_rank_is_named_and_none_leaves_before_it(
+    llama: Path, tmp_path: Path
+) -> None:
     source = open_source(write_tars(tmp_path / "data", 4, 3))
     (tmp_path / "late.py").write_text(LATE)
-    ranks = start(words(tmp_path / "data", llama, tmp_path / "cache"), 2, tmp_path / "late.py")
+    ranks = start(
+        words(tmp_path / "data", llama, tmp_path / "cache"), 2, tmp_path / "late.py"
+    )
     statuses = finish(ranks)
     said = "".join(rank.output for rank in ranks)
     assert statuses == [0, 0], said

@@ -99,13 +99,17 @@ PLAIN = ("llama", "qwen3", "gemma3", "mistral")
 def test_readings_of_an_llm_with_an_adapter(reading, llama, tmp_path):
     """Merged, and with the LLM and its adapter apart; in batches of 1 and 32."""
     _, adapter = write_moved(llama, tmp_path / "adapter", **reading)
-    config = EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32")
+    config = EncoderConfig(
+        llm=str(llama), adapter=str(adapter), compute_dtype="float32"
+    )
     tower = write_dual(tmp_path, llama, encoder=CaptionEncoder(config, "cpu"))
     expected = expected_of(tower, pictures(1), CAPTIONS)[1:]
     for merge in (True, False):
         model = opened(export_dual(tower, tmp_path / f"merged-{merge}", merge=merge))
         for batch_size in (1, 32):
-            actual = model.encode(CAPTIONS, batch_size=batch_size, convert_to_tensor=True)
+            actual = model.encode(
+                CAPTIONS, batch_size=batch_size, convert_to_tensor=True
+            )
             assert differs(actual, expected) < TOLERANCE
 
 
@@ -135,7 +139,9 @@ def test_the_llm_alone(family, tmp_path):
         actual = model.encode(CAPTIONS, convert_to_tensor=True)
         assert differs(actual, expected) < tolerance
     # the folder is that of `export-llm` without --format, too
-    again = CaptionEncoder(EncoderConfig(llm=str(tmp_path / "out"), compute_dtype="float32"), "cpu")
+    again = CaptionEncoder(
+        EncoderConfig(llm=str(tmp_path / "out"), compute_dtype="float32"), "cpu"
+    )
     assert differs(again.encode(CAPTIONS), expected) < tolerance
 
 
@@ -143,7 +149,9 @@ def test_the_llm_alone(family, tmp_path):
 def test_readings_that_need_code_of_ours(name, llama, tmp_path):
     """As docs/embeddings.md lists them."""
     _, adapter = write_moved(llama, tmp_path / "adapter", **READINGS[name])
-    config = EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32")
+    config = EncoderConfig(
+        llm=str(llama), adapter=str(adapter), compute_dtype="float32"
+    )
     encoder = CaptionEncoder(config, "cpu")
     is_plain = name not in ("prompt", "template", "without BOS", "a block")
     assert reads_plainly(encoder) == is_plain
@@ -154,7 +162,14 @@ def test_readings_that_need_code_of_ours(name, llama, tmp_path):
 def export_llm(llm: Path, adapter: Path, output: Path, *more: str) -> CaptionEncoder:
     """Export with the command; the encoder that it must equal."""
     where = ["--llm", str(llm), "--adapter", str(adapter)]
-    command = ["export-llm", *where, "--output", str(output), "--format", "sentence-transformers"]
+    command = [
+        "export-llm",
+        *where,
+        "--output",
+        str(output),
+        "--format",
+        "sentence-transformers",
+    ]
     assert main([*command, *more]) == 0
     config = EncoderConfig(llm=str(llm), adapter=str(adapter), compute_dtype="float32")
     return CaptionEncoder(config, "cpu")
@@ -162,11 +177,17 @@ def export_llm(llm: Path, adapter: Path, output: Path, *more: str) -> CaptionEnc
 
 def test_components_and_the_prompt_of_queries(llama, tmp_path):
     _, adapter = write_moved(llama, tmp_path / "adapter", query_prompt="Find: ")
-    config = EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="float32")
+    config = EncoderConfig(
+        llm=str(llama), adapter=str(adapter), compute_dtype="float32"
+    )
     (post,) = remove_components(CaptionEncoder(config, "cpu").encode(CAPTIONS), (1,))
     post.save(tmp_path)
-    export_llm(llama, adapter, tmp_path / "out", "--post-file", str(tmp_path / POST_FILE))
-    encoder = CaptionEncoder(replace(config, post_file=str(tmp_path / POST_FILE)), "cpu")
+    export_llm(
+        llama, adapter, tmp_path / "out", "--post-file", str(tmp_path / POST_FILE)
+    )
+    encoder = CaptionEncoder(
+        replace(config, post_file=str(tmp_path / POST_FILE)), "cpu"
+    )
     model = opened(tmp_path / "out")
     for query, encode in ((False, model.encode), (True, model.encode_query)):
         expected = encoder.encode(CAPTIONS, query=query)
@@ -198,7 +219,12 @@ def test_elsewhere_and_without_this_package(exported, tmp_path, monkeypatch):
     shutil.copytree(exported / "merged", tmp_path / "else" / "merged")
     file = tmp_path / "one.png"
     file.write_bytes(png(images[0]))
-    inputs = [str(file), png(images[1]), images[2], *CAPTIONS]  # bytes come last in their batch
+    inputs = [
+        str(file),
+        png(images[1]),
+        images[2],
+        *CAPTIONS,
+    ]  # bytes come last in their batch
     for name in [name for name in sys.modules if name.startswith("llm2clip_plugin")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "llm2clip_plugin", None)
@@ -207,11 +233,16 @@ def test_elsewhere_and_without_this_package(exported, tmp_path, monkeypatch):
         model = SentenceTransformer(str(folder), **options)
         actual = model.encode(inputs, convert_to_tensor=True)
         assert differs(actual, expected) < TOLERANCE
-        assert differs(model.encode(file, convert_to_tensor=True)[None], expected[:1]) < TOLERANCE
+        assert (
+            differs(model.encode(file, convert_to_tensor=True)[None], expected[:1])
+            < TOLERANCE
+        )
         rough = SentenceTransformer(
             str(folder), **options, model_kwargs={"dtype": torch.bfloat16}
         ).encode(inputs, convert_to_tensor=True)
-        assert torch.nn.functional.cosine_similarity(rough.float(), expected).min() > 0.999
+        assert (
+            torch.nn.functional.cosine_similarity(rough.float(), expected).min() > 0.999
+        )
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
@@ -226,7 +257,13 @@ def test_pictures_with_transparency(mode, exported, tmp_path):
     file = tmp_path / "one.png"
     file.write_bytes(png(transparent))
     expected = expected_of(exported / "tower", [transparent], CAPTIONS[:1])[:1]
-    inputs = [transparent, {"image": transparent}, Image.open(file), file, png(transparent)]
+    inputs = [
+        transparent,
+        {"image": transparent},
+        Image.open(file),
+        file,
+        png(transparent),
+    ]
     actual = opened(exported / "out").encode(inputs, convert_to_tensor=True)
     assert differs(actual, expected) < TOLERANCE
 
@@ -257,7 +294,14 @@ def test_code_in_the_llms_folder_is_not_run(merge, tmp_path):
     llm = llm_with_code(tmp_path, tmp_path / "ran")
     tower = write_dual(tmp_path, llm)
     output = tmp_path / "out"
-    command = ["export", str(tower), "--output", str(output), "--format", "sentence-transformers"]
+    command = [
+        "export",
+        str(tower),
+        "--output",
+        str(output),
+        "--format",
+        "sentence-transformers",
+    ]
     assert main([*command, *(["--merge"] if merge else [])]) == 0
     expected = expected_of(tower, pictures(), CAPTIONS)
     model = opened(output)
@@ -275,11 +319,17 @@ def changed_llm(folder: Path, **fields: str) -> None:
 
 
 BAD_INPUT = {
-    "a corrupt picture": (b"\x89PNG\r\n\x1a\nnothing", "a picture of 15 bytes cannot be read"),
+    "a corrupt picture": (
+        b"\x89PNG\r\n\x1a\nnothing",
+        "a picture of 15 bytes cannot be read",
+    ),
     "a picture that is not there": (Path("no.png"), "no picture at no.png"),
     "a blank text": ("  ", "a text is '  '"),
     "a number": (7, "Unsupported input type: int"),
-    "a picture with a text": ({"text": "a", "image": "b.png"}, "give texts, or pictures"),
+    "a picture with a text": (
+        {"text": "a", "image": "b.png"},
+        "give texts, or pictures",
+    ),
 }
 
 
@@ -300,10 +350,14 @@ def test_a_long_text_is_truncated(exported):
 
 def test_an_llm_that_is_missing_or_another_one(exported, tmp_path):
     folder = shutil.copytree(exported / "out", tmp_path / "out")
-    with pytest.raises(ValueError, match=r'not at hand .*set "llm" in .*sentence_bert_config.json'):
+    with pytest.raises(
+        ValueError, match=r'not at hand .*set "llm" in .*sentence_bert_config.json'
+    ):
         opened(folder)
     changed_llm(folder, llm=str(save_tiny_llm(tmp_path / "other", "llama", seed=1)))
-    with pytest.raises(ValueError, match="other has other weights than the LLM of this embedder"):
+    with pytest.raises(
+        ValueError, match="other has other weights than the LLM of this embedder"
+    ):
         opened(folder)
     changed_llm(folder, llm=str(exported / "llm"))
     opened(folder)
@@ -313,7 +367,10 @@ def test_exports_that_are_refused(exported, tmp_path, capsys):
     command = ["export", str(exported / "tower"), "--output", str(tmp_path / "new")]
     other = save_tiny_llm(tmp_path / "other", "llama", seed=1)
     cases = [
-        (["--merge"], "--merge, --llm and --adapter require --format sentence-transformers"),
+        (
+            ["--merge"],
+            "--merge, --llm and --adapter require --format sentence-transformers",
+        ),
         (["--format", "sentence-transformers", "--llm", str(other)], "was trained on"),
         (["--format", "sentence-transformers", "--llm", "no/llm"], "no/llm"),
     ]
@@ -339,8 +396,13 @@ def test_what_was_trained_is_saved_and_opened_again(source, exported, tmp_path):
     moved = (tmp_path / "saved").rename(tmp_path / "moved")
     inputs = [*pictures(), *CAPTIONS]
     expected = model.encode(inputs, convert_to_tensor=True)
-    assert differs(expected, opened(folder).encode(inputs, convert_to_tensor=True)) > 0.01
-    assert differs(opened(moved).encode(inputs, convert_to_tensor=True), expected) < TOLERANCE
+    assert (
+        differs(expected, opened(folder).encode(inputs, convert_to_tensor=True)) > 0.01
+    )
+    assert (
+        differs(opened(moved).encode(inputs, convert_to_tensor=True), expected)
+        < TOLERANCE
+    )
     tower = load_tower(moved / "image_0_Transformer")
     trained = model[0].sub_modules["image"][0].model.state_dict()
     assert tower.state_dict().keys() == trained.keys()

@@ -23,7 +23,9 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"layer": 1, "pooling": "last", "chat_template": "user"}], ids=["plain", "all"]
+    "settings",
+    [{}, {"layer": 1, "pooling": "last", "chat_template": "user"}],
+    ids=["plain", "all"],
 )
 def test_merged_is_the_adapter(any_llm: Path, tmp_path: Path, settings: dict) -> None:
     _, adapter = write_moved(any_llm, tmp_path / "adapter", **settings)
@@ -41,7 +43,8 @@ def test_merged_is_the_adapter(any_llm: Path, tmp_path: Path, settings: dict) ->
         EncoderConfig(llm=str(tmp_path / "merged"), compute_dtype="float32"), "cpu"
     )
     tuned = CaptionEncoder(
-        EncoderConfig(llm=str(any_llm), adapter=str(adapter), compute_dtype="float32"), "cpu"
+        EncoderConfig(llm=str(any_llm), adapter=str(adapter), compute_dtype="float32"),
+        "cpu",
     )
     assert merged.config.pooling == tuned.config.pooling
     assert merged.config.layer == tuned.config.layer
@@ -59,7 +62,9 @@ def test_merged_folder_opens_as_a_plain_model(llama: Path, tmp_path: Path) -> No
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         hidden = model(**tokenizer(TEXTS[1], return_tensors="pt")).last_hidden_state
-    tuned = CaptionEncoder(dataclasses.replace(encoding, compute_dtype="float32"), "cpu")
+    tuned = CaptionEncoder(
+        dataclasses.replace(encoding, compute_dtype="float32"), "cpu"
+    )
     assert torch.allclose(hidden.mean(dim=1), tuned.encode(TEXTS[1:2]), atol=1e-4)
 
 
@@ -79,7 +84,9 @@ def test_post_processing_is_stored_with_the_card(llama: Path, tmp_path: Path) ->
         str(tmp_path / "out"),
     ]
     assert main([*command, "--post-file", str(tmp_path / POST_FILE)]) == 0
-    after = CaptionEncoder(EncoderConfig(llm=str(tmp_path / "out"), compute_dtype="float32"), "cpu")
+    after = CaptionEncoder(
+        EncoderConfig(llm=str(tmp_path / "out"), compute_dtype="float32"), "cpu"
+    )
     assert torch.allclose(after.encode(TEXTS), post(before.encode(TEXTS)), atol=1e-4)
     assert after.identity().post
     assert after.identity().fingerprint != before.identity().fingerprint

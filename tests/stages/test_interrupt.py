@@ -15,7 +15,8 @@ from llm2clip_plugin.train.distributed import free_port
 
 
 @pytest.mark.parametrize(
-    ("rank", "number", "says"), [(0, signal.SIGINT, "interrupted\n"), (1, signal.SIGHUP, "")]
+    ("rank", "number", "says"),
+    [(0, signal.SIGINT, "interrupted\n"), (1, signal.SIGHUP, "")],
 )
 def test_a_rank_that_waits_ends_in_a_line(
     tiny: Path, tmp_path: Path, rank: int, number: int, says: str
@@ -23,7 +24,12 @@ def test_a_rank_that_waits_ends_in_a_line(
     """In torch's C++, which prints its stack at a signal and goes on: rank 0 waits for rank 1, rank
     1 for an answer."""
     port = free_port()
-    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with socket.socket() as other:
         if rank == 1:  # a rank 0 that listens and never answers
@@ -73,7 +79,10 @@ def test_ranks_that_differ_are_refused_in_one_message(tmp_path: Path) -> None:
     assert statuses == [2, 2], said
     assert said.count("error: the ranks disagree before the first step:") == 1, said
     own = f"{tmp_path / '1' / 'run'} lacks a file"
-    assert f"output_dir: shared with rank 0 on {socket.gethostname()} (ranks 0); {own}" in said
+    assert (
+        f"output_dir: shared with rank 0 on {socket.gethostname()} (ranks 0); {own}"
+        in said
+    )
     assert "setting optim.lr: 0.0004 on " in said
     assert "0.001 on " in said
     assert "DeepSpeed zero_optimization.stage: 1.0 on " in said

@@ -56,12 +56,15 @@ def test_a_reloaded_adapter_has_the_trained_weights_and_settings(
     }
     trained, folder = write_moved(any_llm, tmp_path / "adapter", **settings)
     reloaded = CaptionEncoder(
-        EncoderConfig(llm=str(any_llm), adapter=str(folder), compute_dtype="float32"), "cpu"
+        EncoderConfig(llm=str(any_llm), adapter=str(folder), compute_dtype="float32"),
+        "cpu",
     )
     assert reloaded.config.chat_template == "<bos><user>\n{caption}<end>"
-    assert {name: vars(reloaded.config)[name] for name in settings if name != "chat_template"} == {
-        name: value for name, value in settings.items() if name != "chat_template"
-    }
+    assert {
+        name: vars(reloaded.config)[name]
+        for name in settings
+        if name != "chat_template"
+    } == {name: value for name, value in settings.items() if name != "chat_template"}
     left = reloaded.encode(TEXTS)
     right = trained.encode(TEXTS)
     assert torch.allclose(left, right, atol=2e-5 * float(right.norm(dim=1).max()))
@@ -70,12 +73,20 @@ def test_a_reloaded_adapter_has_the_trained_weights_and_settings(
     )
     assert not torch.allclose(raw.encode(TEXTS), right, atol=1e-2)
     assert raw.identity().fingerprint != reloaded.identity().fingerprint
-    with pytest.raises(ContractError, match=r"max_tokens is 32, but .* was trained with 48"):
-        CaptionEncoder(EncoderConfig(llm=str(any_llm), adapter=str(folder), max_tokens=32), "cpu")
+    with pytest.raises(
+        ContractError, match=r"max_tokens is 32, but .* was trained with 48"
+    ):
+        CaptionEncoder(
+            EncoderConfig(llm=str(any_llm), adapter=str(folder), max_tokens=32), "cpu"
+        )
 
 
-def with_adapter(llm: Path, load_in_4bit: bool) -> tuple[CaptionEncoder, torch.nn.Module]:
-    encoding = EncoderConfig(llm=str(llm), compute_dtype="float32", load_in_4bit=load_in_4bit)
+def with_adapter(
+    llm: Path, load_in_4bit: bool
+) -> tuple[CaptionEncoder, torch.nn.Module]:
+    encoding = EncoderConfig(
+        llm=str(llm), compute_dtype="float32", load_in_4bit=load_in_4bit
+    )
     encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)
     return encoder, moved(encoder, FinetuneConfig(encoder=encoding))
 
@@ -86,7 +97,9 @@ def test_embedding_is_its_own_after_lora(llama40: Path, load_in_4bit: bool) -> N
     encoder, _ = with_adapter(llama40, load_in_4bit)
     rows = encoder.tokenize(TEXTS)
     alone = torch.cat([encoder.embed_tokens([row]) for row in rows])
-    assert ((encoder.embed_tokens(rows) - alone).norm(dim=1) < 1e-5 * alone.norm(dim=1)).all()
+    assert (
+        (encoder.embed_tokens(rows) - alone).norm(dim=1) < 1e-5 * alone.norm(dim=1)
+    ).all()
     assert (encoder.identity().quantization == "nf4") is load_in_4bit
 
 
@@ -99,22 +112,31 @@ def llama40(make_llm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gradients_reach_the_adapter_alone(llama40: Path, load_in_4bit: bool) -> None:
     encoder, module = with_adapter(llama40, load_in_4bit)
     module.train()
-    names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    names = {
+        name for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
     layers = [f"self_attn.{name}_proj" for name in "qkvo"] + [
         f"mlp.{name}_proj" for name in ("gate", "up", "down")
     ]
     places = [
-        f"{block}.{layer}.lora_{side}" for block in (0, 1) for layer in layers for side in "AB"
+        f"{block}.{layer}.lora_{side}"
+        for block in (0, 1)
+        for layer in layers
+        for side in "AB"
     ]
     assert names == {
         f"model.llm.base_model.model.layers.{place}.default.weight" for place in places
     }
     tokens = torch.tensor(encoder.tokenize(["two dogs"]))
     ones = torch.ones_like(tokens)
-    embeddings, _ = module(tokens, ones, torch.arange(tokens.shape[1])[None], ones.bool())
+    embeddings, _ = module(
+        tokens, ones, torch.arange(tokens.shape[1])[None], ones.bool()
+    )
     embeddings.pow(3).sum().backward()
     assert {
-        name for name, parameter in module.named_parameters() if parameter.grad is not None
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
     } == names
     assert all(
         float(parameter.grad.abs().sum()) > 0
@@ -123,7 +145,9 @@ def test_gradients_reach_the_adapter_alone(llama40: Path, load_in_4bit: bool) ->
     )
 
 
-def test_qlora_on_a_cpu_end_to_end(captions: Path, llama40: Path, tmp_path: Path) -> None:
+def test_qlora_on_a_cpu_end_to_end(
+    captions: Path, llama40: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     more = (
         "--load-in-4bit",
@@ -135,7 +159,9 @@ def test_qlora_on_a_cpu_end_to_end(captions: Path, llama40: Path, tmp_path: Path
     )
     adapter = tuned(captions, llama40, output, *more)
     assert losses(output)[-1] < losses(output)[0] - 0.2
-    assert EncoderCard.read(adapter / EncoderCard.FILE).training["quantization"] == "nf4"
+    assert (
+        EncoderCard.read(adapter / EncoderCard.FILE).training["quantization"] == "nf4"
+    )
     scores = RunRecord.read(output / "run.json").metrics
     command = [
         "evaluate",
@@ -160,7 +186,9 @@ def test_qlora_on_a_cpu_end_to_end(captions: Path, llama40: Path, tmp_path: Path
         == 0
     )
     found = json.loads((tmp_path / "s.json").read_text())
-    assert found["metrics"]["short->long/cra"] == pytest.approx(scores["short->long"], abs=1e-6)
+    assert found["metrics"]["short->long/cra"] == pytest.approx(
+        scores["short->long"], abs=1e-6
+    )
     # of 45, those with equal texts once
     assert len(found["items"]) == found["counts"]["short->long"] == 30
 
@@ -172,13 +200,18 @@ def test_training_continues_from_an_adapter(
     words = arguments.index("--query-prompt")
     finetune_llm(
         FINETUNE_LLM.parse(
-            [*arguments[:words], *arguments[words + 2 :], "--adapter", str(plain / "adapter")]
+            [
+                *arguments[:words],
+                *arguments[words + 2 :],
+                "--adapter",
+                str(plain / "adapter"),
+            ]
         )
     )
     assert losses(tmp_path)[0] < losses(plain)[0] - 0.1
-    assert EncoderCard.read(tmp_path / "adapter" / EncoderCard.FILE).query_prompt.startswith(
-        "Instruct"
-    )
+    assert EncoderCard.read(
+        tmp_path / "adapter" / EncoderCard.FILE
+    ).query_prompt.startswith("Instruct")
 
 
 def test_start_adapters_are_merged_and_written_with_the_new_one(
@@ -213,15 +246,20 @@ def test_start_adapters_are_merged_and_written_with_the_new_one(
     by_hand = tuned(captions, llm, tmp_path / "by hand")
     started = ("--start-adapters", str(first), str(second))
     adapter = tuned(captions, llama, tmp_path / "run", *started)
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "by hand"), abs=SAME)
+    assert losses(tmp_path / "run") == pytest.approx(
+        losses(tmp_path / "by hand"), abs=SAME
+    )
     pairs = ((llama, adapter), (llm, by_hand), (llama, first))
     found, expected, other = (
         CaptionEncoder(
-            EncoderConfig(llm=str(path), adapter=str(own), compute_dtype="float32"), "cpu"
+            EncoderConfig(llm=str(path), adapter=str(own), compute_dtype="float32"),
+            "cpu",
         ).encode(TEXTS)
         for path, own in pairs
     )
-    assert torch.allclose(found, expected, atol=2e-5 * float(expected.norm(dim=1).max()))
+    assert torch.allclose(
+        found, expected, atol=2e-5 * float(expected.norm(dim=1).max())
+    )
     assert not torch.allclose(found, other, atol=1e-2)
     assert EncoderCard.read(adapter / EncoderCard.FILE).training["start_adapters"] == [
         "first",

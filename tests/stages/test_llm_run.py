@@ -82,12 +82,16 @@ def test_two_ranks_killed_and_resumed_with_one(
     """ZeRO-2 on two ranks, SIGKILL after the first checkpoint, the rest on one rank with ZeRO-0:
     the same losses."""
     arguments = options(captions, llama, tmp_path, "--save-steps", "1")
-    ranks = start([*arguments, "--deepspeed", zero_file(2)], 2, "scripts/finetune_llm.py")
+    ranks = start(
+        [*arguments, "--deepspeed", zero_file(2)], 2, "scripts/finetune_llm.py"
+    )
     wait_for(lambda: (tmp_path / "checkpoints/latest").is_file())
     for process in ranks:
         process.kill()
     finish(ranks)
-    done = TrainState.read(next(iter((tmp_path / "checkpoints").glob("step-*/state.json"))))
+    done = TrainState.read(
+        next(iter((tmp_path / "checkpoints").glob("step-*/state.json")))
+    )
     assert done.world_size == 2
     assert done.step >= 1
     assert finetune_llm(FINETUNE_LLM.parse(arguments)) is not None
@@ -106,15 +110,24 @@ leave(status)
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one(plain: Path, captions: Path, llama: Path, tmp_path: Path) -> None:
+def test_two_ranks_are_one(
+    plain: Path, captions: Path, llama: Path, tmp_path: Path
+) -> None:
     """Two ranks with gradient caching, under each ZeRO stage in turn."""
-    more = [("--micro-batch", "4", "--deepspeed", zero_file(stage)) for stage in range(4)]
-    runs = [options(captions, llama, tmp_path / str(stage), *more[stage]) for stage in range(4)]
+    more = [
+        ("--micro-batch", "4", "--deepspeed", zero_file(stage)) for stage in range(4)
+    ]
+    runs = [
+        options(captions, llama, tmp_path / str(stage), *more[stage])
+        for stage in range(4)
+    ]
     (tmp_path / "stages.py").write_text(STAGES)
     ranks = start([json.dumps(runs)], 2, tmp_path / "stages.py")
     assert finish(ranks) == [0, 0], ranks[0].output[-3000:]
     for stage in range(4):
-        assert losses(tmp_path / str(stage)) == pytest.approx(losses(plain), abs=SAME), stage
+        assert losses(tmp_path / str(stage)) == pytest.approx(
+            losses(plain), abs=SAME
+        ), stage
 
 
 @pytest.mark.parametrize(
@@ -131,7 +144,9 @@ def test_how_a_batch_with_hard_negatives_is_cut_changes_nothing(
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, cut in (("whole", ()), ("cut", ("--micro-batch", "4"))):
         tuned(tmp_path / "pairs.jsonl", llama, tmp_path / name, *more, *cut)
-    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=SAME)
+    assert losses(tmp_path / "cut") == pytest.approx(
+        losses(tmp_path / "whole"), abs=SAME
+    )
 
 
 def test_learned_scale(captions: Path, llama: Path, tmp_path: Path) -> None:
@@ -158,7 +173,10 @@ def test_wrong_settings_stop_before_training(
         (("--fields", "label=short"), "'label'"),
         (("--pair-kinds", "short:poem"), "short:poem"),
         (("--global-batch", "64"), "global_batch 64"),
-        (("--start-adapters", str(tmp_path / "none"), "--load-in-4bit"), "start_adapters"),
+        (
+            ("--start-adapters", str(tmp_path / "none"), "--load-in-4bit"),
+            "start_adapters",
+        ),
     ):
         assert main([*base, *more]) == 2, more
         assert said in capsys.readouterr().err
@@ -178,9 +196,12 @@ def test_long_texts_are_counted_and_queries_cut_on_request(
         "--max-steps",
         "1",
     )
-    assert main(["finetune-llm", *options(captions, llama, tmp_path / "run", *more)]) == 0
+    assert (
+        main(["finetune-llm", *options(captions, llama, tmp_path / "run", *more)]) == 0
+    )
     found = re.findall(
-        r"(\d+) of the first (\d+) (?:queries|positives) are longer", capsys.readouterr().out
+        r"(\d+) of the first (\d+) (?:queries|positives) are longer",
+        capsys.readouterr().out,
     )
     assert len(found) == 2
     assert all(0 < int(long) < int(all_) for long, all_ in found)

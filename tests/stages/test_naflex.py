@@ -19,7 +19,12 @@ from tower_runs import finish, losses, options, start
 from llm2clip_plugin import load_tower
 from llm2clip_plugin.cli import main as llm2clip
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.data.images import ImageConfig, Normalize, as_square, evaluation_pixels
+from llm2clip_plugin.data.images import (
+    ImageConfig,
+    Normalize,
+    as_square,
+    evaluation_pixels,
+)
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.evaluate.commands import open_tower
 from llm2clip_plugin.evaluate.features import encode_images
@@ -68,7 +73,11 @@ def publish(folder: Path, *, whole: bool = False, patches: int = 36) -> Any:
         )
         model = published.vision_model
     published.save_pretrained(folder)
-    settings = {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 4, "resample": 2}
+    settings = {
+        "image_processor_type": "Siglip2ImageProcessor",
+        "patch_size": 4,
+        "resample": 2,
+    }
     (folder / "preprocessor_config.json").write_text(
         json.dumps(settings | {"max_num_patches": patches})
     )
@@ -78,7 +87,12 @@ def publish(folder: Path, *, whole: bool = False, patches: int = 36) -> Any:
 def publish_qwen(folder: Path) -> Any:
     """As above, a whole Qwen3-VL with 6 x 6 positions; its vision model."""
     torch.manual_seed(0)
-    vision = {**SIZES, "patch_size": 4, "num_position_embeddings": 36, "out_hidden_size": 32}
+    vision = {
+        **SIZES,
+        "patch_size": 4,
+        "num_position_embeddings": 36,
+        "out_hidden_size": 32,
+    }
     text = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50}
     config = transformers.Qwen3VLConfig(vision_config=vision, text_config=text)
     model: Any = transformers.Qwen3VLForConditionalGeneration(config)
@@ -87,7 +101,9 @@ def publish_qwen(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module", params=[publish, publish_qwen])
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A tower, and images of several aspects with their cache."""
     folder = tmp_path_factory.mktemp("naflex")
     request.param(folder / "published")
@@ -95,7 +111,9 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     members: list[tuple[str, bytes]] = []
     for number in range(24):
         members.append((f"{number:03d}.png", image(number, ASPECTS[number % 4])))
-        members.append((f"{number:03d}.json", json.dumps({"caption": f"number {number}"}).encode()))
+        members.append(
+            (f"{number:03d}.json", json.dumps({"caption": f"number {number}"}).encode())
+        )
     write_tar(folder / "data" / "00000.tar", members)
     make_cache(folder / "data")
     return folder
@@ -117,7 +135,9 @@ def test_features_are_transformers_own(tmp_path: Path, whole: bool):
         assert settings["max_num_patches"] == (image_size // 4) ** 2
         images = ImageConfig.from_preprocessor(settings)
         processor = transformers.Siglip2ImageProcessorPil(**settings)
-        dual = DualEncoder(tower, DualConfig(projection="none", projection_dim=32, pool="mean"))
+        dual = DualEncoder(
+            tower, DualConfig(projection="none", projection_dim=32, pool="mean")
+        )
         for seed, size in enumerate(ASPECTS):
             data = image(seed, size)
             theirs = processor(Image.open(io.BytesIO(data)), return_tensors="pt")
@@ -125,13 +145,16 @@ def test_features_are_transformers_own(tmp_path: Path, whole: bool):
             with torch.no_grad():
                 pairs = ((original, theirs), (tower, theirs), (tower, own))
                 expected, *found = (
-                    model(**inputs, output_hidden_states=True) for model, inputs in pairs
+                    model(**inputs, output_hidden_states=True)
+                    for model, inputs in pairs
                 )
             count = int(own["spatial_shapes"].prod())
             states = [*expected.hidden_states, expected.last_hidden_state]
             for output in found:
                 for state, wanted in zip(
-                    [*output.hidden_states, output.last_hidden_state], states, strict=True
+                    [*output.hidden_states, output.last_hidden_state],
+                    states,
+                    strict=True,
                 ):
                     torch.testing.assert_close(
                         state[:, :count], wanted[:, :count], atol=TOLERANCE, rtol=0
@@ -182,11 +205,22 @@ def test_states_are_qwens_own(tmp_path: Path):
             .transpose(1, 2)
             .flatten()
         )
-        theirs = patches[n, order].permute(0, 3, 1, 2).unsqueeze(2).repeat(1, 1, 2, 1, 1).flatten(1)
-        expected = original(theirs, torch.tensor([[1, rows, columns]]), output_hidden_states=True)
+        theirs = (
+            patches[n, order]
+            .permute(0, 3, 1, 2)
+            .unsqueeze(2)
+            .repeat(1, 1, 2, 1, 1)
+            .flatten(1)
+        )
+        expected = original(
+            theirs, torch.tensor([[1, rows, columns]]), output_hidden_states=True
+        )
         wanted = torch.stack(expected.hidden_states)
         torch.testing.assert_close(
-            torch.stack(found.hidden_states)[:, n, order], wanted, atol=TOLERANCE, rtol=0
+            torch.stack(found.hidden_states)[:, n, order],
+            wanted,
+            atol=TOLERANCE,
+            rtol=0,
         )
         torch.testing.assert_close(
             found.pooler_output[n], wanted[-1].mean(0), atol=TOLERANCE, rtol=0
@@ -196,7 +230,9 @@ def test_states_are_qwens_own(tmp_path: Path):
 class HostReads(TorchDispatchMode):
     """Fails where the host would wait for the value of a GPU's tensor."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         assert func is not torch.ops.aten._local_scalar_dense.default
         return func(*args, **kwargs or {})
 
@@ -239,7 +275,10 @@ def test_training_over_ranks_and_micro_batches_is_one_run(tiny: Path, tmp_path: 
     for name, world, micro in (("one", 1, "16"), ("two", 2, "4")):
         assert (
             finish(
-                start(options(tiny, tmp_path / name, *more, "--train.micro-batch", micro), world)
+                start(
+                    options(tiny, tmp_path / name, *more, "--train.micro-batch", micro),
+                    world,
+                )
             )
             == [0] * world
         )
@@ -250,7 +289,13 @@ def test_training_over_ranks_and_micro_batches_is_one_run(tiny: Path, tmp_path: 
     assert card.training["resized_from"] == 24
     assert (
         llm2clip(
-            ["evaluate", str(exported), str(tiny / "data"), "--json", str(tmp_path / "scores.json")]
+            [
+                "evaluate",
+                str(exported),
+                str(tiny / "data"),
+                "--json",
+                str(tmp_path / "scores.json"),
+            ]
         )
         == 0
     )

@@ -49,7 +49,9 @@ def opened(folder: Path, **more: object) -> tuple[PipelineConfig, Source]:
         "tower": folder / "tower",
         "output": folder / "out",
     }
-    config = PipelineConfig(**{name: str(value) for name, value in values.items()} | more)
+    config = PipelineConfig(
+        **{name: str(value) for name, value in values.items()} | more
+    )
     return config, open_source(config)
 
 
@@ -92,7 +94,9 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
     own = plan(dataclasses.replace(config, adapter="mine"), source, "")
     assert names(own) == [*ALL[:2], *ALL[3:]]
     assert "mine" in own[2].words
-    hub = plan(dataclasses.replace(config, tower="openai/clip-vit-base-patch16"), source, found)
+    hub = plan(
+        dataclasses.replace(config, tower="openai/clip-vit-base-patch16"), source, found
+    )
     assert names(hub)[0] == "import"
     assert str(tiny / "out" / "start") in hub[6].words
     two = plan(dataclasses.replace(config, num_gpus=2), source, found)
@@ -107,7 +111,9 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
             check_given(dataclasses.replace(config, **wrong))
 
 
-@pytest.mark.parametrize("second, dtype", [((7, 5), torch.float16), ((9, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    "second, dtype", [((7, 5), torch.float16), ((9, 0), torch.bfloat16)]
+)
 def test_a_gpu_that_emulates_bfloat16_computes_in_float16(
     tiny: Path, monkeypatch, second: tuple[int, int], dtype
 ):
@@ -127,7 +133,8 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float16(
 
 def file_of(name: str, *paths: Path) -> Artifact:
     return Artifact(
-        name=name, files=lambda: {path.name: str(path) for path in paths if path.exists()}
+        name=name,
+        files=lambda: {path.name: str(path) for path in paths if path.exists()},
     )
 
 
@@ -153,7 +160,9 @@ class Run:
                 makes=(make,),
                 output=path,
             )
-            for name, read, make, path in zip("abc", reads, (a, b, c), made, strict=True)
+            for name, read, make, path in zip(
+                "abc", reads, (a, b, c), made, strict=True
+            )
         ]
 
     def opened(self) -> RunFolder:
@@ -192,7 +201,11 @@ def test_a_change_runs_its_stage_and_those_after_it_again_and_says_why(three: Ru
     assert three.stale() == {"c": f"{folder}/late changed since it was made"}
     assert three.run() == ["c"]
     (folder / "data").write_text("DATA")
-    assert three.stale() == {"a": f"{folder}/data changed since it was made", "b": "", "c": ""}
+    assert three.stale() == {
+        "a": f"{folder}/data changed since it was made",
+        "b": "",
+        "c": "",
+    }
     assert three.run(made="again") == ["a", "b", "c"]
 
 
@@ -221,8 +234,12 @@ def test_bytes_count_not_times_nor_sizes(three: Run):
 
 
 def test_another_command_runs_again_and_a_moved_folder_does_not(three: Run):
-    changed = dataclasses.replace(three.stages[1], words=("y", *three.stages[1].words[1:]))
-    assert three.opened().stale([three.stages[0], changed]) == {"b": "its command is y, was x"}
+    changed = dataclasses.replace(
+        three.stages[1], words=("y", *three.stages[1].words[1:])
+    )
+    assert three.opened().stale([three.stages[0], changed]) == {
+        "b": "its command is y, was x"
+    }
     new = three.folder / "moved"
     three.out.rename(new)
     moved = Run.__new__(Run)
@@ -249,15 +266,21 @@ def test_a_folder_of_others_is_refused_and_an_old_record_says_nothing(tmp_path: 
     (run.out / "b").mkdir()
     with pytest.raises(FileExistsError, match="was not made by `llm2clip run`"):
         run.opened().refuse_foreign(run.stages)
-    (run.out / "pipeline.json").write_text(json.dumps({"a": {"words": ["x"], "seconds": 1.0}}))
+    (run.out / "pipeline.json").write_text(
+        json.dumps({"a": {"words": ["x"], "seconds": 1.0}})
+    )
     run.opened().refuse_foreign(run.stages)
     stale = run.stale()
     assert list(stale) == ["a", "b", "c"]
     assert "earlier release" in stale["a"]
 
 
-def test_a_killed_stage_goes_on_with_the_same_input_and_starts_anew_with_another(three: Run):
-    first = dataclasses.replace(three.stages[0], resumes=True, moved_fields=("data.path",))
+def test_a_killed_stage_goes_on_with_the_same_input_and_starts_anew_with_another(
+    three: Run,
+):
+    first = dataclasses.replace(
+        three.stages[0], resumes=True, moved_fields=("data.path",)
+    )
     (three.folder / "data").write_text("DATA")
     three.opened().begin(first, [], {})
     assert not (three.out / "a").exists()
@@ -302,7 +325,10 @@ def test_a_signal_reaches_the_stage_and_ends_the_run(tmp_path: Path):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     threading.Thread(target=kill, daemon=True).start()
-    assert attend([sys.executable, "-c", code, str(tmp_path / "up")]) == 128 + signal.SIGTERM
+    assert (
+        attend([sys.executable, "-c", code, str(tmp_path / "up")])
+        == 128 + signal.SIGTERM
+    )
 
 
 def refused(tiny: Path, *words: str) -> str:
@@ -325,7 +351,9 @@ def test_what_fails_hours_later_is_refused_before_the_first_stage(tiny: Path):
     llm = str(tiny / "llm")
     data = str(tiny / "data")
     assert "no tower family has model_type 'llama'" in refused(tiny, "--tower", llm)
-    assert "not a directory, a checkpoint file or a Hub id" in refused(tiny, "--tower", "nonsense")
+    assert "not a directory, a checkpoint file or a Hub id" in refused(
+        tiny, "--tower", "nonsense"
+    )
     assert "leaves nothing for validation" in refused(tiny, "--validation", "0.0001")
     assert "has no field 'nofield' (--by)" in refused(tiny, "--by", "nofield")
     assert "is the data" in refused(tiny, "--output", data)
@@ -335,9 +363,13 @@ def test_what_fails_hours_later_is_refused_before_the_first_stage(tiny: Path):
     assert not (tiny / "out").exists()
 
 
-def test_an_input_in_a_folder_that_the_run_replaces_is_refused(tiny: Path, tmp_path: Path):
+def test_an_input_in_a_folder_that_the_run_replaces_is_refused(
+    tiny: Path, tmp_path: Path
+):
     save_tiny_llm(tmp_path / "data" / "llm", "llama")
-    told = refused(tiny, "--llm", str(tmp_path / "data" / "llm"), "--output", str(tmp_path))
+    told = refused(
+        tiny, "--llm", str(tmp_path / "data" / "llm"), "--output", str(tmp_path)
+    )
     assert "which 'hold out validation' replaces" in told
 
 
@@ -347,9 +379,13 @@ def test_another_llms_adapter_is_refused(tiny: Path, tmp_path: Path):
     from llm2clip_plugin.text.llm import load_backbone
 
     wide = save_tiny_llm(tmp_path / "wide", "llama", width=64)
-    llm = load_backbone(wide, EncoderConfig(llm=str(wide)), torch.float32, torch.device("cpu"))
+    llm = load_backbone(
+        wide, EncoderConfig(llm=str(wide)), torch.float32, torch.device("cpu")
+    )
     add_lora(llm, LoraSettings(), base=str(wide)).save_pretrained(tmp_path / "adapter")
-    assert "is for an LLM of width 64" in refused(tiny, "--adapter", str(tmp_path / "adapter"))
+    assert "is for an LLM of width 64" in refused(
+        tiny, "--adapter", str(tmp_path / "adapter")
+    )
 
 
 @pytest.fixture
@@ -379,7 +415,15 @@ def survey_of(monkeypatch: pytest.MonkeyPatch):
 def test_names_in_other_languages_do_not_switch_stage_1_off(survey_of):
     """Some pairs contain one another, most do not."""
     guinea = {
-        "short": ["Guinea", "Guinée", "Guinea Ecuatorial", "Gvineja", "Γουινέα", "ギニア", "Guiné"]
+        "short": [
+            "Guinea",
+            "Guinée",
+            "Guinea Ecuatorial",
+            "Gvineja",
+            "Γουινέα",
+            "ギニア",
+            "Guiné",
+        ]
     }
     assert survey_of(guinea, guinea) == ("short:same", "")
     copies = {"short": ["a red bird"], "long": ["A red bird, drawn."]}
@@ -400,7 +444,8 @@ def test_stage_1_can_be_demanded(
     assert (auto.stage1, demanded.stage1, without.stage1) == ("auto", True, False)
     _, source = opened(tiny)
     monkeypatch.setattr(
-        "llm2clip_plugin.stages.pipeline.survey", lambda source: ("short:same", "they are alike")
+        "llm2clip_plugin.stages.pipeline.survey",
+        lambda source: ("short:same", "they are alike"),
     )
     assert pairs_of_stage_1(auto, source) == ""
     assert (
@@ -410,7 +455,9 @@ def test_stage_1_can_be_demanded(
     assert pairs_of_stage_1(demanded, source) == "short:same"
     assert pairs_of_stage_1(without, source) == ""
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr("llm2clip_plugin.stages.pipeline.survey", lambda source: ("", "too few"))
+    monkeypatch.setattr(
+        "llm2clip_plugin.stages.pipeline.survey", lambda source: ("", "too few")
+    )
     with pytest.raises(
         ValueError,
         match="--stage1: it needs images with several captions; name more caption fields",
@@ -441,7 +488,9 @@ def test_status_shows_the_stages(three: Run, capsys: pytest.CaptureFixture[str])
     assert "progress step 3, 24 samples, loss 1.5, last line 0:00:00 ago" in said()
 
 
-def test_a_stage_that_is_complete_is_listed_so(three: Run, capsys: pytest.CaptureFixture[str]):
+def test_a_stage_that_is_complete_is_listed_so(
+    three: Run, capsys: pytest.CaptureFixture[str]
+):
     show(three.stages, dict.fromkeys(("b", "c"), "late changed since it was made"))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == f"1 complete a: x a {three.out}"

@@ -64,7 +64,10 @@ class World:
     """A folder with data, models and a run, as a user changes them."""
 
     def __init__(
-        self, folder: Path, samples: dict[str, tuple[str, bytes, dict[str, str]]], output: str
+        self,
+        folder: Path,
+        samples: dict[str, tuple[str, bytes, dict[str, str]]],
+        output: str,
     ) -> None:
         self.folder = folder
         self.samples = samples  # key -> (tar, picture, captions)
@@ -88,7 +91,16 @@ class World:
                 os.replace(new, old)
 
     def start(self, output: str = "", *more: str) -> Module:
-        words = ["run", DATA, "--llm", "llm", "--tower", "tower", "--output", output or self.output]
+        words = [
+            "run",
+            DATA,
+            "--llm",
+            "llm",
+            "--tower",
+            "tower",
+            "--output",
+            output or self.output,
+        ]
         words += [
             "--validation",
             "0.25",
@@ -98,7 +110,11 @@ class World:
         place = {"LLM2CLIP_HOME": str(self.folder / "home"), "HF_HUB_OFFLINE": "1"}
         first = partial(use_forked_python, str(programs(hold) / "python"))
         return Module(
-            "llm2clip_plugin.cli", [*words, *more], environment(**place), self.folder, first
+            "llm2clip_plugin.cli",
+            [*words, *more],
+            environment(**place),
+            self.folder,
+            first,
         )
 
     def run(self, output: str = "", *more: str) -> str:
@@ -151,7 +167,9 @@ def sample(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
     color = rng.choice(list(COLORS))
     place = rng.choice(list(PLACES))
     number = rng.randrange(10**6)
-    picture = encoded(draw(size, color, "circle", place, rng).convert("RGB"), quality=90)
+    picture = encoded(
+        draw(size, color, "circle", place, rng).convert("RGB"), quality=90
+    )
     long = f"A {size} circle of {color} ink, number {number}, drawn {place} of paper."
     return (
         rng.choice(["00000", "00001"]),
@@ -164,7 +182,11 @@ def change(world: World, operation: str, rng: random.Random) -> None:
     key = rng.choice(list(world.samples))
     if operation == "edit":
         tar, picture, captions = world.samples[key]
-        world.samples[key] = (tar, picture, captions | {"caption": captions["caption"][::-1]})
+        world.samples[key] = (
+            tar,
+            picture,
+            captions | {"caption": captions["caption"][::-1]},
+        )
     elif operation == "add":
         for _ in range(3):
             world.samples[f"new{rng.randrange(10**6)}"] = sample(rng)
@@ -172,7 +194,8 @@ def change(world: World, operation: str, rng: random.Random) -> None:
         del world.samples[key]
     elif operation == "rename":
         world.samples = {
-            (f"{name}x" if name == key else name): value for name, value in world.samples.items()
+            (f"{name}x" if name == key else name): value
+            for name, value in world.samples.items()
         }
     elif operation == "kill":
         world.kill(rng.randint(1, STAGES))
@@ -195,7 +218,9 @@ PLACELESS = ("model", "provenance", "versions", "origin", "teacher", "training",
 
 def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items() if name not in PLACELESS}
+        return {
+            name: plain(item) for name, item in value.items() if name not in PLACELESS
+        }
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 
@@ -213,14 +238,17 @@ def results(out: Path) -> dict[str, str]:
         for path in out.glob(kind)
     ]
     found = {
-        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
     }
     for name in (
         "before/validation.scores.json",
         "after/validation.scores.json",
         "after/tower/llm2clip.json",
     ):
-        found[name] = json.dumps(plain(json.loads((out / name).read_text())), sort_keys=True)
+        found[name] = json.dumps(
+            plain(json.loads((out / name).read_text())), sort_keys=True
+        )
     manifest = json.loads((out / "embeddings" / "train" / "manifest.json").read_text())
     found["manifest"] = json.dumps(plain(manifest), sort_keys=True)
     page = (out / "index.html").read_text().replace(out.name, "OUT")
@@ -235,7 +263,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> World:
     save_tiny_llm(folder / "llm", "llama")
     make_tower(folder / "tower")
     rng = random.Random(0)
-    world = World(folder, {f"{number:03d}": sample(rng) for number in range(28)}, "run-0")
+    world = World(
+        folder, {f"{number:03d}": sample(rng) for number in range(28)}, "run-0"
+    )
     world.write_data()
     world.run()
     return world
@@ -257,8 +287,14 @@ def test_a_killed_training_goes_on_in_a_moved_folder_but_not_with_other_data(
     said = world.run()
     assert "--allow-changed data.path" in said
     assert "runs again" not in said
-    metrics = (world.folder / world.output / "after" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in metrics].count(1) == 1  # it did not start over
+    metrics = (
+        (world.folder / world.output / "after" / "metrics.jsonl")
+        .read_text()
+        .splitlines()
+    )
+    assert [json.loads(line)["step"] for line in metrics].count(
+        1
+    ) == 1  # it did not start over
     other.run()
     assert results(world.folder / world.output) == results(other.folder / other.output)
 
@@ -279,7 +315,9 @@ def test_after_any_changes_a_run_makes_what_a_fresh_one_makes(
     done: list[str] = []
     for _ in range(OPERATIONS):
         done.append(
-            rng.choice(["edit", "add", "remove", "rename", "kill", "move", "option", "run"])
+            rng.choice(
+                ["edit", "add", "remove", "rename", "kill", "move", "option", "run"]
+            )
         )
         print(done[-1], flush=True)
         change(world, done[-1], rng)

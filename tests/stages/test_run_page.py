@@ -23,7 +23,9 @@ def pairs(places: list[int]) -> EmbeddedPairs:
         for image in others[: place - 1]:
             image_ND[image, caption] = 2.0
     # of one length
-    image_ND = torch.cat([image_ND, (10 - image_ND.square().sum(1, keepdim=True)).sqrt()], dim=1)
+    image_ND = torch.cat(
+        [image_ND, (10 - image_ND.square().sum(1, keepdim=True)).sqrt()], dim=1
+    )
     text_MD = torch.cat([text_MD, torch.zeros(IMAGES, 1)], dim=1)
     captions = [Caption(f"caption {number}") for number in range(IMAGES)]
     about: dict[str, Any] = {
@@ -51,9 +53,12 @@ def test_the_first_pictures_are_the_most_similar():
     for side in sides.values():
         side.numbers.extend(range(IMAGES))
     queries = run_page.draw(NoPictures(), sides)
-    assert [query["text"] for query in queries] == [f"caption {number}" for number in range(IMAGES)]
+    assert [query["text"] for query in queries] == [
+        f"caption {number}" for number in range(IMAGES)
+    ]
     assert [query["place"] for query in queries] == [
-        {"before": before, "after": after} for before, after in zip(BEFORE, AFTER, strict=True)
+        {"before": before, "after": after}
+        for before, after in zip(BEFORE, AFTER, strict=True)
     ]
     for query in queries:
         for side, place in query["place"].items():
@@ -64,15 +69,21 @@ def test_won_are_those_that_are_found_earlier_after_stage_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     shown: dict[str, Any] = {}
-    queries = [{"place": {"before": b, "after": a}} for b, a in zip(BEFORE, AFTER, strict=True)]
+    queries = [
+        {"place": {"before": b, "after": a}} for b, a in zip(BEFORE, AFTER, strict=True)
+    ]
     measured = (None, SimpleNamespace(pairs=pairs(BEFORE)))
     monkeypatch.setattr(run_page, "measure_pairs", lambda _: measured)
     monkeypatch.setattr(run_page, "held_out_config", lambda *_: None)
     monkeypatch.setattr(run_page, "open_source", lambda _: None)
     monkeypatch.setattr(run_page, "draw", lambda *_: queries)
     monkeypatch.setattr(run_page, "EvaluateConfig", SimpleNamespace)
-    monkeypatch.setattr(run_page, "render", lambda _, **values: shown.update(values) or "page")
-    config: Any = SimpleNamespace(output=str(tmp_path), path="data", tower="tower", llm="llm")
+    monkeypatch.setattr(
+        run_page, "render", lambda _, **values: shown.update(values) or "page"
+    )
+    config: Any = SimpleNamespace(
+        output=str(tmp_path), path="data", tower="tower", llm="llm"
+    )
     page = run_page.write_page(config, None, [], {})
     assert page.read_text() == "page"
     assert (shown["won"], shown["lost"], shown["images"]) == (2, 1, IMAGES)

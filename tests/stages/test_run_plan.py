@@ -35,7 +35,9 @@ def stages(folder: Path) -> dict[str, Stage]:
     }
     given = {name: str(folder / place) for name, place in paths.items()}
     config = PipelineConfig(**given, llava_llm="llava-llm", num_train_epochs=3.0)
-    return {stage.name: stage for stage in plan(config, open_source(config), "short:long")}
+    return {
+        stage.name: stage for stage in plan(config, open_source(config), "short:long")
+    }
 
 
 def option(stage: Stage, name: str) -> str:
@@ -43,7 +45,9 @@ def option(stage: Stage, name: str) -> str:
 
 
 def test_the_start_tower_is_not_trained(stages: dict[str, Stage]):
-    before, after = (stages[name].words for name in ("heads on the start tower", "stage 2"))
+    before, after = (
+        stages[name].words for name in ("heads on the start tower", "stage 2")
+    )
     different = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
     epochs, (one, other) = different
     assert epochs == ("0", "3")
@@ -56,14 +60,23 @@ def test_each_side_is_measured_on_validation_and_has_a_llava(
 ):
     out = folder / "out"
     measure = stages[f"measure {side}"]
-    assert measure.words[2:4] == (str(out / side / "tower"), str(out / "data" / "validation"))
+    assert measure.words[2:4] == (
+        str(out / side / "tower"),
+        str(out / "data" / "validation"),
+    )
     assert option(measure, "--cache") == str(out / "embeddings" / "validation")
-    assert option(stages[f"LLaVA {side}"], "--tower") == f"llm2clip:{out / side / 'tower'}"
-    assert option(stages[f"questions {side}"], "--model-path") == str(out / f"llava-{side}")
+    assert (
+        option(stages[f"LLaVA {side}"], "--tower") == f"llm2clip:{out / side / 'tower'}"
+    )
+    assert option(stages[f"questions {side}"], "--model-path") == str(
+        out / f"llava-{side}"
+    )
 
 
 @pytest.mark.parametrize("side", ["train", "validation"])
-def test_embeddings_are_of_the_trained_adapter(stages: dict[str, Stage], folder: Path, side: str):
+def test_embeddings_are_of_the_trained_adapter(
+    stages: dict[str, Stage], folder: Path, side: str
+):
     embed = stages[f"embed {side}"]
     assert option(embed, "--adapter") == str(folder / "out" / "llm" / "adapter")
     assert {artifact.name for artifact in embed.reads} == {
@@ -72,15 +85,22 @@ def test_embeddings_are_of_the_trained_adapter(stages: dict[str, Stage], folder:
         "the trained adapter",
     }
     for name in ("heads on the start tower", "stage 2"):
-        assert f"the embeddings of {side}" in {artifact.name for artifact in stages[name].reads}
+        assert f"the embeddings of {side}" in {
+            artifact.name for artifact in stages[name].reads
+        }
 
 
-def test_a_cache_loses_the_shards_that_the_data_no_longer_has(folder: Path, tmp_path: Path):
+def test_a_cache_loses_the_shards_that_the_data_no_longer_has(
+    folder: Path, tmp_path: Path
+):
     names = [f"{number:05d}.safetensors" for number in range(SHARDS + 1)]
     for name in (*names, "manifest.json"):
         (tmp_path / name).write_text("")
     prune_cache(tmp_path, SourceConfig(path=str(folder / "data")))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*names[:SHARDS], "manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *names[:SHARDS],
+        "manifest.json",
+    ]
 
 
 def test_trust_in_the_llms_code_reaches_the_stages_that_open_it(folder: Path):
@@ -109,7 +129,9 @@ def test_another_spelling_of_the_output_is_no_reason_to_run_again(folder: Path):
     assert keys(folder, output="./out") == keys(folder) == keys(folder, output="out/")
 
 
-def test_another_machine_is_no_reason_to_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_another_machine_is_no_reason_to_run_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     """What a GPU decides: precisions, and how many processes share a batch."""
     questions = folder / "own.jsonl"
     questions.write_text('{"image": "0.png", "question": "?", "answer": "yes"}\n')

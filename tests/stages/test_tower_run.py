@@ -64,13 +64,21 @@ def test_killed_again_and_again_it_has_the_same_losses(tiny: Path, tmp_path: Pat
 
 def launched(folder: Path, tiny: Path, run: Path, *more: str) -> subprocess.Popen[str]:
     """`deepspeed --num_gpus 2` of ``folder``, in the middle of 2,000 steps without a checkpoint."""
-    command = [str(folder / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    command = [
+        str(folder / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     command += [
         "scripts/train_tower.py",
         *options(tiny, run, *more, "--max_steps", "2000", "--save_steps", "0"),
     ]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **streams)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, **streams
+    )
     wait_for(lambda: losses(run) or process.poll() is not None)
     assert process.poll() is None, process.communicate()[1]
     return process
@@ -109,7 +117,9 @@ def test_the_launcher_stops_cleanly_and_resumes(tiny: Path, tmp_path: Path):
     assert 0 < stopped.step < 2000
     assert not (run / "tower").exists()
     end = stopped.step + 2
-    again = options(tiny, run, *more, "--max_steps", str(end), "--allow-changed", "train.max_steps")
+    again = options(
+        tiny, run, *more, "--max_steps", str(end), "--allow-changed", "train.max_steps"
+    )
     assert finish(start(again, 2)) == [0, 0]
     ended = RunRecord.read(run / RunRecord.FILE)
     assert ended.finished
@@ -153,7 +163,12 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
         "good": options(tiny, folder / "run", "--max_steps", "2"),
         "before": options(tiny, folder / "nan", "--max_steps", "2"),
         "non-finite": options(
-            tiny, folder / "nan", "--max_steps", "4", "--allow-changed", "train.max_steps"
+            tiny,
+            folder / "nan",
+            "--max_steps",
+            "4",
+            "--allow-changed",
+            "train.max_steps",
         ),
         "forward": forward,
         "lost checkpoints": forward,
@@ -161,7 +176,10 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     script = folder / "script.py"
     script.write_text(SCRIPT)
     process = Script(
-        script, [json.dumps(commands), str(folder / "results.json")], environment(), ROOT
+        script,
+        [json.dumps(commands), str(folder / "results.json")],
+        environment(),
+        ROOT,
     )
     assert process.wait(timeout=900) == 0, process.output
     return {"folder": folder, **json.loads((folder / "results.json").read_text())}
@@ -197,9 +215,12 @@ def test_the_runs_average_follows_its_weights(runs: dict[str, Any], tiny: Path):
     (path,) = (runs["folder"] / "run" / "checkpoints").glob("step-*")
     loaded = load(path)
     start = {
-        f"tower.{name}": value for name, value in load_tower(tiny / "tower").state_dict().items()
+        f"tower.{name}": value
+        for name, value in load_tower(tiny / "tower").state_dict().items()
     }
-    matrices = [name for name in loaded.averages if name in start and start[name].ndim > 1]
+    matrices = [
+        name for name in loaded.averages if name in start and start[name].ndim > 1
+    ]
     assert len(matrices) > 5
     for name in matrices:
         weight = loaded.weights[name].float()
@@ -214,7 +235,9 @@ REFERENCE = ("--loss.terms", "infonce=1", "patch_reference=0.5")
 
 
 @pytest.mark.parametrize(
-    "more, most", [(CACHED, 3), (REFERENCE, 6)], ids=["cached", "with a frozen reference"]
+    "more, most",
+    [(CACHED, 3), (REFERENCE, 6)],
+    ids=["cached", "with a frozen reference"],
 )
 def test_compiled_it_has_the_same_losses(
     tiny: Path, tmp_path: Path, graphs: list[int], more: Any, most: int
@@ -223,10 +246,18 @@ def test_compiled_it_has_the_same_losses(
     transformers' hooks, which read hidden states for the reference, cut a block in three."""
     for compiled in ("False", "True"):
         argv = options(
-            tiny, tmp_path / compiled, "--torch_compile", compiled, "--heads.steps", "0", *more
+            tiny,
+            tmp_path / compiled,
+            "--torch_compile",
+            compiled,
+            "--heads.steps",
+            "0",
+            *more,
         )
         train_tower(TRAIN_TOWER.parse([*argv, "--max_steps", "3"]))
-    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-5)
+    assert losses(tmp_path / "True") == pytest.approx(
+        losses(tmp_path / "False"), abs=1e-5
+    )
     assert graphs[:3] == [0, 0, 0]
     assert 0 < graphs[3] == graphs[5] <= most
 
@@ -240,14 +271,22 @@ leave(run("train-tower", sys.argv[1:]))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile builds C++ on a CPU")
-def test_inductor_gives_the_same_losses(tiny: Path, runs: dict[str, Any], tmp_path: Path):
-    argv = options(tiny, tmp_path / "run", "--max_steps", "2", "--torch_compile", "True")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile builds C++ on a CPU"
+)
+def test_inductor_gives_the_same_losses(
+    tiny: Path, runs: dict[str, Any], tmp_path: Path
+):
+    argv = options(
+        tiny, tmp_path / "run", "--max_steps", "2", "--torch_compile", "True"
+    )
     (tmp_path / "compiled.py").write_text(COMPILED)
     process = Script(tmp_path / "compiled.py", argv, environment(), ROOT)
     assert process.wait(timeout=900) == 0, process.output[-3000:]
     assert "TRACED GRAPH" in process.output, process.output[-3000:]
-    assert losses(tmp_path / "run") == pytest.approx(losses(runs["folder"] / "run"), abs=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(
+        losses(runs["folder"] / "run"), abs=1e-5
+    )
 
 
 def test_lost_checkpoints_are_an_error(runs: dict[str, Any]):
@@ -265,7 +304,9 @@ def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(runs: dict[str, A
     assert result["status"] == 3
     assert "error: the loss is not finite" in result["error"]
     assert "16 samples have non-finite features" in result["error"]
-    assert re.search(r"rank 0: [01]-0\d\d, [01]-0\d\d", result["error"])  # the samples' keys
+    assert re.search(
+        r"rank 0: [01]-0\d\d, [01]-0\d\d", result["error"]
+    )  # the samples' keys
     assert "Traceback" not in result["error"]
     stopped = lines(run)[-1]
     assert (stopped["step"], stopped["event"]) == (2, "failed")

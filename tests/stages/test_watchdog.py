@@ -36,14 +36,22 @@ leave(run("train-tower", sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Path) -> None:
+def test_a_failed_rank_ends_all_and_the_run_comes_back(
+    tiny: Path, tmp_path: Path
+) -> None:
     """torchrun --max-restarts: rank 1 raises, all end, the run resumes. Rank 1 is suspended until
     rank 0 reports it, then rank 0 until rank 1 ends after the timeout: all end for good."""
     output = tmp_path / "run"
     log = tmp_path / "log"
     script = tmp_path / "faults.py"
     script.write_text(FAULTS)
-    launcher = [str(programs() / "python"), "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher = [
+        str(programs() / "python"),
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+    ]
     launcher += [
         "--rdzv_backend",
         "c10d",
@@ -64,7 +72,9 @@ def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Pat
     )
     command = [*launcher, str(script), *options(tiny, output, *more)]
     streams = {"stdout": log.open("w"), "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(**OWN_STORE), **streams)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(**OWN_STORE), **streams
+    )
 
     def said() -> str:
         return log.read_text(errors="replace")
@@ -78,11 +88,17 @@ def test_a_failed_rank_ends_all_and_the_run_comes_back(tiny: Path, tmp_path: Pat
         rank = psutil.Process(json.loads((output / "run.lock").read_text())["pid"])
         other = psutil.Process(int(re.findall(r"process of rank 1: (\d+)", said())[-1]))
         other.suspend()
-        wait_for(lambda: f"silent: rank 1 ({os.uname().nodename}, pid {other.pid}) for" in said())
+        wait_for(
+            lambda: (
+                f"silent: rank 1 ({os.uname().nodename}, pid {other.pid}) for" in said()
+            )
+        )
         other.resume()
         closed = said().count("closing signal SIGTERM")
         rank.suspend()
-        wait_for(lambda: said().count("closing signal SIGTERM") > closed)  # rank 1 has ended
+        wait_for(
+            lambda: said().count("closing signal SIGTERM") > closed
+        )  # rank 1 has ended
         rank.resume()
         assert process.wait(timeout=600) != 0
         assert psutil.wait_procs([rank], timeout=60)[1] == []

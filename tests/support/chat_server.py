@@ -21,7 +21,9 @@ def sees(text: str, image: Image.Image | None) -> str:
         return f"no image, {text}"
     pixels = np.asarray(image, dtype=np.int64)
     weights = np.arange(1, pixels.size + 1).reshape(pixels.shape)
-    return f"{image.width}x{image.height} {(pixels * weights).sum() % 1_000_003}, {text}"
+    return (
+        f"{image.width}x{image.height} {(pixels * weights).sum() % 1_000_003}, {text}"
+    )
 
 
 class ChatServer:
@@ -46,7 +48,10 @@ class ChatServer:
             text = parts
             image = None
         else:
-            assert [part["type"] for part in parts] == ["image_url", "text"]  # in LLaVA's order
+            assert [part["type"] for part in parts] == [
+                "image_url",
+                "text",
+            ]  # in LLaVA's order
             head, _, data = parts[0]["image_url"]["url"].partition(",")
             assert head in ("data:image/png;base64", "data:image/jpeg;base64"), head
             text = parts[1]["text"]
@@ -57,10 +62,15 @@ class ChatServer:
             "index": 0,
             "message": {"role": "assistant", "content": f" {sees(text, image)}\n"},
         }
-        return {"choices": [{**choice, "finish_reason": "stop"}], "model": body["model"]}
+        return {
+            "choices": [{**choice, "finish_reason": "stop"}],
+            "model": body["model"],
+        }
 
 
-def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
+def send(
+    handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str
+) -> None:
     handler.send_response(status)
     for name, value in {"Content-Length": str(len(body)), **headers}.items():
         handler.send_header(name.replace("_", "-"), value)
@@ -70,7 +80,9 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: s
 
 def status(code: int, message: str = "", **headers: str) -> Failure:
     """An error as OpenAI's API sends it."""
-    body = json.dumps({"error": {"message": message or f"status {code}", "type": "x"}}).encode()
+    body = json.dumps(
+        {"error": {"message": message or f"status {code}", "type": "x"}}
+    ).encode()
     return lambda handler: send(handler, code, body, **headers)
 
 
@@ -112,9 +124,12 @@ def serving(state: ChatServer) -> Iterator[str]:
             if self.path != "/v1/models":
                 return status(404)(self)
             data = [
-                {"id": name, "object": "model", "root": f"/models/{name}"} for name in state.models
+                {"id": name, "object": "model", "root": f"/models/{name}"}
+                for name in state.models
             ]
-            return send(self, 200, json.dumps({"object": "list", "data": data}).encode())
+            return send(
+                self, 200, json.dumps({"object": "list", "data": data}).encode()
+            )
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -124,15 +139,23 @@ def serving(state: ChatServer) -> Iterator[str]:
                 state.most_in_flight = max(state.in_flight, state.most_in_flight)
                 state.bodies.append(body)
                 state.arrived.notify_all()
-                state.arrived.wait_for(lambda: state.most_in_flight >= state.gather, timeout=20)
+                state.arrived.wait_for(
+                    lambda: state.most_in_flight >= state.gather, timeout=20
+                )
                 failure = state.failures.pop(0) if state.failures else None
                 dead = state.answered == state.dies_after
-                refused = state.refuses and state.refuses in json.dumps(body["messages"])
+                refused = state.refuses and state.refuses in json.dumps(
+                    body["messages"]
+                )
                 state.answered += not (failure or dead or refused)
                 answer = (
-                    b"" if failure or dead or refused else json.dumps(state.reply(body)).encode()
+                    b""
+                    if failure or dead or refused
+                    else json.dumps(state.reply(body)).encode()
                 )
-                state.in_flight -= 1  # before the client has its answer and sends the next request
+                state.in_flight -= (
+                    1  # before the client has its answer and sends the next request
+                )
             if failure or dead:
                 return (failure or close)(self)
             if refused:

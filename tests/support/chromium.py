@@ -31,7 +31,9 @@ class Chromium:
         ours_read, theirs_write = os.pipe()
         theirs_read, ours_write = os.pipe()
 
-        def connect() -> None:  # the browser reads commands from 3 and writes answers to 4
+        def connect() -> (
+            None
+        ):  # the browser reads commands from 3 and writes answers to 4
             read = os.dup(theirs_read)
             write = os.dup(theirs_write)
             os.dup2(read, 3)
@@ -62,7 +64,9 @@ class Chromium:
         os.set_blocking(self._read, False)
         targets = self.call("Target.getTargets")["targetInfos"]
         tab = next(target["targetId"] for target in targets if target["type"] == "page")
-        self._session = self.call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=tab, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         return self
@@ -105,12 +109,17 @@ class Chromium:
         parameters = message.get("params", {})
         if message.get("method") == "Runtime.exceptionThrown":
             self.errors.append(str(parameters["exceptionDetails"]))
-        elif message.get("method") == "Runtime.consoleAPICalled" and parameters["type"] in (
+        elif message.get("method") == "Runtime.consoleAPICalled" and parameters[
+            "type"
+        ] in (
             "error",
             "assert",
         ):
             self.errors.append(str(parameters["args"]))
-        elif message.get("method") == "Log.entryAdded" and parameters["entry"]["level"] == "error":
+        elif (
+            message.get("method") == "Log.entryAdded"
+            and parameters["entry"]["level"] == "error"
+        ):
             self.errors.append(str(parameters["entry"]))
         elif message.get("method") == "Network.requestWillBeSent":
             self.requests.append(parameters["request"]["url"])
@@ -129,6 +138,8 @@ class Chromium:
 
     def run(self, expression: str):
         """The value of a JavaScript expression in the page."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        result = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True
+        )
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")

@@ -54,7 +54,12 @@ def tower_of(family: str, folder: Path) -> Any:
 
 
 def write_dual(
-    folder: Path, llm: Path, *, family: str = "clip_vision", encoder: Any = None, **dual: Any
+    folder: Path,
+    llm: Path,
+    *,
+    family: str = "clip_vision",
+    encoder: Any = None,
+    **dual: Any,
 ) -> Path:
     """A tower directory whose teacher is ``encoder``, by default the LLM as it is."""
     if encoder is None:
@@ -82,11 +87,15 @@ def pictures(count: int = 3) -> list[Image.Image]:
     return made
 
 
-def expected_of(tower: Path, images: list[Image.Image], captions: list[str]) -> torch.Tensor:
+def expected_of(
+    tower: Path, images: list[Image.Image], captions: list[str]
+) -> torch.Tensor:
     """The embeddings of ``load_dual_encoder``: of pictures as in evaluation, then of captions."""
     dual = load_dual_encoder(tower, teacher=EncoderConfig(compute_dtype="float32"))
     with torch.no_grad():
-        image_BD = dual.encode_image(*prepared([png(image) for image in images], dual.dual))
+        image_BD = dual.encode_image(
+            *prepared([png(image) for image in images], dual.dual)
+        )
         text_ND = dual.encode_text(captions)
     return torch.cat((image_BD, text_ND))
 

@@ -36,7 +36,11 @@ class Process:
     """A process with the surface of ``subprocess.Popen``; what it prints is in ``output``."""
 
     def __init__(
-        self, target: Callable[..., None], argument: object, words: list[str], *place: object
+        self,
+        target: Callable[..., None],
+        argument: object,
+        words: list[str],
+        *place: object,
     ) -> None:
         descriptor, name = tempfile.mkstemp()
         os.close(descriptor)
@@ -96,7 +100,9 @@ class Module(Process):
 class Command(Process):
     """``llm2clip WORDS``."""
 
-    def __init__(self, words: list[str], environment: dict[str, str], folder: Path) -> None:
+    def __init__(
+        self, words: list[str], environment: dict[str, str], folder: Path
+    ) -> None:
         super().__init__(_command, None, words, environment, folder)
 
 

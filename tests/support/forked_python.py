@@ -66,7 +66,10 @@ def programs(first: Callable[[], None] = nothing) -> Path:
     for name in ("python", "deepspeed", "llm2clip"):
         words = [] if name == "python" else [str(Path(sys.executable).with_name(name))]
         text = CLIENT.format(
-            python=sys.executable, words=words, address=address, shim=str(folder / "python")
+            python=sys.executable,
+            words=words,
+            address=address,
+            shim=str(folder / "python"),
         )
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -111,14 +114,18 @@ def _attend(client: socket.socket, first: Callable[[], None]) -> NoReturn:
     os._exit(0)
 
 
-def _become(request: dict[str, Any], streams: list[int], first: Callable[[], None]) -> NoReturn:
+def _become(
+    request: dict[str, Any], streams: list[int], first: Callable[[], None]
+) -> NoReturn:
     """In the new process: as if Python had started with the client's words."""
     import torch
     import transformers
 
     for place, stream in enumerate(streams):
         os.dup2(stream, place)
-    multiprocessing.set_start_method(None, force=True)  # children start in the system's way
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # children start in the system's way
     environment = request["environment"]
     words = request["words"]
     os.environ.clear()
@@ -129,9 +136,13 @@ def _become(request: dict[str, Any], streams: list[int], first: Callable[[], Non
     if level := environment.get("TRANSFORMERS_VERBOSITY"):
         transformers.logging.set_verbosity(getattr(transformers.logging, level.upper()))
     here = (
-        str(Path(words[0]).resolve().parent) if words[0] not in ("-c", "-m") else request["folder"]
+        str(Path(words[0]).resolve().parent)
+        if words[0] not in ("-c", "-m")
+        else request["folder"]
     )
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     if not request["safe"]:
         sys.path.insert(0, here)
-    sys.exit(run_as_main(words, first))  # as a process of multiprocessing ends, with its threads
+    sys.exit(
+        run_as_main(words, first)
+    )  # as a process of multiprocessing ends, with its threads

@@ -43,11 +43,14 @@ ABORT_AT_EXIT = "terminate called without an active exception"
 # The CPU accelerator of LLaVA's own DeepSpeed needs Intel's extension; there, "cuda" without a GPU
 # trains one process.
 HALF_ON_CPU = pytest.mark.skipif(
-    torch.__version__.startswith("2.1."), reason="torch 2.1 has no float16 convolution on a CPU"
+    torch.__version__.startswith("2.1."),
+    reason="torch 2.1 has no float16 convolution on a CPU",
 )
 
 
-ACCELERATOR = {} if version("deepspeed").startswith("0.12.") else {"DS_ACCELERATOR": "cpu"}
+ACCELERATOR = (
+    {} if version("deepspeed").startswith("0.12.") else {"DS_ACCELERATOR": "cpu"}
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,9 @@ class World:
         # turn.
         ours = {"TORCH_EXTENSIONS_DIR": os.path.join(sys.prefix, "torch-extensions")}
         ours |= {
-            key: value for key, value in os.environ.items() if not key.startswith("LLM2CLIP_")
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith("LLM2CLIP_")
         } | ACCELERATOR
         ours |= {
             "PYTHONPATH": str(Path(__file__).parent / "on_cpu"),
@@ -93,17 +98,23 @@ class World:
             "stderr": subprocess.STDOUT,
         }
         for _ in range(2):
-            done = subprocess.run(command, **place, **streams, text=True, timeout=1200, check=False)
+            done = subprocess.run(
+                command, **place, **streams, text=True, timeout=1200, check=False
+            )
             if fails or done.returncode == 0 or ABORT_AT_EXIT not in done.stdout:
                 break
         assert (done.returncode != 0) == fails, done.stdout
         return done.stdout
 
-    def python(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
+    def python(
+        self, *words: str | Path, fails: bool = False, **environment: str
+    ) -> str:
         """Run this environment's Python."""
         return self.run(sys.executable, *words, fails=fails, **environment)
 
-    def forked(self, *words: str | Path, fails: bool = False, **environment: str) -> str:
+    def forked(
+        self, *words: str | Path, fails: bool = False, **environment: str
+    ) -> str:
         """As ``python``, without the seconds of a start."""
         return self.run(self.programs / "python", *words, fails=fails, **environment)
 
@@ -136,14 +147,18 @@ class World:
         if ranks:
             words = ["--deepspeed", str(self.zero_config(zero)), *words]
         if launched:
-            launcher = (self.programs if forked else Path(sys.executable).parent) / "deepspeed"
+            launcher = (
+                self.programs if forked else Path(sys.executable).parent
+            ) / "deepspeed"
             given = ("--num_gpus", ranks, "--master_port", free_port(), *launched)
             self.run(launcher, *map(str, given), *words, **environment)
         else:
             self.train(words, environment, ranks)
         return losses(output)
 
-    def train(self, words: list[str], variables: dict[str, str], ranks: int = 0) -> None:
+    def train(
+        self, words: list[str], variables: dict[str, str], ranks: int = 0
+    ) -> None:
         """``python -m llava.train.train WORDS``, by each of the ranks, forked from a process that
         has its libraries."""
         (here := self.root / "here").mkdir(exist_ok=True)
@@ -155,15 +170,22 @@ class World:
                 "MASTER_PORT": str(free_port()),
             }
             places = [
-                {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)
+                {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                for rank in range(ranks)
             ] or [{}]
             processes = [
                 Module(
-                    "llava.train.train", words, self.environment(**variables, **place), here, on_cpu
+                    "llava.train.train",
+                    words,
+                    self.environment(**variables, **place),
+                    here,
+                    on_cpu,
                 )
                 for place in places
             ]
-            failed = [process.output for process in processes if process.wait(1200) != 0]
+            failed = [
+                process.output for process in processes if process.wait(1200) != 0
+            ]
             if not any(ABORT_AT_EXIT in output for output in failed):
                 break
         assert not failed, failed[0]
@@ -171,7 +193,9 @@ class World:
     def stage_options(self, kind: str, tower: str, output: Path) -> list[str]:
         """LLaVA's own options, as in its scripts, at a tiny size on a CPU."""
         data, version = (
-            (self.pretrain_data, "plain") if kind == "pretrain" else (self.finetune_data, "v1")
+            (self.pretrain_data, "plain")
+            if kind == "pretrain"
+            else (self.finetune_data, "v1")
         )
         options = f"""--model_name_or_path {self.llm} --version {version}
             --data_path {data} --image_folder {self.images}
@@ -204,11 +228,16 @@ class World:
         # seeds 0 to 3 were tried: with 2, the margins of `checkpoint`'s answers are largest
         torch.manual_seed(2)
         layers = torch.nn.Sequential(
-            torch.nn.Linear(WIDTH, WIDTH), torch.nn.GELU(), torch.nn.Linear(WIDTH, WIDTH)
+            torch.nn.Linear(WIDTH, WIDTH),
+            torch.nn.GELU(),
+            torch.nn.Linear(WIDTH, WIDTH),
         )
         path = self.root / "mm_projector.bin"
         torch.save(
-            {f"model.mm_projector.{name}": tensor for name, tensor in layers.state_dict().items()},
+            {
+                f"model.mm_projector.{name}": tensor
+                for name, tensor in layers.state_dict().items()
+            },
             path,
         )
         return path
@@ -222,11 +251,20 @@ class World:
                 "stage3_prefetch_bucket_size": 100000,
                 "stage3_gather_16bit_weights_on_model_save": True,
             }
-            zero |= {"stage3_param_persistence_threshold": "auto", "reduce_bucket_size": "auto"}
+            zero |= {
+                "stage3_param_persistence_threshold": "auto",
+                "reduce_bucket_size": "auto",
+            }
         if offload:
-            zero |= {f"offload_{part}": {"device": "cpu"} for part in ("optimizer", "param")}
+            zero |= {
+                f"offload_{part}": {"device": "cpu"} for part in ("optimizer", "param")
+            }
         path = self.root / f"zero{stage}{'-offload' * offload}.json"
-        auto = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+        auto = (
+            "train_micro_batch_size_per_gpu",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+        )
         body = {
             "bf16": {"enabled": "auto"},
             "zero_optimization": zero,
@@ -249,10 +287,13 @@ def pope_folder(folder: Path) -> Path:
     golden = Path(__file__).parents[1] / "golden" / "mllm" / "pope"
     shutil.copytree(golden / "coco", folder / "coco")
     rows = [
-        json.loads(line) for line in (golden / "llava_pope_test.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (golden / "llava_pope_test.jsonl").read_text().splitlines()
     ]
     rows = [row for row in rows if row["question_id"] % 13 == 0]
-    (folder / "llava_pope_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "llava_pope_test.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     (folder / "val2014").mkdir()
     for row in rows:
         Image.new("RGB", (32, 24), (len(row["image"]) * 7 % 255, 90, 160)).save(
@@ -278,7 +319,10 @@ def model_arguments(tower: str) -> SimpleNamespace:
 
 def untrained(world: World, tower: str, folder: Path) -> Path:
     """What LLaVA's training does with a tower, without the steps: builds, initialises, saves."""
-    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from llava.model.language_model.llava_llama import (
+        LlavaConfig,
+        LlavaLlamaForCausalLM,
+    )
 
     model = LlavaLlamaForCausalLM(LlavaConfig.from_pretrained(world.llm))
     model.get_model().initialize_vision_modules(model_arguments(tower))
@@ -295,7 +339,9 @@ def on_cpu() -> None:
 
 def places(root: Path, towers: tuple[str, ...]) -> World:
     """Where everything will lie."""
-    data = {f"{stage}_data": root / f"{stage}.json" for stage in ("pretrain", "finetune")}
+    data = {
+        f"{stage}_data": root / f"{stage}.json" for stage in ("pretrain", "finetune")
+    }
     data |= {"images": root / "images", "questions": root / "questions.jsonl"}
     return World(
         root=root,

@@ -21,7 +21,9 @@ LLM = "meta-llama/Llama-3.2-1B-Instruct"
 TOWER = "openai/clip-vit-base-patch16"
 
 
-def draw(size: str, color: str, shape: str, place: str, rng: random.Random) -> Image.Image:
+def draw(
+    size: str, color: str, shape: str, place: str, rng: random.Random
+) -> Image.Image:
     """A picture of 72 x 64 pixels: a shape on light paper, with a little of everything else at
     random."""
     image = Image.new("RGB", (72, 64), tuple(rng.randint(225, 255) for _ in range(3)))
@@ -54,8 +56,12 @@ def make_photos(folder: Path) -> None:
         name = photos / f"{number:04d}.jpg"
         draw(size, color, shape, place, rng).save(name, quality=90)
         long = f"A {size} {shape} of {color} ink, drawn {place} of light paper."
-        name.with_suffix(".txt").write_text(f"{size} {color} {shape} {place}\n", encoding="utf-8")
-        name.with_suffix(".json").write_text(json.dumps({"long_caption": long}), encoding="utf-8")
+        name.with_suffix(".txt").write_text(
+            f"{size} {color} {shape} {place}\n", encoding="utf-8"
+        )
+        name.with_suffix(".json").write_text(
+            json.dumps({"long_caption": long}), encoding="utf-8"
+        )
 
 
 def make_models(folder: Path) -> None:
@@ -71,5 +77,6 @@ def make_models(folder: Path) -> None:
     torch.manual_seed(0)
     (folder / TOWER).mkdir(parents=True)
     save_tower(
-        CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **TINY)), folder / TOWER
+        CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **TINY)),
+        folder / TOWER,
     )

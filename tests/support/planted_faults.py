@@ -33,7 +33,13 @@ class World:
         """A short run, into a folder of its own; ``words`` override it, {w} is the world's
         folder."""
         return [
-            *("train-tower", "--recipe", "quickstart", "--tower.path", f"{self.folder}/tower"),
+            *(
+                "train-tower",
+                "--recipe",
+                "quickstart",
+                "--tower.path",
+                f"{self.folder}/tower",
+            ),
             *(
                 "--tower.image-size",
                 "16",
@@ -83,16 +89,23 @@ class Fault:
 
 
 def rows(*faults: Fault) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("fault", faults, ids=[fault.name for fault in faults])
+    return pytest.mark.parametrize(
+        "fault", faults, ids=[fault.name for fault in faults]
+    )
 
 
 def matches(pattern: str, line: str, world: World) -> bool:
     """Whether a line is as expected; ``...`` stands for anything."""
-    parts = [re.escape(part) for part in pattern.replace("{w}", str(world.folder)).split("...")]
+    parts = [
+        re.escape(part)
+        for part in pattern.replace("{w}", str(world.folder)).split("...")
+    ]
     return re.fullmatch(".*".join(parts), line) is not None
 
 
-def meet(fault: Fault, world: World, command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def meet(
+    fault: Fault, world: World, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> str:
     """Plant the fault, run the command and compare its status and the first line of its error;
     returns stderr."""
     fault.plant(world)
@@ -103,9 +116,12 @@ def meet(fault: Fault, world: World, command: list[str], capsys: pytest.CaptureF
         status = left.code
     told = capsys.readouterr().err
     assert "Traceback" not in told, told
-    errors = [line for line in told.splitlines() if line.startswith(("error: ", "warning: "))]
+    errors = [
+        line for line in told.splitlines() if line.startswith(("error: ", "warning: "))
+    ]
     first = next(
-        (line for line in errors if line.startswith("error: ")), errors[0] if errors else ""
+        (line for line in errors if line.startswith("error: ")),
+        errors[0] if errors else "",
     )
     label, _, line = first.partition(": ")
     assert status == fault.status, told
@@ -116,7 +132,11 @@ def meet(fault: Fault, world: World, command: list[str], capsys: pytest.CaptureF
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files below a folder, without indexes and kept digests."""
-    files = (path for path in folder.rglob("*") if path.is_file() and ".llm2clip" not in path.parts)
+    files = (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and ".llm2clip" not in path.parts
+    )
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in files

@@ -29,7 +29,9 @@ def blocks(path: Path) -> Iterator[Block]:
     printed = ""
     text = path.read_text(encoding="utf-8")
     for match in re.finditer(
-        r"^## (?P<heading>[^\n]+)$|^```(?P<kind>\w+)\n(?P<body>.*?)^```$", text, re.M | re.S
+        r"^## (?P<heading>[^\n]+)$|^```(?P<kind>\w+)\n(?P<body>.*?)^```$",
+        text,
+        re.M | re.S,
     ):
         if match["kind"] == "text":
             printed += match["body"]
@@ -39,7 +41,9 @@ def blocks(path: Path) -> Iterator[Block]:
             heading = match["heading"] or heading
             joined = re.sub(r"\s*\\\n\s*", " ", match["body"] or "")
             lines = (line.strip() for line in joined.splitlines())
-            commands = tuple(line for line in lines if line and not line.startswith("#"))
+            commands = tuple(
+                line for line in lines if line and not line.startswith("#")
+            )
             printed = ""
     if commands:
         yield Block(heading, commands, printed)
@@ -59,7 +63,10 @@ def missing(printed: str, output: str) -> list[str]:
     lost = []
     for line in printed.splitlines():
         wanted, cut, _ = masked(line).partition("...")
-        found = any(text.startswith(wanted.rstrip()) if cut else text == wanted for text in there)
+        found = any(
+            text.startswith(wanted.rstrip()) if cut else text == wanted
+            for text in there
+        )
         if wanted.strip() and not found:
             lost.append(line)
     return lost

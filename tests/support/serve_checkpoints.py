@@ -24,10 +24,16 @@ SOURCES = {  # of towers, elsewhere than in golden/towers_of_today
     "dinov2": REFERENCE / "G_transformers_towers" / "dinov2",
     "eva02": REFERENCE / "A_vision_towers" / "eva02_l14" / "weights.safetensors",
 }
-IMPORTED = tempfile.TemporaryDirectory(prefix="towers-")  # removed when the process ends
+IMPORTED = tempfile.TemporaryDirectory(
+    prefix="towers-"
+)  # removed when the process ends
 IS_NEW = numbers(transformers.__version__) >= (5,)
 # that run here
-TODAY = ("metaclip2", "openvision", *(("aimv2", "dinov3", "radio", "pe_core") if IS_NEW else ()))
+TODAY = (
+    "metaclip2",
+    "openvision",
+    *(("aimv2", "dinov3", "radio", "pe_core") if IS_NEW else ()),
+)
 WIDTH = 32
 MLP = 64
 LAYERS = 2
@@ -64,9 +70,22 @@ SEES = {
     "mm_vision_select_feature": "patch",
     "mm_vision_select_layer": -2,
 }
-SEES |= {"mm_use_im_patch_token": False, "mm_use_im_start_end": False, "use_mm_proj": True}
-TOKENIZER = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
-TOKENIZER |= {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
+SEES |= {
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "use_mm_proj": True,
+}
+TOKENIZER = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+}
+TOKENIZER |= {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<unk>",
+    "unk_token": "<unk>",
+}
 
 
 def llava_config(tower: str, **changes: object) -> dict:
@@ -91,12 +110,19 @@ def language_weights(
     tokens: int = TOKENS, norms: float = 0.2, dtype: torch.dtype = torch.bfloat16
 ) -> dict:
     """The weights of a Llama or a Mistral; ``norms``: how far those of its norms are from 1."""
-    shapes = {"model.embed_tokens.weight": (tokens, WIDTH), "lm_head.weight": (tokens, WIDTH)}
+    shapes = {
+        "model.embed_tokens.weight": (tokens, WIDTH),
+        "lm_head.weight": (tokens, WIDTH),
+    }
     for layer in range(LAYERS):
         for part in "qkvo":
-            shapes[f"model.layers.{layer}.self_attn.{part}_proj.weight"] = (WIDTH, WIDTH)
+            shapes[f"model.layers.{layer}.self_attn.{part}_proj.weight"] = (
+                WIDTH,
+                WIDTH,
+            )
         shapes |= {
-            f"model.layers.{layer}.mlp.{part}_proj.weight": (MLP, WIDTH) for part in ("gate", "up")
+            f"model.layers.{layer}.mlp.{part}_proj.weight": (MLP, WIDTH)
+            for part in ("gate", "up")
         }
         shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (WIDTH, MLP)
     weights = {name: draw(name, *shape) for name, shape in shapes.items()}
@@ -105,7 +131,10 @@ def language_weights(
         for n in range(LAYERS)
         for kind in ("input", "post_attention")
     ]
-    weights |= {name: 1 + draw(name, WIDTH, scale=norms) for name in (*names, "model.norm.weight")}
+    weights |= {
+        name: 1 + draw(name, WIDTH, scale=norms)
+        for name in (*names, "model.norm.weight")
+    }
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
@@ -117,7 +146,9 @@ def tower_directory(name: str) -> Path:
     source = SOURCES.get(name, GOLDEN / "towers_of_today" / name)
     folder = Path(IMPORTED.name) / name
     import_tower(
-        source, folder, config=source.with_name("config.json") if source.is_file() else None
+        source,
+        folder,
+        config=source.with_name("config.json") if source.is_file() else None,
     )
     return folder
 
@@ -146,14 +177,18 @@ def projector_weights(
 def write_tokenizer_files(folder: Path, *, legacy: bool) -> None:
     """As LLaVA saves its tokenizer."""
     shutil.copy(Path(__file__).with_name("tokenizer.model"), folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({**TOKENIZER, "legacy": legacy}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**TOKENIZER, "legacy": legacy})
+    )
 
 
 def write_config(folder: Path, config: dict) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def full(folder: Path, tower: Path | str, *, legacy: bool = True, **changes: object) -> Path:
+def full(
+    folder: Path, tower: Path | str, *, legacy: bool = True, **changes: object
+) -> Path:
     """A full checkpoint."""
     folder.mkdir(parents=True)
     write_config(folder, llava_config(str(tower), **changes))
@@ -179,7 +214,9 @@ def base_model(folder: Path) -> Path:
 def lora(folder: Path, tower: Path | str, base: Path, **changes: object) -> Path:
     """What LLaVA's training with --lora_enable True writes."""
     folder.mkdir(parents=True)
-    write_config(folder, {**llava_config(str(tower), **changes), "_name_or_path": str(base)})
+    write_config(
+        folder, {**llava_config(str(tower), **changes), "_name_or_path": str(base)}
+    )
     torch.save(
         {
             f"base_model.model.{name}": tensor
@@ -206,7 +243,11 @@ def lora(folder: Path, tower: Path | str, base: Path, **changes: object) -> Path
     for name, weight in language_weights().items():
         if name.split(".")[-2] in modules:
             stem = f"base_model.model.{name.removesuffix('.weight')}"
-            halves[f"{stem}.lora_A.weight"] = draw(f"{stem} A", 4, weight.shape[1]).bfloat16()
-            halves[f"{stem}.lora_B.weight"] = draw(f"{stem} B", weight.shape[0], 4).bfloat16()
+            halves[f"{stem}.lora_A.weight"] = draw(
+                f"{stem} A", 4, weight.shape[1]
+            ).bfloat16()
+            halves[f"{stem}.lora_B.weight"] = draw(
+                f"{stem} B", weight.shape[0], 4
+            ).bfloat16()
     save_file(halves, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder

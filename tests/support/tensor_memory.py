@@ -14,7 +14,9 @@ def peak_bytes(run: Callable[[], object]) -> int:
         run()
     assert profiler.profiler is not None
     events = [
-        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
     ]
     held = highest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -28,7 +28,9 @@ def save_tiny_clip(folder: Path, kind: str) -> Any:
         "bos_token_id": 1,
     }
     if kind == "clip":
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24))
+        model = CLIPModel(
+            CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)
+        )
     else:
         model = SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))
     for parameter in model.parameters():  # so that features differ well

@@ -49,12 +49,16 @@ def make_tower(folder: Path, kind: str = "clip") -> Path:
 
         tower = CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, **common))
     folder.mkdir(parents=True)
-    save_tower(tower, folder)  # the hub's names, which every version of transformers reads
+    save_tower(
+        tower, folder
+    )  # the hub's names, which every version of transformers reads
     return folder
 
 
 def write_tar(
-    path: Path, members: Iterable[tuple[str, bytes]], tar_format: int = tarfile.GNU_FORMAT
+    path: Path,
+    members: Iterable[tuple[str, bytes]],
+    tar_format: int = tarfile.GNU_FORMAT,
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tar_format) as tar:

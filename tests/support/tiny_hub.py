@@ -33,7 +33,11 @@ class TinyHub(http.server.BaseHTTPRequestHandler):
             names = [file["path"] for file in json.loads(body)["files"]]
             mode = {True: "lfs", False: "regular"}
             files = [
-                {"path": n, "uploadMode": mode[n.endswith(".safetensors")], "shouldIgnore": False}
+                {
+                    "path": n,
+                    "uploadMode": mode[n.endswith(".safetensors")],
+                    "shouldIgnore": False,
+                }
                 for n in names
             ]
             self._answer({"files": files})
@@ -42,11 +46,17 @@ class TinyHub(http.server.BaseHTTPRequestHandler):
             if self.broken == "lfs":
                 full = {"code": 507, "message": "storage is full"}
                 self._answer(
-                    {"transfer": "basic", "objects": [{**o, "error": full} for o in asked]}
+                    {
+                        "transfer": "basic",
+                        "objects": [{**o, "error": full} for o in asked],
+                    }
                 )
                 return
             objects = [
-                {**o, "actions": {"upload": {"href": f"{self.address}/blobs/{o['oid']}"}}}
+                {
+                    **o,
+                    "actions": {"upload": {"href": f"{self.address}/blobs/{o['oid']}"}},
+                }
                 for o in asked
             ]
             self._answer({"transfer": "basic", "objects": objects})
@@ -62,7 +72,12 @@ class TinyHub(http.server.BaseHTTPRequestHandler):
                     self.files[value["path"]] = self.blobs[value["oid"]]
             url = f"{self.address}/o/n/commit/1"
             self._answer(
-                {"commitUrl": url, "commitOid": "1", "pullRequestUrl": None, "success": True}
+                {
+                    "commitUrl": url,
+                    "commitOid": "1",
+                    "pullRequestUrl": None,
+                    "success": True,
+                }
             )
         else:
             if self.path == "/api/repos/create":
@@ -112,7 +127,9 @@ def tiny_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[TinyHub]]:
     # LFS, the other way of large files
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     handler = type(
-        "Handler", (TinyHub,), {"files": {}, "blobs": {}, "calls": [], "created": [], "broken": ""}
+        "Handler",
+        (TinyHub,),
+        {"files": {}, "blobs": {}, "calls": [], "created": [], "broken": ""},
     )
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     handler.address = f"http://127.0.0.1:{server.server_port}"

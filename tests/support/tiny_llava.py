@@ -23,7 +23,12 @@ COLOURS = {
 
 
 # 2 x 2 patches
-SHAPES = {"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+SHAPES = {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 PIECES = 600  # of the tokenizer
@@ -39,7 +44,12 @@ TOKENIZER = {
 }
 
 
-TOKENIZER |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+TOKENIZER |= {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": None,
+}
 
 
 TOKENIZER |= {"clean_up_tokenization_spaces": False, "sp_model_kwargs": {}}
@@ -81,7 +91,9 @@ def make_data(world: World, names: list[str]) -> None:
         colour = name.partition("-")[0]
         asked = {"from": "human", "value": "<image>\nWhat is it?"}
         told = {"from": "gpt", "value": f"a {colour} picture"}
-        pretrain.append({"id": str(number), "image": name, "conversations": [asked, told]})
+        pretrain.append(
+            {"id": str(number), "image": name, "conversations": [asked, told]}
+        )
         question = (
             "Which colour is the picture?"
             if number % 2
@@ -93,14 +105,24 @@ def make_data(world: World, names: list[str]) -> None:
         ]
         finetune.append({"id": str(number), "image": name, "conversations": talk})
         if number % 4 == 0:
-            talk = [{"from": "human", "value": "Say a colour."}, {"from": "gpt", "value": colour}]
+            talk = [
+                {"from": "human", "value": "Say a colour."},
+                {"from": "gpt", "value": colour},
+            ]
             finetune.append({"id": f"text-{number}", "conversations": talk})
         questions.append(
-            {"question_id": number, "image": name, "text": question, "category": "colour"}
+            {
+                "question_id": number,
+                "image": name,
+                "text": question,
+                "category": "colour",
+            }
         )
     world.pretrain_data.write_text(json.dumps(pretrain))
     world.finetune_data.write_text(json.dumps(finetune))
-    world.questions.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    world.questions.write_text(
+        "".join(json.dumps(question) + "\n" for question in questions)
+    )
 
 
 def make_llm(world: World, heads: int) -> None:
@@ -141,7 +163,9 @@ def make_llm(world: World, heads: int) -> None:
         "num_attention_heads": heads,
     }
     config = transformers.LlamaConfig(**sizes)
-    transformers.LlamaForCausalLM(config).save_pretrained(world.llm, safe_serialization=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(
+        world.llm, safe_serialization=True
+    )
 
 
 def make_tower(name: str) -> torch.nn.Module:
@@ -149,10 +173,14 @@ def make_tower(name: str) -> torch.nn.Module:
     class token."""
     common = {"hidden_size": 48 if name == "wide" else WIDTH, **SHAPES}
     if name == "dinov2":
-        return transformers.Dinov2Model(transformers.Dinov2Config(mlp_ratio=2, **common)).eval()
+        return transformers.Dinov2Model(
+            transformers.Dinov2Config(mlp_ratio=2, **common)
+        ).eval()
     common["intermediate_size"] = 64
     if name == "siglip":
-        return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**common)).eval()
+        return transformers.SiglipVisionModel(
+            transformers.SiglipVisionConfig(**common)
+        ).eval()
     if name == "eva02":
         return Eva02VisionModel(Eva02Config(**common)).eval()
     return transformers.CLIPVisionModel(

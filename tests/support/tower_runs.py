@@ -52,10 +52,31 @@ def options(tiny: Path, run: Path, *more: str) -> list[str]:
             "--tower.image-size",
             "16",
         ),
-        *("--data_path", str(tiny / "data"), "--output_dir", str(run), "--max_steps", str(STEPS)),
+        *(
+            "--data_path",
+            str(tiny / "data"),
+            "--output_dir",
+            str(run),
+            "--max_steps",
+            str(STEPS),
+        ),
         *("--tower.freeze-first-blocks", "0"),
-        *("--train.global-batch", "16", "--heads.steps", "3", "--train.ema-decay", "0.9"),
-        *("--train.save-minutes", "0", "--save_steps", "2", "--evaluation.group=", *more),
+        *(
+            "--train.global-batch",
+            "16",
+            "--heads.steps",
+            "3",
+            "--train.ema-decay",
+            "0.9",
+        ),
+        *(
+            "--train.save-minutes",
+            "0",
+            "--save_steps",
+            "2",
+            "--evaluation.group=",
+            *more,
+        ),
     ]
 
 
@@ -65,17 +86,33 @@ def environment(**more: str) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     ours = {name: value for name, value in os.environ.items() if name not in ranks}
-    return {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **more}
+    return {
+        **ours,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+        "DS_ACCELERATOR": "cpu",
+        **more,
+    }
 
 
 def places(world: int) -> list[dict[str, str]]:
     """The environment of each of ``world`` ranks on this machine."""
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(world)]
+    common = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [
+        environment(RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(world)
+    ]
 
 
 def start(
-    argv: list[str], world: int, script: str | Path = "scripts/train_tower.py", folder: Path = ROOT
+    argv: list[str],
+    world: int,
+    script: str | Path = "scripts/train_tower.py",
+    folder: Path = ROOT,
 ) -> list[Script]:
     """The script in ``world`` processes, as a launcher starts it."""
     return [
@@ -95,7 +132,12 @@ def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
         *words,
     ]
     return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -116,7 +158,9 @@ def wait_for(ready: Callable[[], object], processes: Sequence[Process] = ()) -> 
     """Wait until ``ready``; AssertionError if one of the processes ends before."""
     deadline = time.monotonic() + 900
     while not ready():
-        assert all(process.poll() is None for process in processes), processes[0].output[-3000:]
+        assert all(process.poll() is None for process in processes), processes[
+            0
+        ].output[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -125,7 +169,9 @@ def processes_of(run: Path) -> list[psutil.Process]:
     """Whose command line names the run's folder: those of a launcher, of its ranks, of their
     loaders."""
     return [
-        one for one in psutil.process_iter(["cmdline"]) if str(run) in (one.info["cmdline"] or ())
+        one
+        for one in psutil.process_iter(["cmdline"])
+        if str(run) in (one.info["cmdline"] or ())
     ]
 
 

@@ -29,7 +29,9 @@ def encoder(folder: Path, **options: Any) -> ClipTextEncoder:
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_features_of_hugging_face_models_are_theirs(tmp_path: Path, kind: str, graphs: list[int]):
+def test_features_of_hugging_face_models_are_theirs(
+    tmp_path: Path, kind: str, graphs: list[int]
+):
     """Each caption alone, as the model's own processor tokenizes it, and compiled; fp32 with
     padding: 1e-5."""
     model = save_tiny_clip(tmp_path / kind, kind)

@@ -34,7 +34,9 @@ def encoder(llm: Path, **settings) -> CaptionEncoder:
     )
 
 
-def close(left: torch.Tensor, right: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+def close(
+    left: torch.Tensor, right: torch.Tensor, tolerance: float = TOLERANCE
+) -> bool:
     """Whether rows differ by less than ``tolerance`` of their norm."""
     return bool(((left - right).norm(dim=-1) < tolerance * right.norm(dim=-1)).all())
 
@@ -47,12 +49,16 @@ def test_embedding_is_independent_of_batch_and_padding(
     teacher = encoder(any_llm, attention=attention, pooling=pooling)
     rows = teacher.tokenize(CAPTIONS)
     alone = torch.cat([teacher.embed_tokens([row]) for row in rows])
-    assert max(map(len, rows)) > 2 * 16  # beyond both sides of the tiny models' sliding window
+    assert (
+        max(map(len, rows)) > 2 * 16
+    )  # beyond both sides of the tiny models' sliding window
     assert close(teacher.embed_tokens(rows), alone)
     assert close(teacher.embed_tokens(rows[:2]), alone[:2])
     assert close(teacher.encode(CAPTIONS, tokens_per_batch=64), alone)
     assert close(teacher.encode(CAPTIONS[::-1]), alone.flip(0))
-    assert not close(alone[0], alone[2], tolerance=0.1)  # else the above would say nothing
+    assert not close(
+        alone[0], alone[2], tolerance=0.1
+    )  # else the above would say nothing
     again = teacher.encode([CAPTIONS[4], "x", CAPTIONS[4]])
     assert torch.equal(again[0], again[2])
     assert teacher.encode([]).shape == (0, 32)
@@ -74,7 +80,9 @@ def test_bidirectional_sees_what_comes_later_and_causal_does_not(any_llm: Path) 
 
 def test_layer_is_the_hidden_state_of_that_number(any_llm: Path) -> None:
     model = AutoModel.from_pretrained(any_llm, dtype=torch.float32).eval()
-    ids = torch.tensor([AutoTokenizer.from_pretrained(any_llm)("a red bicycle")["input_ids"]])
+    ids = torch.tensor(
+        [AutoTokenizer.from_pretrained(any_llm)("a red bicycle")["input_ids"]]
+    )
     with torch.no_grad():
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
     for layer in (0, 1, -2, -1, 2):
@@ -95,29 +103,41 @@ def test_prompt_is_attended_but_not_pooled(llama: Path) -> None:
     ).last_hidden_state[0]
     pooled = torch.cat([hidden[:1], hidden[-length:]]).mean(dim=0)
     assert close(prompted.encode(["a boat"])[0], pooled)
-    without_bos = encoder(llama, prompt="Instruct: find the picture. Query: ", include_bos=False)
+    without_bos = encoder(
+        llama, prompt="Instruct: find the picture. Query: ", include_bos=False
+    )
     assert close(without_bos.encode(["a boat"])[0], hidden[-length:].mean(dim=0))
-    assert not close(prompted.encode(["a boat"]), plain.encode(["a boat"]), tolerance=1e-2)
+    assert not close(
+        prompted.encode(["a boat"]), plain.encode(["a boat"]), tolerance=1e-2
+    )
     both = encoder(llama, query_prompt="Query: ")  # for queries alone
     assert torch.equal(both.encode(["a boat"]), plain.encode(["a boat"]))
     assert close(
-        both.encode(["a boat"], query=True), encoder(llama, prompt="Query: ").encode(["a boat"])
+        both.encode(["a boat"], query=True),
+        encoder(llama, prompt="Query: ").encode(["a boat"]),
     )
 
 
 def test_chat_template_is_written_out(llama: Path) -> None:
     own = encoder(llama, chat_template="user")
     literal = encoder(llama, chat_template="<user>\n{caption}<end>")
-    expected = own.tokenizer("<bos><user>\na boat<end>", add_special_tokens=False)["input_ids"]
+    expected = own.tokenizer("<bos><user>\na boat<end>", add_special_tokens=False)[
+        "input_ids"
+    ]
     assert own.tokenize(["a boat"]) == literal.tokenize(["a boat"]) == [expected]
     assert own.identity().chat_template == "<bos><user>\n{caption}<end>"
     # as SmolLM3's
     own.tokenizer.chat_template = (
         "{{ strftime_now('%d %B') }}<user>{{ messages[0]['content'] }}<end>"
     )
-    assert llms.literal_template(own.tokenizer, "user") == "26 Jul 2024<user>{caption}<end>"
+    assert (
+        llms.literal_template(own.tokenizer, "user")
+        == "26 Jul 2024<user>{caption}<end>"
+    )
     # as Mistral's
-    own.tokenizer.backend_tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    own.tokenizer.backend_tokenizer.normalizer = Sequence(
+        [Prepend("▁"), Replace(" ", "▁")]
+    )
     frame = build_frame(own.tokenizer, "", "Query: ")
     assert tokenize(own.tokenizer, [frame], ["a boat"], 64)[0] == [
         own.tokenizer("Query: a boat")["input_ids"]
@@ -129,7 +149,9 @@ def test_tokenizer_that_ends_with_eos_pools_it_last(make_llm, tmp_path: Path) ->
     ids = torch.tensor(teacher.tokenize(["a boat"]))
     assert ids[0, 0] == 1
     assert ids[0, -1] == 2
-    hidden = teacher.model.llm(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    hidden = teacher.model.llm(
+        input_ids=ids, attention_mask=torch.ones_like(ids)
+    ).last_hidden_state
     assert close(teacher.encode(["a boat"])[0], hidden[0, -1])
 
 
@@ -174,44 +196,61 @@ def test_identity_follows_everything_that_changes_an_embedding(
     }
     changes |= {"max_tokens": 64, "include_bos": False}
     prints = {
-        encoder(llama, **{name: value}).identity().fingerprint for name, value in changes.items()
+        encoder(llama, **{name: value}).identity().fingerprint
+        for name, value in changes.items()
     }
     prints |= {
         base.fingerprint,
         encoder(make_llm(tmp_path / "other", "llama", seed=1)).identity().fingerprint,
     }
-    prints.add(encoder(make_llm(tmp_path / "eos", "llama", eos=True)).identity().fingerprint)
+    prints.add(
+        encoder(make_llm(tmp_path / "eos", "llama", eos=True)).identity().fingerprint
+    )
     assert len(prints) == len(changes) + 3
     for name in ("adapter_sha256", "quantization", "post"):
-        assert dataclasses.replace(base, **{name: "another"}).fingerprint != base.fingerprint, name
+        assert (
+            dataclasses.replace(base, **{name: "another"}).fingerprint
+            != base.fingerprint
+        ), name
     moved = make_llm(tmp_path / "moved", "llama")
     # the same LLM in another folder
     assert encoder(moved).identity().fingerprint == base.fingerprint
 
 
 def test_bfloat16_is_close_to_float32_and_to_itself_in_a_batch(llama: Path) -> None:
-    rough = CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="bfloat16"), device="cpu")
+    rough = CaptionEncoder(
+        EncoderConfig(llm=str(llama), compute_dtype="bfloat16"), device="cpu"
+    )
     rows = rough.tokenize(CAPTIONS)
     alone = torch.cat([rough.embed_tokens([row]) for row in rows])
     assert (
-        torch.nn.functional.cosine_similarity(alone, encoder(llama).encode(CAPTIONS)).min() > 0.999
+        torch.nn.functional.cosine_similarity(
+            alone, encoder(llama).encode(CAPTIONS)
+        ).min()
+        > 0.999
     )
     # 8 bits of mantissa: 4e-3 a rounding
     assert close(rough.embed_tokens(rows), alone, tolerance=2e-2)
 
 
-def test_an_adapter_counts_in_half_precision_as_in_float32(llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_counts_in_half_precision_as_in_float32(
+    llama: Path, tmp_path: Path
+) -> None:
     _, adapter = write_moved(llama, tmp_path / "adapter")
     exact = encoder(llama, adapter=str(adapter)).encode(CAPTIONS)
     plain = encoder(llama).encode(CAPTIONS)
-    config = EncoderConfig(llm=str(llama), adapter=str(adapter), compute_dtype="bfloat16")
+    config = EncoderConfig(
+        llm=str(llama), adapter=str(adapter), compute_dtype="bfloat16"
+    )
     rough = CaptionEncoder(config, device="cpu").encode(CAPTIONS)
     # the adapter changes something
     assert torch.nn.functional.cosine_similarity(plain, exact).min() < 0.9
     assert torch.nn.functional.cosine_similarity(rough, exact).min() > 0.999
 
 
-def load(folder: Path, *, attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load(
+    folder: Path, *, attention: str, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """The LLM with the attention of its configuration set, but not of its layers."""
     settings = AutoConfig.from_pretrained(folder)
     set_attention(settings, attention)
@@ -223,7 +262,9 @@ def load(folder: Path, *, attention: str, dtype: torch.dtype = torch.float32) ->
 def test_configuration_alone_leaves_some_families_causal(
     make_llm, tmp_path: Path, family: str, dtype
 ) -> None:
-    model = load(make_llm(tmp_path / family, family), attention="bidirectional", dtype=dtype)
+    model = load(
+        make_llm(tmp_path / family, family), attention="bidirectional", dtype=dtype
+    )
     with pytest.raises(ValueError, match="blocks 0, 1 cannot attend"):
         check_attention(model, "bidirectional", where=family)
     set_kernels(model, "bidirectional")
@@ -236,14 +277,20 @@ def test_what_else_is_refused(make_llm, llama: Path, tmp_path: Path) -> None:
     set_kernels(model, "bidirectional")
     with pytest.raises(ValueError, match="padding"):
         check_attention(model, "bidirectional", where="stablelm")
-    for family in HYBRIDS:  # the first state does depend on the last token, through the other block
+    for family in (
+        HYBRIDS
+    ):  # the first state does depend on the last token, through the other block
         llm = str(make_llm(tmp_path / family, family))
         for dtype in ("float32", "bfloat16"):
             with pytest.raises(ValueError, match="blocks 0 cannot attend"):
                 CaptionEncoder(EncoderConfig(llm=llm, compute_dtype=dtype), "cpu")
-            CaptionEncoder(EncoderConfig(llm=llm, compute_dtype=dtype, attention="causal"), "cpu")
+            CaptionEncoder(
+                EncoderConfig(llm=llm, compute_dtype=dtype, attention="causal"), "cpu"
+            )
     # no blocks to check
-    CaptionEncoder(EncoderConfig(llm=str(llama), compute_dtype="float32", layer=0), "cpu")
+    CaptionEncoder(
+        EncoderConfig(llm=str(llama), compute_dtype="float32", layer=0), "cpu"
+    )
 
 
 FOUR = [
@@ -260,10 +307,14 @@ def pass_through(
     """Embeddings, all gradients of the adapter, and the bytes that the forward pass kept for
     them."""
     encoding = EncoderConfig(llm=str(llm), compute_dtype=dtype)
-    config = FinetuneConfig(encoder=encoding, lora=LoraSettings(r=4, dropout=0.0, dora=dora))
+    config = FinetuneConfig(
+        encoder=encoding, lora=LoraSettings(r=4, dropout=0.0, dora=dora)
+    )
     encoder = CaptionEncoder(encoding, "cpu", trainable_adapter=True)
     module = moved(encoder, config)
-    assert (encoder.model.autocast is torch.bfloat16) is (dtype == "bfloat16" and not dora)
+    assert (encoder.model.autocast is torch.bfloat16) is (
+        dtype == "bfloat16" and not dora
+    )
     if not autocast:
         encoder.model.autocast = None
         for layer in module.modules():
@@ -278,12 +329,18 @@ def pass_through(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         embeddings = encoder.model(batch)
     (embeddings * torch.linspace(-1, 1, embeddings.shape[1])).sum().backward()
-    grads = [p.grad for p in module.parameters() if p.requires_grad and p.grad is not None]
+    grads = [
+        p.grad for p in module.parameters() if p.requires_grad and p.grad is not None
+    ]
     assert grads
     assert all(grad.dtype == torch.float32 for grad in grads)
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     bytes_kept = sum(size for pointer, size in kept.items() if pointer not in weights)
-    return embeddings.detach(), torch.cat([grad.flatten() for grad in grads]), bytes_kept
+    return (
+        embeddings.detach(),
+        torch.cat([grad.flatten() for grad in grads]),
+        bytes_kept,
+    )
 
 
 def test_products_in_bfloat16_give_the_gradients_of_float32(llama: Path) -> None:
@@ -296,7 +353,9 @@ def test_products_in_bfloat16_give_the_gradients_of_float32(llama: Path) -> None
         return float((actual - expected).norm() / expected.norm())
 
     assert error(half, exact) < 1.5 * error(mixed, exact) + 1e-3 < 0.05
-    assert error(half_grad, exact_grad) < 1.5 * error(mixed_grad, exact_grad) + 1e-3 < 0.1
+    assert (
+        error(half_grad, exact_grad) < 1.5 * error(mixed_grad, exact_grad) + 1e-3 < 0.1
+    )
     assert half_bytes < 0.8 * mixed_bytes
 
 

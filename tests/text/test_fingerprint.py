@@ -35,7 +35,9 @@ FLOAT32 = ("--compute-dtype", "float32")
 
 
 def identity(llm: Path) -> TeacherIdentity:
-    return CaptionEncoder(EncoderConfig(llm=str(llm), compute_dtype="float32"), "cpu").identity()
+    return CaptionEncoder(
+        EncoderConfig(llm=str(llm), compute_dtype="float32"), "cpu"
+    ).identity()
 
 
 def set_rope(llm: Path) -> None:
@@ -69,7 +71,9 @@ def test_another_embedding_has_another_fingerprint(
     assert identity(other).fingerprint != identity(llama).fingerprint
 
 
-def test_what_changes_no_embedding_keeps_the_fingerprint(llama: Path, tmp_path: Path) -> None:
+def test_what_changes_no_embedding_keeps_the_fingerprint(
+    llama: Path, tmp_path: Path
+) -> None:
     same = shutil.copytree(llama, tmp_path / "same")
     change(
         same / "config.json",
@@ -135,7 +139,10 @@ def test_a_cache_from_before_is_proven_and_renewed(
         EmbeddingCache.open(folder, expect_fingerprint=identity(earlier).fingerprint)
     assert main(["embed", str(data), "--llm", str(earlier), *FLOAT32]) == 0
     said = capsys.readouterr().out
-    assert "3 captions embedded again agree; its fingerprint now includes config.json" in said
+    assert (
+        "3 captions embedded again agree; its fingerprint now includes config.json"
+        in said
+    )
     assert "1 shards already complete, skipped" in said
     after = manifest_in(data)  # still the only cache
     assert (
@@ -149,7 +156,8 @@ def test_a_cache_from_before_is_proven_and_renewed(
     renewed = EmbeddingCache.open(folder, expect_fingerprint=before.fingerprint)
     assert cache_digest(renewed) == digest
     write_tar(
-        data / "1.tar", [("9.png", b""), ("9.json", json.dumps({"caption": "a boat"}).encode())]
+        data / "1.tar",
+        [("9.png", b""), ("9.json", json.dumps({"caption": "a boat"}).encode())],
     )
     assert main(["embed", str(data), "--llm", str(earlier), *FLOAT32]) == 0
     assert "embedded again" not in capsys.readouterr().out.partition("\n")[2]
@@ -184,7 +192,10 @@ def test_a_cache_without_a_caption_of_the_data_cannot_be_proven(
     earlier: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder,) = data.glob("embeddings-*")
-    write_tar(tmp_path / "other" / "7.tar", [("9.png", b""), ("9.json", b'{"caption": "a boat"}')])
+    write_tar(
+        tmp_path / "other" / "7.tar",
+        [("9.png", b""), ("9.json", b'{"caption": "a boat"}')],
+    )
     words = [
         "embed",
         str(tmp_path / "other"),
@@ -198,7 +209,9 @@ def test_a_cache_without_a_caption_of_the_data_cannot_be_proven(
     assert "none of its captions is in" in capsys.readouterr().err
 
 
-def test_a_tower_from_before_opens_its_teacher(earlier: Path, data: Path, tmp_path: Path) -> None:
+def test_a_tower_from_before_opens_its_teacher(
+    earlier: Path, data: Path, tmp_path: Path
+) -> None:
     """Also with the cache that was renewed since."""
     teacher = manifest_in(data).teacher
     assert not set(NEW) & set(teacher)
@@ -210,8 +223,12 @@ def test_a_tower_from_before_opens_its_teacher(earlier: Path, data: Path, tmp_pa
         origin="x",
         teacher=teacher,
     )
-    assert not set(NEW) & set(TowerCard.read(tmp_path / "tower" / TowerCard.FILE).teacher)
+    assert not set(NEW) & set(
+        TowerCard.read(tmp_path / "tower" / TowerCard.FILE).teacher
+    )
     assert load_dual_encoder(tmp_path / "tower").encode_text(CAPTIONS).shape == (3, 16)
     assert main(["embed", str(data), "--llm", str(earlier), *FLOAT32]) == 0
     assert manifest_in(data).earlier_fingerprint
-    assert TeacherIdentity(**manifest_in(data).teacher).agrees_with(TeacherIdentity(**teacher))
+    assert TeacherIdentity(**manifest_in(data).teacher).agrees_with(
+        TeacherIdentity(**teacher)
+    )

@@ -28,7 +28,9 @@ TEXTS = [
 ]
 
 
-def test_released_llm_is_read_as_llm2vec_reads_it(llama: Path, make_llm, tmp_path: Path) -> None:
+def test_released_llm_is_read_as_llm2vec_reads_it(
+    llama: Path, make_llm, tmp_path: Path
+) -> None:
     """Their reading, step by step: user turn, bidirectional, mean over the caption's tokens and the
     end of the turn.
 
@@ -49,11 +51,16 @@ def test_released_llm_is_read_as_llm2vec_reads_it(llama: Path, make_llm, tmp_pat
         "auto_map": {"AutoModel": "modeling_llama_encoder.LlamaEncoderModel"},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "modeling_llama_encoder.py").write_text("raise SystemExit('remote code was run')")
+    (folder / "modeling_llama_encoder.py").write_text(
+        "raise SystemExit('remote code was run')"
+    )
     template = "<user>\n{caption}<end>"  # the tiny tokenizer's words for Llama 3's
     found = CaptionEncoder(
         EncoderConfig(
-            llm=str(folder), compute_dtype="float32", chat_template=template, include_bos=False
+            llm=str(folder),
+            compute_dtype="float32",
+            chat_template=template,
+            include_bos=False,
         ),
         "cpu",
     )
@@ -71,12 +78,19 @@ def test_released_llm_is_read_as_llm2vec_reads_it(llama: Path, make_llm, tmp_pat
 
 
 def test_preset_of_released_llms(llama: Path) -> None:
-    config = CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2clip-llama3"), "cpu").config
-    assert config.chat_template == "<|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
+    config = CaptionEncoder(
+        EncoderConfig(llm=str(llama), preset="llm2clip-llama3"), "cpu"
+    ).config
+    assert (
+        config.chat_template
+        == "<|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
+    )
     assert not config.include_bos
     assert config.preset == ""
     with pytest.raises(ContractError, match="preset llm2vec"):
-        CaptionEncoder(EncoderConfig(llm=str(llama), preset="llm2vec", pooling="last"), "cpu")
+        CaptionEncoder(
+            EncoderConfig(llm=str(llama), preset="llm2vec", pooling="last"), "cpu"
+        )
     with pytest.raises(ValueError, match="'gpt'"):
         EncoderConfig(preset="gpt")
 
@@ -93,24 +107,40 @@ def test_adapter_trained_with_the_language_head(llama: Path, tmp_path: Path) -> 
     save_file(deeper, str(folder / "adapter_model.safetensors"))
     (folder / EncoderCard.FILE).unlink()
     found = CaptionEncoder(
-        EncoderConfig(llm=str(llama), adapter=str(folder), compute_dtype="float32"), "cpu"
+        EncoderConfig(llm=str(llama), adapter=str(folder), compute_dtype="float32"),
+        "cpu",
     )
     assert torch.allclose(found.encode(TEXTS), trained.encode(TEXTS), atol=1e-4)
 
 
-def test_sentence_transformers_is_not_read_by_default(llama: Path, tmp_path: Path) -> None:
+def test_sentence_transformers_is_not_read_by_default(
+    llama: Path, tmp_path: Path
+) -> None:
     """Its files have the pooling and prompts that it was trained with; stages and plans refuse it
     alike."""
     folder = shutil.copytree(llama, tmp_path / "embedding")
     (folder / "modules.json").write_text("[]")
     (folder / "model.safetensors").unlink()
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a dog"}))
-    with pytest.raises(ValueError, match=r"sentence-transformers model.* --preset last-token"):
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"image": "a.png", "caption": "a dog"})
+    )
+    with pytest.raises(
+        ValueError, match=r"sentence-transformers model.* --preset last-token"
+    ):
         CaptionEncoder(EncoderConfig(llm=str(folder)), "cpu")
-    for plan, data in ((embed.main, [str(tmp_path / "rows.jsonl")]), (training.main_llm, [])):
-        with pytest.raises(ValueError, match=r"sentence-transformers model.* --preset last-token"):
+    for plan, data in (
+        (embed.main, [str(tmp_path / "rows.jsonl")]),
+        (training.main_llm, []),
+    ):
+        with pytest.raises(
+            ValueError, match=r"sentence-transformers model.* --preset last-token"
+        ):
             plan([*data, "--llm", str(folder), "--dry-run"])
-    for name, value in {"preset": "mean", "pooling": "last", "attention": "causal"}.items():
+    for name, value in {
+        "preset": "mean",
+        "pooling": "last",
+        "attention": "causal",
+    }.items():
         effective(dataclasses.replace(EncoderConfig(), **{name: value}), folder)
     # as a tower's card names it
     named = CaptionEncoder(EncoderConfig(llm=str(llama)), "cpu").identity()

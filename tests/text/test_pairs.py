@@ -11,7 +11,11 @@ import torch
 from llm2clip_plugin.data.sampler import sample_rng
 from llm2clip_plugin.text.config import EncoderConfig, PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
-from llm2clip_plugin.text.pair_batches import PairBatches, PairTokenizer, tokenized_batches
+from llm2clip_plugin.text.pair_batches import (
+    PairBatches,
+    PairTokenizer,
+    tokenized_batches,
+)
 from llm2clip_plugin.text.pairs import Pair, open_pairs, survey
 
 NAMES = ["cat", "dog", "boat", "tree", "house", "lake", "wall", "bike"]
@@ -28,21 +32,32 @@ def write_captions(folder: Path, count: int = 32) -> Path:
         texts["keywords"] = f"one{i}, two{i}, three{i}, four{i}, five{i}"
         captions = [{"text": text, "kind": kind} for kind, text in texts.items()]
         rows.append(
-            {"id": f"k{i}", "image": f"{i}.png", "family": f"f{i // 4}", "captions": captions}
+            {
+                "id": f"k{i}",
+                "image": f"{i}.png",
+                "family": f"f{i // 4}",
+                "captions": captions,
+            }
         )
     path = folder / "caps.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
-def batches(config: PairsConfig, *, rank: int = 0, world: int = 1, size: int = 8) -> PairBatches:
+def batches(
+    config: PairsConfig, *, rank: int = 0, world: int = 1, size: int = 8
+) -> PairBatches:
     return PairBatches(config, seed=0, global_batch=size, rank=rank, world=world)
 
 
-def test_every_sample_comes_once_per_epoch_with_the_selected_kinds(tmp_path: Path) -> None:
+def test_every_sample_comes_once_per_epoch_with_the_selected_kinds(
+    tmp_path: Path,
+) -> None:
     path = write_captions(tmp_path)
     loader = batches(PairsConfig(data=(str(path),), pair_kinds=("short:long",)))
-    pairs = [pair for position in range(0, 32, 8) for pair in loader.batch(position)["pairs"]]
+    pairs = [
+        pair for position in range(0, 32, 8) for pair in loader.batch(position)["pairs"]
+    ]
     assert sorted(pair.key for pair in pairs) == sorted(f"k{i}" for i in range(32))
     assert all(
         pair.positive.startswith("a picture of a")
@@ -50,7 +65,11 @@ def test_every_sample_comes_once_per_epoch_with_the_selected_kinds(tmp_path: Pat
         for pair in pairs
     )
     assert [pair.key for pair in pairs] != [f"k{i}" for i in range(32)]
-    later = [pair.key for position in range(32, 64, 8) for pair in loader.batch(position)["pairs"]]
+    later = [
+        pair.key
+        for position in range(32, 64, 8)
+        for pair in loader.batch(position)["pairs"]
+    ]
     assert sorted(later) == sorted(pair.key for pair in pairs)
     assert later != [pair.key for pair in pairs]
 
@@ -61,7 +80,9 @@ def test_ranks_hold_the_rows_of_one_global_batch(tmp_path: Path, world: int) -> 
     other.mkdir()
     data = (str(write_captions(tmp_path)), str(write_captions(other, 16)))
     config = PairsConfig(
-        data=data, pair_kinds=("short:long", "short:keywords=3"), lists=("keywords=2:4",)
+        data=data,
+        pair_kinds=("short:long", "short:keywords=3"),
+        lists=("keywords=2:4",),
     )
     one = batches(config)
     many = [batches(config, rank=rank, world=world) for rank in range(world)]
@@ -70,7 +91,9 @@ def test_ranks_hold_the_rows_of_one_global_batch(tmp_path: Path, world: int) -> 
         parts = [loader.batch(position) for loader in many]
         assert [pair for part in parts for pair in part["pairs"]] == whole["pairs"]
         for name in ("caption_hashes", "image_ids"):
-            assert torch.equal(torch.cat([part[name] for part in parts], dim=-1), whole[name])
+            assert torch.equal(
+                torch.cat([part[name] for part in parts], dim=-1), whole[name]
+            )
 
 
 def test_a_batch_has_one_source_and_one_kind(tmp_path: Path) -> None:
@@ -97,7 +120,9 @@ ROLES = {"pair_kinds": ("short:long", "long:short"), "mix_kinds": True}
 INSTRUCTIONS = {"short": "Find a long one; ", "long": "Find a short one; "}
 
 
-def test_either_caption_is_the_query_with_the_instruction_of_its_kind(tmp_path: Path) -> None:
+def test_either_caption_is_the_query_with_the_instruction_of_its_kind(
+    tmp_path: Path,
+) -> None:
     path = write_captions(tmp_path)
     texts = tuple(f"{kind}={text}" for kind, text in INSTRUCTIONS.items())
     config = PairsConfig(data=(str(path),), instructions=texts, **ROLES)
@@ -114,16 +139,23 @@ def test_either_caption_is_the_query_with_the_instruction_of_its_kind(tmp_path: 
     assert sum(0 < count < 8 for count in long_queries) > 90
 
 
-def test_a_random_negative_is_of_another_image_and_of_the_positives_kind(tmp_path: Path) -> None:
+def test_a_random_negative_is_of_another_image_and_of_the_positives_kind(
+    tmp_path: Path,
+) -> None:
     config = PairsConfig(
-        data=(str(write_captions(tmp_path, 8)),), group="family", random_negatives=True, **ROLES
+        data=(str(write_captions(tmp_path, 8)),),
+        group="family",
+        random_negatives=True,
+        **ROLES,
     )
     negatives = set()
     for step in range(100):
         for pair in batches(config).batch(step * 8)["pairs"]:
             number = int(pair.negative.split()[-1])
             assert number // 4 != int(pair.key[1:]) // 4  # two families of four
-            assert pair.negative.startswith("a picture") is pair.positive.startswith("a picture")
+            assert pair.negative.startswith("a picture") is pair.positive.startswith(
+                "a picture"
+            )
             negatives.add(number)
     assert negatives == set(range(8))
     assert batches(config).batch(8)["pairs"] == batches(config).batch(8)["pairs"]
@@ -134,9 +166,15 @@ def test_a_random_negative_is_of_another_image_and_of_the_positives_kind(tmp_pat
     # of which two are no pair's own texts
     (tmp_path / "four.jsonl").write_text("\n".join(map(json.dumps, rows)))
     four = PairsConfig(
-        data=(str(tmp_path / "four.jsonl"),), pair_kinds=("long:same",), random_negatives=True
+        data=(str(tmp_path / "four.jsonl"),),
+        pair_kinds=("long:same",),
+        random_negatives=True,
     )
-    pairs = [pair for step in range(20) for pair in batches(four, size=3).batch(3 * step)["pairs"]]
+    pairs = [
+        pair
+        for step in range(20)
+        for pair in batches(four, size=3).batch(3 * step)["pairs"]
+    ]
     assert all(pair.negative.split()[0] != pair.key[1:] for pair in pairs)
 
 
@@ -151,7 +189,10 @@ def test_lists_give_some_of_their_items(tmp_path: Path) -> None:
     first = [pair.positive.split(", ")[0] for pair in pairs]
     assert len({text.rstrip("0123456789") for text in first}) > 2  # in any order
     source = open_pairs(config)[0]
-    drawn = {source.pair(3, source.kinds[0], sample_rng(0, epoch, 0, 3)) for epoch in range(6)}
+    drawn = {
+        source.pair(3, source.kinds[0], sample_rng(0, epoch, 0, 3))
+        for epoch in range(6)
+    }
     assert len(drawn) > 2  # the choice changes from pass to pass
 
 
@@ -160,7 +201,13 @@ def test_group_and_equal_texts_have_equal_ids(tmp_path: Path) -> None:
     batch = batches(PairsConfig(data=(str(path),), group="family"), size=32).batch(0)
     assert len(set(batch["image_ids"].tolist())) == 8
     assert (
-        len(set(batches(PairsConfig(data=(str(path),)), size=32).batch(0)["image_ids"].tolist()))
+        len(
+            set(
+                batches(PairsConfig(data=(str(path),)), size=32)
+                .batch(0)["image_ids"]
+                .tolist()
+            )
+        )
         == 32
     )
     rows = [
@@ -184,7 +231,9 @@ def test_sample_without_the_kind_is_replaced_alike_on_all_ranks(tmp_path: Path) 
     config = PairsConfig(data=(str(path),))
     whole = batches(config).batch(8)["pairs"]
     halves = [
-        pair for rank in (0, 1) for pair in batches(config, rank=rank, world=2).batch(8)["pairs"]
+        pair
+        for rank in (0, 1)
+        for pair in batches(config, rank=rank, world=2).batch(8)["pairs"]
     ]
     assert halves == whole
     assert all(int(pair.key[1:]) % 2 for pair in whole)
@@ -192,13 +241,21 @@ def test_sample_without_the_kind_is_replaced_alike_on_all_ranks(tmp_path: Path) 
 
 def test_text_pairs_with_hard_negatives(tmp_path: Path) -> None:
     rows = [
-        {"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}", "instruction": "Find it: "}
+        {
+            "query": f"q{i}",
+            "positive": f"p{i}",
+            "negative": f"n{i}",
+            "instruction": "Find it: ",
+        }
         for i in range(8)
     ]
     (tmp_path / "e5.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = PairsConfig(data=(str(tmp_path / "e5.jsonl"),))
     for pair in batches(config).batch(0)["pairs"]:
-        assert (pair.query[1:], pair.query[1:]) == (pair.positive[1:], pair.negative[1:])
+        assert (pair.query[1:], pair.query[1:]) == (
+            pair.positive[1:],
+            pair.negative[1:],
+        )
         assert pair.instruction == "Find it: "
 
 
@@ -216,7 +273,9 @@ def test_any_number_of_processes_gives_the_same_batches(
 ) -> None:
     rows = [{"query": f"a boat {i}", "positive": f"the boat {i}"} for i in range(40)]
     rows = (
-        [{**row, "negative": f"no boat {i}"} for i, row in enumerate(rows)] if negatives else rows
+        [{**row, "negative": f"no boat {i}"} for i, row in enumerate(rows)]
+        if negatives
+        else rows
     )
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     encoding = EncoderConfig(
@@ -259,7 +318,9 @@ def test_each_query_has_its_own_instruction_which_is_not_pooled(llama: Path) -> 
     pairs.append(Pair("c", "a boat", "the boat", instruction=""))
     tokens = PairTokenizer(encoder.tokenizer, encoder.config)(pairs)
     batch = encoder.collate(tokens["query"], tokens["query_frame"])
-    for row, text in enumerate(("Query: a boat", "Find a long caption; a boat", "a boat")):
+    for row, text in enumerate(
+        ("Query: a boat", "Find a long caption; a boat", "a boat")
+    ):
         assert tokens["query"][row] == encoder.tokenizer(text)["input_ids"]
         pooled = batch.input_ids[row][batch.pool_mask[row]].tolist()
         assert encoder.tokenizer.decode(pooled).strip() == "a boat"

@@ -62,7 +62,11 @@ def evil(make_llm, tmp_path: Path) -> Path:
     }
     change(folder / "config.json", model_type="evil", auto_map=classes)
     tokenizer = {"AutoTokenizer": [None, "tokenization_evil.EvilTokenizer"]}
-    change(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=tokenizer)
+    change(
+        folder / "tokenizer_config.json",
+        tokenizer_class="EvilTokenizer",
+        auto_map=tokenizer,
+    )
     return folder
 
 
@@ -90,7 +94,10 @@ def data(tmp_path: Path) -> Path:
     }
     members = []
     for key in "01":
-        members += [(f"{key}.png", b"no picture"), (f"{key}.json", json.dumps(captions).encode())]
+        members += [
+            (f"{key}.png", b"no picture"),
+            (f"{key}.json", json.dumps(captions).encode()),
+        ]
     write_tar(tmp_path / "data" / "0.tar", members)
     return tmp_path / "data"
 
@@ -108,9 +115,19 @@ COMMANDS = {
 
 @pytest.mark.parametrize("line", COMMANDS.values(), ids=COMMANDS)
 def test_yes_at_a_terminal_runs_nothing_of_the_folder(
-    evil: Path, data: Path, yes: None, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evil: Path,
+    data: Path,
+    yes: None,
+    line: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = {"evil": evil, "data": data, "tower": tmp_path / "tower", "out": tmp_path / "out"}
+    places = {
+        "evil": evil,
+        "data": data,
+        "tower": tmp_path / "tower",
+        "out": tmp_path / "out",
+    }
     if "{tower}" in line:
         make_tower(places["tower"])
     assert main(line.format(**places).split()) == 2
@@ -118,7 +135,9 @@ def test_yes_at_a_terminal_runs_nothing_of_the_folder(
     assert "[y/N]" not in printed.out + printed.err
     assert printed.err.count("\n") == 1
     assert f"error: {evil} needs " in printed.err
-    file = "tokenization_evil.py" if line.startswith("data") else "configuration_evil.py"
+    file = (
+        "tokenization_evil.py" if line.startswith("data") else "configuration_evil.py"
+    )
     assert f"{file} (auto_map in " in printed.err
     # which has no such option
     assert ("--trust-remote-code" in printed.err) is not line.startswith("vlm")
@@ -126,11 +145,22 @@ def test_yes_at_a_terminal_runs_nothing_of_the_folder(
 
 
 def test_a_tokenizer_alone_runs_nothing_either(
-    make_llm, evil: Path, data: Path, yes: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_llm,
+    evil: Path,
+    data: Path,
+    yes: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     change(evil / "config.json", model_type="llama", auto_map={})
-    assert main(["embed", str(data), "--llm", str(evil), "--compute-dtype", "float32"]) == 2
-    assert "tokenization_evil.py (auto_map in tokenizer_config.json)" in capsys.readouterr().err
+    assert (
+        main(["embed", str(data), "--llm", str(evil), "--compute-dtype", "float32"])
+        == 2
+    )
+    assert (
+        "tokenization_evil.py (auto_map in tokenizer_config.json)"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -140,7 +170,10 @@ def test_code_of_a_model_that_transformers_has_is_ignored(
     """As Phi-3's folder, whose code is older than transformers' own."""
     change(evil / "config.json", model_type="llama")
     change(evil / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    assert main(["embed", str(data), "--llm", str(evil), "--compute-dtype", "float32"]) == 0
+    assert (
+        main(["embed", str(data), "--llm", str(evil), "--compute-dtype", "float32"])
+        == 0
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -151,8 +184,23 @@ def test_trusted_code_runs(
     assert main(["embed", str(data), *words]) == 0
     assert (tmp_path / "ran").exists()
     # no pictures
-    assert main(["data", "check", str(data), "--tokenizer", str(evil), "--trust-remote-code"]) == 1
-    assert main(["export-llm", *words[:2], words[-1], "--output", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "check",
+                str(data),
+                "--tokenizer",
+                str(evil),
+                "--trust-remote-code",
+            ]
+        )
+        == 1
+    )
+    assert (
+        main(["export-llm", *words[:2], words[-1], "--output", str(tmp_path / "out")])
+        == 0
+    )
     assert not capsys.readouterr().err.count("error")
 
 
@@ -163,10 +211,13 @@ def test_what_trusts_every_folder_runs_nothing_either(
     prompt."""
     for name in ("get_class_in_module", "TIME_OUT_REMOTE_CODE"):
         # restored afterwards
-        monkeypatch.setattr(dynamic_module_utils, name, getattr(dynamic_module_utils, name))
+        monkeypatch.setattr(
+            dynamic_module_utils, name, getattr(dynamic_module_utils, name)
+        )
     run_no_code()
     with pytest.raises(
-        ContractError, match=r"EvilConfig of its own file configuration_evil\.py, which is not run"
+        ContractError,
+        match=r"EvilConfig of its own file configuration_evil\.py, which is not run",
     ):
         AutoConfig.from_pretrained(evil, trust_remote_code=True)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
@@ -175,9 +226,14 @@ def test_what_trusts_every_folder_runs_nothing_either(
 
 
 def test_the_file_of_another_repository_is_named(tmp_path: Path) -> None:
-    classes = {"AutoConfig": "somebody/code--configuration_x.X", "AutoModel": "inner.modeling_x.X"}
+    classes = {
+        "AutoConfig": "somebody/code--configuration_x.X",
+        "AutoModel": "inner.modeling_x.X",
+    }
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": classes}))
-    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": ["tokenization_x.Slow", null]}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"auto_map": ["tokenization_x.Slow", null]}'
+    )
     (tmp_path / "processor_config.json").write_text("{")
     assert code_of(tmp_path) == [
         "configuration_x.py of somebody/code (auto_map in config.json)",
@@ -198,13 +254,16 @@ def calls_that_may_ask(path: Path) -> Iterator[str]:
             2
         ].startswith("Auto")
         says = [keyword.arg for keyword in node.keywords]
-        if (is_auto or called == "transformers.pipeline") and not {"trust_remote_code", None} & {
-            *says
-        }:
+        if (is_auto or called == "transformers.pipeline") and not {
+            "trust_remote_code",
+            None,
+        } & {*says}:
             yield f"{path.relative_to(ROOT)}:{node.lineno}: {called}"
 
 
 def test_no_call_of_an_auto_class_leaves_the_answer_to_a_prompt() -> None:
     folders = ("llm2clip_plugin", "llava_integration", "scripts")
-    files = [path for folder in folders for path in sorted((ROOT / folder).glob("**/*.py"))]
+    files = [
+        path for folder in folders for path in sorted((ROOT / folder).glob("**/*.py"))
+    ]
     assert [call for path in files for call in calls_that_may_ask(path)] == []

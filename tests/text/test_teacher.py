@@ -22,7 +22,12 @@ from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower, reexport
 from llm2clip_plugin.vision.towers import load_tower
 
-CAPTIONS = ["a red bicycle", "two dogs run over the wet grass", "zwei Hunde rennen", "二匹の犬"]
+CAPTIONS = [
+    "a red bicycle",
+    "two dogs run over the wet grass",
+    "zwei Hunde rennen",
+    "二匹の犬",
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,9 @@ def world(llama, tmp_path_factory):
     this teacher."""
     folder = tmp_path_factory.mktemp("teacher of a tower")
     shutil.copytree(llama, folder / "llm")
-    write_moved(folder / "llm", folder / "adapter", prompt="Describe: ", chat_template="user")
+    write_moved(
+        folder / "llm", folder / "adapter", prompt="Describe: ", chat_template="user"
+    )
     rows = [
         {"id": str(number), "image": f"{number}.png", "caption": text}
         for number, text in enumerate(CAPTIONS)
@@ -39,8 +46,18 @@ def world(llama, tmp_path_factory):
     data = folder / "data" / "pairs.jsonl"
     data.parent.mkdir()
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    words = ["embed", str(data), "--llm", str(folder / "llm"), "--adapter", str(folder / "adapter")]
-    assert cli([*words, "--cache", str(folder / "cache"), "--compute-dtype", "float32"]) == 0
+    words = [
+        "embed",
+        str(data),
+        "--llm",
+        str(folder / "llm"),
+        "--adapter",
+        str(folder / "adapter"),
+    ]
+    assert (
+        cli([*words, "--cache", str(folder / "cache"), "--compute-dtype", "float32"])
+        == 0
+    )
     cache = EmbeddingCache.open(folder / "cache")
     torch.manual_seed(0)
     dual = DualEncoder(
@@ -69,7 +86,9 @@ def cached_rows(folder: Path) -> torch.Tensor:
 def test_strings_are_embedded_as_the_cached_captions_are(world):
     dual = load_dual_encoder(world / "tower")
     with torch.no_grad():
-        expected = dual.encode_text(cached_rows(world))  # embeddings are accepted as before
+        expected = dual.encode_text(
+            cached_rows(world)
+        )  # embeddings are accepted as before
         found = dual.encode_text(CAPTIONS)
         one = dual.encode_text(CAPTIONS[1])
     # the cache rounds to float16, 2**-11, and the LLM may compute in bfloat16, 2**-8
@@ -80,7 +99,9 @@ def test_strings_are_embedded_as_the_cached_captions_are(world):
     assert dual.encode_text([]).shape == (0, 16)
 
 
-def test_the_card_finds_its_teacher_after_everything_was_moved_together(world, tmp_path):
+def test_the_card_finds_its_teacher_after_everything_was_moved_together(
+    world, tmp_path
+):
     """Paths in the card are relative to the tower."""
     card = TowerCard.read(world / "tower" / TowerCard.FILE)
     assert card.teacher["llm"] == "../llm"
@@ -109,7 +130,9 @@ def test_a_teacher_that_is_not_at_hand(world, tmp_path):
     adapter = str(world / "adapter")
     with pytest.raises(FileNotFoundError, match="--llm"):
         load_dual_encoder(tmp_path / "tower", adapter=adapter).encode_text("a bird")
-    given = load_dual_encoder(tmp_path / "tower", teacher=str(world / "llm"), adapter=adapter)
+    given = load_dual_encoder(
+        tmp_path / "tower", teacher=str(world / "llm"), adapter=adapter
+    )
     assert given.encode_text("a bird").shape == (1, 16)
     other = write_moved(world / "llm", tmp_path / "other")[1]
     with pytest.raises(ContractError, match="prompt is 'Describe: '"):
@@ -122,7 +145,10 @@ def test_a_tower_with_its_adapter_needs_the_base_llm_alone(world, tmp_path, caps
     words = ["export", str(world / "tower"), "--output"]
     assert cli([*words, str(tmp_path / "tower"), "--with-adapter"]) == 0
     assert "the adapter is in teacher-adapter/" in capsys.readouterr().out
-    assert cli(["export", str(tmp_path / "tower"), "--output", str(tmp_path / "again")]) == 0
+    assert (
+        cli(["export", str(tmp_path / "tower"), "--output", str(tmp_path / "again")])
+        == 0
+    )
     shutil.copytree(tmp_path / "again", tmp_path / "far" / "tower")
     for gone in ("tower", "again"):
         shutil.rmtree(tmp_path / gone)
@@ -133,11 +159,19 @@ def test_a_tower_with_its_adapter_needs_the_base_llm_alone(world, tmp_path, caps
         ).encode_text(CAPTIONS)
     assert torch.equal(found, expected)
     card = TowerCard.read(tmp_path / "far" / "tower" / TowerCard.FILE)
-    assert published(card).teacher["adapter"] == card.teacher["adapter"] == "./teacher-adapter"
+    assert (
+        published(card).teacher["adapter"]
+        == card.teacher["adapter"]
+        == "./teacher-adapter"
+    )
     inside = (tmp_path / "far" / "tower" / "teacher-adapter").iterdir()
-    assert not [path.name for path in inside if str(world).encode() in path.read_bytes()]
+    assert not [
+        path.name for path in inside if str(world).encode() in path.read_bytes()
+    ]
     settings = tmp_path / "far" / "tower" / "teacher-adapter" / "adapter_config.json"
-    settings.write_text(settings.read_text().replace('"lora_alpha": 32', '"lora_alpha": 16'))
+    settings.write_text(
+        settings.read_text().replace('"lora_alpha": 32', '"lora_alpha": 16')
+    )
     words = [
         "export",
         str(tmp_path / "far" / "tower"),

@@ -23,7 +23,8 @@ from llm2clip_plugin.text.encoder import CaptionEncoder
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     write_tar(
-        tmp_path / "data" / "0.tar", [("0.png", b""), ("0.json", b'{"caption": "a red bicycle"}')]
+        tmp_path / "data" / "0.tar",
+        [("0.png", b""), ("0.json", b'{"caption": "a red bicycle"}')],
     )
     return tmp_path / "data"
 
@@ -48,7 +49,16 @@ def commands(llm: Path, data: Path, tmp_path: Path) -> list[list[str]]:
     return [
         ["embed", str(data), "--llm", str(llm)],
         ["export-llm", "--llm", str(llm), "--output", str(output)],
-        ["vlm", "build", "--tower", str(tower), "--llm", str(llm), "--output", str(output)],
+        [
+            "vlm",
+            "build",
+            "--tower",
+            str(tower),
+            "--llm",
+            str(llm),
+            "--output",
+            str(output),
+        ],
     ]
 
 
@@ -60,7 +70,10 @@ def test_a_vocabulary_smaller_than_the_tokenizers(
     for words in commands(llm, data, tmp_path):
         error = refused(words, capsys)
         assert f"{llm}" in error
-        assert f"ids up to {largest}, its config.json vocab_size 100; copy the tokenizer" in error
+        assert (
+            f"ids up to {largest}, its config.json vocab_size 100; copy the tokenizer"
+            in error
+        )
 
 
 def test_a_special_token_beyond_the_vocabulary_is_no_problem_unless_it_frames_texts(
@@ -78,7 +91,14 @@ def test_a_special_token_beyond_the_vocabulary_is_no_problem_unless_it_frames_te
     words = ["embed", str(data), "--llm", str(llm), "--compute-dtype", "float32"]
     assert main(words) == 0
     framed = refused(
-        [*words, "--chat-template", "<image>{caption}", "--cache", str(data / "framed")], capsys
+        [
+            *words,
+            "--chat-template",
+            "<image>{caption}",
+            "--cache",
+            str(data / "framed"),
+        ],
+        capsys,
     )
     assert f"ids up to {beyond}" in framed
 
@@ -101,7 +121,9 @@ def test_a_pickled_llm(
     state = load_file(llm / "model.safetensors")
     (llm / "model.safetensors").unlink()
     torch.save(state, llm / "pytorch_model.bin")
-    assert main(["embed", str(data), "--llm", str(llm), "--compute-dtype", "float32"]) == 0
+    assert (
+        main(["embed", str(data), "--llm", str(llm), "--compute-dtype", "float32"]) == 0
+    )
     torch.save({**state, "more": Code(tmp_path / "ran")}, llm / "pytorch_model.bin")
     shutil.rmtree(next(data.glob("embeddings-*")))
     for words in commands(llm, data, tmp_path):
@@ -126,5 +148,6 @@ def test_an_adapter_is_used_without_a_warning(llm: Path, tmp_path: Path) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         CaptionEncoder(
-            EncoderConfig(llm=str(llm), adapter=str(adapter), compute_dtype="float32"), "cpu"
+            EncoderConfig(llm=str(llm), adapter=str(adapter), compute_dtype="float32"),
+            "cpu",
         )

@@ -24,20 +24,29 @@ pytestmark = pytest.mark.gpu
 def test_pixels_loss_and_gradients_are_those_of_float64() -> None:
     torch.manual_seed(0)
     tower = CLIPVisionModel(
-        CLIPVisionConfig(image_size=32, patch_size=16, attn_implementation="sdpa", **TINY)
+        CLIPVisionConfig(
+            image_size=32, patch_size=16, attn_implementation="sdpa", **TINY
+        )
     )
     dual = DualEncoder(tower, DualConfig(projection_dim=16, llm_width=24))
     pixels = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
     embeddings = torch.randn(6, 24)
 
-    def run(device: torch.device, dtype: torch.dtype) -> tuple[float, list[torch.Tensor]]:
+    def run(
+        device: torch.device, dtype: torch.dtype
+    ) -> tuple[float, list[torch.Tensor]]:
         module = copy.deepcopy(dual).to(device, dtype)
         image, text, log_scale, *_ = module(
-            Normalize(ImageConfig(size=32), device)(pixels).to(dtype), embeddings.to(device, dtype)
+            Normalize(ImageConfig(size=32), device)(pixels).to(dtype),
+            embeddings.to(device, dtype),
         )
-        loss = contrastive_loss(image, text, log_scale.exp(), caption_hashes=None, image_ids=None)
+        loss = contrastive_loss(
+            image, text, log_scale.exp(), caption_hashes=None, image_ids=None
+        )
         loss.backward()
-        gradients = [p.grad.double().cpu() for p in module.parameters() if p.grad is not None]
+        gradients = [
+            p.grad.double().cpu() for p in module.parameters() if p.grad is not None
+        ]
         return float(loss.detach()), gradients
 
     loss, gradients = run(choose_device(), torch.float32)
@@ -50,7 +59,10 @@ def test_pixels_loss_and_gradients_are_those_of_float64() -> None:
 
 def test_caption_embeddings_are_those_of_the_cpu(tmp_path: Path) -> None:
     llm = save_tiny_llm(tmp_path / "llm", "llama")
-    captions = ["a red bicycle", "two dogs run over the wet grass, and a cat sleeps in a box"]
+    captions = [
+        "a red bicycle",
+        "two dogs run over the wet grass, and a cat sleeps in a box",
+    ]
     encoder = CaptionEncoder(
         EncoderConfig(llm=str(llm), compute_dtype="float32", attention="causal")
     )
@@ -62,4 +74,6 @@ def test_caption_embeddings_are_those_of_the_cpu(tmp_path: Path) -> None:
         states = reference(torch.tensor([tokens]), use_cache=False).last_hidden_state
         expected.append(states[0].mean(0))
     embedded = torch.as_tensor(encoder.encode(captions)).double().cpu()
-    torch.testing.assert_close(embedded, torch.stack(expected).detach(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        embedded, torch.stack(expected).detach(), atol=1e-4, rtol=1e-3
+    )

@@ -21,7 +21,14 @@ from train_helpers import (
 
 from llm2clip_plugin.errors import NonFiniteLossError
 from llm2clip_plugin.run_folder import LEFT_OUT
-from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, Checkpoints, load, on_host
+from llm2clip_plugin.train.checkpoint import (
+    AVERAGES,
+    MODEL,
+    OPTIMIZER,
+    Checkpoints,
+    load,
+    on_host,
+)
 from llm2clip_plugin.train.config import OptimConfig
 from llm2clip_plugin.train.loop import run_loop
 
@@ -57,13 +64,20 @@ def train(
     stream = batches(state.step, rank, world, bad)
     settings = {"skip_bad_batches": allowed, "save_total_limit": 0}
     try:
-        more |= {"averages": {AVERAGES: average}, "checkpoints": Checkpoints(run, keep=0)}
+        more |= {
+            "averages": {AVERAGES: average},
+            "checkpoints": Checkpoints(run, keep=0),
+        }
         # the same whatever the number of steps
         more["optim"] = OptimConfig(lr=0.01, schedule="constant")
         state = run_loop(parts_of(run, engine, state, stream, train=settings, **more))
     except NonFiniteLossError as error:
         return {"error": str(error), "status": error.status}
-    ended = {"bad": state.bad_batches, "samples": state.samples, "updates": engine.updates}
+    ended = {
+        "bad": state.bad_batches,
+        "samples": state.samples,
+        "updates": engine.updates,
+    }
     return {**ended, "weights": engine.weights(on_host)}
 
 
@@ -77,9 +91,16 @@ def left_out(rank: int, world: int, folder: str) -> dict[str, dict[str, Any]]:
         for steps in (BAD - 1, BAD, STEPS):  # stops before and after the bad batch
             last = train(rank, world, parts, way, allowed=1, total_steps=steps)
         results[name] = {"whole": whole, "parts": last}
-    results["refused"] = train(rank, world, Path(folder) / "refused", WAYS["zero0"], allowed=0)
+    results["refused"] = train(
+        rank, world, Path(folder) / "refused", WAYS["zero0"], allowed=0
+    )
     results["again"] = train(
-        rank, world, Path(folder) / "again", WAYS["zero3 cached"], allowed=1, bad=(3, BAD)
+        rank,
+        world,
+        Path(folder) / "again",
+        WAYS["zero3 cached"],
+        allowed=1,
+        bad=(3, BAD),
     )
     return results
 
@@ -93,7 +114,9 @@ def test_a_nan_in_batch_7_is_left_out_on_two_ranks_and_after_a_resume(tmp_path: 
     for name, run in both[0].items():
         whole = run["whole"]
         parts = run["parts"]
-        assert [(bad["step"], bad["samples"]) for bad in whole["bad"]] == [(BAD, 32 * BAD)], name
+        assert [(bad["step"], bad["samples"]) for bad in whole["bad"]] == [
+            (BAD, 32 * BAD)
+        ], name
         assert "rank 1: sample-" in whole["bad"][0]["reason"]
         assert "rank 0" not in whole["bad"][0]["reason"]
         assert parts["bad"] == whole["bad"] == both[1][name]["whole"]["bad"]
@@ -105,19 +128,34 @@ def test_a_nan_in_batch_7_is_left_out_on_two_ranks_and_after_a_resume(tmp_path: 
             # no bad gradient is left to the step after it
             assert torch.equal(value, parts["weights"][key]), name
         before, after = (
-            load(tmp_path / name / f"parts/checkpoints/step-{s:08d}").state for s in (BAD - 1, BAD)
+            load(tmp_path / name / f"parts/checkpoints/step-{s:08d}").state
+            for s in (BAD - 1, BAD)
         )
         assert before.updates == after.updates == BAD - 1
         # SHA-256
-        assert all(before.files[file] == after.files[file] for file in (MODEL, OPTIMIZER)), name
+        assert all(
+            before.files[file] == after.files[file] for file in (MODEL, OPTIMIZER)
+        ), name
         lines = [
             json.loads(line)
-            for line in (tmp_path / name / "whole/metrics.jsonl").read_text().splitlines()
+            for line in (tmp_path / name / "whole/metrics.jsonl")
+            .read_text()
+            .splitlines()
         ]
         assert [
-            (line["step"], line["samples"]) for line in lines if line.get("event") == LEFT_OUT
+            (line["step"], line["samples"])
+            for line in lines
+            if line.get("event") == LEFT_OUT
         ] == [(BAD, 32 * BAD)]
-        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 8]
+        assert [line["step"] for line in lines if "loss" in line] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+            8,
+        ]
 
 
 def steep(rank: int, world: int, folder: str) -> dict[str, Any]:
@@ -137,7 +175,9 @@ def steep(rank: int, world: int, folder: str) -> dict[str, Any]:
         run = Path(folder) / name
         stream = batches(0, rank, world, bad=())
         settings = {"skip_bad_batches": 2}
-        state = run_loop(parts_of(run, engine, new_state(), stream, step=step, train=settings))
+        state = run_loop(
+            parts_of(run, engine, new_state(), stream, step=step, train=settings)
+        )
         results[name] = {
             "bad": state.bad_batches,
             "updates": engine.updates,
@@ -172,17 +212,27 @@ def overflow(rank: int, world: int, folder: str) -> dict[str, Any]:
 
         try:
             parts = parts_of(
-                Path(folder) / name, engine, new_state(), stream(), train={"precision": "fp16"}
+                Path(folder) / name,
+                engine,
+                new_state(),
+                stream(),
+                train={"precision": "fp16"},
             )
             run_loop(parts)
             error = ""
         except NonFiniteLossError as caught:
             error = str(caught)
-        results[name] = {"error": error, "updates": engine.updates, "scale": scaler.cur_scale}
+        results[name] = {
+            "error": error,
+            "updates": engine.updates,
+            "scale": scaler.cur_scale,
+        }
     return results
 
 
-def test_fp16_lowers_its_loss_scale_after_an_overflow_in_the_forward_pass(tmp_path: Path):
+def test_fp16_lowers_its_loss_scale_after_an_overflow_in_the_forward_pass(
+    tmp_path: Path,
+):
     """The first of them uses up DeepSpeed's hysteresis, the second halves the scale; at the minimum
     the run ends."""
     result = run_ranks(overflow, 2, str(tmp_path))[0]
@@ -192,9 +242,12 @@ def test_fp16_lowers_its_loss_scale_after_an_overflow_in_the_forward_pass(tmp_pa
     assert result["always"]["scale"] == 1.0
     assert result["always"]["updates"] == 2
     lines = [
-        json.loads(line) for line in (tmp_path / "once/metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (tmp_path / "once/metrics.jsonl").read_text().splitlines()
     ]
-    assert [line["step"] for line in lines if "skipped" in line and "loss" not in line] == [3, 4]
+    assert [
+        line["step"] for line in lines if "skipped" in line and "loss" not in line
+    ] == [3, 4]
     assert all(
         math.isfinite(value)
         for line in lines

@@ -35,7 +35,11 @@ WAYS: dict[str, dict[str, Any]] = {
     **{f"8bit zero{stage}": {"stage": stage, **EIGHT} for stage in range(4)},
     "8bit bf16 zero3": {"stage": 3, "precision": "bf16", **EIGHT},
     # some masters in fp32, some in 8 bits
-    "8bit mixed zero2": {"stage": 2, "name": "adamw_8bit", "args": ("min_8bit_size=300",)},
+    "8bit mixed zero2": {
+        "stage": 2,
+        "name": "adamw_8bit",
+        "args": ("min_8bit_size=300",),
+    },
 }
 FACTORS = [1.0, 0.8, 0.6, 0.4]  # a schedule, so that learning rates must come back too
 
@@ -69,14 +73,18 @@ def go_on(
     losses: dict[tuple[str, str], Any] = {}
     for written, under in pairs:
         loaded = load(Path(folder) / written / "checkpoints/step-00000002")
-        engine = tiny_engine(micro=16, world=world, weights=loaded.weights, **WAYS[under])
+        engine = tiny_engine(
+            micro=16, world=world, weights=loaded.weights, **WAYS[under]
+        )
         try:
             engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
         except ValueError as error:
             losses[written, under] = str(error)
             continue
         assert engine.updates == 2
-        losses[written, under] = steps(engine, tiny_step(engine), range(2, 4), rank, world)
+        losses[written, under] = steps(
+            engine, tiny_step(engine), range(2, 4), rank, world
+        )
     return losses
 
 
@@ -97,7 +105,9 @@ REFUSED_ON_TWO = {("8bit zero2", "8bit zero3"): "zero3-of-2"}
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
+def saved(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[str, list[float]]]:
     folder = tmp_path_factory.mktemp("checkpoints")
     return folder, run_ranks(train_and_save, 2, str(folder))[0]
 
@@ -107,7 +117,9 @@ def test_the_same_ranks_resume_bit_for_bit(saved: tuple[Path, dict[str, list[flo
     for resumed in run_ranks(go_on, 2, str(folder), [*ON_TWO, *REFUSED_ON_TWO]):
         for written, under in ON_TWO:
             tolerance = 0.0 if written == under else 1e-5
-            assert resumed[written, under] == pytest.approx(losses[written], abs=tolerance), (
+            assert resumed[written, under] == pytest.approx(
+                losses[written], abs=tolerance
+            ), (
                 written,
                 under,
             )
@@ -115,14 +127,18 @@ def test_the_same_ranks_resume_bit_for_bit(saved: tuple[Path, dict[str, list[flo
             assert named in resumed[pair]
 
 
-def test_resumes_with_another_number_of_ranks(saved: tuple[Path, dict[str, list[float]]]):
+def test_resumes_with_another_number_of_ranks(
+    saved: tuple[Path, dict[str, list[float]]],
+):
     """fp32 sums in another order: 1e-5, which 8-bit moments round to other values: 1e-3; bf16 and
     fp16 round features: hundredths."""
     folder, losses = saved
     resumed = run_ranks(go_on, 1, str(folder), [*ON_ONE, *REFUSED_ON_ONE])[0]
     for written, under in ON_ONE:
         tolerance = 0.03 if "16" in written else 1e-3 if "8bit" in written else 1e-5
-        assert resumed[written, under] == pytest.approx(losses[written], abs=tolerance), (
+        assert resumed[written, under] == pytest.approx(
+            losses[written], abs=tolerance
+        ), (
             written,
             under,
         )
@@ -130,15 +146,23 @@ def test_resumes_with_another_number_of_ranks(saved: tuple[Path, dict[str, list[
         assert named in resumed[pair]
 
 
-def test_what_a_checkpoint_holds(saved: tuple[Path, dict[str, list[float]]], tmp_path: Path):
+def test_what_a_checkpoint_holds(
+    saved: tuple[Path, dict[str, list[float]]], tmp_path: Path
+):
     """Masters with the digits that bf16 loses, moments of 8 bits in 8 bits; weights are read
     without the moments."""
     folder, _ = saved
-    weights = load_file(folder / "bf16 zero1/checkpoints/step-00000002/model.safetensors")
+    weights = load_file(
+        folder / "bf16 zero1/checkpoints/step-00000002/model.safetensors"
+    )
     assert all(value.dtype == torch.float32 for value in weights.values())
     assert any((value != value.bfloat16().float()).any() for value in weights.values())
-    moments = load_file(folder / "8bit zero2/checkpoints/step-00000002/optimizer.safetensors")
-    in_8bit = [value for name, value in moments.items() if name.endswith(("state1", "state2"))]
+    moments = load_file(
+        folder / "8bit zero2/checkpoints/step-00000002/optimizer.safetensors"
+    )
+    in_8bit = [
+        value for name, value in moments.items() if name.endswith(("state1", "state2"))
+    ]
     assert in_8bit
     assert {value.dtype for value in in_8bit} == {torch.uint8}
     path = folder / "zero2/checkpoints/step-00000002"
@@ -149,4 +173,6 @@ def test_what_a_checkpoint_holds(saved: tuple[Path, dict[str, list[float]]], tmp
     assert loaded.moments == {}
     assert full.moments
     assert loaded.weights.keys() == full.weights.keys()
-    assert all(torch.equal(value, full.weights[name]) for name, value in loaded.weights.items())
+    assert all(
+        torch.equal(value, full.weights[name]) for name, value in loaded.weights.items()
+    )

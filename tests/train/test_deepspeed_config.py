@@ -25,17 +25,30 @@ from llm2clip_plugin.vision.directory import DualConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
-OPTIM = OptimConfig(lr=1e-5, eps=1e-8, weight_decay=0.05, max_grad_norm=5.0, warmup_steps=10)
+OPTIM = OptimConfig(
+    lr=1e-5, eps=1e-8, weight_decay=0.05, max_grad_norm=5.0, warmup_steps=10
+)
 
 
 def completed(user: dict[str, Any], *, world: int = 2, **train: Any) -> dict[str, Any]:
     """On ranks of four micro-batches of 64 each."""
-    settings = {"global_batch": world * 4 * 64, "micro_batch": 64, "precision": "bf16", **train}
+    settings = {
+        "global_batch": world * 4 * 64,
+        "micro_batch": 64,
+        "precision": "bf16",
+        **train,
+    }
     return complete(user, TrainConfig(**settings), OPTIM, world=world, hidden_size=1024)
 
 
-BATCH = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
-LLAVA_ZERO3_OFFLOAD: dict[str, Any] = {  # the layout of LLaVA's scripts/zero3_offload.json
+BATCH = (
+    "train_micro_batch_size_per_gpu",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+)
+LLAVA_ZERO3_OFFLOAD: dict[
+    str, Any
+] = {  # the layout of LLaVA's scripts/zero3_offload.json
     **{
         "fp16": {"enabled": "auto", "loss_scale": 0},
         "bf16": {"enabled": "auto"},
@@ -43,7 +56,12 @@ LLAVA_ZERO3_OFFLOAD: dict[str, Any] = {  # the layout of LLaVA's scripts/zero3_o
     },
     "optimizer": {
         "type": "AdamW",
-        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        "params": {
+            "lr": "auto",
+            "betas": "auto",
+            "eps": "auto",
+            "weight_decay": "auto",
+        },
     },
     "zero_optimization": {
         "stage": 3,
@@ -70,7 +88,9 @@ def test_auto_values_are_filled():
     assert config["zero_force_ds_cpu_optimizer"] is False
     assert "auto" not in json.dumps(config)
     assert not config["timers"]["throughput"]["enabled"]  # it would wait for the GPU
-    assert LLAVA_ZERO3_OFFLOAD["train_batch_size"] == "auto"  # the user's own is left alone
+    assert (
+        LLAVA_ZERO3_OFFLOAD["train_batch_size"] == "auto"
+    )  # the user's own is left alone
 
 
 @pytest.mark.parametrize(
@@ -89,7 +109,12 @@ def test_auto_values_are_filled():
         ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow"),
         ({"zero_optimisation": {"stage": 2}}, "zero_optimization"),
         (
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_optimizer": {"device": "nvme"},
+                }
+            },
             "use the device cpu",
         ),
     ],
@@ -101,13 +126,19 @@ def test_contradictions_are_refused(user: dict[str, Any], named: str):
 
 def test_fp32_keeps_its_one_check_for_non_finite_gradients():
     user = {"zero_optimization": {"stage": 1, "compute_grad_norm": False}}
-    assert not completed(user)["zero_optimization"]["compute_grad_norm"]  # bf16 has another
+    assert not completed(user)["zero_optimization"][
+        "compute_grad_norm"
+    ]  # bf16 has another
     with pytest.raises(ValueError, match="compute_grad_norm"):
         completed(user, precision="fp32")
 
 
-@pytest.mark.parametrize("user", [{"zero_optimization": {"stage": 7}}, {"sparse_gradients": True}])
-def test_what_deepspeed_refuses_is_refused_before_a_model_is_loaded(user: dict[str, Any]):
+@pytest.mark.parametrize(
+    "user", [{"zero_optimization": {"stage": 7}}, {"sparse_gradients": True}]
+)
+def test_what_deepspeed_refuses_is_refused_before_a_model_is_loaded(
+    user: dict[str, Any],
+):
     with pytest.raises(ValueError, match=r"mine\.json: DeepSpeed refuses it"):
         check_deepspeed(completed(user, world=1), "mine.json")
 
@@ -126,7 +157,12 @@ def test_gradients_are_reduced_in_the_type_of_the_option():
 
 @pytest.mark.parametrize(
     ("tf32", "precision", "expected"),
-    [("auto", "fp32", False), ("auto", "bf16", True), ("on", "fp32", True), ("off", "bf16", False)],
+    [
+        ("auto", "fp32", False),
+        ("auto", "bf16", True),
+        ("on", "fp32", True),
+        ("off", "bf16", False),
+    ],
 )
 def test_tf32_is_for_half_precision_unless_asked_for(
     monkeypatch, tf32: Any, precision: str, expected: bool
@@ -153,18 +189,24 @@ def test_equal_values_and_a_scheduler_without_values_are_accepted():
 
 def test_gradients_are_sent_during_the_backward_pass_unless_the_file_says_otherwise():
     for path in (None, *sorted(SCRIPTS.glob("zero[1-3]*.json"))):
-        zero = completed(read_deepspeed_json(str(path)) if path else {})["zero_optimization"]
+        zero = completed(read_deepspeed_json(str(path)) if path else {})[
+            "zero_optimization"
+        ]
         assert zero["overlap_comm"] is True
         assert zero["reduce_bucket_size"] == 50_000_000
     own = {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1000}
     assert completed({"zero_optimization": own})["zero_optimization"] == own
 
 
-@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("zero*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(SCRIPTS.glob("zero*.json")), ids=lambda path: path.name
+)
 def test_our_own_files_are_complete(path: Path):
     config = completed(read_deepspeed_json(str(path)))
     assert "auto" not in json.dumps(config)
-    assert str(config["zero_optimization"]["stage"]) in path.name.replace("zero0", "zero1")
+    assert str(config["zero_optimization"]["stage"]) in path.name.replace(
+        "zero0", "zero1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,7 +223,10 @@ def test_our_own_files_are_complete(path: Path):
             lambda: check_terms(LossConfig(terms=("sigmoid",)), DualConfig()),
             "--dual.logit-bias-init",
         ),
-        (lambda: check_terms(LossConfig(), DualConfig(logit_bias_init=-10.0)), "logit-bias-init"),
+        (
+            lambda: check_terms(LossConfig(), DualConfig(logit_bias_init=-10.0)),
+            "logit-bias-init",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_named(make: Any, named: str):
@@ -202,10 +247,16 @@ def test_schedules():
     assert set(get_args(OptimConfig.__annotations__["schedule"])) == set(SCHEDULES)
 
 
-@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_tasks_that_would_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch, variable: str):
+@pytest.mark.parametrize(
+    "variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
+)
+def test_tasks_that_would_train_alone_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+):
     monkeypatch.setenv(variable, "1")
-    monkeypatch.setenv("SLURM_NTASKS", "16")  # of the whole job, also in the batch script
+    monkeypatch.setenv(
+        "SLURM_NTASKS", "16"
+    )  # of the whole job, also in the batch script
     set_single_process_environment()
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)

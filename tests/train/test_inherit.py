@@ -98,16 +98,22 @@ def options(folder: Path, run: Path, *more: str) -> list[str]:
 
 def two_ranks(rank: int, world: int, folder: str) -> None:
     zero3 = ("--deepspeed", str(ROOT / "scripts/zero3.json"))
-    train_tower(TRAIN_TOWER.parse(options(Path(folder), Path(folder) / "ranks", *zero3)))
+    train_tower(
+        TRAIN_TOWER.parse(options(Path(folder), Path(folder) / "ranks", *zero3))
+    )
 
 
 def fit_lines(run: Path) -> list[dict[str, Any]]:
     return [line for line in lines(run) if line.get("event") == "heads"]
 
 
-def test_the_adapter_learns_the_clips_text_space_on_any_ranks(clip: Path, tmp_path: Path):
+def test_the_adapter_learns_the_clips_text_space_on_any_ranks(
+    clip: Path, tmp_path: Path
+):
     """Rank 0 fits; the projection and the scale stay the CLIP's, and stage 2 starts from there."""
-    words = options(clip, tmp_path / "run", "--max-steps", "0", "--num-train-epochs", "0")
+    words = options(
+        clip, tmp_path / "run", "--max-steps", "0", "--num-train-epochs", "0"
+    )
     tower = train_tower(TRAIN_TOWER.parse(words))
     fit = fit_lines(tmp_path / "run")
     assert fit[0]["heads_cosine"] < 0.5
@@ -122,7 +128,8 @@ def test_the_adapter_learns_the_clips_text_space_on_any_ranks(clip: Path, tmp_pa
     caches = sorted(opened, key=lambda cache: cache.teacher.llm != "made-up")
     source = open_source(SourceConfig(path=str(clip / "data")))
     places = [
-        (*source.locate(number), source.captions(number)[1][:1]) for number in range(len(source))
+        (*source.locate(number), source.captions(number)[1][:1])
+        for number in range(len(source))
     ]
     own_cache, target_cache = caches
     ours = torch.cat([own_cache.rows(*place) for place in places])
@@ -134,7 +141,9 @@ def test_the_adapter_learns_the_clips_text_space_on_any_ranks(clip: Path, tmp_pa
         assert other["heads_loss"] == pytest.approx(one["heads_loss"], abs=1e-4)
     first, *_, last = [line for line in lines(clip / "ranks") if "loss" in line]
     assert first["loss_distill"] < 1e-6 < last["loss_distill"]
-    assert TowerCard.read(clip / "ranks/tower" / TowerCard.FILE).training["steps"] == STEPS
+    assert (
+        TowerCard.read(clip / "ranks/tower" / TowerCard.FILE).training["steps"] == STEPS
+    )
 
 
 def test_stopped_and_started_again_it_ends_the_same(
@@ -160,7 +169,9 @@ def test_stopped_and_started_again_it_ends_the_same(
     train_tower(TRAIN_TOWER.parse(options(clip, cut)))
     assert len(calls) == FIT
     assert losses(cut) == pytest.approx(losses(whole), abs=1e-6)
-    weights = [load_file(run / "tower/text_adapter.safetensors") for run in (whole, cut)]
+    weights = [
+        load_file(run / "tower/text_adapter.safetensors") for run in (whole, cut)
+    ]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=1e-6, rtol=1e-5)
 

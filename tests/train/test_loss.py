@@ -23,7 +23,10 @@ from llm2clip_plugin.train.losses.base import Features, chosen_terms
 from llm2clip_plugin.train.losses.infonce import contrastive_loss
 from llm2clip_plugin.train.losses.sigmoid import sigmoid_loss
 
-FILES = {kind: GOLDEN / "D_losses" / f"{kind}_loss.safetensors" for kind in ("clip", "siglip")}
+FILES = {
+    kind: GOLDEN / "D_losses" / f"{kind}_loss.safetensors"
+    for kind in ("clip", "siglip")
+}
 MODE = "local_loss__gather_with_grad"
 
 
@@ -50,7 +53,9 @@ def golden(
         given[f"{side}_{what}"].chunk(size)[rank].clone().requires_grad_()
         for side in ("image", "text")
     ]
-    image, text = (F.normalize(value, dim=-1) if kind == "clip" else value for value in raw)
+    image, text = (
+        F.normalize(value, dim=-1) if kind == "clip" else value for value in raw
+    )
     image.retain_grad()
     text.retain_grad()
     log = given["logit_scale"][i].clone().requires_grad_()
@@ -64,7 +69,11 @@ def golden(
         loss = sigmoid_loss(image, text, log.exp(), bias, block=3, group=group)
         loss.backward()
         values["grad_logit_bias"] = bias.grad
-    values |= {"loss": loss, "grad_image_features": image.grad, "grad_text_features": text.grad}
+    values |= {
+        "loss": loss,
+        "grad_image_features": image.grad,
+        "grad_text_features": text.grad,
+    }
     return values | {"grad_logit_scale": log.grad}
 
 
@@ -78,7 +87,9 @@ def test_golden_on_one_two_and_four_ranks():
         mode = f"{MODE}." if kind == "clip" and size != "1" else ""
         expected = reference[f"{mode}world{size}.{scale}.{what}"]
         log_scale = float(reference["logit_scale"][int(scale[-1])])
-        tolerance = 2e-5 if math.exp(log_scale) >= 60 else 1e-5  # the golden set's own suggestion
+        tolerance = (
+            2e-5 if math.exp(log_scale) >= 60 else 1e-5
+        )  # the golden set's own suggestion
         mine = [ranks[r][name] for r in range(int(size))]
         # shares of ranks differ, their mean is the gradient
         if what in ("grad_logit_scale", "grad_logit_bias"):
@@ -91,14 +102,17 @@ def test_golden_on_one_two_and_four_ranks():
         )
         compared += 1
     assert compared == 3 * (
-        len(references["clip"]["logit_scale"]) * 6 + len(references["siglip"]["logit_scale"]) * 5
+        len(references["clip"]["logit_scale"]) * 6
+        + len(references["siglip"]["logit_scale"]) * 5
     )
 
 
 def naive(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
     """The formula with full matrices; pairs that share an id are dropped."""
     logits = scale * image @ text.T
-    same = (ids[:, :, None] == ids[:, None, :]).any(0) & ~torch.eye(len(image), dtype=torch.bool)
+    same = (ids[:, :, None] == ids[:, None, :]).any(0) & ~torch.eye(
+        len(image), dtype=torch.bool
+    )
     logits = logits.masked_fill(same, -math.inf)
     labels = torch.arange(len(image))
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
@@ -108,7 +122,9 @@ def features(
     n: int = 24, width: int = 8, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    pair = F.normalize(torch.randn(2, n, width, generator=generator, dtype=torch.float64), dim=-1)
+    pair = F.normalize(
+        torch.randn(2, n, width, generator=generator, dtype=torch.float64), dim=-1
+    )
     return pair[0].to(dtype).requires_grad_(), pair[1].to(dtype).requires_grad_()
 
 
@@ -124,7 +140,12 @@ def test_blocks_and_masks_equal_the_full_matrix(block: int):
         scale = torch.tensor([20.0], requires_grad=True)
         if masked:
             loss = contrastive_loss(
-                image, text, scale, caption_hashes=captions, image_ids=images, block=block
+                image,
+                text,
+                scale,
+                caption_hashes=captions,
+                image_ids=images,
+                block=block,
             )
         else:
             loss = naive(image, text, scale, torch.stack([captions, images]))
@@ -146,22 +167,32 @@ def test_sigmoid_with_excluded_pairs_equals_the_formula():
     actual = sigmoid_loss(image, text, scale, bias, caption_hashes=ids, block=7)
     torch.testing.assert_close(actual, expected)
     for one, other in zip(
-        torch.autograd.grad(actual, (image, text, scale, bias)), expected_grads, strict=True
+        torch.autograd.grad(actual, (image, text, scale, bias)),
+        expected_grads,
+        strict=True,
     ):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 def documented_term() -> str:
     """The code of the loss term in docs/extending.md."""
-    before, code = (ROOT / "docs/extending.md").read_text().split("class HardestNegative", 1)
-    return before.rpartition("```python\n")[2] + "class HardestNegative" + code.partition("```")[0]
+    before, code = (
+        (ROOT / "docs/extending.md").read_text().split("class HardestNegative", 1)
+    )
+    return (
+        before.rpartition("```python\n")[2]
+        + "class HardestNegative"
+        + code.partition("```")[0]
+    )
 
 
 def documented_term_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
     """The documented term on this rank's part of a batch: loss and gradients."""
     module: dict[str, Any] = {"__name__": "documented"}
     exec(documented_term(), module)
-    image, text = (x.detach().chunk(world)[rank].clone().requires_grad_() for x in features())
+    image, text = (
+        x.detach().chunk(world)[rank].clone().requires_grad_() for x in features()
+    )
     unused = torch.zeros(1)
     loss = module["TERM"](margin=0.5)(
         Features(
@@ -187,18 +218,24 @@ def test_the_documented_loss_term_is_the_loss_of_the_whole_batch():
     expected = (0.5 + hardest - cosine.diagonal()).clamp(min=0).mean()
     expected.backward()
     ranks = run_ranks(documented_term_on_ranks, 2)
-    torch.testing.assert_close(sum(rank["loss"] for rank in ranks) / 2, expected.detach())
+    torch.testing.assert_close(
+        sum(rank["loss"] for rank in ranks) / 2, expected.detach()
+    )
     for name, side in (("image", image), ("text", text)):
         torch.testing.assert_close(torch.cat([rank[name] for rank in ranks]), side.grad)
 
 
-def test_a_file_in_the_folder_is_a_loss_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_in_the_folder_is_a_loss_term(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The command trains with that of docs/extending.md, under its settings."""
     members = tmp_path / "members"
     run = tmp_path / "run"
     members.mkdir()
     (members / "hardest_negative.py").write_text(documented_term())
-    monkeypatch.setattr(train_losses, "__path__", [*train_losses.__path__, str(members)])
+    monkeypatch.setattr(
+        train_losses, "__path__", [*train_losses.__path__, str(members)]
+    )
     loss = (
         "--loss.terms",
         "hardest_negative",
@@ -208,9 +245,18 @@ def test_a_file_in_the_folder_is_a_loss_term(tmp_path: Path, monkeypatch: pytest
         "0",
     )
     argv = options(
-        make_all(tmp_path), run, *loss, "--train.micro-batch", "8", "--optim.lr", "0.003"
+        make_all(tmp_path),
+        run,
+        *loss,
+        "--train.micro-batch",
+        "8",
+        "--optim.lr",
+        "0.003",
     )
-    assert str(chosen_terms(TRAIN_TOWER.parse(argv).loss)[0][1]) == "HardestNegative(margin=0.5)"
+    assert (
+        str(chosen_terms(TRAIN_TOWER.parse(argv).loss)[0][1])
+        == "HardestNegative(margin=0.5)"
+    )
     train_tower(TRAIN_TOWER.parse(argv))
     values = losses(run)
     assert values[1] > 0.5

@@ -21,7 +21,14 @@ CAPTIONS = 3
 WIDTH = 8
 SCALE = 20.0
 PATCHES = 5
-TERMS = ("infonce", "multi_positive", "cosine", "distill", "patch_reference", "patch_captions")
+TERMS = (
+    "infonce",
+    "multi_positive",
+    "cosine",
+    "distill",
+    "patch_reference",
+    "patch_captions",
+)
 # pairs of images share captions
 HASHES = torch.stack([torch.arange(PAIRS) // 2 + 100 * k for k in range(CAPTIONS)])
 IDS = torch.arange(PAIRS) % 22  # two images come twice
@@ -38,17 +45,25 @@ def given(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         torch.randn(PAIRS, WIDTH, generator=generator, dtype=torch.float64), dim=-1
     )
     positive = F.normalize(
-        torch.randn(PAIRS, CAPTIONS, WIDTH, generator=generator, dtype=torch.float64), dim=-1
+        torch.randn(PAIRS, CAPTIONS, WIDTH, generator=generator, dtype=torch.float64),
+        dim=-1,
     )
     reference = F.normalize(
-        anchor + 0.3 * torch.randn(PAIRS, WIDTH, generator=generator, dtype=torch.float64), dim=-1
+        anchor
+        + 0.3 * torch.randn(PAIRS, WIDTH, generator=generator, dtype=torch.float64),
+        dim=-1,
     )
     # the same image twice: a distance of 0
     anchor[22:] = anchor[:2]
     reference[22:] = reference[:2]
-    patches = torch.randn(2, PAIRS, PATCHES, WIDTH, generator=generator, dtype=torch.float64)
+    patches = torch.randn(
+        2, PAIRS, PATCHES, WIDTH, generator=generator, dtype=torch.float64
+    )
     values = {"anchor": anchor, "positive": positive, "reference": reference}
-    values |= {"patches": patches[0], "reference_patches": patches[0] + 0.3 * patches[1]}
+    values |= {
+        "patches": patches[0],
+        "reference_patches": patches[0] + 0.3 * patches[1],
+    }
     values |= {"patch_features": F.normalize(patches[1], dim=-1)}
     return {name: value.to(dtype) for name, value in values.items()}
 
@@ -57,9 +72,12 @@ def naive_distill(anchor: Tensor, reference: Tensor, structure: float) -> Tensor
     """The formula over the pairs i < j."""
     i, j = torch.triu_indices(len(anchor), len(anchor), 1)
     own, theirs = (
-        (x[i] - x[j]).square().sum(-1).clamp(min=1e-30).sqrt() for x in (anchor, reference)
+        (x[i] - x[j]).square().sum(-1).clamp(min=1e-30).sqrt()
+        for x in (anchor, reference)
     )
-    return (anchor - reference).square().sum(-1).mean() + structure * F.smooth_l1_loss(own, theirs)
+    return (anchor - reference).square().sum(-1).mean() + structure * F.smooth_l1_loss(
+        own, theirs
+    )
 
 
 def naive_patch_captions(patches: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
@@ -73,7 +91,9 @@ def naive_patch_captions(patches: Tensor, captions: Tensor, scale: Tensor) -> Te
         rows.append(torch.stack(row))
     logits = scale * torch.stack(rows)
     ids = torch.cat([HASHES, IDS[None]])
-    same = (ids[:, :, None] == ids[:, None, :]).any(0) & ~torch.eye(PAIRS, dtype=torch.bool)
+    same = (ids[:, :, None] == ids[:, None, :]).any(0) & ~torch.eye(
+        PAIRS, dtype=torch.bool
+    )
     logits = logits.masked_fill(same, -torch.inf)
     own = torch.arange(PAIRS)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -81,7 +101,9 @@ def naive_patch_captions(patches: Tensor, captions: Tensor, scale: Tensor) -> Te
 
 def naive_terms(x: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
     ids = torch.cat([HASHES, IDS[None]])
-    slots = [naive(x["anchor"], x["positive"][:, k], scale, ids) for k in range(CAPTIONS)]
+    slots = [
+        naive(x["anchor"], x["positive"][:, k], scale, ids) for k in range(CAPTIONS)
+    ]
     return {
         "infonce": slots[0],
         "multi_positive": torch.stack(slots).mean(),
@@ -89,7 +111,9 @@ def naive_terms(x: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
         "distill": naive_distill(x["anchor"], x["reference"], 255.5),
         "patch_reference": 1
         - F.cosine_similarity(x["patches"], x["reference_patches"], dim=-1).mean(),
-        "patch_captions": naive_patch_captions(x["patch_features"], x["positive"][:, 0], scale),
+        "patch_captions": naive_patch_captions(
+            x["patch_features"], x["positive"][:, 0], scale
+        ),
     }
 
 
@@ -98,7 +122,11 @@ def features_of(
 ) -> Any:
     pairs = {"anchor_bD": x["anchor"], "positive_bkD": x["positive"]}
     return Features(
-        **pairs, log_scale=log_scale, bias=torch.zeros(1), caption_hashes=hashes, image_ids=ids
+        **pairs,
+        log_scale=log_scale,
+        bias=torch.zeros(1),
+        caption_hashes=hashes,
+        image_ids=ids,
     )
 
 
@@ -107,7 +135,9 @@ def terms_on_ranks(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
     results = {}
     mine = slice(rank * PAIRS // world, (rank + 1) * PAIRS // world)
     for name in TERMS:
-        x = {key: value[mine].clone().requires_grad_() for key, value in given().items()}
+        x = {
+            key: value[mine].clone().requires_grad_() for key, value in given().items()
+        }
         log_scale = torch.tensor([SCALE]).log().requires_grad_()
         patches = {
             "patches_bTH": x["patches"],
@@ -115,7 +145,9 @@ def terms_on_ranks(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
         }
         patches["patch_features_bTD"] = x["patch_features"]
         features = features_of(x, log_scale, HASHES[:, mine], IDS[mine])
-        features = dataclasses.replace(features, reference_bD=x["reference"].detach(), **patches)
+        features = dataclasses.replace(
+            features, reference_bD=x["reference"].detach(), **patches
+        )
         loss = weighted_terms(LossConfig(terms=(f"{name}=1",), block=5))[name](features)
         loss.backward()
         grads = {
@@ -147,16 +179,23 @@ def test_a_term_is_its_formula(on_ranks: dict[int, list[Any]], name: str, world:
     ranks = [result[name] for result in on_ranks[world]]
     tolerance = 1e-4 if name == "distill" else 1e-5
     actual = torch.stack([result["loss"] for result in ranks]).mean()
-    torch.testing.assert_close(actual.double(), expected.detach(), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        actual.double(), expected.detach(), atol=tolerance, rtol=tolerance
+    )
     for key in ("anchor", "positive", "patches", "patch_features"):
         grad = x[key].grad
         # of the sum over ranks; the engine averages
         mine = torch.cat([result[key] for result in ranks]).double() / world
         torch.testing.assert_close(
-            mine, torch.zeros_like(x[key]) if grad is None else grad, atol=tolerance, rtol=tolerance
+            mine,
+            torch.zeros_like(x[key]) if grad is None else grad,
+            atol=tolerance,
+            rtol=tolerance,
         )
     scale = torch.stack([result["log_scale"] for result in ranks]).mean(0).double()
-    expected_scale = torch.zeros_like(scale) if log_scale.grad is None else log_scale.grad
+    expected_scale = (
+        torch.zeros_like(scale) if log_scale.grad is None else log_scale.grad
+    )
     torch.testing.assert_close(scale, expected_scale, atol=1e-5, rtol=1e-5)
 
 
@@ -164,14 +203,20 @@ def authors_pairs_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
     """``pair_loss`` of this rank's rows of the authors' embeddings, which are not of length 1, and
     its gradients."""
     whole = load_file(AUTHORS_LOSS)
-    own = {name: whole[name].chunk(world)[rank].clone().requires_grad_() for name in AUTHORS_TEXTS}
+    own = {
+        name: whole[name].chunk(world)[rank].clone().requires_grad_()
+        for name in AUTHORS_TEXTS
+    }
     loss = pair_loss(
         *(F.normalize(value, dim=1) for value in own.values()),
         torch.tensor([50.0]),
         symmetric=False,
     )
     loss.backward()
-    return {"loss": loss.detach(), **{name: value.grad / world for name, value in own.items()}}
+    return {
+        "loss": loss.detach(),
+        **{name: value.grad / world for name, value in own.items()},
+    }
 
 
 def test_pairs_in_one_direction_are_the_authors_loss():
@@ -187,7 +232,9 @@ def test_pairs_in_one_direction_are_the_authors_loss():
 
 
 def test_a_text_in_common_is_no_negative_whichever_side_it_is_on():
-    text_3D = F.normalize(torch.randn(3, 8), dim=1)  # of two pairs: the texts 0 and 1, 1 and 2
+    text_3D = F.normalize(
+        torch.randn(3, 8), dim=1
+    )  # of two pairs: the texts 0 and 1, 1 and 2
     sides = (text_3D[:2], text_3D[1:])
     scale = torch.tensor([50.0])
     ids = torch.tensor([[1, 2], [0, 1]])
@@ -207,7 +254,9 @@ def test_distill_means_the_same_for_any_batch_and_is_proclips_sum():
     structural = F.smooth_l1_loss(own, theirs, reduction="sum")
     # what both sums come to in a batch of 512 of the same pairs
     published = lam * (semantic * 512 / n + structural * (512 * 511) / (n * (n - 1)))
-    features = dataclasses.replace(features_of(x, torch.zeros(1)), reference_bD=x["reference"])
+    features = dataclasses.replace(
+        features_of(x, torch.zeros(1)), reference_bD=x["reference"]
+    )
     ours = weighted_terms(LossConfig(terms=("distill=0.2048",)))["distill"](features)
     assert float(ours) == pytest.approx(float(published), rel=1e-4)
     with pytest.raises(ValueError, match="distill has no reference to compare with"):
@@ -219,11 +268,15 @@ def test_distill_means_the_same_for_any_batch_and_is_proclips_sum():
 
 
 def test_weights_over_the_run():
-    constant, falling, late = parse_terms(["infonce", "cosine=2:1", "distill=0:0.5@0.25"])
+    constant, falling, late = parse_terms(
+        ["infonce", "cosine=2:1", "distill=0:0.5@0.25"]
+    )
     assert [constant.at(p) for p in (0, 0.5, 1)] == [1, 1, 1]
     assert [falling.at(p) for p in (0, 0.5, 1)] == [2, 1.5, 1]
     assert [late.at(p) for p in (0, 0.125, 0.25, 1)] == [0, 0.25, 0.5, 0.5]
-    with pytest.raises(ValueError, match="has no term between images and captions; add infonce=1"):
+    with pytest.raises(
+        ValueError, match="has no term between images and captions; add infonce=1"
+    ):
         heads_terms(LossConfig(terms=("distill",)))
     terms = ("infonce=1:0", "cosine", "distill", "patch_reference", "patch_captions")
     assert list(heads_terms(LossConfig(terms=terms))) == ["infonce", "cosine"]

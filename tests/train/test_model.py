@@ -22,7 +22,12 @@ from llm2clip_plugin.errors import NonFiniteLossError, StoppedError
 from llm2clip_plugin.plan.memory import activation_bytes
 from llm2clip_plugin.signals import StopRequest
 from llm2clip_plugin.train import heads
-from llm2clip_plugin.train.config import HeadsConfig, LossConfig, OptimConfig, TowerConfig
+from llm2clip_plugin.train.config import (
+    HeadsConfig,
+    LossConfig,
+    OptimConfig,
+    TowerConfig,
+)
 from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters
 from llm2clip_plugin.train.model import (
     build_dual,
@@ -35,15 +40,25 @@ from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import heads_state
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.towers import preprocessor_config, tower_blocks, use_quick_gelu
+from llm2clip_plugin.vision.towers import (
+    preprocessor_config,
+    tower_blocks,
+    use_quick_gelu,
+)
 
 DUAL = DualConfig(
-    projection_dim=16, llm_width=WIDTH, adapter_blocks=1, pool="cls_mean", projection_norm=True
+    projection_dim=16,
+    llm_width=WIDTH,
+    adapter_blocks=1,
+    pool="cls_mean",
+    projection_norm=True,
 )
 
 
 @pytest.fixture(scope="module", params=["clip", "dinov2"])
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     return make_all(tmp_path_factory.mktemp(request.param), request.param)
 
 
@@ -51,7 +66,9 @@ def test_layer_wise_rates_and_no_decay_where_it_does_harm(tiny: Path):
     dual = build_dual(TowerConfig(path=str(tiny / "tower")), DUAL, seed=0)
     trained = {
         item.name: item
-        for item in trained_parameters(dual, OptimConfig(lr=1.0, head_lr=3.0, layer_decay=0.5))
+        for item in trained_parameters(
+            dual, OptimConfig(lr=1.0, head_lr=3.0, layer_decay=0.5)
+        )
     }
     assert set(trained) == set(trainable_names(dual))
     for name, item in trained.items():
@@ -64,7 +81,8 @@ def test_layer_wise_rates_and_no_decay_where_it_does_harm(tiny: Path):
             expected = 1.0 if block is None else 0.5 ** (2 - block)
         assert item.lr == expected, name
         table = any(
-            part in name for part in ("position", "cls_token", "class_embedding", "mask_token")
+            part in name
+            for part in ("position", "cls_token", "class_embedding", "mask_token")
         )
         assert item.decay == (item.parameter.ndim > 1 and not table), name
     groups = parameter_groups(trained.values(), 0.05)
@@ -76,10 +94,14 @@ def test_layer_wise_rates_and_no_decay_where_it_does_harm(tiny: Path):
 
 def test_freezing_is_visible(tiny: Path):
     path = str(tiny / "tower")
-    frozen = trainable_names(build_dual(TowerConfig(path=path, freeze=True), DUAL, seed=0))
+    frozen = trainable_names(
+        build_dual(TowerConfig(path=path, freeze=True), DUAL, seed=0)
+    )
     assert frozen
     assert not [name for name in frozen if name.startswith("tower.")]
-    first = trainable_names(build_dual(TowerConfig(path=path, freeze_first_blocks=1), DUAL, seed=0))
+    first = trainable_names(
+        build_dual(TowerConfig(path=path, freeze_first_blocks=1), DUAL, seed=0)
+    )
     assert not [
         name
         for name in first
@@ -105,7 +127,9 @@ def fit(
     """The first phase on a tiny set."""
     tiny = Path(folder)
     dual_config = dataclasses.replace(DUAL, logit_scale_init=scale)
-    dual = build_dual(TowerConfig(path=str(tiny / "tower"), image_size=16), dual_config, seed=0)
+    dual = build_dual(
+        TowerConfig(path=str(tiny / "tower"), image_size=16), dual_config, seed=0
+    )
     source = open_source(SourceConfig(path=str(tiny / "data")))
     cache = EmbeddingCache.open(next((tiny / "data").glob("embeddings-*")))
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
@@ -113,16 +137,29 @@ def fit(
     config = HeadsConfig(steps=steps, batch=16, lr=0.01, weight_decay=decay)
     cpu = torch.device("cpu")
     curve = fit_heads(
-        dual, [source], [cache], images, config, LossConfig(), device=cpu, seed=1, **more
+        dual,
+        [source],
+        [cache],
+        images,
+        config,
+        LossConfig(),
+        device=cpu,
+        seed=1,
+        **more,
     )
     return {
         "loss": curve[-1]["loss"],
         "steps": [line["step"] for line in curve],
-        "heads": {name: value.detach().clone() for name, value in head_parameters(dual)},
+        "heads": {
+            name: value.detach().clone() for name, value in head_parameters(dual)
+        },
         "tower untouched": all(
-            torch.equal(tower[name], value) for name, value in dual.tower.state_dict().items()
+            torch.equal(tower[name], value)
+            for name, value in dual.tower.state_dict().items()
         ),
-        "gradients": [name for name, p in dual.named_parameters() if p.grad is not None],
+        "gradients": [
+            name for name, p in dual.named_parameters() if p.grad is not None
+        ],
         "training": dual.training,
     }
 
@@ -137,21 +174,24 @@ def test_heads_learn_on_frozen_features_and_leave_nothing_behind(tiny: Path):
     assert long["tower untouched"]
     assert long["gradients"] == []
     assert long["training"]
-    assert float(fit(0, 1, str(tiny), 1, scale=9.0)["heads"]["logit_scale"]) == pytest.approx(
-        math.log(100)
-    )
+    assert float(
+        fit(0, 1, str(tiny), 1, scale=9.0)["heads"]["logit_scale"]
+    ) == pytest.approx(math.log(100))
 
 
 def test_heads_decay_matrices_and_no_vectors(tiny: Path):
     """A decay of 20 takes a fifth of a weight each step; the steps themselves move it by .01."""
-    plain, decayed = (fit(0, 1, str(tiny), 5, decay=decay)["heads"] for decay in (0.0, 20.0))
+    plain, decayed = (
+        fit(0, 1, str(tiny), 5, decay=decay)["heads"] for decay in (0.0, 20.0)
+    )
     for name, value in plain.items():
         if value.numel() > max(value.shape):
             assert decayed[name].norm() < 0.6 * value.norm(), name
         else:
             assert (decayed[name] - value).abs().max() < 0.15, name
     assert any(
-        value.numel() == max(value.shape) and value.abs().max() > 0.8 for value in plain.values()
+        value.numel() == max(value.shape) and value.abs().max() > 0.8
+        for value in plain.values()
     )
 
 
@@ -162,7 +202,11 @@ def test_a_tower_without_a_logit_scale_starts_at_its_familys_and_says_so(
 
     def start(folder: Path, **fields: Any) -> float:
         config = TowerConfig(path=str(folder))
-        return float(build_dual(config, dataclasses.replace(DUAL, **fields), seed=0).scale.detach())
+        return float(
+            build_dual(
+                config, dataclasses.replace(DUAL, **fields), seed=0
+            ).scale.detach()
+        )
 
     expected = 100.0 if "clip" in tiny.name else 1 / 0.07
     folder = tmp_path / "vision-only"
@@ -200,7 +244,10 @@ def test_a_nan_in_the_cache_is_named_before_the_heads_are_fitted(
 ):
     refused = run_ranks(fit_with_a_nan, 2, str(tiny), 0)
     for result in (*refused, fit_with_a_nan(0, 1, str(tiny), 0)):
-        assert "1 sample has non-finite features or embeddings: 1-005. The" in result["error"]
+        assert (
+            "1 sample has non-finite features or embeddings: 1-005. The"
+            in result["error"]
+        )
         assert result["status"] == 3
     without = fit_with_a_nan(0, 1, str(tiny), 1)
     assert "without 1 of at most 1" in caplog.text
@@ -264,10 +311,22 @@ def test_heads_draw_captions_by_their_shares():
         "embedding_MW": torch.empty(6, 1),
         "caption_hashes_M": torch.arange(6),
     }
-    features = FrozenFeatures(count_I=torch.tensor([1, 3, 2]), share_M=shares, **nothing)
+    features = FrozenFeatures(
+        count_I=torch.tensor([1, 3, 2]), share_M=shares, **nothing
+    )
     chosen = torch.tensor([0, 1, 1, 1, 1, 2, 2, 0, 2])
     draws = torch.tensor([0.99, 0.0, 0.3, 0.5, 0.99, 0.49, 0.51, 0.0, 1.0])
-    assert heads._draw_captions(features, chosen, draws).tolist() == [0, 1, 2, 3, 3, 4, 5, 0, 5]
+    assert heads._draw_captions(features, chosen, draws).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        3,
+        4,
+        5,
+        0,
+        5,
+    ]
 
 
 PLAIN = DualConfig(projection_dim=8, llm_width=24, pool="mean")
@@ -281,14 +340,22 @@ def tower(tmp_path):
 def test_keep_heads_trains_the_heads_of_the_directory(tower, tmp_path):
     first = build_dual(TowerConfig(path=tower), PLAIN, seed=1)
     export_tower(first, tmp_path / "trained", origin="x")
-    again = build_dual(TowerConfig(path=str(tmp_path / "trained"), keep_heads=True), PLAIN, seed=2)
+    again = build_dual(
+        TowerConfig(path=str(tmp_path / "trained"), keep_heads=True), PLAIN, seed=2
+    )
     fresh = build_dual(TowerConfig(path=str(tmp_path / "trained")), PLAIN, seed=2)
     kept = heads_state(first)
-    assert all(torch.equal(value, kept[name]) for name, value in heads_state(again).items())
-    assert not torch.equal(fresh.visual_projection.weight, first.visual_projection.weight)
+    assert all(
+        torch.equal(value, kept[name]) for name, value in heads_state(again).items()
+    )
+    assert not torch.equal(
+        fresh.visual_projection.weight, first.visual_projection.weight
+    )
     narrow = dataclasses.replace(PLAIN, projection_dim=6)
     with pytest.raises(ValueError, match="projection_dim 8"):
-        build_dual(TowerConfig(path=str(tmp_path / "trained"), keep_heads=True), narrow, seed=2)
+        build_dual(
+            TowerConfig(path=str(tmp_path / "trained"), keep_heads=True), narrow, seed=2
+        )
 
 
 def test_lora_trains_low_rank_updates_and_the_heads(tower):
@@ -318,10 +385,14 @@ def first_scale(tower: TowerConfig, dual: DualConfig = PLAIN) -> float:
     return build_dual(tower, dual, seed=1).logit_scale.item()
 
 
-@pytest.mark.parametrize("source", ["whole", "sharded", "siglip", "imported", "trained"])
+@pytest.mark.parametrize(
+    "source", ["whole", "sharded", "siglip", "imported", "trained"]
+)
 def test_the_pretrained_logit_scale_stays(source, tmp_path):
     """As in the authors' code, whichever file it is in; a set value takes precedence."""
-    model = save_tiny_clip(tmp_path / "clip", "siglip" if source == "siglip" else "clip")
+    model = save_tiny_clip(
+        tmp_path / "clip", "siglip" if source == "siglip" else "clip"
+    )
     path = tmp_path / "clip"
     model.logit_scale.data.fill_(4.25)
     model.save_pretrained(path, max_shard_size="20KB" if source == "sharded" else "1GB")
@@ -354,7 +425,9 @@ SIZES = {
 def small_tower(device: str):
     """A small tower with hidden layers four times as wide."""
     with torch.device(device):
-        model = CLIPVisionModel(CLIPVisionConfig(**SIZES, intermediate_size=4 * 128)).train()
+        model = CLIPVisionModel(
+            CLIPVisionConfig(**SIZES, intermediate_size=4 * 128)
+        ).train()
         use_quick_gelu(model)
         return model
 

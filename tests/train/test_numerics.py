@@ -6,9 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
+from train_helpers import (
+    TinyDual,
+    allow_fp16,
+    run_ranks,
+    tiny_batch,
+    tiny_engine,
+    tiny_step,
+)
 
-from llm2clip_plugin.train.averages import ReferenceTower, WeightAverage, copy_image_side
+from llm2clip_plugin.train.averages import (
+    ReferenceTower,
+    WeightAverage,
+    copy_image_side,
+)
 from llm2clip_plugin.train.checkpoint import on_host
 
 HALF = {
@@ -64,7 +75,8 @@ def test_the_logit_scale_and_bias_in_the_loss_are_the_fp32_masters():
         assert rows["bias"] == pytest.approx(rows["bias master"], abs=1e-6)
         assert len(set(rows["scale"])) == len(rows["scale"])  # it moves at every step
         assert all(
-            abs(a - b) > 1e-5 for a, b in zip(rows["scale"][1:], rows["rounded"][1:], strict=True)
+            abs(a - b) > 1e-5
+            for a, b in zip(rows["scale"][1:], rows["rounded"][1:], strict=True)
         )
 
 
@@ -81,7 +93,9 @@ def frozen_scales(rank: int, world: int) -> list[float]:
 
 
 def test_a_frozen_logit_scale_is_not_rounded():
-    assert run_ranks(frozen_scales, 1)[0] == pytest.approx([50, 50], rel=1e-6)  # 49.7 in bf16
+    assert run_ranks(frozen_scales, 1)[0] == pytest.approx(
+        [50, 50], rel=1e-6
+    )  # 49.7 in bf16
 
 
 DECAY = 0.9
@@ -120,11 +134,16 @@ def average(rank: int, world: int) -> dict[str, dict[str, Any]]:
         }
         found |= {"mean": mean.values(on_host), "reference": reference.values(on_host)}
         found["shown"] = {n: p.float() for n, p in frozen.named_parameters()}
-        results[name] = {**found, "held": sum(shard.numel() for shard in mean.averages) / size}
+        results[name] = {
+            **found,
+            "held": sum(shard.numel() for shard in mean.averages) / size,
+        }
     return results
 
 
-def followed(masters: list[dict[str, torch.Tensor]], name: str, *, warmup: bool) -> torch.Tensor:
+def followed(
+    masters: list[dict[str, torch.Tensor]], name: str, *, warmup: bool
+) -> torch.Tensor:
     """The average of a weight by hand, in float64."""
     expected = masters[0][name].double()
     for n, weights in enumerate(masters[1:], 1):
@@ -175,7 +194,8 @@ def test_the_betas_are_the_settings():
     """After one step the moments are (1 - b1) g and (1 - b2) g^2, so m^2 / v is .1^2 / .02."""
     for moments in run_ranks(first_moments, 1)[0]:
         first, second = (
-            moments[f"tower.3.weight.{name}"].double() for name in ("exp_avg", "exp_avg_sq")
+            moments[f"tower.3.weight.{name}"].double()
+            for name in ("exp_avg", "exp_avg_sq")
         )
         seen = first.abs() > 1e-6
         assert seen.any()

@@ -11,7 +11,13 @@ from tower_runs import STEPS, finish, killed_at, losses, options, start
 from train_helpers import run_ranks, tiny_batch, tiny_engine, tiny_step
 
 from llm2clip_plugin.train.checkpoint import on_host
-from llm2clip_plugin.train.optim import OPTIMIZERS, AdamW, Trained, parameter_groups, set_lr
+from llm2clip_plugin.train.optim import (
+    OPTIMIZERS,
+    AdamW,
+    Trained,
+    parameter_groups,
+    set_lr,
+)
 
 
 class GroupedAdamW(AdamW):
@@ -30,9 +36,16 @@ def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
         Trained(name="matrix", parameter=matrix, lr=0.1, decay=True),
         Trained(name="vector", parameter=vector, lr=0.3, decay=False),
     ]
-    adamw = AdamW().make(parameter_groups(trained, 0.2), lr=9.0, betas=(0.8, 0.95), eps=1e-6)
-    expected = [(matrix.detach().clone(), 0.1, 0.2), (vector.detach().clone(), 0.3, 0.0)]
-    moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value, _, _ in expected]
+    adamw = AdamW().make(
+        parameter_groups(trained, 0.2), lr=9.0, betas=(0.8, 0.95), eps=1e-6
+    )
+    expected = [
+        (matrix.detach().clone(), 0.1, 0.2),
+        (vector.detach().clone(), 0.3, 0.0),
+    ]
+    moments = [
+        (torch.zeros_like(value), torch.zeros_like(value)) for value, _, _ in expected
+    ]
     for step in (1, 2, 3):
         for place, (parameter, (value, lr, decay)) in enumerate(
             zip((matrix, vector), expected, strict=True)
@@ -42,7 +55,11 @@ def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
             first.mul_(0.8).add_(0.2 * parameter.grad)
             second.mul_(0.95).add_(0.05 * parameter.grad**2)
             value.mul_(1 - lr * decay)
-            value.sub_(lr * (first / (1 - 0.8**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-6))
+            value.sub_(
+                lr
+                * (first / (1 - 0.8**step))
+                / ((second / (1 - 0.95**step)).sqrt() + 1e-6)
+            )
         adamw.step()
     for parameter, (value, _, _) in zip((matrix, vector), expected, strict=True):
         # fp32, other order of products
@@ -98,7 +115,9 @@ def sent_during_backward(rank: int, world: int) -> list[int]:
         (2, "fp32", 8),
     ):
         zero = {"stage": stage, "reduce_bucket_size": 700}
-        engine = tiny_engine(stage=stage, precision=precision, micro=micro, world=world, zero=zero)
+        engine = tiny_engine(
+            stage=stage, precision=precision, micro=micro, world=world, zero=zero
+        )
         step = tiny_step(engine)
         count = 0
         with profile(activities=[ProfilerActivity.CPU]) as trace:

@@ -34,14 +34,22 @@ POOLS = {
     "dinov2": "cls_mean",
     **dict.fromkeys(("eva02", "naflex", "qwen3_vit"), "mean"),
 }
-QWEN = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 4, "pos_embed_grid_size": 3}
+QWEN = {
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 4,
+    "pos_embed_grid_size": 3,
+}
 
 
 def tiny_dual(family: str, pool: str = "pooled") -> DualEncoder:
     """Three blocks, 2 x 2 patches; embeddings 12 wide, as tiny_batch has them."""
     torch.manual_seed(0)
     towers = {
-        "clip": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(intermediate_size=64, **SIZES)),
+        "clip": lambda: hf.CLIPVisionModel(
+            hf.CLIPVisionConfig(intermediate_size=64, **SIZES)
+        ),
         "siglip": lambda: hf.SiglipVisionModel(
             hf.SiglipVisionConfig(intermediate_size=64, **SIZES)
         ),
@@ -64,13 +72,19 @@ def tiny_dual(family: str, pool: str = "pooled") -> DualEncoder:
 def batch_of(dual: DualEncoder, step: int, rank: int, world: int) -> dict[str, Any]:
     """NaFlex, Qwen3-VL: images of several aspects, with 1 to 4 of the 4 patches."""
     batch = tiny_batch(step, rank=rank, world=world)
-    shapes = torch.tensor([(2, 2), (1, 3), (2, 1), (1, 1), (1, 4)])[batch["image_ids"] % 5]
+    shapes = torch.tensor([(2, 2), (1, 3), (2, 1), (1, 1), (1, 4)])[
+        batch["image_ids"] % 5
+    ]
     return batch | (
-        {"spatial_shapes": shapes} if getattr(dual.tower.config, "keeps_aspect", False) else {}
+        {"spatial_shapes": shapes}
+        if getattr(dual.tower.config, "keeps_aspect", False)
+        else {}
     )
 
 
-def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def train(
+    rank: int, world: int, ways: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """The reported values of a few steps of each way, and the moments afterwards."""
     results = {}
     for name, way in ways.items():
@@ -80,7 +94,9 @@ def train(rank: int, world: int, ways: dict[str, dict[str, Any]]) -> dict[str, d
             enable_gradient_checkpointing(dual.tower)
         frozen = copy_image_side(dual)
         engine = tiny_engine(world=world, dual=dual, **way)  # pyright: ignore[reportArgumentType]
-        step = tiny_step(engine, terms=TERMS, reference=ReferenceTower(engine, 1.0, frozen))
+        step = tiny_step(
+            engine, terms=TERMS, reference=ReferenceTower(engine, 1.0, frozen)
+        )
         values = [step(batch_of(dual, i, rank, world))[1] for i in range(STEPS)]
         results[name] = {"values": values, "moments": engine.moments(on_host)}
     return results
@@ -148,9 +164,13 @@ def test_two_ranks_are_one(one: dict[str, Any], two: dict[str, Any], name: str):
 
 
 @pytest.mark.parametrize("family", ["clip", *POOLS])
-def test_patches_leave_the_reference_and_learn_captions(one: dict[str, Any], family: str):
+def test_patches_leave_the_reference_and_learn_captions(
+    one: dict[str, Any], family: str
+):
     first, *_, last = one[family]["values"]
-    assert abs(first["loss_patch_reference"]) < 1e-5 < 1e-3 < last["loss_patch_reference"]
+    assert (
+        abs(first["loss_patch_reference"]) < 1e-5 < 1e-3 < last["loss_patch_reference"]
+    )
     assert last["loss_patch_captions"] < first["loss_patch_captions"]
 
 
@@ -162,10 +182,17 @@ def test_only_the_patches_that_an_image_has_count(term: Any):
     sides = F.normalize(torch.randn(2, 5, 8), dim=-1)
     names = ("patches_bTH", "reference_patches_bTH", "patch_features_bTD")
     whole = {name: torch.randn(5, 6, 8).requires_grad_() for name in names}
-    common = {"anchor_bD": sides[0], "positive_bkD": sides[1, :, None], "log_scale": torch.zeros(1)}
+    common = {
+        "anchor_bD": sides[0],
+        "positive_bkD": sides[1, :, None],
+        "log_scale": torch.zeros(1),
+    }
     common |= {"bias": torch.zeros(1), "caption_hashes": None, "image_ids": None}
     masked = Features(**common, **whole, spatial_shapes=torch.tensor([[2, 2]] * 5))
-    cut = {name: value.detach()[:, :4].clone().requires_grad_() for name, value in whole.items()}
+    cut = {
+        name: value.detach()[:, :4].clone().requires_grad_()
+        for name, value in whole.items()
+    }
     losses = [term(features) for features in (masked, Features(**common, **cut))]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     read = names[2] if term.reads == "patch_features" else names[0]

@@ -73,18 +73,29 @@ VALUES = [
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_training_on_one_host_listens_on_the_loopback_interface_alone(tmp_path: Path, world: int):
+def test_a_training_on_one_host_listens_on_the_loopback_interface_alone(
+    tmp_path: Path, world: int
+):
     script = tmp_path / "listening.py"
     script.write_text(LISTENING)
     argv = options(
-        make_all(tmp_path / "tiny"), tmp_path / "run", "--max_steps", "1", "--heads.steps", "1"
+        make_all(tmp_path / "tiny"),
+        tmp_path / "run",
+        "--max_steps",
+        "1",
+        "--heads.steps",
+        "1",
     )
     variables = [environment()] if world == 1 else places(world)
     ranks = [Script(script, argv, of_rank, ROOT) for of_rank in variables]
     assert finish(ranks) == [0] * world, ranks[0].output
-    listening = [json.loads(Path(f"{script}{rank}").read_text()) for rank in range(world)]
+    listening = [
+        json.loads(Path(f"{script}{rank}").read_text()) for rank in range(world)
+    ]
     assert {address for of_rank in listening for address in of_rank} <= {"127.0.0.1"}
-    assert bool(listening[0]) or world == 1  # of several ranks, the first holds the store
+    assert (
+        bool(listening[0]) or world == 1
+    )  # of several ranks, the first holds the store
 
 
 def test_the_store_of_one_process_has_no_port_and_that_of_several_is_on_loopback(
@@ -108,18 +119,25 @@ def test_the_store_of_one_process_has_no_port_and_that_of_several_is_on_loopback
     assert other.get("key") == b"value"
     port = int(os.environ["MASTER_PORT"])
     sockets = [
-        one for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN
+        one
+        for one in psutil.Process().net_connections("inet")
+        if one.status == psutil.CONN_LISTEN
     ]
     assert [one.laddr.ip for one in sockets if one.laddr.port == port] == ["127.0.0.1"]
     with pytest.raises(
-        OSError, match=f"cannot listen on port {port}: .*; choose another with --master_port"
+        OSError,
+        match=f"cannot listen on port {port}: .*; choose another with --master_port",
     ):
         own_store(0, 2, limit)
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # torchrun holds the store
+    monkeypatch.setenv(
+        "TORCHELASTIC_USE_AGENT_STORE", "True"
+    )  # torchrun holds the store
     assert own_store(0, 2, limit) is None
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     monkeypatch.setenv("MASTER_PORT", "x")
-    with pytest.raises(ValueError, match="MASTER_PORT is 'x'; expected a number from a launcher"):
+    with pytest.raises(
+        ValueError, match="MASTER_PORT is 'x'; expected a number from a launcher"
+    ):
         own_store(0, 2, limit)
     monkeypatch.setenv("MASTER_ADDR", "node-1")
     assert own_store(0, 2, limit) is None  # other hosts must reach it
@@ -130,8 +148,14 @@ def test_the_store_of_one_process_has_no_port_and_that_of_several_is_on_loopback
     [
         ({}, True),
         ({"WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1"}, True),
-        ({"WORLD_SIZE": "8", "MASTER_ADDR": "node-1", "LOCAL_WORLD_SIZE": "8"}, True),  # torchrun
-        ({"WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "LOCAL_SIZE": "8"}, True),  # deepspeed
+        (
+            {"WORLD_SIZE": "8", "MASTER_ADDR": "node-1", "LOCAL_WORLD_SIZE": "8"},
+            True,
+        ),  # torchrun
+        (
+            {"WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "LOCAL_SIZE": "8"},
+            True,
+        ),  # deepspeed
         ({"WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "LOCAL_SIZE": "4"}, False),
         ({"WORLD_SIZE": "8", "MASTER_ADDR": "node-1"}, False),
     ],
@@ -153,7 +177,9 @@ def test_gloo_and_nccl_use_the_loopback_interface_unless_the_user_says_another(
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     use_loopback()
     interface = os.environ.pop("GLOO_SOCKET_IFNAME")
-    assert "127.0.0.1" in [address.address for address in psutil.net_if_addrs()[interface]]
+    assert "127.0.0.1" in [
+        address.address for address in psutil.net_if_addrs()[interface]
+    ]
     assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7"
 
 
@@ -163,13 +189,22 @@ def test_our_launcher_has_no_port_and_leaves_no_file(tmp_path: Path):
     variables = environment(TMPDIR=str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     launcher = Script(
-        ROOT / "llm2clip_plugin/launch.py", ["--nproc_per_node", "2", str(script)], variables, ROOT
+        ROOT / "llm2clip_plugin/launch.py",
+        ["--nproc_per_node", "2", str(script)],
+        variables,
+        ROOT,
     )
     assert finish([launcher]) == [0], launcher.output
     facts = [json.loads(Path(f"{script}{rank}").read_text()) for rank in (0, 1)]
     assert (
         facts
-        == [{"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "False", "listening": []}]
+        == [
+            {
+                "MASTER_ADDR": "127.0.0.1",
+                "TORCHELASTIC_USE_AGENT_STORE": "False",
+                "listening": [],
+            }
+        ]
         * 2
     )
     assert not list((tmp_path / "temporary").glob("llm2clip-*"))
@@ -177,7 +212,9 @@ def test_our_launcher_has_no_port_and_leaves_no_file(tmp_path: Path):
 
 def test_loopback_addresses():
     assert all(map(is_loopback, ("127.0.0.1", "127.1.2.3", "::1", "localhost")))
-    assert not any(map(is_loopback, ("", "0.0.0.0", "10.0.0.1", "node-1", socket.gethostname())))
+    assert not any(
+        map(is_loopback, ("", "0.0.0.0", "10.0.0.1", "node-1", socket.gethostname()))
+    )
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -211,7 +248,11 @@ def exchange(rank: int, world: int) -> list[Any]:
         raise AssertionError("an object was pickled")
 
     dist.distributed_c10d._object_to_tensor = refused
-    own = {"rank": rank, "text": "x" * (1 + 1000 * rank), "tensor": torch.full((rank + 1,), rank)}
+    own = {
+        "rank": rank,
+        "text": "x" * (1 + 1000 * rank),
+        "tensor": torch.full((rank + 1,), rank),
+    }
     return [
         gather_objects(own),
         gather_to_first([rank, "y" * rank]),
@@ -236,7 +277,12 @@ def test_two_ranks_exchange_objects_as_json():
 
 def test_no_code_of_ours_exchanges_pickles():
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    names = ("all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list")
+    names = (
+        "all_gather_object",
+        "gather_object",
+        "scatter_object_list",
+        "broadcast_object_list",
+    )
     names += (
         "send_object_list",
         "recv_object_list",

@@ -34,7 +34,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(world: int, way: dict[str, Any], loaded: Any = None) -> tuple[Any, ReferenceTower, Any]:
+def build(
+    world: int, way: dict[str, Any], loaded: Any = None
+) -> tuple[Any, ReferenceTower, Any]:
     """Engine, reference and step of a way, new or from a checkpoint."""
     way = dict(way)
     decay = way.pop("decay", DECAY)
@@ -76,20 +78,32 @@ def train(rank: int, world: int, folder: str, ways: list[str]) -> dict[str, Any]
         first = engine.weights(on_host)
         before = steps(built, range(SAVED_AT), rank, world)
         save_now(
-            Path(folder) / f"{world} {name}", new_state(SAVED_AT), engine, {REFERENCE: reference}
+            Path(folder) / f"{world} {name}",
+            new_state(SAVED_AT),
+            engine,
+            {REFERENCE: reference},
         )
         after = steps(built, range(SAVED_AT, STEPS), rank, world)
         values = reference.values(on_host)
-        results[name] = {"first": first, "before": before, "after": after, "values": values}
+        results[name] = {
+            "first": first,
+            "before": before,
+            "after": after,
+            "values": values,
+        }
     return results
 
 
-def resume(rank: int, world: int, folder: str, ways: list[tuple[str, str]]) -> dict[Any, Any]:
+def resume(
+    rank: int, world: int, folder: str, ways: list[tuple[str, str]]
+) -> dict[Any, Any]:
     """The second half from a checkpoint ``WORLD WAY``, under another way."""
     results = {}
     for written, under in ways:
         built = build(
-            world, WAYS[under], load(Path(folder) / written / f"checkpoints/step-{SAVED_AT:08d}")
+            world,
+            WAYS[under],
+            load(Path(folder) / written / f"checkpoints/step-{SAVED_AT:08d}"),
         )
         after = steps(built, range(SAVED_AT, STEPS), rank, world)
         results[written, under] = {"after": after, "values": built[1].values(on_host)}
@@ -117,12 +131,16 @@ def test_any_stage_ranks_and_micro_batches_are_one_run(saved: Runs):
         for part in ("before", "after"):
             actual = runs[2][name][part]
             whole = expected[part]
-            assert actual["loss_infonce"] == pytest.approx(whole["loss_infonce"], abs=1e-4), name
+            assert actual["loss_infonce"] == pytest.approx(
+                whole["loss_infonce"], abs=1e-4
+            ), name
             assert actual["loss_distill"] == pytest.approx(
                 whole["loss_distill"], abs=1e-2, rel=1e-3
             ), name
         for key, value in expected["values"].items():
-            torch.testing.assert_close(runs[2][name]["values"][key], value, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                runs[2][name]["values"][key], value, atol=1e-4, rtol=1e-3
+            )
     half = runs[2]["bf16 zero1"]
     assert half["after"]["loss_infonce"] == pytest.approx(
         expected["after"]["loss_infonce"], abs=0.1
@@ -132,7 +150,10 @@ def test_any_stage_ranks_and_micro_batches_are_one_run(saved: Runs):
 
 def test_a_resumed_run_is_the_same_bit_for_bit_and_under_another_stage(saved: Runs):
     folder, runs = saved
-    pairs = [(f"2 {name}", name) for name in WAYS] + [("2 zero3", "zero1"), ("1 zero0", "zero2")]
+    pairs = [(f"2 {name}", name) for name in WAYS] + [
+        ("2 zero3", "zero1"),
+        ("1 zero0", "zero2"),
+    ]
     resumed = run_ranks(resume, 2, str(folder), pairs)[0]
     for written, under in pairs:
         world, name = written.split(" ", 1)
@@ -140,7 +161,12 @@ def test_a_resumed_run_is_the_same_bit_for_bit_and_under_another_stage(saved: Ru
         actual = resumed[written, under]
         exact = (world, name) == ("2", under)
         for term, tolerance in (("loss_infonce", 1e-4), ("loss_distill", 1e-2)):
-            near = pytest.approx(expected["after"][term], abs=0.0 if exact else tolerance)
+            near = pytest.approx(
+                expected["after"][term], abs=0.0 if exact else tolerance
+            )
             assert actual["after"][term] == near, (written, under, term)
         for key, value in expected["values"].items():
-            assert not exact or torch.equal(actual["values"][key], value), (written, key)
+            assert not exact or torch.equal(actual["values"][key], value), (
+                written,
+                key,
+            )

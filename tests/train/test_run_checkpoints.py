@@ -39,7 +39,10 @@ def test_tensors_are_safetensors_and_return_without_a_map(tmp_path: Path):
         "flag": torch.tensor(True),
         "none": torch.empty(0, 4),
     }
-    tensors |= {"bytes": torch.arange(7, dtype=torch.uint8), "strided": torch.randn(4, 6).T}
+    tensors |= {
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "strided": torch.randn(4, 6).T,
+    }
     tensors["count"] = torch.tensor([1 << 40])
     path = tmp_path / "x.safetensors"
     write_tensors(path, tensors)
@@ -63,13 +66,17 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "weights": lambda path: flip(path / "model.safetensors"),
     "moments": lambda path: flip(path / "optimizer.safetensors"),
     "averages": lambda path: flip(path / "ema.safetensors"),
-    "a cut state.json": lambda path: (path / "state.json").write_text('{"kind": "llm2clip-tr'),
+    "a cut state.json": lambda path: (path / "state.json").write_text(
+        '{"kind": "llm2clip-tr'
+    ),
     "no state.json": lambda path: (path / "state.json").unlink(),
     "a cut model": lambda path: (path / "model.safetensors").write_bytes(
         (path / "model.safetensors").read_bytes()[:9]
     ),
     "no averages": lambda path: (path / "ema.safetensors").unlink(),
-    "a header without end": lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 64),
+    "a header without end": lambda path: (path / "model.safetensors").write_bytes(
+        b"\xff" * 64
+    ),
     "gone": shutil.rmtree,
 }
 
@@ -80,7 +87,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(
 ):
     checkpoints = saved(tmp_path, 1, 2)
     DAMAGE[name](checkpoints.path(2))
-    assert checkpoints.find("auto") == checkpoints.find(str(tmp_path)) == checkpoints.path(1)
+    assert (
+        checkpoints.find("auto")
+        == checkpoints.find(str(tmp_path))
+        == checkpoints.path(1)
+    )
     told = capsys.readouterr().err
     assert name == "gone" or (
         "step-00000002" in told and f"falling back to {checkpoints.path(1)}" in told

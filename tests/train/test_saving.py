@@ -26,7 +26,13 @@ from train_helpers import (
 )
 
 from llm2clip_plugin.train import checkpoint
-from llm2clip_plugin.train.checkpoint import AVERAGES, MODEL, OPTIMIZER, Checkpoints, load
+from llm2clip_plugin.train.checkpoint import (
+    AVERAGES,
+    MODEL,
+    OPTIMIZER,
+    Checkpoints,
+    load,
+)
 from llm2clip_plugin.train.distributed import free_port, on_first_rank
 from llm2clip_plugin.train.guard import Watch
 from llm2clip_plugin.train.loop import run_loop
@@ -96,11 +102,15 @@ def evaluated(rank: int, world: int, folder: str) -> None:
 
     engine = tiny_engine(stage=0, micro=32)
     config = {"eval_steps": 4, "save_total_limit": 0}
-    parts = parts_of(run, engine, new_state(), iter(()), evaluate=evaluate, train=config)
+    parts = parts_of(
+        run, engine, new_state(), iter(()), evaluate=evaluate, train=config
+    )
     state = new_state()
     for steps in (4, STEPS):  # the last step of a run is always saved
         batches = (tiny_batch(i) for i in range(state.step, steps))
-        state = run_loop(replace(parts, batches=batches, state=state, total_steps=steps))
+        state = run_loop(
+            replace(parts, batches=batches, state=state, total_steps=steps)
+        )
     # as after a kill between the last checkpoint and its evaluation
     run_loop(replace(parts, state=replace(state, evaluated=4)))
 
@@ -112,7 +122,11 @@ def test_a_checkpoint_is_written_while_its_step_is_evaluated(tmp_path: Path):
     saved = load(tmp_path / f"checkpoints/step-{STEPS:08d}").state
     assert saved.evaluated == STEPS
     assert saved.metrics == {"i2t_r1": 3.0, "t2i_r1": 0.0}
-    assert [line["step"] for line in lines(tmp_path) if "i2t_r1" in line] == [4, STEPS, STEPS]
+    assert [line["step"] for line in lines(tmp_path) if "i2t_r1" in line] == [
+        4,
+        STEPS,
+        STEPS,
+    ]
     events = [line for line in lines(tmp_path) if line.get("event") == "checkpoint"]
     assert events[-1]["step"] == STEPS
     assert {"waited_seconds", "write_seconds"} <= events[-1].keys()
@@ -224,4 +238,6 @@ def hang(rank: int, world: int, port: int) -> str:
 
 
 def test_a_rank_that_hangs_learns_that_the_others_have_ended():
-    assert run_ranks(hang, 2, free_port())[0].endswith("RuntimeError: gloo/transport: Timed out")
+    assert run_ranks(hang, 2, free_port())[0].endswith(
+        "RuntimeError: gloo/transport: Timed out"
+    )

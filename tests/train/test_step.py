@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import TinyDual, allow_fp16, run_ranks, tiny_batch, tiny_engine, tiny_step
+from train_helpers import (
+    TinyDual,
+    allow_fp16,
+    run_ranks,
+    tiny_batch,
+    tiny_engine,
+    tiny_step,
+)
 
 from llm2clip_plugin.train.checkpoint import on_host
 from llm2clip_plugin.train.step import TowerStep
@@ -39,7 +46,9 @@ def train(rank: int, world: int, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def train_all(rank: int, world: int, runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def train_all(
+    rank: int, world: int, runs: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     allow_fp16()
     return {name: train(rank, world, options) for name, options in runs.items()}
 
@@ -114,22 +123,32 @@ def test_one_rank_fp32_is_one_run(one: dict[str, Any], name: str):
     1e-4 in weights."""
     same(one[name], one["plain"], 1e-5)
     for key, weight in one["plain"]["weights"].items():
-        torch.testing.assert_close(one[name]["weights"][key], weight, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            one[name]["weights"][key], weight, atol=1e-4, rtol=1e-3
+        )
     for key, moment in one["plain"]["moments"].items():
-        torch.testing.assert_close(one[name]["moments"][key], moment, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(
+            one[name]["moments"][key], moment, atol=1e-5, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize(
     "name", ["zero0", "zero1", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"]
 )
-def test_two_ranks_fp32_equal_one(one: dict[str, Any], two: list[dict[str, Any]], name: str):
+def test_two_ranks_fp32_equal_one(
+    one: dict[str, Any], two: list[dict[str, Any]], name: str
+):
     same(two[0][name], one["plain"], 1e-5)
     assert two[0][name]["losses"] == two[1][name]["losses"]
     for key, moment in one["plain"]["moments"].items():
-        torch.testing.assert_close(two[0][name]["moments"][key], moment, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(
+            two[0][name]["moments"][key], moment, atol=1e-5, rtol=1e-3
+        )
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_RANK if name.startswith(("bf16", "fp16"))])
+@pytest.mark.parametrize(
+    "name", [name for name in ONE_RANK if name.startswith(("bf16", "fp16"))]
+)
 def test_half_precision_follows_fp32(one: dict[str, Any], name: str):
     """bf16 has 8 bits: losses near 4 move by a few hundredths; fp16 has 11, and Adam's first steps
     turn a rounded gradient near 0 into a whole step: .021 after four."""
@@ -154,8 +173,12 @@ def test_random_draws_belong_to_samples(one: dict[str, Any], two: list[dict[str,
     same(one["noise cached"], one["noise"], 1e-5)
     same(two[0]["noise"], one["noise"], 1e-5)
     same(two[0]["dropout"], one["dropout"], 1e-5)
-    assert one["noise"]["losses"][0] != pytest.approx(one["plain"]["losses"][0], abs=1e-3)
-    assert one["dropout"]["losses"][0] != pytest.approx(one["noise"]["losses"][0], abs=1e-3)
+    assert one["noise"]["losses"][0] != pytest.approx(
+        one["plain"]["losses"][0], abs=1e-3
+    )
+    assert one["dropout"]["losses"][0] != pytest.approx(
+        one["noise"]["losses"][0], abs=1e-3
+    )
 
 
 def test_noise_is_drawn_once_for_both_passes():
@@ -172,17 +195,23 @@ def clamp(rank: int, world: int) -> tuple[float, float]:
     the next loss."""
     dual = TinyDual()
     torch.nn.init.constant_(dual.logit_scale, 4.7)
-    engine = tiny_engine(stage=3, dual=dual, world=world, micro=16, lr=1e-4, precision="bf16")
+    engine = tiny_engine(
+        stage=3, dual=dual, world=world, micro=16, lr=1e-4, precision="bf16"
+    )
     step = tiny_step(engine)
     step(tiny_batch(0, rank=rank, world=world))
     masters = engine.weights(on_host)
     with engine.gathered([dual.logit_scale]):
-        assert float(dual.logit_scale) == pytest.approx(float(masters["logit_scale"]), abs=0.02)
-    return float(masters["logit_scale"][0]), step(tiny_batch(1, rank=rank, world=world))[1][
-        "logit_scale"
-    ]
+        assert float(dual.logit_scale) == pytest.approx(
+            float(masters["logit_scale"]), abs=0.02
+        )
+    return float(masters["logit_scale"][0]), step(
+        tiny_batch(1, rank=rank, world=world)
+    )[1]["logit_scale"]
 
 
 def test_the_scale_stays_bounded_on_all_ranks():
     for result in run_ranks(clamp, 2):
-        assert result == pytest.approx((math.log(100), 100.0), rel=1e-6)  # 98.86 in bf16
+        assert result == pytest.approx(
+            (math.log(100), 100.0), rel=1e-6
+        )  # 98.86 in bf16

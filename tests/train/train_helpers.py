@@ -33,16 +33,26 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
     order of rank."""
     with tempfile.TemporaryDirectory() as folder:
         _start(world, folder, function, args, join=True)
-        return [pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes()) for rank in range(world)]
+        return [
+            pickle.loads((Path(folder) / f"{rank}.pkl").read_bytes())
+            for rank in range(world)
+        ]
 
 
-def start_ranks(function: Callable[..., Any], world: int, store: str, *args: Any) -> list[Any]:
+def start_ranks(
+    function: Callable[..., Any], world: int, store: str, *args: Any
+) -> list[Any]:
     """The processes of ``run_ranks``, to be killed; ``store``: an empty folder."""
     return _start(world, store, function, args, join=False).processes
 
 
 def _start(
-    world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], *, join: bool
+    world: int,
+    folder: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    *,
+    join: bool,
 ) -> Any:
     start = torch.multiprocessing.start_processes  # type: ignore[attr-defined]
     return start(
@@ -55,10 +65,17 @@ def _start(
 
 
 def _rank(
-    rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    folder: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world)
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        LOCAL_SIZE=str(world),
     )
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -82,7 +99,9 @@ class TinyDual(nn.Module):
     """The surface of a dual encoder over 3 x 8 x 8 pixels and embeddings 12 wide, with dropout and
     text noise."""
 
-    def __init__(self, *, dropout: float = 0.0, noise: float = 0.0, bias: bool = False) -> None:
+    def __init__(
+        self, *, dropout: float = 0.0, noise: float = 0.0, bias: bool = False
+    ) -> None:
         super().__init__()
         layers = [
             nn.Conv2d(3, 16, 4, stride=4),
@@ -103,7 +122,8 @@ class TinyDual(nn.Module):
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         return F.normalize(
-            self.visual_projection(self.dropout(self.tower(pixel_values))).float(), dim=-1
+            self.visual_projection(self.dropout(self.tower(pixel_values))).float(),
+            dim=-1,
         )
 
     def forward(
@@ -115,7 +135,11 @@ class TinyDual(nn.Module):
             text = text + self.noise * noise
         text = self.text_adapter(text.to(self.visual_projection.weight.dtype))
         text = F.normalize(text.float(), dim=-1)
-        bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias
+        bias = (
+            torch.zeros_like(self.logit_scale)
+            if self.logit_bias is None
+            else self.logit_bias
+        )
         return DualFeatures(image, text, self.logit_scale.float() * 1, bias.float() * 1)
 
 
@@ -142,7 +166,11 @@ def tiny_batch(
     local = rows // world
     mine = slice(rank * local, (rank + 1) * local)
     keys = [f"sample-{int(i)}" for i in ids[mine]]
-    return {**{k: v[mine] for k, v in batch.items()}, "keys": keys, "position": rows * (step + 1)}
+    return {
+        **{k: v[mine] for k, v in batch.items()},
+        "keys": keys,
+        "position": rows * (step + 1),
+    }
 
 
 def tiny_engine(
@@ -205,10 +233,19 @@ def tiny_step(
 ) -> Any:
     """The step over a tiny engine."""
     config = LossConfig(terms=terms)
-    options = {"total_samples": 128, "reference": reference, "patch_layers": patch_layers(config)}
+    options = {
+        "total_samples": 128,
+        "reference": reference,
+        "patch_layers": patch_layers(config),
+    }
     # pixels are floats already
     return TowerStep(
-        engine, weighted_terms(config), seed=5, text_noise=noisy, normalize=lambda x: x, **options
+        engine,
+        weighted_terms(config),
+        seed=5,
+        text_noise=noisy,
+        normalize=lambda x: x,
+        **options,
     )
 
 
@@ -240,11 +277,17 @@ def newest(run: Path, world: int = 1, **way: Any) -> tuple[Any, Any, WeightAvera
         engine.restore(loaded.weights, loaded.moments, vars(loaded.state))
     state = loaded.state if loaded else new_state()
     values = loaded.averages if loaded else None
-    return engine, state, WeightAverage(engine, 0.9, warmup=True, updates=state.step, values=values)
+    return (
+        engine,
+        state,
+        WeightAverage(engine, 0.9, warmup=True, updates=state.step, values=values),
+    )
 
 
 def new_state(step: int = 0) -> Any:
-    return TrainState(step=step, samples=32 * step, config={"a": (1, 0.1)}, config_hash="", seed=5)
+    return TrainState(
+        step=step, samples=32 * step, config={"a": (1, 0.1)}, config_hash="", seed=5
+    )
 
 
 def allow_fp16() -> None:
@@ -256,11 +299,17 @@ def allow_fp16() -> None:
 
 
 def trainable_names(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
 
 
 def save_now(
-    run: Path, state: Any, engine: Any, averages: Mapping[str, Any] | None = None, keep: int = 1
+    run: Path,
+    state: Any,
+    engine: Any,
+    averages: Mapping[str, Any] | None = None,
+    keep: int = 1,
 ) -> Path:
     """Write a checkpoint to its end."""
     with Saver(Checkpoints(run, keep=keep), engine, averages) as saver:

@@ -37,11 +37,15 @@ def train_twenty_steps(dual: torch.nn.Module, *, lr: float = 2e-3) -> list[float
     width = dual.config.llm_width
     pixels = torch.randn(8, 3, size, size)
     embeddings = torch.randn(8, width)
-    optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=lr)
+    optimizer = torch.optim.AdamW(
+        [p for p in dual.parameters() if p.requires_grad], lr=lr
+    )
     losses = []
     for _ in range(20):
         image, text, *_ = dual(pixels, embeddings)
-        loss = torch.nn.functional.cross_entropy(dual.scale * image @ text.T, torch.arange(8))
+        loss = torch.nn.functional.cross_entropy(
+            dual.scale * image @ text.T, torch.arange(8)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -15,7 +15,9 @@ NAMES = {"ln.": "norm.", "fn.0.": "up.", "fn.3.": "down."}
 
 
 def adapter_of(width: int, projection_dim: int, **options) -> TextAdapter:
-    return TextAdapter(DualConfig(llm_width=width, projection_dim=projection_dim, **options))
+    return TextAdapter(
+        DualConfig(llm_width=width, projection_dim=projection_dim, **options)
+    )
 
 
 def golden_adapter(folder, **options) -> TextAdapter:
@@ -47,7 +49,9 @@ def test_equals_the_reference(name, path, normalise):
         block.register_forward_hook(
             lambda _, __, output, i=i: states.update({f"block_{i}": output})
         )
-    adapter.norm.register_forward_hook(lambda _, __, output: states.update(after_norm=output))
+    adapter.norm.register_forward_hook(
+        lambda _, __, output: states.update(after_norm=output)
+    )
     with torch.no_grad():
         states["after_projection"] = adapter(golden["input"])
     states["embedding_normalized"] = torch.nn.functional.normalize(
@@ -65,7 +69,9 @@ def test_input_scale_and_noise():
     x = torch.randn(5, 16)
     unit = adapter_of(16, 16, adapter="none")
     assert torch.allclose(unit(x).norm(dim=-1), torch.ones(5))
-    scaled = adapter_of(16, 16, adapter="none", input_scale="sqrt_width", input_noise=0.5)
+    scaled = adapter_of(
+        16, 16, adapter="none", input_scale="sqrt_width", input_noise=0.5
+    )
     assert torch.allclose(scaled.eval()(x), 4 * unit(x))
     torch.manual_seed(3)
     first = scaled.train()(x)
@@ -78,9 +84,16 @@ def test_input_scale_and_noise():
 
 def test_kinds():
     linear = [name for name, _ in adapter_of(8, 6, adapter="linear").named_parameters()]
-    assert linear == ["norm.weight", "norm.bias", "projection.weight", "projection.bias"]
+    assert linear == [
+        "norm.weight",
+        "norm.bias",
+        "projection.weight",
+        "projection.bias",
+    ]
     assert not list(adapter_of(8, 8, adapter="none").parameters())
-    with pytest.raises(ValueError, match="embeddings have width 9, but the text adapter expects 8"):
+    with pytest.raises(
+        ValueError, match="embeddings have width 9, but the text adapter expects 8"
+    ):
         adapter_of(8, 6)(torch.zeros(1, 9))
 
 

@@ -28,16 +28,22 @@ def test_every_trainable_parameter_gets_a_gradient(name, pool):
             dual(name, pool=pool)
         return
     model = dual(name, pool=pool, projection_norm=True, logit_bias_init=-10.0)
-    image, text, *_ = model(read(TRANSFORMERS_TOWERS / name)["pixels"], torch.randn(3, 12))
+    image, text, *_ = model(
+        read(TRANSFORMERS_TOWERS / name)["pixels"], torch.randn(3, 12)
+    )
     assert image.shape == (2, 8)
     assert text.shape == (3, 8)
     assert torch.allclose(image.norm(dim=-1), torch.ones(2))
     assert torch.allclose(text.norm(dim=-1), torch.ones(3))
     logits = model.scale * image @ text.T + model.logit_bias
     logits.square().sum().backward()
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    missing = [
+        n for n, p in model.named_parameters() if p.requires_grad and p.grad is None
+    ]
     unneeded = [
-        n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None
+        n
+        for n, p in model.named_parameters()
+        if not p.requires_grad and p.grad is not None
     ]
     assert not missing
     assert not unneeded
@@ -56,17 +62,21 @@ def test_pools_are_what_they_say(name):
     # CLIP's and DINOv2's own pooling is the normed class token
     assert torch.allclose(cls, pooled, atol=1e-6)
     if name == "dinov2":
-        assert torch.allclose(mean, golden["last_hidden_state"][:, 1:].mean(dim=1), atol=2e-5)
+        assert torch.allclose(
+            mean, golden["last_hidden_state"][:, 1:].mean(dim=1), atol=2e-5
+        )
 
 
 def test_mean_pool_of_clip_is_normed_per_token():
     golden = read(TRANSFORMERS_TOWERS / "clip_vision")
     weights = read(TRANSFORMERS_TOWERS / "clip_vision", "model.safetensors")
     states = golden["hidden_states_03"][:, 1:]
-    weight, bias = (weights[f"vision_model.post_layernorm.{part}"] for part in ("weight", "bias"))
-    expected = torch.nn.functional.layer_norm(states, states.shape[-1:], weight, bias, 1e-5).mean(
-        dim=1
+    weight, bias = (
+        weights[f"vision_model.post_layernorm.{part}"] for part in ("weight", "bias")
     )
+    expected = torch.nn.functional.layer_norm(
+        states, states.shape[-1:], weight, bias, 1e-5
+    ).mean(dim=1)
     with torch.no_grad():
         assert torch.allclose(
             dual("clip_vision", pool="mean").pool(golden["pixels"]), expected, atol=2e-5
@@ -74,13 +84,16 @@ def test_mean_pool_of_clip_is_normed_per_token():
 
 
 @pytest.mark.parametrize(
-    "name, pool", [("clip_vision", "pooled"), ("siglip_vision", "mean"), ("dinov2", "cls_mean")]
+    "name, pool",
+    [("clip_vision", "pooled"), ("siglip_vision", "mean"), ("dinov2", "cls_mean")],
 )
 def test_patches_are_a_hidden_state_without_class_token_and_their_features_an_image_of_one_token(
     name, pool
 ):
     golden = read(TRANSFORMERS_TOWERS / name)
-    *_, before_last, _ = sorted(key for key in golden if key.startswith("hidden_states_"))
+    *_, before_last, _ = sorted(
+        key for key in golden if key.startswith("hidden_states_")
+    )
     expected = golden[before_last][:, int(name != "siglip_vision") :]
     model = dual(name, pool=pool, projection_norm=True)
     with torch.no_grad():
@@ -92,7 +105,9 @@ def test_patches_are_a_hidden_state_without_class_token_and_their_features_an_im
         projected = model.visual_projection(model.visual_norm(joined))
         assert torch.allclose(image, model.encode_image(golden["pixels"]), atol=1e-6)
     assert torch.allclose(patches, expected, atol=2e-5)
-    assert torch.allclose(features, torch.nn.functional.normalize(projected, dim=-1), atol=2e-5)
+    assert torch.allclose(
+        features, torch.nn.functional.normalize(projected, dim=-1), atol=2e-5
+    )
 
 
 def test_scale_is_a_vector_of_one_and_clamped():
@@ -110,10 +125,13 @@ def test_training_continues_from_the_heads_of_a_directory(tmp_path):
     again = dual("clip_vision", pool="mean")  # another noise is no other head
     load_heads(again, tmp_path / "tower")
     assert all(
-        torch.equal(value, heads_state(first)[name]) for name, value in heads_state(again).items()
+        torch.equal(value, heads_state(first)[name])
+        for name, value in heads_state(again).items()
     )
     with pytest.raises(
         ValueError,
         match=r"saved with pool 'mean' \(not 'cls'\), adapter_blocks 4 \(not 2\); set dual",
     ):
-        load_heads(dual("clip_vision", pool="cls", adapter_blocks=2), tmp_path / "tower")
+        load_heads(
+            dual("clip_vision", pool="cls", adapter_blocks=2), tmp_path / "tower"
+        )

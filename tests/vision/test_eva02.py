@@ -20,21 +20,40 @@ from llm2clip_plugin.vision.eva02 import (
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.towers import add_lora, tower_blocks
 
-from .conftest import REFERENCE, golden_config, largest_difference, read, train_twenty_steps
+from .conftest import (
+    REFERENCE,
+    golden_config,
+    largest_difference,
+    read,
+    train_twenty_steps,
+)
 
 TOWERS = REFERENCE / "A_vision_towers"
-NAMES = ["eva01_b16", "eva01_g14", "eva02_b16", "eva02_bige14", "eva02_l14", "eva02_l14_336"]
+NAMES = [
+    "eva01_b16",
+    "eva01_g14",
+    "eva02_b16",
+    "eva02_bige14",
+    "eva02_l14",
+    "eva02_l14_336",
+]
 TOLERANCE = 2e-5  # the goldens' own: float64 differs by 4.1e-6, timm by 3.9e-6
 
 
 def check_states(tower, golden) -> None:
     with torch.no_grad():
         output = tower(pixel_values=golden["pixels"], output_hidden_states=True)
-    keys = ["after_patch_embed_and_pos", *sorted(key for key in golden if key.startswith("block_"))]
+    keys = [
+        "after_patch_embed_and_pos",
+        *sorted(key for key in golden if key.startswith("block_")),
+    ]
     assert len(output.hidden_states) == len(keys) == len(tower_blocks(tower)) + 1
     for key, state in zip(keys, output.hidden_states, strict=True):
         assert largest_difference(state, golden[key]) < TOLERANCE, key
-    assert largest_difference(output.last_hidden_state, golden["after_final_norm"]) < TOLERANCE
+    assert (
+        largest_difference(output.last_hidden_state, golden["after_final_norm"])
+        < TOLERANCE
+    )
     assert largest_difference(output.pooler_output, golden["pooled"]) < TOLERANCE
 
 
@@ -43,7 +62,9 @@ def test_every_state_equals_the_reference(name, tmp_path):
     folder = TOWERS / name
     golden = read(TOWERS / name)
     card, _ = import_tower(
-        folder / "weights.safetensors", tmp_path / "tower", config=folder / "config.json"
+        folder / "weights.safetensors",
+        tmp_path / "tower",
+        config=folder / "config.json",
     )
     assert card.family == "eva02"
     assert card.has_cls is True
@@ -54,7 +75,9 @@ def test_every_state_equals_the_reference(name, tmp_path):
         embedding = dual.dual.visual_projection(dual.dual.pool(golden["pixels"]))
         assert largest_difference(embedding, golden["embedding"]) < TOLERANCE
         assert (
-            largest_difference(dual.encode_image(golden["pixels"]), golden["embedding_normalized"])
+            largest_difference(
+                dual.encode_image(golden["pixels"]), golden["embedding_normalized"]
+            )
             < TOLERANCE
         )
 
@@ -62,7 +85,9 @@ def test_every_state_equals_the_reference(name, tmp_path):
 def test_224_to_336(tmp_path):
     folder = TOWERS / "eva02_l14_224_to_336"
     golden = read(TOWERS / "eva02_l14_224_to_336")
-    card, _ = import_tower(folder / "weights.safetensors", tmp_path / "tower", image_size=42)
+    card, _ = import_tower(
+        folder / "weights.safetensors", tmp_path / "tower", image_size=42
+    )
     assert card.image_size == 42
     assert card.training["resized_from"] == 28
     tower = load_tower(tmp_path / "tower")
@@ -81,14 +106,25 @@ def tiny_config(**changes) -> Eva02Config:
         "intermediate_size": 85,
     }
     return Eva02Config(
-        **{**sizes, "image_size": 28, "patch_size": 7, "rope_pretrained_grid": 4, **changes}
+        **{
+            **sizes,
+            "image_size": 28,
+            "patch_size": 7,
+            "rope_pretrained_grid": 4,
+            **changes,
+        }
     )
 
 
 VARIANTS = {
     "eva02": {},
     "bigE": {"hidden_act": "gelu", "sub_norm": False, "rope": False, "post_norm": True},
-    "eva01": {"hidden_act": "gelu", "sub_norm": False, "rope": False, "layer_scale": True},
+    "eva01": {
+        "hidden_act": "gelu",
+        "sub_norm": False,
+        "rope": False,
+        "layer_scale": True,
+    },
 }
 
 
@@ -109,7 +145,10 @@ def test_plain_and_fused_attention_are_the_same_and_are_really_chosen(
     )
     outputs = [tower.double().train()(pixels) for tower in (fused, plain)]
     assert len(calls) == len(fused.blocks)  # the fused one's alone
-    assert largest_difference(outputs[0].last_hidden_state, outputs[1].last_hidden_state) < 1e-9
+    assert (
+        largest_difference(outputs[0].last_hidden_state, outputs[1].last_hidden_state)
+        < 1e-9
+    )
     for output in outputs:
         output.pooler_output[:, 0].sum().backward()
     for (name, one), (_, other) in zip(
@@ -125,7 +164,9 @@ def test_plain_and_fused_attention_are_the_same_and_are_really_chosen(
 def test_trains_twenty_steps_and_comes_back(variant, tmp_path):
     tower = Eva02VisionModel(tiny_config(**VARIANTS[variant]))
     dual = DualEncoder(tower, DualConfig(projection_dim=16, llm_width=12)).train()
-    dual.tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    dual.tower.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
     losses = train_twenty_steps(dual, lr=3e-3)
     pixels = torch.randn(2, 3, 28, 28)
     assert losses[-1] < 0.5 * losses[0]
@@ -142,7 +183,9 @@ def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
     cos, sin = rope_tables(grid=4, pretrained_grid=7, head_width=8)
     sin[:, 0::2] *= -1
     x = torch.randn(2, 16, 3, 8, requires_grad=True)
-    y = x.detach().double().requires_grad_()  # float64 takes the way of half precisions on a GPU
+    y = (
+        x.detach().double().requires_grad_()
+    )  # float64 takes the way of half precisions on a GPU
     turns = complex_turns(cos, sin, torch.bfloat16)
     assert turns is not None
     assert turns.is_complex()
@@ -158,13 +201,17 @@ def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
     (expected * weight).sum().backward()
     assert largest_difference(x.grad, y.grad) < 1e-6
     # as ONNX has it
-    plain = torch.jit.trace(lambda z: rotate(z, cos.double(), sin.double()), y.detach())(y.detach())
+    plain = torch.jit.trace(
+        lambda z: rotate(z, cos.double(), sin.double()), y.detach()
+    )(y.detach())
     assert largest_difference(plain, expected) < 1e-12
     assert torch.autograd.gradcheck(rotate, (y[:1, :, :1], cos.double(), sin.double()))
 
 
 def test_the_gated_silu_has_the_gradients_of_its_formula():
-    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    gate, up = (
+        torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
     for width in (5, 4):
         assert torch.autograd.gradcheck(_GatedSiLU.apply, (gate, up, width))
         assert torch.equal(
@@ -172,7 +219,9 @@ def test_the_gated_silu_has_the_gradients_of_its_formula():
         )
 
 
-def test_a_padded_hidden_width_changes_neither_outputs_nor_gradients_nor_files(monkeypatch):
+def test_a_padded_hidden_width_changes_neither_outputs_nor_gradients_nor_files(
+    monkeypatch,
+):
     """As on a GPU; a LoRA on the layers turns it off."""
     tower = Eva02VisionModel(tiny_config()).double()
     pixels = torch.randn(2, 3, 28, 28).double()

@@ -27,20 +27,26 @@ def tiny_dual(name: str = "clip_vision", image_size: int | None = None) -> DualE
     tower = load_tower(TRANSFORMERS_TOWERS / name, image_size=image_size)
     return DualEncoder(
         tower,
-        DualConfig(projection_dim=8, llm_width=12, projection_norm=True, logit_bias_init=-10.0),
+        DualConfig(
+            projection_dim=8, llm_width=12, projection_norm=True, logit_bias_init=-10.0
+        ),
     )
 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE)
 def test_resized_towers_carry_the_same_names(name, tmp_path):
-    patch = json.loads((TRANSFORMERS_TOWERS / name / "config.json").read_text())["patch_size"]
+    patch = json.loads((TRANSFORMERS_TOWERS / name / "config.json").read_text())[
+        "patch_size"
+    ]
     card = export_tower(
         load_tower(TRANSFORMERS_TOWERS / name, image_size=patch * 6),
         tmp_path / "tower",
         origin=name,
     )
     written = load_file(tmp_path / "tower" / "model.safetensors")
-    assert written.keys() == read(TRANSFORMERS_TOWERS / name, "model.safetensors").keys()
+    assert (
+        written.keys() == read(TRANSFORMERS_TOWERS / name, "model.safetensors").keys()
+    )
     config = json.loads((tmp_path / "tower" / "config.json").read_text())
     assert config["image_size"] == card.image_size == patch * 6
     assert card.training["resized_from"] == config["resized_from"] != patch * 6
@@ -51,11 +57,14 @@ def test_a_clip_tower_opens_with_plain_transformers(tmp_path):
 
     dual = tiny_dual(image_size=42).eval()
     export_tower(dual, tmp_path / "tower", origin="x")
-    plain = CLIPVisionModel.from_pretrained(tmp_path / "tower", torch_dtype=torch.float32)
+    plain = CLIPVisionModel.from_pretrained(
+        tmp_path / "tower", torch_dtype=torch.float32
+    )
     pixels = torch.randn(1, 3, 42, 42)
     with torch.no_grad():
         assert torch.equal(
-            plain(pixel_values=pixels).pooler_output, dual.tower(pixel_values=pixels).pooler_output
+            plain(pixel_values=pixels).pooler_output,
+            dual.tower(pixel_values=pixels).pooler_output,
         )
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "tower")
     assert processor.crop_size == {"height": 42, "width": 42}
@@ -108,11 +117,15 @@ def test_nothing_is_written_when_the_reload_differs(tmp_path, monkeypatch):
         state = load_file(directory / "text_adapter.safetensors")
         state["visual_projection.weight"][0, 0] += 1
         save_file(state, directory / "text_adapter.safetensors")
-        return {**fields, "adapter_sha256": sha256_weights(directory / "text_adapter.safetensors")}
+        return {
+            **fields,
+            "adapter_sha256": sha256_weights(directory / "text_adapter.safetensors"),
+        }
 
     monkeypatch.setattr(export, "save_heads", spoiled)
     with pytest.raises(
-        ContractError, match=r"tensors differ after reloading: .*visual_projection.weight"
+        ContractError,
+        match=r"tensors differ after reloading: .*visual_projection.weight",
     ):
         export_tower(dual, tmp_path / "tower", origin="x")
     assert list(tmp_path.iterdir()) == []

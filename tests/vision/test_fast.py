@@ -8,7 +8,11 @@ from transformers.activations import QuickGELUActivation
 
 from llm2clip_plugin import load_tower
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
-from llm2clip_plugin.vision.towers import QuickGELU, use_fastest_attention, use_quick_gelu
+from llm2clip_plugin.vision.towers import (
+    QuickGELU,
+    use_fastest_attention,
+    use_quick_gelu,
+)
 
 from .conftest import TRANSFORMERS_TOWERS, read
 
@@ -52,7 +56,9 @@ def test_bf16_on_the_cpu_trains_with_plain_products(tower):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_same_values_bit_for_bit_and_the_same_gradient(dtype):
-    x = torch.cat((torch.randn(4000) * 3, torch.tensor([0.0, -0.0, 60.0, -60.0, 1e-6]))).to(dtype)
+    x = torch.cat(
+        (torch.randn(4000) * 3, torch.tensor([0.0, -0.0, 60.0, -60.0, 1e-6]))
+    ).to(dtype)
     ours, theirs, exact = (x.clone().requires_grad_() for _ in range(3))
     weights = torch.randn(len(x)).to(dtype)
     assert torch.equal(QuickGELU()(ours), QuickGELUActivation()(theirs))
@@ -61,7 +67,8 @@ def test_same_values_bit_for_bit_and_the_same_gradient(dtype):
     exact = x.double().requires_grad_()
     (QuickGELUActivation()(exact) * weights.double()).sum().backward()
     error, other = (
-        (found.grad.double() - exact.grad).abs().max().item() for found in (ours, theirs)
+        (found.grad.double() - exact.grad).abs().max().item()
+        for found in (ours, theirs)
     )
     assert error <= max(1.5 * other, 1e-6)  # no worse than transformers' own
 
@@ -72,10 +79,14 @@ def gradients(tower: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_tower_computes_the_same_with_it():
     pixels = read(TRANSFORMERS_TOWERS / "clip_vision")["pixels"]
-    plain, ours = (load_tower(TRANSFORMERS_TOWERS / "clip_vision").train() for _ in range(2))
+    plain, ours = (
+        load_tower(TRANSFORMERS_TOWERS / "clip_vision").train() for _ in range(2)
+    )
     assert use_quick_gelu(ours) == plain.config.num_hidden_layers
     assert use_quick_gelu(ours) == 0  # none is left
-    outputs = [tower(pixel_values=pixels, output_hidden_states=True) for tower in (plain, ours)]
+    outputs = [
+        tower(pixel_values=pixels, output_hidden_states=True) for tower in (plain, ours)
+    ]
     hidden, other_hidden = (output.hidden_states for output in outputs)
     assert all(torch.equal(a, b) for a, b in zip(hidden, other_hidden, strict=True))
     for output in outputs:

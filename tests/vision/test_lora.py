@@ -34,15 +34,21 @@ def test_trains_alone_and_is_merged_on_export(name, tmp_path):
     trainable = [key for key, p in tower.named_parameters() if p.requires_grad]
     assert trainable
     assert all(".lora_" in key for key in trainable)
-    optimizer = torch.optim.AdamW([p for p in dual.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [p for p in dual.parameters() if p.requires_grad], lr=1e-2
+    )
     size = tower.config.image_size
     for _ in range(3):
         image, text, *_ = dual(torch.randn(4, 3, size, size), torch.randn(4, 12))
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(dual.scale * image @ text.T, torch.arange(4)).backward()
+        torch.nn.functional.cross_entropy(
+            dual.scale * image @ text.T, torch.arange(4)
+        ).backward()
         optimizer.step()
     trained = probe_features(dual)
-    assert not torch.allclose(trained["pooler_output"], features["pooler_output"], atol=1e-4)
+    assert not torch.allclose(
+        trained["pooler_output"], features["pooler_output"], atol=1e-4
+    )
     export_tower(dual, tmp_path / "tower", origin="x")
     # the model itself may go on training
     assert any(".lora_A." in name for name, _ in dual.named_parameters())
@@ -53,6 +59,7 @@ def test_trains_alone_and_is_merged_on_export(name, tmp_path):
     changed = {key for key in after if not torch.equal(after[key], before[key])}
     assert changed
     assert all(
-        key.endswith(".weight") and "norm" not in key and "embeddings" not in key for key in changed
+        key.endswith(".weight") and "norm" not in key and "embeddings" not in key
+        for key in changed
     )
     assert len(tower_blocks(merged(tower))) == len(tower_blocks(tower))

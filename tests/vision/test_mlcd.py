@@ -31,7 +31,11 @@ def test_states_are_transformers(original, tmp_path, size):
     original.save_pretrained(tmp_path / "hf")
     import_tower(tmp_path / "hf", tmp_path / "tower", image_size=size)
     card = TowerCard.read(tmp_path / "tower" / TowerCard.FILE)
-    assert (card.family, card.has_cls, card.num_patches) == ("mlcd", True, (size // 14) ** 2)
+    assert (card.family, card.has_cls, card.num_patches) == (
+        "mlcd",
+        True,
+        (size // 14) ** 2,
+    )
     tower = load_tower(tmp_path / "tower").eval()
     pixels = torch.randn(2, 3, size, size)
     with torch.inference_mode():

@@ -32,7 +32,9 @@ TIMM_MODELS = [
 
 @pytest.fixture(scope="module")
 def timm():
-    return pytest.importorskip("timm", minversion="1.0", reason="LLaVA's environment has timm 0.6")
+    return pytest.importorskip(
+        "timm", minversion="1.0", reason="LLaVA's environment has timm 0.6"
+    )
 
 
 @pytest.fixture(params=TIMM_MODELS)
@@ -41,7 +43,9 @@ def tower(timm, request):
     from llm2clip_plugin.vision.towers import timm_tower
 
     return timm_tower(
-        request.param, pretrained=False, arguments={"depth": 2, "embed_dim": 64, "num_heads": 4}
+        request.param,
+        pretrained=False,
+        arguments={"depth": 2, "embed_dim": 64, "num_heads": 4},
     )
 
 
@@ -57,14 +61,18 @@ def test_states_and_outputs_of_a_timm_tower(tower):
         assert torch.equal(output.pooler_output, tower.model(pixels))
     patches = (size // tower.config.patch_size) ** 2
     assert len(output.hidden_states) == 3 == len(tower_blocks(tower)) + 1
-    assert {state.shape for state in (*output.hidden_states, output.last_hidden_state)} == {
-        (2, patches, 64)
-    }
+    assert {
+        state.shape for state in (*output.hidden_states, output.last_hidden_state)
+    } == {(2, patches, 64)}
     seen = []
-    tower_blocks(tower)[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tower_blocks(tower)[-1].register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
     with torch.no_grad():
         tower(pixel_values=pixels)
-    assert torch.equal(output.hidden_states[-2], seen[0][:, tower.config.prefix_tokens :])
+    assert torch.equal(
+        output.hidden_states[-2], seen[0][:, tower.config.prefix_tokens :]
+    )
 
 
 @pytest.mark.parametrize("name", ["cait_xxs24_224", "convit_tiny"])
@@ -73,7 +81,9 @@ def test_a_class_token_that_joins_after_some_blocks_is_refused(timm, name):
 
     sizes = {"depth": 2, "embed_dim": 16, "num_heads": 2}
     shapes = r"state 0 has the shape \(1, 196, \d+\), expected \(1, 197, \d+\): 1 class"
-    with pytest.raises(ValueError, match=f"timm:{name} cannot be a tower: hidden {shapes}"):
+    with pytest.raises(
+        ValueError, match=f"timm:{name} cannot be a tower: hidden {shapes}"
+    ):
         timm_tower(name, pretrained=False, arguments=sizes)
 
 
@@ -90,7 +100,9 @@ REFUSED = {
 def test_other_models_of_timm_are_refused_by_what_they_lack(timm, name):
     from llm2clip_plugin.vision.towers import timm_tower
 
-    with pytest.raises(ValueError, match=f"timm:{name} is not a plain vision.*: {REFUSED[name]}"):
+    with pytest.raises(
+        ValueError, match=f"timm:{name} is not a plain vision.*: {REFUSED[name]}"
+    ):
         timm_tower(name, pretrained=False)
 
 
@@ -100,7 +112,9 @@ def test_a_folder_of_timm_that_is_no_tower_says_why(timm, name, tmp_path):
     body = {"architecture": name, "pretrained_cfg": {"input_size": [3, 64, 64]}}
     (tmp_path / "config.json").write_text(json.dumps(body))
     save_file({"norm.weight": torch.ones(1)}, tmp_path / "model.safetensors")
-    reason = "takes no image size" if "convnext" in name else "the class token joins later"
+    reason = (
+        "takes no image size" if "convnext" in name else "the class token joins later"
+    )
     with pytest.raises(ValueError, match=f"timm:{name} .*{reason}"):
         import_tower(tmp_path, tmp_path / "tower")
 
@@ -131,6 +145,9 @@ def test_timm_tower_trains_is_exported_and_comes_back(tower, tmp_path):
             for t in (load_tower(tmp_path / "tower"), tower)
         )
     assert all(
-        largest_difference(mine, theirs) < 1e-5 for mine, theirs in zip(again, trained, strict=True)
+        largest_difference(mine, theirs) < 1e-5
+        for mine, theirs in zip(again, trained, strict=True)
     )
-    assert preprocessor_config(tmp_path / "tower")["image_mean"] == tower.config.image_mean
+    assert (
+        preprocessor_config(tmp_path / "tower")["image_mean"] == tower.config.image_mean
+    )

@@ -13,7 +13,9 @@ from llm2clip_plugin.vision import families
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.towers import new_tower
 
-EXTENDING = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+EXTENDING = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(
+    encoding="utf-8"
+)
 FAMILY = re.search(r'```python\n("""Chinese-CLIP .*?)```', EXTENDING, re.DOTALL)[1]
 SIZE = {
     "hidden_size": 32,
@@ -30,7 +32,9 @@ def released(monkeypatch, tmp_path) -> Path:
     transformers = pytest.importorskip("transformers")
     (tmp_path / "families").mkdir()
     (tmp_path / "families" / "chinese_clip.py").write_text(FAMILY)
-    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "families")])
+    monkeypatch.setattr(
+        families, "__path__", [*families.__path__, str(tmp_path / "families")]
+    )
     text = {**SIZE, "vocab_size": 40}
     config = transformers.ChineseCLIPConfig(
         text_config=text, vision_config={**SIZE, **IMAGES}, projection_dim=20

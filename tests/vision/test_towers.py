@@ -23,7 +23,13 @@ from llm2clip_plugin.vision.towers import (
     tower_embeddings_parameters,
 )
 
-from .conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, WHOLE_MODELS, largest_difference, read
+from .conftest import (
+    TOWERS_ALONE,
+    TRANSFORMERS_TOWERS,
+    WHOLE_MODELS,
+    largest_difference,
+    read,
+)
 
 TOLERANCE = 2e-5  # the goldens' own: 4.37.2 eager against 5.24 SDPA differs by 1.7e-6
 
@@ -39,12 +45,20 @@ def test_states_equal_the_reference(name):
     assert len(tower_blocks(tower)) == tower.config.num_hidden_layers
     for key, state in zip(expected, output.hidden_states, strict=True):
         assert largest_difference(state, golden[key]) < TOLERANCE, key
-    assert largest_difference(output.last_hidden_state, golden["last_hidden_state"]) < TOLERANCE
+    assert (
+        largest_difference(output.last_hidden_state, golden["last_hidden_state"])
+        < TOLERANCE
+    )
     assert largest_difference(output.pooler_output, golden["pooler_output"]) < TOLERANCE
-    assert tower(pixel_values=golden["pixels"]).hidden_states is None  # on request alone
+    assert (
+        tower(pixel_values=golden["pixels"]).hidden_states is None
+    )  # on request alone
 
 
-CLIP_PIXELS = [[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]
+CLIP_PIXELS = [
+    [0.48145466, 0.4578275, 0.40821073],
+    [0.26862954, 0.26130258, 0.27577711],
+]
 IMAGENET_PIXELS = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
 PIXELS = {  # mean and standard deviation of the released towers' own preprocessors
     "clip_vision": CLIP_PIXELS,
@@ -96,7 +110,12 @@ def test_other_pixel_sizes_are_refused(name):
     tower = load_tower(TRANSFORMERS_TOWERS / name)
     resized = resize_tower(tower, tower.config.patch_size * 5)
     pixels = torch.randn(1, 3, 36, 36)
-    for refusing in (tower, resized, copy.deepcopy(resized), pickle.loads(pickle.dumps(tower))):
+    for refusing in (
+        tower,
+        resized,
+        copy.deepcopy(resized),
+        pickle.loads(pickle.dumps(tower)),
+    ):
         refusing.train().gradient_checkpointing_enable()
         with pytest.raises(ValueError, match=REFUSED):
             refusing(pixel_values=pixels)
@@ -128,10 +147,14 @@ def test_resized_dinov2_is_what_transformers_5_computes_away_from_its_grid():
     for size in (18, 42):
         tower = load_tower(TRANSFORMERS_TOWERS / "dinov2", image_size=size)
         with torch.no_grad():
-            output = tower(pixel_values=golden[f"size{size}.pixels"], output_hidden_states=True)
+            output = tower(
+                pixel_values=golden[f"size{size}.pixels"], output_hidden_states=True
+            )
         for i, state in enumerate(output.hidden_states):
             assert (
-                largest_difference(state, golden[f"v5.size{size}.hidden_states_{i:02d}"])
+                largest_difference(
+                    state, golden[f"v5.size{size}.hidden_states_{i:02d}"]
+                )
                 < TOLERANCE
             )
 
@@ -154,7 +177,9 @@ def test_blocks_embeddings_and_freezing(name):
     assert {id(p) for p in tower_blocks(tower)[1].parameters()} <= trainable
     freeze_tower(tower)
     assert not any(p.requires_grad for p in tower.parameters())
-    with pytest.raises(ValueError, match="cannot freeze the first 9 blocks: the tower has"):
+    with pytest.raises(
+        ValueError, match="cannot freeze the first 9 blocks: the tower has"
+    ):
         freeze_tower(tower, first_blocks=9)
 
 
@@ -173,8 +198,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
             lambda *_, runs=runs: runs.__setitem__(0, runs[0] + 1)
         )
         tower(pixel_values=pixels).pooler_output.square().sum().backward()
-        assert runs[0] == 1 + checkpointing  # the block really ran again in the backward pass
-        gradients.append({n: p.grad for n, p in tower.named_parameters() if p.grad is not None})
+        assert (
+            runs[0] == 1 + checkpointing
+        )  # the block really ran again in the backward pass
+        gradients.append(
+            {n: p.grad for n, p in tower.named_parameters() if p.grad is not None}
+        )
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
 
@@ -185,13 +214,17 @@ def test_old_files_hold_position_ids(tmp_path, name):
     state = load_file(tmp_path / "tower" / "model.safetensors")
     rows = state["vision_model.embeddings.position_embedding.weight"].shape[0]
     counter = {"vision_model.embeddings.position_ids": torch.arange(rows)[None]}
-    save_file(state | counter, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
+    save_file(
+        state | counter, tmp_path / "tower" / "model.safetensors", {"format": "pt"}
+    )
     load_tower(tmp_path / "tower")
     card, report = import_tower(tmp_path / "tower", tmp_path / "imported")
     assert any("(a counter, not a weight): 1 tensors" in line for line in report)
     assert (
         card.weights_sha256
-        == import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "plain")[0].weights_sha256
+        == import_tower(TRANSFORMERS_TOWERS / name, tmp_path / "plain")[
+            0
+        ].weights_sha256
     )
 
 
@@ -213,7 +246,9 @@ UNUSABLE = {
 )
 def test_normalization_that_no_picture_can_have(tmp_path, name, values):
     file = make_tower(tmp_path / "tower") / "preprocessor_config.json"
-    file.write_text(json.dumps(preprocessor_config(tmp_path / "tower") | {name: values}))
+    file.write_text(
+        json.dumps(preprocessor_config(tmp_path / "tower") | {name: values})
+    )
     with pytest.raises(ContractError) as caught:
         load_tower(tmp_path / "tower")
     expected = "three numbers above 0" if name == "image_std" else "three numbers "
@@ -222,7 +257,9 @@ def test_normalization_that_no_picture_can_have(tmp_path, name, values):
     )
 
 
-def test_a_tower_without_preprocessor_says_which_normalization_it_takes(tmp_path, capsys):
+def test_a_tower_without_preprocessor_says_which_normalization_it_takes(
+    tmp_path, capsys
+):
     file = make_tower(tmp_path / "tower") / "preprocessor_config.json"
     file.write_text(json.dumps(preprocessor_config(tmp_path / "tower")))
     load_tower(tmp_path / "tower")

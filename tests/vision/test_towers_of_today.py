@@ -33,7 +33,9 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "towers_of_today"
 TOLERANCE = 2e-5  # another version of torch or transformers, eager or fused attention
 # of a checkpoint; others are named so
 FAMILIES = {"aimv2_native": "aimv2", "aimv2_lit": "aimv2", "pe_core": "timm"}
-FAMILIES |= {name: name for name in ("aimv2", "dinov3", "metaclip2", "radio", "openvision")}
+FAMILIES |= {
+    name: name for name in ("aimv2", "dinov3", "metaclip2", "radio", "openvision")
+}
 POOLS = {
     "aimv2": "mean",
     "dinov3": "cls_mean",
@@ -63,7 +65,8 @@ def why_not(family: str) -> str:
 
 
 @pytest.fixture(
-    scope="module", params=[name for name, family in FAMILIES.items() if not why_not(family)]
+    scope="module",
+    params=[name for name, family in FAMILIES.items() if not why_not(family)],
 )
 def name(request) -> str:
     """A checkpoint whose family runs with the installed libraries."""
@@ -98,17 +101,26 @@ def test_states_equal_the_reference(name, directory):
     assert preprocessor["crop_size"] == {"height": 28, "width": 28}
     output = states_of(tower, golden["pixels"])
     kept = golden["kept"]
-    expected = [golden[key][:, kept] for key in sorted(golden) if key.startswith("hidden_states_")]
+    expected = [
+        golden[key][:, kept]
+        for key in sorted(golden)
+        if key.startswith("hidden_states_")
+    ]
     assert len(output.hidden_states) == len(expected) == len(tower_blocks(tower)) + 1
     for mine, theirs in zip(output.hidden_states, expected, strict=True):
         assert largest_difference(mine, theirs) < TOLERANCE
     if "last_hidden_state" in golden:
         assert (
-            largest_difference(output.last_hidden_state, golden["last_hidden_state"][:, kept])
+            largest_difference(
+                output.last_hidden_state, golden["last_hidden_state"][:, kept]
+            )
             < TOLERANCE
         )
     # a GPU would wait
-    assert "Index" not in tower(pixel_values=golden["pixels"]).last_hidden_state.grad_fn.name()
+    assert (
+        "Index"
+        not in tower(pixel_values=golden["pixels"]).last_hidden_state.grad_fn.name()
+    )
     if "pooled" in golden:
         assert largest_difference(output.pooler_output, golden["pooled"]) < TOLERANCE
     with torch.no_grad():
@@ -127,21 +139,30 @@ def test_trains_is_exported_and_comes_back(name, directory, tmp_path):
     tower = load_tower(directory)
     tower.gradient_checkpointing_enable()
     dual = DualEncoder(
-        tower, DualConfig(projection_dim=8, llm_width=12, pool=POOLS.get(name, "pooled"))
+        tower,
+        DualConfig(projection_dim=8, llm_width=12, pool=POOLS.get(name, "pooled")),
     ).train()
     losses = train_twenty_steps(dual)
     assert losses[-1] < 0.5 * losses[0]
-    assert not [n for n, p in dual.named_parameters() if p.requires_grad != (p.grad is not None)]
+    assert not [
+        n for n, p in dual.named_parameters() if p.requires_grad != (p.grad is not None)
+    ]
     assert any(p.grad is not None for p in tower_embeddings_parameters(tower))
     export_tower(dual, tmp_path / "trained", origin="tiny")
     pixels = read(GOLDEN / name)["pixels"]
     reloaded = load_dual_encoder(tmp_path / "trained")
     with torch.no_grad():
         assert (
-            largest_difference(reloaded.encode_image(pixels), dual.eval().encode_image(pixels))
+            largest_difference(
+                reloaded.encode_image(pixels), dual.eval().encode_image(pixels)
+            )
             < 1e-5
         )
-        assert dual.encode_with_patches(pixels, patch_features=-2)[2].shape == (len(pixels), 16, 8)
+        assert dual.encode_with_patches(pixels, patch_features=-2)[2].shape == (
+            len(pixels),
+            16,
+            8,
+        )
     before = states_of(load_tower(directory), pixels)
     after = states_of(load_tower(tmp_path / "trained"), pixels)
     assert not torch.equal(before.hidden_states[1], after.hidden_states[1])
@@ -150,9 +171,12 @@ def test_trains_is_exported_and_comes_back(name, directory, tmp_path):
 def test_another_size_gives_its_patches(name, directory):
     tower = load_tower(directory, image_size=42)
     states = states_of(tower, torch.rand(1, 3, 42, 42)).hidden_states
-    assert {state.shape[1] for state in states} == {36 + families()[FAMILIES[name]].has_cls}
+    assert {state.shape[1] for state in states} == {
+        36 + families()[FAMILIES[name]].has_cls
+    }
     with pytest.raises(
-        ValueError, match=r"images have \(28, 28\) pixels, but the tower expects 42 x 42"
+        ValueError,
+        match=r"images have \(28, 28\) pixels, but the tower expects 42 x 42",
     ):
         tower(pixel_values=torch.rand(1, 3, 28, 28))
 
@@ -162,7 +186,9 @@ def test_it_is_llavas_eye(name, directory):
     from llava_integration.plug.towers import locate
 
     args = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_select_feature="patch")
-    eye = LLM2CLIPVisionTower("llm2clip", locate(f"llm2clip:{directory}"), args, delay_load=True)
+    eye = LLM2CLIPVisionTower(
+        "llm2clip", locate(f"llm2clip:{directory}"), args, delay_load=True
+    )
     assert eye.hidden_size == 16
     assert eye.num_patches == 16
     assert eye.num_patches_per_side == 4
@@ -171,7 +197,9 @@ def test_it_is_llavas_eye(name, directory):
     golden = read(GOLDEN / name)
     patches = golden["kept"][families()[FAMILIES[name]].has_cls :]
     assert (
-        largest_difference(eye(golden["pixels"]), golden["hidden_states_01"][:, patches])
+        largest_difference(
+            eye(golden["pixels"]), golden["hidden_states_01"][:, patches]
+        )
         < TOLERANCE
     )
     assert eye(golden["pixels"].bfloat16()).dtype == torch.bfloat16
@@ -182,6 +210,7 @@ def test_openvision_needs_its_configuration(tmp_path):
     shutil.copy(GOLDEN / "openvision" / "open_clip_model.safetensors", tmp_path)
     (tmp_path / "open_clip_config.json").write_text('{"quick_gelu": false}')
     with pytest.raises(
-        ContractError, match=r"no visual.ln_pre, like OpenVision.s, but .*no_ln_pre None.*--config"
+        ContractError,
+        match=r"no visual.ln_pre, like OpenVision.s, but .*no_ln_pre None.*--config",
     ):
         import_tower(tmp_path, tmp_path / "again")

@@ -25,7 +25,11 @@ from llava_integration.evaluator.answer.questions import (
     entry,
     read_questions,
 )
-from llava_integration.evaluator.answer.served import Endpoint, ServedModel, answer_served
+from llava_integration.evaluator.answer.served import (
+    Endpoint,
+    ServedModel,
+    answer_served,
+)
 from llava_integration.plug.checkpoints import check_checkpoint, sample_sha256
 from llm2clip_plugin.hashes import sha256_file
 from llm2clip_plugin.options import unknown
@@ -55,13 +59,21 @@ class Answerer:
         from llava.model.builder import load_pretrained_model
 
         if options.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: no GPU is available to torch; pass --device cpu")
+            raise ValueError(
+                "--device cuda: no GPU is available to torch; pass --device cpu"
+            )
         path = os.path.expanduser(options.model_path)
         self.options = options
         self.name = get_model_name_from_path(path)
         mode = options.conv_mode
-        if "plain" in self.name and "finetune" not in self.name.lower() and "mmtag" not in mode:
-            mode = f"{mode}_mmtag"  # of models pretrained on plain captions, as in LLaVA
+        if (
+            "plain" in self.name
+            and "finetune" not in self.name.lower()
+            and "mmtag" not in mode
+        ):
+            mode = (
+                f"{mode}_mmtag"  # of models pretrained on plain captions, as in LLaVA
+            )
         if mode not in conv_templates:
             raise ValueError(unknown("--conv-mode", mode, sorted(conv_templates)))
         self.conversation = conv_templates[mode]
@@ -75,7 +87,9 @@ class Answerer:
         # Generation appends to the prompt: a batch is padded on the left.
         self.model.config.tokenizer_padding_side = "left"
 
-    def batches(self, questions: list[Question], indices: list[int]) -> Iterator[list[Prepared]]:
+    def batches(
+        self, questions: list[Question], indices: list[int]
+    ) -> Iterator[list[Prepared]]:
         """Batches of prepared questions, with images first; a batch never mixes questions with and
         without an image."""
         from torch.utils.data import DataLoader
@@ -89,13 +103,20 @@ class Answerer:
             self.model.config,
         )
         numbered = [(index, questions[index]) for index in indices]
-        with_image: Any = [(index, question) for index, question in numbered if question.image]
-        without: Any = [(index, question) for index, question in numbered if not question.image]
+        with_image: Any = [
+            (index, question) for index, question in numbered if question.image
+        ]
+        without: Any = [
+            (index, question) for index, question in numbered if not question.image
+        ]
         for group in (with_image, without):
             workers = min(self.options.workers, len(group))
             if group:
                 yield from DataLoader(
-                    group, self.options.batch_size, num_workers=workers, collate_fn=collate
+                    group,
+                    self.options.batch_size,
+                    num_workers=workers,
+                    collate_fn=collate,
                 )
 
     def generate(self, batch: list[Prepared]) -> list[str]:
@@ -180,7 +201,9 @@ def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     from torch.nn.utils.rnn import pad_sequence
 
     ids = pad_sequence([row.flip(0) for row in rows], batch_first=True).flip(1)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(
+        1
+    )
     return ids, mask
 
 
@@ -202,7 +225,9 @@ def main(argv: list[str]) -> int:
     endpoint = None
     served = None
     if options.endpoint:
-        endpoint = Endpoint(options.endpoint, timeout=options.timeout, retries=options.retries)
+        endpoint = Endpoint(
+            options.endpoint, timeout=options.timeout, retries=options.retries
+        )
         served = endpoint.choose(options.served_model_name)
     settings = answer_settings(options, served)
     answers = AnswersFile(
@@ -213,16 +238,22 @@ def main(argv: list[str]) -> int:
         return 0
     done = answers.done()
     indices = [
-        index for index in range(len(questions)) if index % world == rank and index not in done
+        index
+        for index in range(len(questions))
+        if index % world == rank and index not in done
     ]
     refused: list[str] = []
     if indices and endpoint and served:
-        refused = answer_served(endpoint, served.id, options, questions, indices, answers)
+        refused = answer_served(
+            endpoint, served.id, options, questions, indices, answers
+        )
     elif indices:
         answer_here(Answerer(options), questions, indices, answers)
     missing = answers.finish()
     pending = ", other ranks are still running" if missing > len(refused) else ""
-    print(f"{answers.path}: {len(questions) - missing} of {len(questions)} answers{pending}")
+    print(
+        f"{answers.path}: {len(questions) - missing} of {len(questions)} answers{pending}"
+    )
     if not refused:
         return 0
     print(
@@ -243,7 +274,10 @@ def check_image_folder(folder: str, questions: list[Question]) -> None:
 
 
 def answer_here(
-    answerer: Answerer, questions: list[Question], indices: list[int], answers: AnswersFile
+    answerer: Answerer,
+    questions: list[Question],
+    indices: list[int],
+    answers: AnswersFile,
 ) -> None:
     """Answer the questions of these indices with a model in this process, and write each batch."""
     interval = 0.5 if sys.stderr.isatty() else 10.0
@@ -290,7 +324,9 @@ def chunk(questions: list[Question], chunks: int, index: int) -> list[Question]:
     return questions[index * size : (index + 1) * size]
 
 
-def answer_settings(options: AnswerConfig, served: ServedModel | None) -> dict[str, Any]:
+def answer_settings(
+    options: AnswerConfig, served: ServedModel | None
+) -> dict[str, Any]:
     """Every setting that an answer depends on, with hashes of the model and the question file.
     ``served``: the model behind ``--endpoint``, whose configuration the server knows."""
     names = ["num_chunks", "chunk_idx", "temperature", "top_p", "max_new_tokens"]
@@ -308,4 +344,8 @@ def answer_settings(options: AnswerConfig, served: ServedModel | None) -> dict[s
         model = {"model_config_sha256": sha256_file(config) if config.is_file() else ""}
         model["model_sample_sha256"] = sample_sha256(options.model_path)
     settings = {name: getattr(options, name) for name in names}
-    return {**settings, **model, "question_file_sha256": sha256_file(options.question_file)}
+    return {
+        **settings,
+        **model,
+        "question_file_sha256": sha256_file(options.question_file),
+    }

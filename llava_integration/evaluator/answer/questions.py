@@ -56,7 +56,9 @@ class Question:
     id: Any  # question_id of the answer
     text: str  # question for the model, without the image token
     prompt: str  # "prompt" of the answer, as LLaVA writes it
-    image: str = ""  # file in the image folder, or base64 where ``embedded``; "" without image
+    image: str = (
+        ""  # file in the image folder, or base64 where ``embedded``; "" without image
+    )
     embedded: bool = False
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the answer
 
@@ -77,7 +79,9 @@ class Question:
             return image.convert("RGB")
         except BAD_IMAGE as error:
             where = "the embedded image" if self.embedded else str(path)
-            raise ValueError(f"question {self.id!r}: cannot read {where}: {error}") from error
+            raise ValueError(
+                f"question {self.id!r}: cannot read {where}: {error}"
+            ) from error
 
 
 def read_questions(
@@ -94,25 +98,34 @@ def read_questions(
     with errors_about(path, fix="download it again"):
         if path.suffix == ".jsonl":
             for where, row in json_lines(path):
-                with errors_about(where, fix="expected an object with question_id, text and image"):
+                with errors_about(
+                    where, fix="expected an object with question_id, text and image"
+                ):
                     # TypeError for numbers
                     text = row["text"] + ""
                     image = row.get("image", "") + ""
                     questions.append(
-                        Question(id=row["question_id"], text=text, prompt=text, image=image)
+                        Question(
+                            id=row["question_id"], text=text, prompt=text, image=image
+                        )
                     )
         elif path.suffix == ".json":
             # LLaVA's conversations, of which the first turn is the question
             for number, row in enumerate(read_json_value(path)):
                 with errors_about(
-                    f"{path}, entry {number}", fix="expected an object with id and conversations"
+                    f"{path}, entry {number}",
+                    fix="expected an object with id and conversations",
                 ):
                     image = row.get("image", "") + ""
-                    text = row["conversations"][0]["value"].replace("<image>", "").strip()
+                    text = (
+                        row["conversations"][0]["value"].replace("<image>", "").strip()
+                    )
                     if directly:
                         text += f"\n{DIRECTLY['en']}"
                     prompt = f"<image>\n{text}" if image else text
-                    questions.append(Question(id=row["id"], text=text, prompt=prompt, image=image))
+                    questions.append(
+                        Question(id=row["id"], text=text, prompt=prompt, image=image)
+                    )
         elif path.suffix == ".tsv":
             questions = read_table(path, directly, all_rounds, lang)
         else:
@@ -124,7 +137,9 @@ def read_questions(
     return questions
 
 
-def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[Question]:
+def read_table(
+    path: Path, directly: bool, all_rounds: bool, lang: str
+) -> list[Question]:
     """MMBench: a question per row, repeated for every rotation of its options if ``all_rounds``."""
     csv.field_size_limit(sys.maxsize)  # cells contain images
     suffix = f"\n{DIRECTLY[lang]}" if directly else ""
@@ -136,11 +151,14 @@ def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[
                 if is_none(row.get(letter)):
                     break
                 options.append(row[letter])
-            letters = list(LETTERS[: len(options)])  # of the options as they are in the row
+            letters = list(
+                LETTERS[: len(options)]
+            )  # of the options as they are in the row
             hint = [] if is_none(row.get("hint")) else [row["hint"]]
             for number in range(len(options) if all_rounds else 1):
                 listed = [
-                    f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)
+                    f"{letter}. {option}"
+                    for letter, option in zip(LETTERS, options, strict=False)
                 ]
                 prompt = "\n".join([*hint, row["question"], *listed])
                 index = int(row["index"]) if row["index"].isdigit() else row["index"]
@@ -151,7 +169,11 @@ def read_table(path: Path, directly: bool, all_rounds: bool, lang: str) -> list[
                         prompt=prompt,
                         image=row["image"],
                         embedded=True,
-                        extra={"round_id": number, "options": options, "option_char": letters},
+                        extra={
+                            "round_id": number,
+                            "options": options,
+                            "option_char": letters,
+                        },
                     )
                 )
                 options = options[1:] + options[:1]
@@ -197,7 +219,12 @@ class AnswersFile:
     """The answers of one run, by index in the question file."""
 
     def __init__(
-        self, path: Path, settings: dict[str, Any], total: int, *, overwrite: bool = False
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        total: int,
+        *,
+        overwrite: bool = False,
     ):
         """``settings``: every setting that an answer depends on, saved as
         ``ANSWERS.settings.json``. Raises ContractError if answers with other settings exist, unless
@@ -208,7 +235,9 @@ class AnswersFile:
         self.partial_file = self.partial / f"{uuid.uuid4().hex[:12]}.jsonl"
         saved = settings_file(path)
         if path.is_dir():
-            raise ValueError(f"--answers-file {path} is a folder; choose a file to write")
+            raise ValueError(
+                f"--answers-file {path} is a folder; choose a file to write"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             path.unlink(missing_ok=True)
@@ -246,9 +275,14 @@ class AnswersFile:
         """Append answers to this process's file; raises DiskFullError, and what was written before
         is resumed."""
         self.partial.mkdir(exist_ok=True)
-        with naming_full_disk(self.path), self.partial_file.open("a", encoding="utf-8") as file:
+        with (
+            naming_full_disk(self.path),
+            self.partial_file.open("a", encoding="utf-8") as file,
+        ):
             for index, answer in answers.items():
-                line = json.dumps({"index": index, "answer": answer}, ensure_ascii=False)
+                line = json.dumps(
+                    {"index": index, "answer": answer}, ensure_ascii=False
+                )
                 file.write(f"{line}\n")
 
     def finish(self) -> int:
@@ -261,7 +295,9 @@ class AnswersFile:
             return 0
         if len(answers) < self.total:
             return self.total - len(answers)
-        write_text(self.path, "".join(json.dumps(answers[i]) + "\n" for i in range(self.total)))
+        write_text(
+            self.path, "".join(json.dumps(answers[i]) + "\n" for i in range(self.total))
+        )
         shutil.rmtree(self.partial, ignore_errors=True)
         return 0
 
@@ -321,7 +357,9 @@ class AnswerConfig(ModelConfig):
         also=("output",),
     )
     image_folder: str = setting("", help="folder of the questions' images")
-    num_chunks: int = setting(1, help="split the questions into chunks, as LLaVA's scripts do")
+    num_chunks: int = setting(
+        1, help="split the questions into chunks, as LLaVA's scripts do"
+    )
     chunk_idx: int = setting(0, help="chunk to answer")
     temperature: float = setting(0.0, help="sampling temperature; 0: greedy decoding")
     top_p: float | None = setting(None, help="nucleus sampling: probability mass")
@@ -331,7 +369,9 @@ class AnswerConfig(ModelConfig):
         False,
         help="ask for the option's letter only (ScienceQA, MMBench)",
     )
-    all_rounds: bool = setting(False, help="ask every rotation of the options (MMBench)")
+    all_rounds: bool = setting(
+        False, help="ask every rotation of the options (MMBench)"
+    )
     lang: Literal["en", "cn"] = setting("en", help="language of MMBench")
     load_8bit: bool = setting(
         False,
@@ -344,7 +384,9 @@ class AnswerConfig(ModelConfig):
         needs="not endpoint",
     )
     workers: int = setting(4, help="data loader processes")
-    concurrency: int = setting(16, help="with --endpoint: requests at a time", needs="endpoint")
+    concurrency: int = setting(
+        16, help="with --endpoint: requests at a time", needs="endpoint"
+    )
     timeout: float = setting(
         300.0,
         help="with --endpoint: seconds that an answer may take",

@@ -53,14 +53,18 @@ class PassingError(RefusedError):
     pause = 0.0
 
 
-Reply = tuple[str, str]  # the text of a chat completion, and why it ended: stop | length | ...
+Reply = tuple[
+    str, str
+]  # the text of a chat completion, and why it ended: stop | length | ...
 
 
 class ServedModel(NamedTuple):
     """An entry of the server's list of models."""
 
     id: str
-    root: str = ""  # the checkpoint's path or Hub id, where a server says it (vLLM, SGLang)
+    root: str = (
+        ""  # the checkpoint's path or Hub id, where a server says it (vLLM, SGLang)
+    )
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -84,19 +88,30 @@ class Endpoint:
         self._reported = -SILENCE  # time of the last message about a retry
         parts = urlsplit(url)
         if parts.username or parts.password:
-            raise ValueError(f"--endpoint must not contain a user or password; set {KEY} instead")
+            raise ValueError(
+                f"--endpoint must not contain a user or password; set {KEY} instead"
+            )
         is_server = parts.scheme in ("http", "https") and bool(parts.hostname)
         if not is_server or parts.query or parts.fragment:
             raise ValueError(
                 f"--endpoint {url!r} is not a server's URL; "
                 "expected one like http://localhost:8000/v1"
             )
-        path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/models")
+        path = (
+            parts.path.rstrip("/")
+            .removesuffix("/chat/completions")
+            .removesuffix("/models")
+        )
         self.url = f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
         self.timeout = timeout
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+        }
         key = os.environ.get(KEY, "").strip()
-        if not (key.isascii() and key.isprintable()):  # else http.client's error shows it
+        if not (
+            key.isascii() and key.isprintable()
+        ):  # else http.client's error shows it
             raise ValueError(
                 f"{KEY} has characters that no API key has (line breaks, non-ASCII); set it again"
             )
@@ -109,9 +124,14 @@ class Endpoint:
         naming all."""
         try:
             rows = self._request("/models", limit=timeout(), option=TIMEOUT)["data"]
-            models = [ServedModel(id=row["id"], root=str(row.get("root") or "")) for row in rows]
+            models = [
+                ServedModel(id=row["id"], root=str(row.get("root") or ""))
+                for row in rows
+            ]
         except PassingError as error:
-            raise EndpointError(f"{error}; start the server, or correct --endpoint") from error
+            raise EndpointError(
+                f"{error}; start the server, or correct --endpoint"
+            ) from error
         except RefusedError as error:  # some gateways have chat completions alone
             if name:
                 return ServedModel(id=name)
@@ -125,8 +145,12 @@ class Endpoint:
         chosen = [model for model in models if name in ("", model.id)]
         if len(chosen) != 1:
             ids = ", ".join(model.id for model in models[:20])
-            does = f"does not serve {name!r}" if name else f"serves {len(models)} models"
-            raise EndpointError(f"{self.url} {does}; choose one with --served-model-name: {ids}")
+            does = (
+                f"does not serve {name!r}" if name else f"serves {len(models)} models"
+            )
+            raise EndpointError(
+                f"{self.url} {does}; choose one with --served-model-name: {ids}"
+            )
         return chosen[0]
 
     def chat(self, body: dict[str, Any]) -> Reply:
@@ -167,15 +191,24 @@ class Endpoint:
                 f"{self.url}: an answer without choices[0].message.content: {_short(answer)}"
             ) from None
         if not isinstance(text, str):
-            raise RefusedError(f"the answer has no text (content: {_short(text)}, {reason})")
+            raise RefusedError(
+                f"the answer has no text (content: {_short(text)}, {reason})"
+            )
         return text.strip(), reason
 
     def _request(
-        self, path: str, body: dict[str, Any] | None = None, *, limit: float, option: str
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        limit: float,
+        option: str,
     ) -> Any:
         """The JSON value that the server answers with; ``limit`` in seconds, set by ``option``."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers=self._headers)
+        request = urllib.request.Request(
+            self.url + path, data=data, headers=self._headers
+        )
         try:
             with self._opener.open(request, timeout=limit) as response:
                 text = response.read()
@@ -203,7 +236,9 @@ class Endpoint:
         reply = f"HTTP {status}: {_short(location) if location else _error_text(error)}"
         if status in PASSING or status >= 500:
             passing = PassingError(f"{self.url}: {reply}")
-            passing.pause = seconds_of_retry_after(error.headers.get("Retry-After") or "")
+            passing.pause = seconds_of_retry_after(
+                error.headers.get("Retry-After") or ""
+            )
             return passing
         if status in (401, 403):
             return EndpointError(
@@ -220,7 +255,9 @@ def _error_text(error: urllib.error.HTTPError) -> str:
     """What a server says about an error: OpenAI's ``error.message``, FastAPI's ``detail``, or its
     first words."""
     raw = b""
-    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, AttributeError):
+    with contextlib.suppress(
+        OSError, http.client.HTTPException, ValueError, AttributeError
+    ):
         raw = error.read(1 << 16)
         body = json.loads(raw)
         inner = body.get("error", body)
@@ -314,7 +351,9 @@ def answer_served(
                 if isinstance(result, tuple):
                     text, reason = result
                     metadata = {"endpoint": endpoint.url, "finish_reason": reason}
-                    answers.write({index: entry(questions[index], text, model, metadata)})
+                    answers.write(
+                        {index: entry(questions[index], text, model, metadata)}
+                    )
                     in_a_row = 0
                     bar.update()
                 elif isinstance(result, RefusedError):

@@ -46,8 +46,13 @@ class Answers:
     @property
     def model(self) -> str:
         """The model's name in the rows, or the file's."""
-        named = (str(name) for answer in self.rows if (name := answer.row.get("model_id")))
-        return next(named, self.path.parent.name if self.path.stem == "merge" else self.path.stem)
+        named = (
+            str(name) for answer in self.rows if (name := answer.row.get("model_id"))
+        )
+        return next(
+            named,
+            self.path.parent.name if self.path.stem == "merge" else self.path.stem,
+        )
 
 
 def read_text(path: Path) -> str:
@@ -105,7 +110,9 @@ def read_answers(path: str | Path) -> Answers:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
-    if isinstance(value, dict) and not {"text", "answer", "prediction", "tuple"} & set(value):
+    if isinstance(value, dict) and not {"text", "answer", "prediction", "tuple"} & set(
+        value
+    ):
         value = [_mapped_row(path, key, entry) for key, entry in value.items()]
     in_list = isinstance(value, list)
     lines: list[Any] = value if in_list else text.split("\n")
@@ -148,10 +155,18 @@ def _layout(path: Path, head: Row) -> str:
         )
     if "tuple" in keys:
         return "judge"
-    of_llava = keys & {"prompt", "answer_id", "model_id"} or keys <= {"question_id", "text"}
+    of_llava = keys & {"prompt", "answer_id", "model_id"} or keys <= {
+        "question_id",
+        "text",
+    }
     if "text" in keys and of_llava:
         return "llava"
-    if keys & {"answer", "prediction"} and keys & {"question_id", "questionId", "image", "index"}:
+    if keys & {"answer", "prediction"} and keys & {
+        "question_id",
+        "questionId",
+        "image",
+        "index",
+    }:
         return "submission"
     if {"question_id", "image", "text"} <= keys:
         raise ValueError(
@@ -163,7 +178,12 @@ def _layout(path: Path, head: Row) -> str:
 
 def _answer(layout: str, line: int, row: Row) -> Answer:
     identifier = next(
-        (row[key] for key in ("question_id", "questionId", "index", "image") if key in row), None
+        (
+            row[key]
+            for key in ("question_id", "questionId", "index", "image")
+            if key in row
+        ),
+        None,
     )
     # as a table writes it where one is missing
     if isinstance(identifier, float) and identifier.is_integer():
@@ -178,7 +198,9 @@ def _answer(layout: str, line: int, row: Row) -> Answer:
     prompt = row.get("prompt") if layout == "llava" else ""
     if not isinstance(prompt, str):
         prompt = ""
-    return Answer(id=identifier, text=text, prompt=prompt, line=line, row=row, layout=layout)
+    return Answer(
+        id=identifier, text=text, prompt=prompt, line=line, row=row, layout=layout
+    )
 
 
 CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")
@@ -187,7 +209,9 @@ CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl")
 def _text_of_chunks(folder: Path) -> str:
     """What LLaVA's multi-GPU scripts write into a folder."""
     chunks = {
-        match[0]: match for path in folder.glob("*.jsonl") if (match := CHUNK.fullmatch(path.name))
+        match[0]: match
+        for path in folder.glob("*.jsonl")
+        if (match := CHUNK.fullmatch(path.name))
     }
     if not chunks:
         files = sorted(path.name for path in folder.iterdir())[:12]

@@ -19,14 +19,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_integration.evaluator.answer.questions import ModelConfig, settings_file
-from llava_integration.evaluator.benchmarks.answers import Answers, read_answers, read_jsonl
-from llava_integration.evaluator.benchmarks.benchmark import ALLOWED, Benchmark, first_file
+from llava_integration.evaluator.benchmarks.answers import (
+    Answers,
+    read_answers,
+    read_jsonl,
+)
+from llava_integration.evaluator.benchmarks.benchmark import (
+    ALLOWED,
+    Benchmark,
+    first_file,
+)
 from llava_integration.evaluator.benchmarks.rules import benchmark, benchmarks
 from llava_integration.evaluator.benchmarks.rules.judged import reviewed
 from llava_integration.evaluator.compare import report
 from llava_integration.evaluator.compare.readers import read_logs
 from llava_integration.evaluator.compare.sides import run_of
-from llava_integration.plug.checkpoints import check_checkpoint, config_of, sample_sha256
+from llava_integration.plug.checkpoints import (
+    check_checkpoint,
+    config_of,
+    sample_sha256,
+)
 from llava_integration.plug.compat.runner import installed_version
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.contracts import ScoreFile
@@ -37,7 +49,14 @@ from llm2clip_plugin.options import Command, command, setting
 from llm2clip_plugin.outside import printable_lines
 from llm2clip_plugin.processes import child_environment, on_ranks, python_module
 
-LIBRARIES = ("llm2clip-plugin", "llava-torch", "llava", "torch", "transformers", "numpy")
+LIBRARIES = (
+    "llm2clip-plugin",
+    "llava-torch",
+    "llava",
+    "torch",
+    "transformers",
+    "numpy",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +67,19 @@ class ScoreConfig:
     data: Path = setting(
         help="LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions",
     )
-    answers: Path = setting(help="of LLaVA's scripts, a folder of its chunks, or a submission file")
+    answers: Path = setting(
+        help="of LLaVA's scripts, a folder of its chunks, or a submission file"
+    )
     output: Path | None = setting(None, help="score file to write", also=("json",))
-    submission: Path | None = setting(None, help="file to write for the benchmark's server")
-    reviews: Path | None = setting(None, help="the judge's file, of a benchmark that has a judge")
-    model: str = setting("", help='the model\'s name in reports; "": from the answers file')
+    submission: Path | None = setting(
+        None, help="file to write for the benchmark's server"
+    )
+    reviews: Path | None = setting(
+        None, help="the judge's file, of a benchmark that has a judge"
+    )
+    model: str = setting(
+        "", help='the model\'s name in reports; "": from the answers file'
+    )
     allow_missing: float = setting(
         ALLOWED,
         help="largest fraction of missing, duplicate, unreadable or unknown answers; without a "
@@ -115,11 +142,15 @@ def describe(member: Benchmark, record: ScoreFile) -> str:
     """Headline, counts above zero, notes, the other metrics."""
     value = record.metrics[member.headline] * member.scale
     score = f"{member.title} of {record.model}: {value:.2f} {member.unit}"
-    counts = ", ".join(f"{name} {count}" for name, count in record.counts.items() if count)
+    counts = ", ".join(
+        f"{name} {count}" for name, count in record.counts.items() if count
+    )
     lines = [f"{score}   ({member.headline})", f"  {counts}"]
     lines += [f"  note: {note}" for note in record.notes]
     width = max((len(name) for name in record.metrics), default=0)
-    lines += [f"  {name:<{width}}  {number:.10g}" for name, number in record.metrics.items()]
+    lines += [
+        f"  {name:<{width}}  {number:.10g}" for name, number in record.metrics.items()
+    ]
     return "\n".join(lines)
 
 
@@ -130,9 +161,13 @@ def main_score(argv: list[str]) -> int:
     answers = read_answers(args.answers)
     if args.submission:
         if not member.submission_format:
-            raise ValueError(f"{args.benchmark} has no server to submit to; remove --submission")
+            raise ValueError(
+                f"{args.benchmark} has no server to submit to; remove --submission"
+            )
         member.write_submission(args.data, answers, args.submission)
-        print(f"wrote {args.submission} for the server of {member.title}", file=sys.stderr)
+        print(
+            f"wrote {args.submission} for the server of {member.title}", file=sys.stderr
+        )
         if not args.output:
             return 0
     record = score_answers(
@@ -160,12 +195,16 @@ class BenchConfig(ModelConfig):
         "with copies of the Hub's data sets, OWNER/NAME (without it, lmms-eval downloads them)",
     )
     output: Path = setting(help="folder for answers, scores and logs")
-    benchmarks: tuple[str, ...] = setting((), help="names; empty: all whose files are found")
+    benchmarks: tuple[str, ...] = setting(
+        (), help="names; empty: all whose files are found"
+    )
     engine: Literal["llava", "lmms-eval"] = setting(
         "llava",
         help="program that answers; lmms-eval also scores, by its own rules",
     )
-    tasks: tuple[str, ...] = setting((), help="lmms-eval task names; default: nine standard tasks")
+    tasks: tuple[str, ...] = setting(
+        (), help="lmms-eval task names; default: nine standard tasks"
+    )
     gpus: int = setting(1, help="number of processes, one GPU each")
     name: str = setting(
         "",
@@ -184,7 +223,11 @@ class BenchConfig(ModelConfig):
                 f"{problem}; or add --engine lmms-eval, "
                 "which has tasks and downloads data of its own"
             )
-        refused = [name for name in ("benchmarks", "endpoint", "model_base") if getattr(self, name)]
+        refused = [
+            name
+            for name in ("benchmarks", "endpoint", "model_base")
+            if getattr(self, name)
+        ]
         if self.engine == "lmms-eval" and refused:
             option = f"--{refused[0].replace('_', '-')}"
             raise ValueError(
@@ -234,7 +277,9 @@ def main(argv: list[str]) -> int:
             raise ValueError(
                 "lmms-eval is not installed here (docs/llava.md says how); or use --engine llava"
             )
-        jobs = {name: partial(run_lmms_eval, name, args) for name in args.tasks or TODAY}
+        jobs = {
+            name: partial(run_lmms_eval, name, args) for name in args.tasks or TODAY
+        }
         print(*(shlex.join(lmms_eval_command(name, args)) for name in jobs), sep="\n")
     else:
         assert args.data is not None  # __post_init__
@@ -260,7 +305,9 @@ def main(argv: list[str]) -> int:
     record = json.dumps([vars(outcome) for outcome in outcomes], indent=2)
     write_text(args.output / "bench.json", f"{record}\n")
     scores = "scores" if args.engine == "llava" else LOGS
-    compare = command("compare", f"BASE/{scores}", args.output / scores, "--output", "report")
+    compare = command(
+        "compare", f"BASE/{scores}", args.output / scores, "--output", "report"
+    )
     print(f"\ncompare two towers: {compare}", file=sys.stderr)
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
@@ -291,7 +338,9 @@ def run_one(name: str, job: Callable[[], Outcome], output: Path) -> Outcome:
         outcome = job()
     except Exception as error:
         log = write_text(output / "logs" / f"{name}.error.txt", traceback.format_exc())
-        outcome = Outcome(name=name, status="failed", detail=f"{error} (traceback: {log})")
+        outcome = Outcome(
+            name=name, status="failed", detail=f"{error} (traceback: {log})"
+        )
     print(f"{outcome.status}: {outcome.detail}", flush=True)
     return replace(outcome, seconds=round(time.monotonic() - started, 1))
 
@@ -308,13 +357,19 @@ def score_task(task: Task, args: BenchConfig) -> Outcome:
     run_logged(answered_by, args.output / "logs" / f"{name}.log", path.exists)
     answers = read_answers(path)
     if member.judge:
-        score = command("score", name, task.folder, "--answers", path, "--reviews", "FILE")
+        score = command(
+            "score", name, task.folder, "--answers", path, "--reviews", "FILE"
+        )
         return Outcome(name=name, status="answered", detail=f"needs a judge: {score}")
     if task.unscored:
         upload = args.output / "submissions" / f"{name}.{member.submission_format}"
         member.write_submission(task.folder, answers, upload)
-        return Outcome(name=name, status="answered", detail=f"to be scored by its server: {upload}")
-    model = args.name or (answers.model if args.endpoint else Path(args.model_path).name)
+        return Outcome(
+            name=name, status="answered", detail=f"to be scored by its server: {upload}"
+        )
+    model = args.name or (
+        answers.model if args.endpoint else Path(args.model_path).name
+    )
     record = score_answers(name, task.folder, answers, model=model)
     record.provenance.update(
         question_file_sha256=sha256_file(task.question_file), command=answered_by
@@ -346,7 +401,9 @@ class Task:
     folder: Path = Path()
     question_file: Path = Path()
     image_folder: Path | None = None  # None: the pictures are in the question file
-    unscored: str = ""  # why it can't be scored here (its server has the truth); "": it can
+    unscored: str = (
+        ""  # why it can't be scored here (its server has the truth); "": it can
+    )
     missing: str = ""  # which files were not found, so that it can't run; "": it can
 
 
@@ -382,7 +439,9 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
     """Look for a benchmark's files in one folder."""
     unscored = ""
     try:
-        with errors_about(f"the {member.title} files in {folder}", fix="download them again"):
+        with errors_about(
+            f"the {member.title} files in {folder}", fix="download them again"
+        ):
             member.load(folder)
     except (FileNotFoundError, ValueError) as error:
         unscored = str(error)
@@ -399,7 +458,9 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
         with errors_about(questions, fix="download it again"):
             is_json = questions.suffix == ".json"
             rows = read_json_value(questions) if is_json else read_jsonl(questions)
-            names = [row["image"] for row in rows if row.get("image")][:3]  # the first will do
+            names = [row["image"] for row in rows if row.get("image")][
+                :3
+            ]  # the first will do
         above = folder.parent if folder.is_file() else folder
         folders = [above / below for below in member.image_folders]
         images = next((images for images in folders if has_files(images, names)), None)
@@ -422,7 +483,9 @@ def has_files(folder: Path, names: list[str]) -> bool:
     return bool(names) and all((folder / name).is_file() for name in names)
 
 
-def question_file(member: Benchmark, folder: Path, generated: Path, *, scored: bool) -> Path | None:
+def question_file(
+    member: Benchmark, folder: Path, generated: Path, *, scored: bool
+) -> Path | None:
     """LLaVA's question file; for a split with annotations but without one, a file generated from
     the annotations."""
     if not scored or not member.scored_question_files:
@@ -447,7 +510,11 @@ def run_logged(
     # transformers otherwise lists the names of all the tower's weights, which the tower loads
     # itself
     environment = child_environment(TRANSFORMERS_VERBOSITY="error")
-    options: dict[str, Any] = {"stderr": subprocess.STDOUT, "env": environment, "cwd": folder}
+    options: dict[str, Any] = {
+        "stderr": subprocess.STDOUT,
+        "env": environment,
+        "cwd": folder,
+    }
     with (
         log.open("ab") as file,
         subprocess.Popen(words, stdout=subprocess.PIPE, **options) as process,
@@ -457,8 +524,14 @@ def run_logged(
             os.write(2, chunk)
             file.write(chunk)
     if process.returncode or not is_done():
-        lines = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").split("\n")
-        last = next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
+        lines = (
+            log.read_text(encoding="utf-8", errors="replace")
+            .replace("\r", "\n")
+            .split("\n")
+        )
+        last = next(
+            (line.strip()[-300:] for line in reversed(lines) if line.strip()), ""
+        )
         raise RuntimeError(
             f"exit status {process.returncode} without results; last line: {last!r}; log: {log}"
         )
@@ -525,7 +598,9 @@ def run_lmms_eval(task: str, args: BenchConfig) -> Outcome:
         f"{run.title}: {report.number(value, run.unit)} {run.unit}"
         for run, value in zip(runs, values, strict=True)
     ]
-    return Outcome(name=task, status="scored", value=values[0], detail="; ".join(results))
+    return Outcome(
+        name=task, status="scored", value=values[0], detail="; ".join(results)
+    )
 
 
 def is_llavas(model: str) -> bool:

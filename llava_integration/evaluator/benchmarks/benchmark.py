@@ -101,7 +101,10 @@ def by_group(items: Sequence[Item], group: str) -> dict[str, list[float]]:
 
 def percents(items: Sequence[Item], group: str) -> dict[str, float]:
     """Mean score in each group, percent, rounded to 2 places as the official scripts print it."""
-    return {key: round(100 * mean(values), 2) for key, values in by_group(items, group).items()}
+    return {
+        key: round(100 * mean(values), 2)
+        for key, values in by_group(items, group).items()
+    }
 
 
 def yes_no_numbers(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
@@ -120,7 +123,9 @@ def yes_no_numbers(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
         "FN": false_no,
         "precision": precision,
         "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+        "f1": 2 * precision * recall / (precision + recall)
+        if precision + recall
+        else 0.0,
     }
 
 
@@ -141,10 +146,14 @@ def mean_statistic(
     values: Sequence[float], counted: Sequence[bool] | None = None, scale: float = 100.0
 ) -> Statistic:
     """The statistic ``scale x mean`` over the questions that count."""
-    weight = np.ones(len(values)) if counted is None else np.asarray(counted, dtype=float)
+    weight = (
+        np.ones(len(values)) if counted is None else np.asarray(counted, dtype=float)
+    )
     sums = np.stack([np.asarray(values, dtype=float) * weight, weight], axis=1)
     return Statistic(
-        sums, lambda totals: scale * ratio(totals[..., 0], totals[..., 1]), counted=weight > 0
+        sums,
+        lambda totals: scale * ratio(totals[..., 0], totals[..., 1]),
+        counted=weight > 0,
     )
 
 
@@ -161,13 +170,17 @@ def in_columns(
     return sums.reshape(len(parts), -1)
 
 
-def mean_of_parts(parts: Sequence[str], scores: Sequence[float], scale: float) -> Statistic:
+def mean_of_parts(
+    parts: Sequence[str], scores: Sequence[float], scale: float
+) -> Statistic:
     """The statistic ``scale x mean over parts of the part's mean score``."""
     sums = in_columns(parts, [(score, 1) for score in scores])
     _, strata = np.unique(parts, return_inverse=True)
     return Statistic(
         sums,
-        lambda totals: scale * ratio(totals[..., 0::2], totals[..., 1::2]).mean(axis=-1),
+        lambda totals: (
+            scale * ratio(totals[..., 0::2], totals[..., 1::2]).mean(axis=-1)
+        ),
         strata=strata,
     )
 
@@ -176,7 +189,9 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Elementwise quotient, 0 where the divisor is 0."""
     above = np.asarray(above, dtype=float)
     below = np.asarray(below, dtype=float)
-    return np.divide(above, below, out=np.zeros(np.broadcast(above, below).shape), where=below != 0)
+    return np.divide(
+        above, below, out=np.zeros(np.broadcast(above, below).shape), where=below != 0
+    )
 
 
 # Answers are joined to questions by key, never by order. Of two answers to a question the last
@@ -203,7 +218,9 @@ def places(
     for key in wanted:
         seen[key] += 1
         questions = questions_of.get(key)
-        targets.append(questions[min(seen[key], len(questions)) - 1] if questions else None)
+        targets.append(
+            questions[min(seen[key], len(questions)) - 1] if questions else None
+        )
     return targets
 
 
@@ -252,9 +269,17 @@ def match(
     missing = total - len(answered)
     faults = {  # number, what it says, the number of which at most ``allow`` may be
         "missing": (missing, f"of {total} questions of {name} have no answer", total),
-        "doubled": (doubled, "duplicate answers; the last one to a question counts", total),
+        "doubled": (
+            doubled,
+            "duplicate answers; the last one to a question counts",
+            total,
+        ),
         "foreign": (len(unknown), "answers match no question; ignored", None),
-        "unparsable": (len(answers.broken) + textless, f"lines have no answer{first}", lines),
+        "unparsable": (
+            len(answers.broken) + textless,
+            f"lines have no answer{first}",
+            lines,
+        ),
         "empty": (empty, "answers are empty", None),
     }
     for count, problem, most in faults.values():
@@ -318,7 +343,9 @@ class Benchmark(ABC):
     title: str  # in tables
     order: int = 1000  # position in tables; equal ones by name
     headline: str = "accuracy_percent"  # key of the headline number in the metrics
-    scale: float = 1.0  # headline number in the published unit = metrics[headline] * scale
+    scale: float = (
+        1.0  # headline number in the published unit = metrics[headline] * scale
+    )
     unit: str = "%"  # of the headline number
     folders: tuple[str, ...]  # names of its folder in LLaVA's playground/data/eval
     # glob patterns, below the folder, of the files that it is scored with
@@ -327,11 +354,15 @@ class Benchmark(ABC):
     # of the split with public annotations, where LLaVA's file is another's
     scored_question_files: tuple[str, ...] = ()
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
-    evaluate_options: tuple[str, ...] = ()  # of ``llava evaluate``, as in LLaVA's scripts/v1_5/eval
+    evaluate_options: tuple[
+        str, ...
+    ] = ()  # of ``llava evaluate``, as in LLaVA's scripts/v1_5/eval
     # the program that writes the file for --reviews; "": scored from the answers alone
     judge: str = ""
     submission_format: str = ""  # json | jsonl: what its server accepts; "": no server
-    published: Mapping[str, float] = field(default_factory=dict)  # headline number by model
+    published: Mapping[str, float] = field(
+        default_factory=dict
+    )  # headline number by model
     answered_only: bool = False  # the headline is the mean over answered questions
     # what the statistic reads besides score; without them scores are averaged
     item_fields: tuple[str, ...] = ()
@@ -345,7 +376,9 @@ class Benchmark(ABC):
     def score_item(self, question: Question, answer: Answer | None) -> Item:
         """One question's item (see ``item_of``); ``answer`` is None if the question has none."""
 
-    def items(self, questions: Sequence[Question], answers: Sequence[Answer | None]) -> list[Item]:
+    def items(
+        self, questions: Sequence[Question], answers: Sequence[Answer | None]
+    ) -> list[Item]:
         """The items of the questions, each with the answer at its place."""
         return [self.score_item(*pair) for pair in zip(questions, answers, strict=True)]
 
@@ -360,7 +393,9 @@ class Benchmark(ABC):
     def statistic(self, items: Sequence[Item]) -> Statistic:
         """The headline number as a function of sums over items: mean score (of the answered ones),
         percent."""
-        answered = [not item.get("missing") for item in items] if self.answered_only else None
+        answered = (
+            [not item.get("missing") for item in items] if self.answered_only else None
+        )
         return mean_statistic([item["score"] for item in items], answered)
 
     # Which answer belongs to which question
@@ -377,16 +412,24 @@ class Benchmark(ABC):
 
     # Scoring
 
-    def score(self, folder: Path, answers: Answers, *, allow: float = ALLOWED) -> ScoreFile:
+    def score(
+        self, folder: Path, answers: Answers, *, allow: float = ALLOWED
+    ) -> ScoreFile:
         """Score answers, or a judge's reviews of them, with the annotations in ``folder``. Raises
         ValueError if more than the fraction ``allow`` is missing, duplicate, unreadable or unknown,
         and for another benchmark's."""
-        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
+        with errors_about(
+            f"the {self.title} files in {folder}", fix="download them again"
+        ):
             questions = self.load(folder)
         keys = [self.question_keys(question) for question in questions]
         targets = places(keys, map(self.answer_key, answers.rows))
-        joined, counts, notes = match(questions, answers, targets, allow=allow, name=self.name)
-        with errors_about(f"the {self.title} files in {folder}", fix="download them again"):
+        joined, counts, notes = match(
+            questions, answers, targets, allow=allow, name=self.name
+        )
+        with errors_about(
+            f"the {self.title} files in {folder}", fix="download them again"
+        ):
             items = self.items(questions, joined)
             return ScoreFile(
                 benchmark=self.name,
@@ -427,7 +470,8 @@ class Benchmark(ABC):
         )
         return sha256_text(
             "".join(
-                f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n" for path in paths
+                f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n"
+                for path in paths
             )
         )
 
@@ -439,7 +483,9 @@ class Benchmark(ABC):
     def image_bytes(self, folder: Path, item: Item) -> bytes | None:
         """The encoded picture of an item, or None; next to ``folder`` if it is a file."""
         return find_image(
-            self.image_folders, folder.parent if folder.is_file() else folder, str(item["image"])
+            self.image_folders,
+            folder.parent if folder.is_file() else folder,
+            str(item["image"]),
         )
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
@@ -450,7 +496,10 @@ class Benchmark(ABC):
         """Write the file that its server scores, atomically."""
         rows = self.submission_rows(folder, answers)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(output, json.dumps(rows) if self.submission_format == "json" else "".join(lines))
+        write_text(
+            output,
+            json.dumps(rows) if self.submission_format == "json" else "".join(lines),
+        )
 
 
 def published_scores(**numbers: float) -> dict[str, float]:
@@ -460,13 +509,22 @@ def published_scores(**numbers: float) -> dict[str, float]:
 
 def question_row(identifier: int | str, image: str, prompt: str) -> Row:
     """A row of a question file in LLaVA's format."""
-    return {"question_id": identifier, "image": image, "text": prompt, "category": "default"}
+    return {
+        "question_id": identifier,
+        "image": image,
+        "text": prompt,
+        "category": "default",
+    }
 
 
 def texts_by_id(answers: Answers, asked: Sequence[int | str]) -> dict[str, str]:
     """Texts by id; ValueError if one that was ``asked`` has none, since the server rejects an
     incomplete file."""
-    texts = {str(answer.id): answer.text for answer in answers.rows if answer.text is not None}
+    texts = {
+        str(answer.id): answer.text
+        for answer in answers.rows
+        if answer.text is not None
+    }
     if missing := [identifier for identifier in asked if str(identifier) not in texts]:
         raise ValueError(
             f"{answers.path} lacks {len(missing)} answers, as to {missing[0]}; the server needs all"
@@ -477,7 +535,10 @@ def texts_by_id(answers: Answers, asked: Sequence[int | str]) -> dict[str, str]:
 def first_file(folder: Path, *patterns: str) -> Path | None:
     """The first file below ``folder`` that matches a pattern, or None."""
     matches = (
-        path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()
+        path
+        for pattern in patterns
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
     )
     return next(matches, None)
 

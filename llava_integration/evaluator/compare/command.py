@@ -13,7 +13,11 @@ from typing import Literal
 import numpy as np
 
 from llava_integration.evaluator.compare.comparison import build, largest_difference
-from llava_integration.evaluator.compare.pairing import MIN_OVERLAP, ordered, paired_runs
+from llava_integration.evaluator.compare.pairing import (
+    MIN_OVERLAP,
+    ordered,
+    paired_runs,
+)
 from llava_integration.evaluator.compare.readers import Choices
 from llava_integration.evaluator.compare.report import page, table, text
 from llava_integration.evaluator.compare.sides import Side, load_models, load_sides
@@ -38,9 +42,15 @@ class CompareConfig:
     """Two or more sides, and how they are compared."""
 
     base: Path = setting(help="score file, log or folder of the baseline")
-    new: tuple[Path, ...] = setting((), help="score files, logs or folders to compare with BASE")
-    all_pairs: bool = setting(False, help="compare every two sides, not each with BASE alone")
-    names: tuple[str, ...] = setting((), help="names of the sides in the report, base first")
+    new: tuple[Path, ...] = setting(
+        (), help="score files, logs or folders to compare with BASE"
+    )
+    all_pairs: bool = setting(
+        False, help="compare every two sides, not each with BASE alone"
+    )
+    names: tuple[str, ...] = setting(
+        (), help="names of the sides in the report, base first"
+    )
     output: Path | None = setting(
         None,
         help="folder for compare.json, compare.md and compare.html",
@@ -61,7 +71,9 @@ class CompareConfig:
         needs="not plan",
     )
     group: str = setting("", help="field of the logs: items with one value go together")
-    metric: str = setting("", help="metric of a log, or column of a table; none: the first")
+    metric: str = setting(
+        "", help="metric of a log, or column of a table; none: the first"
+    )
     filter: str = setting("", help="filter of the harness; none: the first")
     scorer: str = setting("", help="scorer of inspect_ai; none: the headline's")
     references: bool = setting(True, help="show the published numbers")
@@ -102,11 +114,17 @@ class CompareConfig:
             ("effect", self.effect > 0, "a number above 0"),
             ("runs", min(self.runs, default=0) > 0, "whole numbers above 0"),
             ("output", self.output is None or not self.output.is_file(), "a folder"),
-            ("image-folder", self.image_folder is None or self.image_folder.is_dir(), "a folder"),
+            (
+                "image-folder",
+                self.image_folder is None or self.image_folder.is_dir(),
+                "a folder",
+            ),
         ):
             if not fits:
                 value = getattr(self, name.replace("-", "_"))
-                written = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                written = (
+                    " ".join(map(str, value)) if isinstance(value, tuple) else value
+                )
                 raise ValueError(f"--{name} {written} is invalid; expected {expected}")
 
 
@@ -139,12 +157,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     if args.output:  # before printing, which `| head` may end
         reports = {
-            "json": json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n",
+            "json": json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False)
+            + "\n",
             "md": f"# Comparison\n\n{text(comparison)}",
-            "html": page(comparison, sides, images=args.image_folder, questions=args.questions),
+            "html": page(
+                comparison, sides, images=args.image_folder, questions=args.questions
+            ),
         }
         for ending, report in reports.items():
-            print(f"wrote {write_text(args.output / f'compare.{ending}', report)}", file=sys.stderr)
+            print(
+                f"wrote {write_text(args.output / f'compare.{ending}', report)}",
+                file=sys.stderr,
+            )
     print(printable_lines(text(comparison)))  # names in it come from score files
     is_worse = any(row.verdict == "worse" for row in comparison.rows)
     if is_worse and args.fail_on == "worse":
@@ -155,10 +179,15 @@ def main(argv: list[str] | None = None) -> int:
 def sides_of(args: CompareConfig) -> list[Side]:
     """The sides that are named, or, of BASE alone, one for each of its models. Raises ValueError if
     there is but one."""
-    choices = Choices(group=args.group, metric=args.metric, filter=args.filter, scorer=args.scorer)
+    choices = Choices(
+        group=args.group, metric=args.metric, filter=args.filter, scorer=args.scorer
+    )
     if args.new or args.plan:
         return load_sides(
-            [args.base, *args.new], args.names, same_model=args.same_model, choices=choices
+            [args.base, *args.new],
+            args.names,
+            same_model=args.same_model,
+            choices=choices,
         )
     sides = load_models(args.base, choices)
     if len(sides) < 2:
@@ -170,19 +199,26 @@ def sides_of(args: CompareConfig) -> list[Side]:
         models = ", ".join(side.name for side in sides)
         raise ValueError(f"{len(args.names)} --names for {len(sides)} models: {models}")
     if args.names:
-        return [replace(side, name=name) for side, name in zip(sides, args.names, strict=True)]
+        return [
+            replace(side, name=name)
+            for side, name in zip(sides, args.names, strict=True)
+        ]
     return sides
 
 
 def print_plan(sides: Sequence[Side], args: CompareConfig) -> None:
     """Print how many images and runs a difference needs."""
     noises = plan(sides, spread=args.spread)
-    lines = table(PLAN, plan_rows(noises, effect=args.effect, runs=args.runs, level=args.level))
+    lines = table(
+        PLAN, plan_rows(noises, effect=args.effect, runs=args.runs, level=args.level)
+    )
     test = f"with {POWER:.0%} power, two-sided at {1 - args.level:.0%}"
     print(f"A difference of {args.effect:g} {test}:\n")
     print(printable_lines("\n".join(lines)))
     if any(noise.spread is None for noise in noises):
-        print("\nVariation over trainings is unknown: score several runs a side, or set --spread")
+        print(
+            "\nVariation over trainings is unknown: score several runs a side, or set --spread"
+        )
 
 
 # The power of a comparison that has not been run yet
@@ -214,7 +250,9 @@ class Noise:
     answer_error: float
     # standard deviation of one side's score over trainings, apart from that; None: unknown
     spread: float | None
-    spread_freedom: int = 1_000_000  # degrees of freedom that ``spread`` was estimated with
+    spread_freedom: int = (
+        1_000_000  # degrees of freedom that ``spread`` was estimated with
+    )
 
     @property
     def is_known(self) -> bool:
@@ -238,16 +276,22 @@ class Noise:
     def detectable(self, images: float, runs: int, *, level: float = 0.95) -> float:
         """The true difference that is detected with this power."""
         error, freedom = self.error(images, runs)
-        return (t_quantile(0.5 + level / 2, freedom) + t_quantile(POWER, freedom)) * error
+        return (
+            t_quantile(0.5 + level / 2, freedom) + t_quantile(POWER, freedom)
+        ) * error
 
-    def images_needed(self, effect: float, runs: int, *, level: float = 0.95) -> int | None:
+    def images_needed(
+        self, effect: float, runs: int, *, level: float = 0.95
+    ) -> int | None:
         """How many images detect ``effect`` with ``runs`` a side; None if no number does, for the
         runs' spread."""
         if self.detectable(self.images * MOST_TIMES, runs, level=level) > effect:
             return None
         counts = range(self.strata + 1, math.ceil(self.images * MOST_TIMES))
         enough = bisect_left(
-            counts, True, key=lambda images: self.detectable(images, runs, level=level) <= effect
+            counts,
+            True,
+            key=lambda images: self.detectable(images, runs, level=level) <= effect,
         )
         return counts[0] + enough
 
@@ -290,7 +334,9 @@ def measure(base: Side, new: Side, name: str, spread: float | None) -> Noise:
     shared = shared * wider**2
     # a base that varies says nothing of how often another side agrees with it
     if new is not base or np.allclose(base_MC, 0):
-        shared += doubt(paired, base_MC, new_MC, largest_difference([*base_runs, *new_runs]))
+        shared += doubt(
+            paired, base_MC, new_MC, largest_difference([*base_runs, *new_runs])
+        )
     noise = Noise(
         title=first.title,
         unit=first.unit,
@@ -314,7 +360,9 @@ def measure(base: Side, new: Side, name: str, spread: float | None) -> Noise:
     return replace(noise, spread=math.sqrt(luck), spread_freedom=freedom)
 
 
-def doubt(paired: Paired, base_MC: np.ndarray, new_MC: np.ndarray, span: float) -> float:
+def doubt(
+    paired: Paired, base_MC: np.ndarray, new_MC: np.ndarray, span: float
+) -> float:
     """The variance that a comparison adds for differences that are all alike: that a pilot saw no
     disagreement is not that there is none."""
     value = paired.statistic.value
@@ -334,8 +382,20 @@ def plan_rows(
     for noise in noises:
         title = noise.title if noise.unit == "%" else f"{noise.title} ({noise.unit})"
         if not noise.is_known:
-            images = "1 image" if noise.images == 1 else f"{noise.images} images, each of its group"
-            yield title, str(noise.images), "", "unknown", "unknown", "", f"unknown from {images}"
+            images = (
+                "1 image"
+                if noise.images == 1
+                else f"{noise.images} images, each of its group"
+            )
+            yield (
+                title,
+                str(noise.images),
+                "",
+                "unknown",
+                "unknown",
+                "",
+                f"unknown from {images}",
+            )
             continue
         varies = f"{math.hypot(noise.image_error, noise.answer_error):.2f} over images"
         if noise.spread is not None:

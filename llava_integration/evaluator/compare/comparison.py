@@ -114,7 +114,11 @@ class Comparison:
         for row, body in zip(self.rows, plain["rows"], strict=True):
             result = body.pop("result")
             del result["estimate"]
-            body |= {"base_score": result.pop("base"), "new_score": result.pop("new"), **result}
+            body |= {
+                "base_score": result.pop("base"),
+                "new_score": result.pop("new"),
+                **result,
+            }
             body |= {
                 "interval": [row.result.low, row.result.high],
                 "interval_holm": list(row.interval),
@@ -138,7 +142,9 @@ def build(
     other_scales = check_scales(sides)
     sides = in_one_unit(sides)
     notes = [note for side in sides for note in side.notes]
-    pairs = combinations(sides, 2) if all_pairs else [(sides[0], new) for new in sides[1:]]
+    pairs = (
+        combinations(sides, 2) if all_pairs else [(sides[0], new) for new in sides[1:]]
+    )
     tasks = []
     for base, new in pairs:
         tasks += [(base, new, name) for name in benchmarks_in_common(base, new)]
@@ -162,7 +168,9 @@ def build(
     scores = {}
     for name in ordered(name for side in sides for name in side.runs):
         runs = {side.name: side.runs[name] for side in sides if name in side.runs}
-        scores[name] = {side: mean_headline(runs_of_side) for side, runs_of_side in runs.items()}
+        scores[name] = {
+            side: mean_headline(runs_of_side) for side, runs_of_side in runs.items()
+        }
         first, *_ = next(iter(runs.values()))
         titles[name] = first.title
         units[name] = first.unit
@@ -257,7 +265,9 @@ def warnings(sides: Sequence[Side]) -> Iterator[str]:
             values = {str(record[setting]) for record in records if setting in record}
             used[name] = "/".join(sorted(values))
         if len({*used.values()} - {""}) > 1:
-            listed = ", ".join(f"{name}: {value}" for name, value in used.items() if value)
+            listed = ", ".join(
+                f"{name}: {value}" for name, value in used.items() if value
+            )
             yield f"the sides differ in their {setting}, which alone may move scores: {listed}"
 
 
@@ -278,7 +288,9 @@ def compare_benchmark(
     images = len(set(compress(first.clusters, counted_N)))
     notes += notes_of_runs(name, base, new)
     if images == 1 and len(base_N) > 1:
-        notes.append("all questions are about one image, so the interval is meaningless")
+        notes.append(
+            "all questions are about one image, so the interval is meaningless"
+        )
     return Row(
         benchmark=name,
         title=first.title,
@@ -295,7 +307,9 @@ def compare_benchmark(
         questions=len(base_N),
         images=images,
         runs=(len(base_runs), len(new_runs)),
-        categories=scores_by_category(list(compress(first.groups, counted_N)), base_N, new_N),
+        categories=scores_by_category(
+            list(compress(first.groups, counted_N)), base_N, new_N
+        ),
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -324,8 +338,12 @@ def notes_of_runs(name: str, base: Side, new: Side) -> list[str]:
     """The notes of both sides' runs on a benchmark; those of one side after its name."""
     base_notes = [note for run in base.runs[name] for note in run.notes]
     new_notes = [note for run in new.runs[name] for note in run.notes]
-    notes = [note if note in new_notes else f"{base.name}: {note}" for note in base_notes]
-    return notes + [note if note in base_notes else f"{new.name}: {note}" for note in new_notes]
+    notes = [
+        note if note in new_notes else f"{base.name}: {note}" for note in base_notes
+    ]
+    return notes + [
+        note if note in base_notes else f"{new.name}: {note}" for note in new_notes
+    ]
 
 
 def scores_by_category(
@@ -333,7 +351,9 @@ def scores_by_category(
 ) -> dict[str, tuple[float, float, int]]:
     """Mean score of base and of new, and number of questions, of each of G categories, the largest
     first; empty if there is only one."""
-    names_G, index_N, count_G = np.unique(category_N, return_inverse=True, return_counts=True)
+    names_G, index_N, count_G = np.unique(
+        category_N, return_inverse=True, return_counts=True
+    )
     if len(names_G) < 2:
         return {}
     base_G = np.bincount(index_N, base_N) / count_G

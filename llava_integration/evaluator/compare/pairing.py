@@ -20,7 +20,9 @@ def paired_runs(
     shared = set.intersection(*(set(run.ids) for run in runs))
     largest = max(len(run.ids) for run in runs)
     if not shared or len(shared) < min_overlap * largest:
-        counts = f"{len(shared)} questions of {', '.join(str(len(run.ids)) for run in runs)}"
+        counts = (
+            f"{len(shared)} questions of {', '.join(str(len(run.ids)) for run in runs)}"
+        )
         raise ContractError(
             f"{name}: {base.name} and {new.name} share {counts}; "
             "evaluate both on the same questions, or lower --min-overlap"
@@ -28,17 +30,23 @@ def paired_runs(
     shared_ids = [identifier for identifier in runs[0].ids if identifier in shared]
     runs = [run.pick(shared_ids) for run in runs]
     for run in runs[1:]:
-        for identifier, item, other in zip(run.ids, runs[0].items, run.items, strict=True):
+        for identifier, item, other in zip(
+            run.ids, runs[0].items, run.items, strict=True
+        ):
             truth = item.get("truth")
             if truth != other.get("truth"):
-                both = f"{truth!r} in {base.name}, {other.get('truth')!r} in {run.model}"
+                both = (
+                    f"{truth!r} in {base.name}, {other.get('truth')!r} in {run.model}"
+                )
                 raise ContractError(
                     f"{name}: the truth of question {identifier} is {both}; "
                     "score both by the same annotations"
                 )
     runs, notes = in_joint_clusters(runs)
     if len(shared) < largest:
-        notes.append(f"{largest - len(shared)} questions are not in every file; ignored")
+        notes.append(
+            f"{largest - len(shared)} questions are not in every file; ignored"
+        )
     if len({run.provenance.get("data_sha256", "") for run in runs} - {""}) > 1:
         notes.append(
             "the sides were scored with different annotation files; truths in common are equal"
@@ -82,7 +90,9 @@ def in_joint_clusters(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 def ordered(names: Iterable[str]) -> list[str]:
     """Benchmarks in the order of tables, unknown ones last, by name."""
     position = {name: number for number, name in enumerate(benchmarks())}
-    return sorted(set(names), key=lambda name: (position.get(name, len(position)), name))
+    return sorted(
+        set(names), key=lambda name: (position.get(name, len(position)), name)
+    )
 
 
 def in_one_unit(sides: Sequence[Side]) -> list[Side]:
@@ -127,7 +137,9 @@ def check_scales(sides: Sequence[Side]) -> list[str]:
             f"{', '.join(others)}"
         )
         if max(largest[side] for side in others) >= PERCENT:
-            raise ContractError(f"{scales}; write both from 0 to 1, or both from 0 to 100")
+            raise ContractError(
+                f"{scales}; write both from 0 to 1, or both from 0 to 100"
+            )
         found.append(f"{scales}: if these are two scales, the difference means nothing")
     return found
 
@@ -136,6 +148,8 @@ def benchmarks_in_common(base: Side, new: Side) -> list[str]:
     """The benchmarks that both sides have, in the order of tables; ValueError if there is none."""
     shared = ordered(set(base.runs) & set(new.runs))
     if not shared:
-        known = (f"{side.name} ({', '.join(ordered(side.runs))})" for side in (base, new))
+        known = (
+            f"{side.name} ({', '.join(ordered(side.runs))})" for side in (base, new)
+        )
         raise ValueError(f"{' and '.join(known)} have no benchmark in common")
     return shared

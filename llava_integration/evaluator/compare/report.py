@@ -91,7 +91,9 @@ def method_lines(comparison: Comparison) -> list[str]:
     ]
     runs = [row.runs for row in comparison.rows]
     if any(max(counts) > 1 for counts in runs):
-        lines.append("With several runs a side, p and interval include their variance (±: s.d.).")
+        lines.append(
+            "With several runs a side, p and interval include their variance (±: s.d.)."
+        )
     if (1, 1) in runs:
         line = (
             "With one run a side, p and interval cover the choice of questions, "
@@ -116,12 +118,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table, its columns aligned: the first and the last left, others
     right."""
     lines = [list(map(escaped_cell, line)) for line in (header, *rows)]
-    first_width, *inner_widths, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+    first_width, *inner_widths, _ = (
+        max(map(len, column)) for column in zip(*lines, strict=True)
+    )
     aligned = []
     for first, *inner, last in lines:
-        padded = [cell.rjust(width) for cell, width in zip(inner, inner_widths, strict=True)]
+        padded = [
+            cell.rjust(width) for cell, width in zip(inner, inner_widths, strict=True)
+        ]
         aligned.append([first.ljust(first_width), *padded, last])
-    rule = ["-" * first_width, *("-" * (width - 1) + ":" for width in inner_widths), "---"]
+    rule = [
+        "-" * first_width,
+        *("-" * (width - 1) + ":" for width in inner_widths),
+        "---",
+    ]
     return ["| " + " | ".join(line) + " |" for line in (aligned[0], rule, *aligned[1:])]
 
 
@@ -149,7 +159,10 @@ def text(comparison: Comparison) -> str:
     if comparison.references:
         published = []
         for model, values in comparison.references.items():
-            numbers = [f"{values[name]:g}" if name in values else "" for name in comparison.titles]
+            numbers = [
+                f"{values[name]:g}" if name in values else ""
+                for name in comparison.titles
+            ]
             published.append([model, *numbers])
         lines += [
             "",
@@ -157,7 +170,10 @@ def text(comparison: Comparison) -> str:
             "",
             *table(["", *comparison.titles.values()], published),
         ]
-    lines += ["", *(f"- {note}" for note in (*comparison.notes, *method_lines(comparison)))]
+    lines += [
+        "",
+        *(f"- {note}" for note in (*comparison.notes, *method_lines(comparison))),
+    ]
     return "\n".join(lines).strip() + "\n"
 
 
@@ -213,12 +229,21 @@ def browser_questions(
         if row.base != comparison.names[0]:
             continue
         side = comparison.names.index(row.new)
-        base_runs, new_runs, _ = paired_runs(row.benchmark, sides[0], sides[side], min_overlap=0)
+        base_runs, new_runs, _ = paired_runs(
+            row.benchmark, sides[0], sides[side], min_overlap=0
+        )
         folders = picture_folders(row.benchmark, [base_runs[0], new_runs[0]], images)
-        for base, new in disagreements(base_runs[0].items, new_runs[0].items, questions):
+        for base, new in disagreements(
+            base_runs[0].items, new_runs[0].items, questions
+        ):
             picture = picture_key(row.benchmark, base, folders, encoded)
             shown.append(
-                {"benchmark": row.title, "pair": side, "image": picture, **_question(base, new)}
+                {
+                    "benchmark": row.title,
+                    "pair": side,
+                    "image": picture,
+                    **_question(base, new),
+                }
             )
     return shown
 
@@ -246,7 +271,10 @@ def picture_folders(name: str, runs: Sequence[Run], root: Path | None) -> list[P
     rule = benchmarks().get(name)
     if root is not None:
         return [root / below for below in (*(rule.folders if rule else ()), "")]
-    scored = {(str(run.provenance.get("data")), run.provenance.get("data_sha256")) for run in runs}
+    scored = {
+        (str(run.provenance.get("data")), run.provenance.get("data_sha256"))
+        for run in runs
+    }
     return [
         Path(data)
         for data, digest in sorted(scored, key=str)
@@ -268,14 +296,18 @@ def picture_key(
     key = f"{name}/{image}"
     if image and key not in encoded:
         found = (
-            rule.image_bytes(folder, item) if rule else find_image(("", "images"), folder, image)
+            rule.image_bytes(folder, item)
+            if rule
+            else find_image(("", "images"), folder, image)
             for folder in folders
         )
         encoded[key] = thumbnail(next(filter(None, found), None))
     return key if encoded.get(key) else ""
 
 
-def disagreements(base: Sequence[Item], new: Sequence[Item], most: int) -> list[tuple[Item, Item]]:
+def disagreements(
+    base: Sequence[Item], new: Sequence[Item], most: int
+) -> list[tuple[Item, Item]]:
     """At most so many questions whose scores differ: wins and losses evenly, spread over the
     benchmark, in its order. Items without an answer, such as the queries of retrieval, are left
     out."""
@@ -286,8 +318,12 @@ def disagreements(base: Sequence[Item], new: Sequence[Item], most: int) -> list[
         multimodal = old.get("is_multimodal", True) or now.get("is_multimodal", True)
         if answered and multimodal:
             pairs.append((old, now))
-    won = [number for number, (old, now) in enumerate(pairs) if now["score"] > old["score"]]
-    lost = [number for number, (old, now) in enumerate(pairs) if now["score"] < old["score"]]
+    won = [
+        number for number, (old, now) in enumerate(pairs) if now["score"] > old["score"]
+    ]
+    lost = [
+        number for number, (old, now) in enumerate(pairs) if now["score"] < old["score"]
+    ]
     losses = min(len(lost), max(most // 2, most - len(won)))
     wins = min(len(won), most - losses)
     chosen = [*spread_evenly(lost, losses), *spread_evenly(won, wins)]
@@ -328,7 +364,8 @@ def _short(value: Any) -> str:
     """A text in one line of the page; of human answers each with its count."""
     if isinstance(value, list):
         value = ", ".join(
-            f"{answer} ×{count}" for answer, count in Counter(map(str, value)).most_common()
+            f"{answer} ×{count}"
+            for answer, count in Counter(map(str, value)).most_common()
         )
     text = "" if value is None else str(value)
     return text if len(text) <= LONGEST else text[:LONGEST] + " …"

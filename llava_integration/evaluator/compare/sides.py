@@ -39,9 +39,13 @@ class Run(Log):
 
     ids: list[str]  # each once
     scores: list[float]  # higher is better
-    clusters: list[str]  # questions of one cluster are resampled together: those about one image
+    clusters: list[
+        str
+    ]  # questions of one cluster are resampled together: those about one image
     groups: list[str]  # category in the report
-    rule: Benchmark | None  # whose headline number is the run's; None: that of ``aggregate``
+    rule: (
+        Benchmark | None
+    )  # whose headline number is the run's; None: that of ``aggregate``
     title: str  # in tables
     unit: str  # of the headline number; scores are from 0 to 1 for "%" and a mean score
 
@@ -103,7 +107,11 @@ class Side:
 
 
 def load_side(
-    path: Path, name: str = "", *, same_model: bool = False, choices: Choices = NO_CHOICES
+    path: Path,
+    name: str = "",
+    *,
+    same_model: bool = False,
+    choices: Choices = NO_CHOICES,
 ) -> Side:
     """Read a score file or another evaluator's log, or all below a folder; several of one benchmark
     are its runs. Raises FileNotFoundError, or ContractError for what can't be read or compared,
@@ -132,7 +140,10 @@ def side_of(path: Path, runs: Sequence[Run], name: str, notes: Sequence[str]) ->
     for run in runs:
         by_benchmark[run.benchmark] = (*by_benchmark.get(run.benchmark, ()), run)
     return Side(
-        name=name or runs[0].model or path.stem, path=path, runs=by_benchmark, notes=tuple(notes)
+        name=name or runs[0].model or path.stem,
+        path=path,
+        runs=by_benchmark,
+        notes=tuple(notes),
     )
 
 
@@ -143,7 +154,9 @@ def load_runs(path: Path, choices: Choices) -> tuple[list[Run], list[str]]:
         raise FileNotFoundError(f"no score file, log or folder {path}")
     records = read_logs(path, choices)
     if not records:
-        known = f"known: {', '.join(readers())}; a table needs the columns item and score"
+        known = (
+            f"known: {', '.join(readers())}; a table needs the columns item and score"
+        )
         raise FileNotFoundError(
             f"{path} has no score files (`llm2clip score` writes them) and no logs; {known}"
         )
@@ -238,7 +251,9 @@ def check_items(path: Path, items: Sequence[Item]) -> None:
                 )
     (most_common, times), *_ = Counter(str(item["id"]) for item in items).most_common(1)
     if times > 1:
-        raise ContractError(f"{path} has item {most_common} twice; score the answers again")
+        raise ContractError(
+            f"{path} has item {most_common} twice; score the answers again"
+        )
 
 
 def missing_fields(rule: Benchmark, items: Sequence[Item]) -> list[str]:
@@ -316,7 +331,9 @@ def load_sides(
     sides = rename_equal(
         sides, [f"{side.path.resolve().parent.name}/{side.path.stem}" for side in sides]
     )
-    sides = rename_equal(sides, [f"{side.name} #{number}" for number, side in enumerate(sides)])
+    sides = rename_equal(
+        sides, [f"{side.name} #{number}" for number, side in enumerate(sides)]
+    )
     return with_common_task(sides)
 
 

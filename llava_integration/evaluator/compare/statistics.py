@@ -84,7 +84,12 @@ class Estimate:
         root = math.sqrt(self.count)
         ratio = self.center / self.error / root
         skew = self.skew
-        value = ratio + skew * ratio**2 / 3 + skew**2 * ratio**3 / 27 + skew / (6 * self.count)
+        value = (
+            ratio
+            + skew * ratio**2 / 3
+            + skew**2 * ratio**3 / 27
+            + skew / (6 * self.count)
+        )
         t = root * min(abs(ratio), abs(value))
         return min(1.0, 2 * (1 - t_cdf(t, self.freedom)))
 
@@ -140,8 +145,12 @@ def pair(base: list[Statistic], new: list[Statistic], clusters: list[str]) -> Pa
     stratum_C = np.zeros(count, dtype=int)
     if base[0].strata is not None:
         stratum_C = strata_of(code_N, base[0].strata[counted_N], count)
-    base_MCK = np.stack([cluster_sums(run.sums[counted_N], code_N, count) for run in base])
-    new_MCK = np.stack([cluster_sums(run.sums[counted_N], code_N, count) for run in new])
+    base_MCK = np.stack(
+        [cluster_sums(run.sums[counted_N], code_N, count) for run in base]
+    )
+    new_MCK = np.stack(
+        [cluster_sums(run.sums[counted_N], code_N, count) for run in new]
+    )
     size_C = np.bincount(code_N, minlength=count).astype(float)
     return Paired(base_MCK, new_MCK, base[0], stratum_C, size_C)
 
@@ -159,7 +168,8 @@ def strata_of(code_N: np.ndarray, stratum_N: np.ndarray, clusters: int) -> np.nd
 def counted(runs: list[Statistic]) -> np.ndarray:
     """(N,) booleans: the questions that count in at least one run."""
     counted_MN = [
-        np.ones(len(run.sums), bool) if run.counted is None else run.counted for run in runs
+        np.ones(len(run.sums), bool) if run.counted is None else run.counted
+        for run in runs
     ]
     return np.any(counted_MN, axis=0)
 
@@ -181,11 +191,15 @@ def compare(paired: Paired, *, level: float = 0.95, span: float = 100.0) -> Diff
     test = "t over images"
     if max(len(base_M), len(new_M)) > 1:
         test = "t over images and runs"
-        estimate = with_runs(estimate, [base_M, new_M], [slips_of(base_MC), slips_of(new_MC)])
+        estimate = with_runs(
+            estimate, [base_M, new_M], [slips_of(base_MC), slips_of(new_MC)]
+        )
     low, high = estimate.interval(level)
     detectable = math.inf
     if estimate.freedom:
-        reach = t_quantile(0.5 + level / 2, estimate.freedom) + t_quantile(0.8, estimate.freedom)
+        reach = t_quantile(0.5 + level / 2, estimate.freedom) + t_quantile(
+            0.8, estimate.freedom
+        )
         detectable = reach * estimate.error
     return Difference(
         base=base,
@@ -215,15 +229,21 @@ def influences(paired: Paired) -> tuple[np.ndarray, np.ndarray]:
     value = paired.statistic.value
     sides = []
     for runs_MCK in (paired.base, paired.new):
-        influence_MC = np.stack([run_CK @ gradient(value, run_CK) for run_CK in runs_MCK])
+        influence_MC = np.stack(
+            [run_CK @ gradient(value, run_CK) for run_CK in runs_MCK]
+        )
         for stratum in np.unique(paired.strata):
             members = paired.strata == stratum
-            influence_MC[:, members] -= influence_MC[:, members].mean(axis=1, keepdims=True)
+            influence_MC[:, members] -= influence_MC[:, members].mean(
+                axis=1, keepdims=True
+            )
         sides.append(influence_MC)
     return sides[0], sides[1]
 
 
-def gradient(value: Callable[[np.ndarray], np.ndarray], run_CK: np.ndarray) -> np.ndarray:
+def gradient(
+    value: Callable[[np.ndarray], np.ndarray], run_CK: np.ndarray
+) -> np.ndarray:
     """(K,) the derivative of the headline number by each of its sums."""
     total_K = run_CK.sum(axis=0)
     step_K = STEP * np.maximum(np.abs(total_K), 1)
@@ -240,13 +260,22 @@ def leverages(paired: Paired) -> np.ndarray:
 
 
 def over_clusters(
-    paired: Paired, difference: float, base_MC: np.ndarray, new_MC: np.ndarray, span: float
+    paired: Paired,
+    difference: float,
+    base_MC: np.ndarray,
+    new_MC: np.ndarray,
+    span: float,
 ) -> Estimate:
     """The test over clusters, of the mean over runs."""
     clusters = paired.clusters
     if paired.freedom < 1:
         return Estimate(
-            center=difference, error=0.0, freedom=0.0, skew=0.0, count=clusters, span=span
+            center=difference,
+            error=0.0,
+            freedom=0.0,
+            skew=0.0,
+            count=clusters,
+            span=span,
         )
     influence_C = new_MC.mean(axis=0) - base_MC.mean(axis=0)
     weight_C = paired.weights
@@ -276,7 +305,9 @@ def over_clusters(
     )
 
 
-def added_clusters(paired: Paired, contribution_C: np.ndarray, span: float) -> tuple[float, float]:
+def added_clusters(
+    paired: Paired, contribution_C: np.ndarray, span: float
+) -> tuple[float, float]:
     """How many clusters to add, half of them won and half lost, and how large they are: two, times
     the share of clusters whose difference is the same. They are as large as the others that are no
     ties."""
@@ -315,7 +346,9 @@ def over_strata(
         if count_S[stratum] > 1:
             freedom = effective_freedom(paired.sizes[members])
         if len(count_S) > 1 and alike_C[members].all():
-            variance = max(variance, by_question * float(np.sum(paired.weights[members] ** 2)))
+            variance = max(
+                variance, by_question * float(np.sum(paired.weights[members] ** 2))
+            )
             freedom = float(paired.freedom)
         parts.append((variance, freedom))
     total = sum(variance for variance, _ in parts)
@@ -358,7 +391,9 @@ def slips_of(influence_MC: np.ndarray) -> float:
     return max(0.0, of_one - of_mean) * runs / (runs - 1)
 
 
-def with_runs(estimate: Estimate, values: Sequence[np.ndarray], slips: Sequence[float]) -> Estimate:
+def with_runs(
+    estimate: Estimate, values: Sequence[np.ndarray], slips: Sequence[float]
+) -> Estimate:
     """The estimate with the variance between runs; a single run gets the other side's. Runs differ
     by their slips, too, which the variance over images has already, so they leave that; and what
     few runs show of their variance is at least their slips, and LEAST_OF_POOLED of both sides'."""
@@ -379,7 +414,9 @@ def with_runs(estimate: Estimate, values: Sequence[np.ndarray], slips: Sequence[
     parts.append((max(0.0, over_images), estimate.freedom))
     error, freedom = combine(parts)
     known = min(1.0, freedom / estimate.freedom)
-    return replace(estimate, error=error, freedom=freedom, skew=estimate.skew * known**2)
+    return replace(
+        estimate, error=error, freedom=freedom, skew=estimate.skew * known**2
+    )
 
 
 def combine(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -410,9 +447,9 @@ def holm_factors(values: list[float]) -> list[float]:
     adjusted = np.maximum.accumulate(tests_left * sorted_values)
     positive = sorted_values > 0
     factors = tests_left.copy()
-    factors[positive] = np.maximum(tests_left, adjusted / np.where(positive, sorted_values, 1))[
-        positive
-    ]
+    factors[positive] = np.maximum(
+        tests_left, adjusted / np.where(positive, sorted_values, 1)
+    )[positive]
     in_order = np.empty(len(values))
     in_order[order] = factors
     return in_order.tolist()

@@ -42,13 +42,17 @@ def completes(module: str, when: When, **libraries: str) -> Callable[[Any], Any]
 def replaces(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
     """Decorator that sets ``owner.name`` to the function, whose first argument is the original."""
     is_class_method = isinstance(inspect.getattr_static(owner, name), classmethod)
-    original = getattr(owner, name).__func__ if is_class_method else getattr(owner, name)
+    original = (
+        getattr(owner, name).__func__ if is_class_method else getattr(owner, name)
+    )
 
     def decorate(function: Callable[..., Any]) -> None:
         @functools.wraps(original)
         def replacement(*arguments: Any, **options: Any) -> Any:
             return function(original, *arguments, **options)
 
-        setattr(owner, name, classmethod(replacement) if is_class_method else replacement)
+        setattr(
+            owner, name, classmethod(replacement) if is_class_method else replacement
+        )
 
     return decorate

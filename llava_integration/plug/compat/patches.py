@@ -43,7 +43,9 @@ def loading_options(module: Any) -> None:
     from transformers import PreTrainedModel
 
     @replaces(PreTrainedModel, "from_pretrained")
-    def from_pretrained(original: Any, cls: Any, *arguments: Any, **options: Any) -> Any:
+    def from_pretrained(
+        original: Any, cls: Any, *arguments: Any, **options: Any
+    ) -> Any:
         return original(cls, *arguments, **options_of_5(options))
 
 
@@ -59,11 +61,20 @@ def options_of_5(options: dict[str, Any]) -> dict[str, Any]:
     ):
         options["attn_implementation"] = "sdpa"
         if os.environ.get("RANK", "0") == "0":
-            print("llm2clip: flash-attn is not installed; using sdpa attention", file=sys.stderr)
-    bits = {name: options.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in options}
+            print(
+                "llm2clip: flash-attn is not installed; using sdpa attention",
+                file=sys.stderr,
+            )
+    bits = {
+        name: options.pop(name)
+        for name in ("load_in_8bit", "load_in_4bit")
+        if name in options
+    }
     if any(bits.values()) and options.get("quantization_config") is None:
         options["quantization_config"] = BitsAndBytesConfig(**bits)
-    says_dtype = options.get("torch_dtype") is not None or options.get("dtype") is not None
+    says_dtype = (
+        options.get("torch_dtype") is not None or options.get("dtype") is not None
+    )
     if not says_dtype and any(bits.values()):
         options["torch_dtype"] = torch.float16
     elif not says_dtype and "torch_dtype" in options:
@@ -79,7 +90,8 @@ def language_models(module: Any) -> None:
     """LLaVA's Llama and its Mistral: see `complete_generation` and `complete_saving`."""
     kind = "Mistral" if module.__name__ == MISTRAL else "Llama"
     complete_generation(
-        getattr(module, f"Llava{kind}ForCausalLM"), getattr(module, f"{kind}ForCausalLM")
+        getattr(module, f"Llava{kind}ForCausalLM"),
+        getattr(module, f"{kind}ForCausalLM"),
     )
     config = module.LlavaMistralConfig if kind == "Mistral" else module.LlavaConfig
     complete_saving(getattr(module, f"Llava{kind}ForCausalLM"), config)
@@ -94,7 +106,9 @@ def complete_generation(model_class: Any, parent: Any) -> None:
     criteria count.
     """
     bases = model_class.__bases__
-    model_class.__bases__ = tuple(between(parent) if base is parent else base for base in bases)
+    model_class.__bases__ = tuple(
+        between(parent) if base is parent else base for base in bases
+    )
 
     @replaces(model_class, "forward")
     def forward(
@@ -116,7 +130,9 @@ def between(parent: Any) -> Any:
         return {} if values is None else {name: values}
 
     class GenerationOfToday(parent):
-        def forward(self, *arguments: Any, past_key_values: Any = None, **options: Any) -> Any:
+        def forward(
+            self, *arguments: Any, past_key_values: Any = None, **options: Any
+        ) -> Any:
             return super().forward(*arguments, **options, **cached(past_key_values))
 
         def prepare_inputs_for_generation(
@@ -133,9 +149,12 @@ def between(parent: Any) -> Any:
             bos = bos[0] if isinstance(bos, list) else bos
             if embeddings is not None and bos is not None:
                 options.setdefault(
-                    "input_ids", torch.full((len(embeddings), 1), bos, device=embeddings.device)
+                    "input_ids",
+                    torch.full((len(embeddings), 1), bos, device=embeddings.device),
                 )
-                if options.get("attention_mask") is None:  # would be made as long as input_ids
+                if (
+                    options.get("attention_mask") is None
+                ):  # would be made as long as input_ids
                     options["attention_mask"] = torch.ones(
                         embeddings.shape[:2], dtype=torch.long
                     ).to(embeddings.device)
@@ -147,8 +166,16 @@ def between(parent: Any) -> Any:
 # Checkpoints that LLaVA's own environment reads
 
 PREFIX = "vision_model."
-PLACE = "vision_tower.vision_tower."  # LLaVA's module, then the Hugging Face model in it
-PARTS = {"embeddings", "pre_layrnorm", "encoder", "post_layernorm", "head"}  # of CLIP and SigLIP
+PLACE = (
+    "vision_tower.vision_tower."  # LLaVA's module, then the Hugging Face model in it
+)
+PARTS = {
+    "embeddings",
+    "pre_layrnorm",
+    "encoder",
+    "post_layernorm",
+    "head",
+}  # of CLIP and SigLIP
 
 
 def complete_saving(model_class: Any, config_class: Any) -> None:
@@ -162,13 +189,19 @@ def complete_saving(model_class: Any, config_class: Any) -> None:
 
     @replaces(model_class, "save_pretrained")
     def save_pretrained(
-        original: Any, self: Any, *arguments: Any, state_dict: Any = None, **options: Any
+        original: Any,
+        self: Any,
+        *arguments: Any,
+        state_dict: Any = None,
+        **options: Any,
     ) -> Any:
         tensors = self.state_dict() if state_dict is None else state_dict
         return original(self, *arguments, state_dict=names_of_4(tensors), **options)
 
     @replaces(config_class, "to_json_string")
-    def to_json_string(original: Any, self: Any, *arguments: Any, **options: Any) -> str:
+    def to_json_string(
+        original: Any, self: Any, *arguments: Any, **options: Any
+    ) -> str:
         written = json.loads(original(self, *arguments, **options))
         if "dtype" in written:
             written["torch_dtype"] = written["dtype"]
@@ -180,7 +213,9 @@ def complete_saving(model_class: Any, config_class: Any) -> None:
             }
             kind = rope.get("rope_type", "default")
             written["rope_theta"] = rope.get("rope_theta", 10000.0)
-            written["rope_scaling"] = None if kind == "default" else {"type": kind, **scaling}
+            written["rope_scaling"] = (
+                None if kind == "default" else {"type": kind, **scaling}
+            )
         return json.dumps(written, indent=2, sort_keys=True) + "\n"
 
 
@@ -188,10 +223,14 @@ def names_of_4(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors, those of a CLIP or SigLIP tower with ``vision_model.`` in their names; others
     are not renamed."""
     inside = [name.partition(PLACE)[2] for name in tensors if PLACE in name]
-    layers = any(name.startswith("encoder.layers.") for name in inside)  # DINOv2 has encoder.layer.
+    layers = any(
+        name.startswith("encoder.layers.") for name in inside
+    )  # DINOv2 has encoder.layer.
     if not layers or {name.partition(".")[0] for name in inside} - PARTS:
         return dict(tensors)
-    return {name.replace(PLACE, PLACE + PREFIX): tensor for name, tensor in tensors.items()}
+    return {
+        name.replace(PLACE, PLACE + PREFIX): tensor for name, tensor in tensors.items()
+    }
 
 
 KNOWN = frozenset(  # settings of peft 0.10
@@ -212,13 +251,22 @@ def lora_checkpoint(module: Any) -> None:
     from peft import LoraConfig
 
     @replaces(LoraConfig, "save_pretrained")
-    def save_pretrained(original: Any, self: Any, save_directory: str, **options: Any) -> None:
+    def save_pretrained(
+        original: Any, self: Any, save_directory: str, **options: Any
+    ) -> None:
         original(self, save_directory, **options)
-        drop_defaults(Path(save_directory) / "adapter_config.json", type(self)().to_dict())
+        drop_defaults(
+            Path(save_directory) / "adapter_config.json", type(self)().to_dict()
+        )
 
     @replaces(torch, "save")
-    def save(original: Any, tensors: Any, file: Any, *arguments: Any, **options: Any) -> None:
-        if isinstance(file, (str, os.PathLike)) and Path(file).name == "non_lora_trainables.bin":
+    def save(
+        original: Any, tensors: Any, file: Any, *arguments: Any, **options: Any
+    ) -> None:
+        if (
+            isinstance(file, (str, os.PathLike))
+            and Path(file).name == "non_lora_trainables.bin"
+        ):
             tensors = names_of_4(tensors)
         original(tensors, file, *arguments, **options)
 
@@ -261,15 +309,21 @@ def tower_building(module: Any) -> None:
         meta = torch.get_default_device().type == "meta"
         with torch.device("cpu") if meta else contextlib.nullcontext():
             tower = original(*arguments, **options)
-            tower.buffers_as_read = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+            tower.buffers_as_read = {
+                name: buffer.clone() for name, buffer in tower.named_buffers()
+            }
         tower._register_load_state_dict_pre_hook(accept_either_names)
         return tower
 
     @replaces(PreTrainedModel, "from_pretrained")
-    def from_pretrained(original: Any, cls: Any, *arguments: Any, **options: Any) -> Any:
+    def from_pretrained(
+        original: Any, cls: Any, *arguments: Any, **options: Any
+    ) -> Any:
         result = original(cls, *arguments, **options)
         model = result[0] if isinstance(result, tuple) else result
-        for tower in [module for module in model.modules() if "buffers_as_read" in vars(module)]:
+        for tower in [
+            module for module in model.modules() if "buffers_as_read" in vars(module)
+        ]:
             for name, buffer in tower.named_buffers():
                 buffer.copy_(tower.buffers_as_read.get(name, buffer))
             del tower.buffers_as_read
@@ -342,7 +396,12 @@ def is_llama(name: str, options: dict[str, Any]) -> bool:
     if get_tokenizer_config(name, **where).get("tokenizer_class") not in LLAMA_NAMES:
         return False
     return (
-        cached_file(name, "tokenizer.model", _raise_exceptions_for_missing_entries=False, **where)
+        cached_file(
+            name,
+            "tokenizer.model",
+            _raise_exceptions_for_missing_entries=False,
+            **where,
+        )
         is not None
     )
 
@@ -374,7 +433,9 @@ def read_as_4(tokenizer: Any, name: str) -> None:
 
     backend = tokenizer.backend_tokenizer
     backend.model.unk_token = tokenizer.unk_token
-    file = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    file = cached_file(
+        name, "tokenizer.json", _raise_exceptions_for_missing_entries=False
+    )
     if file is None:
         backend.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -403,7 +464,9 @@ def cpu_ranks(module: Any) -> None:
         return
 
     @replaces(PartialState, "_prepare_backend")
-    def _prepare_backend(original: Any, self: Any, *arguments: Any, **options: Any) -> Any:
+    def _prepare_backend(
+        original: Any, self: Any, *arguments: Any, **options: Any
+    ) -> Any:
         backend, kind = original(self, *arguments, **options)
         if backend is None and int(os.environ.get("LOCAL_RANK", -1)) != -1:
             return "gloo", DistributedType.MULTI_CPU
@@ -431,7 +494,7 @@ def trainer_imports(module: Any) -> None:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     if not hasattr(transformers.trainer, "ALL_LAYERNORM_LAYERS"):
-        setattr(transformers.trainer, "ALL_LAYERNORM_LAYERS", [nn.LayerNorm, LlamaRMSNorm])  # noqa: B010 - for pyright
+        transformers.trainer.ALL_LAYERNORM_LAYERS = [nn.LayerNorm, LlamaRMSNorm]
 
 
 @dataclasses.dataclass
@@ -461,9 +524,9 @@ def trainer_options(module: Any) -> None:
     # in place: a module of LLaVA may have bound the class already
     for field in dataclasses.fields(OldNames):
         setattr(training_args.TrainingArguments, field.name, field.default)
-        training_args.TrainingArguments.__annotations__[field.name] = OldNames.__annotations__[
-            field.name
-        ]
+        training_args.TrainingArguments.__annotations__[field.name] = (
+            OldNames.__annotations__[field.name]
+        )
         training_args.TrainingArguments.__dataclass_fields__[field.name] = field
 
     @replaces(training_args.TrainingArguments, "__post_init__")

@@ -12,7 +12,12 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from llava_integration.plug.compat.completion import TRAINER, Completion, When, completions
+from llava_integration.plug.compat.completion import (
+    TRAINER,
+    Completion,
+    When,
+    completions,
+)
 from llm2clip_plugin.installation import installed_version
 from llm2clip_plugin.quiet import quiet_peft
 
@@ -84,7 +89,8 @@ def complete(completion: Completion, module: ModuleType) -> None:
     except Exception as error:
         name = completion.complete.__name__
         versions = ", ".join(
-            f"{library} {installed_version(library)}" for library in completion.libraries
+            f"{library} {installed_version(library)}"
+            for library in completion.libraries
         )
         raise ImportError(
             f"llava_integration/plug/compat/patches.py, {name} could not complete "
@@ -114,7 +120,9 @@ def has_version(library: str, versions: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
     installed = installed_version(library)
-    return bool(installed) and SpecifierSet(versions).contains(installed, prereleases=True)
+    return bool(installed) and SpecifierSet(versions).contains(
+        installed, prereleases=True
+    )
 
 
 @functools.cache
@@ -132,7 +140,9 @@ def untried() -> list[str]:
     never_tried = []
     for library, tried in TRIED.items():
         installed = installed_version(library)
-        if installed and not any(f"{installed}.".startswith(f"{version}.") for version in tried):
+        if installed and not any(
+            f"{installed}.".startswith(f"{version}.") for version in tried
+        ):
             never_tried.append(f"{library} {installed} (tried: {', '.join(tried)})")
     return never_tried
 
@@ -157,4 +167,7 @@ def adapters_stay_fp32() -> bool:
     quiet_peft()
     from peft import PeftModel
 
-    return "autocast_adapter_dtype" in inspect.signature(PeftModel.from_pretrained).parameters
+    return (
+        "autocast_adapter_dtype"
+        in inspect.signature(PeftModel.from_pretrained).parameters
+    )

@@ -6,7 +6,10 @@ Ids and decoded texts equal those of 4.37 (tests/llava/parity), for ``legacy`` t
 from typing import Any, cast
 
 from transformers import AddedToken
-from transformers.tokenization_utils_sentencepiece import SPIECE_UNDERLINE, SentencePieceBackend
+from transformers.tokenization_utils_sentencepiece import (
+    SPIECE_UNDERLINE,
+    SentencePieceBackend,
+)
 
 # transformers 5 alone has the base class.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -63,7 +66,9 @@ class LlamaTokenizer(SentencePieceBackend):
         """Pieces; if not ``legacy``, only the text's beginning gets a space before it."""
         if self.legacy or not text:
             return super().tokenize(text, **options)
-        tokens = super().tokenize(SPIECE_UNDERLINE + text.replace(SPIECE_UNDERLINE, " "), **options)
+        tokens = super().tokenize(
+            SPIECE_UNDERLINE + text.replace(SPIECE_UNDERLINE, " "), **options
+        )
         begins_special = (
             len(tokens) > 1
             and tokens[0] == SPIECE_UNDERLINE
@@ -112,7 +117,8 @@ class LlamaTokenizer(SentencePieceBackend):
         parts = []
         pieces = []
         tokens = cast(
-            list[str], self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens)
+            list[str],
+            self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens),
         )
         for token in [*tokens, None]:
             if token is not None and not self._is_added(token, extra):
@@ -122,11 +128,15 @@ class LlamaTokenizer(SentencePieceBackend):
             parts += [part for part in (text, token) if part]
             pieces = []
         text = (" " if spaces_between_special_tokens else "").join(parts)
-        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+        return (
+            self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+        )
 
     def _is_added(self, token: str, extra: set[str]) -> bool:
         """Whether the token is one of those beyond sentencepiece's vocabulary that have no role,
         such as padding."""
         if token in extra:
             return self._added_tokens_encoder[token] >= self.vocab_size
-        return token in self._added_tokens_encoder and token not in self.all_special_tokens
+        return (
+            token in self._added_tokens_encoder and token not in self.all_special_tokens
+        )

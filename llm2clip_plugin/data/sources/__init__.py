@@ -50,8 +50,12 @@ class SourceFormat:
 
     name: str  # for --format
     help: str  # the paths that it reads, as in "a .jsonl file"
-    recognizes: Callable[[str], bool]  # whether a path or URL is of this format, by its name
-    open: Callable[[SourceConfig, dict[str, str] | None], Source]  # the arguments of open_source
+    recognizes: Callable[
+        [str], bool
+    ]  # whether a path or URL is of this format, by its name
+    open: Callable[
+        [SourceConfig, dict[str, str] | None], Source
+    ]  # the arguments of open_source
     fallback: bool = False  # used only for paths that no other format recognizes
 
 
@@ -161,14 +165,20 @@ class SourceConfig(ReadConfig):
         if not self.path:
             raise ValueError("no data path is set; give DATA")
         if self.path.startswith("file://"):
-            raise ValueError(f"{self.path}: remove file:// from the path of a local source")
+            raise ValueError(
+                f"{self.path}: remove file:// from the path of a local source"
+            )
         if not self.weight > 0:
-            raise ValueError(f"weight of {self.path} is {self.weight}, expected a number above 0")
+            raise ValueError(
+                f"weight of {self.path} is {self.weight}, expected a number above 0"
+            )
 
     @property
     def downloads(self) -> Downloads:
         """Local copies of files at URLs."""
-        folder = Path(self.cache_folder) if self.cache_folder else default_download_folder()
+        folder = (
+            Path(self.cache_folder) if self.cache_folder else default_download_folder()
+        )
         return Downloads(folder, limit_bytes=int(self.cache_gb * 1e9))
 
 
@@ -239,7 +249,9 @@ class Source(ABC):
         try:
             captions, blank = read_captions(record.values, self.fields)
         except (ValueError, RecursionError) as error:
-            raise BrokenSample(self.locate(number)[0], record.key, str(error)) from error
+            raise BrokenSample(
+                self.locate(number)[0], record.key, str(error)
+            ) from error
         return replace(record, captions=captions, blank_captions=blank)
 
     def captions(self, number: int) -> tuple[str, tuple[Caption, ...]]:
@@ -256,7 +268,9 @@ class Source(ABC):
     def known_digests(self) -> dict[str, list[str]]:
         """Of each shard whose file is the one that was read: its digest, and those of caches that
         hold its captions."""
-        recorded = self.side_folder.read_json(self._digests()) if self.side_folder else {}
+        recorded = (
+            self.side_folder.read_json(self._digests()) if self.side_folder else {}
+        )
         digests_by_shard: dict[str, list[str]] = {}
         for shard, stamp in zip(self.shards, self.stamps, strict=bool(recorded)):
             match recorded.get(shard.name):
@@ -300,7 +314,9 @@ class Source(ABC):
     def place(self, number: int) -> tuple[int, int]:
         """Number of the shard, and of the sample within it; IndexError outside 0 .. len-1."""
         if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} of {self.path}, which has {len(self)} samples")
+            raise IndexError(
+                f"sample {number} of {self.path}, which has {len(self)} samples"
+            )
         shard = bisect_right(self._starts, number) - 1
         return shard, number - self._starts[shard]
 
@@ -329,7 +345,9 @@ def shards_of(names: Sequence[str], sizes: Sequence[int]) -> tuple[Shard, ...]:
     return tuple(Shard(*shard) for shard in zip(names, sizes, starts, strict=False))
 
 
-def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = None) -> Source:
+def open_source(
+    config: SourceConfig, broken_shards: dict[str, str] | None = None
+) -> Source:
     """The source of ``config``, indexed. A broken shard is noted in ``broken_shards`` (name ->
     reason), or a ValueError. Raises FileNotFoundError if there is no data, ValueError if the format
     cannot be determined."""
@@ -341,7 +359,8 @@ def open_source(config: SourceConfig, broken_shards: dict[str, str] | None = Non
     if not os.path.exists(config.path):
         raise FileNotFoundError(f"no data at {config.path}")
     names_and_help = (
-        f"{source_format.name}: {source_format.help}" for source_format in formats().values()
+        f"{source_format.name}: {source_format.help}"
+        for source_format in formats().values()
     )
     choices = "; ".join(names_and_help)
     raise ValueError(
@@ -452,7 +471,9 @@ def expand(pattern: str) -> list[str]:
 def common_folder(files: Sequence[str]) -> str:
     """The longest folder that all ``files`` are below; "" if they share none."""
     folders = [file.rpartition("/")[0].split("/") for file in files]
-    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    same = itertools.takewhile(
+        lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)
+    )
     return "/".join(parts[0] for parts in same)
 
 
@@ -467,17 +488,23 @@ def scan_tar(path: Path) -> Iterator[tarfile.TarInfo]:
     try:
         with (
             open(path, "rb") as file,
-            tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar,
+            tarfile.open(
+                fileobj=file, mode="r:", encoding="utf-8", errors="replace"
+            ) as tar,
         ):
             for member in tar:
                 if member.size < 0:
-                    raise tarfile.ReadError(f"{member.name!r} has a size of {member.size}")
+                    raise tarfile.ReadError(
+                        f"{member.name!r} has a size of {member.size}"
+                    )
                 if member.isreg():
                     yield member
             file.seek(tar.offset)
             end = file.read(BLOCK)
             if len(end) < BLOCK or any(end):
-                raise tarfile.ReadError(f"no end-of-archive marker or member at byte {tar.offset}")
+                raise tarfile.ReadError(
+                    f"no end-of-archive marker or member at byte {tar.offset}"
+                )
             # of a tar without members
             if tar.offset == 0 and file.seek(0, os.SEEK_END) > tarfile.RECORDSIZE:
                 raise tarfile.ReadError("it begins with zeros")

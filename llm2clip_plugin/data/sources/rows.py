@@ -26,12 +26,20 @@ from llm2clip_plugin.data.remote import (
     stamp_of,
 )
 from llm2clip_plugin.data.samples import BrokenSample, Sample, well_formed
-from llm2clip_plugin.data.sources import Source, SourceConfig, SourceFormat, parse_object, shards_of
+from llm2clip_plugin.data.sources import (
+    Source,
+    SourceConfig,
+    SourceFormat,
+    parse_object,
+    shards_of,
+)
 from llm2clip_plugin.json_files import parse_json
 from llm2clip_plugin.outside import MAX_IMAGE, read_regular, refuse_encoding
 
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-ROWS_PER_SHARD = 16384  # ranks embed shards in parallel, and a killed run loses one at most
+ROWS_PER_SHARD = (
+    16384  # ranks embed shards in parallel, and a killed run loses one at most
+)
 # start and size in the file, number for messages, start and size in the index's own text
 COLUMNS = 5
 # number for messages, start and size in the file, or 0 and the row as JSON
@@ -47,16 +55,22 @@ class RowSource(Source):
     rows_version = 0
 
     def __init__(
-        self, config: SourceConfig, opened: tuple[Path, SideFolder, IndexFile] | None = None
+        self,
+        config: SourceConfig,
+        opened: tuple[Path, SideFolder, IndexFile] | None = None,
     ) -> None:
         self._downloads = config.downloads
-        self.images_folder = config.images or config.path.rpartition("/")[0] or "."  # or URL
+        self.images_folder = (
+            config.images or config.path.rpartition("/")[0] or "."
+        )  # or URL
         self._opened = opened or self._open_rows(config)
         path, self.side_folder, self._index = self._opened
         self._file = RetryingFile(path)
         if not is_url(self.images_folder) and not os.path.isdir(self.images_folder):
             advice = f"--image-folder must be that of {config.path}"
-            raise FileNotFoundError(f"image folder {self.images_folder} does not exist; {advice}")
+            raise FileNotFoundError(
+                f"image folder {self.images_folder} does not exist; {advice}"
+            )
         table = self._index.table
         super().__init__(config, shards_of(table.names, table.samples))
         self.stamps = table.stamps
@@ -65,7 +79,11 @@ class RowSource(Source):
         return type(self), (self.config, self._opened)
 
     def _open_rows(self, config: SourceConfig) -> tuple[Path, SideFolder, IndexFile]:
-        path = self._downloads.fetch(config.path) if is_url(config.path) else Path(config.path)
+        path = (
+            self._downloads.fetch(config.path)
+            if is_url(config.path)
+            else Path(config.path)
+        )
         if not path.is_file():
             raise FileNotFoundError(f"no file at {path}")
         stamp = stamp_of(path)
@@ -76,7 +94,9 @@ class RowSource(Source):
                 folder,
                 f"{path.name}-{self.rows_version}.index",
                 COLUMNS,
-                is_current=lambda table: self.rows_version > 0 and set(table.stamps) == {stamp},
+                is_current=lambda table: (
+                    self.rows_version > 0 and set(table.stamps) == {stamp}
+                ),
                 build=lambda _: _shards(self.read_rows(path), stem, stamp),
                 doing=f"index {config.path}",
             )
@@ -118,16 +138,22 @@ class RowSource(Source):
         row = parse_object(data, shard, f"line {line}")
         key = row.get(self.config.key_field)
         picture = row.get(self.config.image_field)
-        key = well_formed(str(key) if key not in (None, "") else str(picture or f"line {line}"))
+        key = well_formed(
+            str(key) if key not in (None, "") else str(picture or f"line {line}")
+        )
         try:
             values = self.values(row)
         except (KeyError, TypeError, AttributeError) as error:
-            raise BrokenSample(shard, key, f"invalid conversations: {error!r}") from error
+            raise BrokenSample(
+                shard, key, f"invalid conversations: {error!r}"
+            ) from error
         return Sample(key, values, row, partial(self._read_image, shard, key, picture))
 
     def _read_image(self, shard: str, key: str, name: Any) -> bytes:
         if not isinstance(name, str) or not name:
-            raise BrokenSample(shard, key, f"no image path in field {self.config.image_field!r}")
+            raise BrokenSample(
+                shard, key, f"no image path in field {self.config.image_field!r}"
+            )
         name_shown = name if len(name) <= 100 else name[:97] + "..."  # a data: URI, say
         if (
             os.path.isabs(name)
@@ -136,7 +162,9 @@ class RowSource(Source):
             or name != well_formed(name)
         ):
             raise BrokenSample(
-                shard, key, f"image {name_shown!r} is not a path inside {self.images_folder}"
+                shard,
+                key,
+                f"image {name_shown!r} is not a path inside {self.images_folder}",
             )
         try:
             if is_url(self.images_folder):
@@ -193,7 +221,9 @@ class JsonlSource(RowSource):
             head = file.read(1 << 20)
             refuse_encoding(path, head)
             first = head.strip().partition(b"\n")[0].rstrip()
-            if first.startswith(b"[") or (first.startswith(b"{") and first.endswith(b"},")):
+            if first.startswith(b"[") or (
+                first.startswith(b"{") and first.endswith(b"},")
+            ):
                 command = "jq -c '.[]'" if first.startswith(b"[") else "sed 's/},$/}/'"
                 raise ValueError(
                     f"{path} is a list, expected an object a line: `{command} {path} > NEW.jsonl`"
@@ -230,7 +260,9 @@ class LlavaSource(RowSource):
 
     def values(self, row: dict[str, Any]) -> dict[str, Any]:
         """With the first answer, without ``<image>`` placeholders, as "gpt"."""
-        answers = (turn["value"] for turn in row["conversations"] if turn["from"] == "gpt")
+        answers = (
+            turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"
+        )
         return {**row, "gpt": next(answers, "").replace("<image>", "").strip()}
 
 

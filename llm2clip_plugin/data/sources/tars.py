@@ -33,7 +33,13 @@ from llm2clip_plugin.data.remote import (
     stamp_of,
     stamps_of,
 )
-from llm2clip_plugin.data.samples import BrokenSample, Sample, cores, map_in_order, parallel
+from llm2clip_plugin.data.samples import (
+    BrokenSample,
+    Sample,
+    cores,
+    map_in_order,
+    parallel,
+)
 from llm2clip_plugin.data.sources import (
     BLOCK,
     BrokenShard,
@@ -100,7 +106,8 @@ class TarSource(Source):
 
     def files(self) -> dict[str, str]:
         return {
-            f"{shard.name}.tar": tar for shard, tar in zip(self.shards, self._tars, strict=True)
+            f"{shard.name}.tar": tar
+            for shard, tar in zip(self.shards, self._tars, strict=True)
         }
 
     def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
@@ -113,7 +120,9 @@ class TarSource(Source):
         meta: dict[str, Any] = {}
         if fields is not None:
             meta = parse_object(fields, self.shards[shard].name, key, "its .json ")
-        values = meta if text is None else meta | {"txt": text.decode("utf-8", "replace")}
+        values = (
+            meta if text is None else meta | {"txt": text.decode("utf-8", "replace")}
+        )
         return Sample(key, values, meta, partial(self._image, shard, key, *columns[:2]))
 
     def _row(self, number: int) -> tuple[list[int], str, bytes | None, bytes | None]:
@@ -123,7 +132,9 @@ class TarSource(Source):
         crc = data[-CRC:]
         data = data[:-CRC]
         stop = key + max(text, 0)
-        if zlib.crc32(data).to_bytes(CRC, "little") != crc or stop + max(fields, 0) != len(data):
+        if zlib.crc32(data).to_bytes(CRC, "little") != crc or stop + max(
+            fields, 0
+        ) != len(data):
             raise ValueError(
                 f"{self._index.path} is damaged (sample {number}); delete it and restart"
             )
@@ -144,9 +155,12 @@ class TarSource(Source):
             raise ValueError(f"{self._tars[shard]} was truncated while being read")
         if not is_header_of(data[:BLOCK], key, size):
             changed = (
-                f"the tar has another member at byte {offset}: it was changed after it was indexed"
+                f"the tar has another member at byte {offset}: it was "
+                "changed after it was indexed"
             )
-            raise BrokenSample(name, key, f"{changed}; delete {self._index.path} and restart")
+            raise BrokenSample(
+                name, key, f"{changed}; delete {self._index.path} and restart"
+            )
         return data[BLOCK:]
 
     def _open(self, shard: int) -> int:
@@ -157,7 +171,9 @@ class TarSource(Source):
         size = os.fstat(descriptor).st_size
         if size != expected:
             os.close(descriptor)
-            copy = f"delete {self._downloads.local_path(tar)} and " if is_url(tar) else ""
+            copy = (
+                f"delete {self._downloads.local_path(tar)} and " if is_url(tar) else ""
+            )
             raise ValueError(
                 f"{tar} was replaced: {size} bytes, {expected} when it was indexed; {copy}restart"
             )
@@ -172,14 +188,16 @@ def open_tars(
     base, tars = list_tars(path)
     pattern = path[len(base) :] if is_url(path) else os.path.relpath(path, base or ".")
     folder = SideFolder.of(
-        base or ".", Path(config.index_folder) if config.index_folder else downloads.folder
+        base or ".",
+        Path(config.index_folder) if config.index_folder else downloads.folder,
     )
     index = open_index(
         folder,
         f"shards-{hashlib.sha256(pattern.encode()).hexdigest()[:16]}.index",
         COLUMNS,
         is_current=lambda table: (
-            table.names == list(tars) and len(_unchanged(table, tars, downloads)) == len(tars)
+            table.names == list(tars)
+            and len(_unchanged(table, tars, downloads)) == len(tars)
         ),
         build=partial(_build, tars, downloads, broken),
         doing=f"index {path}",
@@ -187,11 +205,15 @@ def open_tars(
     return [tars[shard] for shard in index.table.names], folder, index
 
 
-def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> dict[str, int]:
+def _unchanged(
+    table: Table, tars: dict[str, str], downloads: Downloads
+) -> dict[str, int]:
     """Number of each shard whose tar is the one indexed; copies from a URL may be evicted, or have
     another time."""
     files = {
-        number: str(downloads.local_path(tars[name])) if is_url(tars[name]) else tars[name]
+        number: str(downloads.local_path(tars[name]))
+        if is_url(tars[name])
+        else tars[name]
         for number, name in enumerate(table.names)
         if name in tars
     }
@@ -207,7 +229,10 @@ def _unchanged(table: Table, tars: dict[str, str], downloads: Downloads) -> dict
 
 
 def _build(
-    tars: dict[str, str], downloads: Downloads, broken: dict[str, str] | None, old: IndexFile | None
+    tars: dict[str, str],
+    downloads: Downloads,
+    broken: dict[str, str] | None,
+    old: IndexFile | None,
 ) -> Shards:
     """The rows of each tar, or its number in ``old`` if it is unchanged."""
     unchanged = _unchanged(old.table, tars, downloads) if old else {}
@@ -250,7 +275,9 @@ def list_tars(path: str) -> tuple[str, dict[str, str]]:
         tars = list_urls(path, ".tar")
     elif os.path.isdir(path):
         tars = sorted(
-            str(file) for file in Path(path).rglob("*.tar") if not file.name.startswith(".")
+            str(file)
+            for file in Path(path).rglob("*.tar")
+            if not file.name.startswith(".")
         )
     else:
         tars = expand(path)
@@ -258,10 +285,14 @@ def list_tars(path: str) -> tuple[str, dict[str, str]]:
         raise FileNotFoundError(f"no .tar files in {path}; {how_to_make_tars(path)}")
     base = path if os.path.isdir(path) else common_folder(tars)
     names = [
-        tar[len(base) :].lstrip("/") if is_url(path) else os.path.relpath(tar, base or ".")
+        tar[len(base) :].lstrip("/")
+        if is_url(path)
+        else os.path.relpath(tar, base or ".")
         for tar in tars
     ]
-    return base, {name.removesuffix(".tar"): tar for name, tar in zip(names, tars, strict=True)}
+    return base, {
+        name.removesuffix(".tar"): tar for name, tar in zip(names, tars, strict=True)
+    }
 
 
 def index_tar(path: Path) -> ShardRows:
@@ -280,10 +311,15 @@ def index_tar(path: Path) -> ShardRows:
         sample_bytes = b"".join(filter(None, texts))
         sample_bytes += zlib.crc32(sample_bytes).to_bytes(CRC, "little")
         sizes = [ABSENT if part is None else len(part) for part in texts]
-        rows.append([*parts.get("image", (ABSENT, 0)), *sizes, len(text), len(sample_bytes)])
+        rows.append(
+            [*parts.get("image", (ABSENT, 0)), *sizes, len(text), len(sample_bytes)]
+        )
         text += sample_bytes
     return ShardRows(
-        path.name, stamp, np.array(rows, dtype=np.int64).reshape(-1, COLUMNS), bytes(text)
+        path.name,
+        stamp,
+        np.array(rows, dtype=np.int64).reshape(-1, COLUMNS),
+        bytes(text),
     )
 
 
@@ -324,7 +360,10 @@ SOURCE = SourceFormat(
     help="a .tar, or a folder of .tar shards",
     # a wildcard or braces, or a folder or URL, which may hold anything
     recognizes=lambda path: (
-        has_suffix(path, ".tar") or os.path.isdir(path) or is_url(path) or bool({*path} & {*"*{"})
+        has_suffix(path, ".tar")
+        or os.path.isdir(path)
+        or is_url(path)
+        or bool({*path} & {*"*{"})
     ),
     open=TarSource,
     fallback=True,

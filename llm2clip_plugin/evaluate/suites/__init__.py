@@ -59,19 +59,27 @@ class InMemorySource(Source):
 
     def _read_image(self, row: Row) -> bytes:
         try:
-            return row.image() if callable(row.image) else read_regular(row.image or "", MAX_IMAGE)
+            return (
+                row.image()
+                if callable(row.image)
+                else read_regular(row.image or "", MAX_IMAGE)
+            )
         except OSError as error:
             raise BrokenSample(
                 self.name, row.key, f"no image at {row.image}: {error.strerror}"
             ) from error
         except ValueError as error:
-            raise BrokenSample(self.name, row.key, f"no image at {row.image}: {error}") from error
+            raise BrokenSample(
+                self.name, row.key, f"no image at {row.image}: {error}"
+            ) from error
 
 
 def image_files(folder: Path) -> list[Path]:
     """The image files in a folder, at any depth, in the order of their paths."""
     return sorted(
-        file for file in folder.rglob("*") if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS
     )
 
 
@@ -80,7 +88,9 @@ def recall(pairs: EmbeddedPairs, config: RetrievalConfig, **options: Any) -> Sco
     return report_retrieval(pairs, config, **options).scores()
 
 
-def recall_by_language(pairs: EmbeddedPairs, config: RetrievalConfig, **options: Any) -> ScoreFile:
+def recall_by_language(
+    pairs: EmbeddedPairs, config: RetrievalConfig, **options: Any
+) -> ScoreFile:
     """The mean of the languages' recalls, each over its own captions; recall over all captions is
     ``all/...``."""
     scores = recall(pairs, config, **options)
@@ -125,13 +135,21 @@ def hard_negatives(
         name = caption.kind.removesuffix("/right")
         group = caption.kind.split("/")[0]
         groups[group].append(hit)
-        items.append({"id": name, "score": hit, "cluster": pairs.keys[owner], "part": group})
-    metrics = {group: sum(of_group) / len(of_group) for group, of_group in groups.items()}
+        items.append(
+            {"id": name, "score": hit, "cluster": pairs.keys[owner], "part": group}
+        )
+    metrics = {
+        group: sum(of_group) / len(of_group) for group, of_group in groups.items()
+    }
     return ScoreFile(
         benchmark="",
         metrics=metrics | {"mean": sum(metrics.values()) / len(metrics)},
         items=items,
-        counts={"images": len(pairs.keys), "items": len(items), "left_out": len(pairs.broken)},
+        counts={
+            "images": len(pairs.keys),
+            "items": len(items),
+            "left_out": len(pairs.broken),
+        },
         notes=[f"left out: {error}" for error in pairs.broken],
     )
 
@@ -145,10 +163,16 @@ class Suite:
     # path in the suite's folder, or alternatives separated by "|" -> where to get it
     requires: Mapping[str, str]
     read: Callable[[Path], list[Row]]  # the suite's folder -> its images and captions
-    measure: Callable[..., ScoreFile] = recall  # recall | recall_by_language | hard_negatives
+    measure: Callable[..., ScoreFile] = (
+        recall  # recall | recall_by_language | hard_negatives
+    )
     choose: bool = True  # --kinds and --languages choose among its captions
-    images: int = 0  # of the published test set, any other number is reported; 0: don't check
-    table: str = ""  # title of the table that the suite is a column of, recall only; "": none
+    images: int = (
+        0  # of the published test set, any other number is reported; 0: don't check
+    )
+    table: str = (
+        ""  # title of the table that the suite is a column of, recall only; "": none
+    )
     # row of that table -> (i2t, t2i)
     paper: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     # public review of versions 1 and 2 | authors' project page
@@ -168,7 +192,9 @@ class Suite:
     def open(self, root: Path) -> InMemorySource:
         """The suite as a data source; ValueError for files of another layout."""
         folder = root / self.name
-        with errors_about(folder, fix="its files are expected as their authors publish them"):
+        with errors_about(
+            folder, fix="its files are expected as their authors publish them"
+        ):
             return InMemorySource(self.name, folder, self.read(folder))
 
 
@@ -189,7 +215,9 @@ def select_suites(names: str) -> list[Suite]:
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in suites_by_name and name not in groups:
             raise ValueError(unknown("suite", name, [*groups, *suites_by_name]))
-        selected |= {member: suites_by_name[member] for member in groups.get(name, [name])}
+        selected |= {
+            member: suites_by_name[member] for member in groups.get(name, [name])
+        }
     return list(selected.values())
 
 
@@ -197,7 +225,11 @@ def to_captions(
     texts: Iterable[str], kind: str = "short", language: str = "en"
 ) -> tuple[Caption, ...]:
     """Captions with line breaks and repeated spaces collapsed; blank texts are dropped."""
-    return tuple(Caption(" ".join(text.split()), kind, language) for text in texts if text.strip())
+    return tuple(
+        Caption(" ".join(text.split()), kind, language)
+        for text in texts
+        if text.strip()
+    )
 
 
 def first_existing(*folders: Path) -> Path:

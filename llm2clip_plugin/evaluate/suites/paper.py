@@ -20,7 +20,9 @@ from llm2clip_plugin.evaluate.suites import (
 from llm2clip_plugin.json_files import read_json_value
 
 # Flickr30k and COCO, with English captions (the Karpathy test splits) and with Chinese ones.
-KARPATHY = "caption_datasets.zip of https://cs.stanford.edu/people/karpathy/deepimagesent/"
+KARPATHY = (
+    "caption_datasets.zip of https://cs.stanford.edu/people/karpathy/deepimagesent/"
+)
 KARPATHY_CAPTIONS = 5  # of an image; the field drops the few sixth and seventh ones
 FLICKR30K_IMAGES = "https://shannon.cs.illinois.edu/DenotationGraph/ (on request)"
 FLICKR30K_CN = "flickr30k_cn_test.txt|flickr30k_cna_test.txt"
@@ -32,7 +34,9 @@ CHINESE_LINE = re.compile(r"((?:COCO_\w+_)?\d+)(?:\.jpg)?(?:#\S*)?[\s,]+(.*\S)")
 # Images with one long caption each: ShareGPT4V-1k (of Long-CLIP), Urban-1k and DOCCI.
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
 SHAREGPT4V_ITEMS = 1000  # Long-CLIP excludes the first thousand from training
-BEGINNING = 1 << 24  # characters of that file of gigabytes; a thousand items take two million
+BEGINNING = (
+    1 << 24
+)  # characters of that file of gigabytes; a thousand items take two million
 BETWEEN = re.compile(r"\s*[\[,]\s*(?=\{)")  # what precedes an object of an array
 URBAN = "https://huggingface.co/datasets/BeichenZhang/Urban1k"
 DOCCI = "https://storage.googleapis.com/docci/data"
@@ -59,7 +63,8 @@ def read_flickr30k(folder: Path) -> list[Row]:
 def read_coco(folder: Path) -> list[Row]:
     """``dataset_coco.json`` and ``val2014/``."""
     return karpathy_test(
-        folder / "dataset_coco.json", lambda item: folder / item["filepath"] / item["filename"]
+        folder / "dataset_coco.json",
+        lambda item: folder / item["filepath"] / item["filename"],
     )
 
 
@@ -71,13 +76,19 @@ def chinese_captions(path: Path) -> dict[str, tuple[Caption, ...]]:
         if match := CHINESE_LINE.match(line):
             texts[match[1]].append(match[2])
     if not texts:
-        raise ValueError(f"unexpected layout of {path}: no line starts with an image's number")
-    return {image: to_captions(of_image, language="zh") for image, of_image in texts.items()}
+        raise ValueError(
+            f"unexpected layout of {path}: no line starts with an image's number"
+        )
+    return {
+        image: to_captions(of_image, language="zh") for image, of_image in texts.items()
+    }
 
 
 def read_flickr30k_cn(folder: Path) -> list[Row]:
     """Flickr30k-CN's or Flickr30k-CNA's file of the test split."""
-    path = next(folder / name for name in FLICKR30K_CN.split("|") if (folder / name).is_file())
+    path = next(
+        folder / name for name in FLICKR30K_CN.split("|") if (folder / name).is_file()
+    )
     images = first_existing(
         folder / "flickr30k-images", folder.parent / "flickr30k" / "flickr30k-images"
     )
@@ -104,7 +115,10 @@ def read_sharegpt4v(folder: Path) -> list[Row]:
     images = first_existing(folder / "data", folder)
     rows: list[Row] = []
     offset = 0
-    with errors_about(path, fix="download it again"), path.open(encoding="utf-8") as file:
+    with (
+        errors_about(path, fix="download it again"),
+        path.open(encoding="utf-8") as file,
+    ):
         text = file.read(BEGINNING)
         while len(rows) < SHAREGPT4V_ITEMS and (start := BETWEEN.match(text, offset)):
             item, offset = json.JSONDecoder().raw_decode(text, start.end())
@@ -115,7 +129,9 @@ def read_sharegpt4v(folder: Path) -> list[Row]:
 
 def read_urban(folder: Path) -> list[Row]:
     """``image/N.jpg`` with ``caption/N.txt``, in the order of N."""
-    texts = sorted((folder / "caption").glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
+    texts = sorted(
+        (folder / "caption").glob("*.txt"), key=lambda file: (len(file.stem), file.stem)
+    )
     return [
         Row(
             file.stem,
@@ -160,8 +176,17 @@ def english(*scores: tuple[float, float]) -> dict[str, Any]:
     clip = "CLIP-L-336"
     eva = "EVA02-L-336"
     trained = "LLM2CLIP (15 M)"
-    rows = (clip, f"{clip} + {trained}", eva, f"{eva} + {trained}", "EVA02-L-224, LLM without CC")
-    return {"table": "Retrieval, English", "paper": dict(zip(rows, scores, strict=True))}
+    rows = (
+        clip,
+        f"{clip} + {trained}",
+        eva,
+        f"{eva} + {trained}",
+        "EVA02-L-224, LLM without CC",
+    )
+    return {
+        "table": "Retrieval, English",
+        "paper": dict(zip(rows, scores, strict=True)),
+    }
 
 
 def cross_lingual(*scores: tuple[float, float]) -> dict[str, Any]:
@@ -177,14 +202,20 @@ def cross_lingual(*scores: tuple[float, float]) -> dict[str, Any]:
 SUITE = [
     Suite(
         name="flickr30k",
-        requires={"dataset_flickr30k.json": KARPATHY, "flickr30k-images": FLICKR30K_IMAGES},
+        requires={
+            "dataset_flickr30k.json": KARPATHY,
+            "flickr30k-images": FLICKR30K_IMAGES,
+        },
         read=read_flickr30k,
         images=1000,
         **english((87.7, 67.0), (91.2, 82.1), (89.6, 78.0), (93.9, 83.8), (87.9, 75.6)),
     ),
     Suite(
         name="coco",
-        requires={"dataset_coco.json": KARPATHY, "val2014": f"{COCO_IMAGES}/val2014.zip"},
+        requires={
+            "dataset_coco.json": KARPATHY,
+            "val2014": f"{COCO_IMAGES}/val2014.zip",
+        },
         read=read_coco,
         images=5000,
         **english((58.0, 37.1), (65.5, 53.6), (64.2, 47.9), (68.7, 55.7), (56.7, 41.8)),

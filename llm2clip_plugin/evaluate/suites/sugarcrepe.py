@@ -4,11 +4,25 @@ or a relation."""
 from pathlib import Path
 
 from llm2clip_plugin.data.samples import Caption
-from llm2clip_plugin.evaluate.suites import Row, Suite, first_existing, hard_negatives, read_json
+from llm2clip_plugin.evaluate.suites import (
+    Row,
+    Suite,
+    first_existing,
+    hard_negatives,
+    read_json,
+)
 
 HOME = "https://github.com/RAIVNLab/sugar-crepe (folder data)"
 COCO_VAL2017 = "http://images.cocodataset.org/zips/val2017.zip"
-GROUPS = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
+GROUPS = (
+    "replace_obj",
+    "replace_att",
+    "replace_rel",
+    "swap_obj",
+    "swap_att",
+    "add_obj",
+    "add_att",
+)
 
 
 def read(folder: Path) -> list[Row]:
@@ -20,8 +34,12 @@ def read(folder: Path) -> list[Row]:
         for number, item in read_json(folder / f"{group}.json").items():
             of_image = captions.setdefault(item["filename"], [])
             of_image.append(Caption(item["caption"], f"{group}/{number}/right"))
-            of_image.append(Caption(item["negative_caption"], f"{group}/{number}/wrong"))
-    return [Row(name, images / name, tuple(of_image)) for name, of_image in captions.items()]
+            of_image.append(
+                Caption(item["negative_caption"], f"{group}/{number}/wrong")
+            )
+    return [
+        Row(name, images / name, tuple(of_image)) for name, of_image in captions.items()
+    ]
 
 
 SUITE = Suite(

@@ -18,12 +18,25 @@ from torch import Tensor
 
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.options import unknown
-from llm2clip_plugin.train.config import LossConfig, TermWeight, from_named_args, parse_terms
-from llm2clip_plugin.train.distributed import ALONE, Group, gather_together, rank, sum_own_rows
+from llm2clip_plugin.train.config import (
+    LossConfig,
+    TermWeight,
+    from_named_args,
+    parse_terms,
+)
+from llm2clip_plugin.train.distributed import (
+    ALONE,
+    Group,
+    gather_together,
+    rank,
+    sum_own_rows,
+)
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import patch_mask
 
-EXCLUDED = -1e9  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
+EXCLUDED = (
+    -1e9
+)  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
 # between ids of two kinds, which are hashes or small numbers; sums wrap around
 ID_SPACE = 0x3C6EF372FE94F82B
 BLOCK_LOGITS_CPU = 1 << 22  # 16 MiB of fp32: about what stays in cache
@@ -57,13 +70,18 @@ class Features:
 
     def patch_mask(self, patches: int) -> Tensor | None:
         """(b, T) bool: which of the T patches an image has; None where each has all."""
-        return None if self.spatial_shapes is None else patch_mask(self.spatial_shapes, patches)
+        return (
+            None
+            if self.spatial_shapes is None
+            else patch_mask(self.spatial_shapes, patches)
+        )
 
     @property
     def of_batch(self) -> dict[str, Any]:
         """The keyword arguments that contrastive_loss and sigmoid_loss have in common."""
         return {
-            name: getattr(self, name) for name in ("caption_hashes", "image_ids", "block", "group")
+            name: getattr(self, name)
+            for name in ("caption_hashes", "image_ids", "block", "group")
         }
 
 
@@ -75,7 +93,9 @@ class LossTerm(ABC):
     name: ClassVar[str]  # of ``--loss.terms``
     uses_bias: ClassVar[bool] = False  # the learned bias of the logits
     needs_reference: ClassVar[bool] = False  # Features.reference_bD
-    uses_all_captions: ClassVar[bool] = False  # of Features.positive_bkD, not the first alone
+    uses_all_captions: ClassVar[bool] = (
+        False  # of Features.positive_bkD, not the first alone
+    )
     # "patches" or "patch_features" of Features, of the hidden state that the term's own field
     # ``layer`` names
     reads: ClassVar[Literal["", "patches", "patch_features"]] = ""
@@ -93,7 +113,9 @@ def stack_ids(*ids: Tensor | None) -> Tensor | None:
     """(b,) or (j, b) int64 each -> (j, b) of those that are not None, or None; ids of two arguments
     do not meet."""
     present = [
-        x.reshape(-1, x.shape[-1]) + kind * ID_SPACE for kind, x in enumerate(ids) if x is not None
+        x.reshape(-1, x.shape[-1]) + kind * ID_SPACE
+        for kind, x in enumerate(ids)
+        if x is not None
     ]
     return torch.cat(present) if present else None
 
@@ -132,7 +154,9 @@ class PairBlocks:
         self.rows = len(anchor_bD)
         self.columns = len(self.positive_ND)
         self.first = rank(group) * self.rows  # column of row 0's own positive
-        budget = BLOCK_LOGITS_CPU if anchor_bD.device.type == "cpu" else BLOCK_LOGITS_GPU
+        budget = (
+            BLOCK_LOGITS_CPU if anchor_bD.device.type == "cpu" else BLOCK_LOGITS_GPU
+        )
         self.block = block or max(16, budget // self.columns)
 
     def __iter__(self) -> Iterator[slice]:
@@ -160,7 +184,10 @@ class PairBlocks:
         if self.ids_jb is None or self.ids_jN is None:
             return None
         same_RN = torch.zeros(
-            rows.stop - rows.start, self.columns, dtype=torch.bool, device=self.ids_jN.device
+            rows.stop - rows.start,
+            self.columns,
+            dtype=torch.bool,
+            device=self.ids_jN.device,
         )
         # one's first caption may be another's second
         for ids_b, ids_N in product(self.ids_jb, self.ids_jN):
@@ -181,7 +208,11 @@ class PairBlocks:
             anchor_grad_bD[rows] = (slope_RN @ self.positive_ND).float()
             positive_grad_ND.add_((slope_RN.T @ self.anchor_bD[rows]).float())
         scale_grad = (anchor_grad_bD * self.anchor_bD.float()).sum()
-        return anchor_grad_bD.mul_(s), sum_own_rows(positive_grad_ND, self.group) * s, scale_grad
+        return (
+            anchor_grad_bD.mul_(s),
+            sum_own_rows(positive_grad_ND, self.group) * s,
+            scale_grad,
+        )
 
 
 class _Known(torch.autograd.Function):
@@ -192,7 +223,10 @@ class _Known(torch.autograd.Function):
         inputs = tensors[: len(tensors) // 2]
         grads = tensors[len(tensors) // 2 :]
         ctx.save_for_backward(
-            *(g.to(x.dtype).reshape(x.shape) for x, g in zip(inputs, grads, strict=True))
+            *(
+                g.to(x.dtype).reshape(x.shape)
+                for x, g in zip(inputs, grads, strict=True)
+            )
         )
         return loss.clone()
 
@@ -202,19 +236,25 @@ class _Known(torch.autograd.Function):
         return None, *grads, *[None] * len(grads)
 
 
-def with_gradients(loss: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+def with_gradients(
+    loss: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> Tensor:
     """``loss`` (), whose gradient with respect to each input is known already, in any dtype."""
     return _Known.apply(loss, *inputs, *grads)  # pyright: ignore[reportReturnType]
 
 
-Terms = dict[str, Callable[[Features], Tensor]]  # name -> weighted loss; a step minimizes their sum
+Terms = dict[
+    str, Callable[[Features], Tensor]
+]  # name -> weighted loss; a step minimizes their sum
 
 
 def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
     """The chosen terms with their settings; ValueError names an unknown term or setting."""
     term_classes = discover("llm2clip_plugin.train.losses", "TERM")
     weights = parse_terms(config.terms)
-    settings: dict[str, list[str]] = {weight.name: [] for weight in weights}  # NAME=VALUE by term
+    settings: dict[str, list[str]] = {
+        weight.name: [] for weight in weights
+    }  # NAME=VALUE by term
     for name in settings:
         if name not in term_classes:
             raise ValueError(unknown("loss term", name, term_classes))
@@ -243,7 +283,9 @@ def check_terms(config: LossConfig, dual: DualConfig) -> None:
     if any(term.uses_bias for _, term in chosen_terms(config)) != (bias is not None):
         value = "not set" if bias is None else bias
         expected = "--dual.logit-bias-init must be set for sigmoid (e.g. -10) and unset otherwise"
-        raise ValueError(f"{expected}; it is {value}, and the terms are {' '.join(config.terms)}")
+        raise ValueError(
+            f"{expected}; it is {value}, and the terms are {' '.join(config.terms)}"
+        )
 
 
 def needs_reference(config: LossConfig) -> bool:
@@ -294,7 +336,11 @@ def heads_terms(config: LossConfig) -> Terms:
 
 
 def _weighted(
-    config: LossConfig, weight: TermWeight, term: LossTerm, group: Group, features: Features
+    config: LossConfig,
+    weight: TermWeight,
+    term: LossTerm,
+    group: Group,
+    features: Features,
 ) -> Tensor:
     factor = config.weight * weight.at(features.progress)
     if not factor:
@@ -302,6 +348,10 @@ def _weighted(
     hashes = features.caption_hashes if config.mask_same_caption else None
     images = features.image_ids if config.mask_same_image else None
     features = dataclasses.replace(
-        features, caption_hashes=hashes, image_ids=images, block=config.block, group=group
+        features,
+        caption_hashes=hashes,
+        image_ids=images,
+        block=config.block,
+        group=group,
     )
     return factor * term(features)

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.distributed import Group
-from llm2clip_plugin.train.losses.base import Features, LossTerm, PairBlocks, with_gradients
+from llm2clip_plugin.train.losses.base import (
+    Features,
+    LossTerm,
+    PairBlocks,
+    with_gradients,
+)
 
-LEAST = 1e-12  # of a squared distance that is divided by: equal features have no direction
+LEAST = (
+    1e-12  # of a squared distance that is divided by: equal features have no direction
+)
 
 
 def structure_loss(
@@ -27,7 +34,9 @@ def structure_loss(
     reference gets none.
     """
     with torch.no_grad():
-        loss, grad_bD = _loss_and_gradient(anchor_bD.float(), reference_bD.float(), block, group)
+        loss, grad_bD = _loss_and_gradient(
+            anchor_bD.float(), reference_bD.float(), block, group
+        )
     return with_gradients(loss, (anchor_bD,), (grad_bD,))
 
 
@@ -86,14 +95,20 @@ def _loss_and_gradient(
         difference_RN = distance_RN - target_RN.sqrt_()
         rows.diagonal(part, difference_RN).zero_()
         size_RN = difference_RN.abs()
-        loss += torch.where(size_RN < 1, 0.5 * size_RN.square(), size_RN - 0.5).sum() / pairs
+        loss += (
+            torch.where(size_RN < 1, 0.5 * size_RN.square(), size_RN - 0.5).sum()
+            / pairs
+        )
         # d smooth_l1 / d distance x d distance / d x_i = clamp(difference) (x_i - x_j) / distance;
         # twice, as the pair counts in row j too
         slope_RN = (
-            difference_RN.clamp_(-1, 1).div_(distance_RN.clamp_(min=LEAST**0.5)).mul_(2 / pairs)
+            difference_RN.clamp_(-1, 1)
+            .div_(distance_RN.clamp_(min=LEAST**0.5))
+            .mul_(2 / pairs)
         )
         grad_bD[part] = (
-            slope_RN.sum(1, keepdim=True) * rows.anchor_bD[part] - slope_RN @ rows.positive_ND
+            slope_RN.sum(1, keepdim=True) * rows.anchor_bD[part]
+            - slope_RN @ rows.positive_ND
         )
     return loss, grad_bD
 

@@ -83,7 +83,9 @@ class InfoNCE(LossTerm):
     def __call__(self, features: Features) -> Tensor:
         scale = features.log_scale.exp()
         positive_bD = features.positive_bkD[:, 0]
-        return contrastive_loss(features.anchor_bD, positive_bD, scale, **features.of_batch)
+        return contrastive_loss(
+            features.anchor_bD, positive_bD, scale, **features.of_batch
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,9 @@ class MultiPositive(LossTerm):
     def __call__(self, features: Features) -> Tensor:
         scale = features.log_scale.exp()
         losses = [
-            contrastive_loss(features.anchor_bD, positive_bD, scale, **features.of_batch)
+            contrastive_loss(
+                features.anchor_bD, positive_bD, scale, **features.of_batch
+            )
             for positive_bD in features.positive_bkD.unbind(1)
         ]
         return torch.stack(losses).mean()
@@ -166,7 +170,9 @@ def _exponential_sums(
         column = part if column is None else _joined([column, part])
     assert column is not None
     if world_size(blocks.group) > 1:
-        tops_WN, totals_WN = gather_rows(torch.stack(column)[None], blocks.group).unbind(1)
+        tops_WN, totals_WN = gather_rows(
+            torch.stack(column)[None], blocks.group
+        ).unbind(1)
         column = _joined(zip(tops_WN, totals_WN, strict=True))
     return (
         (row_top_b, row_total_b),
@@ -180,7 +186,11 @@ def _logits(blocks: PairBlocks, rows: slice, s: Tensor) -> Tensor:
     """(R, N) fp32 s x_i.y_j, EXCLUDED for excluded pairs."""
     logits_RN = blocks.cosines(rows).mul_(s)
     excluded_RN = blocks.excluded(rows)
-    return logits_RN if excluded_RN is None else logits_RN.masked_fill_(excluded_RN, EXCLUDED)
+    return (
+        logits_RN
+        if excluded_RN is None
+        else logits_RN.masked_fill_(excluded_RN, EXCLUDED)
+    )
 
 
 def _slope(
@@ -193,7 +203,11 @@ def _slope(
 ) -> Tensor:
     """(R, N) derivatives of sum_r loss_r by the logits."""
     logits_RN = _logits(blocks, rows, s) if all_logits_RN is None else all_logits_RN
-    slope_RN = (logits_RN - row[0][rows, None]).exp_().mul_(0.5 / blocks.rows / row[1][rows, None])
+    slope_RN = (
+        (logits_RN - row[0][rows, None])
+        .exp_()
+        .mul_(0.5 / blocks.rows / row[1][rows, None])
+    )
     slope_RN.addcmul_(logits_RN.sub_(column[0]).exp_(), 0.5 / blocks.rows / column[1])
     blocks.diagonal(rows, slope_RN).sub_(1 / blocks.rows)
     return slope_RN

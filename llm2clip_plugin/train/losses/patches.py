@@ -88,12 +88,17 @@ TERM = [PatchCaptions, PatchReference]
 
 
 def _logits(
-    patch_RTD: Tensor, caption_ND: Tensor, scale: Tensor, temperature: float, mask_RT: Tensor | None
+    patch_RTD: Tensor,
+    caption_ND: Tensor,
+    scale: Tensor,
+    temperature: float,
+    mask_RT: Tensor | None,
 ) -> Tensor:
     """(R, N) l_ij of R images."""
     cosine_RNT = caption_ND @ patch_RTD.mT
     weight_RNT = (
-        cosine_RNT / temperature + (0 if mask_RT is None else EXCLUDED * ~mask_RT[:, None])
+        cosine_RNT / temperature
+        + (0 if mask_RT is None else EXCLUDED * ~mask_RT[:, None])
     ).softmax(-1)
     return (
         scale
@@ -103,7 +108,11 @@ def _logits(
 
 
 def _loss_and_gradients(
-    patch_bTD: Tensor, caption_bD: Tensor, scale: Tensor, temperature: float, features: Features
+    patch_bTD: Tensor,
+    caption_bD: Tensor,
+    scale: Tensor,
+    temperature: float,
+    features: Features,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """All logits of this rank's images, then the gradients of a block of images at a time."""
     ids_jb = stack_ids(features.caption_hashes, features.image_ids)
@@ -111,9 +120,13 @@ def _loss_and_gradients(
     blocks = PairBlocks(caption_bD, caption_bD, ids_jb, features.block, group)
     # also holds v_ij
     blocks.block = features.block or max(1, blocks.block // sum(patch_bTD.shape[1:]))
-    whole_bTD, *others = (x.detach().float() for x in (patch_bTD, blocks.positive_ND, scale))
+    whole_bTD, *others = (
+        x.detach().float() for x in (patch_bTD, blocks.positive_ND, scale)
+    )
     mask_bT = features.patch_mask(patch_bTD.shape[1])
-    rows_and_masks = [(rows, None if mask_bT is None else mask_bT[rows]) for rows in blocks]
+    rows_and_masks = [
+        (rows, None if mask_bT is None else mask_bT[rows]) for rows in blocks
+    ]
     shared = others[0], others[1], temperature
     logits_bN = torch.cat(
         [_logits(whole_bTD[rows], *shared, mask) for rows, mask in rows_and_masks]
@@ -124,7 +137,10 @@ def _loss_and_gradients(
     row_b = logits_bN.logsumexp(1)
     column_N = gather_rows(logits_bN.logsumexp(0)[None], group).logsumexp(0)
     loss = (
-        0.5 * (row_b + column_N[blocks.own_columns] - 2 * blocks.diagonal(every, logits_bN)).mean()
+        0.5
+        * (
+            row_b + column_N[blocks.own_columns] - 2 * blocks.diagonal(every, logits_bN)
+        ).mean()
     )
     slope_bN = ((logits_bN - row_b[:, None]).exp() + (logits_bN - column_N).exp()) * (
         0.5 / blocks.rows

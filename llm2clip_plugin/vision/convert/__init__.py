@@ -24,7 +24,9 @@ class ImportConfig:
         None,
         help="config.json for a source without one; its fields override an existing one's",
     )
-    image_size: int | None = setting(None, help="interpolate the positions to this size in pixels")
+    image_size: int | None = setting(
+        None, help="interpolate the positions to this size in pixels"
+    )
     overwrite: bool = setting(False, help="replace an existing directory")
 
 
@@ -66,16 +68,24 @@ class TowerExportConfig:
         per_host=True,
     )
     checkpoint: str = setting("", help='a run\'s checkpoint to export; "": the newest')
-    ema: bool = setting(False, help="export a run's moving average instead of its weights")
-    push: str | None = setting(None, help="OWNER/NAME: also upload the tower directory to the Hub")
+    ema: bool = setting(
+        False, help="export a run's moving average instead of its weights"
+    )
+    push: str | None = setting(
+        None, help="OWNER/NAME: also upload the tower directory to the Hub"
+    )
     public: bool = setting(False, help="make the uploaded repository public")
     overwrite: bool = setting(False, help="replace an existing directory")
 
     def __post_init__(self) -> None:
         if self.format not in (formats := ("tower", *FORMATS)):
             raise ValueError(unknown("--format", self.format, formats))
-        if self.format != "sentence-transformers" and (self.merge or self.llm or self.adapter):
-            raise ValueError("--merge, --llm and --adapter require --format sentence-transformers")
+        if self.format != "sentence-transformers" and (
+            self.merge or self.llm or self.adapter
+        ):
+            raise ValueError(
+                "--merge, --llm and --adapter require --format sentence-transformers"
+            )
 
 
 EXPORT = Command(

@@ -57,7 +57,12 @@ from llm2clip_plugin.vision.directory import (
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state
 from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.towers import TIMM_PREFIX, load_tower, preprocessor_config, tower_in
+from llm2clip_plugin.vision.towers import (
+    TIMM_PREFIX,
+    load_tower,
+    preprocessor_config,
+    tower_in,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -95,26 +100,37 @@ def import_tower(
     path = Path(source).expanduser()
     if str(source).startswith(TIMM_PREFIX):
         if config is not None:
-            raise ValueError(f"{source}: timm describes the architecture; remove --config")
+            raise ValueError(
+                f"{source}: timm describes the architecture; remove --config"
+            )
         model = load_tower(source, image_size=image_size)
         imported_as = "timm"
         report = [f"layout timm: {len(model.state_dict())} tensors of the tower"]
     else:
         checkpoint = path if path.is_file() else fetch_directory(source)
         if checkpoint.is_dir() and (checkpoint / TowerCard.FILE).is_file():
-            card = export.reexport(checkpoint, output, image_size=image_size, replace=replace)
+            card = export.reexport(
+                checkpoint, output, image_size=image_size, replace=replace
+            )
             return card, ["a tower directory"]
         passed_config = None if config is None else read_json(Path(config))
         parsed = parse_checkpoint(checkpoint, passed_config, image_size)
         with naming_full_disk(output):
             model = build_model(
-                parsed, str(source), temporary=Path(output).resolve().parent, image_size=image_size
+                parsed,
+                str(source),
+                temporary=Path(output).resolve().parent,
+                image_size=image_size,
             )
         imported_as = parsed.layout
         report = parsed.report()
     origin = path.name if path.exists() else str(source)
     card = export.export_tower(
-        model, output, origin=origin, training={"imported_as": imported_as}, replace=replace
+        model,
+        output,
+        origin=origin,
+        training={"imported_as": imported_as},
+        replace=replace,
     )
     return card, report
 
@@ -142,7 +158,9 @@ def parse_checkpoint(
         else merge(lift_model_cfg(saved), passed_config)
     )
     refuse_language_model(path, state, config)
-    layout = next((layout for layout in layouts().values() if layout.matches(state)), None)
+    layout = next(
+        (layout for layout in layouts().values() if layout.matches(state)), None
+    )
     if layout is not None:
         parsed = layout.parse(state, config)
         parsed.layout = layout.name
@@ -168,7 +186,9 @@ def parse_checkpoint(
         size = side * parsed.config["patch_size"]
         parsed.config["image_size"] = size
         if side**2 != most and image_size is None:
-            problem = f"{path / PREPROCESSOR_FILE}: max_num_patches {most} is not a square"
+            problem = (
+                f"{path / PREPROCESSOR_FILE}: max_num_patches {most} is not a square"
+            )
             advice = f"set --image-size, such as {size} px for {side**2} patches"
             raise ValueError(f"{problem}; {advice}")
     _check_text_side(parsed, passed_config)
@@ -197,9 +217,13 @@ def _check_text_side(parsed: ParsedCheckpoint, passed_config: dict[str, Any]) ->
     (``text_cfg.proj_bias``)."""
     adapter = parsed.adapter
     if parsed.logit_scale is None and parsed.is_image_text:
-        if not isinstance(start := passed_config.get("logit_scale_init_value"), int | float):
+        if not isinstance(
+            start := passed_config.get("logit_scale_init_value"), int | float
+        ):
             example = '{"logit_scale_init_value": 2.6592}'
-            advice = f"pass --config with its initial logarithm, such as {example}, CLIP's"
+            advice = (
+                f"pass --config with its initial logarithm, such as {example}, CLIP's"
+            )
             raise ContractError(
                 f"the checkpoint is missing logit_scale; if it never had one, {advice}"
             )
@@ -210,12 +234,18 @@ def _check_text_side(parsed: ParsedCheckpoint, passed_config: dict[str, Any]) ->
         and section(passed_config, "text_cfg").get("proj_bias", True)
     ):
         bias = adapter.names["projection.weight"].replace("weight", "bias")
-        advice = 'if it never had one, pass --config with {"text_cfg": {"proj_bias": false}}'
+        advice = (
+            'if it never had one, pass --config with {"text_cfg": {"proj_bias": false}}'
+        )
         raise ContractError(f"the checkpoint is missing {bias}; {advice}")
 
 
 def build_model(
-    parsed: ParsedCheckpoint, source: str, *, temporary: Path, image_size: int | None = None
+    parsed: ParsedCheckpoint,
+    source: str,
+    *,
+    temporary: Path,
+    image_size: int | None = None,
 ) -> nn.Module:
     """A parsed checkpoint as a dual encoder, or as a tower alone; ``temporary``: folder for large
     files."""
@@ -229,37 +259,60 @@ def build_model(
             tower = load_tower(folder, image_size=image_size)
         except ContractError as error:
             raise ContractError(str(error).replace(name, source)) from error
-    if parsed.projection is None and parsed.adapter is None and parsed.logit_scale is None:
+    if (
+        parsed.projection is None
+        and parsed.adapter is None
+        and parsed.logit_scale is None
+    ):
         return tower
-    width = tower.config.hidden_size if parsed.projection is None else len(parsed.projection)
+    width = (
+        tower.config.hidden_size
+        if parsed.projection is None
+        else len(parsed.projection)
+    )
     config = dataclasses.replace(
-        DualConfig(projection_dim=width) if parsed.adapter is None else parsed.adapter.config,
+        DualConfig(projection_dim=width)
+        if parsed.adapter is None
+        else parsed.adapter.config,
         projection="none" if parsed.projection is None else "linear",
         projection_bias=parsed.projection_bias is not None,
-        logit_scale_init=None if parsed.logit_scale is None else float(parsed.logit_scale),
+        logit_scale_init=None
+        if parsed.logit_scale is None
+        else float(parsed.logit_scale),
         logit_bias_init=None if parsed.logit_bias is None else float(parsed.logit_bias),
     )
     dual = DualEncoder(tower, config)
     state = {
         "visual_projection.weight": parsed.projection,
         "visual_projection.bias": parsed.projection_bias,
-        "logit_scale": None if parsed.logit_scale is None else parsed.logit_scale.reshape(1),
-        "logit_bias": None if parsed.logit_bias is None else parsed.logit_bias.reshape(1),
+        "logit_scale": None
+        if parsed.logit_scale is None
+        else parsed.logit_scale.reshape(1),
+        "logit_bias": None
+        if parsed.logit_bias is None
+        else parsed.logit_bias.reshape(1),
     }
     if parsed.adapter is not None:
-        state |= {f"text_adapter.{name}": value for name, value in parsed.adapter.state.items()}
+        state |= {
+            f"text_adapter.{name}": value
+            for name, value in parsed.adapter.state.items()
+        }
     state = {name: value for name, value in state.items() if value is not None}
     expected = heads_state(dual)
     # which then keeps CLIP's initial value
     missing = sorted(expected.keys() - state.keys() - {"logit_scale"})
     wrong = sorted(
-        name for name in state if name not in expected or state[name].shape != expected[name].shape
+        name
+        for name in state
+        if name not in expected or state[name].shape != expected[name].shape
     )
     if missing or wrong:
         raise ContractError(
             f"{source}: missing tensors {missing}, unexpected or misshapen tensors {wrong}"
         )
-    dual.load_state_dict(state, strict=False)  # the tower is loaded; the rest was just checked
+    dual.load_state_dict(
+        state, strict=False
+    )  # the tower is loaded; the rest was just checked
     return dual
 
 
@@ -305,10 +358,14 @@ def write_clip(dual: nn.Module, directory: Path, preprocessor: dict[str, Any]) -
     }
     pool, *projection = chosen.values()
     if pool not in ("pooled", "cls") or projection != ["linear", False, False]:
-        raise ValueError(f"format 'clip' cannot represent a tower with {chosen}; --format onnx can")
+        raise ValueError(
+            f"format 'clip' cannot represent a tower with {chosen}; --format onnx can"
+        )
     export.save_tower(dual.tower, directory)
     heads = {"visual_projection.weight": dual.visual_projection.weight}
-    export.save_tensors(load_tensors(directory / WEIGHTS_FILE) | heads, directory / WEIGHTS_FILE)
+    export.save_tensors(
+        load_tensors(directory / WEIGHTS_FILE) | heads, directory / WEIGHTS_FILE
+    )
     fields = {
         "projection_dim": dual.config.projection_dim,
         "architectures": ["CLIPVisionModelWithProjection"],
@@ -321,9 +378,13 @@ def write_clip(dual: nn.Module, directory: Path, preprocessor: dict[str, Any]) -
         ).eval()
     pixels = export.probe_images(dual.tower)
     with torch.no_grad():
-        features = F.normalize(reloaded(pixel_values=pixels).image_embeds.float(), dim=-1)
+        features = F.normalize(
+            reloaded(pixel_values=pixels).image_embeds.float(), dim=-1
+        )
         export.compare_features(
-            {"image": dual.encode_image(pixels)}, {"image": features}, where="format 'clip'"
+            {"image": dual.encode_image(pixels)},
+            {"image": features},
+            where="format 'clip'",
         )
 
 
@@ -344,7 +405,9 @@ class _ImageEncoder(nn.Module):
 def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
     """The image encoder for ONNX Runtime, for any batch size: image features, or the pooled output
     of a tower alone."""
-    if missing := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
+    if missing := [
+        name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None
+    ]:
         raise ValueError(
             f"format 'onnx' requires {', '.join(missing)}: pip install {' '.join(missing)}"
         )
@@ -373,7 +436,9 @@ def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) 
     )
     with torch.no_grad():
         for batch in (pixels, pixels[:1]):
-            features = torch.from_numpy(session.run(None, {"pixel_values": batch.numpy()})[0])
+            features = torch.from_numpy(
+                session.run(None, {"pixel_values": batch.numpy()})[0]
+            )
             export.compare_features(
                 {"image": encoder(batch)}, {"image": features}, where="ONNX Runtime"
             )

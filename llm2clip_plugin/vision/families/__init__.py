@@ -66,17 +66,23 @@ class Family:
     name: str  # in the TowerCard
     # `model_type` in config.json, of the vision model and of models that contain it
     model_types: tuple[str, ...]
-    vision_class: Callable[[], Any]  # returns the Hugging Face class, which is imported only then
+    vision_class: Callable[
+        [], Any
+    ]  # returns the Hugging Face class, which is imported only then
     has_cls: bool  # a class token precedes the patches
     # the position table; "" if the family has none
     positions: str = "embeddings.position_embedding.weight"
     blocks: str = "encoder.layers"  # the ModuleList of transformer blocks
-    embeddings: tuple[str, ...] = ("embeddings",)  # modules and parameters below the first block
+    embeddings: tuple[str, ...] = (
+        "embeddings",
+    )  # modules and parameters below the first block
     final_norm: str  # the norm after the last block
     last_state_is_normed: bool = True  # last_hidden_state is the output of final_norm
     # modules that only pooler_output uses (SigLIP's attention pooling)
     pooling_head: tuple[str, ...] = ()
-    never_trained: tuple[str, ...] = ()  # parameters that the tower's forward pass never reads
+    never_trained: tuple[
+        str, ...
+    ] = ()  # parameters that the tower's forward pass never reads
     file_prefix: str = ""  # of the tower's tensors in files on the Hub
     # prefixes of the other tensors in a file, such as a text tower's
     not_tower: tuple[str, ...] = ()
@@ -92,7 +98,9 @@ class Family:
     # the family's own training ended
     scale: float = 1 / 0.07
     needs: str = ""  # requirement beyond the package's own, for the model card
-    code: TowerCode | None = None  # of exported models; None: transformers opens the tower
+    code: TowerCode | None = (
+        None  # of exported models; None: transformers opens the tower
+    )
     # model_type of the same architecture, where AutoModel does not open the family's own
     opens_as: str = ""
     # name or Hub id -> config.json, for --dry-run
@@ -109,7 +117,9 @@ def in_module(module: str, name: str) -> Callable[[], Any]:
     return lambda: getattr(importlib.import_module(module), name)
 
 
-def wrapped(name: str, *, of: str, title: str, since: str, config: str = "") -> Callable[[], Any]:
+def wrapped(
+    name: str, *, of: str, title: str, since: str, config: str = ""
+) -> Callable[[], Any]:
     """A function that returns class ``name`` of ``vision/wrapped.py`` as ``transformers.OF``, its
     base.
 
@@ -128,9 +138,14 @@ def wrapped(name: str, *, of: str, title: str, since: str, config: str = "") -> 
             )
         model = in_module("llm2clip_plugin.vision.wrapped", name)()
         settings = (
-            in_module("llm2clip_plugin.vision.wrapped", config)() if config else base.config_class
+            in_module("llm2clip_plugin.vision.wrapped", config)()
+            if config
+            else base.config_class
         )
-        overridden = {"config_class": settings, "is_custom_code": classmethod(lambda cls: False)}
+        overridden = {
+            "config_class": settings,
+            "is_custom_code": classmethod(lambda cls: False),
+        }
         return type(of, (model,), overridden)
 
     return made
@@ -147,7 +162,9 @@ def family_of_type(
     """The family whose config.json has this ``model_type``; for the error message, ``where`` and
     the whole ``config``."""
     family_by_type = {
-        model_type: family for family in families().values() for model_type in family.model_types
+        model_type: family
+        for family in families().values()
+        for model_type in family.model_types
     }
     if model_type in family_by_type:
         return family_by_type[model_type]
@@ -188,7 +205,11 @@ def read_config(directory: Path) -> tuple[Family, Any]:
     kind = str(body.get("model_type", "timm" if "architecture" in body else None))
     fields = section(body, "vision_config") or body
     # not NaFlex
-    is_fixed = kind.startswith("siglip2") and "image_size" in fields and "num_patches" not in fields
+    is_fixed = (
+        kind.startswith("siglip2")
+        and "image_size" in fields
+        and "num_patches" not in fields
+    )
     if kind.startswith(("timm", "qwen3_")) or is_fixed:
         raise ValueError(
             f"{file} describes a {kind} model; run `llm2clip import {directory} --output DIR` first"

@@ -135,11 +135,25 @@ FAMILY = [
         image_text_tensors=(),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        code=TowerCode(file="wrapped", config="OpenVisionConfig", model="OpenVisionModel"),
+        code=TowerCode(
+            file="wrapped", config="OpenVisionConfig", model="OpenVisionModel"
+        ),
         shapes={
-            "UCSC-VLAA/openvision-vit-base-patch16-224": {**B, **OPENVISION, "patch_size": 16},
-            "UCSC-VLAA/openvision-vit-large-patch14-224": {**L, **OPENVISION, "image_size": 224},
-            "UCSC-VLAA/openvision-vit-large-patch14-336": {**L, **OPENVISION, "image_size": 336},
+            "UCSC-VLAA/openvision-vit-base-patch16-224": {
+                **B,
+                **OPENVISION,
+                "patch_size": 16,
+            },
+            "UCSC-VLAA/openvision-vit-large-patch14-224": {
+                **L,
+                **OPENVISION,
+                "image_size": 224,
+            },
+            "UCSC-VLAA/openvision-vit-large-patch14-336": {
+                **L,
+                **OPENVISION,
+                "image_size": 336,
+            },
         },
     ),
 ]

@@ -31,7 +31,12 @@ FAMILY = Family(
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
     shapes={
-        "facebook/dinov2-small": {**BASE, **SIZE, "hidden_size": 384, "num_attention_heads": 6},
+        "facebook/dinov2-small": {
+            **BASE,
+            **SIZE,
+            "hidden_size": 384,
+            "num_attention_heads": 6,
+        },
         "facebook/dinov2-base": {**BASE, **SIZE},
         "facebook/dinov2-large": {**LARGE, **SIZE},
         "facebook/dinov2-giant": {**GIANT, **SIZE},

@@ -1,6 +1,12 @@
 """DINOv3 (transformers 5): rotary positions for any grid; states leave out register tokens."""
 
-from llm2clip_plugin.vision.families import IMAGENET_MEAN, IMAGENET_STD, Family, TowerCode, wrapped
+from llm2clip_plugin.vision.families import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Family,
+    TowerCode,
+    wrapped,
+)
 
 FAMILY = Family(
     name="dinov3",
@@ -15,6 +21,9 @@ FAMILY = Family(
     std=IMAGENET_STD,
     needs="transformers>=5",
     code=TowerCode(
-        file="wrapped", config="Dinov3TowerConfig", model="Dinov3Tower", is_in_transformers=True
+        file="wrapped",
+        config="Dinov3TowerConfig",
+        model="Dinov3Tower",
+        is_in_transformers=True,
     ),
 )

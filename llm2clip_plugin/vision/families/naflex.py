@@ -24,7 +24,11 @@ def _vision_class() -> Any:
 
 
 _native = wrapped(
-    "NaflexTower", of="Siglip2VisionModel", title="NaFlex", since="5", config="NaflexTowerConfig"
+    "NaflexTower",
+    of="Siglip2VisionModel",
+    title="NaFlex",
+    since="5",
+    config="NaflexTowerConfig",
 )
 FAMILY = Family(
     name="naflex",
@@ -35,7 +39,13 @@ FAMILY = Family(
     final_norm="post_layernorm",
     pooling_head=("head",),
     file_prefix="vision_model.",
-    not_tower=("text_model.", "text_adapter.", "visual_projection.", "logit_scale", "logit_bias"),
+    not_tower=(
+        "text_model.",
+        "text_adapter.",
+        "visual_projection.",
+        "logit_scale",
+        "logit_bias",
+    ),
     image_text_class=in_transformers("Siglip2Model"),
     image_text_tensors=("logit_bias",),
     mean=HALF_MEAN,

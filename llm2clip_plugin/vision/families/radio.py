@@ -17,7 +17,10 @@ FAMILY = Family(
     std=(1.0, 1.0, 1.0),
     needs="transformers>=5.24",
     code=TowerCode(
-        file="wrapped", config="RadioTowerConfig", model="RadioTower", is_in_transformers=True
+        file="wrapped",
+        config="RadioTowerConfig",
+        model="RadioTower",
+        is_in_transformers=True,
     ),
     # its size in timm; the others are the configuration's defaults
     shapes={"nvidia/C-RADIOv4-H": {"image_size": 512}},

@@ -1,7 +1,13 @@
 """SigLIP and SigLIP2 at a fixed resolution (both ``siglip`` on the Hub): no class token, attention
 pooling."""
 
-from llm2clip_plugin.vision.families import BASE, HALF_MEAN, HALF_STD, Family, in_transformers
+from llm2clip_plugin.vision.families import (
+    BASE,
+    HALF_MEAN,
+    HALF_STD,
+    Family,
+    in_transformers,
+)
 
 B = {**BASE, "intermediate_size": 3072, "patch_size": 16}
 SO400M = {
@@ -19,16 +25,34 @@ FAMILY = Family(
     final_norm="post_layernorm",
     pooling_head=("head",),
     file_prefix="vision_model.",
-    not_tower=("text_model.", "text_adapter.", "visual_projection.", "logit_scale", "logit_bias"),
+    not_tower=(
+        "text_model.",
+        "text_adapter.",
+        "visual_projection.",
+        "logit_scale",
+        "logit_bias",
+    ),
     image_text_class=in_transformers("SiglipModel"),
     image_text_tensors=("logit_bias",),
     mean=HALF_MEAN,
     std=HALF_STD,
     shapes={
         "google/siglip-base-patch16-224": {**B, "image_size": 224},
-        "google/siglip-so400m-patch14-384": {**SO400M, "image_size": 384, "patch_size": 14},
+        "google/siglip-so400m-patch14-384": {
+            **SO400M,
+            "image_size": 384,
+            "patch_size": 14,
+        },
         "google/siglip2-base-patch16-224": {**B, "image_size": 224},
-        "google/siglip2-so400m-patch14-224": {**SO400M, "image_size": 224, "patch_size": 14},
-        "google/siglip2-so400m-patch14-384": {**SO400M, "image_size": 384, "patch_size": 14},
+        "google/siglip2-so400m-patch14-224": {
+            **SO400M,
+            "image_size": 224,
+            "patch_size": 14,
+        },
+        "google/siglip2-so400m-patch14-384": {
+            **SO400M,
+            "image_size": 384,
+            "patch_size": 14,
+        },
     },
 )

@@ -12,7 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, which imports vLLM once
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+    "0"  # one process, which imports vLLM once
+)
 
 from PIL import Image
 from vllm import LLM, SamplingParams
@@ -30,12 +32,21 @@ def answer(model: str, image: Image.Image, question: str) -> dict[str, list]:
         enforce_eager=True,
         limit_mm_per_prompt={"image": 1},
     )
-    content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": question}]
-    greedy = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=0, ignore_eos=True)
-    (result,) = engine.chat([{"role": "user", "content": content}], greedy, use_tqdm=False)
+    content = [
+        {"type": "image_pil", "image_pil": image},
+        {"type": "text", "text": question},
+    ]
+    greedy = SamplingParams(
+        temperature=0, max_tokens=TOKENS, logprobs=0, ignore_eos=True
+    )
+    (result,) = engine.chat(
+        [{"role": "user", "content": content}], greedy, use_tqdm=False
+    )
     (told,) = result.outputs
     ids = [*told.token_ids]
-    values = [step[token].logprob for step, token in zip(told.logprobs, ids, strict=True)]
+    values = [
+        step[token].logprob for step, token in zip(told.logprobs, ids, strict=True)
+    ]
     engine.llm_engine.engine_core.shutdown()
     return {"prompt": [*result.prompt_token_ids], "tokens": ids, "logprobs": values}
 

@@ -30,12 +30,16 @@ def finetuned(world: World, tower: str) -> Path:
         "--pretrain_mm_mlp_adapter",
         world.projector(),
     )
-    world.stage("finetune", f"llm2clip:{world.towers[tower]}", folder, *map(str, options))
+    world.stage(
+        "finetune", f"llm2clip:{world.towers[tower]}", folder, *map(str, options)
+    )
     return folder
 
 
 def main(output: Path, towers: list[str]) -> None:
-    world = make_world(output, heads=1)  # vLLM's attention on a CPU needs heads of 32 or more
+    world = make_world(
+        output, heads=1
+    )  # vLLM's attention on a CPU needs heads of 32 or more
     files = ("--question-file", world.questions, "--image-folder", world.images)
     for tower in towers:
         folder = finetuned(world, tower)
@@ -51,10 +55,19 @@ def main(output: Path, towers: list[str]) -> None:
             answers,
         )
         world.python(*CLI, "evaluate", "--model-path", folder, *files, *options)
-        assert len({json.loads(line)["text"] for line in answers.read_text().splitlines()}) > 2
+        assert (
+            len({json.loads(line)["text"] for line in answers.read_text().splitlines()})
+            > 2
+        )
         print(
             world.python(
-                *CLI, "export", folder, "--format", "hf", "--output", output / f"hf-{tower}"
+                *CLI,
+                "export",
+                folder,
+                "--format",
+                "hf",
+                "--output",
+                output / f"hf-{tower}",
             )
         )
 

@@ -14,7 +14,12 @@ from greedy import TOKENS
 from PIL import Image
 from serve_checkpoints import full, tower_directory
 from tiny_llm import save_tiny_llm
-from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from llava_integration.serve.build import register
 from llava_integration.serve.export import Export, export
@@ -41,7 +46,9 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}<user>{{ m['role'] }}
 {% endfor %}{% if add_generation_prompt %}<user>assistant
 {% endif %}"""
 # as bench-mllm asks
-QUESTION = "Which color is the picture?\nAnswer the question using a single word or phrase."
+QUESTION = (
+    "Which color is the picture?\nAnswer the question using a single word or phrase."
+)
 ENGINE = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -78,8 +85,19 @@ def trained(folder: Path, tower: str, llm: str = "qwen3", *, steps: int = 40) ->
     tiny = save_tiny_llm(folder.with_suffix(".llm"), llm, width=128)
     built = folder.with_suffix(".built")
     (folder.parent / "chat.jinja").write_text(TEMPLATE)
-    words = ["--tower", str(tower_directory(tower)), "--llm", str(tiny), "--output", str(built)]
-    words += [] if llm == "smollm2" else ["--chat-template", str(folder.parent / "chat.jinja")]
+    words = [
+        "--tower",
+        str(tower_directory(tower)),
+        "--llm",
+        str(tiny),
+        "--output",
+        str(built),
+    ]
+    words += (
+        []
+        if llm == "smollm2"
+        else ["--chat-template", str(folder.parent / "chat.jinja")]
+    )
     assert llm2clip(["vlm", "build", *words]) == 0
     register()
     processor = AutoProcessor.from_pretrained(built)
@@ -91,14 +109,17 @@ def trained(folder: Path, tower: str, llm: str = "qwen3", *, steps: int = 40) ->
             {"type": "image", "image": Image.new("RGB", (40, 30), color)},
             {"type": "text", "text": QUESTION},
         ]
-        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": color}]
+        turns = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": color},
+        ]
         row = {
             name: value[0]
             for name, value in processor.apply_chat_template(turns, **options).items()
         }
-        asked = processor.apply_chat_template(turns[:1], add_generation_prompt=True, **options)[
-            "input_ids"
-        ].shape[1]
+        asked = processor.apply_chat_template(
+            turns[:1], add_generation_prompt=True, **options
+        )["input_ids"].shape[1]
         labels = torch.cat((torch.full((asked,), -100), row["input_ids"][asked:]))
         rows.append({**row, "labels": labels})
     settings = TrainingArguments(
@@ -123,8 +144,17 @@ def served(models: dict[str, Path]) -> dict[str, dict]:
     answers = {}
     root = models[FAMILIES[0]].parent
     for stock in (True, False):
-        names = [str(folder) for family, folder in models.items() if (family in STOCK) == stock]
-        place = {**os.environ, **ENGINE, **QUIET, **({"VLLM_PLUGINS": ""} if stock else {})}
+        names = [
+            str(folder)
+            for family, folder in models.items()
+            if (family in STOCK) == stock
+        ]
+        place = {
+            **os.environ,
+            **ENGINE,
+            **QUIET,
+            **({"VLLM_PLUGINS": ""} if stock else {}),
+        }
         output = root / f"answers-{stock}.json"
         words = [
             sys.executable,
@@ -134,7 +164,9 @@ def served(models: dict[str, Path]) -> dict[str, dict]:
             output,
             *names,
         ]
-        done = subprocess.run(words, env=place, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            words, env=place, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr[-6000:]
         answers |= json.loads(output.read_text())
     return {family: answers[str(folder)] for family, folder in models.items()}
@@ -160,14 +192,18 @@ def test_tokens_are_those_of_transformers(
         "return_dict": True,
         "return_tensors": "pt",
     }
-    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], **options
+    )
     forced = {
         "min_new_tokens": TOKENS,
         "max_new_tokens": TOKENS,
         "eos_token_id": None,
         "do_sample": False,
     }
-    told = model.generate(**inputs, **forced, output_logits=True, return_dict_in_generate=True)
+    told = model.generate(
+        **inputs, **forced, output_logits=True, return_dict_in_generate=True
+    )
     tokens = told.sequences[0, inputs["input_ids"].shape[1] :]
     steps = torch.stack([step[0] for step in told.logits]).log_softmax(-1)
     expected = steps.gather(1, tokens[:, None])[:, 0]

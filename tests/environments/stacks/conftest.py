@@ -9,4 +9,6 @@ NEEDS = {  # one of them
     "test_forks.py": ("llavaction",),
     "test_embedders.py": ("mteb",),
 }
-collect_ignore = [name for name, packages in NEEDS.items() if not any(map(find_spec, packages))]
+collect_ignore = [
+    name for name, packages in NEEDS.items() if not any(map(find_spec, packages))
+]

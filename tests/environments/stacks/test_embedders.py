@@ -19,7 +19,9 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    MultipleNegativesRankingLoss,
+)
 from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.cli import main
@@ -37,7 +39,13 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("embedder")
     llm = save_tiny_llm(folder / "llm", "llama")
     write_dual(folder, llm, projection_dim=32)
-    command = ["export", str(folder / "tower"), "--output", str(folder / "out"), "--merge"]
+    command = [
+        "export",
+        str(folder / "tower"),
+        "--output",
+        str(folder / "out"),
+        "--merge",
+    ]
     assert main([*command, "--format", "sentence-transformers"]) == 0
     return folder
 
@@ -51,18 +59,27 @@ def emoji_task(direction: str) -> AbsTaskRetrieval:
     for number in range(LIMIT):
         sample = source[number]
         images.append(
-            {"id": f"image-{number}", "image": {"bytes": sample.read_image(), "path": None}}
+            {
+                "id": f"image-{number}",
+                "image": {"bytes": sample.read_image(), "path": None},
+            }
         )
         for caption in sample.captions:
             if (caption.kind, caption.language) != ("short", "en"):
                 continue
             text = f"text-{len(texts)}"
             texts.append({"id": text, "text": caption.text})
-            pair = (text, f"image-{number}") if direction == "t2i" else (f"image-{number}", text)
+            pair = (
+                (text, f"image-{number}")
+                if direction == "t2i"
+                else (f"image-{number}", text)
+            )
             relevant.setdefault(pair[0], {})[pair[1]] = 1
     of_images = Dataset.from_list(images).cast_column("image", Image())
     of_texts = Dataset.from_list(texts)
-    queries, corpus = (of_texts, of_images) if direction == "t2i" else (of_images, of_texts)
+    queries, corpus = (
+        (of_texts, of_images) if direction == "t2i" else (of_images, of_texts)
+    )
 
     class Emoji(AbsTaskRetrieval):
         metadata = TaskMetadata(
@@ -92,15 +109,26 @@ def emoji_task(direction: str) -> AbsTaskRetrieval:
 
 def test_mteb_finds_what_evaluate_finds(exported, tmp_path):
     scores = tmp_path / "scores.json"
-    command = ["evaluate", str(exported / "tower"), str(EMOJI), "--cache", str(tmp_path / "cache")]
+    command = [
+        "evaluate",
+        str(exported / "tower"),
+        str(EMOJI),
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
     captions = ["--kinds", "short", "--languages", "en", "--limit", str(LIMIT)]
     more = ["--compute-dtype", "float32", "--output", str(scores)]
     assert main([*command, *captions, *more]) == 0
     expected = json.loads(scores.read_text())["metrics"]
     model = SentenceTransformerEncoderWrapper(opened(exported / "out"))
-    model.mteb_model_meta.modalities = ["image", "text"]  # it looks for them in the Hub's files
+    model.mteb_model_meta.modalities = [
+        "image",
+        "text",
+    ]  # it looks for them in the Hub's files
     for direction in ("t2i", "i2t"):
-        result = mteb.evaluate(model, emoji_task(direction), cache=None, show_progress_bar=False)
+        result = mteb.evaluate(
+            model, emoji_task(direction), cache=None, show_progress_bar=False
+        )
         found = result.task_results[0].scores["test"][0]
         for k in (1, 5, 10):
             assert abs(found[f"hit_rate_at_{k}"] - expected[f"{direction}_r{k}"]) < 1e-4
@@ -147,7 +175,11 @@ def test_the_trainer_takes_it_and_its_tower_comes_back(exported, tmp_path):
 def program(heading: str) -> str:
     """The first program below a heading of docs/embeddings.md."""
     page = (ROOT / "docs" / "embeddings.md").read_text(encoding="utf-8")
-    return page.partition(f"# {heading}\n")[2].partition("```python\n")[2].partition("```")[0]
+    return (
+        page.partition(f"# {heading}\n")[2]
+        .partition("```python\n")[2]
+        .partition("```")[0]
+    )
 
 
 @pytest.fixture
@@ -166,7 +198,10 @@ def page_folder(exported, tmp_path, monkeypatch):
 
 
 def test_the_page_searches(page_folder, capsys):
-    exec(compile(program("Search over your own pictures"), "docs/embeddings.md", "exec"), {})
+    exec(
+        compile(program("Search over your own pictures"), "docs/embeddings.md", "exec"),
+        {},
+    )
     assert len(re.findall(r"photos/\d\.jpg", capsys.readouterr().out)) == 4
     assert faiss.read_index("photos.faiss").ntotal == 4
 

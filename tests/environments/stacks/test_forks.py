@@ -38,7 +38,12 @@ def world(tmp_path_factory) -> World:
     for data in (world.pretrain_data, world.finetune_data):
         rows = [row for row in json.loads(data.read_text()) if "image" in row]
         for row in rows:
-            frames = world.root / "videos" / "sharegpt4video" / Path(image := row.pop("image")).stem
+            frames = (
+                world.root
+                / "videos"
+                / "sharegpt4video"
+                / Path(image := row.pop("image")).stem
+            )
             frames.mkdir(parents=True, exist_ok=True)
             for number in range(2):
                 shutil.copy(world.images / image, frames / f"{number}.png")
@@ -52,12 +57,18 @@ def world(tmp_path_factory) -> World:
         "num_attention_heads": 4,
     }
     config = Qwen2Config(
-        vocab_size=600, num_key_value_heads=4, pad_token_id=0, initializer_range=0.1, **shape
+        vocab_size=600,
+        num_key_value_heads=4,
+        pad_token_id=0,
+        initializer_range=0.1,
+        **shape,
     )
     Qwen2ForCausalLM(config).save_pretrained(world.root / "tiny-qwen")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(world.llm / name, world.root / "tiny-qwen" / name)
-    world.llm.rename(world.root / "tiny-llama")  # LLaVA-NeXT chooses the class by the name
+    world.llm.rename(
+        world.root / "tiny-llama"
+    )  # LLaVA-NeXT chooses the class by the name
     (world.root / "sitecustomize.py").write_text(ON_CPU)
     for name in ANNOTATIONS.split():  # read by llavaction whatever it trains on
         (world.root / name).write_text(
@@ -87,10 +98,15 @@ def train(
         --model_max_length 256 --logging_steps 1 --lazy_preprocess True --report_to none
         --dataloader_num_workers 0 --seed 7 --bf16 True
         --attn_implementation eager --deepspeed {world.zero_config(2)} {options}""".split()
-    common = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {
+        "WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     common["PYTHONPATH"] = os.pathsep.join([str(world.root), *paths, *sys.path])
     places = [
-        world.environment(RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(RANKS)
+        world.environment(RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(RANKS)
     ]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [
@@ -106,7 +122,11 @@ def train(
     ("package", "kind", "options"),
     [
         ("llavaction", "pretrain", "--mm_tunable_parts mm_mlp_adapter"),
-        ("llavaction", "finetune", f"--mm_tunable_parts {WHOLE} --image_aspect_ratio pad"),
+        (
+            "llavaction",
+            "finetune",
+            f"--mm_tunable_parts {WHOLE} --image_aspect_ratio pad",
+        ),
         ("llava", "pretrain", "--mm_tunable_parts mm_mlp_adapter"),
         ("llava", "finetune", f"--mm_tunable_parts {WHOLE} {ANYRES}"),
     ],
@@ -114,7 +134,9 @@ def train(
 def test_losses_are_those_of_its_own_clip_tower(world, package, kind, options):
     paths = [os.environ.get("LLAVA_NEXT", "")] if package == "llava" else []
     if paths == [""]:
-        pytest.skip("LLaVA-NeXT is not on the package index; LLAVA_NEXT=CHECKOUT names its code")
+        pytest.skip(
+            "LLaVA-NeXT is not on the package index; LLAVA_NEXT=CHECKOUT names its code"
+        )
     tower = world.towers["clip"]
     own, ours = (
         train(world, package, paths, one, kind, options)

@@ -25,7 +25,10 @@ def questions(tmp_path_factory) -> Path:
     rows = []
     for n in range(QUESTIONS):
         about = {"image_id": f"image{n // 2}", "category": "odd" if n % 2 else "even"}
-        asked = {"question": f"Is {n} divisible by three?", "answer": "no" if n % 3 else "yes"}
+        asked = {
+            "question": f"Is {n} divisible by three?",
+            "answer": "no" if n % 3 else "yes",
+        }
         rows.append({"question_id": f"q{n}", **asked, **about})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -134,7 +137,11 @@ def test_inspect_ai(questions, tmp_path):
     for name, form in zip(RIGHT, ("eval", "json"), strict=True):
         task = Task(name="toy", dataset=samples, solver=generate(), scorer=match())
         eval(
-            task, model=f"toy/{name}", log_dir=str(tmp_path / name), log_format=form, display="none"
+            task,
+            model=f"toy/{name}",
+            log_dir=str(tmp_path / name),
+            log_format=form,
+            display="none",
         )
     check(tmp_path, questions, "toy match")
 
@@ -159,7 +166,10 @@ def test_lmms_eval(questions, tmp_path):
         "dataset_path: json" if line.startswith("dataset_path") else line
         for line in yaml.splitlines()
     ]
-    lines = [line.replace("token: True", f"data_files: {{test: {questions}}}") for line in lines]
+    lines = [
+        line.replace("token: True", f"data_files: {{test: {questions}}}")
+        for line in lines
+    ]
     (folder / "toy.yaml").write_text("\n".join(lines))
     for said in ("no", "yes"):
         run = [
@@ -172,11 +182,15 @@ def test_lmms_eval(questions, tmp_path):
             f"response={said}",
         ]
         run += ["--tasks", "toy", "--include_path", str(folder), "--batch_size", "1"]
-        subprocess.run([*run, "--log_samples", "--output_path", str(tmp_path / said)], check=True)
+        subprocess.run(
+            [*run, "--log_samples", "--output_path", str(tmp_path / said)], check=True
+        )
     (row,) = build([load_side(tmp_path / said) for said in ("no", "yes")]).rows
     assert row.benchmark == "pope"
     assert (row.result.base, row.result.new) == pytest.approx((0, 50))
-    assert row.images == QUESTIONS // 2 or row.images == QUESTIONS  # newer versions log the image
+    assert (
+        row.images == QUESTIONS // 2 or row.images == QUESTIONS
+    )  # newer versions log the image
     assert row.verdict == "better"
 
 
@@ -188,18 +202,27 @@ def tiny_llava(folder: Path, seed: int) -> Path:
 
     from llm2clip_plugin.cli import main as llm2clip
 
-    CLIPVisionModel(CLIPVisionConfig(**TINY, image_size=28, patch_size=14)).save_pretrained(
-        folder / "tower"
-    )
+    CLIPVisionModel(
+        CLIPVisionConfig(**TINY, image_size=28, patch_size=14)
+    ).save_pretrained(folder / "tower")
     statistics = {
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
         "image_processor_type": "CLIPImageProcessor",
     }
     sizes = {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}}
-    (folder / "tower" / "preprocessor_config.json").write_text(json.dumps({**statistics, **sizes}))
+    (folder / "tower" / "preprocessor_config.json").write_text(
+        json.dumps({**statistics, **sizes})
+    )
     llm = save_tiny_llm(folder / "llm", "llama", seed=seed)
-    words = ["--tower", str(folder / "tower"), "--llm", str(llm), "--output", str(folder / "llava")]
+    words = [
+        "--tower",
+        str(folder / "tower"),
+        "--llm",
+        str(llm),
+        "--output",
+        str(folder / "llava"),
+    ]
     assert llm2clip(["vlm", "build", *words]) == 0
     return folder / "llava"
 
@@ -218,7 +241,11 @@ def test_bench_mllm_runs_tasks_of_today(tmp_path, monkeypatch):
         Picture.new("RGB", (40, 30), (30 * n, 255 - 30 * n, 120)).save(path)
     same = {"image": [str(path) for path in pictures]}
     letters = [f"({'ab'[n % 2]})" for n in range(8)]
-    mmvp = {"Index": range(1, 9), "Question": ["Is it?"] * 8, "Options": ["(a) yes (b) no"] * 8}
+    mmvp = {
+        "Index": range(1, 9),
+        "Question": ["Is it?"] * 8,
+        "Options": ["(a) yes (b) no"] * 8,
+    }
     cv_bench = {
         "idx": range(8),
         "type": ["2D"] * 8,
@@ -231,17 +258,29 @@ def test_bench_mllm_runs_tasks_of_today(tmp_path, monkeypatch):
     }
     sets = {
         "lmms-lab-eval/MMVP/train.parquet": {**same, **mmvp, "Correct Answer": letters},
-        "nyu-visionx/CV-Bench/test.parquet": {**same, **cv_bench, "source": ["COCO"] * 8},
+        "nyu-visionx/CV-Bench/test.parquet": {
+            **same,
+            **cv_bench,
+            "source": ["COCO"] * 8,
+        },
     }
     for name, columns in sets.items():
         path = tmp_path / "hub" / name
         path.parent.mkdir(parents=True)
-        Dataset.from_dict({key: list(values) for key, values in columns.items()}).cast_column(
-            "image", Image()
-        ).to_parquet(path)
+        Dataset.from_dict(
+            {key: list(values) for key, values in columns.items()}
+        ).cast_column("image", Image()).to_parquet(path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    options = ["--engine", "lmms-eval", "--device", "cpu", "--tasks", "mmvp", "cv_bench"]
+    options = [
+        "--engine",
+        "lmms-eval",
+        "--device",
+        "cpu",
+        "--tasks",
+        "mmvp",
+        "cv_bench",
+    ]
     for seed in (0, 1):
         model = tiny_llava(tmp_path / f"{seed}", seed)
         words = [

@@ -77,11 +77,15 @@ def train_with_llamafactory() -> None:
     (data,) = blocks("json")
     (code,) = blocks("bash")
     info = json.loads(data)["pretrain"]
-    datasets = {name: {**info, "file_name": f"{name}.json"} for name in ("pretrain", "finetune")}
+    datasets = {
+        name: {**info, "file_name": f"{name}.json"} for name in ("pretrain", "finetune")
+    }
     Path("dataset_info.json").write_text(json.dumps(datasets))
     settings = settings.replace("1.0e-3", RATE.replace("1e", "1.0e")) + YAML
     Path("stage1.yaml").write_text(settings)
-    settings = settings.replace("vlm/stage1", "vlm/stage2").replace("vlm/stage0", "vlm/stage1")
+    settings = settings.replace("vlm/stage1", "vlm/stage2").replace(
+        "vlm/stage0", "vlm/stage1"
+    )
     Path("stage2.yaml").write_text(
         settings.replace("dataset: pretrain", "dataset: finetune").replace(
             ": true\n", ": false\n", 2
@@ -100,7 +104,9 @@ def folder(stage: int) -> Path:
 def losses(stage: int) -> list[float]:
     states = sorted(Path(f"vlm/stage{stage}").rglob("trainer_state.json"))
     return [
-        row["loss"] for row in json.loads(states[0].read_text())["log_history"] if "loss" in row
+        row["loss"]
+        for row in json.loads(states[0].read_text())["log_history"]
+        if "loss" in row
     ]
 
 
@@ -115,11 +121,15 @@ def conversation(name: str) -> list[dict[str, Any]]:
 
 def encoded(processor: Any, turns: list[dict[str, Any]]) -> Any:
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return processor.apply_chat_template([turns], add_generation_prompt=len(turns) == 1, **options)
+    return processor.apply_chat_template(
+        [turns], add_generation_prompt=len(turns) == 1, **options
+    )
 
 
 @pytest.mark.parametrize("tower", ["clip", "eva02"])
-def test_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str) -> None:
+def test_two_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str
+) -> None:
     """The first loss is transformers' own, losses fall, stage 1 trains the projector alone, and
     answers are learned."""
     monkeypatch.chdir(tmp_path)
@@ -193,7 +203,9 @@ def test_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str)
 
 
 @pytest.mark.skipif(TRAINER != "trl", reason="TRL 1 has the chat templates")
-@pytest.mark.parametrize("name", ["llama3_2", "qwen2_5", "qwen3", "gemma3", "phi3", "lfm2"])
+@pytest.mark.parametrize(
+    "name", ["llama3_2", "qwen2_5", "qwen3", "gemma3", "phi3", "lfm2"]
+)
 def test_prompts_are_those_of_real_templates(name: str) -> None:
     trl = importlib.import_module("trl")
     tokenizer = tiny_tokenizer()
@@ -202,7 +214,8 @@ def test_prompts_are_those_of_real_templates(name: str) -> None:
     ).read_text()
     texts = ("What is it?", "A cat.", "Sure?")
     turns = [
-        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)
+        {"role": ("user", "assistant")[n % 2], "content": text}
+        for n, text in enumerate(texts)
     ]
     prompt = Prompt.of(tokenizer)
     assert prompt.join(*texts) == tokenizer.apply_chat_template(

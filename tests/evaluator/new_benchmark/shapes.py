@@ -13,7 +13,9 @@ from llava_integration.evaluator.benchmarks.benchmark import (
 class Shapes(Benchmark):
     def load(self, folder):
         rows = read_jsonl(
-            self.require(folder, *self.annotations, where="from https://example.org/shapes")
+            self.require(
+                folder, *self.annotations, where="from https://example.org/shapes"
+            )
         )
         return [
             Question(
@@ -28,7 +30,9 @@ class Shapes(Benchmark):
 
     def score_item(self, question, answer):
         return item_of(
-            question, answer, score=float(text_of(answer).lower().strip(" .") == question.truth)
+            question,
+            answer,
+            score=float(text_of(answer).lower().strip(" .") == question.truth),
         )
 
 

@@ -1,6 +1,17 @@
 """Folders of pictures, and folders that a command would replace."""
 
-from bad.planted import DEEP, Case, copy, directory, link, pictures, pipe, png_header, raw, text
+from bad.planted import (
+    DEEP,
+    Case,
+    copy,
+    directory,
+    link,
+    pictures,
+    pipe,
+    png_header,
+    raw,
+    text,
+)
 
 MAKE = "data make {t}/photos --output {t}/new"
 THESIS = text("mine/thesis.tex", "years of work")
@@ -34,7 +45,10 @@ CASES = [
         (pictures(count=1, captions=False), text("photos/0.json", "[1]")),
     ),
     Case(
-        "pictures of zero bytes", MAKE, "...", (raw("photos/0.png", b""), text("photos/0.txt", "a"))
+        "pictures of zero bytes",
+        MAKE,
+        "...",
+        (raw("photos/0.png", b""), text("photos/0.txt", "a")),
     ),
     Case(
         "pictures that are texts",
@@ -48,7 +62,12 @@ CASES = [
         "...",
         (raw("photos/0.png", png_header(100_000, 100_000)), text("photos/0.txt", "a")),
     ),
-    Case("named pipe as picture", MAKE, "...", (text("photos/0.txt", "a"), pipe("photos/0.png"))),
+    Case(
+        "named pipe as picture",
+        MAKE,
+        "...",
+        (text("photos/0.txt", "a"), pipe("photos/0.png")),
+    ),
     Case(
         "named pipe as caption",
         MAKE,
@@ -81,7 +100,11 @@ CASES = [
         "picture that is a link to elsewhere",
         MAKE,
         "...",
-        (pictures("other", 1), text("photos/0.txt", "a"), link("photos/0.png", "{t}/other/0.png")),
+        (
+            pictures("other", 1),
+            text("photos/0.txt", "a"),
+            link("photos/0.png", "{t}/other/0.png"),
+        ),
     ),
     Case(
         "folder that is a link to elsewhere",
@@ -120,10 +143,16 @@ CASES = [
         (THESIS,),
     ),
     Case(
-        "export over a thesis", "export {w}/run --output {t}/mine --overwrite", FOREIGN, (THESIS,)
+        "export over a thesis",
+        "export {w}/run --output {t}/mine --overwrite",
+        FOREIGN,
+        (THESIS,),
     ),
     Case(
-        "import over a thesis", "import {w}/tower --output {t}/mine --overwrite", FOREIGN, (THESIS,)
+        "import over a thesis",
+        "import {w}/tower --output {t}/mine --overwrite",
+        FOREIGN,
+        (THESIS,),
     ),
     Case(
         "export-llm over a thesis",
@@ -161,7 +190,9 @@ CASES = [
         "...",
         (pictures(),),
     ),
-    Case("workers below 0", MAKE + " --workers -1", "...workers...-1...", (pictures(),)),
+    Case(
+        "workers below 0", MAKE + " --workers -1", "...workers...-1...", (pictures(),)
+    ),
     Case(
         "workers without measure",
         MAKE + " --workers 100000",
@@ -169,7 +200,10 @@ CASES = [
         (pictures(),),
     ),
     Case(
-        "background of no color", MAKE + " --background puce", "...puce...white...", (pictures(),)
+        "background of no color",
+        MAKE + " --background puce",
+        "...puce...white...",
+        (pictures(),),
     ),
     Case(
         "data split of one sample",
@@ -229,7 +263,12 @@ CASES = [
         (),
         status=1,
     ),
-    Case("max-broken of 2", "data check {w}/data --max-broken 2", "...max-broken...2...", ()),
+    Case(
+        "max-broken of 2",
+        "data check {w}/data --max-broken 2",
+        "...max-broken...2...",
+        (),
+    ),
     Case("show -1", "data check {w}/data --show -1", "...show...-1...", ()),
     Case(
         "captions for LLaVA of a field that is not there",

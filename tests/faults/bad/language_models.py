@@ -2,7 +2,18 @@
 
 import json
 
-from bad.planted import Case, copy, cut, directory, edit, pipe, raw, remove, shrink, text
+from bad.planted import (
+    Case,
+    copy,
+    cut,
+    directory,
+    edit,
+    pipe,
+    raw,
+    remove,
+    shrink,
+    text,
+)
 
 EMBED = "embed {w}/data --llm {t}/llm --cache {t}/new"
 LLM = copy("llm", "llm")
@@ -124,7 +135,8 @@ CASES = [
             LLM,
             remove("llm/*.safetensors"),
             text(
-                "llm/model.safetensors.index.json", '{"weight_map": {"a": "model-1.safetensors"}}'
+                "llm/model.safetensors.index.json",
+                '{"weight_map": {"a": "model-1.safetensors"}}',
             ),
         ),
     ),
@@ -170,7 +182,12 @@ CASES = [
         "...{t}/llm...",
         (LLM, text("llm/tokenizer.json", "{nonsense")),
     ),
-    Case("tokenizer that is cut", EMBED, "...{t}/llm...", (LLM, cut("llm/tokenizer.json"))),
+    Case(
+        "tokenizer that is cut",
+        EMBED,
+        "...{t}/llm...",
+        (LLM, cut("llm/tokenizer.json")),
+    ),
     Case(
         "LLM that is a file",
         "embed {w}/data --llm {w}/notes.json --cache {t}/new",
@@ -178,7 +195,12 @@ CASES = [
         (),
     ),
     Case("LLM that is an empty folder", EMBED, "...{t}/llm...", (directory("llm"),)),
-    Case("Hub id of three parts", "embed {w}/data --llm a/b/c --cache {t}/new", "...a/b/c...", ()),
+    Case(
+        "Hub id of three parts",
+        "embed {w}/data --llm a/b/c --cache {t}/new",
+        "...a/b/c...",
+        (),
+    ),
     Case(
         "Hub id that is not cached, offline",
         "embed {w}/data --llm nobody/nothing --cache {t}/new",
@@ -213,12 +235,23 @@ CASES = [
     ),
     Case("adapter that is not there", ADAPTED, "no adapter at {t}/adapter; ...", ()),
     Case(
-        "pooling that is not known", EMBED + " --pooling max", "...'max'...mean...last...", (LLM,)
+        "pooling that is not known",
+        EMBED + " --pooling max",
+        "...'max'...mean...last...",
+        (LLM,),
     ),
     Case(
-        "attention that is not known", EMBED + " --attention sideways", "...'sideways'...", (LLM,)
+        "attention that is not known",
+        EMBED + " --attention sideways",
+        "...'sideways'...",
+        (LLM,),
     ),
-    Case("template without a caption", EMBED + " --chat-template hello", "...{caption}...", (LLM,)),
+    Case(
+        "template without a caption",
+        EMBED + " --chat-template hello",
+        "...{caption}...",
+        (LLM,),
+    ),
     Case(
         "template that is broken",
         EMBED + " --chat-template user",
@@ -231,7 +264,12 @@ CASES = [
     ),
     Case("layer below all", EMBED + " --layer -99", "...-99...", (LLM,)),
     Case("no tokens", EMBED + " --max-tokens 0", "...max...tokens...0...", (LLM,)),
-    Case("dtype that is not known", EMBED + " --compute-dtype float7", "...float7...", (LLM,)),
+    Case(
+        "dtype that is not known",
+        EMBED + " --compute-dtype float7",
+        "...float7...",
+        (LLM,),
+    ),
     Case(
         "preset that is not known",
         EMBED + " --preset llm3vec",
@@ -278,7 +316,11 @@ CASES = [
         "stage 1 of one image",
         "finetune-llm {t}/one.jsonl --image-folder {w}/pictures --llm {w}/llm --output {t}/new",
         "...",
-        (text("one.jsonl", '{"image": "0.png", "caption": "a", "long_caption": "b"}\n'),),
+        (
+            text(
+                "one.jsonl", '{"image": "0.png", "caption": "a", "long_caption": "b"}\n'
+            ),
+        ),
     ),
     Case(
         "stage 1: rank 0",

@@ -126,7 +126,9 @@ def shrink(name: str, words: int) -> Plant:
 
 def link(name: str, target: str) -> Plant:
     """A symbolic link; {t} in its target is the folder of the case."""
-    return lambda folder, world: (folder / name).symlink_to(target.replace("{t}", str(folder)))
+    return lambda folder, world: (folder / name).symlink_to(
+        target.replace("{t}", str(folder))
+    )
 
 
 def pipe(name: str) -> Plant:
@@ -141,7 +143,12 @@ def directory(name: str) -> Plant:
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds nothing."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">I", zlib.crc32(body))
+    )
 
 
 DEEP = "[" * 100_000 + "]" * 100_000

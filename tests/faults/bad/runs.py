@@ -43,9 +43,16 @@ CASES = [
         "...{w}/tower...",
         (),
     ),
-    Case("nothing to measure with", RUN + " --validation 0.0001", "...validation...", ()),
+    Case(
+        "nothing to measure with", RUN + " --validation 0.0001", "...validation...", ()
+    ),
     Case("nothing to train on", RUN + " --validation 0.9999", "...validation...", ()),
-    Case("split by a field that no sample has", RUN + " --by nofield", "...nofield...", ()),
+    Case(
+        "split by a field that no sample has",
+        RUN + " --by nofield",
+        "...nofield...",
+        (),
+    ),
     Case(
         "output is the data",
         "run {w}/data --llm {w}/llm --tower {w}/tower --output {w}/data --dry-run",
@@ -74,8 +81,15 @@ CASES = [
         (),
     ),
     Case("options with an open quote", RUN + " --tower-options=--cache='x", "...", ()),
-    Case("a batch of more pairs than images", RUN + " --global-batch 4096", "...4096...", ()),
-    Case("a batch below 0", RUN + " --global-batch -4", "...global...batch...-4...", ()),
+    Case(
+        "a batch of more pairs than images",
+        RUN + " --global-batch 4096",
+        "...4096...",
+        (),
+    ),
+    Case(
+        "a batch below 0", RUN + " --global-batch -4", "...global...batch...-4...", ()
+    ),
     Case(
         "epochs without end",
         RUN + " --num-train-epochs inf",
@@ -95,7 +109,12 @@ CASES = [
         questions('{"question_id": 1, "image": "0.png", "text": "What?"}'),
     ),
     Case("status of a file", "status {w}/notes.json", "...{w}/notes.json...", ()),
-    Case("status of an empty folder", "status {t}/empty", "...{t}/empty...", (directory("empty"),)),
+    Case(
+        "status of an empty folder",
+        "status {t}/empty",
+        "...{t}/empty...",
+        (directory("empty"),),
+    ),
     Case(
         "status of a run whose record is cut",
         "status {t}/run",
@@ -104,7 +123,9 @@ CASES = [
         status=0,
     ),
     Case("use of a folder that is not there", "use {t}/none", "...{t}/none...", ()),
-    Case("use under a name with blanks", "use {w}/run/tower --name a/b", "...a/b...", ()),
+    Case(
+        "use under a name with blanks", "use {w}/run/tower --name a/b", "...a/b...", ()
+    ),
     Case(
         "list of towers that is damaged",
         "towers",
@@ -171,7 +192,12 @@ CASES = [
         "...{w}/pictures...",
         (),
     ),
-    Case("export of an LLM as LLaVA", "llava export {w}/llm --output {t}/new", "...{w}/llm...", ()),
+    Case(
+        "export of an LLM as LLaVA",
+        "llava export {w}/llm --output {t}/new",
+        "...{w}/llm...",
+        (),
+    ),
     Case("bundle of an LLM", "llava bundle {w}/llm", "...{w}/llm...", ()),
     Case(
         "build with a tower that is not there",
@@ -195,7 +221,10 @@ CASES = [
         "scores of one name twice",
         COMPARE,
         "{t}/a.scores.json...",
-        (scores("a.scores.json", [{"id": 1, "score": 1}] * 2), scores("b.scores.json", ITEMS)),
+        (
+            scores("a.scores.json", [{"id": 1, "score": 1}] * 2),
+            scores("b.scores.json", ITEMS),
+        ),
     ),
     Case(
         "scores that are NaN",
@@ -214,25 +243,37 @@ CASES = [
         "scores that are words",
         COMPARE,
         "{t}/a.scores.json...",
-        (scores("a.scores.json", [{"id": 1, "score": "high"}]), scores("b.scores.json", ITEMS)),
+        (
+            scores("a.scores.json", [{"id": 1, "score": "high"}]),
+            scores("b.scores.json", ITEMS),
+        ),
     ),
     Case(
         "scores of two benchmarks",
         COMPARE,
         "...",
-        (scores("a.scores.json", ITEMS), scores("b.scores.json", ITEMS, benchmark="gqa")),
+        (
+            scores("a.scores.json", ITEMS),
+            scores("b.scores.json", ITEMS, benchmark="gqa"),
+        ),
     ),
     Case(
         "scores without an item in common",
         COMPARE,
         "...",
-        (scores("a.scores.json", ITEMS), scores("b.scores.json", [{"id": 9, "score": 1}])),
+        (
+            scores("a.scores.json", ITEMS),
+            scores("b.scores.json", [{"id": 9, "score": 1}]),
+        ),
     ),
     Case(
         "scores of a future version",
         COMPARE,
         "{t}/a.scores.json...99...",
-        (scores("a.scores.json", ITEMS, format_version=99), scores("b.scores.json", ITEMS)),
+        (
+            scores("a.scores.json", ITEMS, format_version=99),
+            scores("b.scores.json", ITEMS),
+        ),
     ),
     Case(
         "scores without items",
@@ -250,7 +291,11 @@ CASES = [
         "scores that are cut",
         COMPARE,
         "{t}/a.scores.json...",
-        (scores("a.scores.json", ITEMS), cut("a.scores.json"), scores("b.scores.json", ITEMS)),
+        (
+            scores("a.scores.json", ITEMS),
+            cut("a.scores.json"),
+            scores("b.scores.json", ITEMS),
+        ),
     ),
     Case(
         "scores that are binary",
@@ -300,5 +345,10 @@ CASES = [
         "...{t}/a.csv...",
         (text("a.csv", 'id,score\n"1,1\n2,0\n'), text("b.csv", "id,score\n1,1\n2,0\n")),
     ),
-    Case("a word that is not UTF-8", "embed {t}/n\\xe9 --llm {w}/llm --cache {t}/new", "...", ()),
+    Case(
+        "a word that is not UTF-8",
+        "embed {t}/n\\xe9 --llm {w}/llm --cache {t}/new",
+        "...",
+        (),
+    ),
 ]

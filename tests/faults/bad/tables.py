@@ -37,7 +37,12 @@ CASES = [
         table("image,caption,caption\n0.png,a,b\n"),
     ),
     Case("zero bytes", MAKE, "{t}/photos/t.csv is empty...", table("")),
-    Case("a header alone", MAKE, "{t}/photos/t.csv...no rows...", table("image,caption\n")),
+    Case(
+        "a header alone",
+        MAKE,
+        "{t}/photos/t.csv...no rows...",
+        table("image,caption\n"),
+    ),
     Case(
         "Latin-1",
         MAKE,
@@ -68,8 +73,18 @@ CASES = [
         "{t}/photos/t.csv, line 3...",
         table("image,caption\n0.png,a\n1.png\n"),
     ),
-    Case("zero bytes within", MAKE, "{t}/photos/t.csv...", table("image,caption\n0.png,a\0b\n")),
-    Case("pictures that are not there", MAKE, "...", table("image,caption\nx.png,a\ny.png,b\n")),
+    Case(
+        "zero bytes within",
+        MAKE,
+        "{t}/photos/t.csv...",
+        table("image,caption\n0.png,a\0b\n"),
+    ),
+    Case(
+        "pictures that are not there",
+        MAKE,
+        "...",
+        table("image,caption\nx.png,a\ny.png,b\n"),
+    ),
     Case(
         "a folder named as a table",
         MAKE,
@@ -88,7 +103,12 @@ CASES = [
         "none of the 2 files in {t}/photos/t.csv can be used: 0.png: no caption...",
         table("image,caption\n0.png,\u00a0\n1.png, \n"),
     ),
-    Case("a picture outside the folder", MAKE, "...", table("image,caption\n../../secret.png,a\n")),
+    Case(
+        "a picture outside the folder",
+        MAKE,
+        "...",
+        table("image,caption\n../../secret.png,a\n"),
+    ),
     Case("an absolute path", MAKE, "...", table("image,caption\n/etc/passwd,a\n")),
     Case(
         "a table of its own output",

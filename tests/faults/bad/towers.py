@@ -54,7 +54,12 @@ CASES = [
         "...{t}/tower/preprocessor_config.json...",
         (TOWER, text(PROCESSOR, "{nonsense")),
     ),
-    Case("tower without weights", TRAIN, "...{t}/tower...", (TOWER, remove("tower/*.safetensors"))),
+    Case(
+        "tower without weights",
+        TRAIN,
+        "...{t}/tower...",
+        (TOWER, remove("tower/*.safetensors")),
+    ),
     Case(
         "tower with weights that are cut",
         TRAIN,
@@ -85,8 +90,18 @@ CASES = [
         "...image...4...",
         (TOWER,),
     ),
-    Case("images of no whole patches", TRAIN + " --image-size 17", "...17...8...", (TOWER,)),
-    Case("images of 0 pixels", TRAIN + " --image-size -8", "...image-size...-8...", (TOWER,)),
+    Case(
+        "images of no whole patches",
+        TRAIN + " --image-size 17",
+        "...17...8...",
+        (TOWER,),
+    ),
+    Case(
+        "images of 0 pixels",
+        TRAIN + " --image-size -8",
+        "...image-size...-8...",
+        (TOWER,),
+    ),
     Case(
         "images of a million pixels a side",
         TRAIN + " --image-size 1000000",
@@ -109,7 +124,14 @@ CASES = [
         "code of a tower",
         TRAIN,
         "...",
-        (TOWER, edit("tower/config.json", model_type="evil", auto_map={"AutoModel": "evil.Model"})),
+        (
+            TOWER,
+            edit(
+                "tower/config.json",
+                model_type="evil",
+                auto_map={"AutoModel": "evil.Model"},
+            ),
+        ),
     ),
     setting("--num-train-epochs inf", "...num...train...epochs...inf..."),
     setting("--num-train-epochs nan", "...num...train...epochs...nan..."),
@@ -157,13 +179,19 @@ CASES = [
         "caption weight 'short=-1' is not KIND=WEIGHT with a number above 0...",
     ),
     setting(
-        "--augment.scale 2 3", "crop scale is (2.0, 3.0), expected two numbers within 0 .. 1..."
+        "--augment.scale 2 3",
+        "crop scale is (2.0, 3.0), expected two numbers within 0 .. 1...",
     ),
-    setting("--augment.ratio 0 0", "crop ratio is (0.0, 0.0), expected two numbers above 0..."),
+    setting(
+        "--augment.ratio 0 0",
+        "crop ratio is (0.0, 0.0), expected two numbers above 0...",
+    ),
     setting("--betas 2 0.9", "...betas..."),
     setting("--dual.pool nothing", "unknown ...'nothing'; known: ..."),
     setting("--dual.adapter-blocks -1", "...adapter...blocks...-1..."),
-    setting("--data-weights -1", "weight of {w}/data is -1.0, expected a number above 0"),
+    setting(
+        "--data-weights -1", "weight of {w}/data is -1.0, expected a number above 0"
+    ),
     Case(
         "kinds that no caption has",
         f"{OURS} --kinds nothing",
@@ -202,11 +230,21 @@ CASES = [
         (text("w.pt", "hello"),),
     ),
     Case(
-        "import of nothing known", "import {w}/pictures --output {t}/new", "...{w}/pictures...", ()
+        "import of nothing known",
+        "import {w}/pictures --output {t}/new",
+        "...{w}/pictures...",
+        (),
     ),
     Case("export of data", "export {w}/data --output {t}/new", "...{w}/data...", ()),
-    Case("evaluate without heads", "evaluate {w}/tower {w}/data", "...{w}/tower...", ()),
-    Case("evaluate with another LLM", "evaluate {w}/run/tower {w}/data --llm {w}/llm", "...", ()),
+    Case(
+        "evaluate without heads", "evaluate {w}/tower {w}/data", "...{w}/tower...", ()
+    ),
+    Case(
+        "evaluate with another LLM",
+        "evaluate {w}/run/tower {w}/data --llm {w}/llm",
+        "...",
+        (),
+    ),
     Case(
         "zeroshot without classes",
         "evaluate zeroshot {w}/run/tower {w}/pictures --llm {w}/llm",

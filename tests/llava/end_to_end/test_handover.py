@@ -17,7 +17,9 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[3]
-TRAIN_PYTHON = Path(os.environ.get("LLM2CLIP_TRAIN_PYTHON", ROOT / ".venv" / "bin" / "python"))
+TRAIN_PYTHON = Path(
+    os.environ.get("LLM2CLIP_TRAIN_PYTHON", ROOT / ".venv" / "bin" / "python")
+)
 BACKBONES = ("clip", "siglip", "dinov2", "eva02")
 
 # Runs in the training environment: towers trained for twenty steps against made-up embeddings.
@@ -62,11 +64,15 @@ print(transformers.__version__)
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     if not TRAIN_PYTHON.exists():
-        pytest.skip(f"no training environment at {TRAIN_PYTHON}; scripts/test.sh makes it")
+        pytest.skip(
+            f"no training environment at {TRAIN_PYTHON}; scripts/test.sh makes it"
+        )
     folder = tmp_path_factory.mktemp("exported")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [str(TRAIN_PYTHON), "-c", EXPORT, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.strip().splitlines()[-1].split(".")[0]) >= 5
     return folder
@@ -84,10 +90,14 @@ def test_same_hidden_states(exported, home, backbone, layer):
     there = load_file(exported / f"{backbone}.safetensors")
     expected = there[str(layer % len(there))]
     # Two versions of the attention kernels in float32: measured differences stay below 2e-6.
-    torch.testing.assert_close(build_vision_tower(args)(pixels), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        build_vision_tower(args)(pixels), expected, rtol=1e-5, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("backbone", ["siglip", "dinov2", "eva02"])  # test_stages has CLIP
+@pytest.mark.parametrize(
+    "backbone", ["siglip", "dinov2", "eva02"]
+)  # test_stages has CLIP
 def test_pretrain_and_finetune_run_on_it(exported, world, tmp_path, backbone):
     tower = f"llm2clip:{exported / backbone}"
     pretrained = tmp_path / "llava-pre"
@@ -100,5 +110,6 @@ def test_pretrain_and_finetune_run_on_it(exported, world, tmp_path, backbone):
     assert [len(values) for values in losses] == [3, 3]
     assert all(0 < value < 20 for values in losses for value in values)
     assert (
-        json.loads((finetuned / "config.json").read_text())["llm2clip_tower"]["family"] == backbone
+        json.loads((finetuned / "config.json").read_text())["llm2clip_tower"]["family"]
+        == backbone
     )

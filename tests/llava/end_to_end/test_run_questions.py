@@ -21,10 +21,17 @@ def test_a_llava_of_each_tower_is_asked(world, tmp_path):
         color = next(color for color in COLORS if color in path.read_text())
         image = f"photos/{path.stem}.jpg"
         rows.append(
-            {"image": image, "question": "Which color is it?", "answer": color, "category": "color"}
+            {
+                "image": image,
+                "question": "Which color is it?",
+                "answer": color,
+                "category": "color",
+            }
         )
         path.with_suffix(".json").unlink()
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::6]))
+    (tmp_path / "own.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows[::6])
+    )
     words = f"tars --llm {world.llm} --tower {world.towers['clip']} --output out --validation 0.2"
     words += " --num-train-epochs 1 --tower-options='--heads.steps 5 --lr 1e-2'"
     words += f" --questions own.jsonl --llava-llm {world.llm}"
@@ -32,7 +39,10 @@ def test_a_llava_of_each_tower_is_asked(world, tmp_path):
 
     def run(command: str) -> str:
         return world.run(
-            "bash", "-c", f"cd {tmp_path} && {command}", PATH=f"{world.programs}:/usr/bin:/bin"
+            "bash",
+            "-c",
+            f"cd {tmp_path} && {command}",
+            PATH=f"{world.programs}:/usr/bin:/bin",
         )
 
     run("llm2clip data make photos --output tars")
@@ -41,13 +51,19 @@ def test_a_llava_of_each_tower_is_asked(world, tmp_path):
     assert "16 of 16 stages to run" in said
     assert "out/questions/compare/compare.html" in said
     checkpoints = [
-        json.loads((out / f"llava-{side}" / "config.json").read_text()) for side in SIDES
+        json.loads((out / f"llava-{side}" / "config.json").read_text())
+        for side in SIDES
     ]
-    cards = [json.loads((out / side / "tower" / "llm2clip.json").read_text()) for side in SIDES]
+    cards = [
+        json.loads((out / side / "tower" / "llm2clip.json").read_text())
+        for side in SIDES
+    ]
     towers = [card["weights_sha256"] for card in cards]
     assert [one["llm2clip_tower"]["weights_sha256"] for one in checkpoints] == towers
     assert towers[0] != towers[1]
-    (row,) = json.loads((out / "questions" / "compare" / "compare.json").read_text())["rows"]
+    (row,) = json.loads((out / "questions" / "compare" / "compare.json").read_text())[
+        "rows"
+    ]
     assert (row["benchmark"], row["questions"]) == ("questions", 12)
     page = (out / "index.html").read_text()
     assert "own questions" in page

@@ -42,8 +42,13 @@ def trained(world):
     """Pretrain, finetune and LoRA finetune by ``llm2clip``, in one process each; folder by name,
     losses by name."""
     chosen = {"LLM2CLIP_TOWER": str(world.towers["clip"])}
-    folders = {kind: world.root / f"llava-tiny-{kind}" for kind in ("pretrain", "finetune", "lora")}
-    losses = {"pretrain": world.stage("pretrain", "llm2clip", folders["pretrain"], **chosen)}
+    folders = {
+        kind: world.root / f"llava-tiny-{kind}"
+        for kind in ("pretrain", "finetune", "lora")
+    }
+    losses = {
+        "pretrain": world.stage("pretrain", "llm2clip", folders["pretrain"], **chosen)
+    }
     for kind in ("finetune", "lora"):
         losses[kind] = world.stage(
             kind, "llm2clip", folders[kind], *projector(folders["pretrain"]), **chosen
@@ -69,7 +74,12 @@ def test_the_checkpoint_remembers_its_tower(world, trained):
             "weights_sha256": card.weights_sha256,
             "origin": str(world.towers["clip"].resolve()),
         }
-        known |= {"name": "llm2clip", "family": "clip", "image_size": 28, "mm_hidden_size": 32}
+        known |= {
+            "name": "llm2clip",
+            "family": "clip",
+            "image_size": 28,
+            "mm_hidden_size": 32,
+        }
         assert config["llm2clip_tower"] == known
     adapter = weights(trained[0]["lora"])
     assert adapter
@@ -82,9 +92,15 @@ def test_a_process_that_imports_only_llava_loads_and_answers(world, trained):
     checkpoints = [(str(folders[kind]), base) for kind, base in bases.items()]
     image = next(world.images.iterdir())
     told = world.forked(
-        "-c", GENERATE, image, json.dumps(checkpoints), LLM2CLIP_TOWER=str(world.towers["clip"])
+        "-c",
+        GENERATE,
+        image,
+        json.dumps(checkpoints),
+        LLM2CLIP_TOWER=str(world.towers["clip"]),
     )
-    rows = [json.loads(line) for line in told.splitlines() if line.startswith('["llava')]
+    rows = [
+        json.loads(line) for line in told.splitlines() if line.startswith('["llava')
+    ]
     assert [row[:3] for row in rows] == [
         [folders[kind].name, "LLM2CLIPVisionTower", "llm2clip"] for kind in bases
     ]
@@ -120,16 +136,29 @@ def test_a_trained_llava_is_trained_further(world, trained, tmp_path):
     alone."""
     folder = trained[0]["finetune"]
     further = tmp_path / "llava-further"
-    chosen = {"LLM2CLIP_UNFREEZE_TOWER": "1", "LLM2CLIP_TOWER": str(world.towers["clip"])}
-    world.stage("finetune", "llm2clip", further, "--model_name_or_path", str(folder), **chosen)
-    name = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    chosen = {
+        "LLM2CLIP_UNFREEZE_TOWER": "1",
+        "LLM2CLIP_TOWER": str(world.towers["clip"]),
+    }
+    world.stage(
+        "finetune", "llm2clip", further, "--model_name_or_path", str(folder), **chosen
+    )
+    name = (
+        "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
+    )
     assert not torch.equal(weights(further)[name], weights(folder)[name])
     shutil.copytree(folder, tmp_path / "llava-other" / "checkpoint-3")
-    with pytest.raises(AssertionError, match="checkpoint-3 was trained with the vision tower"):
-        world.stage("finetune", f"llm2clip:{world.towers['other']}", tmp_path / "llava-other")
+    with pytest.raises(
+        AssertionError, match="checkpoint-3 was trained with the vision tower"
+    ):
+        world.stage(
+            "finetune", f"llm2clip:{world.towers['other']}", tmp_path / "llava-other"
+        )
 
 
-def test_a_lora_checkpoint_is_resumed_with_its_own_tower_alone(world, trained, tmp_path):
+def test_a_lora_checkpoint_is_resumed_with_its_own_tower_alone(
+    world, trained, tmp_path
+):
     """PEFT writes no config.json into it, so our own file names the tower."""
     output = tmp_path / "llava-lora-again"
     words = (
@@ -157,7 +186,14 @@ def test_two_ranks_under_deepspeed(world, trained, tmp_path, zero):
     launched = (Path(llava.train.__path__[0]) / "train.py",) if zero == 3 else ()
     under = {"ranks": 2, "zero": zero}
     losses = world.stage(
-        "finetune", "llm2clip", ours, *pretrained, **under, launched=launched, forked=True, **chosen
+        "finetune",
+        "llm2clip",
+        ours,
+        *pretrained,
+        **under,
+        launched=launched,
+        forked=True,
+        **chosen,
     )
     assert len(losses) == 3
     saved = weights(ours)
@@ -168,14 +204,18 @@ def test_two_ranks_under_deepspeed(world, trained, tmp_path, zero):
                 saved[f"model.vision_tower.vision_tower.{name}"], tensor.bfloat16()
             ), name
     image = next(world.images.iterdir())
-    told = world.forked("-c", GENERATE, image, json.dumps([(str(ours), None)]), **chosen)
+    told = world.forked(
+        "-c", GENERATE, image, json.dumps([(str(ours), None)]), **chosen
+    )
     assert '"llava-ours", "LLM2CLIPVisionTower"' in told
     # where other people's towers break: the same losses and weights as LLaVA's own tower gives
     if zero == 3:
         theirs = tmp_path / "llava-theirs"
         off = {"LLM2CLIP_LLAVA_HOOK": "0"}
         path = str(world.towers["clip"])
-        assert losses == world.stage("finetune", path, theirs, *pretrained, **under, **off)
+        assert losses == world.stage(
+            "finetune", path, theirs, *pretrained, **under, **off
+        )
         own = weights(theirs)
         assert all(torch.equal(tensor, own[name]) for name, tensor in saved.items())
 
@@ -187,7 +227,10 @@ def test_a_trained_tower_comes_back(world, tmp_path, kind, ranks):
     output = tmp_path / f"llava-unfrozen-{kind}"
     tower = f"llm2clip:{world.towers['clip']}"
     world.stage(kind, tower, output, ranks=ranks, zero=3, LLM2CLIP_UNFREEZE_TOWER="1")
-    assert json.loads((output / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
+    assert (
+        json.loads((output / "config.json").read_text())["unfreeze_mm_vision_tower"]
+        is True
+    )
     prefix = "model.vision_tower."
     if kind == "finetune":
         kept = {
@@ -198,10 +241,13 @@ def test_a_trained_tower_comes_back(world, tmp_path, kind, ranks):
     else:
         state = torch.load(output / "non_lora_trainables.bin", weights_only=True)
         kept = {
-            name.partition(prefix)[2]: tensor for name, tensor in state.items() if prefix in name
+            name.partition(prefix)[2]: tensor
+            for name, tensor in state.items()
+            if prefix in name
         }
     before = {
-        f"vision_tower.{name}": tensor for name, tensor in weights(world.towers["clip"]).items()
+        f"vision_tower.{name}": tensor
+        for name, tensor in weights(world.towers["clip"]).items()
     }
     name = "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
     assert not torch.equal(kept[name].float(), before[name].bfloat16().float()), (
@@ -219,14 +265,25 @@ def test_a_trained_tower_comes_back(world, tmp_path, kind, ranks):
     assert set(loaded) == set(kept)
     for name, tensor in kept.items():
         # LLaVA loads in float16: 2^-11 of a value, 2^-25 of the smallest ones.
-        torch.testing.assert_close(loaded[name], tensor.float(), rtol=2**-11, atol=2**-25)
+        torch.testing.assert_close(
+            loaded[name], tensor.float(), rtol=2**-11, atol=2**-25
+        )
 
 
 def test_s2_trains_and_its_scales_come_back(world, tmp_path):
     output = tmp_path / "llava-s2"
-    world.stage("finetune", f"llm2clip:{world.towers['clip']}", output, LLM2CLIP_S2_SCALES="28,56")
+    world.stage(
+        "finetune",
+        f"llm2clip:{world.towers['clip']}",
+        output,
+        LLM2CLIP_S2_SCALES="28,56",
+    )
     config = json.loads((output / "config.json").read_text())
-    assert (config["s2"], config["s2_scales"], config["mm_hidden_size"]) == (True, "28,56", 64)
+    assert (config["s2"], config["s2_scales"], config["mm_hidden_size"]) == (
+        True,
+        "28,56",
+        64,
+    )
     told = world.forked(
         "-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)])
     )

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.both_stacks
 TRAIN_ROWS = Path(__file__).with_name("train_rows.py")
 SAVE = (
-    "--save_strategy steps --save_steps 2 --save_total_limit 1 --lr_scheduler_type constant".split()
-)
+    "--save_strategy steps --save_steps 2 "
+    "--save_total_limit 1 --lr_scheduler_type constant"
+).split()
 
 
 def rows(world) -> dict[str, dict]:
@@ -29,7 +30,11 @@ def rows(world) -> dict[str, dict]:
         words = world.stage_options(
             stage, f"llm2clip:{world.towers['clip']}", world.root / f"llava-row-{name}"
         )
-        words += ["--pretrain_mm_mlp_adapter", world.projector()] if stage != "pretrain" else []
+        words += (
+            ["--pretrain_mm_mlp_adapter", world.projector()]
+            if stage != "pretrain"
+            else []
+        )
         found[name] = {
             "options": [*map(str, [*words, *options])],
             "environment": environment,
@@ -63,11 +68,22 @@ def rows(world) -> dict[str, dict]:
         row("4-bit", "lora", "--bits", "4", "--gradient_checkpointing", "True")
         row("8-bit", "lora", "--bits", "8")
         row("train_mem", "finetune", call={"attn_implementation": "flash_attention_2"})
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    rank = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }
     rank["MASTER_PORT"] = str(free_port())
     row("zero2", "finetune", "--deepspeed", world.zero_config(2), **rank)
     row("zero3", "finetune", "--deepspeed", world.zero_config(3), **rank)
-    row("zero3-offload", "finetune", "--deepspeed", world.zero_config(3, offload=True), **rank)
+    row(
+        "zero3-offload",
+        "finetune",
+        "--deepspeed",
+        world.zero_config(3, offload=True),
+        **rank,
+    )
     row("zero3-lora", "lora", "--deepspeed", world.zero_config(3), **rank)
     return found
 
@@ -84,7 +100,9 @@ def mistral(world) -> Path:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
     torch.manual_seed(0)
     config = transformers.MistralConfig(vocab_size=600, **sizes, **heads)
-    transformers.MistralForCausalLM(config).save_pretrained(folder, safe_serialization=True)
+    transformers.MistralForCausalLM(config).save_pretrained(
+        folder, safe_serialization=True
+    )
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (folder / name).write_bytes((world.llm / name).read_bytes())
     return folder
@@ -117,11 +135,14 @@ def test_every_row_trains(world, trained):
 def test_what_each_stage_saves(world, trained):
     folder = world.root / "llava-row-pretrain"
     assert {
-        name.partition("mm_projector.")[2] for name in torch.load(folder / "mm_projector.bin")
+        name.partition("mm_projector.")[2]
+        for name in torch.load(folder / "mm_projector.bin")
     } == {f"{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
     for name in ("finetune", "zero2", "zero3"):
         saved = load_file(world.root / f"llava-row-{name}" / "model.safetensors")
-        assert all(tensor.numel() for tensor in saved.values()), name  # ZeRO-3's parts are gathered
+        assert all(tensor.numel() for tensor in saved.values()), (
+            name
+        )  # ZeRO-3's parts are gathered
         assert any(".mm_projector." in key for key in saved)
         assert any(".vision_tower." in key for key in saved)
     for name in ("lora", "zero3-lora"):

@@ -52,14 +52,19 @@ def root(tmp_path):
     pope_folder(root / "pope")
     gqa = list(read_jsonl(GOLDEN / "gqa" / "llava_gqa_testdev_balanced.jsonl"))
     write_lines(root / "gqa" / "llava_gqa_testdev_balanced.jsonl", gqa[:10])
-    whole = json.loads((GOLDEN / "gqa" / "data" / "testdev_balanced_questions.json").read_text())
+    whole = json.loads(
+        (GOLDEN / "gqa" / "data" / "testdev_balanced_questions.json").read_text()
+    )
     (root / "gqa" / "data").mkdir()
     some = {row["question_id"]: whole[row["question_id"]] for row in gqa[:10]}
-    (root / "gqa" / "data" / "testdev_balanced_questions.json").write_text(json.dumps(some))
+    (root / "gqa" / "data" / "testdev_balanced_questions.json").write_text(
+        json.dumps(some)
+    )
     for row in gqa[:9]:
         picture(root / "gqa" / "data" / "images" / row["image"])
     images = [
-        picture(root / "vizwiz" / "test" / f"VizWiz_test_{number}.jpg").name for number in range(3)
+        picture(root / "vizwiz" / "test" / f"VizWiz_test_{number}.jpg").name
+        for number in range(3)
     ]
     asked = {"text": "What is it?", "category": "default"}
     write_lines(
@@ -86,10 +91,12 @@ def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(
     )
     command += ("--output", output)
     printed = world.forked(*command, *QUICK, fails=True)
-    outcomes = {row["name"]: row for row in json.loads((output / "bench.json").read_text())}
-    assert [name for name, row in outcomes.items() if row["status"] == "scored"] == ["pope"], (
-        printed
-    )
+    outcomes = {
+        row["name"]: row for row in json.loads((output / "bench.json").read_text())
+    }
+    assert [name for name, row in outcomes.items() if row["status"] == "scored"] == [
+        "pope"
+    ], printed
     assert outcomes["gqa"]["status"] == "failed"
     assert "cannot read" in outcomes["gqa"]["detail"]
     assert outcomes["vizwiz"]["status"] == "answered"
@@ -127,7 +134,9 @@ def test_bench_runs_the_benchmarks_found_and_continues_after_a_failure(
     last = read_jsonl(root / "gqa" / "llava_gqa_testdev_balanced.jsonl")[-1]
     picture(root / "gqa" / "data" / "images" / last["image"])
     printed = world.forked(*command, *QUICK)
-    outcomes = {row["name"]: row for row in json.loads((output / "bench.json").read_text())}
+    outcomes = {
+        row["name"]: row for row in json.loads((output / "bench.json").read_text())
+    }
     assert outcomes["gqa"]["status"] == "scored", printed
     assert written == (output / "answers" / "pope.jsonl").stat().st_mtime_ns
     assert ScoreFile.read(output / "scores" / "gqa.scores.json").model == "llava-bench"

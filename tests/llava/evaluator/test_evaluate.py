@@ -42,7 +42,12 @@ def run(world, checkpoint, monkeypatch, capsys):
     """Run the command in this process; returns what it printed."""
 
     def run(output, *more):
-        assert evaluate.main([str(word) for word in words(world, checkpoint, output, *more)]) == 0
+        assert (
+            evaluate.main(
+                [str(word) for word in words(world, checkpoint, output, *more)]
+            )
+            == 0
+        )
         return capsys.readouterr().out
 
     return run
@@ -50,9 +55,12 @@ def run(world, checkpoint, monkeypatch, capsys):
 
 def llavas_answers(world, checkpoint, output):
     """The answers of LLaVA's own model_vqa_loader."""
-    arguments = words(world, checkpoint, output, "--conv-mode", "vicuna_v1", "--temperature", "0")
+    arguments = words(
+        world, checkpoint, output, "--conv-mode", "vicuna_v1", "--temperature", "0"
+    )
     arguments = (
-        arguments[: arguments.index("--workers")] + arguments[arguments.index("--workers") + 2 :]
+        arguments[: arguments.index("--workers")]
+        + arguments[arguments.index("--workers") + 2 :]
     )
     world.forked("-m", "llava.eval.model_vqa_loader", *arguments)
     return output
@@ -80,7 +88,9 @@ def test_batches_answer_as_one_by_one(theirs, run, tmp_path):
         run(tmp_path / f"by-{size}.jsonl", "--batch-size", size, "--dtype", "float32")
     one = texts(tmp_path / "by-1.jsonl")
     assert texts(tmp_path / "by-5.jsonl") == one
-    assert len({text for *_, text in one}) > 1, "a model that always says the same shows nothing"
+    assert len({text for *_, text in one}) > 1, (
+        "a model that always says the same shows nothing"
+    )
 
 
 def test_anyres_answers_as_llavas_own_program(world, run, tmp_path):
@@ -89,7 +99,12 @@ def test_anyres_answers_as_llavas_own_program(world, run, tmp_path):
     folder = tmp_path / "llava-anyres"
     merge = ("--mm_patch_merge_type", "spatial_unpad", "--image_aspect_ratio", "anyres")
     world.stage(
-        "finetune", f"llm2clip:{world.towers['clip']}", folder, *merge, "--learning_rate", "5e-3"
+        "finetune",
+        f"llm2clip:{world.towers['clip']}",
+        folder,
+        *merge,
+        "--learning_rate",
+        "5e-3",
     )
     config = json.loads((folder / "config.json").read_text())
     assert (config["mm_patch_merge_type"], config["image_aspect_ratio"]) == (
@@ -116,7 +131,9 @@ def test_anyres_answers_as_llavas_own_program(world, run, tmp_path):
     assert texts(tmp_path / "by-5.jsonl") == texts(tmp_path / "by-1.jsonl")
 
 
-def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch, world, checkpoint):
+def test_killed_and_started_again(
+    theirs, run, tmp_path, monkeypatch, world, checkpoint
+):
     output = tmp_path / "answers.jsonl"
     book = questions.AnswersFile.write
     calls = []
@@ -129,7 +146,12 @@ def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch, world, che
 
     monkeypatch.setattr(questions.AnswersFile, "write", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main([str(word) for word in words(world, checkpoint, output, "--batch-size", "2")])
+        evaluate.main(
+            [
+                str(word)
+                for word in words(world, checkpoint, output, "--batch-size", "2")
+            ]
+        )
     assert not output.exists()
     (torn,) = (output.with_name("answers.jsonl.partial")).glob("*.jsonl")
     torn.write_text(torn.read_text()[:-30])  # the last line was on its way to the disk
@@ -176,7 +198,9 @@ def test_chunks_are_llavas(world):
     for chunks in (1, 5, 7):
         for index in range(chunks):
             if index * -(-12 // chunks) < 12:
-                assert evaluate.chunk(asked, chunks, index) == get_chunk(asked, chunks, index)
+                assert evaluate.chunk(asked, chunks, index) == get_chunk(
+                    asked, chunks, index
+                )
     assert evaluate.chunk(asked, 5, 4) == []
     with pytest.raises(ValueError, match="0 to 4"):
         evaluate.chunk(asked, 5, 5)
@@ -232,8 +256,17 @@ def test_table_questions_rotate(world, run, tmp_path):
     )
     run(tmp_path / "answers.jsonl", *options)
     rows = read(tmp_path / "answers.jsonl")
-    rounds = [(row["question_id"], row["round_id"], "".join(row["option_char"])) for row in rows]
-    assert rounds == [(3, 0, "ABC"), (3, 1, "BCA"), (3, 2, "CAB"), (4, 0, "AB"), (4, 1, "BA")]
+    rounds = [
+        (row["question_id"], row["round_id"], "".join(row["option_char"]))
+        for row in rows
+    ]
+    assert rounds == [
+        (3, 0, "ABC"),
+        (3, 1, "BCA"),
+        (3, 2, "CAB"),
+        (4, 0, "AB"),
+        (4, 1, "BA"),
+    ]
     assert rows[1]["prompt"] == "Which?\nA. blue\nB. green\nC. red"
     assert rows[1]["options"] == [
         "blue",
@@ -250,17 +283,36 @@ def test_table_questions_rotate(world, run, tmp_path):
     [
         ({}, "auto", None, (0, 1)),
         (
-            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,6"},
+            {
+                "RANK": "3",
+                "WORLD_SIZE": "4",
+                "LOCAL_RANK": "1",
+                "CUDA_VISIBLE_DEVICES": "4,6",
+            },
             "auto",
             "6",
             (3, 4),
         ),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}, "cuda", "2", (5, 8)),
+        (
+            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"},
+            "cuda",
+            "2",
+            (5, 8),
+        ),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "cpu", "", (1, 2)),
     ],
 )
-def test_each_rank_sees_its_own_gpu(monkeypatch, environment, device, visible, expected):
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+def test_each_rank_sees_its_own_gpu(
+    monkeypatch, environment, device, visible, expected
+):
+    names = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "SLURM_PROCID",
+        "SLURM_NTASKS",
+        "SLURM_LOCALID",
+    )
     for name in (*names, "CUDA_VISIBLE_DEVICES"):
         # so that it is put back afterwards, whatever is written into it here
         monkeypatch.setenv(name, "")

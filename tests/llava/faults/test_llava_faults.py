@@ -22,7 +22,9 @@ def made(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults") / "w"
     shutil.copytree(world.towers["clip"], folder / TOWER)
     untrained(world, f"llm2clip:{folder / TOWER}", folder / LLAVA)
-    AutoTokenizer.from_pretrained(world.llm, use_fast=False).save_pretrained(folder / LLAVA)
+    AutoTokenizer.from_pretrained(world.llm, use_fast=False).save_pretrained(
+        folder / LLAVA
+    )
     shutil.copytree(world.images, folder / "images")
     lines = world.questions.read_text().splitlines(keepends=True)
     (folder / "questions.jsonl").write_text("".join(lines[:3]))
@@ -72,7 +74,9 @@ TENSORS = "model.safetensors"
         "{w}/llava-1/model.safetensors...",
         lambda w: halve(w.path(LLAVA) / TENSORS),
     ),
-    Fault("unknown conversation", "--conv-mode vicuna", "unknown --conv-mode 'vicuna'..."),
+    Fault(
+        "unknown conversation", "--conv-mode vicuna", "unknown --conv-mode 'vicuna'..."
+    ),
 )
 def test_checkpoint_and_tower(fault, planted, capsys):
     told = meet(fault, planted, answering(planted, fault.words), capsys)
@@ -89,9 +93,15 @@ ROW = '{"question_id": 1, "text": "What?", "image": "%s"}\n'
 
 
 @rows(
-    questions("no such image", ROW % "nowhere.png", "question 1: ...{w}/images/nowhere.png: ..."),
     questions(
-        "a text that is none", '{"question_id": 1, "text": 5}\n', "{w}/questions.jsonl, line 1 ..."
+        "no such image",
+        ROW % "nowhere.png",
+        "question 1: ...{w}/images/nowhere.png: ...",
+    ),
+    questions(
+        "a text that is none",
+        '{"question_id": 1, "text": 5}\n',
+        "{w}/questions.jsonl, line 1 ...",
     ),
     questions(
         "an image elsewhere",

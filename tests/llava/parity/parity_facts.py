@@ -42,7 +42,16 @@ TALKS = {
     "awkward": ["<image>\n</s> What?", "A </s> b", " ", "\tc"],
     "text": ["Say a colour.", "blue"],
 }
-TEXTS = ["", " ", "hello", " hello", "a </s> b", "x</s>USER: y</s>", "a  b   c", "\n\nx\n"]
+TEXTS = [
+    "",
+    " ",
+    "hello",
+    " hello",
+    "a </s> b",
+    "x</s>USER: y</s>",
+    "a  b   c",
+    "\n\nx\n",
+]
 TEXTS += ["[INST] hi [/INST] é😀", "▁u", "<s>x"]
 # options on top of llava_world's
 KINDS = {"pretrain": [], "finetune": ["--max_steps", "6"], "lora": []}
@@ -90,9 +99,13 @@ def load_tokenizer(folder: Path, *, legacy: bool) -> Any:
 def mask_of(train: Any, tokenizer: Any, talk: list[str]) -> list[Any]:
     """Number and hash of the ids, and where labels are learned: [first, last + 1] of each run; or
     the error."""
-    source = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(talk)]
+    source = [
+        {"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(talk)
+    ]
     try:
-        made = train.preprocess([copy.deepcopy(source)], tokenizer, has_image="<image>" in talk[0])
+        made = train.preprocess(
+            [copy.deepcopy(source)], tokenizer, has_image="<image>" in talk[0]
+        )
     except (AssertionError, KeyError) as error:  # plain takes one round with a picture
         return [type(error).__name__]
     ids = made["input_ids"][0]
@@ -129,7 +142,8 @@ def prompts(tokenizer: Any) -> list[torch.Tensor]:
         "USER: <image>\nWhat is it, in a word? ASSISTANT:",
     )
     return [
-        tokenizer_image_token(question, tokenizer, return_tensors="pt") for question in questions
+        tokenizer_image_token(question, tokenizer, return_tensors="pt")
+        for question in questions
     ]
 
 
@@ -141,16 +155,24 @@ def answers(root: Path, name: str) -> dict[str, Any]:
     from llava_integration.evaluator.answer.command import padded
 
     tokenizer, model, processor = load(root / name)
-    images = [Image.open(path).convert("RGB") for path in sorted((root / "images").iterdir())[:6:3]]
+    images = [
+        Image.open(path).convert("RGB")
+        for path in sorted((root / "images").iterdir())[:6:3]
+    ]
     sizes = [image.size for image in images]
     pixels = process_images(images, processor, model.config)
     asked = prompts(tokenizer)
     options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
     facts: dict[str, Any] = {}
     for number, ids in enumerate(asked):
-        one = {"images": pixels[number : number + 1], "image_sizes": sizes[number : number + 1]}
+        one = {
+            "images": pixels[number : number + 1],
+            "image_sizes": sizes[number : number + 1],
+        }
         facts[f"greedy {number}"] = model.generate(ids[None], **one, **options).tolist()
-        facts[f"beams {number}"] = model.generate(ids[None], **one, **options, num_beams=3).tolist()
+        facts[f"beams {number}"] = model.generate(
+            ids[None], **one, **options, num_beams=3
+        ).tolist()
         stop = KeywordsStoppingCriteria(
             [tokenizer.decode(facts[f"greedy {number}"][0][4:5])], tokenizer, ids[None]
         )
@@ -158,11 +180,17 @@ def answers(root: Path, name: str) -> dict[str, Any]:
             ids[None], **one, **options, stopping_criteria=[stop]
         ).tolist()
         with torch.no_grad():
-            facts[f"logits {number}"] = model(ids[None], **one).logits[0, -1, :8].tolist()
+            facts[f"logits {number}"] = (
+                model(ids[None], **one).logits[0, -1, :8].tolist()
+            )
     rows, mask = padded(asked)
-    both = model.generate(rows, images=pixels, image_sizes=sizes, attention_mask=mask, **options)
+    both = model.generate(
+        rows, images=pixels, image_sizes=sizes, attention_mask=mask, **options
+    )
     facts["batch"] = both.tolist()
-    facts["no picture"] = model.generate(torch.tensor([[1, 50, 60, 70]]), **options).tolist()
+    facts["no picture"] = model.generate(
+        torch.tensor([[1, 50, 60, 70]]), **options
+    ).tolist()
     return facts
 
 
@@ -179,7 +207,9 @@ class Tokens:
     def end(self) -> None: ...
 
 
-def with_and_without_cache(root: Path, name: str) -> tuple[list[int], list[int], list[int]]:
+def with_and_without_cache(
+    root: Path, name: str
+) -> tuple[list[int], list[int], list[int]]:
     """Eight ids: generated with a cache; by reading the whole sequence for each; as they were
     streamed."""
     from llava.mm_utils import process_images
@@ -191,16 +221,27 @@ def with_and_without_cache(root: Path, name: str) -> tuple[list[int], list[int],
     options: dict[str, Any] = {"images": pixels, "image_sizes": [image.size]}
     streamer = Tokens()
     output = model.generate(
-        ids, **options, do_sample=False, min_new_tokens=8, max_new_tokens=8, streamer=streamer
+        ids,
+        **options,
+        do_sample=False,
+        min_new_tokens=8,
+        max_new_tokens=8,
+        streamer=streamer,
     )
     again: list[int] = []
     with torch.no_grad():
         for _ in range(8):
             row = torch.cat([ids, torch.tensor([again], dtype=torch.long)], dim=1)
             logits = model(row, **options, use_cache=False).logits[0, -1]
-            logits[model.generation_config.eos_token_id] = -torch.inf  # as min_new_tokens does
+            logits[
+                model.generation_config.eos_token_id
+            ] = -torch.inf  # as min_new_tokens does
             again.append(int(logits.argmax()))
-    return output[0, -8:].tolist(), again, [token for step in streamer.seen[1:] for token in step]
+    return (
+        output[0, -8:].tolist(),
+        again,
+        [token for step in streamer.seen[1:] for token in step],
+    )
 
 
 def train(world: Any, kind: str, output: Path, *options: str) -> dict[str, Any]:
@@ -209,7 +250,13 @@ def train(world: Any, kind: str, output: Path, *options: str) -> dict[str, Any]:
     from llava.train import train
 
     tower = f"llm2clip:{world.towers['clip']}"
-    words = [*world.stage_options(kind, tower, output), "--bf16", "False", *KINDS[kind], *options]
+    words = [
+        *world.stage_options(kind, tower, output),
+        "--bf16",
+        "False",
+        *KINDS[kind],
+        *options,
+    ]
     words += ["--pretrain_mm_mlp_adapter", str(world.root / "mm_projector.bin")]
     order: list[int] = []
     read = train.LazySupervisedDataset.__getitem__
@@ -228,7 +275,10 @@ def train(world: Any, kind: str, output: Path, *options: str) -> dict[str, Any]:
         train.LazySupervisedDataset.__getitem__ = read
         sys.argv = arguments
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return {"order": order, "losses": [entry["loss"] for entry in history if "loss" in entry]}
+    return {
+        "order": order,
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+    }
 
 
 def opened(world: Any, folder: Path) -> dict[str, Any]:
@@ -259,7 +309,10 @@ def opened(world: Any, folder: Path) -> dict[str, Any]:
         for name, tensor in model.state_dict().items()
     }
     ids = tokenizer(TEXTS[5]).input_ids
-    theta = getattr(model.config, "rope_theta", None) or model.config.rope_parameters["rope_theta"]
+    theta = (
+        getattr(model.config, "rope_theta", None)
+        or model.config.rope_parameters["rope_theta"]
+    )
     return {"answer": output.tolist(), "weights": sums, "ids": ids, "theta": theta}
 
 
@@ -267,7 +320,13 @@ def write_checkpoints(world: Any, folder: Path) -> None:
     """A full finetune and a LoRA whose towers are trained, too, and a projector alone; one step
     after the warm-up's."""
     # Not in float32, where LLaVA has its tower in float16, in which Adam's epsilon is 0
-    options = ["--max_steps", "2", "--bf16", "True", *(["--use_cpu", "True"] if TODAY else [])]
+    options = [
+        "--max_steps",
+        "2",
+        "--bf16",
+        "True",
+        *(["--use_cpu", "True"] if TODAY else []),
+    ]
     os.environ["LLM2CLIP_UNFREEZE_TOWER"] = "1"  # pretraining ignores it
     try:
         for kind in KINDS:
@@ -282,8 +341,12 @@ def golden(root: Path) -> dict[str, Any]:
     return {
         "transformers": transformers.__version__,
         "tokens": tokens(root),
-        "answers": {name: answers(world.root, name) for name in parity_world.CHECKPOINTS},
-        "training": {kind: train(world, kind, root / f"llava-{kind}") for kind in KINDS},
+        "answers": {
+            name: answers(world.root, name) for name in parity_world.CHECKPOINTS
+        },
+        "training": {
+            kind: train(world, kind, root / f"llava-{kind}") for kind in KINDS
+        },
     }
 
 
@@ -294,13 +357,16 @@ def main(arguments: list[str]) -> None:
         world = llava_world.places(root, ("clip",))
         write_checkpoints(world, mine)
         facts: dict[str, Any] = {
-            str(made): opened(world, made) for made in (*mine.iterdir(), *theirs.iterdir())
+            str(made): opened(world, made)
+            for made in (*mine.iterdir(), *theirs.iterdir())
         }
         print(json.dumps({**facts, "today": TODAY}))
         return
     with tempfile.TemporaryDirectory() as folder:
         made = golden(Path(folder))
-    GOLDEN.write_text(json.dumps(made, separators=(",", ":")).replace('],"', '],\n"') + "\n")
+    GOLDEN.write_text(
+        json.dumps(made, separators=(",", ":")).replace('],"', '],\n"') + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -14,13 +14,25 @@ import llava_world
 import tiny_llava
 import torch
 from safetensors.torch import save_file
-from serve_checkpoints import LLM, SEES, WIDTH, draw, language_weights, projector_weights
+from serve_checkpoints import (
+    LLM,
+    SEES,
+    WIDTH,
+    draw,
+    language_weights,
+    projector_weights,
+)
 
 from llm2clip_plugin.vision.export import export_tower
 
 VOCABULARY = Path(__file__).with_name("tokenizer.model")
 PIECES = 400
-COMMON = {**LLM, "vocab_size": PIECES, "max_position_embeddings": 1024, "torch_dtype": "float32"}
+COMMON = {
+    **LLM,
+    "vocab_size": PIECES,
+    "max_position_embeddings": 1024,
+    "torch_dtype": "float32",
+}
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llava-llama": {"model_type": "llava_llama", "image_aspect_ratio": "pad"},
     "llava-mistral-anyres": {
@@ -39,7 +51,10 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "s2_scales": "28,56",
     },
 }
-CLASSES = {"llava_llama": "LlavaLlamaForCausalLM", "llava_mistral": "LlavaMistralForCausalLM"}
+CLASSES = {
+    "llava_llama": "LlavaLlamaForCausalLM",
+    "llava_mistral": "LlavaMistralForCausalLM",
+}
 
 
 def make_parity_world(root: Path) -> llava_world.World:
@@ -53,7 +68,9 @@ def make_parity_world(root: Path) -> llava_world.World:
     with torch.no_grad():
         # transformers 5 has no vision_model. in the names
         for name, parameter in tower.named_parameters():
-            parameter.copy_(draw(name.removeprefix("vision_model."), *parameter.shape, scale=0.2))
+            parameter.copy_(
+                draw(name.removeprefix("vision_model."), *parameter.shape, scale=0.2)
+            )
     export_tower(tower, towers["clip"], origin="made for tests")
     language_model = language_weights(PIECES, 0.0, torch.float32)
     save(world.llm, COMMON, language_model)
@@ -78,7 +95,9 @@ def make_parity_world(root: Path) -> llava_world.World:
     return world
 
 
-def save(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def save(
+    folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
     """A checkpoint with its tokenizer."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))

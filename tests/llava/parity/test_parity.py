@@ -33,8 +33,13 @@ def test_token_ids_and_label_masks(tmp_path):
     here = parity_facts.tokens(tmp_path)
     assert [name for name, fact in GOLDEN["tokens"].items() if here[name] != fact] == []
     assert set(here) == set(GOLDEN["tokens"])
-    learned = {name for name, fact in here.items() if isinstance(fact[-1], list) and fact[-1]}
-    rounds = {f"{name} rounds" for name in ("True v1", "False v1", "True llava_llama_2", "True v0")}
+    learned = {
+        name for name, fact in here.items() if isinstance(fact[-1], list) and fact[-1]
+    }
+    rounds = {
+        f"{name} rounds"
+        for name in ("True v1", "False v1", "True llava_llama_2", "True v0")
+    }
     assert {"True plain image", *rounds} <= learned
 
 
@@ -72,7 +77,9 @@ def test_training(world, tmp_path, kind):
     here = parity_facts.train(world, kind, tmp_path / f"llava-{kind}")
     there = GOLDEN["training"][kind]
     assert here["order"] == there["order"]
-    losses, expected = (facts["losses"][: 2 if kind == "lora" else None] for facts in (here, there))
+    losses, expected = (
+        facts["losses"][: 2 if kind == "lora" else None] for facts in (here, there)
+    )
     # 5e-5: transformers 4.37 writes four decimals; the rest is float32 in another order of
     # operations
     assert losses == pytest.approx(expected, abs=1e-4)
@@ -80,14 +87,21 @@ def test_training(world, tmp_path, kind):
 
 
 @pytest.mark.skipif(
-    not OTHER.exists(), reason=f"no other environment at {OTHER}; scripts/test.sh makes both"
+    not OTHER.exists(),
+    reason=f"no other environment at {OTHER}; scripts/test.sh makes both",
 )
 def test_checkpoints_open_in_the_other_environment(world, tmp_path):
     """With a trained tower, whose weights are in the checkpoint; full, LoRA and projector alone."""
     ours = tmp_path / "ours"
     theirs = tmp_path / "theirs"
     parity_facts.write_checkpoints(world, ours)
-    command = [str(OTHER), parity_facts.__file__, str(world.root), str(theirs), str(ours)]
+    command = [
+        str(OTHER),
+        parity_facts.__file__,
+        str(world.root),
+        str(theirs),
+        str(ours),
+    ]
     path = str(ROOT / "tests" / "support")
     environment = {
         **os.environ,
@@ -96,7 +110,12 @@ def test_checkpoints_open_in_the_other_environment(world, tmp_path):
         "PYTHONWARNINGS": "ignore",
     }
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=900
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     there = json.loads(done.stdout.splitlines()[-1])

@@ -28,12 +28,18 @@ def expected(checkpoint, image, prompt):
     tokenizer, model, processor, _ = load_pretrained_model(
         str(checkpoint), None, checkpoint.name, device="cpu"
     )
-    assert type(model.get_vision_tower()).__module__.startswith("llava_integration.plug.tower")
+    assert type(model.get_vision_tower()).__module__.startswith(
+        "llava_integration.plug.tower"
+    )
     ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None]
     pixels = process_images([image], processor, model.config).to(torch.float16)
     with torch.inference_mode():
         output = model.generate(
-            ids, images=pixels, image_sizes=[image.size], do_sample=False, max_new_tokens=8
+            ids,
+            images=pixels,
+            image_sizes=[image.size],
+            do_sample=False,
+            max_new_tokens=8,
         )
     return tokenizer.decode(output[0], skip_special_tokens=True).strip()
 
@@ -64,7 +70,14 @@ def test_programs_without_a_server(world, name, home, tmp_path, monkeypatch, cap
     path = min(world.images.iterdir())
     answer = expected(checkpoint, Image.open(path).convert("RGB"), talk.get_prompt())
     assert answer
-    same = ("--model-path", checkpoint, "--conv-mode", "vicuna_v1", "--temperature", "0")
+    same = (
+        "--model-path",
+        checkpoint,
+        "--conv-mode",
+        "vicuna_v1",
+        "--temperature",
+        "0",
+    )
     asked = (*same, "--image-file", path)
     cli = program(
         monkeypatch,
@@ -89,7 +102,9 @@ def test_programs_without_a_server(world, name, home, tmp_path, monkeypatch, cap
         answers = tmp_path / "answers" / f"{script}.jsonl"
         questions.write_text(written)
         words = ["--question-file", questions, "--answers-file", answers]
-        words += [] if script == "model_vqa_mmbench" else ["--image-folder", world.images]
+        words += (
+            [] if script == "model_vqa_mmbench" else ["--image-folder", world.images]
+        )
         program(monkeypatch, capsys, f"llava.eval.{script}", *same, *words)
         assert json.loads(answers.read_text())["text"].startswith(answer), script
 
@@ -99,8 +114,12 @@ def question_files(image):
     LLaVA does."""
     said = [{"from": "human", "value": "<image>\nWhat is it?"}]
     files = {
-        "model_vqa": json.dumps({"question_id": 1, "image": image.name, "text": "What is it?"}),
-        "model_vqa_science": json.dumps([{"id": "1", "image": image.name, "conversations": said}]),
+        "model_vqa": json.dumps(
+            {"question_id": 1, "image": image.name, "text": "What is it?"}
+        ),
+        "model_vqa_science": json.dumps(
+            [{"id": "1", "image": image.name, "conversations": said}]
+        ),
     }
     if find_spec("pandas"):
         encoded = base64.b64encode(image.read_bytes()).decode()

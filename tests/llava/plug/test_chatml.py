@@ -23,10 +23,16 @@ IGNORED = -100
 def tokenizer():
     """A byte a token, the two newlines of "\\n\\n" one, ChatML's words whole."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    newline = next(iter(pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\n")))[0]
-    vocabulary = {letter: number for number, letter in enumerate([*alphabet, newline * 2])}
+    newline = next(
+        iter(pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("\n"))
+    )[0]
+    vocabulary = {
+        letter: number for number, letter in enumerate([*alphabet, newline * 2])
+    }
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[(newline, newline)]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(
@@ -45,7 +51,8 @@ def template(request, monkeypatch):
 
 def talk(*texts):
     return [
-        {"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)
+        {"from": ("human", "gpt")[number % 2], "value": text}
+        for number, text in enumerate(texts)
     ]
 
 

@@ -28,18 +28,31 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "llava-y", "my-llava/checkpoint-10", "llava-lora"])
+@pytest.mark.parametrize(
+    "name", [*REFUSED, "llava-y", "my-llava/checkpoint-10", "llava-lora"]
+)
 def test_the_rule(tmp_path: Path, name: str):
     of_lora = name in ("llava-x", "llava-lora")
     path = checkpoint(tmp_path / name, *["adapter_config.json"] * of_lora)
-    with pytest.raises(ValueError, match=REFUSED[name]) if name in REFUSED else nullcontext():
+    with (
+        pytest.raises(ValueError, match=REFUSED[name])
+        if name in REFUSED
+        else nullcontext()
+    ):
         checkpoints.refuse_name(str(path), base="b" if of_lora else None)
 
 
 def test_the_command_tells_it_first(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = checkpoint(tmp_path / "mine")
-    words = ("llava", "evaluate", "--question-file", "q.jsonl", "--answers-file", "a.jsonl")
+    words = (
+        "llava",
+        "evaluate",
+        "--question-file",
+        "q.jsonl",
+        "--answers-file",
+        "a.jsonl",
+    )
     assert cli.main([*words, "--model-path", str(path)]) == 2
     assert capsys.readouterr().err.startswith(
         'error: LLaVA loads a folder without "llava" in its name'

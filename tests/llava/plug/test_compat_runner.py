@@ -31,7 +31,9 @@ def member(module, complete, when="after"):
 
 def test_switched_off(monkeypatch):
     monkeypatch.setenv("LLM2CLIP_LLAVA_COMPAT", "0")
-    monkeypatch.setattr(runner, "needed", lambda: [member("llava.model.builder", pytest.fail)])
+    monkeypatch.setattr(
+        runner, "needed", lambda: [member("llava.model.builder", pytest.fail)]
+    )
     assert runner.watched() == set()
     runner.run(ModuleType("llava.model.builder"), "after")
 
@@ -39,9 +41,13 @@ def test_switched_off(monkeypatch):
 def test_each_completion_runs_once_and_at_its_moment(monkeypatch):
     ran = []
     late, early = (
-        lambda module, name=name: ran.append((name, module.__name__)) for name in ("late", "early")
+        lambda module, name=name: ran.append((name, module.__name__))
+        for name in ("late", "early")
     )
-    members = [member("llava.train.train", late), member("llava.train.train", early, when="before")]
+    members = [
+        member("llava.train.train", late),
+        member("llava.train.train", early, when="before"),
+    ]
     monkeypatch.setattr(runner, "needed", lambda: members)
     monkeypatch.setattr(runner, "done", [])
     for when in ("before", "after", "before", "after"):
@@ -72,8 +78,12 @@ TRAINER = "llava.train.llava_trainer"
 )
 def test_a_completion_that_fails_names_itself(world, module, when, imported):
     """Also in ``llava.model``, which swallows the error that names it."""
-    told = world.forked("-c", FAILS.format(module=module, when=when, imported=imported), fails=True)
-    assert f", fails could not complete {module} for transformers" in told.splitlines()[-1]
+    told = world.forked(
+        "-c", FAILS.format(module=module, when=when, imported=imported), fails=True
+    )
+    assert (
+        f", fails could not complete {module} for transformers" in told.splitlines()[-1]
+    )
     assert "RuntimeError('broken on purpose')" in told
     assert "LLM2CLIP_LLAVA_COMPAT=0" in told
 
@@ -83,7 +93,9 @@ def installed(monkeypatch):
     """Set the versions that the libraries seem to have."""
 
     def set_versions(**found):
-        monkeypatch.setattr(runner, "installed_version", lambda library: found.get(library, ""))
+        monkeypatch.setattr(
+            runner, "installed_version", lambda library: found.get(library, "")
+        )
         runner.problem.cache_clear()
         runner.warn_if_untried.cache_clear()
 

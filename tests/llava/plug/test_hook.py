@@ -25,7 +25,9 @@ def test_a_process_that_imports_only_llava_knows_the_tower(world):
         " a.LlavaMetaModel.initialize_vision_modules, a.build_vision_tower)])"
     )
     assert "[True, True, True, True]" in world.python("-c", code)
-    assert "[False, False, False, False]" in world.forked("-c", code, LLM2CLIP_LLAVA_HOOK="0")
+    assert "[False, False, False, False]" in world.forked(
+        "-c", code, LLM2CLIP_LLAVA_HOOK="0"
+    )
 
 
 def test_modules_loaded_before_the_hook_are_rebound(world):
@@ -81,11 +83,15 @@ def test_launch_where_pth_files_are_not_read(world, target, tmp_path):
     ]
     words = ["-S", "-m", "llava_integration.boot", "--local_rank=1"]
     words += ["only_llava" if target == "module" else str(script), "--bf16", "True"]
-    *_, seen, told = world.python(*words, PYTHONPATH=":".join(paths)).strip().splitlines()
+    *_, seen, told = (
+        world.python(*words, PYTHONPATH=":".join(paths)).strip().splitlines()
+    )
     assert seen == "True" if target == "script" else boot.WATCHER in seen
     assert told == "__main__ ['--local_rank=1', '--bf16', 'True']"
     assert boot.WATCHER in world.python("-c", finders)
-    assert boot.WATCHER not in world.python("-S", "-c", finders, PYTHONPATH=":".join(paths))
+    assert boot.WATCHER not in world.python(
+        "-S", "-c", finders, PYTHONPATH=":".join(paths)
+    )
 
 
 def test_a_fork_of_llava_under_another_name(world, tmp_path):
@@ -95,7 +101,9 @@ def test_a_fork_of_llava_under_another_name(world, tmp_path):
     for path in source.rglob("*.py"):
         copied = tmp_path / "otherllava" / path.relative_to(source)
         copied.parent.mkdir(parents=True, exist_ok=True)
-        copied.write_text(re.sub(r"\b(from|import) llava\b", r"\1 otherllava", path.read_text()))
+        copied.write_text(
+            re.sub(r"\b(from|import) llava\b", r"\1 otherllava", path.read_text())
+        )
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})

@@ -55,7 +55,9 @@ def test_known_names(world, home, tmp_path, capsys):
 ENTRY = {"spec": "/towers/a", "weights_sha256": "0"}
 DAMAGE = {
     "is not one of its towers (a)": {"chosen": "b", "towers": {"a": ENTRY}},
-    "towers.a has ['weights_sha256'], expected a spec": {"towers": {"a": {"weights_sha256": "0"}}},
+    "towers.a has ['weights_sha256'], expected a spec": {
+        "towers": {"a": {"weights_sha256": "0"}}
+    },
     "towers.a has ['spec'], expected a spec": {"towers": {"a": {"spec": "/towers/a"}}},
     "towers.a leads back to itself": {
         "towers": {"a": ENTRY | {"spec": "b"}, "b": ENTRY | {"spec": "a"}}
@@ -100,7 +102,11 @@ def test_hub_tower_with_revision(world, home, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     wanted = towers.locate(str(world.towers["clip"])).card.weights_sha256
-    for spec in ("someone/some-tower", "someone/some-tower@v1", f"someone/some-tower@{commit}"):
+    for spec in (
+        "someone/some-tower",
+        "someone/some-tower@v1",
+        f"someone/some-tower@{commit}",
+    ):
         location = towers.locate(f"llm2clip:{spec}")
         assert location.sha256 == wanted
         assert location.origin == spec

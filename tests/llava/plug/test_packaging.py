@@ -20,7 +20,8 @@ from llm2clip_plugin.installation import requirements
 ROOT = Path(__file__).parents[3]
 OURS = ("llm2clip", "_editable_impl_llm2clip", "__editable__", "__pycache__")
 KNOWS = (
-    "from llava.model.llava_arch import build_vision_tower as b; print(hasattr(b, '__wrapped__'))"
+    "from llava.model.llava_arch import build_vision_tower as "
+    "b; print(hasattr(b, '__wrapped__'))"
 )
 
 
@@ -31,7 +32,9 @@ class Scratch:
         venv.create(folder, with_pip=True)
         self.python = folder / "bin" / "python"
         self.site = Path(
-            self.run("-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip()
+            self.run(
+                "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+            ).strip()
         )
         present = {entry.name for entry in self.site.iterdir()}
         for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
@@ -61,7 +64,9 @@ class Scratch:
 
     def files(self) -> set[str]:
         """Names in site-packages."""
-        return {entry.name for entry in self.site.iterdir() if entry.name != "__pycache__"}
+        return {
+            entry.name for entry in self.site.iterdir() if entry.name != "__pycache__"
+        }
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,8 @@ def test_wheel_is_pure_python_and_holds_the_hook(wheel):
     assert "llm2clip_llava.pth" in names
     assert "llava_integration/boot.py" in names
     assert {
-        f"llava_integration/evaluator/compare/page.{kind}" for kind in ("html", "css", "js")
+        f"llava_integration/evaluator/compare/page.{kind}"
+        for kind in ("html", "css", "js")
     } <= set(names)
     ours = {"llava_integration", "llm2clip_plugin", "llm2clip_llava.pth"}
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == ours
@@ -92,15 +98,23 @@ def test_wheel_is_pure_python_and_holds_the_hook(wheel):
 def test_installing_it_moves_nothing(scratch, wheel, tmp_path):
     """pip would install our package alone; then it does, and every other version stays."""
     report = tmp_path / "report.json"
-    scratch.pip("install", "--dry-run", "--no-index", "--report", report, f"{wheel}[tower]")
-    planned = [item["metadata"]["name"] for item in json.loads(report.read_text())["install"]]
+    scratch.pip(
+        "install", "--dry-run", "--no-index", "--report", report, f"{wheel}[tower]"
+    )
+    planned = [
+        item["metadata"]["name"] for item in json.loads(report.read_text())["install"]
+    ]
     assert planned == ["llm2clip-plugin"]
     before = scratch.pip("freeze").splitlines()
     files = scratch.files()
     assert not scratch.knows()
     scratch.pip("install", "--no-deps", wheel)
     after = scratch.pip("freeze").splitlines()
-    assert [line for line in after if not line.startswith("llm2clip-plugin")] == before != after
+    assert (
+        [line for line in after if not line.startswith("llm2clip-plugin")]
+        == before
+        != after
+    )
     assert scratch.knows()
     assert "llm2clip use" in scratch.run("-m", "llm2clip_plugin.cli", "use", "--help")
     scratch.pip("uninstall", "-y", "llm2clip-plugin")
@@ -113,7 +127,11 @@ def test_llavas_own_pins_satisfy_us():
     pins = {}
     for line in requires("llava-torch") or []:
         requirement = Requirement(line)
-        exact = [clause.version for clause in requirement.specifier if clause.operator == "=="]
+        exact = [
+            clause.version
+            for clause in requirement.specifier
+            if clause.operator == "=="
+        ]
         if exact and requirement.marker is None:
             pins[requirement.name.lower()] = exact[0]
     asked = requirements("tower")

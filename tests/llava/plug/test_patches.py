@@ -65,10 +65,16 @@ def test_a_config_is_saved_with_the_names_of_transformers_4():
 
 def test_only_towers_of_clip_and_siglip_get_vision_model_in_their_names():
     clip = dict.fromkeys(
-        (f"{TOWER}embeddings.class_embedding", f"{TOWER}encoder.layers.0.mlp.fc1.weight")
+        (
+            f"{TOWER}embeddings.class_embedding",
+            f"{TOWER}encoder.layers.0.mlp.fc1.weight",
+        )
     )
     renamed = {name.replace(TOWER, f"{TOWER}vision_model.") for name in clip}
-    assert set(patches.names_of_4({**clip, "lm_head.weight": None})) == {*renamed, "lm_head.weight"}
+    assert set(patches.names_of_4({**clip, "lm_head.weight": None})) == {
+        *renamed,
+        "lm_head.weight",
+    }
     dinov2 = dict.fromkeys(
         (f"{TOWER}embeddings.cls_token", f"{TOWER}encoder.layer.0.mlp.fc1.weight")
     )
@@ -78,7 +84,9 @@ def test_only_towers_of_clip_and_siglip_get_vision_model_in_their_names():
 @of_today
 def test_weights_are_trained_in_float32_and_quantized_ones_computed_in_float16():
     assert patches.options_of_5({"torch_dtype": None}) == {"dtype": torch.float32}
-    assert patches.options_of_5({"torch_dtype": torch.bfloat16}) == {"dtype": torch.bfloat16}
+    assert patches.options_of_5({"torch_dtype": torch.bfloat16}) == {
+        "dtype": torch.bfloat16
+    }
     assert patches.options_of_5({}) == {}
     in_8_bit = patches.options_of_5({"load_in_8bit": True, "load_in_4bit": False})
     assert in_8_bit["dtype"] == torch.float16
@@ -90,7 +98,9 @@ def test_samples_are_drawn_by_torchs_sampler():
         def create_accelerator_and_postprocess(self) -> None: ...
 
     class Trainer(Base):
-        args = SimpleNamespace(accelerator_config=SimpleNamespace(use_seedable_sampler=True))
+        args = SimpleNamespace(
+            accelerator_config=SimpleNamespace(use_seedable_sampler=True)
+        )
 
         def _get_train_sampler(self): ...
 
@@ -103,9 +113,17 @@ def test_samples_are_drawn_by_torchs_sampler():
 
 def test_an_adapters_settings_are_dropped_only_at_their_defaults(tmp_path):
     file = tmp_path / "adapter_config.json"
-    settings = {"r": 8, "lora_alpha": 16, "use_new": False, "new_scale": 2.0, "unheard_of": 1}
+    settings = {
+        "r": 8,
+        "lora_alpha": 16,
+        "use_new": False,
+        "new_scale": 2.0,
+        "unheard_of": 1,
+    }
     file.write_text(json.dumps(settings))
-    patches.drop_defaults(file, {"r": 8, "lora_alpha": 8, "use_new": False, "new_scale": 1.0})
+    patches.drop_defaults(
+        file, {"r": 8, "lora_alpha": 8, "use_new": False, "new_scale": 1.0}
+    )
     # peft 0.10 has to refuse the one that changes the sum
     assert json.loads(file.read_text()) == {"r": 8, "lora_alpha": 16, "new_scale": 2.0}
 
@@ -117,16 +135,24 @@ def test_norms_have_no_weight_decay(monkeypatch):
     del transformers.trainer.ALL_LAYERNORM_LAYERS
     patches.trainer_imports(None)
     layers = transformers.trainer.ALL_LAYERNORM_LAYERS
-    decayed = get_parameter_names(nn.ModuleList([tiny_llama(), nn.LayerNorm(2)]), layers)
+    decayed = get_parameter_names(
+        nn.ModuleList([tiny_llama(), nn.LayerNorm(2)]), layers
+    )
     assert decayed
     assert not [name for name in decayed if "norm" in name or name.startswith("1.")]
 
 
 @of_today
 def test_lora_has_the_dtype_of_its_model(monkeypatch):
-    monkeypatch.setattr(peft, "get_peft_model", peft.get_peft_model)  # which is then put back
+    monkeypatch.setattr(
+        peft, "get_peft_model", peft.get_peft_model
+    )  # which is then put back
     patches.lora_dtype(None)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])
     wrapped = peft.get_peft_model(tiny_llama().to(torch.bfloat16), config)
-    dtypes = {parameter.dtype for name, parameter in wrapped.named_parameters() if "lora_" in name}
+    dtypes = {
+        parameter.dtype
+        for name, parameter in wrapped.named_parameters()
+        if "lora_" in name
+    }
     assert dtypes == {torch.bfloat16}

@@ -28,7 +28,9 @@ def refused(capsys, world, stage="finetune", llava="", **changed):
         "projector": world.projector(),
         **changed,
     }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words = [
+        word for name, value in options.items() for word in (f"--{name}", str(value))
+    ]
     status = main([stage, *words, "--", *llava.split()])
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
@@ -53,7 +55,10 @@ def test_good_options_are_accepted(capsys, world, home, stage):
 
 
 NAMES = [("finetune", "run-1", "llava-run-1"), ("finetune_lora", "llava-1", "lora")]
-NAMES += [("finetune", "llava-prompts", "mpt"), ("pretrain", "llava/checkpoint-5", "checkpoint-")]
+NAMES += [
+    ("finetune", "llava-prompts", "mpt"),
+    ("pretrain", "llava/checkpoint-5", "checkpoint-"),
+]
 NAMES += [("finetune", "llava-1/checkpoint-5", ""), ("pretrain", "projector", "")]
 
 
@@ -61,7 +66,9 @@ NAMES += [("finetune", "llava-1/checkpoint-5", ""), ("pretrain", "projector", ""
 def test_names_by_which_llava_loads(capsys, world, home, stage, name, told):
     lines = refused(capsys, world, stage, output=name)
     assert len(lines) == bool(told)
-    assert not told or (lines[0].startswith("error: --output") and re.search(told, lines[0]))
+    assert not told or (
+        lines[0].startswith("error: --output") and re.search(told, lines[0])
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,7 +81,11 @@ def test_names_by_which_llava_loads(capsys, world, home, stage, name, told):
             [{"id": 7, "conversations": [GPT, HUMAN, HUMAN]}],
             "the turns are from human, human",
         ),
-        ("pretrain", [{"conversations": [HUMAN, GPT]}], "pretraining needs an image and two turns"),
+        (
+            "pretrain",
+            [{"conversations": [HUMAN, GPT]}],
+            "pretraining needs an image and two turns",
+        ),
         (
             "finetune",
             [{"image": "x.png", "conversations": [HUMAN, GPT]}],
@@ -82,7 +93,9 @@ def test_names_by_which_llava_loads(capsys, world, home, stage, name, told):
         ),
     ],
 )
-def test_data_that_llava_would_stop_at(capsys, world, home, tmp_path, stage, content, told):
+def test_data_that_llava_would_stop_at(
+    capsys, world, home, tmp_path, stage, content, told
+):
     path = tmp_path / "data.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     (line,) = refused(capsys, world, stage, data=path)
@@ -91,7 +104,9 @@ def test_data_that_llava_would_stop_at(capsys, world, home, tmp_path, stage, con
 
 
 def test_every_problem_has_its_line(capsys, world, home, tmp_path):
-    wrong = {name: tmp_path / name for name in ("model", "data", "image-folder", "projector")}
+    wrong = {
+        name: tmp_path / name for name in ("model", "data", "image-folder", "projector")
+    }
     lines = refused(capsys, world, tower="openia/clip", **wrong)
     assert [line.split()[1] for line in lines] == [
         "--model",
@@ -130,7 +145,9 @@ def test_options_of_llava_take_precedence(capsys, world, home, tmp_path):
     assert "hidden_size 48" in line
     assert (
         refused(
-            capsys, world, llava=f"--vision_tower llm2clip:{world.towers['siglip']} --max_steps 3"
+            capsys,
+            world,
+            llava=f"--vision_tower llm2clip:{world.towers['siglip']} --max_steps 3",
         )
         == []
     )

@@ -48,7 +48,9 @@ def test_moved_without_its_tower(mine, tmp_path):
         load(moved)
     message = str(error.value)
     assert (
-        json.loads((moved / "config.json").read_text())["llm2clip_tower"]["weights_sha256"]
+        json.loads((moved / "config.json").read_text())["llm2clip_tower"][
+            "weights_sha256"
+        ]
         in message
     )
     for part in (
@@ -72,7 +74,10 @@ def test_bundled_it_travels(mine, tmp_path, capsys):
     assert bundled.location.directory == moved / "vision_tower"
     assert bundled.location.origin == str(tower)
     assert torch.equal(bundled(torch.ones(1, 3, 28, 28)), features)
-    assert f"from {moved / 'vision_tower'} (in {moved}/vision_tower)" in capsys.readouterr().out
+    assert (
+        f"from {moved / 'vision_tower'} (in {moved}/vision_tower)"
+        in capsys.readouterr().out
+    )
 
 
 def test_found_in_the_registry_by_its_hash(mine, world):
@@ -85,7 +90,9 @@ def test_found_in_the_registry_by_its_hash(mine, world):
 
 
 @pytest.mark.both_stacks
-def test_found_through_the_environment_by_its_hash(mine, world, tmp_path, monkeypatch, capsys):
+def test_found_through_the_environment_by_its_hash(
+    mine, world, tmp_path, monkeypatch, capsys
+):
     """A tower that moved; another one there is refused, as everywhere."""
     tower, checkpoint = mine
     moved = shutil.move(tower, tmp_path / "moved")
@@ -153,11 +160,14 @@ def test_lora_and_projector_checkpoints_find_their_own_bundle(mine):
 def test_another_width_is_reported_before_the_projector_fails(mine, world):
     _, checkpoint = mine
     config = json.loads((checkpoint / "config.json").read_text())
-    del config["llm2clip_tower"]  # as trained by LLaVA's own tower under a name that now means ours
+    del config[
+        "llm2clip_tower"
+    ]  # as trained by LLaVA's own tower under a name that now means ours
     config["mm_vision_tower"] = str(world.towers["wide"])
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ContractError, match=r"expects features of width 32, but the tower .* has hidden_size 48"
+        ContractError,
+        match=r"expects features of width 32, but the tower .* has hidden_size 48",
     ):
         load(checkpoint)
 
@@ -168,9 +178,13 @@ def test_a_model_keeps_its_tower_or_says_so(mine, world):
     tower, checkpoint = mine
     model = LlavaLlamaForCausalLM.from_pretrained(checkpoint)
     arguments = model_arguments(f"llm2clip:{world.towers['other']}")
-    with pytest.raises(ContractError, match=f"already has the vision tower 'llm2clip:{tower}'"):
+    with pytest.raises(
+        ContractError, match=f"already has the vision tower 'llm2clip:{tower}'"
+    ):
         model.get_model().initialize_vision_modules(arguments)
-    arguments.vision_tower = str(world.towers["clip"])  # the same weights by another name
+    arguments.vision_tower = str(
+        world.towers["clip"]
+    )  # the same weights by another name
     model.get_model().initialize_vision_modules(arguments)
     assert model.config.llm2clip_tower["name"] == f"llm2clip:{world.towers['clip']}"
 
@@ -186,9 +200,16 @@ def test_a_plain_path_is_recorded_with_the_prefix(world, tmp_path, tower, monkey
     relative = os.path.join(os.path.basename(folder), name)
     checkpoint = untrained(world, relative, tmp_path / "llava-plain")
     config = json.loads((checkpoint / "config.json").read_text())
-    assert config["mm_vision_tower"] == config["llm2clip_tower"]["name"] == f"llm2clip:{path}"
+    assert (
+        config["mm_vision_tower"]
+        == config["llm2clip_tower"]["name"]
+        == f"llm2clip:{path}"
+    )
     loaded = load(checkpoint)
-    assert (loaded.vision_tower_name, str(loaded.location.directory)) == (f"llm2clip:{path}", path)
+    assert (loaded.vision_tower_name, str(loaded.location.directory)) == (
+        f"llm2clip:{path}",
+        path,
+    )
     assert loaded.location.card.family == tower
     llavas_own = build_vision_tower.__wrapped__
     with pytest.raises(ValueError, match=f"Unknown vision tower: llm2clip:{path}"):

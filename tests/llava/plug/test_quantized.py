@@ -17,7 +17,8 @@ from llava_integration.plug.tower import LLM2CLIPVisionTower
 pytestmark = [
     pytest.mark.both_stacks,
     pytest.mark.skipif(
-        find_spec("bitsandbytes") is None, reason="needs bitsandbytes, as LLaVA asks for it"
+        find_spec("bitsandbytes") is None,
+        reason="needs bitsandbytes, as LLaVA asks for it",
     ),
     HALF_ON_CPU,  # bitsandbytes of torch 2.1's time needs a GPU, too
 ]
@@ -36,7 +37,9 @@ def load(checkpoint, monkeypatch):
 
                 patched.setattr(torch.cuda, "is_available", lambda: True)
             place = {"device": "cpu", "device_map": "cpu"}
-            return load_pretrained_model(str(checkpoint), None, checkpoint.name, **place, **options)
+            return load_pretrained_model(
+                str(checkpoint), None, checkpoint.name, **place, **options
+            )
 
     return load
 
@@ -46,28 +49,43 @@ def test_the_tower_is_left_as_it_is(load, option, kind):
     _, whole, _, _ = load()
     tokenizer, model, _, _ = load(**{option: True})
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
-    assert kinds["model.layers.0.self_attn.q_proj"] == kinds["model.mm_projector.0"] == kind
+    assert (
+        kinds["model.layers.0.self_attn.q_proj"]
+        == kinds["model.mm_projector.0"]
+        == kind
+    )
     tower = model.get_vision_tower()
     assert isinstance(tower, LLM2CLIPVisionTower)
     assert tower.is_loaded
     assert kind not in {type(module).__name__ for module in tower.modules()}
     assert {parameter.dtype for parameter in tower.parameters()} == {torch.float16}
-    pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)).half()
+    pixels = torch.randn(
+        2, 3, 28, 28, generator=torch.Generator().manual_seed(0)
+    ).half()
     assert torch.equal(tower(pixels), whole.get_vision_tower()(pixels))
     for module in model.modules():
         # its CPU kernel wants a width of 64, and the tiny model has 32
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
-    ids = torch.tensor([[tokenizer.bos_token_id, -200, *tokenizer("Which colour?").input_ids[1:]]])
+    ids = torch.tensor(
+        [[tokenizer.bos_token_id, -200, *tokenizer("Which colour?").input_ids[1:]]]
+    )
     output = model.generate(
-        ids, images=pixels[:1], image_sizes=[(28, 28)], do_sample=False, max_new_tokens=4
+        ids,
+        images=pixels[:1],
+        image_sizes=[(28, 28)],
+        do_sample=False,
+        max_new_tokens=4,
     )
     assert 1 <= output.shape[1] <= 5
 
 
 QLORA = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
 QLORA |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-QLORA |= {"bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["mm_projector"]}
+QLORA |= {
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "llm_int8_skip_modules": ["mm_projector"],
+}
 
 
 def on_a_base(kind, root, **changes):
@@ -109,5 +127,7 @@ def test_qlora_opens_as_a_lora_does(tmp_path, home, kind):
 @pytest.mark.parametrize("option", KINDS)
 def test_onto_a_quantized_base_is_refused(tmp_path, home, kind, option):
     bits = option[-4]
-    with pytest.raises(ValueError, match=f"{option}: .* in {bits} bits; leave it out, or merge"):
+    with pytest.raises(
+        ValueError, match=f"{option}: .* in {bits} bits; leave it out, or merge"
+    ):
         load_onto(*on_a_base(kind, tmp_path), **{option: True})

@@ -35,13 +35,16 @@ def arguments(tower, layer=-2, feature="patch", **more):
 
 
 def pixels(count=3, size=28, dtype=torch.float32):
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.randn(
+        count, 3, size, size, generator=torch.Generator().manual_seed(0)
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("layer", [-2, -1, -4, 0, 1])
 @pytest.mark.parametrize("feature", ["patch", "cls_patch"])
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=HALF_ON_CPU)]
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=HALF_ON_CPU)],
 )
 def test_bit_for_bit_as_llavas_own_tower(world, layer, feature, dtype):
     args = arguments(f"llm2clip:{world.towers['clip']}", layer, feature)
@@ -53,9 +56,16 @@ def test_bit_for_bit_as_llavas_own_tower(world, layer, feature, dtype):
     assert torch.equal(ours(images), theirs(images))
     assert ours(images).dtype == torch.float32 == theirs(images).dtype
     assert all(
-        torch.equal(a, b) for a, b in zip(ours(list(images)), theirs(list(images)), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(ours(list(images)), theirs(list(images)), strict=True)
     )
-    for name in ("hidden_size", "num_patches", "num_patches_per_side", "dtype", "device"):
+    for name in (
+        "hidden_size",
+        "num_patches",
+        "num_patches_per_side",
+        "dtype",
+        "device",
+    ):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert torch.equal(ours.dummy_feature, theirs.dummy_feature)
 
@@ -67,7 +77,8 @@ def test_images_are_prepared_as_by_llavas_own_tower(world):
     image = Image.open(next(world.images.iterdir()))
     for config in (SimpleNamespace(image_aspect_ratio="pad"), SimpleNamespace()):
         assert torch.equal(
-            process_images([image], ours, config), process_images([image], theirs, config)
+            process_images([image], ours, config),
+            process_images([image], theirs, config),
         )
 
 
@@ -82,7 +93,9 @@ def test_naflex_reads_squares(tmp_path, side):
         "num_attention_heads": 2,
     }
     sizes |= {"patch_size": 4, "image_size": 16}
-    siglip = SiglipVisionModel(SiglipVisionConfig(**sizes, hidden_act="gelu_pytorch_tanh")).eval()
+    siglip = SiglipVisionModel(
+        SiglipVisionConfig(**sizes, hidden_act="gelu_pytorch_tanh")
+    ).eval()
     state = {
         name: value
         for name, value in siglip.state_dict().items()
@@ -91,11 +104,19 @@ def test_naflex_reads_squares(tmp_path, side):
     name = "vision_model.embeddings.patch_embedding.weight"
     state[name] = state[name].permute(0, 2, 3, 1).flatten(1)
     save_file(
-        {key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors"
+        {key: value.contiguous() for key, value in state.items()},
+        tmp_path / "model.safetensors",
     )
-    config = {**sizes, "model_type": "siglip2_vision_model", "num_patches": 16, "image_size": side}
+    config = {
+        **sizes,
+        "model_type": "siglip2_vision_model",
+        "num_patches": 16,
+        "image_size": side,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(tmp_path)))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(preprocessor_config(tmp_path))
+    )
     card = {
         "family": "naflex",
         "has_cls": False,
@@ -119,7 +140,9 @@ def test_naflex_reads_squares(tmp_path, side):
     if side == 16:
         images = pixels(size=16)
         assert torch.allclose(
-            tower(images), siglip(images, output_hidden_states=True).hidden_states[-2], atol=1e-6
+            tower(images),
+            siglip(images, output_hidden_states=True).hidden_states[-2],
+            atol=1e-6,
         )
     with pytest.raises(ValueError, match="transformers"):
         tower.vision_tower(pixels(size=side), spatial_shapes=torch.tensor([[2, 3]]))
@@ -128,14 +151,20 @@ def test_naflex_reads_squares(tmp_path, side):
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("layer", [-2, -1, 1])
 @pytest.mark.parametrize("feature", ["patch", "cls_patch"])
-def test_one_meaning_of_layer_and_feature_for_every_backbone(world, backbone, layer, feature):
+def test_one_meaning_of_layer_and_feature_for_every_backbone(
+    world, backbone, layer, feature
+):
     tower = build_vision_tower(arguments(world.towers[backbone], layer, feature))
     plain = load_tower(world.towers[backbone])
     with torch.no_grad():
-        states = plain(pixel_values=pixels(), output_hidden_states=True).hidden_states[layer]
+        states = plain(pixel_values=pixels(), output_hidden_states=True).hidden_states[
+            layer
+        ]
     cls = 0 if backbone == "siglip" else 1
     assert states.shape[1] == 4 + cls
-    assert torch.equal(tower(pixels()), states[:, cls:] if feature == "patch" else states)
+    assert torch.equal(
+        tower(pixels()), states[:, cls:] if feature == "patch" else states
+    )
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -162,8 +191,15 @@ def test_surface(world, backbone):
     assert not any("mm_projector" in name for name, _ in tower.named_parameters())
     processor = tower.image_processor
     image = Image.new("RGB", (50, 40))
-    assert processor.preprocess(image, return_tensors="pt")["pixel_values"][0].shape == (3, 28, 28)
-    assert processor([image, image], return_tensors="pt")["pixel_values"].shape == (2, 3, 28, 28)
+    assert processor.preprocess(image, return_tensors="pt")["pixel_values"][
+        0
+    ].shape == (3, 28, 28)
+    assert processor([image, image], return_tensors="pt")["pixel_values"].shape == (
+        2,
+        3,
+        28,
+        28,
+    )
     assert (
         processor.crop_size["height"]
         == processor.crop_size["width"]
@@ -217,14 +253,18 @@ def test_blocks_above_the_selected_state_are_dropped(world):
 
 def test_bad_arguments_are_refused(world):
     with pytest.raises(ValueError, match="28,56,84"):
-        build_vision_tower(arguments(world.towers["clip"], s2=True, s2_scales="336,672"))
+        build_vision_tower(
+            arguments(world.towers["clip"], s2=True, s2_scales="336,672")
+        )
     with pytest.raises(ValueError, match="cannot be split over devices"):
         device_of_map({"vision_tower": 0, "lm_head": 1})
 
 
 @pytest.mark.parametrize("unfrozen", [False, True])
 def test_gradient_only_when_unfrozen(world, unfrozen):
-    tower = build_vision_tower(arguments(world.towers["clip"], unfreeze_mm_vision_tower=unfrozen))
+    tower = build_vision_tower(
+        arguments(world.towers["clip"], unfreeze_mm_vision_tower=unfrozen)
+    )
     features = tower(pixels())
     assert features.requires_grad == unfrozen
     if unfrozen:
@@ -261,15 +301,19 @@ def test_s2_is_the_tower_at_every_scale(world, backbone, count, size):
     large = torch.nn.functional.interpolate(images, size=(56, 56), mode="bicubic")
     coarse = single(small)
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        tile = single(large[:, :, 28 * row : 28 * row + 28, 28 * column : 28 * column + 28])
+        tile = single(
+            large[:, :, 28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
+        )
         # A tile of 2 x 2 patches is averaged into the one patch of the coarse grid that it covers.
         expected = torch.cat([coarse[:, 2 * row + column], tile.mean(dim=1)], dim=-1)
-        torch.testing.assert_close(found[:, 2 * row + column], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            found[:, 2 * row + column], expected, rtol=1e-5, atol=1e-5
+        )
     assert tower.image_processor.crop_size == {"height": 56, "width": 56}
     assert (
-        tower.image_processor(Image.new("RGB", (9, 9)), return_tensors="pt")["pixel_values"].shape[
-            -1
-        ]
+        tower.image_processor(Image.new("RGB", (9, 9)), return_tensors="pt")[
+            "pixel_values"
+        ].shape[-1]
         == 56
     )
     assert [one.shape for one in tower(list(images))] == [(1, 4, 64)] * count

@@ -37,9 +37,13 @@ def test_the_warm_up_is_as_long_as_in_4_37(monkeypatch, ratio, steps):
 
 
 def test_the_rest_is_as_4_37_sets_it(monkeypatch):
-    assert translated(monkeypatch, warmup_ratio=0.03, warmup_steps=20).warmup_steps == 20
+    assert (
+        translated(monkeypatch, warmup_ratio=0.03, warmup_steps=20).warmup_steps == 20
+    )
     made = translated(monkeypatch, evaluation_strategy="steps")
     assert made.eval_strategy == "steps"
     assert made.local_rank == 0
-    assert translated(monkeypatch, local_rank=3).local_rank == 3  # torchrun passes no --local_rank
+    assert (
+        translated(monkeypatch, local_rank=3).local_rank == 3
+    )  # torchrun passes no --local_rank
     assert translated(monkeypatch).eval_strategy == "no"

@@ -47,7 +47,8 @@ def test_a_language_model_that_speaks_chatml(world, tmp_path):
     assert (output / "compare" / "compare.html").is_file()
     assert "mismatch" not in "".join(log.read_text() for log in output.glob("*.log"))
     questions = [
-        json.loads(line) for line in (output / "data" / "questions.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (output / "data" / "questions.jsonl").read_text().splitlines()
     ]
     trained = json.loads((output / "data" / "finetune.json").read_text())
     assert not {row["image"] for row in trained} & {row["image"] for row in questions}
@@ -59,11 +60,17 @@ def test_a_language_model_that_speaks_chatml(world, tmp_path):
     for side in ("before", "after"):
         learned = losses(output / f"llava-lora-{side}")
         assert learned, "no label was learned"
-        assert all(math.isfinite(loss) and loss > 0 for loss in learned), "no label was learned"
-        by_keyword = ScoreFile.read(output / "scores" / side / "emoji-name-keyword.scores.json")
+        assert all(math.isfinite(loss) and loss > 0 for loss in learned), (
+            "no label was learned"
+        )
+        by_keyword = ScoreFile.read(
+            output / "scores" / side / "emoji-name-keyword.scores.json"
+        )
         assert {item["cluster"] for item in by_keyword.items}
         assert "pictures_exchanged" in by_keyword.metrics
-        assert (output / "scores" / side / "emoji-name-teacher.scores.json").is_file() == TODAY
+        assert (
+            output / "scores" / side / "emoji-name-teacher.scores.json"
+        ).is_file() == TODAY
     refused = world.run("bash", SCRIPT, *words, "--smoke", fails=True, **variables)
     assert "was made with" in refused
     assert "choose another --output" in refused

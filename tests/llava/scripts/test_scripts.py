@@ -88,7 +88,13 @@ def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
     hosts.write_text("a slots=8\n# b slots=8\nc slots=8\n")
     named = [*words, "--tower", f"llm2clip:{world.towers['clip']}"]
     several = script(
-        world, "llava/pretrain.sh", *named, "--hostfile", hosts, MICRO_BATCH="8", LLM2CLIP_TOWER=""
+        world,
+        "llava/pretrain.sh",
+        *named,
+        "--hostfile",
+        hosts,
+        MICRO_BATCH="8",
+        LLM2CLIP_TOWER="",
     )
     # 16 x 8 x 2
     assert f"--hostfile {hosts}" in several
@@ -96,7 +102,13 @@ def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
     output = script(world, "llava/pretrain.sh", *words, "--gpus", "3", fails=True)
     assert "256 is not a multiple of 3 ranks x --micro-batch 32 = 96" in output
     output = script(
-        world, "llava/pretrain.sh", *words, "--hostfile", hosts, fails=True, HOME=str(tmp_path)
+        world,
+        "llava/pretrain.sh",
+        *words,
+        "--hostfile",
+        hosts,
+        fails=True,
+        HOME=str(tmp_path),
     )
     assert f"add LLM2CLIP_TOWER={world.towers['clip']} to ~/.deepspeed_env" in output
 
@@ -106,12 +118,16 @@ def test_slurm(world, tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     # as with many nodes, it still writes when the first is read
-    (programs / "scontrol").write_text("#!/bin/sh\necho node-7\nsleep 0.3\necho node-8\n")
+    (programs / "scontrol").write_text(
+        "#!/bin/sh\necho node-7\nsleep 0.3\necho node-8\n"
+    )
     (programs / "srun").write_text('#!/bin/sh\necho srun "$@"\n')
     for program in programs.iterdir():
         program.chmod(0o755)
     job = {"ID": "123", "NUM_NODES": "2", "NODELIST": "node-[7-8]"}
-    job = {f"SLURM_JOB_{name}": value for name, value in job.items()} | {"SLURM_GPUS_ON_NODE": "4"}
+    job = {f"SLURM_JOB_{name}": value for name, value in job.items()} | {
+        "SLURM_GPUS_ON_NODE": "4"
+    }
     job |= {
         "PATH": f"{programs}:/usr/bin:/bin",
         "PYTHON": sys.executable,
@@ -120,15 +136,21 @@ def test_slurm(world, tmp_path):
 
     def submitted(*words):
         options = {"cwd": SCRIPTS.parent, "env": world.environment(**job)}
-        return subprocess.run(["bash", *map(str, words)], **options, capture_output=True, text=True)
+        return subprocess.run(
+            ["bash", *map(str, words)], **options, capture_output=True, text=True
+        )
 
-    done = submitted("scripts/slurm/llava.sbatch", "pretrain", *given(world, tmp_path, "pretrain"))
+    done = submitted(
+        "scripts/slurm/llava.sbatch", "pretrain", *given(world, tmp_path, "pretrain")
+    )
     nodes = ("--nnodes 2", "--nproc_per_node 4", "--rdzv_endpoint node-7:20123")
     for part in (*nodes, "--gradient_accumulation_steps 1 "):
         assert part in done.stdout, done.stdout + done.stderr
     done = submitted("scripts/slurm/evaluate.sbatch", "--batch-size", "4")
     assert done.stdout.startswith(f"srun {sys.executable} -c import sys; ")
-    assert done.stdout.rstrip().endswith(" llm2clip_plugin.cli llava evaluate --batch-size 4")
+    assert done.stdout.rstrip().endswith(
+        " llm2clip_plugin.cli llava evaluate --batch-size 4"
+    )
 
 
 def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tmp_path):
@@ -150,7 +172,9 @@ def test_nothing_starts_with_a_bad_tower_and_a_name_that_will_not_load(world, tm
 FOREIGN = ("Warning", "deprecated", "[INFO]", "You are using a model of type")
 
 
-def options(world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava-lora"):
+def options(
+    world, tmp_path, stage, gpus, per_device, *words, more=(), name="llava-lora"
+):
     """Of a script on this machine under DeepSpeed's launcher, as a user without a GPU runs it."""
     words = [
         *given(world, tmp_path, stage),
@@ -172,8 +196,9 @@ def options(world, tmp_path, stage, gpus, per_device, *words, more=(), name="lla
         "7",
     ]
     words += (
-        "--model_max_length 128 --dataloader_num_workers 0 --gradient_checkpointing False".split()
-    )
+        "--model_max_length 128 --dataloader_num_workers 0 "
+        "--gradient_checkpointing False"
+    ).split()
     return [*words, *more]
 
 
@@ -189,9 +214,16 @@ def train(
     python=sys.executable,
 ):
     """A script, run; the loss of each step."""
-    words = options(world, tmp_path, stage, gpus, per_device, *words, more=more, name=name)
+    words = options(
+        world, tmp_path, stage, gpus, per_device, *words, more=more, name=name
+    )
     told = script(
-        world, f"llava/{stage}.sh", *words, REPORT_TO="none", PYTHONPATH="", PYTHON=str(python)
+        world,
+        f"llava/{stage}.sh",
+        *words,
+        REPORT_TO="none",
+        PYTHONPATH="",
+        PYTHON=str(python),
     )
     _, result, following, *lines = told.splitlines()  # the command is first
     assert str(tmp_path / name) in result
@@ -214,17 +246,25 @@ def one_batch(world, tmp_path):
     return path
 
 
-def test_pretraining_accumulates_over_ranks_as_one_rank_takes_the_batch(world, tmp_path):
+def test_pretraining_accumulates_over_ranks_as_one_rank_takes_the_batch(
+    world, tmp_path
+):
     """2 ranks x 4 samples x 2 micro-batches under ZeRO-2 give the losses of 1 rank x 16, up to
     bf16."""
     words = ["--data", one_batch(world, tmp_path)]
     more = ["--pretrain_mm_mlp_adapter", world.projector()]
     more += "--learning_rate 2e-2 --lr_scheduler_type constant".split()
-    dry = options(world, tmp_path, "pretrain", 1, 16, *words, "--dry-run", more=more, name="one")
+    dry = options(
+        world, tmp_path, "pretrain", 1, 16, *words, "--dry-run", more=more, name="one"
+    )
     command = shlex.split(script(world, "llava/pretrain.sh", *dry, REPORT_TO="none"))
-    start = next(index for index, word in enumerate(command) if "/llava/train/train" in word)
+    start = next(
+        index for index, word in enumerate(command) if "/llava/train/train" in word
+    )
     # needs no launcher
-    world.train(command[start + 1 :], {"LLM2CLIP_TOWER": str(world.towers["clip"])}, ranks=1)
+    world.train(
+        command[start + 1 :], {"LLM2CLIP_TOWER": str(world.towers["clip"])}, ranks=1
+    )
     one_rank = losses(tmp_path / "one")
     two_ranks = train(
         world,

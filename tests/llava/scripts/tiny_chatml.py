@@ -54,7 +54,11 @@ def make_package(folder: Path) -> Path:
     writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)
     for name, values in tensors().items():
-        kind = gguf.GGMLQuantizationType.Q4_1 if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        kind = (
+            gguf.GGMLQuantizationType.Q4_1
+            if values.ndim == 2
+            else gguf.GGMLQuantizationType.F32
+        )
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -75,7 +79,11 @@ def tensors() -> dict[str, np.ndarray]:
         "attn_v": (key, width),
         "attn_output": (width, width),
     }
-    shapes |= {"ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner)}
+    shapes |= {
+        "ffn_gate": (inner, width),
+        "ffn_up": (inner, width),
+        "ffn_down": (width, inner),
+    }
     made = {
         "token_embd.weight": draw.normal(0, 0.1, (len(TOKENS), width)),
         "output_norm.weight": np.ones(width),
@@ -85,7 +93,10 @@ def tensors() -> dict[str, np.ndarray]:
             f"blk.{layer}.{name}.weight": draw.normal(0, 0.1, shape)
             for name, shape in shapes.items()
         }
-        made |= {f"blk.{layer}.{name}.weight": np.ones(width) for name in ("attn_norm", "ffn_norm")}
+        made |= {
+            f"blk.{layer}.{name}.weight": np.ones(width)
+            for name in ("attn_norm", "ffn_norm")
+        }
     return {name: values.astype(np.float32) for name, values in made.items()}
 
 
@@ -97,7 +108,10 @@ def make_directory(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(TOKENS), num_key_value_heads=1, max_position_embeddings=512, **SHAPE
+        vocab_size=len(TOKENS),
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        **SHAPE,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     letters = {token: number for number, token in enumerate(TOKENS)}
@@ -106,7 +120,10 @@ def make_directory(folder: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=SPECIAL[1], eos_token=SPECIAL[2], unk_token=SPECIAL[0]
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        unk_token=SPECIAL[0],
     ).save_pretrained(folder)
     return folder
 

@@ -40,7 +40,15 @@ def exported(tmp_path_factory):
     checkpoint = full(root / "llava-tiny", CLIP, llm2clip_conversation="v1")
     assert (
         llm2clip(
-            ["llava", "export", str(checkpoint), "--output", str(root / "hf"), "--dtype", "bf16"]
+            [
+                "llava",
+                "export",
+                str(checkpoint),
+                "--output",
+                str(root / "hf"),
+                "--dtype",
+                "bf16",
+            ]
         )
         == 0
     )
@@ -62,7 +70,8 @@ def check(checkpoint, output, dtype="fp32"):
     export(export_made, output)
     said = compare(export_made, output)
     found = re.fullmatch(
-        r"token ids equal, pixels within (\S+), logits within (\S+) .* of (\d+) tokens equal", said
+        r"token ids equal, pixels within (\S+), logits within (\S+) .* of (\d+) tokens equal",
+        said,
     )
     assert found is not None, said
     assert float(found[1]) <= 1e-6
@@ -114,7 +123,8 @@ def test_an_unfrozen_towers_weights_are_the_checkpoints(tmp_path, home):
     name = "vision_model.embeddings.class_embedding"
     inside = "model.vision_tower.vision_tower."
     trained = {
-        f"{inside}{key}": value for key, value in load_file(CLIP / "model.safetensors").items()
+        f"{inside}{key}": value
+        for key, value in load_file(CLIP / "model.safetensors").items()
     }
     trained[f"{inside}{name}"] += 1
     save_file(weights | trained, checkpoint / "model.safetensors", {"format": "pt"})
@@ -170,7 +180,9 @@ for folder in sys.argv[1:]:
     )
     assert done.returncode == 0, done.stderr
     for folder, logits in zip(folders, expected, strict=True):
-        assert torch.allclose(torch.load(folder / "logits.pt"), logits, atol=1e-2), folder
+        assert torch.allclose(torch.load(folder / "logits.pt"), logits, atol=1e-2), (
+            folder
+        )
 
 
 def test_names_and_rows(exported):
@@ -188,7 +200,9 @@ def test_names_and_rows(exported):
         assert torch.equal(rows[:600], own[name])
     tower = load_file(CLIP / "model.safetensors")
     assert {
-        name.removeprefix("vision_tower.") for name in tensors if name.startswith("vision")
+        name.removeprefix("vision_tower.")
+        for name in tensors
+        if name.startswith("vision")
     } == set(tower)
     assert len(tensors) == len(own) + len(tower)
 
@@ -211,9 +225,12 @@ def test_conversations_are_llavas(name):
         for number, text in enumerate(said)
     ]
     messages[0]["content"] = [{"type": "text", "text": said[0]}, {"type": "image"}]
-    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(name))
+    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(
+        chat_template(name)
+    )
     assert (
-        template.render(messages=messages, add_generation_prompt=True) == conversation.get_prompt()
+        template.render(messages=messages, add_generation_prompt=True)
+        == conversation.get_prompt()
     )
 
 
@@ -231,7 +248,9 @@ def refused(capsys, *words):
 
 def test_another_conversation_is_refused(exported, tmp_path, capsys):
     out = tmp_path / "hf"
-    assert "'v1'" in refused(capsys, exported[0], "--conv-mode", "chatml_direct", "--output", out)
+    assert "'v1'" in refused(
+        capsys, exported[0], "--conv-mode", "chatml_direct", "--output", out
+    )
     assert "'vicuna'; known: " in refused(
         capsys, exported[0], "--conv-mode", "vicuna", "--output", out
     )

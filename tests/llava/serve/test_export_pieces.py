@@ -21,9 +21,32 @@ pytestmark = pytest.mark.both_stacks
 SYSTEM = conv_templates["v1"].system
 # one begins as another, one is within words, some are or have spaces
 PIECES = ["<x>", "<x>▁y", "ab", "▁▁", "▁of▁the", "\t"]
-EDGES = ["", " ", "<x>", "<x> y", "<x> yab", "a<x>b", "<x> <x> y z", "abab cabby ab", "\tab\n\t"]
-EDGES += [SYSTEM, f"x{SYSTEM}", f" {SYSTEM}  USER", f"{SYSTEM}{SYSTEM}", "A chat between"]
-EDGES += ["é<x>☃ab", "name of the of the", "of the", "a  b   c", "ＡＢ <x>", "at its end\n"]
+EDGES = [
+    "",
+    " ",
+    "<x>",
+    "<x> y",
+    "<x> yab",
+    "a<x>b",
+    "<x> <x> y z",
+    "abab cabby ab",
+    "\tab\n\t",
+]
+EDGES += [
+    SYSTEM,
+    f"x{SYSTEM}",
+    f" {SYSTEM}  USER",
+    f"{SYSTEM}{SYSTEM}",
+    "A chat between",
+]
+EDGES += [
+    "é<x>☃ab",
+    "name of the of the",
+    "of the",
+    "a  b   c",
+    "ＡＢ <x>",
+    "at its end\n",
+]
 EDGES += ["▁<x>▁y"]
 
 
@@ -43,10 +66,14 @@ def captions() -> list[str]:
 def miniature(tmp_path_factory, captions) -> Path:
     """A checkpoint with the tokenizer of the quickstart's LLaVA."""
     root = tmp_path_factory.mktemp("miniature")
-    rows = [{"conversations": [{"value": f"<image>\n{caption}"}]} for caption in captions]
+    rows = [
+        {"conversations": [{"value": f"<image>\n{caption}"}]} for caption in captions
+    ]
     for name in ("text", "captions", "finetune"):
         (root / f"{name}.json").write_text(json.dumps(rows))
-    return with_tokenizer(root / "llava-tiny", lambda folder: inputs.train_tokenizer(root, folder))
+    return with_tokenizer(
+        root / "llava-tiny", lambda folder: inputs.train_tokenizer(root, folder)
+    )
 
 
 def with_tokenizer(folder: Path, train) -> Path:
@@ -64,7 +91,9 @@ def llavas_ids(checkpoint: Path, texts: list[str]) -> list[list[int]]:
     """Of LLaVA's own loader and tokenizer_image_token."""
     from llava.model.builder import load_pretrained_model
 
-    tokenizer = load_pretrained_model(str(checkpoint), None, checkpoint.name, device="cpu")[0]
+    tokenizer = load_pretrained_model(
+        str(checkpoint), None, checkpoint.name, device="cpu"
+    )[0]
     return [tokenizer_image_token(text, tokenizer) for text in texts]
 
 
@@ -72,7 +101,9 @@ def check_tokens(checkpoint: Path, exported: Path, texts: list[str]) -> None:
     """The exported tokenizer gives LLaVA's ids, and the texts of its ids."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint / "tokenizer.model"))
+    pieces = sentencepiece.SentencePieceProcessor(
+        model_file=str(checkpoint / "tokenizer.model")
+    )
     for text, expected in zip(texts, llavas_ids(checkpoint, texts), strict=True):
         ids = tokenizer(f"<s>{text}", add_special_tokens=False)["input_ids"]
         assert [-200 if number == image else number for number in ids] == expected, text
@@ -85,12 +116,20 @@ def test_the_quickstarts_llava_arrives(miniature, tmp_path, home, captions, caps
     out = tmp_path / "hf"
     words = ["llava", "export", str(miniature), "--format", "hf", "--dtype", "fp32"]
     assert llm2clip([*words, "--output", str(out)]) == 0, capsys.readouterr().err
-    prompts = [f"{SYSTEM} USER: <image>\n{caption} ASSISTANT:" for caption in captions[::5]]
-    rounds = [f"{SYSTEM} USER: <image>\nWhat? ASSISTANT: {caption}" for caption in captions[::40]]
+    prompts = [
+        f"{SYSTEM} USER: <image>\n{caption} ASSISTANT:" for caption in captions[::5]
+    ]
+    rounds = [
+        f"{SYSTEM} USER: <image>\nWhat? ASSISTANT: {caption}"
+        for caption in captions[::40]
+    ]
     check_tokens(miniature, out, [*captions, *prompts, *rounds, *EDGES])
     assert len(captions) > 300
     whole = load_file(out / "model.safetensors")["language_model.lm_head.weight"]
-    assert len(whole) == json.loads((miniature / "config.json").read_text())["vocab_size"] + 1
+    assert (
+        len(whole)
+        == json.loads((miniature / "config.json").read_text())["vocab_size"] + 1
+    )
 
 
 def test_pieces_of_every_kind(tmp_path, home):
@@ -99,7 +138,9 @@ def test_pieces_of_every_kind(tmp_path, home):
     def train(folder: Path) -> int:
         model = folder / "tokenizer.model"
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([f"{SYSTEM} USER: the cab of the name, tab by tab"] * 50),
+            sentence_iterator=iter(
+                [f"{SYSTEM} USER: the cab of the name, tab by tab"] * 50
+            ),
             vocab_size=600,
             model_type="bpe",
             byte_fallback=True,
@@ -110,7 +151,9 @@ def test_pieces_of_every_kind(tmp_path, home):
             minloglevel=2,
             model_prefix=str(model.with_suffix("")),
         )
-        return sentencepiece.SentencePieceProcessor(model_file=str(model)).get_piece_size()
+        return sentencepiece.SentencePieceProcessor(
+            model_file=str(model)
+        ).get_piece_size()
 
     checkpoint = with_tokenizer(tmp_path / "llava-tiny", train)
     exported = Export.of(checkpoint, dtype="fp32")

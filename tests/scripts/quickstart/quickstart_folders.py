@@ -29,7 +29,9 @@ IDENTITY = TeacherIdentity(
 )
 
 
-def write_cache(data: Path, directory: Path, identity: TeacherIdentity = IDENTITY) -> None:
+def write_cache(
+    data: Path, directory: Path, identity: TeacherIdentity = IDENTITY
+) -> None:
     """A whole cache whose embeddings are random, each caption's decided by its text."""
     source = open_source(SourceConfig(path=str(data)))
     writer = CacheWriter(directory, identity)
@@ -38,23 +40,30 @@ def write_cache(data: Path, directory: Path, identity: TeacherIdentity = IDENTIT
         rows = caption_rows(captions)
         seeds = [abs(caption_hash) for _, caption_hash in rows]
         vectors = [
-            torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+            torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
         ]
         writer.write_shard(shard.name, keys, rows, torch.stack(vectors))
     writer.finish()
 
 
-def write_adapter(data: Path, seed: int = 0, *, shard: str = "train-noto.tar") -> TeacherIdentity:
+def write_adapter(
+    data: Path, seed: int = 0, *, shard: str = "train-noto.tar"
+) -> TeacherIdentity:
     """An adapter below ``data/llm`` with the record of its training on ``shard``; the teacher that
     it makes."""
     run = data / "llm" / f"seed{seed}"
     (run / "adapter").mkdir(parents=True)
-    save_file({"lora": torch.full((1,), float(seed))}, run / "adapter" / ADAPTER_WEIGHTS)
+    save_file(
+        {"lora": torch.full((1,), float(seed))}, run / "adapter" / ADAPTER_WEIGHTS
+    )
     (run / "adapter" / ADAPTER_CONFIG).write_text("{}")
     RunRecord(config={"pairs": {"data": [f"emoji/{shard}"]}}, config_hash="").write(
         run / RunRecord.FILE
     )
-    return dataclasses.replace(IDENTITY, post="", adapter_sha256=adapter_sha256(run / "adapter"))
+    return dataclasses.replace(
+        IDENTITY, post="", adapter_sha256=adapter_sha256(run / "adapter")
+    )
 
 
 def write_run(output: Path, name: str, **data: object) -> None:
@@ -69,4 +78,6 @@ def write_run(output: Path, name: str, **data: object) -> None:
         **data,
     }
     config = {"data": read, "train": {"seed": int(seed)}}
-    RunRecord(config=config, config_hash="").write(output / "runs" / name / RunRecord.FILE)
+    RunRecord(config=config, config_hash="").write(
+        output / "runs" / name / RunRecord.FILE
+    )

@@ -20,7 +20,9 @@ from llm2clip_plugin.errors import ContractError
 def make_concepts(count: int, seed: int) -> list[Concept]:
     """Concepts whose captions agree in six of 16 directions, nearly, and differ in the others."""
     generator = torch.Generator().manual_seed(seed)
-    rotation = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(9)))[0]
+    rotation = torch.linalg.qr(
+        torch.randn(16, 16, generator=torch.Generator().manual_seed(9))
+    )[0]
     concepts = []
     for number in range(count):
         meaning = torch.randn(6, generator=generator)
@@ -35,8 +37,12 @@ def make_concepts(count: int, seed: int) -> list[Concept]:
 
 def top_1(concepts: list[Concept], change) -> float:
     """How often the keywords nearest to a name are its own."""
-    name_NW = F.normalize(change(torch.stack([c.rows["short"] for c in concepts])), dim=1)
-    keywords_NW = F.normalize(change(torch.stack([c.rows["keywords"] for c in concepts])), dim=1)
+    name_NW = F.normalize(
+        change(torch.stack([c.rows["short"] for c in concepts])), dim=1
+    )
+    keywords_NW = F.normalize(
+        change(torch.stack([c.rows["keywords"] for c in concepts])), dim=1
+    )
     nearest_N = (name_NW @ keywords_NW.T).argmax(dim=1)
     return float((nearest_N == torch.arange(len(concepts))).float().mean())
 
@@ -44,7 +50,9 @@ def top_1(concepts: list[Concept], change) -> float:
 def test_whitened_captions_of_one_concept_differ_alike_in_all_directions() -> None:
     concepts = make_concepts(40, seed=0)
     whitening = linear_map.whiten_within(concepts, 0.0)
-    rows_NKW = torch.stack([whitening(torch.stack(list(c.rows.values()))) for c in concepts])
+    rows_NKW = torch.stack(
+        [whitening(torch.stack(list(c.rows.values()))) for c in concepts]
+    )
     assert rows_NKW.mean(dim=(0, 1)).abs().max() < 1e-4
     differences_CW = (rows_NKW - rows_NKW.mean(dim=1, keepdim=True)).flatten(0, 1)
     covariance_WW = differences_CW.T @ differences_CW / (3 * 40 - 40)
@@ -63,11 +71,15 @@ def test_a_fitted_map_finds_captions_of_concepts_that_it_never_saw() -> None:
     config = MapConfig(learning_rate=1e-2, shrinkage=0.1, steps=100)
     whitening = linear_map.whiten_within(seen, config.shrinkage)
     fitted = linear_map.fit_map(seen, config, seed=0)
-    reached = [top_1(unseen, change) for change in (lambda rows: rows - 5, whitening, fitted)]
+    reached = [
+        top_1(unseen, change) for change in (lambda rows: rows - 5, whitening, fitted)
+    ]
     assert reached == sorted(reached), reached
     assert reached[0] + 0.2 < reached[1], reached
     assert torch.equal(fitted.weight, linear_map.fit_map(seen, config, seed=0).weight)
-    assert not torch.equal(fitted.weight, linear_map.fit_map(seen, config, seed=1).weight)
+    assert not torch.equal(
+        fitted.weight, linear_map.fit_map(seen, config, seed=1).weight
+    )
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +155,9 @@ def test_a_mapped_embedding_is_the_map_of_the_raw_one(folder, tmp_path) -> None:
 
 def test_a_map_of_test_captions_is_refused(folder, tmp_path) -> None:
     mapped = write_map(folder, "test", tmp_path / "map-seed0")
-    with pytest.raises(ContractError, match=r"'trained on': \['test-noto.tar'\].*'train-noto"):
+    with pytest.raises(
+        ContractError, match=r"'trained on': \['test-noto.tar'\].*'train-noto"
+    ):
         measure.check_cache(folder / "data", "map-seed0", mapped)
 
 

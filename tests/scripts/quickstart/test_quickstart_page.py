@@ -74,7 +74,10 @@ FOUND = {
         ]
         for side, value in (("before", 10.0), ("after", 12.5))
     },
-    "queries": [query("en", "a <b>bold</b> name", 7, 2), query("ar", "قرص طائر", 3, 200)],
+    "queries": [
+        query("en", "a <b>bold</b> name", 7, 2),
+        query("ar", "قرص طائر", 3, 200),
+    ],
     "figure": {
         "drawn": 20,
         "found": 2,
@@ -98,7 +101,9 @@ def folder(tmp_path: Path) -> Path:
         "\n".join(map(json.dumps, lines))
     )
     (output / "logs").mkdir(parents=True)
-    (output / "logs" / "seconds.tsv").write_text("80\tstage 1: x\n9\tstage 1: x\n100\tstage 2: y\n")
+    (output / "logs" / "seconds.tsv").write_text(
+        "80\tstage 1: x\n9\tstage 1: x\n100\tstage 2: y\n"
+    )
     (output / "found.json").write_text(json.dumps(FOUND), encoding="utf-8")
     images = output / "llava" / "data" / "images"
     images.mkdir(parents=True)
@@ -121,7 +126,9 @@ def folder(tmp_path: Path) -> Path:
         ]
         accuracy = 100 * sum(item["score"] for item in items) / 3
         scores = ScoreFile(
-            benchmark="miniature: emoji group", metrics={"accuracy": accuracy}, items=items
+            benchmark="miniature: emoji group",
+            metrics={"accuracy": accuracy},
+            items=items,
         )
         scores.write(output / "llava" / "scores" / side / "emoji-group.scores.json")
     return tmp_path
@@ -144,7 +151,9 @@ def write_page(folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> Pat
 
 def test_the_page_fills_as_the_stages_end(folder, monkeypatch, capsys) -> None:
     (folder / "default" / "found.json").rename(folder / "found.json")
-    first = write_page(folder, monkeypatch, "--llava", "llava").read_text(encoding="utf-8")
+    first = write_page(folder, monkeypatch, "--llava", "llava").read_text(
+        encoding="utf-8"
+    )
     assert 'http-equiv="refresh"' in first
     assert "69.5 %" in first
     assert "They come after stage 2." in first
@@ -152,7 +161,9 @@ def test_the_page_fills_as_the_stages_end(folder, monkeypatch, capsys) -> None:
     assert "42.1 % ->  69.5 %" in told
     assert "index.html" in told
     (folder / "found.json").rename(folder / "default" / "found.json")
-    last = write_page(folder, monkeypatch, "--llava", "llava").read_text(encoding="utf-8")
+    last = write_page(folder, monkeypatch, "--llava", "llava").read_text(
+        encoding="utf-8"
+    )
     assert 'http-equiv="refresh"' not in last
     # failures are shown as such
     assert "number 7" in last
@@ -186,7 +197,9 @@ def test_the_right_picture_is_marked_where_it_came(folder, monkeypatch) -> None:
 
 @pytest.mark.skipif(chromium.find() is None, reason="needs a Chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_every_picture_and_fetches_nothing(folder, monkeypatch, width) -> None:
+def test_a_browser_shows_every_picture_and_fetches_nothing(
+    folder, monkeypatch, width
+) -> None:
     path = write_page(folder, monkeypatch, "--llava", "llava")
     with chromium.Chromium(width=width) as browser:
         browser.call(
@@ -207,7 +220,9 @@ def test_a_browser_shows_every_picture_and_fetches_nothing(folder, monkeypatch, 
         assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
         assert browser.run("document.querySelectorAll('li.right').length") == 4
         assert not browser.errors
-        assert [url for url in browser.requests if not url.startswith(("file:", "data:"))] == []
+        assert [
+            url for url in browser.requests if not url.startswith(("file:", "data:"))
+        ] == []
 
 
 def test_queries_are_drawn_without_looking() -> None:
@@ -234,7 +249,10 @@ def test_the_picture_tells_how_many_were_drawn_for_it() -> None:
     ]
     figure = found.select([query(code, code, 1, rank) for code, rank in ranks])
     assert [one["code"] for one in figure["queries"]] == ["zh", "en", "ar", "de", "fr"]
-    assert (figure["drawn"], figure["found"]) == (8, 6)  # the second in Chinese is found, too
+    assert (figure["drawn"], figure["found"]) == (
+        8,
+        6,
+    )  # the second in Chinese is found, too
     drawn = readme_picture.draw(FOUND, readme_picture.COLORS["dark"])
     assert (
         "Of the first 20 names drawn at random, 2 find their drawing among the first five of "
@@ -248,7 +266,9 @@ def test_both_towers_answer_the_same_queries(tmp_path, monkeypatch) -> None:
     """On tiny towers, before and after alike: ranks and recall by hand."""
     inputs.prepare(tmp_path / "data", (3, 3, 8), ("de",))
     identity = write_adapter(tmp_path / "data")
-    write_cache(tmp_path / "data" / "all", tmp_path / "data" / "cache" / "tuned-seed0", identity)
+    write_cache(
+        tmp_path / "data" / "all", tmp_path / "data" / "cache" / "tuned-seed0", identity
+    )
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 64,
@@ -259,23 +279,31 @@ def test_both_towers_answer_the_same_queries(tmp_path, monkeypatch) -> None:
     }
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "tiny")
     dual = DualEncoder(
-        load_tower(tmp_path / "tiny"), DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls")
+        load_tower(tmp_path / "tiny"),
+        DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls"),
     )
     for name in found.SIDES.values():
         export_tower(
-            dual, tmp_path / "out" / "towers" / name, origin="tiny", teacher=vars(identity)
+            dual,
+            tmp_path / "out" / "towers" / name,
+            origin="tiny",
+            teacher=vars(identity),
         )
         write_run(tmp_path / "out", name, cache=["data/cache/tuned-seed0"])
     made = found.find(tmp_path / "data", tmp_path / "out")
     assert len(made["queries"]) == made["images"] == 8
     sets = measure.open_sets(tmp_path / "data" / "all")
     reports = measure.evaluate_tower(
-        tmp_path / "out" / "towers" / "tuned-seed0", sets, measure.open_caches(tmp_path / "data")
+        tmp_path / "out" / "towers" / "tuned-seed0",
+        sets,
+        measure.open_caches(tmp_path / "data"),
     )
     of_kind = {}
     for kind in ("short", "other"):
         galleries = measure.tower_galleries(reports["test"], kind, "t2i")
-        of_kind[kind] = 100 * float(torch.cat([ranks.hits(1) for ranks, _, _ in galleries]).mean())
+        of_kind[kind] = 100 * float(
+            torch.cat([ranks.hits(1) for ranks, _, _ in galleries]).mean()
+        )
     assert [row["first 1"] for row in made["recall"]["after"][:2]] == pytest.approx(
         [*of_kind.values()]
     )

@@ -40,8 +40,16 @@ launch() {
 
 def started(folder: Path, part: str) -> list[list[str]]:
     """The commands that a part of the quickstart starts, word by word."""
-    command = ["env", f"PARTS={ROOT}/scripts/quickstart/parts.sh", "bash", "-c", SETTINGS + part]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    command = [
+        "env",
+        f"PARTS={ROOT}/scripts/quickstart/parts.sh",
+        "bash",
+        "-c",
+        SETTINGS + part,
+    ]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=True
+    )
     return [line.split() for line in done.stdout.splitlines()]
 
 
@@ -50,12 +58,21 @@ def value(command: list[str], option: str) -> str:
     return command[len(command) - command[::-1].index(option)]
 
 
-def test_stage_1_reads_training_captions_and_is_validated_on_validation(tmp_path) -> None:
+def test_stage_1_reads_training_captions_and_is_validated_on_validation(
+    tmp_path,
+) -> None:
     (command,) = started(tmp_path, "tune 3")
     emoji = "llm2clip_plugin/data/emoji"
-    assert command[:3] == ["launch", "scripts/finetune_llm.py", f"{emoji}/train-noto.tar"]
+    assert command[:3] == [
+        "launch",
+        "scripts/finetune_llm.py",
+        f"{emoji}/train-noto.tar",
+    ]
     assert value(command, "--validation") == f"{emoji}/validation-noto.tar"
-    assert (value(command, "--output"), value(command, "--seed")) == ("data/llm/seed3", "3")
+    assert (value(command, "--output"), value(command, "--seed")) == (
+        "data/llm/seed3",
+        "3",
+    )
 
 
 def test_a_cache_is_embedded_with_the_adapter_of_its_seed(tmp_path) -> None:
@@ -75,17 +92,24 @@ def test_a_cache_is_embedded_with_the_adapter_of_its_seed(tmp_path) -> None:
         )
 
 
-def test_the_linear_map_is_fitted_to_the_captions_of_stage_1_read_as_the_raw_llm(tmp_path) -> None:
+def test_the_linear_map_is_fitted_to_the_captions_of_stage_1_read_as_the_raw_llm(
+    tmp_path,
+) -> None:
     (tmp_path / "data" / "reading").mkdir(parents=True)
     embed, fit = started(tmp_path, "fit_map 3")
     (raw,) = started(tmp_path, "embed raw")
     (tune,) = started(tmp_path, "tune 3")
     assert embed[2] == value(fit, "--shard") == tune[2]
     assert value(embed, "--cache") == value(fit, "--captions")
-    assert " ".join(embed[3:]).replace("data/captions", "data/cache/raw") == " ".join(raw[3:])
+    assert " ".join(embed[3:]).replace("data/captions", "data/cache/raw") == " ".join(
+        raw[3:]
+    )
     assert fit[1:3] == ["scripts/quickstart/linear_map.py", "data/all"]
     assert value(fit, "--cache") == "data/cache/raw"
-    assert (value(fit, "--output"), value(fit, "--seed")) == ("data/cache/map-seed3", "3")
+    assert (value(fit, "--output"), value(fit, "--seed")) == (
+        "data/cache/map-seed3",
+        "3",
+    )
     (tmp_path / "data" / "cache" / "map-seed3").mkdir(parents=True)
     assert started(tmp_path, "fit_map 3") == []
 
@@ -99,12 +123,17 @@ def test_the_halves_of_a_cache_are_all_shards_once(tmp_path) -> None:
     patterns = [Path(command[2]).name for command in halves]
     for split in inputs.SPLITS:
         for style in ("noto", "twemoji", "fluent", inputs.UNSEEN):
-            assert sum(fnmatch(f"{split}-{style}.tar", pattern) for pattern in patterns) == 1
+            assert (
+                sum(fnmatch(f"{split}-{style}.tar", pattern) for pattern in patterns)
+                == 1
+            )
     first, second = (" ".join(command[3:]) for command in halves)
     assert first == second
     assert "--adapter data/llm/seed0/adapter" in first
     # a manifest in which one of them is missing: all once more, which skips what is there
-    (tmp_path / "data" / "cache" / "tuned-seed0" / "manifest.json").write_text('{"test-noto": 1}')
+    (tmp_path / "data" / "cache" / "tuned-seed0" / "manifest.json").write_text(
+        '{"test-noto": 1}'
+    )
     assert started(tmp_path, "embed_in_halves tuned-seed0")[-1][2] == "data/all/*.tar"
 
 
@@ -113,7 +142,10 @@ def test_the_tower_before_stage_2_has_the_same_heads_and_no_steps(tmp_path) -> N
     (tmp_path / "out" / "runs" / "start-seed0" / "tower").mkdir(parents=True)
     (start,) = started(tmp_path, "start_tower")
     (tuned,) = started(tmp_path, "train tuned 0 tuned-seed0")
-    assert (value(start, "--max-steps"), value(start, "--num-train-epochs")) == ("0", "0")
+    assert (value(start, "--max-steps"), value(start, "--num-train-epochs")) == (
+        "0",
+        "0",
+    )
     assert "--validation" not in start
     for option in (
         "--data",
@@ -129,7 +161,10 @@ def test_the_tower_before_stage_2_has_the_same_heads_and_no_steps(tmp_path) -> N
 
 def test_towers_differ_in_their_cache_alone(tmp_path) -> None:
     raw, tuned = started(tmp_path, "towers 3")
-    for command, name, cache in ((raw, "raw-seed3", "raw"), (tuned, "tuned-seed3", "tuned-seed3")):
+    for command, name, cache in (
+        (raw, "raw-seed3", "raw"),
+        (tuned, "tuned-seed3", "tuned-seed3"),
+    ):
         assert (value(command, "--data"), value(command, "--validation")) == (
             "data/all/train-*.tar",
             "data/all/validation-noto.tar",
@@ -144,7 +179,9 @@ def test_towers_differ_in_their_cache_alone(tmp_path) -> None:
             "3",
         )
         assert (tmp_path / "out" / "towers" / name).is_dir()
-    alike = [" ".join(raw).replace("raw-seed3", "NAME").replace("cache/raw", "cache/NAME")]
+    alike = [
+        " ".join(raw).replace("raw-seed3", "NAME").replace("cache/raw", "cache/NAME")
+    ]
     assert alike == [" ".join(tuned).replace("tuned-seed3", "NAME")]
 
 
@@ -156,24 +193,42 @@ def test_the_control_sees_exchanged_pictures(tmp_path) -> None:
     assert value(tower, "--cache") == "data/cache/tuned-seed0"
 
 
-def test_the_stronger_controls_are_the_same_training_against_other_embeddings(tmp_path) -> None:
+def test_the_stronger_controls_are_the_same_training_against_other_embeddings(
+    tmp_path,
+) -> None:
     (tmp_path / "data" / "cache" / "map-seed3").mkdir(parents=True)
     linear, made, embed, plain, random = started(tmp_path, "controls 3")
     assert made[1:4] == ["scripts/quickstart/inputs.py", "random", "data/all"]
     assert not {"--attention", "--pooling", "--adapter", "--post-file"} & set(embed)
     fit, read = started(tmp_path, "embed raw")
     emoji = "llm2clip_plugin/data/emoji"
-    assert fit[1:4] == ["scripts/quickstart/inputs.py", "components", f"{emoji}/train-noto.tar"]
+    assert fit[1:4] == [
+        "scripts/quickstart/inputs.py",
+        "components",
+        f"{emoji}/train-noto.tar",
+    ]
     assert "--adapter" not in read
     tuned = started(tmp_path, "tune 3")[0]
-    for command in (fit, read, tuned):  # stage 1 fine-tunes the reading that it is compared with
-        assert (value(command, "--attention"), value(command, "--pooling")) == ("causal", "last")
+    for command in (
+        fit,
+        read,
+        tuned,
+    ):  # stage 1 fine-tunes the reading that it is compared with
+        assert (value(command, "--attention"), value(command, "--pooling")) == (
+            "causal",
+            "last",
+        )
         assert "one word" in " ".join(command)
     assert value(read, "--layer") == value(fit, "--layer") == "16"
-    assert value(read, "--post-file") == f"{value(fit, '--output')}/llm2clip_post.safetensors"
+    assert (
+        value(read, "--post-file")
+        == f"{value(fit, '--output')}/llm2clip_post.safetensors"
+    )
     raw = " ".join(started(tmp_path, "train raw 3 raw")[0])
     caches = {"map": "map-seed3", "plain": "plain", "random": "random"}
-    for command, (name, cache) in zip((linear, plain, random), caches.items(), strict=True):
+    for command, (name, cache) in zip(
+        (linear, plain, random), caches.items(), strict=True
+    ):
         own = (
             " ".join(command)
             .replace(f"cache/{cache}", "cache/raw")
@@ -196,10 +251,15 @@ def test_the_control_is_read_at_the_block_that_the_page_of_results_states() -> N
     assert set(stated) == set(re.findall(r"\bLAYER=(\d+)", script))
 
 
-def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path) -> None:
+def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(
+    data, tmp_path
+) -> None:
     for seed in (0, 0, 1):
         inputs.write_random(
-            data / "all", data / "cache" / "tuned-seed0", tmp_path / f"random{seed}", seed
+            data / "all",
+            data / "cache" / "tuned-seed0",
+            tmp_path / f"random{seed}",
+            seed,
         )
     caches = {name: EmbeddingCache.open(tmp_path / f"random{name}") for name in (0, 1)}
     source = open_source(SourceConfig(path=str(data / "all")))
@@ -207,7 +267,8 @@ def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path)
     for number in range(len(source)):
         sample = source[number]
         rows, other = (
-            c.rows(*source.locate(number), sample.captions, key=sample.key) for c in caches.values()
+            c.rows(*source.locate(number), sample.captions, key=sample.key)
+            for c in caches.values()
         )
         assert not torch.allclose(rows.float(), other.float())
         for caption, row in zip(sample.captions, rows, strict=True):
@@ -218,7 +279,10 @@ def test_random_embeddings_are_of_the_text_and_of_the_seed_alone(data, tmp_path)
     assert 0.9 < value_NW.std() < 1.1
     cosine_NN = torch.corrcoef(value_NW)
     assert (cosine_NN - torch.eye(len(cosine_NN))).abs().max() < 1
-    assert (caches[0].manifest.teacher["llm"], caches[0].manifest.teacher["adapter_sha256"]) == (
+    assert (
+        caches[0].manifest.teacher["llm"],
+        caches[0].manifest.teacher["adapter_sha256"],
+    ) == (
         inputs.RANDOM,
         "",
     )
@@ -269,8 +333,16 @@ def test_an_adapter_of_test_captions_is_refused(data, tmp_path) -> None:
     ("name", "read", "words"),
     [
         ("raw-seed0", {"path": ["data/all/test-*.tar"]}, "all/test-.*, expected"),
-        ("raw-seed0", {"path": ["data/shuffled/train-*.tar"]}, "shuffled/train-.*, expected"),
-        ("shuffled-seed0", {"path": ["data/all/train-*.tar"]}, "expected .*shuffled/train"),
+        (
+            "raw-seed0",
+            {"path": ["data/shuffled/train-*.tar"]},
+            "shuffled/train-.*, expected",
+        ),
+        (
+            "shuffled-seed0",
+            {"path": ["data/all/train-*.tar"]},
+            "expected .*shuffled/train",
+        ),
         ("tuned-seed1", {"validation": "data/all/test-noto.tar"}, "all/test-noto.tar'"),
     ],
 )

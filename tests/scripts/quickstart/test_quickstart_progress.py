@@ -21,7 +21,9 @@ def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
     # a shell cannot trap a signal that was ignored when it began, as it is where tests run as a job
     # in the background
     command = ["env", "--default-signal=INT", f"ROOT={ROOT}", "bash", "-c", script]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False
+    )
 
 
 def test_every_stage_is_a_line_of_one_form(tmp_path: Path) -> None:
@@ -32,7 +34,9 @@ def test_every_stage_is_a_line_of_one_form(tmp_path: Path) -> None:
     names = ("the environment", "stage 1: fine-tuning", "the page")
     for number, line in enumerate(lines, 1):
         name = names[number - 1]
-        assert re.fullmatch(rf"\[{number}/3\] {name} +\d+:\d\d elapsed, .*left", line), line
+        assert re.fullmatch(
+            rf"\[{number}/3\] {name} +\d+:\d\d elapsed, .*left", line
+        ), line
     assert lines[0].endswith("about 6 min left")  # 60 + 120 + 180 seconds
     # stages that were done before say nothing about the speed
     assert lines[2].endswith("about 3 min left")
@@ -70,7 +74,10 @@ def test_a_stage_that_fails_shows_its_end_and_where_the_rest_is(tmp_path: Path) 
 def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
     """The signal reaches the script and what it runs, as from a terminal; the stage sends it when
     it has begun."""
-    done = run(tmp_path, HEAD + "interrupted() { kill -INT $$; sleep 60; }\nstage interrupted\n")
+    done = run(
+        tmp_path,
+        HEAD + "interrupted() { kill -INT $$; sleep 60; }\nstage interrupted\n",
+    )
     assert done.returncode == 130
     assert (
         done.stderr.splitlines()[-1]
@@ -78,15 +85,16 @@ def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
     )
 
 
-def test_a_module_is_run_without_the_files_of_the_working_directory(tmp_path: Path) -> None:
+def test_a_module_is_run_without_the_files_of_the_working_directory(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "random.py").write_text("raise SystemExit('foreign code')\n")
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "stage.py").write_text(
         "import random, sys\nprint(__name__, *sys.argv[1:])\n"
     )
-    script = (
-        f'. "$ROOT/scripts/options.sh"; PYTHONPATH={tmp_path}/lib run_module python3 stage --seed 0'
-    )
+    stage = f"PYTHONPATH={tmp_path}/lib run_module python3 stage --seed 0"
+    script = f'. "$ROOT/scripts/options.sh"; {stage}'
     done = run(tmp_path, script)
     assert done.stdout == "__main__ --seed 0\n", done.stderr
 

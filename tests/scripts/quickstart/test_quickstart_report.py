@@ -48,11 +48,15 @@ def folder(tmp_path_factory):
     for name, seed in (("raw", 0), ("raw", 1), ("shuffled", 1)):
         torch.manual_seed(seed)
         dual = DualEncoder(
-            load_tower(folder / "tiny"), DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls")
+            load_tower(folder / "tiny"),
+            DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls"),
         )
         teacher = dataclasses.asdict(IDENTITY)
         export_tower(
-            dual, folder / "out" / "towers" / f"{name}-seed{seed}", origin="tiny", teacher=teacher
+            dual,
+            folder / "out" / "towers" / f"{name}-seed{seed}",
+            origin="tiny",
+            teacher=teacher,
         )
         write_run(folder / "out", f"{name}-seed{seed}")
     return folder
@@ -64,7 +68,9 @@ def raw(folder) -> list[measure.Rows]:
     caches = measure.open_caches(folder / "data")
     sets = measure.open_sets(folder / "data" / "all")
     return [
-        measure.measure_tower(folder / "out" / "towers" / f"raw-seed{seed}", sets, caches)
+        measure.measure_tower(
+            folder / "out" / "towers" / f"raw-seed{seed}", sets, caches
+        )
         for seed in (0, 1)
     ]
 
@@ -78,7 +84,9 @@ def pairs(folder) -> list[EmbeddedPairs]:
     images = ImageConfig.from_preprocessor(preprocessor_config(path))
     sources = measure.open_sets(folder / "data" / "all")["test"]
     return [
-        evaluate_retrieval(dual, source, cache, images, measure.RETRIEVAL, quiet=True).pairs
+        evaluate_retrieval(
+            dual, source, cache, images, measure.RETRIEVAL, quiet=True
+        ).pairs
         for source in sources
     ]
 
@@ -101,8 +109,13 @@ def test_report_measures_every_tower_on_every_test(folder) -> None:
 
 def test_towers_that_learned_nothing_fail_the_smoke_test(folder, tmp_path) -> None:
     (tmp_path / "towers").mkdir()
-    for name in ("raw", "shuffled"):  # one tower under both names: no better than the control
-        (tmp_path / "towers" / f"{name}-seed1").symlink_to(folder / "out" / "towers" / "raw-seed1")
+    for name in (
+        "raw",
+        "shuffled",
+    ):  # one tower under both names: no better than the control
+        (tmp_path / "towers" / f"{name}-seed1").symlink_to(
+            folder / "out" / "towers" / "raw-seed1"
+        )
         write_run(tmp_path, f"{name}-seed1")
     _, (line,) = claims.make_report(folder / "data", tmp_path)
     assert line.startswith("'raw LLM, read well' reaches")
@@ -121,7 +134,9 @@ def test_every_style_is_a_gallery_of_its_own(raw, pairs) -> None:
         ):
             if (caption.kind, caption.language) == ("long", "en"):
                 order = (
-                    (of_style.image_ND @ of_style.text_MD[number]).argsort(descending=True).tolist()
+                    (of_style.image_ND @ of_style.text_MD[number])
+                    .argsort(descending=True)
+                    .tolist()
                 )
                 by_hand.append(1 / (1 + order.index(owner)))
                 families.append(of_style.meta[owner]["family"])
@@ -142,7 +157,9 @@ def test_ties_are_in_random_order() -> None:
     ranks, _ = rank_both(query, items, torch.tensor([7]), torch.tensor([0, 7, 1, 7, 2]))
     # one above; two right ones and a wrong one share places 2 to 4: a right one is first in two
     # orders of three
-    assert measure.reciprocal_ranks(ranks) == pytest.approx([2 / 3 * 1 / 2 + 1 / 3 * 1 / 3])
+    assert measure.reciprocal_ranks(ranks) == pytest.approx(
+        [2 / 3 * 1 / 2 + 1 / 3 * 1 / 3]
+    )
 
 
 def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
@@ -164,20 +181,26 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
     assert not first["significant"]
     assert cells(claims.claims_table(rows))[0][-3].endswith("not significant")
     del towers["raw-seed0"], towers["tuned-seed1"]
-    assert claims.make_claims(claims.pair_tests("tower", towers)) == []  # no seed in common
+    assert (
+        claims.make_claims(claims.pair_tests("tower", towers)) == []
+    )  # no seed in common
 
 
 def cells(table: str) -> list[list[str]]:
     """Of the rows below a table's head."""
     return [
-        line.strip("| ").split(" | ") for line in table.splitlines()[2:] if line.startswith("| ")
+        line.strip("| ").split(" | ")
+        for line in table.splitlines()[2:]
+        if line.startswith("| ")
     ]
 
 
 def noisy(rng: np.random.Generator, gain: float) -> measure.Measured:
     """200 queries of 50 families, the mean moved by about ``gain``."""
     families = [f"family{number // 4}" for number in range(200)]
-    return measure.Measured(scores=rng.random(200) + gain, clusters=families, chance=0.1)
+    return measure.Measured(
+        scores=rng.random(200) + gain, clusters=families, chance=0.1
+    )
 
 
 def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
@@ -192,8 +215,12 @@ def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
     def by_hand(values: list[float]) -> list[float]:  # Holm 1979
         adjusted = [0.0] * len(values)
         most = 0.0
-        for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-            most = adjusted[index] = max(most, min(1.0, (len(values) - rank) * values[index]))
+        for rank, index in enumerate(
+            sorted(range(len(values)), key=values.__getitem__)
+        ):
+            most = adjusted[index] = max(
+                most, min(1.0, (len(values) - rank) * values[index])
+            )
         return adjusted
 
     assert [claim["p_adjusted"] for claim in all_claims] == pytest.approx(
@@ -203,7 +230,9 @@ def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
         [claim["p"] for claim in all_claims]
     )
     for seed in (0, 1):
-        alone = [{"": ({seed: base[seed]}, {seed: new[seed]})} for _, new in tests.values()]
+        alone = [
+            {"": ({seed: base[seed]}, {seed: new[seed]})} for _, new in tests.values()
+        ]
         claims_alone = [claims.make_claims(test)[0] for test in alone]
         of_seed = [claim["by_seed"][str(seed)] for claim in all_claims]
         assert [claim["difference"] for claim in of_seed] == pytest.approx(
@@ -219,7 +248,9 @@ def test_p_is_adjusted_for_all_rows_and_each_training_has_its_own() -> None:
     assert [row[-3].split(",")[0] for row in rows] == [
         claims.p_value(claim["p_adjusted"]) for claim in all_claims
     ]
-    better = {seed: test._replace(scores=test.scores + 0.1) for seed, test in base.items()}
+    better = {
+        seed: test._replace(scores=test.scores + 0.1) for seed, test in base.items()
+    }
     (significant,) = claims.make_claims({"better": (base, better)})
     assert significant["significant"]
     assert significant["better"] == 1
@@ -264,7 +295,9 @@ def test_the_linear_map_is_a_column_of_each_row_that_has_it() -> None:
     assert "linear map" not in without
     claims.add_map(made, claims.pair_tests("teacher", rows, "map"))
     first, second = made
-    assert first["map"]["values"] == pytest.approx([base.scores.mean() + 0.3] * 2, abs=1e-5)
+    assert first["map"]["values"] == pytest.approx(
+        [base.scores.mean() + 0.3] * 2, abs=1e-5
+    )
     on_its_seeds = [rows[f"tuned-seed{seed}"]["row"].scores.mean() for seed in range(2)]
     assert first["map"]["difference"] == pytest.approx(
         np.mean(on_its_seeds) - base.scores.mean() - 0.3
@@ -274,8 +307,12 @@ def test_the_linear_map_is_a_column_of_each_row_that_has_it() -> None:
     assert table.count("linear map on the raw LLM") == 1
     (with_it, without_it) = cells(table)
     assert with_it[2].endswith(" (2 seeds)")
-    assert with_it[6].endswith(f"p {claims.p_value(first['map']['p_adjusted'])}, not shown")
-    assert len(table.splitlines()[3].split("|")) == len(table.splitlines()[2].split("|"))
+    assert with_it[6].endswith(
+        f"p {claims.p_value(first['map']['p_adjusted'])}, not shown"
+    )
+    assert len(table.splitlines()[3].split("|")) == len(
+        table.splitlines()[2].split("|")
+    )
     assert without_it[0] == "teacher: other"
 
 
@@ -283,7 +320,11 @@ def test_seeds_are_those_that_all_tests_of_a_part_have() -> None:
     rng = np.random.default_rng(6)
     runs = {seed: noisy(rng, 0.0) for seed in range(3)}
     two = {seed: runs[seed] for seed in (0, 2)}
-    tests = {"teacher: a": (runs, runs), "tower: a": (runs, two), "tower: b": (runs, runs)}
+    tests = {
+        "teacher: a": (runs, runs),
+        "tower: a": (runs, two),
+        "tower: b": (runs, runs),
+    }
     made = {claim["name"]: claim for claim in claims.make_claims(tests)}
     assert {name: [*claim["by_seed"]] for name, claim in made.items()} == {
         "teacher: a": ["0", "1", "2"],
@@ -304,19 +345,28 @@ def test_concepts_are_clean_whose_name_shares_no_stem_with_a_keyword(folder) -> 
         captions = [Caption(name, "short", "en"), Caption("smile", "short", "de")]
         if keywords:
             captions.append(Caption(keywords, "keywords", "en"))
-        sample = dataclasses.replace(source[0], captions=tuple(captions), meta={"concept": name})
+        sample = dataclasses.replace(
+            source[0], captions=tuple(captions), meta={"concept": name}
+        )
         samples.append(sample)
     # "car" and "cars" do not begin with the same four letters; "sun" has no keywords
     assert measure.clean_concepts(samples) == {"grinning face", "red car"}
 
 
 def test_families_are_drawn_not_concepts(pairs) -> None:
-    paired = [{**meta, "family": str(number // 2)} for number, meta in enumerate(pairs[0].meta)]
-    by_style = report_retrieval(dataclasses.replace(pairs[0], meta=paired), measure.RETRIEVAL)
+    paired = [
+        {**meta, "family": str(number // 2)}
+        for number, meta in enumerate(pairs[0].meta)
+    ]
+    by_style = report_retrieval(
+        dataclasses.replace(pairs[0], meta=paired), measure.RETRIEVAL
+    )
     drawn = [meta["family"] for meta in paired]
     assert len(set(drawn)) < CONCEPTS
     for side in measure.SIDES:
-        assert sorted(measure.tower_queries([by_style], "long", side).clusters) == sorted(drawn)
+        assert sorted(
+            measure.tower_queries([by_style], "long", side).clusters
+        ) == sorted(drawn)
     rows = {}
     for kind in ("short", "long", "keywords"):
         rows[kind, "en"] = {f"concept{n}": torch.randn(4) for n in range(6)}

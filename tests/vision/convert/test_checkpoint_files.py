@@ -39,14 +39,19 @@ class Trap:
 def test_a_pickle_with_code_is_refused_and_not_run(protocol, tmp_path):
     trap = tmp_path / "ran.txt"
     if protocol == "zip":
-        torch.save({"logit_scale": torch.zeros(()), "x": Trap(trap)}, tmp_path / "checkpoint.pt")
+        torch.save(
+            {"logit_scale": torch.zeros(()), "x": Trap(trap)},
+            tmp_path / "checkpoint.pt",
+        )
     else:
         (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps({"x": Trap(trap)}))
     with pytest.raises(ContractError, match="nothing in it was run") as said:
         import_tower(tmp_path / "checkpoint.pt", tmp_path / "tower")
     assert not trap.exists()
     assert (
-        "would run or construct getattr" if protocol == "zip" else "contains other objects"
+        "would run or construct getattr"
+        if protocol == "zip"
+        else "contains other objects"
     ) in str(said.value)
     assert "weights_only" not in str(said.value)
     assert "\x1b" not in str(said.value)
@@ -61,16 +66,23 @@ def test_pickles_are_refused_where_torch_cannot_read_them_safely(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrapper", ["plain", "state_dict", "model", "module prefix", "state_dict, module prefix"]
+    "wrapper",
+    ["plain", "state_dict", "model", "module prefix", "state_dict, module prefix"],
 )
 def test_wrappers_of_a_training_checkpoint(wrapper, tmp_path):
     state = read(REFERENCE / "C_checkpoint", "checkpoint.safetensors")
     if "module prefix" in wrapper:
         state = {f"module.{name}": value for name, value in state.items()}
     key = wrapper.split(",")[0]
-    whole = {key: state, "epoch": 3, "name": "run"} if key in ("state_dict", "model") else state
+    whole = (
+        {key: state, "epoch": 3, "name": "run"}
+        if key in ("state_dict", "model")
+        else state
+    )
     torch.save(whole, tmp_path / "epoch_3.pt")
     one, _ = import_tower(tmp_path / "epoch_3.pt", tmp_path / "one")
-    two, _ = import_tower(REFERENCE / "C_checkpoint" / "checkpoint.safetensors", tmp_path / "two")
+    two, _ = import_tower(
+        REFERENCE / "C_checkpoint" / "checkpoint.safetensors", tmp_path / "two"
+    )
     assert one.weights_sha256 == two.weights_sha256
     assert one.adapter_sha256 == two.adapter_sha256

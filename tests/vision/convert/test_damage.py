@@ -62,7 +62,10 @@ def damages() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("layout, key, how", damages())
 def test_one_damaged_tensor_is_refused(layout, key, how, tmp_path):
     (tmp_path / "damaged").mkdir()
-    save_file(damaged(whole_state(layout), key, how), tmp_path / "damaged" / "model.safetensors")
+    save_file(
+        damaged(whole_state(layout), key, how),
+        tmp_path / "damaged" / "model.safetensors",
+    )
     place = tmp_path / "damaged"
     config = None
     if layout == "openclip":

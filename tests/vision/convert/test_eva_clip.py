@@ -30,7 +30,10 @@ def test_complete_eva02_checkpoint(file, tmp_path, capsys):
         str(CHECKPOINT / "config.json"),
     ]
     assert command.main(argv) == 0
-    assert "left out (recomputed from the configuration and compared): " in capsys.readouterr().out
+    assert (
+        "left out (recomputed from the configuration and compared): "
+        in capsys.readouterr().out
+    )
     golden = read(CHECKPOINT)
     dual = load_dual_encoder(tmp_path / "tower")
     with torch.no_grad():
@@ -38,9 +41,15 @@ def test_complete_eva02_checkpoint(file, tmp_path, capsys):
         text = dual.encode_text(golden["text_input"])
     assert largest_difference(image, golden["image_embeddings_normalized"]) < TOLERANCE
     assert largest_difference(text, golden["text_embeddings_normalized"]) < TOLERANCE
-    assert largest_difference(dual.logit_scale.squeeze(), golden["logit_scale_exp"]) < TOLERANCE
     assert (
-        largest_difference(dual.logit_scale * image @ text.T, golden["logits_per_image"]) < LOGITS
+        largest_difference(dual.logit_scale.squeeze(), golden["logit_scale_exp"])
+        < TOLERANCE
+    )
+    assert (
+        largest_difference(
+            dual.logit_scale * image @ text.T, golden["logits_per_image"]
+        )
+        < LOGITS
     )
 
 
@@ -49,10 +58,13 @@ def test_rotary_tables_of_another_architecture_are_refused(tmp_path):
     config["vision_cfg"]["pt_hw_seq_len"] = 16
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ContractError, match=r"freqs_cos .* differs from the table .* for grid 5, pt_hw_seq_len 16"
+        ContractError,
+        match=r"freqs_cos .* differs from the table .* for grid 5, pt_hw_seq_len 16",
     ):
         import_tower(
-            CHECKPOINT / "checkpoint.pt", tmp_path / "tower", config=tmp_path / "config.json"
+            CHECKPOINT / "checkpoint.pt",
+            tmp_path / "tower",
+            config=tmp_path / "config.json",
         )
 
 
@@ -62,7 +74,10 @@ def test_released_sizes_are_read_off_the_tensors(tmp_path):
     config = Eva02Config(**{**FAMILY.shapes["eva02-b16"], "num_hidden_layers": 1})
     tower = Eva02VisionModel(config).eval()
     state = to_theirs(NAMES, tower.state_dict())
-    state |= {"visual.head.weight": torch.randn(8, 768), "visual.head.bias": torch.zeros(8)}
+    state |= {
+        "visual.head.weight": torch.randn(8, 768),
+        "visual.head.bias": torch.zeros(8),
+    }
     save_file(
         {key: value.half().contiguous() for key, value in state.items()},
         tmp_path / "eva.safetensors",
@@ -79,7 +94,9 @@ def test_released_sizes_are_read_off_the_tensors(tmp_path):
         assert getattr(again.config, field) == getattr(config, field)
     assert {p.dtype for p in again.parameters()} == {torch.float32}
     assert (
-        largest_difference(again.blocks[0].mlp.up_proj.weight, tower.blocks[0].mlp.up_proj.weight)
+        largest_difference(
+            again.blocks[0].mlp.up_proj.weight, tower.blocks[0].mlp.up_proj.weight
+        )
         < 1e-4
     )
 
@@ -90,7 +107,9 @@ def repacked(state: dict, how: str) -> dict:
     for name in [name for name in state if name.endswith("attn.q_bias")]:
         at = name.removesuffix("attn.q_bias")
         if how == "split bias":
-            out |= {f"{at}attn.{p}_proj.bias": out.pop(f"{at}attn.{p}_bias") for p in "qv"}
+            out |= {
+                f"{at}attn.{p}_proj.bias": out.pop(f"{at}attn.{p}_bias") for p in "qv"
+            }
         else:
             out[f"{at}attn.qkv.weight"] = torch.cat(
                 [out.pop(f"{at}attn.{p}_proj.weight") for p in "qkv"]
@@ -115,7 +134,9 @@ def test_other_packings_give_the_same_tower(how, tmp_path):
     assert one.adapter_sha256 == two.adapter_sha256
 
 
-def test_an_adapter_trained_with_the_llm_in_the_loop_takes_embeddings_as_they_are(tmp_path):
+def test_an_adapter_trained_with_the_llm_in_the_loop_takes_embeddings_as_they_are(
+    tmp_path,
+):
     state = {
         name.replace("text.text_adaptor.", "text.text_proj.text_adaptor."): value
         for name, value in read(CHECKPOINT, "checkpoint.safetensors").items()

@@ -40,7 +40,10 @@ def test_clip_with_projection(clip, tmp_path):
     from transformers import CLIPVisionModelWithProjection
 
     assert (
-        export_command.main([str(clip), "--output", str(tmp_path / "out"), "--format", "clip"]) == 0
+        export_command.main(
+            [str(clip), "--output", str(tmp_path / "out"), "--format", "clip"]
+        )
+        == 0
     )
     model, info = CLIPVisionModelWithProjection.from_pretrained(
         tmp_path / "out", output_loading_info=True
@@ -61,7 +64,9 @@ def test_onnx_at_another_batch_size(name, tmp_path):
     import onnxruntime
 
     source = (
-        CHECKPOINT / "checkpoint.pt" if name == "eva" else TRANSFORMERS_TOWERS / "siglip_vision"
+        CHECKPOINT / "checkpoint.pt"
+        if name == "eva"
+        else TRANSFORMERS_TOWERS / "siglip_vision"
     )
     import_tower(source, tmp_path / "tower")
     convert(tmp_path / "tower", tmp_path / "out", "onnx")
@@ -88,7 +93,9 @@ def test_onnx_at_another_batch_size(name, tmp_path):
 )
 def test_what_a_format_cannot_hold_is_refused(options, tmp_path):
     tower = load_tower(TRANSFORMERS_TOWERS / "clip_vision")
-    config = DualConfig(**{"projection_dim": tower.config.hidden_size, "llm_width": 12, **options})
+    config = DualConfig(
+        **{"projection_dim": tower.config.hidden_size, "llm_width": 12, **options}
+    )
     export_tower(DualEncoder(tower, config), tmp_path / "tower", origin="x")
     with pytest.raises(ValueError, match=repr(options).strip("{}")):
         convert(tmp_path / "tower", tmp_path / "out", "clip")
@@ -129,12 +136,18 @@ def test_push_sends_no_local_path(clip, hub, tmp_path):
     check_card(tmp_path / "uploaded")
     sent = json.loads(handler.files[TowerCard.FILE])
     assert (sent["origin"], sent["teacher"]) == ("start", {"llm": "gemma", "width": 8})
-    assert sent["training"] == {"data": ["photos"], "recipe": "base", "more": {"config": "a.json"}}
+    assert sent["training"] == {
+        "data": ["photos"],
+        "recipe": "base",
+        "more": {"config": "a.json"},
+    }
     for name in (TowerCard.FILE, "README.md"):
         assert str(tmp_path).encode() not in handler.files[name]
         assert b"../" not in handler.files[name]
     assert b"`gemma`" in handler.files["README.md"]
-    assert handler.files["model.safetensors"] == (tower / "model.safetensors").read_bytes()
+    assert (
+        handler.files["model.safetensors"] == (tower / "model.safetensors").read_bytes()
+    )
     assert TowerCard.read(tower / TowerCard.FILE) == card
 
 

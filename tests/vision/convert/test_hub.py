@@ -11,7 +11,13 @@ from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 
-from ..conftest import TOWERS_ALONE, TRANSFORMERS_TOWERS, WHOLE_MODELS, largest_difference, read
+from ..conftest import (
+    TOWERS_ALONE,
+    TRANSFORMERS_TOWERS,
+    WHOLE_MODELS,
+    largest_difference,
+    read,
+)
 from .checkpoints import LOGITS, RELEASE, TOLERANCE
 
 
@@ -31,10 +37,16 @@ def test_clip_release(tmp_path):
     assert largest_difference(image, golden["image_embeds_normalized"]) < TOLERANCE
     assert largest_difference(text, golden["text_embeds_normalized"]) < TOLERANCE
     assert (
-        largest_difference(dual.logit_scale * image @ text.T, golden["logits_per_image"]) < LOGITS
+        largest_difference(
+            dual.logit_scale * image @ text.T, golden["logits_per_image"]
+        )
+        < LOGITS
     )
     for i, state in enumerate(output.hidden_states):
-        assert largest_difference(state, golden[f"vision_hidden_states_{i:02d}"]) < TOLERANCE
+        assert (
+            largest_difference(state, golden[f"vision_hidden_states_{i:02d}"])
+            < TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("name", TOWERS_ALONE + WHOLE_MODELS)
@@ -53,8 +65,12 @@ def test_a_tower_in_shards(tmp_path):
     source = TRANSFORMERS_TOWERS / "siglip_vision"
     state = list(read(source, "model.safetensors").items())
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_bytes((source / "config.json").read_bytes())
-    files = {f"model-0000{i + 1}-of-00003.safetensors": dict(state[i::3]) for i in range(3)}
+    (tmp_path / "model" / "config.json").write_bytes(
+        (source / "config.json").read_bytes()
+    )
+    files = {
+        f"model-0000{i + 1}-of-00003.safetensors": dict(state[i::3]) for i in range(3)
+    }
     for file, part in files.items():
         save_file(part, tmp_path / "model" / file, {"format": "pt"})
     index = {
@@ -63,7 +79,9 @@ def test_a_tower_in_shards(tmp_path):
     }
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     one, _ = import_tower(tmp_path / "model", tmp_path / "one")
-    assert one.weights_sha256 == import_tower(source, tmp_path / "two")[0].weights_sha256
+    assert (
+        one.weights_sha256 == import_tower(source, tmp_path / "two")[0].weights_sha256
+    )
     last = sorted(files)[-1]
     (tmp_path / "model" / last).unlink()
     with pytest.raises(FileNotFoundError, match=last):
@@ -76,13 +94,18 @@ def test_models_saved_without_the_hubs_prefix_are_imported(tmp_path):
     for name in ("clip_vision", "siglip_vision"):
         (tmp_path / name).mkdir()
         state = read(TRANSFORMERS_TOWERS / name, "model.safetensors")
-        bare = {key.removeprefix("vision_model."): value for key, value in state.items()}
+        bare = {
+            key.removeprefix("vision_model."): value for key, value in state.items()
+        }
         save_file(bare, tmp_path / name / "model.safetensors", {"format": "pt"})
         (tmp_path / name / "config.json").write_bytes(
             (TRANSFORMERS_TOWERS / name / "config.json").read_bytes()
         )
         import_tower(tmp_path / name, tmp_path / f"{name}-tower")
-        assert load_file(tmp_path / f"{name}-tower" / "model.safetensors").keys() == state.keys()
+        assert (
+            load_file(tmp_path / f"{name}-tower" / "model.safetensors").keys()
+            == state.keys()
+        )
 
 
 @pytest.mark.parametrize("text", ["text_projection.weight", "logit_scale"])
@@ -90,11 +113,14 @@ def test_a_clip_is_not_imported_without_its_projection(text, tmp_path):
     """Its features would be another space's; one that says no word of texts is a tower alone."""
     shutil.copytree(TRANSFORMERS_TOWERS / "clip_full", tmp_path / "model")
     state = load_file(tmp_path / "model" / "model.safetensors")
-    alone = {name: value for name, value in state.items() if name.startswith("vision_model.")}
+    alone = {
+        name: value for name, value in state.items() if name.startswith("vision_model.")
+    }
     save_file(alone, tmp_path / "model" / "model.safetensors")
     assert import_tower(tmp_path / "model", tmp_path / "tower")[0].projection_dim == 0
     save_file(alone | {text: state[text]}, tmp_path / "model" / "model.safetensors")
     with pytest.raises(
-        ContractError, match=r"\['visual_projection.weight'\]|\['logit_scale'\]|missing logit_scale"
+        ContractError,
+        match=r"\['visual_projection.weight'\]|\['logit_scale'\]|missing logit_scale",
     ):
         import_tower(tmp_path / "model", tmp_path / "other")

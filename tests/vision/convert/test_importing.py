@@ -22,11 +22,15 @@ def test_import_export_import_is_identical(name, tmp_path):
     source, config = SOURCES[name]
     import_tower(source, tmp_path / "one", config=config)
     assert export_main([str(tmp_path / "one"), "--output", str(tmp_path / "two")]) == 0
-    assert command.main([str(tmp_path / "two"), "--output", str(tmp_path / "three")]) == 0
+    assert (
+        command.main([str(tmp_path / "two"), "--output", str(tmp_path / "three")]) == 0
+    )
     first = TowerCard.read(tmp_path / "one" / "llm2clip.json")
     for again in ("two", "three"):
         assert TowerCard.read(tmp_path / again / "llm2clip.json") == first
-        one, other = (tmp_path / folder / "model.safetensors" for folder in ("one", again))
+        one, other = (
+            tmp_path / folder / "model.safetensors" for folder in ("one", again)
+        )
         assert other.read_bytes() == one.read_bytes()
 
 
@@ -53,13 +57,25 @@ ELSEWHERE = {
         LANGUAGE,
         r"tower \(siglip_vision_model\) cannot be taken",
     ),
-    "llava": ("clip_vision_model", LANGUAGE, r"tower \(clip_vision_model\) cannot be taken"),
+    "llava": (
+        "clip_vision_model",
+        LANGUAGE,
+        r"tower \(clip_vision_model\) cannot be taken",
+    ),
     "qwen2_5_vl": (  # tensors like those of an EVA-CLIP
         "qwen2_5_vl_vision",
-        ("visual.blocks.0.norm1.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"),
+        (
+            "visual.blocks.0.norm1.weight",
+            "model.layers.0.mlp.up_proj.weight",
+            "lm_head.weight",
+        ),
         r"tower \(qwen2_5_vl_vision\) cannot be taken out here: pass the vision model",
     ),
-    "dinov2_with_registers": ("", ("layernorm.weight",), r"pass timm:vit_\*_patch14_reg4_dinov2"),
+    "dinov2_with_registers": (
+        "",
+        ("layernorm.weight",),
+        r"pass timm:vit_\*_patch14_reg4_dinov2",
+    ),
     "vit": ("", ("layernorm.weight",), r"pass timm:vit_\*"),
 }
 

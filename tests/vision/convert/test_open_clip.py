@@ -19,19 +19,25 @@ TEXT = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers"
 
 @pytest.fixture(scope="module")
 def open_clip():
-    return pytest.importorskip("open_clip", reason="open_clip is not part of LLaVA's environment")
+    return pytest.importorskip(
+        "open_clip", reason="open_clip is not part of LLaVA's environment"
+    )
 
 
 def randomized(model: torch.nn.Module) -> torch.nn.Module:
     """No parameter at zero or one, so that a swap of two shows."""
     for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.1 + (0.7 if parameter.dim() == 1 else 0)
+        parameter.data = torch.randn_like(parameter) * 0.1 + (
+            0.7 if parameter.dim() == 1 else 0
+        )
     return model.eval()
 
 
 def save_as_on_the_hub(model, fields, folder) -> None:
     folder.mkdir()
-    state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
+    state = {
+        name: value.contiguous().clone() for name, value in model.state_dict().items()
+    }
     save_file(state, folder / "open_clip_model.safetensors")
     config = {
         "model_cfg": fields,
@@ -42,11 +48,25 @@ def save_as_on_the_hub(model, fields, folder) -> None:
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_clip(open_clip, quick_gelu, tmp_path):
-    vision = {"image_size": 28, "patch_size": 7, "width": 64, "layers": 2, "head_width": 16}
-    fields = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": TEXT, "quick_gelu": quick_gelu}
+    vision = {
+        "image_size": 28,
+        "patch_size": 7,
+        "width": 64,
+        "layers": 2,
+        "head_width": 16,
+    }
+    fields = {
+        "embed_dim": 24,
+        "vision_cfg": vision,
+        "text_cfg": TEXT,
+        "quick_gelu": quick_gelu,
+    }
     model = randomized(
         open_clip.CLIP(
-            **{k: fields[k] for k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
+            **{
+                k: fields[k]
+                for k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
+            }
         )
     )
     save_as_on_the_hub(model, fields, tmp_path / "hub")
@@ -57,7 +77,9 @@ def test_clip(open_clip, quick_gelu, tmp_path):
     with torch.no_grad():
         expected = model.encode_image(pixels, normalize=True)
         assert (
-            largest_difference(load_dual_encoder(tmp_path / "tower").encode_image(pixels), expected)
+            largest_difference(
+                load_dual_encoder(tmp_path / "tower").encode_image(pixels), expected
+            )
             < TOLERANCE
         )
     written = json.loads((tmp_path / "tower" / "preprocessor_config.json").read_text())
@@ -96,13 +118,24 @@ def test_towers_that_openclip_takes_from_timm(name, pool, more, head, tmp_path):
     )
     state = {f"visual.trunk.{key}": value for key, value in trunk.state_dict().items()}
     projection = torch.randn(12, 32) if head else torch.eye(32)
-    state |= {f"{head}weight": projection, f"{head}bias": torch.zeros(12)} if head else {}
-    state |= {"text.text_projection": torch.randn(8, 12), "logit_scale": torch.tensor(2.0)}
+    state |= (
+        {f"{head}weight": projection, f"{head}bias": torch.zeros(12)} if head else {}
+    )
+    state |= {
+        "text.text_projection": torch.randn(8, 12),
+        "logit_scale": torch.tensor(2.0),
+    }
     state["logit_bias"] = torch.tensor(-9.0)
     save_file(
-        {k: v.contiguous() for k, v in state.items()}, tmp_path / "open_clip_model.safetensors"
+        {k: v.contiguous() for k, v in state.items()},
+        tmp_path / "open_clip_model.safetensors",
     )
-    vision = {"timm_model_name": name, "timm_pool": pool, "image_size": 28, "timm_args": sizes}
+    vision = {
+        "timm_model_name": name,
+        "timm_pool": pool,
+        "image_size": 28,
+        "timm_args": sizes,
+    }
     fields = {
         "model_cfg": {"vision_cfg": vision},
         "preprocess_cfg": {"mean": [0.4] * 3, "interpolation": "bilinear"},
@@ -120,7 +153,9 @@ def test_towers_that_openclip_takes_from_timm(name, pool, more, head, tmp_path):
     with torch.no_grad():
         expected = torch.nn.functional.normalize(trunk(pixels) @ projection.T, dim=-1)
         assert (
-            largest_difference(load_dual_encoder(tmp_path / "tower").encode_image(pixels), expected)
+            largest_difference(
+                load_dual_encoder(tmp_path / "tower").encode_image(pixels), expected
+            )
             < TOLERANCE
         )
 
@@ -137,8 +172,12 @@ def test_towers_that_openclip_takes_from_timm(name, pool, more, head, tmp_path):
         ({"norm_kwargs": {"eps": 1e-6}}, "vision_cfg: norm_kwargs"),
     ],
 )
-def test_an_open_clip_configuration_of_another_tower_is_refused(fields, message, tmp_path):
-    save_file(open_clip_state_of_the_release(), tmp_path / "open_clip_model.safetensors")
+def test_an_open_clip_configuration_of_another_tower_is_refused(
+    fields, message, tmp_path
+):
+    save_file(
+        open_clip_state_of_the_release(), tmp_path / "open_clip_model.safetensors"
+    )
     for name, vision in (
         ("right", open_clip_vision(image_size=[28, 28])),
         ("wrong", open_clip_vision(**fields)),

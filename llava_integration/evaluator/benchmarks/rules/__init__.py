@@ -9,7 +9,9 @@ from llm2clip_plugin.options import unknown
 def benchmarks() -> dict[str, Benchmark]:
     """Every benchmark by name, in the order of LLaVA's table."""
     members: dict[str, Benchmark] = discover(__name__, "BENCHMARK")
-    return dict(sorted(members.items(), key=lambda member: (member[1].order, member[0])))
+    return dict(
+        sorted(members.items(), key=lambda member: (member[1].order, member[0]))
+    )
 
 
 def benchmark(name: str) -> Benchmark:

@@ -25,7 +25,8 @@ class ScienceQA(base.Benchmark):
     def load(self, folder: Path) -> list[base.Question]:
         where = "from https://github.com/lupantech/ScienceQA (data/scienceqa)"
         problems, splits = (
-            read_json_value(self.require(folder, name, where=where)) for name in self.annotations
+            read_json_value(self.require(folder, name, where=where))
+            for name in self.annotations
         )
         questions = []
         for identifier in splits["test"]:
@@ -73,7 +74,9 @@ class ScienceQA(base.Benchmark):
 
     def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
         """Answers without a letter."""
-        failed = [item for item in items if item["parsed"] == "FAILED" and not item["missing"]]
+        failed = [
+            item for item in items if item["parsed"] == "FAILED" and not item["missing"]
+        ]
         return {"no_letter": len(failed)}
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
@@ -86,13 +89,17 @@ class ScienceQA(base.Benchmark):
             "img_correct": float(sum(item["score"] for item in img)),
             "img_accuracy_percent": 100 * base.mean_of(img),
             "img_accuracy_printed": round(100 * base.mean_of(img), 2),
-            "problems_with_image_in_split": float(sum(item["has_image"] for item in items)),
+            "problems_with_image_in_split": float(
+                sum(item["has_image"] for item in items)
+            ),
         }
 
     def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """IMG accuracy, percent; over all questions if none has an image."""
         img = [bool(item.get("is_multimodal", True)) for item in items]
-        return base.mean_statistic([item["score"] for item in items], img if any(img) else None)
+        return base.mean_statistic(
+            [item["score"] for item in items], img if any(img) else None
+        )
 
 
 def parse(text: str) -> str:
@@ -122,7 +129,11 @@ SCIENCEQA = ScienceQA(
 
 
 # the official script's
-PRINTED = {"all": "Total accuracy", "image": "image accuracy", "video": "video accuracy"}
+PRINTED = {
+    "all": "Total accuracy",
+    "image": "image accuracy",
+    "video": "video accuracy",
+}
 
 
 class SEEDBench(base.Benchmark):
@@ -137,11 +148,14 @@ class SEEDBench(base.Benchmark):
         data = read_json_value(self.require(folder, *self.annotations, where=where))
         names = {number: name for name, number in data["question_type"].items()}
         return [
-            _seed_question(entry, names[entry["question_type_id"]]) for entry in data["questions"]
+            _seed_question(entry, names[entry["question_type_id"]])
+            for entry in data["questions"]
         ]
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
-        return base.item_of(question, answer, score=int(base.text_of(answer) == question.truth))
+        return base.item_of(
+            question, answer, score=int(base.text_of(answer) == question.truth)
+        )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """The official script's printed percentages, and the same unrounded."""
@@ -155,10 +169,15 @@ class SEEDBench(base.Benchmark):
                 metrics[f"{part}_accuracy_percent"] = accuracy
                 printed[name] = round(accuracy, 2)
         counts = {
-            name: {"correct": sum(values), "count": len(values)} for name, values in types.items()
+            name: {"correct": sum(values), "count": len(values)}
+            for name, values in types.items()
         }
         return base.flatten(
-            {**metrics, "printed_percent": printed, "correct_and_count_per_type": counts}
+            {
+                **metrics,
+                "printed_percent": printed,
+                "correct_and_count_per_type": counts,
+            }
         )
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:

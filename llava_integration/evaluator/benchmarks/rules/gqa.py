@@ -15,7 +15,11 @@ from llava_integration.evaluator.benchmarks import benchmark as base
 from llava_integration.evaluator.benchmarks.answers import Answer, Answers, Row
 from llm2clip_plugin.json_files import read_json_value
 
-NOT_A_STEP = ("exist", "query: name", "choose name")  # operations that ask rather than reason
+NOT_A_STEP = (
+    "exist",
+    "query: name",
+    "choose name",
+)  # operations that ask rather than reason
 BREAKDOWNS = {  # metric -> field of the items
     "per_structural_type": "category",
     "per_semantic_type": "semantic",
@@ -75,7 +79,9 @@ class GQA(base.Benchmark):
         }
         for name, part in BREAKDOWNS.items():
             groups = base.by_group(items, part)
-            tree[name] = {key: 100 * base.mean(values) for key, values in groups.items()}
+            tree[name] = {
+                key: 100 * base.mean(values) for key, values in groups.items()
+            }
             tree[f"{name}_count"] = {key: len(values) for key, values in groups.items()}
         return base.flatten(tree)
 

@@ -11,7 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from llava_integration.evaluator.benchmarks import benchmark as base
-from llava_integration.evaluator.benchmarks.answers import Answer, Answers, read_answers, read_jsonl
+from llava_integration.evaluator.benchmarks.answers import (
+    Answer,
+    Answers,
+    read_answers,
+    read_jsonl,
+)
 from llm2clip_plugin.json_files import read_json_value
 
 
@@ -43,7 +48,9 @@ class LLaVABench(base.Benchmark):
     """
 
     def load(self, folder: Path) -> list[base.Question]:
-        where = "from https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
+        where = (
+            "from https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
+        )
         return [
             base.Question(
                 id=row["question_id"],
@@ -97,9 +104,12 @@ class LLaVABench(base.Benchmark):
     def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """100 x sum of the model's scores / sum of the reference's."""
         sums = np.array(
-            [[item["mark_model"], item["mark_reference"]] for item in items], dtype=float
+            [[item["mark_model"], item["mark_reference"]] for item in items],
+            dtype=float,
         )
-        return base.Statistic(sums, lambda totals: 100 * base.ratio(totals[..., 0], totals[..., 1]))
+        return base.Statistic(
+            sums, lambda totals: 100 * base.ratio(totals[..., 0], totals[..., 1])
+        )
 
 
 def mean_mark(items: Sequence[base.Item], field: str) -> float:
@@ -138,7 +148,9 @@ class MMVet(base.Benchmark):
 
     def load(self, folder: Path) -> list[base.Question]:
         path = self.require(
-            folder, *self.annotations, where="from https://github.com/yuweihao/MM-Vet (mm-vet.zip)"
+            folder,
+            *self.annotations,
+            where="from https://github.com/yuweihao/MM-Vet (mm-vet.zip)",
         )
         return [
             base.Question(

@@ -21,7 +21,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from llava_integration.evaluator.benchmarks import benchmark as base
-from llava_integration.evaluator.benchmarks.answers import Answer, Answers, Row, read_text
+from llava_integration.evaluator.benchmarks.answers import (
+    Answer,
+    Answers,
+    Row,
+    read_text,
+)
 
 WHERE = "https://github.com/open-compass/MMBench"
 ROTATION = 1_000_000  # index = group + rotation x this
@@ -38,7 +43,15 @@ SHORT_NAMES = {
     "relation_reasoning": "RR",
     "attribute_reasoning": "AR",
 }
-NOT_SUBMITTED = {"hint", "category", "source", "image", "comment", "l2-category", "prediction"}
+NOT_SUBMITTED = {
+    "hint",
+    "category",
+    "source",
+    "image",
+    "comment",
+    "l2-category",
+    "prediction",
+}
 PREDICTION_COLUMN = 6  # where the official converter puts it
 
 # of VLMEvalKit's exact matching, at e8e78f0; golden answers in the tests pin it
@@ -94,13 +107,17 @@ class MMBench(base.Benchmark):
         """One item for each group whose first rotation is in the table; the official rule ignores
         others."""
         groups: dict[int, list[tuple[base.Question, base.Item]]] = {}
-        for question, row in zip(questions, super().items(questions, answers), strict=True):
+        for question, row in zip(
+            questions, super().items(questions, answers), strict=True
+        ):
             groups.setdefault(int(question.id) % ROTATION, []).append((question, row))
         items = []
         for group, members in groups.items():
             rotations = [row for _, row in members]
             items += [
-                _group_item(first, row, rotations) for first, row in members if first.id == group
+                _group_item(first, row, rotations)
+                for first, row in members
+                if first.id == group
             ]
         return items
 
@@ -119,11 +136,18 @@ class MMBench(base.Benchmark):
 
     def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
         rows = [row for item in items for row in item["rows"]]
-        return {"unread": sum(row["inferred"] is None and not row["missing"] for row in rows)}
+        return {
+            "unread": sum(
+                row["inferred"] is None and not row["missing"] for row in rows
+            )
+        }
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         """Circular accuracy, overall and by ability and category."""
-        groups = {**base.by_group(items, "l2_category"), **base.by_group(items, "category")}
+        groups = {
+            **base.by_group(items, "l2_category"),
+            **base.by_group(items, "category"),
+        }
         numbers = {
             "overall": base.mean_of(items),
             "by_l2_and_category": {
@@ -150,9 +174,13 @@ class MMBench(base.Benchmark):
         texts = {str(answer.id): answer.text for answer in answers.rows}
         rows = []
         for row in read_table(self.require(folder, *self.question_files, where=WHERE)):
-            submitted = [(key, value) for key, value in row.items() if key not in NOT_SUBMITTED]
+            submitted = [
+                (key, value) for key, value in row.items() if key not in NOT_SUBMITTED
+            ]
             cells = [(key, None if value == "" else value) for key, value in submitted]
-            cells.insert(PREDICTION_COLUMN, ("prediction", texts.get(row["index"]) or None))
+            cells.insert(
+                PREDICTION_COLUMN, ("prediction", texts.get(row["index"]) or None)
+            )
             rows.append({**dict(cells), "index": int(row["index"])})
         return rows
 
@@ -177,7 +205,9 @@ def _group_item(
 def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of MMBench's TSV; its images are base64 in a column, larger than csv's default field."""
     csv.field_size_limit(1 << 28)
-    rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
+    rows = list(
+        csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    )
     needed = {"index", "question", "A", "B", "answer"}
     columns = [key for key in rows[0] if key] if rows else []
     if not needed <= set(columns):
@@ -200,7 +230,9 @@ def choices_of(row: dict[str, str]) -> dict[str, str]:
 def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
     """The option by its letter, else by its text; None if neither. 'Z' stands for a refusal: no
     option, so wrong."""
-    answer = "nan" if answer in PANDAS_MISSING else answer  # through a spreadsheet and back
+    answer = (
+        "nan" if answer in PANDAS_MISSING else answer
+    )  # through a spreadsheet and back
     if API_FAILED in answer:
         return _by_text(answer, options)
     if any(refusal in answer for refusal in REFUSALS):
@@ -222,7 +254,9 @@ def _by_text(answer: str, options: Mapping[str, str]) -> str | None:
     case."""
     if len(answer) > 2 * sum(map(len, options.values())):
         return None
-    contained = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    contained = [
+        letter for letter, text in options.items() if text.lower() in answer.lower()
+    ]
     return contained[0] if len(contained) == 1 else None
 
 

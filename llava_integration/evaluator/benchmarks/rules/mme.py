@@ -21,8 +21,16 @@ PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
     "artwork", "OCR",
 )  # fmt: skip
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-SUFFIXES = ("answer the question using a single word or phrase.", "please answer yes or no.")
+COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
+SUFFIXES = (
+    "answer the question using a single word or phrase.",
+    "please answer yes or no.",
+)
 
 
 class MME(base.Benchmark):
@@ -36,11 +44,15 @@ class MME(base.Benchmark):
             )
         llavas = base.first_file(folder, *self.question_files)  # it names the pictures
         rows = read_jsonl(llavas) if llavas else []
-        images = {(row["category"], Path(row["image"]).stem): row["image"] for row in rows}
+        images = {
+            (row["category"], Path(row["image"]).stem): row["image"] for row in rows
+        }
         questions = []
         for category in (*PERCEPTION, *COGNITION):
             inner = root / category / "questions_answers_YN"
-            for path in sorted((inner if inner.is_dir() else root / category).glob("*.txt")):
+            for path in sorted(
+                (inner if inner.is_dir() else root / category).glob("*.txt")
+            ):
                 questions += _pair(path, category, images)
         if not questions:
             raise FileNotFoundError(
@@ -68,7 +80,11 @@ class MME(base.Benchmark):
         )
 
     def counts(self, items: Sequence[base.Item]) -> dict[str, int]:
-        return {"other": sum(item["parsed"] == "other" and not item["missing"] for item in items)}
+        return {
+            "other": sum(
+                item["parsed"] == "other" and not item["missing"] for item in items
+            )
+        }
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         categories = {}
@@ -79,7 +95,11 @@ class MME(base.Benchmark):
         scores = {name: numbers["score"] for name, numbers in categories.items()}
         perception = sum(scores[name] for name in PERCEPTION if name in scores)
         cognition = sum(scores[name] for name in COGNITION if name in scores)
-        sums = {"perception": perception, "cognition": cognition, "total": perception + cognition}
+        sums = {
+            "perception": perception,
+            "cognition": cognition,
+            "total": perception + cognition,
+        }
         return base.flatten({"categories": categories, **sums})
 
     def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
@@ -87,7 +107,9 @@ class MME(base.Benchmark):
         return paired_accuracy(items, PERCEPTION)
 
 
-def paired_accuracy(items: Sequence[base.Item], categories: Sequence[str]) -> base.Statistic:
+def paired_accuracy(
+    items: Sequence[base.Item], categories: Sequence[str]
+) -> base.Statistic:
     """Sum over subtasks of 100 x right / questions + 100 x complete pairs / images, resampled
     within a subtask."""
     parts = [item["category"] for item in items]
@@ -107,7 +129,9 @@ def paired_accuracy(items: Sequence[base.Item], categories: Sequence[str]) -> ba
         return 100 * (accuracy + accuracy_plus).sum(axis=-1)
 
     _, strata = np.unique(parts, return_inverse=True)
-    return base.Statistic(sums, value, strata=strata, counted=sums[:, 1::4].sum(axis=1) > 0)
+    return base.Statistic(
+        sums, value, strata=strata, counted=sums[:, 1::4].sum(axis=1) > 0
+    )
 
 
 def plain(question: str) -> str:
@@ -118,10 +142,14 @@ def plain(question: str) -> str:
     return text.strip()
 
 
-def _pair(path: Path, category: str, images: dict[tuple[str, str], str]) -> list[base.Question]:
+def _pair(
+    path: Path, category: str, images: dict[tuple[str, str], str]
+) -> list[base.Question]:
     """The questions of one image's file: one ``question<TAB>Yes|No`` per line."""
     questions = []
-    for nth, line in enumerate(line for line in read_text(path).split("\n") if line.strip()):
+    for nth, line in enumerate(
+        line for line in read_text(path).split("\n") if line.strip()
+    ):
         fields = line.strip().split("\t")
         if len(fields) != 2 or fields[1].lower() not in ("yes", "no"):
             raise ValueError(
@@ -160,7 +188,9 @@ def complete_pairs(items: Sequence[base.Item]) -> dict[str, bool]:
     """Whether all questions of an image are right, by image."""
     complete: dict[str, bool] = {}
     for item in items:
-        complete[item["cluster"]] = complete.get(item["cluster"], True) and bool(item["score"])
+        complete[item["cluster"]] = complete.get(item["cluster"], True) and bool(
+            item["score"]
+        )
     return complete
 
 

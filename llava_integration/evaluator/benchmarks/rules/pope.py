@@ -22,7 +22,9 @@ class POPE(base.Benchmark):
     def load(self, folder: Path) -> list[base.Question]:
         """LLaVA's questions with the label of (category, image, question), in the question file's
         order."""
-        path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
+        path = self.require(
+            folder, *self.question_files, where="it is in LLaVA's eval.zip"
+        )
         where = "from https://github.com/AoiDragon/POPE (output/coco)"
         label_file = self.require(folder, "coco/coco_pope_*.json", where=where)
         labels: dict[tuple[str, str, str], str] = {}
@@ -55,7 +57,9 @@ class POPE(base.Benchmark):
         )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
-        pairs: dict[str, list[tuple[str, str]]] = {item["category"]: [] for item in items}
+        pairs: dict[str, list[tuple[str, str]]] = {
+            item["category"]: [] for item in items
+        }
         for item in items:
             if not item["missing"]:
                 pairs[item["category"]].append((item["parsed"], item["label"]))
@@ -63,7 +67,9 @@ class POPE(base.Benchmark):
         means = {}
         for name in AVERAGED:
             means[name] = base.mean([values[name] for values in categories.values()])
-        return base.flatten({"categories": categories, "average_over_categories": means})
+        return base.flatten(
+            {"categories": categories, "average_over_categories": means}
+        )
 
     def statistic(self, items: Sequence[base.Item]) -> base.Statistic:
         """Mean over the categories of F1, percent."""
@@ -76,7 +82,9 @@ class POPE(base.Benchmark):
 
         def value(totals: np.ndarray) -> np.ndarray:
             # F1 = 2 TP / (predicted + actual)
-            f1 = base.ratio(2 * totals[..., 0::3], totals[..., 1::3] + totals[..., 2::3])
+            f1 = base.ratio(
+                2 * totals[..., 0::3], totals[..., 1::3] + totals[..., 2::3]
+            )
             return 100 * f1.mean(axis=-1)
 
         return base.Statistic(sums, value)

@@ -22,15 +22,23 @@ class Questions(base.Benchmark):
         """The questions, in the file's order. Raises ContractError for a row without one of the
         three fields."""
         where = "each line needs image, question and answer"
-        path = folder if folder.is_file() else self.require(folder, *self.annotations, where=where)
+        path = (
+            folder
+            if folder.is_file()
+            else self.require(folder, *self.annotations, where=where)
+        )
         questions: list[base.Question] = []
         for number, row in enumerate(read_jsonl(path), 1):
             answer = row.get("answer")
             truths = answer if isinstance(answer, list) else [answer]
             texts = [row.get("image"), row.get("question"), *truths]
-            if not truths or not all(isinstance(text, str) and text.strip() for text in texts):
+            if not truths or not all(
+                isinstance(text, str) and text.strip() for text in texts
+            ):
                 expected = "texts in image, question and answer"
-                raise ContractError(f"{path}, question {number}: expected {expected}, got {row}")
+                raise ContractError(
+                    f"{path}, question {number}: expected {expected}, got {row}"
+                )
             questions.append(
                 base.Question(
                     id=row.get("id", number),
@@ -41,24 +49,32 @@ class Questions(base.Benchmark):
                 )
             )
         if len({str(question.id) for question in questions}) < len(questions):
-            raise ContractError(f"{path} has an id twice; give each question its own, or none")
+            raise ContractError(
+                f"{path} has an id twice; give each question its own, or none"
+            )
         return questions
 
     def question_rows(self, folder: Path) -> list[Row]:
         return [
-            base.question_row(question.id, question.image, f"{question.text}\n{base.SHORT_ANSWER}")
+            base.question_row(
+                question.id, question.image, f"{question.text}\n{base.SHORT_ANSWER}"
+            )
             for question in self.load(folder)
         ]
 
     def score_item(self, question: base.Question, answer: Answer | None) -> base.Item:
         text = base.text_of(answer)
         return base.item_of(
-            question, answer, score=int(any(is_right(text, truth) for truth in question.truth))
+            question,
+            answer,
+            score=int(any(is_right(text, truth) for truth in question.truth)),
         )
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         parts = base.percents([item for item in items if item["category"]], "category")
-        return base.flatten({"accuracy_percent": 100 * base.mean_of(items), "categories": parts})
+        return base.flatten(
+            {"accuracy_percent": 100 * base.mean_of(items), "categories": parts}
+        )
 
 
 def is_right(answer: str, truth: str) -> bool:

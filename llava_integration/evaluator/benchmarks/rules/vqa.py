@@ -12,7 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from llava_integration.evaluator.benchmarks import benchmark as base
-from llava_integration.evaluator.benchmarks.answers import Answer, Answers, Row, read_jsonl
+from llava_integration.evaluator.benchmarks.answers import (
+    Answer,
+    Answers,
+    Row,
+    read_jsonl,
+)
 from llm2clip_plugin.json_files import read_json_value
 
 NUMBERS = {"none": "0", **{word: str(value) for value, word in enumerate(
@@ -71,7 +76,9 @@ def digits_and_articles(text: str) -> str:
     """Lower case, number words as digits, articles dropped, apostrophes of contractions put
     back."""
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(
+        CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES
+    )
 
 
 def one_line(text: str) -> str:
@@ -149,7 +156,8 @@ class VQAv2(base.Benchmark):
         )
         path = self.require(folder, *VAL_QUESTIONS, where=where)
         truths = {
-            entry["question_id"]: entry for entry in read_json_value(annotations)["annotations"]
+            entry["question_id"]: entry
+            for entry in read_json_value(annotations)["annotations"]
         }
         llavas = base.first_file(folder, *self.question_files)  # it names the pictures
         rows = read_jsonl(llavas) if llavas else []
@@ -182,7 +190,11 @@ class VQAv2(base.Benchmark):
 
     def metrics(self, items: Sequence[base.Item]) -> dict[str, float]:
         return base.flatten(
-            {"converted_submission": vqa_api_numbers(items, "answer_type", "question_type")}
+            {
+                "converted_submission": vqa_api_numbers(
+                    items, "answer_type", "question_type"
+                )
+            }
         )
 
     def question_rows(self, folder: Path) -> list[Row]:
@@ -191,14 +203,18 @@ class VQAv2(base.Benchmark):
             return []
         return [
             base.question_row(
-                entry["question_id"], _val_image(entry), f"{entry['question']}\n{base.SHORT_ANSWER}"
+                entry["question_id"],
+                _val_image(entry),
+                f"{entry['question']}\n{base.SHORT_ANSWER}",
             )
             for entry in read_json_value(path)["questions"]
         ]
 
     def submission_rows(self, folder: Path, answers: Answers) -> list[Row]:
         """One normalized answer for every question of LLaVA's question file, '' where missing."""
-        path = self.require(folder, *self.question_files, where="it is in LLaVA's eval.zip")
+        path = self.require(
+            folder, *self.question_files, where="it is in LLaVA's eval.zip"
+        )
         texts = {str(answer.id): answer.text for answer in answers.rows}
         rows = []
         for row in read_jsonl(path):
@@ -229,7 +245,9 @@ VQAV2 = VQAv2(
 )
 
 
-UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+UNANSWERABLE = (
+    "When the provided information is insufficient, respond with 'Unanswerable'."
+)
 
 
 class VizWiz(base.Benchmark):
@@ -249,7 +267,11 @@ class VizWiz(base.Benchmark):
         annotations = self.require(folder, "val.json", "*val*.json", where=where)
         entries = read_json_value(annotations)
         path = base.first_file(folder, *self.scored_question_files)
-        ids = {row["image"]: row["question_id"] for row in read_jsonl(path)} if path else {}
+        ids = (
+            {row["image"]: row["question_id"] for row in read_jsonl(path)}
+            if path
+            else {}
+        )
         unknown = [entry["image"] for entry in entries if entry["image"] not in ids]
         if path and unknown:
             raise ValueError(
@@ -304,7 +326,8 @@ class VizWiz(base.Benchmark):
         rows = read_jsonl(self.require(folder, *self.question_files, where=where))
         texts = base.texts_by_id(answers, [row["question_id"] for row in rows])
         return [
-            {"image": row["image"], "answer": m4c(texts[str(row["question_id"])])} for row in rows
+            {"image": row["image"], "answer": m4c(texts[str(row["question_id"])])}
+            for row in rows
         ]
 
 
@@ -339,9 +362,13 @@ class TextVQA(base.Benchmark):
 
     def load(self, folder: Path) -> list[base.Question]:
         where = "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json"
-        path = self.require(folder, "TextVQA_0.5.1_val.json", "TextVQA*val*.json", where=where)
+        path = self.require(
+            folder, "TextVQA_0.5.1_val.json", "TextVQA*val*.json", where=where
+        )
         entries = read_json_value(path)["data"]
-        last = {(entry["image_id"], entry["question"].lower()): entry for entry in entries}
+        last = {
+            (entry["image_id"], entry["question"].lower()): entry for entry in entries
+        }
         return [
             base.Question(
                 id=entry["question_id"],
@@ -372,7 +399,9 @@ class TextVQA(base.Benchmark):
         official = question.rule
         score = 0.0
         if answer:
-            score = leave_one_out(normalized, [m4c(human) for human in official["answers"]])
+            score = leave_one_out(
+                normalized, [m4c(human) for human in official["answers"]]
+            )
         return base.item_of(
             question,
             answer,

@@ -44,7 +44,9 @@ BY_PART = "mean of categories"  # an aggregate: categories have equal weight
 PERPLEXITY = "perplexity"
 BITS = "bits per byte"
 OWN = "score files"  # name of the reader of ours, which take precedence
-LONGEST_TEXT = 600  # characters of a question or an answer: a million of them lie in memory
+LONGEST_TEXT = (
+    600  # characters of a question or an answer: a million of them lie in memory
+)
 csv.field_size_limit(2**24)
 
 
@@ -127,7 +129,9 @@ def read_logs(path: Path, choices: Choices = NO_CHOICES) -> list[tuple[Path, Log
             if reader.name == OWN:
                 break
     if len(found) > 1:
-        listed = "; ".join(f"{reader.name}: {logs[0]}" for reader, logs in found.items())
+        listed = "; ".join(
+            f"{reader.name}: {logs[0]}" for reader, logs in found.items()
+        )
         raise ContractError(
             f"{path} has logs of {len(found)} forms ({listed}); name the folder or file of one"
         )
@@ -136,8 +140,12 @@ def read_logs(path: Path, choices: Choices = NO_CHOICES) -> list[tuple[Path, Log
     try:
         for reader, logs in found.items():
             for file in logs:
-                for number, log in enumerate(logs_of(file, reader, choices, alone=len(files) == 1)):
-                    groups.setdefault(log.group or (file, number), []).append((file, log))
+                for number, log in enumerate(
+                    logs_of(file, reader, choices, alone=len(files) == 1)
+                ):
+                    groups.setdefault(log.group or (file, number), []).append(
+                        (file, log)
+                    )
     finally:
         gc.enable()
     return [
@@ -150,13 +158,18 @@ def logs_of(file: Path, reader: Reader, choices: Choices, *, alone: bool) -> lis
     """The logs in a file. If it is not ``alone`` and cannot be read, one that says why."""
     for name in choices.names():
         if name not in reader.choices:
-            takes = ", ".join(f"--{choice}" for choice in reader.choices) or "no such option"
+            takes = (
+                ", ".join(f"--{choice}" for choice in reader.choices)
+                or "no such option"
+            )
             raise ContractError(
                 f"{file} is of {reader.name}, for which --{name} means nothing; it takes {takes}"
             )
     try:
         with errors_about(file):
-            logs = list(reader.read(file, choices) if reader.choices else reader.read(file))
+            logs = list(
+                reader.read(file, choices) if reader.choices else reader.read(file)
+            )
     except ContractError as error:
         if alone:
             raise
@@ -181,9 +194,16 @@ def _merged(members: list[tuple[Path, Log]]) -> Log:
             for item in log.items
         ]
     notes = list(dict.fromkeys(note for _, log in members for note in log.notes))
-    about = {"model": first.model, "printed": printed, "aggregate": aggregate, "notes": notes}
+    about = {
+        "model": first.model,
+        "printed": printed,
+        "aggregate": aggregate,
+        "notes": notes,
+    }
     files = tuple(file for file, _ in members)
-    return Log(benchmark=f"{name} {metric}", metrics={}, items=items, files=files, **about)
+    return Log(
+        benchmark=f"{name} {metric}", metrics={}, items=items, files=files, **about
+    )
 
 
 def mme_logs(
@@ -195,7 +215,12 @@ def mme_logs(
     for (name, categories), number in zip(parts.items(), printed, strict=True):
         if chosen := [item for item in items if item["category"] in categories]:
             yield Log(
-                benchmark=name, metrics={}, items=chosen, aggregate="MME", printed=number, **about
+                benchmark=name,
+                metrics={},
+                items=chosen,
+                aggregate="MME",
+                printed=number,
+                **about,
             )
 
 
@@ -208,8 +233,14 @@ def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any
     if path.suffix == ".xlsx":
         from openpyxl import load_workbook
 
-        rows = load_workbook(path, read_only=True).worksheets[0].iter_rows(values_only=True)
-        yield from ((f"{path}, line {line}", list(row)) for line, row in enumerate(rows, 1))
+        rows = (
+            load_workbook(path, read_only=True)
+            .worksheets[0]
+            .iter_rows(values_only=True)
+        )
+        yield from (
+            (f"{path}, line {line}", list(row)) for line, row in enumerate(rows, 1)
+        )
     elif path.suffix in JSON_TABLES:
         rows = list(json_rows(path))
         # a row need not have every column
@@ -222,7 +253,9 @@ def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any
     else:
         with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
             lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            yield from ((f"{path}, line {lines.line_num}", line) for line in lines if line)
+            yield from (
+                (f"{path}, line {lines.line_num}", line) for line in lines if line
+            )
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -290,7 +323,9 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, value in enumerate(values, 1):
         where = f"{path}, sample {number}"
         if not isinstance(value, dict):
-            raise ContractError(f"{where}: expected a JSON object, got {str(value)[:60]!r}")
+            raise ContractError(
+                f"{where}: expected a JSON object, got {str(value)[:60]!r}"
+            )
         yield where, value
 
 
@@ -313,5 +348,10 @@ def short_text(value: Any) -> str:
 def first_of(values: Mapping[str, Any], names: Iterable[str]) -> str:
     """The first of these fields that is a text or a number, as text; "" if there is none."""
     return next(
-        (str(values[name]) for name in names if isinstance(values.get(name), (str, int))), ""
+        (
+            str(values[name])
+            for name in names
+            if isinstance(values.get(name), (str, int))
+        ),
+        "",
     )

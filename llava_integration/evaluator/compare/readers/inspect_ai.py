@@ -42,8 +42,13 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return log, log.get("samples") or []
     if sys.version_info < (3, 14):
         import zipfile_zstd  # noqa: F401 - teaches zipfile zstd, which newer logs are compressed with
-    with errors_about(path, fix="was the run cut off?"), zipfile.ZipFile(path) as archive:
-        return json.loads(archive.read("header.json")), json.loads(archive.read("summaries.json"))
+    with (
+        errors_about(path, fix="was the run cut off?"),
+        zipfile.ZipFile(path) as archive,
+    ):
+        return json.loads(archive.read("header.json")), json.loads(
+            archive.read("summaries.json")
+        )
 
 
 def read(path: Path, choices: Choices) -> Iterator[Log]:
@@ -52,10 +57,14 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     header, samples = load(path)
     results = header.get("results") or {}
     about = header.get("eval", {})
-    scorer = (results.get("headline") or next(iter(results.get("scores") or []), {})).get("scorer")
+    scorer = (
+        results.get("headline") or next(iter(results.get("scores") or []), {})
+    ).get("scorer")
     scorers = [str(score.get("scorer")) for score in results.get("scores") or []]
     if choices.scorer and choices.scorer not in scorers:
-        raise ContractError(f"{path} has no scorer {choices.scorer}; it has {', '.join(scorers)}")
+        raise ContractError(
+            f"{path} has no scorer {choices.scorer}; it has {', '.join(scorers)}"
+        )
     scorer = choices.scorer or scorer
     if header.get("status") != "success":
         raise ContractError(
@@ -78,15 +87,21 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
             without_score.add(name)
             continue
         value = GRADES.get(value, value) if isinstance(value, str) else value
-        values.setdefault(name, []).append(number(value, f"{path}, sample {name}: {scorer}"))
+        values.setdefault(name, []).append(
+            number(value, f"{path}, sample {name}: {scorer}")
+        )
         if choices.group and choices.group not in of:
-            raise ContractError(f"{path}, sample {name}: its metadata have no {choices.group}")
+            raise ContractError(
+                f"{path}, sample {name}: its metadata have no {choices.group}"
+            )
         cluster = group_of(of, choices.group) if choices.group else first_of(of, IMAGES)
         if choices.group and not cluster:
             without_group[name] = of[choices.group]
         said = {"cluster": cluster or name, "category": first_of(of, CATEGORIES)}
         texts = {"question": sample.get("input"), "answer": score.get("answer")}
-        said |= {field: short_text(text) for field, text in texts.items() if short_text(text)}
+        said |= {
+            field: short_text(text) for field, text in texts.items() if short_text(text)
+        }
         items.setdefault(name, {"id": name, "truth": sample.get("target"), **said})
         items[name]["score"] = sum(values[name]) / len(values[name])
     task = about.get("task", path.stem)
@@ -94,7 +109,9 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     notes = []
     if without_group:
         name, value = next(iter(without_group.items()))
-        problem = f"sample {name}: {choices.group} is {value!r:.60}, not a text or a number"
+        problem = (
+            f"sample {name}: {choices.group} is {value!r:.60}, not a text or a number"
+        )
         if len(without_group) == len(items):
             raise ContractError(
                 f"{path}, {problem}, nor is it in any other sample; choose another --group"

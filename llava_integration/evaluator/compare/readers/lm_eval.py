@@ -16,7 +16,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from llava_integration.evaluator.benchmarks.rules.mmbench import ROTATION, choices_of, letter_of
+from llava_integration.evaluator.benchmarks.rules.mmbench import (
+    ROTATION,
+    choices_of,
+    letter_of,
+)
 from llava_integration.evaluator.compare.readers import (
     BITS,
     BY_PART,
@@ -35,7 +39,9 @@ from llava_integration.evaluator.compare.readers import (
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.json_files import read_json_value
 
-HARNESS = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]*\d)\.jsonl(\.gz)?$")
+HARNESS = re.compile(
+    r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]*\d)\.jsonl(\.gz)?$"
+)
 LMMS_EVAL = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl(\.gz)?$")
 # of a line of the harness up to 0.4.2, which wrote an array, without hashes and names of metrics
 OLD_HARNESS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps"}
@@ -63,7 +69,9 @@ def is_log(path: Path, pattern: re.Pattern[str]) -> bool:
     """Recognized by its name, or by a line with a document's hash and, of the harness alone, the
     names of metrics."""
     line = first_object(path)
-    hashed = {"doc_id", "doc_hash"} <= set(line) and ("metrics" in line) == (pattern is HARNESS)
+    hashed = {"doc_id", "doc_hash"} <= set(line) and ("metrics" in line) == (
+        pattern is HARNESS
+    )
     is_old = pattern is HARNESS and set(line) >= OLD_HARNESS and "doc_hash" not in line
     return bool(pattern.search(path.name)) or hashed or is_old
 
@@ -71,7 +79,9 @@ def is_log(path: Path, pattern: re.Pattern[str]) -> bool:
 class Summary:
     """A task in the file of results; without that file, nothing is known."""
 
-    def __init__(self, path: Path, pattern: re.Pattern[str], results: str, groups: str = ""):
+    def __init__(
+        self, path: Path, pattern: re.Pattern[str], results: str, groups: str = ""
+    ):
         """``path``: the task's log; ``groups``: the aggregate of a group's number."""
         name = pattern.search(path.name)
         self.task = name["task"] if name else path.stem.removeprefix("samples_")
@@ -83,9 +93,17 @@ class Summary:
             self.path = old
         self.groups = groups
         self.filter = ""  # whose numbers are printed; "": the first
-        body = read_json_value(self.path) if (name or is_old) and self.path.is_file() else {}
+        body = (
+            read_json_value(self.path)
+            if (name or is_old) and self.path.is_file()
+            else {}
+        )
         if is_old:
-            tasks = [task for task in body.get("results") or {} if path.stem.endswith(f"_{task}")]
+            tasks = [
+                task
+                for task in body.get("results") or {}
+                if path.stem.endswith(f"_{task}")
+            ]
             self.task = max(tasks, key=len, default=self.task)
         with errors_about(self.path):
             self.model = str(body.get("model_name", ""))
@@ -137,7 +155,11 @@ class Summary:
         return [leaf for one in below for leaf in self._leaves(one) or [one]]
 
     def log(
-        self, metric: str, items: list[dict[str, Any]], benchmark: str = "", **about: Any
+        self,
+        metric: str,
+        items: list[dict[str, Any]],
+        benchmark: str = "",
+        **about: Any,
     ) -> Log:
         """The log of a metric."""
         about = {
@@ -162,17 +184,26 @@ def lines_of(path: Path, group: str = "") -> Lines:
         if "doc_id" not in line:
             raise ContractError(f"{where}: no doc_id")
         if group:
-            fields_of_line = {**line, **(line["doc"] if isinstance(line.get("doc"), dict) else {})}
+            fields_of_line = {
+                **line,
+                **(line["doc"] if isinstance(line.get("doc"), dict) else {}),
+            }
             if group not in fields_of_line:
                 known = ", ".join(fields_of_line)
-                raise ContractError(f"{where}: no field {group} for --group; fields: {known}")
+                raise ContractError(
+                    f"{where}: no field {group} for --group; fields: {known}"
+                )
             value = fields_of_line[group]
-            line[GROUP] = "" if value is None else str(value)  # lines without one are no group
+            line[GROUP] = (
+                "" if value is None else str(value)
+            )  # lines without one are no group
         line[SHOWN] = shown_texts(line)
         for name in TEXTS:
             line.pop(name, None)
         if isinstance(doc := line.get("doc"), dict):
-            line["doc"] = {name: doc[name] for name in (*IMAGES, *CATEGORIES) if name in doc}
+            line["doc"] = {
+                name: doc[name] for name in (*IMAGES, *CATEGORIES) if name in doc
+            }
         lines.append((where, line))
     return lines
 
@@ -180,7 +211,9 @@ def lines_of(path: Path, group: str = "") -> Lines:
 def shown_texts(line: dict[str, Any]) -> dict[str, str]:
     """The question and the answer of a line, those that it has."""
     doc = line.get("doc") if isinstance(line.get("doc"), dict) else {}
-    question = first_of(doc or {}, ("question", "query", "problem")) or line.get("input")
+    question = first_of(doc or {}, ("question", "query", "problem")) or line.get(
+        "input"
+    )
     texts = {"question": short_text(question), "answer": short_text(answer_of(line))}
     return {name: text for name, text in texts.items() if text}
 
@@ -215,7 +248,9 @@ def read_harness(path: Path, choices: Choices) -> Iterator[Log]:
     chosen = [one for one in lines if str(one[1].get("filter", "none")) == name]
     summary.filter = name
     first_line = first_object(path)
-    metrics = first_line.get("metrics") or [key for key in first_line if key not in NO_METRICS]
+    metrics = first_line.get("metrics") or [
+        key for key in first_line if key not in NO_METRICS
+    ]
     if choices.metric:
         metrics = [choices.metric]
     log = scored(chosen, summary, metrics)
@@ -241,12 +276,21 @@ def read_lmms_eval(path: Path, choices: Choices) -> Iterator[Log]:
     elif {"mme_perception_score", "mme_cognition_score"} & set(start):
         logs = list(_mme(lines, summary))
     elif found := next(
-        ((one, make) for one in start for end, make in COMPOSITES.items() if one.endswith(end)),
+        (
+            (one, make)
+            for one in start
+            for end, make in COMPOSITES.items()
+            if one.endswith(end)
+        ),
         None,
     ):
         logs = [found[1](lines, summary, found[0])]
     else:
-        metrics = [one for one in dict.fromkeys((*summary.better, *start)) if one not in NO_METRICS]
+        metrics = [
+            one
+            for one in dict.fromkeys((*summary.better, *start))
+            if one not in NO_METRICS
+        ]
         logs = [scored(lines, summary, metrics)]
     for log in logs:
         if all(item["cluster"] == str(item["id"]) for item in log.items):
@@ -262,16 +306,24 @@ def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
     for metric in metrics:
         if metric in LIKELIHOODS and metric in first_line:
             return likelihood_log(lines, summary, metric)
-    numeric = [metric for metric in metrics if score_of(first_line.get(metric)) is not None]
+    numeric = [
+        metric for metric in metrics if score_of(first_line.get(metric)) is not None
+    ]
     if not numeric:
         listed = ", ".join(metrics)
-        known = [name for name, value in first_line.items() if score_of(value) is not None]
+        known = [
+            name for name, value in first_line.items() if score_of(value) is not None
+        ]
         others = ", ".join(name for name in known if name not in NO_METRICS) or "none"
         problem = (
             f"{where}: none of the metrics {listed} of {summary.task} has a number; "
             f"fields that have: {others}"
         )
-        if any(score_of(line.get(metric)) is not None for _, line in lines for metric in metrics):
+        if any(
+            score_of(line.get(metric)) is not None
+            for _, line in lines
+            for metric in metrics
+        ):
             raise ContractError(problem)
         return summary.log("", [], unknown=problem)
     # others are of a part
@@ -279,7 +331,9 @@ def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
     sign = 1 if summary.better.get(metric, True) else -1
     items = [
         item_of(
-            line, line.get(metric), sign * number(score_of(line.get(metric)), f"{where}: {metric}")
+            line,
+            line.get(metric),
+            sign * number(score_of(line.get(metric)), f"{where}: {metric}"),
         )
         for where, line in lines
     ]
@@ -355,13 +409,21 @@ def _mmmu(answer: Any, truth: Any) -> bool:
     it."""
     if not isinstance(answer, list):
         return answer in truth if isinstance(truth, list) else answer == truth
-    for text in (one.strip() for one in (truth if isinstance(truth, list) else [truth])):
+    for text in (
+        one.strip() for one in (truth if isinstance(truth, list) else [truth])
+    ):
         try:
             if round(float(text.replace(",", "")), 2) in answer:
                 return True
         except ValueError:
-            parts = [text.lower()] if len(text) > 1 else [f" {text.lower()}", f"{text.lower()} "]
-            if any(part in one for part in parts for one in answer if isinstance(one, str)):
+            parts = (
+                [text.lower()]
+                if len(text) > 1
+                else [f" {text.lower()}", f"{text.lower()} "]
+            )
+            if any(
+                part in one for part in parts for one in answer if isinstance(one, str)
+            ):
                 return True
     return False
 
@@ -379,13 +441,19 @@ def _mme(lines: Lines, summary: Summary) -> Iterator[Log]:
         image = f"{value['category']}/{value['question_id']}"
         seen[image] += 1
         items.append(
-            {"id": f"{image}#{seen[image]}", "category": value["category"], "cluster": image}
+            {
+                "id": f"{image}#{seen[image]}",
+                "category": value["category"],
+                "cluster": image,
+            }
         )
         items[-1] |= {
             "score": number(value["score"], f"{where}: score"),
             "truth": line.get("target"),
         }
-    printed = [summary.printed(f"mme_{part}_score") for part in ("perception", "cognition")]
+    printed = [
+        summary.printed(f"mme_{part}_score") for part in ("perception", "cognition")
+    ]
     yield from mme_logs(items, printed, model=summary.model, notes=[PROMPTS])
 
 
@@ -405,7 +473,11 @@ def _pope(lines: Lines, summary: Summary, metric: str) -> Log:
         }
         items.append({**item, "label": true, "missing": said not in ("yes", "no")})
     # parts, not runs
-    name = f"{summary.task} F1" if summary.task.endswith(("_adv", "_pop", "_random")) else "pope"
+    name = (
+        f"{summary.task} F1"
+        if summary.task.endswith(("_adv", "_pop", "_random"))
+        else "pope"
+    )
     return summary.log(metric, items, name, aggregate="pope", notes=[PROMPTS])
 
 
@@ -416,9 +488,13 @@ def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
     for where, line in lines:
         value = fields(line.get(metric), "index prediction answer category", where)
         group = int(number(value["index"], f"{where}: index")) % ROTATION
-        item = groups.setdefault(group, {"id": group, "score": 1, "cluster": f"group {group}"})
+        item = groups.setdefault(
+            group, {"id": group, "score": 1, "cluster": f"group {group}"}
+        )
         choices = choices_of({name: str(cell) for name, cell in value.items()})
-        item["score"] *= int(letter_of(str(value["prediction"]), choices) == value["answer"])
+        item["score"] *= int(
+            letter_of(str(value["prediction"]), choices) == value["answer"]
+        )
         if value["index"] == group and choices and value["answer"] in tuple("ABCDE"):
             item |= {"truth": value["answer"], "category": value["category"]}
     if not (items := [item for item in groups.values() if "truth" in item]):
@@ -427,12 +503,16 @@ def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
             [],
             unknown=f"{lines[0][0]}: {summary.task} has no options, or answers of its server's",
         )
-    task = summary.task.removesuffix("_static")  # others, as mmbench_en_dev_lite, are not its runs
+    task = summary.task.removesuffix(
+        "_static"
+    )  # others, as mmbench_en_dev_lite, are not its runs
     name = {"mmbench_en_dev": "mmbench", "mmbench_cn_dev": "mmbench_cn"}.get(
         task, f"{task} circular"
     )
     printed = summary.printed("gpt_eval_score")
-    return summary.log(metric, items, name, printed=printed and printed / 100, notes=[PROMPTS])
+    return summary.log(
+        metric, items, name, printed=printed and printed / 100, notes=[PROMPTS]
+    )
 
 
 def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
@@ -443,7 +523,8 @@ def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
         pairs.setdefault(str(value["pair_index"]), []).append(value["is_correct"])
     complete = {pair: int(all(both)) for pair, both in pairs.items() if len(both) == 2}
     items = [
-        {"id": pair, "cluster": f"pair {pair}", "score": score} for pair, score in complete.items()
+        {"id": pair, "cluster": f"pair {pair}", "score": score}
+        for pair, score in complete.items()
     ]
     return summary.log(metric, items)
 
@@ -465,7 +546,8 @@ def _cider(lines: Lines, summary: Summary, metric: str) -> Log:
         for value in values
     ]
     scores = cider(
-        [str(value["pred"]) for value in values], [list(map(str, truth)) for truth in truths]
+        [str(value["pred"]) for value in values],
+        [list(map(str, truth)) for truth in truths],
     )
     items = [
         item_of(line, value, score)
@@ -502,7 +584,14 @@ TOKEN = re.compile(
     r"|\w(?:\w|[-&/](?=\w)|'(?=\w)(?!(?:s|d|m|re|ve|ll|t)(?!\w)))*|[^\w\s]"
 )
 DROPPED = frozenset("'`.?!,:;-\"…–—") | {"''", "``", "--", "..."}
-BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+BRACKETS = {
+    "(": "-lrb-",
+    ")": "-rrb-",
+    "[": "-lsb-",
+    "]": "-rsb-",
+    "{": "-lcb-",
+    "}": "-rcb-",
+}
 SPLIT = {
     "cannot": ("can", "not"),
     "gonna": ("gon", "na"),
@@ -546,16 +635,24 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
     ) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
         weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(NGRAMS)]
         for gram, count in counts.items():
-            weights[len(gram) - 1][gram] = count * (size - math.log(max(1, frequency[gram])))
+            weights[len(gram) - 1][gram] = count * (
+                size - math.log(max(1, frequency[gram]))
+            )
         norms = [math.hypot(*of_n.values()) for of_n in weights]
-        return weights, norms, sum(count for gram, count in counts.items() if len(gram) == 2)
+        return (
+            weights,
+            norms,
+            sum(count for gram, count in counts.items() if len(gram) == 2),
+        )
 
     def likeness(caption: str, refs: Sequence[Counter[tuple[str, ...]]]) -> float:
         own, norms, length = vector(ngrams(caption))
         total = 0.0
         for weights, ref_norms, ref_length in map(vector, refs):
             penalty = math.exp(-((length - ref_length) ** 2) / (2 * SIGMA**2))
-            for mine, theirs, norm, ref_norm in zip(own, weights, norms, ref_norms, strict=True):
+            for mine, theirs, norm, ref_norm in zip(
+                own, weights, norms, ref_norms, strict=True
+            ):
                 dot = sum(
                     min(value, theirs[gram]) * theirs[gram]
                     for gram, value in mine.items()
@@ -564,7 +661,10 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
                 total += dot / (norm * ref_norm or 1) * penalty
         return 10 * total / NGRAMS / max(1, len(refs))
 
-    return [likeness(caption, refs) for caption, refs in zip(captions, all_refs, strict=True)]
+    return [
+        likeness(caption, refs)
+        for caption, refs in zip(captions, all_refs, strict=True)
+    ]
 
 
 READER = [

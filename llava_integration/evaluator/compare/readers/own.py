@@ -31,13 +31,17 @@ from llm2clip_plugin.errors import ContractError
 
 OVERALL = "all"  # the part with every caption
 DIRECTIONS = {"i2t": "image→text", "t2i": "text→image"}
-MOST_PARTS = 8  # more would dominate the table, and Holm's correction costs every row power
+MOST_PARTS = (
+    8  # more would dominate the table, and Holm's correction costs every row power
+)
 
 
 def scores_fits(path: Path) -> bool:
     """It is named as a score file, or begins with the name of their kind."""
     with path.open("rb") as file:
-        return path.name.endswith(".scores.json") or ScoreFile.KIND.encode() in file.read(100)
+        return path.name.endswith(
+            ".scores.json"
+        ) or ScoreFile.KIND.encode() in file.read(100)
 
 
 def scores_read(path: Path) -> Iterator[Log]:
@@ -57,7 +61,9 @@ def scores_read(path: Path) -> Iterator[Log]:
         parts.setdefault(str(item.get("part", OVERALL)), []).append(item)
     if record.benchmark == "retrieval:xm3600":
         record = replace(record, aggregate=BY_PART)
-        of_languages = [item for item in by_part if item["category"] not in (None, OVERALL)]
+        of_languages = [
+            item for item in by_part if item["category"] not in (None, OVERALL)
+        ]
         parts = {OVERALL: of_languages or by_part}
     elif len(parts) > MOST_PARTS + 1:
         note = f"{len(parts)} parts: only the overall number is compared"
@@ -72,7 +78,9 @@ def scores_read(path: Path) -> Iterator[Log]:
             for recall in recalls:
                 if of_side and all(recall in item for item in of_side):
                     hits = [{**item, "score": item[recall]} for item in of_side]
-                    yield replace(record, benchmark=f"{title} {arrow} R@{recall[1:]}", items=hits)
+                    yield replace(
+                        record, benchmark=f"{title} {arrow} R@{recall[1:]}", items=hits
+                    )
 
 
 COLUMNS = {  # ours: theirs
@@ -121,7 +129,9 @@ def table_read(path: Path, choices: Choices) -> Iterator[Log]:
     column_numbers = _column_numbers(names)
     for ours, column in {"cluster": choices.group, "score": choices.metric}.items():
         if column and column not in names:
-            raise ContractError(f"{path} has no column {column}; its columns: {', '.join(names)}")
+            raise ContractError(
+                f"{path} has no column {column}; its columns: {', '.join(names)}"
+            )
         if column:
             column_numbers[ours] = names.index(column)
     tables: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -146,7 +156,11 @@ def table_read(path: Path, choices: Choices) -> Iterator[Log]:
         raise ContractError(f"{path} has no items below its first line")
     for (task, _, model), items in tables.items():
         yield Log(
-            benchmark=task, metrics={}, items=items, model=model, named="task" in column_numbers
+            benchmark=task,
+            metrics={},
+            items=items,
+            model=model,
+            named="task" in column_numbers,
         )
 
 

@@ -71,7 +71,9 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     column = next((name for name in SCORES if name in names), "")
     for choice in filter(None, (choices.group, choices.metric)):
         if choice not in names:
-            raise ContractError(f"{path} has no column {choice}; its columns: {', '.join(names)}")
+            raise ContractError(
+                f"{path} has no column {choice}; its columns: {', '.join(names)}"
+            )
     column = choices.metric or column
     cluster_columns = (choices.group,) if choices.group else IMAGES[:-1]
     if {"index", "prediction"} <= set(names) and not column:
@@ -83,10 +85,17 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
             f"{path} has the columns {names}; expected index and one of {', '.join(SCORES)}"
         )
     stem = ENDING.sub("", path.stem)
-    model = next((p.name for p in path.parents if p.name and stem.startswith(f"{p.name}_")), "")
+    model = next(
+        (p.name for p in path.parents if p.name and stem.startswith(f"{p.name}_")), ""
+    )
     data = stem.removeprefix(f"{model}_") if model else stem
     kind = next(
-        (kind for kind in ("mme", "pope") if data.lower() == kind and "extracted" in names), ""
+        (
+            kind
+            for kind in ("mme", "pope")
+            if data.lower() == kind and "extracted" in names
+        ),
+        "",
     )
     items = []
     split_of: dict[str, str] = {}
@@ -101,7 +110,10 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
             "question": short_text(row.get("question")),
             "answer": short_text(str(row.get("prediction"))),
         }
-        item |= {"truth": row.get("answer"), "cluster": first_of(row, cluster_columns) or name}
+        item |= {
+            "truth": row.get("answer"),
+            "cluster": first_of(row, cluster_columns) or name,
+        }
         split_of[name] = str(row.get("split") or "")
         if kind != "pope":
             items.append(item)
@@ -129,9 +141,14 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
         return
     printed = _printed(path.parent / stem)
     if kind == "mme":
-        items = [{**item, "cluster": f"{item['category']}/{item['cluster']}"} for item in items]
+        items = [
+            {**item, "cluster": f"{item['category']}/{item['cluster']}"}
+            for item in items
+        ]
         yield from mme_logs(
-            items, [printed.get(part) for part in ("perception", "reasoning")], model=model
+            items,
+            [printed.get(part) for part in ("perception", "reasoning")],
+            model=model,
         )
         return
     if data == "MMVP":  # two images of a pair, in two rows
@@ -145,14 +162,21 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     if len(items) > len(split_of):
         notes.append(f"{len(split_of):,} questions, each counted in all of its parts")
     yield Log(
-        benchmark=kind or data, metrics={}, items=items, model=model, printed=overall, notes=notes
+        benchmark=kind or data,
+        metrics={},
+        items=items,
+        model=model,
+        printed=overall,
+        notes=notes,
     )
 
 
 def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
     """A row's score: the column's value, or what VLMEvalKit makes of a row's matches with several
     answers."""
-    matches = [float(one) for one in ast.literal_eval(str(row.get("eval_match") or "[]"))]
+    matches = [
+        float(one) for one in ast.literal_eval(str(row.get("eval_match") or "[]"))
+    ]
     if matches and data.startswith(("DocVQA", "InfoVQA")):  # distances
         return 1 - min(matches) if min(matches) <= 1 - ANLS_THRESHOLD else 0.0
     if matches and data.startswith(("ChartQA", "OCRVQA")):
@@ -163,7 +187,9 @@ def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
 def _printed(stem: Path, split: str = "Overall") -> dict[str, float]:
     """The numbers that VLMEvalKit wrote next to a table, by name: of a split or of all, or of the
     only one."""
-    for path in (stem.with_name(f"{stem.name}_{ending}.csv") for ending in ("acc", "score")):
+    for path in (
+        stem.with_name(f"{stem.name}_{ending}.csv") for ending in ("acc", "score")
+    ):
         if path.is_file():
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))

@@ -22,7 +22,11 @@ from llm2clip_plugin.vision.families import RESAMPLE
 
 # the reference's names if its text tower contains the LLM too
 IN_THE_LOOP = "text.text_proj.text_adaptor."
-PARTS = {"ln": "norm", "fn.0": "up", "fn.3": "down"}  # of a block: the reference's names -> ours
+PARTS = {
+    "ln": "norm",
+    "fn.0": "up",
+    "fn.3": "down",
+}  # of a block: the reference's names -> ours
 ADAPTER = (
     r"(?P<prefix>.*\b(text_)?adaptor\.)(?P<number>\d+)\."
     r"((?P<part>ln|fn\.0|fn\.3)\.)?(?P<kind>weight|bias)"
@@ -46,7 +50,9 @@ def match_adapter(state: dict[str, Tensor]) -> AdapterMatch | None:
         return None
     prefixes = sorted({match["prefix"] for match in matches})
     if len(prefixes) > 1:
-        raise ContractError(f"the checkpoint contains several text adapters: {prefixes}")
+        raise ContractError(
+            f"the checkpoint contains several text adapters: {prefixes}"
+        )
     prefix = prefixes[0]
     last = max(int(match["number"]) for match in matches)
     ends = {last - 1: "norm", last: "projection"}
@@ -104,7 +110,9 @@ class ParsedCheckpoint:
     logit_scale: Tensor | None = None
     logit_bias: Tensor | None = None
     adapter: AdapterMatch | None = None
-    left_out: dict[str, str] = field(default_factory=dict)  # name in ``state`` -> reason
+    left_out: dict[str, str] = field(
+        default_factory=dict
+    )  # name in ``state`` -> reason
     preprocessor: dict[str, Any] = field(default_factory=dict)
     layout: str = ""  # recorded in the card as `imported_as`
 
@@ -127,7 +135,9 @@ class ParsedCheckpoint:
             if field not in ("logit_scale", "logit_bias"):
                 continue
             if value.numel() != 1:
-                raise ContractError(f"{name} is {tuple(value.shape)}, expected one number")
+                raise ContractError(
+                    f"{name} is {tuple(value.shape)}, expected one number"
+                )
             setattr(self, field, self.take(name))
         if (adapter := match_adapter(self.state)) is not None:
             self.adapter = adapter
@@ -197,7 +207,9 @@ class TensorNames:
             ours = table[f"{module}."] + kind
         return [before + ours] if ours else []
 
-    def parse(self, state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
+    def parse(
+        self, state: dict[str, Tensor], config: dict[str, Any]
+    ) -> ParsedCheckpoint:
         """A checkpoint's tower; ``config``: its config.json. ContractError for two tensors of one
         name."""
         parsed = ParsedCheckpoint(state=state, config=config, tower={}, used=set())
@@ -209,8 +221,12 @@ class TensorNames:
                     f"{theirs} is {tuple(value.shape)}, expected a multiple of 3 rows (q, k, v)"
                 )
             if again := parsed.tower.keys() & names:
-                raise ContractError(f"{theirs} and another tensor both map to {again.pop()}")
-            parsed.tower |= zip(names, value.chunk(3) if len(names) > 1 else [value], strict=True)
+                raise ContractError(
+                    f"{theirs} and another tensor both map to {again.pop()}"
+                )
+            parsed.tower |= zip(
+                names, value.chunk(3) if len(names) > 1 else [value], strict=True
+            )
             parsed.used.add(theirs)
         return parsed
 
@@ -218,7 +234,9 @@ class TensorNames:
 def require(state: dict[str, Tensor], *names: str) -> None:
     """ContractError for missing tensors that every checkpoint of a layout has."""
     if missing := [name for name in names if name not in state]:
-        raise ContractError(f"the checkpoint is missing {missing}, which its layout requires")
+        raise ContractError(
+            f"the checkpoint is missing {missing}, which its layout requires"
+        )
 
 
 def patch_shape(state: dict[str, Tensor], name: str) -> tuple[int, int]:
@@ -235,7 +253,9 @@ def check_sizes(vision: dict[str, Any], **sizes: int) -> None:
     for name, size in sizes.items():
         if (configured := vision.get(name)) not in (None, size, [size, size]):
             hint = (
-                f"; pass --image-size {configured} to interpolate" if name == "image_size" else ""
+                f"; pass --image-size {configured} to interpolate"
+                if name == "image_size"
+                else ""
             )
             raise ContractError(
                 f"vision_cfg.{name} is {configured}, but the tensors have {size}{hint}"
@@ -244,7 +264,13 @@ def check_sizes(vision: dict[str, Any], **sizes: int) -> None:
 
 def depth(state: dict[str, Tensor], prefix: str) -> int:
     """The number of blocks, whose numbers follow ``prefix``."""
-    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+    return len(
+        {
+            key.removeprefix(prefix).split(".")[0]
+            for key in state
+            if key.startswith(prefix)
+        }
+    )
 
 
 def normalization(values: dict[str, Any]) -> dict[str, Any]:

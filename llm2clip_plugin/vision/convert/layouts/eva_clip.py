@@ -39,7 +39,12 @@ NAMES = TensorNames(
     | {f"attn.{part}_bias": f"attention.{part}_proj.bias" for part in "qv"},
     fused=("attn.qkv.", "attention.{}_proj."),
 )
-HEAD_WIDTHS = {768: 64, 1024: 64, 1408: 88, 1792: 112}  # of the released EVA-CLIP towers, by width
+HEAD_WIDTHS = {
+    768: 64,
+    1024: 64,
+    1408: 88,
+    1792: 112,
+}  # of the released EVA-CLIP towers, by width
 
 
 def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Config:
@@ -86,7 +91,9 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
         vision = defaults | vision
     layers = common.depth(state, BLOCKS)
     pretrained_grid = vision.get("pt_hw_seq_len", 16)
-    common.check_sizes(vision, width=width, layers=layers, patch_size=patch, image_size=image_size)
+    common.check_sizes(
+        vision, width=width, layers=layers, patch_size=patch, image_size=image_size
+    )
     if vision.get("global_average_pool"):
         raise ValueError(
             "global_average_pool is true; EVA-CLIP towers with average pooling are not supported"
@@ -134,7 +141,9 @@ def check_rope_tables(state: dict[str, Tensor], config: Eva02Config) -> list[str
         grid = round(state[name].shape[0] ** 0.5)
         head_width = config.hidden_size // config.num_attention_heads
         cosine, sine = rope_tables(
-            grid=grid, pretrained_grid=config.rope_pretrained_grid, head_width=head_width
+            grid=grid,
+            pretrained_grid=config.rope_pretrained_grid,
+            head_width=head_width,
         )
         expected = sine if name.endswith("sin") else cosine
         # half precision rounds values near 1 by 4e-3

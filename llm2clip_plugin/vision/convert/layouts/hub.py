@@ -33,7 +33,11 @@ from llm2clip_plugin.vision.families import (
 )
 from llm2clip_plugin.vision.wrapped import check_block_tokens, make_timm, timm_config
 
-CLASSIFIER = ("head.", "fc.", "merger.")  # of timm's models; the last is Qwen3-VL's projector
+CLASSIFIER = (
+    "head.",
+    "fc.",
+    "merger.",
+)  # of timm's models; the last is Qwen3-VL's projector
 QWEN = "model.visual."  # where the tower of Qwen3-VL or Qwen3.5 is
 # of model_args, read elsewhere or without effect on a tower
 NOT_ARGUMENTS = ("num_classes", "in_chans", "img_size")
@@ -44,7 +48,11 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpo
     family = family_in(state, config)
     anchor = f"{family.file_prefix}embeddings."
     outer = min(
-        (key[: key.index(anchor)] for key in state if anchor in key and "text_model." not in key),
+        (
+            key[: key.index(anchor)]
+            for key in state
+            if anchor in key and "text_model." not in key
+        ),
         default="",
     )
     if (
@@ -66,18 +74,24 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpo
         layout=f"hub-{family.name}",
         state=state,
         config=vision_config(family, config),
-        tower={key.removeprefix(outer): state[key] for key in inside if key not in counters},
+        tower={
+            key.removeprefix(outer): state[key] for key in inside if key not in counters
+        },
         used=set(inside),
         left_out=dict.fromkeys(counters, "a counter, not a weight"),
     )
-    parent = outer.removesuffix("vision_model.")  # the projection is not part of the tower
+    parent = outer.removesuffix(
+        "vision_model."
+    )  # the projection is not part of the tower
     projection = f"{parent}visual_projection.weight"
     parsed.projection = parsed.take(projection)
     parsed.projection_bias = parsed.take(f"{parent}visual_projection.bias")
     parsed.find_text_side(("text_model.", "text_projection.", "classifier."))
     if OWN_TEXT in parsed.left_out.values() and parsed.adapter is None:
         require(state, *family.image_text_tensors)
-    is_projected = "CLIPVisionModelWithProjection" in (config.get("architectures") or [])
+    is_projected = "CLIPVisionModelWithProjection" in (
+        config.get("architectures") or []
+    )
     if "visual_projection.weight" in family.image_text_tensors and (
         is_projected or parsed.is_image_text
     ):
@@ -110,9 +124,17 @@ def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
     parts = [config, section(config, "vision_config")]
     types = [str(part["model_type"]) for part in parts if "model_type" in part]
     if any(name.startswith("siglip2") for name in types):
-        weights = (state[key] for key in state if key.endswith("embeddings.patch_embedding.weight"))
-        return families()["naflex" if any(weight.dim() == 2 for weight in weights) else "siglip"]
-    model_types = {kind for family in families().values() for kind in family.model_types}
+        weights = (
+            state[key]
+            for key in state
+            if key.endswith("embeddings.patch_embedding.weight")
+        )
+        return families()[
+            "naflex" if any(weight.dim() == 2 for weight in weights) else "siglip"
+        ]
+    model_types = {
+        kind for family in families().values() for kind in family.model_types
+    }
     kind = next((name for name in types if name in model_types), types[0])
     return family_of_type(kind, where="config.json")
 
@@ -121,24 +143,34 @@ def family_in(state: dict[str, Tensor], config: dict[str, Any]) -> Family:
 LANGUAGE = re.compile(r"(^|\.)(language_model|lm_head)\.|^model\.layers\.")
 
 
-def refuse_language_model(path: Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+def refuse_language_model(
+    path: Path, state: Mapping[str, Tensor], config: dict[str, Any]
+) -> None:
     """ValueError for a vision-language model that no layout reads, before its tensors are taken for
     those of another model: Qwen2.5-VL's tower has the names of an EVA-CLIP's."""
     kind = str(config.get("model_type"))
-    model_types = {kind for family in families().values() for kind in family.model_types}
+    model_types = {
+        kind for family in families().values() for kind in family.model_types
+    }
     if kind in model_types or LAYOUT.matches(dict(state)):
         return
-    if section(config, "vision_config") and any(LANGUAGE.search(name) for name in state):
+    if section(config, "vision_config") and any(
+        LANGUAGE.search(name) for name in state
+    ):
         raise ValueError(f"{path} {no_family(kind, config)}")
 
 
-def parse_timm_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
+def parse_timm_hub(
+    state: dict[str, Tensor], config: dict[str, Any]
+) -> ParsedCheckpoint:
     """The model that ``architecture`` names, at the size of ``model_args`` or ``pretrained_cfg``,
     with its mean."""
     model_args = section(config, "model_args")
     published = section(config, "pretrained_cfg")
     size = model_args.get("img_size") or (published.get("input_size") or [None])[-1]
-    arguments = {name: value for name, value in model_args.items() if name not in NOT_ARGUMENTS}
+    arguments = {
+        name: value for name, value in model_args.items() if name not in NOT_ARGUMENTS
+    }
     fields = timm_fields(str(config["architecture"]), side_of(size), arguments)
     inside = {key for key in state if not key.startswith(CLASSIFIER)}
     return ParsedCheckpoint(
@@ -155,7 +187,9 @@ def parse_qwen(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
     """timm's model of the tower, at the size of its position table. Both frames of a patch (H, 3,
     2, P, P) are one image: their weights add up. ValueError without ``num_heads``, ContractError
     without tensors that tell sizes."""
-    require(state, f"{QWEN}patch_embed.proj.weight", f"{QWEN}blocks.0.mlp.linear_fc1.bias")
+    require(
+        state, f"{QWEN}patch_embed.proj.weight", f"{QWEN}blocks.0.mlp.linear_fc1.bias"
+    )
     if not (heads := section(config, "vision_config").get("num_heads")):
         raise ValueError(
             "Qwen3-VL's tower needs vision_config.num_heads; pass the model's config.json as "
@@ -163,7 +197,8 @@ def parse_qwen(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
         )
     used = {name for name in state if name.startswith(QWEN) and "merger" not in name}
     tower = {
-        name.replace(QWEN, "model.").replace(".linear_fc", ".fc"): state[name] for name in used
+        name.replace(QWEN, "model.").replace(".linear_fc", ".fc"): state[name]
+        for name in used
     }
     patches = tower["model.patch_embed.proj.weight"]
     positions = tower.pop("model.pos_embed.weight")
@@ -186,10 +221,14 @@ def parse_qwen(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
     }
     fields = timm_fields("qwen3_vit_416m_enc", grid * side, sizes)
     left_out = dict.fromkeys(state.keys() - used, "language model or projector")
-    return ParsedCheckpoint(state=state, config=fields, tower=tower, used=used, left_out=left_out)
+    return ParsedCheckpoint(
+        state=state, config=fields, tower=tower, used=used, left_out=left_out
+    )
 
 
-LAYOUT = Layout("qwen3-vl", lambda state: f"{QWEN}pos_embed.weight" in state, parse_qwen)
+LAYOUT = Layout(
+    "qwen3-vl", lambda state: f"{QWEN}pos_embed.weight" in state, parse_qwen
+)
 
 
 def side_of(size: Any) -> int | None:
@@ -200,7 +239,9 @@ def side_of(size: Any) -> int | None:
     return sides.pop()
 
 
-def timm_fields(name: str, image_size: int | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def timm_fields(
+    name: str, image_size: int | None, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
     """config.json of the tower that a timm model makes; ValueError for an unknown model or
     argument."""
     model = make_timm(name, image_size, pretrained=False, arguments=arguments)

@@ -35,7 +35,11 @@ CLIP_NAMES = TensorNames(
     fused=("attn.in_proj_", "self_attn.{}_proj."),
 )
 # by tower width
-HEAD_WIDTHS = dict.fromkeys((384, 512, 640, 768, 896, 1024), 64) | {1280: 80, 1408: 88, 1664: 104}
+HEAD_WIDTHS = dict.fromkeys((384, 512, 640, 768, 896, 1024), 64) | {
+    1280: 80,
+    1408: 88,
+    1664: 104,
+}
 # settings of vision_cfg that leave no trace in the tensors: a tower with them would be imported as
 # another one
 UNSUPPORTED = ("act_kwargs", "attentional_pool", "final_ln_after_pool", "norm_kwargs")
@@ -60,15 +64,21 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     hidden = f"{BLOCKS}0.mlp.c_fc.weight"
     common.require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
     width, patch = common.patch_shape(state, "visual.conv1.weight")
-    image_size = round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5) * patch
+    image_size = (
+        round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5) * patch
+    )
     layers = common.depth(state, BLOCKS)
-    common.check_sizes(vision, layers=layers, width=width, patch_size=patch, image_size=image_size)
+    common.check_sizes(
+        vision, layers=layers, width=width, patch_size=patch, image_size=image_size
+    )
     if vision.get("pool_type") not in (None, "tok"):
         raise ValueError(
             f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is "
             "supported"
         )
-    if settings := [f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)]:
+    if settings := [
+        f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)
+    ]:
         raise ValueError(f"unsupported settings in vision_cfg: {', '.join(settings)}")
     head_width = vision.get("head_width") or HEAD_WIDTHS.get(width)
     if head_width is None:
@@ -86,7 +96,9 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
         "num_attention_heads": width // head_width,
         "num_hidden_layers": layers,
         "patch_size": patch,
-        "projection_dim": state["visual.proj"].shape[1] if "visual.proj" in state else width,
+        "projection_dim": state["visual.proj"].shape[1]
+        if "visual.proj" in state
+        else width,
     }
 
 
@@ -95,7 +107,9 @@ def parse_clip(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
     ``config`` doesn't name the activation, or describes an unsupported model; ContractError if it
     contradicts the tensors."""
     parsed = CLIP_NAMES.parse(state, clip_config(state, config))
-    projection = parsed.take("visual.proj")  # (H, D): OpenCLIP multiplies from the right
+    projection = parsed.take(
+        "visual.proj"
+    )  # (H, D): OpenCLIP multiplies from the right
     parsed.projection = None if projection is None else projection.T.contiguous()
     parsed.find_text_side()
     if parsed.is_image_text:
@@ -107,7 +121,9 @@ def parse_clip(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
 OPENVISION = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
 
 
-def parse_openvision(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
+def parse_openvision(
+    state: dict[str, Tensor], config: dict[str, Any]
+) -> ParsedCheckpoint:
     """As a CLIP; ContractError if the configuration is not OpenVision's: the tensors don't show how
     it pools."""
     vision = section(config, "vision_cfg")
@@ -124,7 +140,9 @@ def parse_openvision(state: dict[str, Tensor], config: dict[str, Any]) -> Parsed
         )
     eps = section(vision, "norm_kwargs").get("eps", 1e-5)
     plain = {
-        name: value for name, value in vision.items() if name not in (*OPENVISION, "norm_kwargs")
+        name: value
+        for name, value in vision.items()
+        if name not in (*OPENVISION, "norm_kwargs")
     }
     parsed = parse_clip(state, {**config, "vision_cfg": plain})
     types = {"model_type": "llm2clip_openvision", "architectures": ["OpenVisionModel"]}
@@ -146,9 +164,17 @@ def parse_timm(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
         )
     pool = {"global_pool": vision["timm_pool"]} if vision.get("timm_pool") else {}
     arguments = {**pool, **section(vision, "timm_args")}
-    fields = timm_fields(vision["timm_model_name"], side_of(vision.get("image_size")), arguments)
-    inside = {key for key in state if key.startswith(TRUNK) and not key.startswith(f"{TRUNK}head.")}
-    tower = {f"model.{key.removeprefix(TRUNK)}": state[key] for key in state if key in inside}
+    fields = timm_fields(
+        vision["timm_model_name"], side_of(vision.get("image_size")), arguments
+    )
+    inside = {
+        key
+        for key in state
+        if key.startswith(TRUNK) and not key.startswith(f"{TRUNK}head.")
+    }
+    tower = {
+        f"model.{key.removeprefix(TRUNK)}": state[key] for key in state if key in inside
+    }
     parsed = ParsedCheckpoint(state=state, config=fields, tower=tower, used=inside)
     head = f"{TRUNK}head." if f"{TRUNK}head.weight" in state else "visual.head.proj."
     parsed.projection = parsed.take(f"{head}weight")
@@ -160,7 +186,9 @@ def parse_timm(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
 
 LAYOUT = [
     Layout(
-        "open_clip", lambda state: has(state, BLOCKS) and has(state, "visual.ln_pre."), parse_clip
+        "open_clip",
+        lambda state: has(state, BLOCKS) and has(state, "visual.ln_pre."),
+        parse_clip,
     ),
     Layout(
         "openvision",
