@@ -83,11 +83,9 @@ class Prompt:
 def image_first(text: str) -> str:
     """A question with one image as the chat template writes it: LLaVA's data has the image at
     either end."""
-    return (
-        f"{IMAGE}\n{text.replace(IMAGE, '').strip()}"
-        if text.count(IMAGE) == 1
-        else text
-    )
+    if text.count(IMAGE) != 1:
+        return text
+    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}"
 
 
 def register_with_swift() -> None:
