@@ -55,9 +55,8 @@ from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.progress import track
 
 OPEN_SHARDS = 256  # files that one process keeps open
-FEW_SAMPLES = (
-    16384  # samples whose captions this process compares alone, without a pool
-)
+# samples whose captions this process compares alone, without a pool
+FEW_SAMPLES = 16384
 # of a shard in the manifest
 ENTRY = ("file", "samples", "captions", "truncated", "rows_sha256", "sha256", "bytes")
 
@@ -92,11 +91,8 @@ class EmbeddingCache:
         directory = Path(directory)
         manifest = _complete_manifest(directory / CacheManifest.FILE)
         teacher = TeacherIdentity(**manifest.teacher)
-        if expect_fingerprint not in (
-            None,
-            manifest.fingerprint,
-            teacher.earlier().fingerprint,
-        ):
+        fingerprints = (manifest.fingerprint, teacher.earlier().fingerprint)
+        if expect_fingerprint is not None and expect_fingerprint not in fingerprints:
             remedy = "embed with that LLM, or use its cache"
             if teacher.is_earlier:
                 remedy += f"; it is from before config.json was part of the fingerprint: {RENEW}"
@@ -110,25 +106,23 @@ class EmbeddingCache:
                 f"({manifest.teacher['llm']}), expected {expect_width}; "
                 "use the cache of the text adapter's LLM"
             )
-        paths = [str(directory / entry["file"]) for entry in manifest.shards.values()]
-        for path, entry, stamp in zip(
-            paths, manifest.shards.values(), stamps_of(paths), strict=True
-        ):
+        entries = manifest.shards.values()
+        paths = [str(directory / entry["file"]) for entry in entries]
+        for path, entry, stamp in zip(paths, entries, stamps_of(paths), strict=True):
             if stamp is None:
                 raise ContractError(
                     f"{path} is missing, but the manifest lists it; {REDO}"
                 )
-            if stamp[0] != entry["bytes"]:
+            size, _ = stamp
+            if size != entry["bytes"]:
                 raise ContractError(
-                    f"{path} has {stamp[0]} bytes, expected {entry['bytes']}; {REDO}"
+                    f"{path} has {size} bytes, expected {entry['bytes']}; {REDO}"
                 )
         return cls(directory, manifest)
 
     def __reduce__(self) -> tuple[type[EmbeddingCache], tuple[Path, CacheManifest]]:
-        return EmbeddingCache, (
-            self.directory,
-            self.manifest,
-        )  # a worker opens the files itself
+        # a worker opens the files itself
+        return EmbeddingCache, (self.directory, self.manifest)
 
     def _open_shard(self, name: str) -> ShardFile:
         """A shard's file; raises ContractError if it is missing or differs from the manifest."""
@@ -159,16 +153,15 @@ class EmbeddingCache:
             "width": self.width,
             "dtype": self.manifest.dtype,
             **entry,
+            "truncated": str(entry["truncated"]),
         }
-        expected |= {"truncated": str(entry["truncated"])}
         if actual["fingerprint"] == self.manifest.earlier_fingerprint:
             # of a shard that was proven later
             expected["fingerprint"] = self.manifest.earlier_fingerprint
-        wrong = [
-            f"{name} is {actual[name]!r}, not {value!r}"
-            for name, value in expected.items()
-            if name in actual and actual[name] != value
-        ]
+        wrong: list[str] = []
+        for setting, value in expected.items():
+            if setting in actual and actual[setting] != value:
+                wrong.append(f"{setting} is {actual[setting]!r}, not {value!r}")
         if wrong:
             raise ContractError(
                 f"{path} differs from the manifest: {'; '.join(wrong)}; {REDO}"
@@ -226,13 +219,12 @@ class EmbeddingCache:
     def _unproven(self, source: Source) -> list[Shard]:
         """The shards without a recorded digest that says that the cache has their captions."""
         digests_by_name = source.known_digests()
-        entries = self.manifest.shards
-        return [
-            shard
-            for shard in source.shards
-            if entries[shard.name]["rows_sha256"]
-            not in digests_by_name.get(shard.name, ())
-        ]
+        unproven: list[Shard] = []
+        for shard in source.shards:
+            in_cache = self.manifest.shards[shard.name]["rows_sha256"]
+            if in_cache not in digests_by_name.get(shard.name, ()):
+                unproven.append(shard)
+        return unproven
 
     def _compare_shard(
         self, source: Source, full: bool, shard: Shard
@@ -286,24 +278,23 @@ def stored_teacher(path: Path) -> TeacherIdentity:
 def shard_bytes(
     samples: int, captions: int, width: int, dtype: str, *, key_bytes: int
 ) -> int:
-    """Bytes of a cache's tensors: a caption has a row, its scale (4), its hash and its checksum (8
-    each), a sample a key of ``key_bytes``, and the starts of its key and of its rows (8 each)."""
-    return captions * (width * VALUE_BYTES[dtype] + 20) + samples * (key_bytes + 16)
+    """Bytes of a cache's tensors."""
+    row_bytes = width * VALUE_BYTES[dtype]
+    caption_bytes = row_bytes + 4 + 8 + 8  # its scale, its hash and its checksum
+    sample_bytes = key_bytes + 8 + 8  # the starts of its key and of its rows
+    return captions * caption_bytes + samples * sample_bytes
 
 
 def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
     """The settings that differ between two teachers, with both values."""
     ignored = {"adapter"}  # adapter_sha256 says which one it is
     if yours.is_earlier or not stored.get("config_sha256"):
-        ignored |= {
-            "config_sha256",
-            "tokenizer_sha256",
-        }  # which one of them does not know
-    settings = [
-        f"{name} {stored.get(name)!r} != {value!r}"
-        for name, value in vars(yours).items()
-        if stored.get(name) != value and name not in ignored
-    ]
+        # which one of them does not know
+        ignored |= {"config_sha256", "tokenizer_sha256"}
+    settings: list[str] = []
+    for name, value in vars(yours).items():
+        if name not in ignored and stored.get(name) != value:
+            settings.append(f"{name} {stored.get(name)!r} != {value!r}")
     return "; ".join(settings) or "the same settings"
 
 

@@ -35,13 +35,9 @@ METADATA = (
     "truncated",
 )
 META = "llm2clip"  # the metadata entry that holds METADATA as JSON
-DTYPES = {
-    "F16": "<f2",
-    "F32": "<f4",
-    "I8": "i1",
-    "U8": "u1",
-    "I64": "<i8",
-}  # safetensors' names
+# safetensors' names
+DTYPES = {"F16": "<f2", "F32": "<f4", "I8": "i1", "U8": "u1", "I64": "<i8"}
+SHOWN = 60  # characters of a caption in a message
 
 
 def tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:
@@ -66,21 +62,17 @@ def caption_rows(captions: Iterable[Sequence[Caption]]) -> list[tuple[int, int]]
     """The rows of a shard: (index of the sample, caption hash) for each distinct caption with text,
     in order."""
     rows: list[tuple[int, int]] = []
-    for index, of_sample in enumerate(captions):
-        distinct = dict.fromkeys(
-            caption_hash(caption.text) for caption in of_sample if has_text(caption)
-        )
-        rows.extend((index, value) for value in distinct)
+    for index, captions_of_sample in enumerate(captions):
+        with_text = filter(has_text, captions_of_sample)
+        hashes = [caption_hash(caption.text) for caption in with_text]
+        rows.extend((index, distinct) for distinct in dict.fromkeys(hashes))
     return rows
 
 
 def rows_digest(keys: Sequence[str], rows: Sequence[tuple[int, int]]) -> str:
     """SHA-256 of the keys and caption hashes that a shard's rows belong to, in order."""
-    return sha256_text(
-        canonical_json(
-            [list(keys), [[index, hash_hex(value)] for index, value in rows]]
-        )
-    )
+    rows_as_text = [[index, hash_hex(value)] for index, value in rows]
+    return sha256_text(canonical_json([list(keys), rows_as_text]))
 
 
 class ShardFile:
@@ -96,15 +88,12 @@ class ShardFile:
             header = parse_header(self.size, self._file.read)
             self._data_start = header.data_start
             self._entries = header.entries
-            if wrong := {*TENSORS, *CHECKS} ^ {*header.entries}:
-                raise ValueError(
-                    f"unknown or missing tensors: {', '.join(sorted(wrong))}"
-                )
+            expected = {*TENSORS, *CHECKS}
+            if wrong := ", ".join(sorted(expected ^ set(header.entries))):
+                raise ValueError(f"unknown or missing tensors: {wrong}")
             self.meta: dict[str, str] = json.loads(header.metadata[META])
-            if missing := {*METADATA} - {*self.meta}:
-                raise ValueError(
-                    f"its metadata is missing {', '.join(sorted(missing))}"
-                )
+            if missing := ", ".join(sorted(set(METADATA) - set(self.meta))):
+                raise ValueError(f"its metadata is missing {missing}")
             self.captions, self.width = self._entries["embeddings"].shape
             self.samples = self._entries["row_starts"].shape[0] - 1
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -151,29 +140,36 @@ class ShardFile:
         hashes = [caption_hash(caption.text) for caption in captions]
         for value, caption in zip(hashes, captions, strict=True):
             if value not in row_of:
-                cached = ", ".join(map(hash_hex, row_of)) or "none"
-                text = (
-                    caption.text
-                    if len(caption.text) <= 60
-                    else caption.text[:57] + "..."
-                )
-                raise ContractError(
-                    f"{self.path}: sample {self.key(index)!r}: "
-                    f"caption {text!r} (hash {hash_hex(value)}) was not embedded; "
-                    f"cached caption hashes: {cached}; `touch` data whose time was kept; {REDO}"
-                )
+                raise self._not_embedded(index, caption.text, row_of)
         return [row_of[value] for value in hashes]
+
+    def _not_embedded(
+        self, index: int, text: str, cached_hashes: Iterable[int]
+    ) -> ContractError:
+        """The error for a caption of a sample that has no row."""
+        cached = ", ".join(map(hash_hex, cached_hashes)) or "none"
+        shown = text
+        if len(text) > SHOWN:
+            shown = text[: SHOWN - 3] + "..."
+        return ContractError(
+            f"{self.path}: sample {self.key(index)!r}: "
+            f"caption {shown!r} (hash {hash_hex(caption_hash(text))}) was not embedded; "
+            f"cached caption hashes: {cached}; `touch` data whose time was kept; {REDO}"
+        )
 
     def embeddings(self, rows: Sequence[int]) -> torch.Tensor:
         """(n, W) float32 of these rows, which should be near each other; ContractError for another
         checksum."""
-        first, stop = (min(rows), max(rows) + 1) if rows else (0, 0)
+        first = min(rows, default=0)
+        stop = max(rows, default=-1) + 1
         chosen = np.array(rows, dtype=np.int64) - first
         stored_nW = self._read("embeddings", first, stop)[chosen]
         scale_n = self._read("scales", first, stop)[chosen]
-        checks = self._read("row_checks", first, stop)[chosen].tolist()
+        check_n = self._read("row_checks", first, stop)[chosen]
+        scales = scale_n.tolist()
+        checks = check_n.tolist()
         for number, row_W, scale, check in zip(
-            rows, stored_nW, scale_n.tolist(), checks, strict=True
+            rows, stored_nW, scales, checks, strict=True
         ):
             if row_check(row_W, scale, number) != check:
                 raise ContractError(
@@ -184,11 +180,12 @@ class ShardFile:
     def verify(self) -> None:
         """Read every byte; raises ContractError if the contents have another SHA-256 than the file
         says."""
-        for name, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
-            digest = tensors_digest({tensor: self[tensor] for tensor in names})
-            if digest != self.meta[name]:
+        for recorded_as, names in (("sha256", TENSORS), ("checks_sha256", CHECKS)):
+            digest = tensors_digest({name: self[name] for name in names})
+            expected = self.meta[recorded_as]
+            if digest != expected:
                 raise ContractError(
-                    f"{self.path} is damaged: SHA-256 {digest}, expected {self.meta[name]}; {REDO}"
+                    f"{self.path} is damaged: SHA-256 {digest}, expected {expected}; {REDO}"
                 )
 
 
@@ -196,8 +193,10 @@ def shard_captions(
     source: Source, shard: Shard
 ) -> tuple[list[str], list[tuple[Caption, ...]]]:
     """Keys and captions of a shard's samples; an unreadable sample has a key and no captions."""
-    samples = [
-        source.captions(number)
-        for number in range(shard.start, shard.start + shard.size)
-    ]
-    return [key for key, _ in samples], [captions for _, captions in samples]
+    keys: list[str] = []
+    captions_of: list[tuple[Caption, ...]] = []
+    for number in range(shard.start, shard.start + shard.size):
+        key, captions = source.captions(number)
+        keys.append(key)
+        captions_of.append(captions)
+    return keys, captions_of

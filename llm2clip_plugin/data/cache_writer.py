@@ -35,9 +35,8 @@ from llm2clip_plugin.run_folder import PROGRESS, tell_job
 log = logging.getLogger(__name__)
 
 INT8_COSINE = 0.999  # lowest cosine similarity allowed between a row and its int8 form
-FLOAT16_SAFE = (
-    32768.0  # larger rows are stored halved until they fit (float16 ends at 65504)
-)
+# larger rows are stored halved until they fit (float16 ends at 65504)
+FLOAT16_SAFE = 32768.0
 
 
 class CacheWriter:
@@ -145,42 +144,24 @@ class CacheWriter:
         ContractError if int8 loses too much.
         """
         embeddings = embeddings.float()
-        shape = (len(rows), self.identity.width)
         indices = [index for index, _ in rows]
-        if embeddings.shape != shape:
-            raise ValueError(
-                f"shard {shard}: embeddings of shape {tuple(embeddings.shape)}, expected {shape}"
-            )
-        in_order = indices == sorted(indices)
-        in_range = not indices or 0 <= indices[0] <= indices[-1] < len(keys)
-        if not in_order or not in_range:
-            raise ValueError(
-                f"shard {shard}: rows must be in order of sample, with indices under {len(keys)}"
-            )
-        finite = torch.isfinite(embeddings).all(dim=1)
-        if not bool(finite.all()):
-            worst = int((~finite).nonzero()[0])
-            key = keys[indices[worst]]
-            raise ValueError(
-                f"shard {shard}: the embedding of a caption of {key!r} is not finite"
-            )
+        self._check_rows(shard, keys, indices, embeddings)
         stored, scales = _quantize(embeddings, self.dtype, shard)
-        encoded = [key.encode() for key in keys]
         values = stored.numpy()
+        row_starts = np.searchsorted(indices, np.arange(len(keys) + 1))
+        hashes = [value for _, value in rows]
+        encoded = [key.encode() for key in keys]
         tensors = {
             "embeddings": values,
             "scales": scales.numpy(),
-            "row_starts": np.searchsorted(indices, np.arange(len(keys) + 1)).astype(
-                np.int64
-            ),
-            "caption_hashes": np.array([value for _, value in rows], dtype=np.int64),
+            "row_starts": row_starts.astype(np.int64),
+            "caption_hashes": np.array(hashes, dtype=np.int64),
             "keys": np.frombuffer(b"".join(encoded), dtype=np.uint8),
             "key_starts": np.cumsum([0, *map(len, encoded)], dtype=np.int64),
         }
-        scaled_rows = enumerate(zip(values, scales.tolist(), strict=True))
-        row_checks = [
-            row_check(row, scale, number) for number, (row, scale) in scaled_rows
-        ]
+        row_checks: list[int] = []
+        for row, scale in zip(values, scales.tolist(), strict=True):
+            row_checks.append(row_check(row, scale, len(row_checks)))
         checks = {"row_checks": np.array(row_checks, dtype=np.int64)}
         metadata = {  # as one entry: safetensors writes entries in random order
             "shard": shard,
@@ -200,16 +181,42 @@ class CacheWriter:
         self._written.append(shard)
         tell_job(PROGRESS)
 
+    def _check_rows(
+        self,
+        shard: str,
+        keys: Sequence[str],
+        indices: Sequence[int],
+        embeddings: torch.Tensor,
+    ) -> None:
+        """ValueError unless there is a finite embedding for each of the rows, whose samples'
+        ``indices`` are in order and have keys."""
+        shape = (len(indices), self.identity.width)
+        if embeddings.shape != shape:
+            raise ValueError(
+                f"shard {shard}: embeddings of shape {tuple(embeddings.shape)}, expected {shape}"
+            )
+        in_order = indices == sorted(indices)
+        in_range = not indices or 0 <= indices[0] <= indices[-1] < len(keys)
+        if not in_order or not in_range:
+            raise ValueError(
+                f"shard {shard}: rows must be in order of sample, with indices under {len(keys)}"
+            )
+        finite = torch.isfinite(embeddings).all(dim=1)
+        if not bool(finite.all()):
+            worst = int((~finite).nonzero()[0])
+            key = keys[indices[worst]]
+            raise ValueError(
+                f"shard {shard}: the embedding of a caption of {key!r} is not finite"
+            )
+
     def finish(self, shards: Sequence[str] | None = None) -> CacheManifest | None:
         """Write and return the complete manifest if every one of ``shards``, by default those
         written, exists, else None. Shards that it listed before stay in it, so the splits of a data
         set can share a directory."""
-        path = self.directory / CacheManifest.FILE
-        entries: dict[str, dict[str, object]] = {
-            name: entry
-            for name, entry in self.manifest().shards.items()
-            if self.path(name).is_file()
-        }
+        entries: dict[str, dict[str, object]] = {}
+        for name, entry in self.manifest().shards.items():
+            if self.path(name).is_file():
+                entries[name] = entry
         for shard in self._written if shards is None else shards:
             if not self.path(shard).is_file():
                 return None
@@ -224,7 +231,7 @@ class CacheWriter:
                 "bytes": file.size,
             }
         manifest = replace(self._empty, shards=entries, complete=True)
-        manifest.write(path)
+        manifest.write(self.directory / CacheManifest.FILE)
         return manifest
 
 
@@ -236,9 +243,8 @@ def _quantize(
     away."""
     largest = embeddings.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
     if dtype == "float16":
-        scales = torch.exp2(
-            torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0)
-        )
+        halvings = torch.ceil(torch.log2(largest / FLOAT16_SAFE)).clamp_min(0.0)
+        scales = torch.exp2(halvings)
         return (embeddings / scales[:, None]).to(torch.float16), scales
     scales = largest / 127.0
     stored = (embeddings / scales[:, None]).round_().to(torch.int8)

@@ -82,11 +82,8 @@ class ImageConfig:
         native = most > 0
         if native:
             side = math.isqrt(most) * patch
-            values = {
-                **values,
-                "size": {"height": side, "width": side},
-                "do_center_crop": False,
-            }
+            square = {"height": side, "width": side}
+            values = {**values, "size": square, "do_center_crop": False}
         crop = bool(values.get("do_center_crop", values.get("crop_size") is not None))
         edge, height, width = _sides(values.get("size"), "size")
         crop_height = height
@@ -95,12 +92,11 @@ class ImageConfig:
             _, crop_height, crop_width = _sides(values.get("crop_size"), "crop_size")
         names = {number: name for name, number in RESAMPLE.items()}
         resample = names.get(int(values.get("resample", 3)), "")
+        rescale = values.get("rescale_factor", 1 / 255)
         problem = ""
         if values.get("do_resize", True) is False or values.get("do_pad"):
             problem = "do_resize false or do_pad true, so its images have no fixed size"
-        elif not math.isclose(
-            float(values.get("rescale_factor", 1 / 255)), 1 / 255, rel_tol=1e-6
-        ):
+        elif not math.isclose(float(rescale), 1 / 255, rel_tol=1e-6):
             problem = f"rescale_factor {values['rescale_factor']}; expected 1/255"
         elif native and most * patch**2 != height**2:
             problem = f"max_num_patches {most}; expected a square such as {math.isqrt(most) ** 2}"
@@ -119,19 +115,22 @@ class ImageConfig:
             problem = f"resample {values['resample']!r}; known: {RESAMPLE}"
         if problem:
             raise ValueError(f"preprocessor has {problem}; not supported")
-        normalize = values.get("do_normalize", True)
+        fit = "shortest" if edge else "squash"
+        if native:
+            fit = "native"
+        mean = (0.0, 0.0, 0.0)
+        std = (1.0, 1.0, 1.0)
+        if values.get("do_normalize", True):
+            mean = _triple(values.get("image_mean", cls.mean))
+            std = _triple(values.get("image_std", cls.std))
         return cls(
             size=crop_height,
             resize=0 if edge == crop_height else edge,
-            fit="native" if native else "shortest" if edge else "squash",
+            fit=fit,
             patch=patch if native else 0,
             resample=resample,
-            mean=_triple(values.get("image_mean", cls.mean))
-            if normalize
-            else (0.0, 0.0, 0.0),
-            std=_triple(values.get("image_std", cls.std))
-            if normalize
-            else (1.0, 1.0, 1.0),
+            mean=mean,
+            std=std,
         )
 
 
@@ -158,10 +157,10 @@ class Normalize:
 
     def __init__(self, config: ImageConfig, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.shift = torch.tensor(config.mean, device=device).view(1, 3, 1, 1) * 255
-        self.scale = 1 / (
-            255 * torch.tensor(config.std, device=device).view(1, 3, 1, 1)
-        )
+        mean_1311 = torch.tensor(config.mean, device=device).view(1, 3, 1, 1)
+        std_1311 = torch.tensor(config.std, device=device).view(1, 3, 1, 1)
+        self.shift = mean_1311 * 255
+        self.scale = 1 / (255 * std_1311)
 
     def shapes(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
         """A batch's spatial_shapes (B, 2) on the device, if its images keep their aspect."""
@@ -187,10 +186,9 @@ def native_size(
     """
 
     def scaled(scale: float) -> tuple[int, int]:
-        across, down = (
-            max(1, math.ceil(side * scale / patch)) for side in (width, height)
-        )
-        return across * patch, down * patch
+        columns = max(1, math.ceil(width * scale / patch))
+        rows = max(1, math.ceil(height * scale / patch))
+        return columns * patch, rows * patch
 
     low = 1e-6
     high = 100.0
@@ -218,12 +216,8 @@ def as_square(
     square = np.zeros((grid * grid, patch, patch, 3), pixels_HW3.dtype)
     patches = pixels_HW3.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
     square[: rows * columns] = patches.reshape(-1, patch, patch, 3)
-    square_SS3 = (
-        square.reshape(grid, grid, patch, patch, 3)
-        .swapaxes(1, 2)
-        .reshape(side, side, 3)
-    )
-    return square_SS3, (rows, columns)
+    by_row = square.reshape(grid, grid, patch, patch, 3).swapaxes(1, 2)
+    return by_row.reshape(side, side, 3), (rows, columns)
 
 
 def evaluation_pixels(data: bytes, config: ImageConfig) -> np.ndarray:
@@ -242,12 +236,15 @@ def evaluation_pixels(data: bytes, config: ImageConfig) -> np.ndarray:
     short = min(image.size)
     long = max(image.size)
     stretched = int(edge * long / short)  # Hugging Face rounds down
-    size = (edge, stretched) if image.width <= image.height else (stretched, edge)
-    left = (size[0] - side) // 2
-    top = (size[1] - side) // 2
-    return np.array(
-        image.resize(size, resample).crop((left, top, left + side, top + side))
-    )
+    width = edge
+    height = stretched
+    if image.width > image.height:
+        width = stretched
+        height = edge
+    left = (width - side) // 2
+    top = (height - side) // 2
+    resized = image.resize((width, height), resample)
+    return np.array(resized.crop((left, top, left + side, top + side)))
 
 
 def training_pixels(
@@ -258,50 +255,56 @@ def training_pixels(
 
     If native, (H, W, 3), and the crop's ratio is relative to the image's. Raises BrokenImage.
     """
-    side = config.size
-    native = config.fit == "native"
     image = open_header(data)
     full = image.size
-    left, top, width, height = random_crop((1, 1) if native else full, augment, rng)
-    if native:
+    if config.fit == "native":
+        left, top, width, height = random_crop((1, 1), augment, rng)
         left = left * full[0]
         top = top * full[1]
         width = width * full[0]
         height = height * full[1]
-    size = (
-        native_size(width, height, config.patch, config.patches)
-        if native
-        else (side, side)
-    )
+        size = native_size(width, height, config.patch, config.patches)
+    else:
+        left, top, width, height = random_crop(full, augment, rng)
+        size = (config.size, config.size)
     mirrored = augment.flip and rng.random() < 0.5
     angle = rng.uniform(-augment.rotate, augment.rotate) if augment.rotate else 0.0
-    needed = min(size) * augment.decode_margin
-    factor = next(
-        (factor for factor in (8, 4, 2) if min(width, height) >= factor * needed), 1
-    )
-    image = load(image, factor)
-    if image.size == full:
-        factor = 1  # not a JPEG
-    box = (
-        left / factor,
-        top / factor,
-        (left + width) / factor,
-        (top + height) / factor,
-    )
-    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+    needed = min(size) * augment.decode_margin  # pixels of the crop's shorter side
+    image, factor = _load_reduced(image, min(width, height), needed)
+    right = min((left + width) / factor, image.width)
+    bottom = min((top + height) / factor, image.height)
+    box = (left / factor, top / factor, right, bottom)
     pixels_HW3 = resize_box(image, box, size, config.resample)
     if mirrored:
         pixels_HW3 = np.ascontiguousarray(pixels_HW3[:, ::-1])
     if angle:
-        # what a rotated image leaves empty is filled with the mean of the four corners
-        corners = pixels_HW3[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0).round()
-        color = tuple(int(value) for value in corners)
-        pixels_HW3 = np.array(
-            Image.fromarray(pixels_HW3).rotate(
-                angle, Image.Resampling.BILINEAR, fillcolor=color
-            )
-        )
+        pixels_HW3 = _rotated(pixels_HW3, angle)
     return pixels_HW3
+
+
+def _load_reduced(
+    image: Image.Image, side: float, needed: float
+) -> tuple[Image.Image, int]:
+    """A JPEG at 1, 1/2, 1/4 or 1/8 of its size, the smallest at which ``side`` pixels are still
+    ``needed`` ones; another image at full size. And by how much it is smaller."""
+    full = image.size
+    factor = 1
+    for candidate in (2, 4, 8):
+        if side >= candidate * needed:
+            factor = candidate
+    image = load(image, factor)
+    if image.size == full:
+        factor = 1  # not a JPEG
+    return image, factor
+
+
+def _rotated(pixels_HW3: np.ndarray, angle: float) -> np.ndarray:
+    """Rotated by ``angle`` degrees; what that leaves empty has the mean color of the corners."""
+    corners_43 = pixels_HW3[[0, 0, -1, -1], [0, -1, 0, -1]]
+    color = tuple(int(value) for value in corners_43.mean(axis=0).round())
+    image = Image.fromarray(pixels_HW3)
+    bilinear = Image.Resampling.BILINEAR
+    return np.array(image.rotate(angle, bilinear, fillcolor=color))
 
 
 def resize_box(
@@ -316,15 +319,14 @@ def resize_box(
     A large box is rounded to whole pixels and resized by torch, which is more than twice as fast as
     PIL and differs from it by at most 2 of 255 levels.
     """
-    is_small = (box[2] - box[0]) * (box[3] - box[1]) < LARGE
+    left, top, right, bottom = box
+    is_small = (right - left) * (bottom - top) < LARGE
     if is_small or resample not in ("bilinear", "bicubic") or not _fast_resize():
-        return np.array(
-            image.resize(size, RESAMPLE[resample], box=box, reducing_gap=3.0)
-        )
-    left, top, right, bottom = map(round, box)
-    crop_13hw = torch.from_numpy(np.array(image))[top:bottom, left:right].permute(
-        2, 0, 1
-    )[None]
+        number = RESAMPLE[resample]
+        return np.array(image.resize(size, number, box=box, reducing_gap=3.0))
+    pixels_hw3 = torch.from_numpy(np.array(image))
+    crop_hw3 = pixels_hw3[round(top) : round(bottom), round(left) : round(right)]
+    crop_13hw = crop_hw3.permute(2, 0, 1)[None]
     out_13HW = F.interpolate(crop_13hw, size[::-1], mode=resample, antialias=True)
     return np.ascontiguousarray(out_13HW[0].permute(1, 2, 0).numpy())
 
@@ -334,10 +336,8 @@ def _fast_resize() -> bool:
     """Whether this torch resizes uint8 images with vector instructions: 2.1 or newer, on a CPU with
     AVX2."""
     version = tuple(map(int, torch.__version__.split(".")[:2]))
-    return version >= (2, 1) and torch.backends.cpu.get_cpu_capability() in (
-        "AVX2",
-        "AVX512",
-    )
+    capability = torch.backends.cpu.get_cpu_capability()
+    return version >= (2, 1) and capability in ("AVX2", "AVX512")
 
 
 def random_crop(
@@ -351,18 +351,17 @@ def random_crop(
     ratio.
     """
     full_width, full_height = size
+    narrowest, widest = augment.ratio
     for _ in range(10):
         area = rng.uniform(*augment.scale) * full_width * full_height
-        ratio = math.exp(
-            rng.uniform(math.log(augment.ratio[0]), math.log(augment.ratio[1]))
-        )
+        ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
         width = math.sqrt(area * ratio)
         height = math.sqrt(area / ratio)
         if width <= full_width and height <= full_height:
             left = rng.uniform(0, full_width - width)
             top = rng.uniform(0, full_height - height)
             return left, top, width, height
-    ratio = min(max(full_width / full_height, augment.ratio[0]), augment.ratio[1])
+    ratio = min(max(full_width / full_height, narrowest), widest)
     width = min(full_width, full_height * ratio)
     height = min(full_height, full_width / ratio)
     return (full_width - width) / 2, (full_height - height) / 2, width, height

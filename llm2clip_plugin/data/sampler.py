@@ -24,9 +24,8 @@ MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0))
 
 def hash_words(*words: int | str) -> int:
     """64-bit hash of all ``words``, the same on every platform and version."""
-    return int.from_bytes(
-        hashlib.blake2b(repr(words).encode(), digest_size=8).digest(), "little"
-    )
+    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 class Permutation:
@@ -36,13 +35,11 @@ class Permutation:
 
     def __init__(self, n: int, key: int) -> None:
         self.n = n
-        self.half = max(
-            1, (max(n - 1, 1).bit_length() + 1) // 2
-        )  # bits of one half of a number
-        self.round_keys = [
-            np.uint64(hash_words("round", key, n, number))
-            for number in range(FEISTEL_ROUNDS)
-        ]
+        bits = max(n - 1, 1).bit_length()  # of the largest number, at least 1
+        self.half = (bits + 1) // 2  # bits of one half of a number
+        self.round_keys: list[np.uint64] = []
+        for number in range(FEISTEL_ROUNDS):
+            self.round_keys.append(np.uint64(hash_words("round", key, n, number)))
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Images of int64 ``positions`` (k,), each within 0 .. n-1; (k,) int64."""
@@ -106,15 +103,14 @@ class SourceOrder:
     def __call__(self, offset: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Source of each of ``count`` draws from ``offset`` on, and how many of that source's come
         before it."""
+        stop = offset + count
         before = self.counts(offset)
-        labels = np.concatenate([*self._labels(offset, offset + count)])
+        labels = np.concatenate(list(self._labels(offset, stop)))
         ranks = np.empty(count, dtype=np.int64)
         for source in np.unique(labels).tolist():
             here = labels == source
             ranks[here] = before[source] + np.arange(int(np.count_nonzero(here)))
-        self._last = {
-            offset + count: before + np.bincount(labels, minlength=len(before))
-        }
+        self._last = {stop: before + np.bincount(labels, minlength=len(before))}
         return labels, ranks
 
     def counts(self, offset: int) -> np.ndarray:
@@ -122,21 +118,20 @@ class SourceOrder:
         counts_at = self._ends | self._last
         nearest = min(counts_at, key=lambda start: abs(start - offset))
         counts = counts_at[nearest].copy()
-        for labels in self._labels(min(nearest, offset), max(nearest, offset)):
-            counts += np.bincount(labels, minlength=len(counts)) * (
-                1 if nearest < offset else -1
-            )
+        if nearest < offset:
+            for labels in self._labels(nearest, offset):
+                counts += np.bincount(labels, minlength=len(counts))
+        else:
+            for labels in self._labels(offset, nearest):
+                counts -= np.bincount(labels, minlength=len(counts))
         self._last = {offset: counts}
         return counts
 
     def _labels(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """Sources of the draws start .. stop-1, in blocks."""
         for first in range(start, stop, BLOCK):
-            yield np.searchsorted(
-                self.stops,
-                self.permute(np.arange(first, min(first + BLOCK, stop))),
-                side="right",
-            )
+            draws = np.arange(first, min(first + BLOCK, stop))
+            yield np.searchsorted(self.stops, self.permute(draws), side="right")
 
 
 class BatchOrder:
@@ -158,24 +153,22 @@ class BatchOrder:
         epoch = step * self.batch // sum(self.draws)
         while sum(self._before(epoch + 1)) <= step:
             epoch += 1
-        before = self._before(epoch)
-        labels, _ = self._order(epoch)(step - sum(before), 1)
-        counts = self._order(epoch).counts(step - sum(before)).tolist()
-        return int(labels[0]), [
-            earlier + here for earlier, here in zip(before, counts, strict=True)
-        ]
+        in_earlier_epochs = self._before(epoch)
+        offset = step - sum(in_earlier_epochs)  # within the epoch
+        order = self._order(epoch)
+        labels, _ = order(offset, 1)
+        in_epoch = order.counts(offset).tolist()
+        before = [sum(pair) for pair in zip(in_earlier_epochs, in_epoch, strict=True)]
+        return int(labels[0]), before
 
     def _before(self, epoch: int) -> list[int]:
         """Batches of each source in the epochs before ``epoch``."""
         return [epoch * draws // self.batch for draws in self.draws]
 
     def _make_order(self, epoch: int) -> SourceOrder:
-        batches = [
-            after - before
-            for before, after in zip(
-                self._before(epoch), self._before(epoch + 1), strict=True
-            )
-        ]
+        starts = self._before(epoch)
+        stops = self._before(epoch + 1)
+        batches = [stop - start for start, stop in zip(starts, stops, strict=True)]
         return SourceOrder(batches, hash_words("batches", self.seed, epoch))
 
 
@@ -213,20 +206,17 @@ class PassOrder:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.key = key
         self.first = first
-        if window == 0 or window >= len(self.sizes):
-            self.groups = [np.arange(len(self.sizes))]
+        shards = np.arange(len(self.sizes))
+        if window == 0 or window >= len(shards):
+            self.groups = [shards]
         else:
-            order = Permutation(len(self.sizes), hash_words("shards", key))(
-                np.arange(len(self.sizes))
-            )
-            self.groups = [
-                order[first : first + window] for first in range(0, len(order), window)
-            ]
+            permute = Permutation(len(shards), hash_words("shards", key))
+            shuffled = permute(shards)
+            starts = range(0, len(shards), window)
+            self.groups = [shuffled[start : start + window] for start in starts]
         self.lanes = LANES if window else 1
         self.shard_starts = np.cumsum(self.sizes) - self.sizes
-        group_sizes = np.array(
-            [int(self.sizes[group].sum()) for group in self.groups], dtype=np.int64
-        )
+        group_sizes = np.array([self.sizes[group].sum() for group in self.groups])
         self.group_stops = np.cumsum(group_sizes)
         self.group_starts = self.group_stops - group_sizes
 
@@ -238,27 +228,26 @@ class PassOrder:
             here = group_of == number
             shards = self.groups[number]
             sizes = self.sizes[shards]
-            within = self._shuffled(
-                int(number),
-                int(sizes.sum()),
-                positions[here] - self.group_starts[number],
-            )
+            in_group = positions[here] - self.group_starts[number]
+            within = self._shuffled(int(number), int(sizes.sum()), in_group)
             stops = np.cumsum(sizes)
-            shard = np.searchsorted(stops, within, side="right")
-            result[here] = (
-                self.shard_starts[shards[shard]] + within - (stops - sizes)[shard]
-            )
+            starts = stops - sizes
+            nth_shard = np.searchsorted(stops, within, side="right")
+            in_shard = within - starts[nth_shard]
+            result[here] = self.shard_starts[shards[nth_shard]] + in_shard
         return result
 
     def share(self, group: np.ndarray, node: int, nodes: int, more: int) -> list[int]:
         """The shards of a group that a node's lanes, also those that it shares, and ``more`` on
         both sides are in."""
         stops = np.cumsum(self.sizes[group])
-        lanes = np.array(
-            [node * LANES // nodes - more, -(-(node + 1) * LANES // nodes) + more]
-        )
-        first, last = int(stops[-1]) * lanes // LANES
-        return group[(stops > first) & (stops - self.sizes[group] < last)].tolist()
+        starts = stops - self.sizes[group]
+        samples = int(stops[-1])
+        first_lane = node * LANES // nodes - more
+        stop_lane = -(-(node + 1) * LANES // nodes) + more  # rounded up
+        first = samples * first_lane // LANES
+        stop = samples * stop_lane // LANES
+        return group[(stops > first) & (starts < stop)].tolist()
 
     def _shuffled(self, group: int, size: int, positions: np.ndarray) -> np.ndarray:
         """Which of a group's ``size`` samples, shard after shard, are at these positions of the
@@ -274,9 +263,9 @@ class PassOrder:
         lane = (positions + lane_of_first) % lanes
         row = positions // lanes
         whole = np.minimum(row, rows - 1)
-        moved = Permutation(rows, hash_words("samples", self.key, group))(
-            (whole + lane * (rows // lanes)) % rows
-        )
+        permute = Permutation(rows, hash_words("samples", self.key, group))
+        # lanes share a permutation, and begin at different places of it
+        moved = permute((whole + lane * (rows // lanes)) % rows)
         return starts[lane] + np.where(row < rows, moved, row)
 
 
@@ -301,20 +290,17 @@ class Mixture:
     ) -> None:
         self.shard_sizes = [tuple(sizes) for sizes in shard_sizes]
         self.lengths = [sum(sizes) for sizes in self.shard_sizes]
-        if empty := [
-            number for number, length in enumerate(self.lengths) if length == 0
-        ]:
+        empty = [number for number, length in enumerate(self.lengths) if length == 0]
+        if empty:
             raise ValueError(f"sources at index {empty} contain no samples")
         self.seed = seed
         self.windows = list(windows) or [0] * len(weights)
         self.draws = epoch_draws(self.lengths, weights)
         self._pass_order = lru_cache(maxsize=4 * len(weights))(self._make_pass_order)
-        self._source_order = lru_cache(maxsize=2)(
-            lambda epoch: SourceOrder(self.draws, hash_words("mix", seed, epoch))
-        )
-        self._batches = (
-            BatchOrder(self.draws, batch, seed) if batch and len(weights) > 1 else None
-        )
+        self._source_order = lru_cache(maxsize=2)(self._make_source_order)
+        self._batches: BatchOrder | None = None
+        if batch and len(weights) > 1:
+            self._batches = BatchOrder(self.draws, batch, seed)
 
     @property
     def epoch_length(self) -> int:
@@ -349,10 +335,13 @@ class Mixture:
         """
         if not any(self.windows):
             return self.batch_indices(*rank_rows(position, rank, local))
-        labels, places = self._batch_places(position, local * world)
-        in_order = np.arange(local * world) * LANES // (local * world)
-        lanes = np.where(np.asarray(self.windows)[labels] > 0, places % LANES, in_order)
-        rows = np.argsort(lanes, kind="stable")[rank * local : (rank + 1) * local]
+        batch = local * world
+        labels, places = self._batch_places(position, batch)
+        has_lanes = np.asarray(self.windows)[labels] > 0
+        in_order = np.arange(batch) * LANES // batch
+        lanes = np.where(has_lanes, places % LANES, in_order)
+        by_lane = np.argsort(lanes, kind="stable")
+        rows = by_lane[rank * local : (rank + 1) * local]
         return self._draws(labels[rows], places[rows])
 
     def window_shards(
@@ -361,32 +350,37 @@ class Mixture:
         """A node's shards of a source's window that the draws from ``start`` on read, and of the
         window after it; all if a global ``batch`` has fewer rows of the source than there are
         lanes."""
-        if len(self.draws) == 1:
-            drawn = start
-        elif self._batches is None:
-            epoch, offset = divmod(start, self.epoch_length)
-            drawn = epoch * self.draws[source] + int(
-                self._source_order(epoch).counts(offset)[source]
-            )
-        else:
-            step, offset = divmod(start, self._batches.batch)
-            current, before = self._batches(step)
-            drawn = before[source] * self._batches.batch + (
-                offset if current == source else 0
-            )
-        number, position = divmod(drawn, self.lengths[source])
+        number, position = divmod(self._drawn(source, start), self.lengths[source])
         order = self._pass_order(source, number)
         window = int(np.searchsorted(order.group_stops, position, side="right"))
-        following = [*order.groups, self._pass_order(source, number + 1).groups[0]][
-            window + 1
-        ]
-        # how many rows a source has in a batch varies
-        is_mixed = len(self.draws) > 1 and self._batches is None
-        rows = batch * self.draws[source] // self.epoch_length if is_mixed else batch
-        more = LANES if rows < LANES else int(is_mixed)
-        return order.share(order.groups[window], node, nodes, more), order.share(
-            following, node, nodes, more
-        )
+        if window + 1 < len(order.groups):
+            following = order.groups[window + 1]
+        else:
+            following = self._pass_order(source, number + 1).groups[0]
+        rows = batch  # of the source in a global batch
+        more = 0  # lanes on both sides
+        if len(self.draws) > 1 and self._batches is None:
+            rows = batch * self.draws[source] // self.epoch_length
+            more = 1  # the number of rows varies from batch to batch
+        if rows < LANES:
+            more = LANES
+        current_shards = order.share(order.groups[window], node, nodes, more)
+        return current_shards, order.share(following, node, nodes, more)
+
+    def _drawn(self, source: int, start: int) -> int:
+        """How many draws of a source come before position ``start``."""
+        if len(self.draws) == 1:
+            return start
+        if self._batches is None:
+            epoch, offset = divmod(start, self.epoch_length)
+            in_epoch = int(self._source_order(epoch).counts(offset)[source])
+            return epoch * self.draws[source] + in_epoch
+        step, offset = divmod(start, self._batches.batch)
+        current, before = self._batches(step)
+        drawn = before[source] * self._batches.batch
+        if current == source:
+            drawn += offset
+        return drawn
 
     def _draws(self, labels: np.ndarray, places: np.ndarray) -> list[Draw]:
         """Draws of these sources (k,), at these places (k,) of each source's endless passes."""
@@ -395,9 +389,11 @@ class Mixture:
             here = np.flatnonzero(labels == source)
             passes, within = np.divmod(places[here], self.lengths[source])
             for number in np.unique(passes).tolist():
-                chosen = here[passes == number]
-                indices = self._pass_order(source, number)(within[passes == number])
-                for row, index in zip(chosen.tolist(), indices.tolist(), strict=True):
+                in_pass = passes == number
+                order = self._pass_order(source, number)
+                rows = here[in_pass].tolist()
+                indices = order(within[in_pass]).tolist()
+                for row, index in zip(rows, indices, strict=True):
                     result[row] = Draw(source, index, number)
         return result
 
@@ -409,34 +405,32 @@ class Mixture:
         if self._batches is not None:
             source, before = self._batches(number)
             start = before[source] * self._batches.batch + offset
-            return np.full(count, source), np.arange(
-                start, start + count, dtype=np.int64
-            )
+            places = np.arange(start, start + count, dtype=np.int64)
+            return np.full(count, source), places
         if len(self.draws) == 1:
             start = number * self.draws[0] + offset
-            return np.zeros(count, dtype=np.int64), np.arange(
-                start, start + count, dtype=np.int64
-            )
+            places = np.arange(start, start + count, dtype=np.int64)
+            return np.zeros(count, dtype=np.int64), places
         labels, ranks = self._source_order(number)(offset, count)
-        return labels, number * np.asarray(self.draws)[labels] + ranks
+        draws_before = number * np.asarray(self.draws)[labels]
+        return labels, draws_before + ranks
+
+    def _make_source_order(self, epoch: int) -> SourceOrder:
+        return SourceOrder(self.draws, hash_words("mix", self.seed, epoch))
 
     def _make_pass_order(self, source: int, number: int) -> PassOrder:
         key = hash_words("pass", self.seed, source, number)
-        return PassOrder(
-            self.shard_sizes[source],
-            self.windows[source],
-            key,
-            number * self.lengths[source],
-        )
+        first = number * self.lengths[source]
+        return PassOrder(self.shard_sizes[source], self.windows[source], key, first)
 
 
 def epoch_draws(lengths: Sequence[int], weights: Sequence[float]) -> list[int]:
     """Draws of each source in one epoch of a mixture, from the sources' numbers of samples and
     weights."""
-    return [
-        max(1, round(weight * length))
-        for weight, length in zip(weights, lengths, strict=True)
-    ]
+    draws: list[int] = []
+    for weight, length in zip(weights, lengths, strict=True):
+        draws.append(max(1, round(weight * length)))
+    return draws
 
 
 def rank_rows(position: int, rank: int, local: int) -> tuple[int, int]:
