@@ -41,14 +41,18 @@ def parse(
     )
     timing = {"rounds": (rounds, "timed runs of each way")} if rounds else {}
     for name, (default, text, *choices) in {**timing, **options}.items():
-        takes_several = isinstance(default, list)
+        several: dict[str, Any] = {}
+        value = default
+        if isinstance(default, list):
+            several = {"nargs": "+"}
+            value = default[0]
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             default=default,
             help=text,
-            type=type(default[0] if takes_several else default),
-            nargs="+" if takes_several else None,
+            type=type(value),
             choices=choices or None,
+            **several,
         )
     return parser.parse_args()
 
@@ -59,7 +63,8 @@ def seconds() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()
-    return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def timed(work: Work) -> Run:
@@ -77,7 +82,7 @@ def alternate(ways: Mapping[str, Work], rounds: int) -> dict[str, list[Run]]:
         for name in order:
             runs[name].append(timed(ways[name]))
         order.rotate(-1)
-    return {name: of_way[1:] for name, of_way in runs.items()}
+    return {name: runs_of_way[1:] for name, runs_of_way in runs.items()}
 
 
 def alternate_processes(
@@ -104,23 +109,24 @@ def _measure(
     """Bytes of peak memory above the memory before, of the GPU or else of this process (Linux); and
     the run."""
     work = prepare(args)
-    cuda = torch.cuda
-    status = Path("/proc/self/status")
-    if cuda.is_available():
-        cuda.reset_peak_memory_stats()
-        before = cuda.memory_allocated()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         run = timed(work)
-        return cuda.max_memory_allocated() - before, run
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # otherwise memory that was freed before counts as in use
+        return torch.cuda.max_memory_allocated() - before, run
+    # otherwise memory that was freed before counts as in use
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = status.read_text()
+    before = _status_bytes("VmRSS")
     run = timed(work)
-    after = status.read_text()
-    peak_kib = int(after.partition("VmHWM:")[2].split()[0])
-    before_kib = int(before.partition("VmRSS:")[2].split()[0])
-    return (peak_kib - before_kib) * 1024, run
+    return _status_bytes("VmHWM") - before, run
+
+
+def _status_bytes(field: str) -> int:
+    """A size in Linux's /proc/self/status."""
+    _, _, after = Path("/proc/self/status").read_text().partition(f"{field}:")
+    kib = after.split()[0]
+    return int(kib) * 1024
 
 
 def print_table(
@@ -133,24 +139,23 @@ def print_table(
 ) -> None:
     """Markdown: ``amount`` of ``unit`` per second of each way, and its speed against the first,
     round by round: median [lowest, highest]. ``columns``: title -> way -> cell, in addition."""
-    gpu = torch.cuda.is_available()
-    base = next(iter(runs.values()))
-    device = (
-        torch.cuda.get_device_name()
-        if gpu
-        else platform.processor() or platform.machine()
-    )
-    print(
-        f"\n{about}; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-    )
-    heads = ["way", f"{unit} / s ({'GPU' if gpu else 'CPU'})", "ratio", *columns]
-    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    first_times = [elapsed for elapsed, _ in base]
+    if torch.cuda.is_available():
+        kind = "GPU"
+        device = torch.cuda.get_device_name()
+    else:
+        kind = "CPU"
+        device = platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    print(f"\n{about}; {device}, {threads} threads, torch {torch.__version__}\n")
+    heads = ["way", f"{unit} / s ({kind})", "ratio", *columns]
+    print(f"| {' | '.join(heads)} |")
+    print("|---" * len(heads) + "|")
+    first_way = next(iter(runs.values()))
+    first_times = [elapsed for elapsed, _ in first_way]
     for name, runs_of_way in runs.items():
         times = [elapsed for elapsed, _ in runs_of_way]
-        ratios = [
-            first / elapsed for first, elapsed in zip(first_times, times, strict=True)
-        ]
+        of_round = zip(first_times, times, strict=True)
+        ratios = [first / elapsed for first, elapsed in of_round]
         speed = f"{amount / median(times):,.4g}"
         spread = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         cells = [name, speed, spread, *(column[name] for column in columns.values())]
@@ -167,33 +172,31 @@ def write_shard(
     path = folder / "00000.tar"
     with TarWriter(str(path)) as tar:
         for number in range(count):
-            photo_like(rng, side).save(body := io.BytesIO(), "JPEG", quality=quality)
-            tar.write(
-                {
-                    "__key__": f"{number:05d}",
-                    "jpg": body.getvalue(),
-                    "txt": f"caption {number}",
-                }
-            )
+            picture = io.BytesIO()
+            photo_like(rng, side).save(picture, "JPEG", quality=quality)
+            sample = {
+                "__key__": f"{number:05d}",
+                "jpg": picture.getvalue(),
+                "txt": f"caption {number}",
+            }
+            tar.write(sample)
     return path
 
 
 def photo_like(rng: np.random.Generator, side: int) -> Image.Image:
     """Colored noise whose amplitude falls as f^-1.45: its JPEG is about as large as a
     photograph's."""
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None])
+    frequencies = np.fft.fftfreq(side)
+    frequency = np.hypot(frequencies[:, None], frequencies[None])
     frequency[0, 0] = 1
-    fields = [
-        np.fft.ifft2(
-            np.fft.fft2(rng.standard_normal((side, side))) / frequency**1.45
-        ).real
-        for _ in range(3)
-    ]
-    fields = [(field - field.mean()) / field.std() for field in fields]
-    pixels = (
-        np.stack([0.8 * fields[0] + 0.3 * field for field in fields], axis=-1) * 45
-        + 120
-    )
+    fields = []
+    for _ in range(3):
+        noise = np.fft.fft2(rng.standard_normal((side, side)))
+        field = np.fft.ifft2(noise / frequency**1.45).real
+        fields.append((field - field.mean()) / field.std())
+    # the channels have most in common, as those of a photograph
+    channels = [0.8 * fields[0] + 0.3 * field for field in fields]
+    pixels = np.stack(channels, axis=-1) * 45 + 120
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 

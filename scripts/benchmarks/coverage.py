@@ -12,6 +12,7 @@ import argparse
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -32,9 +33,8 @@ from llava_integration.evaluator.compare.statistics import (
 
 Rng = np.random.Generator
 LEVEL = 0.95
-Drawn = tuple[
-    list[Paired], list[float]
-]  # comparisons that are adjusted together, and the truth
+# comparisons that are adjusted together, and the truth
+Drawn = tuple[list[Paired], list[float]]
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,24 @@ def simulate(setting: Setting, simulations: int) -> Outcome:
 def adjusted_intervals(results: Sequence[Difference]) -> list[tuple[float, float]]:
     """The intervals that tables show, adjusted as the p-values are."""
     factors = holm_factors([result.p for result in results])
-    return [
-        result.estimate.interval(1 - (1 - LEVEL) / factor)
-        for result, factor in zip(results, factors, strict=True)
-    ]
+    intervals = []
+    for result, factor in zip(results, factors, strict=True):
+        level = 1 - (1 - LEVEL) / factor
+        intervals.append(result.estimate.interval(level))
+    return intervals
 
 
 def names(count: int) -> list[str]:
     return [str(number) for number in range(count)]
 
 
-def one(base: np.ndarray, new: np.ndarray, clusters: list[str], truth: float) -> Drawn:
+def comparison_of_means(
+    base: np.ndarray, new: np.ndarray, clusters: list[str], truth: float
+) -> Drawn:
     """One comparison of mean scores, one run a side."""
-    statistics = [mean_statistic(side.tolist()) for side in (base, new)]
-    return [pair(statistics[:1], statistics[1:], clusters)], [100 * truth]
+    base_mean = mean_statistic(base.tolist())
+    new_mean = mean_statistic(new.tolist())
+    return [pair([base_mean], [new_mean], clusters)], [100 * truth]
 
 
 def changes(questions: int, won: float, lost: float) -> Setting:
@@ -111,7 +115,7 @@ def changes(questions: int, won: float, lost: float) -> Setting:
         both_right = rng.random(questions) < 0.6
         base = np.where(wins, 0.0, np.where(losses, 1.0, both_right))
         new = np.where(wins, 1.0, np.where(losses, 0.0, both_right))
-        return one(base, new, names(questions), won - lost)
+        return comparison_of_means(base, new, names(questions), won - lost)
 
     return Setting(f"{questions} questions, {won:.0%} won, {lost:.0%} lost", draw)
 
@@ -122,7 +126,9 @@ def scores(
     """Differences between partial scores."""
 
     def draw(rng: Rng) -> Drawn:
-        return one(np.zeros(questions), sample(rng, questions), names(questions), mean)
+        base = np.zeros(questions)
+        new = sample(rng, questions)
+        return comparison_of_means(base, new, names(questions), mean)
 
     return Setting(f"{questions} questions, {name}", draw)
 
@@ -154,7 +160,7 @@ def clustered(
         fate = rng.random(len(sizes))[image_N]
         luck = np.where(rng.random(len(image_N)) < shared, fate, own_chance)
         new = np.where(luck < won, 1.0, np.where(luck > 1 - lost, 0.0, 0.5))
-        return one(1 - new, new, clusters, won - lost)
+        return comparison_of_means(1 - new, new, clusters, won - lost)
 
     return Setting(name, draw)
 
@@ -165,10 +171,10 @@ def categories(sizes: Sequence[int]) -> Setting:
 
     def draw(rng: Rng) -> Drawn:
         right = rng.random((2, len(parts))) < 0.6
-        statistics = [
-            mean_of_parts(parts, side.astype(float).tolist(), 100.0) for side in right
-        ]
-        return [pair(statistics[:1], statistics[1:], names(len(parts)))], [0.0]
+        base, new = right.astype(float).tolist()
+        base_mean = mean_of_parts(parts, base, 100.0)
+        new_mean = mean_of_parts(parts, new, 100.0)
+        return [pair([base_mean], [new_mean], names(len(parts)))], [0.0]
 
     listed = " and ".join(map(str, sizes))
     return Setting(f"mean of categories of {listed} questions", draw)
@@ -177,10 +183,12 @@ def categories(sizes: Sequence[int]) -> Setting:
 def f1_statistic(said: np.ndarray, truth: np.ndarray) -> Statistic:
     """F1 of yes, in percent."""
     sums = np.stack([said * truth, said, truth], axis=1)
-    return Statistic(
-        sums,
-        lambda totals: 100 * ratio(2 * totals[..., 0], totals[..., 1] + totals[..., 2]),
-    )
+
+    def f1_of(totals: np.ndarray) -> np.ndarray:
+        hits = totals[..., 0]
+        return 100 * ratio(2 * hits, totals[..., 1] + totals[..., 2])
+
+    return Statistic(sums, f1_of)
 
 
 def f1(
@@ -195,24 +203,28 @@ def f1(
     clusters = np.repeat(names(images), positives + negatives).tolist()
 
     def true_f1(rates: tuple[float, float]) -> float:
-        said = rates[0] * positives + rates[1] * negatives
-        return 100 * 2 * rates[0] * positives / (said + positives)
+        true_rate, false_rate = rates
+        hits = true_rate * positives
+        said = hits + false_rate * negatives
+        return 100 * 2 * hits / (said + positives)
+
+    def draw_side(
+        rng: Rng, rates: tuple[float, float], shared: np.ndarray
+    ) -> Statistic:
+        is_shared = rng.random(len(truth)) < 0.7
+        luck = np.where(is_shared, shared, rng.random(len(truth)))
+        said = luck < np.where(truth == 1, *rates)
+        return f1_statistic(said.astype(float), truth)
 
     def draw(rng: Rng) -> Drawn:
         shared = rng.random(len(truth))
-        sides = []
-        for rates in (base, new):
-            luck = np.where(
-                rng.random(len(truth)) < 0.7, shared, rng.random(len(truth))
-            )
-            said = luck < np.where(truth == 1, *rates)
-            sides.append(f1_statistic(said.astype(float), truth))
-        return [pair([sides[0]], [sides[1]], clusters)], [true_f1(new) - true_f1(base)]
+        base_f1 = draw_side(rng, base, shared)
+        new_f1 = draw_side(rng, new, shared)
+        return [pair([base_f1], [new_f1], clusters)], [true_f1(new) - true_f1(base)]
 
-    share = positives / (positives + negatives)
-    return Setting(
-        f"F1, {images} images of {positives + negatives}, {share:.0%} yes", draw
-    )
+    questions = positives + negatives
+    share = positives / questions
+    return Setting(f"F1, {images} images of {questions}, {share:.0%} yes", draw)
 
 
 def runs(
@@ -221,14 +233,17 @@ def runs(
     """Right or wrong; each side knows half of the questions, a run's accuracy varies by ``spread``
     points."""
 
+    def draw_side(rng: Rng, count: int, more: float) -> list[Statistic]:
+        knows = rng.random(questions) < 0.5
+        chance = np.where(knows, 0.75, 0.25) + more
+        luck = rng.normal(0, spread / 100, size=(count, 1))
+        right = rng.random((count, questions)) < chance + luck
+        return mean_statistics(right)
+
     def draw(rng: Rng) -> Drawn:
-        sides = []
-        for count, more in ((base, 0.0), (new, gain / 100)):
-            chance = np.where(rng.random(questions) < 0.5, 0.75, 0.25) + more
-            luck = rng.normal(0, spread / 100, size=(count, 1))
-            right = rng.random((count, questions)) < chance + luck
-            sides.append(mean_statistics(right))
-        return [pair(sides[0], sides[1], names(questions))], [gain]
+        base_runs = draw_side(rng, base, 0.0)
+        new_runs = draw_side(rng, new, gain / 100)
+        return [pair(base_runs, new_runs, names(questions))], [gain]
 
     varying = f"vary by {spread:g} points" if spread else "do not vary"
     return Setting(f"{base} and {new} runs that {varying}, {questions} questions", draw)
@@ -240,12 +255,10 @@ def all_pairs(models: int, questions: int, count: int = 1) -> Setting:
     def draw(rng: Rng) -> Drawn:
         chance = rng.uniform(0.2, 0.8, size=questions)
         right = rng.random((models, count, questions)) < chance
-        sides = [mean_statistics(side) for side in right]
+        runs_of_models = [mean_statistics(of_model) for of_model in right]
         comparisons = []
-        for number, base in enumerate(sides):
-            comparisons += [
-                pair(base, new, names(questions)) for new in sides[number + 1 :]
-            ]
+        for base, new in combinations(runs_of_models, 2):
+            comparisons.append(pair(base, new, names(questions)))
         return comparisons, [0.0] * len(comparisons)
 
     more = f", {count} runs each" if count > 1 else ""
@@ -300,9 +313,9 @@ def main() -> None:
     print("|---|--:|--:|--:|")
     for setting in settings():
         outcome = simulate(setting, args.simulations)
-        wrong = (
-            "" if outcome.wrong_verdicts is None else f"{outcome.wrong_verdicts:.1%}"
-        )
+        wrong = ""
+        if outcome.wrong_verdicts is not None:
+            wrong = f"{outcome.wrong_verdicts:.1%}"
         columns = [
             setting.name,
             f"{outcome.covered:.1%}",

@@ -6,8 +6,10 @@ Both read the same tar of 512-pixel JPEGs, crop and resize at random, normalize,
 """
 
 import argparse
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -35,29 +37,33 @@ def webdataset_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Te
     crop = transforms.RandomResizedCrop(
         args.size, scale=args.scale, interpolation=bicubic
     )
-    steps = [crop, transforms.ToTensor(), transforms.Normalize(images.mean, images.std)]
-    dataset = (
-        WebDataset([str(tar)], shardshuffle=False, empty_check=False)
-        .shuffle(100)
-        .decode("pilrgb")
-    )
-    pairs: Any = dataset.to_tuple("jpg", "txt").map_tuple(
-        transforms.Compose(steps), str
-    )
-    for pixels, _ in DataLoader(
-        cast(IterableDataset, pairs.batched(args.batch)), batch_size=None
-    ):
+    normalize = transforms.Normalize(images.mean, images.std)
+    preprocess = transforms.Compose([crop, transforms.ToTensor(), normalize])
+    dataset: Any = WebDataset([str(tar)], shardshuffle=False, empty_check=False)
+    pictures = dataset.shuffle(100).decode("pilrgb")
+    pairs = pictures.to_tuple("jpg", "txt").map_tuple(preprocess, str)
+    batches = cast(IterableDataset, pairs.batched(args.batch))
+    for pixels, _ in DataLoader(batches, batch_size=None):
         yield pixels
 
 
-def own_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+def our_batches(tar: Path, args: argparse.Namespace) -> Iterator[torch.Tensor]:
     """Batches of pixels by this project: index, order, read, decode, augment, choose a caption,
     stack."""
-    batches = jpeg_batches(tar, None, images := ImageConfig(size=args.size), args)
-    return map(
-        Normalize(images),
-        (batch["pixels"] for batch in islice(batches, -(-args.images // args.batch))),
-    )
+    images = ImageConfig(size=args.size)
+    normalize = Normalize(images)
+    batches = jpeg_batches(tar, None, images, args)
+    for batch in islice(batches, math.ceil(args.images / args.batch)):
+        yield normalize(batch["pixels"])
+
+
+def read_all(
+    batches_of: Callable[[Path, argparse.Namespace], Iterator[torch.Tensor]],
+    tar: Path,
+    args: argparse.Namespace,
+) -> int:
+    """Read the tar once; the number of images."""
+    return sum(len(batch) for batch in batches_of(tar, args))
 
 
 if __name__ == "__main__":
@@ -70,18 +76,15 @@ if __name__ == "__main__":
         scale=area,
     )
     torch.set_num_threads(1)
-    ways = {
-        "webdataset + PIL + torchvision": webdataset_batches,
-        "llm2clip": own_batches,
-    }
     with tempfile.TemporaryDirectory() as folder:
         tar = write_shard(Path(folder), args.images)
-        runs = alternate(
-            {
-                n: lambda way=way: sum(map(len, way(tar, args)))
-                for n, way in ways.items()
-            },
-            args.rounds,
-        )
-    about = f"JPEGs of 512 px to {args.size} px, crops of {args.scale[0]:g} to {args.scale[1]:g}"
+        ways = {
+            "webdataset + PIL + torchvision": partial(
+                read_all, webdataset_batches, tar, args
+            ),
+            "llm2clip": partial(read_all, our_batches, tar, args),
+        }
+        runs = alternate(ways, args.rounds)
+    least, largest = args.scale
+    about = f"JPEGs of 512 px to {args.size} px, crops of {least:g} to {largest:g}"
     print_table(about, runs, amount=args.images, unit="images")

@@ -67,7 +67,8 @@ def emoji_captions(count: int) -> list[str]:
     )
     texts = []
     for number in range(len(source)):
-        for caption in source.captions(number)[1]:
+        _, captions = source.captions(number)
+        for caption in captions:
             if caption.language == "en" and caption.kind in ("short", "long"):
                 texts.append(caption.text)
     return random.Random(0).sample(texts, min(count, len(texts)))
@@ -123,8 +124,9 @@ def main() -> None:
         "sentence-transformers": lambda: by_export(captions),
     }
     text_runs = alternate(text_ways, args.rounds)
-    for of_way in (runs, text_runs):
-        ours, exported = (of_way[way][-1][1] for way in text_ways)
+    for runs_of_ways in (runs, text_runs):
+        _, ours = runs_of_ways["load_dual_encoder"][-1]
+        _, exported = runs_of_ways["sentence-transformers"][-1]
         if (ours - exported).norm(dim=1).max() > TOLERANCE:
             raise SystemExit("the export embeds otherwise")
     print_table(

@@ -54,13 +54,14 @@ def make_llava(shape: str, folder: Path) -> Any:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    see: dict[str, Any] = {
+    vision: dict[str, Any] = {
         "mm_vision_tower": f"llm2clip:{folder}",
         "mm_hidden_size": width,
+        "mm_projector_type": "mlp2x_gelu",
         **SELECT,
     }
-    see["mm_projector_type"] = "mlp2x_gelu"
-    model: Any = LlavaLlamaForCausalLM(LlavaConfig(**llm, **see, vocab_size=1000))
+    config = LlavaConfig(**llm, **vision, vocab_size=1000)
+    model: Any = LlavaLlamaForCausalLM(config)
     model.get_vision_tower().load_model()
     return model.eval()
 
@@ -73,10 +74,10 @@ if __name__ == "__main__":
     args = parse(__doc__, rounds=9, images=(8, "per call of encode_images"), **tower)
     logging.set_verbosity_error()  # the tower's weights in LLaVA's checkpoint, which it ignores
     with tempfile.TemporaryDirectory() as scratch:
-        model = make_llava(args.shape, tower := Path(scratch) / "tower")
-        llavas_tower = CLIPVisionTower(
-            str(tower), SimpleNamespace(**SELECT, vision_tower=str(tower))
-        )
+        folder = Path(scratch) / "tower"
+        model = make_llava(args.shape, folder)
+        settings = SimpleNamespace(**SELECT, vision_tower=str(folder))
+        llavas_tower = CLIPVisionTower(str(folder), settings)
     device_and_dtype = {
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "dtype": getattr(torch, args.dtype),
@@ -86,9 +87,8 @@ if __name__ == "__main__":
         "LLaVA's own tower": llavas_tower.to(**device_and_dtype),
         "llm2clip": model.get_vision_tower(),
     }
-    images = torch.randn(args.images, 3, *[SHAPES[args.shape][3]] * 2).to(
-        **device_and_dtype
-    )
+    side = SHAPES[args.shape][3]
+    images = torch.randn(args.images, 3, side, side).to(**device_and_dtype)
 
     def encode(name: str) -> torch.Tensor:
         model.model.vision_tower = towers[name]
@@ -96,12 +96,7 @@ if __name__ == "__main__":
             return model.encode_images(images)
 
     runs = alternate({name: partial(encode, name) for name in towers}, args.rounds)
-    assert torch.equal(*(of_tower[-1][1] for of_tower in runs.values())), (
-        "the towers differ"
-    )
-    print_table(
-        f"encode_images, {args.shape}, {args.dtype}",
-        runs,
-        amount=args.images,
-        unit="images",
-    )
+    last_outputs = [runs_of_tower[-1][1] for runs_of_tower in runs.values()]
+    assert torch.equal(*last_outputs), "the towers differ"
+    about = f"encode_images, {args.shape}, {args.dtype}"
+    print_table(about, runs, amount=args.images, unit="images")

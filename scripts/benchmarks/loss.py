@@ -30,14 +30,19 @@ def prepare(loss_of: Callable[..., Tensor], args: Namespace) -> Callable[[], flo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
-    pairs = [
-        normalize(torch.randn(args.pairs, args.width, device=device), dim=-1).to(dtype)
-        for _ in range(2)
-    ]
+
+    def embeddings() -> Tensor:
+        rows = torch.randn(args.pairs, args.width, device=device)
+        return normalize(rows, dim=-1).to(dtype)
+
+    images = embeddings()
+    texts = embeddings()
     scale = torch.tensor([1 / 0.07], device=device, requires_grad=True)
 
     def forward_backward(count: int = args.pairs) -> float:
-        loss = loss_of(*(side[:count].requires_grad_() for side in pairs), scale)
+        image = images[:count].requires_grad_()
+        text = texts[:count].requires_grad_()
+        loss = loss_of(image, text, scale)
         loss.backward()
         return loss.item()
 
@@ -56,6 +61,10 @@ if __name__ == "__main__":
         "llm2clip, in blocks": partial(prepare, contrastive_loss),
     }
     runs, memory = alternate_processes(ways, args, args.rounds)
-    loss = {way: f"{of_way[0][1]:.7g}" for way, of_way in runs.items()}
+    losses = {}
+    for way, runs_of_way in runs.items():
+        _, loss = runs_of_way[0]
+        losses[way] = f"{loss:.7g}"
     about = f"loss of {args.pairs} pairs, width {args.width}, {args.dtype}"
-    print_table(about, runs, amount=1, unit="passes", loss=loss, **{"peak MiB": memory})
+    columns = {"loss": losses, "peak MiB": memory}
+    print_table(about, runs, amount=1, unit="passes", **columns)

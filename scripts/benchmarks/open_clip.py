@@ -45,22 +45,21 @@ def their_epoch(
     open_clip = import_module("open_clip")
     train = import_module("open_clip_train.train")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings: dict[str, Any] = dict.fromkeys(
-        ("distill", "horovod", "wandb", "distributed"), False
+    settings = SimpleNamespace(
+        distill=False,
+        horovod=False,
+        wandb=False,
+        distributed=False,
+        world_size=1,
+        rank=0,
+        accum_freq=1,
+        batch_size=args.batch,
+        log_every_n_steps=10**9,
+        device=device,
+        precision="fp32",
+        skip_scheduler=True,
+        grad_clip_norm=OPTIM.max_grad_norm,
     )
-    settings |= {
-        "world_size": 1,
-        "rank": 0,
-        "accum_freq": 1,
-        "batch_size": args.batch,
-        "log_every_n_steps": 10**9,
-    }
-    settings |= {
-        "device": device,
-        "precision": "fp32",
-        "skip_scheduler": True,
-        "grad_clip_norm": OPTIM.max_grad_norm,
-    }
     forward = dual.to(device).forward
     loss = open_clip.ClipLoss()
     scale = dual.logit_scale
@@ -75,46 +74,42 @@ def their_epoch(
 
     dual.forward = features  # type: ignore[assignment] # as open_clip's models answer
     adam = bare_adam(dual)
-    state = (
-        train.TrainState(open_clip.CLIPTask(dual, loss=loss), adam)
-        if hasattr(train, "TrainState")
-        else None
-    )
 
-    def epoch() -> None:
+    def epoch_of_3() -> None:
         data = {"train": their_loader(folder / "00000.tar", embeddings, args)}
-        before, after = (
-            ((dual,), (loss, 0, adam, None, None, None))
-            if state is None
-            else ((state,), ())
-        )
-        train.train_one_epoch(*before, data, *after, SimpleNamespace(**settings))
+        train.train_one_epoch(dual, data, loss, 0, adam, None, None, None, settings)
 
-    return epoch
+    if not hasattr(train, "TrainState"):
+        return epoch_of_3
+    state = train.TrainState(open_clip.CLIPTask(dual, loss=loss), adam)
+
+    def epoch_of_4() -> None:
+        data = {"train": their_loader(folder / "00000.tar", embeddings, args)}
+        train.train_one_epoch(state, data, settings)
+
+    return epoch_of_4
 
 
 def their_loader(tar: Path, embeddings: dict[str, Tensor], args: Namespace) -> Any:
     """open_clip's ``get_wds_dataset``, but for its reader of tars, which fails with webdataset
     1.0."""
     data: Any = import_module("open_clip_train.data")
-    transform = import_module("open_clip").image_transform
+    transform = import_module("open_clip").image_transform(224, is_train=True)
     data.tarfile_to_samples_nothrow = data.wds.tarfile_to_samples()
-    count: Any = {
-        "train_num_samples": args.steps * args.batch,
-        "batch_size": args.batch,
-        "workers": 1,
-        "world_size": 1,
-    }
     settings = SimpleNamespace(
         train_data=str(tar),
         dataset_resampled=True,
         train_data_upsampling_factors=None,
-        **count,
+        train_num_samples=args.steps * args.batch,
+        batch_size=args.batch,
+        workers=1,
+        world_size=1,
     )
-    look_up = {"tokenizer": lambda text: embeddings[text.strip()][None]}
-    return data.get_wds_dataset(
-        settings, transform(224, is_train=True), is_train=True, **look_up
-    )
+
+    def look_up(text: str) -> Tensor:
+        return embeddings[text.strip()][None]
+
+    return data.get_wds_dataset(settings, transform, is_train=True, tokenizer=look_up)
 
 
 def our_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], None]:
@@ -124,9 +119,9 @@ def our_epoch(dual: DualEncoder, folder: Path, args: Namespace) -> Callable[[], 
 
     def epoch() -> None:
         batches = jpeg_batches(folder, cache, ImageConfig(size=224), args, workers=1)
-        assert all(
-            math.isfinite(step(batch)[0]) for batch in islice(batches, args.steps)
-        )
+        for batch in islice(batches, args.steps):
+            loss, _ = step(batch)
+            assert math.isfinite(loss)
 
     return epoch
 
@@ -141,15 +136,15 @@ if __name__ == "__main__":
     args = parse(
         __doc__, open_clip=checkout, **sizes, scale=([0.9, 1.0], "area of our crops")
     )
-    sys.path[:0] = [f"{args.open_clip}/src"] if args.open_clip else []
+    if args.open_clip:
+        sys.path.insert(0, f"{args.open_clip}/src")
     start_ranks()
     with tempfile.TemporaryDirectory() as name:
-        embeddings = write_training_data(folder := Path(name), 64)
+        folder = Path(name)
+        embeddings = write_training_data(folder, 64)
         theirs = their_epoch(make_dual(args.tower), folder, embeddings, args)
         ours = our_epoch(make_dual(args.tower), folder, args)
         runs = alternate({"open_clip": theirs, "llm2clip": ours}, args.rounds)
     version = sys.modules["open_clip"].__version__
-    about = f"batch {args.batch}, {args.steps} steps a round, open_clip {version}"
-    print_table(
-        f"{args.tower}, {about}", runs, amount=args.steps * args.batch, unit="images"
-    )
+    about = f"{args.tower}, batch {args.batch}, {args.steps} steps a round, open_clip {version}"
+    print_table(about, runs, amount=args.steps * args.batch, unit="images")

@@ -21,34 +21,33 @@ HEADS = (
 def row(sizes: list[int], window: int, ranks: int, steps: int, batch: int) -> str:
     """The first ``steps`` global batches, read by ``ranks``."""
     mixture = Mixture([sizes], [1.0], 0, [window])
-    stops = np.cumsum(sizes)
+    stops = np.cumsum(sizes)  # of each shard, among all samples
     nodes = max(1, ranks // 8)
     read = np.zeros((nodes, len(sizes)), bool)
-    step_of = np.full(stops[-1], -1)
-    in_batch = []
+    step_of = np.full(stops[-1], -1)  # each sample; -1: none yet
+    shards_in_batch = []
     for step in range(steps):
-        shards = np.zeros(len(sizes), bool)
+        in_this_batch = np.zeros(len(sizes), bool)
         for node in range(nodes):
-            samples = [
-                draw.index
-                for draw in mixture.rank_draws(
-                    step * batch, node, batch // nodes, nodes
-                )
-            ]
+            draws = mixture.rank_draws(step * batch, node, batch // nodes, nodes)
+            samples = [draw.index for draw in draws]
             assert (step_of[samples] == -1).all()  # no sample twice
             step_of[samples] = step
-            shard_numbers = np.searchsorted(stops, samples, side="right")
-            read[node, shard_numbers] = shards[shard_numbers] = True
-        in_batch.append(shards.sum())
-    distance = np.median(
-        np.abs(np.diff(step_of))[(step_of[1:] >= 0) & (step_of[:-1] >= 0)]
-    )
-    means = [
+            shards = np.searchsorted(stops, samples, side="right")
+            read[node, shards] = True
+            in_this_batch[shards] = True
+        shards_in_batch.append(in_this_batch.sum())
+    both_read = (step_of[1:] >= 0) & (step_of[:-1] >= 0)
+    distances = np.abs(np.diff(step_of))[both_read]
+    cells = [
+        str(window),
+        str(ranks),
         f"{read.sum(1).mean():.0f}",
         f"{read.sum() / read.any(0).sum():.2f}",
-        f"{np.mean(in_batch):.0f}",
+        f"{np.mean(shards_in_batch):.0f}",
+        f"{np.median(distances):.0f}",
     ]
-    return f"| {' | '.join([str(window), str(ranks), *means, f'{distance:.0f}'])} |"
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
@@ -61,7 +60,8 @@ if __name__ == "__main__":
         __doc__, rounds=0, **counts, global_batch=(4096, "pairs"), windows=windows
     )
     sizes = np.random.default_rng(0).integers(8500, 9500, args.shards).tolist()
-    print(f"| {HEADS} |\n{'|---' * 6}|")
+    print(f"| {HEADS} |")
+    print("|---" * 6 + "|")
     for window in args.windows:
         for ranks in (1, 8, 64):
             print(row(sizes, window, ranks, args.steps, args.global_batch), flush=True)

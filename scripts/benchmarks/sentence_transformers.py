@@ -14,6 +14,7 @@ by the same tokens, mean-pooled as in stage 1 here.
 import random
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,10 +50,10 @@ def make_pairs(count: int) -> list[Pair]:
     pairs = []
     for i in range(count):
         words = [*rng.choices(WORDS, k=rng.randint(4, 12)), str(i)]
-        more = rng.choices(
-            WORDS, k=rng.randint(45, 90) if i % 3 == 0 else rng.randint(4, 15)
-        )
-        pairs.append(Pair(str(i), " ".join(words), " ".join(words[-4:] + more)))
+        length = rng.randint(45, 90) if i % 3 == 0 else rng.randint(4, 15)
+        more_words = rng.choices(WORDS, k=length)
+        positive = " ".join(words[-4:] + more_words)
+        pairs.append(Pair(str(i), " ".join(words), positive))
     return pairs
 
 
@@ -73,31 +74,39 @@ def their_model(args: Namespace, *, lora: bool) -> Any:
     return SentenceTransformer(modules=[transformer, mean])
 
 
+def emoji_captions(concepts: int) -> list[str]:
+    """The distinct short and long English captions of so many emoji, drawn at random."""
+    source = open_source(SourceConfig(path="llm2clip_plugin/data/emoji/train-noto.tar"))
+    drawn = random.Random(0).sample(range(len(source)), min(concepts, len(source)))
+    texts: dict[str, None] = {}  # keeps their order
+    for number in drawn:
+        _, captions = source.captions(number)
+        for caption in captions:
+            if caption.language == "en" and caption.kind in ("short", "long"):
+                texts[caption.text] = None
+    return list(texts)
+
+
 def compare_embedding(args: Namespace) -> None:
     """Time both ``encode`` on emoji's captions, and print the table."""
-    source = open_source(SourceConfig(path="llm2clip_plugin/data/emoji/train-noto.tar"))
-    drawn = random.Random(0).sample(range(len(source)), min(args.concepts, len(source)))
-    captions = [caption for number in drawn for caption in source.captions(number)[1]]
-    texts = list(
-        dict.fromkeys(
-            c.text
-            for c in captions
-            if c.language == "en" and c.kind in ("short", "long")
-        )
-    )
-    encoder = CaptionEncoder(
-        EncoderConfig(llm=args.llm, compute_dtype=args.dtype, attention="causal")
-    )
+    texts = emoji_captions(args.concepts)
+    config = EncoderConfig(llm=args.llm, compute_dtype=args.dtype, attention="causal")
+    encoder = CaptionEncoder(config)
     model = their_model(args, lora=False)
-    if (rows := encoder.tokenize(texts)) != model.tokenizer(texts)["input_ids"]:
+    rows = encoder.tokenize(texts)
+    if rows != model.tokenizer(texts)["input_ids"]:
         raise SystemExit("sentence-transformers has other tokens")
+
+    def their_encode() -> torch.Tensor:
+        return model.encode(texts, convert_to_tensor=True).cpu().float()
+
     ways = {
-        "sentence-transformers": lambda: (
-            model.encode(texts, convert_to_tensor=True).cpu().float()
-        )
+        "sentence-transformers": their_encode,
+        "llm2clip": partial(encoder.encode, texts),
     }
-    runs = alternate(ways | {"llm2clip": lambda: encoder.encode(texts)}, args.rounds)
-    cosine = cosine_similarity(*(of_way[-1][1] for of_way in runs.values())).min()
+    runs = alternate(ways, args.rounds)
+    last_embeddings = [runs_of_way[-1][1] for runs_of_way in runs.values()]
+    cosine = cosine_similarity(*last_embeddings).min()
     tokens = sum(map(len, rows)) / len(rows)
     about = f"embedding, {args.dtype}, {tokens:.1f} tokens a caption, smallest cosine {cosine:.6f}"
     print_table(about, runs, amount=len(texts), unit="captions")
@@ -111,23 +120,25 @@ def their_step(args: Namespace) -> Callable[[], float]:
 
     model = their_model(args, lora=True).train()
     pairs = make_pairs(args.batch)
-    how: Any = {
-        "directions": ("query_to_doc", "doc_to_query"),
-        "partition_mode": "per_direction",
-    }
+    directions: Any = ("query_to_doc", "doc_to_query")
     loss_of = CachedMultipleNegativesRankingLoss(
-        model, scale=CONTRAST.scale, mini_batch_size=args.micro, **how
+        model,
+        scale=CONTRAST.scale,
+        mini_batch_size=args.micro,
+        directions=directions,
+        partition_mode="per_direction",
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(trained, lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps)
-    texts = [pair.query for pair in pairs], [pair.positive for pair in pairs]
+    queries = [pair.query for pair in pairs]
+    positives = [pair.positive for pair in pairs]
+
+    def tokenize(texts: list[str]) -> dict[str, Any]:  # no chat template
+        tokens = model.tokenizer(texts, padding=True, return_tensors="pt")
+        return dict(tokens.to(model.device))
 
     def step() -> float:
-        # no chat template
-        tokens = [
-            model.tokenizer(side, padding=True, return_tensors="pt") for side in texts
-        ]
-        loss = loss_of([dict(side.to(model.device)) for side in tokens], None)
+        loss = loss_of([tokenize(queries), tokenize(positives)], None)
         loss.backward()
         adam.step()
         adam.zero_grad()
@@ -147,24 +158,27 @@ def our_step(args: Namespace) -> Callable[[], float]:
         encoder=encoder.config, lora=LoraSettings(dropout=0.0), contrast=CONTRAST
     )
     module = trained_module(encoder, config.lora, config.contrast, config.train)
-    sizes = {
+    ds_config = {
         "train_batch_size": args.batch,
         "train_micro_batch_size_per_gpu": args.micro,
+        "zero_optimization": {"stage": 0},
+        "steps_per_print": 1 << 31,
     }
-    ds_config = {**sizes, "zero_optimization": {"stage": 0}, "steps_per_print": 1 << 31}
     groups = [{"params": [p for p in module.parameters() if p.requires_grad]}]
     engine = Engine(module, groups, OPTIM, ds_config, keep_frozen=False)
     train = CaptionStep(engine, caption_terms(CONTRAST), encoder, CONTRAST, seed=0)
     pairs = make_pairs(args.batch)
     tokenize = PairTokenizer(encoder.tokenizer, encoder.config)
-    ids = {
+    batch = {
         "caption_hashes": torch.arange(2 * args.batch).view(2, -1),
         "image_ids": torch.arange(args.batch),
+        "keys": [pair.key for pair in pairs],
+        "position": args.batch,
     }
-    batch = {**ids, "keys": [pair.key for pair in pairs], "position": args.batch}
 
     def step() -> float:
-        return train({**batch, "tokens": tokenize(pairs)})[0]
+        loss, _ = train({**batch, "tokens": tokenize(pairs)})
+        return loss
 
     step()
     return step
@@ -182,13 +196,9 @@ def compare_steps(args: Namespace) -> None:
         f"stage 1, {args.dtype}, {args.batch} in {args.micro}s, "
         f"losses {second:.6f}, {other:.6f}"
     )
-    print_table(
-        about,
-        alternate(steps, args.rounds),
-        amount=args.batch,
-        unit="pairs",
-        **{"MiB of a step": memory},
-    )
+    runs = alternate(steps, args.rounds)
+    columns = {"MiB of a step": memory}
+    print_table(about, runs, amount=args.batch, unit="pairs", **columns)
 
 
 if __name__ == "__main__":
@@ -196,15 +206,14 @@ if __name__ == "__main__":
         "quickstart-output/models/gemma-3-270m",
         "its folder; default: the quickstart's",
     )
-    sizes: dict[str, Any] = {
+    options: dict[str, Any] = {
         "batch": (64, "pairs a step"),
         "micro": (16, "pairs a micro-batch"),
-    }
-    sizes |= {
         "concepts": (500, "emoji whose captions are embedded"),
         "part": ("all", "", "all", "stage1", "embed"),
+        "dtype": ("float32", "of the LLM", *TOLERANCE),
     }
-    args = parse(__doc__, llm=llm, **sizes, dtype=("float32", "of the LLM", *TOLERANCE))
+    args = parse(__doc__, llm=llm, **options)
     if args.part != "embed":
         compare_steps(args)
     if args.part != "stage1":

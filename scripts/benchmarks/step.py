@@ -7,6 +7,7 @@ Both ways train the same dual encoder from the same weights, and their first los
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,8 @@ def make_dual(name: str) -> DualEncoder:
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(zip(SIZES, TOWERS[name], strict=True))
     tower = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **sizes))
-    return DualEncoder(
-        tower, DualConfig(projection_dim=512, llm_width=TEACHER.width)
-    ).train()
+    config = DualConfig(projection_dim=512, llm_width=TEACHER.width)
+    return DualEncoder(tower, config).train()
 
 
 def make_batch(size: int) -> dict[str, Any]:
@@ -72,13 +72,14 @@ def make_batch(size: int) -> dict[str, Any]:
         0, 256, (size, 224, 224, 3), dtype=torch.uint8, generator=generator
     )
     embeddings = torch.randn(size, TEACHER.width, generator=generator)
-    ids = {
+    return {
+        "pixels": pixels,
+        "embeddings": embeddings,
         "caption_hashes": numbers,
         "image_ids": numbers,
-        "keys": [*map(str, range(size))],
+        "keys": [str(number) for number in range(size)],
         "position": size,
     }
-    return {"pixels": pixels, "embeddings": embeddings, **ids}
 
 
 def bare_adam(dual: DualEncoder) -> torch.optim.Optimizer:
@@ -95,9 +96,8 @@ def bare_step(
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            image, text, *_ = dual(
-                normalize(batch["pixels"]), batch["embeddings"].to(device)
-            )
+            pixels = normalize(batch["pixels"])
+            image, text, *_ = dual(pixels, batch["embeddings"].to(device))
             loss = full_loss(image, text, dual.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
@@ -131,27 +131,30 @@ def our_step(
     zero = config["zero_optimization"]
     zero["reduce_bucket_size"] = int(zero.get("reduce_bucket_size", 5e8) * bucket)
     engine = Engine(dual, groups, OPTIM, config)
-    more = {"seed": 0, "text_noise": False}
     return TowerStep(
         engine,
         weighted_terms(LossConfig()),
         normalize=Normalize(ImageConfig(), engine.device),
-        **more,
+        seed=0,
+        text_noise=False,
     )
 
 
 def write_training_data(folder: Path, count: int) -> dict[str, Tensor]:
     """A shard of 512-pixel JPEGs with a cache of random embeddings in ``folder``/cache; caption ->
     embedding."""
-    source = open_source(SourceConfig(path=str(write_shard(folder, count))))
-    keys, captions = shard_captions(source, source.shards[0])
+    path = write_shard(folder, count)
+    source = open_source(SourceConfig(path=str(path)))
+    (shard,) = source.shards
+    keys, captions = shard_captions(source, shard)
     writer = CacheWriter(folder / "cache", TEACHER)
     embeddings = torch.randn(count, TEACHER.width)
-    writer.write_shard(source.shards[0].name, keys, caption_rows(captions), embeddings)
+    writer.write_shard(shard.name, keys, caption_rows(captions), embeddings)
     writer.finish()
-    return {
-        caption.text: row for (caption,), row in zip(captions, embeddings, strict=True)
-    }
+    embedding_of = {}
+    for (caption,), embedding in zip(captions, embeddings, strict=True):
+        embedding_of[caption.text] = embedding
+    return embedding_of
 
 
 if __name__ == "__main__":
@@ -164,23 +167,14 @@ if __name__ == "__main__":
     for name in args.towers:
         dual = make_dual(name)
         batch = make_batch(args.batch)
-        bare = bare_step(
-            copy.deepcopy(dual).to(device), batch, device, bf16=args.precision == "bf16"
-        )
-        ours = our_step(dual, args.batch, args.precision)
-        ways = {
-            "bare loop": bare,
-            "llm2clip": lambda ours=ours, batch=batch: ours(batch)[0],
-        }
-        first = [
-            step() for step in ways.values()
-        ]  # before rounding lets the weights drift apart
-        if abs(first[0] - first[1]) > TOLERANCE[args.precision]:
-            raise SystemExit(f"the first losses differ: {first}")
-        runs = alternate(ways, args.rounds)
-        print_table(
-            f"{name}, 224 px, batch {args.batch}, {args.precision}",
-            runs,
-            amount=args.batch,
-            unit="images",
-        )
+        same_dual = copy.deepcopy(dual).to(device)
+        bare = bare_step(same_dual, batch, device, bf16=args.precision == "bf16")
+        ours = partial(our_step(dual, args.batch, args.precision), batch)
+        # before rounding lets the weights drift apart
+        bare_loss = bare()
+        our_loss, _ = ours()
+        if abs(bare_loss - our_loss) > TOLERANCE[args.precision]:
+            raise SystemExit(f"the first losses differ: {[bare_loss, our_loss]}")
+        runs = alternate({"bare loop": bare, "llm2clip": ours}, args.rounds)
+        about = f"{name}, 224 px, batch {args.batch}, {args.precision}"
+        print_table(about, runs, amount=args.batch, unit="images")

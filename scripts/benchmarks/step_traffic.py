@@ -39,19 +39,17 @@ HEADS = (
 
 def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
     """Count one step of this rank."""
-    ranks = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": args.ranks,
-        "LOCAL_SIZE": args.ranks,
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(args.ranks),
+        "LOCAL_SIZE": str(args.ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
     }
-    os.environ.update(
-        {k: str(v) for k, v in ranks.items()},
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
     start_ranks()
-    TOWERS["deep"] = (TOWERS["tiny"][0], args.blocks, *TOWERS["tiny"][2:])
+    width, _, heads, intermediate = TOWERS["tiny"]
+    TOWERS["deep"] = (width, args.blocks, heads, intermediate)
     # torch.profiler does not record it on a CPU
     Tensor.tolist = record_function("tolist")(Tensor.tolist)
     dual = make_dual("deep")
@@ -61,21 +59,25 @@ def count(rank: int, args: argparse.Namespace, stage: int, port: int) -> None:
     )
     batch = make_batch(BATCH)
     flags = SharedFlags(Flags)
-    losses = [step(batch, flags)[0] for _ in range(STEPS)]
+    losses = []
+    for _ in range(STEPS):
+        loss, _ = step(batch, flags)
+        losses.append(loss)
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        losses.append(step(batch, flags)[0])
+        loss, _ = step(batch, flags)
+        losses.append(loss)
         assert step.engine.grad_norm is not None  # the loop reports it
     if rank == 0:
         count_of = Counter(kinds(trace.events()))
-        counts = [
-            stage,
-            len(step.engine.groups),
-            *(count_of[kind] for kind in ("collective", "flush", "read")),
+        cells = [
+            str(stage),
+            str(len(step.engine.groups)),
+            str(count_of["collective"]),
+            str(count_of["flush"]),
+            str(count_of["read"]),
+            ", ".join(f"{loss:.6f}" for loss in losses),
         ]
-        print(
-            f"| {' | '.join(map(str, counts))} | {', '.join(f'{loss:.6f}' for loss in losses)} |",
-            flush=True,
-        )
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def kinds(events: Any) -> Iterator[str]:
@@ -101,6 +103,7 @@ if __name__ == "__main__":
     args = parse(__doc__, rounds=0, stages=stages, precision=precision, **counts)
     if torch.cuda.device_count() < args.ranks:
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")  # of the ranks
-    print(f"| {HEADS} |\n{'|---' * 6}|")
+    print(f"| {HEADS} |")
+    print("|---" * 6 + "|")
     for stage in args.stages:
         mp.spawn(count, (args, stage, free_port()), nprocs=args.ranks)
