@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_integration.evaluator.compare.statistics import holm
+from llava_integration.evaluator.compare.multiplicity import holm
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.bootstrap import t_cdf, t_quantile
 from llm2clip_plugin.contracts import ScoreFile

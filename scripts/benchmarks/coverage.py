@@ -22,12 +22,11 @@ from llava_integration.evaluator.benchmarks.benchmark import (
     mean_statistic,
     ratio,
 )
+from llava_integration.evaluator.compare.multiplicity import holm, holm_factors
 from llava_integration.evaluator.compare.statistics import (
     Difference,
     Paired,
     compare,
-    holm,
-    holm_factors,
     pair,
 )
 

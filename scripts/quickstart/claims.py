@@ -36,10 +36,9 @@ from measure import (
 )
 
 from llava_integration.evaluator.benchmarks.benchmark import mean_statistic
+from llava_integration.evaluator.compare.estimate import Estimate, combine
+from llava_integration.evaluator.compare.multiplicity import holm
 from llava_integration.evaluator.compare.statistics import (
-    Estimate,
-    combine,
-    holm,
     influences,
     over_clusters,
     pair,

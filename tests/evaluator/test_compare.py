@@ -13,8 +13,8 @@ from llava_integration.evaluator.benchmarks.bench import main_score as score
 from llava_integration.evaluator.benchmarks.rules import benchmark
 from llava_integration.evaluator.compare.command import main
 from llava_integration.evaluator.compare.comparison import build
+from llava_integration.evaluator.compare.multiplicity import holm
 from llava_integration.evaluator.compare.sides import load_side, load_sides
-from llava_integration.evaluator.compare.statistics import holm
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError
 

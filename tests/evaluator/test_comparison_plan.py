@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from llava_integration.evaluator.benchmarks.benchmark import mean_statistic
-from llava_integration.evaluator.compare.command import main, plan
+from llava_integration.evaluator.compare.command import main
+from llava_integration.evaluator.compare.planning import plan
 from llava_integration.evaluator.compare.sides import load_side, with_common_task
 from llava_integration.evaluator.compare.statistics import compare, pair
 from llm2clip_plugin.contracts import ScoreFile

@@ -12,14 +12,9 @@ from llava_integration.evaluator.benchmarks.benchmark import (
     mean_statistic,
     ratio,
 )
-from llava_integration.evaluator.compare.statistics import (
-    Estimate,
-    compare,
-    holm,
-    holm_factors,
-    pair,
-    with_runs,
-)
+from llava_integration.evaluator.compare.estimate import Estimate
+from llava_integration.evaluator.compare.multiplicity import holm, holm_factors
+from llava_integration.evaluator.compare.statistics import compare, pair, with_runs
 from llm2clip_plugin.bootstrap import bootstrap_mean, resample, t_cdf, t_quantile
 from scripts.benchmarks.coverage import settings
 from scripts.benchmarks.coverage import simulate as simulate_setting

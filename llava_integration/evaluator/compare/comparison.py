@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_integration.evaluator.benchmarks.rules import benchmarks
+from llava_integration.evaluator.compare.multiplicity import holm, holm_factors
 from llava_integration.evaluator.compare.pairing import (
     MIN_OVERLAP,
     benchmarks_in_common,
@@ -23,8 +24,6 @@ from llava_integration.evaluator.compare.statistics import (
     Difference,
     compare,
     counted,
-    holm,
-    holm_factors,
     pair,
 )
 from llm2clip_plugin.errors import ContractError
@@ -114,17 +113,13 @@ class Comparison:
         for row, body in zip(self.rows, plain["rows"], strict=True):
             result = body.pop("result")
             del result["estimate"]
-            body |= {
-                "base_score": result.pop("base"),
-                "new_score": result.pop("new"),
-                **result,
-            }
-            body |= {
-                "interval": [row.result.low, row.result.high],
-                "interval_holm": list(row.interval),
-                "verdict": row.verdict,
-                "power": row.power_line(),
-            }
+            body["base_score"] = result.pop("base")
+            body["new_score"] = result.pop("new")
+            body.update(result)
+            body["interval"] = [row.result.low, row.result.high]
+            body["interval_holm"] = list(row.interval)
+            body["verdict"] = row.verdict
+            body["power"] = row.power_line()
         return plain
 
 
@@ -142,19 +137,18 @@ def build(
     other_scales = check_scales(sides)
     sides = in_one_unit(sides)
     notes = [note for side in sides for note in side.notes]
-    pairs = (
-        combinations(sides, 2) if all_pairs else [(sides[0], new) for new in sides[1:]]
-    )
+    pairs = [(sides[0], new) for new in sides[1:]]
+    if all_pairs:
+        pairs = list(combinations(sides, 2))
     tasks = []
     for base, new in pairs:
         tasks += [(base, new, name) for name in benchmarks_in_common(base, new)]
         for name in ordered(set(base.runs) ^ set(new.runs)):
             only = base.name if name in base.runs else new.name
             notes.append(f"{name} is not compared: only {only} has its scores")
-    bar = tqdm(tasks, desc="comparing", unit="benchmark", delay=2)
     rows: list[Row] = []
     problems = []
-    for task in bar:
+    for task in tqdm(tasks, desc="comparing", unit="benchmark", delay=2):
         try:
             rows.append(compare_benchmark(*task, level=level, min_overlap=min_overlap))
         except ContractError as error:
@@ -165,15 +159,15 @@ def build(
     rows = adjusted_rows(rows)
     titles = {}
     units = {}
-    scores = {}
+    scores: dict[str, dict[str, float]] = {}
     for name in ordered(name for side in sides for name in side.runs):
-        runs = {side.name: side.runs[name] for side in sides if name in side.runs}
-        scores[name] = {
-            side: mean_headline(runs_of_side) for side, runs_of_side in runs.items()
-        }
-        first, *_ = next(iter(runs.values()))
-        titles[name] = first.title
-        units[name] = first.unit
+        scores[name] = {}
+        for side in sides:
+            if name in side.runs:
+                runs = side.runs[name]
+                scores[name][side.name] = mean_headline(runs)
+                titles.setdefault(name, runs[0].title)
+                units.setdefault(name, runs[0].unit)
     published = {}
     if references and any(is_of_llava(side) for side in sides):
         published = published_numbers({row.benchmark for row in rows})
@@ -286,6 +280,7 @@ def compare_benchmark(
     base_N = mean_scores(base_runs)[counted_N]
     new_N = mean_scores(new_runs)[counted_N]
     images = len(set(compress(first.clusters, counted_N)))
+    category_N = list(compress(first.groups, counted_N))
     notes += notes_of_runs(name, base, new)
     if images == 1 and len(base_N) > 1:
         notes.append(
@@ -307,9 +302,7 @@ def compare_benchmark(
         questions=len(base_N),
         images=images,
         runs=(len(base_runs), len(new_runs)),
-        categories=scores_by_category(
-            list(compress(first.groups, counted_N)), base_N, new_N
-        ),
+        categories=scores_by_category(category_N, base_N, new_N),
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -358,7 +351,8 @@ def scores_by_category(
         return {}
     base_G = np.bincount(index_N, base_N) / count_G
     new_G = np.bincount(index_N, new_N) / count_G
-    return {
-        str(names_G[i]): (float(base_G[i]), float(new_G[i]), int(count_G[i]))
-        for i in np.argsort(-count_G, kind="stable")
-    }
+    by_category = {}
+    for group in np.argsort(-count_G, kind="stable"):
+        means = (float(base_G[group]), float(new_G[group]))
+        by_category[str(names_G[group])] = (*means, int(count_G[group]))
+    return by_category

@@ -20,34 +20,22 @@ def paired_runs(
     shared = set.intersection(*(set(run.ids) for run in runs))
     largest = max(len(run.ids) for run in runs)
     if not shared or len(shared) < min_overlap * largest:
-        counts = (
-            f"{len(shared)} questions of {', '.join(str(len(run.ids)) for run in runs)}"
-        )
+        counts = ", ".join(str(len(run.ids)) for run in runs)
         raise ContractError(
-            f"{name}: {base.name} and {new.name} share {counts}; "
+            f"{name}: {base.name} and {new.name} share {len(shared)} questions of {counts}; "
             "evaluate both on the same questions, or lower --min-overlap"
         )
     shared_ids = [identifier for identifier in runs[0].ids if identifier in shared]
     runs = [run.pick(shared_ids) for run in runs]
     for run in runs[1:]:
-        for identifier, item, other in zip(
-            run.ids, runs[0].items, run.items, strict=True
-        ):
-            truth = item.get("truth")
-            if truth != other.get("truth"):
-                both = (
-                    f"{truth!r} in {base.name}, {other.get('truth')!r} in {run.model}"
-                )
-                raise ContractError(
-                    f"{name}: the truth of question {identifier} is {both}; "
-                    "score both by the same annotations"
-                )
+        check_equal_truth(name, base, runs[0], run)
     runs, notes = in_joint_clusters(runs)
     if len(shared) < largest:
         notes.append(
             f"{largest - len(shared)} questions are not in every file; ignored"
         )
-    if len({run.provenance.get("data_sha256", "") for run in runs} - {""}) > 1:
+    digests = {run.provenance.get("data_sha256", "") for run in runs}
+    if len(digests - {""}) > 1:
         notes.append(
             "the sides were scored with different annotation files; truths in common are equal"
         )
@@ -55,34 +43,51 @@ def paired_runs(
     return runs[:count], runs[count:], notes
 
 
+def check_equal_truth(name: str, base: Side, first: Run, other: Run) -> None:
+    """Raises ContractError if two runs on the same questions have different truths for one."""
+    for identifier, item, other_item in zip(
+        first.ids, first.items, other.items, strict=True
+    ):
+        truth = item.get("truth")
+        other_truth = other_item.get("truth")
+        if truth != other_truth:
+            raise ContractError(
+                f"{name}: the truth of question {identifier} is {truth!r} in {base.name}, "
+                f"{other_truth!r} in {other.model}; score both by the same annotations"
+            )
+
+
 def in_joint_clusters(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """The runs with one grouping, and notes: questions that go together in any of them go together
     in all, whichever is the base."""
     if all(run.clusters == runs[0].clusters for run in runs):
         return list(runs), []
+    # union-find over the questions' numbers
     parents = list(range(len(runs[0].ids)))
 
-    def root(place: int) -> int:
-        while parents[place] != place:
-            parents[place] = parents[parents[place]]
-            place = parents[place]
-        return place
+    def root(question: int) -> int:
+        while parents[question] != question:
+            parents[question] = parents[parents[question]]
+            question = parents[question]
+        return question
 
     for run in runs:
         first_of: dict[str, int] = {}
-        for place, cluster in enumerate(run.clusters):
-            first = first_of.setdefault(cluster, place)
-            parents[root(place)] = root(first)
-    clusters = [runs[0].ids[root(place)] for place in range(len(parents))]
+        for question, cluster in enumerate(run.clusters):
+            first = first_of.setdefault(cluster, question)
+            parents[root(question)] = root(first)
+    ids = runs[0].ids
+    clusters = [ids[root(question)] for question in range(len(ids))]
     joined = len(set(clusters))
-    coarsest = min(len(set(run.clusters)) for run in runs)
-    finest = max(len(set(run.clusters)) for run in runs)
+    counts = [len(set(run.clusters)) for run in runs]
     notes = []
-    if finest > joined:
+    if max(counts) > joined and min(counts) == joined:
         notes.append(
             "not every log tells which items go together; the grouping of those that do is used"
-            if joined == coarsest
-            else "the logs group the items in different ways; what one of them joins is joined"
+        )
+    elif max(counts) > joined:
+        notes.append(
+            "the logs group the items in different ways; what one of them joins is joined"
         )
     return [replace(run, clusters=clusters) for run in runs], notes
 
@@ -116,40 +121,47 @@ PERCENT = 50.0  # scores of a side that reach this are percentages, if those of 
 def check_scales(sides: Sequence[Side]) -> list[str]:
     """Warnings about benchmarks whose scores are at most 1 on one side and above on another;
     ContractError if they are clearly shares and percentages."""
-    found = []
+    warnings = []
     for name in ordered(name for side in sides for name in side.runs):
-        largest = {}
-        for side in sides:
-            runs = side.runs.get(name, ())
-            scores: list[float] = []
-            for run in runs:
-                if run.rule is None and run.aggregate in ("", BY_PART):
-                    scores += map(abs, run.scores)
-            if scores:
-                largest[side.name] = max(scores)
-        shares = [side for side, most in largest.items() if 0 < most <= 1]
-        others = [side for side, most in largest.items() if most >= 2]
+        largest = largest_scores(name, sides)
+        shares = {side: most for side, most in largest.items() if 0 < most <= 1}
+        others = {side: most for side, most in largest.items() if most >= 2}
         if not shares or not others:
             continue
         scales = (
-            f"scores on {name} are at most {max(largest[side] for side in shares):g} in "
-            f"{', '.join(shares)} and go to {max(largest[side] for side in others):g} in "
+            f"scores on {name} are at most {max(shares.values()):g} in "
+            f"{', '.join(shares)} and go to {max(others.values()):g} in "
             f"{', '.join(others)}"
         )
-        if max(largest[side] for side in others) >= PERCENT:
+        if max(others.values()) >= PERCENT:
             raise ContractError(
                 f"{scales}; write both from 0 to 1, or both from 0 to 100"
             )
-        found.append(f"{scales}: if these are two scales, the difference means nothing")
-    return found
+        warnings.append(
+            f"{scales}: if these are two scales, the difference means nothing"
+        )
+    return warnings
+
+
+def largest_scores(name: str, sides: Sequence[Side]) -> dict[str, float]:
+    """Side -> the largest score on a benchmark, of those whose number is a mean of scores."""
+    largest = {}
+    for side in sides:
+        scores: list[float] = []
+        for run in side.runs.get(name, ()):
+            if run.rule is None and run.aggregate in ("", BY_PART):
+                scores += map(abs, run.scores)
+        if scores:
+            largest[side.name] = max(scores)
+    return largest
 
 
 def benchmarks_in_common(base: Side, new: Side) -> list[str]:
     """The benchmarks that both sides have, in the order of tables; ValueError if there is none."""
     shared = ordered(set(base.runs) & set(new.runs))
     if not shared:
-        known = (
+        of_base, of_new = (
             f"{side.name} ({', '.join(ordered(side.runs))})" for side in (base, new)
         )
-        raise ValueError(f"{' and '.join(known)} have no benchmark in common")
+        raise ValueError(f"{of_base} and {of_new} have no benchmark in common")
     return shared

@@ -53,7 +53,9 @@ def number(value: float, unit: str = "%", *, signed: bool = False) -> str:
     """Two decimals; one for points in the thousands."""
     places = 1 if unit == "points" else 2
     value = round(value, places) or 0.0  # not -0.0
-    return f"{value:{'+' if signed and value else ''}.{places}f}"
+    if signed and value:
+        return f"{value:+.{places}f}"
+    return f"{value:.{places}f}"
 
 
 def with_spread(value: float, spread: float, unit: str) -> str:
@@ -66,9 +68,11 @@ def cells(row: Row, *, markdown: bool = False) -> tuple[str, ...]:
     """A row's columns under HEADER."""
     result = row.result
     title = plain(row.title) if markdown else row.title
+    if row.unit != "%":
+        title = f"{title} ({row.unit})"
     low, high = (number(end, row.unit, signed=True) for end in row.interval)
     return (
-        title if row.unit == "%" else f"{title} ({row.unit})",
+        title,
         with_spread(result.base, result.spread_base, row.unit),
         with_spread(result.new, result.spread_new, row.unit),
         number(result.difference, row.unit, signed=True),
@@ -118,21 +122,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a Markdown table, its columns aligned: the first and the last left, others
     right."""
     lines = [list(map(escaped_cell, line)) for line in (header, *rows)]
-    first_width, *inner_widths, _ = (
-        max(map(len, column)) for column in zip(*lines, strict=True)
-    )
+    columns = zip(*lines, strict=True)
+    first_width, *inner_widths, _ = (max(map(len, column)) for column in columns)
     aligned = []
     for first, *inner, last in lines:
-        padded = [
-            cell.rjust(width) for cell, width in zip(inner, inner_widths, strict=True)
-        ]
-        aligned.append([first.ljust(first_width), *padded, last])
-    rule = [
-        "-" * first_width,
-        *("-" * (width - 1) + ":" for width in inner_widths),
-        "---",
-    ]
-    return ["| " + " | ".join(line) + " |" for line in (aligned[0], rule, *aligned[1:])]
+        padded = [first.ljust(first_width)]
+        for cell, width in zip(inner, inner_widths, strict=True):
+            padded.append(cell.rjust(width))
+        aligned.append([*padded, last])
+    rule = ["-" * first_width]
+    rule += ["-" * (width - 1) + ":" for width in inner_widths]
+    rule.append("---")
+    header_line, *row_lines = aligned
+    return [f"| {' | '.join(line)} |" for line in (header_line, rule, *row_lines)]
 
 
 def plain(name: str) -> str:
@@ -190,7 +192,7 @@ def page(
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     encoded: dict[str, str | None] = {}
-    shown = browser_questions(comparison, sides, images, questions, encoded)
+    to_browse = browser_questions(comparison, sides, images, questions, encoded)
     notes = [*method_lines(comparison), *comparison.notes]
     for new, base, rows in comparison.pairs():
         pair = f"{new} against {base}: " if len(sides) > 2 else ""
@@ -206,7 +208,7 @@ def page(
         script=script,
         notes=notes,
         missing=sum(uri is None for uri in encoded.values()),
-        data={"names": comparison.names, "questions": shown, "images": encoded},
+        data={"names": comparison.names, "questions": to_browse, "images": encoded},
         drawn=drawn_intervals(comparison.rows),
         header=HEADER,
         cells=cells,
@@ -224,7 +226,7 @@ def browser_questions(
 ) -> list[dict[str, Any]]:
     """The disagreements with the base that the page's browser shows, in their first runs;
     ``encoded`` gets their pictures."""
-    shown = []
+    listed = []
     for row in comparison.rows:
         if row.base != comparison.names[0]:
             continue
@@ -236,16 +238,13 @@ def browser_questions(
         for base, new in disagreements(
             base_runs[0].items, new_runs[0].items, questions
         ):
-            picture = picture_key(row.benchmark, base, folders, encoded)
-            shown.append(
-                {
-                    "benchmark": row.title,
-                    "pair": side,
-                    "image": picture,
-                    **_question(base, new),
-                }
-            )
-    return shown
+            about = {
+                "benchmark": row.title,
+                "pair": side,
+                "image": picture_key(row.benchmark, base, folders, encoded),
+            }
+            listed.append({**about, **_question(base, new)})
+    return listed
 
 
 def drawn_intervals(rows: Sequence[Row]) -> list[list[float]]:
@@ -270,20 +269,23 @@ def picture_folders(name: str, runs: Sequence[Run], root: Path | None) -> list[P
     that were scored."""
     rule = benchmarks().get(name)
     if root is not None:
-        return [root / below for below in (*(rule.folders if rule else ()), "")]
+        below = rule.folders if rule else ()
+        return [root / folder for folder in (*below, "")]
+    if rule is None:
+        return []
     scored = {
         (str(run.provenance.get("data")), run.provenance.get("data_sha256"))
         for run in runs
     }
-    return [
-        Path(data)
-        for data, digest in sorted(scored, key=str)
+    unchanged = []
+    for data, digest in sorted(scored, key=str):
+        folder = Path(data)
         # the digest of a folder without annotations is that of nothing, and says nothing
-        if rule
-        and digest != sha256_text("")
-        and Path(data).exists()
-        and rule.data_digest(Path(data)) == digest
-    ]
+        if digest == sha256_text("") or not folder.exists():
+            continue
+        if rule.data_digest(folder) == digest:
+            unchanged.append(folder)
+    return unchanged
 
 
 def picture_key(
@@ -295,13 +297,15 @@ def picture_key(
     image = str(item.get("image") or "")
     key = f"{name}/{image}"
     if image and key not in encoded:
-        found = (
-            rule.image_bytes(folder, item)
-            if rule
-            else find_image(("", "images"), folder, image)
-            for folder in folders
-        )
-        encoded[key] = thumbnail(next(filter(None, found), None))
+        encoded[key] = None
+        for folder in folders:
+            if rule:
+                picture = rule.image_bytes(folder, item)
+            else:
+                picture = find_image(("", "images"), folder, image)
+            if picture:
+                encoded[key] = thumbnail(picture)
+                break
     return key if encoded.get(key) else ""
 
 
@@ -318,12 +322,13 @@ def disagreements(
         multimodal = old.get("is_multimodal", True) or now.get("is_multimodal", True)
         if answered and multimodal:
             pairs.append((old, now))
-    won = [
-        number for number, (old, now) in enumerate(pairs) if now["score"] > old["score"]
-    ]
-    lost = [
-        number for number, (old, now) in enumerate(pairs) if now["score"] < old["score"]
-    ]
+    won = []
+    lost = []
+    for number, (old, now) in enumerate(pairs):
+        if now["score"] > old["score"]:
+            won.append(number)
+        elif now["score"] < old["score"]:
+            lost.append(number)
     losses = min(len(lost), max(most // 2, most - len(won)))
     wins = min(len(won), most - losses)
     chosen = [*spread_evenly(lost, losses), *spread_evenly(won, wins)]
@@ -337,16 +342,17 @@ def spread_evenly(numbers: Sequence[int], count: int) -> list[int]:
 
 def _question(base: Item, new: Item) -> dict[str, Any]:
     """What the page's browser shows of a question."""
+    both = (base, new)
     return {
         "id": str(base["id"]),
         "question": _short(base.get("question")),
         "choices": [_short(choice) for choice in base.get("choices", [])],
         "truth": _short(base.get("truth")),
         "category": str(base.get("category") or ""),
-        "answers": [_short(item.get("answer")) for item in (base, new)],
-        "missing": [bool(item.get("missing")) for item in (base, new)],
-        "scores": [round(float(item["score"]), 3) for item in (base, new)],
-        "rotations": [_rotations(item) for item in (base, new)],
+        "answers": [_short(item.get("answer")) for item in both],
+        "missing": [bool(item.get("missing")) for item in both],
+        "scores": [round(float(item["score"]), 3) for item in both],
+        "rotations": [_rotations(item) for item in both],
     }
 
 
@@ -363,9 +369,9 @@ def _rotations(item: Item) -> str:
 def _short(value: Any) -> str:
     """A text in one line of the page; of human answers each with its count."""
     if isinstance(value, list):
-        value = ", ".join(
-            f"{answer} ×{count}"
-            for answer, count in Counter(map(str, value)).most_common()
-        )
+        answers = Counter(map(str, value)).most_common()
+        value = ", ".join(f"{answer} ×{count}" for answer, count in answers)
     text = "" if value is None else str(value)
-    return text if len(text) <= LONGEST else text[:LONGEST] + " …"
+    if len(text) > LONGEST:
+        return f"{text[:LONGEST]} …"
+    return text

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,13 +74,17 @@ class Run(Log):
             return self
         position = {name: number for number, name in enumerate(self.ids)}
         chosen = [position[name] for name in ids]
+
+        def picked(values: list[Any]) -> list[Any]:
+            return [values[number] for number in chosen]
+
         return replace(
             self,
-            ids=[self.ids[i] for i in chosen],
-            scores=[self.scores[i] for i in chosen],
-            clusters=[self.clusters[i] for i in chosen],
-            groups=[self.groups[i] for i in chosen],
-            items=[self.items[i] for i in chosen],
+            ids=picked(self.ids),
+            scores=picked(self.scores),
+            clusters=picked(self.clusters),
+            groups=picked(self.groups),
+            items=picked(self.items),
         )
 
 
@@ -154,11 +159,9 @@ def load_runs(path: Path, choices: Choices) -> tuple[list[Run], list[str]]:
         raise FileNotFoundError(f"no score file, log or folder {path}")
     records = read_logs(path, choices)
     if not records:
-        known = (
-            f"known: {', '.join(readers())}; a table needs the columns item and score"
-        )
         raise FileNotFoundError(
-            f"{path} has no score files (`llm2clip score` writes them) and no logs; {known}"
+            f"{path} has no score files (`llm2clip score` writes them) and no logs; known: "
+            f"{', '.join(readers())}; a table needs the columns item and score"
         )
     runs = []
     notes = []
@@ -249,7 +252,8 @@ def check_items(path: Path, items: Sequence[Item]) -> None:
                 raise ContractError(
                     f"{path}: {key} of item {item['id']!r} is {value!r}, expected a finite number"
                 )
-    (most_common, times), *_ = Counter(str(item["id"]) for item in items).most_common(1)
+    counts = Counter(str(item["id"]) for item in items)
+    most_common, times = counts.most_common(1)[0]
     if times > 1:
         raise ContractError(
             f"{path} has item {most_common} twice; score the answers again"
@@ -304,10 +308,13 @@ def run_of(path: Path, record: Log) -> Run:
 
 def is_printed(number: float, printed: float, run: Run) -> bool:
     """Whether a headline number is the one that was printed, as a share or in percent."""
-    shown = [printed * run.scale]
+    readings = [printed * run.scale]
     if run.unit == "%":
-        shown.append(printed)
-    return any(math.isclose(number, one, rel_tol=1e-3, abs_tol=0.01) for one in shown)
+        readings.append(printed)
+    for reading in readings:
+        if math.isclose(number, reading, rel_tol=1e-3, abs_tol=0.01):
+            return True
+    return False
 
 
 def load_sides(
@@ -328,12 +335,12 @@ def load_sides(
         load_side(path, name, same_model=same_model, choices=choices)
         for path, name in zip(paths, names, strict=True)
     ]
-    sides = rename_equal(
-        sides, [f"{side.path.resolve().parent.name}/{side.path.stem}" for side in sides]
-    )
-    sides = rename_equal(
-        sides, [f"{side.name} #{number}" for number, side in enumerate(sides)]
-    )
+    with_folder = [
+        f"{side.path.resolve().parent.name}/{side.path.stem}" for side in sides
+    ]
+    sides = rename_equal(sides, with_folder)
+    with_number = [f"{side.name} #{number}" for number, side in enumerate(sides)]
+    sides = rename_equal(sides, with_number)
     return with_common_task(sides)
 
 
@@ -345,12 +352,13 @@ def with_common_task(sides: Sequence[Side]) -> list[Side]:
     or UNNAMED: two tables of a few columns are of the same items."""
     if any(len(side.runs) != 1 for side in sides):
         return list(sides)
+    all_names = set()
     named = set()
     for side in sides:
         for name, runs in side.runs.items():
+            all_names.add(name)
             if runs[0].named:
                 named.add(name)
-    all_names = {name for side in sides for name in side.runs}
     if len(all_names) == 1 or len(named) > 1:
         return list(sides)
     task = named.pop() if named else UNNAMED

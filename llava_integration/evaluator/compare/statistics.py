@@ -1,13 +1,11 @@
 """Paired statistics of two models on the same questions: several questions per image, one or
 several runs per side.
 
-Shapes: N questions, C clusters (images), K sums of a statistic, M runs.
+Shapes: N questions, C clusters (images), S strata, K sums of a statistic, M runs.
 
-One test gives p, interval and verdict, so that they agree: an interval holds the differences that
-the test does not reject. The unit is the cluster. A cluster's influence is its share in the
-headline number's difference, by the number's gradient, so that composites are compared as
-composites. Student's t of the sum of influences, with what makes it keep its promise where
-questions are few:
+The unit is the cluster. A cluster's influence is its share in the headline number's difference, by
+the number's gradient, so that composites are compared as composites. The test is Student's t of the
+sum of influences, with what makes it keep its promise where questions are few:
 
 - CR2, and Satterthwaite's degrees of freedom for clusters of unequal size, whose questions go
   together (Bell and McCaffrey 2002; Pustejovsky and Tipton 2018);
@@ -25,15 +23,16 @@ from itertools import compress
 import numpy as np
 
 from llava_integration.evaluator.benchmarks.benchmark import Statistic
-from llm2clip_plugin.bootstrap import cluster_codes, cluster_sums, t_cdf, t_quantile
+from llava_integration.evaluator.compare.estimate import Estimate, combine
+from llm2clip_plugin.bootstrap import cluster_codes, cluster_sums, t_quantile
 
 STEP = 1e-4  # of the numeric gradient, relative to a sum
 ROUNDING = 1e-12  # of sums of equal scores, relative
 ALIKE = 9  # decimal places to which differences are equal
-LEAST_SKEW = 1e-6  # a smaller one is none
 # two runs that are near each other by chance would be weighed as if they never varied: 6 % of false
 # verdicts with 2 against 8 runs
 LEAST_OF_POOLED = 0.5
+POWER = 0.8  # with which a detectable difference is detected
 
 
 @dataclass(frozen=True)
@@ -52,64 +51,21 @@ class Paired:
         return self.base.shape[1]
 
     @property
+    def share_of_stratum(self) -> np.ndarray:
+        """(C,) each cluster's share of its stratum's questions."""
+        questions_S = np.bincount(self.strata, self.sizes)
+        return self.sizes / questions_S[self.strata]
+
+    @property
     def weights(self) -> np.ndarray:
         """(C,) each cluster's share in the number: strata weigh the same, as do the questions of
         one."""
-        total_S = np.bincount(self.strata, self.sizes)
-        return self.sizes / total_S[self.strata] / len(np.unique(self.strata))
+        return self.share_of_stratum / len(np.unique(self.strata))
 
     @property
     def freedom(self) -> int:
         """Degrees of freedom of equal clusters: C less the strata."""
         return self.clusters - len(np.unique(self.strata))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What the test knows of a difference: its p-value and intervals of every level."""
-
-    center: float
-    error: float  # standard error of the center
-    freedom: float  # degrees of freedom; 0: nothing is known
-    skew: float  # of the influences
-    count: float  # clusters
-    span: float  # the largest difference there can be
-
-    def p(self) -> float:
-        """Two-sided p of no difference."""
-        if self.freedom == 0:
-            return 1.0
-        if self.error == 0:
-            return float(self.center == 0)
-        root = math.sqrt(self.count)
-        ratio = self.center / self.error / root
-        skew = self.skew
-        value = (
-            ratio
-            + skew * ratio**2 / 3
-            + skew**2 * ratio**3 / 27
-            + skew / (6 * self.count)
-        )
-        t = root * min(abs(ratio), abs(value))
-        return min(1.0, 2 * (1 - t_cdf(t, self.freedom)))
-
-    def interval(self, level: float) -> tuple[float, float]:
-        """The differences that a test at 1 - level does not reject."""
-        if self.freedom == 0:
-            return -self.span, self.span
-        reach = t_quantile(0.5 + level / 2, self.freedom) / math.sqrt(self.count)
-        deviation = self.error * math.sqrt(self.count)
-        low = self.center - deviation * max(reach, self._untransformed(reach))
-        high = self.center - deviation * min(-reach, self._untransformed(-reach))
-        return max(low, -self.span), min(high, self.span)
-
-    def _untransformed(self, value: float) -> float:
-        """The standardized mean whose transformed value this is."""
-        skew = self.skew
-        if abs(skew) < LEAST_SKEW:
-            return value
-        cubed = 1 + skew * (value - skew / (6 * self.count))
-        return 3 / skew * (float(np.cbrt(cubed)) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,32 +101,34 @@ def pair(base: list[Statistic], new: list[Statistic], clusters: list[str]) -> Pa
     stratum_C = np.zeros(count, dtype=int)
     if base[0].strata is not None:
         stratum_C = strata_of(code_N, base[0].strata[counted_N], count)
-    base_MCK = np.stack(
-        [cluster_sums(run.sums[counted_N], code_N, count) for run in base]
-    )
-    new_MCK = np.stack(
-        [cluster_sums(run.sums[counted_N], code_N, count) for run in new]
-    )
+
+    def sums_of(runs: list[Statistic]) -> np.ndarray:
+        """(M, C, K)"""
+        sums = [cluster_sums(run.sums[counted_N], code_N, count) for run in runs]
+        return np.stack(sums)
+
     size_C = np.bincount(code_N, minlength=count).astype(float)
-    return Paired(base_MCK, new_MCK, base[0], stratum_C, size_C)
+    return Paired(sums_of(base), sums_of(new), base[0], stratum_C, size_C)
 
 
 def strata_of(code_N: np.ndarray, stratum_N: np.ndarray, clusters: int) -> np.ndarray:
     """(C,) each cluster's stratum, from 0; all the same if clusters have questions of several."""
     stratum_C = np.zeros(clusters, dtype=int)
     stratum_C[code_N] = stratum_N
-    names, stratum_C = np.unique(stratum_C, return_inverse=True)
-    if np.any(names[stratum_C][code_N] != stratum_N):
+    if np.any(stratum_C[code_N] != stratum_N):
         return np.zeros(clusters, dtype=int)
-    return stratum_C
+    _, number_C = np.unique(stratum_C, return_inverse=True)
+    return number_C
 
 
 def counted(runs: list[Statistic]) -> np.ndarray:
     """(N,) booleans: the questions that count in at least one run."""
-    counted_MN = [
-        np.ones(len(run.sums), bool) if run.counted is None else run.counted
-        for run in runs
-    ]
+    counted_MN = []
+    for run in runs:
+        if run.counted is None:
+            counted_MN.append(np.ones(len(run.sums), bool))
+        else:
+            counted_MN.append(run.counted)
     return np.any(counted_MN, axis=0)
 
 
@@ -181,9 +139,8 @@ def compare(paired: Paired, *, level: float = 0.95, span: float = 100.0) -> Diff
     With several runs a side the variance between them is added to that over images, which all runs
     share, with Welch's and Satterthwaite's degrees of freedom.
     """
-    value = paired.statistic.value
-    base_M = np.array([float(value(run_CK.sum(axis=0))) for run_CK in paired.base])
-    new_M = np.array([float(value(run_CK.sum(axis=0))) for run_CK in paired.new])
+    base_M = values_of(paired, paired.base)
+    new_M = values_of(paired, paired.new)
     base = float(base_M.mean())
     new = float(new_M.mean())
     base_MC, new_MC = influences(paired)
@@ -191,16 +148,10 @@ def compare(paired: Paired, *, level: float = 0.95, span: float = 100.0) -> Diff
     test = "t over images"
     if max(len(base_M), len(new_M)) > 1:
         test = "t over images and runs"
-        estimate = with_runs(
-            estimate, [base_M, new_M], [slips_of(base_MC), slips_of(new_MC)]
-        )
+        slips = [slips_of(base_MC), slips_of(new_MC)]
+        estimate = with_runs(estimate, [base_M, new_M], slips)
     low, high = estimate.interval(level)
-    detectable = math.inf
-    if estimate.freedom:
-        reach = t_quantile(0.5 + level / 2, estimate.freedom) + t_quantile(
-            0.8, estimate.freedom
-        )
-        detectable = reach * estimate.error
+    detectable = detectable_difference(estimate, level)
     return Difference(
         base=base,
         new=new,
@@ -218,27 +169,46 @@ def compare(paired: Paired, *, level: float = 0.95, span: float = 100.0) -> Diff
     )
 
 
+def values_of(paired: Paired, runs_MCK: np.ndarray) -> np.ndarray:
+    """(M,) the headline number of each run."""
+    value = paired.statistic.value
+    return np.array([float(value(run_CK.sum(axis=0))) for run_CK in runs_MCK])
+
+
+def detectable_difference(estimate: Estimate, level: float) -> float:
+    """The true difference that is detected with this power."""
+    if estimate.freedom == 0:
+        return math.inf
+    reach = t_quantile(0.5 + level / 2, estimate.freedom)
+    reach += t_quantile(POWER, estimate.freedom)
+    return reach * estimate.error
+
+
 def deviation(values_M: np.ndarray) -> float:
     """Standard deviation over runs; 0 with one run."""
     return float(np.std(values_M, ddof=1)) if len(values_M) > 1 else 0.0
 
 
+# Influences: what each cluster adds to the headline number
+
+
 def influences(paired: Paired) -> tuple[np.ndarray, np.ndarray]:
     """(M, C) what each cluster adds to the headline number of every run of base and of new, apart
     from the mean of its stratum."""
+    base_MC = centered_influences(paired, paired.base)
+    new_MC = centered_influences(paired, paired.new)
+    return base_MC, new_MC
+
+
+def centered_influences(paired: Paired, runs_MCK: np.ndarray) -> np.ndarray:
+    """(M, C) the influences of one side."""
     value = paired.statistic.value
-    sides = []
-    for runs_MCK in (paired.base, paired.new):
-        influence_MC = np.stack(
-            [run_CK @ gradient(value, run_CK) for run_CK in runs_MCK]
-        )
-        for stratum in np.unique(paired.strata):
-            members = paired.strata == stratum
-            influence_MC[:, members] -= influence_MC[:, members].mean(
-                axis=1, keepdims=True
-            )
-        sides.append(influence_MC)
-    return sides[0], sides[1]
+    influence_MC = np.stack([run_CK @ gradient(value, run_CK) for run_CK in runs_MCK])
+    for stratum in np.unique(paired.strata):
+        members = paired.strata == stratum
+        mean_M1 = influence_MC[:, members].mean(axis=1, keepdims=True)
+        influence_MC[:, members] -= mean_M1
+    return influence_MC
 
 
 def gradient(
@@ -251,12 +221,7 @@ def gradient(
     return (value(total_K + moved_KK) - value(total_K - moved_KK)) / (2 * step_K)
 
 
-def leverages(paired: Paired) -> np.ndarray:
-    """(C,) each cluster's share of its stratum's questions; 0 of a cluster that is its stratum,
-    which has no variance to correct."""
-    total_S = np.bincount(paired.strata, paired.sizes)
-    share_C = paired.sizes / total_S[paired.strata]
-    return np.where(share_C < 1, share_C, 0.0)
+# The test over clusters, of which all runs have the same
 
 
 def over_clusters(
@@ -280,27 +245,28 @@ def over_clusters(
     influence_C = new_MC.mean(axis=0) - base_MC.mean(axis=0)
     weight_C = paired.weights
     added, size = added_clusters(paired, influence_C + difference * weight_C, span)
-    shrunk = clusters / (clusters + added)
+    count = clusters + added
+    # the mean of the added clusters is 0: half of them win ``size``, half lose it
+    shrunk = clusters / count
     center = difference * shrunk
     residual_C = shrunk * (influence_C + (difference - center) * weight_C)
-    # the added clusters: half of them win ``size``, half lose it
     won = shrunk * (size - center / clusters)
     lost = shrunk * (size + center / clusters)
-    correction = 1 / (1 - 1 / (clusters + added))
     variance, freedom = over_strata(paired, influence_C, residual_C, span)
+    correction = 1 / (1 - 1 / count)  # CR2's for a cluster of mean size
     variance += added / 2 * (won**2 + lost**2) * correction
-    third_moment = float(np.sum(residual_C**3))
     skew = 0.0
     if variance > 0:
-        skew = third_moment * math.sqrt(clusters + added) / variance**1.5
+        third_moment = float(np.sum(residual_C**3))
+        skew = third_moment * math.sqrt(count) / variance**1.5
     # a skewness of few clusters is noise
-    known = min(1.0, freedom / paired.freedom)
+    trust = min(1.0, freedom / paired.freedom) ** 2
     return Estimate(
         center=center,
         error=math.sqrt(variance),
         freedom=freedom,
-        skew=skew * known**2,
-        count=clusters + added,
+        skew=skew * trust,
+        count=count,
         span=span,
     )
 
@@ -310,21 +276,25 @@ def added_clusters(
 ) -> tuple[float, float]:
     """How many clusters to add, half of them won and half lost, and how large they are: two, times
     the share of clusters whose difference is the same. They are as large as the others that are no
-    ties."""
+    ties.
+
+    ``contribution_C``: what each cluster adds to the difference."""
     base_CK = paired.base.mean(axis=0)
     new_CK = paired.new.mean(axis=0)
-    tied_C = np.all(np.isclose(base_CK, new_CK, rtol=ROUNDING, atol=ROUNDING), axis=1)
-    weight_C = paired.weights
-    by_question_C = np.round(contribution_C[~tied_C] / weight_C[~tied_C] / span, ALIKE)
-    _, count = np.unique(by_question_C, return_counts=True)
-    most_common = max(tied_C.sum(), count.max(initial=0))
+    equal_CK = np.isclose(base_CK, new_CK, rtol=ROUNDING, atol=ROUNDING)
+    tied_C = np.all(equal_CK, axis=1)
+    untied_C = ~tied_C
+    by_question_C = contribution_C[untied_C] / paired.weights[untied_C]
+    rounded_C = np.round(by_question_C / span, ALIKE)
+    _, count = np.unique(rounded_C, return_counts=True)
+    most_common = max(int(tied_C.sum()), int(count.max(initial=0)))
     if tied_C.all():
         size = span / paired.clusters
     else:
-        size = math.sqrt(np.mean(contribution_C[~tied_C] ** 2))
+        size = math.sqrt(np.mean(contribution_C[untied_C] ** 2))
     if most_common == 1:
         return 0.0, size
-    return 2 * float(most_common) / paired.clusters, size
+    return 2 * most_common / paired.clusters, size
 
 
 def over_strata(
@@ -333,26 +303,28 @@ def over_strata(
     """The variance over clusters, and Satterthwaite's degrees of freedom: a small category that
     weighs as much as a large one has most of the variance and little freedom. A stratum that shows
     no variance, such as one of a single cluster, is taken to vary as the clusters of all do."""
-    square_C = residual_C**2 / (1 - leverages(paired))
+    share_C = paired.share_of_stratum
+    # a cluster that is its stratum has no variance to correct
+    leverage_C = np.where(share_C < 1, share_C, 0.0)
+    square_C = residual_C**2 / (1 - leverage_C)
     count_S = np.bincount(paired.strata)
+    if len(count_S) == 1:
+        return float(np.sum(square_C)), effective_freedom(paired.sizes)
+    weight_C = paired.weights
     several_C = count_S[paired.strata] > 1
-    by_question = float(np.mean(square_C[several_C] / paired.weights[several_C] ** 2))
+    by_question = float(np.mean(square_C[several_C] / weight_C[several_C] ** 2))
     alike_C = np.isclose(influence_C, 0, atol=10**-ALIKE * span / paired.clusters)
     parts = []
     for stratum in range(len(count_S)):
         members = paired.strata == stratum
         variance = float(np.sum(square_C[members]))
-        freedom = float(paired.freedom)
-        if count_S[stratum] > 1:
-            freedom = effective_freedom(paired.sizes[members])
-        if len(count_S) > 1 and alike_C[members].all():
-            variance = max(
-                variance, by_question * float(np.sum(paired.weights[members] ** 2))
-            )
-            freedom = float(paired.freedom)
-        parts.append((variance, freedom))
+        if alike_C[members].all():
+            as_all = by_question * float(np.sum(weight_C[members] ** 2))
+            parts.append((max(variance, as_all), float(paired.freedom)))
+        else:
+            parts.append((variance, effective_freedom(paired.sizes[members])))
     total = sum(variance for variance, _ in parts)
-    if len(parts) > 1 and total == 0:
+    if total == 0:
         return 0.0, float(paired.freedom)
     _, freedom = combine(parts)
     return total, freedom
@@ -379,6 +351,9 @@ def effective_freedom(size_C: np.ndarray) -> float:
     return max(1.0, float(trace**2 / squares))
 
 
+# The variance between runs, such as trainings with different seeds
+
+
 def slips_of(influence_MC: np.ndarray) -> float:
     """The variance over images of one run that other runs of the side don't share: what it gets
     wrong by chance. One run has the variance s + i over images, the mean of M runs s + i / M; this
@@ -396,60 +371,28 @@ def with_runs(
 ) -> Estimate:
     """The estimate with the variance between runs; a single run gets the other side's. Runs differ
     by their slips, too, which the variance over images has already, so they leave that; and what
-    few runs show of their variance is at least their slips, and LEAST_OF_POOLED of both sides'."""
+    few runs show of their variance is at least their slips, and LEAST_OF_POOLED of both sides'.
+
+    ``values``: each run's headline number, of each side; ``slips``: of each side."""
     if estimate.freedom == 0:
         return estimate
-    # which side's runs tell the variance of each
-    with_runs = [side for side in (0, 1) if len(values[side]) > 1]
-    sources = [side if side in with_runs else with_runs[0] for side in (0, 1)]
+    several = [side for side in range(len(values)) if len(values[side]) > 1]
+    squares = 0.0
+    freedom_of_runs = 0
+    for side in several:
+        squares += float(np.var(values[side])) * len(values[side])
+        freedom_of_runs += len(values[side]) - 1
+    pooled = squares / freedom_of_runs
     over_images = estimate.error**2
-    squares = sum(float(np.var(values[side])) * len(values[side]) for side in with_runs)
-    pooled = squares / sum(len(values[side]) - 1 for side in with_runs)
     parts = []
-    for source, side in zip(sources, values, strict=True):
+    for side, value_M in enumerate(values):
+        # the side whose runs tell this one's variance
+        source = side if side in several else several[0]
         between_runs = max(float(np.var(values[source], ddof=1)), slips[source])
         between_runs = max(between_runs, LEAST_OF_POOLED * pooled)
-        over_images -= slips[source] / len(side)
-        parts.append((between_runs / len(side), len(values[source]) - 1))
+        over_images -= slips[source] / len(value_M)
+        parts.append((between_runs / len(value_M), len(values[source]) - 1))
     parts.append((max(0.0, over_images), estimate.freedom))
     error, freedom = combine(parts)
-    known = min(1.0, freedom / estimate.freedom)
-    return replace(
-        estimate, error=error, freedom=freedom, skew=estimate.skew * known**2
-    )
-
-
-def combine(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Standard error and Satterthwaite's degrees of freedom of a sum of variances, each with its
-    own."""
-    total = sum(variance for variance, _ in parts)
-    below = sum(variance**2 / degrees for variance, degrees in parts)
-    if not below:
-        return math.sqrt(total), parts[0][1]
-    return math.sqrt(total), max(1.0, total**2 / below)
-
-
-def holm(values: list[float]) -> list[float]:
-    """Holm's step-down adjusted p-values, in the order given (Holm 1979)."""
-    order = np.argsort(values, kind="stable")
-    tests_left = len(values) - np.arange(len(values))
-    adjusted = np.empty(len(values))
-    adjusted[order] = np.maximum.accumulate(np.minimum(1, tests_left * np.sort(values)))
-    return adjusted.tolist()
-
-
-def holm_factors(values: list[float]) -> list[float]:
-    """How many times stricter than one test Holm's is for each: an interval at 1 - alpha / factor
-    excludes 0 if and only if the adjusted p is below alpha."""
-    order = np.argsort(values, kind="stable")
-    sorted_values = np.sort(values)
-    tests_left = (len(values) - np.arange(len(values))).astype(float)
-    adjusted = np.maximum.accumulate(tests_left * sorted_values)
-    positive = sorted_values > 0
-    factors = tests_left.copy()
-    factors[positive] = np.maximum(
-        tests_left, adjusted / np.where(positive, sorted_values, 1)
-    )[positive]
-    in_order = np.empty(len(values))
-    in_order[order] = factors
-    return in_order.tolist()
+    trust = min(1.0, freedom / estimate.freedom) ** 2
+    return replace(estimate, error=error, freedom=freedom, skew=estimate.skew * trust)
