@@ -17,7 +17,7 @@ from llava_integration.evaluator.benchmarks.bench import score_answers
 from llava_integration.evaluator.compare.command import main
 from llava_integration.evaluator.compare.comparison import build
 from llava_integration.evaluator.compare.readers import Choices
-from llava_integration.evaluator.compare.readers.lm_eval import cider, tokens
+from llava_integration.evaluator.compare.readers.cider import cider, tokens
 from llava_integration.evaluator.compare.sides import load_side
 from llava_integration.plug.checkpoints import sample_sha256
 from llm2clip_plugin.atomic import write_text

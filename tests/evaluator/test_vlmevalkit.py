@@ -8,7 +8,7 @@ import pytest
 from reader_logs import LOGS, value
 
 from llava_integration.evaluator.compare.comparison import build
-from llava_integration.evaluator.compare.readers.lm_eval import ALONE
+from llava_integration.evaluator.compare.readers.harness_lines import ALONE
 from llava_integration.evaluator.compare.sides import load_side
 
 SHARES = ("MMBench_DEV_EN", "AI2D_TEST", "MMVP")

@@ -7,23 +7,17 @@ better), ``cluster`` (what is resampled together: the questions of one image), `
 Standard library only; what a format needs more is imported in its file.
 """
 
-import csv
 import gc
-import gzip
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from llava_integration.evaluator.benchmarks.answers import json_lines
 from llava_integration.evaluator.benchmarks.rules.mme import COGNITION, PERCEPTION
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.errors import ContractError, errors_about
-from llm2clip_plugin.json_files import read_json_value
 
 # a question's image or video; a table may have the picture itself in the last one
 IMAGES = (
@@ -47,7 +41,6 @@ OWN = "score files"  # name of the reader of ours, which take precedence
 LONGEST_TEXT = (
     600  # characters of a question or an answer: a million of them lie in memory
 )
-csv.field_size_limit(2**24)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,55 +114,63 @@ def read_logs(path: Path, choices: Choices = NO_CHOICES) -> list[tuple[Path, Log
     group (BLINK's 14, MMLU's 57) become one. Raises ContractError for a log that cannot be read, or
     logs of several forms. Of several files, one that cannot be read is a log with the reason."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found: dict[Reader, list[Path]] = {}
-    for reader in sorted(readers().values(), key=lambda one: one.name != OWN):
-        logs = [file for file in files if reader.takes(file, choices)]
-        if logs:
-            found[reader] = logs
-            if reader.name == OWN:
-                break
-    if len(found) > 1:
-        listed = "; ".join(
-            f"{reader.name}: {logs[0]}" for reader, logs in found.items()
-        )
-        raise ContractError(
-            f"{path} has logs of {len(found)} forms ({listed}); name the folder or file of one"
-        )
-    groups: dict[Any, list[tuple[Path, Log]]] = {}
+    reader, log_files = recognized(path, files, choices)
+    if reader is None:
+        return []
+    logs = []
     gc.disable()  # it would look at a million lines again and again, half of the time
     try:
-        for reader, logs in found.items():
-            for file in logs:
-                for number, log in enumerate(
-                    logs_of(file, reader, choices, alone=len(files) == 1)
-                ):
-                    groups.setdefault(log.group or (file, number), []).append(
-                        (file, log)
-                    )
+        for file in log_files:
+            logs += logs_of(file, reader, choices, alone=len(files) == 1)
     finally:
         gc.enable()
-    return [
-        members[0] if len(members) == 1 else (members[0][0], _merged(members))
-        for members in groups.values()
-    ]
+    merged = []
+    for members in grouped(logs):
+        log = members[0] if len(members) == 1 else _merged(members)
+        merged.append((members[0].files[0], log))
+    return merged
+
+
+def recognized(
+    path: Path, files: Sequence[Path], choices: Choices
+) -> tuple[Reader | None, list[Path]]:
+    """The reader of these files, None if no file is a log, and those of them that are. Score files
+    take precedence; ContractError if the others are of several forms."""
+    logs_of_reader: dict[Reader, list[Path]] = {}
+    for reader in sorted(readers().values(), key=lambda reader: reader.name != OWN):
+        logs = [file for file in files if reader.takes(file, choices)]
+        if logs and reader.name == OWN:
+            return reader, logs
+        if logs:
+            logs_of_reader[reader] = logs
+    if len(logs_of_reader) > 1:
+        examples = [
+            f"{reader.name}: {logs[0]}" for reader, logs in logs_of_reader.items()
+        ]
+        raise ContractError(
+            f"{path} has logs of {len(examples)} forms ({'; '.join(examples)}); "
+            "name the folder or file of one"
+        )
+    for reader, logs in logs_of_reader.items():
+        return reader, logs
+    return None, []
 
 
 def logs_of(file: Path, reader: Reader, choices: Choices, *, alone: bool) -> list[Log]:
     """The logs in a file. If it is not ``alone`` and cannot be read, one that says why."""
     for name in choices.names():
         if name not in reader.choices:
-            takes = (
-                ", ".join(f"--{choice}" for choice in reader.choices)
-                or "no such option"
-            )
+            takes = ", ".join(f"--{choice}" for choice in reader.choices)
             raise ContractError(
-                f"{file} is of {reader.name}, for which --{name} means nothing; it takes {takes}"
+                f"{file} is of {reader.name}, for which --{name} means nothing; "
+                f"it takes {takes or 'no such option'}"
             )
     try:
         with errors_about(file):
-            logs = list(
-                reader.read(file, choices) if reader.choices else reader.read(file)
-            )
+            if reader.choices:
+                logs = list(reader.read(file, choices))
+            else:
+                logs = list(reader.read(file))
     except ContractError as error:
         if alone:
             raise
@@ -177,32 +178,41 @@ def logs_of(file: Path, reader: Reader, choices: Choices, *, alone: bool) -> lis
     return [replace(log, files=(file,)) for log in logs]
 
 
-def _merged(members: list[tuple[Path, Log]]) -> Log:
+def grouped(logs: Iterable[Log]) -> list[list[Log]]:
+    """The logs, those of one group together."""
+    groups: dict[Any, list[Log]] = {}
+    for number, log in enumerate(logs):
+        groups.setdefault(log.group or number, []).append(log)
+    return list(groups.values())
+
+
+def _merged(members: Sequence[Log]) -> Log:
     """The log of a group."""
-    first = members[0][1]
-    items = []
+    first = members[0]
     name, metric, printed, aggregate, _ = first.group
-    for _, log in members:
+    items = []
+    files: list[Path] = []
+    notes: list[str] = []
+    for log in members:
         task = log.benchmark.removesuffix(f" {metric}")
-        items += [
-            {
-                **item,
+        for item in log.items:
+            about = {
                 "id": f"{task}/{item['id']}",
                 "cluster": f"{task}/{item['cluster']}",
                 "category": task,
             }
-            for item in log.items
-        ]
-    notes = list(dict.fromkeys(note for _, log in members for note in log.notes))
-    about = {
-        "model": first.model,
-        "printed": printed,
-        "aggregate": aggregate,
-        "notes": notes,
-    }
-    files = tuple(file for file, _ in members)
+            items.append({**item, **about})
+        files += log.files
+        notes += log.notes
     return Log(
-        benchmark=f"{name} {metric}", metrics={}, items=items, files=files, **about
+        benchmark=f"{name} {metric}",
+        metrics={},
+        items=items,
+        files=tuple(files),
+        model=first.model,
+        printed=printed,
+        aggregate=aggregate,
+        notes=list(dict.fromkeys(notes)),
     )
 
 
@@ -224,111 +234,6 @@ def mme_logs(
             )
 
 
-JSON_TABLES = (".json", ".jsonl")
-
-
-def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any]]]:
-    """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or
-    Excel."""
-    if path.suffix == ".xlsx":
-        from openpyxl import load_workbook
-
-        rows = (
-            load_workbook(path, read_only=True)
-            .worksheets[0]
-            .iter_rows(values_only=True)
-        )
-        yield from (
-            (f"{path}, line {line}", list(row)) for line, row in enumerate(rows, 1)
-        )
-    elif path.suffix in JSON_TABLES:
-        rows = list(json_rows(path))
-        # a row need not have every column
-        names = list(dict.fromkeys(name for _, row in rows for name in row))
-        if rows:
-            first_place, _ = rows[0]
-            yield first_place, names
-        for where, row in rows:
-            yield where, [row.get(name) for name in names]
-    else:
-        with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
-            lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            yield from (
-                (f"{path}, line {lines.line_num}", line) for line in lines if line
-            )
-
-
-def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of a JSONL file, or of a JSON file with an array of rows."""
-    if path.suffix == ".jsonl":
-        yield from json_lines(path)
-        return
-    for number, row in enumerate(read_json_value(path), 1):
-        yield f"{path}, row {number}", row
-
-
-def columns(path: Path) -> list[str]:
-    """The names of a table's columns, of a JSON table those of its first row; none if it can't be
-    read."""
-    try:
-        with errors_about(path):
-            if path.suffix in JSON_TABLES:
-                _, row = next(json_rows(path), ("", {}))
-                return [str(name) for name in row]
-            _, names = next(table(path, errors="replace"), ("", []))
-            return [str(name) for name in names]
-    except ContractError:
-        return []
-
-
-HEAD = 1 << 20  # characters of a JSON array in which its first object ends
-
-
-def first_object(path: Path) -> dict[str, Any]:
-    """The first object of a JSONL file, or of a file with an array of objects; empty if it is
-    neither."""
-    with open_text(path) as file:
-        head = file.read(HEAD)
-    if head.lstrip().startswith("["):
-        with suppress(ValueError):
-            value, _ = json.JSONDecoder().raw_decode(head.lstrip()[1:].lstrip())
-            return value if isinstance(value, dict) else {}
-        return {}
-    try:
-        return next((value for _, value in islice(json_objects(path), 1)), {})
-    except ContractError:
-        return {}
-
-
-def open_text(path: Path) -> IO[str]:
-    """A text file, or one that gzip packed."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", errors="replace")
-    return path.open(encoding="utf-8-sig", errors="replace")
-
-
-def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) of a JSONL file, also of a packed one, or of an array of objects. Raises
-    ContractError that names the line or the sample."""
-    with open_text(path) as file:
-        is_array = file.read(HEAD).lstrip().startswith("[")
-    if not is_array and path.suffix != ".gz":
-        yield from json_lines(path)
-        return
-    with errors_about(path, fix="was the run cut off?"), open_text(path) as file:
-        if is_array:
-            values = json.load(file)
-        else:
-            values = [json.loads(line) for line in file if line.strip()]
-    for number, value in enumerate(values, 1):
-        where = f"{path}, sample {number}"
-        if not isinstance(value, dict):
-            raise ContractError(
-                f"{where}: expected a JSON object, got {str(value)[:60]!r}"
-            )
-        yield where, value
-
-
 def number(value: Any, where: str) -> float:
     """A score, which a table has as text, as a number. True is 1. ContractError for anything
     else."""
@@ -347,11 +252,7 @@ def short_text(value: Any) -> str:
 
 def first_of(values: Mapping[str, Any], names: Iterable[str]) -> str:
     """The first of these fields that is a text or a number, as text; "" if there is none."""
-    return next(
-        (
-            str(values[name])
-            for name in names
-            if isinstance(values.get(name), (str, int))
-        ),
-        "",
-    )
+    for name in names:
+        if isinstance(values.get(name), (str, int)):
+            return str(values[name])
+    return ""

@@ -5,6 +5,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from llava_integration.evaluator.compare.readers import (
     number,
     short_text,
 )
-from llava_integration.evaluator.compare.readers.lm_eval import CATEGORIES
+from llava_integration.evaluator.compare.readers.harness_lines import CATEGORIES
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.json_files import read_json_value
 
@@ -57,15 +58,8 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     header, samples = load(path)
     results = header.get("results") or {}
     about = header.get("eval", {})
-    scorer = (
-        results.get("headline") or next(iter(results.get("scores") or []), {})
-    ).get("scorer")
-    scorers = [str(score.get("scorer")) for score in results.get("scores") or []]
-    if choices.scorer and choices.scorer not in scorers:
-        raise ContractError(
-            f"{path} has no scorer {choices.scorer}; it has {', '.join(scorers)}"
-        )
-    scorer = choices.scorer or scorer
+    task = about.get("task", path.stem)
+    scorer = scorer_of(path, results, choices.scorer)
     if header.get("status") != "success":
         raise ContractError(
             f"{path}: the run's status is {header.get('status')!r}; only a finished run counts"
@@ -74,68 +68,116 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
         raise ContractError(
             f"{path} has no scores; run `inspect score` on it, or give the task a scorer"
         )
-    values: dict[str, list[float]] = {}
-    without_score: set[str] = set()
-    without_group: dict[str, Any] = {}  # sample -> what it has in the group's place
-    items: dict[str, dict[str, Any]] = {}
+    scores = Scores(path=path, scorer=scorer, group=choices.group)
     for sample in samples:
-        name = str(sample.get("id"))
-        of = sample.get("metadata") or {}
-        score = (sample.get("scores") or {}).get(scorer) or {}
-        value = score.get("value")
-        if value is None:  # a sample that failed, which inspect_ai doesn't count either
-            without_score.add(name)
-            continue
-        value = GRADES.get(value, value) if isinstance(value, str) else value
-        values.setdefault(name, []).append(
-            number(value, f"{path}, sample {name}: {scorer}")
-        )
-        if choices.group and choices.group not in of:
-            raise ContractError(
-                f"{path}, sample {name}: its metadata have no {choices.group}"
-            )
-        cluster = group_of(of, choices.group) if choices.group else first_of(of, IMAGES)
-        if choices.group and not cluster:
-            without_group[name] = of[choices.group]
-        said = {"cluster": cluster or name, "category": first_of(of, CATEGORIES)}
-        texts = {"question": sample.get("input"), "answer": score.get("answer")}
-        said |= {
-            field: short_text(text) for field, text in texts.items() if short_text(text)
-        }
-        items.setdefault(name, {"id": name, "truth": sample.get("target"), **said})
-        items[name]["score"] = sum(values[name]) / len(values[name])
-    task = about.get("task", path.stem)
-    model = str(about.get("model", ""))
-    notes = []
-    if without_group:
-        name, value = next(iter(without_group.items()))
-        problem = (
-            f"sample {name}: {choices.group} is {value!r:.60}, not a text or a number"
-        )
-        if len(without_group) == len(items):
-            raise ContractError(
-                f"{path}, {problem}, nor is it in any other sample; choose another --group"
-            )
-        notes.append(
-            f"{task}: {len(without_group)} samples have no group, so each is one by itself "
-            f"({problem})"
-        )
-    samples_of_task = (about.get("dataset") or {}).get("samples") or 0
-    if lost := without_score - set(items):
-        notes.append(f"{task}: {len(lost)} samples have no score of {scorer}; left out")
-    elif len(items) < samples_of_task:
-        notes.append(
-            f"{task}: the log has {len(items):,} of the task's {samples_of_task:,} samples; "
-            "the number is of these alone"
-        )
+        scores.add(sample)
+    documents = (about.get("dataset") or {}).get("samples") or 0
+    notes = [*scores.group_notes(task), *scores.size_notes(task, documents)]
     yield Log(
         benchmark=f"{task} {scorer}",
         metrics={},
-        items=list(items.values()),
-        model=model,
+        items=list(scores.items.values()),
+        model=str(about.get("model", "")),
         printed=printed_mean(results, scorer),
         notes=notes,
     )
+
+
+def scorer_of(path: Path, results: dict[str, Any], chosen: str) -> str:
+    """The chosen scorer, or the headline's, or the first; "" if there is none."""
+    scores = results.get("scores") or []
+    scorers = [str(score.get("scorer")) for score in scores]
+    if chosen and chosen not in scorers:
+        raise ContractError(
+            f"{path} has no scorer {chosen}; it has {', '.join(scorers)}"
+        )
+    headline = results.get("headline") or next(iter(scores), {})
+    return chosen or headline.get("scorer") or ""
+
+
+@dataclass(kw_only=True)
+class Scores:
+    """The scores of a log's samples, as they are added."""
+
+    path: Path
+    scorer: str
+    group: str  # field of the metadata; "": images
+    items: dict[str, dict[str, Any]] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)  # of each epoch
+    without_score: set[str] = field(default_factory=set)
+    # sample -> what it has in the group's place
+    without_group: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, sample: dict[str, Any]) -> None:
+        """Add one epoch of a sample."""
+        name = str(sample.get("id"))
+        score = (sample.get("scores") or {}).get(self.scorer) or {}
+        value = score.get("value")
+        if value is None:  # a sample that failed, which inspect_ai doesn't count either
+            self.without_score.add(name)
+            return
+        if isinstance(value, str):
+            value = GRADES.get(value, value)
+        value = number(value, f"{self.path}, sample {name}: {self.scorer}")
+        values = self.values.setdefault(name, [])
+        values.append(value)
+        metadata = sample.get("metadata") or {}
+        item = {
+            "id": name,
+            "truth": sample.get("target"),
+            "cluster": self.cluster_of(name, metadata),
+            "category": first_of(metadata, CATEGORIES),
+        }
+        texts = {"question": sample.get("input"), "answer": score.get("answer")}
+        for text_name, text in texts.items():
+            if short_text(text):
+                item[text_name] = short_text(text)
+        item = self.items.setdefault(name, item)
+        item["score"] = sum(values) / len(values)
+
+    def cluster_of(self, name: str, metadata: dict[str, Any]) -> str:
+        """What a sample goes together with; the sample itself if nothing says so."""
+        if not self.group:
+            return first_of(metadata, IMAGES) or name
+        if self.group not in metadata:
+            raise ContractError(
+                f"{self.path}, sample {name}: its metadata have no {self.group}"
+            )
+        cluster = group_of(metadata, self.group)
+        if not cluster:
+            self.without_group[name] = metadata[self.group]
+        return cluster or name
+
+    def group_notes(self, task: str) -> list[str]:
+        """A note if some samples have no group; ContractError if none has."""
+        if not self.without_group:
+            return []
+        name, value = next(iter(self.without_group.items()))
+        problem = (
+            f"sample {name}: {self.group} is {value!r:.60}, not a text or a number"
+        )
+        if len(self.without_group) == len(self.items):
+            raise ContractError(
+                f"{self.path}, {problem}, nor is it in any other sample; choose another --group"
+            )
+        return [
+            f"{task}: {len(self.without_group)} samples have no group, so each is one by itself "
+            f"({problem})"
+        ]
+
+    def size_notes(self, task: str, documents: int) -> list[str]:
+        """A note if the log lacks scores of some of the task's samples."""
+        lost = self.without_score - set(self.items)
+        if lost:
+            return [
+                f"{task}: {len(lost)} samples have no score of {self.scorer}; left out"
+            ]
+        if len(self.items) < documents:
+            return [
+                f"{task}: the log has {len(self.items):,} of the task's {documents:,} samples; "
+                "the number is of these alone"
+            ]
+        return []
 
 
 def group_of(metadata: dict[str, Any], field: str) -> str:

@@ -22,10 +22,9 @@ from llava_integration.evaluator.compare.readers import (
     Choices,
     Log,
     Reader,
-    columns,
     number,
-    table,
 )
+from llava_integration.evaluator.compare.readers.file_formats import columns, table
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError
 

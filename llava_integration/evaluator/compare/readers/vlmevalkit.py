@@ -9,7 +9,8 @@ import ast
 import csv
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,13 @@ from llava_integration.evaluator.compare.readers import (
     Choices,
     Log,
     Reader,
-    columns,
     first_of,
     mme_logs,
     number,
     short_text,
-    table,
 )
-from llava_integration.evaluator.compare.readers.lm_eval import ALONE
+from llava_integration.evaluator.compare.readers.file_formats import columns, table
+from llava_integration.evaluator.compare.readers.harness_lines import ALONE
 from llm2clip_plugin.errors import ContractError, errors_about
 
 SCORES = ("hit", "score", "eval_score", "verifier_match")
@@ -64,119 +64,165 @@ def has_judged_table(path: Path) -> bool:
 
 
 def read(path: Path, choices: Choices) -> Iterator[Log]:
-    """One table; of MME perception and cognition. The model is the folder that the file's name
-    begins with."""
+    """One table; of MME perception and cognition, of several splits a number each."""
     lines = table(path)
     _, names = next(lines)
-    column = next((name for name in SCORES if name in names), "")
-    for choice in filter(None, (choices.group, choices.metric)):
-        if choice not in names:
-            raise ContractError(
-                f"{path} has no column {choice}; its columns: {', '.join(names)}"
-            )
-    column = choices.metric or column
-    cluster_columns = (choices.group,) if choices.group else IMAGES[:-1]
-    if {"index", "prediction"} <= set(names) and not column:
+    score_columns = [name for name in SCORES if name in names]
+    column = choices.metric or next(iter(score_columns), "")
+    check_columns(path, names, column, choices)
+    if not column:
         problem = f"{path} has answers but none of the scores {', '.join(SCORES)}; judge it first"
         yield Log(benchmark=path.stem, metrics={}, items=[], unknown=problem)
         return
-    if "index" not in names or not column:
-        raise ContractError(
-            f"{path} has the columns {names}; expected index and one of {', '.join(SCORES)}"
-        )
-    stem = ENDING.sub("", path.stem)
-    model = next(
-        (p.name for p in path.parents if p.name and stem.startswith(f"{p.name}_")), ""
-    )
-    data = stem.removeprefix(f"{model}_") if model else stem
-    kind = next(
-        (
-            kind
-            for kind in ("mme", "pope")
-            if data.lower() == kind and "extracted" in names
-        ),
-        "",
-    )
+    judged = Table.of(path, names, column, choices.group)
     items = []
     split_of: dict[str, str] = {}
     for where, cells in lines:
         row = dict(zip(names, cells, strict=False))
-        name = str(row["index"])
-        parts = str(row.get("category") or "")
-        with errors_about(where):
-            score = _score(data, row, column, f"{where}: {column}")
-        item = {"id": name, "score": score, "category": parts}
-        item |= {
-            "question": short_text(row.get("question")),
-            "answer": short_text(str(row.get("prediction"))),
-        }
-        item |= {
-            "truth": row.get("answer"),
-            "cluster": first_of(row, cluster_columns) or name,
-        }
-        split_of[name] = str(row.get("split") or "")
-        if kind != "pope":
+        item = judged.item(row, where)
+        split_of[item["id"]] = str(row.get("split") or "")
+        if judged.is_pope:
+            items += pope_items(item, row)
+        else:
             items.append(item)
-            continue
-        said = {
-            "parsed": str(row.get("extracted")).lower(),
-            "label": str(row.get("answer")).lower(),
-            "category": "",
-        }
-        # VLMEvalKit counts a question in each of its parts ("random,popular")
-        items += [{**item, **said, "id": f"{name}/{part}"} for part in parts.split(",")]
+    notes = [] if {*judged.cluster_columns} & {*names} else [ALONE]
     splits = sorted(set(split_of.values()))
-    notes = [] if {*cluster_columns} & {*names} else [ALONE]
     if column == "hit" and len(splits) > 1:  # MMMU_DEV_VAL: a number for each
         for split in splits:
             of_split = [item for item in items if split_of[item["id"]] == split]
-            yield Log(
-                benchmark=f"{data} {split}",
-                metrics={},
-                items=of_split,
-                model=model,
-                printed=_printed(path.parent / stem, split).get("Overall"),
-                notes=notes,
-            )
+            overall = _printed(judged.stem, split).get("Overall")
+            yield judged.log(f"{judged.data} {split}", of_split, overall, notes)
         return
-    printed = _printed(path.parent / stem)
-    if kind == "mme":
-        items = [
-            {**item, "cluster": f"{item['category']}/{item['cluster']}"}
-            for item in items
-        ]
-        yield from mme_logs(
-            items,
-            [printed.get(part) for part in ("perception", "reasoning")],
-            model=model,
-        )
+    printed = _printed(judged.stem)
+    if judged.is_mme:
+        for item in items:
+            item["cluster"] = f"{item['category']}/{item['cluster']}"
+        numbers = [printed.get(part) for part in ("perception", "reasoning")]
+        yield from mme_logs(items, numbers, model=judged.model)
         return
-    if data == "MMVP":  # two images of a pair, in two rows
-        both = zip(items[0::2], items[1::2], strict=False)
-        items = [
-            {**one, "score": int(one["score"] and other["score"]), "truth": None}
-            for one, other in both
-        ]
+    if judged.data == "MMVP":
+        items = pairs_of_rows(items)
     overall = printed.get("Overall")
-    overall = overall / 100 if overall is not None and column != "hit" else overall
+    if overall is not None and column != "hit":
+        overall = overall / 100
     if len(items) > len(split_of):
         notes.append(f"{len(split_of):,} questions, each counted in all of its parts")
-    yield Log(
-        benchmark=kind or data,
-        metrics={},
-        items=items,
-        model=model,
-        printed=overall,
-        notes=notes,
-    )
+    name = "pope" if judged.is_pope else judged.data
+    yield judged.log(name, items, overall, notes)
+
+
+def check_columns(
+    path: Path, names: Sequence[str], column: str, choices: Choices
+) -> None:
+    """Raises ContractError for a table without the columns of an answer and its score, or of a
+    choice."""
+    for choice in (choices.group, choices.metric):
+        if choice and choice not in names:
+            raise ContractError(
+                f"{path} has no column {choice}; its columns: {', '.join(names)}"
+            )
+    has_answers = {"index", "prediction"} <= set(names)
+    if "index" not in names or not (column or has_answers):
+        raise ContractError(
+            f"{path} has the columns {names}; expected index and one of {', '.join(SCORES)}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of judged answers."""
+
+    stem: Path  # without what its name says about the judge
+    model: str  # the folder that the file's name begins with; "" if none does
+    data: str  # the benchmark
+    column: str  # of the score
+    cluster_columns: tuple[str, ...]  # the first of these tells what goes together
+    is_mme: bool
+    is_pope: bool
+
+    @classmethod
+    def of(
+        cls, path: Path, names: Sequence[str], column: str, group: str = ""
+    ) -> "Table":
+        """The table of a file with these columns."""
+        stem = ENDING.sub("", path.stem)
+        model = ""
+        for folder in path.parents:
+            if folder.name and stem.startswith(f"{folder.name}_"):
+                model = folder.name
+                break
+        data = stem.removeprefix(f"{model}_") if model else stem
+        is_extracted = "extracted" in names
+        return cls(
+            stem=path.with_name(stem),
+            model=model,
+            data=data,
+            column=column,
+            cluster_columns=(group,) if group else IMAGES[:-1],
+            is_mme=data.lower() == "mme" and is_extracted,
+            is_pope=data.lower() == "pope" and is_extracted,
+        )
+
+    def item(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+        """The item of a row."""
+        name = str(row["index"])
+        with errors_about(where):
+            score = _score(self.data, row, self.column, f"{where}: {self.column}")
+        return {
+            "id": name,
+            "score": score,
+            "category": str(row.get("category") or ""),
+            "question": short_text(row.get("question")),
+            "answer": short_text(str(row.get("prediction"))),
+            "truth": row.get("answer"),
+            "cluster": first_of(row, self.cluster_columns) or name,
+        }
+
+    def log(
+        self,
+        benchmark: str,
+        items: list[dict[str, Any]],
+        printed: float | None,
+        notes: list[str],
+    ) -> Log:
+        """The log of these items."""
+        return Log(
+            benchmark=benchmark,
+            metrics={},
+            items=items,
+            model=self.model,
+            printed=printed,
+            notes=notes,
+        )
+
+
+def pope_items(item: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A question of POPE in each of its parts ("random,popular"), in which VLMEvalKit counts it."""
+    answers = {
+        "parsed": str(row.get("extracted")).lower(),
+        "label": str(row.get("answer")).lower(),
+        "category": "",
+    }
+    items = []
+    for part in item["category"].split(","):
+        items.append({**item, **answers, "id": f"{item['id']}/{part}"})
+    return items
+
+
+def pairs_of_rows(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """MMVP's pairs of images, which are in two rows: right if both are."""
+    pairs = []
+    for one, other in zip(items[0::2], items[1::2], strict=False):
+        score = int(one["score"] and other["score"])
+        pairs.append({**one, "score": score, "truth": None})
+    return pairs
 
 
 def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
     """A row's score: the column's value, or what VLMEvalKit makes of a row's matches with several
     answers."""
-    matches = [
-        float(one) for one in ast.literal_eval(str(row.get("eval_match") or "[]"))
-    ]
+    matches = ast.literal_eval(str(row.get("eval_match") or "[]"))
+    matches = [float(match) for match in matches]
     if matches and data.startswith(("DocVQA", "InfoVQA")):  # distances
         return 1 - min(matches) if min(matches) <= 1 - ANLS_THRESHOLD else 0.0
     if matches and data.startswith(("ChartQA", "OCRVQA")):
@@ -187,22 +233,27 @@ def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
 def _printed(stem: Path, split: str = "Overall") -> dict[str, float]:
     """The numbers that VLMEvalKit wrote next to a table, by name: of a split or of all, or of the
     only one."""
-    for path in (
-        stem.with_name(f"{stem.name}_{ending}.csv") for ending in ("acc", "score")
-    ):
+    for ending in ("acc", "score"):
+        path = stem.with_name(f"{stem.name}_{ending}.csv")
         if path.is_file():
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
-            row = next(
-                (row for row in rows if row.get("split") == split),
-                rows[0] if len(rows) == 1 else {},
-            )
-            return {
-                name: float(row[name])
-                for name in ("Overall", "perception", "reasoning")
-                if row.get(name)
-            }
+            return numbers_of(path, split)
     return {}
+
+
+def numbers_of(path: Path, split: str) -> dict[str, float]:
+    """The numbers in a table of results, in the row of a split or the only one."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    row = rows[0] if len(rows) == 1 else {}
+    for candidate in rows:
+        if candidate.get("split") == split:
+            row = candidate
+            break
+    numbers = {}
+    for name in ("Overall", "perception", "reasoning"):
+        if row.get(name):
+            numbers[name] = float(row[name])
+    return numbers
 
 
 READER = Reader(

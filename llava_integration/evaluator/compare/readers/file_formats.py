@@ -1,0 +1,120 @@
+"""What logs are stored in: tables, JSONL (also packed by gzip) and arrays in JSON."""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from llava_integration.evaluator.benchmarks.answers import json_lines
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.json_files import read_json_value
+
+csv.field_size_limit(2**24)
+
+JSON_TABLES = (".json", ".jsonl")
+
+
+def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any]]]:
+    """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or
+    Excel."""
+    if path.suffix == ".xlsx":
+        from openpyxl import load_workbook
+
+        rows = (
+            load_workbook(path, read_only=True)
+            .worksheets[0]
+            .iter_rows(values_only=True)
+        )
+        yield from (
+            (f"{path}, line {line}", list(row)) for line, row in enumerate(rows, 1)
+        )
+    elif path.suffix in JSON_TABLES:
+        rows = list(json_rows(path))
+        # a row need not have every column
+        names = list(dict.fromkeys(name for _, row in rows for name in row))
+        if rows:
+            first_place, _ = rows[0]
+            yield first_place, names
+        for where, row in rows:
+            yield where, [row.get(name) for name in names]
+    else:
+        with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
+            lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            yield from (
+                (f"{path}, line {lines.line_num}", line) for line in lines if line
+            )
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of a JSONL file, or of a JSON file with an array of rows."""
+    if path.suffix == ".jsonl":
+        yield from json_lines(path)
+        return
+    for number, row in enumerate(read_json_value(path), 1):
+        yield f"{path}, row {number}", row
+
+
+def columns(path: Path) -> list[str]:
+    """The names of a table's columns, of a JSON table those of its first row; none if it can't be
+    read."""
+    try:
+        with errors_about(path):
+            if path.suffix in JSON_TABLES:
+                _, row = next(json_rows(path), ("", {}))
+                return [str(name) for name in row]
+            _, names = next(table(path, errors="replace"), ("", []))
+            return [str(name) for name in names]
+    except ContractError:
+        return []
+
+
+HEAD = 1 << 20  # characters of a JSON array in which its first object ends
+
+
+def first_object(path: Path) -> dict[str, Any]:
+    """The first object of a JSONL file, or of a file with an array of objects; empty if it is
+    neither."""
+    with open_text(path) as file:
+        head = file.read(HEAD)
+    if head.lstrip().startswith("["):
+        with suppress(ValueError):
+            value, _ = json.JSONDecoder().raw_decode(head.lstrip()[1:].lstrip())
+            return value if isinstance(value, dict) else {}
+        return {}
+    try:
+        return next((value for _, value in islice(json_objects(path), 1)), {})
+    except ContractError:
+        return {}
+
+
+def open_text(path: Path) -> IO[str]:
+    """A text file, or one that gzip packed."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", errors="replace")
+    return path.open(encoding="utf-8-sig", errors="replace")
+
+
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of a JSONL file, also of a packed one, or of an array of objects. Raises
+    ContractError that names the line or the sample."""
+    with open_text(path) as file:
+        is_array = file.read(HEAD).lstrip().startswith("[")
+    if not is_array and path.suffix != ".gz":
+        yield from json_lines(path)
+        return
+    with errors_about(path, fix="was the run cut off?"), open_text(path) as file:
+        if is_array:
+            values = json.load(file)
+        else:
+            values = [json.loads(line) for line in file if line.strip()]
+    for number, value in enumerate(values, 1):
+        where = f"{path}, sample {number}"
+        if not isinstance(value, dict):
+            raise ContractError(
+                f"{where}: expected a JSON object, got {str(value)[:60]!r}"
+            )
+        yield where, value

@@ -1,0 +1,229 @@
+"""lmms-eval, with ``--log_samples``: ``DATE_samples_TASK.jsonl`` next to ``DATE_results.json``.
+
+A metric's value is a number, or an object with what the task's aggregation reads: MME, POPE,
+MMBench, MMVP, MMStar and captions become their composites; of other objects the field ``score``
+counts, or whether the answer is right.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_integration.evaluator.benchmarks.rules.mmbench import (
+    ROTATION,
+    choices_of,
+    letter_of,
+)
+from llava_integration.evaluator.compare.readers import (
+    BY_PART,
+    Choices,
+    Log,
+    Reader,
+    mme_logs,
+    number,
+)
+from llava_integration.evaluator.compare.readers.cider import cider
+from llava_integration.evaluator.compare.readers.file_formats import first_object
+from llava_integration.evaluator.compare.readers.harness_lines import (
+    ALONE,
+    NO_METRICS,
+    Lines,
+    Summary,
+    fields,
+    item_of,
+    lines_of,
+)
+from llava_integration.evaluator.compare.readers.harness_scores import scored
+
+LMMS_EVAL = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl(\.gz)?$")
+PROMPTS = "answers to lmms-eval's prompts, which may differ from LLaVA's"
+MME_METRICS = ("mme_perception_score", "mme_cognition_score")
+
+
+def fits(path: Path) -> bool:
+    """Recognized by its name, or by a line with a document's hash, but no names of metrics, which
+    the harness has."""
+    if LMMS_EVAL.search(path.name):
+        return True
+    line = set(first_object(path))
+    return {"doc_id", "doc_hash"} <= line and "metrics" not in line
+
+
+def read(path: Path, choices: Choices) -> Iterator[Log]:
+    """The task's composite, or its first metric that has a number for each document."""
+    summary = Summary(path, LMMS_EVAL, "{}_results.json", groups=BY_PART)
+    lines = lines_of(path, choices.group)
+    first_line = first_object(path)
+    for log in logs_of_task(lines, summary, first_line, choices.metric):
+        if all(item["cluster"] == str(item["id"]) for item in log.items):
+            log.notes.append(ALONE)
+        log.notes.extend(summary.size_notes(lines))
+        yield log
+
+
+def logs_of_task(
+    lines: Lines, summary: Summary, first_line: dict[str, Any], metric: str
+) -> list[Log]:
+    """The logs of a task, of the chosen ``metric`` if there is one."""
+    metrics = [metric] if metric else list(first_line)
+    composite, make = composite_of(metrics)
+    if metric and make is None:
+        return [scored(lines, summary, metrics)]
+    if summary.task.startswith("mmbench_"):
+        return [_mmbench(lines, summary, "submission")]
+    if summary.task.startswith("mmstar"):
+        return [_mmstar(lines, summary, "average")]
+    if set(MME_METRICS) & set(metrics):
+        return list(_mme(lines, summary))
+    if make is not None:
+        return [make(lines, summary, composite)]
+    # the results' file lists a task's metrics in its order
+    ordered = dict.fromkeys((*summary.better, *metrics))
+    candidates = [name for name in ordered if name not in NO_METRICS]
+    return [scored(lines, summary, candidates)]
+
+
+def composite_of(
+    metrics: list[str],
+) -> tuple[str, Callable[[Lines, Summary, str], Log] | None]:
+    """The first metric that is a composite, and what makes its log; ("", None) if there is none."""
+    for metric in metrics:
+        for ending, make in COMPOSITES.items():
+            if metric.endswith(ending):
+                return metric, make
+    return "", None
+
+
+def _mme(lines: Lines, summary: Summary) -> Iterator[Log]:
+    """An item for each question; the two of an image differ in their order."""
+    items: list[dict[str, Any]] = []
+    questions_of_image: Counter[str] = Counter()
+    for where, line in lines:
+        value = line.get("mme_perception_score") or line.get("mme_cognition_score")
+        value = fields(value, "question_id category score", where)
+        image = f"{value['category']}/{value['question_id']}"
+        questions_of_image[image] += 1
+        items.append(
+            {
+                "id": f"{image}#{questions_of_image[image]}",
+                "category": value["category"],
+                "cluster": image,
+                "score": number(value["score"], f"{where}: score"),
+                "truth": line.get("target"),
+            }
+        )
+    printed = [summary.printed(metric) for metric in MME_METRICS]
+    yield from mme_logs(items, printed, model=summary.model, notes=[PROMPTS])
+
+
+def _pope(lines: Lines, summary: Summary, metric: str) -> Log:
+    """lmms-eval's F1 is over all questions, not the mean of three parts, so there is one category.
+    An answer that is neither yes nor no is no positive, and its question is left out of recall."""
+    items = []
+    for where, line in lines:
+        value = fields(line.get(metric), "score prediction ground_truth", where)
+        answer = value["prediction"]
+        item = {
+            **item_of(line, line, value["score"]),
+            "category": "",
+            "truth": value["ground_truth"],
+            "label": value["ground_truth"],
+            "parsed": answer,
+            "missing": answer not in ("yes", "no"),
+        }
+        items.append(item)
+    # parts, not runs
+    is_part = summary.task.endswith(("_adv", "_pop", "_random"))
+    name = f"{summary.task} F1" if is_part else "pope"
+    return summary.log(metric, items, name, aggregate="pope", notes=[PROMPTS])
+
+
+# tasks whose number is a benchmark's of ours; others, as mmbench_en_dev_lite, are not its runs
+MMBENCH = {"mmbench_en_dev": "mmbench", "mmbench_cn_dev": "mmbench_cn"}
+
+
+def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
+    """A group of rotations each, as ``llm2clip score`` reads the answers: lmms-eval logs no
+    judgement of them."""
+    groups: dict[int, dict[str, Any]] = {}
+    for where, line in lines:
+        value = fields(line.get(metric), "index prediction answer category", where)
+        group = int(number(value["index"], f"{where}: index")) % ROTATION
+        new_item = {"id": group, "score": 1, "cluster": f"group {group}"}
+        item = groups.setdefault(group, new_item)
+        choices = choices_of({name: str(cell) for name, cell in value.items()})
+        letter = letter_of(str(value["prediction"]), choices)
+        item["score"] *= int(letter == value["answer"])
+        if value["index"] == group and choices and value["answer"] in tuple("ABCDE"):
+            item["truth"] = value["answer"]
+            item["category"] = value["category"]
+    items = [item for item in groups.values() if "truth" in item]
+    if not items:
+        where, _ = lines[0]
+        problem = f"{where}: {summary.task} has no options, or answers of its server's"
+        return summary.log("", [], unknown=problem)
+    task = summary.task.removesuffix("_static")
+    name = MMBENCH.get(task, f"{task} circular")
+    printed = summary.printed("gpt_eval_score")
+    if printed:
+        printed = printed / 100
+    return summary.log(metric, items, name, printed=printed, notes=[PROMPTS])
+
+
+def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
+    """MMVP: two images of a pair, of which both must be right; a lone one does not count."""
+    pairs: dict[str, list[bool]] = {}
+    for where, line in lines:
+        value = fields(line.get(metric), "pair_index is_correct", where)
+        pairs.setdefault(str(value["pair_index"]), []).append(value["is_correct"])
+    items = []
+    for pair, both in pairs.items():
+        if len(both) == 2:
+            score = int(all(both))
+            items.append({"id": pair, "cluster": f"pair {pair}", "score": score})
+    return summary.log(metric, items)
+
+
+def _mmstar(lines: Lines, summary: Summary, metric: str) -> Log:
+    """Each ability (l2_category) has equal weight."""
+    items = []
+    for where, line in lines:
+        value = fields(line.get(metric), "l2_category score", where)
+        score = number(value["score"], f"{where}: score")
+        items.append(item_of(line, value, score) | {"category": value["l2_category"]})
+    return summary.log(metric, items, aggregate=BY_PART)
+
+
+def _cider(lines: Lines, summary: Summary, metric: str) -> Log:
+    """Each caption's score against its image's references."""
+    values = [fields(line.get(metric), "answer pred", where) for where, line in lines]
+    captions = []
+    references = []
+    for value in values:
+        truth = value["answer"]
+        captions.append(str(value["pred"]))
+        references.append(
+            [str(text) for text in truth] if isinstance(truth, list) else [str(truth)]
+        )
+    scores = cider(captions, references)
+    items = []
+    for (_, line), value, score in zip(lines, values, scores, strict=True):
+        items.append(item_of(line, value, score))
+    notes = [
+        "CIDEr: document frequencies are those of all references of the log, also in resamples"
+    ]
+    return summary.log(metric, items, aggregate="CIDEr", notes=notes)
+
+
+# what the name of a metric ends in: the log made of it
+COMPOSITES = {"pope_f1_score": _pope, "mmvp_pair_accuracy": _pairs, "CIDEr": _cider}
+
+READER = Reader(
+    name="lmms-eval",
+    endings=(".jsonl", ".jsonl.gz"),
+    fits=fits,
+    read=read,
+    choices=("group", "metric"),
+)
