@@ -60,9 +60,11 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
     An n-gram's weight is log(captions / captions with it in a reference): scores depend on the
     benchmark's references.
     """
-    all_refs = [[ngrams(text) for text in texts] for texts in references]
+    all_refs = []
     frequency: Counter[Gram] = Counter()
-    for refs in all_refs:
+    for texts in references:
+        refs = [ngrams(text) for text in texts]
+        all_refs.append(refs)
         frequency.update(set(chain.from_iterable(refs)))
     log_captions = math.log(max(1, len(captions)))
     scores = []

@@ -1,6 +1,7 @@
 """The score of a document in a log of lm-evaluation-harness or lmms-eval: the first metric that has
 a number for each, or one from which the printed number can be rebuilt."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,8 +38,8 @@ def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
     if not numeric:
         return without_number(lines, summary, metrics)
     # others are of a part
-    missing = {name: sum(name not in line for _, line in lines) for name in numeric}
-    metric = min(numeric, key=lambda name: missing[name])
+    times = Counter(name for _, line in lines for name in line)
+    metric = max(numeric, key=lambda name: times[name])
     sign = 1 if summary.better.get(metric, True) else -1
     items = []
     for where, line in lines:
