@@ -93,9 +93,8 @@ COMMAND = Command(
 class Reading:
     """Counts and findings of some samples; readings add up."""
 
-    broken: list[dict[str, str]] = field(
-        default_factory=list
-    )  # {"shard", "key", "reason"}
+    # {"shard", "key", "reason"}
+    broken: list[dict[str, str]] = field(default_factory=list)
     # the same; intact, but no selected caption
     without_captions: list[dict[str, str]] = field(default_factory=list)
     # ("kind", "short"): captions of this kind
@@ -139,9 +138,8 @@ def main(argv: list[str]) -> int:
 def check_data(config: CheckConfig) -> dict[str, Any]:
     """The report that ``--json`` prints. FileNotFoundError if there is no data, ValueError for an
     unknown format."""
-    load_counter(
-        config.tokenizer, config.trust_remote_code
-    )  # fail here, not in a worker
+    # fail here, not in a worker
+    load_counter(config.tokenizer, config.trust_remote_code)
     broken_shards: dict[str, str] = {}
     source = open_source(config, broken_shards)
     check_fields(source)
@@ -361,9 +359,8 @@ def _duplicates(
 ) -> dict[str, Any]:
     """Values that several samples have; ``rows_N2``: hash and sample, ``value_of``: the value of a
     sample and hash."""
-    pairs = np.unique(
-        rows_N2, axis=0
-    )  # a text of two kinds in one sample is no duplicate
+    # a text of two kinds in one sample is no duplicate
+    pairs = np.unique(rows_N2, axis=0)
     hashes, first, counts = np.unique(
         pairs[:, 0], return_index=True, return_counts=True
     )

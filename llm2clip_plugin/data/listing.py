@@ -41,9 +41,8 @@ class Item:
 
     name: str  # path as the table has it, or relative to the folder
     path: Path
-    captions: list[dict[str, str]] = field(
-        default_factory=list
-    )  # {"text", "kind", "language"}
+    # {"text", "kind", "language"}
+    captions: list[dict[str, str]] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)  # other columns
     problem: str = ""  # why it is left out
 

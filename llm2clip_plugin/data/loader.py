@@ -32,13 +32,11 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Any]  # tensors and lists, one entry a row
 
 LISTED = 20  # broken samples in an error
-LEAST_ROWS = (
-    1000  # of which a fraction is broken, so that one early sample can't stop a run
-)
+# of which a fraction is broken, so that one early sample can't stop a run
+LEAST_ROWS = 1000
 SHUTDOWN = 10  # seconds that closing waits for the thread
-_too_large: set[str] = (
-    set()
-)  # sources whose windows don't fit into their ``cache_gb``, said once
+# sources whose windows don't fit into their ``cache_gb``, said once
+_too_large: set[str] = set()
 
 
 @dataclass(eq=False)
@@ -68,13 +66,11 @@ class PairLoader:
     # 10^6 bytes of shared memory that the loader processes fill ahead
     prefetch_mb: float = PREFETCH_MB
     max_broken: float = 0.01  # fraction of broken samples above which the run stops
-    pin_memory: bool = (
-        False  # batches in page-locked memory, for copies to a GPU that don't wait
-    )
+    # batches in page-locked memory, for copies to a GPU that don't wait
+    pin_memory: bool = False
     rows: int = field(default=0, init=False)  # loaded
-    substituted: int = field(
-        default=0, init=False
-    )  # of these, rows that replace a broken sample
+    # of these, rows that replace a broken sample
+    substituted: int = field(default=0, init=False)
     # reads of data that were repeated after a transient error
     retries: int = field(default=0, init=False)
     # seconds that all processes together took for the rows

@@ -32,9 +32,8 @@ from llm2clip_plugin.data.samples import (
 from llm2clip_plugin.data.sources import Source
 
 SUBSTITUTES = 20  # samples tried in place of a broken one
-SOURCE_BITS = (
-    40  # an image's id is (source << 40) + sample; more samples than any source has
-)
+# an image's id is (source << 40) + sample; more samples than any source has
+SOURCE_BITS = 40
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,8 @@ class PairDataset(Dataset):
     seed: int
     # how often each kind is drawn; {}: evenly
     caption_weights: Mapping[str, float] = field(default_factory=dict)
-    captions_per_image: int = (
-        1  # captions k of a row; an image that has fewer repeats them
-    )
+    # captions k of a row; an image that has fewer repeats them
+    captions_per_image: int = 1
     # a second cache a source, of the same captions by another teacher
     targets: Sequence[EmbeddingCache] = ()
     # size of the global batches, each of one source; 0: a batch mixes the sources

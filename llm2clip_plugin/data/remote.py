@@ -42,9 +42,8 @@ FOLDER = ".llm2clip"
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 WARN_EVERY = 30.0  # seconds between a process's warnings
 RANGE = 16 << 20  # bytes of a request
-COPY_TIME = (
-    0  # modification time of every copy, so that a shard's index fits the next copy too
-)
+# modification time of every copy, so that a shard's index fits the next copy too
+COPY_TIME = 0
 SHARD = re.compile(r"[0-9a-f]{16}-.*\.tar")  # files that may be evicted
 ERRORS = (
     "EIO ESTALE ETIMEDOUT EREMOTEIO EAGAIN ECONNRESET ECONNABORTED ECONNREFUSED EHOSTDOWN "

@@ -62,9 +62,8 @@ class Caption:
     """One text about an image."""
 
     text: str
-    kind: str = (
-        "short"  # short | long | keywords, or any word that the configuration names
-    )
+    # short | long | keywords, or any word that the configuration names
+    kind: str = "short"
     language: str = "en"
 
 
@@ -513,9 +512,8 @@ def plan_loading(
     if not workers:
         return LoadPlan(part=micro_batch, prefetch=0, workers=0, row_bytes=row_bytes)
     affordable = int(prefetch_mb * 1e6) // row_bytes  # rows
-    spread = max(
-        SMALL_PART, -(-rows // workers)
-    )  # every process has a share of every batch
+    # every process has a share of every batch
+    spread = max(SMALL_PART, -(-rows // workers))
     part = max(1, min(micro_batch, spread, affordable // (2 * workers + 1)))
     enough = max(2, -(-2 * rows // (part * workers)))
     prefetch = max(1, min(enough, (affordable // part - 1) // workers))

@@ -41,13 +41,11 @@ from llm2clip_plugin.text.encoder import CPU_TOKENS, CaptionEncoder, first_capti
 from llm2clip_plugin.text.llm import length_batches, pool
 from llm2clip_plugin.text.post import POST_FILE, Post, remove_components
 
-LANGUAGES = (
-    "languages"  # name of the row that is the mean over all languages but the home one
-)
+# name of the row that is the mean over all languages but the home one
+LANGUAGES = "languages"
 ACCURACIES = ("cra", "reverse", "centred")
-FIT_CAPTIONS = (
-    2000  # distinct training captions that post-processing is fitted on, at most
-)
+# distinct training captions that post-processing is fitted on, at most
+FIT_CAPTIONS = 2000
 TERMS = (
     "reverse: the second finds the first; centred: after subtracting each set's mean"
 )

@@ -47,12 +47,10 @@ from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.families import family_of
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
-PENALTIES = tuple(
-    10.0**power for power in range(-6, 3)
-)  # candidates for the linear probe
-HELD_OUT = (
-    5  # one in five clusters of the training images is held out to choose the penalty
-)
+# candidates for the linear probe
+PENALTIES = tuple(10.0**power for power in range(-6, 3))
+# one in five clusters of the training images is held out to choose the penalty
+HELD_OUT = 5
 QUERY_BLOCK = 1024  # test images compared at once
 TEMPERATURE = 0.07  # of a neighbor's vote
 

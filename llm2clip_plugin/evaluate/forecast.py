@@ -103,9 +103,8 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
     """Up to ``limit`` images with captions, evenly spaced, by their numbers; the mean of each one's
     embedded captions, cached, float32 on the CPU; the LLM's TeacherIdentity."""
     rows = select_rows(config, source)
-    folds(
-        [row.meta["cluster"] for row in rows.values()]
-    )  # enough of them, before the work
+    # enough of them, before the work
+    folds([row.meta["cluster"] for row in rows.values()])
     encoding = config.encoder
     if find_card(
         encoding.adapter or encoding.llm

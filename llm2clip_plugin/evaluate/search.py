@@ -35,9 +35,8 @@ from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
 
 PART = 16384  # images of a file, and what a stopped command embeds again at most
 
-Hits = list[
-    list[tuple[int, float]]
-]  # of each text (number in the source, cosine), best first
+# of each text (number in the source, cosine), best first
+Hits = list[list[tuple[int, float]]]
 
 
 def main(argv: list[str]) -> int:

@@ -43,9 +43,8 @@ class EmbedSummary:
     skipped: int = 0  # shards that were complete before
     captions: int = 0  # embedded in this run, distinct within their sample
     truncated: int = 0  # captions longer than max_tokens
-    empty: list[str] = field(
-        default_factory=list
-    )  # keys of samples without a readable caption
+    # keys of samples without a readable caption
+    empty: list[str] = field(default_factory=list)
     seconds: float = 0.0
     # of these, seconds in which the LLM waited for captions to be read or rows to be written
     waited: float = 0.0

@@ -290,9 +290,8 @@ class PatchPooling(Saved):
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         tokens_BTW = self.norm(features["token_embeddings"])
         patches_BTW = tokens_BTW[:, self.first_patch :]
-        mask_BT = features.get(
-            "pixel_attention_mask"
-        )  # of pictures in their own aspect
+        # of pictures in their own aspect
+        mask_BT = features.get("pixel_attention_mask")
         if mask_BT is None:
             mean_BW = patches_BTW.mean(dim=1)
         else:

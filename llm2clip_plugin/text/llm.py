@@ -247,9 +247,8 @@ def refuse_length_dependent_rope(text_config, max_tokens: int) -> None:
     """Raise ValueError if rotary embeddings change with the batch's longest sequence within
     ``max_tokens``."""
     scaling = vars(text_config).get("rope_parameters") or {}
-    nested = [
-        value for value in scaling.values() if isinstance(value, dict)
-    ]  # by kind of layer
+    # by kind of layer
+    nested = [value for value in scaling.values() if isinstance(value, dict)]
     for rope in (scaling, *nested):
         limit = rope.get("original_max_position_embeddings")
         if not limit:

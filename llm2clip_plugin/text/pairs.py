@@ -29,9 +29,8 @@ class Pair:
     positive: str
     negative: str = ""
     group: str = ""  # pairs of one group are not used as negatives of each other
-    instruction: str | None = (
-        None  # text before the query; None: the encoder's query prompt
-    )
+    # text before the query; None: the encoder's query prompt
+    instruction: str | None = None
 
 
 class CaptionPairs:

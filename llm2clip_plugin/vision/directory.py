@@ -33,9 +33,8 @@ ADAPTER_FILE = "text_adapter.safetensors"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 CONFIG_FILE = "config.json"
 
-LOG_SCALE = math.log(
-    1 / 0.07
-)  # where CLIP's own training starts (arXiv 2103.00020, section 2.5)
+# where CLIP's own training starts (arXiv 2103.00020, section 2.5)
+LOG_SCALE = math.log(1 / 0.07)
 
 
 @dataclass(frozen=True, kw_only=True)

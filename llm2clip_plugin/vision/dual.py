@@ -94,9 +94,8 @@ class TextAdapter(nn.Module):
             )
         x_NW = embeddings_NW.float()
         if self.normalize_input:
-            x_NW = F.normalize(
-                x_NW, dim=-1
-            )  # x / max(|x|, 1e-12): a zero row stays zero
+            # x / max(|x|, 1e-12): a zero row stays zero
+            x_NW = F.normalize(x_NW, dim=-1)
         x_NW = x_NW * self.input_factor
         if self.training and self.input_noise > 0:
             x_NW = x_NW + self.input_noise * (
@@ -127,9 +126,8 @@ class DualFeatures(NamedTuple):
     bias: (
         Tensor  # (1,) of the logits, for the sigmoid loss; 0 if the encoder learns none
     )
-    patches_BTH: Tensor | None = (
-        None  # of the hidden state ``patches``, as an MLLM reads them
-    )
+    # of the hidden state ``patches``, as an MLLM reads them
+    patches_BTH: Tensor | None = None
     # of the hidden state ``patch_features``, L2-normalized
     patch_features_BTD: Tensor | None = None
 

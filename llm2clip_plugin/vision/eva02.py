@@ -223,9 +223,8 @@ class Eva02Attention(nn.Module):
     def __init__(self, config: Eva02Config) -> None:
         super().__init__()
         width = config.hidden_size
-        self.config = (
-            config  # the model's own object: set_attn_implementation changes it
-        )
+        # the model's own object: set_attn_implementation changes it
+        self.config = config
         self.heads = config.num_attention_heads
         self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, width, bias=False)

@@ -105,9 +105,8 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
     family, _ = read_config(directory)
     if not any(directory.glob("model*.safetensors")):
         for path in sorted(directory.glob("pytorch_model*.bin")):
-            read_tensors(
-                path
-            )  # refuses a pickle that runs code, or is not safe to read
+            # refuses a pickle that runs code, or is not safe to read
+            read_tensors(path)
     check_hash(directory, WEIGHTS_FILE)
     from_pretrained = family.vision_class().from_pretrained
     read = functools.partial(

@@ -37,9 +37,8 @@ from llm2clip_plugin.json_files import parse_json
 from llm2clip_plugin.outside import MAX_IMAGE, read_regular, refuse_encoding
 
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-ROWS_PER_SHARD = (
-    16384  # ranks embed shards in parallel, and a killed run loses one at most
-)
+# ranks embed shards in parallel, and a killed run loses one at most
+ROWS_PER_SHARD = 16384
 # start and size in the file, number for messages, start and size in the index's own text
 COLUMNS = 5
 # number for messages, start and size in the file, or 0 and the row as JSON
@@ -60,9 +59,8 @@ class RowSource(Source):
         opened: tuple[Path, SideFolder, IndexFile] | None = None,
     ) -> None:
         self._downloads = config.downloads
-        self.images_folder = (
-            config.images or config.path.rpartition("/")[0] or "."
-        )  # or URL
+        # or URL
+        self.images_folder = config.images or config.path.rpartition("/")[0] or "."
         self._opened = opened or self._open_rows(config)
         path, self.side_folder, self._index = self._opened
         self._file = RetryingFile(path)

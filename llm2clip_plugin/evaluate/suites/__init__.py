@@ -163,16 +163,13 @@ class Suite:
     # path in the suite's folder, or alternatives separated by "|" -> where to get it
     requires: Mapping[str, str]
     read: Callable[[Path], list[Row]]  # the suite's folder -> its images and captions
-    measure: Callable[..., ScoreFile] = (
-        recall  # recall | recall_by_language | hard_negatives
-    )
+    # recall | recall_by_language | hard_negatives
+    measure: Callable[..., ScoreFile] = recall
     choose: bool = True  # --kinds and --languages choose among its captions
-    images: int = (
-        0  # of the published test set, any other number is reported; 0: don't check
-    )
-    table: str = (
-        ""  # title of the table that the suite is a column of, recall only; "": none
-    )
+    # of the published test set, any other number is reported; 0: don't check
+    images: int = 0
+    # title of the table that the suite is a column of, recall only; "": none
+    table: str = ""
     # row of that table -> (i2t, t2i)
     paper: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     # public review of versions 1 and 2 | authors' project page

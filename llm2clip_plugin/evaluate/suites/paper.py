@@ -34,9 +34,8 @@ CHINESE_LINE = re.compile(r"((?:COCO_\w+_)?\d+)(?:\.jpg)?(?:#\S*)?[\s,]+(.*\S)")
 # Images with one long caption each: ShareGPT4V-1k (of Long-CLIP), Urban-1k and DOCCI.
 SHAREGPT4V = "share-captioner_coco_lcs_sam_1246k_1107.json"
 SHAREGPT4V_ITEMS = 1000  # Long-CLIP excludes the first thousand from training
-BEGINNING = (
-    1 << 24
-)  # characters of that file of gigabytes; a thousand items take two million
+# characters of that file of gigabytes; a thousand items take two million
+BEGINNING = 1 << 24
 BETWEEN = re.compile(r"\s*[\[,]\s*(?=\{)")  # what precedes an object of an array
 URBAN = "https://huggingface.co/datasets/BeichenZhang/Urban1k"
 DOCCI = "https://storage.googleapis.com/docci/data"

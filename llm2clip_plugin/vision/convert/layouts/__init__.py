@@ -110,9 +110,8 @@ class ParsedCheckpoint:
     logit_scale: Tensor | None = None
     logit_bias: Tensor | None = None
     adapter: AdapterMatch | None = None
-    left_out: dict[str, str] = field(
-        default_factory=dict
-    )  # name in ``state`` -> reason
+    # name in ``state`` -> reason
+    left_out: dict[str, str] = field(default_factory=dict)
     preprocessor: dict[str, Any] = field(default_factory=dict)
     layout: str = ""  # recorded in the card as `imported_as`
 

@@ -80,9 +80,8 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpo
         used=set(inside),
         left_out=dict.fromkeys(counters, "a counter, not a weight"),
     )
-    parent = outer.removesuffix(
-        "vision_model."
-    )  # the projection is not part of the tower
+    # the projection is not part of the tower
+    parent = outer.removesuffix("vision_model.")
     projection = f"{parent}visual_projection.weight"
     parsed.projection = parsed.take(projection)
     parsed.projection_bias = parsed.take(f"{parent}visual_projection.bias")

@@ -107,9 +107,8 @@ def parse_clip(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
     ``config`` doesn't name the activation, or describes an unsupported model; ContractError if it
     contradicts the tensors."""
     parsed = CLIP_NAMES.parse(state, clip_config(state, config))
-    projection = parsed.take(
-        "visual.proj"
-    )  # (H, D): OpenCLIP multiplies from the right
+    # (H, D): OpenCLIP multiplies from the right
+    projection = parsed.take("visual.proj")
     parsed.projection = None if projection is None else projection.T.contiguous()
     parsed.find_text_side()
     if parsed.is_image_text:
