@@ -112,11 +112,11 @@ class Reading:
 
     def of(self, subject: str) -> dict[str, int]:
         """The counts of a subject by name, the largest first."""
-        return {
-            name: number
-            for (about, name), number in self.counts.most_common()
-            if about == subject
-        }
+        counts: dict[str, int] = {}
+        for (about, name), number in self.counts.most_common():
+            if about == subject:
+                counts[name] = number
+        return counts
 
 
 def _joined(rows: list[np.ndarray]) -> np.ndarray:
@@ -153,10 +153,9 @@ def check_data(config: CheckConfig) -> dict[str, Any]:
 
 def _read(source: Source, config: CheckConfig) -> Reading:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
-    chunks = [
-        range(first, min(first + CHUNK, len(source)))
-        for first in range(0, len(source), CHUNK)
-    ]
+    everything = range(len(source))
+    starts = range(0, len(source), CHUNK)
+    chunks = [everything[start : start + CHUNK] for start in starts]
     processes = min(config.workers or cores(), len(chunks))
     parts = parallel(partial(read_samples, source, config), chunks, processes=processes)
     reading = Reading()
@@ -219,11 +218,9 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
         if reason:
             reading.broken.append({**identity, "reason": reason})
         elif not select_captions(captions, config.kinds, config.languages):
-            reason = (
-                "no caption of the selected kinds and languages"
-                if captions
-                else "no caption"
-            )
+            reason = "no caption"
+            if captions:
+                reason += " of the selected kinds and languages"
             reading.without_captions.append({**identity, "reason": reason})
     reading.caption_rows.append(np.array(caption_rows, dtype=np.int64).reshape(-1, 4))
     reading.sample_rows.append(np.array(sample_rows, dtype=np.int64).reshape(-1, 4))
@@ -302,9 +299,16 @@ def build_report(
         texts = (caption.text for caption in source.captions(number)[1])
         return next(text for text in texts if caption_hash(text) == hashed)
 
+    def key_of(number: int, hashed: int) -> str:
+        return source.key(number)
+
     def is_missing(row: dict[str, str]) -> bool:
         return row["reason"].startswith(NO_IMAGE)
 
+    broken_shards: list[dict[str, str]] = []
+    for name, reason in broken.items():
+        broken_shards.append({"shard": name, "reason": reason})
+    is_image = samples[:, 2] > 0
     return {
         "path": config.path,
         "shards": len(source.shards),
@@ -319,13 +323,9 @@ def build_report(
         "fields": reading.of("field"),
         "unused_fields": reading.of("unused field"),
         "unused_languages": reading.of("unused language"),
-        "duplicate_keys": _duplicates(
-            keys, config.show, lambda number, _: source.key(number)
-        ),
-        "images": _images(reading, samples[samples[:, 2] > 0]),
-        "broken_shards": [
-            {"shard": name, "reason": reason} for name, reason in broken.items()
-        ],
+        "duplicate_keys": _duplicates(keys, config.show, key_of),
+        "images": _images(reading, samples[is_image]),
+        "broken_shards": broken_shards,
         # missing images last
         "broken": sorted(reading.broken, key=is_missing),
         "without_captions": reading.without_captions,
@@ -389,13 +389,15 @@ def _lengths(
     config: CheckConfig, source: Source, captions: np.ndarray
 ) -> dict[str, Any]:
     lengths = captions[:, 2]
-    longest = int(captions[lengths.argmax(), 1]) if len(lengths) else -1
+    longest = ""
+    if len(lengths):
+        number = int(captions[lengths.argmax(), 1])
+        shard, _ = source.locate(number)
+        longest = f"{shard}: {source.key(number)}"
     return {
         "unit": "tokens" if config.tokenizer else "words",
         **_spread(lengths),
-        "longest": f"{source.locate(longest)[0]}: {source.key(longest)}"
-        if len(lengths)
-        else "",
+        "longest": longest,
         "limit": config.max_tokens,
         "over_limit": int((lengths > config.max_tokens).sum()),
     }
@@ -462,10 +464,12 @@ def _contents(report: dict[str, Any]) -> Iterator[str]:
         parts = ", ".join(f"{part} {number:,}" for part, number in counts.items())
         yield f"  {name:<11} {parts or 'none'}"
     if images["whole"]:
-        low, middle, _, high = zip(
-            images["width"].values(), images["height"].values(), strict=True
-        )
-        sizes = "{} x {} to {} x {} pixels, median {} x {}".format(*low, *high, *middle)
+        width = images["width"]
+        height = images["height"]
+        smallest = f"{width['min']} x {height['min']}"
+        largest = f"{width['max']} x {height['max']}"
+        median = f"{width['median']} x {height['median']}"
+        sizes = f"{smallest} to {largest} pixels, median {median}"
         yield f"  sizes       {sizes}, {images['mean_bytes'] / 1000:.1f} kB"
     if report["captions"]:
         words = (

@@ -64,17 +64,16 @@ class EvalPairs:
         else:
             chosen = np.asarray(self.indices, dtype=np.int64)
         mine = np.array_split(chosen, self.world)[self.rank].tolist()
-        self._batches = [
-            mine[start : start + self.batch]
-            for start in range(0, len(mine), self.batch)
-        ]
+        starts = range(0, len(mine), self.batch)
+        self._batches = [mine[start : start + self.batch] for start in starts]
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.broken = []
-        workers = min(self.workers, -(-sum(map(len, self._batches)) // SMALL_PART))
+        rows = sum(map(len, self._batches))
+        workers = min(self.workers, -(-rows // SMALL_PART))
         width = cache_width([self.cache])
         plan = plan_evaluation(self.batch, workers, self.images.size, width)
         part_indices: list[list[int]] = []
@@ -134,22 +133,19 @@ class EvalPairs:
     def _collate(self, items: list[Row | BrokenSample]) -> dict[str, Any]:
         good = [item for item in items if isinstance(item, Row)]
         side = self.images.size
+        pixels = np.zeros((0, side, side, 3), np.uint8)
         all_pixels = [item.pixels for item in good if item.pixels is not None]
-        pixels = (
-            np.stack(all_pixels)
-            if all_pixels
-            else np.zeros((0, side, side, 3), np.uint8)
-        )
+        if all_pixels:
+            pixels = np.stack(all_pixels)
         captions: list[Caption] = []
         owners: list[int] = []
         for item in good:
             captions += item.captions
             owners += [item.image_id] * len(item.captions)
+        image_ids = [item.image_id for item in good]
         batch: dict[str, Any] = {
             "pixels": torch.from_numpy(pixels),
-            "image_ids": torch.tensor(
-                [item.image_id for item in good], dtype=torch.int64
-            ),
+            "image_ids": torch.tensor(image_ids, dtype=torch.int64),
             "owners": torch.tensor(owners, dtype=torch.int64),
             "captions": captions,
             "keys": [item.key for item in good],
@@ -161,9 +157,8 @@ class EvalPairs:
             batch["spatial_shapes"] = shapes.reshape(-1, 2)
         embeddings = [item.embeddings for item in good if item.embeddings is not None]
         if self.cache is not None:
-            batch["embeddings"] = torch.cat(
-                [torch.empty(0, self.cache.width), *embeddings]
-            )
+            nothing = torch.empty(0, self.cache.width)
+            batch["embeddings"] = torch.cat([nothing, *embeddings])
         return batch
 
 

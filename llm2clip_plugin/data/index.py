@@ -48,6 +48,10 @@ class Table:
         for values, value in zip(vars(self).values(), entry, strict=True):
             values.append(value)
 
+    def entry(self, shard: int) -> list[Any]:
+        """What ``add`` takes of a shard."""
+        return [values[shard] for values in vars(self).values()]
+
 
 @dataclass(frozen=True)
 class ShardRows:
@@ -84,14 +88,14 @@ def write_index(
             if shard is None:
                 break
             if extended and isinstance(shard, int):
-                table.add(*(values[shard] for values in vars(extended.table).values()))
+                table.add(*extended.table.entry(shard))
                 continue
-            rows = old.shard(shard) if old and isinstance(shard, int) else shard
-            assert isinstance(rows, ShardRows)
-            table.add(
-                rows.name, rows.stamp, len(rows.rows), file.tell(), len(rows.text)
-            )
-            file.write(rows.rows.astype("<i8").tobytes() + rows.text)
+            if old and isinstance(shard, int):
+                shard = old.shard(shard)
+            assert isinstance(shard, ShardRows)
+            start = file.tell()
+            table.add(shard.name, shard.stamp, len(shard.rows), start, len(shard.text))
+            file.write(shard.rows.astype("<i8").tobytes() + shard.text)
         start = file.tell()
         text = canonical_json(asdict(table)).encode()
         file.write(text)
@@ -137,11 +141,9 @@ class IndexFile:
     @property
     def is_sparse(self) -> bool:
         """Whether less than half of the file is what its table names."""
-        return (
-            2
-            * (8 * self.columns * sum(self.table.samples) + sum(self.table.text_bytes))
-            < self.end
-        )
+        row_bytes = 8 * self.columns * sum(self.table.samples)
+        named = row_bytes + sum(self.table.text_bytes)
+        return 2 * named < self.end
 
     def row(self, shard: int, number: int) -> tuple[list[int], bytes]:
         """The columns of a sample of a shard, and its text. Raises ValueError for values that no
@@ -149,24 +151,26 @@ class IndexFile:
         start = self.table.starts[shard]
         row_bytes = 8 * self.columns
         text_bytes = self.table.text_bytes[shard]
+        file_bytes, _ = self.table.stamps[shard]
         row = self._file.read(row_bytes, start + number * row_bytes)
-        values = (
-            np.frombuffer(row, dtype="<i8").tolist() if len(row) == row_bytes else [-2]
-        )
-        if (
-            min(values) < -1
-            or max(values) > max(self.table.stamps[shard][0], text_bytes)
-            or values[-1] > text_bytes
-        ):
+        is_damaged = len(row) != row_bytes
+        values: list[int] = []
+        if not is_damaged:
+            values = np.frombuffer(row, dtype="<i8").tolist()
+            is_damaged = (
+                min(values) < -1
+                or max(values) > max(file_bytes, text_bytes)
+                or values[-1] > text_bytes
+            )
+        if is_damaged:
             raise ValueError(
                 f"{self.path} is damaged (row {number} of shard {shard}); delete it and restart"
             )
         text_start, text_size = values[-2:]
         if not text_size:
             return values, b""
-        return values, self._file.read(
-            text_size, start + self.table.samples[shard] * row_bytes + text_start
-        )
+        texts_start = start + self.table.samples[shard] * row_bytes
+        return values, self._file.read(text_size, texts_start + text_start)
 
     def shard(self, number: int) -> ShardRows:
         """All rows of a shard."""
@@ -199,24 +203,24 @@ def open_index(
             if is_current(index.table):
                 return index  # another process has built it
         old = readable[0] if readable else None
-        failures = []
+        failure: BaseException | None = None
+
+        def write(path: Path) -> None:
+            nonlocal failure
+            failure = write_index(path, build(old), columns, old)
+
         if (
             old
             and old.path.parent == locked_folder
             and not old.is_sparse
             and os.access(old.path, os.W_OK)
         ):
-            failures = [write_index(old.path, build(old), columns, old)]
+            write(old.path)
             written = old.path
         else:
-            written = folder.write(
-                name,
-                lambda path: failures.append(
-                    write_index(path, build(old), columns, old)
-                ),
-            )
-        if failures[-1]:  # what was read before stays for the next start
-            raise failures[-1]
+            written = folder.write(name, write)
+        if failure:  # what was read before stays for the next start
+            raise failure
         return IndexFile(written)
 
 

@@ -182,14 +182,14 @@ def join_copies(items: list[Item], processes: int) -> int:
     for item in items:
         if not item.problem and (size := regular_size(item.path)) is not None:
             of_size.setdefault(size, []).append(item)
-    alike = [item for group in of_size.values() if len(group) > 1 for item in group]
+    alike: list[Item] = []
+    for group in of_size.values():
+        if len(group) > 1:
+            alike += group
+    hashes = parallel(_sha256, alike, processes=min(processes, len(alike) // 64))
     first_of: dict[str, Item] = {}
     joined = 0
-    for item, sha256 in zip(
-        alike,
-        parallel(_sha256, alike, processes=min(processes, len(alike) // 64)),
-        strict=True,
-    ):
+    for item, sha256 in zip(alike, hashes, strict=True):
         if sha256 is None:
             continue
         first = first_of.setdefault(sha256, item)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +154,10 @@ class PairLoader:
                 log.warning("broken: %s; replaced by another sample", error)
         total = max(self.rows, min(len(self.dataset), LEAST_ROWS))
         if self.substituted > self.max_broken * total:
-            listed = [
-                f"  shard {shard!r}, sample {key!r}: {why}"
-                for (shard, key), why in self.broken.items()
-            ]
-            lines = "\n".join(listed[:LISTED])
+            listed: list[str] = []
+            for (shard, key), reason in islice(self.broken.items(), LISTED):
+                listed.append(f"  shard {shard!r}, sample {key!r}: {reason}")
+            lines = "\n".join(listed)
             raise ValueError(
                 f"{self.substituted} of {total} samples are broken, "
                 f"more than max_broken {self.max_broken:g} allows:\n{lines}\n"
@@ -182,10 +181,9 @@ def join_parts(
         for name, value in part.items():
             if isinstance(value, Tensor):
                 if not filled:
+                    shape = (rows, *value.shape[1:])
                     batch[name] = torch.empty(
-                        (rows, *value.shape[1:]),
-                        dtype=value.dtype,
-                        pin_memory=pin_memory,
+                        shape, dtype=value.dtype, pin_memory=pin_memory
                     )
                 batch[name][filled : filled + size] = value
             else:

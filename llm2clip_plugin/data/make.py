@@ -195,9 +195,8 @@ def list_items(config: MakeConfig) -> list[Item]:
             item.problem = f"unreadable caption: {error}"
             continue
         item.add_captions(map(vars, captions))
-        item.meta = {
-            name: value for name, value in row.items() if name not in used
-        } | item.meta
+        meta = {name: value for name, value in row.items() if name not in used}
+        item.meta = meta | item.meta
     if not items and path.is_file():
         raise ValueError(f"{path} has a header and no rows; expected a row a picture")
     if all(item.problem == "not a picture" for item in items.values()):

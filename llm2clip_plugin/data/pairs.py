@@ -126,24 +126,21 @@ class PairDataset(Dataset):
         kinds = source.config.kinds or tuple(self.caption_weights)
         captions = select_captions(all_captions, kinds, source.config.languages)
         if not captions:
-            available = sorted(
-                {f"{caption.kind}:{caption.language}" for caption in all_captions}
-            )
+            pairs = {f"{caption.kind}:{caption.language}" for caption in all_captions}
+            available = ", ".join(sorted(pairs)) or "none"
             wanted = f"kinds {tuple(kinds)} and languages {source.config.languages}"
-            reason = (
-                f"no caption of {wanted}; available: {', '.join(available) or 'none'}"
-            )
+            reason = f"no caption of {wanted}; available: {available}"
             raise BrokenSample(shard, key, reason)
         rng = sample_rng(self.seed, draw.epoch, draw.source, draw.index)
         chosen = choose_captions(
             captions, self.caption_weights, self.captions_per_image, rng
         )
-        pixels = shape = None
+        pixels = None
+        shape = None
         if sample is not None and self.images is not None:
             try:
-                pixels = training_pixels(
-                    sample.read_image(), self.images, self.augment, rng
-                )
+                data = sample.read_image()
+                pixels = training_pixels(data, self.images, self.augment, rng)
                 pixels, shape = as_square(pixels, self.images)
             except BrokenImage as error:
                 raise BrokenSample(shard, key, str(error)) from error

@@ -84,11 +84,9 @@ def shuffle_window(
     """
     if configured >= 0:
         return configured
-    return (
-        max(NETWORK_WINDOW, math.ceil(NETWORK_BATCHES * batch_shards))
-        if any(map(is_network, paths))
-        else 0
-    )
+    if not any(map(is_network, paths)):
+        return 0
+    return max(NETWORK_WINDOW, math.ceil(NETWORK_BATCHES * batch_shards))
 
 
 def is_network(path: str) -> bool:
@@ -97,19 +95,15 @@ def is_network(path: str) -> bool:
         return True
     import psutil  # comes with accelerate
 
-    kinds = {
-        mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)
-    }
+    mounts = psutil.disk_partitions(all=True)
+    kinds = {mount.mountpoint: mount.fstype for mount in mounts}
     real = Path(os.path.realpath(path))
-    kind = next(
-        (
-            kinds[str(parent)]
-            for parent in (real, *real.parents)
-            if str(parent) in kinds
-        ),
-        "",
-    )
-    return kind in NETWORK or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
+    for folder in (real, *real.parents):
+        if str(folder) in kinds:
+            kind = kinds[str(folder)]
+            is_remote_fuse = kind.startswith("fuse.") and kind not in LOCAL_FUSE
+            return kind in NETWORK or is_remote_fuse
+    return False
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -119,10 +113,10 @@ def expand_braces(pattern: str) -> list[str]:
         return [pattern]
     inner = match[1]
     if span := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
-        width = len(span[1]) if span[1].startswith("0") else 0
-        options = [
-            f"{number:0{width}d}" for number in range(int(span[1]), int(span[2]) + 1)
-        ]
+        first, last = span.groups()
+        width = len(first) if first.startswith("0") else 0
+        numbers = range(int(first), int(last) + 1)
+        options = [f"{number:0{width}d}" for number in numbers]
     elif "," in inner:
         options = inner.split(",")
     else:
@@ -130,11 +124,9 @@ def expand_braces(pattern: str) -> list[str]:
             f"braces in {pattern!r} contain {inner!r}; "
             "expected a range {00000..00012} or list {a,b}"
         )
+    head = pattern[: match.start()]
     tails = expand_braces(pattern[match.end() :])
-    return [
-        pattern[: match.start()] + option + tail
-        for option, tail in itertools.product(options, tails)
-    ]
+    return [head + middle + tail for middle, tail in itertools.product(options, tails)]
 
 
 def list_urls(url: str, suffix: str) -> list[str]:
@@ -204,10 +196,10 @@ class Downloads:
     def local_path(self, url: str) -> Path:
         """The path of a copy: a hash of the URL, and its file name reduced to letters, digits and
         ._-"""
-        base = re.sub(
-            r"[^A-Za-z0-9._-]", "_", unquote(urlsplit(url).path).rpartition("/")[2]
-        )[-80:].lstrip(".")
-        return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{base}"
+        file_name = unquote(urlsplit(url).path).rpartition("/")[2]
+        base = re.sub(r"[^A-Za-z0-9._-]", "_", file_name)[-80:].lstrip(".")
+        digest = hashlib.sha256(url.encode()).hexdigest()
+        return self.folder / f"{digest[:16]}-{base}"
 
     def fetch(self, url: str) -> Path:
         """The local copy of ``url``, downloaded if there is none. Raises as ``retried`` does."""
@@ -254,17 +246,16 @@ class Downloads:
     def _evict(self, keep: Path) -> None:
         """Delete the least recently used shards until the folder fits ``limit_bytes``; open files
         stay readable."""
-        shards = [
-            (path.stat(), path)
-            for path in self.folder.iterdir()
-            if SHARD.fullmatch(path.name)
-        ]
-        size = sum(status.st_size for status, _ in shards)
-        for status, path in sorted(shards, key=lambda entry: entry[0].st_atime_ns):
+        statuses: dict[Path, os.stat_result] = {}
+        for path in self.folder.iterdir():
+            if SHARD.fullmatch(path.name):
+                statuses[path] = path.stat()
+        size = sum(status.st_size for status in statuses.values())
+        for path in sorted(statuses, key=lambda path: statuses[path].st_atime_ns):
             if size <= self.limit_bytes:
                 return
             if path != keep:
-                size -= status.st_size
+                size -= statuses[path].st_size
                 path.unlink()
 
 
@@ -301,6 +292,17 @@ class ReadFailedError(ConnectionError):
     """A read that failed too often."""
 
 
+# an invalid URL or certificate, an option that a protocol doesn't have
+USAGE_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    ImportError,
+    ReadFailedError,
+)
+
+
 def retried(action: Callable[[], Result], what: str) -> Result:
     """``action()``, repeated with growing pauses after transient errors. ``what``: the path or URL
     that it reads. Raises ReadFailedError after too many, and for what is permanent
@@ -311,20 +313,11 @@ def retried(action: Callable[[], Result], what: str) -> Result:
             return action()
         except Exception as error:  # each protocol has network errors of its own
             failures += 1
+            cause: BaseException = error
             # fsspec's HTTP turns any error, a refused connection too, into FileNotFoundError
-            cause = (
-                error.__cause__ if isinstance(error, FileNotFoundError) else None
-            ) or error
-            fields = vars(cause)  # aiohttp has status, gcsfs code
-            status = next(
-                (
-                    fields[name]
-                    for name in ("status", "code")
-                    if isinstance(fields.get(name), int)
-                ),
-                0,
-            )
-            permanent = _permanent(error, cause, status, what)
+            if isinstance(error, FileNotFoundError) and error.__cause__:
+                cause = error.__cause__
+            permanent = _permanent(error, cause, _http_status(cause), what)
             if permanent is error:
                 raise
             if permanent:
@@ -337,10 +330,9 @@ def retried(action: Callable[[], Result], what: str) -> Result:
                 raise ReadFailedError(
                     f"{problem}; rerun the same command to resume"
                 ) from error
-            server = seconds_of_retry_after(
-                (fields.get("headers") or {}).get("Retry-After", "")
-            )
-            pause = max(RETRY.pause(failures), server)
+            headers = vars(cause).get("headers") or {}
+            asked_for = seconds_of_retry_after(headers.get("Retry-After", ""))
+            pause = max(RETRY.pause(failures), asked_for)
             _retries[0] += 1
             if time.monotonic() - _warned[0] >= WARN_EVERY:
                 _warned[0] = time.monotonic()
@@ -354,6 +346,15 @@ def retried(action: Callable[[], Result], what: str) -> Result:
             time.sleep(pause)
 
 
+def _http_status(error: BaseException) -> int:
+    """That an error of a protocol's library carries; 0: none."""
+    for name in ("status", "code"):  # aiohttp's, gcsfs's
+        value = vars(error).get(name)
+        if isinstance(value, int):
+            return value
+    return 0
+
+
 def _permanent(
     error: Exception, cause: BaseException, status: int, what: str
 ) -> Exception | None:
@@ -365,34 +366,19 @@ def _permanent(
         )
     if status in (404, 410) or (not status and isinstance(cause, FileNotFoundError)):
         return FileNotFoundError(f"no file at {what}{http_status}")
+    if status >= 500 or status in (408, 425, 429):
+        return None
     if status:
-        transient = status >= 500 or status in (408, 425, 429)
-        return (
-            None
-            if transient
-            else ConnectionError(f"the server refuses {what}: {cause}")
-        )
-    if isinstance(
-        cause,
-        (
-            ValueError,
-            TypeError,
-            AttributeError,
-            NotImplementedError,
-            ImportError,
-            ReadFailedError,
-        ),
-    ):
-        return error  # an invalid URL or certificate, an option that a protocol doesn't have
+        return ConnectionError(f"the server refuses {what}: {cause}")
+    if isinstance(cause, USAGE_ERRORS):
+        return error
     import ssl  # here, because --help of every command imports this module
 
     if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError):
         # below 0: of a name's look-up
-        return (
-            None
-            if cause.errno is None or cause.errno < 0 or cause.errno in TRANSIENT
-            else error
-        )
+        if cause.errno is None or cause.errno < 0 or cause.errno in TRANSIENT:
+            return None
+        return error
     return None
 
 
@@ -553,14 +539,10 @@ def stamps_of(paths: Sequence[str]) -> list[Stamp | None]:
     for folder in {os.path.dirname(path) for path in paths}:
         try:
             with os.scandir(folder or ".") as entries:
-                paths_and_entries = [
-                    (os.path.join(folder, entry.name), entry) for entry in entries
-                ]
-                stamps |= {
-                    path: stamp_of(entry)
-                    for path, entry in paths_and_entries
-                    if path in stamps
-                }
+                for entry in entries:
+                    path = os.path.join(folder, entry.name)
+                    if path in stamps:
+                        stamps[path] = stamp_of(entry)
         except FileNotFoundError:
             continue
     return [stamps[path] for path in paths]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import tarfile
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -87,9 +86,8 @@ def main_split(argv: list[str]) -> int:
     config = SPLIT.parse(argv)
     output = Path(config.output)
     source = open_source(config)
-    if os.path.isdir(source.path) and output.resolve().is_relative_to(
-        Path(source.path).resolve()
-    ):
+    data = Path(source.path)
+    if data.is_dir() and output.resolve().is_relative_to(data.resolve()):
         raise ValueError(
             f"--output {output} is inside the data, whose subfolders are read too; "
             "choose one elsewhere"
@@ -99,8 +97,9 @@ def main_split(argv: list[str]) -> int:
     counts = {}
     for side in SIDES:
         hash_of_side = hash_N[held_out_N == (side == "validation")]
-        counts[side] = len(hash_of_side)
-        line = f"{side}: {counts[side]:,} samples ({counts[side] / len(hash_N):.2%})"
+        samples = len(hash_of_side)
+        counts[side] = samples
+        line = f"{side}: {samples:,} samples ({samples / len(hash_N):.2%})"
         if config.by:
             line += f", {len(np.unique(hash_of_side)):,} values of {config.by!r}"
         print(line)
@@ -117,15 +116,13 @@ def main_split(argv: list[str]) -> int:
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         (folder / "split.json").write_text(text, encoding="utf-8")
     paths = outputs(source, output)
-    images = (
-        ("--image-folder", source.images_folder)
-        if isinstance(source, RowSource)
-        else ()
-    )
+    images = ()
+    if isinstance(source, RowSource):
+        images = ("--image-folder", source.images_folder)
     for path in paths.values():
         print(command("embed", path, *images, "--llm", "LLM"))
-    data = (paths["train"], "--validation", paths["validation"])
-    print(command("train-tower", *data, *images, "--tower", "TOWER"))
+    sides = (paths["train"], "--validation", paths["validation"])
+    print(command("train-tower", *sides, *images, "--tower", "TOWER"))
     return 0
 
 
@@ -157,9 +154,10 @@ def decide(source: Source, validation: float, by: str, workers: int = 0) -> np.n
     if held_out in (0, len(hash_N)):
         empty = "train" if held_out else "validation"
         size = "smaller" if held_out else "larger"
+        distinct = len(np.unique(hash_N))
         values = f"values of {by!r}" if by else "keys"
         raise ValueError(
-            f"--validation {validation:g} of {len(np.unique(hash_N))} distinct {values} "
+            f"--validation {validation:g} of {distinct} distinct {values} "
             f"leaves nothing for {empty}; choose a {size} fraction"
         )
     return hash_N

@@ -128,16 +128,10 @@ class Table:
                 "close it, or write a literal one as two",
             )
         if "expected after" in str(error):
-            begun = (
-                f", in a quoted field of the row that begins in line {start}"
-                if line > start
-                else ""
-            )
-            return self._error(
-                line,
-                f"text after a closing quote{begun}",
-                'write a quote inside of quotes as ""',
-            )
+            problem = "text after a closing quote"
+            if line > start:
+                problem += f", in a quoted field of the row that begins in line {start}"
+            return self._error(line, problem, 'write a quote inside of quotes as ""')
         return self._error(line, str(error), "correct the line")
 
     def _refuse_swallowed_rows(
@@ -183,14 +177,15 @@ class Table:
 
     def _not_utf8(self) -> ContractError:
         """The first line that is not UTF-8, and how to convert the file."""
+        number = 0
+        line = b""
         with open(self.path, "rb") as file:
             is_utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
             file.seek(0)
-            number, line = next(
-                (number, line)
-                for number, line in enumerate(file, 1)
-                if not is_utf8(line)
-            )
+            for line in file:
+                number += 1
+                if not is_utf8(line):
+                    break
         name = "latin1"
         guess = f"Latin-1: {printable(line.decode('latin-1').strip()[:SHOWN])}"
         if is_utf16:

@@ -4,7 +4,6 @@ this folder."""
 from __future__ import annotations
 
 import glob
-import itertools
 import os
 import tarfile
 from abc import ABC, abstractmethod
@@ -50,12 +49,10 @@ class SourceFormat:
 
     name: str  # for --format
     help: str  # the paths that it reads, as in "a .jsonl file"
-    recognizes: Callable[
-        [str], bool
-    ]  # whether a path or URL is of this format, by its name
-    open: Callable[
-        [SourceConfig, dict[str, str] | None], Source
-    ]  # the arguments of open_source
+    # whether a path or URL is of this format, by its name
+    recognizes: Callable[[str], bool]
+    # the arguments of open_source
+    open: Callable[[SourceConfig, dict[str, str] | None], Source]
     fallback: bool = False  # used only for paths that no other format recognizes
 
 
@@ -240,7 +237,10 @@ class Source(ABC):
         return named
 
     def __len__(self) -> int:
-        return self.shards[-1].start + self.shards[-1].size if self.shards else 0
+        if not self.shards:
+            return 0
+        last = self.shards[-1]
+        return last.start + last.size
 
     def __getitem__(self, number: int) -> Sample:
         """A sample with its captions. Raises BrokenSample if its JSON or its captions can't be
@@ -471,10 +471,12 @@ def expand(pattern: str) -> list[str]:
 def common_folder(files: Sequence[str]) -> str:
     """The longest folder that all ``files`` are below; "" if they share none."""
     folders = [file.rpartition("/")[0].split("/") for file in files]
-    same = itertools.takewhile(
-        lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)
-    )
-    return "/".join(parts[0] for parts in same)
+    shared: list[str] = []
+    for parts in zip(*folders, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return "/".join(shared)
 
 
 class BrokenShard(ValueError):  # noqa: N818

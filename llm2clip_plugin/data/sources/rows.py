@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_plugin.data.index import IndexFile, ShardRows, open_index
+from llm2clip_plugin.data.index import IndexFile, ShardRows, Shards, Table, open_index
 from llm2clip_plugin.data.remote import (
     RetryingFile,
     SideFolder,
@@ -77,25 +77,28 @@ class RowSource(Source):
         return type(self), (self.config, self._opened)
 
     def _open_rows(self, config: SourceConfig) -> tuple[Path, SideFolder, IndexFile]:
-        path = (
-            self._downloads.fetch(config.path)
-            if is_url(config.path)
-            else Path(config.path)
-        )
+        path = Path(config.path)
+        if is_url(config.path):
+            path = self._downloads.fetch(config.path)
         if not path.is_file():
             raise FileNotFoundError(f"no file at {path}")
         stamp = stamp_of(path)
         stem = config.path.rpartition("/")[2].rpartition(".")[0]
         folder = SideFolder.of(str(path.parent), self._downloads.folder)
+
+        def is_current(table: Table) -> bool:
+            return self.rows_version > 0 and set(table.stamps) == {stamp}
+
+        def build(old: IndexFile | None) -> Shards:
+            return _shards(self.read_rows(path), stem, stamp)
+
         try:
             index = open_index(
                 folder,
                 f"{path.name}-{self.rows_version}.index",
                 COLUMNS,
-                is_current=lambda table: (
-                    self.rows_version > 0 and set(table.stamps) == {stamp}
-                ),
-                build=lambda _: _shards(self.read_rows(path), stem, stamp),
+                is_current=is_current,
+                build=build,
                 doing=f"index {config.path}",
             )
             if not index.table.names:
@@ -136,9 +139,9 @@ class RowSource(Source):
         row = parse_object(data, shard, f"line {line}")
         key = row.get(self.config.key_field)
         picture = row.get(self.config.image_field)
-        key = well_formed(
-            str(key) if key not in (None, "") else str(picture or f"line {line}")
-        )
+        if key in (None, ""):
+            key = picture or f"line {line}"
+        key = well_formed(str(key))
         try:
             values = self.values(row)
         except (KeyError, TypeError, AttributeError) as error:
@@ -149,21 +152,13 @@ class RowSource(Source):
 
     def _read_image(self, shard: str, key: str, name: Any) -> bytes:
         if not isinstance(name, str) or not name:
-            raise BrokenSample(
-                shard, key, f"no image path in field {self.config.image_field!r}"
-            )
+            reason = f"no image path in field {self.config.image_field!r}"
+            raise BrokenSample(shard, key, reason)
         name_shown = name if len(name) <= 100 else name[:97] + "..."  # a data: URI, say
-        if (
-            os.path.isabs(name)
-            or ".." in name.split("/")
-            or "\0" in name
-            or name != well_formed(name)
-        ):
-            raise BrokenSample(
-                shard,
-                key,
-                f"image {name_shown!r} is not a path inside {self.images_folder}",
-            )
+        is_outside = os.path.isabs(name) or ".." in name.split("/")
+        if is_outside or "\0" in name or name != well_formed(name):
+            reason = f"image {name_shown!r} is not a path inside {self.images_folder}"
+            raise BrokenSample(shard, key, reason)
         try:
             if is_url(self.images_folder):
                 return self._downloads.read(self.images_folder.rstrip("/") + "/" + name)
@@ -250,9 +245,10 @@ class LlavaSource(RowSource):
             raise ValueError(
                 f"{path} contains a {type(items).__name__}, expected LLaVA's list of conversations"
             )
+        # conversations without an image are no samples; what is no object is refused later
         return pack_rows(
-            (n, item)
-            for n, item in enumerate(items)
+            (number, item)
+            for number, item in enumerate(items)
             if not isinstance(item, dict) or item.get("image")
         )
 

@@ -81,9 +81,7 @@ class TarSource(Source):
         opened: OpenedTars | None = None,
     ) -> None:
         # of a shard's number; the last used stay open
-        self._file = lru_cache(OPEN_FILES)(
-            lambda shard: RetryingFile(self._tars[shard], partial(self._open, shard))
-        )
+        self._file = lru_cache(OPEN_FILES)(self._make_file)
         self._downloads = config.downloads
         self.downloads_shards = is_url(config.path)
         self._opened = opened or open_tars(config, self._downloads, broken_shards)
@@ -105,10 +103,8 @@ class TarSource(Source):
         return self._row(number)[1]
 
     def files(self) -> dict[str, str]:
-        return {
-            f"{shard.name}.tar": tar
-            for shard, tar in zip(self.shards, self._tars, strict=True)
-        }
+        names = [f"{shard.name}.tar" for shard in self.shards]
+        return dict(zip(names, self._tars, strict=True))
 
     def use_shard(self, shard: int, action: Callable[[Path], Result]) -> Result:
         """``action`` on the tar of a shard as a local file, downloaded if it is at a URL."""
@@ -128,22 +124,20 @@ class TarSource(Source):
     def _row(self, number: int) -> tuple[list[int], str, bytes | None, bytes | None]:
         """A sample's columns, key, .txt and .json."""
         columns, data = self._index.row(*self.place(number))
-        key, text, fields = columns[2:5]
+        key_bytes, text_bytes, fields_bytes = columns[2:5]
         crc = data[-CRC:]
         data = data[:-CRC]
-        stop = key + max(text, 0)
-        if zlib.crc32(data).to_bytes(CRC, "little") != crc or stop + max(
-            fields, 0
-        ) != len(data):
+        # ABSENT is below 0
+        text_stop = key_bytes + max(text_bytes, 0)
+        stop = text_stop + max(fields_bytes, 0)
+        if zlib.crc32(data).to_bytes(CRC, "little") != crc or stop != len(data):
             raise ValueError(
                 f"{self._index.path} is damaged (sample {number}); delete it and restart"
             )
-        return (
-            columns,
-            data[:key].decode(),
-            data[key:stop] if text >= 0 else None,
-            data[stop:] if fields >= 0 else None,
-        )
+        key = data[:key_bytes].decode()
+        text = data[key_bytes:text_stop] if text_bytes >= 0 else None
+        fields = data[text_stop:] if fields_bytes >= 0 else None
+        return columns, key, text, fields
 
     def _image(self, shard: int, key: str, offset: int, size: int) -> bytes:
         """An image, whose header in the tar must be the sample's."""
@@ -171,13 +165,16 @@ class TarSource(Source):
         size = os.fstat(descriptor).st_size
         if size != expected:
             os.close(descriptor)
-            copy = (
-                f"delete {self._downloads.local_path(tar)} and " if is_url(tar) else ""
-            )
+            fix = "restart"
+            if is_url(tar):
+                fix = f"delete {self._downloads.local_path(tar)} and restart"
             raise ValueError(
-                f"{tar} was replaced: {size} bytes, {expected} when it was indexed; {copy}restart"
+                f"{tar} was replaced: {size} bytes, {expected} when it was indexed; {fix}"
             )
         return descriptor
+
+    def _make_file(self, shard: int) -> RetryingFile:
+        return RetryingFile(self._tars[shard], partial(self._open, shard))
 
 
 def open_tars(
@@ -186,19 +183,24 @@ def open_tars(
     """The tars, downloaded from a URL, and indexed by one process of those that open them."""
     path = config.path
     base, tars = list_tars(path)
-    pattern = path[len(base) :] if is_url(path) else os.path.relpath(path, base or ".")
-    folder = SideFolder.of(
-        base or ".",
-        Path(config.index_folder) if config.index_folder else downloads.folder,
-    )
+    if is_url(path):
+        pattern = path[len(base) :]
+    else:
+        pattern = os.path.relpath(path, base or ".")
+    spare = Path(config.index_folder) if config.index_folder else downloads.folder
+    folder = SideFolder.of(base or ".", spare)
+    digest = hashlib.sha256(pattern.encode()).hexdigest()
+
+    def is_current(table: Table) -> bool:
+        if table.names != list(tars):
+            return False
+        return len(_unchanged(table, tars, downloads)) == len(tars)
+
     index = open_index(
         folder,
-        f"shards-{hashlib.sha256(pattern.encode()).hexdigest()[:16]}.index",
+        f"shards-{digest[:16]}.index",
         COLUMNS,
-        is_current=lambda table: (
-            table.names == list(tars)
-            and len(_unchanged(table, tars, downloads)) == len(tars)
-        ),
+        is_current=is_current,
         build=partial(_build, tars, downloads, broken),
         doing=f"index {path}",
     )
@@ -210,22 +212,22 @@ def _unchanged(
 ) -> dict[str, int]:
     """Number of each shard whose tar is the one indexed; copies from a URL may be evicted, or have
     another time."""
-    files = {
-        number: str(downloads.local_path(tars[name]))
-        if is_url(tars[name])
-        else tars[name]
-        for number, name in enumerate(table.names)
-        if name in tars
-    }
-    return {
-        table.names[number]: number
-        for number, stamp in zip(files, stamps_of([*files.values()]), strict=True)
-        if stamp == table.stamps[number]
-        or (
-            is_url(tars[table.names[number]])
-            and (stamp is None or stamp[0] == table.stamps[number][0])
-        )
-    }
+    files: dict[int, str] = {}
+    for number, name in enumerate(table.names):
+        if name in tars:
+            tar = tars[name]
+            files[number] = str(downloads.local_path(tar)) if is_url(tar) else tar
+    unchanged: dict[str, int] = {}
+    for number, stamp in zip(files, stamps_of([*files.values()]), strict=True):
+        name = table.names[number]
+        indexed = table.stamps[number]
+        if stamp == indexed:
+            unchanged[name] = number
+        elif is_url(tars[name]):
+            is_evicted = stamp is None
+            if is_evicted or stamp[0] == indexed[0]:  # the size
+                unchanged[name] = number
+    return unchanged
 
 
 def _build(
@@ -274,25 +276,21 @@ def list_tars(path: str) -> tuple[str, dict[str, str]]:
     if is_url(path):
         tars = list_urls(path, ".tar")
     elif os.path.isdir(path):
-        tars = sorted(
-            str(file)
-            for file in Path(path).rglob("*.tar")
-            if not file.name.startswith(".")
-        )
+        files = Path(path).rglob("*.tar")
+        tars = sorted(str(file) for file in files if not file.name.startswith("."))
     else:
         tars = expand(path)
     if not tars:
         raise FileNotFoundError(f"no .tar files in {path}; {how_to_make_tars(path)}")
     base = path if os.path.isdir(path) else common_folder(tars)
-    names = [
-        tar[len(base) :].lstrip("/")
-        if is_url(path)
-        else os.path.relpath(tar, base or ".")
-        for tar in tars
-    ]
-    return base, {
-        name.removesuffix(".tar"): tar for name, tar in zip(names, tars, strict=True)
-    }
+    tar_of: dict[str, str] = {}
+    for tar in tars:
+        if is_url(path):
+            name = tar[len(base) :].lstrip("/")
+        else:
+            name = os.path.relpath(tar, base or ".")
+        tar_of[name.removesuffix(".tar")] = tar
+    return base, tar_of
 
 
 def index_tar(path: Path) -> ShardRows:
@@ -311,16 +309,11 @@ def index_tar(path: Path) -> ShardRows:
         sample_bytes = b"".join(filter(None, texts))
         sample_bytes += zlib.crc32(sample_bytes).to_bytes(CRC, "little")
         sizes = [ABSENT if part is None else len(part) for part in texts]
-        rows.append(
-            [*parts.get("image", (ABSENT, 0)), *sizes, len(text), len(sample_bytes)]
-        )
+        image = parts.get("image", (ABSENT, 0))
+        rows.append([*image, *sizes, len(text), len(sample_bytes)])
         text += sample_bytes
-    return ShardRows(
-        path.name,
-        stamp,
-        np.array(rows, dtype=np.int64).reshape(-1, COLUMNS),
-        bytes(text),
-    )
+    rows_NC = np.array(rows, dtype=np.int64).reshape(-1, COLUMNS)
+    return ShardRows(path.name, stamp, rows_NC, bytes(text))
 
 
 def _samples(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -351,20 +344,26 @@ def is_header_of(header: bytes, key: str, size: int) -> bool:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
     except tarfile.TarError:
         return False
-    same_key = not key.isascii() or len(key) >= 80 or split_name(member.name)[0] == key
-    return member.size in (size, 0) and same_key  # 0: pax records may hold the size
+    if member.size not in (size, 0):  # 0: pax records may hold the size
+        return False
+    if not key.isascii() or len(key) >= 80:
+        return True
+    member_key, _ = split_name(member.name)
+    return member_key == key
+
+
+def _may_be_tars(path: str) -> bool:
+    """Whether ``path`` is a tar, a wildcard or braces, or a folder or URL, which may hold
+    anything."""
+    if has_suffix(path, ".tar") or "*" in path or "{" in path:
+        return True
+    return os.path.isdir(path) or is_url(path)
 
 
 SOURCE = SourceFormat(
     name="webdataset",
     help="a .tar, or a folder of .tar shards",
-    # a wildcard or braces, or a folder or URL, which may hold anything
-    recognizes=lambda path: (
-        has_suffix(path, ".tar")
-        or os.path.isdir(path)
-        or is_url(path)
-        or bool({*path} & {*"*{"})
-    ),
+    recognizes=_may_be_tars,
     open=TarSource,
     fallback=True,
 )
