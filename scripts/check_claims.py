@@ -32,22 +32,24 @@ from statistics import fmean, variance
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from llava_integration.evaluator.compare.multiplicity import holm
-from llm2clip_plugin.atomic import write_text
-from llm2clip_plugin.bootstrap import t_cdf, t_quantile
-from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.json_files import read_json_value as read_json
-from llm2clip_plugin.report_text import (
-    estimate,
-    fraction,
-    markdown_table,
-    p_value,
-    spread,
+from claims_measured import (
+    BEFORE_AFTER,
+    CONTROLS,
+    LANGUAGE_MODELS,
+    LEVEL,
+    RAW_TUNED,
+    by_part,
+    measured,
+    measured_llava,
+    part_of,
+    with_controls,
 )
+from claims_tables import PERCENT, llava_table, readme_table, table
 
-sys.path.append(str(Path(__file__).with_name("quickstart")))
-from claims import claims_table, map_cells
+from llm2clip_plugin.atomic import write_text
+from llm2clip_plugin.bootstrap import t_quantile
+from llm2clip_plugin.json_files import read_json_value as read_json
+from llm2clip_plugin.report_text import fraction, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = ROOT / "docs" / "claims.json"
@@ -57,134 +59,13 @@ BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 BEGIN = "<!-- scripts/claims.sh --record -->"
 END = "<!-- end -->"
 BEGIN_LLAVA = "<!-- scripts/claims.sh --record: LLaVA -->"
-RAW_TUNED = ("raw", "tuned")
-BEFORE_AFTER = ("before", "after")
-# of LLaVA, by its folder
-LANGUAGE_MODELS = {"llava": "2.5 million weights", "llava-smollm2": "SmolLM2-135M"}
-# teacher of the tower -> its side in llava-controls
-CONTROLS = {"random": "before", "raw": "after"}
 ROUNDING = 0.01
-LEVEL = 0.05  # of the tests, after Holm's adjustment
-PERCENT = "{:.1f}".format
-POINTS = "{:+.1f}".format
-README_ROWS = {  # headline claim -> what README's table calls it
-    "tower: names in languages of neither stage, caption → image": (
-        "tower: name in another language → image"
-    ),
-    "teacher: names in languages of neither stage → English": (
-        "LLM alone: name in another language → English name"
-    ),
-    "teacher: name → keywords without its words": (
-        "LLM alone: English name → keywords that share no word with it"
-    ),
-}
-# of a claim in headline.json, kept beside the values of its seeds
-RECORDED_FIELDS = (
-    "chance",
-    "difference",
-    "interval",
-    "p_adjusted",
-    "significant",
-    "seeds_significant",
-    "random",
-    "map",
-)
 # how often a correct rerun may fail for any of its numbers, and of its gains
 NUMBERS_LEVEL = 0.01
 GAINS_LEVEL = 0.07
 
 Sides = tuple[str, str]  # names of the base and of the new side
 Values = Mapping[str, Sequence[float]]  # side -> a value per seed
-
-
-def measured(folder: Path) -> dict[str, Any]:
-    """The claims of a quickstart's ``headline.json``. Raises FileNotFoundError without one."""
-    results = read_json(folder / "headline.json")
-    claims = {}
-    for result in results["headline"] + results["others"]:
-        claim: dict[str, Any] = {"headline": result in results["headline"]}
-        for field in RECORDED_FIELDS:
-            if field in result:
-                claim[field] = result[field]
-        for side in RAW_TUNED:
-            claim[side] = [round(seed[side], 5) for seed in result["by_seed"].values()]
-        claims[result["name"]] = claim
-    return claims
-
-
-def measured_llava(folder: Path) -> dict[str, Any]:
-    """The claims of the LLaVA miniature in a quickstart's results, in percent or points; {} without
-    one."""
-    claims = {}
-    for model_folder, model in LANGUAGE_MODELS.items():
-        scores = folder / model_folder / "scores"
-        for benchmark, row in _compared(folder / model_folder).items():
-            claim = dict(row)
-            for side in BEFORE_AFTER:
-                claim[side] = _by_seed(scores / side, benchmark)
-            claim["controls"] = _controls(folder, model_folder, benchmark)
-            claims[f"{model}: {benchmark.removeprefix('miniature: ')}"] = claim
-    return claims
-
-
-def _controls(
-    folder: Path, model_folder: str, benchmark: str
-) -> dict[str, dict[str, Any]]:
-    """Control -> its values, and ``after`` compared with it; without those that were not run."""
-    controls = {}
-    for control, side in CONTROLS.items():
-        row = _compared(folder / f"{model_folder}-{control}").get(benchmark)
-        if row:
-            scores = folder / f"{model_folder}-controls" / "scores" / side
-            controls[control] = {"values": _by_seed(scores, benchmark), **row}
-    return controls
-
-
-def with_controls(claims: Mapping[str, Any]) -> dict[str, Any]:
-    """The claims, and each with a control in place of ``before``: the differences that tell about
-    the teacher."""
-    all_claims = dict(claims)
-    for name, claim in claims.items():
-        for control, row in claim["controls"].items():
-            all_claims[f"{name} against {control}"] = {
-                **claim,
-                **row,
-                "before": row["values"],
-            }
-    return all_claims
-
-
-def _compared(folder: Path) -> dict[str, dict[str, Any]]:
-    """Benchmark -> what `llm2clip compare` found; {} where it was not run."""
-    path = folder / "compare" / "compare.json"
-    if not path.is_file():
-        return {}
-    return {
-        row["benchmark"]: {
-            "difference": row["difference"],
-            "interval": row["interval"],
-            "questions": row["questions"],
-            "p_adjusted": row["p_holm"],
-            "significant": row["p_holm"] < LEVEL,
-        }
-        for row in read_json(path)["rows"]
-    }
-
-
-def _by_seed(folder: Path, benchmark: str) -> list[float]:
-    """What each training reached, seed 0 first: accuracy, or points above exchanged pictures."""
-
-    def seed_order(path: Path) -> tuple[bool, int, Path]:
-        """Seed 0 lies in the folder itself, the others in seed1, ..., seed10 below it."""
-        return path.parent != folder, len(path.parent.name), path
-
-    values = []
-    for path in sorted(folder.rglob("*.scores.json"), key=seed_order):
-        scores = ScoreFile.read(path)
-        if scores.benchmark == benchmark:
-            accuracy = scores.metrics.get("accuracy", math.nan)
-            values.append(round(scores.metrics.get("above", accuracy), 2))
-    return values
 
 
 def reach(
@@ -196,42 +77,40 @@ def reach(
 ) -> float:
     """Half of the prediction interval for the difference of two means over seeds; ``sides`` 1: of a
     lower bound."""
-    samples = [side for side in (stated, new) if len(side) > 1]
-    freedom = sum(len(side) - 1 for side in samples)
+    freedom = 0
+    squares = 0.0  # of the deviations from the sides' means
+    for side in (stated, new):
+        if len(side) > 1:
+            freedom += len(side) - 1
+            squares += variance(side) * (len(side) - 1)
     if not freedom:
         raise ValueError(
             "docs/claims.json holds one seed: no interval for another; record at least two"
         )
-    pooled = sum(variance(side) * (len(side) - 1) for side in samples) / freedom
-    if pooled == 0:
+    pooled_variance = squares / freedom
+    if pooled_variance == 0:
         return ROUNDING
-    deviation = math.sqrt(pooled * (1 / len(stated) + 1 / len(new)))
+    deviation = math.sqrt(pooled_variance * (1 / len(stated) + 1 / len(new)))
     return t_quantile(1 - level / sides, freedom) * deviation
 
 
 def differences(claim: Values, sides: Sides) -> list[float]:
     """New minus base, seed by seed."""
-    return [
-        new - base for base, new in zip(claim[sides[0]], claim[sides[1]], strict=True)
-    ]
-
-
-def part_of(name: str) -> str:
-    """``tower``, ``teacher``, or LLaVA's language model."""
-    return name.partition(":")[0]
+    base_side, new_side = sides
+    seeds = zip(claim[base_side], claim[new_side], strict=True)
+    return [new - base for base, new in seeds]
 
 
 def gains(
     stated: Mapping[str, Any], values: Mapping[str, Values], sides: Sides
 ) -> list[float]:
     """For each seed, which fraction of the differences in ``stated`` its values have."""
-    weight_K = [
-        claim["difference"] / np.ptp(claim["interval"]) ** 2
-        for claim in stated.values()
-    ]
+    width_K = np.array([np.ptp(claim["interval"]) for claim in stated.values()])
+    weight_K = [claim["difference"] for claim in stated.values()] / width_K**2
     stated_KS = np.array([differences(stated[name], sides) for name in stated])
     new_KS = np.array([differences(values[name], sides) for name in stated])
-    return (weight_K @ new_KS / (weight_K @ stated_KS).mean()).tolist()
+    stated_gain = (weight_K @ stated_KS).mean()
+    return (weight_K @ new_KS / stated_gain).tolist()
 
 
 class Checked(NamedTuple):
@@ -257,21 +136,17 @@ def check(
     """Every difference, level and gain of the claims that both have; ``numbers`` and ``parts``
     share their levels."""
     checked: list[Checked] = []
-    for name in stated:
+    number_level = NUMBERS_LEVEL / numbers
+    for name, claim in stated.items():
         if name in new:
-            checked += check_numbers(
-                name, stated[name], new[name], sides, NUMBERS_LEVEL / numbers
-            )
-    for part in dict.fromkeys(map(part_of, stated)):
+            checked += check_numbers(name, claim, new[name], sides, number_level)
+    gains_level = GAINS_LEVEL / parts
+    for part, claims in by_part(stated).items():
         significant = {
-            name: claim
-            for name, claim in stated.items()
-            if part_of(name) == part and claim["significant"]
+            name: claim for name, claim in claims.items() if claim["significant"]
         }
         if significant and significant.keys() <= new.keys():
-            checked.append(
-                check_gains(part, significant, new, sides, GAINS_LEVEL / parts)
-            )
+            checked.append(check_gains(part, significant, new, sides, gains_level))
     return checked
 
 
@@ -286,22 +161,28 @@ def check_numbers(
     pairs: dict[str, tuple[Sequence[float], Sequence[float]]] = {
         "difference": (differences(stated, sides), differences(new, sides))
     }
-    for side in (sides[0], "random"):
+    base_side, _ = sides
+    for side in (base_side, "random"):
         if stated.get(side) and new.get(side):
             pairs[side] = (stated[side], new[side])
     if stated.get("map") and new.get("map"):
         pairs["linear map"] = (stated["map"]["values"], new["map"]["values"])
-    format_number = fraction if sides == RAW_TUNED else PERCENT
     checked = []
     for number, (before, after) in pairs.items():
         old = fmean(before)
         now = fmean(after)
         most = reach(before, after, level)
-        same = abs(now - old) <= most
-        hidden = number == "difference" and stated["significant"] and most >= abs(old)
-        checked.append(
-            Checked(f"{name}; {number}", old, now, most, same, hidden, format_number)
+        is_shown = number == "difference" and stated["significant"]
+        row = Checked(
+            name=f"{name}; {number}",
+            stated=old,
+            now=now,
+            most=most,
+            same=abs(now - old) <= most,
+            hidden=is_shown and most >= abs(old),
+            format_number=fraction if sides == RAW_TUNED else PERCENT,
         )
+        checked.append(row)
     return checked
 
 
@@ -323,31 +204,23 @@ def check_gains(
 def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
     """Print a table of towers and one of what was run of LLaVA; every number, and the names of
     missing claims."""
-    stated_llava = read_json(CLAIMS_LLAVA)
+    all_stated_llava = read_json(CLAIMS_LLAVA)
+    llava = with_controls(measured_llava(folder))
     rerun = {
         model for name, model in LANGUAGE_MODELS.items() if (folder / name).is_dir()
     }
-    stated_rerun = {
-        name: claim for name, claim in stated_llava.items() if part_of(name) in rerun
-    }
-    llava = with_controls(measured_llava(folder))
-    compared_llava = {
-        name: claim
-        for name, claim in with_controls(stated_rerun).items()
-        if name in llava
-        or name in stated_rerun  # a control that was not run is not missing
-    }
+    stated_llava = comparable_llava(all_stated_llava, rerun, llava)
     stated_towers = read_json(CLAIMS)
     towers = measured(folder)
-    print_unchecked(folder, rerun, set(map(part_of, stated_llava)))
-    claims = {**stated_towers, **compared_llava}
+    print_unchecked(folder, rerun, set(map(part_of, all_stated_llava)))
+    claims = {**stated_towers, **stated_llava}
     numbers = sum(map(count_numbers, claims.values()))
-    parts = len(set(map(part_of, claims)))
+    parts = len(by_part(claims))
     checked: list[Checked] = []
     missing: list[str] = []
     for stated, new, sides in (
         (stated_towers, towers, RAW_TUNED),
-        (compared_llava, llava, BEFORE_AFTER),
+        (stated_llava, llava, BEFORE_AFTER),
     ):
         rows = check(stated, new, sides, numbers=numbers, parts=parts)
         if rows:
@@ -355,6 +228,19 @@ def check_all(folder: Path) -> tuple[list[Checked], list[str]]:
         checked += rows
         missing += [name for name in stated if name not in new]
     return checked, missing
+
+
+def comparable_llava(
+    stated: Mapping[str, Any], rerun: Collection[str], new: Collection[str]
+) -> dict[str, Any]:
+    """The stated claims of the language models that were rerun, and those of their controls that
+    are in ``new``: a control that was not run is not missing."""
+    of_rerun = {name: claim for name, claim in stated.items() if part_of(name) in rerun}
+    comparable = {}
+    for name, claim in with_controls(of_rerun).items():
+        if name in of_rerun or name in new:
+            comparable[name] = claim
+    return comparable
 
 
 def print_unchecked(
@@ -394,130 +280,14 @@ def print_hidden(checked: Sequence[Checked]) -> None:
     for number in checked:
         if number.hidden:
             stated = number.format_number(number.stated)
-            hidden.append(
-                f"{number.name} ({stated} ± {number.format_number(number.most)})"
-            )
+            most = number.format_number(number.most)
+            hidden.append(f"{number.name} ({stated} ± {most})")
     if hidden:
         print(
             f"too few seeds to see the loss of {len(hidden)} differences: {', '.join(hidden)}; "
             "use more --seeds",
             file=sys.stderr,
         )
-
-
-def table(claims: Mapping[str, Any]) -> str:
-    """The table of towers and teachers, as the quickstart prints it."""
-    rows = []
-    for name, claim in claims.items():
-        seeds = [
-            dict(zip(RAW_TUNED, pair, strict=True))
-            for pair in zip(claim["raw"], claim["tuned"], strict=True)
-        ]
-        rows.append({**claim, "name": name, "by_seed": dict(enumerate(seeds))})
-    return claims_table(rows)
-
-
-def readme_table(claims: Mapping[str, Any]) -> str:
-    """README's table: a row per headline claim, in words that need no other page. The linear map
-    has columns if a claim has it."""
-    with_map = any(claim.get("map") for claim in claims.values())
-    head = ["mean reciprocal rank (chance: .02)", "original LLM", "fine-tuned LLM"]
-    head += ["fine-tuned minus original", "p"]
-    if with_map:
-        head.insert(2, "linear map")
-        head.append("fine-tuned minus map")
-    rows = []
-    for name, claim in claims.items():
-        strong = "**" if claim["significant"] else ""
-        tuned = f"{strong}{spread(claim['tuned'])}{strong}"
-        difference = estimate(claim["difference"], claim["interval"])
-        p = p_value(claim["p_adjusted"])
-        cells = [README_ROWS[name], spread(claim["raw"]), tuned, difference, p]
-        if with_map:
-            of_map, over_map = map_cells(claim.get("map"), len(claim["tuned"]))
-            cells.insert(2, of_map)
-            cells.append(over_map)
-        rows.append(tuple(cells))
-    return markdown_table(tuple(head), rows)
-
-
-def llava_table(claims: Mapping[str, Any]) -> str:
-    """The table of the LLaVA miniature: a row per claim."""
-    head = (
-        "language model: questions",
-        "trainings a side",
-        "tower before stage 2",
-        "after",
-        "difference",
-        "p (Holm; seeds paired)",
-        "random embeddings; after minus it",
-        "raw LLM; after minus it",
-    )
-    paired = {side: paired_seeds(claims, side) for side in ("before", *CONTROLS)}
-    rows = []
-    for name, claim in claims.items():
-        p_of = {side: p_of_claim[name] for side, p_of_claim in paired.items()}
-        rows.append(llava_row(name, claim, p_of))
-    return markdown_table(head, rows)
-
-
-def llava_row(
-    name: str, claim: Mapping[str, Any], paired_p: Mapping[str, float]
-) -> tuple[str, ...]:
-    """A claim's cells in ``llava_table``; ``paired_p``: of its seeds alone, against ``before`` and
-    each control."""
-    after = spread(claim["after"], PERCENT)
-    p = p_value(claim["p_adjusted"])
-    if claim["significant"]:
-        after = f"**{after}**"
-    else:
-        p += ", not shown"
-    cells = [
-        f"{name} ({claim['questions']})",
-        str(len(claim["after"])),
-        spread(claim["before"], PERCENT),
-        after,
-        estimate(claim["difference"], claim["interval"], POINTS),
-        f"{p} (paired {p_value(paired_p['before'])})",
-    ]
-    for side in CONTROLS:
-        control = claim["controls"][side]
-        values = spread(control["values"], PERCENT)
-        difference = estimate(control["difference"], control["interval"], POINTS)
-        p = f"{p_value(control['p_adjusted'])} (paired {p_value(paired_p[side])})"
-        cells.append(f"{values}; {difference}, p {p}")
-    return tuple(cells)
-
-
-def paired_seeds(claims: Mapping[str, Any], side: str) -> dict[str, float]:
-    """Claim -> p of ``after`` minus ``side`` (before or a control) by a paired t test over seeds,
-    whose tower and batches both sides share, by Holm over the claims of its language model."""
-    p_of: dict[str, float] = {}
-    for model in dict.fromkeys(map(part_of, claims)):
-        names = [name for name in claims if part_of(name) == model]
-        values = []
-        for name in names:
-            claim = claims[name]
-            base = (
-                claim["before"]
-                if side == "before"
-                else claim["controls"][side]["values"]
-            )
-            values.append(paired_t(base, claim["after"]))
-        p_of |= dict(zip(names, holm(values), strict=True))
-    return p_of
-
-
-def paired_t(base: Sequence[float], new: Sequence[float]) -> float:
-    """Two-sided p of Student's paired t test; 1 for one pair."""
-    difference_S = np.subtract(new, base)
-    seeds = len(difference_S)
-    if seeds < 2 or not difference_S.any():
-        return 1.0
-    error = float(np.std(difference_S, ddof=1)) / math.sqrt(seeds)
-    if error == 0:
-        return 0.0
-    return 2 * (1 - t_cdf(abs(float(difference_S.mean())) / error, seeds - 1))
 
 
 def record(
@@ -542,19 +312,12 @@ def record_all(folder: Path, parts: str) -> None:
     control is missing."""
     towers = {} if parts == "llava" else measured(folder)
     llava = {} if parts in ("towers", "map") else measured_llava(folder)
-    has_controls = all(
-        claim["controls"].keys() == CONTROLS.keys() for claim in llava.values()
-    )
     if parts == "map":
-        has_controls = any(claim.get("map") for claim in towers.values())
+        is_complete = any(claim.get("map") for claim in towers.values())
         towers = with_map(read_json(CLAIMS), towers)
     else:
-        for name, claim in towers.items():
-            if not claim.get("map") or (
-                part_of(name) == "tower" and not claim.get("random")
-            ):
-                has_controls = False
-    if not has_controls or not (llava or towers):
+        is_complete = have_controls(towers, llava)
+    if not is_complete or not (llava or towers):
         advice = "run scripts/quickstart.sh --controls, for LLaVA without --no-llava"
         raise FileNotFoundError(
             f"{folder} has not all controls of what is recorded; {advice}"
@@ -565,6 +328,16 @@ def record_all(folder: Path, parts: str) -> None:
     if llava:
         claims = read_json(CLAIMS_LLAVA) | llava  # the other model's stay
         record(CLAIMS_LLAVA, claims, BEGIN_LLAVA, {BENCHMARKS: llava_table(claims)})
+
+
+def have_controls(towers: Mapping[str, Any], llava: Mapping[str, Any]) -> bool:
+    """Whether every claim has the controls that the tables show."""
+    for name, claim in towers.items():
+        if not claim.get("map"):
+            return False
+        if part_of(name) == "tower" and not claim.get("random"):
+            return False
+    return all(claim["controls"].keys() == CONTROLS.keys() for claim in llava.values())
 
 
 def with_map(stated: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -604,7 +377,9 @@ def main() -> int:
     if moved:
         summary += f": {', '.join(moved)}"
     print_hidden(checked)
-    print(*(f"missing: {name}" for name in missing), summary, sep="\n", file=sys.stderr)
+    for name in missing:
+        print(f"missing: {name}", file=sys.stderr)
+    print(summary, file=sys.stderr)
     return 1 if moved or missing else 0
 
 

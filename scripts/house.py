@@ -48,9 +48,10 @@ ROOMS = (  # of each floor, the lowest first
     ("stages",),
     ("cli", "doctor"),
 )
-FLOORS = {
-    f"{PACKAGE}.{room}": floor for floor, rooms in enumerate(ROOMS) for room in rooms
-}
+FLOORS: dict[str, int] = {}  # package.room -> its floor
+for floor, rooms in enumerate(ROOMS):
+    for room in rooms:
+        FLOORS[f"{PACKAGE}.{room}"] = floor
 # Floors that LLaVA's side may import, besides vision; who may import that
 FOR_LLAVA = (0, 1, 2, 3, 4, 5, 6, 7, 8)
 OF_LLAVA = (f"{PACKAGE}.stages", f"{PACKAGE}.doctor")
@@ -71,9 +72,9 @@ def import_graph(trees: Mapping[str, ast.Module]) -> networkx.DiGraph:
     graph = networkx.DiGraph()
     graph.add_nodes_from(trees)
     for name, tree in trees.items():
-        graph.add_edges_from(
-            (name, other) for other in imported(tree, trees) if other != name
-        )
+        for other in imported(tree, trees):
+            if other != name:
+                graph.add_edge(name, other)
     return graph
 
 
@@ -89,11 +90,10 @@ def functions_of(trees: Mapping[str, ast.Module]) -> list[tuple[int, str]]:
     """(lines, module.function)"""
     functions = []
     for name, tree in trees.items():
+        module = name.rpartition(".")[2]
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                functions.append(
-                    (line_count(node), f"{name.rpartition('.')[2]}.{node.name}")
-                )
+                functions.append((line_count(node), f"{module}.{node.name}"))
     return functions
 
 
@@ -102,12 +102,12 @@ def line_count(node: ast.stmt) -> int:
 
 
 def import_lines(trees: Iterable[ast.Module]) -> int:
-    nodes = (node for tree in trees for node in ast.walk(tree))
-    return sum(
-        line_count(node)
-        for node in nodes
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-    )
+    lines = 0
+    for tree in trees:
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                lines += line_count(node)
+    return lines
 
 
 def columns_of(root: Path) -> dict[str, str]:
@@ -128,10 +128,8 @@ def modules(root: Path) -> dict[str, str]:
     """Each module of the two packages -> its text."""
     sources: dict[str, str] = {}
     for path, text in texts(root, f"{PACKAGE}/**/*.py", f"{LLAVA}/**/*.py").items():
-        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(
-            ".__init__"
-        )
-        sources[name] = text
+        parts = path.relative_to(root).with_suffix("").parts
+        sources[".".join(parts).removesuffix(".__init__")] = text
     return sources
 
 
@@ -139,33 +137,61 @@ def numbers(root: Path) -> dict[str, str]:
     """What is counted -> how much."""
     sources = modules(root)
     trees = {name: ast.parse(text) for name, text in sources.items()}
-    lines = {name: text.count("\n") for name, text in sources.items()}
     graph = import_graph(trees)
+    return {
+        **count_files(sources, trees),
+        **count_imports(graph),
+        **count_around(root),
+    }
+
+
+def count_files(
+    sources: Mapping[str, str], trees: Mapping[str, ast.Module]
+) -> dict[str, str]:
+    """Files, lines and functions of the packages."""
+    lines_of = {name: text.count("\n") for name, text in sources.items()}
+    total = sum(lines_of.values())
+    longest = max(lines_of, key=lines_of.__getitem__)
+    short = [name for name, lines in lines_of.items() if lines < 40]
     functions = functions_of(trees)
+    function_lines = [lines for lines, _ in functions]
+    longest_function_lines, longest_function = max(functions)
+    return {
+        "files": f"{len(lines_of):,}",
+        "lines": f"{total:,}",
+        "lines of a file, median": f"{median(lines_of.values()):.0f}",
+        "longest file": f"{lines_of[longest]} ({longest.partition('.')[2]})",
+        "lines of a function, median": f"{median(function_lines):.0f}",
+        "longest function": f"{longest_function_lines} ({longest_function})",
+        "import lines": f"{import_lines(trees.values()) / total:.1%}",
+        "files under 40 lines": f"{len(short):,}",
+    }
+
+
+def count_imports(graph: networkx.DiGraph) -> dict[str, str]:
+    """Who imports whom, in the packages."""
+    with_one_importer = [name for name, importers in graph.in_degree if importers == 1]
     cycles = modules_in_cycles(graph)
     up = [f"{name} -> {other}" for name, other in graph.edges if goes_up(name, other)]
-    total = sum(lines.values())
-    longest = max(lines, key=lines.__getitem__)
-    trains_tower = networkx.descendants(graph, f"{PACKAGE}.stages.tower")
+    below_tower = networkx.descendants(graph, f"{PACKAGE}.stages.tower")
+    return {
+        "files with one importer": f"{len(with_one_importer):,}",
+        "files in import cycles": ", ".join([str(len(cycles)), *cycles]),
+        "arrows up": ", ".join([str(len(up)), *up]),
+        "files that train-tower imports": f"{len(below_tower) + 1:,}",
+    }
+
+
+def count_around(root: Path) -> dict[str, str]:
+    """Lines of what lies beside the packages."""
     # older checkouts had benchmarks/ and nano/ beside scripts/
     scripts = ("scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py", "nano/*.py")
     pages = texts(root, "*.md", "docs/**/*.md")
+    words = sum(len(page.split()) for page in pages.values())
     return {
-        "files": f"{len(lines):,}",
-        "lines": f"{total:,}",
-        "lines of a file, median": f"{median(lines.values()):.0f}",
-        "longest file": f"{lines[longest]} ({longest.partition('.')[2]})",
-        "lines of a function, median": f"{median(length for length, _ in functions):.0f}",
-        "longest function": "{} ({})".format(*max(functions)),
-        "import lines": f"{import_lines(trees.values()) / total:.1%}",
-        "files under 40 lines": f"{sum(length < 40 for length in lines.values()):,}",
-        "files with one importer": f"{sum(count == 1 for _, count in graph.in_degree):,}",
-        "files in import cycles": ", ".join([str(len(cycles)), *cycles]),
-        "arrows up": ", ".join([str(len(up)), *up]),
-        "files that train-tower imports": f"{len(trains_tower) + 1:,}",
         "lines of scripts": f"{count_lines(root, *scripts):,}",
         "lines of tests": f"{count_lines(root, 'tests/**/*.py'):,}",
-        "words of docs": f"{sum(len(page.split()) for page in pages.values()):,}",
+        "words of docs": f"{words:,}",
     }
 
 
@@ -189,15 +215,12 @@ def imported_by_name(node: ast.AST) -> str:
     """The module of ``importlib.import_module("NAME")``; "" for any other node."""
     if not isinstance(node, ast.Call) or not node.args:
         return ""
-    called = ast.unparse(node.func)
-    name = node.args[0]
-    if called not in ("importlib.import_module", "import_module"):
+    if ast.unparse(node.func) not in ("importlib.import_module", "import_module"):
         return ""
-    return (
-        name.value
-        if isinstance(name, ast.Constant) and isinstance(name.value, str)
-        else ""
-    )
+    name = node.args[0]
+    if isinstance(name, ast.Constant) and isinstance(name.value, str):
+        return name.value
+    return ""
 
 
 def room_of(module: str) -> str:
@@ -220,12 +243,20 @@ def goes_up(name: str, other: str) -> bool:
     return FLOORS.get(other_room, 0) >= FLOORS.get(room, 0)
 
 
+def main() -> None:
+    """Print the table: a column per checkout."""
+    column_of = {word: columns_of(Path(word).resolve()) for word in sys.argv[1:]}
+    if not column_of:
+        column_of = {"this checkout": columns_of(Path(__file__).resolve().parents[1])}
+    print(f"| | {' | '.join(column_of)} |")
+    print("|---" * (1 + len(column_of)) + "|")
+    names: dict[str, None] = {}  # of what is counted, in order
+    for column in column_of.values():
+        names |= dict.fromkeys(column)
+    for name in names:
+        cells = [column.get(name, "") for column in column_of.values()]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 if __name__ == "__main__":
-    roots = [
-        Path(word).resolve() for word in sys.argv[1:] or [Path(__file__).parents[1]]
-    ]
-    columns = [columns_of(root) for root in roots]
-    titles = [str(word) for word in sys.argv[1:] or ["this checkout"]]
-    print(f"| | {' | '.join(titles)} |\n|---{'|---' * len(roots)}|")
-    for name in dict.fromkeys(name for column in columns for name in column):
-        print(f"| {name} | {' | '.join(column.get(name, '') for column in columns)} |")
+    main()

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("llm2clip_plugin", "llava_integration", "scripts", "tests")
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+MASKS = (ast.BitAnd, ast.BitOr, ast.BitXor)  # operators on masks of tensors
 
 
 def is_truth(node: ast.expr) -> bool:
@@ -38,13 +39,10 @@ def contains_comprehension(node: ast.AST) -> bool:
 
 
 def index_parts(node: ast.Subscript) -> list[ast.expr]:
-    if isinstance(node.slice, ast.Slice):
-        return [
-            part
-            for part in (node.slice.lower, node.slice.upper, node.slice.step)
-            if part
-        ]
-    return [node.slice]
+    if not isinstance(node.slice, ast.Slice):
+        return [node.slice]
+    parts = (node.slice.lower, node.slice.upper, node.slice.step)
+    return [part for part in parts if part]
 
 
 def is_let(source: ast.expr) -> bool:
@@ -63,32 +61,32 @@ def problem(node: ast.AST) -> str:
     if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
         if isinstance(node.targets[0], ast.Tuple):
             return "several assignments in one"
-    if isinstance(node, ast.BinOp) and (is_truth(node.left) or is_truth(node.right)):
-        if not isinstance(
-            node.op, (ast.BitAnd, ast.BitOr, ast.BitXor)
-        ):  # masks of tensors
+    if isinstance(node, ast.BinOp) and not isinstance(node.op, MASKS):
+        if is_truth(node.left) or is_truth(node.right):
             return "arithmetic with a truth value"
-    if isinstance(node, ast.Subscript) and isinstance(
-        node.value, (ast.Name, ast.List, ast.Tuple, ast.Constant)
-    ):
-        if any(
-            is_truth(part) and not isinstance(part, ast.Compare)
-            for part in index_parts(node)
-        ):
-            return "an index that is a truth value"
-        if isinstance(node.slice, ast.Slice) and any(
-            is_truth(part) for part in index_parts(node)
-        ):
-            return "a slice by a truth value"
+    if isinstance(node, ast.Subscript):
+        return problem_of_index(node)
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-        if node.id.endswith("_") and keyword.iskeyword(node.id[:-1]):
-            return f"a keyword as a name ({node.id})"
-    if (
-        isinstance(node, ast.arg)
-        and node.arg.endswith("_")
-        and keyword.iskeyword(node.arg[:-1])
-    ):
-        return f"a keyword as a name ({node.arg})"
+        return problem_of_name(node.id)
+    if isinstance(node, ast.arg):
+        return problem_of_name(node.arg)
+    return ""
+
+
+def problem_of_index(node: ast.Subscript) -> str:
+    if not isinstance(node.value, (ast.Name, ast.List, ast.Tuple, ast.Constant)):
+        return ""
+    truths = [part for part in index_parts(node) if is_truth(part)]
+    if any(not isinstance(part, ast.Compare) for part in truths):
+        return "an index that is a truth value"
+    if truths and isinstance(node.slice, ast.Slice):
+        return "a slice by a truth value"
+    return ""  # a comparison as an index: a mask of a tensor
+
+
+def problem_of_name(name: str) -> str:
+    if name.endswith("_") and keyword.iskeyword(name.removesuffix("_")):
+        return f"a keyword as a name ({name})"
     return ""
 
 

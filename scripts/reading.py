@@ -65,27 +65,32 @@ class Counts:
 
     def rows(self) -> dict[str, str]:
         """What is counted -> how much."""
+        characters = self.characters / self.lines
+        long_lines = self.long_lines / self.lines
+        nodes_a_line = self.nodes / self.lines_without_imports
+        nodes_a_statement = self.nodes / self.statements
         thousands = self.lines / 1000
         nested = self.nested_comprehensions / thousands
+        packed = self.packed_assignments / thousands
+        fillers = self.filler_names / self.assigned_names
         return {
             "lines of code": f"{self.lines:,}",
-            "characters a line": f"{self.characters / self.lines:.1f}",
-            f"lines over {LONG_LINE} characters": f"{self.long_lines / self.lines:.1%}",
-            "syntax nodes a line": f"{self.nodes / self.lines_without_imports:.1f}",
-            "syntax nodes a statement": f"{self.nodes / self.statements:.1f}",
+            "characters a line": f"{characters:.1f}",
+            f"lines over {LONG_LINE} characters": f"{long_lines:.1%}",
+            "syntax nodes a line": f"{nodes_a_line:.1f}",
+            "syntax nodes a statement": f"{nodes_a_statement:.1f}",
             "comprehensions in comprehensions, per 1,000 lines": f"{nested:.1f}",
-            "`a, b = x, y`, per 1,000 lines": f"{self.packed_assignments / thousands:.1f}",
-            "filler names, of all assigned": f"{self.filler_names / self.assigned_names:.2%}",
+            "`a, b = x, y`, per 1,000 lines": f"{packed:.1f}",
+            "filler names, of all assigned": f"{fillers:.2%}",
         }
 
 
 def docstring_lines(tree: ast.Module) -> set[int]:
     docstrings = []
     for node in ast.walk(tree):
-        if (
-            isinstance(node, DOCUMENTED)
-            and ast.get_docstring(node, clean=False) is not None
-        ):
+        if not isinstance(node, DOCUMENTED):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
             docstrings.append(node.body[0])
     return lines_of(docstrings)
 

@@ -1,7 +1,6 @@
 """README and benchmarks.md state what docs/claims.json holds; scripts/check_claims.py tells which
 numbers moved."""
 
-import importlib.util
 import itertools
 import json
 import math
@@ -9,18 +8,13 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 
+import check_claims
+import claims_tables
 import pytest
 
 from llm2clip_plugin.contracts import ScoreFile
-
-ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location(
-    "check_claims", ROOT / "scripts" / "check_claims.py"
-)
-check_claims = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = check_claims
-SPEC.loader.exec_module(check_claims)
 
 LANGUAGES = "tower: names in languages of neither stage, caption → image"
 TINY = check_claims.LANGUAGE_MODELS["llava"]
@@ -249,17 +243,17 @@ def test_a_run_of_few_seeds_says_what_it_cannot_see(
 def test_llavas_seeds_are_paired(capsys) -> None:
     """By hand: differences 1, 2, 3, 2 have mean 2 and deviation .8165, so t is 4.899 with 3
     degrees of freedom."""
-    assert check_claims.paired_t([5, 9, 1, 7], [6, 11, 4, 9]) == pytest.approx(
+    assert claims_tables.paired_t([5, 9, 1, 7], [6, 11, 4, 9]) == pytest.approx(
         0.01628, rel=1e-3
     )
-    assert check_claims.paired_t([1.0], [2.0]) == 1.0
+    assert claims_tables.paired_t([1.0], [2.0]) == 1.0
     claim = {"before": [5, 9, 1, 7], "after": [6, 11, 4, 9]}
     values = {"values": [5, 9, 1, 7]}
     claims = {"a: x": claim, "a: y": claim, "b: x": claim}
     for one in claims.values():
         one["controls"] = {"random": values}
     for side in ("before", "random"):
-        paired = check_claims.paired_seeds(claims, side)
+        paired = claims_tables.paired_seeds(claims, side)
         # Holm over the rows of a language model
         assert paired["a: x"] == pytest.approx(2 * paired["b: x"])
         assert paired["b: x"] == pytest.approx(0.01628, rel=1e-3)
@@ -385,6 +379,6 @@ def test_half_of_the_gain_is_flagged(kind: str) -> None:
     sides, _ = KINDS[kind]
     for stated, rerun in reruns(kind, stated_too=True):
         for name, values in rerun.items():
-            lost = check_claims.fmean(check_claims.differences(stated[name], sides)) / 2
+            lost = fmean(check_claims.differences(stated[name], sides)) / 2
             values[sides[1]] = [value - lost for value in values[sides[1]]]
         assert is_flagged(kind, stated, rerun)

@@ -6,6 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import miniature
+import miniature_data
+import miniature_scores
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
@@ -43,7 +45,7 @@ def test_two_sides(tmp_path: Path) -> None:
         "image": "red.png",
         "text": "Which color?",
         "truth": "red",
-        "kind": miniature.CLOSED[0],
+        "kind": miniature_data.CLOSED[0],
     }
     (tmp_path / "data" / "questions.jsonl").write_text(
         json.dumps({**asked, "cluster": "", "category": ""})
@@ -70,7 +72,7 @@ def test_two_sides(tmp_path: Path) -> None:
     assert answers.read_text() == "kept"
     side("after")
     miniature.refuse_other_stages(tmp_path, "after")
-    miniature.score(tmp_path, "after", "", None)
+    miniature_scores.score(tmp_path, "after", "", None)
     side("before-seed1")
     side("after-seed1", 3)
     with pytest.raises(ValueError, match="vlm-after-seed1"):

@@ -5,6 +5,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import build_models
 import inputs
 import pytest
 import sentencepiece
@@ -72,7 +73,7 @@ def miniature(tmp_path_factory, captions) -> Path:
     for name in ("text", "captions", "finetune"):
         (root / f"{name}.json").write_text(json.dumps(rows))
     return with_tokenizer(
-        root / "llava-tiny", lambda folder: inputs.train_tokenizer(root, folder)
+        root / "llava-tiny", lambda folder: build_models.train_tokenizer(root, folder)
     )
 
 

