@@ -34,7 +34,12 @@ from llm2clip_plugin.vision.towers import final_norm, preprocessor_config
 SETTINGS_FILE = "sentence_bert_config.json"  # of a Transformer module
 CODE = "llm2clip_modules"  # the file of our modules in an exported folder
 # tokens between class token and patches of transformers' own models, which ours leave out
-REGISTERS = {"dinov3": "num_register_tokens", "radio": "num_summary_tokens"}
+REGISTERS = {
+    "dinov2_registers": "num_register_tokens",
+    "dinov3": "num_register_tokens",
+    "radio": "num_summary_tokens",
+    "tipsv2": "num_register_tokens",
+}
 STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
 POOLED = {"method": "forward", "method_output_name": "pooler_output"}
 
@@ -167,7 +172,7 @@ def image_pooling(dual: DualEncoder) -> Any:
     width = config.hidden_size
     pool = dual.config.pool
     pools_class_token = pool == "cls" and family.name in ("clip", "metaclip2")
-    if pool == "pooled" and family.name == "radio":
+    if pool == "pooled" and family.name in ("radio", "internvl"):
         return Pooling(width, "cls")
     if pool == "pooled" and family.name == "aimv2" and not config.use_head:
         return Pooling(width, "mean")

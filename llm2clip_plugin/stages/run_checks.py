@@ -22,11 +22,12 @@ from llm2clip_plugin.text.config import EncoderConfig, effective, find_card
 from llm2clip_plugin.text.encoder import local_folder, weights_sha256
 from llm2clip_plugin.text.llm import llm_config
 from llm2clip_plugin.vision.directory import CONFIG_FILE, fetch_directory, section
-from llm2clip_plugin.vision.families import families, family_of_type
+from llm2clip_plugin.vision.families import (
+    IMPORTED_FIRST,
+    families,
+    family_of_type,
+)
 from llm2clip_plugin.vision.towers import TIMM_PREFIX
-
-# beginnings of model types that are no family's, but that `llm2clip import` reads
-IMPORTED = ("qwen3_",)
 
 
 def check_given(config: PipelineConfig) -> None:
@@ -138,7 +139,7 @@ def check_tower(tower: str) -> None:
         for part in (body, section(body, "vision_config"))
         if part.get("model_type")
     ]
-    if not kinds or any(kind.startswith(IMPORTED) for kind in kinds):
+    if not kinds or any(kind.startswith(IMPORTED_FIRST) for kind in kinds):
         return
     kinds_of_families = {
         kind for family in families().values() for kind in family.model_types

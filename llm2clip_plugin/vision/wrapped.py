@@ -1,5 +1,6 @@
-"""Towers of other libraries in another form: DINOv3 and RADIO without registers, AIMv2 that pools,
-OpenVision, and any timm vision transformer (timm 1.0 or newer), whose states are its patches.
+"""Towers of other libraries in another form: DINOv2, DINOv3, TIPSv2 and RADIO without registers,
+AIMv2 and InternViT that pool, OpenVision, and any timm vision transformer (timm 1.0 or newer),
+whose states are its patches.
 
 ``forward`` ignores other arguments: transformers 5 passes the language model's, such as
 ``use_cache``, to the tower. This file stands alone, as it is saved with a LLaVA that is exported to
@@ -352,6 +353,79 @@ if hasattr(transformers, "DINOv3ViTModel"):
             return remove_tokens(output, 1, 1 + self.config.num_register_tokens)
 
     register(Dinov3TowerConfig, Dinov3Tower, "dinov3_vit")
+
+if hasattr(transformers, "Dinov2WithRegistersModel"):
+
+    class Dinov2RegistersConfig(transformers.Dinov2WithRegistersConfig):
+        """DINOv2's with registers, under a type of its own."""
+
+        model_type = "llm2clip_dinov2_registers"
+
+    class Dinov2RegistersTower(Changed, transformers.Dinov2WithRegistersModel):
+        """DINOv2 without the registers between class token and patches."""
+
+        config_class = Dinov2RegistersConfig
+
+        def change(self, output: Any) -> Any:
+            return remove_tokens(output, 1, 1 + self.config.num_register_tokens)
+
+    register(Dinov2RegistersConfig, Dinov2RegistersTower, "Dinov2WithRegistersModel")
+
+if hasattr(transformers, "Tipsv2VisionModel"):
+
+    class Tipsv2TowerConfig(transformers.Tipsv2VisionConfig):
+        """TIPSv2's, under a type of its own."""
+
+        model_type = "llm2clip_tipsv2"
+
+    class Tipsv2Tower(Changed, transformers.Tipsv2VisionModel):
+        """TIPSv2 with the first class token alone: the second, which learned from synthetic
+        captions, lies where DINOv2 has registers."""
+
+        config_class = Tipsv2TowerConfig
+
+        def change(self, output: Any) -> Any:
+            return remove_tokens(output, 1, 1 + self.config.num_register_tokens)
+
+    register(Tipsv2TowerConfig, Tipsv2Tower, "Tipsv2VisionModel")
+
+
+def one_side(size: Any, name: str) -> int:
+    """The side of a square, which transformers writes as a number or as a pair; ValueError for
+    another shape."""
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1:
+        raise ValueError(f"{name} is {tuple(size)}; only squares are supported")
+    return sides.pop()
+
+
+if hasattr(transformers, "InternVLVisionModel"):
+
+    class InternvlTowerConfig(transformers.InternVLVisionConfig):
+        """InternViT's, whose sizes are numbers of pixels, not pairs."""
+
+        def __post_init__(self, **kwargs: Any) -> None:
+            super().__post_init__(**kwargs)
+            self.image_size = one_side(self.image_size, "image_size")
+            self.patch_size = one_side(self.patch_size, "patch_size")
+
+    class InternvlTower(Changed, transformers.InternVLVisionModel):
+        """InternViT; the class token is pooled, as by OpenGVLab's own code."""
+
+        config_class = InternvlTowerConfig
+
+        def __init__(self, config: Any) -> None:
+            sizes = {"image_size": config.image_size, "patch_size": config.patch_size}
+            for name, side in sizes.items():
+                setattr(config, name, (side, side))  # as the base reads them
+            super().__init__(config)
+            for name, side in sizes.items():
+                setattr(config, name, side)
+
+        def change(self, output: Any) -> Any:
+            output.pooler_output = output.last_hidden_state[:, 0]
+            return output
+
 
 if hasattr(transformers, "RadioModel"):
 

@@ -46,6 +46,10 @@ TOWERS = [
     ("openvision", "cls"),
     ("radio", "pooled"),
     ("radio", "cls_mean"),
+    ("dinov2_registers", "cls_mean"),
+    ("tipsv2", "pooled"),
+    ("tipsv2", "mean"),
+    ("internvl", "pooled"),
     ("timm", "pooled"),
 ]
 HEADS = [

@@ -33,6 +33,7 @@ TODAY = (
     "metaclip2",
     "openvision",
     *(("aimv2", "dinov3", "radio", "pe_core") if IS_NEW else ()),
+    *(("dinov2_registers", "tipsv2", "internvl") if IS_NEW else ()),
 )
 WIDTH = 32
 MLP = 64

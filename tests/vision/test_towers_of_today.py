@@ -1,5 +1,5 @@
-"""AIMv2, MetaCLIP 2, RADIO, Perception Encoder and OpenVision, against states of transformers, timm
-and OpenCLIP.
+"""AIMv2, MetaCLIP 2, RADIO, DINOv2 with registers, TIPSv2, InternViT, Perception Encoder and
+OpenVision, against states of transformers, timm and OpenCLIP.
 
 tests/golden/make_towers_of_today.py wrote them. Families that the installed libraries are too old
 for are left out.
@@ -36,11 +36,13 @@ FAMILIES = {"aimv2_native": "aimv2", "aimv2_lit": "aimv2", "pe_core": "timm"}
 FAMILIES |= {
     name: name for name in ("aimv2", "dinov3", "metaclip2", "radio", "openvision")
 }
+FAMILIES |= {name: name for name in ("dinov2_registers", "tipsv2", "internvl")}
 POOLS = {
     "aimv2": "mean",
     "dinov3": "cls_mean",
     "metaclip2": "mean",
     "radio": "cls_mean",
+    "dinov2_registers": "cls_mean",
     "pe_core": "mean",
 }
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -49,6 +51,9 @@ MEANS = {
     "dinov3": [0.485, 0.456, 0.406],
     "metaclip2": CLIP_MEAN,
     "radio": [0.0, 0.0, 0.0],
+    "dinov2_registers": [0.485, 0.456, 0.406],
+    "tipsv2": [0.0, 0.0, 0.0],
+    "internvl": [0.485, 0.456, 0.406],
 }
 MEANS |= {"timm": [0.5, 0.5, 0.5], "openvision": [0.485, 0.456, 0.406]}
 

@@ -7,6 +7,7 @@
 | OpenVision                                   | no visual.ln_pre                 | open_clip.py |
 | OpenCLIP, towers of timm (PE, SigLIP, EVA02) | visual.trunk.*                   | open_clip.py |
 | timm's own, on the Hub                       | config.json with an architecture | hub.py       |
+| InternViT, by OpenGVLab's own code           | encoder.layers.*.ls1             | intern_vit.py |
 | Qwen3-VL, Qwen3.5                            | model.visual.pos_embed           | hub.py       |
 | Hugging Face, LLM2CLIP-Openai-*, *-siglip2-* | config.json with a model_type    | hub.py       |
 """

@@ -30,12 +30,12 @@ RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 IN_TIMM = {
     "beit": "timm:beit_*",
     "deit": "timm:deit_*",
-    "dinov2_with_registers": "timm:vit_*_patch14_reg4_dinov2",
     "ijepa": "timm:vit_huge_patch14_gap_224.in1k_ijepa",
-    "intern_vit_6b": "timm:vit_intern300m_patch14_448 (of 300M)",
-    "internvl_vision": "timm:vit_intern300m_patch14_448 (of 300M)",
     "vit": "timm:vit_*",
 }
+
+# how the model_type begins of models that `llm2clip import` opens, as another family's
+IMPORTED_FIRST = ("timm", "qwen3_", "intern_vit")
 
 # sizes that several families share, as fields of config.json
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -210,7 +210,7 @@ def read_config(directory: Path) -> tuple[Family, Any]:
         and "image_size" in fields
         and "num_patches" not in fields
     )
-    if kind.startswith(("timm", "qwen3_")) or is_fixed:
+    if kind.startswith(IMPORTED_FIRST) or is_fixed:
         raise ValueError(
             f"{file} describes a {kind} model; run `llm2clip import {directory} --output DIR` first"
         )

@@ -11,6 +11,7 @@ from llm2clip_plugin.vision.families import (
 )
 
 SIZE = {"image_size": 518, "patch_size": 14}
+SMALL = {**BASE, "hidden_size": 384, "num_attention_heads": 6}
 GIANT = {
     "hidden_size": 1536,
     "num_hidden_layers": 40,
@@ -31,12 +32,7 @@ FAMILY = Family(
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
     shapes={
-        "facebook/dinov2-small": {
-            **BASE,
-            **SIZE,
-            "hidden_size": 384,
-            "num_attention_heads": 6,
-        },
+        "facebook/dinov2-small": {**SMALL, **SIZE},
         "facebook/dinov2-base": {**BASE, **SIZE},
         "facebook/dinov2-large": {**LARGE, **SIZE},
         "facebook/dinov2-giant": {**GIANT, **SIZE},

@@ -30,7 +30,7 @@ from llm2clip_plugin.cli import main as llm2clip
 
 CLIP = tower_directory("clip")
 # towers of today whose code is saved with the model
-CODED = ("openvision", "dinov3", "radio", "pe_core")
+CODED = ("openvision", "dinov3", "radio", "pe_core", "dinov2_registers", "tipsv2")
 
 
 @pytest.fixture(scope="module")

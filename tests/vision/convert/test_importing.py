@@ -71,11 +71,6 @@ ELSEWHERE = {
         ),
         r"tower \(qwen2_5_vl_vision\) cannot be taken out here: pass the vision model",
     ),
-    "dinov2_with_registers": (
-        "",
-        ("layernorm.weight",),
-        r"pass timm:vit_\*_patch14_reg4_dinov2",
-    ),
     "vit": ("", ("layernorm.weight",), r"pass timm:vit_\*"),
 }
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llm2clip_plugin.errors import ContractError
@@ -39,6 +40,9 @@ CLASSIFIER = (
     "merger.",
 )  # of timm's models; the last is Qwen3-VL's projector
 QWEN = "model.visual."  # where the tower of Qwen3-VL or Qwen3.5 is
+# prefixes of the text towers of image-text models, and of heads of other tasks
+OWN_TEXT_PREFIXES = ("text_model.", "text_encoder.", "text_projection.", "classifier.")
+TIPSV2_TEMPERATURE = 0.005065968260169029  # where config.json leaves out its default
 # of model_args, read elsewhere or without effect on a tower
 NOT_ARGUMENTS = ("num_classes", "in_chans", "img_size")
 
@@ -85,7 +89,9 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpo
     projection = f"{parent}visual_projection.weight"
     parsed.projection = parsed.take(projection)
     parsed.projection_bias = parsed.take(f"{parent}visual_projection.bias")
-    parsed.find_text_side(("text_model.", "text_projection.", "classifier."))
+    parsed.find_text_side(OWN_TEXT_PREFIXES)
+    if family.name == "tipsv2":
+        parsed.logit_scale = scale_of_temperature(parsed, config)
     if OWN_TEXT in parsed.left_out.values() and parsed.adapter is None:
         require(state, *family.image_text_tensors)
     is_projected = "CLIPVisionModelWithProjection" in (
@@ -102,6 +108,18 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpo
                 f"{projection} has {rows} rows, but config.json specifies projection_dim {stated}"
             )
     return parsed
+
+
+def scale_of_temperature(
+    parsed: ParsedCheckpoint, config: Mapping[str, Any]
+) -> Tensor | None:
+    """The logarithm of TIPSv2's logit scale, whose reciprocal its files name ``temperature``;
+    published ones have it in config.json alone. None for a vision model."""
+    temperature = parsed.take("temperature")
+    if temperature is None and OWN_TEXT in parsed.left_out.values():
+        stated = config.get("temperature_init_value", TIPSV2_TEMPERATURE)
+        temperature = torch.tensor(float(stated))
+    return None if temperature is None else -temperature.log()
 
 
 def vision_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
