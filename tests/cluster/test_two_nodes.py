@@ -106,7 +106,7 @@ def reaches(run: Path, step: int, process: subprocess.Popen[str], log: Path) -> 
 
 def test_a_tower_over_pdsh(cluster: Cluster, tmp_path: Path):
     """ZeRO-2. A fp32 sum over other numbers of ranks: 1e-5."""
-    one, two = cluster.nodes
+    node_1, node_2 = cluster.nodes
     tiny = make_all(tmp_path / "tiny")
     straight = tmp_path / "straight"
     run = tmp_path / "run"
@@ -117,9 +117,9 @@ def test_a_tower_over_pdsh(cluster: Cluster, tmp_path: Path):
     launcher = ("deepspeed", "--hostfile", str(tmp_path / "hosts"))
     command = ("scripts/train_tower.py", *options(tiny, run, *more))
 
-    both = launch(one, log, *launcher, *command)
+    both = launch(node_1, log, *launcher, *command)
     reaches(run, 6, both, log)
-    two.kill()
+    node_2.kill()
     assert both.wait(PATIENCE) != 0
     assert (
         "error: rank 0 on node-1 lost the connection to another rank: "
@@ -134,8 +134,8 @@ def test_a_tower_over_pdsh(cluster: Cluster, tmp_path: Path):
     stopped = RunRecord.read(run / RunRecord.FILE)
     assert 14 <= stopped.step < STEPS
 
-    two.start()
-    both = launch(two, log, *launcher, *command)  # whichever host the command is on
+    node_2.start()
+    both = launch(node_2, log, *launcher, *command)  # whichever host the command is on
     assert both.wait(PATIENCE) == 0, log.read_text()[-3000:]
     assert losses(run) == pytest.approx(losses(straight), abs=1e-5)
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
@@ -150,7 +150,7 @@ def test_a_tower_over_pdsh(cluster: Cluster, tmp_path: Path):
 def test_torchrun_goes_on_by_itself(cluster: Cluster, tmp_path: Path):
     """Stage 1 with ZeRO-1: node-1 is left alone, restarts with one rank, and takes node-2 in when
     it is back."""
-    one, two = cluster.nodes
+    node_1, node_2 = cluster.nodes
     captions = write_captions(tmp_path / "captions.jsonl")
     straight = tmp_path / "straight"
     run = tmp_path / "run"
@@ -188,23 +188,23 @@ def test_torchrun_goes_on_by_itself(cluster: Cluster, tmp_path: Path):
     first = tmp_path / "first.log"
     second = tmp_path / "second.log"
 
-    survivor = launch(one, first, *agents)
-    launch(two, second, *agents)
+    survivor = launch(node_1, first, *agents)
+    launch(node_2, second, *agents)
     reaches(run, 5, survivor, first)
-    two.kill()
+    node_2.kill()
     reached = max(losses(run))
     reaches(run, reached + 5, survivor, first)
     assert "lost the connection to another rank: " in first.read_text()
     # it would be at its end before node-2 is back
-    one.check("pkill", "-STOP", "-f", f"python -u {script}")
+    node_1.check("pkill", "-STOP", "-f", f"python -u {script}")
     # one already if node-2 was late at the start
     closed = first.read_text().count("closing signal SIGTERM")
-    two.start()
-    returned = launch(two, second, *agents)
+    node_2.start()
+    returned = launch(node_2, second, *agents)
     wait_for(
         lambda: first.read_text().count("closing signal SIGTERM") > closed, PATIENCE
     )
-    one.check("pkill", "-CONT", "-f", f"python -u {script}")
+    node_1.check("pkill", "-CONT", "-f", f"python -u {script}")
     assert survivor.wait(PATIENCE) == 0, first.read_text()[-3000:]
     assert returned.wait(PATIENCE) == 0, first.read_text()[-3000:]
     assert losses(run) == pytest.approx(losses(straight), abs=1e-5)

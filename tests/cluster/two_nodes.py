@@ -67,7 +67,7 @@ def _which(tool: str) -> str | None:
 
 
 def _namespaces() -> list[str]:
-    own = (
+    namespaces = (
         "--net",
         "--uts",
         "--ipc",
@@ -77,7 +77,7 @@ def _namespaces() -> list[str]:
         "--kill-child",
         "--mount-proc",
     )
-    return ["setpriv", "--pdeathsig", "KILL", "unshare", *own]
+    return ["setpriv", "--pdeathsig", "KILL", "unshare", *namespaces]
 
 
 class Node:
@@ -102,7 +102,7 @@ class Node:
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         wait_for(lambda: bool(children.read_text()), 30)
         self._first = int(children.read_text())
-        own = str(self._first)
+        process = str(self._first)
         # the same after a reboot
         end = (
             "name",
@@ -110,7 +110,7 @@ class Node:
             "address",
             f"02:00:00:00:00:{self.number:02x}",
             "netns",
-            own,
+            process,
         )
         self.cluster.on_switch(
             "ip", "link", "add", f"port{self.number}", "type", "veth", "peer", *end
@@ -124,8 +124,8 @@ class Node:
 
     def enter(self, words: Sequence[str]) -> list[str]:
         """The command line that runs ``words`` on this host."""
-        own = ("--net", "--uts", "--ipc", "--mount", "--pid", f"--wd={ROOT}")
-        return ["nsenter", "-t", str(self._first), *own, *words]
+        namespaces = ("--net", "--uts", "--ipc", "--mount", "--pid", f"--wd={ROOT}")
+        return ["nsenter", "-t", str(self._first), *namespaces, *words]
 
     def popen(self, words: Sequence[str], **options: object) -> subprocess.Popen[str]:
         """Start a program on this host."""

@@ -79,11 +79,11 @@ def test_round_trip_by_caption_in_any_order(
     first = 0
     for number in range(len(source)):
         key, captions = source.captions(number)
-        found = cache.rows(*source.locate(number), captions[::-1], key=key).flip(0)
+        rows = cache.rows(*source.locate(number), captions[::-1], key=key).flip(0)
         expected = written[first : first + len(captions)]
-        assert found.dtype == torch.float32
-        assert found.shape == expected.shape
-        assert torch.nn.functional.cosine_similarity(found, expected).min() > cosine
+        assert rows.dtype == torch.float32
+        assert rows.shape == expected.shape
+        assert torch.nn.functional.cosine_similarity(rows, expected).min() > cosine
         first += len(captions)
 
 
@@ -104,9 +104,9 @@ def test_float16_holds_rows_beyond_its_range(tmp_path: Path) -> None:
     rows = torch.tensor([[3e5, -1.0, 2e4, 7.0], [0.5, 0.25, -0.125, 0.0]])
     writer.write_shard("s", ["k"], [(0, 0), (0, 1)], rows)
     writer.finish()
-    found = EmbeddingCache.open(tmp_path).shard("s").embeddings(range(2))
-    assert torch.allclose(found, rows, rtol=1e-3)
-    assert torch.isfinite(found).all()
+    read = EmbeddingCache.open(tmp_path).shard("s").embeddings(range(2))
+    assert torch.allclose(read, rows, rtol=1e-3)
+    assert torch.isfinite(read).all()
 
 
 def test_equal_captions_share_a_row_and_blank_ones_have_none() -> None:

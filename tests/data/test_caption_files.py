@@ -135,8 +135,8 @@ def source(tmp_path: Path) -> Source:
     members = []
     for number in range(20):
         captions = [f"short {number} {letter}" for letter in "abc"]
-        own = [{"text": f"tags {number}", "kind": "tags"}]
-        meta = {"captions": captions, "long_caption": f"long {number}", "caption": own}
+        tags = [{"text": f"tags {number}", "kind": "tags"}]
+        meta = {"captions": captions, "long_caption": f"long {number}", "caption": tags}
         members += [
             (f"{number:03}.jpg", jpeg(number)),
             (f"{number:03}.json", json.dumps(meta).encode()),

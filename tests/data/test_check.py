@@ -50,14 +50,14 @@ def test_everything_is_found(
     assert status == 1
     assert not report["fit_for_training"]
     assert (report["samples"], report["shards"]) == (26, 2)
-    assert [one["shard"] for one in report["broken_shards"]] == ["00002"]
+    assert [sample["shard"] for sample in report["broken_shards"]] == ["00002"]
     assert "no end-of-archive marker" in report["broken_shards"][0]["reason"]
-    assert [f"{one['shard']} {one['key']}" for one in report["broken"]] == [
+    assert [f"{sample['shard']} {sample['key']}" for sample in report["broken"]] == [
         "00001 cut",
         "00001 lost",
         "00001 bad",
     ]
-    assert [one["key"] for one in report["without_captions"]] == ["mute"]
+    assert [sample["key"] for sample in report["without_captions"]] == ["mute"]
     assert report["broken_share"] == pytest.approx(4 / 26)
     assert report["captions_by_kind"] == {"short": 24, "long": 20}
     assert report["captions_by_language"] == {"en": 43, "de": 1}
@@ -144,8 +144,8 @@ def test_what_makes_training_worse_is_noted(
         text.count("\n  1 ") == 5
     )  # a line for each problem, and none for what is not there
     fields = "--fields caption=short long_caption=long names=short title=short"
-    shown = f"names (de en fr), title; to use them, too: {fields}"
-    assert f"\n  2 fields with text are no captions: {shown}\n" in text
+    unused = f"names (de en fr), title; to use them, too: {fields}"
+    assert f"\n  2 fields with text are no captions: {unused}\n" in text
     assert "broken samples" not in text
     assert text.endswith("\nfit for training: 0.00% broken, 1.00% allowed\n")
 

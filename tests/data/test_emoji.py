@@ -68,7 +68,9 @@ def test_no_family_and_no_name_is_in_two_splits(shards) -> None:
         for samples in shards.values():
             for sample in samples.values():
                 splits[sample[field]].add(sample["split"])
-        assert all(len(found) == 1 for found in splits.values()), field
+        assert all(len(splits_of_value) == 1 for splits_of_value in splits.values()), (
+            field
+        )
     names = {}
     for split in COUNTS:
         captions = [s["captions"] for s in shards[split, "noto"].values()]

@@ -49,12 +49,12 @@ def hf_processors() -> dict[str, type]:
             "siglip": SiglipImageProcessor,
             "bit": BitImageProcessor,
         }
-    own = {
+    processors = {
         "clip": CLIPImageProcessorPil,
         "siglip": SiglipImageProcessorPil,
         "bit": BitImageProcessorPil,
     }
-    return {**own, "siglip2": Siglip2ImageProcessorPil}
+    return {**processors, "siglip2": Siglip2ImageProcessorPil}
 
 
 DINO = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
@@ -121,9 +121,12 @@ def test_native_images_equal_naflexs_own_preprocessor(patch: int, patches: int) 
             .numpy()
             .reshape(3, grid, patch, grid, patch)
         )
-        own = values.transpose(1, 3, 2, 4, 0).reshape(grid * grid, -1)
-        assert np.abs(own[:count] - expected["pixel_values"][0][:count]).max() < 1e-6
-        assert np.abs(own[count:] + 1).max(initial=0) < 1e-6
+        patches_ours = values.transpose(1, 3, 2, 4, 0).reshape(grid * grid, -1)
+        assert (
+            np.abs(patches_ours[:count] - expected["pixel_values"][0][:count]).max()
+            < 1e-6
+        )
+        assert np.abs(patches_ours[count:] + 1).max(initial=0) < 1e-6
 
 
 def test_native_crops_keep_the_aspect() -> None:
@@ -222,11 +225,11 @@ def test_large_crops_are_resized_as_pil_does(side: int, resample: str) -> None:
     exact = np.asarray(
         image.resize((side, side), kernel, box=box, reducing_gap=3.0), dtype=int
     )
-    found = resize_box(image, box, (side, side), resample)
-    assert found.dtype == np.uint8
-    assert found.shape == (side, side, 3)
-    assert min(np.abs(found - whole).max(), np.abs(found - exact).max()) <= 2
-    assert np.abs(found - exact).mean() < 2
+    resized = resize_box(image, box, (side, side), resample)
+    assert resized.dtype == np.uint8
+    assert resized.shape == (side, side, 3)
+    assert min(np.abs(resized - whole).max(), np.abs(resized - exact).max()) <= 2
+    assert np.abs(resized - exact).mean() < 2
     small = (10.3, 20.6, 200.2, 155.9)  # not rounded
     assert np.array_equal(
         resize_box(image, small, (side, side), resample),
@@ -308,9 +311,9 @@ def test_bytes_normalized_where_they_are_used_have_the_values_of_the_definition(
     """fp32 rounds numbers up to 2.7 by less than 3e-7 in each of three operations."""
     config = ImageConfig(size=16)
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
-    found = Normalize(config)(torch.from_numpy(pixels))
+    normalized = Normalize(config)(torch.from_numpy(pixels))
     expected = (pixels.astype(np.float64) / 255 - config.mean) / config.std
-    assert found.dtype == torch.float32
-    assert found.is_contiguous()
-    assert found.shape == (1, 3, 16, 16)
-    assert np.abs(found.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-6
+    assert normalized.dtype == torch.float32
+    assert normalized.is_contiguous()
+    assert normalized.shape == (1, 3, 16, 16)
+    assert np.abs(normalized.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-6

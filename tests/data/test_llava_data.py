@@ -16,8 +16,8 @@ def test_each_image_has_its_first_caption(
     members = []
     for number in range(3):
         captions = [
-            {"text": f"{place} of {number}", "kind": "short"}
-            for place in ("first", "second", "third")
+            {"text": f"{ordinal} of {number}", "kind": "short"}
+            for ordinal in ("first", "second", "third")
         ]
         members.append((f"k{number}.jpg", jpeg(number)))
         members.append((f"k{number}.json", json.dumps({"captions": captions}).encode()))

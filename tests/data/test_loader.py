@@ -79,9 +79,9 @@ def batches(dataset: PairDataset, count: int, **settings: Any) -> list[dict[str,
     return list(islice(PairLoader(dataset, **settings), count))
 
 
-def rows(found: list[dict[str, Any]]) -> Iterator[tuple]:
+def rows(some_batches: list[dict[str, Any]]) -> Iterator[tuple]:
     """Each row of some batches, comparable."""
-    for batch in found:
+    for batch in some_batches:
         for number, key in enumerate(batch["keys"]):
             yield (
                 key,
@@ -143,10 +143,10 @@ def test_batches_depend_on_no_workers_parts_or_prefetch(
             "workers": workers,
             "prefetch_mb": prefetch_mb,
         }
-        found = batches(dataset, 6, **settings)
-        assert [batch["position"] for batch in found] == [8, 16, 24, 32, 40, 48]
-        assert all(len(batch["keys"]) == len(batch["pixels"]) == 8 for batch in found)
-        assert list(rows(found)) == expected
+        loaded = batches(dataset, 6, **settings)
+        assert [batch["position"] for batch in loaded] == [8, 16, 24, 32, 40, 48]
+        assert all(len(batch["keys"]) == len(batch["pixels"]) == 8 for batch in loaded)
+        assert list(rows(loaded)) == expected
 
 
 def test_every_global_batch_has_one_source_on_any_ranks_and_after_a_resume(
@@ -154,10 +154,10 @@ def test_every_global_batch_has_one_source_on_any_ranks_and_after_a_resume(
 ) -> None:
     dataset = copy.copy(dataset)
     dataset.one_source_batch = 8
-    one = batches(dataset, 8, local_batch=8)
-    assert list(rows(one)) == drawn(dataset, 0, 64)
+    of_one_rank = batches(dataset, 8, local_batch=8)
+    assert list(rows(of_one_rank)) == drawn(dataset, 0, 64)
     sources = set()
-    for batch in one:
+    for batch in of_one_rank:
         (source,) = {int(number) >> SOURCE_BITS for number in batch["image_ids"]}
         sources.add(source)
     assert len(sources) == 2
@@ -166,7 +166,7 @@ def test_every_global_batch_has_one_source_on_any_ranks_and_after_a_resume(
         for rank in (0, 1)
     ]
     joined = [row for parts in zip(*two, strict=True) for row in rows(list(parts))]
-    assert joined == list(rows(one[2:]))
+    assert joined == list(rows(of_one_rank[2:]))
 
 
 def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) -> None:
@@ -175,17 +175,17 @@ def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) ->
     expected = [batch["keys"] for batch in batches(dataset, 20, local_batch=8)]
     others = set(multiprocessing.active_children())
     stream = iter(PairLoader(dataset, local_batch=8, workers=2))
-    found = [
+    positions = [
         next(stream)["keys"] for _ in range(2)
     ]  # one of each process: both have begun
     loaders = set(multiprocessing.active_children()) - others
     assert len(loaders) == 2
     for process in loaders:
         process.terminate()
-    found += [
+    positions += [
         batch["keys"] for batch in islice(stream, 18)
     ]  # more than were prefetched
-    assert found == expected
+    assert positions == expected
     del stream
     for process in loaders:
         process.join(timeout=60)
@@ -231,10 +231,10 @@ def test_broken_samples_are_named_counted_and_replaced(
     )
     loader = PairLoader(dataset, local_batch=20, max_broken=0.5)
     with caplog.at_level(logging.WARNING):
-        found = list(islice(loader, 2))
-    assert all(len(batch["keys"]) == 20 and "broken" not in batch for batch in found)
+        loaded = list(islice(loader, 2))
+    assert all(len(batch["keys"]) == 20 and "broken" not in batch for batch in loaded)
     assert not {"cut", "noimage", "mute"} & {
-        key for batch in found for key in batch["keys"]
+        key for batch in loaded for key in batch["keys"]
     }
     assert loader.rows == 40
     assert loader.substituted == 6
@@ -255,7 +255,7 @@ def test_broken_samples_are_named_counted_and_replaced(
     again = batches(
         dataset, 2, local_batch=10, max_broken=0.5, rank=1, world=2, workers=2
     )
-    expected = list(rows(found))
+    expected = list(rows(loaded))
     # the same substitutes on other ranks and workers
     assert list(rows(again)) == expected[10:20] + expected[30:]
 
@@ -279,24 +279,24 @@ def test_evaluation_has_every_image_once_with_all_captions(
 ) -> None:
     source = dataset.sources[0]
     cache = dataset.caches[0]
-    found = list(EvalPairs(source, cache, IMAGES, batch=5))
-    assert [len(batch["keys"]) for batch in found] == [5, 5, 3]
-    assert torch.cat([batch["image_ids"] for batch in found]).tolist() == list(
+    loaded = list(EvalPairs(source, cache, IMAGES, batch=5))
+    assert [len(batch["keys"]) for batch in loaded] == [5, 5, 3]
+    assert torch.cat([batch["image_ids"] for batch in loaded]).tolist() == list(
         range(13)
     )
-    owners = torch.cat([batch["owners"] for batch in found]).tolist()
-    texts = [caption.text for batch in found for caption in batch["captions"]]
+    owners = torch.cat([batch["owners"] for batch in loaded]).tolist()
+    texts = [caption.text for batch in loaded for caption in batch["captions"]]
     assert owners == [number for number in range(13) for _ in range(2)]
     expected = torch.stack([embedding_of(text) for text in texts])
-    assert torch.equal(torch.cat([batch["embeddings"] for batch in found]), expected)
-    assert found[0]["meta"][2]["url"] == "https://host/2.jpg"
+    assert torch.equal(torch.cat([batch["embeddings"] for batch in loaded]), expected)
+    assert loaded[0]["meta"][2]["url"] == "https://host/2.jpg"
     ranks = [
         list(EvalPairs(source, cache, IMAGES, batch=5, rank=rank, world=3, workers=1))
         for rank in range(3)
     ]
     assert torch.equal(
         torch.cat([batch["pixels"] for rank in ranks for batch in rank]),
-        torch.cat([batch["pixels"] for batch in found]),
+        torch.cat([batch["pixels"] for batch in loaded]),
     )
 
 
@@ -310,12 +310,12 @@ def test_evaluation_in_processes_has_the_same_bits_and_errors_and_leaves_none(
         EvalPairs(source, cache, IMAGES, batch=41, workers=workers)
         for workers in (0, 2)
     )
-    for one, other in zip(alone, shared, strict=True):
-        for name, value in one.items():
+    for batch, other_batch in zip(alone, shared, strict=True):
+        for name, value in batch.items():
             same = (
-                torch.equal(value, other[name])
+                torch.equal(value, other_batch[name])
                 if isinstance(value, torch.Tensor)
-                else value == other[name]
+                else value == other_batch[name]
             )
             assert same, name
     assert [str(error) for error in shared.broken] == [

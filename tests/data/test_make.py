@@ -67,7 +67,9 @@ def test_a_folder_becomes_tars(
         json.loads(line)
         for line in (output / "left-out.jsonl").read_text().splitlines()
     ]
-    reasons = {one["image"]: one["reason"].partition(":")[0] for one in left_out}
+    reasons = {
+        sample["image"]: sample["reason"].partition(":")[0] for sample in left_out
+    }
     not_pictures = {"cut.jpg": "unreadable", "drawing.svg": "not a picture"}
     assert reasons == {
         "copy.jpg": "copy",
@@ -123,7 +125,7 @@ def test_a_table_becomes_tars(photos: Path, tmp_path: Path, delimiter: str):
 
 def left_out(output: Path) -> dict[str, str]:
     lines = (output / "left-out.jsonl").read_text().splitlines()
-    return {one["image"]: one["reason"] for one in map(json.loads, lines)}
+    return {sample["image"]: sample["reason"] for sample in map(json.loads, lines)}
 
 
 def test_links_out_of_the_folder_are_left_out(

@@ -209,18 +209,18 @@ def test_a_global_batch_of_one_source(world: int) -> None:
     batch = 12
     mixture = Mixture(sizes, weights, 3, batch=batch)
     steps = 4 * mixture.epoch_length // batch
-    found = []
+    global_batches = []
     for step in range(steps):
         fresh = Mixture(sizes, weights, 3, batch=batch)  # as after a resume
-        found.append(
+        global_batches.append(
             [
                 fresh.batch_indices(*rank_rows(step * batch, rank, batch // world))
                 for rank in range(world)
             ]
         )
-    whole = [draw for step in found for part in step for draw in part]
+    whole = [draw for step in global_batches for part in step for draw in part]
     assert whole == mixture.batch_indices(0, steps * batch)
-    for step in found:
+    for step in global_batches:
         assert len({draw.source for part in step for draw in part}) == 1
     for source, (length, draws) in enumerate(
         zip((70, 40, 25), (70, 20, 50), strict=True)
@@ -236,7 +236,7 @@ def test_a_global_batch_of_one_source(world: int) -> None:
         for number in range(len(seen) // length):
             one_pass = seen[number * length : (number + 1) * length]
             assert sorted(draw.index for draw in one_pass) == list(range(length))
-    order = [step[0][0].source for step in found]
+    order = [step[0][0].source for step in global_batches]
     assert order[: len(order) // 4] != sorted(order[: len(order) // 4])
     assert order != sorted(order)
 

@@ -177,4 +177,6 @@ def test_what_belongs_to_a_sample_goes_with_it(shards: Path, tmp_path: Path):
     split = [
         tarfile.open(path).getnames() for path in (tmp_path / "s").rglob("more.tar")
     ]
-    assert sorted(name for one in split for name in one) == sorted(names)
+    assert sorted(
+        name for names_of_split in split for name in names_of_split
+    ) == sorted(names)

@@ -157,7 +157,7 @@ def test_data_make_refuses_before_it_writes(
         )
         == 2
     )
-    told = capsys.readouterr().err
-    assert says in told
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert says in message
+    assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -32,14 +32,14 @@ def program(heading: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder in which the page's programs find what they name."""
-    place = tmp_path_factory.mktemp("page")
-    llm = save_tiny_llm(place / "llm", "llama")
-    export_dual(write_dual(place, llm), place / "out" / "l14-336", merge=True)
-    (place / "photos").mkdir()
+    root = tmp_path_factory.mktemp("page")
+    llm = save_tiny_llm(root / "llm", "llama")
+    export_dual(write_dual(root, llm), root / "out" / "l14-336", merge=True)
+    (root / "photos").mkdir()
     for number, picture in enumerate(pictures()):
-        picture.save(place / "photos" / f"{number}.jpg")
-    pictures()[0].save(place / "photo.jpg")
-    return place
+        picture.save(root / "photos" / f"{number}.jpg")
+    pictures()[0].save(root / "photo.jpg")
+    return root
 
 
 @pytest.fixture(autouse=True)

@@ -70,8 +70,8 @@ def test_the_page_runs_as_printed_and_again(run):
     before = json.loads((out / "before" / "validation.scores.json").read_text())[
         "metrics"
     ]
-    own = json.loads((out / "after" / "run.json").read_text())["before"]
-    assert own["i2t_r1"] == pytest.approx(before["i2t_r1"], abs=0.07)
+    recorded = json.loads((out / "after" / "run.json").read_text())["before"]
+    assert recorded["i2t_r1"] == pytest.approx(before["i2t_r1"], abs=0.07)
     # the tower needs no path of here
     assert (out / "tower" / "teacher-adapter" / "adapter_model.safetensors").is_file()
     # again: nothing is left to do; with another option, from that stage on

@@ -32,30 +32,30 @@ def anchors(text: str) -> set[str]:
     """The anchors that GitHub makes of a page's headings; those of a repeated heading are
     numbered."""
     blocks = parse(text)
-    found: set[str] = set()
+    names: set[str] = set()
     for opening, inline in pairwise(blocks):
         if opening.type != "heading_open":
             continue
         name = re.sub(r"[^\w\- ]", "", shown_text(inline).lower()).replace(" ", "-")
         repeated = sum(
             re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None
-            for other in found
+            for other in names
         )
-        found.add(f"{name}-{repeated}" if repeated else name)
-    return found
+        names.add(f"{name}-{repeated}" if repeated else name)
+    return names
 
 
 def links(text: str) -> list[str]:
     """Where a page's links and pictures lead, those in HTML included."""
-    found: list[str] = []
+    targets: list[str] = []
     for block in parse(text):
         for part in block.children or [block]:
             target = part.attrGet("href") or part.attrGet("src")
             if target:
-                found.append(str(target))
+                targets.append(str(target))
             if part.type in ("html_block", "html_inline"):
-                found += re.findall(r'(?:href|src|srcset)="([^"]+)"', part.content)
-    return found
+                targets += re.findall(r'(?:href|src|srcset)="([^"]+)"', part.content)
+    return targets
 
 
 def table_problems(text: str) -> list[str]:

@@ -21,7 +21,7 @@ def known_options(name: str) -> set[str]:
 def shown_commands() -> list[tuple[str, str]]:
     """(where, command line) in documentation and in the texts of the code; lines that end in a
     backslash joined."""
-    found = []
+    lines = []
     for path in (
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
@@ -29,14 +29,14 @@ def shown_commands() -> list[tuple[str, str]]:
     ):
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         spans = [*re.findall(r"`([^`\n]+)`", text), *text.split("\n")]
-        found += [(path.name, span) for span in spans]
+        lines += [(path.name, span) for span in spans]
     for path in (
         *ROOT.glob("llm2clip_plugin/**/*.py"),
         *ROOT.glob("llava_integration/**/*.py"),
     ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                found.append(
+                lines.append(
                     (
                         path.name,
                         "".join(
@@ -46,13 +46,13 @@ def shown_commands() -> list[tuple[str, str]]:
                     )
                 )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found += [(path.name, line) for line in node.value.split("\n")]
+                lines += [(path.name, line) for line in node.value.split("\n")]
     start = re.compile(
         r"(?:llm2clip|llm2clip_plugin\.cli) ((?:[a-z]+[a-z-]*)(?: [a-z]+)?)"
     )
     return [
         (where, text[match.start() :])
-        for where, text in found
+        for where, text in lines
         if (match := start.search(text))
     ]
 
@@ -75,8 +75,8 @@ def test_every_option_after_a_command_exists():
         for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*", line):
             seen += 1
             option = option.rstrip(".").replace("--no-", "--")
-            known = known_options(name)
-            if option not in known and not option.startswith("--vision_tower"):
+            options = known_options(name)
+            if option not in options and not option.startswith("--vision_tower"):
                 unknown.append(f"{where}: llm2clip {name} {option}")
     assert seen > 50, "\n".join(unknown)
     assert not unknown, "\n".join(unknown)

@@ -240,13 +240,13 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(
     )
     said = capsys.readouterr().out.splitlines()
     title = next(
-        place
-        for place, line in enumerate(said)
+        number
+        for number, line in enumerate(said)
         if line.startswith("attention, pooling, layer")
     )
     attention, pooling, layer = said[title + 2].split(", ")[:3]
     embed = shlex.split(said[-1])[1:]
-    embed[(place := embed.index("DATA")) : place + 1] = [
+    embed[(position := embed.index("DATA")) : position + 1] = [
         str(folder / "validation.jsonl"),
         "--fields",
         *READ.fields,

@@ -103,17 +103,19 @@ def test_each_layout_gives_the_same_images_and_labels(tmp_path):
     )
     assert from_field.classes == sorted(COLOURS)
     for images in (folders, from_tars, from_field):
-        found = labeled_images.image_features(
+        embedded = labeled_images.image_features(
             lambda pixels: F.one_hot(colour_of(pixels), 4), images, IMAGES, CPU, batch=5
         )
-        told = [list(COLOURS)[int(place)] for place in found.feature_ND.argmax(1)]
+        colours = [
+            list(COLOURS)[int(position)] for position in embedded.feature_ND.argmax(1)
+        ]
         names = (
             list(COLOURS)
             if images is from_tars
             else [name.removeprefix("the_") for name in images.classes]
         )
-        assert told == [names[int(label)] for label in found.label_N]
-    assert set(found.clusters) == set(COLOURS)
+        assert colours == [names[int(label)] for label in embedded.label_N]
+    assert set(embedded.clusters) == set(COLOURS)
 
 
 def test_names_by_class_or_in_order(tmp_path):
@@ -142,14 +144,14 @@ def test_a_class_is_the_mean_of_its_normalized_prompts(tmp_path):
             [table[caption.text] for caption in captions]
         )
     )
-    found = zeroshot.class_vectors(dual, prompts, cache)
+    vectors = zeroshot.class_vectors(dual, prompts, cache)
     with torch.no_grad():
-        for place, name in enumerate("xy"):
+        for row, name in enumerate("xy"):
             both = dual.encode_text(
                 torch.stack([table[f"a {name}"], table[f"b {name}"]])
             )
             assert torch.allclose(
-                found[place], F.normalize(both.mean(0), dim=0), atol=1e-6
+                vectors[row], F.normalize(both.mean(0), dim=0), atol=1e-6
             )
     assert (
         zeroshot.prompt_source(["x", "z"], ["a {c}"], str(tmp_path)).name
@@ -281,12 +283,12 @@ def test_the_linear_probe_is_at_the_optimum_and_generalizes():
         F.cross_entropy(padded @ weight, label) + 0.005 * weight[:-1].square().sum()
     ).backward()
     assert float(weight.grad.abs().max()) < 1e-4
-    told = probes.linear_probe(
+    predicted = probes.linear_probe(
         features(100 + 1000 * feature[:200], label[:200]), 100 + 1000 * feature[200:]
     )
     bayes = probes.predict(weight.detach(), feature[200:])
     assert (
-        float((told == label[200:]).float().mean())
+        float((predicted == label[200:]).float().mean())
         >= float((bayes == label[200:]).float().mean()) - 0.05
     )
     shuffled = label[torch.randperm(300, generator=generator)]

@@ -94,12 +94,12 @@ def test_cka_by_image_is_the_jackknife():
 def test_best_match_similarity_by_loops():
     patch_NPH = F.normalize(normal(5, 3, 4), dim=2)
     similarity_NN = measures.best_match_similarity(patch_NPH)
-    for one in range(5):
-        for other in range(5):
-            cosine = (patch_NPH[one] @ patch_NPH[other].T).tolist()
+    for image in range(5):
+        for other_image in range(5):
+            cosine = (patch_NPH[image] @ patch_NPH[other_image].T).tolist()
             forward = sum(map(max, cosine)) / 3
             backward = sum(map(max, zip(*cosine, strict=True))) / 3
-            assert float(similarity_NN[one, other]) == pytest.approx(
+            assert float(similarity_NN[image, other_image]) == pytest.approx(
                 (forward + backward) / 2, abs=1e-6
             )
 

@@ -111,9 +111,9 @@ def test_suites_and_pictures_at_every_evaluation(
     evaluations = [line for line in lines(output) if names[0] in line]
     assert [line["step"] for line in evaluations] == [0, 2, 4]
     assert all(0 <= line[name] <= 1 for line in evaluations for name in names)
-    shown = dict(run_rows(output))
+    row_of = dict(run_rows(output))
     assert {"i2t_r1", "flickr30k/i2t_r1", "sugarcrepe/mean", "zeroshot/acc1"} <= set(
-        shown
+        row_of
     )
     # the commands give the exported tower the same scores, with the texts that the run has embedded
     suite = [
@@ -194,15 +194,15 @@ def records(data: bytes) -> Iterator[Any]:
     length and a type."""
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - generated
 
-    place = 7
+    offset = 7
     body = b""
-    while place + 7 <= len(data):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
+    while offset + 7 <= len(data):
+        if (left := 32768 - offset % 32768) < 7:
+            offset += left
             continue
-        length, kind = struct.unpack_from("<HB", data, place + 4)
-        body += data[place + 7 : place + 7 + length]
-        place += 7 + length
+        length, kind = struct.unpack_from("<HB", data, offset + 4)
+        body += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
         if kind in (1, 4):  # whole, or the last part
             yield Record.FromString(body)
             body = b""
@@ -260,9 +260,9 @@ def test_whose_texts_are_embedded_where(
     monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "downloads"))
     # root may write anywhere
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "data")
-    (found,) = embed_suites([benchmark], teacher)
-    assert found.cache is not None
-    assert found.cache.directory.is_relative_to(tmp_path / "downloads")
+    (suite,) = embed_suites([benchmark], teacher)
+    assert suite.cache is not None
+    assert suite.cache.directory.is_relative_to(tmp_path / "downloads")
     assert not list((tmp_path / "data").glob("embeddings-*"))
 
 
@@ -279,8 +279,8 @@ def test_evaluations_leave_compiling_to_the_training():
         )
 
     nothing: Any = None
-    one = MeasuredSuite("one", nothing, measure)
-    assert Evaluation(RetrievalConfig(), nothing, [one])(nothing, nothing) == {
+    suite = MeasuredSuite("one", nothing, measure)
+    assert Evaluation(RetrievalConfig(), nothing, [suite])(nothing, nothing) == {
         "one/mean": 2.0
     }
     assert not graphs

@@ -74,7 +74,7 @@ def test_caption_retrieval_accuracy_equals_golden():
 
 def hits_over_orders(query, item, query_label, item_label, k):
     """One query at a time, in float64: the mean over random orders of equal scores."""
-    found = []
+    expected = []
     for q in range(len(query)):
         score = item.double() @ query[q].double()
         right = item_label == query_label[q]
@@ -85,8 +85,8 @@ def hits_over_orders(query, item, query_label, item_label, k):
             )
             ranked = order[torch.argsort(-score[order], stable=True)]
             draws.append(float(right[ranked[:k]].any()))
-        found.append(sum(draws) / len(draws))
-    return torch.tensor(found, dtype=torch.float64)
+        expected.append(sum(draws) / len(draws))
+    return torch.tensor(expected, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -120,10 +120,10 @@ def test_a_tower_that_gives_everything_one_embedding_gets_chance():
     image = torch.ones(50, 8)
     text = torch.ones(100, 8)
     owner = torch.arange(100) // 2
-    found = retrieve(image, text, torch.arange(50), owner).metrics()
+    metrics = retrieve(image, text, torch.arange(50), owner).metrics()
     for k in (1, 5, 10):
-        assert found[f"t2i_r{k}"] == pytest.approx(k / 50)
-        assert found[f"i2t_r{k}"] == pytest.approx(
+        assert metrics[f"t2i_r{k}"] == pytest.approx(k / 50)
+        assert metrics[f"i2t_r{k}"] == pytest.approx(
             1 - math.comb(98, k) / math.comb(100, k)
         )
 
@@ -145,8 +145,8 @@ def test_identical_items_tie_wherever_they_stand():
 def test_the_pool_is_the_selected_captions():
     image, text, owner = golden("generic_60")
     first = torch.tensor([int((owner == i).nonzero()[0]) for i in range(60)])
-    found = retrieve(image, text, torch.arange(60), owner, captions=first)
-    assert found.metrics() == recall(image, text[first], torch.arange(60))
+    result = retrieve(image, text, torch.arange(60), owner, captions=first)
+    assert result.metrics() == recall(image, text[first], torch.arange(60))
     half = retrieve(image, text, torch.arange(60), owner, captions=owner < 30)
     assert half.sides["i2t"][1].tolist() == list(range(30))
     # the pool of images is the same, so a caption's rank is too

@@ -111,7 +111,7 @@ def test_items_average_to_the_metrics_and_clusters_are_named(opened):
     config = RetrievalConfig(group="colour")
     report = evaluate_retrieval(tiny_dual(), source, cache, IMAGES, config)
     metrics = report.metrics()
-    found = intervals(report.scores())
+    interval_of = intervals(report.scores())
     items = report.items()
     assert len({item["id"] for item in items}) == len(items)
     assert {item["cluster"] for item in items} == set(COLOURS)
@@ -124,7 +124,7 @@ def test_items_average_to_the_metrics_and_clusters_are_named(opened):
             for k in (1, 5, 10):
                 mean = sum(item[f"r{k}"] for item in chosen) / len(chosen)
                 assert mean == pytest.approx(metrics[f"{prefix}{side}_r{k}"])
-            interval = found[f"{prefix}{side}_r1"]
+            interval = interval_of[f"{prefix}{side}_r1"]
             assert interval.mean == pytest.approx(metrics[f"{prefix}{side}_r1"])
             assert interval.clusters == len(COLOURS)
 
@@ -254,8 +254,8 @@ def test_two_processes_give_the_same_as_one(world, tmp_path):
     ]
     assert cli(["evaluate", *words, str(tmp_path / "1.json")]) == 0
     ranks = [
-        Command(["evaluate", *words, str(tmp_path / "2.json")], place, ROOT)
-        for place in places(2)
+        Command(["evaluate", *words, str(tmp_path / "2.json")], variables, ROOT)
+        for variables in places(2)
     ]
     assert finish(ranks) == [0, 0], ranks[0].output
     alone, together = (

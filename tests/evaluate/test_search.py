@@ -20,28 +20,28 @@ TEXTS = ["a bird on a wire", 'ein <b>Vogel</b> & "zwei"']
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with an LLM, its tower and captioned images."""
-    folder = tmp_path_factory.mktemp("search")
-    write_llm_and_tower(folder)
-    write_data(folder / "data")
-    return folder
+def folder(tmp_path_factory):
+    """With an LLM, its tower and captioned images."""
+    path = tmp_path_factory.mktemp("search")
+    write_llm_and_tower(path)
+    write_data(path / "data")
+    return path
 
 
-def run(place, *words):
+def run(folder, *words):
     options = [
         "--output",
-        str(place / "page.html"),
+        str(folder / "page.html"),
         "--cache",
-        str(place / "cache"),
+        str(folder / "cache"),
         *words,
     ]
     return cli(
         [
             "search",
-            str(place / "tower"),
+            str(folder / "tower"),
             "--data",
-            str(place / "data" / "pairs.jsonl"),
+            str(folder / "data" / "pairs.jsonl"),
             *TEXTS,
             *options,
         ]
@@ -50,31 +50,31 @@ def run(place, *words):
 
 def listed(printed):
     """Text -> key -> score, as printed."""
-    found = {}
+    scores = {}
     for line in printed.splitlines():
         if line in TEXTS:
             text = line
         elif match := re.fullmatch(r" +\d+  ( ?-?\d\.\d{3})  (\S+)", line):
-            found.setdefault(text, {})[match[2]] = float(match[1])
-    return found
+            scores.setdefault(text, {})[match[2]] = float(match[1])
+    return scores
 
 
-def naive(place):
+def naive(folder):
     """Key -> cosine for each text, one image at a time."""
-    dual = load_dual_encoder(place / "tower")
+    dual = load_dual_encoder(folder / "tower")
     images = ImageConfig(size=32)
-    found = [{} for _ in TEXTS]
+    scores = [{} for _ in TEXTS]
     with torch.no_grad():
         text_QD = dual.encode_text(TEXTS)
-        for file in (place / "data" / "images").iterdir():
+        for file in (folder / "data" / "images").iterdir():
             pixels = torch.from_numpy(evaluation_pixels(file.read_bytes(), images))[
                 None
             ]
             for number, score in enumerate(
                 (text_QD @ dual.encode_image(Normalize(images)(pixels))[0]).tolist()
             ):
-                found[number][file.name] = score
-    return found
+                scores[number][file.name] = score
+    return scores
 
 
 def test_a_pipe_among_pictures_is_broken_and_does_not_hang(tmp_path):
@@ -88,23 +88,23 @@ def test_a_pipe_among_pictures_is_broken_and_does_not_hang(tmp_path):
 
 
 def test_the_nearest_images_are_those_of_a_plain_loop_and_the_page_escapes_texts(
-    place, capsys, monkeypatch
+    folder, capsys, monkeypatch
 ):
     monkeypatch.setattr(image_index, "PART", 5)
-    status = run(place, "--top-k", "4", "--batch-size", "3")
+    status = run(folder, "--top-k", "4", "--batch-size", "3")
     printed = capsys.readouterr()
     assert status == 0, printed.err
     results = listed(printed.out)
     assert list(results) == TEXTS
-    for found, expected in zip(results.values(), naive(place), strict=True):
+    for scores, expected in zip(results.values(), naive(folder), strict=True):
         best = sorted(expected.values(), reverse=True)[:4]
         # float16 rounds a unit vector's products by 1e-3, the LLM's dtype may differ too
-        assert list(found.values()) == pytest.approx(best, abs=5e-3)
+        assert list(scores.values()) == pytest.approx(best, abs=5e-3)
         assert all(
             expected[key] == pytest.approx(score, abs=5e-3)
-            for key, score in found.items()
+            for key, score in scores.items()
         )
-    page = (place / "page.html").read_text(encoding="utf-8")
+    page = (folder / "page.html").read_text(encoding="utf-8")
     assert page.count("<img") == 8
     assert page.count("data:image/jpeg;base64,") == 8
     assert "ein &lt;b&gt;Vogel&lt;/b&gt; &amp;" in page
@@ -116,9 +116,9 @@ def test_the_nearest_images_are_those_of_a_plain_loop_and_the_page_escapes_texts
     assert "width=device-width" in page
 
 
-def test_images_are_embedded_once_and_the_teacher_is_needed(place, tmp_path, capsys):
+def test_images_are_embedded_once_and_the_teacher_is_needed(folder, tmp_path, capsys):
     copy = tmp_path / "copy"
-    shutil.copytree(place, copy, ignore=shutil.ignore_patterns("cache"))
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("cache"))
     assert run(copy) == 0
     first = listed(capsys.readouterr().out)
     (part,) = (copy / "cache").glob("pairs.jsonl-*/*.safetensors")
@@ -134,11 +134,11 @@ def test_images_are_embedded_once_and_the_teacher_is_needed(place, tmp_path, cap
     assert str(part) in capsys.readouterr().err
     part.write_bytes(whole)
     (copy / "llm").rename(copy / "gone")
-    (place / "llm").rename(place / "gone")
+    (folder / "llm").rename(folder / "gone")
     try:
         assert run(copy) == 2
     finally:
-        (place / "gone").rename(place / "llm")
+        (folder / "gone").rename(folder / "llm")
     assert re.search(
         r"teacher cannot be loaded: .*llm.*--llm PATH_OR_HUB_ID",
         capsys.readouterr().err,

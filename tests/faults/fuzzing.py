@@ -49,17 +49,12 @@ def run_cases(form: Format, folder: Path, *, cases: int) -> None:
     damaged = folder / "damaged" / "x"
     intact.mkdir(parents=True)
     form.make(intact)
-    found = sorted(
-        {
-            path
-            for pattern in form.files
-            for path in intact.glob(pattern)
-            if path.is_file()
-        }
-    )
-    files = [
-        path.relative_to(intact) for path in found if path.name not in form.without
-    ]
+    paths: set[Path] = set()  # relative to the folder
+    for pattern in form.files:
+        for path in intact.glob(pattern):
+            if path.is_file() and path.name not in form.without:
+                paths.add(path.relative_to(intact))
+    files = sorted(paths)
     assert files, f"{form.name} has no files"
     shutil.copytree(intact, damaged)
     expected = form.load(damaged)
@@ -134,9 +129,9 @@ def damage(path: Path, draw: random.Random) -> str:
 
 def flip(content: bytes, draw: random.Random) -> bytes:
     """One bit."""
-    place = draw.randrange(len(content) or 1)
-    changed = (content[place] if content else 0) ^ (1 << draw.randrange(8))
-    return content[:place] + bytes([changed]) + content[place + 1 :]
+    position = draw.randrange(len(content) or 1)
+    changed = (content[position] if content else 0) ^ (1 << draw.randrange(8))
+    return content[:position] + bytes([changed]) + content[position + 1 :]
 
 
 def cut(content: bytes, draw: random.Random) -> bytes:
@@ -151,10 +146,10 @@ def extend(content: bytes, draw: random.Random) -> bytes:
 
 def overwrite(content: bytes, draw: random.Random) -> bytes:
     """A block of zeros, as a disk that was full leaves it, or of noise."""
-    place = draw.randrange(len(content) or 1)
-    length = len(content[place : place + draw.randint(1, 64)])
+    start = draw.randrange(len(content) or 1)
+    length = len(content[start : start + draw.randint(1, 64)])
     block = bytes(length) if draw.random() < 0.5 else draw.randbytes(length)
-    return content[:place] + block + content[place + length :]
+    return content[:start] + block + content[start + length :]
 
 
 def change_header(content: bytes, draw: random.Random) -> bytes:
@@ -215,8 +210,8 @@ def _near(value: Any, draw: random.Random) -> Any:
     if isinstance(value, (int, float)):
         return value + draw.choice((-1, 1))
     if isinstance(value, str) and value:
-        place = draw.randrange(len(value))
-        return value[:place] + chr(ord(value[place]) ^ 1) + value[place + 1 :]
+        position = draw.randrange(len(value))
+        return value[:position] + chr(ord(value[position]) ^ 1) + value[position + 1 :]
     return draw.choice(VALUES)
 
 

@@ -158,8 +158,8 @@ def test_resumed_from_the_checkpoint_before(
 ) -> None:
     world = trained
     fault = dataclasses.replace(fault, status=0)
-    told = meet(fault, world, world.train(fault.words), capsys)
-    assert FELL_BACK.replace("{w}", str(world.folder)) in told
+    output = meet(fault, world, world.train(fault.words), capsys)
+    assert FELL_BACK.replace("{w}", str(world.folder)) in output
     record = RunRecord.read(world.path("run") / RunRecord.FILE)
     assert record.finished
     assert record.step == 6

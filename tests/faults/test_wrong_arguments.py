@@ -27,13 +27,13 @@ def test_refused(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("LLM2CLIP_HOME", str(tmp_path / "home"))
-    told = meet(
+    output = meet(
         fault,
         furnished,
         fault.words.replace("{w}", str(furnished.folder)).split(),
         capsys,
     )
-    assert told.count("error: ") == 1
+    assert output.count("error: ") == 1
     assert time.monotonic() < started + 10
     assert contents(furnished.folder) == before
     assert not [*(tmp_path / "here").iterdir()]

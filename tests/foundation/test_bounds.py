@@ -17,9 +17,9 @@ def numbers_in(hint: Any) -> set[type]:
     if typing.get_origin(hint) in (tuple, typing.Union, types.UnionType):
         return {
             kind
-            for one in typing.get_args(hint)
-            if one is not Ellipsis
-            for kind in numbers_in(one)
+            for argument in typing.get_args(hint)
+            if argument is not Ellipsis
+            for kind in numbers_in(argument)
         }
     return {hint} & {int, float}
 

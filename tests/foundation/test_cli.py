@@ -30,10 +30,12 @@ def test_words_that_are_not_utf8_are_refused(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(words) == 2
-    told = capsys.readouterr().err
-    shown = repr(os.fsencode(words[-1]))
-    assert told.startswith(f"error: {shown} on the command line is not UTF-8; ")
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    printed_word = repr(os.fsencode(words[-1]))
+    assert message.startswith(
+        f"error: {printed_word} on the command line is not UTF-8; "
+    )
+    assert message.count("\n") == 1
 
 
 def test_doctor_reports_problems_and_fixes(capsys: pytest.CaptureFixture[str]) -> None:

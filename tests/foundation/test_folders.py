@@ -167,9 +167,9 @@ def test_commands_write_the_record(
     put(output, "thesis.tex")
     capsys.readouterr()
     assert main(again) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {output} has thesis.tex, not written by")
-    assert "move it" in told
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {output} has thesis.tex, not written by")
+    assert "move it" in message
 
 
 def test_a_cache_goes_with_its_data_and_what_else_is_in_it_stays(

@@ -86,8 +86,8 @@ def test_the_command_names_the_checkout(editable, monkeypatch, tmp_path: Path) -
     folder = tmp_path / "a checkout"
     folder.mkdir()
     record = {"url": folder.as_uri(), "dir_info": {"editable": editable}}
-    found = Installed(direct_url=json.dumps(record), INSTALLER="uv\n")
-    monkeypatch.setattr(installation, "distribution", lambda name: found)
+    installed = Installed(direct_url=json.dumps(record), INSTALLER="uv\n")
+    monkeypatch.setattr(installation, "distribution", lambda name: installed)
     asked = (
         f"-e '{folder}[tower]'"
         if editable
@@ -117,11 +117,11 @@ einops; extra == "tower"
 
 def test_an_extra_includes_another(monkeypatch) -> None:
     monkeypatch.setattr(installation, "requires", lambda name: LINES.split("\n")[1:-1])
-    found = {
+    packages = {
         extra: sorted(installation.requirements(extra))
         for extra in ("", "tower", "train")
     }
-    assert found == {
+    assert packages == {
         "": ["Pillow"],
         "tower": ["Pillow", "einops", "torch"],
         "train": ["Pillow", "deepspeed", "einops", "torch"],
@@ -243,7 +243,7 @@ def test_doctor_says_what_is_installed_and_how_to_add_the_rest(
         )
     monkeypatch.setattr(doctor, "is_importable", versions.__contains__)
     assert doctor.checked_extra() == extra
-    lines = {one.subject: one for one in doctor.check_installation(extra)}
+    lines = {line.subject: line for line in doctor.check_installation(extra)}
     parts = {"": "base", "tower": "base, tower", "train": "base, tower, train"}
     assert lines.pop("llm2clip-plugin").value == f"0.3.0, installed: {parts[extra]}"
     assert [*lines] == [

@@ -85,17 +85,17 @@ def rows(folder: Path) -> dict[str, str]:
 
 
 def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]):
-    shown = rows(finished)
+    row_of = rows(finished)
     record = RunRecord.read(finished / "run.json")
-    assert shown["state"] == "finished"
-    assert not {"problem", "go on"} & set(shown)
-    assert shown["progress"].startswith(
+    assert row_of["state"] == "finished"
+    assert not {"problem", "go on"} & set(row_of)
+    assert row_of["progress"].startswith(
         "step 4 of 4 (100 %), 64 samples, 1.33 epochs, loss "
     )
-    assert shown["checkpoints"] == "step-00000002, step-00000004"
-    assert shown["result"] == str(finished / "tower")
+    assert row_of["checkpoints"] == "step-00000002, step-00000004"
+    assert row_of["result"] == str(finished / "tower")
     for name in ("i2t_r1", "t2i_r1"):
-        before, best, last = shown[name].split(", ")
+        before, best, last = row_of[name].split(", ")
         assert before == f"before {record.before[name]:.3f}"
         assert last == f"last {record.metrics[name]:.3f} (step 4)"
         assert float(best.split()[1]) >= float(last.split()[1])
@@ -106,14 +106,14 @@ def test_a_finished_run(finished: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_one_that_was_killed_says_how_to_go_on_and_that_works(tiny: Path, folder: Path):
-    shown = rows(folder)
-    assert shown["state"].startswith("ended early: no message")
-    assert "left at the last rate" in shown["progress"]
-    assert shown["checkpoints"] == "step-00000002"
-    assert shown["result"].startswith("none yet")
-    assert shown["go on"].startswith(f"llm2clip train-tower {tiny}/data --tower ")
-    assert "--max-steps 4" in shown["go on"]
-    go_on = shown["go on"].split()[2:]
+    row_of = rows(folder)
+    assert row_of["state"].startswith("ended early: no message")
+    assert "left at the last rate" in row_of["progress"]
+    assert row_of["checkpoints"] == "step-00000002"
+    assert row_of["result"].startswith("none yet")
+    assert row_of["go on"].startswith(f"llm2clip train-tower {tiny}/data --tower ")
+    assert "--max-steps 4" in row_of["go on"]
+    go_on = row_of["go on"].split()[2:]
     go_on[go_on.index("--output") + 1] = str(folder)  # the fixture's copy
     assert run("train-tower", go_on) == 0
     assert rows(folder)["state"] == "finished"
@@ -135,10 +135,10 @@ def test_why_it_ended(folder: Path):
         reason="the loss is nan",
         time="2026-11-26 11:00:00",
     )
-    shown = rows(folder)
-    assert shown["state"].startswith("failed: the loss is nan")
+    row_of = rows(folder)
+    assert row_of["state"].startswith("failed: the loss is nan")
     assert (
-        shown["problem"]
+        row_of["problem"]
         == "the last checkpoint could not be written: No space left on device"
     )
 
@@ -156,10 +156,10 @@ def test_the_best_score_and_the_time_left(folder: Path):
         add(folder, step=step, samples=16 * step, loss=1.0, step_seconds=2.0)
     for step, recall in ((30, 0.25), (60, 0.75), (90, 0.5)):
         add(folder, step=step, samples=16 * step, i2t_r1=recall, t2i_r1=recall)
-    shown = rows(folder)
-    assert "step 90 of 100 (90 %)" in shown["progress"]
-    assert "0:00:20 left at the last rate" in shown["progress"]
-    assert shown["i2t_r1"].endswith("best 0.750 (step 60), last 0.500 (step 90)")
+    row_of = rows(folder)
+    assert "step 90 of 100 (90 %)" in row_of["progress"]
+    assert "0:00:20 left at the last rate" in row_of["progress"]
+    assert row_of["i2t_r1"].endswith("best 0.750 (step 60), last 0.500 (step 90)")
 
 
 def test_a_cache_is_complete_with_all_files_of_its_shards(tmp_path: Path):
@@ -184,9 +184,9 @@ def test_running_here_and_elsewhere(folder: Path):
         "started": me.create_time(),
     }
     (folder / "run.lock").write_text(json.dumps(lock))
-    shown = rows(folder)
-    assert shown["state"].startswith(f"running: process {os.getpid()}")
-    assert "go on" not in shown
+    row_of = rows(folder)
+    assert row_of["state"].startswith(f"running: process {os.getpid()}")
+    assert "go on" not in row_of
     # its number was given to another process
     (folder / "run.lock").write_text(json.dumps(lock | {"started": 1.0}))
     assert rows(folder)["state"].startswith("ended early")

@@ -46,9 +46,9 @@ def test_a_silent_hub_is_told_within_the_timeout(tmp_path: Path):
             "LLM2CLIP_TIMEOUT": "0.2",
         }
         started = time.monotonic()
-        place = {"env": {**os.environ, **hub}, "timeout": 240}
+        options = {"env": {**os.environ, **hub}, "timeout": 240}
         done = subprocess.run(
-            [sys.executable, "-c", ASK], **place, capture_output=True, text=True
+            [sys.executable, "-c", ASK], **options, capture_output=True, text=True
         )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])

@@ -31,7 +31,7 @@ LOADS = (
 
 def install_commands() -> list[str]:
     """What README and docs tell to install, each once: the arguments of ``pip install``."""
-    found: set[str] = set()
+    commands: set[str] = set()
     for page in PAGES:
         for rest in re.findall(
             r"pip install([^`\n]*)", page.read_text(encoding="utf-8")
@@ -39,8 +39,8 @@ def install_commands() -> list[str]:
             command = re.split(r"\s#|&&|;\s", rest)[0]
             words = shlex.split(command)
             if any(not word.startswith("-") for word in words):
-                found.add(" ".join(words))
-    return sorted(found)
+                commands.add(" ".join(words))
+    return sorted(commands)
 
 
 def is_ours(command: str) -> bool:

@@ -38,24 +38,24 @@ def planned(*argv: str) -> str:
     return out.getvalue()
 
 
-def rows_of(told: str) -> list[list[float]]:
+def rows_of(output: str) -> list[list[float]]:
     """Both tables' rows: GPUs, share, micro-batch, GiB by stage."""
-    rows = re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)
+    rows = re.findall(r"^ +(?:1|8|64) +\d+ .*$", output, re.MULTILINE)
     return [list(map(float, row.split())) for row in rows]
 
 
 @pytest.mark.parametrize("name", [name for name in LLM_RECIPES if name != "paper"])
 def test_the_papers_llms_are_planned_without_anything(name: str, no_network):
-    told = planned("--recipe", name)
+    output = planned("--recipe", name)
     llm = name.removeprefix("paper-")
-    assert f"pairs of {2 if name == llm else 3} texts" in told
-    assert (told.count("McGill-NLP/LLM2Vec-") == 2) is (name == "paper-llama-8b")
-    assert f"{PARAMETERS[llm]:,} parameters without a head" in told
-    assert f"trainable parameters: {TRAINED[llm]:,};" in told
-    assert f"{PARAMETERS[llm] * 2 / 2**30:.2f} GiB in bfloat16" in told
-    assert "assumed: 15,000,000 pairs" in told
-    assert "steps: 29297 of 512 pairs" in told  # 15 M / 512
-    rows = rows_of(told)
+    assert f"pairs of {2 if name == llm else 3} texts" in output
+    assert (output.count("McGill-NLP/LLM2Vec-") == 2) is (name == "paper-llama-8b")
+    assert f"{PARAMETERS[llm]:,} parameters without a head" in output
+    assert f"trainable parameters: {TRAINED[llm]:,};" in output
+    assert f"{PARAMETERS[llm] * 2 / 2**30:.2f} GiB in bfloat16" in output
+    assert "assumed: 15,000,000 pairs" in output
+    assert "steps: 29297 of 512 pairs" in output  # 15 M / 512
+    rows = rows_of(output)
     assert [row[0] for row in rows] == [1, 8, 64, 1, 8, 64]
     for _, share, micro, zero0, zero1, zero2, zero3 in rows:
         assert share % micro == 0
@@ -92,18 +92,18 @@ TEXTS = TOKENS = 64
 def inputs() -> list[torch.Tensor]:
     """Random texts of one length, one of them a token shorter for a mask: four tensors for each of
     a step's groups."""
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     for part in equal_parts(range(TEXTS), ContrastConfig().length_groups):
         attended = torch.ones(len(part), TOKENS, dtype=torch.int64)
         attended[-1, -1] = 0
         positions = torch.arange(TOKENS).expand(len(part), TOKENS)
-        found += [
+        tensors += [
             torch.randint(5, 300, (len(part), TOKENS)),
             attended,
             positions,
             attended.bool(),
         ]
-    return found
+    return tensors
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -96,22 +96,23 @@ def test_recipes_have_the_papers_settings(name: str, teacher: str):
 def test_full_size_recipes_are_planned_without_weights(
     name: str, capsys: pytest.CaptureFixture[str]
 ):
-    told = planned(capsys, "--recipe", f"{name}/llama-8b")
+    output = planned(capsys, "--recipe", f"{name}/llama-8b")
     # 4 x 15 M / 4096
-    assert "steps: 14648 of 4096 pairs, 4.00 epochs of 15,000,000 samples" in told
+    assert "steps: 14648 of 4096 pairs, 4.00 epochs of 15,000,000 samples" in output
     rows = [
-        row.split() for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", told, re.MULTILINE)
+        row.split()
+        for row in re.findall(r"^ +(?:1|8|64) +\d+ .*$", output, re.MULTILINE)
     ]
     trained = int(
-        re.search(r"trainable parameters: ([\d,]+);", told)[1].replace(",", "")
+        re.search(r"trainable parameters: ([\d,]+);", output)[1].replace(",", "")
     )
     if name == "openai_l14_336":
         # the release's own sum: golden/reference/F_release_directory/evidence.json
         assert trained == 578_587_905
         # 1e-5 x 0.85^25: embeddings, 24 blocks, top
-        assert "peak learning rates 1.72e-07 to 1e-05 (26 rates)" in told
+        assert "peak learning rates 1.72e-07 to 1e-05 (26 rates)" in output
         assert [row[-1] for row in rows] == ["on", "on", "off"]
-        assert "sent about 13 times during the backward pass; ZeRO-1" in told
+        assert "sent about 13 times during the backward pass; ZeRO-1" in output
     for _, share, micro, *stages in rows:
         assert int(share) % int(micro) == 0
         assert float(stages[1]) <= 72  # nine tenths of 80 GiB
@@ -135,12 +136,12 @@ def test_gradient_checkpointing_is_off_where_the_step_fits(
             "--gradient-checkpointing",
             given,
         )
-        told = planned(capsys, *words, "--micro-batch", "256", "--gpu-gib", str(gib))
+        output = planned(capsys, *words, "--micro-batch", "256", "--gpu-gib", str(gib))
         row = next(
-            row.split() for row in told.splitlines() if row.startswith("     1 ")
+            row.split() for row in output.splitlines() if row.startswith("     1 ")
         )
         assert (
-            "no micro-batch" not in told
+            "no micro-batch" not in output
         )  # on 64 GPUs that of 256 is the rank's 4 images
         # checkpointing, ZeRO-1
         said[gib, given] = row[7:]

@@ -51,8 +51,8 @@ def headline(shift: float = 0.0, both: float = 0.0) -> dict[str, list[dict]]:
 def checked(folder: Path, made: dict) -> tuple[list[str], list[str]]:
     """The numbers that moved, and the claims that are missing."""
     (folder / "headline.json").write_text(json.dumps(made), encoding="utf-8")
-    found, missing = check_claims.check_all(folder)
-    return [one.name for one in found if not one.same], missing
+    numbers, missing = check_claims.check_all(folder)
+    return [number.name for number in numbers if not number.same], missing
 
 
 def stated_table(page: Path, begin: str = check_claims.BEGIN) -> str:
@@ -73,11 +73,11 @@ def test_pages_state_what_was_recorded() -> None:
     recorded = [(claims, check_claims.RAW_TUNED), (LLAVAS, check_claims.BEFORE_AFTER)]
     values = [
         claim[side]
-        for known, sides in recorded
-        for claim in known.values()
+        for stated, sides in recorded
+        for claim in stated.values()
         for side in sides
     ]
-    assert all(len(one) >= 6 and all(map(math.isfinite, one)) for one in values)
+    assert all(len(seeds) >= 6 and all(map(math.isfinite, seeds)) for seeds in values)
 
 
 def llava_folder(folder: Path, shift: float = 0.0) -> None:
@@ -216,11 +216,11 @@ def test_a_run_of_few_seeds_says_what_it_cannot_see(
     it."""
     claim = check_claims.read_json(check_claims.CLAIMS)[LANGUAGES]
     assert claim["significant"]
-    one = {side: claim[side][:1] for side in check_claims.RAW_TUNED}
+    first_seed = {side: claim[side][:1] for side in check_claims.RAW_TUNED}
     levels = {"numbers": 22, "parts": 2}
     claims = {LANGUAGES: {**claim, "random": []}}
     difference = check_claims.check(
-        claims, {LANGUAGES: one}, check_claims.RAW_TUNED, **levels
+        claims, {LANGUAGES: first_seed}, check_claims.RAW_TUNED, **levels
     )[0]
     assert difference.same
     assert difference.hidden
@@ -250,8 +250,8 @@ def test_llavas_seeds_are_paired(capsys) -> None:
     claim = {"before": [5, 9, 1, 7], "after": [6, 11, 4, 9]}
     values = {"values": [5, 9, 1, 7]}
     claims = {"a: x": claim, "a: y": claim, "b: x": claim}
-    for one in claims.values():
-        one["controls"] = {"random": values}
+    for with_control in claims.values():
+        with_control["controls"] = {"random": values}
     for side in ("before", "random"):
         paired = claims_tables.paired_seeds(claims, side)
         # Holm over the rows of a language model

@@ -37,7 +37,7 @@ def submit(
         "SLURM_JOB_NODELIST": "localhost",
         "GPUS": "1",
     }
-    place = environment(
+    slurm_variables = environment(
         **slurm,
         PATH=f"{stubs}:{os.environ['PATH']}",
         PYTHON=str(programs() / "python"),
@@ -47,7 +47,7 @@ def submit(
     return subprocess.Popen(
         ["bash", str(script), *words],
         cwd=folder,
-        env=place,
+        env=slurm_variables,
         stdout=log,
         stderr=log,
         text=True,

@@ -46,7 +46,7 @@ ASKED = [
 def by_hand(folder: Path, tower: str, llm: Path, inputs: Any) -> torch.Tensor:
     """Logits of tower, projector and LLM as their own libraries load them."""
     vision = load_tower(place(tower))
-    own = AutoModelForCausalLM.from_pretrained(llm).eval()
+    language_model = AutoModelForCausalLM.from_pretrained(llm).eval()
     state = vision(
         pixel_values=inputs["pixel_values"], output_hidden_states=True
     ).hidden_states[-2]
@@ -65,8 +65,8 @@ def by_hand(folder: Path, tower: str, llm: Path, inputs: Any) -> torch.Tensor:
     start = int((ids == slot).nonzero()[0])
     stop = int((ids == slot).nonzero()[-1]) + 1
     assert stop - start == state.shape[1] == int((ids == slot).sum())
-    embed = own.get_input_embeddings()
-    return own(
+    embed = language_model.get_input_embeddings()
+    return language_model(
         inputs_embeds=torch.cat((embed(ids[:start]), state[0], embed(ids[stop:])))[None]
     ).logits
 
@@ -101,10 +101,10 @@ def test_equals_its_parts_and_trains(
     batch = dict(processor.apply_chat_template(chats, **options))
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder)
     with torch.inference_mode():
-        one = {name: value[:1] for name, value in batch.items()}
-        assert one["attention_mask"].all()
-        logits = model(**one).logits
-        expected = by_hand(folder, tower, llms / llm, one)
+        first_chat = {name: value[:1] for name, value in batch.items()}
+        assert first_chat["attention_mask"].all()
+        logits = model(**first_chat).logits
+        expected = by_hand(folder, tower, llms / llm, first_chat)
     assert (
         logits[..., : expected.shape[-1]] - expected
     ).abs().max() <= 1e-5 * expected.abs().max()

@@ -28,7 +28,7 @@ def test_image_uses_a_spare_row_or_a_new_one(
 ) -> None:
     """The tiny tokenizer has fewer tokens than the embedding rows; without the spare ones, the mean
     is added."""
-    own = load_file(llms / "qwen3" / "model.safetensors")
+    of_llm = load_file(llms / "qwen3" / "model.safetensors")
     written = load_file(built / "model.safetensors")
     tokens = len(tiny_tokenizer())
     assert (
@@ -37,7 +37,7 @@ def test_image_uses_a_spare_row_or_a_new_one(
         < 400
     )
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert torch.equal(written[f"language_model.{name}"], own[name])
+        assert torch.equal(written[f"language_model.{name}"], of_llm[name])
     llm: Any = AutoModelForCausalLM.from_pretrained(llms / "qwen3")
     llm.resize_token_embeddings(tokens)
     llm.save_pretrained(tmp_path / "llm")
@@ -46,9 +46,9 @@ def test_image_uses_a_spare_row_or_a_new_one(
     written = load_file(folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         rows = written[f"language_model.{name}"]
-        assert torch.equal(rows[:tokens], own[name][:tokens])
+        assert torch.equal(rows[:tokens], of_llm[name][:tokens])
         assert len(rows) == tokens + 1
-        assert torch.allclose(rows[tokens], own[name][:tokens].mean(0))
+        assert torch.allclose(rows[tokens], of_llm[name][:tokens].mean(0))
 
 
 def test_seed_dry_run_and_shards(

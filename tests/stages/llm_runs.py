@@ -29,8 +29,13 @@ def write_captions(path: Path, count: int = 48) -> Path:
     long = [" ".join([*WORDS[: i % 16], name]) for i, name in enumerate(names)]
     pairs = enumerate(zip(names, long, strict=True))
     rows = [
-        {"id": f"k{i}", "image": "x.png", "caption": one, "long_caption": other}
-        for i, (one, other) in pairs
+        {
+            "id": f"k{i}",
+            "image": "x.png",
+            "caption": caption,
+            "long_caption": long_caption,
+        }
+        for i, (caption, long_caption) in pairs
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
@@ -88,9 +93,9 @@ def step_lines(output: Path) -> list[dict[str, Any]]:
 
 
 def losses(output: Path) -> list[float]:
-    found = step_lines(output)
-    assert [line["step"] for line in found] == list(range(1, len(found) + 1))
-    return [line["loss"] for line in found]
+    records = step_lines(output)
+    assert [line["step"] for line in records] == list(range(1, len(records) + 1))
+    return [line["loss"] for line in records]
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from llm2clip_plugin.stages.digests import Artifact, Digests
 
 def digest(folder: Path) -> str:
     """Of the file ``data``, at a new start."""
-    known = Digests(folder)
-    found = known.of(
+    digests = Digests(folder)
+    record = digests.of(
         Artifact(name="the data", files=lambda: {"data": str(folder / "data")})
     )
-    known.save()
-    return found["sha256"]
+    digests.save()
+    return record["sha256"]
 
 
 def test_a_file_of_the_same_size_is_hashed_again(

@@ -76,7 +76,7 @@ def test_compiled_it_embeds_the_same(
 ) -> None:
     """Batches of any length and size are one graph; a batch of one caption is another."""
     source = open_source(write_tars(tmp_path / "data", 2, 12))
-    found = []
+    embeddings = []
     for more in ((), ("--torch-compile",)):
         config = EMBED.parse(
             [source.path, "--llm", str(llama), "--compute-dtype", "float32", *more]
@@ -87,9 +87,9 @@ def test_compiled_it_embeds_the_same(
             for number in range(24)
             for caption in source.captions(number)[1]
         ]
-        found.append(encoder.encode(texts, tokens_per_batch=200))
+        embeddings.append(encoder.encode(texts, tokens_per_batch=200))
     graphs_of_all = counters["stats"]["unique_graphs"]
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*embeddings, atol=1e-5, rtol=1e-5)
     assert 0 < graphs_of_all <= 2
     encoder.encode(["two dogs", *texts], tokens_per_batch=300)
     assert counters["stats"]["unique_graphs"] == graphs_of_all
@@ -220,8 +220,10 @@ def test_two_processes_killed_and_started_again(llama: Path, tmp_path: Path) -> 
     undisturbed run."""
     source = open_source(write_tars(tmp_path / "data", 24, 12))
     command = ["embed", *words(tmp_path / "data", llama, tmp_path / "cache")]
-    places = [environment(RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    ranks = [Command(command, place, ROOT) for place in places]
+    variables_of_ranks = [
+        environment(RANK=str(rank), WORLD_SIZE="2") for rank in range(2)
+    ]
+    ranks = [Command(command, variables, ROOT) for variables in variables_of_ranks]
     deadline = time.monotonic() + 300
     while (
         len(list((tmp_path / "cache").glob("*.safetensors"))) < 3
@@ -236,7 +238,7 @@ def test_two_processes_killed_and_started_again(llama: Path, tmp_path: Path) -> 
     if done < 24:
         with pytest.raises(ContractError, match="incomplete"):
             EmbeddingCache.open(tmp_path / "cache")
-    ranks = [Command(command, place, ROOT) for place in places]
+    ranks = [Command(command, variables, ROOT) for variables in variables_of_ranks]
     assert finish(ranks) == [0, 0], ranks[0].output
     alone = ["embed", *words(tmp_path / "data", llama, tmp_path / "undisturbed")]
     # with as many threads, which decide the last bit

@@ -78,9 +78,9 @@ def test_ranks_that_differ_are_refused_in_one_message(tmp_path: Path) -> None:
     said = "".join(rank.output for rank in ranks)
     assert statuses == [2, 2], said
     assert said.count("error: the ranks disagree before the first step:") == 1, said
-    own = f"{tmp_path / '1' / 'run'} lacks a file"
+    of_rank_1 = f"{tmp_path / '1' / 'run'} lacks a file"
     assert (
-        f"output_dir: shared with rank 0 on {socket.gethostname()} (ranks 0); {own}"
+        f"output_dir: shared with rank 0 on {socket.gethostname()} (ranks 0); {of_rank_1}"
         in said
     )
     assert "setting optim.lr: 0.0004 on " in said

@@ -118,14 +118,15 @@ def test_gradients_reach_the_adapter_alone(llama40: Path, load_in_4bit: bool) ->
     layers = [f"self_attn.{name}_proj" for name in "qkvo"] + [
         f"mlp.{name}_proj" for name in ("gate", "up", "down")
     ]
-    places = [
+    weights_of_lora = [
         f"{block}.{layer}.lora_{side}"
         for block in (0, 1)
         for layer in layers
         for side in "AB"
     ]
     assert names == {
-        f"model.llm.base_model.model.layers.{place}.default.weight" for place in places
+        f"model.llm.base_model.model.layers.{weight}.default.weight"
+        for weight in weights_of_lora
     }
     tokens = torch.tensor(encoder.tokenize(["two dogs"]))
     ones = torch.ones_like(tokens)
@@ -185,12 +186,12 @@ def test_qlora_on_a_cpu_end_to_end(
         )
         == 0
     )
-    found = json.loads((tmp_path / "s.json").read_text())
-    assert found["metrics"]["short->long/cra"] == pytest.approx(
+    evaluated = json.loads((tmp_path / "s.json").read_text())
+    assert evaluated["metrics"]["short->long/cra"] == pytest.approx(
         scores["short->long"], abs=1e-6
     )
     # of 45, those with equal texts once
-    assert len(found["items"]) == found["counts"]["short->long"] == 30
+    assert len(evaluated["items"]) == evaluated["counts"]["short->long"] == 30
 
 
 def test_training_continues_from_an_adapter(
@@ -250,17 +251,19 @@ def test_start_adapters_are_merged_and_written_with_the_new_one(
         losses(tmp_path / "by hand"), abs=SAME
     )
     pairs = ((llama, adapter), (llm, by_hand), (llama, first))
-    found, expected, other = (
+    embeddings, expected, other = (
         CaptionEncoder(
-            EncoderConfig(llm=str(path), adapter=str(own), compute_dtype="float32"),
+            EncoderConfig(
+                llm=str(path), adapter=str(adapter_path), compute_dtype="float32"
+            ),
             "cpu",
         ).encode(TEXTS)
-        for path, own in pairs
+        for path, adapter_path in pairs
     )
     assert torch.allclose(
-        found, expected, atol=2e-5 * float(expected.norm(dim=1).max())
+        embeddings, expected, atol=2e-5 * float(expected.norm(dim=1).max())
     )
-    assert not torch.allclose(found, other, atol=1e-2)
+    assert not torch.allclose(embeddings, other, atol=1e-2)
     assert EncoderCard.read(adapter / EncoderCard.FILE).training["start_adapters"] == [
         "first",
         "second",

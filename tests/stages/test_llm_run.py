@@ -32,8 +32,8 @@ def zero_file(stage: int) -> str:
 
 
 def test_loss_falls(plain: Path) -> None:
-    found = losses(plain)
-    assert found[-1] < found[0] - 0.2
+    of_steps = losses(plain)
+    assert of_steps[-1] < of_steps[0] - 0.2
     record = RunRecord.read(plain / "run.json")
     assert record.finished
     assert record.step == STEPS
@@ -199,12 +199,12 @@ def test_long_texts_are_counted_and_queries_cut_on_request(
     assert (
         main(["finetune-llm", *options(captions, llama, tmp_path / "run", *more)]) == 0
     )
-    found = re.findall(
+    counts = re.findall(
         r"(\d+) of the first (\d+) (?:queries|positives) are longer",
         capsys.readouterr().out,
     )
-    assert len(found) == 2
-    assert all(0 < int(long) < int(all_) for long, all_ in found)
+    assert len(counts) == 2
+    assert all(0 < int(long) < int(all_) for long, all_ in counts)
 
 
 def test_a_weight_that_is_not_finite_is_one_line(
@@ -217,8 +217,8 @@ def test_a_weight_that_is_not_finite_is_one_line(
     weights["model.embed_tokens.weight"][100:] = math.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     assert main(["finetune-llm", *options(captions, broken, tmp_path / "run")]) == 2
-    told = capsys.readouterr().err
-    assert re.search(rf"error: {broken}: .*embed_tokens.weight", told)
-    assert told.count("error: ") == 1
-    assert "Traceback" not in told
+    message = capsys.readouterr().err
+    assert re.search(rf"error: {broken}: .*embed_tokens.weight", message)
+    assert message.count("error: ") == 1
+    assert "Traceback" not in message
     assert not (tmp_path / "run/adapter").exists()

@@ -141,16 +141,16 @@ def test_features_are_transformers_own(tmp_path: Path, whole: bool):
         for seed, size in enumerate(ASPECTS):
             data = image(seed, size)
             theirs = processor(Image.open(io.BytesIO(data)), return_tensors="pt")
-            own = prepared(data, images)
+            ours = prepared(data, images)
             with torch.no_grad():
-                pairs = ((original, theirs), (tower, theirs), (tower, own))
-                expected, *found = (
+                pairs = ((original, theirs), (tower, theirs), (tower, ours))
+                expected, *outputs = (
                     model(**inputs, output_hidden_states=True)
                     for model, inputs in pairs
                 )
-            count = int(own["spatial_shapes"].prod())
+            count = int(ours["spatial_shapes"].prod())
             states = [*expected.hidden_states, expected.last_hidden_state]
-            for output in found:
+            for output in outputs:
                 for state, wanted in zip(
                     [*output.hidden_states, output.last_hidden_state],
                     states,
@@ -163,7 +163,7 @@ def test_features_are_transformers_own(tmp_path: Path, whole: bool):
                     output.pooler_output, expected.pooler_output, atol=TOLERANCE, rtol=0
                 )
             for mean in (
-                dual.pool(**own),
+                dual.pool(**ours),
                 dual.pool(theirs["pixel_values"], theirs["spatial_shapes"]),
             ):
                 torch.testing.assert_close(
@@ -197,7 +197,7 @@ def test_states_are_qwens_own(tmp_path: Path):
         "spatial_shapes": shapes,
         "output_hidden_states": True,
     }
-    found = load_tower(tmp_path / "tower")(**inputs)
+    output = load_tower(tmp_path / "tower")(**inputs)
     for n, (rows, columns) in enumerate(shapes.tolist()):
         order = (
             torch.arange(rows * columns)
@@ -217,13 +217,13 @@ def test_states_are_qwens_own(tmp_path: Path):
         )
         wanted = torch.stack(expected.hidden_states)
         torch.testing.assert_close(
-            torch.stack(found.hidden_states)[:, n, order],
+            torch.stack(output.hidden_states)[:, n, order],
             wanted,
             atol=TOLERANCE,
             rtol=0,
         )
         torch.testing.assert_close(
-            found.pooler_output[n], wanted[-1].mean(0), atol=TOLERANCE, rtol=0
+            output.pooler_output[n], wanted[-1].mean(0), atol=TOLERANCE, rtol=0
         )
 
 
@@ -242,9 +242,11 @@ def test_a_square_of_pixels_is_a_square_image(tiny: Path):
     pixels = torch.rand(2, 3, 24, 24)
     shapes = torch.tensor([[6, 6]] * 2)
     with HostReads():
-        one = tower(pixel_values=pixels)
+        of_pixels = tower(pixel_values=pixels)
         other = tower(pixel_values=pixels, spatial_shapes=shapes)
-    torch.testing.assert_close(one.to_tuple(), other.to_tuple(), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        of_pixels.to_tuple(), other.to_tuple(), atol=TOLERANCE, rtol=0
+    )
     with pytest.raises(ValueError, match="images have"):
         tower(pixel_values=pixels[..., 4:, 4:])
     with pytest.raises(ValueError, match="spatial_shapes"):
@@ -302,5 +304,5 @@ def test_training_over_ranks_and_micro_batches_is_one_run(tiny: Path, tmp_path: 
     tower = open_tower(f"{exported}", "cpu", EncoderConfig())
     source = open_source(SourceConfig(path=f"{tiny}/data"))
     encoded = encode_images(tower.dual.encode_image, source, tower.images, tower.device)
-    own = tower.dual.encode_image(**prepared(image(5, ASPECTS[1]), tower.images))
-    torch.testing.assert_close(encoded.vectors[0][5], own[0].detach())
+    vectors = tower.dual.encode_image(**prepared(image(5, ASPECTS[1]), tower.images))
+    torch.testing.assert_close(encoded.vectors[0][5], vectors[0].detach())

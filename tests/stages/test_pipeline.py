@@ -81,31 +81,31 @@ def test_the_stages_follow_from_the_data_and_the_options(tiny: Path):
     config, source = opened(tiny)
     assert survey(source) == ("short:long", "")
     assert len(source) == 48
-    found = "short:long"
-    stages = plan(config, source, found)
+    pairs = "short:long"
+    stages = plan(config, source, pairs)
     assert names(stages) == ALL
     assert stages[2].words[stages[2].words.index("--pair-kinds") + 1] == "short:long"
     adapter = str(tiny / "out" / "llm" / "adapter")
     assert all(adapter in stage.words for stage in stages[3:5])
-    assert pairs_of_stage_1(config, source) == found
+    assert pairs_of_stage_1(config, source) == pairs
     for left_out in ({"stage1": False}, {"adapter": "mine"}):
         assert pairs_of_stage_1(dataclasses.replace(config, **left_out), source) == ""
     assert names(plan(config, source, "")) == [*ALL[:2], *ALL[3:]]
-    own = plan(dataclasses.replace(config, adapter="mine"), source, "")
-    assert names(own) == [*ALL[:2], *ALL[3:]]
-    assert "mine" in own[2].words
+    with_adapter = plan(dataclasses.replace(config, adapter="mine"), source, "")
+    assert names(with_adapter) == [*ALL[:2], *ALL[3:]]
+    assert "mine" in with_adapter[2].words
     hub = plan(
-        dataclasses.replace(config, tower="openai/clip-vit-base-patch16"), source, found
+        dataclasses.replace(config, tower="openai/clip-vit-base-patch16"), source, pairs
     )
     assert names(hub)[0] == "import"
     assert str(tiny / "out" / "start") in hub[6].words
-    two = plan(dataclasses.replace(config, num_gpus=2), source, found)
+    two = plan(dataclasses.replace(config, num_gpus=2), source, pairs)
     assert [stage.ranks for stage in two] == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 1]
     assert "--nproc_per_node=2" in two[2].argv()
     assert "llm2clip_plugin.launch" not in two[1].argv()
     # before the stages that come first, as all that follows
     with pytest.raises(ValueError, match="--nonsense"):
-        plan(dataclasses.replace(config, tower_options="--nonsense 3"), source, found)
+        plan(dataclasses.replace(config, tower_options="--nonsense 3"), source, pairs)
     for wrong in ({"llm": str(tiny / "none")}, {"adapter": str(tiny / "llm")}):
         with pytest.raises(FileNotFoundError):
             check_given(dataclasses.replace(config, **wrong))
@@ -367,10 +367,10 @@ def test_an_input_in_a_folder_that_the_run_replaces_is_refused(
     tiny: Path, tmp_path: Path
 ):
     save_tiny_llm(tmp_path / "data" / "llm", "llama")
-    told = refused(
+    message = refused(
         tiny, "--llm", str(tmp_path / "data" / "llm"), "--output", str(tmp_path)
     )
-    assert "which 'hold out validation' replaces" in told
+    assert "which 'hold out validation' replaces" in message
 
 
 def test_another_llms_adapter_is_refused(tiny: Path, tmp_path: Path):

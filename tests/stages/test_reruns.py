@@ -78,8 +78,8 @@ class World:
         """Write the tars whose samples changed."""
         for tar in ("00000", "00001"):
             members: list[tuple[str, bytes]] = []
-            for key, (place, picture, captions) in self.samples.items():
-                if place == tar:
+            for key, (tar_of_sample, picture, captions) in self.samples.items():
+                if tar_of_sample == tar:
                     members += [
                         (f"{key}.jpg", picture),
                         (f"{key}.json", json.dumps(captions).encode()),
@@ -107,12 +107,12 @@ class World:
             "--tower-options=--heads.steps 2 --save_steps 2 --heads.batch 8",
         ]
         words += [word for pair in self.options.items() for word in pair]
-        place = {"LLM2CLIP_HOME": str(self.folder / "home"), "HF_HUB_OFFLINE": "1"}
+        variables = {"LLM2CLIP_HOME": str(self.folder / "home"), "HF_HUB_OFFLINE": "1"}
         first = partial(use_forked_python, str(programs(hold) / "python"))
         return Module(
             "llm2clip_plugin.cli",
             [*words, *more],
-            environment(**place),
+            environment(**variables),
             self.folder,
             first,
         )
@@ -165,12 +165,10 @@ def sample(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
     """A picture with a short and a long caption."""
     size = rng.choice(["small", "large"])
     color = rng.choice(list(COLORS))
-    place = rng.choice(list(PLACES))
+    side = rng.choice(list(PLACES))
     number = rng.randrange(10**6)
-    picture = encoded(
-        draw(size, color, "circle", place, rng).convert("RGB"), quality=90
-    )
-    long = f"A {size} circle of {color} ink, number {number}, drawn {place} of paper."
+    picture = encoded(draw(size, color, "circle", side, rng).convert("RGB"), quality=90)
+    long = f"A {size} circle of {color} ink, number {number}, drawn {side} of paper."
     return (
         rng.choice(["00000", "00001"]),
         picture,
@@ -237,7 +235,7 @@ def results(out: Path) -> dict[str, str]:
         for kind in (*kinds, "before/tower/*.safetensors", "after/tower/*.safetensors")
         for path in out.glob(kind)
     ]
-    found = {
+    content_of = {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in paths
     }
@@ -246,14 +244,14 @@ def results(out: Path) -> dict[str, str]:
         "after/validation.scores.json",
         "after/tower/llm2clip.json",
     ):
-        found[name] = json.dumps(
+        content_of[name] = json.dumps(
             plain(json.loads((out / name).read_text())), sort_keys=True
         )
     manifest = json.loads((out / "embeddings" / "train" / "manifest.json").read_text())
-    found["manifest"] = json.dumps(plain(manifest), sort_keys=True)
+    content_of["manifest"] = json.dumps(plain(manifest), sort_keys=True)
     page = (out / "index.html").read_text().replace(out.name, "OUT")
-    found["page"] = re.sub(r"(?<=, )\d+ s: ", "", page)
-    return found
+    content_of["page"] = re.sub(r"(?<=, )\d+ s: ", "", page)
+    return content_of
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from llm2clip_plugin.stages import run_page
 IMAGES = 6
 
 
-def pairs(places: list[int]) -> EmbeddedPairs:
+def pairs(ranks: list[int]) -> EmbeddedPairs:
     """A caption for each image, which finds it at this place."""
     text_MD = torch.eye(IMAGES)
     image_ND = torch.eye(IMAGES)
-    for caption, place in enumerate(places):
+    for caption, rank in enumerate(ranks):
         others = [image for image in range(IMAGES) if image != caption]
-        for image in others[: place - 1]:
+        for image in others[: rank - 1]:
             image_ND[image, caption] = 2.0
     # of one length
     image_ND = torch.cat(
@@ -61,14 +61,14 @@ def test_the_first_pictures_are_the_most_similar():
         for before, after in zip(BEFORE, AFTER, strict=True)
     ]
     for query in queries:
-        for side, place in query["place"].items():
-            assert [right for _, right in query["found"][side]].index(True) + 1 == place
+        for side, rank in query["place"].items():
+            assert [right for _, right in query["found"][side]].index(True) + 1 == rank
 
 
 def test_won_are_those_that_are_found_earlier_after_stage_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    shown: dict[str, Any] = {}
+    rendered: dict[str, Any] = {}
     queries = [
         {"place": {"before": b, "after": a}} for b, a in zip(BEFORE, AFTER, strict=True)
     ]
@@ -79,11 +79,11 @@ def test_won_are_those_that_are_found_earlier_after_stage_2(
     monkeypatch.setattr(run_page, "draw", lambda *_: queries)
     monkeypatch.setattr(run_page, "EvaluateConfig", SimpleNamespace)
     monkeypatch.setattr(
-        run_page, "render", lambda _, **values: shown.update(values) or "page"
+        run_page, "render", lambda _, **values: rendered.update(values) or "page"
     )
     config: Any = SimpleNamespace(
         output=str(tmp_path), path="data", tower="tower", llm="llm"
     )
     page = run_page.write_page(config, None, [], {})
     assert page.read_text() == "page"
-    assert (shown["won"], shown["lost"], shown["images"]) == (2, 1, IMAGES)
+    assert (rendered["won"], rendered["lost"], rendered["images"]) == (2, 1, IMAGES)

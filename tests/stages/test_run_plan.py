@@ -33,7 +33,7 @@ def stages(folder: Path) -> dict[str, Stage]:
         "output": "out",
         "questions": "questions.jsonl",
     }
-    given = {name: str(folder / place) for name, place in paths.items()}
+    given = {name: str(folder / path) for name, path in paths.items()}
     config = PipelineConfig(**given, llava_llm="llava-llm", num_train_epochs=3.0)
     return {
         stage.name: stage for stage in plan(config, open_source(config), "short:long")
@@ -49,9 +49,9 @@ def test_the_start_tower_is_not_trained(stages: dict[str, Stage]):
         stages[name].words for name in ("heads on the start tower", "stage 2")
     )
     different = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
-    epochs, (one, other) = different
+    epochs, (tower_before, tower_after) = different
     assert epochs == ("0", "3")
-    assert (Path(one).name, Path(other).name) == ("before", "after")
+    assert (Path(tower_before).name, Path(tower_after).name) == ("before", "after")
 
 
 @pytest.mark.parametrize("side", ["before", "after"])

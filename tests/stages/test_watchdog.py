@@ -103,7 +103,9 @@ def test_a_failed_rank_ends_all_and_the_run_comes_back(
         assert process.wait(timeout=600) != 0
         assert psutil.wait_procs([rank], timeout=60)[1] == []
     finally:
-        for one in processes_of(output):  # leave none behind, whatever the test found
-            one.kill()
+        for left_over in processes_of(
+            output
+        ):  # leave none behind, whatever the test found
+            left_over.kill()
     steps = [line["step"] for line in lines(output) if "loss" in line]
     assert steps == sorted(set(steps))

@@ -16,14 +16,14 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Compiled graphs after each training step so far: a list that grows."""
     torch._dynamo.reset()
     counters.clear()
-    found: list[int] = []
+    counts: list[int] = []
     step = ContrastiveStep.__call__
 
     def counted(self, batch, flags=None):
         values = step(self, batch, flags)
-        found.append(counters["stats"]["unique_graphs"])
+        counts.append(counters["stats"]["unique_graphs"])
         return values
 
     monkeypatch.setattr(model, "COMPILER", {"backend": "aot_eager"})
     monkeypatch.setattr(ContrastiveStep, "__call__", counted)
-    return found
+    return counts

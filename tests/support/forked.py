@@ -40,14 +40,14 @@ class Process:
         target: Callable[..., None],
         argument: object,
         words: list[str],
-        *place: object,
+        *more: object,
     ) -> None:
         descriptor, name = tempfile.mkstemp()
         os.close(descriptor)
         self._log = Path(name)
         weakref.finalize(self, self._log.unlink)
         self._process = context().Process(
-            target=_enter, args=(target, argument, words, *place, name)
+            target=_enter, args=(target, argument, words, *more, name)
         )
         self._process.start()
 

@@ -121,8 +121,8 @@ def _become(
     import torch
     import transformers
 
-    for place, stream in enumerate(streams):
-        os.dup2(stream, place)
+    for descriptor, stream in enumerate(streams):
+        os.dup2(stream, descriptor)
     multiprocessing.set_start_method(
         None, force=True
     )  # children start in the system's way

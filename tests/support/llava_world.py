@@ -91,7 +91,7 @@ class World:
         together."""
         (here := self.root / "here").mkdir(exist_ok=True)
         command = [str(word) for word in words]
-        place = {"env": self.environment(**environment), "cwd": here}
+        where = {"env": self.environment(**environment), "cwd": here}
         streams = {
             "stdin": subprocess.DEVNULL,
             "stdout": subprocess.PIPE,
@@ -99,7 +99,7 @@ class World:
         }
         for _ in range(2):
             done = subprocess.run(
-                command, **place, **streams, text=True, timeout=1200, check=False
+                command, **where, **streams, text=True, timeout=1200, check=False
             )
             if fails or done.returncode == 0 or ABORT_AT_EXIT not in done.stdout:
                 break
@@ -177,11 +177,11 @@ class World:
                 Module(
                     "llava.train.train",
                     words,
-                    self.environment(**variables, **place),
+                    self.environment(**variables, **of_rank),
                     here,
                     on_cpu,
                 )
-                for place in places
+                for of_rank in places
             ]
             failed = [
                 process.output for process in processes if process.wait(1200) != 0
@@ -346,6 +346,6 @@ def places(root: Path, towers: tuple[str, ...]) -> World:
     return World(
         root=root,
         llm=root / "tiny-vicuna",
-        towers={one: root / "towers" / one for one in towers},
+        towers={name: root / "towers" / name for name in towers},
         **data,
     )

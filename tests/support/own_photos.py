@@ -22,14 +22,14 @@ TOWER = "openai/clip-vit-base-patch16"
 
 
 def draw(
-    size: str, color: str, shape: str, place: str, rng: random.Random
+    size: str, color: str, shape: str, side: str, rng: random.Random
 ) -> Image.Image:
     """A picture of 72 x 64 pixels: a shape on light paper, with a little of everything else at
     random."""
     image = Image.new("RGB", (72, 64), tuple(rng.randint(225, 255) for _ in range(3)))
     pen = ImageDraw.Draw(image)
     radius = SIZES[size] + rng.randint(-2, 2)
-    x = round(72 * PLACES[place])
+    x = round(72 * PLACES[side])
     y = rng.randint(24, 40)
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape == "circle":
@@ -50,14 +50,14 @@ def make_photos(folder: Path) -> None:
     rng = random.Random(0)
     photos = folder / "photos"
     photos.mkdir(parents=True)
-    for number, (size, color, shape, place) in enumerate(
+    for number, (size, color, shape, side) in enumerate(
         itertools.product(SIZES, COLORS, SHAPES, PLACES)
     ):
         name = photos / f"{number:04d}.jpg"
-        draw(size, color, shape, place, rng).save(name, quality=90)
-        long = f"A {size} {shape} of {color} ink, drawn {place} of light paper."
+        draw(size, color, shape, side, rng).save(name, quality=90)
+        long = f"A {size} {shape} of {color} ink, drawn {side} of light paper."
         name.with_suffix(".txt").write_text(
-            f"{size} {color} {shape} {place}\n", encoding="utf-8"
+            f"{size} {color} {shape} {side}\n", encoding="utf-8"
         )
         name.with_suffix(".json").write_text(
             json.dumps({"long_caption": long}), encoding="utf-8"

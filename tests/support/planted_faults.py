@@ -114,20 +114,22 @@ def meet(
         status = main(command)
     except SystemExit as left:  # argparse
         status = left.code
-    told = capsys.readouterr().err
-    assert "Traceback" not in told, told
+    output = capsys.readouterr().err
+    assert "Traceback" not in output, output
     errors = [
-        line for line in told.splitlines() if line.startswith(("error: ", "warning: "))
+        line
+        for line in output.splitlines()
+        if line.startswith(("error: ", "warning: "))
     ]
     first = next(
         (line for line in errors if line.startswith("error: ")),
         errors[0] if errors else "",
     )
     label, _, line = first.partition(": ")
-    assert status == fault.status, told
-    assert label == ("error" if status else "warning"), told
+    assert status == fault.status, output
+    assert label == ("error" if status else "warning"), output
     assert matches(fault.says, line, world), f"expected: {fault.says}\nsaid:     {line}"
-    return told
+    return output
 
 
 def contents(folder: Path) -> dict[str, bytes]:

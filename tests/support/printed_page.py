@@ -63,11 +63,11 @@ def missing(printed: str, output: str) -> list[str]:
     lost = []
     for line in printed.splitlines():
         wanted, cut, _ = masked(line).partition("...")
-        found = any(
+        is_printed = any(
             text.startswith(wanted.rstrip()) if cut else text == wanted
             for text in there
         )
-        if wanted.strip() and not found:
+        if wanted.strip() and not is_printed:
             lost.append(line)
     return lost
 
@@ -77,9 +77,9 @@ def run_block(block: Block, run: Callable[[str], tuple[int | None, str]]) -> str
     nobody printed."""
     output = ""
     for command in block.commands:
-        status, told = run(command)
-        assert status == 0, f"{command}\n{told}"
-        output += told
+        status, printed = run(command)
+        assert status == 0, f"{command}\n{printed}"
+        output += printed
     assert (lost := missing(block.printed, output)) == [], (
         f"{block.commands} did not print {lost}, but:\n{output}"
     )

@@ -91,14 +91,14 @@ TOKENIZER |= {
 
 def llava_config(tower: str, **changes: object) -> dict:
     """config.json of a LLaVA checkpoint."""
-    own = {
+    of_data = {
         "image_aspect_ratio": "pad",
         "mm_patch_merge_type": "flat",
         "tokenizer_model_max_length": 256,
     }
-    own |= {"mm_hidden_size": width_of(tower), "mm_vision_tower": tower}
+    of_data |= {"mm_hidden_size": width_of(tower), "mm_vision_tower": tower}
     kind = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
-    return {**LLM, **SEES, **own, **kind, **changes}
+    return {**LLM, **SEES, **of_data, **kind, **changes}
 
 
 def draw(name: str, *shape: int, scale: float = 0.25) -> torch.Tensor:

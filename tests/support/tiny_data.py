@@ -111,14 +111,19 @@ def embed(text: str) -> torch.Tensor:
 
 def made_up(llm: str = "made-up", *, pooling: str = "mean") -> TeacherIdentity:
     """The identity of a teacher that does not exist."""
-    own = {
+    of_llm = {
         "llm": llm,
         "weights_sha256": hashlib.sha256(llm.encode()).hexdigest(),
         "pooling": pooling,
     }
     none = dict.fromkeys(("revision", "adapter_sha256", "prompt", "chat_template"), "")
     return TeacherIdentity(
-        attention="bidirectional", layer=-1, max_tokens=512, width=WIDTH, **own, **none
+        attention="bidirectional",
+        layer=-1,
+        max_tokens=512,
+        width=WIDTH,
+        **of_llm,
+        **none,
     )
 
 

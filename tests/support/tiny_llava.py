@@ -90,9 +90,9 @@ def make_data(world: World, names: list[str]) -> None:
     for number, name in enumerate(names):
         colour = name.partition("-")[0]
         asked = {"from": "human", "value": "<image>\nWhat is it?"}
-        told = {"from": "gpt", "value": f"a {colour} picture"}
+        answered = {"from": "gpt", "value": f"a {colour} picture"}
         pretrain.append(
-            {"id": str(number), "image": name, "conversations": [asked, told]}
+            {"id": str(number), "image": name, "conversations": [asked, answered]}
         )
         question = (
             "Which colour is the picture?"

@@ -169,9 +169,9 @@ def processes_of(run: Path) -> list[psutil.Process]:
     """Whose command line names the run's folder: those of a launcher, of its ranks, of their
     loaders."""
     return [
-        one
-        for one in psutil.process_iter(["cmdline"])
-        if str(run) in (one.info["cmdline"] or ())
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(run) in (process.info["cmdline"] or ())
     ]
 
 
@@ -191,11 +191,11 @@ def finish(processes: Sequence[Process]) -> list[int]:
 def lines(run: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl holds; a line that a kill cut short is left out."""
     path = run / "metrics.jsonl"
-    found = []
+    records = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+            records.append(json.loads(line))
+    return records
 
 
 def losses(run: Path) -> dict[int, float]:

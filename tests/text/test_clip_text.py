@@ -21,10 +21,10 @@ TEXTS = [
 
 
 def encoder(folder: Path, **options: Any) -> ClipTextEncoder:
-    found = clip_folder(str(folder))
-    assert found is not None
+    clip = clip_folder(str(folder))
+    assert clip is not None
     return ClipTextEncoder(
-        found, EncoderConfig(llm=str(folder), compute_dtype="float32", **options), "cpu"
+        clip, EncoderConfig(llm=str(folder), compute_dtype="float32", **options), "cpu"
     )
 
 

@@ -86,8 +86,10 @@ def test_layer_is_the_hidden_state_of_that_number(any_llm: Path) -> None:
     with torch.no_grad():
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
     for layer in (0, 1, -2, -1, 2):
-        found = encoder(any_llm, attention="causal", layer=layer)
-        assert close(found.encode(["a red bicycle"]), states[layer].mean(dim=1)), layer
+        of_layer = encoder(any_llm, attention="causal", layer=layer)
+        assert close(of_layer.encode(["a red bicycle"]), states[layer].mean(dim=1)), (
+            layer
+        )
 
 
 def test_prompt_is_attended_but_not_pooled(llama: Path) -> None:
@@ -119,28 +121,28 @@ def test_prompt_is_attended_but_not_pooled(llama: Path) -> None:
 
 
 def test_chat_template_is_written_out(llama: Path) -> None:
-    own = encoder(llama, chat_template="user")
+    templated = encoder(llama, chat_template="user")
     literal = encoder(llama, chat_template="<user>\n{caption}<end>")
-    expected = own.tokenizer("<bos><user>\na boat<end>", add_special_tokens=False)[
-        "input_ids"
-    ]
-    assert own.tokenize(["a boat"]) == literal.tokenize(["a boat"]) == [expected]
-    assert own.identity().chat_template == "<bos><user>\n{caption}<end>"
+    expected = templated.tokenizer(
+        "<bos><user>\na boat<end>", add_special_tokens=False
+    )["input_ids"]
+    assert templated.tokenize(["a boat"]) == literal.tokenize(["a boat"]) == [expected]
+    assert templated.identity().chat_template == "<bos><user>\n{caption}<end>"
     # as SmolLM3's
-    own.tokenizer.chat_template = (
+    templated.tokenizer.chat_template = (
         "{{ strftime_now('%d %B') }}<user>{{ messages[0]['content'] }}<end>"
     )
     assert (
-        llms.literal_template(own.tokenizer, "user")
+        llms.literal_template(templated.tokenizer, "user")
         == "26 Jul 2024<user>{caption}<end>"
     )
     # as Mistral's
-    own.tokenizer.backend_tokenizer.normalizer = Sequence(
+    templated.tokenizer.backend_tokenizer.normalizer = Sequence(
         [Prepend("▁"), Replace(" ", "▁")]
     )
-    frame = build_frame(own.tokenizer, "", "Query: ")
-    assert tokenize(own.tokenizer, [frame], ["a boat"], 64)[0] == [
-        own.tokenizer("Query: a boat")["input_ids"]
+    frame = build_frame(templated.tokenizer, "", "Query: ")
+    assert tokenize(templated.tokenizer, [frame], ["a boat"], 64)[0] == [
+        templated.tokenizer("Query: a boat")["input_ids"]
     ]
 
 
@@ -169,8 +171,8 @@ def test_long_caption_is_cut_and_counted(llama: Path) -> None:
     assert long[-1] == teacher.tokenizer.convert_tokens_to_ids("<end>")
     assert teacher.count_truncated == 1
     assert len(short) < 16
-    found = teacher.encode(["boat " * 10_000, "a boat"])
-    assert torch.isfinite(found).all()
+    embeddings = teacher.encode(["boat " * 10_000, "a boat"])
+    assert torch.isfinite(embeddings).all()
     assert teacher.count_truncated == 2
 
 

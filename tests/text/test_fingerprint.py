@@ -180,11 +180,11 @@ def test_a_new_cache_of_another_config_is_refused(
     llama: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     llm = shutil.copytree(llama, tmp_path / "llm")
-    place = ("--cache", str(tmp_path / "cache"))
+    cache = ("--cache", str(tmp_path / "cache"))
     words = ["embed", str(data), "--llm", str(llm), *FLOAT32]
-    assert main([*words, *place]) == 0
+    assert main([*words, *cache]) == 0
     set_epsilon(llm)
-    assert main([*words, *place]) == 2
+    assert main([*words, *cache]) == 2
     assert "config_sha256 " in capsys.readouterr().err
 
 

@@ -55,7 +55,7 @@ def test_released_llm_is_read_as_llm2vec_reads_it(
         "raise SystemExit('remote code was run')"
     )
     template = "<user>\n{caption}<end>"  # the tiny tokenizer's words for Llama 3's
-    found = CaptionEncoder(
+    encoder = CaptionEncoder(
         EncoderConfig(
             llm=str(folder),
             compute_dtype="float32",
@@ -64,7 +64,7 @@ def test_released_llm_is_read_as_llm2vec_reads_it(
         ),
         "cpu",
     )
-    tokenizer = found.tokenizer
+    tokenizer = encoder.tokenizer
     model = AutoModel.from_pretrained(llama, dtype=torch.float32)
     ids = tokenizer("<user>\na red bicycle<end>", return_tensors="pt")["input_ids"]
     kept = len(tokenizer("a red bicycle<end>", add_special_tokens=False)["input_ids"])
@@ -73,7 +73,7 @@ def test_released_llm_is_read_as_llm2vec_reads_it(
             input_ids=ids, attention_mask=torch.ones_like(ids), is_causal=False
         ).last_hidden_state
     assert torch.allclose(
-        found.encode(["a red bicycle"])[0], hidden[0, -kept:].mean(dim=0), atol=1e-5
+        encoder.encode(["a red bicycle"])[0], hidden[0, -kept:].mean(dim=0), atol=1e-5
     )
 
 
@@ -106,11 +106,11 @@ def test_adapter_trained_with_the_language_head(llama: Path, tmp_path: Path) -> 
     }
     save_file(deeper, str(folder / "adapter_model.safetensors"))
     (folder / EncoderCard.FILE).unlink()
-    found = CaptionEncoder(
+    encoder = CaptionEncoder(
         EncoderConfig(llm=str(llama), adapter=str(folder), compute_dtype="float32"),
         "cpu",
     )
-    assert torch.allclose(found.encode(TEXTS), trained.encode(TEXTS), atol=1e-4)
+    assert torch.allclose(encoder.encode(TEXTS), trained.encode(TEXTS), atol=1e-4)
 
 
 def test_sentence_transformers_is_not_read_by_default(

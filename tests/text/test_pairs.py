@@ -84,10 +84,10 @@ def test_ranks_hold_the_rows_of_one_global_batch(tmp_path: Path, world: int) -> 
         pair_kinds=("short:long", "short:keywords=3"),
         lists=("keywords=2:4",),
     )
-    one = batches(config)
+    of_one_rank = batches(config)
     many = [batches(config, rank=rank, world=world) for rank in range(world)]
     for position in range(0, 80, 8):
-        whole = one.batch(position)
+        whole = of_one_rank.batch(position)
         parts = [loader.batch(position) for loader in many]
         assert [pair for part in parts for pair in part["pairs"]] == whole["pairs"]
         for name in ("caption_hashes", "image_ids"):

@@ -89,13 +89,13 @@ def test_strings_are_embedded_as_the_cached_captions_are(world):
         expected = dual.encode_text(
             cached_rows(world)
         )  # embeddings are accepted as before
-        found = dual.encode_text(CAPTIONS)
-        one = dual.encode_text(CAPTIONS[1])
+        embeddings = dual.encode_text(CAPTIONS)
+        embedding = dual.encode_text(CAPTIONS[1])
     # the cache rounds to float16, 2**-11, and the LLM may compute in bfloat16, 2**-8
-    assert torch.nn.functional.cosine_similarity(found, expected).min() > 0.999
-    assert torch.allclose(one, found[1:2], atol=0.02)
-    assert one.shape == (1, 16)
-    assert torch.allclose(found.norm(dim=1), torch.ones(len(CAPTIONS)), atol=1e-5)
+    assert torch.nn.functional.cosine_similarity(embeddings, expected).min() > 0.999
+    assert torch.allclose(embedding, embeddings[1:2], atol=0.02)
+    assert embedding.shape == (1, 16)
+    assert torch.allclose(embeddings.norm(dim=1), torch.ones(len(CAPTIONS)), atol=1e-5)
     assert dual.encode_text([]).shape == (0, 16)
 
 
@@ -154,10 +154,10 @@ def test_a_tower_with_its_adapter_needs_the_base_llm_alone(world, tmp_path, caps
         shutil.rmtree(tmp_path / gone)
     with torch.no_grad():
         expected = load_dual_encoder(world / "tower").encode_text(CAPTIONS)
-        found = load_dual_encoder(
+        embeddings = load_dual_encoder(
             tmp_path / "far" / "tower", teacher=str(world / "llm")
         ).encode_text(CAPTIONS)
-    assert torch.equal(found, expected)
+    assert torch.equal(embeddings, expected)
     card = TowerCard.read(tmp_path / "far" / "tower" / TowerCard.FILE)
     assert (
         published(card).teacher["adapter"]

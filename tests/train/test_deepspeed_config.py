@@ -194,8 +194,8 @@ def test_gradients_are_sent_during_the_backward_pass_unless_the_file_says_otherw
         ]
         assert zero["overlap_comm"] is True
         assert zero["reduce_bucket_size"] == 50_000_000
-    own = {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1000}
-    assert completed({"zero_optimization": own})["zero_optimization"] == own
+    of_file = {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1000}
+    assert completed({"zero_optimization": of_file})["zero_optimization"] == of_file
 
 
 @pytest.mark.parametrize(

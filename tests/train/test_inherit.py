@@ -120,25 +120,27 @@ def test_the_adapter_learns_the_clips_text_space_on_any_ranks(
     assert fit[-1]["heads_loss"] < 0.5 * fit[0]["heads_loss"]
     assert fit[-1]["heads_lr"] < 0.01 * fit[0]["heads_lr"] == pytest.approx(1e-4)
     dual, card = load_dual(tower)
-    own, _ = load_dual(clip / "tower")
-    assert torch.equal(dual.visual_projection.weight, own.visual_projection.weight)
-    assert torch.equal(dual.logit_scale, own.logit_scale)
+    start, _ = load_dual(clip / "tower")
+    assert torch.equal(dual.visual_projection.weight, start.visual_projection.weight)
+    assert torch.equal(dual.logit_scale, start.logit_scale)
     assert card.teacher["llm"] == "made-up"
     opened = map(EmbeddingCache.open, (clip / "data").glob("embeddings-*"))
     caches = sorted(opened, key=lambda cache: cache.teacher.llm != "made-up")
     source = open_source(SourceConfig(path=str(clip / "data")))
-    places = [
+    rows_of_samples = [
         (*source.locate(number), source.captions(number)[1][:1])
         for number in range(len(source))
     ]
     own_cache, target_cache = caches
-    ours = torch.cat([own_cache.rows(*place) for place in places])
-    target = torch.cat([target_cache.rows(*place) for place in places])
+    ours = torch.cat([own_cache.rows(*rows) for rows in rows_of_samples])
+    target = torch.cat([target_cache.rows(*rows) for rows in rows_of_samples])
     with torch.no_grad():
         assert torch.cosine_similarity(dual.encode_text(ours), target).mean() > 0.8
     run_ranks(two_ranks, 2, str(clip))
-    for one, other in zip(fit, fit_lines(clip / "ranks"), strict=True):
-        assert other["heads_loss"] == pytest.approx(one["heads_loss"], abs=1e-4)
+    for line, line_of_ranks in zip(fit, fit_lines(clip / "ranks"), strict=True):
+        assert line_of_ranks["heads_loss"] == pytest.approx(
+            line["heads_loss"], abs=1e-4
+        )
     first, *_, last = [line for line in lines(clip / "ranks") if "loss" in line]
     assert first["loss_distill"] < 1e-6 < last["loss_distill"]
     assert (

@@ -166,12 +166,12 @@ def test_sigmoid_with_excluded_pairs_equals_the_formula():
     expected_grads = torch.autograd.grad(expected, (image, text, scale, bias))
     actual = sigmoid_loss(image, text, scale, bias, caption_hashes=ids, block=7)
     torch.testing.assert_close(actual, expected)
-    for one, other in zip(
+    for gradient, expected_gradient in zip(
         torch.autograd.grad(actual, (image, text, scale, bias)),
         expected_grads,
         strict=True,
     ):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
 
 
 def documented_term() -> str:

@@ -71,12 +71,12 @@ def given(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 def naive_distill(anchor: Tensor, reference: Tensor, structure: float) -> Tensor:
     """The formula over the pairs i < j."""
     i, j = torch.triu_indices(len(anchor), len(anchor), 1)
-    own, theirs = (
+    distances, theirs = (
         (x[i] - x[j]).square().sum(-1).clamp(min=1e-30).sqrt()
         for x in (anchor, reference)
     )
     return (anchor - reference).square().sum(-1).mean() + structure * F.smooth_l1_loss(
-        own, theirs
+        distances, theirs
     )
 
 
@@ -95,8 +95,8 @@ def naive_patch_captions(patches: Tensor, captions: Tensor, scale: Tensor) -> Te
         PAIRS, dtype=torch.bool
     )
     logits = logits.masked_fill(same, -torch.inf)
-    own = torch.arange(PAIRS)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    labels = torch.arange(PAIRS)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def naive_terms(x: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
@@ -203,19 +203,19 @@ def authors_pairs_on_ranks(rank: int, world: int) -> dict[str, Tensor]:
     """``pair_loss`` of this rank's rows of the authors' embeddings, which are not of length 1, and
     its gradients."""
     whole = load_file(AUTHORS_LOSS)
-    own = {
+    of_rank = {
         name: whole[name].chunk(world)[rank].clone().requires_grad_()
         for name in AUTHORS_TEXTS
     }
     loss = pair_loss(
-        *(F.normalize(value, dim=1) for value in own.values()),
+        *(F.normalize(value, dim=1) for value in of_rank.values()),
         torch.tensor([50.0]),
         symmetric=False,
     )
     loss.backward()
     return {
         "loss": loss.detach(),
-        **{name: value.grad / world for name, value in own.items()},
+        **{name: value.grad / world for name, value in of_rank.items()},
     }
 
 
@@ -248,10 +248,10 @@ def test_distill_means_the_same_for_any_batch_and_is_proclips_sum():
     x = {key: value[:22] for key, value in given(torch.float64).items()}
     n = len(x["anchor"])
     lam = 4e-4
-    own = F.pdist(x["anchor"])
-    theirs = F.pdist(x["reference"])
     semantic = (x["anchor"] - x["reference"]).square().sum()
-    structural = F.smooth_l1_loss(own, theirs, reduction="sum")
+    structural = F.smooth_l1_loss(
+        F.pdist(x["anchor"]), F.pdist(x["reference"]), reduction="sum"
+    )
     # what both sums come to in a batch of 512 of the same pairs
     published = lam * (semantic * 512 / n + structural * (512 * 511) / (n * (n - 1)))
     features = dataclasses.replace(

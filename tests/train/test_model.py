@@ -216,8 +216,8 @@ def test_a_tower_without_a_logit_scale_starts_at_its_familys_and_says_so(
     assert note in capsys.readouterr().err
     assert start(folder, logit_scale_init=1.0) == pytest.approx(math.e)
     whole = tmp_path / "whole"
-    own = save_tiny_clip(whole, "clip").logit_scale.detach().exp().clamp(max=100)
-    assert start(whole) == pytest.approx(float(own))
+    of_clip = save_tiny_clip(whole, "clip").logit_scale.detach().exp().clamp(max=100)
+    assert start(whole) == pytest.approx(float(of_clip))
     assert "no logit scale" not in capsys.readouterr().err
 
 

@@ -126,16 +126,16 @@ def average(rank: int, world: int) -> dict[str, dict[str, Any]]:
         with engine.gathered(list(dual.parameters())):
             still = sum(int((p == before[n]).sum()) for n, p in dual.named_parameters())
         size = sum(value.numel() for value in before.values())
-        found = {
+        values = {
             "initial": initial,
             "masters": masters,
             "after": engine.weights(on_host),
             "still": still / size,
         }
-        found |= {"mean": mean.values(on_host), "reference": reference.values(on_host)}
-        found["shown"] = {n: p.float() for n, p in frozen.named_parameters()}
+        values |= {"mean": mean.values(on_host), "reference": reference.values(on_host)}
+        values["shown"] = {n: p.float() for n, p in frozen.named_parameters()}
         results[name] = {
-            **found,
+            **values,
             "held": sum(shard.numel() for shard in mean.averages) / size,
         }
     return results

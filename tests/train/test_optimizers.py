@@ -47,11 +47,11 @@ def test_adamw_is_the_formula_with_each_groups_rate_and_decay():
         (torch.zeros_like(value), torch.zeros_like(value)) for value, _, _ in expected
     ]
     for step in (1, 2, 3):
-        for place, (parameter, (value, lr, decay)) in enumerate(
+        for number, (parameter, (value, lr, decay)) in enumerate(
             zip((matrix, vector), expected, strict=True)
         ):
             parameter.grad = torch.randn_like(parameter)
-            first, second = moments[place]
+            first, second = moments[number]
             first.mul_(0.8).add_(0.2 * parameter.grad)
             second.mul_(0.95).add_(0.05 * parameter.grad**2)
             value.mul_(1 - lr * decay)
@@ -134,10 +134,10 @@ def sent_during_backward(rank: int, world: int) -> list[int]:
 def test_gradients_are_sent_during_the_backward_pass():
     """Where micro-batches are summed in fp32 for bf16, after it; under ZeRO-2 those of each
     micro-batch."""
-    one, two, summed, cached = run_ranks(sent_during_backward, 2)[0]
-    assert min(one, two) > 5
+    first, second, summed, cached = run_ranks(sent_during_backward, 2)[0]
+    assert min(first, second) > 5
     assert summed == 0
-    assert cached > one
+    assert cached > first
 
 
 @pytest.mark.slow

@@ -133,12 +133,12 @@ TWO = {
 
 
 @pytest.fixture(scope="module")
-def one() -> dict[str, Any]:
+def one_rank() -> dict[str, Any]:
     return run_ranks(train, 1, ONE)[0]
 
 
 @pytest.fixture(scope="module")
-def two() -> dict[str, Any]:
+def two_ranks() -> dict[str, Any]:
     return run_ranks(train, 2, TWO)[0]
 
 
@@ -154,20 +154,24 @@ def same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "name", ["clip zero3", *(f"{family} cached" for family in ("clip", *POOLS))]
 )
-def test_micro_batches_and_checkpointing_are_one_run(one: dict[str, Any], name: str):
-    same(one[name], one[name.split()[0]])
+def test_micro_batches_and_checkpointing_are_one_run(
+    one_rank: dict[str, Any], name: str
+):
+    same(one_rank[name], one_rank[name.split()[0]])
 
 
 @pytest.mark.parametrize("name", list(TWO))
-def test_two_ranks_are_one(one: dict[str, Any], two: dict[str, Any], name: str):
-    same(two[name], one[name.split()[0]])
+def test_two_ranks_are_one(
+    one_rank: dict[str, Any], two_ranks: dict[str, Any], name: str
+):
+    same(two_ranks[name], one_rank[name.split()[0]])
 
 
 @pytest.mark.parametrize("family", ["clip", *POOLS])
 def test_patches_leave_the_reference_and_learn_captions(
-    one: dict[str, Any], family: str
+    one_rank: dict[str, Any], family: str
 ):
-    first, *_, last = one[family]["values"]
+    first, *_, last = one_rank[family]["values"]
     assert (
         abs(first["loss_patch_reference"]) < 1e-5 < 1e-3 < last["loss_patch_reference"]
     )

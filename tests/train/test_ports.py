@@ -119,11 +119,13 @@ def test_the_store_of_one_process_has_no_port_and_that_of_several_is_on_loopback
     assert other.get("key") == b"value"
     port = int(os.environ["MASTER_PORT"])
     sockets = [
-        one
-        for one in psutil.Process().net_connections("inet")
-        if one.status == psutil.CONN_LISTEN
+        connection
+        for connection in psutil.Process().net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
     ]
-    assert [one.laddr.ip for one in sockets if one.laddr.port == port] == ["127.0.0.1"]
+    assert [
+        connection.laddr.ip for connection in sockets if connection.laddr.port == port
+    ] == ["127.0.0.1"]
     with pytest.raises(
         OSError,
         match=f"cannot listen on port {port}: .*; choose another with --master_port",
@@ -248,15 +250,15 @@ def exchange(rank: int, world: int) -> list[Any]:
         raise AssertionError("an object was pickled")
 
     dist.distributed_c10d._object_to_tensor = refused
-    own = {
+    of_rank = {
         "rank": rank,
         "text": "x" * (1 + 1000 * rank),
         "tensor": torch.full((rank + 1,), rank),
     }
     return [
-        gather_objects(own),
+        gather_objects(of_rank),
         gather_to_first([rank, "y" * rank]),
-        broadcast_object(own if rank == 0 else None),
+        broadcast_object(of_rank if rank == 0 else None),
         on_first_rank(lambda: [f"of {rank}", torch.ones(2)]),
     ]
 

@@ -116,8 +116,8 @@ Runs = tuple[Path, dict[int, dict[str, Any]]]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("references")
-    one = run_ranks(train, 1, str(folder), ["zero0", "start zero1"])[0]
-    return folder, {1: one, 2: run_ranks(train, 2, str(folder), list(WAYS))[0]}
+    one_rank = run_ranks(train, 1, str(folder), ["zero0", "start zero1"])[0]
+    return folder, {1: one_rank, 2: run_ranks(train, 2, str(folder), list(WAYS))[0]}
 
 
 def test_any_stage_ranks_and_micro_batches_are_one_run(saved: Runs):

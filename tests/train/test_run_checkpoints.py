@@ -92,9 +92,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(
         == checkpoints.find(str(tmp_path))
         == checkpoints.path(1)
     )
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert name == "gone" or (
-        "step-00000002" in told and f"falling back to {checkpoints.path(1)}" in told
+        "step-00000002" in message
+        and f"falling back to {checkpoints.path(1)}" in message
     )
     assert checkpoints.find("auto", moments=False) == checkpoints.path(
         2 if "moments" in name else 1

@@ -208,12 +208,12 @@ def wait_for_rank_0(rank: int, world: int) -> list[str]:
         time.sleep(4)  # of this test, not of the machine: twice the timeout
         return f"of rank {rank}"
 
-    told = [on_first_rank(work)]
+    answers = [on_first_rank(work)]
     try:
         on_first_rank(lambda: Path("/nowhere").stat())
     except (OSError, ValueError) as error:
-        told += [type(error).__name__, str(error)]
-    return told
+        answers += [type(error).__name__, str(error)]
+    return answers
 
 
 def test_ranks_wait_for_rank_0_beyond_the_timeout_of_their_group():

@@ -94,12 +94,12 @@ TWO_RANKS = {
 
 
 @pytest.fixture(scope="module")
-def one() -> dict[str, Any]:
+def one_rank() -> dict[str, Any]:
     return run_ranks(train_all, 1, ONE_RANK)[0]
 
 
 @pytest.fixture(scope="module")
-def two() -> list[dict[str, Any]]:
+def two_ranks() -> list[dict[str, Any]]:
     return run_ranks(train_all, 2, TWO_RANKS)
 
 
@@ -107,28 +107,28 @@ def same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> 
     assert actual["losses"] == pytest.approx(expected["losses"], abs=tolerance)
 
 
-def test_the_loss_falls(one: dict[str, Any]):
-    losses = one["plain"]["losses"]
+def test_the_loss_falls(one_rank: dict[str, Any]):
+    losses = one_rank["plain"]["losses"]
     assert losses[-1] < losses[0] - 0.3
     # so clipping is at work
-    assert min(one["plain"]["norms"]) > 0
-    assert max(one["plain"]["norms"]) > 1
+    assert min(one_rank["plain"]["norms"]) > 0
+    assert max(one_rank["plain"]["norms"]) > 1
 
 
 @pytest.mark.parametrize(
     "name", ["cached", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"]
 )
-def test_one_rank_fp32_is_one_run(one: dict[str, Any], name: str):
+def test_one_rank_fp32_is_one_run(one_rank: dict[str, Any], name: str):
     """Sums in another order: 1e-6 a step in the loss. AdamW makes whole steps of tiny gradients:
     1e-4 in weights."""
-    same(one[name], one["plain"], 1e-5)
-    for key, weight in one["plain"]["weights"].items():
+    same(one_rank[name], one_rank["plain"], 1e-5)
+    for key, weight in one_rank["plain"]["weights"].items():
         torch.testing.assert_close(
-            one[name]["weights"][key], weight, atol=1e-4, rtol=1e-3
+            one_rank[name]["weights"][key], weight, atol=1e-4, rtol=1e-3
         )
-    for key, moment in one["plain"]["moments"].items():
+    for key, moment in one_rank["plain"]["moments"].items():
         torch.testing.assert_close(
-            one[name]["moments"][key], moment, atol=1e-5, rtol=1e-3
+            one_rank[name]["moments"][key], moment, atol=1e-5, rtol=1e-3
         )
 
 
@@ -136,48 +136,50 @@ def test_one_rank_fp32_is_one_run(one: dict[str, Any], name: str):
     "name", ["zero0", "zero1", "zero2 cached", "zero3", "zero3 cached", "zero2 offload"]
 )
 def test_two_ranks_fp32_equal_one(
-    one: dict[str, Any], two: list[dict[str, Any]], name: str
+    one_rank: dict[str, Any], two_ranks: list[dict[str, Any]], name: str
 ):
-    same(two[0][name], one["plain"], 1e-5)
-    assert two[0][name]["losses"] == two[1][name]["losses"]
-    for key, moment in one["plain"]["moments"].items():
+    same(two_ranks[0][name], one_rank["plain"], 1e-5)
+    assert two_ranks[0][name]["losses"] == two_ranks[1][name]["losses"]
+    for key, moment in one_rank["plain"]["moments"].items():
         torch.testing.assert_close(
-            two[0][name]["moments"][key], moment, atol=1e-5, rtol=1e-3
+            two_ranks[0][name]["moments"][key], moment, atol=1e-5, rtol=1e-3
         )
 
 
 @pytest.mark.parametrize(
     "name", [name for name in ONE_RANK if name.startswith(("bf16", "fp16"))]
 )
-def test_half_precision_follows_fp32(one: dict[str, Any], name: str):
+def test_half_precision_follows_fp32(one_rank: dict[str, Any], name: str):
     """bf16 has 8 bits: losses near 4 move by a few hundredths; fp16 has 11, and Adam's first steps
     turn a rounded gradient near 0 into a whole step: .021 after four."""
-    same(one[name], one["plain"], 0.1 if name.startswith("bf16") else 0.04)
-    assert one[name]["losses"] != one["plain"]["losses"]
+    same(one_rank[name], one_rank["plain"], 0.1 if name.startswith("bf16") else 0.04)
+    assert one_rank[name]["losses"] != one_rank["plain"]["losses"]
 
 
 def test_any_terms_are_one_run_over_ranks_and_micro_batches(
-    one: dict[str, Any], two: list[dict[str, Any]]
+    one_rank: dict[str, Any], two_ranks: list[dict[str, Any]]
 ):
     """Weights that change, several captions an image with noise, a term that leaves the logit scale
     untouched."""
-    same(one["sigmoid cached"], one["sigmoid"], 1e-5)
+    same(one_rank["sigmoid cached"], one_rank["sigmoid"], 1e-5)
     for name in ("sum", "cosine"):
-        same(one[f"{name} cached"], one[name], 1e-5)
-        same(two[0][name], one[name], 1e-5)
-        assert one[name]["losses"][-1] < one[name]["losses"][0] - 0.1
+        same(one_rank[f"{name} cached"], one_rank[name], 1e-5)
+        same(two_ranks[0][name], one_rank[name], 1e-5)
+        assert one_rank[name]["losses"][-1] < one_rank[name]["losses"][0] - 0.1
 
 
-def test_random_draws_belong_to_samples(one: dict[str, Any], two: list[dict[str, Any]]):
+def test_random_draws_belong_to_samples(
+    one_rank: dict[str, Any], two_ranks: list[dict[str, Any]]
+):
     """Text noise is the same whatever the ranks and micro-batches, dropout whatever the ranks."""
-    same(one["noise cached"], one["noise"], 1e-5)
-    same(two[0]["noise"], one["noise"], 1e-5)
-    same(two[0]["dropout"], one["dropout"], 1e-5)
-    assert one["noise"]["losses"][0] != pytest.approx(
-        one["plain"]["losses"][0], abs=1e-3
+    same(one_rank["noise cached"], one_rank["noise"], 1e-5)
+    same(two_ranks[0]["noise"], one_rank["noise"], 1e-5)
+    same(two_ranks[0]["dropout"], one_rank["dropout"], 1e-5)
+    assert one_rank["noise"]["losses"][0] != pytest.approx(
+        one_rank["plain"]["losses"][0], abs=1e-3
     )
-    assert one["dropout"]["losses"][0] != pytest.approx(
-        one["noise"]["losses"][0], abs=1e-3
+    assert one_rank["dropout"]["losses"][0] != pytest.approx(
+        one_rank["noise"]["losses"][0], abs=1e-3
     )
 
 

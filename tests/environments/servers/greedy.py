@@ -42,10 +42,11 @@ def answer(model: str, image: Image.Image, question: str) -> dict[str, list]:
     (result,) = engine.chat(
         [{"role": "user", "content": content}], greedy, use_tqdm=False
     )
-    (told,) = result.outputs
-    ids = [*told.token_ids]
+    (completion,) = result.outputs
+    ids = [*completion.token_ids]
     values = [
-        step[token].logprob for step, token in zip(told.logprobs, ids, strict=True)
+        step[token].logprob
+        for step, token in zip(completion.logprobs, ids, strict=True)
     ]
     engine.llm_engine.engine_core.shutdown()
     return {"prompt": [*result.prompt_token_ids], "tokens": ids, "logprobs": values}

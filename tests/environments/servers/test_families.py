@@ -149,7 +149,7 @@ def served(models: dict[str, Path]) -> dict[str, dict]:
             for family, folder in models.items()
             if (family in STOCK) == stock
         ]
-        place = {
+        variables = {
             **os.environ,
             **ENGINE,
             **QUIET,
@@ -165,7 +165,7 @@ def served(models: dict[str, Path]) -> dict[str, dict]:
             *names,
         ]
         done = subprocess.run(
-            words, env=place, capture_output=True, text=True, check=False
+            words, env=variables, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr[-6000:]
         answers |= json.loads(output.read_text())
@@ -201,11 +201,11 @@ def test_tokens_are_those_of_transformers(
         "eos_token_id": None,
         "do_sample": False,
     }
-    told = model.generate(
+    generated = model.generate(
         **inputs, **forced, output_logits=True, return_dict_in_generate=True
     )
-    tokens = told.sequences[0, inputs["input_ids"].shape[1] :]
-    steps = torch.stack([step[0] for step in told.logits]).log_softmax(-1)
+    tokens = generated.sequences[0, inputs["input_ids"].shape[1] :]
+    steps = torch.stack([step[0] for step in generated.logits]).log_softmax(-1)
     expected = steps.gather(1, tokens[:, None])[:, 0]
     assert served[family]["prompt"] == inputs["input_ids"][0].tolist()
     assert served[family]["tokens"] == tokens.tolist()

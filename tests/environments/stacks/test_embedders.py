@@ -129,9 +129,11 @@ def test_mteb_finds_what_evaluate_finds(exported, tmp_path):
         result = mteb.evaluate(
             model, emoji_task(direction), cache=None, show_progress_bar=False
         )
-        found = result.task_results[0].scores["test"][0]
+        metrics = result.task_results[0].scores["test"][0]
         for k in (1, 5, 10):
-            assert abs(found[f"hit_rate_at_{k}"] - expected[f"{direction}_r{k}"]) < 1e-4
+            assert (
+                abs(metrics[f"hit_rate_at_{k}"] - expected[f"{direction}_r{k}"]) < 1e-4
+            )
 
 
 def test_the_trainer_takes_it_and_its_tower_comes_back(exported, tmp_path):

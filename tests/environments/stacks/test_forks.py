@@ -104,17 +104,21 @@ def train(
         "MASTER_PORT": str(free_port()),
     }
     common["PYTHONPATH"] = os.pathsep.join([str(world.root), *paths, *sys.path])
-    places = [
+    variables_of_ranks = [
         world.environment(RANK=str(rank), LOCAL_RANK=str(rank), **common)
         for rank in range(RANKS)
     ]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [
-        subprocess.Popen([sys.executable, *words], env=place, cwd=world.root, **streams)
-        for place in places
+        subprocess.Popen(
+            [sys.executable, *words], env=variables, cwd=world.root, **streams
+        )
+        for variables in variables_of_ranks
     ]
-    told = [rank.communicate(timeout=1800)[0] for rank in ranks]
-    assert not any(rank.returncode for rank in ranks), told[0][-3000:] + told[1][-3000:]
+    outputs = [rank.communicate(timeout=1800)[0] for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), (
+        outputs[0][-3000:] + outputs[1][-3000:]
+    )
     return losses(output)
 
 
@@ -138,9 +142,9 @@ def test_losses_are_those_of_its_own_clip_tower(world, package, kind, options):
             "LLaVA-NeXT is not on the package index; LLAVA_NEXT=CHECKOUT names its code"
         )
     tower = world.towers["clip"]
-    own, ours = (
-        train(world, package, paths, one, kind, options)
-        for one in (str(tower), f"llm2clip:{tower}")
+    theirs, ours = (
+        train(world, package, paths, name, kind, options)
+        for name in (str(tower), f"llm2clip:{tower}")
     )
-    assert own == ours
-    assert own[-1] < own[0]
+    assert theirs == ours
+    assert theirs[-1] < theirs[0]

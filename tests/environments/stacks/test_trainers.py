@@ -54,8 +54,10 @@ def blocks(language: str) -> list[str]:
 
 def run(*words: str) -> None:
     folders = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    place = {**os.environ, "PATH": ":".join(folders)}
-    done = subprocess.run(words, env=place, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "PATH": ":".join(folders)}
+    done = subprocess.run(
+        words, env=variables, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 

@@ -59,7 +59,9 @@ def test_a_llava_of_each_tower_is_asked(world, tmp_path):
         for side in SIDES
     ]
     towers = [card["weights_sha256"] for card in cards]
-    assert [one["llm2clip_tower"]["weights_sha256"] for one in checkpoints] == towers
+    assert [
+        config["llm2clip_tower"]["weights_sha256"] for config in checkpoints
+    ] == towers
     assert towers[0] != towers[1]
     (row,) = json.loads((out / "questions" / "compare" / "compare.json").read_text())[
         "rows"

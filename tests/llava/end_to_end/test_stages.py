@@ -58,11 +58,11 @@ def trained(world):
 
 def weights(folder):
     """Every tensor of a saved model, by name."""
-    found = {}
+    tensor_of = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in tensors.keys()}
-    return found
+            tensor_of |= {name: tensors.get_tensor(name) for name in tensors.keys()}
+    return tensor_of
 
 
 def test_the_checkpoint_remembers_its_tower(world, trained):
@@ -70,17 +70,17 @@ def test_the_checkpoint_remembers_its_tower(world, trained):
     for folder in trained[0].values():
         config = json.loads((folder / "config.json").read_text())
         assert config["mm_vision_tower"] == "llm2clip"
-        known = {
+        recorded = {
             "weights_sha256": card.weights_sha256,
             "origin": str(world.towers["clip"].resolve()),
         }
-        known |= {
+        recorded |= {
             "name": "llm2clip",
             "family": "clip",
             "image_size": 28,
             "mm_hidden_size": 32,
         }
-        assert config["llm2clip_tower"] == known
+        assert config["llm2clip_tower"] == recorded
     adapter = weights(trained[0]["lora"])
     assert adapter
     assert not any("vision_tower" in name for name in adapter)
@@ -91,7 +91,7 @@ def test_a_process_that_imports_only_llava_loads_and_answers(world, trained):
     bases = {"finetune": None, "lora": str(world.llm), "pretrain": str(world.llm)}
     checkpoints = [(str(folders[kind]), base) for kind, base in bases.items()]
     image = next(world.images.iterdir())
-    told = world.forked(
+    output = world.forked(
         "-c",
         GENERATE,
         image,
@@ -99,7 +99,7 @@ def test_a_process_that_imports_only_llava_loads_and_answers(world, trained):
         LLM2CLIP_TOWER=str(world.towers["clip"]),
     )
     rows = [
-        json.loads(line) for line in told.splitlines() if line.startswith('["llava')
+        json.loads(line) for line in output.splitlines() if line.startswith('["llava')
     ]
     assert [row[:3] for row in rows] == [
         [folders[kind].name, "LLM2CLIPVisionTower", "llm2clip"] for kind in bases
@@ -113,22 +113,24 @@ def test_losses_and_weights_equal_llavas_own_tower(world, trained, tmp_path):
     differs by a bit."""
     folders, losses = trained
     theirs = tmp_path / "llava-theirs"
-    found = world.stage(
+    their_losses = world.stage(
         "finetune",
         str(world.towers["clip"]),
         theirs,
         *projector(folders["pretrain"]),
         LLM2CLIP_LLAVA_HOOK="0",
     )
-    assert found == losses["finetune"]
+    assert their_losses == losses["finetune"]
     ours = weights(folders["finetune"])
-    own = weights(theirs)
+    their_weights = weights(theirs)
     # We don't keep the block above the selected state.
-    assert {name for name in own if name not in ours} == {
-        name for name in own if ".encoder.layers.2." in name
+    assert {name for name in their_weights if name not in ours} == {
+        name for name in their_weights if ".encoder.layers.2." in name
     }
     assert len(ours) > 40
-    assert all(torch.equal(tensor, own[name]) for name, tensor in ours.items())
+    assert all(
+        torch.equal(tensor, their_weights[name]) for name, tensor in ours.items()
+    )
 
 
 def test_a_trained_llava_is_trained_further(world, trained, tmp_path):
@@ -204,10 +206,10 @@ def test_two_ranks_under_deepspeed(world, trained, tmp_path, zero):
                 saved[f"model.vision_tower.vision_tower.{name}"], tensor.bfloat16()
             ), name
     image = next(world.images.iterdir())
-    told = world.forked(
+    output = world.forked(
         "-c", GENERATE, image, json.dumps([(str(ours), None)]), **chosen
     )
-    assert '"llava-ours", "LLM2CLIPVisionTower"' in told
+    assert '"llava-ours", "LLM2CLIPVisionTower"' in output
     # where other people's towers break: the same losses and weights as LLaVA's own tower gives
     if zero == 3:
         theirs = tmp_path / "llava-theirs"
@@ -216,8 +218,10 @@ def test_two_ranks_under_deepspeed(world, trained, tmp_path, zero):
         assert losses == world.stage(
             "finetune", path, theirs, *pretrained, **under, **off
         )
-        own = weights(theirs)
-        assert all(torch.equal(tensor, own[name]) for name, tensor in saved.items())
+        their_weights = weights(theirs)
+        assert all(
+            torch.equal(tensor, their_weights[name]) for name, tensor in saved.items()
+        )
 
 
 @pytest.mark.parametrize("kind, ranks", [("finetune", 0), ("lora", 0), ("finetune", 2)])
@@ -284,7 +288,7 @@ def test_s2_trains_and_its_scales_come_back(world, tmp_path):
         "28,56",
         64,
     )
-    told = world.forked(
+    printed = world.forked(
         "-c", GENERATE, next(world.images.iterdir()), json.dumps([(str(output), None)])
     )
-    assert "MultiscaleVisionTower" in told
+    assert "MultiscaleVisionTower" in printed

@@ -24,7 +24,7 @@ SAVE = (
 
 def rows(world) -> dict[str, dict]:
     """Every row by name: LLaVA's options, variables of the environment, arguments of ``train``."""
-    found: dict[str, dict] = {}
+    row_of: dict[str, dict] = {}
 
     def row(name, stage, *options, call=None, **environment):
         words = world.stage_options(
@@ -35,7 +35,7 @@ def rows(world) -> dict[str, dict]:
             if stage != "pretrain"
             else []
         )
-        found[name] = {
+        row_of[name] = {
             "options": [*map(str, [*words, *options])],
             "environment": environment,
             "call": call or {},
@@ -85,7 +85,7 @@ def rows(world) -> dict[str, dict]:
         **rank,
     )
     row("zero3-lora", "lora", "--deepspeed", world.zero_config(3), **rank)
-    return found
+    return row_of
 
 
 def mistral(world) -> Path:
@@ -123,7 +123,7 @@ def losses(world, name):
 
 
 def test_every_row_trains(world, trained):
-    assert {name: told[-600:] for name, told in trained.items() if told} == {}
+    assert {name: output[-600:] for name, output in trained.items() if output} == {}
     assert len(trained) >= 18
     for name in trained:
         if not name.startswith(("stopped", "resumed", "whole")):

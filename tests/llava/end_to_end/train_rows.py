@@ -34,5 +34,5 @@ def train(row: dict) -> str:
 
 if __name__ == "__main__":
     rows = Path(sys.argv[1])
-    told = {name: train(row) for name, row in json.loads(rows.read_text()).items()}
-    rows.with_suffix(".told.json").write_text(json.dumps(told))
+    outputs = {name: train(row) for name, row in json.loads(rows.read_text()).items()}
+    rows.with_suffix(".told.json").write_text(json.dumps(outputs))

@@ -75,9 +75,11 @@ def theirs(world, checkpoint):
 def test_same_answers_as_llavas_own_program(theirs, run, tmp_path):
     """At batch 1, in LLaVA's precision: field by field, but for the random id."""
     run(tmp_path / "answers.jsonl")
-    for ours, own in zip(read(tmp_path / "answers.jsonl"), read(theirs), strict=True):
-        assert set(ours) == set(own)
-        assert {**ours, "answer_id": ""} == {**own, "answer_id": ""}
+    for ours, expected in zip(
+        read(tmp_path / "answers.jsonl"), read(theirs), strict=True
+    ):
+        assert set(ours) == set(expected)
+        assert {**ours, "answer_id": ""} == {**expected, "answer_id": ""}
 
 
 @pytest.mark.both_stacks
@@ -86,9 +88,9 @@ def test_batches_answer_as_one_by_one(theirs, run, tmp_path):
     ties don't flip."""
     for size in (1, 5):
         run(tmp_path / f"by-{size}.jsonl", "--batch-size", size, "--dtype", "float32")
-    one = texts(tmp_path / "by-1.jsonl")
-    assert texts(tmp_path / "by-5.jsonl") == one
-    assert len({text for *_, text in one}) > 1, (
+    one_by_one = texts(tmp_path / "by-1.jsonl")
+    assert texts(tmp_path / "by-5.jsonl") == one_by_one
+    assert len({text for *_, text in one_by_one}) > 1, (
         "a model that always says the same shows nothing"
     )
 
@@ -138,11 +140,11 @@ def test_killed_and_started_again(
     book = questions.AnswersFile.write
     calls = []
 
-    def killed(self, found):
+    def killed(self, answers):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        calls.append(len(found))
-        book(self, found)
+        calls.append(len(answers))
+        book(self, answers)
 
     monkeypatch.setattr(questions.AnswersFile, "write", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -158,7 +160,7 @@ def test_killed_and_started_again(
     monkeypatch.setattr(
         questions.AnswersFile,
         "write",
-        lambda self, found: (calls.append(len(found)), book(self, found)),
+        lambda self, answers: (calls.append(len(answers)), book(self, answers)),
     )
     calls.clear()
     run(output, "--batch-size", "2")

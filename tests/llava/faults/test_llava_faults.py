@@ -79,9 +79,9 @@ TENSORS = "model.safetensors"
     ),
 )
 def test_checkpoint_and_tower(fault, planted, capsys):
-    told = meet(fault, planted, answering(planted, fault.words), capsys)
+    output = meet(fault, planted, answering(planted, fault.words), capsys)
     assert not planted.path("answers.jsonl").exists()
-    assert not re.search(r"LOAD REPORT|Loading weights", told), told
+    assert not re.search(r"LOAD REPORT|Loading weights", output), output
 
 
 def questions(name, text, says):

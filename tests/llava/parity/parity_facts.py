@@ -165,23 +165,25 @@ def answers(root: Path, name: str) -> dict[str, Any]:
     options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
     facts: dict[str, Any] = {}
     for number, ids in enumerate(asked):
-        one = {
+        picture = {
             "images": pixels[number : number + 1],
             "image_sizes": sizes[number : number + 1],
         }
-        facts[f"greedy {number}"] = model.generate(ids[None], **one, **options).tolist()
+        facts[f"greedy {number}"] = model.generate(
+            ids[None], **picture, **options
+        ).tolist()
         facts[f"beams {number}"] = model.generate(
-            ids[None], **one, **options, num_beams=3
+            ids[None], **picture, **options, num_beams=3
         ).tolist()
         stop = KeywordsStoppingCriteria(
             [tokenizer.decode(facts[f"greedy {number}"][0][4:5])], tokenizer, ids[None]
         )
         facts[f"stopped {number}"] = model.generate(
-            ids[None], **one, **options, stopping_criteria=[stop]
+            ids[None], **picture, **options, stopping_criteria=[stop]
         ).tolist()
         with torch.no_grad():
             facts[f"logits {number}"] = (
-                model(ids[None], **one).logits[0, -1, :8].tolist()
+                model(ids[None], **picture).logits[0, -1, :8].tolist()
             )
     rows, mask = padded(asked)
     both = model.generate(

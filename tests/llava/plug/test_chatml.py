@@ -61,7 +61,9 @@ def learned(made, tokenizer):
     ids = made["input_ids"][0].tolist()
     labels = made["labels"][0].tolist()
     assert len(ids) == len(labels)
-    assert all(label in (IGNORED, one) for label, one in zip(labels, ids, strict=True))
+    assert all(
+        label in (IGNORED, token) for label, token in zip(labels, ids, strict=True)
+    )
     runs = groupby(labels, lambda label: label != IGNORED)
     return [tokenizer.decode(list(run)) for is_learned, run in runs if is_learned]
 
@@ -86,8 +88,8 @@ def test_answers_are_learned_to_their_end(template, tokenizer, texts):
 def llavas_own_program():
     """LLaVA's training program under another name: earlier tests may have given the real one this
     package's labels."""
-    found = importlib.util.find_spec("llava.train.train")
-    spec = importlib.util.spec_from_file_location("llavas_own_train", found.origin)
+    installed = importlib.util.find_spec("llava.train.train")
+    spec = importlib.util.spec_from_file_location("llavas_own_train", installed.origin)
     program = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = program  # its dataclasses look themselves up there
     spec.loader.exec_module(program)
@@ -98,7 +100,7 @@ def test_the_ids_are_those_of_llava(template, tokenizer):
     train = llavas_own_program()
     tokenizer.pad_token = tokenizer.bos_token
     turns = talk("<image>\nWhat?", "a hat", "And now?", "two")
-    own = train.preprocess_mpt([turns], tokenizer, has_image=True)
-    assert set(own["labels"][0].tolist()) == {IGNORED}
+    theirs = train.preprocess_mpt([turns], tokenizer, has_image=True)
+    assert set(theirs["labels"][0].tolist()) == {IGNORED}
     ours = chatml.preprocess([turns], tokenizer, has_image=True)
-    assert ours["input_ids"][0].tolist() == own["input_ids"][0].tolist()
+    assert ours["input_ids"][0].tolist() == theirs["input_ids"][0].tolist()

@@ -78,23 +78,24 @@ TRAINER = "llava.train.llava_trainer"
 )
 def test_a_completion_that_fails_names_itself(world, module, when, imported):
     """Also in ``llava.model``, which swallows the error that names it."""
-    told = world.forked(
+    output = world.forked(
         "-c", FAILS.format(module=module, when=when, imported=imported), fails=True
     )
     assert (
-        f", fails could not complete {module} for transformers" in told.splitlines()[-1]
+        f", fails could not complete {module} for transformers"
+        in output.splitlines()[-1]
     )
-    assert "RuntimeError('broken on purpose')" in told
-    assert "LLM2CLIP_LLAVA_COMPAT=0" in told
+    assert "RuntimeError('broken on purpose')" in output
+    assert "LLM2CLIP_LLAVA_COMPAT=0" in output
 
 
 @pytest.fixture
 def installed(monkeypatch):
     """Set the versions that the libraries seem to have."""
 
-    def set_versions(**found):
+    def set_versions(**versions):
         monkeypatch.setattr(
-            runner, "installed_version", lambda library: found.get(library, "")
+            runner, "installed_version", lambda library: versions.get(library, "")
         )
         runner.problem.cache_clear()
         runner.warn_if_untried.cache_clear()

@@ -50,9 +50,9 @@ def test_a_failing_hook_leaves_llava_working_and_prints_why(world):
         "from llava.model import LlavaLlamaForCausalLM\n"
         "print(LlavaLlamaForCausalLM.__name__)"
     )
-    told = world.forked("-c", code)
-    assert told.strip().endswith("LlavaLlamaForCausalLM")
-    assert "broken on purpose" in told
+    output = world.forked("-c", code)
+    assert output.strip().endswith("LlavaLlamaForCausalLM")
+    assert "broken on purpose" in output
 
 
 def test_start_up_imports_nothing(world):
@@ -83,11 +83,11 @@ def test_launch_where_pth_files_are_not_read(world, target, tmp_path):
     ]
     words = ["-S", "-m", "llava_integration.boot", "--local_rank=1"]
     words += ["only_llava" if target == "module" else str(script), "--bf16", "True"]
-    *_, seen, told = (
+    *_, seen, started = (
         world.python(*words, PYTHONPATH=":".join(paths)).strip().splitlines()
     )
     assert seen == "True" if target == "script" else boot.WATCHER in seen
-    assert told == "__main__ ['--local_rank=1', '--bf16', 'True']"
+    assert started == "__main__ ['--local_rank=1', '--bf16', 'True']"
     assert boot.WATCHER in world.python("-c", finders)
     assert boot.WATCHER not in world.python(
         "-S", "-c", finders, PYTHONPATH=":".join(paths)
@@ -117,8 +117,8 @@ print(type(model.get_vision_tower()).__name__, model.config.llm2clip_tower["fami
 print([hasattr(f, "__wrapped__") for f in (m.load_pretrained_model, build_vision_tower)])
 print([name for name in sys.modules if name.partition(".")[0] == "llava"])
 """
-    told = world.python("-c", code, PYTHONPATH=":".join(sys.path)).strip().splitlines()
-    assert told[-3:] == ["LLM2CLIPVisionTower clip", "[True, True]", "[]"]
+    lines = world.python("-c", code, PYTHONPATH=":".join(sys.path)).strip().splitlines()
+    assert lines[-3:] == ["LLM2CLIPVisionTower clip", "[True, True]", "[]"]
 
 
 def test_a_fork_with_towers_of_its_own_is_left_alone(world, tmp_path):

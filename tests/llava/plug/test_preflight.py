@@ -62,17 +62,17 @@ NAMES += [
 NAMES += [("finetune", "llava-1/checkpoint-5", ""), ("pretrain", "projector", "")]
 
 
-@pytest.mark.parametrize("stage, name, told", NAMES)
-def test_names_by_which_llava_loads(capsys, world, home, stage, name, told):
+@pytest.mark.parametrize("stage, name, message", NAMES)
+def test_names_by_which_llava_loads(capsys, world, home, stage, name, message):
     lines = refused(capsys, world, stage, output=name)
-    assert len(lines) == bool(told)
-    assert not told or (
-        lines[0].startswith("error: --output") and re.search(told, lines[0])
+    assert len(lines) == bool(message)
+    assert not message or (
+        lines[0].startswith("error: --output") and re.search(message, lines[0])
     )
 
 
 @pytest.mark.parametrize(
-    "stage, content, told",
+    "stage, content, message",
     [
         ("finetune", "{", "expected LLaVA's JSON"),
         ("finetune", "[]", "a list of samples; found []"),
@@ -94,12 +94,12 @@ def test_names_by_which_llava_loads(capsys, world, home, stage, name, told):
     ],
 )
 def test_data_that_llava_would_stop_at(
-    capsys, world, home, tmp_path, stage, content, told
+    capsys, world, home, tmp_path, stage, content, message
 ):
     path = tmp_path / "data.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     (line,) = refused(capsys, world, stage, data=path)
-    assert told in line
+    assert message in line
     assert str(path) in line
 
 

@@ -36,9 +36,9 @@ def load(checkpoint, monkeypatch):
                 import bitsandbytes  # noqa: F401 - looks for a GPU when it is imported
 
                 patched.setattr(torch.cuda, "is_available", lambda: True)
-            place = {"device": "cpu", "device_map": "cpu"}
+            on_cpu = {"device": "cpu", "device_map": "cpu"}
             return load_pretrained_model(
-                str(checkpoint), None, checkpoint.name, **place, **options
+                str(checkpoint), None, checkpoint.name, **on_cpu, **options
             )
 
     return load

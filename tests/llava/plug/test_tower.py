@@ -295,8 +295,8 @@ def test_s2_is_the_tower_at_every_scale(world, backbone, count, size):
     assert tower.hidden_size == 64
     assert tower.num_patches == 4
     images = pixels(count, size)
-    found = tower(images)
-    assert found.shape == (count, 4, 64)
+    features = tower(images)
+    assert features.shape == (count, 4, 64)
     small = torch.nn.functional.interpolate(images, size=(28, 28), mode="bicubic")
     large = torch.nn.functional.interpolate(images, size=(56, 56), mode="bicubic")
     coarse = single(small)
@@ -307,7 +307,7 @@ def test_s2_is_the_tower_at_every_scale(world, backbone, count, size):
         # A tile of 2 x 2 patches is averaged into the one patch of the coarse grid that it covers.
         expected = torch.cat([coarse[:, 2 * row + column], tile.mean(dim=1)], dim=-1)
         torch.testing.assert_close(
-            found[:, 2 * row + column], expected, rtol=1e-5, atol=1e-5
+            features[:, 2 * row + column], expected, rtol=1e-5, atol=1e-5
         )
     assert tower.image_processor.crop_size == {"height": 56, "width": 56}
     assert (
@@ -316,4 +316,4 @@ def test_s2_is_the_tower_at_every_scale(world, backbone, count, size):
         ].shape[-1]
         == 56
     )
-    assert [one.shape for one in tower(list(images))] == [(1, 4, 64)] * count
+    assert [of_image.shape for of_image in tower(list(images))] == [(1, 4, 64)] * count

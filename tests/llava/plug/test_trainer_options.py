@@ -31,8 +31,8 @@ def translated(monkeypatch, local_rank=None, **options):
     "ratio, steps", [(0.0, 1000), (0.03, 1000), (0.03, 7), (0.5, 3), (1.0, 1000)]
 )
 def test_the_warm_up_is_as_long_as_in_4_37(monkeypatch, ratio, steps):
-    found = translated(monkeypatch, warmup_ratio=ratio).warmup_steps
-    as_5_reads_it = int(found) if found >= 1 else math.ceil(steps * found)
+    warm_up = translated(monkeypatch, warmup_ratio=ratio).warmup_steps
+    as_5_reads_it = int(warm_up) if warm_up >= 1 else math.ceil(steps * warm_up)
     assert as_5_reads_it == math.ceil(steps * ratio)
 
 

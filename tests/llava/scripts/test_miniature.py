@@ -42,8 +42,8 @@ def test_a_language_model_that_speaks_chatml(world, tmp_path):
     # transformers 4.37 has no bidirectional Llama
     words += ["--teacher", directory] if TODAY else []
     steps = ["--smoke", "--steps", "0", "2", "2"]
-    told = world.run("bash", SCRIPT, *words, *steps, **variables)
-    assert "finetuned for minutes" in told
+    printed = world.run("bash", SCRIPT, *words, *steps, **variables)
+    assert "finetuned for minutes" in printed
     assert (output / "compare" / "compare.html").is_file()
     assert "mismatch" not in "".join(log.read_text() for log in output.glob("*.log"))
     questions = [

@@ -217,7 +217,7 @@ def train(
     words = options(
         world, tmp_path, stage, gpus, per_device, *words, more=more, name=name
     )
-    told = script(
+    output = script(
         world,
         f"llava/{stage}.sh",
         *words,
@@ -225,7 +225,7 @@ def train(
         PYTHONPATH="",
         PYTHON=str(python),
     )
-    _, result, following, *lines = told.splitlines()  # the command is first
+    _, result, following, *lines = output.splitlines()  # the command is first
     assert str(tmp_path / name) in result
     assert following.startswith(("next: scripts/llava/f", "next: llm2clip bench-mllm"))
     for word in FOREIGN:

@@ -69,14 +69,14 @@ def check(checkpoint, output, dtype="fp32"):
     export_made = Export.of(checkpoint, dtype=dtype)
     export(export_made, output)
     said = compare(export_made, output)
-    found = re.fullmatch(
+    line = re.fullmatch(
         r"token ids equal, pixels within (\S+), logits within (\S+) .* of (\d+) tokens equal",
         said,
     )
-    assert found is not None, said
-    assert float(found[1]) <= 1e-6
-    assert float(found[2]) <= 1e-4
-    assert int(found[3]) > 3
+    assert line is not None, said
+    assert float(line[1]) <= 1e-6
+    assert float(line[2]) <= 1e-4
+    assert int(line[3]) > 3
 
 
 @pytest.mark.both_stacks
@@ -188,23 +188,24 @@ for folder in sys.argv[1:]:
 def test_names_and_rows(exported):
     """The names that servers know; every weight of LLaVA's bit for bit, and one more row."""
     tensors = load_file(exported[1] / "model.safetensors")
-    own = language_weights() | projector_weights()
+    llavas = language_weights() | projector_weights()
     assert torch.equal(
-        tensors["multi_modal_projector.linear_2.bias"], own["model.mm_projector.2.bias"]
+        tensors["multi_modal_projector.linear_2.bias"],
+        llavas["model.mm_projector.2.bias"],
     )
     for name in ("model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
-        assert torch.equal(tensors[f"language_model.{name}"], own[name])
+        assert torch.equal(tensors[f"language_model.{name}"], llavas[name])
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         rows = tensors[f"language_model.{name}"]
         assert len(rows) == 601
-        assert torch.equal(rows[:600], own[name])
+        assert torch.equal(rows[:600], llavas[name])
     tower = load_file(CLIP / "model.safetensors")
     assert {
         name.removeprefix("vision_tower.")
         for name in tensors
         if name.startswith("vision")
     } == set(tower)
-    assert len(tensors) == len(own) + len(tower)
+    assert len(tensors) == len(llavas) + len(tower)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -261,8 +262,8 @@ def test_a_difference_is_refused(exported, tmp_path, home, monkeypatch, capsys):
     """A model that computes something else never gets its name."""
     checkpoint = shutil.copytree(exported[0], tmp_path / "llava-tiny")
     swapped = {
-        f"mm_projector.{place}": f"multi_modal_projector.linear_{2 - place // 2}"
-        for place in (0, 2)
+        f"mm_projector.{number}": f"multi_modal_projector.linear_{2 - number // 2}"
+        for number in (0, 2)
     }
     monkeypatch.setattr("llava_integration.serve.build.PROJECTOR", swapped)
     assert "differs from LLaVA's own code" in refused(

@@ -157,9 +157,9 @@ def test_the_page_fills_as_the_stages_end(folder, monkeypatch, capsys) -> None:
     assert 'http-equiv="refresh"' in first
     assert "69.5 %" in first
     assert "They come after stage 2." in first
-    told = capsys.readouterr().out
-    assert "42.1 % ->  69.5 %" in told
-    assert "index.html" in told
+    output = capsys.readouterr().out
+    assert "42.1 % ->  69.5 %" in output
+    assert "index.html" in output
     (folder / "found.json").rename(folder / "default" / "found.json")
     last = write_page(folder, monkeypatch, "--llava", "llava").read_text(
         encoding="utf-8"
@@ -175,9 +175,9 @@ def test_the_page_fills_as_the_stages_end(folder, monkeypatch, capsys) -> None:
     # the longest run of a stage that was resumed
     assert "<td>80 s</td>" in last
     assert "<b>180 s</b>" in last
-    told = capsys.readouterr().out
-    assert "1 won, 1 lost" in told
-    assert "now right: Which group? Objects (was Flags, name 0)" in told
+    output = capsys.readouterr().out
+    assert "1 won, 1 lost" in output
+    assert "now right: Which group? Objects (was Flags, name 0)" in output
 
 
 def test_the_right_picture_is_marked_where_it_came(folder, monkeypatch) -> None:
@@ -210,13 +210,13 @@ def test_a_browser_shows_every_picture_and_fetches_nothing(
             mobile=False,
         )
         browser.open(path.as_uri())
-        shown = browser.run(
+        is_shown = browser.run(
             "[...document.images].map(image => image.naturalWidth > 0 && image.width >= 40)"
         )
         # of each query five and, if it comes later, the right one: 11 + 11; of LLaVA's two
         # questions one
-        assert len(shown) == 23
-        assert all(shown)
+        assert len(is_shown) == 23
+        assert all(is_shown)
         assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
         assert browser.run("document.querySelectorAll('li.right').length") == 4
         assert not browser.errors
@@ -248,7 +248,13 @@ def test_the_picture_tells_how_many_were_drawn_for_it() -> None:
         ("ru", 1),
     ]
     figure = found.select([query(code, code, 1, rank) for code, rank in ranks])
-    assert [one["code"] for one in figure["queries"]] == ["zh", "en", "ar", "de", "fr"]
+    assert [query["code"] for query in figure["queries"]] == [
+        "zh",
+        "en",
+        "ar",
+        "de",
+        "fr",
+    ]
     assert (figure["drawn"], figure["found"]) == (
         8,
         6,
@@ -307,11 +313,11 @@ def test_both_towers_answer_the_same_queries(tmp_path, monkeypatch) -> None:
     assert [row["first 1"] for row in made["recall"]["after"][:2]] == pytest.approx(
         [*of_kind.values()]
     )
-    for one in made["queries"]:
-        assert one["before"] == one["after"]  # the same weights
-        is_shown = one["concept"] in one["after"]["first"]
-        assert is_shown == (one["after"]["rank"] <= found.SHOWN)
-        assert set(one["after"]["first"]) <= set(made["pictures"][one["style"]])
+    for query in made["queries"]:
+        assert query["before"] == query["after"]  # the same weights
+        is_shown = query["concept"] in query["after"]["first"]
+        assert is_shown == (query["after"]["rank"] <= found.SHOWN)
+        assert set(query["after"]["first"]) <= set(made["pictures"][query["style"]])
     # towers of the tables are those of the claims alone
     tables, _ = claims.make_report(tmp_path / "data", tmp_path / "out")
     assert "start" not in tables[0]

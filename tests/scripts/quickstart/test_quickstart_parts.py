@@ -229,12 +229,12 @@ def test_the_stronger_controls_are_the_same_training_against_other_embeddings(
     for command, (name, cache) in zip(
         (linear, plain, random), caches.items(), strict=True
     ):
-        own = (
+        of_control = (
             " ".join(command)
             .replace(f"cache/{cache}", "cache/raw")
             .replace(f"{name}-seed3", "raw-seed3")
         )
-        assert own == raw
+        assert of_control == raw
         assert f"cache/{name}" in " ".join(command)
     # a smoke run has a tower of the raw LLM for LLaVA alone, which compares with it
     (tmp_path / "data" / "cache" / "map-seed4").mkdir()

