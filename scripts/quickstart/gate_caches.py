@@ -3,15 +3,17 @@
 concepts, and LLaVA's own language model.
 
     gate_caches.py permuted DATA/all --cache DATA/cache/tuned-seed0 --seed 0 --output DIR
-    gate_caches.py neutral DATA/all --llm DIR --layer 20 --output DIR
+    gate_caches.py llm --output DIR
+    gate_caches.py neutral DATA/all --llm DIR/llm --layer 28 --post-file FILE --output DIR
 
 - permuted: the cache of a teacher, permuted over the concepts of a split. Norms, spectrum, and what
   the captions of one concept share stay as they are; only what a concept means is lost. So it is a
   stronger control than random embeddings.
 - neutral: the captions as another LLM embeds them, the language model of the scaled-down LLaVA. As
   a teacher it is the oracle: its embeddings are what a projector must reach.
+- llm: that language model, SmolLM2-135M-Instruct, in DIR/llm.
 
-Both hold the shards of training and validation. Shapes: C captions, W width of an embedding.
+Caches hold the shards of training and validation. Shapes: C captions, W width of an embedding.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from inputs import make_llava_llm
 from torch import Tensor
 
 from llm2clip_plugin.atomic import atomic_directory
@@ -113,9 +116,17 @@ def of_others(
     return embed
 
 
-def write_neutral(data: Path, llm: Path, layer: int, output: Path) -> None:
+def write_llm(output: Path) -> None:
+    """Write SmolLM2-135M-Instruct to ``output``/llm."""
+    output.mkdir(parents=True, exist_ok=True)
+    make_llava_llm("smollm2", output)
+
+
+def write_neutral(
+    data: Path, llm: Path, layer: int, post_file: Path, output: Path
+) -> None:
     """Write the cache of the training and validation shards as ``llm`` embeds them after block
-    ``layer``; each text is embedded once."""
+    ``layer``, with a post-processing of `inputs.py components`; each text is embedded once."""
     from llm2clip_plugin.text.config import EncoderConfig
     from llm2clip_plugin.text.encoder import CaptionEncoder
 
@@ -125,7 +136,10 @@ def write_neutral(data: Path, llm: Path, layer: int, output: Path) -> None:
         for number in range(len(source)):
             for caption in source[number].captions:
                 texts[caption_hash(caption.text)] = caption.text
-    encoder = CaptionEncoder(EncoderConfig(llm=str(llm), layer=layer, **READING))
+    config = EncoderConfig(
+        llm=str(llm), layer=layer, post_file=str(post_file), **READING
+    )
+    encoder = CaptionEncoder(config)
     embeddings_CW = encoder.encode(list(texts.values()))
     row_of = dict(zip(texts, embeddings_CW, strict=True))
 
@@ -164,22 +178,25 @@ def parse_options() -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = parser.add_subparsers(dest="part", required=True)
-    permuted, neutral = map(parts.add_parser, MAKERS)
+    permuted, neutral, llm = map(parts.add_parser, MAKERS)
+    for part in (permuted, neutral, llm):
+        part.add_argument("--output", type=Path, required=True, help="folder to write")
     for part in (permuted, neutral):
         part.add_argument("data", type=Path, help="folder of the shards")
-        part.add_argument("--output", type=Path, required=True, help="cache to write")
     permuted.add_argument("--cache", type=Path, required=True, help="of a teacher")
     permuted.add_argument("--seed", type=int, required=True, help="of the permutation")
     neutral.add_argument("--llm", type=Path, required=True, help="its directory")
     neutral.add_argument(
         "--layer", type=int, required=True, help="as of llm2clip embed"
     )
+    neutral.add_argument("--post-file", type=Path, required=True)
     return vars(parser.parse_args())
 
 
 MAKERS: Mapping[str, Callable[..., None]] = {
     "permuted": write_permuted,
     "neutral": write_neutral,
+    "llm": write_llm,
 }
 
 if __name__ == "__main__":

@@ -64,14 +64,14 @@ tune() { # tune SEED: train an adapter
         ${validation[@]+"${validation[@]}"}
 }
 
-train() { # train NAME SEED CACHE [OPTION...]: a tower into $OUT/towers/NAME-seedSEED; but for a smoke run, the control and the
+train() { # train NAME SEED CACHE [OPTION...]: a tower into $OUT/towers/NAME-seedSEED; but for a smoke run, gate.sh, the control and the
     local name=$1-seed$2 start="launch scripts/train_tower.py" shards=all validation=() # start, validated on images in one style
     case "$1" in shuffled | start) start="llm2clip train-tower" ;; esac # one process
     [ -d "$OUT/towers/$name" ] && return
     say "stage 2: training tower $name"
     if [ "$1" = shuffled ]; then
         shards=shuffled
-    elif [ "$PRESET" != smoke ] && [ "$1" != start ]; then
+    elif [ "$PRESET" != smoke ] && [ "$PRESET" != gate ] && [ "$1" != start ]; then
         validation=(--validation "$DATA/all/validation-noto.tar" --validation-cache "$DATA/cache/$3" --eval-steps "$((STEPS / 2))")
     fi
     # shellcheck disable=SC2086 # words on purpose

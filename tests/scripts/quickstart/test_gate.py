@@ -1,0 +1,165 @@
+"""The gate: a ridge regression on what LLaVA reads, and the teachers that it needs."""
+
+import gate
+import gate_caches
+import inputs
+import numpy as np
+import pytest
+import torch
+from gate import Pictures, Setting
+from quickstart_folders import write_cache
+
+from llm2clip_plugin.data.cache import EmbeddingCache
+
+SETTING = Setting(pool="mean", penalty=0.1)
+
+
+def make_pictures(feature_NF: torch.Tensor, families: int) -> Pictures:
+    """A training picture of each concept, whose families have equal sizes; kernels of features."""
+    count = len(feature_NF)
+    return Pictures(
+        split=["train"] * count,
+        concept=[f"concept {number}" for number in range(count)],
+        family=[f"family {number % families}" for number in range(count)],
+        kernels={"mean": gate.kernel(feature_NF)},
+    )
+
+
+def random_names(count: int, seed: int) -> gate.Names:
+    """Names whose embeddings are random."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"concept {number}": torch.randn(12, generator=generator)
+        for number in range(count)
+    }
+
+
+def features_of(names: gate.Names, noise: float) -> torch.Tensor:
+    """Features from which the names' embeddings follow linearly, but for the noise."""
+    generator = torch.Generator().manual_seed(9)
+    mixed = torch.randn(12, 20, generator=generator)
+    clean_NF = torch.stack(list(names.values())) @ mixed
+    return clean_NF + noise * torch.randn(clean_NF.shape, generator=generator)
+
+
+def test_names_that_the_regression_never_saw_are_found_if_pictures_tell_them() -> None:
+    names = random_names(120, seed=0)
+    pictures = make_pictures(features_of(names, noise=0.5), families=40)
+    found_N = gate.ask_halves(pictures, names, SETTING)
+    other_N = gate.ask_halves(pictures, random_names(120, seed=1), SETTING)
+    chance = np.mean(1 / np.arange(1, 61))
+    assert found_N.mean() > 0.8
+    assert other_N.mean() < 2 * chance
+    assert found_N.shape == (120,)
+
+
+def test_the_dual_form_is_the_ridge_regression() -> None:
+    generator = torch.Generator().manual_seed(0)
+    feature_NF = torch.randn(30, 5, generator=generator, dtype=torch.float64)
+    feature_NF -= feature_NF.mean(dim=0)
+    target_nW = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    fit = list(range(20))
+    ask = list(range(20, 30))
+    kernel_NN = feature_NF @ feature_NF.T
+    dual_NW = gate.ridge(kernel_NN.float(), fit, ask, target_nW.float(), 0.3)
+    fit_nF = feature_NF[fit]
+    penalty = 0.3 * (fit_nF**2).sum() / 20
+    gram_FF = fit_nF.T @ fit_nF + penalty * torch.eye(5, dtype=torch.float64)
+    mean_W = target_nW.mean(dim=0)
+    weight_FW = torch.linalg.solve(gram_FF, fit_nF.T @ (target_nW - mean_W))
+    primal_NW = feature_NF[ask] @ weight_FW + mean_W
+    assert torch.allclose(dual_NW.double(), primal_NW, atol=1e-5)
+
+
+def test_families_are_in_one_half() -> None:
+    pictures = make_pictures(torch.randn(60, 4), families=13)
+    splits = [gate.halves(pictures, seed) for seed in range(3)]
+    for one, other in splits:
+        assert sorted(one + other) == list(range(60))
+        assert abs(len(one) - len(other)) <= 10
+        families = [
+            {pictures.family[number] for number in half} for half in (one, other)
+        ]
+        assert not families[0] & families[1]
+    assert splits[0] != splits[1]
+
+
+def test_equal_names_share_the_mean_of_their_ranks() -> None:
+    names = dict.fromkeys(random_names(40, seed=0), torch.ones(12))
+    names |= {"concept 0": torch.zeros(12), "concept 1": torch.zeros(12)}
+    pictures = make_pictures(torch.randn(40, 4), families=40)
+    ask = list(range(20, 40))
+    score_N = gate.reciprocal_ranks(pictures, range(20), ask, names, SETTING)
+    assert score_N == pytest.approx(1 / 10.5)
+
+
+def test_comparisons_pair_seeds_and_are_adjusted_together() -> None:
+    rng = np.random.default_rng(0)
+    base = {seed: rng.uniform(size=90) for seed in range(3)}
+    scores = {"before": rng.uniform(size=90)}
+    for seed in range(3):
+        scores[f"permuted-seed{seed}"] = base[seed]
+        scores[f"tuned-seed{seed}"] = base[seed] + 0.1 + 0.01 * rng.normal(size=90)
+    scores["raw-seed1"] = base[1] + 0.05 * rng.normal(size=90)
+    families = [str(number // 3) for number in range(90)]
+    rows = {
+        (row["base"], row["new"]): row for row in gate.compare_arms(scores, families)
+    }
+    assert set(rows) == {("permuted", "tuned"), ("permuted", "raw"), ("raw", "tuned")}
+    tuned = rows["permuted", "tuned"]
+    assert tuned["seeds"] == [0, 1, 2]
+    assert rows["permuted", "raw"]["seeds"] == [1]
+    assert tuned["difference"] == pytest.approx(0.1, abs=0.01)
+    assert tuned["interval"][0] < tuned["difference"] < tuned["interval"][1]
+    assert tuned["significant"]
+    assert not rows["permuted", "raw"]["significant"]
+    assert all(row["p_adjusted"] >= row["p"] for row in rows.values())
+    table = gate.comparisons_table(list(rows.values()))
+    assert table.count("not shown") == 1
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A few concepts of each split in every style, and a teacher's cache of them."""
+    folder = tmp_path_factory.mktemp("gate")
+    inputs.prepare(folder, (5, 4, 3), ("de",))
+    write_cache(folder / "all", folder / "cache" / "tuned-seed0")
+    return folder
+
+
+def test_permuted_embeddings_are_those_of_other_concepts(data, tmp_path) -> None:
+    teacher = EmbeddingCache.open(data / "cache" / "tuned-seed0")
+    output = tmp_path / "permuted-seed0"
+    gate_caches.write_permuted(
+        data / "all", data / "cache" / "tuned-seed0", output, seed=0
+    )
+    permuted = EmbeddingCache.open(output)
+    assert permuted.fingerprint != teacher.fingerprint
+    for split, count in (("train", 5), ("validation", 4)):
+        source = gate_caches.open_split(data / "all", split)
+        own = gate_caches.caption_embeddings(source, teacher)
+        other = gate_caches.caption_embeddings(source, permuted)
+        assert len(own) == count
+        for kind in ("short", "long"):
+            before = [own[concept][kind, "en"] for concept in sorted(own)]
+            after = [other[concept][kind, "en"] for concept in sorted(own)]
+            for one, new in zip(before, after, strict=True):
+                assert not torch.equal(one, new)
+                assert any(torch.equal(row, new) for row in before)
+    # a picture in another style has the same
+    shard = permuted.shard("train-twemoji")
+    assert torch.equal(
+        shard.embeddings([0]), permuted.shard("train-noto").embeddings([0])
+    )
+    again = tmp_path / "seed1"
+    gate_caches.write_permuted(data / "all", data / "cache" / "tuned-seed0", again, 1)
+    assert EmbeddingCache.open(again).fingerprint != permuted.fingerprint
+
+
+def test_a_name_is_that_of_a_cycle_through_all() -> None:
+    partner = gate_caches.exchanged(list("abcdefg"), seed=3)
+    visited = ["a"]
+    for _ in range(6):
+        visited.append(partner[visited[-1]])
+    assert sorted(visited) == list("abcdefg")
+    assert gate_caches.exchanged(list("gfedcba"), seed=3) == partner
