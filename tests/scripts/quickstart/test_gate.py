@@ -1,5 +1,7 @@
 """The gate: a ridge regression on what LLaVA reads, and the teachers that it needs."""
 
+from pathlib import Path
+
 import gate
 import gate_caches
 import inputs
@@ -8,9 +10,12 @@ import pytest
 import torch
 from gate import Pictures, Setting
 from quickstart_folders import write_cache
+from test_quickstart_parts import ROOT, started, value
 
 from llm2clip_plugin.data.cache import EmbeddingCache
 
+PARTS = ROOT / "scripts" / "quickstart" / "parts.sh"
+ARMS = [name for name in gate.ARMS if name != gate.BEFORE]
 SETTING = Setting(pool="mean", penalty=0.1)
 
 
@@ -163,3 +168,38 @@ def test_a_name_is_that_of_a_cycle_through_all() -> None:
         visited.append(partner[visited[-1]])
     assert sorted(visited) == list("abcdefg")
     assert gate_caches.exchanged(list("gfedcba"), seed=3) == partner
+
+
+def test_towers_of_the_gate_differ_in_their_cache_alone(tmp_path) -> None:
+    for cache in ("cache/random", "gate/neutral", "gate/permuted-seed3"):
+        (tmp_path / "data" / cache).mkdir(parents=True)
+    gate_parts = PARTS.with_name("gate_parts.sh")
+    commands = started(
+        tmp_path,
+        f"PRESET=gate; . {gate_parts}; neutral_names; for a in {' '.join(ARMS)}; do arm $a 3; done",
+    )
+    settings = set()
+    for name, command in zip(ARMS, commands, strict=True):
+        assert value(command, "--output") == f"{tmp_path}/out/runs/{name}-seed3"
+        cache = Path(value(command, "--cache"))
+        expected = gate.cache_folder(tmp_path / "data", f"{name}-seed3")
+        assert (tmp_path / cache).resolve() == expected.resolve()
+        words = " ".join(command).replace(value(command, "--cache"), "")
+        settings.add(words.replace(f"{name}-seed3", ""))
+        assert "--validation" not in command
+    assert len(settings) == 1
+
+
+def test_the_gates_own_caches_are_made_of_the_right_teachers(tmp_path) -> None:
+    gate_parts = PARTS.with_name("gate_parts.sh")
+    commands = started(
+        tmp_path, f". {gate_parts}; NEUTRAL_LAYER=28; neutral_names; permuted_cache 3"
+    )
+    llm, components, neutral, permuted = commands
+    assert llm[2:] == ["llm", "--output", "data/gate"]
+    assert value(components, "--llm") == value(neutral, "--llm") == "data/gate/llm"
+    assert value(components, "--layer") == value(neutral, "--layer") == "28"
+    assert value(neutral, "--post-file").startswith(value(components, "--output"))
+    assert value(neutral, "--output") == "data/gate/neutral"
+    assert value(permuted, "--cache") == "data/cache/tuned-seed3"
+    assert value(permuted, "--seed") == "3"
