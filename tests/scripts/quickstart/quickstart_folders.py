@@ -77,7 +77,7 @@ def write_run(output: Path, name: str, **data: object) -> None:
         "validation": "",
         **data,
     }
-    config = {"data": read, "train": {"seed": int(seed)}}
+    config = {"data": read, "train": {"seed": int(seed), "max_steps": 50}}
     RunRecord(config=config, config_hash="").write(
         output / "runs" / name / RunRecord.FILE
     )

@@ -1,5 +1,7 @@
 """The gate: a ridge regression on what LLaVA reads, and the teachers that it needs."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import gate
@@ -9,13 +11,20 @@ import numpy as np
 import pytest
 import torch
 from gate import Pictures, Setting
-from quickstart_folders import write_cache
+from quickstart_folders import IDENTITY, WIDTH, write_cache, write_run
 from test_quickstart_parts import ROOT, started, value
+from transformers import Dinov2Config, Dinov2Model
 
 from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.vision.directory import DualConfig
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.towers import load_tower
 
 PARTS = ROOT / "scripts" / "quickstart" / "parts.sh"
 ARMS = [name for name in gate.ARMS if name != gate.BEFORE]
+NEUTRAL = dataclasses.replace(IDENTITY, llm="neutral", weights_sha256="1")
 SETTING = Setting(pool="mean", penalty=0.1)
 
 
@@ -203,3 +212,62 @@ def test_the_gates_own_caches_are_made_of_the_right_teachers(tmp_path) -> None:
     assert value(neutral, "--output") == "data/gate/neutral"
     assert value(permuted, "--cache") == "data/cache/tuned-seed3"
     assert value(permuted, "--seed") == "3"
+
+
+@pytest.fixture(scope="module")
+def towers(data):
+    """Towers of two arms, which nothing trained, below out/; and the tower before stage 2."""
+    write_cache(data / "all", data / "cache" / "raw")
+    write_cache(data / "all", data / "gate" / "neutral", NEUTRAL)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Dinov2Config(**sizes, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(data / "tiny")
+    dual_config = DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls")
+    for name, identity in (("raw-seed0", IDENTITY), ("oracle-seed0", NEUTRAL)):
+        dual = DualEncoder(load_tower(data / "tiny"), dual_config)
+        path = data / "out" / "towers" / name
+        teacher = dataclasses.asdict(identity)
+        export_tower(dual, path, origin="tiny", teacher=teacher)
+        write_run(data / "out", name)
+    return data / "out"
+
+
+def test_every_tower_is_asked_for_neutral_names_and_for_its_own(data, towers) -> None:
+    table = gate.make_report(data, towers, data / "tiny")
+    record = json.loads((towers / "gate.json").read_text())
+    assert record["steps"] == 50
+    # the same weights, asked for the same names
+    neutral = record["neutral"]
+    assert neutral.keys() == {"before", "raw-seed0", "oracle-seed0"}
+    assert neutral["raw-seed0"] == neutral["before"] == neutral["oracle-seed0"]
+    assert record["own"].keys() == {"raw-seed0", "oracle-seed0"}
+    assert record["own"]["oracle-seed0"] == neutral["oracle-seed0"]
+    best = max(record["validation"], key=lambda row: row[2])
+    assert record["setting"] == {"pool": best[0], "penalty": best[1]}
+    assert "| raw LLM, read well | 1 |" in table
+    # what LLaVA reads: the patches of the block before the last
+    sources = {"train": gate.open_split(data / "all", "train")}
+    pictures = gate.read_pictures(data / "tiny", sources)
+    assert len(pictures.concept) == 15
+    assert pictures.kernels["patches"].shape == (15, 15)
+
+
+def test_a_tower_of_another_teacher_or_of_other_steps_is_refused(
+    data, towers, tmp_path
+) -> None:
+    (tmp_path / "towers").mkdir()
+    for name, origin in (("oracle-seed1", "raw-seed0"), ("raw-seed0", "raw-seed0")):
+        (tmp_path / "towers" / name).symlink_to(towers / "towers" / origin)
+        write_run(tmp_path, name)
+    with pytest.raises(ContractError, match="has embeddings of neutral"):
+        gate.make_report(data, tmp_path, data / "tiny")
+    (tmp_path / "towers" / "oracle-seed1").unlink()
+    (tmp_path / "towers" / "raw-seed1").symlink_to(towers / "towers" / "raw-seed0")
+    write_run(tmp_path, "raw-seed1")
+    record = tmp_path / "runs" / "raw-seed1" / "run.json"
+    record.write_text(record.read_text().replace('"max_steps": 50', '"max_steps": 200'))
+    with pytest.raises(ContractError, match=r"towers of \[50, 200\] steps"):
+        gate.make_report(data, tmp_path, data / "tiny")
+    with pytest.raises(FileNotFoundError, match="no towers of"):
+        gate.make_report(data, tmp_path / "other", data / "tiny")
