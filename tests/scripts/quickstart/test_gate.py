@@ -91,10 +91,9 @@ def test_families_are_in_one_half() -> None:
     for one, other in splits:
         assert sorted(one + other) == list(range(60))
         assert abs(len(one) - len(other)) <= 10
-        families = [
-            {pictures.family[number] for number in half} for half in (one, other)
-        ]
-        assert not families[0] & families[1]
+        families_of_one = {pictures.family[number] for number in one}
+        families_of_other = {pictures.family[number] for number in other}
+        assert not families_of_one & families_of_other
     assert splits[0] != splits[1]
 
 
