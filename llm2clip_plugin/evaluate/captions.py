@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,18 +83,17 @@ def main(argv: list[str]) -> int:
         print(
             f"{encoder.count_truncated} captions exceed {limit} tokens and were truncated"
         )
+    metrics: dict[str, float] = {}
+    items: list[dict[str, Any]] = []
+    for row in scores:
+        for name in ACCURACIES:
+            metrics[f"{row.name}/{name}"] = vars(row)[name]
+        for key, hit in zip(row.keys, row.hits, strict=True):
+            items.append({"id": f"{row.name}/{key}", "score": hit, "cluster": key})
     record = ScoreFile(
         benchmark=f"caption retrieval, {Path(config.measure.captions).name}",
-        metrics={
-            f"{row.name}/{name}": vars(row)[name]
-            for row in scores
-            for name in ACCURACIES
-        },
-        items=[
-            {"id": f"{row.name}/{key}", "score": hit, "cluster": key}
-            for row in scores
-            for key, hit in zip(row.keys, row.hits, strict=True)
-        ],
+        metrics=metrics,
+        items=items,
         counts={row.name: row.pairs for row in scores},
         model=encoder.config.adapter or encoder.config.llm,
         provenance={"teacher": dataclasses.asdict(encoder.identity())},
@@ -126,12 +126,11 @@ def measure_captions(
     for pairs in sets.values():
         firsts |= dict.fromkeys(first for _, first, _ in pairs)
         seconds |= dict.fromkeys(second for _, _, second in pairs)
-    return measure_sets(
-        sets,
-        dict(zip(firsts, encoder.encode(list(firsts), query=True), strict=True)),
-        dict(zip(seconds, encoder.encode(list(seconds), query=False), strict=True)),
-        config.retrieve,
-    )
+    first_NW = encoder.encode(list(firsts), query=True)
+    second_NW = encoder.encode(list(seconds), query=False)
+    first_of = dict(zip(firsts, first_NW, strict=True))
+    second_of = dict(zip(seconds, second_NW, strict=True))
+    return measure_sets(sets, first_of, second_of, config.retrieve)
 
 
 def measure_sets(
@@ -149,17 +148,16 @@ def measure_sets(
         forward, reverse = caption_ranks(first_NW, second_NW, group_N=group_N)
         centered, _ = caption_ranks(first_NW, second_NW, group_N=group_N, center=True)
         hit_N = forward.hits(1)
-        rows.append(
-            CaptionScore(
-                name=name,
-                cra=float(hit_N.mean()),
-                reverse=float(reverse.hits(1).mean()),
-                centred=float(centered.hits(1).mean()),
-                pairs=len(pairs),
-                hits=tuple(hit_N.tolist()),
-                keys=keys,
-            )
+        row = CaptionScore(
+            name=name,
+            cra=float(hit_N.mean()),
+            reverse=float(reverse.hits(1).mean()),
+            centred=float(centered.hits(1).mean()),
+            pairs=len(pairs),
+            hits=tuple(hit_N.tolist()),
+            keys=keys,
         )
+        rows.append(row)
     foreign = [row for row in rows if row.name.replace("->", ":") not in retrieve]
     if foreign:
         rows.append(mean_score(foreign))
@@ -168,12 +166,16 @@ def measure_sets(
 
 def mean_score(rows: Sequence[CaptionScore]) -> CaptionScore:
     """The row ``LANGUAGES``: the means of others."""
+
+    def mean(field: str) -> float:
+        return sum(vars(row)[field] for row in rows) / len(rows)
+
     return CaptionScore(
         name=LANGUAGES,
-        cra=sum(row.cra for row in rows) / len(rows),
-        reverse=sum(row.reverse for row in rows) / len(rows),
-        centred=sum(row.centred for row in rows) / len(rows),
-        pairs=round(sum(row.pairs for row in rows) / len(rows)),
+        cra=mean("cra"),
+        reverse=mean("reverse"),
+        centred=mean("centred"),
+        pairs=round(mean("pairs")),
     )
 
 
@@ -218,20 +220,17 @@ def find_pairs(
     """Distinct pairs of different captions; ``first`` and ``second`` are (kind, language), the
     first of each counts."""
     pairs: dict[tuple[str, str], str] = {}
+    first_kind, first_language = first
+    second_kind, second_language = second
     for key, of_sample in captions:
-        left = next(
-            (c.text for c in select_captions(of_sample, first[:1], first[1:])), None
-        )
-        right = next(
-            (
-                c.text
-                for c in select_captions(of_sample, second[:1], second[1:])
-                if c.text != left
-            ),
-            None,
-        )
-        if left and right:
-            pairs.setdefault((left, right), key)
+        lefts = select_captions(of_sample, [first_kind], [first_language])
+        rights = select_captions(of_sample, [second_kind], [second_language])
+        if not lefts:
+            continue
+        left = lefts[0].text
+        others = [caption.text for caption in rights if caption.text != left]
+        if left and others and others[0]:
+            pairs.setdefault((left, others[0]), key)
     return [(key, left, right) for (left, right), key in pairs.items()]
 
 
@@ -249,19 +248,17 @@ def caption_ranks(
     ``group_N``: int, pairs with the same label are also correct for each other (several items of
     one concept).
     """
-    label_N = (
-        torch.arange(len(first_NW), device=first_NW.device)
-        if group_N is None
-        else group_N
-    )
+    label_N = group_N
+    if label_N is None:
+        label_N = torch.arange(len(first_NW), device=first_NW.device)
     first_NW = first_NW.float()
     second_NW = second_NW.float()
     if center:
         first_NW = first_NW - first_NW.mean(0, keepdim=True)
         second_NW = second_NW - second_NW.mean(0, keepdim=True)
-    return rank_both(
-        F.normalize(first_NW, dim=1), F.normalize(second_NW, dim=1), label_N, label_N
-    )
+    first_NW = F.normalize(first_NW, dim=1)
+    second_NW = F.normalize(second_NW, dim=1)
+    return rank_both(first_NW, second_NW, label_N, label_N)
 
 
 @dataclass(frozen=True)
@@ -358,16 +355,14 @@ def pooled_states(
     states_of: dict[tuple[str, int], Tensor] = {}
     batches = list(length_batches([len(ids) for ids in rows], CPU_TOKENS))
     for indices in track(batches, total=len(batches), label="reading", unit="batches"):
-        batch = encoder.collate(
-            [rows[index] for index in indices], [frame] * len(indices)
-        )
-        options = {
-            "position_ids": batch.position_ids,
-            "use_cache": False,
-            "output_hidden_states": True,
-        }
+        ids_of_batch = [rows[index] for index in indices]
+        batch = encoder.collate(ids_of_batch, [frame] * len(indices))
         states = encoder.model.llm(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            output_hidden_states=True,
         )
         if len(poolings) == len(POOLINGS):
             layers = dict(enumerate(states.hidden_states[:-1]))
@@ -394,20 +389,24 @@ def search_and_report(config: EvaluateCaptionsConfig) -> None:
     rows = {}
     names = {-1: "none, not centered", 0: "none, centered"}
     for reading in readings[:SHOWN]:
-        removed = names.get(reading.components, str(reading.components))
         way = reading.way
-        settings = f"{way.attention}, {way.pooling}, {way.layer}, {removed}, {way.chat_template!r}"
+        settings = [
+            way.attention,
+            way.pooling,
+            str(way.layer),
+            names.get(reading.components, str(reading.components)),
+            repr(way.chat_template),
+        ]
         accuracies = {"score": reading.score, **reading.rows}
-        rows[settings] = {name: f"{value:.3f}" for name, value in accuracies.items()}
+        cells = {name: f"{value:.3f}" for name, value in accuracies.items()}
+        rows[", ".join(settings)] = cells
     title = "attention, pooling, layer, components removed, template"
-    print_table(
-        title,
-        rows,
-        f"best of {len(readings)}, chosen on these captions; measure it on others:",
+    caption = (
+        f"best of {len(readings)}, chosen on these captions; measure it on others:"
     )
-    words = changed_options(
-        config.encoder, ("llm", "revision", "adapter", "load_in_4bit")
-    )
+    print_table(title, rows, caption)
+    llm_options = ("llm", "revision", "adapter", "load_in_4bit")
+    words = changed_options(config.encoder, llm_options)
     if find_card(config.encoder.adapter or config.encoder.llm) is None:
         words += changed_options(best.way, IDENTITY_SETTINGS)
     if best.post is not None:

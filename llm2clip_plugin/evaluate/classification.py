@@ -25,6 +25,7 @@ from llm2clip_plugin.evaluate.config import (
 )
 from llm2clip_plugin.evaluate.labeled_images import (
     ImageFeatures,
+    LabeledImages,
     image_features,
     open_labeled_images,
 )
@@ -81,27 +82,28 @@ def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
     """Embed the prompts and the images, and classify each image as the nearest class."""
     labeled = open_labeled_images(config.data, config.label)
     names = read_class_names(config.classes, config.data, labeled.classes)
-    prompts = prompt_source(
-        names, read_templates(config.templates, config.data), config.data
-    )
+    templates = read_templates(config.templates, config.data)
+    prompts = prompt_source(names, templates, config.data)
     tower = commands.open_tower(config.tower, config.device, config.teacher)
     cache = tower.cache(prompts, config.cache, all_ranks=all_ranks)
     class_CD = class_vectors(tower.dual, prompts, cache, all_ranks=all_ranks)
-    options: dict[str, Any] = {
-        "batch": config.batch,
-        "workers": config.workers,
-        "all_ranks": all_ranks,
-    }
     features = image_features(
-        tower.dual.encode_image, labeled, tower.images, tower.device, **options
+        tower.dual.encode_image,
+        labeled,
+        tower.images,
+        tower.device,
+        batch=config.batch,
+        workers=config.workers,
+        all_ranks=all_ranks,
+    )
+    origin = commands.provenance(
+        tower.dual, teacher=cache.fingerprint, prompts=prompts.name
     )
     return dataclasses.replace(
         classification_scores(features, class_CD, names),
         benchmark=f"zeroshot:{commands.dataset_name(config.data)}",
         model=config.tower,
-        provenance=commands.provenance(
-            tower.dual, teacher=cache.fingerprint, prompts=prompts.name
-        ),
+        provenance=origin,
     )
 
 
@@ -123,49 +125,50 @@ def measure_probe(config: ProbeConfig, all_ranks: bool) -> ScoreFile:
     pooling = DualConfig(projection="none", projection_dim=width, pool=config.pool)
     encoder = DualEncoder(tower, pooling).to(device).eval()
     images = ImageConfig.from_preprocessor(preprocessor_config(directory))
-    sides = [
-        open_labeled_images(path, config.label, config.cluster)
-        for path in (config.train, config.test)
-    ]
-    options: dict[str, Any] = {
-        "batch": config.batch,
-        "workers": config.workers,
-        "all_ranks": all_ranks,
-    }
-    train, test = (
-        image_features(encoder.pool, side, images, device, **options) for side in sides
-    )
-    class_number = {name: number for number, name in enumerate(sides[0].classes)}
-    test_classes = sides[1].classes
+
+    def encode(labeled: LabeledImages) -> ImageFeatures:
+        return image_features(
+            encoder.pool,
+            labeled,
+            images,
+            device,
+            batch=config.batch,
+            workers=config.workers,
+            all_ranks=all_ranks,
+        )
+
+    train_images = open_labeled_images(config.train, config.label, config.cluster)
+    test_images = open_labeled_images(config.test, config.label, config.cluster)
+    train = encode(train_images)
+    test = encode(test_images)
+    class_number = {name: number for number, name in enumerate(train_images.classes)}
+    test_classes = test_images.classes
     unseen = [name for name in test_classes if name not in class_number]
-    test_label_N = torch.tensor([class_number.get(name, -1) for name in test_classes])[
-        test.label_N
-    ]
+    number_C = torch.tensor([class_number.get(name, -1) for name in test_classes])
+    test_label_N = number_C[test.label_N]
     hits = {"knn": knn(train, test.feature_ND, config.k) == test_label_N}
     if config.linear:
         hits["linear"] = linear_probe(train, test.feature_ND) == test_label_N
     means = {name: f"{name}_mean_per_class" for name in hits}
     scores = test.scores(hits, test_classes, means, unseen_classes=len(unseen))
-    lost = (
-        "classes without training images (their test images count as wrong): "
-        f"{', '.join(unseen[:10])}"
+    notes = list(scores.notes)
+    if unseen:
+        lost = "classes without training images (their test images count as wrong): "
+        notes.insert(0, lost + ", ".join(unseen[:10]))
+    settings = {
+        "pool": config.pool,
+        "k": config.k,
+        "temperature": TEMPERATURE,
+        "label": config.label,
+    }
+    origin = commands.provenance(
+        weights_sha256=weights_hash(directory),
+        family=family_of(tower).name,
+        train=sha256_text("\n".join(train.keys)),
+        settings=settings,
     )
     return dataclasses.replace(
-        scores,
-        notes=[*([lost] if unseen else []), *scores.notes],
-        benchmark="probe",
-        model=config.tower,
-        provenance=commands.provenance(
-            weights_sha256=weights_hash(directory),
-            family=family_of(tower).name,
-            train=sha256_text("\n".join(train.keys)),
-            settings={
-                "pool": config.pool,
-                "k": config.k,
-                "temperature": TEMPERATURE,
-                "label": config.label,
-            },
-        ),
+        scores, notes=notes, benchmark="probe", model=config.tower, provenance=origin
     )
 
 
@@ -193,11 +196,9 @@ def knn(train: ImageFeatures, test_MD: Tensor, k: int) -> Tensor:
         near_bk, index_bk = (block_bD @ train_ND.T).topk(min(k, len(train_ND)), dim=1)
         # relative to the nearest: no overflow
         vote_bk = ((near_bk - near_bk[:, :1]) / TEMPERATURE).exp()
-        predicted.append(
-            torch.zeros(len(block_bD), classes)
-            .scatter_add_(1, label_N[index_bk], vote_bk)
-            .argmax(1)
-        )
+        votes_bC = torch.zeros(len(block_bD), classes)
+        votes_bC.scatter_add_(1, label_N[index_bk], vote_bk)
+        predicted.append(votes_bC.argmax(1))
     return torch.cat(predicted)
 
 
@@ -210,26 +211,26 @@ def linear_probe(train: ImageFeatures, test_MD: Tensor) -> Tensor:
     std_D = train.feature_ND.std(0, correction=0).clamp(min=1e-6)
     feature_ND = (train.feature_ND - mean_D) / std_D
     test_MD = (test_MD - mean_D) / std_D
-    held_N = torch.tensor(
-        [
-            int(sha256_text(cluster)[:8], 16) % HELD_OUT == 0
-            for cluster in train.clusters
-        ]
-    )
+    held_N = torch.tensor([_is_held_out(cluster) for cluster in train.clusters])
     classes = int(train.label_N.max()) + 1
     best = PENALTIES[0]
     if 0 < int(held_N.sum()) < len(held_N):
-        fits = [
-            fit_logistic(feature_ND[~held_N], train.label_N[~held_N], classes, penalty)
-            for penalty in PENALTIES
-        ]
-        right = [
-            int((predict(fit, feature_ND[held_N]) == train.label_N[held_N]).sum())
-            for fit in fits
-        ]
+        fit_ND = feature_ND[~held_N]
+        fit_label_N = train.label_N[~held_N]
+        held_label_N = train.label_N[held_N]
+        right: list[int] = []  # held-out images that each penalty gets right
+        for penalty in PENALTIES:
+            weight = fit_logistic(fit_ND, fit_label_N, classes, penalty)
+            hit_N = predict(weight, feature_ND[held_N]) == held_label_N
+            right.append(int(hit_N.sum()))
         ties = [index for index, count in enumerate(right) if count == max(right)]
         best = PENALTIES[ties[len(ties) // 2]]
     return predict(fit_logistic(feature_ND, train.label_N, classes, best), test_MD)
+
+
+def _is_held_out(cluster: str) -> bool:
+    """Whether a cluster of training images is held out to choose the penalty."""
+    return int(sha256_text(cluster)[:8], 16) % HELD_OUT == 0
 
 
 def fit_logistic(
@@ -245,10 +246,8 @@ def fit_logistic(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (
-            F.cross_entropy(padded @ weight, label_N)
-            + penalty / 2 * weight[:-1].square().sum()
-        )
+        entropy = F.cross_entropy(padded @ weight, label_N)
+        loss = entropy + penalty / 2 * weight[:-1].square().sum()
         loss.backward()
         return loss
 

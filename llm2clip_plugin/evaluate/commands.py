@@ -149,7 +149,9 @@ def measure_suites(
     by rank 0."""
     tower = open_tower(config.tower, config.device, config.teacher)
     root = Path(config.data.path)
-    output = Path(config.json or root / f"scores-{tower.dual.card.weights_sha256[:12]}")
+    output = root / f"scores-{tower.dual.card.weights_sha256[:12]}"
+    if config.json:
+        output = Path(config.json)
     settings = dataclasses.asdict(config.retrieval) | {"batch": 0, "workers": 0}
     settings = json.loads(json.dumps(settings))  # tuples are lists in the file
     results = {}
@@ -165,18 +167,14 @@ def measure_suites(
         # everything that decides the scores but the image files
         origin = provenance(tower.dual, **facts)
         path = output / f"{suite.name}.scores.json"
-        if (
-            not config.overwrite
-            and path.is_file()
-            and (before := ScoreFile.read(path)).provenance == origin
-        ):
-            results[suite.name] = before
-            continue
-        chosen = (
-            config.retrieval
-            if suite.choose
-            else dataclasses.replace(config.retrieval, kinds=(), languages=())
-        )
+        if not config.overwrite and path.is_file():
+            existing = ScoreFile.read(path)
+            if existing.provenance == origin:
+                results[suite.name] = existing
+                continue
+        chosen = config.retrieval
+        if not suite.choose:
+            chosen = dataclasses.replace(chosen, kinds=(), languages=())
         pairs = embed_pairs(
             tower.dual, source, cache, tower.images, chosen, all_ranks=all_ranks
         )
@@ -213,20 +211,15 @@ def print_paper_table(
         if (scores := results.get(suite.name)) is None:
             ours[suite.name] = "not measured"
             continue
-        ours[suite.name] = _pair(*(100 * scores.metrics[name] for name in FIRST))
+        percent = [100 * scores.metrics[name] for name in FIRST]
+        ours[suite.name] = _pair(*percent)
         if f"{ALL}/{FIRST[0]}" not in scores.metrics:  # a mean over languages has none
             interval_of = intervals(scores)
-            half[suite.name] = _pair(
-                *(
-                    50 * (interval_of[name].high - interval_of[name].low)
-                    for name in FIRST
-                )
-            )
-    print_table(
-        title,
-        rows,
-        "R@1 image->text / text->image, percent; the paper's rows are single runs",
-    )
+            widths = [interval_of[name].high - interval_of[name].low for name in FIRST]
+            half_widths = [50 * width for width in widths]  # percent
+            half[suite.name] = _pair(*half_widths)
+    caption = "R@1 image->text / text->image, percent; the paper's rows are single runs"
+    print_table(title, rows, caption)
 
 
 def _pair(i2t: float, t2i: float) -> str:

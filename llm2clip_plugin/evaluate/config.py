@@ -384,12 +384,12 @@ class SearchConfig(MeasureConfig):
     teacher: EncoderConfig = section(EncoderConfig())
 
     def __post_init__(self) -> None:
-        if self.top_k < 1 or not all(map(str.strip, self.text or ("",))):
-            problem = (
-                f"top-k is {self.top_k}"
-                if self.top_k < 1
-                else "no text to search for, or a blank one"
-            )
+        problem = ""
+        if self.top_k < 1:
+            problem = f"top-k is {self.top_k}"
+        elif not self.text or not all(map(str.strip, self.text)):
+            problem = "no text to search for, or a blank one"
+        if problem:
             raise ValueError(
                 f'{problem}; usage: llm2clip search TOWER DATA "a bird on a wire" --top-k 10'
             )

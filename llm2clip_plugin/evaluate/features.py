@@ -92,15 +92,12 @@ def encode_images(
     for _ in track(range(calls), total=calls, label=label, unit="batches", show=show):
         loaded = next(remaining, None)
         if loaded is None:
-            encode(
-                normalize(
-                    torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)
-                )
-            )
+            blank = torch.zeros(1, images.size, images.size, 3, dtype=torch.uint8)
+            encode(normalize(blank))
             continue
-        encoded.vectors.append(
-            encode(normalize(loaded["pixels"]), *normalize.shapes(loaded)).float().cpu()
-        )
+        pixels = normalize(loaded["pixels"])
+        vectors = encode(pixels, *normalize.shapes(loaded))
+        encoded.vectors.append(vectors.float().cpu())
         encoded.numbers.extend(loaded["image_ids"].tolist())
         encoded.keys.extend(loaded["keys"])
         encoded.meta.extend(loaded["meta"])
@@ -145,10 +142,10 @@ class EmbeddedPairs:
     def meta_values(self, field: str) -> list[str]:
         """The value of a field of each image's JSON as text (N); ValueError names an image without
         it."""
-        return [
-            str(json_field(meta, field, key))
-            for key, meta in zip(self.keys, self.meta, strict=True)
-        ]
+        values: list[str] = []
+        for key, meta in zip(self.keys, self.meta, strict=True):
+            values.append(str(json_field(meta, field, key)))
+        return values
 
 
 def embed_pairs(

@@ -106,20 +106,19 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
     # enough of them, before the work
     folds([row.meta["cluster"] for row in rows.values()])
     encoding = config.encoder
-    if find_card(
-        encoding.adapter or encoding.llm
-    ):  # a fine-tuned LLM is read as its card says
-        defaults = {
-            name: getattr(EncoderConfig, name)
-            for name in ("attention", "layer", "include_bos")
-        }
-        encoding = dataclasses.replace(encoding, **defaults)
+    if find_card(encoding.adapter or encoding.llm):
+        # a fine-tuned LLM is read as its card says
+        encoding = dataclasses.replace(
+            encoding,
+            attention=EncoderConfig.attention,
+            layer=EncoderConfig.layer,
+            include_bos=EncoderConfig.include_bos,
+        )
     encoder = CaptionEncoder(encoding, choose_device(config.device))
     identity = encoder.identity()
     folder = Path(config.cache or forecast_folder(source.path, identity))
-    if (
-        not config.cache and Path(source.path) == DRAWINGS
-    ):  # the package's folder may be read-only
+    if not config.cache and Path(source.path) == DRAWINGS:
+        # the package's folder may be read-only
         folder = default_download_folder().parent / folder.name
     texts: list[list[str]] = []
     for row in rows.values():
@@ -138,9 +137,8 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
 def forecast_folder(path: str, identity: TeacherIdentity) -> Path:
     """The folder next to the data for the LLM's embeddings of a forecast, not where a training
     looks for its cache. Raises ValueError for data at a URL."""
-    return default_cache_folder(path, identity.fingerprint).with_name(
-        f"forecast-{identity.fingerprint[:12]}"
-    )
+    folder = default_cache_folder(path, identity.fingerprint)
+    return folder.with_name(f"forecast-{identity.fingerprint[:12]}")
 
 
 @torch.no_grad()
@@ -163,39 +161,47 @@ def forecast(
     first = int(family_of(model).has_cls)
 
     def encode(pixels: Tensor) -> Tensor:
-        states = model(
-            pixel_values=pixels.to(model.dtype), output_hidden_states=True
-        ).hidden_states
+        output = model(pixel_values=pixels.to(model.dtype), output_hidden_states=True)
+        states = output.hidden_states
         return on_grid(states[layer][:, first:].float())
 
-    options = {"batch": config.batch, "workers": config.workers, "indices": list(rows)}
     encoded = encode_images(
-        encode, source, images, device, label=commands.dataset_name(tower), **options
+        encode,
+        source,
+        images,
+        device,
+        label=commands.dataset_name(tower),
+        batch=config.batch,
+        workers=config.workers,
+        indices=list(rows),
     )
     patch_NPH = encoded.joined().to(device)
-    readable = torch.isin(torch.tensor([*rows]), torch.tensor(encoded.numbers))
-    text_NW = text_NW[readable]
+    image_NH = patch_NPH.mean(1).cpu()
+    is_readable = torch.isin(torch.tensor([*rows]), torch.tensor(encoded.numbers))
+    text_NW = text_NW[is_readable]
     clusters = [rows[number].meta["cluster"] for number in encoded.numbers]
     values = {  # of the images, whose mean is the measure
         "neighbors": neighbors(patch_NPH, text_NW.to(device)).cpu(),
-        "CKA": cka_by_image(patch_NPH.mean(1).cpu(), text_NW),
-        "probe": explained(patch_NPH.mean(1).cpu(), text_NW, clusters),
+        "CKA": cka_by_image(image_NH, text_NW),
+        "probe": explained(image_NH, text_NW, clusters),
     }
     items: list[dict[str, Any]] = []
     for index, (key, cluster) in enumerate(zip(encoded.keys, clusters, strict=True)):
-        measures = {name: float(value_N[index]) for name, value_N in values.items()}
-        items.append(
-            {"id": key, "cluster": cluster, "score": measures["neighbors"], **measures}
-        )
+        item: dict[str, Any] = {"id": key, "cluster": cluster}
+        item["score"] = float(values["neighbors"][index])
+        for name, value_N in values.items():
+            item[name] = float(value_N[index])
+        items.append(item)
+    origin = commands.provenance(
+        weights_sha256=weights_hash(directory), llm=llm, select_layer=layer
+    )
     return ScoreFile(
         benchmark=f"forecast:{commands.dataset_name(config.data.path)}",
         metrics={name: float(value_N.mean()) for name, value_N in values.items()},
         items=items,
         counts={"images": len(items), "left_out": len(encoded.broken)},
         model=tower,
-        provenance=commands.provenance(
-            weights_sha256=weights_hash(directory), llm=llm, select_layer=layer
-        ),
+        provenance=origin,
         notes=[f"left out: {error}" for error in encoded.broken],
     )
 
@@ -241,9 +247,9 @@ def interval(record: ScoreFile, name: str, base: ScoreFile | None = None) -> Int
     """Of a measure, or of its paired difference to ``base``, which has the same images."""
     values = [item[name] for item in record.items]
     if base is not None:
-        values = [
-            value - item[name] for value, item in zip(values, base.items, strict=True)
-        ]
+        base_values = [item[name] for item in base.items]
+        pairs = zip(values, base_values, strict=True)
+        values = [value - base_value for value, base_value in pairs]
     return bootstrap_mean(values, [item["cluster"] for item in record.items])
 
 
@@ -268,19 +274,20 @@ def whitened(feature_MF: Tensor) -> Tensor:
     fewer rows than columns end up equally far apart. Raises ValueError for rows that are all equal,
     or not finite.
     """
-    centered_MF = feature_MF.double() - feature_MF.double().mean(0)
+    feature_MF = feature_MF.double()
+    centered_MF = feature_MF - feature_MF.mean(0)
     rows, width = centered_MF.shape
     covariance_FF = centered_MF.T @ centered_MF / rows
     power = covariance_FF.square().sum()
     mean = covariance_FF.trace() / width
     if not 0 < mean < float("inf"):
         raise ValueError("features are equal for all images, or not finite")
-    noise = (centered_MF.square().sum(1).square().mean() - power) / rows
+    squared_length_M = centered_MF.square().sum(1)
+    noise = (squared_length_M.square().mean() - power) / rows
     shrinkage = (noise / (power - width * mean**2)).clamp(0, 1)
-    covariance_FF = (1 - shrinkage) * covariance_FF + shrinkage * mean * torch.eye(
-        width, device=feature_MF.device
-    )
-    root_FF = torch.linalg.cholesky(covariance_FF)
+    identity_FF = torch.eye(width, device=feature_MF.device)
+    isotropic_FF = shrinkage * mean * identity_FF
+    root_FF = torch.linalg.cholesky((1 - shrinkage) * covariance_FF + isotropic_FF)
     return torch.linalg.solve_triangular(root_FF, centered_MF.T, upper=False).T.float()
 
 
@@ -288,11 +295,11 @@ def best_match_similarity(patch_NPH: Tensor) -> Tensor:
     """(N, N): mean over the patches of one image of the largest product with a patch of the other,
     both ways."""
     count, patches, width = patch_NPH.shape
+    all_patches_MH = patch_NPH.reshape(-1, width)
     best_NN = torch.empty(count, count, device=patch_NPH.device)
     for image in range(count):
-        product_PNP = (patch_NPH[image] @ patch_NPH.reshape(-1, width).T).view(
-            patches, count, patches
-        )
+        product_PM = patch_NPH[image] @ all_patches_MH.T
+        product_PNP = product_PM.view(patches, count, patches)
         best_NN[image] = product_PNP.amax(2).mean(0)
     return (best_NN + best_NN.T) / 2
 
@@ -324,28 +331,32 @@ def cka_by_image(one_NH: Tensor, other_NW: Tensor) -> Tensor:
         centered_NF = feature_NF - feature_NF.mean(0)
         grams.append((centered_NF @ centered_NF.T).fill_diagonal_(0))
     one_NN, other_NN = grams
-    cka = (
-        hsic(one_NN, other_NN)
-        / (hsic(one_NN, one_NN) * hsic(other_NN, other_NN)).sqrt()
-    )
-    return cka[0] + (len(one_NH) - 1) * (cka[1:].mean() - cka[1:])
+    product = hsic(one_NN, one_NN) * hsic(other_NN, other_NN)
+    cka = hsic(one_NN, other_NN) / product.sqrt()
+    cka_of_all = cka[0]
+    without_N = cka[1:]  # of all images but one
+    influence_N = (len(one_NH) - 1) * (without_N.mean() - without_N)
+    return cka_of_all + influence_N
 
 
 def hsic(one_NN: Tensor, other_NN: Tensor) -> Tensor:
     """(1 + N,) the unbiased estimator of HSIC (Song et al. 2012, equation 5) of all images, then
     without each."""
+
+    def sums_without(row_N: Tensor) -> Tensor:
+        """(1 + N,) sums of all entries from sums of rows, of all images, then without each, which
+        has a row and a column."""
+        return row_N.sum() - 2 * F.pad(row_N, (1, 0))
+
     product_N = (one_NN * other_NN).sum(1)
     one_N = one_NN.sum(1)
     other_N = other_NN.sum(1)
-    products, ones, others = (
-        some_N.sum() - 2 * F.pad(some_N, (1, 0))
-        for some_N in (product_N, one_N, other_N)
-    )
     lost_N = one_N * other_N + one_NN @ other_N + other_NN @ one_N - product_N
     rows = one_N @ other_N - F.pad(lost_N, (1, 0))
     count = F.pad(torch.full_like(one_N, -1.0), (1, 0)) + len(one_NN)
-    sums = ones * others / ((count - 1) * (count - 2))
-    return (products + sums - 2 * rows / (count - 2)) / (count * (count - 3))
+    sums = sums_without(one_N) * sums_without(other_N) / ((count - 1) * (count - 2))
+    unscaled = sums_without(product_N) + sums - 2 * rows / (count - 2)
+    return unscaled / (count * (count - 3))
 
 
 def explained(feature_NH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> Tensor:
@@ -363,23 +374,23 @@ def explained(feature_NH: Tensor, text_NW: Tensor, clusters: Sequence[str]) -> T
         choose_N = fold_N == (fold + 1) % FOLDS
         fit_N = ~test_N & ~choose_N
         rest_N = ~test_N
-        tried = ridge(
+        predictions = ridge(
             feature_NH[fit_N], text_NW[fit_N], feature_NH[choose_N], PENALTIES
         )
-        errors = [float((guess - text_NW[choose_N]).square().sum()) for guess in tried]
-        best = errors.index(min(errors))
-        predicted = ridge(
-            feature_NH[rest_N],
-            text_NW[rest_N],
-            feature_NH[test_N],
-            PENALTIES[best : best + 1],
-        )[0]
-        error_N[test_N] = (predicted - text_NW[test_N]).double().square().sum(1)
-        total_N[test_N] = (
-            (text_NW[test_N] - text_NW[rest_N].mean(0)).double().square().sum(1)
+        errors: list[float] = []
+        for predicted in predictions:
+            errors.append(float((predicted - text_NW[choose_N]).square().sum()))
+        best = PENALTIES[errors.index(min(errors))]
+        (predicted,) = ridge(
+            feature_NH[rest_N], text_NW[rest_N], feature_NH[test_N], [best]
         )
+        text_nW = text_NW[test_N]
+        mean_W = text_NW[rest_N].mean(0)
+        error_N[test_N] = (predicted - text_nW).double().square().sum(1)
+        total_N[test_N] = (text_nW - mean_W).double().square().sum(1)
     unexplained = error_N.sum() / total_N.sum()
-    return 1 - unexplained - (error_N - unexplained * total_N) / total_N.mean()
+    influence_N = (error_N - unexplained * total_N) / total_N.mean()
+    return 1 - unexplained - influence_N
 
 
 def folds(clusters: Sequence[str]) -> Tensor:
@@ -404,7 +415,8 @@ def ridge(
     target_RW = u_MR.T @ (target_MW - mean_W)
     other_NR = (other_NF - mean_F) @ v_RF.T
     scale = s_R.square().mean()
-    return [
-        mean_W + other_NR @ (s_R / (s_R.square() + p * scale))[:, None].mul(target_RW)
-        for p in penalties
-    ]
+    predictions: list[Tensor] = []
+    for penalty in penalties:
+        shrunk_R = s_R / (s_R.square() + penalty * scale)
+        predictions.append(mean_W + other_NR @ (shrunk_R[:, None] * target_RW))
+    return predictions

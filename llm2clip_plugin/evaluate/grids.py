@@ -37,16 +37,13 @@ def draw_retrievals(report: RetrievalReport, source: Source) -> dict[str, Pictur
     image_QD = pairs.image_ND[image_Q]
     text_QD = pairs.text_MD[caption_Q]
     cosine_Q = (image_QD * text_QD).sum(1)
-    queries = list(
-        zip(
-            ranks.higher_Q.tolist(),
-            (-cosine_Q).tolist(),
-            image_Q.tolist(),
-            caption_Q.tolist(),
-            strict=True,
-        )
-    )
-    queries.sort()
+    columns = [
+        ranks.higher_Q.tolist(),
+        (-cosine_Q).tolist(),
+        image_Q.tolist(),
+        caption_Q.tolist(),
+    ]
+    queries = sorted(zip(*columns, strict=True))
     others = queries[SHOWN:]
     others.reverse()
     selected = {"best": queries[:SHOWN], "worst": others[:SHOWN]}

@@ -78,23 +78,21 @@ def open_labeled_images(path: str, field: str = "", cluster: str = "") -> Labele
 
 def _of_folders(path: Path) -> LabeledImages:
     """``CLASS/**/IMAGE.jpg``: classes in alphabetical order."""
-    folders = [
-        entry
-        for entry in sorted(path.iterdir())
-        if entry.is_dir() and not entry.name.startswith(NOT_A_CLASS)
-    ]
+    folders: list[Path] = []
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and not entry.name.startswith(NOT_A_CLASS):
+            folders.append(entry)
     if not folders:
         raise ValueError(
             f"{path} has no class folders and no tars with .cls; captioned data need --label FIELD"
         )
-    rows = [
-        Row(str(file.relative_to(path)), file, meta={CLASS: folder.name})
-        for folder in folders
-        for file in image_files(folder)
-    ]
-    return LabeledImages(
-        InMemorySource(str(path), path, rows), [folder.name for folder in folders]
-    )
+    rows: list[Row] = []
+    for folder in folders:
+        for file in image_files(folder):
+            key = str(file.relative_to(path))
+            rows.append(Row(key, file, meta={CLASS: folder.name}))
+    source = InMemorySource(str(path), path, rows)
+    return LabeledImages(source, [folder.name for folder in folders])
 
 
 def _of_tars(path: Path) -> LabeledImages:
@@ -109,21 +107,17 @@ def _of_tars(path: Path) -> LabeledImages:
                 _read, tar, member.offset_data, member.size
             )
         for key, of_key in parts.items():
-            if "image" in of_key:
-                with errors_about(
-                    f"{tar}: {key}.cls", fix="expected a class index (0, 1, ...)"
-                ):
-                    rows.append(
-                        Row(
-                            f"{tar.stem}/{key}",
-                            of_key["image"],
-                            meta={CLASS: int(of_key["cls"]())},
-                        )
-                    )
+            if "image" not in of_key:
+                continue
+            with errors_about(
+                f"{tar}: {key}.cls", fix="expected a class index (0, 1, ...)"
+            ):
+                label = int(of_key["cls"]())
+            row = Row(f"{tar.stem}/{key}", of_key["image"], meta={CLASS: label})
+            rows.append(row)
     count = 1 + max((row.meta[CLASS] for row in rows), default=0)
-    return LabeledImages(
-        InMemorySource(str(path), path, rows), list(map(str, range(count)))
-    )
+    source = InMemorySource(str(path), path, rows)
+    return LabeledImages(source, [str(number) for number in range(count)])
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
@@ -192,15 +186,15 @@ def image_features(
     image is readable."""
     encoded = encode_images(encode, images.source, config, device, **options)
     number_of = {name: number for number, name in enumerate(images.classes)}
+    labels: list[int] = []
+    clusters: list[str] = []
+    for key, meta in zip(encoded.keys, encoded.meta, strict=True):
+        labels.append(number_of[str(meta[images.field])])
+        clusters.append(str(meta.get(images.cluster, key)))
     return ImageFeatures(
         feature_ND=encoded.joined(),
-        label_N=torch.tensor(
-            [number_of[str(meta[images.field])] for meta in encoded.meta]
-        ),
+        label_N=torch.tensor(labels),
         keys=encoded.keys,
-        clusters=[
-            str(meta.get(images.cluster, key))
-            for key, meta in zip(encoded.keys, encoded.meta, strict=True)
-        ],
+        clusters=clusters,
         broken=encoded.broken,
     )

@@ -61,9 +61,9 @@ class QueryRanks:
         miss_Q = torch.ones_like(wrong_Q)
         # C(e, s) / C(e + r, s) = product over j < s of (e - j) / (e + r - j): e wrong, r correct
         for j in range(k):
-            factor_Q = (wrong_Q - j).clamp(min=0) / (wrong_Q + correct_Q - j).clamp(
-                min=1
-            )
+            wrong_left_Q = (wrong_Q - j).clamp(min=0)
+            left_Q = (wrong_Q + correct_Q - j).clamp(min=1)
+            factor_Q = wrong_left_Q / left_Q
             miss_Q = torch.where(k - self.higher_Q > j, miss_Q * factor_Q, miss_Q)
         return 1.0 - miss_Q
 
@@ -88,7 +88,8 @@ def rank_both(
     """
     sides = [(first_ND, first_label_N), (second_MD, second_label_M)]
     for vectors, labels in sides:
-        if vectors.ndim != 2 or not len(vectors) or labels.shape != vectors.shape[:1]:
+        is_matrix = vectors.ndim == 2 and len(vectors) > 0
+        if not is_matrix or labels.shape != vectors.shape[:1]:
             raise ValueError(
                 f"expected (N, D) embeddings and (N,) labels, got {vectors.shape} and "
                 f"{labels.shape}"
@@ -97,14 +98,14 @@ def rank_both(
         if broken := int((~torch.isfinite(vectors.sum(1))).sum()):
             raise ValueError(f"{broken} of {len(vectors)} embeddings are not finite")
     group = group_of(all_ranks)
-    first, second = (
-        (vectors.float(), labels.to(vectors.device)) for vectors, labels in sides
-    )
+    first = (first_ND.float(), first_label_N.to(first_ND.device))
+    second = (second_MD.float(), second_label_M.to(second_MD.device))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.no_grad(), torch.autocast(first_ND.device.type, enabled=False):
-            return _rank(*first, *second, group), _rank(*second, *first, group)
+            forward = _rank(*first, *second, group)
+            return forward, _rank(*second, *first, group)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -120,9 +121,8 @@ def _rank(
     if len(item_UD) == len(item_ID):
         item_UD = item_ID
         distinct_I = slice(None)
-    first_Q, end_Q = (
-        torch.searchsorted(label_I, label_Q, right=right) for right in (False, True)
-    )
+    first_Q = torch.searchsorted(label_I, label_Q)
+    end_Q = torch.searchsorted(label_I, label_Q, right=True)
     counts_3Q = torch.zeros(3, len(query_QD), dtype=torch.int64, device=query_QD.device)
     step = max(1, BLOCK // len(item_ID))
     for start in range(rank(group) * step, len(query_QD), world_size(group) * step):
@@ -130,19 +130,18 @@ def _rank(
         score_qI = (query_QD[some] @ item_UD.T)[:, distinct_I]
         first_q1 = first_Q[some, None]
         end_q1 = end_Q[some, None]
-        place_qC = first_q1 + torch.arange(
-            max(1, int((end_q1 - first_q1).max())), device=first_q1.device
-        )
-        inside_qC = place_qC < end_q1
-        correct_qC = score_qI.gather(
-            1, place_qC.clamp(max=len(item_ID) - 1)
-        ).masked_fill(~inside_qC, -torch.inf)
+        most = max(1, int((end_q1 - first_q1).max()))  # correct items of a query
+        item_qC = first_q1 + torch.arange(most, device=first_q1.device)
+        is_correct_qC = item_qC < end_q1
+        correct_qC = score_qI.gather(1, item_qC.clamp(max=len(item_ID) - 1))
+        correct_qC = correct_qC.masked_fill(~is_correct_qC, -torch.inf)
         best_q1 = correct_qC.amax(1, keepdim=True)
-        counts_3Q[0, some] = (score_qI > best_q1).sum(1, dtype=torch.int32)
-        counts_3Q[2, some] = ((correct_qC == best_q1) & inside_qC).sum(1)
-        counts_3Q[1, some] = (score_qI == best_q1).sum(
-            1, dtype=torch.int32
-        ) - counts_3Q[2, some]
+        higher_q = (score_qI > best_q1).sum(1, dtype=torch.int32)
+        equal_q = (score_qI == best_q1).sum(1, dtype=torch.int32)
+        correct_equal_q = ((correct_qC == best_q1) & is_correct_qC).sum(1)
+        counts_3Q[0, some] = higher_q
+        counts_3Q[1, some] = equal_q - correct_equal_q
+        counts_3Q[2, some] = correct_equal_q
     higher_Q, wrong_equal_Q, correct_equal_Q = sum_over_ranks(counts_3Q, group).cpu()
     return QueryRanks(
         higher_Q=higher_Q, wrong_equal_Q=wrong_equal_Q, correct_equal_Q=correct_equal_Q
@@ -162,11 +161,11 @@ class Retrieval:
 
     def metrics(self, ks: Sequence[int] = KS) -> dict[str, float]:
         """Mean hits, fractions 0 to 1: ``i2t_r1``, ``t2i_r1``, ``i2t_r5`` ..."""
-        return {
-            f"{side}_r{k}": float(ranks.hits(k).mean())
-            for k in ks
-            for side, (ranks, _) in self.sides.items()
-        }
+        metrics: dict[str, float] = {}
+        for k in ks:
+            for side, (ranks, _) in self.sides.items():
+                metrics[f"{side}_r{k}"] = float(ranks.hits(k).mean())
+        return metrics
 
 
 def recall(

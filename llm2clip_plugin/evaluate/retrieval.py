@@ -50,10 +50,9 @@ class RetrievalReport:
         """``i2t_r1`` ... over all captions, ``long:en/i2t_r1`` by part."""
         flat: dict[str, float] = {}
         for name, part in self.parts.items():
-            flat |= {
-                ("" if name == ALL else f"{name}/") + key: value
-                for key, value in part.metrics(self.ks).items()
-            }
+            prefix = "" if name == ALL else f"{name}/"
+            for key, value in part.metrics(self.ks).items():
+                flat[prefix + key] = value
         return flat
 
     def items(self) -> list[dict[str, Any]]:
@@ -71,21 +70,20 @@ class RetrievalReport:
         out: list[dict[str, Any]] = []
         for name, part in self.parts.items():
             for side, (ranks, index_Q) in part.sides.items():
-                for query, *hits in zip(
-                    index_Q.tolist(),
-                    *(ranks.hits(k).tolist() for k in self.ks),
-                    strict=True,
-                ):
+                hits = {f"r{k}": ranks.hits(k).tolist() for k in self.ks}
+                score = f"r{self.ks[0]}"
+                for position, query in enumerate(index_Q.tolist()):
                     image, label = named[side][query]
                     item = {
                         "id": f"{name}/{side}/{label}",
-                        "score": hits[0],
+                        "score": hits[score][position],
                         "cluster": self.cluster_N[image],
+                        "part": name,
+                        "side": side,
                     }
-                    scores = {
-                        f"r{k}": hit for k, hit in zip(self.ks, hits, strict=True)
-                    }
-                    out.append(item | {"part": name, "side": side, **scores})
+                    for metric, values in hits.items():
+                        item[metric] = values[position]
+                    out.append(item)
         return out
 
     def scores(self) -> ScoreFile:
@@ -138,13 +136,9 @@ def report_retrieval(
     text_MD = pairs.text_MD.to(device)
     label_N = torch.arange(len(pairs.keys))
     if config.group:
-        number_of: dict[str, int] = {}
-        label_N = torch.tensor(
-            [
-                number_of.setdefault(v, len(number_of))
-                for v in pairs.meta_values(config.group)
-            ]
-        )
+        groups = pairs.meta_values(config.group)
+        number_of = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+        label_N = torch.tensor([number_of[group] for group in groups])
     label_M = label_N[pairs.owner_M]
 
     def ranked(captions: Tensor) -> Retrieval:
@@ -154,21 +148,18 @@ def report_retrieval(
         )
 
     used_M = torch.ones(len(label_M), dtype=torch.bool)
-    if (
-        config.group
-    ):  # the first of each group's captions with the same text, kind and language
+    if config.group:
+        # the first of each group's captions with the same text, kind and language
         first: dict[tuple[int, Caption], int] = {}
-        for number, caption in enumerate(
-            zip(label_M.tolist(), pairs.captions, strict=True)
-        ):
-            used_M[number] = first.setdefault(caption, number) == number
+        captions_of_groups = zip(label_M.tolist(), pairs.captions, strict=True)
+        for number, caption_of_group in enumerate(captions_of_groups):
+            used_M[number] = first.setdefault(caption_of_group, number) == number
     parts = {ALL: ranked(used_M)}
     names = [f"{caption.kind}:{caption.language}" for caption in pairs.captions]
     if len(set(names)) > 1:
         for name in dict.fromkeys(names):
-            parts[name] = ranked(
-                used_M & torch.tensor([other == name for other in names])
-            )
+            has_name_M = torch.tensor([other == name for other in names])
+            parts[name] = ranked(used_M & has_name_M)
     cluster = config.cluster or config.group
     return RetrievalReport(
         ks=config.ks,
@@ -196,22 +187,13 @@ def check_measurable(
             captions.update(sample.captions)
             for setting, name in (("group", config.group), ("cluster", config.cluster)):
                 if name:
-                    json_field(
-                        sample.meta,
-                        name,
-                        sample.key,
-                        before=f"{option}{setting} {name}: {source.path}: ",
-                    )
+                    before = f"{option}{setting} {name}: {source.path}: "
+                    json_field(sample.meta, name, sample.key, before=before)
     if not select_captions(list(captions), config.kinds, config.languages):
-        available = (
-            ", ".join(
-                sorted({f"{caption.kind}:{caption.language}" for caption in captions})
-            )
-            or "none"
-        )
-        kinds, languages = (
-            " ".join(names) or "(any)" for names in (config.kinds, config.languages)
-        )
+        names = {f"{caption.kind}:{caption.language}" for caption in captions}
+        available = ", ".join(sorted(names)) or "none"
+        kinds = " ".join(config.kinds) or "(any)"
+        languages = " ".join(config.languages) or "(any)"
         wanted = f"{option}kinds {kinds} and {option}languages {languages}"
         raise ValueError(
             f"no caption of {source.path} has {wanted}; known: {available}"

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,14 +56,16 @@ def search(
     """
     source = folder_of_images(config.data.path) or open_source(config.data)
     tower = commands.open_tower(config.tower, config.device, config.teacher)
+
+    def embed_texts() -> Tensor:
+        embedding_QW = tower.teacher.encoder.encode(config.text)
+        return tower.dual.encode_text(embedding_QW).cpu()
+
     with torch.no_grad():
-        text_QD = on_first_rank(
-            lambda: tower.dual.encode_text(
-                tower.teacher.encoder.encode(config.text)
-            ).cpu()
-        )
+        text_QD = on_first_rank(embed_texts)
     parts, broken = embed_images(config, tower, source, all_ranks)
-    return source, broken, on_first_rank(lambda: nearest(parts, text_QD, config.top_k))
+    hits = on_first_rank(lambda: nearest(parts, text_QD, config.top_k))
+    return source, broken, hits
 
 
 def report(
@@ -105,36 +106,25 @@ def embed_images(
     """Embed the parts of ``source`` that are not there yet, written by rank 0; all parts, and the
     images left out."""
     card = tower.dual.card
-    stamps = [str(stamp) for stamp in source.stamps]
-    data = [
-        source_digest(source),
-        source.config.images,
-        source.config.image_field,
-        stamps,
-    ]
-    images = dataclasses.asdict(tower.images)
-    digest = sha256_text(
-        canonical_json([card.weights_sha256, card.adapter_sha256, data, images, PART])
-    )
-    parent = (
-        Path(config.cache)
-        if config.cache
-        else default_download_folder().parent / "search"
-    )
-    names = [f"{part:05d}.safetensors" for part in range(-(-len(source) // PART))]
-    parts = [parent / f"{source.name}-{digest[:12]}" / name for name in names]
+    folder = embeddings_folder(config, tower, source)
+    starts = range(0, len(source), PART)
+    parts = [folder / f"{number:05d}.safetensors" for number in range(len(starts))]
+
+    def missing() -> list[int]:
+        return [number for number, path in enumerate(parts) if not path.is_file()]
+
     broken: list[BrokenSample] = []
-    options: dict[str, Any] = {
-        "batch": config.batch,
-        "workers": config.workers,
-        "all_ranks": all_ranks,
-    }
-    for part in on_first_rank(
-        lambda: [number for number, path in enumerate(parts) if not path.is_file()]
-    ):
-        options["indices"] = range(part * PART, min((part + 1) * PART, len(source)))
+    for part in on_first_rank(missing):
+        start = starts[part]
         encoded = encode_images(
-            tower.dual.encode_image, source, tower.images, tower.device, **options
+            tower.dual.encode_image,
+            source,
+            tower.images,
+            tower.device,
+            indices=range(start, min(start + PART, len(source))),
+            batch=config.batch,
+            workers=config.workers,
+            all_ranks=all_ranks,
         )
         broken += encoded.broken
         if rank(group_of(all_ranks)) == 0:
@@ -146,6 +136,27 @@ def embed_images(
             with atomic_file(parts[part]) as temporary:
                 save_file(tensors, str(temporary))
     return parts, broken
+
+
+def embeddings_folder(
+    config: SearchConfig, tower: commands.OpenedTower, source: Source
+) -> Path:
+    """Where a source's embeddings lie: its name has a hash of all that decides them."""
+    card = tower.dual.card
+    stamps = [str(stamp) for stamp in source.stamps]
+    data = [
+        source_digest(source),
+        source.config.images,
+        source.config.image_field,
+        stamps,
+    ]
+    images = dataclasses.asdict(tower.images)
+    identity = [card.weights_sha256, card.adapter_sha256, data, images, PART]
+    digest = sha256_text(canonical_json(identity))
+    parent = default_download_folder().parent / "search"
+    if config.cache:
+        parent = Path(config.cache)
+    return parent / f"{source.name}-{digest[:12]}"
 
 
 def nearest(parts: Sequence[Path], text_QD: Tensor, count: int) -> Hits:
@@ -176,12 +187,17 @@ def folder_of_images(path: str) -> InMemorySource | None:
     """A folder of image files, at any depth, as a source without captions; None if ``path`` is not
     one."""
     root = Path(path)
-    if not root.is_dir() or any(root.glob("*.tar")) or not (files := image_files(root)):
+    if not root.is_dir() or any(root.glob("*.tar")):
         return None
-    stamps = [
-        (str(file.relative_to(root)), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in files
-    ]
+    files = image_files(root)
+    if not files:
+        return None
+    rows: list[Row] = []
+    stamps: list[tuple[str, int, int]] = []
+    for file in files:
+        key = str(file.relative_to(root))
+        status = file.stat()
+        rows.append(Row(key, file))
+        stamps.append((key, status.st_size, status.st_mtime_ns))
     name = f"{root.resolve().name}-{sha256_text(canonical_json(stamps))[:12]}"
-    rows = [Row(stamp[0], file) for stamp, file in zip(stamps, files, strict=True)]
     return InMemorySource(name, root, rows)

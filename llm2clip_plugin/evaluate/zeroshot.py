@@ -60,7 +60,8 @@ def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
         return [name_of[name] for name in classes]
     numbered = classes == [str(number) for number in range(len(classes))]
     # a split may be missing classes
-    if len(names) != len(classes) and not (numbered and len(names) > len(classes)):
+    has_more = numbered and len(names) > len(classes)
+    if len(names) != len(classes) and not has_more:
         raise ValueError(
             f"{file} has {len(names)} class names, but the data has {len(classes)} classes"
         )
@@ -128,15 +129,13 @@ def class_vectors(
 ) -> Tensor:
     """(C, D): the mean of each class's normalized prompts, normalized again (Radford et al. 2021,
     section 3.1.4)."""
-    means = []
+    means: list[Tensor] = []
     for start in range(0, len(prompts.rows), CLASSES):
-        some = list(enumerate(prompts.rows))[start : start + CLASSES]
-        rows = [
-            cache.rows(prompts.name, number, row.captions, key=row.key)
-            for number, row in some
-        ]
-        text_CPD = encode_texts(dual, torch.cat(rows), all_ranks).unflatten(
-            0, (len(rows), -1)
-        )
+        embedded: list[Tensor] = []
+        for number, row in enumerate(prompts.rows[start : start + CLASSES], start):
+            rows_PW = cache.rows(prompts.name, number, row.captions, key=row.key)
+            embedded.append(rows_PW)
+        text_ND = encode_texts(dual, torch.cat(embedded), all_ranks)
+        text_CPD = text_ND.unflatten(0, (len(embedded), -1))
         means.append(text_CPD.mean(1))
     return F.normalize(torch.cat(means), dim=1)

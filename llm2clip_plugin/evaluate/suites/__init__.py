@@ -59,28 +59,24 @@ class InMemorySource(Source):
 
     def _read_image(self, row: Row) -> bytes:
         try:
-            return (
-                row.image()
-                if callable(row.image)
-                else read_regular(row.image or "", MAX_IMAGE)
-            )
+            if callable(row.image):
+                return row.image()
+            return read_regular(row.image or "", MAX_IMAGE)
         except OSError as error:
-            raise BrokenSample(
-                self.name, row.key, f"no image at {row.image}: {error.strerror}"
-            ) from error
+            reason = f"no image at {row.image}: {error.strerror}"
+            raise BrokenSample(self.name, row.key, reason) from error
         except ValueError as error:
-            raise BrokenSample(
-                self.name, row.key, f"no image at {row.image}: {error}"
-            ) from error
+            reason = f"no image at {row.image}: {error}"
+            raise BrokenSample(self.name, row.key, reason) from error
 
 
 def image_files(folder: Path) -> list[Path]:
     """The image files in a folder, at any depth, in the order of their paths."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS
-    )
+    files: list[Path] = []
+    for file in folder.rglob("*"):
+        if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS:
+            files.append(file)
+    return sorted(files)
 
 
 def recall(pairs: EmbeddedPairs, config: RetrievalConfig, **options: Any) -> ScoreFile:
@@ -127,20 +123,19 @@ def hard_negatives(
     win_I = (gap_I > 0).double()
     tie_I = (gap_I == 0).double()
     hits = (win_I + 0.5 * tie_I).tolist()
+    owners = pairs.owner_M[::2].tolist()
     items = []
     groups = defaultdict(list)
-    for caption, hit, owner in zip(
-        pairs.captions[::2], hits, pairs.owner_M[::2].tolist(), strict=True
-    ):
+    for caption, hit, owner in zip(pairs.captions[::2], hits, owners, strict=True):
         name = caption.kind.removesuffix("/right")
         group = caption.kind.split("/")[0]
         groups[group].append(hit)
         items.append(
             {"id": name, "score": hit, "cluster": pairs.keys[owner], "part": group}
         )
-    metrics = {
-        group: sum(of_group) / len(of_group) for group, of_group in groups.items()
-    }
+    metrics: dict[str, float] = {}
+    for group, of_group in groups.items():
+        metrics[group] = sum(of_group) / len(of_group)
     return ScoreFile(
         benchmark="",
         metrics=metrics | {"mean": sum(metrics.values()) / len(metrics)},
@@ -222,11 +217,8 @@ def to_captions(
     texts: Iterable[str], kind: str = "short", language: str = "en"
 ) -> tuple[Caption, ...]:
     """Captions with line breaks and repeated spaces collapsed; blank texts are dropped."""
-    return tuple(
-        Caption(" ".join(text.split()), kind, language)
-        for text in texts
-        if text.strip()
-    )
+    one_line = [" ".join(text.split()) for text in texts]
+    return tuple(Caption(text, kind, language) for text in one_line if text)
 
 
 def first_existing(*folders: Path) -> Path:

@@ -85,16 +85,15 @@ def chinese_captions(path: Path) -> dict[str, tuple[Caption, ...]]:
 
 def read_flickr30k_cn(folder: Path) -> list[Row]:
     """Flickr30k-CN's or Flickr30k-CNA's file of the test split."""
-    path = next(
-        folder / name for name in FLICKR30K_CN.split("|") if (folder / name).is_file()
-    )
+    candidates = [folder / name for name in FLICKR30K_CN.split("|")]
+    path = next(path for path in candidates if path.is_file())
     images = first_existing(
         folder / "flickr30k-images", folder.parent / "flickr30k" / "flickr30k-images"
     )
-    return [
-        Row(stem, images / f"{stem}.jpg", captions)
-        for stem, captions in chinese_captions(path).items()
-    ]
+    rows: list[Row] = []
+    for stem, captions in chinese_captions(path).items():
+        rows.append(Row(stem, images / f"{stem}.jpg", captions))
+    return rows
 
 
 def read_coco_cn(folder: Path) -> list[Row]:
@@ -128,30 +127,28 @@ def read_sharegpt4v(folder: Path) -> list[Row]:
 
 def read_urban(folder: Path) -> list[Row]:
     """``image/N.jpg`` with ``caption/N.txt``, in the order of N."""
-    texts = sorted(
-        (folder / "caption").glob("*.txt"), key=lambda file: (len(file.stem), file.stem)
-    )
-    return [
-        Row(
-            file.stem,
-            folder / "image" / f"{file.stem}.jpg",
-            to_captions([file.read_text("utf-8")], "long"),
-        )
-        for file in texts
-    ]
+
+    def by_number(file: Path) -> tuple[int, str]:
+        return len(file.stem), file.stem
+
+    rows: list[Row] = []
+    for file in sorted((folder / "caption").glob("*.txt"), key=by_number):
+        captions = to_captions([file.read_text("utf-8")], "long")
+        image = folder / "image" / f"{file.stem}.jpg"
+        rows.append(Row(file.stem, image, captions))
+    return rows
 
 
 def read_docci(folder: Path) -> list[Row]:
     """The test items of ``docci_descriptions.jsonlines``, with ``images/``."""
-    return [
-        Row(
-            item["example_id"],
-            folder / "images" / item["image_file"],
-            to_captions([item["description"]], "long"),
-        )
-        for item in read_json_lines(folder / "docci_descriptions.jsonlines")
-        if item["split"] == "test"
-    ]
+    rows: list[Row] = []
+    for item in read_json_lines(folder / "docci_descriptions.jsonlines"):
+        if item["split"] != "test":
+            continue
+        captions = to_captions([item["description"]], "long")
+        image = folder / "images" / item["image_file"]
+        rows.append(Row(item["example_id"], image, captions))
+    return rows
 
 
 def read_xm3600(folder: Path) -> list[Row]:
@@ -159,12 +156,11 @@ def read_xm3600(folder: Path) -> list[Row]:
     language."""
     rows = []
     for item in read_json_lines(folder / "captions.jsonl"):
-        captions = [
-            Caption(text, "short", language)
-            for language, value in item.items()
-            if isinstance(value, dict) and "caption" in value
-            for text in value["caption"]
-        ]
+        captions: list[Caption] = []
+        for language, value in item.items():
+            if isinstance(value, dict) and "caption" in value:
+                for text in value["caption"]:
+                    captions.append(Caption(text, "short", language))
         key = item["image/key"]
         rows.append(Row(key, folder / "images" / f"{key}.jpg", tuple(captions)))
     return rows

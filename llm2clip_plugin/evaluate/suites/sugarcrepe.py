@@ -42,10 +42,11 @@ def read(folder: Path) -> list[Row]:
     ]
 
 
+FILES = {f"{group}.json": HOME for group in GROUPS}
+IMAGES = {"val2017|../coco/val2017": COCO_VAL2017}
 SUITE = Suite(
     name="sugarcrepe",
-    requires={f"{group}.json": HOME for group in GROUPS}
-    | {"val2017|../coco/val2017": COCO_VAL2017},
+    requires=FILES | IMAGES,
     read=read,
     measure=hard_negatives,
     choose=False,
