@@ -203,9 +203,8 @@ class Downloads:
 
     def fetch(self, url: str) -> Path:
         """The local copy of ``url``, downloaded if there is none. Raises as ``retried`` does."""
-        from filelock import (
-            FileLock,
-        )  # here, because --help of every command imports this module
+        # here, because --help of every command imports this module
+        from filelock import FileLock
 
         target = self.local_path(url)
         if not target.exists():

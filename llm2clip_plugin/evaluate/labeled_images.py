@@ -35,11 +35,8 @@ from llm2clip_plugin.evaluate.suites import (
 
 CLASS = "class"  # field of an image's JSON where the data has none
 
-NOT_A_CLASS = (
-    ".",
-    "embeddings-",
-    "forecast-",
-)  # prefixes of other folders: hidden ones, caches
+# prefixes of other folders: hidden ones, caches
+NOT_A_CLASS = (".", "embeddings-", "forecast-")
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class RowSource(Source):
         opened: tuple[Path, SideFolder, IndexFile] | None = None,
     ) -> None:
         self._downloads = config.downloads
-        # or URL
+        # a path or a URL
         self.images_folder = config.images or config.path.rpartition("/")[0] or "."
         self._opened = opened or self._open_rows(config)
         path, self.side_folder, self._index = self._opened

@@ -145,9 +145,10 @@ def read_docci(folder: Path) -> list[Row]:
     for item in read_json_lines(folder / "docci_descriptions.jsonlines"):
         if item["split"] != "test":
             continue
-        captions = to_captions([item["description"]], "long")
+        key = item["example_id"]
         image = folder / "images" / item["image_file"]
-        rows.append(Row(item["example_id"], image, captions))
+        captions = to_captions([item["description"]], "long")
+        rows.append(Row(key, image, captions))
     return rows
 
 
