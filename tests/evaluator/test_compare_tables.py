@@ -201,3 +201,16 @@ def test_seeds_of_a_model_and_models(tmp_path, first, second, sides):
     path = tmp_path / "a.csv"
     path.write_text("\n".join(lines))
     assert len(load_models(path)) == sides
+
+
+def test_the_first_row_of_a_jsonl_table_need_not_have_all_columns(tmp_path):
+    """It is a table, and the row that lacks the score is named."""
+    rows = [{"item": 0, "note": "skipped"}, {"item": 1, "score": 1}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ContractError, match=r"a\.jsonl, line 1: score is None"):
+        load_side(path)
+    rows = [{"score": 1, "item": 0}, {"item": 1, "score": 1, "group": "g"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (run,) = load_side(path).runs["a"]
+    assert run.scores == [1, 1]

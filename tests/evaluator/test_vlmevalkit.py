@@ -163,3 +163,67 @@ def test_tables_that_a_judge_is_named_by_are_read_and_unjudged_ones_noted(tmp_pa
     assert value(side, "MMVet") == pytest.approx(37.5)
     (note,) = side.notes
     assert "gpt-4o_MathVista_MINI.xlsx has answers but none of the scores" in note
+
+
+OLD = {  # benchmark: a number by hand
+    "COCO_VAL": 203.44,
+    "ChartQA_TEST": 60,
+    "DocVQA_VAL": None,
+    "GQA_TestDev_Balanced": 50,
+    "OCRBench": 60,
+    "TextVQA_VAL": 70,
+}
+
+
+def test_old_folders_whose_tables_have_no_scores():
+    """Written by its evaluation (of ms-vlmeval 0.0.20), without the tables of results, which older
+    versions did not write."""
+    side = load_side(LOGS / "vlmevalkit_old")
+    assert set(side.runs) == set(OLD)
+    assert side.notes == ()
+    for benchmark, expected in OLD.items():
+        (run,) = side.runs[benchmark]
+        number = run.statistic.full()
+        assert run.printed * 100 == pytest.approx(number, rel=1e-6), benchmark
+        if expected is not None:
+            assert number == pytest.approx(expected, abs=0.01), benchmark
+        assert any(benchmark in note for note in run.notes)
+        assert run.model == "toy"
+        assert run.items[0]["answer"]
+    assert len({*side.runs["DocVQA_VAL"][0].scores}) > 2
+    assert side.runs["COCO_VAL"][0].unit == "CIDEr"
+
+
+def test_whoever_the_judge_is_the_answers_are_read_once(tmp_path):
+    """MODEL_MMVet_qwen-72b.xlsx next to the answers is MMVet; without a judge, MMBench's answers
+    are not taken for judged because MMBench_DEV_EN's are."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    answers = [{"index": n, "answer": "A", "prediction": "B"} for n in range(4)]
+    judged = [{**answer, "score": n / 4} for n, answer in enumerate(answers)]
+    excel(folder / "m_MMVet.xlsx", answers)
+    excel(folder / "m_MMVet_qwen-72b.xlsx", judged)
+    excel(folder / "m_MMBench.xlsx", answers)
+    excel(folder / "m_MMBench_DEV_EN.xlsx", answers)
+    excel(folder / "m_MMBench_DEV_EN_openai_result.xlsx", judged)
+    side = load_side(folder)
+    assert set(side.runs) == {"MMVet", "MMBench_DEV_EN"}
+    (note,) = side.notes
+    assert "m_MMBench.xlsx has answers but none of the scores" in note
+
+
+@pytest.mark.parametrize("ending", ["tsv", "json"])
+def test_answers_without_a_score_are_noted_in_every_format(tmp_path, ending):
+    folder = tmp_path / "m"
+    answers = [[n, "A", "B"] for n in range(4)]
+    head = ["index", "answer", "prediction"]
+    vlmevalkit_table(folder, "MMBench_score", [*head, "hit"], [[0, "A", "A", 1]])
+    path = folder / f"m_MathVista_MINI.{ending}"
+    if ending == "tsv":
+        path.write_text("\n".join("\t".join(map(str, row)) for row in [head, *answers]))
+    else:
+        path.write_text(
+            json.dumps([dict(zip(head, row, strict=True)) for row in answers])
+        )
+    (note,) = load_side(folder).notes
+    assert f"m_MathVista_MINI.{ending} has answers but none of the scores" in note

@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llava_integration.evaluator.benchmarks.benchmark import (
     Benchmark,
     Item,
     Statistic,
     mean_of_parts,
     mean_statistic,
-    ratio,
 )
 from llava_integration.evaluator.benchmarks.rules import benchmarks
 from llava_integration.evaluator.benchmarks.rules.mme import paired_accuracy
+from llava_integration.evaluator.compare.aggregates import AGGREGATES
 from llava_integration.evaluator.compare.readers import (
     BITS,
     BY_PART,
+    LABELS_F1,
+    LABELS_MCC,
     NO_CHOICES,
     PERPLEXITY,
     Choices,
@@ -57,8 +57,8 @@ class Run(Log):
             return rule.statistic(self.items)
         if self.aggregate == "MME":
             return paired_accuracy(self.items, sorted(set(self.groups)))
-        if self.aggregate in (PERPLEXITY, BITS):
-            return likelihood_statistic(self.items, self.aggregate)
+        if self.aggregate in AGGREGATES:
+            return AGGREGATES[self.aggregate](self.items)
         if self.aggregate == BY_PART:
             return mean_of_parts(self.groups, self.scores, self.scale)
         return mean_statistic(self.scores, scale=self.scale)
@@ -86,19 +86,6 @@ class Run(Log):
             groups=picked(self.groups),
             items=picked(self.items),
         )
-
-
-def likelihood_statistic(items: Sequence[Item], aggregate: str) -> Statistic:
-    """The negative of a perplexity, or of bits per byte, over all texts."""
-    sums = np.array([(item["loglikelihood"], item["length"]) for item in items])
-
-    def value(totals: np.ndarray) -> np.ndarray:
-        mean = ratio(totals[..., 0], totals[..., 1])
-        if aggregate == BITS:
-            return mean / math.log(2)
-        return -np.exp(-mean)
-
-    return Statistic(sums, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +217,8 @@ UNIT_OF_AGGREGATE = {
     "MME": "points",
     "CIDEr": "CIDEr",
     "pope": "F1",
+    LABELS_F1: "F1",
+    LABELS_MCC: "MCC",
     PERPLEXITY: "score",
     BITS: "score",
 }

@@ -37,6 +37,9 @@ BY_PART = "mean of categories"  # an aggregate: categories have equal weight
 # aggregates of items with the ``loglikelihood`` of a text and its ``length``
 PERPLEXITY = "perplexity"
 BITS = "bits per byte"
+# aggregates of items with a ``label``, the truth, and a ``parsed`` one, the answer
+LABELS_F1 = "F1 of labels"
+LABELS_MCC = "MCC of labels"
 OWN = "score files"  # name of the reader of ours, which take precedence
 LONGEST_TEXT = (
     600  # characters of a question or an answer: a million of them lie in memory

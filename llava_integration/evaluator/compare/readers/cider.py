@@ -4,7 +4,7 @@ are tokenized as the Penn Treebank is, in lower case and without punctuation mar
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -43,9 +43,8 @@ def tokens(caption: str) -> Iterator[str]:
 Gram = tuple[str, ...]
 
 
-def ngrams(caption: str) -> Counter[Gram]:
+def ngrams(words: Sequence[str]) -> Counter[Gram]:
     """How often each sequence of one to four words occurs."""
-    words = list(tokens(caption))
     counts: Counter[Gram] = Counter()
     for n in range(1, NGRAMS + 1):
         for start in range(len(words) - n + 1):
@@ -53,9 +52,13 @@ def ngrams(caption: str) -> Counter[Gram]:
     return counts
 
 
-def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+def cider(
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    words_of: Callable[[str], Iterable[str]] = tokens,
+) -> list[float]:
     """The score of each caption against its references; their mean is the corpus' CIDEr (1.1, where
-    papers say 110).
+    papers say 110). ``words_of`` splits a caption.
 
     An n-gram's weight is log(captions / captions with it in a reference): scores depend on the
     benchmark's references.
@@ -63,13 +66,14 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
     all_refs = []
     frequency: Counter[Gram] = Counter()
     for texts in references:
-        refs = [ngrams(text) for text in texts]
+        refs = [ngrams(list(words_of(text))) for text in texts]
         all_refs.append(refs)
         frequency.update(set(chain.from_iterable(refs)))
     log_captions = math.log(max(1, len(captions)))
     scores = []
     for caption, refs in zip(captions, all_refs, strict=True):
-        vector = weighted(ngrams(caption), frequency, log_captions)
+        counts = ngrams(list(words_of(caption)))
+        vector = weighted(counts, frequency, log_captions)
         total = 0.0
         for ref in refs:
             total += likeness(vector, weighted(ref, frequency, log_captions))

@@ -16,6 +16,7 @@ from llm2clip_plugin.json_files import read_json_value
 csv.field_size_limit(2**24)
 
 JSON_TABLES = (".json", ".jsonl")
+FIRST_ROWS = 100  # of a table, that tell its columns
 
 
 def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any]]]:
@@ -59,17 +60,17 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def columns(path: Path) -> list[str]:
-    """The names of a table's columns, of a JSON table those of its first row; none if it can't be
-    read."""
-    try:
-        with errors_about(path):
-            if path.suffix in JSON_TABLES:
-                _, row = next(json_rows(path), ("", {}))
-                return [str(name) for name in row]
-            _, names = next(table(path, errors="replace"), ("", []))
-            return [str(name) for name in names]
-    except ContractError:
-        return []
+    """The names of a table's columns, of a JSON table those of its first rows, none of which need
+    have all; those before a row that can't be read."""
+    names: dict[str, None] = {}
+    with suppress(ContractError), errors_about(path):
+        if path.suffix in JSON_TABLES:
+            for _, row in islice(json_rows(path), FIRST_ROWS):
+                names.update(dict.fromkeys(str(name) for name in row))
+        else:
+            _, header = next(table(path, errors="replace"), ("", []))
+            names.update(dict.fromkeys(str(name) for name in header))
+    return list(names)
 
 
 HEAD = 1 << 20  # characters of a JSON array in which its first object ends

@@ -3,7 +3,7 @@ each document, in which a metric's value is a number or an object, and the file 
 it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,16 @@ from llava_integration.evaluator.compare.readers import (
     first_of,
     short_text,
 )
-from llava_integration.evaluator.compare.readers.file_formats import json_objects
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.json_files import read_json_value
 
+# names of logs: the harness's, since 0.4.3, and lmms-eval's, since 0.2.3
+HARNESS_NAME = re.compile(
+    r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]*\d)\.jsonl?(\.gz)?$"
+)
+LMMS_NAME = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl(\.gz)?$")
+# of a line of the harness up to 0.4.2, which has no hash
+OLD_HARNESS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps"}
 TEXTS = (
     "arguments",
     "resps",
@@ -36,6 +42,14 @@ SHOWN = "what the page shows"
 Lines = Sequence[tuple[str, dict[str, Any]]]  # where it is, and a line of the log
 
 
+def is_harness_line(line: dict[str, Any]) -> bool:
+    """Whether lm-evaluation-harness wrote a line, not lmms-eval: it has the names of metrics, which
+    0.4.3 left out, or arguments with names."""
+    if "doc_hash" not in line:
+        return set(line) >= OLD_HARNESS
+    return "metrics" in line or isinstance(line.get("arguments"), dict)
+
+
 class Summary:
     """A task in the file of results; without that file, nothing is known."""
 
@@ -43,27 +57,21 @@ class Summary:
         self, path: Path, pattern: re.Pattern[str], results: str, groups: str = ""
     ):
         """``path``: the task's log; ``groups``: the aggregate of a group's number."""
-        name = pattern.search(path.name)
-        self.task = name["task"] if name else path.stem.removeprefix("samples_")
-        # the harness up to 0.4.2: MODEL_ARGUMENTS_TASK.jsonl next to results.json
-        old = path.with_name("results.json")
-        is_old = name is None and old.is_file()
-        self.path = path.with_name(results.format(name["date"])) if name else path
-        if is_old:
-            self.path = old
         self.groups = groups
         self.filter = ""  # whose numbers are printed; "": the first
-        body = {}
-        if (name or is_old) and self.path.is_file():
-            body = read_json_value(self.path)
-        if is_old:
-            tasks = []
-            for task in body.get("results") or {}:
-                if path.stem.endswith(f"_{task}"):
-                    tasks.append(task)
-            self.task = max(tasks, key=len, default=self.task)
+        name = pattern.search(path.name)
+        if name:
+            self.task = name["task"]
+            self.path = path.with_name(results.format(name["date"]))
+            body = read_json_value(self.path) if self.path.is_file() else {}
+        else:
+            self.task = path.name.split(".json")[0].removeprefix("samples_")
+            self.path, body = old_results(path)
+            tasks = body.get("results") or {}
+            named = [task for task in tasks if is_named_by(self.task, task)]
+            self.task = max(named, key=len, default=self.task)
         with errors_about(self.path):
-            self.model = str(body.get("model_name", ""))
+            self.model = model_named_in(body)
             # whether more is, by metric
             self.better = (body.get("higher_is_better") or {}).get(self.task) or {}
             self.numbers = body.get("results") or {}
@@ -80,6 +88,15 @@ class Summary:
             if name == metric and is_chosen and isinstance(value, (int, float)):
                 return float(value)
         return None
+
+    def filters(self) -> list[str]:
+        """The names of the filters under which numbers were printed."""
+        names: list[str] = []
+        for key in self.numbers.get(self.task) or {}:
+            metric, _, name = key.partition(",")
+            if name and not metric.endswith("_stderr") and name not in names:
+                names.append(name)
+        return names
 
     def size_notes(self, lines: Lines) -> list[str]:
         """A note if the log has a part of the task's documents."""
@@ -136,11 +153,50 @@ class Summary:
         )
 
 
-def lines_of(path: Path, group: str = "") -> Lines:
-    """The lines without what is long and not compared: a million of them lie in memory. ``group``:
-    the field of a line or its document whose value is kept as GROUP."""
+def is_named_by(stem: str, task: str) -> bool:
+    """Whether a log is of a task: it is called so, or, up to 0.4.2, MODEL_ARGUMENTS_TASK."""
+    return stem == task or stem.endswith(f"_{task}")
+
+
+def old_results(log: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of results next to a log whose name has no date, and its object; the log itself and
+    {} if there is none. It is results.json, or has another name with --output_path FILE.json."""
+    candidates = [log.with_name("results.json")]
+    candidates += sorted(log.parent.glob("*.json*"))
+    for path in candidates:
+        if path == log or not path.is_file() or path.suffix not in (".json", ".jsonl"):
+            continue
+        with path.open("rb") as file:
+            is_results = file.read(100).lstrip().startswith(b'{\n  "results"')
+        if not is_results and path.name != "results.json":
+            continue
+        body = read_json_value(path)
+        tasks = body.get("results") if isinstance(body, dict) else None
+        stem = log.name.split(".json")[0]
+        if tasks and any(is_named_by(stem, task) for task in tasks):
+            return path, body
+    return log, {}
+
+
+# what names a model in --model_args
+MODEL_ARGUMENT = re.compile(r"(?:^|,)(?:pretrained|model|path|model_version)=([^,]+)")
+
+
+def model_named_in(results: dict[str, Any]) -> str:
+    """The model of a file of results; "" if it has none. Up to 0.4.2 it is in the arguments."""
+    if results.get("model_name"):
+        return str(results["model_name"])
+    config = results.get("config") or {}
+    arguments = str(config.get("model_args") or "")
+    named = MODEL_ARGUMENT.search(arguments)
+    return named[1] if named else str(config.get("model") or "")
+
+
+def lines_of(objects: Iterable[tuple[str, dict[str, Any]]], group: str = "") -> Lines:
+    """A log's lines without what is long and not compared: a million of them lie in memory.
+    ``group``: the field of a line or its document whose value is kept as GROUP."""
     lines = []
-    for where, line in json_objects(path):
+    for where, line in objects:
         if "doc_id" not in line:
             raise ContractError(f"{where}: no doc_id")
         doc = line.get("doc")
@@ -171,31 +227,59 @@ def group_of(line: dict[str, Any], field: str, where: str) -> str:
 def shown_texts(line: dict[str, Any]) -> dict[str, str]:
     """The question and the answer of a line, those that it has."""
     doc = line.get("doc")
-    question = ""
+    question: Any = ""
     if isinstance(doc, dict):
         question = first_of(doc, ("question", "query", "problem"))
-    question = question or line.get("input")
+    question = question or line.get("input") or prompt_of(line.get("arguments"))
     texts = {"question": short_text(question), "answer": short_text(answer_of(line))}
     return {name: text for name, text in texts.items() if text}
+
+
+def pairs_of(arguments: Any) -> list[list[Any]]:
+    """The arguments of a document's requests; since 0.4.3 they have names."""
+    if isinstance(arguments, dict):
+        arguments = [list(request.values()) for request in arguments.values()]
+    pairs = []
+    for request in arguments if isinstance(arguments, list) else []:
+        if isinstance(request, list) and request:
+            pairs.append(request)
+    return pairs
+
+
+def prompt_of(arguments: Any) -> Any:
+    """The prompt of the first request."""
+    for request in pairs_of(arguments):
+        return request[0]
+    return ""
 
 
 def answer_of(line: dict[str, Any]) -> Any:
     """What the model said: a text, or the option that it found most likely."""
     answers = line.get("filtered_resps")
-    if isinstance(answers, list) and len(answers) == 1 and isinstance(answers[0], str):
-        return answers[0]
-    options = line.get("arguments")
-    if not isinstance(answers, list) or not isinstance(options, dict):
+    if not isinstance(answers, list):
         return answers
+    if len(answers) == 1 and isinstance(answers[0], str):
+        return answers[0]
+    options = options_of(line.get("arguments"))
     if len(options) != len(answers):
         return None
     likely = []
-    for answer, option in zip(answers, options.values(), strict=True):
-        if not isinstance(answer, list) or not isinstance(option, dict):
+    for answer, option in zip(answers, options, strict=True):
+        if not isinstance(answer, list):
             return None
-        likely.append((float(answer[0]), option.get("arg_1")))
+        likely.append((float(answer[0]), option))
     _, most_likely = max(likely, key=lambda pair: pair[0])
-    return most_likely.strip() if isinstance(most_likely, str) else None
+    return most_likely.strip()
+
+
+def options_of(arguments: Any) -> list[str]:
+    """The texts whose likelihoods were asked for; empty if these are no options."""
+    options = []
+    for request in pairs_of(arguments):
+        if len(request) < 2 or not isinstance(request[1], str):
+            return []
+        options.append(request[1])
+    return options
 
 
 def item_of(line: dict[str, Any], value: Any, score: float) -> dict[str, Any]:

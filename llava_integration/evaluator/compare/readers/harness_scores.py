@@ -6,7 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llava_integration.evaluator.compare.readers import BITS, PERPLEXITY, Log, number
+from llava_integration.evaluator.compare.readers import (
+    BITS,
+    LABELS_F1,
+    LABELS_MCC,
+    PERPLEXITY,
+    Log,
+    number,
+)
 from llava_integration.evaluator.compare.readers.harness_lines import (
     NO_METRICS,
     Lines,
@@ -22,6 +29,9 @@ LIKELIHOODS = {
     "byte_perplexity": PERPLEXITY,
     "bits_per_byte": BITS,
 }
+# metrics of the harness that are made of pairs of a label and a prediction
+PAIRS = {"f1": LABELS_F1, "mcc": LABELS_MCC}
+BRIER = "brier_score"  # made of a label and the probabilities of all
 
 
 def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
@@ -36,7 +46,9 @@ def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
         if score_of(first_line.get(metric)) is not None:
             numeric.append(metric)
     if not numeric:
-        return without_number(lines, summary, metrics)
+        return scored_pairs(lines, summary, metrics) or without_number(
+            lines, summary, metrics
+        )
     # others are of a part
     times = Counter(name for _, line in lines for name in line)
     metric = max(numeric, key=lambda name: times[name])
@@ -88,22 +100,80 @@ def likelihood_log(lines: Lines, summary: Summary, metric: str) -> Log:
         if length <= 0:
             raise ContractError(f"{where}: {metric} has the length {length:g}")
         item = item_of(line, line, likelihood / length)
+        item.pop("answer", None)  # there is none: the text was given
         items.append({**item, "loglikelihood": likelihood, "length": length})
     log = summary.log(metric, items, aggregate=LIKELIHOODS[metric])
     return negated(log, metric)
 
 
+def scored_pairs(lines: Lines, summary: Summary, metrics: Sequence[str]) -> Log | None:
+    """The log of the first metric whose value is a label and a prediction; None if none is."""
+    _, first_line = lines[0]
+    for metric in metrics:
+        value = first_line.get(metric)
+        is_pair = isinstance(value, list) and len(value) == 2
+        if is_pair and metric in PAIRS:
+            return label_log(lines, summary, metric)
+        if is_pair and metric == BRIER:
+            return brier_log(lines, summary)
+    return None
+
+
+def label_log(lines: Lines, summary: Summary, metric: str) -> Log:
+    """The log of F1 or Matthews' correlation, both of the whole task."""
+    items = []
+    for where, line in lines:
+        truth, answer = pair_of(line, metric, where)
+        item = item_of(line, line, int(truth == answer))
+        items.append({**item, "label": truth, "parsed": answer})
+    return summary.log(metric, items, aggregate=PAIRS[metric])
+
+
+def brier_log(lines: Lines, summary: Summary) -> Log:
+    """The log of the Brier score: the squared distance of the probabilities from the truth."""
+    items = []
+    for where, line in lines:
+        truth, probabilities = pair_of(line, BRIER, where)
+        if isinstance(probabilities, str):  # an array as numpy prints it
+            probabilities = probabilities.strip("[]").split()
+        distance = 0.0
+        for label, probability in enumerate(probabilities):
+            distance += (float(probability) - int(label == truth)) ** 2
+        items.append(item_of(line, line, -distance))
+    return negated(summary.log(BRIER, items), BRIER)
+
+
+def pair_of(line: dict[str, Any], metric: str, where: str) -> list[Any]:
+    """A metric's value that is a pair."""
+    value = line.get(metric)
+    if not isinstance(value, list) or len(value) != 2:
+        raise ContractError(
+            f"{where}: {metric} is {value!r}; expected a label and a prediction"
+        )
+    return value
+
+
+# fields of a metric's object that are a document's score; tasks of lmms-eval call it differently
+SCORE_FIELDS = ("score", "is_correct", "true_false", "gpt_score", "correct", "hit")
+
+
 def score_of(value: Any) -> float | bool | None:
     """A metric's number for one document: the value, its ``score``, or whether it is right."""
-    if isinstance(value, dict):
-        # a list: captions
-        if {"pred", "answer"} <= set(value) and not isinstance(value["answer"], list):
-            return str(value["pred"]).lower() == str(value["answer"]).lower()
-        if {"parsed_pred", "answer"} <= set(value):  # MMMU's
-            answers = value["parsed_pred"]
-            return any(is_right_in_mmmu(answer, value["answer"]) for answer in answers)
-        value = value.get("score", value.get("is_correct"))
-    return value if isinstance(value, (int, float)) else None
+    if not isinstance(value, dict):
+        return value if isinstance(value, (int, float)) else None
+    for name in SCORE_FIELDS:
+        if isinstance(value.get(name), (int, float)):
+            return value[name]
+    truth = value.get("answer")
+    if "parsed_pred" in value and "answer" in value:  # MMMU's
+        return any(is_right_in_mmmu(answer, truth) for answer in value["parsed_pred"])
+    # a list: captions; a box is no text
+    if not isinstance(truth, (str, int, float)) or "bbox" in value:
+        return None
+    for name in ("pred", "pred_answer"):
+        if name in value:
+            return str(value[name]).lower() == str(truth).lower()
+    return None
 
 
 def is_right_in_mmmu(answer: Any, truth: Any) -> bool:

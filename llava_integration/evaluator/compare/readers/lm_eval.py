@@ -1,42 +1,42 @@
 """lm-evaluation-harness with ``--log_samples``: ``samples_TASK_DATE.jsonl`` next to
-``results_DATE.json``, or, up to 0.4.2, ``MODEL_ARGUMENTS_TASK.jsonl`` next to ``results.json``.
+``results_DATE.json``, or, up to 0.4.2, ``MODEL_ARGUMENTS_TASK.jsonl``, which is an array, next to
+``results.json`` or the file that was asked for.
 """
 
-import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from llava_integration.evaluator.compare.readers import Choices, Log, Reader
-from llava_integration.evaluator.compare.readers.file_formats import first_object
+from llava_integration.evaluator.compare.readers.file_formats import (
+    first_object,
+    json_objects,
+)
 from llava_integration.evaluator.compare.readers.harness_lines import (
+    HARNESS_NAME,
+    LMMS_NAME,
     NO_METRICS,
+    Lines,
     Summary,
+    is_harness_line,
     lines_of,
 )
 from llava_integration.evaluator.compare.readers.harness_scores import scored
 from llm2clip_plugin.errors import ContractError
 
-HARNESS = re.compile(
-    r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]*\d)\.jsonl(\.gz)?$"
-)
-# of a line of the harness up to 0.4.2, which wrote an array, without hashes and names of metrics
-OLD_HARNESS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps"}
-
 
 def fits(path: Path) -> bool:
-    """Recognized by its name, or by a line with a document's hash and names of metrics."""
-    if HARNESS.search(path.name):
-        return True
-    line = set(first_object(path))
-    if "doc_hash" in line:
-        return {"doc_id", "metrics"} <= line
-    return line >= OLD_HARNESS
+    """Recognized by its name, or by a line that only the harness writes."""
+    if LMMS_NAME.search(path.name):
+        return False
+    return bool(HARNESS_NAME.search(path.name)) or is_harness_line(first_object(path))
 
 
 def read(path: Path, choices: Choices) -> Iterator[Log]:
     """The task's first metric with a number for each document, under its first filter."""
-    summary = Summary(path, HARNESS, "results_{}.json")
-    lines = lines_of(path, choices.group)
+    summary = Summary(path, HARNESS_NAME, "results_{}.json")
+    lines = lines_of(json_objects(path), choices.group)
+    lines = with_filters(lines, summary)
     filters = list(dict.fromkeys(str(line.get("filter", "none")) for _, line in lines))
     name = choices.filter or filters[0]
     if name not in filters:
@@ -59,9 +59,29 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     yield log
 
 
+def with_filters(lines: Lines, summary: Summary) -> Lines:
+    """The lines, those of a log up to 0.4.2 with the name of their filter, which it lacks: it has
+    all documents under the first filter, then all under the next."""
+    if any("filter" in line for _, line in lines):
+        return lines
+    times: Counter[str] = Counter()
+    numbers = []
+    for _, line in lines:
+        name = str(line["doc_id"])
+        numbers.append(times[name])
+        times[name] += 1
+    if max(numbers) == 0:
+        return lines
+    names = summary.filters()
+    for (_, line), number in zip(lines, numbers, strict=True):
+        known = number < len(names)
+        line["filter"] = names[number] if known else f"number {number + 1}"
+    return lines
+
+
 READER = Reader(
     name="lm-evaluation-harness",
-    endings=(".jsonl", ".jsonl.gz"),
+    endings=(".jsonl", ".jsonl.gz", ".json"),
     fits=fits,
     read=read,
     choices=("group", "metric", "filter"),

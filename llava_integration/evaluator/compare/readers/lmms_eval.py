@@ -1,13 +1,13 @@
-"""lmms-eval, with ``--log_samples``: ``DATE_samples_TASK.jsonl`` next to ``DATE_results.json``.
+"""lmms-eval, with ``--log_samples``: ``DATE_samples_TASK.jsonl`` next to ``DATE_results.json``, or,
+up to 0.2.2, ``TASK.json``, an object with ``logs``, next to ``results.json``.
 
 A metric's value is a number, or an object with what the task's aggregation reads: MME, POPE,
 MMBench, MMVP, MMStar and captions become their composites; of other objects the field ``score``
 counts, or whether the answer is right.
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +25,61 @@ from llava_integration.evaluator.compare.readers import (
     number,
 )
 from llava_integration.evaluator.compare.readers.cider import cider
-from llava_integration.evaluator.compare.readers.file_formats import first_object
+from llava_integration.evaluator.compare.readers.file_formats import (
+    first_object,
+    json_objects,
+)
 from llava_integration.evaluator.compare.readers.harness_lines import (
     ALONE,
+    HARNESS_NAME,
+    LMMS_NAME,
     NO_METRICS,
     Lines,
     Summary,
     fields,
+    is_harness_line,
     item_of,
     lines_of,
 )
 from llava_integration.evaluator.compare.readers.harness_scores import scored
+from llm2clip_plugin.json_files import read_json_value
 
-LMMS_EVAL = re.compile(r"(?P<date>\d{8}_\d{6})_samples_(?P<task>.+)\.jsonl(\.gz)?$")
 PROMPTS = "answers to lmms-eval's prompts, which may differ from LLaVA's"
 MME_METRICS = ("mme_perception_score", "mme_cognition_score")
 
 
 def fits(path: Path) -> bool:
-    """Recognized by its name, or by a line with a document's hash, but no names of metrics, which
-    the harness has."""
-    if LMMS_EVAL.search(path.name):
+    """Recognized by its name, by a line with a document's hash that is not the harness's, or by an
+    object that begins with the arguments of the run."""
+    if LMMS_NAME.search(path.name):
         return True
-    line = set(first_object(path))
-    return {"doc_id", "doc_hash"} <= line and "metrics" not in line
+    if HARNESS_NAME.search(path.name):
+        return False
+    if path.suffix == ".json":
+        return is_old(path)
+    line = first_object(path)
+    return {"doc_id", "doc_hash"} <= set(line) and not is_harness_line(line)
+
+
+def is_old(path: Path) -> bool:
+    """Whether a file is TASK.json of lmms-eval up to 0.2.2."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    starts = head.replace(b" ", b"").replace(b"\n", b"").startswith(b'{"args":{')
+    return starts and b'"log_samples"' in head
 
 
 def read(path: Path, choices: Choices) -> Iterator[Log]:
     """The task's composite, or its first metric that has a number for each document."""
-    summary = Summary(path, LMMS_EVAL, "{}_results.json", groups=BY_PART)
-    lines = lines_of(path, choices.group)
-    first_line = first_object(path)
+    summary = Summary(path, LMMS_NAME, "{}_results.json", groups=BY_PART)
+    if path.suffix == ".json" and is_old(path):
+        logged = read_json_value(path)["logs"]
+        objects = [(f"{path}, log {n}", line) for n, line in enumerate(logged, 1)]
+        first_line = dict(logged[0])
+    else:
+        objects = json_objects(path)
+        first_line = first_object(path)
+    lines = lines_of(objects, choices.group)
     for log in logs_of_task(lines, summary, first_line, choices.metric):
         if all(item["cluster"] == str(item["id"]) for item in log.items):
             log.notes.append(ALONE)
@@ -75,6 +99,8 @@ def logs_of_task(
         return [_mmbench(lines, summary, "submission")]
     if summary.task.startswith("mmstar"):
         return [_mmstar(lines, summary, "average")]
+    if is_hrbench(lines):
+        return [_hrbench(lines, summary, "average")]
     if set(MME_METRICS) & set(metrics):
         return list(_mme(lines, summary))
     if make is not None:
@@ -83,6 +109,13 @@ def logs_of_task(
     ordered = dict.fromkeys((*summary.better, *metrics))
     candidates = [name for name in ordered if name not in NO_METRICS]
     return [scored(lines, summary, candidates)]
+
+
+def is_hrbench(lines: Lines) -> bool:
+    """Whether the first line is HR-Bench's, whose metrics are named by its categories."""
+    _, line = lines[0]
+    value = line.get("average")
+    return isinstance(value, dict) and "cycle_category" in value
 
 
 def composite_of(
@@ -196,6 +229,61 @@ def _mmstar(lines: Lines, summary: Summary, metric: str) -> Log:
     return summary.log(metric, items, aggregate=BY_PART)
 
 
+def _mlvu(lines: Lines, summary: Summary, metric: str) -> Log:
+    """Each kind of task has equal weight; the number is in percent."""
+    items = []
+    for where, line in lines:
+        value = fields(line.get(metric), "task_type pred_answer answer", where)
+        score = int(value["pred_answer"] == value["answer"])
+        items.append(item_of(line, line, score) | {"category": value["task_type"]})
+    printed = summary.printed(metric)
+    if printed is not None:
+        printed = printed / 100
+    return summary.log(metric, items, aggregate=BY_PART, printed=printed)
+
+
+def _hrbench(lines: Lines, summary: Summary, metric: str) -> Log:
+    """Each rotation of the options has equal weight."""
+    items = []
+    for where, line in lines:
+        value = fields(line.get(metric), "cycle_category gpt_score", where)
+        item = item_of(line, line, value["gpt_score"])
+        items.append(item | {"category": str(value["cycle_category"])})
+    return summary.log(metric, items, aggregate=BY_PART)
+
+
+def _boxes(lines: Lines, summary: Summary, metric: str) -> Log:
+    """RefCOCO's boxes: how far the answer's and the true one overlap, or whether they do enough."""
+    items = []
+    for where, line in lines:
+        value = fields(line.get(metric), "bbox pred", where)
+        score = box_score(metric, value["bbox"], value["pred"])
+        items.append(item_of(line, line, score) | {"truth": value["bbox"]})
+    return summary.log(metric, items)
+
+
+def box_score(metric: str, truth: Sequence[float], answer: Sequence[float]) -> float:
+    """The score of a box (left, top, right, bottom) under a metric such as IoU, ACC@0.5 or
+    Center_ACC."""
+    if metric.endswith("Center_ACC"):
+        x = (answer[0] + answer[2]) / 2
+        y = (answer[1] + answer[3]) / 2
+        return float(truth[0] <= x <= truth[2] and truth[1] <= y <= truth[3])
+    overlap = intersection_over_union(truth, answer)
+    _, _, threshold = metric.partition("ACC@")
+    return float(overlap >= float(threshold)) if threshold else overlap
+
+
+def intersection_over_union(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of two boxes, 0 if both are empty."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    shared = max(0.0, width) * max(0.0, height)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    union = sum(areas) - shared
+    return shared / union if union else 0.0
+
+
 def _cider(lines: Lines, summary: Summary, metric: str) -> Log:
     """Each caption's score against its image's references."""
     values = [fields(line.get(metric), "answer pred", where) for where, line in lines]
@@ -218,11 +306,23 @@ def _cider(lines: Lines, summary: Summary, metric: str) -> Log:
 
 
 # what the name of a metric ends in: the log made of it
-COMPOSITES = {"pope_f1_score": _pope, "mmvp_pair_accuracy": _pairs, "CIDEr": _cider}
+COMPOSITES = {
+    "pope_f1_score": _pope,
+    "mmvp_pair_accuracy": _pairs,
+    "CIDEr": _cider,
+    "mlvu_percetion_score": _mlvu,
+    "_IoU": _boxes,
+    "_ACC@0.1": _boxes,
+    "_ACC@0.3": _boxes,
+    "_ACC@0.5": _boxes,
+    "_ACC@0.7": _boxes,
+    "_ACC@0.9": _boxes,
+    "_Center_ACC": _boxes,
+}
 
 READER = Reader(
     name="lmms-eval",
-    endings=(".jsonl", ".jsonl.gz"),
+    endings=(".jsonl", ".jsonl.gz", ".json"),
     fits=fits,
     read=read,
     choices=("group", "metric"),

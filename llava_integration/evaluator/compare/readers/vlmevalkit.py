@@ -2,7 +2,8 @@
 .tsv, .json).
 
 The score is the column ``hit``, ``score`` or ``eval_score``; circular benchmarks have one row for
-all turns of a question there. MME, POPE and MMVP become their composites.
+all turns of a question there. MME, POPE and MMVP become their composites. Tables of answers without
+a score are scored where that needs no judge (``vlmevalkit_rules.py``).
 """
 
 import ast
@@ -10,7 +11,7 @@ import csv
 import glob
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,17 @@ from llava_integration.evaluator.compare.readers import (
     number,
     short_text,
 )
+from llava_integration.evaluator.compare.readers.cider import cider
 from llava_integration.evaluator.compare.readers.file_formats import columns, table
 from llava_integration.evaluator.compare.readers.harness_lines import ALONE
+from llava_integration.evaluator.compare.readers.vlmevalkit_rules import (
+    Rule,
+    nearness,
+    rule_of,
+    truths_of,
+)
 from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.json_files import read_json_value
 
 SCORES = ("hit", "score", "eval_score", "verifier_match")
 JUDGE = r"_(exact_matching|openai|chatgpt[\w.-]*?|gpt[\w.-]*?)"
@@ -35,32 +44,52 @@ JUDGED = r"_(auxmatch|result|results|detailed_results|score)"
 JUDGE_ALONE = r"_(exact_matching|openai|chatgpt[a-zA-Z\d.-]*|gpt[a-zA-Z\d.-]*)"
 ENDING = re.compile(rf"(({JUDGE})?{JUDGED}|{JUDGE_ALONE})$")
 TABLES = (".xlsx", ".tsv", ".json")
-ANLS_THRESHOLD = 0.5  # a nearness below is none
+CIDER = "CIDEr of a row"  # not in the table, but computed of all its captions
 
 
 def fits(path: Path) -> bool:
-    """It has the columns index, prediction and a score's, or is an Excel table of predictions of
-    which there is no judged one."""
-    with path.open("rb") as file:
-        if path.suffix == ".json" and file.read(1) != b"[":
-            return False
+    """It has the columns index, prediction and a score's, or is a table of predictions of which
+    there is no judged one."""
+    is_excel = path.suffix == ".xlsx"
     is_judged = ENDING.search(path.stem) is not None
-    if path.suffix == ".xlsx" and not is_judged and has_judged_table(path):
+    if is_excel and not is_judged and has_judged_table(path):
         return False  # predictions, which are in the judged table, too; opening them takes seconds
-    names = set(columns(path))
-    if path.suffix == ".xlsx" and {"index", "prediction"} <= names:
-        return True  # read() says so if there is no score
-    if path.suffix == ".xlsx" and not is_judged:
-        return False
-    if path.suffix == ".xlsx" and not names:
-        return True  # read() says what is wrong with it
-    return {"index", "prediction"} <= names and bool(names & set(SCORES))
+    names = columns_of(path)
+    if {"index", "prediction"} <= names:
+        # read() says so if there is no score
+        return bool(names & set(SCORES)) or is_excel or not has_judged_table(path)
+    return is_excel and is_judged and not names  # read() says what is wrong with it
+
+
+def columns_of(path: Path) -> set[str]:
+    """The columns of a table; none of a JSON file that is no list of rows."""
+    if path.suffix == ".json":
+        with path.open("rb") as file:
+            if file.read(1) != b"[":
+                return set()
+    return set(columns(path))
 
 
 def has_judged_table(path: Path) -> bool:
-    """Whether there is a table next to it that its name begins."""
-    tables = path.parent.glob(f"{glob.escape(path.stem)}_*")
-    return any(table.suffix in TABLES for table in tables)
+    """Whether there is a table with scores of these answers next to it."""
+    for other in path.parent.glob(f"{glob.escape(path.stem)}_*"):
+        if other.suffix in TABLES and unjudged_stem(other) == path.stem:
+            names = columns_of(other)
+            if "index" in names and names & set(SCORES):
+                return True
+    return False
+
+
+def unjudged_stem(path: Path) -> str:
+    """A table's name without what it says about the judge, whom nobody need know if the table of
+    answers is there: MODEL_DATASET_JUDGE.xlsx next to MODEL_DATASET.xlsx."""
+    if ENDING.search(path.stem):
+        return ENDING.sub("", path.stem)
+    answers, _, _ = path.stem.rpartition("_")
+    for ending in TABLES:
+        if answers and path.with_name(f"{answers}{ending}").is_file():
+            return answers
+    return path.stem
 
 
 def read(path: Path, choices: Choices) -> Iterator[Log]:
@@ -70,15 +99,18 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     score_columns = [name for name in SCORES if name in names]
     column = choices.metric or next(iter(score_columns), "")
     check_columns(path, names, column, choices)
-    if not column:
+    judged = Table.of(path, names, column, choices.group)
+    if not column and not judged.is_caption and judged.rule is None:
         problem = f"{path} has answers but none of the scores {', '.join(SCORES)}; judge it first"
         yield Log(benchmark=path.stem, metrics={}, items=[], unknown=problem)
         return
-    judged = Table.of(path, names, column, choices.group)
+    rows = [(where, dict(zip(names, cells, strict=False))) for where, cells in lines]
+    if judged.is_caption:
+        yield caption_log(judged, rows)
+        return
     items = []
     split_of: dict[str, str] = {}
-    for where, cells in lines:
-        row = dict(zip(names, cells, strict=False))
+    for where, row in rows:
         item = judged.item(row, where)
         split_of[item["id"]] = str(row.get("split") or "")
         if judged.is_pope:
@@ -86,6 +118,10 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
         else:
             items.append(item)
     notes = [] if {*judged.cluster_columns} & {*names} else [ALONE]
+    if not column:
+        notes.append(
+            f"{judged.data}: the table has no scores; its answers are scored by VLMEvalKit's rule"
+        )
     splits = sorted(set(split_of.values()))
     if column == "hit" and len(splits) > 1:  # MMMU_DEV_VAL: a number for each
         for split in splits:
@@ -105,10 +141,30 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     overall = printed.get("Overall")
     if overall is not None and column != "hit":
         overall = overall / 100
+    if "Final Score" in printed:  # OCRBench's, a count
+        overall = printed["Final Score"] / len(items)
     if len(items) > len(split_of):
         notes.append(f"{len(split_of):,} questions, each counted in all of its parts")
     name = "pope" if judged.is_pope else judged.data
     yield judged.log(name, items, overall, notes)
+
+
+def caption_log(captions: "Table", rows: Sequence[tuple[str, dict[str, Any]]]) -> Log:
+    """CIDEr as VLMEvalKit computes it: captions are split at spaces."""
+    texts = [str(row.get("prediction")) for _, row in rows]
+    references = [truths_of(row.get("answer")) for _, row in rows]
+    scores = cider(texts, references, words_of=str.split)
+    items = []
+    for (where, row), score in zip(rows, scores, strict=True):
+        items.append(captions.item({**row, CIDER: score}, where))
+    printed = _printed(captions.stem).get("CIDEr")
+    if printed is not None:
+        printed = printed / 100
+    notes = [
+        f"{captions.data}: CIDEr is compared; document frequencies are those of all references"
+    ]
+    log = captions.log(captions.data, items, printed, notes)
+    return replace(log, aggregate="CIDEr")
 
 
 def check_columns(
@@ -139,13 +195,15 @@ class Table:
     cluster_columns: tuple[str, ...]  # the first of these tells what goes together
     is_mme: bool
     is_pope: bool
+    is_caption: bool  # answers without scores, of which CIDEr can be computed
+    rule: Rule | None  # of answers without scores
 
     @classmethod
     def of(
         cls, path: Path, names: Sequence[str], column: str, group: str = ""
     ) -> "Table":
         """The table of a file with these columns."""
-        stem = ENDING.sub("", path.stem)
+        stem = unjudged_stem(path)
         model = ""
         for folder in path.parents:
             if folder.name and stem.startswith(f"{folder.name}_"):
@@ -153,27 +211,36 @@ class Table:
                 break
         data = stem.removeprefix(f"{model}_") if model else stem
         is_extracted = "extracted" in names
+        is_caption = not column and data.startswith("COCO") and "answer" in names
         return cls(
             stem=path.with_name(stem),
             model=model,
             data=data,
-            column=column,
+            column=CIDER if is_caption else column,
             cluster_columns=(group,) if group else IMAGES[:-1],
             is_mme=data.lower() == "mme" and is_extracted,
             is_pope=data.lower() == "pope" and is_extracted,
+            is_caption=is_caption,
+            rule=rule_of(data) if "answer" in names else None,
         )
 
     def item(self, row: dict[str, Any], where: str) -> dict[str, Any]:
         """The item of a row."""
         name = str(row["index"])
+        category = str(row.get("category") or "")
+        answer = str(row.get("prediction"))
         with errors_about(where):
-            score = _score(self.data, row, self.column, f"{where}: {self.column}")
+            if self.column:
+                score = _score(self.data, row, self.column, f"{where}: {self.column}")
+            else:
+                assert self.rule is not None
+                score = self.rule(answer, truths_of(row.get("answer")), category)
         return {
             "id": name,
             "score": score,
-            "category": str(row.get("category") or ""),
+            "category": category,
             "question": short_text(row.get("question")),
-            "answer": short_text(str(row.get("prediction"))),
+            "answer": short_text(answer),
             "truth": row.get("answer"),
             "cluster": first_of(row, self.cluster_columns) or name,
         }
@@ -224,7 +291,7 @@ def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
     matches = ast.literal_eval(str(row.get("eval_match") or "[]"))
     matches = [float(match) for match in matches]
     if matches and data.startswith(("DocVQA", "InfoVQA")):  # distances
-        return 1 - min(matches) if min(matches) <= 1 - ANLS_THRESHOLD else 0.0
+        return nearness(min(matches))
     if matches and data.startswith(("ChartQA", "OCRVQA")):
         return max(matches)
     return number(row.get(column), where)
@@ -236,22 +303,29 @@ def _printed(stem: Path, split: str = "Overall") -> dict[str, float]:
     for ending in ("acc", "score"):
         path = stem.with_name(f"{stem.name}_{ending}.csv")
         if path.is_file():
-            return numbers_of(path, split)
+            with path.open(encoding="utf-8", newline="") as file:
+                return numbers_of(list(csv.DictReader(file)), split)
+    path = stem.with_name(f"{stem.name}_score.json")
+    if path.is_file():
+        with errors_about(path):
+            numbers = read_json_value(path)
+            return numbers_of([numbers] if isinstance(numbers, dict) else [], split)
     return {}
 
 
-def numbers_of(path: Path, split: str) -> dict[str, float]:
+PRINTED = ("Overall", "perception", "reasoning", "Final Score", "CIDEr")
+
+
+def numbers_of(rows: Sequence[dict[str, Any]], split: str) -> dict[str, float]:
     """The numbers in a table of results, in the row of a split or the only one."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     row = rows[0] if len(rows) == 1 else {}
     for candidate in rows:
         if candidate.get("split") == split:
             row = candidate
             break
     numbers = {}
-    for name in ("Overall", "perception", "reasoning"):
-        if row.get(name):
+    for name in PRINTED:
+        if row.get(name) not in (None, ""):
             numbers[name] = float(row[name])
     return numbers
 

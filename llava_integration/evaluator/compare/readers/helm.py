@@ -1,0 +1,215 @@
+"""HELM (crfm-helm): the folder of a run, ``runs/SUITE/RUN/``, with ``per_instance_stats.json`` next
+to ``run_spec.json``, ``stats.json`` and ``scenario_state.json``.
+
+The number is the main metric of the scenario's leaderboard, without perturbations.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_integration.evaluator.compare.readers import (
+    Choices,
+    Log,
+    Reader,
+    number,
+    short_text,
+)
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.json_files import read_json_value
+
+STATS = "per_instance_stats.json"
+# of a run's name, which tells the task: "mmlu:subject=anatomy,model=openai_gpt2"
+MODEL_IN_NAME = re.compile(r"(^|[:,])(model|model_deployment)=[^,]*")
+# main metrics of HELM's leaderboards (its schema_*.yaml), the first that a run has; those of one
+# scenario come before exact_match, which nearly every run has
+MAIN_METRICS = (
+    "wildbench_score_rescaled",
+    "omni_math_accuracy",
+    "ifeval_strict_accuracy",
+    "chain_of_thought_correctness",
+    "final_number_exact_match",
+    "math_equiv_chain_of_thought",
+    "math_equiv",
+    "exact_match_indicator",
+    "air_score",
+    "safety_score",
+    "bbq_accuracy",
+    "execution_accuracy",
+    "ruler_string_match_part",
+    "openai_mrcr_accuracy",
+    "annotation_financebench_label_correct_answer",
+    "program_accuracy",
+    "float_equiv",
+    "f1_set_match",
+    "RR@10",
+    "NDCG@10",
+    "prometheus_vision",
+    "earth_mover_similarity",
+    "test_avg",
+    "pass",
+    "wer_score",
+    "bleu_4",
+)
+# groups of scenarios whose main metric is another one, though their runs have exact_match, too
+QUASI_EXACT = (
+    "boolq imdb raft civil_comments wikifact babi_qa synthetic_reasoning legalbench legal_support "
+    "lsat_qa med_qa entity_data_imputation entity_matching bbq casehold banking77 vqa viz_wiz"
+)
+QUASI_PREFIX = (
+    "a_okvqa mm_star blink gqa hateful_memes mmmu unicorn pope seed_bench mme pairs fair_face "
+    "exams_v vqa_base"
+)
+F1 = "narrative_qa natural_qa quac natural_qa_closedbook natural_qa_openbook_longans msr_vtt"
+ROUGE = "summarization_cnndm summarization_xsum billsum_legal_summarization"
+MAIN_OF_GROUP = {
+    **dict.fromkeys(QUASI_EXACT.split(), "quasi_exact_match"),
+    **dict.fromkeys(QUASI_PREFIX.split(), "quasi_prefix_exact_match"),
+    **dict.fromkeys(F1.split(), "f1_score"),
+    **dict.fromkeys(ROUGE.split(), "rouge_2"),
+}
+GENERAL_METRICS = (
+    "exact_match",
+    "quasi_exact_match",
+    "accuracy",
+    "f1_score",
+    "rouge_l",
+)
+LOWER_IS_BETTER = ("wer_score", "error_rate", "toxic_frac")
+
+
+def fits(path: Path) -> bool:
+    """It is called as HELM calls it, and lies in a run's folder."""
+    return path.name == STATS and path.with_name("run_spec.json").is_file()
+
+
+def read(path: Path, choices: Choices) -> Iterator[Log]:
+    """One run. ContractError names the metrics if the chosen one isn't there."""
+    spec = read_json_value(path.with_name("run_spec.json"))
+    with errors_about(path, fix="was the run cut off?"):
+        task, model = named_in(spec)
+        instances = read_json_value(path)
+        metrics = {}
+        for instance in instances:
+            for stat in instance["stats"]:
+                if is_plain(stat):
+                    metrics[stat["name"]["name"]] = stat["name"].get("split", "")
+    metric = choices.metric or main_metric(spec.get("groups") or [], list(metrics))
+    if metric not in metrics:
+        problem = f"{path}: {task} has no {metric or 'metric that is known'}"
+        raise ContractError(
+            f"{problem}; choose with --metric: {', '.join(sorted(metrics))}"
+        )
+    split = metrics[metric]
+    texts = texts_of(path.with_name("scenario_state.json"))
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    values: dict[str, list[float]] = {}
+    for instance in instances:
+        name = str(instance["instance_id"])
+        for stat in instance["stats"]:
+            if is_plain(stat) and stat["name"]["name"] == metric:
+                value = number(stat.get("mean"), f"{path}, instance {name}: {metric}")
+                values.setdefault(name, []).append(sign * value)
+    items = []
+    for name, trials in values.items():
+        item = {"id": name, "cluster": name, "score": sum(trials) / len(trials)}
+        items.append({**item, **texts.get(name, {})})
+    printed = printed_mean(path.with_name("stats.json"), metric, split)
+    notes = []
+    if sign == -1:
+        notes.append(f"{metric}: lower is better, so its negative is compared")
+        printed = printed and -printed
+    yield Log(
+        benchmark=f"{task} {metric}",
+        metrics={},
+        items=items,
+        model=model,
+        printed=printed,
+        notes=notes,
+    )
+
+
+def named_in(spec: dict[str, Any]) -> tuple[str, str]:
+    """The task, which is the run's name without the model, and the model."""
+    task = MODEL_IN_NAME.sub(lambda match: ":" if match[1] == ":" else "", spec["name"])
+    task = task.replace(":,", ":").rstrip(":,")
+    return task, str(spec["adapter_spec"].get("model", ""))
+
+
+def is_plain(stat: dict[str, Any]) -> bool:
+    """Whether a statistic is of the questions as they are, not perturbed, and of some of them."""
+    return not stat["name"].get("perturbation") and bool(stat.get("count"))
+
+
+def main_metric(groups: Sequence[str], metrics: Sequence[str]) -> str:
+    """The metric that HELM's leaderboards show; "" if none of the ``metrics`` is known."""
+    of_groups = [MAIN_OF_GROUP[group] for group in groups if group in MAIN_OF_GROUP]
+    for name in (*of_groups, *MAIN_METRICS, *GENERAL_METRICS):
+        if name in metrics:
+            return name
+    return ""
+
+
+def texts_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Question, answer, truth and picture of each instance; empty without the file of requests."""
+    if not path.is_file():
+        return {}
+    texts: dict[str, dict[str, Any]] = {}
+    with errors_about(path):
+        for state in read_json_value(path)["request_states"]:
+            instance = state["instance"]
+            if instance.get("perturbation"):
+                continue
+            right = []
+            for reference in instance.get("references") or []:
+                if "correct" in reference.get("tags", ()):
+                    right.append(reference["output"].get("text", ""))
+            about = {
+                "question": short_text(instance["input"].get("text")),
+                "truth": right,
+                "answer": answer_of(state),
+            }
+            if picture := picture_of(instance["input"]):
+                about["cluster"] = picture
+            texts.setdefault(str(instance.get("id")), about)
+    return texts
+
+
+def answer_of(state: dict[str, Any]) -> str:
+    """What the model said; of a letter with the option that it stands for."""
+    completions = (state.get("result") or {}).get("completions") or [{}]
+    text = short_text(completions[0].get("text"))
+    option = (state.get("output_mapping") or {}).get(text.strip())
+    return f"{text.strip()}. {option}" if option else text
+
+
+def picture_of(content: dict[str, Any]) -> str:
+    """The picture, sound or video of a question; "" if there is none."""
+    media = (content.get("multimedia_content") or {}).get("media_objects") or []
+    for part in media:
+        if part.get("location") and "text" not in part.get("content_type", ""):
+            return str(part["location"])
+    return ""
+
+
+def printed_mean(path: Path, metric: str, split: str) -> float | None:
+    """The number of the run's statistics."""
+    if not path.is_file():
+        return None
+    with errors_about(path):
+        for stat in read_json_value(path):
+            name = stat["name"]
+            of_split = name.get("split", "") == split
+            if name["name"] == metric and of_split and is_plain(stat):
+                return float(stat["mean"])
+    return None
+
+
+READER = Reader(
+    name="HELM",
+    endings=(STATS,),
+    fits=fits,
+    read=read,
+    choices=("metric",),
+)

@@ -1,0 +1,164 @@
+"""OpenCompass: ``results/MODEL/DATASET.json`` of a run with ``--dump-eval-details``, in which
+``details`` has a score for each question.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from llava_integration.evaluator.compare.readers import (
+    Choices,
+    Log,
+    Reader,
+    number,
+    short_text,
+)
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.json_files import read_json_value
+
+RESULTS = "results"
+PREDICTIONS = "predictions"
+# fields of a question's details; evaluators name them differently
+SCORES = ("correct", "cascade_correct", "is_correct", "score")
+ANSWERS = ("predictions", "pred", "parsed", "prediction", "origin_prediction")
+TRUTHS = ("references", "answer", "answers", "refr", "ref", "gold")
+QUESTIONS = ("question", "prompt", "origin_prompt")
+
+
+def fits(path: Path) -> bool:
+    """It lies where OpenCompass writes, results with details or answers of which there are none."""
+    kind = path.parent.parent.name
+    if kind not in (RESULTS, PREDICTIONS):
+        return False
+    body = body_of(path)
+    if kind == RESULTS:
+        return "details" in body
+    if "origin_prompt" not in str(body.get("0"))[:10_000] and "0" not in body:
+        return False
+    return "details" not in body_of(results_of(path))
+
+
+def results_of(predictions: Path) -> Path:
+    """The results of a file of answers."""
+    model = predictions.parent
+    return model.parent.parent / RESULTS / model.name / predictions.name
+
+
+def body_of(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none."""
+    with suppress(ContractError, OSError):
+        body = read_json_value(path)
+        return body if isinstance(body, dict) else {}
+    return {}
+
+
+def read(path: Path, choices: Choices) -> Iterator[Log]:
+    """One dataset."""
+    task = path.stem
+    if path.parent.parent.name == PREDICTIONS:
+        problem = (
+            f"{path}: the results have no score for each question; "
+            "run OpenCompass again with --dump-eval-details (-m eval keeps the answers)"
+        )
+        yield Log(benchmark=task, metrics={}, items=[], unknown=problem)
+        return
+    body = read_json_value(path)
+    metric, printed = printed_number(body)
+    predictions = body_of(answers_of(path))
+    items = []
+    for name, details in details_of(body["details"], task):
+        score = score_of(details, choices.metric)
+        if score is None:
+            problem = f"{path}, question {name}: no score"
+            raise ContractError(
+                f"{problem}; its details are {', '.join(details)}; choose with --metric"
+            )
+        question = question_of({**predictions.get(name, {}), **details})
+        items.append(
+            {
+                "id": name,
+                "cluster": name,
+                "score": number(score, f"{path}, question {name}: score"),
+                "question": question,
+                "answer": short_text(first_value(details, ANSWERS, str)),
+                "truth": first_value(details, TRUTHS),
+            }
+        )
+    yield Log(
+        benchmark=f"{task} {choices.metric or metric}",
+        metrics={},
+        items=items,
+        model=path.parent.name,
+        printed=None if choices.metric else printed,
+    )
+
+
+def answers_of(results: Path) -> Path:
+    """The answers of a file of results."""
+    model = results.parent
+    return model.parent.parent / PREDICTIONS / model.name / results.name
+
+
+def printed_number(body: dict[str, Any]) -> tuple[str, float | None]:
+    """The first number of the results, in percent, with its name."""
+    for name, value in body.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return name, float(value)
+    return "score", None
+
+
+def details_of(details: Any, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, details) of each question. Since 0.5 a value may be a list: a question's repeats."""
+    entries = details.items() if isinstance(details, dict) else enumerate(details)
+    for name, entry in entries:
+        if isinstance(entry, dict):  # not the kind of the questions, "GEN" or "PPL"
+            name = entry.get("example_abbr") or name
+            yield str(name).removeprefix(f"{task}_"), entry
+
+
+def score_of(details: dict[str, Any], chosen: str) -> Any:
+    """The score of a question, mean over repeats. Without one the answer is compared with the
+    truth, as the evaluator for accuracy does."""
+    for name in (chosen,) if chosen else SCORES:
+        value = details.get(name)
+        values = value if isinstance(value, list) else [value]
+        if values and all(isinstance(value, (bool, int, float)) for value in values):
+            return sum(values) / len(values)
+    if not chosen and {"predictions", "references"} <= set(details):
+        return str(details["predictions"]) == str(details["references"])
+    return None
+
+
+def question_of(details: dict[str, Any]) -> str:
+    """The question: a text, or the last message of a conversation."""
+    prompt = first_value(details, QUESTIONS)
+    if isinstance(prompt, list) and isinstance(prompt[-1], dict):
+        prompt = prompt[-1].get("prompt")
+    return short_text(prompt)
+
+
+def first_value(
+    details: dict[str, Any], names: Sequence[str], kind: type = object
+) -> Any:
+    """The first of these fields that has a value of a ``kind``; of a list of repeats the first."""
+    for name in names:
+        value = details.get(name)
+        if (
+            isinstance(value, list)
+            and len(value) > 0
+            and not isinstance(value[0], dict)
+        ):
+            value = value[0]
+        if value is not None and isinstance(value, kind):
+            return value
+    return None
+
+
+READER = Reader(
+    name="OpenCompass",
+    endings=(".json",),
+    fits=fits,
+    read=read,
+    choices=("metric",),
+)
