@@ -87,13 +87,14 @@ def add_lora(llm: nn.Module, settings: LoraSettings, *, base: str) -> nn.Module:
             f"unknown LoRA targets {unknown}; "
             f"linear layers of this LLM: {', '.join(linear)}, all-linear"
         )
+    targets = list(settings.targets)
+    if ALL_LINEAR in settings.targets:
+        targets = linear
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=linear
-        if ALL_LINEAR in settings.targets
-        else list(settings.targets),
+        target_modules=targets,
         use_dora=settings.dora,
         use_rslora=settings.rslora,
         bias="none",

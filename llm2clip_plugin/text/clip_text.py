@@ -40,9 +40,8 @@ def clip_folder(llm: str, revision: str = "") -> Path | None:
     for family in families().values():
         if family.image_text_class:
             model_types.update(family.model_types)
-    if config.get("model_type") in model_types and isinstance(
-        config.get("text_config"), dict
-    ):
+    has_text_tower = isinstance(config.get("text_config"), dict)
+    if has_text_tower and config.get("model_type") in model_types:
         return folder
     return None
 
@@ -59,10 +58,10 @@ class ClipTextEncoder(TextEncoder):
         device: torch.device | str | None = None,
     ) -> None:
         default = vars(EncoderConfig())
-        changed = [
-            name for name, value in vars(config).items() if value != default[name]
-        ]
-        not_allowed = [name for name in changed if name not in MAY_DIFFER]
+        not_allowed: list[str] = []
+        for name, value in vars(config).items():
+            if value != default[name] and name not in MAY_DIFFER:
+                not_allowed.append(name)
         if not_allowed:
             raise ValueError(
                 f"{config.llm} is a CLIP, which is read as it was trained; "
@@ -87,13 +86,11 @@ class ClipTextEncoder(TextEncoder):
                 f"{folder} has no tokenizer; copy tokenizer.json of the same model into it"
             )
         self.tokenizer: Any = open_pretrained(AutoTokenizer, folder, fix=KNOWN)
-        check_vocabulary(
-            self.tokenizer, text.vocab_size, folder, self._tokens(["a"])[0]
-        )
+        (framing,) = self._tokens(["a"])
+        check_vocabulary(self.tokenizer, text.vocab_size, folder, framing)
         self._tokenizer_sha256 = tokenizer_sha256(self.tokenizer)
-        self.config = dataclasses.replace(
-            config, max_tokens=min(config.max_tokens, self.context)
-        )
+        max_tokens = min(config.max_tokens, self.context)
+        self.config = dataclasses.replace(config, max_tokens=max_tokens)
         self.folder = folder
 
     def identity(self) -> TeacherIdentity:
@@ -117,13 +114,15 @@ class ClipTextEncoder(TextEncoder):
     def tokenize(
         self, captions: Sequence[str], *, query: bool = False
     ) -> list[list[int]]:
-        rows = self._tokens(captions)
         limit = self.config.max_tokens
-        self.count_truncated += sum(len(ids) > limit for ids in rows)
-        # the last token marks the end, and is where a CLIP reads its feature
-        return [
-            ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows
-        ]
+        rows: list[list[int]] = []
+        for ids in self._tokens(captions):
+            if len(ids) > limit:
+                self.count_truncated += 1
+                # the last token marks the end, and is where a CLIP reads its feature
+                ids = [*ids[: limit - 1], ids[-1]]
+            rows.append(ids)
+        return rows
 
     def _tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids with those of begin and end, not truncated."""
@@ -143,9 +142,10 @@ class ClipTextEncoder(TextEncoder):
     ) -> Tensor:
         length = max(map(self.padded_length, rows))
         pad = self.tokenizer.pad_token_id
-        ids_BT = torch.tensor(
-            [[*ids, *[pad] * (length - len(ids))] for ids in rows], device=self.device
-        )
+        padded: list[list[int]] = []
+        for ids in rows:
+            padded.append([*ids, *[pad] * (length - len(ids))])
+        ids_BT = torch.tensor(padded, device=self.device)
         options = {}
         if not self.pads_to_context:
             length_B1 = torch.tensor([[len(ids)] for ids in rows], device=self.device)

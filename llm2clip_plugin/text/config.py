@@ -169,11 +169,8 @@ class PairsConfig:
             )
         if any(not weight > 0 for weight in self.weights):
             raise ValueError(f"weights are {self.weights}, expected numbers above 0")
-        _ = (
-            self.kinds,
-            self.drawn_items,
-            self.instruction_of,
-        )  # each raises for a wrong form
+        # each raises for a wrong form
+        _ = (self.kinds, self.drawn_items, self.instruction_of)
 
     @property
     def kinds(self) -> tuple[PairKind, ...]:

@@ -49,6 +49,14 @@ class EmbedSummary:
     # of these, seconds in which the LLM waited for captions to be read or rows to be written
     waited: float = 0.0
 
+    def add(self, content: _ShardContent, waited: float) -> None:
+        """Count a shard that was embedded."""
+        self.shards += 1
+        self.captions += len(content.rows)
+        self.truncated += content.truncated
+        self.empty += content.empty
+        self.waited += waited
+
     def lines(self, max_tokens: int) -> list[str]:
         """The report."""
         rate = self.captions / max(self.seconds, 1e-9)
@@ -92,9 +100,8 @@ def suite_cache_folder(source_path: str, identity: TeacherIdentity) -> Path:
     folder = cache_folder(source_path, identity)
     if folder.exists() or os.access(folder.parent, os.W_OK):
         return folder
-    return (
-        SideFolder.of(str(folder.parent), default_download_folder()).spare / folder.name
-    )
+    side_folder = SideFolder.of(str(folder.parent), default_download_folder())
+    return side_folder.spare / folder.name
 
 
 def shards_of_rank(shards: Sequence[Shard], rank: int, world: int) -> list[Shard]:
@@ -135,11 +142,10 @@ def embed_source(
     digests: dict[str, str] = {}
     started = time.monotonic()
     total = sum(shard.size for shard in shards)
-    with (
-        progress_bar(total=total, label="embed", unit="samples", show=not quiet) as bar,
-        ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read") as reader,
-        ThreadPoolExecutor(1, thread_name_prefix="llm2clip-write") as saver,
-    ):
+    bar = progress_bar(total=total, label="embed", unit="samples", show=not quiet)
+    reader = ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read")
+    saver = ThreadPoolExecutor(1, thread_name_prefix="llm2clip-write")
+    with bar, reader, saver:
         digests_before = {
             name: fits[0] for name, fits in source.known_digests().items()
         }
@@ -163,36 +169,34 @@ def embed_source(
             if content is None:
                 summary.skipped += 1
             else:
-                keys, rows, texts, tokens, truncated, empty = content
-                options = {
-                    "tokens_per_batch": tokens_per_batch,
-                    "tokens": tokens,
-                    "on_batch": move,
-                }
-                embeddings = _embed(encoder, texts, memory, **options)
-                waited += timed(written.result)[1]
+                embeddings = _embed(
+                    encoder,
+                    content.texts,
+                    memory,
+                    tokens_per_batch=tokens_per_batch,
+                    tokens=content.tokens,
+                    on_batch=move,
+                )
+                _, waited_for_writer = timed(written.result)
                 written = saver.submit(
                     writer.write_shard,
                     shard.name,
-                    keys,
-                    rows,
+                    content.keys,
+                    content.rows,
                     embeddings,
-                    truncated=truncated,
+                    truncated=content.truncated,
                 )
-                summary.shards += 1
-                summary.captions += len(rows)
-                summary.truncated += truncated
-                summary.empty += empty
-                summary.waited += waited
+                summary.add(content, waited + waited_for_writer)
             move(1, 1)
-        summary.waited += timed(written.result)[1]
+        _, waited_for_writer = timed(written.result)
+        summary.waited += waited_for_writer
         if summary.shards:
             summary.seconds = time.monotonic() - started
     if digests:
+        # of the data, and of the embeddings
+        pairs = {name: (digest, digest) for name, digest in digests.items()}
         with source.lock(f"record the digests of {source.path}"):
-            source.record_digests(
-                {name: (digest, digest) for name, digest in digests.items()}
-            )
+            source.record_digests(pairs)
     return writer.finish([shard.name for shard in source.shards]), summary
 
 
@@ -224,17 +228,14 @@ def _read_shard(
 ) -> _ShardContent | None:
     """Compare a shard with its file in the cache: None if that is complete. ``known``: recorded
     digests; ``digests`` gets that of the shard if its captions had to be read."""
-    if shard.name in digests_before and writer.is_complete(
-        shard.name, digests_before[shard.name]
-    ):
+    before = digests_before.get(shard.name)
+    if before is not None and writer.is_complete(shard.name, before):
         return None
     keys, captions = shard_captions(source, shard)
     rows = caption_rows(captions)
     digest = rows_digest(keys, rows)
     digests[shard.name] = digest
-    if digest != digests_before.get(shard.name) and writer.is_complete(
-        shard.name, digest
-    ):
+    if digest != before and writer.is_complete(shard.name, digest):
         return None
     if not overwrite:
         fields = ", ".join(source.config.fields)
@@ -248,9 +249,9 @@ def _read_shard(
             empty.append(key)
     texts = [text_of[value] for _, value in rows]
     distinct = list(dict.fromkeys(texts))
-    before = encoder.count_truncated
+    truncated_before = encoder.count_truncated
     tokens = dict(zip(distinct, encoder.tokenize(distinct), strict=True))
-    truncated = encoder.count_truncated - before
+    truncated = encoder.count_truncated - truncated_before
     return _ShardContent(keys, rows, texts, tokens, truncated, empty)
 
 

@@ -162,10 +162,10 @@ class CaptionEncoder(TextEncoder):
         config, card = effective(config, self.folder, adapter)
         self._weights_sha256 = weights_sha256(self.folder)
         if card is not None and card.base_sha256 not in ("", self._weights_sha256):
+            expected = f"{card.base} with weights {card.base_sha256[:12]}..."
+            actual = f"{config.llm} has {self._weights_sha256[:12]}..."
             raise ContractError(
-                f"{config.adapter} was trained on {card.base} "
-                f"with weights {card.base_sha256[:12]}..., "
-                f"but {config.llm} has {self._weights_sha256[:12]}...; "
+                f"{config.adapter} was trained on {expected}, but {actual}; "
                 "pass the LLM that it was trained on"
             )
         self.trust_remote_code = config.trust_remote_code
@@ -216,11 +216,8 @@ class CaptionEncoder(TextEncoder):
         if adapter is None:
             return llm
         wrapped = attach_adapter(llm, adapter, trainable=trainable)
-        if (
-            not trainable
-            and self.dtype == torch.float32
-            and not self.config.load_in_4bit
-        ):
+        is_exact = self.dtype == torch.float32 and not self.config.load_in_4bit
+        if is_exact and not trainable:
             return merge(wrapped)
         for name, parameter in wrapped.named_parameters():
             # otherwise activations would be converted at every layer
@@ -239,10 +236,11 @@ class CaptionEncoder(TextEncoder):
         # padding is masked
         longest = max(map(self.padded_length, rows))
         pad = self.tokenizer.pad_token_id or 0
+        padded: list[list[int]] = []
+        for ids in rows:
+            padded.append([*ids, *[pad] * (longest - len(ids))])
         # of all rows at once: a GPU waits meanwhile, and row by row takes ten times as long
-        input_ids = torch.tensor(
-            [[*ids, *[pad] * (longest - len(ids))] for ids in rows]
-        )
+        input_ids = torch.tensor(padded)
         start_B1 = torch.tensor([[len(frame.head)] for frame in frames])
         stop_B1 = torch.tensor([[len(ids)] for ids in rows])
         position_T = torch.arange(longest)
@@ -260,12 +258,13 @@ class CaptionEncoder(TextEncoder):
     def identity(self) -> TeacherIdentity:
         # token ids, so that a re-saved tokenizer keeps its identity
         probe = ",".join(map(str, self.tokenizer(llms.PROBE_TEXT)["input_ids"]))
+        settings = {name: vars(self.config)[name] for name in IDENTITY_SETTINGS}
         return TeacherIdentity(
             llm=absolute(self.config.llm),
             revision=self.config.revision,
             weights_sha256=self._weights_sha256,
             adapter_sha256=self._adapter_sha256,
-            **{name: vars(self.config)[name] for name in IDENTITY_SETTINGS},
+            **settings,
             width=self.width,
             tokenizer=sha256_text(probe)[:16],
             quantization="nf4" if self.config.load_in_4bit else "",

@@ -75,11 +75,12 @@ def trained_module(
 
 def trained_parameters(module: nn.Module, lr: float) -> list[Trained]:
     """Every parameter that trains, all at the same learning rate; vectors don't decay."""
-    return [
-        Trained(name=name, parameter=p, lr=lr, decay=not is_vector(p))
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    ]
+    trained: list[Trained] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decay = not is_vector(parameter)
+            trained.append(Trained(name=name, parameter=parameter, lr=lr, decay=decay))
+    return trained
 
 
 def load_trained(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

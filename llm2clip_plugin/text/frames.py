@@ -31,9 +31,14 @@ def build_frame(tokenizer, template: str, prompt: str) -> Frame:
     the end of the prompt are tokenized with the caption, as in running text: without the one that a
     SentencePiece tokenizer puts before every text itself.
     """
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    plain = ids_of("a")
     framed = tokenizer("a", add_special_tokens=True)["input_ids"]
-    start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
+    starts = range(len(framed))
+    start = next(i for i in starts if framed[i : i + len(plain)] == plain)
     begin = framed[:start]
     end = framed[start + len(plain) :]
     before, _, after = template.partition(CAPTION)
@@ -42,18 +47,13 @@ def build_frame(tokenizer, template: str, prompt: str) -> Frame:
     text = before + prompt
     stripped = text.rstrip(" ")
     lead = text[len(stripped) :]
-    adds_space = (
-        tokenizer(text + "a", add_special_tokens=False)["input_ids"][-len(plain) :]
-        == plain
-    )
+    adds_space = ids_of(text + "a")[-len(plain) :] == plain
     if adds_space:
         lead = lead[1:]
-    head = begin + tokenizer(stripped, add_special_tokens=False)["input_ids"]
-    tail = tokenizer(after, add_special_tokens=False)["input_ids"] if template else end
-    has_bos = bool(head) and head[0] in {
-        tokenizer.bos_token_id,
-        tokenizer.cls_token_id,
-    } - {None}
+    head = begin + ids_of(stripped)
+    tail = ids_of(after) if template else end
+    bos_tokens = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    has_bos = bool(head) and head[0] in bos_tokens
     return Frame(tuple(head), tuple(tail), lead, has_bos)
 
 
@@ -78,9 +78,8 @@ def tokenize(
             raise ValueError(f"caption {index} of {len(captions)} is blank")
     if not captions:
         return [], 0
-    texts = [
-        frame.lead + caption for frame, caption in zip(frames, captions, strict=True)
-    ]
+    framed_captions = zip(frames, captions, strict=True)
+    texts = [frame.lead + caption for frame, caption in framed_captions]
     output = tokenizer(
         texts, add_special_tokens=False, split_special_tokens=True, verbose=False
     )

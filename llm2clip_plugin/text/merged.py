@@ -34,9 +34,8 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
         keep_layers(model, config.layer)
         model = merge(attach_adapter(model, fetch_directory(config.adapter)))
         lower = list(model.get_submodule("layers"))  # type: ignore[call-overload]
-        model.set_submodule(
-            "layers", torch.nn.ModuleList([*lower, *list(blocks)[len(lower) :]])
-        )  # type: ignore[call-overload]
+        upper = list(blocks)[len(lower) :]  # type: ignore[call-overload]
+        model.set_submodule("layers", torch.nn.ModuleList([*lower, *upper]))
         model.set_submodule("norm", norm)
         model.config.num_hidden_layers = depth
     with quiet_transformers():
@@ -47,13 +46,18 @@ def write_merged(encoder: CaptionEncoder, folder: Path) -> None:
         forget_code(folder / CONFIG_FILE)
     if is_of_transformers(tokenizer):
         forget_code(folder / "tokenizer_config.json")
-    EncoderCard(
+    settings = {name: vars(config)[name] for name in CARD_SETTINGS}
+    post_sha256 = ""
+    if encoder.post is not None:
+        post_sha256 = encoder.post.save(folder)
+    card = EncoderCard(
         base=config.llm,
         base_sha256="",  # the folder itself holds the weights
-        **{name: vars(config)[name] for name in CARD_SETTINGS},
-        post_sha256=encoder.post.save(folder) if encoder.post is not None else "",
+        **settings,
+        post_sha256=post_sha256,
         training={"adapter_sha256": encoder.identity().adapter_sha256},
-    ).write(folder / EncoderCard.FILE)
+    )
+    card.write(folder / EncoderCard.FILE)
 
 
 def is_of_transformers(part: Any) -> bool:

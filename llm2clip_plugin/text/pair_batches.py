@@ -55,11 +55,10 @@ class PairBatches:
         self.mixture = Mixture(
             sizes, weights, hash_words("pairs", seed, 0), batch=global_batch
         )
-        small = [
-            f"{source.path} ({len(source)})"
-            for source in self.sources
-            if len(source) < global_batch
-        ]
+        small: list[str] = []
+        for source in self.sources:
+            if len(source) < global_batch:
+                small.append(f"{source.path} ({len(source)})")
         if small:
             raise ValueError(
                 f"global_batch {global_batch} is larger than {', '.join(small)}; "
@@ -138,15 +137,14 @@ class PairTokenizer:
         }
         query_frames = [frames[text] for text in prompts]
         positive_frames = [frames[prompt]] * len(pairs)
+        queries = [pair.query for pair in pairs]
+        positives = [pair.positive for pair in pairs]
         tokens: dict[str, list[Any]] = {}
-        tokens["query"] = self._tokenize(query_frames, [pair.query for pair in pairs])
-        tokens["positive"] = self._tokenize(
-            positive_frames, [pair.positive for pair in pairs]
-        )
+        tokens["query"] = self._tokenize(query_frames, queries)
+        tokens["positive"] = self._tokenize(positive_frames, positives)
         if pairs[0].negative:
-            tokens["negative"] = self._tokenize(
-                positive_frames, [pair.negative for pair in pairs]
-            )
+            negatives = [pair.negative for pair in pairs]
+            tokens["negative"] = self._tokenize(positive_frames, negatives)
         tokens["query_frame"] = query_frames
         return tokens
 

@@ -51,14 +51,13 @@ class CaptionStep(ContrastiveStep):
         tokens: dict[str, list[Any]] = {}
         for side, rows in batch["tokens"].items():
             tokens[side] = [rows[row] for row in order]
+        device = self.engine.device
         return {
             **batch,
             "keys": [batch["keys"][row] for row in order],
             "tokens": tokens,
-            "caption_hashes": batch["caption_hashes"][..., order].to(
-                self.engine.device
-            ),
-            "image_ids": batch["image_ids"][..., order].to(self.engine.device),
+            "caption_hashes": batch["caption_hashes"][..., order].to(device),
+            "image_ids": batch["image_ids"][..., order].to(device),
         }
 
     def _rows(self, batch: Batch, rows: slice) -> Batch:
@@ -144,7 +143,8 @@ def pair_loss(
     excluded_bN = None
     if ids_kb is not None:
         ids_kN = gather_rows(ids_kb.T.contiguous()).T
-        excluded_bN = (ids_kb[:, None, :, None] == ids_kN[:, None]).flatten(0, 1).any(0)
+        same_kkbN = ids_kb[:, None, :, None] == ids_kN[:, None]
+        excluded_bN = same_kkbN.flatten(0, 1).any(0)
         excluded_bN.diagonal(first)[:b].fill_(False)
         there_bM = there_bM.masked_fill(excluded_bN, EXCLUDED)
     if len(negative_nW):

@@ -75,11 +75,9 @@ class CaptionPairs:
         ValueError without one."""
         for _ in range(NEGATIVES_TRIED):
             other = self.pair(rng.randrange(len(self)), kind, rng)
-            if (
-                other is None
-                or other.key == pair.key
-                or (pair.group and other.group == pair.group)
-            ):
+            if other is None or other.key == pair.key:
+                continue
+            if pair.group and other.group == pair.group:
                 continue
             if other.positive not in (pair.query, pair.positive):
                 return dataclasses.replace(pair, negative=other.positive)
@@ -92,11 +90,8 @@ class CaptionPairs:
         self, captions: Sequence[Caption], kind: str, rng: random.Random, other: str
     ) -> str:
         """A caption of a kind other than the text ``other``; "" if there is none."""
-        texts = [
-            caption.text
-            for caption in select_captions(captions, (kind,))
-            if caption.text != other
-        ]
+        of_kind = select_captions(captions, (kind,))
+        texts = [caption.text for caption in of_kind if caption.text != other]
         if not texts:
             return ""
         text = rng.choice(texts)
@@ -218,18 +213,17 @@ def survey(source: PairSource) -> Survey:
             if pair is not None:
                 of_kind.append(pair)
         if not of_kind:
-            assert isinstance(
-                source, CaptionPairs
-            )  # every row of a text-pair file has a pair
+            # every row of a text-pair file has a pair
+            assert isinstance(source, CaptionPairs)
             kinds_seen: set[str] = set()
             for number in range(samples):
                 _, captions = source.source.captions(number)
                 kinds_seen.update(caption.kind for caption in captions)
+            known_kinds = ", ".join(sorted(kinds_seen)) or "none"
             raise ValueError(
                 f"{source.path}: none of the first {samples} samples "
                 f"has two different captions {kind}; "
-                f"known kinds: {', '.join(sorted(kinds_seen)) or 'none'}. "
-                "Set --fields and --pair-kinds"
+                f"known kinds: {known_kinds}. Set --fields and --pair-kinds"
             )
         usable[str(kind)] = len(of_kind)
         pairs += of_kind

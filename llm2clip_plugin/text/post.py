@@ -37,12 +37,10 @@ class Post:
 
     def save(self, folder: Path) -> str:
         """Write POST_FILE into ``folder``; returns its hash, which the card records."""
-        present = {
-            name: tensor.contiguous()
-            for name, tensor in vars(self).items()
-            if tensor is not None
-        }
-        save_file(present, str(folder / POST_FILE))
+        tensors = {"mean": self.mean.contiguous()}
+        if self.removed is not None:
+            tensors["removed"] = self.removed.contiguous()
+        save_file(tensors, str(folder / POST_FILE))
         return sha256_weights(folder / POST_FILE)
 
 
@@ -51,9 +49,8 @@ def open_post(path: Path, width: int, sha256: str = "") -> tuple[Post, str]:
 
     Raises FileNotFoundError, or ContractError for another width or another hash than ``sha256``.
     """
-    with errors_about(
-        path, fix="write it again"
-    ):  # `llm2clip evaluate captions --search` does
+    # `llm2clip evaluate captions --search` writes it
+    with errors_about(path, fix="write it again"):
         post = Post(**load_file(path))
     if len(post.mean) != width:
         raise ContractError(

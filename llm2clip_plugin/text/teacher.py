@@ -211,7 +211,8 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
         raise ValueError(
             f"the adapter of the tower's teacher {llm} is {where}; {GIVE_ADAPTER}"
         )
-    is_mean = (identity.pooling, identity.attention) == ("mean", "bidirectional")
+    is_mean = identity.pooling == "mean" and identity.attention == "bidirectional"
+    settings = {name: getattr(identity, name) for name in IDENTITY_SETTINGS}
     return dataclasses.replace(
         config,
         llm=llm,
@@ -219,5 +220,5 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
         revision=revision,
         adapter=adapter,
         load_in_4bit=identity.quantization == "nf4",
-        **{name: getattr(identity, name) for name in IDENTITY_SETTINGS},
+        **settings,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from llm2clip_plugin.contracts import CacheManifest, shard_file
 from llm2clip_plugin.data.cache import EmbeddingCache, stored_teacher
@@ -53,9 +54,7 @@ def embed_again(source: Source, encoder: TextEncoder, directory: Path) -> int:
     cached = list(_cached_sample(source, directory))
     again_NW = encoder.encode([caption.text for caption in cached])
     for caption, new_W in zip(cached, again_NW, strict=True):
-        cosine = float(
-            torch.nn.functional.cosine_similarity(caption.row_W, new_W, dim=0)
-        )
+        cosine = float(F.cosine_similarity(caption.row_W, new_W, dim=0))
         if cosine < VERIFY_COSINE:
             raise ContractError(
                 f"{directory}: the cached embedding of {caption.key!r} has cosine similarity "
@@ -77,7 +76,8 @@ def _cached_sample(source: Source, directory: Path) -> Iterator[_CachedCaption]:
     for shard in source.shards:
         if shard.name in files:
             numbers += range(shard.start, shard.start + shard.size)
-    for number in random.Random(0).sample(numbers, min(len(numbers), VERIFY_SAMPLES)):
+    count = min(len(numbers), VERIFY_SAMPLES)
+    for number in random.Random(0).sample(numbers, count):
         name, index = source.locate(number)
         key, captions = source.captions(number)
         with suppress(ContractError):  # another caption than the one that was embedded
@@ -103,11 +103,9 @@ def renew_cache(source: Source, encoder: TextEncoder, directory: Path) -> None:
         return
     teacher = stored_teacher(path)
     identity = encoder.identity()
-    if (
-        not teacher.is_earlier
-        or identity.is_earlier
-        or not teacher.agrees_with(identity)
-    ):
+    if not teacher.is_earlier or identity.is_earlier:
+        return
+    if not teacher.agrees_with(identity):
         return
     compared = embed_again(source, encoder, directory)
     if not compared and any(directory.glob("**/*.safetensors")):
