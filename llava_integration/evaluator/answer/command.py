@@ -97,6 +97,7 @@ class Answerer:
         collate = partial(  # no weights, so that worker processes stay small
             prepare,
             self.options.image_folder,
+            self.options.blind,
             self.conversation,
             self.tokenizer,
             self.image_processor,
@@ -155,6 +156,7 @@ class Answerer:
 
 def prepare(
     folder: str,
+    blind: bool,
     conversation: Any,
     tokenizer: Any,
     processor: Any,
@@ -163,7 +165,7 @@ def prepare(
 ) -> list[Prepared]:
     """Questions, each with its index, as the model reads them: the template ``conversation``, image
     token, question. ``folder``: of the images, whose pixels are (3, S, S), or (tiles, 3, S, S) for
-    anyres."""
+    anyres; gray ones if ``blind``."""
     from llava.constants import (
         DEFAULT_IM_END_TOKEN,
         DEFAULT_IM_START_TOKEN,
@@ -178,7 +180,7 @@ def prepare(
         pixels = None
         size = (0, 0)
         if question.image:
-            image = question.open_image(folder)
+            image = question.open_image(folder, blind=blind)
             pixels = process_images([image], processor, config)[0]
             size = image.size
             token = DEFAULT_IMAGE_TOKEN
@@ -330,7 +332,7 @@ def answer_settings(
     """Every setting that an answer depends on, with hashes of the model and the question file.
     ``served``: the model behind ``--endpoint``, whose configuration the server knows."""
     names = ["num_chunks", "chunk_idx", "temperature", "top_p", "max_new_tokens"]
-    names += ["single_pred_prompt", "all_rounds", "lang"]
+    names += ["single_pred_prompt", "all_rounds", "lang", "blind"]
     if served:
         model = {
             "endpoint": options.endpoint,

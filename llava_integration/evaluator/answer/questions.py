@@ -42,6 +42,7 @@ BAD_IMAGE = (
     struct.error,
     Image.DecompressionBombError,
 )
+GRAY = (128, 128, 128)  # of the picture that a blind answer is given to
 LETTERS = ("A", "B", "C", "D")
 DIRECTLY = {
     "en": "Answer with the option's letter from the given choices directly.",
@@ -62,9 +63,9 @@ class Question:
     embedded: bool = False
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the answer
 
-    def open_image(self, folder: str) -> Image.Image:
-        """The image in RGB; raises ValueError with the question's id if it cannot be read, or is
-        outside the folder."""
+    def open_image(self, folder: str, *, blind: bool = False) -> Image.Image:
+        """The image in RGB, or a gray one of its size; raises ValueError with the question's id if
+        it cannot be read, or is outside the folder."""
         path = Path(folder) / self.image
         inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
         if not self.embedded and not inside:
@@ -76,6 +77,8 @@ class Question:
             source = io.BytesIO(base64.b64decode(self.image)) if self.embedded else path
             image = Image.open(source)
             check_image_size(*image.size)
+            if blind:
+                return Image.new("RGB", image.size, GRAY)
             return image.convert("RGB")
         except BAD_IMAGE as error:
             where = "the embedded image" if self.embedded else str(path)
@@ -193,6 +196,8 @@ def is_none(cell: str | None) -> bool:
 OTHER_FILE = "choose another --answers-file or pass --overwrite"
 # a server that is started again has another port; each answer names its own
 IGNORED_ON_RESUME = ("endpoint",)
+# what answers were made with that do not say so
+UNRECORDED = {"blind": False}
 
 
 def entry(
@@ -246,8 +251,9 @@ class AnswersFile:
         if saved.is_file():
             changes = []
             # an earlier release may have recorded less
-            for name, old in read_json_value(saved).items():
-                new = settings.get(name)
+            before = {**UNRECORDED, **read_json_value(saved)}
+            for name, old in before.items():
+                new = settings.get(name, UNRECORDED.get(name))
                 if name not in IGNORED_ON_RESUME and old != new:
                     changes.append(f"{name} {old!r} -> {new!r}")
             if changes:
@@ -333,6 +339,10 @@ class ModelConfig:
     dtype: Literal["float16", "bfloat16", "float32"] = setting(
         "float16",
         help="of the weights; LLaVA uses float16",
+    )
+    blind: bool = setting(
+        False,
+        help="replace each picture by a gray one of its size; `compare --blind` reads the scores",
     )
     overwrite: bool = setting(False, help="discard existing answers")
 

@@ -274,11 +274,13 @@ def _short(value: Any) -> str:
     return printable(" ".join(text.split())[:300])
 
 
-def image_url(question: Question, folder: str) -> str:
+def image_url(question: Question, folder: str, *, blind: bool = False) -> str:
     """The image as a data URL: the file's bytes if any reader sees in them what LLaVA sees,
     otherwise a PNG. A server may rotate by EXIF or put transparent images on white, which LLaVA
-    does not."""
-    image = question.open_image(folder)
+    does not. A gray PNG of its size if ``blind``."""
+    image = question.open_image(folder, blind=blind)
+    if blind:
+        return data_url(as_png(image), "PNG")
     if question.embedded:
         raw = base64.b64decode(question.image)
     else:
@@ -287,10 +289,19 @@ def image_url(question: Question, folder: str) -> str:
         kind = source.format
         plain = source.mode == "RGB" and source.getexif().get(ORIENTATION, 1) == 1
     if kind not in ("JPEG", "PNG") or not plain:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        raw = buffer.getvalue()
-        kind = "PNG"
+        return data_url(as_png(image), "PNG")
+    return data_url(raw, kind)
+
+
+def as_png(image: Image.Image) -> bytes:
+    """An image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_url(raw: bytes, kind: str) -> str:
+    """An image file's bytes as a data URL; ``kind``: Pillow's name of its format."""
     return f"data:image/{kind.lower()};base64,{base64.b64encode(raw).decode()}"
 
 
@@ -319,7 +330,9 @@ def answer_served(
             if endpoint.stopped.is_set():
                 raise EndpointError("the run has stopped")
             if questions[index].image:  # before the text, as in LLaVA's prompts
-                url = image_url(questions[index], options.image_folder)
+                url = image_url(
+                    questions[index], options.image_folder, blind=options.blind
+                )
                 content = [
                     {"type": "image_url", "image_url": {"url": url}},
                     {"type": "text", "text": content},

@@ -225,7 +225,7 @@ class BenchConfig(ModelConfig):
             )
         refused = [
             name
-            for name in ("benchmarks", "endpoint", "model_base")
+            for name in ("benchmarks", "endpoint", "model_base", "blind")
             if getattr(self, name)
         ]
         if self.engine == "lmms-eval" and refused:
@@ -251,7 +251,8 @@ COMMAND = Command(
     "to the engine (llava evaluate, or lmms_eval).",
     settings=BenchConfig,
     arguments="data",
-    everyday="model-path endpoint output benchmarks engine tasks gpus batch-size overwrite plan",
+    everyday="model-path endpoint output benchmarks engine tasks gpus batch-size blind overwrite "
+    "plan",
     rest="engine_options",
 )
 
@@ -305,9 +306,10 @@ def main(argv: list[str]) -> int:
     record = json.dumps([vars(outcome) for outcome in outcomes], indent=2)
     write_text(args.output / "bench.json", f"{record}\n")
     scores = "scores" if args.engine == "llava" else LOGS
-    compare = command(
-        "compare", f"BASE/{scores}", args.output / scores, "--output", "report"
-    )
+    sides = (f"BASE/{scores}", args.output / scores)
+    if args.blind:
+        sides = ("BASE/scores", "NEW/scores", "--blind", *sides)
+    compare = command("compare", *sides, "--output", "report")
     print(f"\ncompare two towers: {compare}", file=sys.stderr)
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
@@ -550,6 +552,8 @@ def evaluate_command(task: Task, args: BenchConfig, output: Path) -> list[str]:
             words += [f"--{name.replace('_', '-')}", str(value)]
     if task.image_folder is not None:
         words += ["--image-folder", str(task.image_folder)]
+    if args.blind:
+        words.append("--blind")
     if args.overwrite:
         words.append("--overwrite")
     return [*words, *args.engine_options]

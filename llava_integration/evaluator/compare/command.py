@@ -8,12 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from llava_integration.evaluator.compare.blind import BlindLogs
 from llava_integration.evaluator.compare.comparison import Comparison, build
 from llava_integration.evaluator.compare.pairing import MIN_OVERLAP
 from llava_integration.evaluator.compare.planning import PLAN, plan, plan_rows
 from llava_integration.evaluator.compare.readers import Choices
 from llava_integration.evaluator.compare.report import page, table, text
-from llava_integration.evaluator.compare.sides import Side, load_models, load_sides
+from llava_integration.evaluator.compare.sides import (
+    Side,
+    load_models,
+    load_side,
+    load_sides,
+)
 from llava_integration.evaluator.compare.statistics import POWER
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.options import Command, setting
@@ -61,6 +67,19 @@ class CompareConfig:
     )
     filter: str = setting("", help="filter of the harness; none: the first")
     scorer: str = setting("", help="scorer of inspect_ai; none: the headline's")
+    blind: tuple[Path, ...] = setting(
+        (),
+        help="logs of the same questions answered without the pictures (bench-mllm --blind), one "
+        "of another model or one of each side: splits each difference into questions that are "
+        "solved blind and those that need eyes",
+        needs="not plan",
+    )
+    blind_chance: float | None = setting(
+        None,
+        help="with --blind: probability of guessing right; none: by the options of each question, "
+        "if logs have them, and 1/2 for yes or no",
+        needs="blind",
+    )
     references: bool = setting(True, help="show the published numbers")
     image_folder: Path | None = setting(
         None,
@@ -97,6 +116,9 @@ class CompareConfig:
         self._check("min-overlap", 0 <= self.min_overlap <= 1, "a number in [0, 1]")
         self._check("effect", self.effect > 0, "a number above 0")
         self._check("runs", min(self.runs, default=0) > 0, "whole numbers above 0")
+        if self.blind_chance is not None:
+            fits = 0 <= self.blind_chance < 1
+            self._check("blind-chance", fits, "a number in [0, 1)")
         if self.output is not None:
             self._check("output", not self.output.is_file(), "a folder")
         if self.image_folder is not None:
@@ -121,7 +143,7 @@ COMMAND = Command(
     "(seeds).",
     settings=CompareConfig,
     arguments="base new",
-    everyday="names all-pairs output level metric group fail-on image-folder plan effect",
+    everyday="names all-pairs output level metric group fail-on image-folder blind plan effect",
 )
 
 
@@ -138,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         references=args.references,
         all_pairs=args.all_pairs,
         min_overlap=args.min_overlap,
+        blind=blind_logs(args),
     )
     if args.output:  # before printing, which `| head` may end
         write_reports(comparison, sides, args)
@@ -170,9 +193,7 @@ def write_reports(
 def sides_of(args: CompareConfig) -> list[Side]:
     """The sides that are named, or, of BASE alone, one for each of its models. Raises ValueError if
     there is but one."""
-    choices = Choices(
-        group=args.group, metric=args.metric, filter=args.filter, scorer=args.scorer
-    )
+    choices = choices_of(args)
     if args.new or args.plan:
         return load_sides(
             [args.base, *args.new],
@@ -195,6 +216,25 @@ def sides_of(args: CompareConfig) -> list[Side]:
             for side, name in zip(sides, args.names, strict=True)
         ]
     return sides
+
+
+def choices_of(args: CompareConfig) -> Choices:
+    """What is read of logs that have several of it."""
+    return Choices(
+        group=args.group, metric=args.metric, filter=args.filter, scorer=args.scorer
+    )
+
+
+def blind_logs(args: CompareConfig) -> BlindLogs | None:
+    """The logs of --blind; None without."""
+    if not args.blind:
+        return None
+    logs = []
+    for path in args.blind:
+        logs.append(
+            load_side(path, same_model=True, choices=choices_of(args), blind=True)
+        )
+    return BlindLogs(logs=tuple(logs), chance=args.blind_chance)
 
 
 def print_plan(sides: Sequence[Side], args: CompareConfig) -> None:

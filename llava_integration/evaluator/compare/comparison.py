@@ -9,6 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from llava_integration.evaluator.benchmarks.rules import benchmarks
+from llava_integration.evaluator.compare.blind import (
+    BlindLogs,
+    Part,
+    adjusted_parts,
+    split,
+)
 from llava_integration.evaluator.compare.multiplicity import holm, holm_factors
 from llava_integration.evaluator.compare.pairing import (
     MIN_OVERLAP,
@@ -54,6 +60,8 @@ class Row:
     # mean score of base and of new, number of questions; largest first
     categories: dict[str, tuple[float, float, int]]
     notes: tuple[str, ...]
+    # with blind logs: the questions that are solved blind, and those that need eyes
+    parts: tuple[Part, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -120,6 +128,7 @@ class Comparison:
             body["interval_holm"] = list(row.interval)
             body["verdict"] = row.verdict
             body["power"] = row.power_line()
+            body["parts"] = [part.to_dict() for part in row.parts]
         return plain
 
 
@@ -130,9 +139,16 @@ def build(
     references: bool = True,
     all_pairs: bool = False,
     min_overlap: float = MIN_OVERLAP,
+    blind: BlindLogs | None = None,
 ) -> Comparison:
-    """Compare every side with the first, or every two; Holm's p-values are over all rows. Raises
-    ContractError for scores that are from 0 to 1 on one side and from 0 to 100 on another."""
+    """Compare every side with the first, or every two; Holm's p-values are over all rows. With
+    ``blind``, each difference is also split by which questions need eyes; Holm's p-values of these
+    parts are over all parts. Raises ContractError for scores that are from 0 to 1 on one side and
+    from 0 to 100 on another."""
+    if blind:
+        together = with_common_task([*sides, *blind.logs])
+        blind = replace(blind, logs=tuple(together[len(sides) :]))
+        sides = together[: len(sides)]
     sides = with_common_task(sides)
     other_scales = check_scales(sides)
     sides = in_one_unit(sides)
@@ -150,7 +166,10 @@ def build(
     problems = []
     for task in tqdm(tasks, desc="comparing", unit="benchmark", delay=2):
         try:
-            rows.append(compare_benchmark(*task, level=level, min_overlap=min_overlap))
+            row = compare_benchmark(*task, level=level, min_overlap=min_overlap)
+            if blind:
+                row = with_parts(row, *task, blind, min_overlap)
+            rows.append(row)
         except ContractError as error:
             problems.append(error)
     if not rows:
@@ -185,13 +204,39 @@ def build(
 
 
 def adjusted_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows with Holm's p-values, and the intervals that go with them."""
+    """The rows with Holm's p-values, and the intervals that go with them; so, too, their parts."""
     values = [row.result.p for row in rows]
     adjusted = []
     for row, p, factor in zip(rows, holm(values), holm_factors(values), strict=True):
         interval = row.result.interval(1 - (1 - row.level) / factor)
         adjusted.append(replace(row, p_holm=p, interval=interval))
-    return adjusted
+    parts = adjusted_parts([part for row in rows for part in row.parts])
+    with_adjusted_parts = []
+    for row in adjusted:
+        count = len(row.parts)
+        with_adjusted_parts.append(replace(row, parts=tuple(parts[:count])))
+        parts = parts[count:]
+    return with_adjusted_parts
+
+
+def with_parts(
+    row: Row, base: Side, new: Side, name: str, blind: BlindLogs, min_overlap: float
+) -> Row:
+    """The row with its difference split by which questions need eyes; or with a note that says why
+    it is not."""
+    base_runs, new_runs, _ = paired_runs(name, base, new, min_overlap=min_overlap)
+    try:
+        parts, notes = split(
+            name,
+            (base, base_runs),
+            (new, new_runs),
+            blind,
+            level=row.level,
+            min_overlap=min_overlap,
+        )
+    except ContractError as error:
+        return replace(row, notes=(*row.notes, str(error)))
+    return replace(row, parts=tuple(parts), notes=(*row.notes, *notes))
 
 
 def mean_headline(runs: Sequence[Run]) -> float:

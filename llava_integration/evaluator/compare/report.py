@@ -17,6 +17,7 @@ from typing import Any
 
 from llava_integration.evaluator.benchmarks.benchmark import Item, find_image
 from llava_integration.evaluator.benchmarks.rules import benchmarks
+from llava_integration.evaluator.compare.blind import MISSED, Part
 from llava_integration.evaluator.compare.comparison import Comparison, Row
 from llava_integration.evaluator.compare.pairing import paired_runs
 from llava_integration.evaluator.compare.sides import Run, Side, with_common_task
@@ -85,6 +86,37 @@ def cells(row: Row, *, markdown: bool = False) -> tuple[str, ...]:
     )
 
 
+PARTS_HEADER = (
+    "benchmark",
+    "questions",
+    "number",
+    "base",
+    "new",
+    "difference",
+    "interval (Holm)",
+    "p",
+    "p (Holm)",
+    "verdict",
+)
+
+
+def part_cells(row: Row, part: Part, *, markdown: bool = False) -> tuple[str, ...]:
+    """A part's columns under PARTS_HEADER."""
+    low, high = (number(end, signed=True) for end in part.interval)
+    return (
+        plain(row.title) if markdown else row.title,
+        part.name,
+        str(part.questions),
+        number(part.base),
+        number(part.new),
+        number(part.difference, signed=True),
+        f"[{low}, {high}]",
+        p_value(part.p),
+        p_value(part.p_holm),
+        part.verdict,
+    )
+
+
 def method_lines(comparison: Comparison) -> list[str]:
     """The statistical methods, in sentences."""
     level = comparison.settings["level"]
@@ -97,6 +129,13 @@ def method_lines(comparison: Comparison) -> list[str]:
     if any(max(counts) > 1 for counts in runs):
         lines.append(
             "With several runs a side, p and interval include their variance (±: s.d.)."
+        )
+    if any(row.parts for row in comparison.rows):
+        lines.append(
+            "Solved blind: questions that some blind log answers right. A verdict on these holds "
+            "with and without those that luck solved, one on the others also if the logs missed "
+            f"{MISSED:.0%} of what can be solved blind. p (Holm) and intervals: over both parts of "
+            "all benchmarks together."
         )
     if (1, 1) in runs:
         line = (
@@ -158,6 +197,13 @@ def text(comparison: Comparison) -> str:
             "",
         ]
         lines += [f"- {line}" for line in row_lines(rows, markdown=True)]
+        of_parts = []
+        for row in rows:
+            for part in row.parts:
+                of_parts.append(part_cells(row, part, markdown=True))
+        if of_parts:
+            lines += ["", "### Which questions need eyes", ""]
+            lines += table(PARTS_HEADER, of_parts)
     if comparison.references:
         published = []
         for model, values in comparison.references.items():
@@ -212,6 +258,8 @@ def page(
         drawn=drawn_intervals(comparison.rows),
         header=HEADER,
         cells=cells,
+        parts_header=PARTS_HEADER,
+        part_cells=part_cells,
         number=number,
         published=NOTE,
     )

@@ -104,11 +104,13 @@ def load_side(
     *,
     same_model: bool = False,
     choices: Choices = NO_CHOICES,
+    blind: bool = False,
 ) -> Side:
     """Read a score file or another evaluator's log, or all below a folder; several of one benchmark
     are its runs. Raises FileNotFoundError, or ContractError for what can't be read or compared,
-    such as logs of several models, unless they are said to be runs of the ``same_model``."""
-    runs, notes = load_runs(path, choices)
+    such as logs of several models, unless they are said to be runs of the ``same_model``. Answers
+    without the pictures are read if, and only if, it is to be ``blind``, as far as logs tell."""
+    runs, notes = load_runs(path, choices, blind=blind)
     side = side_of(path, runs, name or (path.name if path.is_dir() else ""), notes)
     if not same_model:
         for of_benchmark in side.runs.values():
@@ -139,7 +141,9 @@ def side_of(path: Path, runs: Sequence[Run], name: str, notes: Sequence[str]) ->
     )
 
 
-def load_runs(path: Path, choices: Choices) -> tuple[list[Run], list[str]]:
+def load_runs(
+    path: Path, choices: Choices, *, blind: bool = False
+) -> tuple[list[Run], list[str]]:
     """All runs in a file or below a folder, and notes on what is left out. Raises
     FileNotFoundError, or ContractError if nothing can be compared."""
     if not path.exists():
@@ -164,6 +168,7 @@ def load_runs(path: Path, choices: Choices) -> tuple[list[Run], list[str]]:
             )
             continue
         try:
+            check_eyes(file, record, blind=blind)
             runs.append(run_of(file, record))
         except ContractError as error:
             if len(records) == 1:
@@ -172,6 +177,23 @@ def load_runs(path: Path, choices: Choices) -> tuple[list[Run], list[str]]:
     if not runs:
         raise ContractError("; ".join(notes))
     return runs, notes
+
+
+def check_eyes(file: Path, record: Log, *, blind: bool) -> None:
+    """Raises ContractError for answers without the pictures where they are not wanted, and for
+    answers with them where they are not, of logs that say how they were made."""
+    settings = record.provenance.get("answer_settings")
+    if not isinstance(settings, dict):
+        return
+    was_blind = bool(settings.get(BLIND))
+    if was_blind and not blind:
+        raise ContractError(
+            f"{file} has answers without the pictures (bench-mllm --blind); pass it to --blind"
+        )
+    if blind and not was_blind:
+        raise ContractError(
+            f"{file} has answers with the pictures; --blind needs those of bench-mllm --blind"
+        )
 
 
 def copied_logs(records: Iterable[tuple[Path, Log]]) -> dict[str, dict[Path, Path]]:
@@ -191,6 +213,8 @@ def copied_logs(records: Iterable[tuple[Path, Log]]) -> dict[str, dict[Path, Pat
     return copies
 
 
+# answer setting of answers to gray pictures
+BLIND = "blind"
 # what tells runs of one model apart in its name
 # doubao-seed-1 and seed1.5 are models: a seed's number follows at once, and is whole
 SEED = re.compile(r"(?<![a-z])(seed|run)=?\d+(?![a-z\d]|\.\d)", re.IGNORECASE)

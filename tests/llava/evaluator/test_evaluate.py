@@ -5,8 +5,10 @@ import base64
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llava_integration.evaluator.answer import command as evaluate
 from llava_integration.evaluator.answer import questions
@@ -93,6 +95,20 @@ def test_batches_answer_as_one_by_one(theirs, run, tmp_path):
     assert len({text for *_, text in one_by_one}) > 1, (
         "a model that always says the same shows nothing"
     )
+
+
+def test_blind_answers_are_those_to_gray_pictures(world, run, tmp_path):
+    """With --blind the answers are those to a folder of gray pictures of the same sizes."""
+    for path in Path(world.images).rglob("*"):
+        if path.is_file():
+            gray = tmp_path / "gray" / path.relative_to(world.images)
+            gray.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(path) as image:
+                Image.new("RGB", image.size, questions.GRAY).save(gray, "PNG")
+    common = ("--batch-size", "5", "--dtype", "float32")
+    run(tmp_path / "blind.jsonl", "--blind", *common)
+    run(tmp_path / "gray.jsonl", "--image-folder", tmp_path / "gray", *common)
+    assert texts(tmp_path / "blind.jsonl") == texts(tmp_path / "gray.jsonl")
 
 
 def test_anyres_answers_as_llavas_own_program(world, run, tmp_path):

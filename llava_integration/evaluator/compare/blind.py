@@ -1,0 +1,333 @@
+"""Which questions need eyes? A difference, split by logs of answers without the pictures.
+
+A question counts as solved blind if at least one blind log answers it right; else it needs eyes.
+Each group has the mean difference of its questions, by the same test as the whole. A group is not
+what it is called, though, and a verdict must hold whichever way it is read:
+
+- Some questions that count as solved were guessed. Of those that nobody can solve blind, J blind
+  logs solve ``luck = 1 - (1 - chance)^J``, with 1 / c of c options as chance. The mean over the
+  questions that are really solved is the weighted mean with ``(solved - luck) / (1 - luck)``, if
+  luck has nothing to do with the sides' answers. If a side guesses with and without the picture
+  alike, it is nearer to the plain mean. So both must differ from 0, in the same direction.
+- Some questions that count as needing eyes can be solved blind, and were missed. Up to MISSED of
+  those that a model can solve are taken to be: the mean over the questions that really need eyes
+  is the weighted mean with ``caught - solved``, where ``caught`` is how many of the questions that
+  can be solved are. Again the plain mean and this one must both differ from 0.
+
+The interval covers those of both readings, the p-value is the larger one: an intersection-union
+test, which needs no correction for being two.
+
+Questions that are answered by yes or no count in each group as in the whole benchmark: else a model
+that says yes more often would gain where a blind model that says yes is right.
+
+One blind log of one of the sides would be wrong: where that side guesses, it guesses the same with
+the picture, so that among the questions that it does not solve blind it loses to any other model
+(regression to the mean). With a log of each side, neither is at a disadvantage.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from llava_integration.evaluator.benchmarks.benchmark import Statistic, ratio
+from llava_integration.evaluator.compare.multiplicity import holm, holm_factors
+from llava_integration.evaluator.compare.pairing import MIN_OVERLAP, check_equal_truth
+from llava_integration.evaluator.compare.sides import Run, Side, model_of
+from llava_integration.evaluator.compare.statistics import Difference, compare, pair
+from llm2clip_plugin.errors import ContractError
+
+RIGHT = 0.5  # a blind answer with this score is right
+MISSED = (
+    0.2  # of the questions that a model can solve blind, its log misses at most so many
+)
+FEWEST = 5  # questions of a group with a test
+BELOW_CHANCE = 3.0  # standard errors
+SOLVED = "solved blind"
+EYES = "need eyes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlindLogs:
+    """Logs of answers to the same questions without, or with other, pictures."""
+
+    logs: tuple[Side, ...]
+    # probability of guessing a question right; None: as each question's options say
+    chance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """New against base on the questions that are solved blind, or on those that need eyes."""
+
+    name: str  # SOLVED or EYES
+    questions: int
+    base: float  # mean score of these questions, in percent
+    new: float
+    readings: tuple[Difference, ...]  # each of them must differ from 0
+    p: float
+    p_holm: float  # over all parts of a comparison
+    interval: tuple[float, float]  # adjusted as p_holm is
+    level: float
+
+    @property
+    def difference(self) -> float:
+        """The mean difference of the questions in this group."""
+        return self.new - self.base
+
+    @property
+    def verdict(self) -> str:
+        """As a row's; "no verdict" for a group that nothing is known about."""
+        if not self.readings:
+            return "no verdict"
+        if self.p_holm >= 1 - self.level:
+            return "no difference shown"
+        return "better" if self.difference > 0 else "worse"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        plain = dict(vars(self))
+        del plain["readings"], plain["level"]
+        return {**plain, "difference": self.difference, "verdict": self.verdict}
+
+
+def split(
+    name: str,
+    base: tuple[Side, Sequence[Run]],
+    new: tuple[Side, Sequence[Run]],
+    blind: BlindLogs,
+    *,
+    level: float,
+    min_overlap: float = MIN_OVERLAP,
+) -> tuple[list[Part], list[str]]:
+    """Both parts of a difference on one benchmark, not yet adjusted, and notes. ``base``, ``new``:
+    a side and its runs on the questions in common. Raises ContractError if the blind logs do not
+    fit."""
+    base_side, base_runs = base
+    new_side, new_runs = new
+    blind_runs = [run for side in blind.logs for run in side.runs.get(name, ())]
+    if not blind_runs:
+        raise ContractError(f"{name} is not split: no blind log has it")
+    check_models(name, base_side, new_side, blind_runs)
+    runs = [*base_runs, *new_runs, *blind_runs]
+    if not all(0 <= score <= 1 for run in runs for score in run.scores):
+        raise ContractError(
+            f"{name} is not split: its scores are not from 0 to 1, so none is right or wrong"
+        )
+    in_all = set(base_runs[0].ids).intersection(*(run.ids for run in blind_runs))
+    questions = len(base_runs[0].ids)
+    if len(in_all) < max(1.0, min_overlap * questions):
+        raise ContractError(
+            f"{name} is not split: the blind logs have {len(in_all)} of {questions} questions"
+        )
+    notes = []
+    if len(in_all) < questions:
+        left_out = questions - len(in_all)
+        notes.append(f"{left_out} questions are not in every blind log; not split")
+    ids = [identifier for identifier in base_runs[0].ids if identifier in in_all]
+    base_runs = [run.pick(ids) for run in base_runs]
+    new_runs = [run.pick(ids) for run in new_runs]
+    blind_runs = [run.pick(ids) for run in blind_runs]
+    for run in blind_runs:
+        check_equal_truth(name, base_side, base_runs[0], run)
+    right_JN = np.array([run.scores for run in blind_runs]) >= RIGHT
+    chance_N = chances(base_runs[0], blind.chance)
+    check_not_below_chance(name, blind_runs, right_JN, chance_N)
+    if base_runs[0].rule or base_runs[0].aggregate:
+        notes.append(
+            "split is the mean score of the questions, not the headline number"
+        )
+    solved_N = right_JN.any(axis=0)
+    is_yes_N = yes_or_no(base_runs[0])
+    weights = part_weights(solved_N, chance_N, len(blind_runs), is_yes_N)
+    base_MN = np.array([run.scores for run in base_runs])
+    new_MN = np.array([run.scores for run in new_runs])
+    clusters = base_runs[0].clusters
+    parts = []
+    for part, of_part in weights.items():
+        parts.append(part_of(part, base_MN, new_MN, clusters, of_part, level=level))
+    if weights[SOLVED][1].sum() <= 0:
+        notes.append(
+            "the blind logs solve no more questions than guessing does: none is known to be solved"
+        )
+    if is_yes_N is not None:
+        notes.append("yes and no count in both groups as in the whole benchmark")
+    return parts, notes
+
+
+def check_models(name: str, base: Side, new: Side, blind_runs: Sequence[Run]) -> None:
+    """Raises ContractError if one side's model alone has a blind log."""
+    blind_models = {model_of(run) for run in blind_runs if run.model}
+    with_log = []
+    without = []
+    for side in (base, new):
+        models = {model_of(run) for run in side.runs[name] if run.model}
+        if models & blind_models:
+            with_log.append(side.name)
+        else:
+            without.append(side.name)
+    if len(with_log) == 1:
+        raise ContractError(
+            f"{name} is not split: there is a blind log of {with_log[0]} alone, which would be "
+            f"at a disadvantage on what it does not guess; add one of {without[0]}, or use one "
+            "of another model"
+        )
+
+
+def chances(run: Run, chance: float | None) -> np.ndarray:
+    """(N,) the probability of guessing each question right: ``chance``, or one of its options, or
+    of yes and no; 0 for a question of which no options are known."""
+    if chance is not None:
+        return np.full(len(run.ids), chance)
+    values = []
+    for item in run.items:
+        options = item.get("choices")
+        if isinstance(options, list) and len(options) > 1:
+            values.append(1 / len(options))
+        elif str(item.get("truth")).strip().lower() in ("yes", "no"):
+            values.append(0.5)
+        else:
+            values.append(0.0)
+    return np.array(values)
+
+
+def check_not_below_chance(
+    name: str, blind_runs: Sequence[Run], right_JN: np.ndarray, chance_N: np.ndarray
+) -> None:
+    """Raises ContractError for a blind log that is right less often than by guessing: its model
+    declines to answer without a picture, which tells nothing about the questions."""
+    expected = float(chance_N.mean())
+    error = float(np.sqrt(np.sum(chance_N * (1 - chance_N)))) / len(chance_N)
+    for run, right_N in zip(blind_runs, right_JN, strict=True):
+        accuracy = float(right_N.mean())
+        if accuracy < expected - BELOW_CHANCE * error:
+            raise ContractError(
+                f"{name} is not split: the blind log of {run.model or 'a model'} is right on "
+                f"{accuracy:.1%} of the questions, guessing on {expected:.1%}; does it decline to "
+                "answer? (--blind-chance sets the chance of guessing)"
+            )
+
+
+def part_weights(
+    solved_N: np.ndarray,
+    chance_N: np.ndarray,
+    logs: int,
+    is_yes_N: np.ndarray | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(N,) weights of the questions in both readings of each part; see the file's beginning.
+    ``is_yes_N``: booleans, of a benchmark of yes-or-no questions.
+
+    ``caught``: a question that one of the models can solve is missed by that model's log with the
+    probability MISSED, and then guessed by none of the others."""
+    solved_N = solved_N.astype(float)
+    luck_N = 1 - (1 - chance_N) ** logs
+    caught_N = 1 - MISSED * (1 - chance_N) ** (logs - 1)
+    # with two options and many logs, everything is solved by luck
+    is_certain_N = luck_N > 1 - 1e-9
+    luck_N = np.where(is_certain_N, 0.0, luck_N)
+    really_solved_N = np.where(is_certain_N, 0.0, (solved_N - luck_N) / (1 - luck_N))
+    weights = {
+        SOLVED: (solved_N, really_solved_N),
+        EYES: (1 - solved_N, caught_N - solved_N),
+    }
+    if is_yes_N is None:
+        return weights
+    return {
+        name: (balanced(plain_N, is_yes_N), balanced(really_N, is_yes_N))
+        for name, (plain_N, really_N) in weights.items()
+    }
+
+
+def balanced(weight_N: np.ndarray, is_yes_N: np.ndarray) -> np.ndarray:
+    """The weights, with the share of yes and of no that these have of all questions; all 0 if
+    one of them has no weight."""
+    result_N = np.zeros(len(weight_N))
+    for members in (is_yes_N, ~is_yes_N):
+        if not members.any():
+            continue
+        total = float(weight_N[members].sum())
+        if total <= 0:
+            return np.zeros(len(weight_N))
+        result_N[members] = weight_N[members] * members.sum() / total
+    return result_N
+
+
+def yes_or_no(run: Run) -> np.ndarray | None:
+    """(N,) booleans, whether the truth is yes; None if it is neither yes nor no of some
+    question."""
+    truths = [str(item.get("truth")).strip().lower() for item in run.items]
+    if not set(truths) <= {"yes", "no"}:
+        return None
+    return np.array([truth == "yes" for truth in truths])
+
+
+def part_of(
+    name: str,
+    base_MN: np.ndarray,
+    new_MN: np.ndarray,
+    clusters: list[str],
+    weights: Sequence[np.ndarray],
+    *,
+    level: float,
+) -> Part:
+    """One part of a difference, of the scores of M runs a side on N questions. Its group are the
+    questions with a weight in the first reading."""
+    group_N = weights[0]
+    questions = int((group_N > 0).sum())
+    base = new = 0.0
+    if questions:
+        base = 100 * float(np.average(base_MN.mean(axis=0), weights=group_N))
+        new = 100 * float(np.average(new_MN.mean(axis=0), weights=group_N))
+    part = Part(
+        name=name,
+        questions=questions,
+        base=base,
+        new=new,
+        readings=(),
+        p=1.0,
+        p_holm=1.0,
+        interval=(-100.0, 100.0),
+        level=level,
+    )
+    # a reading in which the group has no questions says nothing
+    if questions < FEWEST or any(weight_N.sum() <= 0 for weight_N in weights):
+        return part
+    readings = []
+    for weight_N in weights:
+        base_statistics = [weighted_mean(score_N, weight_N) for score_N in base_MN]
+        new_statistics = [weighted_mean(score_N, weight_N) for score_N in new_MN]
+        paired = pair(base_statistics, new_statistics, clusters)
+        readings.append(compare(paired, level=level))
+    return replace(part, readings=tuple(readings), p=p_of_all(readings))
+
+
+def weighted_mean(score_N: np.ndarray, weight_N: np.ndarray) -> Statistic:
+    """The weighted mean in percent; questions without a weight do not count."""
+    sums = np.stack([weight_N * score_N, weight_N], axis=1)
+    return Statistic(
+        sums,
+        lambda totals: 100 * ratio(totals[..., 0], totals[..., 1]),
+        counted=weight_N != 0,
+    )
+
+
+def p_of_all(readings: Sequence[Difference]) -> float:
+    """The p-value of differences that must all be shown, in one direction."""
+    if len({np.sign(reading.difference) for reading in readings}) > 1:
+        return 1.0
+    return max(reading.p for reading in readings)
+
+
+def adjusted_parts(parts: Sequence[Part]) -> list[Part]:
+    """The parts with Holm's p-values over all of them, and the intervals that go with these."""
+    values = [part.p for part in parts]
+    adjusted = []
+    for part, p, factor in zip(parts, holm(values), holm_factors(values), strict=True):
+        interval = part.interval
+        if part.readings:
+            level = 1 - (1 - part.level) / factor
+            ends = [reading.interval(level) for reading in part.readings]
+            interval = (min(low for low, _ in ends), max(high for _, high in ends))
+        adjusted.append(replace(part, p_holm=p, interval=interval))
+    return adjusted

@@ -1,0 +1,271 @@
+"""`compare --blind`: which questions need eyes."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from llava_integration.evaluator.answer import command as evaluate
+from llava_integration.evaluator.answer.questions import GRAY, Question
+from llava_integration.evaluator.compare.blind import (
+    EYES,
+    SOLVED,
+    BlindLogs,
+    part_weights,
+)
+from llava_integration.evaluator.compare.command import main
+from llava_integration.evaluator.compare.comparison import build
+from llava_integration.evaluator.compare.sides import load_side, load_sides
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.errors import ContractError
+from scripts.benchmarks.blind import Setting, simulate
+
+# sides of 40 questions: the first 16 are solved blind, of which new wins 1, of the others 14
+BASE = [0] * 4 + [1] * 12 + [0] * 16 + [1] * 8
+NEW = [1] + [0] * 3 + [1] * 12 + [1] * 14 + [0] * 2 + [1] * 8
+SOLVED_BLIND = [1] * 16 + [0] * 24
+
+
+def table(path, scores, model="", **columns):
+    """A CSV of items, scores and further columns."""
+    names = ["item", "score", *(["model"] if model else []), *columns]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for number, score in enumerate(scores):
+            more = [values[number] for values in columns.values()]
+            writer.writerow([number, score, *([model] if model else []), *more])
+    return path
+
+
+def score_file(path, scores, model, choices=None, blind=None, **about):
+    items = []
+    for number, score in enumerate(scores):
+        item = {"id": number, "score": score, "cluster": str(number), "truth": "x"}
+        if choices:
+            item["choices"] = choices
+        items.append({**item, **about})
+    provenance = {} if blind is None else {"answer_settings": {"blind": blind}}
+    record = ScoreFile(
+        benchmark="toy", metrics={}, items=items, model=model, provenance=provenance
+    )
+    return record.write(path)
+
+
+def parts(tmp_path, blind, chance=None, base=BASE, new=NEW):
+    """The rows of a comparison with blind logs."""
+    sides = load_sides(
+        [table(tmp_path / "base.csv", base), table(tmp_path / "new.csv", new)], []
+    )
+    logs = tuple(load_side(path, blind=True) for path in blind)
+    return build(sides, blind=BlindLogs(logs=logs, chance=chance)).rows[0]
+
+
+def test_a_gain_of_questions_that_need_eyes_is_found_there(tmp_path):
+    row = parts(tmp_path, [table(tmp_path / "blind.csv", SOLVED_BLIND)])
+    solved, eyes = row.parts
+    assert (solved.name, solved.questions) == (SOLVED, 16)
+    assert (eyes.name, eyes.questions) == (EYES, 24)
+    assert solved.difference == pytest.approx(100 / 16)
+    assert eyes.difference == pytest.approx(100 * 14 / 24)
+    assert (solved.verdict, eyes.verdict) == ("no difference shown", "better")
+    low, high = eyes.interval
+    assert 0 < low < eyes.difference < high
+    # Holm over both
+    assert eyes.p_holm == pytest.approx(2 * eyes.p)
+    # both groups together are the whole
+    whole = solved.questions * solved.difference + eyes.questions * eyes.difference
+    assert whole / 40 == pytest.approx(row.result.difference)
+
+
+def test_what_luck_and_missed_questions_can_explain_is_no_verdict():
+    """Of four options 6 of 24 questions that need eyes are solved by luck: the weights of the
+    second readings are 0 on average there, and on what can be solved blind."""
+    solved_N = np.repeat([1, 1, 0], [16, 6, 18]).astype(bool)  # solvable, lucky, others
+    weights = part_weights(solved_N, np.full(40, 0.25), 1)
+    _, really_solved_N = weights[SOLVED]
+    assert really_solved_N[16:].sum() == pytest.approx(0)
+    assert really_solved_N[:16] == pytest.approx(np.ones(16))
+    # of 20 solvable questions, 4 are missed
+    solved_N = np.repeat([1, 0], [16, 4]).astype(bool)
+    _, really_eyes_N = part_weights(solved_N, np.full(20, 0.25), 1)[EYES]
+    assert really_eyes_N.sum() == pytest.approx(0)
+
+
+SIMULATED = [
+    # where the gain is, and how often each part shows a difference: below, above, in percent
+    (Setting(knows=(0.6, 0.8)), "blind"),
+    (Setting(knows=(0.6, 0.8), caught=0.8), "blind"),
+    (Setting(knows=(0.6, 0.8), logs="both"), "blind"),
+    (Setting(sees=(0.4, 0.6)), "visual"),
+    (Setting(sees=(0.4, 0.6), logs="both"), "visual"),
+]
+
+
+@pytest.mark.parametrize(
+    ("setting", "planted"), SIMULATED, ids=[setting.name for setting, _ in SIMULATED]
+)
+def test_a_planted_gain_is_found_where_it_is(setting, planted):
+    """1,000 simulations: scripts/benchmarks/blind.py."""
+    visual, blind = simulate(setting, 60)
+    found, false = (visual, blind) if planted == "visual" else (blind, visual)
+    assert found >= 0.8
+    assert false <= 0.12
+
+
+def test_a_log_of_one_side_alone_is_refused(tmp_path):
+    """It would make that side worse where it guesses."""
+    sides = [
+        score_file(tmp_path / "a.scores.json", BASE, "one"),
+        score_file(tmp_path / "b.scores.json", NEW, "two"),
+    ]
+    blind = {}
+    for model in ("one", "two", "three"):
+        path = tmp_path / f"blind-{model}.scores.json"
+        blind[model] = load_side(
+            score_file(path, SOLVED_BLIND, model, blind=True), blind=True
+        )
+
+    def row_with(*models):
+        logs = tuple(blind[model] for model in models)
+        return build(load_sides(sides, []), blind=BlindLogs(logs=logs)).rows[0]
+
+    row = row_with("one")
+    assert row.parts == ()
+    assert any("blind log of one alone" in note for note in row.notes)
+    assert row_with("two").parts == ()
+    assert len(row_with("one", "two").parts) == len(row_with("three").parts) == 2
+
+
+def test_a_model_that_declines_tells_nothing(tmp_path):
+    """Below chance, with four options; --blind-chance 0 takes it as free text."""
+    blind = [table(tmp_path / "blind.csv", [0] * 40)]
+    row = parts(tmp_path, blind, chance=0.25)
+    assert row.parts == ()
+    assert any(
+        "right on 0.0% of the questions, guessing on 25.0%" in n for n in row.notes
+    )
+    assert len(parts(tmp_path, blind, chance=0).parts) == 2
+
+
+def test_chances_are_those_of_the_options(tmp_path):
+    def note_of(**about):
+        base = score_file(tmp_path / "a.scores.json", BASE, "a", **about)
+        new = score_file(tmp_path / "b.scores.json", NEW, "b", **about)
+        none = score_file(
+            tmp_path / "n.scores.json", [0] * 40, "n", blind=True, **about
+        )
+        blind = BlindLogs(logs=(load_side(none, blind=True),))
+        notes = build(load_sides([base, new], []), blind=blind).rows[0].notes
+        return " ".join(notes)
+
+    assert "guessing on 50.0%" in note_of(truth="yes")
+    assert "guessing on 20.0%" in note_of(choices=list("abcde"))
+    assert "guessing on" not in note_of()
+
+
+def test_a_blind_model_that_always_says_yes_moves_no_points(tmp_path):
+    """New says yes more often, and sees no better: in each group yes and no count as in all
+    questions, so that neither group shows a difference. The blind log says yes 4 times in 5."""
+    setting = Setting(options=2, says_yes=(0.5, 0.8, 0.8))
+    assert simulate(setting, 20) == (0, 0)
+    # without that, both would: the log is right where the answer is yes
+    truth = ["yes", "no"] * 20
+    said = {"base": [0, 1] * 20, "new": [1, 0] * 20, "always yes": [1, 0] * 20}
+    files = {}
+    for model, scores in said.items():
+        items = [
+            {"id": number, "score": score, "truth": truth[number]}
+            for number, score in enumerate(scores)
+        ]
+        record = ScoreFile(benchmark="toy", metrics={}, items=items, model=model)
+        files[model] = record.write(tmp_path / f"{model}.scores.json")
+    blind = BlindLogs(logs=(load_side(files["always yes"], blind=True),))
+    (row,) = build(load_sides([files["base"], files["new"]], []), blind=blind).rows
+    assert [part.verdict for part in row.parts] == ["no verdict", "no verdict"]
+    assert any("yes and no count in both groups" in note for note in row.notes)
+
+
+def test_answers_without_pictures_are_no_side_and_those_with_are_no_blind_log(tmp_path):
+    score_file(tmp_path / "a" / "seen.scores.json", BASE, "a", blind=False)
+    score_file(tmp_path / "a" / "blind.scores.json", SOLVED_BLIND, "a", blind=True)
+    side = load_side(tmp_path / "a")
+    assert len(side.runs["toy"]) == 1
+    assert any("answers without the pictures" in note for note in side.notes)
+    assert len(load_side(tmp_path / "a", blind=True).runs["toy"]) == 1
+    with pytest.raises(ContractError, match="needs those of bench-mllm --blind"):
+        load_side(tmp_path / "a" / "seen.scores.json", blind=True)
+
+
+def test_the_command_and_its_reports(tmp_path, capsys):
+    words = [
+        str(table(tmp_path / "base.csv", BASE)),
+        str(table(tmp_path / "new.csv", NEW)),
+        "--blind",
+        str(table(tmp_path / "blind.csv", SOLVED_BLIND)),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "### Which questions need eyes" in shown
+    (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    assert [part["verdict"] for part in row["parts"]] == [
+        "no difference shown",
+        "better",
+    ]
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "Which questions need eyes" in page
+    assert "need eyes</td>" in page
+    with pytest.raises(ValueError, match=r"--blind-chance 1\.5 is invalid"):
+        main([*words, "--blind-chance", "1.5"])
+
+
+def test_scores_that_are_neither_right_nor_wrong_are_not_split(tmp_path):
+    blind = [table(tmp_path / "blind.csv", SOLVED_BLIND)]
+    row = parts(tmp_path, blind, base=[5 * score for score in BASE])
+    assert row.parts == ()
+    assert any("not from 0 to 1" in note for note in row.notes)
+
+
+def test_a_blind_picture_is_gray_and_of_the_same_size(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (14, 9), (255, 0, 0)).save(tmp_path / "red.png")
+    question = Question(id=1, text="", prompt="", image="red.png")
+    blind = question.open_image(str(tmp_path), blind=True)
+    assert (blind.size, blind.getcolors()) == ((14, 9), [(14 * 9, GRAY)])
+    assert question.open_image(str(tmp_path)).getcolors() == [(14 * 9, (255, 0, 0))]
+
+
+def test_blind_answers_are_not_mixed_with_others(tmp_path):
+    """Settings of answers say it; those of an earlier release are of answers with pictures."""
+    from chat_server import ChatServer, serving
+    from PIL import Image
+
+    Image.new("RGB", (14, 9), (255, 0, 0)).save(tmp_path / "red.png")
+    row = {"question_id": 1, "image": "red.png", "text": "What?"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row))
+    output = tmp_path / "answers.jsonl"
+    files = (
+        "--question-file",
+        f"{tmp_path}/questions.jsonl",
+        "--image-folder",
+        f"{tmp_path}",
+    )
+    state = ChatServer(["tiny"])
+    with serving(state) as url:
+        words = ["--endpoint", url, *files, "--answers-file", str(output)]
+        assert evaluate.main(words) == 0
+        settings = tmp_path / "answers.jsonl.settings.json"
+        record = json.loads(settings.read_text())
+        assert record.pop("blind") is False
+        settings.write_text(json.dumps(record))  # as an earlier release wrote it
+        assert evaluate.main(words) == 0
+        with pytest.raises(ContractError, match="blind False -> True"):
+            evaluate.main([*words, "--blind"])
+        other = tmp_path / "blind.jsonl"
+        assert evaluate.main([*words[:-1], str(other), "--blind"]) == 0
+    seen, blind = (json.loads(path.read_text())["text"] for path in (output, other))
+    assert seen != blind
