@@ -1,8 +1,9 @@
-"""Logs of HELM, OpenCompass and EvalScope, written by two versions of each (``logs/``), become the
-numbers that they print."""
+"""Logs of HELM, lighteval, OpenCompass and EvalScope, written by two versions of each (``logs/``),
+become the numbers that they print."""
 
 import json
 import shutil
+import sys
 
 import pytest
 from reader_logs import LOGS, value
@@ -11,6 +12,7 @@ from llava_integration.evaluator.compare.comparison import build
 from llava_integration.evaluator.compare.readers import Choices
 from llava_integration.evaluator.compare.sides import load_side
 from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.installation import MissingExtraError
 
 HELM = "custom_mcqa,path=toy.jsonl,method=multiple_choice_joint"
 HELM += ":data_augmentation=misspelling0.05"
@@ -21,7 +23,7 @@ def the_run(path, benchmark, **choices):
     return run
 
 
-@pytest.mark.parametrize("version", ["0.5.16"])
+@pytest.mark.parametrize("version", ["0.5.4", "0.5.16"])
 def test_helm(version):
     """8 of 12 questions as they are; the misspelled ones do not count."""
     folder = LOGS / "helm" / version
@@ -130,3 +132,75 @@ def test_reviews_without_a_report_are_read(tmp_path):
         "general_mcq_other accuracy",
         "general_qa_default Rouge-L-R",
     }
+
+
+LIGHTEVAL = {  # of a version: model, and the id of the question with the number 5
+    "0.8.1": ("dummy", "e1ee75dfc043"),  # without ids: the question stands for it
+    "0.13.0": ("org/dummy", "5"),
+}
+
+
+@pytest.mark.parametrize("version", LIGHTEVAL)
+def test_lighteval(version):
+    """9 of 20 questions by likelihood; 1 of 10 that are answered alike."""
+    pytest.importorskip("pyarrow")
+    side = load_side(LOGS / "lighteval" / version)
+    assert {name: value(side, name) for name in side.runs} == {
+        "toy_gen|0 em": pytest.approx(10),
+        "toy_mc|0 acc": pytest.approx(45),
+    }
+    model, five = LIGHTEVAL[version]
+    for (run,) in side.runs.values():
+        assert run.notes == []
+        assert run.printed == pytest.approx(run.statistic.full() / 100)
+        assert run.model == model
+    (run,) = side.runs["toy_mc|0 acc"]
+    item = dict(zip(run.ids, run.items, strict=True))[five]
+    assert item["question"] == "Which of the two is 5?"
+    assert (item["truth"], item["answer"]) == ([" that"], "that")
+    (run,) = side.runs["toy_gen|0 em"]
+    assert run.items[0]["answer"] == "random baseline"
+    chosen = load_side(LOGS / "lighteval" / version / "details", choices=Choices())
+    assert chosen.runs["toy_mc|0 acc"][0].scores == side.runs["toy_mc|0 acc"][0].scores
+
+
+def test_lighteval_needs_pyarrow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtraError, match="pip install pyarrow"):
+        load_side(LOGS / "lighteval" / "0.13.0")
+
+
+def test_the_average_of_lightevals_subsets_is_one_row(tmp_path):
+    """Each subset has equal weight; a metric of which less is better is negated."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    date = "2026-12-01T18-34-55.730984"
+    details = tmp_path / "details" / "org" / "m" / date
+    details.mkdir(parents=True)
+    rights = {"anatomy": [1, 1, 0, 0], "law": [1] * 9 + [0]}
+    for subset, scores in rights.items():
+        rows = []
+        for number, score in enumerate(scores):
+            doc = {"id": str(number), "query": "?", "choices": ["a"], "gold_index": 0}
+            response = {"text": ["a"], "logprobs": []}
+            metric = {"acc": score, "wer": 1 - score}
+            rows.append({"doc": doc, "metric": metric, "model_response": response})
+        name = f"details_mmlu:{subset}|5_{date}.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), details / name)
+    entry = {"metric_name": "wer", "higher_is_better": False}
+    body = {
+        "config_general": {"model_name": "org/m"},
+        "results": {"mmlu:_average|5": {"acc": 0.7}, "mmlu:law|5": {"wer": 0.1}},
+        "config_tasks": {"mmlu:law|5": {"metrics": [entry]}},
+    }
+    results = tmp_path / "results" / "org" / "m"
+    results.mkdir(parents=True)
+    (results / f"results_{date}.json").write_text(json.dumps(body))
+    run = the_run(tmp_path, "mmlu|5 acc")
+    assert run.statistic.full() == pytest.approx(70)
+    assert run.notes == []
+    assert len(run.ids) == 14
+    log = details / f"details_mmlu:law|5_{date}.parquet"
+    run = the_run(log, "mmlu:law|5 wer", metric="wer")
+    assert run.statistic.full() == pytest.approx(-0.1 * run.scale)
+    assert run.notes == ["wer: lower is better, so its negative is compared"]

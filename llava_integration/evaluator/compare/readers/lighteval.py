@@ -1,0 +1,208 @@
+"""lighteval with ``--save-details``: ``details/MODEL/DATE/details_TASK_DATE.parquet``, and the
+printed numbers in ``results/MODEL/results_DATE.json``. Reading parquet needs pyarrow.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_integration.evaluator.compare.readers import (
+    BY_PART,
+    Choices,
+    Log,
+    Reader,
+    number,
+    short_text,
+)
+from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.hashes import sha256_text
+from llm2clip_plugin.installation import MissingExtraError
+from llm2clip_plugin.json_files import read_json_value
+
+NAME = re.compile(r"details_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)\.parquet$")
+AVERAGE = "_average"  # of the subsets of a task
+
+
+def fits(path: Path) -> bool:
+    """It is called as lighteval calls it."""
+    return NAME.search(path.name) is not None
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet file."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise MissingExtraError(
+            f"{path} is a parquet file, and pyarrow is not installed: pip install pyarrow"
+        ) from None
+    with errors_about(path, fix="was the run cut off?"):
+        return parquet.read_table(path).to_pylist()
+
+
+def read(path: Path, choices: Choices) -> Iterator[Log]:
+    """One task; the subsets of one (mmlu:anatomy) are a group if their average is printed."""
+    name = NAME.search(path.name)
+    assert name is not None
+    results = Results(path, name["task"], name["date"])
+    rows = rows_of(path)
+    with errors_about(path):
+        scores = [row.get("metric") or row["metrics"] for row in rows]
+    metric = choices.metric or first_number(scores[0])
+    if not metric:
+        known = ", ".join(scores[0])
+        problem = f"{path}: no metric has a number for each sample; metrics: {known}"
+        yield Log(benchmark=results.task, metrics={}, items=[], unknown=problem)
+        return
+    sign = 1 if results.higher_is_better(metric) else -1
+    items = []
+    times: Counter[str] = Counter()
+    for row_number, (row, of_row) in enumerate(zip(rows, scores, strict=True)):
+        where = f"{path}, sample {row_number}"
+        if metric not in of_row:
+            raise ContractError(
+                f"{where}: no metric {metric}; it has {', '.join(of_row)}"
+            )
+        with errors_about(where):
+            item = item_since_0_9(row) if "doc" in row else item_up_to_0_8(row)
+        times[item["id"]] += 1
+        if times[item["id"]] > 1:  # the same question again
+            item["id"] += f"#{times[item['id']]}"
+        score = sign * number(of_row[metric], f"{where}: {metric}")
+        items.append({**item, "cluster": item["id"], "score": score})
+    printed = results.printed(metric)
+    notes = []
+    if sign == -1:
+        notes.append(f"{metric}: lower is better, so its negative is compared")
+        printed = printed and -printed
+    yield Log(
+        benchmark=f"{results.task} {metric}",
+        metrics={},
+        items=items,
+        model=results.model,
+        printed=printed,
+        group=results.group(metric) if sign == 1 else (),
+        notes=notes,
+    )
+
+
+def first_number(metrics: dict[str, Any]) -> str:
+    """The first metric that is a number; others are made of the whole corpus."""
+    for name, value in metrics.items():
+        if isinstance(value, (bool, int, float)):
+            return name
+    return ""
+
+
+def item_since_0_9(row: dict[str, Any]) -> dict[str, Any]:
+    """Id, question, answer and truth of a row with a document and the model's response."""
+    doc = row["doc"]
+    response = row["model_response"]
+    choices = doc.get("choices") or []
+    texts = response.get("text_post_processed") or response.get("text") or []
+    answer = texts[0] if texts else most_likely(choices, response.get("logprobs"))
+    return {
+        "id": str(doc["id"]),
+        "question": short_text(doc.get("query")),
+        "answer": short_text(answer),
+        "truth": [choices[place] for place in places(doc.get("gold_index"))],
+    }
+
+
+def item_up_to_0_8(row: dict[str, Any]) -> dict[str, Any]:
+    """The same of a row without an id: the question stands for it."""
+    choices = row.get("choices") or []
+    predictions = row.get("predictions") or [""]
+    if isinstance(predictions[0], str):
+        answer = predictions[0]
+    else:
+        answer = most_likely(choices, [prediction[0] for prediction in predictions])
+    question = str(row.get("example"))
+    truth = row.get("gold")
+    return {
+        "id": sha256_text(question)[:12],
+        "question": short_text(question),
+        "answer": short_text(answer),
+        "truth": truth or [choices[place] for place in places(row.get("gold_index"))],
+    }
+
+
+def most_likely(options: Sequence[str], likelihoods: Sequence[float] | None) -> str:
+    """The option with the greatest likelihood; "" if they are not of the options."""
+    if not likelihoods or len(options) != len(likelihoods):
+        return ""
+    best = max(range(len(options)), key=lambda place: likelihoods[place])
+    return options[best].strip()
+
+
+def places(index: Any) -> list[int]:
+    """Where the right choices are: one place, or several."""
+    if index is None:
+        return []
+    return list(index) if isinstance(index, list) else [index]
+
+
+class Results:
+    """A task in the file of results; without that file, nothing is known."""
+
+    def __init__(self, details: Path, name: str, date: str):
+        """``name``: the task in the name of its file."""
+        self.name = name
+        parts = name.split("|")
+        # up to 0.12 it begins with the suite: "leaderboard|arc:challenge|25"
+        self.task = "|".join(parts[-2:])
+        self.path = results_file(details, date)
+        body = read_json_value(self.path) if self.path.is_file() else {}
+        with errors_about(self.path):
+            config = body.get("config_general") or {}
+            self.model = str(config.get("model_name") or "")
+            self.numbers: dict[str, dict[str, float]] = body.get("results") or {}
+            configs = body.get("config_tasks") or {}
+            task = configs.get(name) or configs.get("|".join(parts[:-1])) or {}
+            self.metrics = task.get("metrics") or task.get("metric") or []
+
+    def printed(self, metric: str, of: str = "") -> float | None:
+        """The printed number of the task, or of a group."""
+        return (self.numbers.get(of or self.name) or {}).get(metric)
+
+    def higher_is_better(self, metric: str) -> bool:
+        """Whether more of a metric is better; so if the results don't say."""
+        for entry in self.metrics:
+            better = entry.get("higher_is_better")
+            if isinstance(better, dict) and metric in better:
+                return bool(better[metric])
+            if entry.get("metric_name") == metric:
+                return bool(better)
+        return True
+
+    def group(self, metric: str) -> tuple[Any, ...]:
+        """What tells the task whose average over subsets is printed; () if there is none."""
+        *suite, task, shots = self.name.split("|")
+        name, colon, _ = task.partition(":")
+        average = "|".join([*suite, f"{name}:{AVERAGE}", shots])
+        printed = self.printed(metric, average)
+        if not colon or printed is None:
+            return ()
+        return (f"{name}|{shots}", metric, printed, BY_PART, self.path)
+
+
+def results_file(details: Path, date: str) -> Path:
+    """The file of results of a task's details: in a folder of its own beside theirs, else next to
+    them."""
+    name = f"results_{date}.json"
+    for folder in details.parents:
+        if folder.name == "details":
+            model = details.parent.parent.relative_to(folder)
+            return folder.parent / "results" / model / name
+    return details.with_name(name)
+
+
+READER = Reader(
+    name="lighteval",
+    endings=(".parquet",),
+    fits=fits,
+    read=read,
+    choices=("metric",),
+)
