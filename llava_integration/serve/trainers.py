@@ -160,8 +160,11 @@ def register_with_llamafactory() -> None:
     loader.register_autoclass = lambda *_: None
 
 
-def main() -> None:
-    """Start the program that is named first; without a name, as one of LLaMA-Factory's ranks."""
+def main(script: str = __file__) -> None:
+    """Start the program that is named first; without a name, as one of LLaMA-Factory's ranks.
+
+    script: what starts each of these ranks, a file that calls this function.
+    """
     if sys.argv[1:2] == ["swift"]:
         from swift.cli.main import cli_main
 
@@ -181,7 +184,7 @@ def main() -> None:
         return run_exp()
     from llamafactory import launcher
 
-    launcher.__file__ = __file__  # which torchrun then starts on each rank
+    launcher.__file__ = script  # which torchrun then starts on each rank
     del sys.argv[1]
     return launcher.launch()
 

@@ -42,13 +42,14 @@ LITTLE = (
 YAML = "max_steps: 12\nper_device_train_batch_size: 2\nlogging_steps: 1\n"
 SFT = (
     "max_steps=12, per_device_train_batch_size=2, logging_steps=1, use_cpu=True, "
-    "bf16=False, report_to='none', "
+    "bf16=False, report_to='none',"
 )
+RATES_HEADING = "A learning rate for each module"
 
 
-def blocks(language: str) -> list[str]:
-    """The code of the trainer's section."""
-    section = PAGE.partition(f"\n## {HEADINGS[TRAINER]}\n")[2].partition("\n## ")[0]
+def blocks(language: str, heading: str = HEADINGS[TRAINER]) -> list[str]:
+    """The code of a section, by default the trainer's."""
+    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     return re.findall(rf"^```{language}\n(.*?)^```", section, re.M | re.S)
 
 
@@ -61,10 +62,15 @@ def run(*words: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def train_with_trl() -> None:
+def trl_script() -> str:
     (code,) = blocks("python")
-    code = re.sub(r"(train\([12], .*?)(1e-3|2e-5)", rf"\g<1>{RATE}", code)
-    Path("sft.py").write_text(code.replace("num_train_epochs=1, ", SFT))
+    assert "num_train_epochs=1," in code
+    code = code.replace("num_train_epochs=1,", SFT)
+    return re.sub(r"(train\([12], .*?)(1e-3|2e-5)", rf"\g<1>{RATE}", code)
+
+
+def train_with_trl() -> None:
+    Path("sft.py").write_text(trl_script())
     run(sys.executable, "sft.py")
 
 
@@ -74,10 +80,9 @@ def train_with_swift() -> None:
     run("bash", "-ec", code.replace("--output_dir", f"{LITTLE} --output_dir"))
 
 
-def train_with_llamafactory() -> None:
+def write_llamafactory_files() -> None:
     (settings,) = blocks("yaml")
     (data,) = blocks("json")
-    (code,) = blocks("bash")
     info = json.loads(data)["pretrain"]
     datasets = {
         name: {**info, "file_name": f"{name}.json"} for name in ("pretrain", "finetune")
@@ -93,8 +98,52 @@ def train_with_llamafactory() -> None:
             ": true\n", ": false\n", 2
         )
     )
+
+
+def train_with_llamafactory() -> None:
+    write_llamafactory_files()
+    (code,) = blocks("bash")
     for stage in ("stage1", "stage2"):
         run("bash", "-ec", code[code.index("python") :].replace("stage1", stage))
+
+
+def rate_trl() -> None:
+    """Stage 2 of the page on the model as it was built, with rates for tower and projector."""
+    with_rates, _ = blocks("python", RATES_HEADING)
+    script, calls = re.subn(
+        r"trainer = SFTTrainer\(\n.*?\n    \)", "TRAINER", trl_script(), flags=re.S
+    )
+    assert calls == 1
+    script = script.replace("TRAINER", indented(with_rates)).replace(
+        'f"vlm/stage{stage - 1}"', '"vlm/stage0"'
+    )
+    Path("rates.py").write_text(re.sub(r"\ntrain\(1, .*\n", "\n", script))
+    run(sys.executable, "rates.py")
+
+
+def indented(code: str) -> str:
+    return code.replace("\n", "\n    ").rstrip()
+
+
+def rate_swift() -> None:
+    (code,) = blocks("bash")
+    (words,) = re.findall(r"its own `(--vit_lr .+?)`", PAGE)
+    export, _, commands = code[code.index("export") :].partition("\n")
+    _, _, second = commands.rpartition("python -m")
+    second = f"python -m{second}".replace("vlm/stage1/checkpoint-*", "vlm/stage0")
+    second = second.replace("2e-5", f"{RATE} {words}")
+    second = second.replace("--output_dir", f"{LITTLE} --output_dir")
+    run("bash", "-ec", f"{export}\n{second}")
+
+
+def rate_llamafactory() -> None:
+    write_llamafactory_files()
+    settings = Path("stage2.yaml").read_text().replace("vlm/stage1", "vlm/stage0")
+    Path("stage2.yaml").write_text(settings)
+    _, script = blocks("python", RATES_HEADING)
+    Path("stage2.py").write_text(script)
+    (code,) = blocks("bash", RATES_HEADING)
+    run("bash", "-ec", code)
 
 
 def folder(stage: int) -> Path:
@@ -128,14 +177,9 @@ def encoded(processor: Any, turns: list[dict[str, Any]]) -> Any:
     )
 
 
-@pytest.mark.parametrize("tower", ["clip", "eva02"])
-def test_two_stages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str
-) -> None:
-    """The first loss is transformers' own, losses fall, stage 1 trains the projector alone, and
-    answers are learned."""
-    monkeypatch.chdir(tmp_path)
-    llm = save_tiny_llm(tmp_path / "qwen3", "qwen3", width=128)
+def build(folder: Path, tower: str) -> None:
+    """``vlm/stage0`` and data of two images, here."""
+    llm = save_tiny_llm(folder / "qwen3", "qwen3", width=128)
     Path("template.jinja").write_text(TEMPLATE)
     words = [
         "--tower",
@@ -156,6 +200,16 @@ def test_two_stages(
         rows.append({"id": name, "image": f"{name}.png", "conversations": turns})
     for name in ("pretrain.json", "finetune.json"):
         Path(name).write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize("tower", ["clip", "eva02"])
+def test_two_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: str
+) -> None:
+    """The first loss is transformers' own, losses fall, stage 1 trains the projector alone, and
+    answers are learned."""
+    monkeypatch.chdir(tmp_path)
+    build(tmp_path, tower)
     globals()[f"train_with_{TRAINER}"]()
 
     register()
@@ -202,6 +256,28 @@ def test_two_stages(
             0, inputs["input_ids"].shape[1] :
         ]
         assert processor.decode(answer).startswith(f"{name}<end>")
+
+
+def test_each_module_has_its_learning_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The groups of the saved optimizer: the page's rates for tower and projector, the settings'
+    for the LLM, and every parameter in one of them."""
+    monkeypatch.chdir(tmp_path)
+    build(tmp_path, "clip")
+    globals()[f"rate_{TRAINER}"]()
+    (saved,) = Path("vlm/stage2").rglob("optimizer.pt")
+    groups = torch.load(saved, weights_only=True)["param_groups"]
+    counts: dict[float, int] = {}
+    for group in groups:
+        rate = group["initial_lr"]
+        counts[rate] = counts.get(rate, 0) + len(group["params"])
+    model: Any = LlavaForConditionalGeneration.from_pretrained("vlm/stage0")
+    names = [name for name, _ in model.named_parameters()]
+    tower = sum("vision_tower" in name for name in names)
+    projector = sum("multi_modal_projector" in name for name in names)
+    others = len(names) - tower - projector
+    assert counts == {2e-6: tower, 1e-4: projector, float(RATE): others}
 
 
 @pytest.mark.skipif(TRAINER != "trl", reason="TRL 1 has the chat templates")

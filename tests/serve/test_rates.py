@@ -1,0 +1,130 @@
+"""Learning rates of tower, projector and LLM in transformers' Trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+from llava_integration.serve.rates import with_rates
+
+SIZE = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+IMAGE = 3  # the token of an image, which has (8 / 4)^2 patches
+ROW = torch.tensor([IMAGE] * 4 + [5, 6, 7])
+RATE = 1e-3
+RATES = {"vision_tower": 1e-5, "multi_modal_projector": 1e-4}
+
+
+def tiny_llava() -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(**SIZE, image_size=8, patch_size=4)
+    llm = LlamaConfig(**SIZE, vocab_size=16, tie_word_embeddings=False)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=llm,
+            image_token_id=IMAGE,
+            vision_feature_layer=-1,
+        )
+    )
+
+
+def collate(rows: list[Any]) -> dict[str, Tensor]:
+    """Each row a seed of its picture."""
+    generator = torch.Generator().manual_seed(int(rows[0]))
+    ids = ROW.expand(len(rows), -1)
+    pixels = torch.randn(len(rows), 3, 8, 8, generator=generator)
+    return {"input_ids": ids, "pixel_values": pixels, "labels": ids}
+
+
+def trainer(
+    folder: Path, model: LlavaForConditionalGeneration, **rates: float
+) -> Trainer:
+    arguments = TrainingArguments(
+        str(folder),
+        learning_rate=RATE,
+        weight_decay=0.1,
+        max_steps=2,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=2,
+        remove_unused_columns=False,
+        report_to="none",
+        use_cpu=True,
+        max_grad_norm=0.0,
+        logging_steps=1,
+    )
+    made: Trainer = with_rates(Trainer, **rates)(
+        model, arguments, train_dataset=list(range(4)), data_collator=collate
+    )
+    return made
+
+
+def module(name: str) -> str:
+    """Of transformers' LLaVA; lm_head and the language model have no rate of their own here."""
+    return next((part for part in RATES if part in name), "")
+
+
+def test_each_module_moves_at_its_rate(tmp_path: Path) -> None:
+    """Adam's first step moves a weight by its learning rate, as its eps is small; biases, norms and
+    embeddings keep their weight decay of 0."""
+    model = tiny_llava()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = trainer(tmp_path, model, **RATES)
+    trained.args.weight_decay = 0.0
+    trained.args.max_steps = 1
+    trained.train()
+    largest: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        step = float((parameter.detach() - before[name]).abs().max())
+        largest[module(name)] = max(largest.get(module(name), 0.0), step)
+    expected = {**RATES, "": RATE}
+    assert largest == {
+        name: pytest.approx(expected[name], rel=0.05) for name in largest
+    }
+    assert set(largest) == set(expected)
+    # what trainers log is the settings' rate
+    assert trained.state.log_history[0]["learning_rate"] == RATE
+
+
+def test_groups_keep_their_weight_decay_and_hold_every_parameter_once(
+    tmp_path: Path,
+) -> None:
+    model = tiny_llava()
+    plain = trainer(tmp_path, model).create_optimizer()
+    decay = {}
+    for group in plain.param_groups:
+        decay.update(dict.fromkeys(group["params"], group["weight_decay"]))
+    seen = []
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in trainer(tmp_path, model, **RATES).create_optimizer().param_groups:
+        for parameter in group["params"]:
+            seen.append(parameter)
+            rate = RATES.get(module(names[parameter]), RATE)
+            assert group["lr"] == rate
+            assert group["weight_decay"] == decay[parameter]
+    assert len(seen) == len(set(seen)) == len(decay)
+
+
+def test_a_rate_without_a_trained_parameter_is_refused(tmp_path: Path) -> None:
+    model = tiny_llava()
+    model.model.vision_tower.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="learning rate for vision_tower, which has no"
+    ):
+        trainer(tmp_path, model, **RATES).train()
+    with pytest.raises(ValueError, match="learning rate for projector, which has no"):
+        trainer(tmp_path, model, projector=1e-4).train()
