@@ -20,7 +20,7 @@ BENCHMARKS = (
 
 def answers(name: str, model: str) -> Path:
     """LLaVA's answers file of a benchmark and model."""
-    found = [
+    paths = [
         path
         for pattern in (
             f"answers/{model}.jsonl",
@@ -29,8 +29,8 @@ def answers(name: str, model: str) -> Path:
         )
         for path in (ROOT / name).glob(pattern)
     ]
-    assert len(found) == 1, found
-    return found[0]
+    assert len(paths) == 1, paths
+    return paths[0]
 
 
 def expected(name: str) -> dict:

@@ -65,7 +65,7 @@ def test_golden_models(scored, tmp_path, capsys):
             str(tmp_path),
         ]
     )
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     data = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
     rows = {row["benchmark"]: row for row in data["rows"]}
     assert list(rows) == list(BENCHMARKS)
@@ -89,11 +89,11 @@ def test_golden_models(scored, tmp_path, capsys):
     assert rows["pope"]["images"] == 17
     assert rows["scienceqa"]["questions"] < 165  # IMG alone
     assert rows["scienceqa"]["verdict"] == "no difference shown"
-    for text in (shown, (tmp_path / "compare.md").read_text()):
+    for text in (output, (tmp_path / "compare.md").read_text()):
         assert "+23.1" in text
         assert "LLaVA-1.5 7B (official)" in text
-    assert "detectable with 80 % power" in shown
-    assert "2 of 145 questions of vqav2 have no answer" in shown
+    assert "detectable with 80 % power" in output
+    assert "2 of 145 questions of vqav2 have no answer" in output
     markdown = (tmp_path / "compare.md").read_text().splitlines()
     table = [line for line in markdown if line.startswith("|")]
     # as many cells in each row
@@ -248,10 +248,10 @@ def test_verdicts_follow_the_level_and_intervals_the_verdicts(tmp_path, capsys):
         assert row.verdict == "better"
         assert row.interval[0] > 0
     assert main([*sides, "--level", "0.9", "--output", str(tmp_path / "out")]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     low, high = wider[0].interval
-    assert "interval (Holm)" in shown
-    assert f"[+{low:.2f}, +{high:.2f}]" in shown
+    assert "interval (Holm)" in output
+    assert f"[+{low:.2f}, +{high:.2f}]" in output
     body = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"][0]
     assert body["interval_holm"] == [low, high]
     assert body["verdict"] == "better"
@@ -266,10 +266,10 @@ def test_names_are_text_in_markdown(tmp_path, capsys):
     new = simulated(tmp_path, "new", [1, 1] * 10, benchmark="my *own* <b>")
     names = ["--names", "a [link](x)\n# heading", "b | c"]
     assert main([str(base), str(new), *names]) == 0
-    shown = capsys.readouterr().out
-    assert r"## b | c (new) against a \[link\](x) # heading (base)" in shown
-    assert r"- my \*own\* \<b>: 20 items" in shown
-    assert r"| my \\*own" not in shown
+    output = capsys.readouterr().out
+    assert r"## b | c (new) against a \[link\](x) # heading (base)" in output
+    assert r"- my \*own\* \<b>: 20 items" in output
+    assert r"| my \\*own" not in output
 
 
 def test_published_numbers_of_llava_stand_next_to_llava_alone(tmp_path):

@@ -27,10 +27,10 @@ def test_two_tables_of_two_columns_are_compared(tmp_path, capsys):
     base = table(tmp_path / "base.csv", BASE)
     new = table(tmp_path / "new.csv", NEW, head="ID,Correct")
     assert main([str(base), str(new), "--output", str(tmp_path / "out")]) == 0
-    shown = capsys.readouterr().out
-    assert "## new (new) against base (base)" in shown
-    assert "+50.00" in shown
-    assert "80 items" in shown
+    output = capsys.readouterr().out
+    assert "## new (new) against base (base)" in output
+    assert "+50.00" in output
+    assert "80 items" in output
     (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert (row["benchmark"], row["verdict"]) == ("scores", "better")
     sides = [load_side(base), load_side(new)]
@@ -69,9 +69,9 @@ def test_a_column_of_models_makes_sides(tmp_path, capsys):
     assert [side.name for side in sides] == ["llava", "ours", "theirs"]
     assert all(len(side.runs["all"]) == 2 for side in sides)
     assert main([str(path)]) == 0
-    shown = capsys.readouterr().out
-    assert "## ours (new) against llava (base)" in shown
-    assert "## theirs (new) against llava (base)" in shown
+    output = capsys.readouterr().out
+    assert "## ours (new) against llava (base)" in output
+    assert "## theirs (new) against llava (base)" in output
     assert main([str(path), "--names", "a", "b", "c"]) == 0
     assert "## b (new) against a (base)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="2 --names for 3 models: llava, ours, theirs"):
@@ -116,9 +116,9 @@ def test_one_task_that_cannot_be_read_is_a_note(tmp_path, fault, capsys):
         table(tmp_path / name / "a.csv", scores, head="item,score,task", more=",a")
         (tmp_path / name / "b.csv").write_text(UNREADABLE[fault])
     assert main([str(tmp_path / "base"), str(tmp_path / "new")]) == 0
-    shown = capsys.readouterr().out
-    assert "+50.00" in shown
-    assert f"left out: {tmp_path / 'base' / 'b.csv'}" in shown
+    output = capsys.readouterr().out
+    assert "+50.00" in output
+    assert f"left out: {tmp_path / 'base' / 'b.csv'}" in output
     with pytest.raises(ContractError, match=r"b\.csv"):
         load_side(tmp_path / "base" / "b.csv")
 

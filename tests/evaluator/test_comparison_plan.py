@@ -22,8 +22,8 @@ def experiment(rng, images, runs, effect):
     luck = rng.normal(0, SPREAD / 100, size=(2, runs))
     luck[1] += effect / 100
     sides = []
-    for known, shifts in zip(knows, luck, strict=True):
-        chance = np.where(known, 0.8, 0.2)
+    for is_known, shifts in zip(knows, luck, strict=True):
+        chance = np.where(is_known, 0.8, 0.2)
         sides.append(
             [(rng.random(images) < chance + shift).astype(float) for shift in shifts]
         )
@@ -31,12 +31,12 @@ def experiment(rng, images, runs, effect):
 
 
 def write_side(folder, runs):
-    for number, scores in enumerate(runs):
+    for run, scores in enumerate(runs):
         items = [
-            {"id": place, "score": float(score)} for place, score in enumerate(scores)
+            {"id": number, "score": float(score)} for number, score in enumerate(scores)
         ]
         record = ScoreFile(benchmark="gqa", metrics={}, items=items, model=folder.name)
-        record.write(folder / f"{number}.scores.json")
+        record.write(folder / f"{run}.scores.json")
     return load_side(folder)
 
 
@@ -68,20 +68,20 @@ def test_as_many_images_as_planned_detect_the_effect(pilot):
     results = []
     for _ in range(SIMULATIONS):
         base, new = experiment(rng, images, runs, effect)
-        names = [str(place) for place in range(images)]
+        names = [str(number) for number in range(images)]
         paired = pair(
             [mean_statistic(run) for run in base],
             [mean_statistic(run) for run in new],
             names,
         )
         results.append(compare(paired))
-    error = np.mean([one.standard_error**2 for one in results]) ** 0.5
+    error = np.mean([result.standard_error**2 for result in results]) ** 0.5
     assert error == pytest.approx(noise.error(images, runs)[0], rel=0.15)
     # Student's: runs are few
-    assert np.mean([one.detectable for one in results]) == pytest.approx(
+    assert np.mean([result.detectable for result in results]) == pytest.approx(
         effect, rel=0.1
     )
-    assert 0.7 <= np.mean([one.p < 0.05 for one in results]) <= 0.95
+    assert 0.7 <= np.mean([result.p < 0.05 for result in results]) <= 0.95
 
 
 def test_what_no_number_reaches_and_what_one_side_knows(pilot):
@@ -98,9 +98,9 @@ def test_what_no_number_reaches_and_what_one_side_knows(pilot):
 def test_the_command(pilot, capsys, tmp_path):
     base, new = (str(side.path) for side in pilot)
     assert main([base, new, "--plan", "--effect", "3", "--runs", "2", "4"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     rows = []
-    for line in told.splitlines():
+    for line in output.splitlines():
         if "| GQA" in line:
             rows.append([cell.strip() for cell in line.split("|")[1:4]])
     assert rows == [["GQA", "800", "2"], ["GQA", "800", "4"]]
@@ -137,7 +137,7 @@ def test_a_pilot_without_a_disagreement_is_not_a_promise(tmp_path, second):
     (noise,) = plan(sides)
     statistic = mean_statistic([1.0] * 40)
     result = compare(
-        pair([statistic], [statistic], [str(place) for place in range(40)])
+        pair([statistic], [statistic], [str(number) for number in range(40)])
     )
     assert noise.detectable(40, 1) == pytest.approx(result.detectable, rel=0.1)
     assert noise.images_needed(1.0, 1) > 1000

@@ -171,8 +171,8 @@ def test_popes_f1_is_of_answered_questions():
         answer.id: answer for answer in read_answers(answers("pope", "model-a")).rows
     }
     items = [
-        chosen.score_item(one, None if one.id in lost else given[one.id])
-        for one in questions
+        chosen.score_item(question, None if question.id in lost else given[question.id])
+        for question in questions
     ]
     headline = chosen.metrics(items)[chosen.headline] * chosen.scale
     assert sum(bool(item["missing"]) for item in items) == 5

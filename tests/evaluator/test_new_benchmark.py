@@ -69,10 +69,10 @@ def test_planned_by_bench_mllm(data, tmp_path, capsys):
         str(tmp_path / "out"),
     ]
     assert bench.main([*start, "--plan"]) == 0
-    shown = capsys.readouterr().out
-    assert "shapes" in shown
-    assert "will run" in shown
-    assert "no folder pope" in shown
+    output = capsys.readouterr().out
+    assert "shapes" in output
+    assert "will run" in output
+    assert "no folder pope" in output
     (task,) = plans(["shapes"], data, tmp_path)
     assert not task.missing
     assert task.image_folder == data / "shapes" / "images"
@@ -124,7 +124,7 @@ def test_scored_compared_and_shown(data, tmp_path, capsys):
     )
     assert comparison["references"] == {"LLaVA-1.5 7B (official)": {"shapes": 61.5}}
     page = (tmp_path / "report" / "compare.html").read_text()
-    shown = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert len(shown["questions"]) == 9
-    assert all(question["image"] for question in shown["questions"])
+    page_data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert len(page_data["questions"]) == 9
+    assert all(question["image"] for question in page_data["questions"])
     assert "61.5" in page

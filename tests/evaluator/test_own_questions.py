@@ -32,7 +32,7 @@ ROWS = [
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Path:
+def file(tmp_path: Path) -> Path:
     """own.jsonl, next to the folder of its images."""
     (tmp_path / "photos").mkdir()
     for name in "ab":
@@ -43,8 +43,8 @@ def own(tmp_path: Path) -> Path:
     return tmp_path / "own.jsonl"
 
 
-def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
-    (task,) = plans([], own, tmp_path / "generated")
+def test_a_file_is_planned_scored_and_compared(file: Path, tmp_path: Path):
+    (task,) = plans([], file, tmp_path / "generated")
     assert not task.missing
     assert task.image_folder == tmp_path
     asked = [json.loads(line) for line in task.question_file.read_text().splitlines()]
@@ -65,7 +65,7 @@ def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
         words = [
             "score",
             "questions",
-            str(own),
+            str(file),
             "--answers",
             str(tmp_path / f"{side}.jsonl"),
         ]
@@ -87,8 +87,8 @@ def test_a_file_is_planned_scored_and_compared(own: Path, tmp_path: Path):
     "change", [{"answer": []}, {"answer": 3}, {"question": " "}, {"image": None}]
 )
 def test_a_row_that_cannot_be_asked_is_named(
-    own: Path, capsys: pytest.CaptureFixture[str], change: dict
+    file: Path, capsys: pytest.CaptureFixture[str], change: dict
 ):
-    own.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | change) + "\n")
-    assert main(["score", "questions", str(own), "--answers", str(own)]) == 2
-    assert f"{own}, question 2" in capsys.readouterr().err
+    file.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | change) + "\n")
+    assert main(["score", "questions", str(file), "--answers", str(file)]) == 2
+    assert f"{file}, question 2" in capsys.readouterr().err

@@ -27,10 +27,10 @@ HOSTILE = (
 
 def write_sides(folder, items_of, benchmark="our own", **about):
     """Score files of two sides; returns the words of their comparison."""
-    for place, name in enumerate(("old", "new")):
-        more = {field: values[place] for field, values in about.items()}
+    for number, name in enumerate(("old", "new")):
+        more = {field: values[number] for field, values in about.items()}
         record = ScoreFile(
-            benchmark=benchmark, metrics={}, items=items_of(place), model=name, **more
+            benchmark=benchmark, metrics={}, items=items_of(number), model=name, **more
         )
         record.write(folder / name / "own.scores.json")
     return [str(folder / "old"), str(folder / "new"), "--output", str(folder)]
@@ -227,14 +227,16 @@ def test_page_in_chromium(report, width):
 
 def test_what_makes_numbers_meaningless_comes_first(tmp_path, capsys):
     counts = [{"answered": 12, "empty": empty} for empty in (0, 7)]
-    told = enumerate(("fp32", "bf16"))
+    numbered = enumerate(("fp32", "bf16"))
     provenance = [
         {"precision": precision, "answer_settings": {"temperature": n}}
-        for n, precision in told
+        for n, precision in numbered
     ]
     items = [{"id": n, "score": n % 2, "cluster": str(n)} for n in range(12)]
     compare(
-        write_sides(tmp_path, lambda place: items, counts=counts, provenance=provenance)
+        write_sides(
+            tmp_path, lambda number: items, counts=counts, provenance=provenance
+        )
     )
     first, *rest = capsys.readouterr().out.splitlines()
     assert "7 of the 12 answers of new" in first
@@ -253,10 +255,10 @@ def test_pictures_are_found_by_option_and_never_outside(tmp_path):
             tmp_path / "pictures" / f"{n}.png"
         )
 
-    def items(place):  # every second question is won, the others lost
+    def items(number):  # every second question is won, the others lost
         about = {"question": "which?", "answer": "x", "truth": "x"}
         return [
-            {"id": n, "score": (n + place) % 2, "image": f"{n}.png", **about}
+            {"id": n, "score": (n + number) % 2, "image": f"{n}.png", **about}
             for n in range(12)
         ]
 
@@ -307,7 +309,7 @@ def test_hostile_names_and_ids_stay_text(tmp_path):
     """Markup in a model's name, a category, an id or a question reaches neither HTML nor the script
     element's end."""
 
-    def items(place):
+    def items(number):
         about = {
             "question": HOSTILE,
             "answer": HOSTILE,
@@ -317,7 +319,7 @@ def test_hostile_names_and_ids_stay_text(tmp_path):
         return [
             {
                 "id": f"{HOSTILE}{n}",
-                "score": (n + place) % 2,
+                "score": (n + number) % 2,
                 "category": f"{HOSTILE}{n % 2}",
                 **about,
             }

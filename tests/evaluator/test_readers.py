@@ -112,7 +112,7 @@ def test_parts_of_pope_and_splits_of_mmbench_are_not_runs_of_one_benchmark(tmp_p
             json.dumps(line)
         )
     side = load_side(tmp_path)
-    assert {one: value(side, one) for one in side.runs} == {
+    assert {benchmark: value(side, benchmark) for benchmark in side.runs} == {
         "mmbench_cn": 100,
         "pope_adv F1": 100,
         "pope_pop F1": 100,
@@ -147,13 +147,13 @@ def test_lmms_evals_numbers(model):
     assert value(side, "MME cognition") == pytest.approx(
         aggregates["mme"][model]["mme_cognition_score"]
     )
-    told = {
+    compared = {
         name
         for name, (run,) in side.runs.items()
         if "names no images" in "\n".join(run.notes)
     }
     exact = {f"{task} exact_match" for task in ("gqa", "scienceqa_img", "vqav2_val")}
-    assert told == {*exact, "seedbench seed_all", "pope"}
+    assert compared == {*exact, "seedbench seed_all", "pope"}
     (run,) = side.runs["mmbench"]
     record = score_answers(
         "mmbench", ROOT / "mmbench", read_answers(answers("mmbench", model))

@@ -118,7 +118,7 @@ def test_intervals_over_runs_cover():
                     for chance in moved
                 ]
             )
-        names = [str(place) for place in range(150)]
+        names = [str(number) for number in range(150)]
         result = compare(pair(*sides, names))
         alone = compare(pair(sides[0][:1], sides[1][:1], names))
         covered += result.low <= 8.0 <= result.high
@@ -141,7 +141,7 @@ def test_slips_of_several_runs_are_counted_once():
         chance = np.where(knows, 0.8, 0.2) + rng.normal(0, 0.02, size=(2, 3, 1))
         right = (rng.random((2, 3, images)) < chance).astype(float)
         sides = [list(map(mean_statistic, runs)) for runs in right]
-        clusters = [str(place) for place in range(images)]
+        clusters = [str(number) for number in range(images)]
         result = compare(pair(*sides, clusters))
         errors.append(result.standard_error**2)
     truth = 2 * (0.02**2 / 3 + 0.8 * 0.2 / images / 3 + 0.3**2 / images)
@@ -197,10 +197,10 @@ def test_equal_files_give_zero_and_no_win():
 def test_permutation_keeps_its_level():
     """Without a difference p is below .05 about 5 % of the time, clustered."""
     rng = np.random.default_rng(5)
-    found = 0
+    significant = 0
     for _ in range(400):
-        found += compare(means(*simulate(rng, 40, 4, 0.2, gain=0.0))).p < 0.05
-    assert 0.025 <= found / 400 <= 0.075
+        significant += compare(means(*simulate(rng, 40, 4, 0.2, gain=0.0))).p < 0.05
+    assert 0.025 <= significant / 400 <= 0.075
     base, new, names = simulate(rng, 40, 4, 0.2, gain=0.1)
     there, back = (
         compare(means(*both, names)).p for both in ((base, new), (new, base))
@@ -211,11 +211,11 @@ def test_permutation_keeps_its_level():
 def test_detectable_difference_is_found_four_times_in_five():
     rng = np.random.default_rng(9)
     size = compare(means(*simulate(rng, 200, 1, 0.2))).detectable
-    found = 0
+    detected = 0
     for _ in range(300):
         result = compare(means(*simulate(rng, 200, 1, 0.2, gain=size / 100)))
-        found += not result.low <= 0 <= result.high
-    assert 0.72 <= found / 300 <= 0.88
+        detected += not result.low <= 0 <= result.high
+    assert 0.72 <= detected / 300 <= 0.88
 
 
 def test_weights_are_integer_draws_within_strata():
@@ -254,7 +254,7 @@ def test_interval_and_p_are_of_one_test(level):
     """0 is in the interval if and only if p is at least 1 - level: skewed, tied, in clusters of
     unequal size, over runs."""
     rng = np.random.default_rng(8)
-    shown = 0
+    significant = 0
     for number in range(300):
         images = int(rng.integers(3, 40))
         names = (
@@ -270,8 +270,8 @@ def test_interval_and_p_are_of_one_test(level):
         result = compare(runs_of(base, new, names), level=level)
         assert result.low <= result.difference <= result.high
         assert (result.p < 1 - level) == (not result.low <= 0 <= result.high)
-        shown += result.p < 1 - level
-    assert 0 < shown < 300
+        significant += result.p < 1 - level
+    assert 0 < significant < 300
 
 
 def test_wins_of_two_runs_are_no_proof():
@@ -283,7 +283,7 @@ def test_wins_of_two_runs_are_no_proof():
     new[:, 10:20] = [[0.0], [1.0]]
     base[0, 20:27] = 1.0
     base[1, 23:30] = 1.0
-    result = compare(runs_of(base, new, [str(place) for place in range(30)]))
+    result = compare(runs_of(base, new, [str(number) for number in range(30)]))
     assert result.difference == pytest.approx(10)
     assert result.spread_base == result.spread_new == 0
     assert result.p > 0.2
@@ -292,7 +292,7 @@ def test_wins_of_two_runs_are_no_proof():
 
 def test_without_a_disagreement_the_interval_is_not_empty():
     """Thirty questions without a change say no more than that at most a tenth or so changes."""
-    names = [str(place) for place in range(30)]
+    names = [str(number) for number in range(30)]
     scores = np.arange(30) % 2 * 1.0
     result = compare(means(scores, scores, names))
     assert (result.difference, result.p) == (0.0, 1.0)
@@ -307,7 +307,7 @@ def test_without_a_disagreement_the_interval_is_not_empty():
 def test_ties_wins_and_losses_are_bonetts_and_prices():
     """Their adjusted interval, by hand, where differences are not skewed: 4 wins, 4 losses, 92
     ties: (4 - 4) / 102 +- t sqrt((5 + 5) / 102 / 102); here the two added questions are 2 x .92."""
-    names = [str(place) for place in range(100)]
+    names = [str(number) for number in range(100)]
     base = np.repeat([0.0, 1.0], [4, 96])
     new = np.repeat([1.0, 0.0, 1.0], [4, 4, 92])
     result = compare(means(base, new, names))
@@ -325,7 +325,7 @@ def test_clusters_of_one_size_are_students():
     """Differences that are all unlike, one question an image: the paired t test, but for skew."""
     rng = np.random.default_rng(2)
     differences = rng.normal(0.1, 0.2, size=40)
-    names = [str(place) for place in range(40)]
+    names = [str(number) for number in range(40)]
     result = compare(means(np.zeros(40), differences, names))
     error = 100 * np.std(differences, ddof=1) / math.sqrt(40)
     assert result.standard_error == pytest.approx(error)
@@ -400,7 +400,7 @@ def test_large_scores_that_differ_a_little_are_no_ties():
     base = rng.uniform(1e6, 2e6, size=40)
     new = base + rng.normal(1, 0.1, size=40)
     statistics = [mean_statistic(side, scale=1.0) for side in (base, new)]
-    names = [str(place) for place in range(40)]
+    names = [str(number) for number in range(40)]
     result = compare(pair(statistics[:1], statistics[1:], names), span=2e6)
     assert result.difference == pytest.approx(1, abs=0.1)
     assert result.p < 1e-6
@@ -418,7 +418,7 @@ def test_categories_are_welchs():
     small = rng.normal(0.1, 0.2, size=5)
     large = rng.normal(0.1, 0.2, size=40)
     parts = ["small"] * 5 + ["large"] * 40
-    names = [str(place) for place in range(45)]
+    names = [str(number) for number in range(45)]
     result = of_parts(np.zeros(45), np.concatenate([small, large]), parts, names)
     variances = [2500 * np.var(side, ddof=1) / len(side) for side in (small, large)]
     below = variances[0] ** 2 / 4 + variances[1] ** 2 / 39
@@ -428,7 +428,7 @@ def test_categories_are_welchs():
 
 def test_images_with_questions_of_several_categories_are_no_strata():
     rng = np.random.default_rng(3)
-    names = [str(place // 2) for place in range(60)]
+    names = [str(number // 2) for number in range(60)]
     result = of_parts(*rng.random((2, 60)), ["a", "b"] * 30, names)
     assert result.estimate.freedom == pytest.approx(29)
 

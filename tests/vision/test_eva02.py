@@ -94,8 +94,8 @@ def test_224_to_336(tmp_path):
     assert torch.equal(tower.embeddings.position_embedding, golden["resized_pos_embed"])
     check_states(tower, golden)
     with torch.no_grad():
-        found = load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"])
-    assert largest_difference(found, golden["embedding_normalized"]) < TOLERANCE
+        encoded = load_dual_encoder(tmp_path / "tower").encode_image(golden["pixels"])
+    assert largest_difference(encoded, golden["embedding_normalized"]) < TOLERANCE
 
 
 def tiny_config(**changes) -> Eva02Config:
@@ -151,11 +151,11 @@ def test_plain_and_fused_attention_are_the_same_and_are_really_chosen(
     )
     for output in outputs:
         output.pooler_output[:, 0].sum().backward()
-    for (name, one), (_, other) in zip(
+    for (name, parameter), (_, other_parameter) in zip(
         fused.named_parameters(), plain.named_parameters(), strict=True
     ):
-        assert one.grad.any(), name
-        assert largest_difference(one.grad, other.grad) < 1e-7, name
+        assert parameter.grad.any(), name
+        assert largest_difference(parameter.grad, other_parameter.grad) < 1e-7, name
     # where nothing is said
     assert Eva02VisionModel(tiny_config()).config._attn_implementation == "sdpa"
 
@@ -225,7 +225,7 @@ def test_a_padded_hidden_width_changes_neither_outputs_nor_gradients_nor_files(
     """As on a GPU; a LoRA on the layers turns it off."""
     tower = Eva02VisionModel(tiny_config()).double()
     pixels = torch.randn(2, 3, 28, 28).double()
-    found = []
+    results = []
     for padded in (False, True):
         monkeypatch.setattr(Eva02SwiGLU, "_pads", lambda *_, padded=padded: padded)
         with torch.no_grad():
@@ -233,15 +233,15 @@ def test_a_padded_hidden_width_changes_neither_outputs_nor_gradients_nor_files(
         output = tower(pixels).last_hidden_state
         tower.zero_grad()
         output[..., 0].sum().backward()
-        found.append(
+        results.append(
             {
                 "frozen": frozen,
                 "trained": output,
                 **{n: p.grad.clone() for n, p in tower.named_parameters()},
             }
         )
-    for name, value in found[0].items():
-        assert largest_difference(value, found[1][name]) < 1e-9, name
+    for name, value in results[0].items():
+        assert largest_difference(value, results[1][name]) < 1e-9, name
     assert tower.state_dict()["blocks.0.mlp.gate_proj.weight"].shape == (85, 32)
     monkeypatch.undo()
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)

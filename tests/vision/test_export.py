@@ -75,12 +75,12 @@ def test_a_clip_tower_opens_with_plain_transformers(tmp_path):
 def test_dual_encoder_comes_back(name, tmp_path):
     dual = tiny_dual(name).eval()
     dual.logit_scale.data.fill_(math.log(20))
-    told = {
+    recorded = {
         "teacher": dataclasses.asdict(made_up("some/llm")),
         "training": {"steps": 3},
         "metrics": {"i2t_r1": 0.5},
     }
-    card = export_tower(dual, tmp_path / "tower", origin="a/b", **told)
+    card = export_tower(dual, tmp_path / "tower", origin="a/b", **recorded)
     assert card == TowerCard.read(tmp_path / "tower" / "llm2clip.json")
     layers = len(probe_features(dual.tower)) - 3
     assert card.num_layers == layers

@@ -67,8 +67,8 @@ def test_same_values_bit_for_bit_and_the_same_gradient(dtype):
     exact = x.double().requires_grad_()
     (QuickGELUActivation()(exact) * weights.double()).sum().backward()
     error, other = (
-        (found.grad.double() - exact.grad).abs().max().item()
-        for found in (ours, theirs)
+        (values.grad.double() - exact.grad).abs().max().item()
+        for values in (ours, theirs)
     )
     assert error <= max(1.5 * other, 1e-6)  # no worse than transformers' own
 

@@ -52,8 +52,10 @@ def test_trains_alone_and_is_merged_on_export(name, tmp_path):
     export_tower(dual, tmp_path / "tower", origin="x")
     # the model itself may go on training
     assert any(".lora_A." in name for name, _ in dual.named_parameters())
-    found = probe_features(load_dual_encoder(tmp_path / "tower").dual)
-    assert all(torch.allclose(found[key], trained[key], atol=2e-5) for key in trained)
+    reloaded = probe_features(load_dual_encoder(tmp_path / "tower").dual)
+    assert all(
+        torch.allclose(reloaded[key], trained[key], atol=2e-5) for key in trained
+    )
     after = load_tower(tmp_path / "tower").state_dict()
     assert after.keys() == before.keys()
     changed = {key for key in after if not torch.equal(after[key], before[key])}

@@ -54,7 +54,9 @@ def test_every_parameter_has_its_place(original, tmp_path):
     tower = load_tower(tmp_path / "tower").train()
     placed = [*tower_embeddings_parameters(tower), *tower_blocks(tower).parameters()]
     placed += tower.post_layernorm.parameters()
-    assert {id(one) for one in placed} == {id(one) for one in tower.parameters()}
+    assert {id(parameter) for parameter in placed} == {
+        id(parameter) for parameter in tower.parameters()
+    }
     tower(torch.randn(2, 3, 28, 28)).pooler_output.square().sum().backward()
     assert all(parameter.grad is not None for parameter in placed)
 

@@ -138,8 +138,8 @@ def test_timm_tower_trains_is_exported_and_comes_back(tower, tmp_path):
     assert "--vision_tower" in text
     pixels = torch.randn(1, 3, size, size)
     with torch.no_grad():
-        found = load_dual_encoder(tmp_path / "tower").encode_image(pixels)
-        assert largest_difference(found, dual.eval().encode_image(pixels)) < 1e-5
+        encoded = load_dual_encoder(tmp_path / "tower").encode_image(pixels)
+        assert largest_difference(encoded, dual.eval().encode_image(pixels)) < 1e-5
         again, trained = (
             t(pixel_values=pixels, output_hidden_states=True).hidden_states
             for t in (load_tower(tmp_path / "tower"), tower)

@@ -242,7 +242,8 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize(
-    "name, values", [(name, one) for name, each in UNUSABLE.items() for one in each]
+    "name, values",
+    [(name, value) for name, values in UNUSABLE.items() for value in values],
 )
 def test_normalization_that_no_picture_can_have(tmp_path, name, values):
     file = make_tower(tmp_path / "tower") / "preprocessor_config.json"

@@ -131,10 +131,10 @@ def test_states_equal_the_reference(name, directory):
     with torch.no_grad():
         assert tower(pixel_values=golden["pixels"]).hidden_states is None
         if "embedding" in golden:
-            found = load_dual_encoder(directory).encode_image(golden["pixels"])
+            encoded = load_dual_encoder(directory).encode_image(golden["pixels"])
             assert (
                 largest_difference(
-                    found, torch.nn.functional.normalize(golden["embedding"], dim=-1)
+                    encoded, torch.nn.functional.normalize(golden["embedding"], dim=-1)
                 )
                 < TOLERANCE
             )

@@ -80,9 +80,9 @@ def test_wrappers_of_a_training_checkpoint(wrapper, tmp_path):
         else state
     )
     torch.save(whole, tmp_path / "epoch_3.pt")
-    one, _ = import_tower(tmp_path / "epoch_3.pt", tmp_path / "one")
-    two, _ = import_tower(
+    card, _ = import_tower(tmp_path / "epoch_3.pt", tmp_path / "one")
+    other_card, _ = import_tower(
         REFERENCE / "C_checkpoint" / "checkpoint.safetensors", tmp_path / "two"
     )
-    assert one.weights_sha256 == two.weights_sha256
-    assert one.adapter_sha256 == two.adapter_sha256
+    assert card.weights_sha256 == other_card.weights_sha256
+    assert card.adapter_sha256 == other_card.adapter_sha256

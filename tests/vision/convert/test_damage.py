@@ -66,21 +66,21 @@ def test_one_damaged_tensor_is_refused(layout, key, how, tmp_path):
         damaged(whole_state(layout), key, how),
         tmp_path / "damaged" / "model.safetensors",
     )
-    place = tmp_path / "damaged"
+    path = tmp_path / "damaged"
     config = None
     if layout == "openclip":
         fields = {"model_cfg": {"vision_cfg": open_clip_vision(), "quick_gelu": True}}
-        (place / "open_clip_config.json").write_text(json.dumps(fields))
+        (path / "open_clip_config.json").write_text(json.dumps(fields))
     elif SOURCES[layout][0].is_dir():
-        shutil.copy(SOURCES[layout][0] / "config.json", place)
+        shutil.copy(SOURCES[layout][0] / "config.json", path)
     else:
-        place = place / "model.safetensors"
+        path = path / "model.safetensors"
         config = SOURCES[layout][1]
     says = (
         "do not belong|do not match|missing|misshapen|rows|expected|specifies|but the"
         "|differs from the table"
     )
     with pytest.raises(ContractError, match=says):
-        import_tower(place, tmp_path / "tower", config=config)
+        import_tower(path, tmp_path / "tower", config=config)
     assert not (tmp_path / "tower").exists()
     assert not list(tmp_path.glob(".import-*"))

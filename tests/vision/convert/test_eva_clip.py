@@ -124,14 +124,14 @@ def test_other_packings_give_the_same_tower(how, tmp_path):
         repacked(read(folder, "weights_eva_clip_names.safetensors"), how),
         tmp_path / "eva.safetensors",
     )
-    one, _ = import_tower(
+    card, _ = import_tower(
         folder / "weights.safetensors", tmp_path / "a", config=folder / "config.json"
     )
-    two, _ = import_tower(
+    other_card, _ = import_tower(
         tmp_path / "eva.safetensors", tmp_path / "b", config=folder / "config.json"
     )
-    assert one.weights_sha256 == two.weights_sha256
-    assert one.adapter_sha256 == two.adapter_sha256
+    assert card.weights_sha256 == other_card.weights_sha256
+    assert card.adapter_sha256 == other_card.adapter_sha256
 
 
 def test_an_adapter_trained_with_the_llm_in_the_loop_takes_embeddings_as_they_are(

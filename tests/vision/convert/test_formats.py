@@ -73,13 +73,13 @@ def test_onnx_at_another_batch_size(name, tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / formats.ONNX_FILE))
     size = TowerCard.read(tmp_path / "tower" / "llm2clip.json").image_size
     pixels = torch.randn(5, 3, size, size)
-    found = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
+    output = torch.from_numpy(session.run(None, {"pixel_values": pixels.numpy()})[0])
     with torch.no_grad():
         if name == "eva":
             expected = load_dual(tmp_path / "tower")[0].encode_image(pixels)
         else:
             expected = load_tower(tmp_path / "tower")(pixel_values=pixels).pooler_output
-    assert largest_difference(found, expected) < 2e-5
+    assert largest_difference(output, expected) < 2e-5
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,9 @@ def test_a_tower_in_shards(tmp_path):
         "weight_map": {key: file for file, part in files.items() for key in part},
     }
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    one, _ = import_tower(tmp_path / "model", tmp_path / "one")
+    card, _ = import_tower(tmp_path / "model", tmp_path / "one")
     assert (
-        one.weights_sha256 == import_tower(source, tmp_path / "two")[0].weights_sha256
+        card.weights_sha256 == import_tower(source, tmp_path / "two")[0].weights_sha256
     )
     last = sorted(files)[-1]
     (tmp_path / "model" / last).unlink()

@@ -28,21 +28,23 @@ def test_import_export_import_is_identical(name, tmp_path):
     first = TowerCard.read(tmp_path / "one" / "llm2clip.json")
     for again in ("two", "three"):
         assert TowerCard.read(tmp_path / again / "llm2clip.json") == first
-        one, other = (
+        first_file, second_file = (
             tmp_path / folder / "model.safetensors" for folder in ("one", again)
         )
-        assert other.read_bytes() == one.read_bytes()
+        assert second_file.read_bytes() == first_file.read_bytes()
 
 
 def test_preprocessor_of_the_source_survives(tmp_path):
     shutil.copytree(RELEASE, tmp_path / "release")
-    own = {
+    preprocessor = {
         "image_mean": [0.4, 0.5, 0.6],
         "resample": 2,
         "size": {"shortest_edge": 30},
         "crop_size": 30,
     }
-    (tmp_path / "release" / "preprocessor_config.json").write_text(json.dumps(own))
+    (tmp_path / "release" / "preprocessor_config.json").write_text(
+        json.dumps(preprocessor)
+    )
     import_tower(tmp_path / "release", tmp_path / "tower")
     written = json.loads((tmp_path / "tower" / "preprocessor_config.json").read_text())
     assert written["image_mean"] == [0.4, 0.5, 0.6]
