@@ -108,13 +108,13 @@ class Setting:
 
 
 def read_pictures(tower: Path, sources: Mapping[str, Source]) -> Pictures:
-    """The features of a tower directory; ``sources``: by split."""
-    model = load_tower(tower)
+    """The features of a tower directory, in bfloat16, as LLaVA trains; ``sources``: by split."""
+    model = load_tower(tower, dtype=torch.bfloat16)
     images = ImageConfig.from_preprocessor(preprocessor_config(tower))
 
     def patches(pixels: Tensor) -> Tensor:
-        states = model(pixels, output_hidden_states=True).hidden_states[-2]
-        return states[:, 1:]  # without the class token, as LLaVA
+        output = model(pixels.bfloat16(), output_hidden_states=True)
+        return output.hidden_states[-2][:, 1:]  # without the class token, as LLaVA
 
     splits: list[str] = []
     meta: list[dict[str, Any]] = []
