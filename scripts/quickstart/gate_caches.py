@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import make_llava_llm
+from build_models import make_llava_llm
 from torch import Tensor
 
 from llm2clip_plugin.atomic import atomic_directory

@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from claims import LEVEL, compare_seeds
-from miniature import emoji, talk, train_stage
+from miniature import train_stage
+from miniature_data import emoji, talk
 from torch import Tensor
 
 from llava_integration.serve.build import register
