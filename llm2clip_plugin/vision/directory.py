@@ -201,14 +201,17 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
 def check_channels(name: str, values: Any, where: Path) -> None:
     """Raise ContractError for a mean or a standard deviation of pixels that is not three numbers,
     one for each color, or for a deviation that is not above 0."""
-    lowest = 0.0 if name == "image_std" else -math.inf
-    numbers = values if isinstance(values, list) else []
-    usable = [
-        isinstance(value, (int, float)) and lowest < value < math.inf
-        for value in numbers
-    ]
-    if usable != [True, True, True]:
-        above = " above 0" if name == "image_std" else ""
+    lowest = -math.inf
+    above = ""
+    if name == "image_std":
+        lowest = 0.0
+        above = " above 0"
+
+    def is_usable(value: Any) -> bool:
+        return isinstance(value, (int, float)) and lowest < value < math.inf
+
+    is_triple = isinstance(values, list) and len(values) == 3
+    if not is_triple or not all(map(is_usable, values)):
         advice = "take the values of the model that the tower comes from"
         raise ContractError(
             f"{where}: {name} is {values!r}, expected three numbers{above} (red, green, blue); "
@@ -266,11 +269,9 @@ TEACHER_PLACES = ("llm", "adapter")  # fields of a TeacherIdentity
 def is_local(path_or_id: str) -> bool:
     """Whether a place is a path of this machine, rather than a Hub id or the name of a model in a
     library."""
-    return (
-        path_or_id.startswith(("/", "~", "./", "../"))
-        or path_or_id in (".", "..")
-        or os.path.exists(path_or_id)
-    )
+    if path_or_id.startswith(("/", "~", "./", "../")) or path_or_id in (".", ".."):
+        return True
+    return os.path.exists(path_or_id)
 
 
 def recorded(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
@@ -295,11 +296,9 @@ def located(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
     inside = Path(folder).expanduser().absolute()
 
     def absolute(path_or_id: str) -> str:
-        return (
-            os.path.normpath(inside / path_or_id)
-            if path_or_id.startswith(("./", "../"))
-            else path_or_id
-        )
+        if path_or_id.startswith(("./", "../")):
+            return os.path.normpath(inside / path_or_id)
+        return path_or_id
 
     return _with_places(card, absolute)
 
@@ -312,11 +311,9 @@ def published(card: TowerCard) -> TowerCard:
         return is_local(path_or_id) and path_or_id != f"./{TEACHER_ADAPTER}"
 
     def name_of(path_or_id: str) -> str:
-        return (
-            Path(path_or_id).expanduser().absolute().name
-            if is_private(path_or_id)
-            else path_or_id
-        )
+        if is_private(path_or_id):
+            return Path(path_or_id).expanduser().absolute().name
+        return path_or_id
 
     def named(value: Any) -> Any:
         if isinstance(value, str):
@@ -337,31 +334,22 @@ def published(card: TowerCard) -> TowerCard:
 
 def _with_places(card: TowerCard, change: Callable[[str], str]) -> TowerCard:
     """The card with ``change`` applied to each place in it; "" stays."""
-    places = {
-        name: value
-        for name in TEACHER_PLACES
-        if isinstance(value := card.teacher.get(name), str) and value
-    }
-    teacher = card.teacher | {
-        name: change(path_or_id) for name, path_or_id in places.items()
-    }
-    return dataclasses.replace(
-        card, origin=change(card.origin) if card.origin else "", teacher=teacher
-    )
+    teacher = dict(card.teacher)
+    for name in TEACHER_PLACES:
+        path_or_id = teacher.get(name)
+        if path_or_id and isinstance(path_or_id, str):
+            teacher[name] = change(path_or_id)
+    origin = change(card.origin) if card.origin else ""
+    return dataclasses.replace(card, origin=origin, teacher=teacher)
 
 
 # Checkpoints of other libraries.
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
-SAFE_TORCH = (
-    2,
-    6,
-)  # older versions run code in spite of `weights_only=True` (CVE-2025-32434)
-WRAPPERS = (
-    "model",
-    "module",
-    "state_dict",
-)  # of a training checkpoint, in the reference's order
+# older versions run code in spite of `weights_only=True` (CVE-2025-32434)
+SAFE_TORCH = (2, 6)
+# of a training checkpoint, in the reference's order
+WRAPPERS = ("model", "module", "state_dict")
 WEIGHT_FILES = (
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -380,26 +368,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         state = load_tensors(path, fix="download it again")
     elif path.suffix in PICKLE_SUFFIXES:
         state = _read_pickle(path)
-        # it may be inside a training checkpoint such as {epoch, name, state_dict}
         if isinstance(state, dict):
-            state = next(
-                (state[name] for name in WRAPPERS if isinstance(state.get(name), dict)),
-                state,
-            )
-        if (
-            not isinstance(state, dict)
-            or not state
-            or not all(isinstance(item, Tensor) for item in state.values())
-        ):
+            # it may be inside a training checkpoint such as {epoch, name, state_dict}
+            wrapped = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
+            if wrapped:
+                state = state[wrapped[0]]
+        is_filled = isinstance(state, dict) and len(state) > 0
+        if not is_filled or not all(isinstance(v, Tensor) for v in state.values()):
             raise ContractError(f"{path} does not contain a dict of tensors")
     else:
         raise ContractError(
             f"{path} is not a checkpoint; supported: .safetensors, {', '.join(PICKLE_SUFFIXES)}"
         )
-    for prefix in (
-        "module.",
-        "_orig_mod.",
-    ):  # of DistributedDataParallel and torch.compile
+    # of DistributedDataParallel and torch.compile
+    for prefix in ("module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
@@ -447,11 +429,9 @@ def refused_pickle(path: Path, error: pickle.UnpicklingError) -> ContractError:
     """The error for a pickle that torch does not read, whose own reason explains how to run the
     file nevertheless."""
     name = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
-    reason = (
-        f"would run or construct {name[1]}"
-        if name
-        else "contains other objects than tensors"
-    )
+    reason = "contains other objects than tensors"
+    if name:
+        reason = f"would run or construct {name[1]}"
     advice = (
         "load it where you trust it, with the library that wrote it, and save it with "
         "save_pretrained(FOLDER)"

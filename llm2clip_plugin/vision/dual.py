@@ -150,9 +150,9 @@ class DualEncoder(nn.Module):
     def __init__(self, tower: Tower, config: DualConfig) -> None:
         super().__init__()
         self.family = family_of(tower)
-        log_scale = (
-            LOG_SCALE if config.logit_scale_init is None else config.logit_scale_init
-        )
+        log_scale = config.logit_scale_init
+        if log_scale is None:
+            log_scale = LOG_SCALE
         for name, choices in CHOICES.items():
             if (chosen := getattr(config, name)) not in choices:
                 raise ValueError(unknown(name, chosen, choices))
@@ -171,37 +171,34 @@ class DualEncoder(nn.Module):
             raise ValueError(
                 f"projection 'none' requires projection_dim {width}, got {config.projection_dim}"
             )
-        self.visual_norm = (
-            nn.LayerNorm(width) if config.projection_norm else nn.Identity()
-        )
+        self.visual_norm = nn.Identity()
+        if config.projection_norm:
+            self.visual_norm = nn.LayerNorm(width)
         self.visual_projection = nn.Identity()
         if config.projection == "linear":
             self.visual_projection = nn.Linear(
                 width, config.projection_dim, bias=config.projection_bias
             )
-            # CLIP's
-            std = (
-                width**-0.5
-                if config.projection_init_std is None
-                else config.projection_init_std
-            )
+            std = config.projection_init_std
+            if std is None:
+                std = width**-0.5  # CLIP's
             nn.init.normal_(self.visual_projection.weight, std=std)
             if config.projection_bias:
                 nn.init.zeros_(self.visual_projection.bias)
         elif config.projection == "mlp":  # LIFT: open_clip/lift_model.py:24-39
-            layers = (
+            self.visual_projection = nn.Sequential(
                 nn.Linear(width, config.projection_dim),
+                nn.GELU(),
                 nn.Linear(config.projection_dim, config.projection_dim),
             )
-            self.visual_projection = nn.Sequential(layers[0], nn.GELU(), layers[1])
         self.text_adapter = TextAdapter(config) if config.llm_width else None
         self.logit_scale = nn.Parameter(torch.full((1,), log_scale))
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
-        unused_head = self.family.pooling_head if config.pool != "pooled" else ()
-        for parameter in parameters_in(
-            tower, [*self.family.never_trained, *unused_head]
-        ):
+        unused = list(self.family.never_trained)
+        if config.pool != "pooled":
+            unused += self.family.pooling_head
+        for parameter in parameters_in(tower, unused):
             parameter.requires_grad_(False)
 
     @property
@@ -236,20 +233,15 @@ class DualEncoder(nn.Module):
             tokens_BTH = final_norm(self.tower)(tokens_BTH)
         patches_BTH = tokens_BTH[:, 1:] if self.family.has_cls else tokens_BTH
         if self.config.pool == "mean" and spatial_shapes is not None:
-            weight_BT1 = (
-                patch_mask(spatial_shapes, patches_BTH.shape[1])
-                .unsqueeze(-1)
-                .to(patches_BTH)
-            )
+            mask_BT = patch_mask(spatial_shapes, patches_BTH.shape[1])
+            weight_BT1 = mask_BT.unsqueeze(-1).to(patches_BTH)
             return (patches_BTH * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1)
         if self.config.pool == "mean":
             return patches_BTH.mean(dim=1)
         cls_BH = tokens_BTH[:, 0]
-        return (
-            cls_BH
-            if self.config.pool == "cls"
-            else torch.cat((cls_BH, patches_BTH.mean(dim=1)), dim=-1)
-        )
+        if self.config.pool == "cls":
+            return cls_BH
+        return torch.cat((cls_BH, patches_BTH.mean(dim=1)), dim=-1)
 
     def encode_image(
         self, pixel_values: Tensor, spatial_shapes: Tensor | None = None
@@ -276,16 +268,13 @@ class DualEncoder(nn.Module):
             return self.encode_image(pixel_values, spatial_shapes), None, None
         output = self._outputs(pixel_values, spatial_shapes, output_hidden_states=True)
         first = int(self.family.has_cls)
-        raw_BTH = (
-            None
-            if patches is None
-            else output.hidden_states[patches][:, first:].float()
-        )
+        raw_BTH = None
+        if patches is not None:
+            raw_BTH = output.hidden_states[patches][:, first:].float()
         feature_BTD = None
         if patch_features is not None:
-            normed_BTH = final_norm(self.tower)(
-                output.hidden_states[patch_features][:, first:]
-            )
+            state_BTH = output.hidden_states[patch_features][:, first:]
+            normed_BTH = final_norm(self.tower)(state_BTH)
             copies = 2 if self.config.pool == "cls_mean" else 1
             feature_BTD = self.project(torch.cat([normed_BTH] * copies, dim=-1))
         return self.project(self._pooled(output, spatial_shapes)), raw_BTH, feature_BTD
@@ -321,15 +310,13 @@ class DualEncoder(nn.Module):
             pixel_values, spatial_shapes, **patch_layers
         )
         text_ND = self.encode_text(embeddings, noise)
-        bias = (
-            torch.zeros_like(self.logit_scale)
-            if self.logit_bias is None
-            else self.logit_bias
-        )
+        bias = self.logit_bias
+        if bias is None:
+            bias = torch.zeros_like(self.logit_scale)
         # products, not the parameters themselves: ZeRO-3 frees those when this call ends
-        return DualFeatures(
-            image_BD, text_ND, self.logit_scale.float() * 1, bias.float() * 1, *patches
-        )
+        log_scale = self.logit_scale.float() * 1
+        bias = bias.float() * 1
+        return DualFeatures(image_BD, text_ND, log_scale, bias, *patches)
 
 
 class LoadedDualEncoder(nn.Module):
@@ -406,11 +393,11 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
         initial["logit_bias_init"] = dual.config.logit_bias_init
     ours = dataclasses.asdict(dual.config)
     theirs = dataclasses.asdict(theirs) | initial
-    if different := [
-        f"{name} {theirs[name]!r} (not {ours[name]!r})"
-        for name in ours
-        if ours[name] != theirs[name]
-    ]:
+    different: list[str] = []
+    for name, value in ours.items():
+        if value != theirs[name]:
+            different.append(f"{name} {theirs[name]!r} (not {value!r})")
+    if different:
         raise ValueError(
             f"the heads in {directory} were saved with {', '.join(different)}; set dual.* to these "
             "values"
@@ -424,9 +411,8 @@ def load_heads(dual: DualEncoder, source: str | os.PathLike[str]) -> None:
         raise ContractError(
             f"{directory / ADAPTER_FILE} does not match {TowerCard.FILE}: {wrong}"
         )
-    dual.load_state_dict(
-        state, strict=False
-    )  # complete but for the tower, as just checked
+    # complete but for the tower, as just checked
+    dual.load_state_dict(state, strict=False)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

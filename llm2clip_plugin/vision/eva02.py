@@ -103,13 +103,11 @@ def rope_tables(
     = r / grid * pretrained_grid in the first half of a head, and likewise for c in the second; each
     angle occurs twice, for a pair of adjacent channels.
     """
-    positions_G = (
-        torch.arange(grid, dtype=torch.float32, device=device) / grid * pretrained_grid
-    )
-    axis = head_width // 2
-    frequencies = 1.0 / ROPE_THETA ** (
-        torch.arange(0, axis, 2, dtype=torch.float32, device=device) / axis
-    )
+    numbers_G = torch.arange(grid, dtype=torch.float32, device=device)
+    positions_G = numbers_G / grid * pretrained_grid
+    axis = head_width // 2  # channels of a row's angles, and of a column's
+    exponents = torch.arange(0, axis, 2, dtype=torch.float32, device=device) / axis
+    frequencies = 1.0 / ROPE_THETA**exponents
     angles_GA = repeat(torch.outer(positions_G, frequencies), "g f -> g (f two)", two=2)
     rows = repeat(angles_GA, "h a -> (h w) a", w=grid)
     columns = repeat(angles_GA, "w a -> (h w) a", h=grid)
@@ -129,19 +127,14 @@ def rotate(
     """
     if _is_traced():
         pairs = rearrange(x_BTNE, "... (e two) -> ... e two", two=2)
-        swapped = rearrange(
-            torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1),
-            "... e two -> ... (e two)",
-        )
+        swapped_pairs = torch.stack((pairs[..., 1], pairs[..., 0]), dim=-1)
+        swapped = rearrange(swapped_pairs, "... e two -> ... (e two)")
         return torch.addcmul(x_BTNE * cos_TE[:, None], swapped, sin_TE[:, None])
     if turns_TC is None:
         return _Rotation.apply(x_BTNE, cos_TE, sin_TE)
     pairs = rearrange(x_BTNE.float(), "... (e two) -> ... e two", two=2)
-    return (
-        torch.view_as_real(torch.view_as_complex(pairs) * turns_TC[:, None])
-        .flatten(-2)
-        .to(x_BTNE.dtype)
-    )
+    turned = torch.view_as_complex(pairs) * turns_TC[:, None]
+    return torch.view_as_real(turned).flatten(-2).to(x_BTNE.dtype)
 
 
 class _Rotation(torch.autograd.Function):
@@ -153,9 +146,10 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx: Any, x_BTNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TE, sin_TE)
         y_BTNE = x_BTNE * cos_TE[:, None]
-        x, y, sin = (
-            each.unflatten(-1, (-1, 2)) for each in (x_BTNE, y_BTNE, sin_TE[:, None])
-        )
+        # as pairs of channels
+        x = x_BTNE.unflatten(-1, (-1, 2))
+        y = y_BTNE.unflatten(-1, (-1, 2))
+        sin = sin_TE[:, None].unflatten(-1, (-1, 2))
         y[..., 0].addcmul_(x[..., 1], sin[..., 0])
         y[..., 1].addcmul_(x[..., 0], sin[..., 1])
         return y_BTNE
@@ -173,14 +167,12 @@ def _is_traced() -> bool:
 def complex_turns(cos_TE: Tensor, sin_TE: Tensor, dtype: torch.dtype) -> Tensor | None:
     """``cos + i sin`` for each pair of float32 tables, (T, E/2), complex64; None where something
     else is faster for states of ``dtype``, or complex numbers are not supported."""
-    on = cos_TE.device.type
-    if (
-        _is_traced()
-        or dtype == torch.float64
-        or not (on == "cpu" or (on == "cuda" and dtype == torch.float32))
-    ):
+    if _is_traced() or dtype == torch.float64:
         return None
-    return torch.complex(cos_TE[:, 0::2], sin_TE[:, 1::2])
+    device = cos_TE.device.type
+    if device == "cpu" or (device == "cuda" and dtype == torch.float32):
+        return torch.complex(cos_TE[:, 0::2], sin_TE[:, 1::2])
+    return None
 
 
 class Eva02Embeddings(nn.Module):
@@ -213,7 +205,9 @@ class Eva02Embeddings(nn.Module):
 
 def plain_attention(q_BNTE: Tensor, k_BNTE: Tensor, v_BNTE: Tensor) -> Tensor:
     """``softmax(q k^T / sqrt(E)) v`` without a fused kernel."""
-    return (q_BNTE * q_BNTE.shape[-1] ** -0.5 @ k_BNTE.mT).softmax(dim=-1) @ v_BNTE
+    scale = q_BNTE.shape[-1] ** -0.5
+    score_BNTT = (q_BNTE * scale) @ k_BNTE.mT
+    return score_BNTT.softmax(dim=-1) @ v_BNTE
 
 
 class Eva02Attention(nn.Module):
@@ -229,30 +223,24 @@ class Eva02Attention(nn.Module):
         self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.inner_norm = (
-            nn.LayerNorm(width, eps=config.layer_norm_eps)
-            if config.sub_norm
-            else nn.Identity()
-        )
+        self.inner_norm = nn.Identity()
+        if config.sub_norm:
+            self.inner_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_BTH: Tensor, rope: Rope | None) -> Tensor:
-        projections = (self.q_proj(x_BTH), self.k_proj(x_BTH), self.v_proj(x_BTH))
-        q, k, v = (
-            rearrange(p, "b t (n e) -> b t n e", n=self.heads) for p in projections
-        )
+        q = rearrange(self.q_proj(x_BTH), "b t (n e) -> b t n e", n=self.heads)
+        k = rearrange(self.k_proj(x_BTH), "b t (n e) -> b t n e", n=self.heads)
+        v = rearrange(self.v_proj(x_BTH), "b t (n e) -> b t n e", n=self.heads)
         if rope is not None:
             q = rotate(q, *rope)
             k = rotate(k, *rope)
         q, k, v = (rearrange(x, "b t n e -> b n t e") for x in (q, k, v))
-        attend = (
-            plain_attention
-            if self.config._attn_implementation == "eager"
-            else F.scaled_dot_product_attention
-        )
-        return self.out_proj(
-            self.inner_norm(rearrange(attend(q, k, v), "b n t e -> b t (n e)"))
-        )
+        attend = F.scaled_dot_product_attention
+        if self.config._attn_implementation == "eager":
+            attend = plain_attention
+        attended_BTH = rearrange(attend(q, k, v), "b n t e -> b t (n e)")
+        return self.out_proj(self.inner_norm(attended_BTH))
 
 
 class _GatedSiLU(torch.autograd.Function):
@@ -269,11 +257,9 @@ class _GatedSiLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         if padding := gate.shape[-1] - grad.shape[-1]:
             grad = F.pad(grad, (0, padding))
-        return (
-            torch.ops.aten.silu_backward(grad * up, gate),
-            F.silu(gate).mul_(grad),
-            None,
-        )
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        grad_up = F.silu(gate).mul_(grad)
+        return grad_gate, grad_up, None
 
 
 class PaddedLinear(nn.Linear):
@@ -307,11 +293,9 @@ class Eva02SwiGLU(nn.Module):
         self.hidden = config.intermediate_size
         self.gate_proj = PaddedLinear(width, self.hidden)
         self.up_proj = PaddedLinear(width, self.hidden)
-        self.norm = (
-            nn.LayerNorm(self.hidden, eps=config.layer_norm_eps)
-            if config.sub_norm
-            else nn.Identity()
-        )
+        self.norm = nn.Identity()
+        if config.sub_norm:
+            self.norm = nn.LayerNorm(self.hidden, eps=config.layer_norm_eps)
         self.down_proj = PaddedLinear(self.hidden, width)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
@@ -339,11 +323,9 @@ class Eva02Mlp(nn.Module):
         super().__init__()
         hidden = config.intermediate_size
         self.fc1 = nn.Linear(config.hidden_size, hidden)
-        self.norm = (
-            nn.LayerNorm(hidden, eps=config.layer_norm_eps)
-            if config.sub_norm
-            else nn.Identity()
-        )
+        self.norm = nn.Identity()
+        if config.sub_norm:
+            self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.fc2 = nn.Linear(hidden, config.hidden_size)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
@@ -369,17 +351,20 @@ class Eva02Block(nn.Module):
         self.scale2 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
 
     def forward(self, x_BTH: Tensor, rope: Rope | None) -> Tensor:
-        scale1 = self.scale1
-        scale2 = self.scale2
-        post = self.post_norm
-        attended = (
-            self.norm1(self.attention(x_BTH, rope))
-            if post
-            else self.attention(self.norm1(x_BTH), rope)
-        )
-        x_BTH = x_BTH + (attended if scale1 is None else scale1 * attended)
-        mixed = self.norm2(self.mlp(x_BTH)) if post else self.mlp(self.norm2(x_BTH))
-        return x_BTH + (mixed if scale2 is None else scale2 * mixed)
+        if self.post_norm:
+            attended_BTH = self.norm1(self.attention(x_BTH, rope))
+        else:
+            attended_BTH = self.attention(self.norm1(x_BTH), rope)
+        if self.scale1 is not None:
+            attended_BTH = self.scale1 * attended_BTH
+        x_BTH = x_BTH + attended_BTH
+        if self.post_norm:
+            mixed_BTH = self.norm2(self.mlp(x_BTH))
+        else:
+            mixed_BTH = self.mlp(self.norm2(x_BTH))
+        if self.scale2 is not None:
+            mixed_BTH = self.scale2 * mixed_BTH
+        return x_BTH + mixed_BTH
 
 
 class Eva02VisionModel(PreTrainedModel):
@@ -450,12 +435,9 @@ class Eva02VisionModel(PreTrainedModel):
         sin[:, 0::2] *= -1
         cos = F.pad(cos, (0, 0, 1, 0), value=1.0)
         sin = F.pad(sin, (0, 0, 1, 0), value=0.0)
+        turns = complex_turns(cos, sin, like.dtype)
         # shared by all blocks, each of which would otherwise save another copy for backward
-        return (
-            cos.to(like.dtype),
-            sin.to(like.dtype),
-            complex_turns(cos, sin, like.dtype),
-        )
+        return cos.to(like.dtype), sin.to(like.dtype), turns
 
     def forward(
         self,

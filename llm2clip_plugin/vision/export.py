@@ -86,40 +86,36 @@ def export_tower(
     with output_folder(directory, MODEL_FOLDER, replace=replace) as temporary:
         save_tower(tower, temporary)
         write_json(temporary / PREPROCESSOR_FILE, preprocessor_config(tower))
+        teacher = dict(teacher or {})
         if adapter is not None:
             copy_adapter(adapter, temporary / TEACHER_ADAPTER)
-            teacher = {
-                **(teacher or {}),
-                "adapter": str(
-                    Path(directory).expanduser().absolute() / TEACHER_ADAPTER
-                ),
-            }
+            final = Path(directory).expanduser().absolute()
+            teacher["adapter"] = str(final / TEACHER_ADAPTER)
+        heads: dict[str, Any] = {}
+        if isinstance(model, DualEncoder):
+            heads = save_heads(model, temporary)
+        training = dict(training or {})
+        if resized_from(tower):
+            training["resized_from"] = resized_from(tower)
         card = TowerCard(
             family=family.name,
             has_cls=family.has_cls,
             num_layers=config.num_hidden_layers,
-            **{
-                name: getattr(config, name)
-                for name in ("hidden_size", "patch_size", "image_size")
-            },
-            **(save_heads(model, temporary) if isinstance(model, DualEncoder) else {}),
+            hidden_size=config.hidden_size,
+            patch_size=config.patch_size,
+            image_size=config.image_size,
+            **heads,
             origin=origin,
             weights_sha256=sha256_weights(temporary / WEIGHTS_FILE),
-            teacher=teacher or {},
-            training={
-                **(training or {}),
-                **(
-                    {"resized_from": resized_from(tower)} if resized_from(tower) else {}
-                ),
-            },
+            teacher=teacher,
+            training=training,
             metrics=metrics or {},
             versions=library_versions(),
         )
         card = recorded(card, directory)
         card.write(temporary / TowerCard.FILE)
-        (temporary / "README.md").write_text(
-            model_card(published(card)), encoding="utf-8"
-        )
+        page = model_card(published(card))
+        (temporary / "README.md").write_text(page, encoding="utf-8")
         with eval_mode(model):
             verify_directory(model, temporary)
     return card
@@ -169,45 +165,41 @@ def save_tower(tower: Tower, directory: Path) -> None:
     prefix = family_of(tower).file_prefix
     state = load_file(directory / WEIGHTS_FILE)
     if any(not name.startswith(prefix) for name in state):
-        save_file(
-            {prefix + name: value for name, value in state.items()},
-            directory / WEIGHTS_FILE,
-            {"format": "pt"},
-        )
+        renamed = {prefix + name: value for name, value in state.items()}
+        save_file(renamed, directory / WEIGHTS_FILE, {"format": "pt"})
 
 
 def save_tensors(state: dict[str, Tensor], path: Path) -> None:
     """Copies of tensors, which may share memory, as safetensors."""
     from safetensors.torch import save_file
 
-    copies = {
-        name: value.detach().cpu().contiguous().clone() for name, value in state.items()
-    }
+    copies: dict[str, Tensor] = {}
+    for name, value in state.items():
+        copies[name] = value.detach().cpu().contiguous().clone()
     save_file(copies, path, metadata={"format": "pt"})
 
 
 def save_heads(dual: DualEncoder, directory: Path) -> dict[str, Any]:
     """text_adapter.safetensors; returns the card's fields about it."""
     save_tensors(heads_state(dual), directory / ADAPTER_FILE)
+    settings: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(dual.config).items():
+        if value is not None:
+            settings[name] = value
     return {
         "projection_dim": dual.config.projection_dim,
         "adapter_sha256": sha256_weights(directory / ADAPTER_FILE),
-        "dual": {
-            name: value
-            for name, value in dataclasses.asdict(dual.config).items()
-            if value is not None
-        },
+        "dual": settings,
     }
 
 
 def load_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The dual encoder of a tower directory, or the tower if it contains nothing else."""
     has_heads = TowerCard.read(directory / TowerCard.FILE).projection_dim
-    return (
-        load_dual(directory, dtype=dtype)[0]
-        if has_heads
-        else load_tower(directory, dtype=dtype)
-    )
+    if not has_heads:
+        return load_tower(directory, dtype=dtype)
+    dual, _ = load_dual(directory, dtype=dtype)
+    return dual
 
 
 def reexport(
@@ -290,7 +282,8 @@ def compare_features(
     for name, value in expected.items():
         tolerance = RELATIVE_TOLERANCE[value.dtype]
         scale = max(value.float().abs().max().item(), 1e-6)
-        difference = (value.float() - actual[name].float()).abs().max().item() / scale
+        largest = (value.float() - actual[name].float()).abs().max().item()
+        difference = largest / scale
         if not difference <= tolerance:  # NaN fails too
             raise ContractError(
                 f"{where}: {name} differs by {difference:.2e} of its largest value, above "
@@ -305,13 +298,14 @@ def verify_directory(model: nn.Module, directory: Path) -> None:
     reloaded = load_model(directory, dtype=tower.dtype).to(tower.device).eval()
     before = model.state_dict()
     after = reloaded.state_dict()
-    unequal = {
-        name
-        for name in before
-        if name not in after or not torch.equal(before[name], after[name])
-    }
-    if unequal := sorted(unequal | (after.keys() - before.keys())):
-        raise ContractError(f"{directory}: tensors differ after reloading: {unequal}")
+    unequal = after.keys() - before.keys()
+    for name, value in before.items():
+        if name not in after or not torch.equal(value, after[name]):
+            unequal.add(name)
+    if unequal:
+        raise ContractError(
+            f"{directory}: tensors differ after reloading: {sorted(unequal)}"
+        )
     compare_features(
         probe_features(model), probe_features(reloaded), where=str(directory)
     )
@@ -368,9 +362,8 @@ DUAL = (
 def model_card(card: TowerCard) -> str:
     """Markdown with the Hub's front matter: what the tower is, how it was made, its metrics, how to
     use it."""
-    tokens = f"{card.num_patches} patches" + (
-        " + 1 class token" if card.has_cls else ", no class token"
-    )
+    class_tokens = " + 1 class token" if card.has_cls else ", no class token"
+    tokens = f"{card.num_patches} patches{class_tokens}"
     teacher = card.teacher
     width = teacher.get("width", "?")
     facts = {
@@ -383,63 +376,70 @@ def model_card(card: TowerCard) -> str:
     }
     if not teacher:
         del facts["teacher LLM"]
-    before = card.training.get(BEFORE, {})
-    metrics = sorted(card.metrics.items())
-    scores = [
-        (name, f"{before[name]:.4f}" if name in before else "", f"{value:.4f}")
-        for name, value in metrics
-    ]
-    frozen = (
-        "Before: the start tower, frozen, with fitted projection and text adapter.\n\n"
-        if before
-        else ""
-    )
-    training = [
-        (name, str(value))
-        for name, value in sorted(card.training.items())
-        if name != BEFORE
-    ]
-    texts = f"# {texts}\n" if (texts := needs_for_texts(card)) else ""
+    fact_rows = [(name, text) for name, text in facts.items() if text]
+    limits = ""
+    if reason := beyond_llava(card):
+        limits = f"This tower {reason}.\n\n"
+    dual = ""
+    if card.projection_dim:
+        dual = DUAL
+        if needs := needs_for_texts(card):
+            dual = f"# {needs}\n{DUAL}"
     return PAGE.format(
         family=card.family,
-        facts=markdown_table(
-            ("", ""), [(name, text) for name, text in facts.items() if text]
-        ),
-        training=f"## Training\n\n{markdown_table(('', ''), training)}\n"
-        if training
-        else "",
-        metrics=f"## Metrics\n\n{frozen}{markdown_table(('metric', 'before', 'after'), scores)}\n"
-        if scores
-        else "",
+        facts=markdown_table(("", ""), fact_rows),
+        training=_training_section(card),
+        metrics=_metrics_section(card),
         license=LICENSE,
-        limits=f"This tower {reason}.\n\n" if (reason := beyond_llava(card)) else "",
-        dual=texts + DUAL if card.projection_dim else "",
+        limits=limits,
+        dual=dual,
     )
+
+
+def _training_section(card: TowerCard) -> str:
+    rows: list[tuple[str, ...]] = []
+    for name, value in sorted(card.training.items()):
+        if name != BEFORE:
+            rows.append((name, str(value)))
+    if not rows:
+        return ""
+    return f"## Training\n\n{markdown_table(('', ''), rows)}\n"
+
+
+def _metrics_section(card: TowerCard) -> str:
+    """Each metric, and what it was before training."""
+    before = card.training.get(BEFORE, {})
+    rows: list[tuple[str, ...]] = []
+    for name, value in sorted(card.metrics.items()):
+        at_start = f"{before[name]:.4f}" if name in before else ""
+        rows.append((name, at_start, f"{value:.4f}"))
+    if not rows:
+        return ""
+    note = ""
+    if before:
+        note = "Before: the start tower, frozen, with fitted projection and text adapter.\n\n"
+    table = markdown_table(("metric", "before", "after"), rows)
+    return f"## Metrics\n\n{note}{table}\n"
 
 
 def summary(directory: str | os.PathLike[str], card: TowerCard) -> str:
     """A written tower directory in one line; others if LLaVA's pinned environment cannot run it,
     and about texts."""
-    lines = [
+    verified = (
         f"{card.family} tower, {card.image_size} px, verified by reloading (sha256 "
         f"{card.weights_sha256})"
-    ]
-    return "\n".join(
-        f"{directory}: {line}"
-        for line in [*lines, beyond_llava(card), needs_for_texts(card)]
-        if line
     )
+    lines = filter(None, [verified, beyond_llava(card), needs_for_texts(card)])
+    return "\n".join(f"{directory}: {line}" for line in lines)
 
 
 def beyond_llava(card: TowerCard) -> str:
     """Why LLaVA 1.5 cannot run a tower in its pinned environment; "" if it can."""
     needs = families()[card.family].needs
+    if not needs:
+        return ""
     pinned = "cannot run in LLaVA 1.5's pinned environment (transformers 4.37.2, timm 0.6.13)"
-    return (
-        f"needs {needs}: {pinned}; LLaVA runs it in the training environment"
-        if needs
-        else ""
-    )
+    return f"needs {needs}: {pinned}; LLaVA runs it in the training environment"
 
 
 def needs_for_texts(card: TowerCard) -> str:

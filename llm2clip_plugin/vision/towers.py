@@ -79,9 +79,12 @@ def pretrained_log_scale(source: str | os.PathLike[str]) -> float | None:
     if str(source).startswith(TIMM_PREFIX):
         return None
     directory = fetch_directory(source)
-    adapter = directory / ADAPTER_FILE
-    for file in [adapter] if adapter.is_file() else weight_files(directory):
-        if (scale := read_tensor(file, "logit_scale")) is not None:
+    files = weight_files(directory)
+    if (directory / ADAPTER_FILE).is_file():
+        files = [directory / ADAPTER_FILE]
+    for file in files:
+        scale = read_tensor(file, "logit_scale")
+        if scale is not None:
             return float(scale)
     return None
 
@@ -122,30 +125,31 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
             # misshapen tensors, which transformers lists only with ignore_mismatched_sizes
             # not at once: under ZeRO-3 all parameters are empty
             tower, info = read(ignore_mismatched_sizes=True)
-    # old files on the Hub contain position_ids: a counter, not a weight
-    extra = [
-        key
-        for key in info["unexpected_keys"]
-        if not key.endswith("embeddings.position_ids")
-    ]
-    unexpected = sorted(key for key in extra if not key.startswith(family.not_tower))
-    misshapen = {
-        name: (tuple(actual), tuple(wanted))
-        for name, actual, wanted in info["mismatched_keys"]
-    }
+    _check_loading(directory, family, info)
+    tower.own_preprocessor = own_preprocessor(directory)
+    note_default_normalization(directory, tower, family)
+    return tower
+
+
+def _check_loading(directory: Path, family: Family, info: dict[str, Any]) -> None:
+    """ContractError for a tensor of the tower that is missing, not expected or has another shape;
+    ``info``: transformers' ``output_loading_info``."""
+    unexpected: list[str] = []
+    for name in sorted(info["unexpected_keys"]):
+        # old files on the Hub contain position_ids: a counter, not a weight
+        is_counter = name.endswith("embeddings.position_ids")
+        if not is_counter and not name.startswith(family.not_tower):
+            unexpected.append(name)
+    misshapen: dict[str, str] = {}
+    for name, actual, expected in info["mismatched_keys"]:
+        misshapen[name] = f"{name} is {tuple(actual)}, expected {tuple(expected)}"
     missing = sorted(set(info["missing_keys"]) - set(misshapen))
     if missing or unexpected or misshapen:
-        shapes = [
-            f"{name} is {actual}, expected {wanted}"
-            for name, (actual, wanted) in sorted(misshapen.items())
-        ]
+        shapes = [misshapen[name] for name in sorted(misshapen)]
         raise ContractError(
             f"the weights in {directory} do not match its config.json: missing {missing}, "
             f"unexpected {unexpected}, misshapen {shapes}"
         )
-    tower.own_preprocessor = own_preprocessor(directory)
-    note_default_normalization(directory, tower, family)
-    return tower
 
 
 @functools.lru_cache
@@ -160,11 +164,9 @@ def note_default_normalization(directory: Path, tower: Tower, family: Family) ->
     normalized."""
     stated = {**tower.config.to_dict(), **tower.own_preprocessor}
     if not (stated.get("image_mean") and stated.get("image_std")):
-        missing = (
-            "image_mean and image_std"
-            if (directory / PREPROCESSOR_FILE).is_file()
-            else PREPROCESSOR_FILE
-        )
+        missing = PREPROCESSOR_FILE
+        if (directory / PREPROCESSOR_FILE).is_file():
+            missing = "image_mean and image_std"
         taken = f"mean {list(family.mean)} and standard deviation {list(family.std)}"
         print_once(
             f"note: {directory} has no {missing}; pixels get the {taken} of the family "
@@ -269,7 +271,9 @@ def _check_states(
     if pixels.dim() == 3:
         patches = pixels.shape[1]
     else:
-        rows, columns = (side // tower.config.patch_size for side in pixels.shape[-2:])
+        height, width = pixels.shape[-2:]
+        rows = height // tower.config.patch_size
+        columns = width // tower.config.patch_size
         patches = rows * columns
     class_tokens = int(family_of(tower).has_cls)
     for number, state in enumerate(getattr(output, "hidden_states", None) or ()):
@@ -316,30 +320,18 @@ def preprocessor_config(
         directory = fetch_directory(source)
         family, config = read_config(directory)
         stated = own_preprocessor(directory)
-    configured = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name in INHERITED and value
-    }
-    stated = {**configured, **stated}
+    inherited: dict[str, Any] = {}
+    for name, value in config.to_dict().items():
+        if name in INHERITED and value:
+            inherited[name] = value
+    stated = {**inherited, **stated}
     size = config.image_size
-    patches = {
-        "patch_size": config.patch_size,
-        "max_num_patches": (size // config.patch_size) ** 2,
-    }
-    # which ignores the square
-    of_patches = {"image_processor_type": "Siglip2ImageProcessor", **patches}
-    return {
-        **dict.fromkeys(
-            (
-                "do_resize",
-                "do_center_crop",
-                "do_rescale",
-                "do_normalize",
-                "do_convert_rgb",
-            ),
-            True,
-        ),
+    processor: dict[str, Any] = {
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
         "crop_size": {"height": size, "width": size},
         "image_mean": list(stated.get("image_mean", family.mean)),
         "image_processor_type": "CLIPImageProcessor",
@@ -347,8 +339,13 @@ def preprocessor_config(
         "resample": stated.get("resample", family.resample),
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
-        **(of_patches if getattr(config, "keeps_aspect", False) and not square else {}),
     }
+    if getattr(config, "keeps_aspect", False) and not square:
+        # which ignores the square
+        processor["image_processor_type"] = "Siglip2ImageProcessor"
+        processor["patch_size"] = config.patch_size
+        processor["max_num_patches"] = (size // config.patch_size) ** 2
+    return processor
 
 
 def tower_in(model: Any) -> Tower:
@@ -372,11 +369,11 @@ def parameters_in(tower: Tower, names: Iterable[str]) -> list[nn.Parameter]:
     for."""
     full_names = tuple(core_prefix(tower) + name for name in names)
     prefixes = tuple(f"{name}." for name in full_names)
-    return [
-        value
-        for name, value in tower.named_parameters()
-        if name in full_names or name.startswith(prefixes)
-    ]
+    parameters: list[nn.Parameter] = []
+    for name, parameter in tower.named_parameters():
+        if name in full_names or name.startswith(prefixes):
+            parameters.append(parameter)
+    return parameters
 
 
 def tower_embeddings_parameters(tower: Tower) -> list[nn.Parameter]:
@@ -413,8 +410,9 @@ def freeze_tower(tower: Tower, *, first_blocks: int | None = None) -> None:
         raise ValueError(
             f"cannot freeze the first {first_blocks} blocks: the tower has {len(blocks)}"
         )
-    for parameter in tower_embeddings_parameters(tower) if first_blocks else ():
-        parameter.requires_grad_(False)
+    if first_blocks:
+        for parameter in tower_embeddings_parameters(tower):
+            parameter.requires_grad_(False)
     for block in blocks[:first_blocks]:
         block.requires_grad_(False)
 
@@ -478,12 +476,12 @@ def new_tower(
         if image_size and image_size != tower.config.image_size:
             tower = resize_tower(tower, image_size)
         return tower.to(device)
-    shapes = {
-        name: (family, shape)
-        for family in families().values()
-        for name, shape in family.shapes.items()
-    }
-    if (directory := Path(source).expanduser()).is_dir():
+    shapes: dict[str, tuple[Family, dict[str, Any]]] = {}
+    for family in families().values():
+        for name, shape in family.shapes.items():
+            shapes[name] = (family, shape)
+    directory = Path(source).expanduser()
+    if directory.is_dir():
         family, config = read_config(directory)
     elif source in shapes:
         family, shape = shapes[source]
@@ -529,12 +527,11 @@ def add_lora(tower: Tower, *, rank: int, alpha: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("LoRA on the tower requires PEFT: pip install peft") from error
-    blocks = {id(module) for module in tower_blocks(tower).modules()}
-    linears = [
-        name
-        for name, module in tower.named_modules()
-        if isinstance(module, nn.Linear) and id(module) in blocks
-    ]
+    in_blocks = {id(module) for module in tower_blocks(tower).modules()}
+    linears: list[str] = []
+    for name, module in tower.named_modules():
+        if isinstance(module, nn.Linear) and id(module) in in_blocks:
+            linears.append(name)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears, bias="none")
     inject_adapter_in_model(config, tower)
     tower.train(tower.training)  # PEFT creates its layers in training mode
@@ -547,12 +544,11 @@ def merged(model: nn.Module) -> nn.Module:
     from peft.tuners.lora import LoraLayer
 
     model = copy.deepcopy(model)
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    ]
-    for name, layer in layers:
+    layers: dict[str, LoraLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            layers[name] = module
+    for name, layer in layers.items():
         layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
@@ -568,9 +564,6 @@ def timm_tower(
 ) -> Tower:
     """A tower from a timm name, at its native size; ValueError unless it is a plain vision
     transformer."""
-    return (
-        families()["timm"]
-        .vision_class()
-        .from_timm(name, pretrained=pretrained, arguments=arguments or {})
-        .eval()
-    )
+    timm_class = families()["timm"].vision_class()
+    tower = timm_class.from_timm(name, pretrained=pretrained, arguments=arguments or {})
+    return tower.eval()

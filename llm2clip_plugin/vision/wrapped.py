@@ -111,9 +111,8 @@ class OpenVisionModel(Changed, CLIPVisionModel):
         return getattr(self, "vision_model", self)  # in transformers 4
 
     def change(self, output: Any) -> Any:
-        output.pooler_output = self._core.post_layernorm(
-            output.last_hidden_state[:, 1:].mean(dim=1)
-        )
+        mean_BH = output.last_hidden_state[:, 1:].mean(dim=1)
+        output.pooler_output = self._core.post_layernorm(mean_BH)
         return output
 
 
@@ -163,18 +162,24 @@ def naflex_positions(
     torch._assert_async(
         fits, "spatial_shapes: an image has no patches, or more than pixel_values"
     )
-    size_B12 = spatial_shapes.float()[:, None]
+    size_B12 = spatial_shapes.float()[:, None]  # rows and columns of an image
+    columns_B11 = size_B12[..., 1:]
     index_N1 = torch.arange(max_length, device=table.device)[:, None]
-    row_BN1 = index_N1.div(size_B12[..., 1:], rounding_mode="floor")
-    place_BN2 = torch.cat((row_BN1, index_N1 - row_BN1 * size_B12[..., 1:]), dim=2)
+    row_BN1 = index_N1.div(columns_B11, rounding_mode="floor")
+    column_BN1 = index_N1 - row_BN1 * columns_B11
+    place_BN2 = torch.cat((row_BN1, column_BN1), dim=2)
     # else far away, where no weight is above 0
     is_outside_BN1 = index_N1 >= size_B12.prod(2, keepdim=True)
     place_BN2 = place_BN2.masked_fill(is_outside_BN1, 0)
+    # of the table's rows and columns: where a patch's center is, and how much they weigh there
     scale_B12 = len(table) / size_B12
+    center_BN2 = (place_BN2 + 0.5) * scale_B12 - 0.5
     source_g = torch.arange(len(table), device=table.device)
-    distance_BN2g = (source_g - ((place_BN2 + 0.5) * scale_B12 - 0.5)[..., None]).abs()
-    weight_BN2g = (1 - distance_BN2g / scale_B12.clamp(min=1)[..., None]).clamp(min=0)
-    row_BNg, column_BNg = (weight_BN2g / weight_BN2g.sum(3, keepdim=True)).unbind(2)
+    distance_BN2g = (source_g - center_BN2[..., None]).abs()
+    reach_B121 = scale_B12.clamp(min=1)[..., None]
+    weight_BN2g = (1 - distance_BN2g / reach_B121).clamp(min=0)
+    weight_BN2g = weight_BN2g / weight_BN2g.sum(3, keepdim=True)
+    row_BNg, column_BNg = weight_BN2g.unbind(2)
     weight_BNG = (row_BNg[..., None] * column_BNg[..., None, :]).flatten(2)
     return (weight_BNG @ table.flatten(0, 1).float()).to(table.dtype)
 
@@ -186,9 +191,8 @@ def siglip_tensor(name: str, weight: Tensor, patch: int, grid: int) -> Tensor:
     if name.endswith("patch_embedding.weight") and weight.dim() == 2:
         return weight.unflatten(1, (patch, patch, -1)).permute(0, 3, 1, 2)
     if name.endswith("position_embedding.weight"):
-        return naflex_positions(
-            weight.unflatten(0, (math.isqrt(len(weight)), -1)), None, grid**2
-        )[0]
+        table = weight.unflatten(0, (math.isqrt(len(weight)), -1))
+        return naflex_positions(table, None, grid**2)[0]
     return weight
 
 
@@ -230,12 +234,11 @@ if int(transformers.__version__.split(".")[0]) < 5:
             from safetensors.torch import load_file
 
             config = SquareNaflexConfig.from_pretrained(directory)
-            state = load_file(f"{directory}/model.safetensors")
-            sizes = config.patch_size, config.image_size // config.patch_size
-            state = {
-                name: siglip_tensor(name, weight, *sizes).contiguous()
-                for name, weight in state.items()
-            }
+            patch = config.patch_size
+            grid = config.image_size // patch
+            state: dict[str, Tensor] = {}
+            for name, weight in load_file(f"{directory}/model.safetensors").items():
+                state[name] = siglip_tensor(name, weight, patch, grid).contiguous()
             return super().from_pretrained(
                 None, config=config, state_dict=state, torch_dtype=torch_dtype, **kwargs
             )
@@ -278,10 +281,8 @@ else:
 
         def __post_init__(self, **kwargs: Any) -> None:
             super().__post_init__(**kwargs)
-            self.image_size = (
-                getattr(self, "image_size", 0)
-                or math.isqrt(self.num_patches) * self.patch_size
-            )
+            side = math.isqrt(self.num_patches) * self.patch_size
+            self.image_size = getattr(self, "image_size", 0) or side
 
         def to_diff_dict(self) -> dict[str, Any]:
             """See PretrainedConfig; the two sizes are always in it."""
@@ -319,14 +320,15 @@ else:
                     patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
                 )
             if spatial_shapes is not None and pixel_attention_mask is None:
-                positions = torch.arange(
-                    pixel_values.shape[1], device=pixel_values.device
-                )
-                seen = positions < spatial_shapes.prod(1, keepdim=True)
-                added = (~seen)[:, None, None].to(self.dtype) * torch.finfo(
-                    self.dtype
-                ).min
-                pixel_attention_mask = added if TAKES_ADDED_MASK else seen.int()
+                device = pixel_values.device
+                positions = torch.arange(pixel_values.shape[1], device=device)
+                is_patch_BN = positions < spatial_shapes.prod(1, keepdim=True)
+                if TAKES_ADDED_MASK:
+                    is_padding_B11N = (~is_patch_BN)[:, None, None].to(self.dtype)
+                    lowest = torch.finfo(self.dtype).min
+                    pixel_attention_mask = is_padding_B11N * lowest
+                else:
+                    pixel_attention_mask = is_patch_BN.int()
             inputs: Any = {
                 "pixel_attention_mask": pixel_attention_mask,
                 "spatial_shapes": spatial_shapes,
@@ -455,26 +457,24 @@ if hasattr(transformers, "RadioModel"):
 # arguments of timm's models that a configuration may set; others could name files, code or
 # pretrained weights
 ARGUMENTS = (
-    *(
-        "patch_size",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "reg_tokens",
-        "mlp_ratio",
-        "init_values",
-        "ref_feat_shape",
-    ),
-    *(
-        "class_token",
-        "no_embed_class",
-        "qkv_bias",
-        "pre_norm",
-        "final_norm",
-        "fc_norm",
-        "pos_embed_grid_size",
-    ),
-    *("global_pool", "attn_pool_num_heads", "attn_pool_mlp_ratio"),
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "reg_tokens",
+    "mlp_ratio",
+    "init_values",
+    "ref_feat_shape",
+    "class_token",
+    "no_embed_class",
+    "qkv_bias",
+    "pre_norm",
+    "final_norm",
+    "fc_norm",
+    "pos_embed_grid_size",
+    "global_pool",
+    "attn_pool_num_heads",
+    "attn_pool_mlp_ratio",
 )
 
 
@@ -502,9 +502,9 @@ def make_timm(
         raise ValueError(
             f"unknown timm model {name!r} (timm {timm.__version__}); similar names: {near}"
         )
-    settings: dict[str, Any] = dict(arguments or {}) | (
-        {} if size is None else {"img_size": size}
-    )
+    settings: dict[str, Any] = dict(arguments or {})
+    if size is not None:
+        settings["img_size"] = size
     if unknown := sorted(set(settings) - {*ARGUMENTS, "img_size"}):
         raise ValueError(
             f"timm_args: {unknown[0]!r} cannot be set here; known: {', '.join(ARGUMENTS)}"
@@ -522,9 +522,8 @@ def make_timm(
         raise ValueError(
             f"timm {timm.__version__} cannot build {name!r} with {settings}: {error}"
         ) from error
-    if hasattr(
-        model, "merger"
-    ):  # Qwen3-VL's tower: without its projector; it has no final norm
+    if hasattr(model, "merger"):
+        # Qwen3-VL's tower: without its projector; it has no final norm
         model.merger = None
         model.global_pool = "avg"
         model.norm = nn.Identity()
@@ -635,13 +634,16 @@ def check_block_tokens(model: Any, config: TimmVitConfig) -> None:
     grid = config.image_size // config.patch_size
     expected = config.prefix_tokens + grid**2
     shapes: list[torch.Size] = []
+
+    def record_input(block: Any, inputs: Any) -> None:
+        shapes.append(inputs[0].shape)
+
+    def record_output(block: Any, inputs: Any, output: Any) -> None:
+        shapes.append(output.shape)
+
     for block in model.blocks:
-        block.register_forward_pre_hook(
-            lambda _, inputs: shapes.append(inputs[0].shape)
-        )
-    model.blocks[-1].register_forward_hook(
-        lambda _, __, output: shapes.append(output.shape)
-    )
+        block.register_forward_pre_hook(record_input)
+    model.blocks[-1].register_forward_hook(record_output)
     pixels = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
     with torch.no_grad():
         model.to("meta").eval().forward_features(pixels)
@@ -693,9 +695,9 @@ class TimmTower(PreTrainedModel):
         """timm initializes its own weights. Its tables of rotary positions are in no file, and
         transformers builds models without memory: they are computed once more. Raises ValueError if
         timm is too old for that."""
-        if not module._non_persistent_buffers_set or any(
-            buffer.is_meta for buffer in module.buffers(recurse=False)
-        ):
+        if not module._non_persistent_buffers_set:
+            return
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             return
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()  # pyright: ignore[reportCallIssue]
@@ -730,32 +732,31 @@ class TimmTower(PreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] = []
+
+        def keep_input(block: Any, inputs: Any) -> None:
+            states.append(inputs[0])
+
+        def keep_output(block: Any, inputs: Any, output: Any) -> None:
+            states.append(output)
+
         handles = []
         if output_hidden_states:
             blocks = self.model.blocks
-            handles = [
-                block.register_forward_pre_hook(
-                    lambda _, inputs: states.append(inputs[0])
-                )
-                for block in blocks
-            ]
-            handles.append(
-                blocks[-1].register_forward_hook(
-                    lambda _, __, output: states.append(output)
-                )
-            )
+            handles = [block.register_forward_pre_hook(keep_input) for block in blocks]
+            handles.append(blocks[-1].register_forward_hook(keep_output))
         try:
             tokens, pooled = self._features(pixel_values.to(self.dtype), spatial_shapes)
         finally:
             for handle in handles:
                 handle.remove()
         skip = self.config.prefix_tokens
+        hidden_states = None
+        if output_hidden_states:
+            hidden_states = tuple(state[:, skip:] for state in states)
         output = BaseModelOutputWithPooling(
             last_hidden_state=tokens[:, skip:],
             pooler_output=pooled,
-            hidden_states=tuple(state[:, skip:] for state in states)
-            if output_hidden_states
-            else None,
+            hidden_states=hidden_states,
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -765,50 +766,41 @@ class TimmTower(PreTrainedModel):
         """Tokens (B, T, H) after the last norm, and what pools them (B, H); see ``forward``. Padded
         and masked, not grouped by grid: under ZeRO-3 all ranks must run a block equally often."""
         model = self.model
-        side = self.config.patch_size
-        pad = nn.functional.pad
         if spatial_shapes is None:
             tokens = model.forward_features(pixels)
             if tokens.dim() == 3:
                 return tokens, model.forward_head(tokens, pre_logits=True)
-            return tokens.flatten(1, 2), tokens.mean(
-                (1, 2)
-            )  # Qwen3-VL's: (B, rows, columns, H)
+            # Qwen3-VL's: (B, rows, columns, H)
+            return tokens.flatten(1, 2), tokens.mean((1, 2))
         if pixels.dim() == 3:  # as images of one column of patches
-            pixels = (
-                pixels.unflatten(2, (side, side, 3))
-                .permute(0, 4, 1, 2, 3)
-                .flatten(2, 3)
-            )
-        patches = model.patch_embed(pixels).flatten(1, 2)
-        # (B, N)
-        mask = torch.arange(
-            patches.shape[1], device=patches.device
-        ) < spatial_shapes.prod(1, keepdim=True)
-        placed = []  # each image's patches with timm's positions and rotation, then zeros
+            side = self.config.patch_size
+            patches = pixels.unflatten(2, (side, side, 3))
+            pixels = patches.permute(0, 4, 1, 2, 3).flatten(2, 3)
+        patch_BNH = model.patch_embed(pixels).flatten(1, 2)
+        position_N = torch.arange(patch_BNH.shape[1], device=patch_BNH.device)
+        mask_BN = position_N < spatial_shapes.prod(1, keepdim=True)
+        # each image's patches with timm's positions and their rotation, then zeros
+        placed: list[Tensor] = []
+        rotations: list[Tensor] = []
         for image, (rows, columns) in zip(
-            patches, spatial_shapes.tolist(), strict=True
+            patch_BNH, spatial_shapes.tolist(), strict=True
         ):
             count = rows * columns
-            width = image.shape[1]
-            parts = model._pos_embed(image[:count].view(1, rows, columns, width))
-            placed.append(
-                [
-                    pad(part.view(count, -1), (0, 0, 0, len(image) - count))
-                    for part in parts
-                ]
-            )
-        tokens, rotations = map(torch.stack, zip(*placed, strict=True))
+            padding = (0, 0, 0, len(image) - count)
+            grid = image[:count].view(1, rows, columns, image.shape[1])
+            tokens, rotation = model._pos_embed(grid)
+            placed.append(nn.functional.pad(tokens.view(count, -1), padding))
+            rotations.append(nn.functional.pad(rotation.view(count, -1), padding))
+        tokens = torch.stack(placed)
+        rope = torch.stack(rotations)[:, None]
+        attn_mask = mask_BN[:, None, None]
         for block in model.blocks:
-            call = (
-                partial(checkpoint, block, use_reentrant=False)
-                if model.grad_checkpointing
-                else block
-            )
-            tokens = call(
-                tokens, rope=rotations[:, None], attn_mask=mask[:, None, None]
-            )
-        return tokens, (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            call = block
+            if model.grad_checkpointing:
+                call = partial(checkpoint, block, use_reentrant=False)
+            tokens = call(tokens, rope=rope, attn_mask=attn_mask)
+        sum_BH = (tokens * mask_BN[..., None]).sum(1)
+        return tokens, sum_BH / mask_BN.sum(1, keepdim=True)
 
 
 AutoConfig.register(TimmVitConfig.model_type, TimmVitConfig, exist_ok=True)

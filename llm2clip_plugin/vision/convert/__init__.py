@@ -88,12 +88,12 @@ class TowerExportConfig:
             )
 
 
+_FORMATS = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
 EXPORT = Command(
     name="export",
     example="llm2clip export runs/l14-336 --output towers/l14-336",
     about="Write a run as a tower directory, or a tower directory in another format: "
-    + "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
-    + ".",
+    f"{_FORMATS}.",
     settings=TowerExportConfig,
     arguments="source",
 )

@@ -22,11 +22,8 @@ from llm2clip_plugin.vision.families import RESAMPLE
 
 # the reference's names if its text tower contains the LLM too
 IN_THE_LOOP = "text.text_proj.text_adaptor."
-PARTS = {
-    "ln": "norm",
-    "fn.0": "up",
-    "fn.3": "down",
-}  # of a block: the reference's names -> ours
+# of a block: the reference's names -> ours
+PARTS = {"ln": "norm", "fn.0": "up", "fn.3": "down"}
 ADAPTER = (
     r"(?P<prefix>.*\b(text_)?adaptor\.)(?P<number>\d+)\."
     r"((?P<part>ln|fn\.0|fn\.3)\.)?(?P<kind>weight|bias)"
@@ -153,11 +150,9 @@ class ParsedCheckpoint:
         if self.adapter is not None:
             sizes = self.adapter.config
             tensor_name = self.adapter.names["projection.weight"]
-            loop = (
-                ""
-                if sizes.normalize_input
-                else ", trained with the LLM in the loop: its input is not normalized"
-            )
+            loop = ""
+            if not sizes.normalize_input:
+                loop = ", trained with the LLM in the loop: its input is not normalized"
             widths = f"{sizes.llm_width}, then {sizes.projection_dim}"
             lines.append(
                 f"text adapter: {sizes.adapter_blocks} blocks of width {widths} "
@@ -165,8 +160,12 @@ class ParsedCheckpoint:
             )
         for reason in sorted(set(self.left_out.values())):
             names = sorted(name for name, why in self.left_out.items() if why == reason)
-            examples = ", ".join([*names[:3], "..."][: len(names)])
-            lines.append(f"left out ({reason}): {len(names)} tensors ({examples})")
+            examples = names[:3]
+            if len(names) > 3:
+                examples.append("...")
+            lines.append(
+                f"left out ({reason}): {len(names)} tensors ({', '.join(examples)})"
+            )
         return lines
 
 
@@ -223,9 +222,8 @@ class TensorNames:
                 raise ContractError(
                     f"{theirs} and another tensor both map to {again.pop()}"
                 )
-            parsed.tower |= zip(
-                names, value.chunk(3) if len(names) > 1 else [value], strict=True
-            )
+            parts = value.chunk(3) if len(names) > 1 else [value]
+            parsed.tower |= zip(names, parts, strict=True)
             parsed.used.add(theirs)
         return parsed
 
@@ -251,11 +249,9 @@ def check_sizes(vision: dict[str, Any], **sizes: int) -> None:
     """ContractError if ``vision_cfg`` contradicts the ``sizes`` of the tensors."""
     for name, size in sizes.items():
         if (configured := vision.get(name)) not in (None, size, [size, size]):
-            hint = (
-                f"; pass --image-size {configured} to interpolate"
-                if name == "image_size"
-                else ""
-            )
+            hint = ""
+            if name == "image_size":
+                hint = f"; pass --image-size {configured} to interpolate"
             raise ContractError(
                 f"vision_cfg.{name} is {configured}, but the tensors have {size}{hint}"
             )
@@ -263,13 +259,12 @@ def check_sizes(vision: dict[str, Any], **sizes: int) -> None:
 
 def depth(state: dict[str, Tensor], prefix: str) -> int:
     """The number of blocks, whose numbers follow ``prefix``."""
-    return len(
-        {
-            key.removeprefix(prefix).split(".")[0]
-            for key in state
-            if key.startswith(prefix)
-        }
-    )
+    numbers: set[str] = set()
+    for name in state:
+        if name.startswith(prefix):
+            number, _, _ = name.removeprefix(prefix).partition(".")
+            numbers.add(number)
+    return len(numbers)
 
 
 def normalization(values: dict[str, Any]) -> dict[str, Any]:

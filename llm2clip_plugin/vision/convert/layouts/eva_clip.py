@@ -14,7 +14,11 @@ from llm2clip_plugin.vision.directory import section
 from llm2clip_plugin.vision.eva02 import Eva02Config, rope_tables
 
 BLOCKS = "visual.blocks."
-IN_BLOCK = {name: name for name in ("norm1.", "norm2.", "mlp.fc1.", "mlp.fc2.")} | {
+IN_BLOCK = {
+    "norm1.": "norm1.",
+    "norm2.": "norm2.",
+    "mlp.fc1.": "mlp.fc1.",
+    "mlp.fc2.": "mlp.fc2.",
     "gamma_1": "scale1",
     "gamma_2": "scale2",
     "attn.inner_attn_ln.": "attention.inner_norm.",
@@ -23,6 +27,11 @@ IN_BLOCK = {name: name for name in ("norm1.", "norm2.", "mlp.fc1.", "mlp.fc2.")}
     "mlp.w2.": "mlp.up_proj.",
     "mlp.ffn_ln.": "mlp.norm.",
     "mlp.w3.": "mlp.down_proj.",
+    "attn.q_proj.": "attention.q_proj.",
+    "attn.k_proj.": "attention.k_proj.",
+    "attn.v_proj.": "attention.v_proj.",
+    "attn.q_bias": "attention.q_proj.bias",
+    "attn.v_bias": "attention.v_proj.bias",
 }
 # the reference splits q, k and v in towers with sub-norms, and fuses them in those without
 NAMES = TensorNames(
@@ -34,17 +43,35 @@ NAMES = TensorNames(
         "norm.": "norm.",
     },
     blocks=("blocks.", "blocks."),
-    inside=IN_BLOCK
-    | {f"attn.{part}_proj.": f"attention.{part}_proj." for part in "qkv"}
-    | {f"attn.{part}_bias": f"attention.{part}_proj.bias" for part in "qv"},
+    inside=IN_BLOCK,
     fused=("attn.qkv.", "attention.{}_proj."),
 )
+# of the released EVA-CLIP towers, by width
 HEAD_WIDTHS = {
     768: 64,
     1024: 64,
     1408: 88,
     1792: 112,
-}  # of the released EVA-CLIP towers, by width
+}
+
+
+def released_defaults(width: int, swiglu: bool, table: Tensor | None) -> dict[str, Any]:
+    """``vision_cfg`` of the released tower of a width; ``table``: cosines of its rotary angles, if
+    the file has them."""
+    # the released towers have SwiGLU and rotary positions, or neither; some files omit the tables
+    defaults = {
+        "rope": swiglu,
+        "intp_freq": True,
+        "head_width": HEAD_WIDTHS.get(width),
+        "postnorm": width == 1792,
+    }
+    if table is not None:
+        rows, head_width = table.shape
+        # in its second row the angle of a step of one column is pt_hw_seq_len / grid
+        step = float(table[1, head_width // 2].float().acos())
+        defaults["head_width"] = head_width
+        defaults["pt_hw_seq_len"] = round(step * rows**0.5)
+    return defaults
 
 
 def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Config:
@@ -56,16 +83,17 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
     ValueError for an unknown width or unsupported settings, ContractError if ``vision`` contradicts
     the tensors.
     """
-    first = {
-        key.removeprefix(f"{BLOCKS}0."): value
-        for key, value in state.items()
-        if key.startswith(f"{BLOCKS}0.")
-    }
+    first: dict[str, Tensor] = {}  # of the first block
+    for name, value in state.items():
+        if name.startswith(f"{BLOCKS}0."):
+            first[name.removeprefix(f"{BLOCKS}0.")] = value
     swiglu = any(name.startswith(("mlp.w1.", "mlp.w2.", "mlp.w3.")) for name in first)
     hidden = f"{BLOCKS}0.mlp.{'w1' if swiglu else 'fc1'}.weight"
     common.require(state, "visual.patch_embed.proj.weight", "visual.pos_embed", hidden)
     width, patch = common.patch_shape(state, "visual.patch_embed.proj.weight")
-    image_size = round((state["visual.pos_embed"].shape[-2] - 1) ** 0.5) * patch
+    positions = state["visual.pos_embed"].shape[-2]
+    grid = round((positions - 1) ** 0.5)  # without the class token's
+    image_size = grid * patch
     if "width" not in vision:
         table = first.get("attn.rope.freqs_cos", state.get("visual.rope.freqs_cos"))
         if table is None and width not in HEAD_WIDTHS and "head_width" not in vision:
@@ -73,22 +101,7 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
                 f"no released EVA-CLIP tower has width {width}; pass --config with "
                 "vision_cfg.head_width"
             )
-        # the released towers have SwiGLU and rotary positions, or neither; some files omit the
-        # tables
-        defaults = {
-            "rope": swiglu,
-            "intp_freq": True,
-            "head_width": HEAD_WIDTHS.get(width),
-            "postnorm": width == 1792,
-        }
-        # its second row: the angle of a step of one column is pt_hw_seq_len / grid
-        if table is not None:
-            step = float(table[1, table.shape[1] // 2].float().acos())
-            defaults |= {
-                "head_width": table.shape[1],
-                "pt_hw_seq_len": round(step * len(table) ** 0.5),
-            }
-        vision = defaults | vision
+        vision = released_defaults(width, swiglu, table) | vision
     layers = common.depth(state, BLOCKS)
     pretrained_grid = vision.get("pt_hw_seq_len", 16)
     common.check_sizes(
@@ -98,13 +111,10 @@ def tower_config(state: dict[str, Tensor], vision: dict[str, Any]) -> Eva02Confi
         raise ValueError(
             "global_average_pool is true; EVA-CLIP towers with average pooling are not supported"
         )
-    if (
-        vision.get("rope")
-        and not vision.get("intp_freq")
-        and image_size // patch != pretrained_grid
-    ):
+    has_fixed_rope = vision.get("rope") and not vision.get("intp_freq")
+    if has_fixed_rope and grid != pretrained_grid:
         raise ValueError(
-            f"intp_freq is false, but grid {image_size // patch} is not pt_hw_seq_len "
+            f"intp_freq is false, but grid {grid} is not pt_hw_seq_len "
             f"{pretrained_grid}"
         )
     return Eva02Config(

@@ -34,11 +34,8 @@ from llm2clip_plugin.vision.families import (
 )
 from llm2clip_plugin.vision.wrapped import check_block_tokens, make_timm, timm_config
 
-CLASSIFIER = (
-    "head.",
-    "fc.",
-    "merger.",
-)  # of timm's models; the last is Qwen3-VL's projector
+# of timm's models; the last is Qwen3-VL's projector
+CLASSIFIER = ("head.", "fc.", "merger.")
 QWEN = "model.visual."  # where the tower of Qwen3-VL or Qwen3.5 is
 # prefixes of the text towers of image-text models, and of heads of other tasks
 OWN_TEXT_PREFIXES = ("text_model.", "text_encoder.", "text_projection.", "classifier.")
@@ -51,36 +48,32 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpo
     """A checkpoint whose config.json has the ``model_type`` of a family."""
     family = family_in(state, config)
     anchor = f"{family.file_prefix}embeddings."
-    outer = min(
-        (
-            key[: key.index(anchor)]
-            for key in state
-            if anchor in key and "text_model." not in key
-        ),
-        default="",
-    )
-    if (
-        family.file_prefix
-        and "embeddings.patch_embedding.weight" in state
-        and not any(anchor in key for key in state)
-    ):
+    has_anchor = [key for key in state if anchor in key]
+    outer_prefixes: list[str] = []
+    for key in has_anchor:
+        if "text_model." not in key:
+            outer_prefixes.append(key[: key.index(anchor)])
+    outer = min(outer_prefixes, default="")
+    has_tower = "embeddings.patch_embedding.weight" in state
+    if family.file_prefix and has_tower and not has_anchor:
         # transformers 5 omits the Hub's prefix when it saves a model that it did not load from a
         # file
         state = {family.file_prefix + key: value for key, value in state.items()}
     start = outer + family.file_prefix
-    inside = [
-        key
-        for key in state
-        if (key.startswith(start) if start else not key.startswith(family.not_tower))
-    ]
+    if start:
+        inside = [key for key in state if key.startswith(start)]
+    else:
+        inside = [key for key in state if not key.startswith(family.not_tower)]
     counters = [key for key in inside if key.endswith("embeddings.position_ids")]
+    tower: dict[str, Tensor] = {}
+    for key in inside:
+        if key not in counters:
+            tower[key.removeprefix(outer)] = state[key]
     parsed = ParsedCheckpoint(
         layout=f"hub-{family.name}",
         state=state,
         config=vision_config(family, config),
-        tower={
-            key.removeprefix(outer): state[key] for key in inside if key not in counters
-        },
+        tower=tower,
         used=set(inside),
         left_out=dict.fromkeys(counters, "a counter, not a weight"),
     )
@@ -94,12 +87,10 @@ def parse_hub(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpo
         parsed.logit_scale = scale_of_temperature(parsed, config)
     if OWN_TEXT in parsed.left_out.values() and parsed.adapter is None:
         require(state, *family.image_text_tensors)
-    is_projected = "CLIPVisionModelWithProjection" in (
-        config.get("architectures") or []
-    )
-    if "visual_projection.weight" in family.image_text_tensors and (
-        is_projected or parsed.is_image_text
-    ):
+    architectures = config.get("architectures") or []
+    is_projected = "CLIPVisionModelWithProjection" in architectures
+    has_projection = "visual_projection.weight" in family.image_text_tensors
+    if has_projection and (is_projected or parsed.is_image_text):
         require(state, projection)
         rows = state[projection].shape[0]
         stated = config.get("projection_dim")
@@ -124,9 +115,10 @@ def scale_of_temperature(
 
 def vision_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     """The complete config.json of the vision model, from its own or from an image-text model's."""
-    fields = section(config, "vision_config") or {
-        key: v for key, v in config.items() if key != "vision_config"
-    }
+    fields = section(config, "vision_config")
+    if not fields:
+        fields = dict(config)
+        fields.pop("vision_config", None)
     vision = family.vision_class().config_class.from_dict(fields)
     vision.architectures = [family.vision_class().__name__]
     return json.loads(vision.to_json_string(use_diff=False))
@@ -184,10 +176,13 @@ def parse_timm_hub(
     with its mean."""
     model_args = section(config, "model_args")
     published = section(config, "pretrained_cfg")
-    size = model_args.get("img_size") or (published.get("input_size") or [None])[-1]
-    arguments = {
-        name: value for name, value in model_args.items() if name not in NOT_ARGUMENTS
-    }
+    size = model_args.get("img_size")
+    if not size and published.get("input_size"):
+        size = published["input_size"][-1]
+    arguments: dict[str, Any] = {}
+    for name, value in model_args.items():
+        if name not in NOT_ARGUMENTS:
+            arguments[name] = value
     fields = timm_fields(str(config["architecture"]), side_of(size), arguments)
     inside = {key for key in state if not key.startswith(CLASSIFIER)}
     return ParsedCheckpoint(

@@ -64,9 +64,9 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
     hidden = f"{BLOCKS}0.mlp.c_fc.weight"
     common.require(state, "visual.conv1.weight", "visual.positional_embedding", hidden)
     width, patch = common.patch_shape(state, "visual.conv1.weight")
-    image_size = (
-        round((state["visual.positional_embedding"].shape[0] - 1) ** 0.5) * patch
-    )
+    positions = state["visual.positional_embedding"].shape[0]
+    grid = round((positions - 1) ** 0.5)  # without the class token's
+    image_size = grid * patch
     layers = common.depth(state, BLOCKS)
     common.check_sizes(
         vision, layers=layers, width=width, patch_size=patch, image_size=image_size
@@ -76,15 +76,17 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
             f"vision_cfg.pool_type is {vision['pool_type']!r}; only 'tok' (class token) is "
             "supported"
         )
-    if settings := [
-        f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)
-    ]:
+    settings = [f"{name} {vision[name]!r}" for name in UNSUPPORTED if vision.get(name)]
+    if settings:
         raise ValueError(f"unsupported settings in vision_cfg: {', '.join(settings)}")
     head_width = vision.get("head_width") or HEAD_WIDTHS.get(width)
     if head_width is None:
         raise ValueError(
             f"no known CLIP tower has width {width}; set vision_cfg.head_width with --config"
         )
+    projection_dim = width
+    if "visual.proj" in state:
+        projection_dim = state["visual.proj"].shape[1]
     return {
         "model_type": "clip_vision_model",
         "architectures": ["CLIPVisionModel"],
@@ -96,9 +98,7 @@ def clip_config(state: dict[str, Tensor], fields: dict[str, Any]) -> dict[str, A
         "num_attention_heads": width // head_width,
         "num_hidden_layers": layers,
         "patch_size": patch,
-        "projection_dim": state["visual.proj"].shape[1]
-        if "visual.proj" in state
-        else width,
+        "projection_dim": projection_dim,
     }
 
 
@@ -126,11 +126,11 @@ def parse_openvision(
     """As a CLIP; ContractError if the configuration is not OpenVision's: the tensors don't show how
     it pools."""
     vision = section(config, "vision_cfg")
-    if different := [
-        f"{name} {vision.get(name)!r}"
-        for name, value in OPENVISION.items()
-        if vision.get(name) != value
-    ]:
+    different: list[str] = []
+    for name, value in OPENVISION.items():
+        if vision.get(name) != value:
+            different.append(f"{name} {vision.get(name)!r}")
+    if different:
         fields = ", ".join(different)
         problem = f"no visual.ln_pre, like OpenVision's, but vision_cfg.{fields}"
         raise ContractError(
@@ -138,11 +138,9 @@ def parse_openvision(
             "pass the model's open_clip_config.json as --config"
         )
     eps = section(vision, "norm_kwargs").get("eps", 1e-5)
-    plain = {
-        name: value
-        for name, value in vision.items()
-        if name not in (*OPENVISION, "norm_kwargs")
-    }
+    plain = dict(vision)  # without what is OpenVision's own
+    for name in (*OPENVISION, "norm_kwargs"):
+        plain.pop(name, None)
     parsed = parse_clip(state, {**config, "vision_cfg": plain})
     types = {"model_type": "llm2clip_openvision", "architectures": ["OpenVisionModel"]}
     parsed.config = {**parsed.config, **types, "layer_norm_eps": eps}
@@ -166,14 +164,12 @@ def parse_timm(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
     fields = timm_fields(
         vision["timm_model_name"], side_of(vision.get("image_size")), arguments
     )
-    inside = {
-        key
-        for key in state
-        if key.startswith(TRUNK) and not key.startswith(f"{TRUNK}head.")
-    }
-    tower = {
-        f"model.{key.removeprefix(TRUNK)}": state[key] for key in state if key in inside
-    }
+    inside: set[str] = set()
+    tower: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith(TRUNK) and not key.startswith(f"{TRUNK}head."):
+            inside.add(key)
+            tower[f"model.{key.removeprefix(TRUNK)}"] = value
     parsed = ParsedCheckpoint(state=state, config=fields, tower=tower, used=inside)
     head = f"{TRUNK}head." if f"{TRUNK}head.weight" in state else "visual.head.proj."
     parsed.projection = parsed.take(f"{head}weight")
