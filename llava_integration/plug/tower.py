@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from llava_integration.plug.checkpoints import blocks_below, check_feature, is_unfrozen
 from llava_integration.plug.towers import TowerLocation
 from llm2clip_plugin.vision.families import read_config
-from llm2clip_plugin.vision.towers import load_tower, print_once, tower_blocks
+from llm2clip_plugin.vision.parts import tower_blocks
+from llm2clip_plugin.vision.towers import load_tower, print_once
 
 # On PIL, as in transformers 4: the default of transformers 5, on torchvision, differs by 1/255 in
 # some pixels

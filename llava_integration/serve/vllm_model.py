@@ -18,7 +18,7 @@ from vllm.model_executor.models.vision import VisionEncoderInfo
 
 from llava_integration.plug.checkpoints import blocks_below
 from llm2clip_plugin.vision.families import family_of_type
-from llm2clip_plugin.vision.towers import tower_blocks
+from llm2clip_plugin.vision.parts import tower_blocks
 
 # vLLM is installed in an environment of its own, not where types are checked.
 # pyright: reportMissingImports=false

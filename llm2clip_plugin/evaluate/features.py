@@ -29,7 +29,7 @@ from llm2clip_plugin.train.distributed import (
     world_size,
 )
 from llm2clip_plugin.vision.dual import DualEncoder, LoadedDualEncoder
-from llm2clip_plugin.vision.towers import eval_mode
+from llm2clip_plugin.vision.parts import eval_mode
 
 TEXT_BATCH = 512  # captions in one call of the text adapter
 

@@ -47,7 +47,7 @@ from llm2clip_plugin.text.encoder import TextEncoder
 from llm2clip_plugin.text.teacher import encoder_config, open_encoder
 from llm2clip_plugin.train.distributed import on_first_rank
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.towers import eval_mode
+from llm2clip_plugin.vision.parts import eval_mode
 
 
 class MeasuredSuite(NamedTuple):

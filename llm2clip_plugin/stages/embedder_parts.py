@@ -29,7 +29,8 @@ from llm2clip_plugin.vision.directory import (
 from llm2clip_plugin.vision.dual import DualEncoder, TextAdapter
 from llm2clip_plugin.vision.export import save_tower
 from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.towers import final_norm, preprocessor_config
+from llm2clip_plugin.vision.parts import final_norm
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 SETTINGS_FILE = "sentence_bert_config.json"  # of a Transformer module
 CODE = "llm2clip_modules"  # the file of our modules in an exported folder

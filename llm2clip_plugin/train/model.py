@@ -12,18 +12,19 @@ from llm2clip_plugin.train.config import OptimConfig, TowerConfig, TrainConfig
 from llm2clip_plugin.train.optim import Trained, is_vector
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, load_heads
-from llm2clip_plugin.vision.towers import (
-    Tower,
-    add_lora,
+from llm2clip_plugin.vision.fast import use_fastest_attention, use_quick_gelu
+from llm2clip_plugin.vision.lora import add_lora
+from llm2clip_plugin.vision.parts import (
     freeze_tower,
-    initial_log_scale,
-    load_tower,
-    new_tower,
     parameters_in,
     tower_blocks,
     tower_embeddings_parameters,
-    use_fastest_attention,
-    use_quick_gelu,
+)
+from llm2clip_plugin.vision.towers import (
+    Tower,
+    initial_log_scale,
+    load_tower,
+    new_tower,
 )
 
 

@@ -29,7 +29,8 @@ from llm2clip_plugin.vision.directory import (
     located,
 )
 from llm2clip_plugin.vision.families import Tower, family_of
-from llm2clip_plugin.vision.towers import final_norm, load_tower, parameters_in
+from llm2clip_plugin.vision.parts import final_norm, parameters_in
+from llm2clip_plugin.vision.towers import load_tower
 
 # The text side of stage 2: maps a cached LLM embedding to the space of the image features.
 

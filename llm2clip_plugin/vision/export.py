@@ -45,15 +45,10 @@ from llm2clip_plugin.vision.directory import (
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_dual
 from llm2clip_plugin.vision.families import Tower, families, family_of
-from llm2clip_plugin.vision.towers import (
-    eval_mode,
-    load_tower,
-    merged,
-    preprocessor_config,
-    resize_tower,
-    resized_from,
-    tower_in,
-)
+from llm2clip_plugin.vision.lora import merged
+from llm2clip_plugin.vision.parts import eval_mode, tower_in
+from llm2clip_plugin.vision.resize import resize_tower, resized_from
+from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
 # The same code with the same weights: only nondeterministic kernels can differ.
 RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

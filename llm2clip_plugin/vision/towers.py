@@ -1,4 +1,5 @@
-"""Load a vision tower, resize it, and name the parts that training and export need.
+"""Open a vision tower, from a checkpoint or new, and say how its images are prepared. ``parts.py``
+has its blocks and norms, ``resize.py`` other image sizes.
 
 Every tower is a Hugging Face vision model: ``pixel_values`` (B, 3, S, S) in; ``last_hidden_state``,
 ``pooler_output`` and, with ``output_hidden_states=True``, ``hidden_states`` out. The states mean
@@ -7,20 +8,16 @@ the others the outputs of the blocks before any final norm; the class token, if 
 first.
 """
 
-import copy
 import functools
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.quiet import quiet_transformers
@@ -43,6 +40,7 @@ from llm2clip_plugin.vision.families import (
     family_of,
     read_config,
 )
+from llm2clip_plugin.vision.resize import check_calls, check_size, resize_tower
 
 TIMM_PREFIX = "timm:"
 
@@ -174,133 +172,6 @@ def note_default_normalization(directory: Path, tower: Tower, family: Family) ->
         )
 
 
-def resize_tower(tower: Tower, image_size: int) -> Tower:
-    """A copy of a tower for another image size in pixels, with interpolated positions.
-
-    ``config.resized_from`` records the size that the positions were learned at, for the card.
-    Raises ValueError if the size is not a multiple of the patch size.
-    """
-    family = family_of(tower)
-    config = copy.deepcopy(tower.config)
-    check_size(config, image_size)
-    old_size = config.image_size
-    config.image_size = image_size
-    config.resized_from = resized_from(tower) or old_size
-    state = tower.state_dict()
-    name = core_prefix(tower) + family.positions
-    rows = config.to_dict().get("position_class_rows", int(family.has_cls))
-    # some timm models have no table, or interpolate it
-    if family.positions and name in state and rows >= 0:
-        old_grid = old_size // config.patch_size
-        new_grid = image_size // config.patch_size
-        state[name] = resize_positions(
-            state[name], class_rows=rows, old_grid=old_grid, new_grid=new_grid
-        )
-    resized = type(tower)(config).to(device=tower.device, dtype=tower.dtype)
-    try:
-        resized.load_state_dict(state)
-    except RuntimeError as error:
-        message = (
-            f"{config.model_type} cannot be resized by interpolating its position table alone: "
-            f"{error}"
-        )
-        raise ValueError(message) from error
-    check_calls(resized)
-    resized.own_preprocessor = getattr(tower, "own_preprocessor", {})
-    return resized.train(tower.training)
-
-
-def resize_positions(
-    table: Tensor, *, class_rows: int, old_grid: int, new_grid: int
-) -> Tensor:
-    """Interpolate the patch rows and keep the class rows: (..., c + g*g, C) -> (..., c + G*G, C).
-
-    Bicubic without antialias, in float32, as LLM2CLIP's reference does from 224 to 336 pixels, and
-    transformers 5 for DINOv2. Raises ValueError if the number of rows does not match ``old_grid``.
-    """
-    rows = table.shape[-2]
-    if rows != class_rows + old_grid**2:
-        raise ValueError(
-            f"the position table has {rows} rows, expected {class_rows} + {old_grid} x {old_grid}"
-        )
-    if new_grid == old_grid:
-        return table
-    flat = table.reshape(rows, table.shape[-1])
-    patches = rearrange(flat[class_rows:].float(), "(h w) c -> 1 c h w", h=old_grid)
-    patches = F.interpolate(
-        patches, size=(new_grid, new_grid), mode="bicubic", align_corners=False
-    )
-    patches = rearrange(patches, "1 c h w -> (h w) c").to(table.dtype)
-    resized = torch.cat((flat[:class_rows], patches))
-    return resized.reshape(*table.shape[:-2], *resized.shape)
-
-
-def check_calls(tower: Tower) -> None:
-    """Let every forward pass compare the images with the tower's size, and the states with the
-    images; ValueError."""
-    tower.register_forward_pre_hook(_check_images, with_kwargs=True)
-    tower.register_forward_hook(_check_states, with_kwargs=True)
-
-
-def _check_images(tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """DINOv2 would interpolate its positions silently, and differently in each version of
-    transformers."""
-    pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-    side = tower.config.image_size
-    if pixels.dim() == 3 and getattr(tower.config, "keeps_aspect", False):  # patches
-        if "spatial_shapes" not in kwargs:
-            raise ValueError(
-                f"patches {tuple(pixels.shape)} require spatial_shapes=..., as of the same "
-                "processor"
-            )
-    elif pixels.shape[-2:] != (side, side):
-        sizes = (
-            f"{tuple(pixels.shape[-2:])} pixels, but the tower expects {side} x {side}"
-        )
-        raise ValueError(
-            f"images have {sizes}; interpolate its positions with load_tower(..., image_size=N)"
-        )
-
-
-def _check_states(
-    tower: Tower, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    """A state with another number of tokens has no class token, or one that its family does not
-    know of: every patch would be taken for its neighbor."""
-    pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-    if pixels.dim() == 3:
-        patches = pixels.shape[1]
-    else:
-        height, width = pixels.shape[-2:]
-        rows = height // tower.config.patch_size
-        columns = width // tower.config.patch_size
-        patches = rows * columns
-    class_tokens = int(family_of(tower).has_cls)
-    for number, state in enumerate(getattr(output, "hidden_states", None) or ()):
-        if state.shape[1] != class_tokens + patches:
-            raise ValueError(
-                f"hidden state {number} of {type(tower).__name__} has {state.shape[1]} tokens, "
-                f"expected {class_tokens} class tokens and {patches} patches: "
-                "its blocks see other tokens than the family's states leave out"
-            )
-
-
-def check_size(config: Any, image_size: int) -> None:
-    """ValueError if ``image_size`` is not a multiple of the patch size."""
-    if image_size % config.patch_size:
-        size = image_size // config.patch_size * config.patch_size
-        raise ValueError(
-            f"image_size {image_size} is not a multiple of the patch size {config.patch_size}; try "
-            f"{size}"
-        )
-
-
-def resized_from(tower: Tower) -> int:
-    """The image size that the tower's positions were learned at if they were interpolated, else
-    0."""
-    return tower.config.to_dict().get("resized_from", 0)
-
-
 def preprocessor_config(
     source: Tower | str | os.PathLike[str], *, square: bool = False
 ) -> dict[str, Any]:
@@ -348,113 +219,6 @@ def preprocessor_config(
     return processor
 
 
-def tower_in(model: Any) -> Tower:
-    """The tower of a dual encoder, or the model itself if it is a tower."""
-    return model.tower if "tower" in dict(model.named_children()) else model
-
-
-def core_prefix(tower: Tower) -> str:
-    """``"vision_model."`` where transformers wraps the tower (CLIP and SigLIP in 4.x), else
-    ``""``."""
-    return "vision_model." if "vision_model" in dict(tower.named_children()) else ""
-
-
-def tower_blocks(tower: Tower) -> nn.ModuleList:
-    """The transformer blocks, first to last."""
-    return tower.get_submodule(core_prefix(tower) + family_of(tower).blocks)
-
-
-def parameters_in(tower: Tower, names: Iterable[str]) -> list[nn.Parameter]:
-    """The parameters that ``names`` (of modules or parameters, without ``core_prefix``) stand
-    for."""
-    full_names = tuple(core_prefix(tower) + name for name in names)
-    prefixes = tuple(f"{name}." for name in full_names)
-    parameters: list[nn.Parameter] = []
-    for name, parameter in tower.named_parameters():
-        if name in full_names or name.startswith(prefixes):
-            parameters.append(parameter)
-    return parameters
-
-
-def tower_embeddings_parameters(tower: Tower) -> list[nn.Parameter]:
-    """The parameters below the first block: patch projection, positions, class token, a norm before
-    the blocks."""
-    return parameters_in(tower, family_of(tower).embeddings)
-
-
-def final_norm(tower: Tower) -> nn.Module:
-    """The norm after the last block; the identity of a family without one."""
-    name = family_of(tower).final_norm
-    return tower.get_submodule(core_prefix(tower) + name) if name else nn.Identity()
-
-
-def use_fastest_attention(tower: Tower, device: torch.device, *, bf16: bool) -> None:
-    """Use eager attention in bf16 on a CPU, and otherwise keep the fused one that transformers
-    chose.
-
-    In bf16 on a CPU the backward pass of torch 2.13's fused kernel takes two to four times as long
-    as plain matrix products for 17 to 200 tokens; the values differ only by rounding.
-    """
-    if device.type == "cpu" and bf16 and getattr(tower, "_supports_sdpa", False):
-        tower.set_attn_implementation("eager")
-
-
-def freeze_tower(tower: Tower, *, first_blocks: int | None = None) -> None:
-    """Stop gradients for all of the tower, or for its embeddings and its first blocks; ValueError
-    if it has fewer."""
-    if first_blocks is None:
-        tower.requires_grad_(False)
-        return
-    blocks = tower_blocks(tower)
-    if not 0 <= first_blocks <= len(blocks):
-        raise ValueError(
-            f"cannot freeze the first {first_blocks} blocks: the tower has {len(blocks)}"
-        )
-    if first_blocks:
-        for parameter in tower_embeddings_parameters(tower):
-            parameter.requires_grad_(False)
-    for block in blocks[:first_blocks]:
-        block.requires_grad_(False)
-
-
-# QuickGELU for training: bit-equal to transformers', with less memory and a faster backward pass.
-
-FACTOR = 1.702
-
-
-class _QuickGELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * torch.sigmoid(FACTOR * x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad, FACTOR * x)
-
-
-class QuickGELU(nn.Module):
-    """``x * sigmoid(1.702 x)``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _QuickGELU.apply(x)  # pyright: ignore[reportReturnType]
-
-
-def use_quick_gelu(tower: nn.Module) -> int:
-    """Replace every QuickGELUActivation of transformers in ``tower``, in place; returns their
-    number."""
-    from transformers.activations import QuickGELUActivation
-
-    count = 0
-    for module in tower.modules():
-        for name, child in module.named_children():
-            if isinstance(child, QuickGELUActivation):
-                setattr(module, name, QuickGELU())
-                count += 1
-    return count
-
-
 # A tower of a known architecture without a checkpoint: on torch's meta device for plans, or with
 # random weights.
 
@@ -496,63 +260,6 @@ def new_tower(
         config.image_size = image_size
     with torch.device(device):
         return family.vision_class()(config)
-
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-@contextmanager
-def eval_mode(model: Model) -> Iterator[Model]:
-    """``model`` in eval mode; each submodule's mode is restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield model.eval()
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-# LoRA on a tower (PEFT): low-rank updates of the blocks' Linears train, the tower's own weights are
-# frozen.
-
-
-def add_lora(tower: Tower, *, rank: int, alpha: int) -> None:
-    """Add LoRA layers to every Linear of the tower's blocks, in place; the tower's own weights are
-    frozen.
-
-    The update of a weight is ``alpha / rank * B @ A``; B starts at zero. Raises ValueError if PEFT
-    is not installed.
-    """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ValueError("LoRA on the tower requires PEFT: pip install peft") from error
-    in_blocks = {id(module) for module in tower_blocks(tower).modules()}
-    linears: list[str] = []
-    for name, module in tower.named_modules():
-        if isinstance(module, nn.Linear) and id(module) in in_blocks:
-            linears.append(name)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linears, bias="none")
-    inject_adapter_in_model(config, tower)
-    tower.train(tower.training)  # PEFT creates its layers in training mode
-
-
-def merged(model: nn.Module) -> nn.Module:
-    """A copy with all LoRA updates merged into the weights; the model itself if it has none."""
-    if not any(".lora_A." in name for name, _ in model.named_parameters()):
-        return model
-    from peft.tuners.lora import LoraLayer
-
-    model = copy.deepcopy(model)
-    layers: dict[str, LoraLayer] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            layers[name] = module
-    for name, layer in layers.items():
-        layer.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    return model
 
 
 # Any timm vision transformer as a tower: ``load_tower("timm:vit_base_patch16_224")``. Needs timm

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from llm2clip_plugin.atomic import atomic_directory, write_text
 from llm2clip_plugin.vision.directory import read_json, write_json
-from llm2clip_plugin.vision.towers import preprocessor_config, resize_positions
+from llm2clip_plugin.vision.resize import resize_positions
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 # DINOv2 ViT-S/14, trained at 518 pixels
 PATCH = 14

@@ -20,7 +20,7 @@ from llm2clip_plugin.evaluate import forecast as measures
 from llm2clip_plugin.evaluate.forecast import on_grid
 from llm2clip_plugin.stages.caches import find_cache
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.towers import tower_blocks
+from llm2clip_plugin.vision.parts import tower_blocks
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -20,7 +20,7 @@ HOMES = {  # heavy package -> the only places that may import it
     },
     "peft": {
         "llm2clip_plugin/text/",
-        "llm2clip_plugin/vision/towers.py",
+        "llm2clip_plugin/vision/lora.py",
         "llava_integration/plug/compat/",
     },
     "bitsandbytes": {"llm2clip_plugin/text/", "llm2clip_plugin/train/optim.py"},

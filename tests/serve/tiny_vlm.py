@@ -12,7 +12,8 @@ from tiny_llm import save_tiny_llm
 
 from llm2clip_plugin.cli import main as llm2clip
 from llm2clip_plugin.vision.convert.importing import import_tower
-from llm2clip_plugin.vision.towers import resize_tower, timm_tower
+from llm2clip_plugin.vision.resize import resize_tower
+from llm2clip_plugin.vision.towers import timm_tower
 
 TOWERS = ("clip", "siglip", "dinov3", "eva02", "pe_core")  # pe_core: timm's
 

@@ -40,11 +40,9 @@ from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import heads_state
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.towers import (
-    preprocessor_config,
-    tower_blocks,
-    use_quick_gelu,
-)
+from llm2clip_plugin.vision.fast import use_quick_gelu
+from llm2clip_plugin.vision.parts import tower_blocks
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 DUAL = DualConfig(
     projection_dim=16,

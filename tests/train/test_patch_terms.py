@@ -18,7 +18,8 @@ from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
 from llm2clip_plugin.vision.families import families
-from llm2clip_plugin.vision.towers import resize_tower, timm_tower
+from llm2clip_plugin.vision.resize import resize_tower
+from llm2clip_plugin.vision.towers import timm_tower
 
 STEPS = 4
 TERMS = ("infonce", "patch_reference=2", "patch_captions=0.5")

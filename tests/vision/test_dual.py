@@ -8,7 +8,8 @@ import torch
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state, load_heads
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.towers import final_norm, load_tower
+from llm2clip_plugin.vision.parts import final_norm
+from llm2clip_plugin.vision.towers import load_tower
 
 from .conftest import TRANSFORMERS_TOWERS, read
 

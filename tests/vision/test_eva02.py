@@ -18,7 +18,8 @@ from llm2clip_plugin.vision.eva02 import (
     rotate,
 )
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.towers import add_lora, tower_blocks
+from llm2clip_plugin.vision.lora import add_lora
+from llm2clip_plugin.vision.parts import tower_blocks
 
 from .conftest import (
     REFERENCE,

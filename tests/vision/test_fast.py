@@ -8,11 +8,7 @@ from transformers.activations import QuickGELUActivation
 
 from llm2clip_plugin import load_tower
 from llm2clip_plugin.vision.eva02 import Eva02Config, Eva02VisionModel
-from llm2clip_plugin.vision.towers import (
-    QuickGELU,
-    use_fastest_attention,
-    use_quick_gelu,
-)
+from llm2clip_plugin.vision.fast import QuickGELU, use_fastest_attention, use_quick_gelu
 
 from .conftest import TRANSFORMERS_TOWERS, read
 

@@ -8,7 +8,9 @@ from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.eva02 import Eva02VisionModel
 from llm2clip_plugin.vision.export import export_tower, probe_features
-from llm2clip_plugin.vision.towers import add_lora, load_tower, merged, tower_blocks
+from llm2clip_plugin.vision.lora import add_lora, merged
+from llm2clip_plugin.vision.parts import tower_blocks
+from llm2clip_plugin.vision.towers import load_tower
 
 from .conftest import TRANSFORMERS_TOWERS
 from .test_eva02 import tiny_config

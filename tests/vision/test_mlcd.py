@@ -10,7 +10,7 @@ from llm2clip_plugin import load_tower
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.families import families
-from llm2clip_plugin.vision.towers import tower_blocks, tower_embeddings_parameters
+from llm2clip_plugin.vision.parts import tower_blocks, tower_embeddings_parameters
 
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "MLCDVisionModel"), reason="this transformers has no MLCD"

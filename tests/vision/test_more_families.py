@@ -11,12 +11,9 @@ from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
-from llm2clip_plugin.vision.towers import (
-    preprocessor_config,
-    resize_tower,
-    tower_blocks,
-    tower_embeddings_parameters,
-)
+from llm2clip_plugin.vision.parts import tower_blocks, tower_embeddings_parameters
+from llm2clip_plugin.vision.resize import resize_tower
+from llm2clip_plugin.vision.towers import preprocessor_config
 
 from .conftest import largest_difference, train_twenty_steps
 

@@ -13,15 +13,13 @@ from tiny_data import make_tower
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.towers import (
+from llm2clip_plugin.vision.parts import (
     freeze_tower,
-    load_tower,
-    preprocessor_config,
-    resize_tower,
-    resized_from,
     tower_blocks,
     tower_embeddings_parameters,
 )
+from llm2clip_plugin.vision.resize import resize_tower, resized_from
+from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
 
 from .conftest import (
     TOWERS_ALONE,

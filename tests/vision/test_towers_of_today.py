@@ -20,11 +20,8 @@ from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
 from llm2clip_plugin.vision.families import families
-from llm2clip_plugin.vision.towers import (
-    preprocessor_config,
-    tower_blocks,
-    tower_embeddings_parameters,
-)
+from llm2clip_plugin.vision.parts import tower_blocks, tower_embeddings_parameters
+from llm2clip_plugin.vision.towers import preprocessor_config
 from llm2clip_plugin.vision.wrapped import make_timm
 
 from .conftest import largest_difference, read, train_twenty_steps

@@ -58,12 +58,8 @@ from llm2clip_plugin.vision.directory import (
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state
 from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.towers import (
-    TIMM_PREFIX,
-    load_tower,
-    preprocessor_config,
-    tower_in,
-)
+from llm2clip_plugin.vision.parts import tower_in
+from llm2clip_plugin.vision.towers import TIMM_PREFIX, load_tower, preprocessor_config
 
 
 def main(argv: list[str]) -> int:
