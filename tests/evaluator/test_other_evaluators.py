@@ -92,6 +92,7 @@ def test_opencompass_without_details_is_said(tmp_path):
 
 EVALSCOPE = {
     "0.17.1": "general_mcq AverageAccuracy",
+    "1.1.0": "general_mcq acc",
     "1.14.1": "general_mcq accuracy",
 }
 
