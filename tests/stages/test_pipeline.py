@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,6 +130,28 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float16(
     assert next(check_accelerator()).value.endswith(f"bf16 {dtype is torch.bfloat16}")
     words = {word for stage in plan(*opened(tiny), "") for word in stage.words}
     assert DTYPES[(words & {"bf16", "fp16"}).pop()] is dtype
+
+
+@pytest.mark.parametrize("slower", [torch.float32, torch.bfloat16])
+def test_a_busy_moment_on_a_cpu_chooses_no_other_dtype(monkeypatch, slower):
+    """One of the two is twice as slow; while other work runs, the faster one is ten times slower
+    than that."""
+    now = 0.0
+    calls: Counter[torch.dtype] = Counter()
+
+    def timed_product(left: torch.Tensor, right: torch.Tensor) -> None:
+        nonlocal now
+        calls[left.dtype] += 1
+        if left.dtype == slower:
+            now += 0.02
+        elif calls[left.dtype] <= 4:
+            now += 0.2
+        else:
+            now += 0.01
+
+    monkeypatch.setattr(torch, "mm", timed_product)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    assert fastest_dtype(torch.device("cpu")) is not slower
 
 
 def file_of(name: str, *paths: Path) -> Artifact:
