@@ -41,7 +41,7 @@ from gate_caches import SPLITS, caption_embeddings, open_split
 from measure import check_run
 from torch import Tensor
 
-from llava_integration.evaluator.compare.statistics import holm
+from llava_integration.evaluator.compare.multiplicity import holm
 from llm2clip_plugin.atomic import write_text
 from llm2clip_plugin.contracts import TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
