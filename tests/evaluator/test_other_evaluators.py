@@ -166,7 +166,8 @@ def test_lighteval(version):
 
 
 def test_lighteval_needs_pyarrow(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match="pip install pyarrow"):
         load_side(LOGS / "lighteval" / "0.13.0")
 

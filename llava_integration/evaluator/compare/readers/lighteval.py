@@ -5,6 +5,7 @@ printed numbers in ``results/MODEL/results_DATE.json``. Reading parquet needs py
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def fits(path: Path) -> bool:
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a parquet file."""
     try:
-        from pyarrow import parquet
+        parquet = import_module("pyarrow.parquet")
     except ImportError:
         raise MissingExtraError(
             f"{path} is a parquet file, and pyarrow is not installed: pip install pyarrow"
@@ -114,10 +115,9 @@ def item_since_0_9(row: dict[str, Any]) -> dict[str, Any]:
 def item_up_to_0_8(row: dict[str, Any]) -> dict[str, Any]:
     """The same of a row without an id: the question stands for it."""
     choices = row.get("choices") or []
-    predictions = row.get("predictions") or [""]
-    if isinstance(predictions[0], str):
-        answer = predictions[0]
-    else:
+    predictions: list[Any] = row.get("predictions") or [""]
+    answer = predictions[0]
+    if not isinstance(answer, str):  # a likelihood, and whether it is the greedy answer
         answer = most_likely(choices, [prediction[0] for prediction in predictions])
     question = str(row.get("example"))
     truth = row.get("gold")

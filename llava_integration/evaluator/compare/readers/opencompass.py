@@ -122,9 +122,9 @@ def score_of(details: dict[str, Any], chosen: str) -> Any:
     truth, as the evaluator for accuracy does."""
     for name in (chosen,) if chosen else SCORES:
         value = details.get(name)
-        values = value if isinstance(value, list) else [value]
-        if values and all(isinstance(value, (bool, int, float)) for value in values):
-            return sum(values) / len(values)
+        repeats: list[Any] = value if isinstance(value, list) else [value]
+        if repeats and all(isinstance(score, (bool, int, float)) for score in repeats):
+            return sum(repeats) / len(repeats)
     if not chosen and {"predictions", "references"} <= set(details):
         return str(details["predictions"]) == str(details["references"])
     return None
