@@ -1,5 +1,5 @@
 """Do the intervals and verdicts of ``llm2clip compare`` hold what they promise? Simulated models
-whose true difference is known; 33 settings, 1,000 simulations each.
+whose true difference is known; 39 settings, 1,000 simulations each.
 
     python -m scripts.benchmarks.coverage
 
@@ -42,6 +42,7 @@ class Setting:
 
     name: str
     draw: Callable[[Rng], Drawn]
+    pair_runs: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,10 @@ def simulate(setting: Setting, simulations: int) -> Outcome:
     widths = []
     for _ in range(simulations):
         comparisons, truths = setting.draw(rng)
-        results = [compare(paired, level=LEVEL) for paired in comparisons]
+        results = []
+        for paired in comparisons:
+            result = compare(paired, level=LEVEL, pair_runs=setting.pair_runs)
+            results.append(result)
         intervals = adjusted_intervals(results)
         adjusted = holm([result.p for result in results])
         holds = []
@@ -248,6 +252,50 @@ def runs(
     return Setting(f"{base} and {new} runs that {varying}, {questions} questions", draw)
 
 
+def paired_runs(count: int, questions: int, shared: float, own: float) -> Setting:
+    """Right or wrong; a seed moves the accuracy of both sides by ``shared`` points, and that of
+    each by ``own`` more."""
+
+    def draw(rng: Rng) -> Drawn:
+        of_seed = rng.normal(0, shared / 100, size=(count, 1))
+        sides = []
+        for _ in range(2):
+            chance = np.where(rng.random(questions) < 0.5, 0.75, 0.25)
+            luck = of_seed + rng.normal(0, own / 100, size=(count, 1))
+            right = rng.random((count, questions)) < chance + luck
+            sides.append(mean_statistics(right))
+        return [pair(sides[0], sides[1], names(questions))], [0.0]
+
+    apart = f" and {own:g} apart" if own else ""
+    name = (
+        f"{count} paired runs that vary by {shared:g} points together{apart}, "
+        f"{questions} questions"
+    )
+    return Setting(name, draw, pair_runs=True)
+
+
+def tiers(models: int, questions: int, gain: float) -> Setting:
+    """Every two of ``models``, the second half of which is better by ``gain`` points."""
+
+    def draw(rng: Rng) -> Drawn:
+        chance = rng.uniform(0.2, 0.7, size=questions)
+        better = np.repeat([0.0, gain / 100], [models // 2, models - models // 2])
+        right = rng.random((models, questions)) < chance + better[:, None]
+        statistics = mean_statistics(right)
+        comparisons = []
+        truths = []
+        for base, new in combinations(range(models), 2):
+            sides = ([statistics[base]], [statistics[new]])
+            comparisons.append(pair(*sides, names(questions)))
+            truths.append(100 * float(better[new] - better[base]))
+        return comparisons, truths
+
+    name = (
+        f"all pairs of {models} models, half better by {gain:g}, {questions} questions"
+    )
+    return Setting(name, draw)
+
+
 def all_pairs(models: int, questions: int, count: int = 1) -> Setting:
     """Every two of ``models`` that are equally good, adjusted together."""
 
@@ -298,7 +346,13 @@ def settings() -> list[Setting]:
         runs(2, 8, 300, 5.0),
         runs(8, 8, 300, 0.0),
         runs(8, 8, 300, 3.0),
+        paired_runs(3, 300, 3.0, 0.0),
+        paired_runs(3, 300, 3.0, 2.0),
+        paired_runs(8, 300, 3.0, 0.0),
+        paired_runs(8, 100, 3.0, 2.0),
         all_pairs(4, 100),
+        all_pairs(6, 200),
+        tiers(6, 300, 15.0),
         all_pairs(3, 100, count=3),
     ]
 

@@ -100,6 +100,7 @@ def split(
     *,
     level: float,
     min_overlap: float = MIN_OVERLAP,
+    pair_runs: bool = False,
 ) -> tuple[list[Part], list[str]]:
     """Both parts of a difference on one benchmark, not yet adjusted, and notes. ``base``, ``new``:
     a side and its runs on the questions in common. Raises ContractError if the blind logs do not
@@ -146,7 +147,17 @@ def split(
     clusters = base_runs[0].clusters
     parts = []
     for part, of_part in weights.items():
-        parts.append(part_of(part, base_MN, new_MN, clusters, of_part, level=level))
+        parts.append(
+            part_of(
+                part,
+                base_MN,
+                new_MN,
+                clusters,
+                of_part,
+                level=level,
+                pair_runs=pair_runs,
+            )
+        )
     if weights[SOLVED][1].sum() <= 0:
         notes.append(
             "the blind logs solve no more questions than guessing does: none is known to be solved"
@@ -270,6 +281,7 @@ def part_of(
     weights: Sequence[np.ndarray],
     *,
     level: float,
+    pair_runs: bool = False,
 ) -> Part:
     """One part of a difference, of the scores of M runs a side on N questions. Its group are the
     questions with a weight in the first reading."""
@@ -298,7 +310,7 @@ def part_of(
         base_statistics = [weighted_mean(score_N, weight_N) for score_N in base_MN]
         new_statistics = [weighted_mean(score_N, weight_N) for score_N in new_MN]
         paired = pair(base_statistics, new_statistics, clusters)
-        readings.append(compare(paired, level=level))
+        readings.append(compare(paired, level=level, pair_runs=pair_runs))
     return replace(part, readings=tuple(readings), p=p_of_all(readings))
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 
 from llava_integration.evaluator.compare.blind import BlindLogs
 from llava_integration.evaluator.compare.comparison import Comparison, build
+from llava_integration.evaluator.compare.drift import drift
+from llava_integration.evaluator.compare.drift_text import drift_text
 from llava_integration.evaluator.compare.pairing import MIN_OVERLAP
 from llava_integration.evaluator.compare.planning import PLAN, plan, plan_rows
 from llava_integration.evaluator.compare.readers import Choices
@@ -51,6 +53,17 @@ class CompareConfig:
     same_model: bool = setting(
         False,
         help="logs of one benchmark with several model names are runs (seeds) of one model",
+    )
+    paired_runs: bool = setting(
+        False,
+        help="pair runs (seeds) of equal number: what varies is the difference of each pair",
+        needs="not plan",
+    )
+    drift: bool = setting(
+        False,
+        help="instead of a comparison: where BASE and NEW, two runs of one model, differ, say "
+        "whether the prompt, the answer or the scoring changed",
+        needs="not plan",
     )
     min_overlap: float = setting(
         MIN_OVERLAP,
@@ -143,7 +156,8 @@ COMMAND = Command(
     "(seeds).",
     settings=CompareConfig,
     arguments="base new",
-    everyday="names all-pairs output level metric group fail-on image-folder blind plan effect",
+    everyday="names all-pairs output level metric group fail-on image-folder blind drift "
+    "paired-runs plan effect",
 )
 
 
@@ -154,12 +168,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan:
         print_plan(sides, args)
         return 0
+    if args.drift:
+        print_drift(sides, args)
+        return 0
     comparison = build(
         sides,
         level=args.level,
         references=args.references,
         all_pairs=args.all_pairs,
         min_overlap=args.min_overlap,
+        pair_runs=args.paired_runs,
         blind=blind_logs(args),
     )
     if args.output:  # before printing, which `| head` may end
@@ -216,6 +234,23 @@ def sides_of(args: CompareConfig) -> list[Side]:
             for side, name in zip(sides, args.names, strict=True)
         ]
     return sides
+
+
+def print_drift(sides: Sequence[Side], args: CompareConfig) -> None:
+    """Print what changed between two runs of one model; with --output, write drift.md and
+    drift.json, too."""
+    if len(sides) != 2:
+        raise ValueError(f"--drift takes two sides, BASE and NEW; got {len(sides)}")
+    drifts = drift(*sides)
+    names = [side.name for side in sides]
+    report = drift_text(drifts, names)
+    if args.output:
+        as_dict = {"names": names, "benchmarks": [one.to_dict() for one in drifts]}
+        as_json = json.dumps(as_dict, indent=2, ensure_ascii=False)
+        for ending, content in (("json", f"{as_json}\n"), ("md", report)):
+            path = write_text(args.output / f"drift.{ending}", content)
+            print(f"wrote {path}", file=sys.stderr)
+    print(printable_lines(report))
 
 
 def choices_of(args: CompareConfig) -> Choices:

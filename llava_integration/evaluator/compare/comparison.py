@@ -1,7 +1,7 @@
 """A comparison of sides: a row for each benchmark, with its statistics and verdict."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, compress
 from typing import Any
 
@@ -15,12 +15,17 @@ from llava_integration.evaluator.compare.blind import (
     adjusted_parts,
     split,
 )
-from llava_integration.evaluator.compare.multiplicity import holm, holm_factors
+from llava_integration.evaluator.compare.multiplicity import (
+    holm,
+    holm_factors,
+    letters,
+)
 from llava_integration.evaluator.compare.pairing import (
     MIN_OVERLAP,
     benchmarks_in_common,
     check_scales,
     in_one_unit,
+    matched_by_number,
     ordered,
     paired_runs,
 )
@@ -107,6 +112,9 @@ class Comparison:
     notes: tuple[str, ...]
     # what makes numbers meaningless; before everything else in every report
     warnings: tuple[str, ...] = ()
+    # benchmark -> side -> letters, best side first: two sides share one if and only if no verdict
+    # tells them apart; with every two sides compared
+    groups: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def pairs(self) -> list[tuple[str, str, list[Row]]]:
         """(new, base, rows) of every two sides that are compared."""
@@ -139,12 +147,15 @@ def build(
     references: bool = True,
     all_pairs: bool = False,
     min_overlap: float = MIN_OVERLAP,
+    pair_runs: bool = False,
     blind: BlindLogs | None = None,
 ) -> Comparison:
     """Compare every side with the first, or every two; Holm's p-values are over all rows. With
     ``blind``, each difference is also split by which questions need eyes; Holm's p-values of these
-    parts are over all parts. Raises ContractError for scores that are from 0 to 1 on one side and
-    from 0 to 100 on another."""
+    parts are over all parts. With ``pair_runs``, runs (seeds) of equal number go together.
+
+    Raises ContractError for scores that are from 0 to 1 on one side and from 0 to 100 on another.
+    """
     if blind:
         together = with_common_task([*sides, *blind.logs])
         blind = replace(blind, logs=tuple(together[len(sides) :]))
@@ -166,9 +177,11 @@ def build(
     problems = []
     for task in tqdm(tasks, desc="comparing", unit="benchmark", delay=2):
         try:
-            row = compare_benchmark(*task, level=level, min_overlap=min_overlap)
+            row = compare_benchmark(
+                *task, level=level, min_overlap=min_overlap, pair_runs=pair_runs
+            )
             if blind:
-                row = with_parts(row, *task, blind, min_overlap)
+                row = with_parts(row, *task, blind, min_overlap, pair_runs)
             rows.append(row)
         except ContractError as error:
             problems.append(error)
@@ -197,10 +210,31 @@ def build(
         titles=titles,
         units=units,
         references=published,
-        settings={"level": level},
+        settings={"level": level, "pair_runs": pair_runs},
         notes=tuple(dict.fromkeys(notes)),
         warnings=(*warnings(sides), *other_scales),
+        groups=groups_of(rows, scores) if all_pairs and len(sides) > 2 else {},
     )
+
+
+def groups_of(
+    rows: Sequence[Row], scores: dict[str, dict[str, float]]
+) -> dict[str, dict[str, str]]:
+    """The letters of every benchmark's sides, of which every two are compared. Verdicts are
+    corrected over all rows, so letters are, too: the probability that any two sides that are
+    equally good have no letter in common, on any benchmark, is at most 1 - level."""
+    compared: dict[str, list[Row]] = {}
+    for row in rows:
+        compared.setdefault(row.benchmark, []).append(row)
+    groups = {}
+    for name, of_benchmark in compared.items():
+        best_first = sorted(scores[name], key=lambda side: -scores[name][side])
+        told_apart = []
+        for row in of_benchmark:
+            if row.verdict != "no difference shown":
+                told_apart.append((row.base, row.new))
+        groups[name] = letters(best_first, told_apart)
+    return groups
 
 
 def adjusted_rows(rows: Sequence[Row]) -> list[Row]:
@@ -220,11 +254,21 @@ def adjusted_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def with_parts(
-    row: Row, base: Side, new: Side, name: str, blind: BlindLogs, min_overlap: float
+    row: Row,
+    base: Side,
+    new: Side,
+    name: str,
+    blind: BlindLogs,
+    min_overlap: float,
+    pair_runs: bool,
 ) -> Row:
     """The row with its difference split by which questions need eyes; or with a note that says why
     it is not."""
     base_runs, new_runs, _ = paired_runs(name, base, new, min_overlap=min_overlap)
+    if pair_runs:
+        base_runs, new_runs, _ = matched_by_number(
+            name, (base, base_runs), (new, new_runs)
+        )
     try:
         parts, notes = split(
             name,
@@ -233,6 +277,7 @@ def with_parts(
             blind,
             level=row.level,
             min_overlap=min_overlap,
+            pair_runs=pair_runs,
         )
     except ContractError as error:
         return replace(row, notes=(*row.notes, str(error)))
@@ -311,16 +356,27 @@ def warnings(sides: Sequence[Side]) -> Iterator[str]:
 
 
 def compare_benchmark(
-    base: Side, new: Side, name: str, *, level: float, min_overlap: float = MIN_OVERLAP
+    base: Side,
+    new: Side,
+    name: str,
+    *,
+    level: float,
+    min_overlap: float = MIN_OVERLAP,
+    pair_runs: bool = False,
 ) -> Row:
     """One benchmark: pair the questions, compare, count wins."""
     base_runs, new_runs, notes = paired_runs(name, base, new, min_overlap=min_overlap)
+    if pair_runs:
+        base_runs, new_runs, run_notes = matched_by_number(
+            name, (base, base_runs), (new, new_runs)
+        )
+        notes += run_notes
     first = base_runs[0]
     base_statistics = [run.statistic for run in base_runs]
     new_statistics = [run.statistic for run in new_runs]
     paired = pair(base_statistics, new_statistics, first.clusters)
     span = largest_difference([*base_runs, *new_runs])
-    result = compare(paired, level=level, span=span)
+    result = compare(paired, level=level, span=span, pair_runs=pair_runs)
     counted_N = counted([*base_statistics, *new_statistics])
     base_N = mean_scores(base_runs)[counted_N]
     new_N = mean_scores(new_runs)[counted_N]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from llava_integration.evaluator.benchmarks.rules import benchmarks
 from llava_integration.evaluator.compare.readers import BY_PART
-from llava_integration.evaluator.compare.sides import Run, Side
+from llava_integration.evaluator.compare.sides import Run, Side, run_number
 from llm2clip_plugin.errors import ContractError
 
 MIN_OVERLAP = 0.9  # fraction of questions that both sides must have
@@ -90,6 +90,49 @@ def in_joint_clusters(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
             "the logs group the items in different ways; what one of them joins is joined"
         )
     return [replace(run, clusters=clusters) for run in runs], notes
+
+
+def matched_by_number(
+    name: str, base: tuple[Side, Sequence[Run]], new: tuple[Side, Sequence[Run]]
+) -> tuple[list[Run], list[Run], list[str]]:
+    """Both sides' runs in the order of their numbers (seeds), and notes; in the order of their
+    files if some run has no number. Raises ContractError if the sides' numbers differ."""
+    base_side, base_runs = base
+    new_side, new_runs = new
+    if len(base_runs) != len(new_runs):
+        raise ContractError(
+            f"{name}: {base_side.name} has {len(base_runs)} runs and {new_side.name} "
+            f"{len(new_runs)}; --paired-runs needs one of each seed on both sides"
+        )
+    base_numbered = by_number(base_runs)
+    new_numbered = by_number(new_runs)
+    if not base_numbered or not new_numbered:
+        if len(base_runs) == 1:
+            return list(base_runs), list(new_runs), []
+        note = "runs have no numbers: the first of one side is paired with that of the other"
+        return list(base_runs), list(new_runs), [note]
+    if set(base_numbered) != set(new_numbered):
+        listed = []
+        for side, numbered in ((base_side, base_numbered), (new_side, new_numbered)):
+            listed.append(f"{side.name} has {', '.join(map(str, sorted(numbered)))}")
+        raise ContractError(
+            f"{name}: the sides have runs of other numbers ({'; '.join(listed)}); --paired-runs "
+            "needs one of each seed on both sides"
+        )
+    order = sorted(base_numbered)
+    in_order = [base_numbered[number] for number in order]
+    return in_order, [new_numbered[number] for number in order], []
+
+
+def by_number(runs: Sequence[Run]) -> dict[int, Run]:
+    """The runs by their numbers; empty if one has none, or another's."""
+    numbered = {}
+    for run in runs:
+        number = run_number(run)
+        if number is None or number in numbered:
+            return {}
+        numbered[number] = run
+    return numbered
 
 
 def ordered(names: Iterable[str]) -> list[str]:

@@ -127,8 +127,17 @@ def method_lines(comparison: Comparison) -> list[str]:
     ]
     runs = [row.runs for row in comparison.rows]
     if any(max(counts) > 1 for counts in runs):
+        variance = "their variance"
+        if comparison.settings.get("pair_runs"):
+            variance = "the variance of their differences, run by run of equal number"
         lines.append(
-            "With several runs a side, p and interval include their variance (±: s.d.)."
+            f"With several runs a side, p and interval include {variance} (±: s.d.)."
+        )
+    if comparison.groups:
+        lines.append(
+            "Letters: two models share one if and only if no verdict tells them apart. If models "
+            "are equally good, the probability that any two of them share none is at most "
+            f"{1 - level:.2g}, over all benchmarks together."
         )
     if any(row.parts for row in comparison.rows):
         lines.append(
@@ -204,6 +213,9 @@ def text(comparison: Comparison) -> str:
         if of_parts:
             lines += ["", "### Which questions need eyes", ""]
             lines += table(PARTS_HEADER, of_parts)
+    if comparison.groups:
+        lines += ["", "## Which models can be told apart?", ""]
+        lines += table(("", *map(plain, comparison.names), ""), group_rows(comparison))
     if comparison.references:
         published = []
         for model, values in comparison.references.items():
@@ -223,6 +235,21 @@ def text(comparison: Comparison) -> str:
         *(f"- {note}" for note in (*comparison.notes, *method_lines(comparison))),
     ]
     return "\n".join(lines).strip() + "\n"
+
+
+def group_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """A row for each benchmark: the scores with letters, and the unit if it is not percent."""
+    rows = []
+    for name, labels in comparison.groups.items():
+        unit = comparison.units[name]
+        cells = [plain(comparison.titles[name])]
+        for side in comparison.names:
+            score = ""
+            if side in labels:
+                score = f"{number(comparison.scores[name][side], unit)} {labels[side]}"
+            cells.append(score)
+        rows.append((*cells, "" if unit == "%" else unit))
+    return rows
 
 
 def page(

@@ -225,6 +225,24 @@ def model_of(run: Run) -> str:
     return SEED.sub(r"\1", run.model)
 
 
+RUN_NUMBER = re.compile(r"(?<![a-z])(?:seed|run)[=_-]?(\d+)(?![a-z\d])", re.IGNORECASE)
+
+
+def run_number(run: Run) -> int | None:
+    """The number (seed) of a run, by its model's name, its file's or the nearest folder's; None if
+    none says one."""
+    names = [run.model]
+    for file in run.files:
+        names.append(file.name.split(".")[0])
+        names += [folder.name for folder in file.parents]
+    for name in names:
+        if match := RUN_NUMBER.search(name):
+            return int(match[1])
+        if name.isdigit():
+            return int(name)
+    return None
+
+
 def check_one_model(path: Path, runs: Sequence[Run]) -> None:
     """Raises ContractError if the logs of a benchmark are of several models: they are no runs."""
     models = sorted({model_of(run) for run in runs if run.model})

@@ -132,12 +132,19 @@ def counted(runs: list[Statistic]) -> np.ndarray:
     return np.any(counted_MN, axis=0)
 
 
-def compare(paired: Paired, *, level: float = 0.95, span: float = 100.0) -> Difference:
+def compare(
+    paired: Paired,
+    *,
+    level: float = 0.95,
+    span: float = 100.0,
+    pair_runs: bool = False,
+) -> Difference:
     """Estimate, interval and p-value of new minus base. ``span``: the largest difference there can
     be, in the statistic's unit.
 
     With several runs a side the variance between them is added to that over images, which all runs
-    share, with Welch's and Satterthwaite's degrees of freedom.
+    share, with Welch's and Satterthwaite's degrees of freedom. With ``pair_runs`` the first run of
+    base goes with the first of new, and so on: what varies is their difference.
     """
     base_M = values_of(paired, paired.base)
     new_M = values_of(paired, paired.new)
@@ -146,7 +153,11 @@ def compare(paired: Paired, *, level: float = 0.95, span: float = 100.0) -> Diff
     base_MC, new_MC = influences(paired)
     estimate = over_clusters(paired, new - base, base_MC, new_MC, span)
     test = "t over images"
-    if max(len(base_M), len(new_M)) > 1:
+    if pair_runs and len(base_M) > 1:
+        test = "t over images and paired runs"
+        slips = [slips_of(new_MC - base_MC)]
+        estimate = with_runs(estimate, [new_M - base_M], slips)
+    elif max(len(base_M), len(new_M)) > 1:
         test = "t over images and runs"
         slips = [slips_of(base_MC), slips_of(new_MC)]
         estimate = with_runs(estimate, [base_M, new_M], slips)
@@ -373,7 +384,8 @@ def with_runs(
     by their slips, too, which the variance over images has already, so they leave that; and what
     few runs show of their variance is at least their slips, and LEAST_OF_POOLED of both sides'.
 
-    ``values``: each run's headline number, of each side; ``slips``: of each side."""
+    ``values``: each run's headline number, of each side; ``slips``: of each side. Pairs of runs are
+    one side, whose values are differences."""
     if estimate.freedom == 0:
         return estimate
     several = [side for side in range(len(values)) if len(values[side]) > 1]

@@ -1,0 +1,232 @@
+"""Two runs of one model: where they differ, did the prompt, the answer or the scoring change?
+
+Decided question by question, from what logs hold of it: the prompt (or its hash), the text that the
+model generated, the answer that was extracted from it, the expected answer, and the score. The
+first change that can explain another score is its cause: an answer that is the same in spite of
+another prompt cannot have another score because of the prompt.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llava_integration.evaluator.benchmarks.benchmark import Item
+from llava_integration.evaluator.compare.pairing import benchmarks_in_common
+from llava_integration.evaluator.compare.sides import Run, Side
+from llm2clip_plugin.errors import ContractError
+
+PROMPT = "another prompt"
+TRUTH = "another expected answer"
+ANSWER = "same prompt, another answer"
+ANSWER_ALONE = "another answer; the logs hold no prompt"
+EXTRACTION = "same text, another answer extracted"
+SCORING = "same answer, scored in another way"
+UNKNOWN = "the logs hold no answer"
+MISSING = "in one log only"
+CAUSES = (PROMPT, TRUTH, ANSWER, ANSWER_ALONE, EXTRACTION, SCORING, UNKNOWN)
+# fields of an item that stand for a text too long to keep
+PROMPT_HASH = "prompt_hash"
+RESPONSE_HASH = "response_hash"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """The questions whose score differs for one cause."""
+
+    cause: str
+    ids: tuple[str, ...]
+    better: int
+    worse: int
+    # what they add to the difference of the mean scores, in the benchmark's unit
+    points: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """What changed between two runs on one benchmark."""
+
+    benchmark: str
+    title: str
+    unit: str
+    base: float  # mean score of all questions that the log has, in the benchmark's unit
+    new: float
+    questions: int  # in both logs
+    only: tuple[int, int]  # questions that base alone has, and new
+    changes: tuple[Change, ...]  # in the order of CAUSES, then MISSING
+    # questions with the same score in spite of another prompt, and of another answer
+    same_score: tuple[int, int]
+    # questions whose prompt another question of base has: they are numbered otherwise
+    renumbered: int
+    settings: tuple[str, ...]  # what differs in how the logs say they were made
+
+    @property
+    def differing(self) -> int:
+        """Questions in both logs with another score."""
+        return sum(
+            len(change.ids) for change in self.changes if change.cause != MISSING
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "changes": [vars(change) for change in self.changes]}
+
+
+def drift(base: Side, new: Side) -> list[Drift]:
+    """What changed on every benchmark that both runs have. Raises ContractError for a side with
+    several runs."""
+    drifts = []
+    for name in benchmarks_in_common(base, new):
+        for side in (base, new):
+            if len(side.runs[name]) > 1:
+                raise ContractError(
+                    f"{side.name} has {len(side.runs[name])} runs of {name}; --drift compares one "
+                    "run with one, so name their files"
+                )
+        drifts.append(drift_of(name, base.runs[name][0], new.runs[name][0]))
+    return drifts
+
+
+def drift_of(name: str, base: Run, new: Run) -> Drift:
+    """What changed on one benchmark."""
+    base_items = dict(zip(base.ids, base.items, strict=True))
+    new_items = dict(zip(new.ids, new.items, strict=True))
+    shared = [identifier for identifier in base.ids if identifier in new_items]
+    if not shared:
+        raise ContractError(f"{name}: the two logs have no question in common")
+    scale = base.scale if base.unit == new.unit else 1.0
+    base_mean = scale * mean_score(base)
+    new_mean = scale * mean_score(new)
+    ids_of: dict[str, list[str]] = {cause: [] for cause in CAUSES}
+    other_prompt = 0
+    other_answer = 0
+    for identifier in shared:
+        old = base_items[identifier]
+        now = new_items[identifier]
+        if old["score"] != now["score"]:
+            ids_of[cause_of(old, now)].append(identifier)
+            continue
+        other_prompt += differs(prompt_of(old), prompt_of(now))
+        other_answer += differs(answer_of(old), answer_of(now))
+    changes = []
+    for cause, ids in ids_of.items():
+        if ids:
+            changes.append(
+                change_of(cause, ids, base_items, new_items, scale / len(shared))
+            )
+    only_base = len(base.ids) - len(shared)
+    only_new = len(new.ids) - len(shared)
+    if only_base or only_new:
+        explained = sum(change.points for change in changes)
+        rest = new_mean - base_mean - explained
+        changes.append(Change(cause=MISSING, ids=(), better=0, worse=0, points=rest))
+    return Drift(
+        benchmark=name,
+        title=base.title,
+        unit=base.unit if base.unit == new.unit else "score",
+        base=base_mean,
+        new=new_mean,
+        questions=len(shared),
+        only=(only_base, only_new),
+        changes=tuple(changes),
+        same_score=(other_prompt, other_answer),
+        renumbered=renumbered(shared, base_items, new_items),
+        settings=tuple(changed_settings(base.provenance, new.provenance)),
+    )
+
+
+def mean_score(run: Run) -> float:
+    """The mean score over all of a run's questions."""
+    return sum(run.scores) / len(run.scores)
+
+
+def change_of(
+    cause: str,
+    ids: Sequence[str],
+    base_items: dict[str, Item],
+    new_items: dict[str, Item],
+    scale: float,
+) -> Change:
+    """The change of these questions; ``scale``: what one question with the score 1 adds."""
+    gains = []
+    for identifier in ids:
+        gains.append(new_items[identifier]["score"] - base_items[identifier]["score"])
+    return Change(
+        cause=cause,
+        ids=tuple(ids),
+        better=sum(gain > 0 for gain in gains),
+        worse=sum(gain < 0 for gain in gains),
+        points=scale * float(sum(gains)),
+    )
+
+
+def cause_of(base: Item, new: Item) -> str:
+    """Why a question has another score."""
+    base_answer = answer_of(base)
+    answers_known = None not in (base_answer, answer_of(new))
+    truth_differs = differs(base.get("truth"), new.get("truth"))
+    if answers_known and base_answer == answer_of(new):
+        return TRUTH if truth_differs else SCORING
+    base_response = base.get(RESPONSE_HASH)
+    if answers_known and base_response and base_response == new.get(RESPONSE_HASH):
+        return EXTRACTION
+    prompts_known = None not in (prompt_of(base), prompt_of(new))
+    if prompts_known and prompt_of(base) != prompt_of(new):
+        return PROMPT
+    if truth_differs:
+        return TRUTH
+    if not answers_known:
+        return UNKNOWN
+    return ANSWER if prompts_known else ANSWER_ALONE
+
+
+def prompt_of(item: Item) -> Any:
+    """What tells a question's prompt from others; None if the log has none."""
+    if item.get(PROMPT_HASH):
+        return item[PROMPT_HASH]
+    if not item.get("question"):
+        return None
+    return (item["question"], tuple(map(str, item.get("choices") or ())))
+
+
+def answer_of(item: Item) -> str | None:
+    """The answer that was scored; None if the log has none."""
+    return str(item["answer"]) if "answer" in item else None
+
+
+def differs(base: Any, new: Any) -> bool:
+    """Whether two values are known and differ."""
+    return base is not None and new is not None and base != new
+
+
+def renumbered(
+    ids: Sequence[str], base_items: dict[str, Item], new_items: dict[str, Item]
+) -> int:
+    """How many questions of new have the prompt of another question of base."""
+    id_of_prompt = {}
+    for identifier, item in base_items.items():
+        if prompt_of(item) is not None:
+            id_of_prompt.setdefault(prompt_of(item), identifier)
+    count = 0
+    for identifier in ids:
+        if differs(prompt_of(base_items[identifier]), prompt_of(new_items[identifier])):
+            count += prompt_of(new_items[identifier]) in id_of_prompt
+    return count
+
+
+# of a score file's provenance: what a digest of data or a path says is no setting
+NO_SETTINGS = ("answers", "answers_sha256", "data", "command")
+
+
+def changed_settings(
+    base: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> list[str]:
+    """How the records of two logs differ, one line a setting."""
+    lines = []
+    for name in sorted({*base, *new} - set(NO_SETTINGS)):
+        old = base.get(name)
+        now = new.get(name)
+        if isinstance(old, dict) and isinstance(now, dict):
+            lines += changed_settings(old, now, f"{prefix}{name}.")
+        elif old != now:
+            lines.append(f"{prefix}{name}: {old!r} -> {now!r}")
+    return lines

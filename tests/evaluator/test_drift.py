@@ -1,0 +1,177 @@
+"""`compare --drift`: each planted cause is named, question by question."""
+
+import json
+
+import pytest
+
+from llava_integration.evaluator.compare.command import main
+from llava_integration.evaluator.compare.drift import (
+    ANSWER,
+    ANSWER_ALONE,
+    EXTRACTION,
+    MISSING,
+    PROMPT,
+    SCORING,
+    TRUTH,
+    UNKNOWN,
+    drift,
+)
+from llava_integration.evaluator.compare.sides import load_side
+from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.errors import ContractError
+
+
+def items_of(count=20):
+    """Questions of which every second is right."""
+    items = []
+    for number in range(count):
+        items.append(
+            {
+                "id": number,
+                "score": float(number % 2),
+                "question": f"What is in {number}?",
+                "answer": f"answer {number}",
+                "truth": f"truth {number}",
+                "response_hash": f"text {number}",
+            }
+        )
+    return items
+
+
+def side(folder, name, items, **provenance):
+    record = ScoreFile(
+        benchmark="toy", metrics={}, items=items, model="m", provenance=provenance
+    )
+    return load_side(record.write(folder / f"{name}.scores.json"), name)
+
+
+def drift_with(folder, *changes, dropped=()):
+    """The drift of runs of which the second has these changes: (id, fields) each."""
+    items = items_of()
+    for identifier, fields in changes:
+        items[identifier] |= fields
+    items = [item for item in items if item["id"] not in dropped]
+    (result,) = drift(side(folder, "old", items_of()), side(folder, "new", items))
+    return result
+
+
+OTHER_ANSWER = {"answer": "other", "response_hash": "other text"}
+PLANTED = {
+    PROMPT: {"question": "What is shown?", **OTHER_ANSWER},
+    TRUTH: {"truth": "other"},
+    ANSWER: OTHER_ANSWER,
+    ANSWER_ALONE: {"question": "", **OTHER_ANSWER},
+    EXTRACTION: {"answer": "other"},
+    SCORING: {},
+}
+
+
+@pytest.mark.parametrize("cause", PLANTED)
+def test_a_planted_cause_is_named(tmp_path, cause):
+    """Question 1 was right, and is wrong now."""
+    result = drift_with(tmp_path, (1, {"score": 0.0, **PLANTED[cause]}))
+    (change,) = result.changes
+    assert (change.cause, change.ids) == (cause, ("1",))
+    assert (change.better, change.worse) == (0, 1)
+    assert change.points == pytest.approx(-100 / 20)
+    assert (result.base, result.new) == pytest.approx((50, 45))
+
+
+def test_all_causes_at_a_time_add_up(tmp_path):
+    """Each question has its own; what they add is the whole difference."""
+    changes = []
+    for number, fields in enumerate(PLANTED.values()):
+        changes.append((2 * number, {"score": 1.0, **fields}))
+    result = drift_with(tmp_path, *changes)
+    assert [change.cause for change in result.changes] == list(PLANTED)
+    assert result.differing == len(PLANTED)
+    explained = sum(change.points for change in result.changes)
+    assert explained == pytest.approx(result.new - result.base)
+
+
+def test_an_answer_that_is_the_same_is_not_the_prompts_fault(tmp_path):
+    result = drift_with(tmp_path, (1, {"score": 0.0, "question": "Another?"}))
+    assert [change.cause for change in result.changes] == [SCORING]
+
+
+def test_what_changed_without_effect_is_counted(tmp_path):
+    result = drift_with(
+        tmp_path, (1, {"question": "Another?"}), (2, {"answer": "other"}), (3, {})
+    )
+    assert result.changes == ()
+    assert result.same_score == (1, 1)
+
+
+def test_questions_that_one_log_has(tmp_path):
+    """Two right ones are gone: what that moves is a cause of its own."""
+    result = drift_with(tmp_path, (0, {"score": 1.0, **OTHER_ANSWER}), dropped=(1, 3))
+    assert result.only == (2, 0)
+    assert [change.cause for change in result.changes] == [ANSWER, MISSING]
+    explained = sum(change.points for change in result.changes)
+    assert explained == pytest.approx(result.new - result.base)
+
+
+def test_questions_that_are_numbered_otherwise(tmp_path):
+    items = items_of()
+    moved = []
+    for number, item in enumerate(items):
+        moved.append({**items[(number + 1) % 20], "id": item["id"]})
+    (result,) = drift(side(tmp_path, "old", items), side(tmp_path, "new", moved))
+    assert result.renumbered == 20
+    assert [change.cause for change in result.changes] == [PROMPT]
+
+
+def test_a_table_without_answers_is_unknown(tmp_path, capsys):
+    for name, score in (("old", 1), ("new", 0)):
+        (tmp_path / f"{name}.csv").write_text(f"item,score\na,1\nb,{score}\n")
+    assert main([str(tmp_path / "old.csv"), str(tmp_path / "new.csv"), "--drift"]) == 0
+    shown = capsys.readouterr().out
+    assert UNKNOWN in shown
+    assert "2 questions are in both logs; 1 have another score" in shown
+
+
+def test_the_command_says_it_in_words(tmp_path, capsys):
+    """Settings that differ, a lost score for each reason; several runs are refused."""
+    items = items_of()
+    side(
+        tmp_path, "old", items, answer_settings={"temperature": 0.0, "dtype": "float16"}
+    )
+    changed = items_of()
+    changed[1] |= {"score": 0.0, **OTHER_ANSWER}
+    changed[3] |= {"score": 0.0}
+    side(
+        tmp_path,
+        "new",
+        changed,
+        answer_settings={"temperature": 0.2, "dtype": "float16"},
+    )
+    files = [str(tmp_path / f"{name}.scores.json") for name in ("old", "new")]
+    out = tmp_path / "out"
+    assert (
+        main([*files, "--names", "old_*", "new", "--drift", "--output", str(out)]) == 0
+    )
+    shown = capsys.readouterr().out
+    assert "# What changed from old_\\* to new?" in shown
+    assert "toy: 50.00 -> 40.00 (-10.00)" in shown
+    assert "20 questions are in both logs; 2 have another score." in shown
+    assert ANSWER in shown
+    assert SCORING in shown
+    assert "answer_settings.temperature: 0.0 -> 0.2" in shown
+    assert "dtype" not in shown
+    (record,) = json.loads((out / "drift.json").read_text())["benchmarks"]
+    assert [change["ids"] for change in record["changes"]] == [["1"], ["3"]]
+    assert (out / "drift.md").read_text() in shown
+    side(tmp_path / "runs", "one", items)
+    side(tmp_path / "runs", "two", changed)
+    with pytest.raises(ContractError, match="has 2 runs of toy"):
+        main([files[0], str(tmp_path / "runs"), "--drift"])
+    with pytest.raises(ValueError, match="--drift takes two sides"):
+        main([*files, files[0], "--drift"])
+
+
+def test_unknown_where_no_answer_is_known(tmp_path):
+    sides = []
+    for name, score in (("old", 1.0), ("new", 0.0)):
+        sides.append(side(tmp_path, name, [{"id": 1, "score": score}]))
+    (result,) = drift(*sides)
+    assert [change.cause for change in result.changes] == [UNKNOWN]
