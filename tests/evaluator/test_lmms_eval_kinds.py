@@ -57,3 +57,31 @@ def test_a_box_is_never_compared_as_a_text(tmp_path):
     )
     (note,) = load_side(tmp_path).notes
     assert "none of the metrics refcoco_other of refcoco has a number" in note
+
+
+def test_lmms_eval_up_to_0_2_2_wrote_an_object_for_each_task():
+    """TASK.json next to results.json, by 0.2.0; POPE's image is in the document."""
+    side = load_side(LOGS / "lmms_eval_0.2.0")
+    assert {name: value(side, name) for name in side.runs} == {
+        "pope": pytest.approx(50),
+        "toy_mathvista gpt_eval_score": 50,
+    }
+    for (run,) in side.runs.values():
+        assert run.model == "org/toy"
+        assert run.printed is not None
+        assert not any("another way" in note for note in run.notes)
+    (run,) = side.runs["pope"]
+    assert len(set(run.clusters)) == 6
+    assert run.items[0]["question"] == "Is there a 0?"
+    assert run.items[0]["answer"] == "Yes"
+
+
+@pytest.mark.parametrize("task", ["mme", "mmvp mmvp_pair_accuracy", "mmbench"])
+def test_composites_have_texts_to_show(task):
+    side = load_side(LOGS / "lmms_eval" / "today")
+    (run,) = side.runs[task]
+    for item in run.items:
+        assert item["question"]
+        assert "answer" in item
+    if task == "mmbench":
+        assert len(run.items[0]["rows"]) > 1

@@ -33,6 +33,8 @@ TEXTS = (
     "target_hash",
 )
 CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task")
+# POPE's image; elsewhere such a field may be the name of a data set
+POPE_IMAGE = "image_source"
 # fields of a line that are no metrics
 NO_METRICS = {"doc_id", "token_counts", "doc", "target", "filter", "arguments", *TEXTS}
 ALONE = "the log names no images: questions are drawn one by one, so the interval may be too narrow"
@@ -206,7 +208,7 @@ def lines_of(objects: Iterable[tuple[str, dict[str, Any]]], group: str = "") -> 
         for name in TEXTS:
             line.pop(name, None)
         if isinstance(doc, dict):
-            kept = (*IMAGES, *CATEGORIES)
+            kept = (*IMAGES, *CATEGORIES, POPE_IMAGE)
             line["doc"] = {name: doc[name] for name in kept if name in doc}
         lines.append((where, line))
     return lines
@@ -231,8 +233,13 @@ def shown_texts(line: dict[str, Any]) -> dict[str, str]:
     if isinstance(doc, dict):
         question = first_of(doc, ("question", "query", "problem"))
     question = question or line.get("input") or prompt_of(line.get("arguments"))
-    texts = {"question": short_text(question), "answer": short_text(answer_of(line))}
-    return {name: text for name, text in texts.items() if text}
+    texts = {}
+    if short_text(question):
+        texts["question"] = short_text(question)
+    answer = answer_of(line)
+    if isinstance(answer, str):  # one that is empty is an answer, too
+        texts["answer"] = short_text(answer)
+    return texts
 
 
 def pairs_of(arguments: Any) -> list[list[Any]]:

@@ -34,12 +34,15 @@ from llava_integration.evaluator.compare.readers.harness_lines import (
     HARNESS_NAME,
     LMMS_NAME,
     NO_METRICS,
+    POPE_IMAGE,
+    SHOWN,
     Lines,
     Summary,
     fields,
     is_harness_line,
     item_of,
     lines_of,
+    model_named_in,
 )
 from llava_integration.evaluator.compare.readers.harness_scores import scored
 from llm2clip_plugin.json_files import read_json_value
@@ -73,7 +76,9 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     """The task's composite, or its first metric that has a number for each document."""
     summary = Summary(path, LMMS_NAME, "{}_results.json", groups=BY_PART)
     if path.suffix == ".json" and is_old(path):
-        logged = read_json_value(path)["logs"]
+        body = read_json_value(path)
+        logged = body["logs"]
+        summary.model = model_named_in({"config": body["args"]})
         objects = [(f"{path}, log {n}", line) for n, line in enumerate(logged, 1)]
         first_line = dict(logged[0])
     else:
@@ -145,6 +150,7 @@ def _mme(lines: Lines, summary: Summary) -> Iterator[Log]:
                 "cluster": image,
                 "score": number(value["score"], f"{where}: score"),
                 "truth": line.get("target"),
+                **line.get(SHOWN, {}),
             }
         )
     printed = [summary.printed(metric) for metric in MME_METRICS]
@@ -158,8 +164,12 @@ def _pope(lines: Lines, summary: Summary, metric: str) -> Log:
     for where, line in lines:
         value = fields(line.get(metric), "score prediction ground_truth", where)
         answer = value["prediction"]
+        item = item_of(line, line, value["score"])
+        picture = (line.get("doc") or {}).get(POPE_IMAGE)
+        if picture and item["cluster"] == str(item["id"]):
+            item["cluster"] = str(picture)
         item = {
-            **item_of(line, line, value["score"]),
+            **item,
             "category": "",
             "truth": value["ground_truth"],
             "label": value["ground_truth"],
@@ -184,14 +194,17 @@ def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
     for where, line in lines:
         value = fields(line.get(metric), "index prediction answer category", where)
         group = int(number(value["index"], f"{where}: index")) % ROTATION
-        new_item = {"id": group, "score": 1, "cluster": f"group {group}"}
+        new_item = {"id": group, "score": 1, "cluster": f"group {group}", "rows": []}
         item = groups.setdefault(group, new_item)
         choices = choices_of({name: str(cell) for name, cell in value.items()})
         letter = letter_of(str(value["prediction"]), choices)
-        item["score"] *= int(letter == value["answer"])
+        is_right = letter == value["answer"]
+        item["score"] *= int(is_right)
+        item["rows"].append({"text": str(value["prediction"]), "correct": is_right})
         if value["index"] == group and choices and value["answer"] in tuple("ABCDE"):
             item["truth"] = value["answer"]
             item["category"] = value["category"]
+            item.update(line.get(SHOWN, {}))
     items = [item for item in groups.values() if "truth" in item]
     if not items:
         where, _ = lines[0]
@@ -207,15 +220,21 @@ def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
 
 def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
     """MMVP: two images of a pair, of which both must be right; a lone one does not count."""
-    pairs: dict[str, list[bool]] = {}
+    pairs: dict[str, list[tuple[bool, dict[str, str]]]] = {}
     for where, line in lines:
         value = fields(line.get(metric), "pair_index is_correct", where)
-        pairs.setdefault(str(value["pair_index"]), []).append(value["is_correct"])
+        question = (bool(value["is_correct"]), line.get(SHOWN, {}))
+        pairs.setdefault(str(value["pair_index"]), []).append(question)
     items = []
     for pair, both in pairs.items():
-        if len(both) == 2:
-            score = int(all(both))
-            items.append({"id": pair, "cluster": f"pair {pair}", "score": score})
+        if len(both) != 2:
+            continue
+        (is_right, texts), (is_other_right, other_texts) = both
+        item: dict[str, Any] = {"id": pair, "cluster": f"pair {pair}"}
+        item["score"] = int(is_right and is_other_right)
+        for name, text in texts.items():
+            item[name] = f"{text} | {other_texts.get(name, '')}"
+        items.append(item)
     return summary.log(metric, items)
 
 
