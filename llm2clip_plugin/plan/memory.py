@@ -15,14 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from llm2clip_plugin.train.config import (
-    LossConfig,
     OptimConfig,
     TowerConfig,
     TrainConfig,
     local_world_size,
 )
 from llm2clip_plugin.train.distributed import rank, world_size
-from llm2clip_plugin.train.losses.base import needs_reference, patch_layers
+from llm2clip_plugin.train.losses.base import ChosenTerms, needs_reference, patch_layers
 from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dual
 from llm2clip_plugin.train.optim import chosen_optimizer, offloads_optimizer
 from llm2clip_plugin.vision.directory import DualConfig
@@ -216,7 +215,7 @@ def fits(
 def tower_memory(
     tower: TowerConfig,
     dual: DualConfig,
-    loss: LossConfig,
+    terms: ChosenTerms,
     optim: OptimConfig,
     train: TrainConfig,
     *,
@@ -234,7 +233,7 @@ def tower_memory(
     pixels = (3, shape.image_size, shape.image_size)
     if checkpointing:
         enable_gradient_checkpointing(model.tower)
-    layers = patch_layers(loss)
+    layers = patch_layers(terms)
 
     def make_inputs() -> tuple[Tensor, Tensor]:
         captions = (IMAGES, captions_per_image, dual.llm_width)
@@ -252,7 +251,7 @@ def tower_memory(
     }
     patches = (shape.image_size // shape.patch_size) ** 2
     has_average = bool(train.ema_decay)
-    has_reference = needs_reference(loss)
+    has_reference = needs_reference(terms)
     reference_bytes = 0.0
     if has_reference:
         reference_bytes = tower_parameters * dtype.itemsize

@@ -4,11 +4,11 @@ from llm2clip_plugin.plan.describe import describe_memory
 from llm2clip_plugin.plan.memory import StepMemory, tower_memory
 from llm2clip_plugin.train.config import (
     HeadsConfig,
-    LossConfig,
     OptimConfig,
     TowerConfig,
     TrainConfig,
 )
+from llm2clip_plugin.train.losses.base import ChosenTerms
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 
@@ -35,7 +35,7 @@ def describe_heads(config: HeadsConfig) -> str:
 def describe_tower_memory(
     tower: TowerConfig,
     dual: DualConfig,
-    loss: LossConfig,
+    terms: ChosenTerms,
     optim: OptimConfig,
     train: TrainConfig,
     *,
@@ -48,7 +48,7 @@ def describe_tower_memory(
         return tower_memory(
             tower,
             dual,
-            loss,
+            terms,
             optim,
             train,
             captions_per_image=captions_per_image,

@@ -200,12 +200,21 @@ class RunConfig(TrainingConfig):
         return not (self.tower.freeze and self.optim.head_lr)
 
     @property
-    def evaluated(self) -> RetrievalConfig:
+    def evaluated(self) -> RetrievalConfig | None:
         """``evaluation`` as it runs: by as many processes as training has, unless it names a
-        number."""
+        number. None where there is nothing to measure."""
+        if not self.evaluates:
+            return None
         if self.evaluation.workers is not None:
             return self.evaluation
         return replace(self.evaluation, workers=self.train.dataloader_num_workers)
+
+    @property
+    def clip_width(self) -> int | None:
+        """Of the CLIP's text features that the heads are fitted to; None for a fit to images."""
+        if self.heads.target != "clip_text":
+            return None
+        return self.dual.projection_dim
 
     def validate(self, *, needs_data: bool = True) -> RunConfig:
         """Check what no single section can check; returns itself. Raises ValueError."""

@@ -1,4 +1,5 @@
-"""What a run of stage 2 reads: captioned images with the caches of their embeddings."""
+"""What a run of stage 2 reads: captioned images with the caches of their embeddings, and what it
+evaluates."""
 
 from __future__ import annotations
 
@@ -29,13 +30,11 @@ from llm2clip_plugin.stages.caches import open_caches
 from llm2clip_plugin.stages.tower_config import DataConfig
 from llm2clip_plugin.train.config import (
     HeadsConfig,
-    LossConfig,
     TrainConfig,
     local_world_size,
 )
 from llm2clip_plugin.train.distributed import rank, world_size
-from llm2clip_plugin.train.heads import BLOCK_IMAGES
-from llm2clip_plugin.vision.directory import DualConfig
+from llm2clip_plugin.train.frozen_features import BLOCK_IMAGES
 
 if TYPE_CHECKING:
     from llm2clip_plugin.evaluate.in_training import Evaluation
@@ -43,22 +42,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TowerData:
-    """Opened sources with their caches, checked against each other, and what the run evaluates."""
+    """Opened sources with their caches, checked against each other."""
 
     config: DataConfig
     sources: list[Source]
     caches: list[EmbeddingCache]
     # with heads.target clip_text: a CLIP's text features of each source's captions
     clip_caches: list[EmbeddingCache]
-    evaluation: Evaluation | None
 
     @property
     def samples(self) -> int:
         """Training samples of one epoch over all sources: the sum of weight x size."""
         sizes = [len(source) for source in self.sources]
-        return sum(
-            epoch_draws(sizes, [source.config.weight for source in self.sources])
-        )
+        weights = [source.config.weight for source in self.sources]
+        return sum(epoch_draws(sizes, weights))
 
     @property
     def teacher(self) -> TeacherIdentity:
@@ -91,38 +88,27 @@ class TowerData:
             digests[f"{number}, its cache"] = cache_digest(cache)
         for number, cache in enumerate(self.clip_caches, 1):
             digests[f"{number}, its CLIP cache"] = cache_digest(cache)
-        if self.evaluation is not None:
-            digests |= self.evaluation.digests
         return digests
 
 
-def open_data(
-    config: DataConfig,
-    heads: HeadsConfig,
-    dual: DualConfig,
-    benchmarks: SuitesConfig,
-    evaluated: RetrievalConfig | None,
-) -> TowerData:
+def open_data(config: DataConfig, *, clip_width: int | None = None) -> TowerData:
     """Open every source and cache; ContractError if caches have different teachers, or one doesn't
-    fit its data. ``evaluated``: how the run evaluates, None if it does not."""
+    fit its data. ``clip_width``: of the CLIP's text features of the captions, None without them."""
     refuse_urls_without_cache(config)
     sources = [open_source(source) for source in config.sources]
     check_fields(*sources)
     caches = open_caches(sources, config.cache)
-    evaluation = None
-    if evaluated is not None:
-        evaluation = open_evaluation(config, benchmarks, evaluated, caches[0].teacher)
     clip_caches: list[EmbeddingCache] = []
-    if heads.target == "clip_text":
+    if clip_width is not None:
         clip_caches = open_caches(sources, config.clip_cache, of_clip=True)
     for cache in clip_caches:
-        if cache.teacher.pooling != PROJECTED or cache.width != dual.projection_dim:
+        if cache.teacher.pooling != PROJECTED or cache.width != clip_width:
             raise ValueError(
                 f"--clip-cache {cache.directory} has features of {cache.teacher.llm}, "
                 f"{cache.width} wide; expected the text features of the tower's own CLIP, "
-                f"dual.projection_dim {dual.projection_dim} wide"
+                f"dual.projection_dim {clip_width} wide"
             )
-    return TowerData(config, sources, caches, clip_caches, evaluation)
+    return TowerData(config, sources, caches, clip_caches)
 
 
 def refuse_urls_without_cache(config: DataConfig) -> None:
@@ -137,12 +123,15 @@ def refuse_urls_without_cache(config: DataConfig) -> None:
 
 
 def open_evaluation(
+    evaluated: RetrievalConfig | None,
     config: DataConfig,
     benchmarks: SuitesConfig,
-    evaluated: RetrievalConfig,
     teacher: TeacherIdentity,
-) -> Evaluation:
-    """The held-out split, with a cache of the same teacher, and the benchmarks."""
+) -> Evaluation | None:
+    """The held-out split, with a cache of the same teacher, and the benchmarks; None for a run that
+    evaluates nothing."""
+    if evaluated is None:
+        return None
     # evaluation, with the LLM that embeds its texts, is imported by such runs alone
     from llm2clip_plugin.evaluate.in_training import Evaluation, open_suites
 
@@ -154,17 +143,22 @@ def open_evaluation(
     return Evaluation(evaluated, split, open_suites(benchmarks))
 
 
-def check_data(data: TowerData, train: TrainConfig, loss: LossConfig) -> None:
+def check_data(
+    data: TowerData,
+    evaluation: Evaluation | None,
+    *,
+    global_batch: int,
+    mask_same_image: bool,
+) -> None:
     """Raise ValueError for data on which training or the run's evaluation would fail; warn about
     what is unusual."""
-    global_batch = train.global_batch
     samples = sum(map(len, data.sources))
     if global_batch > samples:
         paths = ", ".join(data.config.path)
         problem = (
             f"global_batch {global_batch} is more than the {samples} samples of {paths}"
         )
-        if not loss.mask_same_image:
+        if not mask_same_image:
             raise ValueError(
                 f"{problem}: samples would be their own negatives, as loss.mask_same_image is off"
             )
@@ -183,8 +177,8 @@ def check_data(data: TowerData, train: TrainConfig, loss: LossConfig) -> None:
             f"{problem}; lower --global-batch, or mix the sources with --no-one-source-per-batch"
         )
     check_kinds(data.sources, data.config.kind_weights)
-    if data.evaluation is not None:
-        data.evaluation.check(zip(data.sources, data.caches, strict=True))
+    if evaluation is not None:
+        evaluation.check(zip(data.sources, data.caches, strict=True))
 
 
 def with_windows(data: TowerData, *, global_batch: int) -> TowerData:

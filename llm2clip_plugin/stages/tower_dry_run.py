@@ -13,8 +13,17 @@ from llm2clip_plugin.plan.tower import (
 from llm2clip_plugin.stages.run import configure_deepspeed
 from llm2clip_plugin.stages.settings import TEACHERS, rank_and_world
 from llm2clip_plugin.stages.tower_config import RunConfig
-from llm2clip_plugin.stages.tower_data import check_data, lacks_loader_memory, open_data
-from llm2clip_plugin.train.losses.base import check_patch_layers
+from llm2clip_plugin.stages.tower_data import (
+    check_data,
+    lacks_loader_memory,
+    open_data,
+    open_evaluation,
+)
+from llm2clip_plugin.train.losses.base import (
+    check_patch_layers,
+    chosen_terms,
+    patch_layers,
+)
 from llm2clip_plugin.train.model import shape_dual, trained_parameters, with_llm_width
 
 ASSUMED_WIDTH = TEACHERS["llama-8b"].width  # of an embedding, while the LLM is unknown
@@ -36,7 +45,8 @@ def tower_plan(config: RunConfig) -> str:
     dual = with_llm_width(config.dual, size.width)
     model = shape_dual(config.tower, dual)
     tower = model.tower.config
-    check_patch_layers(config.loss, tower.num_hidden_layers)
+    terms = chosen_terms(config.loss)
+    check_patch_layers(patch_layers(terms), tower.num_hidden_layers)
     deepspeed = configure_deepspeed(
         config.deepspeed,
         config.train,
@@ -52,7 +62,7 @@ def tower_plan(config: RunConfig) -> str:
     memory = describe_tower_memory(
         config.tower,
         dual,
-        config.loss,
+        terms,
         config.optim,
         config.train,
         captions_per_image=config.data.captions_per_image,
@@ -61,7 +71,7 @@ def tower_plan(config: RunConfig) -> str:
     lacking = lacks_loader_memory(
         config.train,
         config.heads,
-        config.evaluated if config.evaluates else None,
+        config.evaluated,
         captions_per_image=config.data.captions_per_image,
         side=tower.image_size,
         width=size.width,
@@ -89,12 +99,9 @@ def measure_data(config: RunConfig) -> DataSize:
         open_suites(config.benchmarks)  # one that is missing stops the run
     if config.data.path:
         try:
-            data = open_data(
-                config.data,
-                config.heads,
-                config.dual,
-                config.benchmarks,
-                config.evaluated if config.evaluates else None,
+            data = open_data(config.data, clip_width=config.clip_width)
+            evaluation = open_evaluation(
+                config.evaluated, config.data, config.benchmarks, data.teacher
             )
         except FileNotFoundError as error:  # no cache yet
             if config.data.cache:
@@ -102,7 +109,12 @@ def measure_data(config: RunConfig) -> DataSize:
             samples = sum(len(open_source(source)) for source in config.data.sources)
             assumed = str(error)
         else:
-            check_data(data, config.train, config.loss)
+            check_data(
+                data,
+                evaluation,
+                global_batch=config.train.global_batch,
+                mask_same_image=config.loss.mask_same_image,
+            )
             return DataSize(samples=data.samples, width=data.width)
     if config.dual.llm_width:
         return DataSize(

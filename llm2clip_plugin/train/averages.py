@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_plugin.train.checkpoint import AVERAGES, REFERENCE, Loaded
-from llm2clip_plugin.train.config import DistillConfig, TrainConfig
+from llm2clip_plugin.train.config import DistillConfig
 from llm2clip_plugin.train.engine import Copy, Engine
 from llm2clip_plugin.vision.dual import DualEncoder
 
@@ -138,18 +138,18 @@ class Averages(NamedTuple):
 def make_averages(
     engine: Engine,
     image_side: DualEncoder | None,
-    train: TrainConfig,
+    ema_decay: float,
     distill: DistillConfig,
     resumed: Loaded | None,
 ) -> Averages:
-    """The average that is exported, with ``train.ema_decay``, and the reference tower over an
+    """The average that is exported, where ``ema_decay`` is not 0, and the reference tower over an
     ``image_side``; both as the checkpoint has them, if the run resumes."""
     exported = None
     reference = None
-    if train.ema_decay:
+    if ema_decay:
         exported = WeightAverage(
             engine,
-            train.ema_decay,
+            ema_decay,
             warmup=True,
             updates=resumed.state.step if resumed is not None else 0,
             values=resumed.averages if resumed is not None else None,

@@ -186,4 +186,4 @@ def test_the_cache_of_another_teacher_is_refused(clip: Path, tmp_path: Path):
     more = ("--data.clip-cache", caches["made-up"])
     config = TRAIN_TOWER.parse(options(clip, tmp_path / "run", *more)).validate()
     with pytest.raises(ValueError, match=r"--clip-cache .*made-up"):
-        open_data(config.data, config.heads, config.dual, config.benchmarks, None)
+        open_data(config.data, clip_width=config.clip_width)

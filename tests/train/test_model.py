@@ -27,8 +27,10 @@ from llm2clip_plugin.train.config import (
     LossConfig,
     OptimConfig,
     TowerConfig,
+    TrainConfig,
 )
-from llm2clip_plugin.train.heads import FrozenFeatures, fit_heads, head_parameters
+from llm2clip_plugin.train.frozen_features import FrozenFeatures
+from llm2clip_plugin.train.heads import fit_heads, head_parameters
 from llm2clip_plugin.train.model import (
     build_dual,
     enable_gradient_checkpointing,
@@ -120,6 +122,10 @@ def fit(
     *,
     decay: float = 0.05,
     scale: float | None = None,
+    skip_non_finite: int = 0,
+    workers: int = 0,
+    logging_steps: int = 10,
+    bf16: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
     """The first phase on a tiny set."""
@@ -133,6 +139,13 @@ def fit(
     images = ImageConfig.from_preprocessor(preprocessor_config(dual.tower))
     tower = {name: value.clone() for name, value in dual.tower.state_dict().items()}
     config = HeadsConfig(steps=steps, batch=16, lr=0.01, weight_decay=decay)
+    train = TrainConfig(
+        seed=1,
+        precision="bf16" if bf16 else "fp32",
+        dataloader_num_workers=workers,
+        logging_steps=logging_steps,
+        skip_bad_batches=skip_non_finite,
+    )
     cpu = torch.device("cpu")
     curve = fit_heads(
         dual,
@@ -141,8 +154,8 @@ def fit(
         images,
         config,
         LossConfig(),
+        train,
         device=cpu,
-        seed=1,
         **more,
     )
     return {

@@ -20,7 +20,11 @@ from llm2clip_plugin.train.checkpoint import Checkpoints, Saver, TrainState, loa
 from llm2clip_plugin.train.config import LossConfig, OptimConfig, TrainConfig
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.loop import LoopParts
-from llm2clip_plugin.train.losses.base import patch_layers, weighted_terms
+from llm2clip_plugin.train.losses.base import (
+    chosen_terms,
+    patch_layers,
+    weighted_terms,
+)
 from llm2clip_plugin.train.optim import Trained, complete, is_vector, parameter_groups
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualFeatures
@@ -236,7 +240,7 @@ def tiny_step(
     options = {
         "total_samples": 128,
         "reference": reference,
-        "patch_layers": patch_layers(config),
+        "patch_layers": patch_layers(chosen_terms(config)),
     }
     # pixels are floats already
     return TowerStep(

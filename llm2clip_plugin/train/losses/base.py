@@ -7,7 +7,7 @@ to an anchor, D width of the features, T patches of an image, H width of the tow
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -243,18 +243,17 @@ def with_gradients(
     return _Known.apply(loss, *inputs, *grads)  # pyright: ignore[reportReturnType]
 
 
-Terms = dict[
-    str, Callable[[Features], Tensor]
-]  # name -> weighted loss; a step minimizes their sum
+# name -> weighted loss; a step minimizes their sum
+Terms = dict[str, Callable[[Features], Tensor]]
+ChosenTerms = list[tuple[TermWeight, LossTerm]]
 
 
-def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
+def chosen_terms(config: LossConfig) -> ChosenTerms:
     """The chosen terms with their settings; ValueError names an unknown term or setting."""
     term_classes = discover("llm2clip_plugin.train.losses", "TERM")
     weights = parse_terms(config.terms)
-    settings: dict[str, list[str]] = {
-        weight.name: [] for weight in weights
-    }  # NAME=VALUE by term
+    # NAME=VALUE by term
+    settings: dict[str, list[str]] = {weight.name: [] for weight in weights}
     for name in settings:
         if name not in term_classes:
             raise ValueError(unknown("loss term", name, term_classes))
@@ -280,7 +279,9 @@ def chosen_terms(config: LossConfig) -> list[tuple[TermWeight, LossTerm]]:
 def check_terms(config: LossConfig, dual: DualConfig) -> None:
     """Raise ValueError if the terms and the dual encoder are incompatible."""
     bias = dual.logit_bias_init
-    if any(term.uses_bias for _, term in chosen_terms(config)) != (bias is not None):
+    uses_bias = any(term.uses_bias for _, term in chosen_terms(config))
+    has_bias = bias is not None
+    if uses_bias != has_bias:
         value = "not set" if bias is None else bias
         expected = "--dual.logit-bias-init must be set for sigmoid (e.g. -10) and unset otherwise"
         raise ValueError(
@@ -288,21 +289,21 @@ def check_terms(config: LossConfig, dual: DualConfig) -> None:
         )
 
 
-def needs_reference(config: LossConfig) -> bool:
+def needs_reference(terms: ChosenTerms) -> bool:
     """Whether a term compares the tower with a frozen one."""
-    return any(term.needs_reference for _, term in chosen_terms(config))
+    return any(term.needs_reference for _, term in terms)
 
 
-def patch_layers(config: LossConfig) -> dict[str, int]:
+def patch_layers(terms: ChosenTerms) -> dict[str, int]:
     """The hidden states whose patches the terms read: keyword arguments of DualEncoder.forward."""
-    terms: list[Any] = [term for _, term in chosen_terms(config)]
-    return {term.reads: term.layer for term in terms if term.reads}
+    readers: list[Any] = [term for _, term in terms if term.reads]
+    return {term.reads: term.layer for term in readers}
 
 
-def check_patch_layers(config: LossConfig, blocks: int) -> None:
+def check_patch_layers(layers: Mapping[str, int], blocks: int) -> None:
     """Raise ValueError for a term that reads patches of a hidden state that a tower of so many
-    blocks does not have."""
-    for reads, layer in patch_layers(config).items():
+    blocks does not have. ``layers``: of ``patch_layers``."""
+    for reads, layer in layers.items():
         if not -blocks - 1 <= layer <= blocks:
             raise ValueError(
                 f"layer {layer} of {reads} is outside the tower's {blocks} blocks; "
