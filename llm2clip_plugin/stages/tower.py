@@ -175,7 +175,7 @@ def _train(
     )
     evaluate = None
     if evaluation is not None:
-        show = engine.pictures.update if run.shows_pictures else None
+        show = engine.monitors.pictures.update if run.shows_pictures else None
         evaluate = partial(evaluation, model, images, show)
     # random ones have no scores to compare with
     has_heads = bool(config.heads.steps or config.tower.keep_heads)

@@ -97,9 +97,10 @@ class ReferenceTower(WeightAverage):
         gradient. ``shapes``: spatial_shapes."""
         if layer is None:
             return self.module.encode_image(pixel_values, **shapes), None
-        return self.module.encode_with_patches(pixel_values, patches=layer, **shapes)[
-            :2
-        ]
+        image_BD, patches_BTH, *_ = self.module.encode_with_patches(
+            pixel_values, patches=layer, **shapes
+        )
+        return image_BD, patches_BTH
 
     @torch.no_grad()
     def _copy_into_module(self) -> None:
@@ -129,10 +130,12 @@ class Averages(NamedTuple):
     @property
     def by_file(self) -> dict[str, WeightAverage]:
         """Each by the name of its file in a checkpoint."""
-        averages = {AVERAGES: self.exported, REFERENCE: self.reference}
-        return {
-            name: average for name, average in averages.items() if average is not None
-        }
+        averages: dict[str, WeightAverage] = {}
+        if self.exported is not None:
+            averages[AVERAGES] = self.exported
+        if self.reference is not None:
+            averages[REFERENCE] = self.reference
+        return averages
 
 
 def make_averages(
@@ -144,21 +147,20 @@ def make_averages(
 ) -> Averages:
     """The average that is exported, where ``ema_decay`` is not 0, and the reference tower over an
     ``image_side``; both as the checkpoint has them, if the run resumes."""
+    updates = 0
+    exported_values = None
+    reference_values = None
+    if resumed is not None:
+        updates = resumed.state.step
+        exported_values = resumed.averages
+        reference_values = resumed.reference
     exported = None
-    reference = None
     if ema_decay:
         exported = WeightAverage(
-            engine,
-            ema_decay,
-            warmup=True,
-            updates=resumed.state.step if resumed is not None else 0,
-            values=resumed.averages if resumed is not None else None,
+            engine, ema_decay, warmup=True, updates=updates, values=exported_values
         )
+    reference = None
     if image_side is not None:
-        reference = ReferenceTower(
-            engine,
-            distill.decay if distill.reference == "ema" else 1.0,
-            image_side,
-            values=resumed.reference if resumed is not None else None,
-        )
+        decay = distill.decay if distill.reference == "ema" else 1.0
+        reference = ReferenceTower(engine, decay, image_side, values=reference_values)
     return Averages(exported, reference)

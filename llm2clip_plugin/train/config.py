@@ -461,9 +461,9 @@ class TrainConfig:
         unit = world * micro
         if self.global_batch % unit == 0:
             return local, micro, local // micro
-        shares = f"{world} ranks" + (
-            f" x train.micro_batch {micro}" if self.micro_batch else ""
-        )
+        shares = f"{world} ranks"
+        if self.micro_batch:
+            shares += f" x train.micro_batch {micro}"
         fits = max(unit, self.global_batch // unit * unit)
         raise ValueError(
             f"global_batch {self.global_batch} is not a multiple of {shares}; "

@@ -230,18 +230,16 @@ class StepTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._marks: list[
-            tuple[str, Any]
-        ] = []  # phase, and where it begins; "" between steps
+        # phase, and where it begins; "" between steps
+        self._marks: list[tuple[str, Any]] = []
 
     def _mark(self, phase: str) -> None:
-        moment: Any = (
-            torch.cuda.Event(enable_timing=True)
-            if self._on_gpu
-            else time.perf_counter()
-        )
+        moment: Any
         if self._on_gpu:
+            moment = torch.cuda.Event(enable_timing=True)
             moment.record()
+        else:
+            moment = time.perf_counter()
         self._marks.append((phase, moment))
 
     def start(self) -> None:
@@ -314,12 +312,11 @@ def gather_together(*tensors: Tensor, group: Group = None) -> list[Tensor]:
     if world_size(group) == 1:
         return [gather_rows(local, group) for local in tensors]
     rows = [local.detach().contiguous().view(torch.uint8) for local in tensors]
-    gathered = gather_rows(torch.cat(rows, 1), group).split(
-        [row.shape[1] for row in rows], 1
-    )
+    widths = [row.shape[1] for row in rows]
+    parts = gather_rows(torch.cat(rows, 1), group).split(widths, 1)
     return [
         part.contiguous().view(local.dtype)
-        for part, local in zip(gathered, tensors, strict=True)
+        for part, local in zip(parts, tensors, strict=True)
     ]
 
 
@@ -342,7 +339,8 @@ def sum_own_rows(values: Tensor, group: Group = None) -> Tensor:
     sum's traffic."""
     if world_size(group) == 1:
         return values
-    rows_sum = values.new_empty((len(values) // world_size(group), *values.shape[1:]))
+    rows = len(values) // world_size(group)
+    rows_sum = values.new_empty((rows, *values.shape[1:]))
     dist.reduce_scatter_tensor(rows_sum, values.contiguous(), group=group)
     return rows_sum
 
@@ -416,15 +414,15 @@ def _padded(value: object, group: Group) -> tuple[Tensor, list[int]]:
 
 def _unpadded(parts: list[Tensor], sizes: list[int]) -> list[Any]:
     """The values of padded parts; none if there are none."""
-    return [
-        unpack(part[:size].cpu().numpy().tobytes())
-        for part, size in zip(parts, sizes, strict=False)
-    ]
+    values = []
+    for part, size in zip(parts, sizes, strict=False):
+        data = part[:size].cpu().numpy().tobytes()
+        values.append(unpack(data))
+    return values
 
 
-_turns = (
-    itertools.count()
-)  # of on_first_rank and leaving_together: the same on every rank
+# of on_first_rank and leaving_together: the same on every rank
+_turns = itertools.count()
 
 
 def on_first_rank(work: Callable[[], Value]) -> Value:
@@ -448,10 +446,9 @@ def on_first_rank(work: Callable[[], Value]) -> Value:
         answer = pack([result, None if error is None else str(error)])
         store.set(key, answer)  # pyright: ignore[reportArgumentType]
         # rank 0 may host the store: if it ended now, the others would not get the answer
-        _poll(
-            lambda: store.add(f"{key}/read", 0) == world_size() - 1,
-            limit=math.inf if error is None else 30.0,
-        )
+        others = world_size() - 1
+        limit = math.inf if error is None else 30.0
+        _poll(lambda: store.add(f"{key}/read", 0) == others, limit=limit)
         if error is not None:
             raise error
         return result  # pyright: ignore[reportReturnType]

@@ -8,11 +8,9 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
-import numpy
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
@@ -34,6 +32,7 @@ from llm2clip_plugin.train.distributed import (
     timed,
     world_size,
 )
+from llm2clip_plugin.train.monitors import Monitors
 from llm2clip_plugin.train.optim import (
     AdamW,
     FlatAdamW,
@@ -50,9 +49,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 ZERO_SUPPORTED_OPTIMIZERS.append(FlatAdamW)  # else a warning: it is "untested"
 # leaves out all non-finite updates; waits for gathers that gloo ends in any order
 OLDEST_DEEPSPEED = Version("0.19.8")
-EXCHANGED = (
-    1 << 24
-)  # values, or rows, of a master that are exchanged at once: 64 MiB of a flat one
+# values, or rows, of a master that are exchanged at once: 64 MiB of a flat one
+EXCHANGED = 1 << 24
 # of (name, value, dtype or that of the value): checkpoint.on_host on rank 0
 Copy = Callable[..., Tensor]
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -70,11 +68,14 @@ def start_ranks(timeout: float = DDP_TIMEOUT) -> torch.device:
     if not dist.is_initialized():
         join_ranks(device, timeout)
         # the group's threads could abort the process while the interpreter exits
-        atexit.register(
-            lambda: dist.destroy_process_group() if dist.is_initialized() else None
-        )
+        atexit.register(_destroy_group)
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout))
     return device
+
+
+def _destroy_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def prepare_deepspeed() -> None:
@@ -89,19 +90,14 @@ def check_deepspeed(config: dict[str, Any], where: str) -> None:
     refuses."""
     prepare_deepspeed()
     world = world_size()  # of a plan's ranks there may be none yet
-    batch = (
-        world
-        * config["train_micro_batch_size_per_gpu"]
-        * config["gradient_accumulation_steps"]
-    )
+    micro_batches = world * config["gradient_accumulation_steps"]
+    batch = micro_batches * config["train_micro_batch_size_per_gpu"]
     try:
         deepspeed.DeepSpeedConfig({**config, "train_batch_size": batch})
-    except (
-        Exception
-    ) as error:  # DeepSpeed's own, pydantic's, or what its reader stumbles over
-        raise ValueError(
-            f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}"
-        ) from error
+    # DeepSpeed's own, pydantic's, or what its reader stumbles over
+    except Exception as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{where}: DeepSpeed refuses it: {problem}") from error
 
 
 class Engine:
@@ -130,7 +126,6 @@ class Engine:
         self.stage = zero_stage(config)
         self.module = module
         self.keep_frozen = keep_frozen
-        on_gpu = torch.cuda.is_available()
         offloads = offloads_optimizer(config)
         if self.stage and Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
             raise ValueError(
@@ -144,69 +139,67 @@ class Engine:
             if p.requires_grad or p.numel() == 1
         }
         self.optimizer = chosen_optimizer(optim)
-        hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-        rates: dict[Tensor, Rates] = {}
-        if self.stage in (1, 2) and type(self.optimizer) is AdamW and not offloads:
-            groups, rates = as_one_group(groups)
-            optimizer: torch.optim.Optimizer = FlatAdamW(groups, **hyper, fused=on_gpu)
-        elif on_gpu and offloads:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            optimizer = DeepSpeedCPUAdam(groups, **hyper)
-        else:
-            optimizer = self.optimizer.make(groups, **hyper)
+        optimizer, rates = self._make_optimizer(groups, optim, offloads=offloads)
         prepare_deepspeed()
-        # step() computes the gradient norm of ZeRO-0 anyway; DeepSpeed's own clipping would compute
-        # it again
-        self._clip = (
-            float(config.get("gradient_clipping", 0.0)) if self.stage == 0 else 0.0
-        )
-        config = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
+        self._clip = 0.0
+        if self.stage == 0:
+            # step() computes the gradient norm of ZeRO-0 anyway; DeepSpeed's own clipping would
+            # compute it again
+            self._clip = float(config.get("gradient_clipping", 0.0))
+            config = {**config, "gradient_clipping": 0.0}
         # BF16_Optimizer prints its memory, group by group
         with contextlib.redirect_stdout(io.StringIO()):
             device_engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config
             )
-        self.device_engine: Any = (
-            device_engine  # its optimizer is one of a dozen classes
-        )
-        # DeepSpeed would also write the learning rate, by samples since the last start
-        self._monitor = self.device_engine.monitor
-        self.device_engine.monitor = SimpleNamespace(enabled=False)
-        # DeepSpeed would call W&B for each value
-        self._wandb = self._monitor.wandb_monitor
-        self._monitor.wandb_monitor = None
-        # with their texts, for the monitors' next values
-        self.pictures: dict[str, tuple[Any, str]] = {}
-        self.device_engine.allreduce_gradients = timed("communication")(
-            self.device_engine.allreduce_gradients
-        )
+        # its optimizer is one of a dozen classes
+        self.device_engine: Any = device_engine
+        self.monitors = Monitors(self.device_engine)
+        time_communication = timed("communication")
+        reduce_gradients = self.device_engine.allreduce_gradients
+        self.device_engine.allreduce_gradients = time_communication(reduce_gradients)
         if isinstance(optimizer, FlatAdamW):
             optimizer.parts = self._parts(rates)
             # which is not finite if a gradient is not
-            if getattr(device_engine.optimizer, "compute_grad_norm", False):
+            if getattr(self.device_engine.optimizer, "compute_grad_norm", False):
                 # the same, by another collective
                 self.device_engine.optimizer.check_overflow = lambda **_: None
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
-        self.trained = [
-            (name, p) for name, p in module.named_parameters() if p.requires_grad
-        ]
         # global, of the last step, before clipping; None if DeepSpeed reports none
         self.grad_norm: float | None = None
         if self._scaler is not None:
             # the loop ends the run, and names the samples
             self._scaler.raise_error_at_min_scale = False
-        if any(p.dtype != torch.float32 for _, p in self.trained):
-            self.write_trained(whole)
-        self._constants = {
-            p: whole[n]
-            for n, p in module.named_parameters()
-            if n in whole and not p.requires_grad
-        }
         if self.stage == 0 and world_size() == 1:
             # it would copy every gradient there and back
             self.device_engine.enable_backward_allreduce = False
+
+        self.trained: list[tuple[str, nn.Parameter]] = []
+        self._constants: dict[nn.Parameter, Tensor] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                self.trained.append((name, parameter))
+            elif name in whole:
+                self._constants[parameter] = whole[name]
+        if any(parameter.dtype != torch.float32 for _, parameter in self.trained):
+            self.write_trained(whole)
+
+    def _make_optimizer(
+        self, groups: list[dict[str, Any]], optim: OptimConfig, *, offloads: bool
+    ) -> tuple[torch.optim.Optimizer, dict[Tensor, Rates]]:
+        """The optimizer that DeepSpeed gets, and the settings of each parameter for a FlatAdamW; {}
+        for others."""
+        on_gpu = torch.cuda.is_available()
+        hyper: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+        if self.stage in (1, 2) and type(self.optimizer) is AdamW and not offloads:
+            one_group, rates = as_one_group(groups)
+            return FlatAdamW(one_group, **hyper, fused=on_gpu), rates
+        if on_gpu and offloads:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, **hyper), {}
+        return self.optimizer.make(groups, **hyper), {}
 
     def __call__(self, *inputs: Tensor | None, **options: int) -> Any:
         """The forward pass of the module."""
@@ -236,14 +229,13 @@ class Engine:
     def read(self, numbers: Tensor) -> list[float]:
         """(n,) numbers of the last step on the host, which waits for the device, and ``grad_norm``
         with them."""
-        norm = (
-            self.device_engine.get_global_grad_norm() if self.stage else self.grad_norm
-        )
+        norm = self.grad_norm
+        if self.stage:
+            norm = self.device_engine.get_global_grad_norm()
         if norm is None:
             return numbers.tolist()
-        *values, self.grad_norm = torch.cat(
-            [numbers, torch.as_tensor(norm).to(numbers).reshape(1)]
-        ).tolist()
+        norm_as_numbers = torch.as_tensor(norm).to(numbers).reshape(1)
+        *values, self.grad_norm = torch.cat([numbers, norm_as_numbers]).tolist()
         return values
 
     @property
@@ -298,31 +290,6 @@ class Engine:
             parameters, modifier_rank=modifier, enabled=self.stage == 3
         )
 
-    def report(self, values: dict[str, float], samples: int) -> None:
-        """Send labeled values and ``pictures`` to DeepSpeed's monitors (TensorBoard, W&B, CSV),
-        from rank 0; to W&B in one call."""
-        if not self._monitor.enabled:
-            return
-        if self._wandb is not None:
-            import wandb
-
-            shown_images = {
-                name: wandb.Image(picture, caption=text)
-                for name, (picture, text) in self.pictures.items()
-            }
-            self._wandb.log({**values, **shown_images}, step=samples)
-        if self._monitor.tb_monitor is not None:
-            for name, (picture, text) in self.pictures.items():
-                writer = self._monitor.tb_monitor.summary_writer
-                writer.add_image(
-                    name, numpy.asarray(picture), samples, dataformats="HWC"
-                )
-                writer.add_text(name, text, samples)
-        self._monitor.write_events(
-            [(label, value, samples) for label, value in values.items()]
-        )
-        self.pictures.clear()
-
     def weights(self, copy: Copy | None) -> dict[str, Tensor]:
         """fp32 values of all parameters, and all persistent buffers, as made by ``copy``; {} on
         ranks without one."""
@@ -334,11 +301,9 @@ class Engine:
                         values[name] = copy(name, parameter, torch.float32)
         if copy and self.keep_frozen:
             persistent = self.module.state_dict(keep_vars=True).keys()
-            values |= {
-                n: copy(n, buffer)
-                for n, buffer in self.module.named_buffers()
-                if n in persistent
-            }
+            for name, buffer in self.module.named_buffers():
+                if name in persistent:
+                    values[name] = copy(name, buffer)
         return values
 
     def read_trained(
@@ -416,13 +381,12 @@ class Engine:
         """The moments of this rank's masters, named as if it were rank ``source``:
         ``zero2-of-4.0.1.state1`` is of rank 0's second master. One that is too small for 8 bits has
         fewer."""
+        prefix = f"zero{self.stage}-of-{self._parted}.{source}"
         for number, master in enumerate(self.masters()):
             state = self._base.state.get(master, {})
-            for moment in filter(state.__contains__, self.optimizer.moments):
-                yield (
-                    f"zero{self.stage}-of-{self._parted}.{source}.{number}.{moment}",
-                    state[moment],
-                )
+            for moment in self.optimizer.moments:
+                if moment in state:
+                    yield f"{prefix}.{number}.{moment}", state[moment]
 
     @property
     def _parted(self) -> int:
@@ -444,10 +408,9 @@ class Engine:
         """
         self.write_trained(weights)
         if moments:
+            updates = int(state["updates"])
             for master in self.masters():
-                empty = self.optimizer.empty_state(
-                    self._base, master, int(state["updates"])
-                )
+                empty = self.optimizer.empty_state(self._base, master, updates)
                 self._base.state[master] = empty
             if self.optimizer.by_rank:
                 self._restore_by_rank(moments)
@@ -522,20 +485,16 @@ class Engine:
     def _base(self) -> torch.optim.Optimizer:
         """The optimizer itself, inside whatever DeepSpeed wrapped around it."""
         optimizer = self.device_engine.optimizer
-        return (
-            optimizer
-            if isinstance(optimizer, torch.optim.Optimizer)
-            else optimizer.optimizer
-        )
+        if isinstance(optimizer, torch.optim.Optimizer):
+            return optimizer
+        return optimizer.optimizer
 
     @property
     def _scaler(self) -> Any:
         """The object that holds the dynamic loss scale; None if nothing is scaled."""
-        return (
-            self.device_engine.optimizer.loss_scaler
-            if self.device_engine.fp16_enabled()
-            else None
-        )
+        if not self.device_engine.fp16_enabled():
+            return None
+        return self.device_engine.optimizer.loss_scaler
 
     def masters(self) -> list[Tensor]:
         """The fp32 tensors that the optimizer updates on this rank: the parameters, or flat
@@ -555,11 +514,10 @@ class Engine:
         """Where this rank's masters hold parameters of the same rates, under ZeRO-1 and 2."""
         optimizer = self.device_engine.optimizer
         parts = {}
-        layers = (
-            optimizer.bit16_groups
-            if hasattr(optimizer, "bit16_groups")
-            else optimizer.bf16_groups
-        )
+        if hasattr(optimizer, "bit16_groups"):
+            layers = optimizer.bit16_groups
+        else:
+            layers = optimizer.bf16_groups
         for master, parameters in zip(self.masters(), layers, strict=True):
             by_rate: dict[Rates, list[slice]] = parts.setdefault(master, {})
             for parameter in parameters:
@@ -568,9 +526,8 @@ class Engine:
                 address = parameter._hp_mapping.get_hp_fragment_address()
                 slices = by_rate.setdefault(rates[parameter], [])
                 start = address.start
-                if (
-                    slices and slices[-1].stop == start
-                ):  # together with the one before it
+                # together with the one before it
+                if slices and slices[-1].stop == start:
                     start = slices.pop().start
                 slices.append(slice(start, address.start + address.numel))
         return parts

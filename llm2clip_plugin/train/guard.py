@@ -211,9 +211,8 @@ class Watch(AbstractContextManager[None]):
             return
         code = frame.f_code
         late = f"late/{now.number}/{int(math.log2(seconds / self.straggler_seconds))}"
-        waits = code.co_name in WAITING_FUNCTIONS or any(
-            part in code.co_filename for part in WAITING_IN
-        )
+        in_waiting_file = any(part in code.co_filename for part in WAITING_IN)
+        waits = in_waiting_file or code.co_name in WAITING_FUNCTIONS
         if not waits and late != self._reported:
             self._reported = late
             if self.store.add(late, 1) <= NAMED:
@@ -268,9 +267,8 @@ def refuse_disagreement(facts: Facts, advice: Mapping[str, str]) -> None:
     for name in differing[:LISTED]:
         holders: dict[tuple[str, str], list[str]] = {}  # value and host -> ranks
         for number, (host, facts) in enumerate(ranks):
-            holders.setdefault((facts.get(name, "absent"), host), []).append(
-                str(number)
-            )
+            value = facts.get(name, "absent")
+            holders.setdefault((value, host), []).append(str(number))
         groups = [
             f"{value} on {host} (ranks {', '.join(numbers)})"
             for (value, host), numbers in holders.items()
@@ -291,11 +289,9 @@ def shared_folder(folder: Path) -> str:
     gather_objects(seen)  # all have looked
     if rank() == 0:
         file.unlink(missing_ok=True)
-    return (
-        "shared with rank 0"
-        if seen
-        else f"{folder.absolute()} lacks a file that rank 0 has just written"
-    )
+    if not seen:
+        return f"{folder.absolute()} lacks a file that rank 0 has just written"
+    return "shared with rank 0"
 
 
 def _appears(path: Path) -> bool:
@@ -312,11 +308,10 @@ def readable_checkpoint(path: Path, state_file: str) -> str:
     """A checkpoint as this rank reads it: the digest of its state, and the sizes of its files."""
     if not _appears(path / state_file):
         return f"{path.name} is missing"
-    sizes = [
-        f"{file.name} {file.stat().st_size} bytes"
-        for file in sorted(path.glob("*.safetensors"))
-    ]
-    return f"{path.name} {sha256_file(path / state_file)[:12]}, {', '.join(sizes)}"
+    files = sorted(path.glob("*.safetensors"))
+    sizes = ", ".join(f"{file.name} {file.stat().st_size} bytes" for file in files)
+    digest = sha256_file(path / state_file)[:12]
+    return f"{path.name} {digest}, {sizes}"
 
 
 @contextmanager
@@ -394,12 +389,11 @@ def check_finite(module: nn.Module, where: str | os.PathLike[str]) -> None:
     """Raise ValueError naming the first tensor of a module with a NaN or an infinity; ``where``:
     what it was read from."""
     for name, value in module.state_dict().items():
+        if not value.is_floating_point() or not value.numel():
+            continue
         # NaN in both ends if there is one; isfinite of all takes 17 times as long
-        if (
-            value.is_floating_point()
-            and value.numel()
-            and not torch.stack(torch.aminmax(value)).isfinite().all()
-        ):
+        ends = torch.stack(torch.aminmax(value))
+        if not ends.isfinite().all():
             bad = int((~torch.isfinite(value)).sum())
             raise ValueError(
                 f"{where}: {bad} of the {value.numel()} values of {name} are NaN or infinite; "

@@ -141,9 +141,9 @@ def _evaluate_if_due(
 ) -> TrainState:
     """Evaluate every so many steps and at the end, after the checkpoint of the same step, which
     gets the scores."""
-    if parts.evaluate is None or not (
-        state.step == parts.total_steps or _due(parts.train.eval_steps, state.step)
-    ):
+    is_last = state.step == parts.total_steps
+    is_due = is_last or _due(parts.train.eval_steps, state.step)
+    if parts.evaluate is None or not is_due:
         return state
     state = replace(state, metrics=parts.evaluate(), evaluated=state.step)
     reports.scores(state, state.metrics)
@@ -172,19 +172,18 @@ def _timed_step(
     try:
         with phase("forward and backward"):
             loss, values = parts.step(batch, flags)
-        values = {"loss": loss, **values, "grad_norm": engine.grad_norm}
+        measured = {"loss": loss, **values, "grad_norm": engine.grad_norm}
         values = {
             name: value
-            for name, value in values.items()
+            for name, value in measured.items()
             if value is not None and math.isfinite(value)
         }
     except NonFiniteLossError as error:
         if len(state.bad_batches) >= parts.train.skip_bad_batches:
             raise
         values = {}
-        bad = [
-            {"step": state.step + 1, "samples": batch["position"], "reason": error.what}
-        ]
+        bad_batch = {"step": state.step + 1, "samples": batch["position"]}
+        bad = [{**bad_batch, "reason": error.what}]
     with timed("optimizer"):
         for average in parts.averages.values():
             average.update()

@@ -52,11 +52,9 @@ def build_dual(tower: TowerConfig, dual: DualConfig, *, seed: int) -> DualEncode
         vision = new_tower(tower.architecture, image_size=tower.image_size or None)
         return _trainable(DualEncoder(vision, dual), tower)
     if not tower.path:
-        wanted = (
-            f" (made by `llm2clip import` for {tower.architecture})"
-            if tower.architecture
-            else ""
-        )
+        wanted = ""
+        if tower.architecture:
+            wanted = f" (made by `llm2clip import` for {tower.architecture})"
         raise ValueError(
             f"no tower to train: set --tower to a directory{wanted} or Hub id"
         )
@@ -145,11 +143,9 @@ def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]
     blocks = tower_blocks(model.tower)
     embeddings = {id(p) for p in tower_embeddings_parameters(model.tower)}
     top = len(blocks) + 1
-    depth = {
-        id(p): number + 1
-        for number, block in enumerate(blocks)
-        for p in block.parameters()
-    }
+    depth: dict[int, int] = {}  # by id of the parameter
+    for number, block in enumerate(blocks, 1):
+        depth |= {id(p): number for p in block.parameters()}
     depth |= dict.fromkeys(embeddings, 0)
     depth |= {id(p): top for p in parameters_in(model.tower, config.full_lr)}
     trained = []
@@ -160,11 +156,8 @@ def trained_parameters(model: DualEncoder, config: OptimConfig) -> list[Trained]
         if name.startswith("tower."):
             lr = config.lr * config.layer_decay ** (top - depth.get(id(parameter), top))
         # NaFlex's is linear
-        table = (
-            id(parameter) in embeddings
-            and parameter.ndim != 4
-            and "patch_embed" not in name
-        )
+        embeds_patches = parameter.ndim == 4 or "patch_embed" in name
+        table = id(parameter) in embeddings and not embeds_patches
         decay = not is_vector(parameter) and not table
         trained.append(Trained(name=name, parameter=parameter, lr=lr, decay=decay))
     return trained

@@ -33,15 +33,11 @@ def non_finite_error(
             f"it starts with {first}",
             "lower the learning rate, use fp32, or leave such batches out with --skip-bad-batches",
         )
-    bad = [
-        key
-        for key, finite in zip(batch["keys"], finite_b.tolist(), strict=True)
-        if not finite
-    ]
+    keys = zip(batch["keys"], finite_b.tolist(), strict=True)
+    bad = [key for key, is_finite in keys if not is_finite]
     if named := keys_by_rank(bad):
-        samples = (
-            f"{sum(gather_objects(len(bad)))} samples have non-finite features: {named}"
-        )
+        count = sum(gather_objects(len(bad)))
+        samples = f"{count} samples have non-finite features: {named}"
     else:
         samples = f"all features are finite; the batch starts with {first}"
     terms = ", ".join(f"{name} {value}" for name, value in values.items())

@@ -91,9 +91,8 @@ class FlatAdamW(torch.optim.AdamW):
     """AdamW over a master that holds parameters of different settings: one group, and so one norm
     and gather of ZeRO. The group's ``lr`` is the schedule's factor."""
 
-    parts: dict[
-        Tensor, dict[Rates, list[slice]]
-    ]  # of each master; set once they are laid out
+    # of each master; set once they are laid out
+    parts: dict[Tensor, dict[Rates, list[slice]]]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -107,13 +106,14 @@ class FlatAdamW(torch.optim.AdamW):
                 if not state:
                     state.update(AdamW().empty_state(self, master, 0))
                 for (peak, weight_decay), parts in self.parts[master].items():
+                    moments = [_cut(state[moment], parts) for moment in AdamW.moments]
+                    steps = state["step"].repeat(len(parts))
                     adamw(
                         _cut(master, parts),
                         _cut(master.grad, parts),
-                        *(_cut(state[moment], parts) for moment in AdamW.moments),
+                        *moments,
                         max_exp_avg_sqs=[],
-                        # counted up inside
-                        state_steps=list(state["step"].repeat(len(parts)).unbind()),
+                        state_steps=list(steps.unbind()),  # counted up inside
                         foreach=False,
                         fused=group["fused"],
                         amsgrad=False,
@@ -158,19 +158,19 @@ class AdamW8bit(AdamW):
         )
 
     def empty_state(self, optimizer: Any, master: Tensor, updates: int) -> State:
-        in_8bit = master.numel() >= self.min_8bit_size
         state: State = {"step": updates}
-        for number in (1, 2):
-            state[f"state{number}"] = torch.zeros_like(
-                master.data, dtype=torch.uint8 if in_8bit else torch.float32
-            )
-            if in_8bit:
-                blocks = -(-master.numel() // BLOCK)
-                state[f"absmax{number}"] = torch.zeros(
-                    blocks, dtype=torch.float32, device=master.device
-                )
-                table = optimizer.name2qmap["dynamic" if number == 1 else "udynamic"]
-                state[f"qmap{number}"] = table.to(master.device)
+        if master.numel() < self.min_8bit_size:
+            for number in (1, 2):
+                moment = torch.zeros_like(master.data, dtype=torch.float32)
+                state[f"state{number}"] = moment
+            return state
+        blocks = math.ceil(master.numel() / BLOCK)
+        for number, table in ((1, "dynamic"), (2, "udynamic")):
+            indices = torch.zeros_like(master.data, dtype=torch.uint8)
+            largest = torch.zeros(blocks, dtype=torch.float32, device=master.device)
+            state[f"state{number}"] = indices
+            state[f"absmax{number}"] = largest
+            state[f"qmap{number}"] = optimizer.name2qmap[table].to(master.device)
         return state
 
 
@@ -285,52 +285,16 @@ def complete(
     Half-precision gradients of 16 ranks or more are reduced in fp32 if neither the file nor the run
     sets a type.
     """
+    _refuse_unknown_sections(user, where)
     config = copy.deepcopy(user)
-    for (
-        name
-    ) in config:  # DeepSpeed ignores what it does not know, and would train without it
-        if name not in SECTIONS and (
-            near := get_close_matches(name, SECTIONS, 1, 0.85)
-        ):
-            raise ValueError(
-                f"{where}: unknown key {name!r}; did you mean {near[0]!r}?"
-            )
-    for name in SECTIONS:
-        if not isinstance(config.get(name, {}), dict):
-            raise ValueError(f"{where}: {name} is {config[name]!r}, expected an object")
-    if (
-        config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
-        == "nvme"
-    ):
-        raise ValueError(
-            f"{where}: offload_optimizer to NVMe is not supported; use the device cpu"
-        )
-    conflicts = []
-    for section in ("optimizer", "scheduler"):
-        for name, value in config.pop(section, {}).get("params", {}).items():
-            if value != "auto":
-                conflicts.append(
-                    f'{section}.params.{name} is {value!r}, expected "auto": '
-                    "the run has --lr, --weight-decay, --warmup-steps, ..."
-                )
-    if (kind := user.get("optimizer", {}).get("type", "AdamW")) not in (
-        "Adam",
-        "AdamW",
-    ):
-        conflicts.append(
-            f"optimizer.type is {kind!r}, but the run uses {optim.name!r} (--optimizer)"
-        )
+    conflicts = _remove_optimizer(config, optim.name)
     conflicts += _set_run_values(config, train, optim, world)
     if conflicts:
-        raise ValueError(
-            f"{where} conflicts with the run:\n  " + "\n  ".join(conflicts)
-        )
+        listed = "\n  ".join(conflicts)
+        raise ValueError(f"{where} conflicts with the run:\n  {listed}")
+    is_half = train.precision != "fp32"
     reduced = config.get("communication_data_type", "auto")
-    if (
-        train.precision != "fp32"
-        and world >= FP32_REDUCTION_RANKS
-        and reduced == "auto"
-    ):
+    if is_half and world >= FP32_REDUCTION_RANKS and reduced == "auto":
         config["communication_data_type"] = "fp32"
     _fill_zero(config, train.precision, hidden_size)
     if type(chosen_optimizer(optim)) is not AdamW:
@@ -342,18 +306,54 @@ def complete(
         config.setdefault("zero_allow_untested_optimizer", True)
     run = Path(output_dir)
     for monitor in train.report_to:
-        of_files = {"output_path": str(run / "monitor"), "job_name": run.name}
-        run_settings = (
-            {"project": "llm2clip", "group": run.name}
-            if monitor == "wandb"
-            else of_files
-        )
+        run_settings = {"output_path": str(run / "monitor"), "job_name": run.name}
+        if monitor == "wandb":
+            run_settings = {"project": "llm2clip", "group": run.name}
         config.setdefault(MONITORS[monitor], {"enabled": True, **run_settings})
     # the run has its own progress bar, and its own clock:
     config.setdefault("steps_per_print", 1 << 31)
     # this one waits for the GPU at every micro-batch
     config.setdefault("timers", {"throughput": {"enabled": False}})
     return config
+
+
+def _refuse_unknown_sections(user: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a section that is misspelt, is no object, or is not supported."""
+    for name in user:
+        if name in SECTIONS:
+            continue
+        # DeepSpeed ignores what it does not know, and would train without it
+        near = get_close_matches(name, SECTIONS, 1, 0.85)
+        if near:
+            raise ValueError(
+                f"{where}: unknown key {name!r}; did you mean {near[0]!r}?"
+            )
+    for name in SECTIONS:
+        if not isinstance(user.get(name, {}), dict):
+            raise ValueError(f"{where}: {name} is {user[name]!r}, expected an object")
+    if _offload_device(user) == "nvme":
+        raise ValueError(
+            f"{where}: offload_optimizer to NVMe is not supported; use the device cpu"
+        )
+
+
+def _remove_optimizer(config: dict[str, Any], optimizer: str) -> list[str]:
+    """Remove the sections of an optimizer and a schedule; returns the conflicts with those of the
+    run."""
+    conflicts = []
+    kind = config.get("optimizer", {}).get("type", "AdamW")
+    for section in ("optimizer", "scheduler"):
+        for name, value in config.pop(section, {}).get("params", {}).items():
+            if value != "auto":
+                conflicts.append(
+                    f'{section}.params.{name} is {value!r}, expected "auto": '
+                    "the run has --lr, --weight-decay, --warmup-steps, ..."
+                )
+    if kind not in ("Adam", "AdamW"):
+        conflicts.append(
+            f"optimizer.type is {kind!r}, but the run uses {optimizer!r} (--optimizer)"
+        )
+    return conflicts
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -363,12 +363,13 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
     """Whether optimizer states live on the CPU."""
-    device = (
-        config.get("zero_optimization", {})
-        .get("offload_optimizer", {})
-        .get("device", "none")
-    )
-    return device not in ("none", None)
+    return _offload_device(config) not in ("none", None)
+
+
+def _offload_device(config: dict[str, Any]) -> str | None:
+    """Where the optimizer's states live if not with the weights."""
+    zero = config.get("zero_optimization", {})
+    return zero.get("offload_optimizer", {}).get("device", "none")
 
 
 def _set_run_values(
@@ -382,24 +383,18 @@ def _set_run_values(
         ("gradient_accumulation_steps", accumulation, "--micro-batch"),
         ("gradient_clipping", optim.max_grad_norm, "--max-grad-norm"),
     ]
-    if train.communication_data_type:
+    if reduced_in := train.communication_data_type:
         rows.append(
-            (
-                "communication_data_type",
-                train.communication_data_type,
-                "--communication-data-type",
-            )
+            ("communication_data_type", reduced_in, "--communication-data-type")
         )
     for kind in ("bf16", "fp16"):
         if kind in config or train.precision == kind:
             rows.append((f"{kind}.enabled", train.precision == kind, "--precision"))
-    if (
-        train.precision == "bf16"
-    ):  # DeepSpeed leaves out an update whose gradient is not finite
+    computes_norm = "compute_grad_norm" in config.get("zero_optimization", {})
+    # DeepSpeed leaves out an update whose gradient is not finite
+    if train.precision == "bf16":
         rows.append(("bf16.check_grad_overflow", True, "--skip-bad-batches"))
-    elif train.precision == "fp32" and "compute_grad_norm" in config.get(
-        "zero_optimization", {}
-    ):
+    elif train.precision == "fp32" and computes_norm:
         # its only check
         rows.append(("zero_optimization.compute_grad_norm", True, "--skip-bad-batches"))
     conflicts = []
@@ -437,10 +432,7 @@ def _fill_zero(config: dict[str, Any], precision: Precision, hidden_size: int) -
         config["zero_optimization"] = {**REDUCTION, **zero}
     if offloads_optimizer(config):
         config.setdefault("zero_force_ds_cpu_optimizer", False)
-    if (
-        precision == "bf16"
-        and config["gradient_accumulation_steps"] > 1
-        and zero.get("stage", 0) >= 1
-    ):
+    accumulates = config["gradient_accumulation_steps"] > 1
+    if precision == "bf16" and accumulates and zero.get("stage", 0) >= 1:
         # in bf16, a micro-batch's gradient below 1/256 of the sum so far is rounded away
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")

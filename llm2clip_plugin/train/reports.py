@@ -166,7 +166,7 @@ class Reports:
                 for name, value in values.items()
                 if not isinstance(value, str)
             }
-            self._attempt(self.engine.report, numbers, state.samples)
+            self._attempt(self.engine.monitors.report, numbers, state.samples)
 
     def _describe(self, *, refresh: bool) -> None:
         """The latest values behind the bar."""
@@ -250,13 +250,11 @@ def phase_seconds(
     mean = timer.lap()
     values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
     if world_size() > 1:
-        seconds = torch.tensor(
-            [[sum(mean.values()), mean["data"], mean["communication"]]]
-        )
-        steps, data, communication = gather_rows(seconds.to(device)).T.tolist()
-        busy = [
-            step - waited for step, waited in zip(steps, communication, strict=True)
-        ]
+        own = [sum(mean.values()), mean["data"], mean["communication"]]
+        seconds = gather_rows(torch.tensor([own]).to(device))
+        steps, data, communication = seconds.T.tolist()
+        step_and_wait = zip(steps, communication, strict=True)
+        busy = [step - waited for step, waited in step_and_wait]
         for name, column in (("step", steps), ("data", data), ("busy", busy)):
             values |= {
                 f"{name}_seconds_min": min(column),
@@ -282,14 +280,15 @@ def start_trace(
     name = f"{socket.gethostname()}-rank{rank()}"  # NAME.TIME.pt.trace.json
     write = torch.profiler.tensorboard_trace_handler(str(folder / PROFILE), name)
     before = min(WARM_UP, steps_left - steps)
+    schedule = torch.profiler.schedule(
+        skip_first=max(0, before - 1),
+        wait=0,
+        warmup=min(1, before),
+        active=steps,
+        repeat=1,
+    )
     trace = torch.profiler.profile(
-        schedule=torch.profiler.schedule(
-            skip_first=max(0, before - 1),
-            wait=0,
-            warmup=min(1, before),
-            active=steps,
-            repeat=1,
-        ),
+        schedule=schedule,
         on_trace_ready=lambda profile: attempt(write, profile),
     )
     trace.start()

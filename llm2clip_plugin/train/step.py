@@ -142,10 +142,10 @@ class ContrastiveStep(ABC):
         rows = len(batch["keys"])  # of this rank
         size = rows // self.engine.accumulation
         first = batch["position"] - (world_size() - rank()) * rows
-        micro_batches = [
-            {**self._rows(batch, slice(i, i + size)), "first": first + i}
-            for i in range(0, rows, size)
-        ]
+        micro_batches: list[Batch] = []
+        for start in range(0, rows, size):
+            micro = self._rows(batch, slice(start, start + size))
+            micro_batches.append({**micro, "first": first + start})
         skipped = self.engine.skipped
         lowers = self.engine.can_lower_loss_scale
         if len(micro_batches) == 1:
@@ -156,9 +156,8 @@ class ContrastiveStep(ABC):
             self.engine.step()
         else:
             numbers, finite_b = self._cached_step(batch, micro_batches, flags)
-        means = dict(
-            zip(self._names_of_numbers(flags), self.engine.read(numbers), strict=True)
-        )
+        names = self._names_of_numbers(flags)
+        means = dict(zip(names, self.engine.read(numbers), strict=True))
         loss = means["loss"]
         if flags is not None:
             flags.raised = Flags(**{name: means[name] > 0 for name in Flags._fields})
@@ -188,16 +187,12 @@ class ContrastiveStep(ABC):
         )
         with torch.no_grad():
             parts = [self._encode(micro) for micro in micro_batches]
-        columns = zip(Encoded._fields, zip(*parts, strict=True), strict=True)
-        joined = {
-            name: column[0].clone() if name in SCALARS else _joined(column)
-            for name, column in columns
-        }
-        leaves = {
-            name: leaf.requires_grad_()
-            for name, leaf in joined.items()
-            if leaf is not None
-        }
+        leaves: dict[str, Tensor] = {}
+        columns = zip(*parts, strict=True)
+        for name, column in zip(Encoded._fields, columns, strict=True):
+            leaf = column[0].clone() if name in SCALARS else _joined(column)
+            if leaf is not None:
+                leaves[name] = leaf.requires_grad_()
         loss, numbers, finite_b = self._loss(
             Encoded(**leaves), batch, reference_bD, reference_patches_bTH, flags
         )
@@ -239,6 +234,7 @@ class ContrastiveStep(ABC):
         """This rank's sum of weighted terms; the ``_names_of_numbers``, which are means over ranks
         but for the logit scale; which pairs (b,) have finite features."""
         before = batch["position"] - len(batch["keys"]) * world_size()
+        progress = before / self.total_samples if self.total_samples else 1.0
         features = Features(
             anchor_bD=encoded.anchor_mD,
             positive_bkD=encoded.positive_mkD,
@@ -251,18 +247,16 @@ class ContrastiveStep(ABC):
             reference_patches_bTH=reference_patches_bTH,
             patch_features_bTD=encoded.patch_features_mTD,
             spatial_shapes=batch.get("spatial_shapes"),
-            progress=before / self.total_samples if self.total_samples else 1.0,
+            progress=progress,
         )
         losses = {name: term(features) for name, term in self.terms.items()}
         loss = torch.stack(list(losses.values())).sum()
         raised = [] if flags is None else [float(flag) for flag in flags.read()]
+        raised_on_device = torch.tensor(raised).to(loss, non_blocking=True)
         sent = torch.stack([loss, *losses.values()]).detach()
-        sums = sum_over_ranks(
-            torch.cat([sent, torch.tensor(raised).to(loss, non_blocking=True)])
-        )
-        numbers = torch.cat(
-            [sums / world_size(), encoded.log_scale.detach().exp().to(sums)]
-        )
+        sums = sum_over_ranks(torch.cat([sent, raised_on_device]))
+        logit_scale = encoded.log_scale.detach().exp().to(sums)
+        numbers = torch.cat([sums / world_size(), logit_scale])
         finite_anchor_b = encoded.anchor_mD.isfinite().all(1)
         finite_positive_b = encoded.positive_mkD.isfinite().flatten(1).all(1)
         finite_b = finite_anchor_b & finite_positive_b
@@ -312,10 +306,10 @@ class TowerStep(ContrastiveStep):
     def _on_device(self, batch: Batch) -> Batch:
         """Pixels stay bytes; embeddings stay fp32 because the adapter normalizes them first."""
         device = self.engine.device
-        moved = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in batch.items()
-        }
+        moved = dict(batch)
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
         # (b, k) of k captions an image; losses take (k, b)
         if (hashes := moved["caption_hashes"]).dim() > 1:
             moved["caption_hashes"] = hashes.T.contiguous()
@@ -338,9 +332,8 @@ class TowerStep(ContrastiveStep):
         image_mD, text_mD, *others = self.engine(
             pixel_values, micro["embeddings"], noise_mW, **options
         )
-        return Encoded(
-            image_mD, text_mD if text_mD.dim() > 2 else text_mD[:, None], *others
-        )
+        text_mkD = text_mD if text_mD.dim() > 2 else text_mD[:, None]
+        return Encoded(image_mD, text_mkD, *others)
 
     def _reference(self, micro: Batch) -> tuple[Tensor | None, Tensor | None]:
         if self.reference is None:

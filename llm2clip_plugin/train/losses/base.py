@@ -70,11 +70,9 @@ class Features:
 
     def patch_mask(self, patches: int) -> Tensor | None:
         """(b, T) bool: which of the T patches an image has; None where each has all."""
-        return (
-            None
-            if self.spatial_shapes is None
-            else patch_mask(self.spatial_shapes, patches)
-        )
+        if self.spatial_shapes is None:
+            return None
+        return patch_mask(self.spatial_shapes, patches)
 
     @property
     def of_batch(self) -> dict[str, Any]:
@@ -112,11 +110,11 @@ class LossTerm(ABC):
 def stack_ids(*ids: Tensor | None) -> Tensor | None:
     """(b,) or (j, b) int64 each -> (j, b) of those that are not None, or None; ids of two arguments
     do not meet."""
-    present = [
-        x.reshape(-1, x.shape[-1]) + kind * ID_SPACE
-        for kind, x in enumerate(ids)
-        if x is not None
-    ]
+    present: list[Tensor] = []
+    for kind, ids_of_kind in enumerate(ids):
+        if ids_of_kind is not None:
+            ids_jb = ids_of_kind.reshape(-1, ids_of_kind.shape[-1])
+            present.append(ids_jb + kind * ID_SPACE)
     return torch.cat(present) if present else None
 
 
@@ -161,10 +159,8 @@ class PairBlocks:
 
     def __iter__(self) -> Iterator[slice]:
         """The rows, a block at a time."""
-        return (
-            slice(start, min(start + self.block, self.rows))
-            for start in range(0, self.rows, self.block)
-        )
+        for start in range(0, self.rows, self.block):
+            yield slice(start, min(start + self.block, self.rows))
 
     @property
     def own_columns(self) -> slice:
@@ -183,12 +179,8 @@ class PairBlocks:
         """(R, N) bool: off-diagonal pairs that share an id of any kind; None without ids."""
         if self.ids_jb is None or self.ids_jN is None:
             return None
-        same_RN = torch.zeros(
-            rows.stop - rows.start,
-            self.columns,
-            dtype=torch.bool,
-            device=self.ids_jN.device,
-        )
+        shape = (rows.stop - rows.start, self.columns)
+        same_RN = torch.zeros(shape, dtype=torch.bool, device=self.ids_jN.device)
         # one's first caption may be another's second
         for ids_b, ids_N in product(self.ids_jb, self.ids_jN):
             same_RN |= ids_b[rows, None] == ids_N
@@ -222,12 +214,11 @@ class _Known(torch.autograd.Function):
     def forward(ctx, loss, *tensors):
         inputs = tensors[: len(tensors) // 2]
         grads = tensors[len(tensors) // 2 :]
-        ctx.save_for_backward(
-            *(
-                g.to(x.dtype).reshape(x.shape)
-                for x, g in zip(inputs, grads, strict=True)
-            )
-        )
+        saved = [
+            grad.to(value.dtype).reshape(value.shape)
+            for value, grad in zip(inputs, grads, strict=True)
+        ]
+        ctx.save_for_backward(*saved)
         return loss.clone()
 
     @staticmethod

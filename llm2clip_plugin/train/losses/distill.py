@@ -82,9 +82,8 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """One pass over blocks of rows against all columns. A pair is seen from both of its rows, on
     their ranks, so each rank has the complete gradient of its own rows and sends none."""
-    rows, targets = (
-        PairBlocks(x_bD, x_bD, None, block, group) for x_bD in (anchor_bD, reference_bD)
-    )
+    rows = PairBlocks(anchor_bD, anchor_bD, None, block, group)
+    targets = PairBlocks(reference_bD, reference_bD, None, block, group)
     pairs = max(1, rows.rows * (rows.columns - 1))
     loss = torch.zeros((), device=anchor_bD.device)
     grad_bD = torch.empty(rows.anchor_bD.shape, device=anchor_bD.device)
@@ -95,21 +94,14 @@ def _loss_and_gradient(
         difference_RN = distance_RN - target_RN.sqrt_()
         rows.diagonal(part, difference_RN).zero_()
         size_RN = difference_RN.abs()
-        loss += (
-            torch.where(size_RN < 1, 0.5 * size_RN.square(), size_RN - 0.5).sum()
-            / pairs
-        )
+        near_RN = 0.5 * size_RN.square()
+        loss += torch.where(size_RN < 1, near_RN, size_RN - 0.5).sum() / pairs
         # d smooth_l1 / d distance x d distance / d x_i = clamp(difference) (x_i - x_j) / distance;
         # twice, as the pair counts in row j too
-        slope_RN = (
-            difference_RN.clamp_(-1, 1)
-            .div_(distance_RN.clamp_(min=LEAST**0.5))
-            .mul_(2 / pairs)
-        )
-        grad_bD[part] = (
-            slope_RN.sum(1, keepdim=True) * rows.anchor_bD[part]
-            - slope_RN @ rows.positive_ND
-        )
+        distance_RN.clamp_(min=LEAST**0.5)
+        slope_RN = difference_RN.clamp_(-1, 1).div_(distance_RN).mul_(2 / pairs)
+        own_RD = slope_RN.sum(1, keepdim=True) * rows.anchor_bD[part]
+        grad_bD[part] = own_RD - slope_RN @ rows.positive_ND
     return loss, grad_bD
 
 

@@ -104,10 +104,9 @@ class MultiPositive(LossTerm):
 
     def __call__(self, features: Features) -> Tensor:
         scale = features.log_scale.exp()
+        anchor_bD = features.anchor_bD
         losses = [
-            contrastive_loss(
-                features.anchor_bD, positive_bD, scale, **features.of_batch
-            )
+            contrastive_loss(anchor_bD, positive_bD, scale, **features.of_batch)
             for positive_bD in features.positive_bkD.unbind(1)
         ]
         return torch.stack(losses).mean()
@@ -155,9 +154,9 @@ def _exponential_sums(
 
     The logits (b, N) themselves are returned too if they are a single block, else None.
     """
-    row_top_b, row_total_b, pair_b = (
-        torch.empty(blocks.rows, device=blocks.anchor_bD.device) for _ in range(3)
-    )
+    pair_b = torch.empty(blocks.rows, device=blocks.anchor_bD.device)
+    row_top_b = torch.empty_like(pair_b)
+    row_total_b = torch.empty_like(pair_b)
     column: ExpSums | None = None
     logits_RN = None
     for rows in blocks:
@@ -170,27 +169,21 @@ def _exponential_sums(
         column = part if column is None else _joined([column, part])
     assert column is not None
     if world_size(blocks.group) > 1:
-        tops_WN, totals_WN = gather_rows(
-            torch.stack(column)[None], blocks.group
-        ).unbind(1)
+        of_rank_1SN = torch.stack(column)[None]
+        tops_WN, totals_WN = gather_rows(of_rank_1SN, blocks.group).unbind(1)
         column = _joined(zip(tops_WN, totals_WN, strict=True))
-    return (
-        (row_top_b, row_total_b),
-        column,
-        pair_b,
-        logits_RN if blocks.block >= blocks.rows else None,
-    )
+    single_block = blocks.block >= blocks.rows
+    all_logits_RN = logits_RN if single_block else None
+    return (row_top_b, row_total_b), column, pair_b, all_logits_RN
 
 
 def _logits(blocks: PairBlocks, rows: slice, s: Tensor) -> Tensor:
     """(R, N) fp32 s x_i.y_j, EXCLUDED for excluded pairs."""
     logits_RN = blocks.cosines(rows).mul_(s)
     excluded_RN = blocks.excluded(rows)
-    return (
-        logits_RN
-        if excluded_RN is None
-        else logits_RN.masked_fill_(excluded_RN, EXCLUDED)
-    )
+    if excluded_RN is not None:
+        logits_RN.masked_fill_(excluded_RN, EXCLUDED)
+    return logits_RN
 
 
 def _slope(
@@ -203,11 +196,11 @@ def _slope(
 ) -> Tensor:
     """(R, N) derivatives of sum_r loss_r by the logits."""
     logits_RN = _logits(blocks, rows, s) if all_logits_RN is None else all_logits_RN
-    slope_RN = (
-        (logits_RN - row[0][rows, None])
-        .exp_()
-        .mul_(0.5 / blocks.rows / row[1][rows, None])
-    )
-    slope_RN.addcmul_(logits_RN.sub_(column[0]).exp_(), 0.5 / blocks.rows / column[1])
+    row_top_b, row_total_b = row
+    column_top_N, column_total_N = column
+    row_weight_R1 = 0.5 / blocks.rows / row_total_b[rows, None]
+    column_weight_N = 0.5 / blocks.rows / column_total_N
+    slope_RN = (logits_RN - row_top_b[rows, None]).exp_().mul_(row_weight_R1)
+    slope_RN.addcmul_(logits_RN.sub_(column_top_N).exp_(), column_weight_N)
     blocks.diagonal(rows, slope_RN).sub_(1 / blocks.rows)
     return slope_RN

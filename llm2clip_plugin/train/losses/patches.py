@@ -96,15 +96,13 @@ def _logits(
 ) -> Tensor:
     """(R, N) l_ij of R images."""
     cosine_RNT = caption_ND @ patch_RTD.mT
-    weight_RNT = (
-        cosine_RNT / temperature
-        + (0 if mask_RT is None else EXCLUDED * ~mask_RT[:, None])
-    ).softmax(-1)
-    return (
-        scale
-        * (weight_RNT * cosine_RNT).sum(-1)
-        / (weight_RNT @ patch_RTD).norm(dim=-1).clamp(min=1e-6)
-    )
+    attention_RNT = cosine_RNT / temperature
+    if mask_RT is not None:
+        attention_RNT = attention_RNT + EXCLUDED * ~mask_RT[:, None]
+    weight_RNT = attention_RNT.softmax(-1)
+    product_RN = (weight_RNT * cosine_RNT).sum(-1)
+    norm_RN = (weight_RNT @ patch_RTD).norm(dim=-1).clamp(min=1e-6)
+    return scale * product_RN / norm_RN
 
 
 def _loss_and_gradients(
@@ -120,13 +118,12 @@ def _loss_and_gradients(
     blocks = PairBlocks(caption_bD, caption_bD, ids_jb, features.block, group)
     # also holds v_ij
     blocks.block = features.block or max(1, blocks.block // sum(patch_bTD.shape[1:]))
-    whole_bTD, *others = (
-        x.detach().float() for x in (patch_bTD, blocks.positive_ND, scale)
-    )
+    whole_bTD = patch_bTD.detach().float()
+    others = [blocks.positive_ND.detach().float(), scale.detach().float()]
     mask_bT = features.patch_mask(patch_bTD.shape[1])
-    rows_and_masks = [
-        (rows, None if mask_bT is None else mask_bT[rows]) for rows in blocks
-    ]
+    rows_and_masks: list[tuple[slice, Tensor | None]] = []
+    for rows in blocks:
+        rows_and_masks.append((rows, None if mask_bT is None else mask_bT[rows]))
     shared = others[0], others[1], temperature
     logits_bN = torch.cat(
         [_logits(whole_bTD[rows], *shared, mask) for rows, mask in rows_and_masks]
@@ -136,15 +133,11 @@ def _loss_and_gradients(
         logits_bN.masked_fill_(excluded_bN, EXCLUDED)
     row_b = logits_bN.logsumexp(1)
     column_N = gather_rows(logits_bN.logsumexp(0)[None], group).logsumexp(0)
-    loss = (
-        0.5
-        * (
-            row_b + column_N[blocks.own_columns] - 2 * blocks.diagonal(every, logits_bN)
-        ).mean()
-    )
-    slope_bN = ((logits_bN - row_b[:, None]).exp() + (logits_bN - column_N).exp()) * (
-        0.5 / blocks.rows
-    )
+    pair_b = blocks.diagonal(every, logits_bN)
+    loss = 0.5 * (row_b + column_N[blocks.own_columns] - 2 * pair_b).mean()
+    of_rows_bN = (logits_bN - row_b[:, None]).exp()
+    of_columns_bN = (logits_bN - column_N).exp()
+    slope_bN = (of_rows_bN + of_columns_bN) * (0.5 / blocks.rows)
     blocks.diagonal(every, slope_bN).sub_(1 / blocks.rows)
     patch_grads = []
     sums = [torch.zeros_like(x) for x in others]
