@@ -94,9 +94,9 @@ def describe_memory(
             size for size in sizes if total(memory, 1, world, size) <= FILLED * gpu_gib
         ]
 
-    head = "  GPUs   local  micro-batch" + "".join(
-        f"   ZeRO-{stage}" for stage in stages
-    )
+    head = "  GPUs   local  micro-batch"
+    for stage in stages:
+        head += f"   ZeRO-{stage}"
     if kept:
         head += "  checkpointing"
     lines = [f"expected memory per GPU in GiB{about}:", head]

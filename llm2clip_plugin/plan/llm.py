@@ -24,9 +24,8 @@ from llm2clip_plugin.train.config import OptimConfig, TrainConfig
 from llm2clip_plugin.train.model import enable_gradient_checkpointing
 from llm2clip_plugin.train.optim import chosen_optimizer
 
-ASSUMED_TOKENS = (
-    64  # of a text, template and prompt included, in the first table of a plan
-)
+# of a text, template and prompt included, in the first table of a plan
+ASSUMED_TOKENS = 64
 TEXTS = 64  # of the passes that measure activations
 # bytes of a value in bitsandbytes' NF4 with double quantization: half a byte, a byte of scale for
 # 64 values, 4 bytes of a scale's scale for 256 x 64 (Dettmers et al. 2023, arXiv 2305.14314)
@@ -88,11 +87,12 @@ def shape_llm(
         quantized = linear if config.load_in_4bit else 0
         wrapped = add_lora(llm, lora, base=config.llm)
     wrapped = wrapped if precision == "fp32" else wrapped.to(dtype)
-    adapted = {
-        n.partition(".lora_")[0].rpartition(".")[2]
-        for n, p in wrapped.named_parameters()
-        if p.requires_grad
-    }
+    adapted: set[str] = set()
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            layer = name.partition(".lora_")[0]
+            adapted.add(layer.rpartition(".")[2])
+    frozen_bytes = (parameters - quantized) * dtype.itemsize + quantized * NF4_BYTES
     return LlmShape(
         llm=wrapped,
         kind=text.model_type,
@@ -100,7 +100,7 @@ def shape_llm(
         width=text.hidden_size,
         parameters=parameters,
         dtype=dtype,
-        frozen_bytes=(parameters - quantized) * dtype.itemsize + quantized * NF4_BYTES,
+        frozen_bytes=frozen_bytes,
         adapted=tuple(sorted(adapted)),
     )
 
@@ -211,14 +211,11 @@ def texts_bytes(
         inputs: list[Tensor] = []
         for part in equal_parts(range(TEXTS), contrast.length_groups):
             ids = torch.zeros(len(part), tokens, dtype=torch.int64)
-            inputs += [
-                ids,
-                ids,
-                ids,
-                ids.bool(),
-            ]  # ids, attention mask, positions, pooling mask
+            # ids, attention mask, positions, pooling mask
+            inputs += [ids, ids, ids, ids.bool()]
         return inputs
 
-    return activation_bytes(
-        module, make_inputs, lambda *inputs: module(*inputs)[0].sum()
-    )
+    def forward(*inputs: Tensor) -> Tensor:
+        return module(*inputs)[0].sum()
+
+    return activation_bytes(module, make_inputs, forward)

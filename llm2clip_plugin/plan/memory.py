@@ -56,9 +56,8 @@ class LiveBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         size = storage.nbytes()
-        if (
-            key not in self._storages
-        ):  # else a view, or the result of an operation in place
+        # else a view, or the result of an operation in place
+        if key not in self._storages:
             self._storages.add(key)
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -102,17 +101,15 @@ class StepMemory:
     trained: int  # parameters that train
     frozen_bytes: float  # of the parameters that don't
     parameters: int  # all of them
-    pair_bytes: (
-        float  # activations of a pair: activation_bytes over the pairs of the pass
-    )
+    # activations of a pair: activation_bytes over the pairs of the pass
+    pair_bytes: float
     width: int  # of a feature
     state_bytes: float  # of the optimizer's states of a parameter
     pixels: int = 0  # values of an image; 0 for texts
     # fp32 copies of what trains: the exported average, that of the reference tower
     averages: int = 0
-    reference_bytes: float = (
-        0.0  # of the tower that loss terms compare with, whole on every rank
-    )
+    # of the tower that loss terms compare with, whole on every rank
+    reference_bytes: float = 0.0
     # fp32 values of an image that terms over patches hold: patches, gradients, a reference's
     patches: int = 0
 
@@ -205,11 +202,10 @@ def fits(
     gib: float,
 ) -> bool:
     """Whether a rank's memory holds what a step needs."""
-    micro_batch = train.rows(world)[1]
-    return (
-        rank_gib(memory, deepspeed["zero_optimization"], train, world, micro_batch)
-        <= FILLED * gib
-    )
+    _, micro_batch, _ = train.rows(world)
+    zero = deepspeed["zero_optimization"]
+    needed = rank_gib(memory, zero, train, world, micro_batch)
+    return needed <= FILLED * gib
 
 
 def tower_memory(
@@ -283,12 +279,8 @@ def recomputes(
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:
-        # this rank's share
-        total = (
-            os.sysconf("SC_PHYS_PAGES")
-            * os.sysconf("SC_PAGE_SIZE")
-            // local_world_size()
-        )
+        host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = host // local_world_size()  # this rank's share
     gib = total / GIB
     on = not fits(measure(), deepspeed, train, world=world_size(), gib=gib)
     if rank() == 0:

@@ -86,10 +86,9 @@ class Digests:
             if stamp:
                 self._known[self._place(path)] = [*stamp, digest]
                 self._changed = True
-        table = {
-            name: fresh[path][1] if path in fresh else self._recall(path)
-            for name, path in files.items()
-        }
+        table: dict[str, str | None] = {}
+        for name, path in files.items():
+            table[name] = fresh[path][1] if path in fresh else self._recall(path)
         names = None
         if len(table) <= NAMED:
             names = {name: str(digest)[:16] for name, digest in table.items()}

@@ -27,10 +27,8 @@ from llm2clip_plugin.text.verify import renew_cache, verify
 from llm2clip_plugin.train.distributed import leaving_together
 from llm2clip_plugin.train.guard import watched_group
 
-CACHE_RECORDS = (
-    CacheManifest.FILE,
-    EmbedRecord.FILE,
-)  # in the folder of a cache, also an unfinished one
+# in the folder of a cache, also an unfinished one
+CACHE_RECORDS = (CacheManifest.FILE, EmbedRecord.FILE)
 
 
 def main(argv: list[str]) -> int:
@@ -50,11 +48,8 @@ def main(argv: list[str]) -> int:
             record = EmbedRecord(
                 data=source.path, shards=names, command=started_by("embed", argv)
             )
-            if (
-                not CacheWriter(directory, encoder.identity(), config.dtype)
-                .manifest()
-                .complete
-            ):
+            writer = CacheWriter(directory, encoder.identity(), config.dtype)
+            if not writer.manifest().complete:
                 record.write(directory / EmbedRecord.FILE)
         manifest, summary = embed_source(
             source,
@@ -109,11 +104,10 @@ def open_all(config: EmbedConfig) -> tuple[Source, TextEncoder, Path]:
     encoder = open_encoder(config.encoder)
     if config.torch_compile:
         encoder.compile()
-    folder = (
-        Path(config.cache)
-        if config.cache
-        else cache_folder(source.path, encoder.identity())
-    )
+    if config.cache:
+        folder = Path(config.cache)
+    else:
+        folder = cache_folder(source.path, encoder.identity())
     renew_cache(source, encoder, folder)
     return source, encoder, folder
 
@@ -123,13 +117,11 @@ def refuse_foreign_folder(folder: Path) -> None:
     folders, and another rank may have written some before the first rank wrote the record."""
     if not folder.is_dir() or any((folder / name).is_file() for name in CACHE_RECORDS):
         return
-    foreign = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_file()
-        and path.suffix != ".safetensors"
-        and not path.name.startswith(".")
-    )
+    foreign: list[str] = []
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith(".")
+        if path.is_file() and path.suffix != ".safetensors" and not hidden:
+            foreign.append(path.name)
     if foreign:
         raise ValueError(
             f"--cache {folder} is no cache: it has {foreign[0]}; choose another folder"
@@ -150,19 +142,17 @@ def cache_plan(config: EmbedConfig) -> str:
     if not clip:  # refuse what the run would
         adapter = Path(config.encoder.adapter) if config.encoder.adapter else None
         effective(config.encoder, Path(config.encoder.llm), adapter)
-    width = int(
-        settings.projection_dim if clip else settings.get_text_config().hidden_size
-    )
-    # as img2dataset's keys
+    if clip:
+        width = int(settings.projection_dim)
+    else:
+        width = int(settings.get_text_config().hidden_size)
     samples = len(source)
-    key_bytes = 9
-    sizes = {
-        dtype: shard_bytes(samples, rows, width, dtype, key_bytes=key_bytes)
-        for dtype in CACHE_DTYPES
-    }
-    listed = ", ".join(
-        f"{dtype} {tqdm.format_sizeof(size, 'B')}" for dtype, size in sizes.items()
-    )
+    sizes: list[str] = []
+    for dtype in CACHE_DTYPES:
+        # as img2dataset's keys
+        size = shard_bytes(samples, rows, width, dtype, key_bytes=9)
+        sizes.append(f"{dtype} {tqdm.format_sizeof(size, 'B')}")
+    listed = ", ".join(sizes)
     return (
         f"{samples:,} samples, {rows:,} captions to embed in {len(source.shards)} shards of "
         f"{source.path}\ncache on disk: {rows:,} captions x {width}: {listed}"

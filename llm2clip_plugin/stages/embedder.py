@@ -128,11 +128,9 @@ def export_text(
     with output_folder(output, CONVERTED_FOLDER, replace=replace) as temporary:
         parts = Parts(temporary, first_in_root=True)
         write_text_parts(encoder, None, parts, merge=True, output=Path(output))
-        prompts = (
-            {"query": encoder.config.query_prompt}
-            if encoder.config.query_prompt
-            else {}
-        )
+        prompts: dict[str, str] = {}
+        if encoder.config.query_prompt:
+            prompts["query"] = encoder.config.query_prompt
         write_model(temporary, parts.types, prompts)
         if parts.has_code:
             write_code(temporary)
@@ -156,9 +154,9 @@ def needs_library() -> None:
     try:
         import sentence_transformers
     except ImportError as error:
-        fix = "pip install 'sentence-transformers>=6'"
         raise ValueError(
-            f"--format sentence-transformers writes its modules; {fix}"
+            "--format sentence-transformers writes its modules; "
+            "pip install 'sentence-transformers>=6'"
         ) from error
     if int(sentence_transformers.__version__.partition(".")[0]) < 6:
         raise ValueError(

@@ -72,21 +72,21 @@ def name_of(place: str) -> str:
 def dual_card(card: TowerCard, encoder: CaptionEncoder, *, merge: bool) -> str:
     """Markdown of a dual encoder's folder, with the tower's metrics."""
     public = published(card)
-    place = "whose weights are in this folder"
+    weights = "whose weights are in this folder"
     if not merge:
-        place = 'which `"llm"` in text_0_Captions/sentence_bert_config.json names'
+        weights = 'which `"llm"` in text_0_Captions/sentence_bert_config.json names'
     needs = " and peft" if encoder.config.adapter and not merge else ""
     scores = [(name, f"{value:.4f}") for name, value in sorted(public.metrics.items())]
-    metrics = (
-        f"## Metrics\n\n{markdown_table(('metric', ''), scores)}\n" if scores else ""
-    )
+    metrics = ""
+    if scores:
+        metrics = f"## Metrics\n\n{markdown_table(('metric', ''), scores)}\n"
     text = DUAL.format(
         width=card.projection_dim,
         family=card.family,
         size=card.image_size,
         origin=public.origin,
         llm=name_of(encoder.config.llm),
-        where=place,
+        where=weights,
         needs=needs,
         metrics=metrics,
     )
@@ -105,6 +105,5 @@ def llm_card(encoder: CaptionEncoder, *, has_code: bool, runs_code: bool) -> str
         trust=", trust_remote_code=True" if has_code else "",
         code=code,
     )
-    return (
-        FRONT.format(task="sentence-similarity", tag="text-embeddings") + text + LICENSE
-    )
+    front = FRONT.format(task="sentence-similarity", tag="text-embeddings")
+    return front + text + LICENSE

@@ -136,15 +136,17 @@ def write_image_parts(dual: DualEncoder, parts: Parts) -> None:
         config = read_json(folder / CONFIG_FILE) | {"model_type": "clip_vision_model"}
         write_json(folder / CONFIG_FILE, config)
     write_json(folder / PREPROCESSOR_FILE, preprocessor_config(dual.tower))
+    outputs = STATES
+    output_name = "token_embeddings"
+    if pooling is None:
+        outputs = POOLED
+        output_name = "sentence_embedding"
     settings = {
         "transformer_task": "feature-extraction",
-        "modality_config": {"image": POOLED if pooling is None else STATES},
-        "module_output_name": "sentence_embedding"
-        if pooling is None
-        else "token_embeddings",
-        "processor_kwargs": {
-            "backend": "pil"
-        },  # torchvision's resizing differs by some levels
+        "modality_config": {"image": outputs},
+        "module_output_name": output_name,
+        # torchvision's resizing differs by some levels
+        "processor_kwargs": {"backend": "pil"},
     }
     write_json(folder / SETTINGS_FILE, settings)
     if pooling is not None:
@@ -345,6 +347,7 @@ def write_adapter(
     factor = 1.0 if adapter is None else adapter.input_factor
     normalize = adapter is not None and adapter.normalize_input
     removed = 0 if post is None or post.removed is None else post.removed.shape[1]
+    expansion = blocks[0].up.out_features // encoder.width if blocks else 1
     if post is not None or blocks or factor != 1.0:
         module = CaptionAdapter(
             encoder.width,
@@ -353,7 +356,7 @@ def write_adapter(
             normalize=normalize,
             factor=factor,
             blocks=len(blocks),
-            expansion=blocks[0].up.out_features // encoder.width if blocks else 1,
+            expansion=expansion,
         )
         if post is not None:
             module.mean = post.mean.clone()

@@ -86,29 +86,25 @@ def _train(
         load_trained(module, resumed.weights)
     if config.train.torch_compile:
         encoder.compile()
-    on_first_rank(
-        lambda: check_finite(
-            module, config.encoder.llm if resumed is None else resumed.path
-        )
-    )
+    start_of_weights = config.encoder.llm if resumed is None else resumed.path
+    on_first_rank(lambda: check_finite(module, start_of_weights))
     trained = trained_parameters(module, config.optim.lr)
     engine = run.make_engine(module, trained, resumed, keep_frozen=False)
     start = run.start_state(resumed)
     evaluate = evaluation(encoder, config.evaluation, config.pairs.read)
-    tokenizer = PairTokenizer(encoder.tokenizer, encoder.config)
+    step = CaptionStep(engine, terms, encoder, config.contrast, seed=config.train.seed)
+    batches = tokenized_batches(
+        data.batches,
+        PairTokenizer(encoder.tokenizer, encoder.config),
+        position=start.samples,
+        workers=config.train.dataloader_num_workers,
+    )
     with stop_requests() as stop:
         state = run.train_to_end(
             engine,
             start,
-            step=CaptionStep(
-                engine, terms, encoder, config.contrast, seed=config.train.seed
-            ),
-            batches=tokenized_batches(
-                data.batches,
-                tokenizer,
-                position=start.samples,
-                workers=config.train.dataloader_num_workers,
-            ),
+            step=step,
+            batches=batches,
             evaluate=evaluate,
             before=evaluate if config.train.eval_on_start else None,
             stop=stop,

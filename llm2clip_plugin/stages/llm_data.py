@@ -34,16 +34,16 @@ class LlmData:
         self.surveys = [survey(source) for source in sources]
         # what is compared between ranks: the number of samples, and the texts of the first ones
         self.digests: dict[str, str] = {}
-        for number, (source, result) in enumerate(
-            zip(sources, self.surveys, strict=True), 1
-        ):
+        surveyed = zip(sources, self.surveys, strict=True)
+        for number, (source, result) in enumerate(surveyed, 1):
             texts = [[pair.query, pair.positive] for pair in result.pairs]
             self.digests[str(number)] = f"{len(source)} samples ({short_digest(texts)})"
-        self.lines = [
-            f"{result.path}: {usable} of the first {result.samples} samples have a pair {kind}"
-            for result in self.surveys
-            for kind, usable in result.usable.items()
-        ]
+        self.lines: list[str] = []
+        for result in self.surveys:
+            first = f"the first {result.samples} samples"
+            for kind, usable in result.usable.items():
+                line = f"{result.path}: {usable} of {first} have a pair {kind}"
+                self.lines.append(line)
 
     @property
     def has_negatives(self) -> bool:

@@ -35,9 +35,8 @@ def llm_plan(config: FinetuneConfig) -> str:
         caption_sets(config.evaluation, config.pairs.read)
     notes = [f"assumed: {config.plan.images:,} pairs (--assumed-samples, or DATA)"]
     samples = config.plan.images
-    texts = (
-        3 if config.pairs.random_negatives else 2
-    )  # query and positive, perhaps a hard negative
+    # query and positive, perhaps a hard negative
+    texts = 3 if config.pairs.random_negatives else 2
     if config.pairs.data:
         data = LlmData(config.pairs, config.train, rank=0, world=1)
         notes = data.lines
@@ -72,14 +71,7 @@ def llm_plan(config: FinetuneConfig) -> str:
         texts=texts,
         gpu_gib=config.plan.gpu_gib,
     )
-    return "\n".join(
-        [
-            *notes,
-            describe_run(
-                config.train, config.optim, deepspeed, trained, samples, world
-            ),
-            describe_llm(shape, encoder, config.start_adapters),
-            describe_lora(shape, encoder, config.lora),
-            *tables,
-        ]
-    )
+    run = describe_run(config.train, config.optim, deepspeed, trained, samples, world)
+    llm = describe_llm(shape, encoder, config.start_adapters)
+    lora = describe_lora(shape, encoder, config.lora)
+    return "\n".join([*notes, run, llm, lora, *tables])

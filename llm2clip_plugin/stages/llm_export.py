@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.text.adapter import save_adapter
@@ -24,11 +26,10 @@ def export_adapter(
     """Write the checkpoint's adapter with its card to ``folder``."""
     verify(checkpoint, moments=False)
     prefix = "model.llm."
-    trained = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in load(checkpoint, moments=False).weights.items()
-        if name.startswith(prefix)
-    }
+    trained: dict[str, Tensor] = {}
+    for name, tensor in load(checkpoint, moments=False).weights.items():
+        if name.startswith(prefix):
+            trained[name.removeprefix(prefix)] = tensor
     card = card_of(encoder, config, state)
     starts = [*map(fetch_directory, config.start_adapters)]
     save_adapter(encoder.model.llm, trained, card, folder, starts=starts, replace=True)
@@ -39,19 +40,21 @@ def card_of(
 ) -> EncoderCard:
     """How the adapter embeds, and how it was trained."""
     identity = encoder.identity()
+    settings = {name: vars(encoder.config)[name] for name in CARD_SETTINGS}
+    training = {
+        "steps": state.step,
+        "samples": state.samples,
+        "global_batch": config.train.global_batch,
+        "data": [Path(path).name for path in config.pairs.data],
+        "start_adapters": [Path(path).name for path in config.start_adapters],
+        "quantization": identity.quantization,
+        "config_hash": config.hash,
+    }
     return EncoderCard(
         base=config.encoder.llm,
         base_sha256=identity.weights_sha256,
-        **{name: vars(encoder.config)[name] for name in CARD_SETTINGS},
-        training={
-            "steps": state.step,
-            "samples": state.samples,
-            "global_batch": config.train.global_batch,
-            "data": [Path(path).name for path in config.pairs.data],
-            "start_adapters": [Path(path).name for path in config.start_adapters],
-            "quantization": identity.quantization,
-            "config_hash": config.hash,
-        },
+        **settings,
+        training=training,
         metrics=state.metrics,
         versions=library_versions(),
     )

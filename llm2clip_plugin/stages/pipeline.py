@@ -75,11 +75,9 @@ def pairs_of_stage_1(config: PipelineConfig, source: Source) -> str:
         )
     if config.stage1 is True or not why_not:
         return pairs
-    advice = (
-        "--stage1 runs it all the same"
-        if pairs
-        else "name more caption fields with --fields"
-    )
+    advice = "name more caption fields with --fields"
+    if pairs:
+        advice = "--stage1 runs it all the same"
     print(
         f"note: stage 1 is left out: {why_not}; {advice}, --no-stage1 omits this note"
     )

@@ -21,11 +21,9 @@ def _plain(value: Any) -> Any:
     """4 and 4.0 are the same setting."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return (
-        float(value)
-        if isinstance(value, int) and not isinstance(value, bool)
-        else value
-    )
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
 
 
 def within(name: str, fields: Iterable[str]) -> bool:

@@ -228,6 +228,10 @@ class TrainingRun:
                 "set --warmup-ratio 0.1",
                 file=sys.stderr,
             )
+        if evaluate is not None:
+            evaluate = phase("evaluation")(evaluate)
+        if before is not None:
+            before = phase("evaluation before training")(before)
         state = run_loop(
             LoopParts(
                 step=step,
@@ -235,8 +239,8 @@ class TrainingRun:
                 engine=engine,
                 averages=averages or {},
                 checkpoints=self.checkpoints,
-                evaluate=phase("evaluation")(evaluate) if evaluate else None,
-                before=phase("evaluation before training")(before) if before else None,
+                evaluate=evaluate,
+                before=before,
                 heads=heads,
                 train=self.config.train,
                 optim=self.config.optim,
@@ -300,19 +304,20 @@ def open_run(
     hidden_size: as configure_deepspeed, which raises. learned_from: what a checkpoint records
     beside the configuration.
     """
+    deepspeed = configure_deepspeed(
+        config.deepspeed,
+        config.train,
+        config.optim,
+        output_dir=config.output_dir,
+        world=world_size(),
+        hidden_size=hidden_size,
+    )
     return TrainingRun(
         config=config,
         run_settings={**dataclasses.asdict(config), **learned_from},
         teacher=teacher,
         total_steps=config.train.steps(samples),
-        deepspeed=configure_deepspeed(
-            config.deepspeed,
-            config.train,
-            config.optim,
-            output_dir=config.output_dir,
-            world=world_size(),
-            hidden_size=hidden_size,
-        ),
+        deepspeed=deepspeed,
         command=command,
     )
 
@@ -360,9 +365,8 @@ def configure_deepspeed(
         raise ValueError(
             f'{where}: cannot resolve "auto" of {", ".join(unresolved)}; set a value'
         )
-    if (
-        train.torch_compile and zero_stage(deepspeed) == 3
-    ):  # whose hooks split every block
+    # whose hooks split every block
+    if train.torch_compile and zero_stage(deepspeed) == 3:
         raise ValueError(
             f"{where}: --torch-compile does not work with ZeRO-3; use scripts/zero2.json"
         )
@@ -380,9 +384,8 @@ def versions() -> dict[str, str]:
     digest = hashlib.sha256()
     folder = Path(llm2clip_plugin.__file__).parent
     for path in sorted(folder.rglob("*.py")):
-        digest.update(
-            str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes()
-        )
+        name = str(path.relative_to(folder))
+        digest.update(name.encode() + b"\0" + path.read_bytes())
     versions_of["llm2clip-plugin"] += f" ({digest.hexdigest()[:12]})"
     return versions_of
 

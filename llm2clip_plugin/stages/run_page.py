@@ -67,7 +67,10 @@ def write_page(
     for path in compared:
         rows += json.loads(path.read_text(encoding="utf-8"))["rows"]
     inputs = (config.path, config.tower, config.llm)
+    comparisons = [path.relative_to(out).with_suffix(".html") for path in compared]
     queries = draw(open_source(held_out), pairs)
+    # places that the right picture has gained
+    gains = [query["place"][BEFORE] - query["place"][AFTER] for query in queries]
     page = out / PAGE
     with atomic_file(page) as temporary:
         html = render(
@@ -75,17 +78,11 @@ def write_page(
             title=" · ".join(Path(path).name for path in inputs),
             style=page_style(),
             rows=rows,
-            comparisons=[
-                path.relative_to(out).with_suffix(".html") for path in compared
-            ],
+            comparisons=comparisons,
             images=len(pairs[BEFORE].keys),
             queries=queries,
-            won=sum(
-                query["place"][AFTER] < query["place"][BEFORE] for query in queries
-            ),
-            lost=sum(
-                query["place"][AFTER] > query["place"][BEFORE] for query in queries
-            ),
+            won=sum(gain > 0 for gain in gains),
+            lost=sum(gain < 0 for gain in gains),
             stages=[(stage, seconds.get(stage.name, 0.0)) for stage in stages],
         )
         temporary.write_text(html, encoding="utf-8")
@@ -97,19 +94,16 @@ def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]
     data URI), and by side the place of the right picture, and the first ones that are found, each
     with whether it is right."""
     first = pairs[BEFORE]
-    chosen = sorted(
-        random.Random(0).sample(
-            range(len(first.captions)), min(QUERIES, len(first.captions))
-        )
-    )
+    captions = len(first.captions)
+    drawn = random.Random(0).sample(range(captions), min(QUERIES, captions))
+    chosen = sorted(drawn)
     # side -> (Q, N): the images for each of these captions, the most similar first
     orders: dict[str, Any] = {}
     for side, embedded in pairs.items():
         image_ND = F.normalize(embedded.image_ND, dim=1)
         text_QD = F.normalize(embedded.text_MD[chosen], dim=1)
-        orders[side] = (text_QD @ image_ND.T).argsort(
-            dim=1, descending=True, stable=True
-        )
+        cosine_QN = text_QD @ image_ND.T
+        orders[side] = cosine_QN.argsort(dim=1, descending=True, stable=True)
 
     def picture(image: int) -> str | None:
         with suppress(BrokenSample):

@@ -79,29 +79,22 @@ class Plan:
         # pictures of rows are read where they are, those of tars are copied by the split
         self.pictures = [self.data] if isinstance(source, RowSource) else []
         self.train_images = round(len(source) * (1 - config.validation))
-        self.batch = config.global_batch or default_batch(
-            self.train_images
-        )  # pairs per step
+        # pairs per step
+        self.batch = config.global_batch or default_batch(self.train_images)
         sides = outputs(source, self.out / "data")
-        self.paths = {
-            side: str(path) for side, path in sides.items()
-        }  # train and validation
+        # train and validation
+        self.paths = {side: str(path) for side, path in sides.items()}
         # options of the commands that read these, of those that read the whole data, of trainings
-        images = (
-            ["--image-folder", source.images_folder]
-            if isinstance(source, RowSource)
-            else []
-        )
+        images: list[str] = []
+        if isinstance(source, RowSource):
+            images = ["--image-folder", source.images_folder]
         self.read = [*images, *changed_options(config, READ)]
         self.read_all = [config.path, *changed_options(config, ("images", *READ))]
         self.batches = ["--global-batch", str(self.batch)]
         self.batches += changed_options(config, ("micro_batch",))
         self.llm = model("the LLM", config.llm)
-        self.open_llm = [
-            "--llm",
-            config.llm,
-            *changed_options(config, ("trust_remote_code",)),
-        ]
+        self.open_llm = ["--llm", config.llm]
+        self.open_llm += changed_options(config, ("trust_remote_code",))
 
     def output(
         self, name: str, *outputs: str, patterns: tuple[str, ...] = ("**/*",)
@@ -242,20 +235,16 @@ def add_embedding(
         words = ["embed", run.paths[side], *run.read, *run.open_llm]
         if adapter:
             words += ["--adapter", adapter]
+        words += ["--cache", run.out / cache]
+        held_out = held_out_config(run.config, run.source, side)
         run.add(
             f"embed {side}",
             *words,
-            "--cache",
-            run.out / cache,
             reads=[sides[side], *teacher],
             makes=[embedded[side]],
             output=cache,
             updates=sides[side],
-            update=partial(
-                prune_cache,
-                run.out / cache,
-                held_out_config(run.config, run.source, side),
-            ),
+            update=partial(prune_cache, run.out / cache, held_out),
         )
     return embedded
 
@@ -286,10 +275,11 @@ def add_stage_2(
         words += [*run.read, "--tower", start, *run.batches]
         words += ["--precision", config.precision or chosen, *own_options]
         words += ["--num-train-epochs", f"{epochs:g}", "--output", run.out / side]
+        data = [*sides.values(), *embedded.values(), *run.pictures]
         run.add(
             name,
             *words,
-            reads=[start_tower, *sides.values(), *embedded.values(), *run.pictures],
+            reads=[start_tower, *data],
             makes=[towers[side]],
             output=side,
             by_machine=("--precision",) if follows_machine else (),
@@ -311,17 +301,12 @@ def add_measures(
     for side, file in files.items():
         words = ["evaluate", run.out / side / "tower", run.paths["validation"]]
         words += ["--cache", run.out / "embeddings" / "validation", *run.read]
+        words += ["--output", run.out / file]
+        data = [sides["validation"], embedded["validation"], *run.pictures]
         run.add(
             f"measure {side}",
             *words,
-            "--output",
-            run.out / file,
-            reads=[
-                towers[side],
-                sides["validation"],
-                embedded["validation"],
-                *run.pictures,
-            ],
+            reads=[towers[side], *data],
             makes=[scores[side]],
             output=file,
         )
@@ -340,21 +325,13 @@ def ask(run: Plan, train_side: Artifact, towers: Mapping[str, Artifact]) -> None
     captions = run.out / "llava-data" / "captions.json"
     llava_data = run.output("LLaVA's captions", "llava-data")
     llm = model("LLaVA's LLM", config.llava_llm)
-    asked = Artifact(
-        name="the questions", files=partial(question_files, Path(config.questions))
-    )
-    words = [
-        "llava",
-        "data",
-        run.paths["train"],
-        *run.read,
-        "--output",
-        captions.parent,
-    ]
+    files_of_questions = partial(question_files, Path(config.questions))
+    asked = Artifact(name="the questions", files=files_of_questions)
+    words = ["llava", "data", run.paths["train"], *run.read]
+    words += ["--output", captions.parent, "--overwrite"]
     run.add(
         "LLaVA's captions",
         *words,
-        "--overwrite",
         reads=[train_side, *run.pictures],
         makes=[llava_data],
         output="llava-data",
@@ -376,14 +353,14 @@ def ask(run: Plan, train_side: Artifact, towers: Mapping[str, Artifact]) -> None
         )
         words = ["bench-mllm", config.questions, "--model-path", llava]
         words += ["--model-base", config.llava_llm, *half]
-        answered.append(run.output(f"the answers {side}", f"questions/{side}/scores"))
+        words += ["--output", run.out / "questions" / side]
+        answers = run.output(f"the answers {side}", f"questions/{side}/scores")
+        answered.append(answers)
         run.add(
             f"questions {side}",
             *words,
-            "--output",
-            run.out / "questions" / side,
             reads=[asked, projector, llm, towers[side]],
-            makes=answered[-1:],
+            makes=[answers],
             output=f"questions/{side}",
             by_machine=("--dtype",),
         )

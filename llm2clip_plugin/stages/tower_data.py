@@ -199,6 +199,9 @@ def make_batches(
 ) -> PairLoader:
     """This rank's rows of the global batches, from sample number ``position`` of the run on."""
     local_batch, micro_batch, _ = train.rows(world_size())
+    one_source_batch = 0
+    if data.config.one_source_per_batch:
+        one_source_batch = train.global_batch
     dataset = PairDataset(
         data.sources,
         data.caches,
@@ -207,7 +210,7 @@ def make_batches(
         seed=train.seed,
         caption_weights=data.config.kind_weights,
         captions_per_image=data.config.captions_per_image,
-        one_source_batch=train.global_batch if data.config.one_source_per_batch else 0,
+        one_source_batch=one_source_batch,
     )
     return PairLoader(
         dataset,

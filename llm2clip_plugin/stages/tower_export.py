@@ -1,7 +1,9 @@
 """A training run's checkpoint as a tower directory."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llm2clip_plugin.contracts import RunRecord
 from llm2clip_plugin.json_files import from_plain
@@ -37,45 +39,52 @@ def export_run(
     loaded = load(path, moments=False)
     if averaged and not loaded.averages:
         raise ValueError(f"{path} has no moving average: the run had --ema-decay 0")
-    words = "\n".join(record.command.get("words", []))
-    recipe = re.search(r"^--recipe[=\n](.+)$", words, re.MULTILINE)
-    usual = (
-        "" if not words or re.search(r"^--config\b", words, re.MULTILINE) else DEFAULT
-    )
     dual = build_dual(config.tower, config.dual, seed=config.train.seed)
-    dual.load_state_dict({**loaded.weights, **(loaded.averages if averaged else {})})
+    weights = dict(loaded.weights)
+    if averaged:
+        weights |= loaded.averages
+    dual.load_state_dict(weights)
+    training: dict[str, Any] = {
+        "steps": loaded.state.step,
+        "samples": loaded.state.samples,
+        "global_batch": config.train.global_batch,
+        "precision": config.train.precision,
+        "recipe": recipe_of(record.command.get("words", [])),
+        "data": [Path(path).name for path in config.data.path],
+        "data_samples": record.epoch_samples,
+        "config_hash": loaded.state.config_hash,
+        "moving_average": averaged,
+    }
+    if loaded.state.before and not averaged:
+        training[BEFORE] = loaded.state.before
     export_tower(
         dual,
         output,
         origin=config.tower.path or config.tower.architecture,
         teacher=record.teacher,
-        training={
-            "steps": loaded.state.step,
-            "samples": loaded.state.samples,
-            "global_batch": config.train.global_batch,
-            "precision": config.train.precision,
-            "recipe": recipe[1] if recipe else usual,
-            "data": [Path(path).name for path in config.data.path],
-            "data_samples": record.epoch_samples,
-            "config_hash": loaded.state.config_hash,
-            "moving_average": averaged,
-            **(
-                {BEFORE: loaded.state.before}
-                if loaded.state.before and not averaged
-                else {}
-            ),
-        },
+        training=training,
         metrics={} if averaged else loaded.state.metrics,
         adapter=adapter,
         replace=replace,
     )
 
 
+def recipe_of(words: Sequence[str]) -> str:
+    """The recipe that a command's ``words`` start from; "" if they name a configuration, or none is
+    known."""
+    lines = "\n".join(words)
+    recipe = re.search(r"^--recipe[=\n](.+)$", lines, re.MULTILINE)
+    if recipe:
+        return recipe[1]
+    if not words or re.search(r"^--config\b", lines, re.MULTILINE):
+        return ""
+    return DEFAULT
+
+
 def export_towers(folder: Path, step: int, *, averaged: bool) -> None:
     """Export a run's checkpoint of the last step, and its moving average if it has one."""
-    last = (
-        Checkpoints(folder, keep=0).path(step).name
-    )  # by its name: no fallback to an older one
+    # by its name: no fallback to an older one
+    last = Checkpoints(folder, keep=0).path(step).name
     export_run(folder, folder / TOWER, last, False, replace=True)
     if averaged:
         export_run(folder, folder / TOWER_EMA, last, True, replace=True)
