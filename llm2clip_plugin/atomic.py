@@ -48,10 +48,10 @@ def naming_full_disk(target: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if number in FULL or any(os.strerror(full) in str(error) for full in FULL):
-            raise DiskFullError(
-                target, number if number in FULL else errno.ENOSPC
-            ) from error
+        if number in FULL:
+            raise DiskFullError(target, number) from error
+        if any(os.strerror(full) in str(error) for full in FULL):
+            raise DiskFullError(target, errno.ENOSPC) from error
         raise
 
 

@@ -64,19 +64,16 @@ def bootstrap_mean(
         count = len(value_N)
     else:
         code_N, count = cluster_codes(clusters)
-    sums_C2 = cluster_sums(
-        np.stack([value_N, np.ones(len(value_N))], axis=1), code_N, count
-    )
+    value_and_one_N2 = np.stack([value_N, np.ones(len(value_N))], axis=1)
+    sums_C2 = cluster_sums(value_and_one_N2, code_N, count)
     mean = float(value_N.mean())
     if count < 2:
         return Interval(
             mean=mean, low=math.nan, high=math.nan, clusters=count, level=level
         )
     one_stratum_C = np.zeros(count, dtype=int)
-    totals = [
-        weight_RC @ sums_C2
-        for weight_RC in resample(one_stratum_C, resamples, np.random.default_rng(seed))
-    ]
+    weights = resample(one_stratum_C, resamples, np.random.default_rng(seed))
+    totals = [weight_RC @ sums_C2 for weight_RC in weights]
     draw_R = np.concatenate([total_R2[:, 0] / total_R2[:, 1] for total_R2 in totals])
     low, high = percentile_interval(draw_R, count, count - 1, level)
     return Interval(mean=mean, low=low, high=high, clusters=count, level=level)
@@ -110,9 +107,8 @@ def resample(
         for member in members:
             drawn = rng.integers(0, len(member), size=(rows, len(member)))
             drawn += np.arange(rows)[:, None] * len(member)
-            weight_RC[:, member] = np.bincount(
-                drawn.ravel(), minlength=rows * len(member)
-            ).reshape(rows, -1)
+            counts = np.bincount(drawn.ravel(), minlength=rows * len(member))
+            weight_RC[:, member] = counts.reshape(rows, -1)
         yield weight_RC
         done += rows
 
@@ -125,9 +121,8 @@ def percentile_interval(
     Percentiles alone are too narrow by sqrt((n - 1) / n) and by the normal quantile in place of
     Student's; the expanded level has both. ``freedom``: clusters less strata.
     """
-    tail = NORMAL.cdf(
-        -expansion(clusters, freedom) * t_quantile(0.5 + level / 2, freedom)
-    )
+    quantile = t_quantile(0.5 + level / 2, freedom)
+    tail = NORMAL.cdf(-expansion(clusters, freedom) * quantile)
     low, high = np.quantile(draw_R, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -171,9 +166,8 @@ def probability_below(angle: float, freedom: float) -> float:
     nodes_N, weights_N = quadrature()
     heights_N = np.cos(reach * nodes_N) ** (freedom - 1)
     area = reach * float(weights_N @ heights_N)
-    whole = math.sqrt(math.pi) * math.exp(
-        math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)
-    )
+    log_ratio = math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)
+    whole = math.sqrt(math.pi) * math.exp(log_ratio)
     return 0.5 + math.copysign(area / whole, angle)
 
 

@@ -32,7 +32,7 @@ from llm2clip_plugin.signals import Interrupted, interrupts_end_loading
 
 TYPE_CHECKING = False  # see llm2clip_plugin
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
     from typing import Any, NoReturn
 
 # A place is MODULE:NAME, of this package unless it is llava_integration's.
@@ -236,18 +236,14 @@ def main(argv: list[str] | None = None) -> int:
     if group and words[0] not in COMMANDS and (len(words) == 1 or words[1] in HELP):
         print(usage(group))  # `llm2clip data --help`
         return 0
-    name = next(
-        (" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in COMMANDS), ""
-    )
+    name = command_in(words)
     if not name:
         from llm2clip_plugin.options import unknown
         from llm2clip_plugin.outside import printable
 
         typed = " ".join(words[:2]) if group else words[0]
-        print(
-            f"error: {printable(unknown('command', typed, group or COMMANDS))}",
-            file=sys.stderr,
-        )
+        problem = printable(unknown("command", typed, group or COMMANDS))
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     return run(name, words[len(name.split()) :])
 
@@ -375,12 +371,18 @@ def read_options(name: str, argv: list[str]) -> None:
 def load(location: str) -> "Any":
     """What is at a place of the tables; its module is imported."""
     module, _, name = location.partition(":")
-    module = (
-        module
-        if module.startswith("llava_integration")
-        else f"llm2clip_plugin.{module}"
-    )
+    if not module.startswith("llava_integration"):
+        module = f"llm2clip_plugin.{module}"
     return getattr(importlib.import_module(module), name)
+
+
+def command_in(words: "Sequence[str]") -> str:
+    """The command at the start of a command line, of two words or one; "" if there is none."""
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in COMMANDS:
+            return name
+    return ""
 
 
 def usage(names: "Collection[str]" = COMMANDS) -> str:

@@ -105,12 +105,11 @@ def check_packages(extra: str) -> Iterator[Finding]:
 def check_programs() -> Iterator[Finding]:
     """A C++ compiler, with which DeepSpeed builds extensions and torch.compile kernels, and
     DeepSpeed's launcher."""
-    compiler = shutil.which(
-        (os.environ.get("CXX") or "g++").split()[0]
-    ) or shutil.which("c++")
-    advice = (
-        "" if compiler else "apt-get install g++ (10 or newer, for C++20), or set CXX"
-    )
+    chosen = (os.environ.get("CXX") or "g++").split()[0]
+    compiler = shutil.which(chosen) or shutil.which("c++")
+    advice = ""
+    if not compiler:
+        advice = "apt-get install g++ (10 or newer, for C++20), or set CXX"
     yield finding("C++ compiler", compiler or "none", advice, state="fail")
     launcher = shutil.which("deepspeed") or "not on PATH"
     programs = os.path.dirname(sys.executable)  # of this environment

@@ -99,9 +99,8 @@ def lost_rank(error: RuntimeError) -> str:
     """The message for a collective that failed because another rank is gone; "" for any other
     error."""
     # torch raises a DistError for NCCL and the store, a plain RuntimeError for gloo
-    if "gloo/" not in str(error) and not any(
-        kind.__name__ == "DistError" for kind in type(error).__mro__
-    ):
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    if "gloo/" not in str(error) and "DistError" not in kinds:
         return ""
     if "EADDRINUSE" in str(error):
         return (

@@ -86,19 +86,15 @@ MODEL_FOLDER = FolderKind(
     marks=("llm2clip.json", "llm2clip_encoder.json"),
     config_keys=("llm2clip_export", "llm2clip_vlm"),
     files=(
-        *(
-            "README.md",
-            "config.json",
-            "generation_config.json",
-            "llm2clip*.json",
-            "adapter_config.json",
-        ),
-        *(
-            "*preprocessor_config.json",
-            "processor_config.json",
-            "*.safetensors",
-            "*.safetensors.index.json",
-        ),
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "llm2clip*.json",
+        "adapter_config.json",
+        "*preprocessor_config.json",
+        "processor_config.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
         *(
             "tokenizer*",
             "vocab.*",

@@ -116,12 +116,10 @@ def requirements(extra: str) -> dict[str, SpecifierSet]:
     for wanted in map(Requirement, lines):
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": extra}):
             continue
+        parts = {wanted.name: wanted.specifier}
         # an extra that includes another names this package
-        parts = (
-            requirements(next(iter(wanted.extras)))
-            if wanted.name == NAME
-            else {wanted.name: wanted.specifier}
-        )
+        if wanted.name == NAME:
+            parts = requirements(next(iter(wanted.extras)))
         for name, versions in parts.items():
             needed[name] = needed.get(name, SpecifierSet()) & versions
     return needed
@@ -134,11 +132,8 @@ def install_command(extra: str = "") -> str:
         installed = distribution(NAME)
     except PackageNotFoundError:
         return "pip install " + requirement(extra, checkout())
-    tool = (
-        "uv pip install"
-        if (installed.read_text("INSTALLER") or "").strip() == "uv"
-        else "pip install"
-    )
+    installer = (installed.read_text("INSTALLER") or "").strip()
+    tool = "uv pip install" if installer == "uv" else "pip install"
     return f"{tool} {requirement(extra, origin(installed))}"
 
 

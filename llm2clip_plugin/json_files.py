@@ -64,9 +64,8 @@ def from_plain(
     for name, item in fields.items():
         usual = getattr(default, name) if default is not None else default_of(item)
         if name in values:
-            arguments[name] = typed(
-                hints[name], values[name], f"{where}: {name}", usual
-            )
+            at_field = f"{where}: {name}"
+            arguments[name] = typed(hints[name], values[name], at_field, usual)
         elif usual is not dataclasses.MISSING:
             arguments[name] = usual
         elif dataclasses.is_dataclass(hints[name]):
@@ -92,11 +91,9 @@ def _with_current_names(
 
 def default_of(item: dataclasses.Field) -> Any:
     """A field's default; dataclasses.MISSING without one."""
-    return (
-        item.default
-        if item.default_factory is dataclasses.MISSING
-        else item.default_factory()
-    )
+    if item.default_factory is dataclasses.MISSING:
+        return item.default
+    return item.default_factory()
 
 
 def typed(hint: Any, value: Any, where: str, default: Any = dataclasses.MISSING) -> Any:

@@ -47,22 +47,17 @@ class Metrics:
             self.samples = int(line["samples"])
             self.loss = float(line["loss"])
             self.ended = None
-            self.seconds.extend(
-                [float(line["step_seconds"])] if "step_seconds" in line else []
-            )
+            if "step_seconds" in line:
+                self.seconds.append(float(line["step_seconds"]))
             if loader_rate := line.get("loader_images_per_second"):
-                self.loading.append(
-                    (
-                        float(loader_rate),
-                        line["samples_per_second"] / max(1 - line["wait_share"], 1e-3),
-                    )
-                )
+                busy_share = max(1 - line["wait_share"], 1e-3)
+                needed_rate = line["samples_per_second"] / busy_share
+                self.loading.append((float(loader_rate), needed_rate))
         elif event is None:
-            scores = {
-                name: float(value)
-                for name, value in line.items()
-                if name not in ("step", "samples")
-            }
+            scores: dict[str, float] = {}
+            for name, value in line.items():
+                if name not in ("step", "samples"):
+                    scores[name] = float(value)
             self.scores[step] = {
                 name: scores[name] for name in run_folder.headline(scores)
             }

@@ -60,9 +60,9 @@ MAX_ASPECT = 256
 
 def check_image_size(width: int, height: int) -> None:
     """Raise ValueError for more than MAX_PIXELS or MAX_ASPECT."""
-    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(
-        width, height
-    ):
+    longer = max(width, height)
+    shorter = min(width, height)
+    if width * height > MAX_PIXELS or longer > MAX_ASPECT * shorter:
         limits = f"{MAX_PIXELS:,} pixels and sides in a ratio of {MAX_ASPECT}"
         raise ValueError(
             f"the image has {width} x {height} pixels; the limits are {limits}; crop or resize it"

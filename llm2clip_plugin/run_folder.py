@@ -46,11 +46,13 @@ def headline(scores: Iterable[str]) -> list[str]:
     """The names of the scores to show: of all captions, and of benchmarks; all where there are none
     (stage 1)."""
     names = list(scores)
-    return [
-        n
-        for n in names
-        if n in HEADLINE or (":" not in n and n.rpartition("/")[2] in OF_BENCHMARK)
-    ] or names
+    headlines: list[str] = []
+    for name in names:
+        score = name.rpartition("/")[2]
+        of_benchmark = ":" not in name and score in OF_BENCHMARK
+        if name in HEADLINE or of_benchmark:
+            headlines.append(name)
+    return headlines or names
 
 
 def started_by(command: str, words: Sequence[str]) -> dict[str, Any]:

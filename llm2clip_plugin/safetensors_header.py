@@ -81,20 +81,17 @@ def parse_header(size: int, read: Callable[[int, int], bytes]) -> Header:
         metadata = header.pop("__metadata__", None) or {}
         entries: dict[str, Entry] = {}
         end = 0
-        for name, body in sorted(
-            header.items(), key=lambda item: item[1]["data_offsets"]
-        ):
+        in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        for name, body in in_order:
             start, stop = body["data_offsets"]
             entry = Entry(str(body["dtype"]), tuple(body["shape"]), start, stop)
-            whole = all(
-                type(number) is int and number >= 0
-                for number in (*entry.shape, start, stop)
-            )
-            if (
-                not whole
-                or start != end
-                or stop - start != math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]
-            ):
+            numbers = (*entry.shape, start, stop)
+            whole = all(type(number) is int and number >= 0 for number in numbers)
+            fits = whole and start == end
+            if fits:
+                size_of_values = math.prod(entry.shape) * DTYPE_BYTES[entry.dtype]
+                fits = stop - start == size_of_values
+            if not fits:
                 raise ValueError(
                     f"{name} has shape {entry.shape} in bytes {start} to {stop}"
                 )

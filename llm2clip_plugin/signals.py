@@ -29,11 +29,9 @@ class Interrupted(KeyboardInterrupt):
 
     def __str__(self) -> str:
         name = signal.Signals(self.status - 128).name
-        return (
-            "interrupted"
-            if name == "SIGINT"
-            else f"{name}: ended before there was anything to save"
-        )
+        if name == "SIGINT":
+            return "interrupted"
+        return f"{name}: ended before there was anything to save"
 
 
 @contextmanager
@@ -135,11 +133,9 @@ class StopRequest:
         """The signal's name or another cause, for messages."""
         if self.signals:
             return signal.Signals(self.signals[0]).name
-        return (
-            "the launcher ended"
-            if self._launcher_ended()
-            else "a signal on another rank"
-        )
+        if self._launcher_ended():
+            return "the launcher ended"
+        return "a signal on another rank"
 
 
 @contextmanager
@@ -157,28 +153,23 @@ def stop_requests() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signals.append(number)
         # loader processes are forked with this handler, and Slurm signals all processes of a step
-        if (
-            os.environ.get("RANK", "0") == "0"
-            and os.getpid() == owner
-            and len(request.signals) == 1
-        ):
+        speaks = os.environ.get("RANK", "0") == "0" and os.getpid() == owner
+        if speaks and len(request.signals) == 1:
             # below the bar
             name = signal.Signals(number).name
             line = "\n" if os.isatty(2) else ""
-            advice = "press Ctrl-C twice to stop now"
-            os.write(
-                2,
-                f"{line}{name}: saving and stopping after this step; {advice}\n".encode(),
+            notice = (
+                f"{line}{name}: saving and stopping after this step; "
+                "press Ctrl-C twice to stop now\n"
             )
+            os.write(2, notice.encode())
 
-    handled = [
-        number
-        for number in STOPPING
-        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP
-    ]
-    previous = {
-        number: signal.signal(number, note) for number in handled
-    }  # nohup ignores SIGHUP
+    previous = {}
+    for number in STOPPING:
+        # nohup ignores SIGHUP
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue
+        previous[number] = signal.signal(number, note)
     try:
         yield request
     finally:

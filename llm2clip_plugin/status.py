@@ -60,6 +60,15 @@ COMMAND = Command(
 )
 
 
+# names in a run's folder, any of which shows that it is one
+OF_A_RUN = (
+    RunRecord.FILE,
+    run_folder.METRICS,
+    run_folder.LOCK,
+    run_folder.CHECKPOINTS,
+)
+
+
 def main(argv: list[str]) -> int:
     """Print the status; exit status 0. Raises FileNotFoundError for a folder that is neither a
     run's nor a cache."""
@@ -70,15 +79,7 @@ def main(argv: list[str]) -> int:
         (name, state), *rows = cache_rows(folder)
     elif (folder / PipelineRecord.FILE).exists():
         (name, state), *rows = pipeline_rows(folder)
-    elif any(
-        (folder / name).exists()
-        for name in (
-            RunRecord.FILE,
-            run_folder.METRICS,
-            run_folder.LOCK,
-            run_folder.CHECKPOINTS,
-        )
-    ):
+    elif any((folder / name).exists() for name in OF_A_RUN):
         (name, state), *rows = run_rows(folder)
     else:
         run = "the folder of a run (run.json, checkpoints/)"
@@ -169,12 +170,14 @@ def run_rows(folder: Path) -> Iterator[tuple[str, str]]:
         path.name for path in (folder / run_folder.CHECKPOINTS).glob("step-*")
     )
     yield "checkpoints", ", ".join(saved) or "none yet"
-    results = ", ".join(
-        str(folder / name)
-        for name, card in RESULTS.items()
-        if (folder / name / card).is_file()
+    results: list[str] = []
+    for name, card in RESULTS.items():
+        if (folder / name / card).is_file():
+            results.append(str(folder / name))
+    yield (
+        "result",
+        ", ".join(results) or "none yet: the tower or adapter is written at the end",
     )
-    yield "result", results or "none yet: the tower or adapter is written at the end"
     if metrics.unreadable:
         problems.append(
             f"{metrics.unreadable} unreadable lines in {run_folder.METRICS}"
@@ -272,11 +275,9 @@ def cache_rows(folder: Path) -> Iterator[tuple[str, str]]:
     """As ``run_rows``, of the folder of a cache."""
     problems: list[str] = []
     manifest = _read(CacheManifest, folder, problems)
-    record = (
-        _read(EmbedRecord, folder, problems)
-        if (folder / EmbedRecord.FILE).exists()
-        else None
-    )
+    record = None
+    if (folder / EmbedRecord.FILE).exists():
+        record = _read(EmbedRecord, folder, problems)
     listed = list(manifest.shards) if manifest else []
     names = record.shards if record else listed
     paths = {name: folder / shard_file(name) for name in (*names, *listed)}

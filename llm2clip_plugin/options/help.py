@@ -13,9 +13,10 @@ def row(spelled: str, text: str) -> str:
     lines = textwrap.wrap(text, WIDTH - COLUMN) or [""]
     if len(first) > COLUMN:
         lines = ["", *lines]
-    return "\n".join(
-        [(first + lines[0]).rstrip(), *(" " * COLUMN + line for line in lines[1:])]
-    )
+    rows = [(first + lines[0]).rstrip()]
+    for line in lines[1:]:
+        rows.append(" " * COLUMN + line)
+    return "\n".join(rows)
 
 
 def written_default(default: Any) -> str:
@@ -24,8 +25,6 @@ def written_default(default: Any) -> str:
         default = " ".join(map(str, default))
     if default in ("", None, MISSING) or isinstance(default, bool):
         return ""
-    return (
-        f" (default: {default:g})"
-        if isinstance(default, float)
-        else f" (default: {default})"
-    )
+    if isinstance(default, float):
+        return f" (default: {default:g})"
+    return f" (default: {default})"

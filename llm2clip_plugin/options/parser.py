@@ -221,11 +221,10 @@ class Command(Generic[Settings]):
         ValueError if unknown."""
         option, equals, value = word.partition("=")
         name = option.removeprefix("--").replace("_", "-")
-        flags = [
-            option
-            for option, dotted_name in self.understood.items()
-            if self.leaves[dotted_name].type in (bool, AUTO)
-        ]
+        flags: list[str] = []
+        for understood, dotted_name in self.understood.items():
+            if self.leaves[dotted_name].type in (bool, AUTO):
+                flags.append(understood)
         section, dot, last = name.rpartition(".")
         positive = f"{section}{dot}{last.removeprefix('no-')}"
         if name in self.understood:
@@ -287,11 +286,9 @@ class Command(Generic[Settings]):
             return f"--{option} true|false|auto"
         if leaf.type is not bool:
             return f"--{option} {metavar_of(leaf.type, leaf.setting.unit)}"
-        return (
-            f"--{option}, --{negative(option)}"
-            if leaf.default is True
-            else f"--{option}"
-        )
+        if leaf.default is True:
+            return f"--{option}, --{negative(option)}"
+        return f"--{option}"
 
     def help_text(self, *, everything: bool = False) -> str:
         """What ``--help`` prints, or ``--help-all``: an example, the usage, what the command does,
@@ -307,9 +304,8 @@ class Command(Generic[Settings]):
         listed: dict[str, list[str]] = {}
         for name in dict.fromkeys([*arguments, *chosen]):
             if name in self.extras:
-                listed.setdefault("", []).append(
-                    row(f"--{name} {name.upper()}", self.extras[name])
-                )
+                line = row(f"--{name} {name.upper()}", self.extras[name])
+                listed.setdefault("", []).append(line)
                 continue
             leaf = self.leaves[name]
             spelled = self.written(name) if name in arguments else self.spelled(name)

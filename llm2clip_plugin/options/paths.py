@@ -48,11 +48,9 @@ def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
     for name in command.leaves:
         value = values.get(name)
         items = value if isinstance(value, tuple | list) else [value]
-        given += [
-            (name, str(item))
-            for item in items
-            if item and isinstance(item, (str, Path))
-        ]
+        for item in items:
+            if item and isinstance(item, (str, Path)):
+                given.append((name, str(item)))
     for name, path in given:
         kind = INPUTS.get(name)
         wanted = f"expected {command.leaves[name].setting.help}"
@@ -77,12 +75,9 @@ def check_paths(command: Command[Any], argv: Sequence[str]) -> None:
                 f"{written} {path} exists and would be lost; choose another path"
             )
     if command.name in KINDS and not values.get("dry_run"):
-        _check_folder(
-            command.name,
-            os.path.expanduser(values["output"]),
-            given,
-            overwrite=bool(values.get("overwrite")),
-        )
+        output = os.path.expanduser(values["output"])
+        overwrite = bool(values.get("overwrite"))
+        _check_folder(command.name, output, given, overwrite=overwrite)
 
 
 def _check_folder(

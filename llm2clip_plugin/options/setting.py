@@ -85,9 +85,8 @@ def setting(
     unit: str = "",  # of the value, which --help shows in place of NUMBER
     option: str = "",  # name of its option; "": the field's
     also: tuple[str, ...] = (),  # further names of the option that are understood
-    formerly: tuple[
-        str, ...
-    ] = (),  # names that the field had, in records and as an option
+    # names that the field had, in records and as an option
+    formerly: tuple[str, ...] = (),
     alone: str = "",  # value of its option without one
     # whether it decides what a training learns; None: no training has it
     learned: bool | None = None,
@@ -157,17 +156,12 @@ def leaves_of(kind: type, default: Any = MISSING) -> Iterator[tuple[str, Leaf]]:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             about = declared_by(item) or Section()
             for name, leaf in leaves_of(hint, value):
-                yield (
-                    f"{item.name}.{name}",
-                    _leaf_in_section(leaf, about, item.name, name),
-                )
+                leaf = _leaf_in_section(leaf, about, item.name, name)
+                yield f"{item.name}.{name}", leaf
         else:
             declared = declared_by(item) or Setting()
-            option = declared.option or item.name
-            yield (
-                item.name,
-                Leaf(hint, value, heading, replace(declared, option=option)),
-            )
+            named = replace(declared, option=declared.option or item.name)
+            yield item.name, Leaf(hint, value, heading, named)
 
 
 def _leaf_in_section(leaf: Leaf, about: Section, section_name: str, name: str) -> Leaf:
@@ -204,10 +198,8 @@ def fields_that_declare(kind: type, name: str, value: Any) -> list[str]:
         if getattr(declared_by(item), name, None) == value:
             names.append(item.name)
         elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            names += [
-                f"{item.name}.{inner}"
-                for inner in fields_that_declare(hint, name, value)
-            ]
+            for inner in fields_that_declare(hint, name, value):
+                names.append(f"{item.name}.{inner}")
     return names
 
 

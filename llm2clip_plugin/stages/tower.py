@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llm2clip_plugin.data.images import ImageConfig, Normalize
-from llm2clip_plugin.plan.memory import recomputes, tower_memory
+from llm2clip_plugin.plan.memory import StepMemory, recomputes, tower_memory
 from llm2clip_plugin.progress import phase
 from llm2clip_plugin.run_folder import UNFINISHED_HEADS
 from llm2clip_plugin.signals import StopRequest, loaded, stop_requests
-from llm2clip_plugin.stages.run import open_run, training_ranks
+from llm2clip_plugin.stages.run import TrainingRun, open_run, training_ranks
 from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.stages.tower_data import (
     TowerData,
@@ -26,9 +27,11 @@ from llm2clip_plugin.stages.tower_data import (
     with_windows,
 )
 from llm2clip_plugin.stages.tower_export import TOWER, export_towers
-from llm2clip_plugin.train.averages import copy_image_side, make_averages
+from llm2clip_plugin.train.averages import Averages, copy_image_side, make_averages
 from llm2clip_plugin.train.checkpoint import Loaded, load_weights
+from llm2clip_plugin.train.config import DistillConfig, TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, rank
+from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, load_clip_heads
 from llm2clip_plugin.train.losses.base import (
@@ -45,6 +48,7 @@ from llm2clip_plugin.train.model import (
     trained_parameters,
     with_llm_width,
 )
+from llm2clip_plugin.train.optim import Trained
 from llm2clip_plugin.train.step import TowerStep
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.towers import preprocessor_config
@@ -140,11 +144,6 @@ def _train(
                 unfinished=unfinished_heads,
             )
 
-    # before the engine, which partitions the weights under ZeRO-3
-    image_side = copy_image_side(model) if needs_reference(terms) else None
-    for encoder in (model, image_side):
-        if encoder is not None:
-            accelerate(encoder.tower, config.train, device)
     measure_memory = partial(
         tower_memory,
         config.tower,
@@ -155,13 +154,17 @@ def _train(
         captions_per_image=config.data.captions_per_image,
         checkpointing=False,
     )
-    if recomputes(config.train, run.deepspeed, device, measure_memory):
-        enable_gradient_checkpointing(model.tower)
-    engine = run.make_engine(model, trained, resumed)
-    averages = make_averages(
-        engine, image_side, config.train.ema_decay, config.distill, resumed
+    engine, averages = _start_engine(
+        run,
+        model,
+        trained,
+        resumed,
+        config.train,
+        config.distill,
+        measure_memory,
+        device=device,
+        has_reference=needs_reference(terms),
     )
-
     start = run.start_state(resumed)
     step = TowerStep(
         engine,
@@ -199,6 +202,33 @@ def _train(
             lambda: export_towers(run.folder, state.step, averaged=has_average)
         )
     return run.folder / TOWER
+
+
+def _start_engine(
+    run: TrainingRun,
+    model: DualEncoder,
+    trained: list[Trained],
+    resumed: Loaded | None,
+    train: TrainConfig,
+    distill: DistillConfig,
+    measure_memory: Callable[[], StepMemory],
+    *,
+    device: torch.device,
+    has_reference: bool,
+) -> tuple[Engine, Averages]:
+    """The engine over the model as it trains, and what follows its weights. measure_memory: what a
+    step needs without gradient checkpointing."""
+    image_side = None
+    if has_reference:
+        # before its blocks are compiled, and the engine partitions the weights under ZeRO-3
+        image_side = copy_image_side(model)
+        accelerate(image_side.tower, train, device)
+    accelerate(model.tower, train, device)
+    if recomputes(train, run.deepspeed, device, measure_memory):
+        enable_gradient_checkpointing(model.tower)
+    engine = run.make_engine(model, trained, resumed)
+    averages = make_averages(engine, image_side, train.ema_decay, distill, resumed)
+    return engine, averages
 
 
 def load_start(model: DualEncoder, resumed: Loaded | None, tower: str) -> None:

@@ -250,8 +250,8 @@ def phase_seconds(
     mean = timer.lap()
     values: dict[str, Any] = {f"{name}_seconds": value for name, value in mean.items()}
     if world_size() > 1:
-        own = [sum(mean.values()), mean["data"], mean["communication"]]
-        seconds = gather_rows(torch.tensor([own]).to(device))
+        of_this_rank = [sum(mean.values()), mean["data"], mean["communication"]]
+        seconds = gather_rows(torch.tensor([of_this_rank]).to(device))
         steps, data, communication = seconds.T.tolist()
         step_and_wait = zip(steps, communication, strict=True)
         busy = [step - waited for step, waited in step_and_wait]
