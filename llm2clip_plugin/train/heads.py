@@ -147,12 +147,13 @@ def fit_heads(
                 targets=clip_caches,
             )
             samples = len(dataset)
+            workers = train.dataloader_num_workers
             batches = partial(
                 caption_batches,
                 model,
                 dataset,
                 config.batch,
-                train.dataloader_num_workers,
+                workers,
                 train.skip_bad_batches,
             )
         return _fit(
@@ -242,11 +243,7 @@ def _fit(
             values = _update(model, optimizer, terms, batch, max_grad_norm)
             if done == config.steps or done % logging_steps == 0:
                 numbers = {name: float(value) for name, value in values.items()}
-                if not math.isfinite(numbers["loss"]):
-                    raise ValueError(
-                        f"the loss of the heads' fit is {numbers['loss']} at step {done}, though "
-                        f"all of its inputs are finite; lower --heads.lr (now {config.lr})"
-                    )
+                _refuse_non_finite_loss(numbers["loss"], done, config.lr)
                 size = len(batch.anchor_bD)
                 seconds = time.perf_counter() - started_at
                 line = {"step": done, "samples": done * size, **numbers}
@@ -257,16 +254,19 @@ def _fit(
             bar.update()
     optimizer.zero_grad()  # or these gradients are added to those of the first training step
     if done < config.steps and unfinished is not None:
-        state = {
-            "fit_of": fit_of,
-            "done": done,
-            "curve": curve,
-            "optimizer": optimizer.state_dict(),
-            "heads": heads_state(model),
-        }
+        state = {"fit_of": fit_of, "done": done, "curve": curve}
+        state |= {"optimizer": optimizer.state_dict(), "heads": heads_state(model)}
         with atomic_file(unfinished) as temporary:
             torch.save(state, temporary)
     return curve, done
+
+
+def _refuse_non_finite_loss(loss: float, step: int, lr: float) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss of the heads' fit is {loss} at step {step}, though all of its inputs are "
+            f"finite; lower --heads.lr (now {lr})"
+        )
 
 
 def _update(
