@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +29,14 @@ from llm2clip_plugin.stages.tower_data import (
 )
 from llm2clip_plugin.stages.tower_export import TOWER, export_towers
 from llm2clip_plugin.train.averages import Averages, copy_image_side, make_averages
-from llm2clip_plugin.train.checkpoint import Loaded, load_weights
+from llm2clip_plugin.train.checkpoint import Loaded, TrainState, load_weights
 from llm2clip_plugin.train.config import DistillConfig, TrainConfig
 from llm2clip_plugin.train.distributed import on_first_rank, rank
 from llm2clip_plugin.train.engine import Engine
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.heads import FitLine, fit_heads, load_clip_heads
 from llm2clip_plugin.train.losses.base import (
+    ChosenTerms,
     check_patch_layers,
     chosen_terms,
     needs_reference,
@@ -89,24 +91,45 @@ def train_tower(config: RunConfig, *, command: dict[str, Any] | None = None) -> 
             decided = with_windows(data, global_batch=config.train.global_batch)
             dual = with_llm_width(config.dual, decided.width)
             config = dataclasses.replace(config, data=decided.config, dual=dual)
-            return _train(config, decided, evaluation, device, stop, command or {})
+            run, start = _start(
+                config, decided, evaluation, device, stop, command or {}
+            )
+            state = _make_steps(config, decided, evaluation, run, start, device, stop)
+            has_average = bool(config.train.ema_decay)
+            with phase("export"):
+                on_first_rank(
+                    lambda: export_towers(run.folder, state.step, averaged=has_average)
+                )
+            return run.folder / TOWER
 
 
-def _train(
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What the steps of a run start from."""
+
+    model: DualEncoder  # with the weights of the checkpoint, or with fitted heads
+    images: ImageConfig  # what it reads
+    trained: list[Trained]
+    terms: ChosenTerms  # of the loss
+    resumed: Loaded | None  # the checkpoint, None for a new run
+    heads_curve: list[FitLine]  # of the fit of the heads, if there was one
+
+
+def _start(
     config: RunConfig,
     data: TowerData,
     evaluation: Evaluation | None,
     device: torch.device,
     stop: StopRequest,
     command: dict[str, Any],
-) -> Path:
-    """The run over opened data: model, checkpoint, heads, engine, loop, export."""
+) -> tuple[TrainingRun, Start]:
+    """The model as the steps start from it: new, with fitted heads, or as the run's checkpoint has
+    it."""
     model = build_dual(config.tower, config.dual, seed=config.train.seed)
     if config.heads.target == "clip_text":
         load_clip_heads(model, config.tower.path)
     terms = chosen_terms(config.loss)
-    layers = patch_layers(terms)
-    check_patch_layers(layers, model.tower.config.num_hidden_layers)
+    check_patch_layers(patch_layers(terms), model.tower.config.num_hidden_layers)
     images = ImageConfig.from_preprocessor(preprocessor_config(model.tower))
     check_loaders(data, images, config.train, config.heads, config.evaluated)
     trained = trained_parameters(model, config.optim)
@@ -123,7 +146,6 @@ def _train(
     resumed = run.find_checkpoint(data.digests | evaluated_digests)
     load_start(model, resumed, config.tower.path)
 
-    unfinished_heads = run.folder / UNFINISHED_HEADS
     heads_curve: list[FitLine] = []
     if resumed is None and config.heads.steps:
         run.record(run.new_state())
@@ -141,14 +163,34 @@ def _train(
                 clip_caches=data.clip_caches,
                 device=device,
                 stop=stop,
-                unfinished=unfinished_heads,
+                unfinished=run.folder / UNFINISHED_HEADS,
             )
+    start = Start(
+        model=model,
+        images=images,
+        trained=trained,
+        terms=terms,
+        resumed=resumed,
+        heads_curve=heads_curve,
+    )
+    return run, start
 
+
+def _make_steps(
+    config: RunConfig,
+    data: TowerData,
+    evaluation: Evaluation | None,
+    run: TrainingRun,
+    start: Start,
+    device: torch.device,
+    stop: StopRequest,
+) -> TrainState:
+    """Train from the start to the end: engine, step, evaluation, loop; returns the last state."""
     measure_memory = partial(
         tower_memory,
         config.tower,
         config.dual,
-        terms,
+        start.terms,
         config.optim,
         config.train,
         captions_per_image=config.data.captions_per_image,
@@ -156,78 +198,69 @@ def _train(
     )
     engine, averages = _start_engine(
         run,
-        model,
-        trained,
-        resumed,
+        start,
         config.train,
         config.distill,
         measure_memory,
         device=device,
-        has_reference=needs_reference(terms),
     )
-    start = run.start_state(resumed)
+    state = run.start_state(start.resumed)
     step = TowerStep(
         engine,
         weighted_terms(config.loss),
         seed=config.train.seed,
         text_noise=config.dual.input_noise > 0,
-        normalize=Normalize(images, engine.device),
+        normalize=Normalize(start.images, engine.device),
         total_samples=run.total_steps * config.train.global_batch,
         reference=averages.reference,
-        patch_layers=layers,
+        patch_layers=patch_layers(start.terms),
     )
     evaluate = None
     if evaluation is not None:
         show = engine.monitors.pictures.update if run.shows_pictures else None
-        evaluate = partial(evaluation, model, images, show)
+        evaluate = partial(evaluation, start.model, start.images, show)
     # random ones have no scores to compare with
     has_heads = bool(config.heads.steps or config.tower.keep_heads)
+    batches = make_batches(data, config.train, start.images, state.samples)
     state = run.train_to_end(
         engine,
-        start,
+        state,
         step=step,
-        batches=iter(make_batches(data, config.train, images, start.samples)),
+        batches=iter(batches),
         evaluate=evaluate,
         before=evaluate if config.train.eval_on_start and has_heads else None,
-        heads=heads_curve,
+        heads=start.heads_curve,
         stop=stop,
         averages=averages.by_file,
     )
     if rank() == 0:
-        unfinished_heads.unlink(missing_ok=True)
-
-    has_average = bool(config.train.ema_decay)
-    with phase("export"):
-        on_first_rank(
-            lambda: export_towers(run.folder, state.step, averaged=has_average)
-        )
-    return run.folder / TOWER
+        (run.folder / UNFINISHED_HEADS).unlink(missing_ok=True)
+    return state
 
 
 def _start_engine(
     run: TrainingRun,
-    model: DualEncoder,
-    trained: list[Trained],
-    resumed: Loaded | None,
+    start: Start,
     train: TrainConfig,
     distill: DistillConfig,
     measure_memory: Callable[[], StepMemory],
     *,
     device: torch.device,
-    has_reference: bool,
 ) -> tuple[Engine, Averages]:
     """The engine over the model as it trains, and what follows its weights. measure_memory: what a
     step needs without gradient checkpointing."""
     image_side = None
-    if has_reference:
+    if needs_reference(start.terms):
         # before its blocks are compiled, and the engine partitions the weights under ZeRO-3
-        image_side = copy_image_side(model)
+        image_side = copy_image_side(start.model)
         accelerate(image_side.tower, train, device)
-    accelerate(model.tower, train, device)
+    accelerate(start.model.tower, train, device)
     if recomputes(train, run.deepspeed, device, measure_memory):
-        enable_gradient_checkpointing(model.tower)
-    engine = run.make_engine(model, trained, resumed)
-    averages = make_averages(engine, image_side, train.ema_decay, distill, resumed)
+        enable_gradient_checkpointing(start.model.tower)
+    engine = run.make_engine(start.model, start.trained, start.resumed)
+    averages = make_averages(
+        engine, image_side, train.ema_decay, distill, start.resumed
+    )
     return engine, averages
 
 
