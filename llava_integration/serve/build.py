@@ -39,8 +39,8 @@ from llm2clip_plugin.vision.directory import (
 )
 from llm2clip_plugin.vision.export import LICENSE
 from llm2clip_plugin.vision.families import Family, families, read_config
+from llm2clip_plugin.vision.naflex import siglip_tensor
 from llm2clip_plugin.vision.towers import preprocessor_config
-from llm2clip_plugin.vision.wrapped import siglip_tensor
 
 # The language model and the projector: settings and tensors, from LLaVA's names to Hugging Face's
 

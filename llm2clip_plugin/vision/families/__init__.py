@@ -66,23 +66,20 @@ class Family:
     name: str  # in the TowerCard
     # `model_type` in config.json, of the vision model and of models that contain it
     model_types: tuple[str, ...]
-    vision_class: Callable[
-        [], Any
-    ]  # returns the Hugging Face class, which is imported only then
+    # returns the Hugging Face class, which is imported only then
+    vision_class: Callable[[], Any]
     has_cls: bool  # a class token precedes the patches
     # the position table; "" if the family has none
     positions: str = "embeddings.position_embedding.weight"
     blocks: str = "encoder.layers"  # the ModuleList of transformer blocks
-    embeddings: tuple[str, ...] = (
-        "embeddings",
-    )  # modules and parameters below the first block
+    # modules and parameters below the first block
+    embeddings: tuple[str, ...] = ("embeddings",)
     final_norm: str  # the norm after the last block
     last_state_is_normed: bool = True  # last_hidden_state is the output of final_norm
     # modules that only pooler_output uses (SigLIP's attention pooling)
     pooling_head: tuple[str, ...] = ()
-    never_trained: tuple[
-        str, ...
-    ] = ()  # parameters that the tower's forward pass never reads
+    # parameters that the tower's forward pass never reads
+    never_trained: tuple[str, ...] = ()
     file_prefix: str = ""  # of the tower's tensors in files on the Hub
     # prefixes of the other tensors in a file, such as a text tower's
     not_tower: tuple[str, ...] = ()
@@ -98,9 +95,8 @@ class Family:
     # the family's own training ended
     scale: float = 1 / 0.07
     needs: str = ""  # requirement beyond the package's own, for the model card
-    code: TowerCode | None = (
-        None  # of exported models; None: transformers opens the tower
-    )
+    # of exported models; None: transformers opens the tower
+    code: TowerCode | None = None
     # model_type of the same architecture, where AutoModel does not open the family's own
     opens_as: str = ""
     # name or Hub id -> config.json, for --dry-run
@@ -118,15 +114,22 @@ def in_module(module: str, name: str) -> Callable[[], Any]:
 
 
 def wrapped(
-    name: str, *, of: str, title: str, since: str, config: str = ""
+    name: str,
+    *,
+    of: str,
+    title: str,
+    since: str,
+    config: str = "",
+    file: str = "wrapped",
 ) -> Callable[[], Any]:
-    """A function that returns class ``name`` of ``vision/wrapped.py`` as ``transformers.OF``, its
-    base.
+    """A function that returns class ``name`` of ``vision/wrapped.py``, or of another ``file``
+    there, as ``transformers.OF``, its base.
 
     It has the base's name and configuration (or the class ``config``, of the base's type), as
     transformers translates the Hub's tensor names for its own classes alone. Raises ValueError in
     versions of transformers before ``since``.
     """
+    module = f"llm2clip_plugin.vision.{file}"
 
     @functools.lru_cache(maxsize=1)
     def made() -> type:
@@ -136,12 +139,10 @@ def wrapped(
                 f"{title} requires transformers {since} or newer; {transformers.__version__} is "
                 "installed"
             )
-        model = in_module("llm2clip_plugin.vision.wrapped", name)()
-        settings = (
-            in_module("llm2clip_plugin.vision.wrapped", config)()
-            if config
-            else base.config_class
-        )
+        model = in_module(module, name)()
+        settings = base.config_class
+        if config:
+            settings = in_module(module, config)()
         overridden = {
             "config_class": settings,
             "is_custom_code": classmethod(lambda cls: False),

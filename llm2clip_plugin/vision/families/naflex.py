@@ -19,7 +19,7 @@ def _vision_class() -> Any:
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
-        return in_module("llm2clip_plugin.vision.wrapped", "SquareNaflexTower")()
+        return in_module("llm2clip_plugin.vision.naflex", "SquareNaflexTower")()
     return _native()
 
 
@@ -29,6 +29,7 @@ _native = wrapped(
     title="NaFlex",
     since="5",
     config="NaflexTowerConfig",
+    file="naflex",
 )
 FAMILY = Family(
     name="naflex",
