@@ -1,5 +1,5 @@
 """Do the intervals and verdicts of ``llm2clip compare`` hold what they promise? Simulated models
-whose true difference is known; 39 settings, 1,000 simulations each.
+whose true difference is known; 40 settings, 1,000 simulations each.
 
     python -m scripts.benchmarks.coverage
 
@@ -334,6 +334,7 @@ def settings() -> list[Setting]:
         clustered("3 images of 50, 30 of 2", [50] * 3 + [2] * 30, 0.3, 0.3, 0.2),
         categories([5, 100]),
         categories([1, 100]),
+        categories([2, 500]),
         f1(50, 3, 3, (0.7, 0.3), (0.8, 0.25)),
         f1(60, 1, 9, (0.6, 0.05), (0.6, 0.05)),
         runs(2, 2, 30, 0.0),

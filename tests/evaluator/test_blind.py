@@ -138,6 +138,14 @@ def test_a_log_of_one_side_alone_is_refused(tmp_path):
     assert len(row_with("one", "two").parts) == len(row_with("three").parts) == 2
 
 
+def test_a_sides_own_log_is_no_blind_log(tmp_path):
+    row = parts(tmp_path, [table(tmp_path / "copy.csv", NEW)])
+    assert row.parts == ()
+    assert any("has the scores of a side" in note for note in row.notes)
+    row = parts(tmp_path, [table(tmp_path / "blind.csv", SOLVED_BLIND)])
+    assert any("names no model: if it is that of base or new" in n for n in row.notes)
+
+
 def test_a_model_that_declines_tells_nothing(tmp_path):
     """Below chance, with four options; --blind-chance 0 takes it as free text."""
     blind = [table(tmp_path / "blind.csv", [0] * 40)]
@@ -172,7 +180,11 @@ def test_a_blind_model_that_always_says_yes_moves_no_points(tmp_path):
     assert simulate(setting, 20) == (0, 0)
     # without that, both would: the log is right where the answer is yes
     truth = ["yes", "no"] * 20
-    said = {"base": [0, 1] * 20, "new": [1, 0] * 20, "always yes": [1, 0] * 20}
+    said = {
+        "base": [0, 1] * 20,
+        "new": [1, 0] * 19 + [1, 1],
+        "always yes": [1, 0] * 20,
+    }
     files = {}
     for model, scores in said.items():
         items = [

@@ -15,6 +15,7 @@ from llava_integration.evaluator.benchmarks.bench import main_score as score
 from llava_integration.evaluator.benchmarks.benchmark import find_image
 from llava_integration.evaluator.benchmarks.rules import benchmark
 from llava_integration.evaluator.compare.command import main as compare
+from llava_integration.evaluator.compare.comparison import build
 from llava_integration.evaluator.compare.report import picture_folders
 from llava_integration.evaluator.compare.sides import load_side
 from llm2clip_plugin.contracts import ScoreFile
@@ -223,6 +224,94 @@ def test_page_in_chromium(report, width):
         )
         assert run("document.title") != "owned"
         assert any("Content Security Policy" in error for error in browser.errors)
+
+
+def many_benchmarks(folder, *more):
+    """The page of a comparison on 50 benchmarks, some with long names."""
+    for name in ("old", "new"):
+        lines = ["item,score,task"]
+        for task in range(50):
+            title = f"a_benchmark_with_a_long_name_{task}_exact_match_of_what_is_said"
+            if task % 5:
+                title = f"task {task}"
+            for item in range(12):
+                score = int((item + task) % 3 > 0 or (name == "new" and item < 4))
+                lines.append(f"{item},{score},{title}")
+        (folder / f"{name}.csv").write_text("\n".join(lines))
+    tables = [str(folder / f"{name}.csv") for name in ("old", "new")]
+    compare([*tables, "--output", str(folder / "out"), *more])
+    return folder / "out" / "compare.html"
+
+
+def test_fifty_benchmarks_are_counted_not_listed(tmp_path):
+    text = many_benchmarks(tmp_path).read_text(encoding="utf-8")
+    first_lines = text[text.index('class="verdict"') : text.index("<section>")]
+    assert "no difference shown on 50 of 50 benchmarks" in first_lines
+    # benchmarks are rows of the scores, sides columns
+    scores = text[text.index('id="scores"') :]
+    assert scores[: scores.index("</table>")].count("<tr>") == 51
+
+
+@pytest.mark.skipif(chromium.find() is None, reason="no Chromium here")
+def test_fifty_benchmarks_in_chromium(tmp_path):
+    """Intervals are whole without scrolling, at 1280 pixels each row with its verdict; the page
+    itself never scrolls sideways."""
+    page = many_benchmarks(tmp_path, "--names", "x" * 60, "y" * 60)
+    right_ends = (
+        "Math.max(...[...document.querySelectorAll('{}')]"
+        ".map(node => node.getBoundingClientRect().right))"
+    )
+    with chromium.Chromium() as browser:
+        for width in (1280, 390):
+            browser.call(
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=900,
+                deviceScaleFactor=1,
+                mobile=False,
+            )
+            browser.open(page.as_uri())
+            assert browser.run("document.querySelectorAll('.interval').length") == 50
+            inside = browser.run("document.documentElement.clientWidth")
+            assert browser.run(right_ends.format(".interval")) <= inside
+            assert browser.run("document.documentElement.scrollWidth") <= inside
+            if width == 1280:
+                last = right_ends.format("#differences td:last-child")
+                assert browser.run(last) <= inside
+
+
+def test_names_are_text_in_markdown(tmp_path):
+    """Of sides and benchmarks, in headings, tables, notes and warnings."""
+    name = "_a_ *b* <img src=x> [c](http://d) `e` ~f~ g_h"
+    items = [{"id": n, "score": n % 2} for n in range(12)]
+    counts = [{"answered": 12, "empty": 7}] * 2
+    words = write_sides(tmp_path, lambda place: items, "<i>toy</i>", counts=counts)
+    compare([*words, "--names", name, f"{name}2"])
+    text = (tmp_path / "compare.md").read_text()
+    for line in text.splitlines():
+        for markup in (" <img", "<i>toy", "](http", " *b*"):
+            assert markup not in line.replace("\\" + markup.strip(), ""), line
+    heading = next(line for line in text.splitlines() if line.startswith("## "))
+    escaped = r"\_a\_ \*b\* \<img src=x> \[c\](http://d) \`e\` \~f\~ g_h"
+    assert heading == f"## {escaped}2 (new) against {escaped} (base)"
+
+
+def test_published_numbers_of_llava_are_for_its_models(tmp_path):
+    """Not for a served model, whoever scored it."""
+    items = [{"id": n, "score": n % 2} for n in range(12)]
+    settings = {"endpoint": "http://localhost/v1"}
+    for provenance, shown in (({}, True), ({"answer_settings": settings}, False)):
+        sides = []
+        for name in ("old", "new"):
+            record = ScoreFile(
+                benchmark="gqa",
+                metrics={"accuracy_percent": 50.0},
+                items=items,
+                model=name,
+                provenance=provenance,
+            )
+            sides.append(load_side(record.write(tmp_path / f"{name}.scores.json")))
+        assert bool(build(sides).references) == shown
 
 
 def test_what_makes_numbers_meaningless_comes_first(tmp_path, capsys):

@@ -132,6 +132,11 @@ def split(
     blind_runs = [run.pick(ids) for run in blind_runs]
     for run in blind_runs:
         check_equal_truth(name, base_side, base_runs[0], run)
+        if any(run.scores == seen.scores for seen in (*base_runs, *new_runs)):
+            raise ContractError(
+                f"{name} is not split: a blind log has the scores of a side, question by question; "
+                "are these answers with the pictures?"
+            )
     right_JN = np.array([run.scores for run in blind_runs]) >= RIGHT
     chance_N = chances(base_runs[0], blind.chance)
     check_not_below_chance(name, blind_runs, right_JN, chance_N)
@@ -161,6 +166,11 @@ def split(
     if weights[SOLVED][1].sum() <= 0:
         notes.append(
             "the blind logs solve no more questions than guessing does: none is known to be solved"
+        )
+    if not all(run.model for run in blind_runs):
+        notes.append(
+            f"a blind log names no model: if it is that of {base_side.name} or {new_side.name}, "
+            "add the other's"
         )
     if is_yes_N is not None:
         notes.append("yes and no count in both groups as in the whole benchmark")

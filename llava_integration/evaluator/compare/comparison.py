@@ -290,11 +290,15 @@ def mean_headline(runs: Sequence[Run]) -> float:
 
 
 def is_of_llava(side: Side) -> bool:
-    """Whether published numbers of LLaVA belong next to a side's: it is called so, or was scored by
-    the rules of LLaVA's evaluation."""
+    """Whether published numbers of LLaVA belong next to a side's: it is called so, or its answers
+    were scored by the rules of LLaVA's evaluation. A served model is another, unless it is called
+    so."""
     for runs in side.runs.values():
         for run in runs:
-            if run.metrics or "llava" in f"{side.name} {run.model}".lower():
+            if "llava" in f"{side.name} {run.model}".lower():
+                return True
+            settings = run.provenance.get("answer_settings") or {}
+            if run.metrics and not settings.get("endpoint"):
                 return True
     return False
 

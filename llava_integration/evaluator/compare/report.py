@@ -27,6 +27,7 @@ from llm2clip_plugin.report_text import p_value
 
 HERE = Path(__file__).parent
 FULL_MME = 20.0  # points of MME perception that are one percent of its 2000
+MOST_NAMED = 8  # benchmarks with one verdict that the page's first lines name
 LONGEST = 600  # characters of a question or an answer that are shown
 NOTE = (
     "reported by others, one run, no interval; "
@@ -162,7 +163,8 @@ def row_lines(rows: Sequence[Row], *, markdown: bool = False) -> list[str]:
     lines = []
     for row in rows:
         title = plain(row.title) if markdown else row.title
-        lines += [f"{title}: {line}" for line in (row.power_line(), *row.notes)]
+        for line in (row.power_line(), *row.notes):
+            lines.append(f"{title}: {plain_sentence(line) if markdown else line}")
     return lines
 
 
@@ -187,7 +189,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def plain(name: str) -> str:
     """A name in Markdown: no link, emphasis, code or HTML of its own, on one line."""
-    return re.sub(r"([\\`*<\[\]])", r"\\\1", " ".join(name.split()))
+    # an underscore within a word is no emphasis
+    special = r"([\\`*<\[\]~]|(?<![^\W_])_|_(?![^\W_]))"
+    return re.sub(special, r"\\\1", " ".join(name.split()))
+
+
+def plain_sentence(text: str) -> str:
+    """A sentence with names in it: no link, emphasis or HTML of theirs; code stays code."""
+    text = " ".join(text.split())
+    return re.sub(r"(<|\*|\](?=\())", r"\\\1", text)
 
 
 def escaped_cell(text: str) -> str:
@@ -196,7 +206,9 @@ def escaped_cell(text: str) -> str:
 
 def text(comparison: Comparison) -> str:
     """The tables and notes, in Markdown."""
-    lines = [f"- **Warning**: {warning}." for warning in comparison.warnings]
+    lines = [
+        f"- **Warning**: {plain_sentence(warning)}." for warning in comparison.warnings
+    ]
     for new, base, rows in comparison.pairs():
         lines += [
             "",
@@ -228,11 +240,12 @@ def text(comparison: Comparison) -> str:
             "",
             f"Published, not measured here ({NOTE}):",
             "",
-            *table(["", *comparison.titles.values()], published),
+            *table(["", *map(plain, comparison.titles.values())], published),
         ]
     lines += [
         "",
-        *(f"- {note}" for note in (*comparison.notes, *method_lines(comparison))),
+        *(f"- {plain_sentence(note)}" for note in comparison.notes),
+        *(f"- {line}" for line in method_lines(comparison)),
     ]
     return "\n".join(lines).strip() + "\n"
 
@@ -284,6 +297,7 @@ def page(
         data={"names": comparison.names, "questions": to_browse, "images": encoded},
         drawn=drawn_intervals(comparison.rows),
         header=HEADER,
+        most_named=MOST_NAMED,
         cells=cells,
         parts_header=PARTS_HEADER,
         part_cells=part_cells,

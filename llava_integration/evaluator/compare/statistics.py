@@ -32,6 +32,9 @@ ALIKE = 9  # decimal places to which differences are equal
 # two runs that are near each other by chance would be weighed as if they never varied: 6 % of false
 # verdicts with 2 against 8 runs
 LEAST_OF_POOLED = 0.5
+# degrees of freedom per cluster of a category whose few clusters agree: their mean is far from
+# normal, and with 2 of 502 items in a category 10 % of verdicts would be wrong
+FREEDOM_OF_ALIKE = 2
 POWER = 0.8  # with which a detectable difference is detected
 
 
@@ -331,7 +334,10 @@ def over_strata(
         variance = float(np.sum(square_C[members]))
         if alike_C[members].all():
             as_all = by_question * float(np.sum(weight_C[members] ** 2))
-            parts.append((max(variance, as_all), float(paired.freedom)))
+            freedom = paired.freedom
+            if count_S[stratum] > 1:
+                freedom = min(FREEDOM_OF_ALIKE * int(count_S[stratum]), freedom)
+            parts.append((max(variance, as_all), float(freedom)))
         else:
             parts.append((variance, effective_freedom(paired.sizes[members])))
     total = sum(variance for variance, _ in parts)
