@@ -49,6 +49,8 @@ def test_questions_and_answers_are_there(version):
     item = side.runs["toy_mc acc"][0].items[1]
     assert item["question"] == "Which of the two is 1?"
     assert (item["answer"], item["cluster"]) == ("sat", "im0")
+    assert item["truth"] == "sat"
+    assert item["choices"] == ["mat", "sat"]
     assert side.runs["toy_gen exact_match"][0].items[1]["answer"] == "??"
     assert "answer" not in side.runs["toy_text word_perplexity"][0].items[1]
 

@@ -64,9 +64,11 @@ def columns(path: Path) -> list[str]:
     have all; those before a row that can't be read."""
     names: dict[str, None] = {}
     with suppress(ContractError), errors_about(path):
-        if path.suffix in JSON_TABLES:
+        if path.suffix == ".jsonl":
             for _, row in islice(json_rows(path), FIRST_ROWS):
                 names.update(dict.fromkeys(str(name) for name in row))
+        elif path.suffix == ".json":
+            names.update(dict.fromkeys(first_object(path)))
         else:
             _, header = next(table(path, errors="replace"), ("", []))
             names.update(dict.fromkeys(str(name) for name in header))

@@ -49,7 +49,7 @@ def is_harness_line(line: dict[str, Any]) -> bool:
     0.4.3 left out, or arguments with names."""
     if "doc_hash" not in line:
         return set(line) >= OLD_HARNESS
-    return "metrics" in line or isinstance(line.get("arguments"), dict)
+    return "metrics" in line or has_names(line.get("arguments"))
 
 
 class Summary:
@@ -226,31 +226,42 @@ def group_of(line: dict[str, Any], field: str, where: str) -> str:
     return "" if value is None else str(value)
 
 
-def shown_texts(line: dict[str, Any]) -> dict[str, str]:
-    """The question and the answer of a line, those that it has."""
+def shown_texts(line: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of a line: question, options, truth and answer, those that it has."""
     doc = line.get("doc")
     question: Any = ""
     if isinstance(doc, dict):
         question = first_of(doc, ("question", "query", "problem"))
     question = question or line.get("input") or prompt_of(line.get("arguments"))
-    texts = {}
+    shown: dict[str, Any] = {}
     if short_text(question):
-        texts["question"] = short_text(question)
+        shown["question"] = short_text(question)
     answer = answer_of(line)
     if isinstance(answer, str):  # one that is empty is an answer, too
-        texts["answer"] = short_text(answer)
-    return texts
+        shown["answer"] = short_text(answer)
+    options = options_of(line.get("arguments"))
+    if len(set(options)) > 1:
+        shown["choices"] = [short_text(option).strip() for option in options]
+        truth = line.get("target")
+        if isinstance(truth, int) and 0 <= truth < len(options):
+            shown["truth"] = shown["choices"][truth]
+    return shown
 
 
 def pairs_of(arguments: Any) -> list[list[Any]]:
     """The arguments of a document's requests; since 0.4.3 they have names."""
-    if isinstance(arguments, dict):
-        arguments = [list(request.values()) for request in arguments.values()]
-    pairs = []
-    for request in arguments if isinstance(arguments, list) else []:
-        if isinstance(request, list) and request:
-            pairs.append(request)
-    return pairs
+    requests = arguments if isinstance(arguments, list) else []
+    if has_names(arguments):
+        requests = [list(request.values()) for request in arguments.values()]
+    return [request for request in requests if isinstance(request, list) and request]
+
+
+def has_names(arguments: Any) -> bool:
+    """Whether these are arguments as the harness logs them since 0.4.3: {"gen_args_0": {"arg_0":
+    ...}}."""
+    if not isinstance(arguments, dict) or not arguments:
+        return False
+    return all(isinstance(request, dict) for request in arguments.values())
 
 
 def prompt_of(arguments: Any) -> Any:

@@ -128,10 +128,16 @@ class Scores:
             "cluster": self.cluster_of(name, metadata),
             "category": first_of(metadata, CATEGORIES),
         }
-        texts = {"question": sample.get("input"), "answer": score.get("answer")}
-        for text_name, text in texts.items():
-            if short_text(text):
-                item[text_name] = short_text(text)
+        question = question_of(sample.get("input"))
+        if question:
+            item["question"] = question
+        answer = score.get("answer")
+        if not isinstance(answer, str):
+            answer = (sample.get("output") or {}).get("completion")
+        if isinstance(answer, str):
+            item["answer"] = short_text(answer)
+        if sample.get("choices"):
+            item["choices"] = [short_text(choice) for choice in sample["choices"]]
         item = self.items.setdefault(name, item)
         item["score"] = sum(values) / len(values)
 
@@ -178,6 +184,25 @@ class Scores:
                 "the number is of these alone"
             ]
         return []
+
+
+def question_of(content: Any) -> str:
+    """The question of a sample: its text, or the last that a user said in its messages."""
+    if not isinstance(content, list):
+        return short_text(content)
+    question = ""
+    for message in content:
+        if isinstance(message, dict) and message.get("role") == "user":
+            question = text_of(message.get("content"))
+    return short_text(question)
+
+
+def text_of(content: Any) -> str:
+    """The text of a message, which may have pictures between its parts."""
+    if not isinstance(content, list):
+        return short_text(content)
+    parts = [part.get("text") for part in content if isinstance(part, dict)]
+    return "\n".join(part for part in parts if isinstance(part, str))
 
 
 def group_of(metadata: dict[str, Any], field: str) -> str:
