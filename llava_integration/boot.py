@@ -39,20 +39,15 @@ def find_spec(name, path=None, target=None):
     """For a module that is completed: the spec of the other finders, with a loader that completes
     it; else None."""
     if not any(isinstance(finder, LLM2CLIPWatcher) for finder in sys.meta_path):
-        sys.meta_path.insert(
-            0, LLM2CLIPWatcher()
-        )  # that of the .pth file asks for few modules
-    if not knows_towers(name, path) and (
-        not name.startswith("llava.") or name not in completed_by_compat()
-    ):
+        # that of the .pth file asks for few modules
+        sys.meta_path.insert(0, LLM2CLIPWatcher())
+    if not is_completed(name, path):
         return None
     for finder in sys.meta_path:
-        find = (
-            None
-            if type(finder).__name__ == WATCHER
-            else getattr(finder, "find_spec", None)
-        )
-        spec = find(name, path, target) if find else None
+        find = getattr(finder, "find_spec", None)
+        if find is None or type(finder).__name__ == WATCHER:
+            continue
+        spec = find(name, path, target)
         if spec is not None:
             try:
                 watch(spec)
@@ -62,23 +57,31 @@ def find_spec(name, path=None, target=None):
     return None
 
 
+def is_completed(name, path=None):
+    """Whether a module gets our towers, or is completed for today's libraries."""
+    if knows_towers(name, path):
+        return True
+    return name.startswith("llava.") and name in completed_by_compat()
+
+
 def knows_towers(name, path=None):
     """Whether `hook` completes a module: LLaVA's, or one of a fork, whose ``path`` is its package's
     ``__path__``."""
     if os.environ.get("LLM2CLIP_LLAVA_HOOK") == "0":
         return False
-    package, _, part = name.rpartition(MODELS)
-    if name == TRAINER or not package:
-        return name == TRAINER
-    if (
-        part == "multimodal_encoder.builder"
-    ):  # before the *_arch binds build_vision_tower
+    if name == TRAINER:
         return True
-    folders = path or getattr(sys.modules.get(f"{package}.model"), "__path__", ())
-    return (part == "builder" or part.endswith("_arch")) and any(
-        os.path.isfile(os.path.join(folder, "multimodal_encoder", "builder.py"))
-        for folder in folders
-    )
+    package, _, part = name.rpartition(MODELS)
+    if not package:
+        return False
+    if part == "multimodal_encoder.builder":
+        return True  # before the *_arch binds build_vision_tower
+    if part != "builder" and not part.endswith("_arch"):
+        return False
+    for folder in path or getattr(sys.modules.get(f"{package}.model"), "__path__", ()):
+        if os.path.isfile(os.path.join(folder, "multimodal_encoder", "builder.py")):
+            return True
+    return False
 
 
 def completed_by_compat():
@@ -147,34 +150,31 @@ def install():
     if not watching():
         sys.meta_path.insert(0, LLM2CLIPWatcher())
     runner = compat()
-    for name in sorted(
-        name
-        for name in sys.modules
-        if knows_towers(name) or name in completed_by_compat()
-    ):
+    loaded = [name for name in sys.modules if is_completed(name)]
+    for name in sorted(loaded):
+        module = sys.modules[name]
         if runner:
-            runner.run(sys.modules[name], "before")
-            runner.run(sys.modules[name], "after")
-        complete(sys.modules[name])
+            runner.run(module, "before")
+            runner.run(module, "after")
+        complete(module)
 
 
 def main(argv):
     """Run ``argv[0]``, a module's name or a script's path, with the rest as its arguments."""
-    # DeepSpeed's launcher
-    ranks = [
-        word for word in argv[:1] if word.startswith(("--local_rank=", "--local-rank="))
-    ]
-    words = argv[len(ranks) :]
+    rank = []  # of DeepSpeed's launcher
+    words = argv
+    if argv and argv[0].startswith(("--local_rank=", "--local-rank=")):
+        rank = argv[:1]
+        words = argv[1:]
     if not words or words[0].startswith("-"):
         raise SystemExit("usage: python -m llava_integration.boot MODULE_OR_SCRIPT ...")
     install()
     target = words[0]
-    sys.argv[1:] = [*ranks, *words[1:]]
+    sys.argv[1:] = [*rank, *words[1:]]
     if target.endswith(".py") or os.path.sep in target:
         sys.argv[0] = target
-        sys.path[0] = os.path.dirname(
-            os.path.abspath(target)
-        )  # as `python SCRIPT` does
+        # as `python SCRIPT` does
+        sys.path[0] = os.path.dirname(os.path.abspath(target))
         runpy.run_path(target, run_name="__main__")
     else:
         runpy.run_module(target, run_name="__main__", alter_sys=True)

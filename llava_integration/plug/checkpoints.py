@@ -67,9 +67,8 @@ def refuse_name(path: str, *, base: str | None = None, name: str | None = None) 
     """Raise ValueError if LLaVA would load its checkpoint at ``path`` as another kind of model than
     it is. ``base``: the base model that is given with it; ``name``: in place of the folder's."""
     config = config_of(path)
-    if "mm_vision_tower" not in config and not str(config.get("model_type")).startswith(
-        WORD
-    ):
+    model_type = str(config.get("model_type"))
+    if "mm_vision_tower" not in config and not model_type.startswith(WORD):
         return
     lower_name = (model_name(str(path)) if name is None else name).lower()
     has_lora = (Path(path).expanduser() / "adapter_config.json").is_file()
@@ -78,15 +77,10 @@ def refuse_name(path: str, *, base: str | None = None, name: str | None = None) 
         what = f'without "{WORD}" in its name as a language model that sees no images'
     elif has_lora and base and LORA not in lower_name:
         what = f'without "{LORA}" in its name, given a base model, as a projector'
-    elif config.get("model_type") == "llava_llama":
-        what = next(
-            (
-                f'with "{word}" in its name as a {word} model'
-                for word in OTHERS
-                if word in lower_name
-            ),
-            "",
-        )
+    elif model_type == "llava_llama":
+        others = [word for word in OTHERS if word in lower_name]
+        if others:
+            what = f'with "{others[0]}" in its name as a {others[0]} model'
     if what:
         better = "llava-lora-1" if has_lora else "llava-1"
         raise ValueError(
@@ -98,10 +92,9 @@ def refuse_name(path: str, *, base: str | None = None, name: str | None = None) 
 def config_of(path: str | Path, name: str = CONFIG) -> dict[str, Any]:
     """A model's config.json; {} without one, for a Hub id and for a damaged file, which loading
     will refuse."""
+    file = Path(path).expanduser() / name
     try:
-        config = json.loads(
-            (Path(path).expanduser() / name).read_text(encoding="utf-8")
-        )
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
@@ -124,14 +117,13 @@ def is_unfrozen(config: Any) -> bool:
     """Whether the tower is trained, by ``unfreeze_mm_vision_tower`` or LLaVA-NeXT's
     ``mm_tunable_parts``. ``config``: a model's configuration or arguments, or a dictionary of
     config.json."""
-    read = (
-        config.get
-        if isinstance(config, dict)
-        else lambda name: getattr(config, name, None)
-    )
-    return bool(read("unfreeze_mm_vision_tower")) or "mm_vision_tower" in (
-        read("mm_tunable_parts") or ""
-    ).split(",")
+    if isinstance(config, dict):
+        unfreezes = config.get("unfreeze_mm_vision_tower")
+        parts = config.get("mm_tunable_parts")
+    else:
+        unfreezes = getattr(config, "unfreeze_mm_vision_tower", None)
+        parts = getattr(config, "mm_tunable_parts", None)
+    return bool(unfreezes) or "mm_vision_tower" in (parts or "").split(",")
 
 
 def check_feature(feature: str) -> None:

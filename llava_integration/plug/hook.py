@@ -63,10 +63,9 @@ def wrap_function(owner: Any, name: str, function: Function) -> None:
     setattr(owner, name, wrapper)
     package = original.__module__.split(".")[0]
     for module_name, module in list(sys.modules.items()):
-        if (
-            module_name.split(".")[0] == package
-            and getattr(module, name, None) is original
-        ):
+        if module_name.split(".")[0] != package:
+            continue
+        if getattr(module, name, None) is original:
             setattr(module, name, wrapper)
 
 
@@ -77,20 +76,15 @@ def build_vision_tower(
     to ``original``."""
     from llava_integration.plug.tower import LLM2CLIPVisionTower, MultiscaleVisionTower
 
-    name: Any = getattr(
-        vision_tower_cfg,
-        "mm_vision_tower",
-        getattr(vision_tower_cfg, "vision_tower", None),
-    )
+    name: Any = getattr(vision_tower_cfg, "vision_tower", None)  # of arguments
+    name = getattr(vision_tower_cfg, "mm_vision_tower", name)
     if not towers.is_ours(name):
         return original(vision_tower_cfg, *arguments, **options)
     settings_from_environment(vision_tower_cfg)
     location = towers.find_tower(name, vision_tower_cfg)
-    tower_class = (
-        MultiscaleVisionTower
-        if getattr(vision_tower_cfg, "s2", False)
-        else LLM2CLIPVisionTower
-    )
+    tower_class = LLM2CLIPVisionTower
+    if getattr(vision_tower_cfg, "s2", False):
+        tower_class = MultiscaleVisionTower
     tower = tower_class(name, location, vision_tower_cfg, delay_load=True)
     check_projector(name, tower.hidden_size, vision_tower_cfg)
     if not options.get("delay_load"):
@@ -113,9 +107,8 @@ def check_projector(name: str, hidden_size: int, config: Any) -> None:
         ):
             weights = torch.load(adapter, map_location="cpu", weights_only=True)
         for key, tensor in weights.items():
-            if (
-                FIRST_LAYER.search(key) and tensor.ndim == 2
-            ):  # others have no width to compare
+            # others have no width to compare
+            if FIRST_LAYER.search(key) and tensor.ndim == 2:
                 expected[adapter] = tensor.shape[1]
     for where, width in expected.items():
         if width != hidden_size:
@@ -186,11 +179,13 @@ def refuse_another_tower(tower: Any, name: Any) -> None:
     previous = getattr(tower, "vision_tower_name", None)
     if tower is None or previous == name:
         return
-    ours = [towers.is_ours(name), towers.is_ours(previous)]
-    if not any(ours) or (
-        all(ours) and towers.locate(name).sha256 == tower.location.sha256
-    ):
+    was_ours = towers.is_ours(previous)
+    becomes_ours = towers.is_ours(name)
+    if not was_ours and not becomes_ours:
         return
+    if was_ours and becomes_ours:
+        if towers.locate(name).sha256 == tower.location.sha256:
+            return
     raise ContractError(
         f"the model already has the vision tower {previous!r}, "
         f"which LLaVA would use despite --vision_tower {name}; "

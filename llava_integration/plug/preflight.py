@@ -36,13 +36,8 @@ STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")
 IMAGES_CHECKED = 200
 MPT = "mpt"
-TRAINED = (
-    "llama",
-    "mistral",
-    "llava",
-    "llava_llama",
-    "llava_mistral",
-)  # types of language models
+# types of language models
+TRAINED = ("llama", "mistral", "llava", "llava_llama", "llava_mistral")
 
 
 def main(argv: list[str]) -> int:
@@ -134,12 +129,10 @@ def check_language(path: Path) -> Iterator[str]:
         )
     settings = config_of(path, "tokenizer_config.json")
     tokens = config_of(path, "special_tokens_map.json")
+    has_settings = bool(settings or tokens)
     has_unk = settings.get("unk_token") or tokens.get("unk_token")
-    if (
-        (settings or tokens)
-        and not has_unk
-        and not (path / "tokenizer.model").is_file()
-    ):
+    has_pieces = (path / "tokenizer.model").is_file()
+    if has_settings and not has_unk and not has_pieces:
         yield (
             f"--model {path}: no unk_token, with which LLaVA pads batches; "
             "set one in its tokenizer_config.json"
@@ -200,9 +193,12 @@ def check_data(stage: str, data: Path, images: Path) -> Iterator[str]:
         if problem := sample_problem(stage, sample):
             yield f"{data}, sample {number}: {problem}"
             return
+    if not images.is_dir():
+        return
     paths = [sample["image"] for sample in samples if "image" in sample]
-    checked = paths[:: max(1, len(paths) // IMAGES_CHECKED)] if images.is_dir() else []
-    if missing := [path for path in checked if not (images / path).is_file()]:
+    checked = paths[:: max(1, len(paths) // IMAGES_CHECKED)]
+    missing = [path for path in checked if not (images / path).is_file()]
+    if missing:
         yield (
             f"--image-folder {images}: {len(missing)} of {len(checked)} images checked are "
             f"missing, the first is {images / missing[0]}; "
@@ -230,11 +226,8 @@ def sample_problem(stage: str, sample: Any) -> str:
     speakers = [speaker for speaker, _ in turns]
     if speakers[:1] == ["gpt"]:
         speakers = speakers[1:]  # as LLaVA skips it
-    questions = speakers[0::2]
-    answers = speakers[1::2]
-    in_turn = all(speaker == "human" for speaker in questions)
-    in_turn = in_turn and all(speaker == "gpt" for speaker in answers)
-    if not speakers or not in_turn:
+    in_turn = ["gpt" if number % 2 else "human" for number in range(len(speakers))]
+    if not speakers or speakers != in_turn:
         listed = ", ".join(map(str, speakers[:6])) or "nobody"
         return f"the turns are from {listed}; expected human and gpt in turn"
     return ""
@@ -266,13 +259,10 @@ def check_tower(
         check_feature(llava.mm_vision_select_feature or "patch")
         location.check_weights()
         if projector is not None:
-            scales = (
-                len(re.findall(r"\d+", os.environ.get("LLM2CLIP_S2_SCALES", ""))) or 1
-            )
-            width = location.card.hidden_size * scales
-            check_projector(
-                tower, width, SimpleNamespace(pretrain_mm_mlp_adapter=projector)
-            )
+            scales = re.findall(r"\d+", os.environ.get("LLM2CLIP_S2_SCALES", ""))
+            width = location.card.hidden_size * (len(scales) or 1)
+            arguments = SimpleNamespace(pretrain_mm_mlp_adapter=projector)
+            check_projector(tower, width, arguments)
     except (ValueError, FileNotFoundError) as error:
         yield str(error).replace("--vision_tower", "--tower")
 

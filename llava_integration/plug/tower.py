@@ -78,19 +78,15 @@ class LLM2CLIPVisionTower(nn.Module):
     def train(self, mode: bool = True) -> "LLM2CLIPVisionTower":
         """A frozen tower stays in eval mode: in training mode DINOv3 is random, and the projector
         would learn noise."""
-        return super().train(
-            mode and any(parameter.requires_grad for parameter in self.parameters())
-        )
+        return super().train(mode and is_trained(self))
 
     def forward(self, images: Any) -> Any:
         """(B, 3, S, S) -> features (B, N, H) in the images' dtype; a list of (3, S, S) -> a list of
         (1, N, H). Without gradient if every parameter of the tower is frozen."""
         if isinstance(images, list):
             return [self.forward(image.unsqueeze(0)) for image in images]
-        trains = torch.is_grad_enabled() and any(
-            p.requires_grad for p in self.vision_tower.parameters()
-        )
-        with torch.set_grad_enabled(trains):
+        needs_gradient = torch.is_grad_enabled() and is_trained(self.vision_tower)
+        with torch.set_grad_enabled(needs_gradient):
             return self.patch_states(images).to(images.dtype)
 
     def patch_states(self, images: torch.Tensor) -> torch.Tensor:
@@ -100,9 +96,9 @@ class LLM2CLIPVisionTower(nn.Module):
             images.to(device=self.device, dtype=self.dtype), output_hidden_states=True
         )
         states = outputs.hidden_states[self.blocks_used]
-        return (
-            states[:, 1:] if self.has_cls and self.select_feature == "patch" else states
-        )
+        if self.has_cls and self.select_feature == "patch":
+            return states[:, 1:]
+        return states
 
     @property
     def config(self) -> Any:
@@ -143,6 +139,10 @@ class LLM2CLIPVisionTower(nn.Module):
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
 
+def is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def device_of_map(device_map: Any) -> Any:
     """The device that a device map puts the tower on; None: the weights stay. ValueError for a map
     that splits it."""
@@ -153,11 +153,9 @@ def device_of_map(device_map: Any) -> Any:
             )
         return device_map[""]
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else None
-        )
+        if not torch.cuda.is_available():
+            return None
+        return torch.device("cuda", torch.cuda.current_device())
     return device_map
 
 
@@ -195,31 +193,27 @@ class MultiscaleVisionTower(LLM2CLIPVisionTower):
         """(B, 3, S, S) at any size -> (B, N, H x scales)."""
         grids = [self.grid_at(images, scale) for scale in self.scales]
         side = self.num_patches_per_side
-        # In float32: averaging in half precision rounds every patch.
-        joined = [
-            F.interpolate(grid.float(), size=(side, side), mode="area").to(grid.dtype)
-            for grid in grids
-        ]
-        return torch.cat(joined, dim=1).flatten(2).transpose(1, 2)
+        averaged = []
+        for grid in grids:
+            # In float32: averaging in half precision rounds every patch.
+            cells = F.interpolate(grid.float(), size=(side, side), mode="area")
+            averaged.append(cells.to(grid.dtype))
+        return torch.cat(averaged, dim=1).flatten(2).transpose(1, 2)
 
     def grid_at(self, images: torch.Tensor, scale: int) -> torch.Tensor:
         """(B, 3, S, S) -> features (B, H, G, G) of the image at ``scale`` pixels, encoded in
         tiles."""
         tile = self.scales[0]
-        tiles = scale // self.scales[0]
-        resized = F.interpolate(images.float(), size=(scale, scale), mode="bicubic").to(
-            images.dtype
-        )
+        tiles = scale // tile  # of a row and of a column
+        resized = F.interpolate(images.float(), size=(scale, scale), mode="bicubic")
         batch = resized.shape[0]
-        cut = resized.reshape(batch, 3, tiles, tile, tiles, tile).permute(
-            2, 4, 0, 1, 3, 5
-        )
+        rows = resized.to(images.dtype).reshape(batch, 3, tiles, tile, tiles, tile)
+        cut = rows.permute(2, 4, 0, 1, 3, 5)
         states = super().patch_states(cut.reshape(tiles * tiles * batch, 3, tile, tile))
         side = self.num_patches_per_side
-        grid = states.reshape(tiles, tiles, batch, side, side, -1).permute(
-            2, 5, 0, 3, 1, 4
-        )
-        return grid.reshape(batch, -1, tiles * side, tiles * side)
+        grids = states.reshape(tiles, tiles, batch, side, side, -1)
+        joined = grids.permute(2, 5, 0, 3, 1, 4)
+        return joined.reshape(batch, -1, tiles * side, tiles * side)
 
     @property
     def hidden_size(self) -> int:

@@ -59,9 +59,8 @@ class TowerLocation:
 
     directory: Path
     card: TowerCard
-    origin: (
-        str  # absolute path, or Hub id with revision: where another machine would look
-    )
+    # where another machine would look: absolute path, or Hub id with revision
+    origin: str
     how: str  # how the tower was named, for messages: "LLM2CLIP_TOWER=...", "bundled in ..."
 
     @classmethod
@@ -103,6 +102,9 @@ class TowerLocation:
         )
 
 
+Source = tuple[str, Callable[[], TowerLocation]]  # where a tower may be, and its search
+
+
 # The registry
 
 
@@ -128,15 +130,10 @@ class Registry(VersionedRecord):
                     f"{where}: towers.{name} has {sorted(entry)}, "
                     f"expected a spec (path or Hub id) and weights_sha256; {advice}"
                 )
-            seen = {name}
-            spec = entry["spec"]
-            while spec in self.towers and spec != self.towers[spec].get("spec"):
-                if spec in seen:
-                    raise ContractError(
-                        f"{where}: towers.{name} leads back to itself; {advice}"
-                    )
-                seen.add(spec)
-                spec = self.towers[spec].get("spec", "")
+            if self.leads_back(name):
+                raise ContractError(
+                    f"{where}: towers.{name} leads back to itself; {advice}"
+                )
         if self.chosen and self.chosen not in self.towers:
             names = ", ".join(sorted(self.towers)) or "none"
             raise ContractError(
@@ -144,14 +141,26 @@ class Registry(VersionedRecord):
                 f"{advice}"
             )
 
+    def leads_back(self, name: str) -> bool:
+        """Whether a tower's spec is a name that leads to a name ... that came before; a name may be
+        its own spec."""
+        seen = {name}
+        spec = self.towers[name]["spec"]
+        while spec in self.towers and spec != self.towers[spec].get("spec"):
+            if spec in seen:
+                return True
+            seen.add(spec)
+            spec = self.towers[spec].get("spec", "")
+        return False
+
     def summary(self) -> str:
         """The registered towers in one line, for error messages."""
-        listed = ", ".join(
-            f"{name} ({entry['spec']})" for name, entry in sorted(self.towers.items())
-        )
-        if not listed:
+        if not self.towers:
             return f"no towers are registered in {registry_file()}"
-        return f"registered towers: {listed}"
+        listed = []
+        for name, entry in sorted(self.towers.items()):
+            listed.append(f"{name} ({entry['spec']})")
+        return f"registered towers: {', '.join(listed)}"
 
 
 def registry_file() -> Path:
@@ -173,19 +182,18 @@ def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
     is taken."""
     registered = registry()
     name = name or registered_name(registered, spec) or free_name(registered, spec)
-    towers = {
-        **registered.towers,
-        name: {"spec": spec, "weights_sha256": weights_sha256},
-    }
+    entry = {"spec": spec, "weights_sha256": weights_sha256}
+    towers = {**registered.towers, name: entry}
     replace(registered, chosen=name, towers=towers).write(registry_file())
     return name
 
 
 def registered_name(registered: Registry, spec: str) -> str:
     """The first name of a tower, "" if it has none."""
-    return next(
-        (name for name, entry in registered.towers.items() if entry["spec"] == spec), ""
-    )
+    for name, entry in registered.towers.items():
+        if entry["spec"] == spec:
+            return name
+    return ""
 
 
 def free_name(registered: Registry, spec: str) -> str:
@@ -248,10 +256,10 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
     if spec.strip() and path.is_dir():
         return TowerLocation.of(path, how=how)
     registered = registry()
-    if spec in registered.towers and registered.towers[spec]["spec"] != spec:
-        return locate_spec(
-            registered.towers[spec]["spec"], how=f"{how} (registered as {spec!r})"
-        )
+    if spec in registered.towers:
+        meant = registered.towers[spec]["spec"]
+        if meant != spec:
+            return locate_spec(meant, how=f"{how} (registered as {spec!r})")
     if HUB_ID.match(spec):
         repository, _, revision = spec.partition("@")
         directory = download(repository, HUB_FILES, revision or None)
@@ -267,7 +275,8 @@ def download(repository: str, patterns: list[str], revision: str | None = None) 
         return hub_snapshot(repository, revision=revision, patterns=patterns)
     except (OSError, ValueError) as error:
         # the client's errors for network, cache, permissions and names
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        first_line = str(error).strip().partition("\n")[0]
+        reason = f"{type(error).__name__}: {first_line}"
         raise TowerNotFoundError(
             f"no directory {repository!r}, and downloading it from the Hub failed ({reason}); "
             f"download it elsewhere and pass {NAME}:PATH; {registry().summary()}"
@@ -321,43 +330,16 @@ def find_tower(name: str, config: Any) -> TowerLocation:
     only other towers are found, TowerNotFoundError if none is.
     """
     record = getattr(config, KEY, None)
-    checkpoint = checkpoint_of(config) or "the checkpoint"
+    checkpoint = checkpoint_of(config)
     if not record:
-        try:
-            return locate(name)
-        except FileNotFoundError:
-            if not (Path(checkpoint) / BUNDLE / TowerCard.FILE).is_file():
-                raise
-            return TowerLocation.of(
-                Path(checkpoint) / BUNDLE, how=f"bundled in {checkpoint}"
-            )
-    with errors_about(
-        f"{KEY} in config.json of {checkpoint}", fix="copy the checkpoint again"
-    ):
+        return find_unrecorded(name, checkpoint)
+    about_checkpoint = f"config.json of {checkpoint or 'the checkpoint'}"
+    with errors_about(f"{KEY} in {about_checkpoint}", fix="copy the checkpoint again"):
         wanted = str(record["weights_sha256"])
         origin = str(record["origin"])
-    places: list[tuple[str, Callable[[], TowerLocation]]] = [
-        (f"by name, {name!r}", partial(locate, name))
-    ]
-    if folder := checkpoint_of(config):
-        places.append(
-            (f"in {folder}/{BUNDLE}", partial(locate_bundled, folder, origin))
-        )
-    if origin != name.partition(":")[2]:
-        places.append(
-            (f"at its origin, {origin}", partial(locate_spec, origin, how="origin"))
-        )
-    spec = os.environ.get("LLM2CLIP_TOWER")
-    if spec and name != NAME:  # which means it already
-        variable = f"LLM2CLIP_TOWER={spec}"
-        places.append((variable, partial(locate_spec, spec, how=variable)))
-    for registered, entry in sorted(registry().towers.items()):
-        if entry["weights_sha256"] == wanted:
-            find = partial(locate_spec, entry["spec"], how="registry")
-            places.append((f"registered as {registered!r}", find))
     searched: list[str] = []
     problem: type[Exception] = TowerNotFoundError
-    for where, find in places:
+    for where, find in sources_of(name, checkpoint, origin, wanted):
         try:
             location = find()
         except (FileNotFoundError, ContractError) as error:
@@ -373,13 +355,47 @@ def find_tower(name: str, config: Any) -> TowerLocation:
             f"\n  - {where}: {location.directory} has sha256 {location.sha256}"
         )
     about = f"origin {origin}, {record.get('family')}, {record.get('image_size')} px"
+    bundle_it = command("llava", "bundle", checkpoint or "the checkpoint")
     raise problem(
-        f"{checkpoint} was trained with the tower sha256 {wanted} ({about}); "
+        f"{checkpoint or 'the checkpoint'} was trained with the tower sha256 {wanted} ({about}); "
         f"refusing to load a different tower. Searched:{''.join(searched)}\n"
         "Copy that tower to this machine and run `llm2clip use PATH` or set LLM2CLIP_TOWER=PATH, "
-        f"or run `{command('llava', 'bundle', checkpoint)}` where the tower still exists "
+        f"or run `{bundle_it}` where the tower still exists "
         "and copy the checkpoint again"
     )
+
+
+def find_unrecorded(name: str, checkpoint: str) -> TowerLocation:
+    """The tower of a name, of which no hash is known; else the one that is bundled in the
+    checkpoint."""
+    try:
+        return locate(name)
+    except FileNotFoundError:
+        checkpoint = checkpoint or "the checkpoint"
+        directory = Path(checkpoint) / BUNDLE
+        if not (directory / TowerCard.FILE).is_file():
+            raise
+        return TowerLocation.of(directory, how=f"bundled in {checkpoint}")
+
+
+def sources_of(name: str, checkpoint: str, origin: str, wanted: str) -> list[Source]:
+    """Where a checkpoint's tower may be, in the order of the search."""
+    sources: list[Source] = [(f"by name, {name!r}", partial(locate, name))]
+    if checkpoint:
+        bundled = partial(locate_bundled, checkpoint, origin)
+        sources.append((f"in {checkpoint}/{BUNDLE}", bundled))
+    if origin != name.partition(":")[2]:
+        at_origin = partial(locate_spec, origin, how="origin")
+        sources.append((f"at its origin, {origin}", at_origin))
+    spec = os.environ.get("LLM2CLIP_TOWER")
+    if spec and name != NAME:  # which means it already
+        variable = f"LLM2CLIP_TOWER={spec}"
+        sources.append((variable, partial(locate_spec, spec, how=variable)))
+    for registered, entry in sorted(registry().towers.items()):
+        if entry["weights_sha256"] == wanted:
+            find = partial(locate_spec, entry["spec"], how="registry")
+            sources.append((f"registered as {registered!r}", find))
+    return sources
 
 
 def record_tower(folder: str | os.PathLike[str], config: Any) -> None:
@@ -401,7 +417,8 @@ def refuse_other_checkpoints(output: str, config: Any) -> None:
                 f"note: {folder} does not record its vision tower; "
                 "it was not compared with --vision_tower"
             )
-        if (was := (record or {}).get("weights_sha256", now)) != now:
+        was = (record or {}).get("weights_sha256", now)
+        if was != now:
             raise ContractError(
                 f"{folder} was trained with the vision tower sha256 {was}, "
                 f"--vision_tower is now sha256 {now}; "
@@ -477,7 +494,8 @@ def main_towers(argv: list[str]) -> int:
                 description = locate_spec(spec, how=name).describe()
             except (FileNotFoundError, ContractError) as error:
                 description = f"not usable: {error}"
-        print(f"{'*' if name == registered.chosen else ' '} {name}: {description}")
+        mark = "*" if name == registered.chosen else " "
+        print(f"{mark} {name}: {description}")
     if not registered.towers:
         print(
             f"{registered.summary()}; register one with `llm2clip use PATH_OR_HUB_ID`"
@@ -521,9 +539,8 @@ def locate_tower(
     ContractError with both hashes if ``tower`` is not the one that the checkpoint was trained with.
     """
     if not tower:
-        return find_tower(
-            name, SimpleNamespace(**{**config, "_name_or_path": str(checkpoint)})
-        )
+        loaded_config = {**config, "_name_or_path": str(checkpoint)}
+        return find_tower(name, SimpleNamespace(**loaded_config))
     location = locate_spec(tower, how=f"--tower {tower}")
     recorded = config.get(KEY, {}).get("weights_sha256", location.sha256)
     if location.sha256 != recorded:
@@ -561,7 +578,6 @@ def main_bundle(argv: list[str]) -> int:
     options = LLAVA_BUNDLE.parse(argv)
     for checkpoint in options.checkpoints:
         target = bundle(checkpoint, tower=options.tower)
-        print(
-            f"{target}: sha256 {TowerCard.read(target / TowerCard.FILE).weights_sha256}"
-        )
+        card = TowerCard.read(target / TowerCard.FILE)
+        print(f"{target}: sha256 {card.weights_sha256}")
     return 0

@@ -28,10 +28,8 @@ from llm2clip_plugin.quiet import quiet_llava
 # pyright: reportMissingImports=false
 
 
-PROGRAMS = (
-    "__main__",
-    "llava.train.train",
-)  # as a program, and imported by train_mem.py
+# as a program, and imported by train_mem.py
+PROGRAMS = ("__main__", "llava.train.train")
 # those that DeepSpeed starts several of and then waits for the last one only
 COLLECTIVES = (
     "all_gather all_gather_into_tensor "
@@ -48,9 +46,25 @@ def complete_trainer(module: ModuleType) -> None:
         return
     trainer.completed_by_llm2clip = True
     quiet_llava()
-    file = os.path.realpath(
-        os.path.join(os.path.dirname(str(module.__file__)), "train.py")
-    )
+    complete_start(trainer, os.path.dirname(str(module.__file__)))
+    complete_checkpoints(trainer)
+    complete_optimizer(trainer)
+    # torch 2.6 and newer do not load numpy's random state, without which the trainer of 4.37 cannot
+    # resume.
+    if hasattr(torch.serialization, "add_safe_globals"):
+        # its module's name depends on numpy's version
+        reconstruct: Any = np.zeros(1).__reduce__()[0]
+        torch.serialization.add_safe_globals(
+            [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+        )
+    if not torch.cuda.is_available():
+        complete_for_cpu()
+
+
+def complete_start(trainer: Any, folder: str) -> None:
+    """Give LLaVA's program in ``folder`` our `preprocess`, and refuse checkpoints of another
+    tower."""
+    file = os.path.realpath(os.path.join(folder, "train.py"))
 
     # The program, which no import hook sees as __main__, has made its dataset by then; that
     # prepares a sample when it is read.
@@ -61,6 +75,10 @@ def complete_trainer(module: ModuleType) -> None:
                 setattr(program, "preprocess_mpt", preprocess)  # noqa: B010 - a name of LLaVA's module
         original(self, *arguments, **options)
         refuse_other_checkpoints(self.args.output_dir, self.model.config)
+
+
+def complete_checkpoints(trainer: Any) -> None:
+    """Save and load what LLaVA leaves out of a LoRA checkpoint."""
 
     # A LoRA checkpoint gets no config.json, which would name its tower.
     @replaces(trainer, "_save")
@@ -87,12 +105,15 @@ def complete_trainer(module: ModuleType) -> None:
         }
         original(self, resume_from_checkpoint, model)
         for name, parameter in self.model.named_parameters():
-            if (
-                parameter.dtype != dtypes[name]
-            ):  # newer PEFT reads LoRA weights as float32
+            # newer PEFT reads LoRA weights as float32
+            if parameter.dtype != dtypes[name]:
                 parameter.data = parameter.data.to(dtypes[name])
         if not self.is_fsdp_enabled:
             load_beside_lora(self.model, resume_from_checkpoint)
+
+
+def complete_optimizer(trainer: Any) -> None:
+    """Let training go on under DeepSpeed, and with groups that LLaVA leaves empty."""
 
     # DeepSpeed counts the micro-batches itself. accelerate before 1.2 enters its no_sync (since
     # 0.15.4) for all but the last of a step, which ZeRO-2 and ZeRO-3 refuse, and in which no stage
@@ -113,34 +134,22 @@ def complete_trainer(module: ModuleType) -> None:
         ]
         return optimizer
 
-    # torch 2.6 and newer do not load numpy's random state, without which the trainer of 4.37 cannot
-    # resume.
-    if hasattr(torch.serialization, "add_safe_globals"):
-        # its module's name depends on numpy's version
-        reconstruct: Any = np.zeros(1).__reduce__()[0]
-        torch.serialization.add_safe_globals(
-            [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-        )
-    if not torch.cuda.is_available():
-        complete_for_cpu()
-
 
 def beside_lora(model: Any) -> dict[str, torch.nn.Parameter]:
     """What a LoRA training trains beside its adapter, the projector and an unfrozen tower, by the
     names that LLaVA's own libraries give; {} without LoRA."""
     from llava_integration.plug.compat.patches import names_of_4
 
-    trained = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    if not any("lora_" in name for name in trained):
-        return {}
-    beside = {
-        name: parameter for name, parameter in trained.items() if "lora_" not in name
-    }
-    return names_of_4(beside)
+    has_lora = False
+    beside = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if "lora_" in name:
+            has_lora = True
+        else:
+            beside[name] = parameter
+    return names_of_4(beside) if has_lora else {}
 
 
 def save_beside_lora(model: Any, folder: str) -> None:
@@ -212,9 +221,8 @@ def leave_ranks() -> None:
     if torch.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(
-            1 if hasattr(sys, "last_value") else 0
-        )  # set by an error that nobody caught
+        failed = hasattr(sys, "last_value")  # set by an error that nobody caught
+        os._exit(1 if failed else 0)
 
 
 # ``--version chatml_direct`` and ``mpt``: labels for language models that speak ChatML. LLaVA's
@@ -233,12 +241,10 @@ def preprocess(
     from llava.mm_utils import tokenizer_image_token
 
     def ids_of(text: str) -> list[int]:
-        ids: Any = (
-            tokenizer_image_token(text, tokenizer)
-            if has_image
-            else tokenizer(text).input_ids
-        )
-        return ids
+        if has_image:
+            ids: Any = tokenizer_image_token(text, tokenizer)
+            return ids
+        return tokenizer(text).input_ids
 
     rows = [labeled(turns, ids_of) for turns in sources]
     return {

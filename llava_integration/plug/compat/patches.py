@@ -146,18 +146,16 @@ def between(parent: Any) -> Any:
             embeddings = options.get("inputs_embeds")
             config = options.get("generation_config") or self.generation_config
             bos = options.get("bos_token_id", config.bos_token_id)
-            bos = bos[0] if isinstance(bos, list) else bos
+            if isinstance(bos, list):
+                bos = bos[0]
             if embeddings is not None and bos is not None:
-                options.setdefault(
-                    "input_ids",
-                    torch.full((len(embeddings), 1), bos, device=embeddings.device),
-                )
-                if (
-                    options.get("attention_mask") is None
-                ):  # would be made as long as input_ids
-                    options["attention_mask"] = torch.ones(
-                        embeddings.shape[:2], dtype=torch.long
-                    ).to(embeddings.device)
+                device = embeddings.device
+                begins = torch.full((len(embeddings), 1), bos, device=device)
+                options.setdefault("input_ids", begins)
+                # would be made as long as input_ids
+                if options.get("attention_mask") is None:
+                    mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
+                    options["attention_mask"] = mask.to(device)
             return super().generate(*arguments, **options)
 
     return GenerationOfToday
@@ -166,16 +164,10 @@ def between(parent: Any) -> Any:
 # Checkpoints that LLaVA's own environment reads
 
 PREFIX = "vision_model."
-PLACE = (
-    "vision_tower.vision_tower."  # LLaVA's module, then the Hugging Face model in it
-)
-PARTS = {
-    "embeddings",
-    "pre_layrnorm",
-    "encoder",
-    "post_layernorm",
-    "head",
-}  # of CLIP and SigLIP
+# LLaVA's module, then the Hugging Face model in it
+PLACE = "vision_tower.vision_tower."
+# of CLIP and SigLIP
+PARTS = {"embeddings", "pre_layrnorm", "encoder", "post_layernorm", "head"}
 
 
 def complete_saving(model_class: Any, config_class: Any) -> None:
@@ -206,16 +198,14 @@ def complete_saving(model_class: Any, config_class: Any) -> None:
         if "dtype" in written:
             written["torch_dtype"] = written["dtype"]
         if rope := written.get("rope_parameters"):
-            scaling = {
-                name: value
-                for name, value in rope.items()
-                if name not in ("rope_theta", "rope_type")
-            }
             kind = rope.get("rope_type", "default")
             written["rope_theta"] = rope.get("rope_theta", 10000.0)
-            written["rope_scaling"] = (
-                None if kind == "default" else {"type": kind, **scaling}
-            )
+            written["rope_scaling"] = None
+            if kind != "default":
+                scaling = {"type": kind, **rope}
+                scaling.pop("rope_theta", None)
+                scaling.pop("rope_type", None)
+                written["rope_scaling"] = scaling
         return json.dumps(written, indent=2, sort_keys=True) + "\n"
 
 
@@ -223,9 +213,8 @@ def names_of_4(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors, those of a CLIP or SigLIP tower with ``vision_model.`` in their names; others
     are not renamed."""
     inside = [name.partition(PLACE)[2] for name in tensors if PLACE in name]
-    layers = any(
-        name.startswith("encoder.layers.") for name in inside
-    )  # DINOv2 has encoder.layer.
+    # DINOv2 has encoder.layer.
+    layers = any(name.startswith("encoder.layers.") for name in inside)
     if not layers or {name.partition(".")[0] for name in inside} - PARTS:
         return dict(tensors)
     return {
@@ -255,18 +244,15 @@ def lora_checkpoint(module: Any) -> None:
         original: Any, self: Any, save_directory: str, **options: Any
     ) -> None:
         original(self, save_directory, **options)
-        drop_defaults(
-            Path(save_directory) / "adapter_config.json", type(self)().to_dict()
-        )
+        defaults = type(self)().to_dict()
+        drop_defaults(Path(save_directory) / "adapter_config.json", defaults)
 
     @replaces(torch, "save")
     def save(
         original: Any, tensors: Any, file: Any, *arguments: Any, **options: Any
     ) -> None:
-        if (
-            isinstance(file, (str, os.PathLike))
-            and Path(file).name == "non_lora_trainables.bin"
-        ):
+        is_path = isinstance(file, (str, os.PathLike))
+        if is_path and Path(file).name == "non_lora_trainables.bin":
             tensors = names_of_4(tensors)
         original(tensors, file, *arguments, **options)
 

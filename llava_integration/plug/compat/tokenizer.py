@@ -15,6 +15,13 @@ from transformers.tokenization_utils_sentencepiece import (
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 
+def as_special(token: Any) -> Any:
+    """A token given as text, as one that is not split."""
+    if isinstance(token, str):
+        return AddedToken(token, normalized=False, special=True)
+    return token
+
+
 class LlamaTokenizer(SentencePieceBackend):
     """Text <-> ids; named as in tokenizer_config.json, where transformers saves the name of the
     class."""
@@ -38,18 +45,6 @@ class LlamaTokenizer(SentencePieceBackend):
         """See ``LlamaTokenizer`` of transformers 4.37; ``legacy`` None means True, as there."""
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
-        named = {
-            "unk_token": unk_token,
-            "bos_token": bos_token,
-            "eos_token": eos_token,
-            "pad_token": pad_token,
-        }
-        special = {
-            name: AddedToken(token, normalized=False, special=True)
-            if isinstance(token, str)
-            else token
-            for name, token in named.items()
-        }
         options.pop("from_slow", None)
         super().__init__(
             vocab_file=vocab_file,
@@ -58,7 +53,10 @@ class LlamaTokenizer(SentencePieceBackend):
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             spaces_between_special_tokens=spaces_between_special_tokens,
             legacy=True if legacy is None else legacy,
-            **special,
+            unk_token=as_special(unk_token),
+            bos_token=as_special(bos_token),
+            eos_token=as_special(eos_token),
+            pad_token=as_special(pad_token),
             **options,
         )
 
@@ -66,15 +64,12 @@ class LlamaTokenizer(SentencePieceBackend):
         """Pieces; if not ``legacy``, only the text's beginning gets a space before it."""
         if self.legacy or not text:
             return super().tokenize(text, **options)
-        tokens = super().tokenize(
-            SPIECE_UNDERLINE + text.replace(SPIECE_UNDERLINE, " "), **options
-        )
-        begins_special = (
-            len(tokens) > 1
-            and tokens[0] == SPIECE_UNDERLINE
-            and tokens[1] in self.all_special_tokens
-        )
-        return tokens[1:] if begins_special else tokens
+        spaced = SPIECE_UNDERLINE + text.replace(SPIECE_UNDERLINE, " ")
+        tokens = super().tokenize(spaced, **options)
+        if len(tokens) > 1 and tokens[0] == SPIECE_UNDERLINE:
+            if tokens[1] in self.all_special_tokens:
+                return tokens[1:]
+        return tokens
 
     def build_inputs_with_special_tokens(
         self, first: list[int], second: list[int] | None = None
@@ -82,7 +77,10 @@ class LlamaTokenizer(SentencePieceBackend):
         """Ids with <s> before and </s> after each sequence, as set."""
         bos: list[Any] = [self.bos_token_id] if self.add_bos_token else []
         eos: list[Any] = [self.eos_token_id] if self.add_eos_token else []
-        return bos + first + eos + (bos + second + eos if second is not None else [])
+        ids = bos + first + eos
+        if second is not None:
+            ids += bos + second + eos
+        return ids
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Text of pieces; special tokens are not decoded by sentencepiece."""
@@ -116,9 +114,8 @@ class LlamaTokenizer(SentencePieceBackend):
         extra = {str(token) for token in cast(list[Any], self.extra_special_tokens)}
         parts = []
         pieces = []
-        tokens = cast(
-            list[str],
-            self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens),
+        tokens: Any = self.convert_ids_to_tokens(
+            ids, skip_special_tokens=skip_special_tokens
         )
         for token in [*tokens, None]:
             if token is not None and not self._is_added(token, extra):
@@ -127,10 +124,11 @@ class LlamaTokenizer(SentencePieceBackend):
             text = self.convert_tokens_to_string(pieces) if pieces else ""
             parts += [part for part in (text, token) if part]
             pieces = []
-        text = (" " if spaces_between_special_tokens else "").join(parts)
-        return (
-            self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
-        )
+        separator = " " if spaces_between_special_tokens else ""
+        text = separator.join(parts)
+        if clean_up_tokenization_spaces:
+            return self.clean_up_tokenization(text)
+        return text
 
     def _is_added(self, token: str, extra: set[str]) -> bool:
         """Whether the token is one of those beyond sentencepiece's vocabulary that have no role,
