@@ -65,9 +65,8 @@ def text_config(config: dict[str, Any], tokens: int) -> dict[str, Any]:
     """``text_config`` of the exported model: a Llama of ``tokens`` tokens."""
     text = {name: config[name] for name in FIELDS if config.get(name) is not None}
     rope = text.get("rope_parameters") or {}
-    text.setdefault(
-        "rope_theta", rope.get("rope_theta", 10000.0)
-    )  # transformers 4's name
+    # transformers 4's name
+    text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
     return {
         **text,
         "architectures": ["LlamaForCausalLM"],
@@ -83,9 +82,9 @@ def hf_name(name: str) -> str:
     ('multi_modal_projector.linear_2.bias', 'language_model.lm_head.weight')
     """
     layer, _, kind = name.removeprefix("model.").rpartition(".")
-    return (
-        f"{PROJECTOR[layer]}.{kind}" if layer in PROJECTOR else f"language_model.{name}"
-    )
+    if layer in PROJECTOR:
+        return f"{PROJECTOR[layer]}.{kind}"
+    return f"language_model.{name}"
 
 
 def language_tensors(
@@ -97,40 +96,46 @@ def language_tensors(
     ``tokens``: rows of the embedding that LLaVA uses. Raises ContractError for tensors that are
     missing or unknown, or an embedding with fewer rows.
     """
-    llm_tensors = {
-        n: t
-        for n, t in tensors.items()
-        if not n.startswith(TOWER) and not n.endswith(BUFFERS)
-    }
+    llm_tensors = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(TOWER) and not name.endswith(BUFFERS):
+            llm_tensors[name] = tensor
     is_tied = bool(config.get("tie_word_embeddings"))
-    blocks = [
-        f"model.layers.{n}.{part}.weight"
-        for n in range(config["num_hidden_layers"])
-        for part in BLOCK
-    ]
-    projector = [
-        f"model.{layer}.{kind}" for layer in PROJECTOR for kind in ("weight", "bias")
-    ]
-    head = [] if is_tied else [HEAD]
-    wanted = [EMBEDDING, *blocks, "model.norm.weight", *head, *projector]
-    if missing := [name for name in wanted if name not in llm_tensors]:
-        count = f"{len(missing)} of {len(wanted)} tensors are missing"
-        raise ContractError(f"{where}: {count}, such as {missing[0]}; {FIX}")
-    biases = {
-        f"{name.removesuffix('.weight')}.bias" for name in blocks if "norm" not in name
-    }
-    refuse_rest(set(llm_tensors) - set(wanted) - {HEAD} - biases, where)
-    for name in {EMBEDDING, HEAD} & {*llm_tensors}:
-        if (rows := llm_tensors[name].shape[0]) < tokens:
+    check_language(llm_tensors, config["num_hidden_layers"], where, is_tied=is_tied)
+    for name in {EMBEDDING, HEAD} & set(llm_tensors):
+        rows = llm_tensors[name].shape[0]
+        if rows < tokens:
             raise ContractError(
                 f"{where}: {name} has {rows} rows, the tokenizer {tokens} tokens; {FIX}"
             )
         llm_tensors[name] = with_image_row(llm_tensors[name], tokens)
-    return {
-        hf_name(name): tensor
-        for name, tensor in llm_tensors.items()
-        if name != HEAD or not is_tied
-    }
+    if is_tied:
+        llm_tensors.pop(HEAD, None)
+    return {hf_name(name): tensor for name, tensor in llm_tensors.items()}
+
+
+def check_language(
+    tensors: LazyTensors, blocks: int, where: Path, *, is_tied: bool
+) -> None:
+    """Raise ContractError unless the tensors are those of a Llama of ``blocks`` and of the
+    projector."""
+    wanted = [EMBEDDING]
+    optional = {HEAD}
+    for block in range(blocks):
+        for part in BLOCK:
+            wanted.append(f"model.layers.{block}.{part}.weight")
+            if "norm" not in part:
+                optional.add(f"model.layers.{block}.{part}.bias")
+    wanted.append("model.norm.weight")
+    if not is_tied:
+        wanted.append(HEAD)
+    for layer in PROJECTOR:
+        wanted += [f"model.{layer}.weight", f"model.{layer}.bias"]
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        count = f"{len(missing)} of {len(wanted)} tensors are missing"
+        raise ContractError(f"{where}: {count}, such as {missing[0]}; {FIX}")
+    refuse_rest(set(tensors) - set(wanted) - optional, where)
 
 
 def with_image_row(rows: LazyTensor, tokens: int, *, added: int = 1) -> LazyTensor:
@@ -142,13 +147,11 @@ def with_image_row(rows: LazyTensor, tokens: int, *, added: int = 1) -> LazyTens
 
     def read() -> Tensor:
         kept = rows.read()[:tokens]
-        return torch.cat(
-            (kept, kept.float().mean(0, keepdim=True).to(kept.dtype).expand(added, -1))
-        )
+        mean = kept.float().mean(0, keepdim=True).to(kept.dtype)
+        return torch.cat((kept, mean.expand(added, -1)))
 
-    return LazyTensor(
-        shape=(tokens + added, rows.shape[1]), read=read, where=rows.where
-    )
+    shape = (tokens + added, rows.shape[1])
+    return LazyTensor(shape=shape, read=read, where=rows.where)
 
 
 # The code of towers that transformers does not have, saved with a model: ``trust_remote_code`` runs
@@ -295,10 +298,11 @@ class ExportedTower:
                 f"{', '.join(with_code)} come with code"
             )
         fields = {key: value for key, value in fields.items() if key not in OF_THE_FILE}
-        fields |= {name: getattr(config, name) for name in SIZES}
-        fields |= {
-            name: getattr(config, name) for name in MORE_SIZES if hasattr(config, name)
-        }
+        for name in SIZES:
+            fields[name] = getattr(config, name)
+        for name in MORE_SIZES:
+            if hasattr(config, name):
+                fields[name] = getattr(config, name)
         return cls(directory=directory, family=family, config=fields, location=location)
 
     def tensors(
@@ -310,56 +314,65 @@ class ExportedTower:
         ``trained``: tensors of a LLaVA checkpoint whose tower was unfrozen, which take their place.
         Blocks that LLaVA never runs are in the directory alone.
         """
-        prefix = self.family.file_prefix
-        inside = f"{TOWER}vision_tower."
-        paths = (
-            [self.directory / WEIGHTS_FILE]
-            if self.location
-            else weight_files(self.directory)
-        )
-        tower_tensors = open_tensors(paths, files)
-        left_out = self.family.not_tower or ("\0",)
-        tower_tensors = {
-            n: t
-            for n, t in tower_tensors.items()
-            if not n.startswith(left_out) and not n.endswith("position_ids")
-        }
-        # transformers 5 saves towers without it
-        tower_tensors = {
-            prefix + n.removeprefix(prefix): t for n, t in tower_tensors.items()
-        }
+        tower_tensors = self.stored_tensors(files)
         if trained is not None:
-            new = {
-                n.removeprefix(inside): t
-                for n, t in trained.items()
-                if n.startswith(inside)
-            }
+            new = {}
+            inside = f"{TOWER}vision_tower."
+            for name, tensor in trained.items():
+                if name.startswith(inside):
+                    new[self.file_name(name.removeprefix(inside))] = tensor
             if not new:
                 raise ContractError(
                     f"its tower was trained, but the checkpoint has no {inside}*; {FIX}"
                 )
-            new = {prefix + n.removeprefix(prefix): t for n, t in new.items()}
             refuse_rest(set(new) - set(tower_tensors), self.directory)
             tower_tensors |= new
         if self.family.name == "naflex":
-            size, side, width = (
-                self.config[name]
-                for name in ("image_size", "patch_size", "hidden_size")
-            )
-            grid = size // side
-            shapes = {
-                "patch_embedding": (width, 3, side, side),
-                "position_embedding": (grid**2, width),
-            }
-            for part, shape in shapes.items():
-                tensor = tower_tensors[name := f"{prefix}embeddings.{part}.weight"]
-                read = partial(
-                    lambda n, t: siglip_tensor(n, t.read(), side, grid), name, tensor
-                )
-                tower_tensors[name] = replace(tensor, shape=shape, read=read)
+            tower_tensors |= self.as_siglip(tower_tensors)
         return {
             f"vision_tower.{name}": tensor for name, tensor in tower_tensors.items()
         }
+
+    def file_name(self, name: str) -> str:
+        """A tensor's name with the family's prefix, without which transformers 5 saves towers."""
+        prefix = self.family.file_prefix
+        return prefix + name.removeprefix(prefix)
+
+    def stored_tensors(self, files: ExitStack) -> LazyTensors:
+        """The tensors in the tower's directory, without those of a text tower and the like."""
+        if self.location:
+            paths = [self.directory / WEIGHTS_FILE]
+        else:
+            paths = weight_files(self.directory)
+        left_out = self.family.not_tower or ("\0",)
+        stored = {}
+        for name, tensor in open_tensors(paths, files).items():
+            if not name.startswith(left_out) and not name.endswith("position_ids"):
+                stored[self.file_name(name)] = tensor
+        return stored
+
+    def as_siglip(self, tensors: LazyTensors) -> LazyTensors:
+        """The tensors of a NaFlex tower that a SigLIP has in another shape."""
+        size = self.config["image_size"]
+        side = self.config["patch_size"]
+        width = self.config["hidden_size"]
+        grid = size // side
+
+        def read(name: str, tensor: LazyTensor) -> Tensor:
+            return siglip_tensor(name, tensor.read(), side, grid)
+
+        shapes = {
+            "patch_embedding": (width, 3, side, side),
+            "position_embedding": (grid**2, width),
+        }
+        reshaped = {}
+        for part, shape in shapes.items():
+            name = self.file_name(f"embeddings.{part}.weight")
+            tensor = tensors[name]
+            reshaped[name] = replace(
+                tensor, shape=shape, read=partial(read, name, tensor)
+            )
+        return reshaped
 
 
 # The folder
@@ -404,8 +417,8 @@ def write_folder(
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
     classes = CLASSES[arch]
     stored = str(dtype).removeprefix("torch.")
-    key = made_from[0]
-    recorded = {"version": llm2clip_plugin.__version__, **made_from[1]}
+    record_key, record = made_from
+    record = {"version": llm2clip_plugin.__version__, **record}
     drops_class = tower.family.has_cls and feature == "patch"
     processor = write_processor(
         directory, tower, arch, drops_class=drops_class, pads=pads
@@ -425,39 +438,45 @@ def write_folder(
         "torch_dtype": stored,
         **ids,
         **code,
-        key: recorded,
-    }
-    table = {
-        name.replace("_", " "): f"`{value}`"
-        for name, value in recorded.items()
-        if value
+        record_key: record,
     }
     if tower.location:  # whose terms the model inherits
         card = published(tower.location.card)
         # as in LLaVA's, without paths of this machine
-        named_place = replace(tower.location, origin=card.origin)
-        body[TOWER_KEY] = tower_record(
-            named_place, "llm2clip", tower.config["hidden_size"]
-        )
+        location = replace(tower.location, origin=card.origin)
+        width = tower.config["hidden_size"]
+        body[TOWER_KEY] = tower_record(location, "llm2clip", width)
         card.write(directory / CARD)
-        table |= {
-            "tower started from": f"`{card.origin}`",
-            "tower's teacher": card.teacher.get("llm", ""),
-        }
     write_json(directory / "config.json", body)
     write_json(directory / "generation_config.json", {**ids, **generation})
-    rows = markdown_table(
-        ("", ""), [(name, value) for name, value in table.items() if value]
-    )
     served = ""
     if arch == "llava":
         served = SERVED if tower.config["model_type"] in STOCK else SERVED + PLUGIN
-    option = ", trust_remote_code=True" if code else ""  # runs the tower's code
     readme = PAGE.substitute(
-        title=title, what=what, rows=rows, license=LICENSE, served=served, option=option
+        title=title,
+        what=what,
+        rows=readme_rows(record, tower),
+        license=LICENSE,
+        served=served,
+        option=", trust_remote_code=True" if code else "",  # runs the tower's code
     )
     (directory / "README.md").write_text(readme, encoding="utf-8")
     return size
+
+
+def readme_rows(record: dict[str, Any], tower: ExportedTower) -> str:
+    """README.md's table: what the model was made from."""
+    rows = []
+    for name, value in record.items():
+        if value:
+            rows.append((name.replace("_", " "), f"`{value}`"))
+    if tower.location:
+        card = published(tower.location.card)
+        rows.append(("tower started from", f"`{card.origin}`"))
+        teacher = card.teacher.get("llm", "")
+        if teacher:
+            rows.append(("tower's teacher", teacher))
+    return markdown_table(("", ""), rows)
 
 
 def write_processor(
@@ -473,19 +492,18 @@ def write_processor(
         "vision_feature_select_strategy": "default" if drops_class else "full"
     }
     counts = {"image_token": IMAGE, **settings}
-    images = preprocessor_config(tower.directory, square=True) | {
-        "processor_class": f"{kind}Processor"
-    }
+    images = preprocessor_config(tower.directory, square=True)
+    images["processor_class"] = f"{kind}Processor"
     if pads:
-        images |= {"image_processor_type": f"{kind}ImageProcessor", "do_pad": True}
+        images["image_processor_type"] = f"{kind}ImageProcessor"
+        images["do_pad"] = True
     if arch == ONEVISION:  # resizes tiles, and frames of videos, to the tower's square
-        images = {n: v for n, v in images.items() if n != "crop_size"}
-        images |= {"size": {"height": side, "width": side}, "do_center_crop": False}
-        videos = {
-            n: v
-            for n, v in images.items()
-            if n not in ("image_processor_type", "do_pad")
-        }
+        images.pop("crop_size", None)
+        images["size"] = {"height": side, "width": side}
+        images["do_center_crop"] = False
+        videos = dict(images)
+        videos.pop("image_processor_type", None)
+        videos.pop("do_pad", None)
         videos["video_processor_type"] = f"{kind}VideoProcessor"
         write_json(directory / "video_preprocessor_config.json", videos)
         counts |= {"num_image_tokens": tokens, "video_token": VIDEO, **MOST_TILES}
@@ -497,10 +515,8 @@ def write_processor(
         settings["image_grid_pinpoints"] = grids
         images["image_grid_pinpoints"] = grids
     write_json(directory / "preprocessor_config.json", images)
-    write_json(
-        directory / "processor_config.json",
-        {**counts, "processor_class": f"{kind}Processor"},
-    )
+    counts["processor_class"] = f"{kind}Processor"
+    write_json(directory / "processor_config.json", counts)
     return {**settings, "image_seq_length": tokens - 1 if drops_class else tokens}
 
 

@@ -48,10 +48,14 @@ LazyTensors = dict[str, LazyTensor]
 
 def in_memory(tensors: dict[str, Tensor], where: object) -> LazyTensors:
     """Tensors that are in memory already."""
-    return {
-        n: LazyTensor(shape=tuple(t.shape), read=lambda t=t: t, where=str(where))
-        for n, t in tensors.items()
-    }
+    lazy_tensors = {}
+    for name, tensor in tensors.items():
+        lazy_tensors[name] = LazyTensor(
+            shape=tuple(tensor.shape),
+            read=lambda tensor=tensor: tensor,
+            where=str(where),
+        )
+    return lazy_tensors
 
 
 def open_tensors(paths: Iterable[Path], files: ExitStack) -> LazyTensors:
@@ -79,15 +83,8 @@ def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype) -> i
     Raises ContractError for a value that ``dtype`` cannot hold, or a shard that reads back
     differently.
     """
-    shards: list[list[str]] = [[]]
-    size = total = 0
-    for name, tensor in tensors.items():
-        more = math.prod(tensor.shape) * dtype.itemsize
-        if shards[-1] and size + more > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += more
+    shards = shards_of(tensors, dtype.itemsize)
+    total = 0
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         position = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -103,11 +100,23 @@ def write_shards(tensors: LazyTensors, directory: Path, dtype: torch.dtype) -> i
         weight_map |= dict.fromkeys(state, path.name)
         total += sum(tensor.nbytes for tensor in state.values())
     if len(shards) > 1:
-        write_json(
-            directory / INDEX,
-            {"metadata": {"total_size": total}, "weight_map": weight_map},
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / INDEX, index)
     return total
+
+
+def shards_of(tensors: LazyTensors, itemsize: int) -> list[list[str]]:
+    """The names of each shard's tensors, in order; ``itemsize``: bytes of a number."""
+    shards: list[list[str]] = [[]]
+    size = 0  # of the last shard
+    for name, tensor in tensors.items():
+        more = math.prod(tensor.shape) * itemsize
+        if shards[-1] and size + more > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += more
+    return shards
 
 
 def converted(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
@@ -118,19 +127,16 @@ def converted(name: str, tensor: LazyTensor, dtype: torch.dtype) -> Tensor:
         raise ContractError(
             f"{tensor.where}: {name} has dtype {value.dtype}; quantized checkpoints are not read"
         )
+    if not value.is_floating_point():
+        dtype = value.dtype
     # contiguous and of its own memory: safetensors refuses tensors that share it
-    out = value.to(
-        dtype if value.is_floating_point() else value.dtype, copy=True
-    ).contiguous()
-    if not torch.isfinite(out).all():
-        is_large = bool(torch.isfinite(value).all())
-        reason = (
-            "has values that fp16 cannot hold; pass --dtype bf16"
-            if is_large
-            else f"is nan; {FIX}"
-        )
+    written = value.to(dtype, copy=True).contiguous()
+    if not torch.isfinite(written).all():
+        reason = f"is nan; {FIX}"
+        if torch.isfinite(value).all():
+            reason = "has values that fp16 cannot hold; pass --dtype bf16"
         raise ContractError(f"{tensor.where}: {name} {reason}")
-    return out
+    return written
 
 
 def refuse_rest(names: Iterable[str], where: object) -> None:
@@ -143,17 +149,14 @@ def refuse_rest(names: Iterable[str], where: object) -> None:
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 NON_LORA = "non_lora_trainables.bin"
-LLAVA_TYPES = (
-    "llava_llama",
-    "llava",
-)  # of LLaVA 1.5; "llava" before its releases of November 2023
-EXPRESSIBLE: dict[
-    str, tuple[Any, ...]
-] = {  # what LLaVA and Hugging Face's LLaVA both compute
+# of LLaVA 1.5; "llava" before its releases of November 2023
+LLAVA_TYPES = ("llava_llama", "llava")
+# what LLaVA and Hugging Face's LLaVA both compute
+EXPRESSIBLE: dict[str, tuple[Any, ...]] = {
     "mm_projector_type": ("mlp2x_gelu",),
-    **dict.fromkeys(
-        ("mm_use_im_start_end", "mm_use_im_patch_token", "s2"), (False, None)
-    ),
+    "mm_use_im_start_end": (False, None),
+    "mm_use_im_patch_token": (False, None),
+    "s2": (False, None),
     "quantization_config": (None,),
     "image_aspect_ratio": ("square", "pad", None),
     "mm_patch_merge_type": ("flat",),
@@ -233,16 +236,15 @@ def checkpoint_tensors(checkpoint: LlavaCheckpoint, files: ExitStack) -> LazyTen
     tensors = {
         name: tensor for name, tensor in tensors.items() if "mm_projector" not in name
     }
-    projector = (
-        checkpoint.directory / NON_LORA
-    )  # where LLaVA writes the projector of a LoRA
+    # where LLaVA writes the projector of a LoRA
+    projector = checkpoint.directory / NON_LORA
     if not projector.is_file():
         raise FileNotFoundError(f"no {NON_LORA} in {checkpoint.directory}; {FIX}")
     for name, tensor in open_tensors([projector], files).items():
         short = name.removeprefix("base_model.")  # of peft's wrapper
-        tensors[
-            short.removeprefix("model.") if short.startswith("model.model.") else short
-        ] = tensor
+        if short.startswith("model.model."):
+            short = short.removeprefix("model.")
+        tensors[short] = tensor
     return merged(tensors, checkpoint.directory, files)
 
 
@@ -258,6 +260,7 @@ OTHER_SUMS = (
     "alpha_pattern",
     "modules_to_save",
 )
+Halves = dict[str, dict[str, LazyTensor]]  # weight -> A and B of its LoRA
 
 
 def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTensors:
@@ -265,20 +268,37 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
     with this environment's peft. Raises ContractError for an adapter of another kind, or of another
     model."""
     config = read_json(directory / ADAPTER)
-    if (
-        config.get("peft_type") != "LORA"
-        or config.get("bias", "none") != "none"
-        or any(map(config.get, OTHER_SUMS))
-    ):
+    is_plain = (
+        config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
+    )
+    if not is_plain or any(map(config.get, OTHER_SUMS)):
         raise ContractError(
             f"{directory / ADAPTER} has settings of another LoRA than LLaVA's training makes"
         )
-    names = ("adapter_model.safetensors", "adapter_model.bin")
-    path = next(
-        (directory / name for name in names if (directory / name).is_file()),
-        directory / names[0],
-    )
-    halves: dict[str, dict[str, LazyTensor]] = {}
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file() and (directory / "adapter_model.bin").is_file():
+        path = directory / "adapter_model.bin"
+    halves = lora_halves(path, tensors, files)
+    refuse_lost(path, tensors, halves, config.get("target_modules") or ())
+    merged_tensors = dict(tensors)
+    with errors_about(path, fix=FIX):
+        for name, pair in halves.items():
+            rank = pair["A"].shape[0]
+            if rank != config["r"]:
+                raise ValueError(
+                    f"the LoRA of {name} has rank {rank}, expected {config['r']}"
+                )
+            divisor = rank**0.5 if config.get("use_rslora") else rank
+            scale = config["lora_alpha"] / divisor
+            read = partial(added, tensors[name], pair["A"], pair["B"], scale)
+            shape = tensors[name].shape
+            merged_tensors[name] = LazyTensor(shape=shape, read=read, where=str(path))
+    return merged_tensors
+
+
+def lora_halves(path: Path, tensors: LazyTensors, files: ExitStack) -> Halves:
+    """The tensors of an adapter's file by the weight that they are added to, one of ``tensors``."""
+    halves: Halves = {}
     for name, tensor in open_tensors([path], files).items():
         match = LORA_NAME.match(name)
         target = f"{match['module']}.weight" if match else name
@@ -287,40 +307,24 @@ def merged(tensors: LazyTensors, directory: Path, files: ExitStack) -> LazyTenso
                 f"{path}: {name} belongs to no weight of the base model; check --model-base"
             )
         halves.setdefault(target, {})[match["half"]] = tensor
-    kinds = {
-        str(target).split(".")[-1] for target in config.get("target_modules") or ()
-    }
-    blocks = {
-        name: name.split(".")[-2]
-        for name in tensors
-        if name.startswith("model.layers.")
-    }
-    if lost := sorted(
-        {
-            name
-            for name, kind in blocks.items()
-            if kind in kinds and name.endswith(".weight")
-        }
-        - {*halves}
-    ):
+    return halves
+
+
+def refuse_lost(
+    path: Path, tensors: LazyTensors, halves: Halves, target_modules: Iterable[object]
+) -> None:
+    """Raise ContractError if weights of ``target_modules`` have no LoRA in the file."""
+    targets = {str(target).split(".")[-1] for target in target_modules}
+    lost = []
+    for name in tensors:
+        if name.startswith("model.layers.") and name.endswith(".weight"):
+            module = name.split(".")[-2]
+            if module in targets and name not in halves:
+                lost.append(name)
+    if lost:
         raise ContractError(
-            f"{path}: {len(lost)} target_modules have no LoRA, as {lost[0]}; {FIX}"
+            f"{path}: {len(lost)} target_modules have no LoRA, as {min(lost)}; {FIX}"
         )
-    out = dict(tensors)
-    with errors_about(path, fix=FIX):
-        for name, pair in halves.items():
-            if (rank := pair["A"].shape[0]) != config["r"]:
-                raise ValueError(
-                    f"the LoRA of {name} has rank {rank}, expected {config['r']}"
-                )
-            scale = config["lora_alpha"] / (
-                rank**0.5 if config.get("use_rslora") else rank
-            )
-            read = partial(added, tensors[name], pair["A"], pair["B"], scale)
-            out[name] = LazyTensor(
-                shape=tensors[name].shape, read=read, where=str(path)
-            )
-    return out
 
 
 def added(weight: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> Tensor:

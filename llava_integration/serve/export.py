@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,9 +69,8 @@ class Export:
         """``base``: of a LoRA. Raises ValueError or FileNotFoundError for what is wrong."""
         checkpoint = open_checkpoint(directory, base)
         recorded = str(checkpoint.config.get(CONVERSATION, ""))
-        name = (
-            conv_mode or recorded or "vicuna_v1"
-        )  # of LLaVA 1.5, in LLaVA's evaluation scripts
+        # vicuna_v1: of LLaVA 1.5, in LLaVA's evaluation scripts
+        name = conv_mode or recorded or "vicuna_v1"
         if name not in CONVERSATIONS:
             raise ValueError(unknown("conversation", name, CONVERSATIONS))
         if recorded in CONVERSATIONS and CONVERSATIONS[name] != CONVERSATIONS[recorded]:
@@ -156,10 +155,8 @@ def export(
     with output_folder(output, MODEL_FOLDER, replace=overwrite) as temporary:
         size = write_model(exported, temporary)
         if compares:
-            print(
-                f"compared with LLaVA's own code: {compare(exported, temporary)}",
-                flush=True,
-            )
+            result = compare(exported, temporary)
+            print(f"compared with LLaVA's own code: {result}", flush=True)
     return size
 
 
@@ -186,16 +183,19 @@ def write_model(exported: Export, directory: Path) -> int:
         for name, number in tokenizer.ids().items()
         if name != "unk_token_id"
     }
-    with_tower = " with an LLM2CLIP vision tower" if tower.location else ""
+    model = "LLaVA 1.5"
+    if tower.location:
+        model += " with an LLM2CLIP vision tower"
     with ExitStack() as files:
         stored = checkpoint_tensors(checkpoint, files)
         tensors = language_tensors(stored, config, image_id, checkpoint.language_model)
+        trained = stored if is_unfrozen(config) else None
         return write_folder(
             directory,
             tower,
-            tensors | tower.tensors(files, stored if is_unfrozen(config) else None),
+            tensors | tower.tensors(files, trained),
             title=recorded["checkpoint"],
-            what=f"LLaVA 1.5{with_tower}, exported by llm2clip-plugin.",
+            what=f"{model}, exported by llm2clip-plugin.",
             made_from=("llm2clip_export", recorded),
             layer=config["mm_vision_select_layer"],
             feature=config.get("mm_vision_select_feature", "patch"),
@@ -239,15 +239,17 @@ def test_image() -> Any:
     from PIL import Image
 
     rows, columns = np.mgrid[0 : IMAGE_SIDES[0], 0 : IMAGE_SIDES[1]]
-    waves = np.stack(
-        (
-            rows / 2,
-            127 + 127 * np.sin(columns / 40),
-            (rows // 40 + columns // 40) % 2 * 200,
-        ),
-        axis=-1,
-    )
-    return Image.fromarray(waves.clip(0, 255).astype("uint8"))
+    gradient = rows / 2
+    waves = 127 + 127 * np.sin(columns / 40)
+    squares = (rows // 40 + columns // 40) % 2 * 200
+    pixels = np.stack((gradient, waves, squares), axis=-1)
+    return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
+
+
+def question_with_image() -> list[dict[str, Any]]:
+    """A conversation that asks QUESTION about one image."""
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    return [{"role": "user", "content": content}]
 
 
 def compare(exported: Export, directory: Path) -> str:
@@ -294,9 +296,9 @@ def rounded(model: Any, dtype: torch.dtype) -> Any:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             value = tensor.data.to(dtype)
-            tensor.data = (
-                value.float() if "vision_tower" in name else value.half().float()
-            )
+            if "vision_tower" not in name:
+                value = value.half()
+            tensor.data = value.float()
     # transformers 4.37 makes rotary tables in the dtype that a model is loaded in
     for module in model.modules():
         if hasattr(module, "_set_cos_sin_cache"):
@@ -327,10 +329,8 @@ def llava_outcome(exported: Export, answer: list[int]) -> Outcome:
     conversation = conv_templates[exported.conversation].copy()
     conversation.append_message(conversation.roles[0], f"{IMAGE}\n{QUESTION}")
     conversation.append_message(conversation.roles[1], None)
-    ids = cast(
-        list[int],
-        tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX),
-    )
+    prompt = conversation.get_prompt()
+    ids: Any = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX)
     pixels = process_images([test_image()], image_processor, model.config)
     logits_TV = model(torch.tensor([ids + answer]), images=pixels).logits[0]
     end = len(logits_TV) - len(answer)
@@ -349,15 +349,12 @@ def hf_outcome(exported: Export, directory: Path) -> Outcome:
         )
     model = rounded(model.eval(), DTYPES[exported.dtype])
     tokenizer = open_pretrained(transformers.AutoTokenizer, directory)
-    chat = [
-        {
-            "role": "user",
-            "content": [{"type": "image"}, {"type": "text", "text": QUESTION}],
-        }
-    ]
     template = (directory / TEMPLATE).read_text(encoding="utf-8")
     text = tokenizer.apply_chat_template(
-        chat, chat_template=template, tokenize=False, add_generation_prompt=True
+        question_with_image(),
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
     )
     # its processor neither pads images nor counts their tokens
     if transformers.__version__.startswith("4.37."):

@@ -205,10 +205,10 @@ class TokenizerFiles:
         begins with such a piece would be lost.
         """
         split_before = set(self.added_tokens)
-        pieces = [
-            piece.piece for piece in self.model.pieces if piece.type == USER_DEFINED
-        ]
-        pieces = [piece for piece in pieces if piece not in split_before]
+        pieces = []
+        for piece in self.model.pieces:
+            if piece.type == USER_DEFINED and piece.piece not in split_before:
+                pieces.append(piece.piece)
         if pieces and not self.legacy:
             raise ContractError(
                 f"{self.path} has {len(pieces)} user-defined pieces such as {min(pieces)[:60]!r}, "
@@ -263,15 +263,15 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
         ]
     )
     # no post_processor: a prompt's <s> is written by the chat template, in transformers as in vLLM
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(token, normalized=False, special=True)
-            for token in (*files.added_tokens, IMAGE)
-        ]
-    )
-    tokenizer.add_tokens(
-        [AddedToken(piece + MARK, normalized=True, special=False) for piece in whole]
-    )
+    special_tokens = [
+        AddedToken(token, normalized=False, special=True)
+        for token in (*files.added_tokens, IMAGE)
+    ]
+    tokenizer.add_special_tokens(special_tokens)
+    whole_tokens = [
+        AddedToken(piece + MARK, normalized=True, special=False) for piece in whole
+    ]
+    tokenizer.add_tokens(whole_tokens)
     check_ids(tokenizer, files)
     check_pieces(tokenizer, files)
     adds_bos = bool(files.config.get("add_bos_token", True)) and "bos_token" in special
@@ -283,9 +283,8 @@ def read_tokenizer(directory: Path) -> LlavaTokenizer:
 def check_ids(tokenizer: Any, files: TokenizerFiles) -> None:
     """Raise ContractError unless every added token has its id and ``<image>`` the one after the
     last: the rows of LLaVA's embedding."""
-    after_last = max(
-        len(files.model.pieces), *(number + 1 for number in files.added), 0
-    )
+    after_added = [number + 1 for number in files.added]
+    after_last = max([len(files.model.pieces), *after_added])
     expected = {**files.added, after_last: IMAGE}
     for number, token in expected.items():
         if tokenizer.token_to_id(token) != number:

@@ -65,15 +65,11 @@ class LlavaRows:
         batch = self.encode(chats)
         labels = torch.full_like(batch["input_ids"], -100)
         ends: list[tuple[int, int, int]] = []  # row, place and token of an answer's end
-        for number, (chat, row) in enumerate(
-            zip(chats, batch["input_ids"].tolist(), strict=True)
-        ):
-            answers = [
-                turn
-                for turn, message in enumerate(chat)
-                if message["role"] == "assistant"
-            ]
-            for turn in answers:
+        ids = batch["input_ids"].tolist()
+        for number, (chat, row) in enumerate(zip(chats, ids, strict=True)):
+            for turn, message in enumerate(chat):
+                if message["role"] != "assistant":
+                    continue
                 prompt = self.tokens(chat[:turn], row, add_generation_prompt=True)
                 start = len(prompt)
                 if row[:start] != prompt:
@@ -86,9 +82,8 @@ class LlavaRows:
                 end = start + answer_length(answer, row[start:])
                 labels[number, start:end] = batch["input_ids"][number, start:end]
                 if self.has_no_end(chat[: turn + 1]):
-                    ends.append(
-                        (number, end, self.next_turn(chat[: turn + 1], row, end))
-                    )
+                    token = self.next_turn(chat[: turn + 1], row, end)
+                    ends.append((number, end, token))
         tensors = {**batch, "labels": labels}
         for number, end, token in ends:
             tensors = self.with_end(tensors, number, end, token)
@@ -106,10 +101,8 @@ class LlavaRows:
         no end could be learned."""
         question = {"role": "user", "content": [{"type": "text", "text": "x"}]}
         tokens = self.tokens([*chat, question], row)
-        if (
-            end < len(tokens)
-            and tokens[end] in self.processor.tokenizer.added_tokens_decoder
-        ):
+        special = self.processor.tokenizer.added_tokens_decoder
+        if end < len(tokens) and tokens[end] in special:
             return tokens[end]
         tail = self.processor.decode(tokens[max(0, end - 8) : end + 8])
         raise ValueError(
@@ -118,24 +111,21 @@ class LlavaRows:
         )
 
     def with_end(
-        self, tensors: dict[str, Any], number: int, place: int, token: int
+        self, tensors: dict[str, Any], number: int, position: int, token: int
     ) -> dict[str, Any]:
         """A batch in which ``token`` is learned at a place of a row: where the conversation goes on
         it is there, else it takes the place of padding, or of a new column."""
         shape = tensors["labels"].shape
-        if place == shape[1]:
-            padding = {
-                "labels": -100,
-                "input_ids": self.processor.tokenizer.pad_token_id,
-            }
+        if position == shape[1]:
+            pad_token = self.processor.tokenizer.pad_token_id
+            padding_of = {"labels": -100, "input_ids": pad_token}
             for name, value in tensors.items():
                 if value.shape == shape:
-                    tensors[name] = nn.functional.pad(
-                        value, (0, 1), value=padding.get(name, 0)
-                    )
-        tensors["input_ids"][number, place] = token
-        tensors["attention_mask"][number, place] = 1
-        tensors["labels"][number, place] = token
+                    padding = padding_of.get(name, 0)
+                    tensors[name] = nn.functional.pad(value, (0, 1), value=padding)
+        tensors["input_ids"][number, position] = token
+        tensors["attention_mask"][number, position] = 1
+        tensors["labels"][number, position] = token
         return tensors
 
 

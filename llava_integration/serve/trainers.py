@@ -18,6 +18,7 @@ from typing import Any
 
 IMAGE = "<image>"
 NAME = "vlm"  # of the template in ms-swift
+TEXTS = ("Question 1", "Answer 1", "Question 2", "Answer 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +34,12 @@ class Prompt:
     def of(cls, tokenizer: Any) -> "Prompt":
         """Raises ValueError for a template whose turns differ in more than their text, or that
         writes no end of an answer (GLM-4's), which a model would not learn."""
-        texts = ("Question 1", "Answer 1", "Question 2", "Answer 2")
+        question, answer, other_question, other_answer = TEXTS
         turns = [
-            {"role": ("user", "assistant")[n % 2], "content": text}
-            for n, text in enumerate(texts)
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": other_question},
+            {"role": "assistant", "content": other_answer},
         ]
 
         def render(count: int) -> str:
@@ -44,22 +47,24 @@ class Prompt:
                 turns[:count], tokenize=False, add_generation_prompt=count % 2 == 1
             )
 
-        start, _, after = render(1).partition(texts[0])
-        tail = render(4).rpartition(texts[3])[2]
-        between = render(3).partition(texts[1])[2].partition(texts[2])[0]
+        start, _, after = render(1).partition(question)
+        _, _, tail = render(4).rpartition(other_answer)
+        rendered = render(3)
+        _, _, behind_answer = rendered.partition(answer)
+        between, _, _ = behind_answer.partition(other_question)
         before = between.removeprefix(tail)
         # Phi 3 ends a conversation otherwise than a turn: what both questions have before them
         if before == between:
-            before = next(
-                start[n:] for n in range(len(start) + 1) if between.endswith(start[n:])
-            )
+            before = start
+            while not between.endswith(before):
+                before = before[1:]
         end = between.removesuffix(before)
-        prompt = cls(
-            prefix=start.removesuffix(before), before=before, after=after, end=end
-        )
-        if (joined := prompt.join(*texts[:3])) != render(3):
+        prefix = start.removesuffix(before)
+        prompt = cls(prefix=prefix, before=before, after=after, end=end)
+        joined = prompt.join(question, answer, other_question)
+        if joined != rendered:
             raise ValueError(
-                f"the chat template's turns are not alike: it writes {render(3)!r}, "
+                f"the chat template's turns are not alike: it writes {rendered!r}, "
                 f"from the first turn follows {joined!r}; "
                 "build the model with another (--chat-template FILE)"
             )
@@ -73,11 +78,13 @@ class Prompt:
 
     def join(self, *texts: str) -> str:
         """A conversation, up to where the model answers."""
-        turns = [
-            text + self.end if n % 2 else self.before + text + self.after
-            for n, text in enumerate(texts)
-        ]
-        return self.prefix + "".join(turns)
+        conversation = self.prefix
+        for number, text in enumerate(texts):
+            if number % 2:
+                conversation += text + self.end
+            else:
+                conversation += self.before + text + self.after
+        return conversation
 
 
 def image_first(text: str) -> str:
@@ -100,7 +107,8 @@ def register_with_swift() -> None:
                 meta = self.template_meta
                 meta.prefix = [prompt.prefix]
                 meta.prompt = [f"{prompt.before}{{{{QUERY}}}}{prompt.after}"]
-                meta.chat_sep = meta.suffix = [prompt.end]
+                meta.chat_sep = [prompt.end]
+                meta.suffix = [prompt.end]
             super().init_processor(processor)
 
         def replace_tag(self, media_type: str, index: int, inputs: Any) -> list[str]:
@@ -112,11 +120,10 @@ def register_with_swift() -> None:
                 if message["role"] == "user":
                     message["content"] = image_first(message["content"])
 
-    register_template(
-        TemplateMeta(
-            NAME, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], template_cls=VlmTemplate
-        )
+    template = TemplateMeta(
+        NAME, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], template_cls=VlmTemplate
     )
+    register_template(template)
 
 
 def register_with_llamafactory() -> None:
@@ -131,11 +138,11 @@ def register_with_llamafactory() -> None:
         def process_messages(
             self, messages: list[dict[str, str]], *media: Any
         ) -> list[dict[str, str]]:
-            first = [
-                {**message, "content": image_first(message["content"])}
-                for message in messages
-            ]
-            return super().process_messages(first, *media)
+            with_image_first = []
+            for message in messages:
+                content = image_first(message["content"])
+                with_image_first.append({**message, "content": content})
+            return super().process_messages(with_image_first, *media)
 
     read = template.parse_template
 
@@ -171,9 +178,8 @@ def main(script: str = __file__) -> None:
         words = sys.argv[1:]
         if "--external_plugins" not in words:
             words.append("--external_plugins")
-        words.insert(
-            words.index("--external_plugins") + 1, __file__
-        )  # the user's own stay
+        # the user's own stay
+        words.insert(words.index("--external_plugins") + 1, __file__)
         sys.argv[:] = [*words, "--template", NAME, "--model_type", "llava1_5_hf"]
         return cli_main()
     register_code()

@@ -60,15 +60,13 @@ class Tower(nn.Module):
         super().__init__()
         fields = config.vision_config.to_dict()
         self.family = family_of_type(fields["model_type"], where="vision_config")
+        fields["model_type"] = self.family.model_types[0]
         model_class = self.family.vision_class()
-        self.vision = model_class.config_class.from_dict(
-            {**fields, "model_type": self.family.model_types[0]}
-        )
+        self.vision = model_class.config_class.from_dict(fields)
         self.model = model_class(self.vision).eval()
-        self.state = blocks_below(
-            config.vision_feature_layer, len(tower_blocks(self.model))
-        )
-        del tower_blocks(self.model)[max(self.state, 1) :]
+        blocks = tower_blocks(self.model)
+        self.state = blocks_below(config.vision_feature_layer, len(blocks))
+        del blocks[max(self.state, 1) :]
 
     def forward(
         self, pixel_values: Tensor, feature_select_strategy: str | None = None
@@ -80,10 +78,9 @@ class Tower(nn.Module):
             pixel_values.to(device=parameter.device, dtype=parameter.dtype),
             output_hidden_states=True,
         )
-        states_BTH = output.hidden_states[self.state]
-        kept_BNH = (
-            states_BTH[:, 1:] if feature_select_strategy == "default" else states_BTH
-        )
+        kept_BNH = output.hidden_states[self.state]
+        if feature_select_strategy == "default":
+            kept_BNH = kept_BNH[:, 1:]
         # AIMv2's states are transposed, which vLLM's products on a CPU refuse
         return kept_BNH.contiguous()
 
@@ -100,17 +97,16 @@ class Tower(nn.Module):
         blocks = f"{self.family.blocks}."
 
         def is_above(name: str) -> bool:  # the state that LLaVA selects
-            return (
-                name.startswith(blocks)
-                and int(name[len(blocks) :].split(".")[0]) >= self.state
-            )
+            if not name.startswith(blocks):
+                return False
+            number = name.removeprefix(blocks).split(".")[0]
+            return int(number) >= self.state
 
         missing = sorted(set(loading_info["missing_keys"]) & {*state})
-        unknown = sorted(
-            name for name in loading_info["unexpected_keys"] if not is_above(name)
-        )
-        if missing or unknown or loading_info["mismatched_keys"]:
-            other_shape = sorted(loading_info["mismatched_keys"])
+        unexpected = loading_info["unexpected_keys"]
+        unknown = sorted(name for name in unexpected if not is_above(name))
+        other_shape = sorted(loading_info["mismatched_keys"])
+        if missing or unknown or other_shape:
             raise ValueError(
                 f"the file's vision_tower is not a {self.family.name} tower: "
                 f"missing {missing or 'none'}, unknown {unknown or 'none'}, "
@@ -124,20 +120,16 @@ class Tower(nn.Module):
 
 def init_vision_tower(config: Any, *args: Any, **kwargs: Any) -> nn.Module:
     """vLLM's tower where it has one; arguments as of ``init_vision_tower_for_llava``."""
-    return (
-        stock_tower(config, *args, **kwargs)
-        if type(config.vision_config) in STOCK
-        else Tower(config)
-    )
+    if type(config.vision_config) in STOCK:
+        return stock_tower(config, *args, **kwargs)
+    return Tower(config)
 
 
 def vision_encoder_info(config: Any) -> VisionEncoderInfo:
     """As ``get_vision_encoder_info``."""
-    return (
-        stock_info(config)
-        if type(config.vision_config) in STOCK
-        else EncoderInfo(config)
-    )
+    if type(config.vision_config) in STOCK:
+        return stock_info(config)
+    return EncoderInfo(config)
 
 
 llava.init_vision_tower_for_llava = init_vision_tower

@@ -37,7 +37,7 @@ from llava_integration.serve.build import (
     write_folder,
 )
 from llava_integration.serve.checkpoint import LazyTensors, in_memory, open_tensors
-from llava_integration.serve.export import QUESTION, test_image
+from llava_integration.serve.export import QUESTION, question_with_image, test_image
 from llava_integration.serve.prompt import IMAGE, write_tokenizer
 from llm2clip_plugin.atomic import size_text
 from llm2clip_plugin.errors import ContractError, errors_about
@@ -102,7 +102,8 @@ class LanguageModel:
             )
         check_vocabulary(tokenizer, config.vocab_size, what)
         for setting, values in HEAD_SETTINGS.items():
-            if (value := getattr(config, setting, None)) not in values:
+            value = getattr(config, setting, None)
+            if value not in values:
                 raise ContractError(
                     f"{what} has {setting} {value}, which transformers' LLaVA does not apply"
                 )
@@ -112,19 +113,15 @@ class LanguageModel:
         """Its tensors, without a tied head. Raises ContractError for names that LLaVA's classes do
         not have."""
         stored = open_tensors(weight_files(self.directory), files)
-        is_tied = self.config.tie_word_embeddings
-        stored = {
-            name: tensor
-            for name, tensor in stored.items()
-            if not (name == build.HEAD and is_tied)
-        }
-        needed = [build.EMBEDDING] if is_tied else [build.EMBEDDING, build.HEAD]
-        unknown = [
-            name
-            for name in stored
-            if name != build.HEAD and not name.startswith("model.")
-        ]
-        problems = [f"has a tensor {name}" for name in unknown]
+        needed = [build.EMBEDDING]
+        if self.config.tie_word_embeddings:
+            stored.pop(build.HEAD, None)
+        else:
+            needed.append(build.HEAD)
+        problems = []
+        for name in stored:
+            if name != build.HEAD and not name.startswith("model."):
+                problems.append(f"has a tensor {name}")
         problems += [f"lacks {name}" for name in needed if name not in stored]
         if problems:
             raise ContractError(
@@ -159,9 +156,9 @@ def chat_template(llm: LanguageModel, file: Path | None) -> str:
     usable one."""
     tokenizer = llm.tokenizer
     bos = llm.tokenizer.bos_token
-    template = (
-        tokenizer.chat_template if file is None else file.read_text(encoding="utf-8")
-    )
+    template = tokenizer.chat_template
+    if file is not None:
+        template = file.read_text(encoding="utf-8")
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
@@ -177,10 +174,11 @@ def chat_template(llm: LanguageModel, file: Path | None) -> str:
         rendered = tokenizer.apply_chat_template(
             chat, chat_template=template, tokenize=False, add_generation_prompt=True
         )
-    adds = bos is not None and tokenizer("x")["input_ids"][:1] == [
-        tokenizer.bos_token_id
-    ]
-    start = "" if not adds or rendered.startswith(bos) else "{{- bos_token -}}\n"
+    start = ""
+    if bos is not None and not rendered.startswith(bos):
+        first_ids = tokenizer("x")["input_ids"][:1]
+        if first_ids == [tokenizer.bos_token_id]:
+            start = "{{- bos_token -}}\n"
     return FLATTEN + start + template.lstrip("\n")
 
 
@@ -193,22 +191,17 @@ def write_llms_tokenizer(
 
     llms_tokenizer = llm.tokenizer
     body = json.loads(llm.tokenizer.backend_tokenizer.to_str())
-    processor = body["post_processor"] or {}
-    steps = [
-        step
-        for step in processor.get("processors", [processor])
-        if step and step["type"] != "TemplateProcessing"
-    ]
-    body["post_processor"] = (
-        {"type": "Sequence", "processors": steps} if steps else None
-    )
+    steps = steps_without_template(body["post_processor"])
+    body["post_processor"] = None
+    if steps:
+        body["post_processor"] = {"type": "Sequence", "processors": steps}
     tokenizer = Tokenizer.from_str(json.dumps(body))
     slots = {"image_token_index": IMAGE}
     if arch == build.ONEVISION:
         slots["video_token_index"] = build.VIDEO
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in slots.values()]
-    )
+    for token in slots.values():
+        added = AddedToken(token, normalized=False, special=True)
+        tokenizer.add_special_tokens([added])
     plain = tokenizer.encode("x", add_special_tokens=False)
     if len(tokenizer.encode("x").ids) != len(plain.ids):
         raise ContractError(
@@ -216,21 +209,27 @@ def write_llms_tokenizer(
         )
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     special = {
-        name: getattr(llms_tokenizer, name)
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        "bos_token": llms_tokenizer.bos_token,
+        "eos_token": llms_tokenizer.eos_token,
+        "unk_token": llms_tokenizer.unk_token,
+        "pad_token": llms_tokenizer.pad_token,
     }
     if not special["pad_token"]:
-        padding = (token for token in PADDING if token in vocabulary)
-        special["pad_token"] = next(padding, special["eos_token"])
+        padding = [token for token in PADDING if token in vocabulary]
+        special["pad_token"] = padding[0] if padding else special["eos_token"]
     settings = {name: token for name, token in special.items() if token is not None}
     settings["model_max_length"] = llms_tokenizer.model_max_length
-    write_tokenizer(
-        directory,
-        json.loads(tokenizer.to_str()),
-        settings,
-        f"{build.CLASSES[arch]}Processor",
-    )
+    processor = f"{build.CLASSES[arch]}Processor"
+    write_tokenizer(directory, json.loads(tokenizer.to_str()), settings, processor)
     return {name: vocabulary[token] for name, token in slots.items()}
+
+
+def steps_without_template(post_processor: dict[str, Any] | None) -> list[Any]:
+    """The steps of a tokenizer's post-processor but those that write tokens of their own."""
+    if not post_processor:
+        return []
+    steps = post_processor.get("processors", [post_processor])
+    return [step for step in steps if step and step["type"] != "TemplateProcessing"]
 
 
 # The model
@@ -240,13 +239,15 @@ def open_tower(name: str) -> ExportedTower:
     """A tower directory, registered name or Hub id, ``llm2clip[:...]``, or a stock Hugging Face
     checkpoint."""
     how = f"--tower {name}"
-    registered = locate_spec(name, how=how) if name in registry().towers else None
-    location = locate(name) if is_ours(name) else registered
+    location = None
+    if name in registry().towers:
+        location = locate_spec(name, how=how)
+    if is_ours(name):
+        location = locate(name)
     directory = location.directory if location else fetch_directory(name)
     if has_card(directory):
-        location = location or TowerLocation.of(
-            directory, how=how, origin=name
-        )  # of the Hub
+        if location is None:  # of the Hub
+            location = TowerLocation.of(directory, how=how, origin=name)
         location.check_weights()
     return ExportedTower.of(directory, location)
 
@@ -262,10 +263,9 @@ def parts(
         # as LLaVA draws it
         projector = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
         newline = torch.randn(out) / math.sqrt(out)  # between rows of tiles
-    new = {
-        hf_name(f"model.mm_projector.{name}"): value
-        for name, value in projector.state_dict().items()
-    }
+    new = {}
+    for name, value in projector.state_dict().items():
+        new[hf_name(f"model.mm_projector.{name}")] = value
     if config.arch in build.TILES:
         new["image_newline"] = newline
     llm_tensors = llm.tensors(files)
@@ -276,7 +276,11 @@ def parts(
             hf_name(name): tensor for name, tensor in llm_tensors.items()
         },
     }
-    return by_part, llm.config.dtype or next(iter(llm_tensors.values())).read().dtype
+    dtype = llm.config.dtype
+    if not dtype:
+        first_tensor = next(iter(llm_tensors.values()))
+        dtype = first_tensor.read().dtype
+    return by_part, dtype
 
 
 def plan(config: VlmConfig, tower: ExportedTower, llm: LanguageModel) -> str:
@@ -284,14 +288,12 @@ def plan(config: VlmConfig, tower: ExportedTower, llm: LanguageModel) -> str:
     with ExitStack() as files:
         by_part, dtype = parts(config, tower, llm, files)
         counts = {part: parameters(tensors) for part, tensors in by_part.items()}
-    rows = [*counts.items(), ("all", sum(counts.values()))]
-    lines = [
-        f"{part:<16}{count:>16,} parameters{size_text(count * dtype.itemsize):>12}"
-        for part, count in rows
-    ]
-    lines.append(
-        f"{config.arch}, {str(dtype).removeprefix('torch.')}; nothing was written"
-    )
+    lines = []
+    for part, count in (*counts.items(), ("all", sum(counts.values()))):
+        size = size_text(count * dtype.itemsize)
+        lines.append(f"{part:<16}{count:>16,} parameters{size:>12}")
+    dtype_name = str(dtype).removeprefix("torch.")
+    lines.append(f"{config.arch}, {dtype_name}; nothing was written")
     return "\n".join(lines)
 
 
@@ -323,18 +325,15 @@ def write_model(
         "tower_sha256": tower_sha256,
         "llm_sha256": files_sha256(weight_files(llm.directory)),
     }
-    left_out = build.OF_THE_FILE - {"architectures"}
-    text = read_json(llm.directory / "config.json")
-    text = {name: value for name, value in text.items() if name not in left_out}
-    file = llm.directory / "generation_config.json"
-    generation = read_json(file) if file.is_file() else {}
+    written_tokenizer = open_pretrained(transformers.AutoTokenizer, directory)
     ids = {
-        name: getattr(llm.config, name, None)
-        for name in ("bos_token_id", "eos_token_id")
+        "bos_token_id": getattr(llm.config, "bos_token_id", None),
+        "eos_token_id": getattr(llm.config, "eos_token_id", None),
+        "pad_token_id": written_tokenizer.pad_token_id,
     }
-    ids["pad_token_id"] = open_pretrained(
-        transformers.AutoTokenizer, directory
-    ).pad_token_id
+    text = llms_config(llm)
+    text["vocab_size"] = max(needed, rows)
+    text["tie_word_embeddings"] = is_tied
     with ExitStack() as files:
         by_part, dtype = parts(config, tower, llm, files)
         tensors: LazyTensors = {}
@@ -354,17 +353,31 @@ def write_model(
             arch=config.arch,
             layer=config.select_layer,
             dtype=dtype,
-            text=text
-            | {"vocab_size": max(needed, rows), "tie_word_embeddings": is_tied},
+            text=text,
             slots=slots,
             ids=ids,
-            generation={
-                n: v
-                for n, v in generation.items()
-                if n[0] != "_" and n != "pad_token_id"
-            },
+            generation=llms_generation(llm),
             template=template,
         )
+
+
+def llms_config(llm: LanguageModel) -> dict[str, Any]:
+    """The LLM's config.json without what describes its file."""
+    left_out = build.OF_THE_FILE - {"architectures"}
+    config = read_json(llm.directory / "config.json")
+    return {name: value for name, value in config.items() if name not in left_out}
+
+
+def llms_generation(llm: LanguageModel) -> dict[str, Any]:
+    """The LLM's generation_config.json, if it has one, but for the padding."""
+    file = llm.directory / "generation_config.json"
+    if not file.is_file():
+        return {}
+    settings = {}
+    for name, value in read_json(file).items():
+        if not name.startswith("_") and name != "pad_token_id":
+            settings[name] = value
+    return settings
 
 
 def without_path(name: str) -> str:
@@ -407,69 +420,104 @@ def compare(
     register()
     with torch.inference_mode(), quiet_transformers():
         processor = open_pretrained(transformers.AutoProcessor, directory)
-        chat = [
-            {
-                "role": "user",
-                "content": [{"type": "image"}, {"type": "text", "text": QUESTION}],
-            }
-        ]
-        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+        prompt = processor.apply_chat_template(
+            question_with_image(), add_generation_prompt=True
+        )
         inputs = processor(images=test_image(), text=prompt, return_tensors="pt")
-        kind = getattr(
+        model_class = getattr(
             transformers, f"{build.CLASSES[config.arch]}ForConditionalGeneration"
         )
-        model, info = kind.from_pretrained(directory, output_loading_info=True)
-        wrong = {
-            name: sorted(info[name])
-            for name in ("missing_keys", "unexpected_keys")
-            if info[name]
-        }
-        if wrong:
-            raise ContractError(
-                f"transformers' {kind.__name__} does not load what was written: {wrong}"
-            )
-        seen: dict[str, Any] = {}
-        inside = model.eval().model
-        inside.multi_modal_projector.register_forward_pre_hook(
-            lambda _, inputs_of_projector: seen.update(features=inputs_of_projector[0])
-        )
-        inside.language_model.register_forward_pre_hook(
-            lambda *call: seen.update(call[-1]), with_kwargs=True
-        )
-        logits_1TV = model(**inputs).logits
-        settings = model.config
-        dtype = model.dtype
-        del model, inside
-        pixels = inputs["pixel_values"].to(dtype).flatten(0, -4)
-        states = load_tower(tower.directory, dtype=dtype)(
-            pixel_values=pixels, output_hidden_states=True
-        ).hidden_states
-        features = states[config.select_layer]
-        if settings.vision_feature_select_strategy == "default":
-            features = features[:, 1:]  # without the class token
-        alone = open_pretrained(
-            transformers.AutoModelForCausalLM, llm.directory, torch_dtype=dtype
-        ).eval()
-        is_image_1T = inputs["input_ids"] == settings.image_token_index
-        embedded_1TD = alone.get_input_embeddings()(
-            inputs["input_ids"].masked_fill(is_image_1T, 0)
-        )
-        embedded_1TD[is_image_1T] = seen["inputs_embeds"][is_image_1T]
-        expected_1TV = alone(
-            inputs_embeds=embedded_1TD, attention_mask=inputs["attention_mask"]
-        ).logits
-    pairs = (
-        (seen["features"], features),
-        (logits_1TV[..., : expected_1TV.shape[-1]], expected_1TV),
+        whole = run_whole(model_class, directory, inputs)
+        features = features_alone(config, tower, inputs, whole)
+        logits_1TV = logits_alone(llm, inputs, whole)
+    limit = RELATIVE_TOLERANCE[whole.dtype]
+    feature_difference = relative_difference(whole.features, features)
+    vocabulary = logits_1TV.shape[-1]
+    logit_difference = relative_difference(
+        whole.logits_1TV[..., :vocabulary], logits_1TV
     )
-    differences = [
-        ((mine - expected).abs().max() / expected.abs().max()).item()
-        for mine, expected in pairs
-    ]
-    if not max(differences) <= (limit := RELATIVE_TOLERANCE[dtype]):
+    differences = [feature_difference, logit_difference]
+    if not max(differences) <= limit:
         raise ContractError(
             f"features and logits of {config.tower} with {config.llm} differ from the parts' by "
             f"{differences} of the largest (at most {limit:.0e}); "
-            f"transformers' {kind.__name__} computes something else with this LLM"
+            f"transformers' {model_class.__name__} computes something else with this LLM"
         )
-    return differences[1]
+    return logit_difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeRun:
+    """What the written model computes on a prompt with an image."""
+
+    config: Any  # transformers'
+    dtype: torch.dtype
+    features: torch.Tensor  # that the projector reads
+    embedded_1TD: torch.Tensor  # that the language model reads
+    logits_1TV: torch.Tensor
+
+
+def run_whole(model_class: Any, directory: Path, inputs: Any) -> WholeRun:
+    """Load the written model and run it. Raises ContractError if transformers knows other
+    tensors."""
+    model, info = model_class.from_pretrained(directory, output_loading_info=True)
+    wrong = {}
+    for name in ("missing_keys", "unexpected_keys"):
+        if info[name]:
+            wrong[name] = sorted(info[name])
+    if wrong:
+        raise ContractError(
+            f"transformers' {model_class.__name__} does not load what was written: {wrong}"
+        )
+    seen: dict[str, Any] = {}
+
+    def see_features(module: nn.Module, arguments: Any) -> None:
+        seen["features"] = arguments[0]
+
+    def see_embedded(module: nn.Module, arguments: Any, options: Any) -> None:
+        seen["embedded"] = options["inputs_embeds"]
+
+    inner = model.eval().model
+    inner.multi_modal_projector.register_forward_pre_hook(see_features)
+    inner.language_model.register_forward_pre_hook(see_embedded, with_kwargs=True)
+    logits_1TV = model(**inputs).logits
+    return WholeRun(
+        config=model.config,
+        dtype=model.dtype,
+        features=seen["features"],
+        embedded_1TD=seen["embedded"],
+        logits_1TV=logits_1TV,
+    )
+
+
+def features_alone(
+    config: VlmConfig, tower: ExportedTower, inputs: Any, whole: WholeRun
+) -> torch.Tensor:
+    """What the tower alone makes of the image."""
+    pixels = inputs["pixel_values"].to(whole.dtype).flatten(0, -4)
+    vision = load_tower(tower.directory, dtype=whole.dtype)
+    states = vision(pixel_values=pixels, output_hidden_states=True).hidden_states
+    features = states[config.select_layer]
+    if whole.config.vision_feature_select_strategy == "default":
+        return features[:, 1:]  # without the class token
+    return features
+
+
+def logits_alone(llm: LanguageModel, inputs: Any, whole: WholeRun) -> torch.Tensor:
+    """What the language model alone makes of the prompt with the image's embeddings."""
+    alone = open_pretrained(
+        transformers.AutoModelForCausalLM, llm.directory, torch_dtype=whole.dtype
+    ).eval()
+    ids_1T = inputs["input_ids"]
+    is_image_1T = ids_1T == whole.config.image_token_index
+    embed = alone.get_input_embeddings()
+    embedded_1TD = embed(ids_1T.masked_fill(is_image_1T, 0))
+    embedded_1TD[is_image_1T] = whole.embedded_1TD[is_image_1T]
+    return alone(
+        inputs_embeds=embedded_1TD, attention_mask=inputs["attention_mask"]
+    ).logits
+
+
+def relative_difference(mine: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, in parts of the largest value."""
+    return ((mine - expected).abs().max() / expected.abs().max()).item()
