@@ -63,19 +63,16 @@ def read_tars(pattern: str) -> list[Sample]:
                 opened = tar.extractfile(member)
                 assert opened, f"{path}: {member.name} is no file"
                 files[member.name] = opened.read()
-        for name in (name for name in files if name.endswith(".json")):
-            about = json.loads(files[name])
-            captions = {
-                c["kind"]: c["text"] for c in about["captions"] if c["language"] == "en"
-            }
-            samples.append(
-                Sample(
-                    files[name[:-4] + "png"],
-                    captions,
-                    about["concept"],
-                    about["family"],
-                )
-            )
+        for name in files:
+            if name.endswith(".json"):
+                about = json.loads(files[name])
+                picture = files[name.removesuffix("json") + "png"]
+                captions: dict[str, str] = {}
+                for caption in about["captions"]:
+                    if caption["language"] == "en":
+                        captions[caption["kind"]] = caption["text"]
+                sample = Sample(picture, captions, about["concept"], about["family"])
+                samples.append(sample)
     return samples
 
 
@@ -92,23 +89,21 @@ def batches(count: int, size: int, rng: random.Random) -> Iterator[list[int]]:
 def open_image(data: bytes) -> Image.Image:
     """RGB on white."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(
-        "RGB"
-    )
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def pixels(images: Sequence[Image.Image], side: int) -> Tensor:
     """(B, 3, side, side) float32, normalized with ImageNet's mean and deviation, as DINOv2's
     processor does."""
-    stack = np.stack(
-        [
-            np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
-            for image in images
-        ]
-    )
+    arrays = []
+    for image in images:
+        square = image.resize((side, side), Image.Resampling.BICUBIC)
+        arrays.append(np.asarray(square))
     mean = torch.tensor([0.485, 0.456, 0.406])
     std = torch.tensor([0.229, 0.224, 0.225])
-    return ((torch.from_numpy(stack) / 255 - mean) / std).permute(0, 3, 1, 2)
+    pixels_BSS3 = torch.from_numpy(np.stack(arrays)) / 255
+    return ((pixels_BSS3 - mean) / std).permute(0, 3, 1, 2)
 
 
 def augment(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -125,9 +120,8 @@ def augment(image: Image.Image, rng: random.Random) -> Image.Image:
     image = image.resize(image.size, Image.Resampling.BICUBIC, box=box)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image.rotate(
-        rng.uniform(-10, 10), Image.Resampling.BILINEAR, fillcolor="white"
-    )
+    angle = rng.uniform(-10, 10)
+    return image.rotate(angle, Image.Resampling.BILINEAR, fillcolor="white")
 
 
 # ---------------------------------------------------------------------------------- loss, optimizer
@@ -150,9 +144,9 @@ def contrastive_loss(
         same_BB = (number_B[:, None] == number_B).fill_diagonal_(False)
         logits_BB = logits_BB.masked_fill(same_BB, -math.inf)
     target_B = torch.arange(len(logits_BB))
-    return 0.5 * (
-        F.cross_entropy(logits_BB, target_B) + F.cross_entropy(logits_BB.T, target_B)
-    )
+    anchor_loss = F.cross_entropy(logits_BB, target_B)
+    positive_loss = F.cross_entropy(logits_BB.T, target_B)
+    return 0.5 * (anchor_loss + positive_loss)
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
@@ -160,7 +154,8 @@ def rate(step: int, steps: int, warmup: int) -> float:
     cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def update(
@@ -170,11 +165,11 @@ def update(
     ``max_norm``."""
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], max_norm
-    )
+    parameters: list[nn.Parameter] = []
     for group in optimizer.param_groups:
+        parameters += group["params"]
         group["lr"] = factor * group["peak"]
+    nn.utils.clip_grad_norm_(parameters, max_norm)
     optimizer.step()
 
 
@@ -223,10 +218,8 @@ class Teacher(nn.Module):
         right."""
         head = self.tokenizer(BEFORE)["input_ids"]  # with the token that begins a text
         tail = self.tokenizer(AFTER, add_special_tokens=False)["input_ids"]
-        of_captions = self.tokenizer(list(captions), add_special_tokens=False)[
-            "input_ids"
-        ]
-        rows = [torch.tensor([*head, *ids, *tail]) for ids in of_captions]
+        tokens = self.tokenizer(list(captions), add_special_tokens=False)
+        rows = [torch.tensor([*head, *ids, *tail]) for ids in tokens["input_ids"]]
         ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths_B = torch.tensor([len(row) for row in rows])
         mask_BT = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
@@ -239,9 +232,9 @@ class Teacher(nn.Module):
     def embed(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """The cache of stage 2: each distinct caption -> (W,). The LLM is not needed after this."""
         distinct = sorted(set(captions), key=len)
-        parts = [
-            self(distinct[start : start + 32]) for start in range(0, len(distinct), 32)
-        ]
+        parts = []
+        for start in range(0, len(distinct), 32):
+            parts.append(self(distinct[start : start + 32]))
         return dict(zip(distinct, torch.cat(parts), strict=True))
 
 
@@ -254,11 +247,11 @@ def caption_step(
 ) -> float:
     """Stage 1's step: of all captions in the batch, each is nearest to the other caption of its own
     picture."""
-    query_BW = F.normalize(teacher([query for query, _ in pairs]), dim=1)
-    positive_BW = F.normalize(teacher([positive for _, positive in pairs]), dim=1)
-    loss = contrastive_loss(
-        query_BW, positive_BW, 20.0, families, *zip(*pairs, strict=True)
-    )
+    queries = [query for query, _ in pairs]
+    positives = [positive for _, positive in pairs]
+    query_BW = F.normalize(teacher(queries), dim=1)
+    positive_BW = F.normalize(teacher(positives), dim=1)
+    loss = contrastive_loss(query_BW, positive_BW, 20.0, families, queries, positives)
     update(loss, optimizer, factor, max_norm=1.0)
     return float(loss.detach())
 
@@ -291,16 +284,16 @@ def fine_tune(
         kind: batches(len(of_kind), batch, rng) for kind, of_kind in kinds.items()
     }
     for step in range(steps):
-        kind = rng.choices(("long", "keywords"), (1, 4))[0]
-        chosen = [kinds[kind][number] for number in next(orders[kind])]
-        pairs = [
-            (sample.captions["short"], some_of(sample.captions[kind], kind, rng))
-            for sample in chosen
-        ]
+        (kind,) = rng.choices(("long", "keywords"), (1, 4))
+        pairs = []
+        families = []
+        for number in next(orders[kind]):
+            sample = kinds[kind][number]
+            positive = some_of(sample.captions[kind], kind, rng)
+            pairs.append((sample.captions["short"], positive))
+            families.append(sample.family)
         factor = rate(step, steps, warmup=round(0.1 * steps))
-        loss = caption_step(
-            teacher, optimizer, pairs, [sample.family for sample in chosen], factor
-        )
+        loss = caption_step(teacher, optimizer, pairs, families, factor)
         print(f"stage 1, step {step + 1} of {steps}: loss {loss:.3f}", flush=True)
 
 
@@ -310,7 +303,8 @@ def some_of(caption: str, kind: str, rng: random.Random) -> str:
         return caption
     words = caption.split(", ")
     rng.shuffle(words)
-    return ", ".join(words[: rng.randint(min(2, len(words)), min(6, len(words)))])
+    count = rng.randint(min(2, len(words)), min(6, len(words)))
+    return ", ".join(words[:count])
 
 
 # --------------------------------------------------------------------------------- the dual encoder
@@ -373,11 +367,20 @@ class DualEncoder(nn.Module):
 
     def heads(self) -> list[tuple[str, nn.Parameter]]:
         """What is not the tower."""
-        return [
-            (name, p)
-            for name, p in self.named_parameters()
-            if not name.startswith("tower.")
-        ]
+        heads = []
+        for name, parameter in self.named_parameters():
+            if not name.startswith("tower."):
+                heads.append((name, parameter))
+        return heads
+
+
+def head_optimizer(model: DualEncoder) -> torch.optim.AdamW:
+    """AdamW of the heads alone, which are new."""
+    groups = []
+    for _, parameter in model.heads():
+        decay = 0.05 if parameter.ndim > 1 else 0.0
+        groups.append({"params": [parameter], "peak": 1e-3, "weight_decay": decay})
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
 
 
 def tower_optimizer(
@@ -394,25 +397,23 @@ def tower_optimizer(
     for name, parameter in model.named_parameters():
         peak = head_lr
         if name.startswith("tower."):
-            block = next(
-                (int(part) for part in name.split(".") if part.isdigit()), None
-            )
-            below_top = (
-                depth + 1
-                if ".embeddings." in name
-                else 0
-                if block is None
-                else depth - block
-            )
-            peak = lr * 0.85**below_top
-        table = ".embeddings." in name and parameter.ndim != 4
-        decay = (
-            0.0
-            if table or parameter.numel() == max(parameter.shape, default=1)
-            else 0.05
-        )
+            peak = lr * 0.85 ** blocks_above(name, depth)
+        is_table = ".embeddings." in name and parameter.ndim != 4
+        is_vector = parameter.numel() == max(parameter.shape, default=1)
+        decay = 0.0 if is_table or is_vector else 0.05
         groups.append({"params": [parameter], "peak": peak, "weight_decay": decay})
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+
+
+def blocks_above(name: str, depth: int) -> int:
+    """How far below the top a parameter of the tower is, of ``depth`` blocks: the last norm is 0,
+    the embeddings depth + 1."""
+    if ".embeddings." in name:
+        return depth + 1
+    for part in name.split("."):
+        if part.isdigit():  # the block's number
+            return depth - int(part)
+    return 0
 
 
 def tower_step(
@@ -448,50 +449,41 @@ def train_tower(
     """Stage 2: first the heads on the frozen tower's features, since new heads would spoil the
     tower; then all."""
     opened = [open_image(sample.image) for sample in samples]
-    pooled = pooled_features(model, opened, side)
-    heads = [
-        {"params": [p], "peak": 1e-3, "weight_decay": 0.05 if p.ndim > 1 else 0.0}
-        for _, p in model.heads()
-    ]
-    optimizer = torch.optim.AdamW(heads, lr=1e-3, betas=(0.9, 0.98))
-    for name, count, size in (("heads", 100, 256), ("tower", steps, batch)):
-        if name == "tower":
-            optimizer = tower_optimizer(model)
-        order = batches(len(samples), size, rng)
-        for step in range(count):
-            chosen = next(order)
-            texts = [
-                samples[number].captions[rng.choice(("short", "long"))]
-                for number in chosen
-            ]
-            embedding_BW = torch.stack([cache[text] for text in texts])
-            seen = (
-                [augment(opened[number], rng) for number in chosen]
-                if name == "tower"
-                else []
+
+    def step_on(chosen: list[int], image_BP: Tensor | None, factor: float) -> float:
+        """On chosen samples; image_BP: None for augmented pictures through the tower."""
+        texts = []
+        for number in chosen:
+            kind = rng.choice(("short", "long"))
+            texts.append(samples[number].captions[kind])
+        embedding_BW = torch.stack([cache[text] for text in texts])
+        if image_BP is None:
+            seen = [augment(opened[number], rng) for number in chosen]
+            image_BP = model.pool(pixels(seen, side))
+        noise_BW = torch.randn(embedding_BW.shape)
+        return tower_step(
+            model, optimizer, image_BP, embedding_BW, noise_BW, texts, chosen, factor
+        )
+
+    optimizer = head_optimizer(model)
+    pooled_NP = pooled_features(model, opened, side)
+    order = batches(len(samples), 256, rng)
+    for step in range(100):
+        chosen = next(order)
+        loss = step_on(chosen, pooled_NP[chosen], 1.0)
+        if (step + 1) % 20 == 0:
+            print(
+                f"stage 2, heads, step {step + 1} of 100: loss {loss:.3f}", flush=True
             )
-            image_BP = model.pool(pixels(seen, side)) if seen else pooled[chosen]
-            factor = (
-                rate(step, count, warmup=round(0.15 * count))
-                if name == "tower"
-                else 1.0
-            )
-            noise_BW = torch.randn(embedding_BW.shape)
-            loss = tower_step(
-                model,
-                optimizer,
-                image_BP,
-                embedding_BW,
-                noise_BW,
-                texts,
-                chosen,
-                factor,
-            )
-            if name == "tower" or (step + 1) % 20 == 0:
-                print(
-                    f"stage 2, {name}, step {step + 1} of {count}: loss {loss:.3f}",
-                    flush=True,
-                )
+
+    optimizer = tower_optimizer(model)
+    order = batches(len(samples), batch, rng)
+    for step in range(steps):
+        factor = rate(step, steps, warmup=round(0.15 * steps))
+        loss = step_on(next(order), None, factor)
+        print(
+            f"stage 2, tower, step {step + 1} of {steps}: loss {loss:.3f}", flush=True
+        )
 
 
 @torch.no_grad()
@@ -517,10 +509,11 @@ def recall(
     side: int,
 ) -> dict[str, float]:
     """R@1 and R@10 from caption to image and back; every drawing of a concept counts as a hit."""
-    captions = [
-        (s.captions[kind], s.concept) for s in samples for kind in ("short", "long")
-    ]
-    texts = list(dict.fromkeys(captions))  # each once
+    captions: dict[tuple[str, str], None] = {}  # each once, in order
+    for sample in samples:
+        captions[sample.captions["short"], sample.concept] = None
+        captions[sample.captions["long"], sample.concept] = None
+    texts = list(captions)
     opened = [open_image(sample.image) for sample in samples]
     image_ND = model.project(pooled_features(model, opened, side))
     text_MD = model.encode_text(torch.stack([cache[text] for text, _ in texts]))
@@ -535,10 +528,10 @@ def recall(
         ("image -> caption", similar_MN.T, hit_MN.T),
     ):
         best_hit = similar.masked_fill(~hit, -2).amax(1, keepdim=True)
-        rank = ((similar > best_hit) & ~hit).sum(
-            1
-        )  # wrong ones in front of the best hit
-        recalls |= {f"{name} R@{k}": float((rank < k).float().mean()) for k in (1, 10)}
+        # wrong ones in front of the best hit
+        rank = ((similar > best_hit) & ~hit).sum(1)
+        for k in (1, 10):
+            recalls[f"{name} R@{k}"] = float((rank < k).float().mean())
     return recalls
 
 
@@ -583,9 +576,10 @@ def main() -> None:
         )
     train = read_tars("train-*.tar")
     test = read_tars("test-*.tar")
-    cache = teacher.embed(
-        [sample.captions[kind] for sample in train + test for kind in ("short", "long")]
-    )
+    captions = []
+    for sample in train + test:
+        captions += [sample.captions["short"], sample.captions["long"]]
+    cache = teacher.embed(captions)
     print(f"{len(cache)} captions embedded, {time.time() - started:.0f} s", flush=True)
 
     width = teacher.llm.config.get_text_config().hidden_size

@@ -87,9 +87,11 @@ def by_name(rows: Mapping[str, Rows]) -> dict[str, dict[int, Rows]]:
         name, _, seed = folder.partition("-seed")
         if seed and name in groups:
             groups[name][int(seed)] = of_folder
-    return {
-        name: dict(sorted(seeds.items())) for name, seeds in groups.items() if seeds
-    }
+    in_order = {}
+    for name, seeds in groups.items():
+        if seeds:
+            in_order[name] = dict(sorted(seeds.items()))
+    return in_order
 
 
 def pair_tests(part: str, rows: Mapping[str, Rows], base: str = "raw") -> Tests:
@@ -118,8 +120,11 @@ def make_claims(tests: Tests) -> list[Claim]:
     seeds_of = shared_seeds(tests)
     tests = {name: sides for name, sides in tests.items() if seeds_of[name]}
     total = compare_tests(tests, seeds_of)
+    all_seeds: set[int] = set()
+    for name in tests:
+        all_seeds.update(seeds_of[name])
     alone: dict[int, dict[str, dict[str, Any]]] = {}
-    for seed in sorted({seed for name in tests for seed in seeds_of[name]}):
+    for seed in sorted(all_seeds):
         with_seed = {
             name: sides for name, sides in tests.items() if seed in seeds_of[name]
         }
@@ -127,23 +132,21 @@ def make_claims(tests: Tests) -> list[Claim]:
     claims = []
     for name, (base, new) in tests.items():
         seeds = seeds_of[name]
-        change = np.sign([new[seed].scores - base[seed].scores for seed in seeds])
+        change_SQ = np.sign([new[seed].scores - base[seed].scores for seed in seeds])
         by_seed = {str(seed): alone[seed][name] for seed in seeds}
-        claims.append(
-            {
-                "name": name,
-                "chance": base[seeds[0]].chance,
-                "queries": change.shape[1],
-                # fractions of the queries, over all seeds, with a higher and a lower score
-                "better": float(np.mean(change > 0)),
-                "worse": float(np.mean(change < 0)),
-                "seeds_significant": sum(
-                    result["significant"] for result in by_seed.values()
-                ),
-                **total[name],
-                "by_seed": by_seed,
-            }
-        )
+        significant = [result["significant"] for result in by_seed.values()]
+        claim = {
+            "name": name,
+            "chance": base[seeds[0]].chance,
+            "queries": change_SQ.shape[1],
+            # fractions of the queries, over all seeds, with a higher and a lower score
+            "better": float(np.mean(change_SQ > 0)),
+            "worse": float(np.mean(change_SQ < 0)),
+            "seeds_significant": sum(significant),
+            **total[name],
+            "by_seed": by_seed,
+        }
+        claims.append(claim)
     return sorted(claims, key=headline_place)
 
 
@@ -204,13 +207,12 @@ def compare_seeds(difference_SQ: Sequence[np.ndarray], clusters: list[str]) -> E
     slips = slips_of(run_SC)
     between_seeds = max(float(np.var(mean_S, ddof=1)), slips)
     over_queries = max(0.0, estimate.error**2 - slips / seeds)
-    error, freedom = combine(
-        [(between_seeds / seeds, seeds - 1), (over_queries, estimate.freedom)]
-    )
+    of_seeds = (between_seeds / seeds, seeds - 1)
+    of_queries = (over_queries, estimate.freedom)
+    error, freedom = combine([of_seeds, of_queries])
     share = min(1.0, freedom / estimate.freedom)
-    return replace(
-        estimate, error=error, freedom=freedom, skew=estimate.skew * share**2
-    )
+    skew = estimate.skew * share**2
+    return replace(estimate, error=error, freedom=freedom, skew=skew)
 
 
 def claims_table(claims: Sequence[Claim], base: str = "raw") -> str:
@@ -311,11 +313,10 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     that are printed, those of claims last, and how a short run failed."""
     caches = open_caches(data)
     sets = open_sets(data / "all")
-    folders = sorted(
-        path
-        for path in (output / "towers").glob("*-seed*")
-        if path.name.split("-")[0] in TEACHERS
-    )
+    folders = []
+    for path in sorted((output / "towers").glob("*-seed*")):
+        if path.name.split("-")[0] in TEACHERS:
+            folders.append(path)
     if not folders:
         raise FileNotFoundError(
             f"no exported towers in {output / 'towers'}; run scripts/quickstart.sh"
@@ -323,23 +324,24 @@ def make_report(data: Path, output: Path) -> tuple[list[str], list[str]]:
     inputs = {folder.name: check_run(folder) for folder in folders}
     towers = {folder.name: measure_tower(folder, sets, caches) for folder in folders}
     teachers = measure_teachers(sets["test"][0], caches)
-    claims = make_claims(pair_tests("tower", towers) | pair_tests("teacher", teachers))
-    add_map(
-        claims,
-        pair_tests("tower", towers, "map") | pair_tests("teacher", teachers, "map"),
-    )
+
+    def tests_over(base: str) -> Tests:
+        of_towers = pair_tests("tower", towers, base)
+        return of_towers | pair_tests("teacher", teachers, base)
+
+    claims = make_claims(tests_over("raw"))
+    add_map(claims, tests_over("map"))
     over_plain = []
-    if tower_tests := pair_tests("tower", towers, "plain"):
-        over_plain = make_claims(tower_tests | pair_tests("teacher", teachers, "plain"))
+    if pair_tests("tower", towers, "plain"):
+        over_plain = make_claims(tests_over("plain"))
     headline = [claim for claim in claims if claim["name"] in HEADLINE]
     means: dict[str, dict[str, float]] = {}
     for name, rows in towers.items():
         means[name] = {
             row: float(measured.scores.mean()) for row, measured in rows.items()
         }
-    add_random(
-        claims, [rows for name, rows in means.items() if name.startswith("random-")]
-    )
+    random_towers = [means[name] for name in means if name.startswith("random-")]
+    add_random(claims, random_towers)
     record = {
         "headline": headline,
         "others": claims[len(headline) :],  # significant or not
@@ -362,12 +364,16 @@ def add_map(claims: Sequence[Claim], tests: Tests) -> None:
     the map on these seeds, if the row is in ``tests``."""
     over_map = {claim["name"]: claim for claim in make_claims(tests)}
     for claim in claims:
-        if row := over_map.get(claim["name"]):
+        row = over_map.get(claim["name"])
+        if row:
+            values = [round(seed["raw"], 5) for seed in row["by_seed"].values()]
             claim["map"] = {
-                "values": [round(seed["raw"], 5) for seed in row["by_seed"].values()]
+                "values": values,
+                "difference": row["difference"],
+                "interval": row["interval"],
+                "p_adjusted": row["p_adjusted"],
+                "significant": row["significant"],
             }
-            for field in ("difference", "interval", "p_adjusted", "significant"):
-                claim["map"][field] = row[field]
 
 
 def add_random(
@@ -402,7 +408,8 @@ def main() -> None:
     if options.teachers:
         captions = open_sets(options.data / "all")["test"][0]
         teachers = measure_teachers(captions, open_caches(options.data))
-        if claims := make_claims(pair_tests("teacher", teachers)):
+        claims = make_claims(pair_tests("teacher", teachers))
+        if claims:
             add_map(claims, pair_tests("teacher", teachers, "map"))
             print("", claims_table(claims), LEGEND, sep="\n")
         return

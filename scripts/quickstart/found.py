@@ -52,10 +52,9 @@ RECALL = {  # set and kind of caption -> what it is
     ("test", "short"): "names in English",
     ("test", "other"): "names in languages that training never saw",
     ("test", "long"): "descriptions in English",
-    (
-        "unseen style",
-        "long",
-    ): "descriptions, drawings in a style that training never saw",
+    ("unseen style", "long"): (
+        "descriptions, drawings in a style that training never saw"
+    ),
 }
 LANGUAGES = {
     "en": "English",
@@ -81,11 +80,8 @@ def draw(
     """All queries in order: (concept, language, number of the style), the same at every call."""
     generator = random.Random(0)
     shuffled = generator.sample(sorted(concepts), len(concepts))
-    others = [
-        language
-        for language in generator.sample(sorted(languages), len(languages))
-        if language != "en"
-    ]
+    in_order = generator.sample(sorted(languages), len(languages))
+    others = [language for language in in_order if language != "en"]
     styles = len(SETS["test"])
     queries = []
     for number, concept in enumerate(shuffled):
@@ -118,17 +114,18 @@ def search(pairs: EmbeddedPairs, concept: str, language: str) -> dict[str, Any]:
     found first."""
     concepts = [meta["concept"] for meta in pairs.meta]
     right = concepts.index(concept)
-    (caption,) = [
-        number
-        for number, caption in enumerate(pairs.captions)
-        if int(pairs.owner_M[number]) == right
-        and (caption.kind, caption.language) == ("short", language)
-    ]
+    names = []
+    for number, caption in enumerate(pairs.captions):
+        is_name = (caption.kind, caption.language) == ("short", language)
+        if is_name and int(pairs.owner_M[number]) == right:
+            names.append(number)
+    (name,) = names
     image_ND = torch.nn.functional.normalize(pairs.image_ND, dim=1)
-    score_N = image_ND @ torch.nn.functional.normalize(pairs.text_MD[caption], dim=0)
+    text_D = torch.nn.functional.normalize(pairs.text_MD[name], dim=0)
+    score_N = image_ND @ text_D
     order = score_N.argsort(descending=True, stable=True).tolist()
     return {
-        "text": pairs.captions[caption].text,
+        "text": pairs.captions[name].text,
         "rank": order.index(right) + 1,
         "first": [concepts[image] for image in order[:SHOWN]],
     }
@@ -136,15 +133,14 @@ def search(pairs: EmbeddedPairs, concept: str, language: str) -> dict[str, Any]:
 
 def pictures(source: Source, concepts: set[str]) -> dict[str, str]:
     """Concept -> its drawing, as a data URI."""
-    encoded_pictures = {}
+    uris = {}
     for number in range(len(source)):
         sample = source[number]
-        if sample.meta["concept"] in concepts:
+        concept = sample.meta["concept"]
+        if concept in concepts:
             encoded = base64.b64encode(sample.read_image()).decode()
-            encoded_pictures[sample.meta["concept"]] = (
-                f"data:image/png;base64,{encoded}"
-            )
-    return encoded_pictures
+            uris[concept] = f"data:image/png;base64,{encoded}"
+    return uris
 
 
 def english_names(pairs: EmbeddedPairs) -> dict[str, str]:
@@ -160,13 +156,13 @@ def ask(
     reports: Mapping[str, Reports], concept: str, language: str, style: int
 ) -> dict[str, Any]:
     """What both towers answer to a query."""
-    sides = {
-        side: search(of_side["test"][style].pairs, concept, language)
-        for side, of_side in reports.items()
-    }
-    texts = {answer.pop("text") for answer in sides.values()}
+    sides = {}
+    text = ""
+    for side, of_side in reports.items():
+        sides[side] = search(of_side["test"][style].pairs, concept, language)
+        text = sides[side].pop("text")  # the same on both sides
     return {
-        "text": texts.pop(),
+        "text": text,
         "language": LANGUAGES.get(language, language),
         "code": language,
         "style": SETS["test"][style],
@@ -184,16 +180,18 @@ def select(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Those of README.md's picture, how many were drawn for them, and how many of these found their
     picture."""
     selected: list[dict[str, Any]] = []
-    found_count = drawn = 0
+    languages: set[str] = set()
+    drawn = 0
+    found_count = 0
     for query in queries:
         if len(selected) == FIGURE:
             break
         drawn += 1
-        found_count += int(is_found(query))
-        if is_found(query) and query["code"] not in [
-            other["code"] for other in selected
-        ]:
-            selected.append(query)
+        if is_found(query):
+            found_count += 1
+            if query["code"] not in languages:
+                languages.add(query["code"])
+                selected.append(query)
     return {"queries": selected, "drawn": drawn, "found": found_count}
 
 
@@ -211,29 +209,25 @@ def find(data: Path, output: Path) -> dict[str, Any]:
     languages = {
         caption.language for caption in first.captions if caption.kind == "short"
     }
-    queries = [
-        ask(reports, *query)
-        for query in draw(first.meta_values("concept"), sorted(languages))
-    ]
+    drawn = draw(first.meta_values("concept"), sorted(languages))
+    queries = [ask(reports, *query) for query in drawn]
     figure = select(queries)
     queries = queries[:QUERIES]
-    concepts_shown: dict[str, set[str]] = {
-        style: set() for style in SETS["test"]
-    }  # style -> concepts
-    for query in (*queries, *figure["queries"]):
-        concepts_shown[query["style"]].update(
-            [query["concept"], *query["before"]["first"], *query["after"]["first"]]
-        )
+    pictures_of = {}  # style -> concept -> picture
+    for style, source in zip(SETS["test"], sets["test"], strict=True):
+        concepts: set[str] = set()
+        for query in (*queries, *figure["queries"]):
+            if query["style"] == style:
+                concepts.add(query["concept"])
+                concepts.update(query["before"]["first"], query["after"]["first"])
+        pictures_of[style] = pictures(source, concepts)
     return {
         "images": len(first.keys),
         "names": english_names(first),
         "recall": {side: recall(of_side) for side, of_side in reports.items()},
         "queries": queries,
         "figure": figure,
-        "pictures": {
-            style: pictures(source, concepts_shown[style])
-            for style, source in zip(SETS["test"], sets["test"], strict=True)
-        },
+        "pictures": pictures_of,
     }
 
 

@@ -174,11 +174,8 @@ def tower_galleries(
     """The queries of one direction, by style and language."""
     parts = [f"{kind}:en"]
     if kind == "other":
-        parts = sorted(
-            name
-            for name in reports[0].parts
-            if name.startswith("short:") and name != "short:en"
-        )
+        names = [name for name in reports[0].parts if name.startswith("short:")]
+        parts = sorted(name for name in names if name != "short:en")
     galleries = []
     for report, name in itertools.product(reports, parts):
         part = report.parts[name]
@@ -207,21 +204,27 @@ def measure_teachers(
     clean = clean_concepts(samples)
     rows_of_teacher = {}
     for name, cache in caches.items():
-        embeddings = Embeddings()
-        for number, sample in enumerate(samples):
-            concept = sample.meta["concept"]
-            shard, index = source.locate(number)
-            rows = cache.rows(shard, index, sample.captions, key=sample.key)
-            for caption, row in zip(sample.captions, rows, strict=True):
-                part = (caption.kind, caption.language)
-                of_part = embeddings.setdefault(part, {})
-                of_part.setdefault(concept, row)
+        embeddings = read_embeddings(source, samples, cache)
         keywords = embeddings.get(("keywords", "en"), {})
         embeddings[CLEAN, "en"] = {
             concept: row for concept, row in keywords.items() if concept in clean
         }
         rows_of_teacher[name] = teacher_queries(embeddings, family)
     return rows_of_teacher
+
+
+def read_embeddings(
+    source: Source, samples: Sequence[Sample], cache: EmbeddingCache
+) -> Embeddings:
+    """The embeddings of a source's captions."""
+    embeddings = Embeddings()
+    for number, sample in enumerate(samples):
+        shard, index = source.locate(number)
+        rows = cache.rows(shard, index, sample.captions, key=sample.key)
+        for caption, row in zip(sample.captions, rows, strict=True):
+            of_part = embeddings.setdefault((caption.kind, caption.language), {})
+            of_part.setdefault(sample.meta["concept"], row)
+    return embeddings
 
 
 def clean_concepts(samples: Sequence[Sample]) -> set[str]:
@@ -253,13 +256,9 @@ def teacher_queries(embeddings: Embeddings, family: Mapping[str, str]) -> Rows:
             shared = [concept for concept in embeddings[part] if concept in answers]
             query = torch.stack([embeddings[part][concept] for concept in shared])
             item = torch.stack([answers[concept] for concept in shared])
-            galleries.append(
-                (
-                    caption_ranks(query, item)[0],
-                    [family[concept] for concept in shared],
-                    len(shared),
-                )
-            )
+            ranks, _ = caption_ranks(query, item)
+            families = [family[concept] for concept in shared]
+            galleries.append((ranks, families, len(shared)))
         rows[test] = measured(galleries)
     return rows
 
@@ -271,12 +270,10 @@ def teacher_queries(embeddings: Embeddings, family: Mapping[str, str]) -> Rows:
 def open_caches(data: Path) -> dict[str, EmbeddingCache]:
     """Teacher -> cache below ``data``/cache, checked; incomplete caches are left out. Raises
     FileNotFoundError if no cache is complete, ContractError if one is not what its name says."""
-    manifests = sorted((data / "cache").glob(f"*/{CacheManifest.FILE}"))
-    folders = [
-        manifest.parent
-        for manifest in manifests
-        if CacheManifest.read(manifest).complete
-    ]
+    folders = []
+    for manifest in sorted((data / "cache").glob(f"*/{CacheManifest.FILE}")):
+        if CacheManifest.read(manifest).complete:
+            folders.append(manifest.parent)
     if not folders:
         raise FileNotFoundError(
             f"no complete embedding cache in {data / 'cache'}; run scripts/quickstart.sh"
@@ -352,9 +349,8 @@ def check_run(tower: Path) -> dict[str, Any]:
     """The shards, caches and seed of a tower's training, from ``runs/NAME/run.json``. Raises
     ContractError if it read other shards than those of its name, or validated on the test's."""
     side, _, seed = tower.name.partition("-seed")
-    config = RunRecord.read(
-        tower.parents[1] / "runs" / tower.name / RunRecord.FILE
-    ).config
+    run = tower.parents[1] / "runs" / tower.name
+    config = RunRecord.read(run / RunRecord.FILE).config
     data = config["data"]
     shards = [Path(path) for path in data["path"]]
     used = {
@@ -364,10 +360,8 @@ def check_run(tower: Path) -> dict[str, Any]:
     folder = "shuffled" if side == "shuffled" else "all"
     expected = {"shards": [f"{folder}/train-*.tar"], "seed": int(seed)}
     validation = data["validation"]
-    validated_elsewhere = validation and not Path(validation).name.startswith(
-        "validation-"
-    )
-    if used != expected or validated_elsewhere:
+    is_validation = Path(validation or "").name.startswith("validation-")
+    if used != expected or (validation and not is_validation):
         used["validation"] = validation
         raise ContractError(
             f"{tower} was trained with {used}, expected {expected} and validation shards; {RERUN}"

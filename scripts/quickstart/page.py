@@ -20,6 +20,7 @@ from llm2clip_plugin.pages import page_style, render
 
 SHOWN = 9  # of LLaVA's answers won, and as many lost, of each kind of question
 SIDES = ("before", "after")
+Item = Mapping[str, Any]  # of a score file: a question, its answer, its score
 KEYWORDS = "short->keywords"  # stage 1's score on validation, in metrics.jsonl
 QUESTIONS = {  # benchmark -> what the page calls it
     "miniature: emoji group": "Which group does an unseen emoji belong to?",
@@ -56,22 +57,25 @@ def stage1_scores(data: Path) -> tuple[float, float] | None:
 def recall_rows(retrieval: Mapping[str, Any]) -> list[dict[str, Any]]:
     """For each row of recall: its title, and of both sides how often the right picture is first, or
     among ten."""
-    pairs = zip(*(retrieval["recall"][side] for side in SIDES), strict=True)
-    return [
-        {"title": before["title"], "before": before, "after": after}
-        for before, after in pairs
-    ]
+    recall = retrieval["recall"]
+    rows = []
+    for before, after in zip(recall["before"], recall["after"], strict=True):
+        rows.append({"title": before["title"], "before": before, "after": after})
+    return rows
 
 
 def tally(retrieval: Mapping[str, Any]) -> str:
     """How many of the queries found their picture earlier, and how many later."""
-    ranks = [
-        (query["before"]["rank"], query["after"]["rank"])
-        for query in retrieval["queries"]
-    ]
-    earlier = sum(after < before for before, after in ranks)
-    later = sum(after > before for before, after in ranks)
-    same = len(ranks) - earlier - later
+    earlier = 0
+    later = 0
+    for query in retrieval["queries"]:
+        before = query["before"]["rank"]
+        after = query["after"]["rank"]
+        if after < before:
+            earlier += 1
+        elif after > before:
+            later += 1
+    same = len(retrieval["queries"]) - earlier - later
     moved = f"earlier for {earlier} of them, later for {later}, as before for {same}"
     return f"After stage 2 the right picture comes {moved}"
 
@@ -106,10 +110,10 @@ def show_question(
 
 def spread_over(questions: Sequence[Any], count: int) -> list[Any]:
     """``count`` questions, evenly spaced; all if there are fewer."""
-    step = max(1, len(questions) / count)
-    return [
-        questions[int(number * step)] for number in range(min(count, len(questions)))
-    ]
+    if len(questions) <= count:
+        return list(questions)
+    step = len(questions) / count
+    return [questions[int(number * step)] for number in range(count)]
 
 
 def llava_kinds(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -121,46 +125,53 @@ def llava_kinds(folder: Path, names: Mapping[str, str]) -> list[dict[str, Any]]:
         if not all(benchmark in side for side in sides):
             continue
         before, after = (side[benchmark] for side in sides)
-        pairs = list(zip(before["items"], after["items"], strict=True))
-        # a question that is right scores 1, or in points above exchanged pictures most of 100
-        most = max(item["score"] for pair in pairs for item in pair) / 2
-        changed = {
-            "won": [
-                pair for pair in pairs if pair[1]["score"] - pair[0]["score"] > most
-            ],
-            "lost": [
-                pair for pair in pairs if pair[0]["score"] - pair[1]["score"] > most
-            ],
-        }
+        changed = changed_questions(before["items"], after["items"])
         images = folder / "data" / "images"
-        shown_questions = {}
+        examples = {}
         for outcome, questions in changed.items():
-            chosen = spread_over(questions, SHOWN)
-            shown_questions[outcome] = [
-                show_question(old, new, images, names) for old, new in chosen
+            examples[outcome] = [
+                show_question(old, new, images, names)
+                for old, new in spread_over(questions, SHOWN)
             ]
         metric = "above" if "above" in after["metrics"] else "accuracy"
-        kinds.append(
-            {
-                "title": title,
-                "questions": len(pairs),
-                "before": before["metrics"][metric],
-                "after": after["metrics"][metric],
-                "without_picture": after["metrics"].get("without_looking"),
-                "counts": {
-                    outcome: len(questions) for outcome, questions in changed.items()
-                },
-                "shown": shown_questions,
-            }
-        )
+        kind = {
+            "title": title,
+            "questions": len(after["items"]),
+            "before": before["metrics"][metric],
+            "after": after["metrics"][metric],
+            "without_picture": after["metrics"].get("without_looking"),
+            "counts": {
+                outcome: len(questions) for outcome, questions in changed.items()
+            },
+            "shown": examples,
+        }
+        kinds.append(kind)
     return kinds
+
+
+def changed_questions(
+    before: Sequence[Item], after: Sequence[Item]
+) -> dict[str, list[tuple[Item, Item]]]:
+    """The questions that are won and lost: (before, after) of each."""
+    # a question that is right scores 1, or in points above exchanged pictures most of 100
+    most = max(item["score"] for item in (*before, *after)) / 2
+    changed: dict[str, list[tuple[Item, Item]]] = {"won": [], "lost": []}
+    for old, new in zip(before, after, strict=True):
+        gain = new["score"] - old["score"]
+        if gain > most:
+            changed["won"].append((old, new))
+        elif -gain > most:
+            changed["lost"].append((old, new))
+    return changed
 
 
 def stage_seconds(logs: Path) -> dict[str, int]:
     """Stage -> seconds; of a stage that was resumed, those of its longest run."""
     seconds: dict[str, int] = {}
     path = logs / "seconds.tsv"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    if not path.is_file():
+        return seconds
+    for line in path.read_text(encoding="utf-8").splitlines():
         took, name = line.split("\t")
         seconds[name] = max(int(took), seconds.get(name, 0))
     return seconds
@@ -170,10 +181,9 @@ def files(
     page: Path, data: Path, output: Path, llava: Path | None
 ) -> list[tuple[str, str]]:
     """Those that exist: path from the page, and what it is."""
+    tower = output / "towers" / "tuned-seed0"
     descriptions = {
-        output
-        / "towers"
-        / "tuned-seed0": "the trained tower: a Hugging Face folder, with its text side",
+        tower: "the trained tower: a Hugging Face folder, with its text side",
         data / "llm" / "seed0" / "adapter": "the LLM's adapter of stage 1",
         data / "cache" / "tuned-seed0": "the LLM's embeddings of all captions",
         data / "all": "the pictures and captions",
@@ -182,15 +192,15 @@ def files(
         output / "logs": "everything that the stages printed",
     }
     if llava:
-        descriptions[llava / "compare" / "compare.html"] = (
-            "every question that the two LLaVAs answer differently"
-        )
+        comparison = llava / "compare" / "compare.html"
+        what = "every question that the two LLaVAs answer differently"
+        descriptions[comparison] = what
     folder = page.parent.resolve()
-    return [
-        (str(path.resolve().relative_to(folder)), what)
-        for path, what in descriptions.items()
-        if path.exists()
-    ]
+    existing = []
+    for path, what in descriptions.items():
+        if path.exists():
+            existing.append((str(path.resolve().relative_to(folder)), what))
+    return existing
 
 
 def tell(

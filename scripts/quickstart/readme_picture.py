@@ -63,10 +63,10 @@ def text(x: float, y: float, value: str, color: str, size: int, more: str = "") 
 def picture(x: float, y: float, uri: str, *, frame: str) -> str:
     """A drawing on white; ``frame``: its color, "" for none."""
     box = f'x="{x}" y="{y}" width="{SIZE}" height="{SIZE}" rx="8"'
+    inner = SIZE - 8
+    inner_box = f'x="{x + 4}" y="{y + 4}" width="{inner}" height="{inner}"'
     parts = [f'<rect {box} fill="#ffffff"/>']
-    parts.append(
-        f'<image x="{x + 4}" y="{y + 4}" width="{SIZE - 8}" height="{SIZE - 8}" href="{uri}"/>'
-    )
+    parts.append(f'<image {inner_box} href="{uri}"/>')
     if frame:
         parts.append(f'<rect {box} fill="none" stroke="{frame}" stroke-width="4"/>')
     return "".join(parts)
@@ -86,47 +86,25 @@ def row(
     after = query["after"]
     before = query["before"]
     font = FONTS.get(query["code"], FONT)
+    bold = f'font-weight="700" font-family="{font}"'
+    ranks = f"number {after['rank']}; before training {before['rank']}"
     parts = [
-        text(
-            20,
-            y + 34,
-            query["text"],
-            color["ink"],
-            21,
-            f'font-weight="700" font-family="{font}"',
-        ),
+        text(20, y + 34, query["text"], color["ink"], 21, bold),
         text(20, y + 57, about, color["dim"], 13),
-        text(
-            20,
-            y + 77,
-            f"number {after['rank']}; before training {before['rank']}",
-            color["dim"],
-            13,
-        ),
+        text(20, y + 77, ranks, color["dim"], 13),
     ]
     for position, concept in enumerate(after["first"]):
         x = LEFT + position * STEP
         is_right = concept == query["concept"]
-        parts.append(
-            picture(
-                x,
-                y,
-                retrieval["pictures"][query["style"]][concept],
-                frame=color["good"] if is_right else "",
-            )
-        )
+        frame = color["good"] if is_right else ""
+        uri = retrieval["pictures"][query["style"]][concept]
+        parts.append(picture(x, y, uri, frame=frame))
         ink = color["good"] if is_right else color["dim"]
-        for number, line in enumerate(textwrap.wrap(names[concept], 19)[:2]):
-            parts.append(
-                text(
-                    x + SIZE / 2,
-                    y + SIZE + 17 + 14 * number,
-                    line,
-                    ink,
-                    12,
-                    'text-anchor="middle"',
-                )
-            )
+        middle = x + SIZE / 2
+        lines = textwrap.wrap(names[concept], 19)[:2]
+        for number, line in enumerate(lines):
+            below = y + SIZE + 17 + 14 * number
+            parts.append(text(middle, below, line, ink, 12, 'text-anchor="middle"'))
     return parts
 
 
@@ -134,9 +112,9 @@ def draw(retrieval: Mapping[str, Any], color: Mapping[str, str]) -> str:
     """The picture, as SVG."""
     figure = retrieval["figure"]
     queries = figure["queries"]
-    these = (
-        "these" if figure["found"] == len(queries) else "these are of five languages"
-    )
+    these = "these"
+    if figure["found"] != len(queries):
+        these = "these are of five languages"
     lines = [
         f"Of the first {figure['drawn']} names drawn at random, {figure['found']} find their "
         f"drawing among the first five of {retrieval['images']}: {these}. "
