@@ -10,6 +10,7 @@ from reader_logs import LOGS, value
 
 from llava_integration.evaluator.compare.comparison import build
 from llava_integration.evaluator.compare.readers import Choices
+from llava_integration.evaluator.compare.report import disagreements
 from llava_integration.evaluator.compare.sides import load_side
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.installation import MissingExtraError
@@ -206,3 +207,35 @@ def test_the_average_of_lightevals_subsets_is_one_row(tmp_path):
     run = the_run(log, "mmlu:law|5 wer", metric="wer")
     assert run.statistic.full() == pytest.approx(-0.1 * run.scale)
     assert run.notes == ["wer: lower is better, so its negative is compared"]
+
+
+FORMATS = (
+    "lm_eval",
+    "lm_eval_0.4.2",
+    "lm_eval_0.4.3",
+    "lmms_eval/today",
+    "lmms_eval_0.2.0",
+    "vlmevalkit",
+    "vlmevalkit_old",
+    "inspect_ai",
+    "helm/0.5.16",
+    "opencompass/0.3.9",
+    "opencompass/0.5.4",
+    "evalscope/0.17.1",
+    "evalscope/1.14.1",
+)
+
+
+@pytest.mark.parametrize("folder", FORMATS)
+def test_where_sides_disagree_every_log_has_something_to_show(folder):
+    """Each question with its answers, but for texts whose likelihood is the score."""
+    side = load_side(LOGS / folder)
+    for name, (run, *_) in side.runs.items():
+        if "perplexity" in name:
+            continue
+        other = [{**item, "score": item["score"] - 1} for item in run.items]
+        pairs = disagreements(run.items, other, 3)
+        assert pairs, name
+        for item, _ in pairs:
+            assert item["question"], name
+            assert isinstance(item["answer"], str), name
