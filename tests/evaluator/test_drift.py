@@ -1,6 +1,7 @@
 """`compare --drift`: each planted cause is named, question by question."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -148,10 +149,10 @@ def test_the_command_says_it_in_words(tmp_path, capsys):
     files = [str(tmp_path / f"{name}.scores.json") for name in ("old", "new")]
     out = tmp_path / "out"
     assert (
-        main([*files, "--names", "old_*", "new", "--drift", "--output", str(out)]) == 0
+        main([*files, "--names", "old*", "new", "--drift", "--output", str(out)]) == 0
     )
     shown = capsys.readouterr().out
-    assert "# What changed from old_\\* to new?" in shown
+    assert "# What changed from old\\* to new?" in shown
     assert "toy: 50.00 -> 40.00 (-10.00)" in shown
     assert "20 questions are in both logs; 2 have another score." in shown
     assert ANSWER in shown
@@ -167,6 +168,69 @@ def test_the_command_says_it_in_words(tmp_path, capsys):
         main([files[0], str(tmp_path / "runs"), "--drift"])
     with pytest.raises(ValueError, match="--drift takes two sides"):
         main([*files, files[0], "--drift"])
+
+
+def change_first(folder, name, change):
+    """A copy of a log of the harness, with its first line changed."""
+    lines = [json.loads(line) for line in LOG.read_text().splitlines()]
+    change(lines[0])
+    path = folder / name / LOG.name
+    path.parent.mkdir()
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return load_side(path, name)
+
+
+def other_prompt(line):
+    line["arguments"]["gen_args_0"]["arg_0"] = "What is 0 minus 0?"
+    more_likely(line)
+
+
+def more_likely(line):
+    """The last option is the most likely now."""
+    line["resps"][-1] = [["0.0", "False"]]
+    line["filtered_resps"][-1] = ["0.0", "False"]
+
+
+LOG = next((Path(__file__).parent / "logs" / "lm_eval").glob("samples_*.jsonl"))
+IN_A_LOG = {
+    PROMPT: other_prompt,
+    ANSWER: more_likely,
+    TRUTH: lambda line: line.update(target="2"),
+    EXTRACTION: lambda line: line["filtered_resps"].reverse(),
+    SCORING: lambda line: None,
+}
+
+
+@pytest.mark.parametrize("cause", IN_A_LOG)
+def test_causes_in_logs_of_the_harness(tmp_path, cause):
+    """Its items hold hashes of the prompt and of all that the model said."""
+
+    def change(line):
+        IN_A_LOG[cause](line)
+        line["acc"] = 1 - line["acc"]
+
+    old = change_first(tmp_path, "old", lambda line: None)
+    new = change_first(tmp_path, "new", change)
+    (result,) = drift(old, new)
+    assert [(one.cause, len(one.ids)) for one in result.changes] == [(cause, 1)]
+
+
+def test_of_long_answers_the_beginning_says_nothing(tmp_path):
+    """Both logs keep 600 characters of an answer; where there is a hash, it decides."""
+    for hashes, cause in (((), UNKNOWN), (("a", "b"), ANSWER), (("a", "a"), SCORING)):
+        sides = []
+        for number, name in enumerate(("old", "new")):
+            item = {
+                "id": 1,
+                "score": float(number),
+                "answer": "x" * 600,
+                "question": "?",
+            }
+            if hashes:
+                item["response_hash"] = hashes[number]
+            sides.append(side(tmp_path, name, [item]))
+        (result,) = drift(*sides)
+        assert [change.cause for change in result.changes] == [cause]
 
 
 def test_unknown_where_no_answer_is_known(tmp_path):

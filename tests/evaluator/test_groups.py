@@ -143,6 +143,27 @@ def test_runs_are_matched_by_number(tmp_path):
     assert row.result.p == pytest.approx(expected.p)
 
 
+def test_runs_of_tables_are_matched_by_their_column(tmp_path):
+    """The column `run`, in another order on the other side."""
+    rng = np.random.default_rng(4)
+    base, new = runs_with_seeds(rng, 3, 0.1, 0.0)
+    for name, runs, order in (("base", base, (0, 1, 2)), ("new", new, (2, 0, 1))):
+        lines = ["item,score,run"]
+        for seed in order:
+            lines += [
+                f"{place},{score},{seed}" for place, score in enumerate(runs[seed])
+            ]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    sides = [load_side(tmp_path / f"{name}.csv") for name in ("base", "new")]
+    (row,) = build(sides, pair_runs=True).rows
+    statistics = []
+    for runs in (base, new):
+        statistics.append([mean_statistic(run) for run in runs])
+    names = [str(place) for place in range(200)]
+    expected = compare(pair(*statistics, names), pair_runs=True)
+    assert row.result.p == pytest.approx(expected.p)
+
+
 def test_runs_that_do_not_match_are_refused(tmp_path):
     base, new = runs_with_seeds(np.random.default_rng(2), 3, 0.0, 0.0)
     score_files(tmp_path, "base", base)

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_integration.evaluator.benchmarks.benchmark import Item
 from llava_integration.evaluator.compare.pairing import benchmarks_in_common
+from llava_integration.evaluator.compare.readers import LONGEST_TEXT
 from llava_integration.evaluator.compare.sides import Run, Side
 from llm2clip_plugin.errors import ContractError
 
@@ -21,7 +22,7 @@ ANSWER = "same prompt, another answer"
 ANSWER_ALONE = "another answer; the logs hold no prompt"
 EXTRACTION = "same text, another answer extracted"
 SCORING = "same answer, scored in another way"
-UNKNOWN = "the logs hold no answer"
+UNKNOWN = "the logs hold no answer, or only its beginning"
 MISSING = "in one log only"
 CAUSES = (PROMPT, TRUTH, ANSWER, ANSWER_ALONE, EXTRACTION, SCORING, UNKNOWN)
 # fields of an item that stand for a text too long to keep
@@ -106,7 +107,7 @@ def drift_of(name: str, base: Run, new: Run) -> Drift:
             ids_of[cause_of(old, now)].append(identifier)
             continue
         other_prompt += differs(prompt_of(old), prompt_of(now))
-        other_answer += differs(answer_of(old), answer_of(now))
+        other_answer += has_same_answer(old, now) is False
     changes = []
     for cause, ids in ids_of.items():
         if ids:
@@ -161,22 +162,36 @@ def change_of(
 
 def cause_of(base: Item, new: Item) -> str:
     """Why a question has another score."""
-    base_answer = answer_of(base)
-    answers_known = None not in (base_answer, answer_of(new))
     truth_differs = differs(base.get("truth"), new.get("truth"))
-    if answers_known and base_answer == answer_of(new):
+    same_answer = has_same_answer(base, new)
+    if same_answer:
         return TRUTH if truth_differs else SCORING
-    base_response = base.get(RESPONSE_HASH)
-    if answers_known and base_response and base_response == new.get(RESPONSE_HASH):
+    response = base.get(RESPONSE_HASH)
+    if same_answer is False and response and response == new.get(RESPONSE_HASH):
         return EXTRACTION
     prompts_known = None not in (prompt_of(base), prompt_of(new))
     if prompts_known and prompt_of(base) != prompt_of(new):
         return PROMPT
     if truth_differs:
         return TRUTH
-    if not answers_known:
+    if same_answer is None:
         return UNKNOWN
     return ANSWER if prompts_known else ANSWER_ALONE
+
+
+def has_same_answer(base: Item, new: Item) -> bool | None:
+    """Whether the answers that were scored are the same; None if that is not known: logs keep the
+    first LONGEST_TEXT characters."""
+    if "answer" not in base or "answer" not in new:
+        return None
+    answer = str(base["answer"])
+    if answer != str(new["answer"]):
+        return False
+    if len(answer) < LONGEST_TEXT:
+        return True
+    if not base.get(RESPONSE_HASH) or not new.get(RESPONSE_HASH):
+        return None
+    return base[RESPONSE_HASH] == new[RESPONSE_HASH]
 
 
 def prompt_of(item: Item) -> Any:
@@ -186,11 +201,6 @@ def prompt_of(item: Item) -> Any:
     if not item.get("question"):
         return None
     return (item["question"], tuple(map(str, item.get("choices") or ())))
-
-
-def answer_of(item: Item) -> str | None:
-    """The answer that was scored; None if the log has none."""
-    return str(item["answer"]) if "answer" in item else None
 
 
 def differs(base: Any, new: Any) -> bool:

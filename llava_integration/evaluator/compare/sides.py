@@ -231,7 +231,7 @@ RUN_NUMBER = re.compile(r"(?<![a-z])(?:seed|run)[=_-]?(\d+)(?![a-z\d])", re.IGNO
 def run_number(run: Run) -> int | None:
     """The number (seed) of a run, by its model's name, its file's or the nearest folder's; None if
     none says one."""
-    names = [run.model]
+    names = [run.run, run.model]
     for file in run.files:
         names.append(file.name.split(".")[0])
         names += [folder.name for folder in file.parents]

@@ -60,6 +60,8 @@ class Log(ScoreFile):
     named: bool = True
     # that it was read from; those of a group's tasks
     files: tuple[Path, ...] = ()
+    # the run's name or number (seed), where a log says it; "": its file's may
+    run: str = ""
     # why a log has no items: nobody knows how its number is made; other logs are compared
     unknown: str = ""
 

@@ -2,6 +2,7 @@
 each document, in which a metric's value is a number or an object, and the file of results next to
 it."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from llava_integration.evaluator.compare.readers import (
     short_text,
 )
 from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.hashes import sha256_text
 from llm2clip_plugin.json_files import read_json_value
 
 # names of logs: the harness's, since 0.4.3, and lmms-eval's, since 0.2.3
@@ -245,7 +247,29 @@ def shown_texts(line: dict[str, Any]) -> dict[str, Any]:
         truth = line.get("target")
         if isinstance(truth, int) and 0 <= truth < len(options):
             shown["truth"] = shown["choices"][truth]
+    shown.update(hashes_of(line))
     return shown
+
+
+def hashes_of(line: dict[str, Any]) -> dict[str, str]:
+    """What tells a line's prompt, and all that the model said, from others: they are too long to
+    keep."""
+    prompts = []
+    for request in pairs_of(line.get("arguments")):
+        # the prompt, and an option whose likelihood is asked; no settings of generation
+        prompts.append([text for text in request if isinstance(text, str)])
+    hashes = {}
+    prompt = prompts or line.get("prompt_hash") or line.get("input")
+    if prompt:
+        hashes["prompt_hash"] = digest_of(prompt)
+    if line.get("resps") is not None:
+        hashes["response_hash"] = digest_of(line["resps"])
+    return hashes
+
+
+def digest_of(value: Any) -> str:
+    """Sixteen digits that tell a JSON value from others."""
+    return sha256_text(json.dumps(value, sort_keys=True, default=str))[:16]
 
 
 def pairs_of(arguments: Any) -> list[list[Any]]:

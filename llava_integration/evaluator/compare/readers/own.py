@@ -153,12 +153,13 @@ def table_read(path: Path, choices: Choices) -> Iterator[Log]:
         tables.setdefault((task, run, model), []).append(item)
     if not tables:
         raise ContractError(f"{path} has no items below its first line")
-    for (task, _, model), items in tables.items():
+    for (task, run, model), items in tables.items():
         yield Log(
             benchmark=task,
             metrics={},
             items=items,
             model=model,
+            run=run,
             named="task" in column_numbers,
         )
 
