@@ -95,17 +95,16 @@ def test_no_picture_is_in_two_splits_also_mirrored(shards, style: str) -> None:
     differs by under 1."""
     samples = [sample for split in COUNTS for sample in shards[split, style].values()]
     picture_NHWC = np.stack([thumbnail(sample["png"]) for sample in samples])
-    flat_ND, mirrored_ND = (
-        p.reshape(len(samples), -1) for p in (picture_NHWC, picture_NHWC[:, :, ::-1])
-    )
+    flat_ND = picture_NHWC.reshape(len(samples), -1)
+    mirrored_ND = picture_NHWC[:, :, ::-1].reshape(len(samples), -1)
     split_N = np.array([sample["split"] for sample in samples])
-    alike = [
-        (samples[number]["concept"], samples[other]["concept"])
-        for number in np.flatnonzero(split_N != "train")
-        for others_ND in (flat_ND, mirrored_ND)
-        for other in np.flatnonzero(np.abs(others_ND - flat_ND[number]).mean(1) < 1)
-        if split_N[other] != split_N[number]
-    ]
+    alike = []
+    for number in np.flatnonzero(split_N != "train"):
+        for others_ND in (flat_ND, mirrored_ND):
+            difference_N = np.abs(others_ND - flat_ND[number]).mean(1)
+            is_alike_N = (difference_N < 1) & (split_N != split_N[number])
+            for other in np.flatnonzero(is_alike_N):
+                alike.append((samples[number]["concept"], samples[other]["concept"]))
     assert not alike
 
 

