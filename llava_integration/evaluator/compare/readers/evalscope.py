@@ -51,27 +51,32 @@ class Report:
         folder = log.parent.parent.parent / "reports" / model
         for path in sorted(folder.glob("*.json")):
             with errors_about(path):
-                body = read_json_value(path)
-                dataset = str(body.get("dataset_name"))
-                subsets = subsets_of(body)
-                if log.stem in [f"{dataset}_{subset}" for subset in subsets]:
-                    numbers = {}
-                    main = None
-                    for entry in body.get("metrics") or []:
-                        identity = entry.get("identity") or {}  # since 1.14
-                        name = entry.get("name") or identity.get("name", "")
-                        numbers.setdefault(name, entry["score"])
-                        if identity and identity == body.get("primary_metric_identity"):
-                            main = entry["score"]
-                    return cls(
-                        path=path,
-                        dataset=dataset,
-                        model=str(body.get("model_name") or model),
-                        subsets=subsets,
-                        numbers=numbers,
-                        main=main,
-                    )
+                report = cls.read(path)
+            if log.stem in [f"{report.dataset}_{subset}" for subset in report.subsets]:
+                return report
         return cls(path=log, dataset=log.stem, model=model, subsets=(), numbers={})
+
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """The report in a file."""
+        body = read_json_value(path)
+        primary = body.get("primary_metric_identity")  # since 1.14, as identities are
+        numbers: dict[str, float] = {}
+        main = None
+        for entry in body.get("metrics") or []:
+            identity = entry.get("identity") or {}
+            name = entry.get("name") or identity.get("name", "")
+            numbers.setdefault(name, entry["score"])
+            if identity and identity == primary:
+                main = entry["score"]
+        return cls(
+            path=path,
+            dataset=str(body.get("dataset_name")),
+            model=str(body.get("model_name") or path.parent.name),
+            subsets=subsets_of(body),
+            numbers=numbers,
+            main=main,
+        )
 
     def main_metric(self, scores: dict[str, Any]) -> str:
         """The score of a sample that is compared: the first, or the first that has a number."""
@@ -99,7 +104,10 @@ def subsets_of(report: dict[str, Any]) -> tuple[str, ...]:
     for metric in report.get("metrics") or []:
         for category in metric.get("categories") or []:
             for subset in category.get("subsets") or []:
-                if subset["name"] not in names:
+                is_aggregate = subset.get(
+                    "is_aggregate"
+                )  # since 1.14: of other subsets
+                if not is_aggregate and subset["name"] not in names:
                     names.append(subset["name"])
     return tuple(names)
 
@@ -119,9 +127,9 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     first_of_id: dict[str, Review] = {}
     for review in reviews:
         if metric not in review.scores:
-            known = ", ".join(review.scores) or "none"
+            names = ", ".join(review.scores) or "none"
             raise ContractError(
-                f"{path}, sample {review.id}: no score {metric}; it has {known}"
+                f"{path}, sample {review.id}: no score {metric}; it has {names}"
             )
         score = number(review.scores[metric], f"{path}, sample {review.id}: {metric}")
         values.setdefault(review.id, []).append(score)
@@ -174,13 +182,15 @@ def scored_sample(line: dict[str, Any]) -> Review:
     if main in values:
         values = {main: values[main], **values}
     name = sample.get("group_id")
+    if name is None:
+        name = line["index"]
     question = line.get("input")
     for message in line.get("messages") or []:  # since 1.14
         if message.get("role") == "user":
             question = question or text_of(message.get("content"))
     answer = score.get("extracted_prediction") or score.get("prediction")
     return Review(
-        id=str(line["index"] if name is None else name),
+        id=str(name),
         scores=values,
         question=short_text(question),
         answer=short_text(answer),

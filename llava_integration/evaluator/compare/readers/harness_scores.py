@@ -17,8 +17,10 @@ from llava_integration.evaluator.compare.readers import (
 from llava_integration.evaluator.compare.readers.harness_lines import (
     NO_METRICS,
     Lines,
-    Summary,
     item_of,
+)
+from llava_integration.evaluator.compare.readers.harness_results import (
+    Summary,
 )
 from llm2clip_plugin.errors import ContractError
 

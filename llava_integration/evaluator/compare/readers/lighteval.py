@@ -53,8 +53,8 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
         scores = [row.get("metric") or row["metrics"] for row in rows]
     metric = choices.metric or first_number(scores[0])
     if not metric:
-        known = ", ".join(scores[0])
-        problem = f"{path}: no metric has a number for each sample; metrics: {known}"
+        names = ", ".join(scores[0])
+        problem = f"{path}: no metric has a number for each sample; metrics: {names}"
         yield Log(benchmark=results.task, metrics={}, items=[], unknown=problem)
         return
     sign = 1 if results.higher_is_better(metric) else -1
@@ -108,7 +108,7 @@ def item_since_0_9(row: dict[str, Any]) -> dict[str, Any]:
         "id": str(doc["id"]),
         "question": short_text(doc.get("query")),
         "answer": short_text(answer),
-        "truth": [choices[place] for place in places(doc.get("gold_index"))],
+        "truth": chosen(choices, doc.get("gold_index")),
     }
 
 
@@ -120,12 +120,11 @@ def item_up_to_0_8(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(answer, str):  # a likelihood, and whether it is the greedy answer
         answer = most_likely(choices, [prediction[0] for prediction in predictions])
     question = str(row.get("example"))
-    truth = row.get("gold")
     return {
         "id": sha256_text(question)[:12],
         "question": short_text(question),
         "answer": short_text(answer),
-        "truth": truth or [choices[place] for place in places(row.get("gold_index"))],
+        "truth": row.get("gold") or chosen(choices, row.get("gold_index")),
     }
 
 
@@ -137,11 +136,12 @@ def most_likely(options: Sequence[str], likelihoods: Sequence[float] | None) -> 
     return options[best].strip()
 
 
-def places(index: Any) -> list[int]:
-    """Where the right choices are: one place, or several."""
+def chosen(choices: Sequence[str], index: Any) -> list[str]:
+    """The right choices, of which there is one number or a list of them."""
     if index is None:
         return []
-    return list(index) if isinstance(index, list) else [index]
+    numbers = index if isinstance(index, list) else [index]
+    return [choices[number] for number in numbers]
 
 
 class Results:

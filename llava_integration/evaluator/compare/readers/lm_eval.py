@@ -17,9 +17,11 @@ from llava_integration.evaluator.compare.readers.harness_lines import (
     LMMS_NAME,
     NO_METRICS,
     Lines,
-    Summary,
     is_harness_line,
     lines_of,
+)
+from llava_integration.evaluator.compare.readers.harness_results import (
+    Summary,
 )
 from llava_integration.evaluator.compare.readers.harness_scores import scored
 from llm2clip_plugin.errors import ContractError
@@ -74,8 +76,8 @@ def with_filters(lines: Lines, summary: Summary) -> Lines:
         return lines
     names = summary.filters()
     for (_, line), number in zip(lines, numbers, strict=True):
-        known = number < len(names)
-        line["filter"] = names[number] if known else f"number {number + 1}"
+        is_named = number < len(names)
+        line["filter"] = names[number] if is_named else f"number {number + 1}"
     return lines
 
 

@@ -37,11 +37,13 @@ from llava_integration.evaluator.compare.readers.harness_lines import (
     POPE_IMAGE,
     SHOWN,
     Lines,
-    Summary,
     fields,
     is_harness_line,
     item_of,
     lines_of,
+)
+from llava_integration.evaluator.compare.readers.harness_results import (
+    Summary,
     model_named_in,
 )
 from llava_integration.evaluator.compare.readers.harness_scores import scored
