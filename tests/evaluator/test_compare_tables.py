@@ -7,7 +7,7 @@ import pytest
 
 from llava_integration.evaluator.compare.command import main
 from llava_integration.evaluator.compare.comparison import build
-from llava_integration.evaluator.compare.report import page
+from llava_integration.evaluator.compare.page import page
 from llava_integration.evaluator.compare.sides import load_models, load_side
 from llm2clip_plugin.errors import ContractError
 

@@ -9,8 +9,8 @@ import pytest
 from reader_logs import LOGS, value
 
 from llava_integration.evaluator.compare.comparison import build
+from llava_integration.evaluator.compare.page import disagreements
 from llava_integration.evaluator.compare.readers import Choices
-from llava_integration.evaluator.compare.report import disagreements
 from llava_integration.evaluator.compare.sides import load_side
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.installation import MissingExtraError

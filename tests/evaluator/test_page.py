@@ -16,7 +16,7 @@ from llava_integration.evaluator.benchmarks.benchmark import find_image
 from llava_integration.evaluator.benchmarks.rules import benchmark
 from llava_integration.evaluator.compare.command import main as compare
 from llava_integration.evaluator.compare.comparison import build
-from llava_integration.evaluator.compare.report import picture_folders
+from llava_integration.evaluator.compare.page import picture_folders
 from llava_integration.evaluator.compare.sides import load_side
 from llm2clip_plugin.contracts import ScoreFile
 

@@ -10,7 +10,8 @@ alone, no torch.
 """
 
 from llava_integration.evaluator.compare.comparison import build
-from llava_integration.evaluator.compare.report import page, text
+from llava_integration.evaluator.compare.page import page
+from llava_integration.evaluator.compare.report import text
 from llava_integration.evaluator.compare.sides import load_side
 
 __all__ = ["build", "load_side", "page", "text"]

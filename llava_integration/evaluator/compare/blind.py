@@ -111,32 +111,18 @@ def split(
     if not blind_runs:
         raise ContractError(f"{name} is not split: no blind log has it")
     check_models(name, base_side, new_side, blind_runs)
-    runs = [*base_runs, *new_runs, *blind_runs]
-    if not all(0 <= score <= 1 for run in runs for score in run.scores):
-        raise ContractError(
-            f"{name} is not split: its scores are not from 0 to 1, so none is right or wrong"
-        )
-    in_all = set(base_runs[0].ids).intersection(*(run.ids for run in blind_runs))
-    questions = len(base_runs[0].ids)
-    if len(in_all) < max(1.0, min_overlap * questions):
-        raise ContractError(
-            f"{name} is not split: the blind logs have {len(in_all)} of {questions} questions"
-        )
+    check_right_or_wrong(name, [*base_runs, *new_runs, *blind_runs])
+    ids = ids_in_common(name, base_runs[0], blind_runs, min_overlap)
     notes = []
-    if len(in_all) < questions:
-        left_out = questions - len(in_all)
+    left_out = len(base_runs[0].ids) - len(ids)
+    if left_out:
         notes.append(f"{left_out} questions are not in every blind log; not split")
-    ids = [identifier for identifier in base_runs[0].ids if identifier in in_all]
     base_runs = [run.pick(ids) for run in base_runs]
     new_runs = [run.pick(ids) for run in new_runs]
     blind_runs = [run.pick(ids) for run in blind_runs]
     for run in blind_runs:
         check_equal_truth(name, base_side, base_runs[0], run)
-        if any(run.scores == seen.scores for seen in (*base_runs, *new_runs)):
-            raise ContractError(
-                f"{name} is not split: a blind log has the scores of a side, question by question; "
-                "are these answers with the pictures?"
-            )
+        check_is_no_side(name, run, [*base_runs, *new_runs])
     right_JN = np.array([run.scores for run in blind_runs]) >= RIGHT
     chance_N = chances(base_runs[0], blind.chance)
     check_not_below_chance(name, blind_runs, right_JN, chance_N)
@@ -175,6 +161,37 @@ def split(
     if is_yes_N is not None:
         notes.append("yes and no count in both groups as in the whole benchmark")
     return parts, notes
+
+
+def check_right_or_wrong(name: str, runs: Sequence[Run]) -> None:
+    """Raises ContractError for scores that are not from 0 to 1."""
+    for run in runs:
+        if min(run.scores) < 0 or max(run.scores) > 1:
+            raise ContractError(
+                f"{name} is not split: its scores are not from 0 to 1, so none is right or wrong"
+            )
+
+
+def ids_in_common(
+    name: str, first: Run, blind_runs: Sequence[Run], min_overlap: float
+) -> list[str]:
+    """The questions of ``first`` that every blind log has, too; ContractError if they are less than
+    ``min_overlap`` of its questions."""
+    in_all = set(first.ids).intersection(*(run.ids for run in blind_runs))
+    if len(in_all) < max(1.0, min_overlap * len(first.ids)):
+        raise ContractError(
+            f"{name} is not split: the blind logs have {len(in_all)} of {len(first.ids)} questions"
+        )
+    return [identifier for identifier in first.ids if identifier in in_all]
+
+
+def check_is_no_side(name: str, blind_run: Run, runs: Sequence[Run]) -> None:
+    """Raises ContractError if a blind log has the scores of a side's run."""
+    if any(blind_run.scores == run.scores for run in runs):
+        raise ContractError(
+            f"{name} is not split: a blind log has the scores of a side, question by question; "
+            "are these answers with the pictures?"
+        )
 
 
 def check_models(name: str, base: Side, new: Side, blind_runs: Sequence[Run]) -> None:

@@ -12,10 +12,11 @@ from llava_integration.evaluator.compare.blind import BlindLogs
 from llava_integration.evaluator.compare.comparison import Comparison, build
 from llava_integration.evaluator.compare.drift import drift
 from llava_integration.evaluator.compare.drift_text import drift_text
+from llava_integration.evaluator.compare.page import page
 from llava_integration.evaluator.compare.pairing import MIN_OVERLAP
 from llava_integration.evaluator.compare.planning import PLAN, plan, plan_rows
 from llava_integration.evaluator.compare.readers import Choices
-from llava_integration.evaluator.compare.report import page, table, text
+from llava_integration.evaluator.compare.report import table, text
 from llava_integration.evaluator.compare.sides import (
     Side,
     load_models,
@@ -245,7 +246,10 @@ def print_drift(sides: Sequence[Side], args: CompareConfig) -> None:
     names = [side.name for side in sides]
     report = drift_text(drifts, names)
     if args.output:
-        as_dict = {"names": names, "benchmarks": [one.to_dict() for one in drifts]}
+        as_dict = {
+            "names": names,
+            "benchmarks": [result.to_dict() for result in drifts],
+        }
         as_json = json.dumps(as_dict, indent=2, ensure_ascii=False)
         for ending, content in (("json", f"{as_json}\n"), ("md", report)):
             path = write_text(args.output / f"drift.{ending}", content)

@@ -1,6 +1,6 @@
 """A comparison of sides: a row for each benchmark, with its statistics and verdict."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, compress
 from typing import Any
@@ -15,6 +15,7 @@ from llava_integration.evaluator.compare.blind import (
     adjusted_parts,
     split,
 )
+from llava_integration.evaluator.compare.cautions import warnings
 from llava_integration.evaluator.compare.multiplicity import (
     holm,
     holm_factors,
@@ -38,8 +39,6 @@ from llava_integration.evaluator.compare.statistics import (
     pair,
 )
 from llm2clip_plugin.errors import ContractError
-
-EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,17 +188,11 @@ def build(
         raise problems[0]
     notes += [f"not compared: {problem}" for problem in problems]
     rows = adjusted_rows(rows)
-    titles = {}
-    units = {}
-    scores: dict[str, dict[str, float]] = {}
-    for name in ordered(name for side in sides for name in side.runs):
-        scores[name] = {}
-        for side in sides:
-            if name in side.runs:
-                runs = side.runs[name]
-                scores[name][side.name] = mean_headline(runs)
-                titles.setdefault(name, runs[0].title)
-                units.setdefault(name, runs[0].unit)
+    scores = headline_numbers(sides)
+    first_runs = {}
+    for name, of_sides in scores.items():
+        first = next(side for side in sides if side.name in of_sides)
+        first_runs[name] = first.runs[name][0]
     published = {}
     if references and any(is_of_llava(side) for side in sides):
         published = published_numbers({row.benchmark for row in rows})
@@ -207,14 +200,25 @@ def build(
         names=tuple(side.name for side in sides),
         rows=tuple(rows),
         scores=scores,
-        titles=titles,
-        units=units,
+        titles={name: run.title for name, run in first_runs.items()},
+        units={name: run.unit for name, run in first_runs.items()},
         references=published,
         settings={"level": level, "pair_runs": pair_runs},
         notes=tuple(dict.fromkeys(notes)),
         warnings=(*warnings(sides), *other_scales),
         groups=groups_of(rows, scores) if all_pairs and len(sides) > 2 else {},
     )
+
+
+def headline_numbers(sides: Sequence[Side]) -> dict[str, dict[str, float]]:
+    """Benchmark -> side -> its headline number, mean over runs."""
+    numbers: dict[str, dict[str, float]] = {}
+    for name in ordered(name for side in sides for name in side.runs):
+        numbers[name] = {}
+        for side in sides:
+            if name in side.runs:
+                numbers[name][side.name] = mean_headline(side.runs[name])
+    return numbers
 
 
 def groups_of(
@@ -311,52 +315,6 @@ def published_numbers(compared: Collection[str]) -> dict[str, dict[str, float]]:
             for model, value in rule.published.items():
                 published.setdefault(model, {})[name] = value
     return published
-
-
-# how a side answered; another value may move the scores by itself
-ANSWER_SETTINGS = (
-    "precision",
-    "dtype",
-    "load_8bit",
-    "load_4bit",
-    "conv_mode",
-    "temperature",
-    "num_beams",
-)
-
-
-def recorded_settings(side: Side) -> list[dict[str, Any]]:
-    """The provenance of each of a side's runs, and the settings of its answers."""
-    recorded = []
-    for runs in side.runs.values():
-        for run in runs:
-            recorded.append(run.provenance)
-            answer_settings = run.provenance.get("answer_settings")
-            if isinstance(answer_settings, dict):
-                recorded.append(answer_settings)
-    return recorded
-
-
-def warnings(sides: Sequence[Side]) -> Iterator[str]:
-    """Empty answers that are more than EMPTY of a side's, and sides that answered in different
-    precisions or ways."""
-    for side in sides:
-        for runs in side.runs.values():
-            empty = sum(run.counts.get("empty", 0) for run in runs)
-            total = sum(run.counts.get("answered", 0) for run in runs)
-            if empty > EMPTY * total:
-                yield f"{empty} of the {total} answers of {side.name} to {runs[0].title} are empty"
-    recorded = {side.name: recorded_settings(side) for side in sides}
-    for setting in ANSWER_SETTINGS:
-        used: dict[str, str] = {}
-        for name, records in recorded.items():
-            values = {str(record[setting]) for record in records if setting in record}
-            used[name] = "/".join(sorted(values))
-        if len({*used.values()} - {""}) > 1:
-            listed = ", ".join(
-                f"{name}: {value}" for name, value in used.items() if value
-            )
-            yield f"the sides differ in their {setting}, which alone may move scores: {listed}"
 
 
 def compare_benchmark(

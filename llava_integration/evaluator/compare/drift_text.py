@@ -14,8 +14,8 @@ def drift_text(drifts: Sequence[Drift], names: Sequence[str]) -> str:
     """The report; ``names``: of base and of new."""
     base, new = map(plain, names)
     lines = [f"# What changed from {base} to {new}?"]
-    for one in drifts:
-        lines += ["", *benchmark_lines(one, base, new)]
+    for drift in drifts:
+        lines += ["", *benchmark_lines(drift, base, new)]
     return "\n".join(lines) + "\n"
 
 
@@ -30,7 +30,10 @@ def benchmark_lines(drift: Drift, base: str, new: str) -> list[str]:
         f"{drift.questions} questions are in both logs; {drift.differing} have another score.",
     ]
     if drift.changes:
-        lines += ["", *table(HEADER, [cells(one, drift) for one in drift.changes])]
+        lines += [
+            "",
+            *table(HEADER, [cells(change, drift) for change in drift.changes]),
+        ]
     more = []
     only_base, only_new = drift.only
     if only_base or only_new:
