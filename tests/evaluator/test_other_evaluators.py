@@ -209,6 +209,19 @@ def test_the_average_of_lightevals_subsets_is_one_row(tmp_path):
     assert run.notes == ["wer: lower is better, so its negative is compared"]
 
 
+@pytest.mark.parametrize("version", ["0.3.60", "0.3.285"])
+def test_questions_of_inspect_ai_may_be_messages(version):
+    """The user's is the question. Images are in the metadata, which older summaries lack."""
+    run = the_run(LOGS / "inspect_ai_chat" / version, "toy_chat match")
+    assert run.statistic.full() == pytest.approx(50)
+    assert run.printed == 0.5
+    assert run.model == "toy/small"
+    item = dict(zip(run.ids, run.items, strict=True))["q1"]
+    assert (item["question"], item["answer"]) == ("Is 1 even?", "yes")
+    assert item["cluster"] == "im0"
+    assert len(set(run.clusters)) == 4
+
+
 FORMATS = (
     "lm_eval",
     "lm_eval_0.4.2",
@@ -239,3 +252,27 @@ def test_where_sides_disagree_every_log_has_something_to_show(folder):
         for item, _ in pairs:
             assert item["question"], name
             assert isinstance(item["answer"], str), name
+
+
+DAMAGED = {  # a file of a log: what is written there
+    "helm/0.5.16/toy_run/per_instance_stats.json": '[{"instance_id": "id0", "stats": [',
+    "helm/0.5.16/toy_run/run_spec.json": "{}",
+    "helm/0.5.16/toy_run/stats.json": '[{"name": "exact_match"}]',
+    "opencompass/0.5.4/results/org-toy/toy_mcq.json": '{"accuracy": 1, "details": [{}]}',
+    "evalscope/1.14.1/reviews/org-toy/general_qa_default.jsonl": '{"sample_score": {}}',
+    "evalscope/1.14.1/reports/org-toy/general_qa.json": '{"metrics": [{}]}',
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_file_is_a_note_or_one_line(tmp_path, damaged):
+    folder, version, *parts = damaged.split("/")
+    shutil.copytree(LOGS / folder / version, tmp_path / "logs")
+    path = tmp_path.joinpath("logs", *parts)
+    path.write_text(DAMAGED[damaged])
+    try:
+        message = "; ".join(load_side(tmp_path).notes)
+    except ContractError as error:
+        message = str(error)
+    assert path.name in message
+    assert "\n" not in message

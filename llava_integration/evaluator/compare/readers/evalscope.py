@@ -66,9 +66,12 @@ class Report:
         for entry in body.get("metrics") or []:
             identity = entry.get("identity") or {}
             name = entry.get("name") or identity.get("name", "")
-            numbers.setdefault(name, entry["score"])
+            score = entry["score"]
+            if not isinstance(score, (int, float)):
+                continue
+            numbers.setdefault(name, score)
             if identity and identity == primary:
-                main = entry["score"]
+                main = score
         return cls(
             path=path,
             dataset=str(body.get("dataset_name")),

@@ -86,9 +86,11 @@ def fits(path: Path) -> bool:
 
 def read(path: Path, choices: Choices) -> Iterator[Log]:
     """One run. ContractError names the metrics if the chosen one isn't there."""
-    spec = read_json_value(path.with_name("run_spec.json"))
-    with errors_about(path, fix="was the run cut off?"):
+    spec_path = path.with_name("run_spec.json")
+    with errors_about(spec_path, fix="was the run cut off?"):
+        spec = read_json_value(spec_path)
         task, model = named_in(spec)
+    with errors_about(path, fix="was the run cut off?"):
         instances = read_json_value(path)
         metrics = {}
         for instance in instances:

@@ -47,9 +47,15 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         errors_about(path, fix="was the run cut off?"),
         zipfile.ZipFile(path) as archive,
     ):
-        return json.loads(archive.read("header.json")), json.loads(
-            archive.read("summaries.json")
-        )
+        header = json.loads(archive.read("header.json"))
+        samples = json.loads(archive.read("summaries.json"))
+        if samples and not any("metadata" in sample for sample in samples):
+            # older summaries have none, so what goes together is in the samples alone
+            samples = []
+            for name in archive.namelist():
+                if name.startswith("samples/"):
+                    samples.append(json.loads(archive.read(name)))
+        return header, samples
 
 
 def read(path: Path, choices: Choices) -> Iterator[Log]:

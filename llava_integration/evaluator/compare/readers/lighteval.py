@@ -165,7 +165,8 @@ class Results:
 
     def printed(self, metric: str, of: str = "") -> float | None:
         """The printed number of the task, or of a group."""
-        return (self.numbers.get(of or self.name) or {}).get(metric)
+        number = (self.numbers.get(of or self.name) or {}).get(metric)
+        return float(number) if isinstance(number, (int, float)) else None
 
     def higher_is_better(self, metric: str) -> bool:
         """Whether more of a metric is better; so if the results don't say."""
