@@ -15,7 +15,7 @@ from llm2clip_plugin.text.config import EXPORT_LLM, EncoderConfig, ExportConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.merged import write_merged
 from llm2clip_plugin.vision.convert import EXPORT
-from llm2clip_plugin.vision.convert.importing import convert
+from llm2clip_plugin.vision.convert.formats import convert
 from llm2clip_plugin.vision.directory import fetch_directory, located
 from llm2clip_plugin.vision.export import (
     check_repository,

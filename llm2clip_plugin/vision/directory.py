@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "text_adapter.safetensors"
 PREPROCESSOR_FILE = "preprocessor_config.json"
+# where transformers 5 saves the image processor of a model that also reads texts
+PROCESSOR_FILE = "processor_config.json"
 CONFIG_FILE = "config.json"
 
 # where CLIP's own training starts (arXiv 2103.00020, section 2.5)
@@ -183,18 +185,22 @@ INHERITED = ("image_mean", "image_std", "resample", "max_num_patches")
 
 
 def own_preprocessor(directory: Path) -> dict[str, Any]:
-    """Mean, standard deviation and resampling in a directory's preprocessor_config.json; {} without
-    one. Pixels that are not normalized (``do_normalize`` false: RADIO does that itself) have mean 0
-    and deviation 1."""
-    if not (directory / PREPROCESSOR_FILE).is_file():
-        return {}
-    body = read_json(directory / PREPROCESSOR_FILE)
+    """Mean, standard deviation and resampling in a directory's preprocessor_config.json, or in the
+    image processor of its processor_config.json; {} without one. Pixels that are not normalized
+    (``do_normalize`` false: RADIO does that itself) have mean 0 and deviation 1."""
+    file = directory / PREPROCESSOR_FILE
+    if file.is_file():
+        body = read_json(file)
+    else:
+        file = directory / PROCESSOR_FILE
+        processor = read_json(file) if file.is_file() else {}
+        body = section(processor, "image_processor", where=str(file))
     stated = {name: body[name] for name in INHERITED if body.get(name) is not None}
     if body.get("do_normalize") is False:
         return stated | {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     for name in ("image_mean", "image_std"):
         if name in stated:
-            check_channels(name, stated[name], directory / PREPROCESSOR_FILE)
+            check_channels(name, stated[name], file)
     return stated
 
 

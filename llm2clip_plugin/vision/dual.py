@@ -162,6 +162,11 @@ class DualEncoder(nn.Module):
                 f"pool {config.pool!r} requires a class token; this tower has none; use pooled or "
                 "mean"
             )
+        if config.pool == "pooled" and not self.family.has_pooled_output(tower.config):
+            raise ValueError(
+                "this tower has no pooling head (vision_use_head is false, as in most towers of "
+                "vision-language models); set --dual.pool mean"
+            )
         self.tower = tower
         # as the card records it: the scale as a number, and no initial deviation
         self.config = dataclasses.replace(

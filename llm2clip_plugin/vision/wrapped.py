@@ -142,6 +142,24 @@ if hasattr(transformers, "Aimv2VisionModel"):
             return output
 
 
+if int(transformers.__version__.split(".")[0]) < 5:
+
+    class NoHead(nn.Module):
+        """The pooling head of a SigLIP that has none."""
+
+        def forward(self, states: Tensor) -> None:
+            """No pooled output."""
+
+    class SiglipTower(transformers.SiglipVisionModel):
+        """SigLIP that may lack the pooling head, as inside most vision-language models; before
+        transformers 5 it always has one."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            if not getattr(config, "vision_use_head", True):
+                self.vision_model.head = NoHead()
+
+
 if hasattr(transformers, "DINOv3ViTModel"):
 
     class Dinov3TowerConfig(transformers.DINOv3ViTConfig):

@@ -1,7 +1,7 @@
 """Tiny towers with random weights, saved and run by reference implementations, for
 vision/test_towers_of_today.py.
 
-    python tests/golden/make_towers_of_today.py
+    PYTHONPATH=. python tests/golden/make_towers_of_today.py
 
 rewrites tests/golden/towers_of_today/NAME: a checkpoint as the reference library writes it, and
 states.safetensors with ``pixels`` (2, 3, S, S), ``hidden_states_NN`` (2, T, H) of all tokens,
@@ -21,6 +21,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
+
+from scripts.towers_references import qwen25_states
 
 FOLDER = Path(__file__).parent / "towers_of_today"
 SIZE = {
@@ -288,9 +290,34 @@ def internvl(pixels: Tensor) -> None:
     of_transformers("internvl", model, model, kept=list(range(17)), pixels=pixels)
 
 
+def qwen25(pixels: Tensor) -> None:
+    """In windows of 2 x 2 patches; as a folder of the whole model without the language model."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as module
+
+    settings = transformers.Qwen2_5_VLConfig().vision_config
+    settings.update(
+        {"depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 7, **MLP}
+    )
+    settings.update(
+        {"window_size": 14, "fullatt_block_indexes": [1], "out_hidden_size": 8}
+    )
+    model = randomize(module.Qwen2_5_VisionTransformerPretrainedModel(settings))
+    folder = FOLDER / "qwen25"
+    folder.mkdir()
+    state = {f"visual.{name}": value for name, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    # of any size; without this one it would be imported for 448 pixels
+    vision = {**settings.to_dict(), "image_size": 28}
+    body = {"model_type": "qwen2_5_vl", "vision_config": vision}
+    (folder / "config.json").write_text(json.dumps(body, indent=2))
+    states = qwen25_states(model, pixels)
+    more = {"last_hidden_state": states[-1], "pooled": states[-1].mean(1)}
+    write_states("qwen25", pixels, states, list(range(16)), **more)
+
+
 MAKERS = (
     *(aimv2, dinov3, metaclip2, radio, perception_encoder, openvision),
-    *(dinov2_registers, tipsv2, internvl),
+    *(dinov2_registers, tipsv2, internvl, qwen25),
 )
 
 if __name__ == "__main__":

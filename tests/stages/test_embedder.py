@@ -50,6 +50,7 @@ TOWERS = [
     ("tipsv2", "pooled"),
     ("tipsv2", "mean"),
     ("internvl", "pooled"),
+    ("qwen25", "pooled"),
     ("timm", "pooled"),
 ]
 HEADS = [

@@ -32,6 +32,7 @@ IS_NEW = numbers(transformers.__version__) >= (5,)
 TODAY = (
     "metaclip2",
     "openvision",
+    "qwen25",
     *(("aimv2", "dinov3", "radio", "pe_core") if IS_NEW else ()),
     *(("dinov2_registers", "tipsv2", "internvl") if IS_NEW else ()),
 )

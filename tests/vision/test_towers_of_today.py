@@ -33,7 +33,9 @@ FAMILIES = {"aimv2_native": "aimv2", "aimv2_lit": "aimv2", "pe_core": "timm"}
 FAMILIES |= {
     name: name for name in ("aimv2", "dinov3", "metaclip2", "radio", "openvision")
 }
-FAMILIES |= {name: name for name in ("dinov2_registers", "tipsv2", "internvl")}
+FAMILIES |= {
+    name: name for name in ("dinov2_registers", "tipsv2", "internvl", "qwen25")
+}
 POOLS = {
     "aimv2": "mean",
     "dinov3": "cls_mean",
@@ -51,6 +53,7 @@ MEANS = {
     "dinov2_registers": [0.485, 0.456, 0.406],
     "tipsv2": [0.0, 0.0, 0.0],
     "internvl": [0.485, 0.456, 0.406],
+    "qwen25": CLIP_MEAN,
 }
 MEANS |= {"timm": [0.5, 0.5, 0.5], "openvision": [0.485, 0.456, 0.406]}
 

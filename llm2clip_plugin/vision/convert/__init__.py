@@ -12,6 +12,9 @@ FORMATS = {  # of llm2clip export
 }
 
 
+PART = "vision"  # of a vision-language model, for `llm2clip import --part`
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
     """A vision checkpoint to import."""
@@ -27,7 +30,16 @@ class ImportConfig:
     image_size: int | None = setting(
         None, help="interpolate the positions to this size in pixels"
     )
+    part: str = setting(
+        "",
+        help="vision: the tower of a vision-language model, whose other tensors are not read; "
+        '"": the source is a vision or an image-text model',
+    )
     overwrite: bool = setting(False, help="replace an existing directory")
+
+    def __post_init__(self) -> None:
+        if self.part not in ("", PART):
+            raise ValueError(unknown("--part", self.part, (PART,)))
 
 
 IMPORT = Command(

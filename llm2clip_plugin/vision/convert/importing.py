@@ -1,38 +1,35 @@
 """Turn vision checkpoints into tower directories.
 
-| checkpoint                                   | recognized by                    | layouts/     |
-|----------------------------------------------|----------------------------------|--------------|
-| LLM2CLIP-EVA02-*.pt, EVA-CLIP                | visual.blocks.*                  | eva_clip.py  |
-| OpenCLIP CLIP                                | visual.transformer.resblocks.*   | open_clip.py |
-| OpenVision                                   | no visual.ln_pre                 | open_clip.py |
-| OpenCLIP, towers of timm (PE, SigLIP, EVA02) | visual.trunk.*                   | open_clip.py |
-| timm's own, on the Hub                       | config.json with an architecture | hub.py       |
+| checkpoint                                   | recognized by                    | layouts/      |
+|----------------------------------------------|----------------------------------|---------------|
+| LLM2CLIP-EVA02-*.pt, EVA-CLIP                | visual.blocks.*                  | eva_clip.py   |
+| OpenCLIP CLIP                                | visual.transformer.resblocks.*   | open_clip.py  |
+| OpenVision                                   | no visual.ln_pre                 | open_clip.py  |
+| OpenCLIP, towers of timm (PE, SigLIP, EVA02) | visual.trunk.*                   | open_clip.py  |
+| timm's own, on the Hub                       | config.json with an architecture | hub.py        |
 | InternViT, by OpenGVLab's own code           | encoder.layers.*.ls1             | intern_vit.py |
-| Qwen3-VL, Qwen3.5                            | model.visual.pos_embed           | hub.py       |
-| Hugging Face, LLM2CLIP-Openai-*, *-siglip2-* | config.json with a model_type    | hub.py       |
+| Qwen2.5-VL                                   | visual.blocks.*.mlp.gate_proj    | qwen25_vl.py  |
+| Qwen3-VL, Qwen3.5                            | model.visual.pos_embed           | hub.py        |
+| Hugging Face, LLM2CLIP-Openai-*, *-siglip2-* | config.json with a model_type    | hub.py        |
+
+With ``--part vision``, ``vlm.py`` reads the tower of a vision-language model for these.
 """
 
 import dataclasses
-import importlib.util
 import math
 import os
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2clip_plugin.atomic import naming_full_disk
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.errors import ContractError
-from llm2clip_plugin.folders import CONVERTED_FOLDER, output_folder
-from llm2clip_plugin.quiet import quiet_transformers
-from llm2clip_plugin.safetensors_header import load_tensors
 from llm2clip_plugin.vision import export
-from llm2clip_plugin.vision.convert import IMPORT
+from llm2clip_plugin.vision.convert import IMPORT, PART, vlm
 from llm2clip_plugin.vision.convert.layouts import (
     ParsedCheckpoint,
     layouts,
@@ -49,6 +46,7 @@ from llm2clip_plugin.vision.directory import (
     WEIGHTS_FILE,
     DualConfig,
     fetch_directory,
+    has_card,
     own_preprocessor,
     read_json,
     read_tensors,
@@ -57,9 +55,10 @@ from llm2clip_plugin.vision.directory import (
     write_json,
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state
-from llm2clip_plugin.vision.families import family_of
-from llm2clip_plugin.vision.parts import tower_in
-from llm2clip_plugin.vision.towers import TIMM_PREFIX, load_tower, preprocessor_config
+from llm2clip_plugin.vision.towers import (
+    TIMM_PREFIX,
+    load_tower,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -70,6 +69,7 @@ def main(argv: list[str]) -> int:
         options.output,
         config=options.config,
         image_size=options.image_size,
+        part=options.part,
         replace=options.overwrite,
     )
     if old_size := card.training.get("resized_from"):
@@ -84,6 +84,7 @@ def import_tower(
     *,
     config: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    part: str = "",
     replace: bool = False,
 ) -> tuple[TowerCard, list[str]]:
     """Write ``source`` (file, directory, Hub id or timm:NAME) as a tower directory; returns its
@@ -91,27 +92,32 @@ def import_tower(
 
     ``config``: a config.json (Hugging Face's, EVA-CLIP's or OpenCLIP's), or fields that override
     the source's own. ``image_size``, in pixels, interpolates the positions if it is not the
-    source's own. Raises FileNotFoundError, ValueError (architecture unknown), ContractError (an
+    source's own. ``part`` "vision": the source is a vision-language model, of which the tower is
+    read. Raises FileNotFoundError, ValueError (architecture unknown), ContractError (an
     unknown, missing or misshapen tensor; code in a file).
     """
     path = Path(source).expanduser()
     if str(source).startswith(TIMM_PREFIX):
-        if config is not None:
+        if config is not None or part:
             raise ValueError(
-                f"{source}: timm describes the architecture; remove --config"
+                f"{source}: timm describes the architecture; remove --config and --part"
             )
         model = load_tower(source, image_size=image_size)
         imported_as = "timm"
         report = [f"layout timm: {len(model.state_dict())} tensors of the tower"]
     else:
-        checkpoint = path if path.is_file() else fetch_directory(source)
-        if checkpoint.is_dir() and (checkpoint / TowerCard.FILE).is_file():
+        checkpoint = fetch_checkpoint(source, part)
+        if has_card(checkpoint):
             card = export.reexport(
                 checkpoint, output, image_size=image_size, replace=replace
             )
             return card, ["a tower directory"]
-        passed_config = None if config is None else read_json(Path(config))
-        parsed = parse_checkpoint(checkpoint, passed_config, image_size)
+        passed_config = {} if config is None else read_json(Path(config))
+        if part == PART:
+            parsed, report = parse_vision_part(checkpoint, passed_config, image_size)
+        else:
+            parsed = parse_checkpoint(checkpoint, passed_config, image_size)
+            report = parsed.report()
         with naming_full_disk(output):
             model = build_model(
                 parsed,
@@ -120,7 +126,6 @@ def import_tower(
                 image_size=image_size,
             )
         imported_as = parsed.layout
-        report = parsed.report()
     origin = path.name if path.exists() else str(source)
     card = export.export_tower(
         model,
@@ -132,13 +137,31 @@ def import_tower(
     return card, report
 
 
+def fetch_checkpoint(source: str | os.PathLike[str], part: str) -> Path:
+    """The file or the folder of a checkpoint, downloaded if necessary; of a vision-language model's
+    ``part`` no more than it needs. Raises FileNotFoundError."""
+    if part == PART:
+        return vlm.fetch_vision_part(source)
+    path = Path(source).expanduser()
+    return path if path.is_file() else fetch_directory(source)
+
+
+def parse_vision_part(
+    path: Path, passed_config: dict[str, Any], image_size: int | None
+) -> tuple[ParsedCheckpoint, list[str]]:
+    """The tower of a vision-language model, and a report. Raises as ``vlm.read_vision_part`` and
+    ``parse_tensors``."""
+    vision = vlm.read_vision_part(path, passed_config)
+    parsed = parse_tensors(path, vision.state, vision.config, passed_config, image_size)
+    return parsed, [vision.note, *parsed.report()]
+
+
 def parse_checkpoint(
     path: Path, passed_config: dict[str, Any] | None, image_size: int | None = None
 ) -> ParsedCheckpoint:
-    """Parse a checkpoint file or folder. ``given``, the object of --config, overrides the folder's
-    configuration file, or replaces it if it has a ``model_type``. Raises ValueError (unknown layout
-    or architecture; NaFlex's most patches are no square, and no ``image_size``), ContractError (a
-    missing, misshapen or unknown tensor)."""
+    """Parse a checkpoint file or folder. ``passed_config``, the object of --config, overrides the
+    folder's configuration file, or replaces it if it has a ``model_type``. Raises as
+    ``parse_tensors``, and ValueError for a vision-language model."""
     state: dict[str, Tensor] = {}
     for file in [path] if path.is_file() else weight_files(path):
         state |= read_tensors(file)
@@ -149,12 +172,24 @@ def parse_checkpoint(
         names.insert(0, "open_clip_config.json")
     files = [path / name for name in names if (path / name).is_file()]
     saved = read_json(files[0]) if files else {}
-    config = (
-        passed_config
-        if "model_type" in passed_config
-        else merge(lift_model_cfg(saved), passed_config)
-    )
+    if "model_type" in passed_config:
+        config = passed_config
+    else:
+        config = merge(lift_model_cfg(saved), passed_config)
     refuse_language_model(path, state, config)
+    return parse_tensors(path, state, config, passed_config, image_size)
+
+
+def parse_tensors(
+    path: Path,
+    state: dict[str, Tensor],
+    config: dict[str, Any],
+    passed_config: dict[str, Any],
+    image_size: int | None = None,
+) -> ParsedCheckpoint:
+    """Parse the tensors of a checkpoint file or folder with its configuration. Raises ValueError
+    (unknown layout or architecture; NaFlex's most patches are no square, and no ``image_size``),
+    ContractError (a missing, misshapen or unknown tensor)."""
     layout = next(
         (layout for layout in layouts().values() if layout.matches(state)), None
     )
@@ -177,25 +212,35 @@ def parse_checkpoint(
         parsed.preprocessor = normalization(section(config, "preprocess_cfg"))
     else:
         parsed.preprocessor = own_preprocessor(path)
-    is_naflex = "num_patches" in parsed.config
-    if is_naflex and (most := int(parsed.preprocessor.get("max_num_patches") or 0)):
-        side = math.isqrt(most)
-        size = side * parsed.config["patch_size"]
-        parsed.config["image_size"] = size
-        if side**2 != most and image_size is None:
-            problem = (
-                f"{path / PREPROCESSOR_FILE}: max_num_patches {most} is not a square"
-            )
-            advice = f"set --image-size, such as {size} px for {side**2} patches"
-            raise ValueError(f"{problem}; {advice}")
+    if "num_patches" in parsed.config:
+        set_naflex_size(parsed, path, image_size)
     _check_text_side(parsed, passed_config)
-    if unused := sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys()):
+    unused = sorted(parsed.state.keys() - parsed.used - parsed.left_out.keys())
+    if unused:
         count = f"{len(unused)} of {len(parsed.state)} tensors"
         problem = f"{count} do not belong to a {parsed.layout} model: {unused[:10]}"
         raise ContractError(
             f"{path}: {problem}; a tensor was renamed, or --config must describe the architecture"
         )
     return parsed
+
+
+def set_naflex_size(
+    parsed: ParsedCheckpoint, path: Path, image_size: int | None
+) -> None:
+    """Give a NaFlex the square of as many patches as its processor allows; ValueError if there is
+    none, and no ``image_size``."""
+    most = int(parsed.preprocessor.get("max_num_patches") or 0)
+    if most == 0:
+        return
+    side = math.isqrt(most)
+    size = side * parsed.config["patch_size"]
+    parsed.config["image_size"] = size
+    if side**2 != most and image_size is None:
+        raise ValueError(
+            f"{path / PREPROCESSOR_FILE}: max_num_patches {most} is not a square; set "
+            f"--image-size, such as {size} px for {side**2} patches"
+        )
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -209,32 +254,25 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_text_side(parsed: ParsedCheckpoint, passed_config: dict[str, Any]) -> None:
-    """ContractError for an incomplete text side, unless --config (``given``) states that the
-    release has no logit scale (``logit_scale_init_value``) or no bias after the adapter
+    """ContractError for an incomplete text side, unless --config states that the release has no
+    logit scale (``logit_scale_init_value``) or no bias after the adapter
     (``text_cfg.proj_bias``)."""
     adapter = parsed.adapter
     if parsed.logit_scale is None and parsed.is_image_text:
-        if not isinstance(
-            start := passed_config.get("logit_scale_init_value"), int | float
-        ):
-            example = '{"logit_scale_init_value": 2.6592}'
-            advice = (
-                f"pass --config with its initial logarithm, such as {example}, CLIP's"
-            )
+        start = passed_config.get("logit_scale_init_value")
+        if not isinstance(start, int | float):
             raise ContractError(
-                f"the checkpoint is missing logit_scale; if it never had one, {advice}"
+                "the checkpoint is missing logit_scale; if it never had one, pass --config with "
+                'its initial logarithm, such as {"logit_scale_init_value": 2.6592}, CLIP\'s'
             )
         parsed.logit_scale = torch.tensor(float(start))
-    if (
-        adapter
-        and "projection.bias" not in adapter.names
-        and section(passed_config, "text_cfg").get("proj_bias", True)
-    ):
+    has_bias = section(passed_config, "text_cfg").get("proj_bias", True)
+    if adapter and has_bias and "projection.bias" not in adapter.names:
         bias = adapter.names["projection.weight"].replace("weight", "bias")
-        advice = (
-            'if it never had one, pass --config with {"text_cfg": {"proj_bias": false}}'
+        raise ContractError(
+            f"the checkpoint is missing {bias}; if it never had one, pass --config with "
+            '{"text_cfg": {"proj_bias": false}}'
         )
-        raise ContractError(f"the checkpoint is missing {bias}; {advice}")
 
 
 def build_model(
@@ -256,47 +294,13 @@ def build_model(
             tower = load_tower(folder, image_size=image_size)
         except ContractError as error:
             raise ContractError(str(error).replace(name, source)) from error
-    if (
-        parsed.projection is None
-        and parsed.adapter is None
-        and parsed.logit_scale is None
-    ):
+    heads = (parsed.projection, parsed.adapter, parsed.logit_scale)
+    if all(head is None for head in heads):
         return tower
-    width = (
-        tower.config.hidden_size
-        if parsed.projection is None
-        else len(parsed.projection)
-    )
-    config = dataclasses.replace(
-        DualConfig(projection_dim=width)
-        if parsed.adapter is None
-        else parsed.adapter.config,
-        projection="none" if parsed.projection is None else "linear",
-        projection_bias=parsed.projection_bias is not None,
-        logit_scale_init=None
-        if parsed.logit_scale is None
-        else float(parsed.logit_scale),
-        logit_bias_init=None if parsed.logit_bias is None else float(parsed.logit_bias),
-    )
-    dual = DualEncoder(tower, config)
-    state = {
-        "visual_projection.weight": parsed.projection,
-        "visual_projection.bias": parsed.projection_bias,
-        "logit_scale": None
-        if parsed.logit_scale is None
-        else parsed.logit_scale.reshape(1),
-        "logit_bias": None
-        if parsed.logit_bias is None
-        else parsed.logit_bias.reshape(1),
-    }
-    if parsed.adapter is not None:
-        state |= {
-            f"text_adapter.{name}": value
-            for name, value in parsed.adapter.state.items()
-        }
-    state = {name: value for name, value in state.items() if value is not None}
+    dual = DualEncoder(tower, heads_config(parsed, tower.config.hidden_size))
+    state = heads_in(parsed)
     expected = heads_state(dual)
-    # which then keeps CLIP's initial value
+    # without a scale it keeps CLIP's initial value
     missing = sorted(expected.keys() - state.keys() - {"logit_scale"})
     wrong = sorted(
         name
@@ -307,136 +311,45 @@ def build_model(
         raise ContractError(
             f"{source}: missing tensors {missing}, unexpected or misshapen tensors {wrong}"
         )
-    dual.load_state_dict(
-        state, strict=False
-    )  # the tower is loaded; the rest was just checked
+    # the tower is loaded; the rest was just checked
+    dual.load_state_dict(state, strict=False)
     return dual
 
 
-# Convert a tower directory to another library's format; each reloads what it wrote and compares the
-# features.
-
-ONNX_FILE = "image_encoder.onnx"
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# bytes of weights; protobuf is limited to 2 GiB, larger weights are written to a separate file
-LARGEST_ONNX = 1 << 30
-
-
-def convert(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    format_name: str,
-    *,
-    replace: bool = False,
-) -> Path:
-    """Write the tower directory ``source`` to ``output`` in another format; returns the directory.
-    Raises ValueError if the format cannot represent the tower, ContractError if the files give
-    other features."""
-    directory = fetch_directory(source)
-    model = export.load_model(directory)
-    write = {"clip": write_clip, "onnx": write_onnx}[format_name]
-    with output_folder(output, CONVERTED_FOLDER, replace=replace) as temporary:
-        write(model.eval(), temporary, preprocessor_config(directory, square=True))
-    return Path(output)
-
-
-def write_clip(dual: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
-    """A CLIP tower with a single projection matrix, as a CLIPVisionModelWithProjection."""
-    from transformers import CLIPVisionModelWithProjection
-
-    if not isinstance(dual, DualEncoder) or family_of(dual.tower).name != "clip":
-        raise ValueError(
-            "format 'clip' is for a CLIP tower with a projection; --format onnx converts every "
-            "tower"
-        )
-    chosen = {
-        name: getattr(dual.config, name)
-        for name in ("pool", "projection", "projection_norm", "projection_bias")
-    }
-    pool, *projection = chosen.values()
-    if pool not in ("pooled", "cls") or projection != ["linear", False, False]:
-        raise ValueError(
-            f"format 'clip' cannot represent a tower with {chosen}; --format onnx can"
-        )
-    export.save_tower(dual.tower, directory)
-    heads = {"visual_projection.weight": dual.visual_projection.weight}
-    export.save_tensors(
-        load_tensors(directory / WEIGHTS_FILE) | heads, directory / WEIGHTS_FILE
+def heads_config(parsed: ParsedCheckpoint, tower_width: int) -> DualConfig:
+    """The dual encoder of a checkpoint: its adapter's configuration if it has one, with the
+    projection, scale and bias that were found."""
+    projection = parsed.projection
+    scale = parsed.logit_scale
+    bias = parsed.logit_bias
+    if parsed.adapter is not None:
+        config = parsed.adapter.config
+    elif projection is not None:
+        config = DualConfig(projection_dim=len(projection))
+    else:
+        config = DualConfig(projection_dim=tower_width)
+    return dataclasses.replace(
+        config,
+        projection="none" if projection is None else "linear",
+        projection_bias=parsed.projection_bias is not None,
+        logit_scale_init=None if scale is None else float(scale),
+        logit_bias_init=None if bias is None else float(bias),
     )
-    fields = {
-        "projection_dim": dual.config.projection_dim,
-        "architectures": ["CLIPVisionModelWithProjection"],
+
+
+def heads_in(parsed: ParsedCheckpoint) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's heads under our names."""
+    found = {
+        "visual_projection.weight": parsed.projection,
+        "visual_projection.bias": parsed.projection_bias,
+        "logit_scale": parsed.logit_scale,
+        "logit_bias": parsed.logit_bias,
     }
-    write_json(directory / "config.json", read_json(directory / "config.json") | fields)
-    write_json(directory / PREPROCESSOR_FILE, preprocessor)
-    with quiet_transformers():
-        reloaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-            directory, torch_dtype=dual.tower.dtype
-        ).eval()
-    pixels = export.probe_images(dual.tower)
-    with torch.no_grad():
-        features = F.normalize(
-            reloaded(pixel_values=pixels).image_embeds.float(), dim=-1
-        )
-        export.compare_features(
-            {"image": dual.encode_image(pixels)},
-            {"image": features},
-            where="format 'clip'",
-        )
-
-
-class _ImageEncoder(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        is_dual = isinstance(self.model, DualEncoder)
-        return (
-            self.model.encode_image(pixel_values)
-            if is_dual
-            else self.model(pixel_values).pooler_output
-        )
-
-
-def write_onnx(model: nn.Module, directory: Path, preprocessor: dict[str, Any]) -> None:
-    """The image encoder for ONNX Runtime, for any batch size: image features, or the pooled output
-    of a tower alone."""
-    if missing := [
-        name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None
-    ]:
-        raise ValueError(
-            f"format 'onnx' requires {', '.join(missing)}: pip install {' '.join(missing)}"
-        )
-    import onnxruntime
-
-    encoder = _ImageEncoder(model).float().eval()
-    pixels = export.probe_images(tower_in(model), count=3)
-    size = sum(parameter.numel() * 4 for parameter in encoder.parameters())
-    with warnings.catch_warnings():  # of a renamed class of torch's own
-        warnings.filterwarnings(
-            "ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning
-        )
-        torch.onnx.export(
-            encoder,
-            (pixels[:2],),
-            str(directory / ONNX_FILE),
-            input_names=["pixel_values"],
-            output_names=["image_features"],
-            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
-            external_data=size > LARGEST_ONNX,
-            dynamo=True,
-            verbose=False,
-        )
-    session = onnxruntime.InferenceSession(
-        str(directory / ONNX_FILE), providers=["CPUExecutionProvider"]
-    )
-    with torch.no_grad():
-        for batch in (pixels, pixels[:1]):
-            features = torch.from_numpy(
-                session.run(None, {"pixel_values": batch.numpy()})[0]
-            )
-            export.compare_features(
-                {"image": encoder(batch)}, {"image": features}, where="ONNX Runtime"
-            )
-    write_json(directory / PREPROCESSOR_FILE, preprocessor)
+    state = {name: value for name, value in found.items() if value is not None}
+    for name in ("logit_scale", "logit_bias"):
+        if name in state:
+            state[name] = state[name].reshape(1)
+    if parsed.adapter is not None:
+        for name, value in parsed.adapter.state.items():
+            state[f"text_adapter.{name}"] = value
+    return state

@@ -35,7 +35,7 @@ IN_TIMM = {
 }
 
 # how the model_type begins of models that `llm2clip import` opens, as another family's
-IMPORTED_FIRST = ("timm", "qwen3_", "intern_vit")
+IMPORTED_FIRST = ("timm", "qwen3_", "qwen2_5_vl", "intern_vit")
 
 # sizes that several families share, as fields of config.json
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -101,6 +101,11 @@ class Family:
     opens_as: str = ""
     # name or Hub id -> config.json, for --dry-run
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def has_pooled_output(self, config: Any) -> bool:
+        """Whether a tower's ``pooler_output`` is one: a SigLIP inside a vision-language model lacks
+        the head that pools."""
+        return self.name != "siglip" or getattr(config, "vision_use_head", True)
 
 
 def in_transformers(name: str) -> Callable[[], Any]:
@@ -184,13 +189,39 @@ def no_family(model_type: str, config: Mapping[str, Any]) -> str:
             f"describes a {model_type} model, which is opened from timm alone: pass {timm_name} "
             "(`timm.list_models`) in place of the folder"
         )
+    part = tower_inside(config)
+    if is_known_inside(part):
+        return (
+            f"describes a {model_type} model, which reads images and texts; `llm2clip import "
+            f"SOURCE --part vision --output DIR` takes out its tower ({part})"
+        )
     vision: Any = config.get("vision_config")
-    part = vision.get("model_type") if isinstance(vision, dict) else None
-    tower = f" ({part})" if part and part != model_type else ""
+    architecture = vision.get("architecture") if isinstance(vision, dict) else None
+    if part == "timm_wrapper" and architecture:
+        advice = f"pass timm:{architecture}, if timm lists it, for its weights before the VLM's"
+    elif part in IN_TIMM:
+        advice = f"pass {IN_TIMM[part]} (`timm.list_models`)"
+    else:
+        advice = "pass the vision model that it was trained from"
     return (
-        f"describes a {model_type} model, which reads images and texts, whose tower{tower} cannot "
-        "be taken out here: pass the vision model that it was trained from"
+        f"describes a {model_type} model, which reads images and texts, whose tower ({part}) is of "
+        f"no family here: {advice}"
     )
+
+
+def tower_inside(config: Mapping[str, Any]) -> str:
+    """The model_type of the vision part of a config.json; the whole model's where the part states
+    none."""
+    vision: Any = config.get("vision_config")
+    stated = vision.get("model_type") if isinstance(vision, dict) else None
+    return str(stated or config.get("model_type"))
+
+
+def is_known_inside(part: str) -> bool:
+    """Whether ``llm2clip import --part vision`` reads a vision part of this model_type."""
+    if part.startswith(IMPORTED_FIRST):
+        return part != "timm_wrapper"
+    return any(part in family.model_types for family in families().values())
 
 
 def family_of(tower: Tower) -> Family:

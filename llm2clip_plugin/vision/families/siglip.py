@@ -1,11 +1,15 @@
 """SigLIP and SigLIP2 at a fixed resolution (both ``siglip`` on the Hub): no class token, attention
 pooling."""
 
+import functools
+from typing import Any
+
 from llm2clip_plugin.vision.families import (
     BASE,
     HALF_MEAN,
     HALF_STD,
     Family,
+    in_module,
     in_transformers,
 )
 
@@ -17,10 +21,23 @@ SO400M = {
     "intermediate_size": 4304,
 }
 
+
+@functools.lru_cache(maxsize=1)
+def _vision_class() -> Any:
+    """transformers' class; in version 4, one that can do without the pooling head."""
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return transformers.SiglipVisionModel
+    headless = in_module("llm2clip_plugin.vision.wrapped", "SiglipTower")()
+    names = {"config_class": transformers.SiglipVisionConfig}
+    return type("SiglipVisionModel", (headless,), names)
+
+
 FAMILY = Family(
     name="siglip",
     model_types=("siglip_vision_model", "siglip"),
-    vision_class=in_transformers("SiglipVisionModel"),
+    vision_class=_vision_class,
     has_cls=False,
     final_norm="post_layernorm",
     pooling_head=("head",),

@@ -30,7 +30,15 @@ from llm2clip_plugin.cli import main as llm2clip
 
 CLIP = tower_directory("clip")
 # towers of today whose code is saved with the model
-CODED = ("openvision", "dinov3", "radio", "pe_core", "dinov2_registers", "tipsv2")
+CODED = (
+    "openvision",
+    "dinov3",
+    "radio",
+    "pe_core",
+    "dinov2_registers",
+    "tipsv2",
+    "qwen25",
+)
 
 
 @pytest.fixture(scope="module")

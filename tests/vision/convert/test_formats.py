@@ -11,8 +11,9 @@ from tiny_hub import tiny_hub
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.stages import export as export_command
-from llm2clip_plugin.vision.convert import importing as formats
-from llm2clip_plugin.vision.convert.importing import convert, import_tower
+from llm2clip_plugin.vision.convert import formats
+from llm2clip_plugin.vision.convert.formats import convert
+from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.directory import DualConfig, check_card
 from llm2clip_plugin.vision.dual import DualEncoder, load_dual
 from llm2clip_plugin.vision.export import export_tower, push_to_hub

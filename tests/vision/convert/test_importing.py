@@ -57,21 +57,21 @@ ELSEWHERE = {
     "paligemma": (
         "siglip_vision_model",
         LANGUAGE,
-        r"tower \(siglip_vision_model\) cannot be taken",
+        r"--part vision --output DIR` takes out its tower \(siglip_vision_model\)",
     ),
     "llava": (
         "clip_vision_model",
         LANGUAGE,
-        r"tower \(clip_vision_model\) cannot be taken",
+        r"--part vision --output DIR` takes out its tower \(clip_vision_model\)",
     ),
-    "qwen2_5_vl": (  # tensors like those of an EVA-CLIP
-        "qwen2_5_vl_vision",
+    "qwen2_vl": (  # tensors like those of an EVA-CLIP
+        "qwen2_vl_vision",
         (
             "visual.blocks.0.norm1.weight",
             "model.layers.0.mlp.up_proj.weight",
             "lm_head.weight",
         ),
-        r"tower \(qwen2_5_vl_vision\) cannot be taken out here: pass the vision model",
+        r"tower \(qwen2_vl_vision\) is of no family here: pass the vision model",
     ),
     "vit": ("", ("layernorm.weight",), r"pass timm:vit_\*"),
 }

@@ -185,4 +185,10 @@ def parse(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckpoint:
     return parsed
 
 
-LAYOUT = Layout("eva-clip", lambda state: common.depth(state, BLOCKS) > 0, parse)
+def matches(state: dict[str, Tensor]) -> bool:
+    """Whether it is an EVA-CLIP: Qwen2.5-VL's blocks have the same prefix, and gated MLPs."""
+    is_qwen = f"{BLOCKS}0.mlp.gate_proj.weight" in state
+    return common.depth(state, BLOCKS) > 0 and not is_qwen
+
+
+LAYOUT = Layout("eva-clip", matches, parse)

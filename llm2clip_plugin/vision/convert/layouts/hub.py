@@ -23,6 +23,7 @@ from llm2clip_plugin.vision.convert.layouts import (
     ParsedCheckpoint,
     depth,
     normalization,
+    qwen25_vl,
     require,
 )
 from llm2clip_plugin.vision.directory import section
@@ -156,12 +157,13 @@ def refuse_language_model(
     path: Path, state: Mapping[str, Tensor], config: dict[str, Any]
 ) -> None:
     """ValueError for a vision-language model that no layout reads, before its tensors are taken for
-    those of another model: Qwen2.5-VL's tower has the names of an EVA-CLIP's."""
+    those of another model: Qwen2-VL's tower has the names of an EVA-CLIP's."""
     kind = str(config.get("model_type"))
     model_types = {
         kind for family in families().values() for kind in family.model_types
     }
-    if kind in model_types or LAYOUT.matches(dict(state)):
+    is_qwen = LAYOUT.matches(dict(state)) or qwen25_vl.LAYOUT.matches(dict(state))
+    if kind in model_types or is_qwen:
         return
     if section(config, "vision_config") and any(
         LANGUAGE.search(name) for name in state
