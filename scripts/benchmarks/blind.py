@@ -111,7 +111,7 @@ def parts_of(setting: Setting, rng: Rng) -> list[Part]:
     base_N, new_N, blind_JN, is_yes_N = draw(setting, rng)
     chance = 1 / setting.options if setting.options else 0.0
     chance_N = np.full(len(base_N), chance)
-    solved_N = (blind_JN >= RIGHT).any(axis=0)
+    solved_N = np.any(blind_JN >= RIGHT, axis=0)
     clusters = [str(number) for number in range(len(base_N))]
     parts = []
     weights_of = part_weights(solved_N, chance_N, len(blind_JN), is_yes_N)

@@ -130,7 +130,7 @@ def split(
         notes.append(
             "split is the mean score of the questions, not the headline number"
         )
-    solved_N = right_JN.any(axis=0)
+    solved_N = np.any(right_JN, axis=0)
     is_yes_N = yes_or_no(base_runs[0])
     weights = part_weights(solved_N, chance_N, len(blind_runs), is_yes_N)
     base_MN = np.array([run.scores for run in base_runs])

@@ -180,7 +180,13 @@ def build(
                 *task, level=level, min_overlap=min_overlap, pair_runs=pair_runs
             )
             if blind:
-                row = with_parts(row, *task, blind, min_overlap, pair_runs)
+                row = with_parts(
+                    row,
+                    *task,
+                    blind=blind,
+                    min_overlap=min_overlap,
+                    pair_runs=pair_runs,
+                )
             rows.append(row)
         except ContractError as error:
             problems.append(error)
@@ -262,6 +268,7 @@ def with_parts(
     base: Side,
     new: Side,
     name: str,
+    *,
     blind: BlindLogs,
     min_overlap: float,
     pair_runs: bool,

@@ -96,9 +96,10 @@ def method_lines(comparison: Comparison) -> list[str]:
     """The statistical methods, in sentences."""
     level = comparison.settings["level"]
     lines = [
-        f"Intervals: {100 * level:.4g} % over all rows together (Holm), so that an interval "
-        "excludes 0 where there is a verdict, and only there. p and intervals: paired t test over "
-        "clusters (the items of one image), composite scores compared as composites."
+        f"Verdicts: at most {100 - 100 * level:.4g} % of errors over all rows together (Holm). An "
+        "interval has the level at which Holm's correction tests its row, so that it excludes 0 "
+        "where there is a verdict, and only there. p and intervals: paired t test over clusters "
+        "(the items of one image), composite scores compared as composites."
     ]
     runs = [row.runs for row in comparison.rows]
     if any(max(counts) > 1 for counts in runs):
