@@ -11,6 +11,7 @@ from reader_logs import LOGS, value
 from llava_integration.evaluator.compare.comparison import build
 from llava_integration.evaluator.compare.page import disagreements
 from llava_integration.evaluator.compare.readers import Choices
+from llava_integration.evaluator.compare.readers.helm import main_metric
 from llava_integration.evaluator.compare.sides import load_side
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.installation import MissingExtraError
@@ -41,6 +42,22 @@ def test_helm(version):
     assert chosen.scores == run.scores
     with pytest.raises(ContractError, match="no f1_score; choose with --metric: exact"):
         load_side(folder / "toy_run", choices=Choices(metric="f1_score"))
+
+
+@pytest.mark.parametrize(
+    ("groups", "metrics", "main"),
+    [
+        (["mmlu"], ["quasi_exact_match", "exact_match"], "exact_match"),
+        (["boolq"], ["exact_match", "quasi_exact_match"], "quasi_exact_match"),
+        (["narrative_qa"], ["exact_match", "bleu_4", "f1_score"], "f1_score"),
+        (["bbq"], ["exact_match", "quasi_exact_match", "bbq_accuracy"], "bbq_accuracy"),
+        (["gsm"], ["exact_match_indicator", "exact_match"], "exact_match_indicator"),
+        (["msmarco_trec"], ["RR@10", "NDCG@10"], "NDCG@10"),
+        (["mmlu_clinical", "unknown"], ["num_references"], ""),
+    ],
+)
+def test_the_main_metric_of_helm_is_its_leaderboards(groups, metrics, main):
+    assert main_metric(groups, metrics) == main
 
 
 def test_a_helm_run_without_its_requests_has_no_texts(tmp_path):

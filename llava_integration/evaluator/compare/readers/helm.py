@@ -22,9 +22,9 @@ from llm2clip_plugin.json_files import read_json_value
 STATS = "per_instance_stats.json"
 # of a run's name, which tells the task: "mmlu:subject=anatomy,model=openai_gpt2"
 MODEL_IN_NAME = re.compile(r"(^|[:,])(model|model_deployment)=[^,]*")
-# main metrics of HELM's leaderboards (its schema_*.yaml), the first that a run has; those of one
-# scenario come before exact_match, which nearly every run has
-MAIN_METRICS = (
+# main metrics of HELM's leaderboards (its schema_*.yaml), the first that a run has: those that only
+# the runs of one scenario have
+OF_ONE_SCENARIO = (
     "wildbench_score_rescaled",
     "omni_math_accuracy",
     "ifeval_strict_accuracy",
@@ -43,14 +43,9 @@ MAIN_METRICS = (
     "program_accuracy",
     "float_equiv",
     "f1_set_match",
-    "RR@10",
-    "NDCG@10",
     "prometheus_vision",
     "earth_mover_similarity",
-    "test_avg",
-    "pass",
     "wer_score",
-    "bleu_4",
 )
 # groups of scenarios whose main metric is another one, though their runs have exact_match, too
 QUASI_EXACT = (
@@ -68,8 +63,13 @@ MAIN_OF_GROUP = {
     **dict.fromkeys(QUASI_PREFIX.split(), "quasi_prefix_exact_match"),
     **dict.fromkeys(F1.split(), "f1_score"),
     **dict.fromkeys(ROUGE.split(), "rouge_2"),
+    "msmarco_trec": "NDCG@10",
+    "msmarco_regular": "RR@10",
+    "code_apps": "test_avg",
+    "code_humaneval": "pass",
+    "wmt_14": "bleu_4",
 }
-GENERAL_METRICS = (
+OF_MANY_SCENARIOS = (
     "exact_match",
     "quasi_exact_match",
     "accuracy",
@@ -147,7 +147,7 @@ def is_plain(stat: dict[str, Any]) -> bool:
 def main_metric(groups: Sequence[str], metrics: Sequence[str]) -> str:
     """The metric that HELM's leaderboards show; "" if none of the ``metrics`` is known."""
     of_groups = [MAIN_OF_GROUP[group] for group in groups if group in MAIN_OF_GROUP]
-    for name in (*of_groups, *MAIN_METRICS, *GENERAL_METRICS):
+    for name in (*OF_ONE_SCENARIO, *of_groups, *OF_MANY_SCENARIOS):
         if name in metrics:
             return name
     return ""

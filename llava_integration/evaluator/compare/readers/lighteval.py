@@ -140,7 +140,7 @@ def chosen(choices: Sequence[str], index: Any) -> list[str]:
     """The right choices, of which there is one number or a list of them."""
     if index is None:
         return []
-    numbers = index if isinstance(index, list) else [index]
+    numbers: list[int] = index if isinstance(index, list) else [index]
     return [choices[number] for number in numbers]
 
 
