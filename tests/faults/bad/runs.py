@@ -322,6 +322,45 @@ CASES = [
         (scores("a.scores.json", ITEMS), scores("b.scores.json", ITEMS)),
     ),
     Case(
+        "blind answers that do not exist",
+        COMPARE + " --blind {t}/c.scores.json",
+        "...no score file, log or folder {t}/c.scores.json",
+        (scores("a.scores.json", ITEMS), scores("b.scores.json", ITEMS)),
+    ),
+    Case(
+        "blind answers that were given to the pictures",
+        COMPARE + " --blind {t}/c.scores.json",
+        "...{t}/c.scores.json has answers with the pictures...bench-mllm --blind",
+        (
+            scores("a.scores.json", ITEMS),
+            scores("b.scores.json", ITEMS),
+            scores(
+                "c.scores.json", ITEMS, provenance={"answer_settings": {"blind": False}}
+            ),
+        ),
+    ),
+    Case(
+        "a certain guess",
+        COMPARE + " --blind {t}/c.scores.json --blind-chance 1",
+        "...--blind-chance 1...[0, 1)",
+        (scores("a.scores.json", ITEMS), scores("b.scores.json", ITEMS)),
+    ),
+    Case(
+        "drift of three runs",
+        COMPARE.replace(" --output", " {t}/a.scores.json --output") + " --drift",
+        "...--drift takes two sides, BASE and NEW; got 3",
+        (scores("a.scores.json", ITEMS), scores("b.scores.json", ITEMS)),
+    ),
+    Case(
+        "paired runs without a partner",
+        "compare {t}/a.csv {t}/b.csv --paired-runs --output {t}/new",
+        "...a has 2 runs and b 1; --paired-runs needs one of each seed on both sides",
+        (
+            text("a.csv", "item,score,run\n1,1,0\n2,0,0\n1,0,1\n2,1,1\n"),
+            text("b.csv", "item,score,run\n1,1,0\n2,0,0\n"),
+        ),
+    ),
+    Case(
         "one side",
         "compare {t}/a.scores.json --output {t}/new",
         "...",
