@@ -79,11 +79,15 @@ class NonFiniteLossError(SameOnAllRanksError):
 
     status = 3  # a rerun would meet the same batch
 
-    def __init__(self, what: str, advice: str) -> None:
+    def __init__(
+        self,
+        what: str,
+        advice: str,
+        *,
+        outcome: str = "The weights were not updated and the last checkpoint is unchanged",
+    ) -> None:
         """what: names the batch's samples."""
-        super().__init__(
-            f"{what}. The weights were not updated and the last checkpoint is unchanged; {advice}"
-        )
+        super().__init__(f"{what}. {outcome}; {advice}")
         self.what = what
 
 

@@ -17,6 +17,7 @@ from llm2clip_plugin.json_files import from_plain, read_json_value
 from llm2clip_plugin.options import Command, section, setting, unknown
 from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig
 from llm2clip_plugin.train.config import (
+    MAX_CAPTIONS,
     DistillConfig,
     HeadsConfig,
     LossConfig,
@@ -27,7 +28,6 @@ from llm2clip_plugin.train.config import (
 )
 from llm2clip_plugin.vision.directory import LOG_SCALE, DualConfig
 
-MAX_CAPTIONS = 64  # of an image in a step
 # what evaluations during training need, as settings declare it
 EVALUATES = "evaluates: without --validation or --evaluate-suites"
 
@@ -439,7 +439,13 @@ def _proclip(name: str, hub_id: str, projection_dim: int) -> RunConfig:
     return dataclasses.replace(
         paper,
         dual=dataclasses.replace(paper.dual, adapter_blocks=1, adapter_expansion=8),
-        heads=HeadsConfig(target="clip_text", steps=117_188, batch=1024, lr=1e-5),
+        heads=HeadsConfig(
+            target="clip_text",
+            steps=117_188,
+            batch=1024,
+            captions_per_image=2,
+            lr=1e-5,
+        ),
         loss=LossConfig(terms=("infonce=1", "distill=0.2048")),
         distill=DistillConfig(reference="ema", decay=0.999),
         optim=dataclasses.replace(

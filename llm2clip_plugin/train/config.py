@@ -115,6 +115,9 @@ class TowerConfig:
             )
 
 
+MAX_CAPTIONS = 64  # of an image in a step
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
     """The phase that fits the heads on a frozen tower."""
@@ -135,6 +138,12 @@ class HeadsConfig:
         256,
         help="image-caption pairs per update",
         option="batch-size",
+        learned=True,
+    )
+    captions_per_image: int = setting(
+        1,
+        help="with clip_text: captions of an image in an update; the distances of all count, the "
+        "structure is that of the first one drawn",
         learned=True,
     )
     lr: float = setting(
@@ -160,6 +169,7 @@ class HeadsConfig:
             self,
             steps=(0, math.inf),
             batch=(2, math.inf),
+            captions_per_image=(1, MAX_CAPTIONS),
             max_images=(2, math.inf),
         )
 

@@ -11,8 +11,8 @@ CLIP's.
 Images are encoded in the same blocks, and only rank 0 fits, so the result is independent of the
 number of ranks. If the run is in bf16, so are the matrix products here; weights and loss stay fp32.
 
-Shape letters: P width of the tower's pooled feature, W width of an LLM embedding, B batch, D width
-of the joint space.
+Shape letters: B images of a batch, k captions of an image, P width of the tower's pooled feature,
+W width of an LLM embedding, D width of the joint space.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
 from llm2clip_plugin.data.sources import Source
-from llm2clip_plugin.errors import StoppedError
+from llm2clip_plugin.errors import NonFiniteLossError, StoppedError
 from llm2clip_plugin.hashes import canonical_json
 from llm2clip_plugin.progress import progress_bar
 from llm2clip_plugin.signals import StopRequest
@@ -72,9 +72,10 @@ log = logging.getLogger(__name__)
 # samples_per_second
 FitLine: TypeAlias = dict[str, float]
 
-# ProCLIP's first stage: the loss that its code sums over the 128 captions of a rank, 127 / 2, and
-# its optimizer
-CLIP_TEXT_LOSS = Distill(structure=63.5)
+# ProCLIP's first stage: its code sums over the 128 images of a rank, whose pairs are 127 / 2 times
+# as many, and clips the gradient of the sum
+CLIP_TEXT_IMAGES = 128
+CLIP_TEXT_LOSS = Distill(structure=(CLIP_TEXT_IMAGES - 1) / 2)
 CLIP_TEXT_OPTIM = OptimConfig(eps=1e-6, max_grad_norm=5.0, schedule="cosine")
 TEXT_SIDE = (  # fields of DualConfig
     "llm_width",
@@ -110,7 +111,7 @@ def fit_heads(
     ``stop`` asks for it; the fit's state is then in the file ``unfinished``, from which the next
     call continues. ``train.skip_bad_batches``: samples with a NaN or an infinity in a feature or
     embedding to leave out (with clip_text: batches with one); one more raises NonFiniteLossError
-    before the fit (ValueError in it).
+    before the fit, or in it, as does a loss that is not finite.
     """
     model.to(device)
     bf16 = train.precision == "bf16"
@@ -132,7 +133,7 @@ def fit_heads(
                 skip_non_finite=train.skip_bad_batches,
             )
 
-    def fit() -> tuple[list[FitLine], int]:
+    def fit() -> tuple[list[FitLine], int, list[str]]:
         if features is not None:
             samples = len(features.count_I)
             size = min(config.batch, samples)
@@ -144,6 +145,7 @@ def fit_heads(
                 None,
                 seed=train.seed,
                 caption_weights=shares,
+                captions_per_image=config.captions_per_image,
                 targets=clip_caches,
             )
             samples = len(dataset)
@@ -156,21 +158,27 @@ def fit_heads(
                 workers,
                 train.skip_bad_batches,
             )
-        return _fit(
-            model,
-            samples,
-            batches,
-            products,
-            config,
-            loss,
-            seed=train.seed,
-            logging_steps=train.logging_steps,
-            stop=stop,
-            unfinished=unfinished,
-        )
+        try:
+            curve, done = _fit(
+                model,
+                samples,
+                batches,
+                products,
+                config,
+                loss,
+                seed=train.seed,
+                logging_steps=train.logging_steps,
+                stop=stop,
+                unfinished=unfinished,
+            )
+        except NonFiniteFitError as error:
+            return [], 0, [error.what, error.advice]
+        return curve, done, []
 
     # the others wait in no collective, whose timeout a long fit would exceed
-    curve, done = on_first_rank(fit)
+    curve, done, failure = on_first_rank(fit)
+    if failure:
+        raise NonFiniteLossError(*failure, outcome="Nothing was saved")
     if done < config.steps:
         saved = f"saved in {unfinished}" if unfinished else "not saved"
         stopped = f"stopped at step {done} of {config.steps} of the heads' fit, {saved}"
@@ -179,6 +187,15 @@ def fit_heads(
         if world_size() > 1:
             dist.broadcast(parameter.data, src=0)
     return curve
+
+
+class NonFiniteFitError(Exception):
+    """Of rank 0, which alone fits; the ranks together raise a NonFiniteLossError."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.advice = advice
 
 
 def load_clip_heads(model: DualEncoder, source: str) -> None:
@@ -219,14 +236,20 @@ def _fit(
     are done. ``batches_from``: the batches from a step on; a step without a batch updates nothing.
     """
     of_clip = config.target == "clip_text"
-    terms = {CLIP_TEXT_LOSS.name: CLIP_TEXT_LOSS} if of_clip else heads_terms(loss)
+    if of_clip:
+        term = partial(clip_text_loss, captions=config.captions_per_image)
+        terms: Terms = {CLIP_TEXT_LOSS.name: term}
+    else:
+        terms = heads_terms(loss)
     max_grad_norm = CLIP_TEXT_OPTIM.max_grad_norm if of_clip else math.inf
     optimizer = _optimizer(model, config)
     settings = [dataclasses.asdict(config), dataclasses.asdict(loss)]
-    fit_of = canonical_json(["3", *settings, seed, samples])
+    fit_of = canonical_json(["4", *settings, seed, samples])
     start, curve = _continued(model, optimizer, unfinished, fit_of)
     batches = batches_from(start)
     done = start
+    values: dict[str, Tensor] = {}  # of the last update
+    size = 0  # images of its batch
     started_at = time.perf_counter()
     with progress_bar(
         total=config.steps, label="heads", unit="steps", initial=start
@@ -237,14 +260,13 @@ def _fit(
             with products:
                 batch = next(batches)
             done += 1
-            if batch is None:
-                bar.update()
-                continue
-            values = _update(model, optimizer, terms, batch, max_grad_norm)
-            if done == config.steps or done % logging_steps == 0:
+            if batch is not None:
+                values = _update(model, optimizer, terms, batch, max_grad_norm)
+                size = len(batch.positive_bkD)
+            is_logged = done % logging_steps == 0 and batch is not None
+            if values and (is_logged or done == config.steps):
                 numbers = {name: float(value) for name, value in values.items()}
                 _refuse_non_finite_loss(numbers["loss"], done, config.lr)
-                size = len(batch.anchor_bD)
                 seconds = time.perf_counter() - started_at
                 line = {"step": done, "samples": done * size, **numbers}
                 line["lr"] = config.lr * factor
@@ -263,9 +285,10 @@ def _fit(
 
 def _refuse_non_finite_loss(loss: float, step: int, lr: float) -> None:
     if not math.isfinite(loss):
-        raise ValueError(
+        raise NonFiniteFitError(
             f"the loss of the heads' fit is {loss} at step {step}, though all of its inputs are "
-            f"finite; lower --heads.lr (now {lr})"
+            "finite",
+            f"lower --heads.lr (now {lr})",
         )
 
 
@@ -293,6 +316,25 @@ def _update(
     if batch.reference_bD is not None:
         values["cosine"] = (batch.anchor_bD * batch.reference_bD).sum(1).mean()
     return {name: value.detach() for name, value in values.items()}
+
+
+def clip_text_loss(batch: Features, *, captions: int) -> Tensor:
+    """What ProCLIP's code sums over the images of a rank, 128: the squared distances of an image's
+    ``captions`` to their references, and the structure of the first ones.
+
+    The batch has the first captions of all images, then the second ones, and so on. Of any number
+    of images this is 128 times a mean, so that gradients are clipped as its are.
+    """
+    assert batch.reference_bD is not None
+    images = len(batch.anchor_bD) // captions
+    first = dataclasses.replace(
+        batch,
+        anchor_bD=batch.anchor_bD[:images],
+        reference_bD=batch.reference_bD[:images],
+    )
+    difference = batch.anchor_bD[images:] - batch.reference_bD[images:]
+    others = difference.square().sum() / images
+    return CLIP_TEXT_IMAGES * (CLIP_TEXT_LOSS(first) + others)
 
 
 def _optimizer(model: DualEncoder, config: HeadsConfig) -> torch.optim.Optimizer:
@@ -374,8 +416,9 @@ def caption_batches(
     start: int,
 ) -> Iterator[Features | None]:
     """Outputs of the text adapter, from batch ``start`` on: captions with CLIP's text features of
-    them as the reference, in the order of a training's samples. None for a batch with a non-finite
-    input; more than ``skip_non_finite`` of them raise ValueError, as rank 0 alone is here."""
+    them as the reference, in the order of a training's samples; with several captions an image,
+    first those drawn first. None for a batch with a non-finite input; more than
+    ``skip_non_finite`` of them raise NonFiniteFitError."""
     device = model.logit_scale.device
     left_out = 0
     loader = PairLoader(pairs, local_batch=size, workers=workers, position=start * size)
@@ -386,24 +429,32 @@ def caption_batches(
             first_keys = ", ".join(bad_keys[:NAMED_KEYS])
             problem = f"samples have non-finite embeddings: {first_keys}"
             if left_out > skip_non_finite:
-                raise ValueError(
-                    f"in the heads' fit {problem}; check the caches (`llm2clip embed --verify`), "
-                    "or leave such batches out with --skip-bad-batches"
+                raise NonFiniteFitError(
+                    f"in the heads' fit {problem}",
+                    "check the caches (`llm2clip embed --verify`), "
+                    "or leave such batches out with --skip-bad-batches",
                 )
             log.warning("a batch of the heads' fit is left out: %s", problem)
             yield None
             continue
-        target_BD = F.normalize(batch["targets"].to(device).float(), dim=-1)
+        embedding_kBW = _by_caption(batch["embeddings"]).to(device)
+        target_kBD = _by_caption(batch["targets"]).to(device)
+        target_kBD = F.normalize(target_kBD.float(), dim=-1)
         yield Features(
-            anchor_bD=model.encode_text(batch["embeddings"].to(device)),
-            positive_bkD=target_BD[:, None],
+            anchor_bD=model.encode_text(embedding_kBW.flatten(0, 1)),
+            positive_bkD=target_kBD.transpose(0, 1),
             log_scale=model.logit_scale,
             bias=torch.zeros(1, device=device),
             caption_hashes=None,
             image_ids=None,
-            reference_bD=target_BD,
+            reference_bD=target_kBD.flatten(0, 1),
             group=ALONE,
         )
+
+
+def _by_caption(rows: Tensor) -> Tensor:
+    """(k, B, W) of the loader's (B, k, W), or its (B, W) for one caption an image."""
+    return rows[None] if rows.ndim == 2 else rows.transpose(0, 1)
 
 
 def _non_finite_keys(batch: Mapping) -> list[str]:

@@ -1,6 +1,7 @@
 """ProCLIP on a tiny CLIP: the text adapter learns the CLIP's text space, then contrast with
 self-distillation."""
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny_clip import save_tiny_clip
 from tiny_data import make_cache, make_shards
@@ -18,12 +20,14 @@ from llm2clip_plugin import cli
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source
-from llm2clip_plugin.errors import StoppedError
+from llm2clip_plugin.errors import NonFiniteLossError, StoppedError
 from llm2clip_plugin.run_folder import UNFINISHED_HEADS
 from llm2clip_plugin.stages.tower import train_tower
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
 from llm2clip_plugin.stages.tower_data import open_data
 from llm2clip_plugin.train import heads
+from llm2clip_plugin.train.distributed import ALONE
+from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.vision.dual import load_dual
 
 FIT = 120
@@ -139,7 +143,7 @@ def test_the_adapter_learns_the_clips_text_space_on_any_ranks(
     run_ranks(two_ranks, 2, str(clip))
     for line, line_of_ranks in zip(fit, fit_lines(clip / "ranks"), strict=True):
         assert line_of_ranks["heads_loss"] == pytest.approx(
-            line["heads_loss"], abs=1e-4
+            line["heads_loss"], rel=1e-4
         )
     first, *_, last = [line for line in lines(clip / "ranks") if "loss" in line]
     assert first["loss_distill"] < 1e-6 < last["loss_distill"]
@@ -176,6 +180,84 @@ def test_stopped_and_started_again_it_ends_the_same(
     ]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_captions_of_an_image_are_all_drawn(clip: Path, tmp_path: Path):
+    """The loss with a second caption an image is larger by its squared distance, which is at most
+    4."""
+    starts = []
+    for captions in ("1", "2"):
+        run = tmp_path / captions
+        more = ("--heads.captions-per-image", captions, "--heads.steps", "1")
+        more = (*more, "--max-steps", "0", "--num-train-epochs", "0")
+        train_tower(TRAIN_TOWER.parse(options(clip, run, *more)))
+        (line,) = fit_lines(run)
+        assert line["heads_samples"] == 16
+        starts.append(line["heads_loss"])
+    assert 1 < starts[1] - starts[0] < 128 * 4
+
+
+@pytest.mark.parametrize("captions", [1, 2])
+def test_the_loss_of_the_fit_is_the_sum_over_128_images(captions: int):
+    """ProCLIP's code on one rank: squares summed over all captions, smooth L1 over the pairs of
+    first ones."""
+    images = 128
+    generator = torch.Generator().manual_seed(0)
+    own = F.normalize(torch.randn(captions * images, 8, generator=generator), dim=-1)
+    theirs = F.normalize(own + torch.randn(own.shape, generator=generator), dim=-1)
+    batch = Features(
+        anchor_bD=own,
+        positive_bkD=theirs[:images, None],
+        log_scale=torch.zeros(1),
+        bias=torch.zeros(1),
+        caption_hashes=None,
+        image_ids=None,
+        reference_bD=theirs,
+        group=ALONE,
+    )
+    distance = F.mse_loss(own, theirs, reduction="sum")
+    structure = F.smooth_l1_loss(
+        F.pdist(own[:images]), F.pdist(theirs[:images]), reduction="sum"
+    )
+    loss = heads.clip_text_loss(batch, captions=captions)
+    assert float(loss) == pytest.approx(float(distance + structure), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_the_fit_with_status_3(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def not_finite(batch: Features, *, captions: int) -> torch.Tensor:
+        return math.nan * batch.anchor_bD.sum()
+
+    monkeypatch.setattr(heads, "clip_text_loss", not_finite)
+    words = options(clip, tmp_path / "run")
+    with pytest.raises(NonFiniteLossError, match="heads' fit is nan at step") as caught:
+        train_tower(TRAIN_TOWER.parse(words))
+    assert caught.value.status == 3
+    assert "Nothing was saved; lower --heads.lr (now 0.01)" in str(caught.value)
+
+
+def test_the_last_batch_of_the_fit_is_left_out(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The curve ends at the last step all the same; without --skip-bad-batches the status is 3."""
+    steps = 5
+    find = heads._non_finite_keys
+    calls = []
+
+    def bad_at_the_end(batch: Any) -> list[str]:
+        calls.append(1)
+        return ["0-001"] if len(calls) == steps else find(batch)
+
+    monkeypatch.setattr(heads, "_non_finite_keys", bad_at_the_end)
+    more = ("--heads.steps", str(steps), "--num-train-epochs", "0", "--max-steps", "0")
+    words = options(clip, tmp_path / "run", *more, "--logging-steps", "2")
+    with pytest.raises(NonFiniteLossError, match="non-finite embeddings: 0-001"):
+        train_tower(TRAIN_TOWER.parse(words))
+    calls.clear()
+    train_tower(TRAIN_TOWER.parse([*words, "--skip-bad-batches", "1"]))
+    logged = [line["heads_step"] for line in fit_lines(tmp_path / "run")]
+    assert logged == [2, 4, steps]
 
 
 def test_the_cache_of_another_teacher_is_refused(clip: Path, tmp_path: Path):
