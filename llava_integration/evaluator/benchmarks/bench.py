@@ -306,9 +306,9 @@ def main(argv: list[str]) -> int:
     record = json.dumps([vars(outcome) for outcome in outcomes], indent=2)
     write_text(args.output / "bench.json", f"{record}\n")
     scores = "scores" if args.engine == "llava" else LOGS
-    sides = (f"BASE/{scores}", args.output / scores)
+    sides = [f"BASE/{scores}", args.output / scores]
     if args.blind:
-        sides = ("BASE/scores", "NEW/scores", "--blind", *sides)
+        sides = ["BASE/scores", "NEW/scores", "--blind", "BASE-BLIND/scores", sides[1]]
     compare = command("compare", *sides, "--output", "report")
     print(f"\ncompare two towers: {compare}", file=sys.stderr)
     return int(any(outcome.status == "failed" for outcome in outcomes))
