@@ -148,12 +148,12 @@ class ShardFile:
     ) -> ContractError:
         """The error for a caption of a sample that has no row."""
         cached = ", ".join(map(hash_hex, cached_hashes)) or "none"
-        shown = text
+        excerpt = text
         if len(text) > SHOWN:
-            shown = text[: SHOWN - 3] + "..."
+            excerpt = text[: SHOWN - 3] + "..."
         return ContractError(
             f"{self.path}: sample {self.key(index)!r}: "
-            f"caption {shown!r} (hash {hash_hex(caption_hash(text))}) was not embedded; "
+            f"caption {excerpt!r} (hash {hash_hex(caption_hash(text))}) was not embedded; "
             f"cached caption hashes: {cached}; `touch` data whose time was kept; {REDO}"
         )
 

@@ -66,7 +66,8 @@ class Table:
 
     def _named(self, line: int, cells: list[str]) -> dict[str, str]:
         expected = len(self._names)
-        if len(cells) < expected or any(cell.strip() for cell in cells[expected:]):
+        has_surplus = any(cell.strip() for cell in cells[expected:])
+        if len(cells) < expected or has_surplus:
             fields = "1 field" if len(cells) == 1 else f"{len(cells)} fields"
             problem = f"{fields}, expected {expected} ({', '.join(self._names)})"
             separator = NAMES[self._delimiter]

@@ -146,9 +146,9 @@ def embed_source(
     reader = ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read")
     saver = ThreadPoolExecutor(1, thread_name_prefix="llm2clip-write")
     with bar, reader, saver:
-        digests_before = {
-            name: fits[0] for name, fits in source.known_digests().items()
-        }
+        digests_before: dict[str, str] = {}
+        for name, known_digests in source.known_digests().items():
+            digests_before[name] = known_digests[0]  # of the data
         read = partial(
             _read_shard, source, encoder, writer, digests_before, digests, overwrite
         )
@@ -168,25 +168,26 @@ def embed_source(
 
             if content is None:
                 summary.skipped += 1
-            else:
-                embeddings = _embed(
-                    encoder,
-                    content.texts,
-                    memory,
-                    tokens_per_batch=tokens_per_batch,
-                    tokens=content.tokens,
-                    on_batch=move,
-                )
-                _, waited_for_writer = timed(written.result)
-                written = saver.submit(
-                    writer.write_shard,
-                    shard.name,
-                    content.keys,
-                    content.rows,
-                    embeddings,
-                    truncated=content.truncated,
-                )
-                summary.add(content, waited + waited_for_writer)
+                move(1, 1)
+                continue
+            embeddings = _embed(
+                encoder,
+                content.texts,
+                memory,
+                tokens_per_batch=tokens_per_batch,
+                tokens=content.tokens,
+                on_batch=move,
+            )
+            _, waited_for_writer = timed(written.result)
+            written = saver.submit(
+                writer.write_shard,
+                shard.name,
+                content.keys,
+                content.rows,
+                embeddings,
+                truncated=content.truncated,
+            )
+            summary.add(content, waited + waited_for_writer)
             move(1, 1)
         _, waited_for_writer = timed(written.result)
         summary.waited += waited_for_writer

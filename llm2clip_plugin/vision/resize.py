@@ -115,9 +115,10 @@ def _check_states(
         patches = rows * columns
     class_tokens = int(family_of(tower).has_cls)
     for number, state in enumerate(getattr(output, "hidden_states", None) or ()):
-        if state.shape[1] != class_tokens + patches:
+        tokens = state.shape[1]
+        if tokens != class_tokens + patches:
             raise ValueError(
-                f"hidden state {number} of {type(tower).__name__} has {state.shape[1]} tokens, "
+                f"hidden state {number} of {type(tower).__name__} has {tokens} tokens, "
                 f"expected {class_tokens} class tokens and {patches} patches: "
                 "its blocks see other tokens than the family's states leave out"
             )

@@ -165,11 +165,11 @@ class TarSource(Source):
         size = os.fstat(descriptor).st_size
         if size != expected:
             os.close(descriptor)
-            fix = "restart"
+            advice = "restart"
             if is_url(tar):
-                fix = f"delete {self._downloads.local_path(tar)} and restart"
+                advice = f"delete {self._downloads.local_path(tar)} and restart"
             raise ValueError(
-                f"{tar} was replaced: {size} bytes, {expected} when it was indexed; {fix}"
+                f"{tar} was replaced: {size} bytes, {expected} when it was indexed; {advice}"
             )
         return descriptor
 
