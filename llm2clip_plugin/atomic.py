@@ -73,9 +73,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
-            os.chmod(
-                temporary, mode
-            )  # safetensors makes its files readable by their owner only
+            # safetensors makes its files readable by their owner only
+            os.chmod(temporary, mode)
             fsync(temporary)
             os.replace(temporary, target)
             fsync(target.parent)
@@ -100,9 +99,8 @@ def atomic_directory(
     """As ``atomic_file``, of a directory, which replaces an old one when it is complete. Raises
     FileExistsError before any work if ``path`` is a file, or if it is not empty and ``replace`` is
     false (with ``fix``). A folder that may be the user's is for ``folders.output_folder``."""
-    target = Path(
-        os.path.realpath(path)
-    )  # what a link leads to is replaced, not the link
+    # what a link leads to is replaced, not the link
+    target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise FileExistsError(
             f"{path} is a file, expected a folder; choose another path"
@@ -119,9 +117,8 @@ def atomic_directory(
                 if not inside.is_symlink():
                     fsync(inside)
             if target.exists():
-                os.replace(
-                    target, old
-                )  # a directory cannot be renamed onto one that is not empty
+                # a directory cannot be renamed onto one that is not empty
+                os.replace(target, old)
             try:
                 os.replace(temporary, target)
             except OSError:

@@ -48,12 +48,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "decode_margin": (0, 100),
     "components": (0, 2**17),
 }
+# fields that count processes
 PROCESSES = (
     "workers",
     "dataloader_num_workers",
     "gpus",
     "num_gpus",
-)  # fields that count processes
+)
 
 
 def check_number(option: str, field: str, value: Any) -> None:

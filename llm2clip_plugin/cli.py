@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 # A place is MODULE:NAME, of this package unless it is llava_integration's.
-COMMANDS: dict[
-    str, tuple[str, str]
-] = {  # name -> place of the function, one line of help
+# name -> place of the function, one line of help
+COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor:main", "check this environment and show how to fix problems"),
     "run": (
         "stages.pipeline:main",
@@ -343,9 +342,8 @@ def reported(error: Exception) -> int | None:
     else:
         return None
     if text:
-        print(
-            printable_lines(text), file=sys.stderr
-        )  # names come from files and servers
+        # names come from files and servers
+        print(printable_lines(text), file=sys.stderr)
     if is_final:  # a rerun would meet it again: left for the job script, too
         tell_job(FINAL, str(status))
     return status

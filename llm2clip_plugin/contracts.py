@@ -86,9 +86,8 @@ class TowerCard(VersionedRecord):
     # steps, samples, data, config hash, resized_from
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(
-        default_factory=dict
-    )  # of the libraries that wrote it
+    # of the libraries that wrote it
+    versions: dict[str, str] = field(default_factory=dict)
 
     FILE: ClassVar[str] = "llm2clip.json"
 
@@ -174,9 +173,8 @@ class EncoderCard(VersionedRecord):
     chat_template: str  # literal text around "{caption}"; "" for none
     include_bos: bool
     max_tokens: int
-    post_sha256: str = (
-        ""  # sha256_weights of the centering or whitening parameters; "" for none
-    )
+    # sha256_weights of the centering or whitening parameters; "" for none
+    post_sha256: str = ""
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -193,9 +191,8 @@ class CacheManifest(VersionedRecord):
     fingerprint: str  # TeacherIdentity.fingerprint
     dtype: str  # float16 | int8
     width: int
-    shards: dict[
-        str, dict[str, Any]
-    ]  # shard name -> {"file", "samples", "captions", "truncated"}
+    # shard name -> {"file", "samples", "captions", "truncated"}
+    shards: dict[str, dict[str, Any]]
     complete: bool = True
     # fingerprint in shards from before config.json was part of it, which were proven by embedding
     # some captions again
@@ -273,9 +270,8 @@ class RunRecord(VersionedRecord):
     # scores before step 1; {} if none were measured
     before: dict[str, float] = field(default_factory=dict)
     total_steps: int = 0  # of the whole run; 0: not recorded, or heads alone
-    epoch_samples: int = (
-        0  # image-caption pairs of one pass over the data; 0: not recorded
-    )
+    # image-caption pairs of one pass over the data; 0: not recorded
+    epoch_samples: int = 0
     # how it was started last: run_folder.started_by
     command: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -290,12 +286,10 @@ class ScoreFile(VersionedRecord):
 
     benchmark: str
     metrics: dict[str, float]
-    items: list[
-        dict[str, Any]
-    ]  # {"id", "score", "cluster", ...} per question; cluster = its image
-    counts: dict[str, int] = field(
-        default_factory=dict
-    )  # missing, duplicate, unparsable ...
+    # {"id", "score", "cluster", ...} per question; cluster = its image
+    items: list[dict[str, Any]]
+    # missing, duplicate, unparsable ...
+    counts: dict[str, int] = field(default_factory=dict)
     model: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

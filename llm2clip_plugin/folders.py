@@ -51,15 +51,13 @@ class FolderKind:
     """A kind of folder, and how it is recognized."""
 
     commands: tuple[str, ...]  # that write it, as typed after llm2clip
-    recorded: bool = (
-        False  # a new folder gets a FolderRecord, which then is what counts
-    )
+    # a new folder gets a FolderRecord, which then is what counts
+    recorded: bool = False
     marks: tuple[str, ...] = ()  # without a FolderRecord, one of these files ...
     # ... or of these fields of its config.json shows that the folder is ours, ...
     config_keys: tuple[str, ...] = ()
-    files: tuple[
-        str, ...
-    ] = ()  # ... and files that match none of these patterns are foreign
+    # ... and files that match none of these patterns are foreign
+    files: tuple[str, ...] = ()
 
 
 MAKE_FOLDER = FolderKind(

@@ -86,9 +86,8 @@ class Retry(NamedTuple):
     """When to try again, and when to give up."""
 
     tries: int = 8  # consecutive failures before giving up ...
-    patience: float = (
-        300.0  # ... or seconds spent in failed attempts, pauses not counted
-    )
+    # ... or seconds spent in failed attempts, pauses not counted
+    patience: float = 300.0
     first_pause: float = 0.5  # seconds after a failure, about; doubles up to ...
     longest_pause: float = 30.0
 

@@ -19,9 +19,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
     # the ranks' store is rank 0's, not the launcher's
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # as torchrun does, with three lines about it
+    # as torchrun does, with three lines about it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="llm2clip-") as folder:
         rendezvous = [
             "--rdzv-backend=c10d",

@@ -29,9 +29,8 @@ class Metrics:
     # step -> headline scores; 0: before training
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
     ended: dict[str, Any] | None = None  # the event after which no step followed
-    save_failed: dict[str, Any] | None = (
-        None  # the event after which no checkpoint was complete
-    )
+    # the event after which no checkpoint was complete
+    save_failed: dict[str, Any] | None = None
     unreadable: int = 0  # lines
 
     def add(self, line: dict[str, Any]) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+# whose modules are in no package
 SHARED = (
     "support",
     "../scripts",
     "../scripts/quickstart",
-)  # whose modules are in no package
+)
 sys.path += [str((TESTS / name).resolve()) for name in SHARED]
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -20,9 +20,8 @@ from llm2clip_plugin.errors import ContractError, errors_about
 
 # LLaVA reads them, but its argument parser does not define them
 OWN_OPTIONS = ("s2", "s2_scales", "unfreeze_mm_vision_tower")
-CONVERSATION = (
-    "llm2clip_conversation"  # in config.json: --version, which LLaVA does not record
-)
+# in config.json: --version, which LLaVA does not record
+CONVERSATION = "llm2clip_conversation"
 FIRST_LAYER = re.compile(r"mm_projector\.(0\.)?weight$")
 Function = Callable[..., Any]
 

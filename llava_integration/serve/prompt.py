@@ -86,9 +86,8 @@ CONFIG = "tokenizer_config.json"
 USER_DEFINED = 4  # sentencepiece's ModelProto.SentencePiece.Type
 BPE_TYPE = 2  # sentencepiece's TrainerSpec.ModelType
 SPACE = "▁"
-MARK = (
-    "\uffff"  # ends the spelling of a user-defined piece; no character, so in no text
-)
+# ends the spelling of a user-defined piece; no character, so in no text
+MARK = "\uffff"
 DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # The space before a text, at its start alone. tokenizers 0.15 has no such argument of Metaspace.
 FIRST_SPACE = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": True}
@@ -146,9 +145,8 @@ class TokenizerFiles:
     path: Path  # of tokenizer.model
     model: Any  # sentencepiece's ModelProto
     config: dict[str, Any]  # tokenizer_config.json, special_tokens_map.json over it
-    added: dict[
-        int, str
-    ]  # id -> token, of those that transformers adds, in the order of ids
+    # id -> token, of those that transformers adds, in the order of ids
+    added: dict[int, str]
 
     @classmethod
     def read(cls, directory: Path) -> "TokenizerFiles":

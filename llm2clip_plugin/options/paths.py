@@ -31,12 +31,13 @@ INPUTS = {  # field -> what is there
     **dict.fromkeys(("encoder.llm", "teacher.llm", "llm", "tokenizer"), LLM),
     **dict.fromkeys(("encoder.adapter", "teacher.adapter", "adapter"), ADAPTER),
 }
+# fields with a file or folder to write
 OUTPUTS = (
     "output_dir",
     "cache",
     "output",
     "json",
-)  # fields with a file or folder to write
+)
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 
 

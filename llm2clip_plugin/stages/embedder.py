@@ -57,10 +57,11 @@ from llm2clip_plugin.vision.towers import preprocessor_config
 
 # of one model, computed by two libraries; of an embedding's norm
 TOLERANCE = 1e-4
+# width and height of the pictures that verify an export
 PICTURES = (
     (40, 30),
     (17, 64),
-)  # width and height of the pictures that verify an export
+)
 CAPTIONS = ["a red bicycle leans against a wall", "two dogs", "猫が眠っている", "x"]
 IMPORT_TOWER = """
 # AutoModel then opens its towers

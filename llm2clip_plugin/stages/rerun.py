@@ -37,9 +37,8 @@ class Stage:
     # file or folder that the stage writes, all of it; None: it writes nothing
     output: Path | None = None
     ranks: int = 1  # processes
-    resumes: bool = (
-        False  # whether the same command goes on from an output that is not complete
-    )
+    # whether the same command goes on from an output that is not complete
+    resumes: bool = False
     # name of what it reads whose change needs no new start: the output is brought up to date, after
     # ``update``, with ``update_words`` added to the command
     updates: str = ""

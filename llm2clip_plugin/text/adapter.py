@@ -225,9 +225,8 @@ def stack(
     sum_i s_i B_i A_i = [B_1 B_2 ...] [s_1 A_1; s_2 A_2; ...], s_i the scale of adapter i; its own
     scale is 1. A layer that an adapter leaves out has zeros.
     """
-    adapter_with: dict[
-        str, dict[str, Tensor]
-    ] = {}  # layer -> tensors of an adapter that has it
+    # layer -> tensors of an adapter that has it
+    adapter_with: dict[str, dict[str, Tensor]] = {}
     for _, tensors in adapters:
         for name in tensors:
             adapter_with[name.rpartition(".lora_")[0]] = tensors

@@ -398,9 +398,8 @@ LLAMA_3: dict[str, Any] = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
-SHAPES: dict[
-    str, dict[str, Any]
-] = {  # gated on the Hub: their config.json needs a login
+# gated on the Hub: their config.json needs a login
+SHAPES: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.2-1B-Instruct": {
         "hidden_size": 2048,
         "num_hidden_layers": 16,

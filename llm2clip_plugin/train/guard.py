@@ -50,14 +50,14 @@ GRACE = 10.0  # seconds in which a rank may end by itself after another has fail
 TO_WRITE = 60.0  # seconds more while it completes a checkpoint, which is worth minutes of all ranks
 SLOWEST_LOOK = 5.0  # seconds between looks, at most
 LEFT = -(1 << 40)  # added to the beats of a rank that leaves
+# files whose frames wait for other ranks
 WAITING_IN = (
     "/torch/distributed/",
     "/deepspeed/comm/",
-)  # files whose frames wait for other ranks
-WAITING_FUNCTIONS = ("_poll",)  # of this package, which do so, too
-SEEN_WITHIN = (
-    5.0  # seconds after which a file written on one host must be visible on the others
 )
+WAITING_FUNCTIONS = ("_poll",)  # of this package, which do so, too
+# seconds after which a file written on one host must be visible on the others
+SEEN_WITHIN = 5.0
 LISTED = 12  # differing facts that a message lists
 # seconds that an NFS server may keep the lock of a host that is gone; NFSv4's own limit is 90
 LEASE = 100.0
@@ -99,9 +99,8 @@ class Watch(AbstractContextManager[None]):
         )
         self.failure = ""  # of another rank, as it published it
         self._reported = ""  # the lateness that was reported last
-        self._beats: dict[
-            int, tuple[int, float]
-        ] = {}  # rank -> its last beat, and when it was new
+        # rank -> its last beat, and when it was new
+        self._beats: dict[int, tuple[int, float]] = {}
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._stopped = threading.Event()

@@ -41,9 +41,8 @@ SECTIONS = ("zero_optimization", "fp16", "bf16", "data_types", "optimizer", "sch
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}
 State = dict[str, Any]  # optimizer.state[master]
 Rates = tuple[float, float]  # peak learning rate and weight decay
-Groups = list[
-    dict[str, Any]
-]  # of parameters with their own ``lr`` and ``weight_decay``
+# of parameters with their own ``lr`` and ``weight_decay``
+Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,8 @@ from llm2clip_plugin.train.distributed import (
 from llm2clip_plugin.train.engine import Engine
 
 PROFILE = "profile"  # folder of a run for traces
-TIMED_EVERY = (
-    10  # steps at least between comparisons of the ranks' times, each a collective
-)
+# steps at least between comparisons of the ranks' times, each a collective
+TIMED_EVERY = 10
 # steps before the traced ones, if the run has them; in the last of them the profiler warms up
 WARM_UP = 5
 SLOW_RANK = 1.2  # a rank that computes so much longer than the fastest one is named
@@ -62,9 +61,8 @@ class Reports:
         self.values: dict[str, Any] = {}  # the latest ones, for the bar
         self.timer = StepTimer(engine.device)
         self._step = state.step  # the last one that was reported
-        self._timed_at = (
-            state.step
-        )  # the last one that was reported with its time by phase
+        # the last one that was reported with its time by phase
+        self._timed_at = state.step
         self._samples_per_second = 0.0  # smoothed
         self._metrics: MetricsFile | None = None  # of rank 0
         on_first_rank(lambda: self._open_metrics(state))

@@ -157,7 +157,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
         def __init__(self, config: Any) -> None:
             super().__init__(config)
             if not getattr(config, "vision_use_head", True):
-                self.vision_model.head = NoHead()
+                vision_model: Any = self.vision_model
+                vision_model.head = NoHead()
 
 
 if hasattr(transformers, "DINOv3ViTModel"):

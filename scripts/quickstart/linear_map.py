@@ -49,9 +49,8 @@ class MapConfig:
     """How a map is fitted. Pairs, their batch and the scale are those of stage 1; the rest was
     chosen on validation captions."""
 
-    shrinkage: float = (
-        0.3  # of the covariance within concepts to a multiple of the identity
-    )
+    # of the covariance within concepts to a multiple of the identity
+    shrinkage: float = 0.3
     steps: int = 200  # contrastive steps after the whitening
     batch: int = 64  # pairs of a step
     learning_rate: float = 1e-4
@@ -211,9 +210,8 @@ def write_map(
     concepts = read_concepts(shard, fitted)
     config = MapConfig()
     linear = fit_map(concepts, config, seed)
-    is_ours = (
-        output / RECORD
-    ).is_file()  # of another seed or setting; nothing else is replaced
+    # of another seed or setting; nothing else is replaced
+    is_ours = (output / RECORD).is_file()
     with atomic_directory(
         output, replace=is_ours, fix="choose another --output"
     ) as temporary:

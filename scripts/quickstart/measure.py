@@ -35,10 +35,11 @@ from llm2clip_plugin.evaluate.retrieval import RetrievalReport, evaluate_retriev
 from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.vision.towers import preprocessor_config
 
+# name -> styles
 SETS = {
     "test": ("noto", "twemoji", "fluent"),
     "unseen style": ("openmoji",),
-}  # name -> styles
+}
 # row of the table -> (set, kind of caption); "other": names in every language except English
 TESTS = {
     "test families, long captions": ("test", "long"),

@@ -89,9 +89,8 @@ class Node:
         self.name = f"node-{number}"
         self.address = f"10.77.0.{number}"
         self._process: subprocess.Popen[bytes] | None = None
-        self._first = (
-            0  # process id, as the machine counts, of the host's first process
-        )
+        # process id, as the machine counts, of the host's first process
+        self._first = 0
 
     def start(self) -> None:
         """Boot, plug into the switch, and wait until it accepts logins."""

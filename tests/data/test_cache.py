@@ -129,9 +129,8 @@ def test_another_teacher_dtype_or_width_is_refused(source, tmp_path: Path) -> No
         CacheWriter(tmp_path / "cache", dataclasses.replace(TEACHER, pooling="last"))
     with pytest.raises(ContractError, match=r"float16, not int8"):
         CacheWriter(tmp_path / "cache", TEACHER, "int8")
-    moved = dataclasses.replace(
-        TEACHER, llm="/elsewhere/tiny", revision="main"
-    )  # the same weights
+    # the same weights
+    moved = dataclasses.replace(TEACHER, llm="/elsewhere/tiny", revision="main")
     EmbeddingCache.open(tmp_path / "cache", expect_fingerprint=moved.fingerprint)
     CacheWriter(tmp_path / "cache", moved)
 

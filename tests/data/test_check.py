@@ -140,9 +140,8 @@ def test_what_makes_training_worse_is_noted(
         f"\n  1 of 2 images of {tmp_path}/validation.tar are in the training data, too\n    d\n"
         in text
     )
-    assert (
-        text.count("\n  1 ") == 5
-    )  # a line for each problem, and none for what is not there
+    # a line for each problem, and none for what is not there
+    assert text.count("\n  1 ") == 5
     fields = "--fields caption=short long_caption=long names=short title=short"
     unused = f"names (de en fr), title; to use them, too: {fields}"
     assert f"\n  2 fields with text are no captions: {unused}\n" in text

@@ -146,9 +146,8 @@ def test_native_crops_keep_the_aspect() -> None:
         expected = np.asarray(
             image.resize(size, Image.Resampling.BILINEAR, box=box)
         ).astype(int)
-        assert (
-            np.abs(pixels - expected).mean() < 4
-        )  # the box is rounded to whole pixels
+        # the box is rounded to whole pixels
+        assert np.abs(pixels - expected).mean() < 4
 
 
 def test_palettes_and_transparency_are_read_as_llava_does() -> None:
@@ -257,9 +256,8 @@ def test_flip_is_every_second_and_off_by_default() -> None:
 def test_crops_have_the_area_and_the_ratio_of_inception() -> None:
     """The area is uniform, the ratio log-uniform: a crop is as often tall as wide."""
     rng = random.Random(0)
-    augment = AugmentConfig(
-        scale=(0.01, 0.05), ratio=(0.25, 4.0)
-    )  # every first try fits
+    # every first try fits
+    augment = AugmentConfig(scale=(0.01, 0.05), ratio=(0.25, 4.0))
     crops = [random_crop((1000, 1000), augment, rng)[2:] for _ in range(2000)]
     assert 0.45 < np.mean([width < height for width, height in crops]) < 0.55
     assert 0.20 < np.mean([width < height / 2 for width, height in crops]) < 0.30

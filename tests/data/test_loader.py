@@ -175,16 +175,14 @@ def test_sigterm_to_every_process_does_not_cost_a_batch(dataset: PairDataset) ->
     expected = [batch["keys"] for batch in batches(dataset, 20, local_batch=8)]
     others = set(multiprocessing.active_children())
     stream = iter(PairLoader(dataset, local_batch=8, workers=2))
-    positions = [
-        next(stream)["keys"] for _ in range(2)
-    ]  # one of each process: both have begun
+    # one of each process: both have begun
+    positions = [next(stream)["keys"] for _ in range(2)]
     loaders = set(multiprocessing.active_children()) - others
     assert len(loaders) == 2
     for process in loaders:
         process.terminate()
-    positions += [
-        batch["keys"] for batch in islice(stream, 18)
-    ]  # more than were prefetched
+    # more than were prefetched
+    positions += [batch["keys"] for batch in islice(stream, 18)]
     assert positions == expected
     del stream
     for process in loaders:
@@ -430,6 +428,5 @@ def test_too_little_shared_memory_is_told(tmp_path: Path) -> None:
     )
     none = dataclasses.replace(plan, workers=0)
     assert not samples.lacks_shared_memory([none], too_many, str(tmp_path))
-    assert not samples.lacks_shared_memory(
-        [plan], too_many, str(tmp_path / "absent")
-    )  # not Linux
+    # not Linux
+    assert not samples.lacks_shared_memory([plan], too_many, str(tmp_path / "absent"))

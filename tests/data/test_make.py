@@ -80,9 +80,8 @@ def test_a_folder_becomes_tars(
     assert "4 samples, 6 captions" in said
     assert "joined from exact copies: 1 caption" in said
     assert "left out: 4" in said
-    assert (
-        main(["data", "make", str(photos), "--output", str(output)]) == 2
-    )  # nothing is replaced
+    # nothing is replaced
+    assert main(["data", "make", str(photos), "--output", str(output)]) == 2
     assert (
         main(
             [

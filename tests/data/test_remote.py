@@ -170,9 +170,8 @@ def test_overload_is_retried_and_counted(
         status(429, Retry_After="70"),
         status(500),
     ]
-    server = failing(
-        {"/a.tar": BODY}, errors
-    )  # HEAD tells the size; after a failure, GET does
+    # HEAD tells the size; after a failure, GET does
+    server = failing({"/a.tar": BODY}, errors)
     with serving(server) as address, caplog.at_level(logging.WARNING):
         assert Downloads(tmp_path).fetch(f"{address}/a.tar").read_bytes() == BODY
     assert take_retries() == len(pauses) >= 2

@@ -31,9 +31,8 @@ def test_permutations_look_random() -> None:
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.05
     assert np.count_nonzero(first == places) < 10  # expected: 1 fixed point
-    counts = np.bincount(
-        first[:1000] * 10 // n, minlength=10
-    )  # expected 100 +- 9.5 each
+    # expected 100 +- 9.5 each
+    counts = np.bincount(first[:1000] * 10 // n, minlength=10)
     assert counts.min() > 60
     assert counts.max() < 140
 

@@ -80,9 +80,8 @@ def test_a_side_depends_on_the_key_alone(shards: Path, tmp_path: Path):
         return {source.key(number) for number in held_out_N.nonzero()[0].tolist()}
 
     first = held_out(read(shards))
-    shutil.move(
-        shards / "00000.tar", shards / "z.tar"
-    )  # another order, and other names
+    # another order, and other names
+    shutil.move(shards / "00000.tar", shards / "z.tar")
     assert held_out(read(shards)) == first
     (shards / "z.tar").unlink()
     assert held_out(read(shards)) == {key for key in first if key.startswith("1-")}

@@ -238,6 +238,5 @@ def test_a_tar_replaced_under_a_run_is_noticed(tmp_path: Path) -> None:
     assert source.captions(0) == captions  # the index has them
     with pytest.raises(ValueError, match="was replaced") as caught:
         source[0].read_image()
-    assert not isinstance(
-        caught.value, BrokenSample
-    )  # which training would only replace
+    # which training would only replace
+    assert not isinstance(caught.value, BrokenSample)

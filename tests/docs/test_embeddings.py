@@ -110,9 +110,8 @@ def test_the_endpoint_embeds(client, folder):
     model = opened(folder / "out" / "l14-336")
     inputs = [CAPTIONS[0], pictures()[1], CAPTIONS[1], {"text": path}]
     assert np.abs(rows - model.encode(inputs)).max() < 1e-5
-    assert (
-        np.abs(rows[3] - model.encode([path])[0]).max() > 1e-3
-    )  # which is the picture
+    # which is the picture
+    assert np.abs(rows[3] - model.encode([path])[0]).max() > 1e-3
     encoded = post(client, given, encoding_format="base64").json()["data"][1][
         "embedding"
     ]

@@ -51,9 +51,8 @@ def write_set(path: Path, names: list[str], foreign: list[str], language: str) -
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("set") / "set.jsonl"
-    return write_set(
-        path, NAMES[:6] * 2, GERMAN * 2, "de"
-    )  # each twice, as in two drawing styles
+    # each twice, as in two drawing styles
+    return write_set(path, NAMES[:6] * 2, GERMAN * 2, "de")
 
 
 @pytest.fixture(scope="module")

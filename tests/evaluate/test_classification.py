@@ -230,9 +230,8 @@ def test_an_imported_clip_is_read_with_its_own_text_tower(tmp_path, capsys):
         text_CD = []
         for name in sorted(COLOURS):
             ids = tokenizer(f"the {name}")["input_ids"]
-            assert (
-                len(ids) <= 20
-            )  # the model's context: longer prompts would be cut alike
+            # the model's context: longer prompts would be cut alike
+            assert len(ids) <= 20
             text_CD.append(
                 normalized(model.get_text_features(input_ids=torch.tensor([ids])))
             )
@@ -333,9 +332,8 @@ def test_probe_from_the_command_line(tmp_path, capsys):
     train = write_folders(tmp_path / "train", (0, 5, 10))
     test = write_folders(tmp_path / "test", (15,))
     (test / "the_purple").mkdir()
-    (test / "the_purple" / "1.png").write_bytes(
-        square("blue", 15)
-    )  # taken for the first class
+    # taken for the first class
+    (test / "the_purple" / "1.png").write_bytes(square("blue", 15))
     out = tmp_path / "scores.json"
     words = [
         "evaluate",
@@ -357,6 +355,5 @@ def test_probe_from_the_command_line(tmp_path, capsys):
     assert scores.counts == {"images": 5, "left_out": 0, "unseen_classes": 1}
     (unseen,) = [item for item in scores.items if item["part"] == "the_purple"]
     assert unseen["knn"] == unseen["linear"] == 0  # always wrong
-    assert (
-        scores.metrics["knn"] >= 3 / 5
-    )  # flat colours: even a random tower tells them apart
+    # flat colours: even a random tower tells them apart
+    assert scores.metrics["knn"] >= 3 / 5

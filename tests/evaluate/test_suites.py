@@ -306,9 +306,8 @@ def test_paper_prints_both_and_measured_suites_are_not_measured_again(setting, c
     before = (output / "coco.scores.json").stat().st_mtime_ns
     changed = output / "docci.scores.json"
     dataclasses.replace(scores["docci"], provenance={}).write(changed)
-    llm.rename(
-        llm.with_name("gone")
-    )  # captions are cached: the LLM is not needed again
+    # captions are cached: the LLM is not needed again
+    llm.rename(llm.with_name("gone"))
     try:
         assert cli(words) == 0
     finally:

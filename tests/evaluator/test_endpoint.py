@@ -182,9 +182,8 @@ def test_what_may_pass_is_retried(folder, tmp_path, capsys, failure, message) ->
         assert evaluate.main(words(folder, url, tmp_path / "a.jsonl", *limit)) == 0
     assert message in capsys.readouterr().err
     check(folder, tmp_path / "a.jsonl")
-    assert len(state.bodies) == 12 + 2 or (
-        limit and len(state.bodies) > 12 + 2
-    )  # a slow machine
+    # a slow machine
+    assert len(state.bodies) == 12 + 2 or (limit and len(state.bodies) > 12 + 2)
 
 
 def test_a_server_that_dies_loses_nothing(

@@ -76,9 +76,8 @@ def test_llava_bench_as_summarize_gpt_review_prints_it(llava_bench):
     assert benchmark("llava_bench").statistic(record.items).full() == pytest.approx(
         100 * 20 / 26
     )
-    alone = score_answers(
-        "llava_bench", folder, read_answers(reviews)
-    )  # the reviews as --answers
+    # the reviews as --answers
+    alone = score_answers("llava_bench", folder, read_answers(reviews))
     assert alone.metrics["all"] == record.metrics["all"]
 
 

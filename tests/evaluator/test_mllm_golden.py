@@ -77,10 +77,11 @@ ITEM_KEYS = {  # how an expected item finds ours
     "mme": lambda item: (item["category"], item["file"], item["nth"]),
     "textvqa": lambda item: item["line"],
 }
+# an item's score x 100, rounded to 2 places
 PERCENT = (
     "score_converted_percent",
     "score_vqa_api_percent",
-)  # an item's score x 100, rounded to 2 places
+)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -64,9 +64,8 @@ def report(tmp_path_factory):
             for line in answers("gqa", model).read_text(encoding="utf-8").splitlines()
         ]
         if model == "model-a":
-            rows[0]["text"] = (
-                HOSTILE  # was right, so the question is one where they disagree
-            )
+            # was right, so the question is one where they disagree
+            rows[0]["text"] = HOSTILE
         path = folder / f"{model}.jsonl"
         path.write_text(
             "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"

@@ -42,9 +42,8 @@ def test_a_group_with_one_number_is_one_row():
     assert run.statistic.full() == pytest.approx(42.5)
     assert set(run.groups) == {"toy_a", "toy_b"}
     assert len(run.ids) == 40
-    assert (
-        len(set(run.clusters)) == 40
-    )  # question 0 of one task is not question 0 of the other
+    # question 0 of one task is not question 0 of the other
+    assert len(set(run.clusters)) == 40
 
 
 def test_of_several_filters_the_first_is_compared(tmp_path):

@@ -30,9 +30,8 @@ class Format:
 
     name: str
     make: Callable[[Path], object]  # writes the files into an empty folder
-    load: Callable[
-        [Path], Any
-    ]  # reads them as a command does; returns what can be compared
+    # reads them as a command does; returns what can be compared
+    load: Callable[[Path], Any]
     files: tuple[str, ...] = ("**/*",)  # patterns of the files that are damaged
     without: tuple[str, ...] = ()  # names that are not: for people
     free_text: bool = False  # without a checksum: only errors are judged

@@ -131,9 +131,8 @@ def test_a_damaged_adapter(llm: Path, tmp_path: Path):
         if fingerprint != expected[0]:
             raise ContractError("what EmbeddingCache.open raises for another teacher")
         captions = ["a red bicycle", "two dogs"]
-        return encoder.encode(
-            captions
-        ).tolist()  # a query's prompt is in no fingerprint
+        # a query's prompt is in no fingerprint
+        return encoder.encode(captions).tolist()
 
     with contextlib.redirect_stderr(io.StringIO()):
         run_cases(

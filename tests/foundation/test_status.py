@@ -122,9 +122,8 @@ def test_one_that_was_killed_says_how_to_go_on_and_that_works(tiny: Path, folder
 def test_why_it_ended(folder: Path):
     add(folder, step=2, event="stopped", reason="SIGTERM", time="2026-11-26 10:00:00")
     assert rows(folder)["state"] == "stopped: SIGTERM, 2026-11-26 10:00:00"
-    add(
-        folder, step=3, samples=48, loss=1.0, step_seconds=2.0
-    )  # it went on, and was killed
+    # it went on, and was killed
+    add(folder, step=3, samples=48, loss=1.0, step_seconds=2.0)
     assert rows(folder)["state"].startswith("ended early")
     assert rows(folder)["progress"].startswith("step 3 ")
     add(folder, step=3, event="checkpoint failed", reason="No space left on device")

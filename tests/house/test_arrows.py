@@ -78,9 +78,8 @@ def test_imports_follow_the_arrows_without_circles() -> None:
         "0",
         "0",
     ]
-    late = imported(
-        ROOT / PACKAGE / "__init__.py", top_level_only=True
-    )  # names by attribute only
+    # names by attribute only
+    late = imported(ROOT / PACKAGE / "__init__.py", top_level_only=True)
     assert {name.split(".")[0] for name in late} <= {"importlib", "typing"}
 
 

@@ -57,9 +57,8 @@ class Bug:
         tokens = re.findall(r"\w+|[^\w\s]", self.old)
         parts = [re.escape(tokens[0])]
         for token in tokens[1:]:
-            comma = (
-                ",?" if token in ")]}" else ""
-            )  # the formatter's, before a closing bracket
+            # the formatter's, before a closing bracket
+            comma = ",?" if token in ")]}" else ""
             parts.append(rf"{comma}\s*{re.escape(token)}")
         return "".join(parts)
 

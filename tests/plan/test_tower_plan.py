@@ -140,9 +140,8 @@ def test_gradient_checkpointing_is_off_where_the_step_fits(
         row = next(
             row.split() for row in output.splitlines() if row.startswith("     1 ")
         )
-        assert (
-            "no micro-batch" not in output
-        )  # on 64 GPUs that of 256 is the rank's 4 images
+        # on 64 GPUs that of 256 is the rank's 4 images
+        assert "no micro-batch" not in output
         # checkpointing, ZeRO-1
         said[gib, given] = row[7:]
         needed[gib, given] = float(row[4])

@@ -86,9 +86,8 @@ def test_plain_code_passes(tmp_path: Path, code: str) -> None:
 
 def test_a_line_for_each_and_the_exit_status(tmp_path: Path) -> None:
     (tmp_path / "golden").mkdir()
-    (tmp_path / "golden" / "theirs.py").write_text(
-        "a, b = 1, 2\n"
-    )  # others' code is not read
+    # others' code is not read
+    (tmp_path / "golden" / "theirs.py").write_text("a, b = 1, 2\n")
     (tmp_path / "clean.py").write_text("a = 1\n")
     clean = subprocess.run(
         [sys.executable, SCRIPT, tmp_path], capture_output=True, text=True

@@ -87,9 +87,8 @@ def tuned(captions: Path, llm: Path, output: Path, *more: str) -> Path:
 
 
 def step_lines(output: Path) -> list[dict[str, Any]]:
-    return [
-        line for line in lines(output) if "loss" in line
-    ]  # without evaluations and checkpoints
+    # without evaluations and checkpoints
+    return [line for line in lines(output) if "loss" in line]
 
 
 def losses(output: Path) -> list[float]:

@@ -224,12 +224,13 @@ def test_elsewhere_and_without_this_package(exported, tmp_path, monkeypatch):
     shutil.copytree(exported / "merged", tmp_path / "else" / "merged")
     file = tmp_path / "one.png"
     file.write_bytes(png(images[0]))
+    # bytes come last in their batch
     inputs = [
         str(file),
         png(images[1]),
         images[2],
         *CAPTIONS,
-    ]  # bytes come last in their batch
+    ]
     for name in [name for name in sys.modules if name.startswith("llm2clip_plugin")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "llm2clip_plugin", None)

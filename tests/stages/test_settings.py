@@ -115,9 +115,8 @@ def test_an_explicit_length_or_warmup_wins_over_the_recipes(tmp_path: Path) -> N
         FINETUNE_LLM.parse(["x", "--llm", "y", "--max-steps", "7"]).train.steps(10_000)
         == 7
     )
-    assert (
-        TRAIN_TOWER.parse(["--warmup_steps", "5"]).optim.warmup(100) == 5
-    )  # base sets a ratio
+    # base sets a ratio
+    assert TRAIN_TOWER.parse(["--warmup_steps", "5"]).optim.warmup(100) == 5
     assert TRAIN_TOWER.parse(["--warmup_steps", "0"]).optim.warmup(100) == 0
     # default: 300
     assert (

@@ -302,9 +302,8 @@ def test_a_non_finite_loss_stops_and_the_last_checkpoint_stays(runs: dict[str, A
     assert result["status"] == 3
     assert "error: the loss is not finite" in result["error"]
     assert "16 samples have non-finite features" in result["error"]
-    assert re.search(
-        r"rank 0: [01]-0\d\d, [01]-0\d\d", result["error"]
-    )  # the samples' keys
+    # the samples' keys
+    assert re.search(r"rank 0: [01]-0\d\d, [01]-0\d\d", result["error"])
     assert "Traceback" not in result["error"]
     stopped = lines(run)[-1]
     assert (stopped["step"], stopped["event"]) == (2, "failed")

@@ -96,9 +96,8 @@ def test_a_failed_rank_ends_all_and_the_run_comes_back(
         other.resume()
         closed = said().count("closing signal SIGTERM")
         rank.suspend()
-        wait_for(
-            lambda: said().count("closing signal SIGTERM") > closed
-        )  # rank 1 has ended
+        # rank 1 has ended
+        wait_for(lambda: said().count("closing signal SIGTERM") > closed)
         rank.resume()
         assert process.wait(timeout=600) != 0
         assert psutil.wait_procs([rank], timeout=60)[1] == []

@@ -48,10 +48,11 @@ class ChatServer:
             text = parts
             image = None
         else:
+            # in LLaVA's order
             assert [part["type"] for part in parts] == [
                 "image_url",
                 "text",
-            ]  # in LLaVA's order
+            ]
             head, _, data = parts[0]["image_url"]["url"].partition(",")
             assert head in ("data:image/png;base64", "data:image/jpeg;base64"), head
             text = parts[1]["text"]
@@ -153,9 +154,8 @@ def serving(state: ChatServer) -> Iterator[str]:
                     if failure or dead or refused
                     else json.dumps(state.reply(body)).encode()
                 )
-                state.in_flight -= (
-                    1  # before the client has its answer and sends the next request
-                )
+                # before the client has its answer and sends the next request
+                state.in_flight -= 1
             if failure or dead:
                 return (failure or close)(self)
             if refused:

@@ -123,9 +123,8 @@ def _become(
 
     for descriptor, stream in enumerate(streams):
         os.dup2(stream, descriptor)
-    multiprocessing.set_start_method(
-        None, force=True
-    )  # children start in the system's way
+    # children start in the system's way
+    multiprocessing.set_start_method(None, force=True)
     environment = request["environment"]
     words = request["words"]
     os.environ.clear()
@@ -143,6 +142,5 @@ def _become(
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     if not request["safe"]:
         sys.path.insert(0, here)
-    sys.exit(
-        run_as_main(words, first)
-    )  # as a process of multiprocessing ends, with its threads
+    # as a process of multiprocessing ends, with its threads
+    sys.exit(run_as_main(words, first))

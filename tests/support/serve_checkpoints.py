@@ -24,9 +24,8 @@ SOURCES = {  # of towers, elsewhere than in golden/towers_of_today
     "dinov2": REFERENCE / "G_transformers_towers" / "dinov2",
     "eva02": REFERENCE / "A_vision_towers" / "eva02_l14" / "weights.safetensors",
 }
-IMPORTED = tempfile.TemporaryDirectory(
-    prefix="towers-"
-)  # removed when the process ends
+# removed when the process ends
+IMPORTED = tempfile.TemporaryDirectory(prefix="towers-")
 IS_NEW = numbers(transformers.__version__) >= (5,)
 # that run here
 TODAY = (

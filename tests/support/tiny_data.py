@@ -49,9 +49,8 @@ def make_tower(folder: Path, kind: str = "clip") -> Path:
 
         tower = CLIPVisionModel(CLIPVisionConfig(intermediate_size=64, **common))
     folder.mkdir(parents=True)
-    save_tower(
-        tower, folder
-    )  # the hub's names, which every version of transformers reads
+    # the hub's names, which every version of transformers reads
+    save_tower(tower, folder)
     return folder
 
 

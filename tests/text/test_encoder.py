@@ -49,16 +49,14 @@ def test_embedding_is_independent_of_batch_and_padding(
     teacher = encoder(any_llm, attention=attention, pooling=pooling)
     rows = teacher.tokenize(CAPTIONS)
     alone = torch.cat([teacher.embed_tokens([row]) for row in rows])
-    assert (
-        max(map(len, rows)) > 2 * 16
-    )  # beyond both sides of the tiny models' sliding window
+    # beyond both sides of the tiny models' sliding window
+    assert max(map(len, rows)) > 2 * 16
     assert close(teacher.embed_tokens(rows), alone)
     assert close(teacher.embed_tokens(rows[:2]), alone[:2])
     assert close(teacher.encode(CAPTIONS, tokens_per_batch=64), alone)
     assert close(teacher.encode(CAPTIONS[::-1]), alone.flip(0))
-    assert not close(
-        alone[0], alone[2], tolerance=0.1
-    )  # else the above would say nothing
+    # else the above would say nothing
+    assert not close(alone[0], alone[2], tolerance=0.1)
     again = teacher.encode([CAPTIONS[4], "x", CAPTIONS[4]])
     assert torch.equal(again[0], again[2])
     assert teacher.encode([]).shape == (0, 32)

@@ -86,9 +86,8 @@ def cached_rows(folder: Path) -> torch.Tensor:
 def test_strings_are_embedded_as_the_cached_captions_are(world):
     dual = load_dual_encoder(world / "tower")
     with torch.no_grad():
-        expected = dual.encode_text(
-            cached_rows(world)
-        )  # embeddings are accepted as before
+        # embeddings are accepted as before
+        expected = dual.encode_text(cached_rows(world))
         embeddings = dual.encode_text(CAPTIONS)
         embedding = dual.encode_text(CAPTIONS[1])
     # the cache rounds to float16, 2**-11, and the LLM may compute in bfloat16, 2**-8

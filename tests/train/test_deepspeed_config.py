@@ -46,9 +46,8 @@ BATCH = (
     "train_batch_size",
     "gradient_accumulation_steps",
 )
-LLAVA_ZERO3_OFFLOAD: dict[
-    str, Any
-] = {  # the layout of LLaVA's scripts/zero3_offload.json
+# the layout of LLaVA's scripts/zero3_offload.json
+LLAVA_ZERO3_OFFLOAD: dict[str, Any] = {
     **{
         "fp16": {"enabled": "auto", "loss_scale": 0},
         "bf16": {"enabled": "auto"},
@@ -88,9 +87,8 @@ def test_auto_values_are_filled():
     assert config["zero_force_ds_cpu_optimizer"] is False
     assert "auto" not in json.dumps(config)
     assert not config["timers"]["throughput"]["enabled"]  # it would wait for the GPU
-    assert (
-        LLAVA_ZERO3_OFFLOAD["train_batch_size"] == "auto"
-    )  # the user's own is left alone
+    # the user's own is left alone
+    assert LLAVA_ZERO3_OFFLOAD["train_batch_size"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -126,9 +124,8 @@ def test_contradictions_are_refused(user: dict[str, Any], named: str):
 
 def test_fp32_keeps_its_one_check_for_non_finite_gradients():
     user = {"zero_optimization": {"stage": 1, "compute_grad_norm": False}}
-    assert not completed(user)["zero_optimization"][
-        "compute_grad_norm"
-    ]  # bf16 has another
+    # bf16 has another
+    assert not completed(user)["zero_optimization"]["compute_grad_norm"]
     with pytest.raises(ValueError, match="compute_grad_norm"):
         completed(user, precision="fp32")
 
@@ -254,9 +251,8 @@ def test_tasks_that_would_train_alone_are_refused(
     monkeypatch: pytest.MonkeyPatch, variable: str
 ):
     monkeypatch.setenv(variable, "1")
-    monkeypatch.setenv(
-        "SLURM_NTASKS", "16"
-    )  # of the whole job, also in the batch script
+    # of the whole job, also in the batch script
+    monkeypatch.setenv("SLURM_NTASKS", "16")
     set_single_process_environment()
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)

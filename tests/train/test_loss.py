@@ -87,9 +87,8 @@ def test_golden_on_one_two_and_four_ranks():
         mode = f"{MODE}." if kind == "clip" and size != "1" else ""
         expected = reference[f"{mode}world{size}.{scale}.{what}"]
         log_scale = float(reference["logit_scale"][int(scale[-1])])
-        tolerance = (
-            2e-5 if math.exp(log_scale) >= 60 else 1e-5
-        )  # the golden set's own suggestion
+        # the golden set's own suggestion
+        tolerance = 2e-5 if math.exp(log_scale) >= 60 else 1e-5
         mine = [ranks[r][name] for r in range(int(size))]
         # shares of ranks differ, their mean is the gradient
         if what in ("grad_logit_scale", "grad_logit_bias"):

@@ -234,9 +234,8 @@ def test_pairs_in_one_direction_are_the_authors_loss():
 
 
 def test_a_text_in_common_is_no_negative_whichever_side_it_is_on():
-    text_3D = F.normalize(
-        torch.randn(3, 8), dim=1
-    )  # of two pairs: the texts 0 and 1, 1 and 2
+    # of two pairs: the texts 0 and 1, 1 and 2
+    text_3D = F.normalize(torch.randn(3, 8), dim=1)
     sides = (text_3D[:2], text_3D[1:])
     scale = torch.tensor([50.0])
     ids = torch.tensor([[1, 2], [0, 1]])

@@ -93,9 +93,8 @@ def frozen_scales(rank: int, world: int) -> list[float]:
 
 
 def test_a_frozen_logit_scale_is_not_rounded():
-    assert run_ranks(frozen_scales, 1)[0] == pytest.approx(
-        [50, 50], rel=1e-6
-    )  # 49.7 in bf16
+    # 49.7 in bf16
+    assert run_ranks(frozen_scales, 1)[0] == pytest.approx([50, 50], rel=1e-6)
 
 
 DECAY = 0.9

@@ -93,9 +93,8 @@ def test_a_training_on_one_host_listens_on_the_loopback_interface_alone(
         json.loads(Path(f"{script}{rank}").read_text()) for rank in range(world)
     ]
     assert {address for of_rank in listening for address in of_rank} <= {"127.0.0.1"}
-    assert (
-        bool(listening[0]) or world == 1
-    )  # of several ranks, the first holds the store
+    # of several ranks, the first holds the store
+    assert bool(listening[0]) or world == 1
 
 
 def test_the_store_of_one_process_has_no_port_and_that_of_several_is_on_loopback(
@@ -131,9 +130,8 @@ def test_the_store_of_one_process_has_no_port_and_that_of_several_is_on_loopback
         match=f"cannot listen on port {port}: .*; choose another with --master_port",
     ):
         own_store(0, 2, limit)
-    monkeypatch.setenv(
-        "TORCHELASTIC_USE_AGENT_STORE", "True"
-    )  # torchrun holds the store
+    # torchrun holds the store
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert own_store(0, 2, limit) is None
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     monkeypatch.setenv("MASTER_PORT", "x")

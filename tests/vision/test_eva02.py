@@ -184,9 +184,8 @@ def test_rotation_of_complex_pairs_is_the_rotation_of_channels():
     cos, sin = rope_tables(grid=4, pretrained_grid=7, head_width=8)
     sin[:, 0::2] *= -1
     x = torch.randn(2, 16, 3, 8, requires_grad=True)
-    y = (
-        x.detach().double().requires_grad_()
-    )  # float64 takes the way of half precisions on a GPU
+    # float64 takes the way of half precisions on a GPU
+    y = x.detach().double().requires_grad_()
     turns = complex_turns(cos, sin, torch.bfloat16)
     assert turns is not None
     assert turns.is_complex()

@@ -48,9 +48,8 @@ def test_states_equal_the_reference(name):
         < TOLERANCE
     )
     assert largest_difference(output.pooler_output, golden["pooler_output"]) < TOLERANCE
-    assert (
-        tower(pixel_values=golden["pixels"]).hidden_states is None
-    )  # on request alone
+    # on request alone
+    assert tower(pixel_values=golden["pixels"]).hidden_states is None
 
 
 CLIP_PIXELS = [
@@ -196,9 +195,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
             lambda *_, runs=runs: runs.__setitem__(0, runs[0] + 1)
         )
         tower(pixel_values=pixels).pooler_output.square().sum().backward()
-        assert (
-            runs[0] == 1 + checkpointing
-        )  # the block really ran again in the backward pass
+        # the block really ran again in the backward pass
+        assert runs[0] == 1 + checkpointing
         gradients.append(
             {n: p.grad for n, p in tower.named_parameters() if p.grad is not None}
         )

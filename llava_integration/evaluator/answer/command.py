@@ -71,9 +71,8 @@ class Answerer:
             and "finetune" not in self.name.lower()
             and "mmtag" not in mode
         ):
-            mode = (
-                f"{mode}_mmtag"  # of models pretrained on plain captions, as in LLaVA
-            )
+            # of models pretrained on plain captions, as in LLaVA
+            mode = f"{mode}_mmtag"
         if mode not in conv_templates:
             raise ValueError(unknown("--conv-mode", mode, sorted(conv_templates)))
         self.conversation = conv_templates[mode]

@@ -57,9 +57,8 @@ class Question:
     id: Any  # question_id of the answer
     text: str  # question for the model, without the image token
     prompt: str  # "prompt" of the answer, as LLaVA writes it
-    image: str = (
-        ""  # file in the image folder, or base64 where ``embedded``; "" without image
-    )
+    # file in the image folder, or base64 where ``embedded``; "" without image
+    image: str = ""
     embedded: bool = False
     extra: dict[str, Any] = field(default_factory=dict)  # further fields of the answer
 
@@ -154,9 +153,8 @@ def read_table(
                 if is_none(row.get(letter)):
                     break
                 options.append(row[letter])
-            letters = list(
-                LETTERS[: len(options)]
-            )  # of the options as they are in the row
+            # of the options as they are in the row
+            letters = list(LETTERS[: len(options)])
             hint = [] if is_none(row.get("hint")) else [row["hint"]]
             for number in range(len(options) if all_rounds else 1):
                 listed = [

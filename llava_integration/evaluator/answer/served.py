@@ -53,18 +53,16 @@ class PassingError(RefusedError):
     pause = 0.0
 
 
-Reply = tuple[
-    str, str
-]  # the text of a chat completion, and why it ended: stop | length | ...
+# the text of a chat completion, and why it ended: stop | length | ...
+Reply = tuple[str, str]
 
 
 class ServedModel(NamedTuple):
     """An entry of the server's list of models."""
 
     id: str
-    root: str = (
-        ""  # the checkpoint's path or Hub id, where a server says it (vLLM, SGLang)
-    )
+    # the checkpoint's path or Hub id, where a server says it (vLLM, SGLang)
+    root: str = ""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -403,9 +403,8 @@ class Task:
     folder: Path = Path()
     question_file: Path = Path()
     image_folder: Path | None = None  # None: the pictures are in the question file
-    unscored: str = (
-        ""  # why it can't be scored here (its server has the truth); "": it can
-    )
+    # why it can't be scored here (its server has the truth); "": it can
+    unscored: str = ""
     missing: str = ""  # which files were not found, so that it can't run; "": it can
 
 
@@ -460,9 +459,8 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
         with errors_about(questions, fix="download it again"):
             is_json = questions.suffix == ".json"
             rows = read_json_value(questions) if is_json else read_jsonl(questions)
-            names = [row["image"] for row in rows if row.get("image")][
-                :3
-            ]  # the first will do
+            # the first will do
+            names = [row["image"] for row in rows if row.get("image")][:3]
         above = folder.parent if folder.is_file() else folder
         folders = [above / below for below in member.image_folders]
         images = next((images for images in folders if has_files(images, names)), None)

@@ -343,9 +343,8 @@ class Benchmark(ABC):
     title: str  # in tables
     order: int = 1000  # position in tables; equal ones by name
     headline: str = "accuracy_percent"  # key of the headline number in the metrics
-    scale: float = (
-        1.0  # headline number in the published unit = metrics[headline] * scale
-    )
+    # headline number in the published unit = metrics[headline] * scale
+    scale: float = 1.0
     unit: str = "%"  # of the headline number
     folders: tuple[str, ...]  # names of its folder in LLaVA's playground/data/eval
     # glob patterns, below the folder, of the files that it is scored with
@@ -354,15 +353,13 @@ class Benchmark(ABC):
     # of the split with public annotations, where LLaVA's file is another's
     scored_question_files: tuple[str, ...] = ()
     image_folders: tuple[str, ...] = ("",)  # below the folder, tried in order
-    evaluate_options: tuple[
-        str, ...
-    ] = ()  # of ``llava evaluate``, as in LLaVA's scripts/v1_5/eval
+    # of ``llava evaluate``, as in LLaVA's scripts/v1_5/eval
+    evaluate_options: tuple[str, ...] = ()
     # the program that writes the file for --reviews; "": scored from the answers alone
     judge: str = ""
     submission_format: str = ""  # json | jsonl: what its server accepts; "": no server
-    published: Mapping[str, float] = field(
-        default_factory=dict
-    )  # headline number by model
+    # headline number by model
+    published: Mapping[str, float] = field(default_factory=dict)
     answered_only: bool = False  # the headline is the mean over answered questions
     # what the statistic reads besides score; without them scores are averaged
     item_fields: tuple[str, ...] = ()

@@ -39,9 +39,8 @@ from llava_integration.evaluator.compare.statistics import Difference, compare, 
 from llm2clip_plugin.errors import ContractError
 
 RIGHT = 0.5  # a blind answer with this score is right
-MISSED = (
-    0.2  # of the questions that a model can solve blind, its log misses at most so many
-)
+# of the questions that a model can solve blind, its log misses at most so many
+MISSED = 0.2
 FEWEST = 5  # questions of a group with a test
 BELOW_CHANCE = 3.0  # standard errors
 SOLVED = "solved blind"

@@ -40,13 +40,11 @@ class Run(Log):
 
     ids: list[str]  # each once
     scores: list[float]  # higher is better
-    clusters: list[
-        str
-    ]  # questions of one cluster are resampled together: those about one image
+    # questions of one cluster are resampled together: those about one image
+    clusters: list[str]
     groups: list[str]  # category in the report
-    rule: (
-        Benchmark | None
-    )  # whose headline number is the run's; None: that of ``aggregate``
+    # whose headline number is the run's; None: that of ``aggregate``
+    rule: Benchmark | None
     title: str  # in tables
     unit: str  # of the headline number; scores are from 0 to 1 for "%" and a mean score
 

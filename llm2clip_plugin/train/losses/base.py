@@ -34,9 +34,8 @@ from llm2clip_plugin.train.distributed import (
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import patch_mask
 
-EXCLUDED = (
-    -1e9
-)  # logit of a pair that is neither positive nor negative; finite, so no inf - inf
+# logit of a pair that is neither positive nor negative; finite, so no inf - inf
+EXCLUDED = -1e9
 # between ids of two kinds, which are hashes or small numbers; sums wrap around
 ID_SPACE = 0x3C6EF372FE94F82B
 BLOCK_LOGITS_CPU = 1 << 22  # 16 MiB of fp32: about what stays in cache
@@ -91,9 +90,8 @@ class LossTerm(ABC):
     name: ClassVar[str]  # of ``--loss.terms``
     uses_bias: ClassVar[bool] = False  # the learned bias of the logits
     needs_reference: ClassVar[bool] = False  # Features.reference_bD
-    uses_all_captions: ClassVar[bool] = (
-        False  # of Features.positive_bkD, not the first alone
-    )
+    # of Features.positive_bkD, not the first alone
+    uses_all_captions: ClassVar[bool] = False
     # "patches" or "patch_features" of Features, of the hidden state that the term's own field
     # ``layer`` names
     reads: ClassVar[Literal["", "patches", "patch_features"]] = ""

@@ -15,9 +15,8 @@ from llm2clip_plugin.train.losses.base import (
     with_gradients,
 )
 
-LEAST = (
-    1e-12  # of a squared distance that is divided by: equal features have no direction
-)
+# of a squared distance that is divided by: equal features have no direction
+LEAST = 1e-12
 
 
 def structure_loss(

@@ -12,9 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-    "0"  # one process, which imports vLLM once
-)
+# one process, which imports vLLM once
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from PIL import Image
 from vllm import LLM, SamplingParams

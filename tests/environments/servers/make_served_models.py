@@ -37,9 +37,8 @@ def finetuned(world: World, tower: str) -> Path:
 
 
 def main(output: Path, towers: list[str]) -> None:
-    world = make_world(
-        output, heads=1
-    )  # vLLM's attention on a CPU needs heads of 32 or more
+    # vLLM's attention on a CPU needs heads of 32 or more
+    world = make_world(output, heads=1)
     files = ("--question-file", world.questions, "--image-folder", world.images)
     for tower in towers:
         folder = finetuned(world, tower)

@@ -121,10 +121,11 @@ def test_mteb_finds_what_evaluate_finds(exported, tmp_path):
     assert main([*command, *captions, *more]) == 0
     expected = json.loads(scores.read_text())["metrics"]
     model = SentenceTransformerEncoderWrapper(opened(exported / "out"))
+    # it looks for them in the Hub's files
     model.mteb_model_meta.modalities = [
         "image",
         "text",
-    ]  # it looks for them in the Hub's files
+    ]
     for direction in ("t2i", "i2t"):
         result = mteb.evaluate(
             model, emoji_task(direction), cache=None, show_progress_bar=False

@@ -66,9 +66,8 @@ def world(tmp_path_factory) -> World:
     Qwen2ForCausalLM(config).save_pretrained(world.root / "tiny-qwen")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copy(world.llm / name, world.root / "tiny-qwen" / name)
-    world.llm.rename(
-        world.root / "tiny-llama"
-    )  # LLaVA-NeXT chooses the class by the name
+    # LLaVA-NeXT chooses the class by the name
+    world.llm.rename(world.root / "tiny-llama")
     (world.root / "sitecustomize.py").write_text(ON_CPU)
     for name in ANNOTATIONS.split():  # read by llavaction whatever it trains on
         (world.root / name).write_text(

@@ -188,9 +188,8 @@ def test_lmms_eval(questions, tmp_path):
     (row,) = build([load_side(tmp_path / said) for said in ("no", "yes")]).rows
     assert row.benchmark == "pope"
     assert (row.result.base, row.result.new) == pytest.approx((0, 50))
-    assert (
-        row.images == QUESTIONS // 2 or row.images == QUESTIONS
-    )  # newer versions log the image
+    # newer versions log the image
+    assert row.images == QUESTIONS // 2 or row.images == QUESTIONS
     assert row.verdict == "better"
 
 

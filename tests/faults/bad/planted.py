@@ -16,9 +16,8 @@ from PIL import Image
 from planted_faults import World
 from safetensors.torch import load_file, save_file
 
-Plant = Callable[
-    [Path, World], object
-]  # (folder of the case, the world that all cases share and none changes)
+# (folder of the case, the world that all cases share and none changes)
+Plant = Callable[[Path, World], object]
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ pytestmark = [
     pytest.mark.skipif(not TODAY, reason="the page installs today's libraries"),
 ]
 PAGE = ROOT / "docs" / "first-day.md"
+# options of the scripts, in little
 SMALL = {
     "GPUS": "1",
     "MICRO_BATCH": "6",
     "GLOBAL_BATCH": "12",
-}  # options of the scripts, in little
+}
 
 
 @pytest.fixture

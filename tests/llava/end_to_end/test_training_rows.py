@@ -140,9 +140,8 @@ def test_what_each_stage_saves(world, trained):
     } == {f"{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
     for name in ("finetune", "zero2", "zero3"):
         saved = load_file(world.root / f"llava-row-{name}" / "model.safetensors")
-        assert all(tensor.numel() for tensor in saved.values()), (
-            name
-        )  # ZeRO-3's parts are gathered
+        # ZeRO-3's parts are gathered
+        assert all(tensor.numel() for tensor in saved.values()), name
         assert any(".mm_projector." in key for key in saved)
         assert any(".vision_tower." in key for key in saved)
     for name in ("lora", "zero3-lora"):

@@ -19,9 +19,8 @@ def train(row: dict) -> str:
     """One training; returns its traceback if it fails."""
     os.environ.update(row["environment"])
     sys.argv = ["train.py", *row["options"]]
-    torch.manual_seed(
-        0
-    )  # LLaVA makes its projector and LoRA weights before it sets a seed
+    # LLaVA makes its projector and LoRA weights before it sets a seed
+    torch.manual_seed(0)
     try:
         importlib.import_module("llava.train.train").train(**row["call"])
         return ""

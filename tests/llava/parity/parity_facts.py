@@ -235,9 +235,8 @@ def with_and_without_cache(
         for _ in range(8):
             row = torch.cat([ids, torch.tensor([again], dtype=torch.long)], dim=1)
             logits = model(row, **options, use_cache=False).logits[0, -1]
-            logits[
-                model.generation_config.eos_token_id
-            ] = -torch.inf  # as min_new_tokens does
+            # as min_new_tokens does
+            logits[model.generation_config.eos_token_id] = -torch.inf
             again.append(int(logits.argmax()))
     return (
         output[0, -8:].tolist(),

@@ -79,9 +79,10 @@ TALKS = [
 def test_answers_are_learned_to_their_end(template, tokenizer, texts):
     made = chatml.preprocess([talk(*texts)], tokenizer, has_image="<image>" in texts[0])
     answers = [f"{text}<|im_end|>" for text in texts[1::2]]
+    # the prompt's joins it
     assert learned(made, tokenizer) == [
         "\n" * text.startswith("\n") + text for text in answers
-    ]  # the prompt's joins it
+    ]
     assert made["input_ids"][0].tolist().count(IMAGE) == texts[0].count("<image>")
 
 

@@ -37,9 +37,8 @@ def test_the_projector_comes_back(tmp_path):
     load_beside_lora(resumed, str(tmp_path))
     assert torch.equal(resumed["mm_projector"].weight, trained["mm_projector"].weight)
     assert torch.equal(resumed["mm_projector"].bias, trained["mm_projector"].bias)
-    assert not torch.equal(
-        resumed["lora_A"].weight, trained["lora_A"].weight
-    )  # PEFT's part
+    # PEFT's part
+    assert not torch.equal(resumed["lora_A"].weight, trained["lora_A"].weight)
 
 
 def test_an_unfrozen_tower_has_the_names_of_llavas_own_libraries(tmp_path):

@@ -144,9 +144,8 @@ def test_norms_have_no_weight_decay(monkeypatch):
 
 @of_today
 def test_lora_has_the_dtype_of_its_model(monkeypatch):
-    monkeypatch.setattr(
-        peft, "get_peft_model", peft.get_peft_model
-    )  # which is then put back
+    # which is then put back
+    monkeypatch.setattr(peft, "get_peft_model", peft.get_peft_model)
     patches.lora_dtype(None)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])
     wrapped = peft.get_peft_model(tiny_llama().to(torch.bfloat16), config)

@@ -160,9 +160,8 @@ def test_lora_and_projector_checkpoints_find_their_own_bundle(mine):
 def test_another_width_is_reported_before_the_projector_fails(mine, world):
     _, checkpoint = mine
     config = json.loads((checkpoint / "config.json").read_text())
-    del config[
-        "llm2clip_tower"
-    ]  # as trained by LLaVA's own tower under a name that now means ours
+    # as trained by LLaVA's own tower under a name that now means ours
+    del config["llm2clip_tower"]
     config["mm_vision_tower"] = str(world.towers["wide"])
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(
@@ -182,9 +181,8 @@ def test_a_model_keeps_its_tower_or_says_so(mine, world):
         ContractError, match=f"already has the vision tower 'llm2clip:{tower}'"
     ):
         model.get_model().initialize_vision_modules(arguments)
-    arguments.vision_tower = str(
-        world.towers["clip"]
-    )  # the same weights by another name
+    # the same weights by another name
+    arguments.vision_tower = str(world.towers["clip"])
     model.get_model().initialize_vision_modules(arguments)
     assert model.config.llm2clip_tower["name"] == f"llm2clip:{world.towers['clip']}"
 

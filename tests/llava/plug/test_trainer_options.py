@@ -43,7 +43,6 @@ def test_the_rest_is_as_4_37_sets_it(monkeypatch):
     made = translated(monkeypatch, evaluation_strategy="steps")
     assert made.eval_strategy == "steps"
     assert made.local_rank == 0
-    assert (
-        translated(monkeypatch, local_rank=3).local_rank == 3
-    )  # torchrun passes no --local_rank
+    # torchrun passes no --local_rank
+    assert translated(monkeypatch, local_rank=3).local_rank == 3
     assert translated(monkeypatch).eval_strategy == "no"

@@ -255,10 +255,11 @@ def test_the_picture_tells_how_many_were_drawn_for_it() -> None:
         "de",
         "fr",
     ]
+    # the second in Chinese is found, too
     assert (figure["drawn"], figure["found"]) == (
         8,
         6,
-    )  # the second in Chinese is found, too
+    )
     drawn = readme_picture.draw(FOUND, readme_picture.COLORS["dark"])
     assert (
         "Of the first 20 names drawn at random, 2 find their drawing among the first five of "

@@ -181,9 +181,8 @@ def test_claims_pair_the_seeds_and_say_what_is_not_shown(raw) -> None:
     assert not first["significant"]
     assert cells(claims.claims_table(rows))[0][-3].endswith("not significant")
     del towers["raw-seed0"], towers["tuned-seed1"]
-    assert (
-        claims.make_claims(claims.pair_tests("tower", towers)) == []
-    )  # no seed in common
+    # no seed in common
+    assert claims.make_claims(claims.pair_tests("tower", towers)) == []
 
 
 def cells(table: str) -> list[list[str]]:

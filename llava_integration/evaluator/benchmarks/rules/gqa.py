@@ -15,11 +15,12 @@ from llava_integration.evaluator.benchmarks import benchmark as base
 from llava_integration.evaluator.benchmarks.answers import Answer, Answers, Row
 from llm2clip_plugin.json_files import read_json_value
 
+# operations that ask rather than reason
 NOT_A_STEP = (
     "exist",
     "query: name",
     "choose name",
-)  # operations that ask rather than reason
+)
 BREAKDOWNS = {  # metric -> field of the items
     "per_structural_type": "category",
     "per_semantic_type": "semantic",

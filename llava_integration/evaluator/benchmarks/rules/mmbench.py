@@ -230,9 +230,8 @@ def choices_of(row: dict[str, str]) -> dict[str, str]:
 def letter_of(answer: str, options: Mapping[str, str]) -> str | None:
     """The option by its letter, else by its text; None if neither. 'Z' stands for a refusal: no
     option, so wrong."""
-    answer = (
-        "nan" if answer in PANDAS_MISSING else answer
-    )  # through a spreadsheet and back
+    # through a spreadsheet and back
+    answer = "nan" if answer in PANDAS_MISSING else answer
     if API_FAILED in answer:
         return _by_text(answer, options)
     if any(refusal in answer for refusal in REFUSALS):

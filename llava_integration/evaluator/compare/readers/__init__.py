@@ -41,9 +41,8 @@ BITS = "bits per byte"
 LABELS_F1 = "F1 of labels"
 LABELS_MCC = "MCC of labels"
 OWN = "score files"  # name of the reader of ours, which take precedence
-LONGEST_TEXT = (
-    600  # characters of a question or an answer: a million of them lie in memory
-)
+# characters of a question or an answer: a million of them lie in memory
+LONGEST_TEXT = 600
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,9 +107,8 @@ def subsets_of(report: dict[str, Any]) -> tuple[str, ...]:
     for metric in report.get("metrics") or []:
         for category in metric.get("categories") or []:
             for subset in category.get("subsets") or []:
-                is_aggregate = subset.get(
-                    "is_aggregate"
-                )  # since 1.14: of other subsets
+                # since 1.14: of other subsets
+                is_aggregate = subset.get("is_aggregate")
                 if not is_aggregate and subset["name"] not in names:
                     names.append(subset["name"])
     return tuple(names)

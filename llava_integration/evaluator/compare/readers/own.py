@@ -30,9 +30,8 @@ from llm2clip_plugin.errors import ContractError
 
 OVERALL = "all"  # the part with every caption
 DIRECTIONS = {"i2t": "image→text", "t2i": "text→image"}
-MOST_PARTS = (
-    8  # more would dominate the table, and Holm's correction costs every row power
-)
+# more would dominate the table, and Holm's correction costs every row power
+MOST_PARTS = 8
 
 
 def scores_fits(path: Path) -> bool:
