@@ -138,6 +138,25 @@ def test_a_log_of_one_side_alone_is_refused(tmp_path):
     assert len(row_with("one", "two").parts) == len(row_with("three").parts) == 2
 
 
+def test_a_table_of_blind_scores_goes_with_logs_of_any_form(tmp_path):
+    """It names the task and has no truth; another truth is refused."""
+    sides = load_sides(
+        [
+            score_file(tmp_path / "a.scores.json", BASE, "one"),
+            score_file(tmp_path / "b.scores.json", NEW, "two"),
+        ],
+        [],
+    )
+    path = table(tmp_path / "blind.csv", SOLVED_BLIND, task=["toy"] * 40)
+    blind = BlindLogs(logs=(load_side(path, blind=True),))
+    assert len(build(sides, blind=blind).rows[0].parts) == 2
+    path = score_file(tmp_path / "c.scores.json", SOLVED_BLIND, "c", truth="y")
+    blind = BlindLogs(logs=(load_side(path, blind=True),))
+    row = build(sides, blind=blind).rows[0]
+    assert row.parts == ()
+    assert any("score both by the same annotations" in note for note in row.notes)
+
+
 def test_a_sides_own_log_is_no_blind_log(tmp_path):
     row = parts(tmp_path, [table(tmp_path / "copy.csv", NEW)])
     assert row.parts == ()
