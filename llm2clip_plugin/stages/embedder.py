@@ -75,20 +75,28 @@ def export_dual(
     *,
     llm: str = "",
     adapter: str = "",
+    trust_remote_code: bool = False,
     merge: bool = False,
     replace: bool = False,
 ) -> Path:
     """Write a dual encoder for sentence-transformers; returns the folder.
 
-    ``llm``, ``adapter``: where the teacher is, if not where the tower's card says. ``merge``: the
-    LLM's weights, with the adapter merged, are written, too. Raises ValueError without a
-    projection, a text adapter or the teacher, ContractError if the folder embeds otherwise than
-    the tower.
+    ``llm``, ``adapter``: where the teacher is, if not where the tower's card says.
+    ``trust_remote_code``: run the LLM's own code, here and where the folder is opened.
+    ``merge``: the LLM's weights, with the adapter merged, are written, too. Raises ValueError
+    without a projection, a text adapter or the teacher, ContractError if the folder
+    embeds otherwise than the tower.
     """
     needs_library()
     directory = fetch_directory(source)
     dual, card = load_dual(directory)
-    encoder = teacher_llm(dual, card, llm, adapter)
+    config = EncoderConfig(
+        llm=llm,
+        adapter=adapter,
+        compute_dtype="float32",
+        trust_remote_code=trust_remote_code,
+    )
+    encoder = teacher_llm(dual, card, config)
     with output_folder(output, CONVERTED_FOLDER, replace=replace) as temporary:
         from llm2clip_plugin.text.embedder_modules import PictureTextRouter
 
@@ -114,7 +122,7 @@ def export_dual(
         write_json(temporary / PictureTextRouter.config_file_name, body)
         write_model(temporary, {"": router})
         write_code(temporary, family_of(dual.tower).code)
-        readme = dual_card(card, encoder, merge=merge)
+        readme = dual_card(card, encoder, merge=merge, runs_code=runs_code(encoder))
         (temporary / "README.md").write_text(readme, encoding="utf-8")
         verify_dual(dual, encoder, temporary, str(output))
     return Path(output)
@@ -167,7 +175,7 @@ def needs_library() -> None:
 
 
 def teacher_llm(
-    dual: DualEncoder, card: TowerCard, llm: str, adapter: str
+    dual: DualEncoder, card: TowerCard, config: EncoderConfig
 ) -> CaptionEncoder:
     """The LLM that embeds texts for the tower, in float32 on the CPU; raises ValueError if it has
     none, or a CLIP's text tower."""
@@ -176,7 +184,6 @@ def teacher_llm(
             "--format sentence-transformers: the tower has no text adapter or no teacher, so "
             "it embeds no texts; train one with train-tower"
         )
-    config = EncoderConfig(llm=llm, adapter=adapter, compute_dtype="float32")
     encoder = TeacherLLM(card, config, torch.device("cpu")).encoder
     if not isinstance(encoder, CaptionEncoder):
         raise ValueError(

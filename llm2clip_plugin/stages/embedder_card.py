@@ -37,10 +37,14 @@ print(model.similarity(texts, pictures))
 
 `trust_remote_code=True` runs `llm2clip_modules.py` of this folder: what sentence-transformers does
 not have (a batch of pictures and texts, captions as the LLM was trained to read them, the text
-adapter). Read it first. No code of the LLM's own folder or repository is run. It needs
+adapter). Read it first. {llm_code} It needs
 sentence-transformers 6 or newer{needs}.
 
 {metrics}"""
+DUAL_LLM_CODE = (
+    "It also runs the code in the LLM's folder or repository: read that, too."
+)
+NO_DUAL_LLM_CODE = "No code of the LLM's own folder or repository is run."
 LLM = """\
 # Text embedder
 
@@ -69,8 +73,11 @@ def name_of(place: str) -> str:
     return place.rstrip("/").rpartition("/")[2] if is_local(place) else place
 
 
-def dual_card(card: TowerCard, encoder: CaptionEncoder, *, merge: bool) -> str:
-    """Markdown of a dual encoder's folder, with the tower's metrics."""
+def dual_card(
+    card: TowerCard, encoder: CaptionEncoder, *, merge: bool, runs_code: bool
+) -> str:
+    """Markdown of a dual encoder's folder, with the tower's metrics. ``runs_code``: of the LLM's
+    own."""
     public = published(card)
     weights = "whose weights are in this folder"
     if not merge:
@@ -88,6 +95,7 @@ def dual_card(card: TowerCard, encoder: CaptionEncoder, *, merge: bool) -> str:
         llm=name_of(encoder.config.llm),
         where=weights,
         needs=needs,
+        llm_code=DUAL_LLM_CODE if runs_code else NO_DUAL_LLM_CODE,
         metrics=metrics,
     )
     front = FRONT.format(task="sentence-similarity", tag="multimodal")

@@ -41,10 +41,14 @@ def main(argv: list[str]) -> int:
                 "leave out --push"
             )
         if options.format == "sentence-transformers":
-            where = {"llm": options.llm, "adapter": options.adapter}
-            merge = options.merge
             converted = export_dual(
-                options.source, output, **where, merge=merge, replace=replace
+                options.source,
+                output,
+                llm=options.llm,
+                adapter=options.adapter,
+                trust_remote_code=options.trust_remote_code,
+                merge=options.merge,
+                replace=replace,
             )
         else:
             converted = convert(options.source, output, options.format, replace=replace)

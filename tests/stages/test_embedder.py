@@ -318,6 +318,56 @@ def test_code_in_the_llms_folder_is_not_run(merge, tmp_path):
     assert not any("auto_map" in file.read_text() for file in output.rglob("*.json"))
 
 
+CONFIGURATION_OF_OWN = """
+from transformers import Qwen3Config
+
+
+class OwnConfig(Qwen3Config):
+    model_type = "own"
+"""
+MODELING_OF_OWN = """
+from transformers import Qwen3Model
+
+from .configuration_own import OwnConfig
+
+
+class OwnModel(Qwen3Model):
+    config_class = OwnConfig
+"""
+
+
+def test_an_llm_that_is_code_is_exported_where_it_is_trusted(tmp_path, capsys):
+    """Without --trust-remote-code the export names the flag; with it, the folder embeds as the
+    tower's own encoder does, and its card says what it runs."""
+    llm = save_tiny_llm(tmp_path / "llm", "qwen3")
+    (llm / "configuration_own.py").write_text(CONFIGURATION_OF_OWN)
+    (llm / "modeling_own.py").write_text(MODELING_OF_OWN)
+    body = json.loads((llm / "config.json").read_text())
+    classes = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModel": "modeling_own.OwnModel",
+    }
+    body |= {"model_type": "own", "auto_map": classes}
+    (llm / "config.json").write_text(json.dumps(body))
+    config = EncoderConfig(
+        llm=str(llm), compute_dtype="float32", trust_remote_code=True
+    )
+    tower = write_dual(tmp_path, llm, encoder=CaptionEncoder(config, "cpu"))
+    output = tmp_path / "out"
+    words = ["export", str(tower), "--output", str(output)]
+    words += ["--format", "sentence-transformers"]
+    assert main(words) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err
+    assert main([*words, "--trust-remote-code"]) == 0
+    expected = expected_of(tower, pictures(), CAPTIONS, teacher=config)
+    actual = opened(output).encode([*pictures(), *CAPTIONS], convert_to_tensor=True)
+    assert differs(actual, expected) < TOLERANCE
+    assert (
+        "It also runs the code in the LLM's folder"
+        in (output / "README.md").read_text()
+    )
+
+
 def changed_llm(folder: Path, **fields: str) -> None:
     """Set fields of the module that reads captions."""
     file = folder / "text_0_Captions" / "sentence_bert_config.json"
@@ -375,7 +425,7 @@ def test_exports_that_are_refused(exported, tmp_path, capsys):
     cases = [
         (
             ["--merge"],
-            "--merge, --llm and --adapter require --format sentence-transformers",
+            "--merge, --llm, --adapter and --trust-remote-code require --format",
         ),
         (["--format", "sentence-transformers", "--llm", str(other)], "was trained on"),
         (["--format", "sentence-transformers", "--llm", "no/llm"], "no/llm"),

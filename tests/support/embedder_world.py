@@ -88,10 +88,15 @@ def pictures(count: int = 3) -> list[Image.Image]:
 
 
 def expected_of(
-    tower: Path, images: list[Image.Image], captions: list[str]
+    tower: Path,
+    images: list[Image.Image],
+    captions: list[str],
+    *,
+    teacher: EncoderConfig | None = None,
 ) -> torch.Tensor:
     """The embeddings of ``load_dual_encoder``: of pictures as in evaluation, then of captions."""
-    dual = load_dual_encoder(tower, teacher=EncoderConfig(compute_dtype="float32"))
+    teacher = teacher or EncoderConfig(compute_dtype="float32")
+    dual = load_dual_encoder(tower, teacher=teacher)
     with torch.no_grad():
         image_BD = dual.encode_image(
             *prepared([png(image) for image in images], dual.dual)

@@ -79,6 +79,11 @@ class TowerExportConfig:
         "the tower's card says",
         per_host=True,
     )
+    trust_remote_code: bool = setting(
+        False,
+        help="with --format sentence-transformers: run the Python code in the folder of a teacher "
+        "LLM that transformers does not have, now and whenever the export is opened: read it first",
+    )
     checkpoint: str = setting("", help='a run\'s checkpoint to export; "": the newest')
     ema: bool = setting(
         False, help="export a run's moving average instead of its weights"
@@ -92,11 +97,11 @@ class TowerExportConfig:
     def __post_init__(self) -> None:
         if self.format not in (formats := ("tower", *FORMATS)):
             raise ValueError(unknown("--format", self.format, formats))
-        if self.format != "sentence-transformers" and (
-            self.merge or self.llm or self.adapter
-        ):
+        of_teacher = self.merge or self.llm or self.adapter or self.trust_remote_code
+        if of_teacher and self.format != "sentence-transformers":
             raise ValueError(
-                "--merge, --llm and --adapter require --format sentence-transformers"
+                "--merge, --llm, --adapter and --trust-remote-code require "
+                "--format sentence-transformers"
             )
 
 
