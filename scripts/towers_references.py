@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 IMAGE = 28  # pixels; 4 x 4 patches
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
 SIZES |= {"image_size": IMAGE, "patch_size": 7}
-MLP = {"intermediate_size": 48}
+MLP: dict[str, Any] = {"intermediate_size": 48}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +145,7 @@ def qwen25(folder: Path) -> Reference:
     """Qwen2.5-VL's tower, in windows of 4 x 4 of its 8 x 8 patches."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as module
 
-    settings = transformers.Qwen2_5_VLConfig().vision_config
+    settings: Any = transformers.Qwen2_5_VLConfig().vision_config
     settings.update(
         {
             **{"depth": 3, "hidden_size": 32, "num_heads": 2, **MLP, "patch_size": 7},
@@ -173,7 +177,7 @@ def timm(folder: Path) -> Reference:
     arguments |= {"num_heads": 2, "img_size": IMAGE}
     name = "vit_base_patch16_224"
     model = randomize(library.create_model(name, num_classes=0, **arguments))
-    save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
+    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
     pixels = pictures()
     with torch.no_grad():
         tokens = model.patch_embed(pixels)
@@ -210,10 +214,16 @@ def openvision(folder: Path) -> Reference:
     """OpenVision's tower, by OpenCLIP; the norm of the patches' mean is pooled."""
     import open_clip
 
-    vision = {"image_size": IMAGE, "layers": 3, "width": 32, "patch_size": 7}
+    vision: Any = {"image_size": IMAGE, "layers": 3, "width": 32, "patch_size": 7}
     vision |= {"head_width": 16, "mlp_ratio": 1.5, "norm_kwargs": {"eps": 1e-6}}
     vision |= {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
-    text = {"context_length": 8, "vocab_size": 40, "width": 16, "heads": 2, "layers": 1}
+    text: Any = {
+        "context_length": 8,
+        "vocab_size": 40,
+        "width": 16,
+        "heads": 2,
+        "layers": 1,
+    }
     model = randomize(open_clip.CLIP(embed_dim=12, vision_cfg=vision, text_cfg=text))
     folder.mkdir()
     state = {name: value.clone() for name, value in model.state_dict().items()}

@@ -150,15 +150,15 @@ if int(transformers.__version__.split(".")[0]) < 5:
         def forward(self, states: Tensor) -> None:
             """No pooled output."""
 
-    class SiglipTower(transformers.SiglipVisionModel):
+    class SiglipVisionModel(transformers.SiglipVisionModel):
         """SigLIP that may lack the pooling head, as inside most vision-language models; before
         transformers 5 it always has one."""
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
+            core: Any = self.vision_model
             if not getattr(config, "vision_use_head", True):
-                vision_model: Any = self.vision_model
-                vision_model.head = NoHead()
+                core.head = NoHead()
 
 
 if hasattr(transformers, "DINOv3ViTModel"):

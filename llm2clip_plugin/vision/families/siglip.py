@@ -1,7 +1,6 @@
 """SigLIP and SigLIP2 at a fixed resolution (both ``siglip`` on the Hub): no class token, attention
 pooling."""
 
-import functools
 from typing import Any
 
 from llm2clip_plugin.vision.families import (
@@ -22,16 +21,13 @@ SO400M = {
 }
 
 
-@functools.lru_cache(maxsize=1)
 def _vision_class() -> Any:
     """transformers' class; in version 4, one that can do without the pooling head."""
     import transformers
 
     if int(transformers.__version__.split(".")[0]) >= 5:
         return transformers.SiglipVisionModel
-    headless = in_module("llm2clip_plugin.vision.wrapped", "SiglipTower")()
-    names = {"config_class": transformers.SiglipVisionConfig}
-    return type("SiglipVisionModel", (headless,), names)
+    return in_module("llm2clip_plugin.vision.wrapped", "SiglipVisionModel")()
 
 
 FAMILY = Family(

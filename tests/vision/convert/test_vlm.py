@@ -57,9 +57,37 @@ def internvl():
     return transformers.InternVLForConditionalGeneration(config)
 
 
+def llava_next():
+    vision = transformers.CLIPVisionConfig(**VISION)
+    text = transformers.LlamaConfig(**TEXT)
+    config = transformers.LlavaNextConfig(
+        vision_config=vision, text_config=text, image_grid_pinpoints=[[28, 56]]
+    )
+    return transformers.LlavaNextForConditionalGeneration(config)
+
+
+def gemma3():
+    vision = transformers.SiglipVisionConfig(**NO_HEAD)
+    text = transformers.Gemma3TextConfig(**TEXT, head_dim=16)
+    config = transformers.Gemma3Config(
+        vision_config=vision, text_config=text, mm_tokens_per_image=4
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def qwen3_vl():
+    vision = {**SIZES, "depth": 2, "num_heads": 2, "patch_size": 4}
+    vision |= {"num_position_embeddings": 36, "out_hidden_size": 32}
+    text = {**TEXT, "head_dim": 16}
+    config = transformers.Qwen3VLConfig(vision_config=vision, text_config=text)
+    return transformers.Qwen3VLForConditionalGeneration(config)
+
+
 # model -> family, model_type of the whole
 MODELS = {
     llava: ("clip", "llava"),
+    llava_next: ("clip", "llava_next"),
+    gemma3: ("siglip", "gemma3"),
     onevision: ("siglip", "llava_onevision"),
     paligemma: ("siglip", "paligemma"),
     internvl: ("internvl", "internvl"),
@@ -73,7 +101,7 @@ def publish(make, folder: Path):
     for parameter in model.parameters():  # so that class token and positions matter
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder, max_shard_size="20KB")
-    return model.model.vision_tower
+    return getattr(model.model, "vision_tower", None)
 
 
 def files_with(folder: Path, part: str) -> set[str]:
@@ -104,6 +132,77 @@ def test_states_are_those_of_the_models_own_tower(make, tmp_path):
     assert len(states) == len(expected) == 4
     for state, other in zip(states, expected, strict=True):
         assert torch.equal(state, other)
+
+
+@needs_transformers_5
+def test_qwen3_vl_is_read_with_and_without_the_option(tmp_path):
+    publish(qwen3_vl, tmp_path / "vlm")
+    whole, _ = import_tower(tmp_path / "vlm", tmp_path / "whole")
+    for file in files_with(tmp_path / "vlm", "") - files_with(
+        tmp_path / "vlm", "visual."
+    ):
+        (tmp_path / "vlm" / file).unlink()
+    card, _ = import_tower(tmp_path / "vlm", tmp_path / "part", part="vision")
+    assert card.family == "timm"
+    assert card.weights_sha256 == whole.weights_sha256
+
+
+@needs_transformers_5
+def test_opengvlabs_own_internvl(tmp_path):
+    """Its tower's names below ``vision_model.``; no code of the folder is run."""
+    torch.manual_seed(0)
+    width = 32
+    state = {
+        "embeddings.class_embedding": torch.randn(1, 1, width),
+        "embeddings.position_embedding": torch.randn(1, 17, width),
+        "embeddings.patch_embedding.weight": torch.randn(width, 3, 7, 7),
+        "embeddings.patch_embedding.bias": torch.randn(width),
+    }
+    shapes = {"ls1": (width,), "ls2": (width,), "attn.qkv.weight": (3 * width, width)}
+    shapes |= {"attn.proj.weight": (width, width), "attn.proj.bias": (width,)}
+    shapes |= {"norm1.weight": (width,), "norm2.weight": (width,)}
+    shapes |= {"mlp.fc1.weight": (48, width), "mlp.fc1.bias": (48,)}
+    shapes |= {"mlp.fc2.weight": (width, 48), "mlp.fc2.bias": (width,)}
+    for name, shape in shapes.items():
+        state[f"encoder.layers.0.{name}"] = torch.randn(*shape)
+    whole = {f"vision_model.{name}": value for name, value in state.items()}
+    whole |= {
+        "language_model.lm_head.weight": torch.ones(1),
+        "mlp1.0.bias": torch.ones(1),
+    }
+    save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+    vision = {"model_type": "intern_vit_6b", "num_attention_heads": 2}
+    config = {"model_type": "internvl_chat", "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"--part vision .* tower \(intern_vit_6b\)"):
+        import_tower(tmp_path, tmp_path / "tower")
+    card, report = import_tower(tmp_path, tmp_path / "tower", part="vision")
+    assert (card.family, card.num_patches) == ("internvl", 16)
+    assert report[0].endswith(f": {len(state)} of {len(whole)} tensors, vision_model.*")
+    tensors = load_file(tmp_path / "tower" / "model.safetensors")
+    fused = state["encoder.layers.0.attn.qkv.weight"]
+    keys = tensors["encoder.layer.0.attention.k_proj.weight"]
+    assert torch.equal(keys, fused[width : 2 * width])
+
+
+def test_a_siglip_without_its_pooling_head_has_the_same_states(tmp_path):
+    source = TRANSFORMERS_TOWERS / "siglip_vision"
+    state = read(source, "model.safetensors")
+    rest = {name: value for name, value in state.items() if ".head." not in name}
+    assert len(rest) < len(state)
+    save_file(rest, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "vision_use_head": False})
+    )
+    import_tower(tmp_path, tmp_path / "tower")
+    size = config["image_size"]
+    pixels = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        output = load_tower(tmp_path / "tower")(pixels, output_hidden_states=True)
+        expected = load_tower(source)(pixels, output_hidden_states=True)
+    assert output.pooler_output is None
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
 
 
 @needs_transformers_5

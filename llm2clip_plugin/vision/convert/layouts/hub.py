@@ -204,7 +204,8 @@ def parse_qwen(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedCheckp
     require(
         state, f"{QWEN}patch_embed.proj.weight", f"{QWEN}blocks.0.mlp.linear_fc1.bias"
     )
-    if not (heads := section(config, "vision_config").get("num_heads")):
+    vision = section(config, "vision_config") or config  # of the vision model alone
+    if not (heads := vision.get("num_heads")):
         raise ValueError(
             "Qwen3-VL's tower needs vision_config.num_heads; pass the model's config.json as "
             "--config"
