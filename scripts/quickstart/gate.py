@@ -28,6 +28,7 @@ import itertools
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,14 +198,15 @@ def ridge(
 def halves(pictures: Pictures, seed: int) -> tuple[list[int], list[int]]:
     """The training pictures in two halves, families kept together."""
     numbers = pictures.of_split("train")
-    families = sorted({pictures.family[number] for number in numbers})
+    size_of = Counter(pictures.family[number] for number in numbers)
+    families = sorted(size_of)
     random.Random(seed).shuffle(families)
     first: set[str] = set()
     size = 0
     for family in families:
         if size < len(numbers) / 2:
             first.add(family)
-            size += sum(pictures.family[number] == family for number in numbers)
+            size += size_of[family]
     one = [number for number in numbers if pictures.family[number] in first]
     other = [number for number in numbers if pictures.family[number] not in first]
     return one, other

@@ -2,8 +2,8 @@
 # Does what a teacher knows reach what LLaVA reads? Asked by a ridge regression before any LLaVA is trained (gate.py): towers
 # before stage 2, against random and permuted embeddings, the raw LLM, a linear map on it, the fine-tuned LLM, and an oracle.
 #
-#   scripts/quickstart/gate.sh                         three seeds, 50 steps of stage 2 as the quickstart: an hour on two cores
-#   scripts/quickstart/gate.sh --steps 200 --seeds 1   longer towers, in a folder of their own: four times as long
+#   scripts/quickstart/gate.sh                         three seeds, 50 steps of stage 2 as the quickstart; two minutes of a core a tower
+#   scripts/quickstart/gate.sh --steps 200 --seeds 1   longer towers, in a folder of their own
 #   scripts/quickstart/gate.sh --arms "permuted tuned" these teachers alone, beside the tower before stage 2
 #
 # --output DIR: as of quickstart.sh, which makes what is missing there (models, data, adapters, caches of the teachers). The
