@@ -2,6 +2,7 @@
 be read."""
 
 import json
+import re
 
 import pytest
 
@@ -214,3 +215,16 @@ def test_the_first_row_of_a_jsonl_table_need_not_have_all_columns(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     (run,) = load_side(path).runs["a"]
     assert run.scores == [1, 1]
+
+
+def test_a_score_has_no_unit(tmp_path):
+    """What is detectable is a number alone, as in the table."""
+    scores = [number % 7 for number in range(80)]
+    other = [number % 5 for number in range(80)]
+    sides = [
+        load_side(table(tmp_path / "base.csv", scores)),
+        load_side(table(tmp_path / "new.csv", other)),
+    ]
+    (row,) = build(sides).rows
+    assert row.unit == "score"
+    assert re.search(r"a difference of \d\.\d\d is detectable", row.power_line())

@@ -2,6 +2,7 @@
 
 import json
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +77,106 @@ def test_groups_are_in_every_report(tmp_path, capsys):
     assert page.count("<b>b</b>") == 1
     # with the base alone, no two others are compared
     assert build(load_sides([tmp_path / "low", tmp_path / "one"], [])).groups == {}
+
+
+def tables_of(folder, **sides):
+    """Paths of tables; of each side the tasks, each with the items that it has. Of 200 items, in
+    B every one is right, in C every third, in others two of three."""
+    paths = []
+    for side, tasks in sides.items():
+        lines = ["item,score,task"]
+        for task, items in tasks.items():
+            for item in items:
+                right = {"B": 1, "C": item % 3 == 0}.get(side, item % 3 > 0)
+                lines.append(f"{item},{int(right)},{task}")
+        path = folder / f"{side}.csv"
+        path.write_text("\n".join(lines))
+        paths.append(str(path))
+    return paths
+
+
+# sides of three or four models: what notes say, and the benchmarks that have letters
+UNEVEN = {
+    "two sides that share too few items": (
+        {
+            "A": {"t": range(200), "u": range(200)},
+            "B": {"t": range(190), "u": range(200)},
+            "C": {"t": range(10, 200), "u": range(200)},
+        },
+        [
+            "t has no letters, since B and C are not compared (t: B and C share 180 questions of "
+            "190, 190; evaluate both on the same questions, or lower --min-overlap)"
+        ],
+        {"u"},
+    ),
+    "a side that shares no benchmark": (
+        {
+            "A": {"t": range(200)},
+            "B": {"t": range(200)},
+            "C": {"t": range(200)},
+            "D": {"v": range(200)},
+        },
+        [
+            f"not compared: {side} (t) and D (v) have no benchmark in common"
+            for side in "ABC"
+        ],
+        {"t"},
+    ),
+    "a benchmark that two sides have": (
+        {
+            "A": {"t": range(200), "u": range(200)},
+            "B": {"t": range(200), "u": range(200)},
+            "C": {"t": range(200)},
+        },
+        [
+            f"u is not compared between {side} and C: only {side} has its scores"
+            for side in "AB"
+        ],
+        {"t", "u"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_sides_that_do_not_all_have_the_same(tmp_path, case):
+    """What is not compared is a note that names both sides; it is not "not told apart"."""
+    sides, expected, lettered = UNEVEN[case]
+    paths = tables_of(tmp_path, **sides)
+    overlap = ["--min-overlap", "0.949"]
+    out = tmp_path / "out"
+    assert main([*paths, "--all-pairs", *overlap, "--output", str(out)]) == 0
+    report = json.loads((out / "compare.json").read_text())
+    assert set(expected) <= set(report["notes"])
+    assert set(report["groups"]) == lettered
+    for name in lettered:
+        assert set(report["groups"][name]) <= {"A", "B", "C"}
+    rows = [row for row in report["rows"] if row["benchmark"] == "t"]
+    assert len(rows) == (2 if "t" not in lettered else 3)
+
+
+def test_an_error_if_no_two_sides_can_be_compared(tmp_path):
+    sides = {name: {name.lower(): range(9)} for name in "ABC"}
+    with pytest.raises(ValueError, match="no benchmark in common"):
+        main([*tables_of(tmp_path, **sides), "--all-pairs"])
+
+
+# BASE, NEW, and whether they are one
+COPIES = {
+    "one path": ("B.csv", "B.csv", True),
+    "the same bytes": ("B.csv", "copy.csv", True),
+    "the same scores": ("B.csv", "spaced.csv", False),
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_base_that_is_new(tmp_path, case):
+    base, new, is_one = COPIES[case]
+    (path,) = tables_of(tmp_path, B={"t": range(20)})
+    content = Path(path).read_text()
+    (tmp_path / "copy.csv").write_text(content)
+    (tmp_path / "spaced.csv").write_text(f"{content}\n")
+    notes = build(load_sides([tmp_path / base, tmp_path / new], [])).notes
+    assert any("have the same files on t" in note for note in notes) == is_one
 
 
 def runs_with_seeds(rng, count, shared, own):

@@ -1,9 +1,11 @@
 """What makes the numbers of a comparison meaningless, whatever the statistics say."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from llava_integration.evaluator.compare.sides import Side
+from llava_integration.evaluator.compare.sides import Run, Side
+from llm2clip_plugin.hashes import sha256_file
 
 EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
 # how a side answered; another value may move the scores by itself
@@ -50,3 +52,44 @@ def warnings(sides: Sequence[Side]) -> Iterator[str]:
                 f"{name}: {value}" for name, value in used.items() if value
             )
             yield f"the sides differ in their {setting}, which alone may move scores: {listed}"
+
+
+def copy_notes(base: Side, new: Side, names: Sequence[str]) -> list[str]:
+    """A note if both sides have the same files on some of these benchmarks: a path given twice, or
+    copies. Two models of one table have no note."""
+    copied = []
+    for name in names:
+        base_runs = base.runs[name]
+        new_runs = new.runs[name]
+        base_models = [run.model for run in base_runs]
+        if base_models != [run.model for run in new_runs]:
+            continue
+        if are_copies(files_of(base_runs), files_of(new_runs)):
+            copied.append(name)
+    if not copied:
+        return []
+    return [
+        f"{base.name} ({base.path}) and {new.name} ({new.path}) have the same files on "
+        f"{', '.join(copied)}: nothing is compared there; was one given twice, or copied?"
+    ]
+
+
+def files_of(runs: Sequence[Run]) -> list[Path]:
+    """The files that the runs were read from."""
+    return [file for run in runs for file in run.files]
+
+
+def are_copies(files: Sequence[Path], others: Sequence[Path]) -> bool:
+    """Whether these files are those, or have the same bytes; False if there are none."""
+    if not files or len(files) != len(others):
+        return False
+    for file, other in zip(files, others, strict=True):
+        if file.resolve() == other.resolve():
+            continue
+        if not file.is_file() or not other.is_file():
+            return False
+        if file.stat().st_size != other.stat().st_size:
+            return False
+        if sha256_file(file) != sha256_file(other):
+            return False
+    return True

@@ -15,7 +15,7 @@ from llava_integration.evaluator.compare.blind import (
     adjusted_parts,
     split,
 )
-from llava_integration.evaluator.compare.cautions import warnings
+from llava_integration.evaluator.compare.cautions import copy_notes, warnings
 from llava_integration.evaluator.compare.multiplicity import (
     holm,
     holm_factors,
@@ -76,16 +76,17 @@ class Row:
 
     def power_line(self) -> str:
         """The difference that this many questions, and runs, can detect."""
-        unit = "points" if self.unit == "%" else self.unit
+        # a score has no unit
+        unit = {"%": " points", "score": ""}.get(self.unit, f" {self.unit}")
         start = f"{self.questions} items"
         if self.images != self.questions:
             start += f" in {self.images} clusters"
         if not self.wins and not self.losses:
             start += ", on each of which both sides have the same score"
         if self.result.detects_nothing:
-            nothing = f"no difference below {self.result.detectable:.2f} {unit}"
+            nothing = f"no difference below {self.result.detectable:.2f}{unit}"
             return f"{start}: {nothing} is detectable with 80 % power"
-        detectable = f"a difference of {self.result.detectable:.2f} {unit}"
+        detectable = f"a difference of {self.result.detectable:.2f}{unit}"
         line = f"{start}: {detectable} is detectable with 80 % power"
         size = abs(self.result.difference)
         times = (self.result.detectable / size) ** 2 if size else 0.0
@@ -167,13 +168,19 @@ def build(
     if all_pairs:
         pairs = list(combinations(sides, 2))
     tasks = []
+    problems: list[ValueError] = []
     for base, new in pairs:
-        tasks += [(base, new, name) for name in benchmarks_in_common(base, new)]
-        for name in ordered(set(base.runs) ^ set(new.runs)):
-            only = base.name if name in base.runs else new.name
-            notes.append(f"{name} is not compared: only {only} has its scores")
+        try:
+            shared = benchmarks_in_common(base, new)
+        except ValueError as error:
+            problems.append(error)
+            continue
+        tasks += [(base, new, name) for name in shared]
+        notes += one_sided_notes(base, new, names_pair=len(pairs) > 1)
+        notes += copy_notes(base, new, shared)
     rows: list[Row] = []
-    problems = []
+    # why two sides are not compared: (base, new, benchmark)
+    reasons: dict[tuple[str, str, str], str] = {}
     for task in tqdm(tasks, desc="comparing", unit="benchmark", delay=2):
         try:
             row = compare_benchmark(
@@ -190,11 +197,20 @@ def build(
             rows.append(row)
         except ContractError as error:
             problems.append(error)
+            base, new, name = task
+            reasons[base.name, new.name, name] = str(error)
     if not rows:
         raise problems[0]
     notes += [f"not compared: {problem}" for problem in problems]
     rows = adjusted_rows(rows)
     scores = headline_numbers(sides)
+    groups: dict[str, dict[str, str]] = {}
+    if all_pairs and len(sides) > 2:
+        notes += missing_pair_notes(rows, reasons)
+        incomplete = {name for _, _, name in reasons}
+        groups = groups_of(
+            [row for row in rows if row.benchmark not in incomplete], scores
+        )
     first_runs = {}
     for name, of_sides in scores.items():
         first = next(side for side in sides if side.name in of_sides)
@@ -212,8 +228,34 @@ def build(
         settings={"level": level, "pair_runs": pair_runs},
         notes=tuple(dict.fromkeys(notes)),
         warnings=(*warnings(sides), *other_scales),
-        groups=groups_of(rows, scores) if all_pairs and len(sides) > 2 else {},
+        groups=groups,
     )
+
+
+def one_sided_notes(base: Side, new: Side, *, names_pair: bool) -> list[str]:
+    """A note for each benchmark that one of two sides lacks; with ``names_pair`` it names both, of
+    which others may be compared."""
+    notes = []
+    for name in ordered(set(base.runs) ^ set(new.runs)):
+        only = base.name if name in base.runs else new.name
+        pair_text = f" between {base.name} and {new.name}" if names_pair else ""
+        notes.append(f"{name} is not compared{pair_text}: only {only} has its scores")
+    return notes
+
+
+def missing_pair_notes(
+    rows: Sequence[Row], reasons: dict[tuple[str, str, str], str]
+) -> list[str]:
+    """A note for each pair without which a benchmark has no letters: they would say that the two
+    are not told apart."""
+    compared = {row.benchmark for row in rows}
+    notes = []
+    for (base, new, name), reason in reasons.items():
+        if name in compared:
+            notes.append(
+                f"{name} has no letters, since {base} and {new} are not compared ({reason})"
+            )
+    return notes
 
 
 def headline_numbers(sides: Sequence[Side]) -> dict[str, dict[str, float]]:
