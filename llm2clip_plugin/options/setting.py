@@ -94,10 +94,12 @@ def setting(
     initial: bool = False,
     # whether hosts may differ: where something is, or what follows the number of cores
     per_host: bool = False,
-    needs: str = "",  # a setting without which it has no effect; the form: Need.parse
+    # settings without which it has no effect; the form: Need.parse
+    needs: str | tuple[str, ...] = (),
     replaces: str = "",  # the setting that is 0 where this one is given without it
 ) -> Value:
     """A field of a dataclass that is an option; without a default it must be given."""
+    needed = (needs,) if isinstance(needs, str) else needs
     declared = Setting(
         help=help,
         unit=unit,
@@ -108,7 +110,7 @@ def setting(
         learned=learned,
         initial=initial,
         per_host=per_host,
-        needs=(Need.parse(needs),) if needs else (),
+        needs=tuple(Need.parse(text) for text in needed),
         replaces=replaces,
     )
     # json_files.from_plain, which knows no options, reads ``formerly``

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_integration.evaluator.compare.command import main
+from llava_integration.evaluator.compare.command import COMMAND, main
 from llava_integration.evaluator.compare.drift import (
     ANSWER,
     ANSWER_ALONE,
@@ -17,6 +17,7 @@ from llava_integration.evaluator.compare.drift import (
     UNKNOWN,
     drift,
 )
+from llava_integration.evaluator.compare.readers import readers
 from llava_integration.evaluator.compare.sides import load_side
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError
@@ -52,7 +53,7 @@ def drift_with(folder, *changes, dropped=()):
     for identifier, fields in changes:
         items[identifier] |= fields
     items = [item for item in items if item["id"] not in dropped]
-    (result,) = drift(side(folder, "old", items_of()), side(folder, "new", items))
+    ((result,), _) = drift(side(folder, "old", items_of()), side(folder, "new", items))
     return result
 
 
@@ -117,7 +118,7 @@ def test_questions_that_are_numbered_otherwise(tmp_path):
     moved = []
     for number, item in enumerate(items):
         moved.append({**items[(number + 1) % 20], "id": item["id"]})
-    (result,) = drift(side(tmp_path, "old", items), side(tmp_path, "new", moved))
+    ((result,), _) = drift(side(tmp_path, "old", items), side(tmp_path, "new", moved))
     assert result.renumbered == 20
     assert [change.cause for change in result.changes] == [PROMPT]
 
@@ -211,7 +212,7 @@ def test_causes_in_logs_of_the_harness(tmp_path, cause):
 
     old = change_first(tmp_path, "old", lambda line: None)
     new = change_first(tmp_path, "new", change)
-    (result,) = drift(old, new)
+    ((result,), _) = drift(old, new)
     assert [(one.cause, len(one.ids)) for one in result.changes] == [(cause, 1)]
 
 
@@ -229,7 +230,7 @@ def test_of_long_answers_the_beginning_says_nothing(tmp_path):
             if hashes:
                 item["response_hash"] = hashes[number]
             sides.append(side(tmp_path, name, [item]))
-        (result,) = drift(*sides)
+        ((result,), _) = drift(*sides)
         assert [change.cause for change in result.changes] == [cause]
 
 
@@ -237,5 +238,97 @@ def test_unknown_where_no_answer_is_known(tmp_path):
     sides = []
     for name, score in (("old", 1.0), ("new", 0.0)):
         sides.append(side(tmp_path, name, [{"id": 1, "score": score}]))
-    (result,) = drift(*sides)
+    ((result,), _) = drift(*sides)
     assert [change.cause for change in result.changes] == [UNKNOWN]
+
+
+def folder_of(folder, tasks, model="m"):
+    """A side's folder of score files; a task without items is a damaged file, two runs of one are
+    two files."""
+    for place, (task, items) in enumerate(tasks):
+        path = folder / f"{place}.scores.json"
+        record = ScoreFile(benchmark=task, metrics={}, items=items, model=model)
+        record.write(path)
+        if not items:
+            path.write_text(path.read_text()[:60])
+    return load_side(folder)
+
+
+TOY = ("toy", items_of())
+OTHER_IDS = ("ids", [{"id": "x", "score": 1.0}])
+# tasks of base and of new, the model of new, and what the notes say
+LEFT_OUT = {
+    "a task without common ids": (
+        [TOY, ("ids", items_of())],
+        [TOY, OTHER_IDS],
+        "m",
+        "left out: ids: the two logs have no question in common",
+    ),
+    "several runs of a task": (
+        [TOY, ("more", items_of()), ("more", items_of(10))],
+        [TOY, ("more", items_of())],
+        "m",
+        "left out: old has 2 runs of more; --drift compares one run with one",
+    ),
+    "a damaged log": ([TOY, ("cut", [])], [TOY], "m", "old: left out: "),
+    "a task of one side": (
+        [TOY, ("gone", items_of())],
+        [TOY],
+        "m",
+        "gone is not compared: only old has its scores",
+    ),
+    "another model": (
+        [TOY],
+        [TOY],
+        "m2",
+        "the sides are different models, old: m, new: m2; what differs may be the models'",
+    ),
+    "nothing": ([TOY], [TOY], "m", ""),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_is_left_out_is_said(tmp_path, case, capsys):
+    """The other task is compared."""
+    base, new, model, expected = LEFT_OUT[case]
+    folder_of(tmp_path / "old", base)
+    folder_of(tmp_path / "new", new, model)
+    out = tmp_path / "out"
+    words = [str(tmp_path / name) for name in ("old", "new")]
+    assert main([*words, "--drift", "--output", str(out)]) == 0
+    report = json.loads((out / "drift.json").read_text())
+    assert [record["benchmark"] for record in report["benchmarks"]] == ["toy"]
+    assert len(report["notes"]) == bool(expected)
+    for note in report["notes"]:
+        assert note.startswith(expected)
+        assert f"- {note}" in capsys.readouterr().out
+
+
+OF_A_COMPARISON = (
+    "--blind {other}",
+    "--fail-on worse",
+    "--paired-runs",
+    "--all-pairs",
+    "--min-overlap 0.5",
+    "--questions 8",
+)
+REFUSED = [
+    ("--drift", "--level 0.9"),
+    *(("--drift", option) for option in OF_A_COMPARISON),
+    *(("--plan", option) for option in OF_A_COMPARISON),
+]
+
+
+@pytest.mark.parametrize(("mode", "option"), REFUSED)
+def test_options_that_would_be_ignored_are_refused(tmp_path, mode, option):
+    """Before a file is opened."""
+    words = option.format(other=tmp_path / "other").split()
+    with pytest.raises(ValueError, match=f"{words[0]} has no effect with {mode}"):
+        main(["nowhere", "elsewhere", mode, *words])
+
+
+def test_help_names_every_form_that_is_read():
+    names = set(readers()) - {"score files", "table"}
+    assert len(names) == 8
+    for name in names:
+        assert name in COMMAND.about

@@ -29,6 +29,8 @@ from llm2clip_plugin.options import Command, setting
 from llm2clip_plugin.outside import printable_lines
 
 WORSE_STATUS = 4  # exit status of --fail-on worse
+# what an option needs that is of a comparison alone
+COMPARISON = ("not plan", "not drift")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,9 @@ class CompareConfig:
         (), help="score files, logs or folders to compare with BASE"
     )
     all_pairs: bool = setting(
-        False, help="compare every two sides, not each with BASE alone"
+        False,
+        help="compare every two sides, not each with BASE alone",
+        needs=COMPARISON,
     )
     names: tuple[str, ...] = setting(
         (), help="names of the sides in the report, base first"
@@ -50,7 +54,9 @@ class CompareConfig:
         help="folder for compare.json, compare.md and compare.html",
         needs="not plan",
     )
-    level: float = setting(0.95, help="confidence level of the intervals and verdicts")
+    level: float = setting(
+        0.95, help="confidence level of the intervals and verdicts", needs="not drift"
+    )
     same_model: bool = setting(
         False,
         help="logs of one benchmark with several model names are runs (seeds) of one model",
@@ -58,7 +64,7 @@ class CompareConfig:
     paired_runs: bool = setting(
         False,
         help="pair runs (seeds) of equal number: what varies is the difference of each pair",
-        needs="not plan",
+        needs=COMPARISON,
     )
     drift: bool = setting(
         False,
@@ -69,11 +75,12 @@ class CompareConfig:
     min_overlap: float = setting(
         MIN_OVERLAP,
         help="fraction of a benchmark's items that both sides must have; others are left out",
+        needs=COMPARISON,
     )
     fail_on: Literal["nothing", "worse"] = setting(
         "nothing",
         help="worse: exit with status 4 if a new side is worse on some benchmark",
-        needs="not plan",
+        needs=COMPARISON,
     )
     group: str = setting("", help="field of the logs: items with one value go together")
     metric: str = setting(
@@ -86,7 +93,7 @@ class CompareConfig:
         help="logs of the same questions answered without the pictures (bench-mllm --blind), one "
         "of another model or one of each side: splits each difference into questions that are "
         "solved blind and those that need eyes",
-        needs="not plan",
+        needs=COMPARISON,
     )
     blind_chance: float | None = setting(
         None,
@@ -94,15 +101,19 @@ class CompareConfig:
         "if logs have them, and 1/2 for yes or no",
         needs="blind",
     )
-    references: bool = setting(True, help="show the published numbers")
+    references: bool = setting(
+        True, help="show the published numbers", needs=COMPARISON
+    )
     image_folder: Path | None = setting(
         None,
         help="folder of the page's pictures: LLaVA's playground/data/eval, or one benchmark's "
         "folder; none: the data that the answers were scored with",
+        needs=COMPARISON,
     )
     questions: int = setting(
         80,
         help="questions per benchmark in the page's browser, wins and losses evenly",
+        needs=COMPARISON,
     )
     plan: bool = setting(
         False,
@@ -152,9 +163,9 @@ COMMAND = Command(
     name="compare",
     example="llm2clip compare runs/openai/scores runs/llm2clip/scores --output report",
     about="Is the new model better? Paired statistics over score files, or over the logs of "
-    "lmms-eval, lm-evaluation-harness (--log_samples), VLMEvalKit and inspect_ai, or tables (CSV, "
-    "JSONL) of item, score and group. Several files of one benchmark in a folder are its runs "
-    "(seeds).",
+    "lmms-eval, lm-evaluation-harness (--log_samples), VLMEvalKit, inspect_ai, HELM, lighteval, "
+    "OpenCompass and EvalScope, or tables (CSV, TSV, JSONL) of item, score and group. Several "
+    "files of one benchmark in a folder are its runs (seeds).",
     settings=CompareConfig,
     arguments="base new",
     everyday="names all-pairs output level metric group fail-on image-folder blind drift "
@@ -242,13 +253,14 @@ def print_drift(sides: Sequence[Side], args: CompareConfig) -> None:
     drift.json, too."""
     if len(sides) != 2:
         raise ValueError(f"--drift takes two sides, BASE and NEW; got {len(sides)}")
-    drifts = drift(*sides)
+    drifts, notes = drift(*sides)
     names = [side.name for side in sides]
-    report = drift_text(drifts, names)
+    report = drift_text(drifts, names, notes)
     if args.output:
         as_dict = {
             "names": names,
             "benchmarks": [result.to_dict() for result in drifts],
+            "notes": notes,
         }
         as_json = json.dumps(as_dict, indent=2, ensure_ascii=False)
         for ending, content in (("json", f"{as_json}\n"), ("md", report)):

@@ -27,6 +27,7 @@ from llava_integration.evaluator.compare.pairing import (
     check_scales,
     in_one_unit,
     matched_by_number,
+    one_sided_notes,
     ordered,
     paired_runs,
 )
@@ -230,17 +231,6 @@ def build(
         warnings=(*warnings(sides), *other_scales),
         groups=groups,
     )
-
-
-def one_sided_notes(base: Side, new: Side, *, names_pair: bool) -> list[str]:
-    """A note for each benchmark that one of two sides lacks; with ``names_pair`` it names both, of
-    which others may be compared."""
-    notes = []
-    for name in ordered(set(base.runs) ^ set(new.runs)):
-        only = base.name if name in base.runs else new.name
-        pair_text = f" between {base.name} and {new.name}" if names_pair else ""
-        notes.append(f"{name} is not compared{pair_text}: only {only} has its scores")
-    return notes
 
 
 def missing_pair_notes(

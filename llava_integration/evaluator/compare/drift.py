@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_integration.evaluator.benchmarks.benchmark import Item
-from llava_integration.evaluator.compare.pairing import benchmarks_in_common
+from llava_integration.evaluator.compare.pairing import (
+    benchmarks_in_common,
+    one_sided_notes,
+)
 from llava_integration.evaluator.compare.readers import LONGEST_TEXT
-from llava_integration.evaluator.compare.sides import Run, Side
+from llava_integration.evaluator.compare.sides import Run, Side, model_of
 from llm2clip_plugin.errors import ContractError
 
 PROMPT = "another prompt"
@@ -72,19 +75,55 @@ class Drift:
         return {**vars(self), "changes": [vars(change) for change in self.changes]}
 
 
-def drift(base: Side, new: Side) -> list[Drift]:
-    """What changed on every benchmark that both runs have. Raises ContractError for a side with
-    several runs."""
+def drift(base: Side, new: Side) -> tuple[list[Drift], list[str]]:
+    """What changed on every benchmark that both runs have, and notes on what is left out. Raises
+    ContractError if no benchmark can be compared, as with several runs on a side."""
+    shared = benchmarks_in_common(base, new)
+    notes = different_models(base, new)
+    for side in (base, new):
+        notes += [f"{side.name}: {note}" for note in side.notes]
+    notes += one_sided_notes(base, new)
     drifts = []
-    for name in benchmarks_in_common(base, new):
-        for side in (base, new):
-            if len(side.runs[name]) > 1:
-                raise ContractError(
-                    f"{side.name} has {len(side.runs[name])} runs of {name}; --drift compares one "
-                    "run with one, so name their files"
-                )
-        drifts.append(drift_of(name, base.runs[name][0], new.runs[name][0]))
-    return drifts
+    problems = []
+    for name in shared:
+        try:
+            drifts.append(drift_of(name, only_run(base, name), only_run(new, name)))
+        except ContractError as error:
+            problems.append(error)
+    if not drifts:
+        raise problems[0]
+    notes += [f"left out: {problem}" for problem in problems]
+    return drifts, notes
+
+
+def only_run(side: Side, name: str) -> Run:
+    """A side's run on a benchmark. Raises ContractError for several."""
+    runs = side.runs[name]
+    if len(runs) > 1:
+        raise ContractError(
+            f"{side.name} has {len(runs)} runs of {name}; --drift compares one run with one, so "
+            "name their files"
+        )
+    return runs[0]
+
+
+def different_models(base: Side, new: Side) -> list[str]:
+    """A note if the logs name two models: then another answer need not mean a change."""
+    names = [", ".join(models_of(side)) for side in (base, new)]
+    if "" in names or names[0] == names[1]:
+        return []
+    return [
+        f"the sides are different models, {base.name}: {names[0]}, {new.name}: {names[1]}; what "
+        "differs may be the models', and not a change of the evaluation"
+    ]
+
+
+def models_of(side: Side) -> list[str]:
+    """The models that a side's logs name, without the numbers of seeds."""
+    models = set()
+    for runs in side.runs.values():
+        models.update(model_of(run) for run in runs)
+    return sorted(models - {""})
 
 
 def drift_of(name: str, base: Run, new: Run) -> Drift:

@@ -3,17 +3,27 @@
 from collections.abc import Sequence
 
 from llava_integration.evaluator.compare.drift import MISSING, Change, Drift
-from llava_integration.evaluator.compare.report import number, plain, table
+from llava_integration.evaluator.compare.report import (
+    number,
+    plain,
+    plain_sentence,
+    table,
+)
 
 EXAMPLES = 3  # ids that are listed of a cause
 MOST_SETTINGS = 20  # lines of settings that differ
 HEADER = ("cause", "questions", "better", "worse", "points", "for example")
 
 
-def drift_text(drifts: Sequence[Drift], names: Sequence[str]) -> str:
-    """The report; ``names``: of base and of new."""
+def drift_text(
+    drifts: Sequence[Drift], names: Sequence[str], notes: Sequence[str]
+) -> str:
+    """The report; ``names``: of base and of new; ``notes``: on what is left out, and on the sides,
+    which come first."""
     base, new = map(plain, names)
     lines = [f"# What changed from {base} to {new}?"]
+    if notes:
+        lines += ["", *(f"- {plain_sentence(note)}" for note in notes)]
     for drift in drifts:
         lines += ["", *benchmark_lines(drift, base, new)]
     return "\n".join(lines) + "\n"

@@ -109,7 +109,15 @@ def matched_by_number(
     if not base_numbered or not new_numbered:
         if len(base_runs) == 1:
             return list(base_runs), list(new_runs), []
-        note = "runs have no numbers: the first of one side is paired with that of the other"
+        without = []
+        if not base_numbered:
+            without.append(base_side.name)
+        if not new_numbered:
+            without.append(new_side.name)
+        note = (
+            f"not all runs of {' and '.join(without)} have a number of their own: the first of one "
+            "side is paired with that of the other"
+        )
         return list(base_runs), list(new_runs), [note]
     if set(base_numbered) != set(new_numbered):
         listed = []
@@ -208,3 +216,14 @@ def benchmarks_in_common(base: Side, new: Side) -> list[str]:
         )
         raise ValueError(f"{of_base} and {of_new} have no benchmark in common")
     return shared
+
+
+def one_sided_notes(base: Side, new: Side, *, names_pair: bool = False) -> list[str]:
+    """A note for each benchmark that one of two sides lacks; with ``names_pair`` it names both, of
+    which others may be compared."""
+    notes = []
+    for name in ordered(set(base.runs) ^ set(new.runs)):
+        only = base.name if name in base.runs else new.name
+        pair_text = f" between {base.name} and {new.name}" if names_pair else ""
+        notes.append(f"{name} is not compared{pair_text}: only {only} has its scores")
+    return notes
