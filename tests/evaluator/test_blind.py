@@ -56,14 +56,18 @@ def score_file(path, scores, model, choices=None, blind=None, **about):
 def parts(tmp_path, blind, chance=None, base=BASE, new=NEW):
     """The rows of a comparison with blind logs."""
     sides = load_sides(
-        [table(tmp_path / "base.csv", base), table(tmp_path / "new.csv", new)], []
+        [
+            table(tmp_path / "base.csv", base, "base"),
+            table(tmp_path / "new.csv", new, "new"),
+        ],
+        [],
     )
     logs = tuple(load_side(path, blind=True) for path in blind)
     return build(sides, blind=BlindLogs(logs=logs, chance=chance)).rows[0]
 
 
 def test_a_gain_of_questions_that_need_eyes_is_found_there(tmp_path):
-    row = parts(tmp_path, [table(tmp_path / "blind.csv", SOLVED_BLIND)])
+    row = parts(tmp_path, [table(tmp_path / "blind.csv", SOLVED_BLIND, "blind")])
     solved, eyes = row.parts
     assert (solved.name, solved.questions) == (SOLVED, 16)
     assert (eyes.name, eyes.questions) == (EYES, 24)
@@ -147,7 +151,7 @@ def test_a_table_of_blind_scores_goes_with_logs_of_any_form(tmp_path):
         ],
         [],
     )
-    path = table(tmp_path / "blind.csv", SOLVED_BLIND, task=["toy"] * 40)
+    path = table(tmp_path / "blind.csv", SOLVED_BLIND, "blind", task=["toy"] * 40)
     blind = BlindLogs(logs=(load_side(path, blind=True),))
     assert len(build(sides, blind=blind).rows[0].parts) == 2
     path = score_file(tmp_path / "c.scores.json", SOLVED_BLIND, "c", truth="y")
@@ -158,32 +162,108 @@ def test_a_table_of_blind_scores_goes_with_logs_of_any_form(tmp_path):
 
 
 def test_a_sides_own_log_is_no_blind_log(tmp_path):
-    row = parts(tmp_path, [table(tmp_path / "copy.csv", NEW)])
+    row = parts(tmp_path, [table(tmp_path / "copy.csv", NEW, "copy")])
     assert row.parts == ()
     assert any("has the scores of a side" in note for note in row.notes)
-    row = parts(tmp_path, [table(tmp_path / "blind.csv", SOLVED_BLIND)])
-    assert any("names no model: if it is that of base or new" in n for n in row.notes)
+
+
+# models of base, new and the blind logs ("": none is named), and what is said where it is refused
+WHOSE = [
+    ("one", "two", ["three"], None),
+    ("one", "two", ["one", "two"], None),
+    ("one", "two", ["one"], "blind log of base alone"),
+    ("one seed1", "two", ["one seed1", "one seed2"], "blind log of base alone"),
+    ("", "", ["one"], "base and new name no model"),
+    ("", "", [""], "base and new and the blind log"),
+    ("one", "two", [""], "names no model"),
+    ("one", "", ["one"], "new names no model"),
+    ("", "", ["one seed1", "one seed2"], "base and new name no model"),
+    ("", "", ["", ""], None),
+    ("", "", ["one", "two"], None),
+    ("one", "one", ["one"], "both sides and the blind log name the model one"),
+    ("one", "one", ["one", "one"], None),
+    ("one", "one", ["three"], None),
+]
+
+
+@pytest.mark.parametrize(("base", "new", "logs", "refusal"), WHOSE)
+def test_a_blind_log_that_may_be_of_one_side_alone_is_refused(
+    tmp_path, base, new, logs, refusal
+):
+    sides = load_sides(
+        [
+            table(tmp_path / "base.csv", BASE, base),
+            table(tmp_path / "new.csv", NEW, new),
+        ],
+        ["base", "new"],
+    )
+    blind_logs = []
+    for number, model in enumerate(logs):
+        scores = [*SOLVED_BLIND]
+        scores[number] = 0  # no copies
+        path = table(tmp_path / f"blind{number}.csv", scores, model)
+        blind_logs.append(load_side(path, blind=True))
+    blind = BlindLogs(logs=tuple(blind_logs), chance=0)
+    (row,) = build(sides, blind=blind).rows
+    if refusal is None:
+        assert len(row.parts) == 2
+        is_sure = all([base, new, *logs]) and base != new
+        is_noted = any("are taken for those" in note for note in row.notes)
+        assert is_noted != (is_sure or logs == ["three"])
+    else:
+        assert row.parts == ()
+        assert any(refusal in note for note in row.notes)
+
+
+def test_a_copy_of_a_blind_log_is_no_second_log(tmp_path):
+    """Of models that are named alike, or not at all, a log of each side is needed."""
+    for model in ("", "one"):
+        paths = []
+        for name in ("blind", "copy"):
+            path = tmp_path / f"{name}.csv"
+            paths.append(table(path, SOLVED_BLIND, model))
+        sides = load_sides(
+            [
+                table(tmp_path / "base.csv", BASE, model),
+                table(tmp_path / "new.csv", NEW, model),
+            ],
+            ["base", "new"],
+        )
+        logs = tuple(load_side(path, blind=True) for path in paths)
+        (row,) = build(sides, blind=BlindLogs(logs=logs, chance=0)).rows
+        assert row.parts == ()
+        assert any("of one side alone" in note for note in row.notes)
 
 
 def test_a_model_that_declines_tells_nothing(tmp_path):
-    """Below chance, with four options; --blind-chance 0 takes it as free text."""
-    blind = [table(tmp_path / "blind.csv", [0] * 40)]
-    row = parts(tmp_path, blind, chance=0.25)
+    """It is right less often than by guessing, or on hardly any question of free text."""
+    blind = [table(tmp_path / "blind.csv", [1] * 5 + [0] * 395, "blind")]
+    sides = {"base": BASE * 10, "new": NEW * 10}
+    row = parts(tmp_path, blind, chance=0.25, **sides)
     assert row.parts == ()
     assert any(
-        "right on 0.0% of the questions, guessing on 25.0%" in n for n in row.notes
+        "right on 1.2% of the questions, guessing on 25.0%" in n for n in row.notes
     )
-    assert len(parts(tmp_path, blind, chance=0).parts) == 2
+    assert len(parts(tmp_path, blind, chance=0, **sides).parts) == 2
+    for right in (0, 4):
+        scores = [1] * right + [0] * 396
+        blind = [table(tmp_path / "blind.csv", scores[:400], "blind")]
+        row = parts(tmp_path, blind, chance=0, **sides)
+        assert row.parts == ()
+        assert any(
+            f"the blind log of blind is right on {right} of 400 questions" in note
+            for note in row.notes
+        )
 
 
 def test_chances_are_those_of_the_options(tmp_path):
     def note_of(**about):
-        base = score_file(tmp_path / "a.scores.json", BASE, "a", **about)
-        new = score_file(tmp_path / "b.scores.json", NEW, "b", **about)
-        none = score_file(
-            tmp_path / "n.scores.json", [0] * 40, "n", blind=True, **about
+        base = score_file(tmp_path / "a.scores.json", BASE * 2, "a", **about)
+        new = score_file(tmp_path / "b.scores.json", NEW * 2, "b", **about)
+        few = score_file(
+            tmp_path / "n.scores.json", [1] * 5 + [0] * 75, "n", blind=True, **about
         )
-        blind = BlindLogs(logs=(load_side(none, blind=True),))
+        blind = BlindLogs(logs=(load_side(few, blind=True),))
         notes = build(load_sides([base, new], []), blind=blind).rows[0].notes
         return " ".join(notes)
 
@@ -231,10 +311,10 @@ def test_answers_without_pictures_are_no_side_and_those_with_are_no_blind_log(tm
 
 def test_the_command_and_its_reports(tmp_path, capsys):
     words = [
-        str(table(tmp_path / "base.csv", BASE)),
-        str(table(tmp_path / "new.csv", NEW)),
+        str(table(tmp_path / "base.csv", BASE, "base")),
+        str(table(tmp_path / "new.csv", NEW, "new")),
         "--blind",
-        str(table(tmp_path / "blind.csv", SOLVED_BLIND)),
+        str(table(tmp_path / "blind.csv", SOLVED_BLIND, "blind")),
         "--output",
         str(tmp_path / "out"),
     ]
@@ -254,7 +334,7 @@ def test_the_command_and_its_reports(tmp_path, capsys):
 
 
 def test_scores_that_are_neither_right_nor_wrong_are_not_split(tmp_path):
-    blind = [table(tmp_path / "blind.csv", SOLVED_BLIND)]
+    blind = [table(tmp_path / "blind.csv", SOLVED_BLIND, "blind")]
     row = parts(tmp_path, blind, base=[5 * score for score in BASE])
     assert row.parts == ()
     assert any("not from 0 to 1" in note for note in row.notes)

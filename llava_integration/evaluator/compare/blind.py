@@ -32,9 +32,13 @@ from typing import Any
 import numpy as np
 
 from llava_integration.evaluator.benchmarks.benchmark import Statistic, ratio
+from llava_integration.evaluator.compare.blind_models import (
+    check_is_no_side,
+    check_models,
+)
 from llava_integration.evaluator.compare.multiplicity import holm, holm_factors
 from llava_integration.evaluator.compare.pairing import MIN_OVERLAP, check_equal_truth
-from llava_integration.evaluator.compare.sides import Run, Side, model_of
+from llava_integration.evaluator.compare.sides import Run, Side
 from llava_integration.evaluator.compare.statistics import Difference, compare, pair
 from llm2clip_plugin.errors import ContractError
 
@@ -106,13 +110,13 @@ def split(
     fit."""
     base_side, base_runs = base
     new_side, new_runs = new
-    blind_runs = [run for side in blind.logs for run in side.runs.get(name, ())]
-    if not blind_runs:
-        raise ContractError(f"{name} is not split: no blind log has it")
-    check_models(name, base_side, new_side, blind_runs)
-    check_right_or_wrong(name, [*base_runs, *new_runs, *blind_runs])
-    ids = ids_in_common(name, base_runs[0], blind_runs, min_overlap)
-    notes = []
+    logs = [log for log in blind.logs if name in log.runs]
+    if not logs:
+        raise ContractError("no blind log has it")
+    blind_runs = [run for log in logs for run in log.runs[name]]
+    notes = check_models(name, base_side, new_side, logs)
+    check_right_or_wrong([*base_runs, *new_runs, *blind_runs])
+    ids = ids_in_common(base_runs[0], blind_runs, min_overlap)
     left_out = len(base_runs[0].ids) - len(ids)
     if left_out:
         notes.append(f"{left_out} questions are not in every blind log; not split")
@@ -123,10 +127,11 @@ def split(
         # a table of scores has no truth
         if any(item.get("truth") is not None for item in run.items):
             check_equal_truth(name, base_side, base_runs[0], run)
-        check_is_no_side(name, run, [*base_runs, *new_runs])
+        check_is_no_side(run, [*base_runs, *new_runs])
     right_JN = np.array([run.scores for run in blind_runs]) >= RIGHT
+    check_not_declined(blind_runs, right_JN)
     chance_N = chances(base_runs[0], blind.chance)
-    check_not_below_chance(name, blind_runs, right_JN, chance_N)
+    check_not_below_chance(blind_runs, right_JN, chance_N)
     if base_runs[0].rule or base_runs[0].aggregate:
         notes.append(
             "split is the mean score of the questions, not the headline number"
@@ -154,64 +159,31 @@ def split(
         notes.append(
             "the blind logs solve no more questions than guessing does: none is known to be solved"
         )
-    if not all(run.model for run in blind_runs):
-        notes.append(
-            f"a blind log names no model: if it is that of {base_side.name} or {new_side.name}, "
-            "add the other's"
-        )
     if is_yes_N is not None:
         notes.append("yes and no count in both groups as in the whole benchmark")
     return parts, notes
 
 
-def check_right_or_wrong(name: str, runs: Sequence[Run]) -> None:
+def check_right_or_wrong(runs: Sequence[Run]) -> None:
     """Raises ContractError for scores that are not from 0 to 1."""
     for run in runs:
         if min(run.scores) < 0 or max(run.scores) > 1:
             raise ContractError(
-                f"{name} is not split: its scores are not from 0 to 1, so none is right or wrong"
+                "its scores are not from 0 to 1, so none is right or wrong"
             )
 
 
 def ids_in_common(
-    name: str, first: Run, blind_runs: Sequence[Run], min_overlap: float
+    first: Run, blind_runs: Sequence[Run], min_overlap: float
 ) -> list[str]:
     """The questions of ``first`` that every blind log has, too; ContractError if they are less than
     ``min_overlap`` of its questions."""
     in_all = set(first.ids).intersection(*(run.ids for run in blind_runs))
     if len(in_all) < max(1.0, min_overlap * len(first.ids)):
         raise ContractError(
-            f"{name} is not split: the blind logs have {len(in_all)} of {len(first.ids)} questions"
+            f"the blind logs have {len(in_all)} of {len(first.ids)} questions"
         )
     return [identifier for identifier in first.ids if identifier in in_all]
-
-
-def check_is_no_side(name: str, blind_run: Run, runs: Sequence[Run]) -> None:
-    """Raises ContractError if a blind log has the scores of a side's run."""
-    if any(blind_run.scores == run.scores for run in runs):
-        raise ContractError(
-            f"{name} is not split: a blind log has the scores of a side, question by question; "
-            "are these answers with the pictures?"
-        )
-
-
-def check_models(name: str, base: Side, new: Side, blind_runs: Sequence[Run]) -> None:
-    """Raises ContractError if one side's model alone has a blind log."""
-    blind_models = {model_of(run) for run in blind_runs if run.model}
-    with_log = []
-    without = []
-    for side in (base, new):
-        models = {model_of(run) for run in side.runs[name] if run.model}
-        if models & blind_models:
-            with_log.append(side.name)
-        else:
-            without.append(side.name)
-    if len(with_log) == 1:
-        raise ContractError(
-            f"{name} is not split: there is a blind log of {with_log[0]} alone, which would be "
-            f"at a disadvantage on what it does not guess; add one of {without[0]}, or use one "
-            "of another model"
-        )
 
 
 def chances(run: Run, chance: float | None) -> np.ndarray:
@@ -231,8 +203,20 @@ def chances(run: Run, chance: float | None) -> np.ndarray:
     return np.array(values)
 
 
+def check_not_declined(blind_runs: Sequence[Run], right_JN: np.ndarray) -> None:
+    """Raises ContractError for a blind log that is right on less than FEWEST questions: nothing
+    tells it from one whose model declines to answer, although it may know."""
+    for run, right_N in zip(blind_runs, right_JN, strict=True):
+        right = int(right_N.sum())
+        if right < FEWEST:
+            raise ContractError(
+                f"the blind log of {run.model or 'a model'} is right on {right} of {len(right_N)} "
+                "questions, which tells nothing about the others; does it decline to answer?"
+            )
+
+
 def check_not_below_chance(
-    name: str, blind_runs: Sequence[Run], right_JN: np.ndarray, chance_N: np.ndarray
+    blind_runs: Sequence[Run], right_JN: np.ndarray, chance_N: np.ndarray
 ) -> None:
     """Raises ContractError for a blind log that is right less often than by guessing: its model
     declines to answer without a picture, which tells nothing about the questions."""
@@ -242,7 +226,7 @@ def check_not_below_chance(
         accuracy = float(right_N.mean())
         if accuracy < expected - BELOW_CHANCE * error:
             raise ContractError(
-                f"{name} is not split: the blind log of {run.model or 'a model'} is right on "
+                f"the blind log of {run.model or 'a model'} is right on "
                 f"{accuracy:.1%} of the questions, guessing on {expected:.1%}; does it decline to "
                 "answer? (--blind-chance sets the chance of guessing)"
             )

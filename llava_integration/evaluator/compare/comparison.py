@@ -323,7 +323,9 @@ def with_parts(
             pair_runs=pair_runs,
         )
     except ContractError as error:
-        return replace(row, notes=(*row.notes, str(error)))
+        # a note's line begins with the benchmark
+        problem = str(error).removeprefix(f"{name}: ")
+        return replace(row, notes=(*row.notes, f"not split: {problem}"))
     return replace(row, parts=tuple(parts), notes=(*row.notes, *notes))
 
 
