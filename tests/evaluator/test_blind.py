@@ -246,8 +246,8 @@ def test_a_model_that_declines_tells_nothing(tmp_path):
     )
     assert len(parts(tmp_path, blind, chance=0, **sides).parts) == 2
     for right in (0, 4):
-        scores = [1] * right + [0] * 396
-        blind = [table(tmp_path / "blind.csv", scores[:400], "blind")]
+        scores = [1] * right + [0] * (400 - right)
+        blind = [table(tmp_path / "blind.csv", scores, "blind")]
         row = parts(tmp_path, blind, chance=0, **sides)
         assert row.parts == ()
         assert any(
