@@ -2,9 +2,11 @@
 
 import csv
 import json
+from typing import Any
 
 import numpy as np
 import pytest
+from reader_logs import LOGS
 
 from llava_integration.evaluator.answer import command as evaluate
 from llava_integration.evaluator.answer.questions import GRAY, Question
@@ -16,6 +18,12 @@ from llava_integration.evaluator.compare.blind import (
 )
 from llava_integration.evaluator.compare.command import main
 from llava_integration.evaluator.compare.comparison import build
+from llava_integration.evaluator.compare.guessing import (
+    guessing,
+    option_count,
+    rotation_count,
+)
+from llava_integration.evaluator.compare.readers import read_logs
 from llava_integration.evaluator.compare.sides import load_side, load_sides
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError
@@ -53,7 +61,7 @@ def score_file(path, scores, model, choices=None, blind=None, **about):
     return record.write(path)
 
 
-def parts(tmp_path, blind, chance=None, base=BASE, new=NEW):
+def parts(tmp_path, blind, chance: float = 0, base=BASE, new=NEW):
     """The rows of a comparison with blind logs."""
     sides = load_sides(
         [
@@ -272,6 +280,108 @@ def test_chances_are_those_of_the_options(tmp_path):
     assert "guessing on" not in note_of()
 
 
+def blind_row(tmp_path, chance=None, right=16, times=1, **about: Any):
+    """The row of 40 questions, ``times`` as many, of score files whose items have these fields."""
+    files = {}
+    for model, scores in {
+        "base": BASE * times,
+        "new": NEW * times,
+        "blind": ([1] * right + [0] * (40 - right)) * times,
+    }.items():
+        path = tmp_path / f"{model}.scores.json"
+        files[model] = score_file(path, scores, model, **about)
+    sides = load_sides([files["base"], files["new"]], [])
+    blind = BlindLogs(logs=(load_side(files["blind"], blind=True),), chance=chance)
+    (row,) = build(sides, blind=blind).rows
+    return row
+
+
+# the right answer, of questions whose options no log has -> what is said; "": they are split
+UNKNOWN_OPTIONS = [
+    ("A", "options of 40 of 40 questions, but letters as the right answers"),
+    ("(B)", "letters as the right answers"),
+    (["C"], "letters as the right answers"),
+    (2, "digits as the right answers"),
+    (None, "nor the right answers"),
+    ("a red bus", ""),
+    (["red", "dark red"], ""),
+]
+
+
+@pytest.mark.parametrize(("truth", "refusal"), UNKNOWN_OPTIONS)
+def test_questions_whose_options_are_unknown_are_not_taken_for_free_text(
+    tmp_path, truth, refusal
+):
+    row = blind_row(tmp_path, truth=truth)
+    if refusal:
+        assert row.parts == ()
+        assert any(refusal in n and "--blind-chance" in n for n in row.notes)
+    else:
+        assert len(row.parts) == 2
+        assert any(
+            "40 of 40 questions have no options in the logs and are taken for free text"
+            in note
+            for note in row.notes
+        )
+    assert len(blind_row(tmp_path, chance=0.25, truth=truth).parts) == 2
+
+
+def test_the_chance_that_is_set_is_that_of_questions_without_options(tmp_path):
+    for about in ({"choices": list("abcd")}, {"truth": "yes"}):
+        row = blind_row(tmp_path, chance=0.9, right=20, **about)
+        assert len(row.parts) == 2
+        assert any("--blind-chance is not used" in note for note in row.notes)
+    row = blind_row(tmp_path, chance=0.9, right=12)
+    assert any("guessing on 90.0%" in note for note in row.notes)
+
+
+def test_all_rotations_of_a_question_must_be_guessed(tmp_path):
+    """MMBench: 12 % are less than one in four, and more than one in 256, so the questions are
+    split; as a guess may go with the option, none is known to be solved."""
+    question: dict[str, Any] = {"truth": "A", "choices": list("abcd")}
+    row = blind_row(tmp_path, right=5, times=10, **question)
+    assert any(
+        "right on 12.5% of the questions, guessing on 25" in n for n in row.notes
+    )
+    rotated: dict[str, Any] = {**question, "rows": [{"text": "", "correct": 0}] * 4}
+    for about in (rotated, {**question, "turns": 4}):
+        row = blind_row(tmp_path, right=5, times=10, **about)
+        solved, eyes = row.parts
+        assert solved.verdict == "no verdict"
+        assert eyes.verdict == "better"
+    run = load_side(tmp_path / "blind.scores.json", blind=True).runs["toy"][0]
+    guessed = guessing([run], None)
+    assert guessed.least_N == pytest.approx(1 / 256)
+    assert guessed.most_N == pytest.approx(1 / 4)
+
+
+# folder of logs -> benchmark -> number of options of a question, and of its answers that count
+OPTIONS_OF_LOGS = {
+    "vlmevalkit": {
+        "AI2D_TEST": (4, 1),
+        "MMBench_DEV_EN": (4, 4),
+        "MMVP": (2, 2),
+        "ChartQA_TEST": (0, 1),
+    },
+    "lmms_eval": {"mmbench": (2, 2), "mmstar average": (0, 1)},
+    "helm": {None: (2, 1)},
+    "lighteval/0.13.0": {"toy_mc|0 acc": (2, 1), "toy_gen|0 em": (0, 1)},
+    "lighteval/0.8.1": {"toy_mc|0 acc": (2, 1), "toy_gen|0 em": (0, 1)},
+}
+
+
+@pytest.mark.parametrize("folder", OPTIONS_OF_LOGS)
+def test_options_are_read_of_logs(folder):
+    logs = read_logs(LOGS / folder)
+    for benchmark, expected in OPTIONS_OF_LOGS[folder].items():
+        items = []
+        for _, log in logs:
+            if benchmark in (None, log.benchmark):
+                items += log.items
+        found = {(option_count(item), rotation_count(item)) for item in items}
+        assert found == {expected}, benchmark
+
+
 def test_a_blind_model_that_always_says_yes_moves_no_points(tmp_path):
     """New says yes more often, and sees no better: in each group yes and no count as in all
     questions, so that neither group shows a difference. The blind log says yes 4 times in 5."""
@@ -315,6 +425,8 @@ def test_the_command_and_its_reports(tmp_path, capsys):
         str(table(tmp_path / "new.csv", NEW, "new")),
         "--blind",
         str(table(tmp_path / "blind.csv", SOLVED_BLIND, "blind")),
+        "--blind-chance",
+        "0",
         "--output",
         str(tmp_path / "out"),
     ]
@@ -330,7 +442,7 @@ def test_the_command_and_its_reports(tmp_path, capsys):
     assert "Which questions need eyes" in page
     assert "need eyes</td>" in page
     with pytest.raises(ValueError, match=r"--blind-chance 1\.5 is invalid"):
-        main([*words, "--blind-chance", "1.5"])
+        main([*words[:-4], "--blind-chance", "1.5"])
 
 
 def test_scores_that_are_neither_right_nor_wrong_are_not_split(tmp_path):

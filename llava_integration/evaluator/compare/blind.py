@@ -36,6 +36,10 @@ from llava_integration.evaluator.compare.blind_models import (
     check_is_no_side,
     check_models,
 )
+from llava_integration.evaluator.compare.guessing import (
+    check_not_below_chance,
+    guessing,
+)
 from llava_integration.evaluator.compare.multiplicity import holm, holm_factors
 from llava_integration.evaluator.compare.pairing import MIN_OVERLAP, check_equal_truth
 from llava_integration.evaluator.compare.sides import Run, Side
@@ -46,7 +50,6 @@ RIGHT = 0.5  # a blind answer with this score is right
 # of the questions that a model can solve blind, its log misses at most so many
 MISSED = 0.2
 FEWEST = 5  # questions of a group with a test
-BELOW_CHANCE = 3.0  # standard errors
 SOLVED = "solved blind"
 EYES = "need eyes"
 
@@ -56,7 +59,7 @@ class BlindLogs:
     """Logs of answers to the same questions without, or with other, pictures."""
 
     logs: tuple[Side, ...]
-    # probability of guessing a question right; None: as each question's options say
+    # probability of guessing a question right whose options the logs do not have
     chance: float | None = None
 
 
@@ -130,15 +133,22 @@ def split(
         check_is_no_side(run, [*base_runs, *new_runs])
     right_JN = np.array([run.scores for run in blind_runs]) >= RIGHT
     check_not_declined(blind_runs, right_JN)
-    chance_N = chances(base_runs[0], blind.chance)
-    check_not_below_chance(blind_runs, right_JN, chance_N)
+    guessed = guessing([*base_runs, *new_runs, *blind_runs], blind.chance)
+    notes += guessed.notes
+    check_not_below_chance(blind_runs, right_JN, guessed.least_N)
     if base_runs[0].rule or base_runs[0].aggregate:
         notes.append(
             "split is the mean score of the questions, not the headline number"
         )
     solved_N = np.any(right_JN, axis=0)
     is_yes_N = yes_or_no(base_runs[0])
-    weights = part_weights(solved_N, chance_N, len(blind_runs), is_yes_N)
+    weights = part_weights(
+        solved_N,
+        guessed.most_N,
+        len(blind_runs),
+        is_yes_N,
+        least_chance_N=guessed.least_N,
+    )
     base_MN = np.array([run.scores for run in base_runs])
     new_MN = np.array([run.scores for run in new_runs])
     clusters = base_runs[0].clusters
@@ -186,23 +196,6 @@ def ids_in_common(
     return [identifier for identifier in first.ids if identifier in in_all]
 
 
-def chances(run: Run, chance: float | None) -> np.ndarray:
-    """(N,) the probability of guessing each question right: ``chance``, or one of its options, or
-    of yes and no; 0 for a question of which no options are known."""
-    if chance is not None:
-        return np.full(len(run.ids), chance)
-    values = []
-    for item in run.items:
-        options = item.get("choices")
-        if isinstance(options, list) and len(options) > 1:
-            values.append(1 / len(options))
-        elif str(item.get("truth")).strip().lower() in ("yes", "no"):
-            values.append(0.5)
-        else:
-            values.append(0.0)
-    return np.array(values)
-
-
 def check_not_declined(blind_runs: Sequence[Run], right_JN: np.ndarray) -> None:
     """Raises ContractError for a blind log that is right on less than FEWEST questions: nothing
     tells it from one whose model declines to answer, although it may know."""
@@ -215,37 +208,26 @@ def check_not_declined(blind_runs: Sequence[Run], right_JN: np.ndarray) -> None:
             )
 
 
-def check_not_below_chance(
-    blind_runs: Sequence[Run], right_JN: np.ndarray, chance_N: np.ndarray
-) -> None:
-    """Raises ContractError for a blind log that is right less often than by guessing: its model
-    declines to answer without a picture, which tells nothing about the questions."""
-    expected = float(chance_N.mean())
-    error = float(np.sqrt(np.sum(chance_N * (1 - chance_N)))) / len(chance_N)
-    for run, right_N in zip(blind_runs, right_JN, strict=True):
-        accuracy = float(right_N.mean())
-        if accuracy < expected - BELOW_CHANCE * error:
-            raise ContractError(
-                f"the blind log of {run.model or 'a model'} is right on "
-                f"{accuracy:.1%} of the questions, guessing on {expected:.1%}; does it decline to "
-                "answer? (--blind-chance sets the chance of guessing)"
-            )
-
-
 def part_weights(
     solved_N: np.ndarray,
     chance_N: np.ndarray,
     logs: int,
     is_yes_N: np.ndarray | None = None,
+    *,
+    least_chance_N: np.ndarray | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(N,) weights of the questions in both readings of each part; see the file's beginning.
-    ``is_yes_N``: booleans, of a benchmark of yes-or-no questions.
+    ``is_yes_N``: booleans, of a benchmark of yes-or-no questions. If the chance of guessing is not
+    known exactly, ``chance_N`` is the most that it may be, ``least_chance_N`` the least: luck is
+    then assumed to solve the most, and to hide the fewest misses.
 
     ``caught``: a question that one of the models can solve is missed by that model's log with the
     probability MISSED, and then guessed by none of the others."""
+    if least_chance_N is None:
+        least_chance_N = chance_N
     solved_N = solved_N.astype(float)
     luck_N = 1 - (1 - chance_N) ** logs
-    caught_N = 1 - MISSED * (1 - chance_N) ** (logs - 1)
+    caught_N = 1 - MISSED * (1 - least_chance_N) ** (logs - 1)
     # with two options and many logs, everything is solved by luck
     is_certain_N = luck_N > 1 - 1e-9
     luck_N = np.where(is_certain_N, 0.0, luck_N)

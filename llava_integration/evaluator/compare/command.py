@@ -97,8 +97,8 @@ class CompareConfig:
     )
     blind_chance: float | None = setting(
         None,
-        help="with --blind: probability of guessing right; none: by the options of each question, "
-        "if logs have them, and 1/2 for yes or no",
+        help="with --blind: probability of guessing a question right whose options the logs do not "
+        "have; none: 0 for free text, and logs whose right answers are letters are not split",
         needs="blind",
     )
     references: bool = setting(

@@ -164,14 +164,19 @@ def texts_of(path: Path) -> dict[str, dict[str, Any]]:
             if instance.get("perturbation"):
                 continue
             right = []
+            options = []
             for reference in instance.get("references") or []:
+                option = reference["output"].get("text", "")
+                options.append(option)
                 if "correct" in reference.get("tags", ()):
-                    right.append(reference["output"].get("text", ""))
+                    right.append(option)
             about = {
                 "question": short_text(instance["input"].get("text")),
                 "truth": right,
                 "answer": answer_of(state),
             }
+            if len(options) > len(right):  # else these are several right answers
+                about["choices"] = [short_text(option) for option in options]
             if picture := picture_of(instance["input"]):
                 about["cluster"] = picture
             texts.setdefault(str(instance.get("id")), about)

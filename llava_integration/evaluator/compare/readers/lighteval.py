@@ -109,6 +109,7 @@ def item_since_0_9(row: dict[str, Any]) -> dict[str, Any]:
         "question": short_text(doc.get("query")),
         "answer": short_text(answer),
         "truth": chosen(choices, doc.get("gold_index")),
+        **options_in(choices, doc.get("gold_index")),
     }
 
 
@@ -125,6 +126,7 @@ def item_up_to_0_8(row: dict[str, Any]) -> dict[str, Any]:
         "question": short_text(question),
         "answer": short_text(answer),
         "truth": row.get("gold") or chosen(choices, row.get("gold_index")),
+        **options_in(choices, row.get("gold_index")),
     }
 
 
@@ -134,6 +136,13 @@ def most_likely(options: Sequence[str], likelihoods: Sequence[float] | None) -> 
         return ""
     best = max(range(len(options)), key=lambda place: likelihoods[place])
     return options[best].strip()
+
+
+def options_in(choices: Sequence[str], index: Any) -> dict[str, list[str]]:
+    """The field ``choices`` of an item whose choices are options; of others, all are right."""
+    if len(choices) <= len(chosen(choices, index)):
+        return {}
+    return {"choices": [short_text(choice) for choice in choices]}
 
 
 def chosen(choices: Sequence[str], index: Any) -> list[str]:

@@ -207,6 +207,7 @@ def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
             item["truth"] = value["answer"]
             item["category"] = value["category"]
             item.update(line.get(SHOWN, {}))
+            item["choices"] = list(choices.values())
     items = [item for item in groups.values() if "truth" in item]
     if not items:
         where, _ = lines[0]

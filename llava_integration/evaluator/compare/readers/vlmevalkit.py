@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from llava_integration.evaluator.compare.readers import (
@@ -235,7 +236,7 @@ class Table:
             else:
                 assert self.rule is not None
                 score = self.rule(answer, truths_of(row.get("answer")), category)
-        return {
+        item = {
             "id": name,
             "score": score,
             "category": category,
@@ -244,6 +245,12 @@ class Table:
             "truth": row.get("answer"),
             "cluster": first_of(row, self.cluster_columns) or name,
         }
+        options = options_of(row)
+        if len(options) > 1:
+            item["choices"] = options
+            if "g_index" in row:  # of a circular benchmark, a turn for each option
+                item["turns"] = len(options)
+        return item
 
     def log(
         self,
@@ -261,6 +268,17 @@ class Table:
             printed=printed,
             notes=notes,
         )
+
+
+def options_of(row: dict[str, Any]) -> list[str]:
+    """The options in the columns A, B and so on, up to the first that is empty."""
+    options = []
+    for letter in ascii_uppercase:
+        cell = row.get(letter)
+        if cell is None or str(cell).strip() in ("", "nan"):
+            break
+        options.append(short_text(str(cell)))
+    return options
 
 
 def pope_items(item: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -281,7 +299,7 @@ def pairs_of_rows(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     pairs = []
     for one, other in zip(items[0::2], items[1::2], strict=False):
         score = int(one["score"] and other["score"])
-        pairs.append({**one, "score": score, "truth": None})
+        pairs.append({**one, "score": score, "truth": None, "turns": 2})
     return pairs
 
 
