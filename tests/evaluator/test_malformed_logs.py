@@ -6,6 +6,7 @@ import pytest
 
 from llava_integration.evaluator.compare.readers import read_logs
 from llava_integration.evaluator.compare.sides import load_side
+from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError
 
 MALFORMED = {  # name of the file: (content, what the error names)
@@ -53,6 +54,15 @@ MALFORMED = {  # name of the file: (content, what the error names)
     "s.tsv": ("index\tprediction\thit\n0\tA\tmaybe\n", "line 2"),
     "u.tsv": ("index\tprediction\thit\n0\tA\n", "line 2"),
     "t_MME_result.xlsx": ("no workbook", "t_MME_result.xlsx"),
+    "a_MME_result.xlsx": ("", "a_MME_result.xlsx is empty"),
+    "aa.csv": ("", r"aa\.csv is empty"),
+    "ab.csv": ("item;score\n1;1\n", r"ab\.csv has semicolons.*has commas"),
+    "ac.tsv": ("item,score\n1,1\n", r"ac\.tsv has commas.*has tabs"),
+    "ad.csv": ("\udcff\udcfei\0t\0e\0m\0,\0", r"ad\.csv is in UTF-16"),
+    "samples_a_2026-11-28T21-57-04.1.jsonl": ("", "4.1.jsonl is empty"),
+    "samples_b_2026-11-28T21-57-04.1.jsonl": ("\n", "it has no documents"),
+    "20261129_061426_samples_a.jsonl": ("\n", "it has no documents"),
+    "ae.json": ('{"args": {"log_samples": true}, "logs": []}', "it has no documents"),
 }
 
 
@@ -96,3 +106,57 @@ def test_a_folder_has_logs_of_one_form(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"doc_id": 0, "doc_hash": "", "acc": 1}\n')
     with pytest.raises(ContractError, match=r"a\.csv"):
         read_logs(tmp_path)
+
+
+def test_a_table_that_is_left_out_of_a_folder_is_a_note(tmp_path):
+    (tmp_path / "a.csv").write_text("item,score\n1,1\n")
+    (tmp_path / "b.csv").write_text("item;score\n1;1\n")
+    (note,) = load_side(tmp_path).notes
+    assert note.startswith(f"left out: {tmp_path / 'b.csv'} has semicolons")
+
+
+def test_score_files_do_not_hide_other_logs_in_silence(tmp_path):
+    """They are read alone, and a note for each other form says so."""
+    items = [{"id": 1, "score": 1.0}]
+    record = ScoreFile(benchmark="toy", metrics={}, items=items, model="m")
+    record.write(tmp_path / "toy.scores.json")
+    assert load_side(tmp_path).notes == ()
+    (tmp_path / "a.csv").write_text("item,score\n1,1\n")
+    line = {"doc_id": 0, "doc_hash": "", "metrics": ["acc"], "acc": 1}
+    for name in "bc":
+        log = tmp_path / f"samples_{name}_2026-11-28T21-57-04.1.jsonl"
+        log.write_text(json.dumps(line))
+    side = load_side(tmp_path)
+    assert set(side.runs) == {"toy"}
+    said = [note.partition("; first: ")[0] for note in side.notes]
+    assert sorted(said) == [
+        "left out: logs of the form lm-evaluation-harness (2",
+        "left out: logs of the form table (1",
+    ]
+
+
+# n-samples of the results, and what is said of a printed number that is another
+TRIMMED = {
+    "cut": ({"original": 8, "effective": 8}, "of 8 documents, of which the log has 4"),
+    "limit": ({"original": 8, "effective": 4}, "made of the scores in another way"),
+    "unknown": (
+        {},
+        "made of the scores in another way, or of documents that the log lacks",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRIMMED)
+def test_a_printed_number_of_more_documents(tmp_path, case):
+    counts, why = TRIMMED[case]
+    lines = []
+    for number in range(4):
+        about = {"doc_id": number, "doc_hash": "", "metrics": ["acc"]}
+        lines.append(json.dumps({**about, "acc": number % 2}))
+    date = "2026-11-28T21-57-04.1"
+    log = tmp_path / f"samples_toy_{date}.jsonl"
+    log.write_text("\n".join(lines))
+    results = {"results": {"toy": {"acc,none": 0.25}}, "n-samples": {"toy": counts}}
+    (tmp_path / f"results_{date}.json").write_text(json.dumps(results))
+    (run,) = load_side(log).runs["toy acc"]
+    assert f"its evaluator printed 0.25, {why}; here 0.5" in run.notes

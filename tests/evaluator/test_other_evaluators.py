@@ -2,6 +2,7 @@
 become the numbers that they print."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -106,6 +107,36 @@ def test_opencompass_without_details_is_said(tmp_path):
     (note,) = side.notes
     assert "toy_mcq.json" in note
     assert "--dump-eval-details" in note
+
+
+# what is damaged, the tasks that are compared all the same, and what a note says
+CUT = {
+    "results": ({"toy_ppl accuracy", "toy_qa accuracy"}, "left out: "),
+    "predictions": (
+        {"toy_mcq accuracy", "toy_ppl accuracy", "toy_qa accuracy"},
+        "questions may lack their texts: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("folder", CUT)
+def test_a_file_of_opencompass_that_was_cut_is_said(tmp_path, folder):
+    """Where it stops; running it again with another option would not help."""
+    tasks, start = CUT[folder]
+    shutil.copytree(LOGS / "opencompass" / "0.5.4", tmp_path / "run")
+    path = tmp_path / "run" / folder / "org-toy" / "toy_mcq.json"
+    path.write_text(path.read_text()[:200])
+    side = load_side(tmp_path)
+    assert set(side.runs) == tasks
+    notes = list(side.notes)
+    for runs in side.runs.values():
+        notes += runs[0].notes
+    (note,) = notes
+    assert note.startswith(f"{start}{path} is not valid JSON (")
+    assert re.search(r"line \d+ column \d+.*the file is damaged", note)
+    if folder == "results":
+        with pytest.raises(ContractError, match="the file is damaged"):
+            load_side(path)
 
 
 EVALSCOPE = {

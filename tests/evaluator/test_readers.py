@@ -357,6 +357,8 @@ def test_lmms_evals_tasks_of_today():
         if "another way" in note
     ]
     assert len(set(side.runs["blink blink_acc"][0].groups)) == 14
+    (of_cider,) = side.runs["coco2017_cap_val coco_CIDEr"]
+    assert any(note.endswith("and stay fixed") for note in of_cider.notes)
 
 
 def test_another_aggregate_than_the_evaluators_is_said(tmp_path):

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ from llava_integration.evaluator.compare.readers import (
     Log,
     read_logs,
     readers,
+)
+from llava_integration.evaluator.compare.readers.file_formats import (
+    TABLES,
+    table_problem,
 )
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.hashes import sha256_file
@@ -147,13 +151,17 @@ def load_runs(
     if not path.exists():
         raise FileNotFoundError(f"no score file, log or folder {path}")
     records = read_logs(path, choices)
+    read = [file for _, record in records for file in record.files]
+    problems = table_problems(path, read)
+    if not records and problems:
+        raise ContractError("; ".join(problems))
     if not records:
         raise FileNotFoundError(
             f"{path} has no score files (`llm2clip score` writes them) and no logs; known: "
             f"{', '.join(readers())}; a table needs the columns item and score"
         )
     runs = []
-    notes = []
+    notes = [f"left out: {problem}" for problem in problems]
     copies = copied_logs(records)
     for file, record in records:
         if record.unknown:
@@ -175,6 +183,18 @@ def load_runs(
     if not runs:
         raise ContractError("; ".join(notes))
     return runs, notes
+
+
+def table_problems(path: Path, read: Collection[Path]) -> list[str]:
+    """Why tables at a path, or the file itself, are not among the files that were ``read``."""
+    files = [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.suffix in TABLES]
+    problems = []
+    for file in files:
+        if file.is_file() and file not in read and (reason := table_problem(file)):
+            problems.append(reason)
+    return problems
 
 
 def check_eyes(file: Path, record: Log, *, blind: bool) -> None:
@@ -328,9 +348,14 @@ def run_of(path: Path, record: Log) -> Run:
     printed = record.printed
     if printed is None or is_printed(number, printed, run):
         return run
+    why = "made of the scores in another way, or of documents that the log lacks"
+    if record.documents:
+        logged, evaluated = record.documents
+        why = "made of the scores in another way"
+        if logged < evaluated:
+            why = f"of {evaluated:,} documents, of which the log has {logged:,}"
     differs = (
-        f"its evaluator printed {printed:.4g}, made of the scores in another way; "
-        f"here {number / run.scale:.4g}"
+        f"its evaluator printed {printed:.4g}, {why}; here {number / run.scale:.4g}"
     )
     return replace(run, notes=[*notes, differs])
 

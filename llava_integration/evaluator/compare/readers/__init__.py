@@ -53,6 +53,8 @@ class Log(ScoreFile):
     aggregate: str = ""
     # the number that the evaluator printed; a comparison says where its own differs
     printed: float | None = None
+    # how many documents the log has, and how many the printed number is of; None: unknown
+    documents: tuple[int, int] | None = None
     # of the group whose tasks have one number: name, metric, printed number, aggregate, run
     group: tuple[Any, ...] = ()
     # whether the log says which task it is of; else its file's name stands for it
@@ -122,6 +124,8 @@ def read_logs(path: Path, choices: Choices = NO_CHOICES) -> list[tuple[Path, Log
     if reader is None:
         return []
     logs = []
+    if reader.name == OWN and len(files) > 1:
+        logs += hidden_logs(files, log_files, choices)
     gc.disable()  # it would look at a million lines again and again, half of the time
     try:
         for file in log_files:
@@ -160,6 +164,29 @@ def recognized(
     return None, []
 
 
+def hidden_logs(
+    files: Sequence[Path], score_files: Sequence[Path], choices: Choices
+) -> list[Log]:
+    """A log for each form that score files hide, which says so."""
+    others = sorted(set(files) - set(score_files))
+    logs = []
+    for reader in readers().values():
+        hidden = []
+        for file in others:
+            with suppress(ContractError, OSError):
+                if reader.takes(file, choices):
+                    hidden.append(file)
+        if not hidden:
+            continue
+        reason = (
+            f"logs of the form {reader.name} ({len(hidden)}; first: {hidden[0]}), since the folder "
+            "has score files, which are read alone; name the file or folder of one form"
+        )
+        about = {"benchmark": hidden[0].stem, "files": (hidden[0],)}
+        logs.append(Log(**about, metrics={}, items=[], unknown=reason))
+    return logs
+
+
 def logs_of(file: Path, reader: Reader, choices: Choices, *, alone: bool) -> list[Log]:
     """The logs in a file. If it is not ``alone`` and cannot be read, one that says why."""
     for name in choices.names():
@@ -171,6 +198,8 @@ def logs_of(file: Path, reader: Reader, choices: Choices, *, alone: bool) -> lis
             )
     try:
         with errors_about(file):
+            if file.stat().st_size == 0:
+                raise ContractError(f"{file} is empty; was the run cut off?")
             if reader.choices:
                 logs = list(reader.read(file, choices))
             else:
@@ -217,7 +246,20 @@ def _merged(members: Sequence[Log]) -> Log:
         printed=printed,
         aggregate=aggregate,
         notes=list(dict.fromkeys(notes)),
+        documents=documents_of_all(members),
     )
+
+
+def documents_of_all(members: Sequence[Log]) -> tuple[int, int] | None:
+    """How many documents the logs of a group have, and how many were evaluated."""
+    logged = 0
+    evaluated = 0
+    for log in members:
+        if log.documents is None:
+            return None
+        logged += log.documents[0]
+        evaluated += log.documents[1]
+    return logged, evaluated
 
 
 def mme_logs(

@@ -1,5 +1,6 @@
 """What logs are stored in: tables, JSONL (also packed by gzip) and arrays in JSON."""
 
+import codecs
 import csv
 import gzip
 import json
@@ -121,3 +122,26 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"{where}: expected a JSON object, got {str(value)[:60]!r}"
             )
         yield where, value
+
+
+TABLES = (".csv", ".tsv")
+
+
+def table_problem(path: Path) -> str:
+    """Why a file is no table, as far as its first bytes tell; "" if they do not."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if not head:
+        return f"{path} is empty"
+    if path.suffix not in TABLES:
+        return ""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return f"{path} is in UTF-16; save it in UTF-8"
+    first_line = head.splitlines()[0]
+    expected, name = (b",", "commas") if path.suffix == ".csv" else (b"\t", "tabs")
+    if expected in first_line:
+        return ""
+    for separator, found in ((b";", "semicolons"), (b"\t", "tabs"), (b",", "commas")):
+        if separator in first_line:
+            return f"{path} has {found} between its columns; a {path.suffix} has {name}"
+    return ""

@@ -35,6 +35,7 @@ CATEGORIES = ("category", "group", "subset", "subdomain", "question_type", "task
 POPE_IMAGE = "image_source"
 # fields of a line that are no metrics
 NO_METRICS = {"doc_id", "token_counts", "doc", "target", "filter", "arguments", *TEXTS}
+NO_DOCUMENTS = "is empty: it has no documents; was the run cut off?"
 ALONE = "the log names no images: questions are drawn one by one, so the interval may be too narrow"
 # what is kept of a line beside its metrics
 GROUP = "value of --group"

@@ -39,6 +39,8 @@ class Summary:
             self.children = body.get("group_subtasks") or {}
             counts = (body.get("n-samples") or {}).get(self.task) or {}
             self.documents = counts.get("original") or 0  # of the task; 0: unknown
+            # whose numbers are printed: fewer with --limit
+            self.evaluated = counts.get("effective") or 0
 
     def printed(self, metric: str, of: str = "") -> float | None:
         """The number that was printed of the task, or of a group."""
@@ -61,13 +63,19 @@ class Summary:
 
     def size_notes(self, lines: Lines) -> list[str]:
         """A note if the log has a part of the task's documents."""
-        logged = len({str(line["doc_id"]) for _, line in lines})
+        logged = documents_of(lines)
         if logged >= self.documents:
             return []
         return [
             f"{self.task}: the log has {logged:,} of the task's {self.documents:,} documents; "
             "the number is of these alone"
         ]
+
+    def documents_in(self, lines: Lines) -> tuple[int, int] | None:
+        """How many documents the log has, and how many were evaluated; None if unknown."""
+        if not self.evaluated:
+            return None
+        return documents_of(lines), self.evaluated
 
     def group(self, metric: str) -> tuple[Any, ...]:
         """What tells the largest group with one number for all its tasks; () if the task is in
@@ -112,6 +120,11 @@ class Summary:
             model=self.model,
             **about,
         )
+
+
+def documents_of(lines: Lines) -> int:
+    """How many documents a log has."""
+    return len({str(line["doc_id"]) for _, line in lines})
 
 
 def is_named_by(stem: str, task: str) -> bool:

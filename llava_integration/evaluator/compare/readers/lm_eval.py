@@ -5,6 +5,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from llava_integration.evaluator.compare.readers import Choices, Log, Reader
@@ -15,6 +16,7 @@ from llava_integration.evaluator.compare.readers.file_formats import (
 from llava_integration.evaluator.compare.readers.harness_lines import (
     HARNESS_NAME,
     LMMS_NAME,
+    NO_DOCUMENTS,
     NO_METRICS,
     Lines,
     is_harness_line,
@@ -38,6 +40,8 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     """The task's first metric with a number for each document, under its first filter."""
     summary = Summary(path, HARNESS_NAME, "results_{}.json")
     lines = lines_of(json_objects(path), choices.group)
+    if not lines:
+        raise ContractError(f"{path} {NO_DOCUMENTS}")
     lines = with_filters(lines, summary)
     filters = list(dict.fromkeys(str(line.get("filter", "none")) for _, line in lines))
     name = choices.filter or filters[0]
@@ -58,7 +62,7 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     if len(filters) > 1:
         log.notes.append(f"filter {name} of {', '.join(filters)}")
     log.notes.extend(summary.size_notes(lines))
-    yield log
+    yield replace(log, documents=summary.documents_in(lines))
 
 
 def with_filters(lines: Lines, summary: Summary) -> Lines:

@@ -8,6 +8,7 @@ counts, or whether the answer is right.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from llava_integration.evaluator.compare.readers.harness_lines import (
     ALONE,
     HARNESS_NAME,
     LMMS_NAME,
+    NO_DOCUMENTS,
     NO_METRICS,
     POPE_IMAGE,
     SHOWN,
@@ -47,6 +49,7 @@ from llava_integration.evaluator.compare.readers.harness_results import (
     model_named_in,
 )
 from llava_integration.evaluator.compare.readers.harness_scores import scored
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.json_files import read_json_value
 
 PROMPTS = "answers to lmms-eval's prompts, which may differ from LLaVA's"
@@ -80,6 +83,8 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     if path.suffix == ".json" and is_old(path):
         body = read_json_value(path)
         logged = body["logs"]
+        if not logged:
+            raise ContractError(f"{path} {NO_DOCUMENTS}")
         summary.model = model_named_in({"config": body["args"]})
         objects = [(f"{path}, log {n}", line) for n, line in enumerate(logged, 1)]
         first_line = dict(logged[0])
@@ -87,11 +92,13 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
         objects = json_objects(path)
         first_line = first_object(path)
     lines = lines_of(objects, choices.group)
+    if not lines:
+        raise ContractError(f"{path} {NO_DOCUMENTS}")
     for log in logs_of_task(lines, summary, first_line, choices.metric):
         if all(item["cluster"] == str(item["id"]) for item in log.items):
             log.notes.append(ALONE)
         log.notes.extend(summary.size_notes(lines))
-        yield log
+        yield replace(log, documents=summary.documents_in(lines))
 
 
 def logs_of_task(
@@ -322,7 +329,7 @@ def _cider(lines: Lines, summary: Summary, metric: str) -> Log:
     for (_, line), value, score in zip(lines, values, scores, strict=True):
         items.append(item_of(line, value, score))
     notes = [
-        "CIDEr: document frequencies are those of all references of the log, also in resamples"
+        "CIDEr: document frequencies are those of all references of the log, and stay fixed"
     ]
     return summary.log(metric, items, aggregate="CIDEr", notes=notes)
 

@@ -31,12 +31,32 @@ def fits(path: Path) -> bool:
     kind = path.parent.parent.name
     if kind not in (RESULTS, PREDICTIONS):
         return False
-    body = body_of(path)
     if kind == RESULTS:
-        return "details" in body
-    if "origin_prompt" not in str(body.get("0"))[:10_000] and "0" not in body:
+        if body := body_of(path):
+            return "details" in body
+        is_ours = answers_of(path).is_file() or has_details(path)
+        return is_ours and bool(damage_of(path))
+    if "0" not in body_of(path):
         return False
-    return "details" not in body_of(results_of(path))
+    results = results_of(path)
+    # of damaged results their own log says it
+    return not damage_of(results) and "details" not in body_of(results)
+
+
+def has_details(path: Path) -> bool:
+    """Whether the text of a file, be it valid JSON or not, has details."""
+    return b'"details"' in path.read_bytes()
+
+
+def damage_of(path: Path) -> str:
+    """Where a file stops being valid JSON; "" if it is valid, or there is none."""
+    try:
+        read_json_value(path)
+    except OSError:
+        return ""
+    except ContractError as error:
+        return f"{error}: the file is damaged; was the run cut off?"
+    return ""
 
 
 def results_of(predictions: Path) -> Path:
@@ -57,15 +77,24 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     """One dataset."""
     task = path.stem
     if path.parent.parent.name == PREDICTIONS:
+        lacking = "the results have no score for each question"
+        if not results_of(path).is_file():
+            lacking = f"there are no results ({results_of(path)})"
         problem = (
-            f"{path}: the results have no score for each question; "
+            f"{path}: {lacking}; "
             "run OpenCompass again with --dump-eval-details (-m eval keeps the answers)"
         )
         yield Log(benchmark=task, metrics={}, items=[], unknown=problem)
         return
-    body = read_json_value(path)
+    body = body_of(path)
+    if not body:
+        raise ContractError(damage_of(path) or f"{path} has no results")
     metric, printed = printed_number(body)
     predictions = body_of(answers_of(path))
+    notes = []
+    damage = "" if predictions else damage_of(answers_of(path))
+    if damage:
+        notes.append(f"questions may lack their texts: {damage}")
     items = []
     for name, details in details_of(body["details"], task):
         score = score_of(details, choices.metric)
@@ -91,6 +120,7 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
         items=items,
         model=path.parent.name,
         printed=None if choices.metric else printed,
+        notes=notes,
     )
 
 
