@@ -52,9 +52,9 @@ def difference(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     """The largest difference of pairs of tensors, as a share of the largest expected value of the
     pair; 0.0 if they are bit-equal."""
     shares = [0.0]
-    for one, other in zip(actual, expected, strict=True):
-        gap = (one.float() - other.float()).abs().max().item()
-        shares.append(gap / max(other.float().abs().max().item(), 1e-30))
+    for ours, theirs in zip(actual, expected, strict=True):
+        gap = (ours.float() - theirs.float()).abs().max().item()
+        shares.append(gap / max(theirs.float().abs().max().item(), 1e-30))
     return max(shares)
 
 
@@ -98,10 +98,12 @@ def compare(tower: Any, reference: Reference) -> Differences:
     recomputed = gradients(tower, pixels, block_runs=2)
     tower.gradient_checkpointing_disable()
     half = features(tower.eval().bfloat16(), pixels.bfloat16())
-    known = reference.pooled
+    pooled_gap = None
+    if reference.pooled is not None:
+        pooled_gap = difference([pooled], [reference.pooled])
     return Differences(
         states=difference(states, reference.states),
-        pooled=None if known is None else difference([pooled], [known]),
+        pooled=pooled_gap,
         training=difference(trained, expected),
         batch=difference(one_by_one, expected),
         half=difference(half, expected),

@@ -164,8 +164,8 @@ def reciprocal_ranks(
         pictures.kernels[setting.pool], fit, ask, target_nW, setting.penalty
     )
     score_NC = unit(predicted_NW) @ item_CW.T
-    place = {concept: number for number, concept in enumerate(asked)}
-    own_N = torch.tensor([place[pictures.concept[number]] for number in ask])
+    column_of = {concept: column for column, concept in enumerate(asked)}
+    own_N = torch.tensor([column_of[pictures.concept[number]] for number in ask])
     right_N1 = score_NC.gather(1, own_N[:, None])
     higher_N = (score_NC > right_N1).sum(dim=1)
     equal_N = (score_NC == right_N1).sum(dim=1)
@@ -207,9 +207,9 @@ def halves(pictures: Pictures, seed: int) -> tuple[list[int], list[int]]:
         if size < len(numbers) / 2:
             first.add(family)
             size += size_of[family]
-    one = [number for number in numbers if pictures.family[number] in first]
-    other = [number for number in numbers if pictures.family[number] not in first]
-    return one, other
+    first_half = [number for number in numbers if pictures.family[number] in first]
+    second_half = [number for number in numbers if pictures.family[number] not in first]
+    return first_half, second_half
 
 
 def ask_halves(pictures: Pictures, names: Names, setting: Setting) -> np.ndarray:
@@ -217,8 +217,8 @@ def ask_halves(pictures: Pictures, names: Names, setting: Setting) -> np.ndarray
     numbers = pictures.of_split("train")
     total = np.zeros(len(pictures.split))
     for seed in range(HALVES):
-        one, other = halves(pictures, seed)
-        for fit, ask in ((one, other), (other, one)):
+        first_half, second_half = halves(pictures, seed)
+        for fit, ask in ((first_half, second_half), (second_half, first_half)):
             total[ask] += reciprocal_ranks(pictures, fit, ask, names, setting)
     return total[numbers] / HALVES
 
@@ -389,12 +389,12 @@ def make_report(data: Path, output: Path, before: Path) -> str:
     pool, penalty = max(means, key=means.__getitem__)
     setting = Setting(pool=pool, penalty=penalty)
     scores = {}
-    own = {}
+    own_means = {}
     for name, pictures in towers.items():
         scores[name] = ask_halves(pictures, neutral, setting)
         if name in own_names:
             own_score_N = ask_halves(pictures, own_names[name], setting)
-            own[name] = float(own_score_N.mean())
+            own_means[name] = float(own_score_N.mean())
     any_tower = towers[BEFORE]
     families = [any_tower.family[number] for number in any_tower.of_split("train")]
     comparisons = compare_arms(scores, families)
@@ -404,7 +404,7 @@ def make_report(data: Path, output: Path, before: Path) -> str:
         "setting": vars(setting),
         "validation": [[*key, value] for key, value in means.items()],
         "neutral": mean_scores,
-        "own": own,
+        "own": own_means,
         "comparisons": comparisons,
     }
     write_text(output / "gate.json", json.dumps(record, indent=2))
@@ -413,7 +413,7 @@ def make_report(data: Path, output: Path, before: Path) -> str:
         f"regression on {pool}, penalty {penalty}, chosen on validation families"
     )
     return "\n".join(
-        [note, "", arms_table(mean_scores, own), comparisons_table(comparisons)]
+        [note, "", arms_table(mean_scores, own_means), comparisons_table(comparisons)]
     )
 
 

@@ -138,8 +138,8 @@ def log_likelihoods(model: Any, rows: LlavaRows, row: dict[str, Any]) -> Tensor:
     next_CTV = logits.float().log_softmax(dim=-1)
     total_C = first_V[name_CT[:, 0]]
     for number, ids in enumerate(tokens):
-        for place in range(1, len(ids)):
-            total_C[number] += next_CTV[number, place - 1, ids[place]]
+        for position in range(1, len(ids)):
+            total_C[number] += next_CTV[number, position - 1, ids[position]]
     return total_C
 
 
@@ -165,15 +165,16 @@ def ask(trained: Path, data: Path) -> np.ndarray:
 def places(score_NC: np.ndarray, own_N: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Of each picture, the place of its own name: the share of the other names with a lower score;
     and the mean place of that name for the pictures with another name. Equal scores count half."""
-    own = np.asarray(own_N)
+    name_N = np.asarray(own_N)
     names = score_NC.shape[1]
-    place_NN = np.empty((len(own), len(own)))  # asked picture x picture that is shown
-    for number, name in enumerate(own):
+    # asked picture x picture that is shown
+    place_NN = np.empty((len(name_N), len(name_N)))
+    for number, name in enumerate(name_N):
         right_N1 = score_NC[:, [name]]
         below_N = (score_NC < right_N1).sum(axis=1)
         equal_N = (score_NC == right_N1).sum(axis=1) - 1
         place_NN[number] = (below_N + equal_N / 2) / (names - 1)
-    is_other_NN = own[:, None] != own
+    is_other_NN = name_N[:, None] != name_N
     exchanged_N = (place_NN * is_other_NN).sum(axis=1) / is_other_NN.sum(axis=1)
     return place_NN.diagonal().copy(), exchanged_N
 
@@ -237,7 +238,7 @@ def run(
         write_data(data, shown, names)
     questions = read_json(data / "questions.json")
     all_names = sorted({row["name"] for row in questions})
-    own = [all_names.index(row["name"]) for row in questions]
+    right_names = [all_names.index(row["name"]) for row in questions]
     scores: dict[str, dict[int, np.ndarray]] = {arm: {} for arm in arms}
     for seed in seeds:  # all arms of a seed before the next, so that pairs are complete
         for arm in arms:
@@ -247,7 +248,7 @@ def run(
                 tower = towers / folder.name
                 trained = train_llava(tower, llm, data, folder, steps)
                 write_text(answers, json.dumps(ask(trained, data).tolist()))
-            own_N, exchanged_N = places(np.array(read_json(answers)), own)
+            own_N, exchanged_N = places(np.array(read_json(answers)), right_names)
             scores[arm][seed] = own_N - exchanged_N
     results = compare_arms(scores, [row["family"] for row in questions])
     write_text(output / "inherited.json", json.dumps(results, indent=2))

@@ -116,6 +116,9 @@ def yes_no_numbers(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     false_no = counts["no", "yes"]
     precision = true_yes / (true_yes + false_yes) if true_yes + false_yes else 0.0
     recall = true_yes / (true_yes + false_no) if true_yes + false_no else 0.0
+    f1 = 0.0
+    if precision + recall:
+        f1 = 2 * precision * recall / (precision + recall)
     return {
         "TP": true_yes,
         "FP": false_yes,
@@ -123,9 +126,7 @@ def yes_no_numbers(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
         "FN": false_no,
         "precision": precision,
         "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall)
-        if precision + recall
-        else 0.0,
+        "f1": f1,
     }
 
 

@@ -190,15 +190,15 @@ def disagreements(
             pairs.append((old, now))
     won = []
     lost = []
-    for place, (old, now) in enumerate(pairs):
+    for index, (old, now) in enumerate(pairs):
         if now["score"] > old["score"]:
-            won.append(place)
+            won.append(index)
         elif now["score"] < old["score"]:
-            lost.append(place)
+            lost.append(index)
     losses = min(len(lost), max(most // 2, most - len(won)))
     wins = min(len(won), most - losses)
     chosen = [*spread_evenly(lost, losses), *spread_evenly(won, wins)]
-    return [pairs[place] for place in sorted(chosen)]
+    return [pairs[index] for index in sorted(chosen)]
 
 
 def spread_evenly(numbers: Sequence[int], count: int) -> list[int]:

@@ -339,13 +339,13 @@ def heads_config(parsed: ParsedCheckpoint, tower_width: int) -> DualConfig:
 
 def heads_in(parsed: ParsedCheckpoint) -> dict[str, Tensor]:
     """The tensors of a checkpoint's heads under our names."""
-    found = {
+    tensors = {
         "visual_projection.weight": parsed.projection,
         "visual_projection.bias": parsed.projection_bias,
         "logit_scale": parsed.logit_scale,
         "logit_bias": parsed.logit_bias,
     }
-    state = {name: value for name, value in found.items() if value is not None}
+    state = {name: value for name, value in tensors.items() if value is not None}
     for name in ("logit_scale", "logit_bias"):
         if name in state:
             state[name] = state[name].reshape(1)

@@ -22,11 +22,9 @@ class Questions(base.Benchmark):
         """The questions, in the file's order. Raises ContractError for a row without one of the
         three fields."""
         where = "each line needs image, question and answer"
-        path = (
-            folder
-            if folder.is_file()
-            else self.require(folder, *self.annotations, where=where)
-        )
+        path = folder
+        if not folder.is_file():
+            path = self.require(folder, *self.annotations, where=where)
         questions: list[base.Question] = []
         for number, row in enumerate(read_jsonl(path), 1):
             answer = row.get("answer")

@@ -267,11 +267,9 @@ class VizWiz(base.Benchmark):
         annotations = self.require(folder, "val.json", "*val*.json", where=where)
         entries = read_json_value(annotations)
         path = base.first_file(folder, *self.scored_question_files)
-        ids = (
-            {row["image"]: row["question_id"] for row in read_jsonl(path)}
-            if path
-            else {}
-        )
+        ids = {}
+        if path:
+            ids = {row["image"]: row["question_id"] for row in read_jsonl(path)}
         unknown = [entry["image"] for entry in entries if entry["image"] not in ids]
         if path and unknown:
             raise ValueError(

@@ -90,20 +90,20 @@ def shown_texts(line: dict[str, Any]) -> dict[str, Any]:
     if isinstance(doc, dict):
         question = first_of(doc, ("question", "query", "problem"))
     question = question or line.get("input") or prompt_of(line.get("arguments"))
-    shown: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
     if short_text(question):
-        shown["question"] = short_text(question)
+        texts["question"] = short_text(question)
     answer = answer_of(line)
     if isinstance(answer, str):  # one that is empty is an answer, too
-        shown["answer"] = short_text(answer)
+        texts["answer"] = short_text(answer)
     options = options_of(line.get("arguments"))
     if len(set(options)) > 1:
-        shown["choices"] = [short_text(option).strip() for option in options]
+        texts["choices"] = [short_text(option).strip() for option in options]
         truth = line.get("target")
         if isinstance(truth, int) and 0 <= truth < len(options):
-            shown["truth"] = shown["choices"][truth]
-    shown.update(hashes_of(line))
-    return shown
+            texts["truth"] = texts["choices"][truth]
+    texts.update(hashes_of(line))
+    return texts
 
 
 def hashes_of(line: dict[str, Any]) -> dict[str, str]:

@@ -297,9 +297,9 @@ def pope_items(item: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]
 def pairs_of_rows(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """MMVP's pairs of images, which are in two rows: right if both are."""
     pairs = []
-    for one, other in zip(items[0::2], items[1::2], strict=False):
-        score = int(one["score"] and other["score"])
-        pairs.append({**one, "score": score, "truth": None, "turns": 2})
+    for first, second in zip(items[0::2], items[1::2], strict=False):
+        score = int(first["score"] and second["score"])
+        pairs.append({**first, "score": score, "truth": None, "turns": 2})
     return pairs
 
 
