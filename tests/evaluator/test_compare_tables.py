@@ -228,3 +228,20 @@ def test_a_score_has_no_unit(tmp_path):
     (row,) = build(sides).rows
     assert row.unit == "score"
     assert re.search(r"a difference of \d\.\d\d is detectable", row.power_line())
+
+
+def test_a_task_on_two_scales_is_a_note(tmp_path):
+    """The other task is compared; alone it is an error."""
+    for name, most in (("base", 1), ("new", 100)):
+        lines = ["item,score,task"]
+        for item, score in enumerate(BASE):
+            lines += [f"{item},{score},a", f"{item},{most * score},b"]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    comparison = build(
+        [load_side(tmp_path / f"{name}.csv") for name in ("base", "new")]
+    )
+    assert [row.benchmark for row in comparison.rows] == ["a"]
+    (note,) = comparison.notes
+    assert note.startswith(
+        "not compared: scores on b are at most 1 in base and go to 100"
+    )

@@ -155,28 +155,29 @@ def build(
     ``blind``, each difference is also split by which questions need eyes; Holm's p-values of these
     parts are over all parts. With ``pair_runs``, runs (seeds) of equal number go together.
 
-    Raises ContractError for scores that are from 0 to 1 on one side and from 0 to 100 on another.
+    What cannot be compared, such as scores that are from 0 to 1 on one side and from 0 to 100 on
+    another, is a note; ContractError or ValueError if nothing is left.
     """
     if blind:
         together = with_common_task([*sides, *blind.logs])
         blind = replace(blind, logs=tuple(together[len(sides) :]))
         sides = together[: len(sides)]
     sides = with_common_task(sides)
-    other_scales = check_scales(sides)
+    other_scales, refused = check_scales(sides)
     sides = in_one_unit(sides)
     notes = [note for side in sides for note in side.notes]
     pairs = [(sides[0], new) for new in sides[1:]]
     if all_pairs:
         pairs = list(combinations(sides, 2))
     tasks = []
-    problems: list[ValueError] = []
+    problems: list[ValueError] = [ContractError(text) for text in refused.values()]
     for base, new in pairs:
         try:
             shared = benchmarks_in_common(base, new)
         except ValueError as error:
             problems.append(error)
             continue
-        tasks += [(base, new, name) for name in shared]
+        tasks += [(base, new, name) for name in shared if name not in refused]
         notes += one_sided_notes(base, new, names_pair=len(pairs) > 1)
         notes += copy_notes(base, new, shared)
     rows: list[Row] = []

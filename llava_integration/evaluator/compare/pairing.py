@@ -169,10 +169,11 @@ def in_one_unit(sides: Sequence[Side]) -> list[Side]:
 PERCENT = 50.0  # scores of a side that reach this are percentages, if those of another are shares
 
 
-def check_scales(sides: Sequence[Side]) -> list[str]:
-    """Warnings about benchmarks whose scores are at most 1 on one side and above on another;
-    ContractError if they are clearly shares and percentages."""
+def check_scales(sides: Sequence[Side]) -> tuple[list[str], dict[str, str]]:
+    """Warnings about benchmarks whose scores are at most 1 on one side and above on another; and,
+    by name, what is wrong with those whose scores are clearly shares and percentages."""
     warnings = []
+    refused = {}
     for name in ordered(name for side in sides for name in side.runs):
         largest = largest_scores(name, sides)
         shares = {side: most for side, most in largest.items() if 0 < most <= 1}
@@ -185,13 +186,12 @@ def check_scales(sides: Sequence[Side]) -> list[str]:
             f"{', '.join(others)}"
         )
         if max(others.values()) >= PERCENT:
-            raise ContractError(
-                f"{scales}; write both from 0 to 1, or both from 0 to 100"
-            )
+            refused[name] = f"{scales}; write both from 0 to 1, or both from 0 to 100"
+            continue
         warnings.append(
             f"{scales}: if these are two scales, the difference means nothing"
         )
-    return warnings
+    return warnings, refused
 
 
 def largest_scores(name: str, sides: Sequence[Side]) -> dict[str, float]:
