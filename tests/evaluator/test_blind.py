@@ -24,6 +24,11 @@ from llava_integration.evaluator.compare.guessing import (
     rotation_count,
 )
 from llava_integration.evaluator.compare.readers import read_logs
+from llava_integration.evaluator.compare.report import (
+    PARTS_HEADER,
+    part_cells,
+    row_lines,
+)
 from llava_integration.evaluator.compare.sides import load_side, load_sides
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError
@@ -327,7 +332,8 @@ def test_questions_whose_options_are_unknown_are_not_taken_for_free_text(
 
 
 def test_the_chance_that_is_set_is_that_of_questions_without_options(tmp_path):
-    for about in ({"choices": list("abcd")}, {"truth": "yes"}):
+    known: list[dict[str, Any]] = [{"choices": list("abcd")}, {"truth": "yes"}]
+    for about in known:
         row = blind_row(tmp_path, chance=0.9, right=20, **about)
         assert len(row.parts) == 2
         assert any("--blind-chance is not used" in note for note in row.notes)
@@ -344,7 +350,8 @@ def test_all_rotations_of_a_question_must_be_guessed(tmp_path):
         "right on 12.5% of the questions, guessing on 25" in n for n in row.notes
     )
     rotated: dict[str, Any] = {**question, "rows": [{"text": "", "correct": 0}] * 4}
-    for about in (rotated, {**question, "turns": 4}):
+    turned: dict[str, Any] = {**question, "turns": 4}
+    for about in (rotated, turned):
         row = blind_row(tmp_path, right=5, times=10, **about)
         solved, eyes = row.parts
         assert solved.verdict == "no verdict"
@@ -492,3 +499,75 @@ def test_blind_answers_are_not_mixed_with_others(tmp_path):
         assert evaluate.main([*words[:-1], str(other), "--blind"]) == 0
     seen, blind = (json.loads(path.read_text())["text"] for path in (output, other))
     assert seen != blind
+
+
+def test_what_is_left_out_of_blind_logs_is_noted(tmp_path):
+    folder = tmp_path / "blind"
+    score_file(folder / "blind.scores.json", SOLVED_BLIND, "blind", blind=True)
+    score_file(folder / "seen.scores.json", NEW, "blind", blind=False)
+    sides = [
+        score_file(tmp_path / "a.scores.json", BASE, "a"),
+        score_file(tmp_path / "b.scores.json", NEW, "b"),
+    ]
+    blind = BlindLogs(logs=(load_side(folder, blind=True),))
+    comparison = build(load_sides(sides, []), blind=blind)
+    assert len(comparison.rows[0].parts) == 2
+    assert any(
+        "left out" in note and "seen.scores.json" in note for note in comparison.notes
+    )
+
+
+def test_a_note_names_its_benchmark_once(tmp_path):
+    sides = [
+        score_file(tmp_path / "a.scores.json", BASE, "a"),
+        score_file(tmp_path / "b.scores.json", NEW, "b"),
+    ]
+    for truth, note in (("y", "toy: not split: the truth"), ("x", "toy: not split")):
+        log = score_file(tmp_path / "c.scores.json", [0] * 40, "c", truth=truth)
+        blind = BlindLogs(logs=(load_side(log, blind=True),))
+        lines = row_lines(build(load_sides(sides, []), blind=blind).rows)
+        (line,) = [line for line in lines if "split" in line]
+        assert line.startswith(note)
+        assert line.count("toy") == 1
+
+
+def test_the_note_on_the_headline_number_is_of_those_that_are_no_mean_score(tmp_path):
+    """MMBench's rule is the mean; MME's points are none."""
+
+    def notes_of(benchmark, scores, **about):
+        files = []
+        for model in ("base", "new", "blind"):
+            items = []
+            for number, score in enumerate(scores[model]):
+                item = {"id": number, "score": score, "truth": "yes", "category": "x"}
+                items.append({**item, "cluster": str(number // 2), **about})
+            record = ScoreFile(
+                benchmark=benchmark, metrics={}, items=items, model=model
+            )
+            files.append(record.write(tmp_path / f"{benchmark}-{model}.scores.json"))
+        sides = load_sides(files[:2], [])
+        blind = BlindLogs(logs=(load_side(files[2], blind=True),))
+        (row,) = build(sides, blind=blind).rows
+        assert len(row.parts) == 2
+        return [note for note in row.notes if "not the headline number" in note]
+
+    scores = {"base": BASE, "new": NEW, "blind": [1, 0] * 20}
+    assert notes_of("mmbench", scores) == []
+    assert len(notes_of("mme", scores)) == 1
+
+
+def test_a_part_without_questions_has_no_numbers(tmp_path):
+    log = table(tmp_path / "blind.csv", [1] * 40, "blind")
+    row = parts(tmp_path, [log])
+    _, eyes = row.parts
+    cells = part_cells(row, eyes)
+    assert len(cells) == len(PARTS_HEADER)
+    assert cells[1:] == (EYES, "0", *[""] * 6, "no verdict")
+    assert eyes.to_dict()["base"] is None
+    assert eyes.to_dict()["difference"] is None
+
+
+def test_one_item_is_no_plural(tmp_path):
+    sides = [table(tmp_path / f"{name}.csv", [1]) for name in ("base", "new")]
+    (row,) = build(load_sides(sides, [])).rows
+    assert row.power_line().startswith("1 item,")

@@ -25,6 +25,7 @@ the picture, so that among the questions that it does not solve blind it loses t
 (regression to the mean). With a log of each side, neither is at a disadvantage.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,7 +96,10 @@ class Part:
         """For JSON."""
         plain = dict(vars(self))
         del plain["readings"], plain["level"]
-        return {**plain, "difference": self.difference, "verdict": self.verdict}
+        plain |= {"difference": self.difference, "verdict": self.verdict}
+        if not self.questions:
+            plain |= {"base": None, "new": None, "difference": None}
+        return plain
 
 
 def split(
@@ -127,8 +131,7 @@ def split(
     new_runs = [run.pick(ids) for run in new_runs]
     blind_runs = [run.pick(ids) for run in blind_runs]
     for run in blind_runs:
-        # a table of scores has no truth
-        if any(item.get("truth") is not None for item in run.items):
+        if has_truth(run) and has_truth(base_runs[0]):
             check_equal_truth(name, base_side, base_runs[0], run)
         check_is_no_side(run, [*base_runs, *new_runs])
     right_JN = np.array([run.scores for run in blind_runs]) >= RIGHT
@@ -136,7 +139,7 @@ def split(
     guessed = guessing([*base_runs, *new_runs, *blind_runs], blind.chance)
     notes += guessed.notes
     check_not_below_chance(blind_runs, right_JN, guessed.least_N)
-    if base_runs[0].rule or base_runs[0].aggregate:
+    if not all(is_mean(run) for run in (*base_runs, *new_runs)):
         notes.append(
             "split is the mean score of the questions, not the headline number"
         )
@@ -172,6 +175,17 @@ def split(
     if is_yes_N is not None:
         notes.append("yes and no count in both groups as in the whole benchmark")
     return parts, notes
+
+
+def has_truth(run: Run) -> bool:
+    """Whether a run has the right answer to some question; a table of scores has none."""
+    return any(item.get("truth") is not None for item in run.items)
+
+
+def is_mean(run: Run) -> bool:
+    """Whether the headline number is the mean score of the questions, which is split."""
+    mean = run.scale * float(np.mean(run.scores))
+    return math.isclose(run.statistic.full(), mean, rel_tol=1e-9, abs_tol=1e-9)
 
 
 def check_right_or_wrong(runs: Sequence[Run]) -> None:

@@ -79,7 +79,7 @@ class Row:
         """The difference that this many questions, and runs, can detect."""
         # a score has no unit
         unit = {"%": " points", "score": ""}.get(self.unit, f" {self.unit}")
-        start = f"{self.questions} items"
+        start = "1 item" if self.questions == 1 else f"{self.questions} items"
         if self.images != self.questions:
             start += f" in {self.images} clusters"
         if not self.wins and not self.losses:
@@ -166,6 +166,8 @@ def build(
     other_scales, refused = check_scales(sides)
     sides = in_one_unit(sides)
     notes = [note for side in sides for note in side.notes]
+    if blind:
+        notes += [note for log in blind.logs for note in log.notes]
     pairs = [(sides[0], new) for new in sides[1:]]
     if all_pairs:
         pairs = list(combinations(sides, 2))
