@@ -98,13 +98,13 @@ def drift(base: Side, new: Side) -> tuple[list[Drift], list[str]]:
 
 def only_run(side: Side, name: str) -> Run:
     """A side's run on a benchmark. Raises ContractError for several."""
-    runs = side.runs[name]
-    if len(runs) > 1:
+    run, *others = side.runs[name]
+    if others:
         raise ContractError(
-            f"{side.name} has {len(runs)} runs of {name}; --drift compares one run with one, so "
-            "name their files"
+            f"{side.name} has {1 + len(others)} runs of {name}; --drift compares one run with one, "
+            "so name their files"
         )
-    return runs[0]
+    return run
 
 
 def different_models(base: Side, new: Side) -> list[str]:
