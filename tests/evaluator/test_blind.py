@@ -186,6 +186,7 @@ WHOSE = [
     ("one", "two", ["one", "two"], None),
     ("one", "two", ["one"], "blind log of base alone"),
     ("one seed1", "two", ["one seed1", "one seed2"], "blind log of base alone"),
+    ("owner/One", "two", ["checkpoints/one/"], "blind log of base alone"),
     ("", "", ["one"], "base and new name no model"),
     ("", "", [""], "base and new and the blind log"),
     ("one", "two", [""], "names no model"),

@@ -38,8 +38,9 @@ def check_models(name: str, base: Side, new: Side, logs: Sequence[Side]) -> list
 
 
 def models_of(runs: Sequence[Run]) -> set[str]:
-    """The models of runs, without the numbers of seeds; UNNAMED for those that name none."""
-    return {model_of(run) for run in runs}
+    """The models of runs, without the numbers of seeds and the folders or owners that they lie in,
+    which one log may name and another not; UNNAMED for those that name none."""
+    return {model_of(run).rstrip("/").rpartition("/")[2].lower() for run in runs}
 
 
 def without_copies(name: str, logs: Sequence[Side]) -> list[Side]:
