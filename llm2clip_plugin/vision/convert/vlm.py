@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
 from llm2clip_plugin.safetensors_header import read_header
 from llm2clip_plugin.vision.directory import (
@@ -164,15 +165,29 @@ def read_prefixed(names: dict[str, Path], prefix: str) -> dict[str, Tensor]:
 
 
 def read_some(file: Path, names: list[str]) -> dict[str, Tensor]:
-    """Tensors of a file by name."""
+    """Tensors of a file by name; ContractError without one of them."""
     if file.suffix != ".safetensors":
         tensors = read_tensors(file)
+        check_present(file, names, tensors)
         return {name: tensors[name] for name in names}
     from safetensors import safe_open
 
-    read_header(file, fix="download it again")
+    header = read_header(file, fix="download it again")
+    check_present(file, names, header.entries)
     with safe_open(file, "pt") as opened:
         return {name: opened.get_tensor(name) for name in names}
+
+
+def check_present(file: Path, names: list[str], present: Mapping[str, Any]) -> None:
+    """ContractError for tensors that the index says are in a file, and are not."""
+    absent = [name for name in names if name not in present]
+    if absent:
+        problem = f"{file} has no tensor {absent[0]}"
+        if len(absent) > 1:
+            problem += f" and {len(absent) - 1} others"
+        raise ContractError(
+            f"{problem}, which the index of {file.parent} says it has; download both again"
+        )
 
 
 def settings_inside(

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from llm2clip_plugin import load_tower
+from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert import vlm
 from llm2clip_plugin.vision.convert.importing import import_tower
@@ -345,3 +346,25 @@ def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / "llava" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=f"{shard} is missing, which the index"):
         import_tower(tmp_path / "llava", tmp_path / "tower", part="vision")
+
+
+PICKLE = pytest.param(
+    "pytorch_model.bin",
+    marks=pytest.mark.skipif(IS_OLD, reason="its torch does not read pickles safely"),
+)
+
+
+@pytest.mark.parametrize("shard", ["model.safetensors", PICKLE])
+def test_a_tensor_that_only_the_index_has_is_named(shard, tmp_path):
+    clip = str(TRANSFORMERS_TOWERS / "clip_vision")
+    folder = tmp_path / "llava"
+    state = llava_checkpoint(folder, clip, is_pickle=shard.endswith(".bin"))
+    prefix = "model.vision_tower.vision_tower."
+    names = [f"{prefix}{name}" for name in [*state, "absent"]]
+    other = f"other{Path(shard).suffix}"
+    (folder / shard).rename(folder / other)
+    index = {"weight_map": dict.fromkeys(names, other)}
+    (folder / f"{shard}.index.json").write_text(json.dumps(index))
+    message = rf"{other} has no tensor {prefix}absent, which the index of .* says"
+    with pytest.raises(ContractError, match=message):
+        import_tower(folder, tmp_path / "tower", part="vision")
