@@ -27,6 +27,7 @@ from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.hashes import sha256_weights
 from llm2clip_plugin.hub import check_hub_answers
+from llm2clip_plugin.pretrained import AUTO_MAP
 from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.report_text import markdown_table
 from llm2clip_plugin.vision.directory import (
@@ -146,10 +147,12 @@ def library_versions() -> dict[str, str]:
 
 def save_tower(tower: Tower, directory: Path) -> None:
     """config.json and one model.safetensors, with the Hub's tensor names in every version of
-    transformers."""
+    transformers. Code that the source's config.json names is not passed on: whoever opens the
+    folder with ``trust_remote_code`` would run it."""
     from safetensors.torch import load_file, save_file
 
     tower.config._name_or_path = ""  # transformers 4 would write a path of this machine
+    vars(tower.config).pop(AUTO_MAP, None)
     with quiet_transformers():
         # one file, one hash
         tower.save_pretrained(

@@ -247,5 +247,6 @@ def read_config(directory: Path) -> tuple[Family, Any]:
             f"{file} describes a {kind} model; run `llm2clip import {directory} --output DIR` first"
         )
     family = family_of_type(kind, where=str(file), config=body)
+    vision_class = family.vision_class()  # says which transformers it needs
     with errors_about(file, fix="copy or export the tower again"):
-        return family, family.vision_class().config_class.from_pretrained(directory)
+        return family, vision_class.config_class.from_pretrained(directory)

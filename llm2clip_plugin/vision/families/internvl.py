@@ -1,4 +1,4 @@
-"""InternViT, the tower of InternVL (transformers 4.52): a class token, layer scale, no norm after
+"""InternViT, the tower of InternVL (transformers 5): a class token, layer scale, no norm after
 the blocks."""
 
 from llm2clip_plugin.vision.families import (
@@ -26,7 +26,7 @@ FAMILY = Family(
         "InternvlTower",
         of="InternVLVisionModel",
         title="InternViT",
-        since="4.52",
+        since="5",
         config="InternvlTowerConfig",
     ),
     has_cls=True,

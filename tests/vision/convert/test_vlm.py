@@ -136,6 +136,23 @@ def test_states_are_those_of_the_models_own_tower(make, tmp_path):
 
 
 @needs_transformers_5
+@pytest.mark.parametrize("part", ["", "vision"])
+def test_code_that_the_model_names_is_not_passed_on(part, tmp_path):
+    """Whoever opens the tower, or an export of it, with ``trust_remote_code`` would run it."""
+    model = llava()
+    if not part:
+        model = model.model.vision_tower
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    named = config["vision_config"] if part else config
+    named["auto_map"] = {"AutoConfig": "someone/name--code.Config"}
+    file.write_text(json.dumps(config))
+    import_tower(tmp_path / "model", tmp_path / "tower", part=part)
+    assert "auto_map" not in (tmp_path / "tower" / "config.json").read_text()
+
+
+@needs_transformers_5
 def test_qwen3_vl_is_read_with_and_without_the_option(tmp_path):
     publish(qwen3_vl, tmp_path / "vlm")
     whole, _ = import_tower(tmp_path / "vlm", tmp_path / "whole")
