@@ -357,6 +357,7 @@ def test_all_rotations_of_a_question_must_be_guessed(tmp_path):
         solved, eyes = row.parts
         assert solved.verdict == "no verdict"
         assert eyes.verdict == "better"
+        assert any("no more questions than guessing may" in note for note in row.notes)
     run = load_side(tmp_path / "blind.scores.json", blind=True).runs["toy"][0]
     guessed = guessing([run], None)
     assert guessed.least_N == pytest.approx(1 / 256)

@@ -170,7 +170,8 @@ def split(
         )
     if weights[SOLVED][1].sum() <= 0:
         notes.append(
-            "the blind logs solve no more questions than guessing does: none is known to be solved"
+            "the blind logs solve no more questions than guessing may: either few can be solved "
+            "blind, or their models do not know; only in the first case do the others need eyes"
         )
     if is_yes_N is not None:
         notes.append("yes and no count in both groups as in the whole benchmark")
