@@ -108,6 +108,11 @@ def import_tower(
     else:
         checkpoint = fetch_checkpoint(source, part)
         if has_card(checkpoint):
+            if config is not None or part:
+                raise ValueError(
+                    f"{source} is a tower directory, which describes itself; remove --config and "
+                    "--part"
+                )
             card = export.reexport(
                 checkpoint, output, image_size=image_size, replace=replace
             )

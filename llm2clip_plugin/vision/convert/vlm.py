@@ -40,6 +40,8 @@ PREFIXES = (
     "model.vision_model.",
     "vision_model.",
 )
+# how the model_type begins of vision models alone that are imported as another family's
+OF_VISION_MODELS = ("intern_vit", "timm")
 LLAVA_TOWER = "mm_vision_tower"  # of LLaVA's config.json: a path or a Hub id
 
 
@@ -109,8 +111,9 @@ def read_vision_part(path: Path, passed_config: dict[str, Any]) -> VisionPart:
     """
     file = path / CONFIG_FILE
     config = read_json(file) if file.is_file() else {}
+    check_is_whole(path, config)
     if "vision_config" in config:
-        check_inside(path, config)
+        check_inside(path, config, passed_config)
     names = file_of_each_tensor(path)
     prefix = prefix_in(names)
     if not prefix:
@@ -123,12 +126,33 @@ def read_vision_part(path: Path, passed_config: dict[str, Any]) -> VisionPart:
     return VisionPart(state, {**vision, "model_type": kind}, note)
 
 
-def check_inside(path: Path, config: dict[str, Any]) -> None:
+def check_is_whole(path: Path, config: dict[str, Any]) -> None:
+    """ValueError for a vision model, which has no part to take out."""
+    if "vision_config" in config or config.get(LLAVA_TOWER):
+        return
+    kind = str(config.get("model_type") or config.get("architecture"))
+    known = any(kind in family.model_types for family in families().values())
+    if known or kind.startswith(OF_VISION_MODELS) or "architecture" in config:
+        raise ValueError(
+            f"{path} is a vision model ({kind}), not a vision-language model; leave out --part"
+        )
+
+
+def check_inside(
+    path: Path, config: dict[str, Any], passed_config: dict[str, Any]
+) -> None:
     """ValueError for a vision part that no family or layout reads, before weights are read."""
-    vision = section(config, "vision_config")
+    vision = {**section(config, "vision_config"), **passed_config}
+    if not vision and not config.get(LLAVA_TOWER):
+        raise ValueError(
+            f"{path / CONFIG_FILE}: vision_config is empty, expected the tower's settings; pass "
+            "the config.json of its vision model as --config"
+        )
     kind = str(config.get("model_type"))
     if not is_known_inside(str(vision.get("model_type") or kind)):
-        raise ValueError(f"{path} {no_family(kind, config)}")
+        raise ValueError(
+            f"{path} {no_family(kind, {**config, 'vision_config': vision})}"
+        )
 
 
 def file_of_each_tensor(path: Path) -> dict[str, Path]:
@@ -207,12 +231,18 @@ def settings_inside(
         return section(body, "vision_config") or body
     if "model_type" in passed_config:
         return {}
-    named = (
-        f"{LLAVA_TOWER} {tower!r}" if tower else f"no vision_config, no {LLAVA_TOWER}"
-    )
+    if tower:
+        problem = f"config.json has {LLAVA_TOWER} {tower!r}, which does not tell the tower's sizes"
+    elif path.is_file():
+        problem = "a file of weights does not tell the tower's sizes"
+    elif not (path / CONFIG_FILE).is_file():
+        problem = "config.json, which tells the tower's sizes, is missing"
+    else:
+        problem = (
+            f"config.json has no vision_config or {LLAVA_TOWER}, which tell the sizes"
+        )
     raise ValueError(
-        f"{path}: config.json has {named}, which does not tell the tower's sizes; pass the "
-        "config.json of its vision model as --config"
+        f"{path}: {problem}; pass the config.json of its vision model as --config"
     )
 
 

@@ -385,3 +385,54 @@ def test_a_tensor_that_only_the_index_has_is_named(shard, tmp_path):
     message = rf"{other} has no tensor {prefix}absent, which the index of .* says"
     with pytest.raises(ContractError, match=message):
         import_tower(folder, tmp_path / "tower", part="vision")
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_a_vision_model_alone_needs_no_part(prefix, tmp_path):
+    source = TRANSFORMERS_TOWERS / "clip_vision"
+    state = read(source, "model.safetensors")
+    renamed = {}
+    for name, value in state.items():
+        renamed[prefix + name.removeprefix("vision_model.")] = value
+    save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(source / "config.json", tmp_path)
+    message = r"is a vision model \(clip_vision_model\), .*; leave out --part"
+    with pytest.raises(ValueError, match=message):
+        import_tower(tmp_path, tmp_path / "tower", part="vision")
+
+
+@pytest.mark.parametrize("option", ["part", "config"])
+def test_a_tower_directory_takes_no_part_or_config(option, tmp_path):
+    import_tower(TRANSFORMERS_TOWERS / "clip_vision", tmp_path / "tower")
+    values = {"part": "vision", "config": tmp_path / "tower" / "config.json"}
+    with pytest.raises(ValueError, match=r"is a tower directory, .*; remove --config"):
+        import_tower(tmp_path / "tower", tmp_path / "x", **{option: values[option]})
+
+
+def test_a_missing_config_is_named_as_missing(tmp_path):
+    folder = tmp_path / "llava"
+    llava_checkpoint(folder, "elsewhere/clip")
+    (folder / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"llava: config.json, .* is missing; pass the"
+    ):
+        import_tower(folder, tmp_path / "tower", part="vision")
+    file = folder / "model.safetensors"
+    with pytest.raises(ValueError, match="a file of weights does not tell the tower's"):
+        import_tower(file, tmp_path / "tower", part="vision")
+
+
+@pytest.mark.parametrize("vision", [None, {}])
+def test_an_empty_vision_config_is_said_to_be_empty(vision, tmp_path):
+    folder = tmp_path / "llava"
+    llava_checkpoint(folder, "")
+    config = {"model_type": "llava", "vision_config": vision}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="vision_config is empty, expected the tower"):
+        import_tower(folder, tmp_path / "tower", part="vision")
+    given = {
+        "part": "vision",
+        "config": TRANSFORMERS_TOWERS / "clip_vision/config.json",
+    }
+    card, _ = import_tower(folder, tmp_path / "tower", **given)
+    assert card.family == "clip"
