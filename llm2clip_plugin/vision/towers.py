@@ -51,6 +51,7 @@ def load_tower(
     dtype: torch.dtype = torch.float32,
     image_size: int | None = None,
     revision: str | None = None,
+    title: str = "",
 ) -> Tower:
     """A vision model from a tower directory, a plain Hugging Face directory, a Hub id or
     ``timm:NAME``, in eval mode.
@@ -58,6 +59,7 @@ def load_tower(
     ``dtype`` applies whatever the file's is: transformers 4 reads half precision as float32,
     transformers 5 does not. ``image_size``, in pixels, interpolates the positions once if it is not
     the source's own (see ``resize_tower``); the forward pass then rejects images of any other size.
+    ``title``: what a note calls the source; "": its directory.
     Raises FileNotFoundError (no such source), ValueError (unknown family), ContractError (weights
     that don't match the config: names every missing, unexpected or misshapen tensor; a tower
     directory that differs from its card).
@@ -65,7 +67,8 @@ def load_tower(
     if str(source).startswith(TIMM_PREFIX):
         tower = timm_tower(str(source).removeprefix(TIMM_PREFIX)).to(dtype)
     else:
-        tower = _load_directory(fetch_directory(source, revision=revision), dtype)
+        directory = fetch_directory(source, revision=revision)
+        tower = _load_directory(directory, dtype, title)
     check_calls(tower)
     if image_size is not None and image_size != tower.config.image_size:
         tower = resize_tower(tower, image_size)
@@ -101,7 +104,7 @@ def initial_log_scale(source: str | os.PathLike[str], tower: Tower) -> float:
     return math.log(family.scale)
 
 
-def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
+def _load_directory(directory: Path, dtype: torch.dtype, title: str) -> Tower:
     """The tower in a directory, with every tensor of its file used and none missing."""
     family, _ = read_config(directory)
     if not any(directory.glob("model*.safetensors")):
@@ -125,7 +128,7 @@ def _load_directory(directory: Path, dtype: torch.dtype) -> Tower:
             tower, info = read(ignore_mismatched_sizes=True)
     _check_loading(directory, family, info)
     tower.own_preprocessor = own_preprocessor(directory)
-    note_default_normalization(directory, tower, family)
+    note_default_normalization(directory, tower, family, title)
     return tower
 
 
@@ -157,19 +160,29 @@ def print_once(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def note_default_normalization(directory: Path, tower: Tower, family: Family) -> None:
+def note_default_normalization(
+    directory: Path, tower: Tower, family: Family, title: str
+) -> None:
     """Print a note if neither the tower's own file nor its config.json says how pixels are
-    normalized."""
+    normalized. ``title``: what it calls the tower; "": its directory."""
     stated = {**tower.config.to_dict(), **tower.own_preprocessor}
-    if not (stated.get("image_mean") and stated.get("image_std")):
-        missing = PREPROCESSOR_FILE
-        if (directory / PREPROCESSOR_FILE).is_file():
-            missing = "image_mean and image_std"
-        taken = f"mean {list(family.mean)} and standard deviation {list(family.std)}"
-        print_once(
-            f"note: {directory} has no {missing}; pixels get the {taken} of the family "
-            f"{family.name!r}"
-        )
+    missing = []
+    taken = []
+    if not stated.get("image_mean"):
+        missing.append("image_mean")
+        taken.append(f"mean {list(family.mean)}")
+    if not stated.get("image_std"):
+        missing.append("image_std")
+        taken.append(f"standard deviation {list(family.std)}")
+    if not missing:
+        return
+    absent = " and ".join(missing)
+    if len(missing) == 2 and not (directory / PREPROCESSOR_FILE).is_file():
+        absent = PREPROCESSOR_FILE
+    print_once(
+        f"note: {title or directory} has no {absent}; pixels get the {' and '.join(taken)} of the "
+        f"family {family.name!r}"
+    )
 
 
 def preprocessor_config(

@@ -296,7 +296,7 @@ def build_model(
         write_json(folder / PREPROCESSOR_FILE, parsed.preprocessor)
         export.save_tensors(parsed.tower, folder / WEIGHTS_FILE)
         try:
-            tower = load_tower(folder, image_size=image_size)
+            tower = load_tower(folder, image_size=image_size, title=source)
         except ContractError as error:
             raise ContractError(str(error).replace(name, source)) from error
     heads = (parsed.projection, parsed.adapter, parsed.logit_scale)

@@ -12,6 +12,7 @@ from llm2clip_plugin.vision.convert import importing as command
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.towers import load_tower
 
+from ..conftest import TRANSFORMERS_TOWERS
 from .checkpoints import RELEASE, SOURCES
 
 
@@ -91,3 +92,26 @@ def test_models_that_are_read_elsewhere_say_where(tmp_path, kind):
         import_tower(tmp_path, tmp_path / "tower")
     with pytest.raises(ValueError, match=message):
         load_tower(tmp_path)
+
+
+STATED_MEAN = {"image_mean": [0.4, 0.5, 0.6]}
+NOTES = [
+    ({}, "image_mean and image_std; pixels get the mean [0.48"),
+    (STATED_MEAN, "image_std; pixels get the standard deviation [0.26"),
+]
+
+
+@pytest.mark.parametrize(("stated", "message"), NOTES)
+def test_the_note_about_pixels_names_the_source_and_what_is_missing(
+    stated, message, tmp_path, capsys
+):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TRANSFORMERS_TOWERS / "clip_vision" / name, source)
+    if stated:
+        (source / "preprocessor_config.json").write_text(json.dumps(stated))
+    import_tower(source, tmp_path / "tower")
+    error = capsys.readouterr().err
+    assert f"note: {source} has no {message}" in error
+    assert error.count("note:") == 1
