@@ -9,6 +9,7 @@ import transformers
 from llm2clip_plugin import load_dual_encoder, load_tower
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.vision.convert.importing import import_tower
+from llm2clip_plugin.vision.convert.importing import main as import_main
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
 from llm2clip_plugin.vision.export import export_tower
@@ -84,6 +85,15 @@ def test_part_vision_reads_the_same_tower(original, tmp_path):
     (tmp_path / "vlm" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="needs fullatt_block_indexes in vision_conf"):
         import_tower(tmp_path / "vlm", tmp_path / "other")
+
+
+@needs_qwen
+def test_another_size_interpolates_no_positions(original, tmp_path, capsys):
+    arguments = [str(tmp_path / "vlm"), "--output", str(tmp_path / "tower")]
+    assert import_main([*arguments, "--part", "vision", "--image-size", "70"]) == 0
+    report = capsys.readouterr().out
+    assert "interpolated" not in report
+    assert "image size changed from 448 to 70 px; there is no position table" in report
 
 
 def test_trains_is_exported_and_comes_back(tmp_path):

@@ -55,6 +55,7 @@ from llm2clip_plugin.vision.directory import (
     write_json,
 )
 from llm2clip_plugin.vision.dual import DualEncoder, heads_state
+from llm2clip_plugin.vision.families import families
 from llm2clip_plugin.vision.towers import (
     TIMM_PREFIX,
     load_tower,
@@ -73,7 +74,11 @@ def main(argv: list[str]) -> int:
         replace=options.overwrite,
     )
     if old_size := card.training.get("resized_from"):
-        report.append(f"positions interpolated from {old_size} to {card.image_size} px")
+        sizes = f"from {old_size} to {card.image_size} px"
+        if families()[card.family].positions:
+            report.append(f"positions interpolated {sizes}")
+        else:
+            report.append(f"image size changed {sizes}; there is no position table")
     print("\n".join([*report, export.summary(options.output, card)]))
     return 0
 
