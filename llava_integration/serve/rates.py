@@ -6,10 +6,14 @@
 For transformers' Trainer and what is derived from it: TRL, LLaMA-Factory. See docs/vlm.md.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+
+# children that contain the whole model: transformers', PEFT's, DistributedDataParallel's
+WRAPPERS = ("model", "base_model", "module")
 
 
 def with_rates(trainer: type, **rates: float) -> type:
@@ -17,12 +21,19 @@ def with_rates(trainer: type, **rates: float) -> type:
     transformers' LLaVA (vision_tower, multi_modal_projector, language_model); the other parameters
     have the rate of the trainer's settings.
 
-    Schedule and weight decay stay those of the settings. Training raises ValueError for a module
-    without trained parameters. An optimizer that DeepSpeed makes from its own configuration is not
-    split.
+    Schedule and weight decay stay those of the settings. Raises ValueError for a rate that is no
+    number; so does the trainer, when it is made, for a module that the model lacks, and training
+    for one without trained parameters. An optimizer that DeepSpeed makes from its own configuration
+    is not split.
     """
+    for module, rate in rates.items():
+        check_rate(module, rate)
 
     class WithRates(trainer):
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            super().__init__(*arguments, **more)
+            check_modules(self.model, rates)
+
         def create_optimizer(self, *arguments: Any, **more: Any) -> Any:
             optimizer = super().create_optimizer(*arguments, **more)
             optimizer.param_groups = split(optimizer.param_groups, self.model, rates)
@@ -30,6 +41,43 @@ def with_rates(trainer: type, **rates: float) -> type:
 
     WithRates.__name__ = trainer.__name__  # reports and model cards show it
     return WithRates
+
+
+def check_rate(module: str, rate: Any) -> None:
+    """ValueError unless ``rate`` is a finite number, 0 or above."""
+    is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+    if not is_number or not 0 <= rate < math.inf:
+        raise ValueError(
+            f"learning rate for {module} is {rate!r}, expected a number, 0 or above, such as 1e-5"
+        )
+
+
+def check_modules(model: nn.Module, rates: Mapping[str, float]) -> None:
+    """ValueError for a rate of a module that the model lacks."""
+    known = set()
+    for name, _ in model.named_parameters():
+        known.update(name.split("."))
+    unknown = sorted(set(rates) - known)
+    if unknown:
+        raise ValueError(
+            f"learning rate for {', '.join(unknown)}, which the model does not have; its modules: "
+            f"{', '.join(modules_of(model))}"
+        )
+
+
+def modules_of(model: nn.Module) -> list[str]:
+    """The names of a model's parts, inside whatever wraps them."""
+    names = []
+    inner: nn.Module | None = model
+    while inner is not None:
+        children = dict(inner.named_children())
+        inner = None
+        for name, child in children.items():
+            if name in WRAPPERS:
+                inner = child
+            else:
+                names.append(name)
+    return sorted(names)
 
 
 def split(

@@ -126,5 +126,20 @@ def test_a_rate_without_a_trained_parameter_is_refused(tmp_path: Path) -> None:
         ValueError, match="learning rate for vision_tower, which has no"
     ):
         trainer(tmp_path, model, **RATES).train()
-    with pytest.raises(ValueError, match="learning rate for projector, which has no"):
-        trainer(tmp_path, model, projector=1e-4).train()
+
+
+def test_a_rate_of_an_unknown_module_is_refused_before_training(tmp_path: Path) -> None:
+    message = (
+        "learning rate for vision_towr, which the model does not have; its modules: .*"
+        "language_model, .*multi_modal_projector, vision_tower"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, tiny_llava(), vision_towr=1e-4)
+
+
+@pytest.mark.parametrize("rate", ["1e-6", -1, True, None, float("nan"), float("inf")])
+def test_a_rate_that_is_no_number_is_refused(rate: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"learning rate for vision_tower is .*expected"
+    ):
+        with_rates(Trainer, vision_tower=rate)
