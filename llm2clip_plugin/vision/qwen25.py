@@ -41,6 +41,28 @@ class Qwen25VisionConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs,  # Hugging Face's own fields of config.json
     ) -> None:
+        sizes = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads (num_heads in Qwen2.5-VL's config.json)": num_attention_heads,
+            "intermediate_size": intermediate_size,
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "window_size": window_size,
+            "spatial_merge_size": spatial_merge_size,
+        }
+        for name, size in sizes.items():
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name} is {size!r}, expected a whole number above 0")
+        if window_size < patch_size:
+            raise ValueError(
+                f"window_size {window_size} is below patch_size {patch_size}, both in pixels"
+            )
+        if not isinstance(full_attention_blocks, (list, tuple)):
+            raise ValueError(
+                "full_attention_blocks (fullatt_block_indexes in Qwen2.5-VL's config.json) is "
+                f"{full_attention_blocks!r}, expected a list of block numbers"
+            )
         if hidden_size % num_attention_heads or hidden_size // num_attention_heads % 4:
             raise ValueError(
                 f"hidden_size {hidden_size} / num_attention_heads {num_attention_heads}, the head "

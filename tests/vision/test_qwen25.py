@@ -96,6 +96,31 @@ def test_another_size_interpolates_no_positions(original, tmp_path, capsys):
     assert "image size changed from 448 to 70 px; there is no position table" in report
 
 
+# field -> bad values, and the message
+BAD_FIELDS = [
+    ("num_heads", "2", r"\(num_heads in .* is '2', expected a whole number above 0"),
+    ("num_heads", 0, r"\(num_heads in .* is 0, expected a whole number above 0"),
+    ("window_size", 5, "window_size 5 is below patch_size 7"),
+    ("window_size", 28.5, "window_size is 28.5, expected a whole number"),
+    (
+        "fullatt_block_indexes",
+        1,
+        r"\(fullatt_block_indexes in .* is 1, expected a list",
+    ),
+]
+
+
+@needs_qwen
+@pytest.mark.parametrize(("field", "value", "message"), BAD_FIELDS)
+def test_bad_fields_of_its_config_are_named(field, value, message, original, tmp_path):
+    file = tmp_path / "vlm" / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"][field] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        import_tower(tmp_path / "vlm", tmp_path / "tower", part="vision")
+
+
 def test_trains_is_exported_and_comes_back(tmp_path):
     tower = tiny()
     tower.gradient_checkpointing_enable()
