@@ -93,13 +93,13 @@ def _train(
     start = run.start_state(resumed)
     evaluate = evaluation(encoder, config.evaluation, config.pairs.read)
     step = CaptionStep(engine, terms, encoder, config.contrast, seed=config.train.seed)
-    batches = tokenized_batches(
-        data.batches,
-        PairTokenizer(encoder.tokenizer, encoder.config),
-        position=start.samples,
-        workers=config.train.dataloader_num_workers,
-    )
     with stop_requests() as stop:
+        batches = tokenized_batches(
+            data.batches,
+            PairTokenizer(encoder.tokenizer, encoder.config),
+            position=start.samples,
+            workers=config.train.dataloader_num_workers,
+        )
         state = run.train_to_end(
             engine,
             start,

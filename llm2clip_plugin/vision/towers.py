@@ -80,9 +80,10 @@ def pretrained_log_scale(source: str | os.PathLike[str]) -> float | None:
     if str(source).startswith(TIMM_PREFIX):
         return None
     directory = fetch_directory(source)
-    files = weight_files(directory)
     if (directory / ADAPTER_FILE).is_file():
         files = [directory / ADAPTER_FILE]
+    else:
+        files = weight_files(directory)
     for file in files:
         scale = read_tensor(file, "logit_scale")
         if scale is not None:

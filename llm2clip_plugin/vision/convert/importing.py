@@ -276,8 +276,9 @@ def _check_text_side(parsed: ParsedCheckpoint, passed_config: dict[str, Any]) ->
                 'its initial logarithm, such as {"logit_scale_init_value": 2.6592}, CLIP\'s'
             )
         parsed.logit_scale = torch.tensor(float(start))
-    has_bias = section(passed_config, "text_cfg").get("proj_bias", True)
-    if adapter and has_bias and "projection.bias" not in adapter.names:
+    if not adapter or "projection.bias" in adapter.names:
+        return
+    if section(passed_config, "text_cfg").get("proj_bias", True):
         bias = adapter.names["projection.weight"].replace("weight", "bias")
         raise ContractError(
             f"the checkpoint is missing {bias}; if it never had one, pass --config with "
