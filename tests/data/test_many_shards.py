@@ -120,9 +120,10 @@ def test_open_files_and_maps_do_not_grow_with_shards(
     few = use_everything(write_tiny_tars(tmp_path / "few", 30))
     with open_files_limit(120):  # torch sends a tensor from a worker as a descriptor
         many = use_everything(write_tiny_tars(tmp_path / "many", 300))
-    # allocators map a little memory now and then
-    assert many[0] <= few[0] + 20
-    assert many[1] <= few[1] + 20
+    # of 270 more shards; what a loader's processes sent may stay open for a while, and allocators
+    # map a little memory now and then
+    assert many[0] <= few[0] + 60
+    assert many[1] <= few[1] + 60
 
 
 def test_a_later_start_reads_no_captions(
