@@ -62,6 +62,13 @@ class Changed:
         return output if return_dict is not False else output.to_tuple()
 
 
+class WithoutRegisters(Changed):
+    """A tower whose states leave out the registers between class token and patches."""
+
+    def change(self: Any, output: Any) -> Any:
+        return remove_tokens(output, 1, 1 + self.config.num_register_tokens)
+
+
 class EvalWhileFrozen:
     """A tower that stays in eval mode as long as none of its parameters is trained, whatever
     ``train()`` says. In training mode DINOv3 draws a scale of its rotary positions at every call.
@@ -168,13 +175,10 @@ if hasattr(transformers, "DINOv3ViTModel"):
 
         model_type = "llm2clip_dinov3"
 
-    class Dinov3Tower(EvalWhileFrozen, Changed, transformers.DINOv3ViTModel):
+    class Dinov3Tower(EvalWhileFrozen, WithoutRegisters, transformers.DINOv3ViTModel):
         """DINOv3 without the registers between class token and patches."""
 
         config_class = Dinov3TowerConfig
-
-        def change(self, output: Any) -> Any:
-            return remove_tokens(output, 1, 1 + self.config.num_register_tokens)
 
     register(Dinov3TowerConfig, Dinov3Tower, "dinov3_vit")
 
@@ -185,13 +189,10 @@ if hasattr(transformers, "Dinov2WithRegistersModel"):
 
         model_type = "llm2clip_dinov2_registers"
 
-    class Dinov2RegistersTower(Changed, transformers.Dinov2WithRegistersModel):
+    class Dinov2RegistersTower(WithoutRegisters, transformers.Dinov2WithRegistersModel):
         """DINOv2 without the registers between class token and patches."""
 
         config_class = Dinov2RegistersConfig
-
-        def change(self, output: Any) -> Any:
-            return remove_tokens(output, 1, 1 + self.config.num_register_tokens)
 
     register(Dinov2RegistersConfig, Dinov2RegistersTower, "Dinov2WithRegistersModel")
 
@@ -202,14 +203,11 @@ if hasattr(transformers, "Tipsv2VisionModel"):
 
         model_type = "llm2clip_tipsv2"
 
-    class Tipsv2Tower(Changed, transformers.Tipsv2VisionModel):
+    class Tipsv2Tower(WithoutRegisters, transformers.Tipsv2VisionModel):
         """TIPSv2 with the first class token alone: the second, which learned from synthetic
         captions, lies where DINOv2 has registers."""
 
         config_class = Tipsv2TowerConfig
-
-        def change(self, output: Any) -> Any:
-            return remove_tokens(output, 1, 1 + self.config.num_register_tokens)
 
     register(Tipsv2TowerConfig, Tipsv2Tower, "Tipsv2VisionModel")
 
