@@ -85,7 +85,9 @@ check .venv/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15 # LL
 check wait "$LLAVA_ENVIRONMENT"
 extensions_of .venv-llava
 check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=15
-check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/evaluator # apart: LLaVA disables torch's weight initialization
+# apart, as LLaVA disables torch's weight initialization; simulations of the statistics and the browser run once, above
+check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/evaluator \
+    --ignore=tests/evaluator/test_statistics.py --ignore=tests/evaluator/test_page.py
 check wait "$BESIDE_ID"
 cat "$BESIDE"
 

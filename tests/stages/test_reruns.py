@@ -28,7 +28,7 @@ from tiny_llm import save_tiny_llm
 from tower_runs import environment
 
 pytestmark = pytest.mark.slow
-SEQUENCES = int(os.environ.get("RERUN_SEQUENCES", "2"))
+SEQUENCES = int(os.environ.get("RERUN_SEQUENCES", "1"))
 OPERATIONS = 5
 DATA = "photos-tars"
 STAGES = 11
