@@ -14,12 +14,15 @@ from torch import nn
 
 # children that contain the whole model: transformers', PEFT's, DistributedDataParallel's
 WRAPPERS = ("model", "base_model", "module")
+# a module beside the one that it belongs to: the LLM's output layer
+PART_OF = {"lm_head": "language_model"}
 
 
 def with_rates(trainer: type, **rates: float) -> type:
     """A subclass of ``trainer`` with these peak learning rates, by name of a module of
-    transformers' LLaVA (vision_tower, multi_modal_projector, language_model); the other parameters
-    have the rate of the trainer's settings.
+    transformers' LLaVA: vision_tower, multi_modal_projector, language_model (and with it lm_head,
+    unless that has a rate of its own); the other parameters have the rate of the trainer's
+    settings.
 
     Schedule and weight decay stay those of the settings. Raises ValueError for a rate that is no
     number; so does the trainer, when it is made, for a module that the model lacks, and training
@@ -87,9 +90,7 @@ def split(
     for trainers log the rate of the first group."""
     module_of = {}
     for name, parameter in model.named_parameters():
-        for module in rates:
-            if module in name.split("."):
-                module_of[parameter] = module
+        module_of[parameter] = module_with_rate(name.split("."), rates)
     others = []
     with_rate = []
     unused = set(rates)
@@ -111,3 +112,15 @@ def split(
             "unfreeze it, or leave out its rate"
         )
     return others + with_rate
+
+
+def module_with_rate(path: list[str], rates: Mapping[str, float]) -> str:
+    """The module of a parameter that has a rate; "" if none has. ``path``: its name's parts."""
+    for module in rates:
+        if module in path:
+            return module
+    for part in path:
+        whole = PART_OF.get(part, "")
+        if whole in rates:
+            return whole
+    return ""

@@ -172,6 +172,11 @@ class HeadsConfig:
             captions_per_image=(1, MAX_CAPTIONS),
             max_images=(2, math.inf),
         )
+        if self.captions_per_image > 1 and self.target != "clip_text":
+            raise ValueError(
+                f"heads.captions_per_image {self.captions_per_image} has no effect with "
+                f"heads.target {self.target}; leave it out, or set --heads.target clip_text"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,8 +186,11 @@ INHERITED = ("image_mean", "image_std", "resample", "max_num_patches")
 
 def own_preprocessor(directory: Path) -> dict[str, Any]:
     """Mean, standard deviation and resampling in a directory's preprocessor_config.json, or in the
-    image processor of its processor_config.json; {} without one. Pixels that are not normalized
-    (``do_normalize`` false: RADIO does that itself) have mean 0 and deviation 1."""
+    image processor of its processor_config.json; {} without one.
+
+    Mean and deviation are those of values in 0 .. 1, also if the file has another
+    ``rescale_factor`` than 1/255. Pixels that are not normalized (``do_normalize`` false: RADIO
+    does that itself) have mean 0 and deviation 1."""
     file = directory / PREPROCESSOR_FILE
     if file.is_file():
         body = read_json(file)
@@ -197,11 +200,37 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
         body = section(processor, "image_processor", where=str(file))
     stated = {name: body[name] for name in INHERITED if body.get(name) is not None}
     if body.get("do_normalize") is False:
-        return stated | {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+        stated |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     for name in ("image_mean", "image_std"):
         if name in stated:
             check_channels(name, stated[name], file)
+    largest = largest_value(body, file)
+    if not math.isclose(largest, 1.0, rel_tol=1e-6):
+        for name in ("image_mean", "image_std"):
+            if name not in stated:
+                raise ContractError(
+                    f"{file}: the largest pixel is {largest:g} after rescaling, but there is no "
+                    f"{name}; take the values of the model that the tower comes from"
+                )
+            stated[name] = [value / largest for value in stated[name]]
     return stated
+
+
+def largest_value(preprocessor: Mapping[str, Any], where: Path) -> float:
+    """What a preprocessor makes of the largest pixel, 255, before it normalizes: 1, unless its
+    ``rescale_factor`` is another than 1/255, or ``do_rescale`` is false. ContractError for a factor
+    that is not above 0."""
+    if preprocessor.get("do_rescale") is False:
+        return 255.0
+    factor = preprocessor.get("rescale_factor")
+    if factor is None:
+        return 1.0
+    is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    if not is_number or not 0 < factor < math.inf:
+        raise ContractError(
+            f"{where}: rescale_factor is {factor!r}, expected a number above 0, such as 1/255"
+        )
+    return 255 * factor
 
 
 def check_channels(name: str, values: Any, where: Path) -> None:

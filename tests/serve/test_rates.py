@@ -119,6 +119,22 @@ def test_groups_keep_their_weight_decay_and_hold_every_parameter_once(
     assert len(seen) == len(set(seen)) == len(decay)
 
 
+@pytest.mark.parametrize("own", [{}, {"lm_head": 3e-5}])
+def test_the_output_layer_has_the_rate_of_its_llm(
+    tmp_path: Path, own: dict[str, float]
+) -> None:
+    model = tiny_llava()
+    rates = {"language_model": 1e-6, **own}
+    optimizer = trainer(tmp_path, model, **rates).create_optimizer()
+    rate_of = {}
+    for group in optimizer.param_groups:
+        rate_of.update(dict.fromkeys(group["params"], group["lr"]))
+    assert rate_of[model.lm_head.weight] == own.get("lm_head", 1e-6)
+    layer = model.model.language_model.layers[0]
+    assert rate_of[layer.mlp.up_proj.weight] == 1e-6
+    assert rate_of[model.model.multi_modal_projector.linear_1.weight] == RATE
+
+
 def test_a_rate_without_a_trained_parameter_is_refused(tmp_path: Path) -> None:
     model = tiny_llava()
     model.model.vision_tower.requires_grad_(False)

@@ -26,6 +26,7 @@ from llm2clip_plugin.stages.tower import train_tower
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
 from llm2clip_plugin.stages.tower_data import open_data
 from llm2clip_plugin.train import heads
+from llm2clip_plugin.train.config import HeadsConfig
 from llm2clip_plugin.train.distributed import ALONE
 from llm2clip_plugin.train.losses.base import Features
 from llm2clip_plugin.vision.dual import load_dual
@@ -195,6 +196,11 @@ def test_captions_of_an_image_are_all_drawn(clip: Path, tmp_path: Path):
         assert line["heads_samples"] == 16
         starts.append(line["heads_loss"])
     assert 1 < starts[1] - starts[0] < 128 * 4
+
+
+def test_captions_of_an_image_need_the_text_target():
+    with pytest.raises(ValueError, match=r"captions_per_image 2 has no effect with"):
+        HeadsConfig(captions_per_image=2)
 
 
 @pytest.mark.parametrize("captions", [1, 2])

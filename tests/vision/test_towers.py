@@ -5,11 +5,15 @@ import json
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_data import make_tower
+from transformers import CLIPImageProcessor
 
+from llm2clip_plugin.data.images import ImageConfig, Normalize
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.convert.importing import import_tower
 from llm2clip_plugin.vision.families import family_of
@@ -252,6 +256,45 @@ def test_normalization_that_no_picture_can_have(tmp_path, name, values):
     assert str(caught.value).startswith(
         f"{file}: {name} is {json.loads(json.dumps(values))!r}, expected {expected}"
     )
+
+
+@pytest.mark.parametrize(
+    "rescaling, largest",
+    [({"rescale_factor": 1 / 127.5}, 2.0), ({"do_rescale": False}, 255.0)],
+)
+def test_another_rescaling_gives_the_pixels_of_the_towers_own_processor(
+    tmp_path, rescaling, largest
+):
+    """Raw values of 0 .. 2 or 0 .. 255, whose mean and deviation are as much larger."""
+    folder = make_tower(tmp_path / "tower")
+    mean = [0.5 * largest] * 3
+    std = [0.25 * largest] * 3
+    settings = preprocessor_config(folder) | rescaling
+    settings |= {"image_mean": mean, "image_std": std}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    expected = processor(Image.fromarray(pixels), return_tensors="pt").pixel_values
+    config = ImageConfig.from_preprocessor(preprocessor_config(folder))
+    assert config.mean == pytest.approx([0.5] * 3)
+    normalized = Normalize(config)(torch.from_numpy(pixels)[None])
+    torch.testing.assert_close(normalized, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0, -1, "1/255", float("nan")])
+def test_a_rescaling_that_no_picture_can_have(tmp_path, factor):
+    file = make_tower(tmp_path / "tower") / "preprocessor_config.json"
+    settings = preprocessor_config(tmp_path / "tower") | {"rescale_factor": factor}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ContractError, match=r"rescale_factor is .*above 0"):
+        load_tower(tmp_path / "tower")
+
+
+def test_a_rescaling_without_mean_and_deviation_is_refused(tmp_path):
+    file = make_tower(tmp_path / "tower") / "preprocessor_config.json"
+    file.write_text(json.dumps({"rescale_factor": 1 / 127.5}))
+    with pytest.raises(ContractError, match="there is no image_mean"):
+        load_tower(tmp_path / "tower")
 
 
 def test_a_tower_without_preprocessor_says_which_normalization_it_takes(
