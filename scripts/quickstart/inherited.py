@@ -18,6 +18,7 @@ Shapes: N pictures, C names, T tokens of a name.
 """
 
 import argparse
+import copy
 import json
 import random
 import sys
@@ -32,6 +33,7 @@ from miniature import train_stage
 from miniature_data import emoji, talk
 from torch import Tensor
 
+from llava_integration.evaluator.compare.multiplicity import holm
 from llava_integration.serve.build import register
 from llava_integration.serve.rows import LlavaRows
 from llm2clip_plugin.atomic import atomic_directory, write_text
@@ -44,6 +46,25 @@ SHOWN = 100  # concepts of A
 NAMES = 40  # of B
 STEPS = 120  # of the projector, as the miniature's
 BATCH = 16
+# SmolLM2's own without the system message, which would be a third of a sample's tokens
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class AnswerRows(LlavaRows):
+    """A data collator whose batches ask the model for the logits of answers alone; the others cost
+    time, and no label needs them."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        label_NT = batch["labels"]
+        is_learned_T = (label_NT != -100).any(dim=0)
+        first = int(is_learned_T.nonzero()[0])
+        kept = len(is_learned_T) - first + 1  # a token follows from the one before it
+        return {**batch, "labels": label_NT[:, -kept:], "logits_to_keep": kept}
 
 
 def split_families(
@@ -91,6 +112,7 @@ def write_data(output: Path, shown: int, names: int) -> None:
                 questions.append({**row, "name": name, "family": about["family"]})
         (temporary / "captions.json").write_text(json.dumps(captions))
         (temporary / "questions.json").write_text(json.dumps(questions))
+        (temporary / "chat_template.jinja").write_text(TEMPLATE)
 
 
 def train_llava(tower: Path, llm: Path, data: Path, output: Path, steps: int) -> Path:
@@ -100,8 +122,10 @@ def train_llava(tower: Path, llm: Path, data: Path, output: Path, steps: int) ->
     built = output / "stage0"
     trained = output / "stage1"
     if not built.exists():
+        template = data / "chat_template.jinja"
         words = ["--tower", str(tower), "--llm", str(llm), "--output", str(built)]
-        status = llm2clip(["vlm", "build", *words, "--seed", seed])
+        words += ["--chat-template", str(template), "--seed", seed]
+        status = llm2clip(["vlm", "build", *words])
         if status:
             sys.exit(status)
     if not trained.exists():
@@ -110,6 +134,7 @@ def train_llava(tower: Path, llm: Path, data: Path, output: Path, steps: int) ->
             trained,
             data / "captions.json",
             lora=False,
+            rows_type=AnswerRows,
             max_steps=steps,
             per_device_train_batch_size=BATCH,
             seed=int(seed),
@@ -128,18 +153,19 @@ def log_likelihoods(model: Any, rows: LlavaRows, row: dict[str, Any]) -> Tensor:
     tokens = [
         tokenizer(name, add_special_tokens=False)["input_ids"] for name in row["names"]
     ]
-    longest = max(map(len, tokens))
-    padded = [[*ids, *[0] * (longest - len(ids))] for ids in tokens]
-    name_CT = torch.tensor(padded)
-    cache = prompt.past_key_values
-    cache.batch_repeat_interleave(len(tokens))
-    # what is padded comes last, and no token attends to it
-    logits = model(input_ids=name_CT, past_key_values=cache).logits
-    next_CTV = logits.float().log_softmax(dim=-1)
-    total_C = first_V[name_CT[:, 0]]
-    for number, ids in enumerate(tokens):
-        for position in range(1, len(ids)):
-            total_C[number] += next_CTV[number, position - 1, ids[position]]
+    total_C = first_V[[ids[0] for ids in tokens]]
+    # names of one length together, so that none is padded
+    for length in sorted({len(ids) for ids in tokens}):
+        if length == 1:
+            continue
+        numbers = [number for number, ids in enumerate(tokens) if len(ids) == length]
+        name_CT = torch.tensor([tokens[number] for number in numbers])
+        cache = copy.deepcopy(prompt.past_key_values)
+        cache.batch_repeat_interleave(len(numbers))
+        logits = model(input_ids=name_CT[:, :-1], past_key_values=cache).logits
+        next_CTV = logits.float().log_softmax(dim=-1)
+        later_CT1 = next_CTV.gather(2, name_CT[:, 1:, None])
+        total_C[numbers] += later_CT1.sum(dim=(1, 2))
     return total_C
 
 
@@ -182,7 +208,8 @@ def places(score_NC: np.ndarray, own_N: Sequence[int]) -> tuple[np.ndarray, np.n
 def compare_arms(
     scores: Mapping[str, Mapping[int, np.ndarray]], families: list[str]
 ) -> list[dict[str, Any]]:
-    """Each arm's own places minus exchanged ones, and minus those of the first arm."""
+    """Each arm's own places minus exchanged ones, and minus those of the first arm; p is adjusted
+    for all of these differences."""
     base = next(iter(scores.values()))
     results = []
     for arm, of_seed in scores.items():
@@ -197,6 +224,10 @@ def compare_arms(
             row["difference_interval"] = list(paired.interval(1 - LEVEL))
             row["p"] = paired.p()
         results.append(row)
+    differences = results[1:]
+    adjusted = holm([row["p"] for row in differences])
+    for row, p in zip(differences, adjusted, strict=True):
+        row["p_adjusted"] = p
     return results
 
 
@@ -207,17 +238,17 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
         mean = float(np.mean(row["values"]))
         cells = [row["arm"], str(len(row["seeds"])), spread(row["values"])]
         cells.append(estimate(mean, row["interval"]))
-        if "p" in row:
+        if "p_adjusted" in row:
             difference = estimate(row["difference"], row["difference_interval"])
-            p = p_value(row["p"])
-            if row["p"] >= LEVEL:
+            p = p_value(row["p_adjusted"])
+            if row["p_adjusted"] >= LEVEL:
                 p += ", not shown"
             cells += [difference, p]
         else:
             cells += ["", ""]
         rows.append(tuple(cells))
     head = ("tower's teacher", "seeds", "place of the right name minus exchanged")
-    head += ("with interval", "minus the first row", "p")
+    head += ("with interval", "minus the first row", "p (Holm)")
     return markdown_table(head, rows)
 
 

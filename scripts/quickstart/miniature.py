@@ -93,10 +93,16 @@ def train_side(output: Path, name: str, tower: str, steps: tuple[int, int]) -> N
 
 
 def train_stage(
-    source: Path, output: Path, data: Path, *, lora: bool, **settings: Any
+    source: Path,
+    output: Path,
+    data: Path,
+    *,
+    lora: bool,
+    rows_type: type[LlavaRows] = LlavaRows,  # the data collator
+    **settings: Any,
 ) -> None:
     """A stage: the projector alone, or with LoRA, which is merged into the LLM."""
-    rows = open_rows(source, data.parent / "images")
+    rows = open_rows(source, data.parent / "images", rows_type)
     model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(
         source, dtype=torch.float32
     )
@@ -129,11 +135,13 @@ def train_stage(
     output.with_suffix(".options").write_text("\n".join(map(str, settings.items())))
 
 
-def open_rows(model: Path, images: Path) -> LlavaRows:
+def open_rows(
+    model: Path, images: Path, rows_type: type[LlavaRows] = LlavaRows
+) -> LlavaRows:
     processor = transformers.AutoProcessor.from_pretrained(
         model, trust_remote_code=False
     )
-    return LlavaRows(processor, images)
+    return rows_type(processor, images)
 
 
 def with_lora(model: Any) -> Any:

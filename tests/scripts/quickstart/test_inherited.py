@@ -47,6 +47,25 @@ def test_arms_are_compared_with_the_first_in_pairs() -> None:
     assert rows[1]["p"] < 0.05
     low, high = rows[1]["difference_interval"]
     assert 0.2 < low < high < 0.4
+    assert rows[1]["p_adjusted"] == rows[1]["p"]
     table = inherited.results_table(rows)
     assert "| oracle | 3 |" in table
     assert "not shown" not in table
+
+
+def test_differences_are_adjusted_for_their_number() -> None:
+    rng = np.random.default_rng(0)
+    base = {0: rng.normal(size=60)}
+    noise = rng.normal(size=60)
+    noise -= noise.mean()
+    # 2.15 standard errors: p is about .036
+    some = {0: base[0] + noise + 2.15 * noise.std(ddof=1) / np.sqrt(60)}
+    families = [str(number) for number in range(60)]
+    rows = inherited.compare_arms(
+        {"permuted": base, "raw": some, "tuned": some}, families
+    )
+    for row in rows[1:]:
+        assert row["p_adjusted"] == pytest.approx(2 * row["p"])
+    # by itself it would be shown
+    assert rows[1]["p"] < 0.05 < rows[1]["p_adjusted"]
+    assert inherited.results_table(rows).count("not shown") == 2
