@@ -9,6 +9,7 @@ from llava_integration.evaluator.compare.command import COMMAND, main
 from llava_integration.evaluator.compare.drift import (
     ANSWER,
     ANSWER_ALONE,
+    ANSWER_OF_QUESTION,
     EXTRACTION,
     MISSING,
     PROMPT,
@@ -61,7 +62,7 @@ OTHER_ANSWER = {"answer": "other", "response_hash": "other text"}
 PLANTED = {
     PROMPT: {"question": "What is shown?", **OTHER_ANSWER},
     TRUTH: {"truth": "other"},
-    ANSWER: OTHER_ANSWER,
+    ANSWER_OF_QUESTION: OTHER_ANSWER,
     ANSWER_ALONE: {"question": "", **OTHER_ANSWER},
     EXTRACTION: {"answer": "other"},
     SCORING: {},
@@ -108,7 +109,7 @@ def test_questions_that_one_log_has(tmp_path):
     """Two right ones are gone: what that moves is a cause of its own."""
     result = drift_with(tmp_path, (0, {"score": 1.0, **OTHER_ANSWER}), dropped=(1, 3))
     assert result.only == (2, 0)
-    assert [change.cause for change in result.changes] == [ANSWER, MISSING]
+    assert [change.cause for change in result.changes] == [ANSWER_OF_QUESTION, MISSING]
     explained = sum(change.points for change in result.changes)
     assert explained == pytest.approx(result.new - result.base)
 
@@ -156,7 +157,7 @@ def test_the_command_says_it_in_words(tmp_path, capsys):
     assert "# What changed from old\\* to new?" in shown
     assert "toy: 50.00 -> 40.00 (-10.00)" in shown
     assert "20 questions are in both logs; 2 have another score." in shown
-    assert ANSWER in shown
+    assert ANSWER_OF_QUESTION in shown
     assert SCORING in shown
     assert "answer_settings.temperature: 0.0 -> 0.2" in shown
     assert "dtype" not in shown
@@ -218,7 +219,8 @@ def test_causes_in_logs_of_the_harness(tmp_path, cause):
 
 def test_of_long_answers_the_beginning_says_nothing(tmp_path):
     """Both logs keep 600 characters of an answer; where there is a hash, it decides."""
-    for hashes, cause in (((), UNKNOWN), (("a", "b"), ANSWER), (("a", "a"), SCORING)):
+    cases = (((), UNKNOWN), (("a", "b"), ANSWER_OF_QUESTION), (("a", "a"), SCORING))
+    for hashes, cause in cases:
         sides = []
         for number, name in enumerate(("old", "new")):
             item = {

@@ -47,6 +47,13 @@ MALFORMED = {  # name of the file: (content, what the error names)
     ),
     "w.jsonl": ('{"doc_id": 0, "doc_hash": "", "mmvp_pair_accuracy": 1}\n', "line 1"),
     "x.tsv": ("index\tprediction\teval_match\teval_score\n0\tA\t[1, \t1\n", "line 2"),
+    "deep.json": ("[" * 100_000, "deep.json"),
+    "deep_array.jsonl": ("[" * 100_000, r"deep_array\.jsonl"),
+    "deep_object.jsonl": ('{"a":' * 100_000, r"deep_object\.jsonl"),
+    "deeper.jsonl": (
+        '{"doc_id": 0, "doc_hash": "", "a": 1}\n' + '{"a":' * 100_000,
+        "line 2.*nested too deep",
+    ),
     "z.csv": ("item,score\n1,1\n\udcff,1\n", "utf-8"),
     "y.jsonl": ('{"doc_id": 0, "doc_hash": "", "metrics": 1}\n', "y.jsonl"),
     "q.eval": ("not a zip file", r"q\.eval.*cut off"),

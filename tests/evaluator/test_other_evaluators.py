@@ -324,3 +324,33 @@ def test_a_damaged_file_is_a_note_or_one_line(tmp_path, damaged):
         message = str(error)
     assert path.name in message
     assert "\n" not in message
+
+
+def test_a_question_that_lighteval_asked_twice_counts_once_in_the_interval(tmp_path):
+    """Its answers go together: twenty copies are no twenty questions."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    name = next((LOGS / "lighteval" / "0.13.0").rglob("*toy_mc*.parquet"))
+    rows = parquet.read_table(name).to_pylist()
+    copies = [row for row in rows for _ in range(20)]
+    parquet.write_table(pyarrow.Table.from_pylist(copies), tmp_path / name.name)
+    run = the_run(tmp_path, "toy_mc|0 acc")
+    assert len(run.ids) == 20 * len(rows)
+    assert len(set(run.clusters)) == len(rows)
+
+
+def test_one_split_of_a_helm_run_is_compared(tmp_path):
+    """The test split, whose number is printed; not the mean of it and the valid one."""
+    shutil.copytree(LOGS / "helm" / "0.5.16" / "toy_run", tmp_path / "run")
+    path = tmp_path / "run" / "per_instance_stats.json"
+    instances = json.loads(path.read_text())
+    for instance in json.loads(path.read_text()):
+        instance["instance_id"] = f"valid {instance['instance_id']}"
+        for stat in instance["stats"]:
+            stat["mean"] = 0.0
+            stat["name"]["split"] = "valid"
+        instances.append(instance)
+    path.write_text(json.dumps(instances))
+    run = the_run(tmp_path, f"{HELM} exact_match")
+    assert run.statistic.full() == pytest.approx(100 * 8 / 12)
+    assert run.notes == []

@@ -87,6 +87,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise ContractError(
                 f"{where}: not valid JSON ({error}); was the run cut off?"
             ) from error
+        except RecursionError as error:
+            raise ContractError(f"{where}: not valid JSON (nested too deep)") from error
         except UnicodeDecodeError as error:
             raise ContractError(f"{path} is not UTF-8 text ({error})") from error
 

@@ -22,15 +22,26 @@ from llm2clip_plugin.errors import ContractError
 PROMPT = "another prompt"
 TRUTH = "another expected answer"
 ANSWER = "same prompt, another answer"
-ANSWER_ALONE = "another answer; the logs hold no prompt"
+ANSWER_OF_QUESTION = "same question, another answer; the logs hold no whole prompt"
+ANSWER_ALONE = "another answer; the logs hold no prompt, or only its beginning"
 EXTRACTION = "same text, another answer extracted"
 SCORING = "same answer, scored in another way"
-UNKNOWN = "the logs hold no answer, or only its beginning"
+UNKNOWN = "the logs hold no answer, or only a part of it"
 MISSING = "in one log only"
-CAUSES = (PROMPT, TRUTH, ANSWER, ANSWER_ALONE, EXTRACTION, SCORING, UNKNOWN)
+CAUSES = (
+    PROMPT,
+    TRUTH,
+    ANSWER,
+    ANSWER_OF_QUESTION,
+    ANSWER_ALONE,
+    EXTRACTION,
+    SCORING,
+    UNKNOWN,
+)
 # fields of an item that stand for a text too long to keep
 PROMPT_HASH = "prompt_hash"
 RESPONSE_HASH = "response_hash"
+REPEATS = "repeats"  # how many answers the score of an item is the mean of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +156,7 @@ def drift_of(name: str, base: Run, new: Run) -> Drift:
         if old["score"] != now["score"]:
             ids_of[cause_of(old, now)].append(identifier)
             continue
-        other_prompt += differs(prompt_of(old), prompt_of(now))
+        other_prompt += has_other_prompt(old, now)
         other_answer += has_same_answer(old, now) is False
     changes = []
     for cause, ids in ids_of.items():
@@ -208,29 +219,50 @@ def cause_of(base: Item, new: Item) -> str:
     response = base.get(RESPONSE_HASH)
     if same_answer is False and response and response == new.get(RESPONSE_HASH):
         return EXTRACTION
-    prompts_known = None not in (prompt_of(base), prompt_of(new))
-    if prompts_known and prompt_of(base) != prompt_of(new):
+    if has_other_prompt(base, new):
         return PROMPT
     if truth_differs:
         return TRUTH
     if same_answer is None:
         return UNKNOWN
-    return ANSWER if prompts_known else ANSWER_ALONE
+    if base.get(PROMPT_HASH) and new.get(PROMPT_HASH):
+        return ANSWER
+    return ANSWER_OF_QUESTION if has_same_question(base, new) else ANSWER_ALONE
 
 
 def has_same_answer(base: Item, new: Item) -> bool | None:
-    """Whether the answers that were scored are the same; None if that is not known: logs keep the
-    first LONGEST_TEXT characters."""
+    """Whether the answers that were scored are the same; None if that is not known: items keep the
+    first LONGEST_TEXT characters of the first of several answers."""
     if "answer" not in base or "answer" not in new:
         return None
     answer = str(base["answer"])
     if answer != str(new["answer"]):
         return False
-    if len(answer) < LONGEST_TEXT:
+    is_one = max(base.get(REPEATS, 1), new.get(REPEATS, 1)) == 1
+    if is_one and len(answer) < LONGEST_TEXT:
         return True
     if not base.get(RESPONSE_HASH) or not new.get(RESPONSE_HASH):
         return None
     return base[RESPONSE_HASH] == new[RESPONSE_HASH]
+
+
+def has_other_prompt(base: Item, new: Item) -> bool:
+    """Whether the prompts are known to differ: by their hashes, or, if a log has none, by the
+    question or its options."""
+    if base.get(PROMPT_HASH) and new.get(PROMPT_HASH):
+        return base[PROMPT_HASH] != new[PROMPT_HASH]
+    for name in ("question", "choices"):
+        if base.get(name) and new.get(name) and differs(base[name], new[name]):
+            return True
+    return False
+
+
+def has_same_question(base: Item, new: Item) -> bool:
+    """Whether both logs have the question, which is the same. The prompt around it, such as
+    instructions and examples, may differ."""
+    question = str(base.get("question") or "")
+    is_whole = 0 < len(question) < LONGEST_TEXT
+    return is_whole and question == str(new.get("question") or "")
 
 
 def prompt_of(item: Item) -> Any:
@@ -243,8 +275,9 @@ def prompt_of(item: Item) -> Any:
 
 
 def differs(base: Any, new: Any) -> bool:
-    """Whether two values are known and differ."""
-    return base is not None and new is not None and base != new
+    """Whether two values are known and differ. A number is the same as its text: versions of an
+    evaluator write either."""
+    return base is not None and new is not None and str(base) != str(new)
 
 
 def renumbered(
@@ -257,7 +290,7 @@ def renumbered(
             id_of_prompt.setdefault(prompt_of(item), identifier)
     count = 0
     for identifier in ids:
-        if differs(prompt_of(base_items[identifier]), prompt_of(new_items[identifier])):
+        if has_other_prompt(base_items[identifier], new_items[identifier]):
             count += prompt_of(new_items[identifier]) in id_of_prompt
     return count
 

@@ -8,6 +8,7 @@ Standard library only; what a format needs more is imported in its file.
 """
 
 import gc
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from llava_integration.evaluator.benchmarks.rules.mme import COGNITION, PERCEPTI
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.hashes import sha256_text
 
 # a question's image or video; a table may have the picture itself in the last one
 IMAGES = (
@@ -294,6 +296,29 @@ def number(value: Any, where: str) -> float:
 def short_text(value: Any) -> str:
     """A question or an answer as items keep it for the page; "" for what is no text."""
     return value[:LONGEST_TEXT] if isinstance(value, str) else ""
+
+
+def shown_texts(question: Any, answer: Any) -> dict[str, str]:
+    """The fields ``question`` and ``answer`` of an item, those that are texts. An answer that a log
+    does not have is no empty one."""
+    texts = {}
+    for name, value in (("question", question), ("answer", answer)):
+        if isinstance(value, str):
+            texts[name] = short_text(value)
+    return texts
+
+
+def all_answers(answers: Sequence[Any]) -> dict[str, Any]:
+    """What tells the answers of an item from others, if its score is the mean of several; the item
+    shows the first."""
+    if len(answers) < 2:
+        return {}
+    return {"repeats": len(answers), "response_hash": digest_of(list(answers))}
+
+
+def digest_of(value: Any) -> str:
+    """Sixteen digits that tell a JSON value from others."""
+    return sha256_text(json.dumps(value, sort_keys=True, default=str))[:16]
 
 
 def first_of(values: Mapping[str, Any], names: Iterable[str]) -> str:

@@ -11,8 +11,9 @@ from llava_integration.evaluator.compare.readers import (
     Choices,
     Log,
     Reader,
+    all_answers,
     number,
-    short_text,
+    shown_texts,
 )
 from llava_integration.evaluator.compare.readers.file_formats import (
     first_object,
@@ -28,8 +29,7 @@ class Review:
 
     id: str
     scores: dict[str, Any]  # the main one first
-    question: str
-    answer: str
+    texts: dict[str, str]  # question and answer
     truth: Any
 
 
@@ -126,7 +126,7 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     report = Report.of(path)
     metric = choices.metric or report.main_metric(reviews[0].scores)
     values: dict[str, list[float]] = {}
-    first_of_id: dict[str, Review] = {}
+    reviews_of_id: dict[str, list[Review]] = {}
     for review in reviews:
         if metric not in review.scores:
             names = ", ".join(review.scores) or "none"
@@ -135,18 +135,19 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
             )
         score = number(review.scores[metric], f"{path}, sample {review.id}: {metric}")
         values.setdefault(review.id, []).append(score)
-        first_of_id.setdefault(review.id, review)
+        reviews_of_id.setdefault(review.id, []).append(review)
     items = []
     for name, repeats in values.items():
-        review = first_of_id[name]
+        review, *_ = reviews_of_id[name]
+        answers = [review.texts.get("answer") for review in reviews_of_id[name]]
         items.append(
             {
                 "id": name,
                 "cluster": name,
                 "score": sum(repeats) / len(repeats),
-                "question": review.question,
-                "answer": review.answer,
                 "truth": review.truth,
+                **review.texts,
+                **all_answers(answers),
             }
         )
     is_main = metric == next(iter(reviews[0].scores), "")
@@ -194,8 +195,7 @@ def scored_sample(line: dict[str, Any]) -> Review:
     return Review(
         id=str(name),
         scores=values,
-        question=short_text(question),
-        answer=short_text(answer),
+        texts=shown_texts(question, answer),
         truth=line.get("target"),
     )
 
@@ -212,8 +212,7 @@ def reviewed_choice(line: dict[str, Any]) -> Review:
     return Review(
         id=str(line["index"]),
         scores=dict(result) if isinstance(result, dict) else {"": result},
-        question=short_text(raw.get("question") or raw.get("query")),
-        answer=short_text(answer),
+        texts=shown_texts(raw.get("question") or raw.get("query"), answer),
         truth=review.get("gold"),
     )
 

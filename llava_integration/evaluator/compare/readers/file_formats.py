@@ -85,7 +85,7 @@ def first_object(path: Path) -> dict[str, Any]:
     with open_text(path) as file:
         head = file.read(HEAD)
     if head.lstrip().startswith("["):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             value, _ = json.JSONDecoder().raw_decode(head.lstrip()[1:].lstrip())
             return value if isinstance(value, dict) else {}
         return {}

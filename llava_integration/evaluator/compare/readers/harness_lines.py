@@ -1,18 +1,17 @@
 """What the logs of lm-evaluation-harness and of lmms-eval, its fork, have in common: a line for
 each document, in which a metric's value is a number or an object."""
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llava_integration.evaluator.compare.readers import (
     IMAGES,
+    digest_of,
     first_of,
     short_text,
 )
 from llm2clip_plugin.errors import ContractError
-from llm2clip_plugin.hashes import sha256_text
 
 # names of logs: the harness's, since 0.4.3, and lmms-eval's, since 0.2.3
 HARNESS_NAME = re.compile(
@@ -120,11 +119,6 @@ def hashes_of(line: dict[str, Any]) -> dict[str, str]:
     if line.get("resps") is not None:
         hashes["response_hash"] = digest_of(line["resps"])
     return hashes
-
-
-def digest_of(value: Any) -> str:
-    """Sixteen digits that tell a JSON value from others."""
-    return sha256_text(json.dumps(value, sort_keys=True, default=str))[:16]
 
 
 def pairs_of(arguments: Any) -> list[list[Any]]:

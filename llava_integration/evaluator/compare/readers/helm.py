@@ -13,13 +13,17 @@ from llava_integration.evaluator.compare.readers import (
     Choices,
     Log,
     Reader,
+    all_answers,
+    digest_of,
     number,
     short_text,
+    shown_texts,
 )
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.json_files import read_json_value
 
 STATS = "per_instance_stats.json"
+TEST = "test"  # name of a split
 # of a run's name, which tells the task: "mmlu:subject=anatomy,model=openai_gpt2"
 MODEL_IN_NAME = re.compile(r"(^|[:,])(model|model_deployment)=[^,]*")
 # main metrics of HELM's leaderboards (its schema_*.yaml), the first that a run has: those that only
@@ -92,25 +96,29 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
         task, model = named_in(spec)
     with errors_about(path, fix="was the run cut off?"):
         instances = read_json_value(path)
-        metrics = {}
+        # metric -> the splits that it is of
+        metrics: dict[str, set[str]] = {}
         for instance in instances:
             for stat in instance["stats"]:
                 if is_plain(stat):
-                    metrics[stat["name"]["name"]] = stat["name"].get("split", "")
+                    name = stat["name"]["name"]
+                    metrics.setdefault(name, set()).add(split_of(stat))
     metric = choices.metric or main_metric(spec.get("groups") or [], list(metrics))
     if metric not in metrics:
         problem = f"{path}: {task} has no {metric or 'metric that is known'}"
         raise ContractError(
             f"{problem}; choose with --metric: {', '.join(sorted(metrics))}"
         )
-    split = metrics[metric]
+    # HELM's leaderboards show the test split where there is one
+    split = TEST if TEST in metrics[metric] else min(metrics[metric])
     texts = texts_of(path.with_name("scenario_state.json"))
     sign = -1 if metric in LOWER_IS_BETTER else 1
     values: dict[str, list[float]] = {}
     for instance in instances:
         name = str(instance["instance_id"])
         for stat in instance["stats"]:
-            if is_plain(stat) and stat["name"]["name"] == metric:
+            is_chosen = stat["name"]["name"] == metric and split_of(stat) == split
+            if is_plain(stat) and is_chosen:
                 value = number(stat.get("mean"), f"{path}, instance {name}: {metric}")
                 values.setdefault(name, []).append(sign * value)
     items = []
@@ -144,6 +152,11 @@ def is_plain(stat: dict[str, Any]) -> bool:
     return not stat["name"].get("perturbation") and bool(stat.get("count"))
 
 
+def split_of(stat: dict[str, Any]) -> str:
+    """The split that a statistic is of: test, valid; "" if it does not say."""
+    return str(stat["name"].get("split") or "")
+
+
 def main_metric(groups: Sequence[str], metrics: Sequence[str]) -> str:
     """The metric that HELM's leaderboards show; "" if none of the ``metrics`` is known."""
     of_groups = [MAIN_OF_GROUP[group] for group in groups if group in MAIN_OF_GROUP]
@@ -157,36 +170,48 @@ def texts_of(path: Path) -> dict[str, dict[str, Any]]:
     """Question, answer, truth and picture of each instance; empty without the file of requests."""
     if not path.is_file():
         return {}
-    texts: dict[str, dict[str, Any]] = {}
+    states_of: dict[str, list[dict[str, Any]]] = {}
     with errors_about(path):
         for state in read_json_value(path)["request_states"]:
-            instance = state["instance"]
-            if instance.get("perturbation"):
-                continue
-            right = []
-            options = []
-            for reference in instance.get("references") or []:
-                option = reference["output"].get("text", "")
-                options.append(option)
-                if "correct" in reference.get("tags", ()):
-                    right.append(option)
-            about = {
-                "question": short_text(instance["input"].get("text")),
-                "truth": right,
-                "answer": answer_of(state),
-            }
-            if len(options) > len(right):  # else these are several right answers
-                about["choices"] = [short_text(option) for option in options]
-            if picture := picture_of(instance["input"]):
-                about["cluster"] = picture
-            texts.setdefault(str(instance.get("id")), about)
+            if not state["instance"].get("perturbation"):
+                name = str(state["instance"].get("id"))
+                states_of.setdefault(name, []).append(state)
+        return {name: texts_in(states) for name, states in states_of.items()}
+
+
+def texts_in(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The texts of an instance, which may have been asked in several trials."""
+    instance = states[0]["instance"]
+    right = []
+    options = []
+    for reference in instance.get("references") or []:
+        option = reference["output"].get("text", "")
+        options.append(option)
+        if "correct" in reference.get("tags", ()):
+            right.append(option)
+    answers = [answer_of(state) for state in states]
+    texts = {
+        **shown_texts(instance["input"].get("text"), answers[0]),
+        **all_answers(answers),
+        "truth": right,
+    }
+    prompts = [(state.get("request") or {}).get("prompt") for state in states]
+    if any(prompts):
+        texts["prompt_hash"] = digest_of(prompts)
+    if len(options) > len(right):  # else these are several right answers
+        texts["choices"] = [short_text(option) for option in options]
+    if picture := picture_of(instance["input"]):
+        texts["cluster"] = picture
     return texts
 
 
-def answer_of(state: dict[str, Any]) -> str:
-    """What the model said; of a letter with the option that it stands for."""
+def answer_of(state: dict[str, Any]) -> str | None:
+    """What the model said; of a letter with the option that it stands for. None if it said nothing,
+    as where the likelihood of each option was asked."""
     completions = (state.get("result") or {}).get("completions") or [{}]
-    text = short_text(completions[0].get("text"))
+    text = completions[0].get("text")
+    if not isinstance(text, str) or state.get("reference_index") is not None:
+        return None
     option = (state.get("output_mapping") or {}).get(text.strip())
     return f"{text.strip()}. {option}" if option else text
 
@@ -206,9 +231,8 @@ def printed_mean(path: Path, metric: str, split: str) -> float | None:
         return None
     with errors_about(path):
         for stat in read_json_value(path):
-            name = stat["name"]
-            of_split = name.get("split", "") == split
-            if name["name"] == metric and of_split and is_plain(stat):
+            is_chosen = stat["name"]["name"] == metric and split_of(stat) == split
+            if is_chosen and is_plain(stat):
                 return float(stat["mean"])
     return None
 

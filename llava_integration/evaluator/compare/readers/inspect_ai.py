@@ -14,6 +14,7 @@ from llava_integration.evaluator.compare.readers import (
     Choices,
     Log,
     Reader,
+    all_answers,
     first_of,
     number,
     short_text,
@@ -110,6 +111,7 @@ class Scores:
     group: str  # field of the metadata; "": images
     items: dict[str, dict[str, Any]] = field(default_factory=dict)
     values: dict[str, list[float]] = field(default_factory=dict)  # of each epoch
+    answers: dict[str, list[Any]] = field(default_factory=dict)
     without_score: set[str] = field(default_factory=set)
     # sample -> what it has in the group's place
     without_group: dict[str, Any] = field(default_factory=dict)
@@ -142,10 +144,13 @@ class Scores:
             answer = (sample.get("output") or {}).get("completion")
         if isinstance(answer, str):
             item["answer"] = short_text(answer)
+        answers = self.answers.setdefault(name, [])
+        answers.append(answer)
         if sample.get("choices"):
             item["choices"] = [short_text(choice) for choice in sample["choices"]]
         item = self.items.setdefault(name, item)
         item["score"] = sum(values) / len(values)
+        item.update(all_answers(answers))
 
     def cluster_of(self, name: str, metadata: dict[str, Any]) -> str:
         """What a sample goes together with; the sample itself if nothing says so."""

@@ -14,8 +14,10 @@ from llava_integration.evaluator.compare.readers import (
     Choices,
     Log,
     Reader,
+    all_answers,
     number,
     short_text,
+    shown_texts,
 )
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.hashes import sha256_text
@@ -68,11 +70,12 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
             )
         with errors_about(where):
             item = item_since_0_9(row) if "doc" in row else item_up_to_0_8(row)
-        times[item["id"]] += 1
-        if times[item["id"]] > 1:  # the same question again
-            item["id"] += f"#{times[item['id']]}"
+        question = item["id"]
+        times[question] += 1
+        if times[question] > 1:  # the same question again, which goes with the first
+            item["id"] += f"#{times[question]}"
         score = sign * number(of_row[metric], f"{where}: {metric}")
-        items.append({**item, "cluster": item["id"], "score": score})
+        items.append({**item, "cluster": question, "score": score})
     printed = results.printed(metric)
     notes = []
     if sign == -1:
@@ -106,8 +109,8 @@ def item_since_0_9(row: dict[str, Any]) -> dict[str, Any]:
     answer = texts[0] if texts else most_likely(choices, response.get("logprobs"))
     return {
         "id": str(doc["id"]),
-        "question": short_text(doc.get("query")),
-        "answer": short_text(answer),
+        **shown_texts(doc.get("query"), answer),
+        **all_answers(texts),
         "truth": chosen(choices, doc.get("gold_index")),
         **options_in(choices, doc.get("gold_index")),
     }
@@ -116,24 +119,28 @@ def item_since_0_9(row: dict[str, Any]) -> dict[str, Any]:
 def item_up_to_0_8(row: dict[str, Any]) -> dict[str, Any]:
     """The same of a row without an id: the question stands for it."""
     choices = row.get("choices") or []
-    predictions: list[Any] = row.get("predictions") or [""]
-    answer = predictions[0]
-    if not isinstance(answer, str):  # a likelihood, and whether it is the greedy answer
-        answer = most_likely(choices, [prediction[0] for prediction in predictions])
+    predictions: list[Any] = row.get("predictions") or [None]
+    answers = predictions
+    # a likelihood, and whether it is the greedy answer
+    if isinstance(predictions[0], (list, tuple)):
+        likelihoods = [prediction[0] for prediction in predictions]
+        answers = [most_likely(choices, likelihoods)]
     question = str(row.get("example"))
     return {
         "id": sha256_text(question)[:12],
-        "question": short_text(question),
-        "answer": short_text(answer),
+        **shown_texts(question, answers[0]),
+        **all_answers(answers),
         "truth": row.get("gold") or chosen(choices, row.get("gold_index")),
         **options_in(choices, row.get("gold_index")),
     }
 
 
-def most_likely(options: Sequence[str], likelihoods: Sequence[float] | None) -> str:
-    """The option with the greatest likelihood; "" if they are not of the options."""
+def most_likely(
+    options: Sequence[str], likelihoods: Sequence[float] | None
+) -> str | None:
+    """The option with the greatest likelihood; None if they are not of the options."""
     if not likelihoods or len(options) != len(likelihoods):
-        return ""
+        return None
     best = max(range(len(options)), key=lambda place: likelihoods[place])
     return options[best].strip()
 

@@ -11,8 +11,9 @@ from llava_integration.evaluator.compare.readers import (
     Choices,
     Log,
     Reader,
+    all_answers,
     number,
-    short_text,
+    shown_texts,
 )
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.json_files import read_json_value
@@ -104,14 +105,15 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
                 f"{problem}; its details are {', '.join(details)}; choose with --metric"
             )
         question = question_of({**predictions.get(name, {}), **details})
+        answers = repeats_of(details)
         items.append(
             {
                 "id": name,
                 "cluster": name,
                 "score": number(score, f"{path}, question {name}: score"),
-                "question": question,
-                "answer": short_text(first_value(details, ANSWERS, str)),
                 "truth": first_value(details, TRUTHS),
+                **shown_texts(question, answers[0]),
+                **all_answers(answers),
             }
         )
     yield Log(
@@ -160,18 +162,27 @@ def score_of(details: dict[str, Any], chosen: str) -> Any:
     return None
 
 
-def question_of(details: dict[str, Any]) -> str:
-    """The question: a text, or the last message of a conversation."""
+def question_of(details: dict[str, Any]) -> Any:
+    """The question: a text, or the last message of a conversation; anything else if there is
+    none."""
     prompt = first_value(details, QUESTIONS)
-    if isinstance(prompt, list) and isinstance(prompt[-1], dict):
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
         prompt = prompt[-1].get("prompt")
-    return short_text(prompt)
+    return prompt
 
 
-def first_value(
-    details: dict[str, Any], names: Sequence[str], kind: type = object
-) -> Any:
-    """The first of these fields that has a value of a ``kind``; of a list of repeats the first."""
+def repeats_of(details: dict[str, Any]) -> list[str | None]:
+    """The answers to a question, of which there may be several; [None] if there is none."""
+    for name in ANSWERS:
+        value = details.get(name)
+        repeats = value if isinstance(value, list) else [value]
+        if repeats and all(isinstance(answer, str) for answer in repeats):
+            return repeats
+    return [None]
+
+
+def first_value(details: dict[str, Any], names: Sequence[str]) -> Any:
+    """The first of these fields that has a value; of a list of repeats the first."""
     for name in names:
         value = details.get(name)
         if (
@@ -180,7 +191,7 @@ def first_value(
             and not isinstance(value[0], dict)
         ):
             value = value[0]
-        if value is not None and isinstance(value, kind):
+        if value is not None:
             return value
     return None
 
