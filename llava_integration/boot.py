@@ -100,7 +100,7 @@ def compat():
         runner.watched()
         return runner
     except Exception as error:
-        report(error, "LLaVA runs without completions")
+        report(error, "LLaVA runs without the patches")
         return None
 
 

@@ -125,7 +125,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "compare": (
         "llava_integration.evaluator.compare.command:main",
-        "compare score files: paired statistics and a report",
+        "is a model better? paired statistics over scores or other evaluators' logs",
     ),
     "bench-mllm": (
         "llava_integration.evaluator.benchmarks.bench:main",

@@ -194,7 +194,7 @@ def check_llava() -> Iterator[Finding]:
     except (FileNotFoundError, ContractError) as error:
         yield finding(
             "--vision_tower llm2clip",
-            str(error),
+            str(error).removeprefix(f"--vision_tower {towers.NAME}: "),
             "llm2clip use PATH_OR_HUB_ID, for the bare name",
         )
 
@@ -221,7 +221,7 @@ def check_transformers() -> Finding:
         advice = runner.ADVICE
         state = "warn"
     elif not advice:
-        status = f"{status}, with {len(runner.needed())} completions of LLaVA's code"
+        status = f"{status}, with {len(runner.needed())} patches of LLaVA's code"
     return finding("transformers for LLaVA", status, advice, state=state)
 
 

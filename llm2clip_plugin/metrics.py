@@ -68,8 +68,11 @@ class Metrics:
         loader_rate, needed = (
             median(column) for column in zip(*self.loading, strict=True)
         )
-        rates = f"a process delivers {loader_rate:,.1f} images/s, the steps take {needed:,.1f}"
-        return f"{rates}: --workers, over all ranks, {math.ceil(needed / loader_rate)}"
+        count = math.ceil(needed / loader_rate)
+        return (
+            f"one process reads {loader_rate:,.1f} images/s, the steps take {needed:,.1f}: "
+            f"they need {count} loader processes (--workers times ranks)"
+        )
 
 
 def read_metrics(path: Path) -> Metrics:

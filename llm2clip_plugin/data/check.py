@@ -463,6 +463,11 @@ def _contents(report: dict[str, Any]) -> Iterator[str]:
     for name, counts in counts_of.items():
         parts = ", ".join(f"{part} {number:,}" for part, number in counts.items())
         yield f"  {name:<11} {parts or 'none'}"
+    validation = report.get("validation")
+    if validation and not (
+        validation["images_in_both"] + validation["captions_in_both"]
+    ):
+        yield f"  validation  nothing of {validation['path']} is in the training data"
     if images["whole"]:
         width = images["width"]
         height = images["height"]

@@ -42,7 +42,7 @@ class TrainingConfig:
     )
     dry_run: bool = setting(
         False,
-        help="print steps, memory and commands, then exit; needs no weights",
+        help="print steps and memory, then exit; needs neither weights nor data",
         learned=False,
     )
 

@@ -51,8 +51,8 @@ class DataConfig:
     )
     clip_cache: tuple[str, ...] = setting(
         (),
-        help="with heads.target clip_text: cache of the CLIP's text features of each path; empty: "
-        "the one next to the data",
+        help="with --heads.target clip_text: cache of the CLIP's text features of each path; "
+        "empty: the one next to the data",
         learned=False,
         per_host=True,
     )
@@ -75,7 +75,7 @@ class DataConfig:
     )
     captions_per_image: int = setting(
         1,
-        help="captions of an image in a step; above 1 for loss.terms multi_positive or cosine",
+        help="captions of an image in a step; above 1 for the loss terms multi_positive or cosine",
         learned=True,
     )
     validation: str = setting(

@@ -172,7 +172,7 @@ def check_data(
         if len(source) < global_batch
     ]
     if data.config.one_source_per_batch and len(data.sources) > 1 and small:
-        problem = f"global_batch {global_batch} is larger than {', '.join(small)}"
+        problem = f"--global-batch {global_batch} is larger than {', '.join(small)}"
         raise ValueError(
             f"{problem}; lower --global-batch, or mix the sources with --no-one-source-per-batch"
         )

@@ -107,9 +107,9 @@ class PairsConfig:
 
     data: tuple[str, ...] = setting(
         (),
-        help="caption sets (as for the tower), or .jsonl of text pairs: query, positive, in all "
-        "rows or none a hard negative, and instruction, text before the query (not pooled) in "
-        "place of query_prompt",
+        help="captioned images, as for the tower, or a .jsonl of text pairs with the fields query "
+        "and positive, optionally negative (in all rows or none) and instruction (text before the "
+        "query, in place of --query-prompt)",
         option="data",
         learned=True,
         per_host=True,
@@ -133,7 +133,7 @@ class PairsConfig:
     instructions: tuple[str, ...] = setting(
         (),
         help="of caption sets: text before the queries of a kind of caption, KIND=TEXT, not "
-        "pooled; others have query_prompt",
+        "pooled; others have --query-prompt",
         learned=True,
     )
     random_negatives: bool = setting(
@@ -155,7 +155,7 @@ class PairsConfig:
     )
     cut_queries: bool = setting(
         False,
-        help="truncate queries above max_tokens; otherwise they are an error before training",
+        help="truncate queries above --max-tokens; otherwise they are an error before training",
         learned=True,
     )
     # how caption sets are read; stage 1 has an order of its own, without windows

@@ -58,11 +58,11 @@ class PairBatches:
         small: list[str] = []
         for source in self.sources:
             if len(source) < global_batch:
-                small.append(f"{source.path} ({len(source)})")
+                small.append(f"{source.path} ({len(source)} samples)")
         if small:
             raise ValueError(
-                f"global_batch {global_batch} is larger than {', '.join(small)}; "
-                "a batch has one source"
+                f"--global-batch {global_batch} is larger than {', '.join(small)}, and a batch has "
+                "one source; lower --global-batch"
             )
 
     def batch(self, position: int) -> dict[str, Any]:

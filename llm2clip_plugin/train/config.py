@@ -233,7 +233,7 @@ class OptimConfig:
     )
     full_lr: tuple[str, ...] = setting(
         (),
-        help="parts of the tower, if it has them, that layer_decay does not slow down",
+        help="parts of the tower, if it has them, that --layer-decay does not slow down",
         learned=True,
     )
     betas: tuple[float, float] = setting(
@@ -249,7 +249,7 @@ class OptimConfig:
     )
     schedule: Literal["cosine", "linear", "constant"] = setting(
         "cosine",
-        help="after the warm-up: cosine | linear (both to min_lr_ratio) | constant",
+        help="after the warm-up: cosine | linear (both to --min-lr-ratio) | constant",
         learned=True,
     )
     warmup_steps: int = setting(
@@ -301,7 +301,7 @@ class TrainConfig:
 
     global_batch: int = setting(
         4096,
-        help="image-caption pairs per optimizer step, over all ranks; also the negatives",
+        help="pairs per optimizer step, over all ranks; each pair has the others as negatives",
         learned=True,
     )
     micro_batch: int = setting(
@@ -311,14 +311,14 @@ class TrainConfig:
     )
     num_train_epochs: float = setting(
         4.0,
-        help="passes over the data; used if max_steps is 0",
+        help="passes over the data; used if --max-steps is 0",
         learned=True,
         needs="not max_steps",
         replaces="max_steps",
     )
     max_steps: int = setting(
         0,
-        help="optimizer steps; 0 or -1: as many as num_train_epochs makes",
+        help="optimizer steps; 0 or -1: as many as --num-train-epochs takes",
         learned=True,
     )
     precision: Precision = setting(
@@ -388,8 +388,8 @@ class TrainConfig:
     )
     profile_steps: int = setting(
         0,
-        help="steps traced by torch.profiler into output_dir/profile, after 5 if there are more; "
-        "0: none",
+        help="steps that torch.profiler traces into profile/ of --output, after 5 if there are "
+        "more; 0: none",
         learned=False,
     )
     profile_all_ranks: bool = setting(
@@ -562,8 +562,8 @@ class LossConfig:
         ("infonce",),
         help="terms of the sum as NAME=WEIGHT, or NAME=START:END@FRACTION for a weight that "
         "changes linearly over this fraction of the run: infonce (CLIP, LLM2CLIP), sigmoid "
-        "(SigLIP; needs dual.logit_bias_init), cosine (LIFT), multi_positive, distill "
-        "(ProCLIP) and patch_reference (both compare with distill.reference), patch_captions "
+        "(SigLIP; needs --dual.logit-bias-init), cosine (LIFT), multi_positive, distill "
+        "(ProCLIP) and patch_reference (both compare with --distill.reference), patch_captions "
         "(FLAIR)",
         learned=True,
     )

@@ -62,7 +62,7 @@ class DualConfig:
     projection: str = setting(
         "linear",
         help="linear | mlp (LIFT's: two linear layers, GELU between) | none (the pooled feature; "
-        "projection_dim is its width)",
+        "--dual.projection-dim is its width)",
         learned=True,
     )
     projection_norm: bool = setting(
@@ -81,13 +81,14 @@ class DualConfig:
     )
     adapter: str = setting(
         "mlp",
-        help="text adapter: mlp (the paper's) | linear | none (projection_dim is then llm_width)",
+        help="text adapter: mlp (the paper's) | linear | none (the projection then has "
+        "the LLM's width)",
         learned=True,
     )
     adapter_blocks: int = setting(4, help="residual MLP blocks", learned=True)
     adapter_expansion: int = setting(
         2,
-        help="hidden width of a block, in multiples of llm_width",
+        help="hidden width of a block, in multiples of the LLM's width",
         learned=True,
     )
     normalize_input: bool = setting(

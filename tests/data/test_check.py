@@ -147,6 +147,13 @@ def test_what_makes_training_worse_is_noted(
     assert f"\n  2 fields with text are no captions: {unused}\n" in text
     assert "broken samples" not in text
     assert text.endswith("\nfit for training: 0.00% broken, 1.00% allowed\n")
+    # another data set: that nothing is in both is said, too
+    other = tmp_path / "other.tar"
+    write_tar(other, sample("e", jpeg(2), caption="new"))
+    train_tar = str(tmp_path / "train.tar")
+    assert main(["data", "check", train_tar, "--validation", str(other)]) == 0
+    text = capsys.readouterr().out
+    assert f"\n  validation  nothing of {other} is in the training data\n" in text
 
 
 def test_missing_images_do_not_hide_broken_ones(

@@ -95,6 +95,16 @@ def test_a_log_that_was_cut_in_its_first_line_is_named(tmp_path, name):
     assert f"{name}, line 1" in note
 
 
+def test_a_log_without_the_models_answers_is_read(tmp_path):
+    """Answers are only shown: a log that was made small without them has all scores."""
+    line = {"doc_id": 0, "doc_hash": "", "metrics": ["acc"], "acc": 1}
+    emptied = line | {"arguments": {}, "resps": [], "filtered_resps": []}
+    log = tmp_path / "samples_toy_2026-11-28T21-57-04.1.jsonl"
+    log.write_text(json.dumps(emptied))
+    (run,) = load_side(str(log)).runs["toy acc"]  # a path may be a text
+    assert [item["score"] for item in run.items] == [1]
+
+
 def test_a_log_that_nobody_understands_is_left_out_with_a_note(tmp_path):
     about = {"doc_id": 0, "doc_hash": ""}
     (tmp_path / "20261129_061426_samples_a.jsonl").write_text(

@@ -206,7 +206,7 @@ def test_the_loader_processes_that_the_steps_need(tiny: Path, folder: Path):
         }
         add(folder, step=step, samples=16 * step, loss=1.0, **values)
     assert "110.0 images/s" in (loader := rows(folder)["loader"])
-    assert "300.0: --workers, over all ranks, 3" in loader
+    assert "300.0: they need 3 loader processes (--workers times ranks)" in loader
 
 
 def test_restarts_are_one_run_of_wandb(tiny: Path, tmp_path: Path):

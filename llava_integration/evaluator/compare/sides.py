@@ -101,7 +101,7 @@ class Side:
 
 
 def load_side(
-    path: Path,
+    path: Path | str,
     name: str = "",
     *,
     same_model: bool = False,
@@ -112,6 +112,7 @@ def load_side(
     are its runs. Raises FileNotFoundError, or ContractError for what can't be read or compared,
     such as logs of several models, unless they are said to be runs of the ``same_model``. Answers
     without the pictures are read if, and only if, it is to be ``blind``, as far as logs tell."""
+    path = Path(path)
     runs, notes = load_runs(path, choices, blind=blind)
     side = side_of(path, runs, name or (path.name if path.is_dir() else ""), notes)
     if not same_model:

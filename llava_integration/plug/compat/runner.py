@@ -95,7 +95,7 @@ def complete(completion: Completion, module: ModuleType) -> None:
         raise ImportError(
             f"llava_integration/plug/compat/patches.py, {name} could not complete "
             f"{module.__name__} for {versions}: {error!r}; {ADVICE}, "
-            "or set LLM2CLIP_LLAVA_COMPAT=0 to run without completions"
+            "or set LLM2CLIP_LLAVA_COMPAT=0 to run without patches"
         ) from error
 
 

@@ -67,8 +67,8 @@ class ReadConfig:
 
     format: str = setting(
         "auto",
-        help="of the data: webdataset, jsonl, llava or another of data/sources; auto: by the "
-        "path's name",
+        help="of the data: webdataset, jsonl, llava, or a source of your own; auto: by the path's "
+        "name",
         learned=True,
     )
     images: str = setting(
@@ -127,7 +127,7 @@ class ReadConfig:
     index_folder: str = setting(
         "",
         help="for indexes of tars at a URL: one that all nodes share lets one of them make it for "
-        'all; "" is cache_folder',
+        'all; "" is --cache-folder',
         learned=False,
         per_host=True,
     )

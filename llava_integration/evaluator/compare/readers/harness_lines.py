@@ -152,7 +152,7 @@ def answer_of(line: dict[str, Any]) -> Any:
     if len(answers) == 1 and isinstance(answers[0], str):
         return answers[0]
     options = options_of(line.get("arguments"))
-    if len(options) != len(answers):
+    if not options or len(options) != len(answers):
         return None
     likely = []
     for answer, option in zip(answers, options, strict=True):
