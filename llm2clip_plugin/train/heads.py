@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -135,34 +135,15 @@ def fit_heads(
 
     def fit() -> tuple[list[FitLine], int, list[str]]:
         if features is not None:
-            samples = len(features.count_I)
-            size = min(config.batch, samples)
-            batches = partial(image_batches, model, features, size, train.seed)
+            inputs = _image_inputs(model, features, config, train)
         else:
-            dataset = PairDataset(
-                sources,
-                caches,
-                None,
-                seed=train.seed,
-                caption_weights=shares,
-                captions_per_image=config.captions_per_image,
-                targets=clip_caches,
-            )
-            samples = len(dataset)
-            workers = train.dataloader_num_workers
-            batches = partial(
-                caption_batches,
-                model,
-                dataset,
-                config.batch,
-                workers,
-                train.skip_bad_batches,
+            inputs = _caption_inputs(
+                model, sources, caches, clip_caches, shares, config, train
             )
         try:
             curve, done = _fit(
                 model,
-                samples,
-                batches,
+                inputs,
                 products,
                 config,
                 loss,
@@ -187,6 +168,57 @@ def fit_heads(
         if world_size() > 1:
             dist.broadcast(parameter.data, src=0)
     return curve
+
+
+class FitInputs(NamedTuple):
+    """What the heads are fitted on."""
+
+    samples: int
+    # the batches from a step on; a step whose batch is None updates nothing
+    batches_from: Callable[[int], Iterator[Features | None]]
+
+
+def _image_inputs(
+    model: DualEncoder,
+    features: FrozenFeatures,
+    config: HeadsConfig,
+    train: TrainConfig,
+) -> FitInputs:
+    """For target images: the frozen tower's features with the captions' embeddings."""
+    samples = len(features.count_I)
+    size = min(config.batch, samples)
+    batches = partial(image_batches, model, features, size, train.seed)
+    return FitInputs(samples, batches)
+
+
+def _caption_inputs(
+    model: DualEncoder,
+    sources: Sequence[Source],
+    caches: Sequence[EmbeddingCache],
+    clip_caches: Sequence[EmbeddingCache],
+    caption_weights: Mapping[str, float],
+    config: HeadsConfig,
+    train: TrainConfig,
+) -> FitInputs:
+    """For target clip_text: the captions' embeddings with CLIP's features of them."""
+    dataset = PairDataset(
+        sources,
+        caches,
+        None,
+        seed=train.seed,
+        caption_weights=caption_weights,
+        captions_per_image=config.captions_per_image,
+        targets=clip_caches,
+    )
+    batches = partial(
+        caption_batches,
+        model,
+        dataset,
+        config.batch,
+        train.dataloader_num_workers,
+        train.skip_bad_batches,
+    )
+    return FitInputs(len(dataset), batches)
 
 
 class NonFiniteFitError(Exception):
@@ -221,8 +253,7 @@ def head_parameters(model: DualEncoder) -> list[tuple[str, torch.nn.Parameter]]:
 
 def _fit(
     model: DualEncoder,
-    samples: int,
-    batches_from: Callable[[int], Iterator[Features | None]],
+    inputs: FitInputs,
     products: torch.autocast,
     config: HeadsConfig,
     loss: LossConfig,
@@ -233,8 +264,7 @@ def _fit(
     unfinished: Path | None,
 ) -> tuple[list[FitLine], int]:
     """Train the heads, or the text adapter alone; returns the curve and the number of steps that
-    are done. ``batches_from``: the batches from a step on; a step without a batch updates nothing.
-    """
+    are done."""
     of_clip = config.target == "clip_text"
     if of_clip:
         term = partial(clip_text_loss, captions=config.captions_per_image)
@@ -244,9 +274,9 @@ def _fit(
     max_grad_norm = CLIP_TEXT_OPTIM.max_grad_norm if of_clip else math.inf
     optimizer = _optimizer(model, config)
     settings = [dataclasses.asdict(config), dataclasses.asdict(loss)]
-    fit_of = canonical_json(["4", *settings, seed, samples])
+    fit_of = canonical_json(["4", *settings, seed, inputs.samples])
     start, curve = _continued(model, optimizer, unfinished, fit_of)
-    batches = batches_from(start)
+    batches = inputs.batches_from(start)
     done = start
     values: dict[str, Tensor] = {}  # of the last update
     size = 0  # images of its batch

@@ -303,6 +303,36 @@ def data_url(raw: bytes, kind: str) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(raw).decode()}"
 
 
+def _reply(
+    endpoint: Endpoint, model: str, options: AnswerConfig, question: Question
+) -> Reply | Exception:
+    """The server's reply to a question, or why there is none."""
+    try:
+        if endpoint.stopped.is_set():
+            raise EndpointError("the run has stopped")
+        content: Any = question.text  # the server applies the chat template
+        if question.image:  # before the text, as in LLaVA's prompts
+            url = image_url(question, options.image_folder, blind=options.blind)
+            content = [
+                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "text", "text": question.text},
+            ]
+        request = {
+            "model": model,
+            "temperature": options.temperature,
+            "max_tokens": options.max_new_tokens,
+            "messages": [{"role": "user", "content": content}],
+        }
+        if options.top_p is not None:
+            request["top_p"] = options.top_p
+        return endpoint.chat(request)
+    except Exception as error:
+        # the other threads' next questions would fail alike
+        if not isinstance(error, RefusedError):
+            endpoint.stopped.set()
+        return error
+
+
 def answer_served(
     endpoint: Endpoint,
     model: str,
@@ -314,35 +344,9 @@ def answer_served(
     """Ask the questions of these indices and write each answer as it comes; returns a line for each
     question refused. Raises EndpointError if the server is gone or refuses request after request.
     """
-    request = {
-        "model": model,
-        "temperature": options.temperature,
-        "max_tokens": options.max_new_tokens,
-    }
-    if options.top_p is not None:
-        request["top_p"] = options.top_p
 
     def ask(index: int) -> tuple[int, Reply | Exception]:
-        content: Any = questions[index].text  # the server applies the chat template
-        try:
-            if endpoint.stopped.is_set():
-                raise EndpointError("the run has stopped")
-            if questions[index].image:  # before the text, as in LLaVA's prompts
-                url = image_url(
-                    questions[index], options.image_folder, blind=options.blind
-                )
-                content = [
-                    {"type": "image_url", "image_url": {"url": url}},
-                    {"type": "text", "text": content},
-                ]
-            return index, endpoint.chat(
-                {**request, "messages": [{"role": "user", "content": content}]}
-            )
-        except Exception as error:
-            # the other threads' next questions would fail alike
-            if not isinstance(error, RefusedError):
-                endpoint.stopped.set()
-            return index, error
+        return index, _reply(endpoint, model, options, questions[index])
 
     refused: list[str] = []
     in_a_row = 0

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -225,6 +225,24 @@ def places(
     return targets
 
 
+@dataclass
+class Joined:
+    """The answer to each question or None, and what fits no question or holds no answer."""
+
+    answers: list[Answer | None]
+    unknown: list[Answer]  # match no question
+    doubled: int = 0  # that another one to the question replaces
+    textless: int = 0
+
+
+class Fault(NamedTuple):
+    """What is wrong with some of the answers."""
+
+    count: int
+    problem: str  # after the count
+    total: int | None = None  # of which a share at most may be; None: any number may
+
+
 def match(
     questions: Sequence[Question],
     answers: Answers,
@@ -236,64 +254,75 @@ def match(
     """The answer to each question or None, counts, notes on faults; ``targets``: the place of each
     row's question. ValueError for another benchmark's, or if more than the fraction ``allow`` is
     missing, duplicate or unreadable."""
-    joined: list[Answer | None] = [None] * len(questions)
-    doubled = 0
-    textless = 0
-    unknown = []
-    for answer, target in zip(answers.rows, targets, strict=True):
-        if target is None:
-            unknown.append(answer)
-        elif answer.text is None:
-            textless += 1
-        else:
-            if joined[target] is not None:
-                doubled += 1
-            joined[target] = answer
+    joined = _join(len(questions), answers, targets)
     answered = [
         (question, answer)
-        for question, answer in zip(questions, joined, strict=True)
+        for question, answer in zip(questions, joined.answers, strict=True)
         if answer is not None
     ]
-    if not answered or len(unknown) > max(allow * len(answers.rows), 1):
-        example = unknown[0] if unknown else answers.rows[0]
+    if not answered or len(joined.unknown) > max(allow * len(answers.rows), 1):
+        example = joined.unknown[0] if joined.unknown else answers.rows[0]
         raise ValueError(
-            f"{len(unknown)} of {len(answers.rows)} answers in {answers.path} match no question of "
-            f"{name} (line {example.line}: id {example.id!r}, prompt {example.prompt[:80]!r}; "
-            f"first question: id {questions[0].id!r}). "
+            f"{len(joined.unknown)} of {len(answers.rows)} answers in {answers.path} match no "
+            f"question of {name} (line {example.line}: id {example.id!r}, "
+            f"prompt {example.prompt[:80]!r}; first question: id {questions[0].id!r}). "
             "Check BENCHMARK, --data and --answers; for a subset pass --allow-missing"
         )
     _refuse_other_prompts(answered, answers.path, name)
-    total = len(questions)
-    lines = len(answers.rows) + len(answers.broken)
-    first = f", first at {answers.broken[0]}" if answers.broken else ""
-    empty = sum(not (answer.text or "").strip() for _, answer in answered)
+    faults = _faults(joined, answers, [answer for _, answer in answered], name)
+    for fault in faults.values():
+        if fault.total is not None and fault.count > allow * fault.total:
+            raise ValueError(
+                f"{answers.path}: {fault.count} {fault.problem}, more than the allowed "
+                f"{allow:.0%}. Finish the evaluation, or pass --allow-missing"
+            )
+    counts = {"questions": len(questions), "answered": len(answered)}
+    notes = []
+    for kind, fault in faults.items():
+        counts[kind] = fault.count
+        if fault.count:
+            notes.append(f"{fault.count} {fault.problem}")
+    return joined.answers, counts, notes
+
+
+def _join(questions: int, answers: Answers, targets: Sequence[int | None]) -> Joined:
+    """The last answer with a text to each question."""
+    joined = Joined([None] * questions, [])
+    for answer, target in zip(answers.rows, targets, strict=True):
+        if target is None:
+            joined.unknown.append(answer)
+        elif answer.text is None:
+            joined.textless += 1
+        else:
+            if joined.answers[target] is not None:
+                joined.doubled += 1
+            joined.answers[target] = answer
+    return joined
+
+
+def _faults(
+    joined: Joined, answers: Answers, answered: Sequence[Answer], name: str
+) -> dict[str, Fault]:
+    """Kind of fault -> how many there are. ``answered``: the answers that count."""
+    total = len(joined.answers)
     missing = total - len(answered)
-    faults = {  # number, what it says, the number of which at most ``allow`` may be
-        "missing": (missing, f"of {total} questions of {name} have no answer", total),
-        "doubled": (
-            doubled,
+    lines = len(answers.rows) + len(answers.broken)
+    unparsable = len(answers.broken) + joined.textless
+    first = f", first at {answers.broken[0]}" if answers.broken else ""
+    empty = [answer for answer in answered if not (answer.text or "").strip()]
+    return {
+        "missing": Fault(
+            missing, f"of {total} questions of {name} have no answer", total
+        ),
+        "doubled": Fault(
+            joined.doubled,
             "duplicate answers; the last one to a question counts",
             total,
         ),
-        "foreign": (len(unknown), "answers match no question; ignored", None),
-        "unparsable": (
-            len(answers.broken) + textless,
-            f"lines have no answer{first}",
-            lines,
-        ),
-        "empty": (empty, "answers are empty", None),
+        "foreign": Fault(len(joined.unknown), "answers match no question; ignored"),
+        "unparsable": Fault(unparsable, f"lines have no answer{first}", lines),
+        "empty": Fault(len(empty), "answers are empty"),
     }
-    for count, problem, most in faults.values():
-        if most is not None and count > allow * most:
-            raise ValueError(
-                f"{answers.path}: {count} {problem}, more than the allowed {allow:.0%}. "
-                "Finish the evaluation, or pass --allow-missing"
-            )
-    counts = {"questions": total, "answered": len(answered)}
-    for fault, (count, *_) in faults.items():
-        counts[fault] = count
-    notes = [f"{count} {problem}" for count, problem, _ in faults.values() if count]
-    return joined, counts, notes
 
 
 def _refuse_other_prompts(
