@@ -53,9 +53,14 @@ def table(path, scores, model="", **columns):
 
 
 def score_file(path, scores, model, choices=None, blind=None, **about):
+    """A score file whose items have these fields; a tuple ``truth`` has one for each in turn."""
+    truths = about.pop("truth", tuple(f"word {number}" for number in range(400)))
+    if not isinstance(truths, tuple):
+        truths = (truths,)
     items = []
     for number, score in enumerate(scores):
-        item = {"id": number, "score": score, "cluster": str(number), "truth": "x"}
+        item = {"id": number, "score": score, "cluster": str(number)}
+        item["truth"] = truths[number % len(truths)]
         if choices:
             item["choices"] = choices
         items.append({**item, **about})
@@ -309,8 +314,13 @@ UNKNOWN_OPTIONS = [
     (["C"], "letters as the right answers"),
     (2, "digits as the right answers"),
     (None, "nor the right answers"),
-    ("a red bus", ""),
-    (["red", "dark red"], ""),
+    (("a", "b", "c"), "letters as the right answers"),
+    ("(d)", "letters as the right answers"),
+    (("true", "false"), "but 2 right answers in all"),
+    (("left", "Left", "right"), "but 2 right answers in all"),
+    (("10", "20", "30"), "but 3 right answers in all"),
+    (tuple(f"{number} red buses" for number in range(40)), ""),
+    (tuple([f"{number} red", "dark red"] for number in range(40)), ""),
 ]
 
 
@@ -330,6 +340,36 @@ def test_questions_whose_options_are_unknown_are_not_taken_for_free_text(
             for note in row.notes
         )
     assert len(blind_row(tmp_path, chance=0.25, truth=truth).parts) == 2
+
+
+@pytest.mark.parametrize("truth", ["yes", "No.", ["yes"], ["No"]])
+def test_yes_and_no_are_two_options_however_they_are_written(truth):
+    """HELM's are lists."""
+    assert option_count({"truth": truth}) == 2
+
+
+def test_a_group_whose_yes_and_no_cannot_be_balanced_has_questions_and_no_mean(
+    tmp_path,
+):
+    """The blind log is right on each yes, and on 6 of 20 times no: not by luck alone."""
+    truth = ("yes", "no")
+    files = {}
+    for model, scores in {
+        "base": BASE,
+        "new": NEW,
+        "blind": [1, 0] * 14 + [1] * 12,
+    }.items():
+        path = tmp_path / f"{model}.scores.json"
+        files[model] = score_file(path, scores, model, truth=truth)
+    blind = BlindLogs(logs=(load_side(files["blind"], blind=True),))
+    sides = load_sides([files["base"], files["new"]], [])
+    (row,) = build(sides, blind=blind).rows
+    solved, eyes = row.parts
+    assert (solved.questions, eyes.questions) == (26, 14)
+    assert part_cells(row, eyes)[1:] == (EYES, "14", *[""] * 6, "no verdict")
+    assert eyes.to_dict()["base"] is None
+    assert not any("solve no more questions" in note for note in row.notes)
+    assert any("the answer no the blind logs solve no more" in n for n in row.notes)
 
 
 def test_the_chance_that_is_set_is_that_of_questions_without_options(tmp_path):

@@ -40,6 +40,7 @@ from llava_integration.evaluator.compare.blind_models import (
 from llava_integration.evaluator.compare.guessing import (
     check_not_below_chance,
     guessing,
+    yes_or_no,
 )
 from llava_integration.evaluator.compare.multiplicity import holm, holm_factors
 from llava_integration.evaluator.compare.pairing import MIN_OVERLAP, check_equal_truth
@@ -70,6 +71,8 @@ class Part:
 
     name: str  # SOLVED or EYES
     questions: int
+    # False if the group has no mean: it has no questions, or none with the answer yes, or no
+    has_mean: bool
     base: float  # mean score of these questions, in percent
     new: float
     readings: tuple[Difference, ...]  # each of them must differ from 0
@@ -95,9 +98,9 @@ class Part:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         plain = dict(vars(self))
-        del plain["readings"], plain["level"]
+        del plain["readings"], plain["level"], plain["has_mean"]
         plain |= {"difference": self.difference, "verdict": self.verdict}
-        if not self.questions:
+        if not self.has_mean:
             plain |= {"base": None, "new": None, "difference": None}
         return plain
 
@@ -144,7 +147,7 @@ def split(
             "split is the mean score of the questions, not the headline number"
         )
     solved_N = np.any(right_JN, axis=0)
-    is_yes_N = yes_or_no(base_runs[0])
+    is_yes_N = are_yes(base_runs[0])
     weights = part_weights(
         solved_N,
         guessed.most_N,
@@ -155,6 +158,8 @@ def split(
     base_MN = np.array([run.scores for run in base_runs])
     new_MN = np.array([run.scores for run in new_runs])
     clusters = base_runs[0].clusters
+    solved = int(solved_N.sum())
+    questions = {SOLVED: solved, EYES: len(solved_N) - solved}
     parts = []
     for part, of_part in weights.items():
         parts.append(
@@ -166,16 +171,38 @@ def split(
                 of_part,
                 level=level,
                 pair_runs=pair_runs,
+                questions=questions[part],
             )
         )
-    if weights[SOLVED][1].sum() <= 0:
+    lucky = luck_notes(solved_N, guessed.most_N, len(blind_runs), is_yes_N)
+    return parts, [*notes, *lucky]
+
+
+def luck_notes(
+    solved_N: np.ndarray, chance_N: np.ndarray, logs: int, is_yes_N: np.ndarray | None
+) -> list[str]:
+    """What is said if the blind logs solve no more than guessing may, of all questions or of those
+    with the answer yes, or no; and that these are balanced."""
+    _, really_solved_N = part_weights(solved_N, chance_N, logs)[SOLVED]
+    only_luck = []
+    if is_yes_N is not None:
+        for answer, members in (("yes", is_yes_N), ("no", ~is_yes_N)):
+            if members.any() and really_solved_N[members].sum() <= 0:
+                only_luck.append(answer)
+    notes = []
+    if really_solved_N.sum() <= 0:
         notes.append(
             "the blind logs solve no more questions than guessing may: either few can be solved "
             "blind, or their models do not know; only in the first case do the others need eyes"
         )
+    elif only_luck:
+        notes.append(
+            f"of the questions with the answer {only_luck[0]} the blind logs solve no more than "
+            "guessing may, so nothing is known about those that are solved blind"
+        )
     if is_yes_N is not None:
         notes.append("yes and no count in both groups as in the whole benchmark")
-    return parts, notes
+    return notes
 
 
 def has_truth(run: Run) -> bool:
@@ -273,11 +300,11 @@ def balanced(weight_N: np.ndarray, is_yes_N: np.ndarray) -> np.ndarray:
     return result_N
 
 
-def yes_or_no(run: Run) -> np.ndarray | None:
+def are_yes(run: Run) -> np.ndarray | None:
     """(N,) booleans, whether the truth is yes; None if it is neither yes nor no of some
     question."""
-    truths = [str(item.get("truth")).strip().lower() for item in run.items]
-    if not set(truths) <= {"yes", "no"}:
+    truths = [yes_or_no(item) for item in run.items]
+    if not all(truths):
         return None
     return np.array([truth == "yes" for truth in truths])
 
@@ -291,18 +318,23 @@ def part_of(
     *,
     level: float,
     pair_runs: bool = False,
+    questions: int | None = None,
 ) -> Part:
     """One part of a difference, of the scores of M runs a side on N questions. Its group are the
-    questions with a weight in the first reading."""
+    ``questions`` with a weight in the first reading, all of which is 0 where yes and no cannot be
+    balanced."""
     group_N = weights[0]
-    questions = int((group_N > 0).sum())
+    if questions is None:
+        questions = int((group_N > 0).sum())
+    has_mean = bool(group_N.sum() > 0)
     base = new = 0.0
-    if questions:
+    if has_mean:
         base = 100 * float(np.average(base_MN.mean(axis=0), weights=group_N))
         new = 100 * float(np.average(new_MN.mean(axis=0), weights=group_N))
     part = Part(
         name=name,
         questions=questions,
+        has_mean=has_mean,
         base=base,
         new=new,
         readings=(),

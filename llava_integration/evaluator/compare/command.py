@@ -216,8 +216,14 @@ def write_reports(
         "html": as_page,
     }
     for ending, report in reports.items():
-        path = write_text(args.output / f"compare.{ending}", report)
+        path = write_text(args.output / f"compare.{ending}", encodable(report))
         print(f"wrote {path}", file=sys.stderr)
+
+
+def encodable(report: str) -> str:
+    """A report without lone surrogates, which UTF-8 cannot hold: names of files that are not UTF-8,
+    and texts of damaged logs, may have them."""
+    return report.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def sides_of(args: CompareConfig) -> list[Side]:
@@ -264,7 +270,7 @@ def print_drift(sides: Sequence[Side], args: CompareConfig) -> None:
         }
         as_json = json.dumps(as_dict, indent=2, ensure_ascii=False)
         for ending, content in (("json", f"{as_json}\n"), ("md", report)):
-            path = write_text(args.output / f"drift.{ending}", content)
+            path = write_text(args.output / f"drift.{ending}", encodable(content))
             print(f"wrote {path}", file=sys.stderr)
     print(printable_lines(report))
 

@@ -41,6 +41,11 @@ from llava_integration.evaluator.compare.statistics import (
 )
 from llm2clip_plugin.errors import ContractError
 
+NOTHING_PAIRED = (
+    "--paired-runs has no effect: each side has one run of each benchmark; runs are files of one "
+    "benchmark in a folder, or of a table with the columns task and run"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -206,6 +211,8 @@ def build(
     if not rows:
         raise problems[0]
     notes += [f"not compared: {problem}" for problem in problems]
+    if pair_runs and all(row.runs == (1, 1) for row in rows):
+        notes.append(NOTHING_PAIRED)
     rows = adjusted_rows(rows)
     scores = headline_numbers(sides)
     groups: dict[str, dict[str, str]] = {}

@@ -10,10 +10,14 @@ import numpy as np
 from llava_integration.evaluator.compare.sides import Run
 from llm2clip_plugin.errors import ContractError
 
-LETTER = re.compile(r"\(?[A-Z]\)?\.?")  # an option's: A, (A), A.
+LETTER = re.compile(r"\(?[A-Z]\)?\.?", re.IGNORECASE)  # an option's: A, (b), c.
 DIGIT = re.compile(r"\d")  # an option's number
 # of the questions without options: with more letters among their truths, options are unknown
 FEW_LETTERS = 0.1
+# of the questions without options: if they have no more right answers than these, each of
+# REPEATED questions on average, a guess is right now and then
+FEW_TRUTHS = 20
+REPEATED = 10
 BELOW_CHANCE = 3.0  # standard errors
 SET_CHANCE = (
     "set the chance of guessing with --blind-chance (0.25: four options; 0: free text)"
@@ -59,9 +63,13 @@ def option_count(item: dict[str, Any]) -> int:
     options = item.get("choices")
     if isinstance(options, list) and len(options) > 1:
         return len(options)
-    if str(item.get("truth")).strip().lower() in ("yes", "no"):
-        return 2
-    return 0
+    return 2 if yes_or_no(item) else 0
+
+
+def yes_or_no(item: dict[str, Any]) -> str:
+    """The right answer, if it is yes or no; else ""."""
+    truth = truth_of([item]).lower().rstrip(".")
+    return truth if truth in ("yes", "no") else ""
 
 
 def rotation_count(item: dict[str, Any]) -> int:
@@ -86,11 +94,12 @@ def truth_of(items: Sequence[dict[str, Any]]) -> str:
 
 def check_free_text(truths: Sequence[str], questions: int) -> None:
     """Raises ContractError if the right answers to questions without options are not in the logs,
-    or look like letters or numbers of options."""
+    look like letters or numbers of options, or are few."""
     if not truths:
         return
     missing = sum(not truth for truth in truths)
     letters = sum(LETTER.fullmatch(truth) is not None for truth in truths)
+    distinct = len({truth.lower() for truth in truths})
     all_digits = all(DIGIT.fullmatch(truth) for truth in truths)
     reason = ""
     if missing > FEW_LETTERS * len(truths):
@@ -99,6 +108,8 @@ def check_free_text(truths: Sequence[str], questions: int) -> None:
         reason = "but letters as the right answers"
     elif all_digits:
         reason = "but digits as the right answers"
+    elif distinct <= FEW_TRUTHS and REPEATED * distinct <= len(truths):
+        reason = f"but {distinct} right answers in all"
     if reason:
         raise ContractError(
             f"the logs do not have the options of {len(truths)} of {questions} questions, "

@@ -4,6 +4,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 20;
 const control = (name) => document.getElementById(name);
 const gain = (question) => question.scores[1] - question.scores[0];
+// of an option: A to Z, then its number
+const letter = (n) => "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[n] || String(n + 1);
 let page = 0;
 
 function element(tag, className, text) {
@@ -33,7 +35,7 @@ function card(question) {
   }
   const right = element("div", "", "");
   const where = [question.benchmark, question.category, "id " + question.id].filter(Boolean).join(" · ");
-  const choices = question.choices.map((text, n) => "\n" + "ABCDEFGH"[n] + ". " + text).join("");
+  const choices = question.choices.map((text, n) => "\n" + letter(n) + ". " + text).join("");
   right.append(element("p", "dim", where), element("p", "question", question.question + choices));
   right.append(element("p", "truth", "truth: " + question.truth), answer(question, 0), answer(question, 1));
   article.append(left, right);

@@ -212,7 +212,7 @@ def _question(base: Item, new: Item) -> dict[str, Any]:
     return {
         "id": str(base["id"]),
         "question": _short(base.get("question")),
-        "choices": [_short(choice) for choice in base.get("choices", [])],
+        "choices": [_short(choice) for choice in _list_in(base, "choices")],
         "truth": _short(base.get("truth")),
         "category": str(base.get("category") or ""),
         "answers": [_short(item.get("answer")) for item in both],
@@ -224,12 +224,18 @@ def _question(base: Item, new: Item) -> dict[str, Any]:
 
 def _rotations(item: Item) -> str:
     """MMBench's answers to every rotation of the options."""
-    rows = item.get("rows") or []
-    texts = [
-        f"{_short(entry.get('text'))} ({'right' if entry.get('correct') else 'wrong'})"
-        for entry in rows
-    ]
-    return "; ".join(texts) if len(rows) > 1 else ""
+    texts = []
+    for entry in _list_in(item, "rows"):
+        if isinstance(entry, dict):
+            verdict = "right" if entry.get("correct") else "wrong"
+            texts.append(f"{_short(entry.get('text'))} ({verdict})")
+    return "; ".join(texts) if len(texts) > 1 else ""
+
+
+def _list_in(item: Item, name: str) -> list[Any]:
+    """The list in a field of an item; empty if there is none."""
+    value = item.get(name)
+    return value if isinstance(value, list) else []
 
 
 def _short(value: Any) -> str:

@@ -29,6 +29,7 @@ def paired_runs(
     runs = [run.pick(shared_ids) for run in runs]
     for run in runs[1:]:
         check_equal_truth(name, base, runs[0], run)
+    check_equal_categories(name, base, runs)
     runs, notes = in_joint_clusters(runs)
     if len(shared) < largest:
         notes.append(
@@ -50,11 +51,30 @@ def check_equal_truth(name: str, base: Side, first: Run, other: Run) -> None:
     ):
         truth = item.get("truth")
         other_truth = other_item.get("truth")
-        if truth != other_truth:
+        # versions of an evaluator write a number or its text
+        if truth != other_truth and str(truth) != str(other_truth):
             raise ContractError(
                 f"{name}: the truth of question {identifier} is {truth!r} in {base.name}, "
                 f"{other_truth!r} in {other.model}; score both by the same annotations"
             )
+
+
+def check_equal_categories(name: str, base: Side, runs: Sequence[Run]) -> None:
+    """Raises ContractError if the number is the mean of categories, and two runs have a question in
+    different ones."""
+    first, *others = runs
+    for other in others:
+        if BY_PART not in (first.aggregate, other.aggregate):
+            continue
+        for identifier, group, other_group in zip(
+            first.ids, first.groups, other.groups, strict=True
+        ):
+            if group != other_group:
+                raise ContractError(
+                    f"{name}: the category of question {identifier} is {group!r} in {base.name}, "
+                    f"{other_group!r} in {other.model or 'another run'}; its number is the mean of "
+                    "categories"
+                )
 
 
 def in_joint_clusters(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
@@ -170,14 +190,14 @@ PERCENT = 50.0  # scores of a side that reach this are percentages, if those of 
 
 
 def check_scales(sides: Sequence[Side]) -> tuple[list[str], dict[str, str]]:
-    """Warnings about benchmarks whose scores are at most 1 on one side and above on another; and,
-    by name, what is wrong with those whose scores are clearly shares and percentages."""
+    """Warnings about benchmarks whose scores are at most 1 in one run and above in another; and, by
+    name, what is wrong with those whose scores are clearly shares and percentages."""
     warnings = []
     refused = {}
     for name in ordered(name for side in sides for name in side.runs):
         largest = largest_scores(name, sides)
-        shares = {side: most for side, most in largest.items() if 0 < most <= 1}
-        others = {side: most for side, most in largest.items() if most >= 2}
+        shares = {run: most for run, most in largest.items() if 0 < most <= 1}
+        others = {run: most for run, most in largest.items() if most >= 2}
         if not shares or not others:
             continue
         scales = (
@@ -195,15 +215,19 @@ def check_scales(sides: Sequence[Side]) -> tuple[list[str], dict[str, str]]:
 
 
 def largest_scores(name: str, sides: Sequence[Side]) -> dict[str, float]:
-    """Side -> the largest score on a benchmark, of those whose number is a mean of scores."""
+    """Run -> the largest score on a benchmark, of those whose number is a mean of scores. A run is
+    called as its side, and, if that has several, as its file."""
     largest = {}
     for side in sides:
-        scores: list[float] = []
-        for run in side.runs.get(name, ()):
-            if run.rule is None and run.aggregate in ("", BY_PART):
-                scores += map(abs, run.scores)
-        if scores:
-            largest[side.name] = max(scores)
+        runs = side.runs.get(name, ())
+        for number, run in enumerate(runs, 1):
+            if run.rule is not None or run.aggregate not in ("", BY_PART):
+                continue
+            title = side.name
+            if len(runs) > 1:
+                place = run.files[0].name if run.files else f"run {number}"
+                title = f"{side.name} ({place})"
+            largest[title] = max([largest.get(title, 0.0), *map(abs, run.scores)])
     return largest
 
 

@@ -78,9 +78,9 @@ PARTS_HEADER = (
 def part_cells(row: Row, part: Part, *, markdown: bool = False) -> tuple[str, ...]:
     """A part's columns under PARTS_HEADER."""
     title = plain(row.title) if markdown else row.title
-    if not part.questions:
+    if not part.has_mean:
         blanks = [""] * (len(PARTS_HEADER) - 4)
-        return (title, part.name, "0", *blanks, part.verdict)
+        return (title, part.name, str(part.questions), *blanks, part.verdict)
     low, high = (number(end, signed=True) for end in part.interval)
     return (
         title,

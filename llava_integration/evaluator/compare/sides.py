@@ -225,7 +225,8 @@ def copied_logs(records: Iterable[tuple[Path, Log]]) -> dict[str, dict[Path, Pat
         for file in record.files:
             if file not in digest_of:
                 digest_of[file] = sha256_file(file)
-        key = (record.benchmark, *(digest_of[file] for file in record.files))
+        digests = [digest_of[file] for file in record.files]
+        key = (record.benchmark, record.model, *digests)
         first = first_of.setdefault(key, path)
         if first != path:
             copies.setdefault(record.benchmark, {})[path] = first
@@ -244,20 +245,26 @@ def model_of(run: Run) -> str:
     return SEED.sub(r"\1", run.model)
 
 
-RUN_NUMBER = re.compile(r"(?<![a-z])(?:seed|run)[=_-]?(\d+)(?![a-z\d])", re.IGNORECASE)
+# the number of a run; of "run2_seed1" it is the seed's
+RUN_NUMBERS = [
+    re.compile(rf"(?<![a-z]){word}[=_ -]?(\d+)(?![a-z\d])", re.IGNORECASE)
+    for word in ("seed", "run")
+]
 
 
 def run_number(run: Run) -> int | None:
     """The number (seed) of a run, by its model's name, its file's or the nearest folder's; None if
     none says one."""
-    names = [run.run, run.model]
+    # a column of whole numbers may have become 1.0
+    names = [run.run.removesuffix(".0"), run.model]
     for file in run.files:
         names.append(file.name.split(".")[0])
         names += [folder.name for folder in file.parents]
     for name in names:
-        if match := RUN_NUMBER.search(name):
-            return int(match[1])
-        if name.isdigit():
+        for pattern in RUN_NUMBERS:
+            if match := pattern.search(name):
+                return int(match[1])
+        if re.fullmatch(r"\d+", name, re.ASCII):
             return int(name)
     return None
 
@@ -346,6 +353,10 @@ def run_of(path: Path, record: Log) -> Run:
         unit=unit,
     )
     number = run.statistic.full()
+    if not math.isfinite(number):
+        raise ContractError(
+            f"{path}: {run.title} is {number}, expected a finite number"
+        )
     printed = record.printed
     if printed is None or is_printed(number, printed, run):
         return run

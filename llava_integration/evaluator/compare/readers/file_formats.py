@@ -4,6 +4,7 @@ import codecs
 import csv
 import gzip
 import json
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -24,16 +25,7 @@ def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any
     """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or
     Excel."""
     if path.suffix == ".xlsx":
-        from openpyxl import load_workbook
-
-        rows = (
-            load_workbook(path, read_only=True)
-            .worksheets[0]
-            .iter_rows(values_only=True)
-        )
-        yield from (
-            (f"{path}, line {line}", list(row)) for line, row in enumerate(rows, 1)
-        )
+        yield from excel_rows(path)
     elif path.suffix in JSON_TABLES:
         rows = list(json_rows(path))
         # a row need not have every column
@@ -49,6 +41,27 @@ def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any
             yield from (
                 (f"{path}, line {lines.line_num}", line) for line in lines if line
             )
+
+
+MOST_UNPACKED = 2**29  # bytes of an Excel file
+
+
+def excel_rows(path: Path) -> Iterator[tuple[str, list[Any]]]:
+    """(where, cells) of the rows in the first sheet, but for empty ones. Raises ContractError for a
+    file that unpacks to more than MOST_UNPACKED, which would fill the memory."""
+    from openpyxl import load_workbook
+
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > MOST_UNPACKED:
+        raise ContractError(
+            f"{path} unpacks to {unpacked:,} bytes, expected at most {MOST_UNPACKED:,}; save the "
+            "table as .tsv"
+        )
+    sheet = load_workbook(path, read_only=True).worksheets[0]
+    for line, row in enumerate(sheet.iter_rows(values_only=True), 1):
+        if any(cell is not None for cell in row):
+            yield f"{path}, line {line}", list(row)
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

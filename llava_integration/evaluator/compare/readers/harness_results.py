@@ -94,12 +94,12 @@ class Summary:
         number = self.printed(metric, largest)
         return (largest, metric, number, self.groups, self.path)
 
-    def _leaves(self, name: str) -> list[str]:
-        """The tasks of a group, and of the groups in it."""
+    def _leaves(self, name: str, above: tuple[str, ...] = ()) -> list[str]:
+        """The tasks of a group, and of the groups in it; ``above``: the groups that it is in."""
         leaves = []
         for child in self.children.get(name, ()):
-            if child != name:
-                leaves += self._leaves(child) or [child]
+            if child != name and child not in above:
+                leaves += self._leaves(child, (*above, name)) or [child]
         return leaves
 
     def log(

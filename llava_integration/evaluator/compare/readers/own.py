@@ -11,6 +11,7 @@ Of a table, ``item`` (or ``id``, ``question_id``) and ``score`` (or ``correct``)
 ``seed``) split a table into benchmarks and runs, ``model`` into sides.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,17 @@ def _column_numbers(names: list[str]) -> dict[str, int]:
     return numbers
 
 
+def check_distinct(path: Path, names: list[str]) -> None:
+    """Raises ContractError for a table with one of our columns twice: one would be lost."""
+    known = {name for theirs in COLUMNS.values() for name in theirs}
+    counts = Counter(str(name).strip().lower() for name in names)
+    for name, count in counts.items():
+        if name in known and count > 1:
+            raise ContractError(
+                f"{path} has {count} columns {name}; remove or rename all but one"
+            )
+
+
 def is_table(path: Path) -> bool:
     """It has the columns of an item and a score."""
     return {"id", "score"} <= set(_column_numbers(columns(path)))
@@ -124,6 +136,7 @@ def table_read(path: Path, choices: Choices) -> Iterator[Log]:
     """One for each task, run and model."""
     lines = table(path)
     _, names = next(lines)
+    check_distinct(path, names)
     column_numbers = _column_numbers(names)
     for ours, column in {"cluster": choices.group, "score": choices.metric}.items():
         if column and column not in names:

@@ -96,7 +96,7 @@ def unjudged_stem(path: Path) -> str:
 def read(path: Path, choices: Choices) -> Iterator[Log]:
     """One table; of MME perception and cognition, of several splits a number each."""
     lines = table(path)
-    _, names = next(lines)
+    _, names = next(lines, ("", []))
     score_columns = [name for name in SCORES if name in names]
     column = choices.metric or next(iter(score_columns), "")
     check_columns(path, names, column, choices)
@@ -177,6 +177,11 @@ def check_columns(
         if choice and choice not in names:
             raise ContractError(
                 f"{path} has no column {choice}; its columns: {', '.join(names)}"
+            )
+    for name in ("index", "prediction", column):
+        if name and names.count(name) > 1:
+            raise ContractError(
+                f"{path} has {names.count(name)} columns {name}; remove all but one"
             )
     has_answers = {"index", "prediction"} <= set(names)
     if "index" not in names or not (column or has_answers):
@@ -306,13 +311,24 @@ def pairs_of_rows(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _score(data: str, row: dict[str, Any], column: str, where: str) -> float:
     """A row's score: the column's value, or what VLMEvalKit makes of a row's matches with several
     answers."""
-    matches = ast.literal_eval(str(row.get("eval_match") or "[]"))
-    matches = [float(match) for match in matches]
+    matches = matches_in(row.get("eval_match"), where)
     if matches and data.startswith(("DocVQA", "InfoVQA")):  # distances
         return nearness(min(matches))
     if matches and data.startswith(("ChartQA", "OCRVQA")):
         return max(matches)
     return number(row.get(column), where)
+
+
+def matches_in(cell: Any, where: str) -> list[float]:
+    """The numbers of a cell that lists them; ContractError for anything else."""
+    text = str(cell or "[]")
+    try:
+        return [float(match) for match in ast.literal_eval(text)]
+    # literal_eval raises MemoryError for a text that is nested too deep
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise ContractError(
+            f"{where}: eval_match is {text[:60]!r}; expected a list of numbers"
+        ) from error
 
 
 def _printed(stem: Path, split: str = "Overall") -> dict[str, float]:
