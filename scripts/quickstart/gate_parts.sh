@@ -1,13 +1,16 @@
 # The gate's parts, sourced by gate.sh after parts.sh: the caches of its own teachers, and the tower of each.
 
-neutral_names() { # the captions as SmolLM2 embeds them, read as the raw LLM: without their mean and largest component
+neutral_llm() { # neutral_llm GATE: SmolLM2 and how it is read, as the raw LLM: without mean and largest component
+    [ -d "$1/llm" ] || python scripts/quickstart/gate_caches.py llm --output "$1"
+    [ -d "$1/reading" ] ||
+        python scripts/quickstart/inputs.py components llm2clip_plugin/data/emoji/train-noto.tar --llm "$1/llm" \
+            "${READ[@]}" --layer "$NEUTRAL_LAYER" --compute-dtype "$DTYPE" --output "$1/reading"
+}
+neutral_names() { # the captions as SmolLM2 embeds them
     local gate=$DATA/gate
     [ ! -d "$gate/neutral" ] || return 0
     say "captions through the neutral LLM"
-    [ -d "$gate/llm" ] || python scripts/quickstart/gate_caches.py llm --output "$gate"
-    [ -d "$gate/reading" ] ||
-        python scripts/quickstart/inputs.py components llm2clip_plugin/data/emoji/train-noto.tar --llm "$gate/llm" \
-            "${READ[@]}" --layer "$NEUTRAL_LAYER" --compute-dtype "$DTYPE" --output "$gate/reading"
+    neutral_llm "$gate"
     python scripts/quickstart/gate_caches.py neutral "$DATA/all" --llm "$gate/llm" --layer "$NEUTRAL_LAYER" \
         --post-file "$gate/reading/llm2clip_post.safetensors" --output "$gate/neutral"
 }

