@@ -64,6 +64,8 @@ from llm2clip_plugin.vision.dual import read_dual_card
 
 ARMS = {**GATE_ARMS, "permuted": "fine-tuned LLM, permuted over captions"}
 SPLITS = ("train", "validation", "test")
+# of the captions' covariance, in mean eigenvalues: smaller ones hardly count more than this
+WHITENING = 0.1
 SCORES = {"retrieval": "caption among all", "twins": "twins, 2 x 2"}  # primary first
 
 Scores = dict[str, np.ndarray]  # of SCORES: (N,), (G,)
@@ -182,6 +184,22 @@ def scene_captions(sources: Mapping[str, Source], cache: EmbeddingCache) -> Name
     return captions
 
 
+def whitened(captions: Names, scenes: Sequence[str]) -> Names:
+    """The embeddings in coordinates in which those of ``scenes`` vary alike in all directions, but
+    for the smallest."""
+    fitted_NW = torch.stack([captions[scene] for scene in scenes]).double()
+    mean_W = fitted_NW.mean(dim=0)
+    centered_NW = fitted_NW - mean_W
+    covariance_WW = centered_NW.T @ centered_NW / len(scenes)
+    variance_W, direction_WW = torch.linalg.eigh(covariance_WW)
+    scale_W = (variance_W.clamp(min=0) + WHITENING * variance_W.mean()).rsqrt()
+    root_WW = direction_WW * scale_W
+    return {
+        scene: ((row.double() - mean_W) @ root_WW).float()
+        for scene, row in captions.items()
+    }
+
+
 def compare_scores(
     scores: Mapping[str, Scores], pairs_of: Mapping[str, list[str]]
 ) -> list[dict[str, Any]]:
@@ -261,7 +279,9 @@ def make_report(
     scenes alone, and write nothing."""
     splits = SPLITS[:2] if validation else SPLITS
     sources = {split: open_split(data / "all", split) for split in splits}
-    captions = scene_captions(sources, EmbeddingCache.open(data / "cache" / NEUTRAL))
+    neutral = EmbeddingCache.open(data / "cache" / NEUTRAL)
+    training = scene_captions({"train": sources["train"]}, neutral)
+    captions = whitened(scene_captions(sources, neutral), list(training))
     paths = find_towers(output, before)
     steps = check_towers(data, paths)
     towers = {name: read_pictures(path, sources) for name, path in paths.items()}

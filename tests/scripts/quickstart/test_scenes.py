@@ -155,6 +155,18 @@ def test_scenes_that_the_regression_never_saw_are_found_if_pictures_tell_them() 
     assert len(means) == 14
 
 
+def test_whitening_makes_small_differences_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([100.0, 10.0, 1.0])
+    rows = torch.randn(500, 3, generator=generator) * scale + 7
+    captions = {str(number): row for number, row in enumerate(rows)}
+    white = scene_scores.whitened(captions, list(captions))
+    deviation = torch.stack(list(white.values())).std(dim=0)
+    # variances 10,000, 100 and 1; a tenth of their mean, 337, is added to each
+    expected = [(1 / 338) ** 0.5, (100 / 437) ** 0.5, (10_000 / 10_337) ** 0.5]
+    assert sorted(deviation.tolist()) == pytest.approx(expected, rel=0.1)
+
+
 def test_both_scores_are_adjusted_together() -> None:
     rng = np.random.default_rng(0)
     scores = {}
