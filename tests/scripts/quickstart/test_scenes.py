@@ -1,6 +1,8 @@
 """Composed scenes: which pairs each split shows, twins, and how towers are asked for them."""
 
+import dataclasses
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,15 @@ import torch
 from gate import Pictures, Setting, kernel
 from inputs import read_tar
 from PIL import Image, ImageOps
+from quickstart_folders import IDENTITY, WIDTH, write_cache, write_run
 from test_quickstart_parts import ROOT, started, value
+from transformers import Dinov2Config, Dinov2Model
+
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.vision.directory import DualConfig
+from llm2clip_plugin.vision.dual import DualEncoder
+from llm2clip_plugin.vision.export import export_tower
+from llm2clip_plugin.vision.towers import load_tower
 
 PARTS = ROOT / "scripts" / "quickstart"
 SETTING = Setting(pool="mean", penalty=0.01)
@@ -226,3 +236,54 @@ def test_the_caches_of_scenes_are_made_of_the_right_teachers(tmp_path) -> None:
     assert value(stage_1, "--cache") == "data/captions"
     assert value(linear, "--output") == "data/cache/map-seed3"
     assert map_name == ["map-seed3"]
+
+
+@pytest.fixture(scope="module")
+def towers(folder) -> Path:
+    """Towers of two arms, which nothing trained, below out/, and the tower before stage 2; caches
+    beside the scenes."""
+    data = folder.parent
+    tuned = dataclasses.replace(IDENTITY, llm="tuned", weights_sha256="1")
+    write_cache(folder, data / "cache" / "neutral")
+    write_cache(folder, data / "cache" / "raw")
+    write_cache(folder, data / "cache" / "tuned-seed0", tuned)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Dinov2Config(**sizes, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(data / "tiny")
+    dual_config = DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls")
+    for name, identity in (("raw-seed0", IDENTITY), ("tuned-seed0", tuned)):
+        dual = DualEncoder(load_tower(data / "tiny"), dual_config)
+        path = data / "out" / "towers" / name
+        export_tower(dual, path, origin="tiny", teacher=dataclasses.asdict(identity))
+        write_run(data / "out", name)
+    return data / "out"
+
+
+def test_every_tower_is_asked_for_the_same_captions(towers) -> None:
+    data = towers.parent
+    table = scene_scores.make_report(data, towers, data / "tiny", validation=True)
+    assert "validation scenes" in table
+    assert not (towers / "scenes.json").exists()
+    table = scene_scores.make_report(data, towers, data / "tiny")
+    record = json.loads((towers / "scenes.json").read_text())
+    assert record["steps"] == 50
+    # the same weights, asked for the same captions
+    means = record["means"]
+    assert means["raw-seed0"] == means["tuned-seed0"] == means["before"]
+    compared = [
+        (row["score"], row["base"], row["new"]) for row in record["comparisons"]
+    ]
+    assert compared == [("retrieval", "raw", "tuned"), ("twins", "raw", "tuned")]
+    for score, setting in record["settings"].items():
+        best = max(record["validation"], key=lambda row: row[score])
+        assert setting == {"pool": best["pool"], "penalty": best["penalty"]}
+    assert "| fine-tuned LLM | 1 |" in table
+
+
+def test_a_tower_of_another_teacher_is_refused(towers, tmp_path) -> None:
+    data = towers.parent
+    (tmp_path / "towers").mkdir()
+    (tmp_path / "towers" / "raw-seed0").symlink_to(towers / "towers" / "tuned-seed0")
+    write_run(tmp_path, "raw-seed0")
+    with pytest.raises(ContractError, match="has embeddings of"):
+        scene_scores.make_report(data, tmp_path, data / "tiny")
