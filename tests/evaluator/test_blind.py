@@ -24,6 +24,9 @@ from llava_integration.evaluator.compare.guessing import (
     rotation_count,
 )
 from llava_integration.evaluator.compare.readers import read_logs
+from llava_integration.evaluator.compare.readers.lettered_options import (
+    lettered_options,
+)
 from llava_integration.evaluator.compare.report import (
     PARTS_HEADER,
     part_cells,
@@ -412,11 +415,48 @@ OPTIONS_OF_LOGS = {
         "MMVP": (2, 2),
         "ChartQA_TEST": (0, 1),
     },
-    "lmms_eval": {"mmbench": (2, 2), "mmstar average": (0, 1)},
+    "lmms_eval": {
+        "mmbench": (2, 2),
+        "mmstar average": (4, 1),
+        "ai2d exact_match": (4, 1),
+        "realworldqa exact_match": (2, 1),
+        "chartqa relaxed_overall": (0, 1),
+    },
+    "evalscope/0.17.1": {None: (2, 1)},
+    "evalscope/1.1.0": {None: (2, 1)},
+    "evalscope/1.14.1": {
+        "general_mcq accuracy": (2, 1),
+        "general_qa Rouge-L-R": (0, 1),
+    },
+    "opencompass/0.3.9": {
+        "toy_mcq accuracy": (2, 1),
+        "toy_ppl accuracy": (2, 1),
+    },
+    "opencompass/0.5.4": {"toy_mcq accuracy": (2, 1), "toy_ppl accuracy": (2, 1)},
     "helm": {None: (2, 1)},
     "lighteval/0.13.0": {"toy_mc|0 acc": (2, 1), "toy_gen|0 em": (0, 1)},
     "lighteval/0.8.1": {"toy_mc|0 acc": (2, 1), "toy_gen|0 em": (0, 1)},
 }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "truth", "options"),
+    [
+        ("Which?\nA. this\nB. that\nAnswer:", "B", ["this", "that"]),
+        ("Which? (A) one, or none (B) two", "(A)", ["one, or none", "two"]),
+        ("Which? Options: A: a, B: b, C: c\nAnswer", "C", ["a", "b", "c"]),
+        ("Which? A. one B. two Please answer", ["A"], ["one", "two Please answer"]),
+        ("A) this\nB) that\nC) it\n\n1 + 1?\nA) 1\nB) 2\n", "B", ["1", "2"]),
+        ("Is A. Smith (B) old?\nA. yes\nB. no", "A", ["yes", "no"]),
+        ("Only respond with A, B.\nWhich one is it?", "A", []),
+        ("Which?\nA. this\nB. that", "D", []),  # the options are others
+        ("Which?\nA. this\nB. that", "this", []),
+        ("Which of these?\nA. this\nB. that", ["A", "B"], []),  # both are right
+        (None, "A", []),
+    ],
+)
+def test_options_are_found_in_prompts(prompt, truth, options):
+    assert lettered_options(prompt, truth) == options
 
 
 @pytest.mark.parametrize("folder", OPTIONS_OF_LOGS)

@@ -55,7 +55,7 @@ def test_as_many_images_as_planned_detect_the_effect(pilot):
     """The comparison itself, with the planned number of images, has the planned error, and finds
     the effect."""
     runs = 3
-    (noise,) = plan(pilot)
+    (noise,), _ = plan(pilot)
     assert noise.spread == pytest.approx(SPREAD, rel=0.5)
     assert noise.spread_freedom == 14
     effect = 7.0
@@ -85,10 +85,10 @@ def test_as_many_images_as_planned_detect_the_effect(pilot):
 
 
 def test_what_no_number_reaches_and_what_one_side_knows(pilot):
-    (noise,) = plan(pilot, spread=2.0)
+    (noise,), _ = plan(pilot, spread=2.0)
     # three runs that vary by 2 points can't show 1 point on any images
     assert noise.images_needed(1.0, 3) is None
-    (alone,) = plan([load_side(pilot[0].path / "0.scores.json")])
+    (alone,), _ = plan([load_side(pilot[0].path / "0.scores.json")])
     assert alone.spread is None
     assert alone.images_needed(1.0, 1) is not None
     # half right, correlation .5
@@ -134,7 +134,7 @@ def test_a_pilot_without_a_disagreement_is_not_a_promise(tmp_path, second):
     )
     if second:
         sides = with_common_task(sides)
-    (noise,) = plan(sides)
+    (noise,), _ = plan(sides)
     statistic = mean_statistic([1.0] * 40)
     result = compare(
         pair([statistic], [statistic], [str(number) for number in range(40)])
@@ -151,3 +151,27 @@ def test_one_image_plans_nothing(tmp_path, capsys):
     ]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["a", "1", "", "unknown", "unknown", "", "unknown from 1 image"]
+
+
+def test_a_task_that_cannot_be_planned_is_a_note(tmp_path, capsys):
+    """As in a comparison: the others are planned."""
+    sides = []
+    for name, count in (("base", 40), ("new", 10)):
+        folder = tmp_path / name
+        folder.mkdir()
+        table_of(folder / "whole.csv", [0, 1] * 20)
+        table_of(folder / "short.csv", [0, 1] * (count // 2))
+        sides.append(str(folder))
+    (tmp_path / "base" / "broken.csv").write_text("item,score\n1,inf\n2,1\n")
+    table_of(tmp_path / "new" / "lone.csv", [1, 0])
+    assert main([*sides, "--plan"]) == 0
+    output = capsys.readouterr().out
+    assert "| whole " in output
+    assert "| short " not in output
+    assert "- not planned: short: base and new share 10 questions of 40, 10" in output
+    assert "broken.csv" in output
+    assert "lone is not compared: only new has its scores" in output
+    for side in sides:
+        (tmp_path / side / "whole.csv").unlink()
+    with pytest.raises(ContractError, match="share 10 questions"):
+        main([*sides, "--plan"])

@@ -162,6 +162,19 @@ def test_the_test_over_runs_is_welchs_where_images_agree():
     assert result.interval(0.95) == pytest.approx((22 - reach, 22 + reach))
 
 
+def test_a_single_run_is_told_by_the_other_sides_runs_once():
+    """One against 30, 42, 54: both sides vary by 12, told by two degrees of freedom, not by two of
+    each side."""
+    images = Estimate(center=22, error=0, freedom=19, skew=0, count=20, span=100)
+    for values in (
+        [np.array([20.0]), np.array([30.0, 42.0, 54.0])],
+        [np.array([30.0, 42.0, 54.0]), np.array([20.0])],
+    ):
+        result = with_runs(images, values, [0.0, 0.0])
+        assert result.error == pytest.approx(math.sqrt(144 + 144 / 3))
+        assert result.freedom == pytest.approx(2)
+
+
 def test_a_side_of_few_runs_is_not_taken_to_vary_less_than_half_as_much():
     images = Estimate(center=22, error=0, freedom=19, skew=0, count=20, span=100)
     values = [np.array([20.0, 20.0]), np.array([30.0, 42.0, 54.0])]

@@ -16,7 +16,11 @@ from llava_integration.evaluator.compare.page import page
 from llava_integration.evaluator.compare.pairing import MIN_OVERLAP
 from llava_integration.evaluator.compare.planning import PLAN, plan, plan_rows
 from llava_integration.evaluator.compare.readers import Choices
-from llava_integration.evaluator.compare.report import table, text
+from llava_integration.evaluator.compare.report import (
+    plain_sentence,
+    table,
+    text,
+)
 from llava_integration.evaluator.compare.sides import (
     Side,
     load_models,
@@ -296,7 +300,7 @@ def blind_logs(args: CompareConfig) -> BlindLogs | None:
 
 def print_plan(sides: Sequence[Side], args: CompareConfig) -> None:
     """Print how many images and runs a difference needs."""
-    noises = plan(sides, spread=args.spread)
+    noises, notes = plan(sides, spread=args.spread)
     rows = plan_rows(noises, effect=args.effect, runs=args.runs, level=args.level)
     lines = table(PLAN, rows)
     test = f"with {POWER:.0%} power, two-sided at {1 - args.level:.0%}"
@@ -306,6 +310,9 @@ def print_plan(sides: Sequence[Side], args: CompareConfig) -> None:
         print(
             "\nVariation over trainings is unknown: score several runs a side, or set --spread"
         )
+    if notes:
+        listed = "\n".join(f"- {plain_sentence(note)}" for note in notes)
+        print(f"\n{printable_lines(listed)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ FEW_TRUTHS = 20
 REPEATED = 10
 BELOW_CHANCE = 3.0  # standard errors
 SET_CHANCE = (
-    "set the chance of guessing with --blind-chance (0.25: four options; 0: free text)"
+    "add --blind-chance 0.25 for four options (1 divided by their number), or --blind-chance 0 for "
+    "free text"
 )
 
 
@@ -98,23 +99,38 @@ def check_free_text(truths: Sequence[str], questions: int) -> None:
     if not truths:
         return
     missing = sum(not truth for truth in truths)
-    letters = sum(LETTER.fullmatch(truth) is not None for truth in truths)
+    letters = [
+        truth.strip("().").upper() for truth in truths if LETTER.fullmatch(truth)
+    ]
     distinct = len({truth.lower() for truth in truths})
     all_digits = all(DIGIT.fullmatch(truth) for truth in truths)
-    reason = ""
+    remedy = SET_CHANCE
     if missing > FEW_LETTERS * len(truths):
         reason = "nor the right answers, which would tell free text"
-    elif letters > FEW_LETTERS * len(truths):
+    elif len(letters) > FEW_LETTERS * len(truths):
         reason = "but letters as the right answers"
+        remedy = chance_of(sorted(set(letters)))
     elif all_digits:
         reason = "but digits as the right answers"
+        remedy = chance_of(sorted(set(truths)))
     elif distinct <= FEW_TRUTHS and REPEATED * distinct <= len(truths):
         reason = f"but {distinct} right answers in all"
-    if reason:
-        raise ContractError(
-            f"the logs do not have the options of {len(truths)} of {questions} questions, "
-            f"{reason}; {SET_CHANCE}"
-        )
+    else:
+        return
+    raise ContractError(
+        f"the logs do not have the options of {len(truths)} of {questions} questions, "
+        f"{reason}; {remedy}"
+    )
+
+
+def chance_of(names: Sequence[str]) -> str:
+    """What to type if options have these letters or digits, in order."""
+    if len(names) < 2:
+        return SET_CHANCE
+    return (
+        f"the right answers go from {names[0]} to {names[-1]}: if there are {len(names)} options, "
+        f"add --blind-chance {1 / len(names):.3g}; if these are no options, --blind-chance 0"
+    )
 
 
 def notes_of(unknown: int, questions: int, chance: float | None) -> tuple[str, ...]:
@@ -126,8 +142,7 @@ def notes_of(unknown: int, questions: int, chance: float | None) -> tuple[str, .
     of_questions = f"{unknown} of {questions} questions have no options in the logs"
     if chance is None:
         return (
-            f"{of_questions} and are taken for free text, which nobody guesses right; if they have "
-            f"options, {SET_CHANCE}",
+            f"{of_questions} and are taken for free text, which nobody guesses right; {SET_CHANCE}",
         )
     return (f"{of_questions}; {chance:.1%} of these are guessed (--blind-chance)",)
 

@@ -10,7 +10,11 @@ import numpy as np
 from llava_integration.evaluator.benchmarks.benchmark import Statistic
 from llava_integration.evaluator.compare.comparison import largest_difference
 from llava_integration.evaluator.compare.estimate import combine
-from llava_integration.evaluator.compare.pairing import ordered, paired_runs
+from llava_integration.evaluator.compare.pairing import (
+    one_sided_notes,
+    ordered,
+    paired_runs,
+)
 from llava_integration.evaluator.compare.sides import Side
 from llava_integration.evaluator.compare.statistics import (
     POWER,
@@ -22,6 +26,7 @@ from llava_integration.evaluator.compare.statistics import (
     values_of,
 )
 from llm2clip_plugin.bootstrap import expansion, t_quantile
+from llm2clip_plugin.errors import ContractError
 
 CORRELATION = 0.5  # of the two sides' scores over images, where one is known
 MOST_TIMES = 1e6  # as many times the images at most
@@ -72,7 +77,9 @@ class Noise:
         else:
             over_runs += answers / 2
         parts = [(over_images, max(1, round(images) - self.strata))]
-        if over_runs:
+        if over_runs and runs == 1:
+            parts.append((2 * over_runs, freedom_of_runs))  # one spread, of both sides
+        elif over_runs:
             parts += [(over_runs / runs, freedom_of_runs)] * 2  # of each side
         return combine(parts)
 
@@ -97,11 +104,14 @@ class Noise:
         return counts[0] + bisect_left(counts, True, key=detects)
 
 
-def plan(sides: Sequence[Side], *, spread: float | None = None) -> list[Noise]:
-    """The noise of every benchmark of the base, or of both sides. With one side, the other is taken
-    to vary as much over images, correlated by CORRELATION: the difference has 2 (1 - CORRELATION)
-    times the variance. ``spread`` replaces what the runs show. Raises ValueError for more than two
-    sides, ContractError for other questions."""
+def plan(
+    sides: Sequence[Side], *, spread: float | None = None
+) -> tuple[list[Noise], list[str]]:
+    """The noise of every benchmark of the base, or of both sides, and notes on those that are left
+    out, or on what a side left out of its logs. With one side, the other is taken to vary as much
+    over images, correlated by CORRELATION: the difference has 2 (1 - CORRELATION) times the
+    variance. ``spread`` replaces what the runs show. Raises ValueError for more than two sides,
+    ContractError if no benchmark is left."""
     if len(sides) > 2:
         raise ValueError(
             f"--plan takes one side or two, got {len(sides)}: "
@@ -112,7 +122,20 @@ def plan(sides: Sequence[Side], *, spread: float | None = None) -> list[Noise]:
     names = ordered(set(base.runs) & set(new.runs))
     if not names:
         raise ValueError(f"{base.name} and {new.name} have no benchmark in common")
-    return [measure(base, new, name, spread) for name in names]
+    notes = [note for side in sides for note in side.notes]
+    if new is not base:
+        notes += one_sided_notes(base, new)
+    noises = []
+    problems = []
+    for name in names:
+        try:
+            noises.append(measure(base, new, name, spread))
+        except ContractError as error:
+            problems.append(error)
+    if not noises:
+        raise problems[0]
+    notes += [f"not planned: {problem}" for problem in problems]
+    return noises, list(dict.fromkeys(notes))
 
 
 def measure(base: Side, new: Side, name: str, spread: float | None) -> Noise:

@@ -386,9 +386,10 @@ def slips_of(influence_MC: np.ndarray) -> float:
 def with_runs(
     estimate: Estimate, values: Sequence[np.ndarray], slips: Sequence[float]
 ) -> Estimate:
-    """The estimate with the variance between runs; a single run gets the other side's. Runs differ
-    by their slips, too, which the variance over images has already, so they leave that; and what
-    few runs show of their variance is at least their slips, and LEAST_OF_POOLED of both sides'.
+    """The estimate with the variance between runs. Runs differ by their slips, too, which the
+    variance over images has already, so they leave that; and what few runs show of their variance
+    is at least their slips, and LEAST_OF_POOLED of both sides'. A single run is taken to vary as
+    the other side's do; both variances are then one estimate, with its degrees of freedom.
 
     ``values``: each run's headline number, of each side; ``slips``: of each side. Pairs of runs are
     one side, whose values are differences."""
@@ -402,14 +403,17 @@ def with_runs(
         freedom_of_runs += len(values[side]) - 1
     pooled = squares / freedom_of_runs
     over_images = estimate.error**2
-    parts = []
+    # by the side whose runs tell it: the variance of its own mean, and of a single run
+    of_runs = dict.fromkeys(several, 0.0)
     for side, value_M in enumerate(values):
-        # the side whose runs tell this one's variance
         source = side if side in several else several[0]
         between_runs = max(float(np.var(values[source], ddof=1)), slips[source])
         between_runs = max(between_runs, LEAST_OF_POOLED * pooled)
         over_images -= slips[source] / len(value_M)
-        parts.append((between_runs / len(value_M), len(values[source]) - 1))
+        of_runs[source] += between_runs / len(value_M)
+    parts = []
+    for side, variance in of_runs.items():
+        parts.append((variance, len(values[side]) - 1))
     parts.append((max(0.0, over_images), estimate.freedom))
     error, freedom = combine(parts)
     trust = min(1.0, freedom / estimate.freedom) ** 2

@@ -293,6 +293,16 @@ def number(value: Any, where: str) -> float:
     raise ContractError(f"{where} is {value!r}; expected a finite number")
 
 
+def negated(log: Log, metric: str) -> Log:
+    """The log of a metric of which less is better, with negative scores already: its printed number
+    is negated, too, and it is not one of a group, whose number is not."""
+    note = f"{metric}: lower is better, so its negative is compared"
+    printed = log.printed
+    if printed is not None:
+        printed = -printed
+    return replace(log, printed=printed, group=(), notes=[*log.notes, note])
+
+
 def short_text(value: Any) -> str:
     """A question or an answer as items keep it for the page; "" for what is no text."""
     return value[:LONGEST_TEXT] if isinstance(value, str) else ""

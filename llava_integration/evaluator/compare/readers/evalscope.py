@@ -5,6 +5,7 @@ printed numbers in ``reports/MODEL/DATASET.json``. A dataset's subsets have one 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from llava_integration.evaluator.compare.readers import (
@@ -13,11 +14,15 @@ from llava_integration.evaluator.compare.readers import (
     Reader,
     all_answers,
     number,
+    short_text,
     shown_texts,
 )
 from llava_integration.evaluator.compare.readers.file_formats import (
     first_object,
     json_objects,
+)
+from llava_integration.evaluator.compare.readers.lettered_options import (
+    lettered_options,
 )
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.json_files import read_json_value
@@ -31,6 +36,7 @@ class Review:
     scores: dict[str, Any]  # the main one first
     texts: dict[str, str]  # question and answer
     truth: Any
+    options: list[str]  # empty: there are none, or the log does not have them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,16 +146,17 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     for name, repeats in values.items():
         review, *_ = reviews_of_id[name]
         answers = [review.texts.get("answer") for review in reviews_of_id[name]]
-        items.append(
-            {
-                "id": name,
-                "cluster": name,
-                "score": sum(repeats) / len(repeats),
-                "truth": review.truth,
-                **review.texts,
-                **all_answers(answers),
-            }
-        )
+        item = {
+            "id": name,
+            "cluster": name,
+            "score": sum(repeats) / len(repeats),
+            "truth": review.truth,
+            **review.texts,
+            **all_answers(answers),
+        }
+        if review.options:
+            item["choices"] = [short_text(option) for option in review.options]
+        items.append(item)
     is_main = metric == next(iter(reviews[0].scores), "")
     printed = report.printed(metric, is_main=is_main)
     name = metric or next(iter(report.numbers), "score")
@@ -197,6 +204,7 @@ def scored_sample(line: dict[str, Any]) -> Review:
         scores=values,
         texts=shown_texts(question, answer),
         truth=line.get("target"),
+        options=lettered_options(question, line.get("target")),
     )
 
 
@@ -214,7 +222,21 @@ def reviewed_choice(line: dict[str, Any]) -> Review:
         scores=dict(result) if isinstance(result, dict) else {"": result},
         texts=shown_texts(raw.get("question") or raw.get("query"), answer),
         truth=review.get("gold"),
+        options=options_of(raw),
     )
+
+
+def options_of(raw: dict[str, Any]) -> list[str]:
+    """The options of a data set's row: a list, or fields that are called A, B and so on."""
+    listed = raw.get("choices")
+    if isinstance(listed, list) and len(listed) > 1:
+        return [str(option) for option in listed]
+    options = []
+    for letter in ascii_uppercase:
+        if raw.get(letter) in (None, ""):
+            break
+        options.append(str(raw[letter]))
+    return options if len(options) > 1 else []
 
 
 def text_of(content: Any) -> str:

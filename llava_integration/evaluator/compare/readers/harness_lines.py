@@ -11,6 +11,9 @@ from llava_integration.evaluator.compare.readers import (
     first_of,
     short_text,
 )
+from llava_integration.evaluator.compare.readers.lettered_options import (
+    lettered_options,
+)
 from llm2clip_plugin.errors import ContractError
 
 # names of logs: the harness's, since 0.4.3, and lmms-eval's, since 0.2.3
@@ -96,7 +99,12 @@ def shown_texts(line: dict[str, Any]) -> dict[str, Any]:
     if isinstance(answer, str):  # one that is empty is an answer, too
         texts["answer"] = short_text(answer)
     options = options_of(line.get("arguments"))
-    if len(set(options)) > 1:
+    if len(set(options)) < 2:
+        prompt = line.get("input") or prompt_of(line.get("arguments")) or question
+        in_prompt = lettered_options(prompt, line.get("target"))
+        if in_prompt:
+            texts["choices"] = [short_text(option) for option in in_prompt]
+    else:
         texts["choices"] = [short_text(option).strip() for option in options]
         truth = line.get("target")
         if isinstance(truth, int) and 0 <= truth < len(options):

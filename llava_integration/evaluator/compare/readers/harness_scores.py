@@ -3,7 +3,6 @@ a number for each, or one from which the printed number can be rebuilt."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from llava_integration.evaluator.compare.readers import (
@@ -12,6 +11,7 @@ from llava_integration.evaluator.compare.readers import (
     LABELS_MCC,
     PERPLEXITY,
     Log,
+    negated,
     number,
 )
 from llava_integration.evaluator.compare.readers.harness_lines import (
@@ -62,12 +62,6 @@ def scored(lines: Lines, summary: Summary, metrics: Iterable[str]) -> Log:
         items.append(item_of(line, value, sign * score))
     log = summary.log(metric, items)
     return log if sign == 1 else negated(log, metric)
-
-
-def negated(log: Log, metric: str) -> Log:
-    """The log of a metric of which less is better, whose scores are its negatives."""
-    notes = [f"{metric}: lower is better, so its negative is compared"]
-    return replace(log, printed=log.printed and -log.printed, group=(), notes=notes)
 
 
 def without_number(lines: Lines, summary: Summary, metrics: Sequence[str]) -> Log:

@@ -15,6 +15,7 @@ from llava_integration.evaluator.compare.readers import (
     Reader,
     all_answers,
     digest_of,
+    negated,
     number,
     short_text,
     shown_texts,
@@ -125,19 +126,14 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
     for name, trials in values.items():
         item = {"id": name, "cluster": name, "score": sum(trials) / len(trials)}
         items.append({**item, **texts.get(name, {})})
-    printed = printed_mean(path.with_name("stats.json"), metric, split)
-    notes = []
-    if sign == -1:
-        notes.append(f"{metric}: lower is better, so its negative is compared")
-        printed = printed and -printed
-    yield Log(
+    log = Log(
         benchmark=f"{task} {metric}",
         metrics={},
         items=items,
         model=model,
-        printed=printed,
-        notes=notes,
+        printed=printed_mean(path.with_name("stats.json"), metric, split),
     )
+    yield log if sign == 1 else negated(log, metric)
 
 
 def named_in(spec: dict[str, Any]) -> tuple[str, str]:

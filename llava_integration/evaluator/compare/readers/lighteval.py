@@ -15,6 +15,7 @@ from llava_integration.evaluator.compare.readers import (
     Log,
     Reader,
     all_answers,
+    negated,
     number,
     short_text,
     shown_texts,
@@ -76,20 +77,15 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
             item["id"] += f"#{times[question]}"
         score = sign * number(of_row[metric], f"{where}: {metric}")
         items.append({**item, "cluster": question, "score": score})
-    printed = results.printed(metric)
-    notes = []
-    if sign == -1:
-        notes.append(f"{metric}: lower is better, so its negative is compared")
-        printed = printed and -printed
-    yield Log(
+    log = Log(
         benchmark=f"{results.task} {metric}",
         metrics={},
         items=items,
         model=results.model,
-        printed=printed,
-        group=results.group(metric) if sign == 1 else (),
-        notes=notes,
+        printed=results.printed(metric),
+        group=results.group(metric),
     )
+    yield log if sign == 1 else negated(log, metric)
 
 
 def first_number(metrics: dict[str, Any]) -> str:

@@ -230,7 +230,7 @@ def _mmbench(lines: Lines, summary: Summary, metric: str) -> Log:
 
 def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
     """MMVP: two images of a pair, of which both must be right; a lone one does not count."""
-    pairs: dict[str, list[tuple[bool, dict[str, str]]]] = {}
+    pairs: dict[str, list[tuple[bool, dict[str, Any]]]] = {}
     for where, line in lines:
         value = fields(line.get(metric), "pair_index is_correct", where)
         question = (bool(value["is_correct"]), line.get(SHOWN, {}))
@@ -242,7 +242,11 @@ def _pairs(lines: Lines, summary: Summary, metric: str) -> Log:
         (is_right, texts), (is_other_right, other_texts) = both
         item: dict[str, Any] = {"id": pair, "cluster": f"pair {pair}"}
         item["score"] = int(is_right and is_other_right)
+        if "choices" in texts and "choices" in other_texts:
+            item |= {"choices": texts["choices"], "turns": 2}
         for name, text in texts.items():
+            if name == "choices":
+                continue
             item[name] = f"{text} | {other_texts.get(name, '')}"
         items.append(item)
     return summary.log(metric, items)

@@ -13,7 +13,11 @@ from llava_integration.evaluator.compare.readers import (
     Reader,
     all_answers,
     number,
+    short_text,
     shown_texts,
+)
+from llava_integration.evaluator.compare.readers.lettered_options import (
+    lettered_options,
 )
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.json_files import read_json_value
@@ -106,16 +110,19 @@ def read(path: Path, choices: Choices) -> Iterator[Log]:
             )
         question = question_of({**predictions.get(name, {}), **details})
         answers = repeats_of(details)
-        items.append(
-            {
-                "id": name,
-                "cluster": name,
-                "score": number(score, f"{path}, question {name}: score"),
-                "truth": first_value(details, TRUTHS),
-                **shown_texts(question, answers[0]),
-                **all_answers(answers),
-            }
-        )
+        truth = first_value(details, TRUTHS)
+        item = {
+            "id": name,
+            "cluster": name,
+            "score": number(score, f"{path}, question {name}: score"),
+            "truth": truth,
+            **shown_texts(question, answers[0]),
+            **all_answers(answers),
+        }
+        options = options_of(details) or lettered_options(question, truth)
+        if options:
+            item["choices"] = [short_text(option) for option in options]
+        items.append(item)
     yield Log(
         benchmark=f"{task} {choices.metric or metric}",
         metrics={},
@@ -160,6 +167,18 @@ def score_of(details: dict[str, Any], chosen: str) -> Any:
     if not chosen and {"predictions", "references"} <= set(details):
         return str(details["predictions"]) == str(details["references"])
     return None
+
+
+def options_of(details: dict[str, Any]) -> list[str]:
+    """The options whose likelihoods were asked for; empty if these are no options."""
+    prediction = details.get("origin_prediction")
+    if not isinstance(prediction, dict):
+        return []
+    options = []
+    for name, value in prediction.items():
+        if isinstance(value, dict) and "PPL" in value:
+            options.append(name)
+    return options
 
 
 def question_of(details: dict[str, Any]) -> Any:
