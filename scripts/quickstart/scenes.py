@@ -199,10 +199,11 @@ def picture(scene: Scene, drawings: Drawings) -> bytes:
     """A PNG: the first drawing left of the second, or above it, on white."""
     image = Image.new("RGB", (SIDE, SIDE), "white")
     middle = (SIDE - DRAWING) // 2
-    places = ((0, middle + scene.shift), (SIDE - DRAWING, middle - scene.shift))
-    for concept, place in zip((scene.first, scene.second), places, strict=True):
-        if scene.relation == "above":
-            place = place[::-1]
+    along = (0, SIDE - DRAWING)
+    across = (middle + scene.shift, middle - scene.shift)
+    concepts = (scene.first, scene.second)
+    for concept, start, shifted in zip(concepts, along, across, strict=True):
+        place = (start, shifted) if scene.relation == "left of" else (shifted, start)
         image.paste(drawings.images[concept, scene.style], place)
     output = io.BytesIO()
     image.save(output, "PNG")
