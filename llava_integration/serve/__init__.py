@@ -19,7 +19,7 @@ class LlavaExportConfig:
     )
     dtype: Literal["fp16", "bf16", "fp32"] = setting(
         "fp16",
-        help="of the weights; LLaVA loads fp16",
+        help="type of the weights; LLaVA loads fp16",
     )
     model_base: Path | None = setting(
         None,
@@ -73,7 +73,7 @@ class VlmConfig:
         help="hidden state of the tower that the projector reads; -2: before the last block",
         also=("mm-vision-select-layer",),
     )
-    seed: int = setting(0, help="of the fresh projector")
+    seed: int = setting(0, help="seed of the fresh projector")
     compare: bool = setting(
         True,
         help="compare logits with those of tower and LLM (both models in memory, one by one)",

@@ -41,7 +41,7 @@ class PipelineConfig(SourceConfig):
     )
     precision: Literal["", "fp32", "bf16", "fp16"] = setting(
         "",
-        help='of stage 2; "": bf16 on GPUs, fp16 before Ampere, else fp32',
+        help='precision of stage 2; "": bf16 on GPUs, fp16 before Ampere, else fp32',
     )
     tower_options: str = setting(
         "",

@@ -86,7 +86,7 @@ class DataConfig:
     )
     validation_cache: str = setting(
         "",
-        help='its embedding cache; "": the one embeddings-* folder next to it',
+        help='embedding cache of the held-out split; "": the one embeddings-* folder next to it',
         learned=False,
         per_host=True,
         needs="validation",

@@ -122,7 +122,8 @@ class PairsConfig:
     )
     pair_kinds: tuple[str, ...] = setting(
         ("short:long",),
-        help="of caption sets: QUERY:POSITIVE[=WEIGHT], KIND:same for two of a kind",
+        help="kinds of captions that form pairs: QUERY:POSITIVE[=WEIGHT], or KIND:same for two "
+        "of a kind",
         learned=True,
     )
     mix_kinds: bool = setting(
@@ -132,14 +133,14 @@ class PairsConfig:
     )
     instructions: tuple[str, ...] = setting(
         (),
-        help="of caption sets: text before the queries of a kind of caption, KIND=TEXT, not "
-        "pooled; others have --query-prompt",
+        help="KIND=TEXT: text before the queries of this kind of caption, not pooled; other kinds "
+        "have --query-prompt",
         learned=True,
     )
     random_negatives: bool = setting(
         False,
-        help="of caption sets: a hard negative for each pair, the caption of the positive's kind "
-        "of a random other image",
+        help="add a hard negative to each pair of captions: one of the positive's kind, of a "
+        "random other image",
         learned=True,
     )
     lists: tuple[str, ...] = setting(

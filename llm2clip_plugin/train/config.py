@@ -148,12 +148,12 @@ class HeadsConfig:
     )
     lr: float = setting(
         1e-3,
-        help="of AdamW; constant, with clip_text its peak before cosine decay",
+        help="learning rate, constant; with clip_text the peak of a cosine decay",
         learned=True,
     )
     weight_decay: float = setting(
         0.05,
-        help="not applied to norms, biases, logit scale",
+        help="weight decay, not applied to norms, biases, logit scale",
         learned=True,
     )
     max_images: int = setting(
@@ -188,7 +188,9 @@ class DistillConfig:
         help="ema: a moving average of the tower | start: the tower as it was before step 1",
         learned=True,
     )
-    decay: float = setting(0.999, help="of that moving average, a step", learned=True)
+    decay: float = setting(
+        0.999, help="decay of that moving average per step", learned=True
+    )
 
     def __post_init__(self) -> None:
         check_choices("distill", self)
@@ -223,7 +225,7 @@ class OptimConfig:
     )
     weight_decay: float = setting(
         0.05,
-        help="not applied to norms, biases, class token, positions, logit scale",
+        help="weight decay, not applied to norms, biases, class token, positions, logit scale",
         learned=True,
     )
     layer_decay: float = setting(
@@ -333,12 +335,12 @@ class TrainConfig:
     )
     communication_data_type: ReductionType = setting(
         "",
-        help="of gradients' reduction; \"\": precision's, from 16 ranks on fp32",
+        help='type in which gradients are reduced; "": that of --precision, from 16 ranks on fp32',
         learned=False,
     )
     seed: int = setting(
         0,
-        help="of the data's order, augmentation, noise, initial heads",
+        help="seed of the data's order, augmentation, noise, initial heads",
         learned=True,
     )
     gradient_checkpointing: bool | Literal["auto"] = setting(

@@ -333,10 +333,10 @@ class ModelConfig:
     )
     conv_mode: str = setting("vicuna_v1", help="conversation template")
     batch_size: int = setting(1, help="questions per batch")
-    device: Literal["auto", "cuda", "cpu"] = setting("auto", help="of the model")
+    device: Literal["auto", "cuda", "cpu"] = setting("auto", help="device of the model")
     dtype: Literal["float16", "bfloat16", "float32"] = setting(
         "float16",
-        help="of the weights; LLaVA uses float16",
+        help="type of the weights; LLaVA uses float16",
     )
     blind: bool = setting(
         False,
@@ -403,7 +403,7 @@ class AnswerConfig(ModelConfig):
     )
     retries: int = setting(
         8,
-        help="with --endpoint: of a failed request, with growing pauses",
+        help="with --endpoint: times that a failed request is sent again, after growing pauses",
         needs="endpoint",
     )
 

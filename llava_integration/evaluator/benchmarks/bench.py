@@ -68,7 +68,7 @@ class ScoreConfig:
         help="LLaVA's evaluation folder of the benchmark, or a .jsonl with own questions",
     )
     answers: Path = setting(
-        help="of LLaVA's scripts, a folder of its chunks, or a submission file"
+        help="answers of LLaVA's scripts, a folder of its chunks, or a submission file"
     )
     output: Path | None = setting(None, help="score file to write", also=("json",))
     submission: Path | None = setting(

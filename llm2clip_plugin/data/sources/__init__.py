@@ -67,8 +67,8 @@ class ReadConfig:
 
     format: str = setting(
         "auto",
-        help="of the data: webdataset, jsonl, llava, or a source of your own; auto: by the path's "
-        "name",
+        help="format of the data: webdataset, jsonl, llava, or a source of your own; auto: by the "
+        "path's name",
         learned=True,
     )
     images: str = setting(
@@ -84,7 +84,9 @@ class ReadConfig:
         help="which fields are captions: NAME=KIND or NAME=KIND:LANGUAGE",
         learned=True,
     )
-    language: str = setting("en", help="of captions without a language", learned=True)
+    language: str = setting(
+        "en", help="language of captions that name none", learned=True
+    )
     image_field: str = setting(
         "image",
         help="field of a .jsonl with the image's path",
