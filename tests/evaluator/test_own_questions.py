@@ -92,3 +92,16 @@ def test_a_row_that_cannot_be_asked_is_named(
     file.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | change) + "\n")
     assert main(["score", "questions", str(file), "--answers", str(file)]) == 2
     assert f"{file}, question 2" in capsys.readouterr().err
+
+
+def test_a_missing_picture_and_answers_that_are_none_are_named(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "photos" / "a.png").unlink()
+    (task,) = plans([], file, tmp_path / "generated")
+    named = f"pictures of own.jsonl are missing, such as photos/a.png in {tmp_path}"
+    assert task.missing == named
+    (tmp_path / "answers.csv").write_text("item,score\n")
+    words = ["score", "questions", str(file), "--output", str(tmp_path / "scores.json")]
+    assert main([*words, "--answers", str(tmp_path / "answers.csv")]) == 2
+    assert "no line is a JSON object; line 1 (" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def read_answers(path: str | Path) -> Answers:
             except (ValueError, TypeError, RecursionError) as error:
                 broken.append(f"line {number} ({error})")
     if not rows:
-        reason = f": no line is a JSON object; {broken[:1]}" if broken else ""
+        reason = f": no line is a JSON object; {broken[0]}" if broken else ""
         raise ValueError(f"{path} has no answers{reason}")
     layout = _layout(path, rows[0][1])
     answers = tuple(_answer(layout, number, row) for number, row in rows)

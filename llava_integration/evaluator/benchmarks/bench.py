@@ -465,10 +465,9 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
         folders = [above / below for below in member.image_folders]
         images = next((images for images in folders if has_files(images, names)), None)
         if images is None:
-            return Task(
-                benchmark=member,
-                missing=f"no pictures of {questions.name} in {' or '.join(map(str, folders))}",
-            )
+            asked = folder if folder.is_file() else questions
+            missing = missing_pictures(asked.name, names, folders)
+            return Task(benchmark=member, missing=missing)
     return Task(
         benchmark=member,
         folder=folder,
@@ -476,6 +475,15 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
         image_folder=images,
         unscored=unscored,
     )
+
+
+def missing_pictures(questions: str, names: list[str], folders: list[Path]) -> str:
+    """Why none of the folders has the pictures that a file of questions names."""
+    absent = [name for name in names if not (folders[0] / name).is_file()]
+    if not absent:
+        return f"{questions} names no pictures"
+    places = " or ".join(map(str, folders))
+    return f"pictures of {questions} are missing, such as {absent[0]} in {places}"
 
 
 def has_files(folder: Path, names: list[str]) -> bool:

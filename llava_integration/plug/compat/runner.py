@@ -93,7 +93,7 @@ def complete(completion: Completion, module: ModuleType) -> None:
             for library in completion.libraries
         )
         raise ImportError(
-            f"llava_integration/plug/compat/patches.py, {name} could not complete "
+            f"llava_integration/plug/compat/patches.py, {name} could not patch "
             f"{module.__name__} for {versions}: {error!r}; {ADVICE}, "
             "or set LLM2CLIP_LLAVA_COMPAT=0 to run without patches"
         ) from error

@@ -110,7 +110,7 @@ class ReadConfig:
     shuffle_window: int = setting(
         -1,
         help="shards shuffled together, so that few are in use at a time; 0: the entire source; "
-        "-1: 16 if the data is at a URL or on a network file system, else 0",
+        "-1: 16 or more if the data is at a URL or on a network file system, else 0",
         learned=True,
     )
     cache_folder: str = setting(

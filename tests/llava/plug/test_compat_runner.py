@@ -82,8 +82,7 @@ def test_a_completion_that_fails_names_itself(world, module, when, imported):
         "-c", FAILS.format(module=module, when=when, imported=imported), fails=True
     )
     assert (
-        f", fails could not complete {module} for transformers"
-        in output.splitlines()[-1]
+        f", fails could not patch {module} for transformers" in output.splitlines()[-1]
     )
     assert "RuntimeError('broken on purpose')" in output
     assert "LLM2CLIP_LLAVA_COMPAT=0" in output
