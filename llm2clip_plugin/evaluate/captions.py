@@ -41,6 +41,7 @@ from llm2clip_plugin.text.config import (
 from llm2clip_plugin.text.encoder import CPU_TOKENS, CaptionEncoder, first_captions
 from llm2clip_plugin.text.llm import length_batches, pool
 from llm2clip_plugin.text.post import POST_FILE, Post, remove_components
+from llm2clip_plugin.text.reading import refuse_other_card, write_reading
 
 # name of the row that is the mean over all languages but the home one
 LANGUAGES = "languages"
@@ -268,6 +269,8 @@ class Reading:
     way: EncoderConfig
     components: int  # removed; 0: centered alone, -1: no post-processing
     rows: dict[str, float]  # name -> top-1 accuracy
+    captions: int  # distinct ones that it was measured on
+    base_sha256: str  # of the LLM's weights
     post: Post | None = field(repr=False, compare=False)
 
     @property
@@ -321,7 +324,15 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
                 accuracies = {
                     row.name: row.cra for row in scores if row.name in counted
                 }
-                readings.append(Reading(way, removed, accuracies, post))
+                reading = Reading(
+                    way=way,
+                    components=removed,
+                    rows=accuracies,
+                    captions=len(texts),
+                    base_sha256=encoder.identity().weights_sha256,
+                    post=post,
+                )
+                readings.append(reading)
         del encoder  # before the next one is loaded
     return sorted(readings, key=lambda reading: -reading.score)
 
@@ -380,12 +391,13 @@ def pooled_states(
 def search_and_report(config: EvaluateCaptionsConfig) -> None:
     """Search, write ``folder`` if one is given, and print the best with the command that embeds
     captions so."""
+    folder = config.reading.folder
+    if folder:
+        refuse_other_card(Path(folder))
     readings = search(config)
     best = readings[0]
-    folder = config.reading.folder
-    if folder and best.post is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        best.post.save(Path(folder))
+    if folder:
+        save_best(best, len(readings), config)
     rows = {}
     names = {-1: "none, not centered", 0: "none, centered"}
     for reading in readings[:SHOWN]:
@@ -412,3 +424,35 @@ def search_and_report(config: EvaluateCaptionsConfig) -> None:
     if best.post is not None:
         words += ["--post-file", str(Path(folder or "FOLDER") / POST_FILE)]
     print(command("embed", "DATA", *words))
+    if config.encoder.adapter:  # `llm2clip run` reads it as its card says
+        return
+    run = ["run", "DATA", "--llm", config.encoder.llm, "--tower", "TOWER"]
+    run += ["--output", "OUTPUT", "--reading", folder or "FOLDER"]
+    needs = "" if folder else ", with the --folder of this search"
+    print(f"or for all stages{needs}:")
+    print(command(*run))
+
+
+def save_best(best: Reading, tried: int, config: EvaluateCaptionsConfig) -> None:
+    """Write the best reading of ``tried`` to ``folder``: for `llm2clip run`, or of an LLM with an
+    adapter, whose card says the rest, the post-processing alone."""
+    folder = Path(config.reading.folder)
+    if config.encoder.adapter:
+        if best.post is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            best.post.save(folder)
+        return
+    write_reading(
+        folder,
+        best.way,
+        best.post,
+        base_sha256=best.base_sha256,
+        accuracies={"score": best.score, **best.rows},
+        search={
+            "readings": tried,
+            "captions": best.captions,
+            "components": best.components,
+            "data": Path(config.measure.captions).name,
+            "fit_on": Path(config.reading.fit_on).name,
+        },
+    )

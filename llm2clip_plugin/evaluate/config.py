@@ -128,7 +128,11 @@ class ReadingConfig:
         "",
         help="training captions, 2,000 at most, which centering and components are fitted on",
     )
-    folder: str = setting("", help="folder to write the post-processing of the best to")
+    folder: str = setting(
+        "",
+        help="folder to write the best to: a card, and its post-processing; for `llm2clip run "
+        "--reading`",
+    )
     templates: tuple[str, ...] = setting(
         ("", PROMPT_EOL), help="chat templates; empty: none"
     )

@@ -25,6 +25,11 @@ class PipelineConfig(SourceConfig):
         help="field of the samples' JSON: samples with one value are on one side of the split",
     )
     adapter: str = setting("", help="existing LoRA adapter; skips stage 1")
+    reading: str = setting(
+        "",
+        help="folder of `evaluate captions --search`: read the LLM with its prompt, attention and "
+        "pooling, in stage 1, too; its layer and post-processing are for an LLM without stage 1",
+    )
     stage1: bool | Literal["auto"] = setting(
         "auto",
         help="fine-tune the LLM; auto: if most images have several captions that do not contain "
@@ -97,6 +102,10 @@ class PipelineConfig(SourceConfig):
                 "--stage1 trains an adapter, and --adapter gives one that is trained; "
                 "omit one of them"
             )
+        if self.reading and self.adapter:
+            raise ValueError(
+                "--reading and --adapter both say how the LLM is read; omit one of them"
+            )
         if bool(self.questions) != bool(self.llava_llm):
             raise ValueError(
                 "--questions and --llava-llm need each other: "
@@ -113,7 +122,7 @@ RUN = Command(
     "the run. Each stage is a command, which is printed. Rerun the same command to resume.",
     settings=PipelineConfig,
     arguments="path",
-    everyday="llm tower output image-folder fields validation by adapter stage1 num-train-epochs "
-    "questions llava-llm num-gpus dry-run",
+    everyday="llm tower output image-folder fields validation by adapter reading stage1 "
+    "num-train-epochs questions llava-llm num-gpus dry-run",
     hidden="weight shuffle_window kinds languages",
 )

@@ -21,6 +21,7 @@ from llm2clip_plugin.text.adapter import ADAPTER_WEIGHTS, adapter_sha256
 from llm2clip_plugin.text.config import EncoderConfig, effective, find_card
 from llm2clip_plugin.text.encoder import local_folder, weights_sha256
 from llm2clip_plugin.text.llm import llm_config
+from llm2clip_plugin.text.reading import check_reading
 from llm2clip_plugin.vision.directory import CONFIG_FILE, fetch_directory, section
 from llm2clip_plugin.vision.families import (
     IMPORTED_FIRST,
@@ -34,12 +35,13 @@ def check_given(config: PipelineConfig) -> None:
     """Raise FileNotFoundError or ValueError for models and questions that would stop a stage, and
     for an output that holds the data or is in it."""
     check_output(config)
-    llm_config(
-        EncoderConfig(llm=config.llm, trust_remote_code=config.trust_remote_code)
-    )
+    encoder = EncoderConfig(llm=config.llm, trust_remote_code=config.trust_remote_code)
+    llm_config(encoder)
     check_tower(config.tower)
     if config.adapter:
         check_adapter(config, config.adapter)
+    if config.reading:
+        check_reading(config.reading, encoder)
     if not config.questions:
         return
     from llava_integration.evaluator.benchmarks.rules import benchmark
@@ -79,6 +81,7 @@ def check_places(config: PipelineConfig, stages: Sequence[Stage]) -> None:
         "--llm": config.llm,
         "--tower": config.tower,
         "--adapter": config.adapter,
+        "--reading": config.reading,
         "--questions": config.questions,
         "--llava-llm": config.llava_llm,
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from llm2clip_plugin.contracts import shard_file
+from llm2clip_plugin.contracts import EncoderCard, shard_file
 from llm2clip_plugin.data.remote import is_url
 from llm2clip_plugin.data.samples import Caption, words_of
 from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
@@ -28,6 +28,8 @@ from llm2clip_plugin.stages.pipeline_config import PipelineConfig
 from llm2clip_plugin.stages.rerun import Stage
 from llm2clip_plugin.stages.run_page import AFTER, BEFORE, SIDES, held_out_config
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
+from llm2clip_plugin.text.post import POST_FILE
+from llm2clip_plugin.text.reading import embed_options, read_reading, stage_1_options
 from llm2clip_plugin.train.distributed import gpu_precision
 from llm2clip_plugin.vision.towers import TIMM_PREFIX
 
@@ -95,6 +97,9 @@ class Plan:
         self.llm = model("the LLM", config.llm)
         self.open_llm = ["--llm", config.llm]
         self.open_llm += changed_options(config, ("trust_remote_code",))
+        self.reading: EncoderCard | None = None
+        if config.reading:
+            self.reading = read_reading(config.reading, config.llm)
 
     def output(
         self, name: str, *outputs: str, patterns: tuple[str, ...] = ("**/*",)
@@ -211,6 +216,8 @@ def add_stage_1(
     steps = max(1, run.train_images * epochs // run.batch)
     warmup_steps = min(300, steps // 10)
     words = ["finetune-llm", run.paths["train"], *run.read, *run.open_llm]
+    if run.reading is not None:
+        words += stage_1_options(run.reading)
     words += ["--pair-kinds", pairs, *run.batches]
     words += ["--max-steps", steps, "--warmup-steps", warmup_steps]
     words += ["--output", run.out / "llm"]
@@ -224,6 +231,10 @@ def add_embedding(
     run: Plan, adapter: str, teacher: list[Artifact], sides: Mapping[str, Artifact]
 ) -> dict[str, Artifact]:
     """The caches of both sides."""
+    config = run.config
+    read_by = list(teacher)
+    if run.reading is not None and run.reading.post_sha256 and not adapter:
+        read_by.append(post_processing(config.reading))
     embedded: dict[str, Artifact] = {}
     for side in SPLIT:
         cache = f"embeddings/{side}"
@@ -235,12 +246,14 @@ def add_embedding(
         words = ["embed", run.paths[side], *run.read, *run.open_llm]
         if adapter:
             words += ["--adapter", adapter]
+        elif run.reading is not None:
+            words += embed_options(run.reading, Path(config.reading))
         words += ["--cache", run.out / cache]
-        held_out = held_out_config(run.config, run.source, side)
+        held_out = held_out_config(config, run.source, side)
         run.add(
             f"embed {side}",
             *words,
-            reads=[sides[side], *teacher],
+            reads=[sides[side], *read_by],
             makes=[embedded[side]],
             output=cache,
             updates=sides[side],
@@ -420,6 +433,12 @@ def model(name: str, path_or_id: str) -> Artifact:
     return Artifact(name=name, files=files)
 
 
+def post_processing(reading: str) -> Artifact:
+    """The post-processing in the folder of a reading."""
+    files = {POST_FILE: str(Path(reading) / POST_FILE)}
+    return Artifact(name="the post-processing", files=lambda: files)
+
+
 def question_files(path: Path) -> dict[str, str]:
     """A file of questions, and the pictures that it names."""
     files = {path.name: str(path)}
@@ -456,6 +475,8 @@ def movable(config: PipelineConfig, source: Source) -> dict[str, str]:
     inputs |= {"QUESTIONS": config.questions, "LLAVA-LLM": config.llava_llm}
     if config.questions:
         inputs["QUESTIONS-FOLDER"] = str(Path(config.questions).parent)
+    if config.reading:
+        inputs["READING"] = str(Path(config.reading))
     if isinstance(source, RowSource):
         inputs["IMAGES"] = source.images_folder
     for what, path in inputs.items():

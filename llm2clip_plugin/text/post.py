@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llm2clip_plugin.atomic import atomic_file
 from llm2clip_plugin.contracts import EncoderCard
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.hashes import sha256_weights
@@ -40,7 +41,8 @@ class Post:
         tensors = {"mean": self.mean.contiguous()}
         if self.removed is not None:
             tensors["removed"] = self.removed.contiguous()
-        save_file(tensors, str(folder / POST_FILE))
+        with atomic_file(folder / POST_FILE) as temporary:
+            save_file(tensors, str(temporary))
         return sha256_weights(folder / POST_FILE)
 
 

@@ -37,6 +37,11 @@ from llm2clip_plugin.vision.dual import LoadedDualEncoder, TextAdapter, load_dua
 
 GIVE_LLM = "pass the LLM with --llm PATH_OR_HUB_ID (in Python: teacher=)"
 GIVE_ADAPTER = "pass it with --adapter DIR (in Python: adapter=)"
+GIVE_BOTH = "pass it with --llm and --adapter (in Python: teacher= and adapter=)"
+GIVE_POST = (
+    "pass its post-processing with --post-file (in Python: "
+    "teacher=EncoderConfig(post_file=...))"
+)
 
 
 def open_encoder(
@@ -172,9 +177,11 @@ class TeacherLLM:
         loaded = encoder.identity()
         if self.identity is not None and not self.identity.agrees_with(loaded):
             changed = differences(vars(self.identity), loaded)
+            fix = GIVE_BOTH
+            if self.identity.post and not loaded.post:
+                fix = GIVE_POST
             raise ContractError(
-                f"{config.llm} is not the tower's teacher: {changed}; "
-                "pass it with --llm and --adapter (in Python: teacher= and adapter=)"
+                f"{config.llm} is not the tower's teacher: {changed}; {fix}"
             )
         return encoder
 

@@ -29,6 +29,7 @@ from llm2clip_plugin.evaluate.config import (
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder, first_captions
 from llm2clip_plugin.text.post import POST_FILE, remove_components
+from llm2clip_plugin.text.reading import check_reading, read_reading
 
 NAMES = "cat dog boat tree house lake bird fish moon star road hill".split()
 READ = ReadConfig(fields=("texts=short",))
@@ -244,7 +245,28 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(
         if line.startswith("attention, pooling, layer")
     )
     attention, pooling, layer = said[title + 2].split(", ")[:3]
-    embed = shlex.split(said[-1])[1:]
+    embed = shlex.split(said[-3])[1:]
+    run = [
+        "--tower",
+        "TOWER",
+        "--output",
+        "OUTPUT",
+        "--reading",
+        str(tmp_path / "found"),
+    ]
+    assert shlex.split(said[-1])[1:] == ["run", "DATA", *words[3:5], *run]
+    card = read_reading(str(tmp_path / "found"), words[4])
+    assert (card.attention, card.pooling, card.layer) == (
+        attention,
+        pooling,
+        int(layer),
+    )
+    assert (card.include_bos, card.base) == (False, words[4])
+    assert card.training["search"]["captions"] == len({*NAMES[:8]}) * 3
+    assert card.metrics["score"] == pytest.approx(
+        float(said[title + 2].split()[-3]), abs=5e-4
+    )
+    check_reading(str(tmp_path / "found"), EncoderConfig(llm=words[4]))
     embed[(position := embed.index("DATA")) : position + 1] = [
         str(folder / "validation.jsonl"),
         "--fields",

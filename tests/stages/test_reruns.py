@@ -25,7 +25,11 @@ from forked_python import programs
 from own_photos import COLORS, PLACES, draw
 from tiny_data import encoded, make_tower, write_tar
 from tiny_llm import save_tiny_llm
+from tiny_reading import make_reading
 from tower_runs import environment
+
+from llm2clip_plugin.contracts import EncoderCard
+from llm2clip_plugin.evaluate.config import PROMPT_EOL
 
 pytestmark = pytest.mark.slow
 SEQUENCES = int(os.environ.get("RERUN_SEQUENCES", "1"))
@@ -72,7 +76,7 @@ class World:
         self.folder = folder
         self.samples = samples  # key -> (tar, picture, captions)
         self.output = output
-        self.options = {"--num-train-epochs": "1"}
+        self.options = {"--num-train-epochs": "1", "--reading": "reading"}
 
     def write_data(self) -> None:
         """Write the tars whose samples changed."""
@@ -204,6 +208,7 @@ def change(world: World, operation: str, rng: random.Random) -> None:
             world.output = moved
     elif operation == "option":
         world.options["--num-train-epochs"] = rng.choice(["1", "2"])
+        world.options["--reading"] = rng.choice(["reading", "moved-reading"])
     else:
         assert operation == "run"
         world.run()
@@ -260,12 +265,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("reruns")
     save_tiny_llm(folder / "llm", "llama")
     make_tower(folder / "tower")
+    for name in ("reading", "moved-reading"):
+        make_reading(folder / name, folder / "llm")
     rng = random.Random(0)
     world = World(
         folder, {f"{number:03d}": sample(rng) for number in range(28)}, "run-0"
     )
     world.write_data()
     world.run()
+    adapter = EncoderCard.read(folder / "run-0" / "llm" / "adapter" / EncoderCard.FILE)
+    assert (adapter.pooling, adapter.layer) == ("last", -1)
+    assert adapter.chat_template == PROMPT_EOL
     return world
 
 
@@ -279,7 +289,7 @@ def test_a_killed_training_goes_on_in_a_moved_folder_but_not_with_other_data(
 ):
     world = copy_of(base, tmp_path / "world")
     other = copy_of(base, tmp_path / "other")
-    world.options = other.options = {"--num-train-epochs": "3"}
+    world.options["--num-train-epochs"] = other.options["--num-train-epochs"] = "3"
     world.kill_in_training()
     change(world, "move", random.Random(0))
     said = world.run()
@@ -296,7 +306,7 @@ def test_a_killed_training_goes_on_in_a_moved_folder_but_not_with_other_data(
     other.run()
     assert results(world.folder / world.output) == results(other.folder / other.output)
 
-    world.options = {"--num-train-epochs": "4"}
+    world.options["--num-train-epochs"] = "4"
     world.kill_in_training()
     change(world, "edit", random.Random(0))
     world.run()

@@ -1,5 +1,5 @@
-"""llm2clip run --questions: a LLaVA of the tower before and after is trained, asked and compared,
-on tiny models."""
+"""llm2clip run --questions --reading, without stage 1: a LLaVA of the tower before and after is
+trained, asked and compared, on tiny models."""
 
 import json
 
@@ -15,7 +15,11 @@ SIDES = ("before", "after")
 
 
 def test_a_llava_of_each_tower_is_asked(world, tmp_path):
+    from tiny_reading import make_reading  # not in LLaVA's environment
+
     make_photos(tmp_path)
+    width = json.loads((world.llm / "config.json").read_text())["hidden_size"]
+    make_reading(tmp_path / "reading", world.llm, width=width)
     rows = []
     for path in sorted((tmp_path / "photos").glob("*.txt")):
         color = next(color for color in COLORS if color in path.read_text())
@@ -34,7 +38,7 @@ def test_a_llava_of_each_tower_is_asked(world, tmp_path):
     )
     words = f"tars --llm {world.llm} --tower {world.towers['clip']} --output out --validation 0.2"
     words += " --num-train-epochs 1 --tower-options='--heads.steps 5 --lr 1e-2'"
-    words += f" --questions own.jsonl --llava-llm {world.llm}"
+    words += f" --reading reading --questions own.jsonl --llava-llm {world.llm}"
     words += " --llava-options='--max_steps 2 --dataloader_num_workers 0'"
 
     def run(command: str) -> str:
@@ -50,6 +54,7 @@ def test_a_llava_of_each_tower_is_asked(world, tmp_path):
     out = tmp_path / "out"
     assert "16 of 16 stages to run" in said
     assert "out/questions/compare/compare.html" in said
+    assert "need --post-file reading/llm2clip_post.safetensors" in said
     checkpoints = [
         json.loads((out / f"llava-{side}" / "config.json").read_text())
         for side in SIDES
@@ -63,6 +68,10 @@ def test_a_llava_of_each_tower_is_asked(world, tmp_path):
         config["llm2clip_tower"]["weights_sha256"] for config in checkpoints
     ] == towers
     assert towers[0] != towers[1]
+    for card in cards:
+        teacher = card["teacher"]
+        assert (teacher["pooling"], teacher["layer"]) == ("last", 1)
+        assert teacher["post"]
     (row,) = json.loads((out / "questions" / "compare" / "compare.json").read_text())[
         "rows"
     ]
