@@ -1,7 +1,7 @@
 """llm2clip run --reading: which stages read the LLM so, what is refused, and what runs again."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from tiny_llm import save_tiny_llm
 from tiny_reading import WIDTH, make_reading
 
 from llm2clip_plugin.cli import main as cli
-from llm2clip_plugin.contracts import CacheManifest, EncoderCard
+from llm2clip_plugin.contracts import CacheManifest, EncoderCard, TowerCard
 from llm2clip_plugin.data.sources import open_source
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.evaluate.config import PROMPT_EOL
@@ -20,7 +20,10 @@ from llm2clip_plugin.stages.pipeline import main
 from llm2clip_plugin.stages.pipeline_config import PipelineConfig
 from llm2clip_plugin.stages.rerun import RunFolder, Stage
 from llm2clip_plugin.stages.run_plan import movable, plan
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.post import POST_FILE, Post
+from llm2clip_plugin.text.teacher import TeacherLLM
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,7 @@ def test_without_stage_1_embed_reads_the_llm_exactly_so(tiny: Path, tmp_path: Pa
         assert options == READ | {"layer": "1", "post-file": post}
     words = list(stages["embed train"].words[1:])
     words[1] = str(tiny / "data")
+    words += ["--compute-dtype", "float32"]
     words[words.index("--cache") + 1] = str(tmp_path)
     assert cli(words) == 0
     teacher = CacheManifest.read(tmp_path / CacheManifest.FILE).teacher
@@ -94,6 +98,28 @@ def test_a_reading_without_post_processing_needs_no_file(tiny: Path, tmp_path: P
     replace(card, post_sha256="").write(tmp_path / EncoderCard.FILE)
     stages = planned(configured(tiny, reading=str(tmp_path)), "")
     assert "post-file" not in encoder_options(stages["embed train"])
+
+
+def test_a_tower_of_post_processed_embeddings_asks_for_the_file(tiny: Path):
+    """Without it the error would name another LLM, which would not help."""
+    post_file = str(tiny / "reading" / POST_FILE)
+    fast = EncoderConfig(compute_dtype="float32")
+    config = replace(fast, llm=str(tiny / "llm"), layer=1, post_file=post_file)
+    sizes = {"hidden_size": 32, "num_layers": 2, "patch_size": 8, "image_size": 16}
+    card = TowerCard(
+        **sizes,
+        family="clip",
+        origin="tiny",
+        has_cls=True,
+        weights_sha256="",
+        dual={"llm_width": WIDTH},
+        teacher=asdict(CaptionEncoder(config, "cpu").identity()),
+    )
+    with pytest.raises(ContractError, match="post-processing with --post-file"):
+        _ = TeacherLLM(card, fast).encoder
+    given = TeacherLLM(card, replace(fast, post_file=post_file)).encoder
+    assert isinstance(given, CaptionEncoder)
+    assert given.post is not None
 
 
 def dry_run(folder: Path, *more: str) -> None:
