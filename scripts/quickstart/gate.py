@@ -29,7 +29,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,16 +243,18 @@ def ask_validation(
 # Towers and names
 
 
-def find_towers(output: Path, before: Path) -> dict[str, Path]:
+def find_towers(
+    output: Path, before: Path, arms: Iterable[str] = ARMS
+) -> dict[str, Path]:
     """``ARM`` or ``ARM-seedN`` -> tower directory. Raises FileNotFoundError without a trained
     one."""
     towers = {BEFORE: before}
     for path in sorted((output / "towers").glob("*-seed*")):
-        if path.name.partition("-seed")[0] in ARMS:
+        if path.name.partition("-seed")[0] in arms:
             towers[path.name] = path
     if len(towers) == 1:
         raise FileNotFoundError(
-            f"no towers of {', '.join(ARMS)} in {output / 'towers'}; run gate.sh"
+            f"no towers of {', '.join(arms)} in {output / 'towers'}; run gate.sh"
         )
     return towers
 
@@ -305,12 +307,14 @@ def seeds_of(scores: Mapping[str, np.ndarray], arm: str) -> dict[int, np.ndarray
 
 
 def compare_arms(
-    scores: Mapping[str, np.ndarray], families: list[str]
+    scores: Mapping[str, np.ndarray],
+    families: list[str],
+    comparisons: Iterable[tuple[str, str]] = COMPARISONS,
 ) -> list[dict[str, Any]]:
-    """New minus base of each of ``COMPARISONS`` that two towers of one seed have: same pictures,
+    """New minus base of each of ``comparisons`` that two towers of one seed have: same pictures,
     intervals over families and seeds."""
     rows = []
-    for base, new in COMPARISONS:
+    for base, new in comparisons:
         old_runs = seeds_of(scores, base)
         new_runs = seeds_of(scores, new)
         seeds = sorted(old_runs.keys() & new_runs.keys())

@@ -62,7 +62,26 @@ from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.report_text import estimate, markdown_table, p_value, spread
 from llm2clip_plugin.vision.dual import read_dual_card
 
-ARMS = {**GATE_ARMS, "permuted": "fine-tuned LLM, permuted over captions"}
+ARMS = {
+    BEFORE: GATE_ARMS[BEFORE],
+    "random": GATE_ARMS["random"],
+    "permuted": "fine-tuned LLM, permuted over captions",
+    "words": "random vectors of words, their sum",
+    "raw": GATE_ARMS["raw"],
+    "map": GATE_ARMS["map"],
+    "tuned": GATE_ARMS["tuned"],
+}
+# (base, new), as in gate.py
+COMPARISONS = (
+    ("permuted", "tuned"),
+    ("permuted", "raw"),
+    ("permuted", "map"),
+    ("raw", "tuned"),
+    ("map", "tuned"),
+    ("words", "tuned"),
+    ("words", "raw"),
+    ("words", "map"),
+)
 SPLITS = ("train", "validation", "test")
 # of the captions' covariance, in mean eigenvalues: smaller ones hardly count more than this
 WHITENING = 0.1
@@ -203,12 +222,12 @@ def whitened(captions: Names, scenes: Sequence[str]) -> Names:
 def compare_scores(
     scores: Mapping[str, Scores], pairs_of: Mapping[str, list[str]]
 ) -> list[dict[str, Any]]:
-    """The comparisons of gate.py for each score, p adjusted for all of them. ``pairs_of``: of a
+    """``COMPARISONS`` for each score, p adjusted for all of them. ``pairs_of``: of a
     score, the pair of concepts of each value, whose scenes are right or wrong together."""
     rows = []
     for name in SCORES:
         of_score = {tower: values[name] for tower, values in scores.items()}
-        for row in compare_arms(of_score, pairs_of[name]):
+        for row in compare_arms(of_score, pairs_of[name], COMPARISONS):
             rows.append({"score": name, **row})
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_adjusted"] = p
@@ -282,7 +301,7 @@ def make_report(
     neutral = EmbeddingCache.open(data / "cache" / NEUTRAL)
     training = scene_captions({"train": sources["train"]}, neutral)
     captions = whitened(scene_captions(sources, neutral), list(training))
-    paths = find_towers(output, before)
+    paths = find_towers(output, before, ARMS)
     steps = check_towers(data, paths)
     towers = {name: read_pictures(path, sources) for name, path in paths.items()}
     validated = ask_validation(towers, captions)

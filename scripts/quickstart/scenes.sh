@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
 # Does a teacher's knowledge help with scenes, whose captions are all different? Two drawings in a picture (scenes.py); towers
-# before stage 2, against random and permuted embeddings, the raw LLM, a linear map on it, and the fine-tuned LLM; asked for
-# the captions of new scenes, and to tell a scene from its twin, by a ridge regression (scene_scores.py).
+# before stage 2, against random and permuted embeddings, sums of random vectors of words (scene_words.py), the raw LLM, a linear
+# map on it, and the fine-tuned LLM; asked for the captions of new scenes, and to tell a scene from its twin, by a ridge
+# regression (scene_scores.py).
 #
 #   scripts/quickstart/scenes.sh                              three seeds, 50 steps of stage 2; some minutes of a core a tower
-#   scripts/quickstart/scenes.sh --arms "permuted raw tuned"  these teachers alone, beside the tower before stage 2
+#   scripts/quickstart/scenes.sh --arms "permuted words raw"  these teachers alone, beside the tower before stage 2
 #
 # --output DIR: as of quickstart.sh, which makes what is missing there (models, adapters). The tables are printed, and lie in
 # scenes.json. Rerun the same command to resume.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$ROOT/scripts/options.sh"
-SEEDS=3 STEPS=50 ARMS='permuted raw tuned map random' OUTPUT=''
+SEEDS=3 STEPS=50 ARMS='permuted words raw tuned map random' OUTPUT=''
 read_options "seeds steps arms output" "$@"
 for number in "$SEEDS" "$STEPS"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number is not a number above 0"
 done
-for arm in $ARMS; do one_of --arms "$arm" permuted raw tuned map random; done
+for arm in $ARMS; do one_of --arms "$arm" permuted words raw tuned map random; done
 WORK=$(realpath -ms "${OUTPUT:-$ROOT/quickstart-output}")
 cd "$ROOT"
 "$ROOT/scripts/quickstart.sh" --compare --no-llava --seeds "$SEEDS" --output "$WORK"

@@ -24,6 +24,9 @@ scenes_cache() { # scenes_cache NAME SEED: the cache of a teacher; sets CACHE
         raw | tuned) embed "$CACHE" ;;
         map) scenes_cache raw "$2" && fit_map "$2" && CACHE=$seeded ;;
         random) python scripts/quickstart/inputs.py random "$DATA/all" --cache "$DATA/cache/raw" --output "$DATA/cache/random" ;;
+        words)
+            scenes_cache raw "$2" && CACHE=$seeded
+            python scripts/quickstart/scene_words.py "$DATA/all" --cache "$DATA/cache/raw" --seed "$2" --output "$DATA/cache/$seeded" ;;
         permuted)
             python scripts/quickstart/gate_caches.py permuted "$DATA/all" --cache "$DATA/cache/tuned-seed$2" --seed "$2" \
                 --output "$DATA/cache/$seeded" ;;

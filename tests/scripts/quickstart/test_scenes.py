@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scene_scores
+import scene_words
 import scenes
 import torch
 from gate import Pictures, Setting, kernel
+from gate_caches import open_split
 from inputs import read_tar
 from PIL import Image, ImageOps
 from quickstart_folders import IDENTITY, WIDTH, write_cache, write_run
 from test_quickstart_parts import ROOT, started, value
 from transformers import Dinov2Config, Dinov2Model
 
+from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -177,6 +180,28 @@ def test_whitening_makes_small_differences_count() -> None:
     assert sorted(deviation.tolist()) == pytest.approx(expected, rel=0.1)
 
 
+def test_random_words_share_what_captions_share(folder, towers, tmp_path) -> None:
+    def cosine(one: str, other: str) -> float:
+        rows = [scene_words.embed_words(text, 4000, seed=0) for text in (one, other)]
+        return float(torch.cosine_similarity(*rows, dim=0))
+
+    scene = "a red apple left of an ox"
+    # of five vectors: two names anywhere, two at their place, the relation
+    assert cosine(scene, "an ox left of a red apple") == pytest.approx(0.6, abs=0.05)
+    assert cosine(scene, "a red apple left of a cat") == pytest.approx(0.6, abs=0.05)
+    assert cosine(scene, "a bat above a cat") == pytest.approx(0, abs=0.05)
+    with pytest.raises(ValueError, match="none of the relations left of, above"):
+        scene_words.embed_words("a cat", 4, seed=0)
+    raw = folder.parent / "cache" / "raw"
+    scene_words.write_words(folder, raw, tmp_path / "words", seed=1)
+    cache = EmbeddingCache.open(tmp_path / "words")
+    test = {"test": open_split(folder, "test")}
+    captions = scene_scores.scene_captions(test, cache)
+    for scene, (_, about) in read_split(folder, "test").items():
+        expected = scene_words.embed_words(text_of(about), WIDTH, seed=1)
+        assert torch.allclose(captions[scene].float(), expected, atol=0.01)
+
+
 def test_both_scores_are_adjusted_together() -> None:
     rng = np.random.default_rng(0)
     scores = {}
@@ -197,9 +222,16 @@ def test_both_scores_are_adjusted_together() -> None:
 
 
 def test_towers_of_scenes_differ_in_their_cache_alone(tmp_path) -> None:
-    for cache in ("raw", "random", "tuned-seed3", "permuted-seed3", "map-seed3"):
+    for cache in (
+        "raw",
+        "random",
+        "tuned-seed3",
+        "permuted-seed3",
+        "map-seed3",
+        "words-seed3",
+    ):
         (tmp_path / "data" / "cache" / cache).mkdir(parents=True)
-    arms = ("permuted", "raw", "tuned", "map", "random")
+    arms = ("permuted", "words", "raw", "tuned", "map", "random")
     commands = started(
         tmp_path,
         f"PRESET=gate; . {PARTS}/gate_parts.sh; . {PARTS}/scenes_parts.sh; "
@@ -223,9 +255,22 @@ def test_the_caches_of_scenes_are_made_of_the_right_teachers(tmp_path) -> None:
         tmp_path,
         f"PRESET=gate; . {PARTS}/gate_parts.sh; . {PARTS}/scenes_parts.sh; "
         "NEUTRAL_LAYER=28; mkdir -p gate/llm gate/reading; neutral_captions gate; "
-        "scenes_cache permuted 3; shown $CACHE; scenes_cache map 3; shown $CACHE",
+        "scenes_cache permuted 3; shown $CACHE; scenes_cache map 3; shown $CACHE; "
+        "scenes_cache words 3; shown $CACHE",
     )
-    neutral, tuned, permuted, name, raw, stage_1, linear, map_name = commands
+    (
+        neutral,
+        tuned,
+        permuted,
+        name,
+        raw,
+        stage_1,
+        linear,
+        map_name,
+        _,
+        words,
+        words_name,
+    ) = commands
     assert value(neutral, "--llm") == "gate/llm"
     assert value(neutral, "--layer") == "28"
     assert value(tuned, "--adapter") == "data/llm/seed3/adapter"
@@ -236,6 +281,8 @@ def test_the_caches_of_scenes_are_made_of_the_right_teachers(tmp_path) -> None:
     assert value(stage_1, "--cache") == "data/captions"
     assert value(linear, "--output") == "data/cache/map-seed3"
     assert map_name == ["map-seed3"]
+    assert value(words, "--output") == "data/cache/words-seed3"
+    assert words_name == ["words-seed3"]
 
 
 @pytest.fixture(scope="module")
