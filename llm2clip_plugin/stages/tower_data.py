@@ -155,9 +155,7 @@ def check_data(
     samples = sum(map(len, data.sources))
     if global_batch > samples:
         paths = ", ".join(data.config.path)
-        problem = (
-            f"global_batch {global_batch} is more than the {samples} samples of {paths}"
-        )
+        problem = f"--global-batch {global_batch} is more than the {samples} samples of {paths}"
         if not mask_same_image:
             raise ValueError(
                 f"{problem}: samples would be their own negatives, as loss.mask_same_image is off"

@@ -13,7 +13,7 @@ def nan(world: World) -> None:
     Fault(
         "batch larger than the data",
         "--global-batch 64",
-        "global_batch 64 ...{w}/data (48); ...",
+        "--global-batch 64 ...{w}/data (48 samples)...lower --global-batch",
     ),
     Fault(
         "batch of other micro-batches",

@@ -94,12 +94,12 @@ NO_KIND = "--data.caption-weights lng=1 --data.read.kinds lng"
     Fault(
         "samples as their own negatives",
         OWN_NEGATIVES,
-        "global_batch 999 ...48 samples...mask_same_image...",
+        "--global-batch 999 ...48 samples...mask_same_image...",
     ),
     Fault(
         "source smaller than its batches",
         ONE_SOURCE,
-        "global_batch 64 ...--no-one-source-per-batch",
+        "--global-batch 64 ...--no-one-source-per-batch",
     ),
     Fault(
         "auto that nothing fills",

@@ -172,7 +172,7 @@ def test_wrong_settings_stop_before_training(
         (("--max-tokens", "36", "--pair-kinds", "long:short"), "max_tokens 36"),
         (("--fields", "label=short"), "'label'"),
         (("--pair-kinds", "short:poem"), "short:poem"),
-        (("--global-batch", "64"), "global_batch 64"),
+        (("--global-batch", "64"), "--global-batch 64"),
         (
             ("--start-adapters", str(tmp_path / "none"), "--load-in-4bit"),
             "start_adapters",
