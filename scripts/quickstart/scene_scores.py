@@ -137,15 +137,14 @@ def group_scores(score_NN: Tensor, groups: Sequence[tuple[int, int]]) -> np.ndar
 
 
 def ask_tower(
-    pictures: Pictures, captions: Names, split: str, settings: Mapping[str, Setting]
+    pictures: Pictures, captions: Names, split: str, setting: Setting
 ) -> Scores:
-    """Both scores of a tower, each with its setting."""
-    retrieval = score_matrix(pictures, captions, split, settings["retrieval"])
-    twins = score_matrix(pictures, captions, split, settings["twins"])
+    """Both scores of a tower with one setting."""
+    score_NN = score_matrix(pictures, captions, split, setting)
     scenes = [pictures.concept[number] for number in pictures.of_split(split)]
     return {
-        "retrieval": reciprocal_ranks(retrieval),
-        "twins": group_scores(twins, twin_groups(scenes)),
+        "retrieval": reciprocal_ranks(score_NN),
+        "twins": group_scores(score_NN, twin_groups(scenes)),
     }
 
 
@@ -156,9 +155,8 @@ def ask_validation(
     means = {}
     for pool, penalty in itertools.product(POOLS, PENALTIES):
         setting = Setting(pool=pool, penalty=penalty)
-        same = dict.fromkeys(SCORES, setting)
         asked = [
-            ask_tower(pictures, captions, "validation", same)
+            ask_tower(pictures, captions, "validation", setting)
             for pictures in towers.values()
         ]
         means[setting] = mean_scores(asked)
@@ -310,7 +308,10 @@ def make_report(
     scores = {}
     means = {}
     for name, pictures in towers.items():
-        scores[name] = ask_tower(pictures, captions, split, settings)
+        scores[name] = {
+            score: ask_tower(pictures, captions, split, setting)[score]
+            for score, setting in settings.items()
+        }
         means[name] = mean_scores([scores[name]])
     comparisons = compare_scores(scores, pairs_of_scores(towers[BEFORE], split))
     record = {

@@ -28,7 +28,6 @@ from llm2clip_plugin.vision.towers import load_tower
 
 PARTS = ROOT / "scripts" / "quickstart"
 SETTING = Setting(pool="mean", penalty=0.01)
-SETTINGS = dict.fromkeys(scene_scores.SCORES, SETTING)
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +154,13 @@ def planted(noise: float) -> tuple[Pictures, dict[str, torch.Tensor]]:
 
 def test_scenes_that_the_regression_never_saw_are_found_if_pictures_tell_them() -> None:
     pictures, captions = planted(noise=0.1)
-    found = scene_scores.ask_tower(pictures, captions, "test", SETTINGS)
+    found = scene_scores.ask_tower(pictures, captions, "test", SETTING)
     assert found["retrieval"].shape == (30,)
     assert found["twins"].shape == (15,)
     assert found["retrieval"].mean() > 0.9
     assert found["twins"].mean() > 0.9
     pictures, captions = planted(noise=1000.0)
-    lost = scene_scores.ask_tower(pictures, captions, "test", SETTINGS)
+    lost = scene_scores.ask_tower(pictures, captions, "test", SETTING)
     assert lost["retrieval"].mean() < 0.3
     assert lost["twins"].mean() < 0.5
     means = scene_scores.ask_validation({"before": pictures}, captions)
