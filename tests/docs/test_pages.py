@@ -109,6 +109,44 @@ def test_a_page_is_shown_as_meant(page: Path) -> None:
             ), f"no heading for {link}"
 
 
+CODE = [
+    path
+    for folder in ("llm2clip_plugin", "llava_integration", "scripts")
+    for ending in ("*.py", "*.sh", "*.sbatch")
+    for path in (ROOT / folder).rglob(ending)
+]
+# experiments whose scripts are gone, with their commits
+HISTORY = ("benchmarks.md", "decisions.md", "log.md", "CHANGELOG.md")
+
+
+def test_pages_that_code_names_are_there() -> None:
+    """With the headings that it names; LLaVA has names in capitals."""
+    wrong = []
+    for path in CODE:
+        text = path.read_text(encoding="utf-8")
+        for page, anchor in re.findall(r"\b(docs/[a-z-]+\.md)(?:#([\w-]+))?", text):
+            target = ROOT / page
+            if not target.exists():
+                wrong.append(f"{path}: {page}")
+            elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
+                wrong.append(f"{path}: {page}#{anchor}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name not in HISTORY],
+    ids=lambda page: page.name,
+)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    """Those of scripts/ and tests/, but those of LLaVA's own scripts/."""
+    named = re.findall(
+        r"(?<![\w/.-])(?:scripts|tests)/[\w./-]*\w", page.read_text(encoding="utf-8")
+    )
+    missing = {path for path in named if not list(ROOT.glob(f"{path}*"))}
+    assert missing <= {"scripts/merge_lora_weights.py"}
+
+
 def test_what_a_broken_page_is_told() -> None:
     table = "| a | b |\n|---|---|\n| 1 | 2 |\n"
     assert table_problems(table + "\nText after it.\n") == []
