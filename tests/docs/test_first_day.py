@@ -92,7 +92,7 @@ def test_messages_of_the_page_are_those_of_the_code():
     rows = [
         line
         for line in section.splitlines()
-        if line.startswith("| `") and "(by torch)" not in line
+        if line.startswith("| `") and "` (by " not in line
     ]
     quoted = [row.split("`")[1] for row in rows]
     assert len(quoted) >= 15
