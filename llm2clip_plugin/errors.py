@@ -31,9 +31,10 @@ def errors_about(path: object, *, fix: str = "") -> Iterator[None]:
             raise
         if isinstance(error, RuntimeError) and "CUDA" in str(error):
             raise
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), ""
-        )
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else ""
+        if reason.endswith(":"):  # the next line says what it is
+            reason = " ".join(lines[:2])
         kind = "" if isinstance(error, ValueError) and reason else type(error).__name__
         reason = ": ".join(part for part in (kind, reason) if part)
         advice = f"; {fix}" if fix else ""

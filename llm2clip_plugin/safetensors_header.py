@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -56,7 +57,12 @@ def read_header(
     path: str | os.PathLike[str], *, fix: str = "copy or export it again"
 ) -> Header:
     """Read and check a file's header. Raises ContractError naming the file and ``fix``, OSError."""
-    size = os.path.getsize(path)
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
+        raise ContractError(
+            f"{path} is a folder, a pipe or a device, not a file; {fix}"
+        )
+    size = status.st_size
     with open(path, "rb") as file:
         try:
             return parse_header(

@@ -50,9 +50,16 @@ class Differences:
 
 def difference(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     """The largest difference of pairs of tensors, as a share of the largest expected value of the
-    pair; 0.0 if they are bit-equal."""
+    pair; 0.0 if they are bit-equal. ValueError for other shapes, and for values that are not
+    finite."""
     shares = [0.0]
     for ours, theirs in zip(actual, expected, strict=True):
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"{tuple(ours.shape)} is compared with {tuple(theirs.shape)}, expected one shape"
+            )
+        if not (ours.isfinite().all() and theirs.isfinite().all()):
+            raise ValueError("outputs are not finite, so they have no difference")
         gap = (ours.float() - theirs.float()).abs().max().item()
         shares.append(gap / max(theirs.float().abs().max().item(), 1e-30))
     return max(shares)

@@ -25,9 +25,9 @@ def with_rates(trainer: type, **rates: float) -> type:
     settings.
 
     Schedule and weight decay stay those of the settings. Raises ValueError for a rate that is no
-    number; so does the trainer, when it is made, for a module that the model lacks, and training
-    for one without trained parameters. An optimizer that DeepSpeed makes from its own configuration
-    is not split.
+    number; so does the trainer, when it is made, for a module that the model lacks or a scheduler
+    of one's own, and training for a module without trained parameters. An optimizer that DeepSpeed
+    makes from its own configuration is not split.
     """
     for module, rate in rates.items():
         check_rate(module, rate)
@@ -36,6 +36,11 @@ def with_rates(trainer: type, **rates: float) -> type:
         def __init__(self, *arguments: Any, **more: Any) -> None:
             super().__init__(*arguments, **more)
             check_modules(self.model, rates)
+            if self.lr_scheduler is not None:
+                raise ValueError(
+                    "the trainer was given a scheduler (optimizers=...), which is of the "
+                    "optimizer's own groups; pass optimizers=(OPTIMIZER, None), or none"
+                )
 
         def create_optimizer(self, *arguments: Any, **more: Any) -> Any:
             optimizer = super().create_optimizer(*arguments, **more)
@@ -115,9 +120,10 @@ def split(
 
 
 def module_with_rate(path: list[str], rates: Mapping[str, float]) -> str:
-    """The module of a parameter that has a rate; "" if none has. ``path``: its name's parts."""
-    for module in rates:
-        if module in path:
+    """The innermost module of a parameter that has a rate; "" if none has. ``path``: its name's
+    parts."""
+    for module in reversed(path):
+        if module in rates:
             return module
     for part in path:
         whole = PART_OF.get(part, "")

@@ -200,6 +200,12 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
         processor = read_json(file) if file.is_file() else {}
         body = section(processor, "image_processor", where=str(file))
     stated = {name: body[name] for name in INHERITED if body.get(name) is not None}
+    resample = stated.get("resample", 0)
+    if type(resample) is not int or not 0 <= resample <= 5:
+        raise ContractError(
+            f"{file}: resample is {resample!r}, expected the number of PIL's filter, such as 3 "
+            "(bicubic)"
+        )
     if body.get("do_normalize") is False:
         stated |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     for name in ("image_mean", "image_std"):
@@ -400,6 +406,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     but tensors, or has an unknown suffix."""
     from torch import Tensor
 
+    if path.exists() and not path.is_file():  # opening a pipe would block
+        raise ContractError(f"{path} is a folder, a pipe or a device, not a file")
     if path.suffix == ".safetensors":
         state = load_tensors(path, fix="download it again")
     elif path.suffix in PICKLE_SUFFIXES:

@@ -125,9 +125,10 @@ def _check_states(
 
 
 def check_size(config: Any, image_size: int) -> None:
-    """ValueError if ``image_size`` is not a multiple of the patch size."""
-    if image_size % config.patch_size:
-        size = image_size // config.patch_size * config.patch_size
+    """ValueError if ``image_size`` is not a multiple of the patch size, or 0."""
+    if image_size < config.patch_size or image_size % config.patch_size:
+        patches = max(1, image_size // config.patch_size)
+        size = patches * config.patch_size
         raise ValueError(
             f"image_size {image_size} is not a multiple of the patch size {config.patch_size}; try "
             f"{size}"

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from llm2clip_plugin.vision.families import families
 from scripts import towers_table
@@ -33,6 +34,16 @@ def test_a_row_is_measured(family, tmp_path):
     assert max(exact) < ROUNDING
     assert 1e-4 < found.half < 0.1
     assert towers_table.row(family, reference, found).startswith(f"| {family} | trans")
+
+
+def test_what_cannot_be_compared_is_not_equal():
+    """The largest of 0 and NaN is 0."""
+    ones = torch.ones(2, 3)
+    assert towers_table.difference([ones, ones], [ones, 2 * ones]) == 0.5
+    with pytest.raises(ValueError, match="not finite"):
+        towers_table.difference([ones], [ones * float("nan")])
+    with pytest.raises(ValueError, match=r"\(1, 3\) is compared with \(2, 3\)"):
+        towers_table.difference([ones[:1]], [ones])
 
 
 def test_the_table_of_a_page_is_renewed(tmp_path):

@@ -159,3 +159,33 @@ def test_a_rate_that_is_no_number_is_refused(rate: Any) -> None:
         ValueError, match=r"learning rate for vision_tower is .*expected"
     ):
         with_rates(Trainer, vision_tower=rate)
+
+
+def test_the_innermost_module_with_a_rate_counts(tmp_path: Path) -> None:
+    """In whichever order the rates are given."""
+    inner = {"embeddings": 1e-6}
+    for rates in ({**RATES, **inner}, {**inner, **RATES}):
+        model = tiny_llava()
+        optimizer = trainer(tmp_path, model, **rates).create_optimizer()
+        rate_of = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                rate_of[parameter] = group["lr"]
+        for name, parameter in model.named_parameters():
+            if "embeddings" in name:
+                assert rate_of[parameter] == 1e-6
+            elif "vision_tower" in name:
+                assert rate_of[parameter] == RATES["vision_tower"]
+
+
+def test_a_scheduler_of_ones_own_is_refused(tmp_path: Path) -> None:
+    """It has the groups of an optimizer that is not split; an optimizer alone is split."""
+    model = tiny_llava()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    split_trainer = with_rates(Trainer, **RATES)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=r"given a scheduler .*\(OPTIMIZER, None\)"):
+        split_trainer(model, arguments, optimizers=(optimizer, constant))
+    made = split_trainer(model, arguments, optimizers=(optimizer, None))
+    assert len(made.create_optimizer().param_groups) == 3

@@ -19,6 +19,8 @@ import dataclasses
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 
 from llm2clip_plugin.atomic import naming_full_disk
 from llm2clip_plugin.contracts import TowerCard
-from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.vision import export
 from llm2clip_plugin.vision.convert import IMPORT, PART, vlm
 from llm2clip_plugin.vision.convert.layouts import (
@@ -200,24 +202,9 @@ def parse_tensors(
     """Parse the tensors of a checkpoint file or folder with its configuration. Raises ValueError
     (unknown layout or architecture; NaFlex's most patches are no square, and no ``image_size``),
     ContractError (a missing, misshapen or unknown tensor)."""
-    layout = next(
-        (layout for layout in layouts().values() if layout.matches(state)), None
-    )
-    if layout is not None:
-        parsed = layout.parse(state, config)
-        parsed.layout = layout.name
-    elif "model_type" in config:
-        parsed = parse_hub(state, config)
-    elif "architecture" in config:
-        parsed = parse_timm_hub(state, config)
-    else:
-        names = ", ".join(sorted(state)[:3])
-        names_of_layouts = ", ".join(layouts())
-        problem = f"the tensor names ({names}, ...) match no known layout ({names_of_layouts})"
-        raise ValueError(
-            f"{path}: {problem}; "
-            "a Hugging Face model needs its config.json, next to it or as --config"
-        )
+    with errors_of_libraries(path):
+        parsed = parse_layout(path, state, config)
+    check_values(path, parsed)
     if "model_cfg" in config:
         parsed.preprocessor = normalization(section(config, "preprocess_cfg"))
     else:
@@ -233,6 +220,66 @@ def parse_tensors(
             f"{path}: {problem}; a tensor was renamed, or --config must describe the architecture"
         )
     return parsed
+
+
+def parse_layout(
+    path: Path, state: dict[str, Tensor], config: dict[str, Any]
+) -> ParsedCheckpoint:
+    """The checkpoint as its layout reads it. Raises as ``parse_tensors``, and what transformers and
+    torch raise about settings of the wrong type."""
+    for layout in layouts().values():
+        if layout.matches(state):
+            parsed = layout.parse(state, config)
+            parsed.layout = layout.name
+            return parsed
+    if "model_type" in config:
+        return parse_hub(state, config)
+    if "architecture" in config:
+        return parse_timm_hub(state, config)
+    names = ", ".join(sorted(state)[:3])
+    names_of_layouts = ", ".join(layouts())
+    problem = (
+        f"the tensor names ({names}, ...) match no known layout ({names_of_layouts})"
+    )
+    raise ValueError(
+        f"{path}: {problem}; "
+        "a Hugging Face model needs its config.json, next to it or as --config"
+    )
+
+
+@contextmanager
+def errors_of_libraries(path: Path) -> Iterator[None]:
+    """As ``errors_about``, but a ValueError passes: it names the cause."""
+    with errors_about(path, fix="download it again, or correct its config.json"):
+        try:
+            yield
+        except ValueError as error:
+            named = error
+        else:
+            return
+    raise named
+
+
+def check_values(path: Path, parsed: ParsedCheckpoint) -> None:
+    """ContractError for weights of the tower that are quantized, or not finite, and for settings
+    with more blocks than there are tensors."""
+    for name, value in parsed.tower.items():
+        if value.element_size() == 1 or value.is_complex():
+            raise ContractError(
+                f"{path}: {name} is {value.dtype}, as quantized weights are; import the model in "
+                "half or full precision"
+            )
+        if not torch.isfinite(value).all():
+            raise ContractError(
+                f"{path}: {name} has values that are not finite; download it again, or take "
+                "another checkpoint"
+            )
+    blocks = parsed.config.get("num_hidden_layers", 0)
+    if blocks > len(parsed.tower):
+        raise ContractError(
+            f"{path}: config.json has num_hidden_layers {blocks}, but the tower has "
+            f"{len(parsed.tower)} tensors; correct config.json"
+        )
 
 
 def set_naflex_size(

@@ -116,10 +116,12 @@ def scale_of_temperature(
 
 def vision_config(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     """The complete config.json of the vision model, from its own or from an image-text model's."""
-    fields = section(config, "vision_config")
+    fields = dict(section(config, "vision_config"))
     if not fields:
         fields = dict(config)
         fields.pop("vision_config", None)
+    # the weights are read as they are; quantized ones are refused
+    fields.pop("quantization_config", None)
     vision = family.vision_class().config_class.from_dict(fields)
     vision.architectures = [family.vision_class().__name__]
     return json.loads(vision.to_json_string(use_diff=False))

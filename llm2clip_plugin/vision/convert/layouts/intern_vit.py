@@ -86,6 +86,10 @@ def parse_intern_vit(
             "InternViT needs num_attention_heads; pass the model's config.json as --config"
         )
     width, patch = patch_shape(state, patches)
+    if state[positions].dim() != 3:
+        raise ContractError(
+            f"{positions} is {tuple(state[positions].shape)}, expected (1, tokens, width)"
+        )
     grid = round((state[positions].shape[1] - 1) ** 0.5)
     fields = {name: config[name] for name in SAME_FIELDS if name in config}
     fields |= {

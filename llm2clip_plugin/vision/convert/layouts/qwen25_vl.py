@@ -16,6 +16,7 @@ from llm2clip_plugin.vision.directory import section
 from llm2clip_plugin.vision.qwen25 import Qwen25VisionConfig
 
 PREFIXES = ("model.visual.", "visual.")
+ACTIVATION = "silu"
 MARK = "blocks.0.mlp.gate_proj.weight"  # EVA-CLIP and Qwen3-VL have none
 
 
@@ -42,6 +43,7 @@ def parse_qwen25(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedChec
             f"Qwen2.5-VL's tower needs {', '.join(missing)} in vision_config; pass the model's "
             "config.json as --config"
         )
+    check_settings(vision)
     used = {
         name
         for name in state
@@ -69,6 +71,23 @@ def parse_qwen25(state: dict[str, Tensor], config: dict[str, Any]) -> ParsedChec
         used=used,
         left_out=dict.fromkeys(state.keys() - used, "language model or projector"),
     )
+
+
+def check_settings(vision: dict[str, Any]) -> None:
+    """ValueError for settings that the tower would read as others: block numbers that are none, and
+    another activation."""
+    blocks = vision["fullatt_block_indexes"]
+    if isinstance(blocks, list):
+        for block in blocks:
+            if type(block) is not int or block < 0:
+                raise ValueError(
+                    f"fullatt_block_indexes has {block!r}, expected numbers of blocks"
+                )
+    activation = vision.get("hidden_act", ACTIVATION)
+    if activation != ACTIVATION:
+        raise ValueError(
+            f"hidden_act is {activation!r}; Qwen2.5-VL's tower has {ACTIVATION} here"
+        )
 
 
 LAYOUT = Layout("qwen2.5-vl", lambda state: prefix_in(state) is not None, parse_qwen25)
