@@ -41,7 +41,11 @@ from llm2clip_plugin.text.config import (
 from llm2clip_plugin.text.encoder import CPU_TOKENS, CaptionEncoder, first_captions
 from llm2clip_plugin.text.llm import length_batches, pool
 from llm2clip_plugin.text.post import POST_FILE, Post, remove_components
-from llm2clip_plugin.text.reading import refuse_other_card, write_reading
+from llm2clip_plugin.text.reading import (
+    reading_options,
+    refuse_other_card,
+    write_reading,
+)
 
 # name of the row that is the mean over all languages but the home one
 LANGUAGES = "languages"
@@ -420,7 +424,7 @@ def search_and_report(config: EvaluateCaptionsConfig) -> None:
     llm_options = ("llm", "revision", "adapter", "load_in_4bit")
     words = changed_options(config.encoder, llm_options)
     if find_card(config.encoder.adapter or config.encoder.llm) is None:
-        words += changed_options(best.way, IDENTITY_SETTINGS)
+        words += reading_options(best.way, IDENTITY_SETTINGS)
     if best.post is not None:
         words += ["--post-file", str(Path(folder or "FOLDER") / POST_FILE)]
     print(command("embed", "DATA", *words))

@@ -5,6 +5,7 @@ It holds an encoder card, as the folder of an adapter does, and the post-process
 best.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,23 @@ def check_reading(folder: str, encoder: EncoderConfig) -> None:
 def stage_1_options(card: EncoderCard) -> list[str]:
     """Options of ``finetune-llm`` that train the LLM in this reading, at its last hidden state and
     without post-processing."""
-    return changed_options(_encoder_config(card), STAGE_1_SETTINGS)
+    return reading_options(_encoder_config(card), STAGE_1_SETTINGS)
 
 
 def embed_options(card: EncoderCard, folder: Path) -> list[str]:
     """Options of ``embed`` that read the original LLM so."""
-    words = changed_options(_encoder_config(card), IDENTITY_SETTINGS)
+    words = reading_options(_encoder_config(card), IDENTITY_SETTINGS)
     if card.post_sha256:
         words += ["--post-file", str(folder / POST_FILE)]
+    return words
+
+
+def reading_options(way: EncoderConfig, names: Sequence[str]) -> list[str]:
+    """Options that set the fields ``names``. The default pooling and attention are named, too: a
+    sentence-transformers model is read so only if that is demanded."""
+    words = changed_options(way, names)
+    if (way.pooling, way.attention) == (EncoderConfig.pooling, EncoderConfig.attention):
+        words = ["--preset", "mean", *words]
     return words
 
 

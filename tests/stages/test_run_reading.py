@@ -15,12 +15,13 @@ from llm2clip_plugin.contracts import CacheManifest, EncoderCard, TowerCard
 from llm2clip_plugin.data.sources import open_source
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.evaluate.config import PROMPT_EOL
+from llm2clip_plugin.stages.embed_config import EMBED
 from llm2clip_plugin.stages.llm_config import FINETUNE_LLM
 from llm2clip_plugin.stages.pipeline import main
 from llm2clip_plugin.stages.pipeline_config import PipelineConfig
 from llm2clip_plugin.stages.rerun import RunFolder, Stage
 from llm2clip_plugin.stages.run_plan import movable, plan
-from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.config import EncoderConfig, effective
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.post import POST_FILE, Post
 from llm2clip_plugin.text.teacher import TeacherLLM
@@ -91,6 +92,25 @@ def test_without_stage_1_embed_reads_the_llm_exactly_so(tiny: Path, tmp_path: Pa
     assert (teacher["layer"], teacher["chat_template"]) == (1, PROMPT_EOL)
     card = EncoderCard.read(tiny / "reading" / EncoderCard.FILE)
     assert teacher["post"] == card.post_sha256
+
+
+def test_a_sentence_transformers_model_may_be_read_by_the_mean(
+    tiny: Path, tmp_path: Path
+):
+    """Whose default is refused."""
+    card = EncoderCard.read(tiny / "reading" / EncoderCard.FILE)
+    mean = replace(card, pooling="mean", attention="bidirectional")
+    mean.write(tmp_path / EncoderCard.FILE)
+    (tmp_path / "modules.json").write_text("[]")
+    config = configured(tiny, reading=str(tmp_path))
+    for stage in (
+        planned(config, "short:long")["stage 1"],
+        planned(config, "")["embed train"],
+    ):
+        command = FINETUNE_LLM if stage.name == "stage 1" else EMBED
+        encoder = command.parse(stage.words[2:]).encoder
+        read, _ = effective(replace(encoder, llm=""), tmp_path, tiny / "none")
+        assert (read.pooling, read.attention) == ("mean", "bidirectional")
 
 
 def test_a_reading_without_post_processing_needs_no_file(tiny: Path, tmp_path: Path):
