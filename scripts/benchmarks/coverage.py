@@ -1,5 +1,5 @@
 """Do the intervals and verdicts of ``llm2clip compare`` hold what they promise? Simulated models
-whose true difference is known; 40 settings, 1,000 simulations each.
+whose true difference is known; 43 settings, 1,000 simulations each.
 
     python -m scripts.benchmarks.coverage
 
@@ -179,7 +179,8 @@ def categories(sizes: Sequence[int]) -> Setting:
         new_mean = mean_of_parts(parts, new, 100.0)
         return [pair([base_mean], [new_mean], names(len(parts)))], [0.0]
 
-    listed = " and ".join(map(str, sizes))
+    *first, last = map(str, sizes)
+    listed = f"{', '.join(first)} and {last}"
     return Setting(f"mean of categories of {listed} questions", draw)
 
 
@@ -335,6 +336,8 @@ def settings() -> list[Setting]:
         categories([5, 100]),
         categories([1, 100]),
         categories([2, 500]),
+        categories([4, 200]),
+        categories([3, 3, 3, 50]),
         f1(50, 3, 3, (0.7, 0.3), (0.8, 0.25)),
         f1(60, 1, 9, (0.6, 0.05), (0.6, 0.05)),
         runs(2, 2, 30, 0.0),
@@ -344,6 +347,7 @@ def settings() -> list[Setting]:
         runs(3, 3, 10, 0.0),
         runs(3, 3, 100, 2.0, gain=5.0),
         runs(1, 3, 100, 2.0),
+        runs(1, 3, 300, 5.0),
         runs(2, 8, 300, 5.0),
         runs(8, 8, 300, 0.0),
         runs(8, 8, 300, 3.0),

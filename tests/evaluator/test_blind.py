@@ -133,10 +133,10 @@ SIMULATED = [
 )
 def test_a_planted_gain_is_found_where_it_is(setting, planted):
     """1,000 simulations: scripts/benchmarks/blind.py."""
-    visual, blind = simulate(setting, 60)
-    found, false = (visual, blind) if planted == "visual" else (blind, visual)
-    assert found >= 0.8
-    assert false <= 0.12
+    shown = simulate(setting, 60)
+    rates = {"visual": shown.visual, "blind": shown.blind}
+    assert rates.pop(planted) >= 0.8
+    assert max(rates.values()) <= 0.12
 
 
 def test_a_log_of_one_side_alone_is_refused(tmp_path):
@@ -477,7 +477,8 @@ def test_a_blind_model_that_always_says_yes_moves_no_points(tmp_path):
     """New says yes more often, and sees no better: in each group yes and no count as in all
     questions, so that neither group shows a difference. The blind log says yes 4 times in 5."""
     setting = Setting(options=2, says_yes=(0.5, 0.8, 0.8))
-    assert simulate(setting, 20) == (0, 0)
+    shown = simulate(setting, 20)
+    assert (shown.visual, shown.blind) == (0, 0)
     # without that, both would: the log is right where the answer is yes
     truth = ["yes", "no"] * 20
     said = {

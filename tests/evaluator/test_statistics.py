@@ -16,6 +16,7 @@ from llava_integration.evaluator.compare.estimate import Estimate
 from llava_integration.evaluator.compare.multiplicity import holm, holm_factors
 from llava_integration.evaluator.compare.statistics import compare, pair, with_runs
 from llm2clip_plugin.bootstrap import bootstrap_mean, resample, t_cdf, t_quantile
+from scripts.benchmarks.attainable import outcomes, probabilities, right_or_wrong
 from scripts.benchmarks.coverage import settings
 from scripts.benchmarks.coverage import simulate as simulate_setting
 
@@ -439,6 +440,35 @@ def test_categories_are_welchs():
     below = variances[0] ** 2 / 4 + variances[1] ** 2 / 39
     assert result.standard_error == pytest.approx(sum(variances) ** 0.5)
     assert result.estimate.freedom == pytest.approx(sum(variances) ** 2 / below)
+
+
+def test_two_items_of_a_category_cannot_vary_more_than_their_scores():
+    """One of two items won, of 50 in the other category half won, half lost: the two items alone
+    would make the interval t_1 = 12.7 times a quarter wide, so that nothing but the span is left.
+    The largest variance that two differences up to 1 can have is (1/4)^2 + (1/4)^2 of the mean."""
+    parts = ["few"] * 2 + ["many"] * 50
+    new = [1.0, 0.5] + [1.0, 0.0] * 25
+    base = [0.0, 0.5] + [0.0, 1.0] * 25
+    names = [str(number) for number in range(52)]
+    paired = pair(
+        [mean_of_parts(parts, base, 100.0)], [mean_of_parts(parts, new, 100.0)], names
+    )
+    result = compare(paired)
+    assert result.difference == pytest.approx(25)
+    assert result.standard_error == pytest.approx(100 * (2 / 16) ** 0.5, rel=0.05)
+    assert result.high - result.low < 150  # of 200
+    assert (result.p < 0.05) == (not result.low <= 0 <= result.high)
+
+
+def test_the_exact_limit_of_few_changes():
+    """Where 2 % of 30 questions change, no critical value comes nearer to 95 %; the program for
+    exact coverage agrees with a sum by hand: two questions, of which none is ever shown."""
+    ours, exact = right_or_wrong(30, 0.02, 0.0)
+    assert ours == pytest.approx(exact, abs=1e-3)
+    assert right_or_wrong(2, 0.5, 0.5)[0] == pytest.approx(1)
+    outcome_O2 = outcomes(3)
+    assert len(outcome_O2) == 10
+    assert probabilities(outcome_O2, 3, 0.5, 0.2).sum() == pytest.approx(1)
 
 
 def test_images_with_questions_of_several_categories_are_no_strata():

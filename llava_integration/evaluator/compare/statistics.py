@@ -24,7 +24,12 @@ import numpy as np
 
 from llava_integration.evaluator.benchmarks.benchmark import Statistic
 from llava_integration.evaluator.compare.estimate import Estimate, combine
-from llm2clip_plugin.bootstrap import cluster_codes, cluster_sums, t_quantile
+from llm2clip_plugin.bootstrap import (
+    NORMAL,
+    cluster_codes,
+    cluster_sums,
+    t_quantile,
+)
 
 STEP = 1e-4  # of the numeric gradient, relative to a sum
 ROUNDING = 1e-12  # of sums of equal scores, relative
@@ -35,6 +40,7 @@ LEAST_OF_POOLED = 0.5
 # degrees of freedom per cluster of a category whose few clusters agree: their mean is far from
 # normal, and with 2 of 502 items in a category 10 % of verdicts would be wrong
 FREEDOM_OF_ALIKE = 2
+REACH = 0.975  # quantile by which the intervals of two variances are compared
 POWER = 0.8  # with which a detectable difference is detected
 
 
@@ -340,11 +346,30 @@ def over_strata(
             parts.append((max(variance, as_all), float(freedom)))
         else:
             parts.append((variance, effective_freedom(paired.sizes[members])))
-    total = sum(variance for variance, _ in parts)
-    if total == 0:
+    if sum(variance for variance, _ in parts) == 0:
         return 0.0, float(paired.freedom)
-    _, freedom = combine(parts)
-    return total, freedom
+    return nearer(paired, parts, span)
+
+
+def nearer(
+    paired: Paired, parts: Sequence[tuple[float, float]], span: float
+) -> tuple[float, float]:
+    """The sum of the strata's variances, and its degrees of freedom. Two items tell so little of
+    their variance that its interval can be wider than that of the largest variance that scores can
+    have, which needs no estimate: where this makes the interval narrower, it takes the place of
+    theirs."""
+    limited = []
+    for stratum, (variance, freedom) in enumerate(parts):
+        members = paired.strata == stratum
+        largest = float(np.sum((span * paired.weights[members]) ** 2))
+        reach = t_quantile(REACH, freedom) / NORMAL.inv_cdf(REACH)
+        if reach**2 * variance > largest:
+            limited.append((largest, float(paired.freedom)))
+        else:
+            limited.append((variance, freedom))
+    results = [combine(parts), combine(limited)]
+    error, freedom = min(results, key=lambda both: both[0] * t_quantile(REACH, both[1]))
+    return error**2, freedom
 
 
 def effective_freedom(size_C: np.ndarray) -> float:
