@@ -45,6 +45,11 @@ ITEMS = {
         {**OTHER, "truth": "1"},
         ANSWER_OF_QUESTION,
     ),
+    "answers are null": (
+        {**QUESTION, "answer": None},
+        {**QUESTION, "answer": None},
+        UNKNOWN,
+    ),
     "the first of several answers": (
         {**QUESTION, "repeats": 4},
         {**QUESTION, "repeats": 4},

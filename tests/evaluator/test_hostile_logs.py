@@ -11,8 +11,12 @@ from reader_logs import LOGS
 from llava_integration.evaluator.compare.command import main
 from llava_integration.evaluator.compare.comparison import NOTHING_PAIRED, build
 from llava_integration.evaluator.compare.pairing import matched_by_number
-from llava_integration.evaluator.compare.readers import file_formats
-from llava_integration.evaluator.compare.sides import load_side, run_number
+from llava_integration.evaluator.compare.readers import Choices, file_formats
+from llava_integration.evaluator.compare.sides import (
+    load_models,
+    load_side,
+    run_number,
+)
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError
 
@@ -206,3 +210,28 @@ def test_the_page_takes_fields_of_other_types(tmp_path, name):
             )
             files.append(str(record.write(tmp_path / f"{number}{score}.scores.json")))
         assert main([*files, "--output", str(tmp_path / "out")]) == 0
+
+
+def test_two_sides_of_one_name_are_refused(tmp_path):
+    """Their letters and scores would be one's."""
+    lines = ["item,score,model"]
+    for model, wins in (("m1", 18), ("m2", 3), ("", 2)):
+        lines += [f"{number},{int(number < wins)},{model}" for number in range(20)]
+    path = tmp_path / "m1.csv"  # whose name is that of the third side
+    path.write_text("\n".join(lines))
+    assert [side.name for side in load_models(path)] == ["m1 #0", "m2", "m1 #2"]
+    with pytest.raises(ValueError, match=r"the same name \(a, a, b\)"):
+        main([str(path), "--names", "a", "a", "b", "--all-pairs"])
+
+
+def test_a_column_of_losses_is_noted(tmp_path):
+    path = table(tmp_path / "a.csv", RIGHT, val_loss=2)
+    ((run,),) = load_side(path, choices=Choices(metric="val_loss")).runs.values()
+    assert "val_loss: a higher value counts as better" in run.notes[0]
+    ((run,),) = load_side(path).runs.values()
+    assert run.notes == []
+
+
+def test_a_number_with_an_underscore_is_none(tmp_path):
+    with pytest.raises(ContractError, match="score is '1_0'"):
+        load_side(table(tmp_path / "a.csv", ["1_0"]))

@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     """Compare score files and write the reports."""
     args = COMMAND.parse(sys.argv[1:] if argv is None else argv)
     sides = sides_of(args)
+    check_names(sides)
     if args.plan:
         print_plan(sides, args)
         return 0
@@ -256,6 +257,15 @@ def sides_of(args: CompareConfig) -> list[Side]:
             for side, name in zip(sides, args.names, strict=True)
         ]
     return sides
+
+
+def check_names(sides: Sequence[Side]) -> None:
+    """Raises ValueError for two sides of one name, whose letters and scores would be one's."""
+    names = [side.name for side in sides]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"sides have the same name ({', '.join(names)}); give each its own with --names"
+        )
 
 
 def print_drift(sides: Sequence[Side], args: CompareConfig) -> None:

@@ -233,7 +233,7 @@ def cause_of(base: Item, new: Item) -> str:
 def has_same_answer(base: Item, new: Item) -> bool | None:
     """Whether the answers that were scored are the same; None if that is not known: items keep the
     first LONGEST_TEXT characters of the first of several answers."""
-    if "answer" not in base or "answer" not in new:
+    if base.get("answer") is None or new.get("answer") is None:
         return None
     answer = str(base["answer"])
     if answer != str(new["answer"]):

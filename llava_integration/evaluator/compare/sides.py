@@ -128,7 +128,9 @@ def load_models(path: Path, choices: Choices = NO_CHOICES) -> list[Side]:
     models: dict[str, list[Run]] = {}
     for run in runs:
         models.setdefault(model_of(run), []).append(run)
-    return [side_of(path, of_model, name, notes) for name, of_model in models.items()]
+    sides = [side_of(path, of_model, name, notes) for name, of_model in models.items()]
+    with_number = [f"{side.name} #{number}" for number, side in enumerate(sides)]
+    return rename_equal(sides, with_number)
 
 
 def side_of(path: Path, runs: Sequence[Run], name: str, notes: Sequence[str]) -> Side:

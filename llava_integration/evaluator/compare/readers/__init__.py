@@ -285,7 +285,7 @@ def mme_logs(
 def number(value: Any, where: str) -> float:
     """A score, which a table has as text, as a number. True is 1. ContractError for anything
     else."""
-    if isinstance(value, str):
+    if isinstance(value, str) and "_" not in value:  # Python reads 1_0 as 10
         with suppress(ValueError):
             value = float({"true": "1", "false": "0"}.get(value.lower(), value))
     if isinstance(value, (int, float)) and abs(value) <= 1e12:

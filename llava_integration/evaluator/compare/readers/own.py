@@ -11,6 +11,7 @@ Of a table, ``item`` (or ``id``, ``question_id``) and ``score`` (or ``correct``)
 ``seed``) split a table into benchmarks and runs, ``model`` into sides.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -93,6 +94,13 @@ COLUMNS = {  # ours: theirs
 }
 
 
+# names of columns whose lower values are better, as a rule
+LOWER_IS_BETTER = re.compile(
+    r"(?<![a-z])(loss|perplexity|ppl|error|wer|cer|mae|mse|rmse)(?![a-z])",
+    re.IGNORECASE,
+)
+
+
 def _column_numbers(names: list[str]) -> dict[str, int]:
     """Where each of our columns is in a table."""
     numbers = {}
@@ -165,6 +173,12 @@ def table_read(path: Path, choices: Choices) -> Iterator[Log]:
         tables.setdefault((task, run, model), []).append(item)
     if not tables:
         raise ContractError(f"{path} has no items below its first line")
+    score_name = str(names[column_numbers["score"]])
+    notes = []
+    if LOWER_IS_BETTER.search(score_name):
+        notes.append(
+            f"{score_name}: a higher value counts as better; if it is worse, negate the column"
+        )
     for (task, run, model), items in tables.items():
         yield Log(
             benchmark=task,
@@ -172,6 +186,7 @@ def table_read(path: Path, choices: Choices) -> Iterator[Log]:
             items=items,
             model=model,
             run=run,
+            notes=list(notes),
             named="task" in column_numbers,
         )
 
