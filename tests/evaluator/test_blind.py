@@ -19,6 +19,7 @@ from llava_integration.evaluator.compare.blind import (
 from llava_integration.evaluator.compare.command import main
 from llava_integration.evaluator.compare.comparison import build
 from llava_integration.evaluator.compare.guessing import (
+    check_free_text,
     guessing,
     option_count,
     rotation_count,
@@ -373,6 +374,21 @@ def test_a_group_whose_yes_and_no_cannot_be_balanced_has_questions_and_no_mean(
     assert eyes.to_dict()["base"] is None
     assert not any("solve no more questions" in note for note in row.notes)
     assert any("the answer no the blind logs solve no more" in n for n in row.notes)
+
+
+@pytest.mark.parametrize(
+    ("truths", "remedy"),
+    [
+        (list("ABCD") * 5, "there are 4 options, add --blind-chance 0.25"),
+        (["(a)", "(b)", "B"] * 5, "there are 2 options, add --blind-chance 0.5"),
+        (list("012") * 5, "there are 3 options, add --blind-chance 0.333"),
+        ([""] * 5, "add --blind-chance 0.25 for four options"),
+        (["A"] * 5, "add --blind-chance 0.25 for four options"),
+    ],
+)
+def test_it_says_which_chance_to_type(truths, remedy):
+    with pytest.raises(ContractError, match=remedy):
+        check_free_text(truths, len(truths))
 
 
 def test_the_chance_that_is_set_is_that_of_questions_without_options(tmp_path):
