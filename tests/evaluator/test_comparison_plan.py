@@ -171,6 +171,9 @@ def test_a_task_that_cannot_be_planned_is_a_note(tmp_path, capsys):
     assert "- not planned: short: base and new share 10 questions of 40, 10" in output
     assert "broken.csv" in output
     assert "lone is not compared: only new has its scores" in output
+    # what the note advises
+    assert main([*sides, "--plan", "--min-overlap", "0.2"]) == 0
+    assert "| short " in capsys.readouterr().out
     for side in sides:
         (tmp_path / side / "whole.csv").unlink()
     with pytest.raises(ContractError, match="share 10 questions"):

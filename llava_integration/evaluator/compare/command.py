@@ -79,7 +79,7 @@ class CompareConfig:
     min_overlap: float = setting(
         MIN_OVERLAP,
         help="fraction of a benchmark's items that both sides must have; others are left out",
-        needs=COMPARISON,
+        needs="not drift",
     )
     fail_on: Literal["nothing", "worse"] = setting(
         "nothing",
@@ -310,7 +310,7 @@ def blind_logs(args: CompareConfig) -> BlindLogs | None:
 
 def print_plan(sides: Sequence[Side], args: CompareConfig) -> None:
     """Print how many images and runs a difference needs."""
-    noises, notes = plan(sides, spread=args.spread)
+    noises, notes = plan(sides, spread=args.spread, min_overlap=args.min_overlap)
     rows = plan_rows(noises, effect=args.effect, runs=args.runs, level=args.level)
     lines = table(PLAN, rows)
     test = f"with {POWER:.0%} power, two-sided at {1 - args.level:.0%}"

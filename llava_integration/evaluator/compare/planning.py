@@ -11,6 +11,7 @@ from llava_integration.evaluator.benchmarks.benchmark import Statistic
 from llava_integration.evaluator.compare.comparison import largest_difference
 from llava_integration.evaluator.compare.estimate import combine
 from llava_integration.evaluator.compare.pairing import (
+    MIN_OVERLAP,
     one_sided_notes,
     ordered,
     paired_runs,
@@ -105,7 +106,10 @@ class Noise:
 
 
 def plan(
-    sides: Sequence[Side], *, spread: float | None = None
+    sides: Sequence[Side],
+    *,
+    spread: float | None = None,
+    min_overlap: float = MIN_OVERLAP,
 ) -> tuple[list[Noise], list[str]]:
     """The noise of every benchmark of the base, or of both sides, and notes on those that are left
     out, or on what a side left out of its logs. With one side, the other is taken to vary as much
@@ -129,7 +133,7 @@ def plan(
     problems = []
     for name in names:
         try:
-            noises.append(measure(base, new, name, spread))
+            noises.append(measure(base, new, name, spread, min_overlap))
         except ContractError as error:
             problems.append(error)
     if not noises:
@@ -138,9 +142,11 @@ def plan(
     return noises, list(dict.fromkeys(notes))
 
 
-def measure(base: Side, new: Side, name: str, spread: float | None) -> Noise:
+def measure(
+    base: Side, new: Side, name: str, spread: float | None, min_overlap: float
+) -> Noise:
     """The noise of one benchmark."""
-    base_runs, new_runs, _ = paired_runs(name, base, new)
+    base_runs, new_runs, _ = paired_runs(name, base, new, min_overlap=min_overlap)
     first = base_runs[0]
     base_statistics = [run.statistic for run in base_runs]
     new_statistics = [run.statistic for run in new_runs]
