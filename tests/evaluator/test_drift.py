@@ -311,11 +311,11 @@ OF_A_COMPARISON = (
     "--fail-on worse",
     "--paired-runs",
     "--all-pairs",
-    "--min-overlap 0.5",
     "--questions 8",
 )
 REFUSED = [
     ("--drift", "--level 0.9"),
+    ("--drift", "--min-overlap 0.5"),
     *(("--drift", option) for option in OF_A_COMPARISON),
     *(("--plan", option) for option in OF_A_COMPARISON),
 ]
