@@ -4,7 +4,7 @@
     inherited.py --towers OUT/towers --llm DATA/gate/llm --output OUT/inherited \
         --arms permuted oracle --seeds 0 1
 
-Stage 2 saw every training emoji with its name; LLaVA is shown a part of them, A (about 100), and is
+Stage 2 saw every training emoji with its name; LLaVA is shown a part of them, A (half), and is
 asked about others, B, of other families. Its language model is frozen, so that all it learns is to
 read the tower (the projector). It chooses among 40 names of B, one of a family: an answer's place
 is the share of the other names that it holds for less likely than the right one (.5 by chance).
@@ -42,7 +42,9 @@ from llm2clip_plugin.json_files import read_json_value as read_json
 from llm2clip_plugin.report_text import estimate, markdown_table, p_value, spread
 
 QUESTION = "What is it?"
-SHOWN = 100  # concepts of A
+SHOWN = (
+    534  # concepts of A, as gate.py fits to; after 100, even the oracle shows nothing
+)
 NAMES = 40  # of B
 STEPS = 120  # of the projector, as the miniature's
 BATCH = 16
