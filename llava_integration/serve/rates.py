@@ -62,10 +62,10 @@ def check_rate(module: str, rate: Any) -> None:
 
 def check_modules(model: nn.Module, rates: Mapping[str, float]) -> None:
     """ValueError for a rate of a module that the model lacks."""
-    known = set()
+    module_names: set[str] = set()
     for name, _ in model.named_parameters():
-        known.update(name.split("."))
-    unknown = sorted(set(rates) - known)
+        module_names.update(name.split("."))
+    unknown = sorted(set(rates) - module_names)
     if unknown:
         raise ValueError(
             f"learning rate for {', '.join(unknown)}, which the model does not have; its modules: "

@@ -324,7 +324,7 @@ def weights_sample(folder: Path) -> str:
 def llm_folder(llm: str, revision: str, expected: str, *, where: Path) -> Path:
     """The folder of the LLM that ``where`` names, downloaded if it is on the Hub. Raises ValueError
     if it is not at hand, or has other weights than those that it was exported with."""
-    fix = f'set "llm" in {where} to the folder or Hub id of the LLM that it was exported with'
+    advice = f'set "llm" in {where} to the folder or Hub id of the LLM that it was exported with'
     folder = where.parent / llm if llm.startswith(("./", "../")) else Path(llm)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -339,12 +339,12 @@ def llm_folder(llm: str, revision: str, expected: str, *, where: Path) -> Path:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"the LLM {llm!r} is not at hand ({reason}); {fix}"
+                f"the LLM {llm!r} is not at hand ({reason}); {advice}"
             ) from error
     actual = weights_sample(folder)
     if actual != expected:
         raise ValueError(
-            f"{folder} has other weights than the LLM of this embedder; {fix}"
+            f"{folder} has other weights than the LLM of this embedder; {advice}"
         )
     return folder
 

@@ -177,11 +177,11 @@ class TeacherLLM:
         loaded = encoder.identity()
         if self.identity is not None and not self.identity.agrees_with(loaded):
             changed = differences(vars(self.identity), loaded)
-            fix = GIVE_BOTH
+            advice = GIVE_BOTH
             if self.identity.post and not loaded.post:
-                fix = GIVE_POST
+                advice = GIVE_POST
             raise ContractError(
-                f"{config.llm} is not the tower's teacher: {changed}; {fix}"
+                f"{config.llm} is not the tower's teacher: {changed}; {advice}"
             )
         return encoder
 

@@ -92,7 +92,9 @@ def right_or_wrong(questions: int, won: float, lost: float) -> tuple[float, floa
     """Coverage of our interval, and of the exact test with the same statistic."""
     outcome_O2 = outcomes(questions)
     truth = won - lost
-    p_O = np.array([p_of(one, 100 * truth) for one in estimates(outcome_O2, questions)])
+    p_O = np.array(
+        [p_of(estimate, 100 * truth) for estimate in estimates(outcome_O2, questions)]
+    )
     true_O = probabilities(outcome_O2, questions, won, lost)
     ours = float(true_O[p_O >= SIZE].sum())
     # the smallest p first: how often it, or a smaller one, comes up at the least favorable share

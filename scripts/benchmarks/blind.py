@@ -258,9 +258,9 @@ def main() -> None:
     print("| setting | visual | if known | blind |")
     print("|---|--:|--:|--:|")
     for setting in settings():
-        shown = simulate(setting, args.simulations)
-        if_known = "" if shown.if_known is None else f"{shown.if_known:.1%}"
-        columns = f"{shown.visual:.1%} | {if_known} | {shown.blind:.1%}"
+        shares = simulate(setting, args.simulations)
+        if_known = "" if shares.if_known is None else f"{shares.if_known:.1%}"
+        columns = f"{shares.visual:.1%} | {if_known} | {shares.blind:.1%}"
         print(f"| {setting.name} | {columns} |", flush=True)
 
 

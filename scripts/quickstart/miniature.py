@@ -74,7 +74,7 @@ def train_side(output: Path, name: str, tower: str, steps: tuple[int, int]) -> N
     register()
     caption_steps, conversation_steps = steps
     if not aligned.exists():
-        settings = {
+        settings: dict[str, Any] = {
             "max_steps": caption_steps,
             "per_device_train_batch_size": 16,
             "seed": int(seed),

@@ -225,8 +225,8 @@ def largest_scores(name: str, sides: Sequence[Side]) -> dict[str, float]:
                 continue
             title = side.name
             if len(runs) > 1:
-                place = run.files[0].name if run.files else f"run {number}"
-                title = f"{side.name} ({place})"
+                file_name = run.files[0].name if run.files else f"run {number}"
+                title = f"{side.name} ({file_name})"
             largest[title] = max([largest.get(title, 0.0), *map(abs, run.scores)])
     return largest
 

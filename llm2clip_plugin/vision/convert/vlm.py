@@ -131,8 +131,8 @@ def check_is_whole(path: Path, config: dict[str, Any]) -> None:
     if "vision_config" in config or config.get(LLAVA_TOWER):
         return
     kind = str(config.get("model_type") or config.get("architecture"))
-    known = any(kind in family.model_types for family in families().values())
-    if known or kind.startswith(OF_VISION_MODELS) or "architecture" in config:
+    is_family = any(kind in family.model_types for family in families().values())
+    if is_family or kind.startswith(OF_VISION_MODELS) or "architecture" in config:
         raise ValueError(
             f"{path} is a vision model ({kind}), not a vision-language model; leave out --part"
         )

@@ -154,7 +154,9 @@ def table_problem(path: Path) -> str:
     expected, name = (b",", "commas") if path.suffix == ".csv" else (b"\t", "tabs")
     if expected in first_line:
         return ""
-    for separator, found in ((b";", "semicolons"), (b"\t", "tabs"), (b",", "commas")):
+    for separator, plural in ((b";", "semicolons"), (b"\t", "tabs"), (b",", "commas")):
         if separator in first_line:
-            return f"{path} has {found} between its columns; a {path.suffix} has {name}"
+            return (
+                f"{path} has {plural} between its columns; a {path.suffix} has {name}"
+            )
     return ""

@@ -115,10 +115,10 @@ def _column_numbers(names: list[str]) -> dict[str, int]:
 
 def check_distinct(path: Path, names: list[str]) -> None:
     """Raises ContractError for a table with one of our columns twice: one would be lost."""
-    known = {name for theirs in COLUMNS.values() for name in theirs}
+    our_names = {name for theirs in COLUMNS.values() for name in theirs}
     counts = Counter(str(name).strip().lower() for name in names)
     for name, count in counts.items():
-        if name in known and count > 1:
+        if name in our_names and count > 1:
             raise ContractError(
                 f"{path} has {count} columns {name}; remove or rename all but one"
             )
