@@ -129,9 +129,9 @@ def twin_groups(scenes: Sequence[str]) -> list[tuple[int, int]]:
 def group_scores(score_NN: Tensor, groups: Sequence[tuple[int, int]]) -> np.ndarray:
     """(G,) 1 where both pictures prefer their caption, and both captions their picture."""
     scores = []
-    for one, other in groups:
-        right = min(score_NN[one, one], score_NN[other, other])
-        wrong = max(score_NN[one, other], score_NN[other, one])
+    for scene, twin in groups:
+        right = min(score_NN[scene, scene], score_NN[twin, twin])
+        wrong = max(score_NN[scene, twin], score_NN[twin, scene])
         scores.append(1.0 if right > wrong else 0.0)
     return np.array(scores)
 
@@ -317,7 +317,9 @@ def make_report(
     record = {
         "steps": steps,
         "settings": {score: vars(setting) for score, setting in settings.items()},
-        "validation": [{**vars(one), **values} for one, values in validated.items()],
+        "validation": [
+            {**vars(setting), **values} for setting, values in validated.items()
+        ],
         "means": means,
         "comparisons": comparisons,
     }
@@ -334,7 +336,7 @@ def pairs_of_scores(pictures: Pictures, split: str) -> dict[str, list[str]]:
     numbers = pictures.of_split(split)
     pairs = [pictures.family[number] for number in numbers]
     groups = twin_groups([pictures.concept[number] for number in numbers])
-    return {"retrieval": pairs, "twins": [pairs[one] for one, _ in groups]}
+    return {"retrieval": pairs, "twins": [pairs[scene] for scene, _ in groups]}
 
 
 def main() -> None:

@@ -36,11 +36,11 @@ def random_vector(text: str, width: int) -> Tensor:
 def embed_words(caption: str, width: int, seed: int) -> Tensor:
     """(width,) the sum of the caption's words. Raises ValueError if it is not a scene's."""
     total = torch.zeros(width)
-    for place, name in enumerate(names_in(caption)):
+    for position, name in enumerate(names_in(caption)):
         words = name.split()[1:]  # without the article
         for word in words:
             anywhere = random_vector(f"{seed} {word}", width)
-            here = random_vector(f"{seed} {place} {word}", width)
+            here = random_vector(f"{seed} {position} {word}", width)
             total += (anywhere + here) / len(words) ** 0.5
     return total + random_vector(f"{seed} {relation_in(caption)}", width)
 

@@ -203,8 +203,8 @@ def picture(scene: Scene, drawings: Drawings) -> bytes:
     across = (middle + scene.shift, middle - scene.shift)
     concepts = (scene.first, scene.second)
     for concept, start, shifted in zip(concepts, along, across, strict=True):
-        place = (start, shifted) if scene.relation == "left of" else (shifted, start)
-        image.paste(drawings.images[concept, scene.style], place)
+        corner = (start, shifted) if scene.relation == "left of" else (shifted, start)
+        image.paste(drawings.images[concept, scene.style], corner)
     output = io.BytesIO()
     image.save(output, "PNG")
     return output.getvalue()
