@@ -180,7 +180,9 @@ def test_a_copied_score_file_is_not_a_second_run(tmp_path):
 def test_runs_with_equal_scores_are_runs(tmp_path):
     """Two of three runs have the same scores: the mean is over three."""
     for seed, scores in enumerate([[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]):
-        simulated(tmp_path / "files", f"seed{seed}", scores)
+        # of one model, with other answers
+        folder = tmp_path / "files" / f"seed{seed}"
+        simulated(folder, "model", scores, answer=f"of seed {seed}")
     lines = ["item,score,run"]
     for seed, scores in enumerate([[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]):
         lines += [f"{item},{score},{seed}" for item, score in enumerate(scores)]
