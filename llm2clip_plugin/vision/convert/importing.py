@@ -254,7 +254,7 @@ def errors_of_libraries(path: Path) -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            named = error
+            named = error  # raised below, where errors_about does not replace it
         else:
             return
     raise named

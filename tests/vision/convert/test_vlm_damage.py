@@ -31,8 +31,9 @@ def damaged(folder, model, *, config=(), tensors=()):
     (folder / "config.json").write_text(json.dumps(body))
     state = load_file(model / "model.safetensors")
     for ending, change in dict(tensors).items():
-        for name in [name for name in state if name.endswith(ending)]:
-            state[name] = change(state[name])
+        for name, value in list(state.items()):
+            if name.endswith(ending):
+                state[name] = change(value)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     return folder
 
