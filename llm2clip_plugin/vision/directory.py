@@ -388,6 +388,7 @@ def _with_places(card: TowerCard, change: Callable[[str], str]) -> TowerCard:
 # Checkpoints of other libraries.
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 # older versions run code in spite of `weights_only=True` (CVE-2025-32434)
 SAFE_TORCH = (2, 6)
 # of a training checkpoint, in the reference's order
@@ -454,9 +455,7 @@ def weight_files(directory: Path) -> list[Path]:
             shards = section(read_json(index), "weight_map", where=str(index)).values()
             return sorted({directory / Path(shard).name for shard in shards})
     files = sorted(
-        path
-        for path in directory.iterdir()
-        if path.suffix in (".safetensors", *PICKLE_SUFFIXES)
+        path for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES
     )
     if not files:
         raise FileNotFoundError(

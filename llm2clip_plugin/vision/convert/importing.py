@@ -45,6 +45,7 @@ from llm2clip_plugin.vision.convert.layouts.hub import (
 )
 from llm2clip_plugin.vision.directory import (
     PREPROCESSOR_FILE,
+    WEIGHT_SUFFIXES,
     WEIGHTS_FILE,
     DualConfig,
     fetch_directory,
@@ -155,7 +156,14 @@ def fetch_checkpoint(source: str | os.PathLike[str], part: str) -> Path:
     if part == PART:
         return vlm.fetch_vision_part(source)
     path = Path(source).expanduser()
-    return path if path.is_file() else fetch_directory(source)
+    if path.is_file():
+        return path
+    if path.suffix in WEIGHT_SUFFIXES and not path.is_dir():
+        problem = "is a pipe or a device" if path.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{source} {problem}; expected a file of weights, a folder or a Hub id (owner/name)"
+        )
+    return fetch_directory(source)
 
 
 def parse_vision_part(

@@ -1,6 +1,7 @@
 """The import command: round trips, other resolutions, preprocessing, timm by name."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -115,3 +116,16 @@ def test_the_note_about_pixels_names_the_source_and_what_is_missing(
     error = capsys.readouterr().err
     assert f"note: {source} has no {message}" in error
     assert error.count("note:") == 1
+
+
+@pytest.mark.parametrize(
+    "kind, problem", [("missing", "does not exist"), ("pipe", "is a pipe or a device")]
+)
+def test_a_file_that_cannot_be_read_says_why(tmp_path, kind, problem):
+    source = tmp_path / "tower.safetensors"
+    if kind == "pipe":
+        os.mkfifo(source)
+    with pytest.raises(
+        FileNotFoundError, match=rf"{source} {problem}; expected a file"
+    ):
+        import_tower(source, tmp_path / "out")
