@@ -62,17 +62,22 @@ ARMS = {
     BEFORE: "before stage 2",
     "random": "random embeddings",
     "permuted": "fine-tuned LLM, permuted over concepts",
+    "spelling": "random vectors of letters",
     "raw": "raw LLM, read well",
     "map": "linear map on the raw LLM",
     "tuned": "fine-tuned LLM",
     "oracle": "oracle: the neutral LLM itself",
 }
-# (base, new), fixed before the first was measured; p is adjusted for all that are there
+# (base, new), fixed before either was measured; p is adjusted for all that are there
 COMPARISONS = (
     ("permuted", "tuned"),
     ("permuted", "raw"),
     ("permuted", "map"),
     ("permuted", "oracle"),
+    ("spelling", "tuned"),
+    ("spelling", "raw"),
+    ("spelling", "map"),
+    ("spelling", "oracle"),
     ("raw", "tuned"),
     ("map", "tuned"),
 )
@@ -264,7 +269,7 @@ def cache_folder(data: Path, name: str) -> Path:
     arm = name.partition("-seed")[0]
     if arm == "oracle":
         return data / "gate" / NEUTRAL
-    if arm == "permuted":
+    if arm in ("permuted", "spelling"):
         return data / "gate" / name
     if arm in ("raw", "random"):
         return data / "cache" / arm

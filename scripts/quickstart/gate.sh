@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Does what a teacher knows reach what LLaVA reads? Asked by a ridge regression before any LLaVA is trained (gate.py): towers
-# before stage 2, against random and permuted embeddings, the raw LLM, a linear map on it, the fine-tuned LLM, and an oracle.
+# before stage 2, against random and permuted embeddings, random vectors of letters, the raw LLM, a linear map on it, the
+# fine-tuned LLM, and an oracle.
 #
 #   scripts/quickstart/gate.sh                         three seeds, 50 steps of stage 2 as the quickstart; two minutes of a core a tower
 #   scripts/quickstart/gate.sh --steps 200 --seeds 1   longer towers, in a folder of their own
@@ -11,12 +12,12 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$ROOT/scripts/options.sh"
-SEEDS=3 STEPS=50 ARMS='permuted tuned raw map oracle random' OUTPUT=''
+SEEDS=3 STEPS=50 ARMS='permuted spelling tuned raw map oracle random' OUTPUT=''
 read_options "seeds steps arms output" "$@"
 for number in "$SEEDS" "$STEPS"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number is not a number above 0"
 done
-for arm in $ARMS; do one_of --arms "$arm" permuted tuned raw map oracle random; done
+for arm in $ARMS; do one_of --arms "$arm" permuted spelling tuned raw map oracle random; done
 WORK=$(realpath -ms "${OUTPUT:-$ROOT/quickstart-output}")
 cd "$ROOT"
 "$ROOT/scripts/quickstart.sh" --compare --no-llava --seeds "$SEEDS" --output "$WORK"

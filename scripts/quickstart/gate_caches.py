@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
 """The teachers that gate.sh needs beside the quickstart's: one whose embeddings belong to the wrong
-concepts, and LLaVA's own language model.
+concepts, one that knows how captions are spelled and nothing else, and LLaVA's own language model.
 
     gate_caches.py permuted DATA/all --cache DATA/cache/tuned-seed0 --seed 0 --output DIR
+    gate_caches.py spelling DATA/all --cache DATA/cache/raw --seed 0 --output DIR
     gate_caches.py llm --output DIR
     gate_caches.py neutral DATA/all --llm DIR/llm --layer 28 --post-file FILE --output DIR
 
 - permuted: the cache of a teacher, permuted over the concepts of a split. Norms, spectrum, and what
   the captions of one concept share stay as they are; only what a concept means is lost. So it is a
   stronger control than random embeddings.
+- spelling: a caption is the sum of random vectors, one for each run of three to five letters within
+  its words, the same wherever the run occurs. "cat face" and "tiger face" are alike, as they are
+  for an LLM; "cat" and "kitten" are not. ``--cache`` is a teacher's, for the width.
 - neutral: the captions as another LLM embeds them, the language model of the scaled-down LLaVA. As
   a teacher it is the oracle: its embeddings are what a projector must reach.
 - llm: that language model, SmolLM2-135M-Instruct, in DIR/llm.
@@ -17,18 +21,21 @@ Caches hold the shards of training and validation. Shapes: C captions, W width o
 """
 
 import argparse
+import functools
 import random
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from build_models import make_llava_llm
 from torch import Tensor
 
 from llm2clip_plugin.atomic import atomic_directory
-from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.cache_file import caption_rows, shard_captions
 from llm2clip_plugin.data.cache_writer import CacheWriter
@@ -37,7 +44,11 @@ from llm2clip_plugin.data.sources import Source, SourceConfig, open_source
 from llm2clip_plugin.hashes import sha256_text
 
 SPLITS = ("train", "validation")
-PERMUTED = "embeddings of other concepts"  # the name of that control's teacher
+WORD = re.compile(r"\w+")
+# names of the controls' teachers
+PERMUTED = "embeddings of other concepts"
+SPELLING = "random vectors of letters"
+LETTERS = range(3, 6)  # in a run; a word's borders count
 # PromptEOL (arXiv 2307.16645), as in parts.sh
 READING: dict[str, Any] = {
     "attention": "causal",
@@ -78,26 +89,99 @@ def caption_embeddings(
     return of_concept
 
 
+def control_identity(
+    teacher: Mapping[str, Any], name: str, source: str
+) -> TeacherIdentity:
+    """Of a control that has a teacher's width; ``source`` decides its embeddings."""
+    return TeacherIdentity(
+        **{
+            **teacher,
+            "llm": name,
+            "weights_sha256": sha256_text(source),
+            "adapter_sha256": "",
+            "adapter": "",
+        }
+    )
+
+
 def write_permuted(data: Path, cache: Path, output: Path, seed: int) -> None:
     """Write the cache of the training and validation shards in which each concept has the
     embeddings of another; raises ValueError if that has no caption of a kind."""
     teacher_cache = EmbeddingCache.open(cache)
-    teacher = {
-        **teacher_cache.manifest.teacher,
-        "llm": PERMUTED,
-        "weights_sha256": sha256_text(f"{teacher_cache.fingerprint} {seed}"),
-        "adapter_sha256": "",
-        "adapter": "",
-    }
+    manifest = teacher_cache.manifest
+    source = f"{teacher_cache.fingerprint} {seed}"
+    identity = control_identity(manifest.teacher, PERMUTED, source)
     with atomic_directory(output, replace=True) as temporary:
-        writer = CacheWriter(
-            temporary, TeacherIdentity(**teacher), teacher_cache.manifest.dtype
-        )
+        writer = CacheWriter(temporary, identity, manifest.dtype)
         for split in SPLITS:
-            source = open_split(data, split)
-            embed = of_others(caption_embeddings(source, teacher_cache), seed)
-            write_split(writer, source, embed)
+            pictures = open_split(data, split)
+            embed = of_others(caption_embeddings(pictures, teacher_cache), seed)
+            write_split(writer, pictures, embed)
         writer.finish()
+
+
+def write_spelling(data: Path, cache: Path, output: Path, seed: int) -> None:
+    """Write the cache of the training and validation shards by how captions are spelled, without
+    the mean of the training captions, as LLMs are read."""
+    manifest = CacheManifest.read(cache / CacheManifest.FILE)
+    width = manifest.teacher["width"]
+    source = open_split(data, "train")
+    texts = {
+        caption.text
+        for number in range(len(source))
+        for caption in source[number].captions
+    }
+    vectors = [embed_letters(text, width, seed) for text in sorted(texts)]
+    mean_W = torch.stack(vectors).mean(dim=0)
+
+    def embed(text: str) -> Tensor:
+        return embed_letters(text, width, seed) - mean_W
+
+    name = f"{SPELLING} {seed}"
+    identity = control_identity(manifest.teacher, SPELLING, name)
+    write_texts(data, SPLITS, output, identity, manifest.dtype, embed)
+
+
+def write_texts(
+    data: Path,
+    splits: Sequence[str],
+    output: Path,
+    identity: TeacherIdentity,
+    dtype: str,
+    embed: Callable[[str], Tensor],
+) -> None:
+    """Write the cache of a teacher that knows a caption's text alone; ``embed``: text -> (W,)."""
+    with atomic_directory(output, replace=True) as temporary:
+        writer = CacheWriter(temporary, identity, dtype)
+        for split in splits:
+            source = open_split(data, split)
+            write_split(writer, source, lambda _, caption: embed(caption.text))
+        writer.finish()
+
+
+@functools.cache
+def random_vector(text: str, width: int) -> Tensor:
+    """(width,) decided by the text."""
+    number = int(sha256_text(text)[:15], 16)
+    return torch.randn(width, generator=torch.Generator().manual_seed(number))
+
+
+def embed_letters(caption: str, width: int, seed: int) -> Tensor:
+    """(width,) the sum of the vectors of all runs of letters in the caption's words; unit length.
+    Runs as in fastText (arXiv 1607.04606)."""
+    runs = [run for word in WORD.findall(caption.lower()) for run in letter_runs(word)]
+    vectors = [random_vector(f"{seed} {run}", width) for run in runs]
+    return F.normalize(torch.stack(vectors).sum(dim=0), dim=0)
+
+
+def letter_runs(word: str) -> list[str]:
+    """All runs of LETTERS in a word, whose borders are ``<`` and ``>``."""
+    bordered = f"<{word}>"
+    return [
+        bordered[start : start + length]
+        for length in LETTERS
+        for start in range(len(bordered) - length + 1)
+    ]
 
 
 def of_others(
@@ -178,13 +262,16 @@ def parse_options() -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = parser.add_subparsers(dest="part", required=True)
-    permuted, neutral, llm = map(parts.add_parser, MAKERS)
-    for part in (permuted, neutral, llm):
+    permuted, spelling, neutral, llm = map(parts.add_parser, MAKERS)
+    for part in (permuted, spelling, neutral, llm):
         part.add_argument("--output", type=Path, required=True, help="folder to write")
-    for part in (permuted, neutral):
+    for part in (permuted, spelling, neutral):
         part.add_argument("data", type=Path, help="folder of the shards")
-    permuted.add_argument("--cache", type=Path, required=True, help="of a teacher")
-    permuted.add_argument("--seed", type=int, required=True, help="of the permutation")
+    for part in (permuted, spelling):
+        part.add_argument("--cache", type=Path, required=True, help="of a teacher")
+        part.add_argument(
+            "--seed", type=int, required=True, help="of what is random in it"
+        )
     neutral.add_argument("--llm", type=Path, required=True, help="its directory")
     neutral.add_argument(
         "--layer", type=int, required=True, help="as of llm2clip embed"
@@ -195,6 +282,7 @@ def parse_options() -> dict[str, Any]:
 
 MAKERS: Mapping[str, Callable[..., None]] = {
     "permuted": write_permuted,
+    "spelling": write_spelling,
     "neutral": write_neutral,
     "llm": write_llm,
 }

@@ -34,10 +34,10 @@ neutral_names() { # the captions as SmolLM2 embeds them
     python scripts/quickstart/gate_caches.py neutral "$DATA/all" --llm "$gate/llm" --layer "$NEUTRAL_LAYER" \
         --post-file "$gate/reading/llm2clip_post.safetensors" --output "$gate/neutral"
 }
-permuted_cache() { # permuted_cache SEED
-    [ -d "$DATA/gate/permuted-seed$1" ] ||
-        python scripts/quickstart/gate_caches.py permuted "$DATA/all" --cache "$DATA/cache/tuned-seed$1" --seed "$1" \
-            --output "$DATA/gate/permuted-seed$1"
+control_cache() { # control_cache NAME SEED CACHE: of "permuted" or "spelling", made from a teacher's
+    [ -d "$DATA/gate/$1-seed$2" ] ||
+        python scripts/quickstart/gate_caches.py "$1" "$DATA/all" --cache "$DATA/cache/$3" --seed "$2" \
+            --output "$DATA/gate/$1-seed$2"
 }
 arm() { # arm NAME SEED: the tower of a teacher
     case "$1" in
@@ -47,7 +47,8 @@ arm() { # arm NAME SEED: the tower of a teacher
                 python scripts/quickstart/inputs.py random "$DATA/all" --cache "$DATA/cache/tuned-seed0" \
                     --output "$DATA/cache/random"
             train random "$2" random ;;
-        permuted) permuted_cache "$2" && train permuted "$2" "../gate/permuted-seed$2" ;;
+        permuted) control_cache permuted "$2" "tuned-seed$2" && train permuted "$2" "../gate/permuted-seed$2" ;;
+        spelling) control_cache spelling "$2" raw && train spelling "$2" "../gate/spelling-seed$2" ;;
         oracle) train oracle "$2" ../gate/neutral ;;
         *) train "$1" "$2" "$1-seed$2" ;;
     esac

@@ -14,23 +14,13 @@ import sys
 from pathlib import Path
 
 import torch
-from gate_caches import open_split, write_split
+from gate_caches import control_identity, random_vector, write_texts
 from scenes import HELD_OUT, RELATIONS
 from torch import Tensor
 
-from llm2clip_plugin.atomic import atomic_directory
-from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity
-from llm2clip_plugin.data.cache_writer import CacheWriter
-from llm2clip_plugin.data.samples import Caption, Sample
-from llm2clip_plugin.hashes import sha256_text
+from llm2clip_plugin.contracts import CacheManifest
 
 WORDS = "random vectors of words"  # the name of this control's teacher
-
-
-def random_vector(text: str, width: int) -> Tensor:
-    """(width,) decided by the text."""
-    number = int(sha256_text(text)[:15], 16)
-    return torch.randn(width, generator=torch.Generator().manual_seed(number))
 
 
 def embed_words(caption: str, width: int, seed: int) -> Tensor:
@@ -62,22 +52,13 @@ def write_words(data: Path, cache: Path, output: Path, seed: int) -> None:
     """Write the cache of all scenes."""
     manifest = CacheManifest.read(cache / CacheManifest.FILE)
     width = manifest.teacher["width"]
-    teacher = {
-        **manifest.teacher,
-        "llm": WORDS,
-        "weights_sha256": sha256_text(f"{WORDS} {seed}"),
-        "adapter_sha256": "",
-        "adapter": "",
-    }
+    identity = control_identity(manifest.teacher, WORDS, f"{WORDS} {seed}")
 
-    def embed(_: Sample, caption: Caption) -> Tensor:
-        return embed_words(caption.text, width, seed)
+    def embed(text: str) -> Tensor:
+        return embed_words(text, width, seed)
 
-    with atomic_directory(output, replace=True) as temporary:
-        writer = CacheWriter(temporary, TeacherIdentity(**teacher), manifest.dtype)
-        for split in ("train", *HELD_OUT):
-            write_split(writer, open_split(data, split), embed)
-        writer.finish()
+    splits = ("train", *HELD_OUT)
+    write_texts(data, splits, output, identity, manifest.dtype, embed)
 
 
 def main() -> None:
