@@ -422,7 +422,8 @@ def search_and_report(config: EvaluateCaptionsConfig) -> None:
     )
     print_table(title, rows, caption)
     llm_options = ("llm", "revision", "adapter", "load_in_4bit")
-    words = changed_options(config.encoder, llm_options)
+    words_of_llm = changed_options(config.encoder, llm_options)
+    words = list(words_of_llm)
     if find_card(config.encoder.adapter or config.encoder.llm) is None:
         words += reading_options(best.way, IDENTITY_SETTINGS)
     if best.post is not None:
@@ -430,7 +431,7 @@ def search_and_report(config: EvaluateCaptionsConfig) -> None:
     print(command("embed", "DATA", *words))
     if config.encoder.adapter:  # `llm2clip run` reads it as its card says
         return
-    run = ["run", "DATA", "--llm", config.encoder.llm, "--tower", "TOWER"]
+    run = ["run", "DATA", *words_of_llm, "--tower", "TOWER"]
     run += ["--output", "OUTPUT", "--reading", folder or "FOLDER"]
     needs = "" if folder else ", with the --folder of this search"
     print(f"or for all stages{needs}:")

@@ -13,6 +13,15 @@ class PipelineConfig(SourceConfig):
     """One training, from checked data to an exported tower."""
 
     llm: str = setting(help="folder or Hub id of the teacher LLM")
+    revision: str = setting(
+        "",
+        help='commit, tag or branch of the LLM on the Hub; "" for the default',
+    )
+    load_in_4bit: bool = setting(
+        False,
+        help="LLM in NF4 with double quantization (bitsandbytes), in stage 1 (QLoRA) and where it "
+        "embeds",
+    )
     tower: str = setting(
         help="vision tower to start from: a folder, a Hub id, or whatever `llm2clip import` reads",
     )

@@ -35,7 +35,7 @@ def check_given(config: PipelineConfig) -> None:
     """Raise FileNotFoundError or ValueError for models and questions that would stop a stage, and
     for an output that holds the data or is in it."""
     check_output(config)
-    encoder = EncoderConfig(llm=config.llm, trust_remote_code=config.trust_remote_code)
+    encoder = encoder_config(config)
     llm_config(encoder)
     check_tower(config.tower)
     if config.adapter:
@@ -53,6 +53,16 @@ def check_given(config: PipelineConfig) -> None:
     benchmark("questions").load(Path(config.questions))
     for problem in check_model(config.llava_llm):
         raise ValueError(problem.replace("--model", "--llava-llm"))
+
+
+def encoder_config(config: PipelineConfig) -> EncoderConfig:
+    """The LLM, as the stages open it."""
+    return EncoderConfig(
+        llm=config.llm,
+        revision=config.revision,
+        load_in_4bit=config.load_in_4bit,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def check_output(config: PipelineConfig) -> None:
@@ -155,7 +165,7 @@ def check_adapter(config: PipelineConfig, adapter_path: str) -> None:
     """FileNotFoundError or ContractError for what is no adapter, or another LLM's."""
     llm = config.llm
     adapter = fetch_directory(adapter_path)
-    folder = local_folder(llm)
+    folder = local_folder(llm, config.revision)
     adapter_sha256(adapter)
     effective(EncoderConfig(llm=llm, adapter=adapter_path), folder, adapter)
     card = find_card(str(adapter))
@@ -168,8 +178,7 @@ def check_adapter(config: PipelineConfig, adapter_path: str) -> None:
                 f"{trained} with weights {base_sha256[:12]}..., but --llm {llm} has "
                 f"{weights[:12]}...; pass the LLM that it was trained on"
             )
-    encoder = EncoderConfig(llm=llm, trust_remote_code=config.trust_remote_code)
-    width = llm_config(encoder).get_text_config().hidden_size
+    width = llm_config(encoder_config(config)).get_text_config().hidden_size
     for name, entry in read_header(adapter / ADAPTER_WEIGHTS).entries.items():
         if name.endswith("q_proj.lora_A.weight") and entry.shape[-1] != width:
             problem = (

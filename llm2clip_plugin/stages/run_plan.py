@@ -44,6 +44,8 @@ READ = (
     "cache_gb",
     "index_folder",
 )
+# how every stage opens the LLM
+OPEN_LLM = ("revision", "load_in_4bit", "trust_remote_code")
 LLAVA_STEPS = 300  # of the projector, at least; LLaVA 1.5's own are 2,180
 PRETRAIN = Path(__file__).parents[2] / "scripts" / "llava" / "pretrain.sh"
 # commands that go on from what they have written
@@ -94,9 +96,8 @@ class Plan:
         self.read_all = [config.path, *changed_options(config, ("images", *READ))]
         self.batches = ["--global-batch", str(self.batch)]
         self.batches += changed_options(config, ("micro_batch",))
-        self.llm = model("the LLM", config.llm)
-        self.open_llm = ["--llm", config.llm]
-        self.open_llm += changed_options(config, ("trust_remote_code",))
+        self.llm = model("the LLM", config.llm, config.revision)
+        self.open_llm = ["--llm", config.llm, *changed_options(config, OPEN_LLM)]
         self.reading: EncoderCard | None = None
         if config.reading:
             self.reading = read_reading(config.reading, config.llm)
@@ -410,21 +411,25 @@ def projector_words(run: Plan, captions: Path, side: str) -> list[object]:
     ]
 
 
-def model(name: str, path_or_id: str) -> Artifact:
-    """The files of a model: those of its folder, a checkpoint file, or a commit of the Hub."""
+def model(name: str, path_or_id: str, revision: str = "") -> Artifact:
+    """The files of a model: those of its folder, a checkpoint file, or a commit of the Hub.
+    ``revision``: commit, tag or branch; "" for the default."""
     path = Path(path_or_id).expanduser()
 
     @functools.cache
-    def revision() -> str:
+    def commit() -> str:
         if path_or_id.startswith(TIMM_PREFIX):
             return f"timm://{path_or_id}"
         with suppress(OSError, ValueError):
-            return f"hub://{path_or_id}@{hub_snapshot(path_or_id, patterns=['config.json']).name}"
-        return f"hub://{path_or_id}"
+            snapshot = hub_snapshot(
+                path_or_id, revision=revision or None, patterns=["config.json"]
+            )
+            return f"hub://{path_or_id}@{snapshot.name}"
+        return f"hub://{path_or_id}@{revision}" if revision else f"hub://{path_or_id}"
 
     def files() -> Mapping[str, str]:
         if not path.exists():
-            return {path_or_id: revision()}
+            return {path_or_id: commit()}
         digests = folder_files(path, path if path.is_dir() else path.parent, ("*",))
         return {
             name: file for name, file in digests.items() if not name.endswith(".md")

@@ -94,7 +94,7 @@ def check_reading(folder: str, encoder: EncoderConfig) -> None:
     """Raise FileNotFoundError or ContractError for a reading that ``read_reading`` refuses, of
     another LLM than the encoder's, or whose post-processing is missing or another one."""
     card = read_reading(folder, encoder.llm)
-    weights = weights_sha256(local_folder(encoder.llm))
+    weights = weights_sha256(local_folder(encoder.llm, encoder.revision))
     if weights != card.base_sha256:
         raise ContractError(
             f"--reading {folder} is of {card.base} with weights {card.base_sha256[:12]}..., but "

@@ -23,7 +23,10 @@ from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.doctor import check_accelerator
 from llm2clip_plugin.plan.memory import DTYPES
 from llm2clip_plugin.signals import attend
+from llm2clip_plugin.stages import run_plan
 from llm2clip_plugin.stages.digests import Artifact
+from llm2clip_plugin.stages.embed_config import EMBED
+from llm2clip_plugin.stages.llm_config import FINETUNE_LLM
 from llm2clip_plugin.stages.pipeline import main, pairs_of_stage_1, show
 from llm2clip_plugin.stages.pipeline_config import RUN, PipelineConfig
 from llm2clip_plugin.stages.rerun import RunFolder, Stage
@@ -130,6 +133,35 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float16(
     assert next(check_accelerator()).value.endswith(f"bf16 {dtype is torch.bfloat16}")
     words = {word for stage in plan(*opened(tiny), "") for word in stage.words}
     assert DTYPES[(words & {"bf16", "fp16"}).pop()] is dtype
+
+
+@pytest.mark.parametrize("given", [{}, {"adapter": "mine"}])
+def test_every_stage_opens_the_llm_alike(
+    tiny: Path, given: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    """--revision and --load-in-4bit, in stages whose own parsers take them."""
+    options = {"llm": "owner/llm", "revision": "v1", "load_in_4bit": True}
+    config, source = opened(tiny, **options, **given)
+    pairs = "" if given else "short:long"
+    parsers = {"finetune-llm": FINETUNE_LLM, "embed": EMBED}
+    stages = plan(config, source, pairs)
+    opening = [stage for stage in stages if stage.words[1] in parsers]
+    assert len(opening) == (2 if given else 3)
+    for stage in opening:
+        encoder = parsers[stage.words[1]].parse(stage.words[2:]).encoder
+        assert {name: getattr(encoder, name) for name in options} == options
+    # an earlier run's embeddings are of another commit
+    asked: list[str | None] = []
+
+    def snapshot(repository: str, *, revision: str | None, **_: object) -> Path:
+        asked.append(revision)
+        return Path("commit")
+
+    monkeypatch.setattr(run_plan, "hub_snapshot", snapshot)
+    assert run_plan.Plan(config, source).llm.files() == {
+        "owner/llm": "hub://owner/llm@commit"
+    }
+    assert asked == ["v1"]
 
 
 @pytest.mark.parametrize("slower", [torch.float32, torch.bfloat16])
