@@ -8,7 +8,7 @@
 #   scripts/quickstart/gate.sh --arms "permuted tuned" these teachers alone, beside the tower before stage 2
 #
 # --output DIR: as of quickstart.sh, which makes what is missing there (models, data, adapters, caches of the teachers). The
-# tables are printed, and lie in gate.json. Rerun the same command to resume.
+# tables are printed, and lie in gate.json; with other steps also what they bring to retrieval (longer.py). Rerun the same command to resume.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$ROOT/scripts/options.sh"
@@ -34,4 +34,7 @@ neutral_names
 for seed in $(seq 0 $((SEEDS - 1))); do
     for name in $ARMS; do arm "$name" "$seed"; done
 done
-exec python scripts/quickstart/gate.py --data "$DATA" --output "$OUT" --before "$TOWER"
+python scripts/quickstart/gate.py --data "$DATA" --output "$OUT" --before "$TOWER"
+case " $ARMS " in *" tuned "* | *" raw "* | *" map "*)
+    [ "$STEPS" = 50 ] || python scripts/quickstart/longer.py --data "$DATA" --short "$WORK/default" --long "$OUT" ;;
+esac

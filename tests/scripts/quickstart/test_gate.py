@@ -169,6 +169,44 @@ def test_permuted_embeddings_are_those_of_other_concepts(data, tmp_path) -> None
     assert EmbeddingCache.open(again).fingerprint != permuted.fingerprint
 
 
+def test_spelling_shares_what_words_share_and_nothing_of_what_they_mean(
+    data, tmp_path
+) -> None:
+    def cosine(one: str, other: str) -> float:
+        rows = [gate_caches.embed_letters(text, 4000, seed=0) for text in (one, other)]
+        return float(torch.cosine_similarity(*rows, dim=0))
+
+    assert gate_caches.letter_runs("cat") == [
+        "<ca",
+        "cat",
+        "at>",
+        "<cat",
+        "cat>",
+        "<cat>",
+    ]
+    assert cosine("cat face", "FACE cat") == pytest.approx(1)
+    # runs: cat 6, face 9, tiger 12
+    assert cosine("cat face", "tiger face") == pytest.approx(
+        9 / (15 * 21) ** 0.5, abs=0.05
+    )
+    assert cosine("cat", "kitten") == pytest.approx(0, abs=0.05)
+    raw = data / "cache" / "tuned-seed0"
+    for seed in (0, 1):
+        output = tmp_path / f"seed{seed}"
+        gate_caches.write_spelling(data / "all", raw, output, seed)
+    first, second = (EmbeddingCache.open(tmp_path / f"seed{seed}") for seed in (0, 1))
+    assert first.fingerprint != second.fingerprint
+    source = gate_caches.open_split(data / "all", "train")
+    embeddings = gate_caches.caption_embeddings(source, first)
+    rows = [
+        row.float() for of_concept in embeddings.values() for row in of_concept.values()
+    ]
+    # without the mean over the captions of training
+    assert torch.stack(rows).mean(dim=0).abs().max() < 0.01
+    shard = first.shard("train-twemoji")
+    assert torch.equal(shard.embeddings([0]), first.shard("train-noto").embeddings([0]))
+
+
 def test_a_name_is_that_of_a_cycle_through_all() -> None:
     partner = gate_caches.exchanged(list("abcdefg"), seed=3)
     visited = ["a"]
@@ -179,7 +217,8 @@ def test_a_name_is_that_of_a_cycle_through_all() -> None:
 
 
 def test_towers_of_the_gate_differ_in_their_cache_alone(tmp_path) -> None:
-    for cache in ("cache/random", "gate/neutral", "gate/permuted-seed3"):
+    controls = ("gate/permuted-seed3", "gate/spelling-seed3")
+    for cache in ("cache/random", "gate/neutral", *controls):
         (tmp_path / "data" / cache).mkdir(parents=True)
     gate_parts = PARTS.with_name("gate_parts.sh")
     commands = started(
@@ -201,9 +240,10 @@ def test_towers_of_the_gate_differ_in_their_cache_alone(tmp_path) -> None:
 def test_the_gates_own_caches_are_made_of_the_right_teachers(tmp_path) -> None:
     gate_parts = PARTS.with_name("gate_parts.sh")
     commands = started(
-        tmp_path, f". {gate_parts}; NEUTRAL_LAYER=28; neutral_names; permuted_cache 3"
+        tmp_path,
+        f". {gate_parts}; NEUTRAL_LAYER=28; neutral_names; arm permuted 3; arm spelling 3",
     )
-    llm, components, neutral, permuted = commands
+    llm, components, neutral, permuted, _, spelling, _ = commands
     assert llm[2:] == ["llm", "--output", "data/gate"]
     assert value(components, "--llm") == value(neutral, "--llm") == "data/gate/llm"
     assert value(components, "--layer") == value(neutral, "--layer") == "28"
@@ -211,6 +251,9 @@ def test_the_gates_own_caches_are_made_of_the_right_teachers(tmp_path) -> None:
     assert value(neutral, "--output") == "data/gate/neutral"
     assert value(permuted, "--cache") == "data/cache/tuned-seed3"
     assert value(permuted, "--seed") == "3"
+    assert spelling[2] == "spelling"
+    assert value(spelling, "--cache") == "data/cache/raw"
+    assert value(spelling, "--output") == "data/gate/spelling-seed3"
 
 
 @pytest.fixture(scope="module")

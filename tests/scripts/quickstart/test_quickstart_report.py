@@ -2,14 +2,17 @@
 built-in set."""
 
 import dataclasses
+import io
 import json
 
 import claims
 import inputs
+import longer
 import measure
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from quickstart_folders import IDENTITY, WIDTH, write_cache, write_run
 from transformers import Dinov2Config, Dinov2Model
 
@@ -384,3 +387,71 @@ def test_a_tower_of_another_teacher_is_refused(folder, tmp_path) -> None:
         measure.measure_tower(
             folder / "out" / "towers" / "raw-seed0", sets, measure.open_caches(tmp_path)
         )
+
+
+@pytest.fixture(scope="module")
+def long_towers(folder):
+    """Both towers of "raw" after 200 steps: each is that of the other seed."""
+    output = folder / "gate-200-steps"
+    (output / "towers").mkdir(parents=True)
+    for seed, other in ((0, 1), (1, 0)):
+        source = folder / "out" / "towers" / f"raw-seed{other}"
+        (output / "towers" / f"raw-seed{seed}").symlink_to(source)
+        write_run(output, f"raw-seed{seed}")
+        record = output / "runs" / f"raw-seed{seed}" / "run.json"
+        text = record.read_text().replace('"max_steps": 50', '"max_steps": 200')
+        record.write_text(text)
+    return output
+
+
+def test_towers_of_few_and_of_many_steps_are_paired_by_seed(
+    folder, long_towers, raw
+) -> None:
+    table = longer.make_report(folder / "data", folder / "out", long_towers, None)
+    rows = json.loads((long_towers / "longer.json").read_text())
+    first = rows[0]
+    assert first["test"] == longer.ENDPOINT
+    assert first["seeds"] == [0, 1]
+    scores = [float(of_seed[longer.ENDPOINT].scores.mean()) for of_seed in raw]
+    assert first["old"] == pytest.approx(scores)
+    assert first["new"] == pytest.approx(scores[::-1])
+    # what one seed gains the other loses
+    assert first["difference"] == pytest.approx(0, abs=1e-9)
+    assert first["interval"][0] <= 0 <= first["interval"][1]
+    assert [row["test"] for row in rows if "p_adjusted" in row] == [longer.ENDPOINT]
+    assert "| 50 steps | 200 steps |" in table
+    assert table.count(", not shown") == 1
+
+
+def test_rendered_drawings_are_asked_with_the_captions_of_their_concepts(
+    folder, long_towers, tmp_path
+) -> None:
+    source = measure.open_sets(folder / "data" / "all")["test"][0]
+    concepts = [source[number].meta["concept"] for number in range(len(source))]
+    # on the transparent ground of the real ones; the first concept has none
+    for concept in concepts[1:]:
+        drawing = Image.new("RGBA", (12, 12), (255, 0, 0, 0))
+        drawing.putpixel((6, 6), (0, 0, 255, 255))
+        name = f"{concept}-FE0F" if concept == concepts[1] else concept
+        drawing.save(tmp_path / f"{name}.webp", lossless=True)
+    redrawn = longer.Redrawn(source, tmp_path)
+    assert len(redrawn) == len(concepts) - 1
+    assert redrawn.captions(0) == source.captions(1)
+    assert redrawn.locate(0) == source.locate(1)
+    with Image.open(io.BytesIO(redrawn[0].read_image())) as picture:
+        assert picture.size == (inputs.SIZE, inputs.SIZE)
+        assert picture.getpixel((0, 0)) == (255, 255, 255)
+    table = longer.make_report(folder / "data", folder / "out", long_towers, tmp_path)
+    assert table.count("rendered style, long captions") == 2
+    assert table.count("rendered style, names in languages") == 2
+    with pytest.raises(FileNotFoundError, match="no drawing of a test concept"):
+        longer.Redrawn(source, folder)
+
+
+def test_towers_without_a_partner_or_of_the_same_steps_are_refused(
+    folder, tmp_path
+) -> None:
+    with pytest.raises(FileNotFoundError, match="share no tower of raw, map, tuned"):
+        longer.make_report(folder / "data", folder / "out", tmp_path, None)
+    with pytest.raises(ContractError, match="have the same steps"):
+        longer.make_report(folder / "data", folder / "out", folder / "out", None)
