@@ -5,20 +5,25 @@
         --arms permuted oracle --seeds 0 1
 
 Stage 2 saw every training emoji with its name; LLaVA is shown a part of them, A (half), and is
-asked about others, B, of other families. Its language model is frozen, so that all it learns is to
-read the tower (the projector). It chooses among 40 names of B, one of a family: an answer's place
-is the share of the other names that it holds for less likely than the right one (.5 by chance).
-What counts is the place minus that of the same name for the pictures of the others, which takes
-away what the language model prefers without looking.
+asked about others, B, of other families. It learns from a picture and its name alone, without a
+question, as in LLaVA 1.5's pretraining, and its language model is frozen, so that all it learns is
+to read the tower (the projector).
+
+B has a concept of each of its families, and a picture of each. They are asked about in groups of
+40, whose 40 names are the choices. What counts of a name is what the picture adds: its
+log-likelihood minus the mean of that name's over the group's pictures, so that a language model
+that does not look has nothing. A picture's score is the place of its own name: the share of the
+other names for which the picture adds less (.5 by chance).
 
 ``--arms``: towers/ARM-seedN below ``--towers``; gate.sh trains them. Intervals of a difference to
 the first arm are over families and, if there are several, seeds, which are paired.
 
-Shapes: N pictures, C names, T tokens of a name.
+Shapes: N pictures of a group, C names of it, T tokens of a name.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import random
 import sys
@@ -39,19 +44,25 @@ from llava_integration.serve.rows import LlavaRows
 from llm2clip_plugin.atomic import atomic_directory, write_text
 from llm2clip_plugin.cli import main as llm2clip
 from llm2clip_plugin.json_files import read_json_value as read_json
-from llm2clip_plugin.report_text import estimate, markdown_table, p_value, spread
+from llm2clip_plugin.report_text import (
+    estimate,
+    fraction,
+    markdown_table,
+    p_value,
+    spread,
+)
 
-QUESTION = "What is it?"
 # concepts of A, as gate.py fits to; with 100, and 80 steps, not even the oracle showed anything
 SHOWN = 534
-NAMES = 40  # of B
-STEPS = 120  # of the projector, as the miniature's
+NAMES = 40  # of a group of B
+STEPS = 300  # of the projector
 BATCH = 16
-# SmolLM2's own without the system message, which would be a third of a sample's tokens
+CHANCE = 0.5  # of a place
+STYLES = ("noto", "twemoji", "fluent")  # of the pictures of B, in turn
+# as LLaVA's "plain": the picture, then its caption
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<|im_end|>\n{% endif %}{% endfor %}"
 )
 
 
@@ -70,9 +81,9 @@ class AnswerRows(LlavaRows):
 
 def split_families(
     family_of: Mapping[str, str], shown: int, names: int
-) -> tuple[list[str], list[str]]:
-    """A: the concepts of random families, ``shown`` or a few more; B: a concept of each of
-    ``names`` other families. Raises ValueError if there are too few families."""
+) -> tuple[list[str], list[list[str]]]:
+    """A: the concepts of random families, ``shown`` or a few more; B: groups with a concept of each
+    of ``names`` other families, as many as there are. Raises ValueError if there is none."""
     concepts: dict[str, list[str]] = {}
     for concept, family in sorted(family_of.items()):
         concepts.setdefault(family, []).append(concept)
@@ -86,33 +97,37 @@ def split_families(
         raise ValueError(
             f"{len(families)} families are left for B, fewer than {names}; show fewer"
         )
-    of_b = [draw.choice(concepts[family]) for family in families[:names]]
-    return of_a, of_b
+    of_b = [draw.choice(concepts[family]) for family in families]
+    starts = range(0, len(of_b) - names + 1, names)
+    return of_a, [of_b[start : start + names] for start in starts]
 
 
 def write_data(output: Path, shown: int, names: int) -> None:
-    """Write captions.json of A, questions.json of B, and their images."""
+    """Write captions.json of A, groups.json of B, and their images."""
     pictures = emoji("train")
     family_of = {about["concept"]: about["family"] for _, _, about in pictures}
     of_a, of_b = split_families(family_of, shown, names)
+    asked = [concept for group in of_b for concept in group]
+    style_of = dict(zip(asked, itertools.cycle(STYLES)))
     captions = []
-    questions = []
+    questions = {}
     with atomic_directory(output) as temporary:
         images = temporary / "images"
         images.mkdir()
         for key, png, about in pictures:
             concept = about["concept"]
-            if concept not in of_a and concept not in of_b:
-                continue
-            (images / f"{key}.png").write_bytes(png)
             name = about["english"]["short"]
-            row = talk(key, QUESTION, name, f"{key}.png")
+            row = talk(key, "", name, f"{key}.png")
             if concept in of_a:
                 captions.append(row)
+            elif style_of.get(concept) == about["style"]:
+                questions[concept] = {**row, "name": name, "family": about["family"]}
             else:
-                questions.append({**row, "name": name, "family": about["family"]})
+                continue
+            (images / f"{key}.png").write_bytes(png)
+        groups = [[questions[concept] for concept in group] for group in of_b]
         (temporary / "captions.json").write_text(json.dumps(captions))
-        (temporary / "questions.json").write_text(json.dumps(questions))
+        (temporary / "groups.json").write_text(json.dumps(groups))
         (temporary / "chat_template.jinja").write_text(TEMPLATE)
 
 
@@ -170,8 +185,8 @@ def log_likelihoods(model: Any, rows: LlavaRows, row: dict[str, Any]) -> Tensor:
     return total_C
 
 
-def ask(trained: Path, data: Path) -> np.ndarray:
-    """(N, C) log-likelihoods of B's names for each of its pictures."""
+def ask(trained: Path, data: Path) -> list[list[list[float]]]:
+    """Of each group, (N, C) log-likelihoods of its names for each of its pictures."""
     import transformers
 
     processor = transformers.AutoProcessor.from_pretrained(
@@ -181,43 +196,40 @@ def ask(trained: Path, data: Path) -> np.ndarray:
     model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(
         trained, dtype=torch.bfloat16
     ).eval()
-    questions = read_json(data / "questions.json")
-    names = sorted({row["name"] for row in questions})
-    answers = [
-        log_likelihoods(model, rows, {**row, "names": names}) for row in questions
-    ]
-    return torch.stack(answers).numpy()
+    answers = []
+    for group in read_json(data / "groups.json"):
+        names = [row["name"] for row in group]
+        of_group = [
+            log_likelihoods(model, rows, {**row, "names": names}) for row in group
+        ]
+        answers.append(torch.stack(of_group).tolist())
+    return answers
 
 
-def places(score_NC: np.ndarray, own_N: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each picture, the place of its own name: the share of the other names with a lower score;
-    and the mean place of that name for the pictures with another name. Equal scores count half."""
-    name_N = np.asarray(own_N)
-    names = score_NC.shape[1]
-    # asked picture x picture that is shown
-    place_NN = np.empty((len(name_N), len(name_N)))
-    for number, name in enumerate(name_N):
-        right_N1 = score_NC[:, [name]]
-        below_N = (score_NC < right_N1).sum(axis=1)
-        equal_N = (score_NC == right_N1).sum(axis=1) - 1
-        place_NN[number] = (below_N + equal_N / 2) / (names - 1)
-    is_other_NN = name_N[:, None] != name_N
-    exchanged_N = (place_NN * is_other_NN).sum(axis=1) / is_other_NN.sum(axis=1)
-    return place_NN.diagonal().copy(), exchanged_N
+def places(score_NC: np.ndarray) -> np.ndarray:
+    """Of each picture, the place of its own name, which has the picture's number: the share of the
+    other names for which the picture adds less to their mean over all pictures. Equal ones count
+    half."""
+    added_NC = score_NC - score_NC.mean(axis=0)
+    own_N1 = added_NC.diagonal()[:, None]
+    below_N = (added_NC < own_N1).sum(axis=1)
+    equal_N = (added_NC == own_N1).sum(axis=1) - 1
+    return (below_N + equal_N / 2) / (score_NC.shape[1] - 1)
 
 
 def compare_arms(
     scores: Mapping[str, Mapping[int, np.ndarray]], families: list[str]
 ) -> list[dict[str, Any]]:
-    """Each arm's own places minus exchanged ones, and minus those of the first arm; p is adjusted
-    for all of these differences."""
+    """Each arm's places, and their differences to those of the first arm, for which p is
+    adjusted."""
     base = next(iter(scores.values()))
     results = []
     for arm, of_seed in scores.items():
         row: dict[str, Any] = {"arm": arm, "seeds": list(of_seed)}
         row["values"] = [float(score_N.mean()) for score_N in of_seed.values()]
-        above = compare_seeds(list(of_seed.values()), families)
-        row["interval"] = list(above.interval(1 - LEVEL))
+        above_chance = [score_N - CHANCE for score_N in of_seed.values()]
+        above = compare_seeds(above_chance, families)
+        row["interval"] = [CHANCE + end for end in above.interval(1 - LEVEL)]
         if of_seed is not base:
             difference_SN = [of_seed[seed] - base[seed] for seed in of_seed]
             paired = compare_seeds(difference_SN, families)
@@ -236,9 +248,9 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     """A row per arm."""
     rows = []
     for row in results:
-        mean = float(np.mean(row["values"]))
-        cells = [row["arm"], str(len(row["seeds"])), spread(row["values"])]
-        cells.append(estimate(mean, row["interval"]))
+        low, high = map(fraction, row["interval"])
+        reached = f"{spread(row['values'])} [{low}, {high}]"
+        cells = [row["arm"], str(len(row["seeds"])), reached]
         if "p_adjusted" in row:
             difference = estimate(row["difference"], row["difference_interval"])
             p = p_value(row["p_adjusted"])
@@ -248,8 +260,8 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
         else:
             cells += ["", ""]
         rows.append(tuple(cells))
-    head = ("tower's teacher", "seeds", "place of the right name minus exchanged")
-    head += ("with interval", "minus the first row", "p (Holm)")
+    head = ("tower's teacher", "seeds", "place of the right name (chance: .5)")
+    head += ("minus the first row", "p (Holm)")
     return markdown_table(head, rows)
 
 
@@ -268,9 +280,6 @@ def run(
     data = output / "data"
     if not data.exists():
         write_data(data, shown, names)
-    questions = read_json(data / "questions.json")
-    all_names = sorted({row["name"] for row in questions})
-    right_names = [all_names.index(row["name"]) for row in questions]
     scores: dict[str, dict[int, np.ndarray]] = {arm: {} for arm in arms}
     for seed in seeds:  # all arms of a seed before the next, so that pairs are complete
         for arm in arms:
@@ -279,10 +288,12 @@ def run(
             if not answers.exists():
                 tower = towers / folder.name
                 trained = train_llava(tower, llm, data, folder, steps)
-                write_text(answers, json.dumps(ask(trained, data).tolist()))
-            own_N, exchanged_N = places(np.array(read_json(answers)), right_names)
-            scores[arm][seed] = own_N - exchanged_N
-    results = compare_arms(scores, [row["family"] for row in questions])
+                write_text(answers, json.dumps(ask(trained, data)))
+            of_groups = [places(np.array(group)) for group in read_json(answers)]
+            scores[arm][seed] = np.concatenate(of_groups)
+    groups = read_json(data / "groups.json")
+    families = [row["family"] for group in groups for row in group]
+    results = compare_arms(scores, families)
     write_text(output / "inherited.json", json.dumps(results, indent=2))
     return results_table(results)
 
@@ -299,7 +310,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--shown", type=int, default=SHOWN, help="concepts of A")
-    parser.add_argument("--names", type=int, default=NAMES, help="of B")
+    parser.add_argument("--names", type=int, default=NAMES, help="of a group of B")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the projector")
     print(run(**vars(parser.parse_args())))
 

@@ -1,39 +1,57 @@
 """Inherited words: which concepts LLaVA is shown and asked about; how its answers are scored."""
 
+from collections import Counter
+
 import inherited
 import numpy as np
 import pytest
+
+from llm2clip_plugin.json_files import read_json_value
 
 
 def test_concepts_that_are_shown_and_asked_about_are_of_different_families() -> None:
     family_of = {f"{number}": f"family {number // 3}" for number in range(90)}
     shown, asked = inherited.split_families(family_of, 20, 10)
     assert 20 <= len(shown) <= 22
-    assert len(asked) == 10
-    families = [family_of[concept] for concept in asked]
-    assert len(set(families)) == 10
+    # 30 families, of which 7 are shown
+    assert [len(group) for group in asked] == [10, 10]
+    families = [family_of[concept] for group in asked for concept in group]
+    assert len(set(families)) == 20
     assert not {family_of[concept] for concept in shown} & set(families)
     assert inherited.split_families(family_of, 20, 10) == (shown, asked)
     with pytest.raises(ValueError, match="3 families are left for B, fewer than 10"):
         inherited.split_families(family_of, 80, 10)
 
 
-def test_a_place_is_the_share_of_the_names_below() -> None:
-    # two pictures of name 0, one of name 2; three names
-    score_NC = np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
-    own_N, exchanged_N = inherited.places(score_NC, [0, 0, 2])
-    assert own_N == pytest.approx([1.0, 0.0, 0.5])
-    # name 0 for the third picture; name 2 for the first two
-    assert exchanged_N == pytest.approx([0.5, 0.5, (0.5 + 1.0) / 2])
+def test_each_concept_that_is_asked_about_has_a_picture_and_its_own_name(
+    tmp_path,
+) -> None:
+    inherited.write_data(tmp_path / "data", shown=20, names=40)
+    groups = read_json_value(tmp_path / "data" / "groups.json")
+    rows = [row for group in groups for row in group]
+    assert {len(group) for group in groups} == {40}
+    assert len({row["family"] for row in rows}) == len(rows)
+    styles = Counter(row["id"].partition("-")[0] for row in rows)
+    assert max(styles.values()) - min(styles.values()) <= 1
+    captions = read_json_value(tmp_path / "data" / "captions.json")
+    shown_names = {row["conversations"][1]["value"] for row in captions}
+    assert not shown_names & {row["name"] for row in rows}
+    assert captions[0]["conversations"][0]["value"].strip() == "<image>"
+    for row in (*captions, *rows):
+        assert (tmp_path / "data" / "images" / row["image"]).is_file()
 
 
-def test_a_model_that_does_not_look_scores_nothing() -> None:
+def test_a_place_is_the_share_of_the_names_to_which_the_picture_adds_less() -> None:
+    # the model likes name 1 best, whatever it sees. Picture 1 adds as much to name 2 as to its own;
+    # picture 2 adds nothing to any name
+    score_NC = np.array([[1.0, 8.0, -1.0], [-1.0, 10.0, 1.0], [0.0, 9.0, 0.0]])
+    assert inherited.places(score_NC) == pytest.approx([1.0, 0.75, 0.5])
+
+
+def test_a_model_that_does_not_look_reaches_chance() -> None:
     rng = np.random.default_rng(0)
-    score_NC = np.tile(rng.normal(size=7), (14, 1))
-    own_N, exchanged_N = inherited.places(
-        score_NC, [number % 7 for number in range(14)]
-    )
-    assert own_N - exchanged_N == pytest.approx(np.zeros(14))
+    score_NC = np.tile(rng.integers(9, size=7), (7, 1))
+    assert inherited.places(score_NC) == pytest.approx(np.full(7, inherited.CHANCE))
 
 
 def test_arms_are_compared_with_the_first_in_pairs() -> None:
