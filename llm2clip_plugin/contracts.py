@@ -123,6 +123,9 @@ class TeacherIdentity:
     post: str = ""  # sha256 of the centering or whitening parameters; "" for none
     # path or Hub id of the adapter, to find it again; not part of the fingerprint
     adapter: str = ""
+    # path of the post-processing, unless it is in the adapter's or LLM's folder, to find it again;
+    # not part of the fingerprint
+    post_file: str = ""
     # hashes of the LLM's settings and of its tokenizer; "" in a record from before they were part
     # of the fingerprint
     config_sha256: str = ""
@@ -132,7 +135,8 @@ class TeacherIdentity:
     def fingerprint(self) -> str:
         """SHA-256 over everything that changes an embedding, so not over where the weights are."""
         body = dataclasses.asdict(self)
-        del body["llm"], body["revision"], body["adapter"]
+        for name in ("llm", "revision", "adapter", "post_file"):  # places
+            del body[name]
         for name in ("config_sha256", "tokenizer_sha256"):
             if not body[name]:
                 del body[name]
@@ -152,6 +156,10 @@ class TeacherIdentity:
         if self.is_earlier or other.is_earlier:
             return self.earlier().fingerprint == other.earlier().fingerprint
         return self.fingerprint == other.fingerprint
+
+
+# in the folder of an adapter, an LLM or a tower: centering and removed components of embeddings
+POST_FILE = "llm2clip_post.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

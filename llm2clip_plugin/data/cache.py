@@ -287,7 +287,7 @@ def shard_bytes(
 
 def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
     """The settings that differ between two teachers, with both values."""
-    ignored = {"adapter"}  # adapter_sha256 says which one it is
+    ignored = {"adapter", "post_file"}  # adapter_sha256 and post say which ones
     if yours.is_earlier or not stored.get("config_sha256"):
         # which one of them does not know
         ignored |= {"config_sha256", "tokenizer_sha256"}

@@ -18,7 +18,6 @@ from llm2clip_plugin.stages.rerun import RunFolder, Stage
 from llm2clip_plugin.stages.run_checks import check_given, check_places, check_split
 from llm2clip_plugin.stages.run_page import PAGE, write_page
 from llm2clip_plugin.stages.run_plan import SEVERAL, SPLIT_STAGE, movable, plan, survey
-from llm2clip_plugin.text.post import POST_FILE
 from llm2clip_plugin.text.reading import read_reading, summary
 from llm2clip_plugin.train.guard import locked
 
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> int:
     if SPLIT_STAGE in stale:
         check_split(config, source)
     print(f"{config.path}: {len(source):,} images")
-    post_file = show_reading(config, fine_tuned=bool(pairs))
+    show_reading(config, fine_tuned=bool(pairs))
     show(stages, stale)
     if config.dry_run:
         return 0
@@ -64,21 +63,14 @@ def main(argv: list[str]) -> int:
     print(
         f"tower: {tower}; in LLaVA: {command('use', tower, '--name', Path(config.output).name)}"
     )
-    if post_file:
-        print(f"commands that embed texts for it need --post-file {post_file}")
     return 0
 
 
-def show_reading(config: PipelineConfig, *, fine_tuned: bool) -> str:
-    """Print how the LLM is read, if --reading says so; the file of post-processing, "" without
-    one. ``fine_tuned``: by stage 1."""
-    if not config.reading:
-        return ""
-    card = read_reading(config.reading, config.llm)
-    print(f"{config.reading}: {summary(card, fine_tuned=fine_tuned)}")
-    if fine_tuned or not card.post_sha256:
-        return ""
-    return str(Path(config.reading) / POST_FILE)
+def show_reading(config: PipelineConfig, *, fine_tuned: bool) -> None:
+    """Print how the LLM is read, if --reading says so. ``fine_tuned``: by stage 1."""
+    if config.reading:
+        card = read_reading(config.reading, config.llm)
+        print(f"{config.reading}: {summary(card, fine_tuned=fine_tuned)}")
 
 
 def pairs_of_stage_1(config: PipelineConfig, source: Source) -> str:

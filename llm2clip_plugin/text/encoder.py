@@ -270,6 +270,7 @@ class CaptionEncoder(TextEncoder):
             quantization="nf4" if self.config.load_in_4bit else "",
             post=self._post_sha256,
             adapter=absolute(self.config.adapter),
+            post_file=absolute(self.config.post_file),
             config_sha256=self._config_sha256,
             tokenizer_sha256=self._tokenizer_sha256,
         )
@@ -295,8 +296,8 @@ class CaptionEncoder(TextEncoder):
 
 
 def absolute(name: str) -> str:
-    """A local folder as an absolute path; a Hub id as it is."""
-    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
+    """A local folder or file as an absolute path; a Hub id as it is."""
+    return str(Path(name).absolute()) if name and Path(name).exists() else name
 
 
 def first_captions(data: str, limit: int, read: ReadConfig | None = None) -> list[str]:

@@ -15,11 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llm2clip_plugin.atomic import atomic_file
-from llm2clip_plugin.contracts import EncoderCard
+from llm2clip_plugin.contracts import POST_FILE, EncoderCard
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.hashes import sha256_weights
-
-POST_FILE = "llm2clip_post.safetensors"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from llm2clip_plugin.contracts import (
 )
 from llm2clip_plugin.data.cache import differences
 from llm2clip_plugin.errors import ContractError
-from llm2clip_plugin.hashes import files_sha256
+from llm2clip_plugin.hashes import files_sha256, sha256_weights
 from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.text.clip_text import ClipTextEncoder, clip_folder
 from llm2clip_plugin.text.config import IDENTITY_SETTINGS, EncoderConfig
@@ -198,8 +198,9 @@ def teacher_of(card: TowerCard) -> TeacherIdentity | None:
 
 
 def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderConfig:
-    """The settings of the card's teacher; the LLM and the adapter are where ``config`` says, else
-    where the card does. Raises ValueError if the adapter's place is unknown, or empty."""
+    """The settings of the card's teacher; the LLM, the adapter and the post-processing are where
+    ``config`` says, else where the card does. Raises ValueError if the place of one is unknown, or
+    empty, ContractError if another post-processing is there."""
     llm = config.llm or identity.llm
     revision = config.revision or ("" if config.llm else identity.revision)
     if identity.pooling == PROJECTED:  # a CLIP's text tower has no other settings
@@ -218,6 +219,8 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
         raise ValueError(
             f"the adapter of the tower's teacher {llm} is {where}; {GIVE_ADAPTER}"
         )
+    if not config.post_file:
+        check_post(identity)
     is_mean = identity.pooling == "mean" and identity.attention == "bidirectional"
     settings = {name: getattr(identity, name) for name in IDENTITY_SETTINGS}
     return dataclasses.replace(
@@ -226,6 +229,26 @@ def encoder_config(identity: TeacherIdentity, config: EncoderConfig) -> EncoderC
         preset="mean" if is_mean else "",
         revision=revision,
         adapter=adapter,
+        post_file=config.post_file or identity.post_file,
         load_in_4bit=identity.quantization == "nf4",
         **settings,
     )
+
+
+def check_post(identity: TeacherIdentity) -> None:
+    """Raise ValueError if the post-processing is no longer where the teacher's record says,
+    ContractError if it is another one."""
+    path = Path(identity.post_file)
+    if not identity.post_file:  # in the folder of the adapter or the LLM
+        return
+    if not path.is_file():
+        raise ValueError(
+            f"the post-processing of the tower's teacher {identity.llm} is no longer at {path}; "
+            f"{GIVE_POST}"
+        )
+    actual = sha256_weights(path)
+    if actual != identity.post:
+        raise ContractError(
+            f"{path} has SHA-256 {actual}, but the tower's card records {identity.post!r}: copy "
+            f"the file again, or {GIVE_POST}"
+        )

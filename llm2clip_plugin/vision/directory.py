@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm2clip_plugin.contracts import TowerCard
+from llm2clip_plugin.contracts import POST_FILE, TowerCard
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.hashes import sha256_weights
 from llm2clip_plugin.hub import can_only_be_a_path, hub_snapshot
@@ -299,13 +299,15 @@ def check_card(directory: Path, *, adapter: bool = True) -> TowerCard:
     return card
 
 
-# The places that a card names: origin, teacher and its adapter. A relative path in a card starts
-# with ./ or ../, so it is never mistaken for a Hub id, and stays right when a folder with the tower
-# and its teacher is moved.
+# The places that a card names: origin, teacher, its adapter and post-processing. A relative path in
+# a card starts with ./ or ../, so it is never mistaken for a Hub id, and stays right when a folder
+# with the tower and its teacher is moved.
 
 # folder in a tower directory: the adapter of its teacher, if it is portable
 TEACHER_ADAPTER = "teacher-adapter"
-TEACHER_PLACES = ("llm", "adapter")  # fields of a TeacherIdentity
+# as a card records what is inside its directory
+INSIDE = (f"./{TEACHER_ADAPTER}", f"./{POST_FILE}")
+TEACHER_PLACES = ("llm", "adapter", "post_file")  # fields of a TeacherIdentity
 
 
 def is_local(path_or_id: str) -> bool:
@@ -347,10 +349,10 @@ def located(card: TowerCard, folder: str | os.PathLike[str]) -> TowerCard:
 
 def published(card: TowerCard) -> TowerCard:
     """The card without local paths: only the name of a folder is left of the weights' and of those
-    in ``training``, nothing of an adapter's that is not in the directory."""
+    in ``training``, nothing of an adapter's or post-processing's that is not in the directory."""
 
     def is_private(path_or_id: str) -> bool:
-        return is_local(path_or_id) and path_or_id != f"./{TEACHER_ADAPTER}"
+        return is_local(path_or_id) and path_or_id not in INSIDE
 
     def name_of(path_or_id: str) -> str:
         if is_private(path_or_id):
@@ -369,8 +371,9 @@ def published(card: TowerCard) -> TowerCard:
     public = dataclasses.replace(
         _with_places(card, name_of), training=named(card.training)
     )
-    if is_private(str(card.teacher.get("adapter", ""))):
-        del public.teacher["adapter"]  # a copy of the card's
+    for name in ("adapter", "post_file"):
+        if is_private(str(card.teacher.get(name, ""))):
+            del public.teacher[name]  # a copy of the card's
     return public
 
 

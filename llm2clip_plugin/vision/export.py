@@ -7,6 +7,7 @@ upload it.
 | preprocessor_config.json       | CLIPImageProcessor's, crop and shortest edge = the image size |
 | text_adapter.safetensors       | text adapter, projection, logit scale (if it has heads)       |
 | llm2clip.json                  | the TowerCard                                                 |
+| llm2clip_post.safetensors      | the teacher's post-processing (if it has one)                 |
 | teacher-adapter/               | adapter and text settings of the teacher (--with-adapter)     |
 | README.md                      | model card                                                    |
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import llm2clip_plugin
-from llm2clip_plugin.contracts import EncoderCard, TowerCard
+from llm2clip_plugin.contracts import POST_FILE, EncoderCard, TowerCard
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.hashes import sha256_weights
@@ -71,9 +72,10 @@ def export_tower(
 
     ``origin``: path or Hub id that the tower started from. ``teacher``: TeacherIdentity as a dict.
     Local paths in them are recorded relative to ``directory``. ``training``: steps, samples, data
-    ... ``adapter``: folder of the teacher's adapter, which is copied into the directory. LoRA
-    layers are merged into a copy; the model itself does not change. Raises FileExistsError
-    (directory not empty), ContractError (the reloaded directory differs from the model).
+    ... ``adapter``: folder of the teacher's adapter, which is copied into the directory, as the
+    post-processing is that ``teacher`` names. LoRA layers are merged into a copy; the model itself
+    does not change. Raises FileExistsError (directory not empty), ContractError (the reloaded
+    directory differs from the model).
     """
     model = merged(model)
     tower = tower_in(model)
@@ -83,10 +85,12 @@ def export_tower(
         save_tower(tower, temporary)
         write_json(temporary / PREPROCESSOR_FILE, preprocessor_config(tower))
         teacher = dict(teacher or {})
+        final = Path(directory).expanduser().absolute()
         if adapter is not None:
             copy_adapter(adapter, temporary / TEACHER_ADAPTER)
-            final = Path(directory).expanduser().absolute()
             teacher["adapter"] = str(final / TEACHER_ADAPTER)
+        if copy_post(teacher, temporary / POST_FILE):
+            teacher["post_file"] = str(final / POST_FILE)
         heads: dict[str, Any] = {}
         if isinstance(model, DualEncoder):
             heads = save_heads(model, temporary)
@@ -121,7 +125,7 @@ def copy_adapter(source: Path, target: Path) -> None:
     """Copy a PEFT adapter with its encoder card; the LLM's local path in them is reduced to its
     name."""
     target.mkdir()
-    for name in ("adapter_model.safetensors", "llm2clip_post.safetensors"):
+    for name in ("adapter_model.safetensors", POST_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     config = read_json(source / "adapter_config.json")
@@ -133,6 +137,19 @@ def copy_adapter(source: Path, target: Path) -> None:
         card = EncoderCard.read(source / EncoderCard.FILE)
         named = Path(card.base).name if is_local(card.base) else card.base
         dataclasses.replace(card, base=named).write(target / EncoderCard.FILE)
+
+
+def copy_post(teacher: dict[str, Any], target: Path) -> bool:
+    """Copy the post-processing of a teacher's embeddings, if it has one; whether it was copied.
+    Without the file that the teacher was read with, texts need ``--post-file``."""
+    source = Path(teacher.get("post_file") or "")
+    if not source.is_file():
+        return False
+    shutil.copyfile(source, target)
+    if sha256_weights(target) == teacher["post"]:
+        return True
+    target.unlink()
+    return False
 
 
 def library_versions() -> dict[str, str]:
@@ -442,10 +459,16 @@ def beyond_llava(card: TowerCard) -> str:
 
 def needs_for_texts(card: TowerCard) -> str:
     """What encode_text needs in addition to the directory; "" for a tower without a teacher that
-    has an adapter."""
+    has an adapter or post-processing elsewhere."""
+    llm = card.teacher.get("llm", "")
+    post_file = card.teacher.get("post_file", "")
+    if post_file not in ("", f"./{POST_FILE}"):
+        return (
+            f"texts need the LLM {llm} and its post-processing: pass it with --post-file (it is "
+            f"missing, or changed, at {post_file})"
+        )
     if not card.teacher.get("adapter_sha256"):
         return ""
-    llm = card.teacher.get("llm", "")
     adapter = card.teacher.get("adapter", "")
     if adapter == f"./{TEACHER_ADAPTER}":
         return f"texts need the LLM {llm}; the adapter is in {TEACHER_ADAPTER}/"

@@ -17,9 +17,12 @@ from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.sources import SourceConfig, open_source
 from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.text.config import EncoderConfig
+from llm2clip_plugin.text.encoder import CaptionEncoder
+from llm2clip_plugin.text.post import POST_FILE, Post
 from llm2clip_plugin.vision.directory import DualConfig, published
 from llm2clip_plugin.vision.dual import DualEncoder
-from llm2clip_plugin.vision.export import export_tower, reexport
+from llm2clip_plugin.vision.export import export_tower, reexport, summary
 from llm2clip_plugin.vision.towers import load_tower
 
 CAPTIONS = [
@@ -71,6 +74,72 @@ def world(llama, tmp_path_factory):
         teacher=dataclasses.asdict(cache.teacher),
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def post_processed(world: Path) -> Path:
+    """post/ with a post-processing, and post-tower/, whose teacher was read with it."""
+    folder = world / "post"
+    folder.mkdir()
+    width = EmbeddingCache.open(world / "cache").width
+    Post(torch.full((width,), 0.5)).save(folder)
+    config = EncoderConfig(
+        llm=str(world / "llm"),
+        post_file=str(folder / POST_FILE),
+        compute_dtype="float32",
+    )
+    torch.manual_seed(0)
+    dual = DualEncoder(
+        load_tower(world / "start"),
+        DualConfig(projection_dim=16, llm_width=width, adapter_blocks=1),
+    )
+    teacher = dataclasses.asdict(CaptionEncoder(config, "cpu").identity())
+    export_tower(dual, world / "post-tower", origin="tiny", teacher=teacher)
+    return world
+
+
+def test_a_tower_holds_the_post_processing_of_its_teacher(
+    post_processed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Moved alone, also after another export, it asks for the LLM alone."""
+    world = post_processed
+    words = ["export", str(world / "post-tower"), "--output", str(tmp_path / "again")]
+    assert cli(words) == 0
+    assert "--post-file" not in capsys.readouterr().out
+    moved = shutil.copytree(tmp_path / "again", tmp_path / "far" / "tower")
+    shutil.rmtree(tmp_path / "again")
+    card = TowerCard.read(moved / TowerCard.FILE)
+    assert published(card).teacher["post_file"] == f"./{POST_FILE}"
+    exact = EncoderConfig(llm=str(world / "llm"), compute_dtype="float32")
+    explicit = dataclasses.replace(exact, post_file=str(world / "post" / POST_FILE))
+    with torch.no_grad():
+        embeddings = load_dual_encoder(moved, teacher=exact).encode_text(CAPTIONS)
+        expected = load_dual_encoder(moved, teacher=explicit).encode_text(CAPTIONS)
+    assert torch.equal(embeddings, expected)
+    width = card.teacher["width"]
+    Post(torch.zeros(width)).save(moved)
+    with pytest.raises(ContractError, match=r"has SHA-256 .* copy the file again, or"):
+        load_dual_encoder(moved, teacher=exact).encode_text("a bird")
+    (moved / POST_FILE).unlink()
+    with pytest.raises(ValueError, match=r"no longer at .* pass .* --post-file"):
+        load_dual_encoder(moved, teacher=exact).encode_text("a bird")
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_another_post_processing_is_not_taken_along(
+    post_processed: Path, tmp_path: Path, damage: str
+):
+    world = shutil.copytree(post_processed, tmp_path / "world")
+    inside = world / "post-tower" / POST_FILE
+    inside.unlink()
+    if damage == "changed":
+        Post(torch.zeros(32)).save(inside.parent)
+    card = reexport(world / "post-tower", tmp_path / "out")
+    assert not (tmp_path / "out" / POST_FILE).exists()
+    place = f"world/post-tower/{POST_FILE}"
+    assert card.teacher["post_file"].endswith(place)
+    assert "--post-file (it is missing, or changed, at " in summary(tmp_path, card)
+    assert "post_file" not in published(card).teacher
 
 
 def cached_rows(folder: Path) -> torch.Tensor:
