@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import os
@@ -18,10 +19,23 @@ Settings = TypeVar("Settings")
 
 def read_json_value(path: str | os.PathLike[str]) -> Any:
     """The value in a JSON file. Raises ContractError naming the file, or OSError."""
+    refuse_byte_order_mark(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ContractError(f"{path} is not valid JSON ({error})") from error
+
+
+def refuse_byte_order_mark(path: str | os.PathLike[str]) -> None:
+    """Raise ContractError for a file that starts with UTF-8's mark, which no library reads as
+    JSON. OSError for one that cannot be read."""
+    with open(path, "rb") as file:
+        start = file.read(len(codecs.BOM_UTF8))
+    if start == codecs.BOM_UTF8:
+        raise ContractError(
+            f"{path} starts with a byte-order mark (BOM), expected JSON in plain UTF-8; save it "
+            "without one"
+        )
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.json_files import refuse_byte_order_mark
 
 # files of a folder that may name code of its own, under AUTO_MAP
 CONFIGS = (
@@ -37,14 +38,17 @@ def open_pretrained(
     ``AutoConfig``.
 
     Raises ContractError, which ends with ``fix``, if the model needs code of its own that is not
-    trusted.
+    trusted; also for a JSON file with a byte-order mark, which transformers does not name.
     """
     try:
         return kind.from_pretrained(
             source, trust_remote_code=trust_remote_code, **options
         )
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except (OSError, ValueError) as error:
+        for path in sorted(Path(source).glob("*.json")):
+            if path.is_file():
+                refuse_byte_order_mark(path)
+        if isinstance(error, OSError) or "trust_remote_code" not in str(error):
             raise
         code = ", ".join(code_of(Path(source))) or "Python code of its repository"
         raise ContractError(

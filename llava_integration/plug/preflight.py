@@ -8,7 +8,6 @@ is quiet.
 """
 
 import argparse
-import json
 import os
 import re
 import socket
@@ -31,6 +30,8 @@ from llava_integration.plug.checkpoints import (
     model_name,
 )
 from llava_integration.plug.hook import check_projector
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.json_files import read_json_value
 
 STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")
@@ -183,9 +184,10 @@ def check_data(stage: str, data: Path, images: Path) -> Iterator[str]:
             "expected the folder that the JSON's image paths start in"
         )
     try:
-        samples = json.loads(data.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        samples = error
+        samples = read_json_value(data)
+    except (OSError, ContractError) as error:
+        yield f"DATA: {error}; expected LLaVA's JSON, a list of samples"
+        return
     if not isinstance(samples, list) or not samples:
         yield f"DATA {data}: expected LLaVA's JSON, a list of samples; found {str(samples)[:80]}"
         return

@@ -32,7 +32,10 @@ from llm2clip_plugin.text.identity import config_sha256, tokenizer_sha256
 from llm2clip_plugin.text.post import POST_FILE, Post, open_post
 from llm2clip_plugin.train.distributed import choose_device
 from llm2clip_plugin.train.model import compile_blocks
-from llm2clip_plugin.vision.directory import fetch_directory
+from llm2clip_plugin.vision.directory import (
+    fetch_directory,
+    refuse_shards_without_index,
+)
 
 # tokens of a batch, padding included; a CPU gains nothing from more, and padding grows with it
 CPU_TOKENS = 512
@@ -337,7 +340,9 @@ def local_folder(llm: str, revision: str = "", *, also: tuple[str, ...] = ()) ->
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 over a model folder's weights; raises FileNotFoundError if there are none."""
+    """SHA-256 over a model folder's weights; raises FileNotFoundError if there are none,
+    ContractError for shards without an index, or what is no file."""
+    refuse_shards_without_index(folder)
     paths: list[Path] = []
     for pattern in WEIGHT_PATTERNS:
         paths = paths or sorted(folder.glob(pattern))

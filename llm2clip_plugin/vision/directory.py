@@ -183,6 +183,15 @@ def section(
 
 # from the source's own preprocessor_config.json
 INHERITED = ("image_mean", "image_std", "resample", "max_num_patches")
+# switches of the image processors of transformers; null is a processor's default
+SWITCHES = (
+    "do_resize",
+    "do_center_crop",
+    "do_pad",
+    "do_rescale",
+    "do_normalize",
+    "do_convert_rgb",
+)
 
 
 def own_preprocessor(directory: Path) -> dict[str, Any]:
@@ -199,6 +208,11 @@ def own_preprocessor(directory: Path) -> dict[str, Any]:
         file = directory / PROCESSOR_FILE
         processor = read_json(file) if file.is_file() else {}
         body = section(processor, "image_processor", where=str(file))
+    for name in SWITCHES:
+        if not isinstance(body.get(name), (bool, type(None))):
+            raise ContractError(
+                f"{file}: {name} is {body[name]!r}, expected a boolean: true or false"
+            )
     stated = {name: body[name] for name in INHERITED if body.get(name) is not None}
     resample = stated.get("resample", 0)
     if type(resample) is not int or not 0 <= resample <= 5:
@@ -448,6 +462,26 @@ def read_tensor(path: Path, name: str) -> Tensor | None:
         return file.get_tensor(name)
 
 
+SHARD = re.compile(r"(.+)-\d+-of-\d+(\.safetensors|\.bin)")
+
+
+def refuse_shards_without_index(directory: Path) -> None:
+    """Raise ContractError for weights in several files without the file that lists them, which
+    libraries call missing weights."""
+    if any((directory / name).is_file() for name in WEIGHT_FILES):
+        return
+    for path in sorted(directory.glob("*-of-*")):
+        shard = SHARD.fullmatch(path.name)
+        if shard is None:
+            continue
+        index = directory / f"{shard[1]}{shard[2]}.index.json"
+        if not index.is_file():
+            raise ContractError(
+                f"{directory} has weights in shards ({path.name}), but no {index.name}, which says "
+                "what is in which; copy it from where the weights come from"
+            )
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The weight files of a folder: one with a standard name, the shards of an index, or its only
     checkpoint."""
@@ -457,6 +491,7 @@ def weight_files(directory: Path) -> list[Path]:
         if (index := directory / f"{name}.index.json").is_file():
             shards = section(read_json(index), "weight_map", where=str(index)).values()
             return sorted({directory / Path(shard).name for shard in shards})
+    refuse_shards_without_index(directory)
     files = sorted(
         path for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES
     )

@@ -31,6 +31,7 @@ from llm2clip_plugin.vision.directory import (
     own_preprocessor,
     read_tensor,
     read_tensors,
+    refuse_shards_without_index,
     weight_files,
 )
 from llm2clip_plugin.vision.families import (
@@ -108,6 +109,7 @@ def initial_log_scale(source: str | os.PathLike[str], tower: Tower) -> float:
 def _load_directory(directory: Path, dtype: torch.dtype, title: str) -> Tower:
     """The tower in a directory, with every tensor of its file used and none missing."""
     family, _ = read_config(directory)
+    refuse_shards_without_index(directory)
     if not any(directory.glob("model*.safetensors")):
         for path in sorted(directory.glob("pytorch_model*.bin")):
             # refuses a pickle that runs code, or is not safe to read

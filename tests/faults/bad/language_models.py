@@ -8,9 +8,11 @@ from bad.planted import (
     cut,
     directory,
     edit,
+    marked,
     pipe,
     raw,
     remove,
+    shards_without_index,
     shrink,
     text,
 )
@@ -40,6 +42,27 @@ def adapter(**fields):
 ADAPTED = "embed {w}/data --llm {w}/llm --adapter {t}/adapter --cache {t}/new"
 
 CASES = [
+    *(
+        Case(
+            f"{file} with a byte-order mark",
+            EMBED,
+            f"{{t}}/llm/{file} starts with a byte-order mark...",
+            (LLM, marked(f"llm/{file}")),
+        )
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json")
+    ),
+    Case(
+        "configuration with a byte-order mark, in a run",
+        "run {w}/data --llm {t}/llm --tower {w}/tower --output {t}/new",
+        "{t}/llm/config.json starts with a byte-order mark...",
+        (LLM, marked("llm/config.json")),
+    ),
+    Case(
+        "weights in shards without an index",
+        EMBED,
+        "{t}/llm has weights in shards...no model.safetensors.index.json...",
+        (LLM, shards_without_index("llm")),
+    ),
     Case(
         "code of a folder, unknown type",
         EMBED,

@@ -97,6 +97,32 @@ def cut(name: str) -> Plant:
     return plant
 
 
+def marked(name: str) -> Plant:
+    """A byte-order mark before a file, as Windows' editors write it."""
+
+    def plant(folder: Path, world: World) -> None:
+        path = folder / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+    return plant
+
+
+def shards_without_index(name: str) -> Plant:
+    """The weights of a model in two files, without the index."""
+
+    def plant(folder: Path, world: World) -> None:
+        whole = folder / name / "model.safetensors"
+        weights = load_file(whole)
+        whole.unlink()
+        names = sorted(weights)
+        for number, part in enumerate((names[::2], names[1::2]), 1):
+            file = folder / name / f"model-0000{number}-of-00002.safetensors"
+            tensors = {key: weights[key] for key in part}
+            save_file(tensors, file, {"format": "pt"})
+
+    return plant
+
+
 def remove(pattern: str) -> Plant:
     """Delete the files that a pattern matches; there must be some."""
 

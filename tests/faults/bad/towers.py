@@ -2,12 +2,23 @@
 
 import json
 
-from bad.planted import Case, copy, cut, edit, pictures, remove, text
+from bad.planted import (
+    Case,
+    copy,
+    cut,
+    edit,
+    marked,
+    pictures,
+    remove,
+    shards_without_index,
+    text,
+)
 
 TRAIN = (
     "train-tower {w}/data --tower {t}/tower --output {t}/new --heads.steps 0 --max-steps 1 "
     "--global-batch 8"
 )
+IMPORT = "import {t}/tower --output {t}/new"
 OURS = "train-tower {w}/data --tower {w}/tower --output {t}/new --global-batch 8"
 TOWER = copy("tower", "tower")
 PROCESSOR = "tower/preprocessor_config.json"
@@ -47,6 +58,43 @@ CASES = [
         TRAIN,
         "...{t}/tower/preprocessor_config.json...image_mean...",
         processor(image_mean=["a", "b", "c"]),
+    ),
+    Case(
+        "switch that is a text",
+        IMPORT,
+        "{t}/tower/preprocessor_config.json: do_normalize is 'false', expected a boolean...",
+        processor(do_normalize="false"),
+    ),
+    Case(
+        "switch that is a number",
+        IMPORT,
+        "{t}/tower/preprocessor_config.json: do_rescale is 0, expected a boolean...",
+        processor(do_rescale=0),
+    ),
+    Case(
+        "processor with a byte-order mark",
+        IMPORT,
+        "{t}/tower/preprocessor_config.json starts with a byte-order mark...",
+        (*processor(), marked(PROCESSOR)),
+    ),
+    Case(
+        "configuration with a byte-order mark",
+        TRAIN,
+        "{t}/tower/config.json starts with a byte-order mark...",
+        (TOWER, marked("tower/config.json")),
+    ),
+    Case(
+        "shards without an index, imported",
+        IMPORT,
+        "{t}/tower has weights in shards (model-00001-of-00002.safetensors), but no "
+        "model.safetensors.index.json...",
+        (TOWER, shards_without_index("tower")),
+    ),
+    Case(
+        "shards without an index",
+        TRAIN,
+        "{t}/tower has weights in shards...no model.safetensors.index.json...",
+        (TOWER, shards_without_index("tower")),
     ),
     Case(
         "processor that is no JSON",

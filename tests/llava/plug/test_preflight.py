@@ -75,6 +75,7 @@ def test_names_by_which_llava_loads(capsys, world, home, stage, name, message):
     "stage, content, message",
     [
         ("finetune", "{", "expected LLaVA's JSON"),
+        ("finetune", "\ufeff[]", "starts with a byte-order mark"),
         ("finetune", "[]", "a list of samples; found []"),
         (
             "finetune",
