@@ -125,7 +125,9 @@ def write_data(output: Path, shown: int, names: int) -> None:
             else:
                 continue
             (images / f"{key}.png").write_bytes(png)
-        groups = [[questions[concept] for concept in group] for group in of_b]
+        groups: list[list[dict[str, Any]]] = []
+        for group in of_b:
+            groups.append([questions[concept] for concept in group])
         (temporary / "captions.json").write_text(json.dumps(captions))
         (temporary / "groups.json").write_text(json.dumps(groups))
         (temporary / "chat_template.jinja").write_text(TEMPLATE)
