@@ -364,8 +364,10 @@ def arms_table(neutral: Mapping[str, float], own: Mapping[str, float]) -> str:
     return markdown_table(head, rows)
 
 
-def comparisons_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A row per comparison."""
+def comparisons_table(
+    rows: Sequence[Mapping[str, Any]], score: str = "names of the neutral LLM"
+) -> str:
+    """A row per comparison; ``score``: what is compared."""
     cells = []
     for row in rows:
         p = p_value(row["p_adjusted"])
@@ -374,7 +376,7 @@ def comparisons_table(rows: Sequence[Mapping[str, Any]]) -> str:
         title = f"{ARMS[row['new']]} minus {ARMS[row['base']]}"
         difference = estimate(row["difference"], row["interval"])
         cells.append((title, str(len(row["seeds"])), difference, p))
-    head = ("names of the neutral LLM", "seeds", "difference", "p (Holm)")
+    head = (score, "seeds", "difference", "p (Holm)")
     return markdown_table(head, cells)
 
 

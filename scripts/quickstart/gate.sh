@@ -7,8 +7,8 @@
 #   scripts/quickstart/gate.sh --steps 200 --seeds 1    longer towers, in a folder of their own; also what the steps bring to retrieval
 #                                                       (longer.py; --rendered DIR: in one more style)
 #   scripts/quickstart/gate.sh --arms "permuted tuned"  these teachers alone, beside the tower before stage 2
-#   scripts/quickstart/gate.sh --llava                  then a small LLaVA on each tower, against the first of --arms: does it name what
-#                                                       it was never shown? (inherited.py; a quarter of an hour of a core each)
+#   scripts/quickstart/gate.sh --llava                  then a small LLaVA on each tower: does it name what it was never shown?
+#                                                       (inherited.py; a quarter of an hour of a core each)
 #
 # --output DIR: as of quickstart.sh, which makes what is missing there (models, data, adapters, caches of the teachers). The
 # tables are printed, and lie in gate.json, longer.json and inherited/. Rerun the same command to resume.

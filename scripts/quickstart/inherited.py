@@ -15,8 +15,8 @@ log-likelihood minus the mean of that name's over the group's pictures, so that 
 that does not look has nothing. A picture's score is the place of its own name: the share of the
 other names for which the picture adds less (.5 by chance).
 
-``--arms``: towers/ARM-seedN below ``--towers``; gate.sh trains them. Intervals of a difference to
-the first arm are over families and, if there are several, seeds, which are paired.
+``--arms``: towers/ARM-seedN below ``--towers``; gate.sh trains them. Compared are the pairs that
+gate.py compares; intervals are over families and, if there are several, seeds, which are paired.
 
 Shapes: N pictures of a group, C names of it, T tokens of a name.
 """
@@ -34,23 +34,17 @@ from typing import Any
 import numpy as np
 import torch
 from claims import LEVEL, compare_seeds
+from gate import ARMS, compare_arms, comparisons_table, seeds_of
 from miniature import train_stage
 from miniature_data import emoji, talk
 from torch import Tensor
 
-from llava_integration.evaluator.compare.multiplicity import holm
 from llava_integration.serve.build import register
 from llava_integration.serve.rows import LlavaRows
 from llm2clip_plugin.atomic import atomic_directory, write_text
 from llm2clip_plugin.cli import main as llm2clip
 from llm2clip_plugin.json_files import read_json_value as read_json
-from llm2clip_plugin.report_text import (
-    estimate,
-    fraction,
-    markdown_table,
-    p_value,
-    spread,
-)
+from llm2clip_plugin.report_text import fraction, markdown_table, spread
 
 # concepts of A, as gate.py fits to; with 100, and 80 steps, not even the oracle showed anything
 SHOWN = 534
@@ -219,51 +213,19 @@ def places(score_NC: np.ndarray) -> np.ndarray:
     return (below_N + equal_N / 2) / (score_NC.shape[1] - 1)
 
 
-def compare_arms(
-    scores: Mapping[str, Mapping[int, np.ndarray]], families: list[str]
-) -> list[dict[str, Any]]:
-    """Each arm's places, and their differences to those of the first arm, for which p is
-    adjusted."""
-    base = next(iter(scores.values()))
-    results = []
-    for arm, of_seed in scores.items():
-        row: dict[str, Any] = {"arm": arm, "seeds": list(of_seed)}
-        row["values"] = [float(score_N.mean()) for score_N in of_seed.values()]
-        above_chance = [score_N - CHANCE for score_N in of_seed.values()]
-        above = compare_seeds(above_chance, families)
-        row["interval"] = [CHANCE + end for end in above.interval(1 - LEVEL)]
-        if of_seed is not base:
-            difference_SN = [of_seed[seed] - base[seed] for seed in of_seed]
-            paired = compare_seeds(difference_SN, families)
-            row["difference"] = float(np.mean(difference_SN))
-            row["difference_interval"] = list(paired.interval(1 - LEVEL))
-            row["p"] = paired.p()
-        results.append(row)
-    differences = results[1:]
-    adjusted = holm([row["p"] for row in differences])
-    for row, p in zip(differences, adjusted, strict=True):
-        row["p_adjusted"] = p
-    return results
-
-
-def results_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A row per arm."""
+def arms_table(scores: Mapping[str, np.ndarray], families: list[str]) -> str:
+    """A row per arm; ``scores``: places, by ``ARM-seedN``."""
     rows = []
-    for row in results:
-        low, high = map(fraction, row["interval"])
-        reached = f"{spread(row['values'])} [{low}, {high}]"
-        cells = [row["arm"], str(len(row["seeds"])), reached]
-        if "p_adjusted" in row:
-            difference = estimate(row["difference"], row["difference_interval"])
-            p = p_value(row["p_adjusted"])
-            if row["p_adjusted"] >= LEVEL:
-                p += ", not shown"
-            cells += [difference, p]
-        else:
-            cells += ["", ""]
-        rows.append(tuple(cells))
-    head = ("tower's teacher", "seeds", "place of the right name (chance: .5)")
-    head += ("minus the first row", "p (Holm)")
+    for arm, title in ARMS.items():
+        runs = list(seeds_of(scores, arm).values())
+        if not runs:
+            continue
+        above_chance = compare_seeds([score_N - CHANCE for score_N in runs], families)
+        ends = [CHANCE + end for end in above_chance.interval(1 - LEVEL)]
+        means = [float(score_N.mean()) for score_N in runs]
+        interval = f"[{fraction(ends[0])}, {fraction(ends[1])}]"
+        rows.append((title, str(len(runs)), spread(means), interval))
+    head = ("teacher of the tower", "seeds", "place of the right name", "interval")
     return markdown_table(head, rows)
 
 
@@ -282,7 +244,7 @@ def run(
     data = output / "data"
     if not data.exists():
         write_data(data, shown, names)
-    scores: dict[str, dict[int, np.ndarray]] = {arm: {} for arm in arms}
+    scores: dict[str, np.ndarray] = {}
     for seed in seeds:  # all arms of a seed before the next, so that pairs are complete
         for arm in arms:
             folder = output / f"{arm}-seed{seed}"
@@ -292,12 +254,17 @@ def run(
                 trained = train_llava(tower, llm, data, folder, steps)
                 write_text(answers, json.dumps(ask(trained, data)))
             of_groups = [places(np.array(group)) for group in read_json(answers)]
-            scores[arm][seed] = np.concatenate(of_groups)
+            scores[folder.name] = np.concatenate(of_groups)
     groups = read_json(data / "groups.json")
     families = [row["family"] for group in groups for row in group]
-    results = compare_arms(scores, families)
-    write_text(output / "inherited.json", json.dumps(results, indent=2))
-    return results_table(results)
+    comparisons = compare_arms(scores, families)
+    means = {name: float(score_N.mean()) for name, score_N in scores.items()}
+    record = {"places": means, "comparisons": comparisons}
+    write_text(output / "inherited.json", json.dumps(record, indent=2))
+    tables = [arms_table(scores, families)]
+    if comparisons:
+        tables.append(comparisons_table(comparisons, "place of the right name"))
+    return "\n".join(tables)
 
 
 def main() -> None:
@@ -307,9 +274,7 @@ def main() -> None:
     parser.add_argument("--towers", type=Path, required=True)
     parser.add_argument("--llm", type=Path, required=True, help="LLaVA's, frozen")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument(
-        "--arms", nargs="+", required=True, help="the first is the base"
-    )
+    parser.add_argument("--arms", nargs="+", required=True, choices=list(ARMS)[1:])
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--shown", type=int, default=SHOWN, help="concepts of A")
     parser.add_argument("--names", type=int, default=NAMES, help="of a group of B")

@@ -1,5 +1,6 @@
 """Inherited words: which concepts LLaVA is shown and asked about; how its answers are scored."""
 
+import json
 from collections import Counter
 
 import inherited
@@ -54,36 +55,36 @@ def test_a_model_that_does_not_look_reaches_chance() -> None:
     assert inherited.places(score_NC) == pytest.approx(np.full(7, inherited.CHANCE))
 
 
-def test_arms_are_compared_with_the_first_in_pairs() -> None:
+def test_answers_that_are_there_are_compared_as_the_gate_does(tmp_path) -> None:
+    inherited.write_data(tmp_path / "data", shown=20, names=40)
+    groups = read_json_value(tmp_path / "data" / "groups.json")
     rng = np.random.default_rng(0)
-    base = {seed: rng.normal(size=60) for seed in range(3)}
-    new = {seed: score_N + 0.3 for seed, score_N in base.items()}
-    families = [str(number // 2) for number in range(60)]
-    rows = inherited.compare_arms({"permuted": base, "oracle": new}, families)
-    assert "p" not in rows[0]
-    assert rows[1]["difference"] == pytest.approx(0.3)
-    assert rows[1]["p"] < 0.05
-    low, high = rows[1]["difference_interval"]
-    assert 0.2 < low < high < 0.4
-    assert rows[1]["p_adjusted"] == rows[1]["p"]
-    table = inherited.results_table(rows)
-    assert "| oracle | 3 |" in table
-    assert "not shown" not in table
-
-
-def test_differences_are_adjusted_for_their_number() -> None:
-    rng = np.random.default_rng(0)
-    base = {0: rng.normal(size=60)}
-    noise = rng.normal(size=60)
-    noise -= noise.mean()
-    # 2.15 standard errors: p is about .036
-    some = {0: base[0] + noise + 2.15 * noise.std(ddof=1) / np.sqrt(60)}
-    families = [str(number) for number in range(60)]
-    rows = inherited.compare_arms(
-        {"permuted": base, "raw": some, "tuned": some}, families
+    own_CC = np.eye(40)
+    for seed in (0, 1):
+        noise = rng.normal(size=(len(groups), 40, 40))
+        # pictures tell their names, to one arm more than to the other
+        for arm, strength in (("permuted", 0.5), ("tuned", 2.0)):
+            folder = tmp_path / f"{arm}-seed{seed}"
+            folder.mkdir()
+            answers = json.dumps((noise + strength * own_CC).tolist())
+            (folder / "log_likelihoods.json").write_text(answers)
+    arms = ("permuted", "tuned")
+    table = inherited.run(
+        tmp_path / "towers",
+        tmp_path / "llm",
+        tmp_path,
+        arms=arms,
+        seeds=(0, 1),
+        shown=20,
+        names=40,
+        steps=1,
     )
-    for row in rows[1:]:
-        assert row["p_adjusted"] == pytest.approx(2 * row["p"])
-    # by itself it would be shown
-    assert rows[1]["p"] < 0.05 < rows[1]["p_adjusted"]
-    assert inherited.results_table(rows).count("not shown") == 2
+    record = read_json_value(tmp_path / "inherited.json")
+    assert 0.6 < record["places"]["permuted-seed0"] < 0.7
+    assert 0.85 < record["places"]["tuned-seed0"] < 0.95
+    (comparison,) = record["comparisons"]
+    assert (comparison["base"], comparison["new"]) == arms
+    assert comparison["difference"] > 0.2
+    assert comparison["significant"]
+    assert "| fine-tuned LLM | 2 |" in table
+    assert "| place of the right name | seeds |" in table
