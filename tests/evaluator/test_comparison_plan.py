@@ -143,6 +143,21 @@ def test_a_pilot_without_a_disagreement_is_not_a_promise(tmp_path, second):
     assert noise.images_needed(1.0, 1) > 1000
 
 
+@pytest.mark.parametrize("images", [3, 40])
+def test_no_difference_above_100_points_is_promised(tmp_path, capsys, images):
+    path = table_of(tmp_path / "a.csv", [number % 2 for number in range(images)])
+    assert main([str(path), "--plan"]) == 0
+    (row,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| a ")
+    ]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    if images == 3:
+        assert cells[3] == "none"
+        assert "any difference with so few" in row
+    else:
+        assert 10 < float(cells[3]) < 50
+
+
 def test_one_image_plans_nothing(tmp_path, capsys):
     path = table_of(tmp_path / "a.csv", [1])
     assert main([str(path), "--plan"]) == 0

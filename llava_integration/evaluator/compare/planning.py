@@ -57,6 +57,7 @@ class Noise:
     # standard deviation of one side's score over trainings, apart from that; None: unknown
     spread: float | None
     spread_freedom: int = MANY  # degrees of freedom that ``spread`` was estimated with
+    span: float = math.inf  # the largest difference that there can be
 
     @property
     def is_known(self) -> bool:
@@ -163,9 +164,9 @@ def measure(
     strata = len(np.unique(paired.strata))
     wider = expansion(paired.clusters, max(1, paired.clusters - strata))
     shared = max(0.0, variance - slips) * wider**2
+    span = largest_difference([*base_runs, *new_runs])
     # a base that varies says nothing of how often another side agrees with it
     if new is not base or np.allclose(base_MC, 0):
-        span = largest_difference([*base_runs, *new_runs])
         shared += doubt(paired, base_MC, new_MC, span)
     noise = Noise(
         title=first.title,
@@ -175,6 +176,7 @@ def measure(
         image_error=math.sqrt(shared),
         answer_error=math.sqrt(slips) * wider,
         spread=spread,
+        span=span,
     )
     if spread is not None:
         return noise
@@ -240,5 +242,10 @@ def plan_rows(
             if needed:
                 needed_text = str(needed)
                 times = f"x {needed / noise.images:.2g}"
-            cells = (title, images, str(count), f"{detectable:.2f}")
-            yield (*cells, needed_text, times, varies)
+            detectable_text = f"{detectable:.2f}"
+            reason = varies
+            if detectable >= noise.span:
+                detectable_text = "none"
+                reason = f"{varies}: too much to detect any difference with so few"
+            cells = (title, images, str(count), detectable_text)
+            yield (*cells, needed_text, times, reason)
