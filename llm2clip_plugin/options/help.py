@@ -2,10 +2,12 @@
 
 import textwrap
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any
 
 WIDTH = 110
 COLUMN = 30  # where the texts of options begin
+INSTALLED = Path(__file__).parents[2]  # the folder that the package is in
 
 
 def row(spelled: str, text: str) -> str:
@@ -20,11 +22,13 @@ def row(spelled: str, text: str) -> str:
 
 
 def written_default(default: Any) -> str:
-    """A default as --help shows it; "" for one that says nothing."""
+    """A default as --help shows it; "" for one that says nothing. A file of the package has the
+    path that it has in the package."""
     if isinstance(default, tuple):
         default = " ".join(map(str, default))
     if default in ("", None, MISSING) or isinstance(default, bool):
         return ""
     if isinstance(default, float):
         return f" (default: {default:g})"
-    return f" (default: {default})"
+    text = str(default).removeprefix(f"{INSTALLED}/")
+    return f" (default: {text})"

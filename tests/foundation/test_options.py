@@ -198,6 +198,13 @@ def test_every_option_says_what_it_is(name: str) -> None:
     assert not silent, f"declare them with setting(..., help=...): {silent}"
 
 
+@pytest.mark.parametrize("name", cli.OPTIONS)
+def test_help_has_no_path_of_this_machine(name: str) -> None:
+    command: Command = cli.load(cli.OPTIONS[name])
+    installed = str(Path(cli.__file__).parents[1])
+    assert installed not in command.help_text(everything=True)
+
+
 def test_help_imports_nothing_large() -> None:
     code = (
         "import sys, llm2clip_plugin.cli as c\n"
