@@ -11,12 +11,13 @@
 #
 # Whether the difference is the teacher's is another question, with other runs (scripts/claims.sh checks what README.md states):
 #
-#   scripts/quickstart.sh --compare         also a tower of the raw LLM, and one of wrong pictures: tables with intervals and
-#                                           p-values; headline.json in quickstart-output/default
+#   scripts/quickstart.sh --compare         also a tower of the original LLM, and one of wrong pictures: tables with intervals
+#                                           and p-values; headline.json in quickstart-output/default
 #   scripts/quickstart.sh --seeds 3         seeds 0 to 2, each with its own adapter and towers; the tables by seed
-#   scripts/quickstart.sh --controls        as --compare, and three more towers a seed: against a linear map on the raw LLM, fitted
-#                                           to the captions of stage 1; against the raw LLM as it comes (mean pooling, no prompt);
-#                                           against random embeddings of the same captions. LLaVA with the tower of random, and of raw
+#   scripts/quickstart.sh --controls        as --compare, and three more towers a seed: against a linear map on the original LLM,
+#                                           fitted to the captions of stage 1; against the original LLM with mean pooling and no prompt;
+#                                           against random embeddings of the same captions. LLaVA with the tower of random embeddings,
+#                                           and with that of the original LLM
 #
 # One environment is made for all of it, .venv; LLaVA's unmodified code runs in it on today's libraries. LLAVA_PYTHON=/path/to/python:
 # LLaVA in another one. Everything is written to quickstart-output/ (or --output DIR). Rerun the same command to resume.

@@ -10,6 +10,7 @@ loads itself again from time to time. It fetches nothing. Prints what the last s
 import argparse
 import base64
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -180,7 +181,8 @@ def stage_seconds(logs: Path) -> dict[str, int]:
 def files(
     page: Path, data: Path, output: Path, llava: Path | None
 ) -> list[tuple[str, str]]:
-    """Those that exist: path from the page, and what it is."""
+    """Those that exist: path from the page, and what it is. Links are named, not followed: a tower
+    may lie elsewhere."""
     tower = output / "towers" / "tuned-seed0"
     descriptions = {
         tower: "the trained tower: a Hugging Face folder, with its text side",
@@ -195,11 +197,11 @@ def files(
         comparison = llava / "compare" / "compare.html"
         what = "every question that the two LLaVAs answer differently"
         descriptions[comparison] = what
-    folder = page.parent.resolve()
+    folder = page.parent.absolute()
     existing = []
     for path, what in descriptions.items():
         if path.exists():
-            existing.append((str(path.resolve().relative_to(folder)), what))
+            existing.append((os.path.relpath(path.absolute(), folder), what))
     return existing
 
 

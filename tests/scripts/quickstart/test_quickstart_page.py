@@ -87,6 +87,16 @@ FOUND = {
 }
 
 
+def test_a_tower_that_is_a_link_is_listed_where_the_run_has_it(tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    towers = tmp_path / "run" / "default" / "towers"
+    towers.mkdir(parents=True)
+    (towers / "tuned-seed0").symlink_to(tmp_path / "elsewhere")
+    run = tmp_path / "run"
+    listed = page.files(run / "index.html", run / "data", run / "default", None)
+    assert [path for path, _ in listed] == ["default/towers/tuned-seed0"]
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A finished quickstart's results, small and made up; one picture of LLaVA's is missing."""
