@@ -149,6 +149,19 @@ def test_empty_rows_of_excel_are_passed_over(tmp_path):
     assert run.ids == ["1", "2"]
 
 
+def test_a_title_above_the_header_of_excel_is_called_that(tmp_path):
+    """Alone it is an error, with another log in the folder a note."""
+    titled = workbook(
+        tmp_path / "a_toy.xlsx", [[1, "A", 1]], first_rows=[["Our model"]]
+    )
+    said = r"a_toy\.xlsx, line 1 was taken for the header.*\(index, prediction, hit\)"
+    with pytest.raises(ContractError, match=said):
+        load_side(titled)
+    workbook(tmp_path / "b_toy.xlsx", [[1, "A", 1]])
+    (note,) = load_side(tmp_path).notes
+    assert note.startswith(f"left out: {titled}, line 1 was taken for the header")
+
+
 def test_an_excel_file_that_fills_the_memory_is_refused(tmp_path, monkeypatch):
     path = workbook(tmp_path / "toy_result.xlsx", [[1, "A", 1]])
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:

@@ -66,6 +66,12 @@ MALFORMED = {  # name of the file: (content, what the error names)
     "ab.csv": ("item;score\n1;1\n", r"ab\.csv has semicolons.*has commas"),
     "ac.tsv": ("item,score\n1,1\n", r"ac\.tsv has commas.*has tabs"),
     "ad.csv": ("\udcff\udcfei\0t\0e\0m\0,\0", r"ad\.csv is in UTF-16"),
+    "ae.csv": (
+        "Our model; seed 1\nitem,score\n1,1\n",
+        r"ae\.csv, line 1 was taken for the header, but has one cell \(Our model; seed 1\), "
+        r"expected the names of the columns, such as \(item, score\)",
+    ),
+    "af.tsv": ("Our model\t\t\nindex\tprediction\thit\n0\tA\t1\n", "line 1 was taken"),
     "samples_a_2026-11-28T21-57-04.1.jsonl": ("", "4.1.jsonl is empty"),
     "samples_b_2026-11-28T21-57-04.1.jsonl": ("\n", "it has no documents"),
     "20261129_061426_samples_a.jsonl": ("\n", "it has no documents"),

@@ -31,6 +31,7 @@ from llava_integration.evaluator.compare.readers import (
     readers,
 )
 from llava_integration.evaluator.compare.readers.file_formats import (
+    EXCEL,
     TABLES,
     table_problem,
 )
@@ -192,7 +193,12 @@ def table_problems(path: Path, read: Collection[Path]) -> list[str]:
     """Why tables at a path, or the file itself, are not among the files that were ``read``."""
     files = [path]
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.suffix in TABLES]
+        files = []
+        for file in sorted(path.rglob("*")):
+            # the answers of a judged table that was read take seconds to open
+            is_answers = any(other.name.startswith(file.stem) for other in read)
+            if file.suffix in TABLES or (file.suffix == EXCEL and not is_answers):
+                files.append(file)
     problems = []
     for file in files:
         if file.is_file() and file not in read and (reason := table_problem(file)):

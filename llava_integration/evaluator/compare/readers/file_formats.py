@@ -5,7 +5,7 @@ import csv
 import gzip
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ FIRST_ROWS = 100  # of a table, that tell its columns
 def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any]]]:
     """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or
     Excel."""
-    if path.suffix == ".xlsx":
+    if path.suffix == EXCEL:
         yield from excel_rows(path)
     elif path.suffix in JSON_TABLES:
         rows = list(json_rows(path))
@@ -138,18 +138,48 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 TABLES = (".csv", ".tsv")
+EXCEL = ".xlsx"
+
+
+def title_problem(path: Path) -> str:
+    """Why the first row of a table is no header, if it has one cell and the second more: a title.
+    "" otherwise."""
+    rows = []
+    with suppress(ContractError, OSError), errors_about(path):
+        rows = list(islice(table(path, errors="replace"), 2))
+    if len(rows) < 2:
+        return ""
+    where, cells = rows[0]
+    title = filled(cells)
+    names = filled(rows[1][1])
+    if len(title) != 1 or len(names) < 2:
+        return ""
+    header = ", ".join(names)
+    return (
+        f"{where} was taken for the header, but has one cell ({title[0]:.60}), expected the names "
+        f"of the columns, such as ({header:.100}) below it; delete what is above the header"
+    )
+
+
+def filled(cells: Sequence[Any]) -> list[str]:
+    """The cells that are not empty, as texts."""
+    return [str(cell) for cell in cells if cell is not None and str(cell).strip()]
 
 
 def table_problem(path: Path) -> str:
-    """Why a file is no table, as far as its first bytes tell; "" if they do not."""
+    """Why a file is no table, as far as its first bytes and rows tell; "" if they do not."""
     with path.open("rb") as file:
         head = file.read(4096)
     if not head:
         return f"{path} is empty"
+    if path.suffix == EXCEL:
+        return title_problem(path)
     if path.suffix not in TABLES:
         return ""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return f"{path} is in UTF-16; save it in UTF-8"
+    if problem := title_problem(path):
+        return problem
     first_line = head.splitlines()[0]
     expected, name = (b",", "commas") if path.suffix == ".csv" else (b"\t", "tabs")
     if expected in first_line:
