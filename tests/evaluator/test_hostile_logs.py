@@ -1,6 +1,7 @@
 """Logs of strangers: numbers that mean nothing, files that fill the memory, texts that no report
 can hold."""
 
+import gzip
 import json
 import os
 import zipfile
@@ -169,6 +170,39 @@ def test_an_excel_file_that_fills_the_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(file_formats, "MOST_UNPACKED", 1_000_000)
     with pytest.raises(ContractError, match=r"unpacks to 1,\d\d\d,\d\d\d bytes"):
         load_side(path)
+
+
+def packed_log(folder, count):
+    """A log of the harness, packed by gzip."""
+    path = folder / "samples_toy_2026-11-28T21-57-04.1.jsonl.gz"
+    line = {"doc_id": 0, "doc_hash": "", "metrics": ["acc"], "acc": 1}
+    with gzip.open(path, "wt") as file:
+        for number in range(count):
+            file.write(json.dumps(line | {"doc_id": number}) + "\n")
+    return path
+
+
+def packed_eval(folder, count):
+    """A log of inspect_ai, in which only its summaries are large."""
+    path = folder / "toy.eval"
+    score = {"scorer": "match", "metrics": {"accuracy": {"value": 1.0}}}
+    header = {"status": "success", "results": {"scores": [score]}}
+    sample = {"id": 1, "metadata": {}, "scores": {"match": {"value": "C"}}}
+    samples = [sample | {"id": number} for number in range(count)]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("header.json", json.dumps(header))
+        archive.writestr("summaries.json", json.dumps(samples))
+        archive.writestr("samples/1_epoch_1.json", "A" * 10_000)  # is not read
+    return path
+
+
+@pytest.mark.parametrize("pack", [packed_log, packed_eval])
+def test_a_packed_log_that_fills_the_memory_is_refused(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(file_formats, "MOST_UNPACKED", 5_000)
+    ((run,),) = load_side(pack(tmp_path, 10)).runs.values()
+    assert len(run.ids) == 10
+    with pytest.raises(ContractError, match=r"unpacks to .* bytes, expected at most"):
+        load_side(pack(tmp_path, 1000))
 
 
 TWICE = {

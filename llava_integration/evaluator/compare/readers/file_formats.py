@@ -3,6 +3,7 @@
 import codecs
 import csv
 import gzip
+import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -43,21 +44,25 @@ def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any
             )
 
 
-MOST_UNPACKED = 2**29  # bytes of an Excel file
+MOST_UNPACKED = 2**29  # bytes of a packed file, which would fill the memory
+
+
+def too_large(path: Path, unpacked: str, *, fix: str) -> ContractError:
+    """The error for a file that unpacks to more than MOST_UNPACKED."""
+    return ContractError(
+        f"{path} unpacks to {unpacked} bytes, expected at most {MOST_UNPACKED:,}; {fix}"
+    )
 
 
 def excel_rows(path: Path) -> Iterator[tuple[str, list[Any]]]:
     """(where, cells) of the rows in the first sheet, but for empty ones. Raises ContractError for a
-    file that unpacks to more than MOST_UNPACKED, which would fill the memory."""
+    file that unpacks to more than MOST_UNPACKED."""
     from openpyxl import load_workbook
 
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > MOST_UNPACKED:
-        raise ContractError(
-            f"{path} unpacks to {unpacked:,} bytes, expected at most {MOST_UNPACKED:,}; save the "
-            "table as .tsv"
-        )
+        raise too_large(path, f"{unpacked:,}", fix="save the table as .tsv")
     sheet = load_workbook(path, read_only=True).worksheets[0]
     for line, row in enumerate(sheet.iter_rows(values_only=True), 1):
         if any(cell is not None for cell in row):
@@ -108,10 +113,37 @@ def first_object(path: Path) -> dict[str, Any]:
         return {}
 
 
+class Unpacked(io.RawIOBase):
+    """What gzip packed, up to MOST_UNPACKED bytes; reading more raises ContractError."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._file = gzip.open(path)
+        self._bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        self._bytes += len(data)
+        if self._bytes > MOST_UNPACKED:
+            more = f"more than {MOST_UNPACKED:,}"
+            raise too_large(self._path, more, fix="unpack it first (gunzip)")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def open_text(path: Path) -> IO[str]:
     """A text file, or one that gzip packed."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", errors="replace")
+        unpacked = io.BufferedReader(Unpacked(path), HEAD)
+        return io.TextIOWrapper(unpacked, encoding="utf-8-sig", errors="replace")
     return path.open(encoding="utf-8-sig", errors="replace")
 
 
@@ -127,14 +159,14 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if is_array:
             values = json.load(file)
         else:
-            values = [json.loads(line) for line in file if line.strip()]
-    for number, value in enumerate(values, 1):
-        where = f"{path}, sample {number}"
-        if not isinstance(value, dict):
-            raise ContractError(
-                f"{where}: expected a JSON object, got {str(value)[:60]!r}"
-            )
-        yield where, value
+            values = (json.loads(line) for line in file if line.strip())
+        for number, value in enumerate(values, 1):
+            where = f"{path}, sample {number}"
+            if not isinstance(value, dict):
+                raise ContractError(
+                    f"{where}: expected a JSON object, got {str(value)[:60]!r}"
+                )
+            yield where, value
 
 
 TABLES = (".csv", ".tsv")

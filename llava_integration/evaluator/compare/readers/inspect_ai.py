@@ -4,7 +4,7 @@ mean over epochs."""
 import json
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from llava_integration.evaluator.compare.readers import (
     Log,
     Reader,
     all_answers,
+    file_formats,
     first_of,
     number,
     short_text,
@@ -48,15 +49,23 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         errors_about(path, fix="was the run cut off?"),
         zipfile.ZipFile(path) as archive,
     ):
+        refuse_large(path, archive, ["header.json", "summaries.json"])
         header = json.loads(archive.read("header.json"))
         samples = json.loads(archive.read("summaries.json"))
         if samples and not any("metadata" in sample for sample in samples):
             # older summaries have none, so what goes together is in the samples alone
-            samples = []
-            for name in archive.namelist():
-                if name.startswith("samples/"):
-                    samples.append(json.loads(archive.read(name)))
+            names = [name for name in archive.namelist() if name.startswith("samples/")]
+            refuse_large(path, archive, names)
+            samples = [json.loads(archive.read(name)) for name in names]
         return header, samples
+
+
+def refuse_large(path: Path, archive: zipfile.ZipFile, names: Sequence[str]) -> None:
+    """Raise ContractError for members that unpack to more than fits the memory."""
+    unpacked = sum(archive.getinfo(name).file_size for name in names)
+    if unpacked > file_formats.MOST_UNPACKED:
+        fix = "convert it (inspect log convert --to json)"
+        raise file_formats.too_large(path, f"{unpacked:,}", fix=fix)
 
 
 def read(path: Path, choices: Choices) -> Iterator[Log]:
