@@ -186,7 +186,7 @@ def check_data(stage: str, data: Path, images: Path) -> Iterator[str]:
     try:
         samples = read_json_value(data)
     except (OSError, ContractError) as error:
-        yield f"DATA: {error}; expected LLaVA's JSON, a list of samples"
+        yield f"DATA {data}: expected LLaVA's JSON, a list of samples; {error}"
         return
     if not isinstance(samples, list) or not samples:
         yield f"DATA {data}: expected LLaVA's JSON, a list of samples; found {str(samples)[:80]}"
