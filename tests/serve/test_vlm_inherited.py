@@ -33,7 +33,7 @@ def test_names_and_answers_cost_less_and_are_the_same(
         folder, dtype=torch.float32
     ).eval()
     rows = open_rows(folder, images)
-    samples = [talk("1", inherited.QUESTION, name, "red.png") for name in NAMES]
+    samples = [talk("1", "", name, "red.png") for name in NAMES]
 
     # each name by a forward pass of its own
     question = {**samples[0], "conversations": samples[0]["conversations"][:1]}
