@@ -100,6 +100,7 @@ def control_identity(
             "weights_sha256": sha256_text(source),
             "adapter_sha256": "",
             "adapter": "",
+            "post_file": "",  # texts are not embedded as the teacher's
         }
     )
 

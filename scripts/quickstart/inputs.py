@@ -213,6 +213,7 @@ def write_random(data: Path, cache: Path, output: Path, seed: int = 0) -> None:
         "weights_sha256": weights,
         "adapter_sha256": "",
         "adapter": "",
+        "post_file": "",  # texts are not embedded as the teacher's
     }
     with atomic_directory(output, replace=True) as temporary:
         writer = CacheWriter(temporary, TeacherIdentity(**teacher), manifest.dtype)

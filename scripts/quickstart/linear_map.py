@@ -184,7 +184,9 @@ def write_mapped(
     weights = {"mean": linear.mean.contiguous(), "weight": linear.weight.contiguous()}
     save_file(weights, output / WEIGHTS)
     map_hash = sha256_weights(output / WEIGHTS)
-    teacher = {**cache.manifest.teacher, "llm": MAP, "post": map_hash}
+    # the map takes the place of the raw LLM's post-processing
+    changed = {"llm": MAP, "post": map_hash, "post_file": ""}
+    teacher = {**cache.manifest.teacher, **changed}
     writer = CacheWriter(output, TeacherIdentity(**teacher), cache.manifest.dtype)
     for shard in source.shards:
         keys, captions = shard_captions(source, shard)

@@ -207,6 +207,17 @@ def test_spelling_shares_what_words_share_and_nothing_of_what_they_mean(
     assert torch.equal(shard.embeddings([0]), first.shard("train-noto").embeddings([0]))
 
 
+def test_a_control_has_nothing_of_how_its_teacher_embeds_texts() -> None:
+    teacher = dataclasses.asdict(IDENTITY) | {"adapter": "a", "post_file": "b"}
+    identity = gate_caches.control_identity(teacher, "control", "seed 0")
+    assert (identity.llm, identity.width) == ("control", WIDTH)
+    assert (identity.adapter, identity.adapter_sha256, identity.post_file) == (
+        "",
+        "",
+        "",
+    )
+
+
 def test_a_name_is_that_of_a_cycle_through_all() -> None:
     partner = gate_caches.exchanged(list("abcdefg"), seed=3)
     visited = ["a"]
