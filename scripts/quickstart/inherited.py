@@ -27,7 +27,7 @@ import itertools
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,17 +181,22 @@ def log_likelihoods(model: Any, rows: LlavaRows, row: dict[str, Any]) -> Tensor:
     return total_C
 
 
-def ask(trained: Path, data: Path) -> list[list[list[float]]]:
-    """Of each group, (N, C) log-likelihoods of its names for each of its pictures."""
+def open_llava(folder: Path, images: Path) -> tuple[Any, LlavaRows]:
+    """A trained LLaVA and its questions' encoder."""
     import transformers
 
     processor = transformers.AutoProcessor.from_pretrained(
-        trained, trust_remote_code=False
+        folder, trust_remote_code=False
     )
-    rows = LlavaRows(processor, data / "images")
     model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(
-        trained, dtype=torch.bfloat16
+        folder, dtype=torch.bfloat16
     ).eval()
+    return model, LlavaRows(processor, images)
+
+
+def ask(trained: Path, data: Path) -> list[list[list[float]]]:
+    """Of each group, (N, C) log-likelihoods of its names for each of its pictures."""
+    model, rows = open_llava(trained, data / "images")
     answers = []
     for group in read_json(data / "groups.json"):
         names = [row["name"] for row in group]
@@ -199,6 +204,31 @@ def ask(trained: Path, data: Path) -> list[list[list[float]]]:
             log_likelihoods(model, rows, {**row, "names": names}) for row in group
         ]
         answers.append(torch.stack(of_group).tolist())
+    return answers
+
+
+def llava_answers(
+    asked: Callable[[Path, Path], Any],
+    towers: Path,
+    llm: Path,
+    output: Path,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+) -> dict[str, Any]:
+    """``ARM-seedN`` -> what ``asked(LLaVA, data)`` says of a LLaVA on that tower. Trains and asks
+    what is missing; ``output`` has the data."""
+    register()
+    data = output / "data"
+    answers: dict[str, Any] = {}
+    for seed in seeds:  # all arms of a seed before the next, so that pairs are complete
+        for arm in arms:
+            folder = output / f"{arm}-seed{seed}"
+            file = folder / "log_likelihoods.json"
+            if not file.exists():
+                trained = train_llava(towers / folder.name, llm, data, folder, steps)
+                write_text(file, json.dumps(asked(trained, data)))
+            answers[folder.name] = read_json(file)
     return answers
 
 
@@ -240,21 +270,13 @@ def run(
     steps: int,
 ) -> str:
     """Train and ask what is missing, write inherited.json, and return its table."""
-    register()
     data = output / "data"
     if not data.exists():
         write_data(data, shown, names)
     scores: dict[str, np.ndarray] = {}
-    for seed in seeds:  # all arms of a seed before the next, so that pairs are complete
-        for arm in arms:
-            folder = output / f"{arm}-seed{seed}"
-            answers = folder / "log_likelihoods.json"
-            if not answers.exists():
-                tower = towers / folder.name
-                trained = train_llava(tower, llm, data, folder, steps)
-                write_text(answers, json.dumps(ask(trained, data)))
-            of_groups = [places(np.array(group)) for group in read_json(answers)]
-            scores[folder.name] = np.concatenate(of_groups)
+    answers = llava_answers(ask, towers, llm, output, arms, seeds, steps)
+    for name, of_groups in answers.items():
+        scores[name] = np.concatenate([places(np.array(group)) for group in of_groups])
     groups = read_json(data / "groups.json")
     families = [row["family"] for group in groups for row in group]
     comparisons = compare_arms(scores, families)

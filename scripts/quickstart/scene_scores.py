@@ -166,7 +166,7 @@ def ask_validation(
 def mean_scores(towers: Sequence[Scores]) -> dict[str, float]:
     """The mean over towers of each score."""
     means = {}
-    for name in SCORES:
+    for name in towers[0]:
         means[name] = float(np.mean([scores[name].mean() for scores in towers]))
     return means
 
@@ -223,7 +223,7 @@ def compare_scores(
     """``COMPARISONS`` for each score, p adjusted for all of them. ``pairs_of``: of a
     score, the pair of concepts of each value, whose scenes are right or wrong together."""
     rows = []
-    for name in SCORES:
+    for name in pairs_of:
         of_score = {tower: values[name] for tower, values in scores.items()}
         for row in compare_arms(of_score, pairs_of[name], COMPARISONS):
             rows.append({"score": name, **row})
@@ -233,8 +233,10 @@ def compare_scores(
     return rows
 
 
-def arms_table(means: Mapping[str, Mapping[str, float]]) -> str:
-    """A row per arm: the mean over its seeds of each score."""
+def arms_table(
+    means: Mapping[str, Mapping[str, float]], titles: Mapping[str, str] = SCORES
+) -> str:
+    """A row per arm: the mean over its seeds of each score; ``titles``: of the scores."""
     rows = []
     for arm, title in ARMS.items():
         towers = [tower for tower in means if tower.partition("-seed")[0] == arm]
@@ -242,14 +244,16 @@ def arms_table(means: Mapping[str, Mapping[str, float]]) -> str:
             continue
         seeds = "" if arm == BEFORE else str(len(towers))
         row = [title, seeds]
-        for name in SCORES:
+        for name in titles:
             row.append(spread([means[tower][name] for tower in towers]))
         rows.append(tuple(row))
-    return markdown_table(("teacher of the tower", "seeds", *SCORES.values()), rows)
+    return markdown_table(("teacher of the tower", "seeds", *titles.values()), rows)
 
 
-def comparisons_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A row per score and comparison."""
+def comparisons_table(
+    rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str] = SCORES
+) -> str:
+    """A row per score and comparison; ``titles``: of the scores."""
     cells = []
     for row in rows:
         p = p_value(row["p_adjusted"])
@@ -258,7 +262,7 @@ def comparisons_table(rows: Sequence[Mapping[str, Any]]) -> str:
         title = f"{ARMS[row['new']]} minus {ARMS[row['base']]}"
         difference = estimate(row["difference"], row["interval"])
         seeds = str(len(row["seeds"]))
-        cells.append((SCORES[row["score"]], title, seeds, difference, p))
+        cells.append((titles[row["score"]], title, seeds, difference, p))
     head = ("score", "towers", "seeds", "difference", "p (Holm)")
     return markdown_table(head, cells)
 

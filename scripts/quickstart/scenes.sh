@@ -6,14 +6,16 @@
 #
 #   scripts/quickstart/scenes.sh                              three seeds, 50 steps of stage 2; some minutes of a core a tower
 #   scripts/quickstart/scenes.sh --arms "permuted words raw"  these teachers alone, beside the tower before stage 2
+#   scripts/quickstart/scenes.sh --llava                      then a small LLaVA on each tower is asked (scene_questions.py; a
+#                                                             quarter of an hour of a core each)
 #
 # --output DIR: as of quickstart.sh, which makes what is missing there (models, adapters). The tables are printed, and lie in
-# scenes.json. Rerun the same command to resume.
+# scenes.json and questions/. Rerun the same command to resume.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$ROOT/scripts/options.sh"
-SEEDS=3 STEPS=50 ARMS='permuted words raw tuned map random' OUTPUT=''
-read_options "seeds steps arms output" "$@"
+SEEDS=3 STEPS=50 ARMS='permuted words raw tuned map random' OUTPUT='' LLAVA=''
+read_options "seeds steps arms output llava=0" "$@"
 for number in "$SEEDS" "$STEPS"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number is not a number above 0"
 done
@@ -39,4 +41,9 @@ neutral_captions "$WORK/data/gate"
 for seed in $(seq 0 $((SEEDS - 1))); do
     for name in $ARMS; do scenes_arm "$name" "$seed"; done
 done
-exec python scripts/quickstart/scene_scores.py --data "$DATA" --output "$OUT" --before "$TOWER"
+python scripts/quickstart/scene_scores.py --data "$DATA" --output "$OUT" --before "$TOWER"
+if [ -n "$LLAVA" ]; then
+    # shellcheck disable=SC2046,SC2086 # words on purpose
+    python scripts/quickstart/scene_questions.py --data "$DATA/all" --towers "$OUT/towers" --llm "$WORK/data/gate/llm" \
+        --output "$OUT/questions" --arms $ARMS --seeds $(seq 0 $((SEEDS - 1)))
+fi
