@@ -27,6 +27,7 @@ from llava_integration.evaluator.compare.readers import (
     PERPLEXITY,
     Choices,
     Log,
+    digest_of,
     read_logs,
     readers,
 )
@@ -224,20 +225,25 @@ def check_eyes(file: Path, record: Log, *, blind: bool) -> None:
 
 
 def copied_logs(records: Iterable[tuple[Path, Log]]) -> dict[str, dict[Path, Path]]:
-    """Benchmark -> each log that is another by another path, or has the same bytes -> the first of
-    them. Logs with the same scores are no copies."""
-    digest_of: dict[Path, str] = {}
+    """Benchmark -> each log that is another by another path, has the same bytes, or is the same
+    table in another format (a.xlsx next to a.csv) -> the first of them. Other logs with the same
+    scores are no copies."""
+    sha256_of: dict[Path, str] = {}
     first_of: dict[tuple[str, ...], Path] = {}
     copies: dict[str, dict[Path, Path]] = {}
     for path, record in records:
         for file in record.files:
-            if file not in digest_of:
-                digest_of[file] = sha256_file(file)
-        digests = [digest_of[file] for file in record.files]
-        key = (record.benchmark, record.model, *digests)
-        first = first_of.setdefault(key, path)
-        if first != path:
-            copies.setdefault(record.benchmark, {})[path] = first
+            if file not in sha256_of:
+                sha256_of[file] = sha256_file(file)
+        digests = [sha256_of[file] for file in record.files]
+        scores = [(item.get("id"), item.get("score")) for item in record.items]
+        about = (record.benchmark, record.model)
+        same_bytes = (*about, *digests)
+        same_table = (*about, record.run, str(path.with_suffix("")), digest_of(scores))
+        for key in (same_bytes, same_table):
+            first = first_of.setdefault(key, path)
+            if first != path:
+                copies.setdefault(record.benchmark, {})[path] = first
     return copies
 
 

@@ -22,11 +22,13 @@ JSON_TABLES = (".json", ".jsonl")
 FIRST_ROWS = 100  # of a table, that tell its columns
 
 
-def table(path: Path, *, errors: str = "strict") -> Iterator[tuple[str, list[Any]]]:
+def table(
+    path: Path, *, errors: str = "strict", formulas: bool = True
+) -> Iterator[tuple[str, list[Any]]]:
     """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or
-    Excel."""
+    Excel. ``formulas``: as ``excel_rows``."""
     if path.suffix == EXCEL:
-        yield from excel_rows(path)
+        yield from excel_rows(path, formulas=formulas)
     elif path.suffix in JSON_TABLES:
         rows = list(json_rows(path))
         # a row need not have every column
@@ -54,19 +56,46 @@ def too_large(path: Path, unpacked: str, *, fix: str) -> ContractError:
     )
 
 
-def excel_rows(path: Path) -> Iterator[tuple[str, list[Any]]]:
-    """(where, cells) of the rows in the first sheet, but for empty ones. Raises ContractError for a
-    file that unpacks to more than MOST_UNPACKED."""
+def open_workbook(path: Path, *, formulas: bool) -> Any:
+    """openpyxl's workbook. Raises ContractError for a file that unpacks to more than
+    MOST_UNPACKED."""
     from openpyxl import load_workbook
 
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > MOST_UNPACKED:
         raise too_large(path, f"{unpacked:,}", fix="save the table as .tsv")
-    sheet = load_workbook(path, read_only=True).worksheets[0]
+    return load_workbook(path, read_only=True, data_only=not formulas)
+
+
+def excel_rows(path: Path, *, formulas: bool) -> Iterator[tuple[str, list[Any]]]:
+    """(where, cells) of the rows in the first sheet, but for empty ones; each has a cell for every
+    column of the first. Raises as ``open_workbook``.
+
+    ``formulas``: cells that begin with "=" are texts, such as a model's answer, not the values that
+    Excel computed.
+    """
+    sheet = open_workbook(path, formulas=formulas).worksheets[0]
+    sheet.reset_dimensions()  # what the file says of them may be wrong
+    width = 0
     for line, row in enumerate(sheet.iter_rows(values_only=True), 1):
-        if any(cell is not None for cell in row):
-            yield f"{path}, line {line}", list(row)
+        cells = list(row)
+        while cells and cells[-1] is None:  # formatted, but empty
+            cells.pop()
+        if cells:
+            cells += [None] * (width - len(cells))
+            width = width or len(cells)
+            yield f"{path}, line {line}", cells
+
+
+def unread_sheets(path: Path) -> list[str]:
+    """The names of an Excel file's sheets after the first, which alone is read; not of empty
+    ones."""
+    names = []
+    for sheet in open_workbook(path, formulas=True).worksheets[1:]:
+        if any(filled(row) for row in sheet.iter_rows(values_only=True)):
+            names.append(sheet.title)
+    return names
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -205,6 +234,11 @@ def table_problem(path: Path) -> str:
     if not head:
         return f"{path} is empty"
     if path.suffix == EXCEL:
+        try:
+            with errors_about(path, fix="expected an Excel file; save it again"):
+                next(table(path), None)
+        except ContractError as error:
+            return str(error)
         return title_problem(path)
     if path.suffix not in TABLES:
         return ""

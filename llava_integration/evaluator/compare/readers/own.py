@@ -1,5 +1,5 @@
-"""Our own forms: score files, and tables (CSV, TSV, JSONL) of item, score and, where there are
-such, group and more.
+"""Our own forms: score files, and tables (CSV, TSV, JSONL, Excel) of item, score and, where there
+are such, group and more.
 
 Those of ``evaluate`` become one for each recall: in each direction, overall and by part. Their
 items are queries with ``side`` (i2t, t2i), ``part`` ("all", "long:en" ...) and a hit for each k
@@ -25,8 +25,14 @@ from llava_integration.evaluator.compare.readers import (
     Log,
     Reader,
     number,
+    vlmevalkit,
 )
-from llava_integration.evaluator.compare.readers.file_formats import columns, table
+from llava_integration.evaluator.compare.readers.file_formats import (
+    EXCEL,
+    columns,
+    table,
+    unread_sheets,
+)
 from llm2clip_plugin.contracts import ScoreFile
 from llm2clip_plugin.errors import ContractError
 
@@ -125,12 +131,17 @@ def check_distinct(path: Path, names: list[str]) -> None:
 
 
 def is_table(path: Path) -> bool:
-    """It has the columns of an item and a score."""
+    """It has the columns of an item and a score, and is no Excel file of VLMEvalKit's."""
+    if path.suffix == EXCEL and vlmevalkit.is_own(path):
+        return False
     return {"id", "score"} <= set(_column_numbers(columns(path)))
 
 
 def is_table_with(path: Path, metric: str) -> bool:
-    """It has the columns of an item and of the chosen score."""
+    """It has the columns of an item and of the chosen score, and is no Excel file of
+    VLMEvalKit's."""
+    if path.suffix == EXCEL and vlmevalkit.is_own(path):
+        return False
     names = columns(path)
     return metric in names and "id" in _column_numbers(names)
 
@@ -142,8 +153,9 @@ def text_of(cell: Any) -> str:
 
 def table_read(path: Path, choices: Choices) -> Iterator[Log]:
     """One for each task, run and model."""
-    lines = table(path)
-    _, names = next(lines)
+    lines = table(path, formulas=False)
+    _, header = next(lines)
+    names = [text_of(name) for name in header]
     check_distinct(path, names)
     column_numbers = _column_numbers(names)
     for ours, column in {"cluster": choices.group, "score": choices.metric}.items():
@@ -179,6 +191,11 @@ def table_read(path: Path, choices: Choices) -> Iterator[Log]:
         notes.append(
             f"{score_name}: a higher value counts as better; if it is worse, negate the column"
         )
+    if path.suffix == EXCEL and (sheets := unread_sheets(path)):
+        notes.append(
+            f"{path}: only the first sheet is read, not {', '.join(sheets)}; "
+            "save each sheet as a file"
+        )
     for (task, run, model), items in tables.items():
         yield Log(
             benchmark=task,
@@ -195,7 +212,7 @@ READER = [
     Reader(name=OWN, endings=(".json",), fits=scores_fits, read=scores_read),
     Reader(
         name="table",
-        endings=(".csv", ".tsv", ".jsonl"),
+        endings=(".csv", ".tsv", ".jsonl", EXCEL),
         fits=is_table,
         fits_metric=is_table_with,
         read=table_read,

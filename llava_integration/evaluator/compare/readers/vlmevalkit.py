@@ -62,6 +62,11 @@ def fits(path: Path) -> bool:
     return is_excel and is_judged and not names  # read() says what is wrong with it
 
 
+def is_own(path: Path) -> bool:
+    """Whether a table is VLMEvalKit's, by its columns or by a judged table of its answers."""
+    return has_judged_table(path) or {"index", "prediction"} <= columns_of(path)
+
+
 def columns_of(path: Path) -> set[str]:
     """The columns of a table; none of a JSON file that is no list of rows."""
     if path.suffix == ".json":
