@@ -19,10 +19,20 @@ from llm2clip_plugin.stages.rerun import Stage
 from llm2clip_plugin.stages.run_plan import PRETRAIN
 from llm2clip_plugin.text.adapter import ADAPTER_WEIGHTS, adapter_sha256
 from llm2clip_plugin.text.config import EncoderConfig, effective, find_card
-from llm2clip_plugin.text.encoder import local_folder, weights_sha256
+from llm2clip_plugin.text.encoder import (
+    local_folder,
+    open_tokenizer,
+    weight_paths,
+    weights_sha256,
+)
 from llm2clip_plugin.text.llm import llm_config
 from llm2clip_plugin.text.reading import check_reading
-from llm2clip_plugin.vision.directory import CONFIG_FILE, fetch_directory, section
+from llm2clip_plugin.vision.directory import (
+    CONFIG_FILE,
+    check_weights,
+    fetch_directory,
+    section,
+)
 from llm2clip_plugin.vision.families import (
     IMPORTED_FIRST,
     families,
@@ -37,6 +47,7 @@ def check_given(config: PipelineConfig) -> None:
     check_output(config)
     encoder = encoder_config(config)
     llm_config(encoder)
+    check_llm(encoder)
     check_tower(config.tower)
     if config.adapter:
         check_adapter(config, config.adapter)
@@ -123,12 +134,25 @@ def check_split(config: PipelineConfig, source: Source) -> None:
         )
 
 
+def check_llm(encoder: EncoderConfig) -> None:
+    """FileNotFoundError or ContractError for an LLM's folder without tokenizer or weights, or with
+    weights that are cut short. A Hub id is left to the stage that downloads it."""
+    folder = Path(encoder.llm)
+    if not folder.is_dir():
+        return
+    open_tokenizer(folder, trust_remote_code=encoder.trust_remote_code)
+    weight_paths(folder)
+    check_weights(folder)
+
+
 def check_tower(tower: str) -> None:
-    """FileNotFoundError or ValueError for what is no vision tower by its config.json."""
+    """FileNotFoundError or ValueError for what is no vision tower by its config.json, and for a
+    folder without weights, or with weights that are cut short."""
     path = Path(tower).expanduser()
     if tower.startswith(TIMM_PREFIX) or path.is_file():
         return
-    if not path.is_dir():
+    is_folder = path.is_dir()
+    if not is_folder:
         if can_only_be_a_path(tower) or "/" not in tower:
             raise FileNotFoundError(
                 f"--tower {tower} is not a directory, a checkpoint file or a Hub id (owner/name)"
@@ -159,6 +183,8 @@ def check_tower(tower: str) -> None:
     }
     if not kinds_of_families.intersection(kinds):
         family_of_type(kinds[0], where=f"--tower {tower}")  # raises
+    if is_folder:
+        check_weights(path)
 
 
 def check_adapter(config: PipelineConfig, adapter_path: str) -> None:

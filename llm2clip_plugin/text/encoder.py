@@ -198,9 +198,7 @@ class CaptionEncoder(TextEncoder):
 
     def open_tokenizer(self) -> Any:
         """The tokenizer in the LLM's folder."""
-        trusts = self.trust_remote_code
-        with errors_about(f"the tokenizer in {self.folder}", fix="copy the LLM again"):
-            return open_pretrained(AutoTokenizer, self.folder, trust_remote_code=trusts)
+        return open_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
     def _hash_config(self, settings: PretrainedConfig, config: EncoderConfig) -> str:
         """Hash of the settings in config.json that decide an embedding, and of the folder's code if
@@ -298,6 +296,14 @@ class CaptionEncoder(TextEncoder):
         return embeddings_BW if self.post is None else self.post(embeddings_BW)
 
 
+def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The tokenizer in an LLM's folder. Raises ContractError if there is none."""
+    with errors_about(f"the tokenizer in {folder}", fix="copy the LLM again"):
+        return open_pretrained(
+            AutoTokenizer, folder, trust_remote_code=trust_remote_code
+        )
+
+
 def absolute(name: str) -> str:
     """A local folder or file as an absolute path; a Hub id as it is."""
     return str(Path(name).absolute()) if name and Path(name).exists() else name
@@ -340,8 +346,13 @@ def local_folder(llm: str, revision: str = "", *, also: tuple[str, ...] = ()) ->
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 over a model folder's weights; raises FileNotFoundError if there are none,
-    ContractError for shards without an index, or what is no file."""
+    """SHA-256 over a model folder's weights; raises as ``weight_paths``."""
+    return files_sha256(weight_paths(folder))
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The files of an LLM's weights. Raises FileNotFoundError if there are none, ContractError for
+    shards without an index, or what is no file."""
     refuse_shards_without_index(folder)
     paths: list[Path] = []
     for pattern in WEIGHT_PATTERNS:
@@ -353,4 +364,4 @@ def weights_sha256(folder: Path) -> str:
     for path in paths:
         if not path.is_file():  # reading a named pipe would wait forever
             raise ContractError(f"{path} is not a regular file; copy the LLM again")
-    return files_sha256(paths)
+    return paths

@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -504,6 +505,27 @@ def weight_files(directory: Path) -> list[Path]:
             f"{directory} has several checkpoints; choose one of {', '.join(p.name for p in files)}"
         )
     return files
+
+
+def check_weights(directory: Path) -> None:
+    """Raise FileNotFoundError or ContractError for weights that are missing or cut short, as far as
+    names, headers and the ends of archives tell: it takes no time."""
+    for path in weight_files(directory):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing, which the index of the weights names; "
+                "copy it from where the weights come from"
+            )
+        if path.suffix == ".safetensors":
+            read_header(path)
+            continue
+        with path.open("rb") as file:
+            is_archive = file.read(2) == b"PK"  # torch's before 1.6 are none
+        is_cut = is_archive and not zipfile.is_zipfile(path)
+        if is_cut or path.stat().st_size == 0:
+            raise ContractError(
+                f"{path} is not a complete torch checkpoint; download it again"
+            )
 
 
 def refused_pickle(path: Path, error: pickle.UnpicklingError) -> ContractError:

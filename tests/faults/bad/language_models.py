@@ -63,6 +63,36 @@ CASES = [
         "{t}/llm has weights in shards...no model.safetensors.index.json...",
         (LLM, shards_without_index("llm")),
     ),
+    *(
+        Case(
+            f"{fault}, in a run",
+            "run {w}/data --llm {t}/llm --tower {w}/tower --output {t}/new",
+            says,
+            (LLM, plant),
+        )
+        for fault, plant, says in (
+            (
+                "LLM in shards without an index",
+                shards_without_index("llm"),
+                "{t}/llm has weights in shards...no model.safetensors.index.json...",
+            ),
+            (
+                "LLM that was cut short",
+                cut("llm/model.safetensors"),
+                "{t}/llm/model.safetensors is not a complete safetensors file...",
+            ),
+            (
+                "LLM without weights",
+                remove("llm/model.safetensors"),
+                "{t}/llm has no weights...",
+            ),
+            (
+                "LLM without a tokenizer",
+                remove("llm/tokenizer.json"),
+                "the tokenizer in {t}/llm cannot be used...",
+            ),
+        )
+    ),
     Case(
         "code of a folder, unknown type",
         EMBED,

@@ -21,6 +21,7 @@ TRAIN = (
 IMPORT = "import {t}/tower --output {t}/new"
 OURS = "train-tower {w}/data --tower {w}/tower --output {t}/new --global-batch 8"
 TOWER = copy("tower", "tower")
+WEIGHTS = "tower/model.safetensors"
 PROCESSOR = "tower/preprocessor_config.json"
 HALVES = [0.5, 0.5, 0.5]
 
@@ -95,6 +96,42 @@ CASES = [
         TRAIN,
         "{t}/tower has weights in shards...no model.safetensors.index.json...",
         (TOWER, shards_without_index("tower")),
+    ),
+    *(
+        Case(
+            f"{fault}, in a run",
+            "run {w}/data --llm {w}/llm --tower {t}/tower --output {t}/new --dry-run",
+            says,
+            (TOWER, *plants),
+        )
+        for fault, plants, says in (
+            (
+                "tower in shards without an index",
+                [shards_without_index("tower")],
+                "{t}/tower has weights in shards...no model.safetensors.index.json...",
+            ),
+            (
+                "tower whose shard is missing",
+                [
+                    remove("tower/model.safetensors"),
+                    text(f"{WEIGHTS}.index.json", '{"weight_map": {"a": "b.bin"}}'),
+                ],
+                "{t}/tower/b.bin is missing, which the index of the weights names...",
+            ),
+            (
+                "tower that was cut short",
+                [cut(WEIGHTS)],
+                "{t}/tower/model.safetensors is not a complete safetensors file...",
+            ),
+            (
+                "tower in a torch archive that was cut short",
+                [
+                    remove(WEIGHTS),
+                    text("tower/pytorch_model.bin", "PK\x03\x04 and no end"),
+                ],
+                "{t}/tower/pytorch_model.bin is not a complete torch checkpoint...",
+            ),
+        )
     ),
     Case(
         "processor that is no JSON",
