@@ -26,6 +26,7 @@ from llm2clip_plugin.data.listing import (
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
     cores,
+    has_16_bits,
     has_transparency,
     holds_words,
     load,
@@ -226,6 +227,8 @@ def read_picture(background: str, item: Item) -> tuple[bytes, str] | str:
         transparent = has_transparency(image)
         extension = STORED.get(image.format or "", "")
         flat = load(image)
+        if has_16_bits(image):  # most readers would take it for white
+            extension = ""
     except ValueError as error:  # BrokenImage, too
         return f"unreadable: {error}"
     except FileNotFoundError:

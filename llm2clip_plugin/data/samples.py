@@ -21,6 +21,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from llm2clip_plugin.options import setting
@@ -378,9 +379,27 @@ def load(image: Image.Image, factor: int = 1) -> Image.Image:
         if factor > 1 and image.format in ("JPEG", "MPO"):
             image.draft("RGB", (image.width // factor, image.height // factor))
         image.load()
+        if has_16_bits(image):
+            return first_8_bits(image).convert("RGB")
+        if image.mode in ("I", "F"):  # PIL would make everything above 255 white
+            raise BrokenImage(
+                "the image has 32 bits a pixel, expected 8 or 16; save it with 8"
+            )
         return image if image.mode == "RGB" else image.convert("RGB")
     except DAMAGE as error:
         raise BrokenImage(f"cannot decode the image: {error}") from error
+
+
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether a gray image has 16 bits a pixel."""
+    # before Pillow 11, a PNG of 16 bits had the mode of 32
+    return image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+
+
+def first_8_bits(image: Image.Image) -> Image.Image:
+    """A gray image of 16 bits as viewers show it: PIL's own conversion makes nearly all of it
+    white."""
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def has_transparency(image: Image.Image) -> bool:

@@ -18,7 +18,12 @@ from llm2clip_plugin.data.images import (
     resize_box,
     training_pixels,
 )
-from llm2clip_plugin.data.samples import AugmentConfig, BrokenImage
+from llm2clip_plugin.data.samples import (
+    AugmentConfig,
+    BrokenImage,
+    load,
+    open_header,
+)
 
 
 def hf_processors() -> dict[str, type]:
@@ -166,6 +171,23 @@ def test_palettes_and_transparency_are_read_as_llava_does() -> None:
         assert (
             np.abs(normalized(data, config) - expected["pixel_values"][0]).max() < 1e-6
         )
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_gray_images_of_16_bits_are_read_as_they_are_shown(kind: str) -> None:
+    """PIL makes every value above 255 white, which is nearly all of them."""
+    levels_HW = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2500
+    data = encoded(Image.fromarray(levels_HW), kind)
+    pixels_HW3 = np.array(load(open_header(data)))
+    assert pixels_HW3.shape == (4, 6, 3)
+    assert (pixels_HW3 == (levels_HW // 256)[..., None]).all()
+
+
+def test_images_of_32_bits_are_refused() -> None:
+    """Nobody knows which value is white."""
+    data = encoded(Image.fromarray(np.full((4, 6), 0.5, np.float32)), "TIFF")
+    with pytest.raises(BrokenImage, match="32 bits a pixel"):
+        load(open_header(data))
 
 
 def test_preprocessors_that_are_not_understood_are_refused() -> None:

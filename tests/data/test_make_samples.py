@@ -6,6 +6,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_world import encoded, jpeg
 from PIL import Image
@@ -38,6 +39,16 @@ def test_rows_of_one_picture_are_joined(tmp_path: Path):
     sample = json.loads(members["a.json"])
     assert [caption["text"] for caption in sample["captions"]] == ["one", "two"]
     assert sample["place"] == "first"
+
+
+def test_pictures_of_16_bits_become_pngs_of_8(tmp_path: Path):
+    """Other readers of the tars, such as LLaVA, would see white pictures."""
+    levels = np.full((8, 8), 128 * 256, np.uint16)
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(levels), "PNG"))
+    table = write_table(tmp_path, {"image": "a.png", "caption": "one"})
+    members = made(table, tmp_path / "made")
+    picture = Image.open(io.BytesIO(members["a.png"]))
+    assert (picture.mode, picture.getpixel((0, 0))) == ("RGB", (128, 128, 128))
 
 
 @pytest.mark.parametrize(
