@@ -3,11 +3,16 @@ make`` makes tars of."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import io
+import json
 import os
 import re
 import stat
+import tokenize
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -151,13 +156,43 @@ def in_table(
     for row in table:
         name = row.cells.pop(column).strip().replace("\\", "/")
         if is_inside(folder / name, inside):
-            yield name, row.cells
+            cells: dict[str, Any] = dict(row.cells)
+            for caption_column in captions.intersection(cells):
+                cells[caption_column] = listed_texts(cells[caption_column])
+            yield name, cells
         else:
             problem = (
                 "outside of the image folder: set --image-folder to a folder that holds it, "
                 f"not {folder}"
             )
             yield name, problem
+
+
+def listed_texts(cell: str) -> str | list[str]:
+    """The texts of a cell that lists them, as JSON, or as pandas writes lists and NumPy's arrays;
+    another cell as it is.
+
+    >>> listed_texts('["a cat", "a dog"]') == listed_texts("['a cat' 'a dog']")
+    True
+    """
+    stripped = cell.strip()
+    if not (stripped.startswith("[") and stripped.endswith("]")):
+        return cell
+    with suppress(ValueError, RecursionError):
+        texts = json.loads(stripped)
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            return texts
+    texts = []
+    try:
+        # not ast alone: Python joins 'a' 'b', which are two texts of an array
+        for token in tokenize.generate_tokens(io.StringIO(stripped).readline):
+            if token.type == tokenize.STRING:
+                texts.append(ast.literal_eval(token.string))
+            elif token.string.strip() not in ("[", "]", ",", ""):
+                return cell
+    except (ValueError, SyntaxError, tokenize.TokenError):
+        return cell
+    return texts if all(isinstance(text, str) for text in texts) else cell
 
 
 def words_of_name(name: str) -> str:

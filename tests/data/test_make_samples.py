@@ -41,6 +41,29 @@ def test_rows_of_one_picture_are_joined(tmp_path: Path):
     assert sample["place"] == "first"
 
 
+LISTS = {
+    '["a cat", "it\'s, a dog"]': ["a cat", "it's, a dog"],
+    """['a cat', "it's, a dog"]""": ["a cat", "it's, a dog"],
+    """['a cat' "it's, a dog"]""": ["a cat", "it's, a dog"],
+    "['a cat'\n 'two']": ["a cat", "two"],
+    '["caf\\u00e9"]': ["café"],
+    "[laughs] a man": ["[laughs] a man"],
+    "[laughs]": ["[laughs]"],
+    "[1, 2]": ["[1, 2]"],
+    "['not closed]": ["['not closed]"],
+    "a cat": ["a cat"],
+}
+
+
+@pytest.mark.parametrize("cell", LISTS)
+def test_a_cell_that_lists_texts_has_several_captions(tmp_path: Path, cell: str):
+    """As Flickr30k's table has them, and as pandas writes lists and arrays."""
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    table = write_table(tmp_path, {"image": "a.jpg", "caption": cell})
+    sample = json.loads(made(table, tmp_path / "made")["a.json"])
+    assert [caption["text"] for caption in sample["captions"]] == LISTS[cell]
+
+
 def test_pictures_of_16_bits_become_pngs_of_8(tmp_path: Path):
     """Other readers of the tars, such as LLaVA, would see white pictures."""
     levels = np.full((8, 8), 128 * 256, np.uint16)
