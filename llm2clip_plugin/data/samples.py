@@ -375,16 +375,17 @@ def open_header(data: bytes) -> Image.Image:
 
 def load(image: Image.Image, factor: int = 1) -> Image.Image:
     """Decode to RGB, a JPEG at 1/``factor`` of its size by its own transform; or BrokenImage."""
+    # PIL would make everything above 255 white
+    if image.mode in ("I", "F") and not has_16_bits(image):
+        raise BrokenImage(
+            "the image has 32 bits a pixel, expected 8 or 16; save it with 8"
+        )
     try:
         if factor > 1 and image.format in ("JPEG", "MPO"):
             image.draft("RGB", (image.width // factor, image.height // factor))
         image.load()
         if has_16_bits(image):
             return first_8_bits(image).convert("RGB")
-        if image.mode in ("I", "F"):  # PIL would make everything above 255 white
-            raise BrokenImage(
-                "the image has 32 bits a pixel, expected 8 or 16; save it with 8"
-            )
         return image if image.mode == "RGB" else image.convert("RGB")
     except DAMAGE as error:
         raise BrokenImage(f"cannot decode the image: {error}") from error

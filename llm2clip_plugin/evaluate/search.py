@@ -196,8 +196,9 @@ def folder_of_images(path: str) -> InMemorySource | None:
     stamps: list[tuple[str, int, int]] = []
     for file in files:
         key = str(file.relative_to(root))
-        status = file.stat()
         rows.append(Row(key, file))
-        stamps.append((key, status.st_size, status.st_mtime_ns))
+        if file.exists():  # a link to nothing is left out when it is read
+            status = file.stat()
+            stamps.append((key, status.st_size, status.st_mtime_ns))
     name = f"{root.resolve().name}-{sha256_text(canonical_json(stamps))[:12]}"
     return InMemorySource(name, root, rows)

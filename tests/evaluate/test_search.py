@@ -87,6 +87,21 @@ def test_a_pipe_among_pictures_is_broken_and_does_not_hang(tmp_path):
         source[1].read_image()
 
 
+def test_a_folders_pictures_are_those_that_data_make_takes(tmp_path):
+    """GIF and TIFF, too; no hidden files, and a link to nothing is a broken picture."""
+    (tmp_path / "deep.jpg").mkdir()
+    for name in ("a.JPG", "b.gif", "c.tif", "deep.jpg/d.png", "._e.jpg", "f.txt"):
+        picture = "png" if name.endswith("txt") else None
+        Image.new("RGB", (8, 8)).save(tmp_path / name, format=picture)
+    (tmp_path / "g.jpg").symlink_to("nowhere.jpg")
+    source = image_index.folder_of_images(str(tmp_path))
+    assert source is not None
+    keys = [source.key(number) for number in range(len(source))]
+    assert keys == ["a.JPG", "b.gif", "c.tif", "deep.jpg/d.png", "g.jpg"]
+    with pytest.raises(BrokenSample, match="No such file"):
+        source[4].read_image()
+
+
 def test_the_nearest_images_are_those_of_a_plain_loop_and_the_page_escapes_texts(
     folder, capsys, monkeypatch
 ):

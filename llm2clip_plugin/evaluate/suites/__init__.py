@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm2clip_plugin.contracts import ScoreFile
+from llm2clip_plugin.data.listing import HIDDEN
 from llm2clip_plugin.data.samples import BrokenSample, Caption, Sample
 from llm2clip_plugin.data.sources import Shard, Source, SourceConfig
+from llm2clip_plugin.data.tables import PICTURES
 from llm2clip_plugin.discovery import discover
 from llm2clip_plugin.errors import errors_about
 from llm2clip_plugin.evaluate.config import RetrievalConfig
@@ -25,7 +27,7 @@ from llm2clip_plugin.json_files import read_json_value as read_json  # noqa: F40
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.outside import MAX_IMAGE, read_regular
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
+IMAGE_ENDINGS = tuple(suffix.removeprefix(".") for suffix in PICTURES)
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,12 @@ class InMemorySource(Source):
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder, at any depth, in the order of their paths."""
+    """The image files in a folder, at any depth, in the order of their paths: those that
+    ``data make`` takes for pictures."""
     files: list[Path] = []
     for file in folder.rglob("*"):
-        if file.suffix.lower().lstrip(".") in IMAGE_ENDINGS:
+        is_hidden = HIDDEN.search(file.relative_to(folder).as_posix()) is not None
+        if file.suffix.lower() in PICTURES and not is_hidden and not file.is_dir():
             files.append(file)
     return sorted(files)
 
