@@ -97,6 +97,13 @@ def test_a_row_that_cannot_be_asked_is_named(
 def test_a_missing_picture_and_answers_that_are_none_are_named(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    lines = [json.dumps(ROWS[0])] * 5 + [
+        json.dumps(ROWS[0] | {"image": "photos/c.png"})
+    ]
+    file.write_text("\n".join(lines))
+    (task,) = plans([], file, tmp_path / "generated")
+    assert "missing, such as photos/c.png" in task.missing  # the last of six
+    file.write_text("\n".join(json.dumps(row) for row in ROWS))
     (tmp_path / "photos" / "a.png").unlink()
     (task,) = plans([], file, tmp_path / "generated")
     named = f"pictures of own.jsonl are missing, such as photos/a.png in {tmp_path}"

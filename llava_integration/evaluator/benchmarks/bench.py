@@ -459,8 +459,9 @@ def plan_folder(member: Benchmark, folder: Path, generated: Path) -> Task:
         with errors_about(questions, fix="download it again"):
             is_json = questions.suffix == ".json"
             rows = read_json_value(questions) if is_json else read_jsonl(questions)
-            # the first will do
-            names = [row["image"] for row in rows if row.get("image")][:3]
+            names = [row["image"] for row in rows if row.get("image")]
+        if not folder.is_file():
+            names = names[:3]  # of a benchmark, which is whole or not there
         above = folder.parent if folder.is_file() else folder
         folders = [above / below for below in member.image_folders]
         images = next((images for images in folders if has_files(images, names)), None)
