@@ -30,7 +30,11 @@ from llava_integration.evaluator.answer.served import (
     ServedModel,
     answer_served,
 )
-from llava_integration.plug.checkpoints import check_checkpoint, sample_sha256
+from llava_integration.plug.checkpoints import (
+    check_checkpoint,
+    checkpoint_config,
+    sample_sha256,
+)
 from llm2clip_plugin.hashes import sha256_file
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.pretrained import run_no_code
@@ -223,6 +227,8 @@ def main(argv: list[str]) -> int:
     )
     questions = chunk(questions, options.num_chunks, options.chunk_idx)
     check_image_folder(options.image_folder, questions)
+    if options.model_path:
+        check_sees_images(options.model_path, questions)
     endpoint = None
     served = None
     if options.endpoint:
@@ -271,6 +277,19 @@ def check_image_folder(folder: str, questions: list[Question]) -> None:
     if folder and named and not Path(folder).is_dir():
         raise FileNotFoundError(
             f"--image-folder {folder} is not a folder; expected that of the questions' images"
+        )
+
+
+def check_sees_images(path: str, questions: list[Question]) -> None:
+    """ValueError for a folder that LLaVA's code would load without a vision tower, if a question
+    has an image; Hub ids are left to LLaVA."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or not any(question.image for question in questions):
+        return
+    if "mm_vision_tower" not in checkpoint_config(folder):
+        raise ValueError(
+            f"--model-path {path} has no mm_vision_tower in its config.json, so it sees no images; "
+            "expected a checkpoint of LLaVA's code (not a language model, nor one of llava-hf)"
         )
 
 

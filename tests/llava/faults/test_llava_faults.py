@@ -75,6 +75,12 @@ TENSORS = "model.safetensors"
         lambda w: halve(w.path(LLAVA) / TENSORS),
     ),
     Fault(
+        "a language model alone",
+        "",
+        "--model-path {w}/llava-1 has no mm_vision_tower in its config.json...",
+        lambda w: w.path(f"{LLAVA}/config.json").write_text('{"model_type": "llama"}'),
+    ),
+    Fault(
         "unknown conversation", "--conv-mode vicuna", "unknown --conv-mode 'vicuna'..."
     ),
 )
