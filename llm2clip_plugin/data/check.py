@@ -25,6 +25,7 @@ from llm2clip_plugin.data.samples import (
     cores,
     has_transparency,
     holds_words,
+    is_turned,
     load,
     open_header,
     parallel,
@@ -228,11 +229,13 @@ def read_samples(source: Source, config: CheckConfig, numbers: range) -> Reading
 
 
 def _count_fields(sample: Sample, source: Source, reading: Reading) -> None:
-    """Count the caption fields that a sample has, and the others that may be captions."""
+    """Count the caption fields that a sample has, and the others that may be captions; a path with
+    spaces is none."""
     for caption_field in source.fields:
         if sample.values.get(caption_field.name):
             reading.counts["field", f"{caption_field.name}={caption_field.kind}"] += 1
     used = {caption_field.name for caption_field in source.fields}
+    used.add(source.config.image_field)
     for name, value in sample.meta.items():
         if name not in used and holds_words(value):
             reading.counts["unused field", name] += 1
@@ -248,6 +251,8 @@ def _read_image(sample: Sample, reading: Reading) -> tuple[int, int, int]:
     image_format = image.format or "?"
     size = image.size
     transparent = has_transparency(image)
+    if is_turned(image):
+        reading.counts["images", "turned"] += 1
     load(image)
     if transparent:
         reading.counts["images", "transparent"] += 1
@@ -411,6 +416,7 @@ def _images(reading: Reading, rows: np.ndarray) -> dict[str, Any]:
         "width": _spread(rows[:, 2]),
         "height": _spread(rows[:, 3]),
         "transparent": reading.counts["images", "transparent"],
+        "turned": reading.counts["images", "turned"],
         "exact_copies": len(rows) - len(np.unique(rows[:, 1])),
     }
 
@@ -503,6 +509,10 @@ def _problems(report: dict[str, Any]) -> list[Problem]:
         "images are transparent: training reads what is below; "
         "`llm2clip data make --background white` puts them on white"
     )
+    turned = (
+        "images are turned by their EXIF tag in viewers; training and LLaVA read them as they are "
+        "stored: turn the files, as `mogrify -auto-orient *.jpg` does"
+    )
     nested = (
         "samples have a caption that contains another one: trivial pairs for stage 1"
     )
@@ -520,6 +530,7 @@ def _problems(report: dict[str, Any]) -> list[Problem]:
         (keys["values"], same_keys, keys["most_frequent"]),
         (images["exact_copies"], "images are exact copies of others", []),
         (images["transparent"], transparent, []),
+        (images["turned"], turned, []),
         (report["nested_captions"], nested, []),
         (len(unused), _unused(report), []),
     ]

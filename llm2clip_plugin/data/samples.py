@@ -41,6 +41,8 @@ LANGUAGE_CODE = re.compile(r"[a-z]{2,3}([-_]\w+)?")  # en, pt-BR, zh_Hant
 # categories of characters: controls, formats, separators
 INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")
 WORDS = re.compile(r"\w+")
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = 1
 # What PIL raises for damaged files: its own errors, and those that its decoders let through.
 DAMAGE = (
     Image.DecompressionBombError,
@@ -389,6 +391,15 @@ def load(image: Image.Image, factor: int = 1) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     except DAMAGE as error:
         raise BrokenImage(f"cannot decode the image: {error}") from error
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether viewers turn or mirror the image by its EXIF tag, which load() ignores as LLaVA
+    does."""
+    try:
+        return image.getexif().get(ORIENTATION, UPRIGHT) in range(2, 9)
+    except DAMAGE:  # of the tags alone
+        return False
 
 
 def has_16_bits(image: Image.Image) -> bool:

@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 
@@ -81,10 +82,14 @@ def test_everything_is_found(
 def test_what_makes_training_worse_is_noted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def sample(name: str, image: bytes, **fields: object) -> list[tuple[str, bytes]]:
-        return [(f"{name}.png", image), (f"{name}.json", json.dumps(fields).encode())]
+    def sample(name: str, data: bytes, **fields: object) -> list[tuple[str, bytes]]:
+        return [(f"{name}.png", data), (f"{name}.json", json.dumps(fields).encode())]
 
     clear = Image.new("RGBA", (40, 40), (9, 9, 9, 0))
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right
+    picture(4).save(turned, "PNG", exif=exif)
     train = [
         *sample(
             "a",
@@ -101,6 +106,7 @@ def test_what_makes_training_worse_is_noted(
             long_caption="the flower fox",
             sha256="0f3a",
         ),
+        *sample("turned", turned.getvalue(), caption="t", image="my photos/t.png"),
         *sample(
             "c",
             encoded(picture(1), "PNG"),
@@ -121,6 +127,7 @@ def test_what_makes_training_worse_is_noted(
     )
     status, report = checked(capsys, *words)
     assert status == 0
+    assert report["images"]["turned"] == 1
     assert (
         report["images"]["transparent"]
         == report["nested_captions"]
@@ -141,7 +148,7 @@ def test_what_makes_training_worse_is_noted(
         in text
     )
     # a line for each problem, and none for what is not there
-    assert text.count("\n  1 ") == 5
+    assert text.count("\n  1 ") == 6
     fields = "--fields caption=short long_caption=long names=short title=short"
     unused = f"names (de en fr), title; to use them, too: {fields}"
     assert f"\n  2 fields with text are no captions: {unused}\n" in text
