@@ -48,7 +48,10 @@ def refuse_encoding(
         codecs.getincrementaldecoder("utf-8")().decode(start, is_whole)
     except UnicodeDecodeError as error:
         byte = f"byte {start[error.start]:#04x} at offset {error.start}"
-        advice = f"convert it, for example iconv -f LATIN1 -t UTF-8 {path} > NEW{Path(path).suffix}"
+        is_utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        encoding = "UTF-16" if is_utf16 else "LATIN1"
+        new = f"NEW{Path(path).suffix}"
+        advice = f"convert it, for example iconv -f {encoding} -t UTF-8 {path} > {new}"
         raise ValueError(f"{path} is not UTF-8: {byte}; {advice}") from error
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import tokenize
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -93,6 +94,8 @@ def _captions_next_to(picture: Path, inside: Path) -> dict[str, Any] | str:
     for suffix in (".json", ".txt"):
         path = picture.with_suffix(suffix)
         if not os.path.lexists(path):
+            path = picture.with_suffix(suffix.upper())
+        if not os.path.lexists(path):
             continue
         if not is_inside(path, inside):
             return f"unreadable caption: {path.name} is a {LINK}"
@@ -155,6 +158,10 @@ def in_table(
         raise ContractError(f"{problem}; set --fields NAME=short; {columns}")
     for row in table:
         name = row.cells.pop(column).strip().replace("\\", "/")
+        if "://" in name:
+            yield name, "URL: download the pictures first, for example with img2dataset"
+            continue
+        name = as_spelled(folder, name)
         if is_inside(folder / name, inside):
             cells: dict[str, Any] = dict(row.cells)
             for caption_column in captions.intersection(cells):
@@ -166,6 +173,18 @@ def in_table(
                 f"not {folder}"
             )
             yield name, problem
+
+
+def as_spelled(folder: Path, name: str) -> str:
+    """The name as its file has it, which may be another Unicode form: macOS writes an é as two
+    characters, tables have one."""
+    if name.isascii() or (folder / name).exists():
+        return name
+    for form in ("NFC", "NFD"):
+        other = unicodedata.normalize(form, name)
+        if (folder / other).exists():
+            return other
+    return name
 
 
 def listed_texts(cell: str) -> str | list[str]:

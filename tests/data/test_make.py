@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,11 @@ def test_pipes_and_devices_are_no_pictures(tmp_path: Path):
             "caf\u00e9".encode("latin-1"),
             "unreadable caption: a.txt is not UTF-8: byte 0xe9 at offset 3; convert",
         ),
+        (
+            "a.txt",
+            "a cat".encode("utf-16"),
+            "convert it, for example iconv -f UTF-16 -t UTF-8 a.txt",
+        ),
         ("a.txt", "\u00a0\u200b\ufeff\n".encode(), "no caption"),
         (
             "a.txt",
@@ -282,6 +288,38 @@ def test_damaged_captions_are_left_out(
     (folder / name).write_bytes(body)
     assert main(["data", "make", str(folder), "--output", str(tmp_path / "made")]) == 0
     assert says in left_out(tmp_path / "made")["a.jpg"]
+
+
+def test_captions_in_files_with_capital_endings_are_read(tmp_path: Path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, ending in (("A", ".JPG"), ("b", ".jpg")):
+        (folder / f"{name}{ending}").write_bytes(jpeg(ord(name)))
+    (folder / "A.TXT").write_text("a")
+    (folder / "b.JSON").write_text('{"caption": "b"}')
+    assert main(["data", "make", str(folder), "--output", str(tmp_path / "made")]) == 0
+    source = open_source(SourceConfig(path=str(tmp_path / "made")))
+    texts = [source.captions(number)[1][0].text for number in range(len(source))]
+    assert texts == ["a", "b"]
+
+
+def test_names_of_a_table_are_found_in_another_unicode_form_and_urls_are_called_that(
+    tmp_path: Path,
+):
+    forms = ("NFC", "NFD")
+    for number, (form, name) in enumerate(zip(forms, ("é.jpg", "ü.jpg"), strict=True)):
+        (tmp_path / unicodedata.normalize(form, name)).write_bytes(jpeg(number))
+    rows = ["image,caption", "https://x.org/a.jpg,web"]
+    rows.append(unicodedata.normalize("NFD", "é.jpg") + ",first")
+    rows.append(unicodedata.normalize("NFC", "ü.jpg") + ",second")
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(rows), encoding="utf-8")
+    assert main(["data", "make", str(table), "--output", str(tmp_path / "made")]) == 0
+    source = open_source(SourceConfig(path=str(tmp_path / "made")))
+    assert len(source) == 2
+    reasons = left_out(tmp_path / "made")
+    assert [*reasons] == ["https://x.org/a.jpg"]
+    assert reasons["https://x.org/a.jpg"].startswith("URL: download")
 
 
 def test_captions_of_equal_pictures_are_joined(
