@@ -223,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    words = [expand_home(word) for word in words]
     if not words or words[0] in (*HELP, "help"):
         print(usage())
         return 0
@@ -245,6 +246,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     return run(name, words[len(name.split()) :])
+
+
+def expand_home(word: str) -> str:
+    """``--output=~/runs`` with the home folder, which shells leave as it is: they expand a ~ only
+    at the start of a word."""
+    option, _, value = word.partition("=")
+    if option.startswith("--") and value.startswith("~/"):
+        return f"{option}={os.path.expanduser(value)}"
+    return word
 
 
 def is_utf8(word: str) -> bool:
