@@ -27,7 +27,7 @@ import itertools
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,22 +181,17 @@ def log_likelihoods(model: Any, rows: LlavaRows, row: dict[str, Any]) -> Tensor:
     return total_C
 
 
-def open_llava(folder: Path, images: Path) -> tuple[Any, LlavaRows]:
-    """A trained LLaVA and its questions' encoder."""
+def ask(trained: Path, data: Path) -> list[list[list[float]]]:
+    """Of each group, (N, C) log-likelihoods of its names for each of its pictures."""
     import transformers
 
     processor = transformers.AutoProcessor.from_pretrained(
-        folder, trust_remote_code=False
+        trained, trust_remote_code=False
     )
+    rows = LlavaRows(processor, data / "images")
     model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.bfloat16
+        trained, dtype=torch.bfloat16
     ).eval()
-    return model, LlavaRows(processor, images)
-
-
-def ask(trained: Path, data: Path) -> list[list[list[float]]]:
-    """Of each group, (N, C) log-likelihoods of its names for each of its pictures."""
-    model, rows = open_llava(trained, data / "images")
     answers = []
     for group in read_json(data / "groups.json"):
         names = [row["name"] for row in group]
@@ -208,7 +203,6 @@ def ask(trained: Path, data: Path) -> list[list[list[float]]]:
 
 
 def llava_answers(
-    asked: Callable[[Path, Path], Any],
     towers: Path,
     llm: Path,
     output: Path,
@@ -216,8 +210,8 @@ def llava_answers(
     seeds: Sequence[int],
     steps: int,
 ) -> dict[str, Any]:
-    """``ARM-seedN`` -> what ``asked(LLaVA, data)`` says of a LLaVA on that tower. Trains and asks
-    what is missing; ``output`` has the data."""
+    """``ARM-seedN`` -> the answers of a LLaVA on that tower (``ask``). Trains and asks what is
+    missing; ``output`` has the data."""
     register()
     data = output / "data"
     answers: dict[str, Any] = {}
@@ -227,7 +221,7 @@ def llava_answers(
             file = folder / "log_likelihoods.json"
             if not file.exists():
                 trained = train_llava(towers / folder.name, llm, data, folder, steps)
-                write_text(file, json.dumps(asked(trained, data)))
+                write_text(file, json.dumps(ask(trained, data)))
             answers[folder.name] = read_json(file)
     return answers
 
@@ -274,7 +268,7 @@ def run(
     if not data.exists():
         write_data(data, shown, names)
     scores: dict[str, np.ndarray] = {}
-    answers = llava_answers(ask, towers, llm, output, arms, seeds, steps)
+    answers = llava_answers(towers, llm, output, arms, seeds, steps)
     for name, of_groups in answers.items():
         scores[name] = np.concatenate([places(np.array(group)) for group in of_groups])
     groups = read_json(data / "groups.json")

@@ -4,26 +4,23 @@
     scene_questions.py --data DATA/all --towers OUT/towers --llm GATE/llm --output OUT/questions \
         --arms permuted words tuned --seeds 0 1 2
 
-As in inherited.py, the language model is frozen and the projector alone learns to read the tower:
-from the training scenes' captions, and from yes/no questions about them ("Is a cat left of an
-owl?"), whose "no" has the drawings exchanged. It is asked about the test's scenes, whose pairs of
-concepts it was never shown. Three scores:
+As in inherited.py, the language model is frozen and the projector alone learns to read the tower,
+from the training scenes' captions. It is asked about the test's scenes, whose pairs of concepts it
+was never shown. Two scores:
 
 - caption: the place of the right caption among 16, its twin's too, by what the picture adds to a
   caption's log-likelihood (inherited.py); .5 by chance.
 - twins: 1 if of a scene and its twin both pictures prefer their own caption, and both captions
   their own picture, by the same numbers; 1 in 6 by chance.
-- yes or no: the same for the log-odds of "yes" when asked whether a caption is true.
 
 ``--arms``: towers/ARM-seedN below ``--towers``; scenes.sh trains them. ``--validation`` asks the
 validation scenes instead. Intervals are over pairs of concepts and, if there are several, seeds.
 
-Shapes: N scenes of a group, which has a scene and its twin in a row; G pairs of twins.
+Shapes: N scenes of a group, in which each scene is followed by its twin.
 """
 
 import argparse
 import json
-import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,9 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from inherited import TEMPLATE, llava_answers, log_likelihoods, open_llava, places
+from inherited import TEMPLATE, llava_answers, places
 from inputs import Sample, read_tar
-from miniature_data import YES_NO, Row, talk
+from miniature_data import Row, talk
 from scene_scores import (
     ARMS,
     arms_table,
@@ -43,35 +40,13 @@ from scene_scores import (
     mean_scores,
     twin_groups,
 )
-from scenes import RELATIONS
 
 from llm2clip_plugin.atomic import atomic_directory, write_text
 from llm2clip_plugin.json_files import read_json_value as read_json
 
 SCENES = 16  # of a group, whose captions are the choices
 STEPS = 300  # of the projector
-SCORES = {  # first the one that was named first
-    "caption": "caption among 16",
-    "twins": "twins, 2 x 2",
-    "yes_no": "twins by yes or no",
-}
-
-# of a group: (N, N) log-likelihoods of captions, a row a picture; (G, 2, 2) log-odds of "yes"
-Answers = dict[str, Any]
-
-
-def exchanged(caption: str) -> str:
-    """The caption of a scene's twin."""
-    for relation in RELATIONS:
-        first, found, second = caption.partition(f" {relation} ")
-        if found:
-            return f"{second} {relation} {first}"
-    raise ValueError(f"{caption!r} has none of the relations {', '.join(RELATIONS)}")
-
-
-def question(caption: str) -> str:
-    """Whether a caption is true: "a cat left of an owl" -> "Is a cat left of an owl?"."""
-    return f"Is {caption}?"
+SCORES = {"caption": "caption among 16", "twins": "twins, 2 x 2"}  # primary first
 
 
 def caption_of(sample: Sample) -> str:
@@ -79,18 +54,10 @@ def caption_of(sample: Sample) -> str:
     return caption["text"]
 
 
-def training_rows(samples: Sequence[Sample]) -> list[Row]:
-    """Of each scene its caption, and a question that is true or not."""
-    draw = random.Random(0)
-    rows = []
-    for sample in samples:
-        key = sample[0]
-        caption = caption_of(sample)
-        answer = draw.choice(YES_NO)
-        asked = caption if answer == "yes" else exchanged(caption)
-        rows.append(talk(key, "", caption, f"{key}.png"))
-        rows.append(talk(f"{key}-{answer}", question(asked), answer, f"{key}.png"))
-    return rows
+def caption_row(sample: Sample) -> Row:
+    """A scene and its caption."""
+    key = sample[0]
+    return talk(key, "", caption_of(sample), f"{key}.png")
 
 
 def held_out_groups(samples: Sequence[Sample]) -> list[list[Row]]:
@@ -98,10 +65,9 @@ def held_out_groups(samples: Sequence[Sample]) -> list[list[Row]]:
     scenes = [about["concept"] for _, _, about in samples]
     rows = []
     for number in [number for pair in twin_groups(scenes) for number in pair]:
-        key, _, about = samples[number]
-        caption = caption_of(samples[number])
-        row = talk(key, "", caption, f"{key}.png")
-        rows.append({**row, "name": caption, "family": about["family"]})
+        sample = samples[number]
+        row = caption_row(sample)
+        rows.append({**row, "name": caption_of(sample), "family": sample[2]["family"]})
     starts = range(0, len(rows) - SCENES + 1, SCENES)
     return [rows[start : start + SCENES] for start in starts]
 
@@ -119,70 +85,33 @@ def write_data(data: Path, split: str, output: Path) -> None:
         images.mkdir()
         for key, png, _ in (*training, *held_out):
             (images / f"{key}.png").write_bytes(png)
-        rows = training_rows(training)
+        rows = [caption_row(sample) for sample in training]
         (temporary / "captions.json").write_text(json.dumps(rows))
         (temporary / "groups.json").write_text(json.dumps(groups))
         (temporary / "chat_template.jinja").write_text(TEMPLATE)
 
 
-def ask(trained: Path, data: Path) -> list[Answers]:
-    """What a LLaVA says of each group."""
-    model, rows = open_llava(trained, data / "images")
-    answers = []
-    for group in read_json(data / "groups.json"):
-        captions = [row["name"] for row in group]
-        of_group = [
-            log_likelihoods(model, rows, {**row, "names": captions}) for row in group
-        ]
-        log_odds = []
-        for scene, twin in zip(group[::2], group[1::2], strict=True):
-            of_twins = []
-            for row in (scene, twin):
-                odds = [
-                    yes_log_odds(model, rows, row, caption)
-                    for caption in (scene["name"], twin["name"])
-                ]
-                of_twins.append(odds)
-            log_odds.append(of_twins)
-        answers.append({"captions": torch.stack(of_group).tolist(), "yes": log_odds})
-    return answers
-
-
-def yes_log_odds(model: Any, rows: Any, row: Row, caption: str) -> float:
-    """Log-odds of "yes" to "no" when asked whether a caption is true of a row's picture."""
-    asked = talk(row["id"], question(caption), "", row["image"])
-    yes, no = log_likelihoods(model, rows, {**asked, "names": YES_NO}).tolist()
-    return yes - no
-
-
-def score(answers: Sequence[Answers]) -> dict[str, np.ndarray]:
+def score(answers: Sequence[Sequence[Sequence[float]]]) -> dict[str, np.ndarray]:
     """Of all groups: the place of each scene's caption, and 1 or 0 for each pair of twins."""
     captions = []
     twins = []
-    yes_no = []
     for group in answers:
-        score_NN = np.array(group["captions"])
+        score_NN = np.array(group)
         captions.append(places(score_NN))
         added_NN = torch.tensor(score_NN - score_NN.mean(axis=0))
         pairs = [(number, number + 1) for number in range(0, len(added_NN), 2)]
         twins.append(group_scores(added_NN, pairs))
-        for odds in group["yes"]:
-            yes_no.append(group_scores(torch.tensor(odds), [(0, 1)]))
-    return {
-        "caption": np.concatenate(captions),
-        "twins": np.concatenate(twins),
-        "yes_no": np.concatenate(yes_no),
-    }
+    return {"caption": np.concatenate(captions), "twins": np.concatenate(twins)}
 
 
 def report(
-    answers: Mapping[str, Sequence[Answers]], groups: Sequence[Sequence[Row]]
+    answers: Mapping[str, Any], groups: Sequence[Sequence[Row]]
 ) -> tuple[dict[str, Any], str]:
     """The record of all LLaVAs, by ``ARM-seedN``, and their tables."""
     scores = {name: score(of_llava) for name, of_llava in answers.items()}
     means = {name: mean_scores([of_llava]) for name, of_llava in scores.items()}
     pairs = [row["family"] for group in groups for row in group]
-    pairs_of = {"caption": pairs, "twins": pairs[::2], "yes_no": pairs[::2]}
+    pairs_of = {"caption": pairs, "twins": pairs[::2]}
     comparisons = compare_scores(scores, pairs_of)
     tables = [arms_table(means, SCORES)]
     if comparisons:
@@ -204,7 +133,7 @@ def run(
     """Train and ask what is missing, write questions.json, and return its tables."""
     if not (output / "data").exists():
         write_data(data, "validation" if validation else "test", output / "data")
-    answers = llava_answers(ask, towers, llm, output, arms, seeds, steps)
+    answers = llava_answers(towers, llm, output, arms, seeds, steps)
     record, tables = report(answers, read_json(output / "data" / "groups.json"))
     write_text(output / "questions.json", json.dumps(record, indent=2))
     return tables

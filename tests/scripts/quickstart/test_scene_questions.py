@@ -1,13 +1,13 @@
 """A LLaVA asked about composed scenes: what it is shown and asked, and how answers are scored."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scene_questions
 import scenes
-from miniature_data import YES_NO
 
 from llm2clip_plugin.json_files import read_json_value
 
@@ -21,29 +21,19 @@ def data(tmp_path_factory) -> Path:
     return folder / "data"
 
 
-def test_each_training_scene_has_its_caption_and_a_question(data) -> None:
+def test_each_training_scene_is_shown_with_its_caption(data) -> None:
     rows = read_json_value(data / "captions.json")
-    assert len(rows) == 80
-    answers = set()
-    for told, asked in zip(rows[::2], rows[1::2], strict=True):
-        assert told["image"] == asked["image"]
-        assert (data / "images" / told["image"]).is_file()
-        turn, caption = (part["value"] for part in told["conversations"])
+    assert len(rows) == 40
+    for row in rows:
+        assert (data / "images" / row["image"]).is_file()
+        turn, caption = (part["value"] for part in row["conversations"])
         assert turn.strip() == "<image>"
-        question, answer = (part["value"] for part in asked["conversations"])
-        first, relation, second = split(caption)
-        true = f"<image>\nIs {first} {relation} {second}?"
-        false = f"<image>\nIs {second} {relation} {first}?"
-        assert question == (true if answer == "yes" else false)
-        answers.add(answer)
-    assert answers == set(YES_NO)
+        assert len(split(caption)) == 3
 
 
-def split(caption: str) -> tuple[str, str, str]:
+def split(caption: str) -> list[str]:
     """The first drawing, the relation, and the second drawing of a caption."""
-    relation = "above" if " above " in caption else "left of"
-    first, second = caption.split(f" {relation} ")
-    return first, relation, second
+    return re.split(" (above|left of) ", caption)
 
 
 def test_a_scene_is_followed_by_its_twin_and_no_pair_was_shown(data) -> None:
@@ -52,17 +42,15 @@ def test_a_scene_is_followed_by_its_twin_and_no_pair_was_shown(data) -> None:
     assert [len(group) for group in groups] == [16, 16]
     shown = {
         row["conversations"][1]["value"]
-        for row in read_json_value(data / "captions.json")[::2]
+        for row in read_json_value(data / "captions.json")
     }
     for group in groups:
         for scene, twin in zip(group[::2], group[1::2], strict=True):
             assert twin["id"] == scenes.twin_of(scene["id"])
             assert twin["family"] == scene["family"]
-            assert scene_questions.exchanged(scene["name"]) == twin["name"]
+            assert split(twin["name"]) == split(scene["name"])[::-1]
             assert scene["name"] not in shown
             assert twin["name"] not in shown
-    with pytest.raises(ValueError, match="'a cat' has none of the relations"):
-        scene_questions.exchanged("a cat")
 
 
 def test_too_few_scenes_are_refused(tmp_path) -> None:
@@ -72,26 +60,17 @@ def test_too_few_scenes_are_refused(tmp_path) -> None:
 
 
 def test_what_counts_is_what_the_picture_adds() -> None:
-    # the model likes the second caption, whatever it sees, and prefers "no"
-    liked = np.array([0.0, 5.0, 0.0, 0.0])
-    captions = np.eye(4) + liked
-    looking = {
-        "captions": captions.tolist(),
-        "yes": [[[-1.0, -3.0], [-3.0, -1.0]], [[-1.0, -3.0], [-0.5, -1.0]]],
-    }
-    scores = scene_questions.score([looking])
-    assert scores["caption"] == pytest.approx(np.ones(4))
-    assert scores["twins"].tolist() == [1.0, 1.0]
-    # the last scene's picture prefers its twin's caption
-    assert scores["yes_no"].tolist() == [1.0, 0.0]
-    blind = {
-        "captions": np.tile(liked, (4, 1)).tolist(),
-        "yes": [[[1.0, 1.0], [1.0, 1.0]]] * 2,
-    }
-    scores = scene_questions.score([blind])
+    # the model likes the second caption, whatever it sees; the last picture prefers its twin's
+    liked_N = np.array([0.0, 5.0, 0.0, 0.0])
+    looking_NN = np.eye(4) + liked_N
+    looking_NN[3] += [0.0, 0.0, 3.0, 0.0]
+    scores = scene_questions.score([looking_NN.tolist()])
+    assert scores["caption"] == pytest.approx([1.0, 1.0, 1.0, 2 / 3])
+    assert scores["twins"].tolist() == [1.0, 0.0]
+    blind_NN = np.tile(liked_N, (4, 1))
+    scores = scene_questions.score([blind_NN.tolist()])
     assert scores["caption"] == pytest.approx(np.full(4, 0.5))
     assert scores["twins"].tolist() == [0.0, 0.0]
-    assert scores["yes_no"].tolist() == [0.0, 0.0]
 
 
 def test_answers_that_are_there_are_compared(data, tmp_path) -> None:
@@ -105,8 +84,7 @@ def test_answers_that_are_there_are_compared(data, tmp_path) -> None:
             for group in groups:
                 noise_NN = rng.normal(size=(len(group), len(group)))
                 score_NN = noise_NN + strength * np.eye(len(group))
-                odds = rng.normal(size=(len(group) // 2, 2, 2)) + strength * np.eye(2)
-                answers.append({"captions": score_NN.tolist(), "yes": odds.tolist()})
+                answers.append(score_NN.tolist())
             folder = tmp_path / f"{arm}-seed{seed}"
             folder.mkdir()
             (folder / "log_likelihoods.json").write_text(json.dumps(answers))
@@ -125,8 +103,9 @@ def test_answers_that_are_there_are_compared(data, tmp_path) -> None:
         (row["score"], row["base"], row["new"]) for row in record["comparisons"]
     ]
     assert compared == [
-        (score, "permuted", "tuned") for score in ("caption", "twins", "yes_no")
+        ("caption", "permuted", "tuned"),
+        ("twins", "permuted", "tuned"),
     ]
     assert all(row["difference"] > 0.3 for row in record["comparisons"])
     assert "| fine-tuned LLM | 2 |" in table
-    assert "| twins by yes or no | fine-tuned LLM minus" in table
+    assert "| twins, 2 x 2 | fine-tuned LLM minus" in table
