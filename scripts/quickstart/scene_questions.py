@@ -64,10 +64,10 @@ def held_out_groups(samples: Sequence[Sample]) -> list[list[Row]]:
     """The scenes in groups of ``SCENES``, each followed by its twin; a rest is left out."""
     scenes = [about["concept"] for _, _, about in samples]
     rows = []
-    for number in [number for pair in twin_groups(scenes) for number in pair]:
-        sample = samples[number]
-        row = caption_row(sample)
-        rows.append({**row, "name": caption_of(sample), "family": sample[2]["family"]})
+    for scene, twin in twin_groups(scenes):
+        for sample in (samples[scene], samples[twin]):
+            about = {"name": caption_of(sample), "family": sample[2]["family"]}
+            rows.append({**caption_row(sample), **about})
     starts = range(0, len(rows) - SCENES + 1, SCENES)
     return [rows[start : start + SCENES] for start in starts]
 
@@ -130,11 +130,20 @@ def run(
     *,
     validation: bool = False,
 ) -> str:
-    """Train and ask what is missing, write questions.json, and return its tables."""
+    """Train and ask what is missing, write questions.json, and return its tables. Raises ValueError
+    for an output that asks the scenes of another split."""
+    split = "validation" if validation else "test"
     if not (output / "data").exists():
-        write_data(data, "validation" if validation else "test", output / "data")
+        write_data(data, split, output / "data")
+    groups = read_json(output / "data" / "groups.json")
+    asked = groups[0][0]["id"].partition("-")[0]
+    if asked != split:
+        raise ValueError(
+            f"{output} has answers about {asked} scenes, expected {split} scenes; choose another "
+            "--output"
+        )
     answers = llava_answers(towers, llm, output, arms, seeds, steps)
-    record, tables = report(answers, read_json(output / "data" / "groups.json"))
+    record, tables = report(answers, groups)
     write_text(output / "questions.json", json.dumps(record, indent=2))
     return tables
 

@@ -123,7 +123,7 @@ FAULTS = {
     "no item": ([("item", "score"), (None, 1)], "line 2: no item"),
     "no score": ([("item", "score"), (1, None)], "line 2: score is None"),
     "an error of Excel": ([("item", "score"), (1, "#N/A")], "line 2: score is '#N/A'"),
-    "a cell beside": ([("item", "score"), (1, 1, "see b")], "line 2: 3 cells, not 2"),
+    "a cell too many": ([("item", "score"), (1, 1, "see b")], "line 2: 3 cells, not 2"),
     "no rows": ([("item", "score")], "no items below its first line"),
     "an item twice": (
         [("item", "score"), (1, 1), (1, 0)],

@@ -109,3 +109,19 @@ def test_answers_that_are_there_are_compared(data, tmp_path) -> None:
     assert all(row["difference"] > 0.3 for row in record["comparisons"])
     assert "| fine-tuned LLM | 2 |" in table
     assert "| twins, 2 x 2 | fine-tuned LLM minus" in table
+
+
+def test_answers_about_another_split_are_refused(data, tmp_path) -> None:
+    (tmp_path / "data").symlink_to(data)
+    message = "has answers about test scenes, expected validation scenes"
+    with pytest.raises(ValueError, match=message):
+        scene_questions.run(
+            data.parent / "all",
+            tmp_path / "towers",
+            tmp_path / "llm",
+            tmp_path,
+            arms=("tuned",),
+            seeds=(0,),
+            steps=1,
+            validation=True,
+        )
