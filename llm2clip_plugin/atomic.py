@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_EMPTY = (
+    errno.ENOTEMPTY,
+    errno.EEXIST,
+)  # of a directory that another is renamed onto
 
 
 class DiskFullError(OSError):
@@ -98,7 +102,8 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """As ``atomic_file``, of a directory, which replaces an old one when it is complete. Raises
     FileExistsError before any work if ``path`` is a file, or if it is not empty and ``replace`` is
-    false (with ``fix``). A folder that may be the user's is for ``folders.output_folder``."""
+    false (with ``fix``); and after it, if another process has put its directory there meanwhile. A
+    folder that may be the user's is for ``folders.output_folder``."""
     # what a link leads to is replaced, not the link
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
@@ -109,6 +114,8 @@ def atomic_directory(
         raise FileExistsError(f"{path} exists and is not empty; {fix}")
     temporary = _sibling(target)
     old = temporary.with_suffix(".old")
+    before = _inode(target)
+    conflict = f"{path} was written by another process meanwhile; choose another path"
     with naming_full_disk(target):
         temporary.mkdir(parents=True)
         try:
@@ -116,12 +123,16 @@ def atomic_directory(
             for inside in (*temporary.rglob("*"), temporary):
                 if not inside.is_symlink():
                     fsync(inside)
-            if target.exists():
+            if replace and _inode(target) != before:
+                raise FileExistsError(conflict)
+            if replace and target.exists():
                 # a directory cannot be renamed onto one that is not empty
                 os.replace(target, old)
             try:
                 os.replace(temporary, target)
-            except OSError:
+            except OSError as error:
+                if error.errno in NOT_EMPTY:
+                    raise FileExistsError(conflict) from error
                 if old.exists():
                     os.replace(old, target)
                 raise
@@ -131,6 +142,11 @@ def atomic_directory(
             if target.exists():
                 # on NFS, a file that is still open keeps its folder
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _inode(path: Path) -> int | None:
+    """What tells a directory from one that replaces it; None if there is none."""
+    return path.stat().st_ino if path.exists() else None
 
 
 def _sibling(target: Path) -> Path:

@@ -73,6 +73,25 @@ def test_atomic_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("existing", ["nothing", "an empty folder", "an old result"])
+def test_of_two_that_write_a_directory_at_once_the_second_is_refused(
+    tmp_path: Path, existing: str
+) -> None:
+    target = tmp_path / "out"
+    replace = existing == "an old result"
+    if existing != "nothing":
+        target.mkdir()
+    if replace:
+        (target / "old").write_text("0")
+    second = atomic_directory(target, replace=replace)
+    with pytest.raises(FileExistsError, match="by another process"), second as folder:
+        (folder / "b").write_text("2")
+        with atomic_directory(target, replace=replace) as first:
+            (first / "a").write_text("1")
+    assert [path.name for path in target.iterdir()] == ["a"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_weights_hash_ignores_order_and_metadata(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
