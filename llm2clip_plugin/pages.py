@@ -40,13 +40,12 @@ def thumbnail(raw: bytes | None) -> str | None:
     """An image file's bytes as the data URI of a small JPEG; None if they are no picture."""
     if not raw:
         return None
-    from PIL import Image, UnidentifiedImageError
+    from llm2clip_plugin.pictures import BrokenImage, load, open_header
 
     try:
-        with Image.open(io.BytesIO(raw)) as opened:
-            opened.draft("RGB", (SIDE, SIDE))
-            picture = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        image = open_header(raw)
+        picture = load(image, max(image.size) // SIDE)
+    except BrokenImage:
         return None
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()

@@ -17,17 +17,12 @@ from typing import Any
 import numpy as np
 
 from llm2clip_plugin.data.samples import (
-    BrokenImage,
     BrokenSample,
     Caption,
     Sample,
     caption_hash,
     cores,
-    has_transparency,
     holds_words,
-    is_turned,
-    load,
-    open_header,
     parallel,
     select_captions,
     words_of,
@@ -36,6 +31,13 @@ from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, ope
 from llm2clip_plugin.hub import check_hub_answers
 from llm2clip_plugin.options import Command, setting
 from llm2clip_plugin.outside import printable
+from llm2clip_plugin.pictures import (
+    BrokenImage,
+    has_transparency,
+    is_turned,
+    load,
+    open_header,
+)
 from llm2clip_plugin.pretrained import open_pretrained
 from llm2clip_plugin.progress import progress_bar
 

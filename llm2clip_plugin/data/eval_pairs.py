@@ -17,7 +17,6 @@ from llm2clip_plugin.data.images import ImageConfig, as_square, evaluation_pixel
 from llm2clip_plugin.data.pairs import Row, cache_width
 from llm2clip_plugin.data.samples import (
     SMALL_PART,
-    BrokenImage,
     BrokenSample,
     Caption,
     plan_evaluation,
@@ -30,6 +29,7 @@ from llm2clip_plugin.data.workers import (
     leave_signals_to_the_run,
     raised,
 )
+from llm2clip_plugin.pictures import BrokenImage
 
 
 @dataclass(eq=False)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from llm2clip_plugin.data.samples import AugmentConfig, load, open_header
+from llm2clip_plugin.data.samples import AugmentConfig
 from llm2clip_plugin.options import unknown
+from llm2clip_plugin.pictures import load, open_header
 
 # pixels of a crop (256 x 256) above which rounding its box to whole pixels is negligible
 LARGE = 1 << 16

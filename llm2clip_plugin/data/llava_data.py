@@ -7,16 +7,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm2clip_plugin.data.samples import (
-    BrokenImage,
-    BrokenSample,
-    load,
-    open_header,
-    select_captions,
-)
+from llm2clip_plugin.data.samples import BrokenSample, select_captions
 from llm2clip_plugin.data.sources import SourceConfig, check_fields, open_source
 from llm2clip_plugin.folders import LLAVA_FOLDER, output_folder
 from llm2clip_plugin.options import Command, setting
+from llm2clip_plugin.pictures import BrokenImage, load, open_header
 from llm2clip_plugin.progress import track
 
 # ``llm2clip llava data DATA --output DIR``: a data set as LLaVA's pretraining reads it,

@@ -26,11 +26,7 @@ from llm2clip_plugin.data.listing import (
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
     cores,
-    has_16_bits,
-    has_transparency,
     holds_words,
-    load,
-    open_header,
     parallel,
     parse_fields,
     read_captions,
@@ -39,6 +35,7 @@ from llm2clip_plugin.data.tables import PICTURES
 from llm2clip_plugin.folders import MAKE_FOLDER, output_folder
 from llm2clip_plugin.options import Command, command, setting
 from llm2clip_plugin.outside import MAX_IMAGE, read_regular
+from llm2clip_plugin.pictures import has_16_bits, has_transparency, load, open_header
 from llm2clip_plugin.progress import track
 
 TABLES = (".csv", ".tsv")

@@ -21,7 +21,6 @@ from llm2clip_plugin.data.remote import shuffle_window, take_retries
 from llm2clip_plugin.data.sampler import Draw, Mixture, hash_words, sample_rng
 from llm2clip_plugin.data.samples import (
     AugmentConfig,
-    BrokenImage,
     BrokenSample,
     Caption,
     caption_hash,
@@ -30,6 +29,7 @@ from llm2clip_plugin.data.samples import (
     select_captions,
 )
 from llm2clip_plugin.data.sources import Source
+from llm2clip_plugin.pictures import BrokenImage
 
 SUBSTITUTES = 20  # samples tried in place of a broken one
 # an image's id is (source << 40) + sample; more samples than any source has

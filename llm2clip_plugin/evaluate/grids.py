@@ -13,10 +13,11 @@ from contextlib import suppress
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from llm2clip_plugin.data.samples import BrokenImage, BrokenSample, load, open_header
+from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.features import EmbeddedPairs
 from llm2clip_plugin.evaluate.retrieval import ALL, RetrievalReport
+from llm2clip_plugin.pictures import BrokenImage, load, open_header
 
 SHOWN = 4  # images of a grid
 # pixels of an image in a grid; letters of a line below it, lines of a caption

@@ -1,3 +1,4 @@
+import base64
 import io
 import math
 import random
@@ -18,12 +19,9 @@ from llm2clip_plugin.data.images import (
     resize_box,
     training_pixels,
 )
-from llm2clip_plugin.data.samples import (
-    AugmentConfig,
-    BrokenImage,
-    load,
-    open_header,
-)
+from llm2clip_plugin.data.samples import AugmentConfig
+from llm2clip_plugin.pages import thumbnail
+from llm2clip_plugin.pictures import BrokenImage, load, open_header
 
 
 def hf_processors() -> dict[str, type]:
@@ -181,6 +179,15 @@ def test_gray_images_of_16_bits_are_read_as_they_are_shown(kind: str) -> None:
     pixels_HW3 = np.array(load(open_header(data)))
     assert pixels_HW3.shape == (4, 6, 3)
     assert (pixels_HW3 == (levels_HW // 256)[..., None]).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_pages_show_gray_images_of_16_bits_as_they_are_read(kind: str) -> None:
+    levels_HW = np.linspace(0, 65535, 64 * 64, dtype=np.uint16).reshape(64, 64)
+    uri = thumbnail(encoded(Image.fromarray(levels_HW), kind)) or ""
+    data = base64.b64decode(uri.partition(",")[2])
+    shown_HW = np.array(Image.open(io.BytesIO(data)).convert("L"), dtype=int)
+    assert np.abs(shown_HW - (levels_HW // 256)).max() < 8  # of JPEG
 
 
 def test_images_of_32_bits_are_refused() -> None:
