@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -531,6 +531,10 @@ class SideFolder:
             )
 
 
+# what listing a folder fails with if no file can have its path
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
 def stamps_of(paths: Sequence[str]) -> list[Stamp | None]:
     """Size and time of each file, None for a missing one; folders are listed, which network disks
     answer at once."""
@@ -541,9 +545,11 @@ def stamps_of(paths: Sequence[str]) -> list[Stamp | None]:
                 for entry in entries:
                     path = os.path.join(folder, entry.name)
                     if path in stamps:
-                        stamps[path] = stamp_of(entry)
-        except FileNotFoundError:
-            continue
+                        with suppress(FileNotFoundError):  # a link to nothing
+                            stamps[path] = stamp_of(entry)
+        except OSError as error:
+            if error.errno not in NOT_THERE:
+                raise
     return [stamps[path] for path in paths]
 
 

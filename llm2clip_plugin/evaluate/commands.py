@@ -35,6 +35,7 @@ from llm2clip_plugin.evaluate.retrieval import (
     evaluate_retrieval,
 )
 from llm2clip_plugin.evaluate.suites import Suite, select_suites, suites
+from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.outside import printable
 from llm2clip_plugin.progress import phase
 from llm2clip_plugin.text.config import EncoderConfig
@@ -154,17 +155,22 @@ def measure_suites(
         output = Path(config.json)
     settings = dataclasses.asdict(config.retrieval) | {"batch": 0, "workers": 0}
     settings = json.loads(json.dumps(settings))  # tuples are lists in the file
+    preprocessing = json.loads(json.dumps(dataclasses.asdict(tower.images)))
     results = {}
     for suite in ready:
         source = suite.open(root)
         cache = tower.cache(source, all_ranks=all_ranks)
         captions = cache.manifest.shards[suite.name]["rows_sha256"]
+        stamps = on_first_rank(source.file_stamps)
         facts = {
             "teacher": cache.fingerprint,
             "captions_sha256": captions,
+            # sizes and times
+            "image_files_sha256": sha256_text(canonical_json(stamps)),
+            "preprocessing": preprocessing,
             "settings": settings,
         }
-        # everything that decides the scores but the image files
+        # everything that decides the scores
         origin = provenance(tower.dual, **facts)
         path = output / f"{suite.name}.scores.json"
         if not config.overwrite and path.is_file():

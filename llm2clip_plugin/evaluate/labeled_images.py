@@ -5,7 +5,7 @@ Shapes: N images, D width of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,26 +70,36 @@ def open_labeled_images(path: str, field: str = "", cluster: str = "") -> Labele
         classes.add(str(json_field(record.meta, field, record.key)))
         if cluster:
             json_field(record.meta, cluster, record.key)
-    return LabeledImages(source, sorted(classes), field, cluster)
+    return LabeledImages(source, in_order(classes), field, cluster)
+
+
+def in_order(classes: Iterable[str]) -> list[str]:
+    """Names of classes in alphabetical order, but numbers by value: 2 before 10, as files of class
+    names list them."""
+    names = sorted(classes)
+    if all(name.isascii() and name.isdigit() for name in names):
+        names.sort(key=int)
+    return names
 
 
 def _of_folders(path: Path) -> LabeledImages:
-    """``CLASS/**/IMAGE.jpg``: classes in alphabetical order."""
-    folders: list[Path] = []
-    for entry in sorted(path.iterdir()):
+    """``CLASS/**/IMAGE.jpg``: classes `in_order`."""
+    names: list[str] = []
+    for entry in path.iterdir():
         if entry.is_dir() and not entry.name.startswith(NOT_A_CLASS):
-            folders.append(entry)
-    if not folders:
+            names.append(entry.name)
+    classes = in_order(names)
+    if not classes:
         raise ValueError(
             f"{path} has no class folders and no tars with .cls; captioned data need --label FIELD"
         )
     rows: list[Row] = []
-    for folder in folders:
-        for file in image_files(folder):
+    for name in classes:
+        for file in image_files(path / name):
             key = str(file.relative_to(path))
-            rows.append(Row(key, file, meta={CLASS: folder.name}))
+            rows.append(Row(key, file, meta={CLASS: name}))
     source = InMemorySource(str(path), path, rows)
-    return LabeledImages(source, [folder.name for folder in folders])
+    return LabeledImages(source, classes)
 
 
 def _of_tars(path: Path) -> LabeledImages:

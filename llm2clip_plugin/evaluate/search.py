@@ -1,13 +1,15 @@
 """``llm2clip search``: the images of a data set that are nearest to a text, listed and as a page.
 
 One safetensors file holds the embeddings of a part of the images: ``image_ND`` (float16,
-normalized) and ``number_N`` (in the source). A rerun skips the parts that exist; the folder's name
-has a hash of the tower, the data and the preprocessing.
+normalized) and ``number_N`` (in the source), and in its metadata the images left out. A rerun skips
+the parts that exist; the folder's name has a hash of the tower, the data, sizes and times of the
+image files, and the preprocessing.
 
 Shapes: N images of a part, Q texts, D projection dimension.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -30,8 +32,12 @@ from llm2clip_plugin.evaluate.suites import InMemorySource, Row, image_files
 from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.outside import printable
 from llm2clip_plugin.pages import page_style, render, thumbnail
+from llm2clip_plugin.safetensors_header import read_header
 from llm2clip_plugin.train.distributed import group_of, on_first_rank, rank
 
+FIX = "delete it and rerun the same command"
+# of a file's metadata: shard, key and reason of each image that was left out, as JSON
+LEFT_OUT = "left_out"
 PART = 16384  # images of a file, and what a stopped command embeds again at most
 
 # of each text (number in the source, cosine), best first
@@ -106,14 +112,13 @@ def embed_images(
     """Embed the parts of ``source`` that are not there yet, written by rank 0; all parts, and the
     images left out."""
     card = tower.dual.card
-    folder = embeddings_folder(config, tower, source)
+    folder = Path(on_first_rank(lambda: str(embeddings_folder(config, tower, source))))
     starts = range(0, len(source), PART)
     parts = [folder / f"{number:05d}.safetensors" for number in range(len(starts))]
 
     def missing() -> list[int]:
         return [number for number, path in enumerate(parts) if not path.is_file()]
 
-    broken: list[BrokenSample] = []
     for part in on_first_rank(missing):
         start = starts[part]
         encoded = encode_images(
@@ -126,16 +131,29 @@ def embed_images(
             workers=config.workers,
             all_ranks=all_ranks,
         )
-        broken += encoded.broken
         if rank(group_of(all_ranks)) == 0:
             vectors = [torch.empty(0, card.projection_dim), *encoded.vectors]
             tensors = {
                 "image_ND": torch.cat(vectors).half(),
                 "number_N": torch.tensor(encoded.numbers).long(),
             }
+            left_out = [
+                [error.shard, error.key, error.reason] for error in encoded.broken
+            ]
             with atomic_file(parts[part]) as temporary:
-                save_file(tensors, str(temporary))
+                save_file(tensors, str(temporary), {LEFT_OUT: json.dumps(left_out)})
+    broken = [
+        BrokenSample(*fields) for fields in on_first_rank(lambda: left_out_of(parts))
+    ]
     return parts, broken
+
+
+def left_out_of(parts: Sequence[Path]) -> list[list[str]]:
+    """Shard, key and reason of each image that was left out when the parts were embedded."""
+    left_out: list[list[str]] = []
+    for path in parts:
+        left_out += json.loads(read_header(path, fix=FIX).metadata[LEFT_OUT])
+    return left_out
 
 
 def embeddings_folder(
@@ -149,6 +167,7 @@ def embeddings_folder(
         source.config.images,
         source.config.image_field,
         stamps,
+        source.file_stamps(),
     ]
     images = dataclasses.asdict(tower.images)
     identity = [card.weights_sha256, card.adapter_sha256, data, images, PART]
@@ -167,7 +186,7 @@ def nearest(parts: Sequence[Path], text_QD: Tensor, count: int) -> Hits:
     score_Qk = torch.empty(len(text_QD), 0)
     number_Qk = torch.empty(len(text_QD), 0, dtype=torch.int64)
     for path in parts:
-        with errors_about(path, fix="delete it and rerun the same command"):
+        with errors_about(path, fix=FIX):
             tensors = load_file(path)
         score_QN = text_QD.float() @ tensors["image_ND"].float().T
         number_QN = tensors["number_N"].expand(len(text_QD), -1)
@@ -192,13 +211,5 @@ def folder_of_images(path: str) -> InMemorySource | None:
     files = image_files(root)
     if not files:
         return None
-    rows: list[Row] = []
-    stamps: list[tuple[str, int, int]] = []
-    for file in files:
-        key = str(file.relative_to(root))
-        rows.append(Row(key, file))
-        if file.exists():  # a link to nothing is left out when it is read
-            status = file.stat()
-            stamps.append((key, status.st_size, status.st_mtime_ns))
-    name = f"{root.resolve().name}-{sha256_text(canonical_json(stamps))[:12]}"
-    return InMemorySource(name, root, rows)
+    rows = [Row(str(file.relative_to(root)), file) for file in files]
+    return InMemorySource(root.resolve().name, root, rows)

@@ -1,5 +1,6 @@
 """Zero-shot classification, kNN and linear probe, from each layout of labelled images."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,28 @@ def colour_of(pixels):
         pixels.mean((2, 3)) * torch.tensor(IMAGES.std) + torch.tensor(IMAGES.mean)
     ) * 255
     return torch.cdist(mean, torch.tensor(list(COLOURS.values())).float()).argmin(1)
+
+
+def test_classes_that_are_numbers_are_in_the_order_of_their_numbers(tmp_path):
+    """So that the lines of a file of class names, which lists them so, fit."""
+    for number in range(12):
+        (tmp_path / "data" / str(number)).mkdir(parents=True)
+        picture = tmp_path / "data" / str(number) / "a.png"
+        picture.write_bytes(square("red", number))
+    names = [f"name {number}" for number in range(12)]
+    (tmp_path / "classnames.txt").write_text("\n".join(names))
+    images = labeled_images.open_labeled_images(str(tmp_path / "data"))
+    assert images.classes == [str(number) for number in range(12)]
+    data = str(tmp_path / "data")
+    assert zeroshot.read_class_names("", data, images.classes) == names
+    rows = [
+        json.dumps({"image": f"{number}/a.png", "caption": "a", "label": number})
+        for number in range(12)
+    ]
+    (tmp_path / "data" / "rows.jsonl").write_text("\n".join(rows))
+    from_field = labeled_images.open_labeled_images(f"{data}/rows.jsonl", "label")
+    assert from_field.classes == images.classes
+    assert labeled_images.in_order(["b", "10", "2"]) == ["10", "2", "b"]
 
 
 def features(feature, label):

@@ -158,3 +158,30 @@ def test_images_are_embedded_once_and_the_teacher_is_needed(folder, tmp_path, ca
         r"teacher cannot be loaded: .*llm.*--llm PATH_OR_HUB_ID",
         capsys.readouterr().err,
     )
+
+
+@pytest.mark.parametrize("data", ["data/pairs.jsonl", "data/images"])
+def test_pictures_replaced_under_the_same_names_are_embedded_again(
+    folder, tmp_path, capsys, data
+):
+    """And a picture that cannot be read is named at every search, until it can."""
+    shutil.copytree(folder / "data", tmp_path / "data")
+    images = tmp_path / "data" / "images"
+    words = [str(folder / "tower"), str(tmp_path / data), TEXTS[0]]
+    words += ["--output", "", "--cache", str(tmp_path / "cache")]
+    whole = (images / "red-0.png").read_bytes()
+    (images / "red-0.png").write_bytes(b"no picture")
+    printed = []
+    for _ in range(2):
+        assert cli(["search", *words]) == 0
+        printed.append(capsys.readouterr().out)
+        assert "left out: sample 'red-0.png'" in printed[-1]
+    (images / "red-0.png").write_bytes(whole)
+    (images / "white-0.png").unlink()
+    os.replace(images / "white-20.png", images / "white-40.png")
+    os.replace(images / "blue-0.png", images / "white-20.png")
+    assert cli(["search", *words]) == 0
+    again = capsys.readouterr().out
+    assert listed(again) != listed(printed[0])
+    assert "red-0.png" in listed(again)[TEXTS[0]]
+    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -4,6 +4,7 @@ file."""
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -314,6 +315,32 @@ def test_paper_prints_both_and_measured_suites_are_not_measured_again(setting, c
         llm.with_name("gone").rename(llm)
     assert (output / "coco.scores.json").stat().st_mtime_ns == before
     assert ScoreFile.read(changed).provenance == scores["docci"].provenance
+
+
+def test_a_suite_is_measured_again_when_its_pictures_or_the_preprocessing_changed(
+    setting, tmp_path, capsys
+):
+    """Also where a picture was missing at first."""
+    root, tower, llm = setting
+    mine = tmp_path / "root"
+    shutil.copytree(root / "flickr30k", mine / "flickr30k")
+    shutil.copytree(tower, tmp_path / "tower")
+    words = ["evaluate", str(tmp_path / "tower"), str(mine), "--suite", "flickr30k"]
+    picture = mine / "flickr30k" / "flickr30k-images" / "3.jpg"
+    picture.rename(tmp_path / "3.jpg")
+    assert cli([*words, "--llm", str(llm)]) == 0
+    assert "3 images, 15 captions, 1 left_out" in capsys.readouterr().out
+    (tmp_path / "3.jpg").rename(picture)
+    assert cli(words) == 0
+    assert "4 images, 20 captions, 0 left_out" in capsys.readouterr().out
+    (scores,) = mine.glob("scores-*/flickr30k.scores.json")
+    assert cli(words) == 0
+    before = scores.stat().st_mtime_ns
+    settings = tmp_path / "tower" / "preprocessor_config.json"
+    body = json.loads(settings.read_text())
+    settings.write_text(json.dumps(body | {"image_mean": [0.1, 0.2, 0.3]}))
+    assert cli(words) == 0
+    assert scores.stat().st_mtime_ns > before
 
 
 def test_an_llm_other_than_the_teacher_is_refused(setting, tmp_path, capsys):

@@ -24,6 +24,7 @@ from llm2clip_plugin.data.remote import (
     default_download_folder,
     expand_braces,
     is_url,
+    stamps_of,
 )
 from llm2clip_plugin.data.samples import (
     DEFAULT_FIELDS,
@@ -237,6 +238,16 @@ class Source(ABC):
             if not any(part.startswith(".") for part in name.parts):
                 named[str(name)] = str(path)
         return named
+
+    def file_stamps(self) -> list[list[Any]]:
+        """Name, size and time of every file that the samples are read from, pictures too; the name
+        alone of one that is missing or at a URL."""
+        files = self.files()
+        stamps = stamps_of([os.path.normpath(path) for path in files.values()])
+        table: list[list[Any]] = []
+        for name, stamp in zip(files, stamps, strict=True):
+            table.append([name, *(stamp or ())])
+        return table
 
     def __len__(self) -> int:
         if not self.shards:

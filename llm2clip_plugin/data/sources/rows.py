@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -124,7 +124,7 @@ class RowSource(Source):
             with suppress(BrokenSample):
                 row = parse_object(self.row(number)[1], "", "")
                 picture = row.get(self.config.image_field)
-                if isinstance(picture, str) and picture:
+                if is_inside(picture):
                     files[picture] = f"{self.images_folder.rstrip('/')}/{picture}"
         return files
 
@@ -155,8 +155,7 @@ class RowSource(Source):
             reason = f"no image path in field {self.config.image_field!r}"
             raise BrokenSample(shard, key, reason)
         name_shown = name if len(name) <= 100 else name[:97] + "..."  # a data: URI, say
-        is_outside = os.path.isabs(name) or ".." in name.split("/")
-        if is_outside or "\0" in name or name != well_formed(name):
+        if not is_inside(name):
             reason = f"image {name_shown!r} is not a path inside {self.images_folder}"
             raise BrokenSample(shard, key, reason)
         try:
@@ -172,6 +171,14 @@ class RowSource(Source):
             problem = "access denied to" if isinstance(error, PermissionError) else "no"
             reason = f"{problem} image {name_shown!r} in {self.images_folder} (--image-folder)"
             raise BrokenSample(shard, key, reason) from error
+
+
+def is_inside(name: Any) -> TypeGuard[str]:
+    """Whether the value of a row is the path of a file inside a folder."""
+    if not isinstance(name, str) or not name:
+        return False
+    is_outside = os.path.isabs(name) or ".." in name.split("/")
+    return not is_outside and "\0" not in name and name == well_formed(name)
 
 
 def pack_rows(items: Iterable[tuple[int, Any]]) -> Rows:

@@ -59,6 +59,13 @@ class InMemorySource(Source):
     def __getitem__(self, number: int) -> Sample:
         return replace(self.record(number), captions=self.rows[number].captions)
 
+    def files(self) -> dict[str, str]:
+        files: dict[str, str] = {}
+        for row in self.rows:
+            if isinstance(row.image, Path):
+                files[row.key] = str(row.image)
+        return files
+
     def _read_image(self, row: Row) -> bytes:
         try:
             if callable(row.image):
