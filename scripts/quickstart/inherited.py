@@ -43,8 +43,10 @@ from llava_integration.serve.build import register
 from llava_integration.serve.rows import LlavaRows
 from llm2clip_plugin.atomic import atomic_directory, write_text
 from llm2clip_plugin.cli import main as llm2clip
+from llm2clip_plugin.hashes import files_sha256
 from llm2clip_plugin.json_files import read_json_value as read_json
 from llm2clip_plugin.report_text import fraction, markdown_table, spread
+from llm2clip_plugin.vision.directory import WEIGHTS_FILE
 
 # concepts of A, as gate.py fits to; with 100, and 80 steps, not even the oracle showed anything
 SHOWN = 534
@@ -52,6 +54,7 @@ NAMES = 40  # of a group of B
 STEPS = 300  # of the projector
 BATCH = 16
 CHANCE = 0.5  # of a place
+ORIGIN = "made_from.json"  # what a folder was made from
 STYLES = ("noto", "twemoji", "fluent")  # of the pictures of B, in turn
 # as LLaVA's "plain": the picture, then its caption
 TEMPLATE = (
@@ -96,8 +99,25 @@ def split_families(
     return of_a, [of_b[start : start + names] for start in starts]
 
 
+def refuse_other_origin(folder: Path, made_from: Mapping[str, Any]) -> None:
+    """Raises ValueError if what is in the folder was made from something else."""
+    file = folder / ORIGIN
+    before = read_json(file) if file.exists() else {}
+    others = [name for name, value in made_from.items() if before.get(name) != value]
+    if others:
+        raise ValueError(
+            f"{folder} was made with another {' and another '.join(others)}; remove this "
+            "folder, or choose another --output"
+        )
+
+
 def write_data(output: Path, shown: int, names: int) -> None:
-    """Write captions.json of A, groups.json of B, and their images."""
+    """Write captions.json of A, groups.json of B, and their images. Raises ValueError if the folder
+    is there with other numbers."""
+    made_from = {"--shown": shown, "--names": names}
+    if output.exists():
+        refuse_other_origin(output, made_from)
+        return
     pictures = emoji("train")
     family_of = {about["concept"]: about["family"] for _, _, about in pictures}
     of_a, of_b = split_families(family_of, shown, names)
@@ -122,6 +142,7 @@ def write_data(output: Path, shown: int, names: int) -> None:
         groups: list[list[dict[str, Any]]] = []
         for group in of_b:
             groups.append([questions[concept] for concept in group])
+        (temporary / ORIGIN).write_text(json.dumps(made_from))
         (temporary / "captions.json").write_text(json.dumps(captions))
         (temporary / "groups.json").write_text(json.dumps(groups))
         (temporary / "chat_template.jinja").write_text(TEMPLATE)
@@ -211,16 +232,31 @@ def llava_answers(
     steps: int,
 ) -> dict[str, Any]:
     """``ARM-seedN`` -> the answers of a LLaVA on that tower (``ask``). Trains and asks what is
-    missing; ``output`` has the data."""
+    missing; ``output`` has the data. Raises ValueError if a LLaVA that is there has another tower,
+    language model, number of steps, or data."""
     register()
     data = output / "data"
+    of_all = {
+        "language model": files_sha256(sorted(llm.glob("*.safetensors"))),
+        "number of steps": steps,
+        "set of questions": files_sha256(
+            [data / "captions.json", data / "groups.json"]
+        ),
+    }
     answers: dict[str, Any] = {}
     for seed in seeds:  # all arms of a seed before the next, so that pairs are complete
         for arm in arms:
             folder = output / f"{arm}-seed{seed}"
+            tower = towers / folder.name
+            made_from = {"tower": files_sha256([tower / WEIGHTS_FILE]), **of_all}
+            if folder.exists():
+                refuse_other_origin(folder, made_from)
+            else:
+                with atomic_directory(folder) as temporary:
+                    (temporary / ORIGIN).write_text(json.dumps(made_from))
             file = folder / "log_likelihoods.json"
             if not file.exists():
-                trained = train_llava(towers / folder.name, llm, data, folder, steps)
+                trained = train_llava(tower, llm, data, folder, steps)
                 write_text(file, json.dumps(ask(trained, data)))
             answers[folder.name] = read_json(file)
     return answers
@@ -265,8 +301,7 @@ def run(
 ) -> str:
     """Train and ask what is missing, write inherited.json, and return its table."""
     data = output / "data"
-    if not data.exists():
-        write_data(data, shown, names)
+    write_data(data, shown, names)
     scores: dict[str, np.ndarray] = {}
     answers = llava_answers(towers, llm, output, arms, seeds, steps)
     for name, of_groups in answers.items():

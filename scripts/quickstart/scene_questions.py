@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from inherited import TEMPLATE, llava_answers, places
+from inherited import ORIGIN, TEMPLATE, llava_answers, places, refuse_other_origin
 from inputs import Sample, read_tar
 from miniature_data import Row, talk
 from scene_scores import (
@@ -42,6 +42,7 @@ from scene_scores import (
 )
 
 from llm2clip_plugin.atomic import atomic_directory, write_text
+from llm2clip_plugin.hashes import files_sha256
 from llm2clip_plugin.json_files import read_json_value as read_json
 
 SCENES = 16  # of a group, whose captions are the choices
@@ -74,9 +75,13 @@ def held_out_groups(samples: Sequence[Sample]) -> list[list[Row]]:
 
 def write_data(data: Path, split: str, output: Path) -> None:
     """Write captions.json of the training scenes, groups.json of those of ``split``, and their
-    images. Raises ValueError if there are too few."""
-    training = read_tar(data / "train-scenes.tar")
-    held_out = read_tar(data / f"{split}-scenes.tar")
+    images. Raises ValueError if there are too few, or if the folder is there with others."""
+    shards = [data / "train-scenes.tar", data / f"{split}-scenes.tar"]
+    made_from = {"split": split, "set of scenes": files_sha256(shards)}
+    if output.exists():
+        refuse_other_origin(output, made_from)
+        return
+    training, held_out = (read_tar(shard) for shard in shards)
     groups = held_out_groups(held_out)
     if not groups:
         raise ValueError(f"{data}: {len(held_out)} {split} scenes, fewer than {SCENES}")
@@ -85,6 +90,7 @@ def write_data(data: Path, split: str, output: Path) -> None:
         images.mkdir()
         for key, png, _ in (*training, *held_out):
             (images / f"{key}.png").write_bytes(png)
+        (temporary / ORIGIN).write_text(json.dumps(made_from))
         rows = [caption_row(sample) for sample in training]
         (temporary / "captions.json").write_text(json.dumps(rows))
         (temporary / "groups.json").write_text(json.dumps(groups))
@@ -131,17 +137,10 @@ def run(
     validation: bool = False,
 ) -> str:
     """Train and ask what is missing, write questions.json, and return its tables. Raises ValueError
-    for an output that asks the scenes of another split."""
+    for an output that has other scenes."""
     split = "validation" if validation else "test"
-    if not (output / "data").exists():
-        write_data(data, split, output / "data")
+    write_data(data, split, output / "data")
     groups = read_json(output / "data" / "groups.json")
-    asked = groups[0][0]["id"].partition("-")[0]
-    if asked != split:
-        raise ValueError(
-            f"{output} has answers about {asked} scenes, expected {split} scenes; choose another "
-            "--output"
-        )
     answers = llava_answers(towers, llm, output, arms, seeds, steps)
     record, tables = report(answers, groups)
     write_text(output / "questions.json", json.dumps(record, indent=2))

@@ -1,8 +1,13 @@
-"""Folders for the quickstart's tests: caches of random embeddings, and the records of trainings."""
+"""Folders for the quickstart's tests: caches of random embeddings, the records of trainings, and
+what a LLaVA is made from.
+"""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import inherited
 import torch
 from safetensors.torch import save_file
 
@@ -81,3 +86,20 @@ def write_run(output: Path, name: str, **data: object) -> None:
     RunRecord(config=config, config_hash="").write(
         output / "runs" / name / RunRecord.FILE
     )
+
+
+def write_towers(folder: Path, names: Iterable[str]) -> None:
+    """Weights of a language model, below ``llm``, and of towers, below ``towers``; each tower's are
+    others."""
+    (folder / "llm").mkdir()
+    save_file({"llm": torch.zeros(1)}, folder / "llm" / "model.safetensors")
+    for number, name in enumerate(names):
+        tower = folder / "towers" / name
+        tower.mkdir(parents=True)
+        save_file({"tower": torch.full((1,), number)}, tower / "model.safetensors")
+
+
+def answer_without_training(monkeypatch, answers: Mapping[str, Any]) -> None:
+    """Let ``inherited.llava_answers`` take these answers of ``ARM-seedN`` instead of training."""
+    monkeypatch.setattr(inherited, "train_llava", lambda tower, *_: tower)
+    monkeypatch.setattr(inherited, "ask", lambda tower, _: answers[tower.name])

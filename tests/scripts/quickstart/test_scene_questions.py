@@ -1,6 +1,5 @@
 """A LLaVA asked about composed scenes: what it is shown and asked, and how answers are scored."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import scene_questions
 import scenes
+from quickstart_folders import answer_without_training, write_towers
 
 from llm2clip_plugin.json_files import read_json_value
 
@@ -73,31 +73,39 @@ def test_what_counts_is_what_the_picture_adds() -> None:
     assert scores["twins"].tolist() == [0.0, 0.0]
 
 
-def test_answers_that_are_there_are_compared(data, tmp_path) -> None:
-    (tmp_path / "data").symlink_to(data)
+ARMS = ("permuted", "tuned")
+
+
+def run(data: Path, folder: Path, **options) -> str:
+    return scene_questions.run(
+        data.parent / "all",
+        folder / "towers",
+        folder / "llm",
+        folder / "output",
+        arms=ARMS,
+        seeds=(0, 1),
+        steps=1,
+        **options,
+    )
+
+
+def test_answers_are_compared(data, tmp_path, monkeypatch) -> None:
     groups = read_json_value(data / "groups.json")
     rng = np.random.default_rng(0)
+    answers = {}
     for seed in (0, 1):
         # pictures tell their captions, to one arm more than to the other
-        for arm, strength in (("permuted", 0.2), ("tuned", 9.0)):
-            answers = []
+        for arm, strength in zip(ARMS, (0.2, 9.0), strict=True):
+            of_llava = []
             for group in groups:
                 noise_NN = rng.normal(size=(len(group), len(group)))
                 score_NN = noise_NN + strength * np.eye(len(group))
-                answers.append(score_NN.tolist())
-            folder = tmp_path / f"{arm}-seed{seed}"
-            folder.mkdir()
-            (folder / "log_likelihoods.json").write_text(json.dumps(answers))
-    table = scene_questions.run(
-        data.parent / "all",
-        tmp_path / "towers",
-        tmp_path / "llm",
-        tmp_path,
-        arms=("permuted", "tuned"),
-        seeds=(0, 1),
-        steps=1,
-    )
-    record = read_json_value(tmp_path / "questions.json")
+                of_llava.append(score_NN.tolist())
+            answers[f"{arm}-seed{seed}"] = of_llava
+    write_towers(tmp_path, answers)
+    answer_without_training(monkeypatch, answers)
+    table = run(data, tmp_path)
+    record = read_json_value(tmp_path / "output" / "questions.json")
     assert record["means"]["tuned-seed0"]["caption"] > 0.9
     compared = [
         (row["score"], row["base"], row["new"]) for row in record["comparisons"]
@@ -111,17 +119,9 @@ def test_answers_that_are_there_are_compared(data, tmp_path) -> None:
     assert "| twins, 2 x 2 | fine-tuned LLM minus" in table
 
 
-def test_answers_about_another_split_are_refused(data, tmp_path) -> None:
-    (tmp_path / "data").symlink_to(data)
-    message = "has answers about test scenes, expected validation scenes"
+def test_answers_about_other_scenes_are_refused(data, tmp_path) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "data").symlink_to(data)
+    message = "data was made with another split and another set of scenes; remove"
     with pytest.raises(ValueError, match=message):
-        scene_questions.run(
-            data.parent / "all",
-            tmp_path / "towers",
-            tmp_path / "llm",
-            tmp_path,
-            arms=("tuned",),
-            seeds=(0,),
-            steps=1,
-            validation=True,
-        )
+        run(data, tmp_path, validation=True)
