@@ -4,6 +4,7 @@ be read."""
 import json
 import re
 
+import openpyxl
 import pytest
 
 from llava_integration.evaluator.compare.command import main
@@ -36,6 +37,42 @@ def test_two_tables_of_two_columns_are_compared(tmp_path, capsys):
     assert (row["benchmark"], row["verdict"]) == ("scores", "better")
     sides = [load_side(base), load_side(new)]
     assert "+50.00" in page(build(sides), sides)
+
+
+@pytest.mark.parametrize("ending", ["CSV", "TSV", "JSONL", "XLSX", "json", "JSON"])
+def test_the_ending_of_a_table_may_be_in_capitals(tmp_path, ending):
+    rows = [{"item": item, "score": score} for item, score in enumerate(NEW)]
+    path = tmp_path / f"a.{ending}"
+    if ending == "XLSX":
+        book = openpyxl.Workbook()
+        for cells in [("item", "score"), *enumerate(NEW)]:
+            book.active.append(cells)
+        book.save(path)
+    elif ending in ("CSV", "TSV"):
+        separator = "," if ending == "CSV" else "\t"
+        lines = [f"{row['item']}{separator}{row['score']}" for row in rows]
+        path.write_text("\n".join([f"item{separator}score", *lines]))
+    elif ending == "JSONL":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        path.write_text(json.dumps(rows, indent=1))
+    ((run,),) = load_side(path).runs.values()
+    assert run.scores == NEW
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('[{"item": 1, "score": 1}, 5]', "a.json, row 2: expected an object, got 5"),
+        ('[{"item": 1, "score": 1}, {"item"', "a.json is not valid JSON"),
+        ('{"item": 1, "score": 1}', r"a table \(.*\.json with an array of rows\)"),
+    ],
+)
+def test_a_json_table_that_cannot_be_read_is_named(tmp_path, text, problem):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises((ContractError, FileNotFoundError), match=problem):
+        load_side(path)
 
 
 def test_a_table_is_compared_with_the_only_task_of_a_log(tmp_path):
@@ -179,7 +216,8 @@ def test_a_table_with_a_chosen_metric_needs_no_score(tmp_path, capsys):
     assert main([str(base), str(new), "--metric", "f1"]) == 0
     assert "+50.00" in capsys.readouterr().out
     with pytest.raises(
-        FileNotFoundError, match="a table needs the columns item and score"
+        FileNotFoundError,
+        match=r"a table \(\.csv, .*\) needs the columns item and score",
     ):
         main([str(base), str(new)])
 

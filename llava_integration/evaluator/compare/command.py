@@ -168,7 +168,7 @@ COMMAND = Command(
     example="llm2clip compare runs/openai/scores runs/llm2clip/scores --output report",
     about="Is the new model better? Paired statistics over score files, or over the logs of "
     "lmms-eval, lm-evaluation-harness (--log_samples), VLMEvalKit, inspect_ai, HELM, lighteval, "
-    "OpenCompass and EvalScope, or tables (CSV, TSV, JSONL, Excel) of item, score and group. "
+    "OpenCompass and EvalScope, or tables (CSV, TSV, JSONL, JSON, Excel) of item, score and group. "
     "Several files of one benchmark in a folder are its runs (seeds).",
     settings=CompareConfig,
     arguments="base new",

@@ -34,6 +34,7 @@ from llava_integration.evaluator.compare.readers import (
 from llava_integration.evaluator.compare.readers.file_formats import (
     EXCEL,
     TABLES,
+    ending_of,
     table_problem,
 )
 from llm2clip_plugin.errors import ContractError
@@ -163,7 +164,8 @@ def load_runs(
     if not records:
         raise FileNotFoundError(
             f"{path} has no score files (`llm2clip score` writes them) and no logs; known: "
-            f"{', '.join(readers())}; a table needs the columns item and score"
+            f"{', '.join(readers())}; a table (.csv, .tsv, .jsonl, .xlsx, or .json with an array "
+            "of rows) needs the columns item and score"
         )
     runs = []
     notes = [f"left out: {problem}" for problem in problems]
@@ -198,7 +200,8 @@ def table_problems(path: Path, read: Collection[Path]) -> list[str]:
         for file in sorted(path.rglob("*")):
             # the answers of a judged table that was read take seconds to open
             is_answers = any(other.name.startswith(file.stem) for other in read)
-            if file.suffix in TABLES or (file.suffix == EXCEL and not is_answers):
+            ending = ending_of(file)
+            if ending in TABLES or (ending == EXCEL and not is_answers):
                 files.append(file)
     problems = []
     for file in files:

@@ -91,7 +91,7 @@ class Reader:
     """One form of logs."""
 
     name: str  # as in messages: "lmms-eval"
-    endings: tuple[str, ...]  # of its files
+    endings: tuple[str, ...]  # of its files, in small letters
     # whether a file with such an ending is a log of this form; reads only its start
     fits: Callable[[Path], bool]
     # one for each task, scorer or run in the file; any error names the file. With Choices as its
@@ -103,7 +103,7 @@ class Reader:
 
     def takes(self, file: Path, choices: Choices) -> bool:
         """Whether a file is a log of this form."""
-        if not file.name.endswith(self.endings) or not file.is_file():
+        if not file.name.lower().endswith(self.endings) or not file.is_file():
             return False
         if self.fits(file):
             return True

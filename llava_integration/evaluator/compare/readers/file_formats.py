@@ -18,8 +18,15 @@ from llm2clip_plugin.json_files import read_json_value
 
 csv.field_size_limit(2**24)
 
+TABLES = (".csv", ".tsv")
+EXCEL = ".xlsx"
 JSON_TABLES = (".json", ".jsonl")
 FIRST_ROWS = 100  # of a table, that tell its columns
+
+
+def ending_of(path: Path) -> str:
+    """The ending that tells a file's format; Windows and Excel may write it in capitals."""
+    return path.suffix.lower()
 
 
 def table(
@@ -27,9 +34,9 @@ def table(
 ) -> Iterator[tuple[str, list[Any]]]:
     """(where, cells) of a table's rows, the names of its columns first: CSV, TSV, JSONL, JSON or
     Excel. ``formulas``: as ``excel_rows``."""
-    if path.suffix == EXCEL:
+    if ending_of(path) == EXCEL:
         yield from excel_rows(path, formulas=formulas)
-    elif path.suffix in JSON_TABLES:
+    elif ending_of(path) in JSON_TABLES:
         rows = list(json_rows(path))
         # a row need not have every column
         names = list(dict.fromkeys(name for _, row in rows for name in row))
@@ -40,7 +47,9 @@ def table(
             yield where, [row.get(name) for name in names]
     else:
         with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
-            lines = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            lines = csv.reader(
+                file, delimiter="\t" if ending_of(path) == ".tsv" else ","
+            )
             yield from (
                 (f"{path}, line {lines.line_num}", line) for line in lines if line
             )
@@ -100,27 +109,37 @@ def unread_sheets(path: Path) -> list[str]:
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of a JSONL file, or of a JSON file with an array of rows."""
-    if path.suffix == ".jsonl":
+    if ending_of(path) == ".jsonl":
         yield from json_lines(path)
         return
     for number, row in enumerate(read_json_value(path), 1):
-        yield f"{path}, row {number}", row
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict):
+            raise ContractError(f"{where}: expected an object, got {row!r:.60}")
+        yield where, row
 
 
 def columns(path: Path) -> list[str]:
     """The names of a table's columns, of a JSON table those of its first rows, none of which need
-    have all; those before a row that can't be read."""
+    have all; those before a row that can't be read. None of a .json that is no array."""
     names: dict[str, None] = {}
     with suppress(ContractError), errors_about(path):
-        if path.suffix == ".jsonl":
+        if ending_of(path) == ".jsonl":
             for _, row in islice(json_rows(path), FIRST_ROWS):
                 names.update(dict.fromkeys(str(name) for name in row))
-        elif path.suffix == ".json":
-            names.update(dict.fromkeys(first_object(path)))
+        elif ending_of(path) == ".json":
+            if is_array(path):
+                names.update(dict.fromkeys(first_object(path)))
         else:
             _, header = next(table(path, errors="replace"), ("", []))
             names.update(dict.fromkeys(str(name) for name in header))
     return list(names)
+
+
+def is_array(path: Path) -> bool:
+    """Whether a JSON file begins as an array does."""
+    with open_text(path) as file:
+        return file.read(100).lstrip().startswith("[")
 
 
 HEAD = 1 << 20  # characters of a JSON array in which its first object ends
@@ -170,7 +189,7 @@ class Unpacked(io.RawIOBase):
 
 def open_text(path: Path) -> IO[str]:
     """A text file, or one that gzip packed."""
-    if path.suffix == ".gz":
+    if ending_of(path) == ".gz":
         unpacked = io.BufferedReader(Unpacked(path), HEAD)
         return io.TextIOWrapper(unpacked, encoding="utf-8-sig", errors="replace")
     return path.open(encoding="utf-8-sig", errors="replace")
@@ -179,13 +198,12 @@ def open_text(path: Path) -> IO[str]:
 def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, object) of a JSONL file, also of a packed one, or of an array of objects. Raises
     ContractError that names the line or the sample."""
-    with open_text(path) as file:
-        is_array = file.read(HEAD).lstrip().startswith("[")
-    if not is_array and path.suffix != ".gz":
+    in_array = is_array(path)
+    if not in_array and ending_of(path) != ".gz":
         yield from json_lines(path)
         return
     with errors_about(path, fix="was the run cut off?"), open_text(path) as file:
-        if is_array:
+        if in_array:
             values = json.load(file)
         else:
             values = (json.loads(line) for line in file if line.strip())
@@ -196,10 +214,6 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     f"{where}: expected a JSON object, got {str(value)[:60]!r}"
                 )
             yield where, value
-
-
-TABLES = (".csv", ".tsv")
-EXCEL = ".xlsx"
 
 
 def title_problem(path: Path) -> str:
@@ -233,26 +247,24 @@ def table_problem(path: Path) -> str:
         head = file.read(4096)
     if not head:
         return f"{path} is empty"
-    if path.suffix == EXCEL:
+    if ending_of(path) == EXCEL:
         try:
             with errors_about(path, fix="expected an Excel file; save it again"):
                 next(table(path), None)
         except ContractError as error:
             return str(error)
         return title_problem(path)
-    if path.suffix not in TABLES:
+    if ending_of(path) not in TABLES:
         return ""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return f"{path} is in UTF-16; save it in UTF-8"
     if problem := title_problem(path):
         return problem
     first_line = head.splitlines()[0]
-    expected, name = (b",", "commas") if path.suffix == ".csv" else (b"\t", "tabs")
+    expected, name = (b",", "commas") if ending_of(path) == ".csv" else (b"\t", "tabs")
     if expected in first_line:
         return ""
     for separator, plural in ((b";", "semicolons"), (b"\t", "tabs"), (b",", "commas")):
         if separator in first_line:
-            return (
-                f"{path} has {plural} between its columns; a {path.suffix} has {name}"
-            )
+            return f"{path} has {plural} between its columns; a {ending_of(path)} has {name}"
     return ""

@@ -33,14 +33,14 @@ def fits(path: Path) -> bool:
     and status."""
     with path.open("rb") as file:
         head = file.read(4096)
-    return path.suffix == ".eval" or all(
+    return file_formats.ending_of(path) == ".eval" or all(
         name in head for name in (b'"status"', b'"eval"', b'"run_id"')
     )
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A log's header and its samples."""
-    if path.suffix == ".json":
+    if file_formats.ending_of(path) == ".json":
         log = read_json_value(path)
         return log, log.get("samples") or []
     if sys.version_info < (3, 14):

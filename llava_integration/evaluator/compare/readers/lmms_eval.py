@@ -27,6 +27,7 @@ from llava_integration.evaluator.compare.readers import (
 )
 from llava_integration.evaluator.compare.readers.cider import cider
 from llava_integration.evaluator.compare.readers.file_formats import (
+    ending_of,
     first_object,
     json_objects,
 )
@@ -63,7 +64,7 @@ def fits(path: Path) -> bool:
         return True
     if HARNESS_NAME.search(path.name):
         return False
-    if path.suffix == ".json":
+    if ending_of(path) == ".json":
         return is_old(path)
     line = first_object(path)
     return {"doc_id", "doc_hash"} <= set(line) and not is_harness_line(line)
@@ -80,7 +81,7 @@ def is_old(path: Path) -> bool:
 def read(path: Path, choices: Choices) -> Iterator[Log]:
     """The task's composite, or its first metric that has a number for each document."""
     summary = Summary(path, LMMS_NAME, "{}_results.json", groups=BY_PART)
-    if path.suffix == ".json" and is_old(path):
+    if ending_of(path) == ".json" and is_old(path):
         body = read_json_value(path)
         logged = body["logs"]
         if not logged:

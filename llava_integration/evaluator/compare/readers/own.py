@@ -1,5 +1,5 @@
-"""Our own forms: score files, and tables (CSV, TSV, JSONL, Excel) of item, score and, where there
-are such, group and more.
+"""Our own forms: score files, and tables (CSV, TSV, JSONL, an array in JSON, Excel) of item, score
+and, where there are such, group and more.
 
 Those of ``evaluate`` become one for each recall: in each direction, overall and by part. Their
 items are queries with ``side`` (i2t, t2i), ``part`` ("all", "long:en" ...) and a hit for each k
@@ -29,7 +29,10 @@ from llava_integration.evaluator.compare.readers import (
 )
 from llava_integration.evaluator.compare.readers.file_formats import (
     EXCEL,
+    JSON_TABLES,
+    TABLES,
     columns,
+    ending_of,
     table,
     unread_sheets,
 )
@@ -131,16 +134,15 @@ def check_distinct(path: Path, names: list[str]) -> None:
 
 
 def is_table(path: Path) -> bool:
-    """It has the columns of an item and a score, and is no Excel file of VLMEvalKit's."""
-    if path.suffix == EXCEL and vlmevalkit.is_own(path):
+    """It has the columns of an item and a score, and is no table of VLMEvalKit's."""
+    if ending_of(path) in vlmevalkit.TABLES and vlmevalkit.is_own(path):
         return False
     return {"id", "score"} <= set(_column_numbers(columns(path)))
 
 
 def is_table_with(path: Path, metric: str) -> bool:
-    """It has the columns of an item and of the chosen score, and is no Excel file of
-    VLMEvalKit's."""
-    if path.suffix == EXCEL and vlmevalkit.is_own(path):
+    """It has the columns of an item and of the chosen score, and is no table of VLMEvalKit's."""
+    if ending_of(path) in vlmevalkit.TABLES and vlmevalkit.is_own(path):
         return False
     names = columns(path)
     return metric in names and "id" in _column_numbers(names)
@@ -191,7 +193,7 @@ def table_read(path: Path, choices: Choices) -> Iterator[Log]:
         notes.append(
             f"{score_name}: a higher value counts as better; if it is worse, negate the column"
         )
-    if path.suffix == EXCEL and (sheets := unread_sheets(path)):
+    if ending_of(path) == EXCEL and (sheets := unread_sheets(path)):
         notes.append(
             f"{path}: only the first sheet is read, not {', '.join(sheets)}; "
             "save each sheet as a file"
@@ -212,7 +214,7 @@ READER = [
     Reader(name=OWN, endings=(".json",), fits=scores_fits, read=scores_read),
     Reader(
         name="table",
-        endings=(".csv", ".tsv", ".jsonl", EXCEL),
+        endings=(*TABLES, *JSON_TABLES, EXCEL),
         fits=is_table,
         fits_metric=is_table_with,
         read=table_read,

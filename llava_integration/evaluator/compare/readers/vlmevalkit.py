@@ -27,7 +27,11 @@ from llava_integration.evaluator.compare.readers import (
     short_text,
 )
 from llava_integration.evaluator.compare.readers.cider import cider
-from llava_integration.evaluator.compare.readers.file_formats import columns, table
+from llava_integration.evaluator.compare.readers.file_formats import (
+    columns,
+    ending_of,
+    table,
+)
 from llava_integration.evaluator.compare.readers.harness_lines import ALONE
 from llava_integration.evaluator.compare.readers.vlmevalkit_rules import (
     Rule,
@@ -51,7 +55,7 @@ CIDER = "CIDEr of a row"  # not in the table, but computed of all its captions
 def fits(path: Path) -> bool:
     """It has the columns index, prediction and a score's, or is a table of predictions of which
     there is no judged one."""
-    is_excel = path.suffix == ".xlsx"
+    is_excel = ending_of(path) == ".xlsx"
     is_judged = ENDING.search(path.stem) is not None
     if is_excel and not is_judged and has_judged_table(path):
         return False  # predictions, which are in the judged table, too; opening them takes seconds
@@ -69,17 +73,13 @@ def is_own(path: Path) -> bool:
 
 def columns_of(path: Path) -> set[str]:
     """The columns of a table; none of a JSON file that is no list of rows."""
-    if path.suffix == ".json":
-        with path.open("rb") as file:
-            if file.read(1) != b"[":
-                return set()
     return set(columns(path))
 
 
 def has_judged_table(path: Path) -> bool:
     """Whether there is a table with scores of these answers next to it."""
     for other in path.parent.glob(f"{glob.escape(path.stem)}_*"):
-        if other.suffix in TABLES and unjudged_stem(other) == path.stem:
+        if ending_of(other) in TABLES and unjudged_stem(other) == path.stem:
             names = columns_of(other)
             if "index" in names and names & set(SCORES):
                 return True
