@@ -133,6 +133,34 @@ def test_answers_name_the_model_and_the_server(folder: Path, tmp_path: Path) -> 
     )
 
 
+def test_answers_are_about_the_pictures_that_are_there(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A run that resumes asks again about those that changed; one that is complete is refused."""
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    output = tmp_path / "answers.jsonl"
+
+    def replace(name: str, source: str) -> None:
+        Image.open(folder / "images" / source).save(mine / "images" / name)
+
+    state = ChatServer(["tiny"])
+    with serving(state) as url:
+        state.refuses = "in 10"
+        assert evaluate.main(words(mine, url, output)) == 1
+        state.refuses = ""
+        replace("plain.png", "rotated.jpg")
+        assert evaluate.main(words(mine, url, output)) == 0
+        assert state.answered == 11 + 3  # q10, and q3 and q9 once more
+        check(mine, output)
+        assert evaluate.main(words(mine, url, output)) == 0
+        replace("gray.png", "plain.png")
+        with pytest.raises(ContractError, match="questions' pictures changed since"):
+            evaluate.main(words(mine, url, output))
+        assert evaluate.main(words(mine, url, output, "--overwrite")) == 0
+    check(mine, output)
+
+
 def test_tables_and_sampling(folder: Path, tmp_path: Path) -> None:
     """MMBench's embedded images; top_p is sent only if set."""
     image = base64.b64encode((folder / "images" / "plain.png").read_bytes()).decode()

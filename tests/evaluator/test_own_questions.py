@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llava_integration.evaluator.answer.command import answer_settings
+from llava_integration.evaluator.answer.questions import COMMAND
 from llava_integration.evaluator.benchmarks.bench import plans
 from llm2clip_plugin.cli import main
 
@@ -112,3 +114,30 @@ def test_a_missing_picture_and_answers_that_are_none_are_named(
     words = ["score", "questions", str(file), "--output", str(tmp_path / "scores.json")]
     assert main([*words, "--answers", str(tmp_path / "answers.csv")]) == 2
     assert "no line is a JSON object; line 1 (" in capsys.readouterr().err
+
+
+def test_a_changed_base_model_is_another_setting(file: Path, tmp_path: Path):
+    """As of a LoRA whose base was trained again in the same folder."""
+    for name in ("llava-lora", "base"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    words = [
+        "--model-path",
+        f"{tmp_path}/llava-lora",
+        "--model-base",
+        f"{tmp_path}/base",
+    ]
+    words += [
+        "--question-file",
+        str(file),
+        "--answers-file",
+        f"{tmp_path}/answers.jsonl",
+    ]
+    options = COMMAND.parse(words)
+    before = answer_settings(options, None)
+    assert answer_settings(options, None) == before
+    (tmp_path / "base" / "model.safetensors").write_text("trained again")
+    after = answer_settings(options, None)
+    assert {name for name in after if after[name] != before[name]} == {
+        "model_base_sample_sha256"
+    }

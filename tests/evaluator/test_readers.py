@@ -201,6 +201,31 @@ def test_bench_mllm_does_not_run_a_task_again(tmp_path):
         read_answers(log)
 
 
+def test_bench_mllm_takes_no_logs_of_other_options(tmp_path, monkeypatch):
+    """Such as those of a first try with --limit."""
+    options = ["--model-path", "org/llava", "--output", str(tmp_path)]
+    options += ["--engine", "lmms-eval", "--tasks", "gqa"]
+    (log,) = (ROOT / "lmms_eval" / "synthetic__model-b").glob("*_gqa.jsonl")
+
+    def answer(words, *_):
+        folder = tmp_path / "lmms_eval" / "gqa"
+        folder.mkdir(parents=True)
+        lines = log.read_text().splitlines(keepends=True)
+        if "--limit" in words:
+            lines = lines[:8]
+        (folder / log.name).write_text("".join(lines))
+
+    monkeypatch.setattr(bench, "run_logged", answer)
+    for _ in range(2):
+        limited = bench.COMMAND.parse([*options, "--", "--limit", "8"])
+        assert bench.run_lmms_eval("gqa", limited).value == pytest.approx(87.5)
+    whole = bench.COMMAND.parse(options)
+    with pytest.raises(ContractError, match=r"vicuna_v1 --limit 8, not of --conv-mode"):
+        bench.run_lmms_eval("gqa", whole)
+    whole = bench.COMMAND.parse([*options, "--overwrite"])
+    assert bench.run_lmms_eval("gqa", whole).value == pytest.approx(76.875)
+
+
 def test_bench_mllms_engines_have_options_of_their_own(tmp_path):
     refused = {"--tasks mmvp": "lmms-eval's", "": "needs DATA"}
     for option in (

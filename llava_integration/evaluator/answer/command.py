@@ -23,6 +23,7 @@ from llava_integration.evaluator.answer.questions import (
     AnswersFile,
     Question,
     entry,
+    picture_stamps,
     read_questions,
 )
 from llava_integration.evaluator.answer.served import (
@@ -238,7 +239,10 @@ def main(argv: list[str]) -> int:
         served = endpoint.choose(options.served_model_name)
     settings = answer_settings(options, served)
     answers = AnswersFile(
-        options.answers_file, settings, len(questions), overwrite=options.overwrite
+        options.answers_file,
+        settings,
+        picture_stamps(questions, options.image_folder),
+        overwrite=options.overwrite,
     )
     if answers.path.is_file():
         print(f"{answers.path} is complete: {len(questions)} answers")
@@ -363,6 +367,8 @@ def answer_settings(
         config = Path(options.model_path) / "config.json"
         model = {"model_config_sha256": sha256_file(config) if config.is_file() else ""}
         model["model_sample_sha256"] = sample_sha256(options.model_path)
+        if options.model_base:
+            model["model_base_sample_sha256"] = sample_sha256(options.model_base)
     settings = {name: getattr(options, name) for name in names}
     return {
         **settings,

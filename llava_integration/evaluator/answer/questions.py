@@ -18,6 +18,7 @@ import shutil
 import struct
 import sys
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from llava_integration.evaluator.benchmarks.answers import json_lines
 from llava_integration.evaluator.benchmarks.rules.mmbench import PANDAS_MISSING
 from llm2clip_plugin.atomic import naming_full_disk, write_text
 from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.hashes import canonical_json, sha256_file, sha256_text
 from llm2clip_plugin.json_files import read_json_value
 from llm2clip_plugin.options import Command, setting
 from llm2clip_plugin.outside import check_image_size
@@ -191,6 +193,9 @@ def is_none(cell: str | None) -> bool:
 # ANSWERS.partial/ has a file per process; the rank that finds them complete merges them. No rank
 # waits for another.
 
+# among the settings: of the stamps of the questions' pictures
+PICTURES = "pictures_sha256"
+PICTURES_READ = 64  # pictures whose contents decide whether they are those of before
 OTHER_FILE = "choose another --answers-file or pass --overwrite"
 # a server that is started again has another port; each answer names its own
 IGNORED_ON_RESUME = ("endpoint",)
@@ -213,6 +218,21 @@ def entry(
     }
 
 
+def picture_stamps(questions: Sequence[Question], folder: str) -> list[str]:
+    """Of each question's image file its size, and of PICTURES_READ of the files a hash of what they
+    contain; where they are, and when they were copied there, does not matter. "" without one."""
+    names = sorted({question.image for question in questions if not question.embedded})
+    every = max(1, len(names) // PICTURES_READ)
+    stamp_of: dict[str, str] = {}
+    for number, name in enumerate(names):
+        path = Path(folder) / name
+        if name and os.path.isfile(path):
+            stamp_of[name] = str(path.stat().st_size)
+            if number % every == 0:
+                stamp_of[name] += f" {sha256_file(path)}"
+    return [stamp_of.get(question.image, "") for question in questions]
+
+
 def settings_file(answers: Path) -> Path:
     """Where an answers file's settings are: the model and what its answers depend on."""
     return answers.with_name(answers.name + ".settings.json")
@@ -225,15 +245,19 @@ class AnswersFile:
         self,
         path: Path,
         settings: dict[str, Any],
-        total: int,
+        pictures: Sequence[str],
         *,
         overwrite: bool = False,
     ):
         """``settings``: every setting that an answer depends on, saved as
-        ``ANSWERS.settings.json``. Raises ContractError if answers with other settings exist, unless
-        ``overwrite``; ValueError for a folder."""
+        ``ANSWERS.settings.json``. ``pictures``: the stamp of each question's picture. Raises
+        ContractError if answers with other settings, or all answers about other pictures exist,
+        unless ``overwrite``; ValueError for a folder."""
         self.path = path
-        self.total = total
+        self.pictures = list(pictures)
+        self.total = len(self.pictures)
+        digest = sha256_text(canonical_json(self.pictures))
+        self.settings = {**settings, PICTURES: digest}
         self.partial = path.with_name(path.name + ".partial")
         self.partial_file = self.partial / f"{uuid.uuid4().hex[:12]}.jsonl"
         saved = settings_file(path)
@@ -251,8 +275,12 @@ class AnswersFile:
             # an earlier release may have recorded less
             before = {**UNRECORDED, **read_json_value(saved)}
             for name, old in before.items():
-                new = settings.get(name, UNRECORDED.get(name))
-                if name not in IGNORED_ON_RESUME and old != new:
+                new = self.settings.get(name, UNRECORDED.get(name))
+                if name == PICTURES:
+                    # before that, questions whose picture changed are asked again
+                    if path.is_file() and old != new:
+                        changes.append("the questions' pictures changed since")
+                elif name not in IGNORED_ON_RESUME and old != new:
                     changes.append(f"{name} {old!r} -> {new!r}")
             if changes:
                 raise ContractError(
@@ -261,17 +289,26 @@ class AnswersFile:
         elif path.exists() or self.partial.exists():
             raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
         else:
-            write_text(saved, json.dumps(settings, indent=2) + "\n")
+            self.write_settings()
+
+    def write_settings(self) -> None:
+        """Write the settings file."""
+        text = json.dumps(self.settings, indent=2)
+        write_text(settings_file(self.path), f"{text}\n")
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """The answers of all ranks and earlier runs; a line cut short by a kill is ignored."""
+        """The answers of all ranks and earlier runs; a line cut short by a kill is ignored, and so
+        is one about a picture that is another one now."""
         answers: dict[int, dict[str, Any]] = {}
         for file in sorted(self.partial.glob("*.jsonl")):
             for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     entry = json.loads(line)
-                    answers[entry["index"]] = entry["answer"]
-                except (ValueError, KeyError, TypeError):
+                    index = entry["index"]
+                    now = self.pictures[index]
+                    if entry.get("picture", now) == now:
+                        answers[index] = entry["answer"]
+                except (ValueError, LookupError, TypeError):
                     continue
         return answers
 
@@ -284,10 +321,12 @@ class AnswersFile:
             self.partial_file.open("a", encoding="utf-8") as file,
         ):
             for index, answer in answers.items():
-                line = json.dumps(
-                    {"index": index, "answer": answer}, ensure_ascii=False
-                )
-                file.write(f"{line}\n")
+                record = {
+                    "index": index,
+                    "picture": self.pictures[index],
+                    "answer": answer,
+                }
+                file.write(f"{json.dumps(record, ensure_ascii=False)}\n")
 
     def finish(self) -> int:
         """Write the answers file, in the order of the questions, if none is missing; returns how
@@ -299,6 +338,7 @@ class AnswersFile:
             return 0
         if len(answers) < self.total:
             return self.total - len(answers)
+        self.write_settings()  # with the pictures as they are now
         write_text(
             self.path, "".join(json.dumps(answers[i]) + "\n" for i in range(self.total))
         )

@@ -596,13 +596,21 @@ def run_lmms_eval(task: str, args: BenchConfig) -> Outcome:
             )
         shutil.rmtree(folder)
     model = f"{args.model_path} {sample_sha256(args.model_path)}"
+    options = f"--conv-mode {args.conv_mode} {shlex.join(args.engine_options)}".rstrip()
     if not read_logs(folder):
-        write_text(record, model)
+        write_text(record, f"{model}\n{options}")
         run_logged(words, log, lambda: read_logs(folder), args.data)
-    elif record.is_file() and (before := record.read_text()) != model:
-        raise ContractError(
-            f"{folder} has logs of {before}, not of {model}; pass --overwrite or another --output"
-        )
+    elif record.is_file():
+        model_before, _, options_before = record.read_text().partition("\n")
+        changes = [(model_before, model)]
+        if options_before:  # which an earlier release did not record
+            changes.append((options_before, options))
+        for before, now in changes:
+            if before != now:
+                raise ContractError(
+                    f"{folder} has logs of {before}, not of {now}; "
+                    "pass --overwrite or another --output"
+                )
     runs = [run_of(path, record) for path, record in read_logs(folder)]
     values = [run.statistic.full() for run in runs]
     results = [
