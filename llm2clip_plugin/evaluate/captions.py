@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.samples import Caption, select_captions
+from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
-from llm2clip_plugin.evaluate.commands import print_table, write_scores
+from llm2clip_plugin.evaluate.commands import NOTES_SHOWN, print_table, write_scores
 from llm2clip_plugin.evaluate.config import (
     EVALUATE_CAPTIONS,
     CaptionSetConfig,
@@ -30,6 +30,7 @@ from llm2clip_plugin.evaluate.config import (
 )
 from llm2clip_plugin.evaluate.ranks import QueryRanks, rank_both
 from llm2clip_plugin.options import changed_options, command
+from llm2clip_plugin.outside import printable
 from llm2clip_plugin.progress import track
 from llm2clip_plugin.text.config import (
     ATTENTIONS,
@@ -73,7 +74,8 @@ def main(argv: list[str]) -> int:
         search_and_report(config)
         return 0
     encoder = CaptionEncoder(config.encoder)
-    scores = measure_captions(encoder, config.measure, config.read)
+    broken: list[BrokenSample] = []
+    scores = measure_captions(encoder, config.measure, config.read, broken)
     rows: dict[str, dict[str, str]] = {}
     for row in scores:
         cells = {name: f"{vars(row)[name]:.3f}" for name in ACCURACIES}
@@ -88,6 +90,7 @@ def main(argv: list[str]) -> int:
         print(
             f"{encoder.count_truncated} captions exceed {limit} tokens and were truncated"
         )
+    print_left_out(broken)
     metrics: dict[str, float] = {}
     items: list[dict[str, Any]] = []
     for row in scores:
@@ -100,6 +103,7 @@ def main(argv: list[str]) -> int:
         metrics=metrics,
         items=items,
         counts={row.name: row.pairs for row in scores},
+        notes=[f"left out: {error}" for error in broken],
         model=encoder.config.adapter or encoder.config.llm,
         provenance={"teacher": dataclasses.asdict(encoder.identity())},
     )
@@ -121,11 +125,14 @@ class CaptionScore:
 
 
 def measure_captions(
-    encoder: CaptionEncoder, config: CaptionSetConfig, read: ReadConfig
+    encoder: CaptionEncoder,
+    config: CaptionSetConfig,
+    read: ReadConfig,
+    broken: list[BrokenSample] | None = None,
 ) -> list[CaptionScore]:
-    """One row per ``retrieve``, per further language, and their mean. Raises ValueError as
+    """One row per ``retrieve``, per further language, and their mean. ``broken`` and errors as of
     ``caption_sets``."""
-    sets = caption_sets(config, read)
+    sets = caption_sets(config, read, broken)
     firsts: dict[str, None] = {}  # each text once, in order
     seconds: dict[str, None] = {}
     for pairs in sets.values():
@@ -184,13 +191,24 @@ def mean_score(rows: Sequence[CaptionScore]) -> CaptionScore:
     )
 
 
-def caption_sets(config: CaptionSetConfig, read: ReadConfig) -> dict[str, Pairs]:
-    """What is retrieved: pairs of captions by row name, without an encoder. ValueError if no image
-    has both kinds."""
+def caption_sets(
+    config: CaptionSetConfig,
+    read: ReadConfig,
+    broken: list[BrokenSample] | None = None,
+) -> dict[str, Pairs]:
+    """What is retrieved: pairs of captions by row name, without an encoder. Samples that can't be
+    read are left out, and added to ``broken``. ValueError if no image has both kinds."""
     how_to_read = {**vars(read), "kinds": (), "languages": ()}
     source = open_source(SourceConfig(path=config.captions, **how_to_read))
-    samples = min(len(source), config.limit)
-    captions = [source.captions(number) for number in range(samples)]
+    unreadable = [] if broken is None else broken
+    captions: list[tuple[str, tuple[Caption, ...]]] = []
+    for number in range(min(len(source), config.limit)):
+        try:
+            sample = source[number]
+        except BrokenSample as error:
+            unreadable.append(error)
+            continue
+        captions.append((sample.key, sample.captions))
     every_caption: list[Caption] = []
     for _, of_sample in captions:
         every_caption += of_sample
@@ -203,8 +221,15 @@ def caption_sets(config: CaptionSetConfig, read: ReadConfig) -> dict[str, Pairs]
         available = (
             ", ".join(sorted({caption.kind for caption in every_caption})) or "none"
         )
+        more = ""
+        if unreadable:
+            more = (
+                f"; {len(unreadable)} samples can't be read, the first: {unreadable[0]}"
+            )
         problem = f"no image has captions of both kinds for {', '.join(empty)}"
-        raise ValueError(f"{config.captions}: {problem}; available kinds: {available}")
+        raise ValueError(
+            f"{config.captions}: {problem}; available kinds: {available}{more}"
+        )
     if config.across:
         kind = config.across_kind
         languages = {
@@ -215,6 +240,19 @@ def caption_sets(config: CaptionSetConfig, read: ReadConfig) -> dict[str, Pairs]
                 captions, (kind, language), (kind, home)
             )
     return {name: pairs for name, pairs in sets.items() if pairs}
+
+
+def check_captions(config: CaptionSetConfig, read: ReadConfig) -> None:
+    """Read captions that a training will be evaluated on, and say which can't be read."""
+    broken: list[BrokenSample] = []
+    caption_sets(config, read, broken)
+    print_left_out(broken)
+
+
+def print_left_out(broken: Sequence[BrokenSample]) -> None:
+    """Say which samples can't be read, as the other evaluations do."""
+    for error in broken[:NOTES_SHOWN]:
+        print(printable(f"left out: {error}"))
 
 
 def find_pairs(
@@ -290,7 +328,9 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
         raise ValueError(
             "--search needs training captions for its post-processing; set --fit-on DATA"
         )
-    sets = caption_sets(config.measure, config.read)
+    broken: list[BrokenSample] = []
+    sets = caption_sets(config.measure, config.read, broken)
+    print_left_out(broken)
     fitted = first_captions(config.reading.fit_on, FIT_CAPTIONS, config.read)
     unique_texts: dict[str, None] = {}
     for pairs in sets.values():

@@ -1,13 +1,14 @@
 """Stage 1: an LLM and pairs of captions in, a trained adapter out."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm2clip_plugin.data.sources import ReadConfig
-from llm2clip_plugin.evaluate.captions import caption_sets, measure_captions
+from llm2clip_plugin.evaluate.captions import check_captions, measure_captions
 from llm2clip_plugin.evaluate.config import CaptionSetConfig
 from llm2clip_plugin.progress import phase
 from llm2clip_plugin.signals import stop_requests
@@ -69,7 +70,7 @@ def _train(
         print("\n".join(data.lines), flush=True)
     if config.evaluation.captions:
         # fails here, not at a step
-        on_first_rank(lambda: len(caption_sets(config.evaluation, config.pairs.read)))
+        on_first_rank(partial(check_captions, config.evaluation, config.pairs.read))
     resumed = run.find_checkpoint(data.digests | start_digests)
     encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
     for result in data.surveys:

@@ -17,6 +17,7 @@ from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import ReadConfig
 from llm2clip_plugin.evaluate.captions import (
     FIT_CAPTIONS,
+    check_captions,
     find_pairs,
     measure_captions,
     search,
@@ -103,6 +104,24 @@ def test_accuracy_is_that_of_a_plain_loop(
         rows["de->en"].cra
         == rows["languages"].cra
         == pytest.approx(top1(teacher, GERMAN, names))
+    )
+
+
+def test_a_cut_last_line_is_named(folder: Path, tmp_path: Path, capsys) -> None:
+    path = write_set(tmp_path / "set.jsonl", NAMES[:6], GERMAN, "de")
+    path.write_text(path.read_text()[:-20])
+    words = ["evaluate", "captions", str(path), "--llm", str(folder / "llm")]
+    words += ["--fields", *READ.fields, "--json", str(tmp_path / "scores.json")]
+    assert main(words) == 0
+    (note,) = json.loads((tmp_path / "scores.json").read_text())["notes"]
+    assert note.startswith("left out: sample 'line 6' of shard 'set': is not valid")
+    assert note in capsys.readouterr().out
+    check_captions(CaptionSetConfig(captions=str(path)), READ)  # of finetune-llm
+    assert note in capsys.readouterr().out
+    path.write_text(path.read_text().splitlines()[-1])
+    assert main(words) == 2
+    assert "1 samples can't be read, the first: sample 'line 1'" in (
+        capsys.readouterr().err
     )
 
 
