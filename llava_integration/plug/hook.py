@@ -10,11 +10,12 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from llava_integration.plug import towers
-from llava_integration.plug.checkpoints import config_of, refuse_name
+from llava_integration.plug.checkpoints import CONFIG, config_of, refuse_name
 from llava_integration.plug.quantized import quantized_as_base, refuse_quantized_base
 from llm2clip_plugin.errors import ContractError, errors_about
 
@@ -86,6 +87,8 @@ def build_vision_tower(
         tower_class = MultiscaleVisionTower
     tower = tower_class(name, location, vision_tower_cfg, delay_load=True)
     check_projector(name, tower.hidden_size, vision_tower_cfg)
+    if projector := getattr(vision_tower_cfg, "pretrain_mm_mlp_adapter", None):
+        refuse_others_projector(projector, name, location.sha256)
     if not options.get("delay_load"):
         tower.load_model()
     return tower
@@ -116,6 +119,27 @@ def check_projector(name: str, hidden_size: int, config: Any) -> None:
             raise ContractError(
                 f"{problem}, but the tower {name!r} has hidden_size {hidden_size}; {advice}"
             )
+
+
+def refuse_others_projector(projector: str, name: str, sha256: str) -> None:
+    """Raise ContractError for a projector that was pretrained with another tower, by the
+    config.json that LLaVA writes next to it. ``sha256``: of the tower ``name``, "" for one of
+    LLaVA's own."""
+    config = config_of(Path(projector).parent)
+    before = config.get("mm_vision_tower")
+    recorded = (config.get(towers.KEY) or {}).get("weights_sha256")
+    is_another = recorded != sha256
+    if not recorded:  # nothing is known of a tower of ours, or of two of LLaVA's names
+        is_another = bool(before and sha256 and not towers.is_ours(before))
+    if not is_another:
+        return
+    was = f"{before!r}" + (f", sha256 {recorded}" if recorded else "")
+    now = f"{name!r}" + (f", sha256 {sha256}" if sha256 else "")
+    raise ContractError(
+        f"{projector} was pretrained with the vision tower {was}, not with {now}; use that tower, "
+        "or pretrain a projector for this one. To start from it nevertheless, copy it to a folder "
+        f"without {CONFIG}"
+    )
 
 
 def settings_from_environment(config: Any) -> None:

@@ -29,7 +29,7 @@ from llava_integration.plug.checkpoints import (
     config_of,
     model_name,
 )
-from llava_integration.plug.hook import check_projector
+from llava_integration.plug.hook import check_projector, refuse_others_projector
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.json_files import read_json_value
 
@@ -246,14 +246,7 @@ def check_tower(
         )
         projector = None
     if not towers.is_ours(tower):
-        # as LLaVA's own builder accepts them
-        is_llavas = tower.startswith(LLAVAS_TOWERS) or "ShareGPT4V" in tower
-        has_config = os.path.isfile(os.path.join(tower, "config.json"))
-        if not has_config and (os.path.isdir(tower) or not is_llavas):
-            yield (
-                f"--tower {tower}: LLaVA knows no such vision tower; expected llm2clip, "
-                "llm2clip:PATH_OR_HUB_ID, a folder with config.json, or a name as openai/clip-..."
-            )
+        yield from check_llavas_tower(tower, projector)
         return
     try:
         location = towers.locate(tower)
@@ -265,8 +258,25 @@ def check_tower(
             width = location.card.hidden_size * (len(scales) or 1)
             arguments = SimpleNamespace(pretrain_mm_mlp_adapter=projector)
             check_projector(tower, width, arguments)
+            refuse_others_projector(projector, tower, location.sha256)
     except (ValueError, FileNotFoundError) as error:
         yield str(error).replace("--vision_tower", "--tower")
+
+
+def check_llavas_tower(tower: str, projector: str | None) -> Iterator[str]:
+    """LLaVA's own builder accepts the tower; the projector is not one of ours."""
+    is_llavas = tower.startswith(LLAVAS_TOWERS) or "ShareGPT4V" in tower
+    has_config = os.path.isfile(os.path.join(tower, "config.json"))
+    if not has_config and (os.path.isdir(tower) or not is_llavas):
+        yield (
+            f"--tower {tower}: LLaVA knows no such vision tower; expected llm2clip, "
+            "llm2clip:PATH_OR_HUB_ID, a folder with config.json, or a name as openai/clip-..."
+        )
+    if projector is not None:
+        try:
+            refuse_others_projector(projector, tower, "")
+        except ContractError as error:
+            yield str(error)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@ do."""
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 
 from llava_integration.plug.preflight import main
+from llava_integration.plug.towers import KEY
+from llm2clip_plugin.contracts import TowerCard
 
 HUMAN = {"from": "human", "value": "<image>\nWhat is it?"}
 GPT = {"from": "gpt", "value": "a red picture"}
@@ -136,6 +139,30 @@ def test_towers(capsys, world, home, tmp_path, monkeypatch):
     torch.save({"model.mm_projector.0.weight": torch.zeros(32, 64)}, scales)
     monkeypatch.setenv("LLM2CLIP_S2_SCALES", "28,56")
     assert refused(capsys, world, projector=scales) == []
+
+
+def test_a_projector_of_another_tower(capsys, world, home, tmp_path):
+    """Of the same width, by the config.json that pretraining leaves next to it."""
+    projector = tmp_path / "mm_projector.bin"
+    shutil.copy(world.projector(), projector)
+    card = TowerCard.read(world.towers["clip"] / TowerCard.FILE)
+    record = {"weights_sha256": card.weights_sha256}
+
+    def lines(tower, **config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return refused(capsys, world, tower=tower, projector=projector)
+
+    clip = f"llm2clip:{world.towers['clip']}"
+    siglip = f"llm2clip:{world.towers['siglip']}"
+    llavas = "openai/clip-vit-large-patch14-336"
+    ours = {"mm_vision_tower": "llm2clip", KEY: record}
+    theirs = {"mm_vision_tower": llavas}
+    assert lines(clip, **ours) == lines(llavas, **theirs) == lines(clip) == []
+    for tower, config in ((siglip, ours), (llavas, ours), (clip, theirs)):
+        (line,) = lines(tower, **config)
+        assert f"{projector} was pretrained with the vision tower" in line
+        assert tower in line
+        assert str(config["mm_vision_tower"]) in line
 
 
 def test_options_of_llava_take_precedence(capsys, world, home, tmp_path):

@@ -171,6 +171,20 @@ def test_another_width_is_reported_before_the_projector_fails(mine, world):
         load(checkpoint)
 
 
+def test_a_projector_is_refused_with_another_tower_of_its_width(mine, world):
+    _, pretrained = mine
+    arguments = model_arguments(f"llm2clip:{world.towers['clip']}")
+    projector = shutil.copy(world.projector(), pretrained / "mm_projector.bin")
+    arguments.pretrain_mm_mlp_adapter = str(projector)
+    build_vision_tower(arguments, delay_load=True)  # the same weights by another name
+    other = world.towers["other"]
+    arguments.vision_tower = f"llm2clip:{other}"
+    with pytest.raises(ContractError, match=f"pretrained with.*{hash_of(other)}"):
+        build_vision_tower(arguments, delay_load=True)
+    arguments.pretrain_mm_mlp_adapter = str(world.projector())  # nothing known of it
+    build_vision_tower(arguments, delay_load=True)
+
+
 def test_a_model_keeps_its_tower_or_says_so(mine, world):
     """LLaVA would go on with the tower that the base model has and write the new name into the
     checkpoint."""
