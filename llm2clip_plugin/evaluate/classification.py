@@ -97,7 +97,10 @@ def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
         all_ranks=all_ranks,
     )
     origin = commands.provenance(
-        tower.dual, teacher=cache.fingerprint, prompts=prompts.name
+        tower.dual,
+        teacher=cache.fingerprint,
+        prompts=prompts.name,
+        data_sha256=features.data_sha256(names),
     )
     return dataclasses.replace(
         classification_scores(features, class_CD, names),
@@ -165,6 +168,7 @@ def measure_probe(config: ProbeConfig, all_ranks: bool) -> ScoreFile:
         weights_sha256=weights_hash(directory),
         family=family_of(tower).name,
         train=sha256_text("\n".join(train.keys)),
+        data_sha256=test.data_sha256(test_classes),
         settings=settings,
     )
     return dataclasses.replace(

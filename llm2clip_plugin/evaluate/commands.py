@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
         facts = {
             "teacher": tower.dual.card.teacher,
             "data": config.data.path,
+            "data_sha256": report.data_sha256(),
             "group": config.retrieval.group,
         }
         return dataclasses.replace(

@@ -32,6 +32,7 @@ from llm2clip_plugin.evaluate.suites import (
     Row,
     image_files,
 )
+from llm2clip_plugin.hashes import canonical_json, sha256_text
 
 CLASS = "class"  # field of an image's JSON where the data has none
 
@@ -142,6 +143,15 @@ class ImageFeatures:
     keys: list[str]
     clusters: list[str]
     broken: list[BrokenSample]
+
+    def data_sha256(self, names: Sequence[str]) -> str:
+        """Of the images' keys and classes, called by their ``names``, in an order that does not
+        depend on the number of ranks."""
+        labels = self.label_N.tolist()
+        labeled = [
+            [key, names[label]] for key, label in zip(self.keys, labels, strict=True)
+        ]
+        return sha256_text(canonical_json([sorted(labeled), sorted(names)]))
 
     def scores(
         self,

@@ -30,6 +30,7 @@ from llm2clip_plugin.evaluate.features import (
     json_field,
 )
 from llm2clip_plugin.evaluate.ranks import Retrieval, retrieve
+from llm2clip_plugin.hashes import canonical_json, sha256_text
 
 ALL = "all"  # the part with every caption
 # samples whose JSON is read before a run, evenly spaced: what fewer lack is found later
@@ -85,6 +86,16 @@ class RetrievalReport:
                         item[metric] = values[position]
                     out.append(item)
         return out
+
+    def data_sha256(self) -> str:
+        """Of the images' keys and the captions of each, in an order that does not depend on the
+        number of ranks: what the queries are, and what they are to find."""
+        pairs: list[list[str]] = []
+        owners = self.pairs.owner_M.tolist()
+        for owner, caption in zip(owners, self.pairs.captions, strict=True):
+            key = self.pairs.keys[owner]
+            pairs.append([key, caption.kind, caption.language, caption.text])
+        return sha256_text(canonical_json(sorted(pairs)))
 
     def scores(self) -> ScoreFile:
         """The record that `llm2clip compare` reads, without the names of the benchmark and the

@@ -382,6 +382,27 @@ def test_evaluate_embeds_what_is_not_cached_once(setting, tmp_path):
     assert first.counts["captions"] == CacheManifest.read(manifest).captions > 0
 
 
+def test_a_comparison_says_that_captions_changed_between_two_evaluations(
+    setting, tmp_path, capsys
+):
+    """The keys, and so the names of the queries, are the same."""
+    _, tower, llm = setting
+    data = write_data(tmp_path / "data")
+    scores = [str(tmp_path / f"{number}.json") for number in range(3)]
+    words = ["evaluate", str(tower), str(data), "--llm", str(llm), "--kinds", "short"]
+    assert cli([*words, "--output", scores[0]]) == 0
+    assert cli([*words, "--output", scores[1], "--batch-size", "5"]) == 0
+    lines = data.read_text(encoding="utf-8").replace("a red square", "a red thing")
+    data.write_text(lines, encoding="utf-8")
+    assert cli([*words, "--output", scores[2]]) == 0
+    told = []
+    for other in scores[1:]:
+        capsys.readouterr()
+        assert cli(["compare", scores[0], other, "--output", f"{tmp_path}/report"]) == 0
+        told.append("different images, captions or classes" in capsys.readouterr().out)
+    assert told == [False, True]
+
+
 def test_hard_negatives_count_a_tie_as_half():
     image = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     text_vectors = torch.tensor(

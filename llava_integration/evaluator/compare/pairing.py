@@ -9,6 +9,13 @@ from llava_integration.evaluator.compare.sides import Run, Side, run_number
 from llm2clip_plugin.errors import ContractError
 
 MIN_OVERLAP = 0.9  # fraction of questions that both sides must have
+OTHER_FILES = (
+    "the sides were scored with different annotation files; truths in common are equal"
+)
+OTHER_DATA = (
+    "the sides were measured on different images, captions or classes, though their names are "
+    "equal: that alone moves scores; measure both on the same data"
+)
 
 
 def paired_runs(
@@ -37,9 +44,9 @@ def paired_runs(
         )
     digests = {run.provenance.get("data_sha256", "") for run in runs}
     if len(digests - {""}) > 1:
-        notes.append(
-            "the sides were scored with different annotation files; truths in common are equal"
-        )
+        # scores of `llm2clip evaluate` name the tower
+        are_towers = any("weights_sha256" in run.provenance for run in runs)
+        notes.append(OTHER_DATA if are_towers else OTHER_FILES)
     count = len(base.runs[name])
     return runs[:count], runs[count:], notes
 
