@@ -21,7 +21,10 @@ from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.safetensors_header import parse_header
 
-REDO = "rerun `llm2clip embed` with the options that made it: it embeds what is missing or damaged"
+REDO = (
+    "rerun `llm2clip embed` with the options that made it: it embeds what is missing or damaged, "
+    "and with --overwrite what has changed"
+)
 
 # of a shard's file
 TENSORS = ("caption_hashes", "embeddings", "key_starts", "keys", "row_starts", "scales")

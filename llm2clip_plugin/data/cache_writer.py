@@ -123,8 +123,8 @@ class CacheWriter:
             raise ContractError(
                 f"{file.path} has {file.captions} captions; "
                 f"{read} gives {len(rows)} for shard {shard!r}, {common} of them the same; "
-                "correct --fields or the data, choose another --cache, "
-                "or replace them with --overwrite"
+                "correct --fields or the data, choose another --cache, or replace them: "
+                f"`llm2clip embed ... --overwrite`, or delete {file.path.parent}"
             )
 
     def write_shard(

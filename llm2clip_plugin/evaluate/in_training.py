@@ -5,6 +5,7 @@ Shapes: C classes, D projection dimension.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from llm2clip_plugin.data.cache import (
     EmbeddingCache,
     cache_digest,
     differences,
+    short_digest,
     source_digest,
 )
 from llm2clip_plugin.data.images import ImageConfig
@@ -200,6 +202,18 @@ class Evaluation:
 
     def embed(self, teacher: TeacherIdentity) -> None:
         self.suites = embed_suites(self.suites, teacher)
+
+    @property
+    def measured(self) -> str:
+        """A digest of what is measured, and how: scores of equal ones can be compared."""
+        how = dataclasses.replace(self.config, batch=0, workers=0)
+        held_out: list[str] = []
+        if self.held_out is not None:
+            source, cache = self.held_out
+            for shard in source.shards:
+                held_out.append(cache.manifest.shards[shard.name]["rows_sha256"])
+        texts = [[suite.name, source_digest(suite.texts)] for suite in self.suites]
+        return short_digest([dataclasses.asdict(how), held_out, texts])
 
     @property
     def digests(self) -> dict[str, str]:

@@ -54,7 +54,7 @@ def _train(
         config,
         samples=data.samples,
         hidden_size=HIDDEN_SIZE,
-        learned_from={"samples": data.samples},
+        learned_from={"samples": data.samples, "captions": data.captions_digest},
         teacher={},
         command=command,
     )

@@ -38,6 +38,7 @@ class LlmData:
         for number, (source, result) in enumerate(surveyed, 1):
             texts = [[pair.query, pair.positive] for pair in result.pairs]
             self.digests[str(number)] = f"{len(source)} samples ({short_digest(texts)})"
+        self.captions_digest = short_digest([*self.digests.values()])
         self.lines: list[str] = []
         for result in self.surveys:
             first = f"the first {result.samples} samples"

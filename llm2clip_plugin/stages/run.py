@@ -54,6 +54,12 @@ from llm2clip_plugin.train.optim import (
 from llm2clip_plugin.train.step import Batch, ContrastiveStep
 from llm2clip_plugin.vision.export import library_versions
 
+# of run_settings: digests of the captions that are learned, and of what evaluations measure
+CAPTIONS = "captions"
+MEASURED = "measured"
+OTHER_SCORES = (
+    "its scores are left out: they are of other held-out data, or measured otherwise"
+)
 ADVICE = {  # first word of a fact -> what to do
     "output_dir": "output_dir must be a folder that all hosts share: "
     "set --output to one on NFS or Lustre",
@@ -100,10 +106,11 @@ class TrainingRun:
 
     def find_checkpoint(self, data: Mapping[str, str]) -> Loaded | None:
         """The checkpoint to resume from, chosen by rank 0; None for a new run. Every rank must call
-        this.
+        this. It is without scores of other held-out data.
 
         data: digests of data and caches, which all ranks must have in common. Raises ValueError if
-        it was saved with other settings, DisagreementError if the ranks don't see the same.
+        it was saved with other settings or captions, DisagreementError if the ranks don't see the
+        same.
         """
         chosen = on_first_rank(self._chosen_checkpoint)
         path = Path(chosen) if chosen else None
@@ -128,16 +135,28 @@ class TrainingRun:
         if path is None:
             return None
         loaded = load(path)
+        saved = loaded.state.config
+        allowed = list(self.config.allow_changed)
+        if CAPTIONS not in saved:  # an earlier release did not record them
+            allowed.append(CAPTIONS)
+        if MEASURED in self.run_settings:
+            allowed.append(MEASURED)
         refuse_changes(
             type(self.config),
-            loaded.state.config,
+            saved,
             self.run_settings,
-            self.config.allow_changed,
+            tuple(allowed),
             where=str(path),
         )
         state = dataclasses.replace(
             loaded.state, config=self.run_settings, config_hash=self.config.hash
         )
+        measured = self.run_settings.get(MEASURED)
+        if state.evaluated or state.before:
+            if saved.get(MEASURED, measured) != measured:
+                if rank() == 0:
+                    print(f"note: {path}: {OTHER_SCORES}", file=sys.stderr)
+                state = dataclasses.replace(state, metrics={}, before={}, evaluated=0)
         return dataclasses.replace(loaded, state=state)
 
     def make_engine(

@@ -16,7 +16,12 @@ from llm2clip_plugin.plan.memory import StepMemory, recomputes, tower_memory
 from llm2clip_plugin.progress import phase
 from llm2clip_plugin.run_folder import UNFINISHED_HEADS
 from llm2clip_plugin.signals import StopRequest, loaded, stop_requests
-from llm2clip_plugin.stages.run import TrainingRun, open_run, training_ranks
+from llm2clip_plugin.stages.run import (
+    MEASURED,
+    TrainingRun,
+    open_run,
+    training_ranks,
+)
 from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.stages.tower_data import (
     TowerData,
@@ -134,11 +139,12 @@ def _start(
     check_loaders(data, images, config.train, config.heads, config.evaluated)
     trained = trained_parameters(model, config.optim)
 
+    measured = evaluation.measured if evaluation is not None else ""
     run = open_run(
         config,
         samples=data.samples,
         hidden_size=model.tower.config.hidden_size,
-        learned_from=data.learned_from,
+        learned_from={**data.learned_from, MEASURED: measured},
         teacher=dataclasses.asdict(data.teacher),
         command=command,
     )

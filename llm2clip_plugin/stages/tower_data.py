@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm2clip_plugin.contracts import PROJECTED, TeacherIdentity
-from llm2clip_plugin.data.cache import EmbeddingCache, cache_digest, source_digest
+from llm2clip_plugin.data.cache import (
+    EmbeddingCache,
+    cache_digest,
+    short_digest,
+    source_digest,
+)
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairLoader
 from llm2clip_plugin.data.pairs import PairDataset
@@ -70,9 +75,14 @@ class TowerData:
     @property
     def learned_from(self) -> dict[str, str | int]:
         """What a checkpoint records of the data, beside the configuration."""
+        captions: list[str] = []  # digests of the shards' keys and captions
+        for source, cache in zip(self.sources, self.caches, strict=True):
+            for shard in source.shards:
+                captions.append(cache.manifest.shards[shard.name]["rows_sha256"])
         facts: dict[str, str | int] = {
             "teacher": self.caches[0].manifest.lasting_fingerprint,
             "samples": self.samples,
+            "captions": short_digest(captions),
         }
         if self.clip_caches:
             facts["clip"] = self.clip_caches[0].manifest.lasting_fingerprint

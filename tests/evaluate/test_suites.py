@@ -362,7 +362,7 @@ def test_an_llm_other_than_the_teacher_is_refused(setting, tmp_path, capsys):
     assert not list((tmp_path / "root" / "docci").rglob(CacheManifest.FILE))
 
 
-def test_evaluate_embeds_what_is_not_cached_once(setting, tmp_path):
+def test_evaluate_embeds_what_is_not_cached_once(setting, tmp_path, capsys):
     _, tower, llm = setting
     words = [
         "evaluate",
@@ -380,6 +380,15 @@ def test_evaluate_embeds_what_is_not_cached_once(setting, tmp_path):
     again = ScoreFile.read(tmp_path / "scores.json")
     assert again.items == first.items
     assert first.counts["captions"] == CacheManifest.read(manifest).captions > 0
+    # fewer and other captions: the error names what helps, which is no option of evaluate
+    lines = (tmp_path / "data" / "pairs.jsonl").read_text(encoding="utf-8")
+    lines = lines.replace('"caption"', '"no caption"').replace("nothing but", "only")
+    (tmp_path / "data" / "pairs.jsonl").write_text(lines, encoding="utf-8")
+    capsys.readouterr()
+    assert cli(words) == 2
+    assert f"or delete {manifest.parent}\n" in capsys.readouterr().err
+    shutil.rmtree(manifest.parent)
+    assert cli(words) == 0
 
 
 def test_a_comparison_says_that_captions_changed_between_two_evaluations(

@@ -98,6 +98,17 @@ def test_two_ranks_killed_and_resumed_with_one(
     assert losses(tmp_path) == pytest.approx(losses(plain), abs=SAME)
 
 
+def test_other_captions_in_a_runs_folder_are_refused(
+    plain: Path, captions: Path, llama: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(plain, tmp_path / "run")
+    changed = tmp_path / "captions.jsonl"
+    changed.write_text(captions.read_text().replace("red", "blue"))
+    config = FINETUNE_LLM.parse(options(changed, llama, tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"\n  captions: '\w+' in the checkpoint"):
+        finetune_llm(config)
+
+
 STAGES = """
 import json, sys
 from llm2clip_plugin.cli import leave, run
