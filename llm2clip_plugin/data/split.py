@@ -50,8 +50,8 @@ class SplitConfig(SourceConfig):
     )
     by: str = setting(
         "",
-        help='field of the samples\' JSON: samples with one value are on one side; "": each '
-        "sample by its key",
+        help="field of the samples' JSON: samples with the same value are held out together or "
+        'not at all; "": each sample by its key',
     )
     workers: int = setting(0, help="processes; 0: one per core")
     dry_run: bool = setting(False, help="print the counts and write nothing")

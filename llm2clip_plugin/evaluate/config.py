@@ -156,7 +156,8 @@ class EvaluateCaptionsConfig:
     encoder: EncoderConfig = section(EncoderConfig())
     search: bool = setting(
         False,
-        help="try ways of reading the LLM on DATA, validation captions, and print the best",
+        help="try prompts, attention, layers and pooling on DATA, validation captions, and print "
+        "the best",
     )
     reading: ReadingConfig = section(ReadingConfig())
     json: str = setting(
@@ -382,7 +383,8 @@ class SearchConfig(MeasureConfig):
     output: str = setting("search.html", help='the page to write; "": none')
     cache: str = setting(
         "",
-        help='folder of the embedded images; "": search, next to the downloads\' folder',
+        help='folder of the embedded images; "": `search` next to LLM2CLIP_CACHE, or '
+        "~/.cache/llm2clip/search",
     )
     # the LLM, if not where the card says
     teacher: EncoderConfig = section(EncoderConfig())

@@ -31,13 +31,15 @@ class PipelineConfig(SourceConfig):
     )
     by: str = setting(
         "",
-        help="field of the samples' JSON: samples with one value are on one side of the split",
+        help="field of the samples' JSON: samples with the same value, such as photos of one "
+        "product, are held out together or not at all",
     )
     adapter: str = setting("", help="existing LoRA adapter; skips stage 1")
     reading: str = setting(
         "",
-        help="folder of `evaluate captions --search`: read the LLM with its prompt, attention and "
-        "pooling, in stage 1, too; its layer and post-processing are for an LLM without stage 1",
+        help="folder that `evaluate captions --search --folder` wrote: use the LLM with its "
+        "prompt, attention and pooling, and without stage 1 also with its layer and "
+        "post-processing",
     )
     stage1: bool | Literal["auto"] = setting(
         "auto",
@@ -68,12 +70,13 @@ class PipelineConfig(SourceConfig):
     )
     questions: str = setting(
         "",
-        help=".jsonl of image, question and answer: what a LLaVA of each tower, before and after, "
-        "is asked",
+        help=".jsonl with image, question and answer: train a LLaVA with the tower before and one "
+        "with the tower after, and compare their answers",
     )
     llava_llm: str = setting(
         "",
-        help="language model of these two LLaVAs, whose projectors are trained on the captions",
+        help="language model of these two LLaVAs; it is frozen, and their projectors are trained "
+        "on the captions",
     )
     llava_options: str = setting(
         "",

@@ -517,9 +517,9 @@ def recipes_text() -> str:
     parts = [
         f"{DEFAULT} (the default), ours: any data and tower",
         "quickstart, ours: the built-in emoji alone",
-        f"the LLM2CLIP paper's: {', '.join(PAPER_RECIPES)} (NAME/TEACHER for caches of one of the "
-        "paper's LLMs)",
-        "its settings over a tower that it does not have: eva02_bige14",
+        f"the LLM2CLIP paper's: {', '.join(PAPER_RECIPES)} (NAME/{', NAME/'.join(TEACHERS)}: only "
+        "for caches of that LLM)",
+        "the paper's settings for a tower that it does not use: eva02_bige14",
     ]
     for paper, prefix in OF_OTHER_PAPERS.items():
         names = [name for name in RECIPES if name.startswith(prefix)]

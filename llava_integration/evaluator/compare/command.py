@@ -86,7 +86,11 @@ class CompareConfig:
         help="worse: exit with status 4 if a new side is worse on some benchmark",
         needs=COMPARISON,
     )
-    group: str = setting("", help="field of the logs: items with one value go together")
+    group: str = setting(
+        "",
+        help="field of the logs: items with the same value form one cluster, as the questions of "
+        "an image do",
+    )
     metric: str = setting(
         "", help="metric of a log, or column of a table; none: the first"
     )
