@@ -128,7 +128,7 @@ class PipelineConfig(SourceConfig):
 RUN = Command(
     name="run",
     example="llm2clip run photos-tars --llm meta-llama/Llama-3.2-1B-Instruct "
-    "--tower openai/clip-vit-base-patch16 --output runs/photos",
+    "--tower openai/clip-vit-large-patch14-336 --output runs/photos",
     about="All stages in order: check the data, hold out a part, fine-tune the LLM on captions, "
     "embed, train the tower, measure it against the start tower, export it, and write a page about "
     "the run. Each stage is a command, which is printed. Rerun the same command to resume.",

@@ -18,7 +18,7 @@ SHAPES = ("circle", "square", "triangle")
 PLACES = {"on the left": 0.3, "in the middle": 0.5, "on the right": 0.7}
 SIZES = {"small": 8, "large": 16}
 LLM = "meta-llama/Llama-3.2-1B-Instruct"
-TOWER = "openai/clip-vit-base-patch16"
+TOWER = "openai/clip-vit-large-patch14-336"
 
 
 def draw(
