@@ -423,9 +423,10 @@ def make_report(data: Path, output: Path, before: Path) -> str:
         f"{record['steps']} steps of stage 2; mean reciprocal rank of the right name; ridge "
         f"regression on {pool}, penalty {penalty}, chosen on validation families"
     )
-    return "\n".join(
-        [note, "", arms_table(mean_scores, own_means), comparisons_table(comparisons)]
-    )
+    lines = [note, "", arms_table(mean_scores, own_means)]
+    if comparisons:
+        lines.append(comparisons_table(comparisons))
+    return "\n".join(lines)
 
 
 def max_steps(tower: Path) -> int:

@@ -260,7 +260,10 @@ def make_report(data: Path, short: Path, long: Path, rendered: Path | None) -> s
         others += of_teachers
     adjust(gains + others)
     write_text(long / "longer.json", json.dumps([*gains, *others], indent=2))
-    return "\n".join([gains_table(gains, *outputs), others_table(others)])
+    tables = [gains_table(gains, *outputs)]
+    if others:
+        tables.append(others_table(others))
+    return "\n".join(tables)
 
 
 def main() -> None:

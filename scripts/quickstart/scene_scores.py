@@ -332,7 +332,10 @@ def make_report(
     note = f"{steps} steps of stage 2; {split} scenes; settings chosen on validation scenes"
     for score, setting in settings.items():
         note += f"; {SCORES[score]}: {setting.pool}, penalty {setting.penalty}"
-    return "\n".join([note, "", arms_table(means), comparisons_table(comparisons)])
+    lines = [note, "", arms_table(means)]
+    if comparisons:
+        lines.append(comparisons_table(comparisons))
+    return "\n".join(lines)
 
 
 def pairs_of_scores(pictures: Pictures, split: str) -> dict[str, list[str]]:

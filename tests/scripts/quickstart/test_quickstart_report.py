@@ -420,6 +420,8 @@ def test_towers_of_few_and_of_many_steps_are_paired_by_seed(
     assert first["interval"][0] <= 0 <= first["interval"][1]
     assert [row["test"] for row in rows if "p_adjusted" in row] == [longer.ENDPOINT]
     assert "| 50 steps | 200 steps |" in table
+    # one teacher alone: none is compared with another
+    assert table.count("| test families |") == 1
     assert table.count(", not shown") == 1
 
 
