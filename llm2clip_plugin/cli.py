@@ -26,6 +26,7 @@ from llm2clip_plugin.installation import (
     missing_message,
     require,
 )
+from llm2clip_plugin.outside import expand_home_in_word
 from llm2clip_plugin.processes import end_children, protect_children, raise_open_files
 from llm2clip_plugin.quiet import quiet_libraries
 from llm2clip_plugin.signals import Interrupted, interrupts_end_loading
@@ -223,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    words = [expand_home(word) for word in words]
+    words = [expand_home_in_word(word) for word in words]
     if not words or words[0] in (*HELP, "help"):
         print(usage())
         return 0
@@ -246,15 +247,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     return run(name, words[len(name.split()) :])
-
-
-def expand_home(word: str) -> str:
-    """``--output=~/runs`` with the home folder, which shells leave as it is: they expand a ~ only
-    at the start of a word."""
-    option, _, value = word.partition("=")
-    if option.startswith("--") and value.startswith("~/"):
-        return f"{option}={os.path.expanduser(value)}"
-    return word
 
 
 def is_utf8(word: str) -> bool:

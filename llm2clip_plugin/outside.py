@@ -8,6 +8,7 @@ import codecs
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 
 def printable(text: str) -> str:
@@ -20,6 +21,27 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """As ``printable``, but line breaks stay."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def expand_home(value: Any) -> Any:
+    """A path that begins with ~/ with the home folder, and those in lists and objects of JSON;
+    other values as they are."""
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
+    if isinstance(value, list):
+        return [expand_home(item) for item in value]
+    if isinstance(value, dict):
+        return {name: expand_home(item) for name, item in value.items()}
+    return value
+
+
+def expand_home_in_word(word: str) -> str:
+    """A word of the command line as ``expand_home``, also --output=~/runs: shells leave a ~ as it
+    is after = and in quotes."""
+    option, equals, value = word.partition("=")
+    if equals and option.startswith("--"):
+        return f"{option}={expand_home(value)}"
+    return expand_home(word)
 
 
 MAX_IMAGE = 1_000_000_000  # bytes of an image file

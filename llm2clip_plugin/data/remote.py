@@ -176,7 +176,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 def default_download_folder() -> Path:
     """LLM2CLIP_CACHE, or ``llm2clip/shards`` under XDG_CACHE_HOME or ~/.cache."""
     if "LLM2CLIP_CACHE" in os.environ:
-        return Path(os.environ["LLM2CLIP_CACHE"])
+        return Path(os.environ["LLM2CLIP_CACHE"]).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(
         os.path.expanduser("~"), ".cache"
     )

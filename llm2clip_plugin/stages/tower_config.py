@@ -15,6 +15,7 @@ from llm2clip_plugin.data.sources import ReadConfig, SourceConfig
 from llm2clip_plugin.evaluate.config import RetrievalConfig, SuitesConfig
 from llm2clip_plugin.json_files import from_plain, read_json_value
 from llm2clip_plugin.options import Command, section, setting, unknown
+from llm2clip_plugin.outside import expand_home
 from llm2clip_plugin.stages.settings import TEACHERS, PlanConfig, TrainingConfig
 from llm2clip_plugin.train.config import (
     MAX_CAPTIONS,
@@ -557,7 +558,7 @@ def starting_point(extras: Mapping[str, str]) -> RunConfig:
         )
     if not file:
         return recipe(name or DEFAULT)
-    body = read_json_value(file)
+    body = expand_home(read_json_value(file))
     if isinstance(body, dict):
         body = body.get("config", body)
     return from_plain(RunConfig, body, where=file)

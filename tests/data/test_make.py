@@ -322,13 +322,23 @@ def test_names_of_a_table_are_found_in_another_unicode_form_and_urls_are_called_
     assert reasons["https://x.org/a.jpg"].startswith("URL: download")
 
 
-def test_the_home_folder_after_an_equals_sign_is_meant(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["~/photos", "--output=~/made"],
+        ["~/photos", "--output", "~/made"],
+        ["--output", "~/made", "--data=~/photos"],
+    ],
+    ids=" ".join,
+)
+def test_the_home_folder_in_quotes_or_after_an_equals_sign_is_meant(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ):
     """Shells leave that ~ as it is; the folder would be named so."""
+    assert photos == tmp_path / "photos"
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert main(["data", "make", str(photos), "--output=~/made"]) == 0
+    assert main(["data", "make", *words]) == 0
     assert (tmp_path / "made" / "00000.tar").is_file()
     assert not (tmp_path / "~").exists()
 

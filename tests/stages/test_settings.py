@@ -127,6 +127,21 @@ def test_an_explicit_length_or_warmup_wins_over_the_recipes(tmp_path: Path) -> N
     )
 
 
+def test_the_home_folder_in_a_file_of_settings_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    body = {
+        "output_dir": "~/run",
+        "data": {"path": ["~/*.tar"], "read": {"images": "a/~/b"}},
+    }
+    (tmp_path / "settings.json").write_text(json.dumps(body))
+    config = TRAIN_TOWER.parse(["--config", str(tmp_path / "settings.json")])
+    assert config.output_dir == f"{tmp_path}/run"
+    assert config.data.path == (f"{tmp_path}/*.tar",)
+    assert config.data.read.images == "a/~/b"
+
+
 @pytest.mark.parametrize("kind", [RunConfig, FinetuneConfig])
 def test_every_setting_of_a_training_declares_whether_it_decides_what_is_learned(
     kind: type,
