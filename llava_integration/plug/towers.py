@@ -181,19 +181,22 @@ def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
     ``name`` it keeps the one that it has, or gets the last part of ``spec``, with a number if that
     is taken."""
     registered = registry()
-    name = name or registered_name(registered, spec) or free_name(registered, spec)
     entry = {"spec": spec, "weights_sha256": weights_sha256}
+    name = name or registered_name(registered, entry) or free_name(registered, spec)
     towers = {**registered.towers, name: entry}
     replace(registered, chosen=name, towers=towers).write(registry_file())
     return name
 
 
-def registered_name(registered: Registry, spec: str) -> str:
-    """The first name of a tower, "" if it has none."""
+def registered_name(registered: Registry, tower: dict[str, str]) -> str:
+    """The first name of a tower, else of another one that was at its place, "" if it has none."""
+    at_its_place = ""
     for name, entry in registered.towers.items():
-        if entry["spec"] == spec:
+        if entry == tower:
             return name
-    return ""
+        if entry["spec"] == tower["spec"]:
+            at_its_place = at_its_place or name
+    return at_its_place
 
 
 def free_name(registered: Registry, spec: str) -> str:
@@ -241,8 +244,9 @@ def locate(name: str) -> TowerLocation:
         return locate_spec(spec, how=f"LLM2CLIP_TOWER={spec}")
     registered = registry()
     if registered.chosen:
-        spec = registered.towers[registered.chosen]["spec"]
-        return locate_spec(spec, how=f"`llm2clip use {registered.chosen}`")
+        return locate_registered(
+            registered, registered.chosen, how=f"`llm2clip use {registered.chosen}`"
+        )
     raise TowerNotFoundError(
         f"--vision_tower {NAME}: no tower is selected; run `llm2clip use TOWER`, "
         f"set LLM2CLIP_TOWER=TOWER, or pass --vision_tower {NAME}:TOWER (path or Hub id); "
@@ -257,9 +261,9 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
         return TowerLocation.of(path, how=how)
     registered = registry()
     if spec in registered.towers:
-        meant = registered.towers[spec]["spec"]
-        if meant != spec:
-            return locate_spec(meant, how=f"{how} (registered as {spec!r})")
+        if registered.towers[spec]["spec"] != spec:
+            how = f"{how} (registered as {spec!r})"
+            return locate_registered(registered, spec, how=how)
     if HUB_ID.match(spec):
         repository, _, revision = spec.partition("@")
         directory = download(repository, HUB_FILES, revision or None)
@@ -267,6 +271,21 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
     raise TowerNotFoundError(
         f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {registered.summary()}"
     )
+
+
+def locate_registered(registered: Registry, name: str, *, how: str) -> TowerLocation:
+    """The tower that was registered under a name. Raises as ``locate_spec``, and ContractError with
+    both hashes if another one is at its place by now."""
+    entry = registered.towers[name]
+    location = locate_spec(entry["spec"], how=how)
+    if location.sha256 != entry["weights_sha256"]:
+        use_it = command("use", entry["spec"], "--name", name)
+        raise ContractError(
+            f"{how}: the tower at {entry['spec']} has sha256 {location.sha256}, but the one that "
+            f"was registered as {name!r} had {entry['weights_sha256']}; run `{use_it}` to take "
+            "what is there now"
+        )
+    return location
 
 
 def download(repository: str, patterns: list[str], revision: str | None = None) -> Path:
@@ -475,7 +494,11 @@ def main_use(argv: list[str]) -> int:
         )
     location = locate_spec(options.tower, how=f"llm2clip use {options.tower}")
     location.check_weights()
-    name = select(location.origin, location.sha256, name=options.name)
+    name = options.name
+    is_folder = Path(options.tower).expanduser().is_dir()
+    if not name and not is_folder and options.tower in registry().towers:
+        name = options.tower
+    name = select(location.origin, location.sha256, name=name)
     print(f"--vision_tower llm2clip is now {name}: {location.describe()}")
     if spec := os.environ.get("LLM2CLIP_TOWER"):
         print(f"note: LLM2CLIP_TOWER={spec} is set and takes precedence")
@@ -491,7 +514,7 @@ def main_towers(argv: list[str]) -> int:
         # those of the Hub are not downloaded for it
         if Path(spec).is_dir() or not HUB_ID.match(spec):
             try:
-                description = locate_spec(spec, how=name).describe()
+                description = locate_registered(registered, name, how=name).describe()
             except (FileNotFoundError, ContractError) as error:
                 description = f"not usable: {error}"
         mark = "*" if name == registered.chosen else " "

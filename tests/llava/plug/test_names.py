@@ -1,12 +1,14 @@
 """What a tower's name means: exact words, the environment, the registry, the Hub."""
 
 import json
+import shutil
 
 import pytest
 
 from llava_integration.plug import towers
 from llava_integration.plug.towers import TowerNotFoundError
 from llm2clip_plugin.cli import main
+from llm2clip_plugin.errors import ContractError
 
 
 def test_exact_match(world, tmp_path, monkeypatch):
@@ -50,6 +52,35 @@ def test_known_names(world, home, tmp_path, capsys):
     assert "width 32" in row
     assert chosen.startswith("* sig: ")
     assert towers.select("/elsewhere/clip", "0" * 64) == "clip-2"
+
+
+def test_a_name_means_the_tower_that_was_registered(world, home, tmp_path, capsys):
+    """Not one that is at its place later, as after a training that was repeated in its folder."""
+    place = tmp_path / "tower"
+    shutil.copytree(world.towers["clip"], place)
+    for name in ("before", "same"):
+        assert main(["use", str(place), "--name", name]) == 0
+    assert main(["use", "before"]) == 0
+    assert towers.registry().chosen == "before"
+    shutil.rmtree(place)
+    shutil.copytree(world.towers["other"], place)
+    assert main(["use", str(place), "--name", "after"]) == 0
+    assert towers.locate("llm2clip").directory == place
+    capsys.readouterr()
+    assert main(["use", "before"]) == 2
+    assert f"`llm2clip use {place} --name before`" in capsys.readouterr().err
+    with pytest.raises(ContractError, match="registered as 'same' had"):
+        towers.locate("llm2clip:same")
+    assert main(["towers"]) == 0
+    after, before, _ = capsys.readouterr().out.splitlines()
+    assert after.startswith(f"* after: {place}, sha256 ")
+    assert before.startswith("  before: not usable: before: the tower at ")
+    shutil.rmtree(place)
+    shutil.copytree(world.towers["siglip"], place)
+    with pytest.raises(ContractError, match="`llm2clip use after`: the tower at"):
+        towers.locate("llm2clip")
+    assert main(["use", str(place)]) == 0
+    assert towers.locate("llm2clip").card.family == "siglip"
 
 
 ENTRY = {"spec": "/towers/a", "weights_sha256": "0"}
