@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -61,7 +62,7 @@ def open_picture(item: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = source if isinstance(source, Image.Image) else Image.open(source)
-            return image.convert("RGB")
+            return in_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"no picture at {name}") from None
     except (
@@ -72,6 +73,19 @@ def open_picture(item: Any) -> Any:
         Image.DecompressionBombError,
     ) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB, as in training: a gray one of 16 bits as viewers show it, for PIL's own
+    conversion makes nearly all of it white. Raises ValueError for 32 bits a pixel."""
+    # before Pillow 11, a PNG of 16 bits had the mode of 32
+    is_png_of_16_bits = (image.mode, image.format) == ("I", "PNG")
+    if image.mode.startswith("I;16") or is_png_of_16_bits:
+        first_8_bits = (np.asarray(image) >> 8).astype(np.uint8)
+        return Image.fromarray(first_8_bits).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a pixel, expected 8 or 16")
+    return image.convert("RGB")
 
 
 def text_of(item: Any) -> str:

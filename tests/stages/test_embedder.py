@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentence_transformers
 import torch
@@ -274,6 +275,16 @@ def test_pictures_with_transparency(mode, exported, tmp_path):
     assert differs(actual, expected) < TOLERANCE
 
 
+def test_gray_pictures_of_16_bits_are_read_as_in_training(exported):
+    gray = pictures(1)[0].convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    expected = expected_of(exported / "tower", [gray], CAPTIONS[:1])[:1]
+    inputs = [deep, png(deep)]
+    actual = opened(exported / "out").encode(inputs, convert_to_tensor=True)
+    assert differs(actual, expected) < TOLERANCE
+
+
 CODE_OF_LLM = """
 from pathlib import Path
 
@@ -380,6 +391,7 @@ BAD_INPUT = {
         "a picture of 15 bytes cannot be read",
     ),
     "a picture that is not there": (Path("no.png"), "no picture at no.png"),
+    "a picture of 32 bits": (Image.new("F", (8, 8)), "has 32 bits a pixel"),
     "a blank text": ("  ", "a text is '  '"),
     "a number": (7, "Unsupported input type: int"),
     "a picture with a text": (
