@@ -445,6 +445,26 @@ def test_other_questions_are_refused(tmp_path):
         main([str(simulated(tmp_path, "truth-a", [0, 1], truth="no")), str(other)])
 
 
+def test_benchmarks_of_different_weights_under_one_name_are_said(tmp_path, capsys):
+    """As of a checkpoint that was trained again, and asked one of the benchmarks anew."""
+    for side, weights in (("base", "aa"), ("new", "ab")):
+        for name, sample in zip(("gqa", "pope"), weights, strict=True):
+            settings = {"model_sample_sha256": sample}
+            record = ScoreFile(
+                benchmark=name,
+                metrics={},
+                items=[{"id": n, "score": n % 2} for n in range(9)],
+                model=side,
+                provenance={"answer_settings": settings},
+            )
+            record.write(tmp_path / side / f"{name}.scores.json")
+    sides = [str(tmp_path / side) for side in ("base", "new")]
+    assert main([*sides, "--output", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    assert "new answered with different weights under one name (GQA; POPE)" in printed
+    assert "base answered with different weights" not in printed
+
+
 def test_other_annotations_are_said(tmp_path):
     for name, digest in (("base", "a"), ("new", "b")):
         about = {"model": name, "provenance": {"data_sha256": digest}}

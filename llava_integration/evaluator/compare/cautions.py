@@ -32,10 +32,34 @@ def recorded_settings(side: Side) -> list[dict[str, Any]]:
     return recorded
 
 
+def benchmarks_by_weights(side: Side) -> list[list[str]]:
+    """The benchmarks that each state of a side's checkpoint answered, by the sample of its weights;
+    [] for a side with several runs, which are different models."""
+    if any(len(runs) > 1 for runs in side.runs.values()):
+        return []
+    by_sample: dict[str, list[str]] = {}
+    for (run,) in side.runs.values():
+        answer_settings = run.provenance.get("answer_settings")
+        if (
+            isinstance(answer_settings, dict)
+            and "model_sample_sha256" in answer_settings
+        ):
+            sample = str(answer_settings["model_sample_sha256"])
+            by_sample.setdefault(sample, []).append(run.title)
+    return list(by_sample.values())
+
+
 def warnings(sides: Sequence[Side]) -> Iterator[str]:
-    """Empty answers that are more than EMPTY of a side's, and sides that answered in different
-    precisions or ways."""
+    """Empty answers that are more than EMPTY of a side's, a side whose benchmarks were answered
+    with different weights, and sides that answered in different precisions or ways."""
     for side in sides:
+        by_weights = benchmarks_by_weights(side)
+        if len(by_weights) > 1:
+            listed = "; ".join(", ".join(titles) for titles in by_weights)
+            yield (
+                f"{side.name} answered with different weights under one name ({listed}): was the "
+                "checkpoint trained again? Rerun bench-mllm --overwrite on all of them"
+            )
         for runs in side.runs.values():
             empty = sum(run.counts.get("empty", 0) for run in runs)
             total = sum(run.counts.get("answered", 0) for run in runs)
