@@ -141,3 +141,19 @@ def test_a_changed_base_model_is_another_setting(file: Path, tmp_path: Path):
     assert {name for name in after if after[name] != before[name]} == {
         "model_base_sample_sha256"
     }
+
+
+def test_questions_in_another_form_are_told_how_to_be_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "own.json").write_text(json.dumps(ROWS))
+    (task,) = plans([], tmp_path / "own.json", tmp_path / "generated")
+    assert f"`jq -c '.[]' {tmp_path}/own.json > NEW.jsonl`" in task.missing
+    (tmp_path / "own.csv").write_text("image,question,answer\na.png,Is it red?,yes\n")
+    (task,) = plans([], tmp_path / "own.csv", tmp_path / "generated")
+    assert f'pandas.read_csv("{tmp_path}/own.csv", dtype=str)' in task.missing
+    (tmp_path / "own.jsonl").write_text(json.dumps(ROWS[0]))
+    words = ["llava", "evaluate", "--endpoint", "http://localhost:1"]
+    words += ["--question-file", f"{tmp_path}/own.jsonl", "--answers-file", "a.jsonl"]
+    assert main(words) == 2
+    assert f"`llm2clip bench-mllm {tmp_path}/own.jsonl ...`" in capsys.readouterr().err

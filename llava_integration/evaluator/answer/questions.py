@@ -32,7 +32,7 @@ from llm2clip_plugin.atomic import naming_full_disk, write_text
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.hashes import canonical_json, sha256_file, sha256_text
 from llm2clip_plugin.json_files import read_json_value
-from llm2clip_plugin.options import Command, setting
+from llm2clip_plugin.options import Command, command, setting
 from llm2clip_plugin.outside import check_image_size
 
 # Pillow's
@@ -102,9 +102,10 @@ def read_questions(
     with errors_about(path, fix="download it again"):
         if path.suffix == ".jsonl":
             for where, row in json_lines(path):
-                with errors_about(
-                    where, fix="expected an object with question_id, text and image"
-                ):
+                fix = "expected an object with question_id, text and image"
+                if "question" in row and "text" not in row:
+                    fix += f" (own questions: `{command('bench-mllm', path)} ...`)"
+                with errors_about(where, fix=fix):
                     # TypeError for numbers
                     text = row["text"] + ""
                     image = row.get("image", "") + ""

@@ -16,6 +16,28 @@ from llava_integration.evaluator.benchmarks.answers import Answer, Row, read_jso
 from llava_integration.evaluator.benchmarks.rules.vqa import m4c
 from llm2clip_plugin.errors import ContractError
 
+# ending of a file -> the command that makes JSON Lines of it
+CONVERTED_BY = {
+    ".json": "jq -c '.[]' {path} > NEW.jsonl",
+    ".csv": 'python -c \'import pandas; pandas.read_csv("{path}", dtype=str)'
+    '.to_json("NEW.jsonl", orient="records", lines=True)\'',
+}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file. Raises ContractError, for a list or a table with the command that
+    converts it."""
+    try:
+        return read_jsonl(path)
+    except ContractError as error:
+        if path.suffix.lower() not in CONVERTED_BY:
+            raise
+        convert = CONVERTED_BY[path.suffix.lower()].format(path=path)
+        raise ContractError(
+            f"{path} is not JSON Lines, an object with image, question and answer on each line: "
+            f"`{convert}`"
+        ) from error
+
 
 class Questions(base.Benchmark):
     def load(self, folder: Path) -> list[base.Question]:
@@ -26,7 +48,7 @@ class Questions(base.Benchmark):
         if not folder.is_file():
             path = self.require(folder, *self.annotations, where=where)
         questions: list[base.Question] = []
-        for number, row in enumerate(read_jsonl(path), 1):
+        for number, row in enumerate(read_rows(path), 1):
             answer = row.get("answer")
             truths = answer if isinstance(answer, list) else [answer]
             texts = [row.get("image"), row.get("question"), *truths]
