@@ -56,7 +56,7 @@ def fewer_samples(world: World) -> None:
     Fault(
         "rows removed",
         "rows/pairs.jsonl",
-        "...-... 16 captions; ... gives 10 ...--overwrite",
+        "...-... 16 captions; ... gives 10 ...--overwrite`, or delete ...",
         fewer_samples,
     ),
     Fault(

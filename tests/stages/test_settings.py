@@ -36,7 +36,7 @@ def test_a_recipe_is_said_to_be_of_those_who_made_it(
         [group] = [group for group in groups if name in re.split(r"[ ,:]+", group)]
         whose[name] = group
     assert "ours" in whose["base"] and "ours" in whose["quickstart"]
-    assert "does not have" in whose["eva02_bige14"]
+    assert "does not use" in whose["eva02_bige14"]
     assert whose["proclip_b16"].startswith("ProCLIP's: ")
     assert whose["lift_b16"].startswith("LIFT's: ")
     papers = {
