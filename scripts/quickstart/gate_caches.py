@@ -3,6 +3,7 @@
 concepts, one that knows how captions are spelled and nothing else, and LLaVA's own language model.
 
     gate_caches.py permuted DATA/all --cache DATA/cache/tuned-seed0 --seed 0 --output DIR
+        [--splits train validation]
     gate_caches.py spelling DATA/all --cache DATA/cache/raw --seed 0 --output DIR
     gate_caches.py llm --output DIR
     gate_caches.py neutral DATA/all --llm DIR/llm --layer 28 --post-file FILE --output DIR
@@ -17,7 +18,9 @@ concepts, one that knows how captions are spelled and nothing else, and LLaVA's 
   a teacher it is the oracle: its embeddings are what a projector must reach.
 - llm: that language model, SmolLM2-135M-Instruct, in DIR/llm.
 
-Caches hold the shards of training and validation. Shapes: C captions, W width of an embedding.
+Caches hold the shards of training and validation, or of ``--splits``.
+
+Shapes: C captions, W width of an embedding.
 """
 
 import argparse
@@ -105,16 +108,18 @@ def control_identity(
     )
 
 
-def write_permuted(data: Path, cache: Path, output: Path, seed: int) -> None:
-    """Write the cache of the training and validation shards in which each concept has the
-    embeddings of another; raises ValueError if that has no caption of a kind."""
+def write_permuted(
+    data: Path, cache: Path, output: Path, seed: int, splits: Sequence[str] = SPLITS
+) -> None:
+    """Write the cache in which each concept of a split has the embeddings of another; raises
+    ValueError if that has no caption of a kind."""
     teacher_cache = EmbeddingCache.open(cache)
     manifest = teacher_cache.manifest
     source = f"{teacher_cache.fingerprint} {seed}"
     identity = control_identity(manifest.teacher, PERMUTED, source)
     with atomic_directory(output, replace=True) as temporary:
         writer = CacheWriter(temporary, identity, manifest.dtype)
-        for split in SPLITS:
+        for split in splits:
             pictures = open_split(data, split)
             embed = of_others(caption_embeddings(pictures, teacher_cache), seed)
             write_split(writer, pictures, embed)
@@ -273,6 +278,12 @@ def parse_options() -> dict[str, Any]:
         part.add_argument(
             "--seed", type=int, required=True, help="of what is random in it"
         )
+    permuted.add_argument(
+        "--splits",
+        nargs="+",
+        default=SPLITS,
+        help="the shards' names begin with them; each is permuted within itself",
+    )
     neutral.add_argument("--llm", type=Path, required=True, help="its directory")
     neutral.add_argument(
         "--layer", type=int, required=True, help="as of llm2clip embed"

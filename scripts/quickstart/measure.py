@@ -346,6 +346,15 @@ def cache_of(
     )
 
 
+def training_shards(side: str) -> str:
+    """The shards that towers of a side are trained on."""
+    if side == "shuffled":
+        return "shuffled/train-*.tar"
+    if side.endswith("-twins"):  # of scenes.sh
+        return "all/twins-*.tar"
+    return "all/train-*.tar"
+
+
 def check_run(tower: Path) -> dict[str, Any]:
     """The shards, caches and seed of a tower's training, from ``runs/NAME/run.json``. Raises
     ContractError if it read other shards than those of its name, or validated on the test's."""
@@ -358,8 +367,7 @@ def check_run(tower: Path) -> dict[str, Any]:
         "shards": [f"{path.parent.name}/{path.name}" for path in shards],
         "seed": config["train"]["seed"],
     }
-    folder = "shuffled" if side == "shuffled" else "all"
-    expected = {"shards": [f"{folder}/train-*.tar"], "seed": int(seed)}
+    expected = {"shards": [training_shards(side)], "seed": int(seed)}
     validation = data["validation"]
     is_validation = Path(validation or "").name.startswith("validation-")
     if used != expected or (validation and not is_validation):

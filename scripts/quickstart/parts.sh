@@ -65,18 +65,20 @@ tune() { # tune SEED: train an adapter
 }
 
 train() { # train NAME SEED CACHE [OPTION...]: a tower into $OUT/towers/NAME-seedSEED; but for a smoke run, gate.sh, the control and the
-    local name=$1-seed$2 start="launch scripts/train_tower.py" shards=all validation=() # start, validated on images in one style
+    local name=$1-seed$2 start="launch scripts/train_tower.py" shards=all/train validation=() # start, validated on images in one style
     case "$1" in shuffled | start) start="llm2clip train-tower" ;; esac # one process
     [ -d "$OUT/towers/$name" ] && return
     say "stage 2: training tower $name"
     if [ "$1" = shuffled ]; then
-        shards=shuffled
+        shards=shuffled/train
+    elif [[ $1 = *-twins ]]; then # of scenes.sh
+        shards=all/twins
     elif [ "$PRESET" != smoke ] && [ "$PRESET" != gate ] && [ "$1" != start ]; then
         validation=(--validation "$DATA/all/validation-noto.tar" --validation-cache "$DATA/cache/$3" --eval-steps "$((STEPS / 2))")
     fi
     # shellcheck disable=SC2086 # words on purpose
     $start --recipe quickstart --deepspeed scripts/zero1.json --output "$OUT/runs/$name" \
-        --data "$DATA/$shards/train-*.tar" --cache "$DATA/cache/$3" --kinds short long \
+        --data "$DATA/$shards-*.tar" --cache "$DATA/cache/$3" --kinds short long \
         --tower "$TOWER" --image-size "$SIZE" --freeze-first-blocks "$FREEZE" --heads.steps "$HEAD_STEPS" --max-steps "$STEPS" \
         --precision "$PRECISION" --seed "$2" ${validation[@]+"${validation[@]}"} "${@:4}"
     mkdir -p "$OUT/towers" && mv "$OUT/runs/$name/tower" "$OUT/towers/$name" # a run ends by exporting its tower

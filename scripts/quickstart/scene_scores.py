@@ -5,9 +5,9 @@
         --before quickstart-output/models/dinov2-vits14-56px
 
 As in gate.py, a ridge regression maps the patches that LLaVA reads to a caption's embedding, and it
-is fitted to the same training scenes for every tower, also for the one before stage 2. The captions
-are those of a neutral LLM, which no teacher was made from. Two scores on the test's scenes, whose
-pairs of concepts no training scene shows:
+is fitted to the same training scenes for every tower, also for the one before stage 2 and for those
+that were trained with twins. The captions are those of a neutral LLM, which no teacher was made
+from. Two scores on the test's scenes, whose pairs of concepts no training scene shows:
 
 - retrieval: the reciprocal rank of a picture's caption among those of all test scenes, its twin's
   too.
@@ -71,6 +71,12 @@ ARMS = {
     "map": GATE_ARMS["map"],
     "tuned": GATE_ARMS["tuned"],
 }
+WITH_TWINS = "-twins"  # at the end of an arm's name: twins in its training
+ARMS |= {
+    arm + WITH_TWINS: f"{title}, twins in training"
+    for arm, title in ARMS.items()
+    if arm != BEFORE
+}
 # (base, new), as in gate.py
 COMPARISONS = (
     ("permuted", "tuned"),
@@ -81,6 +87,13 @@ COMPARISONS = (
     ("words", "tuned"),
     ("words", "raw"),
     ("words", "map"),
+)
+# with twins in training; planned later, so that these are a family of their own
+TWINS_COMPARISONS = (
+    ("permuted-twins", "tuned-twins"),
+    ("words-twins", "tuned-twins"),
+    ("tuned", "tuned-twins"),
+    ("words", "words-twins"),
 )
 SPLITS = ("train", "validation", "test")
 # of the captions' covariance, in mean eigenvalues: smaller ones hardly count more than this
@@ -176,8 +189,9 @@ def mean_scores(towers: Sequence[Scores]) -> dict[str, float]:
 
 def cache_name(tower: str) -> str:
     """The folder in ``cache/`` of a tower's teacher, by the tower's name."""
-    arm = tower.partition("-seed")[0]
-    return arm if arm in ("raw", "random") else tower
+    arm, _, seed = tower.partition("-seed")
+    teacher = arm.removesuffix(WITH_TWINS)
+    return teacher if teacher in ("raw", "random") else f"{teacher}-seed{seed}"
 
 
 def check_teacher(data: Path, tower: Path) -> None:
@@ -220,12 +234,25 @@ def whitened(captions: Names, scenes: Sequence[str]) -> Names:
 def compare_scores(
     scores: Mapping[str, Scores], pairs_of: Mapping[str, list[str]]
 ) -> list[dict[str, Any]]:
-    """``COMPARISONS`` for each score, p adjusted for all of them. ``pairs_of``: of a
-    score, the pair of concepts of each value, whose scenes are right or wrong together."""
+    """``COMPARISONS`` and ``TWINS_COMPARISONS`` for each score, p adjusted within each of the two.
+    ``pairs_of``: of a score, the pair of concepts of each value, whose scenes are right or wrong
+    together."""
+    return [
+        *compare_family(scores, pairs_of, COMPARISONS),
+        *compare_family(scores, pairs_of, TWINS_COMPARISONS),
+    ]
+
+
+def compare_family(
+    scores: Mapping[str, Scores],
+    pairs_of: Mapping[str, list[str]],
+    comparisons: Sequence[tuple[str, str]],
+) -> list[dict[str, Any]]:
+    """These comparisons for each score, p adjusted for all of them."""
     rows = []
     for name in pairs_of:
         of_score = {tower: values[name] for tower, values in scores.items()}
-        for row in compare_arms(of_score, pairs_of[name], COMPARISONS):
+        for row in compare_arms(of_score, pairs_of[name], comparisons):
             rows.append({"score": name, **row})
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_adjusted"] = p

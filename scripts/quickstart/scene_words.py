@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from gate_caches import control_identity, random_vector, write_texts
-from scenes import HELD_OUT, RELATIONS
+from scenes import HELD_OUT, RELATIONS, TWINS
 from torch import Tensor
 
 from llm2clip_plugin.contracts import CacheManifest
@@ -57,7 +57,7 @@ def write_words(data: Path, cache: Path, output: Path, seed: int) -> None:
     def embed(text: str) -> Tensor:
         return embed_words(text, width, seed)
 
-    splits = ("train", *HELD_OUT)
+    splits = ("train", TWINS, *HELD_OUT)
     write_texts(data, splits, output, identity, manifest.dtype, embed)
 
 

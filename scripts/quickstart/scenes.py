@@ -7,11 +7,13 @@
 A random vector per caption has nothing that two scenes share; a teacher that reads captions has. So
 scenes ask whether a tower learns the parts from wholes. All splits show the same concepts, but each
 pair of concepts is in one split alone. A scene of validation or test has a twin: the same drawings,
-exchanged, with their names exchanged in the caption. Training has no twins.
+exchanged, with their names exchanged in the caption. The training scenes have none; in their place
+a tower can be trained on as many pictures of half of their pairs, each scene with its twin.
 
-Writes ``train-scenes.tar``, ``validation-scenes.tar`` and ``test-scenes.tar`` below ``--output``,
-the same on every machine. ``concept`` of a sample is its scene, ``family`` its pair of concepts.
-scenes.sh trains towers on them, and scene_scores.py asks these.
+Writes ``train-scenes.tar``, ``twins-NNN.tar`` (training with twins), ``validation-scenes.tar`` and
+``test-scenes.tar`` below ``--output``, the same on every machine. ``concept`` of a sample is its
+scene, ``family`` its pair of concepts. scenes.sh trains towers on them, and scene_scores.py asks
+these.
 """
 
 import argparse
@@ -43,6 +45,10 @@ GROUPS = (
 )
 HELD_OUT = ("validation", "test")
 PARTS = ("given", "swapped")  # of a scene and its twin, at the end of their names
+TWINS = "twins"  # the split of training with twins
+# pictures of one of its shards, a divisor of the quickstart's batch: shards that are read one after
+# the other bring a scene and its twin into one batch
+TWINS_SHARD = 16
 
 Pair = tuple[str, str]  # of concepts, in their order
 
@@ -165,18 +171,34 @@ def twin_scenes(split: str, pairs: Sequence[Pair]) -> Iterator[Scene]:
     for number, pair in enumerate(pairs):
         for relation in RELATIONS:
             draw = random.Random(f"{split} {number} {relation}")
-            style = draw.choice(STYLES)
-            shift = random_shift(draw)
-            for part, (first, second) in zip(PARTS, (pair, pair[::-1]), strict=True):
-                yield Scene(
-                    name=f"{split}-{number:03}-{relation.replace(' ', '-')}-{part}",
-                    pair=pair,
-                    first=first,
-                    second=second,
-                    relation=relation,
-                    style=style,
-                    shift=shift,
-                )
+            name = f"{split}-{number:03}-{relation.replace(' ', '-')}"
+            yield from with_twin(name, pair, relation, draw)
+
+
+def training_twins(pairs: Sequence[Pair]) -> Iterator[Scene]:
+    """A scene and its twin for each pair."""
+    for number, pair in enumerate(pairs):
+        draw = random.Random(f"{TWINS} {number}")
+        relation = draw.choice(RELATIONS)
+        yield from with_twin(f"{TWINS}-{number:04}", pair, relation, draw)
+
+
+def with_twin(
+    name: str, pair: Pair, relation: str, draw: random.Random
+) -> Iterator[Scene]:
+    """A scene and its twin, whose names begin with ``name``."""
+    style = draw.choice(STYLES)
+    shift = random_shift(draw)
+    for part, (first, second) in zip(PARTS, (pair, pair[::-1]), strict=True):
+        yield Scene(
+            name=f"{name}-{part}",
+            pair=pair,
+            first=first,
+            second=second,
+            relation=relation,
+            style=style,
+            shift=shift,
+        )
 
 
 def random_shift(draw: random.Random) -> int:
@@ -234,16 +256,19 @@ def make_scenes(output: Path, scenes: int, concepts: int) -> None:
     """Write the shards of all splits."""
     drawings = read_drawings(concepts)
     pairs = split_pairs(list(drawings.names), scenes)
-    of_split = {"train": list(training_scenes(pairs["train"]))}
+    shards = {"train-scenes": list(training_scenes(pairs["train"]))}
     for split in HELD_OUT:
-        of_split[split] = list(twin_scenes(split, pairs[split]))
+        shards[f"{split}-scenes"] = list(twin_scenes(split, pairs[split]))
+    twins = list(training_twins(pairs["train"][: scenes // 2]))
+    for number, start in enumerate(range(0, len(twins), TWINS_SHARD)):
+        shards[f"{TWINS}-{number:03}"] = twins[start : start + TWINS_SHARD]
     with atomic_directory(output, replace=True) as temporary:
-        for split, in_split in of_split.items():
+        for shard, in_shard in shards.items():
             samples = []
-            for scene in in_split:
+            for scene in in_shard:
                 png = picture(scene, drawings)
                 samples.append((scene.name, png, describe(scene, drawings.names)))
-            write_tar(temporary / f"{split}-scenes.tar", samples)
+            write_tar(temporary / f"{shard}.tar", samples)
 
 
 def main() -> None:

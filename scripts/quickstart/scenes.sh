@@ -6,6 +6,8 @@
 #
 #   scripts/quickstart/scenes.sh                              three seeds, 50 steps of stage 2; some minutes of a core a tower
 #   scripts/quickstart/scenes.sh --arms "permuted words raw"  these teachers alone, beside the tower before stage 2
+#   scripts/quickstart/scenes.sh --arms "tuned tuned-twins"   a teacher's name with -twins: as many pictures in training, half of
+#                                                             them the twins of the others, in the same batch
 #   scripts/quickstart/scenes.sh --llava                      then a small LLaVA on each tower is asked (scene_questions.py; a
 #                                                             quarter of an hour of a core each)
 #
@@ -19,7 +21,7 @@ read_options "seeds steps arms output llava=0" "$@"
 for number in "$SEEDS" "$STEPS"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number is not a number above 0"
 done
-for arm in $ARMS; do one_of --arms "$arm" permuted words raw tuned map random; done
+for arm in $ARMS; do one_of --arms "$arm" {permuted,words,raw,tuned,map,random}{,-twins}; done
 WORK=$(realpath -ms "${OUTPUT:-$ROOT/quickstart-output}")
 cd "$ROOT"
 "$ROOT/scripts/quickstart.sh" --compare --no-llava --seeds "$SEEDS" --output "$WORK"

@@ -1,5 +1,6 @@
 # The parts of scenes.sh, sourced after parts.sh and gate_parts.sh: its caches, and the tower of each teacher. $DATA has the
-# scenes in all/; adapters, readings and captions of stage 1 are those of the quickstart.
+# scenes in all/. A teacher's name with -twins is the same teacher, with twins in training. Adapters, readings and captions of
+# stage 1 are those of the quickstart.
 
 make_scenes() {
     [ -d "$DATA/all" ] || python scripts/quickstart/scenes.py --output "$DATA/all"
@@ -13,14 +14,15 @@ neutral_captions() { # neutral_captions GATE: as SmolLM2 embeds them, read as in
         --post-file "$1/reading/llm2clip_post.safetensors" --compute-dtype "$DTYPE" --cache "$DATA/cache/neutral"
 }
 scenes_cache() { # scenes_cache NAME SEED: the cache of a teacher; sets CACHE
-    local seeded=$1-seed$2
+    local teacher=${1%-twins}
+    local seeded=$teacher-seed$2
     CACHE=$seeded
-    case "$1" in
-        raw | random) CACHE=$1 ;;
+    case "$teacher" in
+        raw | random) CACHE=$teacher ;;
         permuted) scenes_cache tuned "$2" && CACHE=$seeded ;;
     esac
     ! complete "$CACHE" || return 0
-    case "$1" in
+    case "$teacher" in
         raw | tuned) embed "$CACHE" ;;
         map) scenes_cache raw "$2" && fit_map "$2" && CACHE=$seeded ;;
         random) python scripts/quickstart/inputs.py random "$DATA/all" --cache "$DATA/cache/raw" --output "$DATA/cache/random" ;;
@@ -29,10 +31,14 @@ scenes_cache() { # scenes_cache NAME SEED: the cache of a teacher; sets CACHE
             python scripts/quickstart/scene_words.py "$DATA/all" --cache "$DATA/cache/raw" --seed "$2" --output "$DATA/cache/$seeded" ;;
         permuted)
             python scripts/quickstart/gate_caches.py permuted "$DATA/all" --cache "$DATA/cache/tuned-seed$2" --seed "$2" \
-                --output "$DATA/cache/$seeded" ;;
+                --splits train twins --output "$DATA/cache/$seeded" ;;
     esac
 }
-scenes_arm() { # scenes_arm NAME SEED: the tower of a teacher; a mirrored or cropped scene has another caption
+scenes_arm() { # scenes_arm NAME SEED: the tower of a teacher
+    local order=()
+    [[ $1 != *-twins ]] || order=(--shuffle-window 1) # shard after shard, so that a scene and its twin are in one batch
     scenes_cache "$1" "$2"
-    train "$1" "$2" "$CACHE" --kinds short --augment.no-flip --augment.rotate 0 --augment.scale 0.9 1 --augment.ratio 0.9 1.1
+    # a mirrored or cropped scene has another caption
+    train "$1" "$2" "$CACHE" --kinds short --augment.no-flip --augment.rotate 0 --augment.scale 0.9 1 --augment.ratio 0.9 1.1 \
+        ${order[@]+"${order[@]}"}
 }

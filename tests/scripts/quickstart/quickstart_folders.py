@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import inherited
+import measure
 import torch
 from safetensors.torch import save_file
 
@@ -75,9 +76,8 @@ def write_run(output: Path, name: str, **data: object) -> None:
     """The record of a tower's training below ``output``; ``data``: what differs from the
     quickstart's."""
     side, _, seed = name.partition("-seed")
-    folder = "shuffled" if side == "shuffled" else "all"
     read = {
-        "path": [f"data/{folder}/train-*.tar"],
+        "path": [f"data/{measure.training_shards(side)}"],
         "cache": [f"data/cache/{side}"],
         "validation": "",
         **data,

@@ -343,6 +343,11 @@ def test_an_adapter_of_test_captions_is_refused(data, tmp_path) -> None:
             {"path": ["data/all/train-*.tar"]},
             "expected .*shuffled/train",
         ),
+        (
+            "tuned-twins-seed0",
+            {"path": ["data/all/train-*.tar"]},
+            "expected .*all/twins",
+        ),
         ("tuned-seed1", {"validation": "data/all/test-noto.tar"}, "all/test-noto.tar'"),
     ],
 )

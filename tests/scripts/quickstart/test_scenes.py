@@ -20,6 +20,7 @@ from test_quickstart_parts import ROOT, started, value
 from transformers import Dinov2Config, Dinov2Model
 
 from llm2clip_plugin.data.cache import EmbeddingCache
+from llm2clip_plugin.data.sampler import PassOrder
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.vision.directory import DualConfig
 from llm2clip_plugin.vision.dual import DualEncoder
@@ -40,8 +41,11 @@ def folder(tmp_path_factory) -> Path:
 
 def read_split(folder: Path, split: str) -> dict[str, tuple[bytes, dict]]:
     """Scene -> its picture and description."""
-    samples = read_tar(folder / f"{split}-scenes.tar")
-    return {about["concept"]: (png, about) for _, png, about in samples}
+    return read_scenes(folder / f"{split}-scenes.tar")
+
+
+def read_scenes(shard: Path) -> dict[str, tuple[bytes, dict]]:
+    return {about["concept"]: (png, about) for _, png, about in read_tar(shard)}
 
 
 def text_of(about: dict) -> str:
@@ -51,8 +55,8 @@ def text_of(about: dict) -> str:
 
 def test_scenes_are_the_same_every_time(folder, tmp_path) -> None:
     scenes.make_scenes(tmp_path / "all", scenes=20, concepts=12)
-    for split in ("train", "validation", "test"):
-        name = f"{split}-scenes.tar"
+    for shard in folder.glob("*.tar"):
+        name = shard.name
         assert (folder / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
 
 
@@ -73,8 +77,35 @@ def test_each_pair_of_concepts_and_each_caption_is_in_one_split(folder) -> None:
     assert len(set(shown)) == len(shown) == 12
 
 
-def test_a_twin_has_its_drawings_and_its_names_exchanged(folder) -> None:
-    samples = read_split(folder, "test")
+def test_training_with_twins_shows_half_of_the_pairs_and_each_twice(folder) -> None:
+    shards = sorted(folder.glob("twins-*.tar"))
+    pairs = []
+    sizes = []
+    for shard in shards:
+        samples = read_scenes(shard)
+        sizes.append(len(samples))
+        pairs += [about["family"] for _, about in samples.values()]
+        # so that both can be in one batch
+        assert all(scenes.twin_of(scene) in samples for scene in samples)
+    assert sizes == [16, 4]
+    without_twins = read_split(folder, "train")
+    in_training = [about["family"] for _, about in without_twins.values()]
+    assert sorted(pairs) == sorted(2 * in_training[:10])
+
+
+def test_shards_of_twins_that_are_read_one_after_the_other_keep_them_in_a_batch() -> (
+    None
+):
+    order = PassOrder([scenes.TWINS_SHARD] * 125, window=1, key=3)
+    numbers = order(np.arange(2000))
+    for start in range(0, 2000, 80):
+        batch = set(numbers[start : start + 80].tolist())
+        assert all(number ^ 1 in batch for number in batch)
+
+
+@pytest.mark.parametrize("shard", ["test-scenes", "twins-000"])
+def test_a_twin_has_its_drawings_and_its_names_exchanged(folder, shard) -> None:
+    samples = read_scenes(folder / f"{shard}.tar")
     for scene, (png, about) in samples.items():
         twin_png, twin = samples[scenes.twin_of(scene)]
         relation = " above " if " above " in text_of(about) else " left of "
@@ -196,7 +227,10 @@ def test_random_words_share_what_captions_share(folder, towers, tmp_path) -> Non
     cache = EmbeddingCache.open(tmp_path / "words")
     test = {"test": open_split(folder, "test")}
     captions = scene_scores.scene_captions(test, cache)
-    for scene, (_, about) in read_split(folder, "test").items():
+    training = {"twins": open_split(folder, "twins")}
+    captions |= scene_scores.scene_captions(training, cache)
+    asked = read_split(folder, "test") | read_scenes(folder / "twins-000.tar")
+    for scene, (_, about) in asked.items():
         expected = scene_words.embed_words(text_of(about), WIDTH, seed=1)
         assert torch.allclose(captions[scene].float(), expected, atol=0.01)
 
@@ -218,6 +252,21 @@ def test_both_scores_are_adjusted_together() -> None:
     assert [row["significant"] for row in rows] == [True, False]
     assert rows[0]["p_adjusted"] == pytest.approx(2 * rows[0]["p"])
     assert scene_scores.comparisons_table(rows).count("not shown") == 1
+    # towers that were trained with twins are a family of their own
+    for seed in range(3):
+        scores[f"permuted-twins-seed{seed}"] = scores[f"permuted-seed{seed}"]
+        scores[f"tuned-twins-seed{seed}"] = scores[f"tuned-seed{seed}"]
+    with_twins = scene_scores.compare_scores(scores, pairs_of)
+    assert with_twins[:2] == rows
+    compared = [(row["score"], row["base"], row["new"]) for row in with_twins[2:]]
+    assert compared == [
+        ("retrieval", "permuted-twins", "tuned-twins"),
+        ("retrieval", "tuned", "tuned-twins"),
+        ("twins", "permuted-twins", "tuned-twins"),
+        ("twins", "tuned", "tuned-twins"),
+    ]
+    assert with_twins[2]["p_adjusted"] == pytest.approx(4 * with_twins[2]["p"])
+    assert with_twins[3]["difference"] == 0
 
 
 def test_towers_of_scenes_differ_in_their_cache_alone(tmp_path) -> None:
@@ -230,7 +279,7 @@ def test_towers_of_scenes_differ_in_their_cache_alone(tmp_path) -> None:
         "words-seed3",
     ):
         (tmp_path / "data" / "cache" / cache).mkdir(parents=True)
-    arms = ("permuted", "words", "raw", "tuned", "map", "random")
+    arms = ("permuted", "words", "raw", "tuned", "map", "random", "raw-twins")
     commands = started(
         tmp_path,
         f"PRESET=gate; . {PARTS}/gate_parts.sh; . {PARTS}/scenes_parts.sh; "
@@ -244,7 +293,13 @@ def test_towers_of_scenes_differ_in_their_cache_alone(tmp_path) -> None:
         assert value(command, "--kinds") == "short"
         assert "--augment.no-flip" in command
         words = " ".join(command).replace(value(command, "--cache"), "")
-        settings.add(words.replace(f"{arm}-seed3", ""))
+        words = words.replace(f"{arm}-seed3", "")
+        if arm == "raw-twins":
+            assert value(command, "--data") == "data/all/twins-*.tar"
+            assert value(command, "--shuffle-window") == "1"
+            words = words.replace("/twins-", "/train-")
+            words = words.replace(" --shuffle-window 1", "")
+        settings.add(words)
     assert len(settings) == 1
 
 
@@ -274,6 +329,7 @@ def test_the_caches_of_scenes_are_made_of_the_right_teachers(tmp_path) -> None:
     assert value(neutral, "--layer") == "28"
     assert value(tuned, "--adapter") == "data/llm/seed3/adapter"
     assert value(permuted, "--cache") == "data/cache/tuned-seed3"
+    assert "--splits train twins" in " ".join(permuted)
     assert value(permuted, "--output") == "data/cache/permuted-seed3"
     assert name == ["permuted-seed3"]
     assert value(raw, "--cache") == "data/cache/raw"
