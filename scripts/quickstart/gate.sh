@@ -4,8 +4,9 @@
 # fine-tuned LLM, and an oracle.
 #
 #   scripts/quickstart/gate.sh                          three seeds, 50 steps of stage 2 as the quickstart; two minutes of a core a tower
-#   scripts/quickstart/gate.sh --steps 200 --seeds 1    longer towers, in a folder of their own; also what the steps bring to retrieval
-#                                                       (longer.py; --rendered DIR: in one more style)
+#   scripts/quickstart/gate.sh --steps 200 --seeds 1    longer towers, in a folder of their own; also what the steps bring to retrieval,
+#                                                       against all lower numbers that were run (longer.py; --rendered DIR:
+#                                                       in one more style)
 #   scripts/quickstart/gate.sh --arms "permuted tuned"  these teachers alone, beside the tower before stage 2
 #   scripts/quickstart/gate.sh --llava                  then a small LLaVA on each tower: does it name what it was never shown?
 #                                                       (inherited.py; a quarter of an hour of a core each)
@@ -43,7 +44,12 @@ for seed in $(seq 0 $((SEEDS - 1))); do
 done
 python scripts/quickstart/gate.py --data "$DATA" --output "$OUT" --before "$TOWER"
 if [ "$STEPS" != 50 ] && [[ " $ARMS " =~ " "(raw|map|tuned)" " ]]; then
-    python scripts/quickstart/longer.py --data "$DATA" --short "$WORK/default" --long "$OUT" \
+    outputs=("$WORK/default")
+    for output in "$WORK"/gate-*-steps; do # those of as many steps or fewer
+        number=${output##*/gate-}
+        [ "${number%-steps}" -gt "$STEPS" ] || outputs+=("$output")
+    done
+    python scripts/quickstart/longer.py --data "$DATA" --outputs "${outputs[@]}" \
         ${RENDERED:+--rendered "$RENDERED"}
 fi
 if [ -n "$LLAVA" ]; then

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """What more steps of stage 2 bring: retrieval on test families by towers of few steps and of many.
 
-    longer.py --data OUT/data --short OUT/default --long OUT/gate-200-steps
+    longer.py --data OUT/data --outputs OUT/default OUT/gate-200-steps OUT/gate-800-steps
 
 Reads ``all/`` and ``cache/`` below ``--data``, and the towers of the raw LLM, the linear map and
-the fine-tuned LLM below ``--short`` and ``--long``; writes ``longer.json`` below ``--long``. A
-tower counts if both have its teacher and seed. Differences are paired by query and by seed;
-intervals are over families and seeds. p is given for names in languages of neither stage, caption →
-image, alone, and is adjusted for that row's comparisons (Holm).
+the fine-tuned LLM below each of ``--outputs``; writes ``longer.json`` below the one of most steps.
+A tower counts if another folder has its teacher and seed, and each number of steps is compared with
+the next lower one.
+Differences are paired by query and by seed; intervals are over families and seeds. p is given for
+names in languages of neither stage, caption → image, alone, and is adjusted for that row's
+comparisons (Holm).
 
 ``--rendered``: a folder with a drawing of each test concept, named by its code points
 (``1f600.webp``), as ``assets`` of the npm package ``@lobehub/fluent-emoji-3d``: one more style of
@@ -19,8 +21,10 @@ Shapes: S seeds, Q queries.
 import argparse
 import functools
 import io
+import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -125,28 +129,40 @@ def measure(path: Path, sets: Mapping[str, list[Source]], caches: Any) -> Rows:
     return rows
 
 
-def shared_towers(short: Path, long: Path) -> list[str]:
-    """``ARM-seedN`` that both folders have. Raises FileNotFoundError without one."""
-    names = []
+def trained_towers(output: Path) -> dict[str, Path]:
+    """``ARM-seedN`` -> the tower, of a folder."""
+    towers = {}
     for arm in ARMS:
-        for path in sorted((long / "towers").glob(f"{arm}-seed*")):
-            if (short / "towers" / path.name).is_dir():
-                names.append(path.name)
-    if not names:
-        raise FileNotFoundError(
-            f"{long / 'towers'} and {short / 'towers'} share no tower of {', '.join(ARMS)}"
-        )
-    return names
+        for path in sorted((output / "towers").glob(f"{arm}-seed*")):
+            towers[path.name] = path
+    return towers
 
 
-def steps_of(output: Path, names: Sequence[str]) -> int:
-    """The steps of all these towers. Raises ContractError if they differ."""
-    steps = {max_steps(output / "towers" / name) for name in names}
-    if len(steps) > 1:
-        raise ContractError(
-            f"{output / 'towers'} has towers of {sorted(steps)} steps; expected one number"
-        )
-    return steps.pop()
+def towers_by_steps(outputs: Sequence[Path]) -> dict[int, list[Path]]:
+    """Steps, few first -> the towers whose teacher and seed another of ``outputs`` has, too. Raises
+    FileNotFoundError without any, ContractError for a folder with several numbers of steps, or two
+    folders with the same."""
+    found = {output: trained_towers(output) for output in outputs}
+    count = Counter(name for towers in found.values() for name in towers)
+    of_steps: dict[int, list[Path]] = {}
+    for output, towers in found.items():
+        shared = [path for name, path in towers.items() if count[name] > 1]
+        if not shared:
+            continue
+        steps = sorted({max_steps(path) for path in shared})
+        if len(steps) > 1:
+            raise ContractError(
+                f"{output / 'towers'} has towers of {steps} steps; expected one number"
+            )
+        if steps[0] in of_steps:
+            raise ContractError(
+                f"{output / 'towers'} has towers of {steps[0]} steps, as another folder"
+            )
+        of_steps[steps[0]] = shared
+    if not of_steps:
+        folders = ", ".join(str(output / "towers") for output in outputs)
+        raise FileNotFoundError(f"{folders} share no tower of {', '.join(ARMS)}")
+    return dict(sorted(of_steps.items()))
 
 
 # What it shows
@@ -176,18 +192,22 @@ def compare_all(
 ) -> tuple[list[Comparison], list[Comparison]]:
     """What a test gains by steps, of each teacher; and the fine-tuned LLM minus the others after as
     many. ``towers``: by steps, few first."""
-    short, long = towers
-    gains = [
-        compare(test, TEACHERS[arm], towers[short][arm], towers[long][arm])
-        for arm in ARMS
-        if arm in towers[long]
-    ]
+    gains = []
+    for short, long in itertools.pairwise(towers):
+        for arm in ARMS:
+            old = towers[short].get(arm, {})
+            new = towers[long].get(arm, {})
+            if old.keys() & new.keys():
+                row = compare(test, TEACHERS[arm], old, new)
+                gains.append({**row, "steps": [short, long]})
     others = []
     for steps, of_steps in towers.items():
         for base in ("raw", "map"):
-            if base in of_steps and "tuned" in of_steps:
+            old = of_steps.get(base, {})
+            new = of_steps.get("tuned", {})
+            if old.keys() & new.keys():
                 title = f"{steps} steps: {TEACHERS['tuned']} minus {TEACHERS[base]}"
-                others.append(compare(test, title, of_steps[base], of_steps["tuned"]))
+                others.append(compare(test, title, old, new))
     return gains, others
 
 
@@ -207,18 +227,19 @@ def p_cell(row: Comparison) -> str:
     return p_value(row["p_adjusted"]) + shown
 
 
-def gains_table(rows: Sequence[Comparison], short: int, long: int) -> str:
-    """A row per test and teacher."""
+def gains_table(rows: Sequence[Comparison]) -> str:
+    """A row per test, teacher and pair of numbers of steps."""
     cells = []
     for row in rows:
         change = estimate(row["difference"], row["interval"])
-        levels = (spread(row["old"]), spread(row["new"]))
+        steps = " → ".join(str(number) for number in row["steps"])
+        levels = f"{spread(row['old'])} → {spread(row['new'])}"
         seeds = str(len(row["seeds"]))
         cells.append(
-            (row["test"], row["comparison"], seeds, *levels, change, p_cell(row))
+            (row["test"], row["comparison"], seeds, steps, levels, change, p_cell(row))
         )
-    head = ("test families", "teacher of the tower", "seeds")
-    head += (f"{short} steps", f"{long} steps", "difference", "p (Holm)")
+    head = ("test families", "teacher of the tower", "seeds", "steps")
+    head += ("fewer → more", "difference", "p (Holm)")
     return markdown_table(head, cells)
 
 
@@ -233,22 +254,19 @@ def others_table(rows: Sequence[Comparison]) -> str:
     return markdown_table(head, cells)
 
 
-def make_report(data: Path, short: Path, long: Path, rendered: Path | None) -> str:
+def make_report(data: Path, outputs: Sequence[Path], rendered: Path | None) -> str:
     """Measure the towers, write ``longer.json``, and return the tables."""
-    names = shared_towers(short, long)
-    outputs = {steps_of(output, names): output for output in (short, long)}
-    if len(outputs) == 1:
-        raise ContractError(f"towers in {short} and {long} have the same steps")
+    paths = towers_by_steps(outputs)
     caches = open_caches(data)
     sets = open_sets(data / "all")
     if rendered:
         sets[RENDERED] = [Redrawn(sets["test"][0], rendered)]
     towers: dict[int, Towers] = {}
-    for steps, output in outputs.items():
+    for steps, of_steps in paths.items():
         towers[steps] = {}
-        for name in names:
-            arm, _, seed = name.partition("-seed")
-            rows = measure(output / "towers" / name, sets, caches)
+        for path in of_steps:
+            arm, _, seed = path.name.partition("-seed")
+            rows = measure(path, sets, caches)
             towers[steps].setdefault(arm, {})[int(seed)] = rows
     any_seed = next(iter(next(iter(towers.values())).values()))
     tests = sorted(next(iter(any_seed.values())), key=lambda test: test != ENDPOINT)
@@ -259,8 +277,9 @@ def make_report(data: Path, short: Path, long: Path, rendered: Path | None) -> s
         gains += of_steps
         others += of_teachers
     adjust(gains + others)
-    write_text(long / "longer.json", json.dumps([*gains, *others], indent=2))
-    tables = [gains_table(gains, *outputs)]
+    longest = paths[max(paths)][0].parents[1]
+    write_text(longest / "longer.json", json.dumps([*gains, *others], indent=2))
+    tables = [gains_table(gains)]
     if others:
         tables.append(others_table(others))
     return "\n".join(tables)
@@ -271,8 +290,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--short", type=Path, required=True, help="of few steps")
-    parser.add_argument("--long", type=Path, required=True, help="of many")
+    parser.add_argument(
+        "--outputs",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="folders with towers/, each of one number of steps",
+    )
     parser.add_argument("--rendered", type=Path, help="folder of drawings")
     print(make_report(**vars(parser.parse_args())))
 

@@ -407,7 +407,9 @@ def long_towers(folder):
 def test_towers_of_few_and_of_many_steps_are_paired_by_seed(
     folder, long_towers, raw
 ) -> None:
-    table = longer.make_report(folder / "data", folder / "out", long_towers, None)
+    # in any order
+    outputs = [long_towers, folder / "out"]
+    table = longer.make_report(folder / "data", outputs, None)
     rows = json.loads((long_towers / "longer.json").read_text())
     first = rows[0]
     assert first["test"] == longer.ENDPOINT
@@ -419,7 +421,7 @@ def test_towers_of_few_and_of_many_steps_are_paired_by_seed(
     assert first["difference"] == pytest.approx(0, abs=1e-9)
     assert first["interval"][0] <= 0 <= first["interval"][1]
     assert [row["test"] for row in rows if "p_adjusted" in row] == [longer.ENDPOINT]
-    assert "| 50 steps | 200 steps |" in table
+    assert "| 2 | 50 → 200 |" in table
     # one teacher alone: none is compared with another
     assert table.count("| test families |") == 1
     assert table.count(", not shown") == 1
@@ -443,7 +445,8 @@ def test_rendered_drawings_are_asked_with_the_captions_of_their_concepts(
     with Image.open(io.BytesIO(redrawn[0].read_image())) as picture:
         assert picture.size == (inputs.SIZE, inputs.SIZE)
         assert picture.getpixel((0, 0)) == (255, 255, 255)
-    table = longer.make_report(folder / "data", folder / "out", long_towers, tmp_path)
+    outputs = [folder / "out", long_towers]
+    table = longer.make_report(folder / "data", outputs, tmp_path)
     assert table.count("rendered style, long captions") == 2
     assert table.count("rendered style, names in languages") == 2
     with pytest.raises(FileNotFoundError, match="no drawing of a test concept"):
@@ -453,7 +456,25 @@ def test_rendered_drawings_are_asked_with_the_captions_of_their_concepts(
 def test_towers_without_a_partner_or_of_the_same_steps_are_refused(
     folder, tmp_path
 ) -> None:
+    out = folder / "out"
     with pytest.raises(FileNotFoundError, match="share no tower of raw, map, tuned"):
-        longer.make_report(folder / "data", folder / "out", tmp_path, None)
-    with pytest.raises(ContractError, match="have the same steps"):
-        longer.make_report(folder / "data", folder / "out", folder / "out", None)
+        longer.make_report(folder / "data", [out, tmp_path], None)
+    (tmp_path / "towers").symlink_to(out / "towers")
+    (tmp_path / "runs").symlink_to(out / "runs")
+    with pytest.raises(ContractError, match="towers of 50 steps, as another folder"):
+        longer.make_report(folder / "data", [out, tmp_path], None)
+
+
+def test_each_number_of_steps_is_compared_with_the_next_lower_one(folder, raw) -> None:
+    first, second = raw
+    towers = {
+        50: {"raw": {0: first, 1: second}, "tuned": {0: second}},
+        200: {"raw": {0: second, 1: first}},
+        800: {"raw": {1: second}, "tuned": {1: first}},
+    }
+    gains, others = longer.compare_all(longer.ENDPOINT, towers)
+    compared = [(row["comparison"], row["steps"], row["seeds"]) for row in gains]
+    title = measure.TEACHERS["raw"]
+    assert compared == [(title, [50, 200], [0, 1]), (title, [200, 800], [1])]
+    assert [row["seeds"] for row in others] == [[0], [1]]
+    assert [row["comparison"].partition(" ")[0] for row in others] == ["50", "800"]
