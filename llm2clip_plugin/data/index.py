@@ -172,6 +172,12 @@ class IndexFile:
         texts_start = start + self.table.samples[shard] * row_bytes
         return values, self._file.read(text_size, texts_start + text_start)
 
+    def columns_of(self, number: int) -> np.ndarray:
+        """The rows of a shard without its text: (samples, columns) int64."""
+        size = self.table.samples[number] * 8 * self.columns
+        data = self._file.read(size, self.table.starts[number])
+        return np.frombuffer(data, dtype="<i8").reshape(-1, self.columns)
+
     def shard(self, number: int) -> ShardRows:
         """All rows of a shard."""
         table = self.table

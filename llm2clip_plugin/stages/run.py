@@ -24,7 +24,12 @@ from llm2clip_plugin.progress import each_in_phase, phase
 from llm2clip_plugin.run_folder import METRICS, headline
 from llm2clip_plugin.signals import StopRequest, loaded
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
-from llm2clip_plugin.stages.resume import flat, refuse_changes, same_on_all_hosts
+from llm2clip_plugin.stages.resume import (
+    flat,
+    refuse_changes,
+    same_on_all_hosts,
+    within,
+)
 from llm2clip_plugin.stages.tower_config import RunConfig
 from llm2clip_plugin.train.averages import WeightAverage
 from llm2clip_plugin.train.checkpoint import (
@@ -54,8 +59,10 @@ from llm2clip_plugin.train.optim import (
 from llm2clip_plugin.train.step import Batch, ContrastiveStep
 from llm2clip_plugin.vision.export import library_versions
 
-# of run_settings: digests of the captions that are learned, and of what evaluations measure
+# of run_settings: digests of the captions and pictures that are learned, and of what evaluations
+# measure
 CAPTIONS = "captions"
+PICTURES = "pictures"
 MEASURED = "measured"
 OTHER_SCORES = (
     "its scores are left out: they are of other held-out data, or measured otherwise"
@@ -137,8 +144,7 @@ class TrainingRun:
         loaded = load(path)
         saved = loaded.state.config
         allowed = list(self.config.allow_changed)
-        if CAPTIONS not in saved:  # an earlier release did not record them
-            allowed.append(CAPTIONS)
+        allowed += not_in_both(saved, self.run_settings, (CAPTIONS, PICTURES))
         if MEASURED in self.run_settings:
             allowed.append(MEASURED)
         refuse_changes(
@@ -339,6 +345,20 @@ def open_run(
         deepspeed=deepspeed,
         command=command,
     )
+
+
+def not_in_both(
+    saved: Mapping[str, Any], now: Mapping[str, Any], facts: Sequence[str]
+) -> list[str]:
+    """The digests among ``facts`` that the checkpoint or this run doesn't have: an earlier release
+    did not record them, or they are of data at a URL."""
+    old = dict(flat(dict(saved)))
+    new = dict(flat(dict(now)))
+    return [
+        name
+        for name in sorted(old.keys() | new.keys())
+        if within(name, facts) and not (old.get(name) and new.get(name))
+    ]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from llm2clip_plugin.run_folder import UNFINISHED_HEADS
 from llm2clip_plugin.signals import StopRequest, loaded, stop_requests
 from llm2clip_plugin.stages.run import (
     MEASURED,
+    PICTURES,
     TrainingRun,
     open_run,
     training_ranks,
@@ -140,11 +141,13 @@ def _start(
     trained = trained_parameters(model, config.optim)
 
     measured = evaluation.measured if evaluation is not None else ""
+    with phase("comparing the pictures"):
+        pictures = on_first_rank(lambda: data.pictures)
     run = open_run(
         config,
         samples=data.samples,
         hidden_size=model.tower.config.hidden_size,
-        learned_from={**data.learned_from, MEASURED: measured},
+        learned_from={**data.learned_from, PICTURES: pictures, MEASURED: measured},
         teacher=dataclasses.asdict(data.teacher),
         command=command,
     )

@@ -89,6 +89,14 @@ class TowerData:
         return facts
 
     @property
+    def pictures(self) -> dict[str, dict[str, str]]:
+        """Digests of each source's pictures, which a checkpoint records, too."""
+        digests: dict[str, dict[str, str]] = {}
+        for number, source in enumerate(self.sources, 1):
+            digests[str(number)] = source.picture_digests()
+        return digests
+
+    @property
     def digests(self) -> dict[str, str]:
         """What is compared between ranks."""
         digests: dict[str, str] = {}

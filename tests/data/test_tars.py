@@ -4,6 +4,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from data_world import jpeg, write_shards, write_tar
 
@@ -240,3 +241,38 @@ def test_a_tar_replaced_under_a_run_is_noticed(tmp_path: Path) -> None:
         source[0].read_image()
     # which training would only replace
     assert not isinstance(caught.value, BrokenSample)
+
+
+def test_digests_tell_that_a_picture_was_replaced(tmp_path: Path) -> None:
+    probed = 2 * 3  # of 600 pictures, every third one
+    pictures = [b"%d" % (1000 + number) for number in range(600)]
+
+    def digests(name: str, changes: dict[int, bytes]) -> dict[str, str]:
+        changed = dict(enumerate(pictures)) | changes
+        members = [(f"{number}.jpg", data) for number, data in changed.items()]
+        path = write_tar(tmp_path / name / "00000.tar", members)
+        return open_source(SourceConfig(path=str(path.parent))).picture_digests()
+
+    before = digests("before", {})
+    assert digests("copy", {}) == before
+    longer = digests("longer", {probed + 1: b"more bytes"})
+    assert longer["content"] == before["content"]
+    assert longer["sizes"] != before["sizes"]
+    other = digests("other", {probed: b"0000"})
+    assert other["content"] != before["content"]
+    assert other["sizes"] == before["sizes"]
+
+
+def test_digests_of_pictures_at_a_url_need_no_download(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "set", [3, 2])
+    expected = open_source(SourceConfig(path=str(folder))).picture_digests()
+    memory = fsspec.filesystem("memory")
+    for path in folder.glob("*.tar"):
+        memory.pipe_file(f"/pictures/{path.name}", path.read_bytes())
+    cache = tmp_path / "cache"
+    url = "memory://pictures/"
+    source = open_source(SourceConfig(path=url, cache_folder=str(cache)))
+    for tar in cache.rglob("*.tar"):
+        tar.unlink()
+    assert source.picture_digests() == {"sizes": expected["sizes"], "content": ""}
+    assert not list(cache.rglob("*.tar"))

@@ -4,6 +4,7 @@ this folder."""
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import tarfile
 from abc import ABC, abstractmethod
@@ -40,6 +41,7 @@ from llm2clip_plugin.json_files import parse_json
 from llm2clip_plugin.options import command, setting, unknown
 
 PROBES = 4096  # samples of a source, evenly spaced, in which a caption field must occur
+PICTURE_PROBES = 256  # evenly spaced pictures of a source that are compared by content
 KIND_PROBES = 64  # samples in which kinds of captions are looked for
 READING = 2  # version of how captions are read from a sample; another one makes kept digests void
 
@@ -200,6 +202,11 @@ class Source(ABC):
     stamps: Sequence[Stamp] = ()  # of each shard's file, if ``side_folder`` is set
     downloads_shards = False  # whether ``use_shard`` downloads
 
+    @property
+    def downloads_pictures(self) -> bool:
+        """Whether pictures are at a URL."""
+        return is_url(self.path)
+
     def __init__(self, config: SourceConfig, shards: tuple[Shard, ...]) -> None:
         self.config = config
         self.path = config.path
@@ -248,6 +255,22 @@ class Source(ABC):
         for name, stamp in zip(files, stamps, strict=True):
             table.append([name, *(stamp or ())])
         return table
+
+    def picture_digests(self) -> dict[str, str]:
+        """Digests that show a run that pictures were replaced, without reading all of them. They
+        are the same wherever the data is; one that would have to be downloaded is ""."""
+        return {"content": "" if self.downloads_pictures else self._probe_pictures()}
+
+    def _probe_pictures(self) -> str:
+        """A digest of PICTURE_PROBES evenly spaced pictures."""
+        digest = hashlib.sha256()
+        for number in range(0, len(self), len(self) // PICTURE_PROBES + 1):
+            try:
+                picture = self.record(number).read_image()
+            except BrokenSample:
+                picture = b""
+            digest.update(hashlib.sha256(picture).digest())
+        return digest.hexdigest()[:12]
 
     def __len__(self) -> int:
         if not self.shards:

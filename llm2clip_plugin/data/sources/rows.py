@@ -110,6 +110,10 @@ class RowSource(Source):
             raise
         return path, folder, index
 
+    @property
+    def downloads_pictures(self) -> bool:
+        return is_url(self.images_folder)
+
     @abstractmethod
     def read_rows(self, path: Path) -> Rows:
         """The rows of a file; ``pack_rows`` makes them from any objects."""
