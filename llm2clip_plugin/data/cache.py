@@ -298,6 +298,40 @@ def differences(stored: Mapping[str, object], yours: TeacherIdentity) -> str:
     return "; ".join(settings) or "the same settings"
 
 
+def captions_digest(source: Source) -> str:
+    """Over the keys and captions of all samples; those of a shard are read once, and their digest
+    is recorded next to the data."""
+    digests = source.known_digests()
+    if any(shard.name not in digests for shard in source.shards):
+        with source.lock(f"read the captions of {source.path}"):
+            digests = source.known_digests()
+            _add_digests(source, digests)
+    return short_digest([digests[shard.name][0] for shard in source.shards])
+
+
+def _add_digests(source: Source, digests: dict[str, list[str]]) -> None:
+    """Read the captions of the shards that ``digests`` lacks, and record their digests."""
+    shards = [shard for shard in source.shards if shard.name not in digests]
+    processes = 1
+    if sum(shard.size for shard in shards) > FEW_SAMPLES:
+        processes = min(cores(), len(shards))
+    computed = parallel(partial(_shard_digest, source), shards, processes=processes)
+    tracked = track(computed, total=len(shards), label="read captions", unit="shards")
+    fresh: dict[str, tuple[str, str]] = {}
+    try:
+        for shard, digest in zip(shards, tracked, strict=True):
+            digests[shard.name] = [digest]
+            fresh[shard.name] = (digest, digest)
+    finally:
+        source.record_digests(fresh)
+
+
+def _shard_digest(source: Source, shard: Shard) -> str:
+    """A digest of a shard's keys and captions."""
+    keys, captions = shard_captions(source, shard)
+    return rows_digest(keys, caption_rows(captions))
+
+
 def source_digest(source: Source) -> str:
     """``3318333 samples in 332 shards (1f0c...)``: over the shards' names and sizes."""
     shards = [(shard.name, shard.size) for shard in source.shards]

@@ -15,7 +15,7 @@ from llm2clip_plugin.signals import stop_requests
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.stages.llm_data import LlmData, count_truncated
 from llm2clip_plugin.stages.llm_export import ADAPTER, export_adapter
-from llm2clip_plugin.stages.run import open_run, training_ranks
+from llm2clip_plugin.stages.run import CAPTIONS, open_run, training_ranks
 from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.finetune import (
@@ -50,11 +50,12 @@ def _train(
 ) -> Path:
     with phase("opening the data"):
         data = LlmData(config.pairs, config.train, rank=rank(), world=world_size())
+        captions = on_first_rank(data.captions)
     run = open_run(
         config,
         samples=data.samples,
         hidden_size=HIDDEN_SIZE,
-        learned_from={"samples": data.samples, "captions": data.captions_digest},
+        learned_from={"samples": data.samples, CAPTIONS: captions},
         teacher={},
         command=command,
     )

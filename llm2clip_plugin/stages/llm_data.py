@@ -38,13 +38,19 @@ class LlmData:
         for number, (source, result) in enumerate(surveyed, 1):
             texts = [[pair.query, pair.positive] for pair in result.pairs]
             self.digests[str(number)] = f"{len(source)} samples ({short_digest(texts)})"
-        self.captions_digest = short_digest([*self.digests.values()])
         self.lines: list[str] = []
         for result in self.surveys:
             first = f"the first {result.samples} samples"
             for kind, usable in result.usable.items():
                 line = f"{result.path}: {usable} of {first} have a pair {kind}"
                 self.lines.append(line)
+
+    def captions(self) -> dict[str, str]:
+        """A digest of each source's captions, all of them, which a checkpoint records."""
+        digests: dict[str, str] = {}
+        for number, source in enumerate(self.batches.sources, 1):
+            digests[str(number)] = source.captions_digest()
+        return digests
 
     @property
     def has_negatives(self) -> bool:

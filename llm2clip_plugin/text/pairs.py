@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm2clip_plugin.data.cache import captions_digest, short_digest
 from llm2clip_plugin.data.sampler import sample_rng
 from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
@@ -47,6 +48,10 @@ class CaptionPairs:
 
     def __len__(self) -> int:
         return sum(self.sizes)
+
+    def captions_digest(self) -> str:
+        """Over the captions of all samples."""
+        return captions_digest(self.source)
 
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair | None:
         """A pair of one sample, chosen by ``rng``; None if it has none of this kind."""
@@ -153,6 +158,10 @@ class TextPairs:
         return Pair(
             str(line), query, positive, negative, instruction=texts.get("instruction")
         )
+
+    def captions_digest(self) -> str:
+        """Over all rows."""
+        return short_digest([line for _, line in self.rows])
 
     def __len__(self) -> int:
         return len(self.rows)

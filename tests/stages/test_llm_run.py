@@ -24,6 +24,8 @@ from llm2clip_plugin.cli import main
 from llm2clip_plugin.contracts import RunRecord
 from llm2clip_plugin.stages.llm import finetune_llm
 from llm2clip_plugin.stages.llm_config import FINETUNE_LLM
+from llm2clip_plugin.stages.run import not_in_both
+from llm2clip_plugin.text.pairs import SURVEYED, TextPairs
 from llm2clip_plugin.train.checkpoint import TrainState
 
 
@@ -99,14 +101,49 @@ def test_two_ranks_killed_and_resumed_with_one(
 
 
 def test_other_captions_in_a_runs_folder_are_refused(
-    plain: Path, captions: Path, llama: Path, tmp_path: Path
+    plain: Path,
+    captions: Path,
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(plain, tmp_path / "run")
     changed = tmp_path / "captions.jsonl"
-    changed.write_text(captions.read_text().replace("red", "blue"))
-    config = FINETUNE_LLM.parse(options(changed, llama, tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"\n  captions: '\w+' in the checkpoint"):
-        finetune_llm(config)
+    # in the last sample; the first ones are read before the run
+    monkeypatch.setattr("llm2clip_plugin.text.pairs.SURVEYED", 40)
+    first, last = captions.read_text().rsplit("\n", 1)
+    changed.write_text(f"{first}\n{last.replace('red', 'blue')}")
+    assert changed.read_text() != captions.read_text()
+    arguments = options(changed, llama, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"\n  captions\.1: '\w+' in the checkpoint"):
+        finetune_llm(FINETUNE_LLM.parse(arguments))
+    # the same ones at another path
+    changed.write_text(captions.read_text())
+    arguments += ["--allow-changed", "pairs.data"]
+    assert finetune_llm(FINETUNE_LLM.parse(arguments))
+
+
+def test_digests_that_an_earlier_release_did_not_record_are_not_compared() -> None:
+    now = {"captions": {"1": "b"}, "pictures": {"1": {"content": "", "sizes": "c"}}}
+    facts = ("captions", "pictures")
+    lacking = not_in_both({"captions": "a"}, now, facts)
+    assert lacking == [
+        "captions",
+        "captions.1",
+        "pictures.1.content",
+        "pictures.1.sizes",
+    ]
+    local = {"captions": {"1": "a"}, "pictures": {"1": {"content": "d", "sizes": "e"}}}
+    assert not_in_both(local, now, facts) == ["pictures.1.content"]
+
+
+def test_other_text_pairs_in_a_runs_folder_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(SURVEYED + 2)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    before = TextPairs(path).captions_digest()
+    path.write_text(path.read_text().replace(f"p{SURVEYED + 1}", "another"))
+    assert TextPairs(path).captions_digest() != before
 
 
 STAGES = """
