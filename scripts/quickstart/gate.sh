@@ -16,12 +16,19 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$ROOT/scripts/options.sh"
-SEEDS=3 STEPS=50 ARMS='permuted spelling tuned raw map oracle random' OUTPUT='' LLAVA='' RENDERED=''
+SEEDS=3
+STEPS=50
+ARMS='permuted spelling tuned raw map oracle random'
+OUTPUT=''
+LLAVA=''
+RENDERED=''
 read_options "seeds steps arms output llava=0 rendered" "$@"
 for number in "$SEEDS" "$STEPS"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number is not a number above 0"
 done
-for arm in $ARMS; do one_of --arms "$arm" permuted spelling tuned raw map oracle random; done
+for arm in $ARMS; do
+    one_of --arms "$arm" permuted spelling tuned raw map oracle random
+done
 if [ -n "$RENDERED" ]; then
     [ -d "$RENDERED" ] || fail "--rendered: no folder $RENDERED"
     RENDERED=$(realpath "$RENDERED")
@@ -36,11 +43,15 @@ cd "$ROOT"
 gate_environment
 DATA=$WORK/data
 OUT=$WORK/default
-[ "$STEPS" = 50 ] || OUT=$WORK/gate-$STEPS-steps
+if [ "$STEPS" != 50 ]; then
+    OUT=$WORK/gate-$STEPS-steps
+fi
 
 neutral_names
 for seed in $(seq 0 $((SEEDS - 1))); do
-    for name in $ARMS; do arm "$name" "$seed"; done
+    for name in $ARMS; do
+        arm "$name" "$seed"
+    done
 done
 python scripts/quickstart/gate.py --data "$DATA" --output "$OUT" --before "$TOWER"
 if [ "$STEPS" != 50 ] && [[ " $ARMS " =~ " "(raw|map|tuned)" " ]]; then

@@ -16,12 +16,18 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$ROOT/scripts/options.sh"
-SEEDS=3 STEPS=50 ARMS='permuted words raw tuned map random' OUTPUT='' LLAVA=''
+SEEDS=3
+STEPS=50
+ARMS='permuted words raw tuned map random'
+OUTPUT=''
+LLAVA=''
 read_options "seeds steps arms output llava=0" "$@"
 for number in "$SEEDS" "$STEPS"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number is not a number above 0"
 done
-for arm in $ARMS; do one_of --arms "$arm" {permuted,words,raw,tuned,map,random}{,-twins}; done
+for arm in $ARMS; do
+    one_of --arms "$arm" {permuted,words,raw,tuned,map,random}{,-twins}
+done
 WORK=$(realpath -ms "${OUTPUT:-$ROOT/quickstart-output}")
 cd "$ROOT"
 "$ROOT/scripts/quickstart.sh" --compare --no-llava --seeds "$SEEDS" --output "$WORK"
@@ -33,15 +39,21 @@ cd "$ROOT"
 gate_environment
 DATA=$WORK/scenes
 OUT=$WORK/scenes-towers
-[ "$STEPS" = 50 ] || OUT=$WORK/scenes-towers-$STEPS-steps
+if [ "$STEPS" != 50 ]; then
+    OUT=$WORK/scenes-towers-$STEPS-steps
+fi
 
 make_scenes
 for part in llm reading; do # adapters, and what the raw LLM is read without
-    [ -e "$DATA/$part" ] || ln -s "../data/$part" "$DATA/$part"
+    if [ ! -e "$DATA/$part" ]; then
+        ln -s "../data/$part" "$DATA/$part"
+    fi
 done
 neutral_captions "$WORK/data/gate"
 for seed in $(seq 0 $((SEEDS - 1))); do
-    for name in $ARMS; do scenes_arm "$name" "$seed"; done
+    for name in $ARMS; do
+        scenes_arm "$name" "$seed"
+    done
 done
 python scripts/quickstart/scene_scores.py --data "$DATA" --output "$OUT" --before "$TOWER"
 if [ -n "$LLAVA" ]; then

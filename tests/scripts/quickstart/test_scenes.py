@@ -309,8 +309,7 @@ def test_the_caches_of_scenes_are_made_of_the_right_teachers(tmp_path) -> None:
         tmp_path,
         f"PRESET=gate; . {PARTS}/gate_parts.sh; . {PARTS}/scenes_parts.sh; "
         "NEUTRAL_LAYER=28; mkdir -p gate/llm gate/reading; neutral_captions gate; "
-        "scenes_cache permuted 3; shown $CACHE; scenes_cache map 3; shown $CACHE; "
-        "scenes_cache words 3; shown $CACHE",
+        "for a in permuted map words; do scenes_cache $a 3; shown $(cache_of $a 3); done",
     )
     (
         neutral,
