@@ -161,6 +161,25 @@ def test_answers_are_about_the_pictures_that_are_there(
     check(mine, output)
 
 
+def test_a_served_model_that_was_trained_again_is_another_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Where the server names a folder of this machine; one elsewhere is known by its name alone."""
+    weights = tmp_path / "models" / "tiny" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"before")
+    output = tmp_path / "answers.jsonl"
+    state = ChatServer(["tiny"])
+    state.root = str(tmp_path / "models")
+    with serving(state) as url:
+        assert evaluate.main(words(folder, url, output)) == 0
+        weights.write_bytes(b"after")
+        with pytest.raises(ContractError, match="model_sample_sha256"):
+            evaluate.main(words(folder, url, output))
+        shutil.move(tmp_path / "models", tmp_path / "elsewhere")
+        assert evaluate.main(words(folder, url, output)) == 0
+
+
 def test_tables_and_sampling(folder: Path, tmp_path: Path) -> None:
     """MMBench's embedded images; top_p is sent only if set."""
     image = base64.b64encode((folder / "images" / "plain.png").read_bytes()).decode()

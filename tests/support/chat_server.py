@@ -32,6 +32,7 @@ class ChatServer:
     def __init__(self, models: list[str], *, key: str = "") -> None:
         self.models = models
         self.key = key
+        self.root = "/models"  # folder of the models
         self.failures: list[Failure] = []  # of the next chat requests, in order
         self.bodies: list[dict] = []  # of all chat requests
         self.answered = 0
@@ -125,7 +126,7 @@ def serving(state: ChatServer) -> Iterator[str]:
             if self.path != "/v1/models":
                 return status(404)(self)
             data = [
-                {"id": name, "object": "model", "root": f"/models/{name}"}
+                {"id": name, "object": "model", "root": f"{state.root}/{name}"}
                 for name in state.models
             ]
             return send(

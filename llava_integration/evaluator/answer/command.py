@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from llava_integration.evaluator.answer.questions import (
     COMMAND,
+    WEIGHTS,
     AnswerConfig,
     AnswersFile,
     Question,
@@ -361,12 +362,15 @@ def answer_settings(
             "served_model": served.id,
             "served_root": served.root,
         }
+        # a server's folder is at hand where it runs on this machine
+        if served.root and Path(served.root).is_dir():
+            model[WEIGHTS] = sample_sha256(served.root)
     else:
         names += ["model_path", "model_base", "conv_mode", "num_beams", "dtype"]
         names += ["load_8bit", "load_4bit"]
         config = Path(options.model_path) / "config.json"
         model = {"model_config_sha256": sha256_file(config) if config.is_file() else ""}
-        model["model_sample_sha256"] = sample_sha256(options.model_path)
+        model[WEIGHTS] = sample_sha256(options.model_path)
         if options.model_base:
             model["model_base_sample_sha256"] = sample_sha256(options.model_base)
     settings = {name: getattr(options, name) for name in names}

@@ -198,6 +198,8 @@ def is_none(cell: str | None) -> bool:
 PICTURES = "pictures_sha256"
 PICTURES_READ = 64  # pictures whose contents decide whether they are those of before
 OTHER_FILE = "choose another --answers-file or pass --overwrite"
+# among the settings: of the model's weights; absent where a server's are not on this machine
+WEIGHTS = "model_sample_sha256"
 # a server that is started again has another port; each answer names its own
 IGNORED_ON_RESUME = ("endpoint",)
 # what answers were made with that do not say so
@@ -272,17 +274,8 @@ class AnswersFile:
             saved.unlink(missing_ok=True)
             shutil.rmtree(self.partial, ignore_errors=True)
         if saved.is_file():
-            changes = []
             # an earlier release may have recorded less
-            before = {**UNRECORDED, **read_json_value(saved)}
-            for name, old in before.items():
-                new = self.settings.get(name, UNRECORDED.get(name))
-                if name == PICTURES:
-                    # before that, questions whose picture changed are asked again
-                    if path.is_file() and old != new:
-                        changes.append("the questions' pictures changed since")
-                elif name not in IGNORED_ON_RESUME and old != new:
-                    changes.append(f"{name} {old!r} -> {new!r}")
+            changes = self.changes_since({**UNRECORDED, **read_json_value(saved)})
             if changes:
                 raise ContractError(
                     f"{path} was started with other settings ({', '.join(changes)}); {OTHER_FILE}"
@@ -291,6 +284,21 @@ class AnswersFile:
             raise ContractError(f"{path} was written by another program; {OTHER_FILE}")
         else:
             self.write_settings()
+
+    def changes_since(self, before: dict[str, Any]) -> list[str]:
+        """How the settings differ from earlier ones, where that changes answers."""
+        changes = []
+        for name, old in before.items():
+            new = self.settings.get(name, UNRECORDED.get(name))
+            if name in IGNORED_ON_RESUME or old == new:
+                continue
+            if name == PICTURES:
+                # before that, questions whose picture changed are asked again
+                if self.path.is_file():
+                    changes.append("the questions' pictures changed since")
+            elif name != WEIGHTS or new or "served_model" not in self.settings:
+                changes.append(f"{name} {old!r} -> {new!r}")
+        return changes
 
     def write_settings(self) -> None:
         """Write the settings file."""
