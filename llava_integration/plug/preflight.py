@@ -36,6 +36,7 @@ from llm2clip_plugin.json_files import read_json_value
 STAGES = ("pretrain", "finetune", "finetune_lora")
 LLAVAS_TOWERS = ("openai", "laion")
 IMAGES_CHECKED = 200
+IMAGE = "<image>"
 MPT = "mpt"
 # types of language models
 TRAINED = ("llama", "mistral", "llava", "llava_llama", "llava_mistral")
@@ -218,16 +219,22 @@ def sample_problem(stage: str, sample: Any) -> str:
             "expected id, image and conversations, "
             "a list of {'from': 'human' or 'gpt', 'value': TEXT}"
         )
+    if turns and turns[0][0] == "gpt" and stage != "pretrain":
+        turns = turns[1:]  # as LLaVA skips it
+    with_image = [text for _, text in turns if IMAGE in text]
+    if "image" in sample and len(with_image) > 1:
+        return (
+            f"{IMAGE} is in {len(with_image)} turns, for each of which LLaVA looks for an image; "
+            "leave it in the first one"
+        )
     if stage == "pretrain":
-        if len(turns) == 2 and "<image>" in turns[0][1] and "image" in sample:
+        if len(turns) == 2 and IMAGE in turns[0][1] and "image" in sample:
             return ""
         return (
             "pretraining needs an image and two turns, "
-            "<image> in the first, the caption in the second"
+            f"{IMAGE} in the first, the caption in the second"
         )
     speakers = [speaker for speaker, _ in turns]
-    if speakers[:1] == ["gpt"]:
-        speakers = speakers[1:]  # as LLaVA skips it
     in_turn = ["gpt" if number % 2 else "human" for number in range(len(speakers))]
     if not speakers or speakers != in_turn:
         listed = ", ".join(map(str, speakers[:6])) or "nobody"

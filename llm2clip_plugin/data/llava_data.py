@@ -14,8 +14,8 @@ from llm2clip_plugin.options import Command, setting
 from llm2clip_plugin.pictures import BrokenImage, load, open_header
 from llm2clip_plugin.progress import track
 
-# ``llm2clip llava data DATA --output DIR``: a data set as LLaVA's pretraining reads it,
-# captions.json and images.
+# LLaVA's place of the image; for a caption that has it LLaVA would look for another one
+IMAGE = "<image>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,10 @@ def main_llava_data(argv: list[str]) -> int:
         ):
             try:
                 sample = source[number]
-                captions = select_captions(
+                selected = select_captions(
                     sample.captions, config.kinds, config.languages
                 )
+                captions = [item for item in selected if IMAGE not in item.text]
                 data = sample.read_image()
                 image = open_header(data)
                 load(image)  # a picture that is cut has a good header
@@ -67,7 +68,7 @@ def main_llava_data(argv: list[str]) -> int:
             if captions:
                 (folder / "images" / name).write_bytes(data)
                 turns = [
-                    {"from": "human", "value": "<image>"},
+                    {"from": "human", "value": IMAGE},
                     {"from": "gpt", "value": captions[0].text},
                 ]
                 rows.append({"id": sample.key, "image": name, "conversations": turns})

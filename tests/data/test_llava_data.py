@@ -19,6 +19,8 @@ def test_each_image_has_its_first_caption(
             {"text": f"{ordinal} of {number}", "kind": "short"}
             for ordinal in ("first", "second", "third")
         ]
+        if number == 2:  # LLaVA would look for a second image
+            captions.insert(0, {"text": "shown in <image>", "kind": "short"})
         members.append((f"k{number}.jpg", jpeg(number)))
         members.append((f"k{number}.json", json.dumps({"captions": captions}).encode()))
     members.append(("k3.jpg", b"<html>not found</html>"))

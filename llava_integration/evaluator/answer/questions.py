@@ -44,6 +44,8 @@ BAD_IMAGE = (
     struct.error,
     Image.DecompressionBombError,
 )
+# LLaVA's place of the image, put before the question; a second one would need another image
+IMAGE = "<image>"
 GRAY = (128, 128, 128)  # of the picture that a blind answer is given to
 LETTERS = ("A", "B", "C", "D")
 DIRECTLY = {
@@ -109,9 +111,10 @@ def read_questions(
                     # TypeError for numbers
                     text = row["text"] + ""
                     image = row.get("image", "") + ""
+                    asked = without_image_token(text) if IMAGE in text else text
                     questions.append(
                         Question(
-                            id=row["question_id"], text=text, prompt=text, image=image
+                            id=row["question_id"], text=asked, prompt=text, image=image
                         )
                     )
         elif path.suffix == ".json":
@@ -122,12 +125,10 @@ def read_questions(
                     fix="expected an object with id and conversations",
                 ):
                     image = row.get("image", "") + ""
-                    text = (
-                        row["conversations"][0]["value"].replace("<image>", "").strip()
-                    )
+                    text = without_image_token(row["conversations"][0]["value"])
                     if directly:
                         text += f"\n{DIRECTLY['en']}"
-                    prompt = f"<image>\n{text}" if image else text
+                    prompt = f"{IMAGE}\n{text}" if image else text
                     questions.append(
                         Question(id=row["id"], text=text, prompt=prompt, image=image)
                     )
@@ -140,6 +141,11 @@ def read_questions(
     if not questions:
         raise ContractError(f"{path} has no questions; download it again")
     return questions
+
+
+def without_image_token(text: str) -> str:
+    """A question without LLaVA's place of the image."""
+    return text.replace(IMAGE, "").strip()
 
 
 def read_table(

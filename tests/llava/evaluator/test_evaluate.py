@@ -339,3 +339,18 @@ def test_each_rank_sees_its_own_gpu(
         monkeypatch.setenv(name, value)
     assert evaluate.choose_device(device) == expected
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
+@pytest.mark.both_stacks
+def test_a_question_may_name_the_image_as_llavas_training_data_does(
+    theirs, world, run, tmp_path
+):
+    """``<image>`` in a question's text is not a second image, on which LLaVA's code fails."""
+    rows = read(world.questions)
+    for row in rows[:3]:
+        row["text"] = f"<image>\n{row['text']}"
+    asked = tmp_path / "questions.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tmp_path / "answers.jsonl", "--question-file", asked)
+    answers = [text for _, _, text in texts(tmp_path / "answers.jsonl")]
+    assert answers == [text for _, _, text in texts(theirs)]

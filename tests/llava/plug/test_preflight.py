@@ -95,6 +95,11 @@ def test_names_by_which_llava_loads(capsys, world, home, stage, name, message):
             [{"image": "x.png", "conversations": [HUMAN, GPT]}],
             "1 of 1 images checked are missing",
         ),
+        (
+            "finetune",
+            [{"image": "x.png", "conversations": [HUMAN, GPT, HUMAN, GPT]}],
+            "sample 0: <image> is in 2 turns",
+        ),
     ],
 )
 def test_data_that_llava_would_stop_at(
