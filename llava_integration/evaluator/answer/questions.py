@@ -281,7 +281,8 @@ class AnswersFile:
             shutil.rmtree(self.partial, ignore_errors=True)
         if saved.is_file():
             # an earlier release may have recorded less
-            changes = self.changes_since({**UNRECORDED, **read_json_value(saved)})
+            before = {**UNRECORDED, **read_json_value(saved)}
+            changes = self.changes_since(before)
             if changes:
                 raise ContractError(
                     f"{path} was started with other settings ({', '.join(changes)}); {OTHER_FILE}"
