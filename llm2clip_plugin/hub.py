@@ -24,8 +24,17 @@ def timeout() -> float:
 
 
 def can_only_be_a_path(name: str) -> bool:
-    """Whether a name cannot be a Hub id: ``owner/name`` or, of some old models, ``name``."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    """Whether a name cannot be a Hub id: ``owner/name[@revision]`` or, of some old models,
+    ``name``."""
+    repository, _ = split_revision(name)
+    return repository.startswith((".", "/", "~")) or repository.count("/") > 1
+
+
+def split_revision(hub_id: str) -> tuple[str, str | None]:
+    """``owner/name@revision`` as two parts: the revision (a commit, tag or branch) is None if none
+    is given."""
+    repository, _, revision = hub_id.partition("@")
+    return repository, revision or None
 
 
 def hub_snapshot(
@@ -34,11 +43,15 @@ def hub_snapshot(
     revision: str | None = None,
     patterns: Sequence[str] | None = None,
 ) -> Path:
-    """The folder of a Hub repository's files, downloaded if they are not cached. Raises
-    TimeoutError if the Hub does not answer for ``timeout()`` seconds and nothing is cached, else
-    ``huggingface_hub``'s OSError or ValueError."""
+    """The folder of a Hub repository's files, downloaded if they are not cached. ``repository`` may
+    be ``owner/name@revision``.
+
+    Raises TimeoutError if the Hub does not answer for ``timeout()`` seconds and nothing is cached,
+    else ``huggingface_hub``'s OSError or ValueError."""
     from huggingface_hub import snapshot_download
 
+    if revision is None:
+        repository, revision = split_revision(repository)
     allowed = None if patterns is None else list(patterns)
     try:
         check_hub_answers(repository, revision=revision)

@@ -265,8 +265,7 @@ def locate_spec(spec: str, *, how: str) -> TowerLocation:
             how = f"{how} (registered as {spec!r})"
             return locate_registered(registered, spec, how=how)
     if HUB_ID.match(spec):
-        repository, _, revision = spec.partition("@")
-        directory = download(repository, HUB_FILES, revision or None)
+        directory = download(spec, HUB_FILES)
         return TowerLocation.of(directory, how=how, origin=spec)
     raise TowerNotFoundError(
         f"{how}: {spec!r} is not a directory, a registered name or a Hub id; {registered.summary()}"
@@ -288,10 +287,10 @@ def locate_registered(registered: Registry, name: str, *, how: str) -> TowerLoca
     return location
 
 
-def download(repository: str, patterns: list[str], revision: str | None = None) -> Path:
-    """Files of a Hub repository; raises TowerNotFoundError."""
+def download(repository: str, patterns: list[str]) -> Path:
+    """Files of a Hub repository, ``owner/name[@revision]``; raises TowerNotFoundError."""
     try:
-        return hub_snapshot(repository, revision=revision, patterns=patterns)
+        return hub_snapshot(repository, patterns=patterns)
     except (OSError, ValueError) as error:
         # the client's errors for network, cache, permissions and names
         first_line = str(error).strip().partition("\n")[0]

@@ -28,7 +28,7 @@ from llm2clip_plugin.data.samples import (
     words_of,
 )
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
-from llm2clip_plugin.hub import check_hub_answers
+from llm2clip_plugin.hub import check_hub_answers, split_revision
 from llm2clip_plugin.options import Command, setting
 from llm2clip_plugin.outside import printable
 from llm2clip_plugin.pictures import (
@@ -180,10 +180,13 @@ def load_counter(tokenizer: str, trust_remote_code: bool) -> Callable[[str], int
         return count_words
     from transformers import AutoTokenizer
 
+    name = tokenizer
+    revision = None
     if not Path(tokenizer).is_dir():
-        check_hub_answers(tokenizer)
+        name, revision = split_revision(tokenizer)
+        check_hub_answers(name, revision=revision)
     loaded = open_pretrained(
-        AutoTokenizer, tokenizer, trust_remote_code=trust_remote_code
+        AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code
     )
 
     def count_tokens(text: str) -> int:

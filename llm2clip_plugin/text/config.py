@@ -10,6 +10,7 @@ from typing import Any
 from llm2clip_plugin.contracts import EncoderCard, TeacherIdentity
 from llm2clip_plugin.data.sources import ReadConfig
 from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.hub import can_only_be_a_path, split_revision
 from llm2clip_plugin.options import Command, command, section, setting, unknown
 from llm2clip_plugin.text.frames import CAPTION
 
@@ -332,6 +333,15 @@ class EncoderConfig:
     )
 
     def __post_init__(self) -> None:
+        repository, revision = split_revision(self.llm)
+        if (
+            revision
+            and not can_only_be_a_path(self.llm)
+            and not Path(self.llm).exists()
+        ):
+            raise ValueError(
+                f"--llm {self.llm}: give the revision as --llm {repository} --revision {revision}"
+            )
         if self.preset and self.preset not in PRESETS:
             raise ValueError(unknown("preset", self.preset, PRESETS))
         choices = {

@@ -128,9 +128,9 @@ def fetch_directory(
     revision: str | None = None,
     also: tuple[str, ...] = (),
 ) -> Path:
-    """A local directory for a path or a Hub id (``owner/name``), downloaded if necessary. Raises
-    FileNotFoundError. ``also``: patterns of further files to download, with the configurations and
-    weights."""
+    """A local directory for a path or a Hub id (``owner/name``, or ``owner/name@revision``),
+    downloaded if necessary. Raises FileNotFoundError. ``also``: patterns of further files to
+    download, with the configurations and weights."""
     path = Path(source).expanduser()
     name = str(source)
     if path.is_dir():

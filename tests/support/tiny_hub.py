@@ -1,4 +1,5 @@
-"""The part of the Hugging Face Hub's interface that an upload uses, on this machine."""
+"""The part of the Hugging Face Hub's interface that an upload uses, on this machine, and its local
+cache."""
 
 import base64
 import http.server
@@ -6,7 +7,9 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
 TOKEN = "hf_test"
@@ -137,3 +140,23 @@ def tiny_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[TinyHub]]:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", handler.address)
     yield handler
     server.shutdown()
+
+
+def cached_repository(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    files: Path,
+    commit: str,
+    branches: tuple[str, ...],
+) -> None:
+    """A repository in the local cache, laid out as the client writes it, without a network."""
+    cache = folder / "hub"
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "snapshots" / commit).symlink_to(files)
+    for branch in branches:
+        (repository / "refs" / branch).parent.mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

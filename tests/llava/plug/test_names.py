@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from tiny_hub import cached_repository
 
 from llava_integration.plug import towers
 from llava_integration.plug.towers import TowerNotFoundError
@@ -120,18 +121,15 @@ def test_a_damaged_registry_is_one_line(home, message, capsys):
 def test_hub_tower_with_revision(world, home, tmp_path, monkeypatch):
     """The Hub's local cache, laid out as the client writes it, serves a tower by branch and by
     commit."""
-    import huggingface_hub.constants
-
     commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "hub"
-    repository = cache / "models--someone--some-tower"
-    (repository / "snapshots").mkdir(parents=True)
-    (repository / "snapshots" / commit).symlink_to(world.towers["clip"])
-    (repository / "refs").mkdir()
-    for branch in ("main", "v1"):
-        (repository / "refs" / branch).write_text(commit)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cached_repository(
+        tmp_path,
+        monkeypatch,
+        "someone/some-tower",
+        world.towers["clip"],
+        commit,
+        ("main", "v1"),
+    )
     wanted = towers.locate(str(world.towers["clip"])).card.weights_sha256
     for spec in (
         "someone/some-tower",
