@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava_integration.plug.checkpoints import blocks_below, check_feature, is_unfrozen
 from llava_integration.plug.hook import CONVERSATION
+from llava_integration.plug.pickles import load_tensors_only
 from llava_integration.plug.towers import is_ours, loading, locate_tower
 from llava_integration.serve import EXPORT
 from llava_integration.serve.build import (
@@ -317,6 +318,7 @@ def llava_outcome(exported: Export, answer: list[int]) -> Outcome:
     from llava.model.builder import load_pretrained_model
 
     run_no_code()
+    load_tensors_only()
     where = str(exported.checkpoint.directory)
     base = str(exported.checkpoint.base or "") or None
     name = "llava-lora" if base else "llava"  # decides how LLaVA loads it

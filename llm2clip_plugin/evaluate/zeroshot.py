@@ -46,8 +46,8 @@ def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
     ``classes``.
 
     The file has one name per line in the order of the classes, or ``CLASS<TAB>NAME``. Raises
-    FileNotFoundError without the file ``path``, ValueError if a class has no name or the numbers
-    differ.
+    FileNotFoundError without the file ``path``, ValueError if a class has no name, the numbers
+    differ, or the file has the classes' own names in another order.
     """
     file, names = _read_lines(path, data, NAME_FILE)
     if names is None:
@@ -65,7 +65,27 @@ def read_class_names(path: str, data: str, classes: list[str]) -> list[str]:
         raise ValueError(
             f"{file} has {len(names)} class names, but the data has {len(classes)} classes"
         )
+    if not numbered:
+        refuse_another_order(file, names, classes)
     return names
+
+
+def refuse_another_order(file: Path, names: list[str], classes: list[str]) -> None:
+    """Raise ValueError if a line has the name of a class that is at another place: `ls` sorts
+    without regard to case, for instance, and lists of data sets have orders of their own."""
+    place = {folded(name): number for number, name in enumerate(classes)}
+    for number, name in enumerate(names):
+        if place.get(folded(name), number) != number:
+            raise ValueError(
+                f"{file}: name {number + 1} is {name!r}, but class {number + 1} is "
+                f"{classes[number]!r}; bring the names into the order of the classes "
+                "(LC_ALL=C sort), or write CLASS<TAB>NAME in each line"
+            )
+
+
+def folded(name: str) -> str:
+    """A name without regard to case and underscores."""
+    return name.replace("_", " ").casefold()
 
 
 def read_templates(path: str, data: str) -> list[str]:

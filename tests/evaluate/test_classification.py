@@ -87,6 +87,22 @@ def test_classes_that_are_numbers_are_in_the_order_of_their_numbers(tmp_path):
     assert labeled_images.in_order(["b", "10", "2"]) == ["10", "2", "b"]
 
 
+def test_names_of_classes_in_another_order_are_refused(tmp_path):
+    """As `ls` sorts them; other names than the classes' own are taken in the order of the file."""
+    file = tmp_path / "classnames.txt"
+    classes = ["Zebra", "ant_eater", "bear"]
+    file.write_text("ant eater\nbear\nZebra\n")
+    with pytest.raises(
+        ValueError, match="name 1 is 'ant eater', but class 1 is 'Zebra'"
+    ):
+        zeroshot.read_class_names(str(file), str(tmp_path), classes)
+    for names in (["zebra", "ant eater", "bear"], ["horse", "ant eater", "panda"]):
+        file.write_text("\n".join(names))
+        assert zeroshot.read_class_names(str(file), str(tmp_path), classes) == names
+    file.write_text("1\n0\n")  # what the classes 0 and 1 show, as of digits
+    assert zeroshot.read_class_names(str(file), "", ["0", "1"]) == ["1", "0"]
+
+
 def features(feature, label):
     keys = [str(number) for number in range(len(label))]
     return labeled_images.ImageFeatures(

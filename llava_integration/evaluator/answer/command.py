@@ -37,6 +37,7 @@ from llava_integration.plug.checkpoints import (
     checkpoint_config,
     sample_sha256,
 )
+from llava_integration.plug.pickles import load_tensors_only
 from llm2clip_plugin.hashes import sha256_file
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.pretrained import run_no_code
@@ -84,6 +85,7 @@ class Answerer:
         self.conversation = conv_templates[mode]
         quiet_llava_loading()
         run_no_code()
+        load_tensors_only()
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
             path, options.model_base, self.name, options.load_8bit, options.load_4bit
         )
