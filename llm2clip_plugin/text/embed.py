@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from llm2clip_plugin.contracts import CacheManifest, TeacherIdentity
 from llm2clip_plugin.data.cache_file import (
@@ -136,36 +137,58 @@ def embed_source(
     ``overwrite``, as ``CacheWriter.refuse_loss``."""
     renew_cache(source, encoder, directory)
     writer = CacheWriter(directory, encoder.identity(), dtype)
-    summary = EmbedSummary()
-    memory: dict[str, torch.Tensor] = {}
     shards = shards_of_rank(source.shards, rank, world)
-    digests: dict[str, str] = {}
-    started = time.monotonic()
     total = sum(shard.size for shard in shards)
     bar = progress_bar(total=total, label="embed", unit="samples", show=not quiet)
+    digests: dict[str, str] = {}
+    with bar:
+        read = partial(
+            _read_shard,
+            source,
+            encoder,
+            writer,
+            _data_digests(source),
+            digests,
+            overwrite,
+        )
+        summary = _embed_shards(shards, read, encoder, writer, bar, tokens_per_batch)
+    if digests:
+        # of the data, and of the embeddings
+        pairs = {name: (digest, digest) for name, digest in digests.items()}
+        with source.lock(f"record the digests of {source.path}"):
+            source.record_digests(pairs)
+    return writer.finish([shard.name for shard in source.shards]), summary
+
+
+def _data_digests(source: Source) -> dict[str, str]:
+    """Shard -> the digest of its data, of those that are recorded."""
+    digests = {}
+    for name, of_shard in source.known_digests().items():
+        digests[name] = of_shard[0]
+    return digests
+
+
+def _embed_shards(
+    shards: Sequence[Shard],
+    read: Callable[[Shard], _ShardContent | None],
+    encoder: TextEncoder,
+    writer: CacheWriter,
+    bar: tqdm,
+    tokens_per_batch: int,
+) -> EmbedSummary:
+    """Write the embeddings of the shards of which ``read`` returns something. While a shard is
+    embedded, the next one is read and tokenized, and the one before is quantized and written."""
+    summary = EmbedSummary()
+    memory: dict[str, torch.Tensor] = {}
+    started = time.monotonic()
     reader = ThreadPoolExecutor(1, thread_name_prefix="llm2clip-read")
     saver = ThreadPoolExecutor(1, thread_name_prefix="llm2clip-write")
-    with bar, reader, saver:
-        digests_before: dict[str, str] = {}
-        for name, known_digests in source.known_digests().items():
-            digests_before[name] = known_digests[0]  # of the data
-        read = partial(
-            _read_shard, source, encoder, writer, digests_before, digests, overwrite
-        )
-        # while a shard is embedded, the next one is read and tokenized, and the one before is
-        # quantized and written
+    with reader, saver:
         contents = map_in_order(reader, read, shards, ahead=2)
         written = saver.submit(lambda: None)  # nothing to wait for yet
         for shard in shards:
             content, waited = timed(partial(next, contents))
-            start = int(bar.n)
-            size = shard.size
-
-            def move(
-                done: int, total: int, start: int = start, size: int = size
-            ) -> None:
-                bar.update(start + size * done // total - bar.n)
-
+            move = partial(_move, bar, int(bar.n), shard.size)
             if content is None:
                 summary.skipped += 1
                 move(1, 1)
@@ -193,12 +216,13 @@ def embed_source(
         summary.waited += waited_for_writer
         if summary.shards:
             summary.seconds = time.monotonic() - started
-    if digests:
-        # of the data, and of the embeddings
-        pairs = {name: (digest, digest) for name, digest in digests.items()}
-        with source.lock(f"record the digests of {source.path}"):
-            source.record_digests(pairs)
-    return writer.finish([shard.name for shard in source.shards]), summary
+    return summary
+
+
+def _move(bar: tqdm, start: int, size: int, done: int, total: int) -> None:
+    """Show that ``done`` of ``total`` texts of a shard are embedded, which has ``size`` samples and
+    began at ``start``."""
+    bar.update(start + size * done // total - bar.n)
 
 
 class _ShardContent(NamedTuple):

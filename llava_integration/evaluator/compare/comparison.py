@@ -1,6 +1,6 @@
 """A comparison of sides: a row for each benchmark, with its statistics and verdict."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, compress
 from typing import Any
@@ -45,6 +45,9 @@ NOTHING_PAIRED = (
     "--paired-runs has no effect: each side has one run of each benchmark; runs are files of one "
     "benchmark in a folder, or of a table with the columns task and run"
 )
+
+Task = tuple[Side, Side, str]  # base, new, benchmark
+RowKey = tuple[str, str, str]  # their names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,38 +179,12 @@ def build(
     pairs = [(sides[0], new) for new in sides[1:]]
     if all_pairs:
         pairs = list(combinations(sides, 2))
-    tasks = []
-    problems: list[ValueError] = [ContractError(text) for text in refused.values()]
-    for base, new in pairs:
-        try:
-            shared = benchmarks_in_common(base, new)
-        except ValueError as error:
-            problems.append(error)
-            continue
-        tasks += [(base, new, name) for name in shared if name not in refused]
-        notes += one_sided_notes(base, new, names_pair=len(pairs) > 1)
-        notes += copy_notes(base, new, shared)
-    rows: list[Row] = []
-    # why two sides are not compared: (base, new, benchmark)
-    reasons: dict[tuple[str, str, str], str] = {}
-    for task in tqdm(tasks, desc="comparing", unit="benchmark", delay=2):
-        try:
-            row = compare_benchmark(
-                *task, level=level, min_overlap=min_overlap, pair_runs=pair_runs
-            )
-            if blind:
-                row = with_parts(
-                    row,
-                    *task,
-                    blind=blind,
-                    min_overlap=min_overlap,
-                    pair_runs=pair_runs,
-                )
-            rows.append(row)
-        except ContractError as error:
-            problems.append(error)
-            base, new, name = task
-            reasons[base.name, new.name, name] = str(error)
+    tasks, problems, task_notes = tasks_of(pairs, refused)
+    notes += task_notes
+    rows, failed = compare_tasks(
+        tasks, level=level, min_overlap=min_overlap, pair_runs=pair_runs, blind=blind
+    )
+    problems += failed.values()
     if not rows:
         raise problems[0]
     notes += [f"not compared: {problem}" for problem in problems]
@@ -217,11 +194,10 @@ def build(
     scores = headline_numbers(sides)
     groups: dict[str, dict[str, str]] = {}
     if all_pairs and len(sides) > 2:
-        notes += missing_pair_notes(rows, reasons)
-        incomplete = {name for _, _, name in reasons}
-        groups = groups_of(
-            [row for row in rows if row.benchmark not in incomplete], scores
-        )
+        notes += missing_pair_notes(rows, failed)
+        incomplete = {name for _, _, name in failed}
+        complete_rows = [row for row in rows if row.benchmark not in incomplete]
+        groups = groups_of(complete_rows, scores)
     first_runs = {}
     for name, of_sides in scores.items():
         first = next(side for side in sides if side.name in of_sides)
@@ -243,14 +219,65 @@ def build(
     )
 
 
+def tasks_of(
+    pairs: Sequence[tuple[Side, Side]], refused: Mapping[str, str]
+) -> tuple[list[Task], list[ValueError], list[str]]:
+    """What to compare, without the refused benchmarks (benchmark -> reason); why something cannot
+    be; and notes."""
+    tasks: list[Task] = []
+    problems: list[ValueError] = [ContractError(text) for text in refused.values()]
+    notes = []
+    for base, new in pairs:
+        try:
+            shared = benchmarks_in_common(base, new)
+        except ValueError as error:
+            problems.append(error)
+            continue
+        tasks += [(base, new, name) for name in shared if name not in refused]
+        notes += one_sided_notes(base, new, names_pair=len(pairs) > 1)
+        notes += copy_notes(base, new, shared)
+    return tasks, problems, notes
+
+
+def compare_tasks(
+    tasks: Sequence[Task],
+    *,
+    level: float,
+    min_overlap: float,
+    pair_runs: bool,
+    blind: BlindLogs | None,
+) -> tuple[list[Row], dict[RowKey, ContractError]]:
+    """A row for each task that can be compared, and why the others cannot."""
+    rows: list[Row] = []
+    failed: dict[RowKey, ContractError] = {}
+    for task in tqdm(tasks, desc="comparing", unit="benchmark", delay=2):
+        try:
+            row = compare_benchmark(
+                *task, level=level, min_overlap=min_overlap, pair_runs=pair_runs
+            )
+            if blind:
+                row = with_parts(
+                    row,
+                    *task,
+                    blind=blind,
+                    min_overlap=min_overlap,
+                    pair_runs=pair_runs,
+                )
+            rows.append(row)
+        except ContractError as error:
+            base, new, name = task
+            failed[base.name, new.name, name] = error
+    return rows, failed
+
+
 def missing_pair_notes(
-    rows: Sequence[Row], reasons: dict[tuple[str, str, str], str]
+    rows: Sequence[Row], failed: Mapping[RowKey, ContractError]
 ) -> list[str]:
     """A note for each pair without which a benchmark has no letters: they would say that the two
     are not told apart."""
     compared = {row.benchmark for row in rows}
     notes = []
-    for (base, new, name), reason in reasons.items():
+    for (base, new, name), reason in failed.items():
         if name in compared:
             notes.append(
                 f"{name} has no letters, since {base} and {new} are not compared ({reason})"
