@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -83,10 +84,15 @@ def write_page(
             queries=queries,
             won=sum(gain > 0 for gain in gains),
             lost=sum(gain < 0 for gain in gains),
-            stages=[(stage, seconds.get(stage.name, 0.0)) for stage in stages],
+            stages=[listed(stage, seconds) for stage in stages],
         )
         temporary.write_text(html, encoding="utf-8")
     return page
+
+
+def listed(stage: Stage, seconds: Mapping[str, float]) -> tuple[str, float, str]:
+    """Name, seconds and command of a stage, as a shell reads it."""
+    return stage.name, seconds.get(stage.name, 0.0), shlex.join(stage.words)
 
 
 def draw(source: Source, pairs: dict[str, EmbeddedPairs]) -> list[dict[str, Any]]:

@@ -61,10 +61,16 @@ stage() {
     ACCUMULATION=$((GLOBAL_BATCH / once))
 }
 
+quoted() { # quoted WORD...: a command in one line, as a shell reads it
+    local line
+    printf -v line '%q ' "$@"
+    echo "${line% }"
+}
+
 # launch RESULT NEXT LLAVA_OPTIONS...: one node, --hostfile, or the nodes of a Slurm job. EXTRA comes last and takes
 # precedence. Says where the RESULT will be, and which command comes NEXT.
 launch() {
-    local launcher words=() result=$1 next=$2
+    local launcher program words=() result=$1 next=$2
     shift 2
     local shared=( # by LLaVA 1.5's stages
         --model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGE_FOLDER" --vision_tower "$TOWER" --output_dir "$OUTPUT"
@@ -75,30 +81,31 @@ launch() {
         --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
         --model_max_length 2048 --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True)
     if [ "$CUDA" = 1 ]; then words+=(--tf32 True); else export DS_ACCELERATOR=cpu; fi
-    launcher=$(dirname "$(command -v "$PYTHON")")/deepspeed
-    [ -x "$launcher" ] || launcher=deepspeed
-    launcher="$launcher $QUIET"
+    program=$(dirname "$(command -v "$PYTHON")")/deepspeed
+    [ -x "$program" ] || program=deepspeed
+    # shellcheck disable=SC2206 # options are words
+    launcher=("$program" $QUIET)
     if [ -n "${HOSTFILE:-}" ]; then
-        launcher="$launcher --hostfile $HOSTFILE --master_port $PORT"
+        launcher+=(--hostfile "$HOSTFILE" --master_port "$PORT")
     elif [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ]; then
         local head hosts
         hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # not into head: scontrol would end with SIGPIPE
         head=${hosts%%$'\n'*}
-        launcher="srun --ntasks $SLURM_JOB_NUM_NODES --ntasks-per-node 1 $PYTHON -m torch.distributed.run --nnodes $SLURM_JOB_NUM_NODES
-            --nproc_per_node $GPUS --rdzv_backend c10d --rdzv_id $SLURM_JOB_ID --rdzv_endpoint $head:$((20000 + SLURM_JOB_ID % 20000))"
+        launcher=(srun --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 "$PYTHON" -m torch.distributed.run
+            --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$GPUS" --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID"
+            --rdzv_endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))")
     else
-        launcher="$launcher --num_gpus $GPUS --master_port $PORT"
+        launcher+=(--num_gpus "$GPUS" --master_port "$PORT")
     fi
-    # shellcheck disable=SC2206 # launchers are words on purpose
-    words=($launcher "$SCRIPT" --deepspeed "$DEEPSPEED" "${shared[@]}" "$@" "${words[@]}" --report_to "$REPORT_TO" "${EXTRA[@]}")
-    echo "${words[*]}" >&2
+    words=("${launcher[@]}" "$SCRIPT" --deepspeed "$DEEPSPEED" "${shared[@]}" "$@" "${words[@]}" --report_to "$REPORT_TO" "${EXTRA[@]}")
+    quoted "${words[@]}" >&2
     [ -z "${DRY_RUN:-}" ] || return 0
     printf '%s\nnext: %s\n' "$result" "$next" >&2
     exec "${words[@]}" # signals reach it
 }
 
 finetune() { # finetune RESULT BENCH LLAVA_OPTIONS...: launch what both ways have alike; BENCH: more of the command that comes next
-    launch "$1" "llm2clip bench-mllm playground/data/eval --model-path $OUTPUT$2 --output runs/$(basename "$OUTPUT")" \
+    launch "$1" "llm2clip bench-mllm playground/data/eval --model-path $(quoted "$OUTPUT")$2 --output $(quoted "runs/$(basename "$OUTPUT")")" \
         --version v1 --pretrain_mm_mlp_adapter "$PROJECTOR" --image_aspect_ratio pad --group_by_modality_length True \
         --save_steps 50000 "${@:3}"
 }

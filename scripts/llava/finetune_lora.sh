@@ -8,5 +8,5 @@
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 stage "MODEL DATA IMAGE_FOLDER PROJECTOR OUTPUT" zero3 128 16 "$@"
-finetune "checkpoint (LoRA): $OUTPUT" " --model-base $MODEL" \
+finetune "checkpoint (LoRA): $OUTPUT" " --model-base $(quoted "$MODEL")" \
     --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --learning_rate 2e-4

@@ -17,5 +17,5 @@ set -euo pipefail
 . "$(dirname "$0")/common.sh"
 stage "MODEL DATA IMAGE_FOLDER OUTPUT" zero2 256 32 "$@"
 launch "projector: $OUTPUT/mm_projector.bin" \
-    "scripts/llava/finetune.sh INSTRUCTIONS.json --image-folder IMAGES --model $MODEL --tower $TOWER --projector $OUTPUT/mm_projector.bin --output checkpoints/llava-NAME" \
+    "scripts/llava/finetune.sh INSTRUCTIONS.json --image-folder IMAGES --model $(quoted "$MODEL") --tower $(quoted "$TOWER") --projector $(quoted "$OUTPUT/mm_projector.bin") --output checkpoints/llava-NAME" \
     --version plain --tune_mm_mlp_adapter True --save_steps 24000 --learning_rate 1e-3

@@ -10,6 +10,7 @@ import torch
 from llm2clip_plugin.data.samples import BrokenSample, Caption
 from llm2clip_plugin.evaluate.features import EmbeddedPairs
 from llm2clip_plugin.stages import run_page
+from llm2clip_plugin.stages.rerun import Stage
 
 IMAGES = 6
 
@@ -87,3 +88,12 @@ def test_won_are_those_that_are_found_earlier_after_stage_2(
     page = run_page.write_page(config, None, [], {})
     assert page.read_text() == "page"
     assert (rendered["won"], rendered["lost"], rendered["images"]) == (2, 1, IMAGES)
+
+
+def test_commands_are_those_that_a_shell_reads():
+    stage = Stage(name="check", words=("llm2clip", "data", "check", "my photos"))
+    assert run_page.listed(stage, {"check": 2.0}) == (
+        "check",
+        2.0,
+        "llm2clip data check 'my photos'",
+    )

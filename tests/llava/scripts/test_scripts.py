@@ -79,6 +79,24 @@ def test_the_command_is_llavas(world, tmp_path, stage):
     assert "/llava/train/train" in command
 
 
+def test_an_environment_and_an_output_with_spaces(world, tmp_path):
+    """What is started, and the command that is printed for a shell."""
+    environment = tmp_path / "my env"
+    environment.symlink_to(world.programs)
+    words = given(world, tmp_path, "pretrain")
+    words[-1] = tmp_path / "my llava"
+    command = script(
+        world,
+        "llava/pretrain.sh",
+        *words,
+        "--dry-run",
+        PYTHON=str(environment / "python"),
+    )
+    options = shlex.split(command)
+    assert options[0] == str(environment / "deepspeed")
+    assert options[options.index("--output_dir") + 1] == str(tmp_path / "my llava")
+
+
 def test_the_batch_does_not_depend_on_the_hardware(world, tmp_path):
     words = [*given(world, tmp_path, "pretrain"), "--dry-run"]
     two_gpus = script(world, "llava/pretrain.sh", *words, "--gpus", "2")
