@@ -75,6 +75,11 @@ class BrokenSample(ValueError):  # noqa: N818 - an event of the data, as StopIte
         return BrokenSample, (self.shard, self.key, self.reason)
 
 
+def count_broken(broken: Sequence[BrokenSample]) -> str:
+    """How many samples can't be read, and which is the first."""
+    return f"{len(broken)} samples can't be read, the first: {broken[0]}"
+
+
 @dataclass(frozen=True)
 class CaptionField:
     """A field that holds captions, with their kind and language."""

@@ -20,7 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_plugin.contracts import ScoreFile
-from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
+from llm2clip_plugin.data.samples import (
+    BrokenSample,
+    Caption,
+    count_broken,
+    select_captions,
+)
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
 from llm2clip_plugin.evaluate.commands import NOTES_SHOWN, print_table, write_scores
 from llm2clip_plugin.evaluate.config import (
@@ -223,9 +228,7 @@ def caption_sets(
         )
         more = ""
         if unreadable:
-            more = (
-                f"; {len(unreadable)} samples can't be read, the first: {unreadable[0]}"
-            )
+            more = f"; {count_broken(unreadable)}"
         problem = f"no image has captions of both kinds for {', '.join(empty)}"
         raise ValueError(
             f"{config.captions}: {problem}; available kinds: {available}{more}"
@@ -331,7 +334,11 @@ def search(config: EvaluateCaptionsConfig) -> list[Reading]:
     broken: list[BrokenSample] = []
     sets = caption_sets(config.measure, config.read, broken)
     print_left_out(broken)
-    fitted = first_captions(config.reading.fit_on, FIT_CAPTIONS, config.read)
+    fit_on = config.reading.fit_on
+    broken_in_fit: list[BrokenSample] = []
+    fitted = first_captions(fit_on, FIT_CAPTIONS, config.read, broken_in_fit)
+    if broken_in_fit:
+        print(printable(f"{fit_on}: {count_broken(broken_in_fit)}"))
     unique_texts: dict[str, None] = {}
     for pairs in sets.values():
         for _, first, second in pairs:

@@ -5,6 +5,8 @@ import sys
 
 from llm2clip_plugin.data.cache import short_digest
 from llm2clip_plugin.data.sampler import epoch_draws
+from llm2clip_plugin.data.samples import count_broken
+from llm2clip_plugin.outside import printable
 from llm2clip_plugin.text.config import PairsConfig
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.pair_batches import PairBatches, PairTokenizer
@@ -44,6 +46,9 @@ class LlmData:
             for kind, usable in result.usable.items():
                 line = f"{result.path}: {usable} of {first} have a pair {kind}"
                 self.lines.append(line)
+            if result.broken:
+                line = f"{result.path}: of {first}, {count_broken(result.broken)}"
+                self.lines.append(printable(line))
 
     def captions(self) -> dict[str, str]:
         """A digest of each source's captions, all of them, which a checkpoint records."""

@@ -3,7 +3,7 @@ No run imports it."""
 
 from pathlib import Path
 
-from llm2clip_plugin.evaluate.captions import caption_sets
+from llm2clip_plugin.evaluate.captions import check_captions
 from llm2clip_plugin.plan.describe import describe_run
 from llm2clip_plugin.plan.llm import (
     describe_llm,
@@ -32,7 +32,7 @@ def llm_plan(config: FinetuneConfig) -> str:
     adapter = Path(config.encoder.adapter) if config.encoder.adapter else None
     encoder, _ = effective(config.encoder, Path(config.encoder.llm), adapter)
     if config.evaluation.captions:
-        caption_sets(config.evaluation, config.pairs.read)
+        check_captions(config.evaluation, config.pairs.read)
     notes = [f"assumed: {config.plan.images:,} pairs (--assumed-samples, or DATA)"]
     samples = config.plan.images
     # query and positive, perhaps a hard negative

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from llm2clip_plugin.contracts import TeacherIdentity
+from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.hashes import files_sha256, sha256_text
@@ -309,12 +310,24 @@ def absolute(name: str) -> str:
     return str(Path(name).absolute()) if name and Path(name).exists() else name
 
 
-def first_captions(data: str, limit: int, read: ReadConfig | None = None) -> list[str]:
-    """The first ``limit`` distinct captions of a data set, of any kind and language."""
+def first_captions(
+    data: str,
+    limit: int,
+    read: ReadConfig | None = None,
+    broken: list[BrokenSample] | None = None,
+) -> list[str]:
+    """The first ``limit`` distinct captions of a data set, of any kind and language. Samples that
+    can't be read are left out, and added to ``broken``."""
     source = open_source(SourceConfig(path=data, **vars(read or ReadConfig())))
     texts: dict[str, None] = {}
     for number in range(len(source)):
-        texts |= dict.fromkeys(caption.text for caption in source.captions(number)[1])
+        try:
+            sample = source[number]
+        except BrokenSample as error:
+            if broken is not None:
+                broken.append(error)
+            continue
+        texts |= dict.fromkeys(caption.text for caption in sample.captions)
         if len(texts) >= limit:
             break
     return list(texts)[:limit]

@@ -12,7 +12,12 @@ from pathlib import Path
 
 from llm2clip_plugin.data.cache import captions_digest, short_digest
 from llm2clip_plugin.data.sampler import sample_rng
-from llm2clip_plugin.data.samples import BrokenSample, Caption, select_captions
+from llm2clip_plugin.data.samples import (
+    BrokenSample,
+    Caption,
+    count_broken,
+    select_captions,
+)
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.outside import refuse_encoding
 from llm2clip_plugin.text.config import PairKind, PairsConfig
@@ -74,6 +79,14 @@ class CaptionPairs:
             group=group,
             instruction=self.instruction_of.get(kind.query),
         )
+
+    def problem(self, number: int) -> BrokenSample | None:
+        """Why a sample can't be read; None if it can."""
+        try:
+            self.source[number]
+        except BrokenSample as error:
+            return error
+        return None
 
     def with_negative(self, pair: Pair, kind: PairKind, rng: random.Random) -> Pair:
         """Adds a caption of the positive's kind, of a random image of another key and group;
@@ -169,6 +182,9 @@ class TextPairs:
     def pair(self, number: int, kind: PairKind, rng: random.Random) -> Pair:
         return self.read(number)
 
+    def problem(self, number: int) -> None:
+        """All rows can be read."""
+
 
 PairSource = CaptionPairs | TextPairs
 
@@ -206,6 +222,7 @@ class Survey:
     path: str
     samples: int
     usable: dict[str, int]  # kind of pair -> samples that have one
+    broken: tuple[BrokenSample, ...]  # of these samples
     pairs: tuple[Pair, ...]  # of these samples
 
 
@@ -214,6 +231,7 @@ def survey(source: PairSource) -> Survey:
     kind."""
     samples = min(len(source), SURVEYED)
     usable: dict[str, int] = {}
+    broken: dict[int, BrokenSample] = {}
     pairs: list[Pair] = []
     for kind in source.kinds:
         of_kind: list[Pair] = []
@@ -221,6 +239,8 @@ def survey(source: PairSource) -> Survey:
             pair = source.pair(number, kind, sample_rng(0, 0, 0, number))
             if pair is not None:
                 of_kind.append(pair)
+            elif problem := source.problem(number):
+                broken[number] = problem
         if not of_kind:
             # every row of a text-pair file has a pair
             assert isinstance(source, CaptionPairs)
@@ -229,11 +249,12 @@ def survey(source: PairSource) -> Survey:
                 _, captions = source.source.captions(number)
                 kinds_seen.update(caption.kind for caption in captions)
             known_kinds = ", ".join(sorted(kinds_seen)) or "none"
+            unread = f"; {count_broken([*broken.values()])}" if broken else ""
             raise ValueError(
                 f"{source.path}: none of the first {samples} samples "
                 f"has two different captions {kind}; "
-                f"known kinds: {known_kinds}. Set --fields and --pair-kinds"
+                f"known kinds: {known_kinds}{unread}. Set --fields and --pair-kinds"
             )
         usable[str(kind)] = len(of_kind)
         pairs += of_kind
-    return Survey(source.path, samples, usable, tuple(pairs))
+    return Survey(source.path, samples, usable, tuple(broken.values()), tuple(pairs))

@@ -226,6 +226,8 @@ def test_removed_components_are_the_largest_of_the_fit() -> None:
 def test_the_printed_command_embeds_so_and_the_fingerprint_knows(
     folder: Path, tmp_path: Path, capsys
 ) -> None:
+    training = tmp_path / "train.jsonl"
+    training.write_text(f'{{"cut\n{(folder / "train.jsonl").read_text()}')
     words = [
         "evaluate",
         "captions",
@@ -236,7 +238,7 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(
     ]
     words += [
         "--fit-on",
-        str(folder / "train.jsonl"),
+        str(training),
         "--folder",
         str(tmp_path / "found"),
         "--fields",
@@ -258,6 +260,8 @@ def test_the_printed_command_embeds_so_and_the_fingerprint_knows(
         == 0
     )
     said = capsys.readouterr().out.splitlines()
+    unread = "1 samples can't be read, the first: sample 'line 1' of shard 'train'"
+    assert said[0].startswith(f"{training}: {unread}")
     title = next(
         number
         for number, line in enumerate(said)

@@ -139,3 +139,27 @@ def test_expected_activations_are_near_a_real_steps_peak(
     )
     memory = llm_memory(shape, settings, *sections, texts=2, tokens=TOKENS)
     assert 0.85 < peak_bytes(step) / (TEXTS / 2 * memory.pair_bytes) < 1.15
+
+
+def test_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    row = (
+        '{"caption": "a boat", "long_caption": "a boat on a lake", "image": "x.jpg"}\n'
+    )
+    training = tmp_path / "train.jsonl"
+    training.write_text(row * 8 + '{"cut\n' * 2)
+    validation = tmp_path / "validation.jsonl"
+    validation.write_text(row * 2 + '{"cut')
+    output = planned(
+        str(training),
+        "--recipe",
+        "llama-1b",
+        "--validation",
+        str(validation),
+        "--global-batch",
+        "4",
+    )
+    unread = (
+        "of the first 10 samples, 2 samples can't be read, the first: sample 'line 9'"
+    )
+    assert f"{training}: {unread}" in output
+    assert "left out: sample 'line 3' of shard 'validation': is not valid" in output
