@@ -67,6 +67,13 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def public_name(path: str) -> str:
+    """The last part of a path or URL: of a URL without its query, which may hold a key."""
+    if is_url(path):
+        path = path.split("?", 1)[0]
+    return path.rstrip("/").rpartition("/")[2]
+
+
 def has_suffix(path: str, suffix: str) -> bool:
     """Whether a path, or a URL without its query, ends with ``suffix``."""
     return path.split("?", 1)[0].endswith(suffix)

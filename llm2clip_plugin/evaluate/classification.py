@@ -16,6 +16,7 @@ from torch import Tensor
 from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile, TowerCard
 from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.remote import public_name
 from llm2clip_plugin.evaluate import commands
 from llm2clip_plugin.evaluate.config import (
     EVALUATE_PROBE,
@@ -104,7 +105,7 @@ def measure_zeroshot(config: ZeroShotConfig, all_ranks: bool) -> ScoreFile:
     )
     return dataclasses.replace(
         classification_scores(features, class_CD, names),
-        benchmark=f"zeroshot:{commands.dataset_name(config.data)}",
+        benchmark=f"zeroshot:{public_name(config.data)}",
         model=config.tower,
         provenance=origin,
     )

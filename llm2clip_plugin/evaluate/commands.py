@@ -24,6 +24,7 @@ from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache, differences, stored_teacher
 from llm2clip_plugin.data.images import ImageConfig
+from llm2clip_plugin.data.remote import public_name
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.evaluate.config import EVALUATE, EvaluateConfig
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
         }
         return dataclasses.replace(
             report.scores(),
-            benchmark=f"retrieval:{dataset_name(config.data.path)}",
+            benchmark=f"retrieval:{public_name(config.data.path)}",
             model=config.tower,
             provenance=provenance(tower.dual, **facts),
         )
@@ -212,7 +213,7 @@ def print_paper_table(
     for suite in columns:
         for tower, scores in suite.paper.items():
             rows[f"{tower} (paper, {suite.paper_source})"][suite.name] = _pair(*scores)
-    ours = rows[f"{dataset_name(model)} (measured)"]
+    ours = rows[f"{public_name(model)} (measured)"]
     half = rows["95 % interval, ±"]
     for suite in columns:
         if (scores := results.get(suite.name)) is None:
@@ -355,11 +356,6 @@ def provenance(dual: LoadedDualEncoder | None = None, **values: Any) -> dict[str
     return values | {
         "versions": {"llm2clip-plugin": __version__, "torch": torch.__version__}
     }
-
-
-def dataset_name(path: str) -> str:
-    """The last part of a path or URL."""
-    return path.rstrip("/").rpartition("/")[2]
 
 
 def write_scores(scores: ScoreFile, path: str) -> None:

@@ -22,7 +22,7 @@ from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.remote import default_download_folder
+from llm2clip_plugin.data.remote import default_download_folder, public_name
 from llm2clip_plugin.data.samples import BrokenSample, select_captions
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.evaluate import commands
@@ -170,7 +170,7 @@ def forecast(
         source,
         images,
         device,
-        label=commands.dataset_name(tower),
+        label=public_name(tower),
         batch=config.batch,
         workers=config.workers,
         indices=list(rows),
@@ -196,7 +196,7 @@ def forecast(
         weights_sha256=weights_hash(directory), llm=llm, select_layer=layer
     )
     return ScoreFile(
-        benchmark=f"forecast:{commands.dataset_name(config.data.path)}",
+        benchmark=f"forecast:{public_name(config.data.path)}",
         metrics={name: float(value_N.mean()) for name, value_N in values.items()},
         items=items,
         counts={"images": len(items), "left_out": len(encoded.broken)},
@@ -234,8 +234,8 @@ def print_measures(config: ForecastConfig, records: Sequence[ScoreFile]) -> None
                 ends = f"[{change.low:+.3f}, {change.high:+.3f}]"
                 less[name] = f"{change.mean:+.3f} {ends} {word}"
     count = records[0].counts["images"]
-    llm = commands.dataset_name(config.encoder.llm)
-    title = f"forecast for {llm} on {count} images of {commands.dataset_name(config.data.path)}"
+    llm = public_name(config.encoder.llm)
+    title = f"forecast for {llm} on {count} images of {public_name(config.data.path)}"
     commands.print_table(
         title,
         rows,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llm2clip_plugin.atomic import atomic_file
 from llm2clip_plugin.data.cache import source_digest
-from llm2clip_plugin.data.remote import default_download_folder
+from llm2clip_plugin.data.remote import default_download_folder, public_name
 from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.errors import errors_about
@@ -95,7 +95,7 @@ def report(
     for error in broken[: commands.NOTES_SHOWN]:
         print(printable(f"left out: {error}"))
     if config.output:
-        title = f"{commands.dataset_name(config.tower)}: {commands.dataset_name(config.data.path)}"
+        title = f"{public_name(config.tower)}: {public_name(config.data.path)}"
         intro = f"The nearest of {len(source):,} images, with their cosine similarity to the text."
         template = Path(__file__).with_name("search_page.html")
         with atomic_file(config.output) as temporary:

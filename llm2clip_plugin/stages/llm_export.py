@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llm2clip_plugin.contracts import EncoderCard
+from llm2clip_plugin.data.remote import public_name
 from llm2clip_plugin.stages.llm_config import FinetuneConfig
 from llm2clip_plugin.text.adapter import save_adapter
 from llm2clip_plugin.text.config import CARD_SETTINGS
@@ -45,7 +46,7 @@ def card_of(
         "steps": state.step,
         "samples": state.samples,
         "global_batch": config.train.global_batch,
-        "data": [Path(path).name for path in config.pairs.data],
+        "data": [public_name(path) for path in config.pairs.data],
         "start_adapters": [Path(path).name for path in config.start_adapters],
         "quantization": identity.quantization,
         "config_hash": config.hash,

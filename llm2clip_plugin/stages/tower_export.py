@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_plugin.contracts import RunRecord
+from llm2clip_plugin.data.remote import public_name
 from llm2clip_plugin.json_files import from_plain
 from llm2clip_plugin.run_folder import CHECKPOINTS
 from llm2clip_plugin.stages.tower_config import DEFAULT, RunConfig
@@ -50,7 +51,7 @@ def export_run(
         "global_batch": config.train.global_batch,
         "precision": config.train.precision,
         "recipe": recipe_of(record.command.get("words", [])),
-        "data": [Path(path).name for path in config.data.path],
+        "data": [public_name(path) for path in config.data.path],
         "data_samples": record.epoch_samples,
         "config_hash": loaded.state.config_hash,
         "moving_average": averaged,

@@ -45,6 +45,12 @@ def test_a_url_never_leaves_the_folder(tmp_path: Path) -> None:
         assert "secret" not in path.name
 
 
+def test_a_name_for_cards_and_reports_has_no_key() -> None:
+    assert remote.public_name("https://h/set/rows.jsonl?token=secret") == "rows.jsonl"
+    assert remote.public_name("/data/photos/") == "photos"
+    assert remote.public_name("/data/what?.jsonl") == "what?.jsonl"
+
+
 def fetch_once(arguments: tuple[Path, str]) -> int:
     return Downloads(arguments[0]).fetch(arguments[1]).stat().st_size
 
