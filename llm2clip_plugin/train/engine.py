@@ -100,6 +100,28 @@ def check_deepspeed(config: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: DeepSpeed refuses it: {problem}") from error
 
 
+def refuse_old_deepspeed() -> None:
+    """Raise ValueError for a version whose ZeRO may update with NaN."""
+    if Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
+        raise ValueError(
+            f"deepspeed {deepspeed.__version__} may update with NaN; "
+            f"use {OLDEST_DEEPSPEED} or newer"
+        )
+
+
+def started_engine(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
+) -> Any:
+    """DeepSpeed's engine, whose own optimizer is one of a dozen classes."""
+    prepare_deepspeed()
+    # BF16_Optimizer prints its memory, group by group
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config
+        )
+    return engine
+
+
 class Engine:
     """A module, its optimizer and DeepSpeed's engine over both.
 
@@ -127,11 +149,8 @@ class Engine:
         self.module = module
         self.keep_frozen = keep_frozen
         offloads = offloads_optimizer(config)
-        if self.stage and Version(deepspeed.__version__) < OLDEST_DEEPSPEED:
-            raise ValueError(
-                f"deepspeed {deepspeed.__version__} may update with NaN; "
-                f"use {OLDEST_DEEPSPEED} or newer"
-            )
+        if self.stage:
+            refuse_old_deepspeed()
         # DeepSpeed rounds the weights in place, and makes the fp32 masters from what is left
         whole = {
             name: p.detach()
@@ -140,41 +159,21 @@ class Engine:
         }
         self.optimizer = chosen_optimizer(optim)
         optimizer, rates = self._make_optimizer(groups, optim, offloads=offloads)
-        prepare_deepspeed()
         self._clip = 0.0
         if self.stage == 0:
             # step() computes the gradient norm of ZeRO-0 anyway; DeepSpeed's own clipping would
             # compute it again
             self._clip = float(config.get("gradient_clipping", 0.0))
             config = {**config, "gradient_clipping": 0.0}
-        # BF16_Optimizer prints its memory, group by group
-        with contextlib.redirect_stdout(io.StringIO()):
-            device_engine, *_ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=config
-            )
-        # its optimizer is one of a dozen classes
-        self.device_engine: Any = device_engine
+        self.device_engine = started_engine(module, optimizer, config)
         self.monitors = Monitors(self.device_engine)
-        time_communication = timed("communication")
-        reduce_gradients = self.device_engine.allreduce_gradients
-        self.device_engine.allreduce_gradients = time_communication(reduce_gradients)
         if isinstance(optimizer, FlatAdamW):
             optimizer.parts = self._parts(rates)
-            # which is not finite if a gradient is not
-            if getattr(self.device_engine.optimizer, "compute_grad_norm", False):
-                # the same, by another collective
-                self.device_engine.optimizer.check_overflow = lambda **_: None
+        self._adapt_deepspeed(optimizer)
         self.accumulation: int = self.device_engine.gradient_accumulation_steps()
         self.device = torch.device(self.device_engine.device)
         # global, of the last step, before clipping; None if DeepSpeed reports none
         self.grad_norm: float | None = None
-        if self._scaler is not None:
-            # the loop ends the run, and names the samples
-            self._scaler.raise_error_at_min_scale = False
-        if self.stage == 0 and world_size() == 1:
-            # it would copy every gradient there and back
-            self.device_engine.enable_backward_allreduce = False
-
         self.trained: list[tuple[str, nn.Parameter]] = []
         self._constants: dict[nn.Parameter, Tensor] = {}
         for name, parameter in module.named_parameters():
@@ -184,6 +183,25 @@ class Engine:
                 self._constants[parameter] = whole[name]
         if any(parameter.dtype != torch.float32 for _, parameter in self.trained):
             self.write_trained(whole)
+
+    def _adapt_deepspeed(self, optimizer: torch.optim.Optimizer) -> None:
+        """Time what DeepSpeed sends, and leave out what it does twice or for nothing."""
+        time_communication = timed("communication")
+        reduce_gradients = self.device_engine.allreduce_gradients
+        self.device_engine.allreduce_gradients = time_communication(reduce_gradients)
+        computes_norm = getattr(
+            self.device_engine.optimizer, "compute_grad_norm", False
+        )
+        if isinstance(optimizer, FlatAdamW) and computes_norm:
+            # the norm, which is not finite if a gradient is not, says the same without another
+            # collective
+            self.device_engine.optimizer.check_overflow = lambda **_: None
+        if self._scaler is not None:
+            # the loop ends the run, and names the samples
+            self._scaler.raise_error_at_min_scale = False
+        if self.stage == 0 and world_size() == 1:
+            # it would copy every gradient there and back
+            self.device_engine.enable_backward_allreduce = False
 
     def _make_optimizer(
         self, groups: list[dict[str, Any]], optim: OptimConfig, *, offloads: bool
