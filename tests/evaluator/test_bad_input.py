@@ -127,6 +127,12 @@ def test_encodings_and_what_editors_and_tables_change(tmp_path):
             "".join(lines_of("vqav2")[number::4]), encoding="utf-8"
         )
     assert command("vqav2", tmp_path, tmp_path)["metrics"] == plain
+    for number in range(2):  # of another run, on two GPUs
+        (tmp_path / f"{number}_2.jsonl").write_text("".join(lines_of("vqav2")))
+    with pytest.raises(ValueError, match="has chunks of 2 and of 4"):
+        command("vqav2", tmp_path, tmp_path)
+    for number in range(2):
+        (tmp_path / f"{number}_2.jsonl").unlink()
     (tmp_path / "2_4.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"2_4.jsonl"):
         command("vqav2", tmp_path, tmp_path)

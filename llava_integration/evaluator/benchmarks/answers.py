@@ -220,7 +220,14 @@ def _text_of_chunks(folder: Path) -> str:
         raise FileNotFoundError(
             f"{folder} has no answers: expected merge.jsonl or chunks; it has {files}"
         )
-    total = max(int(match[2]) for match in chunks.values())
+    totals = sorted({int(match[2]) for match in chunks.values()})
+    if len(totals) > 1:
+        listed = " and of ".join(map(str, totals))
+        raise ValueError(
+            f"{folder} has chunks of {listed}, so of several runs; delete those that are not of "
+            "the run to score"
+        )
+    (total,) = totals
     names = [f"{number}_{total}.jsonl" for number in range(total)]
     if missing := [name for name in names if name not in chunks]:
         raise FileNotFoundError(
