@@ -30,6 +30,7 @@ from llava_integration.plug.checkpoints import (
     model_name,
 )
 from llava_integration.plug.hook import check_projector, refuse_others_projector
+from llava_integration.plug.resumed_data import refuse_other_data
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.json_files import read_json_value
 
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> int:
         *check_model(options.model),
         *check_output(options.stage, options.output),
         *check_data(options.stage, Path(options.data), Path(options.image_folder)),
+        *check_resumed(options.stage, options.output, options.data),
         *check_tower(
             llava.vision_tower or options.tower,
             llava.pretrain_mm_mlp_adapter or options.projector,
@@ -175,6 +177,17 @@ def check_output(stage: str, output: str) -> Iterator[str]:
                     f"--output {output}: LLaVA loads a folder with {word!r} in its name "
                     f"as a {word} model; rename it"
                 )
+
+
+def check_resumed(stage: str, output: str, data: str) -> Iterator[str]:
+    """A checkpoint from which finetuning would resume was trained on this data."""
+    if stage == "pretrain" or not os.path.isfile(data):
+        return  # refused above
+    try:
+        refuse_other_data(output, data)
+    except ContractError as error:
+        message = str(error).replace("--data_path", "DATA")
+        yield message.replace("--output_dir", "--output")
 
 
 def check_data(stage: str, data: Path, images: Path) -> Iterator[str]:

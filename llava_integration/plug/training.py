@@ -19,6 +19,11 @@ import torch
 import torch.distributed
 
 from llava_integration.plug.compat.completion import replaces
+from llava_integration.plug.resumed_data import (
+    data_record,
+    record_data,
+    refuse_other_data,
+)
 from llava_integration.plug.towers import record_tower, refuse_other_checkpoints
 from llm2clip_plugin.atomic import atomic_file
 from llm2clip_plugin.errors import ContractError, errors_about
@@ -62,8 +67,8 @@ def complete_trainer(module: ModuleType) -> None:
 
 
 def complete_start(trainer: Any, folder: str) -> None:
-    """Give LLaVA's program in ``folder`` our `preprocess`, and refuse checkpoints of another
-    tower."""
+    """Give LLaVA's program in ``folder`` our `preprocess`, and refuse checkpoints of another tower
+    or of other data."""
     file = os.path.realpath(os.path.join(folder, "train.py"))
 
     # The program, which no import hook sees as __main__, has made its dataset by then; that
@@ -75,6 +80,10 @@ def complete_start(trainer: Any, folder: str) -> None:
                 setattr(program, "preprocess_mpt", preprocess)  # noqa: B010 - a name of LLaVA's module
         original(self, *arguments, **options)
         refuse_other_checkpoints(self.args.output_dir, self.model.config)
+        data_args = getattr(self.train_dataset, "data_args", None)
+        data = getattr(data_args, "data_path", None) or ""
+        refuse_other_data(self.args.output_dir, data)
+        self.llm2clip_data = data_record(data) if self.args.should_save else {}
 
 
 def complete_checkpoints(trainer: Any) -> None:
@@ -92,6 +101,7 @@ def complete_checkpoints(trainer: Any) -> None:
         original(self, output_dir, *arguments, **options)
         if output_dir and os.path.isdir(output_dir):
             record_tower(output_dir, self.model.config)
+            record_data(output_dir, self.llm2clip_data)
             # DeepSpeed and FSDP save and read all weights themselves
             if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
                 save_beside_lora(self.model, output_dir)

@@ -158,7 +158,7 @@ def test_a_trained_llava_is_trained_further(world, trained, tmp_path):
         )
 
 
-def test_a_lora_checkpoint_is_resumed_with_its_own_tower_alone(
+def test_a_lora_checkpoint_is_resumed_with_its_own_tower_and_data_alone(
     world, trained, tmp_path
 ):
     """PEFT writes no config.json into it, so our own file names the tower."""
@@ -178,6 +178,13 @@ def test_a_lora_checkpoint_is_resumed_with_its_own_tower_alone(
         AssertionError, match=f"{checkpoint.name} was trained with the vision tower"
     ):
         world.stage("lora", f"llm2clip:{world.towers['other']}", output, *words)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(world.finetune_data.read_text())[::-1]))
+    on_other = (*words, "--data_path", str(other))
+    with pytest.raises(
+        AssertionError, match=f"{checkpoint.name} was trained on .*, and LLaVA would"
+    ):
+        world.stage("lora", f"llm2clip:{world.towers['clip']}", output, *on_other)
 
 
 @pytest.mark.parametrize("zero", [2, 3])

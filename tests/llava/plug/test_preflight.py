@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llava_integration.plug.preflight import main
+from llava_integration.plug.resumed_data import data_record, record_data
 from llava_integration.plug.towers import KEY
 from llm2clip_plugin.contracts import TowerCard
 
@@ -134,6 +135,20 @@ def test_outputs_that_llava_cannot_write_or_resume(capsys, world, home, tmp_path
     (line,) = refused(capsys, world, "pretrain", output=tmp_path)
     assert "contains checkpoint-20" in line
     assert f"{tmp_path}/checkpoint-20/mm_projector.bin" in line
+
+
+def test_a_checkpoint_of_other_data(capsys, world, home, tmp_path):
+    output = tmp_path / "llava-1"
+    (output / "checkpoint-20").mkdir(parents=True)
+    data = tmp_path / "moved.json"
+    data.write_bytes(world.finetune_data.read_bytes())
+    record_data(output / "checkpoint-20", data_record(world.finetune_data))
+    assert refused(capsys, world, output=output, data=data) == []
+    data.write_text(json.dumps(json.loads(data.read_text())[::-1]))
+    (line,) = refused(capsys, world, output=output, data=data)
+    assert f"checkpoint-20 was trained on {world.finetune_data} (sha256" in line
+    assert f"DATA {data} has sha256" in line
+    assert "choose another --output, or" in line
 
 
 def test_towers(capsys, world, home, tmp_path, monkeypatch):
