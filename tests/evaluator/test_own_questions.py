@@ -1,6 +1,9 @@
 """Own questions: planned, scored and compared from one JSONL."""
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,6 +155,20 @@ def test_questions_in_another_form_are_told_how_to_be_converted(
     (tmp_path / "own.csv").write_text("image,question,answer\na.png,Is it red?,yes\n")
     (task,) = plans([], tmp_path / "own.csv", tmp_path / "generated")
     assert f'pandas.read_csv("{tmp_path}/own.csv", dtype=str)' in task.missing
+    # a path that a shell would split, of which the printed command makes what is read
+    spaced = tmp_path / "it's my own.csv"
+    spaced.write_bytes((tmp_path / "own.csv").read_bytes())
+    (task,) = plans([], spaced, tmp_path / "generated")
+    _, printed, _ = task.missing.split("`")
+    python, option, code = shlex.split(printed)
+    assert (python, option) == ("python", "-c")
+    subprocess.run([sys.executable, option, code], cwd=tmp_path, check=True)
+    row = json.loads((tmp_path / "NEW.jsonl").read_text())
+    assert row == {"image": "a.png", "question": "Is it red?", "answer": "yes"}
+    spaced = spaced.rename(spaced.with_suffix(".json"))
+    (task,) = plans([], spaced, tmp_path / "generated")
+    _, printed, _ = task.missing.split("`")
+    assert shlex.split(printed) == ["jq", "-c", ".[]", str(spaced), ">", "NEW.jsonl"]
     (tmp_path / "own.jsonl").write_text(json.dumps(ROWS[0]))
     words = ["llava", "evaluate", "--endpoint", "http://localhost:1"]
     words += ["--question-file", f"{tmp_path}/own.jsonl", "--answers-file", "a.jsonl"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -229,8 +230,9 @@ class JsonlSource(RowSource):
                 first.startswith(b"{") and first.endswith(b"},")
             ):
                 command = "jq -c '.[]'" if first.startswith(b"[") else "sed 's/},$/}/'"
+                convert = f"{command} {shlex.quote(str(path))} > NEW.jsonl"
                 raise ValueError(
-                    f"{path} is a list, expected an object a line: `{command} {path} > NEW.jsonl`"
+                    f"{path} is a list, expected an object a line: `{convert}`"
                 )
             file.seek(0)
             for number, line in enumerate(file, 1):

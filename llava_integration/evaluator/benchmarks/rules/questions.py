@@ -8,6 +8,8 @@ normal form (case, punctuation, articles and number words don't matter), so "a r
 for "circle"; yes and no must be its first word. ``id`` and ``category`` are optional.
 """
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,12 +18,19 @@ from llava_integration.evaluator.benchmarks.answers import Answer, Row, read_jso
 from llava_integration.evaluator.benchmarks.rules.vqa import m4c
 from llm2clip_plugin.errors import ContractError
 
-# ending of a file -> the command that makes JSON Lines of it
-CONVERTED_BY = {
-    ".json": "jq -c '.[]' {path} > NEW.jsonl",
-    ".csv": 'python -c \'import pandas; pandas.read_csv("{path}", dtype=str)'
-    '.to_json("NEW.jsonl", orient="records", lines=True)\'',
-}
+
+def conversion(path: Path) -> str:
+    """The command that makes JSON Lines of a list or a table; "" for other files."""
+    ending = path.suffix.lower()
+    if ending == ".json":
+        return f"jq -c '.[]' {shlex.quote(str(path))} > NEW.jsonl"
+    if ending == ".csv":
+        read = (
+            f"pandas.read_csv({json.dumps(str(path), ensure_ascii=False)}, dtype=str)"
+        )
+        write = 'to_json("NEW.jsonl", orient="records", lines=True)'
+        return f"python -c {shlex.quote(f'import pandas; {read}.{write}')}"
+    return ""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -30,9 +39,9 @@ def read_rows(path: Path) -> list[Row]:
     try:
         return read_jsonl(path)
     except ContractError as error:
-        if path.suffix.lower() not in CONVERTED_BY:
+        convert = conversion(path)
+        if not convert:
             raise
-        convert = CONVERTED_BY[path.suffix.lower()].format(path=path)
         raise ContractError(
             f"{path} is not JSON Lines, an object with image, question and answer on each line: "
             f"`{convert}`"
