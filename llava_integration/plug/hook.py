@@ -89,6 +89,7 @@ def build_vision_tower(
     check_projector(name, tower.hidden_size, vision_tower_cfg)
     if projector := getattr(vision_tower_cfg, "pretrain_mm_mlp_adapter", None):
         refuse_others_projector(projector, name, location.sha256)
+        note_unrecorded(projector)
     if not options.get("delay_load"):
         tower.load_model()
     return tower
@@ -140,6 +141,19 @@ def refuse_others_projector(projector: str, name: str, sha256: str) -> None:
         "or pretrain a projector for this one. To start from it nevertheless, copy it to a folder "
         f"without {CONFIG}"
     )
+
+
+def note_unrecorded(projector: str) -> None:
+    """Say of a projector that nothing next to it names its tower: one of another tower of the same
+    width would fit, and be wrong."""
+    config = config_of(Path(projector).parent)
+    before = config.get("mm_vision_tower")
+    is_known = towers.KEY in config or bool(before and not towers.is_ours(before))
+    if not is_known and os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: no {CONFIG} next to {projector} records the vision tower that it was "
+            "pretrained with; it was not compared with --vision_tower"
+        )
 
 
 def settings_from_environment(config: Any) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from llava_integration.plug.tower import MultiscaleVisionTower, device_of_map
+from llava_integration.plug.towers import KEY
 from llm2clip_plugin.contracts import TowerCard
 from llm2clip_plugin.hashes import sha256_weights
 from llm2clip_plugin.vision.towers import load_tower, preprocessor_config
@@ -317,3 +318,22 @@ def test_s2_is_the_tower_at_every_scale(world, backbone, count, size):
         == 56
     )
     assert [of_image.shape for of_image in tower(list(images))] == [(1, 4, 64)] * count
+
+
+def test_a_projector_without_a_record_of_its_tower(world, home, tmp_path, capsys):
+    projector = tmp_path / "mm_projector.bin"
+    shutil.copy(world.projector(), projector)
+    arguments = SimpleNamespace(
+        vision_tower=f"llm2clip:{world.towers['clip']}",
+        pretrain_mm_mlp_adapter=str(projector),
+        mm_vision_select_layer=-2,
+    )
+    build_vision_tower(arguments, delay_load=True)
+    note = f"note: no config.json next to {projector} records the vision tower"
+    assert note in capsys.readouterr().out
+    card = TowerCard.read(world.towers["clip"] / TowerCard.FILE)
+    record = {"mm_vision_tower": "llm2clip"}
+    record[KEY] = {"weights_sha256": card.weights_sha256}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    build_vision_tower(arguments, delay_load=True)
+    assert "note:" not in capsys.readouterr().out
