@@ -16,6 +16,7 @@
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 stage "MODEL DATA IMAGE_FOLDER OUTPUT" zero2 256 32 "$@"
-launch "projector: $OUTPUT/mm_projector.bin" \
-    "scripts/llava/finetune.sh INSTRUCTIONS.json --image-folder IMAGES --model $(quoted "$MODEL") --tower $(quoted "$TOWER") --projector $(quoted "$OUTPUT/mm_projector.bin") --output checkpoints/llava-NAME" \
+next="scripts/llava/finetune.sh INSTRUCTIONS.json --image-folder IMAGES --model $(quoted "$MODEL")"
+next+=" --tower $(quoted "$TOWER") --projector $(quoted "$OUTPUT/mm_projector.bin") --output checkpoints/llava-NAME"
+launch "projector: $OUTPUT/mm_projector.bin" "$next" \
     --version plain --tune_mm_mlp_adapter True --save_steps 24000 --learning_rate 1e-3
