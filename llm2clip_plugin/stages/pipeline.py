@@ -83,6 +83,8 @@ def pairs_of_stage_1(config: PipelineConfig, source: Source) -> str:
         raise ValueError(
             f"--stage1: {SEVERAL}; name more caption fields with --fields, or omit --stage1"
         )
+    if config.preset:
+        why_not = "--preset is for an LLM that is fine-tuned already"
     if config.stage1 is True or not why_not:
         return pairs
     advice = "name more caption fields with --fields"

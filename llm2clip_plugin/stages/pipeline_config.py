@@ -17,6 +17,11 @@ class PipelineConfig(SourceConfig):
         "",
         help='commit, tag or branch of the LLM on the Hub; "" for the default',
     )
+    preset: str = setting(
+        "",
+        help="how an LLM without a card is read that is fine-tuned already: llm2clip-llama3 for "
+        "the authors', llm2vec, last-token, mean; stage 1 then runs with --stage1 alone",
+    )
     load_in_4bit: bool = setting(
         False,
         help="LLM in NF4 with double quantization (bitsandbytes), in stage 1 (QLoRA) and where it "
@@ -118,6 +123,10 @@ class PipelineConfig(SourceConfig):
             raise ValueError(
                 "--reading and --adapter both say how the LLM is read; omit one of them"
             )
+        if self.reading and self.preset:
+            raise ValueError(
+                "--reading and --preset both say how the LLM is read; omit one of them"
+            )
         if bool(self.questions) != bool(self.llava_llm):
             raise ValueError(
                 "--questions and --llava-llm need each other: "
@@ -134,7 +143,7 @@ RUN = Command(
     "the run. Each stage is a command, which is printed. Rerun the same command to resume.",
     settings=PipelineConfig,
     arguments="path",
-    everyday="llm tower output image-folder fields validation by adapter reading stage1 "
+    everyday="llm tower output image-folder fields validation by adapter preset reading stage1 "
     "num-train-epochs questions llava-llm num-gpus dry-run",
     hidden="weight shuffle_window kinds languages",
 )

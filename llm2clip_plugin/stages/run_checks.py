@@ -70,6 +70,7 @@ def encoder_config(config: PipelineConfig) -> EncoderConfig:
     """The LLM, as the stages open it."""
     return EncoderConfig(
         llm=config.llm,
+        preset=config.preset,
         revision=config.revision,
         load_in_4bit=config.load_in_4bit,
         trust_remote_code=config.trust_remote_code,
@@ -193,7 +194,8 @@ def check_adapter(config: PipelineConfig, adapter_path: str) -> None:
     adapter = fetch_directory(adapter_path)
     folder = local_folder(llm, config.revision)
     adapter_sha256(adapter)
-    effective(EncoderConfig(llm=llm, adapter=adapter_path), folder, adapter)
+    encoder = EncoderConfig(llm=llm, preset=config.preset, adapter=adapter_path)
+    effective(encoder, folder, adapter)
     card = find_card(str(adapter))
     base_sha256 = "" if card is None else card.base_sha256
     if card is not None and base_sha256:

@@ -45,7 +45,7 @@ READ = (
     "index_folder",
 )
 # how every stage opens the LLM
-OPEN_LLM = ("revision", "load_in_4bit", "trust_remote_code")
+OPEN_LLM = ("preset", "revision", "load_in_4bit", "trust_remote_code")
 LLAVA_STEPS = 300  # of the projector, at least; LLaVA 1.5's own are 2,180
 PRETRAIN = Path(__file__).parents[2] / "scripts" / "llava" / "pretrain.sh"
 # commands that go on from what they have written

@@ -139,8 +139,9 @@ def test_a_gpu_that_emulates_bfloat16_computes_in_float16(
 def test_every_stage_opens_the_llm_alike(
     tiny: Path, given: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    """--revision and --load-in-4bit, in stages whose own parsers take them."""
+    """--revision, --preset and --load-in-4bit, in stages whose own parsers take them."""
     options = {"llm": "owner/llm", "revision": "v1", "load_in_4bit": True}
+    options["preset"] = "llm2clip-llama3"
     config, source = opened(tiny, **options, **given)
     pairs = "" if given else "short:long"
     parsers = {"finetune-llm": FINETUNE_LLM, "embed": EMBED}
@@ -511,6 +512,13 @@ def test_stage_1_can_be_demanded(
         "stage 1 is left out: they are alike; --stage1 runs it all the same"
         in capsys.readouterr().out
     )
+    tuned = RUN.parse([*base, "--preset", "llm2clip-llama3"])
+    assert pairs_of_stage_1(tuned, source) == ""
+    assert "--preset is for an LLM that is fine-tuned" in capsys.readouterr().out
+    again = dataclasses.replace(tuned, stage1=True)
+    assert pairs_of_stage_1(again, source) == "short:same"
+    with pytest.raises(ValueError, match="--reading and --preset both say"):
+        dataclasses.replace(tuned, reading="reading")
     assert pairs_of_stage_1(demanded, source) == "short:same"
     assert pairs_of_stage_1(without, source) == ""
     assert capsys.readouterr().out == ""
