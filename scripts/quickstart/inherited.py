@@ -23,6 +23,7 @@ Shapes: N pictures of a group, C names of it, T tokens of a name.
 
 import argparse
 import copy
+import inspect
 import itertools
 import json
 import random
@@ -181,6 +182,9 @@ def log_likelihoods(model: Any, rows: LlavaRows, row: dict[str, Any]) -> Tensor:
     question = {**row, "conversations": row["conversations"][:1]}
     inputs = rows.encode([rows.chat(question)], add_generation_prompt=True)
     prompt = model(**inputs.to(model.dtype), use_cache=True)
+    # as transformers 5.24 and newer call it, and as others do
+    parameters = inspect.signature(model.forward).parameters
+    cache_name = "cache" if "cache" in parameters else "past_key_values"
     first_V = prompt.logits[0, -1].float().log_softmax(dim=-1)
     tokenizer = rows.processor.tokenizer
     tokens = [
@@ -193,9 +197,9 @@ def log_likelihoods(model: Any, rows: LlavaRows, row: dict[str, Any]) -> Tensor:
             continue
         numbers = [number for number, ids in enumerate(tokens) if len(ids) == length]
         name_CT = torch.tensor([tokens[number] for number in numbers])
-        cache = copy.deepcopy(prompt.past_key_values)
+        cache = copy.deepcopy(prompt[cache_name])
         cache.batch_repeat_interleave(len(numbers))
-        logits = model(input_ids=name_CT[:, :-1], past_key_values=cache).logits
+        logits = model(input_ids=name_CT[:, :-1], **{cache_name: cache}).logits
         next_CTV = logits.float().log_softmax(dim=-1)
         later_CT1 = next_CTV.gather(2, name_CT[:, 1:, None])
         total_C[numbers] += later_CT1.sum(dim=(1, 2))
