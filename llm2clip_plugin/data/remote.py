@@ -190,6 +190,14 @@ def default_download_folder() -> Path:
     return Path(home) / "llm2clip" / "shards"
 
 
+def cache_folder(name: str) -> Path:
+    """A folder for what is computed: in LLM2CLIP_CACHE, which may be all that can be written, else
+    next to the shards in ``~/.cache/llm2clip``."""
+    shards = default_download_folder()
+    parent = shards if "LLM2CLIP_CACHE" in os.environ else shards.parent
+    return parent / name
+
+
 @dataclass(frozen=True)
 class Downloads:
     """A local folder of copies of files at URLs, downloaded in byte ranges, each retried; a copy

@@ -383,7 +383,7 @@ class SearchConfig(MeasureConfig):
     output: str = setting("search.html", help='the page to write; "": none')
     cache: str = setting(
         "",
-        help='folder of the embedded images; "": `search` next to LLM2CLIP_CACHE, or '
+        help='folder of the embedded images; "": `search` in LLM2CLIP_CACHE, else '
         "~/.cache/llm2clip/search",
     )
     # the LLM, if not where the card says

@@ -51,6 +51,17 @@ def test_a_name_for_cards_and_reports_has_no_key() -> None:
     assert remote.public_name("/data/what?.jsonl") == "what?.jsonl"
 
 
+def test_what_is_computed_stays_in_the_folder_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as /cache, the one folder of a container that can be written."""
+    monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "cache"))
+    assert remote.cache_folder("search") == tmp_path / "cache" / "search"
+    monkeypatch.delenv("LLM2CLIP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert remote.cache_folder("search") == tmp_path / "llm2clip" / "search"
+
+
 def fetch_once(arguments: tuple[Path, str]) -> int:
     return Downloads(arguments[0]).fetch(arguments[1]).stat().st_size
 
