@@ -12,7 +12,7 @@ the percentiles are those of Hesterberg (2015), The American Statistician 69, "e
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -77,6 +77,21 @@ def bootstrap_mean(
     draw_R = np.concatenate([total_R2[:, 0] / total_R2[:, 1] for total_R2 in totals])
     low, high = percentile_interval(draw_R, count, count - 1, level)
     return Interval(mean=mean, low=low, high=high, clusters=count, level=level)
+
+
+def interval_of_hits(values: Sequence[float], clusters: Sequence[Hashable]) -> Interval:
+    """As ``bootstrap_mean``, of fractions from 0 to 1. Where all are 0 or all are 1, no resample
+    differs, and the other end is the exact one of so many clusters (Clopper and Pearson 1934,
+    Biometrika 26): 0 of 14 is at most 23 %."""
+    interval = bootstrap_mean(values, clusters)
+    if interval.clusters < 2:
+        return interval
+    farthest = 1 - ((1 - interval.level) / 2) ** (1 / interval.clusters)
+    if interval.mean == 0:
+        return replace(interval, high=farthest)
+    if interval.mean == 1:
+        return replace(interval, low=1 - farthest)
+    return interval
 
 
 def cluster_codes(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
+from llm2clip_plugin.bootstrap import Interval, interval_of_hits
 from llm2clip_plugin.contracts import ScoreFile, TowerCard
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.remote import public_name
@@ -65,7 +65,7 @@ def report(title: str, path: str, scores: ScoreFile) -> None:
     for name in scores.metrics:
         if name in scores.items[0]:
             hits = [item[name] for item in scores.items]
-            intervals[name] = bootstrap_mean(hits, clusters)
+            intervals[name] = interval_of_hits(hits, clusters)
     commands.print_scores(title, scores, intervals)
     commands.write_scores(scores, path)
 

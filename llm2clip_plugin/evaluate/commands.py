@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from llm2clip_plugin import __version__
-from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
+from llm2clip_plugin.bootstrap import Interval, interval_of_hits
 from llm2clip_plugin.contracts import CacheManifest, ScoreFile
 from llm2clip_plugin.data.cache import EmbeddingCache, differences, stored_teacher
 from llm2clip_plugin.data.images import ImageConfig
@@ -118,7 +118,7 @@ def intervals(scores: ScoreFile) -> dict[str, Interval]:
     for name, items in queries.items():
         hits = [item["score"] for item in items]
         clusters = [item["cluster"] for item in items]
-        by_metric[name] = bootstrap_mean(hits, clusters)
+        by_metric[name] = interval_of_hits(hits, clusters)
     return by_metric
 
 

@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 from scipy.special import stdtr, stdtrit
+from scipy.stats import binomtest
 
-from llm2clip_plugin.bootstrap import bootstrap_mean, t_cdf, t_quantile
+from llm2clip_plugin.bootstrap import (
+    bootstrap_mean,
+    interval_of_hits,
+    t_cdf,
+    t_quantile,
+)
 
 
 def simulated(rng, clusters, size, shared):
@@ -43,6 +49,17 @@ def test_few_clusters_have_students_width():
     interval = bootstrap_mean(values, resamples=20_000)
     width = 2 * t_quantile(0.975, 7) * np.std(values, ddof=1) / 8**0.5
     assert interval.high - interval.low == pytest.approx(width, rel=0.1)
+
+
+@pytest.mark.parametrize("hit", [0.0, 1.0])
+def test_hits_alone_are_no_certainty(hit):
+    """14 images with two captions each, all found or none."""
+    clusters = [number // 2 for number in range(28)]
+    interval = interval_of_hits([hit] * 28, clusters)
+    exact = binomtest(int(14 * hit), 14).proportion_ci(method="exact")
+    assert (interval.low, interval.high) == pytest.approx((exact.low, exact.high))
+    mixed = [hit, *[1.0] * 14, *[0.0] * 13]
+    assert interval_of_hits(mixed, clusters) == bootstrap_mean(mixed, clusters)
 
 
 def test_clusters_of_other_sizes_and_chunks_of_draws_change_nothing_but_the_noise(
