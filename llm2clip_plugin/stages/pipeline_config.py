@@ -143,7 +143,7 @@ RUN = Command(
     "the run. Each stage is a command, which is printed. Rerun the same command to resume.",
     settings=PipelineConfig,
     arguments="path",
-    everyday="llm tower output image-folder fields validation by adapter preset reading stage1 "
+    everyday="llm tower output image-folder fields validation by adapter reading stage1 "
     "num-train-epochs questions llava-llm num-gpus dry-run",
     hidden="weight shuffle_window kinds languages",
 )
