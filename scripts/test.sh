@@ -46,7 +46,7 @@ fi
 llava_environment .venv-llava &
 LLAVA_ENVIRONMENT=$!
 FAILED=$(mktemp) # the commands that failed
-BESIDE=$(mktemp) # what is printed by `beside`
+BESIDE=$(mktemp) # what the function of that name prints
 
 # check COMMAND...: goes on if it fails; the script fails at its end.
 check() {

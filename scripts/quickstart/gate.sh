@@ -58,7 +58,9 @@ if [ "$STEPS" != 50 ] && [[ " $ARMS " =~ " "(raw|map|tuned)" " ]]; then
     outputs=("$WORK/default")
     for output in "$WORK"/gate-*-steps; do # those of as many steps or fewer
         number=${output##*/gate-}
-        [ "${number%-steps}" -gt "$STEPS" ] || outputs+=("$output")
+        if [ "${number%-steps}" -le "$STEPS" ]; then
+            outputs+=("$output")
+        fi
     done
     python scripts/quickstart/longer.py --data "$DATA" --outputs "${outputs[@]}" \
         ${RENDERED:+--rendered "$RENDERED"}
