@@ -190,7 +190,7 @@ def default_download_folder() -> Path:
     return Path(home) / "llm2clip" / "shards"
 
 
-def cache_folder(name: str) -> Path:
+def computed_folder(name: str) -> Path:
     """A folder for what is computed: in LLM2CLIP_CACHE, which may be all that can be written, else
     next to the shards in ``~/.cache/llm2clip``."""
     shards = default_download_folder()

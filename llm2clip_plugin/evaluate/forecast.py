@@ -22,7 +22,7 @@ from llm2clip_plugin.bootstrap import Interval, bootstrap_mean
 from llm2clip_plugin.contracts import ScoreFile, TeacherIdentity
 from llm2clip_plugin.data.cache import EmbeddingCache
 from llm2clip_plugin.data.images import ImageConfig
-from llm2clip_plugin.data.remote import cache_folder, public_name
+from llm2clip_plugin.data.remote import computed_folder, public_name
 from llm2clip_plugin.data.samples import BrokenSample, select_captions
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
 from llm2clip_plugin.evaluate import commands
@@ -119,7 +119,7 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
     folder = Path(config.cache or forecast_folder(source.path, identity))
     if not config.cache and Path(source.path) == DRAWINGS:
         # the package's folder may be read-only
-        folder = cache_folder(folder.name)
+        folder = computed_folder(folder.name)
     texts: list[list[str]] = []
     for row in rows.values():
         texts.append([row.key, *(caption.text for caption in row.captions)])

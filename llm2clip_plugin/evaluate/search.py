@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llm2clip_plugin.atomic import atomic_file
 from llm2clip_plugin.data.cache import source_digest
-from llm2clip_plugin.data.remote import cache_folder, public_name
+from llm2clip_plugin.data.remote import computed_folder, public_name
 from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.errors import errors_about
@@ -172,7 +172,7 @@ def embeddings_folder(
     images = dataclasses.asdict(tower.images)
     identity = [card.weights_sha256, card.adapter_sha256, data, images, PART]
     digest = sha256_text(canonical_json(identity))
-    parent = cache_folder("search")
+    parent = computed_folder("search")
     if config.cache:
         parent = Path(config.cache)
     return parent / f"{source.name}-{digest[:12]}"

@@ -20,6 +20,7 @@ from llm2clip_plugin.text.adapter import adapter_sha256
 from llm2clip_plugin.text.encoder import CaptionEncoder
 from llm2clip_plugin.text.finetune import (
     HIDDEN_SIZE,
+    PairModule,
     load_trained,
     refuse_contradictions,
     trained_module,
@@ -27,6 +28,7 @@ from llm2clip_plugin.text.finetune import (
 )
 from llm2clip_plugin.text.pair_batches import PairTokenizer, tokenized_batches
 from llm2clip_plugin.text.pair_step import CaptionStep, caption_terms
+from llm2clip_plugin.train.checkpoint import Loaded
 from llm2clip_plugin.train.distributed import on_first_rank, rank, world_size
 from llm2clip_plugin.train.guard import check_finite, locked
 from llm2clip_plugin.train.loop import Evaluate
@@ -73,27 +75,12 @@ def _train(
         # fails here, not at a step
         on_first_rank(partial(check_captions, config.evaluation, config.pairs.read))
     resumed = run.find_checkpoint(data.digests | start_digests)
-    encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
-    for result in data.surveys:
-        count_truncated(result, encoder, cut_queries=config.pairs.cut_queries)
-    terms = caption_terms(config.contrast)
-    module = trained_module(
-        encoder,
-        config.lora,
-        config.contrast,
-        config.train,
-        start_adapters=config.start_adapters,
-    )
-    if resumed is not None:
-        load_trained(module, resumed.weights)
-    if config.train.torch_compile:
-        encoder.compile()
-    start_of_weights = config.encoder.llm if resumed is None else resumed.path
-    on_first_rank(lambda: check_finite(module, start_of_weights))
+    encoder, module = _start_module(config, data, resumed, device)
     trained = trained_parameters(module, config.optim.lr)
     engine = run.make_engine(module, trained, resumed, keep_frozen=False)
     start = run.start_state(resumed)
     evaluate = evaluation(encoder, config.evaluation, config.pairs.read)
+    terms = caption_terms(config.contrast)
     step = CaptionStep(engine, terms, encoder, config.contrast, seed=config.train.seed)
     with stop_requests() as stop:
         batches = tokenized_batches(
@@ -116,6 +103,30 @@ def _train(
     with phase("export"):
         on_first_rank(lambda: export_adapter(last, adapter, encoder, config, state))
     return adapter
+
+
+def _start_module(
+    config: FinetuneConfig, data: LlmData, resumed: Loaded | None, device: torch.device
+) -> tuple[CaptionEncoder, PairModule]:
+    """The LLM with its adapter as the steps start from them, and the module of what is trained.
+    Captions that it will cut are counted."""
+    encoder = CaptionEncoder(config.encoder, device, trainable_adapter=True)
+    for result in data.surveys:
+        count_truncated(result, encoder, cut_queries=config.pairs.cut_queries)
+    module = trained_module(
+        encoder,
+        config.lora,
+        config.contrast,
+        config.train,
+        start_adapters=config.start_adapters,
+    )
+    if resumed is not None:
+        load_trained(module, resumed.weights)
+    if config.train.torch_compile:
+        encoder.compile()
+    start_of_weights = config.encoder.llm if resumed is None else resumed.path
+    on_first_rank(lambda: check_finite(module, start_of_weights))
+    return encoder, module
 
 
 def digests_of(start_adapters: Sequence[str]) -> dict[str, str]:

@@ -143,11 +143,12 @@ def _start(
     measured = evaluation.measured if evaluation is not None else ""
     with phase("comparing the pictures"):
         pictures = on_first_rank(lambda: data.pictures)
+    learned_from = {**data.learned_from, PICTURES: pictures}
     run = open_run(
         config,
         samples=data.samples,
         hidden_size=model.tower.config.hidden_size,
-        learned_from={**data.learned_from, PICTURES: pictures, MEASURED: measured},
+        learned_from={**learned_from, MEASURED: measured},
         teacher=dataclasses.asdict(data.teacher),
         command=command,
     )
@@ -173,6 +174,11 @@ def _start(
                 device=device,
                 stop=stop,
                 unfinished=run.folder / UNFINISHED_HEADS,
+                learned_from={
+                    "tower": dataclasses.asdict(config.tower),
+                    "dual": dataclasses.asdict(config.dual),
+                    **learned_from,
+                },
             )
     start = Start(
         model=model,

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -102,6 +103,7 @@ def fit_heads(
     clip_caches: Sequence[EmbeddingCache] = (),
     stop: StopRequest | None = None,
     unfinished: Path | None = None,
+    learned_from: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[FitLine]:
     """Fit the heads in place, equal on every rank; returns the curve, a line every
     ``train.logging_steps`` and of the last.
@@ -109,9 +111,12 @@ def fit_heads(
     caption_weights: how often each kind of caption is drawn. clip_caches: of target clip_text,
     CLIP's features of the captions, a cache per source. Raises StoppedError on every rank when
     ``stop`` asks for it; the fit's state is then in the file ``unfinished``, from which the next
-    call continues. ``train.skip_bad_batches``: samples with a NaN or an infinity in a feature or
-    embedding to leave out (with clip_text: batches with one); one more raises NonFiniteLossError
-    before the fit, or in it, as does a loss that is not finite.
+    call with the same settings and the same ``learned_from`` (the model's settings, and digests of
+    the data) continues.
+
+    ``train.skip_bad_batches``: samples with a NaN or an infinity in a feature or embedding to leave
+    out (with clip_text: batches with one); one more raises NonFiniteLossError before the fit, or in
+    it, as does a loss that is not finite.
     """
     model.to(device)
     bf16 = train.precision == "bf16"
@@ -133,41 +138,54 @@ def fit_heads(
                 skip_non_finite=train.skip_bad_batches,
             )
 
-    def fit() -> tuple[list[FitLine], int, list[str]]:
+    def fit() -> Fitted:
         if features is not None:
             inputs = _image_inputs(model, features, config, train)
         else:
             inputs = _caption_inputs(
                 model, sources, caches, clip_caches, shares, config, train
             )
+        saved = None
+        if unfinished is not None:
+            settings = [dataclasses.asdict(config), dataclasses.asdict(loss)]
+            fit_of = ["5", *settings, train.seed, inputs.samples, dict(learned_from)]
+            saved = UnfinishedFit(unfinished, canonical_json(fit_of))
+        return _fit(model, inputs, products, config, loss, train, stop, saved)
+
+    fitted = _fit_on_first_rank(fit)
+    if fitted.done < config.steps:
+        where = f"saved in {unfinished}" if unfinished else "not saved"
+        stopped = f"stopped at step {fitted.done} of {config.steps} of the heads' fit"
+        raise StoppedError(f"{stopped}, {where}; rerun the same command to resume")
+    for _, parameter in head_parameters(model):
+        if world_size() > 1:
+            dist.broadcast(parameter.data, src=0)
+    return fitted.curve
+
+
+class Fitted(NamedTuple):
+    """What rank 0 has fitted."""
+
+    curve: list[FitLine]
+    done: int  # steps
+
+
+def _fit_on_first_rank(fit: Callable[[], Fitted]) -> Fitted:
+    """What ``fit`` returns on rank 0, on every rank. The others wait in no collective, whose
+    timeout a long fit would exceed. A NonFiniteFitError becomes a NonFiniteLossError on every
+    rank."""
+
+    def fit_or_failure() -> tuple[list[FitLine], int, list[str]]:
         try:
-            curve, done = _fit(
-                model,
-                inputs,
-                products,
-                config,
-                loss,
-                seed=train.seed,
-                logging_steps=train.logging_steps,
-                stop=stop,
-                unfinished=unfinished,
-            )
+            curve, done = fit()
         except NonFiniteFitError as error:
             return [], 0, [error.what, error.advice]
         return curve, done, []
 
-    # the others wait in no collective, whose timeout a long fit would exceed
-    curve, done, failure = on_first_rank(fit)
+    curve, done, failure = on_first_rank(fit_or_failure)
     if failure:
         raise NonFiniteLossError(*failure, outcome="Nothing was saved")
-    if done < config.steps:
-        saved = f"saved in {unfinished}" if unfinished else "not saved"
-        stopped = f"stopped at step {done} of {config.steps} of the heads' fit, {saved}"
-        raise StoppedError(f"{stopped}; rerun the same command to resume")
-    for _, parameter in head_parameters(model):
-        if world_size() > 1:
-            dist.broadcast(parameter.data, src=0)
-    return curve
+    return Fitted(curve, done)
 
 
 class FitInputs(NamedTuple):
@@ -251,20 +269,24 @@ def head_parameters(model: DualEncoder) -> list[tuple[str, torch.nn.Parameter]]:
     ]
 
 
+class UnfinishedFit(NamedTuple):
+    """Where the state of a fit that was stopped is kept."""
+
+    file: Path
+    fit_of: str  # what is fitted to what; a state with another one is not continued
+
+
 def _fit(
     model: DualEncoder,
     inputs: FitInputs,
     products: torch.autocast,
     config: HeadsConfig,
     loss: LossConfig,
-    *,
-    seed: int,
-    logging_steps: int,
+    train: TrainConfig,
     stop: StopRequest | None,
-    unfinished: Path | None,
-) -> tuple[list[FitLine], int]:
-    """Train the heads, or the text adapter alone; returns the curve and the number of steps that
-    are done."""
+    unfinished: UnfinishedFit | None,
+) -> Fitted:
+    """Train the heads, or the text adapter alone, to the last step or until ``stop``."""
     of_clip = config.target == "clip_text"
     if of_clip:
         term = partial(clip_text_loss, captions=config.captions_per_image)
@@ -273,9 +295,7 @@ def _fit(
         terms = heads_terms(loss)
     max_grad_norm = CLIP_TEXT_OPTIM.max_grad_norm if of_clip else math.inf
     optimizer = _optimizer(model, config)
-    settings = [dataclasses.asdict(config), dataclasses.asdict(loss)]
-    fit_of = canonical_json(["4", *settings, seed, inputs.samples])
-    start, curve = _continued(model, optimizer, unfinished, fit_of)
+    curve, start = _continued(model, optimizer, unfinished)
     batches = inputs.batches_from(start)
     done = start
     values: dict[str, Tensor] = {}  # of the last update
@@ -293,7 +313,7 @@ def _fit(
             if batch is not None:
                 values = _update(model, optimizer, terms, batch, max_grad_norm)
                 size = len(batch.positive_bkD)
-            is_logged = done % logging_steps == 0 and batch is not None
+            is_logged = done % train.logging_steps == 0 and batch is not None
             if values and (is_logged or done == config.steps):
                 numbers = {name: float(value) for name, value in values.items()}
                 _refuse_non_finite_loss(numbers["loss"], done, config.lr)
@@ -306,11 +326,11 @@ def _fit(
             bar.update()
     optimizer.zero_grad()  # or these gradients are added to those of the first training step
     if done < config.steps and unfinished is not None:
-        state = {"fit_of": fit_of, "done": done, "curve": curve}
+        state = {"fit_of": unfinished.fit_of, "done": done, "curve": curve}
         state |= {"optimizer": optimizer.state_dict(), "heads": heads_state(model)}
-        with atomic_file(unfinished) as temporary:
+        with atomic_file(unfinished.file) as temporary:
             torch.save(state, temporary)
-    return curve, done
+    return Fitted(curve, done)
 
 
 def _refuse_non_finite_loss(loss: float, step: int, lr: float) -> None:
@@ -382,22 +402,25 @@ def _optimizer(model: DualEncoder, config: HeadsConfig) -> torch.optim.Optimizer
 def _continued(
     model: DualEncoder,
     optimizer: torch.optim.Optimizer,
-    unfinished: Path | None,
-    fit_of: str,
-) -> tuple[int, list[FitLine]]:
-    """Steps done and curve of the same fit that was stopped, whose state is read; of a new one
-    otherwise."""
-    if unfinished is None or not unfinished.is_file():
-        return 0, []
-    saved = torch.load(unfinished, "cpu", weights_only=True)
-    if saved.get("fit_of") != fit_of:
-        return 0, []
+    unfinished: UnfinishedFit | None,
+) -> Fitted:
+    """The same fit as far as it came before it was stopped, with its state read; of a new one,
+    nothing."""
+    if unfinished is None or not unfinished.file.is_file():
+        return Fitted([], 0)
+    saved = torch.load(unfinished.file, "cpu", weights_only=True)
+    if saved.get("fit_of") != unfinished.fit_of:
+        log.warning(
+            "the heads' fit starts anew: %s is of other settings or data",
+            unfinished.file,
+        )
+        return Fitted([], 0)
     optimizer.load_state_dict(saved["optimizer"])
     model.load_state_dict(saved["heads"], strict=False)
     log.warning(
-        "continuing the heads' fit at step %d, from %s", saved["done"], unfinished
+        "continuing the heads' fit at step %d, from %s", saved["done"], unfinished.file
     )
-    return saved["done"], saved["curve"]
+    return Fitted(saved["curve"], saved["done"])
 
 
 def image_batches(

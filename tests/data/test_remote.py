@@ -56,10 +56,10 @@ def test_what_is_computed_stays_in_the_folder_that_is_named(
 ) -> None:
     """Such as /cache, the one folder of a container that can be written."""
     monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "cache"))
-    assert remote.cache_folder("search") == tmp_path / "cache" / "search"
+    assert remote.computed_folder("search") == tmp_path / "cache" / "search"
     monkeypatch.delenv("LLM2CLIP_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert remote.cache_folder("search") == tmp_path / "llm2clip" / "search"
+    assert remote.computed_folder("search") == tmp_path / "llm2clip" / "search"
 
 
 def fetch_once(arguments: tuple[Path, str]) -> int:

@@ -286,7 +286,7 @@ def test_heads_in_bf16_keep_fp32_weights_and_learn_the_same(tiny: Path):
     assert half["tower untouched"]
 
 
-def test_a_stopped_fit_goes_on_to_the_same_heads(
+def test_a_stopped_fit_goes_on_to_the_same_heads_on_the_same_data(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     whole = fit(0, 1, str(tiny), 5)
@@ -305,12 +305,16 @@ def test_a_stopped_fit_goes_on_to_the_same_heads(
     monkeypatch.setattr(heads, "image_batches", stopped_at_2)
     # as written on a GPU
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    data = {"captions": "1234"}
     with pytest.raises(StoppedError, match="step 2 of 5"):
-        fit(0, 1, str(tiny), 5, stop=stop, unfinished=unfinished)
-    resumed = fit(0, 1, str(tiny), 5, unfinished=unfinished)
+        fit(0, 1, str(tiny), 5, stop=stop, unfinished=unfinished, learned_from=data)
+    resumed = fit(0, 1, str(tiny), 5, unfinished=unfinished, learned_from=data)
     assert len(calls) == 5
     for name, value in whole["heads"].items():
         torch.testing.assert_close(resumed["heads"][name], value, atol=1e-6, rtol=1e-5)
+    other_data = {"captions": "5678"}
+    fit(0, 1, str(tiny), 5, unfinished=unfinished, learned_from=other_data)
+    assert len(calls) == 10, "continued on other data"
 
 
 def test_heads_draw_captions_by_their_shares():
