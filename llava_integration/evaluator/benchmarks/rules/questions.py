@@ -25,11 +25,11 @@ def conversion(path: Path) -> str:
     if ending == ".json":
         return f"jq -c '.[]' {shlex.quote(str(path))} > NEW.jsonl"
     if ending == ".csv":
-        read = (
-            f"pandas.read_csv({json.dumps(str(path), ensure_ascii=False)}, dtype=str)"
-        )
-        write = 'to_json("NEW.jsonl", orient="records", lines=True)'
-        return f"python -c {shlex.quote(f'import pandas; {read}.{write}')}"
+        name = json.dumps(str(path), ensure_ascii=False)
+        # -sig: Excel's "CSV UTF-8" begins with a byte order mark
+        rows = f'csv.DictReader(open({name}, encoding="utf-8-sig", newline=""))'
+        code = f'import csv, json; print(*map(json.dumps, {rows}), sep="\\n")'
+        return f"python -c {shlex.quote(code)} > NEW.jsonl"
     return ""
 
 
