@@ -449,19 +449,34 @@ def write_folder(
         card.write(directory / CARD)
     write_json(directory / "config.json", body)
     write_json(directory / "generation_config.json", {**ids, **generation})
+    write_page(directory, title, what, arch, tower, record, runs_code=bool(code))
+    return size
+
+
+def write_page(
+    directory: Path,
+    title: str,
+    what: str,
+    arch: str,
+    tower: ExportedTower,
+    record: dict[str, Any],
+    *,
+    runs_code: bool,
+) -> None:
+    """README.md, of what `write_folder` was given. ``runs_code``: transformers needs the code that
+    is in the folder."""
     served = ""
     if arch == "llava":
         served = SERVED if tower.config["model_type"] in STOCK else SERVED + PLUGIN
-    readme = PAGE.substitute(
+    page = PAGE.substitute(
         title=title,
         what=what,
         rows=readme_rows(record, tower),
         license=LICENSE,
         served=served,
-        option=", trust_remote_code=True" if code else "",  # runs the tower's code
+        option=", trust_remote_code=True" if runs_code else "",
     )
-    (directory / "README.md").write_text(readme, encoding="utf-8")
-    return size
+    (directory / "README.md").write_text(page, encoding="utf-8")
 
 
 def readme_rows(record: dict[str, Any], tower: ExportedTower) -> str:

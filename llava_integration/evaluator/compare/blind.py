@@ -28,6 +28,7 @@ the picture, so that among the questions that it does not solve blind it loses t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -133,10 +134,7 @@ def split(
     base_runs = [run.pick(ids) for run in base_runs]
     new_runs = [run.pick(ids) for run in new_runs]
     blind_runs = [run.pick(ids) for run in blind_runs]
-    for run in blind_runs:
-        if has_truth(run) and has_truth(base_runs[0]):
-            check_equal_truth(name, base_side, base_runs[0], run)
-        check_is_no_side(run, [*base_runs, *new_runs])
+    check_blind_runs(name, base_side, blind_runs, base_runs, new_runs)
     right_JN = np.array([run.scores for run in blind_runs]) >= RIGHT
     check_not_declined(blind_runs, right_JN)
     guessed = guessing([*base_runs, *new_runs, *blind_runs], blind.chance)
@@ -157,23 +155,19 @@ def split(
     )
     base_MN = np.array([run.scores for run in base_runs])
     new_MN = np.array([run.scores for run in new_runs])
-    clusters = base_runs[0].clusters
     solved = int(solved_N.sum())
     questions = {SOLVED: solved, EYES: len(solved_N) - solved}
+    make_part = partial(
+        part_of,
+        base_MN=base_MN,
+        new_MN=new_MN,
+        clusters=base_runs[0].clusters,
+        level=level,
+        pair_runs=pair_runs,
+    )
     parts = []
     for part, of_part in weights.items():
-        parts.append(
-            part_of(
-                part,
-                base_MN,
-                new_MN,
-                clusters,
-                of_part,
-                level=level,
-                pair_runs=pair_runs,
-                questions=questions[part],
-            )
-        )
+        parts.append(make_part(part, weights=of_part, questions=questions[part]))
     lucky = luck_notes(solved_N, guessed.most_N, len(blind_runs), is_yes_N)
     return parts, [*notes, *lucky]
 
@@ -236,6 +230,20 @@ def ids_in_common(
             f"the blind logs have {len(in_all)} of {len(first.ids)} questions"
         )
     return [identifier for identifier in first.ids if identifier in in_all]
+
+
+def check_blind_runs(
+    name: str,
+    base_side: Side,
+    blind_runs: Sequence[Run],
+    base_runs: Sequence[Run],
+    new_runs: Sequence[Run],
+) -> None:
+    """ContractError for a blind log with other right answers than the base's, or of a side."""
+    for run in blind_runs:
+        if has_truth(run) and has_truth(base_runs[0]):
+            check_equal_truth(name, base_side, base_runs[0], run)
+        check_is_no_side(run, [*base_runs, *new_runs])
 
 
 def check_not_declined(blind_runs: Sequence[Run], right_JN: np.ndarray) -> None:
