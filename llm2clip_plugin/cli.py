@@ -283,7 +283,7 @@ def leave(status: int) -> "NoReturn":
 def run(name: str, argv: list[str]) -> int:
     """Import and run one command of the table; returns its exit status."""
     # Both are read when torch is imported. Threads that spin while they wait take the cores from
-    # every other program, and are several times slower beside one; so are ranks that each use all
+    # every other program, and are several times slower next to one; so are ranks that each use all
     # cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.environ.get("WORLD_SIZE", "1") != "1":

@@ -15,7 +15,7 @@ LANGUAGE_MODELS = {"llava": "2.5 million weights", "llava-smollm2": "SmolLM2-135
 # teacher of the tower -> its side in llava-controls
 CONTROLS = {"random": "before", "raw": "after"}
 LEVEL = 0.05  # of the tests, after Holm's adjustment
-# of a claim in headline.json, kept beside the values of its seeds
+# of a claim in headline.json, kept with the values of its seeds
 RECORDED_FIELDS = (
     "chance",
     "difference",

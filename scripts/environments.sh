@@ -103,7 +103,7 @@ install_train() {
     install "$2" -e "$ROOT[$1]" && install "$2" --no-deps "$LLAVA_WHEEL"
 }
 
-# train_environment FOLDER EXTRAS: the whole package with current libraries, and LLaVA beside it; e.g. EXTRAS=train,dev
+# train_environment FOLDER EXTRAS: the whole package with current libraries, and LLaVA; e.g. EXTRAS=train,dev
 train_environment() {
     need_compiler && make_environment "$1" "$2 $(echo "$LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_train "$2"
 }

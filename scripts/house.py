@@ -183,8 +183,8 @@ def count_imports(graph: networkx.DiGraph) -> dict[str, str]:
 
 
 def count_around(root: Path) -> dict[str, str]:
-    """Lines of what lies beside the packages."""
-    # older checkouts had benchmarks/ and nano/ beside scripts/
+    """Lines of what lies next to the packages."""
+    # older checkouts had benchmarks/ and nano/ next to scripts/
     scripts = ("scripts/**/*.py", "scripts/**/*.sh", "benchmarks/*.py", "nano/*.py")
     pages = texts(root, "*.md", "docs/**/*.md")
     words = sum(len(page.split()) for page in pages.values())

@@ -46,7 +46,7 @@ fi
 llava_environment .venv-llava &
 LLAVA_ENVIRONMENT=$!
 FAILED=$(mktemp) # the commands that failed
-BESIDE=$(mktemp) # what the function of that name prints
+OTHER_OUTPUT=$(mktemp) # what other_checks prints
 
 # check COMMAND...: goes on if it fails; the script fails at its end.
 check() {
@@ -71,7 +71,7 @@ if ! PATH=$PATH:/usr/sbin installs sshd openssh-server || ! installs pdsh pdsh i
 fi
 
 # What is mostly start-up, and one process at a time, fills what the workers of pytest leave idle.
-beside() {
+other_checks() {
     if find_python_3_10 >/dev/null; then
         pinned_environment .venv-pinned
     fi
@@ -98,8 +98,8 @@ stop_jobs() {
         kill "$job" || true
     done 2>/dev/null
 }
-beside >"$BESIDE" 2>&1 &
-BESIDE_ID=$!
+other_checks >"$OTHER_OUTPUT" 2>&1 &
+OTHER_ID=$!
 trap stop_jobs EXIT
 
 check .venv/bin/ruff check .
@@ -114,8 +114,8 @@ check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/llava --durations=1
 # apart, as LLaVA disables torch's weight initialization; simulations of the statistics and the browser run once, above
 check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/evaluator \
     --ignore=tests/evaluator/test_statistics.py --ignore=tests/evaluator/test_page.py
-check wait "$BESIDE_ID"
-cat "$BESIDE"
+check wait "$OTHER_ID"
+cat "$OTHER_OUTPUT"
 
 if [ -s "$FAILED" ]; then
     sed 's/^/failed: /' "$FAILED" >&2

@@ -104,7 +104,7 @@ def complete_checkpoints(trainer: Any) -> None:
             record_data(output_dir, self.llm2clip_data)
             # DeepSpeed and FSDP save and read all weights themselves
             if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
-                save_beside_lora(self.model, output_dir)
+                save_outside_lora(self.model, output_dir)
 
     @replaces(trainer, "_load_from_checkpoint")
     def load_from_checkpoint(
@@ -119,7 +119,7 @@ def complete_checkpoints(trainer: Any) -> None:
             if parameter.dtype != dtypes[name]:
                 parameter.data = parameter.data.to(dtypes[name])
         if not self.is_fsdp_enabled:
-            load_beside_lora(self.model, resume_from_checkpoint)
+            load_outside_lora(self.model, resume_from_checkpoint)
 
 
 def complete_optimizer(trainer: Any) -> None:
@@ -145,36 +145,39 @@ def complete_optimizer(trainer: Any) -> None:
         return optimizer
 
 
-def beside_lora(model: Any) -> dict[str, torch.nn.Parameter]:
-    """What a LoRA training trains beside its adapter, the projector and an unfrozen tower, by the
-    names that LLaVA's own libraries give; {} without LoRA."""
+def outside_lora(model: Any) -> dict[str, torch.nn.Parameter]:
+    """What a LoRA training trains in addition to its adapter, the projector and an unfrozen tower,
+    by the names that LLaVA's own libraries give; {} without LoRA."""
     from llava_integration.plug.compat.patches import names_of_4
 
     has_lora = False
-    beside = {}
+    others = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if "lora_" in name:
             has_lora = True
         else:
-            beside[name] = parameter
-    return names_of_4(beside) if has_lora else {}
+            others[name] = parameter
+    return names_of_4(others) if has_lora else {}
 
 
-def save_beside_lora(model: Any, folder: str) -> None:
+def save_outside_lora(model: Any, folder: str) -> None:
     """Write what PEFT leaves out of a checkpoint, under the name and keys that LLaVA gives it at
     the end of a training."""
-    weights = {name: value.detach().cpu() for name, value in beside_lora(model).items()}
+    weights = {
+        name: value.detach().cpu() for name, value in outside_lora(model).items()
+    }
     if weights:
         with atomic_file(Path(folder) / BESIDE_LORA) as temporary:
             torch.save(weights, temporary)
 
 
-def load_beside_lora(model: Any, folder: str) -> None:
-    """Read what `save_beside_lora` wrote into a model that is trained further. Raises ContractError
-    if the file is missing, damaged or of another model: the projector would start anew."""
-    parameters = beside_lora(model)
+def load_outside_lora(model: Any, folder: str) -> None:
+    """Read what `save_outside_lora` wrote into a model that is trained further. Raises
+    ContractError if the file is missing, damaged or of another model: the projector would start
+    anew."""
+    parameters = outside_lora(model)
     if not parameters:
         return
     path = Path(folder) / BESIDE_LORA

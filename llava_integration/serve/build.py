@@ -539,7 +539,7 @@ SERVED = "`vllm serve PATH_OR_HUB_ID` serves it with an OpenAI-compatible API"
 STOCK = ("clip_vision_model", "siglip_vision_model")  # towers that vLLM has
 PLUGIN = (
     " where llm2clip-plugin with its extra `tower` is "
-    "installed beside vLLM, for the vision tower"
+    "installed with vLLM, for the vision tower"
 )
 PAGE = Template("""\
 ---

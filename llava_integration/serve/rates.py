@@ -14,7 +14,7 @@ from torch import nn
 
 # children that contain the whole model: transformers', PEFT's, DistributedDataParallel's
 WRAPPERS = ("model", "base_model", "module")
-# a module beside the one that it belongs to: the LLM's output layer
+# a module next to the one that it belongs to: the LLM's output layer
 PART_OF = {"lm_head": "language_model"}
 
 

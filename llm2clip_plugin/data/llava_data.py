@@ -1,4 +1,4 @@
-"""``llm2clip llava data DATA``: a data set as LLaVA's pretraining reads it, captions.json beside
+"""``llm2clip llava data DATA``: a data set as LLaVA's pretraining reads it, captions.json next to
 the images."""
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class Command(Generic[Settings]):
     everyday: str = ""  # options that --help lists, --help-all has the others; "": all
     # options that are no settings: name -> help
     extras: Mapping[str, str] = field(default_factory=dict)
-    hidden: str = ""  # fields of ``settings`` without an option, beside those that a section hides
+    # fields of ``settings`` without an option, in addition to those that a section hides
+    hidden: str = ""
     rest: str = ""  # field that takes the words after --
     # makes the settings that options override from the extra options; None: the fields' own
     # defaults

@@ -127,7 +127,7 @@ def _paper(
 def _common(
     name: str, encoder: EncoderConfig, *, gradient_checkpointing: bool
 ) -> FinetuneConfig:
-    """What both sides have in common, beside the default optimizer, LoRA, scale, batch, length."""
+    """What both sides share, apart from the default optimizer, LoRA, scale, batch, length."""
     default = FinetuneConfig()
     return dataclasses.replace(
         default,

@@ -327,7 +327,7 @@ def open_run(
     configuration.
 
     hidden_size: as configure_deepspeed, which raises. learned_from: what a checkpoint records
-    beside the configuration.
+    in addition to the configuration.
     """
     deepspeed = configure_deepspeed(
         config.deepspeed,

@@ -74,7 +74,7 @@ class TowerData:
 
     @property
     def learned_from(self) -> dict[str, str | int]:
-        """What a checkpoint records of the data, beside the configuration."""
+        """What a checkpoint records of the data, in addition to the configuration."""
         captions: list[str] = []  # digests of the shards' keys and captions
         for source, cache in zip(self.sources, self.caches, strict=True):
             for shard in source.shards:

@@ -50,7 +50,7 @@ def write_reading(
     search: dict[str, Any],
 ) -> None:
     """Write a reading. The card comes last, with the digest of the post-processing: without it, or
-    with another file beside it, the folder is refused.
+    with another file next to it, the folder is refused.
 
     way: with a literal template. base_sha256: of the LLM's weights. search: what it was chosen on.
     """

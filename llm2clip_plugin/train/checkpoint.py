@@ -230,7 +230,7 @@ class Checkpoints:
         ]
         removed: list[Path] = []
         if self.keep:
-            kept_before = self.keep - 1  # beside the newest
+            kept_before = self.keep - 1  # in addition to the newest
             count = max(0, len(older) - kept_before)
             removed += older[:count]
         removed += self.folder.glob(".*.tmp")

@@ -54,7 +54,7 @@ class Sample:
 
 
 def read_tars(pattern: str) -> list[Sample]:
-    """The samples of WebDataset tars: NAME.png and NAME.json beside each other."""
+    """The samples of WebDataset tars: NAME.png and NAME.json next to each other."""
     samples = []
     for path in sorted(EMOJI.glob(pattern)):
         with tarfile.open(path) as tar:
@@ -205,7 +205,7 @@ class Teacher(nn.Module):
         self.llm.eval().requires_grad_(False)
 
     def add_lora(self) -> list[nn.Parameter]:
-        """A trained update beside every linear layer of the blocks; returns its parameters."""
+        """A trained update of every linear layer of the blocks; returns its parameters."""
         for name, module in list(self.llm.layers.named_modules()):
             if isinstance(module, nn.Linear):
                 self.llm.layers.set_submodule(name, LoRA(module))

@@ -7,7 +7,7 @@
 #   scripts/quickstart/gate.sh --steps 200 --seeds 1    longer towers, in a folder of their own; also what the steps bring to retrieval,
 #                                                       against all lower numbers that were run (longer.py; --rendered DIR:
 #                                                       in one more style)
-#   scripts/quickstart/gate.sh --arms "permuted tuned"  these teachers alone, beside the tower before stage 2
+#   scripts/quickstart/gate.sh --arms "permuted tuned"  these teachers alone, and the tower before stage 2
 #   scripts/quickstart/gate.sh --llava                  then a small LLaVA on each tower: does it name what it was never shown?
 #                                                       (inherited.py; a quarter of an hour of a core each)
 #

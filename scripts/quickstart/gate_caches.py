@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The teachers that gate.sh needs beside the quickstart's: one whose embeddings belong to the wrong
+"""The teachers of gate.sh that the quickstart lacks: one whose embeddings belong to the wrong
 concepts, one that knows how captions are spelled and nothing else, and LLaVA's own language model.
 
     gate_caches.py permuted DATA/all --cache DATA/cache/tuned-seed0 --seed 0 --output DIR

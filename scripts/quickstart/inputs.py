@@ -252,8 +252,8 @@ def make_all(
     languages: Sequence[str],
 ) -> None:
     """Models and data, at the same time."""
-    with ThreadPoolExecutor(1) as beside:
-        data = beside.submit(prepare, output, concepts, languages)
+    with ThreadPoolExecutor(1) as other_thread:
+        data = other_thread.submit(prepare, output, concepts, languages)
         make_models(models, image_size)
         data.result()
 

@@ -39,7 +39,7 @@ from llm2clip_plugin.text.pair_step import pair_loss
 from llm2clip_plugin.vision.directory import write_json
 
 MAP = "linear map on the frozen LLM"  # the name of this control's teacher
-RECORD = "linear_map.json"  # what a map was fitted to, beside the cache that it made
+RECORD = "linear_map.json"  # what a map was fitted to, next to the cache that it made
 WEIGHTS = "linear_map.safetensors"
 KINDS = ("short", "long", "keywords")
 

@@ -90,7 +90,7 @@ trap_ends() { # of the script: by itself, by Ctrl-C, by a signal
 end_of_script() {
     local status=$? job
     rm -f "$RUNNING"
-    for job in $(jobs -p); do # a part that runs beside another
+    for job in $(jobs -p); do # a part that runs while another does
         pkill -P "$job" 2>/dev/null || true
         kill "$job" 2>/dev/null || true
     done

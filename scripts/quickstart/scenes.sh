@@ -5,7 +5,7 @@
 # regression (scene_scores.py).
 #
 #   scripts/quickstart/scenes.sh                              three seeds, 50 steps of stage 2; some minutes of a core a tower
-#   scripts/quickstart/scenes.sh --arms "permuted words raw"  these teachers alone, beside the tower before stage 2
+#   scripts/quickstart/scenes.sh --arms "permuted words raw"  these teachers alone, and the tower before stage 2
 #   scripts/quickstart/scenes.sh --arms "tuned tuned-twins"   a teacher's name with -twins: as many pictures in training, half of
 #                                                             them the twins of the others, in the same batch
 #   scripts/quickstart/scenes.sh --llava                      then a small LLaVA on each tower is asked (scene_questions.py; a

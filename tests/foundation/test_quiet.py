@@ -1,4 +1,4 @@
-"""What is silenced by its message alone: the one record that is meant, and none beside it."""
+"""What is silenced by its message alone: the one record that is meant, and no other."""
 
 import logging
 

@@ -163,9 +163,7 @@ def with_linear_map(
     return made
 
 
-def test_the_linear_map_is_recorded_beside_what_was_stated(
-    tmp_path, monkeypatch
-) -> None:
+def test_the_linear_map_is_recorded_with_what_was_stated(tmp_path, monkeypatch) -> None:
     for name in ("CLAIMS", "README", "BENCHMARKS"):
         monkeypatch.setattr(
             check_claims, name, Path(shutil.copy(getattr(check_claims, name), tmp_path))

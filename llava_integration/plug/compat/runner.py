@@ -21,7 +21,7 @@ from llava_integration.plug.compat.completion import (
 from llm2clip_plugin.installation import installed_version
 from llm2clip_plugin.quiet import quiet_peft
 
-# beginnings of versions, beside LLaVA's own pins
+# beginnings of versions, in addition to LLaVA's own pins
 TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}
 ADVICE = "pip install transformers==5.24.0 deepspeed==0.19.8 runs LLaVA 1.5"
 

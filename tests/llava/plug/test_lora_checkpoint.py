@@ -1,4 +1,4 @@
-"""What a LoRA training trains beside its adapter is in its checkpoints, too."""
+"""What a LoRA training trains in addition to its adapter is in its checkpoints, too."""
 
 from copy import deepcopy
 
@@ -8,8 +8,8 @@ from torch import nn
 
 from llava_integration.plug.training import (
     BESIDE_LORA,
-    load_beside_lora,
-    save_beside_lora,
+    load_outside_lora,
+    save_outside_lora,
 )
 from llm2clip_plugin.errors import ContractError
 
@@ -28,13 +28,13 @@ def model(width: int = 4) -> nn.ModuleDict:
 
 def test_the_projector_comes_back(tmp_path):
     trained = model()
-    save_beside_lora(trained, str(tmp_path))
+    save_outside_lora(trained, str(tmp_path))
     assert set(torch.load(tmp_path / BESIDE_LORA)) == {
         "mm_projector.weight",
         "mm_projector.bias",
     }
     resumed = model()
-    load_beside_lora(resumed, str(tmp_path))
+    load_outside_lora(resumed, str(tmp_path))
     assert torch.equal(resumed["mm_projector"].weight, trained["mm_projector"].weight)
     assert torch.equal(resumed["mm_projector"].bias, trained["mm_projector"].bias)
     # PEFT's part
@@ -56,11 +56,11 @@ def test_an_unfrozen_tower_has_the_names_of_llavas_own_libraries(tmp_path):
     trained = untrained()
     layer = trained["model"]["vision_tower"]["vision_tower"]["encoder"]["layers"][0]
     nn.init.constant_(layer.weight, 7.0)
-    save_beside_lora(trained, str(tmp_path))
+    save_outside_lora(trained, str(tmp_path))
     name = "model.vision_tower.vision_tower.vision_model.encoder.layers.0.weight"
     assert name in torch.load(tmp_path / BESIDE_LORA)
     resumed = untrained()
-    load_beside_lora(resumed, str(tmp_path))
+    load_outside_lora(resumed, str(tmp_path))
     layer = resumed["model"]["vision_tower"]["vision_tower"]["encoder"]["layers"][0]
     assert bool((layer.weight == 7.0).all())
 
@@ -69,19 +69,19 @@ def test_a_checkpoint_without_its_projector_is_refused(tmp_path):
     with pytest.raises(
         ContractError, match=f"has no {BESIDE_LORA}: .* learned nothing; delete"
     ):
-        load_beside_lora(model(), str(tmp_path))
-    save_beside_lora(model(width=5), str(tmp_path))
+        load_outside_lora(model(), str(tmp_path))
+    save_outside_lora(model(width=5), str(tmp_path))
     with pytest.raises(
         ContractError, match=r"does not fit the model: mm_projector.bias, mm_p"
     ):
-        load_beside_lora(model(), str(tmp_path))
+        load_outside_lora(model(), str(tmp_path))
     (tmp_path / BESIDE_LORA).write_bytes(b"no zip")
     with pytest.raises(ContractError, match=BESIDE_LORA):
-        load_beside_lora(model(), str(tmp_path))
+        load_outside_lora(model(), str(tmp_path))
 
 
 def test_without_lora_nothing_is_written(tmp_path):
     full = nn.ModuleDict({"mm_projector": nn.Linear(2, 2)})
-    save_beside_lora(full, str(tmp_path))
-    load_beside_lora(full, str(tmp_path))
+    save_outside_lora(full, str(tmp_path))
+    load_outside_lora(full, str(tmp_path))
     assert list(tmp_path.iterdir()) == []

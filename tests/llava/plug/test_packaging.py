@@ -1,4 +1,4 @@
-"""Installed beside LLaVA: nothing moves, every process knows the tower; uninstalled, nothing is
+"""Installed next to LLaVA: nothing moves, every process knows the tower; uninstalled, nothing is
 left.
 
 The scratch environment holds links to everything of this one except our own package.

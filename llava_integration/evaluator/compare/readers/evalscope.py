@@ -240,7 +240,7 @@ def options_of(raw: dict[str, Any]) -> list[str]:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message, which may have pictures beside it."""
+    """The text of a message, which may have pictures, too."""
     if isinstance(content, str):
         return content
     texts = []

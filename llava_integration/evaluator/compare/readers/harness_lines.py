@@ -39,7 +39,7 @@ POPE_IMAGE = "image_source"
 NO_METRICS = {"doc_id", "token_counts", "doc", "target", "filter", "arguments", *TEXTS}
 NO_DOCUMENTS = "is empty: it has no documents; was the run cut off?"
 ALONE = "the log names no images: questions are drawn one by one, so the interval may be too narrow"
-# what is kept of a line beside its metrics
+# what is kept of a line in addition to its metrics
 GROUP = "value of --group"
 SHOWN = "what the page shows"
 Lines = Sequence[tuple[str, dict[str, Any]]]  # where it is, and a line of the log

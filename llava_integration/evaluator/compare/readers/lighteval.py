@@ -202,7 +202,7 @@ class Results:
 
 
 def results_file(details: Path, date: str) -> Path:
-    """The file of results of a task's details: in a folder of its own beside theirs, else next to
+    """The file of results of a task's details: in a folder of its own next to theirs, else next to
     them."""
     name = f"results_{date}.json"
     for folder in details.parents:
