@@ -9,12 +9,15 @@ All is checked before anything is loaded.
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llm2clip_plugin.errors import ContractError
+from llm2clip_plugin.hub import split_revision
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.safetensors_header import read_header
-from llm2clip_plugin.vision.directory import read_json
+from llm2clip_plugin.vision.directory import read_json, weight_files
 
 HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 CONFIG = "config.json"
@@ -103,14 +106,36 @@ def config_of(path: str | Path, name: str = CONFIG) -> dict[str, Any]:
 def sample_sha256(folder: str | Path) -> str:
     """SHA-256 over a part of a checkpoint's weights: 64 KiB every 16 MiB, from each file's end. A
     second for 7B."""
-    digest = hashlib.sha256()
     files = Path(folder).expanduser()
-    for path in sorted([*files.glob("*.safetensors"), *files.glob("*.bin")]):
+    return sample_of(sorted([*files.glob("*.safetensors"), *files.glob("*.bin")]))
+
+
+def sample_of(files: Iterable[Path]) -> str:
+    """SHA-256 over 64 KiB every 16 MiB, from each file's end."""
+    digest = hashlib.sha256()
+    for path in files:
         with path.open("rb") as file:
             for end in range(file.seek(0, 2), 0, -(1 << 24)):
                 file.seek(max(0, end - (1 << 16)))
                 digest.update(file.read(1 << 16))
     return digest.hexdigest()
+
+
+def model_sample(name: str) -> str:
+    """`sample_of` the weights that are loaded by a model's path or Hub id; "" for a Hub id that is
+    not downloaded, and for a folder with other files than transformers reads."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and HUB_ID.match(name):
+        from huggingface_hub import try_to_load_from_cache
+
+        repository, revision = split_revision(name)
+        config = try_to_load_from_cache(repository, CONFIG, revision=revision)
+        if isinstance(config, str):
+            folder = Path(config).parent
+    try:
+        return sample_of(weight_files(folder))
+    except (OSError, ContractError):
+        return ""
 
 
 def is_unfrozen(config: Any) -> bool:

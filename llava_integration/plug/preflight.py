@@ -30,7 +30,7 @@ from llava_integration.plug.checkpoints import (
     model_name,
 )
 from llava_integration.plug.hook import check_projector, refuse_others_projector
-from llava_integration.plug.resumed_data import refuse_other_data
+from llava_integration.plug.resumed_data import refuse_other_data, refuse_other_model
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.json_files import read_json_value
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         *check_model(options.model),
         *check_output(options.stage, options.output),
         *check_data(options.stage, Path(options.data), Path(options.image_folder)),
-        *check_resumed(options.stage, options.output, options.data),
+        *check_resumed(options.stage, options.output, options.data, options.model),
         *check_tower(
             llava.vision_tower or options.tower,
             llava.pretrain_mm_mlp_adapter or options.projector,
@@ -179,14 +179,17 @@ def check_output(stage: str, output: str) -> Iterator[str]:
                 )
 
 
-def check_resumed(stage: str, output: str, data: str) -> Iterator[str]:
-    """A checkpoint from which finetuning would resume was trained on this data."""
-    if stage == "pretrain" or not os.path.isfile(data):
+def check_resumed(stage: str, output: str, data: str, model: str) -> Iterator[str]:
+    """A checkpoint from which finetuning would resume was trained on this data, from this model."""
+    if stage == "pretrain":
         return  # refused above
     try:
-        refuse_other_data(output, data)
+        if os.path.isfile(data):
+            refuse_other_data(output, data)
+        refuse_other_model(output, model)
     except ContractError as error:
         message = str(error).replace("--data_path", "DATA")
+        message = message.replace("--model_name_or_path", "--model")
         yield message.replace("--output_dir", "--output")
 
 

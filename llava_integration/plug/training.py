@@ -21,8 +21,10 @@ import torch.distributed
 from llava_integration.plug.compat.completion import replaces
 from llava_integration.plug.resumed_data import (
     data_record,
+    model_record,
     record_data,
     refuse_other_data,
+    refuse_other_model,
 )
 from llava_integration.plug.towers import record_tower, refuse_other_checkpoints
 from llm2clip_plugin.atomic import atomic_file
@@ -67,8 +69,8 @@ def complete_trainer(module: ModuleType) -> None:
 
 
 def complete_start(trainer: Any, folder: str) -> None:
-    """Give LLaVA's program in ``folder`` our `preprocess`, and refuse checkpoints of another tower
-    or of other data."""
+    """Give LLaVA's program in ``folder`` our `preprocess`, and refuse checkpoints of another tower,
+    of other data or of another model."""
     file = os.path.realpath(os.path.join(folder, "train.py"))
 
     # The program, which no import hook sees as __main__, has made its dataset by then; that
@@ -83,7 +85,11 @@ def complete_start(trainer: Any, folder: str) -> None:
         data_args = getattr(self.train_dataset, "data_args", None)
         data = getattr(data_args, "data_path", None) or ""
         refuse_other_data(self.args.output_dir, data)
-        self.llm2clip_data = data_record(data) if self.args.should_save else {}
+        model = self.model.config._name_or_path
+        refuse_other_model(self.args.output_dir, model)
+        self.llm2clip_data = {}
+        if self.args.should_save:
+            self.llm2clip_data = data_record(data) | model_record(model)
 
 
 def complete_checkpoints(trainer: Any) -> None:

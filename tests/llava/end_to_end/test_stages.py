@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from llm2clip_plugin.contracts import TowerCard
 
@@ -158,7 +159,7 @@ def test_a_trained_llava_is_trained_further(world, trained, tmp_path):
         )
 
 
-def test_a_lora_checkpoint_is_resumed_with_its_own_tower_and_data_alone(
+def test_a_lora_checkpoint_is_resumed_with_its_own_tower_data_and_model_alone(
     world, trained, tmp_path
 ):
     """PEFT writes no config.json into it, so our own file names the tower."""
@@ -185,6 +186,15 @@ def test_a_lora_checkpoint_is_resumed_with_its_own_tower_and_data_alone(
         AssertionError, match=f"{checkpoint.name} was trained on .*, and LLaVA would"
     ):
         world.stage("lora", f"llm2clip:{world.towers['clip']}", output, *on_other)
+    model = tmp_path / "vicuna"
+    shutil.copytree(world.llm, model)
+    tensors = {name: tensor + 0.01 for name, tensor in weights(model).items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    from_other = (*words, "--model_name_or_path", str(model))
+    with pytest.raises(
+        AssertionError, match=f"{checkpoint.name} was trained from {world.llm} "
+    ):
+        world.stage("lora", f"llm2clip:{world.towers['clip']}", output, *from_other)
 
 
 @pytest.mark.parametrize("zero", [2, 3])

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from llava_integration.plug.preflight import main
-from llava_integration.plug.resumed_data import data_record, record_data
+from llava_integration.plug.resumed_data import (
+    data_record,
+    model_record,
+    record_data,
+)
 from llava_integration.plug.towers import KEY
 from llm2clip_plugin.contracts import TowerCard
 
@@ -149,6 +153,26 @@ def test_a_checkpoint_of_other_data(capsys, world, home, tmp_path):
     assert f"checkpoint-20 was trained on {world.finetune_data} (sha256" in line
     assert f"DATA {data} has sha256" in line
     assert "choose another --output, or" in line
+
+
+def test_a_checkpoint_of_another_model(capsys, world, home, tmp_path):
+    output = tmp_path / "llava-1"
+    checkpoint = output / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    record_data(checkpoint, data_record(world.finetune_data))
+    model = tmp_path / "vicuna"
+    shutil.copytree(world.llm, model)
+    assert refused(capsys, world, output=output, model=model) == []
+    record_data(checkpoint, model_record(str(world.llm)))
+    assert refused(capsys, world, output=output, model=model) == []
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"abcd")
+    (line,) = refused(capsys, world, output=output, model=model)
+    assert f"checkpoint-20 was trained from {world.llm} (sampled sha256" in line
+    assert f"--model {model} has" in line
+    assert "choose another --output, or" in line
+    assert refused(capsys, world, output=output, model="lmsys/not-here") == []
 
 
 def test_towers(capsys, world, home, tmp_path, monkeypatch):
