@@ -17,6 +17,7 @@ from typing import Any
 from llava_integration.plug import towers
 from llava_integration.plug.checkpoints import CONFIG, config_of, refuse_name
 from llava_integration.plug.quantized import quantized_as_base, refuse_quantized_base
+from llava_integration.plug.resumed_data import refuse_other_base
 from llm2clip_plugin.errors import ContractError, errors_about
 
 # LLaVA reads them, but its argument parser does not define them
@@ -238,7 +239,10 @@ def load_pretrained_model(
     names = ("model_base", "model_name", "load_8bit", "load_4bit")
     given = dict(zip(names, arguments, strict=False)) | options
     base = given.get("model_base")
-    if not towers.is_ours(config_of(model_path).get("mm_vision_tower")):
+    config = config_of(model_path)
+    if base:
+        refuse_other_base(config, base, model_path)
+    if not towers.is_ours(config.get("mm_vision_tower")):
         with towers.loading(model_path):
             return original(model_path, *arguments, **options)
     refuse_name(model_path, base=base, name=given.get("model_name"))

@@ -1,7 +1,7 @@
 """What a checkpoint of LLaVA was made from: its data, and the model that the training started from.
 
 LLaVA resumes from any ``checkpoint-*`` in its output, also one of other data or another model. Each
-checkpoint gets a file with both, and others are refused.
+checkpoint gets a file with both, and others are refused. A LoRA's config.json gets the base model.
 """
 
 import json
@@ -16,6 +16,7 @@ from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.hashes import sha256_file
 
 RECORD = "llm2clip_data.json"
+BASE = "llm2clip_base"  # in a LoRA's config.json
 MODEL = "model_name_or_path"
 SAMPLE = "model_sample_sha256"
 
@@ -77,3 +78,21 @@ def refuse_other_model(output: str, model: str) -> None:
                 f"--model_name_or_path {model} has {sample[:12]}: pass that model, choose another "
                 f"--output_dir, or delete the checkpoint-* folders"
             )
+
+
+def refuse_other_base(
+    config: dict[str, Any], base: str | os.PathLike[str], where: str | Path
+) -> None:
+    """Raise ContractError if a LoRA would be merged into other weights than those that it was
+    trained on. ``config``: its config.json, in the folder ``where``."""
+    record = config.get(BASE)
+    if not record:
+        return
+    sample = model_sample(str(base))
+    if sample and record[SAMPLE] != sample:
+        raise ContractError(
+            f"{where} is a LoRA that was trained on {record[MODEL]} with other weights (sampled "
+            f"sha256 {record[SAMPLE][:12]}) than {base} has now ({sample[:12]}); pass the base "
+            f"model that it was trained on as --model-base. If the weights are the same in other "
+            f"files, delete {BASE!r} from its config.json"
+        )

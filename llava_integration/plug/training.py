@@ -20,6 +20,7 @@ import torch.distributed
 
 from llava_integration.plug.compat.completion import replaces
 from llava_integration.plug.resumed_data import (
+    BASE,
     data_record,
     model_record,
     record_data,
@@ -89,7 +90,10 @@ def complete_start(trainer: Any, folder: str) -> None:
         refuse_other_model(self.args.output_dir, model)
         self.llm2clip_data = {}
         if self.args.should_save:
-            self.llm2clip_data = data_record(data) | model_record(model)
+            started_from = model_record(model)
+            self.llm2clip_data = data_record(data) | started_from
+            if getattr(self.args, "lora_enable", False):
+                setattr(self.model.config, BASE, started_from)
 
 
 def complete_checkpoints(trainer: Any) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llava_integration.plug.checkpoints import checkpoint_config
 from llava_integration.plug.compat.runner import adapters_stay_fp32
+from llava_integration.plug.resumed_data import refuse_other_base
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.safetensors_header import read_header
 from llm2clip_plugin.vision.directory import (
@@ -197,6 +198,8 @@ def open_checkpoint(directory: Path, base: Path | None = None) -> LlavaCheckpoin
             f"{directory} is a LoRA checkpoint, which needs its base model, "
             f"and {str(base)!r} is not a folder; pass it as --model-base DIR"
         )
+    if base is not None:
+        refuse_other_base(config, base, directory)
     return LlavaCheckpoint(directory=directory, config=config, base=base)
 
 

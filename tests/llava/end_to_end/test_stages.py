@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from llava_integration.plug.resumed_data import BASE, model_record
 from llm2clip_plugin.contracts import TowerCard
 
 # A process that imports llava alone: loads each checkpoint as LLaVA's programs do and answers a
@@ -195,6 +196,8 @@ def test_a_lora_checkpoint_is_resumed_with_its_own_tower_data_and_model_alone(
         AssertionError, match=f"{checkpoint.name} was trained from {world.llm} "
     ):
         world.stage("lora", f"llm2clip:{world.towers['clip']}", output, *from_other)
+    config = json.loads((output / "config.json").read_text())
+    assert config[BASE] == model_record(str(world.llm))
 
 
 @pytest.mark.parametrize("zero", [2, 3])

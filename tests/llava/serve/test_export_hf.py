@@ -23,6 +23,7 @@ from serve_checkpoints import (
 )
 from transformers import LlavaForConditionalGeneration
 
+from llava_integration.plug.resumed_data import BASE, model_record
 from llava_integration.serve.build import register
 from llava_integration.serve.export import Export, compare, export
 from llava_integration.serve.prompt import CONVERSATIONS, chat_template
@@ -264,6 +265,21 @@ def test_another_conversation_is_refused(exported, tmp_path, capsys):
         capsys, exported[0], "--conv-mode", "vicuna", "--output", out
     )
     assert str(exported[1]) in refused(capsys, exported[1], "--output", out)
+
+
+@pytest.mark.both_stacks
+def test_a_base_whose_weights_were_replaced_is_refused(tmp_path, home, capsys):
+    base = base_model(tmp_path / "vicuna")
+    record = {BASE: model_record(str(base))}
+    checkpoint = lora(tmp_path / "llava-lora", CLIP, base, **record)
+    words = ["llava", "export", str(checkpoint), "--no-compare", "--output"]
+    assert llm2clip([*words, str(tmp_path / "hf")]) == 0
+    weights = language_weights()
+    weights["model.norm.weight"] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    message = refused(capsys, checkpoint, "--output", tmp_path / "hf-2")
+    assert f"{checkpoint} is a LoRA that was trained on {base} with other" in message
+    assert "--model-base" in message
 
 
 def test_a_difference_is_refused(exported, tmp_path, home, monkeypatch, capsys):
