@@ -53,7 +53,7 @@ FOLDS = 5
 # of the probe, relative to the mean squared singular value
 PENALTIES = tuple(10.0**power for power in range(-3, 4))
 
-Captions = tuple[dict[int, Row], Tensor, dict[str, Any]]  # of `read_captions`
+Captions = tuple[dict[int, Row], Tensor, TeacherIdentity]  # of `read_captions`
 
 
 def main(argv: list[str]) -> int:
@@ -101,7 +101,7 @@ def select_rows(config: ForecastConfig, source: Source) -> dict[int, Row]:
 
 def read_captions(config: ForecastConfig, source: Source) -> Captions:
     """Up to ``limit`` images with captions, evenly spaced, by their numbers; the mean of each one's
-    embedded captions, cached, float32 on the CPU; the LLM's TeacherIdentity."""
+    embedded captions, cached, float32 on the CPU; the LLM's identity."""
     rows = select_rows(config, source)
     # enough of them, before the work
     folds([row.meta["cluster"] for row in rows.values()])
@@ -120,10 +120,7 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
     if not config.cache and Path(source.path) == DRAWINGS:
         # the package's folder may be read-only
         folder = computed_folder(folder.name)
-    texts: list[list[str]] = []
-    for row in rows.values():
-        texts.append([row.key, *(caption.text for caption in row.captions)])
-    name = f"forecast-{sha256_text(canonical_json(texts))[:12]}"
+    name = f"forecast-{data_sha256([*rows.values()])[:12]}"
     captions = InMemorySource(name, folder, list(rows.values()))
     embed_source(captions, encoder, folder)
     cache = EmbeddingCache.open(folder, expect_fingerprint=identity.fingerprint)
@@ -131,7 +128,7 @@ def read_captions(config: ForecastConfig, source: Source) -> Captions:
     for index, row in enumerate(captions.rows):
         text_mW = cache.rows(captions.name, index, row.captions, key=row.key)
         means.append(text_mW.mean(0))
-    return rows, torch.stack(means), dataclasses.asdict(identity)
+    return rows, torch.stack(means), identity
 
 
 def forecast_folder(path: str, identity: TeacherIdentity) -> Path:
@@ -193,7 +190,11 @@ def forecast(
             item[name] = float(value_N[index])
         items.append(item)
     origin = commands.provenance(
-        weights_sha256=weights_hash(directory), llm=llm, select_layer=layer
+        weights_sha256=weights_hash(directory),
+        data_sha256=data_sha256([rows[number] for number in encoded.numbers]),
+        llm=dataclasses.asdict(llm),
+        llm_fingerprint=llm.fingerprint,
+        select_layer=layer,
     )
     return ScoreFile(
         benchmark=f"forecast:{public_name(config.data.path)}",
@@ -204,6 +205,14 @@ def forecast(
         provenance=origin,
         notes=[f"left out: {error}" for error in encoded.broken],
     )
+
+
+def data_sha256(rows: Sequence[Row]) -> str:
+    """Of the images' keys and the captions of each."""
+    texts: list[list[str]] = []
+    for row in rows:
+        texts.append([row.key, *(caption.text for caption in row.captions)])
+    return sha256_text(canonical_json(texts))
 
 
 def on_grid(patch_BPH: Tensor) -> Tensor:

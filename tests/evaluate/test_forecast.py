@@ -229,6 +229,38 @@ def test_the_state_is_the_one_that_the_layer_selects(tmp_path: Path):
     assert scores["-1"][0] != scores["-1"][1]
 
 
+def test_forecasts_of_other_captions_or_llms_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = write_data(tmp_path / "data", shades=tuple(range(0, 42, 7)))
+    export_tower(tiny_dual(), tmp_path / "tower", origin="tiny")
+
+    def measured(name: str, seed: int = 0, layer: str = "-2") -> str:
+        llm = write_llm(tmp_path / f"llm-{seed}", seed=seed)
+        output = str(tmp_path / f"{name}.json")
+        words = ["forecast", str(tmp_path / "tower"), "--llm", str(llm)]
+        words += ["--data", str(data), "--select-layer", layer, "--output", output]
+        assert cli.main([*words, "--device", "cpu"]) == 0
+        return output
+
+    first = measured("first")
+    others = [measured("llm", seed=1), measured("layer", layer="-1")]
+    text = data.read_text(encoding="utf-8")
+    data.write_text(text.replace("a red square", "a red thing"), encoding="utf-8")
+    others.append(measured("captions"))
+    notes = (
+        "their llm_fingerprint",
+        "their select_layer",
+        "different images, captions",
+    )
+    for other in others:
+        capsys.readouterr()
+        assert cli.main(["compare", first, other]) == 0
+        printed = capsys.readouterr()
+        said = [note for note in notes if note in printed.out + printed.err]
+        assert said == [notes[others.index(other)]]
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     data = write_data(tmp_path / "data", shades=tuple(range(0, 42, 7)))  # 24 images
     llm = write_llm(tmp_path / "llm")

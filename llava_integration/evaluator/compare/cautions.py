@@ -8,7 +8,7 @@ from llava_integration.evaluator.compare.sides import Run, Side
 from llm2clip_plugin.hashes import sha256_file
 
 EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
-# how a side answered; another value may move the scores by itself
+# how a side answered, or what a forecast is for; another value may move the scores by itself
 ANSWER_SETTINGS = (
     "precision",
     "dtype",
@@ -17,6 +17,8 @@ ANSWER_SETTINGS = (
     "conv_mode",
     "temperature",
     "num_beams",
+    "llm_fingerprint",
+    "select_layer",
 )
 
 
