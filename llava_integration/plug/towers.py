@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -47,6 +47,7 @@ RECORD = "llm2clip_tower.json"
 BUNDLE = "vision_tower"  # folder of a checkpoint with a copy of its tower
 HUB_FILES = ["*.json", "*.safetensors", "README.md"]  # of a tower directory
 BUNDLED_FILES = (*HUB_FILES, "*.py")
+LOCK_SECONDS = 10.0  # that a `llm2clip use` waits for others
 
 
 class TowerNotFoundError(FileNotFoundError):
@@ -176,15 +177,34 @@ def registry() -> Registry:
     return Registry.read(path) if path.is_file() else Registry()
 
 
+@contextmanager
+def registry_lock() -> Iterator[None]:
+    """Held by one `llm2clip use` at a time, so that none overwrites what another registers; where
+    the file system has no locks, nobody waits longer than LOCK_SECONDS."""
+    from filelock import FileLock
+
+    path = registry_file()
+    lock = FileLock(f"{path}.lock")
+    # its Timeout, also of old versions where there are no locks, is an OSError
+    with suppress(OSError, NotImplementedError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOCK_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
     """Register a tower (``spec``: absolute path or Hub id), select it and return its name. Without
     ``name`` it keeps the one that it has, or gets the last part of ``spec``, with a number if that
     is taken."""
-    registered = registry()
     entry = {"spec": spec, "weights_sha256": weights_sha256}
-    name = name or registered_name(registered, entry) or free_name(registered, spec)
-    towers = {**registered.towers, name: entry}
-    replace(registered, chosen=name, towers=towers).write(registry_file())
+    with registry_lock():
+        registered = registry()
+        name = name or registered_name(registered, entry) or free_name(registered, spec)
+        towers = {**registered.towers, name: entry}
+        replace(registered, chosen=name, towers=towers).write(registry_file())
     return name
 
 

@@ -1,6 +1,8 @@
 """What a tower's name means: exact words, the environment, the registry, the Hub."""
 
+import errno
 import json
+import multiprocessing
 import shutil
 
 import pytest
@@ -53,6 +55,31 @@ def test_known_names(world, home, tmp_path, capsys):
     assert "width 32" in row
     assert chosen.startswith("* sig: ")
     assert towers.select("/elsewhere/clip", "0" * 64) == "clip-2"
+
+
+@pytest.mark.both_stacks
+def test_towers_that_are_registered_at_once(home):
+    """By 12 processes, as of jobs that start together."""
+    context = multiprocessing.get_context("fork")
+    processes = []
+    for number in range(12):
+        tower = (f"/towers/{number}", f"{number:064}")
+        processes.append(context.Process(target=towers.select, args=tower))
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(towers.registry().towers) == 12
+
+
+@pytest.mark.both_stacks
+def test_a_file_system_without_locks(home, monkeypatch):
+    def acquire(self, timeout):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    assert towers.select("/towers/one", "0" * 64) == "one"
+    assert towers.registry().chosen == "one"
 
 
 def test_a_name_means_the_tower_that_was_registered(world, home, tmp_path, capsys):
