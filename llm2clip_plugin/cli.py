@@ -318,7 +318,7 @@ def run(name: str, argv: list[str]) -> int:
 
 def reported(error: Exception) -> int | None:
     """Print an error that a user can act upon; its exit status. None for any other error."""
-    from llm2clip_plugin.outside import printable_lines
+    from llm2clip_plugin.outside import printable_lines, without_queries
     from llm2clip_plugin.run_folder import FINAL, tell_job
 
     text = f"error: {error}"
@@ -345,7 +345,7 @@ def reported(error: Exception) -> int | None:
         return None
     if text:
         # names come from files and servers
-        print(printable_lines(text), file=sys.stderr)
+        print(printable_lines(without_queries(text)), file=sys.stderr)
     if is_final:  # a rerun would meet it again: left for the job script, too
         tell_job(FINAL, str(status))
     return status

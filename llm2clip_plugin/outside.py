@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,19 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """As ``printable``, but line breaks stay."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+# a URL up to its query, and the query: its last character is not the punctuation of a sentence
+URL_WITH_QUERY = re.compile(r"(\w+://[^\s?'\"]*)\?[^\s'\"]*[^\s'\",;:.)]")
+
+
+def without_queries(text: str) -> str:
+    """A text whose URLs end where their queries begin: these may hold keys, which are not printed.
+
+    >>> without_queries("no file at https://host/0.tar?token=KEY (HTTP 404)")
+    'no file at https://host/0.tar (HTTP 404)'
+    """
+    return URL_WITH_QUERY.sub(r"\1", text)
 
 
 def expand_home(value: Any) -> Any:

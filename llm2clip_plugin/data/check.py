@@ -30,7 +30,7 @@ from llm2clip_plugin.data.samples import (
 from llm2clip_plugin.data.sources import Source, SourceConfig, check_fields, open_source
 from llm2clip_plugin.hub import check_hub_answers, split_revision
 from llm2clip_plugin.options import Command, setting
-from llm2clip_plugin.outside import printable
+from llm2clip_plugin.outside import printable, without_queries
 from llm2clip_plugin.pictures import (
     BrokenImage,
     has_transparency,
@@ -320,7 +320,7 @@ def build_report(
         broken_shards.append({"shard": name, "reason": reason})
     is_image = samples[:, 2] > 0
     return {
-        "path": config.path,
+        "path": without_queries(config.path),
         "shards": len(source.shards),
         "samples": len(samples),
         "captions": len(captions),
@@ -355,7 +355,7 @@ def overlap(source: Source, train: Reading, validation: Reading) -> dict[str, An
     same = np.flatnonzero(same_image & is_image).tolist()
     same_words = np.isin(captions[:, 3], _joined(train.caption_rows)[:, 3])
     return {
-        "path": source.path,
+        "path": without_queries(source.path),
         "samples": len(samples),
         "images_in_both": len(same),
         "examples": [{"key": source.key(number)} for number in same[:3]],

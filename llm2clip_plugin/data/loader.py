@@ -26,6 +26,7 @@ from llm2clip_plugin.data.workers import (
     leave_signals_to_the_run,
     raised,
 )
+from llm2clip_plugin.outside import without_queries
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ def download_ahead(source: Source, window: list[int], following: list[int]) -> N
             log.warning(
                 "%s: two windows of shards have %.1f GB, so training waits at the end of each; "
                 "raise cache_gb or lower shuffle_window",
-                source.path,
+                without_queries(source.path),
                 need / 1e9,
             )
         _too_large.add(source.path)

@@ -29,6 +29,7 @@ from urllib.parse import unquote, urlsplit
 from llm2clip_plugin.atomic import atomic_file, fsync
 from llm2clip_plugin.hashes import canonical_json
 from llm2clip_plugin.hub import TIMEOUT, Retry, seconds_of_retry_after, timeout
+from llm2clip_plugin.outside import without_queries
 
 log = logging.getLogger(__name__)
 
@@ -139,17 +140,23 @@ def expand_braces(pattern: str) -> list[str]:
 def list_urls(url: str, suffix: str) -> list[str]:
     """URLs of files: braces expanded, then a wildcard or a folder (ending in /) listed by its
     filesystem. Raises FileNotFoundError if nothing matches; plain HTTP servers don't list folders,
-    so their files need braces."""
+    so their files need braces, and so do those at a URL with a query."""
     urls: list[str] = []
     for pattern_url in expand_braces(url):
-        if "*" not in pattern_url and pattern_url.endswith(suffix):
+        place, _, query = pattern_url.partition("?")
+        if "*" not in place and place.endswith(suffix):
             urls.append(pattern_url)
             continue
+        example = f"{place.rstrip('/')}/{{00000..00099}}{suffix}"
+        if query:
+            raise FileNotFoundError(
+                f"{place} cannot be listed with a query; name its files: "
+                f"{example}, with the query at the end"
+            )
         filesystem, path = open_filesystem(pattern_url)
         pattern = path if "*" in path else path.rstrip("/") + "/**/*" + suffix
         names = sorted(retried(lambda: filesystem.glob(pattern), pattern_url))  # noqa: B023
         if not names:
-            example = f"{pattern_url.rstrip('/')}/{{00000..00099}}{suffix}"
             raise FileNotFoundError(
                 f"no {suffix} files at {pattern_url}; "
                 f"if its server lists no folders, name them: {example}"
@@ -321,6 +328,7 @@ def retried(action: Callable[[], Result], what: str) -> Result:
     """``action()``, repeated with growing pauses after transient errors. ``what``: the path or URL
     that it reads. Raises ReadFailedError after too many, and for what is permanent
     FileNotFoundError, PermissionError or the like."""
+    what = without_queries(what)
     failures = 0
     while True:
         try:
@@ -336,7 +344,7 @@ def retried(action: Callable[[], Result], what: str) -> Result:
                 raise
             if permanent:
                 raise permanent from error
-            reason = f"{what}: {type(cause).__name__}: {cause}"
+            reason = f"{what}: {type(cause).__name__}: {without_queries(str(cause))}"
             if isinstance(cause, TimeoutError) and cause.errno is None:
                 reason += f" (no answer within {timeout():g} s, {TIMEOUT})"
             if failures >= RETRY.tries:
@@ -383,7 +391,8 @@ def _permanent(
     if status >= 500 or status in (408, 425, 429):
         return None
     if status:
-        return ConnectionError(f"the server refuses {what}: {cause}")
+        refused = without_queries(str(cause))
+        return ConnectionError(f"the server refuses {what}: {refused}")
     if isinstance(cause, USAGE_ERRORS):
         return error
     import ssl  # here, because --help of every command imports this module
@@ -506,7 +515,7 @@ class SideFolder:
             except Timeout:
                 if os.environ.get("LOCAL_RANK", "0") == "0":
                     print(
-                        f"waiting for another process to {doing} ({path})",
+                        f"waiting for another process to {without_queries(doing)} ({path})",
                         file=sys.stderr,
                     )
                 lock.acquire(poll_interval=0.2)

@@ -37,7 +37,7 @@ from llm2clip_plugin.evaluate.retrieval import (
 )
 from llm2clip_plugin.evaluate.suites import Suite, select_suites, suites
 from llm2clip_plugin.hashes import canonical_json, sha256_text
-from llm2clip_plugin.outside import printable
+from llm2clip_plugin.outside import printable, without_queries
 from llm2clip_plugin.progress import phase
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.embed import embed_source, suite_cache_folder
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         tower, report = measure_pairs(config, all_ranks=all_ranks)
         facts = {
             "teacher": tower.dual.card.teacher,
-            "data": config.data.path,
+            "data": without_queries(config.data.path),
             "data_sha256": report.data_sha256(),
             "group": config.retrieval.group,
         }
@@ -83,9 +83,8 @@ def main(argv: list[str]) -> int:
     def report(scores: ScoreFile) -> None:
         clusters = len({item["cluster"] for item in scores.items})
         caption = f"i2t: image to text; ties count half; [95 % interval] over {clusters} clusters"
-        print_scores(
-            f"{config.tower} on {config.data.path}", scores, intervals(scores), caption
-        )
+        title = f"{config.tower} on {without_queries(config.data.path)}"
+        print_scores(title, scores, intervals(scores), caption)
         write_scores(scores, config.json)
 
     return on_all_ranks(measure, report)

@@ -14,6 +14,7 @@ from llm2clip_plugin.data.cache import shard_bytes
 from llm2clip_plugin.data.cache_file import caption_rows
 from llm2clip_plugin.data.cache_writer import CacheWriter
 from llm2clip_plugin.data.sources import Source, check_fields, open_source
+from llm2clip_plugin.outside import without_queries
 from llm2clip_plugin.progress import phase, track
 from llm2clip_plugin.run_folder import started_by
 from llm2clip_plugin.stages.embed_config import EMBED, EmbedConfig
@@ -155,5 +156,5 @@ def cache_plan(config: EmbedConfig) -> str:
     listed = ", ".join(sizes)
     return (
         f"{samples:,} samples, {rows:,} captions to embed in {len(source.shards)} shards of "
-        f"{source.path}\ncache on disk: {rows:,} captions x {width}: {listed}"
+        f"{without_queries(source.path)}\ncache on disk: {rows:,} captions x {width}: {listed}"
     )

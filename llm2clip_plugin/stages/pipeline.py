@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.options import command
+from llm2clip_plugin.outside import without_queries
 from llm2clip_plugin.run_folder import started_by
 from llm2clip_plugin.signals import attend
 from llm2clip_plugin.stages.pipeline_config import RUN, PipelineConfig
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     stale = folder.stale(stages)
     if SPLIT_STAGE in stale:
         check_split(config, source)
-    print(f"{config.path}: {len(source):,} images")
+    print(f"{without_queries(config.path)}: {len(source):,} images")
     show_reading(config, fine_tuned=bool(pairs))
     show(stages, stale)
     if config.dry_run:

@@ -31,6 +31,7 @@ from llm2clip_plugin.data.samples import (
 )
 from llm2clip_plugin.data.sources import Source, check_fields, check_kinds, open_source
 from llm2clip_plugin.evaluate.config import RetrievalConfig, SuitesConfig
+from llm2clip_plugin.outside import without_queries
 from llm2clip_plugin.stages.caches import open_caches
 from llm2clip_plugin.stages.tower_config import DataConfig
 from llm2clip_plugin.train.config import (
@@ -179,7 +180,7 @@ def check_data(
                 f"{problem}: samples would be their own negatives, as loss.mask_same_image is off"
             )
         print(
-            f"warning: {problem}: a sample comes several times in a batch",
+            f"warning: {without_queries(problem)}: a sample comes several times in a batch",
             file=sys.stderr,
         )
     small = [

@@ -12,6 +12,7 @@ from chat_server import Failure, send, stall
 from data_world import DroppingServer, jpeg, serving, write_shards
 from forked import context
 
+from llm2clip_plugin.cli import main
 from llm2clip_plugin.data import remote
 from llm2clip_plugin.data.images import ImageConfig
 from llm2clip_plugin.data.loader import PairLoader
@@ -49,6 +50,38 @@ def test_a_name_for_cards_and_reports_has_no_key() -> None:
     assert remote.public_name("https://h/set/rows.jsonl?token=secret") == "rows.jsonl"
     assert remote.public_name("/data/photos/") == "photos"
     assert remote.public_name("/data/what?.jsonl") == "what?.jsonl"
+
+
+def test_tars_and_rows_at_urls_with_a_key(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The key, which may have slashes and dots as base64 has, is in no name and no message."""
+    monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "cache"))
+    key = "?token=se/cr.et"
+    files = {"/set/rows.jsonl" + key: b'{"image": "0.jpg", "caption": "a cat"}\n'}
+    for path in write_shards(tmp_path / "data", [2, 1]).glob("*.tar"):
+        files[f"/set/{path.name}{key}"] = path.read_bytes()
+    with serving(DroppingServer(files)) as address:
+        place = f"{address}/set"
+        tars = open_source(SourceConfig(path=f"{place}/{{00000..00001}}.tar{key}"))
+        assert [shard.name for shard in tars.shards] == ["00000", "00001"]
+        assert tars[2].read_image() == jpeg(2)
+        rows = open_source(SourceConfig(path=f"{place}/rows.jsonl{key}"))
+        assert [shard.name for shard in rows.shards] == ["rows"]
+        assert rows.name == "rows.jsonl"
+        for path, message in (
+            (f"{{00000..00001}}.tar{key}", f"{place}/"),
+            (f"00002.tar{key}", f"no file at {place}/00002.tar (HTTP 404)"),
+            (key, f"{place}/{{00000..00099}}.tar, with the query at the end"),
+            (f"*.tar{key}", f"{place}/*.tar cannot be listed with a query"),
+            (f"00000.tar?part={{0,1}}&{key[1:]}", "is the URL of several tars"),
+        ):
+            main(["data", "check", f"{place}/{path}"])
+            printed = capsys.readouterr()
+            assert message in printed.out + printed.err
+            assert "cr.et" not in printed.out + printed.err
 
 
 def test_what_is_computed_stays_in_the_folder_that_is_named(

@@ -25,6 +25,7 @@ from llm2clip_plugin.data.remote import (
     default_download_folder,
     expand_braces,
     is_url,
+    public_name,
     stamps_of,
 )
 from llm2clip_plugin.data.samples import (
@@ -210,7 +211,7 @@ class Source(ABC):
     def __init__(self, config: SourceConfig, shards: tuple[Shard, ...]) -> None:
         self.config = config
         self.path = config.path
-        self.name = config.path.rstrip("/").rpartition("/")[2] or config.path
+        self.name = public_name(config.path) or config.path
         self.shards = shards
         self.fields = parse_fields(config.fields, config.language)
         self._starts = [shard.start for shard in shards]

@@ -23,6 +23,7 @@ from llm2clip_plugin.data.remote import (
     SideFolder,
     has_suffix,
     is_url,
+    public_name,
     retried,
     stamp_of,
 )
@@ -61,7 +62,10 @@ class RowSource(Source):
     ) -> None:
         self._downloads = config.downloads
         # a path or a URL
-        self.images_folder = config.images or config.path.rpartition("/")[0] or "."
+        place = config.path
+        if is_url(place):
+            place = place.partition("?")[0]
+        self.images_folder = config.images or place.rpartition("/")[0] or "."
         self._opened = opened or self._open_rows(config)
         path, self.side_folder, self._index = self._opened
         self._file = RetryingFile(path)
@@ -84,7 +88,7 @@ class RowSource(Source):
         if not path.is_file():
             raise FileNotFoundError(f"no file at {path}")
         stamp = stamp_of(path)
-        stem = config.path.rpartition("/")[2].rpartition(".")[0]
+        stem = public_name(config.path).rpartition(".")[0]
         folder = SideFolder.of(str(path.parent), self._downloads.folder)
 
         def is_current(table: Table) -> bool:

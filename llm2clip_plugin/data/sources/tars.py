@@ -54,6 +54,7 @@ from llm2clip_plugin.data.sources import (
     shards_of,
     split_name,
 )
+from llm2clip_plugin.outside import without_queries
 from llm2clip_plugin.progress import track
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -176,7 +177,8 @@ class TarSource(Source):
             if is_url(tar):
                 advice = f"delete {self._downloads.local_path(tar)} and restart"
             raise ValueError(
-                f"{tar} was replaced: {size} bytes, {expected} when it was indexed; {advice}"
+                f"{without_queries(tar)} was replaced: {size} bytes, {expected} when it was "
+                f"indexed; {advice}"
             )
         return descriptor
 
@@ -273,13 +275,15 @@ def _index(downloads: Downloads, tar: str) -> ShardRows | Exception:
             return error
         downloads.local_path(tar).unlink(missing_ok=True)
         return BrokenShard(
-            f"{tar}: {error}; the copy is deleted, so the next start downloads it again"
+            f"{without_queries(tar)}: {error}; the copy is deleted, so the next start downloads it "
+            "again"
         )
 
 
 def list_tars(path: str) -> tuple[str, dict[str, str]]:
     """``path``, or the longest folder or URL that all its tars share, and name -> path or URL of
-    each, in order. A shard's name is its path relative to that folder, without ``.tar``."""
+    each, in order. A shard's name is its path relative to that folder, without ``.tar``. Raises
+    ValueError for URLs that differ in their queries alone."""
     if is_url(path):
         tars = list_urls(path, ".tar")
     elif os.path.isdir(path):
@@ -289,14 +293,23 @@ def list_tars(path: str) -> tuple[str, dict[str, str]]:
         tars = expand(path)
     if not tars:
         raise FileNotFoundError(f"no .tar files in {path}; {how_to_make_tars(path)}")
-    base = path if os.path.isdir(path) else common_folder(tars)
+    places = tars
+    if is_url(path):
+        places = [tar.partition("?")[0] for tar in tars]
+    base = path if os.path.isdir(path) else common_folder(places)
     tar_of: dict[str, str] = {}
-    for tar in tars:
+    for tar, place in zip(tars, places, strict=True):
         if is_url(path):
-            name = tar[len(base) :].lstrip("/")
+            name = place[len(base) :].lstrip("/")
         else:
             name = os.path.relpath(tar, base or ".")
-        tar_of[name.removesuffix(".tar")] = tar
+        name = name.removesuffix(".tar")
+        if tar_of.get(name, tar) != tar:
+            raise ValueError(
+                f"{place} is the URL of several tars, which differ in their queries alone; "
+                "download them to a folder, under names of their own"
+            )
+        tar_of[name] = tar
     return base, tar_of
 
 
