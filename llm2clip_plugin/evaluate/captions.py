@@ -34,6 +34,7 @@ from llm2clip_plugin.evaluate.config import (
     EvaluateCaptionsConfig,
 )
 from llm2clip_plugin.evaluate.ranks import QueryRanks, rank_both
+from llm2clip_plugin.hashes import canonical_json, sha256_text
 from llm2clip_plugin.options import changed_options, command
 from llm2clip_plugin.outside import printable
 from llm2clip_plugin.progress import track
@@ -80,7 +81,8 @@ def main(argv: list[str]) -> int:
         return 0
     encoder = CaptionEncoder(config.encoder)
     broken: list[BrokenSample] = []
-    scores = measure_captions(encoder, config.measure, config.read, broken)
+    sets = caption_sets(config.measure, config.read, broken)
+    scores = measure_pairs(encoder, sets, config.measure.retrieve)
     rows: dict[str, dict[str, str]] = {}
     for row in scores:
         cells = {name: f"{vars(row)[name]:.3f}" for name in ACCURACIES}
@@ -110,7 +112,10 @@ def main(argv: list[str]) -> int:
         counts={row.name: row.pairs for row in scores},
         notes=[f"left out: {error}" for error in broken],
         model=encoder.config.adapter or encoder.config.llm,
-        provenance={"teacher": dataclasses.asdict(encoder.identity())},
+        provenance={
+            "teacher": dataclasses.asdict(encoder.identity()),
+            "data_sha256": sha256_text(canonical_json(sets)),
+        },
     )
     write_scores(record, config.json)
     return 0
@@ -138,6 +143,13 @@ def measure_captions(
     """One row per ``retrieve``, per further language, and their mean. ``broken`` and errors as of
     ``caption_sets``."""
     sets = caption_sets(config, read, broken)
+    return measure_pairs(encoder, sets, config.retrieve)
+
+
+def measure_pairs(
+    encoder: CaptionEncoder, sets: dict[str, Pairs], retrieve: Sequence[str]
+) -> list[CaptionScore]:
+    """`measure_captions` of pairs that are read already."""
     firsts: dict[str, None] = {}  # each text once, in order
     seconds: dict[str, None] = {}
     for pairs in sets.values():
@@ -147,7 +159,7 @@ def measure_captions(
     second_NW = encoder.encode(list(seconds), query=False)
     first_of = dict(zip(firsts, first_NW, strict=True))
     second_of = dict(zip(seconds, second_NW, strict=True))
-    return measure_sets(sets, first_of, second_of, config.retrieve)
+    return measure_sets(sets, first_of, second_of, retrieve)
 
 
 def measure_sets(

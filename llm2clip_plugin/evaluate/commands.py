@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
             "teacher": tower.dual.card.teacher,
             "data": without_queries(config.data.path),
             "data_sha256": report.data_sha256(),
-            "group": config.retrieval.group,
+            "group": config.retrieval.group or "none",
         }
         return dataclasses.replace(
             report.scores(),

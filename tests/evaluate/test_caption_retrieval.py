@@ -4,6 +4,7 @@ from end to end."""
 import dataclasses
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,9 @@ READ = ReadConfig(fields=("texts=short",))
 GERMAN = ["Katze", "Hund", "Boot", "Baum", "Haus", "See"]
 
 
-def write_set(path: Path, names: list[str], foreign: list[str], language: str) -> Path:
+def write_set(
+    path: Path, names: Sequence[str], foreign: Sequence[str], language: str
+) -> Path:
     rows = []
     for number, (name, other) in enumerate(zip(names, foreign, strict=True)):
         texts = [
@@ -64,6 +67,29 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> CaptionEncoder:
         EncoderConfig(llm=str(llm), compute_dtype="float32", query_prompt="Query: "),
         "cpu",
     )
+
+
+def test_scores_of_other_captions_under_one_name_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    llm = str(write_llm(tmp_path / "llm"))
+    outputs: list[str] = []
+    for folder, names in (
+        ("one", NAMES[:6]),
+        ("same", NAMES[:6]),
+        ("other", NAMES[6:]),
+    ):
+        (tmp_path / folder).mkdir()
+        path = write_set(tmp_path / folder / "set.jsonl", names, GERMAN, "de")
+        outputs.append(str(tmp_path / f"{folder}.json"))
+        words = ["evaluate", "captions", str(path), "--llm", llm]
+        words += ["--fields", "texts=short", "--json", outputs[-1]]
+        assert main(words) == 0
+    for other, is_said in ((outputs[1], False), (outputs[2], True)):
+        capsys.readouterr()
+        assert main(["compare", outputs[0], other]) == 0
+        printed = capsys.readouterr().out
+        assert ("measured on different images, captions" in printed) == is_said
 
 
 def top1(

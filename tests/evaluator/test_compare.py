@@ -481,6 +481,33 @@ def test_other_annotations_are_said(tmp_path):
     assert any("different annotation files" in note for note in row.notes)
 
 
+@pytest.mark.parametrize(
+    "setting, base, new",
+    [
+        ("prompts", {"prompts": "prompts-1"}, {"prompts": "prompts-2"}),
+        ("group", {"group": "none"}, {"group": "colour"}),
+        ("train", {"train": "1"}, {"train": "2"}),
+        ("k", {"settings": {"k": 10}}, {"settings": {"k": 20}}),
+        ("pool", {"settings": {"pool": "cls"}}, {"settings": {"pool": "mean"}}),
+    ],
+)
+def test_towers_that_were_measured_in_other_ways_are_said(
+    tmp_path, capsys, setting, base, new
+):
+    sides = []
+    for name, provenance in (("base", base), ("new", new)):
+        record = ScoreFile(
+            benchmark="probe",
+            metrics={},
+            items=[{"id": n, "score": n % 2} for n in range(9)],
+            model=name,
+            provenance=provenance,
+        )
+        sides.append(str(record.write(tmp_path / f"{name}.scores.json")))
+    assert main(sides) == 0
+    assert f"the sides differ in their {setting}, which" in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared(tmp_path):
     base = str(simulated(tmp_path, "base", [0, 1]))
     twice = written(tmp_path, "twice", [{"id": 1, "score": 1}, {"id": 1, "score": 0}])

@@ -8,7 +8,7 @@ from llava_integration.evaluator.compare.sides import Run, Side
 from llm2clip_plugin.hashes import sha256_file
 
 EMPTY = 0.1  # fraction of empty answers above which a score is not the model's
-# how a side answered, or what a forecast is for; another value may move the scores by itself
+# how a side answered or was measured; another value may move the scores by itself
 ANSWER_SETTINGS = (
     "precision",
     "dtype",
@@ -17,20 +17,27 @@ ANSWER_SETTINGS = (
     "conv_mode",
     "temperature",
     "num_beams",
-    "llm_fingerprint",
+    "group",  # of retrieval
+    "llm_fingerprint",  # of a forecast
     "select_layer",
+    "prompts",  # of zero-shot classification
+    "train",  # of probes
+    "pool",
+    "k",
 )
 
 
 def recorded_settings(side: Side) -> list[dict[str, Any]]:
-    """The provenance of each of a side's runs, and the settings of its answers."""
+    """The provenance of each of a side's runs, and the settings of its answers or of a
+    measurement."""
     recorded = []
     for runs in side.runs.values():
         for run in runs:
             recorded.append(run.provenance)
-            answer_settings = run.provenance.get("answer_settings")
-            if isinstance(answer_settings, dict):
-                recorded.append(answer_settings)
+            for name in ("answer_settings", "settings"):
+                settings = run.provenance.get(name)
+                if isinstance(settings, dict):
+                    recorded.append(settings)
     return recorded
 
 

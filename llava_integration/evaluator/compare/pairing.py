@@ -44,9 +44,11 @@ def paired_runs(
         )
     digests = {run.provenance.get("data_sha256", "") for run in runs}
     if len(digests - {""}) > 1:
-        # scores of `llm2clip evaluate` name the tower
-        are_towers = any("weights_sha256" in run.provenance for run in runs)
-        notes.append(OTHER_DATA if are_towers else OTHER_FILES)
+        # scores of `llm2clip evaluate` name the tower, or the LLM
+        are_ours = any(
+            {"weights_sha256", "teacher"} & run.provenance.keys() for run in runs
+        )
+        notes.append(OTHER_DATA if are_ours else OTHER_FILES)
     count = len(base.runs[name])
     return runs[:count], runs[count:], notes
 
