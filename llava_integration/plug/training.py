@@ -88,12 +88,13 @@ def complete_start(trainer: Any, folder: str) -> None:
         refuse_other_data(self.args.output_dir, data)
         model = self.model.config._name_or_path
         refuse_other_model(self.args.output_dir, model)
+        started_from = model_record(model)
+        # on every rank: LLaVA writes config.json once a node
+        if getattr(self.args, "lora_enable", False):
+            setattr(self.model.config, BASE, started_from)
         self.llm2clip_data = {}
         if self.args.should_save:
-            started_from = model_record(model)
             self.llm2clip_data = data_record(data) | started_from
-            if getattr(self.args, "lora_enable", False):
-                setattr(self.model.config, BASE, started_from)
 
 
 def complete_checkpoints(trainer: Any) -> None:
