@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from tiny_hub import cached_repository
 
 from llava_integration.plug.preflight import main
 from llava_integration.plug.resumed_data import (
@@ -155,7 +156,7 @@ def test_a_checkpoint_of_other_data(capsys, world, home, tmp_path):
     assert "choose another --output, or" in line
 
 
-def test_a_checkpoint_of_another_model(capsys, world, home, tmp_path):
+def test_a_checkpoint_of_another_model(capsys, world, home, tmp_path, monkeypatch):
     output = tmp_path / "llava-1"
     checkpoint = output / "checkpoint-20"
     checkpoint.mkdir(parents=True)
@@ -172,7 +173,11 @@ def test_a_checkpoint_of_another_model(capsys, world, home, tmp_path):
     assert f"checkpoint-20 was trained from {world.llm} (sampled sha256" in line
     assert f"--model {model} has" in line
     assert "choose another --output, or" in line
-    assert refused(capsys, world, output=output, model="lmsys/not-here") == []
+    hub = "someone/vicuna"
+    assert refused(capsys, world, output=output, model=hub) == []
+    cached_repository(tmp_path, monkeypatch, hub, model, "0" * 40, ("main",))
+    (line,) = refused(capsys, world, output=output, model=hub)
+    assert f"--model {hub} has" in line
 
 
 def test_towers(capsys, world, home, tmp_path, monkeypatch):
