@@ -200,6 +200,7 @@ def select(spec: str, weights_sha256: str, *, name: str = "") -> str:
     ``name`` it keeps the one that it has, or gets the last part of ``spec``, with a number if that
     is taken."""
     entry = {"spec": spec, "weights_sha256": weights_sha256}
+    registry()  # a damaged file is refused before anything is written
     with registry_lock():
         registered = registry()
         name = name or registered_name(registered, entry) or free_name(registered, spec)
