@@ -411,7 +411,7 @@ def _continued(
     saved = torch.load(unfinished.file, "cpu", weights_only=True)
     if saved.get("fit_of") != unfinished.fit_of:
         log.warning(
-            "the heads' fit starts anew: %s is of other settings or data",
+            "the heads' fit starts from its first step: %s is of other settings or data",
             unfinished.file,
         )
         return Fitted([], 0)
