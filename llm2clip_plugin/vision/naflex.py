@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 
@@ -142,6 +143,16 @@ else:
         sys.modules[transformers.Siglip2VisionModel.__module__],
         "create_bidirectional_mask",
     )
+    # the pooling head takes (B, N), true for patches; before, what the encoder takes
+    HEAD_TAKES_PATCHES = Version(transformers.__version__) >= Version("5.25")
+
+    def patches_for_head(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The pooling head's states and mask, with a mask (B, 1, 1, N) that is added as (B, N),
+        true for patches."""
+        states, mask = inputs
+        if mask is not None and mask.dim() == 4:
+            mask = (mask == 0)[:, 0, 0]
+        return states, mask
 
     class NaflexTowerConfig(transformers.Siglip2VisionConfig):
         """``image_size``: side in pixels of the square of as many patches as an image may have; by
@@ -168,6 +179,8 @@ else:
             super().__init__(config)
             embeddings: Any = self.embeddings
             embeddings.resize_positional_embeddings = naflex_positions
+            if HEAD_TAKES_PATCHES and self.use_head:
+                self.head.register_forward_pre_hook(patches_for_head)
 
         def forward(
             self,
