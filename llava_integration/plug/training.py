@@ -67,6 +67,7 @@ def complete_trainer(module: ModuleType) -> None:
         )
     if not torch.cuda.is_available():
         complete_for_cpu()
+        complete_precision(trainer)
 
 
 def complete_start(trainer: Any, folder: str) -> None:
@@ -224,6 +225,23 @@ def complete_for_cpu() -> None:
         # Only for tensor-parallel inference, but compiled for minutes, in silence, by the first run
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     atexit.register(leave_ranks)
+
+
+def complete_precision(trainer: Any) -> None:
+    """Let LLaVA train in float32 on a CPU.
+
+    With ``--bf16 False``, LLaVA's program casts the tower to float16 and leaves the rest of the
+    model in float32. A CPU computes float16 slowly, torch 2.1 not at all. The tower's weights are
+    those that LLaVA has rounded; it computes with them in float32, and an unfrozen one is trained
+    in float32.
+    """
+
+    @replaces(trainer, "__init__")
+    def init(original: Any, self: Any, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        tower = self.model.get_vision_tower()
+        if tower is not None and not (self.args.bf16 or self.args.fp16):
+            tower.to(dtype=torch.float32)
 
 
 def finished(collective: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
