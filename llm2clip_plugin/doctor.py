@@ -128,7 +128,7 @@ def check_accelerator() -> Iterator[Finding]:
         )
         return
     if torch.cuda.is_available():
-        from llm2clip_plugin.train.distributed import gpu_precision
+        from llm2clip_plugin.precision import gpu_precision
 
         count = torch.cuda.device_count()
         names = {torch.cuda.get_device_name(number) for number in range(count)}
@@ -142,6 +142,23 @@ def check_accelerator() -> Iterator[Finding]:
             status,
             "for a GPU, install the torch build of your CUDA or ROCm version",
         )
+
+
+def check_precision() -> Iterator[Finding]:
+    """How fast this CPU computes in fp32 and bf16, and which of both is used on it; nothing where
+    torch is missing."""
+    if find_spec("torch") is None:
+        return
+    import torch
+
+    from llm2clip_plugin.precision import cpu_speeds, fastest_precision, gflops
+
+    speeds = cpu_speeds(torch.float32, torch.bfloat16)
+    fp32 = gflops(speeds[torch.float32])
+    bf16 = gflops(speeds[torch.bfloat16])
+    chosen = fastest_precision(torch.device("cpu"))
+    status = f"fp32 {fp32}, bf16 {bf16} GFLOPS per thread; {chosen} is used unless you set another"
+    yield finding("CPU precision", status)
 
 
 # LLaVA: its wheel, its imports, transformers, the start-up hook, the tower.
@@ -218,7 +235,7 @@ def check_transformers() -> Finding:
         state = "warn"
     elif not advice and (untried := runner.untried()):
         status = f"untested: {' and '.join(untried)}"
-        advice = runner.ADVICE
+        advice = runner.advice()
         state = "warn"
     elif not advice:
         status = f"{status}, with {len(runner.needed())} patches of LLaVA's code"
@@ -237,6 +254,7 @@ def report() -> Iterator[Finding]:
         yield from check_programs()
     if extra:
         yield from check_accelerator()
+        yield from check_precision()
     limit = raise_open_files()
     advice = ""
     if limit < OPEN_FILES:

@@ -30,6 +30,7 @@ ROOMS = (  # of each floor, the lowest first
         "errors",
         "installation",
         "launch",
+        "precision",
         "quiet",
         "signals",
     ),

@@ -3,8 +3,8 @@ before its ranks start.
 
 ``scripts/llava/*.sh`` run it first. It prints every problem in a line of its own and returns 2;
 without any, it prints what the scripts need to know of the environment, a line each: LLaVA's
-folder, the training program, the number of GPUs, a free port, options by which DeepSpeed's launcher
-is quiet.
+folder, the training program, the number of GPUs, LLaVA's ``--bf16`` (True or False), a free port,
+options by which DeepSpeed's launcher is quiet.
 """
 
 import argparse
@@ -87,9 +87,14 @@ def environment() -> Iterator[str]:
     """What the scripts need to know, in their order."""
     import torch
 
+    from llm2clip_plugin.precision import fastest_precision
+
+    gpus = torch.cuda.device_count()
     yield _folder_of("llava")
     yield "train_mem.py" if find_spec("flash_attn") else "train.py"
-    yield str(torch.cuda.device_count())
+    yield str(gpus)
+    # bf16 on every GPU, as in LLaVA's scripts
+    yield str(gpus > 0 or fastest_precision(torch.device("cpu")) == "bf16")
     with socket.socket() as probe:
         probe.bind(("", 0))
         yield str(probe.getsockname()[1])

@@ -30,6 +30,7 @@ from llava_integration.plug.resumed_data import (
 from llava_integration.plug.towers import record_tower, refuse_other_checkpoints
 from llm2clip_plugin.atomic import atomic_file
 from llm2clip_plugin.errors import ContractError, errors_about
+from llm2clip_plugin.precision import warn_if_slow
 from llm2clip_plugin.quiet import quiet_llava
 
 # LLaVA may be in an environment of its own, not where types are checked.
@@ -233,13 +234,17 @@ def complete_precision(trainer: Any) -> None:
     With ``--bf16 False``, LLaVA's program casts the tower to float16 and leaves the rest of the
     model in float32. A CPU computes float16 slowly, torch 2.1 not at all. The tower's weights are
     those that LLaVA has rounded; it computes with them in float32, and an unfrozen one is trained
-    in float32.
+    in float32. ``--bf16 True`` gets a warning where this CPU is slow in it.
     """
 
     @replaces(trainer, "__init__")
     def init(original: Any, self: Any, *arguments: Any, **options: Any) -> None:
         original(self, *arguments, **options)
-        tower = self.model.get_vision_tower()
+        if self.args.bf16:
+            warn_if_slow(torch.bfloat16, self.args.device, "--bf16", "training")
+        # a language model that is trained on text alone has none
+        get_tower = getattr(self.model, "get_vision_tower", lambda: None)
+        tower = get_tower()
         if tower is not None and not (self.args.bf16 or self.args.fp16):
             tower.to(dtype=torch.float32)
 

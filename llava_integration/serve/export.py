@@ -41,11 +41,10 @@ from llm2clip_plugin.atomic import size_text
 from llm2clip_plugin.errors import ContractError
 from llm2clip_plugin.folders import MODEL_FOLDER, output_folder
 from llm2clip_plugin.options import unknown
+from llm2clip_plugin.precision import DTYPES
 from llm2clip_plugin.pretrained import open_pretrained, run_no_code
 from llm2clip_plugin.quiet import quiet_llava_loading, quiet_transformers
 from llm2clip_plugin.vision.directory import fetch_directory
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
 from llm2clip_plugin.plan.describe import describe_memory
-from llm2clip_plugin.plan.memory import DTYPES, GIB, StepMemory, activation_bytes
+from llm2clip_plugin.plan.memory import GIB, StepMemory, activation_bytes
+from llm2clip_plugin.precision import DTYPES
 from llm2clip_plugin.text.adapter import add_lora, autocast_adapter
 from llm2clip_plugin.text.config import ContrastConfig, EncoderConfig, LoraSettings
 from llm2clip_plugin.text.llm import (

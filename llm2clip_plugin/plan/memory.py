@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from llm2clip_plugin.precision import DTYPES
 from llm2clip_plugin.train.config import (
     OptimConfig,
     TowerConfig,
@@ -26,7 +27,6 @@ from llm2clip_plugin.train.model import enable_gradient_checkpointing, shape_dua
 from llm2clip_plugin.train.optim import chosen_optimizer, offloads_optimizer
 from llm2clip_plugin.vision.directory import DualConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 1 << 30
 # fraction of a GPU's memory that a plan fills; CUDA and the allocator's gaps have the rest
 FILLED = 0.9

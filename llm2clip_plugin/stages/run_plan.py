@@ -23,6 +23,7 @@ from llm2clip_plugin.data.sources.rows import RowSource
 from llm2clip_plugin.data.split import outputs
 from llm2clip_plugin.hub import hub_snapshot
 from llm2clip_plugin.options import changed_options
+from llm2clip_plugin.precision import gpu_precision
 from llm2clip_plugin.stages.digests import Artifact, folder_files
 from llm2clip_plugin.stages.pipeline_config import PipelineConfig
 from llm2clip_plugin.stages.rerun import Stage
@@ -30,7 +31,6 @@ from llm2clip_plugin.stages.run_page import AFTER, BEFORE, SIDES, held_out_confi
 from llm2clip_plugin.stages.tower_config import TRAIN_TOWER
 from llm2clip_plugin.text.post import POST_FILE
 from llm2clip_plugin.text.reading import embed_options, read_reading, stage_1_options
-from llm2clip_plugin.train.distributed import gpu_precision
 from llm2clip_plugin.vision.towers import TIMM_PREFIX
 
 SURVEYED = 1000  # samples that are read

@@ -20,6 +20,7 @@ from llm2clip_plugin.data.samples import BrokenSample
 from llm2clip_plugin.data.sources import ReadConfig, SourceConfig, open_source
 from llm2clip_plugin.errors import ContractError, errors_about
 from llm2clip_plugin.hashes import files_sha256, sha256_text
+from llm2clip_plugin.precision import fastest_dtype, warn_if_slow
 from llm2clip_plugin.pretrained import check_vocabulary, code_of, open_pretrained
 from llm2clip_plugin.text import llm as llms
 from llm2clip_plugin.text.adapter import adapter_sha256, attach_adapter, merge
@@ -58,9 +59,10 @@ class TextEncoder(ABC):
     ) -> None:
         self.device = choose_device(str(device or ""))
         if config.compute_dtype == "auto":
-            self.dtype = llms.fastest_dtype(self.device)
+            self.dtype = fastest_dtype(self.device)
         else:
             self.dtype = getattr(torch, config.compute_dtype)
+            warn_if_slow(self.dtype, self.device, "--compute-dtype", "the LLM")
 
     @abstractmethod
     def identity(self) -> TeacherIdentity:

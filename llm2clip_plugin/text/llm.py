@@ -7,9 +7,7 @@ H).
 
 from __future__ import annotations
 
-import math
 import pickle
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +29,12 @@ from llm2clip_plugin.pretrained import open_pretrained
 from llm2clip_plugin.quiet import quiet_transformers
 from llm2clip_plugin.text.config import EncoderConfig
 from llm2clip_plugin.text.frames import CAPTION
-from llm2clip_plugin.train.distributed import gpu_precision
 from llm2clip_plugin.vision.directory import refused_pickle, weight_files
 
 # its token ids identify a tokenizer
 PROBE_TEXT = "A red-and-white café sign, 3:45 pm; 红色的猫 кот ねこ قط 🐈"
 # of templates that contain the date, as Llama 3's; an embedding must not depend on the day
 DAY = "26 Jul 2024"
-LEAST_TURNS = 5  # of each dtype that is timed, however slow
 # in place of transformers' function
 TODAY = f"{{% macro strftime_now(form) %}}{DAY}{{% endmacro %}}"
 
@@ -361,34 +357,6 @@ def causal_blocks(model: PreTrainedModel, ids_BT: Tensor) -> list[int]:
         if not grad_BTH[:, 1:].any():
             causal.append(number)
     return causal
-
-
-def fastest_dtype(device: torch.device, width: int = 1024) -> torch.dtype:
-    """bfloat16 on a GPU that supports it, else float16; on a CPU the faster of float32 and
-    bfloat16, measured in 0.2 s.
-
-    CPUs differ by a factor of ten in bfloat16, in either direction, and their CPU flags do not show
-    which. The two take turns and the best time of each counts, so that a busy machine does not
-    choose another dtype than a quiet one.
-    """
-    if device.type != "cpu":
-        return torch.bfloat16 if gpu_precision() == "bf16" else torch.float16
-    factors = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left = torch.randn(256, width, dtype=dtype)
-        right = torch.randn(width, width, dtype=dtype)
-        factors[dtype] = (left, right)
-        torch.mm(left, right)  # the first call picks a kernel
-    best = dict.fromkeys(factors, math.inf)
-    end = time.perf_counter() + 0.2
-    turns = 0
-    while turns < LEAST_TURNS or time.perf_counter() < end:
-        for dtype, (left, right) in factors.items():
-            started = time.perf_counter()
-            torch.mm(left, right)
-            best[dtype] = min(best[dtype], time.perf_counter() - started)
-        turns += 1
-    return min(best, key=lambda dtype: best[dtype])
 
 
 # The LLM's config.json alone, for plans.

@@ -81,15 +81,6 @@ def choose_device(name: str = "") -> torch.device:
         ) from error
 
 
-def gpu_precision() -> Literal["bf16", "fp16"]:
-    """bf16 if every GPU computes in it; fp16 before NVIDIA's Ampere (T4, V100), where torch
-    emulates it slowly."""
-    for device in range(torch.cuda.device_count()):
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "fp16"
-    return "bf16"
-
-
 def join_ranks(device: torch.device, timeout: float) -> None:
     """Start the process group, as the launcher's variables say; on one host it listens on the
     loopback interface.

@@ -35,7 +35,7 @@ choose_python() {
 # stage NEEDED ZERO BATCH MICRO [DATA] OPTION...: reads the options, whose defaults are a ZeRO stage and samples in all and a GPU,
 # and refuses those that would stop the stage. Sets what they are called, LLAVA (its package), SCRIPT (training program), GPUS
 # (per node), ACCUMULATION (of gradients, so that the global batch does not depend on the number of GPUs), CUDA (0 or 1),
-# REPORT_TO, QUIET (options of DeepSpeed's launcher); EXTRA gets LLaVA's own options, after --.
+# BF16 (True, or False on a CPU that computes float32 faster), REPORT_TO, QUIET (options of DeepSpeed's launcher); EXTRA gets LLaVA's own options, after --.
 stage() {
     local needed=$1
     local name
@@ -77,6 +77,7 @@ inspect() {
         read -r LLAVA
         read -r SCRIPT
         read -r SEEN # GPUs
+        read -r BF16
         read -r FREE_PORT
         read -r QUIET || true
     } <<<"$inspected"
@@ -136,7 +137,7 @@ launch() {
     local shared=( # by LLaVA 1.5's stages
         --model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGE_FOLDER" --vision_tower "$TOWER" --output_dir "$OUTPUT"
         --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False
-        --bf16 True --num_train_epochs 1 --gradient_accumulation_steps "$ACCUMULATION"
+        --bf16 "$BF16" --num_train_epochs 1 --gradient_accumulation_steps "$ACCUMULATION"
         --per_device_train_batch_size "$MICRO_BATCH" --per_device_eval_batch_size 4
         --evaluation_strategy no --save_strategy steps --save_total_limit 1 --logging_steps 1
         --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from llm2clip_plugin import status
 from llm2clip_plugin.data.samples import Caption
 from llm2clip_plugin.data.sources import Source, open_source
 from llm2clip_plugin.doctor import check_accelerator
-from llm2clip_plugin.plan.memory import DTYPES
+from llm2clip_plugin.precision import DTYPES, fastest_dtype
 from llm2clip_plugin.signals import attend
 from llm2clip_plugin.stages import run_plan
 from llm2clip_plugin.stages.digests import Artifact
@@ -32,7 +31,6 @@ from llm2clip_plugin.stages.pipeline_config import RUN, PipelineConfig
 from llm2clip_plugin.stages.rerun import RunFolder, Stage
 from llm2clip_plugin.stages.run_checks import check_given
 from llm2clip_plugin.stages.run_plan import plan, survey
-from llm2clip_plugin.text.llm import fastest_dtype
 from llm2clip_plugin.train.guard import locked
 
 
@@ -163,28 +161,6 @@ def test_every_stage_opens_the_llm_alike(
         "owner/llm": "hub://owner/llm@commit"
     }
     assert asked == ["v1"]
-
-
-@pytest.mark.parametrize("slower", [torch.float32, torch.bfloat16])
-def test_a_busy_moment_on_a_cpu_chooses_no_other_dtype(monkeypatch, slower):
-    """One of the two is twice as slow; while other work runs, the faster one is ten times slower
-    than that."""
-    now = 0.0
-    calls: Counter[torch.dtype] = Counter()
-
-    def timed_product(left: torch.Tensor, right: torch.Tensor) -> None:
-        nonlocal now
-        calls[left.dtype] += 1
-        if left.dtype == slower:
-            now += 0.02
-        elif calls[left.dtype] <= 4:
-            now += 0.2
-        else:
-            now += 0.01
-
-    monkeypatch.setattr(torch, "mm", timed_product)
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    assert fastest_dtype(torch.device("cpu")) is not slower
 
 
 def file_of(name: str, *paths: Path) -> Artifact:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from llava_integration.evaluator.answer.questions import (
     entry,
     picture_stamps,
     read_questions,
+    settings_file,
 )
 from llava_integration.evaluator.answer.served import (
     Endpoint,
@@ -39,6 +41,7 @@ from llava_integration.plug.checkpoints import (
 )
 from llava_integration.plug.pickles import load_tensors_only
 from llm2clip_plugin.hashes import sha256_file
+from llm2clip_plugin.json_files import read_json_value
 from llm2clip_plugin.options import unknown
 from llm2clip_plugin.pretrained import run_no_code
 from llm2clip_plugin.quiet import quiet_llava_loading
@@ -240,6 +243,8 @@ def main(argv: list[str]) -> int:
             options.endpoint, timeout=options.timeout, retries=options.retries
         )
         served = endpoint.choose(options.served_model_name)
+    if options.model_path:
+        options = replace(options, dtype=choose_dtype(options))
     settings = answer_settings(options, served)
     answers = AnswersFile(
         options.answers_file,
@@ -338,6 +343,25 @@ def choose_device(device: str) -> tuple[int, int]:
                 visible_gpus[local] if visible_gpus else str(local)
             )
     return rank, world
+
+
+def choose_dtype(options: AnswerConfig) -> Any:
+    """``--dtype``; for auto that of the answers that this run resumes, else what is fast here. A
+    dtype that is slow on this CPU gets a warning."""
+    import torch
+
+    from llm2clip_plugin.precision import fastest_dtype, warn_if_slow
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.dtype != "auto":
+        warn_if_slow(getattr(torch, options.dtype), device, "--dtype", "an answer")
+        return options.dtype
+    settings = settings_file(options.answers_file)
+    if settings.is_file() and not options.overwrite:
+        return read_json_value(settings).get("dtype", "float16")
+    if device.type == "cuda":
+        return "float16"
+    return str(fastest_dtype(device)).removeprefix("torch.")
 
 
 def chunk(questions: list[Question], chunks: int, index: int) -> list[Question]:

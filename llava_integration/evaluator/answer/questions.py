@@ -390,9 +390,10 @@ class ModelConfig:
     conv_mode: str = setting("vicuna_v1", help="conversation template")
     batch_size: int = setting(1, help="questions per batch")
     device: Literal["auto", "cuda", "cpu"] = setting("auto", help="device of the model")
-    dtype: Literal["float16", "bfloat16", "float32"] = setting(
-        "float16",
-        help="type of the weights; LLaVA uses float16",
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+        "auto",
+        help="type of the weights; auto: float16 on GPUs, as in LLaVA, and on CPUs the faster one "
+        "of bfloat16 and float32",
     )
     blind: bool = setting(
         False,

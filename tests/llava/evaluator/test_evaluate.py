@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from llava_integration.evaluator.answer import command as evaluate
 from llava_integration.evaluator.answer import questions
 from llava_integration.plug.checkpoints import sample_sha256
+from llm2clip_plugin import precision
 from llm2clip_plugin.errors import ContractError
+
+LLAVAS_DTYPE = ("--dtype", "float16")
 
 
 def read(path):
@@ -44,12 +48,8 @@ def run(world, checkpoint, monkeypatch, capsys):
     """Run the command in this process; returns what it printed."""
 
     def run(output, *more):
-        assert (
-            evaluate.main(
-                [str(word) for word in words(world, checkpoint, output, *more)]
-            )
-            == 0
-        )
+        command = words(world, checkpoint, output, *LLAVAS_DTYPE, *more)
+        assert evaluate.main([*map(str, command)]) == 0
         return capsys.readouterr().out
 
     return run
@@ -82,6 +82,26 @@ def test_same_answers_as_llavas_own_program(theirs, run, tmp_path):
     ):
         assert set(ours) == set(expected)
         assert {**ours, "answer_id": ""} == {**expected, "answer_id": ""}
+
+
+@pytest.mark.both_stacks
+def test_without_dtype_the_machine_chooses_and_a_rerun_keeps_it(
+    world, checkpoint, tmp_path, monkeypatch, capsys
+):
+    """Also on another machine, which computes another one faster."""
+    output = tmp_path / "answers.jsonl"
+    command = [*map(str, words(world, checkpoint, output, "--batch-size", "5"))]
+    assert evaluate.main(command) == 0
+    chosen = json.loads(questions.settings_file(output).read_text())["dtype"]
+    expected = torch.float16
+    if not torch.cuda.is_available():
+        expected = precision.fastest_dtype(torch.device("cpu"))
+    assert getattr(torch, chosen) is expected
+    monkeypatch.setattr(precision, "fastest_dtype", lambda device: torch.float64)
+    output.unlink()
+    assert evaluate.main(command) == 0
+    assert "answers" in capsys.readouterr().out
+    assert json.loads(questions.settings_file(output).read_text())["dtype"] == chosen
 
 
 @pytest.mark.both_stacks
@@ -149,9 +169,7 @@ def test_anyres_answers_as_llavas_own_program(world, run, tmp_path):
     assert texts(tmp_path / "by-5.jsonl") == texts(tmp_path / "by-1.jsonl")
 
 
-def test_killed_and_started_again(
-    theirs, run, tmp_path, monkeypatch, world, checkpoint
-):
+def test_killed_and_started_again(theirs, run, tmp_path, monkeypatch):
     output = tmp_path / "answers.jsonl"
     book = questions.AnswersFile.write
     calls = []
@@ -164,12 +182,7 @@ def test_killed_and_started_again(
 
     monkeypatch.setattr(questions.AnswersFile, "write", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.main(
-            [
-                str(word)
-                for word in words(world, checkpoint, output, "--batch-size", "2")
-            ]
-        )
+        run(output, "--batch-size", "2")
     assert not output.exists()
     (torn,) = (output.with_name("answers.jsonl.partial")).glob("*.jsonl")
     torn.write_text(torn.read_text()[:-30])  # the last line was on its way to the disk
@@ -191,7 +204,8 @@ def test_two_processes_at_once(world, checkpoint, theirs, tmp_path):
     output = tmp_path / "answers.jsonl"
     launcher = [sys.executable, "-m", "llm2clip_plugin.launch", "--nproc_per_node", "2"]
     launcher += ["-m", "llm2clip_plugin.cli", "llava", "evaluate"]
-    world.run(*launcher, *words(world, checkpoint, output, "--batch-size", "3"))
+    options = (*LLAVAS_DTYPE, "--batch-size", "3")
+    world.run(*launcher, *words(world, checkpoint, output, *options))
     assert texts(output) == texts(theirs)
 
 

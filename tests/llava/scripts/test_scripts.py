@@ -3,14 +3,19 @@ Slurm."""
 
 import itertools
 import json
+import platform
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from llava_world import TODAY, losses
 
+from llm2clip_plugin.precision import fastest_precision
+
+CPU = torch.device("cpu")
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 # From LLaVA 1.5's own scripts: what must not differ but for the batch that each GPU takes.
 RECIPE = {
@@ -26,7 +31,7 @@ RECIPE = {
     "--learning_rate 2e-4",
 }
 COMMON = (
-    "--mm_vision_select_layer -2 --bf16 True --warmup_ratio 0.03 "
+    "--mm_vision_select_layer -2 --warmup_ratio 0.03 "
     "--lr_scheduler_type cosine --model_max_length 2048"
 )
 
@@ -57,6 +62,19 @@ def given(world, tmp_path, stage):
     return words if stage == "pretrain" else [*words, "--projector", world.projector()]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bf16 on every GPU")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the variables are x86's")
+def test_a_cpu_without_bf16_units_trains_in_float32(world, tmp_path):
+    words = given(world, tmp_path, "pretrain")
+    environment = {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "PYTHON": sys.executable,  # its libraries are not loaded yet
+    }
+    command = script(world, "llava/pretrain.sh", *words, "--dry-run", **environment)
+    assert " --bf16 False " in command
+
+
 @pytest.mark.parametrize("stage", list(RECIPE))
 def test_the_command_is_llavas(world, tmp_path, stage):
     command = script(
@@ -74,6 +92,8 @@ def test_the_command_is_llavas(world, tmp_path, stage):
         words = recipe.split()
         assert set(zip(words[::2], words[1::2], strict=True)) <= pairs
     assert ("--vision_tower", "llm2clip") in pairs
+    is_bf16 = torch.cuda.is_available() or fastest_precision(CPU) == "bf16"
+    assert ("--bf16", str(is_bf16)) in pairs
     assert command.strip().endswith("--max_steps 3")
     assert options[0].endswith("deepspeed")
     assert "/llava/train/train" in command
