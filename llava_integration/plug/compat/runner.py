@@ -6,9 +6,11 @@ With LLaVA's own pins nothing is touched. ``LLM2CLIP_LLAVA_COMPAT=0`` disables a
 
 import functools
 import inspect
+import json
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,9 +23,9 @@ from llava_integration.plug.compat.completion import (
 from llm2clip_plugin.installation import installed_version
 from llm2clip_plugin.quiet import quiet_peft
 
-# beginnings of versions, in addition to LLaVA's own pins
-TRIED = {"transformers": ("5.24",), "deepspeed": ("0.19.8",)}
-ADVICE = "pip install transformers==5.24.0 deepspeed==0.19.8 runs LLaVA 1.5"
+# library -> the versions with which the tests run LLaVA 1.5, in ascending order; scripts/lock.sh
+# writes it
+TRIED_FILE = Path(__file__).with_name("tried.json")
 
 # versions of transformers whose trainer has neither the names of 4.37 nor those of 5
 REFUSED = ">4.46.3,<5"
@@ -94,7 +96,7 @@ def complete(completion: Completion, module: ModuleType) -> None:
         )
         raise ImportError(
             f"llava_integration/plug/compat/patches.py, {name} could not patch "
-            f"{module.__name__} for {versions}: {error!r}; {ADVICE}, "
+            f"{module.__name__} for {versions}: {error!r}; {advice()}, "
             "or set LLM2CLIP_LLAVA_COMPAT=0 to run without patches"
         ) from error
 
@@ -126,24 +128,42 @@ def has_version(library: str, versions: str) -> bool:
 
 
 @functools.cache
+def tried_versions() -> dict[str, list[str]]:
+    """Library -> the versions that were tried with LLaVA."""
+    return json.loads(TRIED_FILE.read_text(encoding="utf-8"))
+
+
+def advice() -> str:
+    """What installs the newest versions that were tried."""
+    newest = [
+        f"{library}=={versions[-1]}" for library, versions in tried_versions().items()
+    ]
+    return f"pip install {' '.join(newest)} runs LLaVA 1.5"
+
+
+@functools.cache
 def problem() -> str:
     """Why LLaVA cannot train with the installed transformers, and what works; "" if it can."""
     if not has_version("transformers", REFUSED):
         return ""
-    advice = "install transformers==4.37.2 (LLaVA's own) or transformers==5.24.0"
-    return f"LLaVA cannot train with transformers {installed_version('transformers')}; {advice}"
+    newest = tried_versions()["transformers"][-1]
+    return (
+        f"LLaVA cannot train with transformers {installed_version('transformers')}; install "
+        f"transformers==4.37.2 (LLaVA's own) or transformers=={newest}"
+    )
 
 
 def untried() -> list[str]:
-    """The installed libraries whose version was never tried with LLaVA, with the versions that
+    """The installed libraries whose minor version was never tried with LLaVA, with those that
     were."""
     never_tried = []
-    for library, tried in TRIED.items():
+    for library, versions in tried_versions().items():
         installed = installed_version(library)
+        minors = [version.rpartition(".")[0] for version in versions]
         if installed and not any(
-            f"{installed}.".startswith(f"{version}.") for version in tried
+            f"{installed}.".startswith(f"{minor}.") for minor in minors
         ):
-            never_tried.append(f"{library} {installed} (tried: {', '.join(tried)})")
+            never_tried.append(f"{library} {installed} (tried: {', '.join(minors)})")
     return never_tried
 
 
@@ -152,7 +172,7 @@ def warn_if_untried() -> None:
     """One line on stderr, once and on the first rank alone, about versions never tried."""
     if untried() and os.environ.get("RANK", "0") == "0":
         print(
-            f"llm2clip: LLaVA 1.5 is untested with {' and '.join(untried())}; {ADVICE}",
+            f"llm2clip: LLaVA 1.5 is untested with {' and '.join(untried())}; {advice()}",
             file=sys.stderr,
         )
 
