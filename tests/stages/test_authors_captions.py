@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
+from golden_updates import assert_updates_are_golden
 from safetensors.torch import load_file
 from tower_runs import ROOT, finish, lines, start
 
@@ -77,16 +77,11 @@ def test_sixteen_steps_are_the_authors(tmp_path: Path):
     assert [line["loss"] for line in steps] == pytest.approx(curve["loss"], rel=1e-5)
     assert [line["lr"] for line in steps] == pytest.approx(curve["lr"], rel=1e-6)
     theirs = load_file(AUTHORS / "adapter_end" / "adapter_model.safetensors")
+    begin = load_file(AUTHORS / "adapter_start" / "adapter_model.safetensors")
     ours = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(
-            ours[name],
-            value,
-            atol=1e-5,
-            rtol=0,
-            msg=lambda text, n=name: f"{n}: {text}",
-        )
+    # fp32 and few steps: three instruction sets, and starts that differ in the last bit, gave at
+    # most 4e-6 in a tensor; an error of a thousandth in the rate would give 1e-3 in all
+    assert_updates_are_golden(ours, theirs, begin, typical=2e-5, worst=1e-4)
 
 
 def test_batches_are_made_as_the_authors(tmp_path: Path):
