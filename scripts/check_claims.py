@@ -2,10 +2,10 @@
 """Compare a quickstart's numbers with those that README.md and docs/benchmarks.md state, or record
 them there.
 
-    scripts/check_claims.py quickstart-output/default   exits with 1 if numbers moved or are missing
-    scripts/check_claims.py quickstart-output/default --record   writes docs/claims*.json, tables
-    scripts/check_claims.py quickstart-output/default --record llava   LLaVA's alone; or towers
-    scripts/check_claims.py quickstart-output/default --record map     only the linear map's columns
+    scripts/check_claims.py quickstart-output/table   exits with 1 if numbers moved or are missing
+    scripts/check_claims.py quickstart-output/table --record   writes docs/claims*.json, tables
+    scripts/check_claims.py quickstart-output/table --record llava   LLaVA's alone; or towers
+    scripts/check_claims.py quickstart-output/table --record map     only the linear map's columns
 
 The files hold, for each claim, the value of every seed on either side. A broken method changes
 differences, so these are compared, in two ways, which fail for one correct rerun in a hundred and
@@ -358,7 +358,7 @@ def main() -> int:
     parser.add_argument(
         "folder",
         type=Path,
-        help="a quickstart's results, e.g. quickstart-output/default",
+        help="a quickstart's results, e.g. quickstart-output/table",
     )
     parser.add_argument(
         "--record",

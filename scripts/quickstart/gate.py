@@ -2,7 +2,7 @@
 """Does what a teacher knows reach what LLaVA reads? Asked by a ridge regression, in minutes, before
 any LLaVA is trained.
 
-    gate.py --data quickstart-output/data --output quickstart-output/default \
+    gate.py --data quickstart-output/data --output quickstart-output/table \
         --before quickstart-output/models/dinov2-vits14-56px
 
 LLaVA 1.5 reads the patches of the block before the last. The ridge regression maps them to the

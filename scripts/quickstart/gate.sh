@@ -42,7 +42,7 @@ cd "$ROOT"
 . scripts/quickstart/gate_parts.sh
 gate_environment
 DATA=$WORK/data
-OUT=$WORK/default
+OUT=$WORK/table
 if [ "$STEPS" != 50 ]; then
     OUT=$WORK/gate-$STEPS-steps
 fi
@@ -55,7 +55,7 @@ for seed in $(seq 0 $((SEEDS - 1))); do
 done
 python scripts/quickstart/gate.py --data "$DATA" --output "$OUT" --before "$TOWER"
 if [ "$STEPS" != 50 ] && [[ " $ARMS " =~ " "(raw|map|tuned)" " ]]; then
-    outputs=("$WORK/default")
+    outputs=("$WORK/table")
     for output in "$WORK"/gate-*-steps; do # those of as many steps or fewer
         number=${output##*/gate-}
         if [ "${number%-steps}" -le "$STEPS" ]; then

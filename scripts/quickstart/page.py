@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The quickstart's page: what was trained, the pictures found, LLaVA's answers, where each file is.
 
-    page.py --data quickstart-output/data --output quickstart-output/default --page PAGE.html
+    page.py --data DATA --output quickstart-output/default --page PAGE.html
 
 It shows what is there so far, so it can be written after any stage; until all is there, the page
 loads itself again from time to time. It fetches nothing. Prints what the last stage brought.
@@ -44,10 +44,10 @@ def picture(path: Path) -> str | None:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def stage1_scores(data: Path) -> tuple[float, float] | None:
+def stage1_scores(run: Path) -> tuple[float, float] | None:
     """How often the LLM puts the keywords of a validation emoji first, given its name: before and
     after stage 1, in percent. None if that was not measured."""
-    path = data / "llm" / "seed0" / "metrics.jsonl"
+    path = run / "metrics.jsonl"
     if not path.is_file():
         return None
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -82,7 +82,7 @@ def tally(retrieval: Mapping[str, Any]) -> str:
 
 
 def scores_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Benchmark -> the score file of seed 0 in a folder of scores."""
+    """Benchmark -> the score file of the first training in a folder of scores."""
     files = [read(path) for path in sorted(folder.glob("*.scores.json"))]
     return {file["benchmark"]: file for file in files}
 
@@ -179,15 +179,15 @@ def stage_seconds(logs: Path) -> dict[str, int]:
 
 
 def files(
-    page: Path, data: Path, output: Path, llava: Path | None
+    page: Path, data: Path, output: Path, seed: str, llava: Path | None
 ) -> list[tuple[str, str]]:
     """Those that exist: path from the page, and what it is. Links are named, not followed: a tower
     may lie elsewhere."""
-    tower = output / "towers" / "tuned-seed0"
+    tower = output / "towers" / f"tuned-{seed}"
     descriptions = {
         tower: "the trained tower: a Hugging Face folder, with its text side",
-        data / "llm" / "seed0" / "adapter": "the LLM's adapter of stage 1",
-        data / "cache" / "tuned-seed0": "the LLM's embeddings of all captions",
+        data / "llm" / seed / "adapter": "the LLM's adapter of stage 1",
+        data / "cache" / f"tuned-{seed}": "the LLM's embeddings of the captions",
         data / "all": "the pictures and captions",
         output / "found.json": "recall and the queries of this page",
         output / "tables.md": "the tables of the controls",
@@ -255,11 +255,13 @@ def main() -> None:
         default="",
         help="folder of LLaVA's results below --output; none if left out",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
     options = parser.parse_args()
+    seed = f"seed{options.seed}"
     retrieval = read(options.output / "found.json")
     llava = options.output / options.llava if options.llava else None
     kinds = llava_kinds(llava, retrieval["names"]) if llava and retrieval else []
-    stage1 = stage1_scores(options.data)
+    stage1 = stage1_scores(options.data / "llm" / seed)
     html = render(
         Path(__file__).with_name("page.html"),
         style=page_style(),
@@ -271,7 +273,7 @@ def main() -> None:
         expects_llava=llava is not None,
         finished=bool(retrieval) and (llava is None or bool(kinds)),
         seconds=stage_seconds(options.output / "logs"),
-        files=files(options.page, options.data, options.output, llava),
+        files=files(options.page, options.data, options.output, seed, llava),
     )
     write_text(options.page, html)
     for line in tell(stage1, retrieval, kinds, options.page):

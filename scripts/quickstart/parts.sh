@@ -11,7 +11,7 @@ HALVES=("[tv][ra]*.tar" "test-*.tar")
 # Sets LLM and TOWER to the models in $WORK, DTYPE and PRECISION to what computes fastest, GPUS and CORES to what there is, and
 # RANKS: one per GPU, or two on a CPU with two cores.
 read_models() {
-    IFS=$'\t' read -r LLM TOWER GPUS DTYPE < <(
+    IFS=$'\t' read -r LLM TOWER GPUS DTYPE _ < <(
         python -I -c 'import json, sys; print(*json.load(open(sys.argv[1])).values(), sep="\t")' "$WORK/models/models.json")
     case "$DTYPE" in
         bfloat16) PRECISION=bf16 ;;
@@ -160,10 +160,10 @@ train() {
 
 # The tower before stage 2: its heads are fitted, so that it can be asked, and nothing else is trained.
 start_tower() {
-    train start 0 tuned-seed0 --max-steps 0 --num-train-epochs 0
+    train start "$SEED" "tuned-seed$SEED" --max-steps 0 --num-train-epochs 0
 }
 
-# The tower before and after stage 2, of seed 0: what the page compares.
+# The tower before and after stage 2, of one seed: what the page compares.
 first_towers() {
     local start
     (
@@ -171,7 +171,7 @@ first_towers() {
         OMP_NUM_THREADS=1 start_tower
     ) &
     start=$!
-    train tuned 0 tuned-seed0
+    train tuned "$SEED" "tuned-seed$SEED"
     wait "$start"
 }
 

@@ -1,82 +1,57 @@
 # What quickstart.sh shows while it works: one line a stage, all in one form. Sourced.
 #
-#   [3/9] stage 1: fine-tuning the LLM on captions                   1:52 elapsed, about 7 min left
+#   [3/7] stage 1: fine-tuning the LLM on captions    [########------------] 5/12 steps, 8.1 s each  1:52 elapsed, about 7 min left
 #
-# What a stage prints goes to a file in LOGS; if it fails, the end of the file is shown.
+# progress.py makes the line. What a stage prints goes to a file in LOGS; if it fails, the end of the file is shown.
 
 STAGES=()     # names of the stages, in order
-EXPECTED=()   # about how many seconds each takes on two cores
+PLAN=         # lines of progress.py's plan.tsv
 DONE=0        # stages that are finished
-SPENT=0       # seconds that the finished ones took, and
-FORESEEN=0    # the seconds expected of them: how fast this machine is
 RUNNING=      # file that exists while a stage runs
 LOG=          # of the stage that runs
 BEGAN=0       # SECONDS when it began
+ANY_PYTHON=$(find_python)
 
-plan() { # plan NAME SECONDS
+# plan NAME FIXED WORK [BARS [REPEATS]]: seconds that do not depend on the speed of matrix products; seconds of the rest at 100
+# GFLOPS; how many progress bars the log has; of how many units only one costs time.
+plan() {
     STAGES+=("$1")
-    EXPECTED+=("$2")
+    PLAN+=$(printf '%s\t' "${@:1:3}" "${4:-0}")${5:-1}$'\n'
 }
 
-at_this_speed() { # at_this_speed EXPECTED: seconds, as this machine has taken so far
-    if ((FORESEEN > 0)); then
-        echo $(($1 * SPENT / FORESEEN))
-    else
-        echo "$1"
-    fi
-}
-seconds_left() { # of the whole run; about
-    local place this later=0
-    this=$(($(at_this_speed "${EXPECTED[DONE]}") - (SECONDS - BEGAN)))
-    for ((place = DONE + 1; place < ${#STAGES[@]}; place++)); do
-        later=$((later + EXPECTED[place]))
-    done
-    echo $(((this > 0 ? this : 0) + $(at_this_speed "$later")))
-}
-
-progress_line() {
-    local left about
-    left=$(seconds_left)
-    about="about $(((left + 59) / 60)) min left"
-    if ((left < 50)); then
-        about="less than a minute left"
-    fi
-    printf '[%d/%d] %-58s %2d:%02d elapsed, %s' $((DONE + 1)) ${#STAGES[@]} "${STAGES[DONE]}" \
-        $((SECONDS / 60)) $((SECONDS % 60)) "$about"
-}
-
-repeat_line() { # repeat_line FILE: while there is the file, on a terminal every second in place, else every minute
-    local seconds=0
-    while sleep 1 >/dev/null 2>&1 && [ -e "$1" ] && kill -0 $$ 2>/dev/null; do
-        seconds=$((seconds + 1))
-        if [ -t 2 ]; then
-            printf '\r\033[K%s' "$(progress_line)" >&2
-        elif ((seconds % 60 == 0)); then
-            printf '%s\n' "$(progress_line)" >&2
-        fi
-    done
+progress() { # progress [OPTION...]: the line of the stage that runs
+    local now
+    now=$(date +%s)
+    "$ANY_PYTHON" "$ROOT/scripts/quickstart/progress.py" --folder "$LOGS" --stage "$DONE" --log "$LOG" --log-start "$LOG_START" \
+        --speed "${WORK:-.}/models/models.json" --began $((now - SECONDS + BEGAN)) --run-began $((now - SECONDS)) "$@"
 }
 
 stage() { # stage COMMAND...: run the next stage of the plan
-    local name=${STAGES[DONE]} took expected=${EXPECTED[DONE]}
+    local name=${STAGES[DONE]} took
     mkdir -p "$LOGS"
+    if [ "$DONE" = 0 ]; then
+        printf %s "$PLAN" >"$LOGS/plan.tsv"
+        : >"$LOGS/took.tsv"
+    fi
     LOG=$LOGS/$(printf '%02d' $((DONE + 1)))-$(printf %s "${name%%:*}" | tr -cs 'A-Za-z0-9' -).log
+    touch "$LOG"
+    LOG_START=$(wc -c <"$LOG") # a run that was resumed goes on in the same file
     BEGAN=$SECONDS
-    printf '%s' "$(progress_line)" >&2
-    [ -t 2 ] || echo >&2
     RUNNING=$LOG.running
     touch "$RUNNING"
-    repeat_line "$RUNNING" 9>&- &
+    if [ -t 2 ]; then
+        printf '%s' "$(progress)" >&2
+    else
+        progress >&2
+    fi
+    progress --running "$RUNNING" --shell $$ 9>&- &
     disown
     "$@" >>"$LOG" 2>&1 </dev/null
     rm -f "$RUNNING"
-    [ ! -t 2 ] || printf '\r\033[K%s\n' "$(progress_line)" >&2
+    [ ! -t 2 ] || printf '\r\033[K%s\n' "$(progress)" >&2
     took=$((SECONDS - BEGAN))
-    if ((took * 5 >= expected)); then # else it was finished before
-        printf '%s\t%s\n' "$took" "$name" >>"$LOGS/seconds.tsv"
-        SPENT=$((SPENT + took))
-        FORESEEN=$((FORESEEN + expected))
-    fi
+    printf '%s\t%s\n' "$DONE" "$took" >>"$LOGS/took.tsv"
+    printf '%s\t%s\n' "$took" "$name" >>"$LOGS/seconds.tsv"
     DONE=$((DONE + 1))
     LOG=
 }

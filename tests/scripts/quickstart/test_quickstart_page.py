@@ -93,7 +93,9 @@ def test_a_tower_that_is_a_link_is_listed_where_the_run_has_it(tmp_path: Path):
     towers.mkdir(parents=True)
     (towers / "tuned-seed0").symlink_to(tmp_path / "elsewhere")
     run = tmp_path / "run"
-    listed = page.files(run / "index.html", run / "data", run / "default", None)
+    listed = page.files(
+        run / "index.html", run / "data", run / "default", "seed0", None
+    )
     assert [path for path, _ in listed] == ["default/towers/tuned-seed0"]
 
 
@@ -299,15 +301,18 @@ def test_both_towers_answer_the_same_queries(tmp_path, monkeypatch) -> None:
         load_tower(tmp_path / "tiny"),
         DualConfig(projection_dim=8, llm_width=WIDTH, pool="cls"),
     )
-    for name in found.SIDES.values():
+    towers = {}
+    for side, kind in found.SIDES.items():
+        name = f"{kind}-seed0"
+        towers[side] = tmp_path / "out" / "towers" / name
         export_tower(
             dual,
-            tmp_path / "out" / "towers" / name,
+            towers[side],
             origin="tiny",
             teacher=vars(identity),
         )
         write_run(tmp_path / "out", name, cache=["data/cache/tuned-seed0"])
-    made = found.find(tmp_path / "data", tmp_path / "out")
+    made = found.find(tmp_path / "data", towers)
     assert len(made["queries"]) == made["images"] == 8
     sets = measure.open_sets(tmp_path / "data" / "all")
     reports = measure.evaluate_tower(

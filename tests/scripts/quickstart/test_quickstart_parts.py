@@ -20,7 +20,7 @@ from llm2clip_plugin.errors import ContractError
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = """
 set -euo pipefail
-DATA=data OUT=$PWD/out LLM=llm TOWER=tower DTYPE=bfloat16 PRESET=default
+DATA=data OUT=$PWD/out LLM=llm TOWER=tower DTYPE=bfloat16 PRESET=table SEED=0
 TUNE_STEPS=12 TUNE_BATCH=64 STEPS=50 LAYER=16
 HALF_OF_CORES=1 HEAD_STEPS=9 SIZE=56 FREEZE=0 PRECISION=bf16 LLAVA=
 . "$PARTS"
