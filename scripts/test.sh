@@ -134,7 +134,7 @@ check .venv-llava/bin/python -m pytest "${WORKERS[@]}" tests/vision tests/evalua
 check wait "$OTHER_ID"
 cat "$OTHER_OUTPUT"
 echo "== the ten slowest test files, seconds:"
-sort -rn "$LLM2CLIP_FILE_SECONDS" | sed 10q
+sort -rn "$LLM2CLIP_FILE_SECONDS" | sed -n 1,10p
 
 if [ -s "$FAILED" ]; then
     sed 's/^/failed: /' "$FAILED" >&2

@@ -13,6 +13,7 @@ from typing import Any
 import proclip_pairs
 import pytest
 import torch
+from golden_updates import assert_updates_are_golden
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_data import encoded, made_up, make_cache, write_tar
@@ -34,6 +35,10 @@ BATCH = 128  # theirs is 512: the sums of the second stage have fewer terms here
 DISTILL = 4e-4 * BATCH
 STRUCTURE = (BATCH - 1) / 2
 ROWS = STEPS * BATCH
+# Twenty steps of AdamW in fp32. Three instruction sets gave at most 6e-4 in one tensor, 2e-4 in all
+# together, and 1.6e-5 in a loss (golden/README.md).
+UPDATE_BOUNDS = {"typical": 5e-4, "worst": 5e-3}
+LOSS_BOUND = 1e-4
 # which of an image's captions is drawn first, theirs is always the short one
 SHORT_FIRST = ("short=1", "long=1e-9")
 
@@ -170,23 +175,6 @@ def train(
     return fitted, train_tower(TRAIN_TOWER.parse(words))
 
 
-def assert_equal(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], start: dict[str, Tensor]
-) -> None:
-    """The difference of all weights, together, is a small part of what they moved. Of a single
-    weight it is not, where its gradient is near 0: there Adam's steps are rounding. That of a key
-    bias always is, as the softmax cancels it."""
-    assert ours.keys() == theirs.keys()
-    difference = 0.0
-    moved = 0.0
-    for name, value in theirs.items():
-        if not name.endswith("k_proj.bias"):
-            difference += float((ours[name] - value).double().square().sum())
-            moved += float((value - start[name]).double().square().sum())
-    assert moved > 0
-    assert (difference / moved) ** 0.5 < 1e-3
-
-
 def test_twenty_steps_of_each_stage_are_proclips(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -199,9 +187,10 @@ def test_twenty_steps_of_each_stage_are_proclips(
 
     fit = [line for line in lines(run) if line.get("event") == "heads"]
     assert [line["heads_loss"] for line in fit] == pytest.approx(
-        golden["stage1"]["loss"], rel=3e-5
+        golden["stage1"]["loss"], rel=LOSS_BOUND
     )
-    assert_equal(fitted, text_adapter("stage1", tmp_path / "stage1"), adapter)
+    stage1 = text_adapter("stage1", tmp_path / "stage1")
+    assert_updates_are_golden(fitted, stage1, adapter, **UPDATE_BOUNDS)
 
     steps = [line for line in lines(run) if "loss" in line]
     for ours, theirs in (
@@ -210,11 +199,12 @@ def test_twenty_steps_of_each_stage_are_proclips(
         ("logit_scale", "scale"),
     ):
         assert [line[ours] for line in steps] == pytest.approx(
-            golden["stage2"][theirs], rel=3e-5
+            golden["stage2"][theirs], rel=LOSS_BOUND
         )
     start_state = load_dual(start)[0].state_dict()
     for name, value in adapter.items():
         start_state[f"text_adapter.{name}"] = value
     end = imported(weights("stage2"), tmp_path / "stage2")
     end_state = load_dual(end)[0].state_dict()
-    assert_equal(load_dual(trained)[0].state_dict(), end_state, start_state)
+    ours_end = load_dual(trained)[0].state_dict()
+    assert_updates_are_golden(ours_end, end_state, start_state, **UPDATE_BOUNDS)
