@@ -2,6 +2,7 @@
 uv or an index."""
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(
         ROOT, folder, ignore=shutil.ignore_patterns(*NOT_OF_A_CHECKOUT), symlinks=True
     )
-    if uv("--version").returncode:
+    if find_spec("uv") is None:
         pytest.skip("uv is not installed in this environment (pip install uv)")
+    version = uv("--version")
+    assert version.returncode == 0, version.stderr
     empty = Environment(folder.parent / "empty", folder)
     tried = uv(
         "pip",

@@ -10,7 +10,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 # pip's index, constraints ...
-AS_PIP = '. scripts/environments.sh; export_uv_variables "$0"; exec "$0" -m uv "$@"'
+AS_PIP = 'ROOT=$PWD; . scripts/environments.sh; export_uv_variables "$0"; exec "$0" -m uv "$@"'
 
 
 def uv(*words: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:

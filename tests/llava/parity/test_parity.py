@@ -80,9 +80,10 @@ def test_training(world, tmp_path, kind):
     losses, expected = (
         facts["losses"][: 2 if kind == "lora" else None] for facts in (here, there)
     )
-    # 5e-5: transformers 4.37 writes four decimals; the rest is float32 in another order of
-    # operations
-    assert losses == pytest.approx(expected, abs=1e-4)
+    # In the golden the tower computes in float16, as LLaVA casts it; on a CPU now in float32
+    # (plug/training.py, complete_precision). This and the four decimals that transformers 4.37
+    # writes gave 2e-4; an error of a thousandth in the rate of `finetune` gives 1.5e-3.
+    assert losses == pytest.approx(expected, abs=4e-4)
     assert len(expected) >= 2
 
 

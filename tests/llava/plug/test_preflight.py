@@ -44,7 +44,7 @@ def refused(capsys, world, stage="finetune", llava="", **changed):
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
     assert status == (2 if lines else 0)
-    assert len(printed.out.splitlines()) == (0 if lines else 5)
+    assert len(printed.out.splitlines()) == (0 if lines else 6)
     return lines
 
 
