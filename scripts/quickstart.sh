@@ -4,7 +4,7 @@
 #
 #   scripts/quickstart.sh                   pictures found, and LLaVA's answers: quickstart-output/index.html
 #   scripts/quickstart.sh --smoke           a few steps on a few images, to check that everything works (under five minutes)
-#   scripts/quickstart.sh --preset table    the settings of README's table: more steps, eleven languages instead of four
+#   scripts/quickstart.sh --preset table    the settings of README's table: more steps, eleven languages instead of three
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56, better towers, and LLaVA with SmolLM2: about 40 minutes
 #   scripts/quickstart.sh --seed 1          another training than seed 0
 #   scripts/quickstart.sh --no-llava        stop before LLaVA (the default of --smoke; --llava to run it there)
@@ -77,7 +77,7 @@ FREEZE=0 # first blocks of the tower that are not trained
 PERCENT=100
 case "$PRESET" in
     default)
-        SUBSET="--languages de es zh ar --test-kinds short long"
+        SUBSET="--concepts 1068 100 326 --languages es zh ar --test-kinds short long" # 1068 are all of them
         TUNE_STEPS=8
         TUNE_BATCH=48
         STEPS=40
