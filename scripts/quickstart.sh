@@ -3,7 +3,7 @@
 # with the tower before and after. Seven to fourteen minutes on two cores; at the end, one page shows what came of it.
 #
 #   scripts/quickstart.sh                   pictures found, and LLaVA's answers: quickstart-output/index.html
-#   scripts/quickstart.sh --smoke           a few steps on a few images, to check that everything works (under five minutes)
+#   scripts/quickstart.sh --smoke           a few steps on a few images, to check that everything works (about five minutes)
 #   scripts/quickstart.sh --preset table    the settings of README's table: more steps, eleven languages instead of three
 #   scripts/quickstart.sh --preset long     98 pixels instead of 56, better towers, and LLaVA with SmolLM2: about 40 minutes
 #   scripts/quickstart.sh --seed 1          another training than seed 0
