@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The complete pipeline on real data: an LLM teaches a vision tower on the built-in emoji set, and a small LLaVA is trained
-# with the tower before and after. Seven to fourteen minutes on two cores; at the end, one page shows what came of it.
+# with the tower before and after. Ten to fourteen minutes on two cores; at the end, one page shows what came of it.
 #
 #   scripts/quickstart.sh                   pictures found, and LLaVA's answers: quickstart-output/index.html
 #   scripts/quickstart.sh --smoke           a few steps on a few images, to check that everything works (about five minutes)

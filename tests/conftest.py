@@ -66,9 +66,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_terminal_summary(terminalreporter) -> None:
     """Append the seconds of each test file to the file that scripts/test.sh names."""
     target = os.environ.get("LLM2CLIP_FILE_SECONDS")
-    if (
-        not target or "PYTEST_XDIST_WORKER" in os.environ
-    ):  # their reports come to the main process
+    # the reports of xdist's workers come to the main process, too
+    if not target or "PYTEST_XDIST_WORKER" in os.environ:
         return
     seconds: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():
